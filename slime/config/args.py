@@ -1,0 +1,89 @@
+"""Args: everything the user said, resolved once and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from slime.config.megatron_options import (
+    ArchitectureOptions,
+    MegatronRunOptions,
+    OptimizerOptions,
+    ParallelOptions,
+)
+from slime.config.options import (
+    AlgoOptions,
+    CheckpointOptions,
+    ClusterOptions,
+    DebugOptions,
+    EvalOptions,
+    HookOptions,
+    LoggingOptions,
+    RolloutOptions,
+    TrainOptions,
+)
+from slime.core.architecture import Architecture
+
+SECTIONS = (
+    ClusterOptions,
+    CheckpointOptions,
+    RolloutOptions,
+    HookOptions,
+    EvalOptions,
+    TrainOptions,
+    AlgoOptions,
+    LoggingOptions,
+    DebugOptions,
+    ArchitectureOptions,
+    ParallelOptions,
+    OptimizerOptions,
+    MegatronRunOptions,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(
+    ClusterOptions,
+    CheckpointOptions,
+    RolloutOptions,
+    HookOptions,
+    EvalOptions,
+    TrainOptions,
+    AlgoOptions,
+    LoggingOptions,
+    DebugOptions,
+    ArchitectureOptions,
+    ParallelOptions,
+    OptimizerOptions,
+    MegatronRunOptions,
+):
+    """All flags, flat: `args.rollout_batch_size`, `args.tensor_model_parallel_size`.
+
+    The three mappings hold what is passed through by name, only where it was given.
+    """
+
+    megatron_extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of megatron-core's configs that slime does not read itself."""
+    sglang: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """SGLang's ServerArgs fields, from `--sglang-*`."""
+    router: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The router's flags, from `--router-*`."""
+    architecture: Architecture | None = None
+    """The model's shape, from config.json and MODEL_ARGS; None only where neither could be read."""
+
+    @property
+    def actor_world_size(self) -> int:
+        return self.actor_num_nodes * self.actor_num_gpus_per_node
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Data-parallel ranks, context parallelism apart."""
+        return self.actor_world_size // (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+
+    @property
+    def num_engines(self) -> int:
+        """Engines to start; 0 where nothing is generated."""
+        return (self.rollout_num_gpus or 0) // self.rollout_num_gpus_per_engine

@@ -1,0 +1,40 @@
+"""`flag(...)`: one option as a dataclass field: default, help and the range it must lie in.
+
+The name on the command line is the field's name with dashes. Booleans take `--x` and `--no-x`. A field
+typed `Literal[...]` is a choice, one typed `tuple[T, ...]` takes one or more values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, field
+from typing import Any
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    metavar: str | None = None,
+    nargs: int | None = None,
+) -> Any:
+    """Declare an option. `ge/gt/le/lt`: bounds, checked wherever the value is not None.
+
+    `nargs`: an exact number of values for a tuple field (else: one or more).
+    `default=MISSING` makes the option required.
+    """
+    metadata = {
+        "help": help,
+        "ge": ge,
+        "gt": gt,
+        "le": le,
+        "lt": lt,
+        "metavar": metavar,
+        "nargs": nargs,
+    }
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)

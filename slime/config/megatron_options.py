@@ -1,0 +1,114 @@
+"""The Megatron flags that slime itself reads, typed; every other one passes through by the generated table.
+
+Names, meanings and defaults are Megatron's. Architecture flags default to None, "not given": they are then
+read from the HF config.json. `megatron_flags` holds the rest (generated from megatron-core's dataclasses).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slime.config.flag import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureOptions:
+    """MODEL_ARGS. None: read from config.json."""
+
+    num_layers: int | None = flag(None, "Transformer layers.", ge=1)
+    hidden_size: int | None = flag(None, "Hidden size.", ge=1)
+    ffn_hidden_size: int | None = flag(None, "Hidden size of the MLP.", ge=1)
+    num_attention_heads: int | None = flag(None, "Attention heads.", ge=1)
+    group_query_attention: bool | None = flag(None, "Grouped-query attention (with --num-query-groups).")
+    num_query_groups: int | None = flag(None, "Key/value heads.", ge=1)
+    kv_channels: int | None = flag(None, "Size of one head.", ge=1)
+    vocab_size: int | None = flag(None, "Vocabulary, before padding.", ge=1)
+    make_vocab_size_divisible_by: int = flag(128, "The vocabulary is padded to a multiple of this x TP.", ge=1)
+    max_position_embeddings: int | None = flag(None, "Longest context.", ge=1)
+    seq_length: int | None = flag(None, "Accepted for Megatron's sake; packing needs none.", ge=1)
+    normalization: str | None = flag(None, "RMSNorm or LayerNorm.")
+    norm_epsilon: float | None = flag(None, "Epsilon of the norms.", gt=0)
+    swiglu: bool | None = flag(None, "Gated SiLU MLP.")
+    disable_bias_linear: bool | None = flag(None, "No biases in linear layers.")
+    add_qkv_bias: bool | None = flag(None, "Bias in the QKV projection.")
+    qk_layernorm: bool | None = flag(None, "Norm on queries and keys.")
+    post_self_attn_layernorm: bool | None = flag(None, "Norm behind the attention (sandwich norm).")
+    post_mlp_layernorm: bool | None = flag(None, "Norm behind the MLP (sandwich norm).")
+    untie_embeddings_and_output_weights: bool | None = flag(None, "An output layer of its own.")
+    position_embedding_type: str | None = flag(None, "rope.")
+    use_rotary_position_embeddings: bool | None = flag(None, "Older spelling of --position-embedding-type rope.")
+    rotary_base: float | None = flag(None, "RoPE base.", gt=0)
+    rotary_percent: float | None = flag(None, "Share of a head that is rotated.", gt=0, le=1)
+    rotary_interleaved: bool | None = flag(None, "Rotate neighbouring pairs instead of halves.")
+    use_rope_scaling: bool | None = flag(None, "Llama 3's RoPE scaling.")
+    rotary_scaling_factor: float | None = flag(None, "Its factor.", gt=0)
+    no_rope_fusion: bool = flag(False, "Unfused RoPE (always so here).")
+    num_experts: int | None = flag(None, "Experts of a mixture-of-experts layer.", ge=1)
+    spec: tuple[str, ...] = flag((), "Module and function of a custom layer spec.", nargs=2, metavar="MODULE FUNCTION")
+    attention_dropout: float = flag(0.0, "Dropout in attention; 0 in RL.", ge=0, lt=1)
+    hidden_dropout: float = flag(0.0, "Dropout elsewhere; 0 in RL.", ge=0, lt=1)
+    attention_backend: str = flag("auto", "Accepted for Megatron's sake; attention is PyTorch's varlen.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """PERF_ARGS."""
+
+    tensor_model_parallel_size: int = flag(1, "Tensor parallel size.", ge=1)
+    sequence_parallel: bool = flag(False, "Sequence parallelism (with tensor parallelism).")
+    pipeline_model_parallel_size: int = flag(1, "Pipeline parallel size.", ge=1)
+    decoder_last_pipeline_num_layers: int | None = flag(None, "Layers of the last pipeline stage.", ge=1)
+    num_layers_per_virtual_pipeline_stage: int | None = flag(None, "Layers of a virtual stage.", ge=1)
+    context_parallel_size: int = flag(1, "Context parallel size.", ge=1)
+    expert_model_parallel_size: int = flag(1, "Expert parallel size.", ge=1)
+    expert_tensor_parallel_size: int | None = flag(None, "Tensor parallel size of experts.", ge=1)
+    recompute_granularity: Literal["full", "selective"] | None = flag(None, "Activation recomputation.")
+    recompute_method: Literal["uniform", "block"] | None = flag(None, "How layers are chosen for full recompute.")
+    recompute_num_layers: int | None = flag(None, "Layers of one recompute unit.", ge=1)
+    micro_batch_size: int = flag(1, "Samples in a micro-batch, without --use-dynamic-batch-size.", ge=1)
+    global_batch_size: int | None = flag(None, "Samples in one optimizer step.", ge=1)
+    calculate_per_token_loss: bool = flag(False, "Mean over tokens instead of the mean over samples' means.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """OPTIMIZER_ARGS."""
+
+    optimizer: Literal["adam", "sgd"] = flag("adam", "Optimizer; adam is AdamW.")
+    lr: float = flag(1e-6, "Learning rate.", ge=0)
+    min_lr: float = flag(0.0, "Learning rate at the end of the decay.", ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = flag(
+        "constant", "Shape of the decay."
+    )
+    lr_decay_iters: int | None = flag(None, "Optimizer steps of the decay; unset: all steps of the run.", ge=1)
+    lr_warmup_iters: int = flag(0, "Optimizer steps of linear warm-up.", ge=0)
+    lr_wsd_decay_iters: int | None = flag(None, "Optimizer steps of WSD's decay.", ge=1)
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = flag(
+        "linear", "Shape of WSD's decay."
+    )
+    weight_decay: float = flag(0.01, "Decoupled weight decay.", ge=0)
+    adam_beta1: float = flag(0.9, "Adam's beta1.", ge=0, lt=1)
+    adam_beta2: float = flag(0.999, "Adam's beta2.", ge=0, lt=1)
+    adam_eps: float = flag(1e-8, "Adam's epsilon.", gt=0)
+    sgd_momentum: float = flag(0.9, "Momentum of SGD.", ge=0, lt=1)
+    clip_grad: float = flag(1.0, "Gradient norm clip; 0: off.", ge=0)
+    use_distributed_optimizer: bool = flag(False, "Shard the optimizer over data-parallel ranks.")
+    optimizer_cpu_offload: bool = flag(False, "Optimizer states in host memory.")
+    bf16: bool | None = flag(None, "bf16 with fp32 main weights; unset: yes on CUDA, no (fp32) on a CPU.")
+    fp16: bool = flag(False, "fp16; refused: RL's log-prob ratios need bf16 or fp32.")
+    accumulate_allreduce_grads_in_fp32: bool = flag(True, "Gradients in fp32 (always so here).")
+    attention_softmax_in_fp32: bool = flag(True, "Softmax in fp32 (always so here).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronRunOptions:
+    """Megatron's flags around loading, saving and seeds."""
+
+    seed: int = flag(1234, "Seed of weight init and dropout.", ge=0)
+    no_load_optim: bool = flag(False, "Do not load the optimizer.")
+    no_load_rng: bool = flag(False, "Do not load RNG states.")
+    no_save_optim: bool = flag(False, "Do not save the optimizer.")
+    finetune: bool = flag(False, "Load weights only, and start at rollout 0.")
+    ckpt_format: Literal["torch_dist"] = flag("torch_dist", "Checkpoint format.")
+    ckpt_step: int | None = flag(None, "Load this rollout's checkpoint instead of the newest.", ge=0)

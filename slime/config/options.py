@@ -1,0 +1,210 @@
+"""slime's own flags: one frozen dataclass a section, one field a flag, its help beside it.
+
+Path: `parse` fills these from argv and YAML, `rules` resolves and checks them, and everything below reads
+one frozen `Args` (`config.args`). Invariant: no default lives anywhere else; `None` means "not given", and
+`rules.resolve` replaces it where another value decides it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slime.config.flag import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """Who runs where."""
+
+    actor_num_nodes: int = flag(1, "Nodes for training.", ge=1)
+    actor_num_gpus_per_node: int = flag(1, "GPUs (on a CPU: worker processes) for training, a node.", ge=1)
+    rollout_num_gpus: int | None = flag(
+        None, "GPUs (on a CPU: engine processes) for generation. 0: no engines, for runs that generate nothing.", ge=0
+    )
+    rollout_num_gpus_per_engine: int = flag(1, "GPUs of one engine; SGLang's tensor parallel size.", ge=1)
+    num_gpus_per_node: int = flag(8, "GPUs of one node, for placing engines.", ge=1)
+    colocate: bool = flag(False, "Training and generation share the same devices.")
+    offload: bool | None = flag(None, "With --colocate: engines give memory back while training runs (default there).")
+    rollout_engine: Literal["auto", "sglang", "embedded"] = flag(
+        "auto", "auto: SGLang where CUDA is, the embedded engine elsewhere."
+    )
+    rollout_external_engines: tuple[str, ...] = flag((), "URLs of engines that run already.", metavar="URL")
+    sglang_router_ip: str | None = flag(None, "Address of a router that runs already.")
+    sglang_router_port: int | None = flag(None, "Port of a router that runs already.", ge=1, le=65535)
+    sglang_server_concurrency: int = flag(512, "Requests in flight at once, an engine.", ge=1)
+    engine_start_timeout: float = flag(600.0, "Seconds within which an engine or the router has to be ready.", gt=0)
+    engine_request_timeout: float = flag(1800.0, "Seconds within which one generation request has to end.", gt=0)
+    train_timeout: float = flag(3600.0, "Seconds within which a collective of training has to end.", gt=0)
+    cpu_threads_per_process: int | None = flag(
+        None, "Threads of each training and engine process on a CPU (default: cores / processes).", ge=1
+    )
+    update_weight_transport: Literal["auto", "broadcast", "disk"] = flag(
+        "auto", "How weights reach the engines; auto: broadcast, or device memory with --colocate."
+    )
+    update_weight_buffer_size: int = flag(512 * 1024**2, "Bytes of one bucket of weights on its way.", ge=1)
+    check_weight_sync: bool = flag(
+        True,
+        "At the first sync of a run, compare the engines' checksum after the sync with the one after loading the "
+        "actor's Hugging Face export from disk; on every later sync, compare the policy version.",
+    )
+    dry_run: bool = flag(False, "Print the resolved plan and stop; starts nothing.")
+    config: str | None = flag(None, "YAML file with the same names; the command line wins.", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """What is loaded and saved."""
+
+    hf_checkpoint: str | None = flag(None, "HF directory: tokenizer, config, the engines' first weights.")
+    ref_load: str | None = flag(None, "Reference model: a torch_dist checkpoint or an HF directory.")
+    load: str | None = flag(None, "Actor checkpoint; missing or empty: starts from --ref-load.")
+    save: str | None = flag(None, "Where checkpoints, args.yaml and metrics go.")
+    save_interval: int | None = flag(None, "Save every N rollouts (and on the last).", ge=1)
+    keep_last_checkpoints: int | None = flag(None, "Keep the newest K checkpoints and remove older ones.", ge=1)
+    save_hf: str | None = flag(
+        None, "Also export an HF directory at each save; {rollout_id} is filled in.", metavar="PATH"
+    )
+    override_hf_config: tuple[str, ...] = flag(
+        (), "Architecture flags that may differ from config.json.", metavar="FLAG"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """Prompts, sampling, rewards."""
+
+    prompt_data: str | None = flag(None, "Training prompts: jsonl or parquet; path@[a:b] takes a slice.")
+    input_key: str = flag("prompt", "Key of the prompt in a data line.")
+    label_key: str | None = flag(None, "Key of the label.")
+    metadata_key: str = flag("metadata", "Key of a dict kept as sample.metadata.")
+    tool_key: str | None = flag(None, "Key of the tools passed to the chat template.")
+    apply_chat_template: bool = flag(False, "Prompts are OpenAI messages; render them with the tokenizer's template.")
+    rollout_shuffle: bool = flag(False, "Shuffle prompts by (seed, epoch).")
+    rollout_seed: int = flag(42, "Seed of the data order and of sampling.", ge=0)
+    rm_type: str | None = flag(None, "deepscaler, dapo, math, f1, gpqa, remote_rm, random; boxed_ prefix.")
+    custom_rm_path: str | None = flag(None, "Reward function, async or plain, by dotted path.")
+    group_rm: bool = flag(False, "The reward function is given a whole group at once.")
+    rm_url: str | None = flag(None, "URL of --rm-type remote_rm.")
+    rm_num_workers: int = flag(2, "Processes that compute rewards.", ge=1)
+    rm_timeout: float = flag(10.0, "Seconds for one reward; then it counts as failed.", gt=0)
+    reward_key: str | None = flag(None, "Entry used where rewards are dicts.")
+    num_rollout: int | None = flag(None, "Rollouts to run; 0 evaluates and stops.", ge=0)
+    num_epoch: int | None = flag(None, "Passes over the prompts, instead of --num-rollout.", ge=1)
+    rollout_batch_size: int = flag(32, "Prompts in one rollout.", ge=1)
+    n_samples_per_prompt: int = flag(1, "Responses to each prompt.", ge=1)
+    rollout_temperature: float = flag(1.0, "Sampling temperature.", ge=0)
+    rollout_top_p: float = flag(1.0, "Nucleus sampling; below 1 is refused for training rollouts.", gt=0, le=1)
+    rollout_top_k: int = flag(-1, "Top-k sampling, -1: off; else refused for training rollouts.", ge=-1)
+    rollout_max_response_len: int = flag(1024, "Tokens of a response at most.", ge=1)
+    rollout_max_context_len: int | None = flag(None, "Tokens of prompt and response together at most.", ge=1)
+    rollout_stop: tuple[str, ...] = flag((), "Stop strings.")
+    rollout_stop_token_ids: tuple[int, ...] = flag((), "Stop token ids, besides the model's own.")
+    rollout_skip_special_tokens: bool = flag(False, "Leave special tokens out of sample.response.")
+    num_steps_per_rollout: int | None = flag(None, "Optimizer steps the rollout's samples are cut into.", ge=1)
+    balance_data: bool = flag(False, "Deal samples to data-parallel ranks by estimated compute.")
+    over_sampling_batch_size: int | None = flag(None, "Prompts in flight at first; unset: --rollout-batch-size.", ge=1)
+    refill_granularity: Literal["batch", "group"] = flag(
+        "batch", "When drops leave too few: sample another over-sampling batch, or only what is missing."
+    )
+    max_empty_waves: int = flag(10, "Waves of prompts in which nothing was kept before the run ends.", ge=1)
+    partial_rollout: bool = flag(False, "Aborted samples keep their tokens and go on in a later rollout.")
+    mask_offpolicy_in_partial_rollout: bool = flag(False, "Leave tokens of earlier policies out of the loss.")
+    max_staleness: int | None = flag(None, "Policy versions a token may lag behind.", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookOptions:
+    """Dotted paths to your own functions; `slime.core.plugins.HOOKS` has their signatures."""
+
+    rollout_function_path: str = flag("slime.rollout.collect.generate_rollout", "Makes one rollout's samples.")
+    eval_function_path: str | None = flag(None, "Makes one evaluation; unset: the built-in one.")
+    data_source_path: str = flag("slime.rollout.data_buffer.DataBuffer", "Class that hands out prompts.")
+    custom_generate_function_path: str | None = flag(None, "Generates one sample.")
+    dynamic_sampling_filter_path: str | None = flag(None, "Keeps or drops a finished group.")
+    buffer_filter_path: str | None = flag(None, "Takes groups from the data buffer.")
+    rollout_sample_filter_path: str | None = flag(None, "Marks samples of a full rollout to leave out of the loss.")
+    custom_reward_post_process_path: str | None = flag(None, "Turns raw rewards into training rewards.")
+    custom_advantage_function_path: str | None = flag(None, "Computes advantages.")
+    custom_loss_function_path: str | None = flag(None, "With --loss-type custom_loss.")
+    custom_convert_samples_to_train_data_path: str | None = flag(None, "Samples to training columns.")
+    custom_rollout_log_function_path: str | None = flag(None, "Called with each rollout's samples and metrics.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Evaluation. Unset sampling flags take the rollout's values."""
+
+    eval_interval: int | None = flag(None, "Evaluate every N rollouts, before the first and after the last.", ge=1)
+    eval_prompt_data: tuple[str, ...] = flag((), "One path, or NAME PATH pairs.", metavar="NAME PATH")
+    eval_config: str | None = flag(None, "YAML with a list `datasets` (name, path, and any eval flag for it alone).")
+    eval_input_key: str | None = flag(None, "Key of the prompt; unset: --input-key.")
+    eval_label_key: str | None = flag(None, "Key of the label; unset: --label-key.")
+    eval_rm_type: str | None = flag(None, "Reward of evaluation; unset: --rm-type.")
+    n_samples_per_eval_prompt: int = flag(1, "Responses to each evaluation prompt.", ge=1)
+    eval_max_response_len: int | None = flag(None, "Tokens of a response at most.", ge=1)
+    eval_temperature: float | None = flag(None, "Sampling temperature; 0: greedy.", ge=0)
+    eval_top_p: float | None = flag(None, "Nucleus sampling.", gt=0, le=1)
+    eval_top_k: int | None = flag(None, "Top-k sampling, -1: off.", ge=-1)
+    skip_eval_before_train: bool = flag(False, "No evaluation before the first rollout.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What slime adds to Megatron's training flags."""
+
+    use_dynamic_batch_size: bool = flag(False, "Fill micro-batches up to --max-tokens-per-gpu.")
+    max_tokens_per_gpu: int | None = flag(None, "Token budget of a micro-batch, padding counted.", ge=1)
+    log_probs_chunk_size: int = flag(1024, "Response tokens whose logits exist at once.", ge=1)
+    hf_trust_remote_code: bool = flag(False, "Let transformers run code that stands in the HF directory.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgoOptions:
+    """Advantages and losses."""
+
+    advantage_estimator: Literal[
+        "grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"
+    ] = flag("grpo", "Advantage estimator.")
+    loss_type: Literal["policy_loss", "sft_loss", "custom_loss"] = flag("policy_loss", "Loss.")
+    use_kl_loss: bool = flag(False, "Add a KL term against the reference model to the loss.")
+    kl_loss_coef: float = flag(0.0, "Its coefficient; 0 means no reference forward.", ge=0)
+    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = flag("low_var_kl", "KL estimator.")
+    kl_coef: float = flag(0.0, "KL penalty in the reward.", ge=0)
+    log_ref_kl: bool = flag(False, "Run the reference forward to log the KL, even at coefficient 0.")
+    entropy_coef: float = flag(0.0, "Entropy bonus.", ge=0)
+    eps_clip: float = flag(0.2, "Lower clip range of the ratio.", ge=0, lt=1)
+    eps_clip_high: float | None = flag(None, "Upper clip range; unset: --eps-clip.", ge=0)
+    eps_clip_c: float | None = flag(None, "Dual clip constant.", gt=1)
+    disable_grpo_std_normalization: bool = flag(False, "Do not divide by the group's standard deviation.")
+    normalize_advantages: bool = flag(False, "Whiten advantages over the batch.")
+    gamma: float = flag(1.0, "Discount.", ge=0, le=1)
+    lambd: float = flag(1.0, "GAE lambda.", ge=0, le=1)
+    use_tis: bool = flag(False, "Truncated importance sampling against the engine's log-probs.")
+    tis_clip: float = flag(2.0, "Upper clip of its weight.", gt=0)
+    tis_clip_low: float = flag(0.0, "Lower clip of its weight.", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingOptions:
+    """What is logged where. The console and metrics.jsonl (under --save) always."""
+
+    log_dir: str | None = flag(None, "Where metrics.jsonl and process logs go; unset: --save, else outputs/.")
+    log_samples_per_rollout: int = flag(2, "Whole samples written out, a rollout.", ge=0)
+    logprob_gap_alarm: float = flag(0.1, "Warn where mean |train - rollout log-prob| exceeds this.", gt=0)
+    use_wandb: bool = flag(False, "Log to Weights & Biases.")
+    wandb_project: str | None = flag(None, "W&B project.")
+    wandb_group: str | None = flag(None, "W&B group.")
+    use_tensorboard: bool = flag(False, "Log to TensorBoard.")
+    tensorboard_dir: str | None = flag(None, "TensorBoard directory.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugOptions:
+    """Halves of the loop on their own."""
+
+    debug_rollout_only: bool = flag(False, "Generate and judge; train nothing.")
+    debug_train_only: bool = flag(False, "Train on --load-debug-rollout-data; start no engine.")
+    save_debug_rollout_data: str | None = flag(None, "File for each rollout's samples; {rollout_id} is filled in.")
+    load_debug_rollout_data: str | None = flag(None, "Such files, read instead of generating.")
+    deterministic: bool = flag(False, "Reproducible bit for bit on a CPU.")

@@ -1,0 +1,58 @@
+"""Architecture: the shape of a decoder-only model, resolved from MODEL_ARGS and the HF config.json.
+
+Path: `config.architecture` makes it, then Megatron's build, the weight tables and the embedded engine read it.
+Invariant: nothing here is "unset"; whoever holds one can build the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Sizes are Megatron's: `ffn_hidden_size` of one of the two gated halves, `kv_channels` of one head."""
+
+    family: str
+    """HF `model_type`: 'glm4', 'qwen3'."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    """As in config.json, before Megatron's padding."""
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: float
+    rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    post_self_attn_layernorm: bool = False
+    post_mlp_layernorm: bool = False
+    tied_embeddings: bool = False
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that RoPE rotates."""
+        return int(self.kv_channels * self.rotary_percent)
+
+    def num_parameters(self) -> int:
+        """Parameters, the embedding and the output layer (if it is one of its own) counted."""
+        head = self.kv_channels
+        qkv = self.hidden_size * head * (self.num_attention_heads + 2 * self.num_query_groups)
+        bias = head * (self.num_attention_heads + 2 * self.num_query_groups) if self.add_qkv_bias else 0
+        norms = self.hidden_size * (2 + self.post_self_attn_layernorm + self.post_mlp_layernorm)
+        norms += 2 * head if self.qk_layernorm else 0
+        layer = qkv + bias + norms
+        layer += self.num_attention_heads * head * self.hidden_size + 3 * self.hidden_size * self.ffn_hidden_size
+        tables = 1 if self.tied_embeddings else 2
+        return self.num_layers * layer + tables * self.vocab_size * self.hidden_size + self.hidden_size
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """Megatron's rule: the next multiple of `divisible_by` x TP."""
+    multiple = divisible_by * tensor_parallel_size
+    return (vocab_size + multiple - 1) // multiple * multiple

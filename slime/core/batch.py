@@ -1,0 +1,153 @@
+"""TrainBatch: the columns that training reads, one declaration a column.
+
+Path: made from kept Samples by `from_samples`, handed to every trainer as plain numpy (zero-copy through Ray),
+cut into micro-batches by `core.packing` and packed by `megatron.microbatch`. Invariant: every column that is
+present covers all rows (optional columns are all or none), ragged ones lie flat, row after row.
+
+Shape legend: _N rows (samples), _T all tokens of all rows, _R all response tokens of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slime.core.sample import Sample
+
+Array = NDArray[Any]
+
+
+class Axis(Enum):
+    """What a column has one entry for."""
+
+    SAMPLE = "sample"
+    TOKEN = "token"
+    RESPONSE = "response token"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its axis, dtype, and the value that stands where padding is packed in."""
+
+    axis: Axis
+    dtype: str
+    padding: float
+    required: bool
+    meaning: str
+
+
+COLUMNS: Mapping[str, Column] = {
+    "tokens": Column(Axis.TOKEN, "int64", 0, True, "prompt and response tokens"),
+    "loss_mask": Column(Axis.RESPONSE, "float32", 0, True, "1 where a response token counts in the loss"),
+    "rewards": Column(Axis.SAMPLE, "float32", 0, True, "raw reward; nan where it failed"),
+    "group_indices": Column(Axis.SAMPLE, "int64", -1, True, "samples of one prompt share it"),
+    "sample_indices": Column(Axis.SAMPLE, "int64", -1, True, "the sample's number over the run, for messages"),
+    "rollout_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "the engine's log-prob at generation"),
+    "policy_versions": Column(Axis.RESPONSE, "int32", -1, False, "policy version that made the token"),
+    "log_probs": Column(Axis.RESPONSE, "float32", 0, False, "old policy's log-prob, by the trainer"),
+    "ref_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "reference policy's log-prob"),
+    "advantages": Column(Axis.RESPONSE, "float32", 0, False, "advantage of each response token"),
+    "loss_weights": Column(Axis.RESPONSE, "float32", 0, False, "weight in the step's loss; sums to 1 over the step"),
+}
+
+
+@dataclass
+class TrainBatch:
+    """Rows of one rollout. `columns[name]` is flat: [N], [T] or [R] by its axis."""
+
+    total_lengths_N: Array
+    response_lengths_N: Array
+    columns: dict[str, Array]
+
+    def __post_init__(self) -> None:
+        missing = [name for name, column in COLUMNS.items() if column.required and name not in self.columns]
+        unknown = [name for name in self.columns if name not in COLUMNS]
+        if missing or unknown:
+            raise ValueError(f"training columns missing: {missing}, not declared in core.batch.COLUMNS: {unknown}")
+        for name, values in self.columns.items():
+            self._check_column(name, values)
+
+    def _check_column(self, name: str, values: Array) -> None:
+        rows = self._row_sizes(name)
+        if len(values) != int(rows.sum()):
+            raise ValueError(f"column {name} has {len(values)} entries, its rows add up to {int(rows.sum())}")
+
+    def _row_sizes(self, name: str) -> Array:
+        axis = COLUMNS[name].axis
+        if axis is Axis.SAMPLE:
+            return np.ones_like(self.total_lengths_N)
+        return self.total_lengths_N if axis is Axis.TOKEN else self.response_lengths_N
+
+    def __len__(self) -> int:
+        return len(self.total_lengths_N)
+
+    def has(self, name: str) -> bool:
+        return name in self.columns
+
+    def rows(self, name: str) -> list[Array]:
+        """The column as one array a row (views)."""
+        ends = np.cumsum(self._row_sizes(name))
+        return np.split(self.columns[name], ends[:-1])
+
+    def select(self, indices: Sequence[int]) -> TrainBatch:
+        """The rows `indices`, in that order."""
+        index = np.asarray(indices, dtype=np.int64)
+        columns: dict[str, Array] = {}
+        for name, values in self.columns.items():
+            rows = self.rows(name)
+            picked = [rows[i] for i in index]
+            columns[name] = np.concatenate(picked) if picked else values[:0]
+        return TrainBatch(self.total_lengths_N[index], self.response_lengths_N[index], columns)
+
+    def with_column(self, name: str, values: Array) -> TrainBatch:
+        """The same rows and one more column (or another value of it)."""
+        return TrainBatch(
+            self.total_lengths_N,
+            self.response_lengths_N,
+            {**self.columns, name: np.asarray(values, dtype=COLUMNS[name].dtype)},
+        )
+
+
+def _ragged(name: str, rows: Sequence[Sequence[float]]) -> Array:
+    flat = [value for row in rows for value in row]
+    return np.asarray(flat, dtype=COLUMNS[name].dtype)
+
+
+def from_samples(samples: Sequence[Sample], reward_key: str | None = None) -> TrainBatch:
+    """Columns of `samples`, in order.
+
+    A failed reward becomes nan: the advantage estimator leaves that sample out of baseline and loss.
+
+    Raises:
+        ValueError: a sample's per-token fields disagree, or an optional field is there for some samples only.
+    """
+    if not samples:
+        raise ValueError("no samples to train on")
+    for sample in samples:
+        sample.check()
+    columns: dict[str, Array] = {
+        "tokens": _ragged("tokens", [s.tokens for s in samples]),
+        "loss_mask": _ragged("loss_mask", [s.loss_mask or [1] * s.response_length for s in samples]),
+        "rewards": np.asarray(
+            [float("nan") if s.reward is None else s.reward_value(reward_key) for s in samples], dtype="float32"
+        ),
+        "group_indices": np.asarray([s.group_index for s in samples], dtype="int64"),
+        "sample_indices": np.asarray([s.index for s in samples], dtype="int64"),
+    }
+    for name in ("rollout_log_probs", "policy_versions"):
+        values = [getattr(s, name) for s in samples]
+        present = [v for v in values if v is not None]
+        if len(present) == len(values):
+            columns[name] = _ragged(name, present)
+        elif present:
+            raise ValueError(f"{len(present)} of {len(values)} samples carry {name}: all or none have to")
+    return TrainBatch(
+        np.asarray([len(s.tokens) for s in samples], dtype="int64"),
+        np.asarray([s.response_length for s in samples], dtype="int64"),
+        columns,
+    )

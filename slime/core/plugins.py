@@ -1,0 +1,163 @@
+"""User code by dotted path: loading it, and the one table of hooks.
+
+Path: `config.rules` checks every hook's path and signature before anything starts; the place that calls a hook
+loads it with `load_hook`. Invariant: a hook is called with exactly the parameters that HOOKS declares.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A place for user code. `parameters` are positional, in order; `returns` says what comes back."""
+
+    flag: str
+    parameters: tuple[str, ...]
+    returns: str
+    called: str
+    may_be_async: bool = False
+    is_class: bool = False
+
+
+HOOKS: Mapping[str, Hook] = {
+    "rollout_function_path": Hook(
+        "--rollout-function-path",
+        ("args", "rollout_id", "data_source", "context"),
+        "slime.rollout.collect.RolloutResult",
+        "once a rollout; `context` is a slime.rollout.collect.RolloutContext (client, tokenizer, rewards)",
+        may_be_async=True,
+    ),
+    "eval_function_path": Hook(
+        "--eval-function-path",
+        ("args", "rollout_id", "context"),
+        "dict[str, float], the metrics",
+        "once an evaluation",
+        may_be_async=True,
+    ),
+    "data_source_path": Hook(
+        "--data-source-path",
+        ("args", "tokenizer"),
+        "an object with get_groups(num), add_groups(groups), state_dict(), load_state_dict(state)",
+        "once, at start",
+        is_class=True,
+    ),
+    "custom_generate_function_path": Hook(
+        "--custom-generate-function-path",
+        ("args", "sample", "sampling_params", "context"),
+        "Sample",
+        "once a sample",
+        may_be_async=True,
+    ),
+    "custom_rm_path": Hook(
+        "--custom-rm-path",
+        ("args", "sample"),
+        "float or dict of floats (with --group-rm: `sample` is a list of samples, and so is the result)",
+        "once a finished sample",
+        may_be_async=True,
+    ),
+    "dynamic_sampling_filter_path": Hook(
+        "--dynamic-sampling-filter-path",
+        ("args", "samples"),
+        "bool, 0-d tensor, or an object with `keep` and `reason`",
+        "once a finished group, with **kwargs",
+    ),
+    "buffer_filter_path": Hook(
+        "--buffer-filter-path",
+        ("args", "rollout_id", "buffer", "num_samples"),
+        "list[list[Sample]]; `buffer` is changed in place, `num_samples` counts groups",
+        "before a rollout draws new prompts",
+    ),
+    "rollout_sample_filter_path": Hook(
+        "--rollout-sample-filter-path",
+        ("args", "samples"),
+        "None; zeroes loss_mask in place",
+        "once a full rollout",
+    ),
+    "custom_reward_post_process_path": Hook(
+        "--custom-reward-post-process-path",
+        ("args", "samples"),
+        "list[float], the training reward of each sample",
+        "once a full rollout",
+    ),
+    "custom_advantage_function_path": Hook(
+        "--custom-advantage-function-path",
+        ("args", "batch"),
+        "float32 array [R], the `advantages` column",
+        "once a rollout, in every trainer",
+    ),
+    "custom_loss_function_path": Hook(
+        "--custom-loss-function-path",
+        ("inputs", "options"),
+        "(loss [R], dict of per-token metrics [R]), as slime.algo.losses.policy_loss",
+        "once a micro-batch",
+    ),
+    "custom_convert_samples_to_train_data_path": Hook(
+        "--custom-convert-samples-to-train-data-path",
+        ("args", "samples"),
+        "slime.core.batch.TrainBatch",
+        "once a rollout",
+    ),
+    "custom_rollout_log_function_path": Hook(
+        "--custom-rollout-log-function-path",
+        ("args", "rollout_id", "samples", "metrics"),
+        "None",
+        "once a rollout",
+    ),
+}
+
+
+def load(path: str) -> Any:
+    """The object at a dotted path `package.module.name`.
+
+    Raises:
+        ValueError: not a dotted path, no such module, or no such name in it (the module's own
+            ImportErrors are passed on as the cause).
+    """
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise ValueError(f"{path!r} is not a dotted path: it has to read package.module.name")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{path!r}: importing {module_name} failed: {error}") from error
+    if not hasattr(module, name):
+        raise ValueError(f"{path!r}: module {module_name} has no {name!r}")
+    return getattr(module, name)
+
+
+def check_signature(hook: Hook, function: Callable[..., Any]) -> str | None:
+    """Why `function` cannot be called as `hook` declares, or None where it can."""
+    if not callable(function):
+        return f"{function!r} cannot be called"
+    if hook.is_class and not inspect.isclass(function):
+        return f"{function!r} is not a class"
+    if inspect.iscoroutinefunction(function) and not hook.may_be_async:
+        return f"it is async; {hook.flag} is called as a plain function"
+    try:
+        inspect.signature(function).bind(*hook.parameters)
+    except TypeError as error:
+        return f"it cannot be called as ({', '.join(hook.parameters)}): {error}"
+    return None
+
+
+def load_hook(name: str, path: str) -> Callable[..., Any]:
+    """The function for the hook `name` (a key of HOOKS), its signature checked.
+
+    Raises:
+        ValueError: with flag, value, rule and remedy.
+    """
+    hook = HOOKS[name]
+    try:
+        function = load(path)
+    except ValueError as error:
+        raise ValueError(f"{hook.flag}: {error}; name a function that can be imported from here") from error
+    problem = check_signature(hook, function)
+    if problem is not None:
+        raise ValueError(f"{hook.flag} {path}: {problem}; give it the parameters ({', '.join(hook.parameters)})")
+    return function

@@ -1,0 +1,119 @@
+"""Sample: one prompt and, once generated, one response to it.
+
+Path: the data buffer makes groups of Samples, generation fills in tokens, rewards fill in `reward`,
+and `core.batch` turns the kept ones into training columns. Invariant: every per-token field that is
+present (`rollout_log_probs`, `policy_versions`, `loss_mask`) has exactly `response_length` entries, and
+`tokens` holds the prompt followed by the response, as the engine produced them (never re-tokenised).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+
+class Status(StrEnum):
+    """Where a sample stands. FAILED: its generation or its reward failed; it takes no part in training."""
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+Message = dict[str, Any]
+
+
+@dataclass
+class Sample:
+    """One sample on its way from prompt to training row. Lengths are counted in tokens."""
+
+    group_index: int = -1
+    """The prompt's number in order of consumption, over all epochs; samples of one prompt share it."""
+    index: int = -1
+    """The sample's own number, over the whole run."""
+    prompt: str | list[Message] = ""
+    """The text, or the OpenAI messages, as the data file has them."""
+    label: str | None = None
+    tokens: list[int] = field(default_factory=list[int])
+    """Prompt tokens, then response tokens."""
+    prompt_length: int = 0
+    response: str = ""
+    response_length: int = 0
+    loss_mask: list[int] | None = None
+    """One 0 or 1 a response token; None means all ones."""
+    rollout_log_probs: list[float] | None = None
+    """The engine's log-prob of each response token under softmax(logits / temperature)."""
+    policy_versions: list[int] | None = None
+    """The policy version that made each response token."""
+    reward: float | dict[str, float] | None = None
+    """None until judged; stays None where the reward failed (see `reward_failure`)."""
+    reward_failure: str | None = None
+    """Why there is no reward: 'timeout', 'crash', 'not a number', ..."""
+    status: Status = Status.PENDING
+    metadata: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The data line's metadata, and `start_rollout_id`: the rollout in which generation began."""
+
+    @property
+    def prompt_tokens(self) -> list[int]:
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def response_tokens(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+    def check(self) -> None:
+        """Raise ValueError where a per-token field and the response disagree in length."""
+        if len(self.tokens) != self.prompt_length + self.response_length:
+            raise ValueError(
+                f"sample {self.index}: {len(self.tokens)} tokens, but prompt_length {self.prompt_length} "
+                f"+ response_length {self.response_length}"
+            )
+        for name in ("loss_mask", "rollout_log_probs", "policy_versions"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.response_length:
+                raise ValueError(
+                    f"sample {self.index}: {name} has {len(values)} entries for {self.response_length} response tokens"
+                )
+
+    def reward_value(self, key: str | None = None) -> float:
+        """The scalar reward; of a dict-valued reward, the entry `key`."""
+        reward = self.reward
+        if isinstance(reward, dict):
+            if key is None or key not in reward:
+                raise ValueError(
+                    f"sample {self.index}: its reward is a dict with keys {sorted(reward)}; "
+                    f"--reward-key is {key!r} and has to name one of them"
+                )
+            reward = reward[key]
+        if reward is None:
+            raise ValueError(f"sample {self.index} has no reward ({self.reward_failure or 'not judged yet'})")
+        return float(reward)
+
+    def to_bare_prompt(self) -> Sample:
+        """The same prompt with everything generated taken off (for the data buffer)."""
+        metadata = {k: v for k, v in self.metadata.items() if k != "start_rollout_id"}
+        return Sample(
+            group_index=self.group_index,
+            index=self.index,
+            prompt=self.prompt,
+            label=self.label,
+            tokens=self.prompt_tokens,
+            prompt_length=self.prompt_length,
+            metadata=metadata,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is the way back."""
+        return {**asdict(self), "status": self.status.value}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Sample:
+        unknown = set(data) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"not fields of Sample: {sorted(unknown)}")
+        sample = cls(**data)
+        sample.status = Status(sample.status)
+        return sample
