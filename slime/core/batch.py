@@ -100,7 +100,7 @@ class TrainBatch:
         columns: dict[str, Array] = {}
         for name, values in self.columns.items():
             rows = self.rows(name)
-            picked = [rows[i] for i in index]
+            picked: list[Array] = [rows[int(i)] for i in index]
             columns[name] = np.concatenate(picked) if picked else values[:0]
         return TrainBatch(self.total_lengths_N[index], self.response_lengths_N[index], columns)
 

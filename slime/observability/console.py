@@ -1,0 +1,74 @@
+"""What a person sees while a run goes on: a progress bar, a line a rollout, an evaluation line.
+
+Path: called by the driver with the records that also go to metrics.jsonl. Invariant: nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from slime.observability.phases import format_shares
+
+Record = Mapping[str, float]
+
+
+class RunConsole:
+    """Progress on a terminal; plain lines where the output is a file."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("[bold]rollouts"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("rollouts", total=total, completed=done, status="")
+        self._eval = ""
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(escape(text))
+
+    def evaluation(self, step: int, record: Record) -> None:
+        """One line for every evaluated dataset."""
+        names = sorted({key.split("/")[1] for key in record if key.startswith("eval/") and key.count("/") == 2})
+        self._eval = " ".join(f"{name} {record[f'eval/{name}/reward']:.3f}" for name in names)
+        for name in names:
+            prefix = f"eval/{name}/"
+            values = {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
+            line = f"eval {name} after {step} rollouts: reward {values.pop('reward'):.3f}"
+            if "reward_stderr" in values:
+                line += f" ± {values.pop('reward_stderr'):.3f}"
+            self.say(line + "".join(f"  {key} {value:.4g}" for key, value in values.items()))
+
+    def rollout(self, step: int, record: Record) -> None:
+        """One line a rollout, and the bar's status."""
+        status = "".join(
+            f"{text} {record[key]:{form}}  "
+            for key, text, form in (
+                ("rollout/reward", "reward", ".3f"),
+                ("rollout/response_length", "length", ".1f"),
+                ("train/loss", "loss", ".4f"),
+                ("train/grad_norm", "grad", ".3f"),
+                ("train/logprob_gap_mean", "gap", ".1e"),
+            )
+            if key in record
+        )
+        shares = format_shares(record)
+        self.say(f"rollout {step}: {status}| {shares}")
+        self._progress.update(
+            self._task, completed=step, status=f"{status}{'eval ' + self._eval if self._eval else ''}"
+        )
+
+    def close(self) -> None:
+        self._progress.stop()

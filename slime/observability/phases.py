@@ -1,0 +1,64 @@
+"""Where a step's wall time goes.
+
+Path: the driver opens a step, each verb of the loop measures itself into it, and the record goes to the metrics
+log. Invariant: the phases of a step, `idle` included, sum to the step's wall time; `idle` is what nobody claimed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+PHASES = ("generation", "reward", "training", "weight_sync", "checkpoint", "evaluation")
+
+
+@dataclass
+class StepClock:
+    """Wall seconds of one step, by phase."""
+
+    started: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Everything inside counts as `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    @contextmanager
+    def inner(self) -> Generator[dict[str, float]]:
+        """For work that measures itself elsewhere: fill the yielded dict with seconds a phase.
+
+        Raises:
+            AssertionError: it claims more than the wall time it took here (a millisecond of slack).
+        """
+        start = time.perf_counter()
+        claimed: dict[str, float] = {}
+        yield claimed
+        wall = time.perf_counter() - start
+        assert sum(claimed.values()) <= wall + 1e-3, f"phases claim {claimed} of {wall:.3f} s"
+        for name, seconds in claimed.items():
+            self.seconds[name] += seconds
+
+    def close(self) -> dict[str, float]:
+        """`time/<phase>` for each phase, `time/idle` and `time/step`, in seconds."""
+        wall = time.perf_counter() - self.started
+        record = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        record["time/idle"] = wall - sum(self.seconds.values())
+        record["time/step"] = wall
+        return record
+
+
+def format_shares(record: Mapping[str, float]) -> str:
+    """One line: each phase's share of the step."""
+    wall = record["time/step"]
+    names = [*PHASES, "idle"]
+    parts = [
+        f"{name.replace('_', ' ')} {record[f'time/{name}'] / wall:.0%}" for name in names if record[f"time/{name}"]
+    ]
+    return f"{wall:.2f} s = " + " + ".join(parts)
