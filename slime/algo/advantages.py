@@ -55,10 +55,9 @@ def grpo_advantages(rewards_N: Tensor, group_indices_N: Tensor, *, normalize_std
 def _judged_groups(rewards_N: Tensor, group_indices_N: Tensor) -> list[Tensor]:
     """For each group that has a reward, the rows that have one."""
     groups: dict[int, list[int]] = {}
-    failed_N: list[bool] = rewards_N.isnan().tolist()
-    for row, (group, failed) in enumerate(zip(group_indices_N.tolist(), failed_N, strict=True)):
-        if not failed:
-            groups.setdefault(group, []).append(row)
+    for row in range(len(rewards_N)):
+        if not bool(rewards_N[row].isnan()):
+            groups.setdefault(int(group_indices_N[row]), []).append(row)
     return [torch.tensor(rows) for rows in groups.values()]
 
 
