@@ -1,0 +1,191 @@
+"""Cluster: the verbs of the training loop.
+
+Path: `train.py` tells the story in these verbs; each becomes calls to the actors in `Processes`, and measures itself
+into the step's clock. Invariant: a checkpoint and the metrics file agree: what stands behind the saved cursor is
+written again by a resumed run.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from slime.cluster.processes import Processes
+from slime.config.args import Args
+from slime.config.parse import dump_args
+from slime.observability.console import RunConsole
+from slime.observability.metrics_log import MetricsLog
+from slime.observability.phases import StepClock
+
+
+def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signum)
+
+
+class Cluster:
+    """Use as `with Cluster(args) as cluster`: leaving the block ends every process that entering it started."""
+
+    def __init__(self, args: Args) -> None:
+        self._args = args
+        self._dir = Path(args.log_dir or args.save or "outputs")
+        self._processes = Processes(args, self._dir / "logs")
+        self._policy_version = 0
+        self._first = self._last = 0
+        self._clock = StepClock()
+        self._record: dict[str, float] = {}
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self._processes.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._processes.stop()
+        self._console.close()
+        self._metrics.close()
+
+    def _start(self) -> None:
+        self._dir.mkdir(parents=True, exist_ok=True)
+        (self._dir / "args.yaml").write_text(dump_args(self._args))
+        self._metrics = MetricsLog(self._dir / "metrics.jsonl")
+        processes = self._processes
+        processes.start()
+        signal.signal(signal.SIGTERM, _exit_on_sigterm)
+        loaded = processes.get("loading the model", [trainer.load.remote() for trainer in processes.trainers])
+        if loaded:
+            self._first = loaded[0].next_rollout_id
+            self._restore(loaded[0].state)
+        self._last = self._num_rollouts()
+        self._console = RunConsole(total=self._last, done=self._first)
+        if loaded:
+            self._console.say(f"actor loaded from {loaded[0].source}, starting at rollout {self._first}")
+        processes.connect()
+
+    def _restore(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            return
+        self._policy_version = state["policy_version"]
+        self._metrics.rewind(state["metrics_cursor"])
+        manager = self._processes.manager
+        self._processes.get("restoring the data side", [manager.load_state_dict.remote(state["rollout"])])
+
+    def _num_rollouts(self) -> int:
+        args = self._args
+        if args.num_rollout is not None:
+            return args.num_rollout
+        assert args.num_epoch is not None, "the rules ask for one of --num-rollout and --num-epoch"
+        [num_prompts] = self._processes.get("reading the prompts", [self._processes.manager.num_prompts.remote()])
+        return args.num_epoch * num_prompts // args.rollout_batch_size
+
+    def rollouts(self) -> Iterator[int]:
+        """The ids of the rollouts still to do; each iteration is one step of the clock."""
+        for rollout_id in range(self._first, self._last):
+            self._clock, self._record = StepClock(), {}
+            yield rollout_id
+            times = self._clock.close()
+            self._metrics.write(rollout_id + 1, times)
+            self._console.rollout(rollout_id + 1, {**self._record, **times})
+
+    def generate(self, rollout_id: int) -> Any:
+        """Generate, judge and collect; returns a reference to the TrainBatch, which stays in Ray's object store."""
+        manager = self._processes.manager
+        with self._clock.inner() as seconds:
+            batch, report = manager.generate.options(num_returns=2).remote(rollout_id)
+            [metrics] = self._processes.get(f"rollout {rollout_id}: generation", [report])
+            seconds["generation"] = metrics.pop("time/generation", 0.0)
+            seconds["reward"] = metrics.pop("time/reward", 0.0)
+        self._record.update(metrics)
+        return batch
+
+    @contextmanager
+    def engines_asleep(self) -> Iterator[None]:
+        """Engines give their memory back inside the block. Nothing to do where they have devices of their own."""
+        yield
+
+    def train(self, rollout_id: int, batch: Any) -> None:
+        """One rollout's optimizer steps, on all ranks."""
+        trainers = self._processes.trainers
+        with self._clock.inner() as seconds:
+            results = self._processes.get(
+                f"rollout {rollout_id}: training", [trainer.train.remote(rollout_id, batch) for trainer in trainers]
+            )
+            if results:
+                seconds["training"] = results[0].pop("time/training")
+                self._record.update(results[0])
+        self._metrics.write(rollout_id + 1, self._record)
+        gap = self._record.get("train/logprob_gap_mean", 0.0)
+        if gap > self._args.logprob_gap_alarm:
+            self._console.say(
+                f"WARNING rollout {rollout_id}: mean |train - rollout log-prob| is {gap:.3g}, above "
+                f"--logprob-gap-alarm {self._args.logprob_gap_alarm:g}: engine and trainer disagree about the policy"
+            )
+
+    def save_if_due(self, rollout_id: int) -> None:
+        """Every --save-interval rollouts, and after the last."""
+        args, trainers = self._args, self._processes.trainers
+        last = rollout_id == self._last - 1
+        due = args.save_interval is not None and (rollout_id + 1) % args.save_interval == 0
+        if args.save is None or not trainers or not (due or last):
+            return
+        with self._clock.phase("checkpoint"):
+            [rollout] = self._processes.get("saving the data side", [self._processes.manager.state_dict.remote()])
+            state = {
+                "rollout": rollout,
+                "policy_version": self._policy_version,
+                "metrics_cursor": self._metrics.cursor,
+            }
+            paths = self._processes.get(
+                f"rollout {rollout_id}: saving", [trainer.save.remote(rollout_id, state) for trainer in trainers]
+            )
+        self._console.say(f"saved {paths[0]}")
+
+    def sync_weights(self) -> None:
+        """The actor's weights go to every engine, as the next policy version."""
+        processes = self._processes
+        self._policy_version += 1
+        if not processes.engines or not processes.trainers:
+            return
+        with self._clock.phase("weight_sync"):
+            reports = processes.get(
+                f"weight sync, policy version {self._policy_version}",
+                [trainer.send_weights.remote(self._policy_version) for trainer in processes.trainers],
+            )
+            processes.get(
+                "weight sync: policy version", [processes.manager.set_policy_version.remote(self._policy_version)]
+            )
+        self._record.update(reports[0])
+
+    def evaluate_before_first(self) -> None:
+        """Before the first rollout; after a resume, the evaluation that was due at the checkpoint."""
+        interval = self._args.eval_interval
+        if self._first == 0:
+            due = not self._args.skip_eval_before_train
+        else:
+            due = interval is not None and self._first % interval == 0
+        if due or self._last == 0:
+            self._evaluate(self._first)
+
+    def evaluate_if_due(self, rollout_id: int) -> None:
+        """Every --eval-interval rollouts, and after the last."""
+        interval = self._args.eval_interval
+        if rollout_id == self._last - 1 or (interval is not None and (rollout_id + 1) % interval == 0):
+            self._evaluate(rollout_id + 1)
+
+    def _evaluate(self, step: int) -> None:
+        args = self._args
+        if not (args.eval_prompt_data or args.eval_config) or not self._processes.engines:
+            return
+        with self._clock.phase("evaluation"):
+            [metrics] = self._processes.get(
+                f"evaluation after {step} rollouts", [self._processes.manager.evaluate.remote(step)]
+            )
+        self._metrics.write(step, metrics)
+        self._console.evaluation(step, metrics)

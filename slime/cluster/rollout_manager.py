@@ -1,0 +1,178 @@
+"""RolloutManager: everything on the way from prompt to training batch, in one Ray actor.
+
+Path: holds the data source, the reward workers, the router and the client of the engines; each rollout turns prompts
+into a TrainBatch for the trainers. Invariant: its `state_dict` is the whole data side of a checkpoint, taken between
+two rollouts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from slime.cluster.dump import read_dump, write_dump
+from slime.cluster.health import EngineWatch
+from slime.config.args import Args
+from slime.core.batch import TrainBatch, from_samples
+from slime.core.plugins import load_hook
+from slime.core.sample import Sample
+from slime.engine.client import EngineClient
+from slime.engine.launch import ManagedProcess, find_free_port, launch_router, register_worker
+from slime.observability.logs import log_to_file
+from slime.rollout.collect import RolloutContext, RolloutResult
+from slime.rollout.evaluate import evaluate
+from slime.rollout.rm_hub import RewardPool
+from slime.rollout.tokenizer import load_tokenizer
+
+T = TypeVar("T")
+
+
+@ray.remote
+class RolloutManager:
+    """Async actor: one rollout, evaluation or state call at a time."""
+
+    def __init__(self, args: Args, log_dir: str) -> None:
+        self._log_dir = Path(log_dir)
+        log_to_file(self._log_dir, "rollout")
+        self._args = args
+        self._router: ManagedProcess | None = None
+        self._watch: EngineWatch | None = None
+        tokenizer = load_tokenizer(args)
+        self._data_source = load_hook("data_source_path", args.data_source_path)(args, tokenizer)
+        self._rollout_function = load_hook("rollout_function_path", args.rollout_function_path)
+        self._evaluate = (
+            evaluate if args.eval_function_path is None else load_hook("eval_function_path", args.eval_function_path)
+        )
+        self._context = RolloutContext(
+            args=args,
+            client=None,
+            tokenizer=tokenizer,
+            rewards=RewardPool(args),
+            policy_version=0,
+        )
+
+    def num_prompts(self) -> int:
+        """Prompts of one epoch."""
+        return self._data_source.num_prompts
+
+    async def start_router(self, api_key: str | None) -> str:
+        """Start the router (or take the one that was given); returns its URL."""
+        args = self._args
+        if args.sglang_router_ip is not None:
+            return f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
+        port = find_free_port()
+        self._router = launch_router(
+            args, host="127.0.0.1", port=port, log_path=self._log_dir / "router.log", api_key=api_key
+        )
+        await asyncio.to_thread(self._router.wait_ready, args.engine_start_timeout)
+        return f"http://127.0.0.1:{port}"
+
+    async def connect_engines(
+        self, router_url: str, engine_urls: list[str], engines: list[Any], api_key: str | None
+    ) -> None:
+        """Register the engines with the router and make the client."""
+        for url in engine_urls:
+            await register_worker(router_url, url, api_key=api_key, timeout=self._args.engine_start_timeout)
+        self._context.client = EngineClient(
+            router_url, api_key=api_key, request_timeout=self._args.engine_request_timeout
+        )
+        self._watch = EngineWatch(engines, engine_urls, self._log_dir, self._router)
+
+    def set_policy_version(self, version: int) -> None:
+        self._context.policy_version = version
+
+    async def generate(self, rollout_id: int) -> tuple[TrainBatch | None, dict[str, float]]:
+        """One rollout: its training batch (None where no row is left to train on) and its metrics."""
+        start = time.perf_counter()
+        args = self._args
+        if args.load_debug_rollout_data is not None:
+            groups, metrics = read_dump(Path(args.load_debug_rollout_data.format(rollout_id=rollout_id))), {}
+            metrics = _replay_metrics(groups)
+        else:
+            result = await self._guarded(self._call_rollout_function(rollout_id))
+            groups, metrics = result.groups, result.metrics
+        if args.save_debug_rollout_data is not None:
+            write_dump(Path(args.save_debug_rollout_data.format(rollout_id=rollout_id)), groups)
+        samples = [sample for group in groups for sample in group]
+        self._write_samples(rollout_id, samples)
+        if args.custom_rollout_log_function_path is not None:
+            log = load_hook("custom_rollout_log_function_path", args.custom_rollout_log_function_path)
+            log(args, rollout_id, samples, metrics)
+        batch = self._to_batch(samples)
+        return batch, {**metrics, "time/rollout": time.perf_counter() - start}
+
+    async def _call_rollout_function(self, rollout_id: int) -> RolloutResult:
+        result = self._rollout_function(self._args, rollout_id, self._data_source, self._context)
+        return await result if inspect.isawaitable(result) else result
+
+    def _to_batch(self, samples: list[Sample]) -> TrainBatch:
+        args = self._args
+        if args.custom_convert_samples_to_train_data_path is not None:
+            path = args.custom_convert_samples_to_train_data_path
+            return load_hook("custom_convert_samples_to_train_data_path", path)(args, samples)
+        return from_samples(samples, args.reward_key)
+
+    async def evaluate(self, rollout_id: int) -> dict[str, float]:
+        async def call() -> dict[str, float]:
+            result = self._evaluate(self._args, rollout_id, self._context)
+            return await result if inspect.isawaitable(result) else result
+
+        return await self._guarded(call())
+
+    async def _guarded(self, work: Awaitable[T]) -> T:
+        """`work`, unless an engine or the router dies first: that ends it with an error that names which."""
+        if self._watch is None:
+            return await work
+        task = asyncio.ensure_future(work)
+        watch = asyncio.ensure_future(self._watch.first_death())
+        done, pending = await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        for other in pending:
+            other.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        if watch in done:
+            raise RuntimeError(watch.result())
+        return task.result()
+
+    def _write_samples(self, rollout_id: int, samples: list[Sample]) -> None:
+        """A few whole samples, readable, into rollout_samples.txt beside the logs."""
+        count = self._args.log_samples_per_rollout
+        if not count:
+            return
+        step = max(1, len(samples) // count)
+        with (self._log_dir / "rollout_samples.txt").open("a") as file:
+            for sample in samples[::step][:count]:
+                prompt = self._context.tokenizer.decode(sample.prompt_tokens)
+                file.write(
+                    f"=== rollout {rollout_id} sample {sample.index} reward {sample.reward} {sample.status} "
+                    f"label {sample.label}\n{prompt}⟫{sample.response}\n"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"data_source": self._data_source.state_dict(), "policy_version": self._context.policy_version}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._data_source.load_state_dict(state["data_source"])
+        self._context.policy_version = state["policy_version"]
+
+    async def close(self) -> None:
+        if self._context.client is not None:
+            await self._context.client.close()
+        self._context.rewards.close()
+        if self._router is not None:
+            self._router.stop()
+
+
+def _replay_metrics(groups: list[list[Sample]]) -> dict[str, float]:
+    """What a replayed rollout can still say of itself."""
+    samples = [sample for group in groups for sample in group]
+    rewards = [sample.reward_value() for sample in samples if isinstance(sample.reward, int | float)]
+    return {
+        "rollout/reward": sum(rewards) / len(rewards) if rewards else float("nan"),
+        "rollout/response_length": sum(sample.response_length for sample in samples) / len(samples),
+    }

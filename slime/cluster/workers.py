@@ -1,0 +1,134 @@
+"""Ray actors, each a thin shell over a plain class.
+
+Path: `Cluster` makes them on their bundles and calls them; the work is in `megatron.trainer`, `sync` and
+`engine.launch`. Invariant: an actor holds no logic of its own; what it raises can be pickled.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from slime.config.args import Args
+from slime.core.batch import TrainBatch
+from slime.observability.logs import log_to_file
+
+if TYPE_CHECKING:
+    from slime.megatron.checkpoint import LoadResult
+    from slime.sync.broadcast import BroadcastTransport
+
+
+@ray.remote
+class TrainWorker:
+    """One rank of training."""
+
+    def __init__(self, args: Args, rank: int, init_method: str, log_dir: str) -> None:
+        log_to_file(Path(log_dir), f"trainer-{rank}")
+        from slime.megatron.trainer import Trainer
+
+        self._args = args
+        self._rank = rank
+        self._trainer = Trainer(args, rank=rank, world_size=args.actor_world_size, init_method=init_method)
+        self._transport: BroadcastTransport | None = None
+        self._proven = False
+
+    def load(self) -> LoadResult:
+        return self._trainer.load()
+
+    def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
+        """Train on the whole rollout's `batch`; `time/training` is this rank's own wall seconds."""
+        start = time.perf_counter()
+        metrics = self._trainer.train(rollout_id, batch)
+        return {**metrics, "time/training": time.perf_counter() - start}
+
+    def save(self, rollout_id: int, state: dict[str, Any]) -> str:
+        path = self._trainer.save(rollout_id, state)
+        if self._args.save_hf is not None:
+            self._trainer.save_hf(Path(self._args.save_hf.format(rollout_id=rollout_id)))
+        return str(path)
+
+    def connect_engines(self, router_url: str, num_engine_ranks: int, api_key: str | None) -> None:
+        """Rank 0 joins the engines' weight group; the others only take part in gathering."""
+        if self._rank != 0:
+            return
+        from slime.engine.client import EngineClient
+        from slime.engine.launch import find_free_port
+        from slime.sync.broadcast import BroadcastTransport
+
+        client = EngineClient(router_url, api_key=api_key, request_timeout=self._args.engine_request_timeout)
+        self._transport = BroadcastTransport(
+            client,
+            num_engine_ranks=num_engine_ranks,
+            address="127.0.0.1",
+            port=find_free_port(),
+            backend="gloo",
+        )
+
+    def send_weights(self, version: int) -> dict[str, float]:
+        """Send the actor's weights to the engines as `version`, and prove that they arrived. Collective."""
+        from slime.sync.proof import check_versions
+
+        tensors = self._trainer.iter_hf_tensors()
+        if self._transport is None:
+            for _ in tensors:
+                continue  # the other ranks' part of each gather
+            report = None
+        else:
+            report = self._transport.send(tensors, version=version, bucket_bytes=self._args.update_weight_buffer_size)
+            check_versions(self._transport, version=version)
+        if self._args.check_weight_sync and not self._proven:
+            self._prove(version)
+            self._proven = True
+        return {} if report is None else report.metrics()
+
+    def _prove(self, version: int) -> None:
+        from slime.sync.proof import prove_weights
+
+        directory = Path(tempfile.mkdtemp(prefix="slime-export-")) if self._rank == 0 else Path("/nonexistent")
+        self._trainer.save_hf(directory)
+        if self._transport is not None:
+            try:
+                prove_weights(self._transport, directory, version=version)
+            finally:
+                shutil.rmtree(directory)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        self._trainer.close()
+
+
+@ray.remote
+class EngineWorker:
+    """Owns one engine process."""
+
+    def __init__(self, args: Args, index: int, log_dir: str, api_key: str | None) -> None:
+        from slime.engine.launch import find_free_port, launch_engine
+
+        self._timeout = args.engine_start_timeout
+        port = find_free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._process = launch_engine(
+            args,
+            index=index,
+            host="127.0.0.1",
+            port=port,
+            log_path=Path(log_dir) / f"engine-{index}.log",
+            api_key=api_key,
+        )
+
+    def wait_ready(self) -> str:
+        """The engine's URL, once it answers."""
+        self._process.wait_ready(self._timeout)
+        return self.url
+
+    def alive(self) -> bool:
+        return self._process.alive()
+
+    def stop(self) -> None:
+        self._process.stop()

@@ -1,0 +1,180 @@
+"""The rules that keep the tree as ARCHITECTURE.md draws it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from slime.config.args import Args
+from slime.core.plugins import HOOKS, check_signature, load
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "slime"
+FLOORS = {
+    "core": 0,
+    "algo": 0,
+    "config": 1,
+    "models": 1,
+    "observability": 1,
+    "rollout": 2,
+    "megatron": 2,
+    "engine": 2,
+    "sync": 3,
+    "cluster": 4,
+}
+SIDEWAYS = {("rollout", "slime.engine.client"), ("rollout", "slime.engine.protocol")}
+ONLY_IN = {
+    "ray": {"cluster"},
+    "megatron": {"megatron"},
+    "aiohttp": {"engine"},
+    "fastapi": {"engine"},
+    "uvicorn": {"engine"},
+}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module named in an import, at any depth of the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            yield node.module
+
+
+def floor_violations(folder: str, names: Iterator[str]) -> list[str]:
+    """Imports of a module in `folder` that do not point down."""
+    wrong = []
+    for name in names:
+        parts = name.split(".")
+        if parts[0] != "slime" or len(parts) < 2 or parts[1] == folder or (folder, name) in SIDEWAYS:
+            continue
+        if FLOORS[parts[1]] >= FLOORS[folder]:
+            wrong.append(f"{folder} imports {name}")
+    return wrong
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for path in modules():
+        folder = path.relative_to(PACKAGE).parts[0]
+        if folder in FLOORS:
+            wrong += floor_violations(folder, imports(ast.parse(path.read_text())))
+    assert wrong == []
+
+
+def test_the_floor_check_notices() -> None:
+    source = "import slime.cluster.cluster\nfrom slime.models.glm4 import x\nfrom slime.core.sample import Sample\n"
+    assert len(floor_violations("config", imports(ast.parse(source)))) == 2
+    assert floor_violations("rollout", iter(["slime.engine.client"])) == []
+    assert floor_violations("rollout", iter(["slime.engine.launch"])) != []
+
+
+def test_heavy_packages_stay_in_their_folders() -> None:
+    wrong = []
+    for path in modules():
+        folder = path.relative_to(PACKAGE).parts[0]
+        for name in imports(ast.parse(path.read_text())):
+            allowed = ONLY_IN.get(name.split(".")[0])
+            if allowed is not None and folder not in allowed:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+def test_files_and_functions_are_short() -> None:
+    wrong = []
+    for path in modules():
+        text = path.read_text()
+        if text.count("\n") > MAX_FILE_LINES:
+            wrong.append(f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                size = node.end_lineno - node.lineno + 1
+                if size > MAX_FUNCTION_LINES:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.name} has {size} lines")
+    assert wrong == []
+
+
+def test_every_module_says_where_it_stands() -> None:
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in modules()
+        if path.name != "__init__.py" and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert wrong == []
+
+
+def test_arguments_are_read_by_name() -> None:
+    pattern = re.compile(r"\b(getattr|setattr|hasattr)\(\s*(self\.)?_?args\b")
+    assert [str(path) for path in modules() if pattern.search(path.read_text())] == []
+
+
+def test_no_silent_except() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ExceptHandler) and all(isinstance(line, ast.Pass) for line in node.body)
+    ]
+    assert wrong == []
+
+
+def test_the_lower_floors_import_light() -> None:
+    code = (
+        "import pkgutil, importlib, sys\n"
+        "import slime.core, slime.algo, slime.config\n"
+        "for package in (slime.core, slime.algo, slime.config):\n"
+        "    for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
+        "        importlib.import_module(module.name)\n"
+        "heavy = {'ray', 'megatron', 'sglang', 'transformers'} & {name.split('.')[0] for name in sys.modules}\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def documents() -> list[Path]:
+    """Texts and scripts whose flags and paths have to be real."""
+    return [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("scripts/**/*.sh")]
+
+
+DOTTED = re.compile(r"\bslime(?:\.[a-zA-Z_][a-zA-Z_0-9]*){2,}")
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_documented_paths_import(path: Path) -> None:
+    for dotted in sorted(set(DOTTED.findall(path.read_text()))):
+        load(dotted)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_default_hooks_keep_their_contract(name: str) -> None:
+    default = asdict(Args())[name]
+    if default is not None:
+        assert check_signature(HOOKS[name], load(default)) is None
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_with_the_wrong_parameters_is_noticed(name: str) -> None:
+    hook = HOOKS[name]
+
+    class OneTooMany:
+        def __init__(self, *, unknown: int) -> None: ...
+
+    def one_too_many(*, unknown: int) -> None: ...
+
+    assert check_signature(hook, OneTooMany if hook.is_class else one_too_many) is not None
