@@ -1,0 +1,277 @@
+"""Checkpoints in Megatron's torch_dist format: written beside and renamed, read at any parallel layout.
+
+Path: `trainer` saves after a round and loads at start; the converters save and load weights alone. Invariant: what
+was saved and loaded again continues bit for bit, as long as the layout is the same (RNG states belong to ranks);
+and a save that fails anywhere fails on every rank, and leaves no checkpoint.
+
+Every function here is collective: all ranks call it with the same arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from slime.megatron import checkpoint_files, device
+from slime.megatron.checkpoint_files import FoundCheckpoint, find_checkpoint
+from slime.megatron.hf_weights import core_model
+
+__all__ = [
+    "FoundCheckpoint",
+    "LoadedCheckpoint",
+    "find_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+    "save_release",
+]
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+# Of Megatron's three layouts of a distributed optimizer, the one that any other layout can read.
+_CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """`rollout_id`: the last one trained on, None for weights only; `state`: what `save_checkpoint` was given."""
+
+    path: Path
+    rollout_id: int | None
+    state: dict[str, Any] | None
+    loaded: tuple[str, ...]
+    """Of 'model', 'optimizer', 'scheduler', 'rng'."""
+
+
+class _TorchSave(SaveShardedStrategy):
+    """torch_dist by torch's own writer, in this process.
+
+    Megatron's default strategy starts a manager process and forks writers, which takes seconds for a small model,
+    is unsafe beside threads, and hangs where a child fails.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def save_checkpoint(
+    save_dir: str | Path,
+    *,
+    rollout_id: int,
+    model: torch.nn.Module,
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+    state: dict[str, Any],
+    keep_last: int | None = None,
+) -> Path:
+    """Write `<save_dir>/iter_<rollout_id>` and point the tracker at it.
+
+    `state`: JSON-able, the same on every rank; rank 0's is written. `keep_last`: older ones are removed then.
+
+    Returns:
+        The checkpoint's directory.
+    """
+    content: dict[str, Any] = {"iteration": rollout_id, "checkpoint_version": 3.0, "rng_state": _rng_object()}
+    if optimizer is not None:
+        content["optimizer"] = optimizer
+    if scheduler is not None:
+        content["opt_param_scheduler"] = scheduler.state_dict()
+    header = {"rollout_id": rollout_id, "layout": _layout(), "state": state}
+    name = checkpoint_files.iteration_dir(Path(save_dir), rollout_id).name
+    path = _save(Path(save_dir), name, str(rollout_id), model, content, header)
+    if keep_last is not None:
+        for removed in _on_rank_zero(lambda: checkpoint_files.remove_old(Path(save_dir), keep_last)):
+            logger.info("removed the old checkpoint %s (--keep-last-checkpoints %d)", removed, keep_last)
+    return path
+
+
+def save_release(save_dir: str | Path, *, model: torch.nn.Module) -> Path:
+    """Write the weights alone, as `<save_dir>/release`."""
+    return _save(Path(save_dir), checkpoint_files.RELEASE, "release", model, {"checkpoint_version": 3.0}, None)
+
+
+def _save(
+    save_dir: Path,
+    name: str,
+    tracker: str,
+    model: torch.nn.Module,
+    content: dict[str, Any],
+    header: dict[str, Any] | None,
+) -> Path:
+    def begin() -> Path:
+        written = checkpoint_files.begin(save_dir, name)
+        if header is not None:
+            (written / checkpoint_files.STATE_FILE).write_text(json.dumps(header))
+        return written
+
+    written = _on_rank_zero(begin)
+    with device.layer(), _readable_errors(f"saving to {save_dir} failed"):
+        weights = core_model(model).sharded_state_dict(metadata=_CONTENT)
+        if "optimizer" in content:
+            content = {**content, "optimizer": _optimizer_content(content["optimizer"], weights)}
+        dist_checkpointing.save(
+            {**content, "model": weights},
+            str(written),
+            sharded_strategy=_TorchSave(),
+            content_metadata=_CONTENT,
+        )
+    return _on_rank_zero(lambda: checkpoint_files.commit(written, tracker))
+
+
+def _optimizer_content(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict[str, Any]:
+    return optimizer.sharded_state_dict(weights, metadata=_CONTENT)
+
+
+def load_checkpoint(
+    found: FoundCheckpoint,
+    *,
+    model: torch.nn.Module,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+    load_rng: bool = False,
+) -> LoadedCheckpoint:
+    """Fill what is passed from a torch_dist checkpoint (for an HF directory: `hf_weights.load_hf_into`).
+
+    Weights only where it holds no more: then an optimizer's fp32 copies are made anew from the weights. RNG
+    states are loaded at the layout that saved them, else left alone with a warning.
+
+    Raises:
+        ValueError: the model is not the checkpoint's.
+    """
+    if found.kind == "hf":
+        raise ValueError(f"{found.path} is a Hugging Face directory, not a torch_dist checkpoint")
+    header = checkpoint_files.read_state(found.path) if found.kind == "iteration" else None
+    common = dist_checkpointing.load_common_state_dict(str(found.path))
+    content = common.get("content_metadata") or _CONTENT
+    take_optimizer = optimizer is not None and "optimizer" in common
+    take_rng = load_rng and header is not None and _same_layout(header["layout"], found.path)
+    core = core_model(model)
+    with device.layer(), _readable_errors(f"{found.path} does not fit this model (MODEL_ARGS, --hf-checkpoint)"):
+        weights = core.sharded_state_dict(metadata=content)
+        wanted: dict[str, Any] = {"model": weights}
+        if optimizer is not None and take_optimizer:
+            wanted["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=content)
+        if take_rng:
+            wanted["rng_state"] = _rng_object()
+        loaded = dist_checkpointing.load(wanted, str(found.path))
+        core.load_state_dict(loaded["model"])
+        if optimizer is not None:
+            optimizer.load_state_dict(loaded["optimizer"]) if take_optimizer else optimizer.reload_model_params()
+    take_scheduler = scheduler is not None and "opt_param_scheduler" in common
+    if scheduler is not None and take_scheduler:
+        scheduler.load_state_dict(common["opt_param_scheduler"])
+    if take_rng:
+        _set_rng_state(loaded["rng_state"])
+    taken = {"model": True, "optimizer": take_optimizer, "scheduler": take_scheduler, "rng": take_rng}
+    return LoadedCheckpoint(
+        found.path,
+        found.rollout_id,
+        None if header is None else header["state"],
+        tuple(what for what, is_taken in taken.items() if is_taken),
+    )
+
+
+def _layout() -> dict[str, int]:
+    """Sizes that decide what a rank is."""
+    return {
+        "world": dist.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+    }
+
+
+def _same_layout(saved: dict[str, int], path: Path) -> bool:
+    now = _layout()
+    if saved != now:
+        logger.warning("%s was saved at layout %s, this run has %s: RNG states are not loaded", path, saved, now)
+    return saved == now
+
+
+def _rng_object() -> ShardedObject:
+    return ShardedObject("rng_state", _rng_state(), (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _rng_state() -> dict[str, Any]:
+    """Every generator that a rank draws from."""
+    return {
+        "random": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if device.on_cuda() else None,
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["random"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.on_cuda():
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _on_rank_zero(work: Callable[[], _T]) -> _T:
+    """`work()` of rank 0, its result or its error on every rank: nobody waits for a rank that has failed."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except OSError as error:
+            outcome[1] = f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise RuntimeError(f"checkpoint: {outcome[1]}")
+    return outcome[0]
+
+
+@contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    """torch's CheckpointException is a BaseException that carries every rank's traceback: make it an ordinary error."""
+    try:
+        yield
+    except torch_checkpoint.CheckpointException as error:
+        rank, (first, _) = next(iter(error.failures.items()))
+        raise ValueError(f"{what}: rank {rank}: {type(first).__name__}: {first}") from None
+    except CheckpointingException as error:
+        raise ValueError(f"{what}: {error}") from error

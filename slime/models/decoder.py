@@ -1,0 +1,55 @@
+"""The rules that dense decoders share, driven by the Architecture's fields.
+
+Path: the family files put their own names around these. Invariant: the order is the order of the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slime.core.architecture import Architecture
+from slime.models.mapping import QKV, Rename, Rule, Vocabulary
+
+MEGATRON_LAYER = "decoder.layers.{layer}."
+HF_LAYER = "model.layers.{layer}."
+
+
+def norm(megatron: str, hf: str) -> Rename:
+    """A norm of one layer: whole on every rank."""
+    return Rename(f"{MEGATRON_LAYER}{megatron}.weight", (f"{HF_LAYER}{hf}.weight",))
+
+
+def row_parallel(megatron: str, hf: str) -> Rename:
+    """A linear layer of one layer whose input is cut by tensor parallelism."""
+    return Rename(f"{MEGATRON_LAYER}{megatron}.weight", (f"{HF_LAYER}{hf}.weight",), axis=1)
+
+
+def attention(architecture: Architecture) -> list[Rule]:
+    """Self-attention of one layer, without the norms around it."""
+    kinds = ("weight", "bias") if architecture.add_qkv_bias else ("weight",)
+    rules: list[Rule] = [
+        QKV(
+            f"{MEGATRON_LAYER}self_attention.linear_qkv.{kind}",
+            tuple(f"{HF_LAYER}self_attn.{x}_proj.{kind}" for x in "qkv"),
+            architecture.num_query_groups,
+            architecture.num_attention_heads,
+            architecture.kv_channels,
+        )
+        for kind in kinds
+    ]
+    if architecture.qk_layernorm:
+        rules += [norm(f"self_attention.{x}_layernorm", f"self_attn.{x}_norm") for x in "qk"]
+    return [*rules, row_parallel("self_attention.linear_proj", "self_attn.o_proj")]
+
+
+def with_embeddings(architecture: Architecture, layer: Sequence[Rule]) -> list[Rule]:
+    """`layer`'s rules between the embedding and the output layer; tied: HF files hold no output layer."""
+    size = architecture.vocab_size
+    rules: list[Rule] = [
+        Vocabulary("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), size),
+        *layer,
+        Rename("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    ]
+    if not architecture.tied_embeddings:
+        rules.append(Vocabulary("output_layer.weight", ("lm_head.weight",), size))
+    return rules

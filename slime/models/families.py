@@ -1,0 +1,30 @@
+"""The registry of model families: HF `model_type` to the weight table.
+
+Path: everybody who moves weights asks here. Invariant: a family that is a key round-trips (tests/models).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from slime.core.architecture import Architecture
+from slime.models import glm4, qwen
+from slime.models.mapping import Rule, WeightTable
+
+FAMILIES: Mapping[str, Callable[[Architecture], list[Rule]]] = {
+    "glm4": glm4.rules,
+    "qwen3": qwen.rules,
+}
+
+
+def weight_table(architecture: Architecture) -> WeightTable:
+    """The table of `architecture`'s family.
+
+    Raises:
+        ValueError: no such family.
+    """
+    if architecture.family not in FAMILIES:
+        raise ValueError(f"model_type {architecture.family!r} has no weight table; there are: {', '.join(FAMILIES)}")
+    # Files of tied models often hold the output layer too, as a copy of the embedding.
+    copies = {"lm_head.weight": "model.embed_tokens.weight"} if architecture.tied_embeddings else {}
+    return WeightTable(FAMILIES[architecture.family](architecture), architecture.num_layers, copies)
