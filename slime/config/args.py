@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,27 @@ SECTIONS = (
 )
 
 
+class FrozenMapping(Mapping[str, Any]):
+    """A mapping that nobody can write to, and that can be sent to another process (MappingProxyType cannot)."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, Any] | None = None) -> None:
+        self._items = dict(items or {})
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return f"FrozenMapping({self._items!r})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args(
     ClusterOptions,
@@ -63,11 +84,11 @@ class Args(
     The three mappings hold what is passed through by name, only where it was given.
     """
 
-    megatron_extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    megatron_extra: Mapping[str, Any] = field(default_factory=FrozenMapping)
     """Fields of megatron-core's configs that slime does not read itself."""
-    sglang: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    sglang: Mapping[str, Any] = field(default_factory=FrozenMapping)
     """SGLang's ServerArgs fields, from `--sglang-*`."""
-    router: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    router: Mapping[str, Any] = field(default_factory=FrozenMapping)
     """The router's flags, from `--router-*`."""
     architecture: Architecture | None = None
     """The model's shape, from config.json and MODEL_ARGS; None only where neither could be read."""

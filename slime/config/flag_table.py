@@ -1,0 +1,148 @@
+"""One table of every flag: slime's own (from the dataclasses), Megatron's, SGLang's and the router's.
+
+Path: `parse` looks spellings up here and `help` prints it. The other three's names are checked-in data
+(`*_flags.json`, made by tools/generate_flag_tables.py), so none of them has to be installed. Invariant: a spelling
+belongs to exactly one flag.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from importlib.resources import files
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from slime.config.args import SECTIONS
+
+Source = Literal["slime", "megatron", "sglang", "router"]
+Kind = Literal["bool", "int", "float", "str", "layers"]
+"""'layers': Megatron's per-layer pattern: a number, a list, or an expression such as [0]*1+[1]*45."""
+
+BOUNDS = MappingProxyType({"ge": ">=", "gt": ">", "le": "<=", "lt": "<"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlagSpec:
+    """One flag. `on` and `off` are spellings; `off` only for booleans."""
+
+    name: str
+    """Name of the field that it fills, in `Args` or in the mapping of its source."""
+    source: Source
+    section: str
+    kind: Kind
+    on: tuple[str, ...]
+    off: tuple[str, ...] = ()
+    help: str = ""
+    default: Any = None
+    optional: bool = False
+    """None is a value of it, too ("not given"; `null` in YAML)."""
+    choices: tuple[str, ...] = ()
+    num_values: tuple[int, int | None] | None = None
+    """For flags of several values: fewest and most (None: any number)."""
+    one_is_scalar: bool = False
+    """Of several values: a single one is passed on bare, not as a list."""
+    bounds: Mapping[str, float] = field(default_factory=dict[str, float])
+    metavar: str | None = None
+
+    @property
+    def flag(self) -> str:
+        return self.on[0]
+
+
+def _field_kind(hint: Any) -> tuple[Kind, dict[str, Any]]:
+    """Kind and the other properties of a field typed `hint`."""
+    properties: dict[str, Any] = {}
+    if get_origin(hint) in (Union, UnionType):
+        members = [member for member in get_args(hint) if member is not NoneType]
+        assert len(members) == 1, hint
+        hint = members[0]
+        properties["optional"] = True
+    if get_origin(hint) is tuple:
+        hint = get_args(hint)[0]
+        properties["num_values"] = (1, None)
+    if get_origin(hint) is Literal:
+        properties["choices"] = get_args(hint)
+        hint = str
+    kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "str"}
+    return kinds[hint], properties
+
+
+def _section_specs(section: type[Any]) -> Iterable[FlagSpec]:
+    hints = get_type_hints(section)
+    title = f"{section.__name__.removesuffix('Options')}: {(section.__doc__ or '').strip().splitlines()[0]}"
+    for item in fields(section):
+        kind, properties = _field_kind(hints[item.name])
+        metadata: Mapping[str, Any] = item.metadata
+        if metadata["nargs"] is not None:
+            properties["num_values"] = (metadata["nargs"], metadata["nargs"])
+        dashed = item.name.replace("_", "-")
+        off = dashed.removeprefix("no-") if dashed.startswith("no-") else f"no-{dashed}"
+        yield FlagSpec(
+            name=item.name,
+            source="slime",
+            section=title,
+            kind=kind,
+            on=(f"--{dashed}",),
+            off=(f"--{off}",) if kind == "bool" else (),
+            help=metadata["help"],
+            default=None if item.default is MISSING else item.default,
+            bounds={key: metadata[key] for key in BOUNDS if metadata[key] is not None},
+            metavar=metadata["metavar"],
+            **properties,
+        )
+
+
+SECTION_TITLES: Mapping[Source, str] = MappingProxyType(
+    {
+        "megatron": "Megatron: passed on to megatron-core by name.",
+        "sglang": "SGLang: passed on to every SGLang server.",
+        "router": "Router: passed on to sglang-router.",
+    }
+)
+
+
+def _load_table(source: Source) -> Iterable[FlagSpec]:
+    """The rows of `<source>_flags.json`; see tools/generate_flag_tables.py for their keys."""
+    text = files("slime.config").joinpath(f"{source}_flags.json").read_text(encoding="utf-8")
+    for row in cast(list[dict[str, Any]], json.loads(text)["flags"]):
+        tuples = {key: tuple(row.pop(key)) for key in ("on", "off", "choices", "num_values") if key in row}
+        yield FlagSpec(source=source, section=SECTION_TITLES[source], optional=True, **tuples, **row)
+
+
+@cache
+def all_flags() -> tuple[FlagSpec, ...]:
+    """Every flag, slime's first."""
+    own = [spec for section in SECTIONS for spec in _section_specs(section)]
+    others = [spec for source in SECTION_TITLES for spec in _load_table(source)]
+    return (*own, *others)
+
+
+@cache
+def spellings() -> Mapping[str, tuple[FlagSpec, bool]]:
+    """Spelling -> its flag, and whether it switches on. Where slime and another share one, slime's counts."""
+    table: dict[str, tuple[FlagSpec, bool]] = {}
+    for spec in all_flags():
+        for switches_on, group in ((True, spec.on), (False, spec.off)):
+            for spelling in group:
+                table.setdefault(spelling, (spec, switches_on))
+    return MappingProxyType(table)
+
+
+def command_line(source: Source, values: Mapping[str, Any]) -> list[str]:
+    """Arguments for the program itself, from what `Args` holds of it: `{"dp_size": 2}` -> `["--dp-size", "2"]`."""
+    specs = {spec.name: spec for spec in all_flags() if spec.source == source}
+    prefix = f"--{source}-"
+    arguments: list[str] = []
+    for name, value in values.items():
+        spec = specs[name]
+        if spec.kind == "bool":
+            spelling = spec.flag if value else next(iter(spec.off), None)
+            if spelling is not None:
+                arguments.append("--" + spelling.removeprefix(prefix))
+            continue
+        texts = [str(item) for item in cast(list[Any], value)] if isinstance(value, list | tuple) else [str(value)]
+        arguments += ["--" + spec.flag.removeprefix(prefix), *texts]
+    return arguments

@@ -1,0 +1,278 @@
+"""Write slime/config/{megatron,sglang,router}_flags.json: the flags that slime passes on, as data.
+
+    python tools/generate_flag_tables.py megatron router
+    python tools/generate_flag_tables.py sglang --sglang-wheel sglang-0.5.21-*.whl
+
+Megatron's come from megatron-core's dataclasses (its wheel has no argument parser), the router's from its own parser,
+SGLang's from the annotations in its wheel, read by `ast` (so no GPU is needed). Run it again when a pin moves.
+One row is `{name, kind, on, [off, help, default, choices, num_values, one_is_scalar]}`, as `flag_table.FlagSpec`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import importlib.metadata
+import inspect
+import json
+import re
+import types
+import typing
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slime.config.args import SECTIONS
+
+CONFIG = Path(__file__).resolve().parents[1] / "slime" / "config"
+Row = dict[str, Any]
+
+KINDS = {bool: "bool", int: "int", float: "float", str: "str"}
+
+# Megatron fields that slime fills in from flags of its own, or from where it runs.
+SET_BY_SLIME = {
+    "add_bias_linear": "disable_bias_linear",
+    "apply_rope_fusion": "no_rope_fusion",
+    "deterministic_mode": "deterministic",
+    "gated_linear_unit": "swiglu",
+    "grad_reduce_in_fp32": "accumulate_allreduce_grads_in_fp32",
+    "layernorm_epsilon": "norm_epsilon",
+    "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
+    "num_moe_experts": "num_experts",
+    "variable_seq_lengths": "packing",
+    "virtual_pipeline_model_parallel_size": "num_layers_per_virtual_pipeline_stage",
+}
+
+# Megatron's own spellings where they are not the field's name with dashes: (on, off).
+SPELLINGS: dict[str, tuple[list[str], list[str]]] = {
+    "average_in_collective": (["--ddp-average-in-collective"], ["--no-ddp-average-in-collective"]),
+    "bias_activation_fusion": ([], ["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion"]),
+    "bucket_size": (["--ddp-bucket-size"], []),
+    "check_for_nan_in_grad": (["--check-for-nan-in-loss-and-grad"], ["--no-check-for-nan-in-loss-and-grad"]),
+    "num_layers_in_first_pipeline_stage": (["--decoder-first-pipeline-num-layers"], []),
+    "pad_buckets_for_high_nccl_busbw": (["--ddp-pad-buckets-for-high-nccl-busbw"], []),
+    "tp_comm_bulk_dgrad": ([], ["--disable-tp-comm-bulk-dgrad"]),
+    "tp_comm_bulk_wgrad": ([], ["--disable-tp-comm-bulk-wgrad"]),
+    "tp_comm_overlap_ag": ([], ["--disable-tp-comm-overlap-ag"]),
+    "tp_comm_overlap_rs": ([], ["--disable-tp-comm-overlap-rs"]),
+}
+
+# No field of the parser any more, but still flags, kept by SGLang for old scripts.
+SGLANG_DEPRECATED = {"disable_cuda_graph", "enable_flashinfer_allreduce_fusion"}
+
+
+def one_line(text: str | None) -> str:
+    """The first sentence of a help text, at most 160 characters."""
+    flat = " ".join((text or "").split()).replace("**", "").replace("``", "`")
+    sentence = re.split(r"(?<=[.!?])\s", flat, maxsplit=1)[0]
+    return sentence if len(sentence) <= 160 else sentence[:157] + "..."
+
+
+def plain_default(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool) or value is None else None
+
+
+def tidy(row: Row) -> Row:
+    """The row without what is empty, keys in a fixed order."""
+    order = ("name", "kind", "on", "off", "num_values", "one_is_scalar", "choices", "default", "help")
+    return {key: row[key] for key in order if row.get(key) not in (None, "", [], ())}
+
+
+def boolean_spellings(dashed: str) -> tuple[list[str], list[str]]:
+    return [f"--{dashed}"], [f"--no-{dashed}"]
+
+
+# --- Megatron ---------------------------------------------------------------------------------------------------
+
+
+def field_type(hint: Any) -> Row | None:
+    """Kind (and shape) of a Megatron field typed `hint`; None where no flag can give such a value."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(hint) if member is not types.NoneType]
+        lists = [member for member in members if typing.get_origin(member) is list]
+        scalars = [member for member in members if member in KINDS]
+        if len(members) == 1:
+            return field_type(members[0])
+        if int in scalars and lists:
+            return {"kind": "layers"}
+        if scalars and lists:
+            return {"kind": KINDS[scalars[0]], "num_values": [1, None], "one_is_scalar": True}
+        return {"kind": "str"} if str in scalars else None
+    if typing.get_origin(hint) is typing.Literal:
+        return {"kind": "str", "choices": list(typing.get_args(hint))}
+    if typing.get_origin(hint) is list:
+        return {"kind": KINDS[typing.get_args(hint)[0]], "num_values": [1, None]}
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        return {"kind": KINDS[items[0]], "num_values": [len(items), len(items)]}
+    return {"kind": KINDS[hint]} if hint in KINDS else None
+
+
+def docstrings(cls: type) -> dict[str, str]:
+    """Field -> the string literal that stands below it, over all base classes."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(base)).body[0]).body
+        for statement, below in zip(body, body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                found[statement.target.id] = str(below.value.value)
+    return found
+
+
+def megatron_rows() -> Iterator[Row]:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer.optimizer_config import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    seen = {item.name for section in SECTIONS for item in dataclasses.fields(section)} | set(SET_BY_SLIME)
+    for cls in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig):
+        hints, helps = typing.get_type_hints(cls), docstrings(cls)
+        for item in dataclasses.fields(cls):
+            shape = field_type(hints[item.name])
+            if item.name in seen or item.name.startswith("_") or shape is None:
+                continue
+            seen.add(item.name)
+            dashed = item.name.replace("_", "-")
+            on, off = boolean_spellings(dashed) if shape["kind"] == "bool" else ([f"--{dashed}"], [])
+            more_on, more_off = SPELLINGS.get(item.name, ([], []))
+            own_names = item.metadata.get("argparse_meta", {}).get("arg_names", [])
+            if shape["kind"] == "bool" and item.default is True:  # Megatron names the switch that turns it off
+                more_off = [*more_off, *own_names]
+            else:
+                more_on = [*more_on, *own_names]
+            yield tidy(
+                {"name": item.name, **shape, "on": on + more_on, "off": off + more_off}
+                | {"default": plain_default(item.default), "help": one_line(helps.get(item.name))}
+            )
+
+
+# --- router -----------------------------------------------------------------------------------------------------
+
+
+def router_rows() -> Iterator[Row]:
+    from sglang_router.router_args import RouterArgs
+
+    parser = argparse.ArgumentParser(add_help=False)
+    RouterArgs.add_cli_args(parser, use_router_prefix=True, exclude_host_port=True)
+    for action in parser._actions:  # argparse has no public list of its actions
+        flags = [name for name in action.option_strings if name.startswith("--router-")]
+        if not flags:
+            continue
+        is_bool = isinstance(action, argparse._StoreTrueAction)
+        several = action.nargs in ("*", "+")
+        yield tidy(
+            {
+                "name": flags[0].removeprefix("--router-").replace("-", "_"),
+                "kind": "bool" if is_bool else KINDS.get(action.type, "str"),  # type: ignore[arg-type]
+                "on": flags,
+                "off": ["--router-no-" + flags[0].removeprefix("--router-")] if is_bool else [],
+                "num_values": [0 if action.nargs == "*" else 1, None] if several else None,
+                "choices": [str(choice) for choice in action.choices or ()],
+                "default": plain_default(action.default),
+                "help": one_line(action.help),
+            }
+        )
+
+
+# --- SGLang -----------------------------------------------------------------------------------------------------
+
+
+def literal(node: ast.expr | None) -> Any:
+    """The value of a constant expression, or None where it is not one."""
+    try:
+        return None if node is None else ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def sglang_shape(node: ast.expr, metadata: dict[str, ast.expr]) -> Row:
+    """Kind and shape from an annotation `T` of `A[T, Arg(...)]` and the Arg's keywords."""
+    text = ast.unparse(node)
+    if (wrapped := re.fullmatch(r"Optional\[(.*)\]", text)) is not None:
+        text = wrapped[1]
+    if "type_parser" in metadata:  # SGLang parses such values itself, from one word
+        return {"kind": "str"}
+    if text.startswith("Literal["):
+        return {"kind": "str", "choices": [str(choice) for choice in ast.literal_eval(text.removeprefix("Literal"))]}
+    choices = literal(metadata.get("choices"))
+    row: Row = {"kind": "str", "choices": [str(choice) for choice in choices] if choices else []}
+    nargs = literal(metadata.get("nargs"))
+    if "List[" in text or nargs in ("*", "+"):
+        row["num_values"] = [0 if nargs == "*" else 1, None]
+    for name in ("bool", "int", "float"):
+        if re.fullmatch(rf"(?:[Ll]ist\[)?{name}\]?", text):
+            row["kind"] = name
+    return row
+
+
+def sglang_row(item: ast.AnnAssign) -> Row | None:
+    """The row of one field `name: A[T, help or Arg(...)] = default`; None where it has no flag."""
+    annotation = item.annotation
+    if not (isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "A"):
+        return None
+    hint, described, *_ = typing.cast(ast.Tuple, annotation.slice).elts
+    metadata = (
+        {word.arg: word.value for word in described.keywords if word.arg}
+        if isinstance(described, ast.Call)
+        else {"help": described}
+    )
+    name = typing.cast(ast.Name, item.target).id
+    if literal(metadata.get("no_cli")) and name not in SGLANG_DEPRECATED:
+        return None
+    spelled = literal(metadata.get("cli_name")) or "--" + name.replace("_", "-")
+    on = ["--sglang-" + text.removeprefix("--") for text in [spelled, *(literal(metadata.get("aliases")) or [])]]
+    shape = sglang_shape(hint, metadata)
+    optional_action = "BooleanOptionalAction" in ast.unparse(metadata["action"]) if "action" in metadata else False
+    return tidy(
+        {"name": name, **shape, "on": on, "help": one_line(literal(metadata.get("help")))}
+        | {"off": ["--sglang-no-" + spelled.removeprefix("--")] if optional_action else []}
+        | {"default": plain_default(literal(item.value))}
+    )
+
+
+def sglang_rows(wheel: Path) -> Iterator[Row]:
+    with zipfile.ZipFile(wheel) as archive:
+        names = sorted(n for n in archive.namelist() if re.fullmatch(r"sglang/srt/arg_groups/fields/\w+\.py", n))
+        for name in names:
+            for statement in ast.walk(ast.parse(archive.read(name))):
+                if isinstance(statement, ast.AnnAssign) and (row := sglang_row(statement)) is not None:
+                    yield row
+
+
+def table_text(made_from: str, rows: Iterator[Row]) -> str:
+    """The file's text: one row a line, so that a diff reads well."""
+    lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
+    return f'{{"made_from": {json.dumps(made_from)}, "flags": [\n{lines}\n]}}\n'
+
+
+def table(source: str, wheel: Path | None = None) -> str:
+    """The text of `<source>_flags.json`, made from what is installed (SGLang: from the wheel)."""
+    if source == "megatron":
+        return table_text(f"megatron-core {importlib.metadata.version('megatron-core')}", megatron_rows())
+    if source == "router":
+        return table_text(f"sglang-router {importlib.metadata.version('sglang-router')}", router_rows())
+    if wheel is None:
+        raise ValueError("--sglang-wheel: sglang's table is made from its wheel; `pip download sglang --no-deps` it")
+    return table_text(" ".join(wheel.name.split("-")[:2]), sglang_rows(wheel))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", choices=["megatron", "router", "sglang"])
+    parser.add_argument("--sglang-wheel", type=Path)
+    options = parser.parse_args()
+    for source in options.sources:
+        path = CONFIG / f"{source}_flags.json"
+        path.write_text(table(source, options.sglang_wheel), encoding="utf-8")
+        print(f"{path}: {path.read_text(encoding='utf-8').count(chr(10)) - 2} flags")
+
+
+if __name__ == "__main__":
+    main()
