@@ -1,0 +1,322 @@
+"""The model, its optimizer and its schedule, built from args and the Architecture by Megatron-core's local specs.
+
+Path: after `parallel`; `step` runs what is built here, `checkpoint` and `hf_weights` fill it. Invariant: the model ends
+at the last hidden states. Log-probs are computed from them, chunk by chunk, in `logprobs`; no full logits exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from slime.config.args import Args
+from slime.core.architecture import Architecture, padded_vocab_size
+from slime.megatron import device
+from slime.megatron.attention import PackedAttention
+
+
+T = TypeVar("T")
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm with the sequence-parallel mark, by which Megatron sums its gradient over tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+@dataclass
+class SandwichLayerSubmodules(TransformerLayerSubmodules):
+    """Which sub-layers' outputs are normed before they join the residual stream (GLM-4)."""
+
+    norm_after_attention: bool = False
+    norm_after_mlp: bool = False
+
+
+class SandwichLayer(TransformerLayer):
+    """A transformer layer with norms behind attention and MLP as well as before them."""
+
+    def __init__(self, config: TransformerConfig, submodules: SandwichLayerSubmodules, **kwargs: Any) -> None:
+        super().__init__(config, submodules, **kwargs)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+        if submodules.norm_after_attention:
+            self.post_self_attn_layernorm = norm()
+            self.self_attn_bda = _normed(self.self_attn_bda, lambda: self.post_self_attn_layernorm)
+        if submodules.norm_after_mlp:
+            self.post_mlp_layernorm = norm()
+            self.mlp_bda = _normed(self.mlp_bda, lambda: self.post_mlp_layernorm)
+
+
+def _normed(bias_dropout_add: Callable[..., Any], norm: Callable[[], RMSNorm]) -> Callable[..., Any]:
+    """Megatron's bias-dropout-add with the norm put on the sub-layer's output."""
+
+    def outer(training: bool, fused: bool) -> Callable[..., Tensor]:
+        def inner(output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            output, bias = output_and_bias
+            output = norm()(output if bias is None else output + bias)
+            return bias_dropout_add(training, fused)((output, None), residual, dropout)
+
+        return inner
+
+    return outer
+
+
+class PolicyModel(GPTModel):
+    """GPTModel up to the last hidden states [tokens, 1, hidden]; sequence parallel: this rank's part of the tokens."""
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output layer [padded vocabulary / TP, hidden]; of the embedding where it is tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def uses_bf16(args: Args) -> bool:
+    """--bf16, or by device: yes on CUDA, no on a CPU."""
+    return device.on_cuda() if args.bf16 is None else args.bf16
+
+
+def params_dtype(args: Args) -> torch.dtype:
+    """The dtype in which the model holds, sends and stores its weights."""
+    return torch.bfloat16 if uses_bf16(args) else torch.float32
+
+
+def architecture_of(args: Args) -> Architecture:
+    if args.architecture is None:
+        raise ValueError("the model's architecture is unknown: give --hf-checkpoint, or MODEL_ARGS (scripts/models)")
+    return args.architecture
+
+
+def _config(cls: type[T], args: Args, decided: dict[str, Any]) -> T:
+    """`cls(**decided)` with the fields that the user passed through by name.
+
+    Raises:
+        ValueError: a passed-through field contradicts what slime decides itself.
+    """
+    names = {field.name for field in fields(cls)}  # pyright: ignore[reportArgumentType]
+    extra = {name: value for name, value in args.megatron_extra.items() if name in names}
+    for name, value in extra.items():
+        if name in decided and decided[name] != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}: slime sets it to {decided[name]} itself; leave the flag out"
+            )
+    return cls(**{**extra, **decided})
+
+
+def transformer_config(args: Args) -> TransformerConfig:
+    """Megatron's config of this model under these parallel sizes."""
+    if args.attention_dropout > 0:
+        raise ValueError(
+            f"--attention-dropout {args.attention_dropout}: packed attention has no dropout, and RL needs none "
+            "(it would part the trainer's log-probs from the engine's); set it to 0"
+        )
+    shape = architecture_of(args)
+    decided: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.add_qkv_bias,
+        "qk_layernorm": shape.qk_layernorm,
+        "rotary_interleaved": shape.rotary_interleaved,
+        "attention_dropout": 0.0,
+        "hidden_dropout": args.hidden_dropout,
+        "tensor_model_parallel_size": args.tensor_model_parallel_size,
+        # Megatron refuses it without tensor parallelism, where it means nothing
+        "sequence_parallel": args.sequence_parallel and args.tensor_model_parallel_size > 1,
+        "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
+        "context_parallel_size": args.context_parallel_size,
+        "recompute_granularity": args.recompute_granularity,
+        "recompute_method": args.recompute_method,
+        "recompute_num_layers": args.recompute_num_layers,
+        "bf16": uses_bf16(args),
+        "params_dtype": params_dtype(args),
+        "pipeline_dtype": params_dtype(args),
+        "use_cpu_initialization": not device.on_cuda(),
+        # a step's loss is divided by its own denominator before the backward pass: gradients are summed, not averaged
+        "calculate_per_token_loss": True,
+        "variable_seq_lengths": True,  # packs differ in length; Megatron then wants this dispatcher, dense or not
+        "moe_token_dispatcher_type": "alltoall",
+        # fused kernels come with TransformerEngine or Apex
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+    }
+    return _config(TransformerConfig, args, decided)
+
+
+def layer_spec(shape: Architecture) -> ModuleSpec:
+    """One layer from Megatron's local modules, with our norm and our packed attention."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_layernorm, normalization="RMSNorm")
+    parts = spec.submodules
+    assert isinstance(parts, TransformerLayerSubmodules)
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules  # pyright: ignore[reportAttributeAccessIssue]
+    attention.core_attention = PackedAttention
+    if shape.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if shape.post_self_attn_layernorm or shape.post_mlp_layernorm:
+        spec.module = SandwichLayer
+        spec.submodules = SandwichLayerSubmodules(
+            **{field.name: getattr(parts, field.name) for field in fields(parts)},
+            norm_after_attention=shape.post_self_attn_layernorm,
+            norm_after_mlp=shape.post_mlp_layernorm,
+        )
+    return spec
+
+
+def build_model(args: Args, *, wrap: bool) -> torch.nn.Module:
+    """The whole model of this rank: a PolicyModel, or with `wrap` the data-parallel one that trains.
+
+    Wrapped: DistributedDataParallel, in it Float16Module where bf16, in it the PolicyModel (`unwrap`).
+    """
+    shape = architecture_of(args)
+    with device.layer():
+        config = transformer_config(args)
+        model: torch.nn.Module = PolicyModel(
+            config,
+            TransformerBlockSubmodules([layer_spec(shape)] * shape.num_layers, RMSNorm),
+            vocab_size=padded_vocab_size(
+                shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+            ),
+            max_sequence_length=shape.max_position_embeddings,
+            position_embedding_type="none",  # packed attention applies RoPE itself
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+        ).to(device.device())
+        if not wrap:
+            return model.to(params_dtype(args))
+        if uses_bf16(args):
+            model = Float16Module(config, model)
+        ddp_config = _config(
+            DistributedDataParallelConfig,
+            args,
+            {"grad_reduce_in_fp32": True, "use_distributed_optimizer": args.use_distributed_optimizer},
+        )
+        wrapped = DistributedDataParallel(config, ddp_config, model)
+        wrapped.broadcast_params()
+        config.finalize_model_grads_func = _finalize_gradients
+        config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron's reduction over all groups, without its division by tokens: our loss carries its denominator."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def unwrap(model: torch.nn.Module) -> PolicyModel:
+    """The PolicyModel inside the wrappers."""
+    while not isinstance(model, PolicyModel):
+        model = model.module  # pyright: ignore[reportAssignmentType]
+    return model
+
+
+def build_optimizer(args: Args, model: torch.nn.Module) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer over a wrapped model, and its schedule, counted in optimizer steps."""
+    config = _config(
+        OptimizerConfig,
+        args,
+        {
+            "optimizer": args.optimizer,
+            "lr": args.lr,
+            "min_lr": args.min_lr,
+            "weight_decay": args.weight_decay,
+            "adam_beta1": args.adam_beta1,
+            "adam_beta2": args.adam_beta2,
+            "adam_eps": args.adam_eps,
+            "sgd_momentum": args.sgd_momentum,
+            "clip_grad": args.clip_grad,
+            "bf16": uses_bf16(args),
+            "params_dtype": params_dtype(args),
+            "use_distributed_optimizer": args.use_distributed_optimizer,
+            "optimizer_cpu_offload": args.optimizer_cpu_offload,
+        },
+    )
+    with device.layer():
+        optimizer = get_megatron_optimizer(config, [model])  # pyright: ignore[reportArgumentType]
+        return optimizer, _schedule(args, optimizer)
+
+
+def _schedule(args: Args, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    decay_steps = args.lr_decay_iters or total_steps(args) or 1
+    if args.lr_warmup_iters >= decay_steps and args.lr_warmup_iters > 0:
+        if args.lr_decay_style != "constant":
+            raise ValueError(
+                f"--lr-warmup-iters {args.lr_warmup_iters}: the warm-up has to end before the decay does, at "
+                f"optimizer step {decay_steps}; lower it, or raise --lr-decay-iters or --num-rollout"
+            )
+        decay_steps = args.lr_warmup_iters + 1  # nothing decays
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=min(args.min_lr, args.lr),
+        lr_warmup_steps=args.lr_warmup_iters,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=args.lr_wsd_decay_iters or max(decay_steps // 10, 1),
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
+    )
+
+
+def steps_per_rollout(args: Args) -> int:
+    """Optimizer steps that one rollout is cut into: --num-steps-per-rollout, or by --global-batch-size."""
+    if args.num_steps_per_rollout is not None:
+        return args.num_steps_per_rollout
+    if args.global_batch_size is not None:
+        return max(args.rollout_batch_size * args.n_samples_per_prompt // args.global_batch_size, 1)
+    return 1
+
+
+def total_steps(args: Args) -> int:
+    """Optimizer steps of the whole run."""
+    return (args.num_rollout or 0) * steps_per_rollout(args)
+
+
+def named_parameters(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
+    """Parameters by global name: a layer's number counts over all pipeline stages."""
+    core = unwrap(model)
+    for name, parameter in core.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(core.decoder.layers[int(parts[2])].layer_number - 1)
+        yield ".".join(parts), parameter

@@ -1,0 +1,182 @@
+"""The device under training: CUDA with NCCL, or a CPU with gloo. Nothing else in slime.megatron asks which.
+
+Path: `parallel.init_parallel` installs this before the first use of megatron-core, and `layer()` stands around every
+build, step, save and load. megatron-core writes `device="cuda"` in many places; on a CPU this layer sends those to the
+CPU, stands in for streams and events, and gives Megatron's RNG tracker the CPU generator. Invariant: where CUDA is,
+nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+SUPPORTED_MEGATRON = "0.16.1"
+_CPU = torch.device("cpu")
+_installed = False
+
+
+def on_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process's tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else _CPU
+
+
+def backend_name() -> str:
+    """torch.distributed's backend for that device."""
+    return "nccl" if on_cuda() else "gloo"
+
+
+def set_threads(num_threads: int | None) -> None:
+    """Threads of one torch operation on a CPU; None leaves torch's choice."""
+    if num_threads is not None and not on_cuda():
+        torch.set_num_threads(num_threads)
+
+
+def local_device(rank: int) -> None:
+    """Bind this process to its GPU: the only one that it sees, or number `rank` of the node's. No-op on a CPU."""
+    if on_cuda():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+
+
+def _is_cuda(value: object) -> bool:
+    if isinstance(value, str):
+        return value.split(":")[0] == "cuda"
+    return isinstance(value, torch.device) and value.type == "cuda"
+
+
+class _CudaOnCpu(TorchFunctionMode):
+    """Sends `device="cuda"`, `.cuda()` and pinned memory to the CPU.
+
+    `Tensor.type()` answers with the CUDA spelling, because Megatron's optimizers compare against it.
+    A function mode belongs to one thread: `layer()` is entered in every thread that calls megatron-core.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs:
+            if "device" in kwargs and _is_cuda(kwargs["device"]):
+                kwargs = {**kwargs, "device": _CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A CUDA stream that is always in step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, *args: Any) -> _Event:
+        return _Event()
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: object) -> bool:
+        return False
+
+
+class _Event:
+    """A CUDA event that has always happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Put `value` in the place of a name that has to be there already."""
+    if not hasattr(owner, name):
+        raise RuntimeError(
+            f"{owner.__name__} has no {name!r}: slime's CPU layer is written for megatron-core {SUPPORTED_MEGATRON}; "
+            f"install that version (pip install megatron-core=={SUPPORTED_MEGATRON})"
+        )
+    setattr(owner, name, value)
+
+
+def install() -> None:
+    """Replace what megatron-core asks of CUDA, once in this process. No-op where CUDA is."""
+    global _installed
+    if on_cuda() or _installed:
+        return
+    stream = _Stream()
+    _replace(torch.cuda, "current_device", lambda: _CPU)
+    _replace(torch.cuda, "synchronize", lambda *args, **kwargs: None)
+    _replace(torch.cuda, "Stream", _Stream)
+    _replace(torch.cuda, "Event", _Event)
+    _replace(torch.cuda, "current_stream", lambda *args, **kwargs: stream)
+    _replace(torch.cuda, "default_stream", lambda *args, **kwargs: stream)
+    _replace(torch.cuda, "stream", lambda wanted=None: stream)
+    # megatron-core's jit_fuser is torch.compile, which needs a C++ compiler at run time
+    torch.compiler.set_stance("force_eager")
+    _install_rng()
+    _installed = True
+
+
+def _install_rng() -> None:
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    class CpuRNGStatesTracker(mcore_random.CudaRNGStatesTracker):
+        """Megatron's named RNG states, on the CPU generator."""
+
+        def add(self, name: str, seed: int) -> None:
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"RNG state {name!r} or seed {seed} is there already")
+            self._is_initialized = True
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    _replace(mcore_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _replace(mcore_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    _replace(mcore_random, "CudaRNGStatesTracker", CpuRNGStatesTracker)
+
+
+def layer() -> contextlib.AbstractContextManager[object]:
+    """Stands around every use of megatron-core in this thread; `with device.layer(): ...`."""
+    if on_cuda():
+        return contextlib.nullcontext()
+    install()
+    return _CudaOnCpu()

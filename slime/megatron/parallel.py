@@ -1,0 +1,116 @@
+"""Process groups: the rendezvous, Megatron's parallel state, seeds, and the Topology that the rest reads.
+
+Path: the first thing a trainer does; `build` and everything after it finds its groups here. Invariant: ranks and sizes
+found at run time live in the Topology and in Megatron's parallel state, never in args.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from slime.config.args import Args
+from slime.megatron import device
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands. `dp` leaves context parallelism out, `dp_cp` counts it in."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+
+
+def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -> Topology:
+    """Join the other `world_size - 1` processes and split them into Megatron's groups.
+
+    `init_method`: torch's rendezvous URL; `file:///...` where all processes share a file system, else `tcp://...`.
+
+    Raises:
+        ValueError: the parallel sizes do not divide the number of processes.
+    """
+    model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    if world_size % model_size:
+        raise ValueError(
+            f"{world_size} training processes, but tensor x pipeline x context parallel is {model_size}: it has to "
+            f"divide them; change --actor-num-nodes, --actor-num-gpus-per-node or the parallel sizes"
+        )
+    device.install()
+    device.local_device(rank)
+    device.set_threads(args.cpu_threads_per_process)
+    if init_method.startswith("file:"):
+        _bind_gloo_to_loopback()
+    dist.init_process_group(
+        device.backend_name(),
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=args.train_timeout),
+    )
+    with device.layer():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
+            distributed_timeout_minutes=args.train_timeout / 60,  # pyright: ignore[reportArgumentType]
+        )
+        topology = _topology(rank, world_size)
+        seed = args.seed + 100 * topology.pp_rank
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+    return topology
+
+
+def close_parallel() -> None:
+    """Leave all groups; another `init_parallel` may follow in the same process."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _topology(rank: int, world_size: int) -> Topology:
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+
+
+def _bind_gloo_to_loopback() -> None:
+    """A file rendezvous is one node's: gloo's sockets stay on its loopback, unless GLOO_SOCKET_IFNAME says otherwise."""
+    names = {name for _, name in socket.if_nameindex()}
+    for loopback in ("lo", "lo0"):
+        if loopback in names:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
