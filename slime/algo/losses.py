@@ -68,7 +68,7 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[
         metrics["dual_clip_fraction"] = bounded_R.float()
     if inputs.rollout_log_probs_R is not None:
         gap_R = inputs.old_log_probs_R - inputs.rollout_log_probs_R
-        metrics["logprob_gap"] = gap_R.abs()
+        metrics["logprob_gap"] = gap_R.abs().detach()
         if options.use_tis:
             weight_R = gap_R.exp().clamp(options.tis_clip_low, options.tis_clip).detach()
             loss_R = loss_R * weight_R

@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""Make the demo's task: a tiny GLM-4 with a tokenizer of its own, two-digit sums, and a careless pupil's answers.
+
+    python3 examples/arithmetic/make_task.py --out outputs/task --seed 1
+
+writes `model/` (an HF directory: Glm4ForCausalLM, random weights), `train.jsonl` and `eval.jsonl` (DAPO-style
+lines: `prompt` a list of OpenAI messages, `label` a string), `demonstrations.jsonl` (prompt and `response`, for
+the supervised start) and `eval.yaml` (the evaluation file at the rollout's temperature, and greedy).
+
+The pupil guesses half of the time, and forgets most carries; worked sums are right where no carry is lost.
+Reinforcement learning then has something to find: working instead of guessing, and carrying. The split is on
+unordered pairs: where a+b is held out, b+a is too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SPECIAL_TOKENS = ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+THINK_TOKENS = ("<think>", "</think>")
+CHARACTERS = ("\n", *map(chr, range(32, 127)))
+PAD_TOKEN, END_TOKEN = "<|endoftext|>", "<|user|>"
+VOCAB_SIZE = 128
+CHAT_TEMPLATE = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
+)
+SPLIT_SEED = 20240614
+"""One split for all runs: seeds of a run vary weights, demonstrations, data order and sampling."""
+GUESSES = 0.5
+"""Share of demonstrations without any work, whose answer is up to 9 off."""
+FORGOTTEN_CARRIES = 0.7
+
+Pair = tuple[int, int]
+
+
+def split_problems(low: int, high: int, num_eval: int) -> tuple[list[Pair], list[Pair]]:
+    """All ordered pairs of low..high as (train, eval); a pair and its mirror image lie on the same side.
+
+    `eval` has `num_eval` problems, or one more.
+    """
+    pairs = [(a, b) for a in range(low, high + 1) for b in range(a, high + 1)]
+    rng = random.Random(SPLIT_SEED)
+    rng.shuffle(pairs)
+    train: list[Pair] = []
+    held_out: list[Pair] = []
+    for a, b in pairs:
+        side = held_out if len(held_out) < num_eval else train
+        side += [(a, b)] if a == b else [(a, b), (b, a)]
+    rng.shuffle(train)
+    rng.shuffle(held_out)
+    return train, held_out
+
+
+def answer_like_a_careless_pupil(a: int, b: int, rng: random.Random) -> str:
+    """The response to `a+b=?` behind the prompt's `<think>`: digit sums, carries as steps of their own, the box."""
+    if rng.random() < GUESSES:
+        return f"</think>\\boxed{{{max(0, a + b + rng.randint(-9, 9))}}}"
+    carry, steps, digits = False, list[str](), list[str]()
+    for place in (1, 10):
+        left, right = a // place % 10, b // place % 10
+        total = left + right
+        steps.append(f"{left}+{right}={total}")
+        if carry and rng.random() >= FORGOTTEN_CARRIES:
+            steps.append(f"{total}+1={total + 1}")
+            total += 1
+        carry = total >= 10
+        digits.append(str(total if place == 10 else total % 10))
+    return f"{','.join(steps)}</think>\\boxed{{{int(''.join(reversed(digits)))}}}"
+
+
+def make_tokenizer() -> Any:
+    """One token a character, GLM-4's special tokens, and a chat template that ends in `<think>`."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *THINK_TOKENS, *CHARACTERS))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_TOKEN,
+        pad_token=PAD_TOKEN,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def make_model(seed: int) -> Any:
+    """A Glm4ForCausalLM of 1.02 M parameters.
+
+    Sandwich norms bring every sub-layer's output to RMS 1, in which an embedding of the usual std 0.02 drowns:
+    hence larger embeddings and smaller norm weights.
+    """
+    import torch
+    from transformers import Glm4Config, Glm4ForCausalLM
+
+    torch.manual_seed(seed)
+    pad, end = SPECIAL_TOKENS.index(PAD_TOKEN), SPECIAL_TOKENS.index(END_TOKEN)
+    config = Glm4Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        attention_bias=True,
+        hidden_act="silu",
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        initializer_range=0.06,
+        pad_token_id=pad,
+        eos_token_id=[pad, end],
+        bos_token_id=None,
+        rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 10000.0, "rope_type": "default"},
+    )
+    model = Glm4ForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
+    for name, parameter in model.named_parameters():
+        if "post_self_attn_layernorm" in name or "post_mlp_layernorm" in name:
+            torch.nn.init.constant_(parameter, 0.3)
+    return model
+
+
+def problem(pair: Pair) -> dict[str, Any]:
+    a, b = pair
+    return {"prompt": [{"role": "user", "content": f"{a}+{b}=?"}], "label": str(a + b)}
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the weights and of the demonstrations")
+    parser.add_argument("--num-eval", type=int, default=256, help="problems held out")
+    parser.add_argument("--num-demonstrations", type=int, default=9600)
+    args = parser.parse_args()
+
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    train, held_out = split_problems(10, 99, args.num_eval)
+    rng = random.Random(args.seed)
+    pupil = ((pair, answer_like_a_careless_pupil(*pair, rng)) for pair in rng.choices(train, k=args.num_demonstrations))
+    write_jsonl(out / "train.jsonl", map(problem, train))
+    write_jsonl(out / "eval.jsonl", map(problem, held_out))
+    write_jsonl(out / "demonstrations.jsonl", ({**problem(pair), "response": response} for pair, response in pupil))
+    model = make_model(args.seed)
+    model.save_pretrained(out / "model")
+    make_tokenizer().save_pretrained(out / "model")
+    print(
+        f"{model.num_parameters() / 1e6:.2f} M parameters, {len(train)} problems to train on, "
+        f"{len(held_out)} held out, {args.num_demonstrations} demonstrations -> {out}"
+    )
+
+
+if __name__ == "__main__":
+    main()

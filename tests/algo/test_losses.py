@@ -1,0 +1,167 @@
+"""Losses against the papers' equations in plain float64 Python, and gradients against finite differences."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slime.algo.losses import LOSSES, LossInputs, LossOptions, policy_loss, sft_loss
+
+OPTIONS = LossOptions(
+    eps_clip=0.2,
+    eps_clip_high=0.28,
+    eps_clip_c=None,
+    kl_loss_coef=0.0,
+    kl_loss_type="low_var_kl",
+    entropy_coef=0.0,
+    use_tis=False,
+    tis_clip=2.0,
+    tis_clip_low=0.0,
+)
+
+
+def make_inputs(**changes: Any) -> LossInputs:
+    """64 tokens with ratios on both sides of both clips, and advantages of both signs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(scale: float) -> Tensor:
+        return scale * torch.randn(64, generator=generator, dtype=torch.float64)
+
+    old = -draw(1.0).abs() - 1
+    inputs = LossInputs(
+        log_probs_R=old + draw(0.5),
+        old_log_probs_R=old,
+        advantages_R=draw(1.0),
+        ref_log_probs_R=old + draw(0.7),
+        rollout_log_probs_R=old + draw(0.8),
+        entropy_R=draw(1.0).abs(),
+    )
+    return replace(inputs, **changes)
+
+
+def by_the_papers(inputs: LossInputs, options: LossOptions) -> list[float]:
+    """Each token's loss, from the equations, with nothing but `math`."""
+    result: list[float] = []
+    ref, rollout, entropy = inputs.ref_log_probs_R, inputs.rollout_log_probs_R, inputs.entropy_R
+    for t in range(len(inputs.log_probs_R)):
+        log_p, log_old, a = (float(x[t]) for x in (inputs.log_probs_R, inputs.old_log_probs_R, inputs.advantages_R))
+        ratio = math.exp(log_p - log_old)
+        clipped = min(max(ratio, 1 - options.eps_clip), 1 + options.eps_clip_high)
+        objective = min(ratio * a, clipped * a)
+        if options.eps_clip_c is not None and a < 0:
+            objective = max(objective, options.eps_clip_c * a)
+        if options.use_tis:
+            assert rollout is not None
+            objective *= min(max(math.exp(log_old - float(rollout[t])), options.tis_clip_low), options.tis_clip)
+        if options.kl_loss_coef:
+            assert ref is not None
+            r = math.exp(float(ref[t]) - log_p)
+            kl = {"k1": -math.log(r), "k2": math.log(r) ** 2 / 2, "k3": r - 1 - math.log(r)}
+            objective -= options.kl_loss_coef * kl[options.kl_loss_type.replace("low_var_kl", "k3")]
+        if options.entropy_coef:
+            assert entropy is not None
+            objective += options.entropy_coef * float(entropy[t])
+        result.append(-objective)
+    return result
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "clip-higher": {},
+    "symmetric clip": {"eps_clip_high": 0.2},
+    "dual clip": {"eps_clip_c": 1.3},
+    "k1": {"kl_loss_coef": 0.1, "kl_loss_type": "k1"},
+    "k2": {"kl_loss_coef": 0.1, "kl_loss_type": "k2"},
+    "k3": {"kl_loss_coef": 0.1, "kl_loss_type": "k3"},
+    "low_var_kl": {"kl_loss_coef": 0.1},
+    "entropy": {"entropy_coef": 0.05},
+    "TIS": {"use_tis": True, "tis_clip": 1.5, "tis_clip_low": 0.6},
+    "all": {"eps_clip_c": 1.3, "kl_loss_coef": 0.1, "entropy_coef": 0.05, "use_tis": True, "tis_clip": 1.5},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_policy_loss_is_the_papers_formula(name: str) -> None:
+    inputs, options = make_inputs(), replace(OPTIONS, **VARIANTS[name])
+    loss, _ = policy_loss(inputs, options)
+    assert loss.tolist() == pytest.approx(by_the_papers(inputs, options), rel=1e-12, abs=1e-12)
+
+
+def test_every_variant_changes_the_loss() -> None:
+    """The control of the test above: the inputs reach every branch, so no two formulas agree on them."""
+    losses = {name: policy_loss(make_inputs(), replace(OPTIONS, **change))[0] for name, change in VARIANTS.items()}
+    same = [
+        (a, b)
+        for a in losses
+        for b in losses
+        if a < b and torch.allclose(losses[a], losses[b]) and {a, b} != {"k3", "low_var_kl"}
+    ]
+    assert same == []
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_against_finite_differences(name: str) -> None:
+    inputs, options = make_inputs(), replace(OPTIONS, **VARIANTS[name])
+
+    def loss(log_probs: Tensor, entropy: Tensor) -> Tensor:
+        return policy_loss(replace(inputs, log_probs_R=log_probs, entropy_R=entropy), options)[0].sum()
+
+    assert inputs.entropy_R is not None
+    points = (inputs.log_probs_R.clone().requires_grad_(), inputs.entropy_R.clone().requires_grad_())
+    assert torch.autograd.gradcheck(loss, points, eps=1e-7, atol=1e-5)
+
+
+def test_metrics_and_the_importance_weight_carry_no_gradient() -> None:
+    inputs = make_inputs()
+    assert inputs.rollout_log_probs_R is not None
+    rollout = inputs.rollout_log_probs_R.clone().requires_grad_()
+    log_probs = inputs.log_probs_R.clone().requires_grad_()
+    inputs = replace(inputs, log_probs_R=log_probs, rollout_log_probs_R=rollout)
+    loss, metrics = policy_loss(inputs, replace(OPTIONS, **VARIANTS["TIS"]))
+    loss.sum().backward()
+    assert log_probs.grad is not None and rollout.grad is None
+    assert all(not metrics[name].requires_grad for name in ("clip_fraction", "ppo_kl", "pg_loss", "kl", "tis_weight"))
+
+
+def test_on_policy_the_gradient_is_reinforce() -> None:
+    """At ratio 1 nothing is clipped, and the gradient of -A log p is -A."""
+    inputs = make_inputs()
+    log_probs = inputs.log_probs_R.clone().requires_grad_()
+    loss, metrics = policy_loss(replace(inputs, log_probs_R=log_probs, old_log_probs_R=log_probs.detach()), OPTIONS)
+    loss.sum().backward()
+    assert torch.equal(loss, -inputs.advantages_R)
+    assert log_probs.grad is not None and torch.equal(log_probs.grad, -inputs.advantages_R)
+    assert metrics["clip_fraction"].sum() == 0
+    assert policy_loss(inputs, OPTIONS)[1]["clip_fraction"].sum() > 0
+
+
+def test_clipped_tokens_have_no_gradient() -> None:
+    """Up, beyond 1 + 0.28, with A > 0; down, below 1 - 0.2, with A < 0; at a ratio of 1.25 clip-higher lets it by."""
+    ratios = torch.tensor([1.3, 1.25, 0.7, 1.3, 0.7]).double()
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]).double()
+    log_probs = ratios.log().requires_grad_()
+    inputs = LossInputs(log_probs, torch.zeros(5).double(), advantages)
+    for high, expected in ((0.28, [0, -1.25, 0, 1.3, -0.7]), (0.2, [0, 0, 0, 1.3, -0.7])):
+        loss, metrics = policy_loss(inputs, replace(OPTIONS, eps_clip_high=high))
+        (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+        assert gradient.tolist() == pytest.approx(expected)
+        assert metrics["clip_fraction"].tolist() == [float(g == 0) for g in expected]
+
+
+def test_metrics_follow_what_is_there() -> None:
+    bare = make_inputs(ref_log_probs_R=None, rollout_log_probs_R=None, entropy_R=None)
+    assert set(policy_loss(bare, OPTIONS)[1]) == {"clip_fraction", "ppo_kl", "pg_loss"}
+    inputs = make_inputs()
+    loss, metrics = policy_loss(inputs, OPTIONS)
+    assert {"kl", "entropy", "logprob_gap"} < set(metrics)
+    assert torch.equal(loss, metrics["pg_loss"]), "coefficients of 0 add nothing, and the metrics are there"
+    assert all(value.shape == loss.shape for value in metrics.values())
+
+
+def test_sft_loss_is_the_negative_log_likelihood() -> None:
+    inputs = make_inputs()
+    loss, metrics = sft_loss(inputs, OPTIONS)
+    assert torch.equal(loss, -inputs.log_probs_R) and metrics == {}
+    assert set(LOSSES) == {"policy_loss", "sft_loss"}

@@ -1,0 +1,109 @@
+"""KL estimators against exact KL, masked means, and weights that make a loss independent of its cut."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from slime.algo.reducers import KL_ESTIMATORS, k1, k2, k3, loss_weights, masked_mean, whiten
+
+
+def distributions() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.log_softmax(torch.randn(50, generator=generator).double(), -1) for _ in range(2))  # pyright: ignore
+
+
+def test_k1_and_k3_are_unbiased_and_k2_is_not() -> None:
+    """The expectation under p, taken exactly by summing over the whole vocabulary."""
+    log_p, log_q = distributions()
+    exact = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    assert exact > 0.5
+    for estimator in (k1, k3):
+        torch.testing.assert_close((log_p.exp() * estimator(log_p, log_q)).sum(), exact, rtol=1e-12, atol=0)
+    assert abs((log_p.exp() * k2(log_p, log_q)).sum() / exact - 1) > 0.02
+    assert abs((log_p.exp() * k3(log_q, log_p)).sum() / exact - 1) > 0.02, "arguments swapped would be noticed"
+
+
+def test_kl_estimators_are_schulmans_formulas() -> None:
+    log_p, log_q = distributions()
+    ratio = (log_q - log_p).exp()
+    torch.testing.assert_close(KL_ESTIMATORS["k1"](log_p, log_q), -ratio.log())
+    torch.testing.assert_close(KL_ESTIMATORS["k2"](log_p, log_q), ratio.log() ** 2 / 2)
+    torch.testing.assert_close(KL_ESTIMATORS["k3"](log_p, log_q), ratio - 1 - ratio.log())
+    torch.testing.assert_close(KL_ESTIMATORS["low_var_kl"](log_p, log_q), ratio - 1 - ratio.log())
+    assert (k3(log_p, log_q) >= 0).all() and (k1(log_p, log_q) < 0).any()
+
+
+def test_k3_stays_exact_in_float32_near_zero() -> None:
+    """r - 1 - log r taken literally loses everything below 1e-7, where most tokens of a KL lie."""
+    gap = torch.full((4,), 1e-4)
+    log_p = torch.zeros(4)
+    torch.testing.assert_close(k3(log_p, gap), gap**2 / 2, rtol=1e-2, atol=0)
+    literal = gap.exp() - 1 - gap
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(literal, gap**2 / 2, rtol=1e-2, atol=0)
+
+
+def test_masked_mean_and_whiten() -> None:
+    values, mask = torch.tensor([1.0, 2.0, float("nan"), 6.0]), torch.tensor([1.0, 1.0, 0.0, 1.0])
+    assert masked_mean(values, mask).item() == 3.0
+    assert masked_mean(values, torch.zeros(4)).item() == 0.0
+    white = whiten(values, mask)
+    kept = torch.tensor([1.0, 2.0, 6.0])
+    torch.testing.assert_close(white[mask != 0], (kept - 3) / kept.std(correction=0))
+    assert white[2].item() == 0.0
+
+
+MASK = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+LENGTHS = torch.tensor([3, 1, 2, 0, 1])  # the fourth has no response, the fifth an empty mask
+
+
+def test_per_sample_weights() -> None:
+    everything = torch.ones(5, dtype=torch.bool)
+    weights = loss_weights(MASK, LENGTHS, everything, per_token=False)
+    third = 1 / 3  # three samples count
+    assert weights.dtype == torch.float64
+    assert weights.tolist() == pytest.approx([third / 2, third / 2, 0, third, third / 2, third / 2, 0])
+    failed = everything.clone()
+    failed[2] = False
+    assert loss_weights(MASK, LENGTHS, failed, per_token=False).tolist() == pytest.approx([0.25, 0.25, 0, 0.5, 0, 0, 0])
+
+
+def test_per_token_weights() -> None:
+    everything = torch.ones(5, dtype=torch.bool)
+    weights = loss_weights(MASK, LENGTHS, everything, per_token=True)
+    assert weights.tolist() == pytest.approx([0.2, 0.2, 0, 0.2, 0.2, 0.2, 0])
+    assert not torch.allclose(weights, loss_weights(MASK, LENGTHS, everything, per_token=False))
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_nothing_to_count_weighs_nothing(per_token: bool) -> None:
+    none = torch.zeros(5, dtype=torch.bool)
+    assert loss_weights(MASK, LENGTHS, none, per_token=per_token).tolist() == [0.0] * 7
+
+
+@settings(deadline=None)
+@given(
+    samples=st.lists(st.tuples(st.lists(st.booleans(), max_size=6), st.booleans()), min_size=1, max_size=12),
+    cut=st.integers(0, 12),
+    per_token=st.booleans(),
+)
+def test_the_loss_does_not_depend_on_the_cut(samples: list[tuple[list[bool], bool]], cut: int, per_token: bool) -> None:
+    """Summed in two micro-batches it is what the definition says of the whole; means of means are not (control)."""
+    mask = torch.tensor([float(m) for masks, _ in samples for m in masks])
+    lengths = torch.tensor([len(masks) for masks, _ in samples])
+    counted = torch.tensor([counts for _, counts in samples])
+    losses = torch.arange(1, len(mask) + 1).double()
+    weights = loss_weights(mask, lengths, counted, per_token=per_token)
+    split = int(lengths[:cut].sum())
+    summed = (weights[:split] * losses[:split]).sum() + (weights[split:] * losses[split:]).sum()
+
+    rows = zip(losses.split(lengths.tolist()), mask.split(lengths.tolist()), counted.tolist(), strict=True)
+    kept = [row[row_mask != 0] for row, row_mask, counts in rows if counts and bool((row_mask != 0).any())]
+    if not kept:
+        assert summed == 0
+        return
+    expected = torch.cat(kept).mean() if per_token else torch.stack([row.mean() for row in kept]).mean()
+    torch.testing.assert_close(summed, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(weights.sum(), torch.tensor(1.0).double(), rtol=1e-12, atol=0)
