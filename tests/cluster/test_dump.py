@@ -1,0 +1,42 @@
+"""Rollout dumps give back every number bit for bit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from slime.cluster.dump import read_dump, write_dump
+from slime.core.sample import Sample, Status
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    sample = Sample(
+        group_index=3,
+        index=24,
+        prompt=[{"role": "user", "content": "1+1=?"}],
+        label="2",
+        tokens=[1, 2, 3, 4],
+        prompt_length=2,
+        response="x\u2028y",
+        response_length=2,
+        rollout_log_probs=[-0.1 - 2**-40, -math.pi],
+        policy_versions=[4, 5],
+        reward=1 / 3,
+        status=Status.TRUNCATED,
+        metadata={"start_rollout_id": 2},
+    )
+    failed = Sample(index=25, reward=None, reward_failure="timeout", status=Status.FAILED)
+    path = tmp_path / "nested" / "0.jsonl"
+    write_dump(path, [[sample, failed], [sample]])
+    assert read_dump(path) == [[sample, failed], [sample]]
+
+
+def test_a_foreign_file_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "dump.jsonl"
+    path.write_text('[]\n[{"surprise": 1}]\n')
+    with pytest.raises(ValueError, match=r"dump\.jsonl:2: not a dumped group"):
+        read_dump(path)
+    with pytest.raises(ValueError, match="no such file"):
+        read_dump(tmp_path / "missing.jsonl")

@@ -1,0 +1,37 @@
+"""The step's clock: its phases sum to the wall time, and it does not believe impossible claims."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from slime.observability.phases import PHASES, StepClock, format_shares
+
+
+def test_phases_and_idle_sum_to_the_step() -> None:
+    clock = StepClock()
+    start = time.perf_counter()
+    with clock.phase("weight_sync"):
+        time.sleep(0.02)
+    with clock.inner() as seconds:
+        time.sleep(0.03)
+        seconds["generation"], seconds["reward"] = 0.015, 0.005
+    time.sleep(0.01)
+    record = clock.close()
+    wall = time.perf_counter() - start
+    assert sum(record[f"time/{name}"] for name in (*PHASES, "idle")) == pytest.approx(record["time/step"], abs=1e-9)
+    assert record["time/step"] <= wall + 1e-3
+    assert record["time/weight_sync"] >= 0.02
+    assert record["time/idle"] >= 0.01 + 0.01, "what nobody claimed inside `inner` is idle too"
+
+
+def test_a_claim_beyond_the_wall_time_is_refused() -> None:
+    clock = StepClock()
+    with pytest.raises(AssertionError, match="claim"), clock.inner() as seconds:
+        seconds["training"] = 5.0
+
+
+def test_shares_are_of_the_step() -> None:
+    record = {f"time/{name}": 0.0 for name in PHASES} | {"time/idle": 1.0, "time/step": 4.0, "time/training": 3.0}
+    assert format_shares(record) == "4.00 s = training 75% + idle 25%"
