@@ -9,7 +9,6 @@ Every function here is collective: all ranks call it with the same arguments.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -31,17 +29,23 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from slime.config.args import Args
 from slime.megatron import checkpoint_files, device
+from slime.megatron.build import architecture_of, unwrap
 from slime.megatron.checkpoint_files import FoundCheckpoint, find_checkpoint
-from slime.megatron.hf_weights import core_model
+from slime.megatron.hf_weights import load_hf_into
+from slime.models.hf_files import HFReader
 
 __all__ = [
     "FoundCheckpoint",
-    "LoadedCheckpoint",
+    "LoadResult",
     "find_checkpoint",
     "load_checkpoint",
     "save_checkpoint",
@@ -60,13 +64,13 @@ _CONTENT = {
 
 
 @dataclass(frozen=True)
-class LoadedCheckpoint:
-    """`rollout_id`: the last one trained on, None for weights only; `state`: what `save_checkpoint` was given."""
+class LoadResult:
+    """Where a run goes on. `state` is what `save_checkpoint` was given; None where only weights were loaded."""
 
-    path: Path
-    rollout_id: int | None
+    next_rollout_id: int
     state: dict[str, Any] | None
-    loaded: tuple[str, ...]
+    source: str
+    loaded: tuple[str, ...] = ("model",)
     """Of 'model', 'optimizer', 'scheduler', 'rng'."""
 
 
@@ -86,47 +90,50 @@ class _TorchSave(SaveShardedStrategy):
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        torch_checkpoint.save(
+        state_dict_saver.save(
             mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            storage_writer=FileSystemWriter(checkpoint_dir),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
 
 def save_checkpoint(
-    save_dir: str | Path,
+    args: Args,
     *,
     rollout_id: int,
     model: torch.nn.Module,
-    optimizer: MegatronOptimizer | None,
-    scheduler: OptimizerParamScheduler | None,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
     state: dict[str, Any],
-    keep_last: int | None = None,
 ) -> Path:
-    """Write `<save_dir>/iter_<rollout_id>` and point the tracker at it.
+    """Write `<--save>/iter_<rollout_id>`, point the tracker at it, and remove what --keep-last-checkpoints leaves out.
 
-    `state`: JSON-able, the same on every rank; rank 0's is written. `keep_last`: older ones are removed then.
+    `state`: the data side, JSON-able; rank 0's is written.
 
     Returns:
         The checkpoint's directory.
     """
-    content: dict[str, Any] = {"iteration": rollout_id, "checkpoint_version": 3.0, "rng_state": _rng_object()}
-    if optimizer is not None:
-        content["optimizer"] = optimizer
-    if scheduler is not None:
+    if args.save is None:
+        raise ValueError("--save is unset: there is no place for a checkpoint; set it")
+    save_dir = Path(args.save)
+    content: dict[str, Any] = {"iteration": rollout_id, "rng_state": _rng_object()}
+    if not args.no_save_optim:
         content["opt_param_scheduler"] = scheduler.state_dict()
+        # Before the first step there is nothing in it but what a fresh one has.
+        if _has_state(optimizer):
+            content["optimizer"] = optimizer
     header = {"rollout_id": rollout_id, "layout": _layout(), "state": state}
-    name = checkpoint_files.iteration_dir(Path(save_dir), rollout_id).name
-    path = _save(Path(save_dir), name, str(rollout_id), model, content, header)
-    if keep_last is not None:
-        for removed in _on_rank_zero(lambda: checkpoint_files.remove_old(Path(save_dir), keep_last)):
-            logger.info("removed the old checkpoint %s (--keep-last-checkpoints %d)", removed, keep_last)
+    path = _save(save_dir, checkpoint_files.iteration_name(rollout_id), str(rollout_id), model, content, header)
+    keep = args.keep_last_checkpoints
+    if keep is not None:
+        for removed in _on_rank_zero(lambda: checkpoint_files.remove_old(save_dir, keep)):
+            logger.info("removed the old checkpoint %s (--keep-last-checkpoints %d)", removed, keep)
     return path
 
 
 def save_release(save_dir: str | Path, *, model: torch.nn.Module) -> Path:
     """Write the weights alone, as `<save_dir>/release`."""
-    return _save(Path(save_dir), checkpoint_files.RELEASE, "release", model, {"checkpoint_version": 3.0}, None)
+    return _save(Path(save_dir), checkpoint_files.RELEASE, "release", model, {}, None)
 
 
 def _save(
@@ -137,77 +144,101 @@ def _save(
     content: dict[str, Any],
     header: dict[str, Any] | None,
 ) -> Path:
-    def begin() -> Path:
-        written = checkpoint_files.begin(save_dir, name)
-        if header is not None:
-            (written / checkpoint_files.STATE_FILE).write_text(json.dumps(header))
-        return written
-
-    written = _on_rank_zero(begin)
+    written = _on_rank_zero(lambda: checkpoint_files.begin(save_dir, name))
     with device.layer(), _readable_errors(f"saving to {save_dir} failed"):
-        weights = core_model(model).sharded_state_dict(metadata=_CONTENT)
+        weights = unwrap(model).sharded_state_dict(metadata=_CONTENT)
         if "optimizer" in content:
-            content = {**content, "optimizer": _optimizer_content(content["optimizer"], weights)}
+            content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=_CONTENT)}
         dist_checkpointing.save(
-            {**content, "model": weights},
+            {**content, "model": weights, "checkpoint_version": 3.0},  # 3.0: Megatron's current layout of QKV
             str(written),
             sharded_strategy=_TorchSave(),
             content_metadata=_CONTENT,
         )
-    return _on_rank_zero(lambda: checkpoint_files.commit(written, tracker))
 
+    def commit() -> Path:
+        if header is not None:
+            checkpoint_files.write_state(written, header)
+        return checkpoint_files.commit(written, tracker)
 
-def _optimizer_content(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict[str, Any]:
-    return optimizer.sharded_state_dict(weights, metadata=_CONTENT)
+    return _on_rank_zero(commit)
 
 
 def load_checkpoint(
     found: FoundCheckpoint,
+    args: Args,
     *,
     model: torch.nn.Module,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
-    load_rng: bool = False,
-) -> LoadedCheckpoint:
-    """Fill what is passed from a torch_dist checkpoint (for an HF directory: `hf_weights.load_hf_into`).
+) -> LoadResult:
+    """Fill what is passed from `found`, which may also be a Hugging Face directory.
 
-    Weights only where it holds no more: then an optimizer's fp32 copies are made anew from the weights. RNG
-    states are loaded at the layout that saved them, else left alone with a warning.
+    Weights only where it holds no more, or with --finetune (then rollout 0 is next); an optimizer whose state is not
+    loaded takes its fp32 copies from the new weights. RNG states are loaded together with the optimizer's, at the
+    layout that saved them; at another one they are left alone, with a warning.
 
     Raises:
         ValueError: the model is not the checkpoint's.
     """
     if found.kind == "hf":
-        raise ValueError(f"{found.path} is a Hugging Face directory, not a torch_dist checkpoint")
-    header = checkpoint_files.read_state(found.path) if found.kind == "iteration" else None
+        load_hf_into(model, architecture_of(args), HFReader(found.path), args)
+        return _weights_only(found, optimizer)
+    header = checkpoint_files.read_state(found.path) if found.kind == "iteration" and not args.finetune else None
     common = dist_checkpointing.load_common_state_dict(str(found.path))
+    with_optimizer = header is not None and optimizer is not None and not args.no_load_optim and "optimizer" in common
+    with_rng = header is not None and optimizer is not None and not args.no_load_rng and _same_layout(header, found)
+    loaded = _load_sharded(found, common, model, optimizer if with_optimizer else None, with_rng=with_rng)
+    if header is None:
+        return _weights_only(found, optimizer)
+    taken = ["model"]
+    if optimizer is not None:
+        with device.layer():
+            optimizer.load_state_dict(loaded["optimizer"]) if with_optimizer else optimizer.reload_model_params()
+        taken += ["optimizer"] if with_optimizer else []
+    if scheduler is not None and not args.no_load_optim and "opt_param_scheduler" in common:
+        scheduler.load_state_dict(common["opt_param_scheduler"])
+        taken.append("scheduler")
+    if with_rng:
+        _set_rng_state(loaded["rng_state"])
+        taken.append("rng")
+    return LoadResult(header["rollout_id"] + 1, header["state"], str(found.path), tuple(taken))
+
+
+def _weights_only(found: FoundCheckpoint, optimizer: MegatronOptimizer | None) -> LoadResult:
+    if optimizer is not None:
+        with device.layer():
+            optimizer.reload_model_params()
+    return LoadResult(0, None, str(found.path))
+
+
+def _load_sharded(
+    found: FoundCheckpoint,
+    common: dict[str, Any],
+    model: torch.nn.Module,
+    optimizer: MegatronOptimizer | None,
+    *,
+    with_rng: bool,
+) -> dict[str, Any]:
+    """Read this rank's parts; the model's are put into it, the rest is returned."""
     content = common.get("content_metadata") or _CONTENT
-    take_optimizer = optimizer is not None and "optimizer" in common
-    take_rng = load_rng and header is not None and _same_layout(header["layout"], found.path)
-    core = core_model(model)
-    with device.layer(), _readable_errors(f"{found.path} does not fit this model (MODEL_ARGS, --hf-checkpoint)"):
+    core = unwrap(model)
+    with device.layer(), _readable_errors(f"{found.path} does not fit this model (see MODEL_ARGS, --hf-checkpoint)"):
         weights = core.sharded_state_dict(metadata=content)
         wanted: dict[str, Any] = {"model": weights}
-        if optimizer is not None and take_optimizer:
+        if optimizer is not None:
             wanted["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=content)
-        if take_rng:
+        if with_rng:
             wanted["rng_state"] = _rng_object()
         loaded = dist_checkpointing.load(wanted, str(found.path))
+        assert isinstance(loaded, dict)
         core.load_state_dict(loaded["model"])
-        if optimizer is not None:
-            optimizer.load_state_dict(loaded["optimizer"]) if take_optimizer else optimizer.reload_model_params()
-    take_scheduler = scheduler is not None and "opt_param_scheduler" in common
-    if scheduler is not None and take_scheduler:
-        scheduler.load_state_dict(common["opt_param_scheduler"])
-    if take_rng:
-        _set_rng_state(loaded["rng_state"])
-    taken = {"model": True, "optimizer": take_optimizer, "scheduler": take_scheduler, "rng": take_rng}
-    return LoadedCheckpoint(
-        found.path,
-        found.rollout_id,
-        None if header is None else header["state"],
-        tuple(what for what, is_taken in taken.items() if is_taken),
-    )
+    return loaded
+
+
+def _has_state(optimizer: MegatronOptimizer) -> bool:
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return any(len(part.optimizer.state) > 0 for part in parts)
 
 
 def _layout() -> dict[str, int]:
@@ -220,15 +251,21 @@ def _layout() -> dict[str, int]:
     }
 
 
-def _same_layout(saved: dict[str, int], path: Path) -> bool:
-    now = _layout()
+def _same_layout(header: dict[str, Any], found: FoundCheckpoint) -> bool:
+    saved, now = header["layout"], _layout()
     if saved != now:
-        logger.warning("%s was saved at layout %s, this run has %s: RNG states are not loaded", path, saved, now)
+        logger.warning("%s was saved at layout %s, this run has %s: RNG states are not loaded", found.path, saved, now)
     return saved == now
 
 
 def _rng_object() -> ShardedObject:
     return ShardedObject("rng_state", _rng_state(), (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _rng_tracker() -> CudaRNGStatesTracker:
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None
+    return tracker
 
 
 def _rng_state() -> dict[str, Any]:
@@ -238,7 +275,7 @@ def _rng_state() -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if device.on_cuda() else None,
-        "megatron": get_cuda_rng_tracker().get_states(),
+        "megatron": _rng_tracker().get_states(),
     }
 
 
@@ -248,7 +285,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and device.on_cuda():
         torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
+    _rng_tracker().set_states(state["megatron"])
 
 
 def _on_rank_zero(work: Callable[[], _T]) -> _T:
@@ -270,7 +307,7 @@ def _readable_errors(what: str) -> Iterator[None]:
     """torch's CheckpointException is a BaseException that carries every rank's traceback: make it an ordinary error."""
     try:
         yield
-    except torch_checkpoint.CheckpointException as error:
+    except CheckpointException as error:
         rank, (first, _) = next(iter(error.failures.items()))
         raise ValueError(f"{what}: rank {rank}: {type(first).__name__}: {first}") from None
     except CheckpointingException as error:

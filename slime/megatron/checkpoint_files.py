@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from slime.models.hf_files import is_hf_directory
 
@@ -56,8 +56,8 @@ class FoundCheckpoint:
     rollout_id: int | None = None
 
 
-def iteration_dir(save_dir: Path, rollout_id: int) -> Path:
-    return save_dir / f"iter_{rollout_id:07d}"
+def iteration_name(rollout_id: int) -> str:
+    return f"iter_{rollout_id:07d}"
 
 
 def find_checkpoint(load_dir: str | Path | None, *, step: int | None = None) -> FoundCheckpoint | None:
@@ -163,7 +163,7 @@ def why_incomplete(path: Path) -> str | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What was written to `slime_state.json` beside the weights.
+    """What `write_state` wrote beside the weights.
 
     Raises:
         ValueError: it is no JSON.
@@ -172,6 +172,10 @@ def read_state(path: Path) -> dict[str, Any]:
         return json.loads((path / STATE_FILE).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path / STATE_FILE} is damaged ({error}); load another checkpoint") from error
+
+
+def write_state(path: Path, header: dict[str, Any]) -> None:
+    (path / STATE_FILE).write_text(json.dumps(header))
 
 
 def begin(save_dir: Path, name: str) -> Path:

@@ -6,10 +6,8 @@ names, order and shapes are the same on every rank, and no more than one paramet
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,32 +16,10 @@ from torch import Tensor
 
 from slime.config.args import Args
 from slime.core.architecture import Architecture, padded_vocab_size
+from slime.megatron.build import named_parameters
 from slime.models.families import weight_table
 from slime.models.hf_files import HFReader, write_hf
 from slime.models.mapping import WeightTable
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-
-
-def core_model(model: torch.nn.Module) -> Any:
-    """The GPTModel inside its wrappers (DistributedDataParallel, Float16Module)."""
-    while isinstance(getattr(model, "module", None), torch.nn.Module):
-        model = model.module  # pyright: ignore[reportAssignmentType]
-    return model
-
-
-def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by their global names."""
-    core = core_model(model)
-
-    def global_name(name: str) -> str:
-        match = _LAYER.match(name)
-        if match is None:
-            return name
-        layer = core.decoder.layers[int(match[1])].layer_number - 1
-        return f"decoder.layers.{layer}.{name[match.end() :]}"
-
-    return {global_name(name): parameter for name, parameter in core.named_parameters()}
 
 
 def load_hf_into(model: torch.nn.Module, architecture: Architecture, reader: HFReader, args: Args) -> None:
@@ -55,7 +31,7 @@ def load_hf_into(model: torch.nn.Module, architecture: Architecture, reader: HFR
         ValueError: names or shapes do not fit the architecture; all names that are too many or too few are listed.
     """
     table = weight_table(architecture)
-    parameters = named_parameters(model)
+    parameters = dict(named_parameters(model))
     table.check(parameters, reader.names())
     _check_copies(table, reader)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
@@ -91,15 +67,16 @@ def iter_hf_tensors(model: torch.nn.Module, architecture: Architecture) -> Itera
     run the iteration to its end.
     """
     table = weight_table(architecture)
-    parameters = named_parameters(model)
+    parameters = dict(named_parameters(model))
     table.check(parameters, table.hf_names())
     group = parallel_state.get_tensor_model_parallel_group()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
     for name in table.megatron_names():
         parameter = parameters[name].detach()
-        if table.rule(name).tp_axis is None or group.size() == 1:
+        if table.rule(name).tp_axis is None or tp_size == 1:
             full = parameter.clone()
         else:
-            shards = [torch.empty_like(parameter, memory_format=torch.contiguous_format) for _ in range(group.size())]
+            shards = [torch.empty_like(parameter, memory_format=torch.contiguous_format) for _ in range(tp_size)]
             dist.all_gather(shards, parameter.contiguous(), group=group)
             full = table.join(name, shards)
         for hf_name, tensor in table.to_hf(name, full):

@@ -118,7 +118,7 @@ class QKV(Rule):
     def export(self, full: Tensor) -> tuple[Tensor, ...]:
         queries = self.num_attention_heads // self.num_query_groups * self.head_dim
         groups = full.view(self.num_query_groups, queries + 2 * self.head_dim, *full.shape[1:])
-        parts = groups.split([queries, self.head_dim, self.head_dim], dim=1)
+        parts = torch.split(groups, [queries, self.head_dim, self.head_dim], dim=1)
         return tuple(part.reshape(-1, *full.shape[1:]) for part in parts)
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
