@@ -1,0 +1,20 @@
+"""Fixtures that several folders share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Before torch is imported, here and in the processes of the pool: many ranks share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from worker_pool import WorkerPool
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[WorkerPool]:
+    pool = WorkerPool()
+    yield pool
+    pool.close()

@@ -1,0 +1,98 @@
+"""Processes for tests that need several ranks. They live from test to test, since importing megatron takes seconds.
+
+`workers.run(2, function, *args)` calls `function(rank, world_size, init_method, *args)` in two processes and returns
+both results. `function` stands at the top of a test module, and joins and leaves its process groups itself:
+`with joined(args, rank, world_size, init_method) as topology: ...`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+
+@contextmanager
+def joined(args: Any, rank: int, world_size: int, init_method: str) -> Iterator[Any]:
+    """Inside: process groups as `args` asks for; yields the Topology."""
+    from slime.megatron.parallel import close_parallel, init_parallel
+
+    try:
+        yield init_parallel(args, rank=rank, world_size=world_size, init_method=init_method)
+    finally:
+        close_parallel()
+
+
+def _serve(connection: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((True, function(*arguments)))
+        except Exception:
+            connection.send((False, traceback.format_exc()))
+
+
+class WorkerPool:
+    """Started as they are needed, and all started anew after a failure, which may have left one in a collective."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+        self._context = multiprocessing.get_context("spawn")
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        while len(self._workers) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+        with tempfile.TemporaryDirectory() as folder:
+            init_method = f"file://{Path(folder) / 'rendezvous'}"
+            connections = [connection for _, connection in self._workers[:world_size]]
+            for rank, connection in enumerate(connections):
+                connection.send((function, (rank, world_size, init_method, *args)))
+            return self._collect(connections, timeout)
+
+    def _collect(self, connections: list[Connection], timeout: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        deadline = monotonic() + timeout
+        while len(results) < len(connections):
+            pending = [connection for rank, connection in enumerate(connections) if rank not in results]
+            ready = wait(pending, max(deadline - monotonic(), 0))
+            if not ready:
+                missing = [rank for rank in range(len(connections)) if rank not in results]
+                self.close()
+                raise TimeoutError(f"ranks {missing} did not finish within {timeout:.0f} s")
+            for connection in ready:
+                rank = connections.index(connection)
+                try:
+                    worked, result = connection.recv()
+                except EOFError:
+                    worked, result = False, "the process died"
+                if not worked:
+                    self.close()
+                    raise AssertionError(f"rank {rank}: {result}")
+                results[rank] = result
+        return [results[rank] for rank in range(len(connections))]
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.terminate()
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._workers = []
