@@ -29,7 +29,6 @@ from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
 from slime.megatron.attention import PackedAttention
 
-
 T = TypeVar("T")
 
 

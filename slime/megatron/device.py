@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-SUPPORTED_MEGATRON = "0.16.1"
+from slime.megatron.version import SUPPORTED_MEGATRON
+
 _CPU = torch.device("cpu")
 _installed = False
 

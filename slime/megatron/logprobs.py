@@ -1,0 +1,166 @@
+"""Log-probs and entropy of response tokens, from hidden states: vocabulary-parallel, and in chunks.
+
+Path: `step` calls this with the model's last hidden states; the losses read what comes back. Invariant: logits exist
+for one chunk of response tokens at a time, forward and backward, and never for prompt or padding tokens.
+
+All are of softmax(logits / temperature), the distribution that was sampled; at temperature 0 of the raw logits.
+
+Shapes: _B packed tokens, _R response tokens, _C those of one chunk, _V this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+
+class VocabularyPart(NamedTuple):
+    """The ids [start, start + size) of this rank; padding entries of the table belong to none."""
+
+    start: int
+    size: int
+    group: dist.ProcessGroup
+
+    @classmethod
+    def of(cls, num_rows: int, vocab_size: int, group: dist.ProcessGroup) -> VocabularyPart:
+        """The part of a rank whose table has `num_rows` rows, of a vocabulary of `vocab_size` without padding."""
+        start = group.rank() * num_rows
+        return cls(start, min(max(vocab_size - start, 0), num_rows), group)
+
+    def reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.group.size() > 1:
+            dist.all_reduce(values, op=op, group=self.group)
+        return values
+
+
+def _logits(hidden_C: Tensor, weight: Tensor, part: VocabularyPart, scale: float) -> Tensor:
+    """[C, V] float32, of the entries that are no padding."""
+    logits_CV = F.linear(hidden_C, weight[: part.size]).float()
+    return logits_CV.mul_(scale) if scale != 1.0 else logits_CV
+
+
+def _targets_here(targets_C: Tensor, part: VocabularyPart) -> tuple[Tensor, Tensor]:
+    """Which targets lie in this part, as (rows, columns) of the chunk's logits."""
+    columns = targets_C - part.start
+    rows = ((columns >= 0) & (columns < part.size)).nonzero().flatten()
+    return rows, columns[rows]
+
+
+class _ResponseLogProbs(torch.autograd.Function):
+    """hidden [B, H], weight [V, H] -> log-probs [R], entropy [R]; logits are computed again in the backward pass.
+
+    The gradient of `hidden` is this rank's share, of its part of the vocabulary: the caller sums over ranks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_B: Tensor,
+        weight: Tensor,
+        predicting_R: Tensor,
+        targets_R: Tensor,
+        part: VocabularyPart,
+        scale: float,
+        chunk_size: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        log_probs_R, log_sums_R, entropies_R = torch.zeros(3, len(targets_R), device=hidden_B.device).unbind()
+        for here in _chunks(len(targets_R), chunk_size):
+            logits_CV = _logits(hidden_B[predicting_R[here]], weight, part, scale)
+            # a part that is all padding has no largest entry
+            largest_C = logits_CV.amax(1) if part.size else logits_CV.new_full((len(logits_CV),), float("-inf"))
+            part.reduce(largest_C, dist.ReduceOp.MAX)
+            logits_CV.sub_(largest_C[:, None])
+            sums = logits_CV.new_zeros(3, len(logits_CV))
+            rows, columns = _targets_here(targets_R[here], part)
+            sums[0, rows] = logits_CV[rows, columns]
+            exps_CV = logits_CV.exp()
+            sums[1] = exps_CV.sum(1)
+            if with_entropy:
+                sums[2] = exps_CV.mul_(logits_CV).sum(1)
+            target_C, sum_C, weighted_C = part.reduce(sums, dist.ReduceOp.SUM)
+            log_probs_R[here] = target_C - sum_C.log()
+            log_sums_R[here] = largest_C + sum_C.log()
+            entropies_R[here] = sum_C.log() - weighted_C / sum_C
+        ctx.save_for_backward(hidden_B, weight, predicting_R, targets_R, log_sums_R, entropies_R)
+        ctx.options = part, scale, chunk_size
+        ctx.set_materialize_grads(False)  # where the loss reads no entropy, its gradient is None
+        return log_probs_R, entropies_R
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden_B, weight, predicting_R, targets_R, log_sums_R, entropies_R = ctx.saved_tensors
+        part, scale, chunk_size = ctx.options
+        hidden_gradient = torch.zeros_like(hidden_B)
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        gradient_R, entropy_gradient_R = gradients
+        if gradient_R is None:
+            gradient_R = torch.zeros_like(log_sums_R)
+        for here in _chunks(len(targets_R), chunk_size):
+            hidden_C = hidden_B[predicting_R[here]]
+            log_probs_CV = _logits(hidden_C, weight, part, scale).sub_(log_sums_R[here, None])
+            # d log p(target) / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)
+            logits_gradient = log_probs_CV.exp()
+            if entropy_gradient_R is None:
+                logits_gradient.mul_(-gradient_R[here, None])
+            else:
+                of_entropy = log_probs_CV.add_(entropies_R[here, None]).mul_(entropy_gradient_R[here, None])
+                logits_gradient.mul_(of_entropy.add_(gradient_R[here, None])).neg_()
+            rows, columns = _targets_here(targets_R[here], part)
+            logits_gradient[rows, columns] += gradient_R[here][rows]
+            logits_gradient = logits_gradient.mul_(scale).to(weight.dtype)
+            hidden_gradient.index_copy_(0, predicting_R[here], logits_gradient @ weight[: part.size])
+            weight_gradient[: part.size] += logits_gradient.t() @ hidden_C
+        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None, None, None
+
+
+def _chunks(size: int, chunk_size: int) -> list[slice]:
+    return [slice(start, min(start + chunk_size, size)) for start in range(0, size, chunk_size)]
+
+
+def response_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    predicting_R: Tensor,
+    targets_R: Tensor,
+    *,
+    vocab_size: int,
+    temperature: float,
+    chunk_size: int,
+    with_entropy: bool,
+    sequence_parallel: bool,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob of each target, and the entropy of its distribution if asked for, both float32 [R].
+
+    Args:
+        hidden: last hidden states [B, 1, H]; under sequence parallelism this rank's [B / TP, 1, H].
+        weight: this rank's rows of the output layer.
+        predicting_R: distinct positions in the pack, one a target.
+        vocab_size: without padding.
+        group: the tensor-parallel ranks.
+    """
+    # Each rank's gradient of the hidden states covers its part of the vocabulary. Backward, both mappings sum the
+    # parts: the first scatters the sum over the sequence again.
+    if sequence_parallel:
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=True, group=group
+        )
+    else:
+        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
+    log_probs_R, entropy_R = _ResponseLogProbs.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden.squeeze(1).to(weight.dtype),
+        weight,
+        predicting_R,
+        targets_R,
+        VocabularyPart.of(len(weight), vocab_size, group),
+        1.0 / temperature if temperature > 0 else 1.0,
+        chunk_size,
+        with_entropy,
+    )
+    return log_probs_R, entropy_R if with_entropy else None

@@ -1,0 +1,108 @@
+"""Columns that training adds to a rollout's batch: advantages and loss weights, by the flags.
+
+Path: between the log-probs and the step; `slime.algo` has the math. Invariant: both are functions of the whole
+rollout, computed alike on every rank, before the batch is cut.
+
+Shapes: _N samples, _R response tokens of all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from slime.algo.advantages import ESTIMATORS, counted_rows
+from slime.algo.losses import LossOptions
+from slime.algo.reducers import loss_weights, whiten
+from slime.config.args import Args
+from slime.core.batch import Array, TrainBatch
+from slime.core.plugins import load_hook
+
+
+def loss_options(args: Args) -> LossOptions:
+    return LossOptions(
+        eps_clip=args.eps_clip,
+        eps_clip_high=args.eps_clip if args.eps_clip_high is None else args.eps_clip_high,
+        eps_clip_c=args.eps_clip_c,
+        kl_loss_coef=args.kl_loss_coef if args.use_kl_loss else 0.0,
+        kl_loss_type=args.kl_loss_type,
+        entropy_coef=args.entropy_coef,
+        use_tis=args.use_tis,
+        tis_clip=args.tis_clip,
+        tis_clip_low=args.tis_clip_low,
+    )
+
+
+def counted_rows_of(args: Args, batch: TrainBatch) -> Array:
+    """[N] bool: the samples that the loss counts. Without rewards (SFT) all; else those that have one.
+
+    Built-in estimators compare the samples of a group: there a group with fewer than two rewards is left out too.
+    """
+    rewards_N = batch.columns["rewards"]
+    if args.loss_type == "sft_loss":
+        return np.ones(len(batch), dtype=np.bool_)
+    if args.custom_advantage_function_path is not None:
+        return ~np.isnan(rewards_N)
+    groups_N = torch.from_numpy(batch.columns["group_indices"])
+    return counted_rows(torch.from_numpy(rewards_N), groups_N).numpy()
+
+
+def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> TrainBatch:
+    """The `advantages` column: one number a sample on each of its response tokens, or what the user's hook returns.
+
+    Raises:
+        ValueError: an estimator that is not there, or a hook's result of another length.
+    """
+    num_responses = int(batch.response_lengths_N.sum())
+    if args.loss_type == "sft_loss":
+        return batch.with_column("advantages", np.zeros(num_responses))
+    if args.custom_advantage_function_path is not None:
+        hook = load_hook("custom_advantage_function_path", args.custom_advantage_function_path)
+        advantages_R = np.asarray(hook(args, batch))
+        if advantages_R.shape != (num_responses,):
+            raise ValueError(
+                f"--custom-advantage-function-path {args.custom_advantage_function_path} returned shape "
+                f"{advantages_R.shape}; it has to return one advantage a response token, ({num_responses},)"
+            )
+    else:
+        if args.advantage_estimator not in ESTIMATORS:
+            raise ValueError(
+                f"--advantage-estimator {args.advantage_estimator}: it is not built; use one of {sorted(ESTIMATORS)}"
+            )
+        advantages_N = ESTIMATORS[args.advantage_estimator](
+            torch.from_numpy(batch.columns["rewards"]),
+            torch.from_numpy(batch.columns["group_indices"]),
+            normalize_std=not args.disable_grpo_std_normalization,
+        )
+        advantages_R = np.repeat(advantages_N.numpy(), batch.response_lengths_N)
+    if args.normalize_advantages:
+        mask_R = batch.columns["loss_mask"] * np.repeat(counted_N, batch.response_lengths_N)
+        whitened_R = whiten(torch.from_numpy(advantages_R.astype(np.float32)), torch.from_numpy(mask_R))
+        advantages_R = whitened_R.numpy()
+    return batch.with_column("advantages", advantages_R)
+
+
+def add_loss_weights(
+    args: Args, batch: TrainBatch, counted_N: Array, steps: Sequence[Sequence[int]]
+) -> tuple[TrainBatch, list[float]]:
+    """The `loss_weights` column, and what it sums to in each step: 1, or 0 where nothing counts.
+
+    `steps`: the rows of each optimizer step; weights sum to 1 over each.
+    """
+    weights_N: list[Array] = [np.empty(0)] * len(batch)
+    masks_N = batch.rows("loss_mask")
+    sums: list[float] = []
+    for rows in steps:
+        lengths = batch.response_lengths_N[list(rows)]
+        weights = loss_weights(
+            torch.from_numpy(np.concatenate([masks_N[row] for row in rows])),
+            torch.from_numpy(lengths),
+            torch.from_numpy(counted_N[list(rows)]),
+            per_token=args.calculate_per_token_loss,
+        ).numpy()
+        sums.append(float(round(weights.sum())))
+        for row, row_weights in zip(rows, np.split(weights, np.cumsum(lengths)[:-1]), strict=True):
+            weights_N[row] = row_weights
+    return batch.with_column("loss_weights", np.concatenate(weights_N)), sums

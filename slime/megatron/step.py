@@ -1,0 +1,210 @@
+"""The pipeline schedule around a forward: log-probs of micro-batches, and one optimizer step over them.
+
+Path: `trainer` packs a step's micro-batches and calls `log_probs` (old policy, reference) or `train`. Invariant: the
+step's loss is sum(weight x per-token loss) over all ranks, its weights sum to 1 (checked), and gradients are summed:
+neither the cut into micro-batches nor the deal to ranks changes either.
+
+Shapes: _B packed tokens, _R response tokens of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from slime.algo.losses import Loss, LossInputs, LossOptions
+from slime.megatron import device
+from slime.megatron.build import unwrap
+from slime.megatron.logprobs import response_log_probs
+from slime.megatron.microbatch import MicroBatch
+from slime.megatron.parallel import Topology
+
+WEIGHTS_TOLERANCE = 1e-5
+"""Loss weights are float32: their sum misses 1 by less than this."""
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """The wrapped model, and how its log-probs are taken."""
+
+    model: torch.nn.Module
+    topology: Topology
+    vocab_size: int
+    temperature: float
+    chunk_size: int
+
+    def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Log-probs [R] of each micro-batch, under the weights that the model holds now."""
+
+        def collect(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
+            return self._response_log_probs(micro_batch, hidden, with_entropy=False)[0]
+
+        self.model.eval()
+        with torch.no_grad():
+            return self._schedule(micro_batches, collect, forward_only=True)
+
+    def train(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        loss: Loss,
+        options: LossOptions,
+        weights_sum: float,
+        where: str,
+    ) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches (every rank brings equally many).
+
+        Args:
+            weights_sum: what the loss weights of all ranks have to sum to.
+            where: names rollout and step in errors.
+
+        Returns:
+            Metrics, the same on every rank: `loss`, `grad_norm`, `lr`, the loss's own weighed means, and
+            `logprob_gap_mean/_max`, |old - engine's log-prob| over the tokens of the mask.
+
+        Raises:
+            RuntimeError: the weights do not sum to `weights_sum`, or the gradient is not finite.
+        """
+
+        def weigh(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return self._weighed_loss(micro_batch, hidden, loss, options)
+
+        self.model.train()
+        self.model.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
+        optimizer.zero_grad()
+        metrics = self._reduce(self._schedule(micro_batches, weigh, forward_only=False))
+        used = metrics.pop("weights")
+        if abs(used - weights_sum) > WEIGHTS_TOLERANCE:
+            raise RuntimeError(
+                f"{where}: the loss weights of all ranks' micro-batches sum to {used:.8g}, not to {weights_sum:.8g}: "
+                "samples were lost, repeated, or weighed by another denominator on their way into micro-batches"
+            )
+        _, norm, _ = optimizer.step()
+        if norm is None or optimizer.config.clip_grad <= 0:
+            norm = optimizer.get_grad_norm()
+        if not math.isfinite(norm):
+            raise RuntimeError(
+                f"{where}: the gradient norm is {norm} at a loss of {metrics['loss']:.6g}; resume from the last "
+                "checkpoint with a lower --lr, and look for infinite rewards or log-probs in this rollout's data"
+            )
+        metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
+        scheduler.step(1)
+        return metrics
+
+    def _schedule(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        at_the_end: Callable[[MicroBatch, Tensor], Any],
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        """Megatron's schedule; `at_the_end` gets each micro-batch and its last hidden states.
+
+        With a backward pass it returns (loss, data), else the data to collect.
+        """
+
+        def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            micro_batch = next(iterator)
+            hidden = model(micro_batch.tokens_B, None, None, packed_seq_params=micro_batch.sequences)
+
+            def finish(hidden: Tensor, non_loss_data: bool = False) -> Any:
+                result = at_the_end(micro_batch, hidden)
+                if non_loss_data:
+                    return result
+                loss, data = result
+                return loss, torch.ones((), dtype=torch.int, device=loss.device), data
+
+            return hidden, finish
+
+        with device.layer():
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(micro_batches),
+                model=self.model,
+                num_microbatches=len(micro_batches),
+                seq_length=micro_batches[0].tokens_B.size(1),
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+
+    def _response_log_probs(
+        self, micro_batch: MicroBatch, hidden: Tensor, *, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        core = unwrap(self.model)
+        return response_log_probs(
+            hidden,
+            core.output_weight(),
+            micro_batch.predicting_R,
+            micro_batch.targets_R,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            chunk_size=self.chunk_size,
+            with_entropy=with_entropy,
+            sequence_parallel=core.config.sequence_parallel,
+            group=self.topology.tp_group,
+        )
+
+    def _weighed_loss(
+        self, micro_batch: MicroBatch, hidden: Tensor, loss: Loss, options: LossOptions
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's share of the step's loss, and of its metrics."""
+        columns = micro_batch.columns
+        log_probs_R, entropy_R = self._response_log_probs(micro_batch, hidden, with_entropy=True)
+        # with one step a rollout the old policy is the current one: no forward of its own
+        old_R = columns.get("log_probs", log_probs_R.detach())
+        inputs = LossInputs(
+            log_probs_R=log_probs_R,
+            old_log_probs_R=old_R,
+            advantages_R=columns["advantages"],
+            ref_log_probs_R=columns.get("ref_log_probs"),
+            rollout_log_probs_R=columns.get("rollout_log_probs"),
+            entropy_R=entropy_R,
+        )
+        loss_R, metrics = loss(inputs, options)
+        weights_R = columns["loss_weights"]
+        total = _weighed_sum(loss_R, weights_R)
+        shares = {name: _weighed_sum(values_R.detach(), weights_R) for name, values_R in metrics.items()}
+        shares |= {"loss": total.detach(), "weights": weights_R.double().sum()}
+        shares |= _gap_shares(old_R, columns)
+        return total, shares
+
+    def _reduce(self, shares: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Sums (of `_max`: the maximum) over micro-batches and data-parallel ranks."""
+        names = list(shares[0])
+        values = {name: torch.stack([share[name].double() for share in shares]) for name in names}
+        sums = torch.stack([values[name].sum() for name in names])
+        maxima = torch.stack([values[name].amax() for name in names])
+        dist.all_reduce(sums, group=self.topology.dp_cp_group)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.topology.dp_cp_group)
+        chosen = zip(names, sums.tolist(), maxima.tolist(), strict=True)
+        metrics = {name: largest if name.endswith("_max") else total for name, total, largest in chosen}
+        if "gap_tokens" in metrics:
+            metrics["logprob_gap_mean"] = metrics.pop("gap_sum") / max(metrics.pop("gap_tokens"), 1.0)
+        return metrics
+
+
+def _weighed_sum(values_R: Tensor, weights_R: Tensor) -> Tensor:
+    """sum(weights x values), in which an entry of weight 0 adds 0 whatever it is."""
+    return (torch.where(weights_R > 0, values_R, 0.0) * weights_R).sum()
+
+
+def _gap_shares(old_R: Tensor, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """|old policy's log-prob by the trainer - by the engine|: nothing but numerics where the policy is the same."""
+    if "rollout_log_probs" not in columns:
+        return {}
+    mask_R = columns["loss_mask"] > 0
+    gap_R = torch.where(mask_R, (old_R.detach() - columns["rollout_log_probs"]).abs(), 0.0)
+    largest = gap_R.amax() if len(gap_R) else gap_R.new_zeros(())
+    return {"gap_sum": gap_R.sum(), "gap_tokens": mask_R.sum(), "logprob_gap_max": largest}

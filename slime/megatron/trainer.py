@@ -1,0 +1,297 @@
+"""Trainer: one rank of training, without Ray: log-probs -> advantages -> loss -> step.
+
+Path: gets the TrainBatch of each whole rollout, on every rank; its weights then go to the engines. Invariant: between
+calls the model holds the actor's weights, and every rank has made the same plan from the same batch.
+
+Shapes: _N samples, _R response tokens of all samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slime.algo.losses import LOSSES, Loss
+from slime.config.args import Args
+from slime.core.batch import Array, TrainBatch
+from slime.core.packing import StepPlan, plan_steps, training_flops
+from slime.core.plugins import load_hook
+from slime.megatron import device, hf_weights
+from slime.megatron.build import architecture_of, build_model, build_optimizer, steps_per_rollout, unwrap
+from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from slime.megatron.microbatch import MicroBatch, pack_rows
+from slime.megatron.parallel import close_parallel, init_parallel
+from slime.megatron.result import LoadResult
+from slime.megatron.rollout_columns import add_advantages, add_loss_weights, counted_rows_of, loss_options
+from slime.megatron.snapshots import Snapshots
+from slime.megatron.step import Stepper
+from slime.models.hf_files import HFReader
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """All methods are collective: every rank calls them in the same order, with the same arguments."""
+
+    def __init__(self, args: Args, *, rank: int, world_size: int, init_method: str) -> None:
+        if args.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such
+        self._args = args
+        self._shape = architecture_of(args)
+        self.topology = init_parallel(args, rank=rank, world_size=world_size, init_method=init_method)
+        self.model = build_model(args, wrap=True)
+        self.optimizer, self.scheduler = build_optimizer(args, self.model)
+        self._snapshots = Snapshots(unwrap(self.model))
+        self._stepper = Stepper(
+            self.model,
+            self.topology,
+            vocab_size=self._shape.vocab_size,
+            temperature=args.rollout_temperature,
+            chunk_size=args.log_probs_chunk_size,
+        )
+        self._loss = _loss_of(args)
+
+    # Loading and saving
+
+    def load(self) -> LoadResult:
+        """The reference from --ref-load, then the actor from --load; where that is empty, from --ref-load too.
+
+        Raises:
+            ValueError: there is nothing to load, or it does not fit.
+        """
+        args = self._args
+        reference = self._find_reference()
+        if self.needs_reference:
+            if reference is None:
+                raise ValueError(
+                    "--use-kl-loss with --kl-loss-coef > 0, or --log-ref-kl: there is no reference model; give "
+                    "--ref-load, or --hf-checkpoint"
+                )
+            self._load_weights(reference)
+            self._snapshots.take("ref")
+        elif args.use_kl_loss and self.topology.rank == 0:
+            logger.info("reference KL off: --kl-loss-coef is 0 (--log-ref-kl logs it all the same)")
+        found = find_checkpoint(args.load, step=args.ckpt_step)
+        if found is not None:
+            return self._load_actor(found)
+        if reference is None:
+            raise ValueError(f"--load {args.load}: no checkpoint there, and no --ref-load to start from; give one")
+        self._load_weights(reference)
+        why = f"--load {args.load} has no checkpoint" if args.load is not None else "no --load"
+        return LoadResult(0, None, f"{reference.path} ({why}: starting from the reference)")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference model is run at all."""
+        args = self._args
+        return args.loss_type != "sft_loss" and ((args.use_kl_loss and args.kl_loss_coef > 0) or args.log_ref_kl)
+
+    def _find_reference(self) -> FoundCheckpoint | None:
+        for path in (self._args.ref_load, self._args.hf_checkpoint):
+            found = find_checkpoint(path)
+            if found is not None:
+                return found
+        return None
+
+    def _load_actor(self, found: FoundCheckpoint) -> LoadResult:
+        args = self._args
+        if found.kind != "iteration" or args.finetune:
+            self._load_weights(found)
+            return LoadResult(0, None, str(found.path))
+        loaded = load_checkpoint(
+            found,
+            model=self.model,
+            optimizer=None if args.no_load_optim else self.optimizer,
+            scheduler=None if args.no_load_optim else self.scheduler,
+            load_rng=not args.no_load_rng,
+        )
+        if args.no_load_optim:
+            self.optimizer.reload_model_params()
+        for group in self.optimizer.param_groups:  # the command line's learning rate wins over the checkpoint's
+            group["max_lr"], group["min_lr"] = args.lr, min(args.min_lr, args.lr)
+        self.scheduler.step(0)
+        assert loaded.rollout_id is not None
+        return LoadResult(loaded.rollout_id + 1, loaded.state, str(loaded.path))
+
+    def _load_weights(self, found: FoundCheckpoint) -> None:
+        if found.kind == "hf":
+            hf_weights.load_hf_into(self.model, self._shape, HFReader(found.path), self._args)
+        else:
+            load_checkpoint(found, model=self.model)
+        self.optimizer.reload_model_params()
+
+    def save(self, rollout_id: int, state: dict[str, Any]) -> Path:
+        """A complete checkpoint under --save; `state` (JSON-able) comes back from `load`."""
+        args = self._args
+        if args.save is None:
+            raise ValueError("--save is not given: there is no place for a checkpoint")
+        return save_checkpoint(
+            args.save,
+            rollout_id=rollout_id,
+            model=self.model,
+            optimizer=None if args.no_save_optim else self.optimizer,
+            scheduler=None if args.no_save_optim else self.scheduler,
+            state=state,
+            keep_last=args.keep_last_checkpoints,
+        )
+
+    def save_hf(self, path: str | Path) -> None:
+        """Export the actor as an HF directory."""
+        if self._args.hf_checkpoint is None:
+            raise ValueError("--hf-checkpoint is not given: an export takes its config and tokenizer files from there")
+        hf_weights.save_hf(path, self.model, self._shape, self._args.hf_checkpoint)
+
+    def iter_hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The actor's whole tensors by HF name, in the same order on every rank; run it to its end."""
+        return hf_weights.iter_hf_tensors(self.model, self._shape)
+
+    def close(self) -> None:
+        close_parallel()
+
+    # Training
+
+    def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
+        """All optimizer steps of one rollout; metrics are the same on every rank.
+
+        Raises:
+            ValueError: the samples cannot be cut into the steps asked for.
+            RuntimeError: loss weights that do not add up, or a gradient that is not finite.
+        """
+        start = time.perf_counter()
+        args = self._args
+        plans = self.plan(batch, steps_per_rollout(args))
+        if len(plans) > 1 and args.loss_type != "sft_loss":
+            batch = batch.with_column("log_probs", self._forward(batch, plans))
+        if self.needs_reference:
+            with self._snapshots.holding("ref"):
+                batch = batch.with_column("ref_log_probs", self._forward(batch, plans))
+        counted_N = counted_rows_of(args, batch)
+        batch = add_advantages(args, batch, counted_N)
+        batch, sums = add_loss_weights(args, batch, counted_N, [plan.rows for plan in plans])
+        train_start = time.perf_counter()
+        steps = [
+            self._stepper.train(
+                self._pack(batch, plan),
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                loss=self._loss,
+                options=loss_options(args),
+                weights_sum=weights_sum,
+                where=f"rollout {rollout_id}, step {number}",
+            )
+            for number, (plan, weights_sum) in enumerate(zip(plans, sums, strict=True))
+        ]
+        end = time.perf_counter()
+        metrics = _over_steps(steps) | self._plan_metrics(batch, plans)
+        metrics["train/dropped_samples"] = float((~counted_N).sum())
+        forward, step = self._longest([train_start - start, end - train_start])
+        metrics |= {"time/train_forward": forward, "time/train_step": step}
+        metrics["train/tokens_per_second"] = float(batch.total_lengths_N.sum()) / (forward + step)
+        return metrics
+
+    def log_probs(self, batch: TrainBatch, *, model: Literal["actor", "ref"] = "actor") -> Array:
+        """[R] float32: log-probs of the whole batch's response tokens at the rollout temperature, on every rank.
+
+        Raises:
+            ValueError: `model="ref"` where no reference is kept.
+        """
+        plans = self.plan(batch, 1)
+        if model == "actor":
+            flat = self._forward(batch, plans)
+        elif "ref" in self._snapshots:
+            with self._snapshots.holding("ref"):
+                flat = self._forward(batch, plans)
+        else:
+            raise ValueError("no reference model is kept: give --use-kl-loss with --kl-loss-coef > 0, or --log-ref-kl")
+        whole = torch.from_numpy(flat).to(device.device())
+        dist.all_reduce(whole, group=self.topology.dp_cp_group)
+        return whole.cpu().numpy()
+
+    def plan(self, batch: TrainBatch, num_steps: int) -> list[StepPlan]:
+        """Which rows each rank takes, in which micro-batches, by --max-tokens-per-gpu or --micro-batch-size."""
+        args = self._args
+        return plan_steps(
+            batch.total_lengths_N.tolist(),
+            num_steps=num_steps,
+            dp_size=self.topology.dp_size,
+            max_tokens=self._max_tokens,
+            micro_batch_size=args.micro_batch_size,
+            multiple=self._multiple,
+            balance=args.balance_data,
+            flops=training_flops(self._shape),
+        )
+
+    @property
+    def _max_tokens(self) -> int | None:
+        """Token budget of one micro-batch, over its context-parallel ranks."""
+        args = self._args
+        if not args.use_dynamic_batch_size:
+            return None
+        if args.max_tokens_per_gpu is None:
+            raise ValueError("--use-dynamic-batch-size: --max-tokens-per-gpu is not given; give the token budget")
+        return args.max_tokens_per_gpu * self.topology.cp_size
+
+    @property
+    def _multiple(self) -> int:
+        """A pack's tokens are a multiple of this: sequence parallelism cuts them into TP equal parts."""
+        return self.topology.tp_size
+
+    def _pack(self, batch: TrainBatch, plan: StepPlan) -> list[MicroBatch]:
+        return [
+            pack_rows(batch, rows, shape=self._shape, multiple=self._multiple)
+            for rows in plan.micro_batches[self.topology.dp_rank]
+        ]
+
+    def _forward(self, batch: TrainBatch, plans: Sequence[StepPlan]) -> Array:
+        """[R] log-probs of this rank's rows by the model as it is now; 0 for other ranks' rows."""
+        flat = np.zeros(int(batch.response_lengths_N.sum()), dtype=np.float32)
+        micro_batches = [micro_batch for plan in plans for micro_batch in self._pack(batch, plan)]
+        for micro_batch, log_probs_R in zip(micro_batches, self._stepper.log_probs(micro_batches), strict=True):
+            flat[micro_batch.responses_R] = log_probs_R.cpu().numpy()
+        return flat
+
+    def _longest(self, seconds: list[float]) -> list[float]:
+        """Each the longest that any rank took."""
+        times = torch.tensor(seconds, dtype=torch.float64, device=device.device())
+        dist.all_reduce(times, op=dist.ReduceOp.MAX)
+        return times.tolist()
+
+    def _plan_metrics(self, batch: TrainBatch, plans: Sequence[StepPlan]) -> dict[str, float]:
+        lengths = batch.total_lengths_N.tolist()
+        metrics = {"train/num_micro_batches": float(sum(plan.num_micro_batches for plan in plans))}
+        if self._max_tokens is not None:
+            fills = [plan.fill(lengths, self._max_tokens) for plan in plans]
+            metrics["train/fill"] = sum(fills) / len(fills)
+        if self.topology.dp_size > 1:
+            flops = training_flops(self._shape)
+            metrics["train/dp_imbalance"] = max(plan.imbalance(lengths, flops) for plan in plans)
+        return metrics
+
+
+def _loss_of(args: Args) -> Loss:
+    if args.loss_type != "custom_loss":
+        return LOSSES[args.loss_type]
+    if args.custom_loss_function_path is None:
+        raise ValueError("--loss-type custom_loss: --custom-loss-function-path is not given; name your loss")
+    return load_hook("custom_loss_function_path", args.custom_loss_function_path)
+
+
+def _over_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """`train/...` of a rollout: the mean over its steps; the largest of `_max`, the last learning rate."""
+    metrics: dict[str, float] = {}
+    for name in steps[0]:
+        values = [step[name] for step in steps]
+        reduce: Callable[[list[float]], float] = (
+            max if name.endswith("_max") else (lambda v: v[-1]) if name == "lr" else lambda v: sum(v) / len(v)
+        )
+        metrics[f"train/{name}"] = reduce(values)
+    return metrics
