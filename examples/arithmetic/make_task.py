@@ -30,6 +30,11 @@ CHAT_TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
 )
+EVAL_CONFIG = """\
+datasets:
+  - {{name: sampled, path: {path}}}  # at the rollout's temperature
+  - {{name: greedy, path: {path}, temperature: 0}}
+"""
 SPLIT_SEED = 20240614
 """One split for all runs: seeds of a run vary weights, demonstrations, data order and sampling."""
 GUESSES = 0.5
@@ -158,6 +163,7 @@ def main() -> None:
     write_jsonl(out / "train.jsonl", map(problem, train))
     write_jsonl(out / "eval.jsonl", map(problem, held_out))
     write_jsonl(out / "demonstrations.jsonl", ({**problem(pair), "response": response} for pair, response in pupil))
+    (out / "eval.yaml").write_text(EVAL_CONFIG.format(path=(out / "eval.jsonl").resolve()))
     model = make_model(args.seed)
     model.save_pretrained(out / "model")
     make_tokenizer().save_pretrained(out / "model")

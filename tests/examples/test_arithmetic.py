@@ -1,0 +1,107 @@
+"""The demo's task: a sound split, demonstrations as careless as said, a tokenizer that round-trips, a true control."""
+
+import importlib.util
+import json
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from slime.core.plugins import HOOKS, check_signature
+from slime.core.sample import Sample
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLE / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_task = load("make_task")
+shuffled_rewards = load("shuffled_rewards")
+
+
+def test_twins_lie_on_the_same_side() -> None:
+    train, held_out = make_task.split_problems(10, 99, 256)
+    assert len(train) + len(held_out) == 8100 and len(held_out) in (256, 257)
+    assert len(set(train) | set(held_out)) == 8100
+    twins_apart = [(a, b) for a, b in held_out if (b, a) in set(train)]
+    assert twins_apart == []
+    assert make_task.split_problems(10, 99, 256) == (train, held_out)
+    ordered = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    random.Random(0).shuffle(ordered)
+    assert any((b, a) in set(ordered[256:]) for a, b in ordered[:256]), "a split of ordered pairs would be noticed"
+
+
+def test_the_pupil_is_careless_in_the_right_places() -> None:
+    rng = random.Random(0)
+    train, _ = make_task.split_problems(10, 99, 256)
+    outcomes: Counter[str] = Counter()
+    for a, b in rng.choices(train, k=4000):
+        work, _, box = make_task.answer_like_a_careless_pupil(a, b, rng).partition("</think>")
+        answer = re.fullmatch(r"\\boxed\{(\d+)\}", box)
+        assert answer is not None
+        right = int(answer[1]) == a + b
+        outcomes["right"] += right
+        if not work:
+            outcomes["guess"] += 1
+            outcomes["right guess"] += right
+            continue
+        assert all(int(x) + int(y) == int(z) for x, y, z in re.findall(r"(\d+)\+(\d+)=(\d+)", work))
+        assert right == ((a % 10 + b % 10 >= 10) == (work.count(",") == 2)), "wrong where a carry lacks its step"
+    assert outcomes["guess"] / 4000 == pytest.approx(0.5, abs=0.03)
+    assert outcomes["right guess"] / outcomes["guess"] == pytest.approx(1 / 19, abs=0.02)
+    assert 0.3 < outcomes["right"] / 4000 < 0.42
+
+
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    monkeypatch.setattr(
+        sys, "argv", ["make_task.py", "--out", str(tmp_path), "--seed", "3", "--num-demonstrations", "20"]
+    )
+    make_task.main()
+    assert "1.02 M parameters" in capsys.readouterr().out
+    lines = {
+        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "eval", "demonstrations")
+    }
+    held_out = {line["prompt"][0]["content"] for line in lines["eval"]}
+    assert len(lines["demonstrations"]) == 20 and len(lines["train"]) > 5000 and len(held_out) >= 200
+    assert not held_out & {line["prompt"][0]["content"] for line in lines["train"] + lines["demonstrations"]}
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    messages = [{"role": "user", "content": "47+38=?"}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert text == "[gMASK]<sop><|user|>\n47+38=?<|assistant|>\n<think>"
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(prompt) == 14 and tokenizer.decode(prompt) == text
+    response = "7+8=15,4+3=7,7+1=8</think>\\boxed{85}<|user|>"
+    tokens = tokenizer(response, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens) == response and tokens[-1] == tokenizer.eos_token_id
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    assert config.eos_token_id == [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    assert config.vocab_size == 128 > max(tokenizer.get_vocab().values())
+
+
+def test_the_control_pays_for_other_answers() -> None:
+    assert check_signature(HOOKS["custom_reward_post_process_path"], shuffled_rewards.shuffle) is None
+    args = SimpleNamespace(rollout_seed=1, reward_key=None)
+    samples = [Sample(index=256 + i, reward=float(i % 3 == 0)) for i in range(256)]
+    samples[7].reward = None
+    rewards = shuffled_rewards.shuffle(args, samples)
+    own = [sample.reward for sample in samples]
+    assert sum(reward == reward and reward > 0 for reward in rewards) == sum(reward == 1.0 for reward in own)
+    agreement = sum(a == b for a, b in zip(rewards, own, strict=True)) / 256
+    assert agreement < 0.7, "independent rewards of mean 1/3 agree in 5/9 of the samples"
+    assert shuffled_rewards.shuffle(args, samples)[:50] == pytest.approx(rewards[:50], nan_ok=True)
+    later = [Sample(index=512 + i, reward=sample.reward) for i, sample in enumerate(samples)]
+    assert shuffled_rewards.shuffle(args, later) != pytest.approx(rewards, nan_ok=True)
