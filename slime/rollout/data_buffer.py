@@ -1,0 +1,153 @@
+"""DataBuffer: prompts out, leftovers back, one state that a checkpoint can hold.
+
+Path: the rollout function draws groups from here and gives back what it did not need. Invariant: over any sequence of
+draws, returns, saves and restores, every prompt of an epoch is handed out exactly once, returns aside.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from slime.config.args import Args
+from slime.core.plugins import load_hook
+from slime.core.sample import Sample
+from slime.rollout.filter_hub.buffer_filters import pop_first
+from slime.rollout.prompts import DataKeys, load_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class DataBuffer:
+    """Groups of `--n-samples-per-prompt` samples, their prompt tokenised.
+
+    Raises:
+        ValueError: --prompt-data is missing or cannot be read (file and line are named).
+    """
+
+    def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase) -> None:
+        if args.prompt_data is None:
+            raise ValueError("--prompt-data: not given, and the rollout needs prompts; name a jsonl file")
+        self._args = args
+        keys = DataKeys(
+            input_key=args.input_key,
+            label_key=args.label_key,
+            metadata_key=args.metadata_key,
+            tool_key=args.tool_key,
+        )
+        self._data = load_prompts(args.prompt_data, args, tokenizer, keys)
+        self._filter = (
+            pop_first if args.buffer_filter_path is None else load_hook("buffer_filter_path", args.buffer_filter_path)
+        )
+        self._buffer: list[list[Sample]] = []
+        self._epoch = 0
+        self._cursor = 0
+        self._next_group_index = 0
+        self._next_index = 0
+        self._order = self._epoch_order()
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of one epoch: those that leave room to answer."""
+        return len(self._data.prompts)
+
+    @property
+    def num_dropped(self) -> int:
+        """Prompts left out at load because they are too long."""
+        return len(self._data.dropped_lines)
+
+    @property
+    def epoch(self) -> int:
+        """Of the prompt that comes next."""
+        return self._epoch + (self._cursor == self.num_prompts)
+
+    @property
+    def num_buffered(self) -> int:
+        """Groups given back and not drawn again yet."""
+        return len(self._buffer)
+
+    def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]:
+        """`num` groups: first what the buffer filter takes from the buffer, then new prompts.
+
+        Raises:
+            ValueError: the buffer filter returned more groups than were asked for.
+        """
+        groups: list[list[Sample]] = []
+        if self._buffer and num > 0:
+            groups = self._filter(self._args, rollout_id, self._buffer, num)
+            if len(groups) > num:
+                raise ValueError(
+                    f"--buffer-filter-path {self._args.buffer_filter_path}: it returned {len(groups)} groups "
+                    f"where num_samples was {num}; it may return fewer, never more"
+                )
+        return [*groups, *(self._new_group() for _ in range(num - len(groups)))]
+
+    def add_groups(self, groups: Sequence[list[Sample]]) -> None:
+        """Give groups back; they come before new prompts."""
+        self._buffer.extend(groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "data": self._fingerprint(),
+            "epoch": self._epoch,
+            "cursor": self._cursor,
+            "next_group_index": self._next_group_index,
+            "next_index": self._next_index,
+            "buffer": [[sample.to_dict() for sample in group] for group in self._buffer],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ValueError: it was taken with other data, or another order of it.
+        """
+        saved, here = state["data"], self._fingerprint()
+        changed = [f"{name}: {saved.get(name)!r} then, {value!r} now" for name, value in here.items()
+                   if saved.get(name) != value]  # fmt: skip
+        if changed:
+            raise ValueError(
+                f"--prompt-data {self._args.prompt_data}: not what the checkpoint was made with, so its place in the "
+                f"data means nothing here ({'; '.join(changed)}); restore the file and flags, or start a new --save"
+            )
+        self._buffer = [[Sample.from_dict(sample) for sample in group] for group in state["buffer"]]
+        self._epoch = state["epoch"]
+        self._cursor = state["cursor"]
+        self._next_group_index = state["next_group_index"]
+        self._next_index = state["next_index"]
+        self._order = self._epoch_order()
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What decides which prompt stands at a cursor. The path does not: a file may move."""
+        args = self._args
+        return {
+            "sha256 of the data": self._data.sha256,
+            "number of prompts": self.num_prompts,
+            "--rollout-shuffle": args.rollout_shuffle,
+            "--rollout-seed": args.rollout_seed,
+            "--n-samples-per-prompt": args.n_samples_per_prompt,
+        }
+
+    def _epoch_order(self) -> list[int]:
+        order = list(range(self.num_prompts))
+        if self._args.rollout_shuffle:
+            random.Random(f"{self._args.rollout_seed}/{self._epoch}").shuffle(order)
+        return order
+
+    def _new_group(self) -> list[Sample]:
+        if self._cursor == self.num_prompts:
+            self._epoch += 1
+            self._cursor = 0
+            self._order = self._epoch_order()
+        prompt = self._data.prompts[self._order[self._cursor]]
+        self._cursor += 1
+        group = [
+            prompt.to_sample(group_index=self._next_group_index, index=self._next_index + offset)
+            for offset in range(self._args.n_samples_per_prompt)
+        ]
+        self._next_group_index += 1
+        self._next_index += len(group)
+        return group

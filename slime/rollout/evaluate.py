@@ -1,0 +1,176 @@
+"""Evaluation: every prompt of every data set, sampled and judged; mean reward with its standard error.
+
+Path: called before the first rollout, every --eval-interval rollouts and after the last. Invariant: the same prompts,
+sampled from the same seeds, whatever the training prompts were; nothing of it goes into training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from slime.config.args import Args
+from slime.config.eval_data import EvalDataset, eval_datasets
+from slime.core.sample import Sample, Status
+from slime.engine.client import EngineError
+from slime.rollout.collect import RolloutContext, request_slots
+from slime.rollout.generate import load_generate, rollout_sampling_params, sampling_seed
+from slime.rollout.prompts import DataKeys, PromptSet, load_prompts
+from slime.rollout.rm_hub.deepscaler import boxed_answer
+from slime.rollout.rollout_metrics import sample_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """The data sets, tokenised once; `context.evaluator` holds it from the first evaluation on."""
+
+    def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._args = args
+        self._data: list[tuple[EvalDataset, PromptSet]] = []
+        for dataset in eval_datasets(args):
+            keys = DataKeys(
+                input_key=dataset.input_key,
+                label_key=dataset.label_key,
+                metadata_key=args.metadata_key,
+                tool_key=args.tool_key,
+            )
+            self._data.append((dataset, load_prompts(dataset.path, args, tokenizer, keys)))
+
+    async def run(self, rollout_id: int, context: RolloutContext) -> dict[str, float]:
+        """All data sets at once."""
+        slots = await request_slots(self._args, context)
+        results = await asyncio.gather(
+            *(self._run_dataset(dataset, data, rollout_id, context, slots) for dataset, data in self._data)
+        )
+        return {
+            f"eval/{dataset.name}/{name}": value
+            for (dataset, _), metrics in zip(self._data, results, strict=True)
+            for name, value in metrics.items()
+        }
+
+    async def _run_dataset(
+        self,
+        dataset: EvalDataset,
+        data: PromptSet,
+        rollout_id: int,
+        context: RolloutContext,
+        slots: asyncio.Semaphore,
+    ) -> dict[str, float]:
+        start = time.perf_counter()
+        args = self._args
+        count = dataset.n_samples_per_eval_prompt
+        generate = load_generate(args)
+        params = replace(
+            rollout_sampling_params(args),
+            temperature=dataset.temperature,
+            top_p=dataset.top_p,
+            top_k=dataset.top_k,
+            max_new_tokens=dataset.max_response_len,
+        )
+
+        async def run_sample(sample: Sample, seed: int) -> Sample:
+            async with slots:
+                try:
+                    sample = await generate(args, sample, replace(params, sampling_seed=seed), context)
+                except EngineError as error:
+                    failed = sample.to_bare_prompt()
+                    failed.status = Status.FAILED
+                    failed.reward_failure = f"generation failed: {error}"
+                    return failed
+            (await context.rewards.judge(sample, rm_type=dataset.rm_type)).apply(sample)
+            return sample
+
+        tasks = [
+            asyncio.create_task(
+                run_sample(
+                    prompt.to_sample(group_index=number, index=number * count + draw),
+                    sampling_seed(args.rollout_seed, "eval", dataset.name, number, draw, rollout_id),
+                )
+            )
+            for number, prompt in enumerate(data.prompts)
+            for draw in range(count)
+        ]
+        try:
+            samples = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        groups = [samples[first : first + count] for first in range(0, len(samples), count)]
+        return {**eval_metrics(args, dataset, groups), "time": time.perf_counter() - start}
+
+
+async def evaluate(args: Args, rollout_id: int, context: RolloutContext) -> dict[str, float]:
+    """Metrics `eval/<name>/...` of the weights that the engines hold now.
+
+    Raises:
+        RuntimeError: not one response of a data set could be generated and judged.
+    """
+    if context.evaluator is None:
+        context.evaluator = Evaluator(args, context.tokenizer)
+    return await context.evaluator.run(rollout_id, context)
+
+
+def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
+    """Of one data set; a group is one prompt's responses. Failed ones are counted and left out of every mean.
+
+    Raises:
+        RuntimeError: all failed.
+    """
+    samples = [sample for group in groups for sample in group]
+    judged = [sample for sample in samples if sample.reward is not None]
+    if not judged:
+        raise RuntimeError(
+            f"evaluation on {dataset.name}: none of {len(samples)} responses was judged; "
+            f"the first: {samples[0].reward_failure}"
+        )
+    rewards_by_prompt = [
+        [sample.reward_value(args.reward_key) for sample in group if sample.reward is not None] for group in groups
+    ]
+    means = [statistics.fmean(rewards) for rewards in rewards_by_prompt if rewards]
+    metrics: dict[str, float] = {
+        "reward": statistics.fmean(means),
+        "reward_stderr": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0,
+        **sample_metrics(judged),
+        "format": statistics.fmean(boxed_answer(sample.response) is not None for sample in judged),
+        "num_prompts": len(groups),
+        "failed": 1 - len(judged) / len(samples),
+    }
+    if dataset.n_samples_per_eval_prompt > 1:
+        for k in _pass_at_ks(dataset.n_samples_per_eval_prompt):
+            chances = [
+                pass_at_k(len(rewards), sum(reward >= 1 for reward in rewards), k)
+                for rewards in rewards_by_prompt
+                if len(rewards) >= k
+            ]
+            if chances:
+                metrics[f"pass@{k}"] = statistics.fmean(chances)
+    if len(judged) < len(samples):
+        first = next(sample for sample in samples if sample.reward is None)
+        logger.warning("evaluation on %s: %d responses failed, the first: %s", dataset.name,
+                       len(samples) - len(judged), first.reward_failure)  # fmt: skip
+    return metrics
+
+
+def _pass_at_ks(num_samples: int) -> list[int]:
+    """Powers of two, and the number of samples itself."""
+    powers = [2**exponent for exponent in range(num_samples.bit_length()) if 2**exponent < num_samples]
+    return [*powers, num_samples]
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Chance that one of k responses is right, drawn from the n seen without replacement.
+
+    1 - C(n - c, k) / C(n, k): the unbiased estimator of Chen et al., "Evaluating large language models trained on
+    code", 2021 (arXiv:2107.03374), equation 1.
+    """
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)

@@ -1,0 +1,68 @@
+"""What a rollout says of itself: `rollout/*` and its share of `time/*`.
+
+Path: `collect` counts into a Tally on the way and asks for the metrics at the end. Invariant: rewards are the raw
+ones, before any post-processing, and samples whose reward failed are counted apart, never as 0.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from slime.config.args import Args
+from slime.core.sample import Sample, Status
+from slime.rollout.intervals import PhaseIntervals
+
+
+@dataclass
+class Tally:
+    """Counted as it happens; dropped groups are not there any more at the end."""
+
+    tokens: int = 0
+    """Response tokens generated, those of dropped and aborted samples too."""
+    surplus_groups: int = 0
+    dropped_groups: Counter[str] = field(default_factory=Counter[str])
+    failed_rewards: Counter[str] = field(default_factory=Counter[str])
+
+
+def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Lengths and statuses."""
+    lengths = [sample.response_length for sample in samples]
+    return {
+        "response_length": statistics.fmean(lengths),
+        "response_length_max": max(lengths),
+        "truncated": statistics.fmean(sample.status is Status.TRUNCATED for sample in samples),
+    }
+
+
+def rollout_metrics(
+    args: Args, groups: Sequence[Sequence[Sample]], tally: Tally, intervals: PhaseIntervals, policy_version: int
+) -> dict[str, float]:
+    """Of the kept `groups`, in the units of `docs`: tokens, seconds, shares of 1."""
+    samples = [sample for group in groups for sample in group]
+    rewards_by_group = [
+        [sample.reward_value(args.reward_key) for sample in group if sample.reward is not None] for group in groups
+    ]
+    rewards = [reward for group in rewards_by_group for reward in group]
+    versions = [version for sample in samples for version in sample.policy_versions or []]
+    generation = intervals.generation_seconds
+    metrics: dict[str, float] = {
+        "rollout/reward": statistics.fmean(rewards),
+        "rollout/reward_std": statistics.pstdev(rewards),
+        **{f"rollout/{name}": value for name, value in sample_metrics(samples).items()},
+        "rollout/zero_std_groups": sum(min(group) == max(group) for group in rewards_by_group),
+        "rollout/surplus_groups": tally.surplus_groups,
+        "rollout/tokens": tally.tokens,
+        "rollout/tokens_per_second": tally.tokens / generation if generation > 0 else 0.0,
+        "time/generation": generation,
+        "time/reward": intervals.reward_seconds,
+    }
+    if versions:
+        metrics["rollout/staleness"] = policy_version - statistics.fmean(versions)
+    for reason, count in sorted(tally.dropped_groups.items()):
+        metrics[f"rollout/groups_dropped/{reason}"] = count
+    for reason, count in sorted(tally.failed_rewards.items()):
+        metrics[f"rollout/reward_failed/{reason}"] = count
+    return metrics
