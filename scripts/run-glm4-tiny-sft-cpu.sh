@@ -23,6 +23,7 @@ ROLLOUT_ARGS=(
    --rollout-num-gpus 0
    --prompt-data "${TASK_DIR}/demonstrations.jsonl"
    --input-key prompt
+   --label-key response
    --apply-chat-template
    --num-rollout 60
    --rollout-batch-size 160
