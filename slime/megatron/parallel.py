@@ -109,7 +109,7 @@ def _topology(rank: int, world_size: int) -> Topology:
 
 
 def _bind_gloo_to_loopback() -> None:
-    """A file rendezvous is one node's: gloo's sockets stay on its loopback, unless GLOO_SOCKET_IFNAME says otherwise."""
+    """A file rendezvous is one node's: gloo's sockets stay on its loopback, unless GLOO_SOCKET_IFNAME is set."""
     names = {name for _, name in socket.if_nameindex()}
     for loopback in ("lo", "lo0"):
         if loopback in names:

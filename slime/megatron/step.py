@@ -90,9 +90,10 @@ class Stepper:
                 f"{where}: the loss weights of all ranks' micro-batches sum to {used:.8g}, not to {weights_sum:.8g}: "
                 "samples were lost, repeated, or weighed by another denominator on their way into micro-batches"
             )
-        _, norm, _ = optimizer.step()
-        if norm is None or optimizer.config.clip_grad <= 0:
-            norm = optimizer.get_grad_norm()
+        with device.layer():
+            _, norm, _ = optimizer.step()
+            if optimizer.config.clip_grad <= 0:  # Megatron then computes none
+                norm = optimizer.get_grad_norm()
         if not math.isfinite(norm):
             raise RuntimeError(
                 f"{where}: the gradient norm is {norm} at a loss of {metrics['loss']:.6g}; resume from the last "

@@ -115,7 +115,8 @@ class Trainer:
             load_rng=not args.no_load_rng,
         )
         if args.no_load_optim:
-            self.optimizer.reload_model_params()
+            with device.layer():
+                self.optimizer.reload_model_params()
         for group in self.optimizer.param_groups:  # the command line's learning rate wins over the checkpoint's
             group["max_lr"], group["min_lr"] = args.lr, min(args.min_lr, args.lr)
         self.scheduler.step(0)
@@ -127,7 +128,8 @@ class Trainer:
             hf_weights.load_hf_into(self.model, self._shape, HFReader(found.path), self._args)
         else:
             load_checkpoint(found, model=self.model)
-        self.optimizer.reload_model_params()
+        with device.layer():
+            self.optimizer.reload_model_params()  # bf16: the optimizer's fp32 copies
 
     def save(self, rollout_id: int, state: dict[str, Any]) -> Path:
         """A complete checkpoint under --save; `state` (JSON-able) comes back from `load`."""

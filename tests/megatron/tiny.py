@@ -1,0 +1,89 @@
+"""Tiny models of both families as HF directories, batches for them, and args to train them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from slime.config.architecture import hf_architecture, read_hf_config
+from slime.config.args import Args
+from slime.core.batch import TrainBatch
+
+FAMILIES = ("glm4", "qwen3", "qwen3-tied")
+VOCAB = 93
+"""Not a multiple of anything: the padded part of the table, and at TP 2 a whole part of padding, are met."""
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def hf_model(family: str, *, seed: int = 0) -> torch.nn.Module:
+    """A random model, norms and biases too, large enough that a mistake anywhere shows."""
+    from transformers import Glm4Config, Glm4ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    if family == "glm4":
+        model = Glm4ForCausalLM(Glm4Config(**SHAPE, head_dim=16, attention_bias=True, tie_word_embeddings=False))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=family == "qwen3-tied"))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else 0.1 * noise)
+    return model.eval()
+
+
+def hf_dir(path: Path, family: str, *, seed: int = 0) -> Path:
+    hf_model(family, seed=seed).save_pretrained(path)
+    return path
+
+
+def make_args(hf: Path, **changes: Any) -> Args:
+    """Args to train the model in `hf`: fp32, one thread, SGD-free AdamW with a rate that shows."""
+    defaults: dict[str, Any] = {
+        "architecture": hf_architecture(read_hf_config(hf)),
+        "hf_checkpoint": str(hf),
+        "ref_load": str(hf),
+        "num_rollout": 10,
+        "cpu_threads_per_process": 1,
+        "train_timeout": 60.0,
+        "bf16": False,
+        "lr": 1e-3,
+        "use_dynamic_batch_size": True,
+        "max_tokens_per_gpu": 128,
+        "rollout_temperature": 0.8,
+        "num_steps_per_rollout": 1,
+        "log_probs_chunk_size": 16,
+    }
+    return Args(**{**defaults, **changes})
+
+
+def random_batch(num_samples: int = 8, *, group: int = 4, seed: int = 0, with_rollout: bool = True) -> TrainBatch:
+    """Samples of different lengths, some tokens masked, rewards that differ within groups."""
+    generator = np.random.default_rng(seed)
+    prompts = generator.integers(2, 12, num_samples)
+    responses = generator.integers(3, 30, num_samples)
+    total, num_responses = int((prompts + responses).sum()), int(responses.sum())
+    mask = (generator.random(num_responses) > 0.1).astype(np.float32)
+    columns = {
+        "tokens": generator.integers(0, VOCAB, total),
+        "loss_mask": mask,
+        "rewards": generator.integers(0, 2, num_samples).astype(np.float32) + generator.random(num_samples) * 0.1,
+        "group_indices": np.arange(num_samples) // group,
+        "sample_indices": np.arange(num_samples),
+    }
+    if with_rollout:
+        columns["rollout_log_probs"] = -generator.random(num_responses).astype(np.float32) * 4
+    columns["rewards"] = columns["rewards"].astype(np.float32)
+    return TrainBatch(prompts + responses, responses, columns)
