@@ -25,7 +25,9 @@ def parse_layer_pattern(text: str) -> int | list[int]:
         return int(text)
     pattern, rest = _layer_sum(re.sub(r"\s+", "", text))
     if rest:
-        raise ValueError(f"a number, a list such as [0,1,1], or an expression such as [0]*1+[1]*45; {rest!r} is neither")
+        raise ValueError(
+            f"a number, a list such as [0,1,1], or an expression such as [0]*1+[1]*45; {rest!r} is neither"
+        )
     return pattern
 
 

@@ -1,0 +1,57 @@
+"""Case: what a rule looks at, and how it complains.
+
+Path: `parse` makes one, `rules` hands it to every rule. Invariant: rules read, they never change anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from slime.config.args import Args
+from slime.config.problem import Problem, Severity, flag_name, show
+
+
+@dataclass(frozen=True)
+class Case:
+    """Resolved Args, and which of slime's own flags were given."""
+
+    args: Args
+    given: frozenset[str]
+
+    @property
+    def real(self) -> bool:
+        """A run that starts processes; a --dry-run only plans."""
+        return not self.args.dry_run
+
+    @property
+    def generates(self) -> bool:
+        """Whether training samples come from engines, by slime's own rollout function."""
+        args = self.args
+        own = args.rollout_function_path == "slime.rollout.collect.generate_rollout"
+        return own and args.num_rollout != 0 and args.load_debug_rollout_data is None and not args.debug_train_only
+
+    @property
+    def trains_policy(self) -> bool:
+        return self.args.loss_type == "policy_loss" and not self.args.debug_rollout_only and self.args.num_rollout != 0
+
+    def _problem(self, severity: Severity, field: str, rule: str, remedy: str, beside: Iterable[str]) -> Problem:
+        value: Any = vars(self.args)[field]
+        where = flag_name(f"no_{field}") if value is False else flag_name(field)
+        fields = frozenset([field, *beside])
+        return Problem(severity=severity, where=where, value=show(value), rule=rule, remedy=remedy, fields=fields)
+
+    def error(self, field: str, rule: str, remedy: str, *, beside: Iterable[str] = ()) -> Problem:
+        """`beside`: other fields that it is about; where one of them could not be read, nothing is said."""
+        return self._problem("error", field, rule, remedy, beside)
+
+    def warning(self, field: str, rule: str, remedy: str, *, beside: Iterable[str] = ()) -> Problem:
+        return self._problem("warning", field, rule, remedy, beside)
+
+    def missing(self, field: str, rule: str, remedy: str) -> Problem:
+        """Something that a real run needs and a plan does without."""
+        return self._problem("error" if self.real else "warning", field, rule, remedy, ())
+
+
+Rule = Callable[[Case], Iterable[Problem]]

@@ -1,0 +1,97 @@
+"""The evaluation sets: from --eval-prompt-data or --eval-config, each with the sampling that it is evaluated under.
+
+Path: `rules` checks the files, `rollout.evaluate` runs over the sets. Invariant: nothing in an EvalDataset is open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from slime.config.args import Args
+from slime.config.flag_table import FlagSpec, all_flags
+from slime.config.values import from_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDataset:
+    """`path` may carry a slice. Sampling fields are the eval flags' of the same meaning."""
+
+    name: str
+    path: str
+    input_key: str
+    label_key: str | None
+    rm_type: str | None
+    n_samples_per_eval_prompt: int
+    max_response_len: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+def _defaults(args: Args) -> dict[str, Any]:
+    """The values from the (resolved) flags, which a set in --eval-config may override one by one."""
+    inherited = ("input_key", "label_key", "rm_type", "max_response_len", "temperature", "top_p", "top_k")
+    values = {name: vars(args)[f"eval_{name}"] for name in inherited}
+    return values | {"n_samples_per_eval_prompt": args.n_samples_per_eval_prompt}
+
+
+def eval_datasets(args: Args) -> list[EvalDataset]:
+    """Every evaluation set, those of --eval-prompt-data first.
+
+    Raises:
+        ValueError: an odd number of words, two sets of one name, or a malformed --eval-config.
+    """
+    defaults = _defaults(args)
+    sets = [EvalDataset(name=name, path=path, **defaults) for name, path in _named_paths(args.eval_prompt_data)]
+    if args.eval_config is not None:
+        sets += [_from_yaml(entry, defaults, args.eval_config) for entry in _yaml_entries(args.eval_config)]
+    names = [dataset.name for dataset in sets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two evaluation sets of one name ({', '.join(names)}); give each its own")
+    return sets
+
+
+def _named_paths(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """One path is named after its file; else NAME PATH pairs."""
+    if len(words) == 1:
+        return [(Path(words[0].partition("@[")[0]).stem, words[0])]
+    if len(words) % 2:
+        raise ValueError(f"{len(words)} words; give one path, or NAME PATH pairs")
+    return list(zip(words[::2], words[1::2], strict=True))
+
+
+def _yaml_entries(path: str) -> list[Any]:
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); name a YAML file") from error
+    entries = cast(dict[str, Any], data).get("datasets") if isinstance(data, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} has no list `datasets`; write one entry with name and path for each set")
+    return cast(list[Any], entries)
+
+
+def _from_yaml(entry: Any, defaults: dict[str, Any], path: str) -> EvalDataset:
+    known = {item.name for item in fields(EvalDataset)}
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: {entry!r} is no mapping; write name: and path:")
+    values = {str(key).removeprefix("eval_"): value for key, value in cast(dict[Any, Any], entry).items()}
+    if unknown := set(values) - known:
+        raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known are {', '.join(sorted(known))}")
+    if missing := {"name", "path"} - set(values):
+        raise ValueError(f"{path}: a set without {' and '.join(sorted(missing))}; every set needs both")
+    try:
+        typed = {key: from_yaml(_flag_of(key), value) for key, value in values.items() if key in defaults}
+    except ValueError as error:
+        raise ValueError(f"{path}: {values['name']}: a value has to be {error}; correct {values}") from error
+    return EvalDataset(name=str(values["name"]), path=str(values["path"]), **(defaults | typed))
+
+
+def _flag_of(key: str) -> FlagSpec:
+    """The eval flag that `key` overrides: `temperature` is --eval-temperature."""
+    flags = {spec.name: spec for spec in all_flags() if spec.source == "slime"}
+    return flags.get(f"eval_{key}") or flags[key]

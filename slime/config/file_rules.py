@@ -1,0 +1,135 @@
+"""Rules about files and user code: what a real run reads has to be there, and readable, before anything starts.
+
+Path: part of `rules`. Invariant: in a --dry-run a missing path is a warning, and no data file is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from slime.config.case import Case
+from slime.config.data_files import check_jsonl, split_slice
+from slime.config.eval_data import EvalDataset, eval_datasets
+from slime.config.options import HookOptions
+from slime.config.problem import Problem
+from slime.core.plugins import HOOKS, load_hook
+
+
+def prompt_file(case: Case) -> Iterable[Problem]:
+    """--prompt-data: given, there, and every line of it usable."""
+    args = case.args
+    if args.num_rollout == 0 or args.debug_train_only:
+        return
+    own_source = args.data_source_path == HookOptions().data_source_path
+    if args.prompt_data is None:
+        if own_source and args.load_debug_rollout_data is None:
+            yield case.missing("prompt_data", "not given; the prompts come from it", "name a jsonl file")
+        return
+    if own_source:
+        yield from _data_file(case, "prompt_data", args.prompt_data, args.input_key, args.label_key)
+
+
+def _data_file(case: Case, field: str, path: str, input_key: str, label_key: str | None) -> Iterable[Problem]:
+    try:
+        file, _ = split_slice(path)
+    except ValueError as error:
+        yield case.error(field, str(error), "a slice is path@[start:stop]")
+        return
+    if not Path(file).is_file():
+        yield case.missing(field, f"there is no file {file}", "name a jsonl file")
+    elif case.real and file.endswith((".jsonl", ".json")):
+        try:
+            yield from check_jsonl(path, input_key, label_key, chat_template=case.args.apply_chat_template)
+        except OSError as error:
+            yield case.error(field, f"cannot be read ({error.strerror})", "name a readable jsonl file")
+
+
+def eval_files(case: Case) -> Iterable[Problem]:
+    """The evaluation sets: well-formed, there, and usable line by line."""
+    args = case.args
+    field = "eval_prompt_data" if args.eval_config is None else "eval_config"
+    if args.eval_config is not None and not Path(args.eval_config).is_file():
+        yield case.missing("eval_config", "there is no such file", "name a YAML file with a list `datasets`")
+        return
+    if not (args.eval_prompt_data or args.eval_config):
+        return
+    try:
+        datasets: list[EvalDataset] = eval_datasets(args)
+    except ValueError as error:
+        rule, _, remedy = str(error).rpartition("; ")
+        yield case.error(field, rule, remedy)
+        return
+    for dataset in datasets:
+        yield from _data_file(case, field, dataset.path, dataset.input_key, dataset.label_key)
+        if args.eval_interval is not None and dataset.rm_type is None and args.custom_rm_path is None:
+            yield case.warning(field, f"{dataset.name} has no reward of its own", _METADATA_REMEDY)
+        if needs_label(dataset.rm_type) and dataset.label_key is None and args.custom_rm_path is None:
+            rule = f"{dataset.name}: {dataset.rm_type} compares the answer with a label, and no key of it is given"
+            yield case.error("eval_label_key", rule, "add --eval-label-key or --label-key", beside=["label_key"])
+
+
+def needs_label(rm_type: str | None) -> bool:
+    return rm_type not in (None, "random", "remote_rm")
+
+
+_METADATA_REMEDY = "every line then needs metadata.rm_type; or add --rm-type or --custom-rm-path"
+
+
+def reward(case: Case) -> Iterable[Problem]:
+    """Training samples need something that judges them, and it needs the label."""
+    args = case.args
+    if not case.generates or args.custom_rm_path is not None or args.loss_type == "sft_loss":
+        return
+    if args.rm_type is None:
+        yield case.warning("rm_type", "not given, nor --custom-rm-path", _METADATA_REMEDY, beside=["custom_rm_path"])
+    elif args.label_key is None and needs_label(args.rm_type):
+        rule = f"{args.rm_type} compares the answer with a label, and no key of it is given"
+        yield case.error("label_key", rule, "add --label-key", beside=["rm_type"])
+
+
+def weights(case: Case) -> Iterable[Problem]:
+    """The actor starts from --load, else --ref-load; a KL term needs --ref-load in any case."""
+    args = case.args
+    if args.debug_rollout_only:
+        return
+    has_checkpoint = args.load is not None and any(
+        (Path(args.load) / name).exists() for name in ("latest_checkpointed_iteration.txt", "release", "config.json")
+    )
+    needs_reference = (args.use_kl_loss and args.kl_loss_coef > 0) or args.kl_coef > 0 or args.log_ref_kl
+    if args.ref_load is None:
+        if needs_reference:
+            yield case.error("ref_load", "not given; the KL's reference model comes from it", "name a checkpoint")
+        elif not has_checkpoint:
+            where = "--load is not given" if args.load is None else f"{args.load} holds no checkpoint"
+            yield case.missing(
+                "ref_load", f"not given, and {where}: there are no weights to start from", "name a checkpoint"
+            )
+    elif not Path(args.ref_load).is_dir() and (needs_reference or not has_checkpoint):
+        remedy = "convert one with tools/convert_hf_to_torch_dist.py, or name an HF directory"
+        yield case.missing("ref_load", "there is no such directory", remedy)
+
+
+def debug_data(case: Case) -> Iterable[Problem]:
+    """--load-debug-rollout-data names files that are there."""
+    path = case.args.load_debug_rollout_data
+    if path is not None and case.args.num_rollout != 0:
+        start = path.split("{", 1)[0]
+        folder = Path(start) if start.endswith("/") else Path(start).parent
+        if not folder.is_dir():
+            yield case.missing("load_debug_rollout_data", f"there is no directory {folder}", "name the dump's files")
+
+
+def hooks(case: Case) -> Iterable[Problem]:
+    """Every dotted path given can be imported, and called as its place calls it."""
+    defaults = HookOptions()
+    for name in HOOKS:
+        path: str | None = vars(case.args)[name]
+        if path is None or path == vars(defaults).get(name):
+            continue
+        try:
+            load_hook(name, path)
+        except ValueError as error:
+            rule, _, remedy = str(error).rpartition("; ")
+            rule = rule.partition(": ")[2]
+            yield case.error(name, rule, remedy) if path.startswith("slime.") else case.missing(name, rule, remedy)

@@ -1,0 +1,158 @@
+"""Flags that say nothing beside the others: a warning each, so that nothing is ignored in silence.
+
+Path: one of the rules. Invariant: only what was given is warned about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from slime.config.args import Args
+from slime.config.case import Case
+from slime.config.problem import Problem
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """`fields` do nothing while `when` holds; `why` completes "no effect: ..."."""
+
+    fields: tuple[str, ...]
+    when: Callable[[Args], bool]
+    why: str
+    remedy: str = "leave it out"
+
+
+_CLIP = ("eps_clip", "eps_clip_high", "eps_clip_c")
+_POLICY = (*_CLIP, "use_kl_loss", "kl_loss_coef", "entropy_coef", "kl_coef", "normalize_advantages", "use_tis")
+
+TABLE: tuple[NoEffect, ...] = (
+    NoEffect(
+        ("micro_batch_size",),
+        lambda a: a.use_dynamic_batch_size,
+        "--use-dynamic-batch-size fills micro-batches by tokens",
+    ),
+    NoEffect(
+        ("max_tokens_per_gpu",),
+        lambda a: not a.use_dynamic_batch_size,
+        "micro-batches are filled by tokens only with --use-dynamic-batch-size",
+        "add --use-dynamic-batch-size",
+    ),
+    NoEffect(
+        ("sequence_parallel",),
+        lambda a: a.sequence_parallel and a.tensor_model_parallel_size == 1,
+        "there is no tensor parallelism to share sequences over",
+    ),
+    NoEffect(
+        ("kl_loss_coef", "kl_loss_type"),
+        lambda a: not a.use_kl_loss and a.kl_loss_coef > 0,
+        "the loss has a KL term only with --use-kl-loss",
+        "add --use-kl-loss",
+    ),
+    NoEffect(_POLICY, lambda a: a.loss_type == "sft_loss", "--loss-type sft_loss has neither ratio nor reference"),
+    NoEffect(("gamma", "lambd"), lambda a: a.advantage_estimator == "grpo", "grpo has neither discount nor GAE"),
+    NoEffect(("tis_clip", "tis_clip_low"), lambda a: not a.use_tis, "it belongs to --use-tis", "add --use-tis"),
+    NoEffect(
+        ("custom_loss_function_path",),
+        lambda a: a.loss_type != "custom_loss",
+        "it is called with --loss-type custom_loss",
+        "add --loss-type custom_loss",
+    ),
+    NoEffect(
+        ("over_sampling_batch_size",),
+        lambda a: a.over_sampling_batch_size == a.rollout_batch_size,
+        "it equals --rollout-batch-size, so nothing is sampled beyond what is needed",
+        "raise it, or leave it out",
+    ),
+    NoEffect(
+        ("refill_granularity", "max_empty_waves"),
+        lambda a: a.dynamic_sampling_filter_path is None,
+        "without --dynamic-sampling-filter-path no group is dropped by a filter",
+    ),
+    NoEffect(
+        ("mask_offpolicy_in_partial_rollout",),
+        lambda a: a.mask_offpolicy_in_partial_rollout and not a.partial_rollout,
+        "it belongs to --partial-rollout",
+    ),
+    NoEffect(("rm_url",), lambda a: a.rm_type != "remote_rm", "it belongs to --rm-type remote_rm"),
+    NoEffect(
+        ("rm_type",),
+        lambda a: a.custom_rm_path is not None,
+        "--custom-rm-path judges instead",
+        "leave one of the two out",
+    ),
+    NoEffect(("offload",), lambda a: bool(a.offload) and not a.colocate, "it belongs to --colocate"),
+    NoEffect(
+        ("rollout_num_gpus",),
+        lambda a: a.debug_train_only,
+        "--debug-train-only starts no engine",
+    ),
+    NoEffect(
+        ("eval_prompt_data", "eval_config"),
+        lambda a: a.eval_interval is None and a.num_rollout != 0,
+        "nothing is evaluated without --eval-interval",
+        "add --eval-interval",
+    ),
+    NoEffect(("skip_eval_before_train",), lambda a: a.eval_interval is None, "nothing is evaluated"),
+    NoEffect(("keep_last_checkpoints", "save_hf"), lambda a: a.save is None, "nothing is saved", "add --save"),
+    NoEffect(
+        ("recompute_method", "recompute_num_layers"),
+        lambda a: a.recompute_granularity is None,
+        "it belongs to --recompute-granularity full",
+    ),
+    NoEffect(
+        ("lr_decay_iters", "min_lr"),
+        lambda a: a.lr_decay_style == "constant",
+        "--lr-decay-style constant decays nothing",
+    ),
+    NoEffect(
+        ("lr_wsd_decay_iters", "lr_wsd_decay_style"),
+        lambda a: a.lr_decay_style != "WSD",
+        "it belongs to --lr-decay-style WSD",
+    ),
+    NoEffect(("sgd_momentum",), lambda a: a.optimizer != "sgd", "it belongs to --optimizer sgd"),
+    NoEffect(("adam_beta1", "adam_beta2", "adam_eps"), lambda a: a.optimizer != "adam", "it belongs to adam"),
+    NoEffect(("wandb_project", "wandb_group"), lambda a: not a.use_wandb, "it belongs to --use-wandb"),
+    NoEffect(("tensorboard_dir",), lambda a: not a.use_tensorboard, "it belongs to --use-tensorboard"),
+    NoEffect(("seq_length",), lambda a: True, "samples are packed at their own length"),
+    NoEffect(("attention_backend",), lambda a: True, "attention is PyTorch's varlen"),
+    NoEffect(("no_rope_fusion",), lambda a: not a.no_rope_fusion, "RoPE is never fused"),
+    NoEffect(
+        ("accumulate_allreduce_grads_in_fp32",),
+        lambda a: not a.accumulate_allreduce_grads_in_fp32,
+        "gradients are always in fp32",
+    ),
+    NoEffect(("attention_softmax_in_fp32",), lambda a: not a.attention_softmax_in_fp32, "softmax is always in fp32"),
+    NoEffect(
+        ("rollout_num_gpus_per_engine",),
+        lambda a: a.rollout_engine == "embedded" and a.rollout_num_gpus_per_engine > 1,
+        "there is no CUDA here: an engine is one embedded process, whatever this says",
+        "nothing to do; where CUDA is, it is SGLang's tensor parallel size",
+    ),
+)
+
+
+def no_effect(case: Case) -> Iterable[Problem]:
+    """A warning for each flag given in vain."""
+    for row in TABLE:
+        if row.when(case.args):
+            for field in row.fields:
+                if field in case.given:
+                    yield case.warning(field, f"no effect: {row.why}", row.remedy)
+    if case.args.rollout_engine == "embedded" and case.args.sglang:
+        names = " ".join("--sglang-" + name.replace("_", "-") for name in case.args.sglang)
+        yield Problem(
+            severity="warning",
+            where=names,
+            rule="no effect: engines are embedded ones here (no CUDA, or --rollout-engine embedded)",
+            remedy="nothing to do; SGLang gets them where it serves",
+        )
+    moe = [name for name in case.args.megatron_extra if name.startswith("moe_")]
+    if moe and case.args.num_experts is None:
+        names = " ".join("--" + name.replace("_", "-") for name in moe)
+        yield Problem(
+            severity="warning",
+            where=names,
+            rule="no effect: the model has no experts (--num-experts)",
+            remedy="leave them out",
+        )

@@ -1,0 +1,108 @@
+"""What this version does not do yet: its flags parse and plan, and stop a real run.
+
+Path: one of the rules. Invariant: a value that switches a feature off passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from slime.config.case import Case
+from slime.config.problem import Problem
+
+REWARD_TYPES = ("deepscaler", "dapo", "math", "f1", "gpqa", "remote_rm", "random")
+BUILT_REWARD_TYPES = ("deepscaler",)
+
+
+def more_than_one(value: Any) -> bool:
+    return value is not None and value > 1
+
+
+def on(value: Any) -> bool:
+    return bool(value)
+
+
+def off(value: Any) -> bool:
+    return value is False
+
+
+def unbuilt_reward(value: Any) -> bool:
+    """A reward type that has a meaning; an unknown one is an error of another rule."""
+    return value is not None and value not in BUILT_REWARD_TYPES and value.removeprefix("boxed_") in REWARD_TYPES
+
+
+def other_than(*built: Any) -> Callable[[Any], bool]:
+    return lambda value: value is not None and value not in built
+
+
+NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "context_parallel_size": (more_than_one, "context parallelism"),
+    "pipeline_model_parallel_size": (more_than_one, "pipeline parallelism"),
+    "num_layers_per_virtual_pipeline_stage": (on, "virtual pipeline stages"),
+    "decoder_last_pipeline_num_layers": (on, "uneven pipeline stages"),
+    "expert_model_parallel_size": (more_than_one, "expert parallelism"),
+    "expert_tensor_parallel_size": (more_than_one, "expert tensor parallelism"),
+    "num_experts": (on, "mixture of experts"),
+    "use_distributed_optimizer": (on, "the distributed optimizer"),
+    "optimizer_cpu_offload": (on, "CPU offload of the optimizer"),
+    "optimizer": (other_than("adam"), "another optimizer than adam"),
+    "spec": (on, "custom layer specs"),
+    "use_rope_scaling": (on, "RoPE scaling"),
+    "rotary_scaling_factor": (on, "RoPE scaling"),
+    "normalization": (other_than("RMSNorm"), "another norm than RMSNorm"),
+    "position_embedding_type": (other_than("rope"), "another position embedding than rope"),
+    "swiglu": (off, "an MLP without SwiGLU"),
+    "disable_bias_linear": (off, "biases in linear layers"),
+    "colocate": (on, "colocation"),
+    "rollout_engine": (other_than("embedded"), "driving SGLang servers"),
+    "rollout_external_engines": (on, "engines that run already"),
+    "sglang_router_ip": (on, "a router that runs already"),
+    "sglang_router_port": (on, "a router that runs already"),
+    "update_weight_transport": (other_than("auto", "broadcast"), "another weight transport than broadcast"),
+    "partial_rollout": (on, "partial rollout"),
+    "mask_offpolicy_in_partial_rollout": (on, "partial rollout"),
+    "max_staleness": (other_than(), "a bound on staleness"),
+    "advantage_estimator": (other_than("grpo"), "another advantage estimator than grpo"),
+    "normalize_advantages": (on, "whitening of advantages"),
+    "kl_coef": (on, "a KL penalty in the reward"),
+    "use_tis": (on, "truncated importance sampling"),
+    "group_rm": (on, "rewards of whole groups"),
+    "rm_type": (unbuilt_reward, "this reward type"),
+    "eval_rm_type": (unbuilt_reward, "this reward type"),
+    "use_wandb": (on, "logging to Weights & Biases"),
+    "use_tensorboard": (on, "logging to TensorBoard"),
+    "deterministic": (on, "a run that is reproducible bit for bit"),
+}
+"""Field -> when it asks for something that is not there, and what that is."""
+
+NOT_BUILT_MEGATRON = ("fp8", "fp4", "mtp_num_layers", "multi_latent_attention", "cpu_offloading", "use_megatron_fsdp")
+"""The same among Megatron's own fields; all are off by default."""
+
+
+def not_built(case: Case) -> Iterable[Problem]:
+    """Errors in a real run only."""
+    if not case.real:
+        return
+    for field, (asks, feature) in NOT_BUILT.items():
+        inherited = field == "eval_rm_type" and case.args.eval_rm_type == case.args.rm_type
+        if asks(vars(case.args)[field]) and not inherited:
+            remedy = "leave the flag out (--dry-run plans with it)"
+            if field == "rollout_engine" and field not in case.given:
+                remedy = "add --rollout-engine embedded"
+            yield case.error(field, f"{feature}: not part of this version", remedy)
+    for field in NOT_BUILT_MEGATRON:
+        if case.args.megatron_extra.get(field):
+            yield Problem(
+                severity="error",
+                where="--" + field.replace("_", "-"),
+                rule="not part of this version",
+                remedy="leave the flag out (--dry-run plans with it)",
+            )
+    paths = [
+        ("prompt_data", case.args.prompt_data or ""),
+        *(("eval_prompt_data", p) for p in case.args.eval_prompt_data),
+    ]
+    for field, path in paths:
+        if path.partition("@[")[0].endswith(".parquet"):
+            yield case.error(field, "parquet files: not part of this version", "convert the file to jsonl")

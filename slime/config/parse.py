@@ -1,0 +1,229 @@
+"""argv and YAML into frozen Args, or one UsageError that lists everything wrong.
+
+Path: train.py and the tools call `load_args`; behind it `resolve` fills in what was left open and `rules` checks.
+Invariant: nothing given is dropped in silence, and no process has been started when an error is raised.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from slime.config.architecture import resolve_architecture
+from slime.config.args import Args, FrozenMapping
+from slime.config.dump import dump_args
+from slime.config.flag_table import FlagSpec, Source, spellings
+from slime.config.help import format_help
+from slime.config.problem import Problem, UsageError, show
+from slime.config.resolve import resolve
+from slime.config.rules import CONVERSION_RULES, TRAINING_RULES, Case, check
+from slime.config.values import BOOLEANS, from_texts, from_yaml
+
+__all__ = ["UsageError", "dump_args", "load_args", "parse_args"]
+
+SET_BY_SLIME: Mapping[tuple[Source, str], str] = {
+    ("sglang", "model_path"): "use --hf-checkpoint",
+    ("sglang", "tokenizer_path"): "use --hf-checkpoint",
+    ("sglang", "skip_tokenizer_init"): "tokens go in and out; leave it out",
+    ("sglang", "trust_remote_code"): "use --hf-trust-remote-code",
+    ("sglang", "tp_size"): "use --rollout-num-gpus-per-engine",
+    ("sglang", "host"): "leave it out",
+    ("sglang", "port"): "leave it out",
+    ("sglang", "nccl_port"): "leave it out",
+    ("sglang", "dist_init_addr"): "leave it out",
+    ("sglang", "nnodes"): "it follows from --rollout-num-gpus-per-engine and --num-gpus-per-node",
+    ("sglang", "node_rank"): "leave it out",
+    ("sglang", "base_gpu_id"): "leave it out",
+    ("sglang", "gpu_id_step"): "leave it out",
+    ("sglang", "random_seed"): "use --rollout-seed",
+    ("sglang", "enable_memory_saver"): "use --colocate and --offload",
+    ("sglang", "weight_version"): "it is the policy version; leave it out",
+    ("router", "worker_urls"): "use --rollout-external-engines",
+}
+
+MEGATRON_LOOP: Mapping[str, str] = {
+    "--train-iters": "say --num-rollout (and --num-steps-per-rollout)",
+    "--train-samples": "say --num-rollout and --rollout-batch-size",
+    "--data-path": "say --prompt-data",
+    "--tokenizer-type": "the tokenizer comes from --hf-checkpoint",
+    "--tokenizer-model": "the tokenizer comes from --hf-checkpoint",
+    "--eval-iters": "say --eval-interval and --eval-prompt-data",
+}
+"""Flags of Megatron's own training loop, and what says it here."""
+
+
+@cache
+def _defaults() -> Mapping[str, Any]:
+    return vars(Args())
+
+
+@dataclass
+class Given:
+    """What was given, before anything is decided."""
+
+    values: dict[tuple[Source, str], Any] = field(default_factory=dict[tuple[Source, str], Any])
+    problems: list[Problem] = field(default_factory=list[Problem])
+    broken: set[str] = field(default_factory=set[str])
+    """Fields whose value could not be read: rules about them would only repeat the complaint."""
+    typed: set[str] = field(default_factory=set[str])
+    """Names of slime's flags that stand on the command line itself."""
+
+    def complain(self, where: str, rule: str, remedy: str, *, value: str = "", spec: FlagSpec | None = None) -> None:
+        fields = frozenset([spec.name]) if spec else frozenset[str]()
+        self.broken |= fields
+        self.problems.append(
+            Problem(severity="error", where=where, value=value, rule=rule, remedy=remedy, fields=fields)
+        )
+
+    def set(self, spec: FlagSpec, value: Any, where: str) -> None:
+        reason = SET_BY_SLIME.get((spec.source, spec.name))
+        if reason is not None:
+            self.complain(where, "slime sets it itself", reason, value=show(value))
+            return
+        self.values[spec.source, spec.name] = value
+
+    def said(self) -> set[str]:
+        """slime's flags that were given. A file that repeats a default (as args.yaml does) says nothing by it."""
+        return {
+            name
+            for (source, name), value in self.values.items()
+            if source == "slime" and (name in self.typed or value != _defaults()[name])
+        }
+
+    def of(self, source: Source) -> dict[str, Any]:
+        return {name: value for (owner, name), value in self.values.items() if owner == source}
+
+
+def _unknown(given: Given, spelling: str, where: str) -> None:
+    known = spellings()
+    if spelling in MEGATRON_LOOP:
+        given.complain(where, "slime's loop counts rollouts and has no such flag", MEGATRON_LOOP[spelling])
+        return
+    candidates = [spelling.replace("_", "-"), f"--sglang-{spelling[2:]}", f"--router-{spelling[2:]}"]
+    close = [name for name in candidates if name in known] or difflib.get_close_matches(spelling, known, n=1)
+    spec = known[close[0]][0] if close else None
+    given.complain(where, "unknown flag", f"did you mean {close[0]}?" if close else "--help lists all", spec=spec)
+
+
+def _set_from_words(given: Given, spelling: str, words: list[str], attached: bool) -> None:
+    """One flag of the command line with the words behind it (`attached`: written as --x=word)."""
+    if spelling not in spellings():
+        _unknown(given, spelling, spelling)
+        return
+    spec, switches_on = spellings()[spelling]
+    text = " ".join(words)
+    if spec.kind == "bool":
+        if attached and text.lower() in BOOLEANS:
+            given.set(spec, BOOLEANS[text.lower()] == switches_on, spelling)
+        elif words:
+            off = f" or {spec.off[0]}" if spec.off else ""
+            given.complain(spelling, "takes no value", f"write {spec.flag}{off}", value=text, spec=spec)
+        else:
+            given.set(spec, switches_on, spelling)
+        return
+    try:
+        value = from_texts(spec, words)
+    except ValueError as error:
+        given.complain(spelling, f"has to be {error}", f"it means: {spec.help}", value=text or "(nothing)", spec=spec)
+        return
+    given.set(spec, value, spelling)
+
+
+def read_command_line(given: Given, argv: Sequence[str]) -> None:
+    """`--x v`, `--x v w`, `--x=v`, `--x`, `--no-x`; the last of a repeated flag wins."""
+    words = list(argv)
+    while words and not words[0].startswith("--"):
+        given.complain(repr(words.pop(0)), "stands behind no flag", "every value follows a flag that starts with --")
+    while words:
+        spelling, equals, value = words.pop(0).partition("=")
+        values = [value] if equals else []
+        while words and not equals and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        while equals and words and not words[0].startswith("--"):
+            given.complain(repr(words.pop(0)), "stands behind no flag", f"{spelling}= takes one value")
+        _set_from_words(given, spelling, values, attached=bool(equals))
+
+
+def read_yaml(given: Given, path: str) -> None:
+    """The same names in a flat YAML mapping, with dashes or underscores."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        given.complain("--config", f"cannot be read ({error})", "name a YAML file with flags as keys", value=path)
+        return
+    if not isinstance(data, dict):
+        given.complain("--config", "holds no mapping", "write one `flag: value` a line", value=path)
+        return
+    for key, value in cast(dict[Any, Any], data).items():
+        spelling = "--" + str(key).replace("_", "-")
+        where = f"{path}: {key}"
+        if spelling not in spellings():
+            _unknown(given, spelling, where)
+            continue
+        spec, switches_on = spellings()[spelling]
+        if spec.name == "config" and spec.source == "slime":
+            given.complain(where, "a configuration file cannot name another", "give one --config")
+            continue
+        try:
+            typed = from_yaml(spec, value)
+        except ValueError as error:
+            given.complain(
+                where, f"has to be {error}", f"it means: {spec.help}", value=str(cast(object, value)), spec=spec
+            )
+            continue
+        given.set(spec, typed == switches_on if spec.kind == "bool" and typed is not None else typed, where)
+
+
+def read(argv: Sequence[str]) -> Given:
+    """Command line over --config over defaults."""
+    from_argv = Given()
+    read_command_line(from_argv, argv)
+    path = from_argv.values.get(("slime", "config"))
+    given = Given()
+    if path is not None:
+        read_yaml(given, path)
+    given.values |= from_argv.values
+    given.typed = set(from_argv.of("slime"))
+    given.problems += from_argv.problems
+    given.broken |= from_argv.broken
+    return given
+
+
+def load_args(argv: Sequence[str], *, training: bool = True) -> tuple[Args, list[Problem]]:
+    """The resolved Args and the warnings. `--help` prints every flag and exits.
+
+    `training=False`: for tools that need the model and the parallel sizes alone; the rules about rollouts,
+    rewards and placement are left out.
+
+    Raises:
+        UsageError: every error found, all at once.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(format_help())
+        raise SystemExit(0)
+    given = read(argv)
+    raw = Args(
+        **given.of("slime"),
+        megatron_extra=FrozenMapping(given.of("megatron")),
+        sglang=FrozenMapping(given.of("sglang")),
+        router=FrozenMapping(given.of("router")),
+    )
+    args, problems = resolve_architecture(resolve(raw))
+    case = Case(args=args, given=frozenset(given.said()))
+    problems += check(case, TRAINING_RULES if training else CONVERSION_RULES)
+    problems = given.problems + [problem for problem in problems if not problem.fields & given.broken]
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        raise UsageError(errors)
+    return args, problems
+
+
+def parse_args(argv: Sequence[str]) -> Args:
+    """`load_args` without the warnings."""
+    return load_args(argv)[0]

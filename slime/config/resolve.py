@@ -1,0 +1,87 @@
+"""What was left open, decided: every `None` that another value or this machine settles.
+
+Path: between `parse` and `rules`. Invariant: resolving twice changes nothing, and nothing that was given is
+changed, except by a rule that says so in a warning or an error.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from slime.config.args import Args
+
+
+@cache
+def cuda_available() -> bool:
+    """Whether this machine has a CUDA device (imports torch, which takes a moment: asked only where it matters)."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def resolve(args: Args) -> Args:
+    """Args with their open values filled in; a pair at odds is left as it is, for the rules to name."""
+    changes: dict[str, Any] = {**_placement(args), **_batches(args), **_evaluation(args)}
+    if args.bf16 is None:
+        changes["bf16"] = cuda_available()
+    if args.eps_clip_high is None:
+        changes["eps_clip_high"] = args.eps_clip
+    if args.log_dir is None:
+        changes["log_dir"] = args.save or "outputs"
+    return replace(args, **changes)
+
+
+def _placement(args: Args) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    if args.rollout_engine == "auto":
+        changes["rollout_engine"] = "sglang" if cuda_available() else "embedded"
+    num_gpus = args.rollout_num_gpus
+    if args.debug_train_only:
+        num_gpus = 0
+    elif num_gpus is None and args.colocate:
+        num_gpus = args.actor_world_size
+    changes["rollout_num_gpus"] = num_gpus
+    if args.offload is None:
+        changes["offload"] = args.colocate
+    if args.update_weight_transport == "auto" and not args.colocate:
+        changes["update_weight_transport"] = "broadcast"
+    if args.cpu_threads_per_process is None:
+        processes = args.actor_world_size + (num_gpus or 0) // args.rollout_num_gpus_per_engine
+        changes["cpu_threads_per_process"] = max(1, _cores() // processes)
+    return changes
+
+
+def _batches(args: Args) -> dict[str, Any]:
+    """Steps per rollout and samples per step from each other; one step where neither is given."""
+    changes: dict[str, Any] = {}
+    if args.over_sampling_batch_size is None:
+        changes["over_sampling_batch_size"] = args.rollout_batch_size
+    samples = args.rollout_batch_size * args.n_samples_per_prompt
+    steps, batch = args.num_steps_per_rollout, args.global_batch_size
+    if steps is None:
+        steps = 1 if batch is None else samples // batch
+    if batch is None:
+        batch = samples // steps
+    return changes | {"num_steps_per_rollout": steps, "global_batch_size": batch}
+
+
+def _evaluation(args: Args) -> dict[str, Any]:
+    """Unset eval flags take the rollout's; --n-samples-per-eval-prompt has a default of its own."""
+    inherited: dict[str, tuple[Any, Any]] = {
+        "eval_input_key": (args.eval_input_key, args.input_key),
+        "eval_label_key": (args.eval_label_key, args.label_key),
+        "eval_rm_type": (args.eval_rm_type, args.rm_type),
+        "eval_max_response_len": (args.eval_max_response_len, args.rollout_max_response_len),
+        "eval_temperature": (args.eval_temperature, args.rollout_temperature),
+        "eval_top_p": (args.eval_top_p, args.rollout_top_p),
+        "eval_top_k": (args.eval_top_k, args.rollout_top_k),
+    }
+    return {name: rollout for name, (given, rollout) in inherited.items() if given is None}
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,302 @@
+"""The rules: what makes sense together. All are asked, and all problems come back at once.
+
+Path: after `resolve`, before anything starts. Invariant: a rule is a small function over a Case; the table at the
+bottom is the whole list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from slime.config.case import Case, Rule
+from slime.config.file_rules import debug_data, eval_files, hooks, prompt_file, reward, weights
+from slime.config.no_effect import no_effect
+from slime.config.not_built import REWARD_TYPES, not_built
+from slime.config.problem import Problem
+
+__all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
+
+
+def check(case: Case, rules: Sequence[Rule]) -> list[Problem]:
+    """Every problem that a rule finds, errors first."""
+    problems = [problem for rule in rules for problem in rule(case)]
+    return sorted(problems, key=lambda problem: problem.severity)
+
+
+# --- who sits where ---------------------------------------------------------------------------------------------
+
+
+def engines(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.colocate and "rollout_num_gpus" in case.given:
+        yield case.error(
+            "rollout_num_gpus",
+            "--colocate shares the training GPUs with the engines",
+            "remove --rollout-num-gpus",
+            beside=["colocate"],
+        )
+    elif args.rollout_num_gpus is None:
+        remedy = "say how many, or --colocate, or 0 for a run that generates nothing"
+        yield case.error("rollout_num_gpus", "not given", remedy, beside=["colocate"])
+    elif args.rollout_num_gpus % args.rollout_num_gpus_per_engine:
+        rule = f"is no multiple of --rollout-num-gpus-per-engine {args.rollout_num_gpus_per_engine}"
+        yield case.error("rollout_num_gpus", rule, "make it one", beside=["rollout_num_gpus_per_engine", "colocate"])
+    elif args.rollout_num_gpus == 0 and case.generates:
+        yield case.error("rollout_num_gpus", "no engine, but rollouts are generated", "give it at least one")
+    elif args.rollout_num_gpus == 0 and args.eval_interval is not None and not args.debug_train_only:
+        remedy = "give it at least one, or leave out --eval-interval"
+        yield case.error("rollout_num_gpus", "no engine, but evaluation generates", remedy, beside=["eval_interval"])
+
+
+def external_router(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if (args.sglang_router_ip is None) != (args.sglang_router_port is None):
+        given = "sglang_router_port" if args.sglang_router_ip is None else "sglang_router_ip"
+        remedy = "give both --sglang-router-ip and --sglang-router-port"
+        yield case.error(given, "half of an address", remedy, beside=["sglang_router_ip", "sglang_router_port"])
+
+
+def sglang_data_parallel(case: Case) -> Iterable[Problem]:
+    size = case.args.sglang.get("dp_size", 1)
+    if size > 1 and not case.args.sglang.get("enable_dp_attention"):
+        yield Problem(
+            severity="error",
+            where="--sglang-dp-size",
+            value=str(size),
+            rule="data parallelism inside an engine needs DP attention",
+            remedy="add --sglang-enable-dp-attention, or start more engines instead",
+        )
+
+
+def debug_modes(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.debug_rollout_only and args.debug_train_only:
+        yield case.error("debug_rollout_only", "stands beside --debug-train-only", "leave one out")
+    if args.debug_train_only and args.load_debug_rollout_data is None:
+        remedy = "add --load-debug-rollout-data"
+        yield case.error("debug_train_only", "nothing to train on", remedy, beside=["load_debug_rollout_data"])
+
+
+# --- batch arithmetic -------------------------------------------------------------------------------------------
+
+
+def length(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.num_rollout is None and args.num_epoch is None:
+        yield case.error("num_rollout", "not given", "say --num-rollout or --num-epoch", beside=["num_epoch"])
+    elif args.num_rollout is not None and args.num_epoch is not None:
+        rule = f"stands beside --num-epoch {args.num_epoch}"
+        yield case.error("num_rollout", rule, "leave one out", beside=["num_epoch"])
+
+
+def steps(case: Case) -> Iterable[Problem]:
+    args = case.args
+    num_steps, batch = args.num_steps_per_rollout, args.global_batch_size
+    assert num_steps is not None and batch is not None, "resolve fills them in"
+    samples = args.rollout_batch_size * args.n_samples_per_prompt
+    described = f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {samples}"
+    both = {"num_steps_per_rollout", "global_batch_size"} <= case.given
+    about = ("num_steps_per_rollout", "global_batch_size", "rollout_batch_size", "n_samples_per_prompt")
+    if num_steps * batch != samples:
+        if both:
+            rule = f"at odds with --num-steps-per-rollout {num_steps}: a rollout has {described}"
+            yield case.error("global_batch_size", rule, "leave one of the two out", beside=about)
+        elif "global_batch_size" in case.given:
+            rule = f"does not divide the rollout's {described}"
+            yield case.error("global_batch_size", rule, "choose a divisor", beside=about)
+        else:
+            rule = f"{described} cannot be cut into that many equal steps"
+            yield case.error("num_steps_per_rollout", rule, "choose a divisor", beside=about)
+    elif batch < args.data_parallel_size:
+        rule = f"a step of {batch} samples leaves some of {args.data_parallel_size} data-parallel ranks idle"
+        yield case.warning("global_batch_size", rule, "take fewer steps, or fewer ranks", beside=about)
+
+
+def over_sampling(case: Case) -> Iterable[Problem]:
+    args = case.args
+    assert args.over_sampling_batch_size is not None, "resolve fills it in"
+    if args.over_sampling_batch_size < args.rollout_batch_size:
+        rule = f"less than --rollout-batch-size {args.rollout_batch_size}"
+        yield case.error("over_sampling_batch_size", rule, "make it greater", beside=["rollout_batch_size"])
+
+
+def group_size(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.n_samples_per_prompt > 1:
+        return
+    if case.trains_policy and args.advantage_estimator == "grpo" and args.custom_advantage_function_path is None:
+        rule = "grpo compares the samples of one prompt, and there is only one"
+        yield case.error("n_samples_per_prompt", rule, "make it at least 2", beside=["advantage_estimator"])
+    if (args.dynamic_sampling_filter_path or "").endswith(".check_reward_nonzero_std"):
+        rule = "check_reward_nonzero_std would drop every group: one reward has no spread"
+        remedy = "make it at least 2, or leave the filter out"
+        yield case.error("n_samples_per_prompt", rule, remedy, beside=["dynamic_sampling_filter_path"])
+
+
+def micro_batches(case: Case) -> Iterable[Problem]:
+    if case.args.use_dynamic_batch_size and case.args.max_tokens_per_gpu is None:
+        remedy = "add --max-tokens-per-gpu"
+        yield case.error("use_dynamic_batch_size", "has no budget", remedy, beside=["max_tokens_per_gpu"])
+
+
+# --- sampling and algorithm -------------------------------------------------------------------------------------
+
+
+def training_distribution(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if not case.trains_policy or not case.generates:
+        return
+    remedy = "leave it out (evaluation may use --eval-top-p and --eval-top-k)"
+    why = "training rollouts have to be sampled from the whole distribution, which is what the log-probs are of"
+    if args.rollout_top_p < 1:
+        yield case.error("rollout_top_p", why, remedy)
+    if args.rollout_top_k not in (-1, 0):
+        yield case.error("rollout_top_k", why, remedy)
+    if args.rollout_temperature == 0:
+        rule = "greedy: all samples of a prompt are equal, and nothing is learnt"
+        yield case.warning("rollout_temperature", rule, "sample with a temperature above 0")
+
+
+def context(case: Case) -> Iterable[Problem]:
+    args = case.args
+    limit = args.rollout_max_context_len
+    if limit is not None and limit <= args.rollout_max_response_len and "rollout_max_response_len" in case.given:
+        rule = f"a prompt leaves less room in --rollout-max-context-len {limit}"
+        yield case.warning(
+            "rollout_max_response_len", rule, "responses end at the context", beside=["rollout_max_context_len"]
+        )
+    if args.architecture is not None and (limit or 0) > args.architecture.max_position_embeddings:
+        rule = f"the model's context is {args.architecture.max_position_embeddings}"
+        yield case.error("rollout_max_context_len", rule, "lower it")
+
+
+def kl(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.use_kl_loss and args.kl_loss_coef == 0 and not args.log_ref_kl and args.loss_type != "sft_loss":
+        rule = "no effect at --kl-loss-coef 0: reference KL is off, and the reference model is not run"
+        yield case.warning("use_kl_loss", rule, "raise the coefficient, or add --log-ref-kl to log the KL")
+
+
+def losses(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.loss_type == "custom_loss" and args.custom_loss_function_path is None:
+        yield case.error("loss_type", "has no function", "add --custom-loss-function-path")
+    if args.loss_type == "sft_loss" and case.generates:
+        rule = "the policy's own responses are trained on, whatever their reward"
+        remedy = "for the data's responses, set --rollout-function-path slime.rollout.sft_rollout.generate_rollout"
+        yield case.warning("loss_type", rule, remedy, beside=["rollout_function_path"])
+    if args.eps_clip_high is not None and args.eps_clip_high < args.eps_clip:
+        rule = f"less than --eps-clip {args.eps_clip:g}"
+        yield case.warning("eps_clip_high", rule, "the upper range is meant to be the wider one", beside=["eps_clip"])
+
+
+def reward_types(case: Case) -> Iterable[Problem]:
+    for field in ("rm_type", "eval_rm_type"):
+        value: str | None = vars(case.args)[field]
+        known = value is None or value.removeprefix("boxed_") in REWARD_TYPES
+        if not known and (field == "rm_type" or value != case.args.rm_type):
+            yield case.error(field, "unknown reward type", f"one of {', '.join(REWARD_TYPES)}, or --custom-rm-path")
+
+
+def evaluation(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.eval_interval is not None and not args.eval_prompt_data and args.eval_config is None:
+        remedy = "add --eval-prompt-data or --eval-config"
+        yield case.error("eval_interval", "nothing to evaluate on", remedy, beside=["eval_prompt_data", "eval_config"])
+
+
+def saving(case: Case) -> Iterable[Problem]:
+    if case.args.save_interval is not None and case.args.save is None:
+        yield case.error("save_interval", "nowhere to save", "add --save", beside=["save"])
+
+
+# --- model and parallel sizes -----------------------------------------------------------------------------------
+
+
+def parallel_sizes(case: Case) -> Iterable[Problem]:
+    args = case.args
+    tensor, pipeline, context_size = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
+    world = args.actor_world_size
+    about = ("actor_num_nodes", "actor_num_gpus_per_node", "pipeline_model_parallel_size", "context_parallel_size")
+    if world % (tensor * pipeline * context_size):
+        rule = (
+            f"TP {tensor} x PP {pipeline} x CP {context_size} = {tensor * pipeline * context_size} does not divide "
+            f"the {world} training GPUs"
+        )
+        remedy = "change a parallel size, or --actor-num-nodes x --actor-num-gpus-per-node"
+        yield case.error("tensor_model_parallel_size", rule, remedy, beside=about)
+    shape = args.architecture
+    if shape is None:
+        return
+    for size, name in ((shape.num_attention_heads, "attention heads"), (shape.ffn_hidden_size, "MLP channels")):
+        if size % tensor:
+            yield case.error("tensor_model_parallel_size", f"does not divide {size} {name}", "choose a divisor")
+    if shape.num_query_groups % tensor and shape.num_attention_heads % tensor == 0:
+        rule = f"does not divide the {shape.num_query_groups} KV heads, which are not split further"
+        yield case.error("tensor_model_parallel_size", rule, "choose a divisor")
+    if shape.num_attention_heads % shape.num_query_groups:
+        rule = f"does not divide {shape.num_attention_heads} attention heads"
+        yield case.error("num_query_groups", rule, "correct MODEL_ARGS")
+    if shape.num_layers % pipeline and args.decoder_last_pipeline_num_layers is None:
+        rule = f"does not divide {shape.num_layers} layers"
+        yield case.error("pipeline_model_parallel_size", rule, "add --decoder-last-pipeline-num-layers")
+
+
+def recompute(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.recompute_granularity == "full" and (args.recompute_method is None or args.recompute_num_layers is None):
+        remedy = "add --recompute-method uniform --recompute-num-layers 1"
+        about = ("recompute_method", "recompute_num_layers")
+        yield case.error("recompute_granularity", "full needs a method and a number of layers", remedy, beside=about)
+    if args.recompute_granularity == "selective" and args.recompute_method is not None:
+        yield case.error("recompute_method", "selective recompute takes no method", "leave it out")
+
+
+def precision(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.fp16:
+        yield case.error("fp16", "RL's log-prob ratios need bf16 or fp32", "use --bf16")
+    if args.attention_dropout > 0:
+        rule = "packed attention has no dropout, and it would part the trainer's log-probs from the engine's"
+        yield case.error("attention_dropout", rule, "set it to 0")
+    if args.hidden_dropout > 0:
+        rule = "dropout parts the trainer's log-probs from the engine's"
+        yield case.warning("hidden_dropout", rule, "set it to 0")
+
+
+CONVERSION_RULES: tuple[Rule, ...] = (parallel_sizes, precision)
+"""For tools that need the model and the parallel sizes alone."""
+
+TRAINING_RULES: tuple[Rule, ...] = (
+    engines,
+    external_router,
+    sglang_data_parallel,
+    debug_modes,
+    length,
+    steps,
+    over_sampling,
+    group_size,
+    micro_batches,
+    training_distribution,
+    context,
+    kl,
+    losses,
+    reward_types,
+    reward,
+    evaluation,
+    saving,
+    parallel_sizes,
+    recompute,
+    precision,
+    prompt_file,
+    eval_files,
+    weights,
+    debug_data,
+    hooks,
+    no_effect,
+    not_built,
+)
