@@ -21,6 +21,7 @@ import types
 import typing
 import zipfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def docstrings(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(base)).body[0]).body
-        for statement, below in zip(body, body[1:], strict=False):
+        for statement, below in pairwise(body):
             if (
                 isinstance(statement, ast.AnnAssign)
                 and isinstance(statement.target, ast.Name)

@@ -25,7 +25,8 @@ def _plain(value: Any) -> Any:
 def dump_args(args: Args) -> str:
     """All values as YAML, by section."""
     parts: list[str] = []
-    left_out = ONE_CALL | ({"rollout_num_gpus"} if args.colocate else set())  # there it follows from the training GPUs
+    follows = {"rollout_num_gpus"} if args.colocate else set[str]()
+    left_out = ONE_CALL | follows
     for section in SECTIONS:
         names = [item.name for item in fields(section) if item.name not in left_out]
         values = {name: _plain(vars(args)[name]) for name in names}

@@ -99,10 +99,7 @@ def not_built(case: Case) -> Iterable[Problem]:
                 rule="not part of this version",
                 remedy="leave the flag out (--dry-run plans with it)",
             )
-    paths = [
-        ("prompt_data", case.args.prompt_data or ""),
-        *(("eval_prompt_data", p) for p in case.args.eval_prompt_data),
-    ]
-    for field, path in paths:
-        if path.partition("@[")[0].endswith(".parquet"):
+    paths = {"prompt_data": [case.args.prompt_data or ""], "eval_prompt_data": case.args.eval_prompt_data}
+    for field, names in paths.items():
+        if any(name.partition("@[")[0].endswith(".parquet") for name in names):
             yield case.error(field, "parquet files: not part of this version", "convert the file to jsonl")

@@ -14,24 +14,26 @@ from slime.core.architecture import padded_vocab_size
 Row = tuple[str, str]
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+def _range(first: int, count: int) -> str:
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
 def _devices(args: Args) -> Iterable[Row]:
-    """One row a data-parallel rank, then one an engine."""
-    per_replica = args.actor_world_size // max(args.data_parallel_size, 1)
-    for replica in range(args.data_parallel_size if not args.debug_rollout_only else 0):
-        ranks = range(replica * per_replica, (replica + 1) * per_replica) if per_replica > 1 else [replica]
-        yield f"train {_ranges(ranks)}", f"data-parallel rank {replica}: {_model_parallel(args)}"
+    """One row a data-parallel rank, then one an engine. Megatron's order of ranks: TP, CP, DP, PP."""
+    block = args.tensor_model_parallel_size * args.context_parallel_size
+    replicas = 0 if args.debug_rollout_only else args.data_parallel_size
+    for replica in range(replicas):
+        stages = range(args.pipeline_model_parallel_size)
+        ranks = ",".join(_range((stage * replicas + replica) * block, block) for stage in stages)
+        yield f"train {ranks}", f"data-parallel rank {replica}: {_model_parallel(args)}"
     first = 0 if args.colocate else args.actor_world_size
     size = args.rollout_num_gpus_per_engine
     embedded = args.rollout_engine == "embedded"
     for engine in range(args.num_engines):
-        slots = range(first + engine * size, first + (engine + 1) * size)
+        slots = _range(first + engine * size, size)
         kind = "embedded here; SGLang where CUDA is" if embedded else "SGLang"
         shared = "shared with training, " if args.colocate else ""
-        yield f"serve {_ranges(slots)}", f"engine {engine}: TP {size} ({shared}{kind})"
+        yield f"serve {slots}", f"engine {engine}: TP {size} ({shared}{kind})"
 
 
 def _model_parallel(args: Args) -> str:
@@ -47,14 +49,11 @@ def _model(args: Args) -> Iterable[Row]:
     if shape is None:
         yield "model", "unknown (see the warnings)"
         return
-    yield (
-        "model",
-        f"{shape.family}, {shape.num_parameters() / 1e6:,.1f} M parameters ({args.hf_checkpoint or 'MODEL_ARGS'})",
-    )
+    yield "model", f"{shape.family}, {shape.num_parameters() / 1e6:,.1f} M parameters"
     yield (
         "layers",
-        f"{shape.num_layers} x hidden {shape.hidden_size}, MLP {shape.ffn_hidden_size}, {shape.num_attention_heads} heads "
-        f"of {shape.kv_channels}, {shape.num_query_groups} KV heads",
+        f"{shape.num_layers} x hidden {shape.hidden_size}, MLP {shape.ffn_hidden_size}, "
+        f"{shape.num_attention_heads} heads of {shape.kv_channels}, {shape.num_query_groups} KV heads",
     )
     padded = padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
     tied = "tied" if shape.tied_embeddings else "untied"
@@ -66,9 +65,7 @@ def _model(args: Args) -> Iterable[Row]:
 
 def _batches(args: Args) -> Iterable[Row]:
     samples = args.rollout_batch_size * args.n_samples_per_prompt
-    length = (
-        f"{args.num_rollout} rollouts" if args.num_rollout is not None else f"{args.num_epoch} epochs of the prompts"
-    )
+    length = f"{args.num_rollout} rollouts" if args.num_rollout is not None else f"{args.num_epoch} epochs"
     yield "run", f"{length} from {args.prompt_data or args.data_source_path}"
     yield (
         "rollout",
@@ -80,19 +77,12 @@ def _batches(args: Args) -> Iterable[Row]:
         yield "sampling", f"{args.over_sampling_batch_size} prompts at first, filter: {rule}"
     yield "steps", f"{args.num_steps_per_rollout} a rollout, {args.global_batch_size} samples each"
     ranks = args.data_parallel_size
-    share = (args.global_batch_size or 0) / max(ranks, 1)
-    yield (
-        "data parallel",
-        f"{ranks} rank{'s' if ranks > 1 else ''}, {share:g} samples a step each"
-        + (", balanced by compute" if args.balance_data else ""),
-    )
+    dealt = "by estimated compute" if args.balance_data else "in order"
+    yield "data parallel", f"{(args.global_batch_size or 0) / ranks:g} samples a step on each of {ranks}, dealt {dealt}"
     if args.use_dynamic_batch_size and args.max_tokens_per_gpu is not None:
         budget = args.max_tokens_per_gpu * args.context_parallel_size
-        sum_text = f" ({args.max_tokens_per_gpu} x CP {args.context_parallel_size})"
-        yield (
-            "micro-batch",
-            f"up to {budget} tokens{sum_text if args.context_parallel_size > 1 else ''}, padding counted",
-        )
+        product = f"{args.max_tokens_per_gpu} x CP {args.context_parallel_size}"
+        yield "micro-batch", f"up to {budget} tokens ({product}), padding counted; a longer sample stands alone"
     else:
         yield "micro-batch", f"{args.micro_batch_size} samples"
 
@@ -113,18 +103,15 @@ def _algorithm(args: Args) -> Iterable[Row]:
 def _files(args: Args) -> Iterable[Row]:
     yield "load", args.load or "(not given)"
     yield "ref load", args.ref_load or "(not given)"
-    every = (
-        f", every {args.save_interval} rollouts and after the last"
-        if args.save_interval
-        else ", after the last rollout"
-    )
-    yield "save", (args.save + every) if args.save else "nothing"
+    often = f"every {args.save_interval} rollouts and " if args.save_interval else ""
+    yield "save", f"{args.save}, {often}after the last" if args.save else "(not given)"
     data = " ".join(args.eval_prompt_data) or args.eval_config
     if args.eval_interval is not None and data:
         yield (
             "evaluation",
             f"every {args.eval_interval} rollouts on {data}: {args.n_samples_per_eval_prompt} samples a prompt, "
-            f"temperature {args.eval_temperature:g}, top-p {args.eval_top_p:g}, up to {args.eval_max_response_len} tokens",
+            f"up to {args.eval_max_response_len} tokens each, temperature {args.eval_temperature:g}, "
+            f"top-p {args.eval_top_p:g}",
         )
 
 

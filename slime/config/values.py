@@ -25,9 +25,7 @@ def parse_layer_pattern(text: str) -> int | list[int]:
         return int(text)
     pattern, rest = _layer_sum(re.sub(r"\s+", "", text))
     if rest:
-        raise ValueError(
-            f"a number, a list such as [0,1,1], or an expression such as [0]*1+[1]*45; {rest!r} is neither"
-        )
+        raise ValueError(f"a number, a list such as [0,1,1] or an expression such as [0]*1+[1]*45, not {rest!r}")
     return pattern
 
 
@@ -60,6 +58,18 @@ def _layer_term(text: str) -> tuple[list[int], str]:
     return pattern, rest
 
 
+def _within(value: float, key: str, bound: float) -> bool:
+    match key:
+        case "ge":
+            return value >= bound
+        case "gt":
+            return value > bound
+        case "le":
+            return value <= bound
+        case _:
+            return value < bound
+
+
 def _scalar(spec: FlagSpec, text: str) -> Any:
     value: Any = text
     if spec.kind == "int":
@@ -77,14 +87,8 @@ def _scalar(spec: FlagSpec, text: str) -> Any:
         value = parse_layer_pattern(text)
     if spec.choices and value not in spec.choices:
         raise ValueError("one of " + ", ".join(spec.choices))
-    limits = [f"{sign} {spec.bounds[key]:g}" for key, sign in BOUNDS.items() if key in spec.bounds]
-    within = {
-        "ge": lambda bound: value >= bound,
-        "gt": lambda bound: value > bound,
-        "le": lambda bound: value <= bound,
-        "lt": lambda bound: value < bound,
-    }
-    if not all(within[key](bound) for key, bound in spec.bounds.items()):
+    if not all(_within(value, key, bound) for key, bound in spec.bounds.items()):
+        limits = [f"{sign} {spec.bounds[key]:g}" for key, sign in BOUNDS.items() if key in spec.bounds]
         raise ValueError("a number " + " and ".join(limits))
     return value
 
