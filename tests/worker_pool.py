@@ -40,7 +40,7 @@ def _serve(connection: Connection) -> None:
             return
         try:
             connection.send((True, function(*arguments)))
-        except Exception:
+        except Exception:  # noqa: BLE001  whatever a test raises is its result
             connection.send((False, traceback.format_exc()))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,16 +36,13 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from slime.config.args import Args
 from slime.megatron import checkpoint_files, device
-from slime.megatron.build import architecture_of, unwrap
+from slime.megatron.build import unwrap
 from slime.megatron.checkpoint_files import FoundCheckpoint, find_checkpoint
-from slime.megatron.hf_weights import load_hf_into
-from slime.models.hf_files import HFReader
 
 __all__ = [
     "FoundCheckpoint",
-    "LoadResult",
+    "LoadedCheckpoint",
     "find_checkpoint",
     "load_checkpoint",
     "save_checkpoint",
@@ -56,7 +53,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 # Of Megatron's three layouts of a distributed optimizer, the one that any other layout can read.
-_CONTENT = {
+_CONTENT: Mapping[str, Any] = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
@@ -64,13 +61,13 @@ _CONTENT = {
 
 
 @dataclass(frozen=True)
-class LoadResult:
-    """Where a run goes on. `state` is what `save_checkpoint` was given; None where only weights were loaded."""
+class LoadedCheckpoint:
+    """`rollout_id`: the last one trained on, None for weights only. `state`: what `save_checkpoint` was given."""
 
-    next_rollout_id: int
+    path: Path
+    rollout_id: int | None
     state: dict[str, Any] | None
-    source: str
-    loaded: tuple[str, ...] = ("model",)
+    loaded: tuple[str, ...]
     """Of 'model', 'optimizer', 'scheduler', 'rng'."""
 
 
@@ -98,36 +95,34 @@ class _TorchSave(SaveShardedStrategy):
 
 
 def save_checkpoint(
-    args: Args,
+    save_dir: str | Path,
     *,
     rollout_id: int,
     model: torch.nn.Module,
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
     state: dict[str, Any],
+    keep_last: int | None = None,
 ) -> Path:
-    """Write `<--save>/iter_<rollout_id>`, point the tracker at it, and remove what --keep-last-checkpoints leaves out.
+    """Write `<save_dir>/iter_<rollout_id>` and point the tracker at it.
 
-    `state`: the data side, JSON-able; rank 0's is written.
+    `state`: the data side, JSON-able; rank 0's is written. `keep_last`: all but so many are removed then.
 
     Returns:
         The checkpoint's directory.
     """
-    if args.save is None:
-        raise ValueError("--save is unset: there is no place for a checkpoint; set it")
-    save_dir = Path(args.save)
+    save_dir = Path(save_dir)
     content: dict[str, Any] = {"iteration": rollout_id, "rng_state": _rng_object()}
-    if not args.no_save_optim:
+    # Before the first step there is nothing in it but what a fresh one has.
+    if optimizer is not None and _has_state(optimizer):
+        content["optimizer"] = optimizer
+    if scheduler is not None:
         content["opt_param_scheduler"] = scheduler.state_dict()
-        # Before the first step there is nothing in it but what a fresh one has.
-        if _has_state(optimizer):
-            content["optimizer"] = optimizer
     header = {"rollout_id": rollout_id, "layout": _layout(), "state": state}
     path = _save(save_dir, checkpoint_files.iteration_name(rollout_id), str(rollout_id), model, content, header)
-    keep = args.keep_last_checkpoints
-    if keep is not None:
-        for removed in _on_rank_zero(lambda: checkpoint_files.remove_old(save_dir, keep)):
-            logger.info("removed the old checkpoint %s (--keep-last-checkpoints %d)", removed, keep)
+    if keep_last is not None:
+        for removed in _on_rank_zero(lambda: checkpoint_files.remove_old(save_dir, keep_last)):
+            logger.info("removed the old checkpoint %s (--keep-last-checkpoints %d)", removed, keep_last)
     return path
 
 
@@ -146,14 +141,15 @@ def _save(
 ) -> Path:
     written = _on_rank_zero(lambda: checkpoint_files.begin(save_dir, name))
     with device.layer(), _readable_errors(f"saving to {save_dir} failed"):
-        weights = unwrap(model).sharded_state_dict(metadata=_CONTENT)
+        metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
+        weights = unwrap(model).sharded_state_dict(metadata=metadata)
         if "optimizer" in content:
-            content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=_CONTENT)}
+            content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=metadata)}
         dist_checkpointing.save(
             {**content, "model": weights, "checkpoint_version": 3.0},  # 3.0: Megatron's current layout of QKV
             str(written),
             sharded_strategy=_TorchSave(),
-            content_metadata=_CONTENT,
+            content_metadata=dict(_CONTENT),
         )
 
     def commit() -> Path:
@@ -166,50 +162,40 @@ def _save(
 
 def load_checkpoint(
     found: FoundCheckpoint,
-    args: Args,
     *,
     model: torch.nn.Module,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
-) -> LoadResult:
-    """Fill what is passed from `found`, which may also be a Hugging Face directory.
+    load_rng: bool = False,
+) -> LoadedCheckpoint:
+    """Fill what is passed from a torch_dist checkpoint (for a Hugging Face directory: `hf_weights.load_hf_into`).
 
-    Weights only where it holds no more, or with --finetune (then rollout 0 is next); an optimizer whose state is not
-    loaded takes its fp32 copies from the new weights. RNG states are loaded together with the optimizer's, at the
-    layout that saved them; at another one they are left alone, with a warning.
+    What it does not hold stays as it is, but for an optimizer's fp32 copies: they are made anew from the weights. RNG
+    states are loaded at the layout that saved them; at another one they are left alone, with a warning.
 
     Raises:
         ValueError: the model is not the checkpoint's.
     """
     if found.kind == "hf":
-        load_hf_into(model, architecture_of(args), HFReader(found.path), args)
-        return _weights_only(found, optimizer)
-    header = checkpoint_files.read_state(found.path) if found.kind == "iteration" and not args.finetune else None
+        raise ValueError(f"{found.path} is a Hugging Face directory, not a torch_dist checkpoint")
+    header = checkpoint_files.read_state(found.path) if found.kind == "iteration" else None
     common = dist_checkpointing.load_common_state_dict(str(found.path))
-    with_optimizer = header is not None and optimizer is not None and not args.no_load_optim and "optimizer" in common
-    with_rng = header is not None and optimizer is not None and not args.no_load_rng and _same_layout(header, found)
+    with_optimizer = optimizer is not None and "optimizer" in common
+    with_rng = load_rng and header is not None and _same_layout(header, found)
     loaded = _load_sharded(found, common, model, optimizer if with_optimizer else None, with_rng=with_rng)
-    if header is None:
-        return _weights_only(found, optimizer)
     taken = ["model"]
     if optimizer is not None:
         with device.layer():
             optimizer.load_state_dict(loaded["optimizer"]) if with_optimizer else optimizer.reload_model_params()
         taken += ["optimizer"] if with_optimizer else []
-    if scheduler is not None and not args.no_load_optim and "opt_param_scheduler" in common:
+    if scheduler is not None and "opt_param_scheduler" in common:
         scheduler.load_state_dict(common["opt_param_scheduler"])
         taken.append("scheduler")
     if with_rng:
         _set_rng_state(loaded["rng_state"])
         taken.append("rng")
-    return LoadResult(header["rollout_id"] + 1, header["state"], str(found.path), tuple(taken))
-
-
-def _weights_only(found: FoundCheckpoint, optimizer: MegatronOptimizer | None) -> LoadResult:
-    if optimizer is not None:
-        with device.layer():
-            optimizer.reload_model_params()
-    return LoadResult(0, None, str(found.path))
+    state = None if header is None else header["state"]
+    return LoadedCheckpoint(found.path, found.rollout_id, state, tuple(taken))
 
 
 def _load_sharded(
@@ -221,7 +207,7 @@ def _load_sharded(
     with_rng: bool,
 ) -> dict[str, Any]:
     """Read this rank's parts; the model's are put into it, the rest is returned."""
-    content = common.get("content_metadata") or _CONTENT
+    content = dict(common.get("content_metadata") or _CONTENT)
     core = unwrap(model)
     with device.layer(), _readable_errors(f"{found.path} does not fit this model (see MODEL_ARGS, --hf-checkpoint)"):
         weights = core.sharded_state_dict(metadata=content)

@@ -186,16 +186,19 @@ def write_hf(
     written = path.with_name(f".tmp_{path.name}")
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
-    _copy_side_files(source, written)
-    writer = _ShardWriter(written, max_shard_bytes)
-    for name, tensor in tensors:
-        target_dtype = reader.dtype(name) if reader is not None else dtype
-        # A copy: safetensors refuses views of shared storage, and the caller may reuse its buffer.
-        writer.add(name, tensor.detach().to("cpu", target_dtype, copy=True).contiguous())
-    writer.finish()
-    if dtype is not None:
-        _set_config_dtype(written / "config.json", dtype)
-    _put_in_place(written, path)
+    try:
+        _copy_side_files(source, written)
+        writer = _ShardWriter(written, max_shard_bytes)
+        for name, tensor in tensors:
+            target_dtype = reader.dtype(name) if reader is not None else dtype
+            # A copy: safetensors refuses views of shared storage, and the caller may reuse its buffer.
+            writer.add(name, tensor.detach().to("cpu", target_dtype, copy=True).contiguous())
+        writer.finish()
+        if dtype is not None:
+            _set_config_dtype(written / "config.json", dtype)
+        _put_in_place(written, path)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def _set_config_dtype(config_file: Path, dtype: torch.dtype) -> None:

@@ -1,0 +1,369 @@
+"""torch_dist checkpoints: resumed bit for bit, at any layout, and only from what is whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from worker_pool import WorkerPool, joined
+
+from slime.config.args import Args
+from slime.core.architecture import Architecture, padded_vocab_size
+from slime.megatron.checkpoint_files import STATE_FILE, TRACKER, FoundCheckpoint, find_checkpoint, remove_old
+from slime.models.families import weight_table
+
+pytestmark = pytest.mark.dist
+
+GLM4 = Architecture(
+    family="glm4",
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=37,  # padded to 40 at TP 1, to 48 at TP 2
+    max_position_embeddings=64,
+    norm_epsilon=1e-5,
+    rotary_base=1e4,
+    rotary_percent=0.5,
+    rotary_interleaved=True,
+    add_qkv_bias=True,
+    post_self_attn_layernorm=True,
+    post_mlp_layernorm=True,
+)
+STATE = {"cursor": {"epoch": 1, "order": [3, 1, 2]}, "log_prob": 0.1 + 0.2, "failed": float("nan")}
+
+
+def make_args(save: Path | None, tp: int = 1, **changes: Any) -> Args:
+    """No clipping: then a step is elementwise, and the same at every layout to the last bit."""
+    return Args(
+        save=None if save is None else str(save),
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,
+        make_vocab_size_divisible_by=8,
+        architecture=GLM4,
+        lr=1e-2,
+        lr_decay_style="linear",
+        lr_decay_iters=10,
+        clip_grad=0.0,
+        num_rollout=10,
+        **changes,
+    )
+
+
+def drawn(name: str, step: int, shape: tuple[int, ...]) -> Tensor:
+    """A whole tensor that only its name and `step` decide."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name} {step}".encode())))
+
+
+class Run:
+    """A model with its optimizer, trained on made-up gradients."""
+
+    def __init__(self, args: Args, topology: Any) -> None:
+        from slime.megatron.build import build_model, build_optimizer, named_parameters
+
+        assert args.architecture is not None
+        self.args, self.topology, self.architecture = args, topology, args.architecture
+        self.table = weight_table(self.architecture)
+        self.model = build_model(args, wrap=True)
+        self.optimizer, self.scheduler = build_optimizer(args, self.model)
+        self.parameters = dict(named_parameters(self.model))
+
+    def shard(self, name: str, step: int) -> Tensor:
+        """This rank's part of a whole made-up tensor."""
+        size = padded_vocab_size(self.architecture.vocab_size, 8, self.topology.tp_size)
+        shape = list(self.parameters[name].shape)
+        axis = self.table.rule(name).tp_axis
+        if axis is not None:
+            shape[axis] *= self.topology.tp_size
+        if "embedding" in name or "output_layer" in name:
+            shape[0] = self.architecture.vocab_size
+        full = self.table.pad(name, drawn(name, step, tuple(shape)), size)
+        return self.table.split(name, full, self.topology.tp_size, self.topology.tp_rank)
+
+    def initialize(self) -> None:
+        from slime.megatron import device
+
+        with torch.no_grad(), device.layer():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.shard(name, -1))
+            self.optimizer.reload_model_params()
+
+    def step(self, number: int) -> None:
+        from slime.megatron import device
+
+        with device.layer():
+            self.optimizer.zero_grad()
+            for name, parameter in self.parameters.items():
+                parameter.main_grad.copy_(self.shard(name, number))  # pyright: ignore
+            self.optimizer.step()
+            self.scheduler.step(1)
+
+    def draws(self) -> list[float]:
+        """One number from every generator."""
+        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+        tracker = get_cuda_rng_tracker()
+        assert tracker is not None
+        with tracker.fork():
+            inside = torch.rand(1).item()
+        return [random.random(), np.random.rand(), torch.rand(1).item(), inside]
+
+    def weights(self) -> dict[str, Tensor]:
+        from slime.megatron.hf_weights import iter_hf_tensors
+
+        return dict(iter_hf_tensors(self.model, self.architecture))
+
+    def save(self, rollout_id: int) -> Path:
+        from slime.megatron.checkpoint import save_checkpoint
+
+        assert self.args.save is not None
+        return save_checkpoint(
+            self.args.save,
+            rollout_id=rollout_id,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            state=STATE,
+            keep_last=self.args.keep_last_checkpoints,
+        )
+
+    def load(self, path: Path, *, optimizer: bool = True, rng: bool = True) -> Any:
+        from slime.megatron.checkpoint import load_checkpoint
+
+        found = find_checkpoint(path)
+        assert found is not None
+        return load_checkpoint(
+            found,
+            model=self.model,
+            optimizer=self.optimizer if optimizer else None,
+            scheduler=self.scheduler,
+            load_rng=rng,
+        )
+
+
+def trained(rank: int, world_size: int, init_method: str, args: Args, steps: int, more: int) -> Any:
+    """`steps` steps, a checkpoint, `more` steps: the weights at both places and draws in between."""
+    with joined(args, rank, world_size, init_method) as topology:
+        random.seed(rank)
+        np.random.seed(rank)
+        run = Run(args, topology)
+        run.initialize()
+        for number in range(steps):
+            run.step(number)
+        run.draws()
+        run.save(steps)
+        at_save, draws = run.weights(), run.draws()
+        for number in range(steps, steps + more):
+            run.step(number)
+        return at_save, draws, run.weights()
+
+
+def resumed(rank: int, world_size: int, init_method: str, args: Args, path: Path, steps: int, more: int) -> Any:
+    """What `trained` returns, from its checkpoint on; and the LoadedCheckpoint."""
+    with joined(args, rank, world_size, init_method) as topology:
+        run = Run(args, topology)
+        result = run.load(path, optimizer=not args.no_load_optim, rng=not args.no_load_rng)
+        at_load, draws = run.weights(), run.draws()
+        for number in range(steps, steps + more):
+            run.step(number)
+        return at_load, draws, run.weights(), result
+
+
+def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_resume_is_bit_exact(workers: WorkerPool, tmp_path: Path, bf16: bool):
+    args = make_args(tmp_path, tp=2, bf16=bf16)
+    before = workers.run(2, trained, args, 2, 2)
+    after = workers.run(2, resumed, args, tmp_path, 2, 2)
+    for (at_save, draws, end, *_), (at_load, draws_again, end_again, result) in zip(before, after, strict=True):
+        assert same_bits(at_load, at_save)
+        assert draws_again == draws
+        assert same_bits(end_again, end)
+        assert result.rollout_id == 2
+        assert result.loaded == ("model", "optimizer", "scheduler", "rng")
+        assert json.dumps(result.state) == json.dumps(STATE)
+    assert (tmp_path / TRACKER).read_text() == "2"
+    assert before[0][1] != before[1][1], "ranks draw for themselves"
+    # Controls: each part that is not loaded is missed.
+    fresh = workers.run(2, resumed, replace(args, no_load_optim=True), tmp_path, 2, 2)
+    assert same_bits(fresh[0][0], before[0][0]) and not same_bits(fresh[0][2], before[0][2])
+    unseeded = workers.run(2, resumed, replace(args, no_load_rng=True), tmp_path, 2, 2)
+    assert same_bits(unseeded[0][2], before[0][2]) and unseeded[0][1] != before[0][1]
+
+
+LAYOUTS = {"one": (1, 1), "TP 2": (2, 2), "DP 2": (1, 2)}
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("TP 2", "one"), ("one", "TP 2"), ("DP 2", "TP 2"), ("TP 2", "DP 2")])
+def test_any_layout_loads_what_any_other_saved(workers: WorkerPool, tmp_path: Path, saved: str, loaded: str):
+    (tp, world_size), (other_tp, other_world_size) = LAYOUTS[saved], LAYOUTS[loaded]
+    at_save, _, end = workers.run(world_size, trained, make_args(tmp_path, tp), 2, 1)[0]
+    args = make_args(tmp_path, other_tp)
+    at_load, _, end_again, result = workers.run(other_world_size, resumed, args, tmp_path, 2, 1)[0]
+    assert same_bits(at_load, at_save)
+    assert same_bits(end_again, end)
+    assert not same_bits(end, at_save)
+    assert result.loaded == ("model", "optimizer", "scheduler"), "RNG states belong to a layout"
+
+
+@pytest.mark.parametrize(("saved_bf16", "loaded_bf16"), [(True, False), (False, True)])
+def test_weights_of_another_dtype_are_converted(
+    workers: WorkerPool, tmp_path: Path, saved_bf16: bool, loaded_bf16: bool
+):
+    at_save, *_ = workers.run(1, trained, make_args(tmp_path, bf16=saved_bf16), 1, 0)[0]
+    args = make_args(tmp_path, bf16=loaded_bf16, no_load_optim=True)
+    at_load, *_ = workers.run(1, resumed, args, tmp_path, 1, 0)[0]
+    assert {tensor.dtype for tensor in at_load.values()} == {torch.bfloat16 if loaded_bf16 else torch.float32}
+    assert same_bits(at_load, {name: tensor.to(at_load[name].dtype) for name, tensor in at_save.items()})
+
+
+def test_a_checkpoint_before_the_first_step(workers: WorkerPool, tmp_path: Path):
+    before = workers.run(1, trained, make_args(tmp_path), 0, 1)
+    after = workers.run(1, resumed, make_args(tmp_path), tmp_path, 0, 1)
+    assert same_bits(after[0][2], before[0][2])
+    assert "optimizer" not in after[0][3].loaded
+
+
+def released(rank: int, world_size: int, init_method: str, args: Args, path: Path) -> Any:
+    from slime.megatron.checkpoint import save_release
+
+    with joined(args, rank, world_size, init_method) as topology:
+        run = Run(args, topology)
+        run.initialize()
+        return save_release(path, model=run.model), run.weights()
+
+
+def test_release_holds_weights_alone_and_starts_at_rollout_0(workers: WorkerPool, tmp_path: Path):
+    args = make_args(None, bf16=True)
+    ((path, weights),) = workers.run(1, released, args, tmp_path)
+    assert path == tmp_path / "release" and (tmp_path / TRACKER).read_text() == "release"
+    at_load, _, end, result = workers.run(1, resumed, args, tmp_path, 0, 1)[0]
+    assert same_bits(at_load, weights) and not same_bits(end, weights)
+    # The fp32 copies are those of the loaded weights: one step from them is small.
+    assert max((end[name].float() - weights[name].float()).abs().max().item() for name in end) < 0.05
+    assert (result.rollout_id, result.state, result.path, result.loaded) == (None, None, path, ("model",))
+
+
+def outcome(rank: int, world_size: int, init_method: str, args: Args, path: Path) -> str:
+    """The error of loading (`path` given) or of saving."""
+    with joined(args, rank, world_size, init_method) as topology:
+        run = Run(args, topology)
+        try:
+            run.load(path) if args.save is None else run.save(0)
+        except (ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_failed_save_fails_on_every_rank(workers: WorkerPool, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    errors = workers.run(2, outcome, make_args(tmp_path / "file" / "save", tp=2), tmp_path)
+    assert len(set(errors)) == 1 and errors[0].startswith("RuntimeError: checkpoint: NotADirectoryError")
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_layers": 3}])
+def test_another_model_is_refused(workers: WorkerPool, tmp_path: Path, change: dict[str, int]):
+    workers.run(1, trained, make_args(tmp_path), 1, 0)
+    args = replace(make_args(None, tp=2), architecture=replace(GLM4, **change))
+    errors = workers.run(2, outcome, args, tmp_path)
+    assert all(error.startswith(f"ValueError: {tmp_path}/iter_0000001 does not fit this model") for error in errors)
+
+
+@pytest.fixture(scope="module")
+def saved_once(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved")
+    workers.run(2, trained, make_args(path, tp=2), 1, 0)
+    return path
+
+
+@pytest.fixture
+def saves(saved_once: Path, tmp_path: Path) -> Path:
+    """Checkpoints of rollouts 1, 2 and 5."""
+    for rollout_id in (1, 2, 5):
+        shutil.copytree(saved_once / "iter_0000001", tmp_path / f"iter_{rollout_id:07d}")
+    return tmp_path
+
+
+def test_the_newest_is_taken_or_the_one_that_is_asked_for(saves: Path):
+    newest = FoundCheckpoint(saves / "iter_0000005", "iteration", 5)
+    assert find_checkpoint(saves) == newest
+    assert find_checkpoint(saves, step=2) == FoundCheckpoint(saves / "iter_0000002", "iteration", 2)
+    assert find_checkpoint(saves / "iter_0000005") == newest
+    with pytest.raises(ValueError, match=r"--ckpt-step 3: .* \(there are: 1, 2, 5\)"):
+        find_checkpoint(saves, step=3)
+    with pytest.raises(ValueError, match="--ckpt-step 3"):
+        find_checkpoint(saves / "missing", step=3)
+    shutil.copytree(saves / "iter_0000005", saves / "release")
+    assert find_checkpoint(saves) == newest
+    assert find_checkpoint(saves / "release") == FoundCheckpoint(saves / "release", "release")
+
+
+@pytest.mark.parametrize("missing", [".metadata", "metadata.json", "common.pt", STATE_FILE, "__1_0.distcp"])
+def test_an_incomplete_checkpoint_is_skipped_and_named(saves: Path, missing: str, caplog: pytest.LogCaptureFixture):
+    (saves / "iter_0000005" / missing).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(saves) == FoundCheckpoint(saves / "iter_0000002", "iteration", 2)
+    assert f"iter_0000005: no {missing}" in caplog.text
+    with pytest.raises(ValueError, match="--ckpt-step 5"):
+        find_checkpoint(saves, step=5)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_a_file_cut_short_is_noticed(saves: Path, name: str):
+    file = saves / "iter_0000005" / name
+    file.write_bytes(file.read_bytes()[:-1])
+    found = find_checkpoint(saves)
+    assert found is not None and found.rollout_id == 2
+
+
+def test_nothing_but_a_runs_own_files_is_an_empty_start(saves: Path):
+    assert find_checkpoint(None) is None
+    assert find_checkpoint(saves / "missing") is None
+    for name in ("iter_0000001", "iter_0000002"):
+        shutil.rmtree(saves / name)
+    (saves / "iter_0000005" / ".metadata").unlink()
+    (saves / ".tmp_iter_0000006").mkdir()
+    (saves / "logs").mkdir()
+    for name in ("args.yaml", "metrics.jsonl", TRACKER, "slime.log"):
+        (saves / name).write_text("")
+    assert find_checkpoint(saves) is None
+    (saves / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds no checkpoint, but other files \(notes\.txt\)"):
+        find_checkpoint(saves)
+
+
+def test_old_checkpoints_are_removed_and_release_stays(saves: Path):
+    shutil.copytree(saves / "iter_0000005", saves / "release")
+    assert remove_old(saves, 2) == [saves / "iter_0000001"]
+    assert sorted(path.name for path in saves.iterdir()) == ["iter_0000002", "iter_0000005", "release"]
+
+
+def saved_thrice(rank: int, world_size: int, init_method: str, args: Args) -> None:
+    with joined(args, rank, world_size, init_method) as topology:
+        run = Run(args, topology)
+        for rollout_id in (3, 4, 4):
+            run.save(rollout_id)
+
+
+def test_saving_replaces_the_same_rollout_and_sweeps_leftovers(workers: WorkerPool, saves: Path):
+    (saves / ".tmp_iter_0000007").mkdir()
+    shutil.rmtree(saves / "iter_0000005")
+    workers.run(1, saved_thrice, make_args(saves, keep_last_checkpoints=2))
+    assert sorted(path.name for path in saves.iterdir()) == ["iter_0000003", "iter_0000004", TRACKER]
+    assert (saves / TRACKER).read_text() == "4"
