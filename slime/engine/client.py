@@ -1,0 +1,281 @@
+"""The client of the engines: generation through the router, everything else at each engine directly.
+
+Path: `rollout` generates and aborts with it, `sync` updates weights with it. Invariants: what the router does not fan
+out goes to every worker of its GET /workers list; what failed is raised as an EngineError that names URL and status,
+after the retries that can help (no connection, 502, 503), and never swallowed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import orjson
+
+from slime.engine.protocol import (
+    AbortRequest,
+    DestroyWeightsUpdateGroup,
+    Endpoint,
+    GenerateRequest,
+    GenerateResponse,
+    InitWeightsUpdateGroup,
+    Message,
+    PauseGeneration,
+    PauseMode,
+    RouterEndpoint,
+    UpdateWeightsFromDisk,
+    UpdateWeightsFromDistributed,
+    WeightsChecker,
+)
+
+RETRY_STATUS = (502, 503)
+RETRIES = 6
+BACKOFF = 0.2
+"""Seconds before the first retry; each further one waits twice as long."""
+CONTROL_TIMEOUT = 600.0
+"""Seconds for a request that is not a generation (a weight update may take long)."""
+
+
+class EngineError(RuntimeError):
+    """A request that an engine or the router did not answer as asked. `status` 0: no answer at all."""
+
+    def __init__(self, url: str, status: int, message: str) -> None:
+        super().__init__(url, status, message)
+        self.url, self.status, self.message = url, status, message
+
+    def __str__(self) -> str:
+        return f"{self.url} {f'answered {self.status}' if self.status else 'did not answer'}: {self.message}"
+
+
+class EngineClient:
+    """One client an event loop; requests share its connections. Close it, or use `async with`."""
+
+    def __init__(self, router_url: str, *, api_key: str | None = None, request_timeout: float = 1800.0) -> None:
+        self._router_url = router_url.rstrip("/")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._request_timeout = request_timeout
+        self._opened: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> EngineClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._opened is not None:
+            await self._opened.close()
+            self._opened = None
+
+    def _session(self) -> aiohttp.ClientSession:
+        if self._opened is None or self._opened.closed:
+            # aiohttp would hold back everything beyond 100 connections; the caller decides what is in flight.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+            # Engines are ours: a proxy of the environment has no business between.
+            self._opened = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
+        return self._opened
+
+    async def _request(self, method: str, url: str, body: Message | None, *, timeout: float) -> Any:
+        """The decoded answer. Retries where there was no connection or the router had no engine at hand."""
+        data = None if body is None else orjson.dumps(body.to_json())
+        limit = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
+        problem = EngineError(url, 0, "not asked")
+        for attempt in range(RETRIES + 1):
+            if attempt:
+                await asyncio.sleep(BACKOFF * 2 ** (attempt - 1))
+            try:
+                async with self._session().request(method, url, data=data, timeout=limit) as answer:
+                    raw = await answer.read()
+            except TimeoutError:
+                raise EngineError(url, 0, f"no answer within {timeout:g} s") from None
+            except (aiohttp.ClientError, OSError) as error:
+                problem = EngineError(url, 0, f"{type(error).__name__}: {error}")
+                continue
+            if answer.status == 200:
+                return _decode(url, raw)
+            problem = EngineError(url, answer.status, _message(raw))
+            if answer.status not in RETRY_STATUS:
+                break
+        raise problem
+
+    # ---- through the router
+
+    async def generate(self, request: GenerateRequest) -> GenerateResponse:
+        """One response, with the log-prob of each of its tokens.
+
+        Raises:
+            EngineError: with the engine's own words; an answer that is not as asked has status 200.
+        """
+        url = self._router_url + Endpoint.GENERATE
+        answer = await self._request("POST", url, request, timeout=self._request_timeout)
+        try:
+            response = GenerateResponse.from_json(answer)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(url, 200, f"the answer is not SGLang's: {error!r}") from error
+        if request.return_logprob and len(response.log_probs) != len(response.output_ids):
+            count = f"{len(response.log_probs)} log-probs for {len(response.output_ids)} tokens"
+            raise EngineError(url, 200, f"the answer holds {count}")
+        return response
+
+    async def workers(self) -> list[str]:
+        """URLs of all engines, in a fixed order, also of those that the router holds to be unhealthy."""
+        url = self._router_url + RouterEndpoint.WORKERS
+        answer = await self._request("GET", url, None, timeout=CONTROL_TIMEOUT)
+        return sorted(worker["url"] for worker in answer["workers"])
+
+    # ---- at every engine
+
+    async def _everywhere(self, endpoint: Endpoint, bodies: Message | Sequence[Message] | None) -> list[Any]:
+        """POST to all engines at once (None: GET) -> their answers, in the order of `workers`."""
+        urls = await self.workers()
+        if not urls:
+            raise EngineError(self._router_url, 200, f"the router has no engines for {endpoint}")
+        each = list(bodies) if isinstance(bodies, Sequence) else [bodies] * len(urls)
+        method = "GET" if bodies is None else "POST"
+        # All are waited for, and then the first failure is raised: none is left running unseen.
+        answers = await asyncio.gather(
+            *(
+                self._request(method, url + endpoint, body, timeout=CONTROL_TIMEOUT)
+                for url, body in zip(urls, each, strict=True)
+            ),
+            return_exceptions=True,
+        )
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+    async def abort_all(self) -> None:
+        """Every request in flight ends now, with what it has."""
+        await self._everywhere(Endpoint.ABORT_REQUEST, AbortRequest(abort_all=True))
+
+    async def pause(self, mode: PauseMode = "in_place") -> None:
+        await self._everywhere(Endpoint.PAUSE_GENERATION, PauseGeneration(mode=mode))
+
+    async def continue_(self) -> None:
+        await self._everywhere(Endpoint.CONTINUE_GENERATION, _Nothing())
+
+    async def flush_cache(self) -> None:
+        await self._everywhere(Endpoint.FLUSH_CACHE, _Nothing())
+
+    async def health(self) -> dict[str, bool]:
+        """{engine URL: whether it is well}; asked once each, with no retry."""
+        urls = await self.workers()
+        return dict(zip(urls, await asyncio.gather(*map(self._is_healthy, urls)), strict=True))
+
+    async def _is_healthy(self, url: str) -> bool:
+        try:
+            async with self._session().get(url + Endpoint.HEALTH, timeout=aiohttp.ClientTimeout(total=10)) as answer:
+                return answer.status == 200
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            return False
+
+    # ---- weights
+
+    async def init_weights_update_group(
+        self,
+        master_address: str,
+        master_port: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
+        *,
+        ranks_per_engine: int = 1,
+    ) -> None:
+        """Make every engine join. Returns once all have, so rank 0 (the trainer) has to be joining meanwhile."""
+        urls = await self.workers()
+        if world_size != 1 + ranks_per_engine * len(urls):
+            raise ValueError(
+                f"world_size is {world_size}, but the trainer and {len(urls)} engines of {ranks_per_engine} ranks "
+                f"are {1 + ranks_per_engine * len(urls)}"
+            )
+        bodies = [
+            InitWeightsUpdateGroup(
+                master_address=master_address,
+                master_port=master_port,
+                rank_offset=1 + i * ranks_per_engine,
+                world_size=world_size,
+                group_name=group_name,
+                backend=backend,
+            )
+            for i in range(len(urls))
+        ]
+        await self._everywhere(Endpoint.INIT_WEIGHTS_UPDATE_GROUP, bodies)
+
+    async def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group_name: str,
+        weight_version: str | None,
+        flush_cache: bool,
+        *,
+        load_format: str | None = None,
+    ) -> None:
+        """Make every engine receive one bucket. Returns once all have, so rank 0 has to be sending meanwhile."""
+        body = UpdateWeightsFromDistributed(
+            names=list(names),
+            dtypes=list(dtypes),
+            shapes=[list(shape) for shape in shapes],
+            group_name=group_name,
+            weight_version=weight_version,
+            flush_cache=flush_cache,
+            load_format=load_format,
+        )
+        await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_DISTRIBUTED, body)
+
+    async def destroy_weights_update_group(self, group_name: str) -> None:
+        await self._everywhere(Endpoint.DESTROY_WEIGHTS_UPDATE_GROUP, DestroyWeightsUpdateGroup(group_name=group_name))
+
+    async def update_weights_from_disk(self, path: str, weight_version: str | None) -> None:
+        body = UpdateWeightsFromDisk(model_path=path, weight_version=weight_version)
+        await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_DISK, body)
+
+    async def weights_checksum(self) -> list[str]:
+        """Each engine's digest of the weights that it holds. Comparable between engines of one kind and layout."""
+        answers = await self._everywhere(Endpoint.WEIGHTS_CHECKER, WeightsChecker(action="checksum"))
+        return [str(answer["per_engine_checksum"]) for answer in answers]
+
+    async def reset_weights(self) -> None:
+        """Make every engine's weights garbage, as the start of a check."""
+        await self._everywhere(Endpoint.WEIGHTS_CHECKER, WeightsChecker(action="reset_tensors"))
+
+    async def weight_versions(self) -> list[str]:
+        return [str(answer["weight_version"]) for answer in await self._everywhere(Endpoint.MODEL_INFO, None)]
+
+
+class _Nothing(Message):
+    """An empty body."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {}
+
+
+def _decode(url: str, raw: bytes) -> Any:
+    if not raw.startswith((b"{", b"[")):  # SGLang answers some requests in words
+        return {"message": raw.decode(errors="replace")}
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise EngineError(url, 200, f"the answer is no JSON: {error}") from error
+
+
+def _message(raw: bytes) -> str:
+    """The engine's own words out of an error body."""
+    try:
+        data = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return raw.decode(errors="replace")[:500]
+    if isinstance(data, Mapping):
+        error = data.get("error")
+        inner = error.get("message") if isinstance(error, Mapping) else error
+        return str(inner or data.get("message") or data)[:2000]
+    return str(data)[:2000]

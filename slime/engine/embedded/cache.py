@@ -1,0 +1,89 @@
+"""The KV cache: one row a running request, all layers in one buffer.
+
+Path: `Model.prefill` and `Model.decode` write and read it; `scheduler` hands out the rows, moves and copies them.
+Invariant: rows [0, running) are in use and nothing else is, so decoding reads a plain slice.
+
+Memory is taken from the operating system page by page as tokens are written: a row reserves room for the longest
+request, and a short one never touches most of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slime.core.architecture import Architecture
+
+WIDTH_STEP = 64
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages exist only once written (`torch.zeros` writes them all).
+
+    Zeros and not garbage: a masked position counts with weight 0, and 0 times NaN is NaN.
+    """
+    size = torch.empty((), dtype=dtype).element_size()
+    raw = np.zeros(int(np.prod(shape)) * size, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
+class KVCache:
+    """`tokens`: positions that may be reserved at most, over all rows; `rows`: requests at most."""
+
+    def __init__(self, architecture: Architecture, *, dtype: torch.dtype, rows: int, tokens: int) -> None:
+        self._architecture = architecture
+        self._dtype = dtype
+        self._max_rows = rows
+        self._max_tokens = tokens
+        self.clear()
+
+    @staticmethod
+    def bytes_per_token(architecture: Architecture, dtype: torch.dtype) -> int:
+        a = architecture
+        size = torch.empty((), dtype=dtype).element_size()
+        return 2 * a.num_layers * a.num_query_groups * a.kv_channels * size
+
+    def clear(self) -> None:
+        """Give all memory back. Only while no row is in use."""
+        self.width = 0
+        self._kv = torch.empty(0, dtype=self._dtype)
+
+    def rows_at(self, width: int) -> int:
+        """Rows there can be if each holds `width` positions."""
+        return min(self._max_rows, self._max_tokens // _round_up(max(width, self.width)))
+
+    def reserve(self, width: int, *, in_use: int) -> None:
+        """Make every row at least `width` positions long, keeping the first `in_use`."""
+        if width <= self.width:
+            return
+        a = self._architecture
+        old_kv, old_width, self.width = self._kv, self.width, _round_up(width)
+        shape = (2, a.num_layers, self.rows_at(width), a.num_query_groups, self.width, a.kv_channels)
+        self._kv = _lazy_zeros(shape, self._dtype)
+        if in_use:
+            self._kv[:, :, :in_use, :, :old_width] = old_kv[:, :, :in_use]
+
+    def write_prompts(self, layer: int, first_row: int, k: Tensor, v: Tensor) -> None:
+        """k, v [P, K, S, D] into rows [first_row, first_row + P), from position 0 on."""
+        rows = slice(first_row, first_row + k.shape[0])
+        self._kv[0, layer, rows, :, : k.shape[2]] = k
+        self._kv[1, layer, rows, :, : v.shape[2]] = v
+
+    def write_tokens(self, layer: int, rows_B: Tensor, positions_B: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v [B, K, D], one position a row."""
+        self._kv[0, layer][rows_B, :, positions_B] = k
+        self._kv[1, layer][rows_B, :, positions_B] = v
+
+    def read(self, layer: int, rows: int, span: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, K, span, D], views."""
+        kv = self._kv[:, layer, :rows, :, :span]
+        return kv[0], kv[1]
+
+    def copy(self, source: int, target: int, length: int, *, rows: int = 1) -> None:
+        """The first `length` positions of row `source` into `rows` rows from `target` on."""
+        self._kv[:, :, target : target + rows, :, :length] = self._kv[:, :, source : source + 1, :, :length]
+
+
+def _round_up(width: int) -> int:
+    return (width + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP

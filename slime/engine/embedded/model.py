@@ -1,0 +1,192 @@
+"""The forward pass: a dense decoder built from an `Architecture`, with fused buffers and views of them by HF name.
+
+Path: `checkpoint` and weight updates write into `Model.weights`, `scheduler` calls `prefill` and `decode`.
+Invariant: every HF tensor is a view into exactly one buffer, so writing a tensor by its HF name is the whole update.
+
+Shape suffixes: _N flat tokens, _B running requests, _P prompts; S padded prompt length, H query heads, K key/value
+heads, D channels of a head, M cached positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slime.core.architecture import Architecture
+from slime.engine.embedded.cache import KVCache
+
+FUSED_GATE_UP_FAMILIES = ("glm4",)
+"""Families whose HF files hold one `gate_up_proj`; the others hold `gate_proj` and `up_proj`."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer's buffers; None where the architecture has no such tensor."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Tensor
+    post_attention_norm: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    post_mlp_norm: Tensor | None
+
+
+class Attend(Protocol):
+    """Attention over the cache: q [N, H, D], k and v [N, K, D] -> [N, H * D]; also stores k and v."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class Model:
+    """Weights and forward. `weights`: HF name -> view; the tied output layer has no name of its own."""
+
+    def __init__(self, architecture: Architecture, *, dtype: torch.dtype = torch.float32) -> None:
+        self.architecture = architecture
+        self.dtype = dtype
+        self.weights: dict[str, Tensor] = {}
+        a = architecture
+        self.embedding = self._new("model.embed_tokens.weight", a.vocab_size, a.hidden_size)
+        self.layers = [self._new_layer(f"model.layers.{i}.") for i in range(a.num_layers)]
+        self.final_norm = self._new("model.norm.weight", a.hidden_size)
+        self.head = self.embedding if a.tied_embeddings else self._new("lm_head.weight", a.vocab_size, a.hidden_size)
+        self._rotation = _rotation_table(a)
+
+    def _new(self, name: str, *shape: int) -> Tensor:
+        tensor = torch.zeros(shape, dtype=self.dtype)
+        self.weights[name] = tensor
+        return tensor
+
+    def _new_fused(self, parts: dict[str, int], *columns: int) -> Tensor:
+        """One buffer whose rows belong to several HF tensors: {name: rows}."""
+        buffer = torch.zeros((sum(parts.values()), *columns), dtype=self.dtype)
+        self.weights.update(zip(parts, buffer.split(list(parts.values())), strict=True))
+        return buffer
+
+    def _new_layer(self, prefix: str) -> Layer:
+        a = self.architecture
+        hidden, ffn, head = a.hidden_size, a.ffn_hidden_size, a.kv_channels
+        rows = {"q": a.num_attention_heads * head, "k": a.num_query_groups * head, "v": a.num_query_groups * head}
+        attn, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        qkv = self._new_fused({f"{attn}{x}_proj.weight": n for x, n in rows.items()}, hidden)
+        bias = self._new_fused({f"{attn}{x}_proj.bias": n for x, n in rows.items()}) if a.add_qkv_bias else None
+        if a.family in FUSED_GATE_UP_FAMILIES:
+            gate_up = self._new(f"{mlp}gate_up_proj.weight", 2 * ffn, hidden)
+        else:
+            gate_up = self._new_fused({f"{mlp}gate_proj.weight": ffn, f"{mlp}up_proj.weight": ffn}, hidden)
+        return Layer(
+            input_norm=self._new(f"{prefix}input_layernorm.weight", hidden),
+            qkv=qkv,
+            qkv_bias=bias,
+            q_norm=self._new(f"{attn}q_norm.weight", head) if a.qk_layernorm else None,
+            k_norm=self._new(f"{attn}k_norm.weight", head) if a.qk_layernorm else None,
+            o=self._new(f"{attn}o_proj.weight", hidden, a.num_attention_heads * head),
+            post_attention_norm=(
+                self._new(f"{prefix}post_self_attn_layernorm.weight", hidden) if a.post_self_attn_layernorm else None
+            ),
+            # In HF's sandwich-norm families this name is still the norm before the MLP.
+            mlp_norm=self._new(f"{prefix}post_attention_layernorm.weight", hidden),
+            gate_up=gate_up,
+            down=self._new(f"{mlp}down_proj.weight", hidden, ffn),
+            post_mlp_norm=self._new(f"{prefix}post_mlp_layernorm.weight", hidden) if a.post_mlp_layernorm else None,
+        )
+
+    def _forward(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [N, hidden], the final norm applied."""
+        a = self.architecture
+        heads, groups, head = a.num_attention_heads, a.num_query_groups, a.kv_channels
+        rotation = self._rotation[positions_N].unsqueeze(1)
+        x = F.embedding(tokens_N, self.embedding)
+        for i, w in enumerate(self.layers):
+            qkv = F.linear(self._norm(x, w.input_norm), w.qkv, w.qkv_bias).view(-1, heads + 2 * groups, head)
+            qk, v = qkv.split([heads + groups, groups], dim=1)
+            if w.q_norm is not None and w.k_norm is not None:
+                q, k = qk.split([heads, groups], dim=1)
+                qk = torch.cat([self._norm(q, w.q_norm), self._norm(k, w.k_norm)], dim=1)
+            q, k = self._rotate(qk, rotation).split([heads, groups], dim=1)
+            y = F.linear(attend(i, q, k, v), w.o)
+            x = x + (y if w.post_attention_norm is None else self._norm(y, w.post_attention_norm))
+            gate, up = F.linear(self._norm(x, w.mlp_norm), w.gate_up).chunk(2, dim=-1)
+            y = F.linear(F.silu(gate) * up, w.down)
+            x = x + (y if w.post_mlp_norm is None else self._norm(y, w.post_mlp_norm))
+        return self._norm(x, self.final_norm)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self.architecture.norm_epsilon)
+
+    def _rotate(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """RoPE on x [N, heads, D]: pairs of channels are complex numbers, turned by `rotation` [N, 1, pairs]."""
+        a = self.architecture
+        turned, passed = x[..., : a.rotary_dim].float(), x[..., a.rotary_dim :]
+        if a.rotary_interleaved:
+            pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)))
+            turned = torch.view_as_real(pairs * rotation).flatten(-2)
+        else:
+            real, imag = turned.chunk(2, dim=-1)
+            pairs = torch.complex(real, imag) * rotation
+            turned = torch.cat([pairs.real, pairs.imag], dim=-1)
+        turned = turned.to(x.dtype)
+        return turned if a.rotary_dim == a.kv_channels else torch.cat([turned, passed], dim=-1)
+
+    def logits(self, hidden_N: Tensor) -> Tensor:
+        """Logits [N, vocabulary] in fp32."""
+        return F.linear(hidden_N, self.head).float()
+
+    def prefill(self, prompts_P: list[list[int]], cache: KVCache, first_row: int) -> Tensor:
+        """Run whole prompts into the cache rows from `first_row` on -> hidden states [P, S, hidden].
+
+        Prompts are padded on the right: causal attention never looks there, and what the padding leaves in the
+        cache is overwritten before it is read.
+        """
+        a = self.architecture
+        count, width = len(prompts_P), max(map(len, prompts_P))
+        tokens = torch.zeros(count, width, dtype=torch.long)
+        for i, ids in enumerate(prompts_P):
+            tokens[i, : len(ids)] = torch.tensor(ids)
+        positions = torch.arange(width).expand(count, width).reshape(-1)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(0, (count, width)).transpose(1, 2) for t in (q, k, v))
+            cache.write_prompts(layer, first_row, k, v)
+            grouped = a.num_attention_heads != a.num_query_groups
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return out.transpose(1, 2).reshape(count * width, -1)
+
+        return self._forward(tokens.flatten(), positions, attend).unflatten(0, (count, width))
+
+    def decode(self, tokens_B: Tensor, positions_B: Tensor, cache: KVCache) -> Tensor:
+        """One token for each of the first B cache rows, at `positions_B` -> hidden states [B, hidden]."""
+        a = self.architecture
+        batch, groups, head = len(tokens_B), a.num_query_groups, a.kv_channels
+        span = int(positions_B.max()) + 1
+        rows = torch.arange(batch)
+        future = torch.arange(span) > positions_B[:, None]
+        mask = torch.zeros(batch, 1, 1, span).masked_fill_(future[:, None, None], float("-inf"))
+        scale = head**-0.5
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.write_tokens(layer, rows, positions_B, k, v)
+            keys, values = cache.read(layer, batch, span)
+            # Query heads of one group stand as rows over their shared keys: nothing is repeated.
+            scores = torch.matmul(q.reshape(batch, groups, -1, head), keys.transpose(-1, -2))
+            # The mask is fp32, and so is the softmax.
+            weights = torch.softmax(torch.add(mask, scores, alpha=scale), dim=-1).to(values.dtype)
+            return torch.matmul(weights, values).reshape(batch, -1)
+
+        return self._forward(tokens_B, positions_B, attend)
+
+
+def _rotation_table(architecture: Architecture) -> Tensor:
+    """exp(i * position * frequency), complex64 [positions, rotary pairs]."""
+    a = architecture
+    exponents = torch.arange(0, a.rotary_dim, 2, dtype=torch.float32) / a.rotary_dim
+    angles = torch.outer(torch.arange(a.max_position_embeddings).float(), 1.0 / a.rotary_base**exponents)
+    return torch.polar(torch.ones_like(angles), angles)

@@ -1,0 +1,390 @@
+"""Continuous batching: who runs, one step at a time, in a thread of its own.
+
+Path: `server` hands over requests and commands through one inbox; each step admits waiting requests (prefill),
+then decodes one token for every running one; finished requests go back through `on_finished`.
+Invariants: commands run between steps and nowhere else, so weights never change under a forward; an error in the
+loop ends the loop and is reported through `on_failure`, it is never swallowed.
+
+A request's life: waiting -> (prefill) running in a cache row -> finished with stop, length, abort or an error.
+`retract` puts running ones back to waiting with what they have; they are prefilled again, response and all.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slime.engine.embedded.cache import KVCache
+from slime.engine.embedded.model import Model
+from slime.engine.embedded.sampler import SamplingBatch, sample
+from slime.engine.protocol import PauseMode, SamplingParams
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+HEARTBEAT = 1.0
+PREFILL_TOKENS = 8192
+"""Padded prompt tokens of one forward at most (a longer prompt stands alone): bounds its activations."""
+PADDING = 1.5
+"""Prompts of one prefill forward differ in length by this factor at most."""
+
+ROW = np.dtype(
+    [(name, np.int64) for name in ("position", "token", "top_k", "limit", "special")]
+    + [(name, np.float64) for name in ("temperature", "top_p", "min_p")]
+    + [("seed", np.uint64)]
+)
+
+
+@dataclass(eq=False)
+class Request:
+    """One generation. `seed` is always set: the server draws one where the client gave none."""
+
+    rid: str
+    input_ids: list[int]
+    params: SamplingParams
+    seed: int
+    stop_token_ids: frozenset[int]
+    """All that end it, the model's own included."""
+    logprob_start_len: int = -1
+    stop_check: Callable[[Sequence[int]], str | None] | None = None
+    """Given the output so far, the stop string that it now contains."""
+    output_ids: list[int] = field(default_factory=list[int])
+    log_probs: list[float] = field(default_factory=list[float])
+    input_log_probs: list[float] = field(default_factory=list[float])
+    """Of prompt positions from max(1, logprob_start_len) on."""
+    finish_reason: dict[str, Any] | None = None
+    error: str | None = None
+    weight_version: str = ""
+    cached_tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+    row: int = -1
+    key: tuple[int, ...] = ()
+    """What was prefilled for it."""
+
+    @property
+    def ids(self) -> list[int]:
+        return self.input_ids + self.output_ids
+
+    @property
+    def room(self) -> int:
+        """Cache positions it needs at most (the last token is never written)."""
+        return len(self.input_ids) + max(self.params.max_new_tokens, 1)
+
+
+class Scheduler:
+    """Runs `model` for requests. Every method but `submit`, `call`, `start`, `stop` belongs to its thread."""
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        *,
+        on_finished: Callable[[list[Request]], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.weight_version = "0"
+        self.pause_mode: PauseMode | None = None
+        self.holds: set[str] = set()
+        """Reasons not to step although nobody paused (an unfinished weight update)."""
+        self.beat = time.monotonic()
+        self._on_finished = on_finished
+        self._on_failure = on_failure
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._rows = np.zeros(0, dtype=ROW)
+        self._finished: list[Request] = []
+        self._prompts: dict[tuple[int, ...], tuple[Request, Tensor]] = {}
+        """Running requests by prompt, with the last hidden state: whoever sends the same prompt copies its cache."""
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    # ---- from other threads
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._inbox.put(self._stop)
+        self._thread.join(timeout=10)
+
+    def submit(self, request: Request) -> None:
+        self._inbox.put(lambda: self._waiting.append(request))
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` between two steps; its result or its error is the future's."""
+        future: Future[T] = Future()
+
+        def command() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:  # noqa: BLE001 - handed to the caller
+                future.set_exception(error)
+
+        self._inbox.put(command)
+        return future
+
+    # ---- commands, run through `call`
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def abort(self, chosen: Callable[[Request], bool]) -> int:
+        """Finish the chosen requests with what they have -> how many."""
+        targets = [r for r in (*self._running, *self._waiting) if chosen(r)]
+        for request in targets:
+            self._finish(request, {"type": "abort", "message": "Aborted by request."})
+        gone = set(map(id, targets))
+        self._waiting = deque(r for r in self._waiting if id(r) not in gone)
+        self._compact()
+        return len(targets)
+
+    def pause(self, mode: PauseMode) -> None:
+        self.pause_mode = mode
+        if mode == "abort":
+            self.abort(lambda _: True)
+        elif mode == "retract":
+            self.retract()
+
+    def resume(self) -> None:
+        self.pause_mode = None
+
+    def retract(self) -> None:
+        """Running requests wait again, first in line; their cache rows are free."""
+        for request in reversed(self._running):
+            request.row = -1
+            self._waiting.appendleft(request)
+        self._running = []
+        self._prompts.clear()
+
+    def forget_prompts(self) -> None:
+        """After a change of weights: nobody shares a cache that older weights made."""
+        self._prompts.clear()
+
+    # ---- the loop
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._take_commands()
+                    if self._may_step():
+                        self.step()
+                    self._deliver()
+        except BaseException as error:  # noqa: BLE001 - the server ends the process with it
+            logger.exception("the scheduler failed")
+            self._on_failure(error)
+
+    def _may_step(self) -> bool:
+        return self.pause_mode is None and not self.holds and bool(self._running or self._waiting)
+
+    def _take_commands(self) -> None:
+        self.beat = time.monotonic()
+        block = not self._may_step()
+        try:
+            while True:
+                self._inbox.get(block=block, timeout=HEARTBEAT)()
+                block = False
+        except queue.Empty:
+            return
+
+    def _deliver(self) -> None:
+        if self._finished:
+            finished, self._finished = self._finished, []
+            self._on_finished(finished)
+
+    def step(self) -> None:
+        """Admit what fits, then one token for everyone."""
+        if self._waiting:
+            self._admit()
+        if self._running:
+            rows = self._rows[: len(self._running)]
+            tokens, positions = torch.from_numpy(rows["token"].copy()), torch.from_numpy(rows["position"].copy())
+            hidden = self.model.decode(tokens, positions, self.cache)
+            rows["position"] += 1
+            self._sample(hidden, 0)
+
+    # ---- admission
+
+    def _admit(self) -> None:
+        """Move waiting requests, in order, into cache rows while there is room, and give each its next token."""
+        first = len(self._running)
+        chosen: list[Request] = []
+        width = self.cache.width
+        while self._waiting:
+            request = self._waiting[0]
+            needed = max(width, request.room)
+            if first + len(chosen) + 1 > self.cache.rows_at(needed):
+                break
+            width = needed
+            chosen.append(self._waiting.popleft())
+        if not chosen:
+            return
+        self.cache.reserve(width, in_use=first)
+        self._grow_rows(first + len(chosen))
+        hidden = self._prefill(chosen)
+        for request in chosen:
+            self._rows[request.row] = self._new_row(request)
+        # Requests are placed in another order than they came in: unique prompts first.
+        self._running.extend(sorted(chosen, key=lambda r: r.row))
+        self._sample(hidden, first)
+
+    def _grow_rows(self, count: int) -> None:
+        if count > len(self._rows):
+            rows = np.zeros(max(count, 2 * len(self._rows)), dtype=ROW)
+            rows[: len(self._rows)] = self._rows
+            self._rows = rows
+
+    def _new_row(self, request: Request) -> np.void:
+        p, row = request.params, np.zeros((), dtype=ROW)
+        row["position"] = len(request.input_ids) + len(request.output_ids)
+        row["limit"] = len(request.input_ids) + p.max_new_tokens
+        row["special"] = bool(request.stop_token_ids or request.stop_check)
+        row["temperature"], row["top_p"], row["top_k"], row["min_p"] = p.temperature, p.top_p, p.top_k, p.min_p
+        row["seed"] = request.seed
+        return row[()]
+
+    def _prefill(self, chosen: list[Request]) -> Tensor:
+        """Fill a cache row for each; sets `request.row` -> last hidden states [len(chosen), hidden], by row."""
+        first = row = len(self._running)
+        groups: dict[tuple[int, ...], list[Request]] = {}
+        for request in chosen:
+            request.key = tuple(request.ids)
+            groups.setdefault(request.key, []).append(request)
+        last: dict[tuple[int, ...], tuple[int, Tensor]] = {
+            key: (self._prompts[key][0].row, self._prompts[key][1])
+            for key, members in groups.items()
+            if key in self._prompts and not any(r.logprob_start_len >= 0 for r in members)
+        }
+        fresh = sorted((key for key in groups if key not in last), key=len)
+        for part in _parts(fresh):
+            hidden = self.model.prefill([list(key) for key in part], self.cache, row)
+            for i, key in enumerate(part):
+                last[key] = (row + i, hidden[i, len(key) - 1].clone())
+                groups[key][0].row = row + i
+                self._score_prompt(groups[key], hidden[i])
+            row += len(part)
+        for key, members in groups.items():
+            source, state = last[key]
+            copies = [r for r in members if r.row < 0]
+            if copies:
+                self.cache.copy(source, row, len(key), rows=len(copies))
+            for request in copies:
+                request.row, request.cached_tokens = row, len(key)
+                row += 1
+            self._prompts.setdefault(key, (members[0], state))
+        states = {r.row: last[key][1] for key, members in groups.items() for r in members}
+        return torch.stack([states[i] for i in range(first, row)])
+
+    def _score_prompt(self, requests: list[Request], hidden_S: Tensor) -> None:
+        """Log-probs of given prompt tokens, from `logprob_start_len` on, under each request's temperature."""
+        for request in requests:
+            if request.logprob_start_len < 0 or request.input_log_probs:
+                continue
+            start, targets = max(1, request.logprob_start_len), request.input_ids
+            for begin in range(start, len(targets), 512):
+                end = min(begin + 512, len(targets))
+                logits = self.model.logits(hidden_S[begin - 1 : end - 1]) / (request.params.temperature or 1.0)
+                wanted = torch.tensor(targets[begin:end])[:, None]
+                log_probs = logits.gather(-1, wanted) - logits.logsumexp(-1, keepdim=True)
+                request.input_log_probs += log_probs[:, 0].tolist()
+
+    # ---- after a forward
+
+    def _sample(self, hidden: Tensor, first: int) -> None:
+        """Draw a token for rows [first, running) and finish the requests that it ends."""
+        rows = self._rows[first : len(self._running)]
+        draw = sample(
+            self.model.logits(hidden),
+            SamplingBatch(
+                temperature=rows["temperature"],
+                top_p=rows["top_p"],
+                top_k=rows["top_k"],
+                min_p=rows["min_p"],
+                seed=rows["seed"],
+                position=rows["position"],
+            ),
+        )
+        rows["token"] = draw.tokens
+        requests = self._running[first:]
+        for request, token, log_prob in zip(requests, draw.tokens.tolist(), draw.log_probs.tolist(), strict=True):
+            request.output_ids.append(token)
+            request.log_probs.append(log_prob)
+        full = rows["position"] + 1 >= rows["limit"]
+        for i in np.flatnonzero(full | (rows["special"] != 0) | ~draw.finite).tolist():
+            self._judge(requests[i], full=bool(full[i]), finite=bool(draw.finite[i]))
+        self._compact()
+
+    def _judge(self, request: Request, *, full: bool, finite: bool) -> None:
+        """Finish the request if its newest token ends it."""
+        limit = request.params.max_new_tokens
+        if not finite:
+            request.error = f"the model's logits are not finite (weight version {self.weight_version})"
+            self._finish(request, {"type": "abort", "message": request.error})
+        elif limit == 0:  # only its prompt was asked about
+            request.output_ids.clear()
+            request.log_probs.clear()
+            self._finish(request, {"type": "length", "length": 0})
+        elif request.output_ids[-1] in request.stop_token_ids:
+            self._finish(request, {"type": "stop", "matched": request.output_ids[-1]})
+        elif request.stop_check is not None and (matched := request.stop_check(request.output_ids)) is not None:
+            self._finish(request, {"type": "stop", "matched": matched})
+        elif full:
+            self._finish(request, {"type": "length", "length": limit})
+
+    def _finish(self, request: Request, reason: dict[str, Any]) -> None:
+        request.finish_reason = reason
+        request.weight_version = self.weight_version
+        self._finished.append(request)
+
+    def _compact(self) -> None:
+        """Fill the rows of finished requests with the last running ones."""
+        for i in [r.row for r in self._running if r.finish_reason is not None]:
+            while self._running and self._running[-1].finish_reason is not None:
+                self._forget(self._running.pop())
+            last = len(self._running) - 1
+            if i > last:
+                continue
+            gone, moved = self._running[i], self._running.pop()
+            self._forget(gone)
+            self.cache.copy(moved.row, i, int(self._rows["position"][last]))
+            self._rows[i] = self._rows[last]
+            self._running[i], moved.row = moved, i
+
+    def _forget(self, request: Request) -> None:
+        entry = self._prompts.get(request.key)
+        if entry is not None and entry[0] is request:
+            del self._prompts[request.key]
+
+
+def _parts(prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Cut prompts, sorted by length, into forwards of like lengths and at most PREFILL_TOKENS."""
+    parts: list[list[tuple[int, ...]]] = []
+    for prompt in prompts:
+        part = parts[-1] if parts else None
+        if part is None or len(prompt) > PADDING * len(part[0]) or len(prompt) * (len(part) + 1) > PREFILL_TOKENS:
+            parts.append([prompt])
+        else:
+            part.append(prompt)
+    return parts

@@ -1,0 +1,432 @@
+"""The embedded engine: SGLang's HTTP protocol on a CPU, one process, one model.
+
+    python -m slime.engine.embedded.server --model-path DIR --port N
+
+Path: the router (or the client, for what the router does not pass on) -> a handler here -> `Scheduler` in its thread
+-> the response. Invariants: this thread never computes and the scheduler never waits for HTTP; a failed scheduler
+ends the process, and every open request is answered first. JSON only: nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import random
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+import torch
+from aiohttp import web
+
+from slime.engine.embedded.cache import KVCache
+from slime.engine.embedded.model import Model
+from slime.engine.embedded.scheduler import Request, Scheduler
+from slime.engine.embedded.settings import Settings, parse_settings
+from slime.engine.embedded.text import Text
+from slime.engine.embedded.weights import EngineWeights
+from slime.engine.protocol import (
+    AbortRequest,
+    DestroyWeightsUpdateGroup,
+    Endpoint,
+    GenerateRequest,
+    InitWeightsUpdateGroup,
+    PauseGeneration,
+    UpdateWeightsFromDisk,
+    UpdateWeightsFromDistributed,
+    WeightsChecker,
+)
+from slime.engine.weight_group import WeightGroup, bucket_bytes, join_weight_group, parse_dtype, split_bucket
+
+logger = logging.getLogger("slime.engine.embedded")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+MAX_BODY = 256 * 1024**2
+
+
+class EngineFailed(RuntimeError):
+    """The scheduler has ended; the process follows."""
+
+
+def _json(data: Any, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(data), status=status, content_type="application/json")
+
+
+def _error(message: str, status: int) -> web.Response:
+    return _json({"success": False, "message": message, "error": {"message": message}}, status)
+
+
+async def _body(request: web.Request) -> Any:
+    raw = await request.read()
+    try:
+        return orjson.loads(raw) if raw else {}
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"the body is no JSON: {error}") from error
+
+
+class Server:
+    """Handlers over one scheduler. All state but the scheduler's is touched by the event loop only."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._model = Model(settings.architecture, dtype=settings.dtype)
+        self._text = Text(settings.model_path)
+        cache = KVCache(
+            settings.architecture,
+            dtype=settings.dtype,
+            rows=settings.max_running_requests,
+            tokens=settings.max_total_tokens,
+        )
+        self._scheduler = Scheduler(
+            self._model, cache, on_finished=self._from_scheduler, on_failure=self._scheduler_failed
+        )
+        self._weights = EngineWeights(self._model, self._scheduler)
+        self._weights.load(settings.model_path, version=settings.weight_version)
+        self._random = random.Random(settings.seed)
+        self._open: dict[int, asyncio.Future[Request]] = {}
+        """By id() of the request: a rid may come again as soon as its client has gone."""
+        self._rids: set[str] = set()
+        self._groups: dict[str, WeightGroup] = {}
+        self._failure: BaseException | None = None
+        self._ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def start(self) -> None:
+        self._scheduler.start()
+
+    # ---- from the scheduler's thread
+
+    def _from_scheduler(self, finished: list[Request]) -> None:
+        self._loop.call_soon_threadsafe(self._resolve, finished)
+
+    def _scheduler_failed(self, error: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._fail, error)
+
+    # ---- in the event loop
+
+    def _resolve(self, finished: list[Request]) -> None:
+        for request in finished:
+            future = self._open.get(id(request))
+            if future is not None and not future.done():
+                future.set_result(request)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        for future in self._open.values():
+            if not future.done():
+                future.set_exception(EngineFailed(f"the engine has failed: {error!r}"))
+        self._loop.call_later(0.5, self._ended.set)  # let the answers go out
+
+    async def wait_ended(self) -> int:
+        """Returns the exit code once a signal came or the scheduler failed."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._ended.set)
+        await self._ended.wait()
+        return 1 if self._failure else 0
+
+    async def _call(self, function: Callable[[], Any]) -> Any:
+        """Run in the scheduler's thread, between two steps."""
+        if self._failure is not None:
+            raise EngineFailed(f"the engine has failed: {self._failure!r}")
+        waiting = asyncio.wrap_future(self._scheduler.call(function))
+        ended = asyncio.ensure_future(self._ended.wait())
+        await asyncio.wait({waiting, ended}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if not waiting.done():
+            waiting.cancel()
+            raise EngineFailed("the engine is ending")
+        return waiting.result()
+
+    # ---- generation
+
+    async def generate(self, http: web.Request) -> web.Response:
+        asked = GenerateRequest.from_json(await _body(http))
+        request = self._to_request(asked)
+        if self._failure is not None:
+            raise EngineFailed(f"the engine has failed: {self._failure!r}")
+        future: asyncio.Future[Request] = self._loop.create_future()
+        self._open[id(request)] = future
+        self._rids.add(request.rid)
+        self._scheduler.submit(request)
+        try:
+            done = await future
+        except asyncio.CancelledError:  # the client has gone
+            self._scheduler.call(lambda: self._scheduler.abort(lambda r: r is request))
+            raise
+        finally:
+            del self._open[id(request)]
+            self._rids.discard(request.rid)
+        if done.error is not None:
+            return _error(done.error, 500)
+        return _json(self._to_response(done, with_log_probs=asked.return_logprob))
+
+    def _to_request(self, asked: GenerateRequest) -> Request:
+        params = asked.sampling_params
+        ids = asked.input_ids if asked.input_ids is not None else self._text.encode(asked.text or "")
+        vocabulary, context = self._settings.architecture.vocab_size, self._settings.context_length
+        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+            raise ValueError(f"input_ids has to hold tokens in [0, {vocabulary}); it holds {len(ids)} tokens")
+        if len(ids) >= context:
+            raise ValueError(
+                f"The input ({len(ids)} tokens) is longer than the model's context length ({context} tokens)."
+            )
+        if len(ids) + params.max_new_tokens > context:
+            raise ValueError(
+                f"Requested token count exceeds the model's maximum context length of {context} tokens: {len(ids)} "
+                f"input tokens and {params.max_new_tokens} new ones; lower max_new_tokens"
+            )
+        rid = asked.rid or uuid.uuid4().hex
+        if rid in self._rids:
+            raise ValueError(f"rid {rid!r} is in use by another request")
+        own = frozenset() if params.ignore_eos else self._settings.stop_token_ids
+        seed = params.sampling_seed
+        return Request(
+            rid=rid,
+            input_ids=ids,
+            params=params,
+            seed=self._random.getrandbits(63) if seed is None else seed,
+            stop_token_ids=own | frozenset(params.stop_token_ids or ()),
+            logprob_start_len=asked.logprob_start_len if asked.return_logprob else -1,
+            stop_check=self._text.stop_check(params.stop_strings),
+        )
+
+    def _to_response(self, done: Request, *, with_log_probs: bool) -> dict[str, Any]:
+        reason = done.finish_reason or {}
+        meta: dict[str, Any] = {
+            "id": done.rid,
+            "finish_reason": reason,
+            "prompt_tokens": len(done.input_ids),
+            "completion_tokens": len(done.output_ids),
+            "cached_tokens": done.cached_tokens,
+            "weight_version": done.weight_version,
+            "e2e_latency": time.monotonic() - done.started,
+        }
+        if with_log_probs:
+            meta["output_token_logprobs"] = [(p, t, None) for p, t in zip(done.log_probs, done.output_ids, strict=True)]
+        if with_log_probs and done.logprob_start_len >= 0:
+            known = done.input_log_probs
+            scored = [
+                (p, t, None) for p, t in zip(known, done.input_ids[len(done.input_ids) - len(known) :], strict=True)
+            ]
+            nothing_before = [(None, done.input_ids[0], None)] if done.logprob_start_len == 0 else []
+            meta["input_token_logprobs"] = nothing_before + scored
+        text = self._text.render(done.output_ids, done.params, reason.get("matched"))
+        return {"text": text, "output_ids": done.output_ids, "meta_info": meta}
+
+    async def abort(self, http: web.Request) -> web.Response:
+        asked = AbortRequest.from_json(await _body(http))
+        if not asked.rid and not asked.abort_all:
+            raise ValueError("an abort names a rid, or abort_all")
+        count = await self._call(lambda: self._scheduler.abort(lambda r: asked.abort_all or r.rid == asked.rid))
+        return _json({"success": True, "message": f"{count} requests aborted"})
+
+    async def pause(self, http: web.Request) -> web.Response:
+        mode = PauseGeneration.from_json(await _body(http)).mode
+        await self._call(lambda: self._scheduler.pause(mode))
+        return _json({"success": True, "message": f"Generation paused ({mode})."})
+
+    async def resume(self, http: web.Request) -> web.Response:
+        await self._call(self._scheduler.resume)
+        return _json({"success": True, "message": "Generation continued."})
+
+    async def flush(self, http: web.Request) -> web.Response:
+        def flush() -> int:
+            if not self._scheduler.num_running:
+                self._scheduler.forget_prompts()
+                self._scheduler.cache.clear()
+            return self._scheduler.num_running
+
+        running = await self._call(flush)
+        if running:
+            return _error(f"not flushed: {running} requests are running; pause with mode abort or retract first", 400)
+        return _json({"success": True, "message": "Cache flushed."})
+
+    # ---- weights
+
+    async def init_group(self, http: web.Request) -> web.Response:
+        asked = InitWeightsUpdateGroup.from_json(await _body(http))
+        if asked.group_name in self._groups:
+            raise ValueError(f"weight group {asked.group_name!r} exists already; destroy it first")
+        if asked.backend != "gloo":
+            raise ValueError(f"backend is {asked.backend!r}; this engine runs on a CPU: use gloo")
+        self._groups[asked.group_name] = await asyncio.to_thread(
+            join_weight_group,
+            asked.master_address,
+            asked.master_port,
+            asked.rank_offset,
+            asked.world_size,
+            asked.group_name,
+            asked.backend,
+            False,
+            timeout=self._settings.dist_timeout,
+        )
+        return _json({"success": True, "message": f"joined {asked.group_name!r} as rank {asked.rank_offset}"})
+
+    async def destroy_group(self, http: web.Request) -> web.Response:
+        name = DestroyWeightsUpdateGroup.from_json(await _body(http)).group_name
+        group = self._groups.pop(name, None)
+        if group is None:
+            raise ValueError(f"there is no weight group {name!r}")
+        group.close()
+        return _json({"success": True, "message": f"left {name!r}"})
+
+    async def update_from_group(self, http: web.Request) -> web.Response:
+        asked = UpdateWeightsFromDistributed.from_json(await _body(http))
+        group = self._groups.get(asked.group_name)
+        if group is None:
+            raise ValueError(
+                f"there is no weight group {asked.group_name!r}; POST {Endpoint.INIT_WEIGHTS_UPDATE_GROUP}"
+            )
+        # Received before anything is judged: the sender is sending, and every member has to take part.
+        tensors = await asyncio.to_thread(_receive, group, asked)
+
+        def write() -> str:
+            if asked.abort_all_requests:
+                self._scheduler.abort(lambda _: True)
+            return self._weights.write_bucket(
+                asked.names, tensors, version=asked.weight_version, flush=asked.flush_cache
+            )
+
+        return _json({"success": True, "message": await self._call(write)})
+
+    async def update_from_disk(self, http: web.Request) -> web.Response:
+        asked = UpdateWeightsFromDisk.from_json(await _body(http))
+
+        def load() -> None:
+            if asked.abort_all_requests:
+                self._scheduler.abort(lambda _: True)
+            self._weights.load(asked.model_path, version=asked.weight_version, flush=asked.flush_cache)
+
+        await self._call(load)
+        return _json({"success": True, "message": f"loaded {asked.model_path}", "num_paused_requests": 0})
+
+    async def check_weights(self, http: web.Request) -> web.Response:
+        action = WeightsChecker.from_json(await _body(http)).action
+        if action == "reset_tensors":
+            await self._call(self._weights.reset)
+            return _json({"success": True, "message": "all tensors hold garbage now"})
+        digest = await self._call(self._weights.checksum)
+        return _json({"success": True, "message": "checksum", "per_engine_checksum": digest})
+
+    # ---- state
+
+    async def health(self, http: web.Request) -> web.Response:
+        silent = time.monotonic() - self._scheduler.beat
+        if self._failure is not None:
+            return _error(f"the scheduler failed: {self._failure!r}", 503)
+        if silent > self._settings.watchdog_timeout:
+            return _error(f"the scheduler has been in one step for {silent:.0f} s", 503)
+        return _json({"success": True})
+
+    async def info(self, http: web.Request) -> web.Response:
+        s = self._settings
+        return _json(
+            {
+                "model_path": str(s.model_path),
+                "tokenizer_path": str(s.model_path),
+                "served_model_name": s.served_model_name,
+                "is_generation": True,
+                "weight_version": self._scheduler.weight_version,
+                "weights_complete": self._weights.complete,
+                "version": "slime-embedded",
+                "tp_size": 1,
+                "dp_size": 1,
+                "dtype": str(s.dtype).removeprefix("torch."),
+                "context_length": s.context_length,
+                "max_running_requests": s.max_running_requests,
+                "max_total_num_tokens": s.max_total_tokens,
+                "num_running_requests": self._scheduler.num_running,
+                "num_waiting_requests": self._scheduler.num_waiting,
+                "paused": self._scheduler.pause_mode,
+            }
+        )
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=MAX_BODY, middlewares=[self._guard])
+        for path, handler in {
+            Endpoint.GENERATE: self.generate,
+            Endpoint.ABORT_REQUEST: self.abort,
+            Endpoint.PAUSE_GENERATION: self.pause,
+            Endpoint.CONTINUE_GENERATION: self.resume,
+            Endpoint.FLUSH_CACHE: self.flush,
+            Endpoint.INIT_WEIGHTS_UPDATE_GROUP: self.init_group,
+            Endpoint.DESTROY_WEIGHTS_UPDATE_GROUP: self.destroy_group,
+            Endpoint.UPDATE_WEIGHTS_FROM_DISTRIBUTED: self.update_from_group,
+            Endpoint.UPDATE_WEIGHTS_FROM_DISK: self.update_from_disk,
+            Endpoint.WEIGHTS_CHECKER: self.check_weights,
+        }.items():
+            app.router.add_post(path, handler)
+        app.router.add_get(Endpoint.FLUSH_CACHE, self.flush)
+        app.router.add_get(Endpoint.HEALTH, self.health)
+        for path in (Endpoint.SERVER_INFO, Endpoint.MODEL_INFO, Endpoint.GET_SERVER_INFO, Endpoint.GET_MODEL_INFO):
+            app.router.add_get(path, self.info)
+        return app
+
+    @web.middleware
+    async def _guard(self, http: web.Request, handler: Handler) -> web.StreamResponse:
+        """The API key, and every error as an answer: 400 for the caller's, 500 for ours."""
+        key = self._settings.api_key
+        if key is not None and http.path != Endpoint.HEALTH:
+            given = http.headers.get("Authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+                return _error("wrong or missing API key; send it as `Authorization: Bearer KEY`", 401)
+        try:
+            return await handler(http)
+        except ValueError as error:
+            return _error(str(error), 400)
+        except (RuntimeError, OSError) as error:
+            logger.exception("%s failed", http.path)
+            return _error(f"{http.path}: {error}", 500)
+
+
+def _receive(group: WeightGroup, asked: UpdateWeightsFromDistributed) -> list[torch.Tensor]:
+    dtypes = [parse_dtype(name) for name in asked.dtypes]
+    if asked.load_format == "flattened_bucket":
+        flat = torch.empty(bucket_bytes(dtypes, asked.shapes), dtype=torch.uint8)
+        group.broadcast(flat)
+        return split_bucket(flat, dtypes, asked.shapes)
+    tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in zip(dtypes, asked.shapes, strict=True)]
+    for tensor in tensors:
+        group.broadcast(tensor)
+    return tensors
+
+
+async def serve(settings: Settings) -> int:
+    """Listen until a signal comes (0) or the scheduler fails (1)."""
+    server = Server(settings)
+    server.start()
+    # Handlers are cancelled when their client goes, so that its request is aborted.
+    runner = web.AppRunner(server.application(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    await runner.setup()
+    await web.TCPSite(runner, settings.host, settings.port, backlog=4096).start()
+    logger.info("serving %s on %s:%d", settings.model_path, settings.host, settings.port)
+    code = await server.wait_ended()
+    await runner.cleanup()
+    return code
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # The router first probes for HTTP/2, which aiohttp reports with a traceback.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    sys.setswitchinterval(0.0005)  # the scheduler takes the GIL back after every operator
+    try:
+        settings, threads = parse_settings(sys.argv[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(threads)
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        return uvloop.run(serve(settings))
+    return asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

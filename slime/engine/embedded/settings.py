@@ -1,0 +1,140 @@
+"""Settings of the embedded engine: its command line, and the engine made from it.
+
+Path: `launch` writes the command line, `server` reads it. Invariant: a flag that is also SGLang's means the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from slime.config.architecture import hf_architecture, read_hf_config
+from slime.core.architecture import Architecture
+from slime.engine.embedded.cache import WIDTH_STEP, KVCache
+
+CACHE_SHARE = 0.3
+"""Of the machine's free memory, that the KV cache may come to fill."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything resolved; nothing is looked up later."""
+
+    model_path: Path
+    host: str
+    port: int
+    architecture: Architecture
+    dtype: torch.dtype
+    context_length: int
+    """Tokens of prompt and response together, at most."""
+    max_running_requests: int
+    max_total_tokens: int
+    """Cache positions that may be reserved at once."""
+    stop_token_ids: frozenset[int]
+    """The model's own."""
+    seed: int
+    api_key: str | None
+    watchdog_timeout: float
+    dist_timeout: float
+    weight_version: str
+    served_model_name: str
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="slime.engine.embedded.server", allow_abbrev=False)
+    add = parser.add_argument
+    add("--model-path", type=Path, required=True, help="HF directory")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, required=True)
+    add("--architecture", help="JSON of the model's shape; unset: from config.json")
+    add(
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="auto: config.json's if it is bfloat16, else float32"
+    )
+    add("--context-length", type=int, help="tokens of prompt and response; unset: the model's own")
+    add("--max-running-requests", type=int, default=256)
+    add("--max-total-tokens", type=int, help="cache positions; unset: what 30 %% of the free memory holds")
+    add("--num-threads", type=int, default=1)
+    add("--random-seed", type=int, help="of requests without a sampling_seed; unset: drawn")
+    add("--api-key")
+    add("--watchdog-timeout", type=float, default=300.0, help="seconds of one step, after which health fails")
+    add("--dist-timeout", type=float, default=300.0, help="seconds for a weight group to come together or to send")
+    add("--weight-version", default="0")
+    add("--served-model-name")
+    return parser
+
+
+def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
+    """Settings and the number of threads.
+
+    Raises:
+        ValueError: with flag, value, rule and remedy.
+    """
+    given = _parser().parse_args(argv)
+    config = _read_config(given.model_path)
+    architecture = Architecture(**json.loads(given.architecture)) if given.architecture else hf_architecture(config)
+    dtype = _dtype(given.dtype, config)
+    total = given.max_total_tokens
+    if total is None:
+        free = psutil.virtual_memory().available * CACHE_SHARE
+        total = int(free) // KVCache.bytes_per_token(architecture, dtype)
+    total = total // WIDTH_STEP * WIDTH_STEP
+    if total < WIDTH_STEP:
+        raise ValueError(f"--max-total-tokens is {given.max_total_tokens}; it has to be at least {WIDTH_STEP}")
+    longest = architecture.max_position_embeddings
+    context = given.context_length or min(longest, total)
+    if not 1 <= context <= min(longest, total):
+        raise ValueError(
+            f"--context-length is {context}; it has to lie in [1, {min(longest, total)}] "
+            f"(the model's positions, and the cache's {total}): lower it or raise --max-total-tokens"
+        )
+    settings = Settings(
+        model_path=given.model_path.resolve(),
+        host=given.host,
+        port=given.port,
+        architecture=architecture,
+        dtype=dtype,
+        context_length=context,
+        max_running_requests=given.max_running_requests,
+        max_total_tokens=total,
+        stop_token_ids=_stop_token_ids(given.model_path, config),
+        seed=given.random_seed if given.random_seed is not None else secrets.randbits(48),
+        api_key=given.api_key,
+        watchdog_timeout=given.watchdog_timeout,
+        dist_timeout=given.dist_timeout,
+        weight_version=given.weight_version,
+        served_model_name=given.served_model_name or str(given.model_path),
+    )
+    return settings, given.num_threads
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return read_hf_config(path)
+    except OSError as error:
+        raise ValueError(f"--model-path {path}: {error}; name a Hugging Face directory") from error
+
+
+def _dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return torch.bfloat16 if stored == "bfloat16" else torch.float32
+
+
+def _stop_token_ids(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    """The eos ids of generation_config.json, and of config.json."""
+    found: set[int] = set()
+    generation = path / "generation_config.json"
+    for source in (config, json.loads(generation.read_text()) if generation.is_file() else {}):
+        eos = source.get("eos_token_id")
+        found.update([eos] if isinstance(eos, int) else eos or [])
+    return frozenset(found)

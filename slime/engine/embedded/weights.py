@@ -1,0 +1,140 @@
+"""The engine's weights: from disk, from a trainer, and the checksum that proves what they are.
+
+Path: `server` calls these through `Scheduler.call`, between two steps. Invariant: `weight_version` names a set of
+weights that arrived whole; while a set is arriving the scheduler holds, so no token is made by half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slime.engine.embedded.model import Model
+from slime.engine.embedded.scheduler import Scheduler
+from slime.models.hf_files import HFReader
+
+HOLD = "weight update"
+GARBAGE = 0.5
+
+
+def _some(names: Iterable[str], count: int = 3) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+class EngineWeights:
+    """Everything that writes into `model.weights`."""
+
+    def __init__(self, model: Model, scheduler: Scheduler) -> None:
+        self._model = model
+        self._scheduler = scheduler
+        self._arriving: set[str] = set()
+        """Tensors of the version on its way."""
+        self._arriving_version: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        return not self._arriving
+
+    def check(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
+        """Raise ValueError where a tensor is not the model's."""
+        weights = self._model.weights
+        unknown = [n for n in names if n not in weights]
+        if unknown:
+            raise ValueError(f"this model has no tensor {_some(unknown)}; it has {len(weights)}, by HF names")
+        for name, shape in zip(names, shapes, strict=True):
+            if tuple(shape) != tuple(weights[name].shape):
+                raise ValueError(f"{name} comes as {list(shape)}, the model's is {list(weights[name].shape)}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"a tensor comes twice: {_some({n for n in names if list(names).count(n) > 1})}")
+
+    def write_bucket(self, names: Sequence[str], tensors: Sequence[Tensor], *, version: str | None, flush: bool) -> str:
+        """Write one bucket -> what happened, in words.
+
+        Buckets that name a `version` belong to one set: its tensors may come in any order and number of buckets, and
+        the version counts once all are there. Without a version a bucket is a set of its own.
+
+        Raises:
+            ValueError: not this model's tensors, or a new version begins before the last one was whole. Nothing
+                is written then.
+        """
+        self.check(names, [t.shape for t in tensors])
+        if version is not None and self._arriving and version != self._arriving_version:
+            raise ValueError(
+                f"weight version {version} begins, but version {self._arriving_version} is incomplete: "
+                f"{self._missing()}; send those first, or load a whole set from disk"
+            )
+        for name, tensor in zip(names, tensors, strict=True):
+            self._model.weights[name].copy_(tensor)
+        self._forget_cache(flush=flush)
+        if version is None:
+            return f"{len(names)} tensors written"
+        self._arriving.update(names)
+        self._arriving_version = version
+        if len(self._arriving) < len(self._model.weights):
+            self._scheduler.holds.add(HOLD)
+            return f"{len(self._arriving)} of {len(self._model.weights)} tensors of version {version} written"
+        self._settle(version)
+        return f"version {version} is complete"
+
+    def load(self, path: str | Path, *, version: str | None, flush: bool = True) -> None:
+        """Load all weights from an HF directory.
+
+        Raises:
+            ValueError: a tensor is missing, left over, or of another shape. Missing and left-over ones are found
+                before anything is written.
+        """
+        reader, weights = HFReader(path), self._model.weights
+        extra = {n for n in reader.names() if n not in weights and not self._may_skip(n)}
+        missing = set(weights) - set(reader.names())
+        if missing or extra:
+            problem = f"has no {_some(missing)}" if missing else f"has {_some(extra)}, which this model does not know"
+            raise ValueError(f"{path} {problem}; name a checkpoint of the model that this engine serves")
+        for name, target in weights.items():
+            tensor = reader.get(name)
+            self.check([name], [tensor.shape])
+            target.copy_(tensor)
+        self._forget_cache(flush=flush)
+        self._settle(version)
+
+    def _may_skip(self, name: str) -> bool:
+        """A tied output layer may be stored twice; older files hold RoPE's frequencies."""
+        tied = self._model.architecture.tied_embeddings and name == "lm_head.weight"
+        return tied or name.endswith("rotary_emb.inv_freq")
+
+    def _missing(self) -> str:
+        return f"{_some(set(self._model.weights) - self._arriving)} did not come"
+
+    def _settle(self, version: str | None) -> None:
+        self._arriving.clear()
+        self._arriving_version = None
+        self._scheduler.holds.discard(HOLD)
+        if version is not None:
+            self._scheduler.weight_version = version
+
+    def _forget_cache(self, *, flush: bool) -> None:
+        """With `flush`, running requests are prefilled again; without, they go on over the KV that they have."""
+        self._scheduler.forget_prompts()
+        if flush:
+            self._scheduler.retract()
+            self._scheduler.cache.clear()
+
+    def reset(self) -> None:
+        """Fill every tensor with a constant, so that a sync that does nothing cannot pass a comparison."""
+        for tensor in self._model.weights.values():
+            tensor.fill_(GARBAGE)
+        self._forget_cache(flush=True)
+
+    def checksum(self) -> str:
+        """A digest of names, dtypes, shapes and bytes, in the order of names; the same wherever they came from."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self._model.weights):
+            tensor = self._model.weights[name]
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()

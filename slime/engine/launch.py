@@ -1,0 +1,250 @@
+"""Starting engines and the router, as processes that cannot outlive the one that started them.
+
+Path: `cluster` launches the router, then each engine, waits until they are ready and registers the engines; from
+there on `client` speaks to the router. Invariant: every process stands behind `guard`, which ends it when this process
+is gone, killed or not.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from slime.config.args import Args
+from slime.engine.protocol import Endpoint, RouterEndpoint
+
+logger = logging.getLogger(__name__)
+
+GUARD = Path(__file__).with_name("guard.py")
+LOG_TAIL = 30
+"""Lines of the log in an error."""
+STOP_TIMEOUT = 10.0
+EMBEDDED_SETTINGS = (
+    "context_length",
+    "max_running_requests",
+    "max_total_tokens",
+    "dtype",
+    "random_seed",
+    "api_key",
+    "served_model_name",
+    "watchdog_timeout",
+)
+"""SGLang's settings that the embedded engine has, too."""
+ROUTER_DEFAULTS: Mapping[str, Any] = {
+    "policy": "round_robin",
+    "health_check_interval_secs": 2,
+    "health_check_timeout_secs": 10,
+    "health_failure_threshold": 3,
+    "health_success_threshold": 1,
+    "worker_startup_check_interval": 1,
+    "log_level": "warn",
+}
+"""The router's own defaults notice a dead engine after three minutes."""
+ROUTER_OWN = ("host", "port", "prometheus_host", "prometheus_port")
+
+
+def find_free_port(host: str = "127.0.0.1") -> int:
+    """A port that is free now."""
+    with socket.create_server((host, 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class ManagedProcess:
+    """A process behind the guard. `name` says in errors what it is ('engine 0', 'router')."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        url: str,
+        log_path: str | Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.url, self.log_path = name, url, Path(log_path)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._guard = subprocess.Popen(
+            [sys.executable, "-S", "-E", str(GUARD), str(self.log_path), "--", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,  # a Ctrl-C in the terminal reaches us alone; we decide what ends when
+        )
+        assert self._guard.stdout is not None
+        with self._guard.stdout as pipe:
+            line = pipe.readline()
+        if not line:
+            raise RuntimeError(f"{name}: the guard process did not start (exit code {self._guard.wait()})")
+        self.pid = int(line)
+        """Of the command itself."""
+
+    def alive(self) -> bool:
+        return self._guard.poll() is None
+
+    def wait_ready(self, timeout: float) -> None:
+        """Wait until /health answers 200.
+
+        Raises:
+            RuntimeError: the process ended, or was not ready within `timeout` seconds; with the end of its log.
+        """
+        deadline = time.monotonic() + timeout
+        while not _is_healthy(self.url):
+            if not self.alive():
+                raise RuntimeError(f"{self.name} ended while starting (exit code {self._guard.poll()}){self._tail()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{self.name} was not ready at {self.url} within {timeout:g} s "
+                    f"(--engine-start-timeout gives it longer){self._tail()}"
+                )
+            time.sleep(0.05)
+
+    def _tail(self) -> str:
+        if not self.log_path.is_file():
+            return f"; there is no log at {self.log_path}"
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL:]
+        return f"; the end of {self.log_path}:\n" + "\n".join(f"  | {line}" for line in lines)
+
+    def stop(self) -> None:
+        """End it: SIGTERM, and SIGKILL after the guard's grace."""
+        if self._guard.stdin is not None:
+            self._guard.stdin.close()
+        try:
+            self._guard.wait(timeout=STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._guard.kill()  # the command dies with it
+            self._guard.wait()
+
+
+def _open(url: str, timeout: float) -> http.client.HTTPConnection:
+    parts = urlsplit(url)
+    return http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=timeout)
+
+
+def _is_healthy(url: str) -> bool:
+    connection = _open(url, 2.0)
+    try:
+        connection.request("GET", Endpoint.HEALTH)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def launch_engine(args: Args, *, index: int, host: str, port: int, log_path: str | Path) -> ManagedProcess:
+    """Start engine number `index`. Returns at once; `wait_ready` waits.
+
+    Raises:
+        ValueError: --rollout-engine sglang, which this version cannot start.
+    """
+    if args.rollout_engine == "sglang":
+        raise ValueError(
+            "--rollout-engine is sglang; this version starts the embedded engine only: "
+            "set --rollout-engine embedded, or name running servers with --rollout-external-engines"
+        )
+    if args.hf_checkpoint is None:
+        raise ValueError("--hf-checkpoint is not given; the engine loads its weights from it: name an HF directory")
+    settings: dict[str, Any] = {
+        "random_seed": args.rollout_seed + index,
+        **{name: value for name, value in args.sglang.items() if name in EMBEDDED_SETTINGS},
+    }
+    ignored = sorted(set(args.sglang) - set(EMBEDDED_SETTINGS))
+    if ignored and index == 0:
+        names = ", ".join(f"--sglang-{name.replace('_', '-')}" for name in ignored)
+        logger.warning("%s: no effect on the embedded engine", names)
+    threads = args.cpu_threads_per_process or 1
+    command = [sys.executable, "-m", "slime.engine.embedded.server"]
+    command += ["--model-path", args.hf_checkpoint, "--host", host, "--port", str(port)]
+    command += ["--num-threads", str(threads), "--dist-timeout", str(args.train_timeout)]
+    if args.architecture is not None:
+        command += ["--architecture", json.dumps(asdict(args.architecture))]
+    command += _flags(settings)
+    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": _import_path()}
+    return ManagedProcess(
+        f"engine {index}", command, url=f"http://{host}:{port}", log_path=log_path, environment=environment
+    )
+
+
+def launch_router(args: Args, *, host: str, port: int, log_path: str | Path) -> ManagedProcess:
+    """Start sglang-router, with --router-* passed on. Returns at once; `wait_ready` waits."""
+    given = {name: value for name, value in args.router.items() if name not in ROUTER_OWN}
+    settings = {
+        **ROUTER_DEFAULTS,
+        # A request may take as long as the client waits for it.
+        "request_timeout_secs": int(args.engine_request_timeout),
+        **given,
+        "host": host,
+        "port": port,
+        "prometheus_host": host,  # its own default is every interface
+        "prometheus_port": find_free_port(host),
+    }
+    command = [sys.executable, "-m", "sglang_router.launch_router", *_flags(settings)]
+    return ManagedProcess("router", command, url=f"http://{host}:{port}", log_path=log_path)
+
+
+def register_worker(router_url: str, worker_url: str, *, api_key: str | None = None, timeout: float = 60.0) -> None:
+    """Add an engine to the router, and wait until it is listed as healthy.
+
+    Raises:
+        RuntimeError: the router refused it, or did not list it within `timeout` seconds.
+    """
+    body = {"url": worker_url} | ({"api_key": api_key} if api_key is not None else {})
+    status, answer = _ask(router_url, "POST", body, api_key)
+    if status not in (200, 202):
+        raise RuntimeError(f"the router at {router_url} refused {worker_url} ({status}): {answer}")
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        _, answer = _ask(router_url, "GET", None, api_key)
+        if any(w["url"] == worker_url and w["is_healthy"] for w in answer.get("workers", [])):
+            return
+        time.sleep(0.05)
+    raise RuntimeError(
+        f"the router at {router_url} did not list {worker_url} as healthy within {timeout:g} s: {answer}"
+    )
+
+
+def _ask(router_url: str, method: str, body: object, api_key: str | None) -> tuple[int, dict[str, Any]]:
+    connection = _open(router_url, 10.0)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    try:
+        connection.request(method, RouterEndpoint.WORKERS, json.dumps(body) if body else None, headers)
+        answer = connection.getresponse()
+        raw = answer.read()
+        try:
+            return answer.status, json.loads(raw)
+        except json.JSONDecodeError:
+            return answer.status, {"message": raw.decode(errors="replace")}
+    finally:
+        connection.close()
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    """{"a_b": 1, "c": True, "d": [1, 2]} -> --a-b 1 --c --d 1 2; None and False are left out."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, list | tuple):
+            words += [str(v) for v in value]
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def _import_path() -> str:
+    """PYTHONPATH under which a child finds the package that runs here, wherever it was started from."""
+    own = str(Path(__file__).resolve().parents[2])
+    rest = os.environ.get("PYTHONPATH")
+    return own if not rest else f"{own}{os.pathsep}{rest}"

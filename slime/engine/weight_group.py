@@ -1,0 +1,143 @@
+"""The process group over which a trainer sends weights to engines.
+
+Path: `sync.broadcast` joins as rank 0 and sends; an engine joins on /init_weights_update_group and receives
+(the embedded engine through here, SGLang through its own code). Invariants: rank 0 is the trainer; the rendezvous is
+`PrefixStore(group_name, TCPStore(...))`, as SGLang makes it; on one machine nothing listens beyond loopback.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LOOPBACK = ("127.0.0.1", "localhost")
+
+
+class WeightGroup:
+    """A joined group. `broadcast` is collective: every member calls it with a tensor of the same size and dtype."""
+
+    def __init__(self, group: dist.ProcessGroup, store: dist.Store, *, timeout: timedelta) -> None:
+        self._group: dist.ProcessGroup | None = group
+        self._store: dist.Store | None = store
+        self._timeout = timeout
+
+    def broadcast(self, tensor: Tensor, src: int = 0) -> None:
+        """Send the contiguous `tensor` from rank `src`, or receive into it. Raises RuntimeError where a member is gone."""
+        if self._group is None:
+            raise RuntimeError("this weight group is closed")
+        assert tensor.is_contiguous()
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = src, 0
+        # On a CPU as bytes: gloo does not know every dtype. NCCL does, and SGLang receives in the tensor's own.
+        flat = tensor.view(-1).view(torch.uint8) if tensor.device.type == "cpu" else tensor
+        self._group.broadcast([flat], options).wait(self._timeout)
+
+    def close(self) -> None:
+        self._group = self._store = None
+
+
+def join_weight_group(
+    master_address: str,
+    master_port: int,
+    rank: int,
+    world_size: int,
+    group_name: str,
+    backend: str,
+    is_master: bool,
+    *,
+    timeout: float = 300.0,
+) -> WeightGroup:
+    """Wait for all members and join. `is_master`: this side keeps the store (the trainer does).
+
+    Raises:
+        RuntimeError: the members did not come together within `timeout` seconds.
+    """
+    limit = timedelta(seconds=timeout)
+    store = _store(master_address, master_port, world_size, is_master, limit)
+    prefixed = dist.PrefixStore(group_name, store)
+    if backend == "gloo":
+        group = _gloo(prefixed, master_address, rank, world_size, limit)
+    else:
+        group = _as_torch_does(prefixed, rank, world_size, group_name, backend, limit)
+    return WeightGroup(group, store, timeout=limit)
+
+
+def _store(address: str, port: int, world_size: int, is_master: bool, timeout: timedelta) -> dist.TCPStore:
+    if not is_master:
+        return dist.TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)
+    # TCPStore itself binds every interface, so it is handed a socket that is bound to this one.
+    listener = socket.create_server((address, port), backlog=128)
+    return dist.TCPStore(
+        address, port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+def _gloo(store: dist.Store, master_address: str, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
+    """Gloo on the address that leads to the master, without torch's default group."""
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(master_address))]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, world_size, options)  # pyright: ignore[reportReturnType]
+
+
+def _own_address(master_address: str) -> str:
+    """This machine's address on the way to the master."""
+    if master_address in LOOPBACK:
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((master_address, 9))
+        return probe.getsockname()[0]
+
+
+def _as_torch_does(
+    store: dist.Store, rank: int, world_size: int, group_name: str, backend: str, timeout: timedelta
+) -> dist.ProcessGroup:
+    """The way SGLang makes its side, key by key, so that NCCL's rendezvous meets: for CUDA."""
+    from torch.distributed.distributed_c10d import Backend, _new_process_group_helper, _world
+
+    group, _ = _new_process_group_helper(
+        world_size, rank, [], Backend(backend), store, group_name=group_name, timeout=timeout
+    )
+    _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+    return group
+
+
+# ---- one bucket as one tensor (SGLang's load_format "flattened_bucket")
+
+
+def flatten_bucket(tensors: Sequence[Tensor]) -> Tensor:
+    """All tensors' bytes behind each other, as one uint8 tensor."""
+    return torch.cat([t.detach().contiguous().flatten().view(torch.uint8) for t in tensors])
+
+
+def split_bucket(flat: Tensor, dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The way back from `flatten_bucket`."""
+    tensors: list[Tensor] = []
+    begin = 0
+    for dtype, shape in zip(dtypes, shapes, strict=True):
+        end = begin + bucket_bytes([dtype], [shape])
+        # A copy: bytes of one dtype may stand where another dtype could not be viewed.
+        tensors.append(flat[begin:end].clone().view(dtype).view(*shape))
+        begin = end
+    return tensors
+
+
+def bucket_bytes(dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in zip(dtypes, shapes, strict=True))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As SGLang writes it: 'float32'."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype; write it as float32 or bfloat16")
+    return dtype

@@ -1,0 +1,83 @@
+"""Tiny HF models with a tokenizer, for engines to serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+SPECIALS = ["<|endoftext|>", "<|user|>"]
+VOCABULARY = SPECIALS + ["\n"] + [chr(c) for c in range(32, 127)]
+EOS = 0
+VOCAB_SIZE = 128
+
+
+def _config(family: str, *, vocab_size: int, hidden: int, eos: list[int]) -> Any:
+    from transformers import Glm4Config, Qwen3Config
+
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
+        "max_position_embeddings": 512,
+        "eos_token_id": eos,
+        "pad_token_id": EOS,
+        "bos_token_id": None,
+    }
+    if family == "glm4":
+        rope = {"partial_rotary_factor": 0.5, "rope_theta": 10000.0, "rope_type": "default"}
+        return Glm4Config(**common, attention_bias=True, rms_norm_eps=1e-5, rope_parameters=rope)
+    rope = {"rope_theta": 1e6, "rope_type": "default"}
+    return Qwen3Config(**common, tie_word_embeddings=True, rms_norm_eps=1e-6, rope_parameters=rope)
+
+
+def make_model(
+    path: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    vocab_size: int = VOCAB_SIZE,
+    hidden: int = 64,
+    dtype: torch.dtype = torch.float32,
+    eos: list[int] | None = None,
+) -> Path:
+    """Save a random model whose distribution over tokens is uneven, biases and norms random too."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        _config(family, vocab_size=vocab_size, hidden=hidden, eos=eos or []), dtype=torch.float32
+    )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.copy_(torch.randn_like(p) * 0.2 + (0.0 if name.endswith("bias") else 1.0))
+            else:
+                torch.nn.init.normal_(p, std=0.3 if "embed" in name else 2.0 * p.shape[1] ** -0.5 * 0.7)
+    model.to(dtype).save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(VOCABULARY)}, unk_token=SPECIALS[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def hf_model(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+
+
+def hf_log_probs(model: Any, ids: list[int], temperature: float) -> list[float]:
+    """Log-prob of every token but the first under softmax(logits / temperature); raw at temperature 0."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1].float()
+    log_probs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    return log_probs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
