@@ -1,0 +1,56 @@
+"""HF directory -> torch_dist checkpoint and back, in one process on the CPU.
+
+Path: the two converters under tools/ are the command lines of these functions. Invariant: bits do not change. The
+model stands in the HF directory's storage dtype, or in fp32 where that is not bf16, and fp32 holds every other one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from slime.config.args import Args
+from slime.megatron.build import architecture_of, build_model
+from slime.megatron.checkpoint import FoundCheckpoint, load_checkpoint, save_release
+from slime.megatron.hf_weights import load_hf_into, save_hf
+from slime.megatron.parallel import close_parallel, init_parallel
+from slime.models.hf_files import HFReader
+
+
+@contextmanager
+def _one_process_model(args: Args, reader: HFReader) -> Iterator[tuple[torch.nn.Module, Args]]:
+    """The whole model here, whatever the parallel sizes of the run: a torch_dist checkpoint has none."""
+    args = replace(
+        args,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        sequence_parallel=False,
+        bf16=reader.dtypes() == {torch.bfloat16},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        init_parallel(args, rank=0, world_size=1, init_method=f"file://{Path(folder) / 'rendezvous'}")
+        try:
+            yield build_model(args, wrap=False), args
+        finally:
+            close_parallel()
+
+
+def hf_to_torch_dist(args: Args, hf_dir: str | Path, save_dir: str | Path) -> Path:
+    """Write `<save_dir>/release` from the weights in `hf_dir`; returns that directory."""
+    reader = HFReader(hf_dir)
+    with _one_process_model(args, reader) as (model, args):
+        load_hf_into(model, architecture_of(args), reader, args)
+        return save_release(save_dir, model=model)
+
+
+def torch_dist_to_hf(args: Args, found: FoundCheckpoint, origin_hf_dir: str | Path, output_dir: str | Path) -> None:
+    """Write `output_dir` from a checkpoint's weights, with the dtypes and all other files of `origin_hf_dir`."""
+    with _one_process_model(args, HFReader(origin_hf_dir)) as (model, args):
+        load_checkpoint(found, model=model)
+        save_hf(output_dir, model, architecture_of(args), origin_hf_dir)

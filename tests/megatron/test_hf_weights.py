@@ -1,0 +1,123 @@
+"""Hugging Face weights into a sharded model and out again: same names, same bits, same order on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import FAMILIES, hf_dir, hf_model, make_args
+from torch import Tensor
+from worker_pool import WorkerPool, joined
+
+from slime.config.args import Args
+from slime.models.hf_files import HFReader
+
+pytestmark = pytest.mark.dist
+
+
+def loaded(rank: int, world_size: int, init_method: str, args: Args, wrap: bool) -> Any:
+    """A model filled from --hf-checkpoint: names and tensors as they come out, and each padded row that is not zero."""
+    from slime.megatron.build import build_model, named_parameters
+    from slime.megatron.hf_weights import iter_hf_tensors, load_hf_into
+
+    assert args.hf_checkpoint is not None and args.architecture is not None
+    with joined(args, rank, world_size, init_method) as topology:
+        model = build_model(args, wrap=wrap)
+        load_hf_into(model, args.architecture, HFReader(args.hf_checkpoint), args)
+        embedding = dict(named_parameters(model))["embedding.word_embeddings.weight"].detach()
+        first_row = topology.tp_rank * embedding.shape[0]
+        padding = embedding[max(args.architecture.vocab_size - first_row, 0) :]
+        return list(iter_hf_tensors(model, args.architecture)), padding.count_nonzero().item()
+
+
+def file_tensors(path: Path) -> dict[str, Tensor]:
+    reader = HFReader(path)
+    return {name: reader.get(name) for name in reader.names()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_load_and_export_keep_every_bit(workers: WorkerPool, tmp_path: Path, family: str, tp_size: int):
+    hf = hf_dir(tmp_path / "hf", family)
+    for bf16 in (False, True):
+        args = make_args(hf, tensor_model_parallel_size=tp_size, sequence_parallel=tp_size > 1, bf16=bf16)
+        results = workers.run(tp_size, loaded, args, bf16)
+        expected = {
+            name: tensor.to(torch.bfloat16 if bf16 else torch.float32) for name, tensor in file_tensors(hf).items()
+        }
+        for tensors, padding in results:
+            assert padding == 0
+            assert [name for name, _ in tensors] == [name for name, _ in results[0][0]]
+            assert sorted(name for name, _ in tensors) == sorted(expected)
+            for name, tensor in tensors:
+                assert tensor.is_contiguous() and tensor.dtype == expected[name].dtype
+                assert torch.equal(tensor, expected[name]), name
+
+
+def refusal(rank: int, world_size: int, init_method: str, args: Args) -> str:
+    from slime.megatron.build import build_model
+    from slime.megatron.hf_weights import load_hf_into
+
+    assert args.hf_checkpoint is not None and args.architecture is not None
+    with joined(args, rank, world_size, init_method):
+        model = build_model(args, wrap=False)
+        try:
+            load_hf_into(model, args.architecture, HFReader(args.hf_checkpoint), args)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 1}, "Hugging Face tensors without a rule: model.layers.1.input_layernorm.weight, "),
+        ({"num_layers": 3}, "Hugging Face tensors that are missing: model.layers.2.input_layernorm.weight, "),
+        ({"add_qkv_bias": False}, "without a rule: model.layers.0.self_attn.k_proj.bias, "),
+        ({"ffn_hidden_size": 100}, "model.layers.0.mlp.gate_up_proj.weight in "),
+        ({"vocab_size": 92}, "model.embed_tokens.weight has 93 rows, the vocabulary has 92"),
+    ],
+)
+def test_weights_of_another_model_are_named(workers: WorkerPool, tmp_path: Path, change: dict[str, Any], message: str):
+    args = make_args(hf_dir(tmp_path, "glm4"))
+    assert args.architecture is not None
+    (error,) = workers.run(1, refusal, replace(args, architecture=replace(args.architecture, **change)))
+    assert message in error
+
+
+def test_a_tied_file_may_hold_the_output_layer_if_it_is_the_same(workers: WorkerPool, tmp_path: Path):
+    args = make_args(hf_dir(tmp_path, "qwen3-tied"))
+    weights = {name: tensor.contiguous() for name, tensor in hf_model("qwen3-tied").state_dict().items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert workers.run(1, refusal, args) == [""]
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (error,) = workers.run(1, refusal, args)
+    assert "lm_head.weight differs from model.embed_tokens.weight" in error
+
+
+def exported(rank: int, world_size: int, init_method: str, args: Args, path: Path) -> None:
+    from slime.megatron.build import build_model
+    from slime.megatron.hf_weights import load_hf_into, save_hf
+
+    assert args.hf_checkpoint is not None and args.architecture is not None
+    with joined(args, rank, world_size, init_method):
+        model = build_model(args, wrap=False)
+        load_hf_into(model, args.architecture, HFReader(args.hf_checkpoint), args)
+        save_hf(path, model, args.architecture, args.hf_checkpoint)
+
+
+def test_export_is_the_same_file_in_the_sources_dtype(workers: WorkerPool, tmp_path: Path):
+    """A bf16 directory, trained in fp32, comes out as bf16 again."""
+    hf = tmp_path / "hf"
+    hf_model("glm4").to(torch.bfloat16).save_pretrained(hf)
+    args = make_args(hf, tensor_model_parallel_size=2, sequence_parallel=True)
+    workers.run(2, exported, args, tmp_path / "out")
+    ours, theirs = file_tensors(tmp_path / "out"), file_tensors(hf)
+    assert ours.keys() == theirs.keys()
+    assert all(tensor.dtype == torch.bfloat16 and torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

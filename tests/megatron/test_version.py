@@ -1,0 +1,41 @@
+"""The megatron-core that would be imported is the supported one, or is named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CHECK = "from slime.megatron.version import check_megatron_version; check_megatron_version()"
+INFO = 'MAJOR = 0\nMINOR = {minor}\nPATCH = 1\nPRE_RELEASE = ""\nVERSION = (MAJOR, MINOR, PATCH, PRE_RELEASE)\n'
+
+
+def check_with(*paths: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*paths, ROOT]))}
+    return subprocess.run([sys.executable, "-c", CHECK], env=env, capture_output=True, text=True, check=False)
+
+
+def megatron_tree(root: Path, info: str | None) -> Path:
+    core = root / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text("raise RuntimeError('nothing of it may run')\n")
+    if info is not None:
+        (core / "package_info.py").write_text(info)
+    return root
+
+
+def test_the_installed_version_passes():
+    assert check_with().returncode == 0
+    assert check_with(ROOT / "missing").returncode == 0
+
+
+def test_another_tree_on_pythonpath_is_named_with_its_file_and_version(tmp_path: Path):
+    assert check_with(megatron_tree(tmp_path / "same", INFO.format(minor=16))).returncode == 0
+    for name, info, version in (("other", INFO.format(minor=15), "0.15.1"), ("none", None, "unknown")):
+        tree = megatron_tree(tmp_path / name, info)
+        error = check_with(tree).stderr
+        file = tree / "megatron" / "core" / "package_info.py"
+        assert f"ValueError: megatron-core at {file} is version {version}, not 0.16.1" in error
+        assert "off PYTHONPATH" in error

@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""HF directory -> torch_dist checkpoint, for --ref-load and --load.
+
+    source scripts/models/glm4-9B.sh
+    python tools/convert_hf_to_torch_dist.py "${MODEL_ARGS[@]}" --hf-checkpoint HF_DIR --save OUT
+
+Takes the flags of train.py; MODEL_ARGS may be left out, config.json has them. Runs on the CPU and holds the model once
+in memory. Any parallel layout loads the result.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from slime.config.parse import load_args
+from slime.megatron.version import check_megatron_version
+
+
+def main(argv: list[str]) -> None:
+    if not argv or "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return
+    start = time.monotonic()
+    args, warnings = load_args(argv, training=False)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if args.hf_checkpoint is None or args.save is None:
+        raise ValueError("--hf-checkpoint and --save: the converter reads the one and writes the other; give both")
+    check_megatron_version()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
+    from slime.megatron.conversion import hf_to_torch_dist
+
+    path = hf_to_torch_dist(args, args.hf_checkpoint, args.save)
+    print(f"{args.hf_checkpoint} -> {path} ({time.monotonic() - start:.1f} s)")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"convert_hf_to_torch_dist.py: {error}")
