@@ -175,7 +175,7 @@ def router_rows() -> Iterator[Row]:
                 "on": flags,
                 "off": ["--router-no-" + flags[0].removeprefix("--router-")] if is_bool else [],
                 "num_values": [0 if action.nargs == "*" else 1, None] if several else None,
-                "choices": [str(choice) for choice in action.choices or ()],
+                "choices": sorted(str(choice) for choice in action.choices or ()),
                 "default": plain_default(action.default),
                 "help": one_line(action.help),
             }

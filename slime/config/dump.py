@@ -22,11 +22,16 @@ def _plain(value: Any) -> Any:
     return list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
 
 
+def _following(args: Args) -> set[str]:
+    """Fields that say nothing beside the others, and that a rule would complain about if they were repeated."""
+    names = {"rollout_num_gpus"} if args.colocate else set[str]()
+    return names | ({"over_sampling_batch_size"} if args.over_sampling_batch_size == args.rollout_batch_size else set())
+
+
 def dump_args(args: Args) -> str:
     """All values as YAML, by section."""
     parts: list[str] = []
-    follows = {"rollout_num_gpus"} if args.colocate else set[str]()
-    left_out = ONE_CALL | follows
+    left_out = ONE_CALL | _following(args)
     for section in SECTIONS:
         names = [item.name for item in fields(section) if item.name not in left_out]
         values = {name: _plain(vars(args)[name]) for name in names}

@@ -1,0 +1,68 @@
+"""A small model's config, data and checkpoints on disk, and the command line that uses them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slime.config.args import Args
+from slime.config.parse import UsageError, load_args
+from slime.config.problem import Problem
+
+ROOT = Path(__file__).parents[2]
+
+GLM4_TINY: dict[str, Any] = {
+    "model_type": "glm4",
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 128,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, "rope_type": "default"},
+}
+
+MESSAGE = {"prompt": [{"role": "user", "content": "1 + 1 = ?"}], "label": "2"}
+
+
+@dataclass
+class Run:
+    """A command line that passes every rule; tests spoil one thing."""
+
+    directory: Path
+    base: list[str] = field(default_factory=list[str])
+
+    @property
+    def hf(self) -> Path:
+        return self.directory / "hf"
+
+    @property
+    def data(self) -> Path:
+        return self.directory / "train.jsonl"
+
+    def load(self, *more: str) -> tuple[Args, list[Problem]]:
+        return load_args([*self.base, *more])
+
+    def args(self, *more: str) -> Args:
+        return self.load(*more)[0]
+
+    def errors(self, *more: str) -> list[str]:
+        try:
+            self.load(*more)
+        except UsageError as error:
+            return [str(problem) for problem in error.problems]
+        return []
+
+    def error(self, *more: str) -> str:
+        """The one error; more than one, or none, fails the test."""
+        [error] = self.errors(*more)
+        return error
+
+    def warnings(self, *more: str) -> list[str]:
+        return [str(problem) for problem in self.load(*more)[1]]

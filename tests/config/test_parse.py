@@ -1,0 +1,204 @@
+"""Reading argv and YAML: forms, order, what is refused, and the frozen result."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from config_run import ROOT, Run
+
+from slime.config.parse import dump_args, load_args
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--lr", "2e-6"], "lr", 2e-6),
+        (["--lr=2e-6"], "lr", 2e-6),
+        (["--lr", "1", "--lr", "2e-6"], "lr", 2e-6),
+        (["--balance-data"], "balance_data", True),
+        (["--balance-data", "--no-balance-data"], "balance_data", False),
+        (["--balance-data=false"], "balance_data", False),
+        (["--no-load-optim"], "no_load_optim", True),
+        (["--no-load-optim", "--load-optim"], "no_load_optim", False),
+        (["--no-rope-fusion"], "no_rope_fusion", True),
+        (["--no-check-weight-sync"], "check_weight_sync", False),
+        (["--eval-top-k", "-1"], "eval_top_k", -1),
+        (["--rollout-stop", "a", "b c"], "rollout_stop", ("a", "b c")),
+        (["--rollout-stop=--"], "rollout_stop", ("--",)),
+        (["--rollout-stop-token-ids", "1", "2"], "rollout_stop_token_ids", (1, 2)),
+        (["--kl-loss-type", "k2"], "kl_loss_type", "k2"),
+    ],
+)
+def test_forms(run: Run, words: list[str], name: str, value: object) -> None:
+    assert vars(run.args(*words))[name] == value
+
+
+def test_pass_through(run: Run) -> None:
+    args = run.args(
+        *("--moe-layer-freq", "[0]*1+[1]*3", "--no-masked-softmax-fusion", "--window-size", "8", "0"),
+        *("--sglang-mem-fraction-static", "0.7", "--router-policy", "round_robin", "--no-bias-swiglu-fusion"),
+    )
+    assert dict(args.megatron_extra) == {
+        "moe_layer_freq": [0, 1, 1, 1],
+        "masked_softmax_fusion": False,
+        "window_size": [8, 0],
+        "bias_activation_fusion": False,
+    }
+    assert dict(args.sglang) == {"mem_fraction_static": 0.7}
+    assert dict(args.router) == {"policy": "round_robin"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rolout-batch-size", "4"], "--rolout-batch-size: unknown flag; did you mean --rollout-batch-size?"),
+        (["--rollout_batch_size=4"], "--rollout_batch_size: unknown flag; did you mean --rollout-batch-size?"),
+        (
+            ["--mem-fraction-static", ".5"],
+            "--mem-fraction-static: unknown flag; did you mean --sglang-mem-fraction-static?",
+        ),
+        (["--qqqq"], "--qqqq: unknown flag; --help lists all"),
+        (["--train-iters", "5"], "--train-iters: slime's loop counts rollouts"),
+        (["--lr", "fast"], "--lr fast: has to be a number;"),
+        (["--lr", "-1"], "--lr -1: has to be a number >= 0;"),
+        (["--lr", "nan"], "--lr nan: has to be a number;"),
+        (["--lr"], "--lr (nothing): has to be one value;"),
+        (["--lr", "1", "2"], "--lr 1 2: has to be one value;"),
+        (["--num-rollout", "1.5"], "--num-rollout 1.5: has to be a whole number;"),
+        (["--rollout-top-p", "1.5"], "--rollout-top-p 1.5: has to be a number > 0 and <= 1;"),
+        (["--kl-loss-type", "k4"], "--kl-loss-type k4: has to be one of k1, k2, k3, low_var_kl;"),
+        (["--spec", "a"], "--spec a: has to be 2 values;"),
+        (["--balance-data", "yes"], "--balance-data yes: takes no value; write --balance-data or --no-balance-data"),
+        (["--lr=1", "2"], "'2': stands behind no flag;"),
+        (["--sglang-tp-size", "2"], "--sglang-tp-size 2: slime sets it itself; use --rollout-num-gpus-per-engine"),
+        (["--sglang-tensor-parallel-size=2"], "--sglang-tensor-parallel-size 2: slime sets it itself;"),
+        (["--sglang-port", "1"], "--sglang-port 1: slime sets it itself;"),
+        (["--sglang-model-path", "x"], "--sglang-model-path x: slime sets it itself; use --hf-checkpoint"),
+        (["--moe-layer-freq", "__import__('os')"], "--moe-layer-freq __import__('os'): has to be a number, a list"),
+    ],
+)
+def test_refused(run: Run, words: list[str], message: str) -> None:
+    assert run.error(*words).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("2", 2),
+        ("[0, 1]", [0, 1]),
+        ("[0]*1+[1]*45", [0] + [1] * 45),
+        ("([0]*2+[1])*2", [0, 0, 1, 0, 0, 1]),
+        ("[0]+[1]*2*2", [0, 1, 1, 1, 1]),
+    ],
+)
+def test_layer_pattern(run: Run, text: str, pattern: object) -> None:
+    assert run.args("--moe-layer-freq", text).megatron_extra["moe_layer_freq"] == pattern
+
+
+@pytest.mark.parametrize("text", ["[0]*", "[0]+", "([0]", "[0]*-1", "[a]", "[0][1]", "[0]*10000000000", ""])
+def test_layer_pattern_refuses(run: Run, text: str) -> None:
+    assert "--moe-layer-freq" in run.error("--moe-layer-freq", text)
+
+
+def test_all_errors_at_once(run: Run) -> None:
+    errors = run.errors("--rolout-seed", "1", "--lr", "-1", "--fp16", "--eval-interval", "2", "--num-epoch", "1")
+    assert [error.split(":")[0].split()[0] for error in errors] == [
+        "--rolout-seed",
+        "--lr",
+        "--num-rollout",
+        "--eval-interval",
+        "--fp16",
+    ]
+
+
+def test_a_bad_value_is_reported_once() -> None:
+    """A misspelt --num-rollout is not also a missing one; a bad --over-sampling-batch-size is not also too small."""
+    base = ["--dry-run", "--hf-checkpoint", "x", "--rollout-num-gpus", "1", "--n-samples-per-prompt", "2"]
+    run = Run(Path("."), base)
+    more = ["--label-key", "label", "--rm-type", "deepscaler"]
+    assert run.error(*more, "--num-rolout", "3").startswith("--num-rolout: unknown flag")
+    assert run.error(*more, "--num-rollout", "x").startswith("--num-rollout x: has to be a whole number")
+
+
+def test_yaml_and_precedence(run: Run) -> None:
+    file = run.directory / "run.yaml"
+    file.write_text(
+        "lr: 1e-5\nweight-decay: 0.25\nbalance_data: true\nrollout_stop: [a, b]\nsglang-mem-fraction-static: 0.5\n"
+        "no_masked_softmax_fusion: true\nmoe_layer_freq: [0, 1]\neval_top_p: null\n"
+    )
+    args = run.args("--config", str(file), "--lr", "3e-5")
+    assert (args.lr, args.weight_decay, args.balance_data, args.rollout_stop) == (3e-5, 0.25, True, ("a", "b"))
+    assert dict(args.sglang) == {"mem_fraction_static": 0.5}
+    assert dict(args.megatron_extra) == {"masked_softmax_fusion": False, "moe_layer_freq": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lrr: 1", "lrr: unknown flag; did you mean --lr?"),
+        ("lr: [1, 2]", "lr [1, 2]: has to be one value, not a list;"),
+        ("lr: null", "lr None: has to be a value;"),
+        ("balance_data: 1", "balance_data 1: has to be true or false;"),
+        ("config: other.yaml", "config: a configuration file cannot name another;"),
+        ("- lr", "holds no mapping;"),
+        ("lr: [", "cannot be read"),
+    ],
+)
+def test_yaml_refused(run: Run, text: str, message: str) -> None:
+    file = run.directory / "run.yaml"
+    file.write_text(text)
+    assert message in run.error("--config", str(file))
+
+
+def test_missing_yaml(run: Run) -> None:
+    assert run.error("--config", "nowhere.yaml").startswith("--config nowhere.yaml: cannot be read")
+
+
+def test_args_are_frozen_and_can_be_sent(run: Run) -> None:
+    args = run.args("--sglang-mem-fraction-static", "0.5")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        args.lr = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        args.sglang["mem_fraction_static"] = 0.6  # type: ignore[index]
+    assert pickle.loads(pickle.dumps(args)) == args
+
+
+def test_args_yaml_gives_the_same_args(run: Run) -> None:
+    args, _ = run.load(
+        *("--sglang-fp8-gemm-backend", "auto", "--moe-layer-freq", "[0,1]", "--no-masked-softmax-fusion"),
+        *("--rollout-stop", "a", "--num-steps-per-rollout", "2", "--lr", "1e-5"),
+    )
+    file = run.directory / "args.yaml"
+    file.write_text(dump_args(args))
+    again, warnings = load_args(["--config", str(file)])
+    assert dataclasses.replace(again, config=None) == args
+    other = load_args(["--config", str(file), "--lr", "2e-5"])[0]
+    assert dataclasses.replace(other, config=None) != args
+    assert [w for w in map(str, warnings) if "sglang" not in w and "moe" not in w] == []
+
+
+HELP_WITH_IMPORTS_BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('megatron', 'sglang', 'sglang_router', 'ray', 'transformers', 'torch'):
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+sys.argv = ['train.py', '--help']
+import runpy
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+def test_help_needs_nothing_installed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HELP_WITH_IMPORTS_BLOCKED], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    flags = set(done.stdout.split())
+    assert {"--rollout-batch-size", "--moe-router-topk", "--sglang-mem-fraction-static", "--router-policy"} <= flags

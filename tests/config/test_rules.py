@@ -1,0 +1,212 @@
+"""The rules: each contradiction is its one error, each vain flag its warning, and what is off passes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from config_run import Run
+
+
+def test_the_base_passes(run: Run) -> None:
+    assert run.errors() == []
+    assert run.warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num-steps-per-rollout 3", "--num-steps-per-rollout 3: 4 prompts x 2 samples = 8 cannot be cut"),
+        ("--global-batch-size 3", "--global-batch-size 3: does not divide"),
+        ("--global-batch-size 16", "--global-batch-size 16: does not divide"),
+        (
+            "--global-batch-size 4 --num-steps-per-rollout 4",
+            "--global-batch-size 4: at odds with --num-steps-per-rollout 4",
+        ),
+        ("--over-sampling-batch-size 3", "--over-sampling-batch-size 3: less than --rollout-batch-size 4"),
+        ("--n-samples-per-prompt 1", "--n-samples-per-prompt 1: grpo compares"),
+        ("--rollout-top-p 0.9", "--rollout-top-p 0.9: training rollouts"),
+        ("--rollout-top-k 5", "--rollout-top-k 5: training rollouts"),
+        ("--num-epoch 2", "--num-rollout 3: stands beside --num-epoch 2"),
+        ("--use-dynamic-batch-size", "--use-dynamic-batch-size: has no budget; add --max-tokens-per-gpu"),
+        ("--eval-interval 2", "--eval-interval 2: nothing to evaluate on"),
+        ("--save-interval 2", "--save-interval 2: nowhere to save; add --save"),
+        ("--fp16", "--fp16: RL's log-prob ratios need bf16 or fp32"),
+        ("--attention-dropout 0.1", "--attention-dropout 0.1: packed attention has no dropout"),
+        ("--rm-type deepscalar", "--rm-type deepscalar: unknown reward type; one of deepscaler"),
+        (
+            "--tensor-model-parallel-size 2",
+            "--tensor-model-parallel-size 2: TP 2 x PP 1 x CP 1 = 2 does not divide the 1",
+        ),
+        (
+            "--tensor-model-parallel-size 4 --actor-num-gpus-per-node 4",
+            "--tensor-model-parallel-size 4: does not divide the 2 KV heads",
+        ),
+        ("--recompute-granularity full", "--recompute-granularity full: full needs a method"),
+        ("--rollout-num-gpus-per-engine 3", "--rollout-num-gpus 2: is no multiple"),
+        ("--rollout-num-gpus 0", "--rollout-num-gpus 0: no engine, but rollouts are generated"),
+        ("--sglang-router-ip 127.0.0.1 --dry-run", "--sglang-router-ip 127.0.0.1: half of an address"),
+        ("--sglang-dp-size 2", "--sglang-dp-size 2: data parallelism inside an engine needs DP attention"),
+        ("--debug-train-only", "--debug-train-only: nothing to train on; add --load-debug-rollout-data"),
+        ("--loss-type custom_loss", "--loss-type custom_loss: has no function"),
+        ("--use-kl-loss --kl-loss-coef 0.1 --ref-load /nowhere", "--ref-load /nowhere: there is no such directory"),
+        ("--ref-load /nowhere", "--ref-load /nowhere: there is no such directory"),
+        ("--prompt-data /nowhere.jsonl", "--prompt-data /nowhere.jsonl: there is no file /nowhere.jsonl"),
+        ("--prompt-data /nowhere.jsonl@[1-2]", "--prompt-data /nowhere.jsonl@[1-2]: "),
+        ("--hf-checkpoint /nowhere", "--hf-checkpoint /nowhere: there is no config.json"),
+        ("--eval-prompt-data /nowhere.jsonl --eval-interval 1", "--eval-prompt-data /nowhere.jsonl: there is no file"),
+        (
+            "--eval-prompt-data a b c --eval-interval 1",
+            "--eval-prompt-data a b c: 3 words; give one path, or NAME PATH",
+        ),
+        ("--eval-config /nowhere.yaml --eval-interval 1", "--eval-config /nowhere.yaml: there is no such file"),
+        ("--custom-rm-path nowhere.reward --no-eval", "--no-eval: unknown flag"),
+        ("--rollout-max-context-len 4096", "--rollout-max-context-len 4096: the model's context is 128"),
+    ],
+)
+def test_one_error(run: Run, words: str, message: str) -> None:
+    errors = run.errors(*words.split())
+    assert errors[0].startswith(message) or any(error.startswith(message) for error in errors), errors
+    if "nowhere.reward" not in words:
+        assert len(errors) == 1, errors
+
+
+def test_colocate_with_rollout_num_gpus(run: Run) -> None:
+    error = run.error("--colocate", "--dry-run")
+    assert error == (
+        "--rollout-num-gpus 2: --colocate shares the training GPUs with the engines; remove --rollout-num-gpus"
+    )
+
+
+def test_missing_basics(run: Run) -> None:
+    run.base = [word for word in run.base if word not in ("--num-rollout", "3", "--rollout-num-gpus", "2")]
+    run.base = [*run.base[: run.base.index("--n-samples-per-prompt")], "--n-samples-per-prompt", "4", "--no-bf16"]
+    errors = run.errors()
+    assert [error.split(":")[0] for error in errors] == ["--rollout-num-gpus", "--num-rollout"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--use-kl-loss --kl-loss-coef 0.00", "reference KL is off"),
+        ("--kl-loss-coef 0.1", "--kl-loss-coef 0.1: no effect: the loss has a KL term only with --use-kl-loss"),
+        ("--use-dynamic-batch-size --max-tokens-per-gpu 64 --micro-batch-size 1", "--micro-batch-size 1: no effect"),
+        ("--max-tokens-per-gpu 64", "--max-tokens-per-gpu 64: no effect"),
+        ("--sequence-parallel", "--sequence-parallel: no effect"),
+        ("--over-sampling-batch-size 4", "--over-sampling-batch-size 4: no effect: it equals"),
+        ("--rollout-num-gpus-per-engine 2", "--rollout-num-gpus-per-engine 2: no effect: there is no CUDA here"),
+        ("--sglang-mem-fraction-static 0.5", "--sglang-mem-fraction-static: no effect: engines are embedded"),
+        ("--moe-router-topk 4", "--moe-router-topk: no effect: the model has no experts"),
+        ("--eval-prompt-data TRAIN", "--eval-prompt-data"),
+        ("--attention-backend flash", "--attention-backend flash: no effect"),
+        ("--no-attention-softmax-in-fp32", "--no-attention-softmax-in-fp32: no effect: softmax is always in fp32"),
+        ("--rollout-temperature 0", "--rollout-temperature 0: greedy"),
+        ("--actor-num-gpus-per-node 16", "--global-batch-size 8: a step of 8 samples leaves some of 16"),
+        ("--gamma 0.9", "--gamma 0.9: no effect"),
+    ],
+)
+def test_one_warning(run: Run, words: str, message: str) -> None:
+    [warning] = run.warnings(*words.replace("TRAIN", str(run.data)).split())
+    assert message in warning
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--context-parallel-size 2 --actor-num-gpus-per-node 2",
+        "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2",
+        "--use-distributed-optimizer",
+        "--optimizer-cpu-offload",
+        "--partial-rollout",
+        "--max-staleness 0",
+        "--rollout-engine sglang",
+        "--update-weight-transport disk",
+        "--advantage-estimator gspo",
+        "--use-tis",
+        "--kl-coef 0.1",
+        "--normalize-advantages",
+        "--rm-type boxed_math",
+        "--spec a b",
+        "--use-wandb",
+        "--fp8-format hybrid",
+        "--optimizer sgd",
+    ],
+)
+def test_not_built_plans_but_does_not_run(run: Run, words: str) -> None:
+    assert "not part of this version" in run.error(*words.split())
+    assert run.errors("--dry-run", *words.split()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--expert-model-parallel-size 1 --expert-tensor-parallel-size 1 --context-parallel-size 1",
+        "--pipeline-model-parallel-size 1 --no-use-distributed-optimizer --no-colocate --no-partial-rollout",
+        "--rollout-top-p 1.0 --rollout-top-k -1 --kl-coef 0 --no-use-tis --no-use-wandb --no-fp16",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "--eval-top-p 0.7 --eval-top-k 20",
+    ],
+)
+def test_off_and_free_values_pass(run: Run, words: str) -> None:
+    assert run.errors(*words.split()) == []
+
+
+def test_parquet_plans_but_does_not_run(run: Run) -> None:
+    file = run.directory / "train.parquet"
+    file.touch()
+    assert "convert the file to jsonl" in run.error("--prompt-data", str(file))
+    assert run.errors("--prompt-data", str(file), "--dry-run") == []
+
+
+def test_other_ways_to_run(run: Run) -> None:
+    sft = "--loss-type sft_loss --rollout-function-path slime.rollout.sft_rollout.generate_rollout --rollout-num-gpus 0"
+    assert run.errors(*sft.split(), "--n-samples-per-prompt", "1") == []
+    (run.directory / "0.json").touch()
+    replay = ["--debug-train-only", "--load-debug-rollout-data", str(run.directory / "{rollout_id}.json")]
+    assert run.args(*replay).num_engines == 0
+    assert run.errors("--debug-rollout-only", "--rollout-top-p", "0.9", "--ref-load", "/nowhere") == []
+
+
+def test_checkpoint_instead_of_ref_load(run: Run) -> None:
+    load = run.directory / "load"
+    load.mkdir()
+    assert run.errors("--load", str(load)) == []  # starts from --ref-load
+    run.base[run.base.index("--ref-load") : run.base.index("--ref-load") + 2] = []
+    assert "holds no checkpoint" in run.error("--load", str(load))
+    (load / "latest_checkpointed_iteration.txt").write_text("3")
+    assert run.errors("--load", str(load)) == []
+    assert "--ref-load: not given" in run.error("--load", str(load), "--use-kl-loss", "--kl-loss-coef", "0.1")
+
+
+def test_resolved_values(run: Run) -> None:
+    args = run.args("--num-steps-per-rollout", "2", "--rollout-temperature", "0.8", "--eval-top-p", "0.7")
+    assert (args.global_batch_size, args.over_sampling_batch_size, args.eps_clip_high) == (4, 4, 0.2)
+    assert (args.eval_temperature, args.eval_top_p, args.eval_label_key) == (0.8, 0.7, "label")
+    assert (args.n_samples_per_eval_prompt, args.update_weight_transport, args.num_engines) == (1, "broadcast", 2)
+    assert run.args("--global-batch-size", "2").num_steps_per_rollout == 4
+
+
+def test_hooks(run: Run) -> None:
+    filters = "slime.rollout.filter_hub.dynamic_sampling_filters"
+    assert run.errors("--dynamic-sampling-filter-path", f"{filters}.check_reward_nonzero_std") == []
+    assert "has no 'check_reward'" in run.error("--dynamic-sampling-filter-path", f"{filters}.check_reward")
+    assert "cannot be called as (args, samples)" in run.error("--dynamic-sampling-filter-path", "json.dumps")
+    assert "importing nowhere failed" in run.error("--custom-generate-function-path", "nowhere.generate")
+    dry = ["--custom-generate-function-path", "nowhere.generate", "--dry-run"]
+    assert ["importing nowhere failed" in warning for warning in run.warnings(*dry)] == [True]
+    alone = ["--n-samples-per-prompt", "1", "--dynamic-sampling-filter-path", f"{filters}.check_reward_nonzero_std"]
+    assert len(run.errors(*alone)) == 2
+
+
+def test_a_bad_line_of_the_data(run: Run) -> None:
+    run.data.write_text(run.data.read_text() + "{not json}\n")
+    assert run.error().startswith(f"{run.data}:2: not JSON (")
+    assert run.errors("--prompt-data", f"{run.data}@[0:1]") == []
+    assert run.errors("--dry-run") == []  # a plan reads no data
+
+
+def test_eval_data_is_checked_too(run: Run) -> None:
+    bad = run.directory / "eval.jsonl"
+    bad.write_text(json.dumps({"prompt": "text", "label": "2"}) + "\n")
+    words = ["--eval-interval", "1", "--eval-prompt-data", "held-out", str(bad)]
+    assert run.error(*words).startswith(f"{bad}:1: 'prompt' is not a list of OpenAI messages")
