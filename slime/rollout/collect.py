@@ -92,6 +92,16 @@ class RolloutResult:
     metrics: dict[str, float]
 
 
+@dataclass
+class _Wave:
+    """`--over-sampling-batch-size` groups, in the order in which they are drawn."""
+
+    drawn: int = 0
+    settled: int = 0
+    kept: int = 0
+    failed: int = 0
+
+
 async def generate_rollout(
     args: Args, rollout_id: int, data_source: DataSource, context: RolloutContext
 ) -> RolloutResult:
@@ -130,14 +140,13 @@ class _Collector:
         self._params = rollout_sampling_params(args)
         self._filter = _load_filter(args)
         self._wave_size = args.over_sampling_batch_size or args.rollout_batch_size
-        self._pending: dict[asyncio.Task[list[Sample]], list[Sample]] = {}
-        """Tasks of groups, and the groups as they were drawn."""
+        self._pending: dict[asyncio.Task[list[Sample]], tuple[list[Sample], _Wave]] = {}
+        """Tasks of groups, the groups as they were drawn, and their waves."""
         self._kept: list[list[Sample]] = []
         self._surplus: list[list[Sample]] = []
         self._stopping = False
-        self._waves = 0
-        self._dropped_in_a_row = 0
-        self._failed_in_a_row = 0
+        self._waves: list[_Wave] = []
+        self._empty_waves = 0
         self._last_error: EngineError | None = None
         self.tally = Tally()
         self.intervals = PhaseIntervals()
@@ -148,8 +157,9 @@ class _Collector:
             while self._num_missing() > 0:
                 self._refill()
                 done, _ = await asyncio.wait(self._pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in sorted(done, key=lambda task: self._pending[task][0].group_index):
-                    self._settle(self._pending.pop(task), task.result())
+                for task in sorted(done, key=lambda task: self._pending[task][0][0].group_index):
+                    group, wave = self._pending.pop(task)
+                    self._settle(group, wave, task.result())
             await self._stop()
         finally:
             await self._cancel_pending()
@@ -166,14 +176,16 @@ class _Collector:
         missing = self._num_missing() - len(self._pending)
         if missing <= 0:
             return
-        whole_wave = self._waves == 0 or self._args.refill_granularity == "batch"
+        whole_wave = not self._waves or self._args.refill_granularity == "batch"
         for group in self._data_source.get_groups(
             self._wave_size if whole_wave else missing, rollout_id=self._rollout_id
         ):
             for sample in group:
                 sample.metadata.setdefault("start_rollout_id", self._rollout_id)
-            self._pending[asyncio.create_task(self._run_group(group))] = group
-        self._waves += 1
+            if not self._waves or self._waves[-1].drawn == self._wave_size:
+                self._waves.append(_Wave())
+            self._waves[-1].drawn += 1
+            self._pending[asyncio.create_task(self._run_group(group))] = (group, self._waves[-1])
 
     async def _run_group(self, group: list[Sample]) -> list[Sample]:
         tasks = [asyncio.create_task(self._run_sample(sample)) for sample in group]
@@ -215,23 +227,24 @@ class _Collector:
         failed.reward_failure = f"generation failed: {error}"
         return failed
 
-    def _settle(self, drawn: list[Sample], samples: list[Sample]) -> None:
+    def _settle(self, drawn: list[Sample], wave: _Wave, samples: list[Sample]) -> None:
         """Keep the group, drop it, or set it aside."""
         if self._num_missing() <= 0:
             self._surplus.append(_bare(drawn))
             return
         self._count_failures(samples)
         reason = self._drop_reason(samples)
+        wave.settled += 1
         if reason is None:
             self._kept.append(samples)
-            self._dropped_in_a_row = self._failed_in_a_row = 0
+            wave.kept += 1
+            self._empty_waves = 0
             return
         if reason == "aborted":
             self._surplus.append(_bare(drawn))
         self.tally.dropped_groups[reason] += 1
-        self._dropped_in_a_row += 1
-        self._failed_in_a_row = self._failed_in_a_row + 1 if reason == "generation_failed" else 0
-        self._check_progress()
+        wave.failed += reason == "generation_failed"
+        self._check_progress(wave)
 
     def _drop_reason(self, samples: list[Sample]) -> str | None:
         """Why the group cannot be kept; None where it is."""
@@ -255,14 +268,18 @@ class _Collector:
                 logger.warning("rollout %d, sample %d: %s", self._rollout_id, sample.index, sample.reward_failure)
             self.tally.failed_rewards[kind] += 1
 
-    def _check_progress(self) -> None:
-        if self._failed_in_a_row >= self._wave_size:
+    def _check_progress(self, wave: _Wave) -> None:
+        """Raise where a wave shows that there is no point in going on. Groups that fail end first: wait for all."""
+        if wave.settled < self._wave_size or wave.kept:
+            return
+        if wave.failed == self._wave_size:
             raise RuntimeError(
-                f"rollout {self._rollout_id}: generation failed for {self._failed_in_a_row} groups in a row, the last "
-                f"time with: {self._last_error}; the engines' logs say why"
+                f"rollout {self._rollout_id}: generation failed for all of {wave.failed} groups, the last time with: "
+                f"{self._last_error}; the engines' logs say why"
             ) from self._last_error
+        self._empty_waves += 1
         limit = self._args.max_empty_waves
-        if self._dropped_in_a_row >= limit * self._wave_size:
+        if self._empty_waves == limit:
             reasons = ", ".join(f"{count} by {reason}" for reason, count in self.tally.dropped_groups.items())
             raise RuntimeError(
                 f"rollout {self._rollout_id}: nothing was kept in {limit} waves of {self._wave_size} prompts "
@@ -284,7 +301,7 @@ class _Collector:
             again = time.monotonic() + _ABORT_INTERVAL
             while self.intervals.requests_in_flight and time.monotonic() < again:
                 await asyncio.sleep(0.005)
-        self._surplus.extend(_bare(group) for group in self._pending.values())
+        self._surplus.extend(_bare(group) for group, _ in self._pending.values())
 
     async def _cancel_pending(self) -> None:
         """End the tasks (after `_stop` they wait for nothing but rewards); an error in one is raised."""

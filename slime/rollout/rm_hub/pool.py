@@ -96,7 +96,8 @@ class RewardPool:
         self._closed = False
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: set[_Worker] = set()
-        types = {args.rm_type, *(dataset.rm_type for dataset in eval_datasets(args))} - {None}
+        named = [args.rm_type, *(dataset.rm_type for dataset in eval_datasets(args))]
+        types = {rm_type for rm_type in named if rm_type is not None}
         for rm_type in types:
             find_reward(rm_type)
         self._num_workers = args.rm_num_workers if types else 0

@@ -1,0 +1,115 @@
+"""Reward functions and hooks that tests name by dotted path. Each does to one sample what its label says."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from types import SimpleNamespace
+
+import numpy as np
+
+from slime.core.sample import Status
+from slime.engine.client import EngineError
+from slime.rollout.generate import generate_sample
+
+
+def by_label(args, sample):
+    match sample.label:
+        case "hang":
+            time.sleep(1000)
+        case "exit":
+            os._exit(3)
+        case "raise":
+            raise KeyError("no such thing")
+        case "nan":
+            return float("nan")
+        case "text":
+            return "1.0"
+        case "none":
+            return None
+        case "dict":
+            return {"right": 1.0, "short": np.float32(0.5)}
+        case "empty dict":
+            return {}
+        case "bool":
+            return True
+        case "print":
+            print("a reward function may print")
+            return 0.25
+    return float(sample.label)
+
+
+async def by_label_async(args, sample):
+    if sample.label == "hang":
+        await asyncio.sleep(1000)
+    return by_label(args, sample)
+
+
+def pop_last(args, rollout_id, buffer, num_samples):
+    taken = [group for group in buffer if group[0].metadata.get("seen") != rollout_id][-num_samples:]
+    for group in taken:
+        buffer.remove(group)
+    return taken
+
+
+def pop_too_many(args, rollout_id, buffer, num_samples):
+    return buffer * 5
+
+
+async def coin(args, sample):
+    """0 or 1, by chance; async, so that no worker is started."""
+    return random.Random(sample.index).randint(0, 1)
+
+
+async def by_index(args, sample):
+    """Sample 0 of each group gets 0.5, the others 1 (with groups of two)."""
+    return 0.5 if sample.index % 2 == 0 else 1.0
+
+
+async def fails_on_odd(args, sample):
+    return None if sample.index % 2 else 1.0
+
+
+async def fails_in_group_0(args, sample):
+    return None if sample.group_index == 0 else float(sample.index % 2)
+
+
+def drop_all(args, samples, **kwargs):
+    return SimpleNamespace(keep=False, reason="too easy")
+
+
+def keep_every_third(args, samples, **kwargs):
+    return samples[0].group_index % 3 == 0
+
+
+def double_rewards(args, samples):
+    return [2 * (sample.reward or 0.0) for sample in samples]
+
+
+def mask_first_half(args, samples):
+    for sample in samples[: len(samples) // 2]:
+        sample.loss_mask = [0] * sample.response_length
+
+
+async def generate_or_fail(args, sample, sampling_params, context):
+    if sample.label == "fails":
+        raise EngineError("http://nowhere", 500, "as the label says")
+    return await generate_sample(args, sample, sampling_params, context)
+
+
+def generate_plain(args, sample, sampling_params, context):
+    """Answers by itself, and writes its seed."""
+    sample.response = str(sampling_params.sampling_seed)
+    tokens = context.tokenizer(sample.response)["input_ids"]
+    sample.tokens = sample.tokens + tokens
+    sample.response_length = len(tokens)
+    sample.rollout_log_probs = [0.0] * len(tokens)
+    sample.policy_versions = [0] * len(tokens)
+    sample.status = Status.COMPLETED
+    return sample
+
+
+async def generate_nothing(args, sample, sampling_params, context):
+    return None

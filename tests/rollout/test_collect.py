@@ -1,0 +1,315 @@
+"""Rollouts against real engines behind a real router."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from slime.config.args import Args
+from slime.core.batch import from_samples
+from slime.core.sample import Status
+from slime.engine.protocol import GenerateRequest, SamplingParams
+from slime.rollout.collect import RolloutContext, RolloutResult, generate_rollout
+from slime.rollout.data_buffer import DataBuffer
+from slime.rollout.rm_hub import RewardPool
+
+Run = Callable[..., Any]
+Write = Callable[..., str]
+NONZERO_STD = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
+
+
+def _args(path: str, **kwargs: Any) -> Args:
+    defaults: dict[str, Any] = {
+        "prompt_data": path,
+        "label_key": "label",
+        "rollout_batch_size": 4,
+        "n_samples_per_prompt": 2,
+        "rollout_max_response_len": 12,
+        "rollout_max_context_len": 512,
+        "custom_rm_path": "rewards_for_tests.coin",
+        "rm_num_workers": 1,
+    }
+    return Args(**{**defaults, **kwargs})
+
+
+def _rows(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"question {number}", "label": str(number)} for number in range(count)]
+
+
+def _account(buffer: DataBuffer, results: list[RolloutResult]) -> None:
+    """Every group drawn was kept, dropped or is in the buffer; what is in the buffer is bare."""
+    kept = [group[0].group_index for result in results for group in result.groups]
+    state = buffer.state_dict()
+    waiting = [group[0]["group_index"] for group in state["buffer"]]
+    dropped = sum(
+        value
+        for result in results
+        for name, value in result.metrics.items()
+        if name.startswith("rollout/groups_dropped/") and not name.endswith("/aborted")
+    )
+    assert len(set(kept + waiting)) == len(kept + waiting)
+    assert len(kept) + len(waiting) + dropped == state["next_group_index"]
+    for group in state["buffer"]:
+        for sample in group:
+            assert len(sample["tokens"]) == sample["prompt_length"] > 0
+            assert (sample["status"], sample["reward"], sample["metadata"]) == ("pending", None, {})
+
+
+def test_a_rollout(run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    args = _args(data_file(_rows(6)), rollout_temperature=0.8, custom_rm_path=None, rm_type="random")
+    buffer = DataBuffer(args, tokenizer)
+
+    async def work(context: RolloutContext) -> tuple[RolloutResult, float]:
+        start = time.perf_counter()
+        result = await generate_rollout(args, 3, buffer, context)
+        return result, time.perf_counter() - start
+
+    result, wall = run_with_engines(args, work)
+    assert [group[0].group_index for group in result.groups] == [0, 1, 2, 3]
+    samples = [sample for group in result.groups for sample in group]
+    assert [sample.index for sample in samples] == list(range(8))
+    for sample in samples:
+        sample.check()
+        assert tokenizer.decode(sample.prompt_tokens) == sample.prompt
+        assert tokenizer.decode(sample.response_tokens) == sample.response
+        assert sample.policy_versions == [0] * sample.response_length
+        assert all(log_prob < 0 for log_prob in sample.rollout_log_probs or [])
+        assert sample.metadata["start_rollout_id"] == 3
+        ended = sample.tokens[-1] == tokenizer.eos_token_id
+        assert sample.status is (Status.COMPLETED if ended else Status.TRUNCATED)
+        assert ended or sample.response_length == 12
+    assert len({sample.response for sample in samples}) == 8
+    metrics = result.metrics
+    assert metrics["rollout/reward"] == pytest.approx(sum(s.reward_value() for s in samples) / 8)
+    assert metrics["rollout/tokens"] == sum(s.response_length for s in samples)
+    assert metrics["rollout/truncated"] == sum(s.status is Status.TRUNCATED for s in samples) / 8
+    assert metrics["rollout/staleness"] == 0
+    assert 0 < metrics["time/generation"] + metrics["time/reward"] <= wall
+    assert set(from_samples(samples).columns) >= {"rollout_log_probs", "policy_versions"}
+    _account(buffer, [result])
+
+
+def test_dropped_groups_are_replaced_and_counted(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    args = _args(data_file(_rows(50)), dynamic_sampling_filter_path=NONZERO_STD, over_sampling_batch_size=6)
+    buffer = DataBuffer(args, tokenizer)
+
+    async def work(context: RolloutContext) -> list[RolloutResult]:
+        return [await generate_rollout(args, rollout, buffer, context) for rollout in range(4)]
+
+    results = run_with_engines(args, work)
+    for result in results:
+        assert len(result.groups) == 4
+        for group in result.groups:
+            assert len({sample.reward for sample in group}) == 2
+        assert result.metrics["rollout/zero_std_groups"] == 0
+        assert result.metrics["rollout/reward"] == 0.5
+    dropped = sum(result.metrics.get("rollout/groups_dropped/check_reward_nonzero_std", 0) for result in results)
+    assert dropped > 0
+    _account(buffer, results)
+
+
+@pytest.mark.parametrize(("granularity", "drawn"), [("batch", 24), ("group", 10)])
+def test_refill_granularity(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast, granularity: str, drawn: int
+) -> None:
+    """Of groups 0..9, the fourth that is kept is 9; waves of 8 sample 24 prompts for it."""
+    args = _args(
+        data_file(_rows(50)),
+        dynamic_sampling_filter_path="rewards_for_tests.keep_every_third",
+        over_sampling_batch_size=8,
+        refill_granularity=granularity,
+        sglang_server_concurrency=1,
+        custom_generate_function_path="rewards_for_tests.generate_plain",
+    )
+    buffer = DataBuffer(args, tokenizer)
+
+    async def work(context: RolloutContext) -> RolloutResult:
+        return await generate_rollout(args, 0, buffer, context)
+
+    result = run_with_engines(args, work)
+    assert [group[0].group_index % 3 for group in result.groups] == [0] * 4
+    assert buffer.state_dict()["next_group_index"] <= drawn
+    assert granularity == "group" or buffer.state_dict()["next_group_index"] in (16, 24)
+    _account(buffer, [result])
+
+
+def test_the_rest_is_aborted_and_given_back(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Responses of up to 480 tokens: many are in flight, and many not begun, when two groups are kept."""
+    args = _args(
+        data_file(_rows(30)),
+        rollout_batch_size=2,
+        over_sampling_batch_size=24,
+        rollout_max_response_len=480,
+        sglang_server_concurrency=8,
+    )
+    buffer = DataBuffer(args, tokenizer)
+
+    async def work(context: RolloutContext) -> tuple[list[RolloutResult], float]:
+        results = [await generate_rollout(args, 0, buffer, context)]
+        waiting = buffer.num_buffered
+        start = time.perf_counter()
+        request = GenerateRequest(input_ids=[9, 9], sampling_params=SamplingParams(max_new_tokens=1))
+        await asyncio.gather(*(context.engines.generate(request) for _ in range(8)))
+        idle = time.perf_counter() - start
+        assert waiting == 22
+        results.append(await generate_rollout(args, 1, buffer, context))
+        return results, idle
+
+    results, idle = run_with_engines(args, work)
+    assert results[0].metrics["rollout/surplus_groups"] == 22
+    assert idle < 2  # the engines are free again
+    # The second round takes the first one's leftovers before new prompts.
+    assert buffer.state_dict()["next_group_index"] == 26
+    assert {group[0].metadata["start_rollout_id"] for group in results[1].groups} == {1}
+    generated = results[0].metrics["rollout/tokens"]
+    kept = sum(sample.response_length for group in results[0].groups for sample in group)
+    assert generated > kept  # aborted requests had begun
+    _account(buffer, results)
+
+
+def test_nothing_kept_ends_the_run(run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    args = _args(data_file(_rows(5)), dynamic_sampling_filter_path="rewards_for_tests.drop_all", max_empty_waves=3)
+
+    async def work(context: RolloutContext) -> None:
+        await generate_rollout(args, 7, DataBuffer(args, tokenizer), context)
+
+    with pytest.raises(RuntimeError, match=r"rollout 7: nothing was kept in 3 waves of 4 prompts.*12 by too_easy"):
+        run_with_engines(args, work)
+
+
+def test_failed_generation_costs_its_group_and_a_wave_of_it_the_run(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = _rows(4)
+    rows[1]["label"] = rows[2]["label"] = "fails"
+    args = _args(data_file(rows), custom_generate_function_path="rewards_for_tests.generate_or_fail")
+    buffer = DataBuffer(args, tokenizer)
+
+    async def work(context: RolloutContext) -> RolloutResult:
+        return await generate_rollout(args, 0, buffer, context)
+
+    result = run_with_engines(args, work)
+    assert result.metrics["rollout/groups_dropped/generation_failed"] >= 2
+    assert {group[0].label for group in result.groups} == {"0", "3"}
+    _account(buffer, [result])
+
+    rows = [{**row, "label": "fails"} for row in rows]
+    all_fail = _args(data_file(rows), custom_generate_function_path="rewards_for_tests.generate_or_fail")
+
+    async def fail(context: RolloutContext) -> None:
+        await generate_rollout(all_fail, 0, DataBuffer(all_fail, tokenizer), context)
+
+    with pytest.raises(RuntimeError, match=r"generation failed for all of 4 groups.*as the label says"):
+        run_with_engines(all_fail, fail)
+
+
+def test_failed_rewards_leave_the_group_if_two_are_left(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def run(reward: str, **kwargs: Any) -> RolloutResult:
+        args = _args(data_file(_rows(8)), custom_rm_path=f"rewards_for_tests.{reward}", **kwargs)
+        buffer = DataBuffer(args, tokenizer)
+
+        async def work(context: RolloutContext) -> RolloutResult:
+            return await generate_rollout(args, 0, buffer, context)
+
+        result = run_with_engines(args, work)
+        _account(buffer, [result])
+        return result
+
+    dropped = run("fails_in_group_0")
+    assert [group[0].group_index for group in dropped.groups][:3] == [1, 2, 3]
+    assert dropped.metrics["rollout/groups_dropped/too_few_rewards"] == 1
+    assert dropped.metrics["rollout/reward_failed/not_a_number"] == 2
+    halves = run("fails_on_odd", n_samples_per_prompt=4)
+    samples = [sample for group in halves.groups for sample in group]
+    assert [sample.reward for sample in samples] == [1.0, None] * 8
+    assert [sample.status is Status.FAILED for sample in samples] == [False, True] * 8
+    assert halves.metrics["rollout/reward"] == 1.0
+    assert halves.metrics["rollout/reward_failed/not_a_number"] == 8
+    from_samples(samples)
+
+
+def test_hooks_after_the_rollout(run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    args = _args(
+        data_file(_rows(8)),
+        custom_rm_path="rewards_for_tests.by_index",
+        custom_reward_post_process_path="rewards_for_tests.double_rewards",
+        rollout_sample_filter_path="rewards_for_tests.mask_first_half",
+    )
+    buffer = DataBuffer(args, tokenizer)
+
+    async def work(context: RolloutContext) -> RolloutResult:
+        return await generate_rollout(args, 0, buffer, context)
+
+    result = run_with_engines(args, work)
+    samples = [sample for group in result.groups for sample in group]
+    assert [sample.reward for sample in samples] == [1.0, 2.0] * 4
+    assert [sample.metadata["raw_reward"] for sample in samples] == [0.5, 1.0] * 4
+    assert result.metrics["rollout/reward"] == 0.75
+    assert [sum(sample.loss_mask or []) > 0 for sample in samples] == [False] * 4 + [True] * 4
+
+
+def test_seeds_are_each_samples_own_and_the_runs(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def seeds(rollout_id: int, **kwargs: Any) -> list[str]:
+        args = _args(data_file(_rows(4)), custom_generate_function_path="rewards_for_tests.generate_plain", **kwargs)
+        buffer = DataBuffer(args, tokenizer)
+
+        async def work(context: RolloutContext) -> RolloutResult:
+            return await generate_rollout(args, rollout_id, buffer, context)
+
+        return [sample.response for group in run_with_engines(args, work).groups for sample in group]
+
+    first = seeds(0)
+    assert len(set(first)) == 8
+    assert first == seeds(0)
+    assert not set(first) & set(seeds(1))
+    assert not set(first) & set(seeds(0, rollout_seed=1))
+
+
+def test_a_reward_key_that_does_not_fit_ends_the_run(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [{"prompt": "q", "label": "dict"}] * 4
+    args = _args(data_file(rows), custom_rm_path="rewards_for_tests.by_label", reward_key="wrong")
+    buffer = DataBuffer(args, tokenizer)
+
+    async def work(context: RolloutContext) -> None:
+        await generate_rollout(args, 0, buffer, context)
+
+    with pytest.raises(ValueError, match="--reward-key is 'wrong'"):
+        run_with_engines(args, work)
+
+
+def test_cancelling_a_rollout_ends_its_requests(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    args = _args(data_file(_rows(8)), rollout_max_response_len=480)
+
+    async def work(context: RolloutContext) -> int:
+        task = asyncio.create_task(generate_rollout(args, 0, DataBuffer(args, tokenizer), context))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return len(asyncio.all_tasks())
+
+    assert run_with_engines(args, work) == 1  # the test's own
+
+
+def test_without_engines_a_rollout_says_so(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    args = _args(data_file(_rows(4)))
+    context = RolloutContext(args, None, tokenizer, RewardPool(args))
+    with pytest.raises(ValueError, match="--rollout-num-gpus"):
+        asyncio.run(generate_rollout(args, 0, DataBuffer(args, tokenizer), context))

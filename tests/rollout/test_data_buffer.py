@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from slime.config.args import Args
+from slime.core.sample import Sample
+from slime.rollout.data_buffer import DataBuffer
+from slime.rollout.filter_hub.buffer_filters import pop_first
+
+Write = Callable[..., str]
+
+
+def _rows(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"q{number}", "label": str(number)} for number in range(count)]
+
+
+def _args(path: str, **kwargs: Any) -> Args:
+    return Args(**{"prompt_data": path, "label_key": "label", "n_samples_per_prompt": 2, **kwargs})
+
+
+def _labels(groups: list[list[Sample]]) -> list[int]:
+    return [int(group[0].label or "") for group in groups]
+
+
+def test_groups_are_numbered_and_tokenised(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    buffer = DataBuffer(_args(data_file(_rows(3))), tokenizer)
+    groups = buffer.get_groups(2, rollout_id=0) + buffer.get_groups(2, rollout_id=1)
+    assert [[(s.group_index, s.index) for s in group] for group in groups] == [
+        [(0, 0), (0, 1)],
+        [(1, 2), (1, 3)],
+        [(2, 4), (2, 5)],
+        [(3, 6), (3, 7)],
+    ]
+    assert _labels(groups) == [0, 1, 2, 0]
+    assert buffer.epoch == 1
+    sample = groups[1][0]
+    assert tokenizer.decode(sample.tokens) == "q1"
+    assert sample.prompt_length == len(sample.tokens) == 2
+    sample.metadata["mine"] = 1
+    sample.tokens.append(9)
+    assert groups[1][1].metadata == {}
+    assert len(groups[1][1].tokens) == 2
+
+
+def test_messages_are_rendered_once_and_not_given_more_special_tokens(
+    data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    messages = [{"role": "user", "content": "1+1=?"}]
+    row = {"prompt": messages, "label": 2, "metadata": {"level": [1]}, "tools": [{"name": "f"}], "more": 1}
+    path = data_file([row])
+    buffer = DataBuffer(_args(path, apply_chat_template=True, tool_key="tools"), tokenizer)
+    sample = buffer.get_groups(1, rollout_id=0)[0][0]
+    assert tokenizer.decode(sample.tokens) == "[gMASK]<sop><|user|>\n1+1=?tools:1<|assistant|>\n<think>"
+    assert sample.tokens[0] == tokenizer.convert_tokens_to_ids("[gMASK]")
+    assert (sample.prompt, sample.label, sample.metadata) == (messages, "2", {"level": [1]})
+
+
+def test_shuffle_is_a_permutation_of_each_epoch_by_the_seed(
+    data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = data_file(_rows(20))
+
+    def epochs(**kwargs: Any) -> list[list[int]]:
+        buffer = DataBuffer(_args(path, **kwargs), tokenizer)
+        drawn = _labels(buffer.get_groups(7, rollout_id=0) + buffer.get_groups(53, rollout_id=1))
+        return [drawn[:20], drawn[20:40], drawn[40:]]
+
+    shuffled = epochs(rollout_shuffle=True, rollout_seed=1)
+    assert [sorted(epoch) for epoch in shuffled] == [list(range(20))] * 3
+    assert shuffled == epochs(rollout_shuffle=True, rollout_seed=1)
+    assert shuffled[0] != shuffled[1] != list(range(20))
+    assert shuffled != epochs(rollout_shuffle=True, rollout_seed=2)
+    assert epochs() == [list(range(20))] * 3
+    # The order is a promise over versions: a resumed run has to find it again.
+    assert shuffled[0][:5] == [10, 7, 9, 4, 6]
+
+
+def test_slices(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = data_file(_rows(10))
+
+    def labels(part: str) -> list[int]:
+        buffer = DataBuffer(_args(path + part), tokenizer)
+        return _labels(buffer.get_groups(buffer.num_prompts, rollout_id=0))
+
+    assert labels("@[2:4]") == [2, 3]
+    assert labels("@[:2]") == [0, 1]
+    assert labels("@[8:]") == [8, 9]
+    with pytest.raises(ValueError, match="no prompt"):
+        labels("@[5:5]")
+
+
+def test_prompts_without_room_are_left_out_counted_and_named(
+    data_file: Write, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "x" * length, "label": length} for length in (5, 9, 8, 30)]
+    buffer = DataBuffer(_args(data_file(rows), rollout_max_context_len=9), tokenizer)
+    assert _labels(buffer.get_groups(2, rollout_id=0)) == [5, 8]
+    assert (buffer.num_prompts, buffer.num_dropped) == (2, 2)
+    assert "2 of 4 prompts left out" in caplog.text
+    assert "lines 2, 4" in caplog.text
+    with pytest.raises(ValueError, match="no prompt"):
+        DataBuffer(_args(data_file(rows), rollout_max_context_len=5), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "kwargs", "message"),
+    [
+        ('{"prompt": "a", "label"', {}, "line 3: not JSON"),
+        ("[1, 2]", {}, "line 3: a JSON list"),
+        ({"label": "1"}, {}, "line 3: no key 'prompt'.*label"),
+        ({"prompt": "a"}, {}, "line 3: 'label'.*text or a number"),
+        ({"prompt": "a", "label": [1]}, {}, "line 3: 'label'"),
+        ({"prompt": 5, "label": "1"}, {}, "line 3: 'prompt' is a int"),
+        ({"prompt": [{"role": "user", "content": "a"}], "label": "1"}, {}, "line 3: .*--apply-chat-template"),
+        ({"prompt": "", "label": "1"}, {}, "line 3: .*no tokens"),
+        ({"prompt": "a", "label": "1", "metadata": [1]}, {}, "line 3: 'metadata' is a list"),
+        ({"prompt": "text", "label": "1"}, {"apply_chat_template": True}, "line 3: .*list of messages"),
+        ({"prompt": [{"content": "a"}], "label": "1"}, {"apply_chat_template": True}, "line 3: .*'role'"),
+    ],
+)
+def test_a_bad_line_is_named(
+    data_file: Write, tokenizer: PreTrainedTokenizerFast, row: Any, kwargs: dict[str, Any], message: str
+) -> None:
+    good = {"prompt": [{"role": "user", "content": "a"}] if kwargs else "a", "label": "1"}
+    with pytest.raises(ValueError, match=message) as error:
+        DataBuffer(_args(data_file([good, "", row]), **kwargs), tokenizer)
+    assert "data.jsonl" in str(error.value)
+    assert DataBuffer(_args(data_file([good, "", good]), **kwargs), tokenizer).num_prompts == 2
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match=r"missing\.jsonl.*cannot be read"):
+        DataBuffer(_args(str(tmp_path / "missing.jsonl")), tokenizer)
+    with pytest.raises(ValueError, match=r"jsonl.*\.parquet"):
+        DataBuffer(_args(str(tmp_path / "data.parquet")), tokenizer)
+    with pytest.raises(ValueError, match="--prompt-data"):
+        DataBuffer(Args(), tokenizer)
+
+
+def test_pop_first_takes_the_oldest_and_changes_the_buffer_in_place() -> None:
+    buffer = [[Sample(group_index=number)] for number in range(3)]
+    taken = pop_first(Args(), 4, buffer, 2)
+    assert [group[0].group_index for group in taken] == [0, 1]
+    assert [group[0].group_index for group in buffer] == [2]
+    assert len(pop_first(Args(), 4, buffer, 2)) == 1
+    assert buffer == []
+
+
+def test_buffer_filter_hook(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = data_file(_rows(6))
+    buffer = DataBuffer(_args(path, buffer_filter_path="rewards_for_tests.pop_last"), tokenizer)
+    groups = buffer.get_groups(3, rollout_id=0)
+    groups[2][0].metadata["seen"] = 7
+    buffer.add_groups(groups)
+    assert _labels(buffer.get_groups(2, rollout_id=7)) == [0, 1]  # the filter is given the real rollout id
+    assert _labels(buffer.get_groups(2, rollout_id=8)) == [2, 3]
+    greedy = DataBuffer(_args(path, buffer_filter_path="rewards_for_tests.pop_too_many"), tokenizer)
+    greedy.add_groups(greedy.get_groups(1, rollout_id=0))
+    with pytest.raises(ValueError, match=r"--buffer-filter-path.*returned 5 groups"):
+        greedy.get_groups(1, rollout_id=0)
+
+
+def test_changed_data_or_order_is_noticed_on_resume(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = _rows(4)
+    state = DataBuffer(_args(data_file(rows)), tokenizer).state_dict()
+    DataBuffer(_args(data_file(rows, "moved.jsonl")), tokenizer).load_state_dict(state)
+    rows[2]["label"] = "7"
+    with pytest.raises(ValueError, match=r"changed\.jsonl.*sha256"):
+        DataBuffer(_args(data_file(rows, "changed.jsonl")), tokenizer).load_state_dict(state)
+    with pytest.raises(ValueError, match="--rollout-seed: 42 then, 1 now"):
+        DataBuffer(_args(data_file(_rows(4)), rollout_seed=1), tokenizer).load_state_dict(state)
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("get"), st.integers(0, 7)),
+        st.tuples(st.just("give back"), st.integers(0, 7)),
+        st.tuples(st.just("restore"), st.just(0)),
+    ),
+    max_size=30,
+)
+
+
+def _run(buffer_class: type[DataBuffer], args: Args, tokenizer: Any, operations: list[tuple[str, int]]) -> None:
+    """After any draws, returns, saves and restores: groups held and groups buffered are each epoch's prompts once."""
+    buffer = buffer_class(args, tokenizer)
+    held: list[list[Sample]] = []
+    for operation, count in operations:
+        if operation == "get":
+            drawn = buffer.get_groups(count, rollout_id=0)
+            assert len(drawn) == count
+            held += drawn
+        elif operation == "give back":
+            buffer.add_groups([[sample.to_bare_prompt() for sample in group] for group in held[:count]])
+            del held[:count]
+        else:
+            state = json.loads(json.dumps(buffer.state_dict()))
+            buffer = buffer_class(args, tokenizer)
+            buffer.load_state_dict(state)
+    held += buffer.get_groups(buffer.num_buffered, rollout_id=0)
+    held.sort(key=lambda group: group[0].group_index)
+    assert [group[0].group_index for group in held] == list(range(len(held)))
+    assert [sample.index for group in held for sample in group] == list(range(2 * len(held)))
+    labels = _labels(held)
+    for start in range(0, len(labels), buffer.num_prompts):
+        epoch = labels[start : start + buffer.num_prompts]
+        assert max(Counter(epoch).values()) == 1
+        assert len(epoch) < buffer.num_prompts or sorted(epoch) == list(range(buffer.num_prompts))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(operations=OPERATIONS, shuffle=st.booleans())
+def test_no_sequence_of_operations_loses_or_repeats_a_prompt(
+    data_file: Write, tokenizer: PreTrainedTokenizerFast, operations: list[tuple[str, int]], shuffle: bool
+) -> None:
+    _run(DataBuffer, _args(data_file(_rows(5)), rollout_shuffle=shuffle), tokenizer, operations)
+
+
+@pytest.mark.parametrize("forgotten", ["buffer", "cursor", "epoch", "next_index"])
+def test_a_buffer_that_forgets_part_of_its_state_is_found_out(
+    data_file: Write, tokenizer: PreTrainedTokenizerFast, forgotten: str
+) -> None:
+    class Forgetful(DataBuffer):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            super().load_state_dict({**state, forgotten: [] if forgotten == "buffer" else 0})
+
+    args = _args(data_file(_rows(5)), rollout_shuffle=True)
+    operations = [("get", 7), ("give back", 2), ("restore", 0), ("get", 7)]
+    _run(DataBuffer, args, tokenizer, operations)
+    with pytest.raises(AssertionError):
+        _run(Forgetful, args, tokenizer, operations)

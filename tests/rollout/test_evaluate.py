@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from slime.config.args import Args
+from slime.config.eval_data import EvalDataset
+from slime.core.sample import Sample, Status
+from slime.rollout.collect import RolloutContext
+from slime.rollout.evaluate import eval_metrics, evaluate, pass_at_k
+
+DATASET = EvalDataset(
+    name="d",
+    path="",
+    input_key="prompt",
+    label_key="label",
+    rm_type="random",
+    n_samples_per_eval_prompt=4,
+    max_response_len=8,
+    temperature=1.0,
+    top_p=0.7,
+    top_k=-1,
+)
+
+
+@pytest.mark.parametrize(("num_samples", "num_correct"), [(6, 0), (6, 2), (6, 5), (6, 6)])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(num_samples: int, num_correct: int) -> None:
+    outcomes = [1] * num_correct + [0] * (num_samples - num_correct)
+    for k in range(1, num_samples + 1):
+        draws = list(itertools.combinations(outcomes, k))
+        assert pass_at_k(num_samples, num_correct, k) == pytest.approx(sum(map(max, draws)) / len(draws))
+
+
+def _group(rewards: list[float | None], response: str = r"a</think>\boxed{1}") -> list[Sample]:
+    return [
+        Sample(
+            reward=reward,
+            response=response,
+            response_length=length + 1,
+            status=Status.FAILED if reward is None else Status.COMPLETED,
+            reward_failure="timeout" if reward is None else None,
+        )
+        for length, reward in enumerate(rewards)
+    ]
+
+
+def test_metrics_of_a_data_set() -> None:
+    groups = [_group([1, 0, 0, 0]), _group([1, 1, 1, None]), _group([0, 0, 0, 0], response=r"\boxed{1}")]
+    metrics = eval_metrics(Args(), DATASET, groups)
+    means = [0.25, 1.0, 0.0]
+    assert metrics["reward"] == pytest.approx(statistics.fmean(means))
+    assert metrics["reward_stderr"] == pytest.approx(statistics.stdev(means) / 3**0.5)
+    assert metrics["format"] == pytest.approx(7 / 11)
+    assert metrics["failed"] == pytest.approx(1 / 12)
+    assert metrics["num_prompts"] == 3
+    assert metrics["response_length"] == pytest.approx((10 + 6 + 10) / 11)
+    assert metrics["pass@1"] == pytest.approx(statistics.fmean(means))
+    assert metrics["pass@2"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert metrics["pass@4"] == pytest.approx((1 + 0) / 2)  # the prompt with three judged responses has no say in it
+    one = eval_metrics(Args(), replace(DATASET, n_samples_per_eval_prompt=1), [_group([1])])
+    assert not any(name.startswith("pass@") for name in one)
+    with pytest.raises(RuntimeError, match=r"none of 2 responses was judged.*timeout"):
+        eval_metrics(Args(), DATASET, [_group([None, None])])
+
+
+def test_two_data_sets_at_once(
+    run_with_engines: Callable[..., Any],
+    data_file: Callable[..., str],
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = [{"prompt": f"q{number}", "label": "1", "answer": "2"} for number in range(5)]
+    first, second = data_file(rows, "first.jsonl"), data_file(rows, "second.jsonl")
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        f"datasets:\n- {{name: b, path: '{second}@[:2]', rm_type: deepscaler, label_key: answer, "
+        "n_samples_per_eval_prompt: 2, max_response_len: 3}\n"
+    )
+    args = Args(
+        eval_prompt_data=("a", first),
+        eval_config=str(config),
+        n_samples_per_eval_prompt=1,
+        eval_input_key="prompt",
+        eval_label_key="label",
+        eval_rm_type="random",
+        eval_max_response_len=6,
+        eval_temperature=1.0,
+        eval_top_p=0.7,
+        eval_top_k=-1,
+        rm_num_workers=1,
+    )
+
+    async def work(context: RolloutContext) -> list[dict[str, float]]:
+        results = [await evaluate(args, 0, context)]
+        evaluator = context.evaluator
+        results += [await evaluate(args, rollout, context) for rollout in (0, 1)]
+        assert context.evaluator is evaluator
+        return results
+
+    first_result, again, later = run_with_engines(args, work)
+    assert first_result["eval/a/num_prompts"] == 5
+    assert first_result["eval/b/num_prompts"] == 2
+    assert first_result["eval/a/response_length_max"] <= 6
+    assert first_result["eval/b/response_length_max"] <= 3
+    assert first_result["eval/b/reward"] == 0
+    assert "eval/b/pass@2" in first_result
+    assert "eval/a/pass@2" not in first_result
+    # `random` goes by a sample's number: evaluation's own numbers do not depend on what came before.
+    assert first_result["eval/a/reward"] == again["eval/a/reward"] == later["eval/a/reward"]
+
+
+def test_greedy_evaluation_repeats_itself(
+    run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = data_file([{"prompt": f"q{number}", "label": "1"} for number in range(4)])
+
+    def lengths(temperature: float, rollout_id: int) -> float:
+        args = Args(
+            eval_prompt_data=(path,),
+            eval_input_key="prompt",
+            eval_label_key="label",
+            eval_max_response_len=200,
+            eval_temperature=temperature,
+            eval_top_p=1.0,
+            eval_top_k=-1,
+            custom_rm_path="rewards_for_tests.coin",
+        )
+
+        async def work(context: RolloutContext) -> dict[str, float]:
+            return await evaluate(args, rollout_id, context)
+
+        return run_with_engines(args, work)["eval/data/response_length"]
+
+    assert lengths(0.0, 0) == lengths(0.0, 5)
+    assert lengths(1.0, 0) != lengths(1.0, 5)
