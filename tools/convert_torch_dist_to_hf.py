@@ -18,7 +18,6 @@ import sys
 import time
 
 from slime.config.parse import load_args
-from slime.megatron.version import check_megatron_version
 
 
 def main(argv: list[str]) -> None:
@@ -34,7 +33,6 @@ def main(argv: list[str]) -> None:
     args, warnings = load_args(["--hf-checkpoint", own.origin_hf_dir, *rest], training=False)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    check_megatron_version()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
     from slime.megatron.checkpoint_files import find_checkpoint
     from slime.megatron.conversion import torch_dist_to_hf

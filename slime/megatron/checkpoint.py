@@ -140,7 +140,7 @@ def _save(
     header: dict[str, Any] | None,
 ) -> Path:
     written = _on_rank_zero(lambda: checkpoint_files.begin(save_dir, name))
-    with device.layer(), _readable_errors(f"saving to {save_dir} failed"):
+    with device.layer(), _readable_errors(f"saving to {save_dir} failed", RuntimeError):
         metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
         weights = unwrap(model).sharded_state_dict(metadata=metadata)
         if "optimizer" in content:
@@ -209,7 +209,8 @@ def _load_sharded(
     """Read this rank's parts; the model's are put into it, the rest is returned."""
     content = dict(common.get("content_metadata") or _CONTENT)
     core = unwrap(model)
-    with device.layer(), _readable_errors(f"{found.path} does not fit this model (see MODEL_ARGS, --hf-checkpoint)"):
+    misfit = f"{found.path} does not fit this model (see MODEL_ARGS, --hf-checkpoint)"
+    with device.layer(), _readable_errors(misfit, ValueError):
         weights = core.sharded_state_dict(metadata=content)
         wanted: dict[str, Any] = {"model": weights}
         if optimizer is not None:
@@ -280,7 +281,7 @@ def _on_rank_zero(work: Callable[[], _T]) -> _T:
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:  # TypeError, ValueError: a `state` that is no JSON
             outcome[1] = f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
@@ -289,12 +290,12 @@ def _on_rank_zero(work: Callable[[], _T]) -> _T:
 
 
 @contextmanager
-def _readable_errors(what: str) -> Iterator[None]:
+def _readable_errors(what: str, kind: type[Exception]) -> Iterator[None]:
     """torch's CheckpointException is a BaseException that carries every rank's traceback: make it an ordinary error."""
     try:
         yield
     except CheckpointException as error:
         rank, (first, _) = next(iter(error.failures.items()))
-        raise ValueError(f"{what}: rank {rank}: {type(first).__name__}: {first}") from None
+        raise kind(f"{what}: rank {rank}: {type(first).__name__}: {first}") from None
     except CheckpointingException as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise kind(f"{what}: {error}") from error

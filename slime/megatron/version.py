@@ -1,6 +1,6 @@
 """The megatron-core that this code is written for.
 
-Path: checked before the first import of megatron.core, by the trainer and the tools. Invariant: nothing of
+Path: checked when `slime.megatron` is imported, before anything of megatron.core is. Invariant: nothing of
 megatron-core runs here; a Megatron-LM tree on PYTHONPATH comes before the installed wheel, and is named if it is used.
 """
 

@@ -125,7 +125,7 @@ class Run:
 
         return dict(iter_hf_tensors(self.model, self.architecture))
 
-    def save(self, rollout_id: int) -> Path:
+    def save(self, rollout_id: int, state: dict[str, Any] = STATE) -> Path:
         from slime.megatron.checkpoint import save_checkpoint
 
         assert self.args.save is not None
@@ -135,7 +135,7 @@ class Run:
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            state=STATE,
+            state=state,
             keep_last=self.args.keep_last_checkpoints,
         )
 
@@ -260,12 +260,12 @@ def test_release_holds_weights_alone_and_starts_at_rollout_0(workers: WorkerPool
     assert (result.rollout_id, result.state, result.path, result.loaded) == (None, None, path, ("model",))
 
 
-def outcome(rank: int, world_size: int, init_method: str, args: Args, path: Path) -> str:
-    """The error of loading (`path` given) or of saving."""
+def outcome(rank: int, world_size: int, init_method: str, args: Args, path: Path | None, state: Any = None) -> str:
+    """The error of loading from `path`, or of saving `state`."""
     with joined(args, rank, world_size, init_method) as topology:
         run = Run(args, topology)
         try:
-            run.load(path) if args.save is None else run.save(0)
+            run.save(0, state) if path is None else run.load(path)
         except (ValueError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
     return ""
@@ -273,8 +273,11 @@ def outcome(rank: int, world_size: int, init_method: str, args: Args, path: Path
 
 def test_a_failed_save_fails_on_every_rank(workers: WorkerPool, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    errors = workers.run(2, outcome, make_args(tmp_path / "file" / "save", tp=2), tmp_path)
+    errors = workers.run(2, outcome, make_args(tmp_path / "file" / "save", tp=2), None, {})
     assert len(set(errors)) == 1 and errors[0].startswith("RuntimeError: checkpoint: NotADirectoryError")
+    errors = workers.run(2, outcome, make_args(tmp_path / "save", tp=2), None, {"cursor": object()})
+    assert len(set(errors)) == 1 and errors[0].startswith("RuntimeError: checkpoint: TypeError: Object of type object")
+    assert find_checkpoint(tmp_path / "save") is None
 
 
 @pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_layers": 3}])

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CHECK = "from slime.megatron.version import check_megatron_version; check_megatron_version()"
 INFO = 'MAJOR = 0\nMINOR = {minor}\nPATCH = 1\nPRE_RELEASE = ""\nVERSION = (MAJOR, MINOR, PATCH, PRE_RELEASE)\n'
 
 
 def check_with(*paths: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*paths, ROOT]))}
-    return subprocess.run([sys.executable, "-c", CHECK], env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", "import slime.megatron"], env=env, capture_output=True, text=True, check=False
+    )
 
 
 def megatron_tree(root: Path, info: str | None) -> Path:
