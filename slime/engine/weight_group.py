@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -21,13 +22,16 @@ LOOPBACK = ("127.0.0.1", "localhost")
 class WeightGroup:
     """A joined group. `broadcast` is collective: every member calls it with a tensor of the same size and dtype."""
 
-    def __init__(self, group: dist.ProcessGroup, store: dist.Store, *, timeout: timedelta) -> None:
+    def __init__(self, group: dist.ProcessGroup, store: Store, *, timeout: timedelta) -> None:
         self._group: dist.ProcessGroup | None = group
-        self._store: dist.Store | None = store
+        self._store: Store | None = store
         self._timeout = timeout
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> None:
-        """Send the contiguous `tensor` from rank `src`, or receive into it. Raises RuntimeError where a member is gone."""
+        """Send the contiguous `tensor` from rank `src`, or receive into it.
+
+        Raises RuntimeError where a member is gone, or is silent for the group's timeout.
+        """
         if self._group is None:
             raise RuntimeError("this weight group is closed")
         assert tensor.is_contiguous()
@@ -59,7 +63,7 @@ def join_weight_group(
     """
     limit = timedelta(seconds=timeout)
     store = _store(master_address, master_port, world_size, is_master, limit)
-    prefixed = dist.PrefixStore(group_name, store)
+    prefixed = PrefixStore(group_name, store)
     if backend == "gloo":
         group = _gloo(prefixed, master_address, rank, world_size, limit)
     else:
@@ -67,19 +71,19 @@ def join_weight_group(
     return WeightGroup(group, store, timeout=limit)
 
 
-def _store(address: str, port: int, world_size: int, is_master: bool, timeout: timedelta) -> dist.TCPStore:
+def _store(address: str, port: int, world_size: int, is_master: bool, timeout: timedelta) -> TCPStore:
     if not is_master:
-        return dist.TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)
+        return TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)
     # TCPStore itself binds every interface, so it is handed a socket that is bound to this one.
     listener = socket.create_server((address, port), backlog=128)
-    return dist.TCPStore(
+    return TCPStore(
         address, port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
     )
 
 
-def _gloo(store: dist.Store, master_address: str, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
+def _gloo(store: Store, master_address: str, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
     """Gloo on the address that leads to the master, without torch's default group."""
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(master_address))]
     options._timeout = timeout
     return dist.ProcessGroupGloo(store, rank, world_size, options)  # pyright: ignore[reportReturnType]
@@ -95,14 +99,15 @@ def _own_address(master_address: str) -> str:
 
 
 def _as_torch_does(
-    store: dist.Store, rank: int, world_size: int, group_name: str, backend: str, timeout: timedelta
+    store: Store, rank: int, world_size: int, group_name: str, backend: str, timeout: timedelta
 ) -> dist.ProcessGroup:
     """The way SGLang makes its side, key by key, so that NCCL's rendezvous meets: for CUDA."""
-    from torch.distributed.distributed_c10d import Backend, _new_process_group_helper, _world
+    from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_group_helper, _world
 
     group, _ = _new_process_group_helper(
-        world_size, rank, [], Backend(backend), store, group_name=group_name, timeout=timeout
+        world_size, rank, [], Backend(backend), store, group_name=GroupName(group_name), timeout=timeout
     )
+    assert isinstance(group, dist.ProcessGroup)
     _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     return group
 

@@ -192,7 +192,7 @@ class Scheduler:
                     if self._may_step():
                         self.step()
                     self._deliver()
-        except BaseException as error:  # noqa: BLE001 - the server ends the process with it
+        except BaseException as error:  # the server ends the process with it
             logger.exception("the scheduler failed")
             self._on_failure(error)
 
@@ -245,7 +245,7 @@ class Scheduler:
         self._grow_rows(first + len(chosen))
         hidden = self._prefill(chosen)
         for request in chosen:
-            self._rows[request.row] = self._new_row(request)
+            self._fill_row(request)
         # Requests are placed in another order than they came in: unique prompts first.
         self._running.extend(sorted(chosen, key=lambda r: r.row))
         self._sample(hidden, first)
@@ -256,14 +256,13 @@ class Scheduler:
             rows[: len(self._rows)] = self._rows
             self._rows = rows
 
-    def _new_row(self, request: Request) -> np.void:
-        p, row = request.params, np.zeros((), dtype=ROW)
+    def _fill_row(self, request: Request) -> None:
+        p, row = request.params, self._rows[request.row]
         row["position"] = len(request.input_ids) + len(request.output_ids)
         row["limit"] = len(request.input_ids) + p.max_new_tokens
         row["special"] = bool(request.stop_token_ids or request.stop_check)
         row["temperature"], row["top_p"], row["top_k"], row["min_p"] = p.temperature, p.top_p, p.top_k, p.min_p
         row["seed"] = request.seed
-        return row[()]
 
     def _prefill(self, chosen: list[Request]) -> Tensor:
         """Fill a cache row for each; sets `request.row` -> last hidden states [len(chosen), hidden], by row."""

@@ -10,7 +10,6 @@ ends the process, and every open request is answered first. JSON only: nothing i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import random
@@ -18,31 +17,27 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-import orjson
 import torch
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
+from slime.engine.embedded.answers import error_answer, json_answer, read_body
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.scheduler import Request, Scheduler
 from slime.engine.embedded.settings import Settings, parse_settings
 from slime.engine.embedded.text import Text
+from slime.engine.embedded.weight_routes import WeightRoutes
 from slime.engine.embedded.weights import EngineWeights
 from slime.engine.protocol import (
     AbortRequest,
-    DestroyWeightsUpdateGroup,
     Endpoint,
     GenerateRequest,
-    InitWeightsUpdateGroup,
     PauseGeneration,
-    UpdateWeightsFromDisk,
-    UpdateWeightsFromDistributed,
-    WeightsChecker,
 )
-from slime.engine.weight_group import WeightGroup, bucket_bytes, join_weight_group, parse_dtype, split_bucket
 
 logger = logging.getLogger("slime.engine.embedded")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -51,22 +46,6 @@ MAX_BODY = 256 * 1024**2
 
 class EngineFailed(RuntimeError):
     """The scheduler has ended; the process follows."""
-
-
-def _json(data: Any, status: int = 200) -> web.Response:
-    return web.Response(body=orjson.dumps(data), status=status, content_type="application/json")
-
-
-def _error(message: str, status: int) -> web.Response:
-    return _json({"success": False, "message": message, "error": {"message": message}}, status)
-
-
-async def _body(request: web.Request) -> Any:
-    raw = await request.read()
-    try:
-        return orjson.loads(raw) if raw else {}
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"the body is no JSON: {error}") from error
 
 
 class Server:
@@ -87,11 +66,13 @@ class Server:
         )
         self._weights = EngineWeights(self._model, self._scheduler)
         self._weights.load(settings.model_path, version=settings.weight_version)
+        self._weight_routes = WeightRoutes(
+            self._scheduler, self._weights, self._call, dist_timeout=settings.dist_timeout
+        )
         self._random = random.Random(settings.seed)
         self._open: dict[int, asyncio.Future[Request]] = {}
         """By id() of the request: a rid may come again as soon as its client has gone."""
         self._rids: set[str] = set()
-        self._groups: dict[str, WeightGroup] = {}
         self._failure: BaseException | None = None
         self._ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -145,7 +126,7 @@ class Server:
     # ---- generation
 
     async def generate(self, http: web.Request) -> web.Response:
-        asked = GenerateRequest.from_json(await _body(http))
+        asked = GenerateRequest.from_json(await read_body(http))
         request = self._to_request(asked)
         if self._failure is not None:
             raise EngineFailed(f"the engine has failed: {self._failure!r}")
@@ -162,8 +143,8 @@ class Server:
             del self._open[id(request)]
             self._rids.discard(request.rid)
         if done.error is not None:
-            return _error(done.error, 500)
-        return _json(self._to_response(done, with_log_probs=asked.return_logprob))
+            return error_answer(done.error, 500)
+        return json_answer(self._to_response(done, with_log_probs=asked.return_logprob))
 
     def _to_request(self, asked: GenerateRequest) -> Request:
         params = asked.sampling_params
@@ -219,20 +200,20 @@ class Server:
         return {"text": text, "output_ids": done.output_ids, "meta_info": meta}
 
     async def abort(self, http: web.Request) -> web.Response:
-        asked = AbortRequest.from_json(await _body(http))
+        asked = AbortRequest.from_json(await read_body(http))
         if not asked.rid and not asked.abort_all:
             raise ValueError("an abort names a rid, or abort_all")
         count = await self._call(lambda: self._scheduler.abort(lambda r: asked.abort_all or r.rid == asked.rid))
-        return _json({"success": True, "message": f"{count} requests aborted"})
+        return json_answer({"success": True, "message": f"{count} requests aborted"})
 
     async def pause(self, http: web.Request) -> web.Response:
-        mode = PauseGeneration.from_json(await _body(http)).mode
+        mode = PauseGeneration.from_json(await read_body(http)).mode
         await self._call(lambda: self._scheduler.pause(mode))
-        return _json({"success": True, "message": f"Generation paused ({mode})."})
+        return json_answer({"success": True, "message": f"Generation paused ({mode})."})
 
     async def resume(self, http: web.Request) -> web.Response:
         await self._call(self._scheduler.resume)
-        return _json({"success": True, "message": "Generation continued."})
+        return json_answer({"success": True, "message": "Generation continued."})
 
     async def flush(self, http: web.Request) -> web.Response:
         def flush() -> int:
@@ -243,89 +224,24 @@ class Server:
 
         running = await self._call(flush)
         if running:
-            return _error(f"not flushed: {running} requests are running; pause with mode abort or retract first", 400)
-        return _json({"success": True, "message": "Cache flushed."})
-
-    # ---- weights
-
-    async def init_group(self, http: web.Request) -> web.Response:
-        asked = InitWeightsUpdateGroup.from_json(await _body(http))
-        if asked.group_name in self._groups:
-            raise ValueError(f"weight group {asked.group_name!r} exists already; destroy it first")
-        if asked.backend != "gloo":
-            raise ValueError(f"backend is {asked.backend!r}; this engine runs on a CPU: use gloo")
-        self._groups[asked.group_name] = await asyncio.to_thread(
-            join_weight_group,
-            asked.master_address,
-            asked.master_port,
-            asked.rank_offset,
-            asked.world_size,
-            asked.group_name,
-            asked.backend,
-            False,
-            timeout=self._settings.dist_timeout,
-        )
-        return _json({"success": True, "message": f"joined {asked.group_name!r} as rank {asked.rank_offset}"})
-
-    async def destroy_group(self, http: web.Request) -> web.Response:
-        name = DestroyWeightsUpdateGroup.from_json(await _body(http)).group_name
-        group = self._groups.pop(name, None)
-        if group is None:
-            raise ValueError(f"there is no weight group {name!r}")
-        group.close()
-        return _json({"success": True, "message": f"left {name!r}"})
-
-    async def update_from_group(self, http: web.Request) -> web.Response:
-        asked = UpdateWeightsFromDistributed.from_json(await _body(http))
-        group = self._groups.get(asked.group_name)
-        if group is None:
-            raise ValueError(
-                f"there is no weight group {asked.group_name!r}; POST {Endpoint.INIT_WEIGHTS_UPDATE_GROUP}"
+            return error_answer(
+                f"not flushed: {running} requests are running; pause with mode abort or retract first", 400
             )
-        # Received before anything is judged: the sender is sending, and every member has to take part.
-        tensors = await asyncio.to_thread(_receive, group, asked)
-
-        def write() -> str:
-            if asked.abort_all_requests:
-                self._scheduler.abort(lambda _: True)
-            return self._weights.write_bucket(
-                asked.names, tensors, version=asked.weight_version, flush=asked.flush_cache
-            )
-
-        return _json({"success": True, "message": await self._call(write)})
-
-    async def update_from_disk(self, http: web.Request) -> web.Response:
-        asked = UpdateWeightsFromDisk.from_json(await _body(http))
-
-        def load() -> None:
-            if asked.abort_all_requests:
-                self._scheduler.abort(lambda _: True)
-            self._weights.load(asked.model_path, version=asked.weight_version, flush=asked.flush_cache)
-
-        await self._call(load)
-        return _json({"success": True, "message": f"loaded {asked.model_path}", "num_paused_requests": 0})
-
-    async def check_weights(self, http: web.Request) -> web.Response:
-        action = WeightsChecker.from_json(await _body(http)).action
-        if action == "reset_tensors":
-            await self._call(self._weights.reset)
-            return _json({"success": True, "message": "all tensors hold garbage now"})
-        digest = await self._call(self._weights.checksum)
-        return _json({"success": True, "message": "checksum", "per_engine_checksum": digest})
+        return json_answer({"success": True, "message": "Cache flushed."})
 
     # ---- state
 
     async def health(self, http: web.Request) -> web.Response:
         silent = time.monotonic() - self._scheduler.beat
         if self._failure is not None:
-            return _error(f"the scheduler failed: {self._failure!r}", 503)
+            return error_answer(f"the scheduler failed: {self._failure!r}", 503)
         if silent > self._settings.watchdog_timeout:
-            return _error(f"the scheduler has been in one step for {silent:.0f} s", 503)
-        return _json({"success": True})
+            return error_answer(f"the scheduler has been in one step for {silent:.0f} s", 503)
+        return json_answer({"success": True})
 
     async def info(self, http: web.Request) -> web.Response:
         s = self._settings
-        return _json(
+        return json_answer(
             {
                 "model_path": str(s.model_path),
                 "tokenizer_path": str(s.model_path),
@@ -354,13 +270,9 @@ class Server:
             Endpoint.PAUSE_GENERATION: self.pause,
             Endpoint.CONTINUE_GENERATION: self.resume,
             Endpoint.FLUSH_CACHE: self.flush,
-            Endpoint.INIT_WEIGHTS_UPDATE_GROUP: self.init_group,
-            Endpoint.DESTROY_WEIGHTS_UPDATE_GROUP: self.destroy_group,
-            Endpoint.UPDATE_WEIGHTS_FROM_DISTRIBUTED: self.update_from_group,
-            Endpoint.UPDATE_WEIGHTS_FROM_DISK: self.update_from_disk,
-            Endpoint.WEIGHTS_CHECKER: self.check_weights,
         }.items():
             app.router.add_post(path, handler)
+        self._weight_routes.mount(app)
         app.router.add_get(Endpoint.FLUSH_CACHE, self.flush)
         app.router.add_get(Endpoint.HEALTH, self.health)
         for path in (Endpoint.SERVER_INFO, Endpoint.MODEL_INFO, Endpoint.GET_SERVER_INFO, Endpoint.GET_MODEL_INFO):
@@ -368,32 +280,20 @@ class Server:
         return app
 
     @web.middleware
-    async def _guard(self, http: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """The API key, and every error as an answer: 400 for the caller's, 500 for ours."""
         key = self._settings.api_key
-        if key is not None and http.path != Endpoint.HEALTH:
-            given = http.headers.get("Authorization", "")
+        if key is not None and request.path != Endpoint.HEALTH:
+            given = request.headers.get("Authorization", "")
             if not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-                return _error("wrong or missing API key; send it as `Authorization: Bearer KEY`", 401)
+                return error_answer("wrong or missing API key; send it as `Authorization: Bearer KEY`", 401)
         try:
-            return await handler(http)
+            return await handler(request)
         except ValueError as error:
-            return _error(str(error), 400)
+            return error_answer(str(error), 400)
         except (RuntimeError, OSError) as error:
-            logger.exception("%s failed", http.path)
-            return _error(f"{http.path}: {error}", 500)
-
-
-def _receive(group: WeightGroup, asked: UpdateWeightsFromDistributed) -> list[torch.Tensor]:
-    dtypes = [parse_dtype(name) for name in asked.dtypes]
-    if asked.load_format == "flattened_bucket":
-        flat = torch.empty(bucket_bytes(dtypes, asked.shapes), dtype=torch.uint8)
-        group.broadcast(flat)
-        return split_bucket(flat, dtypes, asked.shapes)
-    tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in zip(dtypes, asked.shapes, strict=True)]
-    for tensor in tensors:
-        group.broadcast(tensor)
-    return tensors
+            logger.exception("%s failed", request.path)
+            return error_answer(f"{request.path}: {error}", 500)
 
 
 async def serve(settings: Settings) -> int:
@@ -410,22 +310,30 @@ async def serve(settings: Settings) -> int:
     return code
 
 
+def _run(main: Coroutine[Any, Any, int]) -> int:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
+
+
+def _is_no_probe(record: logging.LogRecord) -> bool:
+    """The router first asks in HTTP/2, which aiohttp would report with a traceback."""
+    return not (record.exc_info and isinstance(record.exc_info[1], BadHttpMessage))
+
+
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # The router first probes for HTTP/2, which aiohttp reports with a traceback.
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    logging.getLogger("aiohttp.server").addFilter(_is_no_probe)
     sys.setswitchinterval(0.0005)  # the scheduler takes the GIL back after every operator
     try:
         settings, threads = parse_settings(sys.argv[1:])
+        torch.set_num_threads(threads)
+        return _run(serve(settings))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    torch.set_num_threads(threads)
-    with contextlib.suppress(ImportError):
-        import uvloop
-
-        return uvloop.run(serve(settings))
-    return asyncio.run(serve(settings))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def make_model(
             if p.dim() == 1:
                 p.copy_(torch.randn_like(p) * 0.2 + (0.0 if name.endswith("bias") else 1.0))
             else:
-                torch.nn.init.normal_(p, std=0.3 if "embed" in name else 2.0 * p.shape[1] ** -0.5 * 0.7)
+                torch.nn.init.normal_(p, std=0.3 if "embed" in name else p.shape[1] ** -0.5)
     model.to(dtype).save_pretrained(path)
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(VOCABULARY)}, unk_token=SPECIALS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,47 @@
+"""JSON bodies in, JSON answers out, and a thread for what blocks between.
+
+Path: `server` and `weight_routes` answer with these. Invariant: an error has one form, whoever raised it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import orjson
+from aiohttp import web
+
+T = TypeVar("T")
+
+
+def json_answer(data: Any, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(data), status=status, content_type="application/json")
+
+
+def error_answer(message: str, status: int) -> web.Response:
+    return json_answer({"success": False, "message": message, "error": {"message": message}}, status)
+
+
+async def read_body(request: web.Request) -> Any:
+    raw = await request.read()
+    try:
+        return orjson.loads(raw) if raw else {}
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"the body is no JSON: {error}") from error
+
+
+async def in_daemon_thread(function: Callable[[], T]) -> T:
+    """Run what may block for long. (A thread of asyncio's own pool would keep the process from ending.)"""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:  # noqa: BLE001 - handed to the caller
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(future)

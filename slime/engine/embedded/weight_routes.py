@@ -1,0 +1,132 @@
+"""The endpoints through which weights come and are checked.
+
+Path: `server` mounts these; tensors are received in a thread of their own and written through `EngineWeights` between
+two steps. Invariant: what a sender broadcasts is received whole before it is judged, so that an error here leaves
+neither the sender waiting nor half a bucket written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import torch
+from aiohttp import web
+
+from slime.engine.embedded.answers import in_daemon_thread, json_answer, read_body
+from slime.engine.embedded.scheduler import Scheduler
+from slime.engine.embedded.weights import EngineWeights
+from slime.engine.protocol import (
+    DestroyWeightsUpdateGroup,
+    Endpoint,
+    InitWeightsUpdateGroup,
+    UpdateWeightsFromDisk,
+    UpdateWeightsFromDistributed,
+    WeightsChecker,
+)
+from slime.engine.weight_group import WeightGroup, bucket_bytes, join_weight_group, parse_dtype, split_bucket
+
+
+class WeightRoutes:
+    """`call` runs a function in the scheduler's thread, between two steps."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        weights: EngineWeights,
+        call: Callable[[Callable[[], Any]], Awaitable[Any]],
+        *,
+        dist_timeout: float,
+    ) -> None:
+        self._scheduler = scheduler
+        self._weights = weights
+        self._call = call
+        self._dist_timeout = dist_timeout
+        self._groups: dict[str, WeightGroup] = {}
+
+    def mount(self, app: web.Application) -> None:
+        app.router.add_post(Endpoint.INIT_WEIGHTS_UPDATE_GROUP, self.init_group)
+        app.router.add_post(Endpoint.DESTROY_WEIGHTS_UPDATE_GROUP, self.destroy_group)
+        app.router.add_post(Endpoint.UPDATE_WEIGHTS_FROM_DISTRIBUTED, self.update_from_group)
+        app.router.add_post(Endpoint.UPDATE_WEIGHTS_FROM_DISK, self.update_from_disk)
+        app.router.add_post(Endpoint.WEIGHTS_CHECKER, self.check_weights)
+
+    async def init_group(self, http: web.Request) -> web.Response:
+        asked = InitWeightsUpdateGroup.from_json(await read_body(http))
+        if asked.group_name in self._groups:
+            raise ValueError(f"weight group {asked.group_name!r} exists already; destroy it first")
+        if asked.backend != "gloo":
+            raise ValueError(f"backend is {asked.backend!r}; this engine runs on a CPU: use gloo")
+
+        def join() -> WeightGroup:
+            return join_weight_group(
+                asked.master_address,
+                asked.master_port,
+                asked.rank_offset,
+                asked.world_size,
+                asked.group_name,
+                asked.backend,
+                False,
+                timeout=self._dist_timeout,
+            )
+
+        self._groups[asked.group_name] = await in_daemon_thread(join)
+        return json_answer({"success": True, "message": f"joined {asked.group_name!r} as rank {asked.rank_offset}"})
+
+    async def destroy_group(self, http: web.Request) -> web.Response:
+        name = DestroyWeightsUpdateGroup.from_json(await read_body(http)).group_name
+        group = self._groups.pop(name, None)
+        if group is None:
+            raise ValueError(f"there is no weight group {name!r}")
+        group.close()
+        return json_answer({"success": True, "message": f"left {name!r}"})
+
+    async def update_from_group(self, http: web.Request) -> web.Response:
+        asked = UpdateWeightsFromDistributed.from_json(await read_body(http))
+        group = self._groups.get(asked.group_name)
+        if group is None:
+            raise ValueError(
+                f"there is no weight group {asked.group_name!r}; POST {Endpoint.INIT_WEIGHTS_UPDATE_GROUP}"
+            )
+        # Received before anything is judged: the sender is sending, and every member has to take part.
+        tensors = await in_daemon_thread(lambda: _receive(group, asked))
+
+        def write() -> str:
+            if asked.abort_all_requests:
+                self._scheduler.abort(lambda _: True)
+            return self._weights.write_bucket(
+                asked.names, tensors, version=asked.weight_version, flush=asked.flush_cache
+            )
+
+        return json_answer({"success": True, "message": await self._call(write)})
+
+    async def update_from_disk(self, http: web.Request) -> web.Response:
+        asked = UpdateWeightsFromDisk.from_json(await read_body(http))
+
+        def load() -> None:
+            if asked.abort_all_requests:
+                self._scheduler.abort(lambda _: True)
+            self._weights.load(asked.model_path, version=asked.weight_version, flush=asked.flush_cache)
+
+        await self._call(load)
+        return json_answer({"success": True, "message": f"loaded {asked.model_path}", "num_paused_requests": 0})
+
+    async def check_weights(self, http: web.Request) -> web.Response:
+        action = WeightsChecker.from_json(await read_body(http)).action
+        if action == "reset_tensors":
+            await self._call(self._weights.reset)
+            return json_answer({"success": True, "message": "all tensors hold garbage now"})
+        digest = await self._call(self._weights.checksum)
+        return json_answer({"success": True, "message": "checksum", "per_engine_checksum": digest})
+
+
+def _receive(group: WeightGroup, asked: UpdateWeightsFromDistributed) -> list[torch.Tensor]:
+    dtypes = [parse_dtype(name) for name in asked.dtypes]
+    if asked.load_format == "flattened_bucket":
+        flat = torch.empty(bucket_bytes(dtypes, asked.shapes), dtype=torch.uint8)
+        group.broadcast(flat)
+        return split_bucket(flat, dtypes, asked.shapes)
+    tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in zip(dtypes, asked.shapes, strict=True)]
+    for tensor in tensors:
+        group.broadcast(tensor)
+    return tensors

@@ -1,0 +1,58 @@
+"""Tiny models on disk, and engines that serve them: each made once for all tests here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from slime.engine.launch import ManagedProcess, find_free_port
+
+ROOT = Path(__file__).parents[2]
+StartEngine = Callable[..., ManagedProcess]
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """glm4 and qwen3 of different seeds; 'glm4-b' is glm4 with other weights; 'glm4-eos' ends by itself."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "glm4": tiny_models.make_model(root / "glm4", "glm4", seed=1),
+        "glm4-b": tiny_models.make_model(root / "glm4-b", "glm4", seed=2),
+        "glm4-eos": tiny_models.make_model(root / "glm4-eos", "glm4", seed=1, eos=[7, 9]),
+        "qwen3": tiny_models.make_model(root / "qwen3", "qwen3", seed=3),
+    }
+
+
+@pytest.fixture(scope="session")
+def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngine]:
+    """start_engine(model_dir, *flags) -> a ready engine; all are ended after the session."""
+    logs = tmp_path_factory.mktemp("logs")
+    started: list[ManagedProcess] = []
+
+    def start(model: Path, *flags: str) -> ManagedProcess:
+        port = find_free_port()
+        process = ManagedProcess(
+            f"engine {port}",
+            [sys.executable, "-m", "slime.engine.embedded.server"]
+            + ["--model-path", str(model), "--port", str(port), *flags],
+            url=f"http://127.0.0.1:{port}",
+            log_path=logs / f"{port}.log",
+            environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        )
+        started.append(process)
+        process.wait_ready(60)
+        return process
+
+    yield start
+    for process in started:
+        process.stop()
+
+
+@pytest.fixture(scope="session")
+def glm4_engine(model_dirs: dict[str, Path], start_engine: StartEngine) -> ManagedProcess:
+    return start_engine(model_dirs["glm4"])
