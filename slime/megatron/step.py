@@ -31,6 +31,9 @@ from slime.megatron.parallel import Topology
 WEIGHTS_TOLERANCE = 1e-5
 """Loss weights are float32: their sum misses 1 by less than this."""
 
+METRIC_NAMES = {"kl": "kl_loss"}
+"""Of losses' metrics, those logged by another name. Their `logprob_gap` is left out: `_gap_shares` has it unweighed."""
+
 
 @dataclass(frozen=True)
 class Stepper:
@@ -174,6 +177,7 @@ class Stepper:
             entropy_R=entropy_R,
         )
         loss_R, metrics = loss(inputs, options)
+        metrics = {METRIC_NAMES.get(name, name): values_R for name, values_R in metrics.items() if name != "logprob_gap"}
         weights_R = columns["loss_weights"]
         total = _weighed_sum(loss_R, weights_R)
         shares = {name: _weighed_sum(values_R.detach(), weights_R) for name, values_R in metrics.items()}

@@ -1,0 +1,61 @@
+"""What the tests run in the processes of the pool: a Trainer on batches, and its gradients and weights gathered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from slime.config.args import Args
+from slime.core.batch import TrainBatch
+from slime.megatron.build import named_parameters
+from slime.megatron.trainer import Trainer
+from slime.models.families import weight_table
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass
+class Outcome:
+    metrics: list[dict[str, float]]
+    gradients: Arrays
+    """Of the last step, by HF name; before clipping only where --clip-grad is 0."""
+    weights: Arrays
+    log_probs: np.ndarray
+    """Of the last batch, after training."""
+
+
+def train(rank: int, world_size: int, init_method: str, args: Args, batches: list[TrainBatch]) -> Outcome:
+    """Load, train on each batch as a rollout of its own."""
+    trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+    try:
+        trainer.load()
+        metrics = [trainer.train(number, batch) for number, batch in enumerate(batches)]
+        return Outcome(metrics, gradients(trainer), weights(trainer), trainer.log_probs(batches[-1]))
+    finally:
+        trainer.close()
+
+
+def gradients(trainer: Trainer) -> Arrays:
+    """Whole gradients by HF name: the weight table's rules are linear, so they hold for gradients too."""
+    table = weight_table(trainer._shape)
+    found: Arrays = {}
+    for name, parameter in named_parameters(trainer.model):
+        full: Any = parameter.main_grad.clone()
+        if table.rule(name).tp_axis is not None and trainer.topology.tp_size > 1:
+            shards: list[Any] = [None] * trainer.topology.tp_size
+            dist.all_gather_object(shards, full, group=trainer.topology.tp_group)
+            full = table.join(name, shards)
+        found |= {hf_name: tensor.numpy() for hf_name, tensor in table.to_hf(name, full)}
+    return found
+
+
+def weights(trainer: Trainer) -> Arrays:
+    return {name: tensor.float().numpy() for name, tensor in trainer.iter_hf_tensors()}
+
+
+def difference(found: Arrays, expected: Arrays) -> float:
+    """The largest difference of any entry, relative to the largest entry of its tensor."""
+    assert found.keys() == expected.keys()
+    return max(float(np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max()) for name in found)
