@@ -58,7 +58,7 @@ OPTIMIZER_ARGS=(
 )
 
 cd "${SCRIPT_DIR}/.."
-python3 train.py \
+exec python3 train.py \
    --actor-num-nodes 1 \
    --actor-num-gpus-per-node 2 \
    "${MODEL_ARGS[@]}" \

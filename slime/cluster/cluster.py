@@ -17,7 +17,7 @@ from typing import Any
 
 from slime.cluster.processes import Processes
 from slime.config.args import Args
-from slime.config.parse import dump_args
+from slime.config.dump import dump_args
 from slime.observability.console import RunConsole
 from slime.observability.metrics_log import MetricsLog
 from slime.observability.phases import StepClock

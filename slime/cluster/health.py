@@ -10,7 +10,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import ray
+from ray.exceptions import RayActorError
 
 from slime.engine.launch import ManagedProcess
 
@@ -35,7 +35,7 @@ class EngineWatch:
             for index, (engine, url) in enumerate(zip(self._engines, self._urls, strict=True)):
                 try:
                     alive = await engine.alive.remote()
-                except ray.exceptions.RayActorError:
+                except RayActorError:
                     alive = False
                 if not alive:
                     log = self._log_dir / f"engine-{index}.log"

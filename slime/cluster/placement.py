@@ -21,6 +21,8 @@ from slime.config.args import Args
 CPU_SHARE = 0.01
 RESERVE_TIMEOUT_S = 60.0
 LOCAL_OBJECT_STORE_BYTES = 1024**3
+# Where a signal to the whole process group takes Ray's own processes first, nobody should wait a minute for them.
+LOCAL_SYSTEM_CONFIG = {"gcs_rpc_server_reconnect_timeout_s": 5}
 
 
 def start_ray() -> bool:
@@ -37,6 +39,7 @@ def start_ray() -> bool:
         logging_level=logging.ERROR,
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
         _node_ip_address="127.0.0.1",
+        _system_config=LOCAL_SYSTEM_CONFIG,
     )
     return True
 

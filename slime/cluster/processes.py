@@ -7,13 +7,13 @@ alive, however far it came and however the run ended; nothing else is touched.
 from __future__ import annotations
 
 import logging
-import secrets
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from slime.cluster.placement import Placement, reserve, start_ray
 from slime.cluster.rollout_manager import RolloutManager
@@ -41,10 +41,9 @@ class Processes:
         args, log_dir = self._args, str(self._log_dir)
         start_ray()
         self._placement = place = reserve(args)
-        self._api_key = secrets.token_urlsafe(24)
         self.manager = RolloutManager.options(**place.manager()).remote(args, log_dir)
         self.engines = [
-            EngineWorker.options(**place.engine(index)).remote(args, index, log_dir, self._api_key)
+            EngineWorker.options(**place.engine(index)).remote(args, index, log_dir)
             for index in range(place.num_engines)
         ]
         rendezvous = f"file://{self._tmp.name}/rendezvous"
@@ -57,15 +56,15 @@ class Processes:
         """Wait for the engines, put them behind the router, and join trainers and engines in one weight group."""
         if not self.engines:
             return
-        router_url = self.get("starting the router", [self.manager.start_router.remote(self._api_key)])[0]
+        router_url = self.get("starting the router", [self.manager.start_router.remote()])[0]
         urls = self.get("starting the engines", [engine.wait_ready.remote() for engine in self.engines])
         self.get(
             "registering the engines",
-            [self.manager.connect_engines.remote(router_url, urls, self.engines, self._api_key)],
+            [self.manager.connect_engines.remote(router_url, urls, self.engines)],
         )
         self.get(
             "joining the weight group",
-            [trainer.connect_engines.remote(router_url, len(urls), self._api_key) for trainer in self.trainers],
+            [trainer.connect_engines.remote(router_url, len(urls)) for trainer in self.trainers],
         )
 
     def get(self, phase: str, refs: Sequence[Any]) -> list[Any]:
@@ -79,10 +78,10 @@ class Processes:
             ready, waiting = ray.wait(waiting, num_returns=1)
             try:
                 ray.get(ready)
-            except ray.exceptions.RayTaskError as error:
+            except RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, BaseException) else error
                 raise RuntimeError(f"{phase} failed: {type(cause).__name__}: {cause}") from error
-            except ray.exceptions.RayActorError as error:
+            except RayActorError as error:
                 raise RuntimeError(f"{phase} failed: a process died; logs are in {self._log_dir}: {error}") from error
         return ray.get(list(refs))
 
@@ -107,7 +106,7 @@ class Processes:
         for ref in done:
             try:
                 ray.get(ref)
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 logger.warning("stopping: %s", error)
         if late:
             logger.warning("stopping: %d processes did not answer within %.0f s", len(late), STOP_TIMEOUT_S)

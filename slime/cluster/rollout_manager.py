@@ -61,38 +61,34 @@ class RolloutManager:
         """Prompts of one epoch."""
         return self._data_source.num_prompts
 
-    async def start_router(self, api_key: str | None) -> str:
+    async def start_router(self) -> str:
         """Start the router (or take the one that was given); returns its URL."""
         args = self._args
         if args.sglang_router_ip is not None:
             return f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
         port = find_free_port()
-        self._router = launch_router(
-            args, host="127.0.0.1", port=port, log_path=self._log_dir / "router.log", api_key=api_key
-        )
+        self._router = launch_router(args, host="127.0.0.1", port=port, log_path=self._log_dir / "router.log")
         await asyncio.to_thread(self._router.wait_ready, args.engine_start_timeout)
         return f"http://127.0.0.1:{port}"
 
-    async def connect_engines(
-        self, router_url: str, engine_urls: list[str], engines: list[Any], api_key: str | None
-    ) -> None:
+    async def connect_engines(self, router_url: str, engine_urls: list[str], engines: list[Any]) -> None:
         """Register the engines with the router and make the client."""
+        args = self._args
+        api_key, limit = args.sglang.get("api_key"), args.engine_start_timeout
         for url in engine_urls:
-            await register_worker(router_url, url, api_key=api_key, timeout=self._args.engine_start_timeout)
-        self._context.client = EngineClient(
-            router_url, api_key=api_key, request_timeout=self._args.engine_request_timeout
-        )
+            await asyncio.to_thread(register_worker, router_url, url, api_key=api_key, timeout=limit)
+        self._context.client = EngineClient(router_url, api_key=api_key, request_timeout=args.engine_request_timeout)
         self._watch = EngineWatch(engines, engine_urls, self._log_dir, self._router)
 
     def set_policy_version(self, version: int) -> None:
         self._context.policy_version = version
 
-    async def generate(self, rollout_id: int) -> tuple[TrainBatch | None, dict[str, float]]:
-        """One rollout: its training batch (None where no row is left to train on) and its metrics."""
+    async def generate(self, rollout_id: int) -> tuple[TrainBatch, dict[str, float]]:
+        """One rollout: its training batch and its metrics."""
         start = time.perf_counter()
         args = self._args
         if args.load_debug_rollout_data is not None:
-            groups, metrics = read_dump(Path(args.load_debug_rollout_data.format(rollout_id=rollout_id))), {}
+            groups = read_dump(Path(args.load_debug_rollout_data.format(rollout_id=rollout_id)))
             metrics = _replay_metrics(groups)
         else:
             result = await self._guarded(self._call_rollout_function(rollout_id))
@@ -131,13 +127,13 @@ class RolloutManager:
             return await work
         task = asyncio.ensure_future(work)
         watch = asyncio.ensure_future(self._watch.first_death())
-        done, pending = await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        for other in pending:
-            other.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        if watch in done:
-            raise RuntimeError(watch.result())
-        return task.result()
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not watch.done():
+            watch.cancel()
+            return task.result()
+        task.cancel()
+        await asyncio.wait({task})
+        raise RuntimeError(watch.result())
 
     def _write_samples(self, rollout_id: int, samples: list[Sample]) -> None:
         """A few whole samples, readable, into rollout_samples.txt beside the logs."""
@@ -147,7 +143,7 @@ class RolloutManager:
         step = max(1, len(samples) // count)
         with (self._log_dir / "rollout_samples.txt").open("a") as file:
             for sample in samples[::step][:count]:
-                prompt = self._context.tokenizer.decode(sample.prompt_tokens)
+                prompt = self._context.decode(sample.prompt_tokens, skip_special_tokens=False)
                 file.write(
                     f"=== rollout {rollout_id} sample {sample.index} reward {sample.reward} {sample.status} "
                     f"label {sample.label}\n{prompt}⟫{sample.response}\n"

@@ -19,7 +19,7 @@ from slime.core.batch import TrainBatch
 from slime.observability.logs import log_to_file
 
 if TYPE_CHECKING:
-    from slime.megatron.checkpoint import LoadResult
+    from slime.megatron.result import LoadResult
     from slime.sync.broadcast import BroadcastTransport
 
 
@@ -52,21 +52,25 @@ class TrainWorker:
             self._trainer.save_hf(Path(self._args.save_hf.format(rollout_id=rollout_id)))
         return str(path)
 
-    def connect_engines(self, router_url: str, num_engine_ranks: int, api_key: str | None) -> None:
+    def connect_engines(self, router_url: str, num_engine_ranks: int) -> None:
         """Rank 0 joins the engines' weight group; the others only take part in gathering."""
         if self._rank != 0:
             return
         from slime.engine.client import EngineClient
         from slime.engine.launch import find_free_port
+        from slime.megatron import device
         from slime.sync.broadcast import BroadcastTransport
 
-        client = EngineClient(router_url, api_key=api_key, request_timeout=self._args.engine_request_timeout)
+        args = self._args
+        client = EngineClient(
+            router_url, api_key=args.sglang.get("api_key"), request_timeout=args.engine_request_timeout
+        )
         self._transport = BroadcastTransport(
             client,
             num_engine_ranks=num_engine_ranks,
             address="127.0.0.1",
             port=find_free_port(),
-            backend="gloo",
+            backend=device.backend_name(),
         )
 
     def send_weights(self, version: int) -> dict[str, float]:
@@ -107,7 +111,7 @@ class TrainWorker:
 class EngineWorker:
     """Owns one engine process."""
 
-    def __init__(self, args: Args, index: int, log_dir: str, api_key: str | None) -> None:
+    def __init__(self, args: Args, index: int, log_dir: str) -> None:
         from slime.engine.launch import find_free_port, launch_engine
 
         self._timeout = args.engine_start_timeout
@@ -119,7 +123,6 @@ class EngineWorker:
             host="127.0.0.1",
             port=port,
             log_path=Path(log_dir) / f"engine-{index}.log",
-            api_key=api_key,
         )
 
     def wait_ready(self) -> str:

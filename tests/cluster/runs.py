@@ -1,0 +1,114 @@
+"""Real runs of train.py on a tiny model: Ray, router, engines and trainers as separate processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from slime.observability.metrics_log import read_metrics
+
+ROOT = Path(__file__).parents[2]
+RUN_TIMEOUT_S = 150
+
+
+@dataclass(frozen=True)
+class Task:
+    """A tiny GLM-4 with random weights, another one, and arithmetic problems."""
+
+    model: Path
+    other_model: Path
+    train: Path
+    eval: Path
+
+
+def make_task(directory: Path) -> Task:
+    for name, seed in (("task", "0"), ("other", "1")):
+        script = ROOT / "examples/arithmetic/make_task.py"
+        subprocess.run([sys.executable, script, "--out", directory / name, "--seed", seed], check=True, cwd=ROOT)
+    task = directory / "task"
+    return Task(task / "model", directory / "other" / "model", task / "train.jsonl", task / "eval.jsonl")
+
+
+def flags(task: Task, save: Path, *extra: str) -> list[str]:
+    """A short GRPO run: 2 trainers, 2 engines, 4 prompts x 4 samples, rewards that always differ."""
+    return [
+        *("--hf-checkpoint", str(task.model), "--ref-load", str(task.model)),
+        *("--load", str(save), "--save", str(save), "--save-interval", "2"),
+        *("--prompt-data", str(task.train), "--input-key", "prompt", "--label-key", "label"),
+        *("--apply-chat-template", "--rollout-shuffle", "--rm-type", "random", "--num-rollout", "4"),
+        *("--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--rollout-max-response-len", "24"),
+        *("--rollout-temperature", "0.8", "--actor-num-gpus-per-node", "2", "--rollout-num-gpus", "2"),
+        *("--use-dynamic-batch-size", "--max-tokens-per-gpu", "512", "--lr", "1e-3"),
+        *extra,
+    ]
+
+
+def environment() -> dict[str, str]:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return {**env, "PYTHONPATH": str(ROOT)}
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *arguments],
+            cwd=ROOT,
+            env=environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def train(arguments: list[str], log: Path) -> str:
+    """Run train.py to its end; its output. Fails the test where it fails."""
+    code = start(arguments, log).wait(timeout=RUN_TIMEOUT_S)
+    output = log.read_text()
+    assert code == 0, f"train.py ended with {code}:\n{output[-6000:]}"
+    return output
+
+
+def events(save: Path, key: str) -> dict[int, float]:
+    """The metric `key` by step."""
+    return {int(event["step"]): event[key] for event in read_metrics(save / "metrics.jsonl") if key in event}
+
+
+def copy_checkpoint(source: Path, target: Path, rollout_id: int) -> None:
+    """`target` as it would be had the run in `source` been killed right after this checkpoint, or a little later."""
+    target.mkdir()
+    name = f"iter_{rollout_id:07d}"
+    shutil.copytree(source / name, target / name)
+    (target / "latest_checkpointed_iteration.txt").write_text(str(rollout_id))
+    shutil.copy(source / "metrics.jsonl", target / "metrics.jsonl")
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout: float = 90.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout:.0f} s"
+        time.sleep(0.1)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """The process and all its descendants."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def marked(marker: str) -> list[psutil.Process]:
+    """Processes in whose environment `marker` stands: a run's own, wherever they have been adopted."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        try:
+            if marker in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

@@ -1,0 +1,112 @@
+"""Processes: what a run starts ends with it, however it ends; what is wrong is said before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.runs import ROOT, Task, environment, events, family, flags, marked, start, wait_for
+
+
+def running(task: Task, tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+    """A run that has trained one step and goes on, and all its processes."""
+    save = tmp_path / "run"
+    process = start(flags(task, save, "--num-rollout", "100000"), tmp_path / "log.txt")
+    metrics = save / "metrics.jsonl"
+    wait_for(lambda: process.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0), "the first step")
+    assert process.poll() is None, (tmp_path / "log.txt").read_text()[-4000:]
+    everyone = family(process.pid)
+    names = " ".join(" ".join(p.cmdline()) for p in everyone)
+    assert "sglang_router" in names
+    assert "slime.engine.embedded.server" in names
+    return process, everyone
+
+
+def assert_all_gone(everyone: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(everyone, timeout=30)
+    alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert alive == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_job_leaves_no_process(task: Task, tmp_path: Path, number: signal.Signals) -> None:
+    process, everyone = running(task, tmp_path)
+    os.kill(process.pid, number)
+    assert process.wait(timeout=60) != 0
+    assert_all_gone(everyone)
+
+
+def test_a_dead_engine_ends_the_run_with_its_name(task: Task, tmp_path: Path) -> None:
+    process, everyone = running(task, tmp_path)
+    serving = [p for p in everyone if "slime.engine.embedded.server" in p.cmdline()]
+    engine = next(p for p in serving if not any("guard" in word for word in p.cmdline()))
+    engine.kill()
+    assert process.wait(timeout=90) != 0
+    output = (tmp_path / "log.txt").read_text()
+    assert "engine" in output
+    assert_all_gone(everyone)
+
+
+def test_ray_job_submit_runs_two_rollouts(task: Task, tmp_path: Path) -> None:
+    marker = f"SLIME_TEST_RUN_{os.getpid()}_{time.monotonic_ns()}"
+    env = {**environment(), marker: "1", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(tmp_path)}
+    ray = Path(sys.executable).parent / "ray"
+    port = "8266"
+    head = [str(ray), "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", "0"]
+    head += ["--dashboard-host", "127.0.0.1", "--dashboard-port", port, "--temp-dir", f"/tmp/ray_{os.getpid()}"]
+    save = tmp_path / "run"
+    with (tmp_path / "head.txt").open("wb") as log:
+        cluster = subprocess.Popen(head, env=env, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        arguments = flags(task, save, "--num-rollout", "2")
+        job = [sys.executable, f"{ROOT}/train.py", *arguments]
+        command = [str(ray), "job", "submit", "--address", address, "--", *job]
+        wait_for(lambda: "Ray runtime started" in (tmp_path / "head.txt").read_text(), "ray start")
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        assert sorted(events(save, "rollout/reward")) == [1, 2]
+        left = [p for p in marked(marker) if "slime" in " ".join(p.cmdline())]
+        assert left == [], "the job's own processes have ended, Ray's run on"
+        assert cluster.poll() is None
+    finally:
+        cluster.send_signal(signal.SIGTERM)
+        cluster.wait(timeout=30)
+        for process in marked(marker):
+            process.kill()
+
+
+def bad_line(tmp_path: Path) -> str:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"prompt": [{"role": "user", "content": "1+1"}], "label": "2"}) + "\n{not json\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--rolout-batch-size", "4"], "--rollout-batch-size"),
+        (["--rollout-temperature", "warm"], "--rollout-temperature"),
+        (["--num-steps-per-rollout", "2", "--global-batch-size", "4"], "--global-batch-size"),
+        (["--hf-checkpoint", "/nowhere"], "/nowhere"),
+        (["--prompt-data", "BAD_LINE"], "bad.jsonl:2"),
+    ],
+)
+def test_bad_input_is_one_error_before_any_process(task: Task, tmp_path: Path, extra: list[str], expected: str) -> None:
+    extra = [bad_line(tmp_path) if value == "BAD_LINE" else value for value in extra]
+    arguments = flags(task, tmp_path / "run", *extra)
+    result = subprocess.run(
+        [sys.executable, ROOT / "train.py", *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists(), "nothing was started, so nothing was written"
