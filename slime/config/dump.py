@@ -16,24 +16,19 @@ from slime.config.flag_table import Source, all_flags
 
 ONE_CALL = {"config", "dry_run"}
 """About one call of the program, not about the run."""
+SECRETS = ("api_key", "password")
+"""Ends of names whose values are not written to disk."""
 
 
 def _plain(value: Any) -> Any:
     return list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
 
 
-def _following(args: Args) -> set[str]:
-    """Fields that say nothing beside the others, and that a rule would complain about if they were repeated."""
-    names = {"rollout_num_gpus"} if args.colocate else set[str]()
-    return names | ({"over_sampling_batch_size"} if args.over_sampling_batch_size == args.rollout_batch_size else set())
-
-
 def dump_args(args: Args) -> str:
     """All values as YAML, by section."""
     parts: list[str] = []
-    left_out = ONE_CALL | _following(args)
     for section in SECTIONS:
-        names = [item.name for item in fields(section) if item.name not in left_out]
+        names = [item.name for item in fields(section) if item.name not in ONE_CALL]
         values = {name: _plain(vars(args)[name]) for name in names}
         parts.append(f"# {section.__name__}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}")
     passed: list[tuple[Source, Mapping[str, Any]]] = [
@@ -44,6 +39,6 @@ def dump_args(args: Args) -> str:
     for source, mapping in passed:
         keys = {spec.name: spec.flag[2:].replace("-", "_") for spec in all_flags() if spec.source == source}
         if mapping:
-            values = {keys[name]: _plain(value) for name, value in mapping.items()}
+            values = {keys[name]: _plain(value) for name, value in mapping.items() if not name.endswith(SECRETS)}
             parts.append(f"# passed on to {source}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}")
     return "\n".join(parts)

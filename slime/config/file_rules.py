@@ -62,7 +62,7 @@ def eval_files(case: Case) -> Iterable[Problem]:
         return
     for dataset in datasets:
         yield from _data_file(case, field, dataset.path, dataset.input_key, dataset.label_key)
-        if args.eval_interval is not None and dataset.rm_type is None and args.custom_rm_path is None:
+        if dataset.rm_type is None and args.custom_rm_path is None:
             yield case.warning(field, f"{dataset.name} has no reward of its own", _METADATA_REMEDY)
         if needs_label(dataset.rm_type) and dataset.label_key is None and args.custom_rm_path is None:
             rule = f"{dataset.name}: {dataset.rm_type} compares the answer with a label, and no key of it is given"

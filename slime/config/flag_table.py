@@ -129,20 +129,3 @@ def spellings() -> Mapping[str, tuple[FlagSpec, bool]]:
             for spelling in group:
                 table.setdefault(spelling, (spec, switches_on))
     return MappingProxyType(table)
-
-
-def command_line(source: Source, values: Mapping[str, Any]) -> list[str]:
-    """Arguments for the program itself, from what `Args` holds of it: `{"dp_size": 2}` -> `["--dp-size", "2"]`."""
-    specs = {spec.name: spec for spec in all_flags() if spec.source == source}
-    prefix = f"--{source}-"
-    arguments: list[str] = []
-    for name, value in values.items():
-        spec = specs[name]
-        if spec.kind == "bool":
-            spelling = spec.flag if value else next(iter(spec.off), None)
-            if spelling is not None:
-                arguments.append("--" + spelling.removeprefix(prefix))
-            continue
-        texts = [str(item) for item in cast(list[Any], value)] if isinstance(value, list | tuple) else [str(value)]
-        arguments += ["--" + spec.flag.removeprefix(prefix), *texts]
-    return arguments

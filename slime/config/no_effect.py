@@ -6,10 +6,11 @@ Path: one of the rules. Invariant: only what was given is warned about.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from slime.config.args import Args
 from slime.config.case import Case
+from slime.config.options import EvalOptions
 from slime.config.problem import Problem
 
 
@@ -25,6 +26,20 @@ class NoEffect:
 
 _CLIP = ("eps_clip", "eps_clip_high", "eps_clip_c")
 _POLICY = (*_CLIP, "use_kl_loss", "kl_loss_coef", "entropy_coef", "kl_coef", "normalize_advantages", "use_tis")
+_EVAL = tuple(f.name for f in fields(EvalOptions) if f.name not in ("eval_interval", "eval_prompt_data", "eval_config"))
+
+EMBEDDED_SETTINGS = frozenset(
+    [
+        "context_length",
+        "max_running_requests",
+        "max_total_tokens",
+        "dtype",
+        "api_key",
+        "served_model_name",
+        "watchdog_timeout",
+    ]
+)
+"""SGLang's settings that the embedded engine has, too."""
 
 TABLE: tuple[NoEffect, ...] = (
     NoEffect(
@@ -88,12 +103,16 @@ TABLE: tuple[NoEffect, ...] = (
         "--debug-train-only starts no engine",
     ),
     NoEffect(
-        ("eval_prompt_data", "eval_config"),
-        lambda a: a.eval_interval is None and a.num_rollout != 0,
-        "nothing is evaluated without --eval-interval",
-        "add --eval-interval",
+        ("eval_prompt_data", "eval_config", "eval_interval"),
+        lambda a: a.debug_train_only,
+        "--debug-train-only starts no engine, and evaluation needs one",
     ),
-    NoEffect(("skip_eval_before_train",), lambda a: a.eval_interval is None, "nothing is evaluated"),
+    NoEffect(
+        _EVAL,
+        lambda a: not a.eval_prompt_data and a.eval_config is None,
+        "nothing is evaluated",
+        "add --eval-prompt-data",
+    ),
     NoEffect(("keep_last_checkpoints", "save_hf"), lambda a: a.save is None, "nothing is saved", "add --save"),
     NoEffect(
         ("recompute_method", "recompute_num_layers"),
@@ -139,8 +158,9 @@ def no_effect(case: Case) -> Iterable[Problem]:
             for field in row.fields:
                 if field in case.given:
                     yield case.warning(field, f"no effect: {row.why}", row.remedy)
-    if case.args.rollout_engine == "embedded" and case.args.sglang:
-        names = " ".join("--sglang-" + name.replace("_", "-") for name in case.args.sglang)
+    sglang_only = [name for name in case.args.sglang if name not in EMBEDDED_SETTINGS]
+    if case.args.rollout_engine == "embedded" and sglang_only:
+        names = " ".join("--sglang-" + name.replace("_", "-") for name in sglang_only)
         yield Problem(
             severity="warning",
             where=names,

@@ -12,7 +12,7 @@ from slime.config.case import Case
 from slime.config.problem import Problem
 
 REWARD_TYPES = ("deepscaler", "dapo", "math", "f1", "gpqa", "remote_rm", "random")
-BUILT_REWARD_TYPES = ("deepscaler",)
+BUILT_REWARD_TYPES = ("deepscaler", "random")
 
 
 def more_than_one(value: Any) -> bool:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +44,8 @@ SET_BY_SLIME: Mapping[tuple[Source, str], str] = {
     ("sglang", "enable_memory_saver"): "use --colocate and --offload",
     ("sglang", "weight_version"): "it is the policy version; leave it out",
     ("router", "worker_urls"): "use --rollout-external-engines",
+    ("router", "prometheus_host"): "it is the router's own address; leave it out",
+    ("router", "prometheus_port"): "it takes a free port; leave it out",
 }
 
 MEGATRON_LOOP: Mapping[str, str] = {
@@ -56,11 +57,6 @@ MEGATRON_LOOP: Mapping[str, str] = {
     "--eval-iters": "say --eval-interval and --eval-prompt-data",
 }
 """Flags of Megatron's own training loop, and what says it here."""
-
-
-@cache
-def _defaults() -> Mapping[str, Any]:
-    return vars(Args())
 
 
 @dataclass
@@ -87,14 +83,6 @@ class Given:
             self.complain(where, "slime sets it itself", reason, value=show(value))
             return
         self.values[spec.source, spec.name] = value
-
-    def said(self) -> set[str]:
-        """slime's flags that were given. A file that repeats a default (as args.yaml does) says nothing by it."""
-        return {
-            name
-            for (source, name), value in self.values.items()
-            if source == "slime" and (name in self.typed or value != _defaults()[name])
-        }
 
     def of(self, source: Source) -> dict[str, Any]:
         return {name: value for (owner, name), value in self.values.items() if owner == source}
@@ -195,6 +183,16 @@ def read(argv: Sequence[str]) -> Given:
     return given
 
 
+def _said(given: Given, raw: Args) -> frozenset[str]:
+    """slime's flags that were given. A file that repeats what holds anyway (as args.yaml does) says nothing by it."""
+    defaults = vars(Args())
+    said = set(given.typed)
+    for name, value in given.of("slime").items():
+        if vars(resolve(replace(raw, **{name: defaults[name]})))[name] != value:
+            said.add(name)
+    return frozenset(said)
+
+
 def load_args(argv: Sequence[str], *, training: bool = True) -> tuple[Args, list[Problem]]:
     """The resolved Args and the warnings. `--help` prints every flag and exits.
 
@@ -215,7 +213,7 @@ def load_args(argv: Sequence[str], *, training: bool = True) -> tuple[Args, list
         router=FrozenMapping(given.of("router")),
     )
     args, problems = resolve_architecture(resolve(raw))
-    case = Case(args=args, given=frozenset(given.said()))
+    case = Case(args=args, given=_said(given, raw))
     problems += check(case, TRAINING_RULES if training else CONVERSION_RULES)
     problems = given.problems + [problem for problem in problems if not problem.fields & given.broken]
     errors = [problem for problem in problems if problem.severity == "error"]

@@ -106,12 +106,13 @@ def _files(args: Args) -> Iterable[Row]:
     often = f"every {args.save_interval} rollouts and " if args.save_interval else ""
     yield "save", f"{args.save}, {often}after the last" if args.save else "(not given)"
     data = " ".join(args.eval_prompt_data) or args.eval_config
-    if args.eval_interval is not None and data:
+    if data and args.num_engines:
+        often = f"every {args.eval_interval} rollouts, " if args.eval_interval else ""
+        yield "evaluation", f"{often}before the first and after the last, on {data}"
         yield (
-            "evaluation",
-            f"every {args.eval_interval} rollouts on {data}: {args.n_samples_per_eval_prompt} samples a prompt, "
-            f"up to {args.eval_max_response_len} tokens each, temperature {args.eval_temperature:g}, "
-            f"top-p {args.eval_top_p:g}",
+            "",
+            f"{args.n_samples_per_eval_prompt} samples a prompt, up to {args.eval_max_response_len} tokens each, "
+            f"temperature {args.eval_temperature:g}, top-p {args.eval_top_p:g}",
         )
 
 

@@ -43,9 +43,9 @@ def engines(case: Case) -> Iterable[Problem]:
         yield case.error("rollout_num_gpus", rule, "make it one", beside=["rollout_num_gpus_per_engine", "colocate"])
     elif args.rollout_num_gpus == 0 and case.generates:
         yield case.error("rollout_num_gpus", "no engine, but rollouts are generated", "give it at least one")
-    elif args.rollout_num_gpus == 0 and args.eval_interval is not None and not args.debug_train_only:
-        remedy = "give it at least one, or leave out --eval-interval"
-        yield case.error("rollout_num_gpus", "no engine, but evaluation generates", remedy, beside=["eval_interval"])
+    elif args.rollout_num_gpus == 0 and (args.eval_prompt_data or args.eval_config) and not args.debug_train_only:
+        remedy = "give it at least one, or leave out the evaluation data"
+        yield case.error("rollout_num_gpus", "no engine, but evaluation generates", remedy)
 
 
 def external_router(case: Case) -> Iterable[Problem]:

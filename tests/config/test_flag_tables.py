@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from config_run import ROOT
 
-from slime.config.flag_table import all_flags, command_line, spellings
+from slime.config.flag_table import all_flags, spellings
 
 APPENDIX = """--swiglu --disable-bias-linear --norm-epsilon --group-query-attention
 --untie-embeddings-and-output-weights
@@ -46,14 +46,6 @@ def test_every_spelling_has_one_meaning() -> None:
 def test_megatron_names_that_are_no_fields() -> None:
     assert [flag for flag in APPENDIX.split() if flag not in spellings()] == []
     assert "--moe-layer-frequency" not in spellings()
-
-
-def test_command_line_for_the_program_itself() -> None:
-    given = {"dp_size": 2, "enable_dp_attention": True, "fp8_gemm_runner_backend": "auto", "disable_radix_cache": False}
-    assert command_line("sglang", given) == [
-        *("--dp-size", "2", "--enable-dp-attention", "--fp8-gemm-backend", "auto"),
-    ]
-    assert command_line("router", {"cors_allowed_origins": ["a", "b"]}) == ["--cors-allowed-origins", "a", "b"]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/**/*.sh")), ids=lambda path: path.name)
