@@ -186,9 +186,9 @@ def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_resume_is_bit_exact(workers: WorkerPool, tmp_path: Path, bf16: bool):
-    args = make_args(tmp_path, tp=2, bf16=bf16)
+@pytest.mark.parametrize(("bf16", "tied"), [(False, False), (True, False), (True, True)])
+def test_resume_is_bit_exact(workers: WorkerPool, tmp_path: Path, bf16: bool, tied: bool):
+    args = replace(make_args(tmp_path, tp=2, bf16=bf16), architecture=replace(GLM4, tied_embeddings=tied))
     before = workers.run(2, trained, args, 2, 2)
     after = workers.run(2, resumed, args, tmp_path, 2, 2)
     for (at_save, draws, end, *_), (at_load, draws_again, end_again, result) in zip(before, after, strict=True):
