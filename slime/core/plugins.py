@@ -43,7 +43,7 @@ HOOKS: Mapping[str, Hook] = {
     "data_source_path": Hook(
         "--data-source-path",
         ("args", "tokenizer"),
-        "an object with get_groups(num), add_groups(groups), state_dict(), load_state_dict(state)",
+        "an object with get_groups(num, rollout_id=...), add_groups(groups), state_dict(), load_state_dict(state)",
         "once, at start",
         is_class=True,
     ),

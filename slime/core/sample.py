@@ -8,7 +8,8 @@ present (`rollout_log_probs`, `policy_versions`, `loss_mask`) has exactly `respo
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import copy
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -107,7 +108,8 @@ class Sample:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is the way back."""
-        return {**asdict(self), "status": self.status.value}
+        values = {f.name: copy.copy(getattr(self, f.name)) for f in fields(self)}
+        return {**values, "status": self.status.value}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sample:

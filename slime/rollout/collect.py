@@ -162,7 +162,9 @@ class _Collector:
                     self._settle(group, wave, task.result())
             await self._stop()
         finally:
-            await self._cancel_pending()
+            errors = await self._cancel_pending()
+        if errors:
+            raise errors[0]
         self._surplus.sort(key=lambda group: group[0].group_index)
         self._data_source.add_groups(self._surplus)
         self.tally.surplus_groups = len(self._surplus)
@@ -177,9 +179,13 @@ class _Collector:
         if missing <= 0:
             return
         whole_wave = not self._waves or self._args.refill_granularity == "batch"
-        for group in self._data_source.get_groups(
-            self._wave_size if whole_wave else missing, rollout_id=self._rollout_id
-        ):
+        groups = self._data_source.get_groups(self._wave_size if whole_wave else missing, rollout_id=self._rollout_id)
+        if len(groups) < missing:
+            raise ValueError(
+                f"--data-source-path {self._args.data_source_path}: get_groups gave {len(groups)} groups for rollout "
+                f"{self._rollout_id}, which lacks {missing}; a data source has to give as many as it is asked for"
+            )
+        for group in groups:
             for sample in group:
                 sample.metadata.setdefault("start_rollout_id", self._rollout_id)
             if not self._waves or self._waves[-1].drawn == self._wave_size:
@@ -196,7 +202,7 @@ class _Collector:
                 task.cancel()
 
     async def _run_sample(self, sample: Sample) -> Sample:
-        """Generate and judge one sample; on the way out its status tells what became of it."""
+        """Generate one sample, and judge it unless the generate function has; its status tells what became of it."""
         async with self._slots:
             if self._stopping:
                 sample.status = Status.ABORTED
@@ -290,28 +296,27 @@ class _Collector:
     async def _stop(self) -> None:
         """Enough is kept: abort what is in flight, and set its prompts aside."""
         self._stopping = True
-        deadline = time.monotonic() + _ABORT_TIMEOUT
-        while self.intervals.requests_in_flight:
-            if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"rollout {self._rollout_id}: {self.intervals.requests_in_flight} requests are still running "
-                    f"{_ABORT_TIMEOUT:.0f} s after the engines were told to abort them; the engines' logs say why"
-                )
-            await self._context.engines.abort_all()
-            again = time.monotonic() + _ABORT_INTERVAL
-            while self.intervals.requests_in_flight and time.monotonic() < again:
-                await asyncio.sleep(0.005)
+        try:
+            async with asyncio.timeout(_ABORT_TIMEOUT):
+                while self.intervals.requests_in_flight:
+                    await self._context.engines.abort_all()
+                    again = time.monotonic() + _ABORT_INTERVAL
+                    while self.intervals.requests_in_flight and time.monotonic() < again:
+                        await asyncio.sleep(0.005)
+        except TimeoutError as error:
+            raise RuntimeError(
+                f"rollout {self._rollout_id}: {self.intervals.requests_in_flight} requests are still running "
+                f"{_ABORT_TIMEOUT:g} s after the engines were told to abort them; the engines' logs say why"
+            ) from error
         self._surplus.extend(_bare(group) for group, _ in self._pending.values())
 
-    async def _cancel_pending(self) -> None:
-        """End the tasks (after `_stop` they wait for nothing but rewards); an error in one is raised."""
+    async def _cancel_pending(self) -> list[Exception]:
+        """End the tasks (after `_stop` they wait for nothing but rewards); returns what went wrong in them."""
         for task in self._pending:
             task.cancel()
         results = await asyncio.gather(*self._pending, return_exceptions=True)
         self._pending.clear()
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+        return [result for result in results if isinstance(result, Exception)]
 
 
 def _is_finished(sample: Sample) -> bool:
@@ -323,7 +328,10 @@ def _bare(group: list[Sample]) -> list[Sample]:
 
 
 def _load_filter(args: Args) -> Callable[[list[Sample]], str | None] | None:
-    """--dynamic-sampling-filter-path as a function from judged samples to the reason for dropping them, or None."""
+    """--dynamic-sampling-filter-path as a function to the reason for dropping a group, None where it stays.
+
+    A filter is shown the group's samples that have a reward, so that it can compute with `sample.reward`.
+    """
     path = args.dynamic_sampling_filter_path
     if path is None:
         return None

@@ -87,7 +87,10 @@ class Evaluator:
                     failed.status = Status.FAILED
                     failed.reward_failure = f"generation failed: {error}"
                     return failed
-            (await context.rewards.judge(sample, rm_type=dataset.rm_type)).apply(sample)
+            if sample.status is Status.ABORTED:
+                sample.reward_failure = "aborted by the engine"
+            elif sample.reward is None:
+                (await context.rewards.judge(sample, rm_type=dataset.rm_type)).apply(sample)
             return sample
 
         tasks = [

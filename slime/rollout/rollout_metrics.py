@@ -40,7 +40,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 def rollout_metrics(
     args: Args, groups: Sequence[Sequence[Sample]], tally: Tally, intervals: PhaseIntervals, policy_version: int
 ) -> dict[str, float]:
-    """Of the kept `groups`, in the units of `docs`: tokens, seconds, shares of 1."""
+    """Of the kept `groups`; lengths in tokens, times in seconds, shares of 1."""
     samples = [sample for group in groups for sample in group]
     rewards_by_group = [
         [sample.reward_value(args.reward_key) for sample in group if sample.reward is not None] for group in groups

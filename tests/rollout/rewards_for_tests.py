@@ -113,3 +113,14 @@ def generate_plain(args, sample, sampling_params, context):
 
 async def generate_nothing(args, sample, sampling_params, context):
     return None
+
+
+async def generate_deaf(args, sample, sampling_params, context):
+    """Sample 4 and later hear of no abort."""
+    if sample.index >= 4:
+        await asyncio.sleep(1000)
+    return generate_plain(args, sample, sampling_params, context)
+
+
+async def generate_broken(args, sample, sampling_params, context):
+    raise LookupError("a mistake in the user's code")

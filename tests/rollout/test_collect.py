@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
 from slime.core.batch import from_samples
-from slime.core.sample import Status
+from slime.core.sample import Sample, Status
 from slime.engine.protocol import GenerateRequest, SamplingParams
 from slime.rollout.collect import RolloutContext, RolloutResult, generate_rollout
 from slime.rollout.data_buffer import DataBuffer
@@ -313,3 +313,49 @@ def test_without_engines_a_rollout_says_so(data_file: Write, tokenizer: PreTrain
     context = RolloutContext(args, None, tokenizer, RewardPool(args))
     with pytest.raises(ValueError, match="--rollout-num-gpus"):
         asyncio.run(generate_rollout(args, 0, DataBuffer(args, tokenizer), context))
+
+
+def test_requests_that_do_not_end_end_the_run(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slime.rollout.collect._ABORT_TIMEOUT", 0.5)
+    args = _args(
+        data_file(_rows(4)),
+        rollout_batch_size=2,
+        over_sampling_batch_size=4,
+        custom_generate_function_path="rewards_for_tests.generate_deaf",
+    )
+
+    async def work(context: RolloutContext) -> None:
+        await generate_rollout(args, 0, DataBuffer(args, tokenizer), context)
+
+    with pytest.raises(RuntimeError, match=r"4 requests are still running 0\.5 s after"):
+        run_with_engines(args, work)
+
+
+def test_a_mistake_in_a_hook_is_not_a_failed_sample(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    args = _args(data_file(_rows(4)), custom_generate_function_path="rewards_for_tests.generate_broken")
+
+    async def work(context: RolloutContext) -> None:
+        await generate_rollout(args, 0, DataBuffer(args, tokenizer), context)
+
+    with pytest.raises(LookupError, match="a mistake"):
+        run_with_engines(args, work)
+
+
+def test_a_data_source_that_runs_dry_is_named(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    class Dry(DataBuffer):
+        def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]:
+            return super().get_groups(num - 1, rollout_id=rollout_id)
+
+    args = _args(data_file(_rows(4)))
+
+    async def work(context: RolloutContext) -> None:
+        await generate_rollout(args, 0, Dry(args, tokenizer), context)
+
+    with pytest.raises(ValueError, match=r"--data-source-path.*gave 3 groups.*lacks 4"):
+        run_with_engines(args, work)

@@ -49,6 +49,12 @@ def _built_in(rm_type: str, args: Args, sample: Sample) -> object:
     return find_reward(rm_type)(args, sample)
 
 
+def _limit_memory() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _BUILT_IN_MEMORY if hard == resource.RLIM_INFINITY else min(_BUILT_IN_MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
 def main() -> None:
     connection = Connection(int(sys.argv[1]))
     die_with_parent(int(sys.argv[2]))
@@ -58,7 +64,7 @@ def main() -> None:
     custom = None if args.custom_rm_path is None else load_hook("custom_rm_path", args.custom_rm_path)
     if custom is None:
         deepscaler.warm_up()
-        resource.setrlimit(resource.RLIMIT_AS, (_BUILT_IN_MEMORY, _BUILT_IN_MEMORY))
+        _limit_memory()
     connection.send_bytes(b"ready")
     while True:
         try:
