@@ -95,6 +95,29 @@ def _section_specs(section: type[Any]) -> Iterable[FlagSpec]:
         )
 
 
+SET_BY_SLIME: Mapping[tuple[Source, str], str] = {
+    ("sglang", "model_path"): "use --hf-checkpoint",
+    ("sglang", "tokenizer_path"): "use --hf-checkpoint",
+    ("sglang", "skip_tokenizer_init"): "tokens go in and out; leave it out",
+    ("sglang", "trust_remote_code"): "use --hf-trust-remote-code",
+    ("sglang", "tp_size"): "use --rollout-num-gpus-per-engine",
+    ("sglang", "host"): "leave it out",
+    ("sglang", "port"): "leave it out",
+    ("sglang", "nccl_port"): "leave it out",
+    ("sglang", "dist_init_addr"): "leave it out",
+    ("sglang", "nnodes"): "it follows from --rollout-num-gpus-per-engine and --num-gpus-per-node",
+    ("sglang", "node_rank"): "leave it out",
+    ("sglang", "base_gpu_id"): "leave it out",
+    ("sglang", "gpu_id_step"): "leave it out",
+    ("sglang", "random_seed"): "use --rollout-seed",
+    ("sglang", "enable_memory_saver"): "use --colocate and --offload",
+    ("sglang", "weight_version"): "it is the policy version; leave it out",
+    ("router", "worker_urls"): "use --rollout-external-engines",
+    ("router", "prometheus_host"): "it is the router's own address; leave it out",
+    ("router", "prometheus_port"): "it takes a free port; leave it out",
+}
+"""Flags of the others that are refused by name, and what to do instead."""
+
 SECTION_TITLES: Mapping[Source, str] = MappingProxyType(
     {
         "megatron": "Megatron: passed on to megatron-core by name.",

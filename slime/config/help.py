@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from itertools import groupby
 
-from slime.config.flag_table import FlagSpec, all_flags
+from slime.config.flag_table import SET_BY_SLIME, FlagSpec, all_flags
 from slime.config.problem import show
 
 INTRODUCTION = """\
@@ -32,6 +32,7 @@ def _entry(spec: FlagSpec) -> str:
 def format_help() -> str:
     """Needs neither Megatron nor SGLang."""
     parts = [INTRODUCTION]
-    for section, specs in groupby(all_flags(), key=lambda spec: spec.section):
+    shown = [spec for spec in all_flags() if (spec.source, spec.name) not in SET_BY_SLIME]
+    for section, specs in groupby(shown, key=lambda spec: spec.section):
         parts += [f"\n{section}", *(_entry(spec) for spec in specs)]
     return "\n".join(parts)

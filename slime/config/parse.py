@@ -17,7 +17,7 @@ import yaml
 from slime.config.architecture import resolve_architecture
 from slime.config.args import Args, FrozenMapping
 from slime.config.dump import dump_args
-from slime.config.flag_table import FlagSpec, Source, spellings
+from slime.config.flag_table import SET_BY_SLIME, FlagSpec, Source, spellings
 from slime.config.help import format_help
 from slime.config.problem import Problem, UsageError, show
 from slime.config.resolve import resolve
@@ -25,28 +25,6 @@ from slime.config.rules import CONVERSION_RULES, TRAINING_RULES, Case, check
 from slime.config.values import BOOLEANS, from_texts, from_yaml
 
 __all__ = ["UsageError", "dump_args", "load_args", "parse_args"]
-
-SET_BY_SLIME: Mapping[tuple[Source, str], str] = {
-    ("sglang", "model_path"): "use --hf-checkpoint",
-    ("sglang", "tokenizer_path"): "use --hf-checkpoint",
-    ("sglang", "skip_tokenizer_init"): "tokens go in and out; leave it out",
-    ("sglang", "trust_remote_code"): "use --hf-trust-remote-code",
-    ("sglang", "tp_size"): "use --rollout-num-gpus-per-engine",
-    ("sglang", "host"): "leave it out",
-    ("sglang", "port"): "leave it out",
-    ("sglang", "nccl_port"): "leave it out",
-    ("sglang", "dist_init_addr"): "leave it out",
-    ("sglang", "nnodes"): "it follows from --rollout-num-gpus-per-engine and --num-gpus-per-node",
-    ("sglang", "node_rank"): "leave it out",
-    ("sglang", "base_gpu_id"): "leave it out",
-    ("sglang", "gpu_id_step"): "leave it out",
-    ("sglang", "random_seed"): "use --rollout-seed",
-    ("sglang", "enable_memory_saver"): "use --colocate and --offload",
-    ("sglang", "weight_version"): "it is the policy version; leave it out",
-    ("router", "worker_urls"): "use --rollout-external-engines",
-    ("router", "prometheus_host"): "it is the router's own address; leave it out",
-    ("router", "prometheus_port"): "it takes a free port; leave it out",
-}
 
 MEGATRON_LOOP: Mapping[str, str] = {
     "--train-iters": "say --num-rollout (and --num-steps-per-rollout)",

@@ -12,7 +12,7 @@ from slime.config.case import Case, Rule
 from slime.config.file_rules import debug_data, eval_files, hooks, prompt_file, reward, weights
 from slime.config.no_effect import no_effect
 from slime.config.not_built import REWARD_TYPES, not_built
-from slime.config.problem import Problem
+from slime.config.problem import Problem, flag_name, show
 
 __all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
 
@@ -268,6 +268,27 @@ def precision(case: Case) -> Iterable[Problem]:
         yield case.warning("hidden_dropout", rule, "set it to 0")
 
 
+MEGATRON_DECIDED = {
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "moe_token_dispatcher_type": "alltoall",
+}
+"""Fields of Megatron's that have one value here: fused kernels need TransformerEngine or Apex, packing the dispatcher."""
+
+
+def megatron_decided(case: Case) -> Iterable[Problem]:
+    for name, value in MEGATRON_DECIDED.items():
+        if case.args.megatron_extra.get(name, value) != value:
+            yield Problem(
+                severity="error",
+                where=flag_name(name),
+                value=show(case.args.megatron_extra[name]),
+                rule=f"slime sets it to {value} itself",
+                remedy="leave the flag out",
+            )
+
+
 CONVERSION_RULES: tuple[Rule, ...] = (parallel_sizes, precision)
 """For tools that need the model and the parallel sizes alone."""
 
@@ -292,6 +313,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     parallel_sizes,
     recompute,
     precision,
+    megatron_decided,
     prompt_file,
     eval_files,
     weights,

@@ -208,3 +208,4 @@ def test_help_needs_nothing_installed() -> None:
     assert done.returncode == 0, done.stderr
     flags = set(done.stdout.split())
     assert {"--rollout-batch-size", "--moe-router-topk", "--sglang-mem-fraction-static", "--router-policy"} <= flags
+    assert not {"--sglang-tp-size", "--sglang-port"} & flags  # refused by name

@@ -42,6 +42,7 @@ def test_the_base_passes(run: Run) -> None:
             "--tensor-model-parallel-size 4 --actor-num-gpus-per-node 4",
             "--tensor-model-parallel-size 4: does not divide the 2 KV heads",
         ),
+        ("--masked-softmax-fusion", "--masked-softmax-fusion: slime sets it to False itself"),
         ("--recompute-granularity full", "--recompute-granularity full: full needs a method"),
         ("--rollout-num-gpus-per-engine 3", "--rollout-num-gpus 2: is no multiple"),
         ("--rollout-num-gpus 0", "--rollout-num-gpus 0: no engine, but rollouts are generated"),
