@@ -274,7 +274,7 @@ MEGATRON_DECIDED = {
     "gradient_accumulation_fusion": False,
     "moe_token_dispatcher_type": "alltoall",
 }
-"""Fields of Megatron's that have one value here: fused kernels need TransformerEngine or Apex, packing the dispatcher."""
+"""Megatron's fields that have one value here: fused kernels need TransformerEngine or Apex, packs the dispatcher."""
 
 
 def megatron_decided(case: Case) -> Iterable[Problem]:

@@ -209,3 +209,14 @@ def test_help_needs_nothing_installed() -> None:
     flags = set(done.stdout.split())
     assert {"--rollout-batch-size", "--moe-router-topk", "--sglang-mem-fraction-static", "--router-policy"} <= flags
     assert not {"--sglang-tp-size", "--sglang-port"} & flags  # refused by name
+
+
+def test_train_py_stops_before_anything_starts(run: Run) -> None:
+    run.data.write_text("{\n")
+    command = [sys.executable, "train.py", *run.base, "--rolout-seed", "3", "--num-steps-per-rollout", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "3 problems with the arguments:" in done.stderr
+    for expected in ("--rolout-seed: unknown flag", "--num-steps-per-rollout 3: 4 prompts", f"{run.data}:1: not JSON"):
+        assert expected in done.stderr
+    assert done.stdout == ""
