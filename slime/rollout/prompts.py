@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import orjson
 
 from slime.config.args import Args
@@ -160,7 +161,7 @@ def _prompt_text(
     tools = None if keys.tool_key is None else _optional(row, keys.tool_key, list, where)
     try:
         return render_messages(tokenizer, prompt, tools)
-    except Exception as error:
+    except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: the chat template fails on it: {type(error).__name__}: {error}") from error
 
 

@@ -124,6 +124,11 @@ def test_prompts_without_room_are_left_out_counted_and_named(
         ({"prompt": "", "label": "1"}, {}, "line 3: .*no tokens"),
         ({"prompt": "a", "label": "1", "metadata": [1]}, {}, "line 3: 'metadata' is a list"),
         ({"prompt": "text", "label": "1"}, {"apply_chat_template": True}, "line 3: .*list of messages"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "label": "1", "tools": [1]},
+            {"apply_chat_template": True, "tool_key": "tools"},
+            "line 3: the chat template fails on it",
+        ),
         ({"prompt": [{"content": "a"}], "label": "1"}, {"apply_chat_template": True}, "line 3: .*'role'"),
     ],
 )

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from slime.config.args import Args
@@ -197,6 +200,24 @@ def test_without_a_reward_nothing_is_started_and_judging_says_so() -> None:
     pool.close()
 
 
+def test_a_worker_that_cannot_start_ends_the_run_and_nothing_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = 'import sys\nassert not sys.argv[0].endswith("worker.py")\ndef reward(args, sample): return 1.0\n'
+    (tmp_path / "fails_in_workers.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    async def run() -> list[Verdict | BaseException]:
+        pool = RewardPool(Args(custom_rm_path="fails_in_workers.reward", rm_num_workers=2))
+        try:
+            return await asyncio.gather(*(pool.judge(Sample()) for _ in range(6)), return_exceptions=True)
+        finally:
+            pool.close()
+
+    results = asyncio.run(asyncio.wait_for(run(), 30))
+    assert {str(result)[:32] for result in results} == {"a reward worker did not start (e"}
+
+
 def test_workers_end_with_their_owner() -> None:
     """Also one that hangs, and also where the owner is killed."""
     code = (
@@ -223,12 +244,8 @@ def test_workers_end_with_their_owner() -> None:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def _alive(pid: int) -> bool:
-    import psutil
-
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
