@@ -12,7 +12,11 @@ from slime.core.sample import Sample
 
 
 def shuffle(args: Any, samples: list[Sample]) -> list[float]:
-    """The rewards of a rollout, permuted over all of its samples; the permutation goes by seed and rollout."""
-    rewards = [float("nan") if sample.reward is None else sample.reward_value(args.reward_key) for sample in samples]
-    random.Random(f"{args.rollout_seed} {samples[0].index}").shuffle(rewards)
+    """The rewards of a rollout, permuted over all samples that have one; the permutation goes by seed and rollout."""
+    judged = [row for row, sample in enumerate(samples) if sample.reward is not None]
+    payees = judged.copy()
+    random.Random(f"{args.rollout_seed} {samples[0].index}").shuffle(payees)
+    rewards = [float("nan")] * len(samples)
+    for row, payee in zip(judged, payees, strict=True):
+        rewards[payee] = samples[row].reward_value(args.reward_key)
     return rewards

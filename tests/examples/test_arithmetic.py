@@ -98,8 +98,9 @@ def test_the_control_pays_for_other_answers() -> None:
     samples = [Sample(index=256 + i, reward=float(i % 3 == 0)) for i in range(256)]
     samples[7].reward = None
     rewards = shuffled_rewards.shuffle(args, samples)
-    own = [sample.reward for sample in samples]
-    assert sum(reward == reward and reward > 0 for reward in rewards) == sum(reward == 1.0 for reward in own)
+    own = [float("nan") if sample.reward is None else sample.reward_value() for sample in samples]
+    assert [row for row, reward in enumerate(rewards) if reward != reward] == [7], "a failed reward stays where it is"
+    assert sorted(rewards[:7] + rewards[8:]) == sorted(own[:7] + own[8:])
     agreement = sum(a == b for a, b in zip(rewards, own, strict=True)) / 256
     assert agreement < 0.7, "independent rewards of mean 1/3 agree in 5/9 of the samples"
     assert shuffled_rewards.shuffle(args, samples)[:50] == pytest.approx(rewards[:50], nan_ok=True)
