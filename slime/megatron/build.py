@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -94,6 +95,7 @@ class PolicyModel(GPTModel):
         """This rank's rows of the output layer [padded vocabulary / TP, hidden]; of the embedding where it is tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
+        assert self.output_layer.weight is not None
         return self.output_layer.weight
 
 
@@ -185,7 +187,9 @@ def layer_spec(shape: Architecture) -> ModuleSpec:
     parts = spec.submodules
     assert isinstance(parts, TransformerLayerSubmodules)
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(parts.self_attention, ModuleSpec)
+    attention = parts.self_attention.submodules
+    assert isinstance(attention, SelfAttentionSubmodules)
     attention.core_attention = PackedAttention
     if shape.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
@@ -209,7 +213,7 @@ def build_model(args: Args, *, wrap: bool) -> torch.nn.Module:
         config = transformer_config(args)
         model: torch.nn.Module = PolicyModel(
             config,
-            TransformerBlockSubmodules([layer_spec(shape)] * shape.num_layers, RMSNorm),
+            cast(Any, TransformerBlockSubmodules([layer_spec(shape)] * shape.num_layers, cast(Any, RMSNorm))),
             vocab_size=padded_vocab_size(
                 shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
             ),
@@ -317,5 +321,5 @@ def named_parameters(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Par
     for name, parameter in core.named_parameters():
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(core.decoder.layers[int(parts[2])].layer_number - 1)
+            parts[2] = str(cast(TransformerLayer, core.decoder.layers[int(parts[2])]).layer_number - 1)
         yield ".".join(parts), parameter

@@ -100,12 +100,17 @@ def _topology(rank: int, world_size: int) -> Topology:
         cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        cp_group=parallel_state.get_context_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        tp_group=_joined(parallel_state.get_tensor_model_parallel_group()),
+        pp_group=_joined(parallel_state.get_pipeline_model_parallel_group()),
+        cp_group=_joined(parallel_state.get_context_parallel_group()),
+        dp_group=_joined(parallel_state.get_data_parallel_group()),
+        dp_cp_group=_joined(parallel_state.get_data_parallel_group(with_context_parallel=True)),
     )
+
+
+def _joined(group: object) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup), "this rank is in none of the groups"
+    return group
 
 
 def _bind_gloo_to_loopback() -> None:

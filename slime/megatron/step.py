@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ WEIGHTS_TOLERANCE = 1e-5
 """Loss weights are float32: their sum misses 1 by less than this."""
 
 METRIC_NAMES = {"kl": "kl_loss"}
-"""Of losses' metrics, those logged by another name. Their `logprob_gap` is left out: `_gap_shares` has it unweighed."""
+"""Of losses' metrics, those logged by another name."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Stepper:
                 "samples were lost, repeated, or weighed by another denominator on their way into micro-batches"
             )
         with device.layer():
-            _, norm, _ = optimizer.step()
+            norm = cast(Any, optimizer.step())[1]
             if optimizer.config.clip_grad <= 0:  # Megatron then computes none
                 norm = optimizer.get_grad_norm()
         if not math.isfinite(norm):
@@ -177,10 +177,13 @@ class Stepper:
             entropy_R=entropy_R,
         )
         loss_R, metrics = loss(inputs, options)
-        metrics = {METRIC_NAMES.get(name, name): values_R for name, values_R in metrics.items() if name != "logprob_gap"}
         weights_R = columns["loss_weights"]
         total = _weighed_sum(loss_R, weights_R)
-        shares = {name: _weighed_sum(values_R.detach(), weights_R) for name, values_R in metrics.items()}
+        shares = {
+            METRIC_NAMES.get(name, name): _weighed_sum(values_R.detach(), weights_R)
+            for name, values_R in metrics.items()
+            if name != "logprob_gap"  # `_gap_shares` has it over the mask, unweighed
+        }
         shares |= {"loss": total.detach(), "weights": weights_R.double().sum()}
         shares |= _gap_shares(old_R, columns)
         return total, shares

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
 from slime.megatron.build import named_parameters

@@ -11,6 +11,8 @@ import tiny
 import torch
 import torch.nn.functional as F
 from runs import difference
+from worker_pool import WorkerPool, joined
+
 from slime.config.args import Args
 from slime.megatron import device
 from slime.megatron.attention import pack_sequences
@@ -18,7 +20,6 @@ from slime.megatron.build import build_model, named_parameters, unwrap
 from slime.megatron.hf_weights import load_hf_into
 from slime.models.families import weight_table
 from slime.models.hf_files import HFReader
-from worker_pool import WorkerPool, joined
 
 pytestmark = pytest.mark.dist
 

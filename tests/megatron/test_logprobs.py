@@ -9,9 +9,10 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from worker_pool import WorkerPool, joined
+
 from slime.config.args import Args
 from slime.megatron.logprobs import response_log_probs
-from worker_pool import WorkerPool, joined
 
 pytestmark = pytest.mark.dist
 

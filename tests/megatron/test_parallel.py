@@ -11,16 +11,17 @@ import pytest
 import runs
 import tiny
 from runs import Outcome, difference
+from worker_pool import WorkerPool
+
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
 from slime.megatron.trainer import Trainer
-from worker_pool import WorkerPool
 
 pytestmark = pytest.mark.dist
 
 TOLERANCE = 1e-5
-# Adam's first step is lr x sign(gradient) where epsilon is small: it would turn the rounding of gradients that are 0 but
-# for rounding into whole steps. Gradients are as they are before clipping where that is off.
+# With a small epsilon Adam's first step is lr x sign(gradient): whole steps even where a gradient is only rounding.
+# Gradients are kept as they are before clipping where clipping is off.
 FLAGS: dict[str, Any] = {
     "use_kl_loss": True,
     "kl_loss_coef": 0.1,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
@@ -23,7 +24,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "pad_token_id": 0,
+    "pad_token_id": None,  # transformers gives a padding token no gradient
     "eos_token_id": 1,
 }
 

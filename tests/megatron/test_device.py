@@ -1,0 +1,66 @@
+"""The CPU layer: what it redirects, only inside, and that it names what it does not find."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from slime.megatron import device
+from slime.megatron.version import SUPPORTED_MEGATRON
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is a no-op where CUDA is")
+
+
+def test_cuda_is_the_cpu_inside() -> None:
+    with device.layer():
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.zeros(2, device=torch.device("cuda", 0)).cuda().to("cuda:0").device.type == "cpu"
+        assert torch.zeros(2, pin_memory=True).sum() == 0
+        assert torch.zeros(2).type() == "torch.cuda.FloatTensor"  # what Megatron's optimizers compare with
+        assert torch.cuda.current_device() == torch.device("cpu")
+
+
+def test_nothing_is_redirected_outside() -> None:
+    with device.layer():
+        pass
+    assert torch.zeros(2).type() == "torch.FloatTensor"
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(2, device="cuda")
+
+
+def test_another_thread_is_outside() -> None:
+    seen: list[str] = []
+    with device.layer():
+        thread = threading.Thread(target=lambda: seen.append(torch.zeros(1).type()))
+        thread.start()
+        thread.join()
+    assert seen == ["torch.FloatTensor"]
+
+
+def test_a_missing_name_is_named() -> None:
+    owner: Any = SimpleNamespace(__name__="megatron.core.somewhere")
+    with pytest.raises(RuntimeError, match=f"megatron.core.somewhere has no '_gone'.*{SUPPORTED_MEGATRON}"):
+        device._replace(owner, "_gone", None)
+
+
+def test_named_rng_states_are_apart() -> None:
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    device.install()
+    tracker = mcore_random.CudaRNGStatesTracker()
+    tracker.add("model-parallel-rng", 5)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with tracker.fork():
+        inside = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected), "a fork leaves the outer generator alone"
+    with tracker.fork():
+        assert not torch.equal(torch.rand(3), inside), "a fork goes on where the last one ended"
+    assert torch.equal(inside, torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    with pytest.raises(ValueError, match="there already"):
+        tracker.add("model-parallel-rng", 6)

@@ -1,0 +1,307 @@
+"""The trainer: its step against a plain AdamW loop, its reference, its schedule, its hooks and its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import tiny
+import torch
+from runs import difference
+from worker_pool import WorkerPool
+
+from slime.algo.losses import LossInputs, LossOptions
+from slime.config.args import Args
+from slime.core.batch import TrainBatch
+from slime.megatron.trainer import Trainer
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.hf_dir(tmp_path_factory.mktemp("model"), "glm4")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shape with other weights."""
+    return tiny.hf_dir(tmp_path_factory.mktemp("other"), "glm4", seed=1)
+
+
+def _with_trainer(
+    rank: int, world_size: int, init_method: str, args: Args, work: Callable[..., Any], *rest: Any
+) -> Any:
+    trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+    try:
+        return work(trainer, *rest)
+    finally:
+        trainer.close()
+
+
+def _response_log_probs(model: torch.nn.Module, batch: TrainBatch, temperature: float) -> torch.Tensor:
+    rows = []
+    for row, length in zip(batch.rows("tokens"), batch.response_lengths_N.tolist(), strict=True):
+        tokens = torch.from_numpy(row)
+        log_probs = (model(tokens[None]).logits[0].float() / temperature).log_softmax(-1)
+        rows.append(log_probs[:-1].gather(1, tokens[1:, None])[-length:, 0])
+    return torch.cat(rows)
+
+
+def _plain_training(batch: TrainBatch, args: Args, loss_type: str) -> tuple[dict[str, np.ndarray], float]:
+    """transformers and torch's AdamW: weights after one step, and the loss. Written from the papers' formulas alone."""
+    model = tiny.hf_model("glm4")
+    plain = [p for p in model.parameters() if p.dim() == 1]  # Megatron decays no biases and norms
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_eps,
+    )
+    log_probs = _response_log_probs(model, batch, args.rollout_temperature)
+    lengths = batch.response_lengths_N.tolist()
+    losses = []
+    for row, (chosen, mask) in enumerate(
+        zip(log_probs.split(lengths), map(torch.from_numpy, batch.rows("loss_mask")), strict=True)
+    ):
+        rewards = batch.columns["rewards"][batch.columns["group_indices"] == batch.columns["group_indices"][row]]
+        advantage = (batch.columns["rewards"][row] - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+        ratio = (chosen - chosen.detach()).exp()
+        per_token = -chosen if loss_type == "sft_loss" else -ratio * float(advantage)
+        losses.append((per_token * mask).sum() / mask.sum())
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+    optimizer.step()
+    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}, loss.item()
+
+
+@pytest.mark.parametrize("loss_type", ["policy_loss", "sft_loss"])
+def test_one_step_is_a_plain_adamw_step(loss_type: str, workers: WorkerPool, hf: Path) -> None:
+    args = tiny.make_args(hf, loss_type=loss_type, adam_eps=1e-4, weight_decay=0.1, clip_grad=0.5, adam_beta2=0.95)
+    batch = tiny.random_batch()
+    expected, loss = _plain_training(batch, args, loss_type)
+    [outcome] = workers.run(1, runs.train, args, [batch])
+    before = {name: p.detach().numpy() for name, p in tiny.hf_model("glm4").named_parameters()}
+    # the loss of policy gradients is near 0, its terms are not
+    assert outcome.metrics[0]["train/loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert difference(outcome.weights, expected) < 1e-5
+    moved = {name: outcome.weights[name] - before[name] for name in before}
+    assert difference(moved, {name: expected[name] - before[name] for name in before}) < 1e-2
+    [undecayed] = workers.run(1, runs.train, replace(args, weight_decay=0.0), [batch])  # control
+    assert difference(undecayed.weights, expected) > 2e-5
+
+
+def _no_leak(trainer: Trainer, batch: TrainBatch) -> dict[str, Any]:
+    assert trainer.needs_reference
+    result = trainer.load()
+    start = runs.weights(trainer)
+    actor, reference = trainer.log_probs(batch), trainer.log_probs(batch, model="ref")
+    after_forward = runs.weights(trainer)
+    with pytest.raises(ZeroDivisionError), trainer._snapshots.holding("ref"):
+        raise ZeroDivisionError
+    after_error = runs.weights(trainer)
+    trainer.train(0, batch)
+    return {
+        "source": result.source,
+        "same": difference(after_forward, start) == 0 and difference(after_error, start) == 0,
+        "start": start,
+        "actor": actor,
+        "reference": reference,
+        "reference_after": trainer.log_probs(batch, model="ref"),
+        "actor_after": trainer.log_probs(batch),
+    }
+
+
+def test_the_reference_never_leaks_into_the_actor(workers: WorkerPool, hf: Path, other: Path) -> None:
+    args = tiny.make_args(hf, load=str(hf), ref_load=str(other), use_kl_loss=True, kl_loss_coef=0.1)
+    batch = tiny.random_batch()
+    found, _ = workers.run(2, _with_trainer, args, _no_leak, batch)
+    assert found["same"] and found["source"] == str(hf)
+    expected = {name: p.detach().numpy() for name, p in tiny.hf_model("glm4").named_parameters()}
+    assert difference(found["start"], expected) == 0
+    for name, seed in (("actor", 0), ("reference", 1)):
+        plain = _response_log_probs(tiny.hf_model("glm4", seed=seed), batch, args.rollout_temperature)
+        assert np.abs(found[name] - plain.detach().numpy()).max() < 2e-5
+    assert np.array_equal(found["reference_after"], found["reference"])
+    assert np.abs(found["actor_after"] - found["actor"]).max() > 1e-3
+
+
+def _no_reference(trainer: Trainer, batch: TrainBatch) -> tuple[bool, str]:
+    trainer.load()
+    with pytest.raises(ValueError) as raised:
+        trainer.log_probs(batch, model="ref")
+    return "train/kl_loss" in trainer.train(0, batch), str(raised.value)
+
+
+def test_no_reference_forward_at_coefficient_0(workers: WorkerPool, hf: Path) -> None:
+    args = tiny.make_args(hf, use_kl_loss=True, kl_loss_coef=0.0)
+    [(has_kl, message)] = workers.run(1, _with_trainer, args, _no_reference, tiny.random_batch())
+    assert not has_kl and "--log-ref-kl" in message
+    [outcome] = workers.run(1, runs.train, replace(args, log_ref_kl=True), [tiny.random_batch()])
+    assert outcome.metrics[0]["train/kl_loss"] == pytest.approx(0.0, abs=1e-9)
+
+
+def _learning_rates(trainer: Trainer, batch: TrainBatch, rollouts: int) -> list[float]:
+    trainer.load()
+    return [trainer.train(number, batch)["train/lr"] for number in range(rollouts)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, [1.0, 1.0, 1.0, 1.0, 1.0]),
+        ({"lr_warmup_iters": 2}, [0.0, 0.5, 1.0, 1.0, 1.0]),
+        ({"lr_decay_style": "linear", "min_lr": 1e-4}, [1.0, 0.82, 0.64, 0.46, 0.28]),
+        ({"lr_decay_style": "cosine", "lr_decay_iters": 4}, [1.0, 0.853553, 0.5, 0.146447, 0.0]),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}, [1.0, 1.0, 1.0, 1.0, 0.5]),
+    ],
+    ids=str,
+)
+def test_learning_rate_schedule(flags: dict[str, Any], expected: list[float], workers: WorkerPool, hf: Path) -> None:
+    args = tiny.make_args(hf, num_rollout=5, **flags)
+    [rates] = workers.run(1, _with_trainer, args, _learning_rates, tiny.random_batch(2, group=2), 5)
+    assert rates == pytest.approx([1e-3 * rate for rate in expected], abs=1e-9)
+
+
+def test_old_log_probs_are_those_before_the_rollouts_first_step(workers: WorkerPool, hf: Path) -> None:
+    batch = tiny.random_batch(12)
+    model = tiny.hf_model("glm4")
+    args = tiny.make_args(hf, num_steps_per_rollout=3, lr=1e-2)
+    gap = _response_log_probs(model, batch, args.rollout_temperature).detach().numpy()
+    gap = np.abs(gap - batch.columns["rollout_log_probs"])[batch.columns["loss_mask"] > 0]
+    [outcome] = workers.run(1, runs.train, args, [batch])
+    metrics = outcome.metrics[0]
+    assert metrics["train/logprob_gap_max"] == pytest.approx(gap.max(), rel=1e-5)
+    assert metrics["train/ppo_kl"] != 0 and metrics["train/clip_fraction"] > 0  # later steps are off-policy
+    [single] = workers.run(1, runs.train, replace(args, num_steps_per_rollout=1), [batch])
+    assert single.metrics[0]["train/logprob_gap_mean"] == pytest.approx(gap.mean(), rel=1e-5)
+    assert single.metrics[0]["train/ppo_kl"] == 0
+
+
+def test_failed_rewards_leave_the_loss(workers: WorkerPool, hf: Path) -> None:
+    batch = tiny.random_batch(8)
+    broken = batch.columns["rewards"].copy()
+    broken[[4, 5, 6]] = np.nan  # of the second group one reward is left: nothing to compare it with
+    args = tiny.make_args(hf, adam_eps=1e-3)
+    [outcome] = workers.run(1, runs.train, args, [batch.with_column("rewards", broken)])
+    [expected] = workers.run(1, runs.train, args, [batch.select(range(4))])
+    assert outcome.metrics[0]["train/dropped_samples"] == 4
+    assert outcome.metrics[0]["train/loss"] == pytest.approx(expected.metrics[0]["train/loss"], abs=1e-6)
+    assert difference(outcome.weights, expected.weights) < 1e-5
+
+
+def constant_advantages(args: Args, batch: TrainBatch) -> np.ndarray:
+    return np.full(int(batch.response_lengths_N.sum()), 2.0)
+
+
+def doubled_likelihood(inputs: LossInputs, options: LossOptions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -inputs.advantages_R * inputs.log_probs_R, {"mine": inputs.advantages_R}
+
+
+def test_hooks(workers: WorkerPool, hf: Path) -> None:
+    batch = tiny.random_batch()
+    here = "test_trainer"
+    args = tiny.make_args(
+        hf,
+        loss_type="custom_loss",
+        custom_loss_function_path=f"{here}.doubled_likelihood",
+        custom_advantage_function_path=f"{here}.constant_advantages",
+    )
+    [found] = workers.run(1, runs.train, args, [batch])
+    [sft] = workers.run(1, runs.train, tiny.make_args(hf, loss_type="sft_loss"), [batch])
+    assert found.metrics[0]["train/mine"] == pytest.approx(2.0)
+    assert found.metrics[0]["train/loss"] == pytest.approx(2 * sft.metrics[0]["train/loss"], rel=1e-5)
+
+
+def infinite_advantages(args: Args, batch: TrainBatch) -> np.ndarray:
+    return np.full(int(batch.response_lengths_N.sum()), np.inf)
+
+
+def _error_of_training(trainer: Trainer, batch: TrainBatch) -> str:
+    trainer.load()
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        trainer.train(3, batch)
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+def test_errors_say_where_and_what(workers: WorkerPool, hf: Path) -> None:
+    def error(batch: TrainBatch, **flags: Any) -> str:
+        return workers.run(1, _with_trainer, tiny.make_args(hf, **flags), _error_of_training, batch)[0]
+
+    batch = tiny.random_batch()
+    message = error(batch, custom_advantage_function_path="test_trainer.infinite_advantages")
+    assert message.startswith("RuntimeError: rollout 3, step 0: the gradient norm is nan")
+    assert "--num-steps-per-rollout 3" in error(batch, num_steps_per_rollout=3)
+    assert "--advantage-estimator gspo" in error(batch, advantage_estimator="gspo")
+    no_prompt = TrainBatch(
+        batch.response_lengths_N,
+        batch.response_lengths_N,
+        dict(batch.columns) | {"tokens": batch.columns["tokens"][: int(batch.response_lengths_N.sum())]},
+    )
+    assert "sample" in error(no_prompt) and "has no prompt" in error(no_prompt)
+
+
+def _error_of_loading(trainer: Trainer) -> str:
+    with pytest.raises(ValueError) as raised:
+        trainer.load()
+    return str(raised.value)
+
+
+def test_nothing_to_load(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
+    args = tiny.make_args(hf, ref_load=None, hf_checkpoint=None, load=str(tmp_path))
+    [message] = workers.run(1, _with_trainer, args, _error_of_loading)
+    assert str(tmp_path) in message and "--ref-load" in message
+
+
+def _train_and_save(trainer: Trainer, batches: list[TrainBatch], first: int) -> tuple[Any, ...]:
+    result = trainer.load()
+    assert result.next_rollout_id == first, result
+    metrics = [trainer.train(first + number, batch) for number, batch in enumerate(batches)]
+    trainer.save(first + len(batches) - 1, {"cursor": first + len(batches)})
+    return runs.weights(trainer), [entry["train/lr"] for entry in metrics], result.state
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_resumed_is_unbroken(tensor_parallel: int, workers: WorkerPool, hf: Path, other: Path, tmp_path: Path) -> None:
+    batches = [tiny.random_batch(seed=seed) for seed in range(3)]
+    args = tiny.make_args(
+        hf,
+        tensor_model_parallel_size=tensor_parallel,
+        ref_load=str(other),
+        load=str(hf),
+        save=str(tmp_path / "unbroken"),
+        use_kl_loss=True,
+        kl_loss_coef=0.1,
+        lr_decay_style="linear",
+    )
+    unbroken, rates, _ = workers.run(2, _with_trainer, args, _train_and_save, batches, 0)[0]
+    broken = replace(args, save=str(tmp_path / "broken"))
+    workers.run(2, _with_trainer, broken, _train_and_save, batches[:2], 0)
+    resumed = replace(broken, load=broken.save)
+    weights, last_rates, state = workers.run(2, _with_trainer, resumed, _train_and_save, batches[2:], 2)[0]
+    assert difference(weights, unbroken) == 0
+    assert last_rates == rates[2:] and state == {"cursor": 2}
+    # control: without the optimizer it goes on otherwise
+    restarted = replace(resumed, no_load_optim=True, save=str(tmp_path / "restarted"), ckpt_step=1)
+    weights, _, _ = workers.run(2, _with_trainer, restarted, _train_and_save, batches[2:], 2)[0]
+    assert difference(weights, unbroken) > 1e-4
+
+
+def test_bf16_trains_on_fp32_master_weights(workers: WorkerPool, hf: Path) -> None:
+    batches = [tiny.random_batch(seed=seed) for seed in range(3)]
+    args = tiny.make_args(hf, bf16=True, lr=1e-4, adam_eps=1e-4)
+    [found] = workers.run(1, runs.train, args, batches)
+    [single] = workers.run(1, runs.train, replace(args, bf16=False), batches)
+    start = {name: p.detach().numpy() for name, p in tiny.hf_model("glm4").named_parameters()}
+    assert difference(found.weights, single.weights) < 2e-2
+    moved = sum(np.abs(found.weights[name] - start[name]).sum() for name in start)
+    expected = sum(np.abs(single.weights[name] - start[name]).sum() for name in start)
+    assert moved == pytest.approx(expected, rel=1.0)
+    assert found.metrics[0]["train/loss"] == pytest.approx(single.metrics[0]["train/loss"], abs=1e-2)
