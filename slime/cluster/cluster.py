@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -34,29 +34,28 @@ class Cluster:
         self._args = args
         self._dir = Path(args.log_dir or args.save or "outputs")
         self._processes = Processes(args, self._dir / "logs")
+        self._cleanup = ExitStack()
         self._policy_version = 0
         self._first = self._last = 0
         self._clock = StepClock()
         self._record: dict[str, float] = {}
 
     def __enter__(self) -> Cluster:
-        try:
+        with self._cleanup:
             self._start()
-        except BaseException:
-            self._processes.stop()
-            raise
+            self._cleanup = self._cleanup.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._processes.stop()
-        self._console.close()
-        self._metrics.close()
+        self._cleanup.close()
 
     def _start(self) -> None:
         self._dir.mkdir(parents=True, exist_ok=True)
         (self._dir / "args.yaml").write_text(dump_args(self._args))
         self._metrics = MetricsLog(self._dir / "metrics.jsonl")
+        self._cleanup.callback(self._metrics.close)
         processes = self._processes
+        self._cleanup.callback(processes.stop)
         processes.start()
         signal.signal(signal.SIGTERM, _exit_on_sigterm)
         loaded = processes.get("loading the model", [trainer.load.remote() for trainer in processes.trainers])
@@ -65,6 +64,7 @@ class Cluster:
             self._restore(loaded[0].state)
         self._last = self._num_rollouts()
         self._console = RunConsole(total=self._last, done=self._first)
+        self._cleanup.callback(self._console.close)
         if loaded:
             self._console.say(f"actor loaded from {loaded[0].source}, starting at rollout {self._first}")
         processes.connect()
