@@ -13,6 +13,7 @@ import tiny_models
 from slime.engine.launch import ManagedProcess, find_free_port
 
 ROOT = Path(__file__).parents[2]
+SERVER = "slime.engine.embedded.server"
 StartEngine = Callable[..., ManagedProcess]
 
 
@@ -38,8 +39,7 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngi
         port = find_free_port()
         process = ManagedProcess(
             f"engine {port}",
-            [sys.executable, "-m", "slime.engine.embedded.server"]
-            + ["--model-path", str(model), "--port", str(port), *flags],
+            [sys.executable, "-m", SERVER, "--model-path", str(model), "--port", str(port), *flags],
             url=f"http://127.0.0.1:{port}",
             log_path=logs / f"{port}.log",
             environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},

@@ -41,11 +41,18 @@ class Text:
         if not stops:
             return None
         tokenizer = self._need("stop")
-        # Every token of a stop string's last occurrence holds at least one of its bytes.
-        window = max(len(s.encode()) for s in stops) + 1
+        longest = max(map(len, stops))
+
+        def text_of(ids: Sequence[int]) -> str:
+            return tokenizer.decode(list(ids), skip_special_tokens=False)
 
         def check(output_ids: Sequence[int]) -> str | None:
-            tail = tokenizer.decode(list(output_ids[-window:]), skip_special_tokens=False)
+            # As many tokens as a stop string can reach back from the newest one; some tokens hold no text.
+            needed, count = longest - 1 + len(text_of(output_ids[-1:])), longest + 1
+            tail = text_of(output_ids[-count:])
+            while len(tail) < needed and count < len(output_ids):
+                count *= 2
+                tail = text_of(output_ids[-count:])
             return next((s for s in stops if s in tail), None)
 
         return check

@@ -1,0 +1,354 @@
+"""Two engines behind a real router, and a trainer's side of a weight update in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import tiny_models
+from conftest import StartEngine
+
+from slime.config.args import Args
+from slime.engine.client import EngineClient, EngineError
+from slime.engine.launch import ManagedProcess, find_free_port, launch_router, register_worker
+from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
+from slime.engine.weight_group import WeightGroup, dtype_name, flatten_bucket, join_weight_group
+from slime.models.hf_files import HFReader
+
+T = TypeVar("T")
+GROUP = "test_group"
+
+
+@pytest.fixture(scope="module")
+def engines(model_dirs: dict[str, Path], start_engine: StartEngine) -> Iterator[list[ManagedProcess]]:
+    started = [start_engine(model_dirs["glm4"]) for _ in range(2)]
+    yield started
+    for engine in started:
+        engine.stop()
+
+
+@pytest.fixture(scope="module")
+def router(engines: list[ManagedProcess], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManagedProcess]:
+    log = tmp_path_factory.mktemp("router") / "router.log"
+    process = launch_router(
+        Args(num_rollout=1, router={"health_check_interval_secs": 1}),
+        host="127.0.0.1",
+        port=find_free_port(),
+        log_path=log,
+    )
+    process.wait_ready(60)
+    for engine in engines:
+        register_worker(process.url, engine.url)
+    yield process
+    process.stop()
+
+
+def run(router: ManagedProcess, function: Callable[[EngineClient], Coroutine[Any, Any, T]]) -> T:
+    async def inner() -> T:
+        async with EngineClient(router.url, request_timeout=60) as client:
+            return await function(client)
+
+    return asyncio.run(inner())
+
+
+def request(ids: list[int], **params: Any) -> GenerateRequest:
+    return GenerateRequest(input_ids=ids, sampling_params=SamplingParams(**params))
+
+
+def test_requests_are_spread_and_their_fields_arrive(
+    router: ManagedProcess, engines: list[ManagedProcess], model_dirs: dict[str, Path]
+) -> None:
+    async def ask(client: EngineClient) -> tuple[list[str], list[GenerateResponse]]:
+        asked = [request([1, 2, 3], max_new_tokens=9, temperature=0.7, sampling_seed=8) for _ in range(300)]
+        return await client.workers(), await asyncio.gather(*map(client.generate, asked))
+
+    workers, responses = run(router, ask)
+    assert workers == sorted(e.url for e in engines)
+    # One seed, one response, whichever engine gave it: temperature and sampling_seed pass the router.
+    assert len({tuple(r.output_ids) for r in responses}) == 1
+    first = responses[0]
+    assert (first.finish_reason, first.weight_version, first.prompt_tokens, first.completion_tokens) == (
+        "length",
+        "0",
+        3,
+        9,
+    )
+    want = tiny_models.hf_log_probs(tiny_models.hf_model(model_dirs["glm4"]), [1, 2, 3, *first.output_ids], 0.7)[2:]
+    assert max(abs(a - b) for a, b in zip(want, first.log_probs, strict=True)) <= 1e-5
+
+
+def test_an_engines_refusal_keeps_its_words_and_pickles(router: ManagedProcess) -> None:
+    with pytest.raises(EngineError, match="longer than the model's context length") as caught:
+        run(router, lambda client: client.generate(request([1] * 600)))
+    assert caught.value.status == 400
+    assert router.url in str(caught.value)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), str(again), again.status) == (EngineError, str(caught.value), 400)
+
+
+def test_no_answer_is_an_error_that_names_the_url() -> None:
+    url = f"http://127.0.0.1:{find_free_port()}"
+
+    async def ask() -> None:
+        async with EngineClient(url) as client:
+            await client.workers()
+
+    import slime.engine.client as module
+
+    before, module.BACKOFF = module.BACKOFF, 0.01
+    try:
+        with pytest.raises(EngineError, match=f"{url}/workers did not answer"):
+            asyncio.run(ask())
+    finally:
+        module.BACKOFF = before
+
+
+def test_a_request_that_takes_too_long_is_an_error(router: ManagedProcess) -> None:
+    async def ask() -> None:
+        async with EngineClient(router.url, request_timeout=0.2) as client:
+            await client.pause("in_place")
+            with pytest.raises(EngineError, match=r"no answer within 0\.2 s"):
+                await client.generate(request([1], max_new_tokens=5))
+            await client.continue_()
+
+    asyncio.run(ask())
+
+
+def test_an_abort_reaches_every_engine(router: ManagedProcess) -> None:
+    async def ask(client: EngineClient) -> list[GenerateResponse]:
+        await client.pause("in_place")  # so that nothing ends before the abort
+        tasks = [asyncio.create_task(client.generate(request([1, 2], max_new_tokens=500))) for _ in range(6)]
+        await asyncio.sleep(1.0)
+        await client.abort_all()
+        responses = await asyncio.gather(*tasks)
+        await client.continue_()
+        return responses
+
+    assert [r.finish_reason for r in run(router, ask)] == ["abort"] * 6
+
+
+def send(
+    router: ManagedProcess,
+    model: Path,
+    *,
+    version: str | None,
+    buckets: int = 3,
+    load_format: str | None = None,
+    leave_out: tuple[str, ...] = (),
+    rename: dict[str, str] | None = None,
+    flush_cache: bool = True,
+    meanwhile: Callable[[EngineClient], Coroutine[Any, Any, None]] | None = None,
+) -> None:
+    """The trainer's side: join as rank 0, send the tensors of an HF directory in buckets, leave."""
+
+    async def inner(client: EngineClient) -> None:
+        port, engines = find_free_port(), len(await client.workers())
+        joining = asyncio.to_thread(
+            join_weight_group, "127.0.0.1", port, 0, engines + 1, GROUP, "gloo", True, timeout=60
+        )
+        group, _ = await asyncio.gather(
+            joining, client.init_weights_update_group("127.0.0.1", port, engines + 1, GROUP, "gloo")
+        )
+        try:
+            reader = HFReader(model)
+            names = [n for n in reader.names() if n not in leave_out]
+            step = -(-len(names) // buckets)
+            for i in range(0, len(names), step):
+                part = names[i : i + step]
+                await send_bucket(client, group, reader, part)
+                if meanwhile is not None and i == 0:
+                    await meanwhile(client)
+        finally:
+            group.close()
+            await client.destroy_weights_update_group(GROUP)
+
+    async def send_bucket(client: EngineClient, group: WeightGroup, reader: HFReader, part: list[str]) -> None:
+        tensors = [reader.get(n) for n in part]
+        shown = [(rename or {}).get(n, n) for n in part]
+
+        def broadcast() -> None:
+            for tensor in [flatten_bucket(tensors)] if load_format else tensors:
+                group.broadcast(tensor)
+
+        await asyncio.gather(
+            asyncio.to_thread(broadcast),
+            client.update_weights_from_distributed(
+                shown,
+                [dtype_name(t.dtype) for t in tensors],
+                [list(t.shape) for t in tensors],
+                GROUP,
+                version,
+                flush_cache,
+                load_format=load_format,
+            ),
+        )
+
+    run(router, inner)
+
+
+def checksums(router: ManagedProcess) -> list[str]:
+    return run(router, lambda client: client.weights_checksum())
+
+
+@pytest.mark.parametrize("load_format", [None, "flattened_bucket"])
+def test_weights_sent_equal_weights_loaded(
+    router: ManagedProcess, model_dirs: dict[str, Path], load_format: str | None
+) -> None:
+    async def load(client: EngineClient, name: str, version: str) -> list[str]:
+        await client.update_weights_from_disk(str(model_dirs[name]), version)
+        return await client.weights_checksum()
+
+    of_a = run(router, lambda client: load(client, "glm4", "1"))
+    of_b = run(router, lambda client: load(client, "glm4-b", "2"))
+    assert len(set(of_a)) == len(set(of_b)) == 1
+    assert of_a != of_b
+    run(router, lambda client: client.reset_weights())
+    assert checksums(router) not in (of_a, of_b)  # the control: a sync that does nothing is seen
+    seen: list[list[str]] = []
+
+    async def meanwhile(client: EngineClient) -> None:
+        seen.append(await client.weight_versions())
+
+    send(router, model_dirs["glm4"], version="3", load_format=load_format, meanwhile=meanwhile)
+    assert seen == [["2", "2"]]  # a set that is on its way has no version yet
+    assert run(router, lambda client: client.weight_versions()) == ["3", "3"]
+    assert checksums(router) == of_a
+    response = run(router, lambda client: client.generate(request([1, 2, 3], max_new_tokens=8)))
+    assert response.weight_version == "3"
+    want = tiny_models.hf_log_probs(tiny_models.hf_model(model_dirs["glm4"]), [1, 2, 3, *response.output_ids], 1.0)[2:]
+    assert max(abs(a - b) for a, b in zip(want, response.log_probs, strict=True)) <= 1e-5
+
+
+def test_no_token_is_made_while_a_set_of_weights_is_half_there(
+    router: ManagedProcess, model_dirs: dict[str, Path]
+) -> None:
+    tasks: list[asyncio.Task[GenerateResponse]] = []
+
+    async def meanwhile(client: EngineClient) -> None:
+        # The client closes when `send` is through; this request outlives it with one of its own.
+        other = EngineClient(router.url)
+        tasks.append(asyncio.create_task(other.generate(request([5, 6], max_new_tokens=3))))
+        tasks[0].add_done_callback(lambda _: asyncio.ensure_future(other.close()))
+        await asyncio.sleep(0.7)
+        assert not tasks[0].done()
+
+    send(router, model_dirs["glm4-b"], version="4", meanwhile=meanwhile)
+    response = run(router, lambda client: client.generate(request([5, 6], max_new_tokens=3)))
+    assert response.weight_version == "4"
+
+
+def test_a_bucket_that_is_not_this_models_is_refused_and_nothing_of_it_is_written(
+    router: ManagedProcess, model_dirs: dict[str, Path]
+) -> None:
+    before = checksums(router)
+    norm, bias = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
+    with pytest.raises(EngineError, match=r"no tensor model\.norm\.wait") as caught:
+        send(router, model_dirs["glm4"], version="9", buckets=1, rename={norm: "model.norm.wait"})
+    assert caught.value.status == 400
+    with pytest.raises(EngineError, match=r"comes as \[64\], the model's is"):
+        send(router, model_dirs["glm4"], version="9", buckets=1, rename={bias: "model.embed_tokens.weight"})
+    assert checksums(router) == before
+    # An incomplete set never gets its version, and the next one is told so.
+    send(router, model_dirs["glm4"], version="10", leave_out=(norm,))
+    assert "10" not in run(router, lambda client: client.weight_versions())
+    with pytest.raises(EngineError, match=r"version 10 is incomplete: model\.norm\.weight did not come"):
+        send(router, model_dirs["glm4"], version="11")
+    run(router, lambda client: client.update_weights_from_disk(str(model_dirs["glm4"]), "12"))
+    assert run(router, lambda client: client.weight_versions()) == ["12", "12"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(router: ManagedProcess, model_dirs: dict[str, Path]) -> None:
+    before = checksums(router)
+    with pytest.raises(EngineError, match="has no "):
+        run(router, lambda client: client.update_weights_from_disk(str(model_dirs["qwen3"]), "5"))
+    assert checksums(router) == before
+
+
+def listening_addresses(pid: int | str) -> set[str]:
+    """Addresses, as /proc/net has them, on which a process listens."""
+    inodes: set[str] = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own, or closed since
+            inodes.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    found: set[str] = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in inodes:
+                found.add(words[1].split(":")[0])
+    return found
+
+
+def test_every_socket_is_on_loopback(router: ManagedProcess, engines: list[ManagedProcess]) -> None:
+    seen: set[str] = set()
+
+    async def inner(client: EngineClient) -> None:
+        port = find_free_port()
+        joining = asyncio.to_thread(join_weight_group, "127.0.0.1", port, 0, 3, "listen", "gloo", True, timeout=60)
+        group, _ = await asyncio.gather(
+            joining, client.init_weights_update_group("127.0.0.1", port, 3, "listen", "gloo")
+        )
+        for pid in ("self", engines[0].pid, router.pid):
+            seen.update(listening_addresses(pid))
+        group.close()
+        await client.destroy_weights_update_group("listen")
+
+    run(router, inner)
+    assert seen == {"0100007F"}
+    # Control: a socket on all interfaces is seen.
+    with socket.create_server(("0.0.0.0", 0)):
+        assert listening_addresses("self") >= {"00000000"}
+
+
+def test_a_trainer_that_goes_away_is_an_error_and_the_engine_lives(router: ManagedProcess) -> None:
+    async def inner(client: EngineClient) -> None:
+        port = find_free_port()
+        joining = asyncio.to_thread(join_weight_group, "127.0.0.1", port, 0, 3, "gone", "gloo", True, timeout=60)
+        group, _ = await asyncio.gather(joining, client.init_weights_update_group("127.0.0.1", port, 3, "gone", "gloo"))
+        threading.Timer(0.5, group.close).start()
+        del group
+        with pytest.raises(EngineError, match="update_weights_from_distributed"):
+            await client.update_weights_from_distributed(["model.norm.weight"], ["float32"], [[64]], "gone", None, True)
+        assert all((await client.health()).values())
+        await client.destroy_weights_update_group("gone")
+
+    run(router, inner)
+
+
+def test_a_dead_engine_is_noticed_and_its_requests_go_elsewhere(
+    router: ManagedProcess, engines: list[ManagedProcess]
+) -> None:
+    """Last: it kills an engine."""
+
+    async def ask(client: EngineClient) -> tuple[list[GenerateResponse], dict[str, bool]]:
+        tasks = [asyncio.create_task(client.generate(request([i], max_new_tokens=200))) for i in range(8)]
+        await asyncio.sleep(0.1)
+        os.kill(engines[0].pid, signal.SIGKILL)
+        return await asyncio.gather(*tasks), await client.health()
+
+    responses, health = run(router, ask)
+    assert [r.finish_reason for r in responses] == ["length"] * 8
+    assert health == {engines[0].url: False, engines[1].url: True}
+    deadline = time.monotonic() + 10
+    while engines[0].alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not engines[0].alive()
+
+
+def test_torch_is_not_needed_by_the_client() -> None:
+    """What the rollout imports stays light."""
+    import subprocess
+    import sys
+
+    code = "import sys, slime.engine.client; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
