@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -62,23 +64,27 @@ def test_the_pupil_is_careless_in_the_right_places() -> None:
     assert 0.3 < outcomes["right"] / 4000 < 0.42
 
 
-def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("task")
+    command = [sys.executable, EXAMPLE / "make_task.py", "--out", out, "--seed", "3", "--num-demonstrations", "9600"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "1.02 M parameters" in done.stdout
+    return out
+
+
+def test_files(task: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    monkeypatch.setattr(
-        sys, "argv", ["make_task.py", "--out", str(tmp_path), "--seed", "3", "--num-demonstrations", "20"]
-    )
-    make_task.main()
-    assert "1.02 M parameters" in capsys.readouterr().out
     lines = {
-        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        name: [json.loads(line) for line in (task / f"{name}.jsonl").read_text().splitlines()]
         for name in ("train", "eval", "demonstrations")
     }
     held_out = {line["prompt"][0]["content"] for line in lines["eval"]}
-    assert len(lines["demonstrations"]) == 20 and len(lines["train"]) > 5000 and len(held_out) >= 200
+    assert len(lines["demonstrations"]) == 9600 and len(lines["train"]) > 5000 and len(held_out) >= 200
     assert not held_out & {line["prompt"][0]["content"] for line in lines["train"] + lines["demonstrations"]}
 
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(task / "model")
     messages = [{"role": "user", "content": "47+38=?"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert text == "[gMASK]<sop><|user|>\n47+38=?<|assistant|>\n<think>"
@@ -87,9 +93,35 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     response = "7+8=15,4+3=7,7+1=8</think>\\boxed{85}<|user|>"
     tokens = tokenizer(response, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(tokens) == response and tokens[-1] == tokenizer.eos_token_id
-    config = AutoConfig.from_pretrained(tmp_path / "model")
+    config = AutoConfig.from_pretrained(task / "model")
     assert config.eos_token_id == [tokenizer.pad_token_id, tokenizer.eos_token_id]
     assert config.vocab_size == 128 > max(tokenizer.get_vocab().values())
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("run-glm4-tiny-sft-cpu.sh", ["60 rollouts", "160 prompts", "10 a rollout, 16 samples each", "over tokens"]),
+        ("run-glm4-tiny-cpu.sh", ["32 prompts x 8 samples = 256 samples", "clip 0.2/0.28", "engine 1", "deepscaler"]),
+    ],
+)
+def test_the_demos_scripts_plan(task: Path, tmp_path: Path, script: str, expected: list[str]) -> None:
+    def plan(*extra: str) -> subprocess.CompletedProcess[str]:
+        paths = {"TASK_DIR": task, "HF_DIR": task / "model", "REF_DIR": task / "model", "SAVE_DIR": tmp_path / "save"}
+        env = {**os.environ, **{name: str(path) for name, path in paths.items()}}
+        python = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        return subprocess.run(
+            ["bash", SCRIPTS / script, "--dry-run", *extra], capture_output=True, text=True, env=env | python
+        )
+
+    done = plan()
+    assert done.returncode == 0, done.stderr
+    assert [text for text in expected if text not in done.stdout] == []
+    assert not (tmp_path / "save").exists()
+    assert plan("--rotary-base", "20000").returncode != 0, "the model's own config.json says 10000"
 
 
 def test_the_control_pays_for_other_answers() -> None:
