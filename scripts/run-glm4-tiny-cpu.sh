@@ -50,7 +50,7 @@ PERF_ARGS=(
    --pipeline-model-parallel-size 1
    --context-parallel-size 1
    --use-dynamic-batch-size
-   --max-tokens-per-gpu 4096
+   --max-tokens-per-gpu 3072
 )
 
 GRPO_ARGS=(
