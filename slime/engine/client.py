@@ -220,7 +220,10 @@ class EngineClient:
         *,
         load_format: str | None = None,
     ) -> None:
-        """Make every engine receive one bucket. Returns once all have, so rank 0 has to be sending meanwhile."""
+        """Make every engine receive one bucket. Returns once all have, so rank 0 has to be sending meanwhile.
+
+        Buckets of one set follow each other; the last one names the `weight_version`, the others None.
+        """
         body = UpdateWeightsFromDistributed(
             names=list(names),
             dtypes=list(dtypes),

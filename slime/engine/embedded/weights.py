@@ -33,13 +33,12 @@ class EngineWeights:
     def __init__(self, model: Model, scheduler: Scheduler) -> None:
         self._model = model
         self._scheduler = scheduler
-        self._arriving: set[str] = set()
-        """Tensors of the version on its way."""
-        self._arriving_version: str | None = None
+        self._arrived: set[str] = set()
+        """Tensors of the set on its way; empty between sets."""
 
     @property
     def complete(self) -> bool:
-        return not self._arriving
+        return HOLD not in self._scheduler.holds
 
     def check(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
         """Raise ValueError where a tensor is not the model's."""
@@ -54,33 +53,35 @@ class EngineWeights:
             raise ValueError(f"a tensor comes twice: {_some({n for n in names if list(names).count(n) > 1})}")
 
     def write_bucket(self, names: Sequence[str], tensors: Sequence[Tensor], *, version: str | None, flush: bool) -> str:
-        """Write one bucket -> what happened, in words.
+        """Write one bucket of a set -> what happened, in words.
 
-        Buckets that name a `version` belong to one set: its tensors may come in any order and number of buckets, and
-        the version counts once all are there. Without a version a bucket is a set of its own.
+        A set is every tensor of the model, in any order and number of buckets; the last bucket names the `version`.
+        From its first bucket on the scheduler holds, until a set is whole. A tensor that comes again begins a new
+        set: the sender started over.
 
         Raises:
-            ValueError: not this model's tensors, or a new version begins before the last one was whole. Nothing
-                is written then.
+            ValueError: not this model's tensors (nothing is written then), or a version comes before all tensors
+                have (it does not count then; a set has to be sent anew).
         """
         self.check(names, [t.shape for t in tensors])
-        if version is not None and self._arriving and version != self._arriving_version:
-            raise ValueError(
-                f"weight version {version} begins, but version {self._arriving_version} is incomplete: "
-                f"{self._missing()}; send those first, or load a whole set from disk"
-            )
+        if not self._arrived.isdisjoint(names):
+            self._arrived.clear()
+        self._scheduler.holds.add(HOLD)
         for name, tensor in zip(names, tensors, strict=True):
             self._model.weights[name].copy_(tensor)
+        self._arrived.update(names)
         self._forget_cache(flush=flush)
+        missing = set(self._model.weights) - self._arrived
+        if not missing:
+            self._settle(version)
+            return f"all {len(self._model.weights)} tensors have come"
         if version is None:
-            return f"{len(names)} tensors written"
-        self._arriving.update(names)
-        self._arriving_version = version
-        if len(self._arriving) < len(self._model.weights):
-            self._scheduler.holds.add(HOLD)
-            return f"{len(self._arriving)} of {len(self._model.weights)} tensors of version {version} written"
-        self._settle(version)
-        return f"version {version} is complete"
+            return f"{len(self._arrived)} of {len(self._model.weights)} tensors have come"
+        self._arrived.clear()
+        raise ValueError(
+            f"weight version {version} is incomplete: {_some(missing)} did not come; send a whole set, "
+            "or load one from disk (no token is generated before that)"
+        )
 
     def load(self, path: str | Path, *, version: str | None, flush: bool = True) -> None:
         """Load all weights from an HF directory.
@@ -107,12 +108,8 @@ class EngineWeights:
         tied = self._model.architecture.tied_embeddings and name == "lm_head.weight"
         return tied or name.endswith("rotary_emb.inv_freq")
 
-    def _missing(self) -> str:
-        return f"{_some(set(self._model.weights) - self._arriving)} did not come"
-
     def _settle(self, version: str | None) -> None:
-        self._arriving.clear()
-        self._arriving_version = None
+        self._arrived.clear()
         self._scheduler.holds.discard(HOLD)
         if version is not None:
             self._scheduler.weight_version = version
