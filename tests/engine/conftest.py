@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 
 from slime.engine.launch import ManagedProcess, find_free_port
 
@@ -25,6 +26,7 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "glm4": tiny_models.make_model(root / "glm4", "glm4", seed=1),
         "glm4-b": tiny_models.make_model(root / "glm4-b", "glm4", seed=2),
         "glm4-eos": tiny_models.make_model(root / "glm4-eos", "glm4", seed=1, eos=[7, 9]),
+        "glm4-bf16": tiny_models.make_model(root / "glm4-bf16", "glm4", seed=1, dtype=torch.bfloat16),
         "qwen3": tiny_models.make_model(root / "qwen3", "qwen3", seed=3),
     }
 

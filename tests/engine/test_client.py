@@ -343,6 +343,29 @@ def test_a_trainer_that_goes_away_is_an_error_and_the_engine_lives(router: Manag
     run(router, inner)
 
 
+def test_the_api_key_goes_through_the_router(
+    model_dirs: dict[str, Path], start_engine: StartEngine, tmp_path: Path
+) -> None:
+    engine = start_engine(model_dirs["qwen3"], "--api-key", "sesame")
+    args = Args(num_rollout=1, router={"api_key": "sesame"})
+    router = launch_router(args, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "router.log")
+    router.wait_ready(60)
+    with pytest.raises(RuntimeError, match="refused"):
+        register_worker(router.url, engine.url)
+    register_worker(router.url, engine.url, api_key="sesame")
+
+    async def ask(api_key: str | None) -> str:
+        async with EngineClient(router.url, api_key=api_key) as client:
+            response = await client.generate(request([1], max_new_tokens=2))
+            return f"{response.finish_reason} {await client.weight_versions()}"
+
+    assert asyncio.run(ask("sesame")) == "length ['0']"
+    with pytest.raises(EngineError, match="401"):
+        asyncio.run(ask(None))
+    router.stop()
+    engine.stop()
+
+
 def test_a_dead_engine_is_noticed_and_its_requests_go_elsewhere(
     router: ManagedProcess, engines: list[ManagedProcess]
 ) -> None:

@@ -43,10 +43,10 @@ class Bench:
         return self.finished
 
 
-def make_bench(path: Path, *, rows: int = 64, tokens: int = 64 * 512) -> Bench:
+def make_bench(path: Path, *, rows: int = 64, tokens: int = 64 * 512, dtype: torch.dtype = torch.float32) -> Bench:
     architecture = hf_architecture(read_hf_config(path))
-    model = Model(architecture)
-    cache = KVCache(architecture, dtype=torch.float32, rows=rows, tokens=tokens)
+    model = Model(architecture, dtype=dtype)
+    cache = KVCache(architecture, dtype=dtype, rows=rows, tokens=tokens)
     finished: list[Request] = []
     scheduler = Scheduler(model, cache, on_finished=finished.extend, on_failure=lambda error: None)
     bench = Bench(scheduler, EngineWeights(model, scheduler), finished)
@@ -246,3 +246,19 @@ def test_a_model_that_gives_nan_fails_the_request_and_not_the_engine(model_dirs:
     well = bench.add(request([1, 2], max_new_tokens=3))
     bench.run()
     assert (well.error, len(well.output_ids)) == (None, 3)
+
+
+def test_bf16_is_as_near_to_fp32_as_huggingfaces_own(model_dirs: dict[str, Path]) -> None:
+    path = model_dirs["glm4-bf16"]
+    bench = make_bench(path, dtype=torch.bfloat16)
+    for i, text in enumerate(prompts(6, seed=6)):
+        bench.add(request(text, seed=i, max_new_tokens=40))
+    done = bench.run()
+    half, single = tiny_models.hf_model(path), tiny_models.hf_model(path).float()
+    ours, theirs = [], []
+    for r in done:
+        want = tiny_models.hf_log_probs(single, r.ids, 1.0)[len(r.input_ids) - 1 :]
+        rounded = tiny_models.hf_log_probs(half, r.ids, 1.0)[len(r.input_ids) - 1 :]
+        ours += [abs(a - b) for a, b in zip(want, r.log_probs, strict=True)]
+        theirs += [abs(a - b) for a, b in zip(want, rounded, strict=True)]
+    assert 0 < sum(ours) < 1.5 * sum(theirs)

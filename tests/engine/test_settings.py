@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from slime.engine.embedded.settings import Settings, parse_settings
+
+
+def parse(path: Path, *flags: str) -> Settings:
+    return parse_settings(["--model-path", str(path), "--port", "1", *flags])[0]
+
+
+def test_a_model_directory_says_most_of_it(model_dirs: dict[str, Path]) -> None:
+    settings = parse(model_dirs["glm4"])
+    assert (settings.dtype, settings.context_length, settings.stop_token_ids) == (torch.float32, 512, frozenset())
+    assert settings.architecture.rotary_interleaved
+    assert settings.host == "127.0.0.1"
+    assert parse(model_dirs["glm4-bf16"]).dtype == torch.bfloat16
+    assert parse(model_dirs["glm4-bf16"], "--dtype", "float32").dtype == torch.float32
+
+
+def test_eos_ids_of_both_files_end_a_response(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads((model_dirs["glm4"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": 5}))
+    assert parse(tmp_path).stop_token_ids == {5}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
+    assert parse(tmp_path).stop_token_ids == {5, 6, 7}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--context-length", "513"], "--context-length is 513"),
+        (["--max-total-tokens", "256", "--context-length", "300"], "raise --max-total-tokens"),
+        (["--max-total-tokens", "3"], "--max-total-tokens is 3"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_told(flags: list[str], words: str, model_dirs: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse(model_dirs["glm4"], *flags)
+
+
+def test_a_directory_without_a_model_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name a Hugging Face directory"):
+        parse(tmp_path)
