@@ -276,28 +276,39 @@ def build_optimizer(args: Args, model: torch.nn.Module) -> tuple[MegatronOptimiz
 
 
 def _schedule(args: Args, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    decay_steps = args.lr_decay_iters or total_steps(args) or 1
-    if args.lr_warmup_iters >= decay_steps and args.lr_warmup_iters > 0:
-        if args.lr_decay_style != "constant":
-            raise ValueError(
-                f"--lr-warmup-iters {args.lr_warmup_iters}: the warm-up has to end before the decay does, at "
-                f"optimizer step {decay_steps}; lower it, or raise --lr-decay-iters or --num-rollout"
-            )
-        decay_steps = args.lr_warmup_iters + 1  # nothing decays
+    """Megatron's schedule; its first step is taken at 0 where there is a warm-up."""
+    style, warmup = args.lr_decay_style, args.lr_warmup_iters
+    decay_steps = args.lr_decay_iters or total_steps(args)
+    if style == "constant":
+        decay_steps = max(decay_steps, warmup + 1)  # nothing decays; Megatron asks for a length all the same
+    elif args.lr_decay_iters is None and args.num_rollout is None:
+        raise ValueError(
+            f"--lr-decay-style {style}: the number of steps is not known with --num-epoch; give --lr-decay-iters"
+        )
+    elif warmup >= max(decay_steps, 1):
+        raise ValueError(
+            f"--lr-warmup-iters {warmup}: the warm-up has to end before the decay does, at optimizer step "
+            f"{decay_steps}; lower it, or raise --lr-decay-iters or --num-rollout"
+        )
+    if style == "WSD" and args.lr_wsd_decay_iters is None:
+        raise ValueError("--lr-decay-style WSD: it asks for --lr-wsd-decay-iters, the length of its decay")
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=args.lr,
         min_lr=min(args.min_lr, args.lr),
-        lr_warmup_steps=args.lr_warmup_iters,
-        lr_decay_steps=decay_steps,
-        lr_decay_style=args.lr_decay_style,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(decay_steps, 1),
+        lr_decay_style=style,
         start_wd=args.weight_decay,
         end_wd=args.weight_decay,
-        wd_incr_steps=decay_steps,
+        wd_incr_steps=max(decay_steps, 1),
         wd_incr_style="constant",
-        wsd_decay_steps=args.lr_wsd_decay_iters or max(decay_steps // 10, 1),
+        wsd_decay_steps=args.lr_wsd_decay_iters,
         lr_wsd_decay_style=args.lr_wsd_decay_style,
+        # on resume the command line wins over the checkpoint, which then gives the number of steps alone
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
 
 

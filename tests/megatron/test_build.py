@@ -1,0 +1,86 @@
+"""Configs from args: what passes through, what contradicts, and schedules that cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from worker_pool import WorkerPool, joined
+
+from slime.config.args import Args
+from slime.core.architecture import padded_vocab_size
+from slime.megatron.build import build_model, build_optimizer, named_parameters, total_steps, transformer_config
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.hf_dir(tmp_path_factory.mktemp("model"), "glm4")
+
+
+def test_megatrons_own_fields_pass_through(hf: Path) -> None:
+    args = tiny.make_args(hf, megatron_extra={"init_method_std": 0.5, "moe_router_topk": 4})
+    assert transformer_config(args).init_method_std == 0.5
+    agreeing = tiny.make_args(hf, megatron_extra={"bias_dropout_fusion": False})
+    assert transformer_config(agreeing).bias_dropout_fusion is False
+
+
+def test_a_field_that_slime_decides_is_refused(hf: Path) -> None:
+    with pytest.raises(ValueError, match="--bias-dropout-fusion True: slime sets it to False itself"):
+        transformer_config(tiny.make_args(hf, megatron_extra={"bias_dropout_fusion": True}))
+    with pytest.raises(ValueError, match=r"--attention-dropout 0.1"):
+        transformer_config(tiny.make_args(hf, attention_dropout=0.1))
+    with pytest.raises(ValueError, match="--hf-checkpoint"):
+        transformer_config(Args())
+
+
+def test_steps_of_the_run(hf: Path) -> None:
+    assert total_steps(tiny.make_args(hf, num_rollout=7, num_steps_per_rollout=3)) == 21
+    by_size = {"num_steps_per_rollout": None, "rollout_batch_size": 8, "n_samples_per_prompt": 4}
+    assert total_steps(tiny.make_args(hf, num_rollout=7, global_batch_size=16, **by_size)) == 14
+    assert total_steps(tiny.make_args(hf, num_rollout=7, **by_size)) == 7
+
+
+def _build(rank: int, world_size: int, init_method: str, args: Args) -> dict[str, tuple[int, ...]]:
+    with joined(args, rank, world_size, init_method):
+        model = build_model(args, wrap=True)
+        build_optimizer(args, model)
+        return {name: tuple(parameter.shape) for name, parameter in named_parameters(model)}
+
+
+def _schedule_error(rank: int, world_size: int, init_method: str, args: Args) -> str:
+    with pytest.raises(ValueError) as raised:
+        _build(rank, world_size, init_method, args)
+    return str(raised.value)
+
+
+@pytest.mark.dist
+def test_parameters_of_a_tensor_parallel_rank(workers: WorkerPool, hf: Path) -> None:
+    args = tiny.make_args(hf, tensor_model_parallel_size=2)
+    shapes, other = workers.run(2, _build, args)
+    assert shapes == other
+    rows = padded_vocab_size(tiny.VOCAB, 128, 2) // 2
+    assert shapes["embedding.word_embeddings.weight"] == (rows, 64) == shapes["output_layer.weight"]
+    assert shapes["decoder.layers.1.self_attention.linear_qkv.bias"] == ((4 + 2 * 2) * 16 // 2,)
+    assert shapes["decoder.layers.1.post_mlp_layernorm.weight"] == (64,)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lr_decay_style": "cosine", "num_rollout": None, "num_epoch": 2}, "--lr-decay-iters"),
+        ({"lr_decay_style": "linear", "lr_warmup_iters": 10}, "--lr-warmup-iters 10"),
+        ({"lr_decay_style": "WSD"}, "--lr-wsd-decay-iters"),
+    ],
+    ids=str,
+)
+def test_schedules_that_cannot_be(flags: dict[str, Any], message: str, workers: WorkerPool, hf: Path) -> None:
+    [error] = workers.run(1, _schedule_error, tiny.make_args(hf, **flags))
+    assert message in error
+
+
+@pytest.mark.dist
+def test_a_long_warm_up_of_a_constant_rate(workers: WorkerPool, hf: Path) -> None:
+    workers.run(1, _build, tiny.make_args(hf, lr_warmup_iters=100))
