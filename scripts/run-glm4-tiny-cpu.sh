@@ -65,7 +65,7 @@ GRPO_ARGS=(
 
 OPTIMIZER_ARGS=(
    --optimizer adam
-   --lr 6e-4
+   --lr 4e-4
    --lr-decay-style constant
    --weight-decay 0.0
    --adam-beta1 0.9
