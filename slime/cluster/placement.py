@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime.cluster import reaper
 from slime.config.args import Args
 
 # On a CPU a worker process is counted, not measured: this share of a core lets any number of them be placed.
@@ -25,12 +27,12 @@ LOCAL_OBJECT_STORE_BYTES = 1024**3
 LOCAL_SYSTEM_CONFIG = {"gcs_rpc_server_reconnect_timeout_s": 5}
 
 
-def start_ray() -> bool:
-    """Join the cluster at RAY_ADDRESS, or start a local one. Returns whether one was started here."""
+def start_ray() -> subprocess.Popen[bytes] | None:
+    """Join the cluster at RAY_ADDRESS (returns None), or start a local one (returns its reaper)."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        return False
+        return None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
@@ -41,7 +43,7 @@ def start_ray() -> bool:
         _node_ip_address="127.0.0.1",
         _system_config=LOCAL_SYSTEM_CONFIG,
     )
-    return True
+    return reaper.watch()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ alive, however far it came and however the run ended; nothing else is touched.
 from __future__ import annotations
 
 import logging
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ class Processes:
         self._args = args
         self._log_dir = log_dir.absolute()
         self._placement: Placement | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
         self._tmp = tempfile.TemporaryDirectory(prefix="slime-run-")
         self.manager: Any = None
         self.trainers: list[Any] = []
@@ -39,7 +41,7 @@ class Processes:
     def start(self) -> None:
         """Ray and all actors; returns while they are still importing."""
         args, log_dir = self._args, str(self._log_dir)
-        start_ray()
+        self._reaper = start_ray()
         self._placement = place = reserve(args)
         self.manager = RolloutManager.options(**place.manager()).remote(args, log_dir)
         self.engines = [
@@ -95,6 +97,8 @@ class Processes:
             if self._placement is not None:
                 self._placement.release()
             ray.shutdown()
+        if self._reaper is not None:
+            self._reaper.communicate(timeout=STOP_TIMEOUT_S)
         self._tmp.cleanup()
 
     def _stop_children(self) -> None:
