@@ -77,13 +77,20 @@ class EngineClient:
     def _session(self) -> aiohttp.ClientSession:
         if self._opened is None or self._opened.closed:
             # aiohttp would hold back everything beyond 100 connections; the caller decides what is in flight.
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+            # Idle connections are dropped before SGLang drops them (after 5 s), or a request would meet a closed one.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
             # Engines are ours: a proxy of the environment has no business between.
             self._opened = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
         return self._opened
 
-    async def _request(self, method: str, url: str, body: Message | None, *, timeout: float) -> Any:
-        """The decoded answer. Retries where there was no connection or the router had no engine at hand."""
+    async def _request(
+        self, method: str, url: str, body: Message | None, *, timeout: float, collective: bool = False
+    ) -> Any:
+        """The decoded answer. Retries where there was no connection or the router had no engine at hand.
+
+        `collective`: the engine takes part in something with others, once; it is asked again only if the first
+        request cannot have reached it.
+        """
         data = None if body is None else orjson.dumps(body.to_json())
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
         problem = EngineError(url, 0, "not asked")
@@ -97,11 +104,13 @@ class EngineClient:
                 raise EngineError(url, 0, f"no answer within {timeout:g} s") from None
             except (aiohttp.ClientError, OSError) as error:
                 problem = EngineError(url, 0, f"{type(error).__name__}: {error}")
+                if collective and not isinstance(error, aiohttp.ClientConnectorError):
+                    break
                 continue
             if answer.status == 200:
                 return _decode(url, raw)
             problem = EngineError(url, answer.status, _message(raw))
-            if answer.status not in RETRY_STATUS:
+            if collective or answer.status not in RETRY_STATUS:
                 break
         raise problem
 
@@ -132,7 +141,9 @@ class EngineClient:
 
     # ---- at every engine
 
-    async def _everywhere(self, endpoint: Endpoint, bodies: Message | Sequence[Message] | None) -> list[Any]:
+    async def _everywhere(
+        self, endpoint: Endpoint, bodies: Message | Sequence[Message] | None, *, collective: bool = False
+    ) -> list[Any]:
         """POST to all engines at once (None: GET) -> their answers, in the order of `workers`."""
         urls = await self.workers()
         if not urls:
@@ -142,7 +153,7 @@ class EngineClient:
         # All are waited for, and then the first failure is raised: none is left running unseen.
         answers = await asyncio.gather(
             *(
-                self._request(method, url + endpoint, body, timeout=CONTROL_TIMEOUT)
+                self._request(method, url + endpoint, body, timeout=CONTROL_TIMEOUT, collective=collective)
                 for url, body in zip(urls, each, strict=True)
             ),
             return_exceptions=True,
@@ -207,7 +218,7 @@ class EngineClient:
             )
             for i in range(len(urls))
         ]
-        await self._everywhere(Endpoint.INIT_WEIGHTS_UPDATE_GROUP, bodies)
+        await self._everywhere(Endpoint.INIT_WEIGHTS_UPDATE_GROUP, bodies, collective=True)
 
     async def update_weights_from_distributed(
         self,
@@ -233,7 +244,7 @@ class EngineClient:
             flush_cache=flush_cache,
             load_format=load_format,
         )
-        await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_DISTRIBUTED, body)
+        await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_DISTRIBUTED, body, collective=True)
 
     async def destroy_weights_update_group(self, group_name: str) -> None:
         await self._everywhere(Endpoint.DESTROY_WEIGHTS_UPDATE_GROUP, DestroyWeightsUpdateGroup(group_name=group_name))

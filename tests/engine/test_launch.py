@@ -25,7 +25,7 @@ FAMILY = (
 PARENT = f"""
 import os, sys, time
 from slime.engine.launch import ManagedProcess
-process = ManagedProcess("family", [sys.executable, "-c", {FAMILY!r}], url=NOWHERE, log_path=sys.argv[1])
+process = ManagedProcess("family", [sys.executable, "-c", {FAMILY!r}], url={NOWHERE!r}, log_path=sys.argv[1])
 fork = os.fork() if sys.argv[2] == "fork" else 1
 if fork == 0:
     time.sleep(30)

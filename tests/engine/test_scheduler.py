@@ -262,3 +262,13 @@ def test_bf16_is_as_near_to_fp32_as_huggingfaces_own(model_dirs: dict[str, Path]
         ours += [abs(a - b) for a, b in zip(want, r.log_probs, strict=True)]
         theirs += [abs(a - b) for a, b in zip(want, rounded, strict=True)]
     assert 0 < sum(ours) < 1.5 * sum(theirs)
+
+
+def test_a_command_whose_asker_has_gone_harms_nobody(model_dirs: dict[str, Path]) -> None:
+    scheduler = make_bench(model_dirs["glm4"]).scheduler
+    gone, wrong, right = scheduler.call(lambda: 1), scheduler.call(lambda: 1 // 0), scheduler.call(lambda: 2)
+    gone.cancel()
+    scheduler._take_commands()
+    assert right.result(timeout=0) == 2
+    with pytest.raises(ZeroDivisionError):
+        wrong.result(timeout=0)

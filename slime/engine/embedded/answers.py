@@ -36,6 +36,7 @@ async def read_body(request: web.Request) -> Any:
 async def in_daemon_thread(function: Callable[[], T]) -> T:
     """Run what may block for long. (A thread of asyncio's own pool would keep the process from ending.)"""
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, only forgotten
 
     def run() -> None:
         try:

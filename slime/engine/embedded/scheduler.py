@@ -40,7 +40,7 @@ PADDING = 1.5
 """Prompts of one prefill forward differ in length by this factor at most."""
 
 ROW = np.dtype(
-    [(name, np.int64) for name in ("position", "token", "top_k", "limit", "special")]
+    [(name, np.int64) for name in ("position", "token", "top_k", "limit", "may_stop")]
     + [(name, np.float64) for name in ("temperature", "top_p", "min_p")]
     + [("seed", np.uint64)]
 )
@@ -98,7 +98,7 @@ class Scheduler:
         self.weight_version = "0"
         self.pause_mode: PauseMode | None = None
         self.holds: set[str] = set()
-        """Reasons not to step although nobody paused (an unfinished weight update)."""
+        """Reasons not to step although nobody paused."""
         self.beat = time.monotonic()
         self._on_finished = on_finished
         self._on_failure = on_failure
@@ -118,8 +118,9 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
+        """End the loop; a step that takes longer than this waits ends with the process."""
         self._inbox.put(self._stop)
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=2.0)
 
     def submit(self, request: Request) -> None:
         self._inbox.put(lambda: self._waiting.append(request))
@@ -129,6 +130,8 @@ class Scheduler:
         future: Future[T] = Future()
 
         def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever asked has gone
             try:
                 future.set_result(function())
             except Exception as error:  # noqa: BLE001 - handed to the caller
@@ -260,7 +263,7 @@ class Scheduler:
         p, row = request.params, self._rows[request.row]
         row["position"] = len(request.input_ids) + len(request.output_ids)
         row["limit"] = len(request.input_ids) + p.max_new_tokens
-        row["special"] = bool(request.stop_token_ids or request.stop_check)
+        row["may_stop"] = bool(request.stop_token_ids or request.stop_check)
         row["temperature"], row["top_p"], row["top_k"], row["min_p"] = p.temperature, p.top_p, p.top_k, p.min_p
         row["seed"] = request.seed
 
@@ -331,7 +334,7 @@ class Scheduler:
             request.output_ids.append(token)
             request.log_probs.append(log_prob)
         full = rows["position"] + 1 >= rows["limit"]
-        for i in np.flatnonzero(full | (rows["special"] != 0) | ~draw.finite).tolist():
+        for i in np.flatnonzero(full | (rows["may_stop"] != 0) | ~draw.finite).tolist():
             self._judge(requests[i], full=bool(full[i]), finite=bool(draw.finite[i]))
         self._compact()
 

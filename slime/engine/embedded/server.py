@@ -80,6 +80,9 @@ class Server:
     def start(self) -> None:
         self._scheduler.start()
 
+    def stop(self) -> None:
+        self._scheduler.stop()
+
     # ---- from the scheduler's thread
 
     def _from_scheduler(self, finished: list[Request]) -> None:
@@ -307,6 +310,7 @@ async def serve(settings: Settings) -> int:
     logger.info("serving %s on %s:%d", settings.model_path, settings.host, settings.port)
     code = await server.wait_ended()
     await runner.cleanup()
+    server.stop()
     return code
 
 

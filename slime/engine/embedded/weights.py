@@ -87,8 +87,8 @@ class EngineWeights:
         """Load all weights from an HF directory.
 
         Raises:
-            ValueError: a tensor is missing, left over, or of another shape. Missing and left-over ones are found
-                before anything is written.
+            ValueError: a tensor is missing or left over (nothing is written then), or of another shape (no token is
+                generated until a whole set has come).
         """
         reader, weights = HFReader(path), self._model.weights
         extra = {n for n in reader.names() if n not in weights and not self._may_skip(n)}
@@ -96,6 +96,7 @@ class EngineWeights:
         if missing or extra:
             problem = f"has no {_some(missing)}" if missing else f"has {_some(extra)}, which this model does not know"
             raise ValueError(f"{path} {problem}; name a checkpoint of the model that this engine serves")
+        self._scheduler.holds.add(HOLD)
         for name, target in weights.items():
             tensor = reader.get(name)
             self.check([name], [tensor.shape])
@@ -125,6 +126,7 @@ class EngineWeights:
         """Fill every tensor with a constant, so that a sync that does nothing cannot pass a comparison."""
         for tensor in self._model.weights.values():
             tensor.fill_(GARBAGE)
+        self._arrived.clear()
         self._forget_cache(flush=True)
 
     def checksum(self) -> str:
