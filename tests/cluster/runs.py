@@ -64,6 +64,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
             env=environment(),
             stdout=file,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 

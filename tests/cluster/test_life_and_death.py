@@ -19,7 +19,8 @@ from tests.cluster.runs import ROOT, Task, environment, events, family, flags, m
 def running(task: Task, tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
     """A run that has trained one step and goes on, and all its processes."""
     save = tmp_path / "run"
-    process = start(flags(task, save, "--num-rollout", "100000"), tmp_path / "log.txt")
+    small = ["--num-rollout", "100000", "--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1"]
+    process = start(flags(task, save, *small), tmp_path / "log.txt")
     metrics = save / "metrics.jsonl"
     wait_for(lambda: process.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0), "the first step")
     assert process.poll() is None, (tmp_path / "log.txt").read_text()[-4000:]
@@ -36,11 +37,16 @@ def assert_all_gone(everyone: list[psutil.Process]) -> None:
     assert alive == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_job_leaves_no_process(task: Task, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "whole_group"),
+    [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGKILL, False)],
+    ids=["Ctrl-C", "terminated", "terminated group", "killed"],
+)
+def test_a_killed_job_leaves_no_process(task: Task, tmp_path: Path, number: signal.Signals, whole_group: bool) -> None:
+    """A terminal's Ctrl-C, and `timeout`, send their signal to the whole process group."""
     process, everyone = running(task, tmp_path)
-    os.kill(process.pid, number)
-    assert process.wait(timeout=60) != 0
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    assert process.wait(timeout=45) != 0
     assert_all_gone(everyone)
 
 

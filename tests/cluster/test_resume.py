@@ -41,7 +41,8 @@ def test_the_agreement_check_notices_another_policy(task: Task, unbroken: Path, 
     """Rollout 3's samples, trained on by the policy of rollout 0."""
     save = tmp_path / "run"
     dump = unbroken / "dump/3.jsonl"
-    train(flags(task, save, "--load-debug-rollout-data", str(dump), "--num-rollout", "1"), tmp_path / "log.txt")
+    extra = ["--load-debug-rollout-data", str(dump), "--debug-train-only", "--num-rollout", "1"]
+    train(flags(task, save, *extra), tmp_path / "log.txt")
     assert events(save, GAP)[1] > TOLERANCE
 
 
