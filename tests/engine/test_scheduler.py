@@ -217,6 +217,40 @@ def test_retracted_requests_go_on_where_they_were(model_dirs: dict[str, Path]) -
         assert outputs == expected
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_events_leaves_responses_as_they_are_alone(seed: int, model_dirs: dict[str, Path]) -> None:
+    """Requests come, are aborted, retracted and flushed at random, over rows that are too few."""
+    rng = random.Random(seed)
+    texts = prompts(5, seed=seed, longest=30)
+    lengths = [rng.choice((0, 1, 2, 7, 30, 90)) for _ in range(40)]
+    alone = make_bench(model_dirs["glm4"])
+    expected: list[list[int]] = []
+    for i, length in enumerate(lengths):
+        expected.append(alone.add(request(texts[i % 5], seed=i, max_new_tokens=length)).output_ids)
+        alone.run()
+    bench = make_bench(model_dirs["glm4"], rows=7, tokens=7 * 64)
+    scheduler, aborted = bench.scheduler, 0
+    for i, length in enumerate(lengths):
+        bench.add(request(texts[i % 5], seed=i, max_new_tokens=length, start=rng.choice((-1, -1, 0))))
+        for _ in range(rng.choice((0, 0, 1, 4))):
+            bench.step()
+        with torch.inference_mode():
+            if rng.random() < 0.2:
+                victim = f"r{rng.randrange(i + 1)}"
+                aborted += scheduler.abort(lambda r, victim=victim: r.rid == victim)
+            if rng.random() < 0.1:
+                scheduler.retract()
+                scheduler.cache.clear()
+    done = {int(r.rid[1:]): r for r in bench.run()}
+    assert len(done) == 40
+    assert aborted == sum(r.finish_reason is not None and r.finish_reason["type"] == "abort" for r in done.values())
+    for i, r in done.items():
+        whole = r.finish_reason is not None and r.finish_reason["type"] == "length"
+        assert r.output_ids == (expected[i] if whole else expected[i][: len(r.output_ids)])
+        if r.logprob_start_len == 0 and whole:
+            assert len(r.input_log_probs) == len(r.input_ids) - 1
+
+
 def test_weights_under_running_requests(model_dirs: dict[str, Path]) -> None:
     """With a flush the cache is made again by the new weights; without, the old one is gone on with."""
     new_hf = tiny_models.hf_model(model_dirs["glm4-b"])

@@ -244,10 +244,12 @@ class Server:
 
     async def info(self, http: web.Request) -> web.Response:
         s = self._settings
+        # The router loads a tokenizer from this path, and asks the Hugging Face hub for it where the path has none.
+        path = str(s.model_path) if self._text.available else ""
         return json_answer(
             {
-                "model_path": str(s.model_path),
-                "tokenizer_path": str(s.model_path),
+                "model_path": path,
+                "tokenizer_path": path,
                 "served_model_name": s.served_model_name,
                 "is_generation": True,
                 "weight_version": self._scheduler.weight_version,
