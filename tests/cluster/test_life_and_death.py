@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from slime.engine.launch import find_free_port
 from tests.cluster.runs import ROOT, Task, environment, events, family, flags, marked, start, wait_for
 
 
@@ -61,11 +62,21 @@ def test_a_dead_engine_ends_the_run_with_its_name(task: Task, tmp_path: Path) ->
     assert_all_gone(everyone)
 
 
+def submit(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Submit a job and follow it; a cluster that has just started has no agent for the first seconds."""
+    deadline = time.monotonic() + 60
+    while True:
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
+        if "No available agent" not in result.stderr or time.monotonic() > deadline:
+            return result
+        time.sleep(1)
+
+
 def test_ray_job_submit_runs_two_rollouts(task: Task, tmp_path: Path) -> None:
     marker = f"SLIME_TEST_RUN_{os.getpid()}_{time.monotonic_ns()}"
     env = {**environment(), marker: "1", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(tmp_path)}
     ray = Path(sys.executable).parent / "ray"
-    port = "8266"
+    port = str(find_free_port())
     head = [str(ray), "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", "0"]
     head += ["--dashboard-host", "127.0.0.1", "--dashboard-port", port, "--temp-dir", f"/tmp/ray_{os.getpid()}"]
     save = tmp_path / "run"
@@ -77,7 +88,7 @@ def test_ray_job_submit_runs_two_rollouts(task: Task, tmp_path: Path) -> None:
         job = [sys.executable, f"{ROOT}/train.py", *arguments]
         command = [str(ray), "job", "submit", "--address", address, "--", *job]
         wait_for(lambda: "Ray runtime started" in (tmp_path / "head.txt").read_text(), "ray start")
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
+        result = submit(command, env)
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
         assert sorted(events(save, "rollout/reward")) == [1, 2]
         left = [p for p in marked(marker) if "slime" in " ".join(p.cmdline())]

@@ -75,7 +75,7 @@ def test_a_resumed_run_draws_the_same_prompts(task: Task, unbroken: Path, tmp_pa
     assert not (save / "dump/1.jsonl").exists()
     gaps = events(save, GAP)
     assert gaps[3] <= TOLERANCE, "the engines of the resumed run hold the actor"
-    assert events(save, "train/kl")[3] > 0.01, "the reference is another model, so holding it would have shown"
+    assert events(save, "train/kl_loss")[3] > 0.01, "the reference is another model, so holding it would have shown"
     assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4], "the metrics file continues"
     assert sorted(events(save, "eval/eval/reward")) == [0, 2, 4]
 
