@@ -25,8 +25,8 @@ from slime.core.sample import Sample
 from slime.engine.client import EngineClient
 from slime.engine.launch import ManagedProcess, find_free_port, launch_router, register_worker
 from slime.observability.logs import log_to_file
-from slime.rollout.collect import RolloutContext, RolloutResult
-from slime.rollout.evaluate import evaluate
+from slime.rollout.context import RolloutContext, RolloutResult
+from slime.rollout.evaluate import Evaluator
 from slime.rollout.rm_hub import RewardPool
 from slime.rollout.tokenizer import load_tokenizer
 
@@ -46,9 +46,7 @@ class RolloutManager:
         tokenizer = load_tokenizer(args)
         self._data_source = load_hook("data_source_path", args.data_source_path)(args, tokenizer)
         self._rollout_function = load_hook("rollout_function_path", args.rollout_function_path)
-        self._evaluate = (
-            evaluate if args.eval_function_path is None else load_hook("eval_function_path", args.eval_function_path)
-        )
+        self._evaluator: Evaluator | None = None
         self._context = RolloutContext(
             args=args,
             client=None,
@@ -115,11 +113,16 @@ class RolloutManager:
         return from_samples(samples, args.reward_key)
 
     async def evaluate(self, rollout_id: int) -> dict[str, float]:
-        async def call() -> dict[str, float]:
-            result = self._evaluate(self._args, rollout_id, self._context)
-            return await result if inspect.isawaitable(result) else result
+        return await self._guarded(self._call_eval_function(rollout_id))
 
-        return await self._guarded(call())
+    async def _call_eval_function(self, rollout_id: int) -> dict[str, float]:
+        path = self._args.eval_function_path
+        if path is not None:
+            result = load_hook("eval_function_path", path)(self._args, rollout_id, self._context)
+            return await result if inspect.isawaitable(result) else result
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self._args, self._context.tokenizer)
+        return await self._evaluator.run(rollout_id, self._context)
 
     async def _guarded(self, work: Awaitable[T]) -> T:
         """`work`, unless an engine or the router dies first: that ends it with an error that names which."""

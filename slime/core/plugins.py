@@ -29,8 +29,8 @@ HOOKS: Mapping[str, Hook] = {
     "rollout_function_path": Hook(
         "--rollout-function-path",
         ("args", "rollout_id", "data_source", "context"),
-        "slime.rollout.collect.RolloutResult",
-        "once a rollout; `context` is a slime.rollout.collect.RolloutContext (client, tokenizer, rewards)",
+        "slime.rollout.context.RolloutResult",
+        "once a rollout; `context` is a slime.rollout.context.RolloutContext (client, tokenizer, rewards)",
         may_be_async=True,
     ),
     "eval_function_path": Hook(

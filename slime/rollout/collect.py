@@ -14,24 +14,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
 
 from slime.config.args import Args
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample, Status
-from slime.engine.client import EngineClient, EngineError
+from slime.engine.client import EngineError
+from slime.rollout.context import DataSource, RolloutContext, RolloutResult, request_slots
 from slime.rollout.generate import Generate, load_generate, rollout_sampling_params, sampling_seed
 from slime.rollout.intervals import PhaseIntervals
-from slime.rollout.rm_hub import RewardPool
 from slime.rollout.rm_hub.verdict import failure_kind
 from slime.rollout.rollout_metrics import Tally, rollout_metrics
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from slime.rollout.evaluate import Evaluator
 
 logger = logging.getLogger(__name__)
 
@@ -41,65 +35,6 @@ _ABORT_INTERVAL = 0.25
 """Seconds between two aborts: a request on its way through the router misses the one before."""
 
 _NO_GROUP_BASELINE = ("reinforce_plus_plus", "ppo")
-
-
-class DataSource(Protocol):
-    """What --data-source-path has to be."""
-
-    def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]: ...
-
-    def add_groups(self, groups: Sequence[list[Sample]]) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class RolloutContext:
-    """What rollout, evaluation and generate functions work with. `client` is None where no engine runs (SFT)."""
-
-    args: Args
-    client: EngineClient | None
-    tokenizer: PreTrainedTokenizerBase
-    rewards: RewardPool
-    policy_version: int = 0
-    evaluator: Evaluator | None = None
-    """Made by the first evaluation: its data sets stay tokenised."""
-
-    @property
-    def engines(self) -> EngineClient:
-        """The client.
-
-        Raises:
-            ValueError: there are no engines.
-        """
-        if self.client is None:
-            raise ValueError("--rollout-num-gpus 0: nothing can be generated without engines; give it a number > 0")
-        return self.client
-
-    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
-        assert isinstance(text, str)
-        return text
-
-
-@dataclass(frozen=True)
-class RolloutResult:
-    """Kept groups in the order of their group_index, and the rollout's metrics."""
-
-    groups: list[list[Sample]]
-    metrics: dict[str, float]
-
-
-@dataclass
-class _Wave:
-    """`--over-sampling-batch-size` groups, in the order in which they are drawn."""
-
-    drawn: int = 0
-    settled: int = 0
-    kept: int = 0
-    failed: int = 0
 
 
 async def generate_rollout(
@@ -119,10 +54,14 @@ async def generate_rollout(
     return RolloutResult(groups, metrics)
 
 
-async def request_slots(args: Args, context: RolloutContext) -> asyncio.Semaphore:
-    """As many requests at once as the engines take."""
-    engines = await context.engines.workers()
-    return asyncio.Semaphore(args.sglang_server_concurrency * max(1, len(engines)))
+@dataclass
+class _Wave:
+    """`--over-sampling-batch-size` groups, in the order in which they are drawn."""
+
+    drawn: int = 0
+    settled: int = 0
+    kept: int = 0
+    failed: int = 0
 
 
 class _Collector:

@@ -19,7 +19,7 @@ from slime.config.args import Args
 from slime.config.eval_data import EvalDataset, eval_datasets
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
-from slime.rollout.collect import RolloutContext, request_slots
+from slime.rollout.context import RolloutContext, request_slots
 from slime.rollout.generate import load_generate, rollout_sampling_params, sampling_seed
 from slime.rollout.prompts import DataKeys, PromptSet, load_prompts
 from slime.rollout.rm_hub.deepscaler import boxed_answer
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """The data sets, tokenised once; `context.evaluator` holds it from the first evaluation on."""
+    """The data sets, tokenised once."""
 
     def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase) -> None:
         self._args = args
@@ -47,7 +47,11 @@ class Evaluator:
             self._data.append((dataset, load_prompts(dataset.path, args, tokenizer, keys)))
 
     async def run(self, rollout_id: int, context: RolloutContext) -> dict[str, float]:
-        """All data sets at once."""
+        """All data sets at once: metrics `eval/<name>/...` of the weights that the engines hold now.
+
+        Raises:
+            RuntimeError: not one response of a data set could be generated and judged.
+        """
         slots = await request_slots(self._args, context)
         results = await asyncio.gather(
             *(self._run_dataset(dataset, data, rollout_id, context, slots) for dataset, data in self._data)
@@ -110,17 +114,6 @@ class Evaluator:
                 task.cancel()
         groups = [samples[first : first + count] for first in range(0, len(samples), count)]
         return {**eval_metrics(args, dataset, groups), "time": time.perf_counter() - start}
-
-
-async def evaluate(args: Args, rollout_id: int, context: RolloutContext) -> dict[str, float]:
-    """Metrics `eval/<name>/...` of the weights that the engines hold now.
-
-    Raises:
-        RuntimeError: not one response of a data set could be generated and judged.
-    """
-    if context.evaluator is None:
-        context.evaluator = Evaluator(args, context.tokenizer)
-    return await context.evaluator.run(rollout_id, context)
 
 
 def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:

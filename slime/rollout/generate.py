@@ -21,7 +21,7 @@ from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingPar
 from slime.rollout.prompts import context_length
 
 if TYPE_CHECKING:
-    from slime.rollout.collect import RolloutContext
+    from slime.rollout.context import RolloutContext
 
 Generate = Callable[[Args, Sample, SamplingParams, "RolloutContext"], Awaitable[Sample]]
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from slime.config.args import Args
 from slime.engine.client import EngineClient
 from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, launch_router, register_worker
-from slime.rollout.collect import RolloutContext
+from slime.rollout.context import RolloutContext
 from slime.rollout.rm_hub import RewardPool
 
 SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<think>", "</think>"]

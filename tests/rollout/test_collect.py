@@ -14,7 +14,8 @@ from slime.config.args import Args
 from slime.core.batch import from_samples
 from slime.core.sample import Sample, Status
 from slime.engine.protocol import GenerateRequest, SamplingParams
-from slime.rollout.collect import RolloutContext, RolloutResult, generate_rollout
+from slime.rollout.collect import generate_rollout
+from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.rm_hub import RewardPool
 

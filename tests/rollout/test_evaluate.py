@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from slime.config.args import Args
 from slime.config.eval_data import EvalDataset
 from slime.core.sample import Sample, Status
-from slime.rollout.collect import RolloutContext
-from slime.rollout.evaluate import eval_metrics, evaluate, pass_at_k
+from slime.rollout.context import RolloutContext
+from slime.rollout.evaluate import Evaluator, eval_metrics, pass_at_k
 
 DATASET = EvalDataset(
     name="d",
@@ -98,11 +98,8 @@ def test_two_data_sets_at_once(
     )
 
     async def work(context: RolloutContext) -> list[dict[str, float]]:
-        results = [await evaluate(args, 0, context)]
-        evaluator = context.evaluator
-        results += [await evaluate(args, rollout, context) for rollout in (0, 1)]
-        assert context.evaluator is evaluator
-        return results
+        evaluator = Evaluator(args, context.tokenizer)
+        return [await evaluator.run(rollout, context) for rollout in (0, 0, 1)]
 
     first_result, again, later = run_with_engines(args, work)
     assert first_result["eval/a/num_prompts"] == 5
@@ -134,7 +131,7 @@ def test_greedy_evaluation_repeats_itself(
         )
 
         async def work(context: RolloutContext) -> dict[str, float]:
-            return await evaluate(args, rollout_id, context)
+            return await Evaluator(args, context.tokenizer).run(rollout_id, context)
 
         return run_with_engines(args, work)["eval/data/response_length"]
 

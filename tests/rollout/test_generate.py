@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
 from slime.engine.protocol import GenerateResponse, SamplingParams
-from slime.rollout.collect import RolloutContext
+from slime.rollout.context import RolloutContext
 from slime.rollout.generate import (
     fill_response,
     generate_sample,

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
 from slime.core.batch import from_samples
-from slime.rollout.collect import RolloutContext, RolloutResult
+from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.rm_hub import RewardPool
 from slime.rollout.sft_rollout import generate_rollout

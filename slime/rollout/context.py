@@ -1,0 +1,73 @@
+"""What the functions that make samples are given, and what they give back.
+
+Path: the rollout manager makes one context for the run; rollout, generate and evaluation functions, built in or a
+user's, get it with every call. Invariant: it holds no state of a rollout, so that calls do not depend on each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from slime.config.args import Args
+from slime.core.sample import Sample
+from slime.engine.client import EngineClient
+from slime.rollout.rm_hub import RewardPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class DataSource(Protocol):
+    """What --data-source-path has to be."""
+
+    def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]: ...
+
+    def add_groups(self, groups: Sequence[list[Sample]]) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class RolloutContext:
+    """What rollout, evaluation and generate functions work with. `client` is None where no engine runs (SFT)."""
+
+    args: Args
+    client: EngineClient | None
+    tokenizer: PreTrainedTokenizerBase
+    rewards: RewardPool
+    policy_version: int = 0
+
+    @property
+    def engines(self) -> EngineClient:
+        """The client.
+
+        Raises:
+            ValueError: there are no engines.
+        """
+        if self.client is None:
+            raise ValueError("--rollout-num-gpus 0: nothing can be generated without engines; give it a number > 0")
+        return self.client
+
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        assert isinstance(text, str)
+        return text
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """Kept groups in the order of their group_index, and the rollout's metrics."""
+
+    groups: list[list[Sample]]
+    metrics: dict[str, float]
+
+
+async def request_slots(args: Args, context: RolloutContext) -> asyncio.Semaphore:
+    """As many requests at once as the engines take."""
+    engines = await context.engines.workers()
+    return asyncio.Semaphore(args.sglang_server_concurrency * max(1, len(engines)))
