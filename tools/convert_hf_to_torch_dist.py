@@ -22,12 +22,12 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     start = time.monotonic()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
     args, warnings = load_args(argv, training=False)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if args.hf_checkpoint is None or args.save is None:
         raise ValueError("--hf-checkpoint and --save: the converter reads the one and writes the other; give both")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
     from slime.megatron.conversion import hf_to_torch_dist
 
     path = hf_to_torch_dist(args, args.hf_checkpoint, args.save)

@@ -25,6 +25,7 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     start = time.monotonic()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--input-dir", required=True)
     parser.add_argument("--origin-hf-dir", "--hf-checkpoint", required=True)
@@ -33,7 +34,6 @@ def main(argv: list[str]) -> None:
     args, warnings = load_args(["--hf-checkpoint", own.origin_hf_dir, *rest], training=False)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
     from slime.megatron.checkpoint_files import find_checkpoint
     from slime.megatron.conversion import torch_dist_to_hf
 

@@ -25,22 +25,6 @@ from slime.config.options import (
 )
 from slime.core.architecture import Architecture
 
-SECTIONS = (
-    ClusterOptions,
-    CheckpointOptions,
-    RolloutOptions,
-    HookOptions,
-    EvalOptions,
-    TrainOptions,
-    AlgoOptions,
-    LoggingOptions,
-    DebugOptions,
-    ArchitectureOptions,
-    ParallelOptions,
-    OptimizerOptions,
-    MegatronRunOptions,
-)
-
 
 class FrozenMapping(Mapping[str, Any]):
     """A mapping that nobody can write to, and that can be sent to another process (MappingProxyType cannot)."""
@@ -108,3 +92,7 @@ class Args(
     def num_engines(self) -> int:
         """Engines to start; 0 where nothing is generated."""
         return (self.rollout_num_gpus or 0) // self.rollout_num_gpus_per_engine
+
+
+SECTIONS: tuple[type[Any], ...] = Args.__bases__
+"""Every section of flags, in the order of --help."""

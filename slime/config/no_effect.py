@@ -34,6 +34,7 @@ EMBEDDED_SETTINGS = frozenset(
         "max_running_requests",
         "max_total_tokens",
         "dtype",
+        "random_seed",
         "api_key",
         "served_model_name",
         "watchdog_timeout",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import logging
 import os
 import socket
 import subprocess
@@ -22,25 +21,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from slime.config.args import Args
+from slime.config.no_effect import EMBEDDED_SETTINGS
 from slime.engine.protocol import Endpoint, RouterEndpoint
-
-logger = logging.getLogger(__name__)
 
 GUARD = Path(__file__).with_name("guard.py")
 LOG_TAIL = 30
 """Lines of the log in an error."""
 STOP_TIMEOUT = 10.0
-EMBEDDED_SETTINGS = (
-    "context_length",
-    "max_running_requests",
-    "max_total_tokens",
-    "dtype",
-    "random_seed",
-    "api_key",
-    "served_model_name",
-    "watchdog_timeout",
-)
-"""SGLang's settings that the embedded engine has, too."""
 ROUTER_DEFAULTS: Mapping[str, Any] = {
     "policy": "round_robin",
     "health_check_interval_secs": 2,
@@ -159,10 +146,6 @@ def launch_engine(args: Args, *, index: int, host: str, port: int, log_path: str
         "random_seed": args.rollout_seed + index,
         **{name: value for name, value in args.sglang.items() if name in EMBEDDED_SETTINGS},
     }
-    ignored = sorted(set(args.sglang) - set(EMBEDDED_SETTINGS))
-    if ignored and index == 0:
-        names = ", ".join(f"--sglang-{name.replace('_', '-')}" for name in ignored)
-        logger.warning("%s: no effect on the embedded engine", names)
     threads = args.cpu_threads_per_process or 1
     command = [sys.executable, "-m", "slime.engine.embedded.server"]
     command += ["--model-path", args.hf_checkpoint, "--host", host, "--port", str(port)]
