@@ -83,11 +83,18 @@ def iter_hf_tensors(model: torch.nn.Module, architecture: Architecture) -> Itera
             yield hf_name, tensor.contiguous()
 
 
-def save_hf(path: str | Path, model: torch.nn.Module, architecture: Architecture, source_hf_dir: str | Path) -> None:
-    """Export an HF directory in the storage dtype of `source_hf_dir`; collective, rank 0 writes."""
+def save_hf(
+    path: str | Path,
+    model: torch.nn.Module,
+    architecture: Architecture,
+    source_hf_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Export an HF directory in `dtype`, None: the storage dtype of `source_hf_dir`. Collective, rank 0 writes."""
     tensors = iter_hf_tensors(model, architecture)
     if dist.get_rank() == 0:
-        write_hf(path, tensors, source_hf_dir)
+        write_hf(path, tensors, source_hf_dir, dtype)
     else:
         for _ in tensors:
             continue

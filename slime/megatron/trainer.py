@@ -25,7 +25,7 @@ from slime.core.batch import Array, TrainBatch
 from slime.core.packing import StepPlan, plan_steps, training_flops
 from slime.core.plugins import load_hook
 from slime.megatron import device, hf_weights
-from slime.megatron.build import architecture_of, build_model, build_optimizer, steps_per_rollout, unwrap
+from slime.megatron.build import architecture_of, build_model, build_optimizer, params_dtype, steps_per_rollout, unwrap
 from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from slime.megatron.microbatch import MicroBatch, pack_rows
 from slime.megatron.parallel import close_parallel, init_parallel
@@ -147,11 +147,16 @@ class Trainer:
             keep_last=args.keep_last_checkpoints,
         )
 
-    def save_hf(self, path: str | Path) -> None:
-        """Export the actor as an HF directory."""
+    @property
+    def params_dtype(self) -> torch.dtype:
+        """What the model's weights stand in, and what `iter_hf_tensors` gives."""
+        return params_dtype(self._args)
+
+    def save_hf(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Export the actor as an HF directory in `dtype`; None: in that of --hf-checkpoint's files."""
         if self._args.hf_checkpoint is None:
             raise ValueError("--hf-checkpoint is not given: an export takes its config and tokenizer files from there")
-        hf_weights.save_hf(path, self.model, self._shape, self._args.hf_checkpoint)
+        hf_weights.save_hf(path, self.model, self._shape, self._args.hf_checkpoint, dtype=dtype)
 
     def iter_hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The actor's whole tensors by HF name, in the same order on every rank; run it to its end."""

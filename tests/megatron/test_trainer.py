@@ -19,6 +19,7 @@ from slime.algo.losses import LossInputs, LossOptions
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
 from slime.megatron.trainer import Trainer
+from slime.models.hf_files import HFReader
 
 pytestmark = pytest.mark.dist
 
@@ -258,6 +259,29 @@ def test_nothing_to_load(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
     args = tiny.make_args(hf, ref_load=None, hf_checkpoint=None, load=str(tmp_path))
     [message] = workers.run(1, _with_trainer, args, _error_of_loading)
     assert str(tmp_path) in message and "--ref-load" in message
+
+
+def _export(trainer: Trainer, paths: dict[str, Path]) -> tuple[torch.dtype, dict[str, torch.Tensor]]:
+    trainer.load()
+    for name, path in paths.items():
+        trainer.save_hf(path, dtype=trainer.params_dtype if name == "own" else None)
+    return trainer.params_dtype, dict(trainer.iter_hf_tensors())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_export_in_the_models_own_dtype_loses_nothing(
+    bf16: bool, workers: WorkerPool, hf: Path, tmp_path: Path
+) -> None:
+    """Of a bf16 directory trained in fp32, as of an fp32 directory trained in bf16."""
+    source = tmp_path / "source"
+    tiny.hf_model("glm4").to(torch.float32 if bf16 else torch.bfloat16).save_pretrained(source)
+    paths = {"own": tmp_path / "own", "source": tmp_path / "of the source"}
+    args = tiny.make_args(source, ref_load=str(hf), bf16=bf16)
+    [(dtype, weights)] = workers.run(1, _with_trainer, args, _export, paths)
+    assert dtype == (torch.bfloat16 if bf16 else torch.float32)
+    own = HFReader(paths["own"])
+    assert own.dtypes() == {dtype} and all(torch.equal(own.get(name), weights[name]) for name in weights)
+    assert HFReader(paths["source"]).dtypes() == {torch.float32 if bf16 else torch.bfloat16}  # control
 
 
 def _train_and_save(trainer: Trainer, batches: list[TrainBatch], first: int) -> tuple[Any, ...]:
