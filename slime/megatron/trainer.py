@@ -214,15 +214,11 @@ class Trainer:
         """
         plans = self.plan(batch, 1)
         if model == "actor":
-            flat = self._forward(batch, plans)
-        elif "ref" in self._snapshots:
-            with self._snapshots.holding("ref"):
-                flat = self._forward(batch, plans)
-        else:
+            return self._forward(batch, plans)
+        if "ref" not in self._snapshots:
             raise ValueError("no reference model is kept: give --use-kl-loss with --kl-loss-coef > 0, or --log-ref-kl")
-        whole = torch.from_numpy(flat).to(device.device())
-        dist.all_reduce(whole, group=self.topology.dp_cp_group)
-        return whole.cpu().numpy()
+        with self._snapshots.holding("ref"):
+            return self._forward(batch, plans)
 
     def plan(self, batch: TrainBatch, num_steps: int) -> list[StepPlan]:
         """Which rows each rank takes, in which micro-batches, by --max-tokens-per-gpu or --micro-batch-size."""
@@ -260,12 +256,14 @@ class Trainer:
         ]
 
     def _forward(self, batch: TrainBatch, plans: Sequence[StepPlan]) -> Array:
-        """[R] log-probs of this rank's rows by the model as it is now; 0 for other ranks' rows."""
+        """[R] log-probs of the whole batch by the model as it is now, on every rank: hooks see all rows."""
         flat = np.zeros(int(batch.response_lengths_N.sum()), dtype=np.float32)
         micro_batches = [micro_batch for plan in plans for micro_batch in self._pack(batch, plan)]
         for micro_batch, log_probs_R in zip(micro_batches, self._stepper.log_probs(micro_batches), strict=True):
             flat[micro_batch.responses_R] = log_probs_R.cpu().numpy()
-        return flat
+        whole = torch.from_numpy(flat).to(device.device())  # 0 in other ranks' rows
+        dist.all_reduce(whole, group=self.topology.dp_cp_group)
+        return whole.cpu().numpy()
 
     def _longest(self, seconds: list[float]) -> list[float]:
         """Each the longest that any rank took."""

@@ -221,6 +221,30 @@ def test_hooks(workers: WorkerPool, hf: Path) -> None:
     assert found.metrics[0]["train/loss"] == pytest.approx(2 * sft.metrics[0]["train/loss"], rel=1e-5)
 
 
+def mean_reference_advantages(args: Args, batch: TrainBatch) -> np.ndarray:
+    reference_R = batch.columns["ref_log_probs"]
+    return np.full(len(reference_R), reference_R.mean(dtype=np.float64))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_advantage_hook_sees_the_whole_batch_on_every_rank(
+    world_size: int, workers: WorkerPool, hf: Path, other: Path
+) -> None:
+    batch = tiny.random_batch()
+    args = tiny.make_args(
+        hf,
+        load=str(hf),
+        ref_load=str(other),
+        log_ref_kl=True,
+        loss_type="custom_loss",
+        custom_loss_function_path="test_trainer.doubled_likelihood",
+        custom_advantage_function_path="test_trainer.mean_reference_advantages",
+    )
+    outcomes = workers.run(world_size, runs.train, args, [batch])
+    plain = _response_log_probs(tiny.hf_model("glm4", seed=1), batch, args.rollout_temperature).mean().item()
+    assert [outcome.metrics[0]["train/mine"] for outcome in outcomes] == pytest.approx([plain] * world_size, rel=1e-5)
+
+
 def infinite_advantages(args: Args, batch: TrainBatch) -> np.ndarray:
     return np.full(int(batch.response_lengths_N.sum()), np.inf)
 
