@@ -1,7 +1,7 @@
 """Cluster: the verbs of the training loop.
 
 Path: `train.py` tells the story in these verbs; each becomes calls to the actors in `Processes`, and measures itself
-into the step's clock. Invariant: a checkpoint and the metrics file agree: what stands behind the saved cursor is
+into the step's clock. Invariant: a checkpoint and the metrics file agree: what was written behind the checkpoint is
 written again by a resumed run.
 """
 
@@ -39,6 +39,7 @@ class Cluster:
         self._first = self._last = 0
         self._clock = StepClock()
         self._record: dict[str, float] = {}
+        self._sync_report: dict[str, float] = {}
 
     def __enter__(self) -> Cluster:
         with self._cleanup:
@@ -61,7 +62,7 @@ class Cluster:
         loaded = processes.get("loading the model", [trainer.load.remote() for trainer in processes.trainers])
         if loaded:
             self._first = loaded[0].next_rollout_id
-            self._restore(loaded[0].state)
+        self._restore(loaded[0].state if loaded else None)
         self._last = self._num_rollouts()
         self._console = RunConsole(total=self._last, done=self._first)
         self._cleanup.callback(self._console.close)
@@ -70,10 +71,11 @@ class Cluster:
         processes.connect()
 
     def _restore(self, state: dict[str, Any] | None) -> None:
+        self._metrics.rewind(self._first)
         if state is None:
             return
         self._policy_version = state["policy_version"]
-        self._metrics.rewind(state["metrics_cursor"])
+        self._metrics.write(self._first, state["times"])
         manager = self._processes.manager
         self._processes.get("restoring the data side", [manager.load_state_dict.remote(state["rollout"])])
 
@@ -83,7 +85,13 @@ class Cluster:
             return args.num_rollout
         assert args.num_epoch is not None, "the rules ask for one of --num-rollout and --num-epoch"
         [num_prompts] = self._processes.get("reading the prompts", [self._processes.manager.num_prompts.remote()])
-        return args.num_epoch * num_prompts // args.rollout_batch_size
+        num_rollouts = args.num_epoch * num_prompts // args.rollout_batch_size
+        if num_rollouts == 0:
+            raise ValueError(
+                f"--num-epoch {args.num_epoch}: {num_prompts} prompts are fewer than one --rollout-batch-size "
+                f"{args.rollout_batch_size} in all; lower the batch size, or raise the number of epochs"
+            )
+        return num_rollouts
 
     def rollouts(self) -> Iterator[int]:
         """The ids of the rollouts still to do; each iteration is one step of the clock."""
@@ -91,7 +99,7 @@ class Cluster:
             self._clock, self._record = StepClock(), {}
             yield rollout_id
             times = self._clock.close()
-            self._metrics.write(rollout_id + 1, times)
+            self._metrics.write(rollout_id + 1, {**times, **self._sync_report})
             self._console.rollout(rollout_id + 1, {**self._record, **times})
 
     def generate(self, rollout_id: int) -> Any:
@@ -135,12 +143,13 @@ class Cluster:
         due = args.save_interval is not None and (rollout_id + 1) % args.save_interval == 0
         if args.save is None or not trainers or not (due or last):
             return
+        times = self._clock.close()  # a resumed run knows of this step what had passed until here
         with self._clock.phase("checkpoint"):
             [rollout] = self._processes.get("saving the data side", [self._processes.manager.state_dict.remote()])
             state = {
                 "rollout": rollout,
                 "policy_version": self._policy_version,
-                "metrics_cursor": self._metrics.cursor,
+                "times": times,
             }
             paths = self._processes.get(
                 f"rollout {rollout_id}: saving", [trainer.save.remote(rollout_id, state) for trainer in trainers]
@@ -161,7 +170,7 @@ class Cluster:
             processes.get(
                 "weight sync: policy version", [processes.manager.set_policy_version.remote(self._policy_version)]
             )
-        self._record.update(reports[0])
+        self._sync_report = reports[0]
 
     def evaluate_before_first(self) -> None:
         """Before the first rollout; after a resume, the evaluation that was due at the checkpoint."""
@@ -170,7 +179,7 @@ class Cluster:
             due = not self._args.skip_eval_before_train
         else:
             due = interval is not None and self._first % interval == 0
-        if due or self._last == 0:
+        if due or self._first >= self._last:
             self._evaluate(self._first)
 
     def evaluate_if_due(self, rollout_id: int) -> None:

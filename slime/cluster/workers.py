@@ -94,7 +94,8 @@ class TrainWorker:
         from slime.sync.proof import prove_weights
 
         directory = Path(tempfile.mkdtemp(prefix="slime-export-")) if self._rank == 0 else Path("/nonexistent")
-        self._trainer.save_hf(directory)
+        # in the dtype in which the weights were sent; the HF directory's own may hold fewer bits
+        self._trainer.save_hf(directory, dtype=self._trainer.params_dtype)
         if self._transport is not None:
             try:
                 prove_weights(self._transport, directory, version=version)

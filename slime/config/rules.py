@@ -273,8 +273,14 @@ MEGATRON_DECIDED = {
     "masked_softmax_fusion": False,
     "gradient_accumulation_fusion": False,
     "moe_token_dispatcher_type": "alltoall",
+    "window_size": None,
+    "softmax_scale": None,
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "fp32_residual_connection": False,
 }
-"""Megatron's fields that have one value here: fused kernels need TransformerEngine or Apex, packs the dispatcher."""
+"""Megatron's fields that have one value here: fused kernels need TransformerEngine or Apex, packs the dispatcher, and
+attention, norms and engine know no other."""
 
 
 def megatron_decided(case: Case) -> Iterable[Problem]:

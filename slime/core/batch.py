@@ -130,6 +130,11 @@ def from_samples(samples: Sequence[Sample], reward_key: str | None = None) -> Tr
         raise ValueError("no samples to train on")
     for sample in samples:
         sample.check()
+        if sample.group_index < 0 or sample.index < 0:
+            raise ValueError(
+                f"a sample with group_index {sample.group_index} and index {sample.index}: whoever made it has to "
+                "keep both from the sample that it was given, or samples of different prompts are taken for one group"
+            )
     columns: dict[str, Array] = {
         "tokens": _ragged("tokens", [s.tokens for s in samples]),
         "loss_mask": _ragged("loss_mask", [s.loss_mask or [1] * s.response_length for s in samples]),
@@ -140,9 +145,10 @@ def from_samples(samples: Sequence[Sample], reward_key: str | None = None) -> Tr
         "sample_indices": np.asarray([s.index for s in samples], dtype="int64"),
     }
     for name in ("rollout_log_probs", "policy_versions"):
-        values = [getattr(s, name) for s in samples]
+        # A sample without a response has no token to carry anything: it neither gives a column nor denies it.
+        values = [getattr(s, name) for s in samples if s.response_length]
         present = [v for v in values if v is not None]
-        if len(present) == len(values):
+        if present and len(present) == len(values):
             columns[name] = _ragged(name, present)
         elif present:
             raise ValueError(f"{len(present)} of {len(values)} samples carry {name}: all or none have to")

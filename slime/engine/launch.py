@@ -144,6 +144,7 @@ def launch_engine(args: Args, *, index: int, host: str, port: int, log_path: str
         raise ValueError("--hf-checkpoint is not given; the engine loads its weights from it: name an HF directory")
     settings: dict[str, Any] = {
         "random_seed": args.rollout_seed + index,
+        "dtype": "bfloat16" if args.bf16 else "float32",  # the trainer's: the engine samples what it trains
         **{name: value for name, value in args.sglang.items() if name in EMBEDDED_SETTINGS},
     }
     threads = args.cpu_threads_per_process or 1

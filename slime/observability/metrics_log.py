@@ -2,7 +2,7 @@
 
 Path: the driver writes; plots, trackers and tests read. Each event has `step` (finished rollouts when it was made,
 0 before the first). Invariant: a resumed run continues the file as the unbroken run would have: whatever was written
-behind the checkpoint's cursor is cut off first.
+behind the checkpoint is cut off first.
 """
 
 from __future__ import annotations
@@ -13,28 +13,36 @@ from pathlib import Path
 
 
 class MetricsLog:
-    """Append-only; `cursor` goes into the checkpoint and `rewind` takes it back out."""
+    """Append-only, except that `rewind` takes back what the run to be continued wrote behind its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("ab")
+        self._file = path.open("a+b")
 
     def write(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
         """Append one event and flush it to the operating system."""
         self._file.write(json.dumps({"step": step, **metrics}, allow_nan=True).encode() + b"\n")
         self._file.flush()
 
-    @property
-    def cursor(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell()
+    def rewind(self, step: int) -> None:
+        """Keep the events before `step` and the first of `step` itself: what a checkpoint of that step had seen.
 
-    def rewind(self, cursor: int) -> None:
-        """Cut the file back to `cursor` bytes; a shorter file (it was moved, say) stays as it is."""
-        if cursor < self._file.tell():
-            self._file.truncate(cursor)
-            self._file.seek(cursor)
+        `step` 0 empties the file: a run that starts afresh. A line that a kill has cut short goes too.
+        """
+        self._file.seek(0)
+        end = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            event = json.loads(line)
+            if event["step"] > step or step == 0:
+                break
+            end += len(line)
+            if event["step"] == step:
+                break
+        self._file.truncate(end)
+        self._file.seek(0, 2)
 
     def close(self) -> None:
         self._file.close()

@@ -55,6 +55,7 @@ def load_generate(args: Args) -> Generate:
     function = load_hook("custom_generate_function_path", args.custom_generate_function_path)
 
     async def generate(args: Args, sample: Sample, params: SamplingParams, context: RolloutContext) -> Sample:
+        group_index, index = sample.group_index, sample.index  # a new Sample would lose them
         if inspect.iscoroutinefunction(function):
             result = await function(args, sample, params, context)
         else:
@@ -64,6 +65,7 @@ def load_generate(args: Args) -> Generate:
                 f"--custom-generate-function-path {args.custom_generate_function_path}: it returned a "
                 f"{type(result).__name__}; it has to return the Sample"
             )
+        result.group_index, result.index = group_index, index
         result.check()
         return result
 

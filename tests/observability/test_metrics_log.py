@@ -7,34 +7,57 @@ from pathlib import Path
 from slime.observability.metrics_log import MetricsLog, read_metrics
 
 
-def test_a_resumed_run_continues_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+def steps(path: Path) -> list[int]:
+    return [int(event["step"]) for event in read_metrics(path)]
+
+
+def written(path: Path) -> MetricsLog:
+    """Two whole steps: an evaluation before them, and behind each rollout its evaluation and its times."""
     log = MetricsLog(path)
-    log.write(1, {"rollout/reward": 0.5})
-    cursor = log.cursor
-    log.write(2, {"rollout/reward": 0.75})
-    log.close()
+    log.write(0, {"eval/x/reward": 0.1})
+    for step in (1, 2):
+        log.write(step, {"rollout/reward": step / 10})
+        log.write(step, {"eval/x/reward": step / 10})
+        log.write(step, {"time/step": 1.0})
+    return log
 
+
+def test_a_resumed_run_continues_from_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path).close()
     resumed = MetricsLog(path)
-    resumed.rewind(cursor)
-    assert resumed.cursor == cursor
-    resumed.write(2, {"rollout/reward": 0.25})
+    resumed.rewind(1)
+    resumed.write(1, {"time/step": 2.0})
     resumed.close()
-    assert read_metrics(path) == [{"step": 1, "rollout/reward": 0.5}, {"step": 2, "rollout/reward": 0.25}]
+    assert read_metrics(path) == [
+        {"step": 0, "eval/x/reward": 0.1},
+        {"step": 1, "rollout/reward": 0.1},
+        {"step": 1, "time/step": 2.0},
+    ]
 
 
-def test_without_the_rewind_the_event_stands_twice(tmp_path: Path) -> None:
+def test_a_line_cut_short_by_a_kill_goes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path).close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    log = MetricsLog(path)
+    log.rewind(5)
+    log.write(3, {"x": 1})
+    log.close()
+    assert steps(path) == [0, 1, 1, 1, 2, 2, 3]
+
+
+def test_a_fresh_start_empties_the_file(tmp_path: Path) -> None:
+    log = written(tmp_path / "metrics.jsonl")
+    log.rewind(0)
+    log.write(0, {"x": 1})
+    log.close()
+    assert steps(log.path) == [0]
+
+
+def test_without_the_rewind_events_stand_twice(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for _ in range(2):
-        log = MetricsLog(path)
-        log.write(2, {"x": 1})
-        log.close()
-    assert [event["step"] for event in read_metrics(path)] == [2, 2]
-
-
-def test_a_moved_file_is_not_padded(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.rewind(10_000)
-    log.write(1, {"x": 1})
-    log.close()
-    assert read_metrics(log.path) == [{"step": 1, "x": 1}]
+        written(path).close()
+    assert steps(path) == [0, 1, 1, 1, 2, 2, 2] * 2

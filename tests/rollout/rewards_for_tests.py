@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from slime.core.sample import Status
+from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
 from slime.rollout.generate import generate_sample
 
@@ -124,3 +124,8 @@ async def generate_deaf(args, sample, sampling_params, context):
 
 async def generate_broken(args, sample, sampling_params, context):
     raise LookupError("a mistake in the user's code")
+
+
+async def generate_anew(args, sample, sampling_params, context):
+    """Returns a Sample of its own making, which does not know whose turn it was."""
+    return Sample(prompt=sample.prompt, tokens=[1, 2], prompt_length=1, response_length=1)

@@ -106,3 +106,12 @@ def test_a_generate_function_has_to_return_the_sample(tokenizer: PreTrainedToken
         asyncio.run(load_generate(args)(args, _sample(1), SamplingParams(), context))
     with pytest.raises(ValueError, match="--custom-generate-function-path"):
         load_generate(Args(custom_generate_function_path="rewards_for_tests.coin"))
+
+
+def test_a_sample_made_anew_stays_in_its_group(tokenizer: PreTrainedTokenizerFast) -> None:
+    args = Args(custom_generate_function_path="rewards_for_tests.generate_anew")
+    context = RolloutContext(args, None, tokenizer, RewardPool(args))
+    given = _sample(1)
+    given.group_index, given.index = 5, 41
+    made = asyncio.run(load_generate(args)(args, given, SamplingParams(), context))
+    assert (made.group_index, made.index) == (5, 41)
