@@ -56,7 +56,8 @@ class Trainer:
             self.model,
             self.topology,
             vocab_size=self._shape.vocab_size,
-            temperature=args.rollout_temperature,
+            # what SFT learns from was not sampled: there is no temperature to match
+            temperature=1.0 if args.loss_type == "sft_loss" else args.rollout_temperature,
             chunk_size=args.log_probs_chunk_size,
         )
         self._loss = _loss_of(args)
@@ -207,7 +208,7 @@ class Trainer:
         return metrics
 
     def log_probs(self, batch: TrainBatch, *, model: Literal["actor", "ref"] = "actor") -> Array:
-        """[R] float32: log-probs of the whole batch's response tokens at the rollout temperature, on every rank.
+        """[R] float32: log-probs of the whole batch's response tokens at the rollout temperature (SFT: 1), on every rank.
 
         Raises:
             ValueError: `model="ref"` where no reference is kept.
