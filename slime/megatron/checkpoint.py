@@ -121,7 +121,7 @@ def save_checkpoint(
     header = {"rollout_id": rollout_id, "layout": _layout(), "state": state}
     path = _save(save_dir, checkpoint_files.iteration_name(rollout_id), str(rollout_id), model, content, header)
     if keep_last is not None:
-        for removed in _on_rank_zero(lambda: checkpoint_files.remove_old(save_dir, keep_last)):
+        for removed in _on_rank_zero(lambda: checkpoint_files.remove_old(save_dir, keep_last, saved=rollout_id)):
             logger.info("removed the old checkpoint %s (--keep-last-checkpoints %d)", removed, keep_last)
     return path
 

@@ -118,6 +118,22 @@ def _none_at_step(load_dir: str | Path | None, step: int | None, there: list[int
         )
 
 
+def refuse_abandoned(save_dir: str | Path, next_rollout_id: int) -> None:
+    """Checkpoints of rollouts that the run is yet to come to are another branch: a resume would take these for its own.
+
+    Raises:
+        ValueError: `save_dir` holds a complete checkpoint of `next_rollout_id` or a later one.
+    """
+    root = Path(save_dir)
+    later = {n: path for n, path in (_iterations(root) if root.is_dir() else {}).items() if n >= next_rollout_id}
+    branch = [path.name for _, path in sorted(later.items()) if why_incomplete(path) is None]
+    if branch:
+        raise ValueError(
+            f"--save {root}: holds {', '.join(branch)}, and this run starts at rollout {next_rollout_id}: an abandoned "
+            "branch, which a resume would take for this run's own; take another --save, or move these away"
+        )
+
+
 def _refuse_strangers(root: Path) -> None:
     """Something else than a run's own files: more likely a wrong path than an empty start."""
     strangers = [
@@ -202,10 +218,14 @@ def commit(written: Path, tracker: str) -> Path:
     return final
 
 
-def remove_old(save_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` iterations; `release` stays. Returns what was removed."""
+def remove_old(save_dir: Path, keep: int, *, saved: int) -> list[Path]:
+    """Remove all but the newest `keep` complete iterations up to `saved`, the one just written, which stays.
+
+    `release` and damaged iterations are neither counted nor removed. Returns what was removed.
+    """
     iterations = _iterations(save_dir)
-    removed = [iterations[rollout_id] for rollout_id in sorted(iterations)[:-keep]]
+    complete = [number for number in sorted(iterations) if number <= saved and not why_incomplete(iterations[number])]
+    removed = [iterations[number] for number in complete[:-keep]]
     for path in removed:
         # Renamed first: killed halfway, it is a leftover and not a damaged checkpoint.
         doomed = path.rename(path.with_name(f"{TMP_PREFIX}old_{path.name}"))

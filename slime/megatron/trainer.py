@@ -27,6 +27,7 @@ from slime.core.plugins import load_hook
 from slime.megatron import device, hf_weights
 from slime.megatron.build import architecture_of, build_model, build_optimizer, params_dtype, steps_per_rollout, unwrap
 from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from slime.megatron.checkpoint_files import refuse_abandoned
 from slime.megatron.microbatch import MicroBatch, pack_rows
 from slime.megatron.parallel import close_parallel, init_parallel
 from slime.megatron.result import LoadResult
@@ -71,25 +72,16 @@ class Trainer:
             ValueError: there is nothing to load, or it does not fit.
         """
         args = self._args
-        reference = self._find_reference()
         if self.needs_reference:
-            if reference is None:
-                raise ValueError(
-                    "--use-kl-loss with --kl-loss-coef > 0, or --log-ref-kl: there is no reference model; give "
-                    "--ref-load, or --hf-checkpoint"
-                )
-            self._load_weights(reference)
+            self._load_weights(self._find_reference("--use-kl-loss with --kl-loss-coef > 0, or --log-ref-kl"))
             self._snapshots.take("ref")
         elif args.use_kl_loss and self.topology.rank == 0:
             logger.info("reference KL off: --kl-loss-coef is 0 (--log-ref-kl logs it all the same)")
         found = find_checkpoint(args.load, step=args.ckpt_step)
-        if found is not None:
-            return self._load_actor(found)
-        if reference is None:
-            raise ValueError(f"--load {args.load}: no checkpoint there, and no --ref-load to start from; give one")
-        self._load_weights(reference)
-        why = f"--load {args.load} has no checkpoint" if args.load is not None else "no --load"
-        return LoadResult(0, None, f"{reference.path} ({why}: starting from the reference)")
+        result = self._load_actor(found) if found is not None else self._start_from_reference()
+        if args.save is not None and args.num_rollout != 0:
+            refuse_abandoned(args.save, result.next_rollout_id)
+        return result
 
     @property
     def needs_reference(self) -> bool:
@@ -97,12 +89,22 @@ class Trainer:
         args = self._args
         return args.loss_type != "sft_loss" and ((args.use_kl_loss and args.kl_loss_coef > 0) or args.log_ref_kl)
 
-    def _find_reference(self) -> FoundCheckpoint | None:
-        for path in (self._args.ref_load, self._args.hf_checkpoint):
-            found = find_checkpoint(path)
-            if found is not None:
-                return found
-        return None
+    def _find_reference(self, needed_by: str) -> FoundCheckpoint:
+        """--ref-load; --hf-checkpoint only where no other is named."""
+        args = self._args
+        found = find_checkpoint(args.hf_checkpoint if args.ref_load is None else args.ref_load)
+        if found is not None:
+            return found
+        if args.ref_load is not None:
+            raise ValueError(f"--ref-load {args.ref_load}: no checkpoint there; name one, or an HF directory")
+        raise ValueError(f"{needed_by}: there is no reference model; give --ref-load, or --hf-checkpoint")
+
+    def _start_from_reference(self) -> LoadResult:
+        load = self._args.load
+        why = "no --load" if load is None else f"--load {load} has no checkpoint"
+        reference = self._find_reference(why)
+        self._load_weights(reference)
+        return LoadResult(0, None, f"{reference.path} ({why}: starting from the reference)")
 
     def _load_actor(self, found: FoundCheckpoint) -> LoadResult:
         args = self._args
@@ -116,6 +118,11 @@ class Trainer:
             scheduler=None if args.no_load_optim else self.scheduler,
             load_rng=not args.no_load_rng,
         )
+        if not args.no_load_optim and "scheduler" not in loaded.loaded:
+            raise ValueError(
+                f"{found.path} was saved with --no-save-optim: it holds neither optimizer nor learning-rate schedule; "
+                "give --no-load-optim to go on with new ones"
+            )
         if args.no_load_optim:
             with device.layer():
                 self.optimizer.reload_model_params()

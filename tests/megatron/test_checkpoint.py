@@ -353,8 +353,22 @@ def test_nothing_but_a_runs_own_files_is_an_empty_start(saves: Path):
 
 def test_old_checkpoints_are_removed_and_release_stays(saves: Path):
     shutil.copytree(saves / "iter_0000005", saves / "release")
-    assert remove_old(saves, 2) == [saves / "iter_0000001"]
+    assert remove_old(saves, 2, saved=5) == [saves / "iter_0000001"]
     assert sorted(path.name for path in saves.iterdir()) == ["iter_0000002", "iter_0000005", "release"]
+
+
+def test_what_was_just_saved_is_never_removed(saves: Path):
+    """A run that went back to rollout 1 saves 2, beside 5 of another branch."""
+    assert remove_old(saves, 1, saved=2) == [saves / "iter_0000001"]
+    assert sorted(path.name for path in saves.iterdir()) == ["iter_0000002", "iter_0000005"]
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(saves: Path):
+    (saves / "iter_0000002" / "__0_0.distcp").unlink()
+    assert remove_old(saves, 2, saved=5) == []
+    assert remove_old(saves, 1, saved=5) == [saves / "iter_0000001"]
+    (saves / "iter_0000005" / "common.pt").unlink()
+    assert remove_old(saves, 1, saved=5) == []
 
 
 def saved_thrice(rank: int, world_size: int, init_method: str, args: Args) -> None:

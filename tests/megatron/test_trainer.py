@@ -287,6 +287,57 @@ def test_nothing_to_load(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
     assert str(tmp_path) in message and "--ref-load" in message
 
 
+@pytest.mark.parametrize("leftover", [None, ".tmp_release"])
+@pytest.mark.parametrize("flags", [{"use_kl_loss": True, "kl_loss_coef": 0.1}, {}], ids=["reference", "actor"])
+def test_a_reference_that_is_named_is_not_replaced_by_another(
+    leftover: str | None, flags: dict[str, Any], workers: WorkerPool, hf: Path, tmp_path: Path
+) -> None:
+    if leftover is not None:
+        (tmp_path / leftover).mkdir()
+    args = tiny.make_args(hf, ref_load=str(tmp_path), **flags)
+    [message] = workers.run(1, _with_trainer, args, _error_of_loading)
+    assert message.startswith(f"--ref-load {tmp_path}: no checkpoint there")
+    [result] = workers.run(1, _with_trainer, replace(args, ref_load=None), Trainer.load)
+    assert result.source.startswith(str(hf))  # nothing is named: --hf-checkpoint
+
+
+def _save_at(trainer: Trainer, rollout_ids: list[int]) -> None:
+    trainer.load()
+    for rollout_id in rollout_ids:
+        trainer.save(rollout_id, {})
+
+
+def test_a_run_does_not_start_before_checkpoints_that_it_would_overtake(
+    workers: WorkerPool, hf: Path, tmp_path: Path
+) -> None:
+    args = tiny.make_args(hf, save=str(tmp_path / "save"))
+    workers.run(2, _with_trainer, args, _save_at, [1, 9])
+    load = replace(args, load=args.save)
+    for earlier in (replace(load, ckpt_step=1), replace(load, finetune=True), args):
+        first, second = workers.run(2, _with_trainer, earlier, _error_of_loading)
+        assert first == second and "iter_0000009" in first and "an abandoned branch" in first
+        elsewhere = replace(earlier, save=str(tmp_path / "elsewhere"))
+        assert [result.next_rollout_id for result in workers.run(1, _with_trainer, elsewhere, Trainer.load)] == [
+            2 if earlier.ckpt_step == 1 else 0
+        ]
+    assert workers.run(1, _with_trainer, load, Trainer.load)[0].next_rollout_id == 10
+    only_evaluates = replace(load, ckpt_step=1, num_rollout=0)
+    assert workers.run(1, _with_trainer, only_evaluates, Trainer.load)[0].next_rollout_id == 2
+    (tmp_path / "save" / "iter_0000009" / "common.pt").unlink()  # damaged: to be written anew
+    assert workers.run(1, _with_trainer, load, Trainer.load)[0].next_rollout_id == 2
+
+
+def test_a_checkpoint_without_optimizer_is_not_resumed_in_silence(
+    workers: WorkerPool, hf: Path, tmp_path: Path
+) -> None:
+    args = tiny.make_args(hf, save=str(tmp_path), load=str(tmp_path), no_save_optim=True)
+    workers.run(1, _with_trainer, args, _save_at, [3])
+    [message] = workers.run(1, _with_trainer, args, _error_of_loading)
+    assert "iter_0000003 was saved with --no-save-optim" in message and "--no-load-optim" in message
+    [result] = workers.run(1, _with_trainer, replace(args, no_load_optim=True), Trainer.load)
+    assert result.next_rollout_id == 4
+
+
 def _export(trainer: Trainer, paths: dict[str, Path]) -> tuple[torch.dtype, dict[str, torch.Tensor]]:
     trainer.load()
     for name, path in paths.items():
