@@ -77,7 +77,7 @@ class Stepper:
             `logprob_gap_mean/_max`, |old - engine's log-prob| over the tokens of the mask.
 
         Raises:
-            RuntimeError: the weights do not sum to `weights_sum`, or the gradient is not finite.
+            RuntimeError: the weights do not sum to `weights_sum`, or the gradient is not finite; no weight has changed then.
         """
 
         def weigh(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -94,15 +94,16 @@ class Stepper:
                 "samples were lost, repeated, or weighed by another denominator on their way into micro-batches"
             )
         with device.layer():
-            norm = cast(Any, optimizer.step())[1]
-            if optimizer.config.clip_grad <= 0:  # Megatron then computes none
-                norm = optimizer.get_grad_norm()
-        if not math.isfinite(norm):
-            raise RuntimeError(
-                f"{where}: the gradient norm is {norm} at a loss of {metrics['loss']:.6g}; resume from the last "
-                "checkpoint with a lower --lr, and look for infinite rewards or log-probs in this rollout's data"
-            )
-        metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
+            optimizer.prepare_grads()  # `step` does it again: two more passes over the gradients, for a look before
+            norm = float(cast(Any, optimizer.get_grad_norm()))
+            if not math.isfinite(norm):
+                raise RuntimeError(
+                    f"{where}: the gradient norm is {norm} at a loss of {metrics['loss']:.6g}, and no weight was "
+                    "changed; resume from the last checkpoint with a lower --lr, and look for infinite rewards or "
+                    "log-probs in this rollout's data"
+                )
+            optimizer.step()
+        metrics |= {"grad_norm": norm, "lr": float(optimizer.param_groups[0]["lr"])}
         scheduler.step(1)
         return metrics
 

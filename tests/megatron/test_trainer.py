@@ -258,6 +258,22 @@ def _error_of_training(trainer: Trainer, batch: TrainBatch) -> str:
     return f"{type(raised.value).__name__}: {raised.value}"
 
 
+def _weights_after_an_error(trainer: Trainer, batch: TrainBatch) -> tuple[runs.Arrays, runs.Arrays, bool]:
+    trainer.load()
+    before = runs.weights(trainer)
+    with pytest.raises(RuntimeError, match="gradient norm"):
+        trainer.train(0, batch)
+    masters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    return before, runs.weights(trainer), all(bool(torch.isfinite(master).all()) for master in masters)
+
+
+@pytest.mark.parametrize("flags", [{}, {"bf16": True}, {"clip_grad": 0.0}], ids=str)
+def test_a_gradient_that_is_not_finite_changes_no_weight(flags: dict[str, Any], workers: WorkerPool, hf: Path) -> None:
+    args = tiny.make_args(hf, custom_advantage_function_path="test_trainer.infinite_advantages", **flags)
+    for before, after, finite in workers.run(2, _with_trainer, args, _weights_after_an_error, tiny.random_batch()):
+        assert finite and difference(after, before) == 0
+
+
 def test_errors_say_where_and_what(workers: WorkerPool, hf: Path) -> None:
     def error(batch: TrainBatch, **flags: Any) -> str:
         return workers.run(1, _with_trainer, tiny.make_args(hf, **flags), _error_of_training, batch)[0]
