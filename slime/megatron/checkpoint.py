@@ -128,7 +128,7 @@ def save_checkpoint(
 
 def save_release(save_dir: str | Path, *, model: torch.nn.Module) -> Path:
     """Write the weights alone, as `<save_dir>/release`."""
-    return _save(Path(save_dir), checkpoint_files.RELEASE, "release", model, {}, None)
+    return _save(Path(save_dir), checkpoint_files.RELEASE, "release", model, {}, {})
 
 
 def _save(
@@ -137,7 +137,7 @@ def _save(
     tracker: str,
     model: torch.nn.Module,
     content: dict[str, Any],
-    header: dict[str, Any] | None,
+    header: dict[str, Any],
 ) -> Path:
     written = _on_rank_zero(lambda: checkpoint_files.begin(save_dir, name))
     with device.layer(), _readable_errors(f"saving to {save_dir} failed", RuntimeError):
@@ -153,8 +153,7 @@ def _save(
         )
 
     def commit() -> Path:
-        if header is not None:
-            checkpoint_files.write_state(written, header)
+        checkpoint_files.write_state(written, header)
         return checkpoint_files.commit(written, tracker)
 
     return _on_rank_zero(commit)

@@ -4,18 +4,22 @@ Path: `checkpoint` writes and reads what is found here; the converters use it to
 `iter_*` or `release` came there by a rename of a finished one, so that whatever is not whole is damaged or a leftover.
 
     <dir>/iter_0000005/                     rollout 5: .metadata, metadata.json, common.pt, *.distcp, slime_state.json
-    <dir>/release/                          the converter's output: weights only
+    <dir>/release/                          the converter's output: weights only, otherwise the same
     <dir>/latest_checkpointed_iteration.txt Megatron's tracker, for other tools; written last, never read here
     <dir>/.tmp_*                            unfinished
 """
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import json
 import logging
+import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +34,13 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 STATE_FILE = "slime_state.json"
 TMP_PREFIX = ".tmp_"
+_SIZES = "file_sizes"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 OWN_FILES = (
     "args*.yaml",
     "metrics*",
     "logs",
+    ".lock",
     "*.log",
     "samples*",
     "*.png",
@@ -60,24 +66,34 @@ def iteration_name(rollout_id: int) -> str:
     return f"iter_{rollout_id:07d}"
 
 
-def find_checkpoint(load_dir: str | Path | None, *, step: int | None = None) -> FoundCheckpoint | None:
+def find_checkpoint(
+    load_dir: str | Path | None, *, step: int | None = None, own: Sequence[str | None] = ()
+) -> FoundCheckpoint | None:
     """The newest complete checkpoint in `load_dir`, or that of rollout `step`; None: start from elsewhere.
 
-    None stands for: no directory given, none there, or one with nothing but a run's own files and unfinished or
-    damaged checkpoints (each of which is logged). `load_dir` may also be a checkpoint itself, or an HF directory.
+    None stands for: no directory given, none there, or one with nothing but a run's own files and checkpoints that
+    were never finished. Damaged ones beside a complete one are logged. `load_dir` may also be a checkpoint itself,
+    or an HF directory.
+
+    Args:
+        own: paths that the run's flags name for other output, with `{rollout_id}` in them; None where not given.
 
     Raises:
-        ValueError: a directory of something else, or `step` is not there.
+        ValueError: a directory of something else, all checkpoints in it are damaged, or `step` is not there.
     """
     root = Path(load_dir) if load_dir is not None else None
     if root is None or not root.exists():
         return _none_at_step(load_dir, step, [])
     if not root.is_dir():
         raise ValueError(f"{root} is a file; name a checkpoint directory")
-    if is_hf_directory(root):
-        return FoundCheckpoint(root, "hf")
-    if (root / ".metadata").is_file():
-        return _checkpoint_itself(root)
+    itself = _checkpoint_itself(root)
+    if itself is not None:
+        if step not in (None, itself.rollout_id):
+            raise ValueError(
+                f"--ckpt-step {step}: {root} is itself a checkpoint, of another rollout or of none; name the directory "
+                "around it, or leave the flag out"
+            )
+        return itself
     iterations = _iterations(root)
     if step is not None:
         return _at_step(root, iterations, step)
@@ -85,13 +101,19 @@ def find_checkpoint(load_dir: str | Path | None, *, step: int | None = None) -> 
         if _is_complete(iterations[rollout_id]):
             return FoundCheckpoint(iterations[rollout_id], "iteration", rollout_id)
     release = root / RELEASE
-    if release.is_dir() and _is_complete(release):
+    if release.is_dir() and not iterations and _is_complete(release):
         return FoundCheckpoint(release, "release")
-    _refuse_strangers(root)
+    _refuse_damaged(root, [*iterations.values(), *([release] if release.is_dir() else [])])
+    _refuse_strangers(root, [*OWN_FILES, *_entries(root, own)])
     return None
 
 
-def _checkpoint_itself(path: Path) -> FoundCheckpoint:
+def _checkpoint_itself(path: Path) -> FoundCheckpoint | None:
+    """`path` as an HF directory, or as a checkpoint and not a directory of such; None where it is neither."""
+    if is_hf_directory(path):
+        return FoundCheckpoint(path, "hf")
+    if not (path / ".metadata").is_file():
+        return None
     problem = why_incomplete(path)
     if problem is not None:
         raise ValueError(f"{path} is an incomplete checkpoint: {problem}; name another one")
@@ -134,13 +156,30 @@ def refuse_abandoned(save_dir: str | Path, next_rollout_id: int) -> None:
         )
 
 
-def _refuse_strangers(root: Path) -> None:
+def _refuse_damaged(root: Path, checkpoints: Sequence[Path]) -> None:
+    """A checkpoint came there by a rename of a whole one: to start without it would lose what was trained."""
+    problems = [f"{path.name}: {why}" for path in sorted(checkpoints) if (why := why_incomplete(path)) is not None]
+    if problems:
+        raise ValueError(
+            f"{root} holds no complete checkpoint ({'; '.join(problems)}): restore one, "
+            "or move these away to start anew"
+        )
+
+
+def _entries(root: Path, own: Sequence[str | None]) -> Iterator[str]:
+    """Glob patterns of what stands directly under `root` on the way to the paths `own`."""
+    for path in own:
+        if path is not None and (whole := Path(path).resolve()).is_relative_to(root.resolve()):
+            for entry in whole.relative_to(root.resolve()).parts[:1]:
+                yield re.sub(r"\{.*?\}", "*", glob.escape(entry))
+
+
+def _refuse_strangers(root: Path, own: Sequence[str]) -> None:
     """Something else than a run's own files: more likely a wrong path than an empty start."""
     strangers = [
         path.name
         for path in sorted(root.iterdir())
-        if not any(path.match(pattern) for pattern in OWN_FILES)
-        and not (path.is_dir() and (path.name == RELEASE or _ITERATION.fullmatch(path.name)))
+        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in own)
     ]
     if strangers:
         raise ValueError(
@@ -157,11 +196,31 @@ def _is_complete(path: Path) -> bool:
 
 
 def why_incomplete(path: Path) -> str | None:
-    """What a checkpoint directory lacks, or None where every file that its metadata names is there, in full length."""
-    needed = [".metadata", "metadata.json", "common.pt"] + ([] if path.name == RELEASE else [STATE_FILE])
+    """What a checkpoint directory lacks, or None where every file that was written is there, in its full size."""
+    # weights alone may be Megatron's own, which writes no such file
+    with_state = _ITERATION.fullmatch(path.name) is not None or (path / STATE_FILE).exists()
+    needed = [".metadata", "metadata.json", "common.pt", *([STATE_FILE] if with_state else [])]
     missing = [name for name in needed if not (path / name).is_file()]
     if missing:
         return f"no {', '.join(missing)}"
+    if with_state:
+        try:
+            sizes: dict[str, int] = read_state(path)[_SIZES]
+        except (ValueError, KeyError, TypeError) as error:
+            return f"{STATE_FILE} cannot be read ({error!r})"
+    else:
+        sizes = {}
+    for name in [*needed, *sizes]:
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found is None:
+            return f"no {name}"
+        if found == 0 or found != sizes.get(name, found):
+            return f"{name} is damaged: {found} bytes of {sizes.get(name, 'some')}"
+    return _lost_piece(path)
+
+
+def _lost_piece(path: Path) -> str | None:
+    """What .metadata names and is not there: a file of another node's disk, or of a copy that was cut short."""
     try:
         storage: dict[Any, Any] = FileSystemReader(path).read_metadata().storage_data or {}
     except (pickle.UnpicklingError, EOFError, AttributeError) as error:
@@ -170,10 +229,9 @@ def why_incomplete(path: Path) -> str | None:
     for piece in storage.values():
         lengths[piece.relative_path] = max(lengths.get(piece.relative_path, 0), piece.offset + piece.length)
     for name, length in lengths.items():
-        file = path / name
-        if not file.is_file():
+        if not (path / name).is_file():
             return f"no {name}"
-        if file.stat().st_size < length:
+        if (path / name).stat().st_size < length:
             return f"{name} is cut short"
     return None
 
@@ -184,14 +242,13 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no JSON.
     """
-    try:
-        return json.loads((path / STATE_FILE).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path / STATE_FILE} is damaged ({error}); load another checkpoint") from error
+    return json.loads((path / STATE_FILE).read_text())
 
 
 def write_state(path: Path, header: dict[str, Any]) -> None:
-    (path / STATE_FILE).write_text(json.dumps(header))
+    """The last file of a checkpoint: `header`, and the sizes of all others."""
+    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+    (path / STATE_FILE).write_text(json.dumps({**header, _SIZES: sizes}))
 
 
 def begin(save_dir: Path, name: str) -> Path:
@@ -205,17 +262,31 @@ def begin(save_dir: Path, name: str) -> Path:
 
 
 def commit(written: Path, tracker: str) -> Path:
-    """Rename a finished `.tmp_<name>` to `<name>`, then write the tracker."""
+    """Rename a finished `.tmp_<name>` to `<name>`, then write the tracker; all of it is on the disk then."""
     save_dir, final = written.parent, written.with_name(written.name.removeprefix(TMP_PREFIX))
     old = save_dir / f"{TMP_PREFIX}old_{final.name}"
+    for path in (*written.iterdir(), written):
+        _sync(path)
     if final.exists():
         final.rename(old)
     written.rename(final)
+    _sync(save_dir)
     shutil.rmtree(old, ignore_errors=True)
     tracker_file = save_dir / f"{TMP_PREFIX}{TRACKER}"
     tracker_file.write_text(tracker)
+    _sync(tracker_file)
     tracker_file.rename(save_dir / TRACKER)
+    _sync(save_dir)
     return final
+
+
+def _sync(path: Path) -> None:
+    """A file's content, or a directory's names, to the disk: a machine that loses power keeps it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_old(save_dir: Path, keep: int, *, saved: int) -> list[Path]:

@@ -77,7 +77,8 @@ class Stepper:
             `logprob_gap_mean/_max`, |old - engine's log-prob| over the tokens of the mask.
 
         Raises:
-            RuntimeError: the weights do not sum to `weights_sum`, or the gradient is not finite; no weight has changed then.
+            RuntimeError: the weights do not sum to `weights_sum`, or the gradient is not finite: then no weight
+                has changed.
         """
 
         def weigh(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

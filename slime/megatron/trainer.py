@@ -77,7 +77,7 @@ class Trainer:
             self._snapshots.take("ref")
         elif args.use_kl_loss and self.topology.rank == 0:
             logger.info("reference KL off: --kl-loss-coef is 0 (--log-ref-kl logs it all the same)")
-        found = find_checkpoint(args.load, step=args.ckpt_step)
+        found = find_checkpoint(args.load, step=args.ckpt_step, own=(args.save_debug_rollout_data, args.save_hf))
         result = self._load_actor(found) if found is not None else self._start_from_reference()
         if args.save is not None and args.num_rollout != 0:
             refuse_abandoned(args.save, result.next_rollout_id)
@@ -215,7 +215,9 @@ class Trainer:
         return metrics
 
     def log_probs(self, batch: TrainBatch, *, model: Literal["actor", "ref"] = "actor") -> Array:
-        """[R] float32: log-probs of the whole batch's response tokens at the rollout temperature (SFT: 1), on every rank.
+        """[R] float32: log-probs of the whole batch's response tokens at the rollout temperature, SFT's at 1.
+
+        Every rank gets all of them.
 
         Raises:
             ValueError: `model="ref"` where no reference is kept.

@@ -327,12 +327,48 @@ def test_an_incomplete_checkpoint_is_skipped_and_named(saves: Path, missing: str
         find_checkpoint(saves, step=5)
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_a_file_cut_short_is_noticed(saves: Path, name: str):
+@pytest.mark.parametrize("left", [-1, 0], ids=["cut short", "empty"])
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "common.pt", STATE_FILE, "__0_0.distcp"])
+def test_a_damaged_file_is_noticed(saves: Path, name: str, left: int):
     file = saves / "iter_0000005" / name
-    file.write_bytes(file.read_bytes()[:-1])
+    file.write_bytes(file.read_bytes()[:left])
     found = find_checkpoint(saves)
     assert found is not None and found.rollout_id == 2
+    file.with_name(STATE_FILE).write_text("{}")
+    assert find_checkpoint(saves) == found
+
+
+@pytest.mark.parametrize("damaged", ["iter_0000005", "release"])
+def test_nothing_but_damaged_checkpoints_is_no_empty_start(saves: Path, damaged: str):
+    for name in ("iter_0000001", "iter_0000002"):
+        shutil.rmtree(saves / name)
+    (saves / "iter_0000005").rename(saves / damaged)
+    (saves / damaged / ".metadata").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=rf"no complete checkpoint \({damaged}: \.metadata is damaged: 0 bytes of \d+\)"
+    ):
+        find_checkpoint(saves)
+
+
+def test_a_run_is_not_started_anew_from_release_beside_its_damaged_checkpoints(saves: Path):
+    shutil.copytree(saves / "iter_0000005", saves / "release")
+    for name in ("iter_0000001", "iter_0000002", "iter_0000005"):
+        (saves / name / "common.pt").unlink()
+    with pytest.raises(
+        ValueError, match=r"iter_0000001: no common\.pt; iter_0000002: .*; iter_0000005: no common\.pt\)"
+    ):
+        find_checkpoint(saves)
+
+
+def test_megatrons_own_release_has_no_state_file(saves: Path):
+    release = (saves / "iter_0000005").rename(saves / "release")
+    (release / STATE_FILE).unlink()
+    for path in saves.glob("iter_*"):
+        shutil.rmtree(path)
+    assert find_checkpoint(saves) == FoundCheckpoint(release, "release")
+    (release / "__1_0.distcp").unlink()
+    with pytest.raises(ValueError, match=r"release: no __1_0\.distcp"):
+        find_checkpoint(saves)
 
 
 def test_nothing_but_a_runs_own_files_is_an_empty_start(saves: Path):
@@ -340,8 +376,7 @@ def test_nothing_but_a_runs_own_files_is_an_empty_start(saves: Path):
     assert find_checkpoint(saves / "missing") is None
     for name in ("iter_0000001", "iter_0000002"):
         shutil.rmtree(saves / name)
-    (saves / "iter_0000005" / ".metadata").unlink()
-    (saves / ".tmp_iter_0000006").mkdir()
+    (saves / "iter_0000005").rename(saves / ".tmp_iter_0000005")
     (saves / "logs").mkdir()
     for name in ("args.yaml", "metrics.jsonl", TRACKER, "slime.log"):
         (saves / name).write_text("")
@@ -349,6 +384,36 @@ def test_nothing_but_a_runs_own_files_is_an_empty_start(saves: Path):
     (saves / "notes.txt").write_text("")
     with pytest.raises(ValueError, match=r"holds no checkpoint, but other files \(notes\.txt\)"):
         find_checkpoint(saves)
+
+
+def test_what_the_flags_name_is_the_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = tmp_path / "run [1]"
+    (root / "dumps" / "deep").mkdir(parents=True)
+    (root / "hf_7").mkdir()
+    (root / "samples of 3.json").write_text("")
+    own = [f"{root}/dumps/deep/{{rollout_id}}.json", "run [1]/hf_{rollout_id:d}", None, str(tmp_path / "elsewhere")]
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint(root, own=own) is None
+    for less in (own[1:], own[:1]):
+        with pytest.raises(ValueError, match="other files"):
+            find_checkpoint(root, own=less)
+    (root / "hf").mkdir()
+    with pytest.raises(ValueError, match=r"other files \(hf\)"):
+        find_checkpoint(root, own=own)
+
+
+def test_another_step_than_that_of_the_named_checkpoint_is_refused(
+    saves: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    itself = saves / "iter_0000005"
+    assert find_checkpoint(itself, step=5) == FoundCheckpoint(itself, "iteration", 5)
+    hf = tmp_path_factory.mktemp("hf")
+    for name in ("config.json", "model.safetensors"):
+        (hf / name).write_text("")
+    assert find_checkpoint(hf) == FoundCheckpoint(hf, "hf")
+    for path in (itself, hf, (saves / "iter_0000002").rename(saves / "release")):
+        with pytest.raises(ValueError, match=f"--ckpt-step 7: {path} is itself a checkpoint"):
+            find_checkpoint(path, step=7)
 
 
 def test_old_checkpoints_are_removed_and_release_stays(saves: Path):

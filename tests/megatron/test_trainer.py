@@ -317,6 +317,24 @@ def test_a_reference_that_is_named_is_not_replaced_by_another(
     assert result.source.startswith(str(hf))  # nothing is named: --hf-checkpoint
 
 
+def test_a_run_killed_before_its_first_save_starts_again_beside_its_own_dumps(
+    workers: WorkerPool, hf: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "dumps").mkdir()
+    (tmp_path / "hf_0").mkdir()
+    args = tiny.make_args(
+        hf,
+        load=str(tmp_path),
+        save=str(tmp_path),
+        save_debug_rollout_data=str(tmp_path / "dumps" / "{rollout_id}.json"),
+        save_hf=str(tmp_path / "hf_{rollout_id}"),
+    )
+    [result] = workers.run(1, _with_trainer, args, Trainer.load)
+    assert result.next_rollout_id == 0 and "has no checkpoint" in result.source
+    [message] = workers.run(1, _with_trainer, replace(args, save_hf=None), _error_of_loading)
+    assert "other files (hf_0)" in message
+
+
 def _save_at(trainer: Trainer, rollout_ids: list[int]) -> None:
     trainer.load()
     for rollout_id in rollout_ids:
