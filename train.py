@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
 from slime.config.parse import UsageError, load_args
 from slime.config.plan import format_plan
+from slime.core.errors import RunError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,5 +40,8 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except UsageError as error:
         sys.exit(str(error))
+    except RunError as error:
+        logging.getLogger("slime").error("the run has ended", exc_info=error)
+        sys.exit(f"\n{error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; every process of the run has been ended")
+        sys.exit("\ninterrupted; every process of the run has been ended")

@@ -18,9 +18,11 @@ from typing import Any
 from slime.cluster.processes import Processes
 from slime.config.args import Args
 from slime.config.dump import dump_args
+from slime.core.errors import RunError
 from slime.observability.console import RunConsole
-from slime.observability.metrics_log import MetricsLog
+from slime.observability.logs import log_to_file
 from slime.observability.phases import StepClock
+from slime.observability.run_directory import RunDirectory
 
 
 def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
@@ -32,8 +34,6 @@ class Cluster:
 
     def __init__(self, args: Args) -> None:
         self._args = args
-        self._dir = Path(args.log_dir or args.save or "outputs")
-        self._processes = Processes(args, self._dir / "logs")
         self._cleanup = ExitStack()
         self._policy_version = 0
         self._first = self._last = 0
@@ -51,33 +51,37 @@ class Cluster:
         self._cleanup.close()
 
     def _start(self) -> None:
-        self._dir.mkdir(parents=True, exist_ok=True)
-        (self._dir / "args.yaml").write_text(dump_args(self._args))
-        self._metrics = MetricsLog(self._dir / "metrics.jsonl")
-        self._cleanup.callback(self._metrics.close)
-        processes = self._processes
+        args = self._args
+        signal.signal(signal.SIGTERM, _exit_on_sigterm)
+        directory = RunDirectory(Path(args.log_dir or args.save or "outputs"))
+        self._cleanup.callback(directory.close)
+        log_to_file(directory.logs, "driver")
+        self._processes = processes = Processes(args, directory.logs)
         self._cleanup.callback(processes.stop)
         processes.start()
-        signal.signal(signal.SIGTERM, _exit_on_sigterm)
-        loaded = processes.get("loading the model", [trainer.load.remote() for trainer in processes.trainers])
+        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray has put its own in the place of ours
+        loaded = processes.load()
+        state = loaded[0].state if loaded else None
         if loaded:
             self._first = loaded[0].next_rollout_id
-        self._restore(loaded[0].state if loaded else None)
+        if state is not None:
+            self._policy_version = state["policy_version"]
+            processes.get("restoring the data side", [processes.manager.load_state_dict.remote(state["rollout"])])
         self._last = self._num_rollouts()
+        # From here on the run is accepted: what it says of itself goes into its directory.
+        directory.write_args(dump_args(args))
+        continued = state is not None and args.save is not None and Path(args.save) in Path(loaded[0].source).parents
+        self._metrics = directory.continue_metrics(self._first) if continued else directory.new_metrics()
+        self._cleanup.callback(self._metrics.close)
+        if state is not None:
+            self._metrics.write(self._first, state["times"])
         self._console = RunConsole(total=self._last, done=self._first)
         self._cleanup.callback(self._console.close)
         if loaded:
             self._console.say(f"actor loaded from {loaded[0].source}, starting at rollout {self._first}")
+        if 0 < self._last <= self._first:
+            self._console.say(f"nothing left to train: {self._first} of {self._last} rollouts are done")
         processes.connect()
-
-    def _restore(self, state: dict[str, Any] | None) -> None:
-        self._metrics.rewind(self._first)
-        if state is None:
-            return
-        self._policy_version = state["policy_version"]
-        self._metrics.write(self._first, state["times"])
-        manager = self._processes.manager
-        self._processes.get("restoring the data side", [manager.load_state_dict.remote(state["rollout"])])
 
     def _num_rollouts(self) -> int:
         args = self._args
@@ -87,7 +91,7 @@ class Cluster:
         [num_prompts] = self._processes.get("reading the prompts", [self._processes.manager.num_prompts.remote()])
         num_rollouts = args.num_epoch * num_prompts // args.rollout_batch_size
         if num_rollouts == 0:
-            raise ValueError(
+            raise RunError(
                 f"--num-epoch {args.num_epoch}: {num_prompts} prompts are fewer than one --rollout-batch-size "
                 f"{args.rollout_batch_size} in all; lower the batch size, or raise the number of epochs"
             )
@@ -130,10 +134,11 @@ class Cluster:
                 self._record.update(results[0])
         self._metrics.write(rollout_id + 1, self._record)
         gap = self._record.get("train/logprob_gap_mean", 0.0)
-        if gap > self._args.logprob_gap_alarm:
+        alarm = self._args.logprob_gap_alarm
+        if alarm is not None and gap > alarm:
             self._console.say(
                 f"WARNING rollout {rollout_id}: mean |train - rollout log-prob| is {gap:.3g}, above "
-                f"--logprob-gap-alarm {self._args.logprob_gap_alarm:g}: engine and trainer disagree about the policy"
+                f"--logprob-gap-alarm {alarm:g}: engine and trainer disagree about the policy"
             )
 
     def save_if_due(self, rollout_id: int) -> None:

@@ -20,6 +20,7 @@ from slime.cluster.placement import Placement, reserve, start_ray
 from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
+from slime.core.errors import RunError
 
 STOP_TIMEOUT_S = 15.0
 logger = logging.getLogger(__name__)
@@ -43,27 +44,33 @@ class Processes:
         args, log_dir = self._args, str(self._log_dir)
         self._reaper = start_ray()
         self._placement = place = reserve(args)
-        self.manager = RolloutManager.options(**place.manager()).remote(args, log_dir)
+        self.manager = ray.remote(RolloutManager).options(**place.manager()).remote(args, log_dir)
+        self._manager_started = self.manager.start.remote()
         self.engines = [
             EngineWorker.options(**place.engine(index)).remote(args, index, log_dir)
             for index in range(place.num_engines)
         ]
+        self._engine_urls = [engine.start.remote() for engine in self.engines]
         rendezvous = f"file://{self._tmp.name}/rendezvous"
         self.trainers = [
             TrainWorker.options(**place.trainer(rank)).remote(args, rank, rendezvous, log_dir)
             for rank in range(place.num_trainers)
         ]
 
+    def load(self) -> list[Any]:
+        """Every trainer's LoadResult; the rollout manager has its prompts then, too."""
+        loaded = self.get("loading the model", [trainer.load.remote() for trainer in self.trainers])
+        self.get("loading the prompts", [self._manager_started])
+        return loaded
+
     def connect(self) -> None:
         """Wait for the engines, put them behind the router, and join trainers and engines in one weight group."""
         if not self.engines:
             return
-        router_url = self.get("starting the router", [self.manager.start_router.remote()])[0]
-        urls = self.get("starting the engines", [engine.wait_ready.remote() for engine in self.engines])
-        self.get(
-            "registering the engines",
-            [self.manager.connect_engines.remote(router_url, urls, self.engines)],
-        )
+        manager = self.manager
+        router_url = self.get("starting the router", [manager.start_router.remote()])[0]
+        urls = self.get("starting the engines", self._engine_urls)
+        self.get("registering the engines", [manager.connect_engines.remote(router_url, urls, self.engines)])
         self.get(
             "joining the weight group",
             [trainer.connect_engines.remote(router_url, len(urls)) for trainer in self.trainers],
@@ -73,7 +80,7 @@ class Processes:
         """The results of `refs`, in order; the first failure ends the wait.
 
         Raises:
-            RuntimeError: naming the phase, and what the process that failed said or that it died.
+            RunError: naming the phase, and what the process that failed said or that it died.
         """
         waiting = list(refs)
         while waiting:
@@ -82,9 +89,9 @@ class Processes:
                 ray.get(ready)
             except RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, BaseException) else error
-                raise RuntimeError(f"{phase} failed: {type(cause).__name__}: {cause}") from error
+                raise RunError(f"{phase} failed: {type(cause).__name__}: {cause}\nlogs: {self._log_dir}") from error
             except RayActorError as error:
-                raise RuntimeError(f"{phase} failed: a process died; logs are in {self._log_dir}: {error}") from error
+                raise RunError(f"{phase} failed: a process died: {error}\nlogs: {self._log_dir}") from error
         return ray.get(list(refs))
 
     def stop(self) -> None:

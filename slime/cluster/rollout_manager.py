@@ -14,11 +14,10 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
-
 from slime.cluster.dump import read_dump, write_dump
 from slime.cluster.health import EngineWatch
 from slime.config.args import Args
+from slime.config.options import HookOptions
 from slime.core.batch import TrainBatch, from_samples
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
@@ -28,35 +27,39 @@ from slime.observability.logs import log_to_file
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.evaluate import Evaluator
 from slime.rollout.rm_hub import RewardPool
+from slime.rollout.rollout_metrics import sample_metrics
 from slime.rollout.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 
 
-@ray.remote
 class RolloutManager:
-    """Async actor: one rollout, evaluation or state call at a time."""
+    """One rollout, evaluation or state call at a time. Ray runs it as an async actor."""
 
     def __init__(self, args: Args, log_dir: str) -> None:
-        self._log_dir = Path(log_dir)
-        log_to_file(self._log_dir, "rollout")
         self._args = args
+        self._log_dir = Path(log_dir)
         self._router: ManagedProcess | None = None
         self._watch: EngineWatch | None = None
-        tokenizer = load_tokenizer(args)
-        self._data_source = load_hook("data_source_path", args.data_source_path)(args, tokenizer)
-        self._rollout_function = load_hook("rollout_function_path", args.rollout_function_path)
+        self._client: EngineClient | None = None
+        self._rewards: RewardPool | None = None
         self._evaluator: Evaluator | None = None
-        self._context = RolloutContext(
-            args=args,
-            client=None,
-            tokenizer=tokenizer,
-            rewards=RewardPool(args),
-            policy_version=0,
-        )
+        self._data_source: Any = None
+
+    def start(self) -> None:
+        """Load tokenizer and prompts, and make the reward pool. Comes before all other calls."""
+        log_to_file(self._log_dir, "rollout")
+        args = self._args
+        tokenizer = load_tokenizer(args)
+        if args.prompt_data is not None or args.data_source_path != HookOptions.data_source_path:
+            self._data_source = load_hook("data_source_path", args.data_source_path)(args, tokenizer)
+        self._rollout_function = load_hook("rollout_function_path", args.rollout_function_path)
+        self._rewards = RewardPool(args)
+        self._context = RolloutContext(args=args, client=None, tokenizer=tokenizer, rewards=self._rewards)
 
     def num_prompts(self) -> int:
         """Prompts of one epoch."""
+        assert self._data_source is not None, "the rules ask for --prompt-data with --num-epoch"
         return self._data_source.num_prompts
 
     async def start_router(self) -> str:
@@ -75,7 +78,8 @@ class RolloutManager:
         api_key, limit = args.sglang.get("api_key"), args.engine_start_timeout
         for url in engine_urls:
             await asyncio.to_thread(register_worker, router_url, url, api_key=api_key, timeout=limit)
-        self._context.client = EngineClient(router_url, api_key=api_key, request_timeout=args.engine_request_timeout)
+        self._client = EngineClient(router_url, api_key=api_key, request_timeout=args.engine_request_timeout)
+        self._context.client = self._client
         self._watch = EngineWatch(engines, engine_urls, self._log_dir, self._router)
 
     def set_policy_version(self, version: int) -> None:
@@ -87,7 +91,7 @@ class RolloutManager:
         args = self._args
         if args.load_debug_rollout_data is not None:
             groups = read_dump(Path(args.load_debug_rollout_data.format(rollout_id=rollout_id)))
-            metrics = _replay_metrics(groups)
+            metrics = _replay_metrics(args, groups)
         else:
             result = await self._guarded(self._call_rollout_function(rollout_id))
             groups, metrics = result.groups, result.metrics
@@ -153,25 +157,28 @@ class RolloutManager:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"data_source": self._data_source.state_dict(), "policy_version": self._context.policy_version}
+        data_source = None if self._data_source is None else self._data_source.state_dict()
+        return {"data_source": data_source, "policy_version": self._context.policy_version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._data_source.load_state_dict(state["data_source"])
+        if self._data_source is not None and state["data_source"] is not None:
+            self._data_source.load_state_dict(state["data_source"])
         self._context.policy_version = state["policy_version"]
 
     async def close(self) -> None:
-        if self._context.client is not None:
-            await self._context.client.close()
-        self._context.rewards.close()
+        if self._client is not None:
+            await self._client.close()
+        if self._rewards is not None:
+            self._rewards.close()
         if self._router is not None:
             self._router.stop()
 
 
-def _replay_metrics(groups: list[list[Sample]]) -> dict[str, float]:
+def _replay_metrics(args: Args, groups: list[list[Sample]]) -> dict[str, float]:
     """What a replayed rollout can still say of itself."""
     samples = [sample for group in groups for sample in group]
-    rewards = [sample.reward_value() for sample in samples if isinstance(sample.reward, int | float)]
+    rewards = [sample.reward_value(args.reward_key) for sample in samples if sample.reward is not None]
     return {
         "rollout/reward": sum(rewards) / len(rewards) if rewards else float("nan"),
-        "rollout/response_length": sum(sample.response_length for sample in samples) / len(samples),
+        **{f"rollout/{name}": value for name, value in sample_metrics(samples).items()},
     }

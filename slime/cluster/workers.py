@@ -19,6 +19,7 @@ from slime.core.batch import TrainBatch
 from slime.observability.logs import log_to_file
 
 if TYPE_CHECKING:
+    from slime.engine.launch import ManagedProcess
     from slime.megatron.result import LoadResult
     from slime.sync.broadcast import BroadcastTransport
 
@@ -28,16 +29,20 @@ class TrainWorker:
     """One rank of training."""
 
     def __init__(self, args: Args, rank: int, init_method: str, log_dir: str) -> None:
-        log_to_file(Path(log_dir), f"trainer-{rank}")
-        from slime.megatron.trainer import Trainer
-
         self._args = args
         self._rank = rank
-        self._trainer = Trainer(args, rank=rank, world_size=args.actor_world_size, init_method=init_method)
+        self._init_method = init_method
+        self._log_dir = Path(log_dir)
         self._transport: BroadcastTransport | None = None
         self._proven = False
 
     def load(self) -> LoadResult:
+        """Build the trainer and load its checkpoint. Comes before all other calls."""
+        log_to_file(self._log_dir, f"trainer-{self._rank}")
+        from slime.megatron.trainer import Trainer
+
+        args = self._args
+        self._trainer = Trainer(args, rank=self._rank, world_size=args.actor_world_size, init_method=self._init_method)
         return self._trainer.load()
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
@@ -113,26 +118,25 @@ class EngineWorker:
     """Owns one engine process."""
 
     def __init__(self, args: Args, index: int, log_dir: str) -> None:
+        self._args = args
+        self._index = index
+        self._log_path = Path(log_dir) / f"engine-{index}.log"
+        self._process: ManagedProcess | None = None
+
+    def start(self) -> str:
+        """Start the engine; its URL, once it answers."""
         from slime.engine.launch import find_free_port, launch_engine
 
-        self._timeout = args.engine_start_timeout
-        port = find_free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        host = "127.0.0.1"
         self._process = launch_engine(
-            args,
-            index=index,
-            host="127.0.0.1",
-            port=port,
-            log_path=Path(log_dir) / f"engine-{index}.log",
+            self._args, index=self._index, host=host, port=find_free_port(host), log_path=self._log_path
         )
-
-    def wait_ready(self) -> str:
-        """The engine's URL, once it answers."""
-        self._process.wait_ready(self._timeout)
-        return self.url
+        self._process.wait_ready(self._args.engine_start_timeout)
+        return self._process.url
 
     def alive(self) -> bool:
-        return self._process.alive()
+        return self._process is not None and self._process.alive()
 
     def stop(self) -> None:
-        self._process.stop()
+        if self._process is not None:
+            self._process.stop()

@@ -28,7 +28,7 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Keep the events before `step` and the first of `step` itself: what a checkpoint of that step had seen.
 
-        `step` 0 empties the file: a run that starts afresh. A line that a kill has cut short goes too.
+        A line that a kill has cut short goes too.
         """
         self._file.seek(0)
         end = 0
@@ -36,7 +36,7 @@ class MetricsLog:
             if not line.endswith(b"\n"):
                 break
             event = json.loads(line)
-            if event["step"] > step or step == 0:
+            if event["step"] > step:
                 break
             end += len(line)
             if event["step"] == step:

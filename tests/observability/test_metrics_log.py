@@ -48,14 +48,6 @@ def test_a_line_cut_short_by_a_kill_goes(tmp_path: Path) -> None:
     assert steps(path) == [0, 1, 1, 1, 2, 2, 3]
 
 
-def test_a_fresh_start_empties_the_file(tmp_path: Path) -> None:
-    log = written(tmp_path / "metrics.jsonl")
-    log.rewind(0)
-    log.write(0, {"x": 1})
-    log.close()
-    assert steps(log.path) == [0]
-
-
 def test_without_the_rewind_events_stand_twice(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for _ in range(2):

@@ -1,0 +1,50 @@
+"""Hooks of the rollout manager that tests name by dotted path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slime.config.args import Args
+from slime.core.batch import TrainBatch, from_samples
+from slime.core.sample import Sample
+from slime.rollout.context import RolloutContext
+
+
+def log_rollout(args: Args, rollout_id: int, samples: list[Sample], metrics: dict[str, float]) -> None:
+    assert args.save is not None
+    Path(args.save, "logged").write_text(f"{rollout_id} {len(samples)} {metrics['rollout/reward']}")
+
+
+def first_two(args: Args, samples: list[Sample]) -> TrainBatch:
+    return from_samples(samples[:2])
+
+
+async def evaluate(args: Args, rollout_id: int, context: RolloutContext) -> dict[str, float]:
+    return {"eval/own/reward": rollout_id + context.policy_version / 10}
+
+
+class Numbers:
+    """A data source of one's own."""
+
+    def __init__(self, args: Args, tokenizer: object) -> None:
+        self.next = 0
+
+    @property
+    def num_prompts(self) -> int:
+        return 6
+
+    def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]:
+        first, self.next = self.next, self.next + num
+        return [
+            [Sample(group_index=i, index=i, tokens=[1, 2, 3], prompt_length=3, label="7")]
+            for i in range(first, self.next)
+        ]
+
+    def add_groups(self, groups: list[list[Sample]]) -> None:
+        assert not groups
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]

@@ -1,0 +1,59 @@
+"""Whole runs at the edges: evaluation alone, a run that has nothing left to do, a resume that is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from slime.observability.metrics_log import read_metrics
+from tests.cluster.runs import Task, events, flags, start, train
+
+SMALL = ("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
+
+
+def without(arguments: list[str], name: str, values: int = 1) -> list[str]:
+    at = arguments.index(name)
+    return arguments[:at] + arguments[at + 1 + values :]
+
+
+def test_evaluation_alone_needs_no_training_prompts(task: Task, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    extra = [
+        "--num-rollout",
+        "0",
+        "--eval-prompt-data",
+        "few",
+        f"{task.eval}@[0:8]",
+        "--n-samples-per-eval-prompt",
+        "2",
+    ]
+    arguments = without(flags(task, save, *SMALL, *extra), "--prompt-data")
+    train(arguments, tmp_path / "log.txt")
+    assert events(save, "eval/few/num_prompts") == {0: 8}
+
+
+def test_a_finished_run_and_a_refused_resume_change_nothing(task: Task, tmp_path: Path) -> None:
+    """What the user sees is the error's own sentence, and no traceback."""
+    save = tmp_path / "run"
+    data = tmp_path / "train.jsonl"
+    shutil.copy(task.train, data)
+    extra = ["--num-rollout", "1", "--prompt-data", str(data), "--eval-prompt-data", f"{task.eval}@[0:4]"]
+    arguments = flags(task, save, *SMALL, *extra)
+    train(arguments, tmp_path / "log.txt")
+    metrics = (save / "metrics.jsonl").read_bytes()
+    assert [event["step"] for event in read_metrics(save / "metrics.jsonl")] == [0, 1, 1, 1]
+    assert len(events(save, "sync/gb_per_s")) == 1
+
+    data.write_text(data.read_text().replace("+", "-"))
+    process = start([*arguments, "--num-rollout", "2"], tmp_path / "refused.txt")
+    assert process.wait(timeout=120) == 1
+    output = (tmp_path / "refused.txt").read_text()
+    assert f"{data}" in output
+    assert "Traceback" not in output
+    assert (save / "metrics.jsonl").read_bytes() == metrics
+
+    shutil.copy(task.train, data)
+    output = train(arguments, tmp_path / "again.txt")
+    assert "nothing left to train: 1 of 1 rollouts are done" in output
+    assert sorted(events(save, "eval/eval/reward")) == [0, 1]
+    assert len(read_metrics(save / "metrics.jsonl")) == 4
