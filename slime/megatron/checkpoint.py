@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -58,6 +59,9 @@ _CONTENT: Mapping[str, Any] = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+
+_NOT_WEIGHTS = ("optimizer.", "rng_state")
+"""What the keys of a checkpoint's other parts start with."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,7 @@ def _load_sharded(
     misfit = f"{found.path} does not fit this model (see MODEL_ARGS, --hf-checkpoint)"
     with device.layer(), _readable_errors(misfit, ValueError):
         weights = core.sharded_state_dict(metadata=content)
+        _refuse_more(found, weights, misfit)
         wanted: dict[str, Any] = {"model": weights}
         if optimizer is not None:
             wanted["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=content)
@@ -220,6 +225,20 @@ def _load_sharded(
         assert isinstance(loaded, dict)
         core.load_state_dict(loaded["model"])
     return loaded
+
+
+def _refuse_more(found: FoundCheckpoint, weights: dict[str, Any], misfit: str) -> None:
+    """Weights in the checkpoint that the model has no place for; Megatron passes over them in silence."""
+    wanted: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(wanted, {part.key for part in weights.values()})
+    there = {part.key for part in load_sharded_metadata(str(found.path)).values()}
+    more = {
+        key
+        for key in there.difference(*wanted)
+        if not key.startswith(_NOT_WEIGHTS) and not key.endswith("_extra_state")
+    }
+    if more:
+        raise ValueError(f"{misfit}: it also holds {', '.join(sorted(more))}")
 
 
 def _has_state(optimizer: MegatronOptimizer) -> bool:

@@ -280,8 +280,20 @@ def test_a_failed_save_fails_on_every_rank(workers: WorkerPool, tmp_path: Path):
     assert find_checkpoint(tmp_path / "save") is None
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_layers": 3}])
-def test_another_model_is_refused(workers: WorkerPool, tmp_path: Path, change: dict[str, int]):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 64},
+        {"num_layers": 3},
+        # with fewer weights than the checkpoint has
+        {"num_layers": 1},
+        {"tied_embeddings": True},
+        {"post_mlp_layernorm": False, "post_self_attn_layernorm": False},
+        {"add_qkv_bias": False},
+    ],
+    ids=str,
+)
+def test_another_model_is_refused(workers: WorkerPool, tmp_path: Path, change: dict[str, Any]):
     workers.run(1, trained, make_args(tmp_path), 1, 0)
     args = replace(make_args(None, tp=2), architecture=replace(GLM4, **change))
     errors = workers.run(2, outcome, args, tmp_path)
