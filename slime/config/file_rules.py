@@ -93,8 +93,9 @@ def weights(case: Case) -> Iterable[Problem]:
     args = case.args
     if args.debug_rollout_only:
         return
+    # one with checkpoints in it, or itself one; whether they are whole is seen when they are loaded
     has_checkpoint = args.load is not None and any(
-        (Path(args.load) / name).exists() for name in ("latest_checkpointed_iteration.txt", "release", "config.json")
+        any(Path(args.load).glob(pattern)) for pattern in ("iter_*", "release", ".metadata", "config.json")
     )
     needs_reference = (args.use_kl_loss and args.kl_loss_coef > 0) or args.kl_coef > 0 or args.log_ref_kl
     if args.ref_load is None:

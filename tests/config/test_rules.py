@@ -7,6 +7,10 @@ import json
 import pytest
 from config_run import Run
 
+from slime.config.flag_table import all_flags
+from slime.config.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, NOT_BUILT_HERE
+from slime.config.resolve import cuda_available
+
 
 def test_the_base_passes(run: Run) -> None:
     assert run.errors() == []
@@ -64,11 +68,77 @@ def test_the_base_passes(run: Run) -> None:
         ("--eval-config /nowhere.yaml --eval-interval 1", "--eval-config /nowhere.yaml: there is no such file"),
         ("--custom-rm-path nowhere.reward", "--custom-rm-path nowhere.reward: "),
         ("--rollout-max-context-len 4096", "--rollout-max-context-len 4096: the model's context is 128"),
+        (
+            "--num-rollout 3 --lr-decay-style cosine --lr-warmup-iters 3",
+            "--lr-warmup-iters 3: the warm-up has to end before the decay does, at optimizer step 3",
+        ),
+        (
+            "--lr-decay-style linear --lr-decay-iters 5 --lr-warmup-iters 5",
+            "--lr-warmup-iters 5: the warm-up has to end before the decay does, at optimizer step 5",
+        ),
+        ("--lr-decay-style WSD", "--lr-decay-style WSD: has no length of its decay; add --lr-wsd-decay-iters"),
     ],
 )
 def test_one_error(run: Run, words: str, message: str) -> None:
     error = run.error(*words.replace("TRAIN", str(run.data)).split())
     assert error.startswith(message)
+
+
+def test_a_decay_needs_a_length(run: Run) -> None:
+    run.base[run.base.index("--num-rollout") : run.base.index("--num-rollout") + 2] = ["--num-epoch", "2"]
+    error = run.error("--lr-decay-style", "cosine")
+    assert error == "--lr-decay-style cosine: the number of steps is not known with --num-epoch 2; add --lr-decay-iters"
+    assert run.errors("--lr-decay-style", "cosine", "--lr-decay-iters", "5", "--lr-warmup-iters", "4") == []
+    assert run.errors("--lr-warmup-iters", "100") == []
+
+
+def test_a_run_without_steps_needs_no_length(run: Run) -> None:
+    words = ["--num-rollout", "0", "--eval-prompt-data", str(run.data), "--lr-warmup-iters", "5"]
+    assert run.errors(*words, "--lr-decay-style", "cosine") == []
+    assert run.errors(*words, "--lr-decay-style", "WSD") == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--glu-linear-offset 1",
+        "--activation-func-clamp-value 2",
+        "--attention-output-gate",
+        "--qk-l2-norm",
+        "--apply-query-key-layer-scaling",
+        "--decoupled-lr 0.5",
+        "--no-perform-initialization",
+        "--window-size 8 0",
+        "--fp32-residual-connection",
+        "--loss-scale 2",
+        "--average-in-collective",
+        "--transformer-impl inference_optimized",
+    ],
+)
+def test_megatron_fields_that_only_the_trainer_has(run: Run, words: str) -> None:
+    error = run.error(*words.split())
+    assert error.startswith(f"{words}: ")
+    assert "the engine and the weight tables know nothing of it" in error
+
+
+def test_megatron_fields_that_pass(run: Run) -> None:
+    defaults = "--glu-linear-offset 0 --no-qk-l2-norm --perform-initialization --softmax-type vanilla"
+    harmless = "--ddp-bucket-size 1000 --overlap-grad-reduce --init-method-std 0.5 --transformer-impl local"
+    assert run.errors(*defaults.split(), *harmless.split()) == []
+    assert run.errors("--moe-router-topk", "4", "--tp-comm-overlap", "--no-bias-swiglu-fusion") == []
+
+
+def test_initialization_is_by_device(run: Run) -> None:
+    wrong, right = "--no-use-cpu-initialization", "--use-cpu-initialization"
+    if cuda_available():
+        wrong, right = right, wrong
+    assert run.error(wrong).startswith(f"{wrong}: slime sets it to ")
+    assert run.errors(right) == []
+
+
+def test_megatrons_list_names_fields_that_exist() -> None:
+    names = {spec.name for spec in all_flags() if spec.source == "megatron"}
+    assert names >= {*HARMLESS, *DECIDED, *HARMLESS_VALUES, *NOT_BUILT_HERE}
 
 
 def test_colocate_with_rollout_num_gpus(run: Run) -> None:
@@ -127,6 +197,8 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
         "--normalize-advantages",
         "--rm-type boxed_math",
         "--spec a b",
+        "--no-use-rotary-position-embeddings",
+        "--overlap-param-gather",
         "--use-wandb",
         "--fp8-format hybrid",
         "--optimizer sgd",
@@ -174,6 +246,14 @@ def test_checkpoint_instead_of_ref_load(run: Run) -> None:
     run.base[run.base.index("--ref-load") : run.base.index("--ref-load") + 2] = []
     assert "holds no checkpoint" in run.error("--load", str(load))
     (load / "latest_checkpointed_iteration.txt").write_text("3")
+    assert "holds no checkpoint" in run.error("--load", str(load))
+    itself = load / "iter_0000003"
+    itself.mkdir()
+    assert run.errors("--load", str(load)) == []
+    assert "holds no checkpoint" in run.error("--load", str(itself))
+    (itself / ".metadata").write_bytes(b"")
+    assert run.errors("--load", str(itself)) == []
+    (load / "latest_checkpointed_iteration.txt").unlink()  # killed before it was written
     assert run.errors("--load", str(load)) == []
     assert "--ref-load: not given" in run.error("--load", str(load), "--use-kl-loss", "--kl-loss-coef", "0.1")
 
