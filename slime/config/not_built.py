@@ -52,6 +52,7 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "rotary_scaling_factor": (on, "RoPE scaling"),
     "normalization": (other_than("RMSNorm"), "another norm than RMSNorm"),
     "position_embedding_type": (other_than("rope"), "another position embedding than rope"),
+    "use_rotary_position_embeddings": (off, "another position embedding than rope"),
     "swiglu": (off, "an MLP without SwiGLU"),
     "disable_bias_linear": (off, "biases in linear layers"),
     "colocate": (on, "colocation"),
@@ -76,7 +77,17 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Field -> when it asks for something that is not there, and what that is."""
 
-NOT_BUILT_MEGATRON = ("fp8", "fp4", "mtp_num_layers", "multi_latent_attention", "cpu_offloading", "use_megatron_fsdp")
+NOT_BUILT_MEGATRON = (
+    "fp8",
+    "fp4",
+    "mtp_num_layers",
+    "multi_latent_attention",
+    "cpu_offloading",
+    "use_megatron_fsdp",
+    "overlap_param_gather",
+    "reduce_scatter_with_fp32_accumulation",
+    "use_precision_aware_optimizer",
+)
 """The same among Megatron's own fields; all are off by default."""
 
 

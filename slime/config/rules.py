@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 
 from slime.config.case import Case, Rule
 from slime.config.file_rules import debug_data, eval_files, hooks, prompt_file, reward, weights
+from slime.config.megatron_fields import megatron_decided, megatron_known
 from slime.config.no_effect import no_effect
 from slime.config.not_built import REWARD_TYPES, not_built
-from slime.config.problem import Problem, flag_name, show
+from slime.config.problem import Problem
 
 __all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
 
@@ -268,34 +269,34 @@ def precision(case: Case) -> Iterable[Problem]:
         yield case.warning("hidden_dropout", rule, "set it to 0")
 
 
-MEGATRON_DECIDED = {
-    "bias_dropout_fusion": False,
-    "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "moe_token_dispatcher_type": "alltoall",
-    "window_size": None,
-    "softmax_scale": None,
-    "layernorm_zero_centered_gamma": False,
-    "apply_residual_connection_post_layernorm": False,
-    "fp32_residual_connection": False,
-}
-"""Megatron's fields that have one value here: fused kernels need TransformerEngine or Apex, packs the dispatcher, and
-attention, norms and engine know no other."""
+# --- the schedule -----------------------------------------------------------------------------------------------
 
 
-def megatron_decided(case: Case) -> Iterable[Problem]:
-    for name, value in MEGATRON_DECIDED.items():
-        if case.args.megatron_extra.get(name, value) != value:
-            yield Problem(
-                severity="error",
-                where=flag_name(name),
-                value=show(case.args.megatron_extra[name]),
-                rule=f"slime sets it to {value} itself",
-                remedy="leave the flag out",
-            )
+def schedule(case: Case) -> Iterable[Problem]:
+    """Megatron's schedule needs to know how long it is; a run that takes no step needs none."""
+    args = case.args
+    style = args.lr_decay_style
+    if style == "constant" or args.num_rollout == 0 or args.debug_rollout_only:
+        return
+    if style == "WSD" and args.lr_wsd_decay_iters is None:
+        remedy = "add --lr-wsd-decay-iters"
+        yield case.error("lr_decay_style", "has no length of its decay", remedy, beside=["lr_wsd_decay_iters"])
+    steps = args.lr_decay_iters
+    if steps is None and args.num_rollout is not None:
+        assert args.num_steps_per_rollout is not None, "resolve fills it in"
+        steps = args.num_rollout * args.num_steps_per_rollout
+    about = ("lr_decay_iters", "num_rollout", "num_epoch", "num_steps_per_rollout", "global_batch_size")
+    if steps is None:
+        if args.num_epoch is not None:
+            rule = f"the number of steps is not known with --num-epoch {args.num_epoch}"
+            yield case.error("lr_decay_style", rule, "add --lr-decay-iters", beside=about)
+    elif args.lr_warmup_iters >= max(steps, 1):
+        rule = f"the warm-up has to end before the decay does, at optimizer step {steps}"
+        remedy = "lower it, or raise --lr-decay-iters or --num-rollout"
+        yield case.error("lr_warmup_iters", rule, remedy, beside=about)
 
 
-CONVERSION_RULES: tuple[Rule, ...] = (parallel_sizes, precision)
+CONVERSION_RULES: tuple[Rule, ...] = (parallel_sizes, precision, megatron_decided, megatron_known)
 """For tools that need the model and the parallel sizes alone."""
 
 TRAINING_RULES: tuple[Rule, ...] = (
@@ -319,7 +320,9 @@ TRAINING_RULES: tuple[Rule, ...] = (
     parallel_sizes,
     recompute,
     precision,
+    schedule,
     megatron_decided,
+    megatron_known,
     prompt_file,
     eval_files,
     weights,

@@ -276,22 +276,13 @@ def build_optimizer(args: Args, model: torch.nn.Module) -> tuple[MegatronOptimiz
 
 
 def _schedule(args: Args, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Megatron's schedule; its first step is taken at 0 where there is a warm-up."""
-    style, warmup = args.lr_decay_style, args.lr_warmup_iters
+    """Megatron's schedule; its first step is taken at 0 where there is a warm-up. The rules checked its lengths."""
+    takes_steps = args.num_rollout != 0  # a run that only evaluates has no decay, but Megatron wants a schedule
+    style, warmup = args.lr_decay_style if takes_steps else "constant", args.lr_warmup_iters
     decay_steps = args.lr_decay_iters or total_steps(args)
     if style == "constant":
         decay_steps = max(decay_steps, warmup + 1)  # nothing decays; Megatron asks for a length all the same
-    elif args.lr_decay_iters is None and args.num_rollout is None:
-        raise ValueError(
-            f"--lr-decay-style {style}: the number of steps is not known with --num-epoch; give --lr-decay-iters"
-        )
-    elif warmup >= max(decay_steps, 1):
-        raise ValueError(
-            f"--lr-warmup-iters {warmup}: the warm-up has to end before the decay does, at optimizer step "
-            f"{decay_steps}; lower it, or raise --lr-decay-iters or --num-rollout"
-        )
-    if style == "WSD" and args.lr_wsd_decay_iters is None:
-        raise ValueError("--lr-decay-style WSD: it asks for --lr-wsd-decay-iters, the length of its decay")
+    assert warmup < max(decay_steps, 1), "the schedule's rule asks for a decay that ends behind the warm-up"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -40,13 +40,13 @@ def test_forms(run: Run, words: list[str], name: str, value: object) -> None:
 
 def test_pass_through(run: Run) -> None:
     args = run.args(
-        *("--moe-layer-freq", "[0]*1+[1]*3", "--no-masked-softmax-fusion", "--window-size", "8", "0"),
+        *("--moe-layer-freq", "[0]*1+[1]*3", "--no-masked-softmax-fusion", "--recompute-modules", "mlp", "core_attn"),
         *("--sglang-mem-fraction-static", "0.7", "--router-policy", "round_robin", "--no-bias-swiglu-fusion"),
     )
     assert dict(args.megatron_extra) == {
         "moe_layer_freq": [0, 1, 1, 1],
         "masked_softmax_fusion": False,
-        "window_size": [8, 0],
+        "recompute_modules": ["mlp", "core_attn"],
         "bias_activation_fusion": False,
     }
     assert dict(args.sglang) == {"mem_fraction_static": 0.7}

@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import runs
 import tiny
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
+from slime.config.flag_table import FlagSpec, all_flags
+from slime.config.megatron_fields import HARMLESS
+from slime.config.not_built import NOT_BUILT_MEGATRON
 from slime.core.architecture import padded_vocab_size
 from slime.megatron.build import build_model, build_optimizer, named_parameters, total_steps, transformer_config
 
@@ -49,12 +54,6 @@ def _build(rank: int, world_size: int, init_method: str, args: Args) -> dict[str
         return {name: tuple(parameter.shape) for name, parameter in named_parameters(model)}
 
 
-def _schedule_error(rank: int, world_size: int, init_method: str, args: Args) -> str:
-    with pytest.raises(ValueError) as raised:
-        _build(rank, world_size, init_method, args)
-    return str(raised.value)
-
-
 @pytest.mark.dist
 def test_parameters_of_a_tensor_parallel_rank(workers: WorkerPool, hf: Path) -> None:
     args = tiny.make_args(hf, tensor_model_parallel_size=2)
@@ -67,20 +66,43 @@ def test_parameters_of_a_tensor_parallel_rank(workers: WorkerPool, hf: Path) -> 
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"lr_decay_style": "cosine", "num_rollout": None, "num_epoch": 2}, "--lr-decay-iters"),
-        ({"lr_decay_style": "linear", "lr_warmup_iters": 10}, "--lr-warmup-iters 10"),
-        ({"lr_decay_style": "WSD"}, "--lr-wsd-decay-iters"),
-    ],
-    ids=str,
-)
-def test_schedules_that_cannot_be(flags: dict[str, Any], message: str, workers: WorkerPool, hf: Path) -> None:
-    [error] = workers.run(1, _schedule_error, tiny.make_args(hf, **flags))
-    assert message in error
+def test_a_long_warm_up_of_a_constant_rate(workers: WorkerPool, hf: Path) -> None:
+    workers.run(1, _build, tiny.make_args(hf, lr_warmup_iters=100))
 
 
 @pytest.mark.dist
-def test_a_long_warm_up_of_a_constant_rate(workers: WorkerPool, hf: Path) -> None:
-    workers.run(1, _build, tiny.make_args(hf, lr_warmup_iters=100))
+@pytest.mark.parametrize("style", ["cosine", "WSD"])
+def test_a_run_that_only_evaluates_needs_no_schedule(style: str, workers: WorkerPool, hf: Path) -> None:
+    workers.run(1, _build, tiny.make_args(hf, num_rollout=0, lr_decay_style=style, lr_warmup_iters=5))
+
+
+def _another_value(spec: FlagSpec) -> Any:
+    texts: dict[str, Any] = {
+        "cross_entropy_fusion_impl": "te",
+        "recompute_modules": ["core_attn"],
+        "cp_comm_type": "p2p",
+    }
+    if spec.kind == "bool":
+        return not spec.default
+    return texts[spec.name] if spec.kind == "str" else (spec.default or 0) + 1
+
+
+@pytest.mark.dist
+def test_harmless_fields_leave_the_function_alone(workers: WorkerPool, hf: Path) -> None:
+    """All of them at once: the same log-probs and gradients. Control: a field of the MLP moves both."""
+
+    def outcome(extra: dict[str, Any]) -> runs.Outcome:
+        args = tiny.make_args(hf, lr=0.0, megatron_extra=extra)
+        [found] = workers.run(1, runs.train, args, [tiny.random_batch()])
+        return found
+
+    specs = {spec.name: spec for spec in all_flags() if spec.source == "megatron"}
+    built = HARMLESS.difference(NOT_BUILT_MEGATRON)
+    assert len(built) > 30
+    plain = outcome({})
+    harmless = outcome({name: _another_value(specs[name]) for name in sorted(built)})
+    np.testing.assert_allclose(harmless.log_probs, plain.log_probs, atol=1e-5)
+    assert runs.difference(harmless.gradients, plain.gradients) < 1e-4
+    other = outcome({"glu_linear_offset": 1.0})
+    assert np.abs(other.log_probs - plain.log_probs).max() > 1e-3
+    assert runs.difference(other.gradients, plain.gradients) > 1e-2

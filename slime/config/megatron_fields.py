@@ -1,0 +1,115 @@
+"""Megatron's fields that pass through by name: which of them a run may set.
+
+Path: two of the rules. Invariant: what passes leaves the model the function that the engine and the weight tables know;
+a field that is in no list here does not pass, so one that a later Megatron adds has to be put into one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from slime.config.case import Case
+from slime.config.flag_table import FlagSpec, all_flags
+from slime.config.problem import Problem, show
+from slime.config.resolve import cuda_available
+
+DECIDED: Mapping[str, Any] = {
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "moe_token_dispatcher_type": "alltoall",
+}
+"""Fields that have one value here: fused kernels need TransformerEngine or Apex, and packs the dispatcher."""
+
+HARMLESS = frozenset(
+    [
+        # all weights are loaded
+        "init_method_std",
+        "embedding_init_method_std",
+        # kernels of the same function, or of what slime computes itself
+        "bias_activation_fusion",
+        "cross_entropy_loss_fusion",
+        "cross_entropy_fusion_impl",
+        "persist_layer_norm",
+        "memory_efficient_layer_norm",
+        "disable_bf16_reduced_precision_matmul",
+        "async_tensor_model_parallel_allreduce",
+        # memory
+        "recompute_modules",
+        "distribute_saved_activations",
+        "num_microbatches_with_partial_activation_checkpoints",
+        "clone_scatter_output_in_embedding",
+        # communication between pipeline stages and over the context
+        "overlap_p2p_comm",
+        "batch_p2p_comm",
+        "batch_p2p_sync",
+        "deallocate_pipeline_outputs",
+        "microbatch_group_size_per_vp_stage",
+        "cp_comm_type",
+        # data parallelism
+        "bucket_size",
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+        "align_param_gather",
+        "pad_buckets_for_high_nccl_busbw",
+        "reduce_scatter_with_fp32_accumulation",
+        "gradient_reduce_div_fusion",
+        "check_for_nan_in_grad",
+        "check_for_large_grads",
+        # the optimizer
+        "apply_wd_to_qk_layernorm",
+        "decoupled_weight_decay",
+        "use_precision_aware_optimizer",
+        "optimizer_offload_fraction",
+        "use_torch_optimizer_for_cpu_offload",
+        "overlap_cpu_optimizer_d2h_h2d",
+        "pin_cpu_grads",
+        "pin_cpu_params",
+        # timers and logging
+        "barrier_with_L1_time",
+        "log_num_zeros_in_grad",
+    ]
+)
+HARMLESS_VALUES: Mapping[str, Any] = {"transformer_impl": "local"}
+"""One value of a field that may be given, besides its default."""
+
+JUDGED_ELSEWHERE = ("moe_", "overlap_moe_", "fp8", "fp4", "mtp_", "cpu_offloading", "tp_comm_")
+"""Beginnings of names of features that `not_built` and `no_effect` speak about, or that need TransformerEngine's layers
+and do nothing to Megatron's local ones."""
+NOT_BUILT_HERE = ("multi_latent_attention", "use_megatron_fsdp")
+"""The same, whole names."""
+
+
+def _passed(case: Case) -> Iterable[tuple[FlagSpec, Any]]:
+    specs = {spec.name: spec for spec in all_flags() if spec.source == "megatron"}
+    return [(specs[name], value) for name, value in case.args.megatron_extra.items()]
+
+
+def _error(spec: FlagSpec, value: Any, rule: str) -> Problem:
+    where = spec.off[0] if value is False and spec.off else spec.flag
+    return Problem(severity="error", where=where, value=show(value), rule=rule, remedy="leave the flag out")
+
+
+def megatron_decided(case: Case) -> Iterable[Problem]:
+    """Fields that slime sets itself."""
+    for spec, value in _passed(case):
+        decided = not cuda_available() if spec.name == "use_cpu_initialization" else DECIDED.get(spec.name, value)
+        if value != decided:
+            yield _error(spec, value, f"slime sets it to {decided} itself")
+
+
+def megatron_known(case: Case) -> Iterable[Problem]:
+    """Nothing reaches the trainer's model alone."""
+    for spec, value in _passed(case):
+        allowed = (
+            spec.name in HARMLESS
+            or spec.name in DECIDED
+            or spec.name == "use_cpu_initialization"
+            or spec.name in NOT_BUILT_HERE
+            or spec.name.startswith(JUDGED_ELSEWHERE)
+            or HARMLESS_VALUES.get(spec.name, spec.default) == value
+        )
+        if not allowed and value != spec.default:
+            rule = "it may change what the trainer computes, and the engine and the weight tables know nothing of it"
+            yield _error(spec, value, rule)
