@@ -47,6 +47,27 @@ async def by_label_async(args, sample):
     return by_label(args, sample)
 
 
+async def blocks_in_group_0(args, sample):
+    """Written as async, yet nothing else can run beside it."""
+    if sample.group_index == 0:
+        time.sleep(20)
+    return float(sample.index % 2)
+
+
+_loops = []
+
+
+async def loops_seen(args, sample):
+    """Event loops that this process has run rewards in: a session kept between calls is bound to one."""
+    if asyncio.get_running_loop() not in _loops:
+        _loops.append(asyncio.get_running_loop())
+    return len(_loops)
+
+
+async def process_id(args, sample):
+    return os.getpid()
+
+
 def pop_last(args, rollout_id, buffer, num_samples):
     taken = [group for group in buffer if group[0].metadata.get("seen") != rollout_id][-num_samples:]
     for group in taken:
@@ -59,7 +80,7 @@ def pop_too_many(args, rollout_id, buffer, num_samples):
 
 
 async def coin(args, sample):
-    """0 or 1, by chance; async, so that no worker is started."""
+    """0 or 1, by chance."""
     return random.Random(sample.index).randint(0, 1)
 
 

@@ -77,7 +77,7 @@ def test_a_rollout(run_with_engines: Run, data_file: Write, tokenizer: PreTraine
     for sample in samples:
         sample.check()
         assert tokenizer.decode(sample.prompt_tokens) == sample.prompt
-        assert tokenizer.decode(sample.response_tokens) == sample.response
+        assert tokenizer.decode(sample.tokens[sample.prompt_length :]) == sample.response
         assert sample.policy_versions == [0] * sample.response_length
         assert all(log_prob < 0 for log_prob in sample.rollout_log_probs or [])
         assert sample.metadata["start_rollout_id"] == 3
@@ -156,7 +156,7 @@ def test_the_rest_is_aborted_and_given_back(
 
     async def work(context: RolloutContext) -> tuple[list[RolloutResult], float]:
         results = [await generate_rollout(args, 0, buffer, context)]
-        waiting = buffer.num_buffered
+        waiting = len(buffer.state_dict()["buffer"])
         start = time.perf_counter()
         request = GenerateRequest(input_ids=[9, 9], sampling_params=SamplingParams(max_new_tokens=1))
         await asyncio.gather(*(context.engines.generate(request) for _ in range(8)))
@@ -238,6 +238,34 @@ def test_failed_rewards_leave_the_group_if_two_are_left(
     assert halves.metrics["rollout/reward"] == 1.0
     assert halves.metrics["rollout/reward_failed/not_a_number"] == 8
     from_samples(samples)
+
+
+def test_an_async_reward_that_blocks_is_cut_off_and_counted(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    args = _args(
+        data_file(_rows(8)), custom_rm_path="rewards_for_tests.blocks_in_group_0", rm_timeout=2.0, rm_num_workers=2
+    )
+    buffer = DataBuffer(args, tokenizer)
+
+    async def longest_pause(seen: list[float]) -> None:
+        while True:
+            start = time.perf_counter()
+            await asyncio.sleep(0.01)
+            seen.append(time.perf_counter() - start)
+
+    async def work(context: RolloutContext) -> tuple[RolloutResult, float]:
+        pauses = [0.0]
+        watch = asyncio.create_task(longest_pause(pauses))
+        result = await generate_rollout(args, 0, buffer, context)
+        watch.cancel()
+        return result, max(pauses)
+
+    result, pause = run_with_engines(args, work)
+    assert result.metrics["rollout/reward_failed/timeout"] == 2
+    assert result.metrics["rollout/groups_dropped/too_few_rewards"] == 1
+    assert pause < 5  # the event loop went on all the time
+    _account(buffer, [result])
 
 
 def test_hooks_after_the_rollout(run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -100,17 +100,16 @@ BAD = ["hang", "exit", "raise", "nan", "text", "none", "dict", "empty dict", "bo
 
 @pytest.fixture(scope="module", params=["by_label", "by_label_async"])
 def bad_verdicts(request: pytest.FixtureRequest) -> Iterator[dict[str, Verdict]]:
-    names = [name for name in BAD if request.param == "by_label" or name != "exit"]
     args = Args(custom_rm_path=f"rewards_for_tests.{request.param}", rm_timeout=1.5)
-    verdicts, seconds = _judge(args, [*names, *(str(n) for n in range(20))])
+    verdicts, seconds = _judge(args, [*BAD, *(str(n) for n in range(20))])
     assert seconds < 6
-    assert [verdict.reward for verdict in verdicts[len(names) :]] == [float(n) for n in range(20)]
-    yield dict(zip(names, verdicts, strict=False))
+    assert [verdict.reward for verdict in verdicts[len(BAD) :]] == [float(n) for n in range(20)]
+    yield dict(zip(BAD, verdicts, strict=False))
 
 
 def test_a_bad_reward_costs_its_own_sample_only(bad_verdicts: dict[str, Verdict]) -> None:
     assert bad_verdicts["hang"] == Verdict(None, "timeout")
-    assert bad_verdicts.get("exit", Verdict(None, "crash")) == Verdict(None, "crash")
+    assert bad_verdicts["exit"] == Verdict(None, "crash")
     assert bad_verdicts["raise"] == Verdict(None, "error: KeyError: 'no such thing'")
     for nonsense in ("nan", "text", "none", "empty dict"):
         assert bad_verdicts[nonsense] == Verdict(None, "not a number"), nonsense
@@ -172,6 +171,56 @@ def test_the_sample_says_which_reward() -> None:
     assert "bogus" in unknown.failure
 
 
+def test_metadata_alone_may_say_which_reward() -> None:
+    async def run() -> list[Verdict]:
+        pool = RewardPool(Args(rm_num_workers=1))
+        try:
+            response = r"</think>\boxed{1}"
+            named = [
+                Sample(label="1", response=response, metadata={"rm_type": name}) for name in ("deepscaler", "bogus")
+            ]
+            verdicts = [await pool.judge(sample) for sample in named]
+            for metadata in ({}, {"rm_type": None}):
+                with pytest.raises(ValueError, match=r"--rm-type: not given.*metadata\.rm_type"):
+                    await pool.judge(Sample(label="1", response=response, metadata=metadata))
+            return verdicts
+        finally:
+            pool.close()
+
+    right, unknown = asyncio.run(run())
+    assert right == Verdict(1.0)
+    assert unknown.reward is None
+    assert "bogus" in (unknown.failure or "")
+
+
+def test_workers_start_with_the_first_sample_and_their_start_is_not_charged_to_it() -> None:
+    async def run() -> None:
+        pool = RewardPool(Args(rm_type="deepscaler", rm_num_workers=2, rm_timeout=0.2))
+        try:
+            assert not pool._workers
+            start = time.perf_counter()
+            verdict = await pool.judge(Sample(label="1", response=r"</think>\boxed{1}"))
+            assert time.perf_counter() - start > 0.2  # a fresh interpreter that loads math-verify
+            assert verdict == Verdict(1.0)
+            assert len(pool._workers) == 2
+        finally:
+            pool.close()
+
+    asyncio.run(run())
+
+
+def test_async_rewards_run_in_workers_one_loop_each() -> None:
+    async def run(name: str) -> list[float | dict[str, float] | None]:
+        pool = RewardPool(Args(custom_rm_path=f"rewards_for_tests.{name}", rm_num_workers=1))
+        try:
+            return [(await pool.judge(Sample())).reward for _ in range(3)]
+        finally:
+            pool.close()
+
+    assert asyncio.run(run("loops_seen")) == [1, 1, 1]
+    assert os.getpid() not in asyncio.run(run("process_id"))
+
+
 def test_no_label_is_a_failure_and_not_a_zero() -> None:
     verdicts, _ = _judge(Args(rm_type="deepscaler", rm_num_workers=1), ["1"])
     assert verdicts == [Verdict(1.0)]
@@ -189,6 +238,7 @@ def test_no_label_is_a_failure_and_not_a_zero() -> None:
 def test_a_type_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"--rm-type dapo.*deepscaler"):
         RewardPool(Args(rm_type="dapo"))
+    RewardPool(Args(rm_type="dapo", custom_rm_path="rewards_for_tests.coin")).close()  # nothing asks for it
     with pytest.raises(ValueError, match="--custom-rm-path"):
         RewardPool(Args(custom_rm_path="rewards_for_tests.missing"))
 
@@ -197,6 +247,7 @@ def test_without_a_reward_nothing_is_started_and_judging_says_so() -> None:
     pool = RewardPool(Args())
     with pytest.raises(ValueError, match="--rm-type"):
         asyncio.run(pool.judge(Sample()))
+    assert not pool._workers
     pool.close()
 
 

@@ -10,13 +10,12 @@ import the parent's main module again in each worker, which inside Ray means Ray
 from __future__ import annotations
 
 import asyncio
-import inspect
 import multiprocessing
 import os
 import queue
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import orjson
@@ -25,10 +24,8 @@ from slime.config.args import Args
 from slime.config.eval_data import eval_datasets
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
-from slime.rollout.rm_hub.registry import find_reward
-from slime.rollout.rm_hub.verdict import CRASH, TIMEOUT, Verdict, error_verdict, verdict_of
-
-AsyncReward = Callable[[Args, Sample], Awaitable[object]]
+from slime.rollout.rm_hub.registry import find_reward, reward_type
+from slime.rollout.rm_hub.verdict import CRASH, TIMEOUT, Verdict
 
 _START_TIMEOUT = 120.0
 """Seconds for a worker to load the reward function; not counted against any sample."""
@@ -78,13 +75,16 @@ class _Worker:
         return Verdict(*orjson.loads(self._connection.recv_bytes()))
 
     def kill(self) -> None:
+        """From any thread, any number of times.
+
+        The connection closes with the last reference to the worker: not here, where another thread may wait on it.
+        """
         self._process.kill()
         self._process.wait()
-        self._connection.close()
 
 
 class RewardPool:
-    """`--rm-num-workers` processes for plain reward functions; async ones run in the event loop.
+    """`--rm-num-workers` processes, started when the first sample is judged: a run that judges none has none.
 
     Raises:
         ValueError: no such --rm-type, or --custom-rm-path cannot be loaded.
@@ -92,24 +92,19 @@ class RewardPool:
 
     def __init__(self, args: Args) -> None:
         self._args = args
-        self._async_function: AsyncReward | None = None
+        self._lock = threading.Lock()
+        """Held while workers are started, and to close."""
+        self._started = False
         self._closed = False
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: set[_Worker] = set()
-        named = [args.rm_type, *(dataset.rm_type for dataset in eval_datasets(args))]
-        types = {rm_type for rm_type in named if rm_type is not None}
-        for rm_type in types:
-            find_reward(rm_type)
-        self._num_workers = args.rm_num_workers if types else 0
         if args.custom_rm_path is not None:
-            function = load_hook("custom_rm_path", args.custom_rm_path)
-            if inspect.iscoroutinefunction(function):
-                self._async_function = function
-            self._num_workers = 0 if self._async_function is not None else args.rm_num_workers
-        self._threads = ThreadPoolExecutor(max(1, self._num_workers), thread_name_prefix="reward")
-        # The kernel ties a worker's life to the thread that started it, so the pool's threads start them.
-        for future in [self._threads.submit(self._start_worker) for _ in range(self._num_workers)]:
-            future.result()
+            load_hook("custom_rm_path", args.custom_rm_path)
+        else:
+            for rm_type in (args.rm_type, *(dataset.rm_type for dataset in eval_datasets(args))):
+                if rm_type is not None:
+                    find_reward(rm_type)
+        self._threads = ThreadPoolExecutor(args.rm_num_workers, thread_name_prefix="reward")
 
     async def judge(self, sample: Sample, *, rm_type: str | None = None) -> Verdict:
         """The reward of one sample. `rm_type` stands in for --rm-type; the sample's metadata goes before both.
@@ -117,27 +112,18 @@ class RewardPool:
         Raises:
             ValueError: no reward is named for it.
         """
-        if self._async_function is not None:
-            return await self._judge_async(self._async_function, sample)
-        if self._args.custom_rm_path is None:
-            rm_type = sample.metadata.get("rm_type", rm_type or self._args.rm_type)
-        if self._num_workers == 0 or (rm_type is None and self._args.custom_rm_path is None):
-            raise ValueError("--rm-type: not given, and neither is --custom-rm-path; responses need one to be judged")
+        rm_type = reward_type(self._args, sample, rm_type)
+        if rm_type is None and self._args.custom_rm_path is None:
+            raise ValueError(
+                "--rm-type: not given, and neither is --custom-rm-path nor the data line's metadata.rm_type; "
+                "responses need one to be judged"
+            )
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._judge_in_worker, sample, rm_type)
 
-    async def _judge_async(self, function: AsyncReward, sample: Sample) -> Verdict:
-        try:
-            return verdict_of(await asyncio.wait_for(function(self._args, sample), self._args.rm_timeout))
-        except TimeoutError:
-            return Verdict(None, TIMEOUT)
-        except Exception as error:  # noqa: BLE001 (a reward function may raise anything; it costs its sample only)
-            return error_verdict(error)
-
     def _judge_in_worker(self, sample: Sample, rm_type: str | None) -> Verdict:
         """Runs in one of the pool's threads; there are as many of them as workers."""
-        if self._closed:
-            raise RuntimeError("the reward workers are closed")
+        self._start_workers()
         worker = self._idle.get()
         try:
             worker.wait_ready()
@@ -153,20 +139,35 @@ class RewardPool:
             self._idle.put(worker)
             return verdict
         worker.kill()
-        self._workers.discard(worker)
-        self._start_worker()
+        self._replace(worker)
         return Verdict(None, failure)
 
-    def _start_worker(self) -> None:
-        if self._closed:
-            return
+    def _start_workers(self) -> None:
+        """All of them, at the first call. The kernel ends a worker with the thread that started it, hence here."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the reward workers are closed")
+            if not self._started:
+                for _ in range(self._args.rm_num_workers):
+                    self._add_worker()
+                self._started = True
+
+    def _replace(self, worker: _Worker) -> None:
+        with self._lock:
+            self._workers.discard(worker)
+            if not self._closed:
+                self._add_worker()
+
+    def _add_worker(self) -> None:
         worker = _Worker(self._args)
         self._workers.add(worker)
         self._idle.put(worker)
 
     def close(self) -> None:
         """End the workers; whatever they are doing is lost."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            workers, self._workers = self._workers, set()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in list(self._workers):
+        for worker in workers:
             worker.kill()

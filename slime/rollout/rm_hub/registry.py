@@ -30,6 +30,16 @@ def _random(args: Args, sample: Sample) -> float:
 REWARDS: Mapping[str, Reward] = {"deepscaler": _deepscaler, "random": _random}
 
 
+def reward_type(args: Args, sample: Sample, rm_type: str | None = None) -> str | None:
+    """What judges the sample: its metadata goes first, then `rm_type` (a data set's own), then --rm-type.
+
+    None under --custom-rm-path, and where nothing names one.
+    """
+    if args.custom_rm_path is not None:
+        return None
+    return sample.metadata.get("rm_type") or rm_type or args.rm_type
+
+
 def find_reward(rm_type: str) -> Reward:
     """The function of an `--rm-type`.
 

@@ -1,6 +1,6 @@
 """Verdict: what became of one reward.
 
-Path: made in a reward worker (or in the event loop, for async reward functions), written into the Sample by `collect`.
+Path: made in a reward worker, or by the pool where that fails it, written into the Sample by `collect`.
 Invariant: either a finite reward or the reason why there is none, never a silent 0.
 """
 

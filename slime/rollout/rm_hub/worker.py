@@ -6,8 +6,10 @@ process ends with its owner, also when a reward function hangs and the owner was
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import functools
+import inspect
 import logging
 import os
 import resource
@@ -37,10 +39,11 @@ def die_with_parent(parent: int) -> None:
         sys.exit(1)
 
 
-def judge(args: Args, reward: Reward, sample: Sample) -> Verdict:
-    """What `reward` makes of the sample."""
+def judge(args: Args, reward: Reward, sample: Sample, runner: asyncio.Runner) -> Verdict:
+    """What `reward` makes of the sample. An async one runs in `runner`'s loop, the same for every sample."""
     try:
-        return verdict_of(reward(args, sample))
+        value = reward(args, sample)
+        return verdict_of(runner.run(value) if inspect.iscoroutine(value) else value)
     except Exception as error:  # noqa: BLE001 (a reward function may raise anything; it costs its sample only)
         return error_verdict(error)
 
@@ -66,13 +69,14 @@ def main() -> None:
         deepscaler.warm_up()
         _limit_memory()
     connection.send_bytes(b"ready")
-    while True:
-        try:
-            rm_type, sample = connection.recv()
-        except EOFError:
-            return
-        verdict = judge(args, custom or functools.partial(_built_in, rm_type), sample)
-        connection.send_bytes(orjson.dumps([verdict.reward, verdict.failure]))
+    with asyncio.Runner() as runner:
+        while True:
+            try:
+                rm_type, sample = connection.recv()
+            except EOFError:
+                return
+            verdict = judge(args, custom or functools.partial(_built_in, rm_type), sample, runner)
+            connection.send_bytes(orjson.dumps([verdict.reward, verdict.failure]))
 
 
 if __name__ == "__main__":
