@@ -23,6 +23,7 @@ from slime.rollout.context import RolloutContext, request_slots
 from slime.rollout.generate import load_generate, rollout_sampling_params, sampling_seed
 from slime.rollout.prompts import DataKeys, PromptSet, load_prompts
 from slime.rollout.rm_hub.deepscaler import boxed_answer
+from slime.rollout.rm_hub.registry import reward_type
 from slime.rollout.rollout_metrics import sample_metrics
 
 if TYPE_CHECKING:
@@ -119,6 +120,9 @@ class Evaluator:
 def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     """Of one data set; a group is one prompt's responses. Failed ones are counted and left out of every mean.
 
+    `format` is the share that deepscaler would read an answer from: it stands only where deepscaler is the judge.
+    pass@k takes a response for right or wrong: it stands only where every reward is 0 or 1.
+
     Raises:
         RuntimeError: all failed.
     """
@@ -137,14 +141,16 @@ def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sam
         "reward": statistics.fmean(means),
         "reward_stderr": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0,
         **sample_metrics(judged),
-        "format": statistics.fmean(boxed_answer(sample.response) is not None for sample in judged),
         "num_prompts": len(groups),
         "failed": 1 - len(judged) / len(samples),
     }
-    if dataset.n_samples_per_eval_prompt > 1:
+    if all(reward_type(args, sample, dataset.rm_type) == "deepscaler" for sample in judged):
+        metrics["format"] = statistics.fmean(boxed_answer(sample.response) is not None for sample in judged)
+    right_or_wrong = all(reward in (0, 1) for rewards in rewards_by_prompt for reward in rewards)
+    if dataset.n_samples_per_eval_prompt > 1 and right_or_wrong:
         for k in _pass_at_ks(dataset.n_samples_per_eval_prompt):
             chances = [
-                pass_at_k(len(rewards), sum(reward >= 1 for reward in rewards), k)
+                pass_at_k(len(rewards), sum(reward == 1 for reward in rewards), k)
                 for rewards in rewards_by_prompt
                 if len(rewards) >= k
             ]

@@ -21,7 +21,7 @@ DATASET = EvalDataset(
     path="",
     input_key="prompt",
     label_key="label",
-    rm_type="random",
+    rm_type="deepscaler",
     n_samples_per_eval_prompt=4,
     max_response_len=8,
     temperature=1.0,
@@ -70,6 +70,31 @@ def test_metrics_of_a_data_set() -> None:
         eval_metrics(Args(), DATASET, [_group([None, None])])
 
 
+def test_format_stands_only_beside_the_reward_that_reads_it() -> None:
+    def names(dataset: EvalDataset, *, args: Args | None = None, rm_type: str | None = None) -> set[str]:
+        group = _group([1, 0, 0, 0])
+        for sample in group[1:]:
+            sample.metadata = {} if rm_type is None else {"rm_type": rm_type}
+        return set(eval_metrics(args or Args(), dataset, [group]))
+
+    assert "format" in names(DATASET)
+    assert "format" in names(DATASET, rm_type="deepscaler")
+    assert "format" in names(replace(DATASET, rm_type=None), args=Args(rm_type="deepscaler"))
+    assert "format" not in names(replace(DATASET, rm_type="random"))
+    assert "format" not in names(DATASET, rm_type="random")
+    assert "format" not in names(DATASET, args=Args(custom_rm_path="rewards_for_tests.coin"))
+    assert "format" not in names(replace(DATASET, rm_type=None))
+
+
+@pytest.mark.parametrize("other", [0.5, 2.0, -1.0])
+def test_pass_at_k_stands_only_where_rewards_say_right_or_wrong(other: float) -> None:
+    def pass_names(rewards: list[float | None]) -> list[str]:
+        return [name for name in eval_metrics(Args(), DATASET, [_group(rewards)]) if name.startswith("pass@")]
+
+    assert pass_names([1, 0, None, 0]) == ["pass@1", "pass@2"]
+    assert pass_names([1, 0, None, other]) == []
+
+
 def test_two_data_sets_at_once(
     run_with_engines: Callable[..., Any],
     data_file: Callable[..., str],
@@ -108,6 +133,7 @@ def test_two_data_sets_at_once(
     assert first_result["eval/b/response_length_max"] <= 3
     assert first_result["eval/b/reward"] == 0
     assert "eval/b/pass@2" in first_result
+    assert {name for name in first_result if name.endswith("/format")} == {"eval/b/format"}
     assert "eval/a/pass@2" not in first_result
     # `random` goes by a sample's number: evaluation's own numbers do not depend on what came before.
     assert first_result["eval/a/reward"] == again["eval/a/reward"] == later["eval/a/reward"]
