@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
@@ -37,22 +37,36 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
+def group_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
+    """What groups of samples say of themselves: rewards (left out where nothing was judged), lengths, statuses."""
+    rewards_by_group = [
+        [sample.reward_value(args.reward_key) for sample in group if sample.reward is not None] for group in groups
+    ]
+    rewards = [reward for group in rewards_by_group for reward in group]
+    metrics = {f"rollout/{name}": value for name, value in sample_metrics([s for g in groups for s in g]).items()}
+    if rewards:
+        metrics["rollout/reward"] = statistics.fmean(rewards)
+        metrics["rollout/reward_std"] = statistics.pstdev(rewards)
+        metrics["rollout/zero_std_groups"] = sum(min(group) == max(group) for group in rewards_by_group if group)
+    return metrics
+
+
+def replay_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
+    """Of groups from a dump: as in the rollout that made them, rewards before their post-processing."""
+    return group_metrics(
+        args, [[replace(s, reward=s.metadata.get("raw_reward", s.reward)) for s in group] for group in groups]
+    )
+
+
 def rollout_metrics(
     args: Args, groups: Sequence[Sequence[Sample]], tally: Tally, intervals: PhaseIntervals, policy_version: int
 ) -> dict[str, float]:
     """Of the kept `groups`; lengths in tokens, times in seconds, shares of 1."""
     samples = [sample for group in groups for sample in group]
-    rewards_by_group = [
-        [sample.reward_value(args.reward_key) for sample in group if sample.reward is not None] for group in groups
-    ]
-    rewards = [reward for group in rewards_by_group for reward in group]
     versions = [version for sample in samples for version in sample.policy_versions or []]
     generation = intervals.generation_seconds
     metrics: dict[str, float] = {
-        "rollout/reward": statistics.fmean(rewards),
-        "rollout/reward_std": statistics.pstdev(rewards),
-        **{f"rollout/{name}": value for name, value in sample_metrics(samples).items()},
-        "rollout/zero_std_groups": sum(min(group) == max(group) for group in rewards_by_group),
+        **group_metrics(args, groups),
         "rollout/surplus_groups": tally.surplus_groups,
         "rollout/tokens": tally.tokens,
         "rollout/tokens_per_second": tally.tokens / generation if generation > 0 else 0.0,

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+
+from slime.config.args import Args
+from slime.core.sample import Sample, Status
+from slime.rollout.rollout_metrics import group_metrics, replay_metrics
+
+
+def _groups() -> list[list[Sample]]:
+    """Three judged samples and a failed one; the reward in training is twice the judged one."""
+    rewards = [[1.0, 0.0], [1.0, None]]
+    return [
+        [
+            Sample(
+                reward=None if reward is None else {"right": 2 * reward, "short": 7.0},
+                response_length=length,
+                status=Status.TRUNCATED if length == 3 else Status.COMPLETED,
+                metadata={} if reward is None else {"raw_reward": {"right": reward, "short": 7.0}},
+            )
+            for reward, length in zip(group, (1, 3), strict=True)
+        ]
+        for group in rewards
+    ]
+
+
+def test_a_replay_says_what_the_rollout_said() -> None:
+    args = Args(reward_key="right")
+    assert replay_metrics(args, _groups()) == {
+        "rollout/reward": pytest.approx(2 / 3),
+        "rollout/reward_std": pytest.approx(2**0.5 / 3),
+        "rollout/zero_std_groups": 1,
+        "rollout/response_length": 2,
+        "rollout/response_length_max": 3,
+        "rollout/truncated": 0.5,
+    }
+    assert group_metrics(args, _groups())["rollout/reward"] == pytest.approx(4 / 3)
+    assert replay_metrics(Args(reward_key="short"), _groups())["rollout/reward"] == 7
+    with pytest.raises(ValueError, match="--reward-key is None"):
+        replay_metrics(Args(), _groups())
+
+
+def test_where_nothing_was_judged_there_is_no_reward_to_report() -> None:
+    assert set(replay_metrics(Args(), [[Sample(response_length=1)]])) == {
+        "rollout/response_length",
+        "rollout/response_length_max",
+        "rollout/truncated",
+    }
