@@ -161,11 +161,19 @@ def test_documented_paths_import(path: Path) -> None:
         load(dotted)
 
 
-@pytest.mark.parametrize("name", HOOKS)
+HOOK_DEFAULTS = {name: asdict(Args())[name] for name in HOOKS}
+
+
+@pytest.mark.parametrize("name", [name for name, default in HOOK_DEFAULTS.items() if default is not None])
 def test_default_hooks_keep_their_contract(name: str) -> None:
-    default = asdict(Args())[name]
-    if default is not None:
-        assert check_signature(HOOKS[name], load(default)) is None
+    assert check_signature(HOOKS[name], load(HOOK_DEFAULTS[name])) is None
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_is_given_in_a_test(name: str) -> None:
+    """A hook without a default has no other contract than the calls that tests see arrive."""
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+    assert [path for path in tests if re.search(rf"\b{name}\b", path.read_text())] != []
 
 
 @pytest.mark.parametrize("name", HOOKS)

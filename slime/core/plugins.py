@@ -23,6 +23,8 @@ class Hook:
     called: str
     may_be_async: bool = False
     is_class: bool = False
+    members: tuple[str, ...] = ()
+    """What a class has to have."""
 
 
 HOOKS: Mapping[str, Hook] = {
@@ -43,9 +45,11 @@ HOOKS: Mapping[str, Hook] = {
     "data_source_path": Hook(
         "--data-source-path",
         ("args", "tokenizer"),
-        "an object with get_groups(num, rollout_id=...), add_groups(groups), state_dict(), load_state_dict(state)",
+        "a slime.rollout.context.DataSource: num_prompts, get_groups(num, rollout_id=...), add_groups(groups), "
+        "state_dict(), load_state_dict(state)",
         "once, at start",
         is_class=True,
+        members=("num_prompts", "get_groups", "add_groups", "state_dict", "load_state_dict"),
     ),
     "custom_generate_function_path": Hook(
         "--custom-generate-function-path",
@@ -143,7 +147,14 @@ def check_signature(hook: Hook, function: Callable[..., Any]) -> str | None:
         inspect.signature(function).bind(*hook.parameters)
     except TypeError as error:
         return f"it cannot be called as ({', '.join(hook.parameters)}): {error}"
-    return None
+    missing = [name for name in hook.members if not _has_member(function, name)]
+    return f"it lacks {', '.join(missing)}" if missing else None
+
+
+def _has_member(function: Callable[..., Any], name: str) -> bool:
+    """Whether a class has it: defined, inherited, or declared for its instances (`num_prompts: int`)."""
+    classes = inspect.getmro(function) if inspect.isclass(function) else ()
+    return any(name in vars(base) or name in inspect.get_annotations(base) for base in classes)
 
 
 def load_hook(name: str, path: str) -> Callable[..., Any]:
@@ -159,5 +170,8 @@ def load_hook(name: str, path: str) -> Callable[..., Any]:
         raise ValueError(f"{hook.flag}: {error}; name a function that can be imported from here") from error
     problem = check_signature(hook, function)
     if problem is not None:
-        raise ValueError(f"{hook.flag} {path}: {problem}; give it the parameters ({', '.join(hook.parameters)})")
+        remedy = f"give it the parameters ({', '.join(hook.parameters)})"
+        if hook.members:
+            remedy += f" and the members {', '.join(hook.members)}"
+        raise ValueError(f"{hook.flag} {path}: {problem}; {remedy}")
     return function

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 class DataSource(Protocol):
     """What --data-source-path has to be."""
 
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of one epoch, for --num-epoch."""
+        ...
+
     def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]: ...
 
     def add_groups(self, groups: Sequence[list[Sample]]) -> None: ...
