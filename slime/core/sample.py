@@ -61,10 +61,6 @@ class Sample:
     def prompt_tokens(self) -> list[int]:
         return self.tokens[: self.prompt_length]
 
-    @property
-    def response_tokens(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
-
     def check(self) -> None:
         """Raise ValueError where a per-token field and the response disagree in length."""
         if len(self.tokens) != self.prompt_length + self.response_length:

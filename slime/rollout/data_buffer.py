@@ -53,21 +53,6 @@ class DataBuffer:
         """Prompts of one epoch: those that leave room to answer."""
         return len(self._data.prompts)
 
-    @property
-    def num_dropped(self) -> int:
-        """Prompts left out at load because they are too long."""
-        return len(self._data.dropped_lines)
-
-    @property
-    def epoch(self) -> int:
-        """Of the prompt that comes next."""
-        return self._epoch + (self._cursor == self.num_prompts)
-
-    @property
-    def num_buffered(self) -> int:
-        """Groups given back and not drawn again yet."""
-        return len(self._buffer)
-
     def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]:
         """`num` groups: first what the buffer filter takes from the buffer, then new prompts.
 

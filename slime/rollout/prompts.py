@@ -68,7 +68,6 @@ class PromptSet:
 
     path: str
     prompts: list[Prompt]
-    dropped_lines: list[int]
     sha256: str
 
 
@@ -113,7 +112,7 @@ def load_prompts(path: str, args: Args, tokenizer: PreTrainedTokenizerBase, keys
     _report_dropped(path, dropped, len(rows), limit)
     if not prompts:
         raise ValueError(f"{path}: no prompt in it ({len(dropped)} of {len(rows)} left out as too long); name another")
-    return PromptSet(path, prompts, dropped, digest.hexdigest())
+    return PromptSet(path, prompts, digest.hexdigest())
 
 
 def _read_lines(path: str) -> tuple[Path, list[tuple[int, bytes]]]:

@@ -58,7 +58,7 @@ def test_an_example_that_does_not_fit_is_left_out_and_counted(
     result, buffer = _rollout(path, tokenizer, rollout_max_context_len=30)
     assert [group[0].group_index for group in result.groups] == [0, 2]
     assert result.metrics["rollout/groups_dropped/too_long"] == 1
-    assert buffer.num_buffered == 0
+    assert buffer.state_dict()["buffer"] == []
     with pytest.raises(ValueError, match="longer than the context of 12 tokens"):
         _rollout(path, tokenizer, rollout_max_context_len=12)
 
