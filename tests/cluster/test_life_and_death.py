@@ -40,8 +40,8 @@ def assert_all_gone(everyone: list[psutil.Process]) -> None:
 
 @pytest.mark.parametrize(
     ("number", "whole_group"),
-    [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGKILL, False)],
-    ids=["Ctrl-C", "terminated", "terminated group", "killed"],
+    [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGKILL, False)],
+    ids=["Ctrl-C", "terminated", "killed"],
 )
 def test_a_killed_job_leaves_no_process(task: Task, tmp_path: Path, number: signal.Signals, whole_group: bool) -> None:
     """A terminal's Ctrl-C, and `timeout`, send their signal to the whole process group."""
