@@ -97,10 +97,11 @@ SGLANG_ARGS=(
    --rollout-num-gpus-per-engine 2
 )
 
-# With RAY_ADDRESS (say http://127.0.0.1:8265), the job goes to the Ray that runs there; else train.py starts one.
+# With RAY_ADDRESS, here the URL of Ray's job server (http://HOST:8265), the job goes to the cluster that runs there;
+# else train.py starts a Ray of its own. A plan needs neither.
 cd "${SCRIPT_DIR}/.."
 SUBMIT=()
-if [[ -n "${RAY_ADDRESS:-}" ]]; then
+if [[ -n "${RAY_ADDRESS:-}" && " $* " != *" --dry-run "* ]]; then
    SUBMIT=(ray job submit --address "${RAY_ADDRESS}" --working-dir . --)
 fi
 
