@@ -33,6 +33,11 @@ class Case:
         return own and args.num_rollout != 0 and args.load_debug_rollout_data is None and not args.debug_train_only
 
     @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.args.eval_prompt_data or self.args.eval_config)
+
+    @property
     def trains_policy(self) -> bool:
         return self.args.loss_type == "policy_loss" and not self.args.debug_rollout_only and self.args.num_rollout != 0
 

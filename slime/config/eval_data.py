@@ -55,6 +55,15 @@ def eval_datasets(args: Args) -> list[EvalDataset]:
     return sets
 
 
+def sets_with_rm_type(args: Args) -> list[str]:
+    """Names of the sets in --eval-config that ask for a reward type themselves; `eval_datasets` has to have passed."""
+    if args.eval_config is None:
+        return []
+    entries = cast(list[dict[Any, Any]], _yaml_entries(args.eval_config))  # mappings, as `eval_datasets` has seen
+    asking = [entry for entry in entries if entry.get("rm_type") or entry.get("eval_rm_type")]
+    return [str(entry["name"]) for entry in asking]
+
+
 def _named_paths(words: tuple[str, ...]) -> list[tuple[str, str]]:
     """One path is named after its file; else NAME PATH pairs."""
     if len(words) == 1:

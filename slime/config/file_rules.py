@@ -10,7 +10,7 @@ from pathlib import Path
 
 from slime.config.case import Case
 from slime.config.data_files import check_jsonl, split_slice
-from slime.config.eval_data import EvalDataset, eval_datasets
+from slime.config.eval_data import EvalDataset, eval_datasets, sets_with_rm_type
 from slime.config.options import HookOptions
 from slime.config.problem import Problem
 from slime.core.plugins import HOOKS, load_hook
@@ -60,6 +60,9 @@ def eval_files(case: Case) -> Iterable[Problem]:
         rule, _, remedy = str(error).rpartition("; ")
         yield case.error(field, rule, remedy)
         return
+    if args.custom_rm_path is not None and (names := sets_with_rm_type(args)):
+        rule = f"its rm_type of {', '.join(names)} is never asked: --custom-rm-path {args.custom_rm_path} judges"
+        yield case.error("eval_config", rule, "leave one of the two out", beside=["custom_rm_path"])
     for dataset in datasets:
         yield from _data_file(case, field, dataset.path, dataset.input_key, dataset.label_key)
         if dataset.rm_type is None and args.custom_rm_path is None:
@@ -109,6 +112,35 @@ def weights(case: Case) -> Iterable[Problem]:
     elif not Path(args.ref_load).is_dir() and (needs_reference or not has_checkpoint):
         remedy = "convert one with tools/convert_hf_to_torch_dist.py, or name an HF directory"
         yield case.missing("ref_load", "there is no such directory", remedy)
+
+
+def _many_saves(case: Case) -> bool:
+    """Whether more than one checkpoint is written."""
+    args = case.args
+    if args.save is None or args.save_interval is None or args.debug_rollout_only:
+        return False
+    return args.num_rollout is None or args.num_rollout > args.save_interval
+
+
+def files_of_rollouts(case: Case) -> Iterable[Problem]:
+    """Paths with {rollout_id}: it can be filled in, and stands there where one file would replace another."""
+    args = case.args
+    for field in ("save_debug_rollout_data", "load_debug_rollout_data", "save_hf"):
+        path: str | None = vars(args)[field]
+        if path is None:
+            continue
+        try:
+            one_file = path.format(rollout_id=0) == path.format(rollout_id=1)
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+            yield case.error(field, "{rollout_id} alone is filled in", "correct what stands in braces; {{ means {")
+            continue
+        about = ("num_rollout", "num_epoch", "save", "save_interval")
+        if one_file and field == "save_debug_rollout_data" and args.num_rollout not in (0, 1):
+            rule = "has no {rollout_id}: each rollout would replace the last one's file"
+            yield case.error(field, rule, "put {rollout_id} into it", beside=about)
+        if one_file and field == "save_hf" and _many_saves(case):
+            rule = "has no {rollout_id}: each export replaces the last"
+            yield case.warning(field, rule, "put {rollout_id} into it to keep them all", beside=about)
 
 
 def debug_data(case: Case) -> Iterable[Problem]:

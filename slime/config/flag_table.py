@@ -105,7 +105,7 @@ SET_BY_SLIME: Mapping[tuple[Source, str], str] = {
     ("sglang", "port"): "leave it out",
     ("sglang", "nccl_port"): "leave it out",
     ("sglang", "dist_init_addr"): "leave it out",
-    ("sglang", "nnodes"): "it follows from --rollout-num-gpus-per-engine and --num-gpus-per-node",
+    ("sglang", "nnodes"): "it follows from --rollout-num-gpus-per-engine",
     ("sglang", "node_rank"): "leave it out",
     ("sglang", "base_gpu_id"): "leave it out",
     ("sglang", "gpu_id_step"): "leave it out",

@@ -109,12 +109,35 @@ TABLE: tuple[NoEffect, ...] = (
         "--debug-train-only starts no engine, and evaluation needs one",
     ),
     NoEffect(
+        ("eval_function_path",),
+        lambda a: a.debug_train_only or (not a.eval_prompt_data and a.eval_config is None),
+        "it is never called, because nothing is evaluated",
+        "add --eval-prompt-data or --eval-config",
+    ),
+    NoEffect(
         _EVAL,
         lambda a: not a.eval_prompt_data and a.eval_config is None,
         "nothing is evaluated",
         "add --eval-prompt-data",
     ),
-    NoEffect(("keep_last_checkpoints", "save_hf"), lambda a: a.save is None, "nothing is saved", "add --save"),
+    NoEffect(
+        ("keep_last_checkpoints", "save_hf"),
+        lambda a: a.save is None and not a.debug_rollout_only,
+        "nothing is saved",
+        "add --save",
+    ),
+    NoEffect(
+        ("load", "ref_load"),
+        lambda a: a.debug_rollout_only,
+        "--debug-rollout-only has no trainer, and the engines generate with --hf-checkpoint",
+        "convert it and name it as --hf-checkpoint",
+    ),
+    NoEffect(
+        ("save_interval", "save_hf", "keep_last_checkpoints"),
+        lambda a: a.debug_rollout_only,
+        "--debug-rollout-only trains nothing, and saves no checkpoint",
+    ),
+    NoEffect(("num_gpus_per_node",), lambda a: True, "Ray knows what each node has, and places by that"),
     NoEffect(
         ("recompute_method", "recompute_num_layers"),
         lambda a: a.recompute_granularity is None,

@@ -23,7 +23,7 @@ class ClusterOptions:
         None, "GPUs (on a CPU: engine processes) for generation. 0: no engines, for runs that generate nothing.", ge=0
     )
     rollout_num_gpus_per_engine: int = flag(1, "GPUs of one engine; SGLang's tensor parallel size.", ge=1)
-    num_gpus_per_node: int = flag(8, "GPUs of one node, for placing engines.", ge=1)
+    num_gpus_per_node: int = flag(8, "Accepted; Ray knows what each node has.", ge=1)
     colocate: bool = flag(False, "Training and generation share the same devices.")
     offload: bool | None = flag(None, "With --colocate: engines give memory back while training runs (default there).")
     rollout_engine: Literal["auto", "sglang", "embedded"] = flag(
@@ -191,7 +191,9 @@ class LoggingOptions:
 
     log_dir: str | None = flag(None, "Where metrics.jsonl and process logs go; unset: --save, else outputs/.")
     log_samples_per_rollout: int = flag(2, "Whole samples written out, a rollout.", ge=0)
-    logprob_gap_alarm: float = flag(0.1, "Warn where mean |train - rollout log-prob| exceeds this.", gt=0)
+    logprob_gap_alarm: float | None = flag(
+        None, "Warn where mean |train - rollout log-prob| exceeds this; unset: 1e-3 in fp32, 0.1 in bf16.", gt=0
+    )
     use_wandb: bool = flag(False, "Log to Weights & Biases.")
     wandb_project: str | None = flag(None, "W&B project.")
     wandb_group: str | None = flag(None, "W&B group.")

@@ -61,6 +61,9 @@ def _model(args: Args) -> Iterable[Row]:
     rotary = f"base {shape.rotary_base:g}, {shape.rotary_percent:.0%} of a head"
     yield "rotary", rotary + (", interleaved" if shape.rotary_interleaved else "")
     yield "precision", "bf16 with fp32 main weights" if args.bf16 else "fp32 (no CUDA here, or --no-bf16)"
+    if args.num_engines:
+        engines = args.sglang.get("dtype") or ("bfloat16" if args.bf16 else "float32")
+        yield "engines", f"{engines}; alarm where mean |train - rollout log-prob| is above {args.logprob_gap_alarm:g}"
 
 
 def _batches(args: Args) -> Iterable[Row]:
@@ -101,10 +104,14 @@ def _algorithm(args: Args) -> Iterable[Row]:
 
 
 def _files(args: Args) -> Iterable[Row]:
-    yield "load", args.load or "(not given)"
-    yield "ref load", args.ref_load or "(not given)"
-    often = f"every {args.save_interval} rollouts and " if args.save_interval else ""
-    yield "save", f"{args.save}, {often}after the last" if args.save else "(not given)"
+    if args.debug_rollout_only:
+        yield "weights", f"{args.hf_checkpoint or '(not given)'}, as the engines load them"
+        yield "logs", args.log_dir or "(not given)"
+    else:
+        yield "load", args.load or "(not given)"
+        yield "ref load", args.ref_load or "(not given)"
+        often = f"every {args.save_interval} rollouts and " if args.save_interval else ""
+        yield "save", f"{args.save}, {often}after the last" if args.save else "(not given)"
     data = " ".join(args.eval_prompt_data) or args.eval_config
     if data and args.num_engines:
         often = f"every {args.eval_interval} rollouts, " if args.eval_interval else ""

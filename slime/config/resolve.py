@@ -27,6 +27,8 @@ def resolve(args: Args) -> Args:
     changes: dict[str, Any] = {**_placement(args), **_batches(args), **_evaluation(args)}
     if args.bf16 is None:
         changes["bf16"] = cuda_available()
+    if args.logprob_gap_alarm is None:
+        changes["logprob_gap_alarm"] = 0.1 if changes.get("bf16", args.bf16) else 1e-3
     if args.eps_clip_high is None:
         changes["eps_clip_high"] = args.eps_clip
     if args.log_dir is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from slime.config.case import Case, Rule
-from slime.config.file_rules import debug_data, eval_files, hooks, prompt_file, reward, weights
+from slime.config.file_rules import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, reward, weights
 from slime.config.megatron_fields import megatron_decided, megatron_known
 from slime.config.no_effect import no_effect
 from slime.config.not_built import REWARD_TYPES, not_built
@@ -44,7 +44,7 @@ def engines(case: Case) -> Iterable[Problem]:
         yield case.error("rollout_num_gpus", rule, "make it one", beside=["rollout_num_gpus_per_engine", "colocate"])
     elif args.rollout_num_gpus == 0 and case.generates:
         yield case.error("rollout_num_gpus", "no engine, but rollouts are generated", "give it at least one")
-    elif args.rollout_num_gpus == 0 and (args.eval_prompt_data or args.eval_config) and not args.debug_train_only:
+    elif args.rollout_num_gpus == 0 and case.evaluates and not args.debug_train_only:
         remedy = "give it at least one, or leave out the evaluation data"
         yield case.error("rollout_num_gpus", "no engine, but evaluation generates", remedy)
 
@@ -88,6 +88,10 @@ def length(case: Case) -> Iterable[Problem]:
     elif args.num_rollout is not None and args.num_epoch is not None:
         rule = f"stands beside --num-epoch {args.num_epoch}"
         yield case.error("num_rollout", rule, "leave one out", beside=["num_epoch"])
+    elif args.num_rollout == 0 and (args.debug_train_only or not case.evaluates):
+        remedy = "say how many rollouts, or add --eval-prompt-data or --eval-config, without --debug-train-only"
+        about = ("eval_prompt_data", "eval_config", "debug_train_only")
+        yield case.error("num_rollout", "nothing to do: there is no rollout, and no evaluation", remedy, beside=about)
 
 
 def steps(case: Case) -> Iterable[Problem]:
@@ -161,14 +165,16 @@ def training_distribution(case: Case) -> Iterable[Problem]:
 def context(case: Case) -> Iterable[Problem]:
     args = case.args
     limit = args.rollout_max_context_len
-    if limit is not None and limit <= args.rollout_max_response_len and "rollout_max_response_len" in case.given:
-        rule = f"a prompt leaves less room in --rollout-max-context-len {limit}"
-        yield case.warning(
-            "rollout_max_response_len", rule, "responses end at the context", beside=["rollout_max_context_len"]
-        )
-    if args.architecture is not None and (limit or 0) > args.architecture.max_position_embeddings:
-        rule = f"the model's context is {args.architecture.max_position_embeddings}"
-        yield case.error("rollout_max_context_len", rule, "lower it")
+    model_limit = None if args.architecture is None else args.architecture.max_position_embeddings
+    if limit is not None and model_limit is not None and limit > model_limit:
+        yield case.error("rollout_max_context_len", f"the model's context is {model_limit}", "lower it")
+        return
+    longest = model_limit if limit is None else limit
+    for field in ("rollout_max_response_len", "eval_max_response_len"):
+        if longest is not None and field in case.given and vars(args)[field] >= longest:
+            source = "the model's context" if limit is None else "--rollout-max-context-len"
+            rule = f"{source} is {longest}: a response is cut to what its prompt leaves of it"
+            yield case.warning(field, rule, "lower it", beside=["rollout_max_context_len"])
 
 
 def kl(case: Case) -> Iterable[Problem]:
@@ -197,17 +203,20 @@ def reward_types(case: Case) -> Iterable[Problem]:
         known = value is None or value.removeprefix("boxed_") in REWARD_TYPES
         if not known and (field == "rm_type" or value != case.args.rm_type):
             yield case.error(field, "unknown reward type", f"one of {', '.join(REWARD_TYPES)}, or --custom-rm-path")
+    if case.args.custom_rm_path is not None and "eval_rm_type" in case.given:
+        rule = f"--custom-rm-path {case.args.custom_rm_path} judges evaluation, too"
+        yield case.error("eval_rm_type", rule, "leave one of the two out", beside=["custom_rm_path"])
 
 
 def evaluation(case: Case) -> Iterable[Problem]:
     args = case.args
-    if args.eval_interval is not None and not args.eval_prompt_data and args.eval_config is None:
+    if args.eval_interval is not None and not case.evaluates:
         remedy = "add --eval-prompt-data or --eval-config"
         yield case.error("eval_interval", "nothing to evaluate on", remedy, beside=["eval_prompt_data", "eval_config"])
 
 
 def saving(case: Case) -> Iterable[Problem]:
-    if case.args.save_interval is not None and case.args.save is None:
+    if case.args.save_interval is not None and case.args.save is None and not case.args.debug_rollout_only:
         yield case.error("save_interval", "nowhere to save", "add --save", beside=["save"])
 
 
@@ -326,6 +335,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     prompt_file,
     eval_files,
     weights,
+    files_of_rollouts,
     debug_data,
     hooks,
     no_effect,

@@ -9,6 +9,7 @@ from config_run import Run
 
 from slime.config.flag_table import all_flags
 from slime.config.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, NOT_BUILT_HERE
+from slime.config.plan import format_plan
 from slime.config.resolve import cuda_available
 
 
@@ -76,6 +77,18 @@ def test_the_base_passes(run: Run) -> None:
             "--lr-decay-style linear --lr-decay-iters 5 --lr-warmup-iters 5",
             "--lr-warmup-iters 5: the warm-up has to end before the decay does, at optimizer step 5",
         ),
+        ("--num-rollout 0", "--num-rollout 0: nothing to do: there is no rollout, and no evaluation"),
+        (
+            "--num-rollout 0 --debug-train-only --load-debug-rollout-data /tmp/0 --eval-prompt-data TRAIN",
+            "--num-rollout 0: nothing to do",
+        ),
+        ("--save-debug-rollout-data /tmp/x.jsonl", "--save-debug-rollout-data /tmp/x.jsonl: has no {rollout_id}"),
+        (
+            "--save-debug-rollout-data /tmp/{foo}.jsonl",
+            "--save-debug-rollout-data /tmp/{foo}.jsonl: {rollout_id} alone is filled in",
+        ),
+        ("--load-debug-rollout-data /tmp/{}.jsonl", "--load-debug-rollout-data /tmp/{}.jsonl: {rollout_id} alone"),
+        ("--save /tmp/s --save-hf /tmp/{rollout", "--save-hf /tmp/{rollout: {rollout_id} alone is filled in"),
         ("--lr-decay-style WSD", "--lr-decay-style WSD: has no length of its decay; add --lr-wsd-decay-iters"),
     ],
 )
@@ -173,10 +186,24 @@ def test_missing_basics(run: Run) -> None:
         ("--rollout-temperature 0", "--rollout-temperature 0: greedy"),
         ("--actor-num-gpus-per-node 16", "--global-batch-size 8: a step of 8 samples leaves some of 16"),
         ("--gamma 0.9", "--gamma 0.9: no effect"),
+        ("--num-gpus-per-node 8", "--num-gpus-per-node 8: no effect"),
+        ("--rollout-max-response-len 128", "--rollout-max-response-len 128: the model's context is 128: a response is"),
+        (
+            "--rollout-max-context-len 40 --rollout-max-response-len 41",
+            "--rollout-max-response-len 41: --rollout-max-context-len is 40: a response is cut",
+        ),
+        (
+            "--eval-prompt-data TRAIN --eval-max-response-len 200",
+            "--eval-max-response-len 200: the model's context is 128",
+        ),
+        (
+            "--save /tmp/s --save-interval 2 --save-hf /tmp/hf",
+            "--save-hf /tmp/hf: has no {rollout_id}: each export replaces the last",
+        ),
     ],
 )
 def test_one_warning(run: Run, words: str, message: str) -> None:
-    [warning] = run.warnings(*words.split())
+    [warning] = run.warnings(*words.replace("TRAIN", str(run.data)).split())
     assert message in warning
 
 
@@ -217,6 +244,9 @@ def test_not_built_plans_but_does_not_run(run: Run, words: str) -> None:
         "--rollout-top-p 1.0 --rollout-top-k -1 --kl-coef 0 --no-use-tis --no-use-wandb --no-fp16",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "--eval-top-p 0.7 --eval-top-k 20 --eval-prompt-data TRAIN",
+        "--save-debug-rollout-data /tmp/{rollout_id:05d}.jsonl --load-debug-rollout-data /tmp/same.jsonl",
+        "--save-debug-rollout-data /tmp/x.jsonl --num-rollout 1",
+        "--num-rollout 0 --eval-prompt-data TRAIN",
     ],
 )
 def test_off_and_free_values_pass(run: Run, words: str) -> None:
@@ -290,3 +320,60 @@ def test_eval_data_is_checked_too(run: Run) -> None:
     bad.write_text(json.dumps({"prompt": "text", "label": "2"}) + "\n")
     words = ["--eval-interval", "1", "--eval-prompt-data", "held-out", str(bad)]
     assert run.error(*words).startswith(f"{bad}:1: 'prompt' is not a list of OpenAI messages")
+
+
+def test_an_evaluation_function_that_is_never_called(run: Run) -> None:
+    (run.directory / "own_eval.py").write_text("def evaluate(args, rollout_id, context): return {}\n")
+    words = ["--eval-function-path", "own_eval.evaluate", "--dry-run"]
+    assert any("no effect: it is never called" in warning for warning in run.warnings(*words))
+    words += ["--eval-prompt-data", str(run.data)]
+    assert not any("never called" in warning for warning in run.warnings(*words))
+
+
+def test_a_custom_reward_judges_evaluation_too(run: Run) -> None:
+    at = run.base.index("--rm-type")
+    run.base[at : at + 2] = ["--custom-rm-path", "own.reward", "--dry-run"]
+    words = ["--eval-prompt-data", str(run.data)]
+    assert run.errors(*words) == []
+    error = run.error(*words, "--eval-rm-type", "deepscaler")
+    assert error.startswith("--eval-rm-type deepscaler: --custom-rm-path own.reward judges evaluation, too")
+    file = run.directory / "eval.yaml"
+    entry = f"name: a, path: {run.data}"
+    file.write_text(f"datasets: [{{{entry}}}]")
+    assert run.errors("--eval-config", str(file)) == []
+    file.write_text(f"datasets: [{{{entry}, rm_type: deepscaler}}]")
+    error = run.error("--eval-config", str(file))
+    assert "rm_type of a is never asked: --custom-rm-path own.reward judges" in error
+
+
+def test_one_export_replaces_none(run: Run) -> None:
+    words = ["--save", "/tmp/s", "--save-hf", "/tmp/hf"]
+    assert run.warnings(*words) == []
+    assert run.warnings(*words, "--save-interval", "3") == []
+    assert run.warnings("--save", "/tmp/s", "--save-hf", "/tmp/{rollout_id}", "--save-interval", "1") == []
+
+
+def test_generation_alone_loads_and_saves_no_checkpoint(run: Run) -> None:
+    words = "--load /l --save-interval 1 --save-hf /tmp/hf --keep-last-checkpoints 1"
+    warnings = run.warnings("--debug-rollout-only", *words.split())
+    flags = ["--load", "--ref-load", "--save-interval", "--save-hf", "--keep-last-checkpoints"]
+    assert [warning.split(" ")[0] for warning in warnings] == flags
+    assert all("no effect: --debug-rollout-only" in warning for warning in warnings)
+    assert warnings[0].endswith("convert it and name it as --hf-checkpoint")
+    args, problems = run.load("--debug-rollout-only", "--save", "/tmp/s")
+    rows = [line.split()[0] for line in format_plan(args, problems).split("Warnings")[0].splitlines() if line]
+    assert not {"load", "ref", "save"} & set(rows)
+    args, problems = run.load()
+    rows = [line.split()[0] for line in format_plan(args, problems).splitlines() if line]
+    assert {"load", "ref", "save"} <= set(rows)
+
+
+def test_precision_of_engines_and_alarm(run: Run) -> None:
+    args, problems = run.load()
+    assert args.logprob_gap_alarm == 1e-3
+    assert "engines        float32; alarm where" in format_plan(args, problems)
+    args, problems = run.load("--bf16")
+    assert args.logprob_gap_alarm == 0.1
+    assert "engines        bfloat16; alarm where" in format_plan(args, problems)
+    assert run.args("--logprob-gap-alarm", "0.5").logprob_gap_alarm == 0.5
+    assert run.args("--logprob-gap-alarm", "0.5", "--bf16").logprob_gap_alarm == 0.5
