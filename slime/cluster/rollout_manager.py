@@ -27,7 +27,7 @@ from slime.observability.logs import log_to_file
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.evaluate import Evaluator
 from slime.rollout.rm_hub import RewardPool
-from slime.rollout.rollout_metrics import sample_metrics
+from slime.rollout.rollout_metrics import replay_metrics
 from slime.rollout.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class RolloutManager:
         args = self._args
         if args.load_debug_rollout_data is not None:
             groups = read_dump(Path(args.load_debug_rollout_data.format(rollout_id=rollout_id)))
-            metrics = _replay_metrics(args, groups)
+            metrics = replay_metrics(args, groups)
         else:
             result = await self._guarded(self._call_rollout_function(rollout_id))
             groups, metrics = result.groups, result.metrics
@@ -172,13 +172,3 @@ class RolloutManager:
             self._rewards.close()
         if self._router is not None:
             self._router.stop()
-
-
-def _replay_metrics(args: Args, groups: list[list[Sample]]) -> dict[str, float]:
-    """What a replayed rollout can still say of itself."""
-    samples = [sample for group in groups for sample in group]
-    rewards = [sample.reward_value(args.reward_key) for sample in samples if sample.reward is not None]
-    return {
-        "rollout/reward": sum(rewards) / len(rewards) if rewards else float("nan"),
-        **{f"rollout/{name}": value for name, value in sample_metrics(samples).items()},
-    }
