@@ -60,25 +60,28 @@ class Cluster:
         self._cleanup.callback(processes.stop)
         processes.start()
         signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray has put its own in the place of ours
-        loaded = processes.load()
-        state = loaded[0].state if loaded else None
-        if loaded:
-            self._first = loaded[0].next_rollout_id
+        loaded, warnings = processes.load()
+        state = None
+        if loaded is not None:
+            self._first, state = loaded.next_rollout_id, loaded.state
         if state is not None:
             self._policy_version = state["policy_version"]
             processes.get("restoring the data side", [processes.manager.load_state_dict.remote(state["rollout"])])
         self._last = self._num_rollouts()
         # From here on the run is accepted: what it says of itself goes into its directory.
         directory.write_args(dump_args(args))
-        continued = state is not None and args.save is not None and Path(args.save) in Path(loaded[0].source).parents
+        in_place = loaded is not None and args.save is not None and Path(args.save) in Path(loaded.source).parents
+        continued = state is not None and in_place
         self._metrics = directory.continue_metrics(self._first) if continued else directory.new_metrics()
         self._cleanup.callback(self._metrics.close)
         if state is not None:
             self._metrics.write(self._first, state["times"])
         self._console = RunConsole(total=self._last, done=self._first)
         self._cleanup.callback(self._console.close)
-        if loaded:
-            self._console.say(f"actor loaded from {loaded[0].source}, starting at rollout {self._first}")
+        for warning in warnings:
+            self._console.say(f"WARNING {warning}")
+        if loaded is not None:
+            self._console.say(f"actor loaded from {loaded.source}, starting at rollout {self._first}")
         if 0 < self._last <= self._first:
             self._console.say(f"nothing left to train: {self._first} of {self._last} rollouts are done")
         processes.connect()

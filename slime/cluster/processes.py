@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -21,6 +21,9 @@ from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
 from slime.core.errors import RunError
+
+if TYPE_CHECKING:
+    from slime.megatron.result import LoadResult
 
 STOP_TIMEOUT_S = 15.0
 logger = logging.getLogger(__name__)
@@ -57,11 +60,14 @@ class Processes:
             for rank in range(place.num_trainers)
         ]
 
-    def load(self) -> list[Any]:
-        """Every trainer's LoadResult; the rollout manager has its prompts then, too."""
+    def load(self) -> tuple[LoadResult | None, list[str]]:
+        """What the trainers loaded (None without trainers), and warnings; the prompts are loaded then, too."""
         loaded = self.get("loading the model", [trainer.load.remote() for trainer in self.trainers])
-        self.get("loading the prompts", [self._manager_started])
-        return loaded
+        [warnings] = self.get("loading the prompts", [self._manager_started])
+        if not loaded:
+            return None, warnings
+        result, of_rank_zero = loaded[0]
+        return result, of_rank_zero + warnings
 
     def connect(self) -> None:
         """Wait for the engines, put them behind the router, and join trainers and engines in one weight group."""

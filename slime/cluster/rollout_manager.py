@@ -23,7 +23,7 @@ from slime.core.plugins import load_hook
 from slime.core.sample import Sample
 from slime.engine.client import EngineClient
 from slime.engine.launch import ManagedProcess, find_free_port, launch_router, register_worker
-from slime.observability.logs import log_to_file
+from slime.observability.logs import collected_warnings, log_to_file
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.evaluate import Evaluator
 from slime.rollout.rm_hub import RewardPool
@@ -46,9 +46,14 @@ class RolloutManager:
         self._evaluator: Evaluator | None = None
         self._data_source: Any = None
 
-    def start(self) -> None:
-        """Load tokenizer and prompts, and make the reward pool. Comes before all other calls."""
+    def start(self) -> list[str]:
+        """Load tokenizer and prompts, and make the reward pool. Comes before all other calls. Returns warnings."""
         log_to_file(self._log_dir, "rollout")
+        with collected_warnings() as warnings:
+            self._load()
+        return warnings
+
+    def _load(self) -> None:
         args = self._args
         tokenizer = load_tokenizer(args)
         if args.prompt_data is not None or args.data_source_path != HookOptions.data_source_path:

@@ -16,7 +16,7 @@ import ray
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
-from slime.observability.logs import log_to_file
+from slime.observability.logs import collected_warnings, log_to_file
 
 if TYPE_CHECKING:
     from slime.engine.launch import ManagedProcess
@@ -36,14 +36,15 @@ class TrainWorker:
         self._transport: BroadcastTransport | None = None
         self._proven = False
 
-    def load(self) -> LoadResult:
-        """Build the trainer and load its checkpoint. Comes before all other calls."""
+    def load(self) -> tuple[LoadResult, list[str]]:
+        """Build the trainer and load its checkpoint. Comes before all other calls. The second part are warnings."""
         log_to_file(self._log_dir, f"trainer-{self._rank}")
         from slime.megatron.trainer import Trainer
 
         args = self._args
         self._trainer = Trainer(args, rank=self._rank, world_size=args.actor_world_size, init_method=self._init_method)
-        return self._trainer.load()
+        with collected_warnings() as warnings:
+            return self._trainer.load(), warnings
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         """Train on the whole rollout's `batch`; `time/training` is this rank's own wall seconds."""
@@ -106,11 +107,6 @@ class TrainWorker:
                 prove_weights(self._transport, directory, version=version)
             finally:
                 shutil.rmtree(directory)
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-        self._trainer.close()
 
 
 @ray.remote

@@ -1,12 +1,14 @@
 """A log file for each process of a run.
 
 Path: every process calls `log_to_file` once at its start. Invariant: workers write to their own file; the console
-belongs to the driver.
+belongs to the driver, which also shows what workers warned of while they started.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -22,3 +24,25 @@ def log_to_file(directory: Path, name: str) -> Path:
     root.handlers = [handler]
     root.setLevel(logging.INFO)
     return path
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("slime"):
+            self.messages.append(record.getMessage())
+
+
+@contextmanager
+def collected_warnings() -> Generator[list[str]]:
+    """The warnings that slime's own modules log inside the block."""
+    collector = _Collector()
+    root = logging.getLogger()
+    root.addHandler(collector)
+    try:
+        yield collector.messages
+    finally:
+        root.removeHandler(collector)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,17 @@ def test_a_data_source_of_ones_own_is_asked_and_restored(task: Task, tmp_path: P
     assert batch.columns["group_indices"].tolist() == [3, 4, 5]
     for made in (first, second):
         asyncio.run(made.close())
+
+
+def test_prompts_that_are_left_out_are_said_at_the_start(task: Task, tmp_path: Path) -> None:
+    """The process's own log alone would not do: a run that trains on half of the data has to say so."""
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": text, "label": "1"}) + "\n" for text in ("1+1=", "9" * 300)))
+    made = RolloutManager(
+        Args(hf_checkpoint=str(task.model), prompt_data=str(data), label_key="label", rollout_max_context_len=64),
+        str(tmp_path),
+    )
+    [warning] = made.start()
+    assert f"{data}" in warning
+    assert made.num_prompts() == 1
+    asyncio.run(made.close())
