@@ -53,7 +53,8 @@ class Cluster:
     def _start(self) -> None:
         args = self._args
         signal.signal(signal.SIGTERM, _exit_on_sigterm)
-        directory = RunDirectory(Path(args.log_dir or args.save or "outputs"))
+        assert args.log_dir is not None, "resolving the arguments sets it"
+        directory = RunDirectory(Path(args.log_dir))
         self._cleanup.callback(directory.close)
         log_to_file(directory.logs, "driver")
         self._processes = processes = Processes(args, directory.logs)

@@ -102,6 +102,14 @@ class Sample:
             metadata=metadata,
         )
 
+    def to_failed(self, failure: str) -> Sample:
+        """The sample as one without a response: it keeps its row, and takes no part in training."""
+        failed = self.to_bare_prompt()
+        failed.metadata = self.metadata
+        failed.status = Status.FAILED
+        failed.reward_failure = failure
+        return failed
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is the way back."""
         values = {f.name: copy.copy(getattr(self, f.name)) for f in fields(self)}

@@ -154,23 +154,13 @@ class _Collector:
                     )
                 except EngineError as error:
                     self._last_error = error
-                    return self._failed(sample, error)
+                    return sample.to_failed(f"generation failed: {error}")
         self.tally.tokens += sample.response_length
         if _is_finished(sample) and not self._stopping and sample.reward is None:
             with self.intervals.judging():
                 verdict = await self._context.rewards.judge(sample)
             verdict.apply(sample)
         return sample
-
-    def _failed(self, sample: Sample, error: EngineError) -> Sample:
-        """The sample as one without a response: it keeps its row, and takes no part in training."""
-        failed = sample.to_bare_prompt()
-        failed.metadata = sample.metadata
-        failed.rollout_log_probs = []
-        failed.policy_versions = []
-        failed.status = Status.FAILED
-        failed.reward_failure = f"generation failed: {error}"
-        return failed
 
     def _settle(self, drawn: list[Sample], wave: _Wave, samples: list[Sample]) -> None:
         """Keep the group, drop it, or set it aside."""

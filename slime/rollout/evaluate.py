@@ -88,10 +88,7 @@ class Evaluator:
                 try:
                     sample = await generate(args, sample, replace(params, sampling_seed=seed), context)
                 except EngineError as error:
-                    failed = sample.to_bare_prompt()
-                    failed.status = Status.FAILED
-                    failed.reward_failure = f"generation failed: {error}"
-                    return failed
+                    return sample.to_failed(f"generation failed: {error}")
             if sample.status is Status.ABORTED:
                 sample.reward_failure = "aborted by the engine"
             elif sample.reward is None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from slime.engine.client import EngineClient
-from slime.engine.weight_group import WeightGroup, join_weight_group
+from slime.engine.weight_group import WeightGroup, dtype_name, join_weight_group
 from slime.sync.stream import NamedTensor, buckets
 
 
@@ -88,7 +88,7 @@ class BroadcastTransport:
             asyncio.to_thread(broadcast),
             self._client.update_weights_from_distributed(
                 names=[name for name, _ in bucket],
-                dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+                dtypes=[dtype_name(tensor.dtype) for _, tensor in bucket],
                 shapes=[list(tensor.shape) for _, tensor in bucket],
                 group_name=self._group_name,
                 weight_version=None if version is None else str(version),

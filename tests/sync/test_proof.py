@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +9,12 @@ import pytest
 
 from slime.config.args import Args
 from slime.engine.client import EngineClient
-from slime.engine.launch import ManagedProcess, find_free_port, launch_router, register_worker
+from slime.engine.launch import find_free_port, launch_engine, launch_router, register_worker
 from slime.models.hf_files import HFReader
 from slime.sync.broadcast import BroadcastTransport
 from slime.sync.proof import check_versions, prove_weights
 from slime.sync.stream import NamedTensor
 from tests.engine.tiny_models import make_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +30,9 @@ def transport(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     """The trainer's end of a weight group with one engine, which serves the model 'start'."""
     logs = tmp_path_factory.mktemp("logs")
     port, router_port = find_free_port(), find_free_port()
-    command = [sys.executable, "-m", "slime.engine.embedded.server", "--model-path", str(models["start"])]
-    engine = ManagedProcess(
-        "engine",
-        [*command, "--port", str(port)],
-        url=f"http://127.0.0.1:{port}",
-        log_path=logs / "engine.log",
-        environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-    )
-    router = launch_router(Args(), host="127.0.0.1", port=router_port, log_path=logs / "router.log")
+    args = Args(hf_checkpoint=str(models["start"]))
+    engine = launch_engine(args, index=0, host="127.0.0.1", port=port, log_path=logs / "engine.log")
+    router = launch_router(args, host="127.0.0.1", port=router_port, log_path=logs / "router.log")
     try:
         for process in (engine, router):
             process.wait_ready(60)

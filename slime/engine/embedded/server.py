@@ -38,6 +38,7 @@ from slime.engine.protocol import (
     GenerateRequest,
     PauseGeneration,
 )
+from slime.engine.weight_group import dtype_name
 
 logger = logging.getLogger("slime.engine.embedded")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -257,7 +258,7 @@ class Server:
                 "version": "slime-embedded",
                 "tp_size": 1,
                 "dp_size": 1,
-                "dtype": str(s.dtype).removeprefix("torch."),
+                "dtype": dtype_name(s.dtype),
                 "context_length": s.context_length,
                 "max_running_requests": s.max_running_requests,
                 "max_total_num_tokens": s.max_total_tokens,
