@@ -1,4 +1,4 @@
-"""The model, its optimizer and its schedule, built from args and the Architecture by Megatron-core's local specs.
+"""The model, built from args and the Architecture by Megatron-core's local specs.
 
 Path: after `parallel`; `step` runs what is built here, `checkpoint` and `hf_weights` fill it. Invariant: the model ends
 at the last hidden states. Log-probs are computed from them, chunk by chunk, in `logprobs`; no full logits exist.
@@ -6,83 +6,26 @@ at the last hidden states. Log-probs are computed from them, chunk by chunk, in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from slime.config.args import Args
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
-from slime.megatron.attention import PackedAttention
+from slime.megatron.layers import RMSNorm, layer_spec
 
 T = TypeVar("T")
-
-
-class RMSNorm(torch.nn.Module):
-    """RMSNorm with the sequence-parallel mark, by which Megatron sums its gradient over tensor-parallel ranks."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
-
-
-@dataclass
-class SandwichLayerSubmodules(TransformerLayerSubmodules):
-    """Which sub-layers' outputs are normed before they join the residual stream (GLM-4)."""
-
-    norm_after_attention: bool = False
-    norm_after_mlp: bool = False
-
-
-class SandwichLayer(TransformerLayer):
-    """A transformer layer with norms behind attention and MLP as well as before them."""
-
-    def __init__(self, config: TransformerConfig, submodules: SandwichLayerSubmodules, **kwargs: Any) -> None:
-        super().__init__(config, submodules, **kwargs)
-
-        def norm() -> RMSNorm:
-            return RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-
-        if submodules.norm_after_attention:
-            self.post_self_attn_layernorm = norm()
-            self.self_attn_bda = _normed(self.self_attn_bda, lambda: self.post_self_attn_layernorm)
-        if submodules.norm_after_mlp:
-            self.post_mlp_layernorm = norm()
-            self.mlp_bda = _normed(self.mlp_bda, lambda: self.post_mlp_layernorm)
-
-
-def _normed(bias_dropout_add: Callable[..., Any], norm: Callable[[], RMSNorm]) -> Callable[..., Any]:
-    """Megatron's bias-dropout-add with the norm put on the sub-layer's output."""
-
-    def outer(training: bool, fused: bool) -> Callable[..., Tensor]:
-        def inner(output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
-            output, bias = output_and_bias
-            output = norm()(output if bias is None else output + bias)
-            return bias_dropout_add(training, fused)((output, None), residual, dropout)
-
-        return inner
-
-    return outer
 
 
 class PolicyModel(GPTModel):
@@ -115,7 +58,7 @@ def architecture_of(args: Args) -> Architecture:
     return args.architecture
 
 
-def _config(cls: type[T], args: Args, decided: dict[str, Any]) -> T:
+def config_from(cls: type[T], args: Args, decided: dict[str, Any]) -> T:
     """`cls(**decided)` with the fields that the user passed through by name.
 
     Raises:
@@ -178,29 +121,7 @@ def transformer_config(args: Args) -> TransformerConfig:
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,
     }
-    return _config(TransformerConfig, args, decided)
-
-
-def layer_spec(shape: Architecture) -> ModuleSpec:
-    """One layer from Megatron's local modules, with our norm and our packed attention."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_layernorm, normalization="RMSNorm")
-    parts = spec.submodules
-    assert isinstance(parts, TransformerLayerSubmodules)
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    assert isinstance(parts.self_attention, ModuleSpec)
-    attention = parts.self_attention.submodules
-    assert isinstance(attention, SelfAttentionSubmodules)
-    attention.core_attention = PackedAttention
-    if shape.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if shape.post_self_attn_layernorm or shape.post_mlp_layernorm:
-        spec.module = SandwichLayer
-        spec.submodules = SandwichLayerSubmodules(
-            **{field.name: getattr(parts, field.name) for field in fields(parts)},
-            norm_after_attention=shape.post_self_attn_layernorm,
-            norm_after_mlp=shape.post_mlp_layernorm,
-        )
-    return spec
+    return config_from(TransformerConfig, args, decided)
 
 
 def build_model(args: Args, *, wrap: bool) -> torch.nn.Module:
@@ -225,7 +146,7 @@ def build_model(args: Args, *, wrap: bool) -> torch.nn.Module:
             return model.to(params_dtype(args))
         if uses_bf16(args):
             model = Float16Module(config, model)
-        ddp_config = _config(
+        ddp_config = config_from(
             DistributedDataParallelConfig,
             args,
             {"grad_reduce_in_fp32": True, "use_distributed_optimizer": args.use_distributed_optimizer},
@@ -247,74 +168,6 @@ def unwrap(model: torch.nn.Module) -> PolicyModel:
     while not isinstance(model, PolicyModel):
         model = model.module  # pyright: ignore[reportAssignmentType]
     return model
-
-
-def build_optimizer(args: Args, model: torch.nn.Module) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """The optimizer over a wrapped model, and its schedule, counted in optimizer steps."""
-    config = _config(
-        OptimizerConfig,
-        args,
-        {
-            "optimizer": args.optimizer,
-            "lr": args.lr,
-            "min_lr": args.min_lr,
-            "weight_decay": args.weight_decay,
-            "adam_beta1": args.adam_beta1,
-            "adam_beta2": args.adam_beta2,
-            "adam_eps": args.adam_eps,
-            "sgd_momentum": args.sgd_momentum,
-            "clip_grad": args.clip_grad,
-            "bf16": uses_bf16(args),
-            "params_dtype": params_dtype(args),
-            "use_distributed_optimizer": args.use_distributed_optimizer,
-            "optimizer_cpu_offload": args.optimizer_cpu_offload,
-        },
-    )
-    with device.layer():
-        optimizer = get_megatron_optimizer(config, [model])  # pyright: ignore[reportArgumentType]
-        return optimizer, _schedule(args, optimizer)
-
-
-def _schedule(args: Args, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Megatron's schedule; its first step is taken at 0 where there is a warm-up. The rules checked its lengths."""
-    takes_steps = args.num_rollout != 0  # a run that only evaluates has no decay, but Megatron wants a schedule
-    style, warmup = args.lr_decay_style if takes_steps else "constant", args.lr_warmup_iters
-    decay_steps = args.lr_decay_iters or total_steps(args)
-    if style == "constant":
-        decay_steps = max(decay_steps, warmup + 1)  # nothing decays; Megatron asks for a length all the same
-    assert warmup < max(decay_steps, 1), "the schedule's rule asks for a decay that ends behind the warm-up"
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=args.lr,
-        min_lr=min(args.min_lr, args.lr),
-        lr_warmup_steps=warmup,
-        lr_decay_steps=max(decay_steps, 1),
-        lr_decay_style=style,
-        start_wd=args.weight_decay,
-        end_wd=args.weight_decay,
-        wd_incr_steps=max(decay_steps, 1),
-        wd_incr_style="constant",
-        wsd_decay_steps=args.lr_wsd_decay_iters,
-        lr_wsd_decay_style=args.lr_wsd_decay_style,
-        # on resume the command line wins over the checkpoint, which then gives the number of steps alone
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-
-
-def steps_per_rollout(args: Args) -> int:
-    """Optimizer steps that one rollout is cut into: --num-steps-per-rollout, or by --global-batch-size."""
-    if args.num_steps_per_rollout is not None:
-        return args.num_steps_per_rollout
-    if args.global_batch_size is not None:
-        return max(args.rollout_batch_size * args.n_samples_per_prompt // args.global_batch_size, 1)
-    return 1
-
-
-def total_steps(args: Args) -> int:
-    """Optimizer steps of the whole run."""
-    return (args.num_rollout or 0) * steps_per_rollout(args)
 
 
 def named_parameters(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:

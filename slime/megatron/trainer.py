@@ -25,10 +25,11 @@ from slime.core.batch import Array, TrainBatch
 from slime.core.packing import StepPlan, plan_steps, training_flops
 from slime.core.plugins import load_hook
 from slime.megatron import device, hf_weights
-from slime.megatron.build import architecture_of, build_model, build_optimizer, params_dtype, steps_per_rollout, unwrap
+from slime.megatron.build import architecture_of, build_model, params_dtype, unwrap
 from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from slime.megatron.checkpoint_files import refuse_abandoned
 from slime.megatron.microbatch import MicroBatch, pack_rows
+from slime.megatron.optimizer import build_optimizer, steps_per_rollout
 from slime.megatron.parallel import close_parallel, init_parallel
 from slime.megatron.result import LoadResult
 from slime.megatron.rollout_columns import add_advantages, add_loss_weights, counted_rows_of, loss_options

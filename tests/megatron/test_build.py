@@ -16,7 +16,8 @@ from slime.config.flag_table import FlagSpec, all_flags
 from slime.config.megatron_fields import HARMLESS
 from slime.config.not_built import NOT_BUILT_MEGATRON
 from slime.core.architecture import padded_vocab_size
-from slime.megatron.build import build_model, build_optimizer, named_parameters, total_steps, transformer_config
+from slime.megatron.build import build_model, named_parameters, transformer_config
+from slime.megatron.optimizer import build_optimizer, total_steps
 
 
 @pytest.fixture(scope="module")

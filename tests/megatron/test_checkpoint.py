@@ -71,7 +71,8 @@ class Run:
     """A model with its optimizer, trained on made-up gradients."""
 
     def __init__(self, args: Args, topology: Any) -> None:
-        from slime.megatron.build import build_model, build_optimizer, named_parameters
+        from slime.megatron.build import build_model, named_parameters
+        from slime.megatron.optimizer import build_optimizer
 
         assert args.architecture is not None
         self.args, self.topology, self.architecture = args, topology, args.architecture

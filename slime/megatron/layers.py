@@ -1,0 +1,96 @@
+"""One transformer layer from Megatron's local modules, with our norm and our packed attention.
+
+Path: `build` stacks these into the model. Invariant: nothing here needs TransformerEngine or Apex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from slime.core.architecture import Architecture
+from slime.megatron.attention import PackedAttention
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm with the sequence-parallel mark, by which Megatron sums its gradient over tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+@dataclass
+class SandwichLayerSubmodules(TransformerLayerSubmodules):
+    """Which sub-layers' outputs are normed before they join the residual stream (GLM-4)."""
+
+    norm_after_attention: bool = False
+    norm_after_mlp: bool = False
+
+
+class SandwichLayer(TransformerLayer):
+    """A transformer layer with norms behind attention and MLP as well as before them."""
+
+    def __init__(self, config: TransformerConfig, submodules: SandwichLayerSubmodules, **kwargs: Any) -> None:
+        super().__init__(config, submodules, **kwargs)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+        if submodules.norm_after_attention:
+            self.post_self_attn_layernorm = norm()
+            self.self_attn_bda = _normed(self.self_attn_bda, lambda: self.post_self_attn_layernorm)
+        if submodules.norm_after_mlp:
+            self.post_mlp_layernorm = norm()
+            self.mlp_bda = _normed(self.mlp_bda, lambda: self.post_mlp_layernorm)
+
+
+def _normed(bias_dropout_add: Callable[..., Any], norm: Callable[[], RMSNorm]) -> Callable[..., Any]:
+    """Megatron's bias-dropout-add with the norm put on the sub-layer's output."""
+
+    def outer(training: bool, fused: bool) -> Callable[..., Tensor]:
+        def inner(output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            output, bias = output_and_bias
+            output = norm()(output if bias is None else output + bias)
+            return bias_dropout_add(training, fused)((output, None), residual, dropout)
+
+        return inner
+
+    return outer
+
+
+def layer_spec(shape: Architecture) -> ModuleSpec:
+    """One layer from Megatron's local modules, with our norm and our packed attention."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_layernorm, normalization="RMSNorm")
+    parts = spec.submodules
+    assert isinstance(parts, TransformerLayerSubmodules)
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    assert isinstance(parts.self_attention, ModuleSpec)
+    attention = parts.self_attention.submodules
+    assert isinstance(attention, SelfAttentionSubmodules)
+    attention.core_attention = PackedAttention
+    if shape.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if shape.post_self_attn_layernorm or shape.post_mlp_layernorm:
+        spec.module = SandwichLayer
+        spec.submodules = SandwichLayerSubmodules(
+            **{field.name: getattr(parts, field.name) for field in fields(parts)},
+            norm_after_attention=shape.post_self_attn_layernorm,
+            norm_after_mlp=shape.post_mlp_layernorm,
+        )
+    return spec

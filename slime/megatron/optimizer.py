@@ -1,0 +1,83 @@
+"""The optimizer over the wrapped model, and its learning-rate schedule, counted in optimizer steps.
+
+Path: built behind `build`'s model; `step` takes steps with it, `checkpoint` saves and loads it. Invariant: the number
+of steps of a run is known before it starts.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from slime.config.args import Args
+from slime.megatron import device
+from slime.megatron.build import config_from, params_dtype, uses_bf16
+
+
+def build_optimizer(args: Args, model: torch.nn.Module) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer over a wrapped model, and its schedule, counted in optimizer steps."""
+    config = config_from(
+        OptimizerConfig,
+        args,
+        {
+            "optimizer": args.optimizer,
+            "lr": args.lr,
+            "min_lr": args.min_lr,
+            "weight_decay": args.weight_decay,
+            "adam_beta1": args.adam_beta1,
+            "adam_beta2": args.adam_beta2,
+            "adam_eps": args.adam_eps,
+            "sgd_momentum": args.sgd_momentum,
+            "clip_grad": args.clip_grad,
+            "bf16": uses_bf16(args),
+            "params_dtype": params_dtype(args),
+            "use_distributed_optimizer": args.use_distributed_optimizer,
+            "optimizer_cpu_offload": args.optimizer_cpu_offload,
+        },
+    )
+    with device.layer():
+        optimizer = get_megatron_optimizer(config, [model])  # pyright: ignore[reportArgumentType]
+        return optimizer, _schedule(args, optimizer)
+
+
+def _schedule(args: Args, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Megatron's schedule; its first step is taken at 0 where there is a warm-up. The rules checked its lengths."""
+    takes_steps = args.num_rollout != 0  # a run that only evaluates has no decay, but Megatron wants a schedule
+    style, warmup = args.lr_decay_style if takes_steps else "constant", args.lr_warmup_iters
+    decay_steps = args.lr_decay_iters or total_steps(args)
+    if style == "constant":
+        decay_steps = max(decay_steps, warmup + 1)  # nothing decays; Megatron asks for a length all the same
+    assert warmup < max(decay_steps, 1), "the schedule's rule asks for a decay that ends behind the warm-up"
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=min(args.min_lr, args.lr),
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(decay_steps, 1),
+        lr_decay_style=style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=max(decay_steps, 1),
+        wd_incr_style="constant",
+        wsd_decay_steps=args.lr_wsd_decay_iters,
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
+        # on resume the command line wins over the checkpoint, which then gives the number of steps alone
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def steps_per_rollout(args: Args) -> int:
+    """Optimizer steps that one rollout is cut into: --num-steps-per-rollout, or by --global-batch-size."""
+    if args.num_steps_per_rollout is not None:
+        return args.num_steps_per_rollout
+    if args.global_batch_size is not None:
+        return max(args.rollout_batch_size * args.n_samples_per_prompt // args.global_batch_size, 1)
+    return 1
+
+
+def total_steps(args: Args) -> int:
+    """Optimizer steps of the whole run."""
+    return (args.num_rollout or 0) * steps_per_rollout(args)
