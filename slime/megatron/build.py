@@ -12,10 +12,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -27,15 +28,24 @@ from slime.megatron.layers import RMSNorm, layer_spec
 
 T = TypeVar("T")
 
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
 
 class PolicyModel(GPTModel):
-    """GPTModel up to the last hidden states [tokens, 1, hidden]; sequence parallel: this rank's part of the tokens."""
+    """This pipeline stage of a GPTModel, which ends at the last hidden states.
+
+    It returns hidden states [tokens, 1, hidden], under sequence parallelism this rank's part of the tokens; those of a
+    stage that is not the last go to the next one.
+    """
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """This rank's rows of the output layer [padded vocabulary / TP, hidden]; of the embedding where it is tied."""
+        """This rank's rows of the output layer [padded vocabulary / TP, hidden]; of the embedding where it is tied.
+
+        On the last stage only; there it is a copy of a tied embedding that stands on the first.
+        """
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         assert self.output_layer.weight is not None
@@ -103,6 +113,11 @@ def transformer_config(args: Args) -> TransformerConfig:
         # Megatron refuses it without tensor parallelism, where it means nothing
         "sequence_parallel": args.sequence_parallel and args.tensor_model_parallel_size > 1,
         "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
+        # without a pipeline Megatron would take it for the size of the whole model
+        "num_layers_in_last_pipeline_stage": (
+            args.decoder_last_pipeline_num_layers if args.pipeline_model_parallel_size > 1 else None
+        ),
+        "deallocate_pipeline_outputs": True,  # what was sent to the next stage is not kept here
         "context_parallel_size": args.context_parallel_size,
         "recompute_granularity": args.recompute_granularity,
         "recompute_method": args.recompute_method,
@@ -125,22 +140,26 @@ def transformer_config(args: Args) -> TransformerConfig:
 
 
 def build_model(args: Args, *, wrap: bool) -> torch.nn.Module:
-    """The whole model of this rank: a PolicyModel, or with `wrap` the data-parallel one that trains.
+    """This rank's pipeline stage: a PolicyModel, or with `wrap` the data-parallel one that trains.
 
     Wrapped: DistributedDataParallel, in it Float16Module where bf16, in it the PolicyModel (`unwrap`).
     """
     shape = architecture_of(args)
     with device.layer():
         config = transformer_config(args)
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        layers = [layer_spec(shape)] * get_num_layers_to_build(config, pp_rank=stage)
         model: torch.nn.Module = PolicyModel(
             config,
-            cast(Any, TransformerBlockSubmodules([layer_spec(shape)] * shape.num_layers, cast(Any, RMSNorm))),
+            cast(Any, TransformerBlockSubmodules(layers, cast(Any, RMSNorm))),
             vocab_size=padded_vocab_size(
                 shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
             ),
             max_sequence_length=shape.max_position_embeddings,
             position_embedding_type="none",  # packed attention applies RoPE itself
             share_embeddings_and_output_weights=shape.tied_embeddings,
+            pre_process=stage == 0,
+            post_process=stage == config.pipeline_model_parallel_size - 1,
         ).to(device.device())
         if not wrap:
             return model.to(params_dtype(args))
@@ -171,9 +190,14 @@ def unwrap(model: torch.nn.Module) -> PolicyModel:
 
 
 def named_parameters(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
-    """Parameters by global name: a layer's number counts over all pipeline stages."""
+    """This stage's parameters by global name: a layer's number counts over all pipeline stages.
+
+    A tied output layer that has weights of its own, on the last of several stages, goes by the embedding's name.
+    """
     core = unwrap(model)
     for name, parameter in core.named_parameters():
+        if name == OUTPUT and core.share_embeddings_and_output_weights:
+            name = EMBEDDING
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(cast(TransformerLayer, core.decoder.layers[int(parts[2])]).layer_number - 1)

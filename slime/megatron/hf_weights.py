@@ -2,24 +2,31 @@
 
 Path: at start a model is filled from an HF directory; export and weight sync iterate `iter_hf_tensors`. Invariant:
 names, order and shapes are the same on every rank, and no more than one parameter is gathered at a time.
+
+A pipeline stage knows its own parameters only; what is checked against the weight table are those of all stages. A
+tied output layer on the last of several stages goes by the embedding's name: it is filled like it, and not exported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from slime.config.args import Args
 from slime.core.architecture import Architecture, padded_vocab_size
+from slime.megatron import device
 from slime.megatron.build import named_parameters
+from slime.megatron.parallel import pipeline_group, tensor_group
 from slime.models.families import weight_table
 from slime.models.hf_files import HFReader, write_hf
 from slime.models.mapping import WeightTable
+
+T = TypeVar("T")
 
 
 def load_hf_into(model: torch.nn.Module, architecture: Architecture, reader: HFReader, args: Args) -> None:
@@ -32,15 +39,30 @@ def load_hf_into(model: torch.nn.Module, architecture: Architecture, reader: HFR
     """
     table = weight_table(architecture)
     parameters = dict(named_parameters(model))
-    table.check(parameters, reader.names())
-    _check_copies(table, reader)
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    table.check(set().union(*_stages(parameters)), reader.names())
+    misfit = ""
+    try:
+        _check_copies(table, reader)
+        _fill(parameters, table, reader, architecture, args)
+    except ValueError as error:
+        misfit = str(error)
+    for message in _of_all_stages(misfit):  # of one stage perhaps; the others would wait for it
+        if message:
+            raise ValueError(message)
+
+
+def _fill(
+    parameters: Mapping[str, torch.nn.Parameter],
+    table: WeightTable,
+    reader: HFReader,
+    architecture: Architecture,
+    args: Args,
+) -> None:
+    tp_size, tp_rank = tensor_group().size(), tensor_group().rank()
     padded = padded_vocab_size(architecture.vocab_size, args.make_vocab_size_divisible_by, tp_size)
-    for name in table.megatron_names():
+    for name, parameter in parameters.items():
         full = table.pad(name, table.from_hf(name, reader.get), padded)
         shard = table.split(name, full, tp_size, tp_rank)
-        parameter = parameters[name]
         if shard.shape != parameter.shape:
             raise ValueError(
                 f"{', '.join(table.rule(name).hf)} in {reader.path}: {list(shard.shape)} for this rank, where the "
@@ -48,6 +70,26 @@ def load_hf_into(model: torch.nn.Module, architecture: Architecture, reader: HFR
             )
         with torch.no_grad():
             parameter.copy_(shard)
+
+
+class _Held(NamedTuple):
+    """One rank's part of a parameter."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _stages(parameters: Mapping[str, torch.nn.Parameter]) -> list[dict[str, _Held]]:
+    """What each pipeline stage holds, by global name."""
+    return _of_all_stages({name: _Held(parameter.shape, parameter.dtype) for name, parameter in parameters.items()})
+
+
+def _of_all_stages(value: T) -> list[T]:
+    """Each pipeline stage's `value`, first stage first."""
+    group = pipeline_group()
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _check_copies(table: WeightTable, reader: HFReader) -> None:
@@ -61,26 +103,43 @@ def _check_copies(table: WeightTable, reader: HFReader) -> None:
 
 
 def iter_hf_tensors(model: torch.nn.Module, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """HF name and whole tensor, in the table's order, on every rank; collective over tensor parallelism.
+    """HF name and whole tensor, in the table's order, on every rank; collective over tensor and pipeline parallelism.
 
     Tensors are contiguous copies on the model's device and in its dtype: the caller may keep them. All ranks have to
     run the iteration to its end.
     """
     table = weight_table(architecture)
     parameters = dict(named_parameters(model))
-    table.check(parameters, table.hf_names())
-    group = parallel_state.get_tensor_model_parallel_group()
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    stages = _stages(parameters)
+    table.check(set().union(*stages), table.hf_names())
     for name in table.megatron_names():
-        parameter = parameters[name].detach()
-        if table.rule(name).tp_axis is None or tp_size == 1:
-            full = parameter.clone()
-        else:
-            shards = [torch.empty_like(parameter, memory_format=torch.contiguous_format) for _ in range(tp_size)]
-            dist.all_gather(shards, parameter.contiguous(), group=group)
-            full = table.join(name, shards)
+        owner = next(stage for stage, held in enumerate(stages) if name in held)
+        part = _of_stage(owner, parameters.get(name), stages[owner][name])
+        full = part if table.rule(name).tp_axis is None else table.join(name, _of_all_tensor_ranks(part))
         for hf_name, tensor in table.to_hf(name, full):
             yield hf_name, tensor.contiguous()
+
+
+def _of_stage(owner: int, parameter: torch.nn.Parameter | None, held: _Held) -> Tensor:
+    """A contiguous copy of the stage `owner`'s parameter, on every stage."""
+    group = pipeline_group()
+    if group.rank() == owner:
+        assert parameter is not None
+        part = parameter.detach().clone(memory_format=torch.contiguous_format)
+    else:
+        part = torch.empty(held.shape, dtype=held.dtype, device=device.device())
+    if group.size() > 1:
+        dist.broadcast(part, group=group, group_src=owner)
+    return part
+
+
+def _of_all_tensor_ranks(part: Tensor) -> list[Tensor]:
+    group = tensor_group()
+    if group.size() == 1:
+        return [part]
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part, group=group)
+    return parts
 
 
 def save_hf(

@@ -40,6 +40,11 @@ class Topology:
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
 
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the model's last layers: log-probs and losses exist only there."""
+        return self.pp_rank == self.pp_size - 1
+
 
 def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -> Topology:
     """Join the other `world_size - 1` processes and split them into Megatron's groups.
@@ -100,12 +105,22 @@ def _topology(rank: int, world_size: int) -> Topology:
         cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        tp_group=_joined(parallel_state.get_tensor_model_parallel_group()),
-        pp_group=_joined(parallel_state.get_pipeline_model_parallel_group()),
+        tp_group=tensor_group(),
+        pp_group=pipeline_group(),
         cp_group=_joined(parallel_state.get_context_parallel_group()),
         dp_group=_joined(parallel_state.get_data_parallel_group()),
         dp_cp_group=_joined(parallel_state.get_data_parallel_group(with_context_parallel=True)),
     )
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """This rank's tensor-parallel group, for those that are given no Topology."""
+    return _joined(parallel_state.get_tensor_model_parallel_group())
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """The same for pipeline parallelism; a rank in it is a stage."""
+    return _joined(parallel_state.get_pipeline_model_parallel_group())
 
 
 def _joined(group: object) -> dist.ProcessGroup:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -46,7 +47,7 @@ class Stepper:
     chunk_size: int
 
     def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probs [R] of each micro-batch, under the weights that the model holds now."""
+        """Log-probs [R] of each micro-batch under the weights that the model holds now; none but on the last stage."""
 
         def collect(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
             return self._response_log_probs(micro_batch, hidden, with_entropy=False)[0]
@@ -87,7 +88,7 @@ class Stepper:
         self.model.train()
         self.model.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
         optimizer.zero_grad()
-        metrics = self._reduce(self._schedule(micro_batches, weigh, forward_only=False))
+        metrics = self._metrics(self._schedule(micro_batches, weigh, forward_only=False))
         used = metrics.pop("weights")
         if abs(used - weights_sum) > WEIGHTS_TOLERANCE:
             raise RuntimeError(
@@ -95,16 +96,8 @@ class Stepper:
                 "samples were lost, repeated, or weighed by another denominator on their way into micro-batches"
             )
         with device.layer():
-            optimizer.prepare_grads()  # `step` does it again: two more passes over the gradients, for a look before
-            norm = float(cast(Any, optimizer.get_grad_norm()))
-            if not math.isfinite(norm):
-                raise RuntimeError(
-                    f"{where}: the gradient norm is {norm} at a loss of {metrics['loss']:.6g}, and no weight was "
-                    "changed; resume from the last checkpoint with a lower --lr, and look for infinite rewards or "
-                    "log-probs in this rollout's data"
-                )
-            optimizer.step()
-        metrics |= {"grad_norm": norm, "lr": float(optimizer.param_groups[0]["lr"])}
+            metrics["grad_norm"] = _update(optimizer, f"{where}: at a loss of {metrics['loss']:.6g}")
+        metrics["lr"] = float(optimizer.param_groups[0]["lr"])
         scheduler.step(1)
         return metrics
 
@@ -115,9 +108,9 @@ class Stepper:
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Megatron's schedule; `at_the_end` gets each micro-batch and its last hidden states.
+        """Megatron's schedule; on the last stage `at_the_end` gets each micro-batch and its last hidden states.
 
-        With a backward pass it returns (loss, data), else the data to collect.
+        With a backward pass it returns (loss, data), else the data to collect. Other stages collect nothing.
         """
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -190,6 +183,14 @@ class Stepper:
         shares |= _gap_shares(old_R, columns)
         return total, shares
 
+    def _metrics(self, shares: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Metrics of the last stage's `shares`, on every rank of every stage."""
+        last = self.topology.pp_size - 1
+        found = [self._reduce(shares) if self.topology.is_last_stage else {}]
+        if last > 0:
+            dist.broadcast_object_list(found, group=self.topology.pp_group, group_src=last)
+        return found[0]
+
     def _reduce(self, shares: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
         """Sums (of `_max`: the maximum) over micro-batches and data-parallel ranks."""
         names = list(shares[0])
@@ -203,6 +204,25 @@ class Stepper:
         if "gap_tokens" in metrics:
             metrics["logprob_gap_mean"] = metrics.pop("gap_sum") / max(metrics.pop("gap_tokens"), 1.0)
         return metrics
+
+
+def _update(optimizer: MegatronOptimizer, where: str) -> float:
+    """Clip the gradients and take the step, unless their norm over all ranks is not finite; returns the norm.
+
+    These are the parts of Megatron's own `optimizer.step()`, with a look at the norm between them.
+    """
+    optimizer.prepare_grads()
+    norm = float(cast(Any, optimizer.get_grad_norm()))
+    if not math.isfinite(norm):
+        raise RuntimeError(
+            f"{where} the gradient norm is {norm}, and no weight was changed; resume from the last checkpoint with a "
+            "lower --lr, and look for infinite rewards or log-probs in this rollout's data"
+        )
+    if optimizer.config.clip_grad > 0:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm
 
 
 def _weighed_sum(values_R: Tensor, weights_R: Tensor) -> Tensor:

@@ -270,10 +270,16 @@ class Trainer:
         """[R] log-probs of the whole batch by the model as it is now, on every rank: hooks see all rows."""
         flat = np.zeros(int(batch.response_lengths_N.sum()), dtype=np.float32)
         micro_batches = [micro_batch for plan in plans for micro_batch in self._pack(batch, plan)]
-        for micro_batch, log_probs_R in zip(micro_batches, self._stepper.log_probs(micro_batches), strict=True):
-            flat[micro_batch.responses_R] = log_probs_R.cpu().numpy()
+        found = self._stepper.log_probs(micro_batches)
+        if self.topology.is_last_stage:
+            for micro_batch, log_probs_R in zip(micro_batches, found, strict=True):
+                flat[micro_batch.responses_R] = log_probs_R.cpu().numpy()
         whole = torch.from_numpy(flat).to(device.device())  # 0 in other ranks' rows
-        dist.all_reduce(whole, group=self.topology.dp_cp_group)
+        last = self.topology.pp_size - 1
+        if self.topology.is_last_stage:
+            dist.all_reduce(whole, group=self.topology.dp_cp_group)
+        if last > 0:
+            dist.broadcast(whole, group=self.topology.pp_group, group_src=last)
         return whole.cpu().numpy()
 
     def _longest(self, seconds: list[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Tiny models of both families as HF directories, batches for them, and args to train them."""
+"""Tiny models of every family as HF directories, batches for them, and args to train them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
 
-FAMILIES = ("glm4", "qwen3", "qwen3-tied")
+FAMILIES = ("glm4", "qwen3", "qwen2", "llama3")
+"""glm4 and qwen3 have an output layer of their own; qwen2 and llama3 are tied, as their small models are."""
 VOCAB = 93
 """Not a multiple of anything: the padded part of the table, and at TP 2 a whole part of padding, are met."""
 
@@ -28,15 +29,30 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 1,
 }
 
+ROPE_SCALING: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+"""So short a training that a head's channels are of all three kinds: left alone, blended, slowed down."""
 
-def hf_model(family: str, *, seed: int = 0) -> torch.nn.Module:
-    """A random model, norms and biases too, large enough that a mistake anywhere shows."""
-    from transformers import Glm4Config, Glm4ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+def hf_model(family: str, *, seed: int = 0, num_layers: int = SHAPE["num_hidden_layers"]) -> torch.nn.Module:
+    """A random model of FAMILIES or "qwen3-tied", norms and biases too, large enough that a mistake anywhere shows."""
+    import transformers as hf
 
     if family == "glm4":
-        model = Glm4ForCausalLM(Glm4Config(**SHAPE, head_dim=16, attention_bias=True, tie_word_embeddings=False))
+        config = hf.Glm4Config(**SHAPE, head_dim=16, attention_bias=True, tie_word_embeddings=False)
+    elif family == "qwen2":
+        config = hf.Qwen2Config(**SHAPE, tie_word_embeddings=True)
+    elif family == "llama3":
+        config = hf.LlamaConfig(**SHAPE, rope_parameters=ROPE_SCALING, tie_word_embeddings=True)
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=family == "qwen3-tied"))
+        config = hf.Qwen3Config(**shape, head_dim=32, tie_word_embeddings=family == "qwen3-tied")
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -45,8 +61,8 @@ def hf_model(family: str, *, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
-def hf_dir(path: Path, family: str, *, seed: int = 0) -> Path:
-    hf_model(family, seed=seed).save_pretrained(path)
+def hf_dir(path: Path, family: str, *, seed: int = 0, num_layers: int = SHAPE["num_hidden_layers"]) -> Path:
+    hf_model(family, seed=seed, num_layers=num_layers).save_pretrained(path)
     return path
 
 
