@@ -44,12 +44,13 @@ def hf_model(family: str, *, seed: int = 0, num_layers: int = SHAPE["num_hidden_
     """A random model of FAMILIES or "qwen3-tied", norms and biases too, large enough that a mistake anywhere shows."""
     import transformers as hf
 
+    shape = {**SHAPE, "num_hidden_layers": num_layers}
     if family == "glm4":
-        config = hf.Glm4Config(**SHAPE, head_dim=16, attention_bias=True, tie_word_embeddings=False)
+        config = hf.Glm4Config(**shape, head_dim=16, attention_bias=True, tie_word_embeddings=False)
     elif family == "qwen2":
-        config = hf.Qwen2Config(**SHAPE, tie_word_embeddings=True)
+        config = hf.Qwen2Config(**shape, tie_word_embeddings=True)
     elif family == "llama3":
-        config = hf.LlamaConfig(**SHAPE, rope_parameters=ROPE_SCALING, tie_word_embeddings=True)
+        config = hf.LlamaConfig(**shape, rope_parameters=ROPE_SCALING, tie_word_embeddings=True)
     else:
         config = hf.Qwen3Config(**shape, head_dim=32, tie_word_embeddings=family == "qwen3-tied")
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
