@@ -15,13 +15,19 @@ from typing import Any, cast
 
 from slime.config.args import Args
 from slime.config.problem import Problem, flag_name, show
-from slime.core.architecture import Architecture
+from slime.core.architecture import Architecture, RopeScaling
 
-FAMILIES = ("glm4", "qwen3")
+FAMILIES = ("glm4", "llama", "qwen2", "qwen3")
 
-SAME_NAME = tuple(f.name for f in fields(Architecture) if f.name not in ("family", "tied_embeddings"))
+SAME_NAME = tuple(f.name for f in fields(Architecture) if f.name not in ("family", "tied_embeddings", "rope_scaling"))
 """Fields of Architecture that are a flag of the same name."""
-ARCHITECTURE_FLAGS = (*SAME_NAME, "untie_embeddings_and_output_weights")
+ARCHITECTURE_FLAGS = (
+    *SAME_NAME,
+    "untie_embeddings_and_output_weights",
+    "use_rope_scaling",
+    "rotary_scaling_factor",
+)
+"""Every flag that a config.json speaks about."""
 
 
 def read_hf_config(directory: str | Path) -> dict[str, Any]:
@@ -38,20 +44,15 @@ def hf_architecture(config: Mapping[str, Any]) -> Architecture:
 
     Raises:
         ValueError: a family, or a feature of one, that is not built.
+        KeyError: a key without which there is no model.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
-    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ValueError(f"RoPE of type {rope_type!r} is not built, only the default one")
-    if config.get("use_sliding_window"):
-        raise ValueError("sliding-window attention is not built")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {config['hidden_act']!r} is not built, only silu")
+    _refuse_unknown_layers(config)
     glm4 = family == "glm4"
     heads = config["num_attention_heads"]
+    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rotary_percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5)) if glm4 else 1.0
     return Architecture(
         family=family,
@@ -60,57 +61,126 @@ def hf_architecture(config: Mapping[str, Any]) -> Architecture:
         ffn_hidden_size=config["intermediate_size"],
         num_attention_heads=heads,
         num_query_groups=config.get("num_key_value_heads") or heads,
-        kv_channels=config.get("head_dim") or 128,
+        # what transformers takes where config.json leaves it out
+        kv_channels=config.get("head_dim") or (128 if family in ("glm4", "qwen3") else config["hidden_size"] // heads),
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
         norm_epsilon=float(config["rms_norm_eps"]),
         rotary_base=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         rotary_percent=float(rotary_percent),
         rotary_interleaved=glm4,
-        add_qkv_bias=bool(config.get("attention_bias", glm4)),
-        qk_layernorm=not glm4,
+        rope_scaling=_rope_scaling(rope),
+        add_qkv_bias=family == "qwen2" or (glm4 and bool(config.get("attention_bias", True))),
+        qk_layernorm=family == "qwen3",
         post_self_attn_layernorm=glm4,
         post_mlp_layernorm=glm4,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
 
 
+def _refuse_unknown_layers(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where a config.json asks for something that a decoder layer here does not have."""
+    if config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
+        types = config.get("layer_types")
+        windowed = (
+            "sliding_attention" in types if types else config.get("max_window_layers", 28) < config["num_hidden_layers"]
+        )
+        if windowed:
+            raise ValueError("sliding-window attention (use_sliding_window) is not built")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {config['hidden_act']!r} is not built, only silu")
+    if config.get("mlp_bias"):
+        raise ValueError("biases in the MLP (mlp_bias) are not built")
+    if config["model_type"] in ("llama", "qwen3") and config.get("attention_bias"):
+        raise ValueError("attention_bias, in this family also a bias of the output projection, is not built")
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    """From rope_parameters, or from the older rope_scaling whose type may stand under `type`."""
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
+        return None
+    if rope_type != "llama3":
+        raise ValueError(f"RoPE of type {rope_type!r} is not built, only the types default and llama3")
+    scaling = RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    )
+    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor or scaling.factor <= 0:
+        raise ValueError(f"RoPE of type llama3 has to have 0 < factor and 0 < low < high_freq_factor: {dict(rope)}")
+    return scaling
+
+
+def as_flags(shape: Architecture) -> dict[str, Any]:
+    """The flags (ARCHITECTURE_FLAGS) that describe `shape`; None where there is nothing to say."""
+    scaling = shape.rope_scaling
+    return {name: getattr(shape, name) for name in SAME_NAME} | {
+        "untie_embeddings_and_output_weights": not shape.tied_embeddings,
+        "use_rope_scaling": scaling is not None,
+        "rotary_scaling_factor": None if scaling is None else scaling.factor,
+    }
+
+
 def given_flags(args: Args) -> dict[str, Any]:
-    """The architecture flags that were given, by the name of Architecture's field."""
-    values = {name: vars(args)[name] for name in SAME_NAME if vars(args)[name] is not None}
-    if args.untie_embeddings_and_output_weights is not None:
-        values["tied_embeddings"] = not args.untie_embeddings_and_output_weights
-    return values
+    """The architecture flags that were given, by name."""
+    return {name: vars(args)[name] for name in ARCHITECTURE_FLAGS if vars(args)[name] is not None}
+
+
+def _with_flags(shape: Architecture, given: Mapping[str, Any]) -> Architecture:
+    """`shape`, where flags are given as they say. They say no more of RoPE scaling than that it is, and its factor."""
+    changes = {name: value for name, value in given.items() if name in SAME_NAME}
+    if "untie_embeddings_and_output_weights" in given:
+        changes["tied_embeddings"] = not given["untie_embeddings_and_output_weights"]
+    scaling = shape.rope_scaling
+    if "use_rope_scaling" in given:
+        scaling = (scaling or RopeScaling()) if given["use_rope_scaling"] else None
+    if scaling is not None and "rotary_scaling_factor" in given:
+        scaling = replace(scaling, factor=given["rotary_scaling_factor"])
+    return replace(shape, **changes, rope_scaling=scaling)
+
+
+def _told_family(given: Mapping[str, Any]) -> str:
+    """The family whose layers MODEL_ARGS describe.
+
+    Raises:
+        ValueError: none has such layers.
+    """
+    sandwich = [bool(given.get(name)) for name in ("post_self_attn_layernorm", "post_mlp_layernorm")]
+    bias, qk_norm = bool(given.get("add_qkv_bias")), bool(given.get("qk_layernorm"))
+    if all(sandwich) and not qk_norm:
+        return "glm4"
+    if not any(sandwich) and not (bias and qk_norm):
+        return "qwen3" if qk_norm else "qwen2" if bias else "llama"
+    raise ValueError(
+        "MODEL_ARGS are of no family that is built: glm4 has --post-self-attn-layernorm and --post-mlp-layernorm, "
+        "qwen3 has --qk-layernorm, qwen2 has --add-qkv-bias, llama has none of these"
+    )
 
 
 def flags_architecture(args: Args) -> Architecture:
     """The shape that MODEL_ARGS alone describe, with Megatron's defaults for what they leave out.
 
-    The family is told by its norms. Raises ValueError where the sizes or the family cannot be told.
+    Raises:
+        ValueError: the sizes or the family cannot be told.
     """
     given = given_flags(args)
     needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
     missing = [flag_name(name) for name in needed if name not in given]
     if missing:
         raise ValueError(f"MODEL_ARGS leave out {', '.join(missing)}")
-    if given.get("post_self_attn_layernorm") and given.get("post_mlp_layernorm"):
-        family = "glm4"
-    elif given.get("qk_layernorm"):
-        family = "qwen3"
-    else:
-        raise ValueError(
-            "MODEL_ARGS are of no family that is built: glm4 has --post-self-attn-layernorm and "
-            "--post-mlp-layernorm, qwen3 has --qk-layernorm"
-        )
-    defaults: dict[str, Any] = {
-        "num_query_groups": args.num_attention_heads,
-        "kv_channels": given["hidden_size"] // given["num_attention_heads"],
-        "max_position_embeddings": args.seq_length or 32768,
-        "norm_epsilon": 1e-5,
-        "rotary_base": 10000.0,
-        "tied_embeddings": True,
-    }
-    return Architecture(family=family, **(defaults | given))
+    bare = Architecture(
+        family=_told_family(given),
+        **{name: given[name] for name in needed},
+        num_query_groups=given["num_attention_heads"],
+        kv_channels=given["hidden_size"] // given["num_attention_heads"],
+        max_position_embeddings=args.seq_length or 32768,
+        norm_epsilon=1e-5,
+        rotary_base=10000.0,
+        tied_embeddings=True,
+    )
+    return _with_flags(bare, given)
 
 
 def _same(ours: Any, theirs: Any) -> bool:
@@ -121,8 +191,6 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 def _as_flag(name: str, value: Any) -> tuple[str, str]:
     """Flag and value as they would be typed."""
-    if name == "tied_embeddings":
-        name, value = "untie_embeddings_and_output_weights", not value
     if isinstance(value, bool):
         return ("--" if value else "--no-") + name.replace("_", "-"), ""
     return flag_name(name), show(value)
@@ -132,10 +200,10 @@ def conflicts(args: Args, config: Architecture) -> list[Problem]:
     """One error for each given flag that config.json contradicts and --override-hf-config does not name."""
     overridden = {name.lstrip("-").replace("-", "_") for name in args.override_hf_config}
     problems: list[Problem] = []
+    config_flags = as_flags(config)
     for name, ours in given_flags(args).items():
-        theirs = getattr(config, name)
-        field = "untie_embeddings_and_output_weights" if name == "tied_embeddings" else name
-        if _same(ours, theirs) or field in overridden:
+        theirs = config_flags[name]
+        if theirs is None or _same(ours, theirs) or name in overridden:
             continue
         flag, value = _as_flag(name, ours)
         config_flag, config_value = _as_flag(name, theirs)
@@ -145,11 +213,38 @@ def conflicts(args: Args, config: Architecture) -> list[Problem]:
                 where=flag,
                 value=value,
                 rule=f"{args.hf_checkpoint}/config.json says {config_flag} {config_value}".rstrip(),
-                remedy=f"correct MODEL_ARGS, or add --override-hf-config {field.replace('_', '-')} to keep yours",
-                fields=frozenset([field]),
+                remedy=f"correct MODEL_ARGS, or add --override-hf-config {name.replace('_', '-')} to keep yours",
+                fields=frozenset([name]),
+            )
+        )
+    if args.group_query_attention is False and config.num_query_groups != config.num_attention_heads:
+        problems.append(
+            Problem(
+                severity="error",
+                where="--no-group-query-attention",
+                rule=f"{args.hf_checkpoint}/config.json has {config.num_query_groups} KV heads for "
+                f"{config.num_attention_heads} attention heads",
+                remedy="leave it out",
+                fields=frozenset(["group_query_attention"]),
             )
         )
     return problems
+
+
+def _factor_of_nothing(args: Args, shape: Architecture) -> list[Problem]:
+    """--rotary-scaling-factor where the resolved model has no RoPE scaling."""
+    if args.rotary_scaling_factor is None or shape.rope_scaling is not None:
+        return []
+    return [
+        Problem(
+            severity="error",
+            where="--rotary-scaling-factor",
+            value=show(args.rotary_scaling_factor),
+            rule="this model has no RoPE scaling",
+            remedy="add --use-rope-scaling, or leave the flag out",
+            fields=frozenset(["rotary_scaling_factor", "use_rope_scaling"]),
+        )
+    ]
 
 
 def _override_problems(args: Args) -> list[Problem]:
@@ -204,7 +299,7 @@ def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
             complain(str(error), "use a model of a family that is built")
     if config is not None:
         problems += conflicts(args, config)
-        architecture = replace(config, **given_flags(args))
+        architecture = _with_flags(config, given_flags(args))
     else:
         try:
             architecture = flags_architecture(args)
@@ -212,11 +307,9 @@ def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
             if args.dry_run:
                 complain(f"the plan has no model: {error}", "add MODEL_ARGS from scripts/models")
             return args, problems
-    filled = {name: getattr(architecture, name) for name in SAME_NAME}
     return replace(
         args,
-        **filled,
+        **as_flags(architecture),
         architecture=architecture,
         group_query_attention=architecture.num_query_groups != architecture.num_attention_heads,
-        untie_embeddings_and_output_weights=not architecture.tied_embeddings,
-    ), problems
+    ), problems + _factor_of_nothing(args, architecture)

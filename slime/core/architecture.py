@@ -6,7 +6,19 @@ Invariant: nothing here is "unset"; whoever holds one can build the model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """RoPE scaling of type llama3; `core.rotary` says what it does. The defaults are Llama 3.1's."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +26,7 @@ class Architecture:
     """Sizes are Megatron's: `ffn_hidden_size` of one of the two gated halves, `kv_channels` of one head."""
 
     family: str
-    """HF `model_type`: 'glm4', 'qwen3'."""
+    """HF `model_type`: 'glm4', 'llama', 'qwen2', 'qwen3'."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -28,11 +40,20 @@ class Architecture:
     rotary_base: float
     rotary_percent: float = 1.0
     rotary_interleaved: bool = False
+    rope_scaling: RopeScaling | None = None
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     post_self_attn_layernorm: bool = False
     post_mlp_layernorm: bool = False
     tied_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
+        """Undoes `dataclasses.asdict`, also after a way through JSON."""
+        own = dict(values)
+        if own.get("rope_scaling") is not None:
+            own["rope_scaling"] = RopeScaling(**own["rope_scaling"])
+        return cls(**own)
 
     @property
     def rotary_dim(self) -> int:

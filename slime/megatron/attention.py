@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from slime.core.architecture import Architecture
+from slime.core.rotary import inverse_frequencies
 from slime.megatron import device
 
 SHORTEST_IN_GROUP = 0.75
@@ -58,8 +59,7 @@ def pack_sequences(lengths_S: Sequence[int], shape: Architecture) -> PackedSeque
     ends = lengths.cumsum(0)
     positions_B = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - lengths, lengths)
     cumulative = F.pad(ends, (1, 0)).int().to(where)
-    channels = torch.arange(0, shape.rotary_dim, 2, dtype=torch.float32)
-    angles_B = torch.outer(positions_B.float(), 1.0 / shape.rotary_base ** (channels / shape.rotary_dim))
+    angles_B = torch.outer(positions_B.float(), inverse_frequencies(shape))
     longest = max(lengths_S)
     return PackedSequences(
         qkv_format="thd",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slime.core.architecture import Architecture
-from slime.models.mapping import QKV, Rename, Rule, Vocabulary
+from slime.models.mapping import QKV, GateUp, Rename, Rule, Vocabulary
 
 MEGATRON_LAYER = "decoder.layers.{layer}."
 HF_LAYER = "model.layers.{layer}."
@@ -40,6 +40,24 @@ def attention(architecture: Architecture) -> list[Rule]:
     if architecture.qk_layernorm:
         rules += [norm(f"self_attention.{x}_layernorm", f"self_attn.{x}_norm") for x in "qk"]
     return [*rules, row_parallel("self_attention.linear_proj", "self_attn.o_proj")]
+
+
+def pre_norm(architecture: Architecture) -> list[Rule]:
+    """The decoder of Llama and of those built like it: norms before attention and MLP, gate and up apart in HF."""
+    return with_embeddings(
+        architecture,
+        [
+            norm("input_layernorm", "input_layernorm"),
+            *attention(architecture),
+            # HF's name says where the norm stands, Megatron's what it feeds.
+            norm("pre_mlp_layernorm", "post_attention_layernorm"),
+            GateUp(
+                f"{MEGATRON_LAYER}mlp.linear_fc1.weight",
+                (f"{HF_LAYER}mlp.gate_proj.weight", f"{HF_LAYER}mlp.up_proj.weight"),
+            ),
+            row_parallel("mlp.linear_fc2", "mlp.down_proj"),
+        ],
+    )
 
 
 def with_embeddings(architecture: Architecture, layer: Sequence[Rule]) -> list[Rule]:

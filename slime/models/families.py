@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from slime.core.architecture import Architecture
-from slime.models import glm4, qwen
+from slime.models import glm4, llama, qwen
 from slime.models.mapping import Rule, WeightTable
 
 FAMILIES: Mapping[str, Callable[[Architecture], list[Rule]]] = {
     "glm4": glm4.rules,
+    "llama": llama.rules,
+    "qwen2": qwen.rules,
     "qwen3": qwen.rules,
 }
 

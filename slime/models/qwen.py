@@ -1,24 +1,14 @@
-"""Qwen3 dense (HF `Qwen3ForCausalLM`): norms on queries and keys, gate and up apart in HF."""
+"""Dense Qwen2 and Qwen2.5 (HF `Qwen2ForCausalLM`: QKV biases), Qwen3 (`Qwen3ForCausalLM`: norms on queries and keys).
+
+Path: `families` registers it under both names. Invariant: what tells the two apart stands in the Architecture.
+"""
 
 from __future__ import annotations
 
 from slime.core.architecture import Architecture
-from slime.models.decoder import HF_LAYER, MEGATRON_LAYER, attention, norm, row_parallel, with_embeddings
-from slime.models.mapping import GateUp, Rule
+from slime.models.decoder import pre_norm
+from slime.models.mapping import Rule
 
 
 def rules(architecture: Architecture) -> list[Rule]:
-    return with_embeddings(
-        architecture,
-        [
-            norm("input_layernorm", "input_layernorm"),
-            *attention(architecture),
-            # HF's name says where the norm stands, Megatron's what it feeds.
-            norm("pre_mlp_layernorm", "post_attention_layernorm"),
-            GateUp(
-                f"{MEGATRON_LAYER}mlp.linear_fc1.weight",
-                (f"{HF_LAYER}mlp.gate_proj.weight", f"{HF_LAYER}mlp.up_proj.weight"),
-            ),
-            row_parallel("mlp.linear_fc2", "mlp.down_proj"),
-        ],
-    )
+    return pre_norm(architecture)

@@ -1,4 +1,4 @@
-"""The packed Megatron model against transformers: logits, loss and gradients, for both families."""
+"""The packed Megatron model against transformers: logits, loss and gradients, for every family."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 from runs import difference
+from safetensors.torch import load_file, save_file
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
+from slime.core.architecture import RopeScaling
 from slime.megatron import device
 from slime.megatron.attention import pack_sequences
 from slime.megatron.build import build_model, named_parameters, unwrap
@@ -89,6 +91,8 @@ WRONG = {
     "all channels rotated": ("glm4", {"rotary_percent": 1.0}),
     "another base": ("qwen3", {"rotary_base": 1e6}),
     "another epsilon": ("qwen3", {"norm_epsilon": 1e-2}),
+    "no scaling of RoPE": ("llama3", {"rope_scaling": None}),
+    "RoPE scaled for another length": ("llama3", {"rope_scaling": RopeScaling(original_max_position_embeddings=64)}),
 }
 
 
@@ -100,6 +104,17 @@ def test_control_a_wrong_shape_is_noticed(wrong: str, workers: WorkerPool, tmp_p
     args = replace(args, architecture=replace(args.architecture, **change))
     [found] = workers.run(1, _megatron, args, tmp_path, LENGTHS)
     assert min(_worst(found, _huggingface(family)).values()) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("bias", "qkv")
+def test_control_a_missing_bias_is_noticed(bias: str, workers: WorkerPool, tmp_path: Path) -> None:
+    """The last layer's alone. A key's bias adds the same to all of a query's scores: RoPE makes it count."""
+    args = tiny.make_args(tiny.hf_dir(tmp_path, "qwen2"))
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[f"model.layers.1.self_attn.{bias}_proj.bias"].zero_()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    [found] = workers.run(1, _megatron, args, tmp_path, LENGTHS)
+    assert min(_worst(found, _huggingface("qwen2")).values()) > 10 * TOLERANCE
 
 
 def test_control_a_wrong_boundary_is_noticed(workers: WorkerPool, tmp_path: Path) -> None:

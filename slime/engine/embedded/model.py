@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slime.core.architecture import Architecture
+from slime.core.rotary import inverse_frequencies
 from slime.engine.embedded.cache import KVCache
 
 FUSED_GATE_UP_FAMILIES = ("glm4",)
@@ -186,7 +187,6 @@ class Model:
 
 def _rotation_table(architecture: Architecture) -> Tensor:
     """exp(i * position * frequency), complex64 [positions, rotary pairs]."""
-    a = architecture
-    exponents = torch.arange(0, a.rotary_dim, 2, dtype=torch.float32) / a.rotary_dim
-    angles = torch.outer(torch.arange(a.max_position_embeddings).float(), 1.0 / a.rotary_base**exponents)
+    positions = torch.arange(architecture.max_position_embeddings).float()
+    angles = torch.outer(positions, inverse_frequencies(architecture))
     return torch.polar(torch.ones_like(angles), angles)

@@ -80,7 +80,8 @@ def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
     """
     given = _parser().parse_args(argv)
     config = _read_config(given.model_path)
-    architecture = Architecture(**json.loads(given.architecture)) if given.architecture else hf_architecture(config)
+    shape = json.loads(given.architecture) if given.architecture else None
+    architecture = hf_architecture(config) if shape is None else Architecture.from_dict(shape)
     dtype = _dtype(given.dtype, config)
     total = given.max_total_tokens
     if total is None:
