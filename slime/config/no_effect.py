@@ -60,12 +60,35 @@ TABLE: tuple[NoEffect, ...] = (
         "there is no tensor parallelism to share sequences over",
     ),
     NoEffect(
-        ("kl_loss_coef", "kl_loss_type"),
+        ("kl_loss_coef",),
         lambda a: not a.use_kl_loss and a.kl_loss_coef > 0,
         "the loss has a KL term only with --use-kl-loss",
         "add --use-kl-loss",
     ),
+    NoEffect(
+        ("kl_loss_type",),
+        lambda a: not a.use_kl_loss and not a.log_ref_kl,
+        "the loss has a KL term only with --use-kl-loss",
+        "add --use-kl-loss",
+    ),
     NoEffect(_POLICY, lambda a: a.loss_type == "sft_loss", "--loss-type sft_loss has neither ratio nor reference"),
+    NoEffect(
+        ("lr",),
+        lambda a: a.lr == 0 and a.num_rollout != 0 and not a.debug_rollout_only,
+        "no weight ever changes",
+        "raise it",
+    ),
+    NoEffect(("weight_decay",), lambda a: a.lr == 0 and a.weight_decay > 0, "it is multiplied by --lr 0"),
+    NoEffect(
+        ("balance_data",),
+        lambda a: a.balance_data and a.data_parallel_size == 1,
+        "there is one data-parallel rank, to which everything goes",
+    ),
+    NoEffect(
+        ("rollout_shuffle",),
+        lambda a: a.rollout_shuffle and (a.num_rollout == 0 or a.debug_train_only),
+        "no training prompts are read",
+    ),
     NoEffect(("gamma", "lambd"), lambda a: a.advantage_estimator == "grpo", "grpo has neither discount nor GAE"),
     NoEffect(("tis_clip", "tis_clip_low"), lambda a: not a.use_tis, "it belongs to --use-tis", "add --use-tis"),
     NoEffect(
@@ -84,6 +107,16 @@ TABLE: tuple[NoEffect, ...] = (
         ("refill_granularity", "max_empty_waves"),
         lambda a: a.dynamic_sampling_filter_path is None,
         "without --dynamic-sampling-filter-path no group is dropped by a filter",
+    ),
+    NoEffect(
+        ("partial_rollout",),
+        lambda a: (
+            a.partial_rollout
+            and a.over_sampling_batch_size == a.rollout_batch_size
+            and a.dynamic_sampling_filter_path is None
+        ),
+        "nothing is sampled beyond what is needed, so nothing is ever left unfinished",
+        "raise --over-sampling-batch-size",
     ),
     NoEffect(
         ("mask_offpolicy_in_partial_rollout",),

@@ -13,6 +13,7 @@ from slime.config.file_rules import debug_data, eval_files, files_of_rollouts, h
 from slime.config.megatron_fields import megatron_decided, megatron_known
 from slime.config.no_effect import no_effect
 from slime.config.not_built import REWARD_TYPES, not_built
+from slime.config.path_rules import directories, tokenizer, weight_files
 from slime.config.problem import Problem
 
 __all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
@@ -256,6 +257,14 @@ def parallel_sizes(case: Case) -> Iterable[Problem]:
         yield case.error("pipeline_model_parallel_size", rule, "add --decoder-last-pipeline-num-layers")
 
 
+def experts(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.num_experts is None:
+        for field in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if (vars(args)[field] or 1) > 1:
+                yield case.error(field, "the model has no experts to share", "leave it out, or make it 1")
+
+
 def recompute(case: Case) -> Iterable[Problem]:
     args = case.args
     if args.recompute_granularity == "full" and (args.recompute_method is None or args.recompute_num_layers is None):
@@ -327,6 +336,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     evaluation,
     saving,
     parallel_sizes,
+    experts,
     recompute,
     precision,
     schedule,
@@ -334,6 +344,9 @@ TRAINING_RULES: tuple[Rule, ...] = (
     megatron_known,
     prompt_file,
     eval_files,
+    tokenizer,
+    directories,
+    weight_files,
     weights,
     files_of_rollouts,
     debug_data,

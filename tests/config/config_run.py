@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,14 @@ class Run:
 
     def warnings(self, *more: str) -> list[str]:
         return [str(problem) for problem in self.load(*more)[1]]
+
+
+def write_tokenizer(hf: Path, *, largest_id: int, template: bool = True, eos: str = "<|end|>") -> None:
+    vocabulary = {f"t{i}": i for i in range(largest_id)}
+    tokenizer: dict[str, Any] = {
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"},
+        "added_tokens": [{"id": largest_id, "content": eos, "special": True}],
+    }
+    (hf / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"eos_token": eos} | ({"chat_template": "{{ messages }}"} if template else {})
+    (hf / "tokenizer_config.json").write_text(json.dumps(settings))

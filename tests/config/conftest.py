@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from config_run import GLM4_TINY, MESSAGE, Run
+from config_run import GLM4_TINY, MESSAGE, Run, write_tokenizer
 
 
 @pytest.fixture
@@ -14,6 +14,7 @@ def run(tmp_path: Path) -> Run:
     run = Run(tmp_path)
     run.hf.mkdir()
     (run.hf / "config.json").write_text(json.dumps(GLM4_TINY))
+    write_tokenizer(run.hf, largest_id=20)
     run.data.write_text(json.dumps(MESSAGE) + "\n")
     run.base = [
         *("--hf-checkpoint", str(run.hf), "--ref-load", str(run.hf), "--prompt-data", str(run.data)),

@@ -1,0 +1,164 @@
+"""Rules about directories that a run reads and writes, and about the tokenizer in the HF directory.
+
+Path: part of `rules`, beside `file_rules`. Invariant: files are read as data here; transformers is not loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from slime.config.case import Case
+from slime.config.problem import Problem
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+"""A tokenizer is one of these, at least."""
+
+
+def directories(case: Case) -> Iterable[Problem]:
+    """What has to be a directory is no file."""
+    for field in ("load", "save", "ref_load", "log_dir", "tensorboard_dir"):
+        path: str | None = vars(case.args)[field]
+        if field in case.given and path is not None and Path(path).is_file():
+            yield case.error(field, "is a file, not a directory", "name a directory")
+
+
+def tokenizer(case: Case) -> Iterable[Problem]:
+    """--hf-checkpoint's tokenizer is there, is the model's own, and has the chat template that is asked for."""
+    args = case.args
+    folder = Path(args.hf_checkpoint or "")
+    if args.hf_checkpoint is None or not _readable(folder / "config.json"):
+        return  # another rule's error
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        yield case.missing("hf_checkpoint", "there is no tokenizer", "name a whole HF directory")
+        return
+    try:
+        ids = _token_ids(folder)
+        settings = _json(folder / "tokenizer_config.json")
+        end_ids = _end_ids(folder)
+    except (OSError, ValueError) as error:
+        rule, remedy = f"{error}", "download the directory again"
+        yield case.error("hf_checkpoint", rule, remedy)
+        return
+    if args.apply_chat_template and not _has_chat_template(folder, settings):
+        remedy = "add chat_template.jinja there, or take a chat model"
+        rule = f"there is no chat template in {folder}"
+        yield case.error("apply_chat_template", rule, remedy, beside=["hf_checkpoint"])
+    if not ids:
+        return  # of another kind than tokenizer.json; its ids are checked when it is loaded
+    token, largest = max(ids.items(), key=lambda item: item[1])
+    size = None if args.architecture is None else args.architecture.vocab_size
+    if size is not None and largest >= size:
+        rule = f"tokenizer.json has token {largest} ({token!r}), and the model's vocabulary ends at {size - 1}"
+        yield case.error("hf_checkpoint", rule, "put the model's own tokenizer there", beside=["vocab_size"])
+    end = _text(settings.get("eos_token"))
+    if end is not None and end_ids and ids.get(end) not in (None, *end_ids):
+        listed = ", ".join(str(number) for number in end_ids)
+        rule = f"the tokenizer's end-of-text token is {ids[end]} ({end!r}), and the model's config has {listed}"
+        yield case.warning("hf_checkpoint", rule, "see whether tokenizer and weights belong together")
+
+
+def weight_files(case: Case) -> Iterable[Problem]:
+    """Every safetensors file of an HF directory is there, and as long as its header says."""
+    args = case.args
+    for field in ("hf_checkpoint", "ref_load", "load"):
+        path: str | None = vars(args)[field]
+        if path is None or not (Path(path) / "config.json").is_file():
+            continue
+        for file in _safetensors_files(Path(path)):
+            fault = _damage(file)
+            if fault is not None:
+                yield case.error(field, f"{file.name} {fault}", "download or export it again")
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    """Those in the index, whether or not they are there, else those that are."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = cast(dict[str, str], _json(index).get("weight_map") or {}).values()
+    except ValueError:
+        return [index]
+    return sorted({folder / name for name in names}) or sorted(folder.glob("*.safetensors"))
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a safetensors file by its size; None: nothing. The numbers in it are not read."""
+    if file.suffix == ".json":
+        return "cannot be read"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(header_size)) if 8 + header_size <= size else None
+        if header is None and size >= 8:
+            return f"is cut short: its header alone is {header_size} bytes, the file {size}"
+        entries = [entry for name, entry in cast(dict[str, Any], header or []).items() if name != "__metadata__"]
+        expected = 8 + header_size + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+    except FileNotFoundError:
+        return "is missing, and model.safetensors.index.json lists it"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return "is no safetensors file"
+    return None if size == expected else f"has {size} bytes, and by its header it should have {expected}"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no file. Raises OSError, ValueError with the file's name."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read ({error})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path.name} cannot be read (it holds no JSON object)")
+    return cast(dict[str, Any], data)
+
+
+def _readable(path: Path) -> bool:
+    try:
+        return bool(_json(path))
+    except (OSError, ValueError):
+        return False
+
+
+def _token_ids(folder: Path) -> dict[str, int]:
+    """Token -> id by tokenizer.json, added tokens too; empty where there is no such file."""
+    data = _json(folder / "tokenizer.json")
+    if not data:
+        return {}
+    try:
+        vocabulary = data["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [token, score] by id
+            entries = cast(list[list[Any]], vocabulary)
+            ids = {str(entry[0]): number for number, entry in enumerate(entries)}
+        else:
+            ids = {str(token): int(number) for token, number in cast(dict[str, Any], vocabulary).items()}
+        for added in cast(list[dict[str, Any]], data.get("added_tokens") or []):
+            ids[str(added["content"])] = int(added["id"])
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"tokenizer.json cannot be read ({type(error).__name__}: {error})") from error
+    return ids
+
+
+def _end_ids(folder: Path) -> list[int]:
+    """The ids that end a text by config.json and generation_config.json."""
+    found: list[int] = []
+    for name in ("config.json", "generation_config.json"):
+        value = _json(folder / name).get("eos_token_id")
+        found += cast(list[int], value) if isinstance(value, list) else [] if value is None else [value]
+    return sorted(set(found))
+
+
+def _has_chat_template(folder: Path, settings: Mapping[str, Any]) -> bool:
+    files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    return bool(settings.get("chat_template")) or any((folder / name).exists() for name in files)
+
+
+def _text(token: Any) -> str | None:
+    """A special token of tokenizer_config.json: its text, or an object with `content`."""
+    content = cast(dict[str, Any], token).get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
