@@ -1,0 +1,350 @@
+"""Every family at every layout against an independent step: transformers' model, the papers' loss, torch's AdamW.
+
+What is compared with it: log-probs before the step, loss and gradient norm, and the weights after it. Weights come in
+from a Hugging Face directory and go out again bit for bit, and every layout loads what any other has saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import runs
+import tiny
+import torch
+from runs import Arrays, difference
+from torch import Tensor
+from worker_pool import WorkerPool
+
+from slime.config.args import Args
+from slime.core.batch import TrainBatch
+from slime.megatron.build import unwrap
+from slime.megatron.checkpoint import find_checkpoint, load_checkpoint
+from slime.megatron.trainer import Trainer
+from slime.models.hf_files import HFReader
+
+pytestmark = pytest.mark.dist
+
+FAMILIES = (*tiny.FAMILIES, "qwen3-tied")
+TIED = "qwen2"
+SINGLE = "1 process"
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    SINGLE: (1, {}),
+    "TP2": (2, {"tensor_model_parallel_size": 2}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "TP2 x PP2": (
+        4,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
+    ),
+}
+"""Processes and flags."""
+
+TOLERANCE = 1e-5
+STEP_TOLERANCE = 1e-3
+"""Of what a step moves, which is far less than the weights are. Where a gradient is all rounding, so is the move."""
+FLAGS: dict[str, Any] = {
+    "lr": 1e-2,
+    "adam_eps": 1e-3,  # a small one makes Adam's first step lr x sign(gradient): whole steps of nothing but rounding
+    "weight_decay": 0.1,
+    "clip_grad": 0.5,
+    "use_kl_loss": True,
+    "kl_loss_coef": 0.1,
+    "kl_loss_type": "k3",
+    "entropy_coef": 0.01,
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """By hand: log-probs before the first step, then of each step what it saw and the weights that it left."""
+
+    log_probs: np.ndarray
+    losses: list[float]
+    norms: list[float]
+    start: Arrays
+    weights: list[Arrays]
+
+
+def _batches() -> list[TrainBatch]:
+    return [tiny.random_batch(seed=seed, with_rollout=False) for seed in (0, 1)]
+
+
+def _arrays(model: torch.nn.Module) -> Arrays:
+    return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+
+
+def _log_prob_rows(model: torch.nn.Module, batch: TrainBatch, temperature: float) -> list[tuple[Tensor, Tensor]]:
+    """Log-probs of each sample's response, and the entropies there; one sample after another, nothing packed."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for row, length in zip(batch.rows("tokens"), batch.response_lengths_N.tolist(), strict=True):
+        tokens = torch.from_numpy(row)
+        log_probs = (model(tokens[None]).logits[0, -length - 1 : -1] / temperature).log_softmax(-1)
+        chosen = log_probs.gather(1, tokens[-length:, None])[:, 0]
+        found.append((chosen, -(log_probs.exp() * log_probs).sum(-1)))
+    return found
+
+
+def _loss(model: torch.nn.Module, reference: torch.nn.Module, batch: TrainBatch, temperature: float) -> Tensor:
+    """GRPO (arXiv:2402.03300): the mean over samples of each one's mean over tokens; the old policy is the current."""
+    with torch.no_grad():
+        reference_rows = _log_prob_rows(reference, batch, temperature)
+    rewards, groups = batch.columns["rewards"], batch.columns["group_indices"]
+    losses: list[Tensor] = []
+    for row, (chosen, entropy) in enumerate(_log_prob_rows(model, batch, temperature)):
+        group = rewards[groups == groups[row]]
+        advantage = float((rewards[row] - group.mean()) / (group.std(ddof=1) + 1e-6))
+        gap = reference_rows[row][0] - chosen
+        per_token = (
+            -(chosen - chosen.detach()).exp() * advantage
+            + FLAGS["kl_loss_coef"] * (gap.exp() - gap - 1)
+            - FLAGS["entropy_coef"] * entropy
+        )
+        mask = torch.from_numpy(batch.rows("loss_mask")[row])
+        losses.append((per_token * mask).sum() / mask.sum())
+    return torch.stack(losses).mean()
+
+
+@cache
+def _expected(family: str, num_layers: int = 2) -> Expected:
+    model = tiny.hf_model(family, num_layers=num_layers)
+    reference = tiny.hf_model(family, seed=1, num_layers=num_layers)
+    args = Args()
+    temperature = 0.8
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        # Megatron decays no biases and norms
+        [{"params": matrices, "weight_decay": FLAGS["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
+        lr=FLAGS["lr"],
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=FLAGS["adam_eps"],
+    )
+    batches = _batches()
+    with torch.no_grad():
+        log_probs = torch.cat([chosen for chosen, _ in _log_prob_rows(model, batches[0], temperature)])
+    found = Expected(log_probs.numpy(), [], [], _arrays(model), [])
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = _loss(model, reference, batch, temperature)
+        loss.backward()
+        found.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), FLAGS["clip_grad"])))
+        optimizer.step()
+        found.losses.append(loss.item())
+        found.weights.append(_arrays(model))
+    return found
+
+
+@dataclass
+class Found:
+    names: list[str]
+    log_probs: np.ndarray
+    metrics: dict[str, float]
+    weights: Arrays
+    num_layers: int
+    """Of this rank's stage."""
+    tied: list[Tensor]
+    """This rank's rows of the embedding and of a tied output layer, where it has them."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """Directories of a family's actor and of its reference."""
+
+    @cache
+    def directories(family: str, num_layers: int = 2) -> tuple[Path, Path]:
+        root = tmp_path_factory.mktemp(family)
+        actor, reference = (
+            tiny.hf_dir(root / name, family, seed=seed, num_layers=num_layers)
+            for seed, name in enumerate(("actor", "reference"))
+        )
+        return actor, reference
+
+    return directories
+
+
+def _args(models: Callable[..., tuple[Path, Path]], family: str, layout: str, **changes: Any) -> Args:
+    actor, reference = models(family, changes.pop("num_layers", 2))
+    return tiny.make_args(
+        actor, **{**FLAGS, **LAYOUTS[layout][1], "load": str(actor), "ref_load": str(reference), **changes}
+    )
+
+
+class _Shifted(Trainer):
+    """A trainer with a bug: each stage takes itself for another one when it names its layers."""
+
+    def load(self) -> Any:
+        for layer in unwrap(self.model).decoder.layers:
+            layer.layer_number = self._shape.num_layers + 1 - layer.layer_number
+        return super().load()
+
+
+def _unshared() -> AbstractContextManager[Any]:
+    """A bug: both copies of a tied embedding keep their own gradient."""
+    return patch("megatron.core.distributed.finalize_model_grads._allreduce_word_embedding_grads")
+
+
+def _one_step(rank: int, world_size: int, init_method: str, args: Args, export: Path, bug: str | None = None) -> Found:
+    """Load, export, take one step, save."""
+    kind = _Shifted if bug == "shifted" else Trainer
+    trainer = kind(args, rank=rank, world_size=world_size, init_method=init_method)
+    try:
+        trainer.load()
+        trainer.save_hf(export)
+        names = [name for name, _ in trainer.iter_hf_tensors()]
+        batch = _batches()[0]
+        log_probs = trainer.log_probs(batch)
+        with _unshared() if bug == "unshared" else nullcontext():
+            metrics = trainer.train(0, batch)
+        if args.save is not None:
+            trainer.save(0, {})
+        core = unwrap(trainer.model)
+        return Found(names, log_probs, metrics, runs.weights(trainer), len(core.decoder.layers), _tied(trainer))
+    finally:
+        trainer.close()
+
+
+def _tied(trainer: Trainer) -> list[Tensor]:
+    core = unwrap(trainer.model)
+    if not core.share_embeddings_and_output_weights or not (core.pre_process or core.post_process):
+        return []
+    return [core.shared_embedding_or_output_weight().detach().clone()]
+
+
+def _run(workers: WorkerPool, args: Args, layout: str, tmp_path: Path, bug: str | None = None) -> Found:
+    """Of rank 0; every rank has to have come to the same."""
+    found = workers.run(LAYOUTS[layout][0], _one_step, args, tmp_path / "export", bug)
+    for other in found[1:]:
+        times = {name for name in other.metrics if name.startswith("time/") or name.endswith("per_second")}
+        assert {k: v for k, v in other.metrics.items() if k not in times} == {
+            k: v for k, v in found[0].metrics.items() if k not in times
+        }
+        assert np.array_equal(other.log_probs, found[0].log_probs) and other.names == found[0].names
+        assert difference(other.weights, found[0].weights) == 0
+    return replace(found[0], tied=[rows for rank in found for rows in rank.tied])
+
+
+def _misses(found: Found, expected: Expected) -> dict[str, float]:
+    """How far each compared thing is off, in units of what it may be."""
+    start, weights = expected.start, expected.weights[0]
+    moved = {name: found.weights[name] - start[name] for name in start}
+    loss, norm = (found.metrics[f"train/{name}"] for name in ("loss", "grad_norm"))
+    return {
+        "log-probs": difference({"": found.log_probs}, {"": expected.log_probs}) / TOLERANCE,
+        "loss": abs(loss / expected.losses[0] - 1) / TOLERANCE,
+        "norm": abs(norm / expected.norms[0] - 1) / TOLERANCE,
+        "weights": difference(found.weights, weights) / TOLERANCE,
+        "move": difference(moved, {name: weights[name] - start[name] for name in start}) / STEP_TOLERANCE,
+    }
+
+
+def _same_bits(export: Path, source: Path) -> bool:
+    found, expected = HFReader(export), HFReader(source)
+    return sorted(found.names()) == sorted(expected.names()) and all(
+        torch.equal(found.get(name), expected.get(name)) for name in expected.names()
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_step(family: str, layout: str, workers: WorkerPool, models: Any, tmp_path: Path) -> None:
+    found = _run(workers, _args(models, family, layout), layout, tmp_path)
+    misses = _misses(found, _expected(family))
+    print(family, layout, {k: round(v, 3) for k, v in misses.items()})
+    assert max(misses.values()) <= 1, misses
+    assert _same_bits(tmp_path / "export", models(family)[0])
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "PP2" in name])
+def test_both_copies_of_a_tied_embedding_stay_one(
+    layout: str, workers: WorkerPool, models: Any, tmp_path: Path
+) -> None:
+    """The first stage embeds with it, the last one predicts with its own copy, and each sees half of the gradient."""
+    args = _args(models, TIED, layout)
+    tied = _run(workers, args, layout, tmp_path).tied
+    first, last = tied[: len(tied) // 2], tied[len(tied) // 2 :]
+    assert len(first) == args.tensor_model_parallel_size
+    assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
+
+
+def test_controls(workers: WorkerPool, models: Any, tmp_path: Path) -> None:
+    """Each bug is seen, and by what it should be seen."""
+
+    def misses(bug: str | None = None, **flags: Any) -> tuple[set[str], Found]:
+        found = _run(workers, _args(models, TIED, "PP2", **flags), "PP2", tmp_path, bug)
+        return {name for name, miss in _misses(found, _expected(TIED)).items() if miss > 1}, found
+
+    wrong, _ = misses("shifted")
+    assert wrong == {"log-probs", "loss", "norm", "weights", "move"}
+    assert _same_bits(tmp_path / "export", models(TIED)[0])  # what comes in goes out: a round trip does not notice
+    wrong, found = misses("unshared")
+    assert wrong == {"norm", "weights", "move"} and not torch.equal(*found.tied)
+    wrong, _ = misses(calculate_per_token_loss=True)  # another denominator
+    assert wrong == {"loss", "norm", "weights", "move"}
+    wrong, _ = misses(clip_grad=1.0)
+    assert wrong == {"weights", "move"}
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_uneven_stages(last: int, workers: WorkerPool, models: Any, tmp_path: Path) -> None:
+    args = _args(models, TIED, "PP2", num_layers=3, decoder_last_pipeline_num_layers=last)
+    found = workers.run(2, _one_step, args, tmp_path / "export")
+    assert [stage.num_layers for stage in found] == [3 - last, last]
+    misses = _misses(found[0], _expected(TIED, num_layers=3))
+    assert max(misses.values()) <= 1, misses
+    assert _same_bits(tmp_path / "export", models(TIED, 3)[0])
+
+
+def test_one_stage_is_the_whole_model(workers: WorkerPool, models: Any, tmp_path: Path) -> None:
+    """Megatron alone would build the last stage's layers and no others."""
+    args = _args(models, TIED, SINGLE, num_layers=3, decoder_last_pipeline_num_layers=1)
+    assert workers.run(1, _one_step, args, tmp_path / "export")[0].num_layers == 3
+
+
+def _second_steps(
+    rank: int, world_size: int, init_method: str, args: Args, saved: dict[str, str], with_optimizer: bool
+) -> dict[str, Found]:
+    """One more step from each checkpoint, all in this layout."""
+    trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+    try:
+        trainer.load()  # the reference
+        batch = _batches()[1]
+        found: dict[str, Found] = {}
+        for name, path in saved.items():
+            checkpoint = find_checkpoint(path)
+            assert checkpoint is not None
+            load_checkpoint(checkpoint, model=trainer.model, optimizer=trainer.optimizer if with_optimizer else None)
+            log_probs = trainer.log_probs(batch)
+            metrics = trainer.train(1, batch)
+            found[name] = Found([], log_probs, metrics, runs.weights(trainer), 0, _tied(trainer))
+        return found
+    finally:
+        trainer.close()
+
+
+def test_every_layout_goes_on_from_every_other(
+    workers: WorkerPool, models: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Saved after the first step, loaded, and the second step taken: with the optimizer's state, or it is noticed."""
+    family = TIED
+    root = tmp_path_factory.mktemp("saved")
+    saved = {layout: str(root / layout) for layout in LAYOUTS}
+    for layout, path in saved.items():
+        workers.run(LAYOUTS[layout][0], _one_step, _args(models, family, layout, save=path), root / "export")
+    expected = _expected(family).weights[1]
+    log_probs: dict[str, np.ndarray] = {}
+    for layout, (ranks, _) in LAYOUTS.items():
+        for found in workers.run(ranks, _second_steps, _args(models, family, layout), saved, True):
+            for source, after in found.items():
+                assert difference(after.weights, expected) <= TOLERANCE, (source, layout)
+                close = np.abs(after.log_probs - log_probs.setdefault("first", after.log_probs)).max()
+                assert close <= 1e-4, (source, layout)
+    for layout in (SINGLE, "PP2"):  # controls: other moments, no moments
+        found = workers.run(LAYOUTS[layout][0], _second_steps, _args(models, family, layout), saved, False)[0]
+        assert all(difference(after.weights, expected) > 10 * TOLERANCE for after in found.values())
