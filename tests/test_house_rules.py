@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from slime.config.args import Args
-from slime.core.plugins import HOOKS, check_signature, load
+from slime.core.plugins import HOOKS, check_signature, hook_path, load
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "slime"
@@ -161,7 +161,7 @@ def test_documented_paths_import(path: Path) -> None:
         load(dotted)
 
 
-HOOK_DEFAULTS = {name: asdict(Args())[name] for name in HOOKS}
+HOOK_DEFAULTS = {name: hook_path(asdict(Args())[name]) for name in HOOKS}
 
 
 @pytest.mark.parametrize("name", [name for name, default in HOOK_DEFAULTS.items() if default is not None])

@@ -1,6 +1,6 @@
 """Rules about files and user code: what a real run reads has to be there, and readable, before anything starts.
 
-Path: part of `rules`. Invariant: in a --dry-run a missing path is a warning, and no data file is read.
+Path: part of `rules`. Invariant: in a --dry-run a missing path is a warning, and no row of a data file is looked at.
 """
 
 from __future__ import annotations
@@ -9,44 +9,49 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slime.config.case import Case
-from slime.config.data_files import check_jsonl, split_slice
+from slime.config.data_check import check_rows
+from slime.config.data_files import SUFFIXES, DataKeys, split_slice
 from slime.config.eval_data import EvalDataset, eval_datasets, sets_with_rm_type
-from slime.config.options import HookOptions
+from slime.config.options import HookOptions, RolloutOptions
 from slime.config.problem import Problem
-from slime.core.plugins import HOOKS, load_hook
+from slime.core.plugins import HOOKS, hook_path, load_hook
 
 
 def prompt_file(case: Case) -> Iterable[Problem]:
-    """--prompt-data: given, there, and every line of it usable."""
+    """--prompt-data: given, there, and every row of it usable."""
     args = case.args
     if args.num_rollout == 0 or args.debug_train_only:
         return
     own_source = args.data_source_path == HookOptions().data_source_path
     if args.prompt_data is None:
         if own_source and args.load_debug_rollout_data is None:
-            yield case.missing("prompt_data", "not given; the prompts come from it", "name a jsonl file")
+            yield case.missing("prompt_data", "not given; the prompts come from it", "name a jsonl or parquet file")
         return
     if own_source:
-        yield from _data_file(case, "prompt_data", args.prompt_data, args.input_key, args.label_key)
+        keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
+        asked = [args.metadata_key] if args.metadata_key != RolloutOptions.metadata_key else []
+        asked += [args.tool_key] if args.tool_key is not None else []
+        yield from _data_file(case, "prompt_data", args.prompt_data, keys, tuple(asked))
 
 
-def _data_file(case: Case, field: str, path: str, input_key: str, label_key: str | None) -> Iterable[Problem]:
+def _data_file(case: Case, field: str, path: str, keys: DataKeys, needs: tuple[str, ...] = ()) -> Iterable[Problem]:
     try:
         file, _ = split_slice(path)
     except ValueError as error:
         yield case.error(field, str(error), "a slice is path@[start:stop]")
         return
+    suffix = Path(file).suffix
     if not Path(file).is_file():
-        yield case.missing(field, f"there is no file {file}", "name a jsonl file")
-    elif case.real and file.endswith((".jsonl", ".json")):
-        try:
-            yield from check_jsonl(path, input_key, label_key, chat_template=case.args.apply_chat_template)
-        except OSError as error:
-            yield case.error(field, f"cannot be read ({error.strerror})", "name a readable jsonl file")
+        yield case.missing(field, f"there is no file {file}", "name a jsonl or parquet file")
+    elif suffix not in SUFFIXES:
+        rule = f"{file}: {suffix or 'no suffix'} is no kind of data file"
+        yield case.error(field, rule, f"name one in {', '.join(SUFFIXES)}")
+    elif case.real:
+        yield from check_rows(path, keys, chat_template=case.args.apply_chat_template, needs=needs)
 
 
 def eval_files(case: Case) -> Iterable[Problem]:
-    """The evaluation sets: well-formed, there, and usable line by line."""
+    """The evaluation sets: well-formed, there, and usable row by row."""
     args = case.args
     field = "eval_prompt_data" if args.eval_config is None else "eval_config"
     if args.eval_config is not None and not Path(args.eval_config).is_file():
@@ -64,7 +69,8 @@ def eval_files(case: Case) -> Iterable[Problem]:
         rule = f"its rm_type of {', '.join(names)} is never asked: --custom-rm-path {args.custom_rm_path} judges"
         yield case.error("eval_config", rule, "leave one of the two out", beside=["custom_rm_path"])
     for dataset in datasets:
-        yield from _data_file(case, field, dataset.path, dataset.input_key, dataset.label_key)
+        keys = DataKeys.of(args, input_key=dataset.input_key, label_key=dataset.label_key)
+        yield from _data_file(case, field, dataset.path, keys)
         if dataset.rm_type is None and args.custom_rm_path is None:
             yield case.warning(field, f"{dataset.name} has no reward of its own", _METADATA_REMEDY)
         if needs_label(dataset.rm_type) and dataset.label_key is None and args.custom_rm_path is None:
@@ -76,7 +82,7 @@ def needs_label(rm_type: str | None) -> bool:
     return rm_type not in (None, "random", "remote_rm")
 
 
-_METADATA_REMEDY = "every line then needs metadata.rm_type; or add --rm-type or --custom-rm-path"
+_METADATA_REMEDY = "every row then needs metadata.rm_type; or add --rm-type or --custom-rm-path"
 
 
 def reward(case: Case) -> Iterable[Problem]:
@@ -157,7 +163,7 @@ def hooks(case: Case) -> Iterable[Problem]:
     """Every dotted path given can be imported, and called as its place calls it."""
     defaults = HookOptions()
     for name in HOOKS:
-        path: str | None = vars(case.args)[name]
+        path = hook_path(vars(case.args)[name])
         if path is None or path == vars(defaults).get(name):
             continue
         try:

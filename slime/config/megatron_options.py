@@ -41,11 +41,17 @@ class ArchitectureOptions:
     rotary_base: float | None = flag(None, "RoPE base.", gt=0)
     rotary_percent: float | None = flag(None, "Share of a head that is rotated.", gt=0, le=1)
     rotary_interleaved: bool | None = flag(None, "Rotate neighbouring pairs instead of halves.")
-    use_rope_scaling: bool | None = flag(None, "Llama 3's RoPE scaling.")
-    rotary_scaling_factor: float | None = flag(None, "Its factor.", gt=0)
+    use_rope_scaling: bool | None = flag(None, "Llama 3's RoPE scaling; what config.json leaves open is Llama 3.1's.")
+    rotary_scaling_factor: float | None = flag(None, "Its factor; 8 where config.json has none.", gt=0)
     no_rope_fusion: bool = flag(False, "Unfused RoPE (always so here).")
     num_experts: int | None = flag(None, "Experts of a mixture-of-experts layer.", ge=1)
-    spec: tuple[str, ...] = flag((), "Module and function of a custom layer spec.", nargs=2, metavar="MODULE FUNCTION")
+    spec: tuple[str, ...] = flag(
+        (),
+        "Your own transformer layer: `function(args, config)` returns Megatron's ModuleSpec of one. The engines have "
+        "to compute the same function; --logprob-gap-alarm tells where they do not.",
+        nargs=2,
+        metavar="MODULE FUNCTION",
+    )
     attention_dropout: float = flag(0.0, "Dropout in attention; 0 in RL.", ge=0, lt=1)
     hidden_dropout: float = flag(0.0, "Dropout elsewhere; 0 in RL.", ge=0, lt=1)
     attention_backend: str = flag("auto", "Accepted for Megatron's sake; attention is PyTorch's varlen.")

@@ -101,6 +101,13 @@ HOOKS: Mapping[str, Hook] = {
         "(loss [R], dict of per-token metrics [R]), as slime.algo.losses.policy_loss",
         "once a micro-batch",
     ),
+    "spec": Hook(
+        "--spec",
+        ("args", "config"),
+        "megatron's ModuleSpec of one transformer layer; slime.megatron.layers.built_in_layer_spec returns the one it "
+        "replaces, `config` is megatron's TransformerConfig",
+        "once, when the model is built",
+    ),
     "custom_convert_samples_to_train_data_path": Hook(
         "--custom-convert-samples-to-train-data-path",
         ("args", "samples"),
@@ -114,6 +121,11 @@ HOOKS: Mapping[str, Hook] = {
         "once a rollout",
     ),
 }
+
+
+def hook_path(value: str | tuple[str, ...] | None) -> str | None:
+    """The dotted path in a hook's flag, None where it is not given; --spec has module and function apart."""
+    return ".".join(value) or None if isinstance(value, tuple) else value
 
 
 def load(path: str) -> Any:

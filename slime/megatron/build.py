@@ -148,7 +148,7 @@ def build_model(args: Args, *, wrap: bool) -> torch.nn.Module:
     with device.layer():
         config = transformer_config(args)
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        layers = [layer_spec(shape)] * get_num_layers_to_build(config, pp_rank=stage)
+        layers = [layer_spec(args, config)] * get_num_layers_to_build(config, pp_rank=stage)
         model: torch.nn.Module = PolicyModel(
             config,
             cast(Any, TransformerBlockSubmodules(layers, cast(Any, RMSNorm))),

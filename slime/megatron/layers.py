@@ -18,7 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from slime.core.architecture import Architecture
+from slime.config.args import Args
+from slime.core.plugins import hook_path, load_hook
 from slime.megatron.attention import PackedAttention
 
 
@@ -74,8 +75,40 @@ def _normed(bias_dropout_add: Callable[..., Any], norm: Callable[[], RMSNorm]) -
     return outer
 
 
-def layer_spec(shape: Architecture) -> ModuleSpec:
-    """One layer from Megatron's local modules, with our norm and our packed attention."""
+def layer_spec(args: Args, config: TransformerConfig) -> ModuleSpec:
+    """One layer: --spec's with packed attention in it, or the built-in one.
+
+    Raises:
+        ValueError: --spec's function does not return a layer.
+    """
+    path = hook_path(args.spec)
+    if path is None:
+        return built_in_layer_spec(args, config)
+    spec = load_hook("spec", path)(args, config)
+    parts = spec.submodules if isinstance(spec, ModuleSpec) else None
+    attention = parts.self_attention if isinstance(parts, TransformerLayerSubmodules) else None
+    inner = attention.submodules if isinstance(attention, ModuleSpec) else None
+    if not isinstance(inner, SelfAttentionSubmodules):
+        raise ValueError(
+            f"--spec {' '.join(args.spec)}: it returned {spec!r}; it has to return a ModuleSpec with "
+            "TransformerLayerSubmodules whose self_attention has SelfAttentionSubmodules: change a copy of what "
+            "slime.megatron.layers.built_in_layer_spec(args, config) returns"
+        )
+    if _is_megatrons(inner.core_attention):
+        inner.core_attention = PackedAttention
+    return spec
+
+
+def _is_megatrons(core_attention: object) -> bool:
+    """Whether it is one of Megatron's own, which see no rotary positions here, or cannot attend within a pack."""
+    module = core_attention.module if isinstance(core_attention, ModuleSpec) else core_attention
+    return isinstance(module, type) and module.__module__.startswith("megatron.")
+
+
+def built_in_layer_spec(args: Args, config: TransformerConfig) -> ModuleSpec:
+    """One layer from Megatron's local modules, with our norm and our packed attention; a new one at each call."""
+    shape = args.architecture
+    assert shape is not None
     spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_layernorm, normalization="RMSNorm")
     parts = spec.submodules
     assert isinstance(parts, TransformerLayerSubmodules)

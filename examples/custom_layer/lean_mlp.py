@@ -1,0 +1,53 @@
+"""A transformer layer of your own: the same function, with the MLP's activation recomputed instead of kept.
+
+    --spec examples.custom_layer.lean_mlp layer_spec
+
+--spec names a module and a function of it. The function gets slime's args and Megatron's TransformerConfig, and returns
+the ModuleSpec of one layer, from which every layer of the model is built. Start from the built-in one and change what
+you want. Four things have to hold:
+
+1. The layer's parameters keep their names and shapes, since the weight table moves them between Megatron, Hugging Face
+   and the engines. One that is new, missing or renamed stops the run when weights are loaded, and is named.
+2. The engines compute the same function. slime changes nothing in them: a layer that computes another function needs
+   engines that serve it. Where they do not, train/rollout log-probs part, and --logprob-gap-alarm says so.
+3. Attention is packed. A core attention of Megatron's own is replaced by slime.megatron.attention.PackedAttention,
+   which applies rotary positions and keeps a pack's sequences apart; one of yours stays, and has to do both.
+4. With --sequence-parallel, a parameter that every tensor-parallel rank holds whole needs `sequence_parallel = True`,
+   as slime.megatron.layers.RMSNorm's has, or its gradient is not summed over them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from slime.config.args import Args
+from slime.megatron.layers import built_in_layer_spec
+
+
+class LeanMLP(MLP):
+    """SwiGLU that does not keep silu(gate) for the backward pass: a quarter less memory between the linear layers."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> Any:
+        assert per_token_scale is None, "for experts"
+        gate_up, _no_bias = self.linear_fc1(hidden_states)
+        product = checkpoint(self.activation, gate_up, use_reentrant=False)
+        return self.linear_fc2(product)
+
+    @staticmethod
+    def activation(gate_up: Tensor) -> Tensor:
+        gate, up = torch.chunk(gate_up, 2, dim=-1)
+        return F.silu(gate) * up
+
+
+def layer_spec(args: Args, config: TransformerConfig) -> ModuleSpec:
+    spec = built_in_layer_spec(args, config)
+    spec.submodules.mlp.module = LeanMLP
+    return spec
