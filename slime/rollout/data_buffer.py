@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from slime.config.args import Args
+from slime.config.data_files import DataKeys
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
 from slime.rollout.filter_hub.buffer_filters import pop_first
-from slime.rollout.prompts import DataKeys, load_prompts
+from slime.rollout.prompts import load_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,14 +30,9 @@ class DataBuffer:
 
     def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase) -> None:
         if args.prompt_data is None:
-            raise ValueError("--prompt-data: not given, and the rollout needs prompts; name a jsonl file")
+            raise ValueError("--prompt-data: not given, and the rollout needs prompts; name a jsonl or parquet file")
         self._args = args
-        keys = DataKeys(
-            input_key=args.input_key,
-            label_key=args.label_key,
-            metadata_key=args.metadata_key,
-            tool_key=args.tool_key,
-        )
+        keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
         self._data = load_prompts(args.prompt_data, args, tokenizer, keys)
         self._filter = (
             pop_first if args.buffer_filter_path is None else load_hook("buffer_filter_path", args.buffer_filter_path)

@@ -16,12 +16,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from slime.config.args import Args
+from slime.config.data_files import DataKeys
 from slime.config.eval_data import EvalDataset, eval_datasets
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
 from slime.rollout.context import RolloutContext, request_slots
 from slime.rollout.generate import load_generate, rollout_sampling_params, sampling_seed
-from slime.rollout.prompts import DataKeys, PromptSet, load_prompts
+from slime.rollout.prompts import PromptSet, load_prompts
 from slime.rollout.rm_hub.deepscaler import boxed_answer
 from slime.rollout.rm_hub.registry import reward_type
 from slime.rollout.rollout_metrics import sample_metrics
@@ -39,12 +40,7 @@ class Evaluator:
         self._args = args
         self._data: list[tuple[EvalDataset, PromptSet]] = []
         for dataset in eval_datasets(args):
-            keys = DataKeys(
-                input_key=dataset.input_key,
-                label_key=dataset.label_key,
-                metadata_key=args.metadata_key,
-                tool_key=args.tool_key,
-            )
+            keys = DataKeys.of(args, input_key=dataset.input_key, label_key=dataset.label_key)
             self._data.append((dataset, load_prompts(dataset.path, args, tokenizer, keys)))
 
     async def run(self, rollout_id: int, context: RolloutContext) -> dict[str, float]:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from config_run import MESSAGE, Run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from slime.config.data_files import check_jsonl, split_slice
+from slime.config.data_check import check_rows
+from slime.config.data_files import DataError, DataKeys, Row, count_rows, read_rows, split_slice
 from slime.config.eval_data import eval_datasets
+
+KEYS = DataKeys(input_key="prompt", label_key="label", metadata_key="metadata", tool_key="tools")
+WITHOUT_LABEL = replace(KEYS, label_key=None)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +51,8 @@ def test_bad_slices(path: str) -> None:
         (json.dumps({"label": "2"}), "no key 'prompt'; it has label"),
         (json.dumps({"prompt": MESSAGE["prompt"]}), "no key 'label'; it has prompt"),
         (json.dumps(MESSAGE | {"label": None}), "'label' is None, not text or a number"),
+        (json.dumps(MESSAGE | {"metadata": "x"}), "'metadata' is 'x', not an object"),
+        (json.dumps(MESSAGE | {"tools": {"name": "f"}}), "'tools' is "),
         (json.dumps(MESSAGE | {"prompt": "text"}), "'prompt' is not a list of OpenAI messages"),
         (json.dumps(MESSAGE | {"prompt": []}), "'prompt' is not a list of OpenAI messages"),
         (json.dumps(MESSAGE | {"prompt": [{"content": "x"}]}), "'prompt' is not a list of OpenAI messages"),
@@ -48,32 +62,135 @@ def test_faults(tmp_path: Path, line: str, fault: str) -> None:
     file = tmp_path / "a.jsonl"
     good = json.dumps(MESSAGE | {"more": 1})
     file.write_text(f"{good}\n\n{line}\n{good}\n")
-    [problem] = check_jsonl(str(file), "prompt", "label", chat_template=True)
+    [problem] = check_rows(str(file), KEYS, chat_template=True)
     assert problem.where == f"{file}:3"
     assert problem.rule.startswith(fault)
-    assert check_jsonl(f"{file}@[0:1]", "prompt", "label", chat_template=True) == []
+    assert check_rows(f"{file}@[0:1]", KEYS, chat_template=True) == []
 
 
 def test_messages_need_the_template(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps(MESSAGE))
-    [problem] = check_jsonl(str(file), "prompt", chat_template=False)
+    [problem] = check_rows(str(file), WITHOUT_LABEL, chat_template=False)
     assert problem.remedy == "for OpenAI messages, add --apply-chat-template"
 
 
 def test_many_faults_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("x\n" * 12)
-    problems = check_jsonl(str(file), "prompt", chat_template=True)
+    problems = check_rows(str(file), WITHOUT_LABEL, chat_template=True)
     assert len(problems) == 6
-    assert problems[-1].rule == "7 more lines of 12 cannot be used"
+    assert problems[-1].rule == "7 more of 12 rows cannot be used"
 
 
 def test_an_empty_file(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("\n")
-    [problem] = check_jsonl(str(file), "prompt", chat_template=True)
+    [problem] = check_rows(str(file), WITHOUT_LABEL, chat_template=True)
     assert problem.rule == "holds no prompts"
+
+
+def test_a_key_that_was_asked_for_stands_somewhere(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(MESSAGE) + "\n" + json.dumps(MESSAGE | {"tools": []}))
+    assert check_rows(str(file), KEYS, chat_template=True, needs=("tools",)) == []
+    [problem] = check_rows(f"{file}@[:1]", KEYS, chat_template=True, needs=("tools",))
+    assert problem.rule == "no row has 'tools'"
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]], **more: pyarrow.Array) -> str:
+    """`rows`, in row groups that slices cut; `more`: columns whose types are not to be guessed."""
+    table = pyarrow.Table.from_struct_array(pyarrow.array(rows))
+    for name, column in more.items():
+        table = table.append_column(name, column)
+    pyarrow.parquet.write_table(table, path, row_group_size=3)
+    return str(path)
+
+
+def datas(path: str, keys: DataKeys = KEYS) -> list[dict[str, Any]]:
+    rows = list(read_rows(path, keys))
+    assert not [row for row in rows if isinstance(row, DataError)]
+    return [row.data for row in rows if isinstance(row, Row)]
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.just("user"), "content": TEXT}, optional={"name": TEXT}), min_size=1, max_size=3
+)
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "prompt": MESSAGES,
+            "label": st.integers(-(2**63), 2**63 - 1),
+            "metadata": st.fixed_dictionaries(
+                {"x": st.floats(allow_nan=False, allow_infinity=False)},
+                optional={"tags": st.lists(TEXT, max_size=2), "deep": st.fixed_dictionaries({"y": st.booleans()})},
+            ),
+            "unused": TEXT,
+        }
+    ),
+    min_size=1,
+    max_size=8,
+)
+BOUNDS = st.one_of(st.none(), st.integers(-10, 10))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=ROWS, start=BOUNDS, stop=BOUNDS)
+def test_parquet_gives_the_rows_of_jsonl(
+    tmp_path: Path, rows: list[dict[str, Any]], start: int | None, stop: int | None
+) -> None:
+    jsonl = tmp_path / "a.jsonl"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet = write_parquet(tmp_path / "a.parquet", rows)
+    part = f"@[{'' if start is None else start}:{'' if stop is None else stop}]"
+    expected = [{name: row[name] for name in row if name != "unused"} for row in rows[start:stop]]
+    assert datas(parquet + part) == expected
+    assert [{name: row[name] for name in row if name != "unused"} for row in datas(str(jsonl) + part)] == expected
+    assert json.dumps(datas(parquet + part), sort_keys=True) == json.dumps(expected, sort_keys=True), "same types, too"
+    assert count_rows(parquet + part) == count_rows(str(jsonl) + part) == len(expected)
+
+
+def test_what_parquet_holds_beside_json(tmp_path: Path) -> None:
+    """Bytes that are text, dates, decimals and maps; a struct's empty entries go, a row's own null stays."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": b"caf\xc3\xa9", "label": Decimal("12.50"), "metadata": {"day": date(2024, 2, 29), "n": None}},
+        {"prompt": b"b", "label": Decimal("7.00"), "metadata": None},
+    ]
+    maps = pyarrow.array([[("a", 1)], [("a", 2), ("b", 3)]], type=pyarrow.map_(pyarrow.string(), pyarrow.int8()))
+    path = write_parquet(tmp_path / "a.parquet", rows, tools=maps)
+    assert datas(path) == [
+        {"prompt": "caf\u00e9", "label": 12.5, "metadata": {"day": "2024-02-29"}, "tools": {"a": 1}},
+        {"prompt": "b", "label": 7, "metadata": None, "tools": {"a": 2, "b": 3}},
+    ]
+
+
+def test_faults_of_parquet_name_the_row(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "label": 1.0}] * 4 + [{"prompt": "a", "label": float("nan")}, {"prompt": "", "label": 1.0}]
+    path = write_parquet(tmp_path / "a.parquet", rows)
+    first, second = check_rows(f"{path}@[1:]", KEYS, chat_template=False)
+    assert (first.where, first.rule) == (f"{path}:row 4", "'label' is nan, not text or a number")
+    assert (second.where, second.rule) == (f"{path}:row 5", "'prompt' is empty")
+    assert check_rows(f"{path}@[:4]", KEYS, chat_template=False) == []
+    binary = write_parquet(tmp_path / "b.parquet", [{"prompt": b"\xff", "label": 1}])
+    [problem] = check_rows(binary, KEYS, chat_template=False)
+    assert problem.where == f"{binary}:row 0"
+    assert "can't decode" in problem.rule
+
+
+def test_parquet_files_that_cannot_be_read(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"prompt": "a", "answer": 1}])
+    [problem] = check_rows(path, KEYS, chat_template=False)
+    assert str(problem) == f"{path}: no column 'label'; it has prompt, answer; correct --label-key"
+    json_file = tmp_path / "b.parquet"
+    json_file.write_text(json.dumps(MESSAGE))
+    [problem] = check_rows(str(json_file), KEYS, chat_template=False)
+    assert "cannot be read (Parquet magic bytes not found" in problem.rule
+    whole = Path(path).read_bytes()
+    broken = tmp_path / "c.parquet"
+    broken.write_bytes(b"PAR1" + b"\0" * 60 + whole[64:])
+    [problem] = check_rows(str(broken), WITHOUT_LABEL, chat_template=False)
+    assert problem.where == f"{broken}, rows 0 to 0"
 
 
 def test_eval_sets(run: Run) -> None:

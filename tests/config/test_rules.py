@@ -253,11 +253,16 @@ def test_off_and_free_values_pass(run: Run, words: str) -> None:
     assert run.errors(*words.replace("TRAIN", str(run.data)).split()) == []
 
 
-def test_parquet_plans_but_does_not_run(run: Run) -> None:
+def test_data_files_of_other_kinds(run: Run) -> None:
     file = run.directory / "train.parquet"
     file.touch()
-    assert "convert the file to jsonl" in run.error("--prompt-data", str(file))
+    assert f"{file}: cannot be read (Parquet file size is 0 bytes)" in run.error("--prompt-data", str(file))
     assert run.errors("--prompt-data", str(file), "--dry-run") == []
+    file = run.directory / "train.csv"
+    file.touch()
+    assert ".csv is no kind of data file; name one in .jsonl, .json, .parquet" in run.error("--prompt-data", str(file))
+    error = run.error("--eval-interval", "1", "--eval-prompt-data", f"{file}@[:1]", "--dry-run")
+    assert ".csv is no kind of data file" in error
 
 
 def test_other_ways_to_run(run: Run) -> None:

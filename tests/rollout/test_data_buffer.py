@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
+from slime.config.data_files import DataKeys
 from slime.core.sample import Sample
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.filter_hub.buffer_filters import pop_first
+from slime.rollout.prompts import PromptSet, load_prompts
 
 Write = Callable[..., str]
 
@@ -97,6 +101,34 @@ def test_slices(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
         labels("@[5:5]")
 
 
+def test_parquet_gives_the_prompts_of_jsonl(
+    data_file: Write, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Optional keys of messages and tools that a parquet struct fills with null are not rendered as "None"."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": [{"role": "user", "content": f"{number}?"}], "label": number, "metadata": {"level": number}}
+        for number in range(5)
+    ]
+    rows[1]["prompt"].append({"role": "user", "content": "more", "name": "x"})
+    rows[2]["tools"] = [{"name": "f"}]
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_struct_array(pyarrow.array(rows)), path)
+
+    def load(file: str, **kwargs: Any) -> PromptSet:
+        args = _args(file, apply_chat_template=True, tool_key="tools", **kwargs)
+        return load_prompts(file, args, tokenizer, DataKeys.of(args, input_key="prompt", label_key="label"))
+
+    for part in ("", "@[-3:-1]"):
+        of_jsonl, of_parquet = load(data_file(rows) + part), load(f"{path}{part}")
+        assert of_jsonl.prompts == of_parquet.prompts
+        assert {type(prompt.label) for prompt in of_parquet.prompts} == {str}
+    assert "None" not in tokenizer.decode(of_parquet.prompts[0].tokens)
+    state = DataBuffer(_args(str(path), apply_chat_template=True), tokenizer).state_dict()
+    json.dumps(state)
+    with pytest.raises(ValueError, match=r"data\.parquet: no column 'text'; it has prompt, label, metadata"):
+        DataBuffer(_args(str(path), input_key="text"), tokenizer)
+
+
 def test_prompts_without_room_are_left_out_counted_and_named(
     data_file: Write, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,7 +137,7 @@ def test_prompts_without_room_are_left_out_counted_and_named(
     assert _labels(buffer.get_groups(2, rollout_id=0)) == [5, 8]
     assert buffer.num_prompts == 2
     assert "2 of 4 prompts left out" in caplog.text
-    assert "lines 2, 4" in caplog.text
+    assert "lines or rows 2, 4" in caplog.text
     with pytest.raises(ValueError, match="no prompt"):
         DataBuffer(_args(data_file(rows), rollout_max_context_len=5), tokenizer)
 
@@ -113,39 +145,38 @@ def test_prompts_without_room_are_left_out_counted_and_named(
 @pytest.mark.parametrize(
     ("row", "kwargs", "message"),
     [
-        ('{"prompt": "a", "label"', {}, "line 3: not JSON"),
-        ("[1, 2]", {}, "line 3: a JSON list"),
-        ({"label": "1"}, {}, "line 3: no key 'prompt'.*label"),
-        ({"prompt": "a"}, {}, "line 3: 'label'.*text or a number"),
-        ({"prompt": "a", "label": [1]}, {}, "line 3: 'label'"),
-        ({"prompt": 5, "label": "1"}, {}, "line 3: 'prompt' is a int"),
-        ({"prompt": [{"role": "user", "content": "a"}], "label": "1"}, {}, "line 3: .*--apply-chat-template"),
-        ({"prompt": "", "label": "1"}, {}, "line 3: .*no tokens"),
-        ({"prompt": "a", "label": "1", "metadata": [1]}, {}, "line 3: 'metadata' is a list"),
-        ({"prompt": "text", "label": "1"}, {"apply_chat_template": True}, "line 3: .*list of messages"),
+        ('{"prompt": "a", "label"', {}, "not JSON"),
+        ("[1, 2]", {}, "not a JSON object"),
+        ({"label": "1"}, {}, "no key 'prompt'; it has label"),
+        ({"prompt": "a"}, {}, "no key 'label'; it has prompt"),
+        ({"prompt": "a", "label": [1]}, {}, "'label' is .*text or a number"),
+        ({"prompt": 5, "label": "1"}, {}, "'prompt' is not text"),
+        ({"prompt": [{"role": "user", "content": "a"}], "label": "1"}, {}, "--apply-chat-template"),
+        ({"prompt": "", "label": "1"}, {}, "'prompt' is empty"),
+        ({"prompt": "a", "label": "1", "metadata": [1]}, {}, r"'metadata' is '\[1\]', not an object"),
+        ({"prompt": "text", "label": "1"}, {"apply_chat_template": True}, "list of OpenAI messages"),
         (
             {"prompt": [{"role": "user", "content": "a"}], "label": "1", "tools": [1]},
             {"apply_chat_template": True, "tool_key": "tools"},
-            "line 3: the chat template fails on it",
+            "the chat template fails on it",
         ),
-        ({"prompt": [{"content": "a"}], "label": "1"}, {"apply_chat_template": True}, "line 3: .*'role'"),
+        ({"prompt": [{"content": "a"}], "label": "1"}, {"apply_chat_template": True}, "'role'"),
     ],
 )
 def test_a_bad_line_is_named(
     data_file: Write, tokenizer: PreTrainedTokenizerFast, row: Any, kwargs: dict[str, Any], message: str
 ) -> None:
     good = {"prompt": [{"role": "user", "content": "a"}] if kwargs else "a", "label": "1"}
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=rf"data\.jsonl:3: .*{message}"):
         DataBuffer(_args(data_file([good, "", row]), **kwargs), tokenizer)
-    assert "data.jsonl" in str(error.value)
     assert DataBuffer(_args(data_file([good, "", good]), **kwargs), tokenizer).num_prompts == 2
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"missing\.jsonl.*cannot be read"):
         DataBuffer(_args(str(tmp_path / "missing.jsonl")), tokenizer)
-    with pytest.raises(ValueError, match=r"jsonl.*\.parquet"):
-        DataBuffer(_args(str(tmp_path / "data.parquet")), tokenizer)
+    with pytest.raises(ValueError, match=r"data\.csv: \.csv is no kind of data file.*\.parquet"):
+        DataBuffer(_args(str(tmp_path / "data.csv")), tokenizer)
     with pytest.raises(ValueError, match="--prompt-data"):
         DataBuffer(Args(), tokenizer)
 

@@ -1,0 +1,86 @@
+"""A check of every row of a data file, before anything starts.
+
+Path: the rules call `check_rows` in real runs; `rollout.prompts` refuses the same rows. Invariant: a row that passes
+here can be made into a Sample.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+from slime.config.data_files import DataError, DataKeys, Row, read_rows
+from slime.config.problem import Problem
+
+MAX_REPORTED = 5
+
+
+def row_error(row: Row | DataError, keys: DataKeys, *, chat_template: bool) -> DataError | None:
+    """Why this row cannot be used; None where it can."""
+    if isinstance(row, DataError):
+        return row
+    fault = _fault(row.data, keys, chat_template)
+    return None if fault is None else DataError(row.where, *fault)
+
+
+def _fault(data: dict[str, Any], keys: DataKeys, chat_template: bool) -> tuple[str, str] | None:
+    """Rule and remedy."""
+    for key, flag in ((keys.input_key, "--input-key"), (keys.label_key, "--label-key")):
+        if key is not None and key not in data:
+            return f"no key {key!r}; it has {', '.join(data) or 'none'}", f"correct the line, or {flag}"
+    label = None if keys.label_key is None else data[keys.label_key]
+    if keys.label_key is not None and not _is_text_or_number(label):
+        return f"{keys.label_key!r} is {label!r}, not text or a number", "correct the line, or --label-key"
+    for key, kind, named in ((keys.metadata_key, dict, "an object"), (keys.tool_key, list, "a list")):
+        value = None if key is None else data.get(key)
+        if value is not None and not isinstance(value, kind):
+            return f"{key!r} is {str(value)[:80]!r}, not {named}", "correct the line"
+    prompt = data[keys.input_key]
+    if not chat_template:
+        if not isinstance(prompt, str):
+            return f"{keys.input_key!r} is not text", "for OpenAI messages, add --apply-chat-template"
+        return None if prompt else (f"{keys.input_key!r} is empty", "remove the line")
+    messages = cast(list[Any], prompt) if isinstance(prompt, list) else []
+    if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):
+        rule = f"{keys.input_key!r} is not a list of OpenAI messages ({{'role': ..., 'content': ...}})"
+        return rule, "correct the line, or leave out --apply-chat-template for plain text"
+    return None
+
+
+def _is_text_or_number(label: object) -> bool:
+    if isinstance(label, float):
+        return math.isfinite(label)
+    return isinstance(label, str | int) and not isinstance(label, bool)
+
+
+def check_rows(path: str, keys: DataKeys, *, chat_template: bool, needs: tuple[str, ...] = ()) -> list[Problem]:
+    """Errors with file and line (or row), the first five and a count; `path` may carry a slice.
+
+    `needs`: keys that a row may lack, but not all of them: a key that was asked for by its flag.
+    """
+    errors: list[DataError] = []
+    missing = set(needs)
+    total = 0
+    try:
+        for row in read_rows(path, keys):
+            total += 1
+            error = row_error(row, keys, chat_template=chat_template)
+            if error is not None:
+                errors.append(error)
+            elif isinstance(row, Row):
+                missing.difference_update(row.data)
+    except DataError as error:
+        return [_problem(error)]
+    problems = [_problem(error) for error in errors[:MAX_REPORTED]]
+    if len(errors) > MAX_REPORTED:
+        more = f"{len(errors) - MAX_REPORTED} more of {total} rows cannot be used"
+        problems.append(_problem(DataError(path, more, "correct them too")))
+    if not total:
+        problems.append(_problem(DataError(path, "holds no prompts", "give it some rows")))
+    elif not errors:
+        problems += [_problem(DataError(path, f"no row has {key!r}", "correct its flag")) for key in sorted(missing)]
+    return problems
+
+
+def _problem(error: DataError) -> Problem:
+    return Problem(severity="error", where=error.where, rule=error.rule, remedy=error.remedy)
