@@ -20,7 +20,7 @@ pytestmark = pytest.mark.dist
 
 
 def loaded(rank: int, world_size: int, init_method: str, args: Args, wrap: bool) -> Any:
-    """A model filled from --hf-checkpoint: names and tensors as they come out, and each padded row that is not zero."""
+    """A model filled from --hf-checkpoint: names and tensors as they come out, and padding that is not zero."""
     from slime.megatron.build import build_model, named_parameters
     from slime.megatron.hf_weights import iter_hf_tensors, load_hf_into
 
@@ -28,10 +28,13 @@ def loaded(rank: int, world_size: int, init_method: str, args: Args, wrap: bool)
     with joined(args, rank, world_size, init_method) as topology:
         model = build_model(args, wrap=wrap)
         load_hf_into(model, args.architecture, HFReader(args.hf_checkpoint), args)
-        embedding = dict(named_parameters(model))["embedding.word_embeddings.weight"].detach()
-        first_row = topology.tp_rank * embedding.shape[0]
-        padding = embedding[max(args.architecture.vocab_size - first_row, 0) :]
-        return list(iter_hf_tensors(model, args.architecture)), padding.count_nonzero().item()
+        padding = 0
+        for name, parameter in named_parameters(model):
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                first_row = topology.tp_rank * parameter.shape[0]
+                rows = parameter.detach()[max(args.architecture.vocab_size - first_row, 0) :]
+                padding += int(rows.count_nonzero())
+        return list(iter_hf_tensors(model, args.architecture)), padding
 
 
 def file_tensors(path: Path) -> dict[str, Tensor]:
@@ -40,12 +43,18 @@ def file_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_load_and_export_keep_every_bit(workers: WorkerPool, tmp_path: Path, family: str, tp_size: int):
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (1, 2)])
+def test_load_and_export_keep_every_bit(workers: WorkerPool, tmp_path: Path, family: str, tp_size: int, pp_size: int):
     hf = hf_dir(tmp_path / "hf", family)
     for bf16 in (False, True):
-        args = make_args(hf, tensor_model_parallel_size=tp_size, sequence_parallel=tp_size > 1, bf16=bf16)
-        results = workers.run(tp_size, loaded, args, bf16)
+        args = make_args(
+            hf,
+            tensor_model_parallel_size=tp_size,
+            sequence_parallel=tp_size > 1,
+            pipeline_model_parallel_size=pp_size,
+            bf16=bf16,
+        )
+        results = workers.run(tp_size * pp_size, loaded, args, bf16)
         expected = {
             name: tensor.to(torch.bfloat16 if bf16 else torch.float32) for name, tensor in file_tensors(hf).items()
         }
@@ -72,21 +81,33 @@ def refusal(rank: int, world_size: int, init_method: str, args: Args) -> str:
     return ""
 
 
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 1}, "Hugging Face tensors without a rule: model.layers.1.input_layernorm.weight, "),
-        ({"num_layers": 3}, "Hugging Face tensors that are missing: model.layers.2.input_layernorm.weight, "),
+        ({"num_layers": 2}, "Hugging Face tensors without a rule: model.layers.2.input_layernorm.weight, "),
+        ({"num_layers": 6}, "Hugging Face tensors that are missing: model.layers.4.input_layernorm.weight, "),
         ({"add_qkv_bias": False}, "without a rule: model.layers.0.self_attn.k_proj.bias, "),
         ({"ffn_hidden_size": 100}, "model.layers.0.mlp.gate_up_proj.weight in "),
         ({"vocab_size": 92}, "model.embed_tokens.weight has 93 rows, the vocabulary has 92"),
     ],
 )
-def test_weights_of_another_model_are_named(workers: WorkerPool, tmp_path: Path, change: dict[str, Any], message: str):
-    args = make_args(hf_dir(tmp_path, "glm4"))
+def test_weights_of_another_model_are_named(
+    workers: WorkerPool, tmp_path: Path, change: dict[str, Any], message: str, stages: int
+):
+    args = make_args(hf_dir(tmp_path, "glm4", num_layers=4), pipeline_model_parallel_size=stages)
     assert args.architecture is not None
-    (error,) = workers.run(1, refusal, replace(args, architecture=replace(args.architecture, **change)))
-    assert message in error
+    errors = workers.run(stages, refusal, replace(args, architecture=replace(args.architecture, **change)))
+    assert message in errors[0] and errors == errors[:1] * stages
+
+
+def test_a_tensor_that_does_not_fit_one_stage_stops_every_rank(workers: WorkerPool, tmp_path: Path):
+    args = make_args(hf_dir(tmp_path, "glm4"), pipeline_model_parallel_size=2)
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights = file_tensors(tmp_path)
+    save_file(weights | {name: weights[name][:, :-1].contiguous()}, tmp_path / "model.safetensors")
+    errors = workers.run(2, refusal, args)
+    assert name in errors[0] and errors[0] == errors[1]
 
 
 def test_a_tied_file_may_hold_the_output_layer_if_it_is_the_same(workers: WorkerPool, tmp_path: Path):

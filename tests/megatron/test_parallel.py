@@ -147,7 +147,9 @@ def _train_losing(rank: int, world_size: int, init_method: str, args: Args, batc
         trainer.close()
 
 
-def test_a_wrong_denominator_is_caught(workers: WorkerPool, hf: dict[str, Path]) -> None:
-    args = _args(hf, kl_loss_coef=0.0)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_wrong_denominator_is_caught(stages: int, workers: WorkerPool, hf: dict[str, Path]) -> None:
+    """On every rank: the last of two stages, which sees the weights, tells the first."""
+    args = _args(hf, kl_loss_coef=0.0, pipeline_model_parallel_size=stages)
     messages = workers.run(2, _train_losing, args, tiny.random_batch())
     assert all("rollout 7, step 0: the loss weights" in message and "not to 1" in message for message in messages)

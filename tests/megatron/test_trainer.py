@@ -267,7 +267,9 @@ def _weights_after_an_error(trainer: Trainer, batch: TrainBatch) -> tuple[runs.A
     return before, runs.weights(trainer), all(bool(torch.isfinite(master).all()) for master in masters)
 
 
-@pytest.mark.parametrize("flags", [{}, {"bf16": True}, {"clip_grad": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, {"bf16": True}, {"clip_grad": 0.0}, {"pipeline_model_parallel_size": 2}], ids=str
+)
 def test_a_gradient_that_is_not_finite_changes_no_weight(flags: dict[str, Any], workers: WorkerPool, hf: Path) -> None:
     args = tiny.make_args(hf, custom_advantage_function_path="test_trainer.infinite_advantages", **flags)
     for before, after, finite in workers.run(2, _with_trainer, args, _weights_after_an_error, tiny.random_batch()):
@@ -403,12 +405,16 @@ def _train_and_save(trainer: Trainer, batches: list[TrainBatch], first: int) -> 
     return runs.weights(trainer), [entry["train/lr"] for entry in metrics], result.state
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_resumed_is_unbroken(tensor_parallel: int, workers: WorkerPool, hf: Path, other: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2, "bf16": True}],
+    ids=str,
+)
+def test_resumed_is_unbroken(flags: dict[str, Any], workers: WorkerPool, hf: Path, other: Path, tmp_path: Path) -> None:
     batches = [tiny.random_batch(seed=seed) for seed in range(3)]
     args = tiny.make_args(
         hf,
-        tensor_model_parallel_size=tensor_parallel,
+        **flags,
         ref_load=str(other),
         load=str(hf),
         save=str(tmp_path / "unbroken"),
