@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 from torch.distributed.checkpoint import state_dict_saver
@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from slime.megatron import checkpoint_files, device
 from slime.megatron.build import unwrap
 from slime.megatron.checkpoint_files import FoundCheckpoint, find_checkpoint
+from slime.megatron.optimizer_state import fill, has_state, take_main_weights, wanted_state
 
 __all__ = [
     "FoundCheckpoint",
@@ -56,6 +57,8 @@ _T = TypeVar("_T")
 # Of Megatron's three layouts of a distributed optimizer, the one that any other layout can read.
 _CONTENT: Mapping[str, Any] = {
     "distrib_optim_sharding_type": "fully_reshardable",
+    # gathered on the data-parallel rank that writes it, instead of on all
+    "distrib_optim_fully_reshardable_mem_efficient": True,
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
@@ -117,8 +120,7 @@ def save_checkpoint(
     """
     save_dir = Path(save_dir)
     content: dict[str, Any] = {"iteration": rollout_id, "rng_state": _rng_object()}
-    # Before the first step there is nothing in it but what a fresh one has.
-    if optimizer is not None and _has_state(optimizer):
+    if optimizer is not None and has_state(optimizer):
         content["optimizer"] = optimizer
     if scheduler is not None:
         content["opt_param_scheduler"] = scheduler.state_dict()
@@ -184,66 +186,78 @@ def load_checkpoint(
     header = checkpoint_files.read_state(found.path) if found.kind == "iteration" else None
     common = dist_checkpointing.load_common_state_dict(str(found.path))
     with_optimizer = optimizer is not None and "optimizer" in common
-    with_rng = load_rng and header is not None and _same_layout(header, found)
-    loaded = _load_sharded(found, common, model, optimizer if with_optimizer else None, with_rng=with_rng)
+    _load_weights(found, common, model, with_optimizer=with_optimizer)
     taken = ["model"]
     if optimizer is not None:
-        with device.layer():
-            optimizer.load_state_dict(loaded["optimizer"]) if with_optimizer else optimizer.reload_model_params()
-        taken += ["optimizer"] if with_optimizer else []
+        if with_optimizer:
+            _load_optimizer(found, common, model, optimizer)
+            taken.append("optimizer")
+        else:
+            with device.layer():
+                optimizer.reload_model_params()
     if scheduler is not None and "opt_param_scheduler" in common:
         scheduler.load_state_dict(common["opt_param_scheduler"])
         taken.append("scheduler")
-    if with_rng:
-        _set_rng_state(loaded["rng_state"])
+    if load_rng and header is not None and _same_layout(header, found):
+        _set_rng_state(_load_sharded(found, {"rng_state": _rng_object()})["rng_state"])
         taken.append("rng")
     state = None if header is None else header["state"]
     return LoadedCheckpoint(found.path, found.rollout_id, state, tuple(taken))
 
 
-def _load_sharded(
-    found: FoundCheckpoint,
-    common: dict[str, Any],
-    model: torch.nn.Module,
-    optimizer: MegatronOptimizer | None,
-    *,
-    with_rng: bool,
-) -> dict[str, Any]:
-    """Read this rank's parts; the model's are put into it, the rest is returned."""
-    content = dict(common.get("content_metadata") or _CONTENT)
+def _load_weights(
+    found: FoundCheckpoint, common: dict[str, Any], model: torch.nn.Module, *, with_optimizer: bool
+) -> None:
     core = unwrap(model)
-    misfit = f"{found.path} does not fit this model (see MODEL_ARGS, --hf-checkpoint)"
-    with device.layer(), _readable_errors(misfit, ValueError):
-        weights = core.sharded_state_dict(metadata=content)
-        _refuse_more(found, weights, misfit)
-        wanted: dict[str, Any] = {"model": weights}
-        if optimizer is not None:
-            wanted["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=content)
-        if with_rng:
-            wanted["rng_state"] = _rng_object()
-        loaded = dist_checkpointing.load(wanted, str(found.path))
-        assert isinstance(loaded, dict)
-        core.load_state_dict(loaded["model"])
+    with device.layer(), _readable_errors(_misfit(found), ValueError):
+        saved = _saved_keys(found)
+        weights = core.sharded_state_dict(metadata=_content(common))
+        _refuse_more(found, weights, saved)
+        if with_optimizer:
+            take_main_weights(weights, saved)
+        core.load_state_dict(_load_sharded(found, {"model": weights})["model"])
+
+
+def _load_optimizer(
+    found: FoundCheckpoint, common: dict[str, Any], model: torch.nn.Module, optimizer: MegatronOptimizer
+) -> None:
+    with device.layer(), _readable_errors(_misfit(found), ValueError):
+        saved = _saved_keys(found)
+        weights = unwrap(model).sharded_state_dict(metadata=_content(common))
+        wanted = wanted_state(optimizer, weights, saved, _content(common), str(found.path))
+        fill(optimizer, _load_sharded(found, {"optimizer_state": wanted})["optimizer_state"], common["optimizer"])
+
+
+def _load_sharded(found: FoundCheckpoint, wanted: dict[str, Any]) -> dict[str, Any]:
+    loaded = dist_checkpointing.load(wanted, str(found.path))
+    assert isinstance(loaded, dict)
     return loaded
 
 
-def _refuse_more(found: FoundCheckpoint, weights: dict[str, Any], misfit: str) -> None:
+def _saved_keys(found: FoundCheckpoint) -> set[str]:
+    return {part.key for part in load_sharded_metadata(str(found.path)).values()}
+
+
+def _content(common: dict[str, Any]) -> dict[str, Any]:
+    """How Megatron is to name and cut what it reads: as it was written."""
+    return dict(common.get("content_metadata") or _CONTENT)
+
+
+def _misfit(found: FoundCheckpoint) -> str:
+    return f"{found.path} does not fit this model (see MODEL_ARGS, --hf-checkpoint)"
+
+
+def _refuse_more(found: FoundCheckpoint, weights: dict[str, Any], saved: set[str]) -> None:
     """Weights in the checkpoint that the model has no place for; Megatron passes over them in silence."""
     wanted: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(wanted, {part.key for part in weights.values()})
-    there = {part.key for part in load_sharded_metadata(str(found.path)).values()}
     more = {
         key
-        for key in there.difference(*wanted)
+        for key in saved.difference(*wanted)
         if not key.startswith(_NOT_WEIGHTS) and not key.endswith("_extra_state")
     }
     if more:
-        raise ValueError(f"{misfit}: it also holds {', '.join(sorted(more))}")
-
-
-def _has_state(optimizer: MegatronOptimizer) -> bool:
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return any(len(part.optimizer.state) > 0 for part in parts)
+        raise ValueError(f"{_misfit(found)}: it also holds {', '.join(sorted(more))}")
 
 
 def _layout() -> dict[str, int]:

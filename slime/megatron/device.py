@@ -118,13 +118,19 @@ class _Event:
         return True
 
 
-def _replace(owner: Any, name: str, value: Any) -> None:
+def require_names(owner: Any, *names: str) -> None:
+    """Private names of megatron-core and torch that are used or replaced have to be there."""
+    for name in names:
+        if not hasattr(owner, name):
+            raise RuntimeError(
+                f"{owner.__name__} has no {name!r}: slime is written for megatron-core {SUPPORTED_MEGATRON}; "
+                f"install that version (pip install megatron-core=={SUPPORTED_MEGATRON})"
+            )
+
+
+def replace_name(owner: Any, name: str, value: Any) -> None:
     """Put `value` in the place of a name that has to be there already."""
-    if not hasattr(owner, name):
-        raise RuntimeError(
-            f"{owner.__name__} has no {name!r}: slime's CPU layer is written for megatron-core {SUPPORTED_MEGATRON}; "
-            f"install that version (pip install megatron-core=={SUPPORTED_MEGATRON})"
-        )
+    require_names(owner, name)
     setattr(owner, name, value)
 
 
@@ -134,13 +140,13 @@ def install() -> None:
     if on_cuda() or _installed:
         return
     stream = _Stream()
-    _replace(torch.cuda, "current_device", lambda: _CPU)
-    _replace(torch.cuda, "synchronize", lambda *args, **kwargs: None)
-    _replace(torch.cuda, "Stream", _Stream)
-    _replace(torch.cuda, "Event", _Event)
-    _replace(torch.cuda, "current_stream", lambda *args, **kwargs: stream)
-    _replace(torch.cuda, "default_stream", lambda *args, **kwargs: stream)
-    _replace(torch.cuda, "stream", lambda wanted=None: stream)
+    replace_name(torch.cuda, "current_device", lambda: _CPU)
+    replace_name(torch.cuda, "synchronize", lambda *args, **kwargs: None)
+    replace_name(torch.cuda, "Stream", _Stream)
+    replace_name(torch.cuda, "Event", _Event)
+    replace_name(torch.cuda, "current_stream", lambda *args, **kwargs: stream)
+    replace_name(torch.cuda, "default_stream", lambda *args, **kwargs: stream)
+    replace_name(torch.cuda, "stream", lambda wanted=None: stream)
     # megatron-core's jit_fuser is torch.compile, which needs a C++ compiler at run time
     torch.compiler.set_stance("force_eager")
     _install_rng()
@@ -170,9 +176,9 @@ def _install_rng() -> None:
                 self.states_[name] = torch.get_rng_state()
                 torch.set_rng_state(outer)
 
-    _replace(mcore_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
-    _replace(mcore_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
-    _replace(mcore_random, "CudaRNGStatesTracker", CpuRNGStatesTracker)
+    replace_name(mcore_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    replace_name(mcore_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    replace_name(mcore_random, "CudaRNGStatesTracker", CpuRNGStatesTracker)
 
 
 def layer() -> contextlib.AbstractContextManager[object]:

@@ -7,7 +7,7 @@ import logging
 import random
 import shutil
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,15 +208,53 @@ def test_resume_is_bit_exact(workers: WorkerPool, tmp_path: Path, bf16: bool, ti
     assert same_bits(unseeded[0][2], before[0][2]) and unseeded[0][1] != before[0][1]
 
 
-LAYOUTS = {"one": (1, 1), "TP 2": (2, 2), "DP 2": (1, 2)}
+@dataclass(frozen=True)
+class Layout:
+    """`sharded`: with the distributed optimizer."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sharded: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def args(self, save: Path, **changes: Any) -> Args:
+        changes["use_distributed_optimizer"] = self.sharded
+        return make_args(save, self.tp, pipeline_model_parallel_size=self.pp, **changes)
+
+    def __str__(self) -> str:
+        return f"TP{self.tp} PP{self.pp} DP{self.dp}" + " sharded" * self.sharded
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [("TP 2", "one"), ("one", "TP 2"), ("DP 2", "TP 2"), ("TP 2", "DP 2")])
-def test_any_layout_loads_what_any_other_saved(workers: WorkerPool, tmp_path: Path, saved: str, loaded: str):
-    (tp, world_size), (other_tp, other_world_size) = LAYOUTS[saved], LAYOUTS[loaded]
-    at_save, _, end = workers.run(world_size, trained, make_args(tmp_path, tp), 2, 1)[0]
-    args = make_args(tmp_path, other_tp)
-    at_load, _, end_again, result = workers.run(other_world_size, resumed, args, tmp_path, 2, 1)[0]
+ONE, TP, PP, DP = Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2)
+SHARDED_DP, SHARDED_TP_DP, SHARDED_PP_DP = Layout(dp=2, sharded=True), Layout(2, 1, 2, True), Layout(1, 2, 2, True)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (TP, ONE),
+        (ONE, TP),
+        (DP, TP),
+        (TP, DP),
+        (SHARDED_DP, ONE),
+        (TP, SHARDED_DP),
+        (SHARDED_DP, SHARDED_TP_DP),
+        (SHARDED_TP_DP, PP),
+        (PP, SHARDED_PP_DP),
+    ],
+    ids=str,
+)
+def test_any_layout_loads_what_any_other_saved(workers: WorkerPool, tmp_path: Path, saved: Layout, loaded: Layout):
+    """In bf16 the weights alone would give another next step: the fp32 ones come from the checkpoint."""
+    bf16 = saved.sharded or loaded.sharded
+    args = saved.args(tmp_path, bf16=bf16)
+    at_save, _, end = workers.run(saved.world_size, trained, args, 2, 1)[0]
+    args = loaded.args(tmp_path, bf16=bf16)
+    at_load, _, end_again, result = workers.run(loaded.world_size, resumed, args, tmp_path, 2, 1)[0]
     assert same_bits(at_load, at_save)
     assert same_bits(end_again, end)
     assert not same_bits(end, at_save)

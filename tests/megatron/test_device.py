@@ -44,7 +44,7 @@ def test_another_thread_is_outside() -> None:
 def test_a_missing_name_is_named() -> None:
     owner: Any = SimpleNamespace(__name__="megatron.core.somewhere")
     with pytest.raises(RuntimeError, match=f"megatron.core.somewhere has no '_gone'.*{SUPPORTED_MEGATRON}"):
-        device._replace(owner, "_gone", None)
+        device.replace_name(owner, "_gone", None)
 
 
 def test_named_rng_states_are_apart() -> None:
