@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from config_run import GLM4_TINY, ROOT, Run
 from slime.config.architecture import hf_architecture
 from slime.config.args import Args
 from slime.config.parse import load_args
+from slime.core.architecture import Architecture, RopeScaling
 
 PLAN = ["--dry-run", "--num-rollout", "1", "--rollout-num-gpus", "1", "--n-samples-per-prompt", "2"]
 PLAN += ["--rm-type", "deepscaler", "--label-key", "label"]
@@ -33,6 +35,13 @@ def planned(name: str) -> Args:
     [
         ("glm4-9B", "glm4", 9400.3, False),
         ("glm4-tiny", "glm4", 1.0, False),
+        ("llama3.1-8B", "llama", 8030.3, False),
+        ("llama3.2-1B", "llama", 1235.8, True),
+        ("llama3.2-3B", "llama", 3212.7, True),
+        ("qwen2.5-0.5B", "qwen2", 494.0, True),
+        ("qwen2.5-1.5B", "qwen2", 1543.7, True),
+        ("qwen2.5-3B", "qwen2", 3085.9, True),
+        ("qwen2.5-7B", "qwen2", 7615.6, False),
         ("qwen3-0.6B", "qwen3", 596.0, True),
         ("qwen3-4B", "qwen3", 4022.5, True),
     ],
@@ -43,6 +52,68 @@ def test_scripts_describe_the_models(name: str, family: str, millions: float, ti
     assert (shape.family, shape.tied_embeddings) == (family, tied)
     assert shape.num_parameters() / 1e6 == pytest.approx(millions, abs=0.06)
     assert (shape.rotary_percent, shape.rotary_interleaved) == ((0.5, True) if family == "glm4" else (1.0, False))
+
+
+TABLE = {
+    # layers, hidden, MLP, heads, KV heads, head size, vocabulary, epsilon, rotary base, factor of RoPE scaling
+    "glm4-9B": (40, 4096, 13696, 32, 2, 128, 151552, 1e-5, 1e4, None),
+    "llama3.1-8B": (32, 4096, 14336, 32, 8, 128, 128256, 1e-5, 5e5, 8.0),
+    "llama3.2-1B": (16, 2048, 8192, 32, 8, 64, 128256, 1e-5, 5e5, 32.0),
+    "llama3.2-3B": (28, 3072, 8192, 24, 8, 128, 128256, 1e-5, 5e5, 32.0),
+    "qwen2.5-0.5B": (24, 896, 4864, 14, 2, 64, 151936, 1e-6, 1e6, None),
+    "qwen2.5-1.5B": (28, 1536, 8960, 12, 2, 128, 151936, 1e-6, 1e6, None),
+    "qwen2.5-3B": (36, 2048, 11008, 16, 2, 128, 151936, 1e-6, 1e6, None),
+    "qwen2.5-7B": (28, 3584, 18944, 28, 4, 128, 152064, 1e-6, 1e6, None),
+    "qwen3-0.6B": (28, 1024, 3072, 16, 8, 128, 151936, 1e-6, 1e6, None),
+    "qwen3-4B": (36, 2560, 9728, 32, 8, 128, 151936, 1e-6, 1e6, None),
+}
+"""Every script of a published model, as that model's config.json has it."""
+CONFIGS = {"glm4": "Glm4Config", "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
+
+
+def published_config(name: str, shape: Architecture) -> dict[str, Any]:
+    """config.json of the table's row, by the family's class of transformers."""
+    import transformers
+
+    layers, hidden, ffn, heads, groups, head, vocabulary, epsilon, base, factor = TABLE[name]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+    if factor is not None:
+        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope["original_max_position_embeddings"] = 8192
+    if shape.family == "glm4":
+        rope["partial_rotary_factor"] = 0.5
+    own = {"attention_bias": True} if shape.family == "glm4" else {}
+    own |= {} if shape.family == "qwen2" else {"head_dim": head}
+    return getattr(transformers, CONFIGS[shape.family])(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=vocabulary,
+        rms_norm_eps=epsilon,
+        rope_parameters=rope,
+        max_position_embeddings=shape.max_position_embeddings,
+        tie_word_embeddings=shape.tied_embeddings,
+        **own,
+    ).to_dict()
+
+
+def test_the_table_has_every_script() -> None:
+    assert {path.stem for path in ROOT.glob("scripts/models/*.sh")} == {*TABLE, "glm4-tiny"}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_scripts_and_published_configs_agree(name: str, run: Run) -> None:
+    """A real command line with the script's MODEL_ARGS beside the model's config.json: no conflict, the same shape."""
+    shape = planned(name).architecture
+    assert shape is not None
+    assert shape.kv_channels == TABLE[name][5]
+    (run.hf / "config.json").write_text(json.dumps(published_config(name, shape)))
+    assert run.errors(*model_args(name)) == []
+    assert run.args(*model_args(name)).architecture == run.args().architecture == shape
+    # control: one number of the script changed
+    assert "--num-query-groups 1: " in run.error(*model_args(name), "--num-query-groups", "1")
 
 
 def test_config_json_alone(run: Run) -> None:
@@ -76,6 +147,111 @@ def test_what_transformers_writes(tmp_path: Any) -> None:
     assert (shape.num_query_groups, shape.kv_channels, shape.add_qkv_bias) == (8, 128, False)
 
 
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA: dict[str, Any] = {**GLM4_TINY, "model_type": "llama", "attention_bias": False, "rope_parameters": LLAMA3}
+
+
+def test_llama_of_older_and_newer_keys() -> None:
+    shape = hf_architecture(LLAMA)
+    assert (shape.family, shape.add_qkv_bias, shape.qk_layernorm, shape.post_mlp_layernorm) == (
+        "llama",
+        False,
+        False,
+        False,
+    )
+    assert (shape.rotary_base, shape.rotary_percent, shape.rotary_interleaved) == (500000, 1.0, False)
+    assert shape.rope_scaling == RopeScaling(factor=32.0)
+    older = {**LLAMA, "rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}
+    del older["rope_parameters"], older["rope_scaling"]["rope_type"], older["rope_scaling"]["rope_theta"]
+    assert hf_architecture(older) == shape
+    assert hf_architecture({**older, "rope_scaling": None}) == replace(shape, rope_scaling=None)
+
+
+def test_sizes_that_config_json_leaves_out() -> None:
+    """As transformers does: 128 in GLM-4 and Qwen3, the hidden size's share in Llama and Qwen2."""
+    for family, head in {"glm4": 128, "qwen3": 128, "llama": 32, "qwen2": 32}.items():
+        config = {**GLM4_TINY, "model_type": family, "attention_bias": False}
+        assert hf_architecture({**config, "head_dim": None}).kv_channels == head
+        del config["head_dim"], config["num_key_value_heads"], config["attention_bias"]
+        shape = hf_architecture(config)
+        assert (shape.kv_channels, shape.num_query_groups) == (head, 4)
+        assert shape.add_qkv_bias == (family in ("glm4", "qwen2"))
+
+
+def test_a_sliding_window_that_no_layer_has_is_ignored() -> None:
+    qwen = {**GLM4_TINY, "model_type": "qwen2", "sliding_window": 32, "max_window_layers": 4}
+    for more in ({"use_sliding_window": False}, {"use_sliding_window": True}):
+        assert hf_architecture({**qwen, **more}) == hf_architecture({**GLM4_TINY, "model_type": "qwen2"})
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (
+            ["--rotary-scaling-factor", "8"],
+            "--rotary-scaling-factor 8: {hf}/config.json says --rotary-scaling-factor 32;",
+        ),
+        (["--no-use-rope-scaling"], "--no-use-rope-scaling: {hf}/config.json says --use-rope-scaling;"),
+        (["--add-qkv-bias"], "--add-qkv-bias: {hf}/config.json says --no-add-qkv-bias;"),
+    ],
+)
+def test_conflict_with_llama(run: Run, words: list[str], error: str) -> None:
+    (run.hf / "config.json").write_text(json.dumps(LLAMA))
+    assert run.error(*words).startswith(error.format(hf=run.hf))
+    agreeing = run.args("--use-rope-scaling", "--rotary-scaling-factor", "32")
+    assert agreeing.architecture == run.args().architecture == hf_architecture(LLAMA)
+    assert (run.args().use_rope_scaling, run.args().rotary_scaling_factor) == (True, 32.0)
+
+
+def test_scaling_that_config_json_does_not_have(run: Run) -> None:
+    assert "config.json says --no-use-rope-scaling;" in run.error("--use-rope-scaling")
+    assert "config.json says --no-use-rope-scaling;" in run.error("--use-rope-scaling", "--rotary-scaling-factor", "32")
+    assert run.error("--rotary-scaling-factor", "32") == (
+        "--rotary-scaling-factor 32: this model has no RoPE scaling; add --use-rope-scaling, or leave the flag out"
+    )
+    assert (run.args().use_rope_scaling, run.args().rotary_scaling_factor) == (False, None)
+
+
+def test_scaling_can_be_overridden(run: Run) -> None:
+    def scaling(*words: str) -> RopeScaling | None:
+        shape = run.args(*words).architecture
+        assert shape is not None
+        return shape.rope_scaling
+
+    on = ("--use-rope-scaling", "--override-hf-config", "use-rope-scaling")
+    assert scaling(*on) == RopeScaling()
+    assert scaling(*on, "--rotary-scaling-factor", "32") == RopeScaling(factor=32.0)
+    (run.hf / "config.json").write_text(json.dumps({**LLAMA, "rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}}))
+    factor = ("--rotary-scaling-factor", "8", "--override-hf-config", "rotary-scaling-factor")
+    assert scaling(*factor) == RopeScaling(factor=8.0, low_freq_factor=2.0)
+    assert scaling("--no-use-rope-scaling", "--override-hf-config", "use-rope-scaling") is None
+
+
+def test_a_family_is_told_by_its_flags() -> None:
+    sizes = ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "96", "--num-attention-heads", "4"]
+    sizes += ["--vocab-size", "93"]
+
+    def family(*words: str) -> str | None:
+        shape = load_args([*PLAN, *sizes, *words])[0].architecture
+        return None if shape is None else shape.family
+
+    sandwich = ["--post-self-attn-layernorm", "--post-mlp-layernorm"]
+    assert family() == "llama"
+    assert family("--add-qkv-bias") == "qwen2"
+    assert family("--qk-layernorm", "--no-add-qkv-bias") == "qwen3"
+    assert family(*sandwich) == family(*sandwich, "--add-qkv-bias") == "glm4"
+    for nobody in (["--add-qkv-bias", "--qk-layernorm"], [*sandwich, "--qk-layernorm"], sandwich[:1]):
+        assert family(*nobody) is None
+        assert any("are of no family that is built" in str(p) for p in load_args([*PLAN, *sizes, *nobody])[1])
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -106,9 +282,20 @@ def test_override(run: Run, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not one of glm4, qwen3"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not one of glm4, llama, qwen2, qwen3"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "RoPE of type 'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE of type 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "its config.json has no 'low_freq_factor'"),
+        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "RoPE of type llama3 has to have"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2}, "sliding-window attention"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["sliding_attention"] * 4},
+            "sliding-window attention",
+        ),
     ],
 )
 def test_not_built_models(run: Run, change: dict[str, Any], message: str) -> None:

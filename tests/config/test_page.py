@@ -113,6 +113,21 @@ def test_the_script_is_the_page() -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize(
+    ("script", "model"),
+    [("run-qwen2.5-0.5B.sh", "qwen2, 494.0 M parameters"), ("run-llama3.2-1B.sh", "llama, 1,235.8 M parameters")],
+)
+def test_other_scripts_plan(script: str, model: str) -> None:
+    """The words that they would hand to train.py."""
+    command = ["bash", "-euc", f'python3() {{ printf \'%s\\0\' "$@"; }}; exec() {{ "$@"; }}; source scripts/{script}']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    program, *words = done.stdout.split("\0")[:-1]
+    args, text = plan(words)
+    assert program == "train.py"
+    assert model in text
+    assert (args.data_parallel_size, args.num_engines, args.global_batch_size) == (2, 2, 256)
+
+
 @pytest.mark.parametrize("address", ["", "http://127.0.0.1:9"])
 def test_the_script_plans(address: str) -> None:
     """Here, also where RAY_ADDRESS names a job server: nobody listens at that one."""
