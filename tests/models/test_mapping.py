@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Glm4Config, Glm4ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Glm4Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from slime.config.architecture import FAMILIES as CONFIG_FAMILIES
 from slime.config.architecture import hf_architecture
@@ -33,10 +33,10 @@ def hf_model(family: str, *, tied: bool = False, bias: bool = True, **sizes: int
         "head_dim": 6,
     } | sizes
     common: dict[str, Any] = {**shape, "tie_word_embeddings": tied, "pad_token_id": 0}
+    configs = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    config = Glm4Config(**common, attention_bias=bias) if family == "glm4" else configs[family](**common)
     with torch.device("meta"):
-        if family == "glm4":
-            return Glm4ForCausalLM(Glm4Config(**common, attention_bias=bias))
-        return Qwen3ForCausalLM(Qwen3Config(**common))
+        return AutoModelForCausalLM.from_config(config)
 
 
 def random_weights(model: Any, tied: bool) -> dict[str, Tensor]:
@@ -72,21 +72,22 @@ def test_the_families_of_config_and_models_are_the_same():
     assert set(FAMILIES) == set(CONFIG_FAMILIES)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     tied=st.booleans(),
     bias=st.booleans(),
     vocab_size=st.integers(1, 70),
-    hidden_size=st.sampled_from([4, 12, 20]),
+    hidden_per_head=st.sampled_from([1, 3]),
     intermediate_size=st.sampled_from([4, 12, 28]),
     num_hidden_layers=st.integers(1, 3),
     num_key_value_heads=st.sampled_from([1, 2, 4, 8]),
     heads_per_group=st.sampled_from([4, 8, 12]),
     head_dim=st.sampled_from([2, 6, 8]),
 )
-def test_round_trip(family: str, tied: bool, bias: bool, heads_per_group: int, **sizes: int):
+def test_round_trip(family: str, tied: bool, bias: bool, heads_per_group: int, hidden_per_head: int, **sizes: int):
     sizes["num_attention_heads"] = sizes["num_key_value_heads"] * heads_per_group
+    sizes["hidden_size"] = sizes["num_attention_heads"] * hidden_per_head
     model = hf_model(family, tied=tied, bias=bias, **sizes)
     architecture = hf_architecture(model.config.to_dict())
     assert_round_trips(weight_table(architecture), random_weights(model, tied), architecture)
@@ -214,6 +215,14 @@ def test_tied_embeddings_export_no_output_layer_and_accept_its_copy():
     table.check(table.megatron_names(), [*table.hf_names(), "lm_head.weight"])
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_bias_of_another_family_is_an_orphan(family: str):
+    architecture = hf_architecture(hf_model(family).config.to_dict())
+    assert not architecture.add_qkv_bias
+    with pytest.raises(ValueError, match=r"without a rule: model\.layers\.0\.self_attn\.k_proj\.bias, "):
+        weight_table(architecture).check(weight_table(architecture).megatron_names(), hf_model("qwen2").state_dict())
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
@@ -236,5 +245,5 @@ def read_all(table: WeightTable, weights: dict[str, Tensor]) -> Sequence[Tensor]
 def test_an_unknown_family_is_named():
     model = hf_model("qwen3")
     architecture = hf_architecture(model.config.to_dict())
-    with pytest.raises(ValueError, match="'mamba' has no weight table; there are: glm4, qwen3"):
+    with pytest.raises(ValueError, match="'mamba' has no weight table; there are: glm4, llama, qwen2, qwen3"):
         weight_table(Architecture(**{**vars(architecture), "family": "mamba"}))

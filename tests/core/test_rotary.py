@@ -1,0 +1,78 @@
+"""RoPE's frequencies against transformers' own, and the Architecture's way through JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from slime.core.architecture import Architecture, RopeScaling
+from slime.core.rotary import inverse_frequencies
+
+SHAPE = Architecture(
+    family="llama",
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=64,
+    num_attention_heads=2,
+    num_query_groups=2,
+    kv_channels=64,
+    vocab_size=10,
+    max_position_embeddings=131072,
+    norm_epsilon=1e-5,
+    rotary_base=500000.0,
+    rope_scaling=RopeScaling(factor=32.0),
+)
+
+
+def transformers_frequencies(shape: Architecture) -> torch.Tensor:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rotary_base}
+    if shape.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **asdict(shape.rope_scaling)}
+    rope["partial_rotary_factor"] = shape.rotary_percent
+    config = LlamaConfig(head_dim=shape.kv_channels, rope_parameters=rope)
+    if shape.rope_scaling is None:
+        assert shape.rotary_percent == 1.0, "transformers' default type knows none in Llama"
+        return LlamaRotaryEmbedding(config).inv_freq
+    return ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"rope_scaling": None},
+        {"rope_scaling": RopeScaling()},
+        {"kv_channels": 128, "rotary_percent": 0.5},
+        {"rotary_base": 10000.0, "rope_scaling": RopeScaling(original_max_position_embeddings=32)},
+        {"rope_scaling": RopeScaling(factor=3.7, low_freq_factor=1.5, high_freq_factor=5.5)},
+    ],
+    ids=str,
+)
+def test_frequencies_are_transformers_bit_for_bit(change: dict[str, Any]) -> None:
+    shape = replace(SHAPE, **change)
+    found = inverse_frequencies(shape)
+    assert found.shape == (shape.rotary_dim // 2,)
+    assert torch.equal(found, transformers_frequencies(shape))
+
+
+def test_scaling_slows_the_slow_channels_and_blends_between() -> None:
+    plain, scaled = inverse_frequencies(replace(SHAPE, rope_scaling=None)), inverse_frequencies(SHAPE)
+    ratio = plain / scaled
+    turns = 8192 * plain / (2 * torch.pi)
+    assert torch.equal(scaled[turns > 4], plain[turns > 4])
+    torch.testing.assert_close(ratio[turns < 1], torch.full_like(ratio[turns < 1], 32.0))
+    between = ratio[(turns > 1) & (turns < 4)]
+    assert len(between) > 1 and ((between > 1) & (between < 32)).all()
+
+
+@pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, rope_scaling=None)])
+def test_an_architecture_comes_back_from_json(shape: Architecture) -> None:
+    """As the engine's command line carries it."""
+    assert Architecture.from_dict(json.loads(json.dumps(asdict(shape)))) == shape
