@@ -44,9 +44,7 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "expert_model_parallel_size": (more_than_one, "expert parallelism"),
     "expert_tensor_parallel_size": (more_than_one, "expert tensor parallelism"),
     "num_experts": (on, "mixture of experts"),
-    "use_distributed_optimizer": (on, "the distributed optimizer"),
     "optimizer_cpu_offload": (on, "CPU offload of the optimizer"),
-    "optimizer": (other_than("adam"), "another optimizer than adam"),
     "normalization": (other_than("RMSNorm"), "another norm than RMSNorm"),
     "position_embedding_type": (other_than("rope"), "another position embedding than rope"),
     "use_rotary_position_embeddings": (off, "another position embedding than rope"),
@@ -70,18 +68,18 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Field -> when it asks for something that is not there, and what that is."""
 
-NOT_BUILT_MEGATRON = (
-    "fp8",
-    "fp4",
-    "mtp_num_layers",
-    "multi_latent_attention",
-    "cpu_offloading",
-    "use_megatron_fsdp",
-    "overlap_param_gather",
-    "reduce_scatter_with_fp32_accumulation",
-    "use_precision_aware_optimizer",
-)
-"""The same among Megatron's own fields; all are off by default."""
+NOT_BUILT_MEGATRON: Mapping[str, str] = {
+    "fp8": "it needs TransformerEngine",
+    "fp4": "it needs TransformerEngine",
+    "mtp_num_layers": "multi-token prediction",
+    "multi_latent_attention": "multi-latent attention",
+    "cpu_offloading": "it needs TransformerEngine",
+    "use_megatron_fsdp": "Megatron's FSDP; --use-distributed-optimizer shards the optimizer",
+    "overlap_param_gather": "weights are read as soon as a step is done, and outside of the layers that would wait",
+    "reduce_scatter_with_fp32_accumulation": "gradients are always reduced in fp32",
+    "use_precision_aware_optimizer": "it needs TransformerEngine's Adam",
+}
+"""The same among Megatron's own fields, and why; all are off by default."""
 
 
 def not_built(case: Case) -> Iterable[Problem]:
@@ -97,11 +95,11 @@ def not_built(case: Case) -> Iterable[Problem]:
             if field == "rollout_engine" and field not in case.given:
                 remedy = "add --rollout-engine embedded"
             yield case.error(field, f"{feature}: not part of this version", remedy)
-    for field in NOT_BUILT_MEGATRON:
+    for field, why in NOT_BUILT_MEGATRON.items():
         if case.args.megatron_extra.get(field):
             yield Problem(
                 severity="error",
                 where="--" + field.replace("_", "-"),
-                rule="not part of this version",
+                rule=f"{why}: not part of this version",
                 remedy="leave the flag out (--dry-run plans with it)",
             )

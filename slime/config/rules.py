@@ -13,6 +13,7 @@ from slime.config.file_rules import debug_data, eval_files, files_of_rollouts, h
 from slime.config.megatron_fields import megatron_decided, megatron_known
 from slime.config.no_effect import no_effect
 from slime.config.not_built import REWARD_TYPES, not_built
+from slime.config.optimizer_rules import optimizer
 from slime.config.path_rules import directories, tokenizer, weight_files
 from slime.config.problem import Problem
 
@@ -339,6 +340,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     experts,
     recompute,
     precision,
+    optimizer,
     schedule,
     megatron_decided,
     megatron_known,

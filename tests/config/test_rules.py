@@ -89,6 +89,10 @@ def test_the_base_passes(run: Run) -> None:
         ),
         ("--load-debug-rollout-data /tmp/{}.jsonl", "--load-debug-rollout-data /tmp/{}.jsonl: {rollout_id} alone"),
         ("--save /tmp/s --save-hf /tmp/{rollout", "--save-hf /tmp/{rollout: {rollout_id} alone is filled in"),
+        (
+            "--use-distributed-optimizer --optimizer sgd",
+            "--use-distributed-optimizer: Megatron shards adam alone, not --optimizer sgd; leave one of the two out",
+        ),
         ("--lr-decay-style WSD", "--lr-decay-style WSD: has no length of its decay; add --lr-wsd-decay-iters"),
     ],
 )
@@ -212,7 +216,6 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
     [
         "--context-parallel-size 2 --actor-num-gpus-per-node 2",
         "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2",
-        "--use-distributed-optimizer",
         "--optimizer-cpu-offload",
         "--partial-rollout",
         "--max-staleness 0",
@@ -228,7 +231,6 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
         "--overlap-param-gather",
         "--use-wandb",
         "--fp8-format hybrid",
-        "--optimizer sgd",
     ],
 )
 def test_not_built_plans_but_does_not_run(run: Run, words: str) -> None:
