@@ -169,7 +169,7 @@ class Cluster:
         """The actor's weights go to every engine, as the next policy version."""
         processes = self._processes
         self._policy_version += 1
-        if not processes.engines or not processes.trainers:
+        if not self._args.num_engines or not processes.trainers:
             return
         with self._clock.phase("weight_sync"):
             reports = processes.get(
@@ -199,7 +199,7 @@ class Cluster:
 
     def _evaluate(self, step: int) -> None:
         args = self._args
-        if not (args.eval_prompt_data or args.eval_config) or not self._processes.engines:
+        if not (args.eval_prompt_data or args.eval_config) or not args.num_engines:
             return
         with self._clock.phase("evaluation"):
             [metrics] = self._processes.get(

@@ -1,42 +1,82 @@
 """Noticing that an engine or the router has died.
 
-Path: the rollout manager runs `first_death` beside every rollout and evaluation. Invariant: a dead process is named,
-with its log, within a few seconds; nothing waits for it for ever.
+Path: the rollout manager runs `first_death` beside every rollout and evaluation. Invariant: what died is named, with
+its log where it is ours, within a few seconds; nothing waits for it for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayActorError
 
+from slime.engine.client import EngineClient
 from slime.engine.launch import ManagedProcess
 
 POLL_S = 1.0
+UNWELL_S = 5.0
+"""Seconds without one good answer, after which what is not ours to watch counts as dead."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """`name` says in errors what it is; `is_alive` is asked again and again."""
+
+    name: str
+    is_alive: Callable[[], Awaitable[bool]]
+
+
+def own_router(process: ManagedProcess) -> Watched:
+    async def is_alive() -> bool:
+        return process.alive()
+
+    return Watched(f"the router ({process.url}; its log is {process.log_path})", is_alive)
+
+
+def own_engine(index: int, url: str, actor: Any, log_dir: Path) -> Watched:
+    """`actor`: the EngineWorker that owns its process."""
+
+    async def is_alive() -> bool:
+        try:
+            return await actor.alive.remote()
+        except RayActorError:
+            return False
+
+    return Watched(f"engine {index} ({url}; its log is {log_dir / f'engine-{index}.log'})", is_alive)
+
+
+def answering(what: str, url: str, client: EngineClient) -> Watched:
+    """What runs without us: alive as long as it answers."""
+    unwell_since: float | None = None
+
+    async def is_alive() -> bool:
+        nonlocal unwell_since
+        asked = time.monotonic()
+        if await client.is_healthy(url):
+            unwell_since = None
+            return True
+        unwell_since = unwell_since or asked
+        return time.monotonic() - unwell_since < UNWELL_S
+
+    return Watched(f"{what} {url}", is_alive)
 
 
 class EngineWatch:
-    """Polls the owners of the engine processes, and the router's process."""
+    """Polls all of `watched` at once."""
 
-    def __init__(self, engines: list[Any], urls: list[str], log_dir: Path, router: ManagedProcess | None) -> None:
-        self._engines = engines
-        self._urls = urls
-        self._log_dir = log_dir
-        self._router = router
+    def __init__(self, watched: Sequence[Watched]) -> None:
+        self._watched = watched
 
     async def first_death(self) -> str:
-        """Returns only once something has died: a sentence that names it and its log."""
+        """Returns only once something has died: a sentence that names it."""
         while True:
             await asyncio.sleep(POLL_S)
-            if self._router is not None and not self._router.alive():
-                return f"the router died during generation; its log is {self._log_dir / 'router.log'}"
-            for index, (engine, url) in enumerate(zip(self._engines, self._urls, strict=True)):
-                try:
-                    alive = await engine.alive.remote()
-                except RayActorError:
-                    alive = False
-                if not alive:
-                    log = self._log_dir / f"engine-{index}.log"
-                    return f"engine {index} ({url}) died during generation; its log is {log}"
+            alive = await asyncio.gather(*(each.is_alive() for each in self._watched))
+            for each, is_alive in zip(self._watched, alive, strict=True):
+                if not is_alive:
+                    return f"{each.name} died during generation"

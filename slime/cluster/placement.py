@@ -85,14 +85,15 @@ def reserve(args: Args) -> Placement:
         RuntimeError: the cluster has no room for them within a minute.
     """
     num_trainers = 0 if args.debug_rollout_only else args.actor_world_size
-    count = num_trainers + args.num_engines + 1
+    num_engines = 0 if args.rollout_external_engines else args.num_engines
+    count = num_trainers + num_engines + 1
     group = placement_group([{"CPU": CPU_SHARE}] * count, strategy="PACK")
     if not group.wait(RESERVE_TIMEOUT_S):
         available = ray.available_resources()
         remove_placement_group(group)
         raise RuntimeError(
-            f"Ray has no room for {num_trainers} trainers, {args.num_engines} engines and the rollout manager within "
+            f"Ray has no room for {num_trainers} trainers, {num_engines} engines and the rollout manager within "
             f"{RESERVE_TIMEOUT_S:.0f} s; it has {available}. Free resources, or lower --actor-num-gpus-per-node or "
             "--rollout-num-gpus"
         )
-    return Placement(group=group, num_trainers=num_trainers, num_engines=args.num_engines)
+    return Placement(group=group, num_trainers=num_trainers, num_engines=num_engines)

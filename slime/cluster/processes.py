@@ -6,6 +6,7 @@ alive, however far it came and however the run ended; nothing else is touched.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import subprocess
 import tempfile
@@ -20,7 +21,11 @@ from slime.cluster.placement import Placement, reserve, start_ray
 from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
+from slime.config.engine_rules import needs_weight_directory
 from slime.core.errors import RunError
+from slime.engine.external import FoundEngines, find_engines
+from slime.engine.membership import Membership, external_router_url
+from slime.sync.disk import WeightDirectory
 
 if TYPE_CHECKING:
     from slime.megatron.result import LoadResult
@@ -38,6 +43,8 @@ class Processes:
         self._placement: Placement | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
         self._tmp = tempfile.TemporaryDirectory(prefix="slime-run-")
+        self._weights: WeightDirectory | None = None
+        self._external: FoundEngines | None = None
         self.manager: Any = None
         self.trainers: list[Any] = []
         self.engines: list[Any] = []
@@ -45,6 +52,7 @@ class Processes:
     def start(self) -> None:
         """Ray and all actors; returns while they are still importing."""
         args, log_dir = self._args, str(self._log_dir)
+        self._take_what_is_shared()
         self._reaper = start_ray()
         self._placement = place = reserve(args)
         self.manager = ray.remote(RolloutManager).options(**place.manager()).remote(args, log_dir)
@@ -60,10 +68,33 @@ class Processes:
             for rank in range(place.num_trainers)
         ]
 
+    def _take_what_is_shared(self) -> None:
+        """Engines and router that the user has started, and a directory for weights, before anything of ours starts.
+
+        Raises:
+            RunError: one does not answer, serves another model, or belongs to another run.
+        """
+        args = self._args
+        router_url = external_router_url(args)
+        try:
+            if args.rollout_external_engines and args.num_engines:
+                self._external = asyncio.run(find_engines(args))
+            if router_url is not None and args.num_engines:
+                router = Membership(router_url, api_key=args.sglang.get("api_key"), timeout=args.engine_start_timeout)
+                router.wait_ready()
+                router.refuse_others(args.rollout_external_engines)
+            if needs_weight_directory(args):
+                assert args.update_weight_disk_dir is not None, "resolving the arguments sets it"
+                self._weights = WeightDirectory(Path(args.update_weight_disk_dir))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise RunError(str(error)) from error
+
     def load(self) -> tuple[LoadResult | None, list[str]]:
         """What the trainers loaded (None without trainers), and warnings; the prompts are loaded then, too."""
         loaded = self.get("loading the model", [trainer.load.remote() for trainer in self.trainers])
         [warnings] = self.get("loading the prompts", [self._manager_started])
+        if self._external is not None:
+            warnings = [*warnings, *self._external.warnings]
         if not loaded:
             return None, warnings
         result, of_rank_zero = loaded[0]
@@ -71,15 +102,19 @@ class Processes:
 
     def connect(self) -> None:
         """Wait for the engines, put them behind the router, and join trainers and engines in one weight group."""
-        if not self.engines:
+        if not self._args.num_engines:
             return
         manager = self.manager
         router_url = self.get("starting the router", [manager.start_router.remote()])[0]
-        urls = self.get("starting the engines", self._engine_urls)
+        if self._external is None:
+            urls = self.get("starting the engines", self._engine_urls)
+            ranks = [1] * len(urls)
+        else:
+            urls, ranks = list(self._args.rollout_external_engines), list(self._external.num_ranks)
         self.get("registering the engines", [manager.connect_engines.remote(router_url, urls, self.engines)])
         self.get(
-            "joining the weight group",
-            [trainer.connect_engines.remote(router_url, len(urls)) for trainer in self.trainers],
+            "connecting trainers and engines",
+            [trainer.connect_engines.remote(router_url, urls, ranks) for trainer in self.trainers],
         )
 
     def get(self, phase: str, refs: Sequence[Any]) -> list[Any]:
@@ -112,6 +147,8 @@ class Processes:
             ray.shutdown()
         if self._reaper is not None:
             self._reaper.communicate(timeout=STOP_TIMEOUT_S)
+        if self._weights is not None:
+            self._weights.close()
         self._tmp.cleanup()
 
     def _stop_children(self) -> None:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from slime.cluster.dump import read_dump, write_dump
-from slime.cluster.health import EngineWatch
+from slime.cluster.health import EngineWatch, Watched, answering, own_engine, own_router
 from slime.config.args import Args
 from slime.config.options import HookOptions
 from slime.core.batch import TrainBatch, from_samples
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
 from slime.engine.client import EngineClient
-from slime.engine.launch import ManagedProcess, find_free_port, launch_router, register_worker
+from slime.engine.external import leave_engines
+from slime.engine.launch import ManagedProcess, find_free_port, launch_router
+from slime.engine.membership import Membership, external_router_url
 from slime.observability.logs import collected_warnings, log_to_file
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.evaluate import Evaluator
@@ -40,6 +42,7 @@ class RolloutManager:
         self._args = args
         self._log_dir = Path(log_dir)
         self._router: ManagedProcess | None = None
+        self._membership: Membership | None = None
         self._watch: EngineWatch | None = None
         self._client: EngineClient | None = None
         self._rewards: RewardPool | None = None
@@ -70,24 +73,37 @@ class RolloutManager:
     async def start_router(self) -> str:
         """Start the router (or take the one that was given); returns its URL."""
         args = self._args
-        if args.sglang_router_ip is not None:
-            return f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
+        url = external_router_url(args)
+        if url is not None:
+            return url
         port = find_free_port()
         self._router = launch_router(args, host="127.0.0.1", port=port, log_path=self._log_dir / "router.log")
         await asyncio.to_thread(self._router.wait_ready, args.engine_start_timeout)
         return f"http://127.0.0.1:{port}"
 
     async def connect_engines(self, router_url: str, engine_urls: list[str], engines: list[Any]) -> None:
-        """Register the engines with the router and make the client."""
+        """Register the engines with the router and make the client. `engines`: the owners of those that are ours."""
         args = self._args
-        api_key, limit = args.sglang.get("api_key"), args.engine_start_timeout
-        for url in engine_urls:
-            await asyncio.to_thread(register_worker, router_url, url, api_key=api_key, timeout=limit)
-        self._client = EngineClient(router_url, api_key=api_key, request_timeout=args.engine_request_timeout)
-        self._context.client = self._client
-        self._watch = EngineWatch(engines, engine_urls, self._log_dir, self._router)
+        api_key = args.sglang.get("api_key")
+        self._membership = Membership(router_url, api_key=api_key, timeout=args.engine_start_timeout)
+        await asyncio.to_thread(self._membership.join, engine_urls)
+        self._client = client = EngineClient(
+            router_url, engines=engine_urls, api_key=api_key, request_timeout=args.engine_request_timeout
+        )
+        self._context.client = client
+        router = answering("the router", router_url, client) if self._router is None else own_router(self._router)
+        watched: list[Watched] = [router]
+        if engines:
+            owned = enumerate(zip(engine_urls, engines, strict=True))
+            watched += [own_engine(index, url, actor, self._log_dir) for index, (url, actor) in owned]
+        else:
+            watched += [answering("the engine", url, client) for url in engine_urls]
+        self._watch = EngineWatch(watched)
 
-    def set_policy_version(self, version: int) -> None:
+    async def set_policy_version(self, version: int) -> None:
+        """The engines hold `version` now; the router still leads to them alone."""
+        if self._client is not None:
+            await self._client.check_router()
         self._context.policy_version = version
 
     async def generate(self, rollout_id: int) -> tuple[TrainBatch, dict[str, float]]:
@@ -172,7 +188,11 @@ class RolloutManager:
 
     async def close(self) -> None:
         if self._client is not None:
+            if self._args.rollout_external_engines:
+                await leave_engines(self._client)
             await self._client.close()
+        if self._router is None and self._membership is not None:
+            await asyncio.to_thread(self._membership.leave)
         if self._rewards is not None:
             self._rewards.close()
         if self._router is not None:

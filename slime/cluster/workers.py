@@ -7,8 +7,8 @@ Path: `Cluster` makes them on their bundles and calls them; the work is in `mega
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from slime.observability.logs import collected_warnings, log_to_file
 if TYPE_CHECKING:
     from slime.engine.launch import ManagedProcess
     from slime.megatron.result import LoadResult
-    from slime.sync.broadcast import BroadcastTransport
+    from slime.sync.transport import Transport
 
 
 @ray.remote
@@ -33,7 +33,7 @@ class TrainWorker:
         self._rank = rank
         self._init_method = init_method
         self._log_dir = Path(log_dir)
-        self._transport: BroadcastTransport | None = None
+        self._transport: Transport | None = None
         self._proven = False
 
     def load(self) -> tuple[LoadResult, list[str]]:
@@ -58,26 +58,44 @@ class TrainWorker:
             self._trainer.save_hf(Path(self._args.save_hf.format(rollout_id=rollout_id)))
         return str(path)
 
-    def connect_engines(self, router_url: str, num_engine_ranks: int) -> None:
-        """Rank 0 joins the engines' weight group; the others only take part in gathering."""
+    def connect_engines(self, router_url: str, engine_urls: Sequence[str], engine_ranks: Sequence[int]) -> None:
+        """Rank 0 opens the transport of weights; the others only take part in gathering."""
         if self._rank != 0:
             return
+        from slime.engine.address import address_for
         from slime.engine.client import EngineClient
         from slime.engine.launch import find_free_port
         from slime.megatron import device
         from slime.sync.broadcast import BroadcastTransport
+        from slime.sync.disk import DiskTransport
 
         args = self._args
-        client = EngineClient(
-            router_url, api_key=args.sglang.get("api_key"), request_timeout=args.engine_request_timeout
-        )
+        client = EngineClient(router_url, engines=engine_urls, api_key=args.sglang.get("api_key"))
+        bucket_bytes = args.update_weight_buffer_size
+        if args.update_weight_transport == "disk":
+            assert args.hf_checkpoint is not None, "the engines serve it"
+            self._transport = DiskTransport(
+                client,
+                directory=self._weight_directory,
+                source_hf_dir=args.hf_checkpoint,
+                dtype=self._trainer.params_dtype,
+                bucket_bytes=bucket_bytes,
+            )
+            return
+        address = address_for(engine_urls)
         self._transport = BroadcastTransport(
             client,
-            num_engine_ranks=num_engine_ranks,
-            address="127.0.0.1",
-            port=find_free_port(),
+            engine_ranks=engine_ranks,
+            address=address,
+            port=find_free_port(address),
             backend=device.backend_name(),
+            bucket_bytes=bucket_bytes,
         )
+
+    @property
+    def _weight_directory(self) -> Path:
+        assert self._args.update_weight_disk_dir is not None, "resolving the arguments sets it"
+        return Path(self._args.update_weight_disk_dir)
 
     def send_weights(self, version: int) -> dict[str, float]:
         """Send the actor's weights to the engines as `version`, and prove that they arrived. Collective."""
@@ -89,7 +107,7 @@ class TrainWorker:
                 continue  # the other ranks' part of each gather
             report = None
         else:
-            report = self._transport.send(tensors, version=version, bucket_bytes=self._args.update_weight_buffer_size)
+            report = self._transport.send(tensors, version=version)
             check_versions(self._transport, version=version)
         if self._args.check_weight_sync and not self._proven:
             self._prove(version)
@@ -97,9 +115,10 @@ class TrainWorker:
         return {} if report is None else report.metrics()
 
     def _prove(self, version: int) -> None:
+        from slime.sync.disk import PROOF
         from slime.sync.proof import prove_weights
 
-        directory = Path(tempfile.mkdtemp(prefix="slime-export-")) if self._rank == 0 else Path("/nonexistent")
+        directory = self._weight_directory / PROOF
         # in the dtype in which the weights were sent; the HF directory's own may hold fewer bits
         self._trainer.save_hf(directory, dtype=self._trainer.params_dtype)
         if self._transport is not None:
@@ -121,9 +140,11 @@ class EngineWorker:
 
     def start(self) -> str:
         """Start the engine; its URL, once it answers."""
+        from slime.engine.address import LOOPBACK, own_address
         from slime.engine.launch import find_free_port, launch_engine
 
-        host = "127.0.0.1"
+        router_host = self._args.sglang_router_ip
+        host = LOOPBACK if router_host is None else own_address(router_host)
         self._process = launch_engine(
             self._args, index=self._index, host=host, port=find_free_port(host), log_path=self._log_path
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 from slime.config.args import Args
 from slime.config.case import Case
+from slime.config.engine_rules import needs_weight_directory
 from slime.config.options import EvalOptions
 from slime.config.problem import Problem
 
@@ -132,9 +133,25 @@ TABLE: tuple[NoEffect, ...] = (
     ),
     NoEffect(("offload",), lambda a: bool(a.offload) and not a.colocate, "it belongs to --colocate"),
     NoEffect(
-        ("rollout_num_gpus",),
+        ("rollout_num_gpus", "rollout_external_engines", "sglang_router_ip", "sglang_router_port"),
         lambda a: a.debug_train_only,
         "--debug-train-only starts no engine",
+    ),
+    NoEffect(
+        ("rollout_engine", "rollout_num_gpus_per_engine"),
+        lambda a: bool(a.rollout_external_engines),
+        "--rollout-external-engines run already, and are what they are",
+    ),
+    NoEffect(
+        ("update_weight_transport", "update_weight_buffer_size"),
+        lambda a: not a.num_engines or a.debug_rollout_only,
+        "no weights are sent",
+    ),
+    NoEffect(
+        ("update_weight_disk_dir",),
+        lambda a: not needs_weight_directory(a),
+        "no weights stand in files",
+        "add --update-weight-transport disk",
     ),
     NoEffect(
         ("eval_prompt_data", "eval_config", "eval_interval"),
@@ -201,7 +218,9 @@ TABLE: tuple[NoEffect, ...] = (
     NoEffect(("attention_softmax_in_fp32",), lambda a: not a.attention_softmax_in_fp32, "softmax is always in fp32"),
     NoEffect(
         ("rollout_num_gpus_per_engine",),
-        lambda a: a.rollout_engine == "embedded" and a.rollout_num_gpus_per_engine > 1,
+        lambda a: (
+            a.rollout_engine == "embedded" and a.rollout_num_gpus_per_engine > 1 and not a.rollout_external_engines
+        ),
         "there is no CUDA here: an engine is one embedded process, whatever this says",
         "nothing to do; where CUDA is, it is SGLang's tensor parallel size",
     ),
@@ -216,7 +235,10 @@ def no_effect(case: Case) -> Iterable[Problem]:
                 if field in case.given:
                     yield case.warning(field, f"no effect: {row.why}", row.remedy)
     sglang_only = [name for name in case.args.sglang if name not in EMBEDDED_SETTINGS]
-    if case.args.rollout_engine == "embedded" and sglang_only:
+    if case.args.rollout_external_engines:
+        sglang_only = [name for name in case.args.sglang if name != "api_key"]
+        yield from _passed_on_to_nobody("sglang", sglang_only, "--rollout-external-engines run already")
+    elif case.args.rollout_engine == "embedded" and sglang_only:
         names = " ".join("--sglang-" + name.replace("_", "-") for name in sglang_only)
         yield Problem(
             severity="warning",
@@ -224,6 +246,8 @@ def no_effect(case: Case) -> Iterable[Problem]:
             rule="no effect: engines are embedded ones here (no CUDA, or --rollout-engine embedded)",
             remedy="nothing to do; SGLang gets them where it serves",
         )
+    if case.args.sglang_router_ip is not None:
+        yield from _passed_on_to_nobody("router", list(case.args.router), "the router runs already")
     moe = [name for name in case.args.megatron_extra if name.startswith("moe_")]
     if moe and case.args.num_experts is None:
         names = " ".join("--" + name.replace("_", "-") for name in moe)
@@ -233,3 +257,9 @@ def no_effect(case: Case) -> Iterable[Problem]:
             rule="no effect: the model has no experts (--num-experts)",
             remedy="leave them out",
         )
+
+
+def _passed_on_to_nobody(source: str, names: list[str], why: str) -> Iterable[Problem]:
+    if names:
+        flags = " ".join(f"--{source}-" + name.replace("_", "-") for name in names)
+        yield Problem(severity="warning", where=flags, rule=f"no effect: {why}", remedy="leave them out")

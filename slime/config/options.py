@@ -29,8 +29,15 @@ class ClusterOptions:
     rollout_engine: Literal["auto", "sglang", "embedded"] = flag(
         "auto", "auto: SGLang where CUDA is, the embedded engine elsewhere."
     )
-    rollout_external_engines: tuple[str, ...] = flag((), "URLs of engines that run already.", metavar="URL")
-    sglang_router_ip: str | None = flag(None, "Address of a router that runs already.")
+    rollout_external_engines: tuple[str, ...] = flag(
+        (),
+        "Engines that run already, http://HOST:PORT each: none is started, and none is stopped. They serve the model "
+        "of --hf-checkpoint.",
+        metavar="URL",
+    )
+    sglang_router_ip: str | None = flag(
+        None, "Address of a router that runs already; no other run's engines may stand behind it."
+    )
     sglang_router_port: int | None = flag(None, "Port of a router that runs already.", ge=1, le=65535)
     sglang_server_concurrency: int = flag(512, "Requests in flight at once, an engine.", ge=1)
     engine_start_timeout: float = flag(600.0, "Seconds within which an engine or the router has to be ready.", gt=0)
@@ -40,9 +47,19 @@ class ClusterOptions:
         None, "Threads of each training and engine process on a CPU (default: cores / processes).", ge=1
     )
     update_weight_transport: Literal["auto", "broadcast", "disk"] = flag(
-        "auto", "How weights reach the engines; auto: broadcast, or device memory with --colocate."
+        "auto",
+        "How weights reach the engines; auto: broadcast, or device memory with --colocate. disk: by files, for engines "
+        "that share a file system and no fast network.",
     )
-    update_weight_buffer_size: int = flag(512 * 1024**2, "Bytes of one bucket of weights on its way.", ge=1)
+    update_weight_disk_dir: str | None = flag(
+        None,
+        "Directory that trainers write and engines read, under one path, for --update-weight-transport disk and for "
+        "--check-weight-sync; unset: engine-weights under --save, else under the run's directory.",
+        metavar="DIR",
+    )
+    update_weight_buffer_size: int = flag(
+        512 * 1024**2, "Bytes of one bucket (on disk: one file) of weights on its way.", ge=1
+    )
     check_weight_sync: bool = flag(
         True,
         "At the first sync of a run, compare the engines' checksum after the sync with the one after loading the "

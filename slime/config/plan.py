@@ -31,6 +31,9 @@ def _devices(args: Args) -> Iterable[Row]:
     embedded = args.rollout_engine == "embedded"
     for engine in range(args.num_engines):
         slots = _range(first + engine * size, size)
+        if args.rollout_external_engines:
+            yield f"engine {engine}", f"{args.rollout_external_engines[engine]} (runs already)"
+            continue
         kind = "embedded here; SGLang where CUDA is" if embedded else "SGLang"
         shared = "shared with training, " if args.colocate else ""
         yield f"serve {slots}", f"engine {engine}: TP {size} ({shared}{kind})"

@@ -33,6 +33,8 @@ def resolve(args: Args) -> Args:
         changes["eps_clip_high"] = args.eps_clip
     if args.log_dir is None:
         changes["log_dir"] = args.save or "outputs"
+    if args.update_weight_disk_dir is None:
+        changes["update_weight_disk_dir"] = f"{args.save or args.log_dir or changes['log_dir']}/engine-weights"
     return replace(args, **changes)
 
 
@@ -43,6 +45,8 @@ def _placement(args: Args) -> dict[str, Any]:
     num_gpus = args.rollout_num_gpus
     if args.debug_train_only:
         num_gpus = 0
+    elif num_gpus is None and args.rollout_external_engines:
+        num_gpus = len(args.rollout_external_engines) * args.rollout_num_gpus_per_engine
     elif num_gpus is None and args.colocate:
         num_gpus = args.actor_world_size
     changes["rollout_num_gpus"] = num_gpus
@@ -51,7 +55,8 @@ def _placement(args: Args) -> dict[str, Any]:
     if args.update_weight_transport == "auto" and not args.colocate:
         changes["update_weight_transport"] = "broadcast"
     if args.cpu_threads_per_process is None:
-        processes = args.actor_world_size + (num_gpus or 0) // args.rollout_num_gpus_per_engine
+        engines = 0 if args.rollout_external_engines else (num_gpus or 0) // args.rollout_num_gpus_per_engine
+        processes = args.actor_world_size + engines
         changes["cpu_threads_per_process"] = max(1, _cores() // processes)
     return changes
 

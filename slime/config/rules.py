@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from slime.config.case import Case, Rule
+from slime.config.engine_rules import api_keys, engines, external_engines, external_router, weight_directory
 from slime.config.file_rules import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, reward, weights
 from slime.config.megatron_fields import megatron_decided, megatron_known
 from slime.config.no_effect import no_effect
@@ -27,36 +28,6 @@ def check(case: Case, rules: Sequence[Rule]) -> list[Problem]:
 
 
 # --- who sits where ---------------------------------------------------------------------------------------------
-
-
-def engines(case: Case) -> Iterable[Problem]:
-    args = case.args
-    if args.colocate and "rollout_num_gpus" in case.given:
-        yield case.error(
-            "rollout_num_gpus",
-            "--colocate shares the training GPUs with the engines",
-            "remove --rollout-num-gpus",
-            beside=["colocate"],
-        )
-    elif args.rollout_num_gpus is None:
-        remedy = "say how many, or --colocate, or 0 for a run that generates nothing"
-        yield case.error("rollout_num_gpus", "not given", remedy, beside=["colocate"])
-    elif args.rollout_num_gpus % args.rollout_num_gpus_per_engine:
-        rule = f"is no multiple of --rollout-num-gpus-per-engine {args.rollout_num_gpus_per_engine}"
-        yield case.error("rollout_num_gpus", rule, "make it one", beside=["rollout_num_gpus_per_engine", "colocate"])
-    elif args.rollout_num_gpus == 0 and case.generates:
-        yield case.error("rollout_num_gpus", "no engine, but rollouts are generated", "give it at least one")
-    elif args.rollout_num_gpus == 0 and case.evaluates and not args.debug_train_only:
-        remedy = "give it at least one, or leave out the evaluation data"
-        yield case.error("rollout_num_gpus", "no engine, but evaluation generates", remedy)
-
-
-def external_router(case: Case) -> Iterable[Problem]:
-    args = case.args
-    if (args.sglang_router_ip is None) != (args.sglang_router_port is None):
-        given = "sglang_router_port" if args.sglang_router_ip is None else "sglang_router_ip"
-        remedy = "give both --sglang-router-ip and --sglang-router-port"
-        yield case.error(given, "half of an address", remedy, beside=["sglang_router_ip", "sglang_router_port"])
 
 
 def sglang_data_parallel(case: Case) -> Iterable[Problem]:
@@ -320,7 +291,10 @@ CONVERSION_RULES: tuple[Rule, ...] = (parallel_sizes, precision, megatron_decide
 
 TRAINING_RULES: tuple[Rule, ...] = (
     engines,
+    external_engines,
     external_router,
+    api_keys,
+    weight_directory,
     sglang_data_parallel,
     debug_modes,
     length,

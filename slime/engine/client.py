@@ -19,6 +19,7 @@ from slime.engine.protocol import (
     AbortRequest,
     DestroyWeightsUpdateGroup,
     Endpoint,
+    EngineInfo,
     GenerateRequest,
     GenerateResponse,
     InitWeightsUpdateGroup,
@@ -51,10 +52,21 @@ class EngineError(RuntimeError):
 
 
 class EngineClient:
-    """One client an event loop; requests share its connections. Close it, or use `async with`."""
+    """One client an event loop; requests share its connections. Close it, or use `async with`.
 
-    def __init__(self, router_url: str, *, api_key: str | None = None, request_timeout: float = 1800.0) -> None:
+    `engines`: the run's own, which alone are controlled; None: all that the router lists.
+    """
+
+    def __init__(
+        self,
+        router_url: str,
+        *,
+        engines: Sequence[str] | None = None,
+        api_key: str | None = None,
+        request_timeout: float = 1800.0,
+    ) -> None:
         self._router_url = router_url.rstrip("/")
+        self._engines = None if engines is None else list(engines)
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -135,9 +147,24 @@ class EngineClient:
 
     async def workers(self) -> list[str]:
         """URLs of all engines, in a fixed order, also of those that the router holds to be unhealthy."""
+        return await self._listed() if self._engines is None else list(self._engines)
+
+    async def _listed(self) -> list[str]:
         url = self._router_url + RouterEndpoint.WORKERS
         answer = await self._request("GET", url, None, timeout=CONTROL_TIMEOUT)
         return sorted(worker["url"] for worker in answer["workers"])
+
+    async def check_router(self) -> None:
+        """The router sends requests to the run's engines and to no others (theirs would be other weights).
+
+        Raises:
+            EngineError: naming the engines that are too many or too few.
+        """
+        listed, own = set(await self._listed()), set(await self.workers())
+        if listed != own:
+            foreign, gone = ", ".join(sorted(listed - own)), ", ".join(sorted(own - listed))
+            problem = f"lists engines that are not this run's: {foreign}" if foreign else f"has lost {gone}"
+            raise EngineError(self._router_url, 200, f"the router {problem}; one run at a time can use it")
 
     # ---- at every engine
 
@@ -179,14 +206,31 @@ class EngineClient:
     async def health(self) -> dict[str, bool]:
         """{engine URL: whether it is well}; asked once each, with no retry."""
         urls = await self.workers()
-        return dict(zip(urls, await asyncio.gather(*map(self._is_healthy, urls)), strict=True))
+        return dict(zip(urls, await asyncio.gather(*map(self.is_healthy, urls)), strict=True))
 
-    async def _is_healthy(self, url: str) -> bool:
+    async def is_healthy(self, url: str) -> bool:
+        """Whether the engine or router at `url` is well; asked once."""
         try:
             async with self._session().get(url + Endpoint.HEALTH, timeout=aiohttp.ClientTimeout(total=10)) as answer:
                 return answer.status == 200
         except (TimeoutError, aiohttp.ClientError, OSError):
             return False
+
+    async def describe(self) -> list[EngineInfo]:
+        """What every engine says of itself.
+
+        Raises:
+            EngineError: it did not answer, or as nothing that speaks SGLang's protocol.
+        """
+        servers = await self._everywhere(Endpoint.SERVER_INFO, None)
+        models = await self._everywhere(Endpoint.MODEL_INFO, None)
+        infos: list[EngineInfo] = []
+        for url, server, model in zip(await self.workers(), servers, models, strict=True):
+            try:
+                infos.append(EngineInfo.from_json(server, model))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise EngineError(url, 200, f"it says nothing of its model, so it is no engine: {error!r}") from error
+        return infos
 
     # ---- weights
 
@@ -198,20 +242,24 @@ class EngineClient:
         group_name: str,
         backend: str,
         *,
-        ranks_per_engine: int = 1,
+        engine_ranks: Sequence[int] | None = None,
     ) -> None:
-        """Make every engine join. Returns once all have, so rank 0 (the trainer) has to be joining meanwhile."""
+        """Make every engine join. Returns once all have, so rank 0 (the trainer) has to be joining meanwhile.
+
+        `engine_ranks`: how many ranks each engine is, in the order of `workers`; None: one each.
+        """
         urls = await self.workers()
-        if world_size != 1 + ranks_per_engine * len(urls):
+        ranks = [1] * len(urls) if engine_ranks is None else list(engine_ranks)
+        if len(ranks) != len(urls) or world_size != 1 + sum(ranks):
             raise ValueError(
-                f"world_size is {world_size}, but the trainer and {len(urls)} engines of {ranks_per_engine} ranks "
-                f"are {1 + ranks_per_engine * len(urls)}"
+                f"world_size is {world_size}, but the trainer and {len(urls)} engines of {ranks} ranks "
+                f"are {1 + sum(ranks)}"
             )
         bodies = [
             InitWeightsUpdateGroup(
                 master_address=master_address,
                 master_port=master_port,
-                rank_offset=1 + i * ranks_per_engine,
+                rank_offset=1 + sum(ranks[:i]),
                 world_size=world_size,
                 group_name=group_name,
                 backend=backend,
@@ -248,6 +296,14 @@ class EngineClient:
 
     async def destroy_weights_update_group(self, group_name: str) -> None:
         await self._everywhere(Endpoint.DESTROY_WEIGHTS_UPDATE_GROUP, DestroyWeightsUpdateGroup(group_name=group_name))
+
+    async def forget_weights_update_group(self, group_name: str) -> None:
+        """The same for what another run may have left: an engine that knows no such group is content."""
+        try:
+            await self.destroy_weights_update_group(group_name)
+        except EngineError as error:
+            if error.status != 400:
+                raise
 
     async def update_weights_from_disk(self, path: str, weight_version: str | None) -> None:
         body = UpdateWeightsFromDisk(model_path=path, weight_version=weight_version)

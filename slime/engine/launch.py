@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from slime.config.args import Args
 from slime.config.no_effect import EMBEDDED_SETTINGS
+from slime.engine.keyed import VARIABLE
 from slime.engine.protocol import Endpoint, RouterEndpoint
 
 GUARD = Path(__file__).with_name("guard.py")
@@ -86,7 +87,7 @@ class ManagedProcess:
             RuntimeError: the process ended, or was not ready within `timeout` seconds; with the end of its log.
         """
         deadline = time.monotonic() + timeout
-        while not _is_healthy(self.url):
+        while not is_healthy(self.url):
             if not self.alive():
                 raise RuntimeError(f"{self.name} ended while starting (exit code {self._guard.poll()}){self._tail()}")
             if time.monotonic() > deadline:
@@ -118,7 +119,8 @@ def _open(url: str, timeout: float) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=timeout)
 
 
-def _is_healthy(url: str) -> bool:
+def is_healthy(url: str) -> bool:
+    """Whether the engine or router at `url` answers that it is well."""
     connection = _open(url, 2.0)
     try:
         connection.request("GET", Endpoint.HEALTH)
@@ -147,14 +149,15 @@ def launch_engine(args: Args, *, index: int, host: str, port: int, log_path: str
         "dtype": "bfloat16" if args.bf16 else "float32",  # the trainer's: the engine samples what it trains
         **{name: value for name, value in args.sglang.items() if name in EMBEDDED_SETTINGS},
     }
+    api_key = settings.pop("api_key", None)
     threads = args.cpu_threads_per_process or 1
-    command = [sys.executable, "-m", "slime.engine.embedded.server"]
+    command, environment = _server("slime.engine.embedded.server", api_key)
     command += ["--model-path", args.hf_checkpoint, "--host", host, "--port", str(port)]
     command += ["--num-threads", str(threads), "--dist-timeout", str(args.train_timeout)]
     if args.architecture is not None:
         command += ["--architecture", json.dumps(asdict(args.architecture))]
     command += _flags(settings)
-    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": _import_path()}
+    environment["OMP_NUM_THREADS"] = str(threads)
     return ManagedProcess(
         f"engine {index}", command, url=f"http://{host}:{port}", log_path=log_path, environment=environment
     )
@@ -173,23 +176,47 @@ def launch_router(args: Args, *, host: str, port: int, log_path: str | Path) -> 
         "prometheus_host": host,  # its own default is every interface
         "prometheus_port": find_free_port(host),
     }
-    command = [sys.executable, "-m", "sglang_router.launch_router", *_flags(settings)]
-    return ManagedProcess("router", command, url=f"http://{host}:{port}", log_path=log_path)
+    # One key for both: what the router passes on would be refused by engines with another.
+    api_key = settings.pop("api_key", None) or args.sglang.get("api_key")
+    command, environment = _server("sglang_router.launch_router", api_key)
+    return ManagedProcess(
+        "router",
+        [*command, *_flags(settings)],
+        url=f"http://{host}:{port}",
+        log_path=log_path,
+        environment=environment,
+    )
 
 
-def register_worker(router_url: str, worker_url: str, *, api_key: str | None = None, timeout: float = 60.0) -> None:
+def _server(module: str, api_key: str | None) -> tuple[list[str], dict[str, str]]:
+    """The command that runs `module`, and its environment; the key stands in the latter, which others cannot read."""
+    environment = {"PYTHONPATH": _import_path()}
+    if api_key is None:
+        return [sys.executable, "-m", module], environment
+    return [sys.executable, "-m", "slime.engine.keyed", module], {**environment, VARIABLE: api_key}
+
+
+def register_worker(
+    router_url: str,
+    worker_url: str,
+    *,
+    api_key: str | None = None,
+    timeout: float = 60.0,
+    labels: Mapping[str, str] | None = None,
+) -> None:
     """Add an engine to the router, and wait until it is listed as healthy.
 
     Raises:
         RuntimeError: the router refused it, or did not list it within `timeout` seconds.
     """
-    body = {"url": worker_url} | ({"api_key": api_key} if api_key is not None else {})
-    status, answer = _ask(router_url, "POST", body, api_key)
+    given = {"url": worker_url, "api_key": api_key, "labels": labels}
+    body = {name: value for name, value in given.items() if value is not None}
+    status, answer = ask(router_url, "POST", body, api_key=api_key)
     if status not in (200, 202):
         raise RuntimeError(f"the router at {router_url} refused {worker_url} ({status}): {answer}")
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        _, answer = _ask(router_url, "GET", None, api_key)
+        _, answer = ask(router_url, "GET", api_key=api_key)
         if any(w["url"] == worker_url and w["is_healthy"] for w in answer.get("workers", [])):
             return
         time.sleep(0.05)
@@ -198,11 +225,19 @@ def register_worker(router_url: str, worker_url: str, *, api_key: str | None = N
     )
 
 
-def _ask(router_url: str, method: str, body: object, api_key: str | None) -> tuple[int, dict[str, Any]]:
+def ask(
+    router_url: str,
+    method: str,
+    body: object = None,
+    *,
+    path: str = RouterEndpoint.WORKERS,
+    api_key: str | None = None,
+) -> tuple[int, dict[str, Any]]:
+    """One request to the router -> status and answer. Raises OSError where there is no connection."""
     connection = _open(router_url, 10.0)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     try:
-        connection.request(method, RouterEndpoint.WORKERS, json.dumps(body) if body else None, headers)
+        connection.request(method, path, json.dumps(body) if body else None, headers)
         answer = connection.getresponse()
         raw = answer.read()
         try:

@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 
 PauseMode = Literal["abort", "in_place", "retract"]
 CheckAction = Literal["checksum", "reset_tensors"]
+WEIGHT_GROUP = "slime-weights"
+"""The process group over which a trainer sends weights. One name: what a killed run left is found by it."""
 
 
 class Endpoint(StrEnum):
@@ -226,6 +228,36 @@ class GenerateResponse:
             prompt_tokens=int(meta["prompt_tokens"]),
             completion_tokens=int(meta["completion_tokens"]),
             input_log_probs=[entry[0] for entry in meta.get("input_token_logprobs") or []],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What an engine says of itself; None: it does not say."""
+
+    model_path: str
+    weight_version: str
+    num_ranks: int
+    """Members that it brings into a weight group."""
+    dtype: str | None
+    context_length: int | None
+    model_type: str | None
+    """As in config.json."""
+    architecture: Mapping[str, Any] | None
+    """The fields of `core.architecture.Architecture` (the embedded engine)."""
+
+    @classmethod
+    def from_json(cls, server: Mapping[str, Any], model: Mapping[str, Any]) -> EngineInfo:
+        """From /server_info and /model_info. Raises KeyError where they are not SGLang's."""
+        dtype = server.get("dtype")
+        return cls(
+            model_path=str(model["model_path"]),
+            weight_version=str(model["weight_version"]),
+            num_ranks=int(server["tp_size"]),
+            dtype=None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
+            context_length=server.get("context_length"),
+            model_type=model.get("model_type"),
+            architecture=model.get("architecture"),
         )
 
 

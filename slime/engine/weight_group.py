@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-LOOPBACK = ("127.0.0.1", "localhost")
+from slime.engine.address import own_address
 
 
 class WeightGroup:
@@ -84,18 +84,9 @@ def _store(address: str, port: int, world_size: int, is_master: bool, timeout: t
 def _gloo(store: Store, master_address: str, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
     """Gloo on the address that leads to the master, without torch's default group."""
     options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(master_address))]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(master_address))]
     options._timeout = timeout
     return dist.ProcessGroupGloo(store, rank, world_size, options)  # pyright: ignore[reportReturnType]
-
-
-def _own_address(master_address: str) -> str:
-    """This machine's address on the way to the master."""
-    if master_address in LOOPBACK:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master_address, 9))
-        return probe.getsockname()[0]
 
 
 def _as_torch_does(

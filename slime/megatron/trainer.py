@@ -78,7 +78,8 @@ class Trainer:
             self._snapshots.take("ref")
         elif args.use_kl_loss and self.topology.rank == 0:
             logger.info("reference KL off: --kl-loss-coef is 0 (--log-ref-kl logs it all the same)")
-        found = find_checkpoint(args.load, step=args.ckpt_step, own=(args.save_debug_rollout_data, args.save_hf))
+        own = (args.save_debug_rollout_data, args.save_hf, args.update_weight_disk_dir)
+        found = find_checkpoint(args.load, step=args.ckpt_step, own=own)
         result = self._load_actor(found) if found is not None else self._start_from_reference()
         if args.save is not None and args.num_rollout != 0:
             refuse_abandoned(args.save, result.next_rollout_id)

@@ -9,36 +9,37 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from slime.engine.client import EngineClient
+from slime.engine.protocol import WEIGHT_GROUP
 from slime.engine.weight_group import WeightGroup, dtype_name, join_weight_group
 from slime.sync.stream import NamedTensor, buckets
+from slime.sync.transport import SyncReport, Transport
 
 
-@dataclass(frozen=True)
-class SyncReport:
-    """What one sync cost: wall seconds and bytes sent to each engine."""
+class BroadcastTransport(Transport):
+    """Joins the weight group; the engines have to reach this process at `address`."""
 
-    seconds: float
-    bytes: int
+    def __init__(
+        self,
+        client: EngineClient,
+        *,
+        engine_ranks: Sequence[int],
+        address: str,
+        port: int,
+        backend: str,
+        bucket_bytes: int,
+    ) -> None:
+        """`engine_ranks`: how many ranks each engine is, in the order of the client's engines."""
+        super().__init__(client, bucket_bytes=bucket_bytes)
+        self._group = self._connect(engine_ranks, address, port, backend)
 
-    def metrics(self) -> dict[str, float]:
-        return {"sync/seconds": self.seconds, "sync/gb_per_s": self.bytes / self.seconds / 1e9}
+    def _connect(self, engine_ranks: Sequence[int], address: str, port: int, backend: str) -> WeightGroup:
+        world_size = 1 + sum(engine_ranks)
 
-
-class BroadcastTransport:
-    """The sending side; lives in trainer rank 0 for the whole run."""
-
-    def __init__(self, client: EngineClient, *, num_engine_ranks: int, address: str, port: int, backend: str) -> None:
-        self._client = client
-        self._runner = asyncio.Runner()
-        self._group_name = "slime-weights"
-        self._group = self._connect(num_engine_ranks + 1, address, port, backend)
-
-    def _connect(self, world_size: int, address: str, port: int, backend: str) -> WeightGroup:
         async def both() -> WeightGroup:
+            await self._client.forget_weights_update_group(WEIGHT_GROUP)
             group, _ = await asyncio.gather(
                 asyncio.to_thread(
                     join_weight_group,
@@ -46,7 +47,7 @@ class BroadcastTransport:
                     master_port=port,
                     rank=0,
                     world_size=world_size,
-                    group_name=self._group_name,
+                    group_name=WEIGHT_GROUP,
                     backend=backend,
                     is_master=True,
                 ),
@@ -54,24 +55,20 @@ class BroadcastTransport:
                     master_address=address,
                     master_port=port,
                     world_size=world_size,
-                    group_name=self._group_name,
+                    group_name=WEIGHT_GROUP,
                     backend=backend,
+                    engine_ranks=engine_ranks,
                 ),
             )
             return group
 
         return self._runner.run(both())
 
-    def send(self, tensors: Iterable[NamedTensor], *, version: int, bucket_bytes: int) -> SyncReport:
-        """Send all `tensors`; the engines then report `version`.
-
-        Raises:
-            EngineError: an engine refused a bucket (an unknown name, a wrong shape, an incomplete set).
-        """
+    def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
         start = time.perf_counter()
         total = 0
         pending: list[NamedTensor] | None = None
-        for bucket in buckets(tensors, bucket_bytes):
+        for bucket in buckets(tensors, self._bucket_bytes):
             if pending is not None:
                 total += self._runner.run(self._send_bucket(pending, version=None))
             pending = bucket
@@ -90,31 +87,14 @@ class BroadcastTransport:
                 names=[name for name, _ in bucket],
                 dtypes=[dtype_name(tensor.dtype) for _, tensor in bucket],
                 shapes=[list(tensor.shape) for _, tensor in bucket],
-                group_name=self._group_name,
+                group_name=WEIGHT_GROUP,
                 weight_version=None if version is None else str(version),
                 flush_cache=version is not None,
             ),
         )
         return sum(tensor.nbytes for _, tensor in bucket)
 
-    def checksums(self) -> list[str]:
-        """The engines' own checksums of their weights, one an engine."""
-        return self._runner.run(self._client.weights_checksum())
-
-    def versions(self) -> list[str]:
-        """The policy version that each engine reports."""
-        return self._runner.run(self._client.weight_versions())
-
-    def load_from_disk(self, path: str, *, version: int) -> None:
-        """Let every engine forget its weights and load the HF directory `path`."""
-
-        async def reload() -> None:
-            await self._client.reset_weights()
-            await self._client.update_weights_from_disk(path, weight_version=str(version))
-
-        self._runner.run(reload())
-
     def close(self) -> None:
+        self._runner.run(self._client.forget_weights_update_group(WEIGHT_GROUP))
         self._group.close()
-        self._runner.run(self._client.close())
-        self._runner.close()
+        super().close()

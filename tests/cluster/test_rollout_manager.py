@@ -61,7 +61,7 @@ def test_the_log_and_conversion_hooks_are_called(task: Task, tmp_path: Path, dum
 
 def test_an_evaluation_of_ones_own(task: Task, tmp_path: Path) -> None:
     hooked = manager(task, tmp_path, eval_function_path=f"{HOOKS}.evaluate")
-    hooked.set_policy_version(3)
+    asyncio.run(hooked.set_policy_version(3))
     assert asyncio.run(hooked.evaluate(2)) == {"eval/own/reward": 2.3}
     asyncio.run(hooked.close())
 

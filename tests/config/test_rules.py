@@ -220,7 +220,6 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
         "--partial-rollout",
         "--max-staleness 0",
         "--rollout-engine sglang",
-        "--update-weight-transport disk",
         "--advantage-estimator gspo",
         "--use-tis",
         "--kl-coef 0.1",

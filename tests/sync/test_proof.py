@@ -1,20 +1,28 @@
-"""The proof of a weight sync passes for the actor's weights and for nothing else; over a real engine and router."""
+"""The proof of a weight sync passes for the actor's weights and for nothing else, whatever way they took.
+
+Over real engines and a router. The engines serve the model 'start' and run already, as a user's would.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from slime.config.args import Args
-from slime.engine.client import EngineClient
-from slime.engine.launch import find_free_port, launch_engine, launch_router, register_worker
-from slime.models.hf_files import HFReader
+from slime.engine.client import EngineClient, EngineError
+from slime.engine.launch import ManagedProcess, find_free_port
+from slime.engine.membership import Membership
+from slime.models.hf_files import HFReader, write_hf
 from slime.sync.broadcast import BroadcastTransport
+from slime.sync.disk import DiskTransport
 from slime.sync.proof import check_versions, prove_weights
 from slime.sync.stream import NamedTensor
+from slime.sync.transport import SyncReport, Transport
 from tests.engine.tiny_models import make_model
+from tests.sync.served import serving
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +34,47 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def transport(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[BroadcastTransport]:
-    """The trainer's end of a weight group with one engine, which serves the model 'start'."""
-    logs = tmp_path_factory.mktemp("logs")
-    port, router_port = find_free_port(), find_free_port()
-    args = Args(hf_checkpoint=str(models["start"]))
-    engine = launch_engine(args, index=0, host="127.0.0.1", port=port, log_path=logs / "engine.log")
-    router = launch_router(args, host="127.0.0.1", port=router_port, log_path=logs / "router.log")
-    try:
-        for process in (engine, router):
-            process.wait_ready(60)
-        register_worker(router.url, engine.url)
-        client = EngineClient(router.url)
-        transport = BroadcastTransport(
-            client, num_engine_ranks=1, address="127.0.0.1", port=find_free_port(), backend="gloo"
-        )
-        yield transport
-        transport.close()
-    finally:
-        for process in (router, engine):
-            process.stop()
+def served(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ManagedProcess]]:
+    """Two engines, and the router that they stand behind."""
+    with serving(models["start"], tmp_path_factory.mktemp("logs"), engines=2) as processes:
+        Membership(processes[-1].url).join([engine.url for engine in processes[:-1]])
+        yield processes
+
+
+def client(served: list[ManagedProcess]) -> EngineClient:
+    *engines, router = served
+    return EngineClient(router.url, engines=[engine.url for engine in engines])
+
+
+def broadcast(served: list[ManagedProcess]) -> BroadcastTransport:
+    return BroadcastTransport(
+        client(served),
+        engine_ranks=[1, 1],
+        address="127.0.0.1",
+        port=find_free_port(),
+        backend="gloo",
+        bucket_bytes=10_000,
+    )
+
+
+def disk(served: list[ManagedProcess], models: dict[str, Path], directory: Path) -> DiskTransport:
+    return DiskTransport(
+        client(served),
+        directory=directory,
+        source_hf_dir=models["start"],
+        dtype=torch.float32,
+        bucket_bytes=50_000,
+    )
+
+
+@pytest.fixture(params=["broadcast", "disk"])
+def transport(
+    request: pytest.FixtureRequest, served: list[ManagedProcess], models: dict[str, Path], tmp_path: Path
+) -> Iterator[Transport]:
+    """The trainer's end, opened anew for each test: what the one before had joined was left."""
+    made = broadcast(served) if request.param == "broadcast" else disk(served, models, tmp_path)
+    yield made
+    made.close()
 
 
 def weights(model: Path) -> list[NamedTensor]:
@@ -53,28 +82,93 @@ def weights(model: Path) -> list[NamedTensor]:
     return [(name, reader.get(name)) for name in reader.names()]
 
 
-def test_the_actors_export_is_proven(models: dict[str, Path], transport: BroadcastTransport) -> None:
-    before = transport.checksums()
-    report = transport.send(weights(models["actor"]), version=7, bucket_bytes=10_000)
-    assert report.bytes == sum(tensor.nbytes for _, tensor in weights(models["actor"]))
-    assert transport.checksums() != before
+def checksum(tensors: Iterable[NamedTensor]) -> str:
+    """The embedded engine's checksum, of tensors that no engine and no file has held."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def test_the_actors_export_is_proven(
+    models: dict[str, Path], transport: Transport, served: list[ManagedProcess]
+) -> None:
+    actor = weights(models["actor"])
+    report = transport.send(actor, version=7)
+    assert report.bytes == sum(tensor.nbytes for _, tensor in actor)
+    assert report.metrics()["sync/gb_per_s"] > 0
+    assert transport.checksums() == {engine.url: checksum(actor) for engine in served[:-1]}
     prove_weights(transport, models["actor"], version=7)
     check_versions(transport, version=7)
 
 
-def test_another_models_export_is_not(models: dict[str, Path], transport: BroadcastTransport) -> None:
-    transport.send(weights(models["actor"]), version=8, bucket_bytes=10_000)
-    with pytest.raises(ValueError, match=r"engines \[0\] do not hold the actor's weights"):
+def test_another_models_export_is_not(
+    models: dict[str, Path], transport: Transport, served: list[ManagedProcess]
+) -> None:
+    transport.send(weights(models["actor"]), version=8)
+    with pytest.raises(RuntimeError, match="do not hold the actor's weights") as caught:
         prove_weights(transport, models["reference"], version=8)
+    assert all(engine.url in str(caught.value) for engine in served[:-1])
 
 
-def test_another_version_is_named(models: dict[str, Path], transport: BroadcastTransport) -> None:
-    transport.send(weights(models["actor"]), version=9, bucket_bytes=10_000)
-    with pytest.raises(ValueError, match=r"policy version 10 was sent, the engines report \['9'\]"):
+def test_another_version_is_named(models: dict[str, Path], transport: Transport, served: list[ManagedProcess]) -> None:
+    transport.send(weights(models["actor"]), version=9)
+    with pytest.raises(RuntimeError, match=f"policy version 10 was sent, {served[0].url} reports 9"):
         check_versions(transport, version=10)
 
 
-def test_a_bucket_that_the_engine_refuses_ends_the_sync(transport: BroadcastTransport, models: dict[str, Path]) -> None:
+def test_what_the_engines_refuse_ends_the_sync(models: dict[str, Path], transport: Transport) -> None:
     broken = [(f"no.such.{name}", tensor) for name, tensor in weights(models["actor"])]
-    with pytest.raises(Exception, match=r"no\.such"):
-        transport.send(broken, version=11, bucket_bytes=10**9)
+    with pytest.raises(RuntimeError, match=r"http://127[0-9.:]+.*(no\.such|has no .*model\.)"):
+        transport.send(broken, version=11)
+    assert "11" not in transport.versions().values()
+
+
+class Stale(DiskTransport):
+    """Tells the engines of the version before: what they report is right, and what they hold is not."""
+
+    def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
+        report = super().send(tensors, version=version)
+        self.load_from_disk(str(self._source), version=version)
+        return report
+
+
+def test_weights_of_an_earlier_version_are_no_proof(
+    models: dict[str, Path], served: list[ManagedProcess], tmp_path: Path
+) -> None:
+    """The version alone would not notice, nor would a comparison with the directory that the engines read."""
+    stale = Stale(
+        client(served), directory=tmp_path, source_hf_dir=models["start"], dtype=torch.float32, bucket_bytes=50_000
+    )
+    stale.send(weights(models["actor"]), version=12)
+    check_versions(stale, version=12)
+    prove_weights(stale, models["start"], version=12)  # what they were told to read
+    write_hf(tmp_path / "export", weights(models["actor"]), models["start"], torch.float32)
+    stale.send(weights(models["actor"]), version=12)
+    with pytest.raises(RuntimeError, match="do not hold the actor's weights"):
+        prove_weights(stale, tmp_path / "export", version=12)
+    stale.close()
+
+
+def test_the_group_of_a_killed_run_is_no_obstacle(models: dict[str, Path], served: list[ManagedProcess]) -> None:
+    broadcast(served)  # never closed
+    second = broadcast(served)
+    second.send(weights(models["actor"]), version=13)
+    check_versions(second, version=13)
+    second.close()
+
+
+def test_a_dead_engine_is_named(models: dict[str, Path], served: list[ManagedProcess], tmp_path: Path) -> None:
+    """Last: it ends an engine."""
+    opened = disk(served, models, tmp_path)
+    served[1].stop()
+    import slime.engine.client as module
+
+    before, module.BACKOFF = module.BACKOFF, 0.01
+    try:
+        with pytest.raises(RuntimeError, match=f"{served[1].url}.* did not load policy version 14"):
+            opened.send(weights(models["actor"]), version=14)
+    finally:
+        module.BACKOFF = before
+        opened.close()

@@ -18,6 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -253,6 +254,8 @@ class Server:
                 "tokenizer_path": path,
                 "served_model_name": s.served_model_name,
                 "is_generation": True,
+                "model_type": s.architecture.family,
+                "architecture": asdict(s.architecture),
                 "weight_version": self._scheduler.weight_version,
                 "weights_complete": self._weights.complete,
                 "version": "slime-embedded",

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from slime.config.architecture import hf_architecture, read_hf_config
+from slime.config.architecture import FAMILIES, hf_architecture, read_hf_config
 from slime.core.architecture import Architecture
 from slime.engine.embedded.cache import WIDTH_STEP, KVCache
 
@@ -82,6 +82,10 @@ def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
     config = _read_config(given.model_path)
     shape = json.loads(given.architecture) if given.architecture else None
     architecture = hf_architecture(config) if shape is None else Architecture.from_dict(shape)
+    if architecture.family not in FAMILIES:
+        raise ValueError(
+            f"--architecture names the family {architecture.family!r}; this engine serves {', '.join(FAMILIES)}"
+        )
     dtype = _dtype(given.dtype, config)
     total = given.max_total_tokens
     if total is None:

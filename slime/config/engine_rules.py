@@ -1,0 +1,114 @@
+"""Rules about engines and routers, ours or running already, and about the way that weights take to them.
+
+Path: part of `rules`. Invariant: whether a URL answers is asked later; here it has to be one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from slime.config.args import Args
+from slime.config.case import Case
+from slime.config.problem import Problem
+
+_URL = re.compile(r"http://(\[[0-9a-fA-F:.]+\]|[^\s/:@\[\]]+):(\d{1,5})")
+_LOCAL = re.compile(r"http://(localhost|127\.[0-9.]+|\[::1\]):\d+")
+
+
+def engines(case: Case) -> Iterable[Problem]:
+    """How many engines there are, and that there are some where something is generated."""
+    args = case.args
+    if args.rollout_external_engines:
+        return
+    if args.colocate and "rollout_num_gpus" in case.given:
+        yield case.error(
+            "rollout_num_gpus",
+            "--colocate shares the training GPUs with the engines",
+            "remove --rollout-num-gpus",
+            beside=["colocate"],
+        )
+    elif args.rollout_num_gpus is None:
+        remedy = "say how many, or --colocate, or 0 for a run that generates nothing"
+        yield case.error("rollout_num_gpus", "not given", remedy, beside=["colocate"])
+    elif args.rollout_num_gpus % args.rollout_num_gpus_per_engine:
+        rule = f"is no multiple of --rollout-num-gpus-per-engine {args.rollout_num_gpus_per_engine}"
+        yield case.error("rollout_num_gpus", rule, "make it one", beside=["rollout_num_gpus_per_engine", "colocate"])
+    elif args.rollout_num_gpus == 0 and case.generates:
+        yield case.error("rollout_num_gpus", "no engine, but rollouts are generated", "give it at least one")
+    elif args.rollout_num_gpus == 0 and case.evaluates and not args.debug_train_only:
+        remedy = "give it at least one, or leave out the evaluation data"
+        yield case.error("rollout_num_gpus", "no engine, but evaluation generates", remedy)
+
+
+def external_engines(case: Case) -> Iterable[Problem]:
+    """--rollout-external-engines: whole URLs, each once, and no other number of engines beside them."""
+    args = case.args
+    urls = args.rollout_external_engines
+    if not urls:
+        return
+    for url in urls:
+        match = _URL.fullmatch(url)
+        if match is None or not 1 <= int(match[2]) <= 65535:
+            yield case.error("rollout_external_engines", f"{url} is no engine's URL", "write http://HOST:PORT")
+    twice = sorted({url for url in urls if urls.count(url) > 1})
+    if twice:
+        yield case.error("rollout_external_engines", f"{', '.join(twice)} comes twice", "name each engine once")
+    if args.colocate:
+        rule = "--colocate shares the training GPUs with engines that the run starts"
+        yield case.error("rollout_external_engines", rule, "leave one of the two out", beside=["colocate"])
+    wanted = len(urls) * args.rollout_num_gpus_per_engine
+    if args.rollout_num_gpus not in (None, wanted) and not args.debug_train_only:
+        rule = f"--rollout-external-engines names {len(urls)}, which is {wanted} with --rollout-num-gpus-per-engine"
+        about = ("rollout_external_engines", "rollout_num_gpus_per_engine")
+        yield case.error("rollout_num_gpus", rule, "leave it out", beside=about)
+
+
+def external_router(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if (args.sglang_router_ip is None) != (args.sglang_router_port is None):
+        given = "sglang_router_port" if args.sglang_router_ip is None else "sglang_router_ip"
+        remedy = "give both --sglang-router-ip and --sglang-router-port"
+        yield case.error(given, "half of an address", remedy, beside=["sglang_router_ip", "sglang_router_port"])
+        return
+    opens = args.sglang_router_ip is not None and not _is_local(f"http://{args.sglang_router_ip}:1")
+    if opens and not args.rollout_external_engines and args.sglang.get("api_key") is None:
+        rule = "stands elsewhere, so the engines listen on this machine's own address, to whoever reaches it"
+        yield case.warning("sglang_router_ip", rule, "add --sglang-api-key, which the router has to have, too")
+
+
+def api_keys(case: Case) -> Iterable[Problem]:
+    """One key: what clients send to the router, the router sends on to the engines."""
+    engine, router = case.args.sglang.get("api_key"), case.args.router.get("api_key")
+    if router is not None and router != engine:
+        where = "--router-api-key"
+        rule = "differs from --sglang-api-key; requests carry one key through the router to the engines"
+        yield Problem(severity="error", where=where, rule=rule, remedy="leave --router-api-key out: it takes the same")
+
+
+def weight_directory(case: Case) -> Iterable[Problem]:
+    """Engines elsewhere read files only in a place that is named, or beside the checkpoints."""
+    args = case.args
+    by_disk = args.update_weight_transport == "disk"
+    if args.colocate and by_disk:
+        rule = "with --colocate weights go through device memory"
+        yield case.error("update_weight_transport", rule, "leave it out", beside=["colocate"])
+    given = args.save is not None or "update_weight_disk_dir" in case.given
+    elsewhere = [url for url in args.rollout_external_engines if not _is_local(url)]
+    if elsewhere and not given and needs_weight_directory(args):
+        rule = f"not given, nor --save, and {elsewhere[0]} has to read files there"
+        remedy = "name a directory that it can read under the same path"
+        if not by_disk:
+            remedy += ", or add --no-check-weight-sync"
+        about = ("save", "rollout_external_engines", "update_weight_transport", "check_weight_sync")
+        yield case.error("update_weight_disk_dir", rule, remedy, beside=about)
+
+
+def needs_weight_directory(args: Args) -> bool:
+    """Whether weights stand in files on their way, or in those of the sync's proof."""
+    sends = bool(args.num_engines) and not args.debug_rollout_only
+    return sends and (args.update_weight_transport == "disk" or args.check_weight_sync)
+
+
+def _is_local(url: str) -> bool:
+    return _LOCAL.fullmatch(url) is not None

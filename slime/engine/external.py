@@ -1,0 +1,112 @@
+"""Engines that run already (`--rollout-external-engines`): found well at the start, left usable at the end.
+
+Path: the driver asks them before anything starts; when the run ends, the rollout manager leaves them. Invariant: a run
+begins only with engines that serve its model, and stops none of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from slime.config.args import Args
+from slime.engine.client import EngineClient, EngineError
+from slime.engine.protocol import WEIGHT_GROUP, EngineInfo
+
+POLL_S = 0.2
+LEAVE_TIMEOUT_S = 5.0
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FoundEngines:
+    """What the engines said, in the order of --rollout-external-engines."""
+
+    num_ranks: tuple[int, ...]
+    """Members that each brings into a weight group."""
+    warnings: tuple[str, ...]
+
+
+async def find_engines(args: Args) -> FoundEngines:
+    """Wait for all engines of --rollout-external-engines, and ask them what they serve.
+
+    Raises:
+        EngineError: one did not answer within --engine-start-timeout, or is no engine.
+        ValueError: one serves another model.
+    """
+    urls = args.rollout_external_engines
+    async with EngineClient("", engines=urls, api_key=args.sglang.get("api_key")) as client:
+        await asyncio.gather(*(_wait_for(client, url, args.engine_start_timeout) for url in urls))
+        infos = await client.describe()
+    for url, info in zip(urls, infos, strict=True):
+        _check_model(args, url, info)
+    return FoundEngines(
+        num_ranks=tuple(info.num_ranks for info in infos),
+        warnings=tuple(text for url, info in zip(urls, infos, strict=True) for text in _doubts(args, url, info)),
+    )
+
+
+async def _wait_for(client: EngineClient, url: str, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not await client.is_healthy(url):
+        if time.monotonic() > deadline:
+            raise EngineError(
+                url,
+                0,
+                f"not well within --engine-start-timeout {timeout:g} s; start the engine there, or correct "
+                "--rollout-external-engines",
+            )
+        await asyncio.sleep(POLL_S)
+
+
+def _check_model(args: Args, url: str, info: EngineInfo) -> None:
+    """Raise ValueError where the engine's model has not the shape of the one that is trained."""
+    shape = args.architecture
+    if shape is None:
+        return
+    ours: Mapping[str, Any] = {name: value for name, value in asdict(shape).items() if name not in _OF_THE_CONTEXT}
+    named = {} if info.model_type is None else {"family": info.model_type}
+    theirs = named if info.architecture is None else info.architecture
+    differ = [
+        f"{name} {theirs[name]} there and {value} here"
+        for name, value in ours.items()
+        if name in theirs and theirs[name] != value
+    ]
+    if differ:
+        raise ValueError(
+            f"--rollout-external-engines {url}: it serves another model ({info.model_path}) than the one that is "
+            f"trained (--hf-checkpoint {args.hf_checkpoint}): {', '.join(differ)}; start it with the same model"
+        )
+
+
+_OF_THE_CONTEXT = ("max_position_embeddings",)
+
+
+def _doubts(args: Args, url: str, info: EngineInfo) -> Iterable[str]:
+    """What may be meant, and may be a mistake."""
+    dtype = "bfloat16" if args.bf16 else "float32"
+    if info.dtype not in (None, dtype):
+        yield (
+            f"--rollout-external-engines {url}: it computes in {info.dtype}, the trainer in {dtype}: its log-probs "
+            "will be a little off"
+        )
+    limits = [args.rollout_max_context_len, args.architecture and args.architecture.max_position_embeddings]
+    longest = min((limit for limit in limits if limit is not None), default=None)
+    if info.context_length is not None and longest is not None and info.context_length < longest:
+        yield (
+            f"--rollout-external-engines {url}: its context is {info.context_length} tokens, prompt and response may "
+            f"come to {longest}: it will refuse longer ones; set --rollout-max-context-len {info.context_length}"
+        )
+
+
+async def leave_engines(client: EngineClient) -> None:
+    """Leave the client's engines usable: nothing in flight, not paused, in no weight group. Never raises for one."""
+    for step in (client.abort_all, client.continue_, lambda: client.forget_weights_update_group(WEIGHT_GROUP)):
+        try:
+            await asyncio.wait_for(step(), LEAVE_TIMEOUT_S)
+        except (EngineError, TimeoutError) as error:
+            logger.warning("leaving the engines: %s", error)

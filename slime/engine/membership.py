@@ -1,0 +1,124 @@
+"""A run's engines at a router: registered when it starts, and taken off a router that runs on without it.
+
+Path: the rollout manager joins its engines here, after they are ready and before anything is generated. Invariant: a
+run never shares a router with engines that are not its own: generation would go to weights that nobody trains.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slime.config.args import Args
+from slime.engine.launch import ask, is_healthy, register_worker
+from slime.engine.protocol import RouterEndpoint
+
+LABEL = "slime"
+"""What this marks its own registrations with, so that a killed run's can be told from a user's."""
+
+
+def external_router_url(args: Args) -> str | None:
+    """The URL of --sglang-router-ip and --sglang-router-port; None: the run starts its own."""
+    host = args.sglang_router_ip
+    if host is None:
+        return None
+    return f"http://{f'[{host}]' if ':' in host else host}:{args.sglang_router_port}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One engine on the router's list."""
+
+    id: str
+    url: str
+    is_healthy: bool
+    metadata: Mapping[str, Any]
+
+    def is_left_over(self) -> bool:
+        """An engine that died with the run that had registered it."""
+        return LABEL in self.metadata and not self.is_healthy and not is_healthy(self.url)
+
+
+class Membership:
+    """The engines of one run at the router `url`."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 60.0) -> None:
+        self.url = url.rstrip("/")
+        self._api_key = api_key
+        self._timeout = timeout
+        self._joined: list[str] = []
+
+    def wait_ready(self) -> None:
+        """Wait until the router answers.
+
+        Raises:
+            RuntimeError: it did not, within the timeout.
+        """
+        deadline = time.monotonic() + self._timeout
+        while not is_healthy(self.url):
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"the router at {self.url} did not answer within {self._timeout:g} s: is it running there "
+                    "(--sglang-router-ip, --sglang-router-port), and reachable from here?"
+                )
+            time.sleep(0.1)
+
+    def refuse_others(self, own: Sequence[str]) -> None:
+        """Take off what a killed run left, and see to it that nothing but `own` is left.
+
+        Raises:
+            RuntimeError: naming the engines of others.
+        """
+        foreign: list[Member] = []
+        for member in self._members():
+            if member.url.rstrip("/") in own:
+                continue
+            if member.is_left_over():
+                self._remove(member)
+            else:
+                foreign.append(member)
+        if foreign:
+            listed = ", ".join(f"{member.url}{'' if member.is_healthy else ' (not well)'}" for member in foreign)
+            raise RuntimeError(
+                f"the router at {self.url} has engines that are not this run's: {listed}; a part of all generation "
+                "would go to their weights. Name them with --rollout-external-engines, take them off "
+                f"(DELETE {self.url}{RouterEndpoint.WORKERS}/<id>), or use another router"
+            )
+
+    def join(self, urls: Sequence[str]) -> None:
+        """Put `urls` on the router's list, and wait until it holds them to be well.
+
+        Raises:
+            RuntimeError: the router has engines of others, refused one of these, or did not take it in time.
+        """
+        self.refuse_others(urls)
+        present = {member.url for member in self._members()}
+        for url in urls:
+            if url not in present:
+                self._joined.append(url)
+            register_worker(self.url, url, api_key=self._api_key, timeout=self._timeout, labels={LABEL: "1"})
+
+    def leave(self) -> None:
+        """Take off what `join` put on."""
+        for member in self._members():
+            if member.url in self._joined:
+                self._remove(member)
+        self._joined.clear()
+
+    def _members(self) -> list[Member]:
+        status, answer = ask(self.url, "GET", api_key=self._api_key)
+        if status != 200 or "workers" not in answer:
+            raise RuntimeError(f"the router at {self.url} did not list its engines ({status}): {answer}")
+        return [Member(w["id"], w["url"], w["is_healthy"], w.get("metadata") or {}) for w in answer["workers"]]
+
+    def _remove(self, member: Member) -> None:
+        status, answer = ask(self.url, "DELETE", path=f"{RouterEndpoint.WORKERS}/{member.id}", api_key=self._api_key)
+        if status not in (200, 202, 404):
+            raise RuntimeError(f"the router at {self.url} did not take off {member.url} ({status}): {answer}")
+        deadline = time.monotonic() + self._timeout
+        while any(other.id == member.id for other in self._members()):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the router at {self.url} did not take off {member.url} in {self._timeout:g} s")
+            time.sleep(0.02)
