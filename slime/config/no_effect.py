@@ -189,6 +189,11 @@ TABLE: tuple[NoEffect, ...] = (
     ),
     NoEffect(("num_gpus_per_node",), lambda a: True, "Ray knows what each node has, and places by that"),
     NoEffect(
+        ("decoder_last_pipeline_num_layers",),
+        lambda a: a.pipeline_model_parallel_size == 1,
+        "--pipeline-model-parallel-size is 1: the one stage has all layers",
+    ),
+    NoEffect(
         ("recompute_method", "recompute_num_layers"),
         lambda a: a.recompute_granularity is None,
         "it belongs to --recompute-granularity full",

@@ -38,9 +38,7 @@ def other_than(*built: Any) -> Callable[[Any], bool]:
 
 NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "context_parallel_size": (more_than_one, "context parallelism"),
-    "pipeline_model_parallel_size": (more_than_one, "pipeline parallelism"),
     "num_layers_per_virtual_pipeline_stage": (on, "virtual pipeline stages"),
-    "decoder_last_pipeline_num_layers": (on, "uneven pipeline stages"),
     "expert_model_parallel_size": (more_than_one, "expert parallelism"),
     "expert_tensor_parallel_size": (more_than_one, "expert tensor parallelism"),
     "num_experts": (on, "mixture of experts"),

@@ -17,6 +17,7 @@ from slime.config.not_built import REWARD_TYPES, not_built
 from slime.config.optimizer_rules import optimizer
 from slime.config.path_rules import directories, tokenizer, weight_files
 from slime.config.problem import Problem
+from slime.config.stage_rules import pipeline_stages, recompute
 
 __all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
 
@@ -224,9 +225,6 @@ def parallel_sizes(case: Case) -> Iterable[Problem]:
     if shape.num_attention_heads % shape.num_query_groups:
         rule = f"does not divide {shape.num_attention_heads} attention heads"
         yield case.error("num_query_groups", rule, "correct MODEL_ARGS")
-    if shape.num_layers % pipeline and args.decoder_last_pipeline_num_layers is None:
-        rule = f"does not divide {shape.num_layers} layers"
-        yield case.error("pipeline_model_parallel_size", rule, "add --decoder-last-pipeline-num-layers")
 
 
 def experts(case: Case) -> Iterable[Problem]:
@@ -235,16 +233,6 @@ def experts(case: Case) -> Iterable[Problem]:
         for field in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
             if (vars(args)[field] or 1) > 1:
                 yield case.error(field, "the model has no experts to share", "leave it out, or make it 1")
-
-
-def recompute(case: Case) -> Iterable[Problem]:
-    args = case.args
-    if args.recompute_granularity == "full" and (args.recompute_method is None or args.recompute_num_layers is None):
-        remedy = "add --recompute-method uniform --recompute-num-layers 1"
-        about = ("recompute_method", "recompute_num_layers")
-        yield case.error("recompute_granularity", "full needs a method and a number of layers", remedy, beside=about)
-    if args.recompute_granularity == "selective" and args.recompute_method is not None:
-        yield case.error("recompute_method", "selective recompute takes no method", "leave it out")
 
 
 def precision(case: Case) -> Iterable[Problem]:
@@ -311,6 +299,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     evaluation,
     saving,
     parallel_sizes,
+    pipeline_stages,
     experts,
     recompute,
     precision,

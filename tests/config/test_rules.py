@@ -215,7 +215,7 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
     "words",
     [
         "--context-parallel-size 2 --actor-num-gpus-per-node 2",
-        "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2",
+        "--num-layers-per-virtual-pipeline-stage 1",
         "--optimizer-cpu-offload",
         "--partial-rollout",
         "--max-staleness 0",
