@@ -20,7 +20,7 @@ StartEngine = Callable[..., ManagedProcess]
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """glm4 and qwen3 of different seeds; 'glm4-b' is glm4 with other weights; 'glm4-eos' ends by itself."""
+    """Families, qwen3 and llama3 tied; 'glm4-b' is glm4 with other weights, 'glm4-eos' ends by itself."""
     root = tmp_path_factory.mktemp("models")
     return {
         "glm4": tiny_models.make_model(root / "glm4", "glm4", seed=1),
@@ -28,6 +28,8 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "glm4-eos": tiny_models.make_model(root / "glm4-eos", "glm4", seed=1, eos=[7, 9]),
         "glm4-bf16": tiny_models.make_model(root / "glm4-bf16", "glm4", seed=1, dtype=torch.bfloat16),
         "qwen3": tiny_models.make_model(root / "qwen3", "qwen3", seed=3),
+        "qwen2": tiny_models.make_model(root / "qwen2", "qwen2", seed=4),
+        "llama3": tiny_models.make_model(root / "llama3", "llama3", seed=5),
     }
 
 

@@ -85,7 +85,7 @@ def gap(hf: Any, done: Request) -> float:
     return max(abs(a - b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("family", ["glm4", "qwen3"])
+@pytest.mark.parametrize("family", ["glm4", "qwen3", "qwen2", "llama3"])
 def test_log_probs_equal_huggingface(family: str, model_dirs: dict[str, Path]) -> None:
     """Requests of three temperatures come while others run, over fewer rows than requests, with shared prompts."""
     bench = make_bench(model_dirs[family], rows=6, tokens=6 * 128)

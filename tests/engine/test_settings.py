@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from slime.config.architecture import hf_architecture, read_hf_config
+from slime.core.architecture import RopeScaling
 from slime.engine.embedded.settings import Settings, parse_settings
 
 
@@ -41,6 +44,22 @@ def test_eos_ids_of_both_files_end_a_response(model_dirs: dict[str, Path], tmp_p
 def test_a_setting_that_cannot_be_is_told(flags: list[str], words: str, model_dirs: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=words):
         parse(model_dirs["glm4"], *flags)
+
+
+def test_a_model_of_another_family_is_told(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads((model_dirs["glm4"] / "config.json").read_text())
+    shape = asdict(hf_architecture(config))
+    with pytest.raises(ValueError, match="'mamba'; this engine serves glm4, llama, qwen2, qwen3"):
+        parse(model_dirs["glm4"], "--architecture", json.dumps({**shape, "family": "mamba"}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    with pytest.raises(ValueError, match="model_type 'mamba' is not one of"):
+        parse(tmp_path)
+
+
+def test_a_shape_on_the_command_line_goes_before_the_file(model_dirs: dict[str, Path]) -> None:
+    shape = replace(hf_architecture(read_hf_config(model_dirs["llama3"])), rope_scaling=RopeScaling(factor=2.0))
+    assert parse(model_dirs["llama3"], "--architecture", json.dumps(asdict(shape))).architecture == shape
+    assert parse(model_dirs["llama3"]).architecture != shape
 
 
 def test_a_directory_without_a_model_is_told(tmp_path: Path) -> None:

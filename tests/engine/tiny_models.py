@@ -15,7 +15,7 @@ VOCAB_SIZE = 128
 
 
 def _config(family: str, *, vocab_size: int, hidden: int, eos: list[int]) -> Any:
-    from transformers import Glm4Config, Qwen3Config
+    from transformers import Glm4Config, LlamaConfig, Qwen2Config, Qwen3Config
 
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -33,7 +33,13 @@ def _config(family: str, *, vocab_size: int, hidden: int, eos: list[int]) -> Any
     if family == "glm4":
         rope = {"partial_rotary_factor": 0.5, "rope_theta": 10000.0, "rope_type": "default"}
         return Glm4Config(**common, attention_bias=True, rms_norm_eps=1e-5, rope_parameters=rope)
+    if family == "llama3":
+        rope = {"rope_theta": 10000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+        rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        return LlamaConfig(**common, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_parameters=rope)
     rope = {"rope_theta": 1e6, "rope_type": "default"}
+    if family == "qwen2":
+        return Qwen2Config(**common, tie_word_embeddings=False, rms_norm_eps=1e-6, rope_parameters=rope)
     return Qwen3Config(**common, tie_word_embeddings=True, rms_norm_eps=1e-6, rope_parameters=rope)
 
 
