@@ -38,8 +38,10 @@ HARMLESS = frozenset(
         # memory
         "recompute_modules",
         "distribute_saved_activations",
+        "num_microbatches_with_partial_activation_checkpoints",
         "clone_scatter_output_in_embedding",
         # communication between pipeline stages and over the context
+        "overlap_p2p_comm",
         "batch_p2p_comm",
         "batch_p2p_sync",
         "deallocate_pipeline_outputs",

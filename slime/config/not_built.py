@@ -76,6 +76,8 @@ NOT_BUILT_MEGATRON: Mapping[str, str] = {
     "overlap_param_gather": "weights are read as soon as a step is done, and outside of the layers that would wait",
     "reduce_scatter_with_fp32_accumulation": "gradients are always reduced in fp32",
     "use_precision_aware_optimizer": "it needs TransformerEngine's Adam",
+    "overlap_p2p_comm": "only the schedule of virtual pipeline stages can",
+    "num_microbatches_with_partial_activation_checkpoints": "every micro-batch is recomputed alike",
 }
 """The same among Megatron's own fields, and why; all are off by default."""
 

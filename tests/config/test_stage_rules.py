@@ -50,7 +50,6 @@ def test_stages_that_can_be_built(run: Run, words: str, layers: list[int]) -> No
             "--recompute-num-layers 3: --recompute-method uniform: does not divide a stage's",
         ),
         ("--recompute-granularity selective --recompute-num-layers 1", "--recompute-num-layers 1: selective"),
-        (f"{TWO} --overlap-p2p-comm", "--overlap-p2p-comm"),
     ],
 )
 def test_stages_that_cannot(run: Run, words: str, message: str) -> None:
@@ -60,3 +59,8 @@ def test_stages_that_cannot(run: Run, words: str, message: str) -> None:
 def test_the_last_of_one_stage_says_nothing(run: Run) -> None:
     [warning] = run.warnings("--decoder-last-pipeline-num-layers", "1")
     assert "--decoder-last-pipeline-num-layers 1: no effect: --pipeline-model-parallel-size is 1" in warning
+
+
+@pytest.mark.parametrize("words", ["--overlap-p2p-comm", "--num-microbatches-with-partial-activation-checkpoints 1"])
+def test_fields_that_the_schedule_refuses(run: Run, words: str) -> None:
+    assert "not part of this version" in run.error(*words.split(), *TWO.split())
