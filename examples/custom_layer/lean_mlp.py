@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -49,5 +50,7 @@ class LeanMLP(MLP):
 
 def layer_spec(args: Args, config: TransformerConfig) -> ModuleSpec:
     spec = built_in_layer_spec(args, config)
-    spec.submodules.mlp.module = LeanMLP
+    parts = spec.submodules
+    assert isinstance(parts, TransformerLayerSubmodules) and isinstance(parts.mlp, ModuleSpec)
+    parts.mlp.module = LeanMLP
     return spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def _padding(rank: int, world_size: int, init_method: str, args: Args) -> Paddin
         batch = tiny.random_batch()
         for number in range(2):
             trainer.train(number, batch)
-        tables = [parameter for name, parameter in named_parameters(trainer.model) if name in TABLES]
+        tables: list[Any] = [parameter for name, parameter in named_parameters(trainer.model) if name in TABLES]
         first = max(tiny.VOCAB - trainer.topology.tp_rank * len(tables[0]), 0)
         paddings = [table.detach()[first:] for table in tables]
         weights = sum(int(rows.count_nonzero()) for rows in paddings)

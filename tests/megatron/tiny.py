@@ -53,7 +53,7 @@ def hf_model(family: str, *, seed: int = 0, num_layers: int = SHAPE["num_hidden_
         config = hf.LlamaConfig(**shape, rope_parameters=ROPE_SCALING, tie_word_embeddings=True)
     else:
         config = hf.Qwen3Config(**shape, head_dim=32, tie_word_embeddings=family == "qwen3-tied")
-    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: Any = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
