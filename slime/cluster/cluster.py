@@ -23,6 +23,7 @@ from slime.observability.console import RunConsole
 from slime.observability.logs import log_to_file
 from slime.observability.phases import StepClock
 from slime.observability.run_directory import RunDirectory
+from slime.observability.trackers import start_trackers
 
 
 def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
@@ -73,12 +74,14 @@ class Cluster:
         directory.write_args(dump_args(args))
         in_place = loaded is not None and args.save is not None and Path(args.save) in Path(loaded.source).parents
         continued = state is not None and in_place
-        self._metrics = directory.continue_metrics(self._first) if continued else directory.new_metrics()
-        self._cleanup.callback(self._metrics.close)
-        if state is not None:
-            self._metrics.write(self._first, state["times"])
         self._console = RunConsole(total=self._last, done=self._first)
         self._cleanup.callback(self._console.close)
+        self._metrics = directory.continue_metrics(self._first) if continued else directory.new_metrics()
+        self._cleanup.callback(self._metrics.close)
+        trackers = start_trackers(args, directory.run_id(new=not continued), self._first)
+        self._metrics.track(trackers, self._console.say)
+        if state is not None:
+            self._metrics.write(self._first, state["times"])
         for warning in warnings:
             self._console.say(f"WARNING {warning}")
         if loaded is not None:

@@ -60,8 +60,6 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "group_rm": (on, "rewards of whole groups"),
     "rm_type": (unbuilt_reward, "this reward type"),
     "eval_rm_type": (unbuilt_reward, "this reward type"),
-    "use_wandb": (on, "logging to Weights & Biases"),
-    "use_tensorboard": (on, "logging to TensorBoard"),
     "deterministic": (on, "a run that is reproducible bit for bit"),
 }
 """Field -> when it asks for something that is not there, and what that is."""

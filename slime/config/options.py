@@ -211,11 +211,13 @@ class LoggingOptions:
     logprob_gap_alarm: float | None = flag(
         None, "Warn where mean |train - rollout log-prob| exceeds this; unset: 1e-3 in fp32, 0.1 in bf16.", gt=0
     )
-    use_wandb: bool = flag(False, "Log to Weights & Biases.")
-    wandb_project: str | None = flag(None, "W&B project.")
+    use_wandb: bool = flag(False, "Log to Weights & Biases, too; WANDB_API_KEY, or WANDB_MODE=offline, says how.")
+    wandb_project: str | None = flag(None, "W&B project; unset: slime.")
+    wandb_entity: str | None = flag(None, "W&B user or team; unset: your own.")
     wandb_group: str | None = flag(None, "W&B group.")
-    use_tensorboard: bool = flag(False, "Log to TensorBoard.")
-    tensorboard_dir: str | None = flag(None, "TensorBoard directory.")
+    wandb_exp_name: str | None = flag(None, "Name of the W&B run; unset: W&B makes one up.")
+    use_tensorboard: bool = flag(False, "Log to TensorBoard, too.")
+    tensorboard_dir: str | None = flag(None, "Directory of event files, one a run in it; unset: under --log-dir.")
 
 
 @dataclass(frozen=True, kw_only=True)

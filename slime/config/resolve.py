@@ -35,6 +35,10 @@ def resolve(args: Args) -> Args:
         changes["log_dir"] = args.save or "outputs"
     if args.update_weight_disk_dir is None:
         changes["update_weight_disk_dir"] = f"{args.save or args.log_dir or changes['log_dir']}/engine-weights"
+    if args.use_tensorboard and args.tensorboard_dir is None:
+        changes["tensorboard_dir"] = f"{args.log_dir or changes['log_dir']}/tensorboard"
+    if args.use_wandb and args.wandb_project is None:
+        changes["wandb_project"] = "slime"
     return replace(args, **changes)
 
 

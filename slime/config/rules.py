@@ -17,6 +17,7 @@ from slime.config.not_built import REWARD_TYPES, not_built
 from slime.config.optimizer_rules import optimizer
 from slime.config.path_rules import directories, tokenizer, weight_files
 from slime.config.problem import Problem
+from slime.config.tracker_rules import trackers
 from slime.config.stage_rules import pipeline_stages, recompute
 
 __all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
@@ -298,6 +299,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     reward,
     evaluation,
     saving,
+    trackers,
     parallel_sizes,
     pipeline_stages,
     experts,

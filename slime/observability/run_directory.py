@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
+import time
 from pathlib import Path
 
 from slime.core.errors import RunError
@@ -65,6 +67,14 @@ class RunDirectory:
                 number += 1
             path.rename(kept)
         return MetricsLog(path)
+
+    def run_id(self, *, new: bool) -> str:
+        """What the run is called by trackers; one that goes on keeps its name."""
+        file = self.logs / "run_id"
+        if new or not file.exists():
+            self.logs.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+        return file.read_text()
 
     def close(self) -> None:
         self._lock.close()

@@ -228,7 +228,6 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
         "--spec a b",
         "--no-use-rotary-position-embeddings",
         "--overlap-param-gather",
-        "--use-wandb",
         "--fp8-format hybrid",
     ],
 )

@@ -1,0 +1,38 @@
+"""Rules about trackers: what a flag asks for is installed, and W&B knows where to send it.
+
+Path: part of `rules`. Invariant: nothing is sent or started here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any
+
+from slime.config.case import Case
+from slime.config.problem import Problem
+
+
+def trackers(case: Case) -> Iterable[Problem]:
+    """--use-tensorboard and --use-wandb have their packages; W&B has a key, or is offline."""
+    args = case.args
+    if args.use_tensorboard and not _installed("tensorboard"):
+        yield case.missing("use_tensorboard", "tensorboard is not installed", "pip install 'slime[tensorboard]'")
+    if args.use_wandb and not _installed("wandb"):
+        yield case.missing("use_wandb", "wandb is not installed", "pip install 'slime[wandb]'")
+    elif args.use_wandb and case.real and not _has_account():
+        remedy = "set WANDB_API_KEY, or WANDB_MODE=offline"
+        yield case.error("use_wandb", "W&B has no API key, and would ask for it", remedy)
+
+
+def _installed(name: str) -> bool:
+    """A directory of that name (W&B makes ./wandb) is no package."""
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
+def _has_account() -> bool:
+    """As W&B itself finds it: its environment variables, settings files and netrc."""
+    wandb: Any = importlib.import_module("wandb")
+    return wandb.setup().settings.mode != "online" or wandb.api.api_key is not None

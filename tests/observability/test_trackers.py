@@ -1,0 +1,208 @@
+"""What trackers hold is read back from their own files: the events of metrics.jsonl, each step once, over resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slime.config.args import Args
+from slime.observability.metrics_log import MetricsLog, read_metrics
+from slime.observability.run_directory import RunDirectory
+from slime.observability.trackers import Tracker, start_trackers
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # its settings are read anew
+    yield
+    wandb.teardown()
+
+
+def tracked(directory: Path, args: Args, *, first: int, new: bool, said: list[str]) -> MetricsLog:
+    """As a run begins, or goes on from the checkpoint of step `first`."""
+    run = RunDirectory(directory)
+    log = run.new_metrics() if new else run.continue_metrics(first)
+    log.track(start_trackers(args, run.run_id(new=new), first), said.append)
+    run.close()
+    return log
+
+
+def step(log: MetricsLog, number: int, value: float) -> None:
+    """A rollout's three events."""
+    log.write(number, {"train/loss": value, "note": "not a number"})
+    log.write(number, {"eval/x/reward": value})
+    log.write(number, {"time/step": value})
+
+
+def broken_and_resumed(directory: Path, args: Args) -> list[str]:
+    """Evaluation before the first step, three steps and a kill; then on from the checkpoint of the second."""
+    said: list[str] = []
+    log = tracked(directory, args, first=0, new=True, said=said)
+    log.write(0, {"eval/x/reward": 0.0})
+    for number in (1, 2, 3):
+        step(log, number, number)
+    log.write(4, {"train/loss": float("nan")})
+    log.close()
+    log = tracked(directory, args, first=2, new=False, said=said)
+    log.write(2, {"time/step": 20.0})
+    log.write(2, {"eval/x/reward": 20.0})
+    for number in (3, 4, 5):
+        step(log, number, number * 10)
+    log.close()
+    return said
+
+
+def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return {tag: [(item.step, item.value) for item in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def of_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for event in read_metrics(path / "metrics.jsonl"):
+        for name, value in event.items():
+            if name != "step" and not isinstance(value, str):
+                found.setdefault(name, []).append((int(event["step"]), value))
+    return found
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path: Path) -> None:
+    args = Args(use_tensorboard=True, tensorboard_dir=str(tmp_path / "tb"))
+    assert broken_and_resumed(tmp_path / "run", args) == []
+    [directory] = (tmp_path / "tb").iterdir()
+    found = scalars(directory)
+    assert found == of_metrics(tmp_path / "run")
+    assert found["train/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+    assert found["eval/x/reward"][:3] == [(0, 0.0), (1, 1.0), (2, 20.0)]
+
+
+def test_control_without_the_purge_steps_stand_twice(tmp_path: Path) -> None:
+    import torch.utils.tensorboard
+
+    for first in (1, 2):
+        writer = torch.utils.tensorboard.SummaryWriter(str(tmp_path))  # pyright: ignore[reportPrivateImportUsage]
+        for number in range(first, 4):
+            writer.add_scalar("x", number, number)
+        writer.close()
+    assert len(scalars(tmp_path)["x"]) == 5
+
+
+def test_runs_in_one_directory_stay_apart_and_a_late_tracker_is_told_everything(tmp_path: Path) -> None:
+    args = Args(use_tensorboard=True, tensorboard_dir=str(tmp_path / "tb"))
+    said: list[str] = []
+    log = tracked(tmp_path / "run", Args(), first=0, new=True, said=said)
+    step(log, 1, 1.0)
+    step(log, 2, 2.0)
+    log.close()
+    tracked(tmp_path / "run", args, first=2, new=False, said=said).close()
+    [late] = (tmp_path / "tb").iterdir()
+    assert scalars(late)["train/loss"] == [(1, 1.0), (2, 2.0)]
+    log = tracked(tmp_path / "run", args, first=0, new=True, said=said)
+    step(log, 1, 5.0)
+    log.close()
+    [other] = set((tmp_path / "tb").iterdir()) - {late}
+    assert scalars(other)["train/loss"] == [(1, 5.0)]
+
+
+def wandb_rows(directory: Path) -> list[list[dict[str, Any]]]:
+    """The rows of each offline run, and its config in front."""
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    wandb.teardown()  # its process has written all
+    runs: list[list[dict[str, Any]]] = []
+    for file in sorted(directory.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        store = DataStore()
+        store.open_for_scan(str(file))
+        rows: list[dict[str, Any]] = []
+        while (data := store.scan_data()) is not None:
+            record = Record.FromString(data)
+            if record.HasField("run"):
+                config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+                rows.append({"id": record.run.run_id, "project": record.run.project, **config})
+            if record.HasField("history"):
+                items = {item.key or "/".join(item.nested_key): item for item in record.history.item}
+                rows.append({name: json.loads(item.value_json) for name, item in items.items()})
+            if record.HasField("exit"):
+                rows.append({"exit": record.exit.exit_code})
+        runs.append(rows)
+    return runs
+
+
+def test_wandb_has_one_row_a_step_under_one_id(tmp_path: Path, offline: None) -> None:
+    directory = tmp_path / "run"
+    args = Args(use_wandb=True, wandb_project="p", log_dir=str(directory), rollout_stop=("a",), lr=0.5)
+    assert broken_and_resumed(directory, args) == []
+    first, second = wandb_rows(directory)
+    assert first[0]["id"] == second[0]["id"] == (directory / "logs/run_id").read_text()
+    assert (first[0]["project"], first[0]["lr"], first[0]["rollout_stop"]) == ("p", 0.5, ["a"])
+    assert [row["_step"] for row in first[1:-1]] == [0, 1, 2, 3, 4]
+    assert math.isnan(first[-2]["train/loss"])
+    assert [row["_step"] for row in second[1:-1]] == [0, 1, 2, 3, 4, 5], "offline, the whole run is told again"
+    rows = {row["_step"]: row for row in second[1:-1]}
+    names = ("train/loss", "eval/x/reward", "time/step")
+    assert [rows[2][name] for name in names] == [2, 20, 20]
+    assert [rows[5][name] for name in names] == [50, 50, 50]
+    assert first[-1] == second[-1] == {"exit": 0}
+    for name, points in of_metrics(directory).items():
+        assert [(number, row[name]) for number, row in rows.items() if name in row] == points
+
+
+def test_an_error_ends_the_wandb_run_as_failed(tmp_path: Path, offline: None) -> None:
+    args = Args(use_wandb=True, wandb_project="p", log_dir=str(tmp_path / "run"))
+    log = tracked(tmp_path / "run", args, first=0, new=True, said=[])
+    with pytest.raises(RuntimeError, match="the run fails"):
+        try:
+            raise RuntimeError("the run fails")
+        finally:
+            log.close()
+    [rows] = wandb_rows(tmp_path / "run")
+    assert rows[-1] == {"exit": 1}
+
+
+class Failing:
+    """Works until the network goes."""
+
+    name = "Failing"
+    begin = 0
+
+    def __init__(self, works: int) -> None:
+        self.left = works
+
+    def write(self, step: int, metrics: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise ConnectionError("no route")
+
+    def close(self, *, failed: bool) -> None:
+        raise ConnectionError("no route")
+
+
+def test_a_tracker_that_fails_is_left_out_with_one_warning(tmp_path: Path) -> None:
+    said: list[str] = []
+    other = Failing(works=100)
+    trackers: list[Tracker] = [Failing(works=2), other]
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.track(trackers, said.append)
+    for number in (1, 2):
+        step(log, number, 1.0)
+    assert len(said) == 1
+    assert "Failing failed (no route); nothing more goes there" in said[0]
+    assert other.left == 100 - 6
+    log.close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
+    assert len(said) == 2
