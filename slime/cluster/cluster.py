@@ -18,7 +18,6 @@ from typing import Any
 from slime.cluster.processes import Processes
 from slime.config.args import Args
 from slime.config.dump import dump_args
-from slime.core.errors import RunError
 from slime.observability.console import RunConsole
 from slime.observability.logs import log_to_file
 from slime.observability.phases import StepClock
@@ -69,7 +68,7 @@ class Cluster:
         if state is not None:
             self._policy_version = state["policy_version"]
             processes.get("restoring the data side", [processes.manager.load_state_dict.remote(state["rollout"])])
-        self._last = self._num_rollouts()
+        self._last = processes.num_rollouts
         # From here on the run is accepted: what it says of itself goes into its directory.
         directory.write_args(dump_args(args))
         in_place = loaded is not None and args.save is not None and Path(args.save) in Path(loaded.source).parents
@@ -89,20 +88,6 @@ class Cluster:
         if 0 < self._last <= self._first:
             self._console.say(f"nothing left to train: {self._first} of {self._last} rollouts are done")
         processes.connect()
-
-    def _num_rollouts(self) -> int:
-        args = self._args
-        if args.num_rollout is not None:
-            return args.num_rollout
-        assert args.num_epoch is not None, "the rules ask for one of --num-rollout and --num-epoch"
-        [num_prompts] = self._processes.get("reading the prompts", [self._processes.manager.num_prompts.remote()])
-        num_rollouts = args.num_epoch * num_prompts // args.rollout_batch_size
-        if num_rollouts == 0:
-            raise RunError(
-                f"--num-epoch {args.num_epoch}: {num_prompts} prompts are fewer than one --rollout-batch-size "
-                f"{args.rollout_batch_size} in all; lower the batch size, or raise the number of epochs"
-            )
-        return num_rollouts
 
     def rollouts(self) -> Iterator[int]:
         """The ids of the rollouts still to do; each iteration is one step of the clock."""

@@ -11,6 +11,7 @@ import logging
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,10 @@ from slime.cluster.placement import Placement, reserve, start_ray
 from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
+from slime.config.case import Case
 from slime.config.engine_rules import needs_weight_directory
+from slime.config.epochs import rollouts_of_epochs
+from slime.config.rules import schedule
 from slime.core.errors import RunError
 from slime.engine.external import FoundEngines, find_engines
 from slime.engine.membership import Membership, external_router_url
@@ -62,11 +66,29 @@ class Processes:
             for index in range(place.num_engines)
         ]
         self._engine_urls = [engine.start.remote() for engine in self.engines]
+        self.num_rollouts = self._count_rollouts()
+        args = replace(args, num_rollout=self.num_rollouts)  # a schedule has to know how long it is
         rendezvous = f"file://{self._tmp.name}/rendezvous"
         self.trainers = [
             TrainWorker.options(**place.trainer(rank)).remote(args, rank, rendezvous, log_dir)
             for rank in range(place.num_trainers)
         ]
+
+    def _count_rollouts(self) -> int:
+        """--num-rollout, or what --num-epoch comes to with the prompts that were kept.
+
+        Raises:
+            RunError: the learning rate's schedule does not fit into that.
+        """
+        args = self._args
+        if args.num_rollout is not None:
+            return args.num_rollout
+        self.get("loading the prompts", [self._manager_started])
+        [num_prompts] = self.get("counting the prompts", [self.manager.num_prompts.remote()])
+        num_rollouts = rollouts_of_epochs(args, num_prompts)
+        for problem in schedule(Case(args=replace(args, num_rollout=num_rollouts), given=frozenset())):
+            raise RunError(str(problem))
+        return num_rollouts
 
     def _take_what_is_shared(self) -> None:
         """Engines and router that the user has started, and a directory for weights, before anything of ours starts.

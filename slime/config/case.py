@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime.config.args import Args
+from slime.config.options import HookOptions
 from slime.config.problem import Problem, Severity, flag_name, show
 
 
@@ -31,6 +32,11 @@ class Case:
         args = self.args
         own = args.rollout_function_path == "slime.rollout.collect.generate_rollout"
         return own and args.num_rollout != 0 and args.load_debug_rollout_data is None and not args.debug_train_only
+
+    @property
+    def has_own_data_source(self) -> bool:
+        """Whether prompts come from a class of the user's, which alone knows how many there are."""
+        return self.args.data_source_path != HookOptions.data_source_path
 
     @property
     def evaluates(self) -> bool:

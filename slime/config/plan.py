@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from slime.config.args import Args
+from slime.config.epochs import planned_prompts, rollouts_of_epochs
 from slime.config.problem import Problem
 from slime.core.architecture import padded_vocab_size
 
@@ -69,10 +70,19 @@ def _model(args: Args) -> Iterable[Row]:
         yield "engines", f"{engines}; alarm where mean |train - rollout log-prob| is above {args.logprob_gap_alarm:g}"
 
 
+def _length(args: Args) -> str:
+    if args.num_rollout is not None:
+        return f"{args.num_rollout} rollouts"
+    num_prompts = planned_prompts(args)
+    if num_prompts is None:
+        return f"{args.num_epoch} epochs"
+    rollouts = rollouts_of_epochs(args, num_prompts)
+    return f"{args.num_epoch} epochs of {num_prompts} rows: {rollouts} rollouts (fewer where prompts are too long)"
+
+
 def _batches(args: Args) -> Iterable[Row]:
     samples = args.rollout_batch_size * args.n_samples_per_prompt
-    length = f"{args.num_rollout} rollouts" if args.num_rollout is not None else f"{args.num_epoch} epochs"
-    yield "run", f"{length} from {args.prompt_data or args.data_source_path}"
+    yield "run", f"{_length(args)} from {args.prompt_data or args.data_source_path}"
     yield (
         "rollout",
         f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {samples} samples, "

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from slime.config.case import Case, Rule
 from slime.config.engine_rules import api_keys, engines, external_engines, external_router, weight_directory
+from slime.config.epochs import planned_rollouts
 from slime.config.file_rules import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, reward, weights
 from slime.config.megatron_fields import megatron_decided, megatron_known
 from slime.config.no_effect import no_effect
@@ -63,6 +64,8 @@ def length(case: Case) -> Iterable[Problem]:
     elif args.num_rollout is not None and args.num_epoch is not None:
         rule = f"stands beside --num-epoch {args.num_epoch}"
         yield case.error("num_rollout", rule, "leave one out", beside=["num_epoch"])
+    elif args.num_epoch is not None and args.prompt_data is None and not case.has_own_data_source:
+        yield case.error("num_epoch", "there are no prompts to count", "add --prompt-data, or say --num-rollout")
     elif args.num_rollout == 0 and (args.debug_train_only or not case.evaluates):
         remedy = "say how many rollouts, or add --eval-prompt-data or --eval-config, without --debug-train-only"
         about = ("eval_prompt_data", "eval_config", "debug_train_only")
@@ -261,17 +264,14 @@ def schedule(case: Case) -> Iterable[Problem]:
         remedy = "add --lr-wsd-decay-iters"
         yield case.error("lr_decay_style", "has no length of its decay", remedy, beside=["lr_wsd_decay_iters"])
     steps = args.lr_decay_iters
-    if steps is None and args.num_rollout is not None:
-        assert args.num_steps_per_rollout is not None, "resolve fills it in"
-        steps = args.num_rollout * args.num_steps_per_rollout
-    about = ("lr_decay_iters", "num_rollout", "num_epoch", "num_steps_per_rollout", "global_batch_size")
     if steps is None:
-        if args.num_epoch is not None:
-            rule = f"the number of steps is not known with --num-epoch {args.num_epoch}"
-            yield case.error("lr_decay_style", rule, "add --lr-decay-iters", beside=about)
-    elif args.lr_warmup_iters >= max(steps, 1):
+        assert args.num_steps_per_rollout is not None, "resolve fills it in"
+        rollouts = planned_rollouts(args)
+        steps = None if rollouts is None else rollouts * args.num_steps_per_rollout
+    about = ("lr_decay_iters", "num_rollout", "num_epoch", "num_steps_per_rollout", "global_batch_size")
+    if steps is not None and args.lr_warmup_iters >= max(steps, 1):
         rule = f"the warm-up has to end before the decay does, at optimizer step {steps}"
-        remedy = "lower it, or raise --lr-decay-iters or --num-rollout"
+        remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
         yield case.error("lr_warmup_iters", rule, remedy, beside=about)
 
 

@@ -103,10 +103,25 @@ def test_one_error(run: Run, words: str, message: str) -> None:
 
 def test_a_decay_needs_a_length(run: Run) -> None:
     run.base[run.base.index("--num-rollout") : run.base.index("--num-rollout") + 2] = ["--num-epoch", "2"]
-    error = run.error("--lr-decay-style", "cosine")
-    assert error == "--lr-decay-style cosine: the number of steps is not known with --num-epoch 2; add --lr-decay-iters"
-    assert run.errors("--lr-decay-style", "cosine", "--lr-decay-iters", "5", "--lr-warmup-iters", "4") == []
+    run.data.write_text(run.data.read_text() * 9)  # 18 prompts drawn in rollouts of 4
+    cosine = ["--lr-decay-style", "cosine", "--lr-warmup-iters"]
+    assert run.errors(*cosine, "4") == []
+    assert "before the decay does, at optimizer step 5" in run.error(*cosine, "5")
+    assert run.errors(*cosine, "5", "--lr-decay-iters", "6") == []
+    assert run.errors(*cosine, "5", "--dry-run", "--prompt-data", "/nowhere.jsonl") == [], "not known on this machine"
     assert run.errors("--lr-warmup-iters", "100") == []
+
+
+def test_num_epoch_is_planned_by_the_rows_of_the_file(run: Run) -> None:
+    run.base[run.base.index("--num-rollout") : run.base.index("--num-rollout") + 2] = ["--num-epoch", "3"]
+    run.data.write_text(run.data.read_text() * 9)
+    plan = format_plan(*run.load("--dry-run", "--prompt-data", f"{run.data}@[2:]"))
+    assert f"3 epochs of 7 rows: 6 rollouts (fewer where prompts are too long) from {run.data}@[2:]" in plan
+    assert "3 epochs from /nowhere.jsonl" in format_plan(*run.load("--dry-run", "--prompt-data", "/nowhere.jsonl"))
+    at = run.base.index("--prompt-data")
+    del run.base[at : at + 2]
+    replay = ["--debug-train-only", "--load-debug-rollout-data", str(run.directory / "{rollout_id}.json")]
+    assert run.error(*replay) == "--num-epoch 3: there are no prompts to count; add --prompt-data, or say --num-rollout"
 
 
 def test_a_run_without_steps_needs_no_length(run: Run) -> None:
