@@ -19,8 +19,10 @@ DECIDED: Mapping[str, Any] = {
     "masked_softmax_fusion": False,
     "gradient_accumulation_fusion": False,
     "moe_token_dispatcher_type": "alltoall",
+    "deallocate_pipeline_outputs": True,
 }
-"""Fields that have one value here: fused kernels need TransformerEngine or Apex, and packs the dispatcher."""
+"""Fields that have one value here: fused kernels need TransformerEngine or Apex, packs the dispatcher; the last one is
+nothing but less memory."""
 
 HARMLESS = frozenset(
     [
@@ -44,7 +46,6 @@ HARMLESS = frozenset(
         "overlap_p2p_comm",
         "batch_p2p_comm",
         "batch_p2p_sync",
-        "deallocate_pipeline_outputs",
         "microbatch_group_size_per_vp_stage",
         "cp_comm_type",
         # data parallelism

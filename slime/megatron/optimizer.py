@@ -91,12 +91,9 @@ def _schedule(args: Args, optimizer: MegatronOptimizer) -> OptimizerParamSchedul
 
 
 def steps_per_rollout(args: Args) -> int:
-    """Optimizer steps that one rollout is cut into: --num-steps-per-rollout, or by --global-batch-size."""
-    if args.num_steps_per_rollout is not None:
-        return args.num_steps_per_rollout
-    if args.global_batch_size is not None:
-        return max(args.rollout_batch_size * args.n_samples_per_prompt // args.global_batch_size, 1)
-    return 1
+    """Optimizer steps that one rollout is cut into."""
+    assert args.num_steps_per_rollout is not None, "resolve fills it in"
+    return args.num_steps_per_rollout
 
 
 def total_steps(args: Args) -> int:

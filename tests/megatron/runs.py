@@ -39,7 +39,7 @@ def train(rank: int, world_size: int, init_method: str, args: Args, batches: lis
 
 
 def gradients(trainer: Trainer) -> Arrays:
-    """Whole gradients by HF name: the weight table's rules are linear, so they hold for gradients too."""
+    """Whole gradients of all stages by HF name: the weight table's rules are linear, so they hold for gradients too."""
     table = weight_table(trainer._shape)
     found: Arrays = {}
     for name, parameter in named_parameters(trainer.model):
@@ -49,7 +49,9 @@ def gradients(trainer: Trainer) -> Arrays:
             dist.all_gather_object(shards, full, group=trainer.topology.tp_group)
             full = table.join(name, shards)
         found |= {hf_name: tensor.numpy() for hf_name, tensor in table.to_hf(name, full)}
-    return found
+    stages: list[Any] = [None] * trainer.topology.pp_size
+    dist.all_gather_object(stages, found, group=trainer.topology.pp_group)
+    return {name: gradient for stage in stages for name, gradient in stage.items()}
 
 
 def weights(trainer: Trainer) -> Arrays:

@@ -43,12 +43,11 @@ def test_a_field_that_slime_decides_is_refused(hf: Path) -> None:
 
 def test_steps_of_the_run(hf: Path) -> None:
     assert total_steps(tiny.make_args(hf, num_rollout=7, num_steps_per_rollout=3)) == 21
-    by_size = {"num_steps_per_rollout": None, "rollout_batch_size": 8, "n_samples_per_prompt": 4}
-    assert total_steps(tiny.make_args(hf, num_rollout=7, global_batch_size=16, **by_size)) == 14
-    assert total_steps(tiny.make_args(hf, num_rollout=7, **by_size)) == 7
+    assert total_steps(tiny.make_args(hf, num_rollout=0)) == 0
 
 
 def _build(rank: int, world_size: int, init_method: str, args: Args) -> dict[str, tuple[int, ...]]:
+    """Shapes of this rank's parameters."""
     with joined(args, rank, world_size, init_method):
         model = build_model(args, wrap=True)
         build_optimizer(args, model)
@@ -64,6 +63,21 @@ def test_parameters_of_a_tensor_parallel_rank(workers: WorkerPool, hf: Path) -> 
     assert shapes["embedding.word_embeddings.weight"] == (rows, 64) == shapes["output_layer.weight"]
     assert shapes["decoder.layers.1.self_attention.linear_qkv.bias"] == ((4 + 2 * 2) * 16 // 2,)
     assert shapes["decoder.layers.1.post_mlp_layernorm.weight"] == (64,)
+
+
+@pytest.mark.dist
+def test_parameters_of_pipeline_stages(workers: WorkerPool, tmp_path: Path) -> None:
+    """Layers go by their number in the model; a tied output layer by the name of the embedding that it copies."""
+    hf = tiny.hf_dir(tmp_path, "qwen2", num_layers=4)
+    args = tiny.make_args(hf, pipeline_model_parallel_size=3, decoder_last_pipeline_num_layers=2)
+    stages = [set(shapes) for shapes in workers.run(3, _build, args)]
+    (whole,) = workers.run(1, _build, tiny.make_args(hf))
+    embedding, norm = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
+    assert [embedding in stage for stage in stages] == [True, False, True]
+    assert [norm in stage for stage in stages] == [False, False, True]
+    layers = [{name.split(".")[2] for name in stage if name.startswith("decoder.layers.")} for stage in stages]
+    assert layers == [{"0"}, {"1"}, {"2", "3"}]
+    assert set.union(*stages) == set(whole)
 
 
 @pytest.mark.dist

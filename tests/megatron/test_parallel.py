@@ -112,19 +112,21 @@ def test_a_rank_without_samples(workers: WorkerPool, hf: dict[str, Path]) -> Non
     _same(_train(workers, args, batch, ranks=4), _train(workers, args, batch))
 
 
-def test_tensor_and_data_parallel_with_two_steps(workers: WorkerPool, hf: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1, "max_tokens_per_gpu": 1},
+    ],
+    ids=str,
+)
+def test_with_data_parallel_and_three_steps(layout: dict[str, Any], workers: WorkerPool, hf: dict[str, Path]) -> None:
+    """Old log-probs are taken before the first step; with a budget of 1, each micro-batch is one sample."""
     batch = tiny.random_batch(12)
     args = _args(hf, num_steps_per_rollout=3)
-    parallel = replace(args, tensor_model_parallel_size=2, sequence_parallel=True)
+    parallel = replace(args, **layout)
     _same(_train(workers, parallel, batch, ranks=4), _train(workers, args, batch))
-
-
-def test_recomputation(workers: WorkerPool, hf: dict[str, Path]) -> None:
-    batch = tiny.random_batch()
-    args = _args(hf)
-    recompute = replace(args, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    _same(_train(workers, recompute, batch), _train(workers, args, batch))
-    _same(_train(workers, replace(args, recompute_granularity="selective"), batch), _train(workers, args, batch))
 
 
 class _Losing(Trainer):
