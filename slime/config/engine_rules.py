@@ -48,8 +48,7 @@ def external_engines(case: Case) -> Iterable[Problem]:
     if not urls:
         return
     for url in urls:
-        match = _URL.fullmatch(url)
-        if match is None or not 1 <= int(match[2]) <= 65535:
+        if not _is_url(url):
             yield case.error("rollout_external_engines", f"{url} is no engine's URL", "write http://HOST:PORT")
     twice = sorted({url for url in urls if urls.count(url) > 1})
     if twice:
@@ -94,9 +93,9 @@ def weight_directory(case: Case) -> Iterable[Problem]:
         rule = "with --colocate weights go through device memory"
         yield case.error("update_weight_transport", rule, "leave it out", beside=["colocate"])
     given = args.save is not None or "update_weight_disk_dir" in case.given
-    elsewhere = [url for url in args.rollout_external_engines if not _is_local(url)]
+    elsewhere = [url for url in args.rollout_external_engines if _is_url(url) and not _is_local(url)]
     if elsewhere and not given and needs_weight_directory(args):
-        rule = f"not given, nor --save, and {elsewhere[0]} has to read files there"
+        rule = f"neither it nor --save was given, and {elsewhere[0]} has to read files there"
         remedy = "name a directory that it can read under the same path"
         if not by_disk:
             remedy += ", or add --no-check-weight-sync"
@@ -108,6 +107,11 @@ def needs_weight_directory(args: Args) -> bool:
     """Whether weights stand in files on their way, or in those of the sync's proof."""
     sends = bool(args.num_engines) and not args.debug_rollout_only
     return sends and (args.update_weight_transport == "disk" or args.check_weight_sync)
+
+
+def _is_url(url: str) -> bool:
+    match = _URL.fullmatch(url)
+    return match is not None and 1 <= int(match[2]) <= 65535
 
 
 def _is_local(url: str) -> bool:

@@ -88,6 +88,11 @@ _OF_THE_CONTEXT = ("max_position_embeddings",)
 
 def _doubts(args: Args, url: str, info: EngineInfo) -> Iterable[str]:
     """What may be meant, and may be a mistake."""
+    if args.debug_rollout_only and info.weight_version not in ("0", "default"):
+        yield (
+            f"--rollout-external-engines {url}: it holds weights of version {info.weight_version} that something has "
+            "sent it, and --debug-rollout-only sends none: start it anew to generate with --hf-checkpoint"
+        )
     dtype = "bfloat16" if args.bf16 else "float32"
     if info.dtype not in (None, dtype):
         yield (

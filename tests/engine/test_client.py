@@ -14,13 +14,14 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 import tiny_models
 from conftest import StartEngine
 
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
-from slime.engine.launch import ManagedProcess, find_free_port, launch_router, register_worker
+from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, launch_router, register_worker
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
 from slime.engine.weight_group import WeightGroup, dtype_name, flatten_bucket, join_weight_group
 from slime.models.hf_files import HFReader
@@ -343,13 +344,18 @@ def test_a_trainer_that_goes_away_is_an_error_and_the_engine_lives(router: Manag
     run(router, inner)
 
 
-def test_the_api_key_goes_through_the_router(
-    model_dirs: dict[str, Path], start_engine: StartEngine, tmp_path: Path
+def test_the_api_key_goes_through_the_router_and_stands_on_no_command_line(
+    model_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
-    engine = start_engine(model_dirs["qwen3"], "--api-key", "sesame")
-    args = Args(num_rollout=1, router={"api_key": "sesame"})
+    args = Args(hf_checkpoint=str(model_dirs["qwen3"]), sglang={"api_key": "sesame"})
+    engine = launch_engine(args, index=0, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "engine.log")
     router = launch_router(args, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "router.log")
-    router.wait_ready(60)
+    for process in (engine, router):
+        process.wait_ready(60)
+    servers = [psutil.Process(process.pid) for process in (engine, router)]
+    guards = [server.parent() for server in servers]
+    lines = [" ".join(process.cmdline()) for process in (*servers, *guards) if process is not None]
+    assert len([line for line in lines if "slime.engine.keyed" in line and "sesame" not in line]) == 4
     with pytest.raises(RuntimeError, match="refused"):
         register_worker(router.url, engine.url)
     register_worker(router.url, engine.url, api_key="sesame")

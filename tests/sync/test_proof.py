@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slime.engine.client import EngineClient, EngineError
+from slime.engine.client import EngineClient
 from slime.engine.launch import ManagedProcess, find_free_port
 from slime.engine.membership import Membership
 from slime.models.hf_files import HFReader, write_hf

@@ -1,0 +1,99 @@
+"""Engines and routers that run already, and the way of weights to them, on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from config_run import Run
+
+URLS = "http://127.0.0.1:4000 http://127.0.0.1:4001"
+NEAR = f"--rollout-external-engines {URLS}"
+OWN = "--rollout-engine embedded --rollout-num-gpus 1"
+FAR = "--rollout-external-engines http://10.0.0.7:4000"
+
+
+@pytest.fixture
+def bare(run: Run) -> Run:
+    """Without engines."""
+    words = " ".join(run.base).replace("--rollout-engine embedded --rollout-num-gpus 2 ", "")
+    return replace(run, base=words.split())
+
+
+def test_their_number_is_the_number_of_urls(bare: Run) -> None:
+    args, problems = bare.load(*NEAR.split())
+    assert (args.num_engines, problems) == (2, [])
+    assert bare.args(*NEAR.split(), "--rollout-num-gpus", "2").num_engines == 2
+    assert bare.args(*NEAR.split(), "--rollout-num-gpus-per-engine", "4").num_engines == 2
+    trains_alone = ["--debug-train-only", "--load-debug-rollout-data", str(bare.data)]
+    threads = bare.args("--rollout-num-gpus", "0", *trains_alone).cpu_threads_per_process
+    assert bare.args(*NEAR.split()).cpu_threads_per_process == threads, "only what the run starts shares the cores"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"{NEAR} --rollout-num-gpus 3", "--rollout-num-gpus 3: --rollout-external-engines names 2"),
+        (f"{NEAR} --rollout-num-gpus 0", "--rollout-num-gpus 0: --rollout-external-engines names 2"),
+        (f"{NEAR} http://127.0.0.1:4000", "http://127.0.0.1:4000 comes twice"),
+        ("--rollout-external-engines 10.0.0.7:4000", "10.0.0.7:4000 is no engine's URL"),
+        ("--rollout-external-engines http://10.0.0.7", "http://10.0.0.7 is no engine's URL"),
+        ("--rollout-external-engines http://10.0.0.7:4000/v1", "http://10.0.0.7:4000/v1 is no engine's URL"),
+        ("--rollout-external-engines http://10.0.0.7:99999", "http://10.0.0.7:99999 is no engine's URL"),
+        (f"{NEAR} --colocate --dry-run", "--colocate shares the training GPUs with engines that the run starts"),
+        (f"{FAR}", "engine-weights: neither it nor --save was given, and http://10.0.0.7:4000 has to read files there"),
+        (f"{NEAR} --sglang-api-key a --router-api-key b", "--router-api-key: differs from --sglang-api-key"),
+        (f"{NEAR} --router-api-key b", "--router-api-key: differs from --sglang-api-key"),
+        (f"{OWN} --sglang-router-port 4000", "--sglang-router-port 4000: half of an address"),
+    ],
+)
+def test_one_error(bare: Run, words: str, message: str) -> None:
+    assert message in bare.error(*words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            f"{NEAR} --rollout-engine sglang",
+            "--rollout-engine sglang: no effect: --rollout-external-engines run already",
+        ),
+        (f"{NEAR} --sglang-context-length 64 --sglang-api-key a", "--sglang-context-length: no effect"),
+        (
+            f"{OWN} --sglang-router-ip 127.0.0.1 --sglang-router-port 9 --router-policy random",
+            "--router-policy: no effect: the router runs already",
+        ),
+        (
+            f"{OWN} --sglang-router-ip 10.0.0.9 --sglang-router-port 9",
+            "--sglang-router-ip 10.0.0.9: stands elsewhere",
+        ),
+        (f"{OWN} --update-weight-disk-dir x --no-check-weight-sync", "no weights stand in files"),
+    ],
+)
+def test_one_warning(bare: Run, words: str, message: str) -> None:
+    [warning] = bare.warnings(*words.split())
+    assert message in warning
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"{FAR} --update-weight-disk-dir DIR",
+        f"{FAR} --save DIR",
+        f"{FAR} --no-check-weight-sync",
+        f"{NEAR} --update-weight-transport disk",
+        f"{OWN} --update-weight-transport disk --update-weight-disk-dir DIR",
+        f"{OWN} --sglang-router-ip 10.0.0.9 --sglang-router-port 9 --sglang-api-key a",
+    ],
+)
+def test_passes(bare: Run, words: str) -> None:
+    args, problems = bare.load(*words.replace("DIR", str(bare.directory / "out")).split())
+    assert problems == []
+    assert args.update_weight_disk_dir is not None
+
+
+def test_weights_stand_beside_the_checkpoints(bare: Run) -> None:
+    run = OWN.split()
+    assert bare.args(*run, "--save", "s", "--log-dir", "l").update_weight_disk_dir == "s/engine-weights"
+    assert bare.args(*run, "--log-dir", "l").update_weight_disk_dir == "l/engine-weights"
+    assert bare.args(*run, "--update-weight-disk-dir", "d").update_weight_disk_dir == "d"

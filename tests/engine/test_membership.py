@@ -1,0 +1,85 @@
+"""A router that runs already: a run's engines come and go, and others' are never generated with. Over a real router."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import StartEngine
+
+from slime.config.args import Args
+from slime.engine.client import EngineError
+from slime.engine.external import find_engines
+from slime.engine.launch import ManagedProcess, ask, find_free_port, launch_router, register_worker
+from slime.engine.membership import LABEL, Member, Membership, external_router_url
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManagedProcess]:
+    log = tmp_path_factory.mktemp("router") / "router.log"
+    quick = {"health_check_interval_secs": 1, "health_failure_threshold": 1}
+    process = launch_router(Args(router=quick), host="127.0.0.1", port=find_free_port(), log_path=log)
+    process.wait_ready(60)
+    yield process
+    process.stop()
+
+
+def listed(router: ManagedProcess) -> dict[str, bool]:
+    return {worker["url"]: worker["is_healthy"] for worker in ask(router.url, "GET")[1]["workers"]}
+
+
+def test_what_joins_leaves_and_nothing_else(
+    router: ManagedProcess, glm4_engine: ManagedProcess, start_engine: StartEngine, model_dirs: dict[str, Path]
+) -> None:
+    """What others had put there is refused, unless a killed run had, and it is dead."""
+    other = start_engine(model_dirs["glm4"])
+    register_worker(router.url, glm4_engine.url)
+    run = Membership(router.url)
+    with pytest.raises(RuntimeError, match=f"not this run's: {glm4_engine.url};.*--rollout-external-engines"):
+        run.join([other.url])
+    assert listed(router) == {glm4_engine.url: True}
+    run.join([glm4_engine.url, other.url])
+    assert listed(router) == {glm4_engine.url: True, other.url: True}
+    run.leave()
+    assert listed(router) == {glm4_engine.url: True}
+
+    Membership(router.url).join([glm4_engine.url, other.url])  # a run that is killed
+    with pytest.raises(RuntimeError, match=f"{other.url};"):
+        Membership(router.url).refuse_others([glm4_engine.url])  # its engine is alive: it may be one that goes on
+    other.stop()
+    deadline = time.monotonic() + 20
+    while listed(router)[other.url]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    Membership(router.url).refuse_others([glm4_engine.url])
+    assert listed(router) == {glm4_engine.url: True}
+
+
+def test_only_a_dead_engine_of_a_run_is_left_over(glm4_engine: ManagedProcess) -> None:
+    """One that a user had put there may come back, and so may one that answers to us alone."""
+    dead = f"http://127.0.0.1:{find_free_port()}"
+    assert Member("1", dead, False, {LABEL: "1"}).is_left_over()
+    assert not Member("1", dead, False, {}).is_left_over()
+    assert not Member("1", dead, True, {LABEL: "1"}).is_left_over()
+    assert not Member("1", glm4_engine.url, False, {LABEL: "1"}).is_left_over()
+
+
+def test_a_router_is_no_engine(router: ManagedProcess) -> None:
+    """It answers that it is well, too."""
+    with pytest.raises(EngineError, match=router.url):
+        asyncio.run(find_engines(Args(rollout_external_engines=(router.url,))))
+
+
+def test_a_router_that_is_not_there_is_named() -> None:
+    url = f"http://127.0.0.1:{find_free_port()}"
+    with pytest.raises(RuntimeError, match=f"{url} did not answer within 0.3 s.*--sglang-router-port"):
+        Membership(url, timeout=0.3).wait_ready()
+
+
+def test_its_url() -> None:
+    assert external_router_url(Args()) is None
+    assert external_router_url(Args(sglang_router_ip="10.0.0.1", sglang_router_port=80)) == "http://10.0.0.1:80"
+    assert external_router_url(Args(sglang_router_ip="::1", sglang_router_port=80)) == "http://[::1]:80"
