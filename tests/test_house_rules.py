@@ -33,7 +33,7 @@ SIDEWAYS = {("rollout", "slime.engine.client"), ("rollout", "slime.engine.protoc
 ONLY_IN = {
     "ray": {"cluster"},
     "megatron": {"megatron"},
-    "aiohttp": {"engine"},
+    "aiohttp": {"engine", "rollout"},  # rollout: as a client, of a judge behind HTTP
     "fastapi": {"engine"},
     "uvicorn": {"engine"},
 }

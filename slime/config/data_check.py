@@ -7,12 +7,16 @@ here can be made into a Sample.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 from slime.config.data_files import DataError, DataKeys, Row, read_rows
 from slime.config.problem import Problem
 
 MAX_REPORTED = 5
+
+RowCheck = Callable[[dict[str, Any]], tuple[str, str] | None]
+"""Rule and remedy for a row that is well-formed and cannot be used all the same; None where it can."""
 
 
 def row_error(row: Row | DataError, keys: DataKeys, *, chat_template: bool) -> DataError | None:
@@ -53,10 +57,13 @@ def _is_text_or_number(label: object) -> bool:
     return isinstance(label, str | int) and not isinstance(label, bool)
 
 
-def check_rows(path: str, keys: DataKeys, *, chat_template: bool, needs: tuple[str, ...] = ()) -> list[Problem]:
+def check_rows(
+    path: str, keys: DataKeys, *, chat_template: bool, needs: tuple[str, ...] = (), check: RowCheck | None = None
+) -> list[Problem]:
     """Errors with file and line (or row), the first five and a count; `path` may carry a slice.
 
-    `needs`: keys that a row may lack, but not all of them: a key that was asked for by its flag.
+    `needs`: keys that a row may lack, but not all of them: a key that was asked for by its flag. `check` is asked about
+    every row that is well-formed.
     """
     errors: list[DataError] = []
     missing = set(needs)
@@ -65,6 +72,8 @@ def check_rows(path: str, keys: DataKeys, *, chat_template: bool, needs: tuple[s
         for row in read_rows(path, keys):
             total += 1
             error = row_error(row, keys, chat_template=chat_template)
+            if error is None and check is not None and isinstance(row, Row) and (fault := check(row.data)) is not None:
+                error = DataError(row.where, *fault)
             if error is not None:
                 errors.append(error)
             elif isinstance(row, Row):

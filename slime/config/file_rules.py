@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 from slime.config.case import Case
-from slime.config.data_check import check_rows
+from slime.config.data_check import RowCheck, check_rows
 from slime.config.data_files import SUFFIXES, DataKeys, split_slice
-from slime.config.eval_data import EvalDataset, eval_datasets, sets_with_rm_type
+from slime.config.eval_data import EvalDataset, eval_datasets
 from slime.config.options import HookOptions, RolloutOptions
 from slime.config.problem import Problem
+from slime.config.reward_types import line_reward_fault
 from slime.core.plugins import HOOKS, hook_path, load_hook
 
 
@@ -31,10 +33,30 @@ def prompt_file(case: Case) -> Iterable[Problem]:
         keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
         asked = [args.metadata_key] if args.metadata_key != RolloutOptions.metadata_key else []
         asked += [args.tool_key] if args.tool_key is not None else []
-        yield from _data_file(case, "prompt_data", args.prompt_data, keys, tuple(asked))
+        judged = case.generates and args.loss_type != "sft_loss"
+        check = _reward_check(case, keys, args.rm_type) if judged else None
+        yield from _data_file(case, "prompt_data", args.prompt_data, keys, tuple(asked), check)
 
 
-def _data_file(case: Case, field: str, path: str, keys: DataKeys, needs: tuple[str, ...] = ()) -> Iterable[Problem]:
+def _reward_check(case: Case, keys: DataKeys, rm_type: str | None) -> RowCheck:
+    """Whether the reward of a row can be computed, where its data set is judged by `rm_type`."""
+    has_label = keys.label_key is not None
+
+    def check(row: dict[str, Any]) -> tuple[str, str] | None:
+        metadata = cast(dict[str, Any], row.get(keys.metadata_key) or {})
+        return line_reward_fault(case.args, metadata.get("rm_type"), rm_type, has_label=has_label)
+
+    return check
+
+
+def _data_file(
+    case: Case,
+    field: str,
+    path: str,
+    keys: DataKeys,
+    needs: tuple[str, ...] = (),
+    check: RowCheck | None = None,
+) -> Iterable[Problem]:
     try:
         file, _ = split_slice(path)
     except ValueError as error:
@@ -47,7 +69,7 @@ def _data_file(case: Case, field: str, path: str, keys: DataKeys, needs: tuple[s
         rule = f"{file}: {suffix or 'no suffix'} is no kind of data file"
         yield case.error(field, rule, f"name one in {', '.join(SUFFIXES)}")
     elif case.real:
-        yield from check_rows(path, keys, chat_template=case.args.apply_chat_template, needs=needs)
+        yield from check_rows(path, keys, chat_template=case.args.apply_chat_template, needs=needs, check=check)
 
 
 def eval_files(case: Case) -> Iterable[Problem]:
@@ -65,36 +87,9 @@ def eval_files(case: Case) -> Iterable[Problem]:
         rule, _, remedy = str(error).rpartition("; ")
         yield case.error(field, rule, remedy)
         return
-    if args.custom_rm_path is not None and (names := sets_with_rm_type(args)):
-        rule = f"its rm_type of {', '.join(names)} is never asked: --custom-rm-path {args.custom_rm_path} judges"
-        yield case.error("eval_config", rule, "leave one of the two out", beside=["custom_rm_path"])
     for dataset in datasets:
         keys = DataKeys.of(args, input_key=dataset.input_key, label_key=dataset.label_key)
-        yield from _data_file(case, field, dataset.path, keys)
-        if dataset.rm_type is None and args.custom_rm_path is None:
-            yield case.warning(field, f"{dataset.name} has no reward of its own", _METADATA_REMEDY)
-        if needs_label(dataset.rm_type) and dataset.label_key is None and args.custom_rm_path is None:
-            rule = f"{dataset.name}: {dataset.rm_type} compares the answer with a label, and no key of it is given"
-            yield case.error("eval_label_key", rule, "add --eval-label-key or --label-key", beside=["label_key"])
-
-
-def needs_label(rm_type: str | None) -> bool:
-    return rm_type not in (None, "random", "remote_rm")
-
-
-_METADATA_REMEDY = "every row then needs metadata.rm_type; or add --rm-type or --custom-rm-path"
-
-
-def reward(case: Case) -> Iterable[Problem]:
-    """Training samples need something that judges them, and it needs the label."""
-    args = case.args
-    if not case.generates or args.custom_rm_path is not None or args.loss_type == "sft_loss":
-        return
-    if args.rm_type is None:
-        yield case.warning("rm_type", "not given, nor --custom-rm-path", _METADATA_REMEDY, beside=["custom_rm_path"])
-    elif args.label_key is None and needs_label(args.rm_type):
-        rule = f"{args.rm_type} compares the answer with a label, and no key of it is given"
-        yield case.error("label_key", rule, "add --label-key", beside=["rm_type"])
+        yield from _data_file(case, field, dataset.path, keys, check=_reward_check(case, keys, dataset.rm_type))
 
 
 def weights(case: Case) -> Iterable[Problem]:

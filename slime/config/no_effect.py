@@ -13,6 +13,7 @@ from slime.config.case import Case
 from slime.config.engine_rules import needs_weight_directory
 from slime.config.options import EvalOptions
 from slime.config.problem import Problem
+from slime.config.reward_types import may_ask_remote
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,18 @@ TABLE: tuple[NoEffect, ...] = (
         lambda a: a.mask_offpolicy_in_partial_rollout and not a.partial_rollout,
         "it belongs to --partial-rollout",
     ),
-    NoEffect(("rm_url",), lambda a: a.rm_type != "remote_rm", "it belongs to --rm-type remote_rm"),
+    NoEffect(("rm_url",), lambda a: a.custom_rm_path is not None, "--custom-rm-path judges instead of remote_rm"),
+    NoEffect(
+        ("rm_url", "rm_concurrency"),
+        lambda a: a.custom_rm_path is None and not may_ask_remote(a),
+        "it belongs to --rm-type remote_rm",
+        "leave it out, unless a data line's metadata.rm_type asks for remote_rm",
+    ),
+    NoEffect(
+        ("group_rm",),
+        lambda a: a.group_rm and a.custom_rm_path is None,
+        "built-in rewards judge each sample by itself; it belongs to --custom-rm-path",
+    ),
     NoEffect(
         ("rm_type",),
         lambda a: a.custom_rm_path is not None,

@@ -11,9 +11,6 @@ from typing import Any
 from slime.config.case import Case
 from slime.config.problem import Problem
 
-REWARD_TYPES = ("deepscaler", "dapo", "math", "f1", "gpqa", "remote_rm", "random")
-BUILT_REWARD_TYPES = ("deepscaler", "random")
-
 
 def more_than_one(value: Any) -> bool:
     return value is not None and value > 1
@@ -25,11 +22,6 @@ def on(value: Any) -> bool:
 
 def off(value: Any) -> bool:
     return value is False
-
-
-def unbuilt_reward(value: Any) -> bool:
-    """A reward type that has a meaning; an unknown one is an error of another rule."""
-    return value is not None and value not in BUILT_REWARD_TYPES and value.removeprefix("boxed_") in REWARD_TYPES
 
 
 def other_than(*built: Any) -> Callable[[Any], bool]:
@@ -57,9 +49,6 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "normalize_advantages": (on, "whitening of advantages"),
     "kl_coef": (on, "a KL penalty in the reward"),
     "use_tis": (on, "truncated importance sampling"),
-    "group_rm": (on, "rewards of whole groups"),
-    "rm_type": (unbuilt_reward, "this reward type"),
-    "eval_rm_type": (unbuilt_reward, "this reward type"),
     "deterministic": (on, "a run that is reproducible bit for bit"),
 }
 """Field -> when it asks for something that is not there, and what that is."""
@@ -87,8 +76,7 @@ def not_built(case: Case) -> Iterable[Problem]:
     for field, (asks, feature) in NOT_BUILT.items():
         if field == "rollout_engine" and case.args.rollout_external_engines:
             continue  # nothing is started, so nothing has to be of any kind
-        inherited = field == "eval_rm_type" and case.args.eval_rm_type == case.args.rm_type
-        if asks(vars(case.args)[field]) and not inherited:
+        if asks(vars(case.args)[field]):
             remedy = "leave the flag out (--dry-run plans with it)"
             if field == "rollout_engine" and field not in case.given:
                 remedy = "add --rollout-engine embedded"

@@ -101,10 +101,19 @@ class RolloutOptions:
     rollout_seed: int = flag(42, "Seed of the data order and of sampling.", ge=0)
     rm_type: str | None = flag(None, "deepscaler, dapo, math, f1, gpqa, remote_rm, random; boxed_ prefix.")
     custom_rm_path: str | None = flag(None, "Reward function, async or plain, by dotted path.")
-    group_rm: bool = flag(False, "The reward function is given a whole group at once.")
-    rm_url: str | None = flag(None, "URL of --rm-type remote_rm.")
+    group_rm: bool = flag(False, "The function of --custom-rm-path is given a whole group at once.")
+    rm_url: str | None = flag(
+        None, "URL of --rm-type remote_rm: POST {prompt, response, label, metadata}, a number back."
+    )
     rm_num_workers: int = flag(2, "Processes that compute rewards.", ge=1)
-    rm_timeout: float = flag(10.0, "Seconds for one reward; then it counts as failed.", gt=0)
+    rm_timeout: float = flag(
+        10.0,
+        "Seconds for one call of the reward function (with --group-rm: for a group); then it counts as failed.",
+        gt=0,
+    )
+    rm_concurrency: int = flag(
+        256, "Rewards that wait for a network at once: of remote_rm, and of an async --custom-rm-path.", ge=1
+    )
     reward_key: str | None = flag(None, "Entry used where rewards are dicts.")
     num_rollout: int | None = flag(None, "Rollouts to run; 0 evaluates and stops.", ge=0)
     num_epoch: int | None = flag(None, "Passes over the prompts, instead of --num-rollout.", ge=1)

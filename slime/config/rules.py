@@ -11,13 +11,14 @@ from collections.abc import Iterable, Sequence
 from slime.config.case import Case, Rule
 from slime.config.engine_rules import api_keys, engines, external_engines, external_router, weight_directory
 from slime.config.epochs import planned_rollouts
-from slime.config.file_rules import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, reward, weights
+from slime.config.file_rules import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, weights
 from slime.config.megatron_fields import megatron_decided, megatron_known
 from slime.config.no_effect import no_effect
-from slime.config.not_built import REWARD_TYPES, not_built
+from slime.config.not_built import not_built
 from slime.config.optimizer_rules import optimizer
 from slime.config.path_rules import directories, tokenizer, weight_files
 from slime.config.problem import Problem
+from slime.config.reward_rules import custom_reward, eval_rewards, reward, reward_types, reward_url
 from slime.config.tracker_rules import trackers
 from slime.config.stage_rules import pipeline_stages, recompute
 
@@ -175,17 +176,6 @@ def losses(case: Case) -> Iterable[Problem]:
         yield case.warning("eps_clip_high", rule, "the upper range is meant to be the wider one", beside=["eps_clip"])
 
 
-def reward_types(case: Case) -> Iterable[Problem]:
-    for field in ("rm_type", "eval_rm_type"):
-        value: str | None = vars(case.args)[field]
-        known = value is None or value.removeprefix("boxed_") in REWARD_TYPES
-        if not known and (field == "rm_type" or value != case.args.rm_type):
-            yield case.error(field, "unknown reward type", f"one of {', '.join(REWARD_TYPES)}, or --custom-rm-path")
-    if case.args.custom_rm_path is not None and "eval_rm_type" in case.given:
-        rule = f"--custom-rm-path {case.args.custom_rm_path} judges evaluation, too"
-        yield case.error("eval_rm_type", rule, "leave one of the two out", beside=["custom_rm_path"])
-
-
 def evaluation(case: Case) -> Iterable[Problem]:
     args = case.args
     if args.eval_interval is not None and not case.evaluates:
@@ -297,6 +287,9 @@ TRAINING_RULES: tuple[Rule, ...] = (
     losses,
     reward_types,
     reward,
+    eval_rewards,
+    reward_url,
+    custom_reward,
     evaluation,
     saving,
     trackers,

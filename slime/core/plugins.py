@@ -25,6 +25,8 @@ class Hook:
     is_class: bool = False
     members: tuple[str, ...] = ()
     """What a class has to have."""
+    group_parameters: tuple[str, ...] = ()
+    """The parameters under --group-rm, where they are others."""
 
 
 HOOKS: Mapping[str, Hook] = {
@@ -61,9 +63,10 @@ HOOKS: Mapping[str, Hook] = {
     "custom_rm_path": Hook(
         "--custom-rm-path",
         ("args", "sample"),
-        "float or dict of floats (with --group-rm: `sample` is a list of samples, and so is the result)",
-        "once a finished sample",
+        "float, or dict of floats (--reward-key names the one that counts); with --group-rm a list of them, in order",
+        "once a finished sample, in a worker process; with --group-rm once a group, with its finished samples",
         may_be_async=True,
+        group_parameters=("args", "samples"),
     ),
     "dynamic_sampling_filter_path": Hook(
         "--dynamic-sampling-filter-path",

@@ -21,7 +21,7 @@ from slime.config.args import Args
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
-from slime.rollout.context import DataSource, RolloutContext, RolloutResult, request_slots
+from slime.rollout.context import DataSource, RolloutContext, RolloutResult, gather_or_cancel, request_slots
 from slime.rollout.generate import Generate, load_generate, rollout_sampling_params, sampling_seed
 from slime.rollout.intervals import PhaseIntervals
 from slime.rollout.rm_hub.verdict import failure_kind
@@ -133,15 +133,18 @@ class _Collector:
             self._pending[asyncio.create_task(self._run_group(group))] = (group, self._waves[-1])
 
     async def _run_group(self, group: list[Sample]) -> list[Sample]:
-        tasks = [asyncio.create_task(self._run_sample(sample)) for sample in group]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
+        samples = await gather_or_cancel(self._run_sample(sample) for sample in group)
+        aborted = any(sample.status is Status.ABORTED for sample in samples)
+        if self._context.rewards.by_group and not aborted and not self._stopping:
+            with self.intervals.judging():
+                await self._context.rewards.judge_group(samples)
+        return samples
 
     async def _run_sample(self, sample: Sample) -> Sample:
-        """Generate one sample, and judge it unless the generate function has; its status tells what became of it."""
+        """Generate one sample, and judge it unless the generate function has; its status tells what became of it.
+
+        Under --group-rm it is judged with its group.
+        """
         async with self._slots:
             if self._stopping:
                 sample.status = Status.ABORTED
@@ -156,7 +159,8 @@ class _Collector:
                     self._last_error = error
                     return sample.to_failed(f"generation failed: {error}")
         self.tally.tokens += sample.response_length
-        if _is_finished(sample) and not self._stopping and sample.reward is None:
+        unjudged = _is_finished(sample) and sample.reward is None and not self._context.rewards.by_group
+        if unjudged and not self._stopping:
             with self.intervals.judging():
                 verdict = await self._context.rewards.judge(sample)
             verdict.apply(sample)

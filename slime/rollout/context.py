@@ -7,9 +7,9 @@ user's, get it with every call. Invariant: it holds no state of a rollout, so th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from slime.config.args import Args
 from slime.core.sample import Sample
@@ -18,6 +18,8 @@ from slime.rollout.rm_hub import RewardPool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 class DataSource(Protocol):
@@ -70,6 +72,16 @@ class RolloutResult:
 
     groups: list[list[Sample]]
     metrics: dict[str, float]
+
+
+async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order; where one raises, or the caller is cancelled, the others are cancelled."""
+    tasks = [asyncio.create_task(part) for part in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def request_slots(args: Args, context: RolloutContext) -> asyncio.Semaphore:

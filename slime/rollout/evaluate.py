@@ -20,9 +20,9 @@ from slime.config.data_files import DataKeys
 from slime.config.eval_data import EvalDataset, eval_datasets
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
-from slime.rollout.context import RolloutContext, request_slots
+from slime.rollout.context import RolloutContext, gather_or_cancel, request_slots
 from slime.rollout.generate import load_generate, rollout_sampling_params, sampling_seed
-from slime.rollout.prompts import PromptSet, load_prompts
+from slime.rollout.prompts import Prompt, PromptSet, load_prompts
 from slime.rollout.rm_hub.deepscaler import boxed_answer
 from slime.rollout.rm_hub.registry import reward_type
 from slime.rollout.rollout_metrics import sample_metrics
@@ -75,7 +75,7 @@ class Evaluator:
             rollout_sampling_params(args),
             temperature=dataset.temperature,
             top_p=dataset.top_p,
-            top_k=dataset.top_k,
+            top_k=dataset.top_k or -1,
             max_new_tokens=dataset.max_response_len,
         )
 
@@ -87,26 +87,24 @@ class Evaluator:
                     return sample.to_failed(f"generation failed: {error}")
             if sample.status is Status.ABORTED:
                 sample.reward_failure = "aborted by the engine"
-            elif sample.reward is None:
+            elif sample.reward is None and not context.rewards.by_group:
                 (await context.rewards.judge(sample, rm_type=dataset.rm_type)).apply(sample)
             return sample
 
-        tasks = [
-            asyncio.create_task(
+        async def run_group(number: int, prompt: Prompt) -> list[Sample]:
+            work = [
                 run_sample(
                     prompt.to_sample(group_index=number, index=number * count + draw),
                     sampling_seed(args.rollout_seed, "eval", dataset.name, number, draw, rollout_id),
                 )
-            )
-            for number, prompt in enumerate(data.prompts)
-            for draw in range(count)
-        ]
-        try:
-            samples = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-        groups = [samples[first : first + count] for first in range(0, len(samples), count)]
+                for draw in range(count)
+            ]
+            samples = await gather_or_cancel(work)
+            if context.rewards.by_group:
+                await context.rewards.judge_group(samples)
+            return samples
+
+        groups = await gather_or_cancel([run_group(number, prompt) for number, prompt in enumerate(data.prompts)])
         return {**eval_metrics(args, dataset, groups), "time": time.perf_counter() - start}
 
 
@@ -114,7 +112,7 @@ def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sam
     """Of one data set; a group is one prompt's responses. Failed ones are counted and left out of every mean.
 
     `format` is the share that deepscaler would read an answer from: it stands only where deepscaler is the judge.
-    pass@k takes a response for right or wrong: it stands only where every reward is 0 or 1.
+    pass@k takes a response for right or wrong: it stands only where every reward is 0 or 1, or every one -1 or 1.
 
     Raises:
         RuntimeError: all failed.
@@ -131,15 +129,15 @@ def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sam
     ]
     means = [statistics.fmean(rewards) for rewards in rewards_by_prompt if rewards]
     metrics: dict[str, float] = {
-        "reward": statistics.fmean(means),
-        "reward_stderr": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0,
+        **_mean_over_prompts("reward", means),
         **sample_metrics(judged),
         "num_prompts": len(groups),
         "failed": 1 - len(judged) / len(samples),
     }
     if all(reward_type(args, sample, dataset.rm_type) == "deepscaler" for sample in judged):
         metrics["format"] = statistics.fmean(boxed_answer(sample.response) is not None for sample in judged)
-    right_or_wrong = all(reward in (0, 1) for rewards in rewards_by_prompt for reward in rewards)
+    values = {reward for rewards in rewards_by_prompt for reward in rewards}
+    right_or_wrong = values <= {0, 1} or values <= {-1, 1}
     if dataset.n_samples_per_eval_prompt > 1 and right_or_wrong:
         for k in _pass_at_ks(dataset.n_samples_per_eval_prompt):
             chances = [
@@ -148,12 +146,20 @@ def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sam
                 if len(rewards) >= k
             ]
             if chances:
-                metrics[f"pass@{k}"] = statistics.fmean(chances)
+                metrics |= _mean_over_prompts(f"pass@{k}", chances)
     if len(judged) < len(samples):
         first = next(sample for sample in samples if sample.reward is None)
         logger.warning("evaluation on %s: %d responses failed, the first: %s", dataset.name,
                        len(samples) - len(judged), first.reward_failure)  # fmt: skip
     return metrics
+
+
+def _mean_over_prompts(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The mean and its standard error; prompts are what was drawn, so several responses to one count as one value."""
+    mean = {name: statistics.fmean(values)}
+    if len(values) > 1:
+        mean[f"{name}_stderr"] = statistics.stdev(values) / math.sqrt(len(values))
+    return mean
 
 
 def _pass_at_ks(num_samples: int) -> list[int]:

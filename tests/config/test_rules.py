@@ -239,7 +239,6 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
         "--use-tis",
         "--kl-coef 0.1",
         "--normalize-advantages",
-        "--rm-type boxed_math",
         "--spec a b",
         "--no-use-rotary-position-embeddings",
         "--overlap-param-gather",

@@ -236,9 +236,11 @@ def test_no_label_is_a_failure_and_not_a_zero() -> None:
 
 
 def test_a_type_that_is_not_there_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"--rm-type dapo.*deepscaler"):
-        RewardPool(Args(rm_type="dapo"))
-    RewardPool(Args(rm_type="dapo", custom_rm_path="rewards_for_tests.coin")).close()  # nothing asks for it
+    with pytest.raises(ValueError, match=r"--rm-type dopa.*deepscaler"):
+        RewardPool(Args(rm_type="dopa"))
+    with pytest.raises(ValueError, match="--rm-url: not given"):
+        RewardPool(Args(rm_type="boxed_remote_rm"))
+    RewardPool(Args(rm_type="dopa", custom_rm_path="rewards_for_tests.coin")).close()  # nothing asks for it
     with pytest.raises(ValueError, match="--custom-rm-path"):
         RewardPool(Args(custom_rm_path="rewards_for_tests.missing"))
 
@@ -281,7 +283,7 @@ def test_workers_end_with_their_owner() -> None:
         "    await pool.judge(Sample(label='1'))\n"
         "    hang = asyncio.create_task(pool.judge(Sample(label='hang')))\n"
         "    await asyncio.sleep(0.5)\n"
-        "    print(*(worker._process.pid for worker in pool._workers), flush=True)\n"
+        "    print(*(worker.process.pid for worker in pool._workers), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(run())\n"
     )

@@ -1,22 +1,18 @@
-r"""The deepscaler rule: the last \boxed{...} after the last </think> equals the label as mathematics.
+r"""The deepscaler rule: the last \boxed{...} after the last </think> equals the label as mathematics -> 1, else 0.
 
-Path: a reward worker calls `deepscaler` on one response. Invariant: nothing that the model wrote is evaluated as
-code: answers are parsed as LaTeX by a grammar (math-verify's expression parser, which uses eval, is left out).
+Path: `registry` reads the answer with it; the evaluation's metric `format` counts the responses that have one.
+Invariant: without </think>, or without a boxed answer after it, there is no answer.
 """
 
 from __future__ import annotations
 
-import re
-
-THINK_END = "</think>"
-_BOXED = re.compile(r"\\boxed\s*\{")
-_INTEGER = re.compile(r"[+-]?\d{1,18}")
+from slime.rollout.rm_hub.mathematics import equal_as_mathematics, last_boxed
+from slime.rollout.rm_hub.response import THINK_END
 
 
 def deepscaler(response: str, label: str) -> float:
     """1 where the answer is right, else 0 (also without </think>, or without a boxed answer after it)."""
-    answer = boxed_answer(response)
-    return 1.0 if answer is not None and equal_as_mathematics(answer, label) else 0.0
+    return mathematics_score(boxed_answer(response), label)
 
 
 def boxed_answer(response: str) -> str | None:
@@ -25,56 +21,6 @@ def boxed_answer(response: str) -> str | None:
     return last_boxed(answer) if think_end else None
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} holds; None where there is none, or its braces do not close."""
-    openings = list(_BOXED.finditer(text))
-    if not openings:
-        return None
-    start = position = openings[-1].end()
-    depth = 1
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:position]
-        position += 1
-    return None
-
-
-def equal_as_mathematics(answer: str, label: str) -> bool:
-    r"""Whether both mean the same; `label` may be plain (`34`), LaTeX (`\frac{1}{2}`) or hold a \boxed{...}."""
-    answer, label = _plain(answer), _plain(last_boxed(label) or label)
-    if not answer or not label:
-        return False
-    if answer == label:
-        return True
-    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(label):
-        return int(answer) == int(label)
-    return _verify(answer, label)
-
-
-def warm_up() -> None:
-    """Load math-verify and make its grammar, so that no sample's time limit pays for it."""
-    _verify("0.5", r"\frac{1}{2}")
-
-
-def _plain(text: str) -> str:
-    text = text.strip()
-    return text.strip("$").strip() if text.startswith("$") and text.endswith("$") else text
-
-
-def _verify(answer: str, label: str) -> bool:
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # math-verify's own time limits use signals; the worker's owner has a limit that also ends what ignores signals.
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    parsed_label, parsed_answer = (
-        parse(rf"\boxed{{{text}}}", extraction_config=config, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-        for text in (label, answer)
-    )
-    return bool(verify(parsed_label, parsed_answer, timeout_seconds=None))
+def mathematics_score(answer: str | None, label: str) -> float:
+    """1 where there is an answer, and it equals the label as mathematics; else 0."""
+    return 1.0 if answer is not None and equal_as_mathematics(answer, label) else 0.0

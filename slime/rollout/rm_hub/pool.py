@@ -1,90 +1,55 @@
 """RewardPool: rewards outside the event loop, in processes that can be killed.
 
 Path: `collect` and `evaluate` hand finished samples in and get Verdicts. Invariant: whatever a reward function does
-(hang, crash, raise, return nonsense), it costs its own sample only, and that is said in the verdict.
+(hang, crash, raise, return nonsense), it costs its own task only (a sample; under --group-rm a group), and that is said
+in the verdict.
 
-A worker is a fresh interpreter that loads the reward function and nothing else. (multiprocessing's and pebble's pools
-import the parent's main module again in each worker, which inside Ray means Ray.)
+    judge -> waiting -> a worker with room -+-> answer -> verdicts
+                ^                           +-> worker lost: the task whose code ran fails (timeout, crash) ...
+                +---------------------------+-> ... the others are judged again; where nobody knows whose code it was,
+                                                each of them alone, so that the next time it is known
+
+A plain function judges one task a worker; an async one has --rm-concurrency of them in flight over all workers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
-import os
-import queue
-import subprocess
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+import math
+import pickle
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import orjson
 
 from slime.config.args import Args
 from slime.config.eval_data import eval_datasets
+from slime.config.reward_types import BOXED_PREFIX, base_type
 from slime.core.plugins import load_hook
-from slime.core.sample import Sample
-from slime.rollout.rm_hub.registry import find_reward, reward_type
-from slime.rollout.rm_hub.verdict import CRASH, TIMEOUT, Verdict
+from slime.core.sample import Sample, Status
+from slime.rollout.rm_hub.channel import START
+from slime.rollout.rm_hub.process import RewardProcess, Task
+from slime.rollout.rm_hub.registry import find_reward, is_async, reward_type
+from slime.rollout.rm_hub.verdict import CRASH, TIMEOUT, Verdict, error_verdict
+
+if TYPE_CHECKING:
+    from slime.rollout.rm_hub.remote import RemoteReward
 
 _START_TIMEOUT = 120.0
 """Seconds for a worker to load the reward function; not counted against any sample."""
-
-
-class _Worker:
-    """One worker process and the connection to it."""
-
-    def __init__(self, args: Args) -> None:
-        self._connection, theirs = multiprocessing.Pipe()
-        search_path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "slime.rollout.rm_hub.worker", str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                env={**os.environ, "PYTHONPATH": search_path},
-            )
-        finally:
-            theirs.close()
-        self._ready = False
-        self._connection.send(args)
-
-    def wait_ready(self) -> None:
-        """Raises RuntimeError where the worker cannot start: then no reward can ever be computed."""
-        if self._ready:
-            return
-        try:
-            self._ready = self._connection.poll(_START_TIMEOUT) and self._connection.recv_bytes() == b"ready"
-        except (EOFError, OSError):
-            self._ready = False
-        if not self._ready:
-            self.kill()
-            raise RuntimeError(
-                f"a reward worker did not start (exit code {self._process.returncode}); its message stands above"
-            )
-
-    def call(self, task: tuple[str | None, Sample], timeout: float) -> Verdict | None:
-        """The verdict; None where the time is over.
-
-        Raises:
-            EOFError, OSError: the worker died.
-        """
-        self._connection.send(task)
-        if not self._connection.poll(timeout):
-            return None
-        return Verdict(*orjson.loads(self._connection.recv_bytes()))
-
-    def kill(self) -> None:
-        """From any thread, any number of times.
-
-        The connection closes with the last reference to the worker: not here, where another thread may wait on it.
-        """
-        self._process.kill()
-        self._process.wait()
+NO_URL = "--rm-url: not given; --rm-type remote_rm asks the judge behind it; add it"
+_NO_REWARD = (
+    "--rm-type: not given, and neither is --custom-rm-path nor the data line's metadata.rm_type; "
+    "responses need one to be judged"
+)
 
 
 class RewardPool:
     """`--rm-num-workers` processes, started when the first sample is judged: a run that judges none has none.
+
+    Of one event loop, from the first sample on.
 
     Raises:
         ValueError: no such --rm-type, or --custom-rm-path cannot be loaded.
@@ -92,82 +57,233 @@ class RewardPool:
 
     def __init__(self, args: Args) -> None:
         self._args = args
-        self._lock = threading.Lock()
-        """Held while workers are started, and to close."""
-        self._started = False
-        self._closed = False
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._workers: set[_Worker] = set()
+        self._capacity = 1
+        """Tasks in flight at once, a worker."""
         if args.custom_rm_path is not None:
-            load_hook("custom_rm_path", args.custom_rm_path)
+            if is_async(load_hook("custom_rm_path", args.custom_rm_path)):
+                self._capacity = math.ceil(args.rm_concurrency / args.rm_num_workers)
         else:
             for rm_type in (args.rm_type, *(dataset.rm_type for dataset in eval_datasets(args))):
-                if rm_type is not None:
-                    find_reward(rm_type)
-        self._threads = ThreadPoolExecutor(args.rm_num_workers, thread_name_prefix="reward")
+                _check_type(args, rm_type)
+        self._remote = _remote_reward(args)
+        self._numbers = itertools.count(START + 1)
+        self._waiting: deque[Task] = deque()
+        self._workers: set[RewardProcess] = set()
+        self._starting: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        self._broken: RuntimeError | None = None
+        """A worker could not start: no reward can ever be computed."""
+        self._watch: asyncio.TimerHandle | None = None
+        self._looked = 0.0
+
+    @property
+    def by_group(self) -> bool:
+        """Whether `judge_group` has to be asked, and not `judge`: built-in rewards judge each sample by itself."""
+        return self._args.group_rm and self._args.custom_rm_path is not None
 
     async def judge(self, sample: Sample, *, rm_type: str | None = None) -> Verdict:
         """The reward of one sample. `rm_type` stands in for --rm-type; the sample's metadata goes before both.
 
         Raises:
-            ValueError: no reward is named for it.
+            ValueError: no reward is named for it, or --group-rm asks for whole groups.
+            RuntimeError: the workers do not start, or are closed.
         """
+        if self.by_group:
+            raise ValueError("--group-rm: the reward function takes whole groups; call judge_group")
         rm_type = reward_type(self._args, sample, rm_type)
         if rm_type is None and self._args.custom_rm_path is None:
-            raise ValueError(
-                "--rm-type: not given, and neither is --custom-rm-path nor the data line's metadata.rm_type; "
-                "responses need one to be judged"
-            )
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._judge_in_worker, sample, rm_type)
+            raise ValueError(_NO_REWARD)
+        if base_type(rm_type) == "remote_rm":
+            if self._remote is None:
+                raise ValueError(NO_URL)
+            assert rm_type is not None
+            return await self._remote.judge(sample, boxed=rm_type.startswith(BOXED_PREFIX))
+        [verdict] = await self._call((rm_type, sample), 1)
+        return verdict
 
-    def _judge_in_worker(self, sample: Sample, rm_type: str | None) -> Verdict:
-        """Runs in one of the pool's threads; there are as many of them as workers."""
-        self._start_workers()
-        worker = self._idle.get()
+    async def judge_group(self, samples: Sequence[Sample]) -> None:
+        """Judge those of a group that are finished and have no reward yet, in one call, and write the verdicts."""
+        finished = (Status.COMPLETED, Status.TRUNCATED)
+        unjudged = [sample for sample in samples if sample.status in finished and sample.reward is None]
+        if unjudged:
+            verdicts = await self._call((None, unjudged), len(unjudged))
+            for sample, verdict in zip(unjudged, verdicts, strict=True):
+                verdict.apply(sample)
+
+    async def _call(self, what: tuple[str | None, Sample | list[Sample]], count: int) -> list[Verdict]:
+        """One call of the reward function in a worker: its `count` verdicts."""
         try:
-            worker.wait_ready()
-            verdict = worker.call((rm_type, sample), self._args.rm_timeout)
-            failure = TIMEOUT
-        except RuntimeError:
-            self._idle.put(worker)  # so that no other thread waits for a worker in vain: it fails there as well
-            raise
-        except (EOFError, OSError):
-            verdict = None
-            failure = CRASH
-        if verdict is not None:
-            self._idle.put(worker)
-            return verdict
-        worker.kill()
-        self._replace(worker)
-        return Verdict(None, failure)
+            payload = pickle.dumps(what)
+        except Exception as error:  # noqa: BLE001 (metadata may hold anything; what cannot be sent costs its task only)
+            return [error_verdict(error)] * count
+        loop = self._open()
+        task = Task(next(self._numbers), payload, loop.create_future())
+        self._waiting.append(task)
+        self._hand_out()
+        try:
+            verdicts = await task.done
+        finally:
+            if task.done.cancelled():
+                self._call_off(task)
+        return verdicts * count if len(verdicts) < count else verdicts
 
-    def _start_workers(self) -> None:
-        """All of them, at the first call. The kernel ends a worker with the thread that started it, hence here."""
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the reward workers are closed")
-            if not self._started:
-                for _ in range(self._args.rm_num_workers):
-                    self._add_worker()
-                self._started = True
-
-    def _replace(self, worker: _Worker) -> None:
-        with self._lock:
-            self._workers.discard(worker)
-            if not self._closed:
+    def _open(self) -> asyncio.AbstractEventLoop:
+        """The loop of the caller; the first one finds the workers starting."""
+        if self._closed:
+            raise RuntimeError("the reward workers are closed")
+        if self._broken is not None:
+            raise self._broken
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            for _ in range(self._args.rm_num_workers):
                 self._add_worker()
+        if self._loop is not loop:
+            raise RuntimeError("the reward workers belong to the event loop that judged the first sample")
+        return loop
+
+    # ---- tasks to workers
+
+    def _hand_out(self) -> None:
+        """Waiting tasks to workers with room, in order."""
+        while self._waiting:
+            worker = self._worker_for(self._waiting[0])
+            if worker is None:
+                break
+            worker.send(self._waiting.popleft())
+        if self._watch is None and any(worker.tasks for worker in self._workers):
+            self._look_later()
+
+    def _worker_for(self, task: Task) -> RewardProcess | None:
+        """The one with the fewest tasks, where it has room."""
+        free = [w for w in self._workers if w.ready and not any(other.alone for other in w.tasks.values())]
+        worker = min(free, key=lambda worker: len(worker.tasks), default=None)
+        room = 1 if task.alone else self._capacity
+        return worker if worker is not None and len(worker.tasks) < room else None
+
+    def _call_off(self, task: Task) -> None:
+        if task in self._waiting:
+            self._waiting.remove(task)
+        for worker in self._workers:
+            if task.number in worker.tasks and self._capacity > 1:
+                del worker.tasks[task.number]
+                worker.call_off(task.number)
+        if not self._closed:
+            self._hand_out()
+
+    def _answered(self, worker: RewardProcess, number: int, payload: bytes) -> None:
+        if number == START:
+            worker.ready = True
+        elif (task := worker.tasks.pop(number, None)) is not None:
+            _settle(task, [Verdict(*entry) for entry in orjson.loads(payload)])
+        self._hand_out()
+
+    # ---- workers that hang or die
+
+    def _look_later(self) -> None:
+        assert self._loop is not None, "_open comes first"
+        self._looked = self._loop.time()
+        self._watch = self._loop.call_later(self._interval, self._look)
+
+    @property
+    def _interval(self) -> float:
+        """Seconds between two looks at the workers."""
+        return min(0.25, self._args.rm_timeout / 10)
+
+    def _look(self) -> None:
+        """Time in which this loop itself was held up counts against no worker."""
+        assert self._loop is not None, "_open comes first"
+        self._watch = None
+        seconds = min(self._loop.time() - self._looked, 2 * self._interval)
+        for worker in [worker for worker in self._workers if worker.tasks]:
+            worker.look(seconds)
+            if worker.has_died:
+                self._lost(worker, CRASH)
+            elif worker.silence > self._args.rm_timeout:
+                self._lost(worker, TIMEOUT)
+        self._hand_out()  # which looks again later, where anything is in flight
+
+    def _lost(self, worker: RewardProcess, failure: str = CRASH) -> None:
+        """It died, or moves no more: settle the task whose fault it is, hand out the others again, replace it."""
+        self._workers.discard(worker)
+        worker.kill()
+        if self._closed:
+            return
+        if not worker.ready:
+            self._break(f"exit code {worker.process.returncode}; its message stands above")
+            return
+        culprit = worker.running
+        tasks = [task for task in worker.tasks.values() if not task.done.done()]
+        for task in reversed(tasks):
+            if task.number == culprit or (culprit == 0 and len(tasks) == 1):
+                _settle(task, [Verdict(None, failure)])
+            elif culprit:
+                self._waiting.appendleft(task)
+            else:
+                task.alone = True
+                self._waiting.append(task)
+        self._add_worker()
+        self._hand_out()
+
+    def _break(self, message: str) -> None:
+        self._broken = RuntimeError(f"a reward worker did not start ({message})")
+        self._fail_all(self._broken)
+
+    def _fail_all(self, error: RuntimeError) -> None:
+        """Nobody waits for what will never come."""
+        tasks = [*self._waiting, *(task for worker in self._workers for task in worker.tasks.values())]
+        self._waiting.clear()
+        for task in tasks:
+            if not task.done.done():
+                task.done.set_exception(error)
 
     def _add_worker(self) -> None:
-        worker = _Worker(self._args)
+        """Starts one; it is ready later. The kernel ends a worker with the thread that started it: the loop's own."""
+        try:
+            worker = RewardProcess(self._args, self._answered, self._lost)
+        except OSError as error:
+            self._break(str(error))
+            return
         self._workers.add(worker)
-        self._idle.put(worker)
+        assert self._loop is not None, "_open comes first"
+        self._loop.call_later(_START_TIMEOUT, self._check_started, worker)
+        connecting = self._loop.create_task(worker.connect())
+        self._starting.add(connecting)
+        connecting.add_done_callback(self._starting.discard)
+
+    def _check_started(self, worker: RewardProcess) -> None:
+        if worker in self._workers and not worker.ready:
+            self._lost(worker)
 
     def close(self) -> None:
-        """End the workers; whatever they are doing is lost."""
-        with self._lock:
-            self._closed = True
-            workers, self._workers = self._workers, set()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End the workers; whatever they are doing is lost, and whoever waits for it is told."""
+        self._closed = True
+        if self._loop is not None and not self._loop.is_closed():
+            self._fail_all(RuntimeError("the reward workers are closed"))
+            if self._watch is not None:
+                self._watch.cancel()
+        workers, self._workers = self._workers, set()
         for worker in workers:
             worker.kill()
+
+
+def _check_type(args: Args, rm_type: str | None) -> None:
+    if base_type(rm_type) == "remote_rm":
+        if args.rm_url is None:
+            raise ValueError(NO_URL)
+    elif rm_type is not None:
+        find_reward(rm_type)
+
+
+def _remote_reward(args: Args) -> RemoteReward | None:
+    if args.rm_url is None:
+        return None
+    from slime.rollout.rm_hub.remote import RemoteReward  # aiohttp, which workers do without
+
+    return RemoteReward(args)
+
+
+def _settle(task: Task, verdicts: list[Verdict]) -> None:
+    if not task.done.done():
+        task.done.set_result(verdicts)

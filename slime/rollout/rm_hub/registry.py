@@ -1,33 +1,75 @@
-"""The built-in rewards by `--rm-type`.
+r"""The built-in rewards by `--rm-type`: each reads an answer from the response, and scores it.
 
 Path: `pool` checks the name at start, `worker` calls the function. Invariant: importing this loads neither torch nor
 sympy, so that a worker is light.
+
+    type        the answer                                                    its score
+    deepscaler  the last \boxed{...} after the last </think>                  1 where it equals the label, else 0
+    math        the last \boxed{...}                                          1 where it equals the label, else 0
+    dapo        what follows the last "Answer:" near the end                  1 where it equals the label, else -1
+    f1          the text after </think>                                       F1 of its words and the label's
+    gpqa        the text after </think>                                       1 where it chooses the right one, else 0
+    random      -                                                             0 or 1, by chance
+
+Under `boxed_<type>` the answer is what the last \boxed{...} of the response holds, whatever the type looks for itself;
+without a box there is no answer. `remote_rm` is in `remote`: it waits for a network, and runs in no worker.
 """
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from slime.config.args import Args
+from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPE_REMEDY, base_type
 from slime.core.sample import Sample
-from slime.rollout.rm_hub.deepscaler import deepscaler
+from slime.rollout.rm_hub.dapo import dapo_answer, dapo_score
+from slime.rollout.rm_hub.deepscaler import boxed_answer, mathematics_score
+from slime.rollout.rm_hub.f1 import f1_score
+from slime.rollout.rm_hub.gpqa import gpqa_score
+from slime.rollout.rm_hub.mathematics import last_boxed
+from slime.rollout.rm_hub.response import final_text
 
 Reward = Callable[[Args, Sample], object]
 
 
-def _deepscaler(args: Args, sample: Sample) -> float:
+@dataclass(frozen=True)
+class Rule:
+    """`read`: the answer in a response, None where there is none. `score`: what an answer to the sample is worth."""
+
+    read: Callable[[str], str | None]
+    score: Callable[[Args, Sample, str | None], float]
+
+
+def _against_label(score: Callable[[str | None, str], float]) -> Callable[[Args, Sample, str | None], float]:
+    return lambda args, sample, answer: score(answer, _label(sample))
+
+
+def _label(sample: Sample) -> str:
     if sample.label is None:
         raise ValueError("the sample has no label; --label-key names its key in the data file")
-    return deepscaler(sample.response, sample.label)
+    return sample.label
 
 
-def _random(args: Args, sample: Sample) -> float:
-    """0 or 1 by the seed and the sample's number: a control that teaches nothing."""
+def _random(args: Args, sample: Sample, answer: str | None) -> float:
+    """By the seed and the sample's number: a control that teaches nothing."""
     return float(random.Random(f"{args.rollout_seed}/{sample.index}").randint(0, 1))
 
 
-REWARDS: Mapping[str, Reward] = {"deepscaler": _deepscaler, "random": _random}
+def _gpqa(args: Args, sample: Sample, answer: str | None) -> float:
+    return gpqa_score(answer, _label(sample), sample.metadata)
+
+
+RULES: Mapping[str, Rule] = {
+    "deepscaler": Rule(boxed_answer, _against_label(mathematics_score)),
+    "math": Rule(last_boxed, _against_label(mathematics_score)),
+    "dapo": Rule(dapo_answer, _against_label(dapo_score)),
+    "f1": Rule(final_text, _against_label(f1_score)),
+    "gpqa": Rule(final_text, _gpqa),
+    "random": Rule(final_text, _random),
+}
 
 
 def reward_type(args: Args, sample: Sample, rm_type: str | None = None) -> str | None:
@@ -40,15 +82,19 @@ def reward_type(args: Args, sample: Sample, rm_type: str | None = None) -> str |
     return sample.metadata.get("rm_type") or rm_type or args.rm_type
 
 
+def is_async(function: object) -> bool:
+    """Whether it is written as `async def` (or its __call__ is), so that many calls can wait beside each other."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
 def find_reward(rm_type: str) -> Reward:
-    """The function of an `--rm-type`.
+    """The function of an `--rm-type`, which a worker calls.
 
     Raises:
         ValueError: there is none of this name.
     """
-    if rm_type not in REWARDS:
-        raise ValueError(
-            f"--rm-type {rm_type}: no such reward here; there are {', '.join(REWARDS)}, "
-            "and --custom-rm-path takes your own function"
-        )
-    return REWARDS[rm_type]
+    rule = RULES.get(base_type(rm_type) or "")
+    if rule is None:
+        raise ValueError(f"--rm-type {rm_type}: no such reward in a worker; {REWARD_TYPE_REMEDY} takes your own")
+    read = last_boxed if rm_type.startswith(BOXED_PREFIX) else rule.read
+    return lambda args, sample: rule.score(args, sample, read(sample.response))

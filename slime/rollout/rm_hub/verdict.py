@@ -7,6 +7,7 @@ Invariant: either a finite reward or the reason why there is none, never a silen
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from slime.core.sample import Sample, Status
@@ -50,6 +51,19 @@ def verdict_of(value: object) -> Verdict:
         return Verdict(rewards) if numbers and len(rewards) == len(numbers) else Verdict(None, NOT_A_NUMBER)
     number = _finite(value)
     return Verdict(None, NOT_A_NUMBER) if number is None else Verdict(number)
+
+
+def verdicts_of(value: object, count: int) -> list[Verdict]:
+    """What a reward function returned for a group of `count`: a list (or array) of rewards, one each, in order.
+
+    Each entry is judged by itself; where it is no list of this length, that is the one failure of all.
+    """
+    if isinstance(value, str | bytes | dict | set | frozenset) or not isinstance(value, Iterable):
+        return [Verdict(None, f"{ERROR}: it returned a {type(value).__name__} for a group, not a list of rewards")]
+    rewards = list(value)
+    if len(rewards) != count:
+        return [Verdict(None, f"{ERROR}: it returned {len(rewards)} rewards for a group of {count}")]
+    return [verdict_of(reward) for reward in rewards]
 
 
 def _finite(value: object) -> float | None:

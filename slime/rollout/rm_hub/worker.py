@@ -1,30 +1,35 @@
-"""One reward process: `python -m slime.rollout.rm_hub.worker FD`, started and killed by `pool`.
+"""One reward process: `python -m slime.rollout.rm_hub.worker SOCKET PAGE PARENT`, started and killed by `process`.
 
-Path: a task comes in over the connection FD, the reward function runs, one JSON answer goes back. Invariant: the
-process ends with its owner, also when a reward function hangs and the owner was killed.
+Path: a task comes in, the reward function runs, a JSON answer goes back. A plain function judges one task after the
+other; an async one has many in flight (see `together`). Invariant: the process ends with its owner, also when a reward
+function hangs and the owner was killed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
-import functools
 import inspect
 import logging
 import os
+import pickle
 import resource
 import signal
+import socket
 import sys
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from typing import Any, BinaryIO, cast
 
 import orjson
 
 from slime.config.args import Args
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
-from slime.rollout.rm_hub import deepscaler
-from slime.rollout.rm_hub.registry import Reward, find_reward
-from slime.rollout.rm_hub.verdict import Verdict, error_verdict, verdict_of
+from slime.rollout.rm_hub import mathematics
+from slime.rollout.rm_hub.channel import HEADER, START, Page, pack
+from slime.rollout.rm_hub.registry import find_reward, is_async
+from slime.rollout.rm_hub.together import Together
+from slime.rollout.rm_hub.verdict import TIMEOUT, Verdict, error_verdict, verdict_of, verdicts_of
 
 _PR_SET_PDEATHSIG = 1
 _BUILT_IN_MEMORY = 4 * 1024**3
@@ -39,17 +44,71 @@ def die_with_parent(parent: int) -> None:
         sys.exit(1)
 
 
-def judge(args: Args, reward: Reward, sample: Sample, runner: asyncio.Runner) -> Verdict:
-    """What `reward` makes of the sample. An async one runs in `runner`'s loop, the same for every sample."""
-    try:
-        value = reward(args, sample)
-        return verdict_of(runner.run(value) if inspect.iscoroutine(value) else value)
-    except Exception as error:  # noqa: BLE001 (a reward function may raise anything; it costs its sample only)
-        return error_verdict(error)
+class Judge:
+    """The reward function, and how tasks become calls of it."""
+
+    def __init__(self, args: Args) -> None:
+        self._args = args
+        path = args.custom_rm_path
+        self._custom = None if path is None else load_hook("custom_rm_path", path)
+        self.is_async = self._custom is not None and is_async(self._custom)
+
+    def judge(self, payload: bytes, runner: asyncio.Runner) -> list[Verdict]:
+        """A verdict for each sample, or one failure of all. What a plain function returns may be a coroutine."""
+        try:
+            rm_type, what = pickle.loads(payload)
+            value = self._call(rm_type, what)
+            return _verdicts(what, runner.run(value) if inspect.iscoroutine(value) else value)
+        except Exception as error:  # noqa: BLE001 (a reward function may raise anything; it costs its task only)
+            return [error_verdict(error)]
+
+    async def judge_async(self, payload: bytes) -> bytes:
+        """The same of an async function, in a loop that has others in flight; encoded."""
+        try:
+            rm_type, what = pickle.loads(payload)
+            return encode(_verdicts(what, await self._call(rm_type, what)))
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 (as above)
+            return encode([error_verdict(error)])
+
+    def _call(self, rm_type: str | None, what: Any) -> Any:
+        if self._custom is not None:
+            return self._custom(self._args, what)
+        assert rm_type is not None, "the pool asks for one"
+        return find_reward(rm_type)(self._args, what)
 
 
-def _built_in(rm_type: str, args: Args, sample: Sample) -> object:
-    return find_reward(rm_type)(args, sample)
+def _verdicts(what: Sample | list[Sample], value: object) -> list[Verdict]:
+    return verdicts_of(value, len(what)) if isinstance(what, list) else [verdict_of(value)]
+
+
+def encode(verdicts: Sequence[Verdict]) -> bytes:
+    return orjson.dumps([[verdict.reward, verdict.failure] for verdict in verdicts])
+
+
+def serve_in_turn(connection: socket.socket, page: Page, judge: Judge) -> None:
+    """One task after the other, outside of any event loop."""
+    stream = connection.makefile("rb")
+    with asyncio.Runner() as runner:
+        while len(header := stream.read(HEADER.size)) == HEADER.size:
+            number, length = HEADER.unpack(header)
+            payload = stream.read(length)
+            if not payload:
+                continue  # called off; it is done already
+            page.enter(number)
+            verdicts = judge.judge(payload, runner)
+            page.leave()
+            connection.sendall(pack(number, encode(verdicts)))
+
+
+def _read(stream: BinaryIO, length: int) -> bytes:
+    """Exactly so many bytes, from a stream that keeps nothing back for itself."""
+    parts = bytearray()
+    while len(parts) < length:
+        part = stream.read(length - len(parts))
+        if not part:
+            sys.exit("the owner of this reward worker is gone")
+        parts += part
+    return bytes(parts)
 
 
 def _limit_memory() -> None:
@@ -59,24 +118,24 @@ def _limit_memory() -> None:
 
 
 def main() -> None:
-    connection = Connection(int(sys.argv[1]))
-    die_with_parent(int(sys.argv[2]))
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    page = Page(int(sys.argv[2]))
+    die_with_parent(int(sys.argv[3]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the owner ends us
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    args: Args = connection.recv()
-    custom = None if args.custom_rm_path is None else load_hook("custom_rm_path", args.custom_rm_path)
-    if custom is None:
-        deepscaler.warm_up()
+    with cast(BinaryIO, connection.makefile("rb", buffering=0)) as stream:
+        _, length = HEADER.unpack(_read(stream, HEADER.size))
+        args: Args = pickle.loads(_read(stream, length))
+    judge = Judge(args)
+    if args.custom_rm_path is None:
+        mathematics.warm_up()
         _limit_memory()
-    connection.send_bytes(b"ready")
-    with asyncio.Runner() as runner:
-        while True:
-            try:
-                rm_type, sample = connection.recv()
-            except EOFError:
-                return
-            verdict = judge(args, custom or functools.partial(_built_in, rm_type), sample, runner)
-            connection.send_bytes(orjson.dumps([verdict.reward, verdict.failure]))
+    connection.sendall(pack(START, b""))
+    if judge.is_async:
+        late = encode([Verdict(None, TIMEOUT)])
+        asyncio.run(Together(page, judge.judge_async, late, args.rm_timeout).serve(connection))
+    else:
+        serve_in_turn(connection, page, judge)
 
 
 if __name__ == "__main__":

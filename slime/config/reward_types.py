@@ -1,0 +1,53 @@
+"""The names that --rm-type, --eval-rm-type, --eval-config and a data line's metadata.rm_type may hold.
+
+Path: rules and the check of data lines refuse what is not here; `rollout.rm_hub` has the rule behind each name.
+Invariant: every name here, with or without the prefix, is judged there.
+"""
+
+from __future__ import annotations
+
+from slime.config.args import Args
+
+REWARD_TYPES = ("deepscaler", "dapo", "math", "f1", "gpqa", "remote_rm", "random")
+BOXED_PREFIX = "boxed_"
+r"""Before a type: what it judges is what the last \boxed{...} of the response holds, and nothing else of it."""
+
+REWARD_TYPE_REMEDY = f"one of {', '.join(REWARD_TYPES)}, with or without {BOXED_PREFIX}; or --custom-rm-path"
+
+
+def base_type(rm_type: object) -> str | None:
+    """The type behind the prefix; None where there is none of this name."""
+    name = rm_type.removeprefix(BOXED_PREFIX) if isinstance(rm_type, str) else None
+    return name if name in REWARD_TYPES else None
+
+
+def needs_label(rm_type: object) -> bool:
+    """Whether it compares the answer with the label."""
+    return base_type(rm_type) not in (None, "random", "remote_rm")
+
+
+def line_reward_fault(args: Args, named: object, rm_type: str | None, *, has_label: bool) -> tuple[str, str] | None:
+    """Rule and remedy where the reward of a data line cannot be computed; None where it can.
+
+    `named` is the line's metadata.rm_type, which goes before `rm_type`, the data set's own (which other rules check).
+    """
+    if args.custom_rm_path is not None:
+        return None
+    if not named:
+        if rm_type is not None or args.custom_generate_function_path is not None:  # which may judge
+            return None
+        return "nothing says how to judge it", "give it metadata.rm_type, or add --rm-type or --custom-rm-path"
+    base = base_type(named)
+    if base is None:
+        return f"metadata.rm_type is {named!r}, which is none", REWARD_TYPE_REMEDY
+    if base == "remote_rm" and args.rm_url is None:
+        return f"metadata.rm_type is {named!r}, and there is no --rm-url", "add --rm-url"
+    if needs_label(named) and not has_label:
+        return f"metadata.rm_type is {named!r}, which compares the answer with a label", "add --label-key"
+    return None
+
+
+def may_ask_remote(args: Args) -> bool:
+    """Whether a flag asks for remote_rm, or leaves open what does (a set in --eval-config, data lines)."""
+    types = (args.rm_type, args.eval_rm_type)
+    return None in types or args.eval_config is not None or any(base_type(name) == "remote_rm" for name in types)

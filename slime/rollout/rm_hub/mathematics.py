@@ -1,0 +1,75 @@
+r"""Answers as mathematics: what the last \boxed{...} holds, and whether it means the same as the label.
+
+Path: the rules that compare answers (`deepscaler`, `math`, `dapo`, the `boxed_` prefix) call these. Invariant: nothing
+that the model wrote is evaluated as code: answers are parsed as LaTeX by a grammar (math-verify's expression parser,
+which uses eval, is left out).
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_ANSWER = 1000
+"""Characters of an answer that is still parsed: a degenerate one of thousands takes the grammar a minute."""
+
+_BOXED = re.compile(r"\\boxed\s*\{")
+_INTEGER = re.compile(r"[+-]?\d{1,18}")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last \boxed{...} holds; None where there is none, or its braces do not close."""
+    openings = list(_BOXED.finditer(text))
+    if not openings:
+        return None
+    start = position = openings[-1].end()
+    depth = 1
+    while position < len(text):
+        character = text[position]
+        if character == "\\":
+            position += 1
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start:position]
+        position += 1
+    return None
+
+
+def equal_as_mathematics(answer: str, label: str) -> bool:
+    r"""Whether both mean the same; `label` may be plain (`34`), LaTeX (`\frac{1}{2}`) or hold a \boxed{...}.
+
+    An answer of more than MAX_ANSWER characters (and more than twice the label's) is compared as text.
+    """
+    answer, label = _plain(answer), _plain(last_boxed(label) or label)
+    if not answer or not label:
+        return False
+    if answer == label:
+        return True
+    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(label):
+        return int(answer) == int(label)
+    return len(answer) <= max(MAX_ANSWER, 2 * len(label)) and _verify(answer, label)
+
+
+def warm_up() -> None:
+    """Load math-verify and make its grammar, so that no sample's time limit pays for it."""
+    _verify("0.5", r"\frac{1}{2}")
+
+
+def _plain(text: str) -> str:
+    text = text.strip()
+    text = text[:-1].rstrip() if text.endswith(".") else text
+    return text.strip("$").strip() if text.startswith("$") and text.endswith("$") else text
+
+
+def _verify(answer: str, label: str) -> bool:
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # math-verify's own time limits use signals; the worker's owner has a limit that also ends what ignores signals.
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    parsed_label, parsed_answer = (
+        parse(rf"\boxed{{{text}}}", extraction_config=config, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+        for text in (label, answer)
+    )
+    return bool(verify(parsed_label, parsed_answer, timeout_seconds=None))

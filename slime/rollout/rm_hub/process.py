@@ -1,0 +1,127 @@
+"""RewardProcess: one worker of the pool, seen from its owner.
+
+Path: `pool` sends it tasks and is called back with answers, and once when it is lost. Invariant: nothing here waits: a
+worker that hangs is killed by whoever watches it, and its tasks are the pool's to hand out again.
+
+A worker is a fresh interpreter that loads the reward function and nothing else. (multiprocessing's and pebble's pools
+import the parent's main module again in each worker, which inside Ray means Ray.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from slime.config.args import Args
+from slime.rollout.rm_hub.channel import START, Page, pack, unpack
+from slime.rollout.rm_hub.verdict import Verdict
+
+
+@dataclass(eq=False)
+class Task:
+    """One call of the reward function."""
+
+    number: int
+    payload: bytes
+    done: asyncio.Future[list[Verdict]]
+    alone: bool = False
+    """It was in flight when a worker was lost, and nobody knows whose fault that was: it runs beside no other."""
+
+
+class RewardProcess(asyncio.Protocol):
+    """`tasks` are in flight. `silence` is how long nothing has moved, as `look` has seen it."""
+
+    def __init__(
+        self,
+        args: Args,
+        answered: Callable[[RewardProcess, int, bytes], None],
+        lost: Callable[[RewardProcess], None],
+    ) -> None:
+        self.tasks: dict[int, Task] = {}
+        self.ready = False
+        self.silence = 0.0
+        self._answered, self._lost = answered, lost
+        self._buffer = bytearray()
+        self._beat = 0
+        self._transport: asyncio.WriteTransport | None = None
+        self._args = args
+        self._socket, theirs = socket.socketpair()
+        page = Page.make_file()
+        search_path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        words = [str(theirs.fileno()), str(page), str(os.getpid())]
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "slime.rollout.rm_hub.worker", *words],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), page),
+                env={**os.environ, "PYTHONPATH": search_path},
+            )
+            self._page = Page(page)
+        finally:
+            theirs.close()
+            os.close(page)
+
+    async def connect(self) -> None:
+        """Answers come after this, the first one when it is ready."""
+        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._socket)
+        self._write(START, pickle.dumps(self._args))
+
+    def send(self, task: Task) -> None:
+        if not self.tasks:
+            self.silence = 0.0
+        self.tasks[task.number] = task
+        self._write(task.number, task.payload)
+
+    def call_off(self, number: int) -> None:
+        """Nobody waits for this one any more. A plain function's runs on, and its answer is dropped."""
+        self._write(number, b"")
+
+    def _write(self, number: int, payload: bytes) -> None:
+        assert self._transport is not None, "start comes first"
+        if not self._transport.is_closing():
+            self._transport.write(pack(number, payload))
+
+    def look(self, seconds: float) -> None:
+        """Called every `seconds` while it has tasks."""
+        beat = self._page.beat
+        self.silence = self.silence + seconds if beat == self._beat else 0.0
+        self._beat = beat
+
+    @property
+    def running(self) -> int:
+        """The task whose code runs, or ran when it died; 0: none."""
+        return self._page.running
+
+    @property
+    def has_died(self) -> bool:
+        """Also where a child of its own keeps the connection open."""
+        return self.process.poll() is not None
+
+    def kill(self) -> None:
+        """Any number of times; `lost` is not called after."""
+        self.process.kill()
+        self.process.wait()
+        self._lost = _nothing
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        for number, payload in unpack(self._buffer):
+            self._answered(self, number, payload)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost(self)
+
+
+def _nothing(process: RewardProcess) -> None: ...

@@ -1,0 +1,110 @@
+r"""`--rm-type remote_rm`: a judge behind HTTP.
+
+Path: `pool` calls it in the event loop, where many requests wait at once; nothing of it runs in a worker. Invariant: a
+judge that is down, slow or wrong gives a typed failure, and never a 0.
+
+    POST --rm-url  {"prompt": text or messages, "response": text, "label": text or null, "metadata": {...}}
+    answer         0.5, or {"reward": 0.5}, or {"score": 0.5}
+
+Under `boxed_remote_rm`, "response" is what the last \boxed{...} holds ("" where there is none). A judge that cannot be
+reached, or answers 429, 500, 502, 503 or 504, is asked again, up to RETRIES times and for --rm-timeout seconds in all;
+every other status, and an answer that is none of these, is a failure at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import orjson
+
+from slime.config.args import Args
+from slime.core.sample import Sample
+from slime.rollout.rm_hub.mathematics import last_boxed
+from slime.rollout.rm_hub.verdict import ERROR, TIMEOUT, Verdict, error_verdict, verdict_of
+
+RETRIES = 5
+BACKOFF = 0.1
+"""Seconds before the first retry; each further one waits twice as long."""
+RETRY_STATUS = (429, 500, 502, 503, 504)
+_JSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+
+
+class RemoteReward:
+    """At most --rm-concurrency requests at once."""
+
+    def __init__(self, args: Args) -> None:
+        assert args.rm_url is not None, "the rules ask for --rm-url"
+        self._url = args.rm_url
+        self._timeout = args.rm_timeout
+        self._slots = asyncio.Semaphore(args.rm_concurrency)
+        self._session: aiohttp.ClientSession | None = None
+        self._in_flight = 0
+
+    async def judge(self, sample: Sample, *, boxed: bool) -> Verdict:
+        """The time limit counts from the first request on, and not while it waits for its turn."""
+        response = (last_boxed(sample.response) or "") if boxed else sample.response
+        body = {"prompt": sample.prompt, "response": response, "label": sample.label, "metadata": sample.metadata}
+        try:
+            data = orjson.dumps(body, option=_JSON)
+        except TypeError as error:  # something in metadata that JSON cannot say
+            return error_verdict(error)
+        failure = TIMEOUT
+        async with self._slots, self._shared_session() as session:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    for attempt in range(RETRIES + 1):
+                        if attempt:
+                            await asyncio.sleep(BACKOFF * 2 ** (attempt - 1))
+                        verdict, again = await self._ask(session, data)
+                        if not again:
+                            return verdict
+                        failure = verdict.failure
+            except TimeoutError:
+                return Verdict(None, failure)
+        return Verdict(None, failure)
+
+    async def _ask(self, session: aiohttp.ClientSession, data: bytes) -> tuple[Verdict, bool]:
+        """One request: what came of it, and whether to ask again."""
+        try:
+            async with session.post(self._url, data=data, allow_redirects=False) as answer:
+                raw = await answer.read()
+        except (aiohttp.ClientError, OSError) as error:
+            lost = isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError | OSError)
+            return Verdict(None, f"{ERROR}: --rm-url did not answer: {type(error).__name__}: {error}"), lost
+        if answer.status != 200:
+            text = raw[:200].decode(errors="replace")
+            failed = Verdict(None, f"{ERROR}: --rm-url answered {answer.status}: {text}")
+            return failed, answer.status in RETRY_STATUS
+        return answer_verdict(raw), False
+
+    @asynccontextmanager
+    async def _shared_session(self) -> AsyncGenerator[aiohttp.ClientSession]:
+        """One while anything is in flight, so that connections are used again and none is left at the end."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0)
+            limits = aiohttp.ClientTimeout(total=None)  # --rm-timeout is over all attempts together
+            headers = {"Content-Type": "application/json"}
+            self._session = aiohttp.ClientSession(connector=connector, timeout=limits, headers=headers)
+        self._in_flight += 1
+        try:
+            yield self._session
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                session, self._session = self._session, None
+                await session.close()
+
+
+def answer_verdict(raw: bytes) -> Verdict:
+    """What the judge's answer says."""
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        text = raw[:200].decode(errors="replace")
+        return Verdict(None, f"{ERROR}: --rm-url answered what is not JSON ({error}): {text}")
+    if isinstance(value, dict):
+        value = value.get("reward", value.get("score"))
+    return verdict_of(value)

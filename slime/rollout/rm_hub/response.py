@@ -1,0 +1,27 @@
+"""The part of a response that answers.
+
+Path: rules for answers in words read `final_text`. Invariant: it is linear in the response, whatever stands in it.
+"""
+
+from __future__ import annotations
+
+import re
+
+THINK_END = "</think>"
+
+_END_MARK = re.compile(r"(?:<[|｜][^<>|｜\s]{1,64}[|｜]>|</s>|<eos>|<end_of_turn>)$")
+_LONGEST_MARK = 68
+
+
+def final_text(response: str) -> str:
+    """What stands after the last </think> (all of it where there is none), without the marks that ended the turn.
+
+    A response carries them as text unless --rollout-skip-special-tokens is given: `Paris<|user|>` answers Paris.
+    """
+    text = response.rpartition(THINK_END)[2]
+    end = len(text.rstrip())
+    while (mark := _END_MARK.search(text, max(0, end - _LONGEST_MARK), end)) is not None:
+        end = mark.start()
+        while end and text[end - 1].isspace():
+            end -= 1
+    return text[:end]
