@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -21,6 +21,7 @@ from torch import Tensor
 from slime.config.args import Args
 from slime.core.plugins import hook_path, load_hook
 from slime.megatron.attention import PackedAttention
+from slime.megatron.cpu_kernels import rms_norm, swiglu
 
 
 class RMSNorm(torch.nn.Module):
@@ -33,7 +34,16 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GatedMLP(MLP):
+    """Megatron's MLP with SwiGLU as one operation: its own pads the product with an offset of 0, pass by pass."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> Any:
+        assert per_token_scale is None, "for experts"
+        gate_up, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(gate_up if bias is None else gate_up + bias))
 
 
 @dataclass
@@ -113,6 +123,8 @@ def built_in_layer_spec(args: Args, config: TransformerConfig) -> ModuleSpec:
     parts = spec.submodules
     assert isinstance(parts, TransformerLayerSubmodules)
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    assert isinstance(parts.mlp, ModuleSpec) and parts.mlp.module is MLP
+    parts.mlp.module = GatedMLP
     assert isinstance(parts.self_attention, ModuleSpec)
     attention = parts.self_attention.submodules
     assert isinstance(attention, SelfAttentionSubmodules)
