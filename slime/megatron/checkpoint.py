@@ -196,6 +196,7 @@ def load_checkpoint(
             with device.layer():
                 optimizer.reload_model_params()
     if scheduler is not None and "opt_param_scheduler" in common:
+        scheduler.num_steps = 0  # Megatron adds the saved ones to those that it has counted
         scheduler.load_state_dict(common["opt_param_scheduler"])
         taken.append("scheduler")
     if load_rng and header is not None and _same_layout(header, found):

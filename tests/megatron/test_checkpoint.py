@@ -6,7 +6,6 @@ import json
 import logging
 import random
 import shutil
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,144 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from made_up import GLM4, STATE, Run, make_args, same_bits
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
-from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron.checkpoint_files import STATE_FILE, TRACKER, FoundCheckpoint, find_checkpoint, remove_old
-from slime.models.families import weight_table
 
 pytestmark = pytest.mark.dist
-
-GLM4 = Architecture(
-    family="glm4",
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=8,
-    vocab_size=37,  # padded to 40 at TP 1, to 48 at TP 2
-    max_position_embeddings=64,
-    norm_epsilon=1e-5,
-    rotary_base=1e4,
-    rotary_percent=0.5,
-    rotary_interleaved=True,
-    add_qkv_bias=True,
-    post_self_attn_layernorm=True,
-    post_mlp_layernorm=True,
-)
-STATE = {"cursor": {"epoch": 1, "order": [3, 1, 2]}, "log_prob": 0.1 + 0.2, "failed": float("nan")}
-
-
-def make_args(save: Path | None, tp: int = 1, **changes: Any) -> Args:
-    """No clipping: then a step is elementwise, and the same at every layout to the last bit."""
-    return Args(
-        save=None if save is None else str(save),
-        tensor_model_parallel_size=tp,
-        sequence_parallel=tp > 1,
-        make_vocab_size_divisible_by=8,
-        architecture=GLM4,
-        lr=1e-2,
-        lr_decay_style="linear",
-        lr_decay_iters=10,
-        clip_grad=0.0,
-        num_rollout=10,
-        **changes,
-    )
-
-
-def drawn(name: str, step: int, shape: tuple[int, ...]) -> Tensor:
-    """A whole tensor that only its name and `step` decide."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name} {step}".encode())))
-
-
-class Run:
-    """A model with its optimizer, trained on made-up gradients."""
-
-    def __init__(self, args: Args, topology: Any) -> None:
-        from slime.megatron.build import build_model, named_parameters
-        from slime.megatron.optimizer import build_optimizer
-
-        assert args.architecture is not None
-        self.args, self.topology, self.architecture = args, topology, args.architecture
-        self.table = weight_table(self.architecture)
-        self.model = build_model(args, wrap=True)
-        self.optimizer, self.scheduler = build_optimizer(args, self.model)
-        self.parameters = dict(named_parameters(self.model))
-
-    def shard(self, name: str, step: int) -> Tensor:
-        """This rank's part of a whole made-up tensor."""
-        size = padded_vocab_size(self.architecture.vocab_size, 8, self.topology.tp_size)
-        shape = list(self.parameters[name].shape)
-        axis = self.table.rule(name).tp_axis
-        if axis is not None:
-            shape[axis] *= self.topology.tp_size
-        if "embedding" in name or "output_layer" in name:
-            shape[0] = self.architecture.vocab_size
-        full = self.table.pad(name, drawn(name, step, tuple(shape)), size)
-        return self.table.split(name, full, self.topology.tp_size, self.topology.tp_rank)
-
-    def initialize(self) -> None:
-        from slime.megatron import device
-
-        with torch.no_grad(), device.layer():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.shard(name, -1))
-            self.optimizer.reload_model_params()
-
-    def step(self, number: int) -> None:
-        from slime.megatron import device
-
-        with device.layer():
-            self.optimizer.zero_grad()
-            for name, parameter in self.parameters.items():
-                parameter.main_grad.copy_(self.shard(name, number))  # pyright: ignore
-            self.optimizer.step()
-            self.scheduler.step(1)
-
-    def draws(self) -> list[float]:
-        """One number from every generator."""
-        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-        tracker = get_cuda_rng_tracker()
-        assert tracker is not None
-        with tracker.fork():
-            inside = torch.rand(1).item()
-        return [random.random(), np.random.rand(), torch.rand(1).item(), inside]
-
-    def weights(self) -> dict[str, Tensor]:
-        from slime.megatron.hf_weights import iter_hf_tensors
-
-        return dict(iter_hf_tensors(self.model, self.architecture))
-
-    def save(self, rollout_id: int, state: dict[str, Any] = STATE) -> Path:
-        from slime.megatron.checkpoint import save_checkpoint
-
-        assert self.args.save is not None
-        return save_checkpoint(
-            self.args.save,
-            rollout_id=rollout_id,
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            state=state,
-            keep_last=self.args.keep_last_checkpoints,
-        )
-
-    def load(self, path: Path, *, optimizer: bool = True, rng: bool = True) -> Any:
-        from slime.megatron.checkpoint import load_checkpoint
-
-        found = find_checkpoint(path)
-        assert found is not None
-        return load_checkpoint(
-            found,
-            model=self.model,
-            optimizer=self.optimizer if optimizer else None,
-            scheduler=self.scheduler,
-            load_rng=rng,
-        )
 
 
 def trained(rank: int, world_size: int, init_method: str, args: Args, steps: int, more: int) -> Any:
@@ -180,11 +48,6 @@ def resumed(rank: int, world_size: int, init_method: str, args: Args, path: Path
         for number in range(steps, steps + more):
             run.step(number)
         return at_load, draws, run.weights(), result
-
-
-def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    assert ours.keys() == theirs.keys()
-    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 @pytest.mark.parametrize(("bf16", "tied"), [(False, False), (True, False), (True, True)])
