@@ -89,6 +89,12 @@ class Args(
         )
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the reference model is run at all."""
+        has_kl = (self.use_kl_loss and self.kl_loss_coef > 0) or self.log_ref_kl
+        return self.loss_type != "sft_loss" and has_kl
+
+    @property
     def num_engines(self) -> int:
         """Engines to start; 0 where nothing is generated."""
         return (self.rollout_num_gpus or 0) // self.rollout_num_gpus_per_engine

@@ -9,10 +9,14 @@ from collections.abc import Iterable, Sequence
 
 from slime.config.args import Args
 from slime.config.epochs import planned_prompts, rollouts_of_epochs
+from slime.config.memory import TrainMemory, engine_memory, stage_layers, train_memory
 from slime.config.problem import Problem
+from slime.config.resolve import cuda_available
 from slime.core.architecture import padded_vocab_size
 
 Row = tuple[str, str]
+
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def _range(first: int, count: int) -> str:
@@ -59,6 +63,9 @@ def _model(args: Args) -> Iterable[Row]:
         f"{shape.num_layers} x hidden {shape.hidden_size}, MLP {shape.ffn_hidden_size}, "
         f"{shape.num_attention_heads} heads of {shape.kv_channels}, {shape.num_query_groups} KV heads",
     )
+    if args.pipeline_model_parallel_size > 1:
+        stages = ", ".join(str(layers) for layers in stage_layers(args, shape))
+        yield "stages", f"{stages} layers; the embedding on the first, the output layer on the last"
     padded = padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
     tied = "tied" if shape.tied_embeddings else "untied"
     yield "vocabulary", f"{shape.vocab_size}, padded to {padded} for training, {tied}"
@@ -68,6 +75,72 @@ def _model(args: Args) -> Iterable[Row]:
     if args.num_engines:
         engines = args.sglang.get("dtype") or ("bfloat16" if args.bf16 else "float32")
         yield "engines", f"{engines}; alarm where mean |train - rollout log-prob| is above {args.logprob_gap_alarm:g}"
+
+
+def _memory(args: Args) -> Iterable[Row]:
+    """A column for the fullest training rank, one for an engine's GPU; then what was counted with."""
+    on_cuda = cuda_available() or args.rollout_engine == "sglang"
+    train, engine = train_memory(args, on_cuda=on_cuda), engine_memory(args)
+    if train is None and engine is None:
+        yield "", "not estimated: " + ("a mixture of experts" if args.num_experts else "the model is unknown")
+        return
+    largest = max(memory.peak for memory in (train, engine) if memory is not None)
+    unit, size = next((unit for unit in UNITS if largest >= unit[1]), UNITS[-1])
+
+    def line(train_bytes: int | None, engine_bytes: int | None, note: str = "") -> str:
+        cells = ["-" if count is None else f"{count / size:,.1f}" for count in (train_bytes, engine_bytes)]
+        return f"{cells[0]:>9} {cells[1]:>9}  {note}".rstrip()
+
+    yield unit, f"{'train':>9} {'engine':>9}  a {'GPU' if on_cuda else 'process'}"
+    yield "weights", line(train and train.weights, engine and engine.weights)
+    if train is not None:
+        yield "gradients", line(train.gradients, None, "fp32")
+        yield "optimizer", line(train.optimizer, None, _optimizer_note(args))
+        if train.reference:
+            where = "in host memory" if on_cuda else "and a copy of the actor while it is run"
+            yield "reference", line(None if on_cuda else train.reference, None, where)
+        yield "activations", line(train.activations, None, _activations_note(args, train))
+        if train.log_probs:
+            note = f"while they go backward: {args.log_probs_chunk_size:,} tokens' logits, the output layer's gradient"
+            yield "log-probs", line(train.log_probs, None, note)
+        yield "layers", line(train.layers, None, "while they go backward, later: gradients, what is recomputed")
+    if engine is not None:
+        note = f"{engine.requests} requests of {engine.request_tokens:,} tokens, prompts not counted"
+        yield "KV cache", line(None, engine.kv, note)
+    moments = {"forward": "forward of old or reference log-probs", "step": "training step"}
+    fullest = ", ".join(f"{moments[name]} {count / size:,.1f}" for name, count in train.peaks.items()) if train else ""
+    yield "at most", line(train and train.peak, engine and engine.peak, fullest)
+    if train is not None and train.host:
+        yield "host memory", line(train.host, None, "beside the GPU's")
+    if args.colocate:
+        shared = "take turns on a GPU (--offload)" if args.offload else "stand on one GPU together (--no-offload)"
+        yield "", f"training and engine {shared}"
+    if engine is not None and args.rollout_engine == "sglang":
+        yield "", "SGLang takes --sglang-mem-fraction-static of a GPU for weights and KV, and queues what does not fit"
+    if not on_cuda:
+        yield "", "of CPU processes, in the precision above; --bf16 --rollout-engine sglang plans for GPUs"
+
+
+def _optimizer_note(args: Args) -> str:
+    kinds = ["fp32 main weights"] if args.bf16 else []
+    kinds += ["both moments"] if args.optimizer == "adam" else ["momentum"] if args.sgd_momentum > 0 else []
+    if args.optimizer_cpu_offload:
+        kinds.append("in host memory")
+    if args.use_distributed_optimizer:
+        kinds.append(f"a share of 1/{args.data_parallel_size * args.context_parallel_size}")
+    return ", ".join(kinds)
+
+
+def _activations_note(args: Args, train: TrainMemory) -> str:
+    recompute = f"{args.recompute_granularity} recompute" if args.recompute_granularity else "no recompute"
+    parts = [f"kept for the backward pass of {train.tokens:,} tokens, {recompute}"]
+    if args.use_dynamic_batch_size and args.max_tokens_per_gpu is not None and train.tokens > args.max_tokens_per_gpu:
+        parts.append("for one response of full length, longer than --max-tokens-per-gpu")
+    if args.pipeline_model_parallel_size > 1:
+        parts.append(f"stage {train.stage}, the fullest")
+    if args.spec:
+        parts.append("--spec's layers counted as the built-in ones")
+    return "; ".join(parts)
 
 
 def _length(args: Args) -> str:
@@ -144,6 +217,7 @@ def format_plan(args: Args, problems: Sequence[Problem]) -> str:
         "Model": _model(args),
         f"Devices ({place}; {nodes} x {args.actor_num_gpus_per_node} for training)": _devices(args),
         "Batches": _batches(args),
+        "Memory": _memory(args),
         "Training": _algorithm(args),
         "Files": _files(args),
     }

@@ -1,0 +1,246 @@
+"""What a forward pass keeps for its backward pass: one row an operation, in bytes, for one rank and one micro-batch.
+
+Path: `memory` adds these to what a rank holds all the time. Invariant: nothing is fitted. Every number is a product of
+shapes of tensors that can be pointed at in `slime.megatron`, in megatron-core's layers and in PyTorch's kernels.
+
+`query`, `ffn` and `vocabulary` are this rank's, a TP-th of the model's; `rows` are the tokens that norms and residuals
+work on, a TP-th of the pack under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from slime.config.args import Args
+from slime.core.architecture import Architecture, padded_vocab_size
+
+FP32 = 4
+TOKEN_ID = 8
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the forward pass, on one micro-batch."""
+
+    name: str
+    saved: int
+    """Bytes that it keeps for its backward pass, which frees them when it is done."""
+    working: int
+    """Bytes that exist besides while its backward pass runs: gradients on their way, and intermediate results."""
+
+
+def saved_bytes(operations: Iterable[Operation]) -> int:
+    return sum(operation.saved for operation in operations)
+
+
+def backward_peak(operations: Sequence[Operation]) -> int:
+    """The most that lives at once while `operations` go backward, last one first."""
+    return max(
+        (saved_bytes(operations[: index + 1]) + operation.working for index, operation in enumerate(operations)),
+        default=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """Sizes of one training rank, in elements; `width` in bytes."""
+
+    shape: Architecture
+    tokens: int
+    rows: int
+    width: int
+    tp: int
+    on_cuda: bool
+
+    @property
+    def query(self) -> int:
+        return self.shape.num_attention_heads * self.shape.kv_channels // self.tp
+
+    @property
+    def key(self) -> int:
+        return self.shape.num_query_groups * self.shape.kv_channels // self.tp
+
+    @property
+    def ffn(self) -> int:
+        return self.shape.ffn_hidden_size // self.tp
+
+    @property
+    def residual(self) -> int:
+        """Bytes of the residual stream, and of its gradient, which lives through the whole backward pass."""
+        return self.width * self.rows * self.shape.hidden_size
+
+    def values(self, channels: int) -> int:
+        """Bytes of so many channels of every token."""
+        return self.width * self.tokens * channels
+
+    def weight_gradient(self, size: int) -> int:
+        """A weight's gradient on its way to the fp32 buffer; a CPU makes an fp32 copy of a bf16 one to add it."""
+        return size * (self.width + (FP32 if self.width < FP32 and not self.on_cuda else 0))
+
+
+def _norm(rank: Rank, name: str, rows: int, channels: int, *, arriving: int = 0) -> Operation:
+    """RMSNorm of `rows` vectors; `arriving`: its output's gradient, where that is not the residual stream's."""
+    size = rows * channels
+    if rank.on_cuda:  # PyTorch's fused kernel keeps its input
+        saved, working = rank.width * size, rank.width * size
+    elif rank.width == FP32:  # megatron.cpu_kernels keeps the normed input
+        saved, working = FP32 * size, 2 * FP32 * size
+    else:  # PyTorch's composite one keeps both in fp32, and makes four more of them on its way back
+        saved, working = 2 * FP32 * size, 4 * FP32 * size
+    return Operation(name, saved + FP32 * rows, rank.residual + arriving + working)
+
+
+def _attention(rank: Rank) -> list[Operation]:
+    """From the QKV projection to the output projection."""
+    query, key, heads = rank.query, rank.key, rank.shape.num_attention_heads // rank.tp
+    qkv = query + 2 * key
+    log_sums = FP32 * rank.tokens * heads
+    hidden = rank.shape.hidden_size
+    operations = [
+        Operation(
+            "QKV projection: its input",
+            rank.residual,
+            rank.residual + rank.values(qkv + hidden) + rank.weight_gradient(hidden * qkv),
+        )
+    ]
+    if rank.shape.qk_layernorm:
+        groups = rank.shape.num_query_groups // rank.tp
+        norms = _norm(rank, "norms of queries and keys", rank.tokens * (heads + groups), rank.shape.kv_channels)
+        extra = rank.values(query + key) if rank.on_cuda else 0  # keys are a view of all of the projection's output
+        operations.append(Operation(norms.name, norms.saved + extra, norms.working + rank.values(qkv)))
+    if rank.on_cuda:
+        # the varlen kernel: rotated queries, keys and values repeated for every query head, and the output, which is
+        # the projection's input, too
+        repeated = key + qkv if rank.shape.num_attention_heads == rank.shape.num_query_groups else 2 * query
+        kept = rank.values(2 * query + repeated)
+        operations.append(
+            Operation("attention: q, k, v, output", kept + log_sums, rank.residual + rank.values(5 * query))
+        )
+        projection_input = 0
+    else:
+        # rectangles of padded sequences; the output is unpadded into another tensor for the projection
+        kept = rank.values(2 * query + 2 * key)
+        working = rank.residual + rank.values(2 * query + 2 * qkv)
+        operations.append(Operation("attention: q, k, v, output", kept + log_sums, working))
+        projection_input = rank.values(query)
+    operations.append(
+        Operation(
+            "output projection: its input",
+            projection_input,
+            2 * rank.residual + rank.values(query) + rank.weight_gradient(hidden * query),
+        )
+    )
+    return operations
+
+
+def _mlp(rank: Rank) -> list[Operation]:
+    hidden, ffn = rank.shape.hidden_size, rank.ffn
+    # gradients of output, gate and up; megatron.cpu_kernels writes the last two into one tensor beside gradient x up
+    glu = (3 if rank.on_cuda or rank.width < FP32 else 4) * ffn
+    return [
+        Operation(
+            "MLP, first: its input",
+            rank.residual,
+            rank.residual + rank.values(2 * ffn + hidden) + rank.weight_gradient(2 * ffn * hidden),
+        ),
+        Operation("SwiGLU: gate and up, silu(gate)", rank.values(3 * ffn), 2 * rank.residual + rank.values(glu)),
+        Operation(
+            "MLP, second: its input",
+            rank.values(ffn),
+            2 * rank.residual + rank.values(ffn) + rank.weight_gradient(ffn * hidden),
+        ),
+    ]
+
+
+def layer_operations(rank: Rank) -> list[Operation]:
+    """One transformer layer in the order of its forward pass: everything that autograd keeps."""
+    shape, hidden = rank.shape, rank.shape.hidden_size
+
+    def norm(name: str, *, arriving: int = 0) -> Operation:
+        return _norm(rank, name, rank.rows, hidden, arriving=arriving)
+
+    operations = [norm("norm before attention", arriving=rank.residual), *_attention(rank)]
+    operations += [norm("norm behind attention")] if shape.post_self_attn_layernorm else []
+    operations += [norm("norm before MLP", arriving=rank.residual), *_mlp(rank)]
+    operations += [norm("norm behind MLP")] if shape.post_mlp_layernorm else []
+    return operations
+
+
+def _recomputed(rank: Rank, unit: Sequence[Operation], *, kept: int, shared: int) -> Operation:
+    """Operations of which only the inputs are kept (`kept`), and which run forward again before they go backward.
+
+    `shared`: of what they then keep, the part that is an input itself. Their second output lives as long as they do.
+    """
+    return Operation("recomputed: its input", kept, rank.residual + backward_peak(unit) - shared)
+
+
+def stage_operations(args: Args, rank: Rank, *, num_layers: int, is_first: bool, is_last: bool) -> list[Operation]:
+    """What one pipeline stage runs on one micro-batch, recomputation applied."""
+    shape = rank.shape
+    layer = layer_operations(rank)
+    shared = rank.residual if rank.on_cuda else 0  # the first norm keeps the residual stream itself
+    if args.recompute_granularity == "full":
+        size = min(args.recompute_num_layers or 1, num_layers)
+        if args.recompute_method == "block":  # the first `size` layers each for itself, the others not at all
+            once = _recomputed(rank, layer, kept=rank.residual, shared=shared)
+            layers = [*[once] * size, *layer * (num_layers - size)]
+        else:
+            units = [min(size, num_layers - start) for start in range(0, num_layers, size)]
+            layers = [_recomputed(rank, layer * unit, kept=rank.residual, shared=shared) for unit in units]
+    else:
+        if args.recompute_granularity == "selective":
+            layer = [_selective(rank, operation) for operation in layer]
+        layers = layer * num_layers
+    table = local_vocabulary(args, shape) * shape.hidden_size
+    rotary = FP32 * rank.tokens * shape.rotary_dim  # cos and sin, the same for all layers
+    operations = [Operation("rotary tables and token ids", rotary + 2 * TOKEN_ID * rank.tokens, 0)]
+    if is_first:
+        operations.append(Operation("embedding", 0, rank.residual + rank.weight_gradient(table)))
+    operations += layers
+    if is_last:
+        operations.append(_norm(rank, "final norm", rank.rows, shape.hidden_size))
+    return operations
+
+
+def _selective(rank: Rank, operation: Operation) -> Operation:
+    """Core attention run again: only its inputs are kept, queries and (for keys and values) the projection's output."""
+    if not operation.name.startswith("attention:"):
+        return operation
+    kept = rank.values(rank.query + rank.query + 2 * rank.key)
+    if rank.shape.qk_layernorm:
+        kept += rank.values(rank.key)
+        if rank.on_cuda:
+            kept -= rank.values(rank.query + 2 * rank.key)  # the norm of keys has it
+    return Operation("attention, recomputed: its input", kept, operation.working + operation.saved)
+
+
+def log_probs_operation(args: Args, rank: Rank) -> Operation:
+    """Log-probs of the response tokens: logits are made again in the backward pass, chunk by chunk."""
+    logits, width = _chunk(args, rank)
+    hidden = rank.shape.hidden_size
+    table = local_vocabulary(args, rank.shape) * hidden
+    # Either two of this chunk beside one of the last, which Python frees when its name is bound anew; or two (one in
+    # the weights' dtype) beside the chunk's part of the weight's gradient, which is summed in fp32.
+    adding = (FP32 + rank.width) * logits + rank.width * width * hidden + rank.weight_gradient(table)
+    working = rank.values(hidden) + FP32 * table + max(3 * FP32 * logits, adding)
+    return Operation("log-probs: the last hidden states", rank.values(hidden), working)
+
+
+def log_probs_forward(args: Args, rank: Rank) -> int:
+    """Bytes of the same without a backward pass; in bf16 hidden states and a chunk of logits exist in both dtypes."""
+    logits, _ = _chunk(args, rank)
+    hidden = rank.tokens * rank.shape.hidden_size
+    both = FP32 * hidden + rank.width * logits if rank.width < FP32 else 0
+    return rank.width * hidden + 3 * FP32 * logits + both
+
+
+def _chunk(args: Args, rank: Rank) -> tuple[int, int]:
+    """Logits of one chunk of this rank's vocabulary, and its tokens."""
+    tokens = min(args.log_probs_chunk_size, rank.tokens)
+    return tokens * local_vocabulary(args, rank.shape), tokens
+
+
+def local_vocabulary(args: Args, shape: Architecture) -> int:
+    tp = args.tensor_model_parallel_size
+    return padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, tp) // tp

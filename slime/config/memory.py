@@ -1,0 +1,229 @@
+"""What a device holds at its fullest, by kind, in bytes, from args and the model's shape alone.
+
+Path: `plan` prints it; `activations` has the table of what a forward pass keeps. Invariant: nothing is fitted;
+tests/config/test_memory.py counts the same tensors in a running trainer.
+
+A training rank holds weights, gradients and optimizer state all the time. On top comes the fuller of two moments:
+
+    forward   old and reference log-probs: one layer's intermediate results, or a chunk of logits
+    step      what every layer keeps for the backward pass, and what the part of it that runs now needs besides
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slime.config.activations import (
+    FP32,
+    Rank,
+    backward_peak,
+    local_vocabulary,
+    log_probs_forward,
+    log_probs_operation,
+    saved_bytes,
+    stage_operations,
+)
+from slime.config.args import Args
+from slime.core.architecture import Architecture
+
+EMBEDDED_RUNNING_REQUESTS = 256
+"""The embedded engine's --max-running-requests where none is given."""
+EMBEDDED_ROW = 64
+"""The embedded engine's KV rows are multiples of this many tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainMemory:
+    """Of one rank of pipeline stage `stage`. A step holds `activations`, and `log_probs` or `layers` at a time."""
+
+    stage: int
+    tokens: int
+    """Of the largest pack that is counted with, on this rank."""
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    """The kept copy of the reference model, in host memory; the actor has another beside it while this one is run."""
+    activations: int
+    """Kept for the backward pass, of all micro-batches in flight."""
+    log_probs: int
+    """What exists besides while the log-probs go backward: a chunk of logits, and the output layer's gradient."""
+    layers: int
+    """What exists besides while the layers go backward: gradients, and what is recomputed."""
+    peaks: dict[str, int]
+    """Device bytes of each of the two moments."""
+    host: int
+    """Host bytes besides, where the device has memory of its own; else they are counted in `peaks`."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineMemory:
+    """Of one GPU of an engine; of the one process of an embedded engine."""
+
+    weights: int
+    kv: int
+    requests: int
+    """At once, in a training rollout."""
+    request_tokens: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.kv
+
+
+def stage_layers(args: Args, shape: Architecture) -> list[int]:
+    """Layers of every pipeline stage."""
+    stages = args.pipeline_model_parallel_size
+    last = args.decoder_last_pipeline_num_layers
+    if stages == 1 or last is None:
+        return [shape.num_layers // stages] * stages
+    return [(shape.num_layers - last) // (stages - 1)] * (stages - 1) + [last]
+
+
+def stage_parameters(args: Args, shape: Architecture, stage: int) -> int:
+    """Parameters of one rank of a pipeline stage. Norms are whole on every tensor-parallel rank."""
+    tp, layers = args.tensor_model_parallel_size, stage_layers(args, shape)
+    hidden, head = shape.hidden_size, shape.kv_channels
+    heads = shape.num_attention_heads + 2 * shape.num_query_groups
+    split = hidden * head * (heads + shape.num_attention_heads) + 3 * hidden * shape.ffn_hidden_size
+    split += head * heads if shape.add_qkv_bias else 0
+    whole = hidden * (2 + shape.post_self_attn_layernorm + shape.post_mlp_layernorm)
+    whole += 2 * head if shape.qk_layernorm else 0
+    is_first, is_last = stage == 0, stage == len(layers) - 1
+    # a tied output layer is a copy of the embedding where they lie on different stages
+    tables = is_first + (is_last and not (shape.tied_embeddings and is_first))
+    return layers[stage] * (split // tp + whole) + tables * local_vocabulary(args, shape) * hidden + is_last * hidden
+
+
+def pack_tokens(args: Args, shape: Architecture) -> int:
+    """Tokens of the largest pack on one context-parallel rank: the budget, or a longer sample, which stands alone.
+
+    Prompts are not known here: a generated sample counts with its response, data's own samples with the whole context.
+    """
+    context = args.rollout_max_context_len or shape.max_position_embeddings
+    longest = min(context, args.rollout_max_response_len) if _generates(args) else context
+    if args.use_dynamic_batch_size and args.max_tokens_per_gpu is not None:
+        alone = -(-longest // args.context_parallel_size) if _generates(args) else 0
+        tokens = max(args.max_tokens_per_gpu, alone)
+    else:
+        tokens = -(-longest * args.micro_batch_size // args.context_parallel_size)
+    tp = args.tensor_model_parallel_size
+    return -(-tokens // tp) * tp
+
+
+def _generates(args: Args) -> bool:
+    return args.loss_type != "sft_loss" and args.load_debug_rollout_data is None
+
+
+def _in_flight(args: Args, stage: int) -> float:
+    """Micro-batches of which a stage keeps activations at once (1F1B; interleaved where stages are virtual)."""
+    stages = args.pipeline_model_parallel_size
+    most = max((args.global_batch_size or 1) // args.data_parallel_size, 1)  # a micro-batch has a sample at least
+    virtual = args.num_layers_per_virtual_pipeline_stage
+    if stages == 1 or virtual is None or args.architecture is None:
+        return min(stages - stage, most)
+    chunks = max(args.architecture.num_layers // stages // virtual, 1)
+    return min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, most * chunks) / chunks
+
+
+def train_memory(args: Args, *, on_cuda: bool) -> TrainMemory | None:
+    """The fullest training rank; None where nothing is trained, or the model is unknown or a mixture of experts."""
+    shape = args.architecture
+    if shape is None or args.num_experts or args.debug_rollout_only:
+        return None
+    stages = [stage_memory(args, shape, stage, on_cuda=on_cuda) for stage in range(args.pipeline_model_parallel_size)]
+    return max(stages, key=lambda memory: memory.peak)
+
+
+def rank_sizes(args: Args, shape: Architecture, *, on_cuda: bool, tokens: int | None = None) -> Rank:
+    tp = args.tensor_model_parallel_size
+    tokens = pack_tokens(args, shape) if tokens is None else tokens
+    rows = tokens // tp if args.sequence_parallel else tokens
+    width = 2 if args.bf16 else FP32
+    return Rank(shape=shape, tokens=tokens, rows=rows, width=width, tp=tp, on_cuda=on_cuda)
+
+
+def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) -> TrainMemory:
+    """Any rank of one pipeline stage."""
+    rank = rank_sizes(args, shape, on_cuda=on_cuda)
+    stages = stage_layers(args, shape)
+    is_last = stage == len(stages) - 1
+    parameters = stage_parameters(args, shape, stage)
+    weights = rank.width * parameters
+    optimizer, optimizer_on_host = _optimizer_bytes(args, parameters)
+    reference = weights if args.needs_reference else 0
+
+    operations = stage_operations(args, rank, num_layers=stages[stage], is_first=stage == 0, is_last=is_last)
+    kept = saved_bytes(operations)
+    gathered = rank.values(shape.hidden_size) if rank.rows < rank.tokens else 0  # Megatron's buffer, kept for good
+    activations = int(_in_flight(args, stage) * kept) + gathered
+    layers = backward_peak(operations) - kept
+    log_probs = head_forward = 0
+    if is_last:
+        head = log_probs_operation(args, rank)
+        log_probs, head_forward = head.saved + head.working, log_probs_forward(args, rank)
+    layer_forward = 3 * rank.residual + rank.values(4 * rank.ffn)
+    static = weights + FP32 * parameters + optimizer
+    peaks = {
+        "forward": static + gathered + max(layer_forward, rank.residual + head_forward),
+        "step": static + activations + max(layers, log_probs),
+    }
+    host = optimizer_on_host + 2 * reference
+    if not on_cuda:
+        peaks = {"forward": peaks["forward"] + host, "step": peaks["step"] + host - reference}
+    return TrainMemory(
+        stage=stage,
+        tokens=rank.tokens,
+        weights=weights,
+        gradients=FP32 * parameters,
+        optimizer=optimizer,
+        reference=reference,
+        activations=activations,
+        log_probs=log_probs,
+        layers=layers,
+        peaks=peaks,
+        host=host if on_cuda else 0,
+    )
+
+
+def _optimizer_bytes(args: Args, parameters: int) -> tuple[int, int]:
+    """On the device and in host memory: fp32 main weights where the weights are bf16, and the moments."""
+    main = FP32 if args.bf16 else 0
+    moments = 2 * FP32 if args.optimizer == "adam" else FP32 if args.sgd_momentum > 0 else 0
+    size = (main + moments) * parameters
+    if args.use_distributed_optimizer:
+        size //= args.data_parallel_size * args.context_parallel_size
+    return (0, size) if args.optimizer_cpu_offload else (size, 0)
+
+
+def engine_memory(args: Args) -> EngineMemory | None:
+    """One GPU of an engine in a training rollout; None where there is none, or the model is unknown or of experts."""
+    shape = args.architecture
+    if shape is None or args.num_experts or not args.num_engines:
+        return None
+    embedded = args.rollout_engine == "embedded"
+    tp = 1 if embedded else args.rollout_num_gpus_per_engine
+    width = 2 if str(args.sglang.get("dtype") or ("bfloat16" if args.bf16 else "float32")).endswith("16") else FP32
+    samples = (args.over_sampling_batch_size or args.rollout_batch_size) * args.n_samples_per_prompt
+    running = args.sglang.get("max_running_requests") or (EMBEDDED_RUNNING_REQUESTS if embedded else samples)
+    requests = min(-(-samples // args.num_engines), args.sglang_server_concurrency, running)
+    context = args.rollout_max_context_len or shape.max_position_embeddings
+    tokens = min(args.rollout_max_response_len, args.sglang.get("context_length") or context, context)
+    if embedded:
+        tokens = -(-tokens // EMBEDDED_ROW) * EMBEDDED_ROW
+    limit = args.sglang.get("max_total_tokens")
+    if limit is not None:
+        requests = min(requests, max(limit // tokens, 1))
+    kv_width = 1 if str(args.sglang.get("kv_cache_dtype", "")).startswith("fp8") else width
+    kv_heads = max(shape.num_query_groups // tp, 1)
+    kv_token = 2 * shape.num_layers * kv_heads * shape.kv_channels * kv_width
+    return EngineMemory(
+        weights=width * shape.num_parameters() // tp,
+        kv=requests * tokens * kv_token,
+        requests=requests,
+        request_tokens=tokens,
+    )

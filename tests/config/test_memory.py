@@ -1,0 +1,417 @@
+"""The memory that a plan promises, against what a trainer and an engine on a CPU are measured to allocate.
+
+Transient memory is the sum of the allocator's own events, as torch's profiler reports them: nothing that an operation
+takes inside itself is missed. What lives longer is counted tensor by tensor. Once the whole is set against the resident
+memory of the process.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from worker_pool import WorkerPool
+
+from slime.config.activations import Operation, backward_peak, layer_operations, saved_bytes
+from slime.config.args import Args
+from slime.config.memory import (
+    TrainMemory,
+    engine_memory,
+    pack_tokens,
+    rank_sizes,
+    stage_memory,
+    train_memory,
+)
+from slime.core.architecture import Architecture
+from slime.core.batch import TrainBatch
+
+PROMISED = 0.15
+"""How far a plan may be off."""
+COUNTED = 0.06
+"""How far it is off at most where allocations are counted: a missing term shows."""
+
+GLM4 = Architecture(
+    family="glm4",
+    num_layers=3,
+    hidden_size=256,
+    ffn_hidden_size=704,
+    num_attention_heads=8,
+    num_query_groups=2,
+    kv_channels=32,
+    vocab_size=500,
+    max_position_embeddings=4096,
+    norm_epsilon=1e-5,
+    rotary_base=10000.0,
+    rotary_percent=0.5,
+    rotary_interleaved=True,
+    add_qkv_bias=True,
+    post_self_attn_layernorm=True,
+    post_mlp_layernorm=True,
+)
+QWEN3 = Architecture(
+    family="qwen3",
+    num_layers=4,
+    hidden_size=192,
+    ffn_hidden_size=768,
+    num_attention_heads=4,
+    num_query_groups=4,
+    kv_channels=64,
+    vocab_size=500,
+    max_position_embeddings=4096,
+    norm_epsilon=1e-6,
+    rotary_base=1e6,
+    qk_layernorm=True,
+    tied_embeddings=True,
+)
+LLAMA = replace(GLM4, family="llama", add_qkv_bias=False, post_self_attn_layernorm=False, post_mlp_layernorm=False)
+SHAPES = {"glm4": GLM4, "qwen3": QWEN3, "llama": LLAMA}
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective"}
+LARGE_VOCABULARY = 12000
+TOKENS = 768
+
+
+def make_args(shape: Architecture, *, bf16: bool = False, **more: Any) -> Args:
+    defaults: dict[str, Any] = {
+        "architecture": shape,
+        "bf16": bf16,
+        "num_rollout": 10,
+        "rollout_batch_size": 1,
+        "n_samples_per_prompt": 4,
+        "global_batch_size": 4,
+        "num_steps_per_rollout": 1,
+        "rollout_num_gpus": 0,
+        "cpu_threads_per_process": 1,
+        "train_timeout": 60.0,
+        "use_dynamic_batch_size": True,
+        "max_tokens_per_gpu": TOKENS,
+        "rollout_max_response_len": 128,
+        "log_probs_chunk_size": 128,
+    }
+    return Args(**{**defaults, **more})
+
+
+def batch_of(args: Args) -> TrainBatch:
+    """As many samples of nearly one length as a step has; each rank's fill one pack for every pipeline stage."""
+    num = args.global_batch_size or 1
+    assert args.max_tokens_per_gpu is not None
+    length = args.max_tokens_per_gpu * args.data_parallel_size * args.pipeline_model_parallel_size // num
+    totals = length + np.array([-8, 8] * (num // 2))
+    responses = totals - 16
+    generator = np.random.default_rng(0)
+    columns = {
+        "tokens": generator.integers(0, 400, totals.sum()),
+        "loss_mask": np.ones(responses.sum(), np.float32),
+        "rewards": generator.random(num).astype(np.float32),
+        "group_indices": np.zeros(num, np.int64),
+        "sample_indices": np.arange(num),
+        "rollout_log_probs": -generator.random(responses.sum()).astype(np.float32),
+    }
+    return TrainBatch(totals, responses, columns)
+
+
+@dataclass
+class Measured:
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    forward: int
+    """Allocated at most during log-probs of the reference, beyond what was there."""
+    step: int
+    """The same during a training step."""
+
+
+def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measured:
+    from slime.megatron.trainer import Trainer
+
+    trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+    try:
+        kept: dict[str, list[torch.Tensor]] = trainer._snapshots._copies
+        if args.needs_reference:
+            trainer._snapshots.take("ref")
+        batch = batch_of(args)
+        trainer.train(0, batch)  # Adam's moments come with the first step, Megatron's buffers with the first forward
+        forward = allocated(lambda: trainer.log_probs(batch, model="ref")) if args.needs_reference else 0
+        step = allocated(lambda: trainer.train(1, batch)) if not args.needs_reference else 0
+        parameters = list(trainer.model.parameters())
+        buffers: list[Any] = [*trainer.model.buffers, *trainer.model.expert_parallel_buffers]  # type: ignore[misc]
+        own = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+        state = list(tensors_in([part.optimizer for part in optimizers(trainer.optimizer)]))
+        return Measured(
+            weights=nbytes(parameters),
+            gradients=nbytes([buffer.grad_data for buffer in buffers]),
+            optimizer=nbytes(tensor for tensor in state if tensor.untyped_storage().data_ptr() not in own),
+            reference=nbytes(tensor for copy in kept.values() for tensor in copy),
+            forward=forward,
+            step=step,
+        )
+    finally:
+        trainer.close()
+
+
+def optimizers(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def tensors_in(torch_optimizers: Iterable[Any]) -> Iterable[torch.Tensor]:
+    """Main weights and moments; the steps, a number each, are left out."""
+    for optimizer in torch_optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter
+                yield from (value for name, value in optimizer.state[parameter].items() if name != "step")
+
+
+def nbytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors; shards of one storage count apart, equal tensors once."""
+    return sum({(t.untyped_storage().data_ptr(), t.storage_offset()): t.nbytes for t in tensors}.values())
+
+
+def allocated(work: Any) -> int:
+    """The most bytes that `work` had from the allocator at once."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None
+    results: Any = profiler.profiler.kineto_results
+    events = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    assert events
+    return int(np.cumsum([size for _, size in events]).max())
+
+
+def off_by(planned: int, found: int) -> float:
+    return abs(planned - found) / found
+
+
+def planned_for(args: Args, stage: int = 0) -> TrainMemory:
+    assert args.architecture is not None
+    return stage_memory(args, args.architecture, stage, on_cuda=False)
+
+
+def assert_planned(args: Args, found: Measured, stage: int = 0) -> None:
+    """Weights, gradients, optimizer and reference to the byte, the step's own allocations nearly so."""
+    planned = planned_for(args, stage)
+    lasting = ("weights", "gradients", "optimizer", "reference")
+    assert {name: vars(planned)[name] for name in lasting} == {name: vars(found)[name] for name in lasting}
+    assert off_by(planned.activations + max(planned.log_probs, planned.layers), found.step) < COUNTED
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4 fp32": ("glm4", {}),
+    "glm4 fp32 full": ("glm4", FULL),
+    "glm4 bf16": ("glm4", {"bf16": True}),
+    "glm4 bf16 full": ("glm4", {"bf16": True, **FULL}),
+    "glm4 fp32 block": ("glm4", BLOCK),
+    "qwen3 fp32": ("qwen3", {}),
+    "qwen3 fp32 full": ("qwen3", FULL),
+    "qwen3 bf16": ("qwen3", {"bf16": True}),
+    "qwen3 bf16 full": ("qwen3", {"bf16": True, **FULL}),
+    "qwen3 fp32 selective": ("qwen3", SELECTIVE),
+    "llama bf16 selective": ("llama", {"bf16": True, **SELECTIVE}),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank(workers: WorkerPool, case: str) -> None:
+    family, more = CASES[case]
+    args = make_args(SHAPES[family], **more)
+    [found] = workers.run(1, measure, args)
+    assert_planned(args, found)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("bf16", [False, True])
+def test_log_probs(workers: WorkerPool, bf16: bool) -> None:
+    """A vocabulary so large that the fullest moment is that of the logits; and the forward of the reference alone."""
+    args = make_args(replace(GLM4, vocab_size=LARGE_VOCABULARY), bf16=bf16)
+    [found] = workers.run(1, measure, args)
+    assert_planned(args, found)
+    planned = planned_for(args)
+    assert off_by(planned.activations + planned.layers, found.step) > PROMISED  # control: without the term
+
+    args = replace(args, log_ref_kl=True)
+    [found] = workers.run(1, measure, args)
+    planned = planned_for(args)
+    assert planned.reference == found.reference == planned.weights
+    lasting = planned.weights + planned.gradients + planned.optimizer + planned.reference
+    assert off_by(planned.peaks["forward"] - lasting, found.forward) < COUNTED
+
+
+@pytest.mark.dist
+def test_a_term_left_out_is_noticed(workers: WorkerPool) -> None:
+    """Control: without any kind of the table's rows it no longer says what is measured."""
+    args = make_args(GLM4)
+    [found] = workers.run(1, measure, args)
+    planned = planned_for(args)
+    assert_planned(args, found)
+    rows = layer_operations(rank_sizes(args, GLM4, on_cuda=False))
+    kinds = ("norm", "its input", "attention:", "SwiGLU")
+    assert [row.name for row in rows if not any(kind in row.name for kind in kinds)] == []
+    for kind in kinds:
+        left_out = GLM4.num_layers * saved_bytes(row for row in rows if kind in row.name)
+        assert off_by(planned.activations + planned.layers - left_out, found.step) > COUNTED, kind
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP": (2, {"tensor_model_parallel_size": 2}),
+    "TP and sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "PP": (2, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}),
+    "DP": (2, {"use_distributed_optimizer": True, "bf16": True}),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_ranks(workers: WorkerPool, layout: str) -> None:
+    ranks, more = LAYOUTS[layout]
+    args = make_args(GLM4, actor_num_gpus_per_node=ranks, **more)
+    for rank, found in enumerate(workers.run(ranks, measure, args)):
+        assert_planned(args, found, stage=rank if layout == "PP" else 0)
+
+
+def resident(rank: int, world_size: int, init_method: str, small: Args, args: Args) -> int:
+    """Bytes by which the process's resident memory grew at most, while it built a trainer and took two steps."""
+    from slime.megatron.trainer import Trainer
+
+    measure(rank, world_size, f"{init_method}-small", small)  # whatever is imported or kept once and for all
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    before = _kilobytes("VmRSS")
+    trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+    try:
+        for rollout in range(2):
+            trainer.train(rollout, batch_of(args))
+        return 1024 * (_kilobytes("VmHWM") - before)
+    finally:
+        trainer.close()
+
+
+def _kilobytes(name: str) -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1])
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+def test_the_process_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operating system gave, all kinds together: within what the plan promises."""
+    # in a process whose larger tensors come from the system and go back to it: none of its memory is held for later
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    pool = WorkerPool()
+    try:
+        for family, more in {"glm4": {}, "qwen3": FULL}.items():
+            shape = replace(SHAPES[family], num_layers=6, hidden_size=384, ffn_hidden_size=1024)
+            args = make_args(shape, max_tokens_per_gpu=1024, **more)
+            [found] = pool.run(1, resident, make_args(SHAPES[family]), args)
+            print(family, planned_for(args).peak / found)
+            assert off_by(planned_for(args).peak, found) < PROMISED, family
+    finally:
+        pool.close()
+
+
+def test_an_embedded_engine() -> None:
+    """Weights and cache rows of the engine itself; all requests of a rollout are admitted at once."""
+    from slime.engine.embedded.cache import KVCache
+    from slime.engine.embedded.model import Model
+
+    args = make_args(
+        GLM4,
+        rollout_engine="embedded",
+        rollout_num_gpus=2,
+        rollout_batch_size=8,
+        over_sampling_batch_size=16,
+        rollout_max_response_len=300,
+    )
+    planned = engine_memory(args)
+    assert planned is not None
+    assert (planned.requests, planned.request_tokens) == (16 * 4 // 2, 320)
+    model = Model(GLM4)
+    assert planned.weights == sum(tensor.nbytes for tensor in model.weights.values())
+    cache = KVCache(GLM4, dtype=torch.float32, rows=256, tokens=10**6)
+    cache.reserve(args.rollout_max_response_len, in_use=0)
+    keys, values = cache.read(0, planned.requests, cache.width)
+    assert planned.kv == GLM4.num_layers * (keys.nbytes + values.nbytes)
+
+
+def test_what_an_engine_is_told_counts() -> None:
+    args = make_args(GLM4, rollout_engine="sglang", bf16=True, rollout_num_gpus=4, rollout_num_gpus_per_engine=2)
+    args = replace(args, rollout_batch_size=32, rollout_max_response_len=1000)
+    one = engine_memory(replace(args, rollout_num_gpus_per_engine=1))
+    two = engine_memory(args)
+    assert one is not None
+    assert two is not None
+    # twice the requests on an engine of two GPUs, each with half of the KV heads
+    assert (two.requests, two.kv, two.weights) == (2 * one.requests, one.kv, one.weights // 2)
+
+    def engine(**sglang: Any) -> Any:
+        return engine_memory(replace(args, sglang=sglang))
+
+    assert engine(max_running_requests=8).requests == 8
+    assert engine(max_total_tokens=5000).requests == 5
+    assert engine(kv_cache_dtype="fp8_e5m2").kv * 2 == two.kv
+    assert engine(dtype="float32").kv == 2 * two.kv
+    assert engine_memory(replace(args, rollout_num_gpus=0)) is None
+
+
+def test_which_pack_is_the_largest() -> None:
+    args = make_args(GLM4, max_tokens_per_gpu=1000, tensor_model_parallel_size=2)
+    assert pack_tokens(args, GLM4) == 1000
+    assert pack_tokens(replace(args, max_tokens_per_gpu=1001), GLM4) == 1002  # padded to a multiple of TP
+    assert pack_tokens(replace(args, rollout_max_response_len=3000), GLM4) == 3000  # stands alone
+    assert pack_tokens(replace(args, rollout_max_response_len=3000, context_parallel_size=2), GLM4) == 1500
+    assert pack_tokens(replace(args, rollout_max_response_len=9000), GLM4) == GLM4.max_position_embeddings
+    assert pack_tokens(replace(args, use_dynamic_batch_size=False, micro_batch_size=3), GLM4) == 3 * 128
+    sft = replace(args, loss_type="sft_loss")
+    assert pack_tokens(replace(sft, rollout_max_response_len=3000), GLM4) == 1000
+    assert pack_tokens(replace(sft, use_dynamic_batch_size=False), GLM4) == GLM4.max_position_embeddings
+
+
+def test_the_fullest_stage() -> None:
+    """The first of a pipeline keeps activations of most micro-batches, the last one has the logits."""
+    args = make_args(replace(GLM4, num_layers=8), actor_num_gpus_per_node=4, pipeline_model_parallel_size=4)
+    args = replace(args, global_batch_size=64, rollout_batch_size=16)
+    stages = [planned_for(args, stage) for stage in range(4)]
+    layers = [stage.activations for stage in stages]
+    assert layers == sorted(layers, reverse=True)
+    assert layers[0] == pytest.approx(4 * layers[3], rel=0.1)
+    assert train_memory(args, on_cuda=False) == stages[0]
+    large = replace(args, architecture=replace(GLM4, num_layers=8, vocab_size=10**6))
+    fullest = train_memory(large, on_cuda=False)
+    assert fullest is not None
+    assert fullest.stage == 3
+    few = planned_for(replace(args, global_batch_size=2))
+    assert few.activations == pytest.approx(layers[0] / 2, rel=0.01)  # no more in flight than there are samples
+
+
+def test_what_lies_in_host_memory_is_not_on_the_gpu() -> None:
+    args = make_args(GLM4, bf16=True, log_ref_kl=True)
+    here, there = train_memory(args, on_cuda=False), train_memory(args, on_cuda=True)
+    assert here is not None
+    assert there is not None
+    assert (here.host, there.host) == (0, 2 * there.reference)
+    assert here.peaks["step"] - here.reference > there.peaks["step"]  # CUDA's norms keep less
+    offloaded = train_memory(replace(args, optimizer_cpu_offload=True), on_cuda=True)
+    assert offloaded is not None
+    assert offloaded.peak == there.peak - there.optimizer
+    assert offloaded.host == there.host + there.optimizer
+
+
+def test_nothing_to_count() -> None:
+    assert train_memory(make_args(GLM4, debug_rollout_only=True), on_cuda=False) is None
+    assert train_memory(replace(make_args(GLM4), architecture=None), on_cuda=False) is None
+    assert saved_bytes([]) == backward_peak([]) == 0
+    rows = [Operation("a", 10, 50), Operation("b", 20, 5), Operation("c", 30, 1)]
+    assert (saved_bytes(rows), backward_peak(rows)) == (60, 61)
+    assert backward_peak([*rows, Operation("d", 0, 0)]) == 61
+    assert backward_peak([Operation("a", 10, 90), *rows[1:]]) == 100

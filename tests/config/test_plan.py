@@ -1,0 +1,118 @@
+"""What --dry-run prints of memory: the sums, the units and what was counted with. The numbers are test_memory's."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from config_run import Run
+
+from slime.config.args import Args
+from slime.config.plan import format_plan
+from slime.core.architecture import Architecture
+
+GLM4_9B = Architecture(
+    family="glm4",
+    num_layers=40,
+    hidden_size=4096,
+    ffn_hidden_size=13696,
+    num_attention_heads=32,
+    num_query_groups=2,
+    kv_channels=128,
+    vocab_size=151552,
+    max_position_embeddings=32768,
+    norm_epsilon=1e-5,
+    rotary_base=10000.0,
+    rotary_percent=0.5,
+    add_qkv_bias=True,
+    post_self_attn_layernorm=True,
+    post_mlp_layernorm=True,
+)
+
+PAGE = Args(
+    architecture=GLM4_9B,
+    actor_num_gpus_per_node=4,
+    rollout_num_gpus=4,
+    rollout_num_gpus_per_engine=2,
+    rollout_engine="sglang",
+    tensor_model_parallel_size=2,
+    sequence_parallel=True,
+    context_parallel_size=2,
+    recompute_granularity="full",
+    recompute_method="uniform",
+    recompute_num_layers=1,
+    use_dynamic_batch_size=True,
+    max_tokens_per_gpu=4608,
+    rollout_batch_size=32,
+    n_samples_per_prompt=8,
+    rollout_max_response_len=8192,
+    num_rollout=3000,
+    global_batch_size=256,
+    num_steps_per_rollout=1,
+    over_sampling_batch_size=32,
+    eps_clip_high=0.28,
+    logprob_gap_alarm=0.1,
+    bf16=True,
+)
+"""The page's run on GPUs, resolved."""
+
+
+def memory_of(args: Args) -> dict[str, str]:
+    """The rows of the plan's section by name."""
+    section = format_plan(args, []).split("\nMemory\n")[1].split("\n\n")[0]
+    return {line[2:16].strip(): line[17:] for line in section.splitlines()}
+
+
+def numbers(row: str) -> list[float | None]:
+    """Of the two columns."""
+    return [None if cell == "-" else float(cell.replace(",", "")) for cell in row.split()[:2]]
+
+
+def test_the_page() -> None:
+    rows = memory_of(PAGE)
+    assert rows["GiB"].split() == ["train", "engine", "a", "GPU"]
+    billions = GLM4_9B.num_parameters() / 2 / 2**30
+    assert numbers(rows["weights"]) == pytest.approx([2 * billions, 2 * billions], abs=0.1)
+    assert numbers(rows["gradients"])[0] == pytest.approx(4 * billions, abs=0.1)
+    assert numbers(rows["optimizer"])[0] == pytest.approx(12 * billions, abs=0.1)
+    # 40 layers x 2304 rows of the residual stream, in bf16
+    assert numbers(rows["activations"])[0] == pytest.approx(40 * 2304 * 4096 * 2 / 2**30, abs=0.2)
+    # 128 requests an engine; a token has 40 layers of one KV head on each of its two GPUs
+    assert numbers(rows["KV cache"])[1] == pytest.approx(128 * 8192 * 40 * 2 * 128 * 2 / 2**30, abs=0.1)
+    assert "4,608 tokens, full recompute" in rows["activations"]
+    assert "128 requests of 8,192 tokens" in rows["KV cache"]
+
+
+def test_rows_add_up() -> None:
+    rows = memory_of(PAGE)
+    train = {name: numbers(row)[0] or 0.0 for name, row in rows.items() if name not in ("GiB", "")}
+    working = max(train.pop("log-probs"), train.pop("layers"))
+    peak = train.pop("at most")
+    assert sum(train.values()) + working == pytest.approx(peak, abs=0.3)
+    assert float(re.findall(r"training step ([\d.]+)", rows["at most"])[0]) == peak
+
+
+def test_what_is_said() -> None:
+    assert "host memory" not in memory_of(PAGE)
+    with_reference = memory_of(replace(PAGE, log_ref_kl=True))
+    assert "in host memory" in with_reference["reference"]
+    assert numbers(with_reference["host memory"])[0] == pytest.approx(17.5, abs=0.1)
+    assert "1/2" in memory_of(replace(PAGE, use_distributed_optimizer=True))["optimizer"]
+    long = memory_of(replace(PAGE, rollout_max_response_len=16384))["activations"]
+    assert "8,192 tokens" in long
+    assert "longer than --max-tokens-per-gpu" in long
+    stages = replace(PAGE, pipeline_model_parallel_size=2, context_parallel_size=1)
+    assert "stage 1, the fullest" in memory_of(stages)["activations"]
+    assert "20, 20 layers" in format_plan(stages, [])
+    assert "take turns" in memory_of(replace(PAGE, colocate=True, offload=True))[""]
+    assert "not estimated: a mixture of experts" in format_plan(replace(PAGE, num_experts=8), [])
+
+
+def test_a_plan_on_this_machine(run: Run) -> None:
+    """The small model of the tests, whose rules all pass: its own unit, and both columns."""
+    rows = memory_of(run.args("--log-ref-kl"))
+    assert rows["MiB"].split() == ["train", "engine", "a", "process"]
+    assert "copy of the actor" in rows["reference"]
+    assert all(None not in numbers(rows[name]) for name in ("weights", "at most"))
+    assert "-" in memory_of(run.args("--debug-rollout-only"))["weights"].split()[0]
