@@ -121,7 +121,7 @@ class RolloutOptions:
     n_samples_per_prompt: int = flag(1, "Responses to each prompt.", ge=1)
     rollout_temperature: float = flag(1.0, "Sampling temperature.", ge=0)
     rollout_top_p: float = flag(1.0, "Nucleus sampling; below 1 is refused for training rollouts.", gt=0, le=1)
-    rollout_top_k: int = flag(-1, "Top-k sampling, -1: off; else refused for training rollouts.", ge=-1)
+    rollout_top_k: int = flag(-1, "Top-k sampling, -1 or 0: off; else refused for training rollouts.", ge=-1)
     rollout_max_response_len: int = flag(1024, "Tokens of a response at most.", ge=1)
     rollout_max_context_len: int | None = flag(None, "Tokens of prompt and response together at most.", ge=1)
     rollout_stop: tuple[str, ...] = flag((), "Stop strings.")
@@ -171,7 +171,7 @@ class EvalOptions:
     eval_max_response_len: int | None = flag(None, "Tokens of a response at most.", ge=1)
     eval_temperature: float | None = flag(None, "Sampling temperature; 0: greedy.", ge=0)
     eval_top_p: float | None = flag(None, "Nucleus sampling.", gt=0, le=1)
-    eval_top_k: int | None = flag(None, "Top-k sampling, -1: off.", ge=-1)
+    eval_top_k: int | None = flag(None, "Top-k sampling, -1 or 0: off.", ge=-1)
     skip_eval_before_train: bool = flag(False, "No evaluation before the first rollout.")
 
 

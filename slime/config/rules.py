@@ -141,6 +141,18 @@ def training_distribution(case: Case) -> Iterable[Problem]:
         yield case.warning("rollout_temperature", rule, "sample with a temperature above 0")
 
 
+def stops(case: Case) -> Iterable[Problem]:
+    """What ends a response can stand in one."""
+    args = case.args
+    if "" in args.rollout_stop:
+        yield case.error("rollout_stop", "an empty text would end every response", "leave it out")
+    size = None if args.architecture is None else args.architecture.vocab_size
+    wrong = [token for token in args.rollout_stop_token_ids if token < 0 or (size is not None and token >= size)]
+    if wrong:
+        rule = f"the vocabulary has no token {', '.join(map(str, wrong))}" + (f": it ends at {size - 1}" if size else "")
+        yield case.error("rollout_stop_token_ids", rule, "correct the ids", beside=["vocab_size"])
+
+
 def context(case: Case) -> Iterable[Problem]:
     args = case.args
     limit = args.rollout_max_context_len
@@ -282,6 +294,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     group_size,
     micro_batches,
     training_distribution,
+    stops,
     context,
     kl,
     losses,

@@ -46,10 +46,9 @@ class RunConsole:
         for name in names:
             prefix = f"eval/{name}/"
             values = {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
-            line = f"eval {name} after {step} rollouts: reward {values.pop('reward'):.3f}"
-            if "reward_stderr" in values:
-                line += f" ± {values.pop('reward_stderr'):.3f}"
-            self.say(line + "".join(f"  {key} {value:.4g}" for key, value in values.items()))
+            errors = {key: f" ± {values.pop(f'{key}_stderr'):.3f}" for key in list(values) if f"{key}_stderr" in values}
+            line = f"eval {name} after {step} rollouts: reward {values.pop('reward'):.3f}{errors.get('reward', '')}"
+            self.say(line + "".join(f"  {key} {value:.4g}{errors.get(key, '')}" for key, value in values.items()))
 
     def rollout(self, step: int, record: Record) -> None:
         """One line a rollout, and the bar's status."""
@@ -61,6 +60,7 @@ class RunConsole:
                 ("train/loss", "loss", ".4f"),
                 ("train/grad_norm", "grad", ".3f"),
                 ("train/logprob_gap_mean", "gap", ".1e"),
+                ("train/dp_imbalance", "DP imbalance", ".3f"),
             )
             if key in record
         )

@@ -33,7 +33,7 @@ def rollout_sampling_params(args: Args) -> SamplingParams:
     return SamplingParams(
         temperature=args.rollout_temperature,
         top_p=args.rollout_top_p,
-        top_k=args.rollout_top_k,
+        top_k=args.rollout_top_k or -1,
         max_new_tokens=args.rollout_max_response_len,
         stop=args.rollout_stop or None,
         stop_token_ids=args.rollout_stop_token_ids or None,

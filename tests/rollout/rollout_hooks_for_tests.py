@@ -22,6 +22,17 @@ async def generate(args: Args, sample: Sample, sampling_params: SamplingParams, 
     return await generate_sample(args, sample, sampling_params, context)
 
 
+REMEMBERED: list[tuple[SamplingParams, Sample]] = []
+
+
+async def generate_and_remember(
+    args: Args, sample: Sample, sampling_params: SamplingParams, context: RolloutContext
+) -> Sample:
+    result = await generate_sample(args, sample, sampling_params, context)
+    REMEMBERED.append((sampling_params, result))
+    return result
+
+
 def reward(args: Args, sample: Sample) -> float:
     assert isinstance(args, Args)
     assert sample.status in (Status.COMPLETED, Status.TRUNCATED)

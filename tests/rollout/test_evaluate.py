@@ -64,8 +64,10 @@ def test_metrics_of_a_data_set() -> None:
     assert metrics["pass@1"] == pytest.approx(statistics.fmean(means))
     assert metrics["pass@2"] == pytest.approx((0.5 + 1 + 0) / 3)
     assert metrics["pass@4"] == pytest.approx((1 + 0) / 2)  # the prompt with three judged responses has no say in it
+    assert metrics["pass@2_stderr"] == pytest.approx(statistics.stdev([0.5, 1, 0]) / 3**0.5)
     one = eval_metrics(Args(), replace(DATASET, n_samples_per_eval_prompt=1), [_group([1])])
     assert not any(name.startswith("pass@") for name in one)
+    assert "reward_stderr" not in one, "one prompt says nothing of the others"
     with pytest.raises(RuntimeError, match=r"none of 2 responses was judged.*timeout"):
         eval_metrics(Args(), DATASET, [_group([None, None])])
 
