@@ -128,14 +128,17 @@ class _Unpad(torch.autograd.Function):
 def _rotate(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, interleaved: bool) -> Tensor:
     """Rotate the first 2 x cos.size(-1) channels: neighbouring pairs, or pairs half of them apart."""
     half = cos_B.size(-1)
-    first, second = (
-        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(0, half), slice(half, 2 * half))
-    )
-    cos, sin = cos_B[:, None].to(x_B.dtype), sin_B[:, None].to(x_B.dtype)
-    x1, x2 = x_B[..., first], x_B[..., second]
     rotated = x_B.clone(memory_format=torch.contiguous_format)
-    rotated[..., first] = x1 * cos - x2 * sin
-    rotated[..., second] = x2 * cos + x1 * sin
+    turning = rotated[..., : 2 * half]
+    if interleaved and x_B.dtype == torch.float32:
+        pairs = torch.view_as_complex(turning.unflatten(-1, (half, 2)))
+        pairs.mul_(torch.complex(cos_B, sin_B)[:, None])  # in one pass
+        return rotated
+    x1, x2 = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
+    cos, sin = cos_B[:, None].to(x_B.dtype), sin_B[:, None].to(x_B.dtype)
+    into_second = x1 * sin
+    x1.mul_(cos).addcmul_(x2, sin, value=-1)
+    x2.mul_(cos).add_(into_second)
     return rotated
 
 
