@@ -19,8 +19,8 @@ from slime.config.optimizer_rules import optimizer
 from slime.config.path_rules import directories, tokenizer, weight_files
 from slime.config.problem import Problem
 from slime.config.reward_rules import custom_reward, eval_rewards, reward, reward_types, reward_url
-from slime.config.tracker_rules import trackers
 from slime.config.stage_rules import pipeline_stages, recompute
+from slime.config.tracker_rules import trackers
 
 __all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
 
@@ -149,7 +149,9 @@ def stops(case: Case) -> Iterable[Problem]:
     size = None if args.architecture is None else args.architecture.vocab_size
     wrong = [token for token in args.rollout_stop_token_ids if token < 0 or (size is not None and token >= size)]
     if wrong:
-        rule = f"the vocabulary has no token {', '.join(map(str, wrong))}" + (f": it ends at {size - 1}" if size else "")
+        rule = f"the vocabulary has no token {', '.join(map(str, wrong))}" + (
+            f": it ends at {size - 1}" if size else ""
+        )
         yield case.error("rollout_stop_token_ids", rule, "correct the ids", beside=["vocab_size"])
 
 

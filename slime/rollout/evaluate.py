@@ -162,14 +162,6 @@ def _mean_over_prompts(name: str, values: Sequence[float]) -> dict[str, float]:
     return mean
 
 
-def _mean_over_prompts(name: str, values: Sequence[float]) -> dict[str, float]:
-    """The mean and its standard error; prompts are what was drawn, so several responses to one count as one value."""
-    mean = {name: statistics.fmean(values)}
-    if len(values) > 1:
-        mean[f"{name}_stderr"] = statistics.stdev(values) / math.sqrt(len(values))
-    return mean
-
-
 def _pass_at_ks(num_samples: int) -> list[int]:
     """Powers of two, and the number of samples itself."""
     powers = [2**exponent for exponent in range(num_samples.bit_length()) if 2**exponent < num_samples]
