@@ -17,17 +17,21 @@ class ArchitectureOptions:
     """MODEL_ARGS. None: read from config.json."""
 
     num_layers: int | None = flag(None, "Transformer layers.", ge=1)
-    hidden_size: int | None = flag(None, "Hidden size.", ge=1)
-    ffn_hidden_size: int | None = flag(None, "Hidden size of the MLP.", ge=1)
-    num_attention_heads: int | None = flag(None, "Attention heads.", ge=1)
+    hidden_size: int | None = flag(None, "Channels of the residual stream.", ge=1)
+    ffn_hidden_size: int | None = flag(None, "Channels of the MLP: of one of the two gated halves.", ge=1)
+    num_attention_heads: int | None = flag(None, "Query heads.", ge=1)
     group_query_attention: bool | None = flag(None, "Grouped-query attention (with --num-query-groups).")
-    num_query_groups: int | None = flag(None, "Key/value heads.", ge=1)
-    kv_channels: int | None = flag(None, "Size of one head.", ge=1)
+    num_query_groups: int | None = flag(
+        None, "Key/value heads. Without --group-query-attention: as many as query heads.", ge=1
+    )
+    kv_channels: int | None = flag(None, "Channels of one head; unset: hidden size / heads.", ge=1)
     vocab_size: int | None = flag(None, "Vocabulary, before padding.", ge=1)
     make_vocab_size_divisible_by: int = flag(128, "The vocabulary is padded to a multiple of this x TP.", ge=1)
-    max_position_embeddings: int | None = flag(None, "Longest context.", ge=1)
+    max_position_embeddings: int | None = flag(
+        None, "Tokens of prompt and response that the model takes at most.", ge=1
+    )
     seq_length: int | None = flag(None, "Accepted for Megatron's sake; packing needs none.", ge=1)
-    normalization: str | None = flag(None, "RMSNorm or LayerNorm.")
+    normalization: str | None = flag(None, "Kind of the norms.")
     norm_epsilon: float | None = flag(None, "Epsilon of the norms.", gt=0)
     swiglu: bool | None = flag(None, "Gated SiLU MLP.")
     disable_bias_linear: bool | None = flag(None, "No biases in linear layers.")
@@ -36,7 +40,7 @@ class ArchitectureOptions:
     post_self_attn_layernorm: bool | None = flag(None, "Norm behind the attention (sandwich norm).")
     post_mlp_layernorm: bool | None = flag(None, "Norm behind the MLP (sandwich norm).")
     untie_embeddings_and_output_weights: bool | None = flag(None, "An output layer of its own.")
-    position_embedding_type: str | None = flag(None, "rope.")
+    position_embedding_type: str | None = flag(None, "Kind of the position embedding.")
     use_rotary_position_embeddings: bool | None = flag(None, "Older spelling of --position-embedding-type rope.")
     rotary_base: float | None = flag(None, "RoPE base.", gt=0)
     rotary_percent: float | None = flag(None, "Share of a head that is rotated.", gt=0, le=1)
@@ -61,34 +65,52 @@ class ArchitectureOptions:
 class ParallelOptions:
     """PERF_ARGS."""
 
-    tensor_model_parallel_size: int = flag(1, "Tensor parallel size.", ge=1)
-    sequence_parallel: bool = flag(False, "Sequence parallelism (with tensor parallelism).")
-    pipeline_model_parallel_size: int = flag(1, "Pipeline parallel size.", ge=1)
-    decoder_last_pipeline_num_layers: int | None = flag(None, "Layers of the last pipeline stage.", ge=1)
-    num_layers_per_virtual_pipeline_stage: int | None = flag(None, "Layers of a virtual stage.", ge=1)
-    context_parallel_size: int = flag(1, "Context parallel size.", ge=1)
+    tensor_model_parallel_size: int = flag(
+        1, "Ranks that share each layer's matrices; has to divide query heads, KV heads and MLP channels.", ge=1
+    )
+    sequence_parallel: bool = flag(
+        False, "Share norms and residuals of the tokens over the tensor-parallel ranks, too: saves activations."
+    )
+    pipeline_model_parallel_size: int = flag(1, "Stages that the layers are cut into.", ge=1)
+    decoder_last_pipeline_num_layers: int | None = flag(
+        None, "Layers of the last pipeline stage, which has the output layer besides; the others share the rest.", ge=1
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "Layers of one virtual stage, of which every stage has several.", ge=1
+    )
+    context_parallel_size: int = flag(1, "Ranks that share the tokens of each pack.", ge=1)
     expert_model_parallel_size: int = flag(1, "Expert parallel size.", ge=1)
     expert_tensor_parallel_size: int | None = flag(None, "Tensor parallel size of experts.", ge=1)
-    recompute_granularity: Literal["full", "selective"] | None = flag(None, "Activation recomputation.")
-    recompute_method: Literal["uniform", "block"] | None = flag(None, "How layers are chosen for full recompute.")
-    recompute_num_layers: int | None = flag(None, "Layers of one recompute unit.", ge=1)
+    recompute_granularity: Literal["full", "selective"] | None = flag(
+        None, "Forward again in the backward pass, to save memory: whole layers, or core attention alone (selective)."
+    )
+    recompute_method: Literal["uniform", "block"] | None = flag(
+        None, "Of full recompute: units of --recompute-num-layers layers, or the first that many one by one (block)."
+    )
+    recompute_num_layers: int | None = flag(
+        None, "Layers of a recomputed unit (uniform), or layers that are recomputed (block).", ge=1
+    )
     micro_batch_size: int = flag(1, "Samples in a micro-batch, without --use-dynamic-batch-size.", ge=1)
-    global_batch_size: int | None = flag(None, "Samples in one optimizer step.", ge=1)
-    calculate_per_token_loss: bool = flag(False, "Mean over tokens instead of the mean over samples' means.")
+    global_batch_size: int | None = flag(
+        None, "Samples in one optimizer step; unset: the rollout's / --num-steps-per-rollout.", ge=1
+    )
+    calculate_per_token_loss: bool = flag(
+        False, "The loss is the mean over a step's tokens, instead of the mean over samples of each sample's mean."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """OPTIMIZER_ARGS."""
 
-    optimizer: Literal["adam", "sgd"] = flag("adam", "Optimizer; adam is AdamW.")
-    lr: float = flag(1e-6, "Learning rate.", ge=0)
+    optimizer: Literal["adam", "sgd"] = flag("adam", "adam is AdamW, with decoupled weight decay.")
+    lr: float = flag(1e-6, "Learning rate, after the warm-up.", ge=0)
     min_lr: float = flag(0.0, "Learning rate at the end of the decay.", ge=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = flag(
         "constant", "Shape of the decay."
     )
     lr_decay_iters: int | None = flag(None, "Optimizer steps of the decay; unset: all steps of the run.", ge=1)
-    lr_warmup_iters: int = flag(0, "Optimizer steps of linear warm-up.", ge=0)
+    lr_warmup_iters: int = flag(0, "Optimizer steps of linear warm-up from 0.", ge=0)
     lr_wsd_decay_iters: int | None = flag(None, "Optimizer steps of WSD's decay.", ge=1)
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = flag(
         "linear", "Shape of WSD's decay."
@@ -98,9 +120,11 @@ class OptimizerOptions:
     adam_beta2: float = flag(0.999, "Adam's beta2.", ge=0, lt=1)
     adam_eps: float = flag(1e-8, "Adam's epsilon.", gt=0)
     sgd_momentum: float = flag(0.9, "Momentum of SGD.", ge=0, lt=1)
-    clip_grad: float = flag(1.0, "Gradient norm clip; 0: off.", ge=0)
-    use_distributed_optimizer: bool = flag(False, "Shard the optimizer over data-parallel ranks.")
-    optimizer_cpu_offload: bool = flag(False, "Optimizer states in host memory.")
+    clip_grad: float = flag(1.0, "Gradients are scaled down to this norm over all parameters; 0: never.", ge=0)
+    use_distributed_optimizer: bool = flag(
+        False, "Share main weights and moments over the data-parallel ranks: saves memory, the result is the same."
+    )
+    optimizer_cpu_offload: bool = flag(False, "Keep optimizer state in host memory, and take the step there.")
     bf16: bool | None = flag(None, "bf16 with fp32 main weights; unset: yes on CUDA, no (fp32) on a CPU.")
     fp16: bool = flag(False, "fp16; refused: RL's log-prob ratios need bf16 or fp32.")
     accumulate_allreduce_grads_in_fp32: bool = flag(True, "Gradients in fp32 (always so here).")
@@ -112,9 +136,11 @@ class MegatronRunOptions:
     """Megatron's flags around loading, saving and seeds."""
 
     seed: int = flag(1234, "Seed of weight init and dropout.", ge=0)
-    no_load_optim: bool = flag(False, "Do not load the optimizer.")
-    no_load_rng: bool = flag(False, "Do not load RNG states.")
-    no_save_optim: bool = flag(False, "Do not save the optimizer.")
+    no_load_optim: bool = flag(False, "Load weights without optimizer and schedule, which start anew.")
+    no_load_rng: bool = flag(False, "Start with the seed's RNG states instead of the checkpoint's.")
+    no_save_optim: bool = flag(
+        False, "Save weights without optimizer and schedule; such a checkpoint is resumed with --no-load-optim."
+    )
     finetune: bool = flag(False, "Load weights only, and start at rollout 0.")
     ckpt_format: Literal["torch_dist"] = flag("torch_dist", "Checkpoint format.")
     ckpt_step: int | None = flag(None, "Load this rollout's checkpoint instead of the newest.", ge=0)

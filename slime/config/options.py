@@ -23,7 +23,7 @@ class ClusterOptions:
         None, "GPUs (on a CPU: engine processes) for generation. 0: no engines, for runs that generate nothing.", ge=0
     )
     rollout_num_gpus_per_engine: int = flag(1, "GPUs of one engine; SGLang's tensor parallel size.", ge=1)
-    num_gpus_per_node: int = flag(8, "Accepted; Ray knows what each node has.", ge=1)
+    num_gpus_per_node: int = flag(8, "Accepted without effect: Ray knows what each node has.", ge=1)
     colocate: bool = flag(False, "Training and generation share the same devices.")
     offload: bool | None = flag(None, "With --colocate: engines give memory back while training runs (default there).")
     rollout_engine: Literal["auto", "sglang", "embedded"] = flag(
@@ -38,8 +38,10 @@ class ClusterOptions:
     sglang_router_ip: str | None = flag(
         None, "Address of a router that runs already; no other run's engines may stand behind it."
     )
-    sglang_router_port: int | None = flag(None, "Port of a router that runs already.", ge=1, le=65535)
-    sglang_server_concurrency: int = flag(512, "Requests in flight at once, an engine.", ge=1)
+    sglang_router_port: int | None = flag(None, "Its port.", ge=1, le=65535)
+    sglang_server_concurrency: int = flag(
+        512, "Requests that one engine is sent at once; the others wait in slime.", ge=1
+    )
     engine_start_timeout: float = flag(600.0, "Seconds within which an engine or the router has to be ready.", gt=0)
     engine_request_timeout: float = flag(1800.0, "Seconds within which one generation request has to end.", gt=0)
     train_timeout: float = flag(3600.0, "Seconds within which a collective of training has to end.", gt=0)
@@ -75,9 +77,12 @@ class CheckpointOptions:
 
     hf_checkpoint: str | None = flag(None, "HF directory: tokenizer, config, the engines' first weights.")
     ref_load: str | None = flag(None, "Reference model: a torch_dist checkpoint or an HF directory.")
-    load: str | None = flag(None, "Actor checkpoint; missing or empty: starts from --ref-load.")
-    save: str | None = flag(None, "Where checkpoints, args.yaml and metrics go.")
-    save_interval: int | None = flag(None, "Save every N rollouts (and on the last).", ge=1)
+    load: str | None = flag(
+        None,
+        "Checkpoint to go on from: the newest complete one in it. Missing or empty: the actor starts from --ref-load.",
+    )
+    save: str | None = flag(None, "Directory for checkpoints, args.yaml, metrics.jsonl and logs.")
+    save_interval: int | None = flag(None, "Save every N rollouts, and always after the last.", ge=1)
     keep_last_checkpoints: int | None = flag(None, "Keep the newest K checkpoints and remove older ones.", ge=1)
     save_hf: str | None = flag(
         None, "Also export an HF directory at each save; {rollout_id} is filled in.", metavar="PATH"
@@ -93,11 +98,11 @@ class RolloutOptions:
 
     prompt_data: str | None = flag(None, "Training prompts: jsonl or parquet; path@[a:b] takes a slice.")
     input_key: str = flag("prompt", "Key of the prompt in a data line.")
-    label_key: str | None = flag(None, "Key of the label.")
+    label_key: str | None = flag(None, "Key of the label that the reward compares with; unset: samples have none.")
     metadata_key: str = flag("metadata", "Key of a dict kept as sample.metadata.")
-    tool_key: str | None = flag(None, "Key of the tools passed to the chat template.")
+    tool_key: str | None = flag(None, "Key of the list of tools that the chat template is given.")
     apply_chat_template: bool = flag(False, "Prompts are OpenAI messages; render them with the tokenizer's template.")
-    rollout_shuffle: bool = flag(False, "Shuffle prompts by (seed, epoch).")
+    rollout_shuffle: bool = flag(False, "Shuffle prompts anew in each epoch, by (--rollout-seed, epoch).")
     rollout_seed: int = flag(42, "Seed of the data order and of sampling.", ge=0)
     rm_type: str | None = flag(None, "deepscaler, dapo, math, f1, gpqa, remote_rm, random; boxed_ prefix.")
     custom_rm_path: str | None = flag(None, "Reward function, async or plain, by dotted path.")
@@ -105,7 +110,7 @@ class RolloutOptions:
     rm_url: str | None = flag(
         None, "URL of --rm-type remote_rm: POST {prompt, response, label, metadata}, a number back."
     )
-    rm_num_workers: int = flag(2, "Processes that compute rewards.", ge=1)
+    rm_num_workers: int = flag(2, "Worker processes that compute rewards, outside of the event loop.", ge=1)
     rm_timeout: float = flag(
         10.0,
         "Seconds for one call of the reward function (with --group-rm: for a group); then it counts as failed.",
@@ -114,22 +119,38 @@ class RolloutOptions:
     rm_concurrency: int = flag(
         256, "Rewards that wait for a network at once: of remote_rm, and of an async --custom-rm-path.", ge=1
     )
-    reward_key: str | None = flag(None, "Entry used where rewards are dicts.")
+    reward_key: str | None = flag(None, "The entry that is trained on where a reward function returns a dict.")
     num_rollout: int | None = flag(None, "Rollouts to run; 0 evaluates and stops.", ge=0)
-    num_epoch: int | None = flag(None, "Passes over the prompts, instead of --num-rollout.", ge=1)
+    num_epoch: int | None = flag(
+        None, "Passes over the prompts, rounded up to whole rollouts; instead of --num-rollout.", ge=1
+    )
     rollout_batch_size: int = flag(32, "Prompts in one rollout.", ge=1)
-    n_samples_per_prompt: int = flag(1, "Responses to each prompt.", ge=1)
-    rollout_temperature: float = flag(1.0, "Sampling temperature.", ge=0)
+    n_samples_per_prompt: int = flag(1, "Responses to each prompt: the group that grpo compares.", ge=1)
+    rollout_temperature: float = flag(1.0, "Sampling temperature. Log-probs are of logits divided by it.", ge=0)
     rollout_top_p: float = flag(1.0, "Nucleus sampling; below 1 is refused for training rollouts.", gt=0, le=1)
     rollout_top_k: int = flag(-1, "Top-k sampling, -1 or 0: off; else refused for training rollouts.", ge=-1)
-    rollout_max_response_len: int = flag(1024, "Tokens of a response at most.", ge=1)
-    rollout_max_context_len: int | None = flag(None, "Tokens of prompt and response together at most.", ge=1)
-    rollout_stop: tuple[str, ...] = flag((), "Stop strings.")
+    rollout_max_response_len: int = flag(1024, "Tokens of a response at most; then it counts as truncated.", ge=1)
+    rollout_max_context_len: int | None = flag(
+        None,
+        "Tokens of prompt and response together at most; unset: the model's. Prompts that leave no room are dropped.",
+        ge=1,
+    )
+    rollout_stop: tuple[str, ...] = flag((), "Texts that end a response.")
     rollout_stop_token_ids: tuple[int, ...] = flag((), "Stop token ids, besides the model's own.")
     rollout_skip_special_tokens: bool = flag(False, "Leave special tokens out of sample.response.")
-    num_steps_per_rollout: int | None = flag(None, "Optimizer steps the rollout's samples are cut into.", ge=1)
-    balance_data: bool = flag(False, "Deal samples to data-parallel ranks by estimated compute.")
-    over_sampling_batch_size: int | None = flag(None, "Prompts in flight at first; unset: --rollout-batch-size.", ge=1)
+    num_steps_per_rollout: int | None = flag(
+        None,
+        "Optimizer steps that a rollout's samples are cut into, equally; unset: by --global-batch-size, else 1.",
+        ge=1,
+    )
+    balance_data: bool = flag(
+        False, "Deal samples to data-parallel ranks so that compute, not only the number of samples, is even."
+    )
+    over_sampling_batch_size: int | None = flag(
+        None,
+        "Prompts that are sampled at first, so that dropped groups are made up for; unset: --rollout-batch-size.",
+        ge=1,
+    )
     refill_granularity: Literal["batch", "group"] = flag(
         "batch", "When drops leave too few: sample another over-sampling batch, or only what is missing."
     )
@@ -151,9 +172,13 @@ class HookOptions:
     buffer_filter_path: str | None = flag(None, "Takes groups from the data buffer.")
     rollout_sample_filter_path: str | None = flag(None, "Marks samples of a full rollout to leave out of the loss.")
     custom_reward_post_process_path: str | None = flag(None, "Turns raw rewards into training rewards.")
-    custom_advantage_function_path: str | None = flag(None, "Computes advantages.")
-    custom_loss_function_path: str | None = flag(None, "With --loss-type custom_loss.")
-    custom_convert_samples_to_train_data_path: str | None = flag(None, "Samples to training columns.")
+    custom_advantage_function_path: str | None = flag(
+        None, "Computes advantages, in the place of --advantage-estimator."
+    )
+    custom_loss_function_path: str | None = flag(None, "The loss of --loss-type custom_loss.")
+    custom_convert_samples_to_train_data_path: str | None = flag(
+        None, "Makes the training batch of a rollout's samples."
+    )
     custom_rollout_log_function_path: str | None = flag(None, "Called with each rollout's samples and metrics.")
 
 
@@ -167,7 +192,7 @@ class EvalOptions:
     eval_input_key: str | None = flag(None, "Key of the prompt; unset: --input-key.")
     eval_label_key: str | None = flag(None, "Key of the label; unset: --label-key.")
     eval_rm_type: str | None = flag(None, "Reward of evaluation; unset: --rm-type.")
-    n_samples_per_eval_prompt: int = flag(1, "Responses to each evaluation prompt.", ge=1)
+    n_samples_per_eval_prompt: int = flag(1, "Responses to each evaluation prompt; above 1, pass@k is reported.", ge=1)
     eval_max_response_len: int | None = flag(None, "Tokens of a response at most.", ge=1)
     eval_temperature: float | None = flag(None, "Sampling temperature; 0: greedy.", ge=0)
     eval_top_p: float | None = flag(None, "Nucleus sampling.", gt=0, le=1)
@@ -179,9 +204,18 @@ class EvalOptions:
 class TrainOptions:
     """What slime adds to Megatron's training flags."""
 
-    use_dynamic_batch_size: bool = flag(False, "Fill micro-batches up to --max-tokens-per-gpu.")
-    max_tokens_per_gpu: int | None = flag(None, "Token budget of a micro-batch, padding counted.", ge=1)
-    log_probs_chunk_size: int = flag(1024, "Response tokens whose logits exist at once.", ge=1)
+    use_dynamic_batch_size: bool = flag(
+        False,
+        "Pack samples into micro-batches of up to --max-tokens-per-gpu tokens; --micro-batch-size is ignored then.",
+    )
+    max_tokens_per_gpu: int | None = flag(
+        None,
+        "Token budget of a micro-batch (x --context-parallel-size), padding counted; a longer sample stands alone.",
+        ge=1,
+    )
+    log_probs_chunk_size: int = flag(
+        1024, "Response tokens whose logits exist at once: bounds memory where the vocabulary is large.", ge=1
+    )
     hf_trust_remote_code: bool = flag(False, "Let transformers run code that stands in the HF directory.")
 
 
@@ -191,24 +225,32 @@ class AlgoOptions:
 
     advantage_estimator: Literal[
         "grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"
-    ] = flag("grpo", "Advantage estimator.")
-    loss_type: Literal["policy_loss", "sft_loss", "custom_loss"] = flag("policy_loss", "Loss.")
+    ] = flag("grpo", "How rewards become advantages.")
+    loss_type: Literal["policy_loss", "sft_loss", "custom_loss"] = flag(
+        "policy_loss", "policy_loss: clipped policy gradient; sft_loss: likelihood of the responses."
+    )
     use_kl_loss: bool = flag(False, "Add a KL term against the reference model to the loss.")
-    kl_loss_coef: float = flag(0.0, "Its coefficient; 0 means no reference forward.", ge=0)
-    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = flag("low_var_kl", "KL estimator.")
+    kl_loss_coef: float = flag(0.0, "Its coefficient. At 0 the reference model is not run at all.", ge=0)
+    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = flag(
+        "low_var_kl", "KL estimator; low_var_kl is another name of k3."
+    )
     kl_coef: float = flag(0.0, "KL penalty in the reward.", ge=0)
     log_ref_kl: bool = flag(False, "Run the reference forward to log the KL, even at coefficient 0.")
-    entropy_coef: float = flag(0.0, "Entropy bonus.", ge=0)
-    eps_clip: float = flag(0.2, "Lower clip range of the ratio.", ge=0, lt=1)
-    eps_clip_high: float | None = flag(None, "Upper clip range; unset: --eps-clip.", ge=0)
-    eps_clip_c: float | None = flag(None, "Dual clip constant.", gt=1)
-    disable_grpo_std_normalization: bool = flag(False, "Do not divide by the group's standard deviation.")
+    entropy_coef: float = flag(0.0, "Weight of the entropy that is added to the objective.", ge=0)
+    eps_clip: float = flag(0.2, "The policy ratio is clipped below at 1 - this.", ge=0, lt=1)
+    eps_clip_high: float | None = flag(None, "The policy ratio is clipped above at 1 + this; unset: --eps-clip.", ge=0)
+    eps_clip_c: float | None = flag(
+        None, "Dual clip: with a negative advantage the ratio counts as at most this.", gt=1
+    )
+    disable_grpo_std_normalization: bool = flag(
+        False, "Leave the division by the group's standard deviation out of grpo's advantages."
+    )
     normalize_advantages: bool = flag(False, "Whiten advantages over the batch.")
     gamma: float = flag(1.0, "Discount.", ge=0, le=1)
     lambd: float = flag(1.0, "GAE lambda.", ge=0, le=1)
     use_tis: bool = flag(False, "Truncated importance sampling against the engine's log-probs.")
-    tis_clip: float = flag(2.0, "Upper clip of its weight.", gt=0)
-    tis_clip_low: float = flag(0.0, "Lower clip of its weight.", ge=0)
+    tis_clip: float = flag(2.0, "Upper clip of the importance weight of --use-tis.", gt=0)
+    tis_clip_low: float = flag(0.0, "Lower clip of the importance weight of --use-tis.", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +258,9 @@ class LoggingOptions:
     """What is logged where. The console and metrics.jsonl (under --save) always."""
 
     log_dir: str | None = flag(None, "Where metrics.jsonl and process logs go; unset: --save, else outputs/.")
-    log_samples_per_rollout: int = flag(2, "Whole samples written out, a rollout.", ge=0)
+    log_samples_per_rollout: int = flag(
+        2, "Whole samples (prompt, response, reward) a rollout in logs/rollout_samples.txt.", ge=0
+    )
     logprob_gap_alarm: float | None = flag(
         None, "Warn where mean |train - rollout log-prob| exceeds this; unset: 1e-3 in fp32, 0.1 in bf16.", gt=0
     )
