@@ -51,7 +51,7 @@ class TrainMemory:
     layers: int
     """What exists besides while the layers go backward: gradients, and what is recomputed."""
     peaks: dict[str, int]
-    """Device bytes of each of the two moments."""
+    """Device bytes of each of the two moments; of `forward` only where there is such a pass."""
     host: int
     """Host bytes besides, where the device has memory of its own; else they are counted in `peaks`."""
 
@@ -168,13 +168,13 @@ def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) 
         log_probs, head_forward = head.saved + head.working, log_probs_forward(args, rank)
     layer_forward = 3 * rank.residual + rank.values(4 * rank.ffn)
     static = weights + FP32 * parameters + optimizer
-    peaks = {
-        "forward": static + gathered + max(layer_forward, rank.residual + head_forward),
-        "step": static + activations + max(layers, log_probs),
-    }
+    peaks = {"step": static + activations + max(layers, log_probs)}
+    if _has_forward(args):
+        peaks["forward"] = static + gathered + max(layer_forward, rank.residual + head_forward)
     host = optimizer_on_host + 2 * reference
     if not on_cuda:
-        peaks = {"forward": peaks["forward"] + host, "step": peaks["step"] + host - reference}
+        shares = {"step": host - reference, "forward": host}
+        peaks = {moment: count + shares[moment] for moment, count in peaks.items()}
     return TrainMemory(
         stage=stage,
         tokens=rank.tokens,
@@ -188,6 +188,12 @@ def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) 
         peaks=peaks,
         host=host if on_cuda else 0,
     )
+
+
+def _has_forward(args: Args) -> bool:
+    """Whether log-probs are taken without a backward pass: of the reference, or of the old policy."""
+    several_steps = (args.num_steps_per_rollout or 1) > 1 and args.loss_type != "sft_loss"
+    return args.needs_reference or several_steps
 
 
 def _optimizer_bytes(args: Args, parameters: int) -> tuple[int, int]:

@@ -108,7 +108,8 @@ def _memory(args: Args) -> Iterable[Row]:
         note = f"{engine.requests} requests of {engine.request_tokens:,} tokens, prompts not counted"
         yield "KV cache", line(None, engine.kv, note)
     moments = {"forward": "forward of old or reference log-probs", "step": "training step"}
-    fullest = ", ".join(f"{moments[name]} {count / size:,.1f}" for name, count in train.peaks.items()) if train else ""
+    peaks = train.peaks.items() if train is not None and len(train.peaks) > 1 else ()
+    fullest = ", ".join(f"{moments[name]} {count / size:,.1f}" for name, count in peaks)
     yield "at most", line(train and train.peak, engine and engine.peak, fullest)
     if train is not None and train.host:
         yield "host memory", line(train.host, None, "beside the GPU's")
