@@ -158,8 +158,11 @@ def _save(
             content_metadata=dict(_CONTENT),
         )
 
+    of_ranks = _on_every_rank(lambda: checkpoint_files.checksums_of_rank(written, dist.get_rank()))
+    checksums = {name: value for own in of_ranks for name, value in own.items()}
+
     def commit() -> Path:
-        checkpoint_files.write_state(written, header)
+        checkpoint_files.write_state(written, header, checksums)
         return checkpoint_files.commit(written, tracker)
 
     return _on_rank_zero(commit)
@@ -179,10 +182,11 @@ def load_checkpoint(
     states are loaded at the layout that saved them; at another one they are left alone, with a warning.
 
     Raises:
-        ValueError: the model is not the checkpoint's.
+        ValueError: the model is not the checkpoint's, or a file is not what was written.
     """
     if found.kind == "hf":
         raise ValueError(f"{found.path} is a Hugging Face directory, not a torch_dist checkpoint")
+    _refuse_changed(found)
     header = checkpoint_files.read_state(found.path) if found.kind == "iteration" else None
     common = dist_checkpointing.load_common_state_dict(str(found.path))
     with_optimizer = optimizer is not None and "optimizer" in common
@@ -204,6 +208,21 @@ def load_checkpoint(
         taken.append("rng")
     state = None if header is None else header["state"]
     return LoadedCheckpoint(found.path, found.rollout_id, state, tuple(taken))
+
+
+def _refuse_changed(found: FoundCheckpoint) -> None:
+    """Files of full size that are not what was written; each rank looks at some."""
+
+    def changed() -> list[str]:
+        names = checkpoint_files.written_files(found.path)
+        return checkpoint_files.changed_files(found.path, names[dist.get_rank() :: dist.get_world_size()])
+
+    names = sorted(name for own in _on_every_rank(changed) for name in own)
+    if names:
+        raise ValueError(
+            f"{found.path} is damaged: {', '.join(names)}: not the bytes that were written; restore it, "
+            "or take an earlier checkpoint (--ckpt-step)"
+        )
 
 
 def _load_weights(
@@ -320,6 +339,21 @@ def _on_rank_zero(work: Callable[[], _T]) -> _T:
     if outcome[1] is not None:
         raise RuntimeError(f"checkpoint: {outcome[1]}")
     return outcome[0]
+
+
+def _on_every_rank(work: Callable[[], _T]) -> list[_T]:
+    """`work()` of each rank, all results or an error on every rank."""
+    outcome: tuple[Any, str | None] = (None, None)
+    try:
+        outcome = work(), None
+    except (OSError, ValueError) as error:
+        outcome = None, f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    errors = [error for _, error in outcomes if error is not None]
+    if errors:
+        raise RuntimeError(f"checkpoint: {errors[0]}")
+    return [result for result, _ in outcomes]
 
 
 @contextmanager

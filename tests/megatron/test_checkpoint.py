@@ -17,7 +17,7 @@ from made_up import GLM4, STATE, Run, make_args, same_bits
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
-from slime.megatron.checkpoint_files import STATE_FILE, TRACKER, FoundCheckpoint, find_checkpoint, remove_old
+from slime.megatron.checkpoint_files import STATE_FILE, TRACKER, FoundCheckpoint, checksum, find_checkpoint, remove_old
 
 pytestmark = pytest.mark.dist
 
@@ -250,6 +250,44 @@ def test_a_damaged_file_is_noticed(saves: Path, name: str, left: int):
     assert found is not None and found.rollout_id == 2
     file.with_name(STATE_FILE).write_text("{}")
     assert find_checkpoint(saves) == found
+
+
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "common.pt", STATE_FILE])
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.95])
+def test_a_changed_byte_is_noticed(saves: Path, name: str, place: float):
+    file = saves / "iter_0000005" / name
+    flip(file, place)
+    found = find_checkpoint(saves)
+    assert found is not None and found.rollout_id == 2
+
+
+def flip(file: Path, place: float) -> None:
+    """Change one bit, `place` of the way through the file."""
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1 - 1e-9])
+def test_a_changed_byte_of_the_weights_stops_the_load_on_every_rank(workers: WorkerPool, saves: Path, place: float):
+    flip(saves / "iter_0000005" / "__1_0.distcp", place)
+    assert find_checkpoint(saves) == FoundCheckpoint(saves / "iter_0000005", "iteration", 5)
+    expected = f"ValueError: {saves}/iter_0000005 is damaged: __1_0.distcp: not the bytes that were written; "
+    errors = workers.run(2, outcome, make_args(None, tp=2), saves)
+    assert all(error.startswith(expected) and "--ckpt-step" in error for error in errors)
+
+
+def test_checksums_tell_blocks_apart(tmp_path: Path):
+    """Also exchanged blocks, and bytes behind the last whole one."""
+    content = np.random.default_rng(0).bytes(5 * 2**19 + 3)
+    block = 2**20
+    exchanged = content[block : 2 * block] + content[:block] + content[2 * block :]
+    zeroed = content[:4096] + bytes(512) + content[4608:]
+    found: set[int] = set()
+    for changed in (content, exchanged, zeroed, content[:-1], content[:-1] + b"!", content + b"!"):
+        (tmp_path / "file").write_bytes(changed)
+        found.add(checksum(tmp_path / "file"))
+    assert len(found) == 6
 
 
 @pytest.mark.parametrize("damaged", ["iter_0000005", "release"])
