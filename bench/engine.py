@@ -150,8 +150,8 @@ class Inside:
     """The engine's own model and scheduler in this process, with a stopwatch around each part of a step."""
 
     def __init__(self, model_dir: Path) -> None:
-        from slime.engine.embedded import scheduler as module
         from slime.config.architecture import hf_architecture, read_hf_config
+        from slime.engine.embedded import scheduler as module
 
         architecture = hf_architecture(read_hf_config(model_dir))
         self.parts: dict[str, float] = {}

@@ -43,6 +43,7 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
         record = {"step": state.global_step, "seconds": time.perf_counter() - self._start, **self.inside}
+        record["length"] = self._tokens / (PROMPTS * SAMPLES)
         self.inside.clear()
         with (self._out / "steps.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -62,6 +63,17 @@ class Clock(TrainerCallback):
                 self.inside[part] = self.inside.get(part, 0.0) + time.perf_counter() - start
 
         setattr(owner, name, timed)
+
+    def count(self, owner: Any, name: str) -> None:
+        """Keep how many tokens a generation made."""
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            self._tokens = sum(map(len, result[0]))
+            return result
+
+        setattr(owner, name, counted)
 
 
 def main() -> None:
@@ -120,6 +132,7 @@ def main() -> None:
         ),
     )
     clock.watch(trainer, "_generate", "generation")
+    clock.count(trainer, "_generate_single_turn")
     clock.watch(trainer, "_calculate_rewards", "reward")
     trainer.train()
 
