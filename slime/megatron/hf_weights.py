@@ -9,7 +9,8 @@ tied output layer on the last of several stages goes by the embedding's name: it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from slime.config.args import Args
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
-from slime.megatron.build import named_parameters
+from slime.megatron.build import EMBEDDING, named_parameters
 from slime.megatron.parallel import pipeline_group, tensor_group
 from slime.models.families import weight_table
 from slime.models.hf_files import HFReader, write_hf
@@ -39,7 +40,7 @@ def load_hf_into(model: torch.nn.Module, architecture: Architecture, reader: HFR
     """
     table = weight_table(architecture)
     parameters = dict(named_parameters(model))
-    table.check(set().union(*_stages(parameters)), reader.names())
+    table.check(_names(_stages(parameters)), reader.names())
     misfit = ""
     try:
         _check_copies(table, reader)
@@ -84,6 +85,13 @@ def _stages(parameters: Mapping[str, torch.nn.Parameter]) -> list[dict[str, _Hel
     return _of_all_stages({name: _Held(parameter.shape, parameter.dtype) for name, parameter in parameters.items()})
 
 
+def _names(stages: Sequence[Mapping[str, _Held]]) -> set[str]:
+    """Of the whole model. No two stages have the same, but for the copy of a tied embedding."""
+    held = Counter(name for stage in stages for name in stage)
+    assert all(times == 1 or name == EMBEDDING for name, times in held.items()), held
+    return set(held)
+
+
 def _of_all_stages(value: T) -> list[T]:
     """Each pipeline stage's `value`, first stage first."""
     group = pipeline_group()
@@ -111,7 +119,7 @@ def iter_hf_tensors(model: torch.nn.Module, architecture: Architecture) -> Itera
     table = weight_table(architecture)
     parameters = dict(named_parameters(model))
     stages = _stages(parameters)
-    table.check(set().union(*stages), table.hf_names())
+    table.check(_names(stages), table.hf_names())
     for name in table.megatron_names():
         owner = next(stage for stage, held in enumerate(stages) if name in held)
         part = _of_stage(owner, parameters.get(name), stages[owner][name])

@@ -96,7 +96,7 @@ class Stepper:
                 "samples were lost, repeated, or weighed by another denominator on their way into micro-batches"
             )
         with device.layer():
-            metrics["grad_norm"] = _update(optimizer, f"{where}: at a loss of {metrics['loss']:.6g}")
+            metrics["grad_norm"] = _update(optimizer, where, metrics["loss"])
         metrics["lr"] = float(optimizer.param_groups[0]["lr"])
         scheduler.step(1)
         return metrics
@@ -206,7 +206,7 @@ class Stepper:
         return metrics
 
 
-def _update(optimizer: MegatronOptimizer, where: str) -> float:
+def _update(optimizer: MegatronOptimizer, where: str, loss: float) -> float:
     """Clip the gradients and take the step, unless their norm over all ranks is not finite; returns the norm.
 
     These are the parts of Megatron's own `optimizer.step()`, with a look at the norm between them.
@@ -215,8 +215,8 @@ def _update(optimizer: MegatronOptimizer, where: str) -> float:
     norm = float(cast(Any, optimizer.get_grad_norm()))
     if not math.isfinite(norm):
         raise RuntimeError(
-            f"{where} the gradient norm is {norm}, and no weight was changed; resume from the last checkpoint with a "
-            "lower --lr, and look for infinite rewards or log-probs in this rollout's data"
+            f"{where}: the gradient norm is {norm} at a loss of {loss:.6g}, and no weight was changed; resume from the "
+            "last checkpoint with a lower --lr, and look for infinite rewards or log-probs in this rollout's data"
         )
     if optimizer.config.clip_grad > 0:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

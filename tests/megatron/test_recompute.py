@@ -59,11 +59,12 @@ def _train(rank: int, world_size: int, init_method: str, args: Args) -> Seen:
 
             module.register_forward_pre_hook(hook)
 
-        for layer in unwrap(trainer.model).decoder.layers:
+        built: Any = unwrap(trainer.model).decoder.layers
+        for layer in built:
             for kind, module in enumerate((layer, layer.self_attention.core_attention, layer.mlp)):
                 count(module, kind)
         metrics = trainer.train(0, tiny.random_batch())
-        runs_once = metrics["train/num_micro_batches"] * len(unwrap(trainer.model).decoder.layers)
+        runs_once = metrics["train/num_micro_batches"] * len(built)
         layers, attentions, mlps = (number / runs_once for number in calls)
         return Seen(runs.gradients(trainer), (layers, attentions, mlps))
     finally:
