@@ -106,6 +106,16 @@ def test_data_parallel(num_samples: int, balance: bool, workers: WorkerPool, hf:
     _same(_train(workers, args, batch, ranks=2), _train(workers, args, batch))
 
 
+def test_balance_data_evens_out_ranks_and_changes_nothing_else(workers: WorkerPool, hf: dict[str, Path]) -> None:
+    """Samples in the order of their lengths: dealt in that order, one rank has the long ones."""
+    batch = tiny.random_batch(lengths=range(3, 43, 5))
+    in_order = _train(workers, _args(hf), batch, ranks=2)
+    balanced = _train(workers, _args(hf, balance_data=True), batch, ranks=2)
+    _same(balanced, in_order)
+    assert in_order.metrics[0]["train/dp_imbalance"] > 1.25
+    assert balanced.metrics[0]["train/dp_imbalance"] < 1.05
+
+
 def test_a_rank_without_samples(workers: WorkerPool, hf: dict[str, Path]) -> None:
     batch = tiny.random_batch(2, group=2)
     args = _args(hf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,19 @@ def make_args(hf: Path, **changes: Any) -> Args:
     return Args(**{**defaults, **changes})
 
 
-def random_batch(num_samples: int = 8, *, group: int = 4, seed: int = 0, with_rollout: bool = True) -> TrainBatch:
-    """Samples of different lengths, some tokens masked, rewards that differ within groups."""
+def random_batch(
+    num_samples: int = 8,
+    *,
+    group: int = 4,
+    seed: int = 0,
+    with_rollout: bool = True,
+    lengths: Sequence[int] | None = None,
+) -> TrainBatch:
+    """Samples of different response lengths (or `lengths`), some tokens masked, rewards that differ within groups."""
     generator = np.random.default_rng(seed)
     prompts = generator.integers(2, 12, num_samples)
-    responses = generator.integers(3, 30, num_samples)
+    drawn = generator.integers(3, 30, num_samples)
+    responses = drawn if lengths is None else np.array(lengths)
     total, num_responses = int((prompts + responses).sum()), int(responses.sum())
     mask = (generator.random(num_responses) > 0.1).astype(np.float32)
     columns = {
