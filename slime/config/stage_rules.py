@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from slime.config.args import Args
 from slime.config.case import Case
+from slime.config.memory import stage_layers
 from slime.config.problem import Problem
 
 
@@ -43,17 +43,7 @@ def recompute(case: Case) -> Iterable[Problem]:
                 yield case.error(field, "selective recompute takes none", "leave it out")
     uniform = args.recompute_granularity == "full" and args.recompute_method == "uniform"
     if uniform and num_layers is not None and args.architecture is not None:
-        for layers in sorted(set(layers_of_stages(args))):
+        for layers in sorted(set(stage_layers(args, args.architecture))):
             if layers % num_layers:
                 rule = f"--recompute-method uniform: does not divide a stage's number of layers, {layers}"
                 yield case.error("recompute_num_layers", rule, "choose a divisor", beside=["recompute_method"])
-
-
-def layers_of_stages(args: Args) -> list[int]:
-    """How many layers each pipeline stage has; first stage first."""
-    assert args.architecture is not None
-    num_layers, stages = args.architecture.num_layers, args.pipeline_model_parallel_size
-    last = args.decoder_last_pipeline_num_layers
-    if stages == 1 or last is None:
-        return [num_layers // stages] * stages
-    return [(num_layers - last) // (stages - 1)] * (stages - 1) + [last]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from config_run import Run
 
-from slime.config.stage_rules import layers_of_stages
+from slime.config.memory import stage_layers
 
 TWO = "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2"
 THREE = "--pipeline-model-parallel-size 3 --actor-num-gpus-per-node 3"
@@ -26,7 +26,8 @@ UNIFORM = "--recompute-granularity full --recompute-method uniform --recompute-n
 )
 def test_stages_that_can_be_built(run: Run, words: str, layers: list[int]) -> None:
     assert run.errors(*words.split()) == []
-    assert layers_of_stages(run.args(*words.split())) == layers
+    args = run.args(*words.split())
+    assert args.architecture is not None and stage_layers(args, args.architecture) == layers
 
 
 @pytest.mark.parametrize(
