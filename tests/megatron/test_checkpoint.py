@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from made_up import GLM4, STATE, Run, make_args, same_bits
+from torch import Tensor
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
@@ -122,6 +123,29 @@ def test_any_layout_loads_what_any_other_saved(workers: WorkerPool, tmp_path: Pa
     assert same_bits(end_again, end)
     assert not same_bits(end, at_save)
     assert result.loaded == ("model", "optimizer", "scheduler"), "RNG states belong to a layout"
+
+
+@pytest.mark.parametrize(
+    ("saved", "saved_bf16", "loaded"),
+    [(TP, True, SHARDED_DP), (SHARDED_DP, True, ONE), (ONE, False, SHARDED_DP)],
+    ids=str,
+)
+def test_the_main_weights_survive_a_change_of_dtype(
+    workers: WorkerPool, tmp_path: Path, saved: Layout, saved_bf16: bool, loaded: Layout
+):
+    """Gradients are in fp32 either way: the unbroken run's next step in fp32 is the resumed one's."""
+    args = saved.args(tmp_path, bf16=saved_bf16)
+    at_save, _, end = workers.run(saved.world_size, trained, args, 2, 1)[0]
+    args = loaded.args(tmp_path, bf16=not saved_bf16)
+    at_load, _, end_again, result = workers.run(loaded.world_size, resumed, args, tmp_path, 2, 1)[0]
+    assert "optimizer" in result.loaded
+    assert same_bits(rounded(at_load), rounded(at_save)) and same_bits(rounded(end_again), rounded(end))
+    in_fp32 = at_load if saved_bf16 else at_save
+    assert not same_bits({name: tensor.float() for name, tensor in rounded(in_fp32).items()}, in_fp32)
+
+
+def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.bfloat16() for name, tensor in weights.items()}
 
 
 @pytest.mark.parametrize(("saved_bf16", "loaded_bf16"), [(True, False), (False, True)])
