@@ -241,7 +241,6 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
         "--use-tis",
         "--kl-coef 0.1",
         "--normalize-advantages",
-        "--spec a b",
         "--no-use-rotary-position-embeddings",
         "--overlap-param-gather",
         "--fp8-format hybrid",
