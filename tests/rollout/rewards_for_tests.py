@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
+import re
+import sys
 import time
 from types import SimpleNamespace
 
@@ -45,6 +48,81 @@ async def by_label_async(args, sample):
     if sample.label == "hang":
         await asyncio.sleep(1000)
     return by_label(args, sample)
+
+
+async def misbehaves(args, sample):
+    """Waits as many seconds as the label says, or does what it says; 1 where it comes to an end."""
+    match sample.label:
+        case "block":
+            time.sleep(1000)
+        case "regex":
+            re.match(r"(a+)+$", "a" * 60 + "b")  # C code that never lets go of the interpreter
+        case "swallow":
+            while True:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(1000)
+        case "exit":
+            await asyncio.sleep(0.1)
+            os._exit(3)
+        case "sys.exit":
+            await asyncio.sleep(0.1)
+            sys.exit(3)
+        case "cancelled":
+            raise asyncio.CancelledError
+        case "exit later":
+            asyncio.get_running_loop().call_later(0.1, os._exit, 3)
+            await asyncio.sleep(1000)
+        case "exit and leave a child":
+            if os.fork() == 0:
+                time.sleep(60)
+            os._exit(3)
+        case "two waits":
+            await asyncio.sleep(0.6)
+            await asyncio.sleep(0.6)
+        case "blocks for 0.9 s":
+            await asyncio.sleep(0.1)
+            time.sleep(0.9)
+        case _:
+            await asyncio.sleep(float(sample.label))
+    return 1.0
+
+
+def sleeps(args, sample):
+    time.sleep(float(sample.label))
+    return 1.0
+
+
+def group(args, samples, **kwargs):
+    """Does to the whole group what the first label says that is no number."""
+    match samples[0].label:
+        case "rank":
+            return [sample.index for sample in samples]
+        case "array":
+            return np.linspace(0, 1, len(samples))
+        case "dicts":
+            return [{"a": 1.0, "b": 0.5} for _ in samples]
+        case "none":
+            return [by_label(args, sample) for sample in samples]
+        case "short":
+            return [1.0] * (len(samples) - 1)
+        case "number":
+            return 1.0
+    return [by_label(args, sample) for sample in samples]
+
+
+async def group_async(args, samples):
+    if samples[0].label == "hang":
+        await asyncio.sleep(1000)
+    return group(args, samples)
+
+
+async def group_of_group(args, samples):
+    """In collections: the whole group, in order; group 0 gets a reward too few."""
+    assert [sample.index for sample in samples] == sorted(sample.index for sample in samples)
+    assert len({sample.group_index for sample in samples}) == 1
+    assert all(sample.status in (Status.COMPLETED, Status.TRUNCATED) for sample in samples)
+    rewards = [place / 10 + len(samples) for place in range(len(samples))]
+    return rewards[1:] if samples[0].group_index == 0 else rewards
 
 
 async def blocks_in_group_0(args, sample):

@@ -268,6 +268,34 @@ def test_an_async_reward_that_blocks_is_cut_off_and_counted(
     _account(buffer, [result])
 
 
+def test_groups_are_judged_as_a_whole(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    args = _args(
+        data_file(_rows(8)),
+        custom_rm_path="rewards_for_tests.group_of_group",
+        group_rm=True,
+        n_samples_per_prompt=4,
+        over_sampling_batch_size=6,
+        sglang_server_concurrency=4,  # two groups at a time
+    )
+    buffer = DataBuffer(args, tokenizer)
+
+    async def work(context: RolloutContext) -> list[RolloutResult]:
+        return [await generate_rollout(args, rollout, buffer, context) for rollout in range(2)]
+
+    results = run_with_engines(args, work)
+    groups = [group for result in results for group in result.groups]
+    assert len(groups) == 8
+    for group in groups:
+        assert [sample.reward for sample in group] == [4.0, 4.1, 4.2, 4.3]
+        assert group[0].group_index != 0
+    assert results[0].metrics["rollout/groups_dropped/too_few_rewards"] == 1
+    assert results[0].metrics["rollout/reward_failed/error"] == 4
+    assert results[0].metrics["time/reward"] > 0
+    _account(buffer, results)
+
+
 def test_hooks_after_the_rollout(run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     args = _args(
         data_file(_rows(8)),

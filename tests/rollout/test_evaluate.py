@@ -97,6 +97,15 @@ def test_pass_at_k_stands_only_where_rewards_say_right_or_wrong(other: float) ->
     assert pass_names([1, 0, None, other]) == []
 
 
+def test_pass_at_k_of_rewards_that_punish_what_is_wrong() -> None:
+    groups = [_group([1, -1, -1, -1]), _group([-1, -1, -1, -1])]
+    metrics = eval_metrics(Args(), DATASET, groups)
+    assert metrics["reward"] == -0.75
+    assert (metrics["pass@1"], metrics["pass@4"]) == (0.125, 0.5)
+    mixed = eval_metrics(Args(), DATASET, [*groups, _group([0, 0, 0, 0])])
+    assert not any(name.startswith("pass@") for name in mixed)
+
+
 def test_two_data_sets_at_once(
     run_with_engines: Callable[..., Any],
     data_file: Callable[..., str],
@@ -165,3 +174,28 @@ def test_greedy_evaluation_repeats_itself(
 
     assert lengths(0.0, 0) == lengths(0.0, 5)
     assert lengths(1.0, 0) != lengths(1.0, 5)
+
+
+def test_groups_are_the_responses_to_one_prompt(
+    run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    args = Args(
+        eval_prompt_data=(data_file([{"prompt": f"q{number}", "label": "1"} for number in range(3)]),),
+        eval_input_key="prompt",
+        eval_label_key="label",
+        n_samples_per_eval_prompt=2,
+        eval_max_response_len=4,
+        eval_temperature=1.0,
+        eval_top_p=1.0,
+        eval_top_k=-1,
+        custom_rm_path="rewards_for_tests.group_of_group",
+        group_rm=True,
+        rm_num_workers=1,
+    )
+
+    async def work(context: RolloutContext) -> dict[str, float]:
+        return await Evaluator(args, context.tokenizer).run(0, context)
+
+    metrics = run_with_engines(args, work)
+    assert metrics["eval/data/reward"] == pytest.approx(2.05)
+    assert metrics["eval/data/failed"] == pytest.approx(1 / 3)  # group 0

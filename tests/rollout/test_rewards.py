@@ -4,10 +4,12 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -15,84 +17,46 @@ import pytest
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
 from slime.rollout.rm_hub import RewardPool
-from slime.rollout.rm_hub.deepscaler import boxed_answer, deepscaler
 from slime.rollout.rm_hub.verdict import Verdict, failure_kind
-
-R = "2+2</think>so "
-
-
-@pytest.mark.parametrize(
-    ("response", "label", "expected"),
-    [
-        (R + r"\boxed{34}", "34", 1),
-        (R + r"\boxed{35}", "34", 0),
-        (R + r"\boxed{34}<|user|>", "34", 1),
-        (r"\boxed{34}", "34", 0),  # no </think>
-        (r"\boxed{34}</think> 34", "34", 0),  # boxed before it only
-        (r"\boxed{1}</think>\boxed{34}</think>\boxed{7}", "7", 1),  # the last </think> counts
-        (r"</think>\boxed{34}</think>", "34", 0),
-        (R + r"\boxed{1} no, \boxed{34}", "34", 1),
-        (R + r"\boxed{34} no, \boxed{1}", "34", 0),
-        (R + r"\boxed{34} no, \boxed{1", "34", 0),  # the last one does not close
-        (R + r"\boxed{\boxed{34}}", "34", 1),
-        (R + r"\boxed {34}", "34", 1),
-        (R + r"\boxed{}", "34", 0),
-        (R + "34", "34", 0),
-        (R + r"\boxed{\frac{1}{2}}", "0.5", 1),
-        (R + r"\boxed{0.5}", r"\frac{1}{2}", 1),
-        (R + r"\boxed{\dfrac{2}{4}}", r"\frac12", 1),
-        (R + r"\boxed{1/3}", "0.333", 0),
-        (R + r"\boxed{3}", "3.0", 1),
-        (R + r"\boxed{007}", "7", 1),
-        (R + r"\boxed{-7}", "7", 0),
-        (R + r"\boxed{$34$}", "34", 1),
-        (R + r"\boxed{x=34}", "34", 1),
-        (R + r"\boxed{1,234}", "1234", 1),
-        (R + r"\boxed{\{2,1\}}", r"\{1,2\}", 1),
-        (R + r"\boxed{(x+1)^2}", "x^2+2x+1", 1),
-        (R + r"\boxed{\sqrt{8}}", r"2\sqrt{2}", 1),
-        (R + r"\boxed{34}", r"The answer is \boxed{34}", 1),
-        (R + r"\boxed{34, 35}", "34", 0),
-        (R + r"\boxed{__import__('os').abort()}", "34", 0),
-        ("", "34", 0),
-        (R + r"\boxed{34}", "", 0),
-    ],
-)
-def test_deepscaler_rule(response: str, label: str, expected: float) -> None:
-    assert deepscaler(response, label) == expected
-
-
-def test_boxed_answer_keeps_nested_and_escaped_braces() -> None:
-    assert boxed_answer(R + r"\boxed{\frac{1}{\sqrt{2}} \} }.") == r"\frac{1}{\sqrt{2}} \} "
 
 
 def test_importing_rewards_is_light() -> None:
-    """A worker starts with this import; torch and sympy would cost it seconds."""
+    """A worker starts with this import; torch, sympy or aiohttp would cost it time."""
     code = (
         "import sys, slime.rollout.rm_hub.worker; "
-        "print([m for m in ('torch', 'sympy', 'transformers', 'ray') if m in sys.modules])"
+        "print([m for m in ('torch', 'sympy', 'transformers', 'ray', 'aiohttp') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
 
 
-def _judge(args: Args, labels: list[str], **kwargs: Any) -> tuple[list[Verdict], float]:
-    """All at once, and the seconds that it took."""
+T = TypeVar("T")
 
-    async def run() -> tuple[list[Verdict], float]:
+
+def with_pool(args: Args, work: Callable[[RewardPool], Awaitable[T]]) -> T:
+    async def run() -> T:
         pool = RewardPool(args)
         try:
-            await pool.judge(Sample(label="1", response=r"</think>\boxed{1}"))  # workers are up after this
-            start = time.perf_counter()
-            samples = [
-                Sample(index=n, label=label, response=rf"</think>\boxed{{{label}}}") for n, label in enumerate(labels)
-            ]
-            verdicts = await asyncio.gather(*(pool.judge(sample, **kwargs) for sample in samples))
-            return list(verdicts), time.perf_counter() - start
+            return await work(pool)
         finally:
             pool.close()
 
     return asyncio.run(run())
+
+
+def _judge(args: Args, labels: list[str]) -> tuple[list[Verdict], float]:
+    """All at once, and the seconds that it took."""
+
+    async def work(pool: RewardPool) -> tuple[list[Verdict], float]:
+        await pool.judge(Sample(label="1", response=r"</think>\boxed{1}"))  # workers are up after this
+        start = time.perf_counter()
+        samples = [
+            Sample(index=n, label=label, response=rf"</think>\boxed{{{label}}}") for n, label in enumerate(labels)
+        ]
+        verdicts = await asyncio.gather(*(pool.judge(sample) for sample in samples))
+        return list(verdicts), time.perf_counter() - start
+
+    return with_pool(args, work)
 
 
 BAD = ["hang", "exit", "raise", "nan", "text", "none", "dict", "empty dict", "bool", "print"]
@@ -116,6 +80,163 @@ def test_a_bad_reward_costs_its_own_sample_only(bad_verdicts: dict[str, Verdict]
     assert bad_verdicts["dict"] == Verdict({"right": 1.0, "short": 0.5})
     assert bad_verdicts["bool"] == Verdict(1.0)
     assert bad_verdicts["print"] == Verdict(0.25)
+
+
+def test_async_rewards_wait_beside_each_other() -> None:
+    """64 judges that take 0.2 s each, in one worker: 12.8 s one after the other."""
+    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_concurrency=64)
+    verdicts, seconds = _judge(args, ["0.2"] * 64)
+    assert verdicts == [Verdict(1.0)] * 64
+    assert seconds < 3
+    _, in_turns = _judge(replace(args, rm_concurrency=4), ["0.2"] * 16)
+    assert in_turns > 0.7  # four at a time
+    plain = replace(args, custom_rm_path="rewards_for_tests.sleeps")
+    _, one_by_one = _judge(plain, ["0.1"] * 8)
+    assert one_by_one > 0.7
+
+
+GUILTY = {
+    "block": "timeout",
+    "regex": "timeout",
+    "swallow": "timeout",
+    "exit": "crash",
+    "sys.exit": "crash",
+    "cancelled": "error: CancelledError: ",
+}
+"""What async rewards do that share a worker with others, and what becomes of them."""
+
+
+def test_what_hangs_or_dies_costs_nothing_that_shares_its_worker() -> None:
+    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=2, rm_timeout=1.0)
+    innocent = ["0.3"] * 10
+    labels = [*innocent, *GUILTY, *innocent, *GUILTY, *innocent]
+    verdicts, _ = _judge(args, labels)
+    for label, verdict in zip(labels, verdicts, strict=True):
+        assert verdict == (Verdict(None, GUILTY[label]) if label in GUILTY else Verdict(1.0)), label
+
+
+def test_where_nobody_knows_whose_fault_it_was_all_are_judged_again_alone() -> None:
+    """The process ends in a callback of the loop, where no task's code runs."""
+    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_timeout=2.0)
+    labels = ["0.2", "0.2", "exit later", "0.2", "0.2", "exit later", "0.2"]
+    verdicts, _ = _judge(args, labels)
+    crash = Verdict(None, "crash")
+    assert verdicts == [crash if label == "exit later" else Verdict(1.0) for label in labels]
+
+
+def test_time_in_which_another_blocks_the_loop_is_not_counted() -> None:
+    """Two waits of 0.6 s that stand still for 0.9 s in between, under a limit of 1.5 s."""
+    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_timeout=1.5)
+    verdicts, seconds = _judge(args, ["two waits", "blocks for 0.9 s"])
+    assert seconds > 1.5
+    assert verdicts == [Verdict(1.0), Verdict(1.0)]
+    [late], _ = _judge(args, ["3.0"])
+    assert late == Verdict(None, "timeout")
+
+
+def test_a_dead_worker_is_noticed_though_its_child_keeps_the_connection() -> None:
+    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_timeout=60)
+    verdicts, seconds = _judge(args, ["0.1", "exit and leave a child", "0.1"])
+    assert verdicts == [Verdict(1.0), Verdict(None, "crash"), Verdict(1.0)]
+    assert seconds < 30
+
+
+def test_who_gives_up_makes_room() -> None:
+    async def work(pool: RewardPool) -> float:
+        await pool.judge(Sample(label="0.0"))
+        hangs = [asyncio.create_task(pool.judge(Sample(label="100"))) for _ in range(3)]  # one in flight, two waiting
+        await asyncio.sleep(0.2)
+        for task in hangs:
+            task.cancel()
+        start = time.perf_counter()
+        assert await pool.judge(Sample(label="0.0")) == Verdict(1.0)
+        return time.perf_counter() - start
+
+    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_concurrency=1, rm_timeout=60)
+    assert with_pool(args, work) < 10
+
+
+def test_closing_tells_whoever_waits() -> None:
+    async def work(pool: RewardPool) -> list[BaseException | Verdict]:
+        await pool.judge(Sample(label="0.0"))
+        tasks = [asyncio.create_task(pool.judge(Sample(label="100"))) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        pool.close()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        with pytest.raises(RuntimeError, match="closed"):
+            await pool.judge(Sample(label="0.0"))
+        return results
+
+    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_concurrency=2, rm_timeout=60)
+    assert [str(result) for result in with_pool(args, work)] == ["the reward workers are closed"] * 3
+
+
+def test_an_idle_worker_that_dies_is_replaced() -> None:
+    async def work(pool: RewardPool) -> list[Verdict]:
+        first = await pool.judge(Sample(label="1"))
+        [worker] = pool._workers
+        worker.process.kill()
+        deadline = time.monotonic() + 20
+        while worker in pool._workers and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        return [first, await pool.judge(Sample(label="2"))]
+
+    args = Args(custom_rm_path="rewards_for_tests.by_label", rm_num_workers=1)
+    assert with_pool(args, work) == [Verdict(1.0), Verdict(2.0)]
+
+
+def test_what_cannot_be_sent_to_a_worker_is_a_failure() -> None:
+    async def work(pool: RewardPool) -> Verdict:
+        return await pool.judge(Sample(label="1", metadata={"lock": threading.Lock()}))
+
+    verdict = with_pool(Args(custom_rm_path="rewards_for_tests.by_label"), work)
+    assert "cannot pickle" in (verdict.failure or "")
+
+
+@pytest.mark.parametrize("name", ["group", "group_async"])
+def test_a_group_is_judged_in_one_call(name: str) -> None:
+    """The labels of a group say what the function does to it."""
+    groups = {
+        "rank": ["rank"] * 4,
+        "array": ["array"] * 3,
+        "dicts": ["dicts"] * 2,
+        "one is none": ["none", "1", "nan"],
+        "short": ["short"] * 3,
+        "number": ["number"] * 2,
+        "raise": ["raise"] * 2,
+        "exit": ["exit"] * 2,
+        "hang": ["hang"] * 2,
+    }
+
+    async def work(pool: RewardPool) -> dict[str, list[Sample]]:
+        judged = {
+            what: [Sample(index=n, label=label, status=Status.COMPLETED) for n, label in enumerate(labels)]
+            for what, labels in groups.items()
+        }
+        left_out = [Sample(status=Status.FAILED), Sample(status=Status.COMPLETED, reward=7.0)]
+        judged["rank"] += left_out
+        await asyncio.gather(*(pool.judge_group(samples) for samples in judged.values()))
+        await pool.judge_group(left_out)  # nothing to judge
+        with pytest.raises(ValueError, match="--group-rm"):
+            await pool.judge(Sample())
+        return judged
+
+    args = Args(custom_rm_path=f"rewards_for_tests.{name}", group_rm=True, rm_num_workers=2, rm_timeout=1.5)
+    judged = with_pool(args, work)
+    rewards = {what: [sample.reward for sample in samples] for what, samples in judged.items()}
+    assert rewards["rank"] == [0.0, 1.0, 2.0, 3.0, None, 7.0]
+    assert rewards["array"] == [0.0, 0.5, 1.0]
+    assert rewards["dicts"] == [{"a": 1.0, "b": 0.5}] * 2
+    assert rewards["one is none"] == [None, 1.0, None]
+    failures = {what: [sample.reward_failure for sample in samples] for what, samples in judged.items()}
+    assert failures["one is none"] == ["not a number", None, "not a number"]
+    assert failures["short"] == ["error: it returned 2 rewards for a group of 3"] * 3
+    assert failures["number"] == ["error: it returned a float for a group, not a list of rewards"] * 2
+    assert failures["raise"] == ["error: KeyError: 'no such thing'"] * 2
+    assert failures["exit"] == ["crash"] * 2
+    assert failures["hang"] == ["timeout"] * 2
+    failed = [sample for what in ("short", "raise", "exit", "hang") for sample in judged[what]]
+    assert {sample.status for sample in failed} == {Status.FAILED}
 
 
 def test_a_failed_verdict_marks_its_sample() -> None:

@@ -17,7 +17,7 @@ _WRAP = r"(?:[\s*_$({\[\"'`]|\\(?:boxed|text|textbf|mathbf|mathrm|rm|bf)\b|\\[(\
 """What may stand before the letter: bold, brackets, LaTeX."""
 _DECLARED = re.compile(
     r"(?i:\b(?:answer|option|choice)[*_ ]{0,4}(?:(?:is|would be|should be|must be)\b|(?=[:：]))"
-    r"[\s*_]{0,4}[:：]?(?:[\s*_]{0,4}(?:therefore|thus|option|choice|letter))?"
+    r"[\s*_]{0,4}[:：]?(?:[\s*_]{0,4}(?:therefore|thus|option|choice|letter)){0,2}"
     r"|(?=\\boxed\b))" + _WRAP + r"(?P<letter>[A-J])(?![A-Za-z0-9_'’(])(?![-–]\w)"
     r"(?!\s*(?:[=+^]|\\(?![)\]])))"
 )

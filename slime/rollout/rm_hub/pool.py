@@ -57,10 +57,12 @@ class RewardPool:
 
     def __init__(self, args: Args) -> None:
         self._args = args
+        self._is_async = False
         self._capacity = 1
         """Tasks in flight at once, a worker."""
         if args.custom_rm_path is not None:
-            if is_async(load_hook("custom_rm_path", args.custom_rm_path)):
+            self._is_async = is_async(load_hook("custom_rm_path", args.custom_rm_path))
+            if self._is_async:
                 self._capacity = math.ceil(args.rm_concurrency / args.rm_num_workers)
         else:
             for rm_type in (args.rm_type, *(dataset.rm_type for dataset in eval_datasets(args))):
@@ -166,7 +168,7 @@ class RewardPool:
         if task in self._waiting:
             self._waiting.remove(task)
         for worker in self._workers:
-            if task.number in worker.tasks and self._capacity > 1:
+            if task.number in worker.tasks and self._is_async:
                 del worker.tasks[task.number]
                 worker.call_off(task.number)
         if not self._closed:

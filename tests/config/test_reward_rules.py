@@ -1,0 +1,115 @@
+"""Rewards: what has a judge, and what that needs, is known before anything starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+from config_run import MESSAGE, Run
+
+from slime.config.reward_types import REWARD_TYPES, base_type, needs_label
+
+URL = ["--rm-url", "http://127.0.0.1:9000/judge"]
+
+
+def _without(run: Run, flag: str) -> None:
+    at = run.base.index(flag)
+    del run.base[at : at + 2]
+
+
+def _lines(run: Run, *metadata: dict[str, Any] | None) -> None:
+    rows = [MESSAGE if entry is None else {**MESSAGE, "metadata": entry} for entry in metadata]
+    run.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("prefix", ["", "boxed_"])
+@pytest.mark.parametrize("rm_type", REWARD_TYPES)
+def test_every_type_runs(run: Run, rm_type: str, prefix: str) -> None:
+    url = URL if rm_type == "remote_rm" else []
+    words = ["--rm-type", prefix + rm_type, "--eval-rm-type", prefix + rm_type, "--eval-prompt-data", str(run.data)]
+    assert run.load(*words, *url)[1] == []
+    _without(run, "--label-key")
+    missing = [error.split(":")[0] for error in run.errors(*words, *url)]
+    assert missing == (["--label-key", "--eval-label-key"] if needs_label(prefix + rm_type) else [])
+
+
+def test_names_that_are_none(run: Run) -> None:
+    for name in ("boxed_", "boxed_boxed_math", "Math", "accuracy"):
+        assert base_type(name) is None
+        assert run.error("--rm-type", name).startswith(
+            f"--rm-type {name}: unknown reward type; one of deepscaler, dapo"
+        )
+    words = ["--eval-prompt-data", str(run.data), "--eval-rm-type", "accuracy"]
+    assert run.error(*words).startswith("--eval-rm-type accuracy: unknown reward type")
+    file = run.directory / "eval.yaml"
+    file.write_text(f"datasets: [{{name: a, path: {run.data}, rm_type: accuracy}}, {{name: b, path: {run.data}}}]")
+    error = run.error("--eval-config", str(file))
+    assert error.startswith(f"--eval-config {file}: a: rm_type is 'accuracy', which is none; one of deepscaler")
+    assert run.errors("--eval-config", str(file), "--dry-run") == [error]
+
+
+@pytest.fixture
+def own(run: Run, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module with a reward of one sample, and of a group."""
+    (run.directory / "own_rewards_here.py").write_text(
+        "def reward(args, sample): return 1.0\ndef group(args, samples, **kwargs): return [1.0] * len(samples)\n"
+    )
+    monkeypatch.syspath_prepend(run.directory)
+    monkeypatch.delitem(sys.modules, "own_rewards_here", raising=False)
+    return "own_rewards_here"
+
+
+def test_a_lines_own_type(run: Run, own: str) -> None:
+    _lines(run, {"rm_type": "math"}, None, {"rm_type": "accuracy"}, {"rm_type": 5}, {"rm_type": None})
+    errors = run.errors()
+    assert [error.partition(": ")[0] for error in errors] == [f"{run.data}:3", f"{run.data}:4"]
+    assert "metadata.rm_type is 'accuracy', which is none; one of deepscaler" in errors[0]
+    _without(run, "--rm-type")
+    _lines(run, {"rm_type": "random"}, None)
+    assert run.error() == (
+        f"{run.data}:2: nothing says how to judge it; give it metadata.rm_type, or add --rm-type or --custom-rm-path"
+    )
+    _lines(run, {"rm_type": "boxed_f1"})
+    assert run.errors() == []
+    _without(run, "--label-key")
+    assert "metadata.rm_type is 'boxed_f1', which compares the answer with a label; add --label-key" in run.error()
+    _lines(run, {"rm_type": "remote_rm"})
+    assert run.error() == f"{run.data}:1: metadata.rm_type is 'remote_rm', and there is no --rm-url; add --rm-url"
+    assert run.errors(*URL) == []
+    assert run.errors("--dry-run") == []  # a plan reads no data
+    assert run.errors("--custom-rm-path", f"{own}.reward") == []  # which judges every line
+
+
+def test_lines_of_an_evaluation_set(run: Run) -> None:
+    held_out = run.directory / "held-out.jsonl"
+    held_out.write_text(json.dumps({**MESSAGE, "metadata": {"rm_type": "accuracy"}}) + "\n")
+    assert run.error("--eval-prompt-data", "a", str(held_out)).startswith(f"{held_out}:1: metadata.rm_type is")
+
+
+def test_a_remote_judge_has_an_address(run: Run) -> None:
+    rule = "--rm-url: not given; remote_rm asks the judge behind it; add --rm-url"
+    assert run.error("--rm-type", "boxed_remote_rm").startswith(rule)
+    evaluation = ["--eval-prompt-data", str(run.data), "--eval-rm-type", "remote_rm"]
+    assert run.error(*evaluation).startswith(rule)
+    assert run.errors(*evaluation, *URL) == []
+    file = run.directory / "eval.yaml"
+    file.write_text(f"datasets: [{{name: a, path: {run.data}, rm_type: remote_rm}}]")
+    assert run.error("--eval-config", str(file)).startswith(rule)
+    for url in ("127.0.0.1:9000", "ftp://judge", "http://", "http://judge:port", "http://[::1", "judge"):
+        assert run.error("--rm-type", "remote_rm", "--rm-url", url).startswith(f"--rm-url {url}: not a URL")
+    for url in ("https://judge.example/v1?x=1", "http://[::1]:8000", "http://judge"):
+        assert run.errors("--rm-type", "remote_rm", "--rm-url", url) == []
+
+
+def test_flags_that_no_reward_reads(run: Run, own: str) -> None:
+    assert "no effect: it belongs to --rm-type remote_rm" in run.warnings(*URL)[0]
+    assert run.warnings("--rm-type", "remote_rm", "--rm-concurrency", "8", *URL) == []
+    assert "no effect: built-in rewards judge each sample by itself" in run.warnings("--group-rm")[0]
+    _without(run, "--rm-type")
+    assert "no effect: --custom-rm-path judges" in run.warnings(*URL, "--custom-rm-path", f"{own}.reward")[0]
+    one, group = ["--custom-rm-path", f"{own}.reward"], ["--custom-rm-path", f"{own}.group"]
+    assert run.warnings(*one) == run.warnings(*group, "--group-rm") == []
+    assert "takes `sample`, and --group-rm gives it a list of them" in run.warnings(*one, "--group-rm")[0]
+    assert "takes `samples`, and is given one sample at a time" in run.warnings(*group)[0]

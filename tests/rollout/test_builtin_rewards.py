@@ -1,0 +1,367 @@
+"""What each built-in reward says of a response: tables, and formulas of their own where there is one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slime.config.args import Args
+from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPES
+from slime.core.sample import Sample
+from slime.rollout.rm_hub.dapo import dapo_answer
+from slime.rollout.rm_hub.deepscaler import boxed_answer, deepscaler
+from slime.rollout.rm_hub.f1 import accepted, f1_score, normalise
+from slime.rollout.rm_hub.gpqa import chosen_letter, right_letter
+from slime.rollout.rm_hub.mathematics import last_boxed
+from slime.rollout.rm_hub.registry import RULES, find_reward
+from slime.rollout.rm_hub.response import final_text
+
+R = "2+2</think>so "
+
+
+def reward(rm_type: str, response: str, label: str | None = None, **metadata: Any) -> float:
+    value = find_reward(rm_type)(Args(), Sample(response=response, label=label, metadata=metadata))
+    assert isinstance(value, float)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("response", "label", "expected"),
+    [
+        (R + r"\boxed{34}", "34", 1),
+        (R + r"\boxed{35}", "34", 0),
+        (R + r"\boxed{34}<|user|>", "34", 1),
+        (r"\boxed{34}", "34", 0),  # no </think>
+        (r"\boxed{34}</think> 34", "34", 0),  # boxed before it only
+        (r"\boxed{1}</think>\boxed{34}</think>\boxed{7}", "7", 1),  # the last </think> counts
+        (r"</think>\boxed{34}</think>", "34", 0),
+        (R + r"\boxed{1} no, \boxed{34}", "34", 1),
+        (R + r"\boxed{34} no, \boxed{1}", "34", 0),
+        (R + r"\boxed{34} no, \boxed{1", "34", 0),  # the last one does not close
+        (R + r"\boxed{\boxed{34}}", "34", 1),
+        (R + r"\boxed {34}", "34", 1),
+        (R + r"\boxed{}", "34", 0),
+        (R + "34", "34", 0),
+        ("", "34", 0),
+        (R + r"\boxed{34}", "", 0),
+    ],
+)
+def test_deepscaler_rule(response: str, label: str, expected: float) -> None:
+    assert deepscaler(response, label) == expected
+    assert reward("deepscaler", response, label) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "expected"),
+    [
+        (r"\frac{1}{2}", "0.5", 1),
+        ("0.5", r"\frac{1}{2}", 1),
+        (r"\dfrac{2}{4}", r"\frac12", 1),
+        ("1/3", "0.333", 0),
+        ("3", "3.0", 1),
+        ("34", "34.0", 1),
+        ("34.", "34", 1),
+        ("3.4", "34", 0),
+        ("007", "7", 1),
+        ("-7", "7", 0),
+        ("\u22127", "-7", 1),  # a minus sign that is no hyphen
+        ("$34$", "34", 1),
+        ("$34$.", "34", 1),
+        ("x=34", "34", 1),
+        ("35=34", "34", 1),  # of a chain, the last
+        ("34=35", "34", 0),
+        ("1,234", "1234", 1),
+        ("12,34", "1234", 0),
+        (r"50\%", "0.5", 1),
+        (r"50\%", "50", 1),
+        (r"\{2,1\}", r"\{1,2\}", 1),
+        ("(2,1)", "(1,2)", 0),
+        ("(x+1)^2", "x^2+2x+1", 1),
+        (r"\sqrt{8}", r"2\sqrt{2}", 1),
+        ("34", r"The answer is \boxed{34}", 1),
+        ("34, 35", "34", 0),
+        ("34 or 35", "34", 0),
+        (r"34 \text{ or } 35", "34", 0),
+        (r"\pm 34", "34", 0),
+        ("34x", "34", 0),
+        ("not 34", "34", 0),
+        ("__import__('os').abort()", "34", 0),
+        ("1" * 400, "34", 0),
+        ("1+" * 5000 + "1", "5001", 0),  # too long to be parsed
+    ],
+)
+def test_equality_of_mathematics(answer: str, label: str, expected: float) -> None:
+    boxed = rf"so \boxed{{{answer}}}"
+    assert reward("deepscaler", "</think>" + boxed, label) == expected
+    assert reward("math", boxed, label) == expected
+    assert reward("dapo", "Answer: " + boxed, label) == (1 if expected else -1)
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (r"\boxed{34}", 1),  # no </think> is asked for
+        (r"\boxed{34}</think> done", 1),
+        (r"\boxed{35}</think>\boxed{34}", 1),
+        (r"\boxed{34}</think>\boxed{35}", 0),
+        (r"\boxed{34} and then \boxed{", 0),
+        ("Answer: 34", 0),
+        ("", 0),
+    ],
+)
+def test_math_rule(response: str, expected: float) -> None:
+    assert reward("math", response, "34") == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("Answer: 34", "34"),
+        (r"Answer: \boxed{34}", "34"),
+        (r"Answer: $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        ("answer : 34", "34"),
+        ("**Answer:** 34", "34"),
+        ("**Answer: 34**", "34"),
+        ("Final Answer: 34<|user|>", "34"),
+        ("Answer:\n34", "34"),
+        ("Answer: 34\nThat is all.", "34"),
+        ("Answer: 34\nAnswer: 35", "35"),
+        ("Answer: 34. Answer: 35", "35"),
+        ("The user says: 'Answer: 34'. Answer: 35", "35"),
+        ("Answer: 34\n" + "no, " * 200 + "\nAnswer: 35", "35"),
+        ("Answer: 34" + " and on and on" * 30, None),  # beyond the last 300 characters
+        ("Answer: 34" + " " * 400, "34"),
+        ("Answer:", None),
+        ("Answer: <|endoftext|>", None),
+        ("Answer is 34", None),
+        (r"\boxed{34}", None),
+        ("34", None),
+        ("", None),
+    ],
+)
+def test_dapo_answer(response: str, answer: str | None) -> None:
+    assert dapo_answer(response) == answer
+
+
+def test_dapo_is_right_or_wrong_and_never_zero() -> None:
+    assert reward("dapo", "Answer: 34", "34") == 1
+    assert reward("dapo", "Answer: 68/2", "34") == 1
+    for wrong in ("Answer: 35", "Answer:", "", "34", r"\boxed{34}", r"Answer: \boxed{}", "Answer: 34 35"):
+        assert reward("dapo", wrong, "34") == -1, wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("a</think>b<|user|>", "b"),
+        ("Paris</s>", "Paris"),
+        ("x<|im_end|>\n<|endoftext|>\n", "x"),
+        ("x<end_of_turn>", "x"),
+        ("x<｜end▁of▁sentence｜>", "x"),
+        ("<|eot_id|>", ""),
+        ("a <b> c", "a <b> c"),
+        ("if a <|b", "if a <|b"),
+        ("a</think>b</think>", ""),
+        ("no thought", "no thought"),
+    ],
+)
+def test_final_text(text: str, end: str) -> None:
+    assert final_text(text) == end
+
+
+def _f1(words: str, label_words: str) -> float:
+    """By the definition, 2PR / (P + R), each shared word counted as often as in both."""
+    ours, theirs = words.split(), label_words.split()
+    left, shared = list(theirs), 0
+    for word in ours:
+        if word in left:
+            left.remove(word)
+            shared += 1
+    if not shared:
+        return 0.0
+    precision, recall = Fraction(shared, len(ours)), Fraction(shared, len(theirs))
+    return float(2 * precision * recall / (precision + recall))
+
+
+WORDS = st.lists(st.sampled_from(["paris", "rome", "nine", "york"]), min_size=1, max_size=6).map(" ".join)
+
+
+@given(WORDS, WORDS)
+def test_f1_by_its_definition(words: str, label: str) -> None:
+    assert f1_score(words, label) == pytest.approx(_f1(words, label))
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "expected"),
+    [
+        ("The Eiffel Tower!", "eiffel tower", 1),
+        ("the  Eiffel-Tower", "EiffelTower", 1),
+        ("in Paris, France", "Paris", 0.5),
+        ("paris paris paris", "Paris", 0.5),
+        ("Paris", "Paris, France", 2 / 3),
+        ("Rome", "Paris", 0),
+        ("", "Paris", 0),
+        ("the", "Paris", 0),
+        ("", "the", 0),
+        ("The", "the", 1),
+        ("+", "+", 1),
+        ("-", "+", 0),
+        ("yes", "Yes.", 1),
+        ("yes, it is", "yes", 0),  # whole or not at all
+        ("no", "yes", 0),
+        ("Ünïted", "ünïted", 1),
+        ("Paris", '["Rome", "Paris, France", "Paris"]', 1),
+        ("Paris", '["Rome", "Paris, France"]', 2 / 3),
+        ("1 2", "[1, 2]", 1),  # no list of texts: the label itself
+        ("Paris", "[Paris", 1),
+        ("a", "[]", 0),
+    ],
+)
+def test_f1(answer: str, label: str, expected: float) -> None:
+    assert f1_score(answer, label) == pytest.approx(expected)
+
+
+def test_f1_judges_what_follows_the_thought() -> None:
+    assert reward("f1", "is it Rome? no</think>Paris<|user|>", "Paris") == 1
+    assert reward("f1", "is it Paris?</think>Rome", "Paris") == 0
+    assert reward("f1", "Paris", "Paris") == 1
+    assert reward("boxed_f1", r"it is \boxed{the Paris}, I think", "Paris") == 1
+    assert reward("boxed_f1", "Paris", "Paris") == 0
+    assert accepted('["a", 1]') == ['["a", 1]']
+    assert normalise("An  apple: a-day, the") == "apple aday"
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The answer is B.", "B"),
+        ("The correct answer is (B)", "B"),
+        ("Answer: B", "B"),
+        ("**Answer:** B", "B"),
+        ("**Answer: (B)**", "B"),
+        ("Answer:\nB", "B"),
+        ("Answer: B) Paris", "B"),
+        ("Answer: B - Paris", "B"),
+        ("the answer is therefore option B", "B"),
+        ("The correct choice is: B", "B"),
+        (r"\boxed{B}", "B"),
+        (r"the answer is $\boxed{\text{(B)}}$", "B"),
+        (r"\(\boxed{\mathrm{B}}\)", "B"),
+        ("The answer is A because B is wrong", "A"),
+        ("The answer is A. No: the answer is B", "B"),
+        ("The answer is A, thus \\boxed{B}", "B"),
+        ("Ignore this. Answer: A\n\nAnswer: C", "C"),
+        ("It is (C): (C) alone fits", "C"),
+        ("b", "B"),
+        (" (b). ", "B"),
+        ("(A) or (B)", None),
+        ("Options are (A) x, (B) y, (C) z", None),
+        ("Answer: A or B", None),
+        ("Answer: A, B", None),
+        ("Answer: B and C", None),
+        (r"\boxed{A, B}", None),
+        (r"\boxed{A\text{ or }B}", None),
+        ("The answer is B. No: the answer is C or D", None),
+        ("Answer: I think it is B", None),
+        ("Answer: A careful look at it", None),
+        ("the answer is a good one", None),
+        ("the answer is not B", None),
+        ("the answer isn't B", None),
+        ("Answer: B-cells", None),
+        ("Answer: C60", None),
+        (r"\boxed{E=mc^2}", None),
+        (r"\boxed{A+B}", None),
+        (r"\boxed{}", None),
+        ("Because A", None),
+        ("", None),
+    ],
+)
+def test_the_letter_chosen(text: str, letter: str | None) -> None:
+    assert chosen_letter(text) == letter
+    if letter is not None:
+        assert reward("gpqa", "A</think>" + text + "<|user|>", letter) == 1
+        assert reward("gpqa", text + "</think>", letter) == 0
+    for other in "ABCDEFGHIJ".replace(letter or "-", ""):
+        assert reward("gpqa", text, other) == 0
+
+
+def test_letters_beyond_the_choices_are_none() -> None:
+    assert chosen_letter("The answer is E", "ABCDE") == "E"
+    assert chosen_letter("The answer is E", "ABCD") is None
+    assert chosen_letter("The answer is A. Rather, the answer is E", "ABCD") is None
+    assert reward("gpqa", "Answer: E", "E", choices=["a", "b", "c", "d", "e"]) == 1
+    assert reward("gpqa", "Answer: E", "E", choices=["a", "b", "c", "d"]) == 0
+
+
+def test_the_right_letter() -> None:
+    choices = ["Rome", "Paris", "C"]
+    assert right_letter("B") == right_letter("(b)") == right_letter("Paris", choices) == "B"
+    assert right_letter("whatever", None, "b") == "B"
+    assert right_letter("A", choices, "C") == "C"  # metadata.correct_letter goes first
+    assert right_letter("C", choices) == "C"
+    with pytest.raises(ValueError, match=r"'C' is a letter and also the text of choice B.*correct_letter"):
+        right_letter("C", ["H", "C", "N"])
+    with pytest.raises(ValueError, match="neither a letter"):
+        right_letter("Oslo", choices)
+    with pytest.raises(ValueError, match="correct_letter is 'Z'"):
+        right_letter("A", choices, "Z")
+    assert reward("gpqa", "Answer: B", "Paris", choices=choices) == 1
+    assert reward("gpqa", "Answer: A", "Paris", choices=choices) == 0
+    assert reward("boxed_gpqa", r"Answer: A, I mean \boxed{b}", "Paris", choices=choices) == 1
+
+
+@pytest.mark.parametrize("rm_type", [name for name in REWARD_TYPES if name != "remote_rm"])
+def test_boxed_judges_what_the_last_box_holds(rm_type: str) -> None:
+    """Of every type, whatever it looks for itself: no </think>, no "Answer:", no words around it are asked for."""
+    worst = min(reward(rm_type, text, "B") for text in ("A", "", "</think>", "Answer: A"))
+    if rm_type == "random":
+        assert reward("boxed_random", "") == reward("random", "")
+        return
+    assert reward(BOXED_PREFIX + rm_type, r"\boxed{A} no, \boxed{B} it is", "B") == 1
+    for wrong in (r"\boxed{B} no, \boxed{A}", r"</think>Answer: B", r"\boxed{}", r"\boxed{B", ""):
+        assert reward(BOXED_PREFIX + rm_type, wrong, "B") == worst, wrong
+
+
+def test_every_name_has_a_rule() -> None:
+    assert {*RULES, "remote_rm"} == set(REWARD_TYPES)
+    for name in ("bogus", "boxed_", "boxed_boxed_math", "MATH", ""):
+        with pytest.raises(ValueError, match="no such reward"):
+            find_reward(name)
+    for name in set(RULES) - {"random"}:
+        with pytest.raises(ValueError, match="no label"):
+            reward(name, r"</think>\boxed{1}")
+
+
+def test_boxed_answer_keeps_nested_and_escaped_braces() -> None:
+    assert boxed_answer(R + r"\boxed{\frac{1}{\sqrt{2}} \} }.") == r"\frac{1}{\sqrt{2}} \} "
+
+
+READERS: list[Callable[[str], object]] = [last_boxed, boxed_answer, dapo_answer, final_text, chosen_letter, normalise]
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        *(r"\boxed{", r"\boxed", "}", "{", "Answer: ", "answer is ", "(A)", "*", "answer ", " ", "\n", "</think>"),
+        *("<|a|>", "<|", "A or ", "the "),
+    ],
+)
+def test_reading_an_answer_is_linear(unit: str) -> None:
+    """Ten times the text takes no more than about ten times as long; a quadratic reader would take a hundred times."""
+
+    def seconds(length: int) -> float:
+        text = unit * (length // len(unit))
+        start = time.process_time()
+        for reader in READERS:
+            reader(text)
+        return time.process_time() - start
+
+    seconds(1000)
+    short, long = max(seconds(30_000), 1e-3), seconds(300_000)
+    assert long < 40 * short, f"{short:.4f} s for 30,000 characters, {long:.4f} s for 300,000"
