@@ -81,24 +81,27 @@ def fill(optimizer: MegatronOptimizer, loaded: dict[Any, Any], common: Any) -> N
     step = steps.pop() if steps else None
     parts = parts_of(optimizer)
     for number, part in enumerate(parts):
-        tensors = loaded if len(parts) == 1 else loaded[number]
-        if isinstance(part, DistributedOptimizer):
-            groups = part.state_dict()["optimizer"]["param_groups"]
-            state = {
-                "optimizer": {"param_groups": [{**group, "step": step} for group in groups]},
-                "param_state": tensors["param_state"],
-                "param_state_sharding_type": "fully_reshardable",
-            }
-        else:
-            in_fp32 = isinstance(part, FP32Optimizer)
-            inner = (tensors if in_fp32 else tensors["optimizer"]) | {
-                "param_groups": part.optimizer.state_dict()["param_groups"]
-            }
-            inner.setdefault("state", {})
-            if step is not None:
-                inner["state"]["common_step"] = torch.tensor(step)
-            state = inner if in_fp32 else {**tensors, "optimizer": inner}
-        part.load_state_dict(state)
+        part.load_state_dict(_state(part, loaded if len(parts) == 1 else loaded[number], step))
+
+
+def _state(part: MegatronOptimizer, tensors: dict[str, Any], step: int | None) -> dict[str, Any]:
+    """What this kind of optimizer loads: settings as they are, tensors and step as they were saved."""
+    if isinstance(part, DistributedOptimizer):
+        groups = part.state_dict()["optimizer"]["param_groups"]
+        return {
+            "optimizer": {"param_groups": [{**group, "step": step} for group in groups]},
+            "param_state": tensors["param_state"],
+            "param_state_sharding_type": "fully_reshardable",
+        }
+    in_fp32 = isinstance(part, FP32Optimizer)
+    inner = tensors if in_fp32 else tensors["optimizer"]
+    state, groups = dict(inner.get("state", {})), part.optimizer.state_dict()["param_groups"]
+    if isinstance(part.optimizer, torch.optim.Adam):
+        state["common_step"] = torch.tensor(float(step or 0))
+    elif step is not None:  # TransformerEngine's and Apex's Adam keep it in the group; SGD has none
+        groups = [{**group, "step": step} for group in groups]
+    inner = {"state": state, "param_groups": groups}
+    return inner if in_fp32 else {**tensors, "optimizer": inner}
 
 
 def _sharded(tree: Any) -> Iterator[ShardedTensor | ShardedTensorFactory]:
@@ -122,12 +125,12 @@ def _main_slot(saved: Iterable[str]) -> str | None:
     return found.pop() if found else None
 
 
-def _steps(common: Any) -> Iterator[float]:
+def _steps(common: Any) -> Iterator[int]:
     """The optimizer step, wherever Megatron's kinds of optimizers put it."""
     if isinstance(common, dict):
         for name, child in common.items():
             if name in ("step", "common_step"):
-                yield float(child)
+                yield int(child)
             else:
                 yield from _steps(child)
     elif isinstance(common, list):
