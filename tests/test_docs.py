@@ -1,0 +1,230 @@
+"""The documentation says what the code does: generated parts are current, flags exist, commands plan, examples run."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+import types
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from slime.algo.losses import LossInputs, LossOptions, policy_loss
+from slime.config.args import Args
+from slime.config.flag_table import spellings
+from slime.config.parse import load_args
+from slime.core.batch import TrainBatch
+from slime.core.plugins import HOOKS, check_signature
+from slime.core.sample import Sample, Status
+from slime.rollout.rollout_metrics import sample_metrics
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools import generate_docs  # noqa: E402
+
+DOCS = generate_docs.DOCS
+PAGES = sorted(DOCS.rglob("*.md"))
+TEXTS = [*PAGES, *ROOT.glob("*.md")]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# --- generated parts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_generated_parts_are_current(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert generate_docs.filled(text) == text, "run: python tools/generate_docs.py"
+
+
+def test_every_block_stands_on_one_page() -> None:
+    found = [match[2] for text in generate_docs.pages().values() for match in generate_docs.BLOCK.finditer(text)]
+    assert sorted(found) == sorted(generate_docs.wanted_blocks()), "each block needs a page; tools/generate_docs.py"
+
+
+def test_a_stale_page_is_noticed() -> None:
+    """Control: a default that is no longer the flag's, and a block that nobody makes."""
+    text = (DOCS / "flags" / "rollout.md").read_text(encoding="utf-8")
+    stale = text.replace("| int, >= 1 | `32` |", "| int, >= 1 | `31` |")
+    assert stale != text
+    assert generate_docs.filled(stale) == text
+    with pytest.raises(ValueError, match="no such block"):
+        generate_docs.filled("<!-- generated: flags Nobody -->\n<!-- end -->")
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+# --- flags and commands -----------------------------------------------------------------------------------------
+
+OTHER_PROGRAMS = frozenset(
+    ["--address", "--working-dir", "--head", "--local-dir", "--repo-type", "--help", "--no-x", "--x", "--editable"]
+)
+"""Flags of ray, hf, pip and pytest, and the switches that stand for any."""
+
+
+def flags_of_tools() -> set[str]:
+    """Every flag that a script of ours declares itself."""
+    files = [*ROOT.glob("tools/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("examples/**/*.py")]
+    return {flag for file in files for flag in re.findall(r"\"(--[a-z][a-z0-9-]*)\"", file.read_text())}
+
+
+def unknown_flags(text: str) -> list[str]:
+    by_hand = generate_docs.BLOCK.sub("", text)
+    found = re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]*[a-z0-9])(?![\w-])", by_hand)
+    return [flag for flag in found if flag not in spellings().keys() | flags_of_tools() | OTHER_PROGRAMS]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name_of)
+def test_flags_exist(path: Path) -> None:
+    assert unknown_flags(path.read_text(encoding="utf-8")) == []
+    assert unknown_flags("`--rollout-batch-sizes`") == ["--rollout-batch-sizes"]
+
+
+def commands() -> Iterator[Any]:
+    """Each `python3 train.py` of the flag pages."""
+    for path in PAGES:
+        for number, block in enumerate(re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)):
+            if "train.py" in block:
+                yield pytest.param(block, id=f"{name_of(path)}-{number}")
+
+
+BASE = """--hf-checkpoint model --ref-load model --prompt-data train.jsonl --label-key label --rm-type random
+--num-rollout 3 --rollout-batch-size 4 --n-samples-per-prompt 2 --rollout-num-gpus 2 --save out --no-bf16 --dry-run
+--num-layers 4 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --group-query-attention
+--num-query-groups 2 --kv-channels 32 --vocab-size 512 --max-position-embeddings 16384 --swiglu
+--untie-embeddings-and-output-weights --qk-layernorm --normalization RMSNorm --disable-bias-linear"""
+"""A command line that plans, to which each example is added."""
+
+
+@pytest.mark.parametrize("block", list(commands()))
+def test_commands_plan(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [command] = [line for line in block.replace("\\\n", " ").splitlines() if "train.py" in line]
+    words = [word for word in shlex.split(command) if word != "${MODEL_ARGS[@]}"]
+    _, warnings = load_args([*BASE.split(), *words[words.index("train.py") + 1 :]])
+    in_vain = [str(warning) for warning in warnings if "no effect" in warning.rule]
+    assert [text for text in in_vain if any(text.startswith(word) for word in words)] == []
+
+
+# --- hooks ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def examples() -> dict[str, dict[str, Any]]:
+    """Hook -> the names that its example defines."""
+    text = (DOCS / "hooks.md").read_text(encoding="utf-8")
+    found: dict[str, dict[str, Any]] = {}
+    for name, code in re.findall(r"<!-- generated: hook (\w+) -->.*?```python\n(.*?)```", text, re.DOTALL):
+        module = types.ModuleType(f"example_{name}")
+        sys.modules[module.__name__] = module  # dataclasses look themselves up there
+        exec(compile(code, f"hooks.md, {name}", "exec"), vars(module))
+        kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        own = [node.name for node in ast.parse(code).body if isinstance(node, kinds)]
+        found[name] = {own_name: vars(module)[own_name] for own_name in own}
+    return found
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_examples_fit_their_hooks(name: str) -> None:
+    *_, function = examples()[name].values()
+    assert check_signature(HOOKS[name], function) is None
+
+
+def example(name: str) -> Any:
+    return list(examples()[name].values())[-1]
+
+
+def samples() -> list[Sample]:
+    made = []
+    for index, (reward, status) in enumerate([(1.0, Status.COMPLETED), (0.0, Status.TRUNCATED), (None, Status.FAILED)]):
+        sample = Sample(group_index=0, index=index, tokens=[1, 2, 3, 4], prompt_length=2, response_length=2)
+        sample.response, sample.label, sample.reward, sample.status = "is 51", "51", reward, status
+        made.append(sample)
+    return made
+
+
+def test_examples_run(tmp_path: Path) -> None:
+    args = Args(log_dir=str(tmp_path))
+    right, cut, _ = three = samples()
+    assert example("custom_rm_path")(args, right) == 1.0
+    assert example("dynamic_sampling_filter_path")(args, [right, cut]).keep
+    assert example("dynamic_sampling_filter_path")(args, [right, right]).reason == "too_easy"
+    buffer = [[right], [cut]]
+    assert example("buffer_filter_path")(args, 0, buffer, 5) == [[cut], [right]]
+    assert buffer == []
+    example("rollout_sample_filter_path")(args, three)
+    assert [sample.loss_mask for sample in three] == [None, [0, 0], None]
+    assert example("custom_reward_post_process_path")(args, [right, cut]) == pytest.approx([1, 0], abs=1e-3)
+    batch: TrainBatch = example("custom_convert_samples_to_train_data_path")(args, three)
+    assert len(batch) == 2
+    advantages = example("custom_advantage_function_path")(args, batch)
+    assert np.allclose(advantages, [0.5, 0.5, -0.5, -0.5])
+    example("custom_rollout_log_function_path")(args, 7, three, {})
+    assert (tmp_path / "longest.txt").read_text().startswith("7 2 ")
+    log_probs = torch.zeros(2, requires_grad=True)
+    loss, metrics = example("custom_loss_function_path")(inputs(log_probs), None)
+    loss.sum().backward()
+    assert log_probs.grad is not None
+    assert set(metrics) == {"pg_loss"}
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------
+
+METRIC = re.compile(r"f?\"((?:rollout|train|eval|time|sync)/[\w@{}./]+)\"")
+
+
+def inputs(log_probs_R: torch.Tensor) -> LossInputs:
+    """With everything that a loss can be given."""
+    return LossInputs(log_probs_R, log_probs_R.detach(), *(torch.ones(len(log_probs_R)) for _ in range(4)))
+
+
+def metric_names() -> set[str]:
+    """Names that stand in the code, an inserted part as `*`; and those that functions give by themselves."""
+    names: set[str] = set()
+    for path in (ROOT / "slime").rglob("*.py"):
+        names |= {re.sub(r"\{.*?\}", "*", name) for name in METRIC.findall(path.read_text())}
+    options = LossOptions(
+        eps_clip=0.2,
+        eps_clip_high=0.2,
+        eps_clip_c=3.0,
+        kl_loss_coef=0.1,
+        kl_loss_type="k3",
+        entropy_coef=0.1,
+        use_tis=True,
+        tis_clip=2.0,
+        tis_clip_low=0.0,
+    )
+    own = policy_loss(inputs(torch.zeros(2)), options)[1].keys() - {"logprob_gap"}
+    names |= {f"train/{'kl_loss' if name == 'kl' else name}" for name in own}
+    names |= {f"rollout/{name}" for name in sample_metrics(samples())}
+    return {name for name in names if not name.endswith("/")}
+
+
+def test_every_metric_is_explained() -> None:
+    text = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`([a-z]+/[\w@/]+)`", text))
+    patterns = [re.sub(r"[A-Z]{2,}|(?<=@)K", ".+", name) for name in documented]
+
+    def is_explained(name: str) -> bool:
+        made = name.replace("*", "x")
+        return any(re.fullmatch(pattern, made) for pattern in patterns) or bool(re.fullmatch(r"\w+/\*(/\*)?", name))
+
+    names = metric_names()
+    assert len(names) > 40
+    assert sorted(name for name in names if not is_explained(name)) == []
+    assert not is_explained("train/surprise")

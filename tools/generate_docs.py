@@ -1,0 +1,181 @@
+"""Fill the generated blocks of docs/: tables of flags and of hooks, made from their declarations.
+
+    python tools/generate_docs.py
+
+A page is written by hand, around blocks that this fills:
+
+    <!-- generated: flags ClusterOptions -->     one section of slime's flags
+    <!-- generated: passed sglang -->            what is passed on to megatron, sglang or router
+    <!-- generated: hook custom_rm_path -->      one hook
+    <!-- generated: pages flags -->              the pages of a folder (`.`: of docs/ itself), by their titles
+    <!-- end -->
+
+Run it again when a flag or a hook has changed; tests/test_docs.py compares, and asks for a page of a new section.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from slime.config.args import SECTIONS, Args
+from slime.config.flag_table import BOUNDS, SET_BY_SLIME, FlagSpec, all_flags
+from slime.config.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, JUDGED_ELSEWHERE
+from slime.config.not_built import NOT_BUILT, NOT_BUILT_MEGATRON
+from slime.config.problem import show
+from slime.core.plugins import HOOKS
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BLOCK = re.compile(r"(<!-- generated: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _cell(text: str) -> str:
+    """Text that stands in a table's cell and is no markup."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def _takes(spec: FlagSpec) -> str:
+    """What follows the flag on the command line."""
+    if spec.kind == "bool":
+        return "switch"
+    what = " ".join(f"`{choice}`" for choice in spec.choices) or _cell(spec.metavar or spec.kind)
+    if not spec.choices and spec.bounds:
+        what += "".join(f", {BOUNDS[key]} {bound:g}" for key, bound in spec.bounds.items())
+    several = spec.num_values is not None and spec.num_values[0] != spec.num_values[1]
+    return f"{what} ..." if several else what
+
+
+def _default(spec: FlagSpec) -> str:
+    if spec.kind == "bool" and not (spec.optional and spec.default is None):
+        return "on" if spec.default else "off"
+    return "" if spec.default in (None, (), []) else f"`{show(spec.default)}`"
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    names = list(header)
+    lines = [names, ["---"] * len(names), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _spellings(spec: FlagSpec) -> str:
+    own = f"`{spec.flag}`" if spec.on else ""
+    off = [name for name in spec.off if name != "--no-" + spec.flag.removeprefix("--")]
+    return " ".join([own, *(f"`{name}`" for name in [*spec.on[1:], *off])]).strip()
+
+
+def flags_block(section: str) -> str:
+    """The flags of one section of slime's own."""
+    names = {cls.__name__: cls for cls in SECTIONS}
+    fields = set(names[section].__dataclass_fields__)
+    rows: list[list[str]] = []
+    for spec in all_flags():
+        if spec.source == "slime" and spec.name in fields:
+            text = _cell(spec.help)
+            if spec.name in NOT_BUILT:
+                text += f" *Not part of this version: {NOT_BUILT[spec.name][1]}.*"
+            rows.append([_spellings(spec), _takes(spec), _default(spec), text])
+    return _table(("flag", "takes", "default", "meaning"), rows)
+
+
+def _passed_on(spec: FlagSpec) -> str:
+    """Whether a flag of the others may be given."""
+    reason = SET_BY_SLIME.get((spec.source, spec.name))
+    if reason is not None:
+        return f"refused: {_cell(reason)}"
+    if spec.source != "megatron":
+        return "passed on"
+    if spec.name in DECIDED:
+        return f"slime sets it to `{show(DECIDED[spec.name]) or DECIDED[spec.name]}`"
+    if spec.name in NOT_BUILT_MEGATRON:
+        return f"not part of this version: {_cell(NOT_BUILT_MEGATRON[spec.name])}"
+    if spec.name.startswith(("moe_", "overlap_moe_")):
+        return "for mixtures of experts, which are not part of this version"
+    if spec.name.startswith(JUDGED_ELSEWHERE):
+        return "TransformerEngine's: without effect on Megatron's local layers, or refused"
+    if spec.name in HARMLESS:
+        return "passed on"
+    if spec.name in HARMLESS_VALUES:
+        return f"its default, or `{HARMLESS_VALUES[spec.name]}`"
+    return "its default alone"
+
+
+def passed_block(source: str) -> str:
+    """The flags that are passed on to another program by name."""
+    rows = [
+        [_spellings(spec), _takes(spec), _default(spec), _passed_on(spec), _cell(spec.help)]
+        for spec in all_flags()
+        if spec.source == source
+    ]
+    return _table(("flag", "takes", "default", "here", "meaning, in its own words"), rows)
+
+
+def hook_block(name: str) -> str:
+    """Signature, result and moment of one hook."""
+    hook = HOOKS[name]
+    kind = "class" if hook.is_class else "function, plain or async" if hook.may_be_async else "function"
+    default = vars(Args())[name]
+    facts = [
+        ("what", kind),
+        ("called as", f"`({', '.join(hook.parameters)})`"),
+        ("with --group-rm", f"`({', '.join(hook.group_parameters)})`" if hook.group_parameters else ""),
+        ("returns", _cell(hook.returns)),
+        ("when", _cell(hook.called)),
+        ("has to have", ", ".join(f"`{member}`" for member in hook.members)),
+        ("default", f"`{default}`" if default else "none"),
+    ]
+    return _table(("", ""), ([name, text] for name, text in facts if text))
+
+
+def pages_block(folder: str) -> str:
+    """Links to the pages of a folder; the title says what each is for."""
+    rows: list[list[str]] = []
+    for path in sorted((DOCS / folder).glob("*.md")):
+        if path.name != "README.md":
+            title = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+            rows.append([f"[{path.stem}]({path.relative_to(DOCS).as_posix()})", _cell(title)])
+    return _table(("page", "what it has"), rows)
+
+
+BLOCKS = {"flags": flags_block, "passed": passed_block, "hook": hook_block, "pages": pages_block}
+
+
+def wanted_blocks() -> Iterable[str]:
+    """Every block that has to stand on some page."""
+    yield from (f"flags {section.__name__}" for section in SECTIONS)
+    yield from (f"passed {source}" for source in ("megatron", "sglang", "router"))
+    yield from (f"hook {name}" for name in HOOKS)
+    yield from ("pages .", "pages flags")
+
+
+def filled(text: str) -> str:
+    """A page's text with its blocks made anew.
+
+    Raises:
+        ValueError: a block of an unknown name.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        kind, _, name = match[2].partition(" ")
+        if match[2] not in set(wanted_blocks()):
+            raise ValueError(f"<!-- generated: {match[2]} -->: there is no such block; {__file__} lists them")
+        return f"{match[1]}\n{BLOCKS[kind](name)}\n{match[3]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def pages() -> Mapping[Path, str]:
+    """Every page of docs/ as it stands."""
+    return {path: path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
+
+
+def main() -> None:
+    for path, text in pages().items():
+        new = filled(text)
+        if new != text:
+            path.write_text(new, encoding="utf-8")
+            print(f"{path}: written anew")
+
+
+if __name__ == "__main__":
+    main()
