@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +37,13 @@ def make_task(directory: Path) -> Task:
     return Task(task / "model", directory / "other" / "model", task / "train.jsonl", task / "eval.jsonl")
 
 
-def flags(task: Task, save: Path, *extra: str) -> list[str]:
+def flags(task: Task, save: Path, *extra: str, length: Sequence[str] = ("--num-rollout", "4")) -> list[str]:
     """A short GRPO run: 2 trainers, 2 engines, 4 prompts x 4 samples, rewards that always differ."""
     return [
         *("--hf-checkpoint", str(task.model), "--ref-load", str(task.model)),
         *("--load", str(save), "--save", str(save), "--save-interval", "2"),
         *("--prompt-data", str(task.train), "--input-key", "prompt", "--label-key", "label"),
-        *("--apply-chat-template", "--rollout-shuffle", "--rm-type", "random", "--num-rollout", "4"),
+        *("--apply-chat-template", "--rollout-shuffle", "--rm-type", "random", *length),
         *("--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--rollout-max-response-len", "24"),
         *("--rollout-temperature", "0.8", "--actor-num-gpus-per-node", "2", "--rollout-num-gpus", "2"),
         *("--use-dynamic-batch-size", "--max-tokens-per-gpu", "512", "--lr", "1e-3"),
@@ -53,7 +53,7 @@ def flags(task: Task, save: Path, *extra: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return {**env, "PYTHONPATH": str(ROOT)}
+    return {**env, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:

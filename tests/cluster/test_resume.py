@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from slime.cluster.dump import read_dump
 from slime.models.hf_files import HFReader
 from slime.observability.phases import PHASES
 from tests.cluster.runs import Task, copy_checkpoint, events, flags, train
+from tests.observability.test_trackers import of_metrics, scalars, wandb_rows
 
 GAP = "train/logprob_gap_max"
 TOLERANCE = 1e-4
+
+
+def two_epochs(task: Task, save: Path, *extra: str) -> list[str]:
+    """Seven prompts, twice, in rollouts of four: the last of four rollouts begins a third epoch."""
+    length = ["--num-epoch", "2", "--prompt-data", f"{task.train}@[0:7]", "--lr-decay-style", "cosine"]
+    return flags(task, save, *length, "--balance-data", *extra, length=())
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +28,8 @@ def unbroken(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four rollouts in one go, each dumped, with checkpoints behind the second and the fourth."""
     save = tmp_path_factory.mktemp("unbroken") / "run"
     extra = ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl"), "--save-hf", str(save / "hf")]
-    extra += ["--eval-prompt-data", f"{task.eval}@[0:8]", "--eval-interval", "2"]
-    (save.parent / "output.txt").write_text(train(flags(task, save, *extra), save.parent / "log.txt"))
+    extra += ["--eval-prompt-data", f"{task.eval}@[0:8]", "--eval-interval", "2", "--use-tensorboard", "--use-wandb"]
+    (save.parent / "output.txt").write_text(train(two_epochs(task, save, *extra), save.parent / "log.txt"))
     return save
 
 
@@ -35,6 +43,46 @@ def test_engines_and_trainers_agree_after_every_update(unbroken: Path) -> None:
     assert sorted(gaps) == [1, 2, 3, 4]
     assert max(gaps.values()) <= TOLERANCE, gaps
     assert all(norm > 0 for norm in events(unbroken, "train/grad_norm").values()), "the weights have to move"
+
+
+def test_epochs_go_over_into_each_other(unbroken: Path) -> None:
+    groups = [group for number in range(4) for group in read_dump(unbroken / f"dump/{number}.jsonl")]
+    prompts = [str(group[0].prompt) for group in groups]
+    assert [len(set(prompts[start : start + 7])) for start in (0, 7)] == [7, 7]
+    assert len(prompts) == 16
+    assert len(set(prompts)) == 7
+    assert not (unbroken / "dump/4.jsonl").exists()
+    rates = list(events(unbroken, "train/lr").values())
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0.8e-3 > 0.2e-3 > rates[-1], "the schedule knows how long the epochs are"
+    assert "2 epochs of 7 rows: 4 rollouts" in (unbroken.parent / "output.txt").read_text()
+
+
+def in_tensorboard(save: Path) -> dict[str, list[tuple[int, float]]]:
+    [directory] = (save / "tensorboard").iterdir()
+    return scalars(directory)
+
+
+def in_metrics(save: Path) -> dict[str, list[tuple[int, float]]]:
+    """As float32, which TensorBoard keeps."""
+    return {
+        name: [(step, float(np.float32(value))) for step, value in points] for name, points in of_metrics(save).items()
+    }
+
+
+def test_trackers_hold_what_metrics_jsonl_holds(unbroken: Path) -> None:
+    assert in_tensorboard(unbroken) == in_metrics(unbroken)
+    [rows] = wandb_rows(unbroken)
+    assert [row["_step"] for row in rows[1:-1]] == [0, 1, 2, 3, 4]
+    assert (rows[0]["num_epoch"], rows[-1]) == (2, {"exit": 0})
+    for step in range(1, 5):
+        assert rows[1 + step]["train/loss"] == events(unbroken, "train/loss")[step]
+
+
+def test_ranks_are_balanced_and_the_console_says_how_even(unbroken: Path) -> None:
+    imbalance = events(unbroken, "train/dp_imbalance")
+    assert max(imbalance.values()) < 1.1
+    assert f"DP imbalance {imbalance[4]:.3f}" in (unbroken.parent / "output.txt").read_text()
 
 
 def test_the_agreement_check_notices_another_policy(task: Task, unbroken: Path, tmp_path: Path) -> None:
@@ -65,8 +113,8 @@ def test_a_resumed_run_draws_the_same_prompts(task: Task, unbroken: Path, tmp_pa
     copy_checkpoint(unbroken, save, 1)
     extra = ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
     extra += ["--ref-load", str(task.other_model), "--use-kl-loss", "--kl-loss-coef", "0.001"]
-    extra += ["--eval-prompt-data", f"{task.eval}@[0:8]", "--eval-interval", "2"]
-    train(flags(task, save, *extra), tmp_path / "log.txt")
+    extra += ["--eval-prompt-data", f"{task.eval}@[0:8]", "--eval-interval", "2", "--use-tensorboard"]
+    train(two_epochs(task, save, *extra), tmp_path / "log.txt")
     for rollout_id in (2, 3):
         first, second = (read_dump(path / f"dump/{rollout_id}.jsonl") for path in (unbroken, save))
         assert [[(s.group_index, s.index, s.prompt) for s in group] for group in first] == [
@@ -78,6 +126,7 @@ def test_a_resumed_run_draws_the_same_prompts(task: Task, unbroken: Path, tmp_pa
     assert events(save, "train/kl_loss")[3] > 0.01, "the reference is another model, so holding it would have shown"
     assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4], "the metrics file continues"
     assert sorted(events(save, "eval/eval/reward")) == [0, 2, 4]
+    assert in_tensorboard(save) == in_metrics(save), "told of what came before it, too"
 
 
 def test_replaying_the_samples_gives_the_same_weights(task: Task, unbroken: Path, tmp_path: Path) -> None:
@@ -85,5 +134,5 @@ def test_replaying_the_samples_gives_the_same_weights(task: Task, unbroken: Path
     save = tmp_path / "run"
     copy_checkpoint(unbroken, save, 1)
     extra = ["--load-debug-rollout-data", str(unbroken / "dump/{rollout_id}.jsonl"), "--debug-train-only"]
-    train(flags(task, save, *extra, "--save-hf", str(save / "hf")), tmp_path / "log.txt")
+    train(two_epochs(task, save, *extra, "--save-hf", str(save / "hf")), tmp_path / "log.txt")
     assert weights(save / "hf") == weights(unbroken / "hf")
