@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -145,6 +146,19 @@ def test_the_lower_floors_import_light() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_lower_floors_are_typed_strictly() -> None:
+    """By the whole folder, and no file says otherwise."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]
+    lower = {f"slime/{folder}" for folder, floor in FLOORS.items() if floor <= 1}
+    assert lower <= set(settings["strict"])
+    assert "slime" in settings["include"]
+    softened = re.compile(r"#\s*pyright:\s*(?!strict|ignore\[)|#\s*type:\s*ignore(?!\[)")
+    assert softened.search("# pyright: basic") and softened.search("x = 1  # type: ignore")
+    assert not softened.search("x = 1  # pyright: ignore[reportUnknownMemberType]")
+    files = [path for path in modules() if f"slime/{path.relative_to(PACKAGE).parts[0]}" in lower]
+    assert [str(path.relative_to(ROOT)) for path in files if softened.search(path.read_text())] == []
 
 
 def documents() -> list[Path]:
