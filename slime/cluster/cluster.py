@@ -16,13 +16,13 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from slime.cluster.processes import Processes
+from slime.cluster.trackers import start_trackers
 from slime.config.args import Args
 from slime.config.dump import dump_args
 from slime.observability.console import RunConsole
 from slime.observability.logs import log_to_file
 from slime.observability.phases import StepClock
 from slime.observability.run_directory import RunDirectory
-from slime.observability.trackers import start_trackers
 
 
 def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
-from slime.config.args import Args
-from slime.config.dump import dump_args
 from slime.core.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -35,21 +32,6 @@ class Tracker(Protocol):
     def write(self, step: int, metrics: Record) -> None: ...
 
     def close(self, *, failed: bool) -> None: ...
-
-
-def start_trackers(args: Args, run_id: str, first: int) -> list[Tracker]:
-    """Those that the run asks for. `run_id`: the same when a run goes on; `first`: the step that it goes on from.
-
-    Raises:
-        RunError: Weights & Biases cannot be reached, or refuses.
-    """
-    trackers: list[Tracker] = []
-    if args.use_tensorboard:
-        assert args.tensorboard_dir is not None, "resolving the arguments sets it"
-        trackers.append(TensorBoard(Path(args.tensorboard_dir) / run_id, first))
-    if args.use_wandb:
-        trackers.append(WeightsAndBiases(args, run_id, first))
-    return trackers
 
 
 def _numbers(metrics: Record) -> dict[str, float]:
@@ -75,27 +57,43 @@ class TensorBoard:
         self._writer.close()
 
 
+@dataclass(frozen=True, kw_only=True)
+class WandbRun:
+    """Where a run stands in W&B; None: as W&B decides. `config`: the run's arguments."""
+
+    project: str | None
+    entity: str | None
+    group: str | None
+    name: str | None
+    directory: Path
+    config: dict[str, Any]
+
+
 class WeightsAndBiases:
     """One W&B run with one row a step. It takes nothing back: of steps done twice, the first account stands.
 
     Where and as whom is said by W&B's own environment variables (WANDB_API_KEY, WANDB_MODE, WANDB_BASE_URL, ...).
-    Offline, every start writes the whole run anew, to be synced alone.
+    Offline, every start writes the whole run anew, to be synced alone. `run_id`: the same when a run goes on; `first`:
+    the step that it goes on from.
+
+    Raises:
+        RunError: it cannot be reached, or refuses.
     """
 
     name = "Weights & Biases"
 
-    def __init__(self, args: Args, run_id: str, first: int) -> None:
+    def __init__(self, run: WandbRun, run_id: str, first: int) -> None:
         wandb: Any = importlib.import_module("wandb")
         try:
             self._run = wandb.init(
                 id=run_id,
                 resume="allow",
-                project=args.wandb_project,
-                entity=args.wandb_entity,
-                group=args.wandb_group,
-                name=args.wandb_exp_name,
-                dir=args.log_dir,
-                config=yaml.safe_load(dump_args(args)),
+                project=run.project,
+                entity=run.entity,
+                group=run.group,
+                name=run.name,
+                dir=str(run.directory),
+                config=run.config,
                 # the console is the run's own; what W&B cannot upload in time stays on the disk
                 settings=wandb.Settings(console="off", finish_timeout=FINISH_TIMEOUT_S),
             )

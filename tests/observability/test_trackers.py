@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from slime.cluster.trackers import start_trackers
 from slime.config.args import Args
 from slime.observability.metrics_log import MetricsLog, read_metrics
 from slime.observability.run_directory import RunDirectory
-from slime.observability.trackers import Tracker, start_trackers
+from slime.observability.trackers import Tracker
 
 
 @pytest.fixture
