@@ -5,6 +5,7 @@ Path: `build` stacks these into the model. Invariant: nothing here needs Transfo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,6 +23,11 @@ from slime.config.args import Args
 from slime.core.plugins import hook_path, load_hook
 from slime.megatron.attention import PackedAttention
 from slime.megatron.cpu_kernels import rms_norm, swiglu
+
+# Megatron warns of every MLP class that is not its own, once a layer; the "default kwargs" are what they are to get.
+logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+    lambda record: not str(record.msg).startswith("Unknown MLP type")
+)
 
 
 class RMSNorm(torch.nn.Module):
