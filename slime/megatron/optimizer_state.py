@@ -81,10 +81,10 @@ def fill(optimizer: MegatronOptimizer, loaded: dict[Any, Any], common: Any) -> N
     step = steps.pop() if steps else None
     parts = parts_of(optimizer)
     for number, part in enumerate(parts):
-        part.load_state_dict(_state(part, loaded if len(parts) == 1 else loaded[number], step))
+        part.load_state_dict(_state_dict(part, loaded if len(parts) == 1 else loaded[number], step))
 
 
-def _state(part: MegatronOptimizer, tensors: dict[str, Any], step: int | None) -> dict[str, Any]:
+def _state_dict(part: MegatronOptimizer, tensors: dict[str, Any], step: int | None) -> dict[str, Any]:
     """What this kind of optimizer loads: settings as they are, tensors and step as they were saved."""
     if isinstance(part, DistributedOptimizer):
         groups = part.state_dict()["optimizer"]["param_groups"]

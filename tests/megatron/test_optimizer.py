@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ def loaded_and_stepped(run: Run, path: Path, *, off_by: int = 0) -> tuple[dict[s
     return run.weights(), steps(run), len({state["step"].data_ptr() for state in states(run)})
 
 
+def keeps_its_settings(run: Run, path: Path) -> None:
+    """What the flags say now, not what they said when the checkpoint was written."""
+    before = [dict(group) for group in run.optimizer.param_groups]
+    run.load(path)
+    for group, own in zip(run.optimizer.param_groups, before, strict=True):
+        assert group["betas"] == own["betas"] and group["betas"][1] == 0.5 and group["fused"]
+        assert {k: v for k, v in group.items() if k in own.keys() - {"params", "lr"}} == {
+            k: v for k, v in own.items() if k not in ("params", "lr")
+        }
+
+
 def corrected(rank: int, world_size: int, init_method: str, args: Args) -> None:
     """Each correction of Megatron's distributed optimizer, and what is without it."""
     with joined(args, rank, world_size, init_method) as topology:
@@ -78,6 +90,7 @@ def corrected(rank: int, world_size: int, init_method: str, args: Args) -> None:
         # the same into an optimizer that has a state of its own
         weights, counted, apart = loaded_and_stepped(run, path)
         assert (counted, apart) == ({3.0}, number) and same_bits(weights, unbroken)
+        keeps_its_settings(Run(replace(args, adam_beta2=0.5), topology), path)
         weights, counted, _ = loaded_and_stepped(run, path, off_by=1)
         assert counted == {4.0} and not same_bits(weights, unbroken)
         with megatrons_own("load_state_dict"):
@@ -104,6 +117,7 @@ def plain_steps(rank: int, world_size: int, init_method: str, args: Args) -> Non
         number = len(states(run))
         weights, counted, apart = loaded_and_stepped(Run(args, topology), path)
         assert (counted, apart) == ({3.0}, number) and same_bits(weights, run.weights())
+        keeps_its_settings(Run(replace(args, adam_beta2=0.5), topology), path)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
