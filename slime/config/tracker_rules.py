@@ -17,16 +17,16 @@ from slime.config.problem import Problem
 def trackers(case: Case) -> Iterable[Problem]:
     """--use-tensorboard and --use-wandb have their packages; W&B has a key, or is offline."""
     args = case.args
-    if args.use_tensorboard and not _installed("tensorboard"):
+    if args.use_tensorboard and not is_installed("tensorboard"):
         yield case.missing("use_tensorboard", "tensorboard is not installed", "pip install 'slime[tensorboard]'")
-    if args.use_wandb and not _installed("wandb"):
+    if args.use_wandb and not is_installed("wandb"):
         yield case.missing("use_wandb", "wandb is not installed", "pip install 'slime[wandb]'")
     elif args.use_wandb and case.real and not _has_account():
         remedy = "set WANDB_API_KEY, or WANDB_MODE=offline"
         yield case.error("use_wandb", "W&B has no API key, and would ask for it", remedy)
 
 
-def _installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
     """A directory of that name (W&B makes ./wandb) is no package."""
     spec = find_spec(name)
     return spec is not None and spec.origin is not None

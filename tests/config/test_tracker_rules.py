@@ -1,0 +1,58 @@
+"""Trackers: a package that is missing, and an account that is missing, are said before anything starts."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from config_run import Run
+
+from slime.config.tracker_rules import is_installed
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_what_is_not_installed_is_named_with_its_extra(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    error = f"--use-{name}: {name} is not installed; pip install 'slime[{name}]'"
+    assert run.error(f"--use-{name}") == error
+    assert error in run.warnings(f"--use-{name}", "--dry-run")
+
+
+def test_a_directory_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B makes ./wandb, which Python would import where the package is missing."""
+    (tmp_path / "a_directory").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find_spec("a_directory") is not None, "the control"
+    assert not is_installed("a_directory")
+    assert is_installed("pytest")
+
+
+def test_wandb_needs_an_account_or_to_be_offline(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for mode, errors in (("online", 1), ("offline", 0)):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        wandb.teardown()
+        assert len(run.errors("--use-wandb")) == errors
+    monkeypatch.setenv("WANDB_MODE", "online")
+    wandb.teardown()
+    assert run.error("--use-wandb").startswith("--use-wandb: W&B has no API key, and would ask for it; set WANDB_API_")
+    wandb.teardown()
+
+
+def test_where_events_go(run: Run, tmp_path: Path) -> None:
+    args = run.args("--use-tensorboard", "--save", str(tmp_path / "save"))
+    assert args.tensorboard_dir == f"{tmp_path}/save/tensorboard"
+    assert run.args("--use-tensorboard").tensorboard_dir == "outputs/tensorboard"
+    assert run.args().tensorboard_dir is None
+    [warning] = run.warnings("--tensorboard-dir", str(tmp_path))
+    assert "no effect: it belongs to --use-tensorboard" in warning
+    [warning] = run.warnings("--wandb-group", "x")
+    assert "no effect: it belongs to --use-wandb" in warning
