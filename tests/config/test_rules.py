@@ -93,7 +93,10 @@ def test_the_base_passes(run: Run) -> None:
             "--use-distributed-optimizer --optimizer sgd",
             "--use-distributed-optimizer: Megatron shards adam alone, not --optimizer sgd; leave one of the two out",
         ),
-        ("--rollout-stop-token-ids 5 128 -1", "--rollout-stop-token-ids 5 128 -1: the vocabulary has no token 128, -1: "),
+        (
+            "--rollout-stop-token-ids 5 128 -1",
+            "--rollout-stop-token-ids 5 128 -1: the vocabulary has no token 128, -1: ",
+        ),
         ("--rollout-stop=", "--rollout-stop: an empty text would end every response"),
         ("--lr-decay-style WSD", "--lr-decay-style WSD: has no length of its decay; add --lr-wsd-decay-iters"),
     ],

@@ -211,6 +211,8 @@ def test_changed_data_or_order_is_noticed_on_resume(data_file: Write, tokenizer:
     rows[2]["label"] = "7"
     with pytest.raises(ValueError, match=r"changed\.jsonl.*sha256"):
         DataBuffer(_args(data_file(rows, "changed.jsonl")), tokenizer).load_state_dict(state)
+    with pytest.raises(ValueError, match="sha256"):  # the same file, read otherwise
+        DataBuffer(_args(data_file(_rows(4)), input_key="label"), tokenizer).load_state_dict(state)
     with pytest.raises(ValueError, match="--rollout-seed: 42 then, 1 now"):
         DataBuffer(_args(data_file(_rows(4)), rollout_seed=1), tokenizer).load_state_dict(state)
 
