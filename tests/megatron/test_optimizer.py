@@ -153,7 +153,7 @@ def test_sharded_is_plain(workers: WorkerPool, hf: Path, bf16: bool) -> None:
     assert difference(clipped.weights, plain.weights) > 1e-2, "clipping is of consequence"
     plain = three_steps(workers, hf, 4, **layout)
     np.testing.assert_allclose(norms(clipped), norms(plain), rtol=1e-3 if bf16 else 1e-5)
-    assert difference(clipped.weights, plain.weights) <= (1e-2 if bf16 else 1e-5)
+    assert difference(clipped.weights, plain.weights) <= (2**-8 if bf16 else 1e-6)  # one rounding to bf16
 
 
 @pytest.mark.parametrize("sharded", [False, True])
