@@ -100,7 +100,7 @@ class Processes:
         router_url = external_router_url(args)
         try:
             if args.rollout_external_engines and args.num_engines:
-                self._external = asyncio.run(find_engines(args))
+                self._external = asyncio.run(find_engines(args, say=print))
             if router_url is not None and args.num_engines:
                 router = Membership(router_url, api_key=args.sglang.get("api_key"), timeout=args.engine_start_timeout)
                 router.wait_ready()

@@ -22,7 +22,7 @@ from slime.core.batch import TrainBatch, from_samples
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
 from slime.engine.client import EngineClient
-from slime.engine.external import leave_engines
+from slime.engine.external import free_engines
 from slime.engine.launch import ManagedProcess, find_free_port, launch_router
 from slime.engine.membership import Membership, external_router_url
 from slime.observability.logs import collected_warnings, log_to_file
@@ -93,11 +93,12 @@ class RolloutManager:
         self._context.client = client
         router = answering("the router", router_url, client) if self._router is None else own_router(self._router)
         watched: list[Watched] = [router]
-        if engines:
+        if args.rollout_external_engines:
+            await free_engines(client)
+            watched += [answering("the engine", url, client) for url in engine_urls]
+        else:
             owned = enumerate(zip(engine_urls, engines, strict=True))
             watched += [own_engine(index, url, actor, self._log_dir) for index, (url, actor) in owned]
-        else:
-            watched += [answering("the engine", url, client) for url in engine_urls]
         self._watch = EngineWatch(watched)
 
     async def set_policy_version(self, version: int) -> None:
@@ -189,11 +190,11 @@ class RolloutManager:
     async def close(self) -> None:
         if self._client is not None:
             if self._args.rollout_external_engines:
-                await leave_engines(self._client)
+                await free_engines(self._client)
             await self._client.close()
-        if self._router is None and self._membership is not None:
-            await asyncio.to_thread(self._membership.leave)
         if self._rewards is not None:
             self._rewards.close()
         if self._router is not None:
             self._router.stop()
+        elif self._membership is not None:
+            await asyncio.to_thread(self._membership.leave)

@@ -62,7 +62,7 @@ class TrainWorker:
         """Rank 0 opens the transport of weights; the others only take part in gathering."""
         if self._rank != 0:
             return
-        from slime.engine.address import address_for
+        from slime.core.address import address_for
         from slime.engine.client import EngineClient
         from slime.engine.launch import find_free_port
         from slime.megatron import device
@@ -140,7 +140,7 @@ class EngineWorker:
 
     def start(self) -> str:
         """Start the engine; its URL, once it answers."""
-        from slime.engine.address import LOOPBACK, own_address
+        from slime.core.address import LOOPBACK, own_address
         from slime.engine.launch import find_free_port, launch_engine
 
         router_host = self._args.sglang_router_ip

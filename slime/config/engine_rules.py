@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 from slime.config.args import Args
 from slime.config.case import Case
 from slime.config.problem import Problem
+from slime.core.address import is_loopback
 
 _URL = re.compile(r"http://(\[[0-9a-fA-F:.]+\]|[^\s/:@\[\]]+):(\d{1,5})")
-_LOCAL = re.compile(r"http://(localhost|127\.[0-9.]+|\[::1\]):\d+")
 
 
 def engines(case: Case) -> Iterable[Problem]:
@@ -70,7 +71,7 @@ def external_router(case: Case) -> Iterable[Problem]:
         remedy = "give both --sglang-router-ip and --sglang-router-port"
         yield case.error(given, "half of an address", remedy, beside=["sglang_router_ip", "sglang_router_port"])
         return
-    opens = args.sglang_router_ip is not None and not _is_local(f"http://{args.sglang_router_ip}:1")
+    opens = args.sglang_router_ip is not None and not is_loopback(args.sglang_router_ip)
     if opens and not args.rollout_external_engines and args.sglang.get("api_key") is None:
         rule = "stands elsewhere, so the engines listen on this machine's own address, to whoever reaches it"
         yield case.warning("sglang_router_ip", rule, "add --sglang-api-key, which the router has to have, too")
@@ -93,7 +94,9 @@ def weight_directory(case: Case) -> Iterable[Problem]:
         rule = "with --colocate weights go through device memory"
         yield case.error("update_weight_transport", rule, "leave it out", beside=["colocate"])
     given = args.save is not None or "update_weight_disk_dir" in case.given
-    elsewhere = [url for url in args.rollout_external_engines if _is_url(url) and not _is_local(url)]
+    elsewhere = [
+        url for url in args.rollout_external_engines if _is_url(url) and not is_loopback(urlsplit(url).hostname or "")
+    ]
     if elsewhere and not given and needs_weight_directory(args):
         rule = f"neither it nor --save was given, and {elsewhere[0]} has to read files there"
         remedy = "name a directory that it can read under the same path"
@@ -112,7 +115,3 @@ def needs_weight_directory(args: Args) -> bool:
 def _is_url(url: str) -> bool:
     match = _URL.fullmatch(url)
     return match is not None and 1 <= int(match[2]) <= 65535
-
-
-def _is_local(url: str) -> bool:
-    return _LOCAL.fullmatch(url) is not None

@@ -177,17 +177,25 @@ class EngineClient:
             raise EngineError(self._router_url, 200, f"the router has no engines for {endpoint}")
         each = list(bodies) if isinstance(bodies, Sequence) else [bodies] * len(urls)
         method = "GET" if bodies is None else "POST"
-        # All are waited for, and then the first failure is raised: none is left running unseen.
-        answers = await asyncio.gather(
-            *(
+        tasks = [
+            asyncio.ensure_future(
                 self._request(method, url + endpoint, body, timeout=CONTROL_TIMEOUT, collective=collective)
-                for url, body in zip(urls, each, strict=True)
-            ),
-            return_exceptions=True,
-        )
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
+            )
+            for url, body in zip(urls, each, strict=True)
+        ]
+        # All are waited for, and then the first failure is raised: none is left running unseen. Something collective
+        # cannot end without the one that failed.
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION if collective else asyncio.ALL_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        failed = [answer for answer in answers if isinstance(answer, BaseException)]
+        for failure in failed:
+            if not isinstance(failure, asyncio.CancelledError):
+                raise failure
+        assert not failed, "only what failed has the others cancelled"
         return answers
 
     async def abort_all(self) -> None:

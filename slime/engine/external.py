@@ -1,7 +1,7 @@
 """Engines that run already (`--rollout-external-engines`): found well at the start, left usable at the end.
 
-Path: the driver asks them before anything starts; when the run ends, the rollout manager leaves them. Invariant: a run
-begins only with engines that serve its model, and stops none of them.
+Path: the driver asks them before anything starts; the rollout manager frees them before and after its run. Invariant:
+a run begins only with engines that serve its model and do nothing else, and stops none of them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from slime.engine.client import EngineClient, EngineError
 from slime.engine.protocol import WEIGHT_GROUP, EngineInfo
 
 POLL_S = 0.2
-LEAVE_TIMEOUT_S = 5.0
+STEP_TIMEOUT_S = 3.0
 logger = logging.getLogger(__name__)
 
 
@@ -31,8 +31,8 @@ class FoundEngines:
     warnings: tuple[str, ...]
 
 
-async def find_engines(args: Args) -> FoundEngines:
-    """Wait for all engines of --rollout-external-engines, and ask them what they serve.
+async def find_engines(args: Args, *, say: Callable[[str], None]) -> FoundEngines:
+    """Wait for all engines of --rollout-external-engines (and `say` so), and ask them what they serve.
 
     Raises:
         EngineError: one did not answer within --engine-start-timeout, or is no engine.
@@ -40,18 +40,21 @@ async def find_engines(args: Args) -> FoundEngines:
     """
     urls = args.rollout_external_engines
     async with EngineClient("", engines=urls, api_key=args.sglang.get("api_key")) as client:
-        await asyncio.gather(*(_wait_for(client, url, args.engine_start_timeout) for url in urls))
+        await asyncio.gather(*(_wait_for(client, url, args.engine_start_timeout, say) for url in urls))
         infos = await client.describe()
     for url, info in zip(urls, infos, strict=True):
-        _check_model(args, url, info)
+        check_model(args, url, info)
     return FoundEngines(
         num_ranks=tuple(info.num_ranks for info in infos),
         warnings=tuple(text for url, info in zip(urls, infos, strict=True) for text in _doubts(args, url, info)),
     )
 
 
-async def _wait_for(client: EngineClient, url: str, timeout: float) -> None:
+async def _wait_for(client: EngineClient, url: str, timeout: float, say: Callable[[str], None]) -> None:
     deadline = time.monotonic() + timeout
+    if await client.is_healthy(url):
+        return
+    say(f"waiting for the engine {url}, up to {timeout:g} s (--engine-start-timeout)")
     while not await client.is_healthy(url):
         if time.monotonic() > deadline:
             raise EngineError(
@@ -63,8 +66,13 @@ async def _wait_for(client: EngineClient, url: str, timeout: float) -> None:
         await asyncio.sleep(POLL_S)
 
 
-def _check_model(args: Args, url: str, info: EngineInfo) -> None:
-    """Raise ValueError where the engine's model has not the shape of the one that is trained."""
+def check_model(args: Args, url: str, info: EngineInfo) -> None:
+    """Raise ValueError where the engine's model has not the shape of the one that is trained, or has no weights."""
+    if args.debug_rollout_only and not info.weights_complete:
+        raise ValueError(
+            f"--rollout-external-engines {url}: it waits for the rest of a set of weights, and --debug-rollout-only "
+            "sends none; start it anew"
+        )
     shape = args.architecture
     if shape is None:
         return
@@ -108,10 +116,13 @@ def _doubts(args: Args, url: str, info: EngineInfo) -> Iterable[str]:
         )
 
 
-async def leave_engines(client: EngineClient) -> None:
-    """Leave the client's engines usable: nothing in flight, not paused, in no weight group. Never raises for one."""
+async def free_engines(client: EngineClient) -> None:
+    """Make the client's engines as usable as when they were started: nothing in flight, not paused, in no weight group.
+
+    At the start for what a killed run left; at the end for whoever uses them next. An engine that is dead is logged.
+    """
     for step in (client.abort_all, client.continue_, lambda: client.forget_weights_update_group(WEIGHT_GROUP)):
         try:
-            await asyncio.wait_for(step(), LEAVE_TIMEOUT_S)
+            await asyncio.wait_for(step(), STEP_TIMEOUT_S)
         except (EngineError, TimeoutError) as error:
-            logger.warning("leaving the engines: %s", error)
+            logger.warning("freeing the engines: %r", error)

@@ -73,7 +73,7 @@ class Membership:
         """
         foreign: list[Member] = []
         for member in self._members():
-            if member.url.rstrip("/") in own:
+            if member.url in own:
                 continue
             if member.is_left_over():
                 self._remove(member)

@@ -237,6 +237,8 @@ class EngineInfo:
 
     model_path: str
     weight_version: str
+    weights_complete: bool
+    """Not in the middle of a set of weights that a trainer has never finished sending."""
     num_ranks: int
     """Members that it brings into a weight group."""
     dtype: str | None
@@ -253,6 +255,7 @@ class EngineInfo:
         return cls(
             model_path=str(model["model_path"]),
             weight_version=str(model["weight_version"]),
+            weights_complete=bool(server.get("weights_complete", True)),
             num_ranks=int(server["tp_size"]),
             dtype=None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
             context_length=server.get("context_length"),

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from slime.engine.address import own_address
+from slime.core.address import own_address
 
 
 class WeightGroup:

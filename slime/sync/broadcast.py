@@ -17,6 +17,9 @@ from slime.engine.weight_group import WeightGroup, dtype_name, join_weight_group
 from slime.sync.stream import NamedTensor, buckets
 from slime.sync.transport import SyncReport, Transport
 
+NAMED_WITHIN_S = 20.0
+"""Seconds that a failed broadcast waits for the engine's own error."""
+
 
 class BroadcastTransport(Transport):
     """Joins the weight group; the engines have to reach this process at `address`."""
@@ -81,20 +84,24 @@ class BroadcastTransport(Transport):
             for _, tensor in bucket:
                 self._group.broadcast(tensor, src=0)
 
-        await asyncio.gather(
-            asyncio.to_thread(broadcast),
-            self._client.update_weights_from_distributed(
-                names=[name for name, _ in bucket],
-                dtypes=[dtype_name(tensor.dtype) for _, tensor in bucket],
-                shapes=[list(tensor.shape) for _, tensor in bucket],
-                group_name=WEIGHT_GROUP,
-                weight_version=None if version is None else str(version),
-                flush_cache=version is not None,
-            ),
+        asking = self._client.update_weights_from_distributed(
+            names=[name for name, _ in bucket],
+            dtypes=[dtype_name(tensor.dtype) for _, tensor in bucket],
+            shapes=[list(tensor.shape) for _, tensor in bucket],
+            group_name=WEIGHT_GROUP,
+            weight_version=None if version is None else str(version),
+            flush_cache=version is not None,
         )
+        both = [asyncio.ensure_future(asking), asyncio.ensure_future(asyncio.to_thread(broadcast))]
+        await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+        if not both[0].done():  # the broadcast has failed: an engine is gone, and the request to it says which
+            await asyncio.wait(both[:1], timeout=NAMED_WITHIN_S)
+        for each in both:
+            if each.done():
+                each.result()
         return sum(tensor.nbytes for _, tensor in bucket)
 
     def close(self) -> None:
+        self._group.close()  # first: an engine that still waits for a bucket is freed by it
         self._runner.run(self._client.forget_weights_update_group(WEIGHT_GROUP))
-        self._group.close()
         super().close()

@@ -13,7 +13,7 @@ from conftest import StartEngine
 from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
-from slime.engine.external import FoundEngines, find_engines, leave_engines
+from slime.engine.external import FoundEngines, check_model, find_engines, free_engines
 from slime.engine.launch import ManagedProcess, find_free_port
 from slime.engine.protocol import WEIGHT_GROUP, EngineInfo, GenerateRequest, SamplingParams
 from slime.engine.weight_group import join_weight_group
@@ -23,7 +23,10 @@ def found(urls: list[str], model: Path, **flags: Any) -> FoundEngines:
     given: dict[str, Any] = {"bf16": False, "engine_start_timeout": 0.5, **flags}
     shape = hf_architecture(read_hf_config(model))
     args = Args(rollout_external_engines=tuple(urls), hf_checkpoint=str(model), architecture=shape, **given)
-    return asyncio.run(find_engines(args))
+    return asyncio.run(find_engines(args, say=said.append))
+
+
+said: list[str] = []
 
 
 def test_engines_of_the_model_are_taken(glm4_engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
@@ -41,13 +44,14 @@ def test_another_model_is_refused_by_what_differs(
     shape = replace(hf_architecture(read_hf_config(model_dirs["glm4"])), vocab_size=130)
     args = Args(rollout_external_engines=(glm4_engine.url,), architecture=shape)
     with pytest.raises(ValueError, match="vocab_size 128 there and 130 here"):
-        asyncio.run(find_engines(args))
+        asyncio.run(find_engines(args, say=said.append))
 
 
 def test_an_engine_that_is_not_there_is_named(glm4_engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
     url = f"http://127.0.0.1:{find_free_port()}"
     with pytest.raises(EngineError, match=rf"{url} did not answer: not well within --engine-start-timeout 0\.5 s"):
         found([glm4_engine.url, url], model_dirs["glm4"])
+    assert said == [f"waiting for the engine {url}, up to 0.5 s (--engine-start-timeout)"]
 
 
 def test_what_may_be_a_mistake_is_said(start_engine: StartEngine, model_dirs: dict[str, Path]) -> None:
@@ -75,6 +79,15 @@ def test_what_sglang_says_is_read() -> None:
     assert (info.weight_version, info.architecture) == ("default", None)
 
 
+def test_half_a_set_of_weights_is_nothing_to_generate_with() -> None:
+    info = EngineInfo.from_json(
+        {"tp_size": 1, "weights_complete": False}, {"model_path": "/m", "weight_version": "default"}
+    )
+    with pytest.raises(ValueError, match="http://e:1: it waits for the rest of a set of weights"):
+        check_model(Args(debug_rollout_only=True), "http://e:1", info)
+    check_model(Args(), "http://e:1", info)  # the first sync sends a whole one
+
+
 def test_engines_are_left_usable(glm4_engine: ManagedProcess) -> None:
     """Paused in the middle of a request, and in a weight group whose other end is gone."""
     params = SamplingParams(max_new_tokens=400, ignore_eos=True)
@@ -93,7 +106,7 @@ def test_engines_are_left_usable(glm4_engine: ManagedProcess) -> None:
             stuck = asyncio.create_task(client.generate(GenerateRequest(input_ids=[1], sampling_params=params)))
             await asyncio.sleep(0.2)
             assert not stuck.done()
-            await leave_engines(client)
+            await free_engines(client)
             first = await stuck
             second = await client.generate(
                 GenerateRequest(input_ids=[1], sampling_params=replace(params, max_new_tokens=2))

@@ -70,7 +70,7 @@ def test_only_a_dead_engine_of_a_run_is_left_over(glm4_engine: ManagedProcess) -
 def test_a_router_is_no_engine(router: ManagedProcess) -> None:
     """It answers that it is well, too."""
     with pytest.raises(EngineError, match=router.url):
-        asyncio.run(find_engines(Args(rollout_external_engines=(router.url,))))
+        asyncio.run(find_engines(Args(rollout_external_engines=(router.url,)), say=print))
 
 
 def test_a_router_that_is_not_there_is_named() -> None:

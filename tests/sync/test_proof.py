@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slime.engine.client import EngineClient
+from slime.engine.client import EngineClient, EngineError
 from slime.engine.launch import ManagedProcess, find_free_port
 from slime.engine.membership import Membership
 from slime.models.hf_files import HFReader, write_hf
@@ -159,16 +159,21 @@ def test_the_group_of_a_killed_run_is_no_obstacle(models: dict[str, Path], serve
     second.close()
 
 
-def test_a_dead_engine_is_named(models: dict[str, Path], served: list[ManagedProcess], tmp_path: Path) -> None:
-    """Last: it ends an engine."""
-    opened = disk(served, models, tmp_path)
+def test_a_dead_engine_is_named(
+    models: dict[str, Path], served: list[ManagedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Last: it ends an engine. The other one had begun to wait for the broadcast, and takes weights again after it."""
+    monkeypatch.setattr("slime.engine.client.BACKOFF", 0.01)
+    by_disk, by_broadcast = disk(served, models, tmp_path), broadcast(served)
     served[1].stop()
-    import slime.engine.client as module
-
-    before, module.BACKOFF = module.BACKOFF, 0.01
-    try:
-        with pytest.raises(RuntimeError, match=f"{served[1].url}.* did not load policy version 14"):
-            opened.send(weights(models["actor"]), version=14)
-    finally:
-        module.BACKOFF = before
-        opened.close()
+    with pytest.raises(RuntimeError, match=f"{served[1].url}.* did not load policy version 14"):
+        by_disk.send(weights(models["actor"]), version=14)
+    with pytest.raises(RuntimeError, match=f"{served[1].url}/update_weights_from_distributed did not answer"):
+        by_broadcast.send(weights(models["actor"]), version=14)
+    by_disk.close()
+    with pytest.raises(EngineError, match=served[1].url):
+        by_broadcast.close()
+    left = disk([served[0], served[-1]], models, tmp_path)
+    left.send(weights(models["actor"]), version=15)
+    check_versions(left, version=15)
+    left.close()

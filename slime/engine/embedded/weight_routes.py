@@ -78,7 +78,7 @@ class WeightRoutes:
         group = self._groups.pop(name, None)
         if group is None:
             raise ValueError(f"there is no weight group {name!r}")
-        group.close()
+        await in_daemon_thread(group.close)  # ends only when a broadcast that is being waited for has
         return json_answer({"success": True, "message": f"left {name!r}"})
 
     async def update_from_group(self, http: web.Request) -> web.Response:

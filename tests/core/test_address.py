@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from slime.engine.address import address_for, is_loopback, own_address
+from slime.core.address import address_for, is_loopback, own_address
 
 
 @pytest.mark.parametrize(

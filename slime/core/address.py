@@ -1,6 +1,7 @@
 """Which address of this machine others reach it at.
 
-Path: `launch` and `weight_group` bind to what this says. Invariant: what talks to this machine alone stays on loopback.
+Path: engines, their weight group and the rules about them go by what this says. Invariant: what talks to this machine
+alone stays on loopback.
 """
 
 from __future__ import annotations
