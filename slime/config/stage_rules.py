@@ -11,6 +11,9 @@ from slime.config.case import Case
 from slime.config.memory import stage_layers
 from slime.config.problem import Problem
 
+RECOMPUTED_MODULES = ("core_attn", "mlp")
+"""Of Megatron's; "layernorm" needs TransformerEngine, the rest are of layers that are not built."""
+
 
 def pipeline_stages(case: Case) -> Iterable[Problem]:
     """A stage has a layer at least; all have equally many, but for a last one whose number is given."""
@@ -41,6 +44,11 @@ def recompute(case: Case) -> Iterable[Problem]:
         for field, value in (("recompute_method", args.recompute_method), ("recompute_num_layers", num_layers)):
             if value is not None:
                 yield case.error(field, "selective recompute takes none", "leave it out")
+    modules = args.megatron_extra.get("recompute_modules") or []
+    unknown = [str(name) for name in modules if name not in RECOMPUTED_MODULES]
+    if unknown and case.real:
+        rule = f"{', '.join(unknown)}: only {' and '.join(RECOMPUTED_MODULES)} can be recomputed here"
+        yield Problem(severity="error", where="--recompute-modules", rule=rule, remedy="leave the others out")
     uniform = args.recompute_granularity == "full" and args.recompute_method == "uniform"
     if uniform and num_layers is not None and args.architecture is not None:
         for layers in sorted(set(stage_layers(args, args.architecture))):

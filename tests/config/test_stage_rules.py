@@ -65,3 +65,9 @@ def test_the_last_of_one_stage_says_nothing(run: Run) -> None:
 @pytest.mark.parametrize("words", ["--overlap-p2p-comm", "--num-microbatches-with-partial-activation-checkpoints 1"])
 def test_fields_that_the_schedule_refuses(run: Run, words: str) -> None:
     assert "not part of this version" in run.error(*words.split(), *TWO.split())
+
+
+def test_modules_that_cannot_be_recomputed(run: Run) -> None:
+    selective = ["--recompute-granularity", "selective", "--recompute-modules"]
+    assert "--recompute-modules: layernorm: only core_attn and mlp" in run.error(*selective, "mlp", "layernorm")
+    assert run.errors(*selective, "mlp", "core_attn") == []
