@@ -38,6 +38,9 @@ class PolicyModel(GPTModel):
     stage that is not the last go to the next one.
     """
 
+    num_token_ids: int
+    """The vocabulary's size, without padding."""
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
@@ -149,7 +152,7 @@ def build_model(args: Args, *, wrap: bool) -> torch.nn.Module:
         config = transformer_config(args)
         stage = parallel_state.get_pipeline_model_parallel_rank()
         layers = [layer_spec(args, config)] * get_num_layers_to_build(config, pp_rank=stage)
-        model: torch.nn.Module = PolicyModel(
+        core = PolicyModel(
             config,
             cast(Any, TransformerBlockSubmodules(layers, cast(Any, RMSNorm))),
             vocab_size=padded_vocab_size(
@@ -160,7 +163,9 @@ def build_model(args: Args, *, wrap: bool) -> torch.nn.Module:
             share_embeddings_and_output_weights=shape.tied_embeddings,
             pre_process=stage == 0,
             post_process=stage == config.pipeline_model_parallel_size - 1,
-        ).to(device.device())
+        )
+        core.num_token_ids = shape.vocab_size
+        model: torch.nn.Module = core.to(device.device())
         if not wrap:
             return model.to(params_dtype(args))
         if uses_bf16(args):

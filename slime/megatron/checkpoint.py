@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from slime.megatron import checkpoint_files, device
-from slime.megatron.build import unwrap
+from slime.megatron.build import EMBEDDING, PolicyModel, unwrap
 from slime.megatron.checkpoint_files import FoundCheckpoint, find_checkpoint
 from slime.megatron.optimizer_state import fill, has_state, take_main_weights, wanted_state
 
@@ -62,6 +62,8 @@ _CONTENT: Mapping[str, Any] = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+
+_SIZES = "model_sizes"
 
 _NOT_WEIGHTS = ("optimizer.", "rng_state")
 """What the keys of a checkpoint's other parts start with."""
@@ -148,11 +150,13 @@ def _save(
     written = _on_rank_zero(lambda: checkpoint_files.begin(save_dir, name))
     with device.layer(), _readable_errors(f"saving to {save_dir} failed", RuntimeError):
         metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
-        weights = unwrap(model).sharded_state_dict(metadata=metadata)
+        core = unwrap(model)
+        weights = core.sharded_state_dict(metadata=metadata)
         if "optimizer" in content:
             content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=metadata)}
         dist_checkpointing.save(
-            {**content, "model": weights, "checkpoint_version": 3.0},  # 3.0: Megatron's current layout of QKV
+            # 3.0: Megatron's current layout of QKV
+            {**content, "model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(core)},
             str(written),
             sharded_strategy=_TorchSave(),
             content_metadata=dict(_CONTENT),
@@ -230,6 +234,7 @@ def _load_weights(
 ) -> None:
     core = unwrap(model)
     with device.layer(), _readable_errors(_misfit(found), ValueError):
+        _refuse_other_sizes(found, common, core)
         saved = _saved_keys(found)
         weights = core.sharded_state_dict(metadata=_content(common))
         _refuse_more(found, weights, saved)
@@ -265,6 +270,23 @@ def _content(common: dict[str, Any]) -> dict[str, Any]:
 
 def _misfit(found: FoundCheckpoint) -> str:
     return f"{found.path} does not fit this model (see MODEL_ARGS, --hf-checkpoint)"
+
+
+def _sizes(core: PolicyModel) -> dict[str, int]:
+    """Sizes that tensors' shapes do not tell: tables are padded, and many a split into heads fills the same matrix."""
+    heads = ("num_attention_heads", "num_query_groups", "kv_channels")
+    return {"vocab_size": core.num_token_ids, **{name: int(getattr(core.config, name)) for name in heads}}
+
+
+def _refuse_other_sizes(found: FoundCheckpoint, common: dict[str, Any], core: PolicyModel) -> None:
+    """Megatron fills a table from one of any other length; its own checkpoints say no more than that length."""
+    ours, theirs = _sizes(core), common.get(_SIZES, {})
+    wrong = [f"{name} {size} there, {ours[name]} here" for name, size in theirs.items() if size != ours[name]]
+    table = load_sharded_metadata(str(found.path)).get(EMBEDDING)
+    if table is not None and table.global_shape[0] < core.num_token_ids:
+        wrong.append(f"an embedding of {table.global_shape[0]} rows there, {core.num_token_ids} token ids here")
+    if wrong:
+        raise ValueError(f"{_misfit(found)}: {'; '.join(wrong)}")
 
 
 def _refuse_more(found: FoundCheckpoint, weights: dict[str, Any], saved: set[str]) -> None:

@@ -252,7 +252,9 @@ def read_state(path: Path) -> dict[str, Any]:
         ValueError: it is not what was written.
     """
     written = json.loads((path / STATE_FILE).read_bytes())
-    if not isinstance(written, dict) or written.pop(_OWN_CHECKSUM, None) != _checksum_of_state(written):
+    if isinstance(written, dict) and _OWN_CHECKSUM not in written:
+        raise ValueError("no checksum in it, as in those of earlier versions")
+    if not isinstance(written, dict) or written.pop(_OWN_CHECKSUM) != _checksum_of_state(written):
         raise ValueError("not the bytes that were written")
     return written
 

@@ -216,6 +216,10 @@ def test_a_failed_save_fails_on_every_rank(workers: WorkerPool, tmp_path: Path):
         {"tied_embeddings": True},
         {"post_mlp_layernorm": False, "post_self_attn_layernorm": False},
         {"add_qkv_bias": False},
+        # tables of the same padded length, of a longer one, matrices of the same size: Megatron would fill them all
+        {"vocab_size": 35},
+        {"vocab_size": 60},
+        {"num_attention_heads": 2, "num_query_groups": 1, "kv_channels": 16},
     ],
     ids=str,
 )
@@ -224,6 +228,26 @@ def test_another_model_is_refused(workers: WorkerPool, tmp_path: Path, change: d
     args = replace(make_args(None, tp=2), architecture=replace(GLM4, **change))
     errors = workers.run(2, outcome, args, tmp_path)
     assert all(error.startswith(f"ValueError: {tmp_path}/iter_0000001 does not fit this model") for error in errors)
+
+
+def without_sizes(rank: int, world_size: int, init_method: str, args: Args, path: Path) -> str:
+    """The error of loading from `path`, which has lost what slime says of the model's sizes."""
+    common = torch.load(path / "iter_0000001" / "common.pt", weights_only=False)
+    assert common.pop("model_sizes")["vocab_size"] == GLM4.vocab_size
+    shutil.copytree(path / "iter_0000001", path / "release")
+    (path / "release" / STATE_FILE).unlink()
+    torch.save(common, path / "release" / "common.pt")
+    return outcome(rank, world_size, init_method, args, path / "release")
+
+
+def test_megatrons_own_checkpoint_of_fewer_tokens_is_refused(workers: WorkerPool, tmp_path: Path):
+    """It tells nothing but its table's length, 40 with padding."""
+    workers.run(1, trained, make_args(tmp_path), 1, 0)
+    args = replace(make_args(None), architecture=replace(GLM4, vocab_size=41))
+    [error] = workers.run(1, without_sizes, args, tmp_path)
+    assert "does not fit this model" in error and "an embedding of 40 rows there, 41 token ids here" in error
+    shutil.rmtree(tmp_path / "release")
+    assert workers.run(1, without_sizes, make_args(None), tmp_path) == [""]
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +307,16 @@ def test_a_changed_byte_is_noticed(saves: Path, name: str, place: float):
     flip(file, place)
     found = find_checkpoint(saves)
     assert found is not None and found.rollout_id == 2
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told(saves: Path, caplog: pytest.LogCaptureFixture):
+    file = saves / "iter_0000005" / STATE_FILE
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps({name: state[name] for name in state if name not in ("checksum", "file_checksums")}))
+    with caplog.at_level(logging.WARNING):
+        found = find_checkpoint(saves)
+    assert found is not None and found.rollout_id == 2
+    assert f"{STATE_FILE} is damaged: no checksum in it, as in those of earlier versions" in caplog.text
 
 
 def flip(file: Path, place: float) -> None:
