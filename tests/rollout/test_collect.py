@@ -292,7 +292,6 @@ def test_groups_are_judged_as_a_whole(
         assert group[0].group_index != 0
     assert results[0].metrics["rollout/groups_dropped/too_few_rewards"] == 1
     assert results[0].metrics["rollout/reward_failed/error"] == 4
-    assert results[0].metrics["time/reward"] > 0
     _account(buffer, results)
 
 

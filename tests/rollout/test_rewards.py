@@ -171,6 +171,16 @@ def test_closing_tells_whoever_waits() -> None:
     assert [str(result) for result in with_pool(args, work)] == ["the reward workers are closed"] * 3
 
 
+def test_closing_after_the_loop_is_gone() -> None:
+    pool = RewardPool(Args(custom_rm_path="rewards_for_tests.by_label", rm_num_workers=1))
+    assert asyncio.run(pool.judge(Sample(label="1"))) == Verdict(1.0)
+    [worker] = pool._workers
+    with pytest.raises(RuntimeError, match="belong to the event loop"):
+        asyncio.run(pool.judge(Sample(label="1")))
+    pool.close()
+    assert not _alive(worker.process.pid)
+
+
 def test_an_idle_worker_that_dies_is_replaced() -> None:
     async def work(pool: RewardPool) -> list[Verdict]:
         first = await pool.judge(Sample(label="1"))
@@ -250,11 +260,14 @@ def test_a_failed_verdict_marks_its_sample() -> None:
     assert (kept.status, kept.reward) == (Status.TRUNCATED, 0.0)
 
 
-def test_256_samples_are_judged_in_well_under_a_second() -> None:
+def test_256_samples_cost_the_event_loop_well_under_a_second() -> None:
+    start = time.process_time()
     verdicts, seconds = _judge(Args(rm_type="deepscaler"), [str(n) for n in range(256)])
+    ours = time.process_time() - start
     assert all(verdict == Verdict(1.0) for verdict in verdicts)
-    print(f"256 rewards in {seconds:.3f} s")
-    assert seconds < 1.0
+    print(f"256 rewards in {seconds:.3f} s, {ours:.3f} s of them in the process that asks")
+    assert ours < 0.5
+    assert seconds < 3
 
 
 def test_an_answer_that_blows_up_is_cut_off() -> None:

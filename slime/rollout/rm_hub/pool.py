@@ -105,7 +105,13 @@ class RewardPool:
         return verdict
 
     async def judge_group(self, samples: Sequence[Sample]) -> None:
-        """Judge those of a group that are finished and have no reward yet, in one call, and write the verdicts."""
+        """Judge those of a group that are finished and have no reward yet, in one call, and write the verdicts.
+
+        Raises:
+            ValueError: it is not `by_group` that rewards are computed.
+        """
+        if not self.by_group:
+            raise ValueError("--group-rm, --custom-rm-path: not both given; judge takes one sample at a time")
         finished = (Status.COMPLETED, Status.TRUNCATED)
         unjudged = [sample for sample in samples if sample.status in finished and sample.reward is None]
         if unjudged:
@@ -134,15 +140,15 @@ class RewardPool:
         """The loop of the caller; the first one finds the workers starting."""
         if self._closed:
             raise RuntimeError("the reward workers are closed")
-        if self._broken is not None:
-            raise self._broken
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
             for _ in range(self._args.rm_num_workers):
                 self._add_worker()
+        if self._broken is not None:
+            raise self._broken
         if self._loop is not loop:
-            raise RuntimeError("the reward workers belong to the event loop that judged the first sample")
+            raise RuntimeError("the reward workers belong to the event loop in which the first sample was judged")
         return loop
 
     # ---- tasks to workers
@@ -159,7 +165,7 @@ class RewardPool:
 
     def _worker_for(self, task: Task) -> RewardProcess | None:
         """The one with the fewest tasks, where it has room."""
-        free = [w for w in self._workers if w.ready and not any(other.alone for other in w.tasks.values())]
+        free = [worker for worker in self._workers if worker.ready and not worker.runs_alone]
         worker = min(free, key=lambda worker: len(worker.tasks), default=None)
         room = 1 if task.alone else self._capacity
         return worker if worker is not None and len(worker.tasks) < room else None
@@ -213,18 +219,23 @@ class RewardPool:
         if self._closed:
             return
         if not worker.ready:
+            worker.process.wait()
             self._break(f"exit code {worker.process.returncode}; its message stands above")
             return
-        culprit = worker.running
+        assert self._loop is not None, "_open comes first"
+        self._loop.run_in_executor(None, worker.process.wait)  # it may take a while to give gigabytes back
         tasks = [task for task in worker.tasks.values() if not task.done.done()]
-        for task in reversed(tasks):
-            if task.number == culprit or (culprit == 0 and len(tasks) == 1):
+        culprit = tasks[0].number if worker.running == 0 and len(tasks) == 1 else worker.running
+        innocent = [task for task in tasks if task.number != culprit]
+        for task in tasks:
+            if task.number == culprit:
                 _settle(task, [Verdict(None, failure)])
-            elif culprit:
-                self._waiting.appendleft(task)
-            else:
+        if culprit:
+            self._waiting.extendleft(reversed(innocent))
+        else:
+            for task in innocent:
                 task.alone = True
-                self._waiting.append(task)
+            self._waiting.extend(innocent)
         self._add_worker()
         self._hand_out()
 
@@ -261,13 +272,16 @@ class RewardPool:
     def close(self) -> None:
         """End the workers; whatever they are doing is lost, and whoever waits for it is told."""
         self._closed = True
-        if self._loop is not None and not self._loop.is_closed():
+        loop_goes_on = self._loop is not None and not self._loop.is_closed()
+        if loop_goes_on:
             self._fail_all(RuntimeError("the reward workers are closed"))
             if self._watch is not None:
                 self._watch.cancel()
         workers, self._workers = self._workers, set()
         for worker in workers:
-            worker.kill()
+            worker.kill() if loop_goes_on else worker.process.kill()
+        for worker in workers:
+            worker.process.wait()
 
 
 def _check_type(args: Args, rm_type: str | None) -> None:

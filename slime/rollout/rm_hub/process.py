@@ -100,14 +100,18 @@ class RewardProcess(asyncio.Protocol):
         return self._page.running
 
     @property
+    def runs_alone(self) -> bool:
+        """Whether it has a task that nothing may run beside."""
+        return len(self.tasks) == 1 and next(iter(self.tasks.values())).alone
+
+    @property
     def has_died(self) -> bool:
         """Also where a child of its own keeps the connection open."""
         return self.process.poll() is not None
 
     def kill(self) -> None:
-        """Any number of times; `lost` is not called after."""
+        """Any number of times; `lost` is not called after. Does not wait until it is gone."""
         self.process.kill()
-        self.process.wait()
         self._lost = _nothing
         if self._transport is not None:
             self._transport.abort()

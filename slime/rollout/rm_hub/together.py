@@ -43,9 +43,9 @@ class Together:
         """Seconds in which the loop was free: it goes on by no more than two ticks at a time."""
 
     async def serve(self, connection: socket.socket) -> None:
-        """Until the owner closes the connection."""
+        """Until the owner closes the connection; then the process ends, whatever its tasks would make of that."""
         reader, self._writer = await asyncio.open_unix_connection(sock=connection)
-        watch = asyncio.create_task(self._watch())
+        watch = asyncio.create_task(self._watch())  # a name, or it would be collected
         try:
             while True:
                 number, length = HEADER.unpack(await reader.readexactly(HEADER.size))
@@ -57,6 +57,7 @@ class Together:
                     self._end(number, self._late)
         except asyncio.IncompleteReadError:
             watch.cancel()
+            os._exit(0)
 
     async def _run(self, number: int, job: _Job, payload: bytes) -> None:
         answer = await self._stepped(number, job, self._judge(payload))
