@@ -104,7 +104,7 @@ def _another_value(spec: FlagSpec) -> Any:
 
 @pytest.mark.dist
 def test_harmless_fields_leave_the_function_alone(workers: WorkerPool, hf: Path) -> None:
-    """All of them at once: the same log-probs and gradients. Control: a field of the MLP moves both."""
+    """All of them at once: the same log-probs and gradients. Control: a field of the attention moves both."""
 
     def outcome(extra: dict[str, Any]) -> runs.Outcome:
         args = tiny.make_args(hf, lr=0.0, megatron_extra=extra)
@@ -118,6 +118,6 @@ def test_harmless_fields_leave_the_function_alone(workers: WorkerPool, hf: Path)
     harmless = outcome({name: _another_value(specs[name]) for name in sorted(built)})
     np.testing.assert_allclose(harmless.log_probs, plain.log_probs, atol=1e-5)
     assert runs.difference(harmless.gradients, plain.gradients) < 1e-4
-    other = outcome({"glu_linear_offset": 1.0})
+    other = outcome({"softmax_scale": 1.0})
     assert np.abs(other.log_probs - plain.log_probs).max() > 1e-3
     assert runs.difference(other.gradients, plain.gradients) > 1e-2
