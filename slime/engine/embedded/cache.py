@@ -70,10 +70,9 @@ class KVCache:
         self._kv[0, layer, rows, :, : k.shape[2]] = k
         self._kv[1, layer, rows, :, : v.shape[2]] = v
 
-    def write_tokens(self, layer: int, rows_B: Tensor, positions_B: Tensor, k: Tensor, v: Tensor) -> None:
-        """k, v [B, K, D], one position a row."""
-        self._kv[0, layer][rows_B, :, positions_B] = k
-        self._kv[1, layer][rows_B, :, positions_B] = v
+    def write_tokens(self, layer: int, rows_B: Tensor, positions_B: Tensor, kv: Tensor) -> None:
+        """kv [B, 2, K, D], one position a row."""
+        self._kv[:, layer][:, rows_B, :, positions_B] = kv
 
     def read(self, layer: int, rows: int, span: int) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, K, span, D], views."""

@@ -42,9 +42,9 @@ class Layer:
 
 
 class Attend(Protocol):
-    """Attention over the cache: q [N, H, D], k and v [N, K, D] -> [N, H * D]; also stores k and v."""
+    """Attention over the cache: q [N, H, D], kv [N, 2, K, D] -> [N, H * D]; also stores keys and values."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor: ...
 
 
 class Model:
@@ -60,6 +60,7 @@ class Model:
         self.final_norm = self._new("model.norm.weight", a.hidden_size)
         self.head = self.embedding if a.tied_embeddings else self._new("lm_head.weight", a.vocab_size, a.hidden_size)
         self._rotation = _rotation_table(a)
+        self._epsilon = torch.tensor(a.norm_epsilon)
 
     def _new(self, name: str, *shape: int) -> Tensor:
         tensor = torch.zeros(shape, dtype=self.dtype)
@@ -108,34 +109,39 @@ class Model:
         x = F.embedding(tokens_N, self.embedding)
         for i, w in enumerate(self.layers):
             qkv = F.linear(self._norm(x, w.input_norm), w.qkv, w.qkv_bias).view(-1, heads + 2 * groups, head)
-            qk, v = qkv.split([heads + groups, groups], dim=1)
             if w.q_norm is not None and w.k_norm is not None:
-                q, k = qk.split([heads, groups], dim=1)
-                qk = torch.cat([self._norm(q, w.q_norm), self._norm(k, w.k_norm)], dim=1)
-            q, k = self._rotate(qk, rotation).split([heads, groups], dim=1)
-            y = F.linear(attend(i, q, k, v), w.o)
-            x = x + (y if w.post_attention_norm is None else self._norm(y, w.post_attention_norm))
+                q, k, v = qkv.split([heads, groups, groups], dim=1)
+                qkv = torch.cat([self._norm(q, w.q_norm), self._norm(k, w.k_norm), v], dim=1)
+            self._rotate(qkv[:, : heads + groups], rotation)
+            q, kv = qkv.split([heads, 2 * groups], dim=1)
+            y = F.linear(attend(i, q, kv.unflatten(1, (2, groups))), w.o)
+            x += y if w.post_attention_norm is None else self._norm(y, w.post_attention_norm)
             gate, up = F.linear(self._norm(x, w.mlp_norm), w.gate_up).chunk(2, dim=-1)
-            y = F.linear(F.silu(gate) * up, w.down)
-            x = x + (y if w.post_mlp_norm is None else self._norm(y, w.post_mlp_norm))
+            y = F.linear(F.silu(gate, inplace=True).mul_(up), w.down)
+            x += y if w.post_mlp_norm is None else self._norm(y, w.post_mlp_norm)
         return self._norm(x, self.final_norm)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.architecture.norm_epsilon)
+        eps = self.architecture.norm_epsilon
+        if x.dtype != torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), weight, eps)
+        # The same in fewer operators: at these sizes a step is made of their number.
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse_rms = torch.addcmul(self._epsilon, norms, norms, value=1 / x.shape[-1]).rsqrt_()
+        return torch.mul(x, inverse_rms).mul_(weight)
 
-    def _rotate(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """RoPE on x [N, heads, D]: pairs of channels are complex numbers, turned by `rotation` [N, 1, pairs]."""
+    def _rotate(self, x: Tensor, rotation: Tensor) -> None:
+        """RoPE in place on x [N, heads, D]: pairs of channels are complex numbers, turned by `rotation` [N, 1, P]."""
         a = self.architecture
-        turned, passed = x[..., : a.rotary_dim].float(), x[..., a.rotary_dim :]
-        if a.rotary_interleaved:
-            pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)))
-            turned = torch.view_as_real(pairs * rotation).flatten(-2)
-        else:
-            real, imag = turned.chunk(2, dim=-1)
-            pairs = torch.complex(real, imag) * rotation
-            turned = torch.cat([pairs.real, pairs.imag], dim=-1)
-        turned = turned.to(x.dtype)
-        return turned if a.rotary_dim == a.kv_channels else torch.cat([turned, passed], dim=-1)
+        turning = x[..., : a.rotary_dim]
+        if a.rotary_interleaved and x.dtype == torch.float32:
+            torch.view_as_complex(turning.unflatten(-1, (-1, 2))).mul_(rotation)
+            return
+        wide = turning.float()
+        real, imag = (wide[..., ::2], wide[..., 1::2]) if a.rotary_interleaved else wide.chunk(2, dim=-1)
+        turned = torch.complex(real, imag) * rotation
+        pairs = [turned.real, turned.imag]
+        turning.copy_(torch.stack(pairs, dim=-1).flatten(-2) if a.rotary_interleaved else torch.cat(pairs, dim=-1))
 
     def logits(self, hidden_N: Tensor) -> Tensor:
         """Logits [N, vocabulary] in fp32."""
@@ -154,8 +160,8 @@ class Model:
             tokens[i, : len(ids)] = torch.tensor(ids)
         positions = torch.arange(width).expand(count, width).reshape(-1)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (t.unflatten(0, (count, width)).transpose(1, 2) for t in (q, k, v))
+        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(0, (count, width)).transpose(1, 2) for t in (q, kv[:, 0], kv[:, 1]))
             cache.write_prompts(layer, first_row, k, v)
             grouped = a.num_attention_heads != a.num_query_groups
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -171,16 +177,20 @@ class Model:
         rows = torch.arange(batch)
         future = torch.arange(span) > positions_B[:, None]
         mask = torch.zeros(batch, 1, 1, span).masked_fill_(future[:, None, None], float("-inf"))
+        # Query heads of one group stand as rows over their shared keys: nothing is repeated.
+        per_group = a.num_attention_heads // groups
+        mask = mask.expand(batch, groups, per_group, span).reshape(batch * groups, per_group, span)
         scale = head**-0.5
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.write_tokens(layer, rows, positions_B, k, v)
-            keys, values = cache.read(layer, batch, span)
-            # Query heads of one group stand as rows over their shared keys: nothing is repeated.
-            scores = torch.matmul(q.reshape(batch, groups, -1, head), keys.transpose(-1, -2))
-            # The mask is fp32, and so is the softmax.
-            weights = torch.softmax(torch.add(mask, scores, alpha=scale), dim=-1).to(values.dtype)
-            return torch.matmul(weights, values).reshape(batch, -1)
+        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+            cache.write_tokens(layer, rows, positions_B, kv)
+            keys, values = (t.flatten(0, 1) for t in cache.read(layer, batch, span))
+            queries = q.reshape(batch * groups, per_group, head)
+            if q.dtype == torch.float32:
+                scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scale)
+            else:  # the mask is fp32, and so is the softmax
+                scores = torch.add(mask, torch.bmm(queries, keys.transpose(1, 2)), alpha=scale)
+            return torch.bmm(torch.softmax(scores, dim=-1).to(values.dtype), values).view(batch, -1)
 
         return self._forward(tokens_B, positions_B, attend)
 
