@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,6 +111,42 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     if not 0 < scaling.low_freq_factor < scaling.high_freq_factor or scaling.factor <= 0:
         raise ValueError(f"RoPE of type llama3 has to have 0 < factor and 0 < low < high_freq_factor: {dict(rope)}")
     return scaling
+
+
+_HF_KEYS: Mapping[str, str] = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+}
+_ROPE_KEYS: Mapping[str, str] = {"rotary_base": "rope_theta", "rotary_percent": "partial_rotary_factor"}
+_SCALING_KEYS = {field.name for field in fields(RopeScaling)}
+
+
+def config_of(shape: Architecture, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`config` as it describes `shape`, with what --override-hf-config changed; and what it has no key for."""
+    new, before = dict(config), hf_architecture(config)
+    changed = {f.name for f in fields(Architecture) if getattr(shape, f.name) != getattr(before, f.name)}
+    new |= {key: getattr(shape, name) for name, key in _HF_KEYS.items() if name in changed}
+    place = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope: dict[str, Any] = dict(config.get(place) or {})
+    for name, key in _ROPE_KEYS.items():
+        if name in changed:
+            (rope if key in rope or place == "rope_parameters" else new)[key] = getattr(shape, name)
+    if "rope_scaling" in changed:
+        rope = {key: value for key, value in rope.items() if key not in (*_SCALING_KEYS, "type", "rope_type")}
+        rope |= {"rope_type": "default"} if shape.rope_scaling is None else asdict(shape.rope_scaling)
+        rope |= {} if shape.rope_scaling is None else {"rope_type": "llama3"}
+    if rope:
+        new[place] = rope
+    after = hf_architecture(new)
+    return new, [flag_name(name) for name in sorted(changed) if getattr(after, name) != getattr(shape, name)]
 
 
 def as_flags(shape: Architecture) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def recompute(case: Case) -> Iterable[Problem]:
         for field, value in (("recompute_method", args.recompute_method), ("recompute_num_layers", num_layers)):
             if value is not None:
                 yield case.error(field, "selective recompute takes none", "leave it out")
-    modules = args.megatron_extra.get("recompute_modules") or []
-    unknown = [str(name) for name in modules if name not in RECOMPUTED_MODULES]
+    modules: list[str] = args.megatron_extra.get("recompute_modules") or []
+    unknown = [name for name in modules if name not in RECOMPUTED_MODULES]
     if unknown and case.real:
         rule = f"{', '.join(unknown)}: only {' and '.join(RECOMPUTED_MODULES)} can be recomputed here"
         yield Problem(severity="error", where="--recompute-modules", rule=rule, remedy="leave the others out")

@@ -9,6 +9,7 @@ tied output layer on the last of several stages goes by the embedding's name: it
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slime.config.architecture import config_of, read_hf_config
 from slime.config.args import Args
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
@@ -27,6 +29,7 @@ from slime.models.families import weight_table
 from slime.models.hf_files import HFReader, write_hf
 from slime.models.mapping import WeightTable
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -158,10 +161,17 @@ def save_hf(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Export an HF directory in `dtype`, None: the storage dtype of `source_hf_dir`. Collective, rank 0 writes."""
+    """Export an HF directory in `dtype`, None: the storage dtype of `source_hf_dir`. Collective, rank 0 writes.
+
+    Its config.json describes the model that was trained, also where --override-hf-config parts it from the source's.
+    """
     tensors = iter_hf_tensors(model, architecture)
     if dist.get_rank() == 0:
-        write_hf(path, tensors, source_hf_dir, dtype)
+        source = read_hf_config(source_hf_dir)
+        config, unsaid = config_of(architecture, source)
+        if unsaid:
+            logger.warning("%s: its config.json has no way to say %s, which the run overrides", path, ", ".join(unsaid))
+        write_hf(path, tensors, source_hf_dir, dtype, config=None if config == source else config)
     else:
         for _ in tensors:
             continue

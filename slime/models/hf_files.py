@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,9 @@ def write_hf(
     dtype: torch.dtype | None = None,
     *,
     max_shard_bytes: int = 5 * 1024**3,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
-    """An HF directory of `tensors`, with everything but the weights from `source_hf_dir`.
+    """An HF directory of `tensors`, with everything but the weights (and `config.json`, if given) from `source_hf_dir`.
 
     `dtype` None: each tensor gets the dtype that it has in the source. An export that is already at `path` is
     replaced. Memory: one shard.
@@ -194,6 +195,8 @@ def write_hf(
             # A copy: safetensors refuses views of shared storage, and the caller may reuse its buffer.
             writer.add(name, tensor.detach().to("cpu", target_dtype, copy=True).contiguous())
         writer.finish()
+        if config is not None:
+            (written / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if dtype is not None:
             _set_config_dtype(written / "config.json", dtype)
         _put_in_place(written, path)

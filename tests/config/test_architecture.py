@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from config_run import GLM4_TINY, ROOT, Run
 
-from slime.config.architecture import hf_architecture
+from slime.config.architecture import config_of, hf_architecture
 from slime.config.args import Args
 from slime.config.parse import load_args
 from slime.core.architecture import Architecture, RopeScaling
@@ -309,3 +309,54 @@ def test_broken_config(run: Run) -> None:
     assert run.error().startswith(f"--hf-checkpoint {run.hf}: ")
     (run.hf / "config.json").write_text(json.dumps({"model_type": "glm4"}))
     assert "its config.json has no 'num_attention_heads'" in run.error()
+
+
+OLD_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "vocab_size": 93,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "torch_dtype": "bfloat16",
+}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, **vars(RopeScaling(factor=32.0))}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OLD_LLAMA,
+        {**OLD_LLAMA, "rope_scaling": {name: LLAMA3_ROPE[name] for name in LLAMA3_ROPE if name != "rope_theta"}},
+        {**OLD_LLAMA, "rope_parameters": LLAMA3_ROPE},
+        {**OLD_LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    ],
+)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rotary_base": 1e6},
+        {"rope_scaling": RopeScaling(factor=4.0)},
+        {"rope_scaling": None},
+        {"max_position_embeddings": 1024, "norm_epsilon": 1e-6, "kv_channels": 32, "tied_embeddings": True},
+    ],
+    ids=str,
+)
+def test_an_export_describes_what_was_trained(config: dict[str, Any], changes: dict[str, Any]) -> None:
+    trained = replace(hf_architecture(config), **changes)
+    found, unsaid = config_of(trained, config)
+    assert hf_architecture(found) == trained and not unsaid
+    assert found["torch_dtype"] == "bfloat16"
+    if not changes:
+        assert found == config
+    elif trained != hf_architecture(config):
+        assert found != config
+
+
+def test_what_no_config_can_say_is_named() -> None:
+    trained = replace(hf_architecture(OLD_LLAMA), rotary_interleaved=True)
+    assert config_of(trained, OLD_LLAMA)[1] == ["--rotary-interleaved"]

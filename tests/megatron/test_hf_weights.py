@@ -13,6 +13,7 @@ from tiny import FAMILIES, hf_dir, hf_model, make_args
 from torch import Tensor
 from worker_pool import WorkerPool, joined
 
+from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args
 from slime.models.hf_files import HFReader
 
@@ -142,3 +143,15 @@ def test_export_is_the_same_file_in_the_sources_dtype(workers: WorkerPool, tmp_p
     ours, theirs = file_tensors(tmp_path / "out"), file_tensors(hf)
     assert ours.keys() == theirs.keys()
     assert all(tensor.dtype == torch.bfloat16 and torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_an_exports_config_is_the_trained_models(workers: WorkerPool, tmp_path: Path):
+    """With --override-hf-config rotary-base, the source's config.json would give another function."""
+    hf = hf_dir(tmp_path / "hf", "llama3")
+    args = make_args(hf)
+    assert args.architecture is not None
+    workers.run(1, exported, args, tmp_path / "same")
+    assert (tmp_path / "same" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+    trained = replace(args.architecture, rotary_base=5e4)
+    workers.run(1, exported, replace(args, architecture=trained), tmp_path / "out")
+    assert hf_architecture(read_hf_config(tmp_path / "out")) == trained != hf_architecture(read_hf_config(hf))
