@@ -109,7 +109,7 @@ GUILTY = {
 def test_what_hangs_or_dies_costs_nothing_that_shares_its_worker() -> None:
     args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=2, rm_timeout=1.0)
     innocent = ["0.3"] * 10
-    labels = [*innocent, *GUILTY, *innocent, *GUILTY, *innocent]
+    labels = [*innocent, *GUILTY, *innocent]
     verdicts, _ = _judge(args, labels)
     for label, verdict in zip(labels, verdicts, strict=True):
         assert verdict == (Verdict(None, GUILTY[label]) if label in GUILTY else Verdict(1.0)), label
