@@ -159,10 +159,30 @@ class RolloutManager:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not watch.done():
             watch.cancel()
-            return task.result()
+            result = task.result()
+            await self._check_weights()
+            return result
         task.cancel()
         await asyncio.wait({task})
         raise RuntimeError(watch.result())
+
+    async def _check_weights(self) -> None:
+        """Engines that others have started may be started anew by them: with their first weights, and at once well.
+
+        Raises:
+            RuntimeError: one does not report the policy version that it was sent.
+        """
+        if not self._args.rollout_external_engines or self._args.debug_rollout_only:
+            return
+        assert self._client is not None, "there are engines"
+        version = self._context.policy_version
+        told = zip(await self._client.workers(), await self._client.weight_versions(), strict=True)
+        wrong = [f"{url} reports {reported}" for url, reported in told if reported != str(version)]
+        if wrong:
+            raise RuntimeError(
+                f"engines have lost policy version {version} while it was generated with: {', '.join(wrong)}; it was "
+                "started anew, or another run sends it weights"
+            )
 
     def _write_samples(self, rollout_id: int, samples: list[Sample]) -> None:
         """A few whole samples, readable, into rollout_samples.txt beside the logs."""

@@ -1,35 +1,70 @@
-"""What runs without us is watched by asking it: dead is what has not answered for a while, not what stumbles once."""
+"""Engines that run without us: watched by asking them, and asked what they hold whenever they have generated."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from slime.cluster import health
 from slime.cluster.health import EngineWatch, answering
+from slime.cluster.rollout_manager import RolloutManager
+from slime.config.args import Args
 from slime.engine.client import EngineClient
+from slime.engine.launch import ManagedProcess
 from tests.cluster.runs import Task
 from tests.sync.served import serving
 
 
+@pytest.fixture(scope="module")
+def served(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ManagedProcess]]:
+    with serving(task.model, tmp_path_factory.mktemp("logs"), engines=2) as processes:
+        yield processes
+
+
+def test_an_engine_that_was_started_anew_is_noticed(task: Task, served: list[ManagedProcess], tmp_path: Path) -> None:
+    """It is well, and behind the router; what it generates is another policy's."""
+    *engines, router = served
+    urls = [engine.url for engine in engines]
+    hook = "tests.cluster.hooks_for_tests.evaluate"
+    args = Args(hf_checkpoint=str(task.model), rollout_external_engines=tuple(urls), eval_function_path=hook)
+    manager = RolloutManager(args, str(tmp_path))
+    manager.start()
+
+    async def evaluate() -> None:
+        await manager.connect_engines(router.url, urls, [])
+        await manager.set_policy_version(1)
+        async with EngineClient(router.url, engines=urls) as client:
+            await client.update_weights_from_disk(str(task.model), "1")
+        assert await manager.evaluate(0)
+        async with EngineClient(router.url, engines=urls[1:]) as client:
+            await client.update_weights_from_disk(str(task.model), "0")
+        try:
+            with pytest.raises(RuntimeError, match=f"have lost policy version 1 .*: {urls[1]} reports 0;"):
+                await manager.evaluate(0)
+        finally:
+            await manager.close()
+
+    asyncio.run(evaluate())
+
+
 def test_the_death_of_an_engine_that_is_not_ours_is_named(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: list[ManagedProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Last: it ends an engine."""
     monkeypatch.setattr(health, "POLL_S", 0.05)
     monkeypatch.setattr(health, "UNWELL_S", 0.5)
-    with serving(task.model, tmp_path, engines=2, router=False) as engines:
-        urls = [engine.url for engine in engines]
+    urls = [engine.url for engine in served[:-1]]
 
-        async def watch() -> str:
-            async with EngineClient("", engines=urls) as client:
-                death = asyncio.create_task(
-                    EngineWatch([answering("the engine", url, client) for url in urls]).first_death()
-                )
-                await asyncio.sleep(1)
-                assert not death.done()
-                await asyncio.to_thread(engines[1].stop)
-                return await asyncio.wait_for(death, 10)
+    async def watch() -> str:
+        async with EngineClient("", engines=urls) as client:
+            watched = [answering("the engine", url, client) for url in urls]
+            death = asyncio.create_task(EngineWatch(watched).first_death())
+            await asyncio.sleep(1)
+            assert not death.done()
+            await asyncio.to_thread(served[1].stop)
+            return await asyncio.wait_for(death, 10)
 
-        assert asyncio.run(watch()) == f"the engine {urls[1]} died during generation"
+    assert asyncio.run(watch()) == f"the engine {urls[1]} died during generation"
