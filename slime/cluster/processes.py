@@ -29,7 +29,7 @@ from slime.config.rules import schedule
 from slime.core.errors import RunError
 from slime.engine.external import FoundEngines, find_engines
 from slime.engine.membership import Membership, external_router_url
-from slime.sync.disk import WeightDirectory
+from slime.sync.weight_directory import WeightDirectory
 
 if TYPE_CHECKING:
     from slime.megatron.result import LoadResult

@@ -115,8 +115,8 @@ class TrainWorker:
         return {} if report is None else report.metrics()
 
     def _prove(self, version: int) -> None:
-        from slime.sync.disk import PROOF
         from slime.sync.proof import prove_weights
+        from slime.sync.weight_directory import PROOF
 
         directory = self._weight_directory / PROOF
         # in the dtype in which the weights were sent; the HF directory's own may hold fewer bits

@@ -9,11 +9,6 @@ every engine ends the run.
 
 from __future__ import annotations
 
-import fcntl
-import os
-import re
-import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,57 +19,7 @@ from slime.engine.client import EngineClient, EngineError
 from slime.models.hf_files import write_hf
 from slime.sync.stream import NamedTensor
 from slime.sync.transport import SyncReport, Transport
-
-LOCK = ".slime-weights.lock"
-PROOF = "weights-proof"
-"""Where the export that a sync is compared with stands."""
-_OWN = re.compile(r"(\.tmp_(old_)?)?weights-(v\d{6,}|proof)")
-
-
-class WeightDirectory:
-    """A directory for weights on their way, held by one run: emptied of its own files when it starts and ends."""
-
-    def __init__(self, path: Path) -> None:
-        """Make it, hold it, and remove what a killed run left.
-
-        Raises:
-            ValueError: another run holds it.
-        """
-        path.mkdir(parents=True, exist_ok=True)
-        self.path = path.absolute()
-        self._lock = (self.path / LOCK).open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._lock.fileno()).st_nlink == 0:
-                raise BlockingIOError  # its holder is just leaving, and has removed it
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            self._lock.close()
-            raise ValueError(
-                f"--update-weight-disk-dir {path}: {holder} sends weights through it; one run's engines would load "
-                "another's: give this one a directory of its own, or wait"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
-        remove_weights(self.path)
-
-    def close(self) -> None:
-        """Leave nothing there."""
-        if self.path.is_dir():
-            remove_weights(self.path)
-            (self.path / LOCK).unlink(missing_ok=True)
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
-        self._lock.close()
-
-
-def remove_weights(directory: Path, *, keep: Path | None = None) -> None:
-    """Remove all versions in `directory`, whole or half-written, but `keep`; other files are left alone."""
-    for entry in directory.iterdir():
-        if entry != keep and _OWN.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
+from slime.sync.weight_directory import remove_weights
 
 
 class DiskTransport(Transport):

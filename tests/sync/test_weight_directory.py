@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slime.sync.disk import LOCK, WeightDirectory, remove_weights
+from slime.sync.weight_directory import LOCK, WeightDirectory, remove_weights
 
 OWN = ("weights-v000003", ".tmp_weights-v000004", ".tmp_old_weights-v000003", "weights-proof", "weights-v1234567")
 OTHERS = ("weights", "weights-v3", "my-weights-v000003", "weights-v000003.bak", "iter_0000003")
