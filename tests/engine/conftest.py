@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from tiny_models import StartEngine
 
 from slime.engine.launch import ManagedProcess, find_free_port
 
 ROOT = Path(__file__).parents[2]
 SERVER = "slime.engine.embedded.server"
-StartEngine = Callable[..., ManagedProcess]
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 import tiny_models
-from conftest import StartEngine
+from tiny_models import StartEngine
 
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError

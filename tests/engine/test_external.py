@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import StartEngine
+from tiny_models import StartEngine
 
 from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args

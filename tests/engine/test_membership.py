@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import StartEngine
+from tiny_models import StartEngine
 
 from slime.config.args import Args
 from slime.engine.client import EngineError

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import tiny_models
-from conftest import StartEngine
+from tiny_models import StartEngine
 
 from slime.engine.launch import ManagedProcess
 

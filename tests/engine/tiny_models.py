@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from slime.engine.launch import ManagedProcess
+
 SPECIALS = ["<|endoftext|>", "<|user|>"]
 VOCABULARY = SPECIALS + ["\n"] + [chr(c) for c in range(32, 127)]
 EOS = 0
 VOCAB_SIZE = 128
+StartEngine = Callable[..., ManagedProcess]
+"""start_engine(model_dir, *flags) -> a ready engine."""
 
 
 def _config(family: str, *, vocab_size: int, hidden: int, eos: list[int]) -> Any:
