@@ -17,6 +17,8 @@ TAIL = 300
 """Characters at the end of the response in which the answer has to stand."""
 
 _ANSWER = re.compile(r"answer[ \t]*[*_]{0,3}[ \t]*[:：][*_]{0,3}", re.IGNORECASE)
+_DISPLAY = re.compile(r"\s*(?:(?:\\\[|\$\$)[ \t]*\n\s*)?")
+"""What may stand between "Answer:" and the answer: a formula of its own lines opens there."""
 
 
 def dapo_answer(response: str) -> str | None:
@@ -28,9 +30,11 @@ def dapo_answer(response: str) -> str | None:
     found = list(_ANSWER.finditer(tail))
     if not found:
         return None
-    line = tail[found[-1].end() :].lstrip().partition("\n")[0].strip()
+    start = _DISPLAY.match(tail, found[-1].end())
+    assert start is not None, "it matches nothing, too"
+    line = tail[start.end() :].partition("\n")[0].strip()
     boxed = last_boxed(line)
-    return (line.strip("*_ ") or None) if boxed is None else boxed
+    return (line.strip("*_` ") or None) if boxed is None else boxed
 
 
 def dapo_score(answer: str | None, label: str) -> float:

@@ -8,12 +8,22 @@ which uses eval, is left out).
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 MAX_ANSWER = 1000
 """Characters of an answer that is still parsed: a degenerate one of thousands takes the grammar a minute."""
 
 _BOXED = re.compile(r"\\boxed\s*\{")
-_INTEGER = re.compile(r"[+-]?\d{1,18}")
+_SEPARATED = re.compile(r"[+-]?\d{1,3}(?:(?:\\[, ;:]|~| )\d{3})+(?:\.\d+)?")
+"""Thousands set apart by a space of LaTeX: `10\\,000`. (Commas are math-verify's.)"""
+_SPACE = re.compile(r"\\[, ;:]|~| ")
+_NUMBER = re.compile(
+    r"(?P<digits>[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400}))"
+    r"(?:(?:[eE]|\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*(?P<brace>\{)?\s*)(?P<power>[+-]?\d{1,3})(?(brace)\s*\}))?"
+)
+_TOLERANCE = Decimal("1e-6")
+"""Of two numbers with a fraction: absolute, as math-verify has it, and relative below 1, where it would take all that
+is small for the same."""
 
 
 def last_boxed(text: str) -> str | None:
@@ -47,8 +57,9 @@ def equal_as_mathematics(answer: str, label: str) -> bool:
         return False
     if answer == label:
         return True
-    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(label):
-        return int(answer) == int(label)
+    ours, theirs = _number(answer), _number(label)
+    if ours is not None and theirs is not None:
+        return _same_number(ours, theirs)
     return len(answer) <= max(MAX_ANSWER, 2 * len(label)) and _verify(answer, label)
 
 
@@ -60,7 +71,22 @@ def warm_up() -> None:
 def _plain(text: str) -> str:
     text = text.strip()
     text = text[:-1].rstrip() if text.endswith(".") else text
-    return text.strip("$").strip() if text.startswith("$") and text.endswith("$") else text
+    text = text.strip("$").strip() if text.startswith("$") and text.endswith("$") else text
+    return _SPACE.sub("", text) if _SEPARATED.fullmatch(text) else text
+
+
+def _number(text: str) -> Decimal | None:
+    """A decimal number, also as `1.5e-7` or `1.5\\times 10^{-7}`; None where it is anything else."""
+    match = _NUMBER.fullmatch(text)
+    return None if match is None else Decimal(f"{match['digits']}e{match['power'] or 0}")
+
+
+def _same_number(ours: Decimal, theirs: Decimal) -> bool:
+    if ours == theirs:
+        return True
+    if ours == ours.to_integral_value() or theirs == theirs.to_integral_value():
+        return False
+    return abs(ours - theirs) <= _TOLERANCE * min(Decimal(1), max(abs(ours), abs(theirs)))
 
 
 def _verify(answer: str, label: str) -> bool:
