@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any, cast
 
 from slime.config.data_files import DataError, DataKeys, Row, read_rows
 from slime.config.problem import Problem
 
 MAX_REPORTED = 5
+MAX_EXACT = 2.0**53
+"""From here on floats skip integers; an integer beyond 64 bits is read as one of them."""
 
 RowCheck = Callable[[dict[str, Any]], tuple[str, str] | None]
 """Rule and remedy for a row that is well-formed and cannot be used all the same; None where it can."""
@@ -35,6 +38,8 @@ def _fault(data: dict[str, Any], keys: DataKeys, chat_template: bool) -> tuple[s
     label = None if keys.label_key is None else data[keys.label_key]
     if keys.label_key is not None and not _is_text_or_number(label):
         return f"{keys.label_key!r} is {label!r}, not text or a number", "correct the line, or --label-key"
+    if isinstance(label, float) and abs(label) >= MAX_EXACT:
+        return f"{keys.label_key!r} is {label!r}: a number of so many digits has lost some", "write it as text"
     for key, kind, named in ((keys.metadata_key, dict, "an object"), (keys.tool_key, list, "a list")):
         value = None if key is None else data.get(key)
         if value is not None and not isinstance(value, kind):
@@ -55,6 +60,11 @@ def _is_text_or_number(label: object) -> bool:
     if isinstance(label, float):
         return math.isfinite(label)
     return isinstance(label, str | int) and not isinstance(label, bool)
+
+
+def label_text(label: str | float) -> str:
+    """A label as reward functions see it. A number has no exponent: `0.00001`, where Python would say 1e-05."""
+    return f"{Decimal(repr(label)):f}" if isinstance(label, float) else str(label)
 
 
 def check_rows(

@@ -40,11 +40,11 @@ def prompt_file(case: Case) -> Iterable[Problem]:
 
 def _reward_check(case: Case, keys: DataKeys, rm_type: str | None) -> RowCheck:
     """Whether the reward of a row can be computed, where its data set is judged by `rm_type`."""
-    has_label = keys.label_key is not None
 
     def check(row: dict[str, Any]) -> tuple[str, str] | None:
         metadata = cast(dict[str, Any], row.get(keys.metadata_key) or {})
-        return line_reward_fault(case.args, metadata.get("rm_type"), rm_type, has_label=has_label)
+        label = None if keys.label_key is None else row[keys.label_key]
+        return line_reward_fault(case.args, metadata.get("rm_type"), rm_type, label)
 
     return check
 
@@ -60,7 +60,8 @@ def _data_file(
     try:
         file, _ = split_slice(path)
     except ValueError as error:
-        yield case.error(field, str(error), "a slice is path@[start:stop]")
+        rule, _, remedy = str(error).removeprefix(f"{path}: ").rpartition("; ")
+        yield case.error(field, rule, remedy)
         return
     suffix = Path(file).suffix
     if not Path(file).is_file():
@@ -84,7 +85,7 @@ def eval_files(case: Case) -> Iterable[Problem]:
     try:
         datasets: list[EvalDataset] = eval_datasets(args)
     except ValueError as error:
-        rule, _, remedy = str(error).rpartition("; ")
+        rule, _, remedy = str(error).removeprefix(str(args.eval_config)).lstrip(": ").rpartition("; ")
         yield case.error(field, rule, remedy)
         return
     for dataset in datasets:

@@ -26,13 +26,17 @@ def needs_label(rm_type: object) -> bool:
     return base_type(rm_type) not in (None, "random", "remote_rm")
 
 
-def line_reward_fault(args: Args, named: object, rm_type: str | None, *, has_label: bool) -> tuple[str, str] | None:
+def line_reward_fault(args: Args, named: object, rm_type: str | None, label: object) -> tuple[str, str] | None:
     """Rule and remedy where the reward of a data line cannot be computed; None where it can.
 
     `named` is the line's metadata.rm_type, which goes before `rm_type`, the data set's own (which other rules check).
+    `label`: None where there is no key of it.
     """
     if args.custom_rm_path is not None:
         return None
+    asked = named or rm_type
+    if isinstance(label, str) and not label.strip() and needs_label(asked) and base_type(asked) != "f1":
+        return f"its label is empty, and {asked} compares the answer with it: no answer is right", "correct the line"
     if not named:
         if rm_type is not None or args.custom_generate_function_path is not None:  # which may judge
             return None
@@ -42,7 +46,7 @@ def line_reward_fault(args: Args, named: object, rm_type: str | None, *, has_lab
         return f"metadata.rm_type is {named!r}, which is none", REWARD_TYPE_REMEDY
     if base == "remote_rm" and args.rm_url is None:
         return f"metadata.rm_type is {named!r}, and there is no --rm-url", "add --rm-url"
-    if needs_label(named) and not has_label:
+    if needs_label(named) and label is None:
         return f"metadata.rm_type is {named!r}, which compares the answer with a label", "add --label-key"
     return None
 

@@ -17,7 +17,7 @@ import jinja2
 import orjson
 
 from slime.config.args import Args
-from slime.config.data_check import row_error
+from slime.config.data_check import label_text, row_error
 from slime.config.data_files import DataError, DataKeys, Row, read_rows
 from slime.core.sample import Message, Sample
 from slime.rollout.tokenizer import render_messages, tokenize
@@ -97,7 +97,7 @@ def load_prompts(path: str, args: Args, tokenizer: PreTrainedTokenizerBase, keys
             continue
         if not ids:
             raise DataError(row.where, f"the prompt under {keys.input_key!r} has no tokens", "remove the line")
-        label = None if keys.label_key is None else str(row.data[keys.label_key])
+        label = None if keys.label_key is None else label_text(row.data[keys.label_key])
         prompts.append(Prompt(row.data[keys.input_key], label, ids, row.data.get(keys.metadata_key) or {}))
     _report_dropped(path, dropped, len(rows), limit)
     if not prompts:

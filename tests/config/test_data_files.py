@@ -16,7 +16,7 @@ from config_run import MESSAGE, Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slime.config.data_check import check_rows
+from slime.config.data_check import check_rows, label_text
 from slime.config.data_files import DataError, DataKeys, Row, count_rows, read_rows, split_slice
 from slime.config.eval_data import eval_datasets
 
@@ -51,6 +51,8 @@ def test_bad_slices(path: str) -> None:
         (json.dumps({"label": "2"}), "no key 'prompt'; it has label"),
         (json.dumps({"prompt": MESSAGE["prompt"]}), "no key 'label'; it has prompt"),
         (json.dumps(MESSAGE | {"label": None}), "'label' is None, not text or a number"),
+        (json.dumps(MESSAGE | {"label": ["2"]}), "'label' is ['2'], not text or a number"),
+        (json.dumps(MESSAGE | {"label": 10**22 + 1}), "'label' is 1e+22: a number of so many digits has lost some"),
         (json.dumps(MESSAGE | {"metadata": "x"}), "'metadata' is 'x', not an object"),
         (json.dumps(MESSAGE | {"tools": {"name": "f"}}), "'tools' is "),
         (json.dumps(MESSAGE | {"prompt": "text"}), "'prompt' is not a list of OpenAI messages"),
@@ -220,4 +222,23 @@ def test_eval_sets(run: Run) -> None:
 def test_bad_eval_config(run: Run, text: str, message: str) -> None:
     config = run.directory / "eval.yaml"
     config.write_text(text)
-    assert message in run.error("--eval-interval", "1", "--eval-config", str(config))
+    error = run.error("--eval-interval", "1", "--eval-config", str(config))
+    assert message in error
+    assert error.count(str(config)) <= 1
+
+
+def test_a_bad_slice_is_said_once(run: Run) -> None:
+    assert run.error("--prompt-data", f"{run.data}@[5]") == (
+        f"--prompt-data {run.data}@[5]: [5] is not a slice; write path@[start:stop], either of them may be left out"
+    )
+
+
+def test_labels_are_what_a_judge_can_read() -> None:
+    for label, text in [
+        ("34", "34"),
+        (34, "34"),
+        (-0.5, "-0.5"),
+        (1e-05, "0.00001"),
+        (2.0**51 + 0.5, "2251799813685248.5"),
+    ]:
+        assert label_text(label) == text

@@ -82,6 +82,14 @@ def test_a_lines_own_type(run: Run, own: str) -> None:
     assert run.errors("--custom-rm-path", f"{own}.reward") == []  # which judges every line
 
 
+def test_an_empty_label_is_never_right(run: Run, own: str) -> None:
+    rows = [MESSAGE, MESSAGE | {"label": " "}, MESSAGE | {"label": "", "metadata": {"rm_type": "f1"}}]
+    run.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [error] = run.errors()
+    assert error.startswith(f"{run.data}:2: its label is empty, and deepscaler compares the answer with it")
+    assert run.errors("--custom-rm-path", f"{own}.reward") == []
+
+
 def test_lines_of_an_evaluation_set(run: Run) -> None:
     held_out = run.directory / "held-out.jsonl"
     held_out.write_text(json.dumps({**MESSAGE, "metadata": {"rm_type": "accuracy"}}) + "\n")
