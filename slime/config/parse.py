@@ -7,6 +7,8 @@ Invariant: nothing given is dropped in silence, and no process has been started 
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -171,6 +173,14 @@ def _said(given: Given, raw: Args) -> frozenset[str]:
     return frozenset(said)
 
 
+def _print_help() -> None:
+    """Also into a pager that is left before the end (`--help | head`)."""
+    try:
+        print(format_help(), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def load_args(argv: Sequence[str], *, training: bool = True) -> tuple[Args, list[Problem]]:
     """The resolved Args and the warnings. `--help` prints every flag and exits.
 
@@ -181,7 +191,7 @@ def load_args(argv: Sequence[str], *, training: bool = True) -> tuple[Args, list
         UsageError: every error found, all at once.
     """
     if "--help" in argv or "-h" in argv:
-        print(format_help())
+        _print_help()
         raise SystemExit(0)
     given = read(argv)
     raw = Args(

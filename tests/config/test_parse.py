@@ -211,6 +211,12 @@ def test_help_needs_nothing_installed() -> None:
     assert not {"--sglang-tp-size", "--sglang-port"} & flags  # refused by name
 
 
+def test_help_into_a_pager_that_is_left() -> None:
+    command = f"{sys.executable} train.py --help | head -n 3"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.count("\n"), done.stderr) == (3, "")
+
+
 def test_train_py_stops_before_anything_starts(run: Run) -> None:
     run.data.write_text("{\n")
     command = [sys.executable, "train.py", *run.base, "--rolout-seed", "3", "--num-steps-per-rollout", "3"]
