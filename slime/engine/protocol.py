@@ -7,7 +7,7 @@ Invariant: field names and URLs are SGLang's, and are written down here and nowh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Literal, get_args
 
@@ -66,7 +66,7 @@ class Message:
             raise ValueError(f"{name}: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if v is not None}  # pyright: ignore[reportArgumentType]
+        return {k: v for k, v in vars(self).items() if v is not None}
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -186,9 +186,7 @@ class GenerateRequest(Message):
         return super().from_json({**body, "sampling_params": SamplingParams.from_json(params)})
 
     def to_json(self) -> dict[str, Any]:
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data["sampling_params"] = self.sampling_params.to_json()
-        return {k: v for k, v in data.items() if v is not None}
+        return {**super().to_json(), "sampling_params": self.sampling_params.to_json()}
 
 
 FinishReason = Literal["stop", "length", "abort"]

@@ -16,7 +16,6 @@ import random
 import signal
 import sys
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
 from typing import Any
@@ -72,6 +71,7 @@ class Server:
             self._scheduler, self._weights, self._call, dist_timeout=settings.dist_timeout
         )
         self._random = random.Random(settings.seed)
+        self._names = random.Random()  # (uuid4 asks the kernel, and gives up the GIL for it)
         self._open: dict[int, asyncio.Future[Request]] = {}
         """By id() of the request: a rid may come again as soon as its client has gone."""
         self._rids: set[str] = set()
@@ -166,7 +166,7 @@ class Server:
                 f"Requested token count exceeds the model's maximum context length of {context} tokens: {len(ids)} "
                 f"input tokens and {params.max_new_tokens} new ones; lower max_new_tokens"
             )
-        rid = asked.rid or uuid.uuid4().hex
+        rid = asked.rid or f"{self._names.getrandbits(128):032x}"
         if rid in self._rids:
             raise ValueError(f"rid {rid!r} is in use by another request")
         own = frozenset() if params.ignore_eos else self._settings.stop_token_ids

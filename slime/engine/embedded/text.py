@@ -24,7 +24,7 @@ class Text:
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer.from_file(str(self._file))
 
-    @property
+    @cached_property
     def available(self) -> bool:
         return self._file.is_file()
 
