@@ -2,7 +2,8 @@
 
 Path: the plan and the rules ask with the rows of the data file, the cluster with the prompts that were kept, before a
 trainer starts. Invariant: every prompt is drawn at least --num-epoch times. (The last rollout goes on into the next
-epoch; groups that a dynamic filter drops have been drawn, too, and bring the next epoch nearer.)
+epoch; groups that a dynamic filter drops have been drawn, too, and bring the next epoch nearer. What over-sampling has
+drawn beyond the last rollout's need stays in the Data Buffer, untrained.)
 """
 
 from __future__ import annotations

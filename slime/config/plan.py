@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from slime.config.args import Args
 from slime.config.epochs import planned_prompts, rollouts_of_epochs
+from slime.config.eval_data import eval_datasets
 from slime.config.memory import TrainMemory, engine_memory, stage_layers, train_memory
 from slime.config.problem import Problem
 from slime.config.resolve import cuda_available
@@ -147,11 +148,12 @@ def _activations_note(args: Args, train: TrainMemory) -> str:
 def _length(args: Args) -> str:
     if args.num_rollout is not None:
         return f"{args.num_rollout} rollouts"
+    epochs = "1 epoch" if args.num_epoch == 1 else f"{args.num_epoch} epochs"
     num_prompts = planned_prompts(args)
     if num_prompts is None:
-        return f"{args.num_epoch} epochs"
+        return epochs
     rollouts = rollouts_of_epochs(args, num_prompts)
-    return f"{args.num_epoch} epochs of {num_prompts} rows: {rollouts} rollouts (fewer where prompts are too long)"
+    return f"{epochs} of {num_prompts} rows: {rollouts} rollouts (fewer where prompts are too long)"
 
 
 def _batches(args: Args) -> Iterable[Row]:
@@ -199,14 +201,29 @@ def _files(args: Args) -> Iterable[Row]:
         yield "ref load", args.ref_load or "(not given)"
         often = f"every {args.save_interval} rollouts and " if args.save_interval else ""
         yield "save", f"{args.save}, {often}after the last" if args.save else "(not given)"
-    data = " ".join(args.eval_prompt_data) or args.eval_config
-    if data and args.num_engines:
-        often = f"every {args.eval_interval} rollouts, " if args.eval_interval else ""
-        yield "evaluation", f"{often}before the first and after the last, on {data}"
+    if (args.eval_prompt_data or args.eval_config) and args.num_engines:
+        yield from _evaluation(args)
+
+
+def _evaluation(args: Args) -> Iterable[Row]:
+    """When, then one row a set: each may have its own sampling."""
+    often = f"every {args.eval_interval} rollouts, " if args.eval_interval else ""
+    yield "evaluation", f"{often}before the first and after the last"
+    try:
+        datasets = eval_datasets(args)
+    except ValueError:  # the file is not on this machine, as the warnings say
+        yield "", f"on {' '.join([*args.eval_prompt_data, args.eval_config or ''])}".rstrip()
+        return
+    for dataset in datasets:
+        judge = "" if dataset.rm_type in (args.rm_type, None) or args.custom_rm_path else f", {dataset.rm_type}"
+        samples = (
+            "1 sample" if dataset.n_samples_per_eval_prompt == 1 else f"{dataset.n_samples_per_eval_prompt} samples"
+        )
+        yield "", f"{dataset.name}: {dataset.path}{judge}"
         yield (
             "",
-            f"{args.n_samples_per_eval_prompt} samples a prompt, up to {args.eval_max_response_len} tokens each, "
-            f"temperature {args.eval_temperature:g}, top-p {args.eval_top_p:g}",
+            f"  {samples} a prompt, up to {dataset.max_response_len} tokens each, "
+            f"temperature {dataset.temperature:g}, top-p {dataset.top_p:g}",
         )
 
 

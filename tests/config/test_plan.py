@@ -94,6 +94,26 @@ def test_rows_add_up() -> None:
     assert float(re.findall(r"training step ([\d.]+)", rows["at most"])[0]) == peak
 
 
+def test_each_evaluation_set_has_its_own_sampling(run: Run) -> None:
+    config = run.directory / "eval.yaml"
+    own = "{name: b, path: b.jsonl, n_samples_per_eval_prompt: 4, temperature: 0.5, rm_type: math}"
+    config.write_text("datasets:\n  - {name: a, path: a.jsonl}\n  - " + own + "\n")
+    words = ["--eval-prompt-data", "c", "c.jsonl@[:9]", "--eval-config", str(config), "--dry-run"]
+    plan = format_plan(*run.load(*words))
+    for line in (
+        "evaluation     before the first and after the last",
+        "c: c.jsonl@[:9]",
+        "a: a.jsonl",
+        "b: b.jsonl, math",
+    ):
+        assert f" {line}\n" in plan
+    sampling = [line.split(" a prompt")[0].strip() for line in plan.splitlines() if " a prompt, up to" in line]
+    assert sampling == ["1 sample", "1 sample", "4 samples"]
+    assert plan.count("temperature 0.5, top-p 1") == 1
+    config.unlink()
+    assert f"\n                 on c c.jsonl@[:9] {config}\n" in format_plan(*run.load(*words))
+
+
 def test_what_is_said() -> None:
     assert "host memory" not in memory_of(PAGE)
     with_reference = memory_of(replace(PAGE, log_ref_kl=True))
