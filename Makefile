@@ -1,5 +1,7 @@
 # make demo [SEED=n]   the whole system on a laptop CPU, in outputs/demo-seed<n>/
 # make demo-control    the same with rewards shuffled between samples: it must not learn
+# make bench           against what one would take instead, into docs/PERFORMANCE.md; or one: make bench-engine,
+#                      bench-trainer, bench-loop (which makes TRL an environment of its own in .venv-trl)
 # make test            the tests        make check    lint, format and types
 # A virtual environment is made in .venv the first time.
 
@@ -9,7 +11,10 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-control test check
+TRL_VENV ?= .venv-trl
+TRL_STAMP := $(TRL_VENV)/.installed
+
+.PHONY: install demo demo-control bench bench-engine bench-trainer bench-loop test check
 
 install: $(STAMP)
 
@@ -26,6 +31,24 @@ demo: $(STAMP)
 
 demo-control: $(STAMP)
 	PATH="$(BIN):$$PATH" SEED=$(SEED) CONTROL=1 bash scripts/demo.sh
+
+$(TRL_STAMP): bench/trl-requirements.txt
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(abspath $(TRL_VENV))/bin/python -m pip install --quiet torch==2.13.0
+	$(abspath $(TRL_VENV))/bin/python -m pip install --quiet --requirement bench/trl-requirements.txt
+	touch $@
+
+bench: bench-engine bench-trainer bench-loop
+	$(BIN)/python -m bench.report
+
+bench-engine: $(STAMP)
+	$(BIN)/python -W ignore -m bench.engine
+
+bench-trainer: $(STAMP)
+	$(BIN)/python -W ignore -m bench.trainer
+
+bench-loop: $(STAMP) $(TRL_STAMP)
+	$(BIN)/python -W ignore -m bench.loop --trl-python $(abspath $(TRL_VENV))/bin/python
 
 test: $(STAMP)
 	PATH="$(BIN):$$PATH" python3 -m pytest

@@ -135,11 +135,11 @@ def machine() -> dict[str, str]:
 
 
 def write_result(
-    name: str, tables: Sequence[Table], goals: Sequence[Goal], facts: Mapping[str, str], raw: Mapping[str, Any]
-) -> Path:
-    """outputs/bench/<name>.json, and the tables on the terminal."""
-    OUTPUTS.mkdir(parents=True, exist_ok=True)
-    path = OUTPUTS / f"{name}.json"
+    path: Path, tables: Sequence[Table], goals: Sequence[Goal], facts: Mapping[str, str], raw: Mapping[str, Any]
+) -> None:
+    """The result as JSON, and its tables on the terminal."""
+    name = path.stem
+    path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "name": name,
         "command": f"make bench-{name}",
@@ -156,4 +156,3 @@ def write_result(
     for goal in goals:
         print(f"\n{goal.what}: {goal.ratio:.2f} (goal {goal.goal:g}): {'met' if goal.met else 'MISSED'}")
     print(f"\n-> {path}", flush=True)
-    return path

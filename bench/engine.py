@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import torch
 
-from bench.common import Busy, Goal, Spread, Table, in_turns, machine, ratios, thread_cpu_seconds, write_result
+from bench.common import OUTPUTS, Busy, Goal, Spread, Table, in_turns, machine, ratios, thread_cpu_seconds, write_result
 from examples.arithmetic.make_task import make_model, make_tokenizer
 from slime.config.args import Args
 from slime.engine.client import EngineClient
@@ -246,6 +246,7 @@ def main() -> None:
     parser.add_argument("--high", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="of the engine's steps, and of generate")
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "engine.json")
     given = parser.parse_args()
     facts = machine()
     speed = Table(
@@ -297,7 +298,7 @@ def main() -> None:
                 seconds = inside.run(batch)
                 raw[name]["inside"] = seconds
                 parts.rows.append([name, *part_shares(seconds), f"{batch.num_tokens / seconds['all']:,.0f}"])
-    write_result("engine", [speed, where, parts], goals, facts, raw)
+    write_result(given.out, [speed, where, parts], goals, facts, raw)
 
 
 def usage_shares(usage: dict[str, float]) -> list[str]:

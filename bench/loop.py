@@ -45,7 +45,7 @@ WARMUP = 3
 PHASES = ("generation", "reward", "training", "weight_sync", "idle")
 ROLES = {
     "slime.engine.embedded.server": "engine",
-    "sglang_router": "router",
+    "sglang::router": "router",
     "ray::TrainWorker": "trainer",
     "ray::RolloutManager": "rollout manager",
     "rm_hub": "reward workers",
@@ -96,7 +96,7 @@ def run_slime(start: Path, task: Path, out: Path, *, steps: int, every: int, thr
     """One run of the demo's GRPO script, with one training process and one engine."""
     command = ["bash", "scripts/run-glm4-tiny-cpu.sh"]
     command += ["--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1"]
-    command += ["--cpu-threads-per-process", str(threads), "--max-tokens-per-gpu", "16384"]
+    command += ["--cpu-threads-per-process", str(threads), "--max-tokens-per-gpu", "1536"]
     command += ["--num-rollout", str(steps), "--save-interval", str(every), "--keep-last-checkpoints", "1"]
     command += ["--save-hf", f"{out}/hf/{{rollout_id}}", "--skip-eval-before-train", "--eval-interval", "100000"]
     environment = {
@@ -331,10 +331,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--every", type=int, default=2, help="steps between two kept sets of weights")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "loop.json")
     given = parser.parse_args()
     facts = machine() | trl_versions(given.trl_python)
     start, task = (given.start, given.task) if given.start is not None else ensure_start(1)
-    out = OUTPUTS / "loop"
+    out = given.out.with_suffix("")
     shutil.rmtree(out, ignore_errors=True)
     options = {"steps": given.steps, "every": given.every, "threads": given.threads}
     runs: dict[str, list[Run]] = {"slime": [], "TRL": []}
@@ -352,7 +353,7 @@ def main() -> None:
     overhead, cpu, share = overhead_tables(runs["slime"])
     raw["overhead"] = share
     goals = [Goal("slime / TRL in rollouts/s", ratio.median, GOAL)]
-    write_result("loop", [speed, reach, overhead, cpu], goals, facts, raw)
+    write_result(given.out, [speed, reach, overhead, cpu], goals, facts, raw)
 
 
 def trl_versions(python: Path) -> dict[str, str]:

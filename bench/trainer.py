@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from bench.common import Goal, Spread, Table, in_turns, machine, ratios, write_result
+from bench.common import OUTPUTS, Goal, Spread, Table, in_turns, machine, ratios, write_result
 
 GOAL = 0.9
 LEARNING_RATE = 1e-4
@@ -189,29 +189,45 @@ class PlainSide:
 PARTS = ("rows, packing", "forward", "log-probs, loss", "backward", "norm, clipping", "optimizer", "metrics")
 
 
+class _Timed:
+    """Autograd's engine, with a mark before and behind each backward pass."""
+
+    def __init__(self, engine: Any, mark: Callable[[], None]) -> None:
+        self._engine, self._mark = engine, mark
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        self._mark()
+        try:
+            return self._engine.run_backward(*args, **kwargs)
+        finally:
+            self._mark()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
 class Markers:
-    """When each part of a step begins, seen from hooks of torch alone: the same on both sides."""
+    """When each part of a step begins, seen from hooks of torch alone: the same on both sides. Used by `with`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._times: list[float] = []
-        model.register_forward_pre_hook(lambda *_: self._mark())
-        model.register_forward_hook(lambda *_: self._mark())
-        engine = torch.autograd.Variable._execution_engine
+        self._model = model
 
-        class Timed:
-            def run_backward(timed, *args: Any, **kwargs: Any) -> Any:
-                self._mark()
-                try:
-                    return engine.run_backward(*args, **kwargs)
-                finally:
-                    self._mark()
+    def __enter__(self) -> Markers:
+        self._engine = engine = torch.autograd.Variable._execution_engine
+        torch.autograd.Variable._execution_engine = _Timed(engine, self._mark)  # pyright: ignore[reportAttributeAccessIssue]
+        self._hooks = [
+            self._model.register_forward_pre_hook(lambda *_: self._mark()),
+            self._model.register_forward_hook(lambda *_: self._mark()),
+            register_optimizer_step_pre_hook(lambda *_: self._mark()),
+            register_optimizer_step_post_hook(lambda *_: self._mark()),
+        ]
+        return self
 
-            def __getattr__(timed, name: str) -> Any:
-                return getattr(engine, name)
-
-        torch.autograd.Variable._execution_engine = Timed()  # pyright: ignore[reportAttributeAccessIssue]
-        register_optimizer_step_pre_hook(lambda *_: self._mark())
-        register_optimizer_step_post_hook(lambda *_: self._mark())
+    def __exit__(self, *_: object) -> None:
+        torch.autograd.Variable._execution_engine = self._engine
+        for hook in self._hooks:
+            hook.remove()
 
     def _mark(self) -> None:
         self._times.append(time.perf_counter())
@@ -238,15 +254,14 @@ def serve(pipe: Connection, make: Callable[..., Side], arguments: Sequence[Any])
     """The process of one side: does what the pipe asks for."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     side = make(*arguments)
-    markers: Markers | None = None
     while (asked := pipe.recv()) is not None:
         if asked == "step":
             start, cpu = time.perf_counter(), time.process_time()
             metrics = side.step()
             pipe.send({**metrics, "seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu})
         elif asked == "parts":
-            markers = markers or Markers(side.model)
-            pipe.send(markers.step(side))
+            with Markers(side.model) as markers:
+                pipe.send(markers.step(side))
         elif asked == "operators":
             pipe.send(operators(side, 3))
         elif asked == "memory":
@@ -307,12 +322,12 @@ def check_same_work(first: dict[str, dict[str, float]]) -> None:
                 raise RuntimeError(f"{key} of the first step: slime {ours:.7g}, {name} {theirs:.7g}")
 
 
-def make_model_dir(path: Path) -> float:
-    """A random Qwen3; returns its millions of parameters."""
+def make_model_dir(path: Path, **changes: Any) -> float:
+    """A random Qwen3; returns its millions of parameters. `changes`: to its config."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+    model = Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, **changes}))
     model.save_pretrained(path)
     return model.num_parameters() / 1e6
 
@@ -322,13 +337,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "trainer.json")
     given = parser.parse_args()
     facts = machine()
     speed = Table(
         "Tokens/s of one training step",
         ["rows", "threads", "slime", "plain step", "ratio", "ratio in CPU time", "peak memory", "plain step's"],
     )
-    where = Table("Where a step's time goes (ms)", ["part", *()])
+    where = Table("Where a step's time goes (ms)", ["part"])
     goals: list[Goal] = []
     raw: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -344,7 +360,7 @@ def main() -> None:
             raw[f"{name}, {threads} threads"] = result
             add_rows(speed, where, goals, name, threads, sum(lengths), result)
     speed.note = f"Qwen3 of {millions:.1f} M parameters, {given.tokens} tokens a step, fp32; medians (lowest–highest)."
-    write_result("trainer", [speed, where, operator_table(raw)], goals, facts, raw)
+    write_result(given.out, [speed, where, operator_table(raw)], goals, facts, raw)
 
 
 def add_rows(

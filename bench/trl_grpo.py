@@ -37,6 +37,7 @@ class Clock(TrainerCallback):
     def __init__(self, out: Path, *, save_every: int) -> None:
         self._out, self._save_every = out, save_every
         self.inside: dict[str, float] = {}
+        self._tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._start = time.perf_counter()
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--save-every", type=int, default=2)
+    parser.add_argument("--micro-batch", type=int, default=PROMPTS * SAMPLES, help="samples of one forward")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
@@ -98,10 +100,10 @@ def main() -> None:
         callbacks=[clock],
         args=GRPOConfig(
             output_dir=str(given.out / "trl"),
-            per_device_train_batch_size=PROMPTS * SAMPLES,
+            per_device_train_batch_size=given.micro_batch,
+            gradient_accumulation_steps=PROMPTS * SAMPLES // given.micro_batch,
+            steps_per_generation=PROMPTS * SAMPLES // given.micro_batch,
             num_generations=SAMPLES,
-            steps_per_generation=1,
-            gradient_accumulation_steps=1,
             num_iterations=1,
             max_steps=given.steps,
             max_completion_length=LONGEST,

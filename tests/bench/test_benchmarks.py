@@ -1,0 +1,104 @@
+"""The benchmarks, at sizes that measure nothing: sides do the same work in turns, and tables reach the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worker_pool import WorkerPool
+
+from bench import report, trainer
+from bench.common import ROOT, Spread, Table, in_turns, ratios
+
+PAGE = ROOT / "docs" / "PERFORMANCE.md"
+
+
+def test_sides_take_turns_and_warmups_are_thrown_away() -> None:
+    calls: list[str] = []
+
+    def side(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    found = in_turns({"a": lambda: side("a"), "b": lambda: side("b")}, rounds=2, warmup=1)
+    assert "".join(calls) == "ababab"
+    assert found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+def test_a_ratio_compares_what_was_measured_side_by_side() -> None:
+    """Both sides grew ten times slower in the middle: the ratio did not move, that of the medians would."""
+    spread = ratios([20.0, 2.0, 22.0], [10.0, 1.0, 11.0])
+    assert (spread.median, spread.low, spread.high, spread.count) == (2.0, 2.0, 2.0, 3)
+
+
+def a_result(**changes: Any) -> dict[str, Any]:
+    table = Table("Speed", ["batch", "ratio"], [["32", Spread.of([1.0, 2.0, 4.0]).show(1)]])
+    return {
+        "command": "make bench-engine",
+        "facts": {"machine": "2 CPU cores", "torch": "2.13.0"},
+        "tables": [vars(table)],
+        "goals": [{"what": "engine", "ratio": 1.4, "goal": 1.5}],
+        **changes,
+    }
+
+
+def test_tables_reach_their_block_and_no_other() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    once = report.filled(page, {"engine": a_result(), "unknown": a_result()})
+    assert "| 32 | 2.0 (1.0–4.0) |" in once and "| engine | 1.40 | 1.5 | missed |" in once
+    assert "`make bench-engine`: machine 2 CPU cores, torch 2.13.0." in once
+    twice = report.filled(once, {"engine": a_result()})
+    assert twice == once
+    outside = report.BLOCK.sub("", page)
+    assert report.BLOCK.sub("", once) == outside
+    assert {match[2] for match in report.BLOCK.finditer(page)} == {"engine", "trainer", "loop"}
+
+
+def both_sides(
+    rank: int, world_size: int, init_method: str, model_dir: str, lengths: list[int]
+) -> dict[str, dict[str, float]]:
+    """First loss and gradient norm of each side, and the parts of slime's second step."""
+    slime = trainer.SlimeSide(model_dir, lengths, 1)
+    try:
+        steps = {"slime": slime.step()}
+        for layout in ("rows", "packed"):
+            steps[layout] = trainer.PlainSide(model_dir, lengths, layout, 1).step()
+        with trainer.Markers(slime.model) as markers:
+            return {**steps, "parts": markers.step(slime)}
+    finally:
+        slime.trainer.close()
+
+
+@pytest.mark.dist
+def test_the_trainers_sides_do_the_same_work(workers: WorkerPool, tmp_path: Path) -> None:
+    trainer.make_model_dir(tmp_path, num_hidden_layers=2)
+    [found] = workers.run(1, both_sides, str(tmp_path), [16, 9, 12])
+    parts = found.pop("parts")
+    trainer.check_same_work(found)
+    assert parts.keys() == set(trainer.PARTS) and min(parts.values()) >= 0
+    other = {**found["rows"], "loss": found["rows"]["loss"] * 1.001}
+    with pytest.raises(RuntimeError, match="loss of the first step"):
+        trainer.check_same_work({**found, "rows": other})
+
+
+def test_the_engines_benchmark_runs(tmp_path: Path) -> None:
+    out = tmp_path / "engine.json"
+    command = [sys.executable, "-m", "bench.engine", "--concurrent", "3", "--equal", "4", "--low", "2", "--high", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert len(result["goals"]) == 2
+    for table in result["tables"]:
+        assert [len(row) for row in table["rows"]] == [len(table["columns"])] * 2
+        assert table["title"] in done.stdout
+    for case in result["raw"].values():
+        assert all(rate > 0 for rates in case["tokens_per_second"].values() for rate in rates)
+        assert all(seconds >= 0 for seconds in case["usage"].values())
