@@ -6,6 +6,7 @@ Path: `Cluster` makes them on their bundles and calls them; the work is in `mega
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ class TrainWorker:
     """One rank of training."""
 
     def __init__(self, args: Args, rank: int, init_method: str, log_dir: str) -> None:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the engine's; read when torch is first imported
         self._args = args
         self._rank = rank
         self._init_method = init_method

@@ -157,7 +157,8 @@ def launch_engine(args: Args, *, index: int, host: str, port: int, log_path: str
     if args.architecture is not None:
         command += ["--architecture", json.dumps(asdict(args.architecture))]
     command += _flags(settings)
-    environment["OMP_NUM_THREADS"] = str(threads)
+    # Threads that wait sleep: others of the run share the cores, and who spins keeps them from those it waits for.
+    environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     return ManagedProcess(
         f"engine {index}", command, url=f"http://{host}:{port}", log_path=log_path, environment=environment
     )
