@@ -3,6 +3,7 @@
 # make bench           against what one would take instead, into docs/PERFORMANCE.md; or one: make bench-engine,
 #                      bench-trainer, bench-loop (which makes TRL an environment of its own in .venv-trl)
 # make test            the tests        make check    lint, format and types
+# make test-gpu        the checks that need GPUs, on those there are, and one table; some: make test-gpu CHECKS='engine'
 # A virtual environment is made in .venv the first time.
 
 SEED ?= 1
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed
 TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 
-.PHONY: install demo demo-control bench bench-engine bench-trainer bench-loop test check
+.PHONY: install demo demo-control bench bench-engine bench-trainer bench-loop test test-gpu check
 
 install: $(STAMP)
 
@@ -52,6 +53,12 @@ bench-loop: $(STAMP) $(TRL_STAMP)
 
 test: $(STAMP)
 	PATH="$(BIN):$$PATH" python3 -m pytest
+
+# With the packages of the environment in PYTHON_GPU: .venv holds PyTorch for CPUs.
+PYTHON_GPU ?= python3
+
+test-gpu:
+	$(PYTHON_GPU) -m tests.gpu $(CHECKS)
 
 check: $(STAMP)
 	PATH="$(BIN):$$PATH" ruff check

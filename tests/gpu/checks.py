@@ -1,0 +1,117 @@
+"""What a GPU check is: a function with `@check(gpus=1, minutes=5)` that takes a Report and adds rows to it.
+
+    @check(gpus=2, minutes=3)
+    def broadcast(report: Report) -> None:
+        '''Every bucket arrives.'''
+        report.row("largest difference", 0.0, limit="= 0", ok=True)   # passed or failed
+        report.row("speed", "212 GB/s", limit="230 GB/s, a plain broadcast")   # a figure: ok is None
+
+An exception is a failed row with the end of its traceback, whatever was reported before it stands. The runner
+(tests/gpu/runner.py) gives each check a process group, a time limit and a log of its own.
+
+Invariant: a row is on disk when `row` returns, so that a check that is killed has still said what it found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+MODULES = ("parity", "trainer_speed", "engine", "sync", "colocate", "learn", "rollout_speed", "layouts")
+"""Of tests/gpu, in the order in which they run; a name with a dot is a module elsewhere."""
+
+Value = str | int | float | bool
+OK, FAILED, FIGURE, SKIPPED, MISSING, NOT_RUN = "ok", "FAILED", "figure", "skipped", "missing", "not run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    check: str
+    what: str
+    value: str
+    limit: str = ""
+    state: str = FIGURE
+    seconds: float = 0.0
+    """Since the check began."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a check asks for, as its decorator says."""
+
+    gpus: int
+    minutes: float
+
+
+class SkipCheck(Exception):
+    """The check cannot say anything here; its text says why."""
+
+
+def check[Function: Callable[["Report"], None]](*, gpus: int = 1, minutes: float = 5) -> Callable[[Function], Function]:
+    """Mark a function of a Report as a check that needs so many GPUs and takes at most so many minutes."""
+
+    def mark(function: Function) -> Function:
+        cast(Any, function).needs = Needs(gpus, minutes)
+        return function
+
+    return mark
+
+
+class Report:
+    """Rows of one check, appended to a file that all checks share as they come."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.path = path
+        self.failed = False
+        self._start = time.monotonic()
+
+    def row(self, what: str, value: Value, limit: Value | None = None, ok: bool | None = None) -> None:
+        """Add a line: passed or failed by `ok`, or a figure without a limit where that is None."""
+        state = FIGURE if ok is None else OK if bool(ok) else FAILED
+        self._write(what, value, limit, state)
+
+    def skip(self, why: str) -> None:
+        """End the check here: it cannot say anything on this machine."""
+        raise SkipCheck(why)
+
+    def skipped(self, why: str) -> None:
+        self._write(why, "", None, SKIPPED)
+
+    def fail(self, what: str, value: Value) -> None:
+        """Add a failed line."""
+        self._write(what, value, None, FAILED)
+
+    def _write(self, what: str, value: Value, limit: Value | None, state: str) -> None:
+        self.failed |= state == FAILED
+        row = Row(
+            check=self.name,
+            what=what,
+            value=shown(value),
+            limit="" if limit is None else shown(limit),
+            state=state,
+            seconds=round(time.monotonic() - self._start, 1),
+        )
+        append(self.path, row)
+        print(f"[{row.seconds:7.1f} s] {row.state}: {row.what}: {row.value}  ({row.limit})", flush=True)
+
+
+def shown(value: Value) -> str:
+    """Numbers with four digits, all else as it is."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    return str(value)
+
+
+def append(path: Path, row: Row) -> None:
+    """One line of JSON, in one write: several processes append to the file."""
+    with path.open("ab", buffering=0) as file:
+        file.write(json.dumps(asdict(row)).encode() + b"\n")
+        os.fsync(file.fileno())

@@ -1,0 +1,360 @@
+"""Run the GPU checks, each in processes of its own, and print one table: `make test-gpu`.
+
+    python -m tests.gpu                        every check that this machine has GPUs enough for
+    python -m tests.gpu parity engine.starts   a module's checks, or one check
+    python -m tests.gpu --list                 their names, and what they need
+
+Below --out (outputs/gpu): rows.jsonl as the rows come, <check>.log for each, results.json at the end.
+
+Invariant: the table is printed however the run ends (SIGTERM too), every check has a row in it, and no process
+that a check started outlives it: orphans are handed to the runner, which ends them by their id.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from tests.gpu.checks import FAILED, MISSING, MODULES, NOT_RUN, OK, SKIPPED, Needs, Report, Row, SkipCheck, append
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "outputs" / "gpu"
+TAIL_LINES = 15
+TABLE_WIDTHS = {"check": 28, "what": 64, "value": 40, "limit": 40}
+DISTRIBUTIONS = ("torch", "triton", "sglang", "megatron-core", "ray", "transformers", "sglang-router")
+PR_SET_CHILD_SUBREAPER = 36
+SECONDS_TO_END = 10.0
+"""What a check's processes get between SIGTERM and SIGKILL."""
+
+
+class Ended(BaseException):
+    """The runner itself was told to end."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A check that was found, or in its place what is wrong with its module."""
+
+    name: str
+    needs: Needs
+    module: str = ""
+    function: str = ""
+    what: str = ""
+    problem: tuple[str, str] | None = None
+    """State and text of the row that stands for it."""
+
+
+def dotted(module: str) -> str:
+    return module if "." in module else f"tests.gpu.{module}"
+
+
+def collect(modules: Sequence[str]) -> list[Planned]:
+    """The checks of each module in the order in which they stand there; a module without any is one row."""
+    found: list[Planned] = []
+    for short in modules:
+        name = dotted(short)
+        try:
+            if importlib.util.find_spec(name) is None:
+                found.append(Planned(short, Needs(0, 0), problem=(MISSING, f"no module {name}")))
+                continue
+            module = importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001 - whatever a module raises is its row, and the others go on
+            problem = (FAILED, f"import of {name}: {where(error)}")
+            found.append(Planned(short, Needs(0, 0), problem=problem))
+            continue
+        for key, function in vars(module).items():
+            needs = getattr(function, "needs", None)
+            if isinstance(needs, Needs) and function.__module__ == name:
+                what = (inspect.getdoc(function) or "").split("\n")[0]
+                found.append(Planned(f"{short.split('.')[-1]}.{key}", needs, name, key, what))
+    return found
+
+
+def chosen(found: Sequence[Planned], names: Sequence[str]) -> list[Planned]:
+    """Those named: "parity" is every check of a module, "parity.logits" or "logits" is one."""
+    if not names:
+        return list(found)
+    kept = [one for one in found if {one.name, *one.name.split(".", 1)} & set(names)]
+    known = {part for one in found for part in (one.name, *one.name.split(".", 1))}
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise ValueError(f"no check or module is called {', '.join(unknown)}: see --list")
+    return kept
+
+
+def where(error: BaseException) -> str:
+    """An exception in a line: its type, text, and the frame of ours in which it rose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if frame.filename.startswith(str(ROOT))] or list(frames)
+    place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{place}"
+
+
+def run_one(module: str, function: str, name: str, rows: Path, minutes: float) -> int:
+    """The child's side: run a check in this process. Shortly before its limit all threads' stacks go to the log."""
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(max(minutes * 60 - 5.0, minutes * 30), exit=False)
+    report = Report(name, rows)
+    try:
+        getattr(importlib.import_module(module), function)(report)
+    except SkipCheck as reason:
+        report.skipped(str(reason))
+        return 0
+    except Exception as error:
+        traceback.print_exc()
+        report.fail("exception", where(error))
+        return 1
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return int(report.failed)
+
+
+class Runner:
+    """Runs checks one after the other and keeps their rows on disk."""
+
+    def __init__(self, out: Path, *, num_gpus: int, minutes: float | None) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out = out
+        self.rows_path = out / "rows.jsonl"
+        self.rows_path.write_bytes(b"")
+        self.num_gpus = num_gpus
+        self.deadline = None if minutes is None else time.monotonic() + minutes * 60
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def rows(self) -> list[Row]:
+        """What is on disk; a line cut off by a kill is left out."""
+        lines = self.rows_path.read_bytes().split(b"\n")[:-1]
+        return [Row(**json.loads(line)) for line in lines]
+
+    def add(self, check: str, what: str, value: str, state: str, *, limit: str = "", seconds: float = 0.0) -> None:
+        append(self.rows_path, Row(check=check, what=what, value=value, limit=limit, state=state, seconds=seconds))
+
+    def run(self, planned: Sequence[Planned]) -> None:
+        for one in planned:
+            left = None if self.deadline is None else (self.deadline - time.monotonic()) / 60
+            if one.problem is not None:
+                self.add(one.name, one.problem[1], "", one.problem[0])
+            elif one.needs.gpus > self.num_gpus:
+                self.add(one.name, f"needs {gpus(one.needs.gpus)}", f"{self.num_gpus} here", SKIPPED)
+            elif left is not None and one.needs.minutes > left:
+                self.add(one.name, "time", f"{left:.1f} min left", NOT_RUN, limit=f"{one.needs.minutes:g} min")
+            else:
+                self.run_check(one)
+
+    def run_check(self, one: Planned) -> None:
+        """Run a check in a process group of its own and wait for its end, or end it at its limit."""
+        log = self.out / f"{one.name}.log"
+        print(f"== {one.name} ({gpus(one.needs.gpus)}, at most {one.needs.minutes:g} min): {one.what}", flush=True)
+        start, earlier = time.monotonic(), len(self.rows())
+        arguments = [one.module, one.function, one.name, str(self.rows_path), str(one.needs.minutes)]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.gpu", "--one", *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+            )
+            try:
+                code = self.process.wait(timeout=one.needs.minutes * 60)
+                problem = "" if code == 0 else f"exit code {code}"
+            except subprocess.TimeoutExpired:
+                problem = f"not done after {one.needs.minutes:g} min: ended"
+        end_everything(self.process.pid)
+        self.process = None
+        seconds = round(time.monotonic() - start, 1)
+        failed = any(row.state == FAILED for row in self.rows()[earlier:])
+        if problem and not (failed and problem == "exit code 1"):
+            self.add(one.name, "process", problem, FAILED, seconds=seconds)
+            failed = True
+        if failed:
+            print("\n".join(f"   | {line}" for line in tail(log)), flush=True)
+        self.add(one.name, "seconds in all", f"{seconds:.0f}", FAILED if failed else OK, seconds=seconds)
+        print(f"== {one.name}: {'FAILED' if failed else 'ok'} after {seconds:.0f} s{memory_in_use()}", flush=True)
+
+    def end(self, planned: Sequence[Planned]) -> None:
+        """Told to end: the check that runs and those that never ran are rows too."""
+        if self.process is not None:
+            end_everything(self.process.pid)
+        seen = {row.check for row in self.rows() if row.what == "seconds in all" or row.state in (SKIPPED, MISSING)}
+        for one in planned:
+            if one.name not in seen and not any(row.check == one.name for row in self.rows()):
+                self.add(one.name, "the runner was ended", "", NOT_RUN)
+            elif one.name not in seen:
+                self.add(one.name, "the runner was ended", "not done", FAILED)
+
+
+def python_path() -> str:
+    earlier = os.environ.get("PYTHONPATH")
+    return str(ROOT) if not earlier else f"{ROOT}{os.pathsep}{earlier}"
+
+
+def gpus(count: int) -> str:
+    return f"{count} GPU" if count == 1 else f"{count} GPUs"
+
+
+def tail(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends (Linux), so that none is lost sight of."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_everything(group: int) -> None:
+    """End the check's process group and every orphan of it: all that descends from the runner, by id."""
+    own = psutil.Process()
+    left = own.children(recursive=True)
+    if [process for process in left if process.pid != group]:
+        print(f"   left running at the end: {', '.join(sorted(map(described, left)))[:300]}", flush=True)
+    for process in left:
+        signal_quietly(process, signal.SIGTERM)
+    _, alive = psutil.wait_procs(left, timeout=SECONDS_TO_END if left else 0)
+    for process in {*alive, *own.children(recursive=True)}:
+        signal_quietly(process, signal.SIGKILL)
+    psutil.wait_procs(own.children(recursive=True), timeout=SECONDS_TO_END)
+
+
+def described(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return "?"
+
+
+def signal_quietly(process: psutil.Process, number: int) -> None:
+    """Send a signal to a process that may have ended by itself."""
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+def nvidia_smi(query: str) -> list[str]:
+    """One line for each GPU, or none where there is no driver."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+
+
+def memory_in_use() -> str:
+    """What the GPUs still hold once a check has ended, for the log."""
+    used = nvidia_smi("memory.used")
+    return f" (GPU memory in use now: {', '.join(used)} MiB)" if used else ""
+
+
+def versions() -> list[str]:
+    """What the figures were taken with."""
+    import torch
+
+    lines = [f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs"]
+    for name in DISTRIBUTIONS:
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name} not installed")
+    lines.append(f"CUDA {torch.version.cuda or 'none'}")
+    cards = nvidia_smi("name,memory.total,driver_version")
+    lines += [f"GPU {index}: {card} (name, MiB, driver)" for index, card in enumerate(cards)] or ["no GPU"]
+    return lines
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line a row; a cell longer than its column is cut."""
+    cells = [("check", "what", "value", "limit", "")]
+    cells += [(row.check, row.what, row.value, row.limit, row.state) for row in rows]
+    widths = [
+        min(max(len(line[column]) for line in cells), limit) for column, limit in enumerate(TABLE_WIDTHS.values())
+    ]
+    lines = []
+    for index, line in enumerate(cells):
+        shown = [
+            cell if len(cell) <= width else cell[: width - 1] + "…" for cell, width in zip(line, widths, strict=False)
+        ]
+        failed = index and line[4] == FAILED
+        full = line[2] if failed and len(line[2]) > widths[2] else None
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(shown, widths, strict=True)) + f"  {line[4]}")
+        if full:
+            lines.append(f"      {full}")
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    states = [row.state for row in rows]
+    return ", ".join(f"{states.count(state)} {state}" for state in (OK, FAILED, SKIPPED, MISSING, NOT_RUN))
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(prog="python -m tests.gpu", description="Run the checks that need GPUs.")
+    flags.add_argument("names", nargs="*", help="modules or checks; all where none is named")
+    flags.add_argument("--list", action="store_true", help="print the checks and stop")
+    flags.add_argument("--json", type=Path, help="where the results go beside --out")
+    flags.add_argument("--out", type=Path, default=OUT, help="folder of the logs and rows.jsonl")
+    flags.add_argument("--minutes", type=float, help="start no check that might not fit into what is left of these")
+    return flags
+
+
+def main(argv: Sequence[str], modules: Sequence[str] = MODULES) -> int:
+    """Run what the command line names; 1 where a row failed."""
+    if argv and argv[0] == "--one":
+        module, function, name, rows, minutes = argv[1:]
+        return run_one(module, function, name, Path(rows), float(minutes))
+    flags = parser()
+    options = flags.parse_args(argv)
+    try:
+        planned = chosen(collect(modules), options.names)
+    except ValueError as error:
+        flags.error(str(error))
+    if options.list:
+        for one in planned:
+            text = one.problem[1] if one.problem else one.what
+            print(f"{one.name:36} {gpus(one.needs.gpus):7} {one.needs.minutes:4g} min  {text}")
+        return 0
+    runner = Runner(options.out, num_gpus=len(nvidia_smi("name")), minutes=options.minutes)
+    adopt_orphans()
+    try:
+        signal.signal(signal.SIGTERM, ended)
+        runner.run(planned)
+    except (Ended, KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        runner.end(planned)
+    rows = runner.rows()
+    lines = versions()
+    results = json.dumps({"versions": lines, "rows": [asdict(row) for row in rows]}, indent=1)
+    for path in filter(None, (options.out / "results.json", options.json)):
+        path.write_text(results + "\n")
+    print("\n".join(["", *lines, "", table(rows), summary(rows)]), flush=True)
+    return int(any(row.state == FAILED for row in rows))
+
+
+def ended(number: int, frame: FrameType | None) -> None:
+    raise Ended
