@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 MODULES = ("parity", "trainer_speed", "engine", "sync", "colocate", "learn", "rollout_speed", "layouts")
 """Of tests/gpu, in the order in which they run; a name with a dot is a module elsewhere."""
 
+Function = TypeVar("Function", bound=Callable[..., None])
 Value = str | int | float | bool
 OK, FAILED, FIGURE, SKIPPED, MISSING, NOT_RUN = "ok", "FAILED", "figure", "skipped", "missing", "not run"
 
@@ -54,7 +55,7 @@ class SkipCheck(Exception):
     """The check cannot say anything here; its text says why."""
 
 
-def check[Function: Callable[["Report"], None]](*, gpus: int = 1, minutes: float = 5) -> Callable[[Function], Function]:
+def check(*, gpus: int = 1, minutes: float = 5) -> Callable[[Function], Function]:
     """Mark a function of a Report as a check that needs so many GPUs and takes at most so many minutes."""
 
     def mark(function: Function) -> Function:

@@ -120,7 +120,7 @@ def run_one(module: str, function: str, name: str, rows: Path, minutes: float) -
     except SkipCheck as reason:
         report.skipped(str(reason))
         return 0
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - it becomes a row
         traceback.print_exc()
         report.fail("exception", where(error))
         return 1
