@@ -1,0 +1,57 @@
+"""Checks that need no GPU, for tests/test_gpu_runner.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+from tests.gpu.checks import Report, check
+
+
+@check(gpus=0, minutes=1)
+def passes(report: Report) -> None:
+    """Two rows."""
+    report.row("difference", 0.0, limit="= 0", ok=True)
+    report.row("speed", 123456.0)
+
+
+@check(gpus=0, minutes=1)
+def misses(report: Report) -> None:
+    report.row("difference", 0.5, limit=0.1, ok=False)
+
+
+@check(gpus=0, minutes=1)
+def raises(report: Report) -> None:
+    report.row("before", 1)
+    raise RuntimeError("the reason")
+
+
+@check(gpus=0, minutes=1)
+def crashes(report: Report) -> None:
+    os.abort()
+
+
+@check(gpus=0, minutes=0.03)
+def hangs(report: Report) -> None:
+    """Its child leaves the process group, as servers do, and must not outlive the check either."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    report.row("child", child.pid)
+    time.sleep(600)
+
+
+@check(gpus=0, minutes=1)
+def says_why_not(report: Report) -> None:
+    report.skip("no such library")
+
+
+@check(gpus=99, minutes=1)
+def needs_many(report: Report) -> None:
+    raise AssertionError("never run")
+
+
+@check(gpus=0, minutes=1000)
+def takes_long(report: Report) -> None:
+    """Longer than the time that the first test allows; the second ends its runner in the middle of it."""
+    time.sleep(600)
