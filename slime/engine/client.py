@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import orjson
 
+from slime.engine.device_protocol import MemoryOccupation, MemoryTag, UpdateWeightsFromTensor
 from slime.engine.protocol import (
     AbortRequest,
     DestroyWeightsUpdateGroup,
@@ -240,6 +241,16 @@ class EngineClient:
                 raise EngineError(url, 200, f"it says nothing of its model, so it is no engine: {error!r}") from error
         return infos
 
+    # ---- memory
+
+    async def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Every engine gives this memory back; it has to be idle, and cannot generate until it has all of it again."""
+        await self._everywhere(Endpoint.RELEASE_MEMORY_OCCUPATION, MemoryOccupation(tags=list(tags)), collective=True)
+
+    async def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Every engine takes this memory again; weights then have to be sent anew."""
+        await self._everywhere(Endpoint.RESUME_MEMORY_OCCUPATION, MemoryOccupation(tags=list(tags)), collective=True)
+
     # ---- weights
 
     async def init_weights_update_group(
@@ -316,6 +327,10 @@ class EngineClient:
     async def update_weights_from_disk(self, path: str, weight_version: str | None) -> None:
         body = UpdateWeightsFromDisk(model_path=path, weight_version=weight_version)
         await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_DISK, body)
+
+    async def update_weights_from_tensor(self, body: UpdateWeightsFromTensor) -> None:
+        """Make every engine load a bucket that lies on its own device. It may be overwritten once this returns."""
+        await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_TENSOR, body, collective=True)
 
     async def weights_checksum(self) -> list[str]:
         """Each engine's digest of the weights that it holds. Comparable between engines of one kind and layout."""

@@ -1,7 +1,8 @@
 """SGLang's HTTP protocol, as far as slime speaks it: where each endpoint stands and what goes over it.
 
 Path: `client` sends these to the router or to an engine, and SGLang or `embedded.server` answers.
-Invariant: field names and URLs are SGLang's, and are written down here and nowhere else.
+Invariant: field names and URLs are SGLang's, and are written down here (for engines that share their devices with
+trainers: in `device_protocol`) and nowhere else.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class Endpoint(StrEnum):
     UPDATE_WEIGHTS_FROM_DISTRIBUTED = "/update_weights_from_distributed"
     DESTROY_WEIGHTS_UPDATE_GROUP = "/destroy_weights_update_group"
     UPDATE_WEIGHTS_FROM_DISK = "/update_weights_from_disk"
+    UPDATE_WEIGHTS_FROM_TENSOR = "/update_weights_from_tensor"
     WEIGHTS_CHECKER = "/weights_checker"
+    RELEASE_MEMORY_OCCUPATION = "/release_memory_occupation"
+    RESUME_MEMORY_OCCUPATION = "/resume_memory_occupation"
 
 
 class RouterEndpoint(StrEnum):

@@ -1,0 +1,83 @@
+"""The part of SGLang's protocol that is for engines on the trainers' own devices: memory, and weights that lie there.
+
+Path: as `protocol`'s; `sync.colocate` and the rollout manager send these. Invariant: field names are SGLang's;
+`shared_memory` alone is the embedded engine's, which unpickles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from slime.engine.protocol import Message
+
+MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
+"""A part of an engine's memory that it can give back and take again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedBucket(Message):
+    """Where a bucket of weights lies in the memory of the sender's own machine: tensors behind each other, in order.
+
+    `path`: the sender's anonymous memory file (memfd), as `/proc/<its process>/fd/<number>`.
+    """
+
+    path: str
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+
+    def __post_init__(self) -> None:
+        counts = {len(self.names), len(self.dtypes), len(self.shapes)}
+        if len(counts) != 1:
+            raise ValueError(
+                f"{len(self.names)} names, {len(self.dtypes)} dtypes, {len(self.shapes)} shapes: "
+                "they have to be as many as each other"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateWeightsFromTensor(Message):
+    """Load one bucket that lies on the engine's own device.
+
+    SGLang takes `serialized_named_tensors`: for each of its TP ranks, in order, a pickled handle of memory on that
+    rank's GPU, as base64. The embedded engine unpickles nothing; it takes `shared_memory` in its place.
+    """
+
+    serialized_named_tensors: list[str] | None = None
+    shared_memory: SharedBucket | None = None
+    load_format: str | None = None
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+    weight_version: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.serialized_named_tensors is None) == (self.shared_memory is None):
+            raise ValueError("weights come either as serialized_named_tensors or as shared_memory")
+
+    @classmethod
+    def from_json(cls, data: Any) -> UpdateWeightsFromTensor:
+        if isinstance(data, Mapping) and data.get("shared_memory") is not None:
+            data = {**data, "shared_memory": SharedBucket.from_json(data["shared_memory"])}
+        return super().from_json(data)
+
+    def to_json(self) -> dict[str, Any]:
+        shared = self.shared_memory
+        return super().to_json() | ({} if shared is None else {"shared_memory": shared.to_json()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOccupation(Message):
+    """Give memory back, or take it again; None: all of it. What weights hold after they are taken is undefined."""
+
+    tags: list[MemoryTag] | None = None
+
+    def __post_init__(self) -> None:
+        known = get_args(MemoryTag)
+        if self.tags is not None and not (isinstance(self.tags, list) and all(tag in known for tag in self.tags)):
+            raise ValueError(f"tags is {repr(self.tags)[:100]}; it has to be a list of {', '.join(known)}")
+
+    @property
+    def chosen(self) -> list[MemoryTag]:
+        return list(self.tags or get_args(MemoryTag))
