@@ -84,7 +84,7 @@ def _norm(rank: Rank, name: str, rows: int, channels: int, *, arriving: int = 0)
     size = rows * channels
     if rank.on_cuda:  # PyTorch's fused kernel keeps its input
         saved, working = rank.width * size, rank.width * size
-    elif rank.width == FP32:  # megatron.cpu_kernels keeps the normed input
+    elif rank.width == FP32:  # megatron.kernels.cpu keeps the normed input
         saved, working = FP32 * size, 2 * FP32 * size
     else:  # PyTorch's composite one keeps both in fp32, and makes four more of them on its way back
         saved, working = 2 * FP32 * size, 4 * FP32 * size
@@ -136,7 +136,7 @@ def _attention(rank: Rank) -> list[Operation]:
 
 def _mlp(rank: Rank) -> list[Operation]:
     hidden, ffn = rank.shape.hidden_size, rank.ffn
-    # gradients of output, gate and up; megatron.cpu_kernels writes the last two into one tensor beside gradient x up
+    # gradients of output, gate and up; megatron.kernels.cpu writes the last two into one tensor beside gradient x up
     glu = (3 if rank.on_cuda or rank.width < FP32 else 4) * ffn
     return [
         Operation(

@@ -22,7 +22,7 @@ from torch import Tensor
 from slime.config.args import Args
 from slime.core.plugins import hook_path, load_hook
 from slime.megatron.attention import PackedAttention
-from slime.megatron.cpu_kernels import rms_norm, swiglu
+from slime.megatron.kernels import rms_norm, swiglu
 
 # Megatron warns of every MLP class that is not its own, once a layer; the "default kwargs" are what they are to get.
 logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(

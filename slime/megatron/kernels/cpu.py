@@ -1,7 +1,7 @@
-"""RMSNorm and SwiGLU with backward passes written out: fewer passes over memory than autograd's.
+"""RMSNorm, SwiGLU and RoPE on a CPU, with backward passes written out: fewer passes over memory than autograd's.
 
-Path: `layers` puts them into the model; they run where nothing else fuses these operators, in fp32 on a CPU. Invariant:
-outputs and gradients are those of F.rms_norm and of silu(gate) * up, to float32's rounding.
+Path: the package picks these by device and dtype; RMSNorm and SwiGLU in fp32, where nothing else fuses them. Invariant:
+outputs and gradients are those of F.rms_norm, of silu(gate) * up and of the rotation, to float32's rounding.
 """
 
 from __future__ import annotations
@@ -57,20 +57,48 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
-def _is_ours(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32
+def _rotate(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the first 2 x cos.size(-1) channels: neighbouring pairs, or pairs half of them apart."""
+    half = cos_B.size(-1)
+    rotated = x_B.clone(memory_format=torch.contiguous_format)
+    turning = rotated[..., : 2 * half]
+    if interleaved and x_B.dtype == torch.float32:
+        pairs = torch.view_as_complex(turning.unflatten(-1, (half, 2)))
+        pairs.mul_(torch.complex(cos_B, sin_B)[:, None])  # in one pass
+        return rotated
+    x1, x2 = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
+    cos, sin = cos_B[:, None].to(x_B.dtype), sin_B[:, None].to(x_B.dtype)
+    into_second = x1 * sin
+    x1.mul_(cos).addcmul_(x2, sin, value=-1)
+    x2.mul_(cos).add_(into_second)
+    return rotated
+
+
+class _Rotary(torch.autograd.Function):
+    """RoPE (arXiv:2104.09864); its backward pass is the rotation the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x_B: Tensor, cos_B: Tensor, sin_B: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos_B, sin_B)
+        ctx.interleaved = interleaved
+        return _rotate(x_B, cos_B, sin_B, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        cos_B, sin_B = ctx.saved_tensors
+        return _rotate(gradients[0], cos_B, -sin_B, ctx.interleaved), None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """F.rms_norm over the last dimension."""
-    if _is_ours(x):
-        return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
-    return F.rms_norm(x, (x.size(-1),), weight, eps)
+    return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """[..., 2 F] -> [..., F]."""
-    if _is_ours(gate_up):
-        return _SwiGLU.apply(gate_up)  # pyright: ignore[reportReturnType]
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return _SwiGLU.apply(gate_up)  # pyright: ignore[reportReturnType]
+
+
+def rotary(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, *, interleaved: bool) -> Tensor:
+    """[B, heads, d]; cos and sin [B, rotary channels / 2]."""
+    return _Rotary.apply(x_B, cos_B, sin_B, interleaved)  # pyright: ignore[reportReturnType]

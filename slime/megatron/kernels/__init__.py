@@ -1,0 +1,60 @@
+"""RMSNorm, SwiGLU and RoPE in one pass each, forward and backward; picked by the tensor's device and dtype.
+
+Path: `layers` and `attention` call these in every layer. Invariant: what is computed is the formula in the function's
+docstring, whichever kernel does it; Triton is imported where a tensor is on a GPU, and only there.
+
+On a GPU all is computed in float32 and rounded once, on its way out; that is where these part from Hugging Face's
+models, which round in between. They use no atomics: the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slime.megatron.kernels import cpu
+
+LONGEST_NORM = 16384
+"""Channels of a norm that one Triton program holds."""
+
+
+def _is_cpu_fp32(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
+    if x.is_cuda and x.size(-1) <= LONGEST_NORM:
+        from slime.megatron.kernels import triton_norm
+
+        return triton_norm.rms_norm(x, weight, eps)
+    if _is_cpu_fp32(x):
+        return cpu.rms_norm(x, weight, eps)
+    return F.rms_norm(x, (x.size(-1),), weight, eps)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [gate | up] (arXiv:2002.05202): [..., 2 F] -> [..., F]."""
+    if gate_up.is_cuda:
+        from slime.megatron.kernels import triton_swiglu
+
+        return triton_swiglu.swiglu(gate_up)
+    if _is_cpu_fp32(gate_up):
+        return cpu.swiglu(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotary(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, *, interleaved: bool) -> Tensor:
+    """RoPE (arXiv:2104.09864): [B, heads, d] with its first channels turned by the angles, the others as they are.
+
+    Args:
+        cos_B, sin_B: [B, r / 2] float32, of r <= d channels.
+        interleaved: the pairs are neighbours; else they stand r / 2 apart.
+    """
+    if x_B.is_cuda:
+        from slime.megatron.kernels import triton_rotary
+
+        return triton_rotary.rotary(x_B, cos_B, sin_B, interleaved=interleaved)
+    return cpu.rotary(x_B, cos_B, sin_B, interleaved=interleaved)
