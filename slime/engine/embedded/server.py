@@ -26,6 +26,8 @@ from aiohttp.http_exceptions import BadHttpMessage
 
 from slime.engine.embedded.answers import error_answer, json_answer, read_body
 from slime.engine.embedded.cache import KVCache
+from slime.engine.embedded.device_routes import DeviceRoutes
+from slime.engine.embedded.memory import EngineMemory
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.scheduler import Request, Scheduler
 from slime.engine.embedded.settings import Settings, parse_settings
@@ -70,6 +72,8 @@ class Server:
         self._weight_routes = WeightRoutes(
             self._scheduler, self._weights, self._call, dist_timeout=settings.dist_timeout
         )
+        self._memory = EngineMemory(self._scheduler, self._weights)
+        self._device_routes = DeviceRoutes(self._scheduler, self._weights, self._memory, self._call)
         self._random = random.Random(settings.seed)
         self._names = random.Random()  # (uuid4 asks the kernel, and gives up the GIL for it)
         self._open: dict[int, asyncio.Future[Request]] = {}
@@ -132,6 +136,7 @@ class Server:
 
     async def generate(self, http: web.Request) -> web.Response:
         asked = GenerateRequest.from_json(await read_body(http))
+        self._memory.refuse_requests()
         request = self._to_request(asked)
         if self._failure is not None:
             raise EngineFailed(f"the engine has failed: {self._failure!r}")
@@ -258,6 +263,7 @@ class Server:
                 "architecture": asdict(s.architecture),
                 "weight_version": self._scheduler.weight_version,
                 "weights_complete": self._weights.complete,
+                "released_memory": sorted(self._memory.released),
                 "version": "slime-embedded",
                 "tp_size": 1,
                 "dp_size": 1,
@@ -282,6 +288,7 @@ class Server:
         }.items():
             app.router.add_post(path, handler)
         self._weight_routes.mount(app)
+        self._device_routes.mount(app)
         app.router.add_get(Endpoint.FLUSH_CACHE, self.flush)
         app.router.add_get(Endpoint.HEALTH, self.health)
         for path in (Endpoint.SERVER_INFO, Endpoint.MODEL_INFO, Endpoint.GET_SERVER_INFO, Endpoint.GET_MODEL_INFO):

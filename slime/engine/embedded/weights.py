@@ -33,15 +33,40 @@ class EngineWeights:
     def __init__(self, model: Model, scheduler: Scheduler) -> None:
         self._model = model
         self._scheduler = scheduler
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in model.weights.values()}
+        self._storages = [(storage, storage.nbytes()) for storage in storages.values()]
         self._arrived: set[str] = set()
         """Tensors of the set on its way; empty between sets."""
+        self._released = False
+        self.lost = False
+        """Given back with their memory, and no whole set has come since."""
 
     @property
     def complete(self) -> bool:
         return HOLD not in self._scheduler.holds
 
+    def release(self) -> None:
+        """Free the memory of all tensors."""
+        self._released = self.lost = True
+        self._scheduler.holds.add(HOLD)
+        self._arrived.clear()
+        for storage, _ in self._storages:
+            storage.resize_(0)
+
+    def take_memory(self) -> None:
+        """Have it again, filled with garbage, so that a set that is not whole cannot pass for one."""
+        for storage, size in self._storages:
+            storage.resize_(size)
+        self._released = False
+        self.reset()
+
+    def _require_memory(self) -> None:
+        if self._released:
+            raise ValueError("the memory of the weights was given back; POST /resume_memory_occupation first")
+
     def check(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
-        """Raise ValueError where a tensor is not the model's."""
+        """Raise ValueError where a tensor is not the model's, or there is no room for it."""
+        self._require_memory()
         weights = self._model.weights
         unknown = [n for n in names if n not in weights]
         if unknown:
@@ -90,6 +115,7 @@ class EngineWeights:
             ValueError: a tensor is missing or left over (nothing is written then), or of another shape (no token is
                 generated until a whole set has come).
         """
+        self._require_memory()
         reader, weights = HFReader(path), self._model.weights
         extra = {n for n in reader.names() if n not in weights and not self._may_skip(n)}
         missing = set(weights) - set(reader.names())
@@ -111,6 +137,7 @@ class EngineWeights:
 
     def _settle(self, version: str | None) -> None:
         self._arrived.clear()
+        self.lost = False
         self._scheduler.holds.discard(HOLD)
         if version is not None:
             self._scheduler.weight_version = version
@@ -124,6 +151,7 @@ class EngineWeights:
 
     def reset(self) -> None:
         """Fill every tensor with a constant, so that a sync that does nothing cannot pass a comparison."""
+        self._require_memory()
         for tensor in self._model.weights.values():
             tensor.fill_(GARBAGE)
         self._arrived.clear()
@@ -131,6 +159,7 @@ class EngineWeights:
 
     def checksum(self) -> str:
         """A digest of names, dtypes, shapes and bytes, in the order of names; the same wherever they came from."""
+        self._require_memory()
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(self._model.weights):
             tensor = self._model.weights[name]

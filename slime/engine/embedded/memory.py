@@ -1,0 +1,72 @@
+"""The engine's memory, given back while trainers use the machine, and taken again.
+
+Path: `device_routes` calls these through `Scheduler.call`, between two steps. Invariant: what was given back is really
+free, and until all of it is there again, and weights have come whole, no token is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slime.engine.device_protocol import MemoryTag
+from slime.engine.embedded.scheduler import Scheduler
+from slime.engine.embedded.weights import EngineWeights
+
+HOLD = "memory given back"
+
+
+class EngineMemory:
+    """Weights and KV cache by tag; there are no CUDA graphs here, and their tag frees nothing."""
+
+    def __init__(self, scheduler: Scheduler, weights: EngineWeights) -> None:
+        self._scheduler = scheduler
+        self._weights = weights
+        self.released: set[MemoryTag] = set()
+
+    def release(self, tags: Sequence[MemoryTag]) -> None:
+        """Free the memory of `tags`.
+
+        Raises:
+            ValueError: requests are running or waiting, or it was given back before.
+        """
+        unfinished = self._scheduler.num_running + self._scheduler.num_waiting
+        if unfinished:
+            raise ValueError(f"{unfinished} requests are not finished; abort them before memory is given back")
+        twice = sorted(self.released.intersection(tags))
+        if twice:
+            raise ValueError(f"the memory of {', '.join(twice)} has been given back already")
+        self._scheduler.holds.add(HOLD)
+        self.released.update(tags)
+        if "kv_cache" in tags:
+            self._scheduler.forget_prompts()
+            self._scheduler.cache.clear()
+        if "weights" in tags:
+            self._weights.release()
+
+    def resume(self, tags: Sequence[MemoryTag]) -> None:
+        """Take the memory of `tags` again; weights then hold garbage until they are sent.
+
+        Raises:
+            ValueError: it is there.
+        """
+        there = sorted(set(tags) - self.released)
+        if there:
+            raise ValueError(f"the memory of {', '.join(there)} was not given back")
+        if "weights" in tags:
+            self._weights.take_memory()
+        self.released.difference_update(tags)
+        if not self.released:
+            self._scheduler.holds.discard(HOLD)
+
+    def refuse_requests(self) -> None:
+        """Raise ValueError while nothing can be generated, and say what is missing."""
+        if self.released:
+            raise ValueError(
+                f"this engine has given back the memory of {', '.join(sorted(self.released))}; it generates once it "
+                "has it again (/resume_memory_occupation) and its weights have been sent"
+            )
+        if self._weights.lost:
+            raise ValueError(
+                "this engine has its memory again, but its weights have not been sent since; send a whole set, or load "
+                "one from disk"
+            )
