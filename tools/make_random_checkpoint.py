@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""An HF directory with random weights, of any supported shape: memory, speed and plumbing at true size, no download.
+
+    python tools/make_random_checkpoint.py --from-args scripts/models/qwen3-0.6B.sh --out outputs/qwen3-0.6B-random
+    python tools/make_random_checkpoint.py --config SOME_MODEL/config.json --num-layers 8 --out outputs/eight-layers
+
+writes config.json, generation_config.json, safetensors, and a byte-level tokenizer with a chat template whose ids lie
+inside the vocabulary. Matrices are normal(0, 0.02), norms 1, biases 0. Weights are made one tensor at a time, on a GPU
+where there is one, and held one shard at a time. The same seed on the same kind of device gives the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slime.config.architecture import hf_architecture, read_hf_config
+from slime.config.parse import load_args
+from slime.core.architecture import Architecture
+from slime.models.hf_files import write_hf
+
+STD = 0.02
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+PAD_TOKEN, END_TOKEN = "<|endoftext|>", "<|user|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def make_tokenizer(model_max_length: int) -> Any:
+    """One token a byte, and the special tokens: every text has ids, all below 261."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *characters))}
+    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_TOKEN,
+        pad_token=PAD_TOKEN,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=model_max_length,
+    )
+
+
+def shape_of_script(script: Path, num_layers: int | None) -> Architecture:
+    """What MODEL_ARGS of a script such as scripts/models/qwen3-0.6B.sh describe."""
+    command = 'source "$1" && printf "%s\\0" "${MODEL_ARGS[@]}"'
+    done = subprocess.run(["bash", "-euc", command, "bash", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ValueError(f"--from-args {script}: bash cannot read MODEL_ARGS from it: {done.stderr.strip()}")
+    words = done.stdout.split("\0")[:-1] + ([] if num_layers is None else ["--num-layers", str(num_layers)])
+    args, problems = load_args([*words, "--dry-run"], training=False)
+    if args.architecture is None:
+        raise ValueError("\n".join([f"--from-args {script} describes no model:", *map(str, problems)]))
+    return args.architecture
+
+
+def shape_of_config(config: Path, num_layers: int | None) -> Architecture:
+    """What a config.json, or the one of a directory, describes."""
+    values = read_hf_config(config if config.is_dir() else config.parent)
+    return hf_architecture(values if num_layers is None else {**values, "num_hidden_layers": num_layers})
+
+
+def hf_config(shape: Architecture) -> Any:
+    """The transformers config of `shape`.
+
+    Raises:
+        ValueError: the vocabulary is too small for the tokenizer, or the family cannot have this shape.
+    """
+    import transformers
+
+    classes = {"glm4": "Glm4Config", "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
+    tokens = len(SPECIAL_TOKENS) + 256
+    if shape.vocab_size < tokens:
+        raise ValueError(f"a vocabulary of {shape.vocab_size} has no room for the tokenizer's {tokens} bytes and roles")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rotary_base}
+    if shape.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **asdict(shape.rope_scaling)}
+    more: dict[str, Any] = {}
+    if shape.family == "glm4":
+        rope["partial_rotary_factor"] = shape.rotary_percent
+        more["attention_bias"] = shape.add_qkv_bias
+    if shape.family != "qwen2" or shape.kv_channels * shape.num_attention_heads != shape.hidden_size:
+        more["head_dim"] = shape.kv_channels
+    config = getattr(transformers, classes[shape.family])(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_query_groups,
+        max_position_embeddings=shape.max_position_embeddings,
+        rms_norm_eps=shape.norm_epsilon,
+        tie_word_embeddings=shape.tied_embeddings,
+        rope_parameters=rope,
+        pad_token_id=SPECIAL_TOKENS.index(PAD_TOKEN),
+        eos_token_id=[SPECIAL_TOKENS.index(PAD_TOKEN), SPECIAL_TOKENS.index(END_TOKEN)],
+        bos_token_id=None,
+        **more,
+    )
+    read_back = hf_architecture(config.to_dict())
+    if read_back != shape:
+        raise ValueError(f"{type(config).__name__} cannot say all of {shape}: it reads back as {read_back}")
+    return config
+
+
+def random_tensors(config: Any, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that the model's own state_dict has; a tied output layer is the embedding, and left out."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    tied = "lm_head.weight" if config.tie_word_embeddings else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for index, (name, meta) in enumerate(model.state_dict().items()):
+        if name == tied:
+            continue
+        if name.endswith("norm.weight"):
+            yield name, torch.ones(meta.shape, dtype=dtype)
+        elif name.endswith(".bias"):
+            yield name, torch.zeros(meta.shape, dtype=dtype)
+        else:
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
+            yield name, torch.empty(meta.shape, dtype=dtype, device=device).normal_(0.0, STD, generator=generator)
+
+
+def make_checkpoint(shape: Architecture, out: Path, *, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the directory; one that is there already is replaced.
+
+    Raises:
+        ValueError: `out` holds something else than an HF directory, or no model of this shape can be made.
+    """
+    config = hf_config(shape)
+    config.architectures = [{"glm4": "Glm4", "llama": "Llama"}.get(shape.family, shape.family.title()) + "ForCausalLM"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".side_files_", dir=out.parent) as directory:
+        side = Path(directory)
+        make_tokenizer(shape.max_position_embeddings).save_pretrained(side)
+        config.save_pretrained(side)
+        ids = {"pad_token_id": config.pad_token_id, "eos_token_id": config.eos_token_id}
+        (side / "generation_config.json").write_text(json.dumps({"do_sample": True, **ids}, indent=2) + "\n")
+        write_hf(out, random_tensors(config, seed, dtype), side, dtype)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--from-args", type=Path, help="a script that sets MODEL_ARGS")
+    source.add_argument("--config", type=Path, help="a config.json, or the directory that holds it")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; an HF directory there is replaced")
+    parser.add_argument("--num-layers", type=int, help="instead of the source's")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    args = parser.parse_args(argv)
+    if args.num_layers is not None and args.num_layers < 1:
+        raise ValueError(f"--num-layers {args.num_layers}: a model has at least one; give 1 or more")
+
+    start = time.monotonic()
+    if args.from_args is not None:
+        shape = shape_of_script(args.from_args, args.num_layers)
+    else:
+        shape = shape_of_config(args.config, args.num_layers)
+    make_checkpoint(shape, args.out, seed=args.seed, dtype=DTYPES[args.dtype])
+    millions = shape.num_parameters() / 1e6
+    seconds = time.monotonic() - start
+    print(f"{shape.family}, {shape.num_layers} layers, {millions:,.1f} M parameters, {seconds:.1f} s -> {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"make_random_checkpoint.py: {error}")
