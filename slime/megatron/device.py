@@ -47,6 +47,18 @@ def local_device(rank: int) -> None:
         torch.cuda.set_device(rank % torch.cuda.device_count())
 
 
+def synchronize() -> None:
+    """Wait until the device has done all that it was given."""
+    if on_cuda():
+        torch.cuda.synchronize()
+
+
+def empty_cache() -> None:
+    """Give memory that is free inside this process back to the device."""
+    if on_cuda():
+        torch.cuda.empty_cache()
+
+
 def _is_cuda(value: object) -> bool:
     if isinstance(value, str):
         return value.split(":")[0] == "cuda"

@@ -12,35 +12,33 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from slime.megatron.host_memory import HostMemory, as_bytes
+
 
 class Snapshots:
     """Named copies of a model's parameters."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._copies: dict[str, list[Tensor]] = {}
+        self._copies: dict[str, HostMemory] = {}
+        self._actor = HostMemory()
 
     def __contains__(self, name: str) -> bool:
         return name in self._copies
 
     def take(self, name: str) -> None:
         """Keep the weights that the model holds now."""
-        self._copies[name] = self._copy()
+        self._copies.setdefault(name, HostMemory()).store(self._weights())
 
     @contextmanager
     def holding(self, name: str) -> Iterator[None]:
         """Inside, the model holds the snapshot `name`; afterwards what it held before."""
-        actor = self._copy()
-        self._fill(self._copies[name])
+        self._actor.store(self._weights())
         try:
+            self._copies[name].restore(self._weights())
             yield
         finally:
-            self._fill(actor)
+            self._actor.restore(self._weights())
 
-    def _copy(self) -> list[Tensor]:
-        return [parameter.detach().to("cpu", copy=True) for parameter in self._model.parameters()]
-
-    def _fill(self, weights: list[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, values in zip(self._model.parameters(), weights, strict=True):
-                parameter.copy_(values)
+    def _weights(self) -> list[Tensor]:
+        return [as_bytes(parameter) for parameter in self._model.parameters()]

@@ -1,0 +1,120 @@
+"""A trainer that sleeps: weights and optimizer state in host memory, and their device memory given back.
+
+Path: where trainers and engines share devices, the worker around a Trainer calls this between training, sending
+weights and sleep. Invariant: only storages are emptied and filled again, so every tensor, view and buffer of the model,
+of its gradients and of the optimizer stays the object that it was; training goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from slime.megatron import device
+from slime.megatron.host_memory import HostMemory
+from slime.megatron.optimizer_state import parts_of
+
+SMALL = 512
+"""Bytes up to which a storage stays: one block of the device's allocator (Adam's step counts)."""
+
+
+class TrainerMemory:
+    """What `model` (wrapped) and `optimizer` hold on the device, in three parts: weights, optimizer, gradients."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: MegatronOptimizer) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._weights = _Part()
+        self._state = _Part()
+        self._gradients = _Part()
+
+    def offload_optimizer(self) -> int:
+        """Optimizer state into host memory; gradients are forgotten. The weights can still be sent. -> bytes moved."""
+        weights = _storages(self._weight_tensors())
+        gradients = _storages(self._gradient_tensors(), but=weights)
+        state = _storages(self._state_tensors(), but=weights | gradients)
+        moved = self._state.offload(list(state.values()), keep=True)
+        self._gradients.offload(list(gradients.values()), keep=False)
+        device.empty_cache()
+        return moved
+
+    def offload_weights(self) -> int:
+        """The weights, too -> bytes moved. Until `reload` nothing can be computed or sent."""
+        moved = self._weights.offload(list(_storages(self._weight_tensors()).values()), keep=True)
+        device.empty_cache()
+        return moved
+
+    def reload(self) -> int:
+        """Everything is there again, and gradients are zero -> bytes moved. Nothing to do where nothing is away."""
+        return sum(part.reload() for part in (self._weights, self._state, self._gradients))
+
+    def _weight_tensors(self) -> Iterator[Tensor]:
+        yield from self._model.parameters()
+        for buffer in self._buffers():
+            if buffer.param_data is not None:
+                yield buffer.param_data
+
+    def _gradient_tensors(self) -> Iterator[Tensor]:
+        for buffer in self._buffers():
+            yield buffer.grad_data
+
+    def _buffers(self) -> list[Any]:
+        wrapped: Any = self._model
+        return [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+
+    def _state_tensors(self) -> Iterator[Tensor]:
+        for part in parts_of(self._optimizer):
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
+            for state in part.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+class _Part:
+    """Storages that come and go together."""
+
+    def __init__(self) -> None:
+        self._host = HostMemory()
+        self._away: list[tuple[torch.UntypedStorage, int]] = []
+        self._kept = False
+
+    def offload(self, storages: list[torch.UntypedStorage], *, keep: bool) -> int:
+        """Empty the storages; with `keep` their bytes come back. Nothing to do where they are away already."""
+        if self._away:
+            return 0
+        moved = self._host.store([_bytes(storage) for storage in storages]) if keep else 0
+        self._away = [(storage, storage.nbytes()) for storage in storages]
+        self._kept = keep
+        for storage in storages:
+            storage.resize_(0)
+        return moved
+
+    def reload(self) -> int:
+        for storage, size in self._away:
+            storage.resize_(size)
+        tensors = [_bytes(storage) for storage, _ in self._away]
+        moved = self._host.restore(tensors) if self._kept else 0
+        if not self._kept:
+            for tensor in tensors:
+                tensor.zero_()
+        self._away = []
+        return moved
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return flat.set_(storage, 0, (storage.nbytes(),), (1,))  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _storages(tensors: Iterable[Tensor], *, but: Iterable[int] = ()) -> dict[int, torch.UntypedStorage]:
+    """The tensors' storages, each once, by address, that stand on the training device and are worth moving."""
+    found: dict[int, torch.UntypedStorage] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if tensor.device.type == device.device().type and storage.nbytes() > SMALL:
+            found[storage.data_ptr()] = storage
+    return {address: storage for address, storage in found.items() if address not in set(but)}
