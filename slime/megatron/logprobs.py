@@ -5,6 +5,9 @@ for one chunk of response tokens at a time, forward and backward, and never for 
 
 All are of softmax(logits / temperature), the distribution that was sampled; at temperature 0 of the raw logits.
 
+On a GPU the logits stay in the dtype that the matrix product gave them, two fused passes read them, and the gradient
+takes their place; elsewhere they are float32.
+
 Shapes: _B packed tokens, _R response tokens, _C those of one chunk, _V this rank's part of the vocabulary.
 """
 
@@ -38,10 +41,26 @@ class VocabularyPart(NamedTuple):
         return values
 
 
-def _logits(hidden_C: Tensor, weight: Tensor, part: VocabularyPart, scale: float) -> Tensor:
-    """[C, V] float32, of the entries that are no padding."""
-    logits_CV = F.linear(hidden_C, weight[: part.size]).float()
+def _logits(hidden_C: Tensor, weight: Tensor, part: VocabularyPart) -> Tensor:
+    """[C, V] of the entries that are no padding, before temperature."""
+    return F.linear(hidden_C, weight[: part.size])
+
+
+def _scaled(logits_CV: Tensor, scale: float) -> Tensor:
+    logits_CV = logits_CV.float()
     return logits_CV.mul_(scale) if scale != 1.0 else logits_CV
+
+
+class _Sums(NamedTuple):
+    """Over the whole vocabulary, with y = logits / temperature - largest; all [C] float32."""
+
+    largest_C: Tensor
+    target_C: Tensor
+    """y of the target."""
+    exps_C: Tensor
+    """sum of exp(y)."""
+    weighted_C: Tensor
+    """sum of exp(y) y; anything if the entropy is not asked for."""
 
 
 def _targets_here(targets_C: Tensor, part: VocabularyPart) -> tuple[Tensor, Tensor]:
@@ -49,6 +68,74 @@ def _targets_here(targets_C: Tensor, part: VocabularyPart) -> tuple[Tensor, Tens
     columns = targets_C - part.start
     rows = ((columns >= 0) & (columns < part.size)).nonzero().flatten()
     return rows, columns[rows]
+
+
+def _sums(logits_CV: Tensor, targets_C: Tensor, part: VocabularyPart, scale: float, with_entropy: bool) -> _Sums:
+    if logits_CV.is_cuda:
+        return _sums_fused(logits_CV, targets_C, part, scale)
+    logits_CV = _scaled(logits_CV, scale)
+    # a part that is all padding has no largest entry
+    largest_C = logits_CV.amax(1) if part.size else logits_CV.new_full((len(logits_CV),), float("-inf"))
+    part.reduce(largest_C, dist.ReduceOp.MAX)
+    logits_CV.sub_(largest_C[:, None])
+    sums = logits_CV.new_zeros(3, len(logits_CV))
+    rows, columns = _targets_here(targets_C, part)
+    sums[0, rows] = logits_CV[rows, columns]
+    exps_CV = logits_CV.exp()
+    sums[1] = exps_CV.sum(1)
+    if with_entropy:
+        sums[2] = exps_CV.mul_(logits_CV).sum(1)
+    return _Sums(largest_C, *part.reduce(sums, dist.ReduceOp.SUM))
+
+
+def _sums_fused(logits_CV: Tensor, targets_C: Tensor, part: VocabularyPart, scale: float) -> _Sums:
+    from slime.megatron.kernels import triton_logits
+
+    here_C, exps_C, weighted_C, target_C = triton_logits.sums(logits_CV, targets_C, part.start, scale)
+    largest_C = part.reduce(here_C.clone(), dist.ReduceOp.MAX)
+    change_C = here_C - largest_C  # from this part's largest entry to that of all
+    shrink_C = change_C.exp()
+    sums = torch.stack([target_C, shrink_C * exps_C, shrink_C * (weighted_C + change_C * exps_C)])
+    target_C, exps_C, weighted_C = part.reduce(sums, dist.ReduceOp.SUM)
+    return _Sums(largest_C, target_C - largest_C, exps_C, weighted_C)
+
+
+def _logits_gradient(
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    log_sums_C: Tensor,
+    entropies_C: Tensor,
+    gradient_C: Tensor,
+    entropy_gradient_C: Tensor | None,
+    part: VocabularyPart,
+    scale: float,
+) -> Tensor:
+    """[C, V] in the logits' dtype; what is in `logits_CV` is lost."""
+    if logits_CV.is_cuda:
+        from slime.megatron.kernels import triton_logits
+
+        return triton_logits.gradient_in_place(
+            logits_CV, targets_C, log_sums_C, entropies_C, gradient_C, entropy_gradient_C, part.start, scale
+        )
+    dtype = logits_CV.dtype
+    log_probs_CV = _scaled(logits_CV, scale).sub_(log_sums_C[:, None])
+    # d log p(target) / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)
+    logits_gradient = log_probs_CV.exp()
+    if entropy_gradient_C is None:
+        logits_gradient.mul_(-gradient_C[:, None])
+    else:
+        of_entropy = log_probs_CV.add_(entropies_C[:, None]).mul_(entropy_gradient_C[:, None])
+        logits_gradient.mul_(of_entropy.add_(gradient_C[:, None])).neg_()
+    rows, columns = _targets_here(targets_C, part)
+    logits_gradient[rows, columns] += gradient_C[rows]
+    return logits_gradient.mul_(scale).to(dtype)
+
+
+def _weight_gradient(logits_gradient: Tensor, hidden_C: Tensor) -> Tensor:
+    """[V, H]; float32 where a GPU's matrix product gives its sums unrounded."""
+    if logits_gradient.is_cuda and logits_gradient.dtype != torch.float32:
+        return torch.mm(logits_gradient.t(), hidden_C, out_dtype=torch.float32)
+    return logits_gradient.t() @ hidden_C
 
 
 class _ResponseLogProbs(torch.autograd.Function):
@@ -71,19 +158,8 @@ class _ResponseLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         log_probs_R, log_sums_R, entropies_R = torch.zeros(3, len(targets_R), device=hidden_B.device).unbind()
         for here in _chunks(len(targets_R), chunk_size):
-            logits_CV = _logits(hidden_B[predicting_R[here]], weight, part, scale)
-            # a part that is all padding has no largest entry
-            largest_C = logits_CV.amax(1) if part.size else logits_CV.new_full((len(logits_CV),), float("-inf"))
-            part.reduce(largest_C, dist.ReduceOp.MAX)
-            logits_CV.sub_(largest_C[:, None])
-            sums = logits_CV.new_zeros(3, len(logits_CV))
-            rows, columns = _targets_here(targets_R[here], part)
-            sums[0, rows] = logits_CV[rows, columns]
-            exps_CV = logits_CV.exp()
-            sums[1] = exps_CV.sum(1)
-            if with_entropy:
-                sums[2] = exps_CV.mul_(logits_CV).sum(1)
-            target_C, sum_C, weighted_C = part.reduce(sums, dist.ReduceOp.SUM)
+            logits_CV = _logits(hidden_B[predicting_R[here]], weight, part)
+            largest_C, target_C, sum_C, weighted_C = _sums(logits_CV, targets_R[here], part, scale, with_entropy)
             log_probs_R[here] = target_C - sum_C.log()
             log_sums_R[here] = largest_C + sum_C.log()
             entropies_R[here] = sum_C.log() - weighted_C / sum_C
@@ -103,19 +179,18 @@ class _ResponseLogProbs(torch.autograd.Function):
             gradient_R = torch.zeros_like(log_sums_R)
         for here in _chunks(len(targets_R), chunk_size):
             hidden_C = hidden_B[predicting_R[here]]
-            log_probs_CV = _logits(hidden_C, weight, part, scale).sub_(log_sums_R[here, None])
-            # d log p(target) / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)
-            logits_gradient = log_probs_CV.exp()
-            if entropy_gradient_R is None:
-                logits_gradient.mul_(-gradient_R[here, None])
-            else:
-                of_entropy = log_probs_CV.add_(entropies_R[here, None]).mul_(entropy_gradient_R[here, None])
-                logits_gradient.mul_(of_entropy.add_(gradient_R[here, None])).neg_()
-            rows, columns = _targets_here(targets_R[here], part)
-            logits_gradient[rows, columns] += gradient_R[here][rows]
-            logits_gradient = logits_gradient.mul_(scale).to(weight.dtype)
+            logits_gradient = _logits_gradient(
+                _logits(hidden_C, weight, part),
+                targets_R[here],
+                log_sums_R[here],
+                entropies_R[here],
+                gradient_R[here],
+                None if entropy_gradient_R is None else entropy_gradient_R[here],
+                part,
+                scale,
+            )
             hidden_gradient.index_copy_(0, predicting_R[here], logits_gradient @ weight[: part.size])
-            weight_gradient[: part.size] += logits_gradient.t() @ hidden_C
+            weight_gradient[: part.size] += _weight_gradient(logits_gradient, hidden_C)
         return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None, None, None
 
 

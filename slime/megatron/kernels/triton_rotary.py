@@ -1,0 +1,114 @@
+"""RoPE on a GPU: one pass that turns the first channels of each head and copies the others.
+
+Path: `kernels.rotary` for CUDA tensors. Invariant: cosines, sines and the products are float32, rounded once; the
+backward pass is the rotation the other way, and keeps cosines and sines alone.
+
+Shapes: _B tokens, heads of d channels; the first 2 x half of them turn.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 2048
+"""Pairs of channels that a program turns."""
+
+
+@triton.jit
+def _turn(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    token_stride,
+    head_stride,
+    cos_stride,
+    num_heads,
+    half,
+    d,
+    DIRECTION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    pairs = tl.arange(0, PAIRS)
+    cos = tl.load(cos_ptr + token * cos_stride + pairs, mask=pairs < half, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + token * cos_stride + pairs, mask=pairs < half, other=0.0)[None, :] * DIRECTION
+    here = (heads < num_heads)[:, None] & (pairs < half)[None, :]
+    if INTERLEAVED:
+        first = 2 * pairs
+        second = 2 * pairs + 1
+    else:
+        first = pairs
+        second = pairs + half
+    source = x_ptr + token * token_stride + heads[:, None] * head_stride
+    out = out_ptr + token * num_heads * d + heads[:, None] * d
+    x1 = tl.load(source + first[None, :], mask=here, other=0.0).to(tl.float32)
+    x2 = tl.load(source + second[None, :], mask=here, other=0.0).to(tl.float32)
+    tl.store(out + first[None, :], (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=here)
+    tl.store(out + second[None, :], (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=here)
+    if REST > 0:
+        others = 2 * half + tl.arange(0, REST)
+        left = (heads < num_heads)[:, None] & (others < d)[None, :]
+        tl.store(out + others[None, :], tl.load(source + others[None, :], mask=left), mask=left)
+
+
+def _rotate(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, interleaved: bool, direction: float) -> Tensor:
+    if x_B.stride(-1) != 1:
+        x_B = x_B.contiguous()
+    num_tokens, num_heads, channels = x_B.shape
+    half = cos_B.size(-1)
+    assert cos_B.is_contiguous() and sin_B.is_contiguous() and 2 * half <= channels
+    out = torch.empty(x_B.shape, dtype=x_B.dtype, device=x_B.device)
+    if not out.numel():
+        return out
+    pairs = triton.next_power_of_2(half)
+    heads = min(triton.next_power_of_2(num_heads), max(TILE // pairs, 1))
+    rest = channels - 2 * half
+    _turn[(num_tokens, triton.cdiv(num_heads, heads))](
+        x_B,
+        cos_B,
+        sin_B,
+        out,
+        x_B.stride(0),
+        x_B.stride(1),
+        half,
+        num_heads,
+        half,
+        channels,
+        DIRECTION=direction,
+        INTERLEAVED=interleaved,
+        HEADS=heads,
+        PAIRS=pairs,
+        REST=triton.next_power_of_2(rest) if rest else 0,
+        num_warps=4,
+    )
+    return out
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_B: Tensor, cos_B: Tensor, sin_B: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos_B, sin_B)
+        ctx.interleaved = interleaved
+        return _rotate(x_B, cos_B, sin_B, interleaved, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        cos_B, sin_B = ctx.saved_tensors
+        return _rotate(gradients[0], cos_B, sin_B, ctx.interleaved, -1.0), None, None, None
+
+
+def rotary(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, *, interleaved: bool) -> Tensor:
+    """[B, heads, d]; cos and sin [B, half] float32."""
+    return _Rotary.apply(x_B, cos_B, sin_B, interleaved)  # pyright: ignore[reportReturnType]
