@@ -1,0 +1,97 @@
+#!/bin/bash
+# Qwen3-0.6B on one GPU, shared by training and generation. Arguments given to this script are added last and win:
+#   bash scripts/run-qwen3-0.6B-1gpu.sh --dry-run
+# Variables: HF_DIR (the model; also one that tools/make_random_checkpoint.py wrote), PROMPT_DATA, EVAL_DATA (none),
+# SAVE_DIR (nothing is saved where it is empty).
+set -euo pipefail
+
+SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
+source "${SCRIPT_DIR}/models/qwen3-0.6B.sh"
+
+HF_DIR="$(realpath -m -- "${HF_DIR:-/root/Qwen3-0.6B}")"
+PROMPT_DATA="$(realpath -m -- "${PROMPT_DATA:-/root/dapo-math-17k/dapo-math-17k.jsonl}")"
+SAVE_DIR="${SAVE_DIR-/root/Qwen3-0.6B_slime/}"
+
+CKPT_ARGS=(
+   --hf-checkpoint "${HF_DIR}"
+   # An HF directory serves as it is; nothing has to be converted
+   --ref-load "${HF_DIR}"
+)
+if [[ -n "${SAVE_DIR}" ]]; then
+   SAVE_DIR="$(realpath -m -- "${SAVE_DIR}")"
+   CKPT_ARGS+=(--load "${SAVE_DIR}" --save "${SAVE_DIR}" --save-interval 20 --keep-last-checkpoints 2)
+fi
+
+ROLLOUT_ARGS=(
+   --prompt-data "${PROMPT_DATA}"
+   --input-key prompt
+   --label-key label
+   --apply-chat-template
+   --rollout-shuffle
+
+   # What stands after </think> is judged
+   --rm-type deepscaler
+
+   --num-rollout 1000
+   --rollout-batch-size 32
+   --n-samples-per-prompt 8
+   --rollout-max-response-len 4096
+   --rollout-temperature 1.0
+
+   # 256 samples, in two optimizer steps
+   --num-steps-per-rollout 2
+)
+
+EVAL_ARGS=()
+if [[ -n "${EVAL_DATA:-}" ]]; then
+   EVAL_ARGS+=(--eval-interval 20 --eval-prompt-data held-out "$(realpath -m -- "${EVAL_DATA}")")
+fi
+
+PERF_ARGS=(
+   --bf16
+   --tensor-model-parallel-size 1
+   --pipeline-model-parallel-size 1
+   --context-parallel-size 1
+
+   --use-dynamic-batch-size
+   --max-tokens-per-gpu 16384
+)
+
+GRPO_ARGS=(
+   --advantage-estimator grpo
+   --eps-clip 0.2
+   --eps-clip-high 0.28
+   --entropy-coef 0.00
+)
+
+OPTIMIZER_ARGS=(
+   --optimizer adam
+   --lr 1e-6
+   --lr-decay-style constant
+   --weight-decay 0.1
+   --adam-beta1 0.9
+   --adam-beta2 0.98
+)
+
+SGLANG_ARGS=(
+   --rollout-engine sglang
+   --rollout-num-gpus-per-engine 1
+   # Of the whole GPU, for weights and KV cache; the rest is for the trainer's CUDA context and for buckets of weights
+   --sglang-mem-fraction-static 0.7
+)
+
+# train.py starts a Ray of its own, or joins the one at RAY_ADDRESS (HOST:6379). A plan needs neither.
+cd "${SCRIPT_DIR}/.."
+exec python3 train.py \
+   --colocate \
+   --actor-num-nodes 1 \
+   --actor-num-gpus-per-node 1 \
+   "${MODEL_ARGS[@]}" \
+   "${CKPT_ARGS[@]}" \
+   "${ROLLOUT_ARGS[@]}" \
+   "${EVAL_ARGS[@]}" \
+   "${PERF_ARGS[@]}" \
+   "${GRPO_ARGS[@]}" \
+   "${OPTIMIZER_ARGS[@]}" \
+   "${SGLANG_ARGS[@]}" \
+   "$@"

@@ -1,0 +1,83 @@
+"""scripts/run-*.sh: each plans from any directory, flags behind it win, and small machines hold what theirs plan."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slime.config.args import Args
+from slime.config.memory import engine_memory, train_memory
+from slime.config.parse import load_args
+from slime.config.plan import format_plan
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.name for path in ROOT.glob("scripts/run-*.sh"))
+WORDS_OF = 'python3() { printf "%s\\0" "$PWD" "$@"; }; exec() { "$@"; }; source "$0" "$@"'
+H200 = 140 * 2**30
+
+
+def words_of(script: str, *more: str, cwd: Path, **variables: str) -> tuple[Path, list[str]]:
+    """The directory and the words with which a script would start train.py."""
+    environment = {"PATH": os.environ["PATH"], **variables}
+    command = ["bash", "-euc", WORDS_OF.replace("$0", str(ROOT / "scripts" / script)), "bash", *more]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
+    directory, program, *words = done.stdout.split("\0")[:-1]
+    assert program == "train.py"
+    return Path(directory), words
+
+
+def args_of(script: str, *more: str, cwd: Path, **variables: str) -> Args:
+    _, words = words_of(script, "--dry-run", *more, cwd=cwd, **variables)
+    return load_args(words)[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_plans(script: str, tmp_path: Path) -> None:
+    directory, words = words_of(script, "--dry-run", "--prompt-data", "mine.jsonl", cwd=tmp_path)
+    args, problems = load_args(words)
+    assert directory == ROOT  # where train.py is
+    assert args.prompt_data == "mine.jsonl"
+    assert [str(problem) for problem in problems if problem.severity == "error"] == []
+    text = format_plan(args, problems)
+    assert "Memory" in text and "from mine.jsonl" in text
+    assert args.architecture is not None
+
+
+def test_a_small_machines_script_from_elsewhere(tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_DIR": "model"}
+    command = ["bash", str(ROOT / "scripts/run-qwen3-0.6B-1gpu.sh"), "--dry-run", "--num-rollout", "7"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "7 rollouts from /root/dapo-math-17k/dapo-math-17k.jsonl" in done.stdout
+    assert f"--hf-checkpoint {tmp_path / 'model'}: there is no config.json" in done.stdout
+    assert "shared with training" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "gpus", "family"), [("run-qwen3-0.6B-1gpu.sh", 1, "qwen3"), ("run-glm4-9B-2gpu.sh", 2, "glm4")]
+)
+def test_small_machines(script: str, gpus: int, family: str, tmp_path: Path) -> None:
+    args = args_of(script, cwd=tmp_path, HF_DIR="model", PROMPT_DATA="data.jsonl", SAVE_DIR="out")
+    assert (args.colocate, args.offload, args.actor_world_size, args.num_engines) == (True, True, gpus, 1)
+    assert (args.rollout_engine, args.bf16, args.tensor_model_parallel_size) == ("sglang", True, gpus)
+    assert args.architecture is not None
+    assert args.architecture.family == family
+    paths = (args.hf_checkpoint, args.ref_load, args.prompt_data, args.load, args.save)
+    assert paths == tuple(str(tmp_path / name) for name in ("model", "model", "data.jsonl", "out", "out"))
+    unsaved = args_of(script, cwd=tmp_path, SAVE_DIR="")
+    assert (unsaved.save, unsaved.load, unsaved.save_interval) == (None, None, None)
+    assert not unsaved.eval_prompt_data
+    assert args_of(script, cwd=tmp_path, EVAL_DATA="e.jsonl").eval_prompt_data == (
+        "held-out",
+        str(tmp_path / "e.jsonl"),
+    )
+
+    train, engine = train_memory(args, on_cuda=True), engine_memory(args)
+    assert train is not None and engine is not None
+    assert train.peak < 0.8 * H200
+    # what SGLang may take holds its weights, and KV for the whole rollout but for a seventh at the longest
+    assert 0.85 * engine.peak < args.sglang["mem_fraction_static"] * H200
