@@ -29,7 +29,6 @@ def other_than(*built: Any) -> Callable[[Any], bool]:
 
 
 NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "context_parallel_size": (more_than_one, "context parallelism"),
     "num_layers_per_virtual_pipeline_stage": (on, "virtual pipeline stages"),
     "expert_model_parallel_size": (more_than_one, "expert parallelism"),
     "expert_tensor_parallel_size": (more_than_one, "expert tensor parallelism"),
@@ -41,7 +40,6 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "swiglu": (off, "an MLP without SwiGLU"),
     "disable_bias_linear": (off, "biases in linear layers"),
     "colocate": (on, "colocation"),
-    "rollout_engine": (other_than("embedded"), "driving SGLang servers"),
     "partial_rollout": (on, "partial rollout"),
     "mask_offpolicy_in_partial_rollout": (on, "partial rollout"),
     "max_staleness": (other_than(), "a bound on staleness"),
@@ -74,13 +72,10 @@ def not_built(case: Case) -> Iterable[Problem]:
     if not case.real:
         return
     for field, (asks, feature) in NOT_BUILT.items():
-        if field == "rollout_engine" and case.args.rollout_external_engines:
-            continue  # nothing is started, so nothing has to be of any kind
         if asks(vars(case.args)[field]):
-            remedy = "leave the flag out (--dry-run plans with it)"
-            if field == "rollout_engine" and field not in case.given:
-                remedy = "add --rollout-engine embedded"
-            yield case.error(field, f"{feature}: not part of this version", remedy)
+            yield case.error(
+                field, f"{feature}: not part of this version", "leave the flag out (--dry-run plans with it)"
+            )
     for field, why in NOT_BUILT_MEGATRON.items():
         if case.args.megatron_extra.get(field):
             yield Problem(

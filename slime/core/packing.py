@@ -51,7 +51,7 @@ class StepPlan:
         return sorted(row for rank in self.micro_batches for rows in rank for row in rows)
 
     def fill(self, total_lengths: Sequence[int], max_tokens: int) -> float:
-        """Share of the step's token budget (micro-batches x `max_tokens`) that holds samples' tokens."""
+        """Share of the step's token budget (micro-batches x `max_tokens`) that holds samples' tokens, not padding."""
         tokens = sum(total_lengths[row] for row in self.rows)
         return tokens / (len(self.micro_batches) * self.num_micro_batches * max_tokens)
 
@@ -70,6 +70,7 @@ def plan_steps(
     max_tokens: int | None,
     micro_batch_size: int,
     multiple: int = 1,
+    row_multiple: int = 1,
     balance: bool = False,
     flops: Callable[[int], float] | None = None,
 ) -> list[StepPlan]:
@@ -80,6 +81,7 @@ def plan_steps(
         max_tokens: token budget of a micro-batch (already x context parallelism). None: every micro-batch takes
             `micro_batch_size` rows.
         multiple: a micro-batch is padded up to a multiple of this; the padding counts against the budget.
+        row_multiple: and so is every row of it.
         balance: deal rows to ranks by Karmarkar-Karp on `flops` (None: on length); else in contiguous runs.
 
     Raises:
@@ -93,6 +95,7 @@ def plan_steps(
         )
     size = num_rows // num_steps
     cost = flops or float
+    padded = [length + -length % row_multiple for length in total_lengths]
     plans: list[StepPlan] = []
     for start in range(0, num_rows, size):
         rows = range(start, start + size)
@@ -106,9 +109,9 @@ def plan_steps(
             packed = [_chunk(part, micro_batch_size) for part in dealt]
         else:
             budget = max_tokens // multiple * multiple
-            packed = [_first_fit_decreasing(part, total_lengths, budget) for part in dealt]
+            packed = [_first_fit_decreasing(part, padded, budget) for part in dealt]
         count = max(len(part) for part in packed)
-        plans.append(StepPlan([_split_to(part, count, total_lengths) for part in packed]))
+        plans.append(StepPlan([_split_to(part, count, padded) for part in packed]))
     return plans
 
 
@@ -142,12 +145,12 @@ def _chunk(rows: list[int], size: int) -> list[list[int]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _first_fit_decreasing(rows: list[int], total_lengths: Sequence[int], budget: int) -> list[list[int]]:
+def _first_fit_decreasing(rows: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Bins of rows whose lengths sum to at most `budget`; a longer row has a bin of its own."""
     bins: list[list[int]] = []
     free: list[int] = []
-    for row in sorted(rows, key=lambda row: (-total_lengths[row], row)):
-        length = total_lengths[row]
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        length = lengths[row]
         for index, room in enumerate(free):
             if length <= room:
                 bins[index].append(row)
@@ -159,7 +162,7 @@ def _first_fit_decreasing(rows: list[int], total_lengths: Sequence[int], budget:
     return bins
 
 
-def _split_to(bins: list[list[int]], count: int, total_lengths: Sequence[int]) -> list[list[int]]:
+def _split_to(bins: list[list[int]], count: int, lengths: Sequence[int]) -> list[list[int]]:
     """`bins` as exactly `count` bins: the one with most tokens is halved again and again, empty ones fill up."""
     bins = list(bins)
     while len(bins) < count:
@@ -167,9 +170,9 @@ def _split_to(bins: list[list[int]], count: int, total_lengths: Sequence[int]) -
         if not splittable:
             bins.append([])
             continue
-        largest = max(splittable, key=lambda index: sum(total_lengths[row] for row in bins[index]))
+        largest = max(splittable, key=lambda index: sum(lengths[row] for row in bins[index]))
         rows = bins[largest]
-        halves = partition([float(total_lengths[row]) for row in rows], 2)
+        halves = partition([float(lengths[row]) for row in rows], 2)
         bins[largest], other = ([rows[i] for i in half] for half in halves)
         bins.append(other)
     return [sorted(rows) for rows in bins]

@@ -1,21 +1,28 @@
 """Packed core attention: many sequences in one row of tokens, rotary positions applied, each causal within itself.
 
 Path: `microbatch` lays the sequences out and hands a PackedSequences through Megatron to the PackedAttention of every
-layer. Invariant: what a sequence yields does not depend on the others in its pack.
+layer. Invariant: what a sequence yields does not depend on the others in its pack, nor on how context parallelism cuts
+it into pieces.
+
+A piece [offset, offset + length) of a sequence attends to the keys [0, offset + length) of it. Without context
+parallelism a piece is a whole sequence; with it, keys and values of all ranks are gathered in every layer, and each
+piece takes those that it may see.
 
 RoPE is applied here and not by Megatron: cos and sin are gathered once a micro-batch at the packed positions, where
 Megatron's packed path would walk over the sequences in Python, twice a layer.
 
-Shapes: _B tokens of a pack, _S sequences of a pack; h query heads, g key/value heads, d channels of a head.
+Shapes: _B tokens of a pack that this rank holds, _P pieces of sequences that they form, _K keys of all pieces;
+h query heads, g key/value heads, d channels of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
@@ -24,21 +31,45 @@ from torch import Tensor
 
 from slime.core.architecture import Architecture
 from slime.core.rotary import inverse_frequencies
-from slime.megatron import device
+from slime.megatron import device, varlen
+from slime.megatron.kernels import rotary
 
 SHORTEST_IN_GROUP = 0.75
 """Sequences are padded to one length together where the shortest has at least this share of the longest."""
 
 
 @dataclass(frozen=True)
-class PaddedLayout:
-    """Where the tokens of a pack lie when sequences of similar length are padded into rectangles (CPU)."""
+class Slots:
+    """Where packed tokens lie in padded rectangles."""
 
     slots_to_tokens: Tensor
     """The packed token in each slot of all rectangles; padding slots repeat some token."""
     tokens_to_slots_B: Tensor
-    shapes: list[tuple[int, int]]
-    """(sequences, length) of each rectangle."""
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """Where a pack lies when pieces of similar size are padded into rectangles (CPU)."""
+
+    queries: Slots
+    keys: Slots
+    """The same where every piece is a whole sequence."""
+    shapes: list[tuple[int, int, int]]
+    """(pieces, queries of each, keys of each) of each rectangle."""
+    masks: list[Tensor | None]
+    """[pieces, 1, queries, keys] bool, what each query sees; None where all is square and causal."""
+
+
+@dataclass(frozen=True)
+class ContextShare:
+    """What this rank holds of a pack under context parallelism."""
+
+    offsets_P: Sequence[int]
+    """Where in its sequence each piece begins."""
+    keys_K: Tensor
+    """The keys of each piece, piece behind piece, as places in the row of all ranks' tokens, rank behind rank."""
+    group: dist.ProcessGroup | None
+    """None only where one process plays all ranks."""
 
 
 @dataclass
@@ -50,141 +81,178 @@ class PackedSequences(PackedSeqParams):
     sin_B: Tensor | None = None
     layout: PaddedLayout | None = None
     """On a CPU only."""
+    share: ContextShare | None = None
+    """Under context parallelism only."""
 
 
-def pack_sequences(lengths_S: Sequence[int], shape: Architecture) -> PackedSequences:
-    """Sequences of these lengths, one behind the other, on this process's device."""
+def pack_sequences(lengths_P: Sequence[int], shape: Architecture, share: ContextShare | None = None) -> PackedSequences:
+    """Pieces of these lengths, one behind the other, on this process's device. Without `share`: whole sequences."""
     where = device.device()
-    lengths = torch.tensor(lengths_S, dtype=torch.int64)
+    lengths = torch.tensor(lengths_P, dtype=torch.int64)
+    offsets = torch.zeros_like(lengths) if share is None else torch.tensor(share.offsets_P, dtype=torch.int64)
     ends = lengths.cumsum(0)
-    positions_B = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - lengths, lengths)
-    cumulative = F.pad(ends, (1, 0)).int().to(where)
+    positions_B = torch.arange(int(ends[-1])) + torch.repeat_interleave(offsets - ends + lengths, lengths)
+    reaches = offsets + lengths
     angles_B = torch.outer(positions_B.float(), inverse_frequencies(shape))
-    longest = max(lengths_S)
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=cumulative,
-        cu_seqlens_kv=cumulative,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_q=F.pad(ends, (1, 0)).int().to(where),
+        cu_seqlens_kv=F.pad(reaches.cumsum(0), (1, 0)).int().to(where),
+        max_seqlen_q=int(lengths.max()),
+        max_seqlen_kv=int(reaches.max()),
         cos_B=angles_B.cos().to(where),
         sin_B=angles_B.sin().to(where),
-        layout=None if device.on_cuda() else padded_layout(lengths_S),
+        layout=None if device.on_cuda() else padded_layout(lengths.tolist(), offsets.tolist()),
+        share=None if share is None else replace(share, keys_K=share.keys_K.to(where)),
     )
 
 
-def padded_layout(lengths_S: Sequence[int]) -> PaddedLayout:
-    """Rectangles of sequences of similar length, longest first."""
-    ends = torch.tensor(lengths_S).cumsum(0).tolist()
-    order = sorted(range(len(lengths_S)), key=lambda sequence: -lengths_S[sequence])
-    tokens_to_slots_B = torch.empty(ends[-1], dtype=torch.int64)
-    slots: list[Tensor] = []
-    shapes: list[tuple[int, int]] = []
-    num_slots = 0
+def padded_layout(lengths_P: Sequence[int], offsets_P: Sequence[int] | None = None) -> PaddedLayout:
+    """Rectangles of pieces with similar numbers of queries and of keys, those with most keys first."""
+    lengths = torch.tensor(lengths_P)
+    offsets = torch.zeros_like(lengths) if offsets_P is None else torch.tensor(offsets_P)
+    reaches = lengths + offsets
+    groups: list[Tensor] = []
+    order = sorted(range(len(lengths_P)), key=lambda piece: (-int(reaches[piece]), -int(lengths[piece])))
     while order:
-        longest = lengths_S[order[0]]
-        group = [sequence for sequence in order if lengths_S[sequence] >= SHORTEST_IN_GROUP * longest]
-        order = order[len(group) :]
-        columns = torch.arange(longest)
-        lengths = torch.tensor([lengths_S[sequence] for sequence in group])[:, None]
-        starts = torch.tensor([ends[sequence] - lengths_S[sequence] for sequence in group])[:, None]
-        tokens = starts + torch.minimum(columns, lengths - 1)
-        inside = columns < lengths
+        most_keys, most_queries = int(reaches[order[0]]), int(lengths[order[0]])
+        group = [
+            piece
+            for piece in order
+            if reaches[piece] >= SHORTEST_IN_GROUP * most_keys
+            and SHORTEST_IN_GROUP * most_queries <= lengths[piece] <= most_queries
+        ]
+        taken = set(group)
+        order = [piece for piece in order if piece not in taken]
+        groups.append(torch.tensor(group))
+    queries = _slots(lengths, groups)
+    whole = not bool(offsets.any())
+    shapes: list[tuple[int, int, int]] = []
+    masks: list[Tensor | None] = []
+    for group in groups:
+        num_queries, num_keys = int(lengths[group].max()), int(reaches[group].max())
+        shapes.append((len(group), num_queries, num_keys))
+        last_seen = offsets[group, None, None, None] + torch.arange(num_queries)[:, None]
+        masks.append(torch.arange(num_keys) <= last_seen if bool(offsets[group].any()) else None)
+    return PaddedLayout(queries, queries if whole else _slots(reaches, groups), shapes, masks)
+
+
+def _slots(lengths: Tensor, groups: Sequence[Tensor]) -> Slots:
+    """Rows of these lengths, one behind the other, in one rectangle a group."""
+    ends = lengths.cumsum(0)
+    tokens_to_slots_B = torch.empty(int(ends[-1]), dtype=torch.int64)
+    slots: list[Tensor] = []
+    num_slots = 0
+    for group in groups:
+        columns = torch.arange(int(lengths[group].max()))
+        rows = lengths[group][:, None]
+        tokens = ends[group][:, None] - rows + torch.minimum(columns, rows - 1)
+        inside = columns < rows
         tokens_to_slots_B[tokens[inside]] = num_slots + inside.flatten().nonzero().flatten()
         slots.append(tokens.flatten())
-        shapes.append((len(group), longest))
-        num_slots += len(group) * longest
-    return PaddedLayout(torch.cat(slots), tokens_to_slots_B, shapes)
+        num_slots += tokens.numel()
+    return Slots(torch.cat(slots), tokens_to_slots_B)
 
 
 class _Pad(torch.autograd.Function):
     """Packed tokens -> padded slots. Padding slots carry no gradient: nothing that counts attends to them."""
 
     @staticmethod
-    def forward(ctx: Any, packed_B: Tensor, layout: PaddedLayout) -> Tensor:
-        ctx.layout = layout
-        return packed_B.index_select(0, layout.slots_to_tokens)
+    def forward(ctx: Any, packed_B: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        return packed_B.index_select(0, slots.slots_to_tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].index_select(0, ctx.layout.tokens_to_slots_B), None
+        return gradients[0].index_select(0, ctx.slots.tokens_to_slots_B), None
 
 
 class _Unpad(torch.autograd.Function):
     """Padded slots -> packed tokens."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, layout: PaddedLayout) -> Tensor:
-        ctx.layout = layout
-        return padded.index_select(0, layout.tokens_to_slots_B)
+    def forward(ctx: Any, padded: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        return padded.index_select(0, slots.tokens_to_slots_B)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        layout: PaddedLayout = ctx.layout
-        padded = gradients[0].new_zeros((len(layout.slots_to_tokens), *gradients[0].shape[1:]))
-        return padded.index_copy_(0, layout.tokens_to_slots_B, gradients[0]), None
+        slots: Slots = ctx.slots
+        padded = gradients[0].new_zeros((len(slots.slots_to_tokens), *gradients[0].shape[1:]))
+        return padded.index_copy_(0, slots.tokens_to_slots_B, gradients[0]), None
 
 
-def _rotate(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the first 2 x cos.size(-1) channels: neighbouring pairs, or pairs half of them apart."""
-    half = cos_B.size(-1)
-    rotated = x_B.clone(memory_format=torch.contiguous_format)
-    turning = rotated[..., : 2 * half]
-    if interleaved and x_B.dtype == torch.float32:
-        pairs = torch.view_as_complex(turning.unflatten(-1, (half, 2)))
-        pairs.mul_(torch.complex(cos_B, sin_B)[:, None])  # in one pass
-        return rotated
-    x1, x2 = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
-    cos, sin = cos_B[:, None].to(x_B.dtype), sin_B[:, None].to(x_B.dtype)
-    into_second = x1 * sin
-    x1.mul_(cos).addcmul_(x2, sin, value=-1)
-    x2.mul_(cos).add_(into_second)
-    return rotated
+class _Gather(torch.autograd.Function):
+    """The rows of all ranks, rank behind rank. Its backward pass sums the gradients that all ranks have of this one's.
 
-
-class _Rotary(torch.autograd.Function):
-    """RoPE (arXiv:2104.09864); its backward pass is the rotation the other way."""
+    An all-to-all brings them and they are added here: in one order, and rounded once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_B: Tensor, cos_B: Tensor, sin_B: Tensor, interleaved: bool) -> Tensor:
-        ctx.save_for_backward(cos_B, sin_B)
-        ctx.interleaved = interleaved
-        return _rotate(x_B, cos_B, sin_B, interleaved)
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = rows.new_empty((group.size() * len(rows), *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows, group=group)
+        return gathered
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        cos_B, sin_B = ctx.saved_tensors
-        return _rotate(gradients[0], cos_B, -sin_B, ctx.interleaved), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        of_all = gradients[0].contiguous()
+        of_ours = torch.empty_like(of_all)
+        dist.all_to_all_single(of_ours, of_all, group=ctx.group)
+        return of_ours.unflatten(0, (ctx.group.size(), -1)).sum(0), None
 
 
 def apply_rotary(x_B: Tensor, packed: PackedSequences, *, interleaved: bool) -> Tensor:
     """[B, heads, d] with RoPE at each token's position in its own sequence; channels past the rotary ones stay."""
-    return _Rotary.apply(x_B, packed.cos_B, packed.sin_B, interleaved)  # pyright: ignore[reportReturnType]
+    assert packed.cos_B is not None and packed.sin_B is not None
+    return rotary(x_B, packed.cos_B, packed.sin_B, interleaved=interleaved)
 
 
 def _attend_padded(query: Tensor, key: Tensor, value: Tensor, layout: PaddedLayout, scale: float | None) -> Tensor:
-    """Causal attention of rectangles. Padding stands right of its sequence, so the causal mask hides it."""
-    padded = [_Pad.apply(x, layout) for x in (query, key, value)]
-    sizes = [sequences * length for sequences, length in layout.shapes]
+    """Causal attention of rectangles. Padding stands right of its piece, so the causal mask hides it."""
+    q_all = _Pad.apply(query, layout.queries).split([pieces * queries for pieces, queries, _ in layout.shapes])
+    k_all, v_all = (
+        _Pad.apply(x, layout.keys).split([pieces * keys for pieces, _, keys in layout.shapes]) for x in (key, value)
+    )
     outputs: list[Tensor] = []
-    for (sequences, length), *parts in zip(layout.shapes, *(x.split(sizes) for x in padded), strict=True):
-        q, k, v = (x.unflatten(0, (sequences, length)).transpose(1, 2) for x in parts)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    for (pieces, _, _), mask, *parts in zip(layout.shapes, layout.masks, q_all, k_all, v_all, strict=True):
+        q, k, v = (x.unflatten(0, (pieces, -1)).transpose(1, 2) for x in parts)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return _Unpad.apply(torch.cat(outputs), layout)  # pyright: ignore[reportReturnType]
+    return _Unpad.apply(torch.cat(outputs), layout.queries)  # pyright: ignore[reportReturnType]
 
 
-def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None) -> Tensor:
-    """PyTorch's variable-length flash attention (CUDA, 16 bits)."""
-    from torch.nn.attention.varlen import varlen_attn
+def gather_keys(key: Tensor, value: Tensor, share: ContextShare) -> tuple[Tensor, Tensor]:
+    """[B, g, d] of this rank -> [K, g, d] of its pieces, in one collective."""
+    assert share.group is not None
+    row: Any = _Gather.apply(torch.cat([key, value]), share.group)
+    return keys_of_pieces(row, len(key), share)
 
-    repeats = query.size(1) // key.size(1)
-    key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
-    assert packed.cu_seqlens_q is not None and packed.max_seqlen_q is not None
-    ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
-    assert isinstance(out, Tensor)
-    return out
+
+def keys_of_pieces(row: Tensor, num_tokens: int, share: ContextShare) -> tuple[Tensor, Tensor]:
+    """Keys and values of the pieces, from a row of each rank's `num_tokens` keys and then as many values."""
+    keys_K = share.keys_K + share.keys_K // num_tokens * num_tokens  # over the values of the ranks before
+    return row.index_select(0, keys_K), row.index_select(0, keys_K + num_tokens)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None) -> Tensor:
+    """[B, h, d], and keys and values [K, g, d] of its pieces -> [B, h, d]; causal."""
+    if packed.layout is not None:
+        return _attend_padded(query, key, value, packed.layout, scale)
+    assert packed.max_seqlen_q is not None and packed.max_seqlen_kv is not None
+    return varlen.attend(
+        query,
+        key,
+        value,
+        packed.cu_seqlens_q,
+        packed.cu_seqlens_kv,
+        packed.max_seqlen_q,
+        packed.max_seqlen_kv,
+        scale,
+    )
 
 
 class PackedAttention(MegatronModule):
@@ -209,8 +277,6 @@ class PackedAttention(MegatronModule):
         interleaved = self.config.rotary_interleaved
         query = apply_rotary(query, packed_seq_params, interleaved=interleaved)
         key = apply_rotary(key, packed_seq_params, interleaved=interleaved)
-        if packed_seq_params.layout is not None:
-            out = _attend_padded(query, key, value, packed_seq_params.layout, self.scale)
-        else:
-            out = _attend_varlen(query, key, value, packed_seq_params, self.scale)
-        return out.flatten(1)
+        if packed_seq_params.share is not None:
+            key, value = gather_keys(key, value, packed_seq_params.share)
+        return attend(query, key, value, packed_seq_params, self.scale).flatten(1)

@@ -2,25 +2,98 @@
 
 Path: `core.packing` says which rows go together; what is made here goes through the model in `step`, and `logprobs`
 reads the hidden states at `predicting_R`. Invariant: the response columns of a micro-batch lie in the order of its
-rows, and `responses_R` says where each of their entries lies in the whole batch.
+rows, and `responses_R` says where each of their entries lies in the whole batch. Over the ranks of context parallelism
+every response token is in exactly one micro-batch: on the rank that predicts it.
 
-Shapes: _N rows of the whole batch, _M rows of the micro-batch, _B packed tokens with padding, _R response tokens of
-the micro-batch.
+All that context parallelism does to a layout is here: `Cut` says which tokens each rank holds, and a target comes from
+the row itself, so it does not matter where the token stands. A loss that needs whole sequences has to sum over
+`ContextParallel.group` what each rank has of a row (`responses_R` tells the row).
+
+Shapes: _N rows of the whole batch, _M rows of the micro-batch, _S its sequences (rows, and one of padding), _B packed
+tokens that this rank holds, _R response tokens that it predicts, _C ranks of context parallelism, _P pieces of a rank.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from slime.core.architecture import Architecture
 from slime.core.batch import COLUMNS, Array, Axis, TrainBatch
 from slime.megatron import device
-from slime.megatron.attention import PackedSequences, pack_sequences
+from slime.megatron.attention import ContextShare, PackedSequences, pack_sequences
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """This rank among those that share every sequence."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    """None only where one process plays all ranks."""
+
+    @property
+    def row_multiple(self) -> int:
+        """Every sequence is padded to a multiple of this: two chunks a rank, all equally long."""
+        return 2 * self.size if self.size > 1 else 1
+
+    def pack_multiple(self, multiple: int) -> int:
+        """A whole pack is padded to a multiple of this, so that each rank's tokens are a multiple of `multiple`."""
+        return math.lcm(self.row_multiple, self.size * multiple)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which tokens of a pack each rank holds.
+
+    Every sequence is cut into 2 x C chunks, and rank r takes the chunks r and 2 x C - 1 - r: under a causal mask all
+    ranks have equally much to do. Alone, a rank has each sequence in one piece.
+    """
+
+    tokens_CB: Array
+    """Places in the pack."""
+    lengths_P: Array
+    offsets_CP: Array
+    """Where in its sequence each piece begins."""
+    starts_P: Array
+    """Where in the pack each piece's sequence begins."""
+
+    @classmethod
+    def of(cls, lengths_S: Array, num_ranks: int) -> Cut:
+        """Sequences whose lengths are multiples of `ContextParallel.row_multiple`."""
+        starts_S = np.cumsum(lengths_S) - lengths_S
+        if num_ranks == 1:
+            return cls(np.arange(lengths_S.sum())[None], lengths_S, np.zeros_like(lengths_S)[None], starts_S)
+        assert not (lengths_S % (2 * num_ranks)).any()
+        ranks_C = np.arange(num_ranks)
+        chunks_C2 = np.stack([ranks_C, 2 * num_ranks - 1 - ranks_C], axis=1)
+        lengths_P = np.repeat(lengths_S // (2 * num_ranks), 2)
+        offsets_CP = np.tile(chunks_C2, len(lengths_S)) * lengths_P
+        starts_P = np.repeat(starts_S, 2)
+        tokens_CB = np.stack([_ranges(starts_P + offsets_P, lengths_P) for offsets_P in offsets_CP])
+        return cls(tokens_CB, lengths_P, offsets_CP, starts_P)
+
+    def places(self) -> Array:
+        """Of every token of the pack, its place in the row of all ranks' tokens, rank behind rank."""
+        places = np.empty(self.tokens_CB.size, dtype=np.int64)
+        places[self.tokens_CB.ravel()] = np.arange(self.tokens_CB.size)
+        return places
+
+    def share(self, part: ContextParallel) -> ContextShare:
+        """What attention has to know of this rank's pieces."""
+        offsets_P = self.offsets_CP[part.rank]
+        seen_K = _ranges(self.starts_P, offsets_P + self.lengths_P)
+        return ContextShare(offsets_P.tolist(), torch.from_numpy(self.places()[seen_K]), part.group)
+
+
+ALONE = ContextParallel()
 
 
 @dataclass(frozen=True)
@@ -31,14 +104,12 @@ class MicroBatch:
     """[1, B]."""
     sequences: PackedSequences
     predicting_R: Tensor
-    """The packed position whose hidden state predicts each response token: the one before it."""
+    """This rank's position whose hidden state predicts each response token: that of the token before it."""
     targets_R: Tensor
     columns: dict[str, Tensor]
     """Every response column of the batch."""
     responses_R: Array
     """Each response token's place in the whole batch's flat columns."""
-    num_tokens: int
-    """Tokens without padding."""
 
 
 def _ranges(starts: Array, lengths: Array) -> Array:
@@ -48,8 +119,12 @@ def _ranges(starts: Array, lengths: Array) -> Array:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
 
 
-def pack_rows(batch: TrainBatch, rows: Sequence[int], *, shape: Architecture, multiple: int) -> MicroBatch:
-    """The rows as one micro-batch, padded to a multiple of `multiple` tokens by a sequence of padding behind them.
+def pack_rows(
+    batch: TrainBatch, rows: Sequence[int], *, shape: Architecture, multiple: int, part: ContextParallel = ALONE
+) -> MicroBatch:
+    """This rank's part of the rows as one micro-batch, its tokens a multiple of `multiple`.
+
+    Padding stands at the end of each row where context parallelism needs it, and in a sequence behind all rows.
 
     Raises:
         ValueError: a row whose response has no token before it to be predicted from.
@@ -61,25 +136,32 @@ def pack_rows(batch: TrainBatch, rows: Sequence[int], *, shape: Architecture, mu
         raise ValueError(f"sample {sample} has no prompt: its first response token is predicted from nothing")
     tokens_starts_N = np.cumsum(batch.total_lengths_N) - batch.total_lengths_N
     responses_starts_N = np.cumsum(batch.response_lengths_N) - batch.response_lengths_N
-    tokens = batch.columns["tokens"][_ranges(tokens_starts_N[rows_M], total_M)]
-    responses_R = _ranges(responses_starts_N[rows_M], response_M)
 
-    num_tokens = len(tokens)
-    num_padding = -num_tokens % multiple if num_tokens else multiple
-    padding = np.full(num_padding, COLUMNS["tokens"].padding, dtype=np.int64)
-    packed_starts_M = np.cumsum(total_M) - total_M
-    answers_R = _ranges(packed_starts_M + total_M - response_M, response_M)
+    lengths_S = total_M + -total_M % part.row_multiple
+    starts_M = np.cumsum(lengths_S) - lengths_S
+    pack_multiple = part.pack_multiple(multiple)
+    num_padding = -int(lengths_S.sum()) % pack_multiple if len(rows_M) else pack_multiple
+    if num_padding:
+        lengths_S = np.append(lengths_S, num_padding)
+    pack = np.full(lengths_S.sum(), COLUMNS["tokens"].padding, dtype=np.int64)
+    pack[_ranges(starts_M, total_M)] = batch.columns["tokens"][_ranges(tokens_starts_N[rows_M], total_M)]
+
+    cut = Cut.of(lengths_S, part.size)
+    tokens_B = cut.tokens_CB[part.rank]
+    answers_R = _ranges(starts_M + total_M - response_M, response_M)
+    predicting_R = cut.places()[answers_R - 1] - part.rank * len(tokens_B)
+    ours_R = (predicting_R >= 0) & (predicting_R < len(tokens_B))
+    responses_R = _ranges(responses_starts_N[rows_M], response_M)[ours_R]
     where = device.device()
     return MicroBatch(
-        tokens_B=torch.from_numpy(np.concatenate([tokens, padding]))[None].to(where),
-        sequences=pack_sequences([*total_M.tolist(), *([num_padding] if num_padding else [])], shape),
-        predicting_R=torch.from_numpy(answers_R - 1).to(where),
-        targets_R=torch.from_numpy(tokens[answers_R]).to(where),
+        tokens_B=torch.from_numpy(pack[tokens_B])[None].to(where),
+        sequences=pack_sequences(cut.lengths_P.tolist(), shape, cut.share(part) if part.size > 1 else None),
+        predicting_R=torch.from_numpy(predicting_R[ours_R]).to(where),
+        targets_R=torch.from_numpy(pack[answers_R][ours_R]).to(where),
         columns={
             name: torch.from_numpy(values[responses_R]).to(where)
             for name, values in batch.columns.items()
             if COLUMNS[name].axis is Axis.RESPONSE
         },
         responses_R=responses_R,
-        num_tokens=num_tokens,
     )

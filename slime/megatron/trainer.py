@@ -28,7 +28,7 @@ from slime.megatron import device, hf_weights
 from slime.megatron.build import architecture_of, build_model, params_dtype, unwrap
 from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from slime.megatron.checkpoint_files import refuse_abandoned
-from slime.megatron.microbatch import MicroBatch, pack_rows
+from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows
 from slime.megatron.optimizer import build_optimizer, steps_per_rollout
 from slime.megatron.parallel import close_parallel, init_parallel
 from slime.megatron.result import LoadResult
@@ -241,7 +241,8 @@ class Trainer:
             dp_size=self.topology.dp_size,
             max_tokens=self._max_tokens,
             micro_batch_size=args.micro_batch_size,
-            multiple=self._multiple,
+            multiple=self._context.pack_multiple(self._multiple),
+            row_multiple=self._context.row_multiple,
             balance=args.balance_data,
             flops=training_flops(self._shape),
         )
@@ -258,12 +259,17 @@ class Trainer:
 
     @property
     def _multiple(self) -> int:
-        """A pack's tokens are a multiple of this: sequence parallelism cuts them into TP equal parts."""
+        """A rank's tokens are a multiple of this: sequence parallelism cuts them into TP equal parts."""
         return self.topology.tp_size
+
+    @property
+    def _context(self) -> ContextParallel:
+        topology = self.topology
+        return ContextParallel(topology.cp_rank, topology.cp_size, topology.cp_group)
 
     def _pack(self, batch: TrainBatch, plan: StepPlan) -> list[MicroBatch]:
         return [
-            pack_rows(batch, rows, shape=self._shape, multiple=self._multiple)
+            pack_rows(batch, rows, shape=self._shape, multiple=self._multiple, part=self._context)
             for rows in plan.micro_batches[self.topology.dp_rank]
         ]
 
@@ -275,7 +281,7 @@ class Trainer:
         if self.topology.is_last_stage:
             for micro_batch, log_probs_R in zip(micro_batches, found, strict=True):
                 flat[micro_batch.responses_R] = log_probs_R.cpu().numpy()
-        whole = torch.from_numpy(flat).to(device.device())  # 0 in other ranks' rows
+        whole = torch.from_numpy(flat).to(device.device())  # 0 where other ranks have them
         last = self.topology.pp_size - 1
         if self.topology.is_last_stage:
             dist.all_reduce(whole, group=self.topology.dp_cp_group)

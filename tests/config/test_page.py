@@ -102,7 +102,7 @@ def test_a_real_run_names_what_is_missing() -> None:
     with pytest.raises(UsageError) as caught:
         load_args(page_words(DECOUPLED))
     text = str(caught.value)
-    for expected in ("--context-parallel-size 2", "--hf-checkpoint /root", "--prompt-data /root", "--ref-load /root"):
+    for expected in ("--hf-checkpoint /root", "--prompt-data /root", "--ref-load /root"):
         assert expected in text
 
 

@@ -234,12 +234,10 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "--context-parallel-size 2 --actor-num-gpus-per-node 2",
         "--num-layers-per-virtual-pipeline-stage 1",
         "--optimizer-cpu-offload",
         "--partial-rollout",
         "--max-staleness 0",
-        "--rollout-engine sglang",
         "--advantage-estimator gspo",
         "--use-tis",
         "--kl-coef 0.1",
@@ -258,6 +256,7 @@ def test_not_built_plans_but_does_not_run(run: Run, words: str) -> None:
     "words",
     [
         "--expert-model-parallel-size 1 --expert-tensor-parallel-size 1 --context-parallel-size 1",
+        "--context-parallel-size 2 --actor-num-gpus-per-node 2",
         "--pipeline-model-parallel-size 1 --no-use-distributed-optimizer --no-colocate --no-partial-rollout",
         "--rollout-top-p 1.0 --rollout-top-k -1 --kl-coef 0 --no-use-tis --no-use-wandb --no-fp16",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",

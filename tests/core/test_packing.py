@@ -25,7 +25,9 @@ GLM4_9B = Architecture(
 )
 
 
-def problems(plan: StepPlan, rows: range, lengths: list[int], budget: int, multiple: int) -> list[str]:
+def problems(
+    plan: StepPlan, rows: range, lengths: list[int], budget: int, multiple: int, row_multiple: int
+) -> list[str]:
     """What is wrong with a step's plan. One list of rules, so that the controls below use the same."""
     found: list[str] = []
     if plan.rows != list(rows):
@@ -34,7 +36,7 @@ def problems(plan: StepPlan, rows: range, lengths: list[int], budget: int, multi
         found.append("unequal numbers of micro-batches")
     for rank in plan.micro_batches:
         for micro_batch in rank:
-            tokens = sum(lengths[row] for row in micro_batch)
+            tokens = sum(-(-lengths[row] // row_multiple) * row_multiple for row in micro_batch)
             if len(micro_batch) > 1 and -(-tokens // multiple) * multiple > budget:
                 found.append("over budget")
     return found
@@ -47,10 +49,11 @@ def problems(plan: StepPlan, rows: range, lengths: list[int], budget: int, multi
     dp_size=st.integers(1, 4),
     budget=st.integers(1, 600),
     multiple=st.sampled_from([1, 2, 4, 16]),
+    row_multiple=st.sampled_from([1, 4, 8]),
     balance=st.booleans(),
 )
 def test_every_plan_is_sound_and_repeats(
-    lengths: list[int], num_steps: int, dp_size: int, budget: int, multiple: int, balance: bool
+    lengths: list[int], num_steps: int, dp_size: int, budget: int, multiple: int, row_multiple: int, balance: bool
 ) -> None:
     lengths = lengths * num_steps
 
@@ -62,6 +65,7 @@ def test_every_plan_is_sound_and_repeats(
             max_tokens=budget,
             micro_batch_size=1,
             multiple=multiple,
+            row_multiple=row_multiple,
             balance=balance,
         )
 
@@ -70,17 +74,20 @@ def test_every_plan_is_sound_and_repeats(
     size = len(lengths) // num_steps
     for index, step in enumerate(plans):
         assert len(step.micro_batches) == dp_size
-        assert problems(step, range(index * size, (index + 1) * size), lengths, budget, multiple) == []
+        assert problems(step, range(index * size, (index + 1) * size), lengths, budget, multiple, row_multiple) == []
     assert plans == plan()
 
 
 def test_the_rules_notice_a_bad_plan() -> None:
     lengths = [10, 10, 10]
-    assert problems(StepPlan([[[0, 1, 2]], [[]]]), range(3), lengths, 20, 1) == ["over budget"]
-    assert problems(StepPlan([[[0, 1], [2]], [[]]]), range(3), lengths, 20, 1) == ["unequal numbers of micro-batches"]
-    assert problems(StepPlan([[[0, 1]], [[1]]]), range(3), lengths, 20, 1) == ["rows"]
-    assert problems(StepPlan([[[0, 1]], [[2]]]), range(3), lengths, 20, 16) == ["over budget"], "padding counts"
-    assert problems(StepPlan([[[0, 1]], [[2]]]), range(3), lengths, 20, 1) == []
+    two = StepPlan([[[0, 1]], [[2]]])
+    assert problems(StepPlan([[[0, 1, 2]], [[]]]), range(3), lengths, 20, 1, 1) == ["over budget"]
+    wrong = StepPlan([[[0, 1], [2]], [[]]])
+    assert problems(wrong, range(3), lengths, 20, 1, 1) == ["unequal numbers of micro-batches"]
+    assert problems(StepPlan([[[0, 1]], [[1]]]), range(3), lengths, 20, 1, 1) == ["rows"]
+    assert problems(two, range(3), lengths, 20, 16, 1) == ["over budget"], "padding counts"
+    assert problems(two, range(3), lengths, 20, 1, 4) == ["over budget"], "that of rows too"
+    assert problems(two, range(3), lengths, 20, 1, 1) == []
 
 
 @settings(max_examples=100, deadline=None)

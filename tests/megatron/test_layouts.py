@@ -45,8 +45,22 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "DP2, distributed optimizer": (2, {"use_distributed_optimizer": True}),
     "PP2 x DP2, distributed optimizer": (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True}),
+    "CP2": (2, {"context_parallel_size": 2, "max_tokens_per_gpu": 40}),
 }
 """Processes and flags."""
+CP2 = LAYOUTS["CP2"][1]
+CP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "CP4": (4, {"context_parallel_size": 4, "max_tokens_per_gpu": 20}),
+    "TP2 x CP2": (4, {**CP2, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "PP2 x CP2": (4, {**CP2, "pipeline_model_parallel_size": 2}),
+    "DP2 x CP2, distributed optimizer": (4, {**CP2, "use_distributed_optimizer": True}),
+    "CP2, recompute": (
+        2,
+        {**CP2, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ),
+}
+"""Those that one family stands for."""
+ALL = {**LAYOUTS, **CP_LAYOUTS}
 
 TOLERANCE = 1e-5
 STEP_TOLERANCE = 1e-3
@@ -174,7 +188,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path
 def _args(models: Callable[..., tuple[Path, Path]], family: str, layout: str, **changes: Any) -> Args:
     actor, reference = models(family, changes.pop("num_layers", 2))
     return tiny.make_args(
-        actor, **{**FLAGS, **LAYOUTS[layout][1], "load": str(actor), "ref_load": str(reference), **changes}
+        actor, **{**FLAGS, **ALL[layout][1], "load": str(actor), "ref_load": str(reference), **changes}
     )
 
 
@@ -222,7 +236,7 @@ def _tied(trainer: Trainer) -> list[Tensor]:
 
 def _run(workers: WorkerPool, args: Args, layout: str, tmp_path: Path, bug: str | None = None) -> Found:
     """Of rank 0; every rank has to have come to the same."""
-    found = workers.run(LAYOUTS[layout][0], _one_step, args, tmp_path / "export", bug)
+    found = workers.run(ALL[layout][0], _one_step, args, tmp_path / "export", bug)
     for other in found[1:]:
         assert other.metrics == found[0].metrics
         assert np.array_equal(other.log_probs, found[0].log_probs) and other.names == found[0].names
@@ -251,8 +265,10 @@ def _same_bits(export: Path, source: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [(family, layout) for family in FAMILIES for layout in LAYOUTS] + [("glm4", layout) for layout in CP_LAYOUTS],
+)
 def test_one_step(family: str, layout: str, workers: WorkerPool, models: Any, tmp_path: Path) -> None:
     found = _run(workers, _args(models, family, layout), layout, tmp_path)
     misses = _misses(found, _expected(family))
@@ -268,7 +284,7 @@ def test_both_copies_of_a_tied_embedding_stay_one(
 ) -> None:
     """The first stage embeds with it, the last one predicts with its own copy, and each sees half of the gradient."""
     tied = _run(workers, _args(models, TIED, layout, bf16=bf16), layout, tmp_path).tied
-    assert len(tied) == LAYOUTS[layout][0]
+    assert len(tied) == ALL[layout][0]
     first, last = tied[: len(tied) // 2], tied[len(tied) // 2 :]
     assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
 
@@ -336,7 +352,7 @@ def test_every_layout_goes_on_from_every_other(
     root = tmp_path_factory.mktemp("saved")
     saved = {layout: str(root / layout) for layout in LAYOUTS}
     for layout, path in saved.items():
-        workers.run(LAYOUTS[layout][0], _one_step, _args(models, family, layout, save=path), root / "export")
+        workers.run(ALL[layout][0], _one_step, _args(models, family, layout, save=path), root / "export")
     expected = _expected(family).weights[1]
     log_probs: list[np.ndarray] = []
     for layout, (ranks, _) in LAYOUTS.items():
@@ -346,5 +362,5 @@ def test_every_layout_goes_on_from_every_other(
                 assert difference({"": after.log_probs}, {"": log_probs[0]}) <= TOLERANCE, (source, layout)
                 assert difference(after.weights, expected) <= TOLERANCE, (source, layout)
     for layout in (SINGLE, "PP2"):  # controls: other moments, no moments
-        found = workers.run(LAYOUTS[layout][0], _second_steps, _args(models, family, layout), saved, False)[0]
+        found = workers.run(ALL[layout][0], _second_steps, _args(models, family, layout), saved, False)[0]
         assert all(difference(after.weights, expected) > 10 * TOLERANCE for after in found.values())
