@@ -14,6 +14,8 @@ from slime.engine.protocol import Message
 
 MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
 """A part of an engine's memory that it can give back and take again."""
+MEMORY_FILE = "slime-weights"
+"""The name of memory files that hold a `SharedBucket`; the embedded engine opens no other."""
 
 
 @dataclass(frozen=True, kw_only=True)

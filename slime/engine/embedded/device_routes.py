@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from aiohttp import web
 
-from slime.engine.device_protocol import MemoryOccupation, SharedBucket, UpdateWeightsFromTensor
+from slime.engine.device_protocol import MEMORY_FILE, MemoryOccupation, SharedBucket, UpdateWeightsFromTensor
 from slime.engine.embedded.answers import json_answer, read_body
 from slime.engine.embedded.memory import EngineMemory
 from slime.engine.embedded.scheduler import Scheduler
@@ -22,8 +22,6 @@ from slime.engine.embedded.weights import EngineWeights
 from slime.engine.protocol import Endpoint
 from slime.engine.weight_group import bucket_bytes, parse_dtype, split_bucket
 
-MEMORY_FILE = "slime-weights"
-"""The name that senders give their memory file."""
 _PATH = re.compile(r"/proc/[1-9][0-9]*/fd/[0-9]+")
 
 
