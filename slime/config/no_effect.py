@@ -155,7 +155,7 @@ TABLE: tuple[NoEffect, ...] = (
         "--rollout-external-engines run already, and are what they are",
     ),
     NoEffect(
-        ("update_weight_transport", "update_weight_buffer_size"),
+        ("update_weight_transport", "update_weight_buffer_size", "update_weight_pause"),
         lambda a: not a.num_engines or a.debug_rollout_only,
         "no weights are sent",
     ),

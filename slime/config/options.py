@@ -62,6 +62,13 @@ class ClusterOptions:
     update_weight_buffer_size: int = flag(
         512 * 1024**2, "Bytes of one bucket (on disk: one file) of weights on its way.", ge=1
     )
+    update_weight_pause: Literal["drain", "abort", "in_place", "retract"] = flag(
+        "drain",
+        "Requests in flight when weights change. drain: they are answered first. abort: they are answered at once, "
+        "with what they have. in_place: they wait, and go on over the KV cache of the old weights. retract: they wait, "
+        "and are prefilled again by the new ones. An answer that has waited names the later policy version; a "
+        "synchronous run has nothing in flight.",
+    )
     check_weight_sync: bool = flag(
         True,
         "At the first sync of a run, compare the engines' checksum after the sync with the one after loading the "

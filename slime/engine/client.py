@@ -28,6 +28,7 @@ from slime.engine.protocol import (
     PauseGeneration,
     PauseMode,
     RouterEndpoint,
+    SamplingParams,
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
     WeightsChecker,
@@ -325,7 +326,8 @@ class EngineClient:
                 raise
 
     async def update_weights_from_disk(self, path: str, weight_version: str | None) -> None:
-        body = UpdateWeightsFromDisk(model_path=path, weight_version=weight_version)
+        """Make every engine load an HF directory. Caches are kept: flush them before, while nothing is in flight."""
+        body = UpdateWeightsFromDisk(model_path=path, weight_version=weight_version, flush_cache=False)
         await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_DISK, body)
 
     async def update_weights_from_tensor(self, body: UpdateWeightsFromTensor) -> None:
@@ -336,6 +338,13 @@ class EngineClient:
         """Each engine's digest of the weights that it holds. Comparable between engines of one kind and layout."""
         answers = await self._everywhere(Endpoint.WEIGHTS_CHECKER, WeightsChecker(action="checksum"))
         return [str(answer["per_engine_checksum"]) for answer in answers]
+
+    async def prompt_log_probs(self, tokens: Sequence[int]) -> list[list[float]]:
+        """Each engine's log-probs of the prompt `tokens` but the first, which nothing predicts."""
+        params = SamplingParams(max_new_tokens=1)
+        body = GenerateRequest(input_ids=list(tokens), sampling_params=params, logprob_start_len=0)
+        answers = await self._everywhere(Endpoint.GENERATE, body)
+        return [[p for p in GenerateResponse.from_json(a).input_log_probs if p is not None] for a in answers]
 
     async def reset_weights(self) -> None:
         """Make every engine's weights garbage, as the start of a check."""

@@ -8,13 +8,16 @@ Path: `sync.broadcast` joins as rank 0 and sends; an engine joins on /init_weigh
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import Backend, _abort_process_group, _new_process_group_helper, _world
 
 from slime.core.address import own_address
 
@@ -22,27 +25,70 @@ from slime.core.address import own_address
 class WeightGroup:
     """A joined group. `broadcast` is collective: every member calls it with a tensor of the same size and dtype."""
 
-    def __init__(self, group: dist.ProcessGroup, store: Store, *, timeout: timedelta) -> None:
+    def __init__(self, group: dist.ProcessGroup, store: Store, *, timeout: timedelta, gloo: bool) -> None:
         self._group: dist.ProcessGroup | None = group
         self._store: Store | None = store
         self._timeout = timeout
+        self._gloo = gloo
 
-    def broadcast(self, tensor: Tensor, src: int = 0) -> None:
-        """Send the contiguous `tensor` from rank `src`, or receive into it.
+    def broadcast(self, tensor: Tensor, src: int = 0, *, after: Filled = None) -> None:
+        """Send the contiguous `tensor` from rank `src`, or receive into it. Returns once the tensor may be changed.
+
+        On a GPU it goes over a stream of its own, behind `after`; without, behind all that the current one has begun.
 
         Raises RuntimeError where a member is gone, or is silent for the group's timeout.
         """
-        if self._group is None:
+        group = self._group
+        if group is None:
             raise RuntimeError("this weight group is closed")
         assert tensor.is_contiguous()
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = src, 0
-        # On a CPU as bytes: gloo does not know every dtype. NCCL does, and SGLang receives in the tensor's own.
-        flat = tensor.view(-1).view(torch.uint8) if tensor.device.type == "cpu" else tensor
-        self._group.broadcast([flat], options).wait(self._timeout)
+        after = after or filled(tensor)
+        if self._gloo:
+            group.broadcast([_bytes_on_cpu(tensor, after)], options).wait(self._timeout)
+            return
+        with _stream_behind(after, tensor.device):
+            group.broadcast([tensor], options).wait(self._timeout)  # with a limit, NCCL blocks the thread, too
 
-    def close(self) -> None:
-        self._group = self._store = None
+    def close(self, *, broken: bool = False) -> None:
+        """Leave. `broken`: a broadcast has failed, or is still waited for in another thread, which this ends."""
+        group, self._group, self._store = self._group, None, None
+        if group is not None and not self._gloo:  # torch keeps it in its table, under its name
+            leave = _abort_process_group if broken else dist.destroy_process_group
+            leave(group)
+
+
+Filled = torch.cuda.Event | None
+"""The moment on a GPU from which a tensor holds what it should; on a CPU that is when the call returns."""
+
+
+def filled(tensor: Tensor) -> Filled:
+    """When all is done that the current stream has begun."""
+    if not tensor.is_cuda:
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+    return event
+
+
+def _bytes_on_cpu(tensor: Tensor, after: Filled) -> Tensor:
+    """As gloo takes it: it does not know every dtype. A tensor on a GPU can only be sent (to engines on CPUs)."""
+    if after is not None:
+        after.synchronize()
+    return tensor.view(-1).view(torch.uint8).cpu()
+
+
+@contextmanager
+def _stream_behind(event: Filled, device: torch.device) -> Iterator[None]:
+    """Another thread may be at work on its stream: this one's work does not stand in line behind it."""
+    if event is None:
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_event(event)
+    with torch.cuda.stream(stream):  # the device, too: a thread begins on the first one
+        yield
 
 
 def join_weight_group(
@@ -64,11 +110,12 @@ def join_weight_group(
     limit = timedelta(seconds=timeout)
     store = _store(master_address, master_port, world_size, is_master, limit)
     prefixed = PrefixStore(group_name, store)
-    if backend == "gloo":
+    gloo = backend == "gloo"
+    if gloo:
         group = _gloo(prefixed, master_address, rank, world_size, limit)
     else:
         group = _as_torch_does(prefixed, rank, world_size, group_name, backend, limit)
-    return WeightGroup(group, store, timeout=limit)
+    return WeightGroup(group, store, timeout=limit, gloo=gloo)
 
 
 def _store(address: str, port: int, world_size: int, is_master: bool, timeout: timedelta) -> TCPStore:
@@ -93,10 +140,14 @@ def _as_torch_does(
     store: Store, rank: int, world_size: int, group_name: str, backend: str, timeout: timedelta
 ) -> dist.ProcessGroup:
     """The way SGLang makes its side, key by key, so that NCCL's rendezvous meets: for CUDA."""
-    from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_group_helper, _world
-
     group, _ = _new_process_group_helper(
-        world_size, rank, [], Backend(backend), store, group_name=GroupName(group_name), timeout=timeout
+        world_size,
+        rank,
+        [],  # as for torch's default group: its ranks are those of no other
+        Backend(backend),
+        store,
+        group_name=cast(Any, group_name),  # SGLang's key: the store's prefix is made of it once more
+        timeout=timeout,
     )
     assert isinstance(group, dist.ProcessGroup)
     _world.pg_group_ranks[group] = {i: i for i in range(world_size)}

@@ -1,7 +1,8 @@
 """Hugging Face weights into a sharded Megatron model, and out of it.
 
 Path: at start a model is filled from an HF directory; export and weight sync iterate `iter_hf_tensors`. Invariant:
-names, order and shapes are the same on every rank, and no more than one parameter is gathered at a time.
+names, order and shapes are the same on every rank, and no more than GATHER_BYTES (or one parameter) are gathered at a
+time, in one collective of each kind: a small parameter costs no round of its own.
 
 A pipeline stage knows its own parameters only; what is checked against the weight table are those of all stages. A
 tied output layer on the last of several stages goes by the embedding's name: it is filled like it, and not exported.
@@ -31,6 +32,10 @@ from slime.models.mapping import WeightTable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+GATHER_BYTES = 256 * 1024**2
+"""Of whole tensors, in one collective over the tensor-parallel ranks (and one over the stages)."""
+ALIGNMENT = 16
 
 
 def load_hf_into(model: torch.nn.Module, architecture: Architecture, reader: HFReader, args: Args) -> None:
@@ -82,6 +87,10 @@ class _Held(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
 
 def _stages(parameters: Mapping[str, torch.nn.Parameter]) -> list[dict[str, _Held]]:
     """What each pipeline stage holds, by global name."""
@@ -116,41 +125,83 @@ def _check_copies(table: WeightTable, reader: HFReader) -> None:
 def iter_hf_tensors(model: torch.nn.Module, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """HF name and whole tensor, in the table's order, on every rank; collective over tensor and pipeline parallelism.
 
-    Tensors are contiguous copies on the model's device and in its dtype: the caller may keep them. All ranks have to
-    run the iteration to its end.
+    Tensors are contiguous, on the model's device and in its dtype. They may be the parameters' own memory: clone what
+    has to outlive the next change of the weights. All ranks have to run the iteration to its end.
     """
     table = weight_table(architecture)
     parameters = dict(named_parameters(model))
     stages = _stages(parameters)
     table.check(_names(stages), table.hf_names())
+    for owner, names in _gathers(table, stages, tensor_group().size()):
+        parts = _of_stage(owner, [parameters.get(name) for name in names], [stages[owner][name] for name in names])
+        cut = [i for i, name in enumerate(names) if table.rule(name).tp_axis is not None]
+        shards = dict(zip(cut, _of_all_tensor_ranks([parts[i] for i in cut]), strict=True))
+        for i, name in enumerate(names):
+            full = table.join(name, shards[i]) if i in shards else parts[i]
+            for hf_name, tensor in table.to_hf(name, full):
+                yield hf_name, tensor.contiguous()
+
+
+def _gathers(
+    table: WeightTable, stages: Sequence[Mapping[str, _Held]], tp_size: int
+) -> Iterator[tuple[int, list[str]]]:
+    """Parameters that are gathered together, in the table's order, and the stage that holds them."""
+    together: list[str] = []
+    holder, size = 0, 0
     for name in table.megatron_names():
         owner = next(stage for stage, held in enumerate(stages) if name in held)
-        part = _of_stage(owner, parameters.get(name), stages[owner][name])
-        full = part if table.rule(name).tp_axis is None else table.join(name, _of_all_tensor_ranks(part))
-        for hf_name, tensor in table.to_hf(name, full):
-            yield hf_name, tensor.contiguous()
+        whole = stages[owner][name].nbytes * (1 if table.rule(name).tp_axis is None else tp_size)
+        if together and (owner != holder or size + whole > GATHER_BYTES):
+            yield holder, together
+            together, size = [], 0
+        holder, size = owner, size + whole
+        together.append(name)
+    yield holder, together
 
 
-def _of_stage(owner: int, parameter: torch.nn.Parameter | None, held: _Held) -> Tensor:
-    """A contiguous copy of the stage `owner`'s parameter, on every stage."""
+def _of_stage(owner: int, parameters: Sequence[torch.nn.Parameter | None], held: Sequence[_Held]) -> list[Tensor]:
+    """The stage `owner`'s `parameters`, on every stage; None in the place of those of another one."""
     group = pipeline_group()
-    if group.rank() == owner:
-        assert parameter is not None
-        part = parameter.detach().clone(memory_format=torch.contiguous_format)
-    else:
-        part = torch.empty(held.shape, dtype=held.dtype, device=device.device())
-    if group.size() > 1:
-        dist.broadcast(part, group=group, group_src=owner)
-    return part
-
-
-def _of_all_tensor_ranks(part: Tensor) -> list[Tensor]:
-    group = tensor_group()
     if group.size() == 1:
-        return [part]
-    parts = [torch.empty_like(part) for _ in range(group.size())]
-    dist.all_gather(parts, part, group=group)
+        return [parameter.detach() for parameter in parameters if parameter is not None]
+    flat, parts = _side_by_side(held)
+    if group.rank() == owner:
+        for part, parameter in zip(parts, parameters, strict=True):
+            assert parameter is not None
+            part.copy_(parameter.detach())
+    dist.broadcast(flat, group=group, group_src=owner)
     return parts
+
+
+def _of_all_tensor_ranks(parts: Sequence[Tensor]) -> list[list[Tensor]]:
+    """For each part, those of all ranks in their order."""
+    group = tensor_group()
+    if group.size() == 1 or not parts:
+        return [[part] for part in parts]
+    held = [_Held(part.shape, part.dtype) for part in parts]
+    flat, own = _side_by_side(held)
+    for mine, part in zip(own, parts, strict=True):
+        mine.copy_(part)
+    gathered = flat.new_empty(group.size() * flat.numel())
+    dist.all_gather_into_tensor(gathered, flat, group=group)
+    ranks = [_views(rank, held) for rank in gathered.chunk(group.size())]
+    return [list(shards) for shards in zip(*ranks, strict=True)]
+
+
+def _side_by_side(held: Sequence[_Held]) -> tuple[Tensor, list[Tensor]]:
+    """Uninitialised memory for all of `held` as bytes, and each one's place in it."""
+    flat = torch.empty(sum(map(_room, held)), dtype=torch.uint8, device=device.device())
+    return flat, _views(flat, held)
+
+
+def _views(flat: Tensor, held: Sequence[_Held]) -> list[Tensor]:
+    parts = flat.split([_room(each) for each in held])
+    return [part[: each.nbytes].view(each.dtype).view(each.shape) for part, each in zip(parts, held, strict=True)]
+
+
+def _room(held: _Held) -> int:
+    """Bytes up to the next one's place, at which any dtype may begin."""
+    return -(-held.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def save_hf(

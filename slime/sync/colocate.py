@@ -76,8 +76,8 @@ class DeviceBuffer(Buffer):
         allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
         if "expandable_segments:true" in allocator.lower():
             raise ValueError(
-                f"PYTORCH_CUDA_ALLOC_CONF is {allocator}: with --colocate engines read weights in the trainers' memory, "
-                "which cannot be shared in expandable segments; unset it"
+                f"PYTORCH_CUDA_ALLOC_CONF is {allocator}: with --colocate engines read weights in the trainers' own "
+                "memory, and expandable segments cannot be shared; leave them out"
             )
         monkey_patch_torch_reductions()  # handles then name the GPU itself, and not its number in this process
         self._metadata: Any = FlattenedTensorMetadata
@@ -235,6 +235,33 @@ class ColocatedTransport(Transport):
         if self._own is not None:
             self._runner.run(self._own.close())
         super().close()
+
+
+def connect(
+    router_url: str,
+    engine_urls: Sequence[str],
+    ranks_of_engines: Sequence[Sequence[int]],
+    *,
+    rank: int,
+    engines_on_cpu: bool,
+    api_key: str | None,
+    bucket_bytes: int,
+) -> ColocatedTransport:
+    """The transport of trainer `rank`; every trainer calls this. `ranks_of_engines`: in the order of the URLs, the
+    trainers on each engine's devices."""
+
+    def client(urls: Sequence[str]) -> EngineClient:
+        return EngineClient(router_url, engines=urls, api_key=api_key)
+
+    led = [url for url, ranks in zip(engine_urls, ranks_of_engines, strict=True) if list(ranks[:1]) == [rank]]
+    return ColocatedTransport(
+        client(engine_urls),
+        rank=rank,
+        ranks_of_engines=ranks_of_engines,
+        own=client(led) if led else None,
+        buffer=HostBuffer if engines_on_cpu else DeviceBuffer,
+        bucket_bytes=bucket_bytes,
+    )
 
 
 def _gloo(ranks: Sequence[int], rank: int) -> dist.ProcessGroup | None:

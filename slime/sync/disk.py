@@ -18,17 +18,27 @@ import torch
 from slime.engine.client import EngineClient, EngineError
 from slime.models.hf_files import write_hf
 from slime.sync.stream import NamedTensor
-from slime.sync.transport import SyncReport, Transport
+from slime.sync.transport import DRAIN_WITHIN_S, PauseChoice, SyncReport, Transport
 from slime.sync.weight_directory import remove_weights
 
 
 class DiskTransport(Transport):
     """Writes into `directory`, with everything but the weights from `source_hf_dir`, in `dtype`."""
 
+    engines_generate = True
+
     def __init__(
-        self, client: EngineClient, *, directory: Path, source_hf_dir: str | Path, dtype: torch.dtype, bucket_bytes: int
+        self,
+        client: EngineClient,
+        *,
+        directory: Path,
+        source_hf_dir: str | Path,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+        pause: PauseChoice = "drain",
+        drain_within: float = DRAIN_WITHIN_S,
     ) -> None:
-        super().__init__(client, bucket_bytes=bucket_bytes)
+        super().__init__(client, bucket_bytes=bucket_bytes, pause=pause, drain_within=drain_within)
         self._directory = directory.absolute()
         self._source = source_hf_dir
         self._dtype = dtype
@@ -47,11 +57,13 @@ class DiskTransport(Transport):
         write_hf(path, counted(), self._source, self._dtype, max_shard_bytes=self._bucket_bytes)
         written = time.perf_counter()
         try:
-            self._runner.run(self._client.update_weights_from_disk(str(path), weight_version=str(version)))
+            with self.paused() as waited:
+                paused = time.perf_counter()
+                self._runner.run(self._client.update_weights_from_disk(str(path), weight_version=str(version)))
         except EngineError as error:
             raise RuntimeError(
                 f"{error.url} did not load policy version {version} from {path}: {error.message}"
             ) from error
-        end = time.perf_counter()
+        write, load = written - start, time.perf_counter() - paused
         remove_weights(self._directory, keep=path)
-        return SyncReport(seconds=end - start, bytes=total, parts={"write": written - start, "load": end - written})
+        return SyncReport(seconds=write + load, bytes=total, parts={"write": write, "load": load}, waited=waited)

@@ -4,22 +4,34 @@ Path: run at the first sync of a run (also after a resume) and in tests; later s
 Invariant: the engines' checksum after a sync equals their checksum after loading the actor's HF export from disk.
 The weights are wiped in between, so that an engine that ignores the load cannot pass; the export is gathered and
 written anew, so that a sync by disk is never compared with its own files.
+
+An engine sums its own tensors (SGLang: fused, and cut for each rank), so checksums compare within one engine only. It
+wipes more than a checkpoint may bring back, such as tables that it computes when it starts; SGLang spares rotary
+caches by name, and leaves tensors out of the checksum by name. So the engines are asked for the log-probs of a fixed
+prompt before and after: a run goes on only with engines that compute what they did before the proof.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slime.sync.transport import Transport
+
+PROMPT = list(range(16))
+"""Token ids that every vocabulary has."""
+ANSWER_TOLERANCE = 0.02
+"""Of a log-prob: what bf16 kernels may differ by between two runs."""
 
 
 def prove_weights(transport: Transport, export: Path, *, version: int) -> None:
     """Compare every engine's checksum after the sync of `version` with that after loading `export`.
 
     Raises:
-        RuntimeError: naming the engines whose weights differ.
+        RuntimeError: naming the engines whose weights differ, or that the proof has broken.
     """
     synced = transport.checksums()
+    before = transport.prompt_log_probs(PROMPT) if transport.engines_generate else {}
     transport.load_from_disk(str(export.absolute()), version=version)
     loaded = transport.checksums()
     wrong = [f"{url} ({synced[url]}, {loaded[url]})" for url in synced if synced[url] != loaded[url]]
@@ -27,6 +39,28 @@ def prove_weights(transport: Transport, export: Path, *, version: int) -> None:
         raise RuntimeError(
             f"weight sync, policy version {version}: engines do not hold the actor's weights: {', '.join(wrong)} "
             "(checksums after the sync, and after loading the actor's export)"
+        )
+    if transport.engines_generate:
+        check_answers(before, transport.prompt_log_probs(PROMPT))
+
+
+def check_answers(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> None:
+    """Every engine, by URL, gives a prompt the same log-probs as before.
+
+    Raises:
+        RuntimeError: naming the engines that do not.
+    """
+    broken: list[str] = []
+    for url, answers in before.items():
+        gaps = [abs(a - b) for a, b in zip(answers, after[url], strict=True)]
+        wrong = [gap for gap in gaps if not gap <= ANSWER_TOLERANCE]  # nan among them
+        if wrong:
+            broken.append(f"{url} (by {max(wrong):.3g})")
+    if broken:
+        raise RuntimeError(
+            "the proof of the weight sync: with the same weights, engines now give a prompt other log-probs than "
+            f"before: {', '.join(broken)}; wiping them has hit something that a checkpoint does not bring back. Add "
+            "--no-check-weight-sync, and report the engine's version"
         )
 
 

@@ -1,7 +1,8 @@
 """From a stream of whole tensors to buckets of bounded size.
 
-Path: `megatron.hf_weights.iter_hf_tensors` gathers one tensor at a time under its HF name; a transport sends the
-buckets. Invariant: order is kept and nothing is split, so every rank and every engine sees the same sequence.
+Path: `megatron.hf_weights.iter_hf_tensors` gathers whole tensors under their HF names; a transport sends the buckets.
+Invariants: order is kept and nothing is split, so every rank and every engine sees the same sequence; behind each
+other as bytes, every tensor of a bucket begins where its dtype may.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def buckets(tensors: Iterable[NamedTensor], max_bytes: int) -> Iterator[list[Nam
     bucket: list[NamedTensor] = []
     size = 0
     for name, tensor in tensors:
-        if bucket and size + tensor.nbytes > max_bytes:
+        # An engine views each tensor where it lies (SGLang does), and cannot at a fraction of its dtype.
+        if bucket and (size + tensor.nbytes > max_bytes or size % tensor.itemsize):
             yield bucket
             bucket, size = [], 0
         bucket.append((name, tensor))

@@ -116,7 +116,7 @@ class Run:
     def weights(self) -> dict[str, Tensor]:
         from slime.megatron.hf_weights import iter_hf_tensors
 
-        return dict(iter_hf_tensors(self.model, self.architecture))
+        return {name: tensor.clone() for name, tensor in iter_hf_tensors(self.model, self.architecture)}
 
     def save(self, rollout_id: int, state: dict[str, Any] = STATE) -> Path:
         from slime.megatron.checkpoint import save_checkpoint

@@ -55,7 +55,7 @@ def gradients(trainer: Trainer) -> Arrays:
 
 
 def weights(trainer: Trainer) -> Arrays:
-    return {name: tensor.float().numpy() for name, tensor in trainer.iter_hf_tensors()}
+    return {name: tensor.float().numpy().copy() for name, tensor in trainer.iter_hf_tensors()}
 
 
 def difference(found: Arrays, expected: Arrays) -> float:

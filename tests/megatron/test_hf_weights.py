@@ -22,6 +22,7 @@ pytestmark = pytest.mark.dist
 
 def loaded(rank: int, world_size: int, init_method: str, args: Args, wrap: bool) -> Any:
     """A model filled from --hf-checkpoint: names and tensors as they come out, and padding that is not zero."""
+    from slime.megatron import hf_weights
     from slime.megatron.build import build_model, named_parameters
     from slime.megatron.hf_weights import iter_hf_tensors, load_hf_into
 
@@ -35,7 +36,13 @@ def loaded(rank: int, world_size: int, init_method: str, args: Args, wrap: bool)
                 first_row = topology.tp_rank * parameter.shape[0]
                 rows = parameter.detach()[max(args.architecture.vocab_size - first_row, 0) :]
                 padding += int(rows.count_nonzero())
-        return list(iter_hf_tensors(model, args.architecture)), padding
+        together = list(iter_hf_tensors(model, args.architecture))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hf_weights, "GATHER_BYTES", 1000)  # many a gather, most of several tensors
+            apart = list(iter_hf_tensors(model, args.architecture))
+        assert [name for name, _ in apart] == [name for name, _ in together]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(apart, together, strict=True))
+        return together, padding
 
 
 def file_tensors(path: Path) -> dict[str, Tensor]:

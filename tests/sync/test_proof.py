@@ -18,7 +18,7 @@ from slime.engine.membership import Membership
 from slime.models.hf_files import HFReader, write_hf
 from slime.sync.broadcast import BroadcastTransport
 from slime.sync.disk import DiskTransport
-from slime.sync.proof import check_versions, prove_weights
+from slime.sync.proof import check_answers, check_versions, prove_weights
 from slime.sync.stream import NamedTensor
 from slime.sync.transport import SyncReport, Transport
 from tests.engine.tiny_models import make_model
@@ -125,6 +125,14 @@ def test_what_the_engines_refuse_ends_the_sync(models: dict[str, Path], transpor
     assert "11" not in transport.versions().values()
 
 
+def test_an_engine_that_the_proof_has_broken_is_named() -> None:
+    before = {"http://a": [-1.0, -2.0], "http://b": [-3.0, -4.0]}
+    check_answers(before, {"http://a": [-1.0, -2.01], "http://b": [-3.0, -4.0]})
+    for wrong in (-4.1, float("nan")):
+        with pytest.raises(RuntimeError, match=r"other log-probs than before: http://b \("):
+            check_answers(before, {"http://a": [-1.0, -2.0], "http://b": [-3.0, wrong]})
+
+
 class Stale(DiskTransport):
     """Tells the engines of the version before: what they report is right, and what they hold is not."""
 
@@ -165,11 +173,15 @@ def test_a_dead_engine_is_named(
     """Last: it ends an engine. The other one had begun to wait for the broadcast, and takes weights again after it."""
     monkeypatch.setattr("slime.engine.client.BACKOFF", 0.01)
     by_disk, by_broadcast = disk(served, models, tmp_path), broadcast(served)
-    served[1].stop()
+
+    def dying() -> Iterator[NamedTensor]:
+        served[1].stop()
+        yield from weights(models["actor"])
+
+    with pytest.raises(RuntimeError, match=f"{served[1].url}/update_weights_from_distributed did not answer"):
+        by_broadcast.send(dying(), version=14)
     with pytest.raises(RuntimeError, match=f"{served[1].url}.* did not load policy version 14"):
         by_disk.send(weights(models["actor"]), version=14)
-    with pytest.raises(RuntimeError, match=f"{served[1].url}/update_weights_from_distributed did not answer"):
-        by_broadcast.send(weights(models["actor"]), version=14)
     by_disk.close()
     with pytest.raises(EngineError, match=served[1].url):
         by_broadcast.close()
