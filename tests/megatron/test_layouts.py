@@ -25,8 +25,10 @@ from worker_pool import WorkerPool
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
+from slime.megatron.attention import pack_sequences
 from slime.megatron.build import unwrap
 from slime.megatron.checkpoint import find_checkpoint, load_checkpoint
+from slime.megatron.microbatch import ContextParallel
 from slime.megatron.trainer import Trainer
 from slime.models.hf_files import HFReader
 
@@ -45,10 +47,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "DP2, distributed optimizer": (2, {"use_distributed_optimizer": True}),
     "PP2 x DP2, distributed optimizer": (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True}),
-    "CP2": (2, {"context_parallel_size": 2, "max_tokens_per_gpu": 40}),
+    "CP2, distributed optimizer": (
+        2,
+        {"context_parallel_size": 2, "max_tokens_per_gpu": 40, "use_distributed_optimizer": True},
+    ),
 }
-"""Processes and flags."""
-CP2 = LAYOUTS["CP2"][1]
+"""Processes and flags; budgets under context parallelism so small that there are several micro-batches."""
+CP2 = {"context_parallel_size": 2, "max_tokens_per_gpu": 40}
 CP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP4": (4, {"context_parallel_size": 4, "max_tokens_per_gpu": 20}),
     "TP2 x CP2": (4, {**CP2, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
@@ -193,7 +198,7 @@ def _args(models: Callable[..., tuple[Path, Path]], family: str, layout: str, **
 
 
 class _Shifted(Trainer):
-    """A trainer with a bug: each stage takes itself for another one when it names its layers."""
+    """A bug: each stage takes itself for another one when it names its layers."""
 
     def load(self) -> Any:
         layers: Any = unwrap(self.model).decoder.layers
@@ -202,22 +207,56 @@ class _Shifted(Trainer):
         return super().load()
 
 
+class _Neighbour(Trainer):
+    """A bug: each rank of context parallelism takes its neighbour's chunks."""
+
+    @property
+    def _context(self) -> ContextParallel:
+        return replace(super()._context, rank=(self.topology.cp_rank + 1) % self.topology.cp_size)
+
+
 def _unshared() -> AbstractContextManager[Any]:
     """A bug: both copies of a tied embedding keep their own gradient."""
     return patch("megatron.core.distributed.finalize_model_grads._allreduce_word_embedding_grads")
 
 
+def _unsummed() -> AbstractContextManager[Any]:
+    """A bug: of the gradient of its keys and values, a rank keeps what its own queries say."""
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.chunk(ctx.group.size())[ctx.group.rank()], None
+
+    return patch("slime.megatron.attention._Gather.backward", backward)
+
+
+def _from_nought() -> AbstractContextManager[Any]:
+    """A bug: positions begin anew in each piece."""
+
+    def sequences(lengths_P: list[int], shape: Any, share: Any) -> Any:
+        turned = pack_sequences(lengths_P, shape)
+        return replace(pack_sequences(lengths_P, shape, share), cos_B=turned.cos_B, sin_B=turned.sin_B)
+
+    return patch("slime.megatron.microbatch.pack_sequences", sequences)
+
+
+TRAINERS: dict[str | None, type[Trainer]] = {"shifted": _Shifted, "neighbour": _Neighbour}
+BUGS: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
+    "unshared": _unshared,
+    "unsummed": _unsummed,
+    "from nought": _from_nought,
+}
+
+
 def _one_step(rank: int, world_size: int, init_method: str, args: Args, export: Path, bug: str | None = None) -> Found:
     """Load, export, take one step, save."""
-    kind = _Shifted if bug == "shifted" else Trainer
-    trainer = kind(args, rank=rank, world_size=world_size, init_method=init_method)
+    trainer = TRAINERS.get(bug, Trainer)(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
         trainer.load()
         trainer.save_hf(export)
         names = [name for name, _ in trainer.iter_hf_tensors()]
         batch = _batches()[0]
-        log_probs = trainer.log_probs(batch)
-        with _unshared() if bug == "unshared" else nullcontext():
+        with BUGS.get(bug, nullcontext)():
+            log_probs = trainer.log_probs(batch)
             metrics = trainer.train(0, batch)
         if args.save is not None:
             trainer.save(0, {})
@@ -292,8 +331,8 @@ def test_both_copies_of_a_tied_embedding_stay_one(
 def test_controls(workers: WorkerPool, models: Any, tmp_path: Path) -> None:
     """Each bug is seen, and by what it should be seen."""
 
-    def misses(bug: str | None = None, **flags: Any) -> tuple[set[str], Found]:
-        found = _run(workers, _args(models, TIED, "PP2", **flags), "PP2", tmp_path, bug)
+    def misses(bug: str | None = None, layout: str = "PP2", **flags: Any) -> tuple[set[str], Found]:
+        found = _run(workers, _args(models, TIED, layout, **flags), layout, tmp_path, bug)
         return {name for name, miss in _misses(found, _expected(TIED)).items() if miss > 1}, found
 
     wrong, _ = misses("shifted")
@@ -305,6 +344,12 @@ def test_controls(workers: WorkerPool, models: Any, tmp_path: Path) -> None:
     assert wrong == {"loss", "norm", "weights", "move"}
     wrong, _ = misses(clip_grad=1.0)
     assert wrong == {"weights", "move"}
+    cut = "CP2, distributed optimizer"
+    wrong, _ = misses("unsummed", cut)
+    assert wrong == {"norm", "weights", "move"}
+    for bug in ("from nought", "neighbour"):
+        wrong, _ = misses(bug, cut)
+        assert wrong == {"log-probs", "loss", "norm", "weights", "move"}, bug
 
 
 @pytest.mark.parametrize("last", [1, 2])
