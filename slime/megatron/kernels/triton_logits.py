@@ -6,7 +6,7 @@ the logits is made in another dtype; the gradient overwrites them.
 Shapes: _C response tokens of the chunk, _V this rank's part of the vocabulary.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _gradient(
 
 
 def sums(logits_CV: Tensor, targets_C: Tensor, start: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of x = logits x scale, all [C] float32: the largest; with y = x - largest, sum(e^y) and sum(e^y y); x of the target.
+    """Of x = logits x scale, [C] float32: the largest; with y = x - largest, sum(e^y) and sum(e^y y); the target's x.
 
     An id of another part has 0 for a target, an empty part NOTHING for its largest.
     """

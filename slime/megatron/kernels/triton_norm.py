@@ -8,7 +8,7 @@ Rows may lie apart: q and k norms get heads that are slices of a wider tensor, a
 Shapes: _N rows of D channels, rows = outer x inner with a stride for each.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _backward(
     columns = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     of_weight = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for tile in range(0, tiles_of_program):
+    for tile in range(tiles_of_program):
         rows = (program * tiles_of_program + tile) * ROWS + tl.arange(0, ROWS)
         here = (rows < num_rows)[:, None] & (columns < D)[None, :]
         starts = (rows // inner) * outer_stride + (rows % inner) * inner_stride

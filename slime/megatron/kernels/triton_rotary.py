@@ -6,7 +6,7 @@ backward pass is the rotation the other way, and keeps cosines and sines alone.
 Shapes: _B tokens, heads of d channels; the first 2 x half of them turn.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ once; backward keeps the input alone.
 Shapes: _N rows of 2 F channels, gate then up.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 from __future__ import annotations
 

@@ -1,0 +1,638 @@
+"""Numerics on a GPU: each kernel against its formula in float64, the models against Hugging Face's.
+
+Kernels compute in float32 and round once. So an error is measured in units of what that allows: of an entry, half a
+unit in the last place of its dtype, and 1e-5 of its tensor's largest entry for the float32 sums inside. A value of 1 or
+less is right. Every group has a control, a wrong formula that has to be noticed.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.gpu.checks import Report, check
+from tests.megatron import tiny
+
+DEVICE = "cuda"
+EPS = 1e-6
+HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 0.0}
+SUMS = 1e-5
+
+
+def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(dtype)
+
+
+def with_gradients(function: Callable[..., Tensor], *tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The output, and the gradient of each input under some gradient of the output in the inputs' own dtype."""
+    own = tensors[0].dtype
+    leaves = [(tensor if dtype is None else tensor.to(dtype)).detach().requires_grad_() for tensor in tensors]
+    out = function(*leaves)
+    upstream = draw(*out.shape, dtype=own, seed=9).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def units(found: Tensor, exact: Tensor, size: float) -> float:
+    """The largest error, in units of what one rounding and float32 sums allow; `size`: of what cancels in the sums."""
+    assert found.shape == exact.shape, (found.shape, exact.shape)
+    exact = exact.double()
+    allowed = HALF_ULP[found.dtype] * exact.abs() + SUMS * exact.abs().max().clamp(min=size) + 1e-30
+    return float(((found.double() - exact).abs() / allowed).max())
+
+
+def worst(found: list[Tensor], exact: list[Tensor], sizes: tuple[float, ...] = ()) -> float:
+    sizes = sizes or (0.0,) * len(found)
+    values = [units(a, b, size) for a, b, size in zip(found, exact, sizes, strict=True)]
+    return math.nan if any(math.isnan(value) for value in values) else max(values)
+
+
+class Worst:
+    """The worst of many cases, and which it was; a NaN is worse than anything."""
+
+    def __init__(self) -> None:
+        self.value, self.case, self.cases = -1.0, "", 0
+
+    def add(self, value: float, case: str) -> None:
+        self.cases += 1
+        if math.isnan(value) or (value > self.value and not math.isnan(self.value)):
+            self.value, self.case = value, case
+
+    def report(self, report: Report, what: str) -> None:
+        report.row(f"{what}: worst of {self.cases} ({self.case})", self.value, "<= 1 rounding", self.value <= 1)
+
+
+def control(report: Report, what: str, value: float, limit: float = 1.0) -> None:
+    report.row(f"control, has to be noticed: {what}", value, f"> {limit:g}", value > limit)
+
+
+def bits_again(report: Report, what: str, function: Callable[[], list[Tensor]]) -> None:
+    """No atomics: a second run gives the same bits."""
+    same = all(torch.equal(a, b) for a, b in zip(function(), function(), strict=True))
+    report.row(f"{what}: the same bits again", same, True, same)
+
+
+def gb_per_second(function: Callable[[], object], num_bytes: int) -> float:
+    """Of bytes that have to be moved, over the median time of 20 calls."""
+    for _ in range(3):
+        function()
+    times: list[float] = []
+    for _ in range(20):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return num_bytes / sorted(times)[len(times) // 2] / 1e6
+
+
+def copy_speed() -> str:
+    """GB/s of a plain copy of 1 GB, read and written."""
+    source = draw(2**29)
+    target = torch.empty_like(source)
+    return f"{gb_per_second(lambda: target.copy_(source), 2 * source.nbytes):,.0f} GB/s, a copy"
+
+
+def speed(report: Report, what: str, function: Callable[..., Tensor], *inputs: Tensor, passes: int, copy: str) -> None:
+    """`passes`: how often backward has to go over as many bytes as the first input's."""
+    out = function(*inputs)
+    forward = gb_per_second(lambda: function(*inputs), inputs[0].nbytes + out.nbytes)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*leaves)
+    upstream = torch.ones_like(out)
+    backward = gb_per_second(
+        lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True), passes * inputs[0].nbytes
+    )
+    report.row(f"{what}, forward", f"{forward:,.0f} GB/s", copy)
+    report.row(f"{what}, backward", f"{backward:,.0f} GB/s", copy)
+
+
+# Kernels
+
+
+def exact_norm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def norm_cases(report: Report, shapes: list[tuple[int, int]]) -> None:
+    from slime.megatron.kernels.triton_norm import rms_norm
+
+    for dtype in (torch.bfloat16, torch.float32):
+        found = Worst()
+        for rows, channels in shapes:
+            for scale in (1e-3, 1.0, 30.0):
+                x = draw(rows, channels, scale=scale, dtype=dtype)
+                weight = (1 + draw(channels, seed=1).float() / 4).to(dtype)
+                ours = with_gradients(lambda x, w: rms_norm(x, w, EPS), x, weight)
+                exact = with_gradients(exact_norm, x, weight, dtype=torch.float64)
+                # two terms of this size cancel in the gradient of x: with one channel, all but the epsilon's share
+                term = float(weight.abs().max() * 5 / (x.double().square().mean() + EPS).sqrt())
+                found.add(worst(ours, exact, (0.0, term, 0.0)), f"{rows} x {channels}, entries of {scale:g}")
+        found.report(report, f"RMSNorm, {dtype}, forward and backward")
+    # heads that are slices of a projection's output, as q and k norms get them
+    whole, weight = draw(301, 1, 8, 640), 1 + draw(128, seed=1).float().bfloat16() / 4
+    found = Worst()
+    for first in (0, 256, 512):
+
+        def part(x: Tensor, norm: Callable[[Tensor], Tensor], first: int = first) -> Tensor:
+            return norm(x[..., first : first + 128])
+
+        ours = with_gradients(lambda x, w: part(x, lambda x: rms_norm(x, w, EPS)), whole, weight)
+        exact = with_gradients(lambda x, w: part(x, lambda x: exact_norm(x, w)), whole, weight, dtype=torch.float64)
+        found.add(worst(ours, exact), f"slice at {first}")
+    found.report(report, "RMSNorm of slices")
+    x, weight = draw(64, 128, scale=1e-3), torch.ones(128, dtype=torch.bfloat16, device=DEVICE)
+    ours = with_gradients(lambda x, w: rms_norm(x, w, EPS), x, weight)
+    exact = with_gradients(lambda x, w: exact_norm(x, w, 2 * EPS), x, weight, dtype=torch.float64)
+    control(report, "twice the epsilon", worst(ours, exact))
+    bits_again(report, "RMSNorm", lambda: with_gradients(lambda x, w: rms_norm(x, w, EPS), draw(999, 96), draw(96)))
+
+
+@check(minutes=4)
+def norm(report: Report) -> None:
+    """RMSNorm, odd sizes and the models' own."""
+    from slime.megatron.kernels.triton_norm import rms_norm
+
+    sizes = (1, 64, 96, 128, 4096, 5120)
+    norm_cases(report, [(rows, channels) for channels in sizes for rows in (1, 7, 16384)])
+    copy = copy_speed()
+    for rows, channels in ((16384, 1024), (16384 * 16, 128), (8192, 4096)):
+        x, weight = draw(rows, channels), draw(channels)
+        what = f"RMSNorm of {rows} x {channels}"
+        speed(report, what, lambda x, w: rms_norm(x, w, EPS), x, weight, passes=3, copy=copy)
+
+
+def exact_gate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu_cases(report: Report, shapes: list[tuple[int, int]]) -> None:
+    from slime.megatron.kernels.triton_swiglu import swiglu as kernel
+
+    for dtype in (torch.bfloat16, torch.float32):
+        found = Worst()
+        for rows, channels in shapes:
+            for scale in (1e-3, 1.0, 30.0):
+                gate_up = draw(rows, 1, 2 * channels, scale=scale, dtype=dtype)
+                ours = with_gradients(kernel, gate_up)
+                exact = with_gradients(exact_gate, gate_up, dtype=torch.float64)
+                found.add(worst(ours, exact), f"{rows} x {channels}, entries of {scale:g}")
+        found.report(report, f"SwiGLU, {dtype}, forward and backward")
+    gate_up = draw(64, 192)
+    exact = with_gradients(exact_gate, gate_up, dtype=torch.float64)
+    control(report, "gate and up exchanged", worst(with_gradients(lambda x: kernel(x.roll(96, -1)), gate_up), exact))
+    bits_again(report, "SwiGLU", lambda: with_gradients(kernel, draw(99, 192)))
+
+
+@check(minutes=3)
+def swiglu(report: Report) -> None:
+    """SwiGLU, odd sizes and the models' own."""
+    from slime.megatron.kernels.triton_swiglu import swiglu as kernel
+
+    swiglu_cases(report, [(rows, channels) for channels in (1, 64, 96, 3072, 13696) for rows in (1, 7, 4096)])
+    copy = copy_speed()
+    for rows, channels in ((16384, 3072), (8192, 13696)):
+        speed(report, f"SwiGLU of {rows} x 2 x {channels}", kernel, draw(rows, 2 * channels), passes=3, copy=copy)
+
+
+def exact_rotary(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    half = angles.size(-1)
+    cos, sin = angles.double().cos()[:, None], angles.double().sin()[:, None]
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    x1, x2 = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, -1)
+    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    turned = torch.stack([y1, y2], -1).flatten(-2) if interleaved else torch.cat([y1, y2], -1)
+    return torch.cat([turned, rest], -1)
+
+
+def rotary_cases(report: Report, cases: list[tuple[int, int, int, int]]) -> None:
+    """Tokens, heads, channels, and channels that turn."""
+    from slime.megatron.kernels.triton_rotary import rotary as kernel
+
+    for dtype in (torch.bfloat16, torch.float32):
+        found = Worst()
+        for tokens, heads, channels, turning in cases:
+            for interleaved in (False, True):
+                angles = draw(tokens, turning // 2, scale=3.0, dtype=torch.float32, seed=2)
+                x = draw(tokens, heads, channels, dtype=dtype)
+                cos, sin = angles.double().cos().float(), angles.double().sin().float()
+
+                def ours(x: Tensor, cos: Tensor = cos, sin: Tensor = sin, pairs: bool = interleaved) -> Tensor:
+                    return kernel(x, cos, sin, interleaved=pairs)
+
+                def exact(x: Tensor, angles: Tensor = angles, pairs: bool = interleaved) -> Tensor:
+                    return exact_rotary(x, angles, pairs)
+
+                value = worst(with_gradients(ours, x), with_gradients(exact, x, dtype=torch.float64))
+                found.add(value, f"{tokens} tokens, {heads} heads of {channels}, {turning} turn, pairs {interleaved}")
+        found.report(report, f"RoPE, {dtype}, forward and backward")
+    angles, x = draw(33, 32, dtype=torch.float32, seed=2), draw(33, 4, 128)
+    cos, sin = angles.cos(), angles.sin()
+    shifted = with_gradients(lambda x: exact_rotary(x, angles.roll(1, 0), True), x, dtype=torch.float64)
+    control(
+        report,
+        "positions off by one",
+        worst(with_gradients(lambda x: kernel(x, cos, sin, interleaved=True), x), shifted),
+    )
+    whole = draw(33, 8, 640)  # slices of a projection's output, and gradients with other strides
+    ours = with_gradients(lambda x: kernel(x[..., 512:], cos, sin, interleaved=False).transpose(0, 1), whole)
+    exact = with_gradients(
+        lambda x: exact_rotary(x[..., 512:], angles, False).transpose(0, 1), whole, dtype=torch.float64
+    )
+    value = worst(ours, exact)
+    report.row("RoPE of slices", value, "<= 1 rounding", value <= 1)
+
+
+@check(minutes=4)
+def rotary(report: Report) -> None:
+    """RoPE: whole and partial, halves and pairs, 1 to 32 heads."""
+    from slime.megatron.kernels.triton_rotary import rotary as kernel
+
+    heads = [(7, heads, 128, 128) for heads in (1, 2, 3, 8, 14, 32)]
+    rotary_cases(
+        report, [(1, 4, 16, 16), (1, 4, 16, 8), (7, 2, 96, 48), (16384, 16, 128, 128), (4096, 32, 128, 64), *heads]
+    )
+    copy = copy_speed()
+    for tokens, count, turning, pairs in ((16384, 16, 128, False), (8192, 32, 64, True)):
+        angles = draw(tokens, turning // 2, dtype=torch.float32)
+        cos, sin = angles.cos(), angles.sin()
+
+        def ours(x: Tensor, cos: Tensor = cos, sin: Tensor = sin, pairs: bool = pairs) -> Tensor:
+            return kernel(x, cos, sin, interleaved=pairs)
+
+        what = f"RoPE of {tokens} x {count} x 128, {turning} turn"
+        speed(report, what, ours, draw(tokens, count, 128), passes=2, copy=copy)
+
+
+# Log-probs
+
+
+def exact_log_probs(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    log_probs = (logits * scale).log_softmax(-1)
+    return log_probs.gather(1, targets[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(1)
+
+
+def logits_cases(report: Report, cases: list[tuple[int, int]]) -> None:
+    """The two passes over logits, as they stand in the matrix product's dtype; tokens and vocabulary."""
+    from slime.megatron.kernels import triton_logits
+
+    for dtype in (torch.bfloat16, torch.float32):
+        sums, gradients = Worst(), Worst()
+        for tokens, size in cases:
+            for scale in (1.0, 1.25):
+                logits = draw(tokens, size, scale=6.0, dtype=dtype)
+                targets = torch.randint(0, size, (tokens,), device=DEVICE)
+                of_log_probs, of_entropy = (draw(tokens, dtype=torch.float32, seed=seed) for seed in (3, 4))
+                leaf = logits.double().requires_grad_()
+                log_probs, entropy = exact_log_probs(leaf, targets, scale)
+                largest, exps, weighted, target = triton_logits.sums(logits, targets, 0, scale)
+                ours = [target - largest - exps.log(), exps.log() - weighted / exps]
+                case = f"{tokens} tokens of {size}, / {1 / scale:g}"
+                sums.add(worst(ours, [log_probs.detach(), entropy.detach()]), case)
+                for with_entropy in (False, True):
+                    loss = (log_probs * of_log_probs).sum() + with_entropy * (entropy * of_entropy).sum()
+                    [exact] = torch.autograd.grad(loss, leaf, retain_graph=True)
+                    got = triton_logits.gradient_in_place(
+                        logits.clone(),
+                        targets,
+                        (largest + exps.log()),
+                        ours[1],
+                        of_log_probs,
+                        of_entropy if with_entropy else None,
+                        0,
+                        scale,
+                    )
+                    gradients.add(worst([got], [exact]), f"{case}, entropy {with_entropy}")
+        sums.report(report, f"log-probs and entropy of {dtype} logits")
+        gradients.report(report, f"gradient in their place, {dtype}")
+    logits, targets = draw(16, 999), torch.randint(0, 999, (16,), device=DEVICE)
+    largest, exps, _, target = triton_logits.sums(logits, targets, 0, 1.0)
+    exact, _ = exact_log_probs(logits.double(), targets, 1.1)
+    control(report, "another temperature", worst([target - largest - exps.log()], [exact]))
+
+
+@contextmanager
+def one_rank() -> Iterator[dist.ProcessGroup]:
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            assert dist.group.WORLD is not None
+            yield dist.group.WORLD
+        finally:
+            dist.destroy_process_group()
+
+
+@check(minutes=4)
+def log_probs(report: Report) -> None:
+    """Log-probs and entropy with their gradients: the passes over logits, then all from hidden states to weights."""
+    from slime.megatron.logprobs import response_log_probs
+
+    logits_cases(report, [(1, 93), (7, 93), (3, 8192), (5, 8193), (300, 151936)])
+    vocab, padded, hidden_size, tokens, targets_count = 151936, 152064, 1024, 2500, 2001
+    weight, hidden = draw(padded, hidden_size, scale=0.1), draw(tokens, 1, hidden_size, seed=1)
+    predicting = torch.randperm(tokens, device=DEVICE)[:targets_count]
+    targets = torch.randint(0, vocab, (targets_count,), device=DEVICE)
+    of_log_probs, of_entropy = (draw(targets_count, dtype=torch.float32, seed=seed) for seed in (3, 4))
+
+    def exact(size: int, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight)]
+        chosen, entropy = exact_log_probs((leaves[0][predicting, 0] @ leaves[1][:size].t()).double(), targets, 1.25)
+        loss = (chosen * of_log_probs).sum() + (entropy * of_entropy).sum()
+        return [chosen.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)]
+
+    def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+        """Of the worst tensor: root of the mean square error, relative."""
+        pairs = zip(found, expected, strict=True)
+        return max(float((a.double() - b).norm() / b.double().norm()) for a, b in pairs)
+
+    wanted, wrong = exact(vocab, torch.float64), exact(padded, torch.float64)
+    plain = difference(exact(vocab, torch.bfloat16), wanted)
+    with one_rank() as group:
+
+        def ours(dtype: torch.dtype, chunk: int) -> list[Tensor]:
+            leaves = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight)]
+            chosen, entropy = response_log_probs(
+                *leaves,
+                predicting,
+                targets,
+                vocab_size=vocab,
+                temperature=0.8,
+                chunk_size=chunk,
+                with_entropy=True,
+                sequence_parallel=False,
+                group=group,
+            )
+            assert entropy is not None
+            loss = (chosen * of_log_probs).sum() + (entropy * of_entropy).sum()
+            return [chosen.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)]
+
+        for chunk in (700, 4096):
+            value = difference(ours(torch.float32, chunk), wanted)
+            report.row(f"hidden states to gradients, fp32, chunks of {chunk}", value, 1e-4, value <= 1e-4)
+            value = difference(ours(torch.bfloat16, chunk), wanted)
+            limit = f"<= 1.2 x {plain:.3g}, bf16 products with all else in fp64"
+            report.row(f"the same in bf16, chunks of {chunk}", value, limit, value <= 1.2 * plain)
+        control(report, "padding in the softmax", difference(ours(torch.float32, 700), wrong), 1e-4)
+
+
+# Attention
+
+
+def attention_case(
+    lengths_q: list[int], lengths_k: list[int], heads: int, groups: int, channels: int
+) -> tuple[list[Tensor], list[Tensor], tuple[Any, ...]]:
+    """Queries, keys and values, and what says where sequences are."""
+    tensors = [
+        draw(sum(lengths_q), heads, channels),
+        draw(sum(lengths_k), groups, channels, seed=1),
+        draw(sum(lengths_k), groups, channels, seed=2),
+    ]
+    cu_q, cu_k = (
+        F.pad(torch.tensor(lengths, device=DEVICE).cumsum(0), (1, 0)).int() for lengths in (lengths_q, lengths_k)
+    )
+    return tensors, [cu_q, cu_k], (max(lengths_q), max(lengths_k), None)
+
+
+def exact_attention(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, shift: int = 0) -> Tensor:
+    """Written out: scores, mask, softmax. `shift` moves the mask's edge."""
+    outputs: list[Tensor] = []
+    repeats = query.size(1) // key.size(1)
+    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    for n in range(len(starts_q) - 1):
+        q = query[starts_q[n] : starts_q[n + 1]].transpose(0, 1)
+        k, v = (x[starts_k[n] : starts_k[n + 1]].repeat_interleave(repeats, 1).transpose(0, 1) for x in (key, value))
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.size(-1))
+        rows, columns = scores.shape[1:]
+        visible = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows + shift)
+        outputs.append((scores.masked_fill(~visible, -math.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def relative(found: list[Tensor], exact: list[Tensor]) -> float:
+    """Of the worst tensor: the error's norm over the tensor's."""
+    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, exact, strict=True))
+
+
+def attention_cases(report: Report, whole: list[int], ends: list[int], sizes: list[tuple[int, int, int]]) -> None:
+    from slime.megatron import varlen
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for heads, groups, channels in sizes:
+            for lengths_q in (whole, ends):
+                tensors, cu, rest = attention_case(lengths_q, whole, heads, groups, channels)
+                tensors = [tensor.to(dtype) for tensor in tensors]
+                exact = with_gradients(lambda *x, cu=cu: exact_attention(*x, *cu), *tensors, dtype=torch.float64)
+                ours = with_gradients(lambda *x, cu=cu, rest=rest: varlen.attend(*x, *cu, *rest), *tensors)
+                each = with_gradients(lambda *x, cu=cu: varlen.attend_each(*x, *cu, None), *tensors)
+                found, plain = relative(ours, exact), relative(each, exact)
+                limit, says = (
+                    (1.5 * plain, f"<= 1.5 x {plain:.3g}, SDPA's") if dtype != torch.float32 else (1e-5, "1e-5")
+                )
+                what = f"{heads} heads over {groups}, {channels} channels, {'whole' if lengths_q is whole else 'ends'}"
+                report.row(f"attention in {dtype}, {what}", found, says, found <= limit)
+    tensors, cu, rest = attention_case(ends, whole, *sizes[0])
+    ours = with_gradients(lambda *x: varlen.attend(*x, *cu, *rest), *tensors)
+    for shift in (-1, 1):
+
+        def off(*x: Tensor, shift: int = shift) -> Tensor:
+            return exact_attention(x[0], x[1], x[2], cu[0], cu[1], shift).nan_to_num()
+
+        control(
+            report, f"the mask's edge off by {shift}", relative(ours[:1], [off(*(x.double() for x in tensors))]), 0.02
+        )
+    moved = [cu[0], torch.where(cu[1] == cu[1][2], cu[1] + 1, cu[1])]
+    other = exact_attention(*(x.double() for x in tensors), *moved)
+    control(report, "a boundary of keys off by one", relative(ours[:1], [other]), 0.02)
+
+
+@check(minutes=5)
+def attention(report: Report) -> None:
+    """Packed attention, forward and backward: grouped heads, odd lengths, queries that are the end of their keys."""
+    from slime.megatron import varlen
+
+    whole, ends = [1, 7, 64, 129, 300], [1, 3, 64, 100, 17]
+    sizes = [(4, 2, 16), (4, 4, 64), (16, 8, 128), (32, 2, 128), (14, 2, 64), (3, 1, 96)]
+    attention_cases(report, whole, ends, sizes)
+    for count, length, heads, groups in ((8, 2048, 16, 8), (1, 16384, 16, 8), (4, 2048, 32, 2)):
+        tensors, cu, rest = attention_case([length] * count, [length] * count, heads, groups, 128)
+        leaves = [tensor.requires_grad_() for tensor in tensors]
+        out = varlen.attend(*leaves, *cu, *rest)
+        upstream = torch.ones_like(out)
+        flops = 2 * 2 * heads * 128 * count * length**2 / 2
+        forward = gb_per_second(lambda x=leaves, cu=cu, r=rest: varlen.attend(*x, *cu, *r), int(flops)) / 1e3
+        backward = gb_per_second(
+            lambda out=out, x=leaves, up=upstream: torch.autograd.grad(out, x, up, retain_graph=True), int(2.5 * flops)
+        )
+        what = f"{count} x {length}, {heads} heads over {groups}"
+        report.row(f"attention of {what}", f"{forward:.0f} TFLOP/s forward, {backward / 1e3:.0f} backward")
+
+
+# Models
+
+LENGTHS = [33, 200, 7, 1, 333]
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    """Tokens, and what the log-prob of every entry of the vocabulary weighs in the loss."""
+    tokens = torch.randint(0, tiny.VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(3))
+    return tokens.to(DEVICE), draw(sum(LENGTHS), tiny.VOCAB, dtype=torch.float32, seed=4) / sum(LENGTHS)
+
+
+class Outcome:
+    """Logits, the gradient of all parameters by HF name, and log-probs of the batch's response tokens."""
+
+    def __init__(self, logits: Tensor, gradients: dict[str, Tensor]) -> None:
+        self.logits, self.gradients = logits.detach().float(), gradients
+
+    def errors(self, exact: Outcome) -> tuple[float, float, float]:
+        """Of logits: largest, and root mean square; of gradients: the norm of the error over the norm."""
+        logits = (self.logits - exact.logits).double()
+        assert self.gradients.keys() == exact.gradients.keys()
+        names = list(exact.gradients)
+        wrong = sum(float((self.gradients[n].double() - exact.gradients[n]).square().sum()) for n in names)
+        total = sum(float(exact.gradients[n].double().square().sum()) for n in names)
+        return float(logits.abs().max()), float(logits.square().mean().sqrt()), math.sqrt(wrong / total)
+
+
+def huggingface(family: str, dtype: torch.dtype) -> Outcome:
+    model: Any = tiny.hf_model(family).to(DEVICE, dtype)
+    tokens, weights = inputs()
+    logits = torch.cat([model(row[None]).logits[0] for row in tokens.split(LENGTHS)])
+    (logits.float().log_softmax(-1) * weights).sum().backward()
+    return Outcome(logits, {name: parameter.grad.float() for name, parameter in model.named_parameters()})
+
+
+def megatron(hf: Path, **changes: Any) -> Outcome:
+    from slime.megatron.attention import pack_sequences
+    from slime.megatron.build import build_model, named_parameters, unwrap
+    from slime.megatron.hf_weights import load_hf_into
+    from slime.megatron.parallel import close_parallel, init_parallel
+    from slime.models.families import weight_table
+    from slime.models.hf_files import HFReader
+
+    shape_changes = changes.pop("shape", {})
+    args = tiny.make_args(hf, **changes)
+    assert args.architecture is not None
+    shape = replace(args.architecture, **shape_changes)
+    args = replace(args, architecture=shape)
+    with tempfile.TemporaryDirectory() as folder:
+        init_parallel(args, rank=0, world_size=1, init_method=f"file://{folder}/store")
+        try:
+            model = build_model(args, wrap=False)
+            load_hf_into(model, shape, HFReader(hf), args)
+            tokens, weights = inputs()
+            hidden = model(tokens[None], None, None, packed_seq_params=pack_sequences(LENGTHS, shape))
+            logits = F.linear(hidden[:, 0], unwrap(model).output_weight())[:, : tiny.VOCAB]
+            (logits.float().log_softmax(-1) * weights).sum().backward()
+            table = weight_table(shape)
+            gradients: dict[str, Tensor] = {}
+            for name, parameter in named_parameters(model):
+                assert parameter.grad is not None, name
+                gradients |= {hf_name: part.float() for hf_name, part in table.to_hf(name, parameter.grad)}
+            return Outcome(logits, gradients)
+        finally:
+            close_parallel()
+
+
+@check(minutes=5)
+def models_fp32(report: Report) -> None:
+    """Logits and gradients of the four families in fp32; a kernel that used TF32 would miss by a hundred times this."""
+    with tempfile.TemporaryDirectory() as folder:
+        for family in tiny.FAMILIES:
+            hf = tiny.hf_dir(Path(folder) / family, family)
+            exact = huggingface(family, torch.float32)
+            largest, _, gradients = megatron(hf, bf16=False).errors(exact)
+            report.row(f"{family}, fp32: logits", largest, "<= 1e-4", largest <= 1e-4)
+            report.row(f"{family}, fp32: gradients, relative", gradients, "<= 1e-4", gradients <= 1e-4)
+            largest, _, _ = megatron(hf, bf16=False, recompute_granularity="full", **FULL).errors(exact)
+            report.row(f"{family}, fp32, recomputed: logits", largest, "<= 1e-4", largest <= 1e-4)
+        for what, change in (("RoPE's base", {"rotary_base": 1e6}), ("the norms' epsilon", {"norm_epsilon": 1e-3})):
+            wrong, _, _ = megatron(Path(folder) / "qwen3", bf16=False, shape=change).errors(
+                huggingface("qwen3", torch.float32)
+            )
+            control(report, f"another value for {what}", wrong, 1e-3)
+
+
+FULL: dict[str, Any] = {"recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@check(minutes=5)
+def models_bf16(report: Report) -> None:
+    """In bf16 all are off: what counts is that we are no further from fp32 than Hugging Face's own bf16 is."""
+    with tempfile.TemporaryDirectory() as folder:
+        for family in tiny.FAMILIES:
+            hf = tiny.hf_dir(Path(folder) / family, family)
+            exact = huggingface(family, torch.float32)
+            theirs, ours = huggingface(family, torch.bfloat16).errors(exact), megatron(hf, bf16=True).errors(exact)
+            report.row(f"{family}, bf16: logits, largest error", ours[0], f"HF's own: {theirs[0]:.3g}")
+            for what, found, own in zip(
+                ("logits, rms error", "gradients, relative"), ours[1:], theirs[1:], strict=True
+            ):
+                limit = f"<= 1.5 x {own:.3g}, HF's own"
+                report.row(f"{family}, bf16: {what}", found, limit, found <= 1.5 * own)
+        exact = huggingface("glm4", torch.float32)
+        own = huggingface("glm4", torch.bfloat16).errors(exact)[1]
+        wrong = megatron(Path(folder) / "glm4", bf16=True, shape={"norm_epsilon": 0.05}).errors(exact)[1]
+        control(report, "another epsilon, in bf16", wrong, 1.5 * own)
+
+
+def response_log_probs_of(family: str, batch: Any, dtype: torch.dtype, temperature: float) -> Tensor:
+    """Of the batch's response tokens, by transformers."""
+    model: Any = tiny.hf_model(family).to(DEVICE, dtype)
+    tokens = torch.from_numpy(batch.columns["tokens"]).to(DEVICE)
+    found: list[Tensor] = []
+    with torch.no_grad():
+        rows = tokens.split(batch.total_lengths_N.tolist())
+        for row, responses in zip(rows, batch.response_lengths_N.tolist(), strict=True):
+            log_probs = (model(row[None]).logits[0].float() / temperature).log_softmax(-1)
+            chosen = log_probs[:-1].gather(1, row[1:, None])[:, 0]
+            found.append(chosen[-responses:])
+    return torch.cat(found)
+
+
+@check(minutes=5)
+def trainer_log_probs(report: Report) -> None:
+    """What the Trainer says of a batch: packed, chunked, at a temperature; and one of its steps."""
+    from slime.megatron.trainer import Trainer
+
+    batch = tiny.random_batch(lengths=[40, 3, 180, 29, 401, 1, 77, 12])
+    with tempfile.TemporaryDirectory() as folder:
+        for family in tiny.FAMILIES:
+            hf = tiny.hf_dir(Path(folder) / family, family)
+            exact = response_log_probs_of(family, batch, torch.float32, 0.8)
+            theirs = response_log_probs_of(family, batch, torch.bfloat16, 0.8) - exact
+            for bf16 in (False, True):
+                args = tiny.make_args(hf, bf16=bf16, max_tokens_per_gpu=512)
+                store = f"file://{folder}/{family}-{bf16}"
+                trainer = Trainer(args, rank=0, world_size=1, init_method=store)
+                try:
+                    trainer.load()
+                    error = torch.from_numpy(trainer.log_probs(batch)).to(DEVICE) - exact
+                    largest, rms = float(error.abs().max()), float(error.square().mean().sqrt())
+                    if bf16:
+                        own = float(theirs.square().mean().sqrt())
+                        limit = f"<= 1.5 x {own:.3g}, HF's own"
+                        report.row(f"{family}, bf16: log-probs, rms error", rms, limit, rms <= 1.5 * own)
+                    else:
+                        report.row(f"{family}, fp32: log-probs", largest, "<= 1e-4", largest <= 1e-4)
+                    metrics = trainer.train(0, batch)
+                    moved = float((torch.from_numpy(trainer.log_probs(batch)).to(DEVICE) - exact - error).abs().max())
+                    norm = metrics["train/grad_norm"]
+                    report.row(f"{family}, bf16 {bf16}: a step's gradient norm", norm, "> 0", 0 < norm < math.inf)
+                    report.row(f"{family}, bf16 {bf16}: what it moved", moved, "> 1e-3", moved > 1e-3)
+                finally:
+                    trainer.close()
+        shifted = response_log_probs_of("qwen3", batch, torch.float32, 0.9)
+        control(report, "another temperature", float((shifted - exact).abs().max()), 1e-3)
