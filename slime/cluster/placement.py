@@ -1,15 +1,18 @@
 """Ray: joining or starting it, and reserving a place for every process of the run.
 
-Path: `Cluster.start` calls this first. Invariant: a bundle is one device (on a CPU: one worker process); trainers take
-the first bundles in rank order, engines the ones behind them.
+Path: `Processes.start` calls this first. Invariant: a bundle is one GPU where Ray has any (a worker process that
+computes on the CPU has a bundle of its own); trainers take the first GPUs in rank order, node by node, engines the ones
+behind them, each within one node. With --colocate engine i shares those of trainers i * n to i * n + n - 1.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -18,6 +21,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime.cluster import reaper
 from slime.config.args import Args
+from slime.core.errors import RunError
+from slime.engine.launch import find_free_port
 
 # On a CPU a worker process is counted, not measured: this share of a core lets any number of them be placed.
 CPU_SHARE = 0.01
@@ -46,54 +51,223 @@ def start_ray() -> subprocess.Popen[bytes] | None:
     return reaper.watch()
 
 
-@dataclass(frozen=True)
-class Placement:
-    """The reserved bundles."""
+def num_gpus() -> int:
+    """GPUs of the whole cluster, free or not."""
+    return int(ray.cluster_resources().get("GPU", 0))
 
-    group: PlacementGroup
+
+def choose_engine(args: Args, gpus: int) -> Args:
+    """--rollout-engine auto decided by the cluster: SGLang where it has GPUs.
+
+    Raises:
+        RunError: SGLang is asked for, and there is no GPU.
+    """
+    if args.rollout_engine == "auto":
+        args = replace(args, rollout_engine="sglang" if gpus else "embedded")
+    if args.rollout_engine == "sglang" and starts_engines(args) and not gpus:
+        raise RunError(
+            "--rollout-engine sglang: Ray has no GPU, which SGLang needs; add --rollout-engine embedded to generate "
+            "on the CPU, or start Ray where there are GPUs"
+        )
+    return args
+
+
+def starts_engines(args: Args) -> bool:
+    return args.num_engines > 0 and not args.rollout_external_engines
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One bundle, and the GPU that it holds; None: it computes on the CPU."""
+
+    bundle: int
+    node_ip: str = ""
+    gpu_id: str | None = None
+    """As CUDA_VISIBLE_DEVICES names it on that node."""
+
+    @property
+    def order(self) -> tuple[tuple[int, int], tuple[int, str]]:
+        """Node by node, and on each by the GPU's number: neighbours are next to each other."""
+        address = ipaddress.ip_address(self.node_ip)
+        gpu = self.gpu_id or ""
+        return (address.version, int(address)), (int(gpu), "") if gpu.isdecimal() else (-1, gpu)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """How many of each there are to place."""
+
     num_trainers: int
     num_engines: int
+    gpus_per_engine: int
+    """0: engines compute on the CPU."""
+    trainers_on_gpu: bool
+    colocated: bool
+
+    @property
+    def num_gpus(self) -> int:
+        trainers = self.num_trainers if self.trainers_on_gpu else 0
+        engines = self.num_engines * self.gpus_per_engine
+        return max(trainers, engines) if self.colocated else trainers + engines
+
+    @property
+    def num_cpu_processes(self) -> int:
+        """The rollout manager is one."""
+        trainers = 0 if self.trainers_on_gpu else self.num_trainers
+        return trainers + (0 if self.gpus_per_engine else self.num_engines) + 1
+
+
+def demand(args: Args, gpus: int) -> Demand:
+    """What `args` ask for in a cluster of so many GPUs; the engine's kind is decided."""
+    return Demand(
+        num_trainers=0 if args.debug_rollout_only else args.actor_world_size,
+        num_engines=args.num_engines if starts_engines(args) else 0,
+        gpus_per_engine=args.rollout_num_gpus_per_engine if args.rollout_engine == "sglang" else 0,
+        trainers_on_gpu=gpus > 0,
+        colocated=args.colocate,
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who sits in which slots."""
+
+    trainers: tuple[Slot, ...]
+    engines: tuple[tuple[Slot, ...], ...]
+    """Each engine's, in the order of its ranks; its owner sits in the first."""
+    manager: Slot
+
+
+def lay_out(want: Demand, gpus: Sequence[Slot], cpus: Sequence[Slot]) -> Layout:
+    """Give out `want.num_gpus` GPUs and `want.num_cpu_processes` places on CPUs.
+
+    Raises:
+        RunError: an engine would span nodes.
+    """
+    gpus, free = sorted(gpus, key=lambda slot: slot.order), iter(cpus)
+    on_gpu = want.num_trainers if want.trainers_on_gpu else 0
+    trainers = gpus[:on_gpu] if want.trainers_on_gpu else [next(free) for _ in range(want.num_trainers)]
+    size, behind = want.gpus_per_engine, 0 if want.colocated else on_gpu
+    engines = [
+        tuple(gpus[behind + index * size : behind + (index + 1) * size]) if size else (next(free),)
+        for index in range(want.num_engines)
+    ]
+    for index, slots in enumerate(engines):
+        nodes = sorted({slot.node_ip for slot in slots})
+        if len(nodes) > 1:
+            raise RunError(
+                f"--rollout-num-gpus-per-engine {size}: engine {index} would span the nodes {', '.join(nodes)}; an "
+                "engine stands on one: lower it, or let what comes before it fill whole nodes"
+            )
+    return Layout(trainers=tuple(trainers), engines=tuple(engines), manager=next(free))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The reserved bundles, given out."""
+
+    group: PlacementGroup
+    want: Demand
+    layout: Layout
+
+    @property
+    def num_trainers(self) -> int:
+        return self.want.num_trainers
+
+    @property
+    def num_engines(self) -> int:
+        return self.want.num_engines
 
     def trainer(self, rank: int) -> dict[str, Any]:
-        """Ray options of trainer `rank`."""
-        return self._options(rank)
+        """Ray options of trainer `rank`, which sees its own GPU alone."""
+        slot = self.layout.trainers[rank]
+        return self._options(slot) | ({} if slot.gpu_id is None else {"num_gpus": 1})
 
     def engine(self, index: int) -> dict[str, Any]:
-        """Ray options of the worker that owns engine `index`."""
-        return self._options(self.num_trainers + index)
+        """Ray options of the worker that owns engine `index`; it uses no GPU itself, and hands on `engine_gpu_ids`."""
+        return self._options(self.layout.engines[index][0])
+
+    def engine_gpu_ids(self, index: int) -> tuple[str, ...]:
+        """The GPUs of engine `index`, in the order of its ranks; none where it computes on the CPU."""
+        return tuple(slot.gpu_id for slot in self.layout.engines[index] if slot.gpu_id is not None)
+
+    def trainer_ranks_of_engine(self, index: int) -> list[int]:
+        """The trainers that share devices with engine `index`, in the order of its ranks; none without --colocate."""
+        if not self.want.colocated:
+            return []
+        size = self.want.gpus_per_engine or 1
+        return [rank for rank in range(index * size, (index + 1) * size) if rank < self.num_trainers]
 
     def manager(self) -> dict[str, Any]:
         """Ray options of the rollout manager."""
-        return self._options(self.num_trainers + self.num_engines)
+        return self._options(self.layout.manager)
 
-    def _options(self, bundle: int) -> dict[str, Any]:
-        return {
-            "num_cpus": CPU_SHARE,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self.group, placement_group_bundle_index=bundle
-            ),
-        }
+    def rendezvous(self, directory: str) -> str:
+        """Where the trainers find each other: a file in `directory`, or a port of rank 0's node where there are
+        several nodes."""
+        nodes = [slot.node_ip for slot in self.layout.trainers]
+        if len(set(nodes)) <= 1:
+            return f"file://{directory}/rendezvous"
+        port = ray.get(_free_port.options(**self._options(self.layout.trainers[0])).remote(nodes[0]))
+        return f"tcp://{nodes[0]}:{port}"
+
+    def _options(self, slot: Slot) -> dict[str, Any]:
+        return {"num_cpus": CPU_SHARE, "scheduling_strategy": _in_bundle(self.group, slot.bundle)}
 
     def release(self) -> None:
         remove_placement_group(self.group)
 
 
 def reserve(args: Args) -> Placement:
-    """Reserve one bundle a trainer, one an engine, and one for the rollout manager.
+    """Reserve a GPU for every trainer and every rank of an engine (with --colocate for both together), and a place on a
+    CPU for everything else.
 
     Raises:
-        RuntimeError: the cluster has no room for them within a minute.
+        RunError: the cluster has not as many, or not within a minute, or an engine would span nodes.
     """
-    num_trainers = 0 if args.debug_rollout_only else args.actor_world_size
-    num_engines = 0 if args.rollout_external_engines else args.num_engines
-    count = num_trainers + num_engines + 1
-    group = placement_group([{"CPU": CPU_SHARE}] * count, strategy="PACK")
+    there = num_gpus()
+    want = demand(args, there)
+    if want.num_gpus > there:
+        raise RunError(_too_few(want, f"there are {there}"))
+    on_gpus = [{"GPU": 1, "CPU": 2 * CPU_SHARE}] * want.num_gpus  # trainer, and an engine's owner
+    group = placement_group([*on_gpus, *[{"CPU": CPU_SHARE}] * want.num_cpu_processes], strategy="PACK")
     if not group.wait(RESERVE_TIMEOUT_S):
-        available = ray.available_resources()
+        free = {name: ray.available_resources().get(name, 0) for name in ("GPU", "CPU")}
         remove_placement_group(group)
-        raise RuntimeError(
-            f"Ray has no room for {num_trainers} trainers, {num_engines} engines and the rollout manager within "
-            f"{RESERVE_TIMEOUT_S:.0f} s; it has {available}. Free resources, or lower --actor-num-gpus-per-node or "
-            "--rollout-num-gpus"
-        )
-    return Placement(group=group, num_trainers=num_trainers, num_engines=num_engines)
+        raise RunError(_too_few(want, f"Ray has {free} free, and had no more for {RESERVE_TIMEOUT_S:.0f} s"))
+    probes = [
+        _which_gpu.options(num_cpus=0, num_gpus=1, scheduling_strategy=_in_bundle(group, bundle)).remote(bundle)
+        for bundle in range(want.num_gpus)
+    ]
+    cpus = [Slot(bundle) for bundle in range(want.num_gpus, want.num_gpus + want.num_cpu_processes)]
+    try:
+        return Placement(group=group, want=want, layout=lay_out(want, ray.get(probes), cpus))
+    except RunError:
+        remove_placement_group(group)
+        raise
+
+
+def _too_few(want: Demand, there: str) -> str:
+    shared = " together" if want.colocated else ""
+    engines = f"{want.num_engines} engines" + (f" of {want.gpus_per_engine} GPUs" if want.gpus_per_engine else "")
+    return (
+        f"no room for {want.num_trainers} trainers and {engines}{shared}: they take {want.num_gpus} GPUs and "
+        f"{want.num_cpu_processes} processes on CPUs, {there}. Free some, or lower --actor-num-gpus-per-node or "
+        "--rollout-num-gpus"
+    )
+
+
+def _in_bundle(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+
+
+@ray.remote
+def _which_gpu(bundle: int) -> Slot:
+    """Runs in the bundle, and says where that is."""
+    [gpu_id] = ray.get_gpu_ids()
+    return Slot(bundle, node_ip=ray.util.get_node_ip_address(), gpu_id=str(gpu_id))
+
+
+@ray.remote
+def _free_port(address: str) -> int:
+    return find_free_port(address)

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from slime.cluster.placement import Placement, reserve, start_ray
+from slime.cluster.placement import Placement, choose_engine, num_gpus, reserve, start_ray, starts_engines
 from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
@@ -29,12 +30,14 @@ from slime.config.rules import schedule
 from slime.core.errors import RunError
 from slime.engine.external import FoundEngines, find_engines
 from slime.engine.membership import Membership, external_router_url
+from slime.engine.sglang_installed import check_installed, installed_version
 from slime.sync.weight_directory import WeightDirectory
 
 if TYPE_CHECKING:
     from slime.megatron.result import LoadResult
 
 STOP_TIMEOUT_S = 15.0
+PROGRESS_S = 10.0
 logger = logging.getLogger(__name__)
 
 
@@ -52,27 +55,49 @@ class Processes:
         self.manager: Any = None
         self.trainers: list[Any] = []
         self.engines: list[Any] = []
+        self._router_url = ""
+        self._urls: list[str] = []
+        self._ranks: list[int] = []
 
     def start(self) -> None:
         """Ray and all actors; returns while they are still importing."""
-        args, log_dir = self._args, str(self._log_dir)
+        log_dir = str(self._log_dir)
         self._take_what_is_shared()
         self._reaper = start_ray()
+        args = choose_engine(self._args, num_gpus())
         self._placement = place = reserve(args)
         self.manager = ray.remote(RolloutManager).options(**place.manager()).remote(args, log_dir)
         self._manager_started = self.manager.start.remote()
         self.engines = [
-            EngineWorker.options(**place.engine(index)).remote(args, index, log_dir)
+            EngineWorker.options(max_concurrency=4, **place.engine(index)).remote(
+                args, index, log_dir, place.engine_gpu_ids(index)
+            )
             for index in range(place.num_engines)
         ]
+        if args.rollout_engine == "sglang":
+            self.get("checking SGLang", [engine.check.remote() for engine in self.engines])
+        self._engines_begin = time.monotonic()
         self._engine_urls = [engine.start.remote() for engine in self.engines]
+        if args.colocate and not args.offload and args.rollout_engine == "sglang":
+            self._wait_for_engines()  # it measures what is free, to know how much it may take: trainers come after
         self.num_rollouts = self._count_rollouts()
         args = replace(args, num_rollout=self.num_rollouts)  # a schedule has to know how long it is
-        rendezvous = f"file://{self._tmp.name}/rendezvous"
+        rendezvous = place.rendezvous(self._tmp.name)
         self.trainers = [
             TrainWorker.options(**place.trainer(rank)).remote(args, rank, rendezvous, log_dir)
             for rank in range(place.num_trainers)
         ]
+
+    def _wait_for_engines(self) -> list[str]:
+        """Their URLs, once all are ready; meanwhile a line now and then says what they are doing."""
+
+        def say_phases() -> None:
+            phases = self.get("asking the engines", [engine.phase.remote() for engine in self.engines])
+            each = [f"engine {index} {phase}" for index, phase in enumerate(phases)]
+            seconds = time.monotonic() - self._engines_begin
+            print(f"starting the engines, {seconds:.0f} s: {', '.join(each)}", flush=True)
+
+        return self.get("starting the engines", self._engine_urls, meanwhile=say_phases)
 
     def _count_rollouts(self) -> int:
         """--num-rollout, or what --num-epoch comes to with the prompts that were kept.
@@ -99,6 +124,8 @@ class Processes:
         args = self._args
         router_url = external_router_url(args)
         try:
+            if args.rollout_engine == "sglang" and starts_engines(args) and installed_version() is not None:
+                check_installed(args)  # where the driver has none, its nodes are asked
             if args.rollout_external_engines and args.num_engines:
                 self._external = asyncio.run(find_engines(args, say=print))
             if router_url is not None and args.num_engines:
@@ -122,32 +149,48 @@ class Processes:
         result, of_rank_zero = loaded[0]
         return result, of_rank_zero + warnings
 
-    def connect(self) -> None:
-        """Wait for the engines, put them behind the router, and join trainers and engines in one weight group."""
-        if not self._args.num_engines:
-            return
-        manager = self.manager
-        router_url = self.get("starting the router", [manager.start_router.remote()])[0]
+    @property
+    def has_engines(self) -> bool:
+        """Whether anything can be generated with."""
+        return self._args.num_engines > 0
+
+    def connect_engines(self) -> None:
+        """Wait for the engines, and put them behind the router."""
+        manager, place = self.manager, self._placement
+        assert place is not None, "start comes first"
+        self._router_url = self.get("starting the router", [manager.start_router.remote()])[0]
         if self._external is None:
-            urls = self.get("starting the engines", self._engine_urls)
-            ranks = [1] * len(urls)
+            self._urls = self._wait_for_engines()
+            self._ranks = [place.want.gpus_per_engine or 1] * len(self._urls)
         else:
-            urls, ranks = list(self._args.rollout_external_engines), list(self._external.num_ranks)
-        self.get("registering the engines", [manager.connect_engines.remote(router_url, urls, self.engines)])
+            self._urls, self._ranks = list(self._args.rollout_external_engines), list(self._external.num_ranks)
+        refs = [manager.connect_engines.remote(self._router_url, self._urls, self.engines)]
+        self.get("registering the engines", refs)
+
+    def connect_trainers(self) -> None:
+        """Let trainers and engines find each other, for weights."""
+        assert self._placement is not None, "start comes first"
+        shared = [self._placement.trainer_ranks_of_engine(index) for index in range(self._placement.num_engines)]
+        shared = shared if self._args.colocate else []
         self.get(
             "connecting trainers and engines",
-            [trainer.connect_engines.remote(router_url, urls, ranks) for trainer in self.trainers],
+            [
+                trainer.connect_engines.remote(self._router_url, self._urls, self._ranks, shared)
+                for trainer in self.trainers
+            ],
         )
 
-    def get(self, phase: str, refs: Sequence[Any]) -> list[Any]:
-        """The results of `refs`, in order; the first failure ends the wait.
+    def get(self, phase: str, refs: Sequence[Any], *, meanwhile: Callable[[], None] | None = None) -> list[Any]:
+        """The results of `refs`, in order; the first failure ends the wait. `meanwhile` is called every 10 s of it.
 
         Raises:
             RunError: naming the phase, and what the process that failed said or that it died.
         """
         waiting = list(refs)
         while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1)
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=None if meanwhile is None else PROGRESS_S)
+            if not ready and meanwhile is not None:
+                meanwhile()
             try:
                 ray.get(ready)
             except RayTaskError as error:

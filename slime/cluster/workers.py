@@ -21,6 +21,7 @@ from slime.observability.logs import collected_warnings, log_to_file
 
 if TYPE_CHECKING:
     from slime.engine.launch import ManagedProcess
+    from slime.megatron.offload import TrainerMemory
     from slime.megatron.result import LoadResult
     from slime.sync.transport import Transport
 
@@ -31,11 +32,14 @@ class TrainWorker:
 
     def __init__(self, args: Args, rank: int, init_method: str, log_dir: str) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the engine's; read when torch is first imported
+        # As SGLang sets it for its ranks: members of one NCCL group have to allocate what they share alike.
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         self._args = args
         self._rank = rank
         self._init_method = init_method
         self._log_dir = Path(log_dir)
         self._transport: Transport | None = None
+        self._memory: TrainerMemory | None = None
         self._proven = False
 
     def load(self) -> tuple[LoadResult, list[str]]:
@@ -60,8 +64,51 @@ class TrainWorker:
             self._trainer.save_hf(Path(self._args.save_hf.format(rollout_id=rollout_id)))
         return str(path)
 
-    def connect_engines(self, router_url: str, engine_urls: Sequence[str], engine_ranks: Sequence[int]) -> None:
-        """Rank 0 opens the transport of weights; the others only take part in gathering."""
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Give the device's memory back, but that of the weights where they are sent next."""
+        if self._memory is None:
+            from slime.megatron.offload import TrainerMemory
+
+            self._memory = TrainerMemory(self._trainer.model, self._trainer.optimizer)
+        self._memory.offload_optimizer()
+        if not keep_weights:
+            self._memory.offload_weights()
+
+    def wake(self) -> None:
+        """Take it again."""
+        if self._memory is not None:
+            self._memory.reload()
+
+    def peak_memory(self) -> dict[str, float]:
+        """The most memory since the last call, in GB (see `megatron.device`)."""
+        from slime.megatron import device
+
+        return device.take_memory_peaks()
+
+    def connect_engines(
+        self,
+        router_url: str,
+        engine_urls: Sequence[str],
+        engine_ranks: Sequence[int],
+        shared_with: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """Open the transport of weights: rank 0's, and the others only take part in gathering.
+
+        `shared_with`: for each engine the trainers on its devices; then each trainer has a transport.
+        """
+        if shared_with:
+            from slime.sync.colocate import connect
+
+            self._transport = connect(
+                router_url,
+                engine_urls,
+                shared_with,
+                rank=self._rank,
+                engines_on_cpu=self._engines_on_cpu,
+                api_key=self._args.sglang.get("api_key"),
+                bucket_bytes=self._args.update_weight_buffer_size,
+            )
+            return
         if self._rank != 0:
             return
         from slime.core.address import address_for
@@ -90,9 +137,14 @@ class TrainWorker:
             engine_ranks=engine_ranks,
             address=address,
             port=find_free_port(address),
-            backend=device.backend_name(),
+            backend="gloo" if self._engines_on_cpu else device.backend_name(),
             bucket_bytes=bucket_bytes,
         )
+
+    @property
+    def _engines_on_cpu(self) -> bool:
+        """The run's own, embedded ones; engines that run already are taken to be like the trainer."""
+        return self._args.rollout_engine == "embedded" and not self._args.rollout_external_engines
 
     @property
     def _weight_directory(self) -> Path:
@@ -104,13 +156,16 @@ class TrainWorker:
         from slime.sync.proof import check_versions
 
         tensors = self._trainer.iter_hf_tensors()
+        if self._engines_on_cpu:  # no copy where the trainer is on the CPU, too
+            tensors = ((name, tensor.cpu()) for name, tensor in tensors)
         if self._transport is None:
             for _ in tensors:
                 continue  # the other ranks' part of each gather
             report = None
         else:
             report = self._transport.send(tensors, version=version)
-            check_versions(self._transport, version=version)
+            if self._rank == 0:
+                check_versions(self._transport, version=version)
         if self._args.check_weight_sync and not self._proven:
             self._prove(version)
             self._proven = True
@@ -123,7 +178,7 @@ class TrainWorker:
         directory = self._weight_directory / PROOF
         # in the dtype in which the weights were sent; the HF directory's own may hold fewer bits
         self._trainer.save_hf(directory, dtype=self._trainer.params_dtype)
-        if self._transport is not None:
+        if self._transport is not None and self._rank == 0:
             try:
                 prove_weights(self._transport, directory, version=version)
             finally:
@@ -132,26 +187,48 @@ class TrainWorker:
 
 @ray.remote
 class EngineWorker:
-    """Owns one engine process."""
+    """Owns one engine process. With Ray's `max_concurrency` it can be asked, and stopped, while the engine starts."""
 
-    def __init__(self, args: Args, index: int, log_dir: str) -> None:
+    def __init__(self, args: Args, index: int, log_dir: str, gpu_ids: Sequence[str]) -> None:
         self._args = args
         self._index = index
+        self._gpu_ids = tuple(gpu_ids)
         self._log_path = Path(log_dir) / f"engine-{index}.log"
         self._process: ManagedProcess | None = None
+        self._warming_up = False
+
+    def check(self) -> None:
+        """Whether what is installed on this node can be started as the run asks. Raises ValueError."""
+        from slime.engine.sglang_installed import check_installed
+
+        if self._args.rollout_engine == "sglang":
+            check_installed(self._args)
 
     def start(self) -> str:
         """Start the engine; its URL, once it answers."""
         from slime.core.address import LOOPBACK, own_address
-        from slime.engine.launch import find_free_port, launch_engine
+        from slime.engine.launch import find_free_port, launch_engine, warm_up
+        from slime.engine.sglang import engine_port
 
-        router_host = self._args.sglang_router_ip
-        host = LOOPBACK if router_host is None else own_address(router_host)
-        self._process = launch_engine(
-            self._args, index=self._index, host=host, port=find_free_port(host), log_path=self._log_path
+        args = self._args
+        sglang = args.rollout_engine == "sglang"
+        host = LOOPBACK if args.sglang_router_ip is None else own_address(args.sglang_router_ip)
+        port = engine_port(host, self._index) if sglang else find_free_port(host)
+        deadline = time.monotonic() + args.engine_start_timeout
+        self._process = process = launch_engine(
+            args, index=self._index, host=host, port=port, log_path=self._log_path, gpu_ids=self._gpu_ids
         )
-        self._process.wait_ready(self._args.engine_start_timeout)
-        return self._process.url
+        process.wait_ready(args.engine_start_timeout)
+        if sglang:
+            self._warming_up = True
+            warm_up(args, process, max(1.0, deadline - time.monotonic()))
+        return process.url
+
+    def phase(self) -> str:
+        """What the engine is doing in its start."""
+        if self._process is None:
+            return "starting"
+        return "warming up" if self._warming_up else self._process.phase()
 
     def alive(self) -> bool:
         return self._process is not None and self._process.alive()

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from slime.config.args import Args
 from slime.config.case import Case
 from slime.config.problem import Problem
+from slime.config.resolve import cuda_available, joins_ray
 from slime.core.address import is_loopback
 
 _URL = re.compile(r"http://(\[[0-9a-fA-F:.]+\]|[^\s/:@\[\]]+):(\d{1,5})")
@@ -40,6 +41,15 @@ def engines(case: Case) -> Iterable[Problem]:
     elif args.rollout_num_gpus == 0 and case.evaluates and not args.debug_train_only:
         remedy = "give it at least one, or leave out the evaluation data"
         yield case.error("rollout_num_gpus", "no engine, but evaluation generates", remedy)
+
+
+def sglang(case: Case) -> Iterable[Problem]:
+    """SGLang is started on GPUs."""
+    args = case.args
+    asked = args.rollout_engine == "sglang" and args.num_engines > 0 and not args.rollout_external_engines
+    if asked and case.real and not (cuda_available() or joins_ray()):
+        rule = "SGLang needs a GPU, and this machine has none that torch can use"
+        yield case.error("rollout_engine", rule, "add --rollout-engine embedded (--dry-run plans with it)")
 
 
 def external_engines(case: Case) -> Iterable[Problem]:

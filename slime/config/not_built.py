@@ -39,7 +39,6 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "use_rotary_position_embeddings": (off, "another position embedding than rope"),
     "swiglu": (off, "an MLP without SwiGLU"),
     "disable_bias_linear": (off, "biases in linear layers"),
-    "colocate": (on, "colocation"),
     "partial_rollout": (on, "partial rollout"),
     "mask_offpolicy_in_partial_rollout": (on, "partial rollout"),
     "max_staleness": (other_than(), "a bound on staleness"),

@@ -34,13 +34,17 @@ def _devices(args: Args) -> Iterable[Row]:
         yield f"train {ranks}", f"data-parallel rank {replica}: {_model_parallel(args)}"
     first = 0 if args.colocate else args.actor_world_size
     size = args.rollout_num_gpus_per_engine
-    embedded = args.rollout_engine == "embedded"
+    kinds = {
+        "embedded": "embedded here; SGLang where CUDA is",
+        "sglang": "SGLang",
+        "auto": "SGLang where Ray's cluster has GPUs, embedded elsewhere",
+    }
     for engine in range(args.num_engines):
         slots = _range(first + engine * size, size)
         if args.rollout_external_engines:
             yield f"engine {engine}", f"{args.rollout_external_engines[engine]} (runs already)"
             continue
-        kind = "embedded here; SGLang where CUDA is" if embedded else "SGLang"
+        kind = kinds[args.rollout_engine]
         shared = "shared with training, " if args.colocate else ""
         yield f"serve {slots}", f"engine {engine}: TP {size} ({shared}{kind})"
 

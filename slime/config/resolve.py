@@ -22,6 +22,11 @@ def cuda_available() -> bool:
     return torch.cuda.is_available()
 
 
+def joins_ray() -> bool:
+    """Whether the run joins a Ray cluster, which may have GPUs where this machine has none."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def resolve(args: Args) -> Args:
     """Args with their open values filled in; a pair at odds is left as it is, for the rules to name."""
     changes: dict[str, Any] = {**_placement(args), **_batches(args), **_evaluation(args)}
@@ -44,7 +49,7 @@ def resolve(args: Args) -> Args:
 
 def _placement(args: Args) -> dict[str, Any]:
     changes: dict[str, Any] = {}
-    if args.rollout_engine == "auto":
+    if args.rollout_engine == "auto" and (cuda_available() or not joins_ray()):
         changes["rollout_engine"] = "sglang" if cuda_available() else "embedded"
     num_gpus = args.rollout_num_gpus
     if args.debug_train_only:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from slime.config.case import Case, Rule
-from slime.config.engine_rules import api_keys, engines, external_engines, external_router, weight_directory
+from slime.config.engine_rules import api_keys, engines, external_engines, external_router, sglang, weight_directory
 from slime.config.epochs import planned_rollouts
 from slime.config.file_rules import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, weights
 from slime.config.megatron_fields import megatron_decided, megatron_known
@@ -284,6 +284,7 @@ CONVERSION_RULES: tuple[Rule, ...] = (parallel_sizes, precision, megatron_decide
 
 TRAINING_RULES: tuple[Rule, ...] = (
     engines,
+    sglang,
     external_engines,
     external_router,
     api_keys,

@@ -3,8 +3,8 @@
     python -S -E guard.py LOG -- COMMAND...        (standard library only: it starts in ~20 ms)
 
 Path: `launch.ManagedProcess` starts it with a pipe as standard input. Invariant: when that pipe closes, however
-the other side ended, the command's whole process group gets SIGTERM, and SIGKILL a grace later. The command dies with
-the guard too. Prints the command's process id; exits with its code.
+the other side ended, the command's whole process group gets SIGTERM, and SIGKILL a grace later, with every descendant
+that has left the group. The command dies with the guard too. Prints the command's process id; exits with its code.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 GRACE = 5.0
 POLL = 0.5
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def _start(log: str, command: list[str]) -> int:
@@ -65,6 +66,30 @@ def _end(pid: int) -> None:
             break
         time.sleep(0.02)
     _signal_group(pid, signal.SIGKILL)
+    _end_orphans()
+
+
+def _end_orphans() -> None:
+    """SIGKILL to what the command left behind, its children, theirs; wait until they are gone."""
+    while children := _children():
+        for child in children:
+            os.kill(child, signal.SIGKILL)  # ours, and not waited for yet: nobody else can have the number
+        for child in children:
+            os.waitpid(child, 0)
+
+
+def _children() -> list[int]:
+    me = os.getpid()
+    found: list[int] = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                parent = int(file.read().rpartition(b")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # has ended meanwhile
+        if parent == me:
+            found.append(int(name))
+    return found
 
 
 def main() -> int:
@@ -78,12 +103,16 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: asked_to_end.append(1))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the command become ours
     pid = _start(log, command)
     print(pid, flush=True)
     while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
+        done, status = os.waitpid(-1, os.WNOHANG)
+        if done and done != pid:
+            continue  # an orphan of the command's, ended
         if done:
             _signal_group(pid, signal.SIGKILL)  # what the command itself left behind
+            _end_orphans()
             return os.waitstatus_to_exitcode(status) & 0xFF
         ready, _, _ = select.select([0, wake], [], [], POLL)
         # A forked child of the parent may hold the pipe open beyond the parent's death: the parent is asked for, too.

@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from slime.config.args import Args
 from slime.config.no_effect import EMBEDDED_SETTINGS
 from slime.engine.keyed import VARIABLE
 from slime.engine.protocol import Endpoint, RouterEndpoint
+from slime.engine.sglang import MODULE, PHASES, sglang_server
 
 GUARD = Path(__file__).with_name("guard.py")
 LOG_TAIL = 30
@@ -59,9 +61,15 @@ class ManagedProcess:
         url: str,
         log_path: str | Path,
         environment: Mapping[str, str] | None = None,
+        phases: Sequence[tuple[str, str]] = (),
+        directory: tempfile.TemporaryDirectory[str] | None = None,
     ) -> None:
+        """`phases`: what its log says -> what it does from then on. `directory`: its own, removed with it."""
         self.name, self.url, self.log_path = name, url, Path(log_path)
+        self._phases, self._directory = phases, directory
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        # The log of an earlier run may stand there, and says nothing of this one.
+        self._log_start = self.log_path.stat().st_size if self.log_path.is_file() else 0
         self._guard = subprocess.Popen(
             [sys.executable, "-S", "-E", str(GUARD), str(self.log_path), "--", *command],
             stdin=subprocess.PIPE,
@@ -80,24 +88,39 @@ class ManagedProcess:
     def alive(self) -> bool:
         return self._guard.poll() is None
 
+    def phase(self) -> str:
+        """What it is doing in its start, as far as its log tells."""
+        return phase_of(self._log(), self._phases)
+
+    def _log(self) -> str:
+        if not self.log_path.is_file():
+            return ""
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
+
     def wait_ready(self, timeout: float) -> None:
         """Wait until /health answers 200.
 
         Raises:
-            RuntimeError: the process ended, or was not ready within `timeout` seconds; with the end of its log.
+            RuntimeError: the process ended, or was not ready within `timeout` seconds; with what it was doing, and the
+                end of its log.
         """
         deadline = time.monotonic() + timeout
         while not is_healthy(self.url):
             if not self.alive():
-                raise RuntimeError(f"{self.name} ended while starting (exit code {self._guard.poll()}){self._tail()}")
+                raise RuntimeError(
+                    f"{self.name} ended while {self.phase()} (exit code {self._guard.poll()}){self.log_tail()}"
+                )
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"{self.name} was not ready at {self.url} within {timeout:g} s "
-                    f"(--engine-start-timeout gives it longer){self._tail()}"
+                    f"{self.name} was not ready at {self.url} within {timeout:g} s, it was {self.phase()} "
+                    f"(--engine-start-timeout gives it longer){self.log_tail()}"
                 )
             time.sleep(0.05)
 
-    def _tail(self) -> str:
+    def log_tail(self) -> str:
+        """The end of its log, for an error."""
         if not self.log_path.is_file():
             return f"; there is no log at {self.log_path}"
         lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL:]
@@ -112,6 +135,14 @@ class ManagedProcess:
         except subprocess.TimeoutExpired:
             self._guard.kill()  # the command dies with it
             self._guard.wait()
+        if self._directory is not None:
+            self._directory.cleanup()
+
+
+def phase_of(log: str, phases: Sequence[tuple[str, str]]) -> str:
+    """What a process is doing, by the last of the `phases` whose words stand in its log."""
+    reached = [(log.rfind(words), order) for order, (words, _) in enumerate(phases) if words in log]
+    return phases[max(reached)[1]][1] if reached else "starting"
 
 
 def _open(url: str, timeout: float) -> http.client.HTTPConnection:
@@ -131,19 +162,57 @@ def is_healthy(url: str) -> bool:
         connection.close()
 
 
-def launch_engine(args: Args, *, index: int, host: str, port: int, log_path: str | Path) -> ManagedProcess:
-    """Start engine number `index`. Returns at once; `wait_ready` waits.
-
-    Raises:
-        ValueError: --rollout-engine sglang, which this version cannot start.
-    """
-    if args.rollout_engine == "sglang":
-        raise ValueError(
-            "--rollout-engine is sglang; this version starts the embedded engine only: "
-            "set --rollout-engine embedded, or name running servers with --rollout-external-engines"
-        )
+def launch_engine(
+    args: Args, *, index: int, host: str, port: int, log_path: str | Path, gpu_ids: Sequence[str] = ()
+) -> ManagedProcess:
+    """Start engine number `index`, an SGLang on `gpu_ids`. Returns at once; `wait_ready` waits."""
     if args.hf_checkpoint is None:
         raise ValueError("--hf-checkpoint is not given; the engine loads its weights from it: name an HF directory")
+    launch = _launch_sglang if args.rollout_engine == "sglang" else _launch_embedded
+    return launch(args, index=index, host=host, port=port, log_path=Path(log_path), gpu_ids=gpu_ids)
+
+
+def _launch_sglang(
+    args: Args, *, index: int, host: str, port: int, log_path: Path, gpu_ids: Sequence[str]
+) -> ManagedProcess:
+    directory = tempfile.TemporaryDirectory(prefix="slime-engine-")
+    rendezvous = Path(directory.name) / "ranks"
+    server = sglang_server(args, index=index, host=host, port=port, gpu_ids=gpu_ids, rendezvous=rendezvous)
+    command, environment = _server(MODULE, args.sglang.get("api_key"))
+    return ManagedProcess(
+        f"engine {index}",
+        [*command, *server.words],
+        url=f"http://{host}:{port}",
+        log_path=log_path,
+        environment={**environment, **server.environment, "OMP_NUM_THREADS": str(args.cpu_threads_per_process or 1)},
+        phases=PHASES,
+        directory=directory,
+    )
+
+
+def warm_up(args: Args, process: ManagedProcess, timeout: float) -> None:
+    """Let an SGLang that is ready sample a few tokens: it compiles kernels on its first request.
+
+    Raises:
+        RuntimeError: it could not; with the end of its log.
+    """
+    params = {"max_new_tokens": 4, "temperature": 1.0, "ignore_eos": True}
+    body = {"input_ids": [1, 2, 3], "sampling_params": params, "return_logprob": True}
+    try:
+        status, answer = ask(
+            process.url, "POST", body, path=Endpoint.GENERATE, api_key=args.sglang.get("api_key"), timeout=timeout
+        )
+    except (OSError, http.client.HTTPException) as error:
+        status, answer = 0, {"message": repr(error)}
+    if status != 200:
+        raise RuntimeError(f"{process.name} failed at its first request ({status}: {answer}){process.log_tail()}")
+
+
+def _launch_embedded(
+    args: Args, *, index: int, host: str, port: int, log_path: Path, gpu_ids: Sequence[str]
+) -> ManagedProcess:
+    assert args.hf_checkpoint is not None, "launch_engine asks for it"
+    assert not gpu_ids, "it computes on the CPU"
     settings: dict[str, Any] = {
         "random_seed": args.rollout_seed + index,
         "dtype": "bfloat16" if args.bf16 else "float32",  # the trainer's: the engine samples what it trains
@@ -158,7 +227,7 @@ def launch_engine(args: Args, *, index: int, host: str, port: int, log_path: str
         command += ["--architecture", json.dumps(asdict(args.architecture))]
     command += _flags(settings)
     # Threads that wait sleep: others of the run share the cores, and who spins keeps them from those it waits for.
-    environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
     return ManagedProcess(
         f"engine {index}", command, url=f"http://{host}:{port}", log_path=log_path, environment=environment
     )
@@ -233,9 +302,10 @@ def ask(
     *,
     path: str = RouterEndpoint.WORKERS,
     api_key: str | None = None,
+    timeout: float = 10.0,
 ) -> tuple[int, dict[str, Any]]:
     """One request to the router -> status and answer. Raises OSError where there is no connection."""
-    connection = _open(router_url, 10.0)
+    connection = _open(router_url, timeout)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     try:
         connection.request(method, path, json.dumps(body) if body else None, headers)

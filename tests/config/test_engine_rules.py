@@ -44,6 +44,7 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
         (f"{FAR}", "engine-weights: neither it nor --save was given, and http://10.0.0.7:4000 has to read files there"),
         (f"{NEAR} --sglang-api-key a --router-api-key b", "--router-api-key: differs from --sglang-api-key"),
         (f"{NEAR} --router-api-key b", "--router-api-key: differs from --sglang-api-key"),
+        ("--rollout-engine sglang --rollout-num-gpus 1", "--rollout-engine sglang: SGLang needs a GPU"),
         (f"{OWN} --sglang-router-port 4000", "--sglang-router-port 4000: half of an address"),
     ],
 )

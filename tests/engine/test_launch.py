@@ -101,6 +101,37 @@ def test_the_command_dies_with_its_guard(tmp_path: Path) -> None:
     assert wait_for(lambda: not is_running(process.pid))
 
 
+@pytest.mark.parametrize("ending", ["stopped", "ends itself"])
+def test_a_descendant_that_has_left_the_group_ends_too(tmp_path: Path, ending: str) -> None:
+    """A compiler's worker or a scheduler may start a session of its own."""
+    script = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+time.sleep({600 if ending == "stopped" else 0})
+"""
+    process = ManagedProcess("engine 9", [sys.executable, "-c", script], url=NOWHERE, log_path=tmp_path / "log")
+    pid = tmp_path / "pid"
+    assert wait_for(lambda: pid.is_file() and pid.read_text() != "")
+    if ending == "stopped":
+        process.stop()
+        assert not is_running(int(pid.read_text())), "stop returns once it is gone"
+    assert wait_for(lambda: not is_running(int(pid.read_text())))
+
+
+def test_the_log_of_an_earlier_run_says_nothing_of_this_one(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("ready\n")
+    script = "import time; print('loading', flush=True); time.sleep(600)"
+    phases = (("loading", "loading weights"), ("ready", "ready"))
+    process = ManagedProcess(
+        "engine 8", [sys.executable, "-c", script], url=NOWHERE, log_path=tmp_path / "log", phases=phases
+    )
+    assert wait_for(lambda: process.phase() == "loading weights")
+    with pytest.raises(RuntimeError, match=r"within 0\.1 s, it was loading weights"):
+        process.wait_ready(0.1)
+    process.stop()
+
+
 def test_a_process_that_ends_while_starting_is_told_with_its_log(tmp_path: Path) -> None:
     script = "import sys; print('no such thing: 42'); sys.exit(3)"
     process = ManagedProcess("engine 5", [sys.executable, "-c", script], url=NOWHERE, log_path=tmp_path / "log")
@@ -170,12 +201,6 @@ def test_an_engine_that_cannot_serve_says_why(
     process = launch_engine(args, index=0, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "log")
     with pytest.raises(RuntimeError, match=words):
         process.wait_ready(60)
-
-
-def test_sglang_itself_is_refused(tmp_path: Path) -> None:
-    args = Args(num_rollout=1, rollout_engine="sglang", hf_checkpoint="x")
-    with pytest.raises(ValueError, match="embedded engine only"):
-        launch_engine(args, index=0, host="127.0.0.1", port=1, log_path=tmp_path / "log")
 
 
 def test_a_bad_router_flag_is_told_by_the_routers_log(tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""Who sits on which GPU: Ray takes our word for how many there are, so a machine without any will do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from slime.cluster.placement import Demand, Placement, Slot, choose_engine, demand, lay_out, num_gpus, reserve
+from slime.cluster.processes import Processes
+from slime.config.args import Args
+from slime.core.errors import RunError
+
+
+@pytest.fixture(scope="module")
+def four_gpus() -> Iterator[None]:
+    """A local Ray that believes in four GPUs, the last of eight."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "4,5,6,7"
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=100 * 1024**2,
+        _node_ip_address="127.0.0.1",
+    )
+    yield
+    ray.shutdown()
+    os.environ.pop("CUDA_VISIBLE_DEVICES")
+    if before is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+@pytest.fixture
+def place(four_gpus: None) -> Iterator[Callable[..., Placement]]:
+    made: list[Placement] = []
+
+    def make(**changes: Any) -> Placement:
+        made.append(reserve(some_args(**changes)))
+        return made[-1]
+
+    yield make
+    for placement in made:
+        placement.release()
+
+
+def some_args(**changes: Any) -> Args:
+    return Args(**{"num_rollout": 1, "rollout_engine": "sglang", **changes})
+
+
+@ray.remote
+class Seen:
+    """What a process of the run sees of GPUs."""
+
+    def visible(self) -> str:
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+
+
+def visible(*options: dict[str, Any]) -> list[str]:
+    actors = [Seen.options(**each).remote() for each in options]
+    seen = ray.get([actor.visible.remote() for actor in actors])
+    for actor in actors:
+        ray.kill(actor)
+    return seen
+
+
+def test_trainers_first_then_engines_next_to_each_other(place: Callable[..., Placement]) -> None:
+    placement = place(actor_num_gpus_per_node=2, rollout_num_gpus=2, rollout_num_gpus_per_engine=2)
+    assert [slot.gpu_id for slot in placement.layout.trainers] == ["4", "5"]
+    assert placement.engine_gpu_ids(0) == ("6", "7")
+    assert placement.trainer_ranks_of_engine(0) == []
+    assert placement.rendezvous("/tmp/run") == "file:///tmp/run/rendezvous"
+
+
+def test_colocated_both_stand_on_the_same_gpus(place: Callable[..., Placement]) -> None:
+    shared = {"actor_num_gpus_per_node": 4, "rollout_num_gpus": 4, "rollout_num_gpus_per_engine": 2, "colocate": True}
+    placement = place(**shared)
+    assert [placement.engine_gpu_ids(index) for index in (0, 1)] == [("4", "5"), ("6", "7")]
+    assert [placement.trainer_ranks_of_engine(index) for index in (0, 1)] == [[0, 1], [2, 3]]
+    everyone = [placement.trainer(3), placement.trainer(0), placement.engine(1), placement.manager()]
+    assert visible(*everyone)[:2] == ["7", "4"], "all of them live at once"
+
+
+def test_an_embedded_engine_takes_no_gpu(place: Callable[..., Placement]) -> None:
+    placement = place(actor_num_gpus_per_node=4, rollout_num_gpus=2, rollout_engine="embedded")
+    assert [slot.gpu_id for slot in placement.layout.trainers] == ["4", "5", "6", "7"]
+    assert [placement.engine_gpu_ids(index) for index in (0, 1)] == [(), ()]
+
+
+def test_external_engines_and_debugging_take_none(place: Callable[..., Placement]) -> None:
+    urls = ("http://127.0.0.1:1", "http://127.0.0.1:2")
+    beside = demand(some_args(actor_num_gpus_per_node=4, rollout_num_gpus=2, rollout_external_engines=urls), 4)
+    assert (beside.num_gpus, beside.num_engines) == (4, 0)
+    alone = place(actor_num_gpus_per_node=4, rollout_num_gpus=4, colocate=True, debug_rollout_only=True)
+    assert (alone.num_trainers, alone.num_engines) == (0, 4)
+
+
+def test_too_few_gpus_are_said_at_once(place: Callable[..., Placement]) -> None:
+    with pytest.raises(RunError, match=r"3 trainers and 1 engines of 2 GPUs: they take 5 GPUs and .* there are 4"):
+        place(actor_num_gpus_per_node=3, rollout_num_gpus=2, rollout_num_gpus_per_engine=2)
+    assert place(actor_num_gpus_per_node=3, rollout_num_gpus=2, rollout_num_gpus_per_engine=2, colocate=True)
+
+
+def test_auto_goes_by_rays_gpus(four_gpus: None) -> None:
+    auto = some_args(rollout_engine="auto", rollout_num_gpus=1)
+    assert choose_engine(auto, num_gpus()).rollout_engine == "sglang"
+    assert choose_engine(auto, 0).rollout_engine == "embedded"
+    assert choose_engine(some_args(rollout_engine="embedded", rollout_num_gpus=1), 4).rollout_engine == "embedded"
+    with pytest.raises(RunError, match="Ray has no GPU"):
+        choose_engine(some_args(rollout_num_gpus=1), 0)
+    assert choose_engine(some_args(rollout_num_gpus=0), 0), "nothing is started"
+
+
+def nodes(*counts: int) -> list[Slot]:
+    """So many GPUs on 10.0.0.9, on 10.0.0.10, ..., in an order that is nobody's."""
+    slots = [Slot(0, f"10.0.0.{9 + node}", str(gpu)) for node, count in enumerate(counts) for gpu in range(count)]
+    return slots[::-1]
+
+
+def wanted(trainers: int, engines: int, size: int, *, colocated: bool = False) -> Demand:
+    return Demand(
+        num_trainers=trainers, num_engines=engines, gpus_per_engine=size, trainers_on_gpu=True, colocated=colocated
+    )
+
+
+def test_node_by_node_and_by_number() -> None:
+    layout = lay_out(wanted(16, 2, 4), nodes(16, 8), [Slot(99)])
+    assert [slot.gpu_id for slot in layout.trainers] == [str(gpu) for gpu in range(16)], "10 comes after 9"
+    assert {slot.node_ip for slot in layout.trainers} == {"10.0.0.9"}
+    assert [[slot.gpu_id for slot in engine] for engine in layout.engines] == [list("0123"), list("4567")]
+    assert layout.manager == Slot(99)
+
+
+def test_an_engine_stands_on_one_node() -> None:
+    with pytest.raises(RunError, match=r"engine 0 would span the nodes 10\.0\.0\.10, 10\.0\.0\.9"):
+        lay_out(wanted(2, 1, 4), nodes(4, 4), [Slot(99)])
+    assert lay_out(wanted(4, 1, 4), nodes(4, 4), [Slot(99)])
+    assert lay_out(wanted(8, 2, 4, colocated=True), nodes(4, 4), [Slot(99)])
+
+
+def test_phases_are_told_while_engines_start(four_gpus: None, capsys: pytest.CaptureFixture[str]) -> None:
+    @ray.remote
+    def slow() -> int:
+        time.sleep(1.0)
+        return 5
+
+    from slime.cluster import processes
+
+    before, processes.PROGRESS_S = processes.PROGRESS_S, 0.2
+    said: list[int] = []
+    try:
+        run = Processes(some_args(), Path("/nowhere"))
+        assert run.get("waiting", [slow.remote()], meanwhile=lambda: said.append(1)) == [5]
+    finally:
+        processes.PROGRESS_S = before
+    assert said

@@ -1,0 +1,199 @@
+"""SGLang's command line and environment, the check of what is installed, and the phases of its start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slime.config.args import Args
+from slime.core.architecture import Architecture
+from slime.engine.launch import phase_of
+from slime.engine.sglang import CLASSES, PHASES, engine_port, sglang_server, words
+from slime.engine.sglang_installed import check_installed, installed_spellings, installed_version
+
+SERVER_ARGS = """
+class ServerArgs:
+    model_path: A[str, Arg(help="Model.", aliases=["--model"])]
+    tp_size: A[int, Arg(help="Ranks.", aliases=["--tensor-parallel-size"])] = 1
+    attention_backend: A[Optional[str], "Kernels."] = None
+    context_length: A[Optional[int], "Longest."] = None
+    chunked_prefill_size: A[Optional[int], Arg(help="Chunk.", cli_name="--chunked-prefill")] = None
+    hidden: A[int, Arg(no_cli=True)] = 0
+    unrelated: int = 3
+
+    def add_cli_args(parser):
+        parser.add_argument("--disable-cuda-graph", action="store_true", help="old --words")
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that holds an SGLang 0.5.16, as far as it is read."""
+    srt = tmp_path / "site" / "sglang" / "srt"
+    (srt / "arg_groups" / "fields").mkdir(parents=True)
+    (srt.parent / "__init__.py").write_text("raise RuntimeError('SGLang was imported')")
+    (srt / "server_args.py").write_text(SERVER_ARGS)
+    (srt / "arg_groups" / "fields" / "memory.py").write_text(
+        'class M:\n    mem_fraction_static: A[float, "Share."] = 0'
+    )
+    set_version(tmp_path / "site", "0.5.16")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return tmp_path / "site"
+
+
+def set_version(site: Path, version: str) -> None:
+    info = site / "sglang-0.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
+
+
+def some_args(**changes: object) -> Args:
+    return Args(**{"num_rollout": 1, "rollout_engine": "sglang", "hf_checkpoint": "/model", "bf16": True, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def command(args: Args, index: int = 0, gpu_ids: tuple[str, ...] = ("3",)) -> tuple[str, dict[str, str]]:
+    server = sglang_server(
+        args, index=index, host="127.0.0.1", port=1, gpu_ids=gpu_ids, rendezvous=Path("/tmp/x/ranks")
+    )
+    return " ".join(server.words) + " ", dict(server.environment)
+
+
+def test_what_decides_tokens_is_said() -> None:
+    line, environment = command(some_args(rollout_seed=7, rollout_num_gpus_per_engine=2), index=1, gpu_ids=("2", "3"))
+    for part in ("--model-path /model", "--tp-size 2", "--dtype bfloat16", "--random-seed 8", "--host 127.0.0.1"):
+        assert f"{part} " in line
+    assert "--skip-server-warmup" in line
+    for part in ("--enable-memory-saver", "--trust-remote-code", "--attention-backend", "--api-key"):
+        assert part not in line
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert environment["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "0"
+    assert environment["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] == "file:///tmp/x/ranks"
+
+
+def test_fp32_takes_a_kernel_that_can() -> None:
+    assert "--dtype float32 --attention-backend triton " in command(some_args(bf16=False))[0]
+    given = command(some_args(bf16=False, sglang={"attention_backend": "torch_native", "dtype": "half"}))[0]
+    assert "--dtype half --attention-backend torch_native " in given
+
+
+def test_memory_is_given_back_only_where_it_is_shared() -> None:
+    assert "--enable-memory-saver " in command(some_args(colocate=True, offload=True))[0]
+    assert "--enable-memory-saver" not in command(some_args(colocate=True, offload=False))[0]
+    assert "--enable-memory-saver" not in command(some_args(offload=True))[0]
+
+
+def test_flags_of_the_user_keep_sglangs_spelling() -> None:
+    given = {
+        "mem_fraction_static": 0.7,
+        "disable_cuda_graph": True,
+        "log_requests": False,  # from YAML; its flag can only switch on
+        "dllm_fdfo": False,
+        "cuda_graph_bs_decode": [1, 2],
+        "api_key": "secret",
+    }
+    line, _ = command(some_args(sglang=given, hf_trust_remote_code=True))
+    for part in ("--mem-fraction-static 0.7", "--disable-cuda-graph", "--no-dllm-fdfo", "--cuda-graph-bs-decode 1 2"):
+        assert f"{part} " in line
+    assert "--trust-remote-code " in line
+    assert "log-requests" not in line
+    assert "secret" not in line, "other users read command lines"
+
+
+def test_ranks_of_several_replicas_meet_apart() -> None:
+    assert "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE" not in command(some_args(sglang={"dp_size": 2}))[1]
+
+
+def test_an_overridden_config_reaches_sglang(tmp_path: Path) -> None:
+    from tests.config.config_run import GLM4_TINY
+
+    (tmp_path / "config.json").write_text(json.dumps(GLM4_TINY))
+    shape = Architecture(**{**vars_of(tmp_path), "rotary_base": 50000.0})
+    args = some_args(hf_checkpoint=str(tmp_path), architecture=shape, override_hf_config=("rotary-base",))
+    line, _ = command(args)
+    rope = {"rope_theta": 50000.0, "partial_rotary_factor": 0.5, "rope_type": "default"}
+    assert f"--json-model-override-args {json.dumps({'rope_parameters': rope})} " in line
+    assert "--json-model-override-args" not in command(some_args(hf_checkpoint=str(tmp_path)))[0]
+
+
+def vars_of(directory: Path) -> dict[str, object]:
+    from slime.config.architecture import hf_architecture, read_hf_config
+
+    return dict(vars(hf_architecture(read_hf_config(directory))))
+
+
+def test_engines_of_a_machine_never_pick_the_same_port() -> None:
+    picked = [engine_port("127.0.0.1", index) % CLASSES for index in range(CLASSES)]
+    assert picked == list(range(CLASSES))
+
+
+def test_spellings_of_what_is_installed(installed: Path) -> None:
+    assert installed_spellings(str(installed / "sglang" / "srt")) == {
+        *("--model-path", "--model", "--tp-size", "--tensor-parallel-size", "--attention-backend", "--context-length"),
+        *("--chunked-prefill", "--disable-cuda-graph", "--mem-fraction-static"),
+    }
+
+
+def test_what_it_has_passes(installed: Path) -> None:
+    given = {"attention_backend": "triton", "disable_cuda_graph": True, "mem_fraction_static": 0.5}
+    assert check_installed(some_args(sglang=given)) == "0.5.16"
+
+
+def test_all_that_it_lacks_is_named_at_once(installed: Path) -> None:
+    given = {"context_length": 4, "dcp_comm_backend": "x", "decode_attention_backend": "fa3"}
+    with pytest.raises(ValueError) as caught:
+        check_installed(some_args(sglang=given))
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("--sglang-dcp-comm-backend: SGLang 0.5.16, which is installed, has no such flag")
+    assert "the nearest is --sglang-attention-backend" in second
+
+
+@pytest.mark.parametrize("version", ["0.5.15", "0.5.24", "0.6.0"])
+def test_another_version_is_refused(installed: Path, version: str) -> None:
+    set_version(installed, version)
+    with pytest.raises(ValueError, match=rf"SGLang {version} is installed; versions 0\.5\.16 to 0\.5\.23"):
+        check_installed(some_args())
+
+
+@pytest.mark.parametrize("version", ["0.5.16.post1", "0.5.23"])
+def test_known_versions_pass(installed: Path, version: str) -> None:
+    set_version(installed, version)
+    assert check_installed(some_args()) == version
+
+
+@pytest.mark.skipif(installed_version() is not None, reason="SGLang is installed")
+def test_none_is_said_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"SGLang is not installed here: pip install 'slime\[gpu\]'"):
+        check_installed(some_args())
+
+
+LOG = """
+[2026-01-01 10:00:00] server_args=ServerArgs(model_path='/model', log_level='info')
+[2026-01-01 10:00:09] Init torch distributed begin.
+[2026-01-01 10:00:10] Init torch distributed ends. elapsed=0.35 s, mem usage=0.09 GB
+[2026-01-01 10:00:11] Load weight begin. avail mem=138.61 GB
+Multi-thread loading shards: 100% Completed | 1/1
+[2026-01-01 10:00:12] Load weight end. elapsed=0.55 s, type=Glm4ForCausalLM, avail mem=138.52 GB
+[2026-01-01 10:00:12] KV Cache is allocated. dtype: torch.bfloat16, #tokens: 100, K size: 1 GB, V size: 1 GB
+[2026-01-01 10:00:13] Capture decode CUDA graph begin. This can take up to several minutes.
+[2026-01-01 10:00:20] Capture decode CUDA graph end. Time elapsed: 7.00 s. mem usage=0.30 GB
+[2026-01-01 10:00:22] The server is fired up and ready to roll!
+"""
+
+
+def test_phases_follow_the_log() -> None:
+    lines = LOG.splitlines()
+    seen = [phase_of("\n".join(lines[:count]), PHASES) for count in range(1, len(lines) + 1)]
+    assert list(dict.fromkeys(seen)) == ["starting", *(phase for _, phase in PHASES)]
+    assert phase_of(LOG, ()) == "starting", "an embedded engine says nothing"
+
+
+def test_a_second_graph_is_being_captured() -> None:
+    again = LOG.replace("The server is fired up and ready to roll!", "Capture prefill CUDA graph begin.")
+    assert phase_of(again, PHASES) == "capturing CUDA graphs"
+
+
+def test_words_are_in_the_table() -> None:
+    with pytest.raises(KeyError):
+        words({"no_such_field": 1})
