@@ -17,11 +17,12 @@ from typing import Any
 
 from slime.cluster.processes import Processes
 from slime.cluster.trackers import start_trackers
+from slime.cluster.turns import memory_of
 from slime.config.args import Args
 from slime.config.dump import dump_args
 from slime.observability.console import RunConsole
 from slime.observability.logs import log_to_file
-from slime.observability.phases import StepClock
+from slime.observability.phases import StepClock, memory_record
 from slime.observability.run_directory import RunDirectory
 
 
@@ -61,7 +62,8 @@ class Cluster:
         self._cleanup.callback(processes.stop)
         processes.start()
         signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray has put its own in the place of ours
-        loaded, warnings = processes.load()
+        self._memory = memory_of(args, processes)
+        loaded, warnings = self._memory.load()
         state = None
         if loaded is not None:
             self._first, state = loaded.next_rollout_id, loaded.state
@@ -87,7 +89,7 @@ class Cluster:
             self._console.say(f"actor loaded from {loaded.source}, starting at rollout {self._first}")
         if 0 < self._last <= self._first:
             self._console.say(f"nothing left to train: {self._first} of {self._last} rollouts are done")
-        processes.connect()
+        self._memory.connect()
 
     def rollouts(self) -> Iterator[int]:
         """The ids of the rollouts still to do; each iteration is one step of the clock."""
@@ -96,7 +98,7 @@ class Cluster:
             yield rollout_id
             times = self._clock.close()
             self._metrics.write(rollout_id + 1, {**times, **self._sync_report})
-            self._console.rollout(rollout_id + 1, {**self._record, **times})
+            self._console.rollout(rollout_id + 1, {**self._record, **self._sync_report, **times})
 
     def generate(self, rollout_id: int) -> Any:
         """Generate, judge and collect; returns a reference to the TrainBatch, which stays in Ray's object store."""
@@ -106,12 +108,14 @@ class Cluster:
             [metrics] = self._processes.get(f"rollout {rollout_id}: generation", [report])
             seconds["generation"] = metrics.pop("time/generation", 0.0)
             seconds["reward"] = metrics.pop("time/reward", 0.0)
-        self._record.update(metrics)
+        self._record |= metrics | self._measure("generation")
         return batch
 
     @contextmanager
     def engines_asleep(self) -> Iterator[None]:
-        """Engines give their memory back inside the block. Nothing to do where they have devices of their own."""
+        """Engines that share devices with trainers give their memory to them; the next weight sync takes it back."""
+        with self._clock.phase("offload"):
+            self._memory.to_trainers()
         yield
 
     def train(self, rollout_id: int, batch: Any) -> None:
@@ -123,7 +127,7 @@ class Cluster:
             )
             if results:
                 seconds["training"] = results[0].pop("time/training")
-                self._record.update(results[0])
+                self._record |= results[0] | self._measure("training")
         self._metrics.write(rollout_id + 1, self._record)
         gap = self._record.get("train/logprob_gap_mean", 0.0)
         alarm = self._args.logprob_gap_alarm
@@ -159,6 +163,8 @@ class Cluster:
         self._policy_version += 1
         if not self._args.num_engines or not processes.trainers:
             return
+        with self._clock.phase("offload"):
+            self._memory.to_weights()
         with self._clock.phase("weight_sync"):
             reports = processes.get(
                 f"weight sync, policy version {self._policy_version}",
@@ -167,7 +173,16 @@ class Cluster:
             processes.get(
                 "weight sync: policy version", [processes.manager.set_policy_version.remote(self._policy_version)]
             )
-        self._sync_report = reports[0]
+        with self._clock.phase("offload"):
+            self._memory.to_engines()
+        self._sync_report = reports[0] | self._measure("weight_sync")
+
+    def _measure(self, phase: str) -> dict[str, float]:
+        """The most memory in `phase`, which ends now."""
+        trainers = self._processes.trainers
+        return memory_record(
+            phase, self._processes.get("measuring memory", [trainer.peak_memory.remote() for trainer in trainers])
+        )
 
     def evaluate_before_first(self) -> None:
         """Before the first rollout; after a resume, the evaluation that was due at the checkpoint."""
@@ -193,5 +208,6 @@ class Cluster:
             [metrics] = self._processes.get(
                 f"evaluation after {step} rollouts", [self._processes.manager.evaluate.remote(step)]
             )
+        metrics |= self._measure("evaluation")
         self._metrics.write(step, metrics)
         self._console.evaluation(step, metrics)

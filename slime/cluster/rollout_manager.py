@@ -25,6 +25,7 @@ from slime.engine.client import EngineClient
 from slime.engine.external import free_engines
 from slime.engine.launch import ManagedProcess, find_free_port, launch_router
 from slime.engine.membership import Membership, external_router_url
+from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.observability.logs import collected_warnings, log_to_file
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.evaluate import Evaluator
@@ -100,6 +101,16 @@ class RolloutManager:
             owned = enumerate(zip(engine_urls, engines, strict=True))
             watched += [own_engine(index, url, actor, self._log_dir) for index, (url, actor) in owned]
         self._watch = EngineWatch(watched)
+
+    async def put_engines_to_sleep(self) -> None:
+        """They give back all memory; nothing is in flight."""
+        assert self._client is not None, "there are engines"
+        await put_to_sleep(self._client)
+
+    async def wake_engines(self, *, to_generate: bool) -> None:
+        """They take memory again: that of the weights, which have to be sent then; after that the rest, to generate."""
+        assert self._client is not None, "there are engines"
+        await self._client.resume_memory(FOR_GENERATION if to_generate else FOR_WEIGHTS)
 
     async def set_policy_version(self, version: int) -> None:
         """The engines hold `version` now; the router still leads to them alone."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from slime.observability.phases import format_shares
+from slime.observability.phases import format_memory, format_shares
 
 Record = Mapping[str, float]
 
@@ -64,8 +64,8 @@ class RunConsole:
             )
             if key in record
         )
-        shares = format_shares(record)
-        self.say(f"rollout {step}: {status}| {shares}")
+        shares, memory = format_shares(record), format_memory(record)
+        self.say(f"rollout {step}: {status}| {shares}{f' | {memory}' if memory else ''}")
         self._progress.update(
             self._task, completed=step, status=f"{status}{'eval ' + self._eval if self._eval else ''}"
         )

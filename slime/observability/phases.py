@@ -7,11 +7,14 @@ log. Invariant: the phases of a step, `idle` included, sum to the step's wall ti
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-PHASES = ("generation", "reward", "training", "weight_sync", "checkpoint", "evaluation")
+PHASES = ("generation", "reward", "offload", "training", "weight_sync", "checkpoint", "evaluation")
+"""`offload`: engines and trainers that share devices give memory back and take it again."""
+MEASURED = ("generation", "training", "weight_sync", "evaluation")
+"""Phases at whose end the trainers say how much memory was taken."""
 
 
 @dataclass
@@ -62,3 +65,19 @@ def format_shares(record: Mapping[str, float]) -> str:
         f"{name.replace('_', ' ')} {record[f'time/{name}'] / wall:.0%}" for name in names if record[f"time/{name}"]
     ]
     return f"{wall:.2f} s = " + " + ".join(parts)
+
+
+def memory_record(phase: str, peaks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`memory/<phase>_<name>_gb`: the most of any trainer's `peaks` in GB; nothing where they cannot tell."""
+    names = peaks[0] if peaks else ()
+    return {f"memory/{phase}_{name}_gb": max(peak[name] for peak in peaks) for name in names}
+
+
+def format_memory(record: Mapping[str, float]) -> str:
+    """One line: the most memory in each phase, of the whole device where that is known, else of a trainer."""
+    parts: list[str] = []
+    for phase in MEASURED:
+        found = [record[key] for kind in ("device", "peak") if (key := f"memory/{phase}_{kind}_gb") in record]
+        if found:
+            parts.append(f"{phase.replace('_', ' ')} {found[0]:.3g}")
+    return f"GB at most: {', '.join(parts)}" if parts else ""

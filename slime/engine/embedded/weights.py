@@ -164,5 +164,6 @@ class EngineWeights:
         for name in sorted(self._model.weights):
             tensor = self._model.weights[name]
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+            # a copy: memory that numpy has seen cannot be given back any more
+            digest.update(tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().data)
         return digest.hexdigest()
