@@ -129,6 +129,8 @@ class TrainWorker:
                 source_hf_dir=args.hf_checkpoint,
                 dtype=self._trainer.params_dtype,
                 bucket_bytes=bucket_bytes,
+                pause=args.update_weight_pause,
+                drain_within=args.engine_request_timeout,
             )
             return
         address = address_for(engine_urls)
@@ -139,6 +141,8 @@ class TrainWorker:
             port=find_free_port(address),
             backend="gloo" if self._engines_on_cpu else device.backend_name(),
             bucket_bytes=bucket_bytes,
+            pause=args.update_weight_pause,
+            drain_within=args.engine_request_timeout,
         )
 
     @property

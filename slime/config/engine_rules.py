@@ -96,6 +96,15 @@ def api_keys(case: Case) -> Iterable[Problem]:
         yield Problem(severity="error", where=where, rule=rule, remedy="leave --router-api-key out: it takes the same")
 
 
+def pauses(case: Case) -> Iterable[Problem]:
+    """Requests that wait while weights change must find no cache of the old ones; SGLang cannot flush it then."""
+    args = case.args
+    waits = args.update_weight_pause in ("in_place", "retract")
+    if waits and args.rollout_engine == "sglang" and args.num_engines and not args.sglang.get("disable_radix_cache"):
+        rule = "SGLang flushes its prefix cache only while no request waits, and prompts would be read from the old one"
+        yield case.error("update_weight_pause", rule, "add --sglang-disable-radix-cache, or take drain or abort")
+
+
 def weight_directory(case: Case) -> Iterable[Problem]:
     """Engines elsewhere read files only in a place that is named, or beside the checkpoints."""
     args = case.args

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from slime.config.case import Case, Rule
-from slime.config.engine_rules import api_keys, engines, external_engines, external_router, sglang, weight_directory
+from slime.config.engine_rules import (
+    api_keys,
+    engines,
+    external_engines,
+    external_router,
+    pauses,
+    sglang,
+    weight_directory,
+)
 from slime.config.epochs import planned_rollouts
 from slime.config.file_rules import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, weights
 from slime.config.megatron_fields import megatron_decided, megatron_known
@@ -289,6 +297,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     external_router,
     api_keys,
     weight_directory,
+    pauses,
     sglang_data_parallel,
     debug_modes,
     length,

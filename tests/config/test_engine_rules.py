@@ -10,6 +10,7 @@ from config_run import Run
 URLS = "http://127.0.0.1:4000 http://127.0.0.1:4001"
 NEAR = f"--rollout-external-engines {URLS}"
 OWN = "--rollout-engine embedded --rollout-num-gpus 1"
+SGLANG = "--rollout-engine sglang --rollout-num-gpus 1 --dry-run"
 FAR = "--rollout-external-engines http://10.0.0.7:4000"
 
 
@@ -46,6 +47,10 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
         (f"{NEAR} --router-api-key b", "--router-api-key: differs from --sglang-api-key"),
         ("--rollout-engine sglang --rollout-num-gpus 1", "--rollout-engine sglang: SGLang needs a GPU"),
         (f"{OWN} --sglang-router-port 4000", "--sglang-router-port 4000: half of an address"),
+        (
+            f"{SGLANG} --update-weight-pause retract",
+            "--update-weight-pause retract: SGLang flushes its prefix cache only while no request waits",
+        ),
     ],
 )
 def test_one_error(bare: Run, words: str, message: str) -> None:
@@ -85,6 +90,9 @@ def test_one_warning(bare: Run, words: str, message: str) -> None:
         f"{NEAR} --update-weight-transport disk",
         f"{OWN} --update-weight-transport disk --update-weight-disk-dir DIR",
         f"{OWN} --sglang-router-ip 10.0.0.9 --sglang-router-port 9 --sglang-api-key a",
+        f"{OWN} --update-weight-pause retract",
+        f"{SGLANG} --update-weight-pause abort",
+        f"{SGLANG} --update-weight-pause in_place --sglang-disable-radix-cache",
     ],
 )
 def test_passes(bare: Run, words: str) -> None:
