@@ -6,7 +6,8 @@ for one chunk of response tokens at a time, forward and backward, and never for 
 All are of softmax(logits / temperature), the distribution that was sampled; at temperature 0 of the raw logits.
 
 On a GPU the logits stay in the dtype that the matrix product gave them, two fused passes read them, and the gradient
-takes their place; elsewhere they are float32.
+takes their place; elsewhere they are float32. There the logits of a micro-batch are kept for its backward pass as far
+as KEPT_BYTES reach, which saves one of four matrix products of the output layer.
 
 Shapes: _B packed tokens, _R response tokens, _C those of one chunk, _V this rank's part of the vocabulary.
 """
@@ -20,6 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor
+
+KEPT_BYTES = 5 * 2**30
+"""Of logits that a GPU keeps: all of 16,384 tokens over 152k entries in bf16."""
 
 
 class VocabularyPart(NamedTuple):
@@ -139,7 +143,7 @@ def _weight_gradient(logits_gradient: Tensor, hidden_C: Tensor) -> Tensor:
 
 
 class _ResponseLogProbs(torch.autograd.Function):
-    """hidden [B, H], weight [V, H] -> log-probs [R], entropy [R]; logits are computed again in the backward pass.
+    """hidden [B, H], weight [V, H] -> log-probs [R], entropy [R]; the backward pass computes logits again, or has them.
 
     The gradient of `hidden` is this rank's share, of its part of the vocabulary: the caller sums over ranks.
     """
@@ -155,7 +159,9 @@ class _ResponseLogProbs(torch.autograd.Function):
         scale: float,
         chunk_size: int,
         with_entropy: bool,
+        room: int,
     ) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor | None] = []
         log_probs_R, log_sums_R, entropies_R = torch.zeros(3, len(targets_R), device=hidden_B.device).unbind()
         for here in _chunks(len(targets_R), chunk_size):
             logits_CV = _logits(hidden_B[predicting_R[here]], weight, part)
@@ -163,6 +169,10 @@ class _ResponseLogProbs(torch.autograd.Function):
             log_probs_R[here] = target_C - sum_C.log()
             log_sums_R[here] = largest_C + sum_C.log()
             entropies_R[here] = sum_C.log() - weighted_C / sum_C
+            fits = logits_CV.nbytes <= room
+            kept.append(logits_CV if fits else None)
+            room -= logits_CV.nbytes if fits else 0
+        ctx.kept = kept
         ctx.save_for_backward(hidden_B, weight, predicting_R, targets_R, log_sums_R, entropies_R)
         ctx.options = part, scale, chunk_size
         ctx.set_materialize_grads(False)  # where the loss reads no entropy, its gradient is None
@@ -177,10 +187,11 @@ class _ResponseLogProbs(torch.autograd.Function):
         gradient_R, entropy_gradient_R = gradients
         if gradient_R is None:
             gradient_R = torch.zeros_like(log_sums_R)
-        for here in _chunks(len(targets_R), chunk_size):
+        for number, here in enumerate(_chunks(len(targets_R), chunk_size)):
             hidden_C = hidden_B[predicting_R[here]]
+            logits_CV, ctx.kept[number] = ctx.kept[number], None
             logits_gradient = _logits_gradient(
-                _logits(hidden_C, weight, part),
+                _logits(hidden_C, weight, part) if logits_CV is None else logits_CV,
                 targets_R[here],
                 log_sums_R[here],
                 entropies_R[here],
@@ -191,7 +202,7 @@ class _ResponseLogProbs(torch.autograd.Function):
             )
             hidden_gradient.index_copy_(0, predicting_R[here], logits_gradient @ weight[: part.size])
             weight_gradient[: part.size] += _weight_gradient(logits_gradient, hidden_C)
-        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None, None, None
+        return hidden_gradient, weight_gradient.to(weight.dtype), *[None] * 7
 
 
 def _chunks(size: int, chunk_size: int) -> list[slice]:
@@ -237,5 +248,6 @@ def response_log_probs(
         1.0 / temperature if temperature > 0 else 1.0,
         chunk_size,
         with_entropy,
+        KEPT_BYTES if hidden.is_cuda and torch.is_grad_enabled() else 0,
     )
     return log_probs_R, entropy_R if with_entropy else None

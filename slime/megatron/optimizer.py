@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from slime.config.args import Args
-from slime.megatron import device, distributed_optimizer
+from slime.megatron import device, distributed_optimizer, multi_tensor
 from slime.megatron.build import config_from, params_dtype, uses_bf16
 from slime.megatron.optimizer_state import parts_of
 
@@ -39,6 +39,7 @@ def build_optimizer(args: Args, model: torch.nn.Module) -> tuple[MegatronOptimiz
     )
     with device.layer():
         distributed_optimizer.install()
+        multi_tensor.install()
         optimizer = get_megatron_optimizer(config, [model])  # pyright: ignore[reportArgumentType]
         for part in parts_of(optimizer):
             _prepare(part)
