@@ -110,6 +110,8 @@ SET_BY_SLIME: Mapping[tuple[Source, str], str] = {
     ("sglang", "base_gpu_id"): "leave it out",
     ("sglang", "gpu_id_step"): "leave it out",
     ("sglang", "random_seed"): "use --rollout-seed",
+    ("sglang", "skip_server_warmup"): "it is warmed up with tokens; leave it out",
+    ("sglang", "admin_api_key"): "one key opens everything: use --sglang-api-key",
     ("sglang", "enable_memory_saver"): "use --colocate and --offload",
     ("sglang", "weight_version"): "it is the policy version; leave it out",
     ("router", "worker_urls"): "use --rollout-external-engines",

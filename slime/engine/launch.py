@@ -178,7 +178,10 @@ def _launch_sglang(
     directory = tempfile.TemporaryDirectory(prefix="slime-engine-")
     rendezvous = Path(directory.name) / "ranks"
     server = sglang_server(args, index=index, host=host, port=port, gpu_ids=gpu_ids, rendezvous=rendezvous)
-    command, environment = _server(MODULE, args.sglang.get("api_key"))
+    api_key = args.sglang.get("api_key")
+    if api_key is not None:
+        _make_private(log_path)  # it writes all its settings down
+    command, environment = _server(MODULE, api_key)
     return ManagedProcess(
         f"engine {index}",
         [*command, *server.words],
@@ -188,6 +191,13 @@ def _launch_sglang(
         phases=PHASES,
         directory=directory,
     )
+
+
+def _make_private(path: Path) -> None:
+    """A file that nobody else reads, existing or not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.chmod(0o600)
 
 
 def warm_up(args: Args, process: ManagedProcess, timeout: float) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from slime.config.args import Args
 from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, launch_router
+from slime.engine.sglang_installed import installed_version
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:1"
@@ -99,6 +100,34 @@ def test_the_command_dies_with_its_guard(tmp_path: Path) -> None:
     )
     process._guard.kill()
     assert wait_for(lambda: not is_running(process.pid))
+
+
+def test_a_key_stays_hidden_in_spawned_children_too(tmp_path: Path) -> None:
+    """As SGLang's: the module starts processes that import it anew, by its name."""
+    (tmp_path / "serving.py").write_text(
+        "import multiprocessing, os, sys\n"
+        "def child(words): print('child', words, 'SLIME_API_KEY' in os.environ, flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    process = context.Process(target=child, args=(sys.argv[1:],))\n"
+        "    process.start(); process.join(); sys.exit(process.exitcode)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "SLIME_API_KEY": "secret"}
+    command = [sys.executable, "-m", "slime.engine.keyed", "serving", "--port", "1"]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert output == "child ['--port', '1', '--api-key', 'secret'] False\n"
+
+
+@pytest.mark.skipif(installed_version() is not None, reason="SGLang is installed")
+def test_an_sglang_that_is_missing_says_so_in_a_log_of_its_own(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("of a run before\n")
+    args = Args(num_rollout=1, rollout_engine="sglang", hf_checkpoint="/model", bf16=True, sglang={"api_key": "secret"})
+    process = launch_engine(args, index=0, host="127.0.0.1", port=find_free_port(), log_path=log, gpu_ids=("0",))
+    with pytest.raises(RuntimeError, match=r"(?s)engine 0 ended while starting .*sglang"):
+        process.wait_ready(60)
+    process.stop()
+    assert log.stat().st_mode & 0o777 == 0o600, "SGLang writes the key into it"
 
 
 @pytest.mark.parametrize("ending", ["stopped", "ends itself"])
