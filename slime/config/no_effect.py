@@ -270,6 +270,13 @@ def no_effect(case: Case) -> Iterable[Problem]:
         )
     if case.args.sglang_router_ip is not None:
         yield from _passed_on_to_nobody("router", list(case.args.router), "the router runs already")
+    if "cp_comm_type" in case.args.megatron_extra:
+        yield Problem(
+            severity="warning",
+            where="--cp-comm-type",
+            rule="no effect: context parallelism always gathers keys and values",
+            remedy="leave it out",
+        )
     moe = [name for name in case.args.megatron_extra if name.startswith("moe_")]
     if moe and case.args.num_experts is None:
         names = " ".join("--" + name.replace("_", "-") for name in moe)

@@ -220,6 +220,7 @@ def test_missing_basics(run: Run) -> None:
             "--eval-prompt-data TRAIN --eval-max-response-len 200",
             "--eval-max-response-len 200: the model's context is 128",
         ),
+        ("--cp-comm-type a2a", "--cp-comm-type: no effect: context parallelism always gathers keys and values"),
         (
             "--save /tmp/s --save-interval 2 --save-hf /tmp/hf",
             "--save-hf /tmp/hf: has no {rollout_id}: each export replaces the last",

@@ -407,7 +407,12 @@ def _train_and_save(trainer: Trainer, batches: list[TrainBatch], first: int) -> 
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2, "bf16": True}],
+    [
+        {},
+        {"tensor_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "bf16": True},
+        {"context_parallel_size": 2, "use_distributed_optimizer": True},
+    ],
     ids=str,
 )
 def test_resumed_is_unbroken(flags: dict[str, Any], workers: WorkerPool, hf: Path, other: Path, tmp_path: Path) -> None:
