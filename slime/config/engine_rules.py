@@ -44,12 +44,20 @@ def engines(case: Case) -> Iterable[Problem]:
 
 
 def sglang(case: Case) -> Iterable[Problem]:
-    """SGLang is started on GPUs."""
+    """SGLang is started on GPUs, and its ranks take part in weight updates by their tensor-parallel numbers."""
     args = case.args
     asked = args.rollout_engine == "sglang" and args.num_engines > 0 and not args.rollout_external_engines
     if asked and case.real and not (cuda_available() or joins_ray()):
         rule = "SGLang needs a GPU, and this machine has none that torch can use"
         yield case.error("rollout_engine", rule, "add --rollout-engine embedded (--dry-run plans with it)")
+    if (args.sglang.get("pp_size") or 1) > 1:
+        yield Problem(
+            severity="error",
+            where="--sglang-pp-size",
+            value=str(args.sglang["pp_size"]),
+            rule="an engine is one tensor-parallel group, to which weights are sent",
+            remedy="leave it out, and raise --rollout-num-gpus-per-engine",
+        )
 
 
 def external_engines(case: Case) -> Iterable[Problem]:

@@ -46,6 +46,8 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
         (f"{NEAR} --sglang-api-key a --router-api-key b", "--router-api-key: differs from --sglang-api-key"),
         (f"{NEAR} --router-api-key b", "--router-api-key: differs from --sglang-api-key"),
         ("--rollout-engine sglang --rollout-num-gpus 1", "--rollout-engine sglang: SGLang needs a GPU"),
+        (f"{OWN} --sglang-pp-size 2", "--sglang-pp-size 2: an engine is one tensor-parallel group"),
+        (f"{OWN} --sglang-admin-api-key 2", "one key opens everything"),
         (f"{OWN} --sglang-router-port 4000", "--sglang-router-port 4000: half of an address"),
         (
             f"{SGLANG} --update-weight-pause retract",
