@@ -220,12 +220,13 @@ class ColocatedTransport(Transport):
         return total
 
     def _gathered(self, handle: Any) -> list[Any]:
-        """All members' handles, in order, for the one that leads."""
+        """All members' handles in the order of the engine's ranks, for the one that leads."""
         if self._group is None:
             return [handle]
-        handles: list[Any] | None = [None] * len(self._members) if self._leads else None
-        dist.gather_object(handle, handles, group=self._group, dst=self._members[0])
-        return handles or []
+        found: list[Any] | None = [None] * len(self._members) if self._leads else None
+        dist.gather_object((self._rank, handle), found, group=self._group, dst=self._members[0])
+        by_rank = dict(found or [])  # torch sorts a group's ranks
+        return [by_rank[rank] for rank in self._members] if self._leads else []
 
     def _post(self, handles: Sequence[Any], version: str | None) -> None:
         assert self._own is not None, "there is an engine on this device"

@@ -1,0 +1,67 @@
+"""The transport between trainers and engines on the same devices: who sits where, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from worker_pool import WorkerPool
+
+from slime.engine.client import EngineClient
+from slime.sync.colocate import ColocatedTransport, HostBuffer, _with_last, connect
+
+URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+
+
+def gather(rank: int, world_size: int, init_method: str, ranks: Sequence[Sequence[int]]) -> tuple[list[Any], Any]:
+    """What each trainer hands to its engine, where every handle is the trainer's rank; and the engine it speaks to."""
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
+    try:
+        transport = connect(
+            "", URLS[: len(ranks)], ranks, rank=rank, engines_on_cpu=True, api_key=None, bucket_bytes=64
+        )
+        assert isinstance(transport, ColocatedTransport)
+        own: EngineClient | None = transport._own
+        handles = transport._gathered(rank) if transport._buffers else []
+        transport.close()
+        return handles, None if own is None else own._engines
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([[0, 1], [2, 3]], [([0, 1], URLS[:1]), ([], None), ([2, 3], URLS[1:]), ([], None)]),
+        ([[3, 1, 0, 2]], [([], None), ([], None), ([], None), ([3, 1, 0, 2], URLS[:1])]),
+        ([[0], [1]], [([0], URLS[:1]), ([1], URLS[1:]), ([], None), ([], None)]),
+    ],
+)
+def test_handles_stand_in_the_order_of_the_engines_ranks(workers: WorkerPool, ranks: Any, expected: Any) -> None:
+    assert workers.run(4, gather, ranks) == expected
+
+
+def test_the_last_bucket_is_known_as_such() -> None:
+    items = [[(str(i), torch.zeros(1))] for i in range(3)]
+    assert [last for _, last in _with_last(items)] == [False, False, True]
+    with pytest.raises(AssertionError, match="no weights"):
+        list(_with_last([]))
+
+
+def test_a_buffer_grows_and_lays_dtypes_behind_each_other() -> None:
+    buffer = HostBuffer()
+    for dtypes in ([torch.float32], [torch.float32, torch.bfloat16, torch.float32], [torch.bfloat16]):
+        tensors = [(str(i), torch.randn(3 + i, 2).to(dtype)) for i, dtype in enumerate(dtypes)]
+        bucket = buffer.fill(tensors)
+        with open(bucket.path, "rb") as file:
+            data = file.read()
+        begin = 0
+        for (_, tensor), dtype, shape in zip(tensors, bucket.dtypes, bucket.shapes, strict=True):
+            there = torch.frombuffer(bytearray(data[begin : begin + tensor.nbytes]), dtype=getattr(torch, dtype))
+            assert torch.equal(there.view(shape), tensor)
+            begin += tensor.nbytes
+    buffer.free()
