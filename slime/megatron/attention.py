@@ -109,22 +109,21 @@ def pack_sequences(lengths_P: Sequence[int], shape: Architecture, share: Context
 
 def padded_layout(lengths_P: Sequence[int], offsets_P: Sequence[int] | None = None) -> PaddedLayout:
     """Rectangles of pieces with similar numbers of queries and of keys, those with most keys first."""
-    lengths = torch.tensor(lengths_P)
-    offsets = torch.zeros_like(lengths) if offsets_P is None else torch.tensor(offsets_P)
-    reaches = lengths + offsets
+    offsets_P = [0] * len(lengths_P) if offsets_P is None else offsets_P
+    reaches_P = [length + offset for length, offset in zip(lengths_P, offsets_P, strict=True)]
     groups: list[Tensor] = []
-    order = sorted(range(len(lengths_P)), key=lambda piece: (-int(reaches[piece]), -int(lengths[piece])))
+    order = sorted(range(len(lengths_P)), key=lambda piece: (-reaches_P[piece], -lengths_P[piece]))
     while order:
-        most_keys, most_queries = int(reaches[order[0]]), int(lengths[order[0]])
-        group = [
-            piece
-            for piece in order
-            if reaches[piece] >= SHORTEST_IN_GROUP * most_keys
-            and SHORTEST_IN_GROUP * most_queries <= lengths[piece] <= most_queries
-        ]
-        taken = set(group)
-        order = [piece for piece in order if piece not in taken]
-        groups.append(torch.tensor(group))
+        most_keys, most_queries = reaches_P[order[0]], lengths_P[order[0]]
+        alike: list[int] = []
+        others: list[int] = []
+        for piece in order:
+            fits = reaches_P[piece] >= SHORTEST_IN_GROUP * most_keys
+            fits = fits and SHORTEST_IN_GROUP * most_queries <= lengths_P[piece] <= most_queries
+            (alike if fits else others).append(piece)
+        groups.append(torch.tensor(alike))
+        order = others
+    lengths, offsets, reaches = (torch.tensor(values) for values in (lengths_P, offsets_P, reaches_P))
     queries = _slots(lengths, groups)
     whole = not bool(offsets.any())
     shapes: list[tuple[int, int, int]] = []
