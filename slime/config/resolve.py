@@ -14,6 +14,11 @@ from typing import Any
 from slime.config.args import Args
 
 
+COLOCATED_MEM_FRACTION = 0.7
+"""Of a GPU, for SGLang's weights and KV cache. The rest: what stays of the trainer (CUDA context, NCCL), its weights
+and two buckets while they are sent, and SGLang's own activations and graphs."""
+
+
 @cache
 def cuda_available() -> bool:
     """Whether this machine has a CUDA device (imports torch, which takes a moment: asked only where it matters)."""
@@ -34,6 +39,9 @@ def resolve(args: Args) -> Args:
         changes["bf16"] = cuda_available()
     if args.logprob_gap_alarm is None:
         changes["logprob_gap_alarm"] = 0.1 if changes.get("bf16", args.bf16) else 1e-3
+    if args.log_probs_chunk_size is None:
+        on_gpu = cuda_available() or changes.get("rollout_engine", args.rollout_engine) == "sglang"
+        changes["log_probs_chunk_size"] = 4096 if on_gpu and changes.get("bf16", args.bf16) else 1024
     if args.eps_clip_high is None:
         changes["eps_clip_high"] = args.eps_clip
     if args.log_dir is None:
@@ -61,6 +69,9 @@ def _placement(args: Args) -> dict[str, Any]:
     changes["rollout_num_gpus"] = num_gpus
     if args.offload is None:
         changes["offload"] = args.colocate
+    shared = args.colocate and (changes.get("offload", args.offload) is True)
+    if shared and changes.get("rollout_engine", args.rollout_engine) != "embedded":
+        changes["sglang"] = {"mem_fraction_static": COLOCATED_MEM_FRACTION, **args.sglang}
     if args.update_weight_transport == "auto" and not args.colocate:
         changes["update_weight_transport"] = "broadcast"
     if args.cpu_threads_per_process is None:
