@@ -13,7 +13,6 @@ from typing import Any
 
 from slime.config.args import Args
 
-
 COLOCATED_MEM_FRACTION = 0.7
 """Of a GPU, for SGLang's weights and KV cache. The rest: what stays of the trainer (CUDA context, NCCL), its weights
 and two buckets while they are sent, and SGLang's own activations and graphs."""
