@@ -17,6 +17,8 @@ from slime.core.architecture import Architecture, padded_vocab_size
 
 FP32 = 4
 TOKEN_ID = 8
+KEPT_LOGITS = 5 * 2**30
+"""slime.megatron.logprobs's KEPT_BYTES: bytes of logits that a GPU keeps for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Rank:
     rows: int
     width: int
     tp: int
+    cp: int = 1
     on_cuda: bool
 
     @property
@@ -60,6 +63,14 @@ class Rank:
     @property
     def key(self) -> int:
         return self.shape.num_query_groups * self.shape.kv_channels // self.tp
+
+    @property
+    def keys_per_token(self) -> float:
+        """Keys that are attended to, for each of this rank's tokens, where context parallelism has gathered them.
+
+        Of every sequence a rank holds a chunk that lies as far from its begin as the other from its end.
+        """
+        return (2 * self.cp + 1) / 2 if self.cp > 1 else 1
 
     @property
     def ffn(self) -> int:
@@ -82,7 +93,7 @@ class Rank:
 def _norm(rank: Rank, name: str, rows: int, channels: int, *, arriving: int = 0) -> Operation:
     """RMSNorm of `rows` vectors; `arriving`: its output's gradient, where that is not the residual stream's."""
     size = rows * channels
-    if rank.on_cuda:  # PyTorch's fused kernel keeps its input
+    if rank.on_cuda:  # the fused kernel keeps its input
         saved, working = rank.width * size, rank.width * size
     elif rank.width == FP32:  # megatron.kernels.cpu keeps the normed input
         saved, working = FP32 * size, 2 * FP32 * size
@@ -109,18 +120,20 @@ def _attention(rank: Rank) -> list[Operation]:
         norms = _norm(rank, "norms of queries and keys", rank.tokens * (heads + groups), rank.shape.kv_channels)
         extra = rank.values(query + key) if rank.on_cuda else 0  # keys are a view of all of the projection's output
         operations.append(Operation(norms.name, norms.saved + extra, norms.working + rank.values(qkv)))
+    gathered = int(rank.values(key) * rank.keys_per_token)  # as many bytes of values
     if rank.on_cuda:
-        # the varlen kernel: rotated queries, keys and values repeated for every query head, and the output, which is
-        # the projection's input, too
-        repeated = key + qkv if rank.shape.num_attention_heads == rank.shape.num_query_groups else 2 * query
-        kept = rank.values(2 * query + repeated)
-        operations.append(
-            Operation("attention: q, k, v, output", kept + log_sums, rank.residual + rank.values(5 * query))
-        )
+        # the varlen kernel: rotated queries and keys, values, and the output, which is the projection's input, too.
+        # Values are a view of all of the QKV projection's output, unless they were gathered.
+        whole = rank.values(qkv) if rank.cp == 1 and not rank.shape.qk_layernorm else 0
+        kept = rank.values(2 * query) + (gathered + whole if rank.cp == 1 else 2 * gathered)
+        # backward: gradients of output and queries, the latter in fp32 too; keys' and values' for every query head
+        expanded = 0 if query == key else 2 * int(rank.values(query) * rank.keys_per_token)
+        working = rank.residual + rank.values(2 * query) + FP32 * rank.tokens * query + expanded + 2 * gathered
+        operations.append(Operation("attention: q, k, v, output", kept + log_sums, working))
         projection_input = 0
     else:
         # rectangles of padded sequences; the output is unpadded into another tensor for the projection
-        kept = rank.values(2 * query + 2 * key)
+        kept = rank.values(2 * query) + 2 * gathered
         working = rank.residual + rank.values(2 * query + 2 * qkv)
         operations.append(Operation("attention: q, k, v, output", kept + log_sums, working))
         projection_input = rank.values(query)
@@ -138,13 +151,15 @@ def _mlp(rank: Rank) -> list[Operation]:
     hidden, ffn = rank.shape.hidden_size, rank.ffn
     # gradients of output, gate and up; megatron.kernels.cpu writes the last two into one tensor beside gradient x up
     glu = (3 if rank.on_cuda or rank.width < FP32 else 4) * ffn
+    kept = 2 if rank.on_cuda else 3
     return [
         Operation(
             "MLP, first: its input",
             rank.residual,
             rank.residual + rank.values(2 * ffn + hidden) + rank.weight_gradient(2 * ffn * hidden),
         ),
-        Operation("SwiGLU: gate and up, silu(gate)", rank.values(3 * ffn), 2 * rank.residual + rank.values(glu)),
+        # silu(gate) is kept as well, but not by the fused kernel
+        Operation("SwiGLU: gate and up", rank.values(kept * ffn), 2 * rank.residual + rank.values(glu)),
         Operation(
             "MLP, second: its input",
             rank.values(ffn),
@@ -216,27 +231,37 @@ def _selective(rank: Rank, operation: Operation) -> Operation:
 
 
 def log_probs_operation(args: Args, rank: Rank) -> Operation:
-    """Log-probs of the response tokens: logits are made again in the backward pass, chunk by chunk."""
-    logits, width = _chunk(args, rank)
+    """Log-probs of the response tokens, chunk by chunk: the backward pass makes logits again, but for a GPU's kept."""
+    logits, chunk = _chunk(args, rank)
     hidden = rank.shape.hidden_size
     table = local_vocabulary(args, rank.shape) * hidden
-    # Either two of this chunk beside one of the last, which Python frees when its name is bound anew; or two (one in
-    # the weights' dtype) beside the chunk's part of the weight's gradient, which is summed in fp32.
-    adding = (FP32 + rank.width) * logits + rank.width * width * hidden + rank.weight_gradient(table)
-    working = rank.values(hidden) + FP32 * table + max(3 * FP32 * logits, adding)
-    return Operation("log-probs: the last hidden states", rank.values(hidden), working)
+    kept = 0
+    if rank.on_cuda:
+        whole_chunks = KEPT_LOGITS // (rank.width * logits)
+        kept = min(whole_chunks * logits, rank.tokens * local_vocabulary(args, rank.shape)) * rank.width
+    # Beside the output layer's gradient, which is summed in fp32: this chunk's part of it, and its logits. A CPU has
+    # those twice in fp32 before, and in bf16 twice, too.
+    adding = rank.width * (logits + chunk * hidden) + (FP32 * table if rank.on_cuda else rank.weight_gradient(table))
+    if not rank.on_cuda:
+        making = 2 * FP32 + (0 if rank.width == FP32 else 2 * rank.width)
+        adding = max(making * logits, adding)
+    working = rank.values(hidden) + FP32 * table + adding
+    return Operation("log-probs: the last hidden states, kept logits", rank.values(hidden) + kept, working)
 
 
 def log_probs_forward(args: Args, rank: Rank) -> int:
-    """Bytes of the same without a backward pass; in bf16 hidden states and a chunk of logits exist in both dtypes."""
+    """Bytes of the same without a backward pass; on a CPU, bf16 hidden states and logits exist in both dtypes."""
     logits, _ = _chunk(args, rank)
     hidden = rank.tokens * rank.shape.hidden_size
+    if rank.on_cuda:
+        return rank.width * (hidden + 2 * logits)
     both = FP32 * hidden + rank.width * logits if rank.width < FP32 else 0
-    return rank.width * hidden + 3 * FP32 * logits + both
+    return rank.width * hidden + 2 * FP32 * logits + both
 
 
 def _chunk(args: Args, rank: Rank) -> tuple[int, int]:
     """Logits of one chunk of this rank's vocabulary, and its tokens."""
+    assert args.log_probs_chunk_size is not None, "resolve fills it in"
     tokens = min(args.log_probs_chunk_size, rank.tokens)
     return tokens * local_vocabulary(args, rank.shape), tokens
 

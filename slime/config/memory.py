@@ -7,6 +7,8 @@ A training rank holds weights, gradients and optimizer state all the time. On to
 
     forward   old and reference log-probs: one layer's intermediate results, or a chunk of logits
     step      what every layer keeps for the backward pass, and what the part of it that runs now needs besides
+
+Where engines share the GPU and take turns with it, three moments of both follow each other (`turns`).
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ EMBEDDED_RUNNING_REQUESTS = 256
 """The embedded engine's --max-running-requests where none is given."""
 EMBEDDED_ROW = 64
 """The embedded engine's KV rows are multiples of this many tokens."""
+CUDA_CONTEXT = 3 * 2**29
+"""What a process holds on its GPU besides: CUDA context, NCCL's buffers, workspaces. An estimate, not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class TrainMemory:
     gradients: int
     optimizer: int
     reference: int
-    """The kept copy of the reference model, in host memory; the actor has another beside it while this one is run."""
+    """The kept copy of the reference model, in host memory; the actor's, for when this one is run, is as large."""
     activations: int
     """Kept for the backward pass, of all micro-batches in flight."""
     log_probs: int
@@ -53,7 +57,9 @@ class TrainMemory:
     peaks: dict[str, int]
     """Device bytes of each of the two moments; of `forward` only where there is such a pass."""
     host: int
-    """Host bytes besides, where the device has memory of its own; else they are counted in `peaks`."""
+    """Host bytes besides, where the device has memory of its own; else they are counted in `peaks`.
+
+    Copies of models, an optimizer that stays there, and what is kept there while engines have the device."""
 
     @property
     def peak(self) -> int:
@@ -144,7 +150,9 @@ def rank_sizes(args: Args, shape: Architecture, *, on_cuda: bool, tokens: int | 
     tokens = pack_tokens(args, shape) if tokens is None else tokens
     rows = tokens // tp if args.sequence_parallel else tokens
     width = 2 if args.bf16 else FP32
-    return Rank(shape=shape, tokens=tokens, rows=rows, width=width, tp=tp, on_cuda=on_cuda)
+    return Rank(
+        shape=shape, tokens=tokens, rows=rows, width=width, tp=tp, cp=args.context_parallel_size, on_cuda=on_cuda
+    )
 
 
 def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) -> TrainMemory:
@@ -172,9 +180,10 @@ def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) 
     if _has_forward(args):
         peaks["forward"] = static + gathered + max(layer_forward, rank.residual + head_forward)
     host = optimizer_on_host + 2 * reference
+    if on_cuda and args.colocate and args.offload:
+        host += weights + optimizer
     if not on_cuda:
-        shares = {"step": host - reference, "forward": host}
-        peaks = {moment: count + shares[moment] for moment, count in peaks.items()}
+        peaks = {moment: count + host for moment, count in peaks.items()}
     return TrainMemory(
         stage=stage,
         tokens=rank.tokens,
@@ -188,6 +197,20 @@ def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) 
         peaks=peaks,
         host=host if on_cuda else 0,
     )
+
+
+def turns(args: Args, train: TrainMemory, engine: EngineMemory) -> dict[str, int]:
+    """Bytes of a GPU that a trainer and an engine share, moment by moment; both processes stay, whoever's turn it is.
+
+    While weights are sent the trainer's gradients and optimizer are away, and the engine's KV cache is not there yet;
+    of a bucket there are two, one filled while the other is read.
+    """
+    contexts = 2 * CUDA_CONTEXT
+    if not args.offload:
+        return {"always": train.peak + engine.peak + contexts}
+    sent = train.weights + engine.weights + 2 * args.update_weight_buffer_size
+    moments = {"training": train.peak, "weights sent": sent, "generating": engine.peak}
+    return {moment: size + contexts for moment, size in moments.items()}
 
 
 def _has_forward(args: Args) -> bool:

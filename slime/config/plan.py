@@ -10,7 +10,15 @@ from collections.abc import Iterable, Sequence
 from slime.config.args import Args
 from slime.config.epochs import planned_prompts, rollouts_of_epochs
 from slime.config.eval_data import eval_datasets
-from slime.config.memory import TrainMemory, engine_memory, stage_layers, train_memory
+from slime.config.memory import (
+    CUDA_CONTEXT,
+    EngineMemory,
+    TrainMemory,
+    engine_memory,
+    stage_layers,
+    train_memory,
+    turns,
+)
 from slime.config.problem import Problem
 from slime.config.resolve import cuda_available
 from slime.core.architecture import padded_vocab_size
@@ -32,7 +40,7 @@ def _devices(args: Args) -> Iterable[Row]:
         stages = range(args.pipeline_model_parallel_size)
         ranks = ",".join(_range((stage * replicas + replica) * block, block) for stage in stages)
         yield f"train {ranks}", f"data-parallel rank {replica}: {_model_parallel(args)}"
-    first = 0 if args.colocate else args.actor_world_size
+    first = 0 if args.colocate or args.debug_rollout_only else args.actor_world_size
     size = args.rollout_num_gpus_per_engine
     kinds = {
         "embedded": "embedded here; SGLang where CUDA is",
@@ -84,12 +92,13 @@ def _model(args: Args) -> Iterable[Row]:
 
 def _memory(args: Args) -> Iterable[Row]:
     """A column for the fullest training rank, one for an engine's GPU; then what was counted with."""
-    on_cuda = cuda_available() or args.rollout_engine == "sglang"
+    on_cuda = cuda_available() or args.rollout_engine != "embedded"
     train, engine = train_memory(args, on_cuda=on_cuda), engine_memory(args)
     if train is None and engine is None:
         yield "", "not estimated: " + ("a mixture of experts" if args.num_experts else "the model is unknown")
         return
-    largest = max(memory.peak for memory in (train, engine) if memory is not None)
+    context = CUDA_CONTEXT if on_cuda else 0
+    largest = max(memory.peak for memory in (train, engine) if memory is not None) + context
     unit, size = next((unit for unit in UNITS if largest >= unit[1]), UNITS[-1])
 
     def line(train_bytes: int | None, engine_bytes: int | None, note: str = "") -> str:
@@ -102,29 +111,58 @@ def _memory(args: Args) -> Iterable[Row]:
         yield "gradients", line(train.gradients, None, "fp32")
         yield "optimizer", line(train.optimizer, None, _optimizer_note(args))
         if train.reference:
-            where = "in host memory" if on_cuda else "and a copy of the actor while it is run"
+            where = "in host memory" if on_cuda else "and a copy of the actor for when it is run"
             yield "reference", line(None if on_cuda else train.reference, None, where)
         yield "activations", line(train.activations, None, _activations_note(args, train))
         if train.log_probs:
-            note = f"while they go backward: {args.log_probs_chunk_size:,} tokens' logits, the output layer's gradient"
+            logits = f"{args.log_probs_chunk_size:,} tokens' logits" + (" and those that were kept" if on_cuda else "")
+            note = f"while they go backward: {logits}, the output layer's gradient"
             yield "log-probs", line(train.log_probs, None, note)
         yield "layers", line(train.layers, None, "while they go backward, later: gradients, what is recomputed")
     if engine is not None:
         note = f"{engine.requests} requests of {engine.request_tokens:,} tokens, prompts not counted"
         yield "KV cache", line(None, engine.kv, note)
+    if context:
+        sides = (None if memory is None else context for memory in (train, engine))
+        yield "CUDA", line(*sides, "context, NCCL's buffers, workspaces: an estimate")
     moments = {"forward": "forward of old or reference log-probs", "step": "training step"}
     peaks = train.peaks.items() if train is not None and len(train.peaks) > 1 else ()
-    fullest = ", ".join(f"{moments[name]} {count / size:,.1f}" for name, count in peaks)
-    yield "at most", line(train and train.peak, engine and engine.peak, fullest)
+    fullest = ", ".join(f"{moments[name]} {(count + context) / size:,.1f}" for name, count in peaks)
+    yield "at most", line(train and train.peak + context, engine and engine.peak + context, fullest)
     if train is not None and train.host:
-        yield "host memory", line(train.host, None, "beside the GPU's")
+        yield "host memory", line(train.host, None, _host_note(args))
     if args.colocate:
-        shared = "take turns on a GPU (--offload)" if args.offload else "stand on one GPU together (--no-offload)"
-        yield "", f"training and engine {shared}"
-    if engine is not None and args.rollout_engine == "sglang":
-        yield "", "SGLang takes --sglang-mem-fraction-static of a GPU for weights and KV, and queues what does not fit"
+        yield (
+            "",
+            "training and engine "
+            + ("take turns on a GPU (--offload)" if args.offload else "stand on one GPU together (--no-offload)"),
+        )
+    if args.colocate and on_cuda and train is not None and engine is not None:
+        moments = turns(args, train, engine)
+        needed = ", ".join(f"{moment} {count / size:,.1f}" for moment, count in moments.items())
+        yield "", f"the GPU holds of both: {needed} {unit}"
+    if engine is not None and args.rollout_engine != "embedded":
+        yield "", _sglang_note(args, engine)
     if not on_cuda:
         yield "", "of CPU processes, in the precision above; --bf16 --rollout-engine sglang plans for GPUs"
+
+
+def _host_note(args: Args) -> str:
+    note = "for each GPU"
+    if args.colocate and args.offload:
+        note += ": weights and optimizer while the engine has it"
+    return f"{note}; {args.actor_num_gpus_per_node} of them on a node"
+
+
+def _sglang_note(args: Args, engine: EngineMemory) -> str:
+    share = args.sglang.get("mem_fraction_static")
+    if share is None:
+        return "SGLang takes --sglang-mem-fraction-static of a GPU for weights and KV, and queues what does not fit"
+    whole = engine.peak / share / 2**30
+    return (
+        f"SGLang takes {share:.0%} of a GPU for weights and KV: one of {whole:,.0f} GiB holds all requests at once, "
+        "on a smaller one some wait"
+    )
 
 
 def _optimizer_note(args: Args) -> str:

@@ -18,7 +18,14 @@ import pytest
 import torch
 from worker_pool import WorkerPool
 
-from slime.config.activations import Operation, backward_peak, layer_operations, saved_bytes
+from slime.config.activations import (
+    KEPT_LOGITS,
+    Operation,
+    backward_peak,
+    layer_operations,
+    log_probs_operation,
+    saved_bytes,
+)
 from slime.config.args import Args
 from slime.config.memory import (
     TrainMemory,
@@ -27,6 +34,7 @@ from slime.config.memory import (
     rank_sizes,
     stage_memory,
     train_memory,
+    turns,
 )
 from slime.core.architecture import Architecture
 from slime.core.batch import TrainBatch
@@ -103,7 +111,8 @@ def batch_of(args: Args) -> TrainBatch:
     """As many samples of nearly one length as a step has; each rank's fill one pack for every pipeline stage."""
     num = args.global_batch_size or 1
     assert args.max_tokens_per_gpu is not None
-    length = args.max_tokens_per_gpu * args.data_parallel_size * args.pipeline_model_parallel_size // num
+    ranks = args.data_parallel_size * args.context_parallel_size * args.pipeline_model_parallel_size
+    length = args.max_tokens_per_gpu * ranks // num
     totals = length + np.array([-8, 8] * (num // 2))
     responses = totals - 16
     generator = np.random.default_rng(0)
@@ -131,11 +140,12 @@ class Measured:
 
 
 def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measured:
+    from slime.megatron.host_memory import HostMemory
     from slime.megatron.trainer import Trainer
 
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
-        kept: dict[str, list[torch.Tensor]] = trainer._snapshots._copies
+        kept: dict[str, HostMemory] = trainer._snapshots._copies
         if args.needs_reference:
             trainer._snapshots.take("ref")
         batch = batch_of(args)
@@ -150,7 +160,7 @@ def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measure
             weights=nbytes(parameters),
             gradients=nbytes([buffer.grad_data for buffer in buffers]),
             optimizer=nbytes(tensor for tensor in state if tensor.untyped_storage().data_ptr() not in own),
-            reference=nbytes(tensor for copy in kept.values() for tensor in copy),
+            reference=nbytes(tensor for copy in kept.values() for tensor in copy._chunks),
             forward=forward,
             step=step,
         )
@@ -199,11 +209,16 @@ def planned_for(args: Args, stage: int = 0) -> TrainMemory:
 
 
 def assert_planned(args: Args, found: Measured, stage: int = 0) -> None:
-    """Weights, gradients, optimizer and reference to the byte, the step's own allocations nearly so."""
+    """Weights, gradients, optimizer and reference to the byte, the step's own allocations nearly so.
+
+    With context parallelism a CPU's attention also keeps scores of pieces against all keys before them: they depend on
+    how long sequences are, which a plan does not know, and CUDA's kernel does not have them.
+    """
+    within = COUNTED if args.context_parallel_size == 1 else PROMISED
     planned = planned_for(args, stage)
     lasting = ("weights", "gradients", "optimizer", "reference")
     assert {name: vars(planned)[name] for name in lasting} == {name: vars(found)[name] for name in lasting}
-    assert off_by(planned.activations + max(planned.log_probs, planned.layers), found.step) < COUNTED
+    assert off_by(planned.activations + max(planned.log_probs, planned.layers), found.step) < within
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -244,8 +259,9 @@ def test_log_probs(workers: WorkerPool, bf16: bool) -> None:
     [found] = workers.run(1, measure, args)
     planned = planned_for(args)
     assert planned.reference == found.reference == planned.weights
-    lasting = planned.weights + planned.gradients + planned.optimizer + planned.reference
-    assert off_by(planned.peaks["forward"] - lasting, found.forward) < COUNTED
+    # the actor's copy was made in the first forward
+    lasting = planned.weights + planned.gradients + planned.optimizer + 2 * planned.reference
+    assert off_by(planned.peaks["forward"] - lasting, found.forward) < PROMISED
 
 
 @pytest.mark.dist
@@ -267,6 +283,8 @@ LAYOUTS: dict[str, tuple[Architecture, dict[str, Any]]] = {
     "TP": (GLM4, {"tensor_model_parallel_size": 2}),
     "TP and sequence parallel": (GLM4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "PP": (GLM4, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}),
+    "CP": (QWEN3, {"context_parallel_size": 2}),
+    "CP, bf16, full": (GLM4, {"context_parallel_size": 2, "bf16": True, **FULL}),
     "PP of a tied model": (QWEN3, {"pipeline_model_parallel_size": 2, **FULL}),
     "DP": (GLM4, {"use_distributed_optimizer": True, "bf16": True}),
 }
@@ -405,6 +423,62 @@ def test_what_lies_in_host_memory_is_not_on_the_gpu() -> None:
     assert offloaded is not None
     assert offloaded.peak == there.peak - there.optimizer
     assert offloaded.host == there.host + there.optimizer
+
+
+def test_turns_on_a_shared_gpu() -> None:
+    args = make_args(
+        GLM4, bf16=True, colocate=True, offload=True, rollout_engine="sglang", rollout_num_gpus=1, rollout_batch_size=8
+    )
+    train, engine = train_memory(args, on_cuda=True), engine_memory(args)
+    assert train is not None
+    assert engine is not None
+    by_turns = turns(args, train, engine)
+    assert by_turns["training"] - by_turns["generating"] == train.peak - engine.peak
+    sent = train.weights + engine.weights + 2 * args.update_weight_buffer_size
+    assert by_turns["weights sent"] - by_turns["training"] == sent - train.peak
+    # what is away while the engine has the GPU is in host memory; gradients are not kept
+    assert train.host == train.weights + train.optimizer
+    together = replace(args, offload=False)
+    stays = train_memory(together, on_cuda=True)
+    assert stays is not None
+    assert (stays.host, stays.peak) == (0, train.peak)
+    [always] = turns(together, stays, engine).values()
+    assert always == by_turns["training"] + engine.peak
+
+
+def test_context_parallel_ranks_share_tokens_and_gather_keys() -> None:
+    """On a GPU, where the largest pack has as many tokens on each rank either way."""
+
+    def attention(shape: Architecture, cp: int, on_cuda: bool = True) -> Operation:
+        args = make_args(shape, bf16=True, context_parallel_size=cp)
+        operations = layer_operations(rank_sizes(args, shape, on_cuda=on_cuda))
+        [core] = [operation for operation in operations if operation.name.startswith("attention:")]
+        return core
+
+    for cp in (2, 4):
+        # of each sequence a rank's two chunks see 2 CP + 1 of the 2 CP chunks, keys and values, in bf16
+        keys = 2 * 2 * TOKENS * QWEN3.num_query_groups * QWEN3.kv_channels
+        more = attention(QWEN3, cp).saved - attention(QWEN3, 1).saved
+        assert more == keys * (2 * cp + 1) // 2 - keys // 2  # values alone were a view of the projection's output
+    assert attention(GLM4, 1).saved > attention(QWEN3, 1).saved - 2 * TOKENS * 10**6
+    assert attention(QWEN3, 2, on_cuda=False).saved > attention(QWEN3, 1, on_cuda=False).saved
+
+
+def test_logits_that_a_gpu_keeps() -> None:
+    from slime.megatron.logprobs import KEPT_BYTES
+
+    assert KEPT_LOGITS == KEPT_BYTES
+    args = make_args(replace(GLM4, vocab_size=151552), bf16=True, log_probs_chunk_size=4096)
+    shape = args.architecture
+    assert shape is not None
+    few, many = (
+        log_probs_operation(args, rank_sizes(args, shape, on_cuda=True, tokens=tokens)) for tokens in (4096, 65536)
+    )
+    logits = 2 * 4096 * 151552
+    assert few.saved == logits + 2 * 4096 * shape.hidden_size
+    assert many.saved == 4 * logits + 2 * 65536 * shape.hidden_size
+    there = log_probs_operation(args, rank_sizes(args, shape, on_cuda=False, tokens=4096))
+    assert there.saved == 2 * 4096 * shape.hidden_size
 
 
 def test_nothing_to_count() -> None:

@@ -53,6 +53,7 @@ PAGE = Args(
     over_sampling_batch_size=32,
     eps_clip_high=0.28,
     logprob_gap_alarm=0.1,
+    log_probs_chunk_size=4096,
     bf16=True,
 )
 """The page's run on GPUs, resolved."""
@@ -126,7 +127,16 @@ def test_what_is_said() -> None:
     stages = replace(PAGE, pipeline_model_parallel_size=2, context_parallel_size=1)
     assert "stage 1, the fullest" in memory_of(stages)["activations"]
     assert "20, 20 layers" in format_plan(stages, [])
-    assert "take turns on a GPU" in format_plan(replace(PAGE, colocate=True, offload=True), [])
+    shared = replace(PAGE, colocate=True, offload=True, sglang={"mem_fraction_static": 0.5})
+    rows = memory_of(shared)
+    assert "weights and optimizer while the engine has it; 4 of them on a node" in rows["host memory"]
+    text = format_plan(shared, [])
+    assert "take turns on a GPU" in text
+    assert re.search(r"the GPU holds of both: training [\d.]+, weights sent [\d.]+, generating [\d.]+ GiB", text)
+    fits = numbers(rows["weights"])[1] or 0.0
+    fits += numbers(rows["KV cache"])[1] or 0.0
+    assert f"takes 50% of a GPU for weights and KV: one of {2 * fits:,.0f} GiB" in text
+    assert "the GPU holds of both: always" in format_plan(replace(shared, offload=False), [])
     assert "not estimated: a mixture of experts" in format_plan(replace(PAGE, num_experts=8), [])
 
 
