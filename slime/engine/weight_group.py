@@ -112,7 +112,8 @@ def join_weight_group(
     prefixed = PrefixStore(group_name, store)
     gloo = backend == "gloo"
     if gloo:
-        group = _gloo(prefixed, master_address, rank, world_size, limit)
+        inner = PrefixStore("cpu/", PrefixStore(f"{group_name}/", prefixed))  # as torch's own way of making one has it
+        group = _gloo(inner, master_address, rank, world_size, limit)
     else:
         group = _as_torch_does(prefixed, rank, world_size, group_name, backend, limit)
     return WeightGroup(group, store, timeout=limit, gloo=gloo)

@@ -1,0 +1,449 @@
+"""Weights from a trainer's GPU into a real SGLang: that they arrive, what pauses around it, and how fast.
+
+NCCL takes no two ranks on one GPU, so with one GPU the broadcast goes over gloo, with everything else as it is; the
+NCCL group itself is then tried with one member.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slime.config.args import Args
+from slime.config.flag_table import all_flags
+from slime.engine.client import EngineClient
+from slime.engine.launch import ManagedProcess, find_free_port, launch_engine
+from slime.engine.protocol import GenerateResponse
+from slime.engine.weight_group import WeightGroup, flatten_bucket, join_weight_group, split_bucket
+from slime.models.hf_files import HFReader, write_hf
+from slime.sync.broadcast import BroadcastTransport
+from slime.sync.disk import DiskTransport
+from slime.sync.proof import PROMPT, check_versions, prove_weights
+from slime.sync.stream import NamedTensor, buckets
+from slime.sync.transport import PauseChoice, Transport
+from tests.gpu.checks import Report, check
+from tests.gpu.runs import ROOT, scratch
+
+os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as trainers and SGLang have it
+
+LARGEST_SECONDS = 0.5
+MIB = 1024**2
+LOOPBACK = "127.0.0.1"
+RESPONSE = 600
+QUICK_START = {
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_cuda_graph": True,
+    "mem_fraction_static": 0.3,
+    "max_total_tokens": 65536,
+}
+
+
+# ---- models and engines
+
+
+def tiny(path: Path, family: str, seed: int) -> Path:
+    """Random weights, far from uniform, in bf16, with a tokenizer that transformers can load."""
+    from tests.engine.tiny_models import make_model
+    from tools.make_random_checkpoint import make_tokenizer
+
+    make_model(path, family, seed=seed, vocab_size=320, hidden=256, dtype=torch.bfloat16, eos=[0])
+    make_tokenizer(512).save_pretrained(path)
+    return path
+
+
+def engine_args(model: Path, **sglang: Any) -> Args:
+    """SGLang with QUICK_START as far as the table of its flags knows it."""
+    known = {spec.name for spec in all_flags() if spec.source == "sglang"}
+    return Args(
+        hf_checkpoint=str(model),
+        rollout_engine="sglang",
+        rollout_num_gpus=1,
+        bf16=True,
+        sglang={name: value for name, value in QUICK_START.items() if name in known} | sglang,
+    )
+
+
+@contextmanager
+def serving(report: Report, model: Path, gpu: int, **sglang: Any) -> Iterator[ManagedProcess]:
+    """An SGLang that serves `model` on GPU number `gpu`."""
+    log = report.path.parent / f"{report.name}-engine.log"
+    log.unlink(missing_ok=True)
+    start = time.monotonic()
+    args = engine_args(model, **sglang)
+    engine = launch_engine(
+        args, index=0, host=LOOPBACK, port=find_free_port(LOOPBACK), log_path=log, gpu_ids=(str(gpu),)
+    )
+    try:
+        engine.wait_ready(300)
+        report.row("SGLang is ready: seconds", time.monotonic() - start)
+        yield engine
+    except BaseException:
+        print("\n".join(log.read_text(errors="replace").splitlines()[-60:]), flush=True)
+        raise
+    finally:
+        engine.stop()
+
+
+def client(engine: ManagedProcess) -> EngineClient:
+    return EngineClient(engine.url, engines=[engine.url], request_timeout=300)
+
+
+def connected(engine: ManagedProcess, backend: str, bucket_bytes: int = 512 * MIB) -> BroadcastTransport:
+    return BroadcastTransport(
+        client(engine),
+        engine_ranks=[1],
+        address=LOOPBACK,
+        port=find_free_port(LOOPBACK),
+        backend=backend,
+        bucket_bytes=bucket_bytes,
+    )
+
+
+def weights(model: Path) -> list[NamedTensor]:
+    reader = HFReader(model)
+    return [(name, reader.get(name).cuda()) for name in reader.names()]
+
+
+def generated(engine: ManagedProcess, number: int, tokens: int) -> list[GenerateResponse]:
+    import asyncio
+
+    from slime.engine.protocol import GenerateRequest, SamplingParams
+
+    async def all_at_once() -> list[GenerateResponse]:
+        params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+        requests = [GenerateRequest(input_ids=[5 + i, 9, 30], sampling_params=params) for i in range(number)]
+        async with client(engine) as asking:
+            return list(await asyncio.gather(*map(asking.generate, requests)))
+
+    return asyncio.run(all_at_once())
+
+
+def median_seconds(action: Callable[[], object], times: int = 5) -> float:
+    """Of `times` after one that warms up, each with the GPU's work done."""
+    taken: list[float] = []
+    for _ in range(times + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def proof_error(transport: Transport, export: Path, *, version: int) -> str:
+    """Empty where the proof passes."""
+    try:
+        prove_weights(transport, export, version=version)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+# ---- one GPU
+
+
+@check(gpus=1, minutes=4)
+def gathering(report: Report) -> None:
+    """A 4B model as a stream of HF tensors and as buckets, beside a plain copy of as many bytes."""
+    with model_4b() as tensors:
+        total = sum(tensor.nbytes for _, tensor in tensors())
+        report.row("GB of all tensors", total / 1e9)
+        plain = plain_copy(total)
+        report.row("plain copy: seconds", plain, f"{total / plain / 1e9:.0f} GB/s")
+
+        def stream() -> None:
+            for _ in tensors():
+                continue
+
+        def fill(bucket_bytes: int) -> None:
+            for bucket in buckets(tensors(), bucket_bytes):
+                flatten_bucket([tensor for _, tensor in bucket])
+
+        seconds = median_seconds(stream)
+        report.row("iter_hf_tensors: seconds", seconds, f"{total / seconds / 1e9:.0f} GB/s")
+        for size in (128, 512, 1024):
+            seconds = median_seconds(lambda size=size: fill(size * MIB))
+            limit = f"{LARGEST_SECONDS / 2:g}; {total / seconds / 1e9:.0f} GB/s"
+            report.row(f"into buckets of {size} MiB: seconds", seconds, limit, ok=seconds < LARGEST_SECONDS / 2)
+        first = next(iter(buckets(tensors(), 64 * MIB)))
+        own = [tensor for _, tensor in first]
+        back = split_bucket(flatten_bucket(own), [t.dtype for t in own], [t.shape for t in own])
+        same = all(torch.equal(a, b) for a, b in zip(own, back, strict=True))
+        report.row("a bucket and back: equal bits", same, True, ok=same)
+
+
+def plain_copy(total: int) -> float:
+    source = torch.empty(total, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return median_seconds(lambda: target.copy_(source))
+
+
+@check(gpus=1, minutes=2)
+def group(report: Report) -> None:
+    """The NCCL group with one member: joined, used, left, joined again under its name, and aborted."""
+    tensor = torch.arange(64 * MIB, dtype=torch.uint8, device="cuda")
+    expected = tensor.clone()
+    for broken in (False, False, True):
+        joined = join_alone()
+        joined.broadcast(tensor)
+        joined.close(broken=broken)
+    same = torch.equal(tensor, expected)
+    report.row("joined three times under one name, left twice and aborted once", "done", ok=True)
+    report.row("what was broadcast is unchanged", same, True, ok=same)
+
+
+def join_alone() -> WeightGroup:
+    port = find_free_port(LOOPBACK)
+    return join_weight_group(LOOPBACK, port, 0, 1, "slime-weights", "nccl", True, timeout=60)
+
+
+@check(gpus=1, minutes=6)
+def proof(report: Report) -> None:
+    """A real SGLang's checksum after each way of sync, the proof and its controls, and what the proof leaves."""
+    with scratch() as directory:
+        start, actor = tiny(directory / "start", "glm4", 0), tiny(directory / "actor", "glm4", 1)
+        export, altered = directory / "export", directory / "altered"
+        write_hf(export, weights(actor), start, torch.bfloat16)
+        changed = weights(actor)
+        index = next(i for i, (name, _) in enumerate(changed) if name.endswith("layers.2.self_attn.k_proj.weight"))
+        changed[index][1][3, 5] += 1
+        write_hf(altered, changed, start, torch.bfloat16)
+        with serving(report, start, 0) as engine:
+            (directory / "sent").mkdir()
+            fresh = DiskTransport(
+                client(engine),
+                directory=directory / "sent",
+                source_hf_dir=start,
+                dtype=torch.bfloat16,
+                bucket_bytes=MIB,
+            )
+            before = fresh.checksums()
+            agrees(report, "SGLang as started", fresh, start)
+            ways: list[tuple[str, Transport]] = [("gloo", connected(engine, "gloo", 2 * MIB)), ("disk", fresh)]
+            for number, (name, transport) in enumerate(ways, start=1):
+                transport.send(weights(start), version=10 * number)
+                same = transport.checksums() == before
+                report.row(f"{name}: start's weights give the first checksum", same, True, ok=same)
+                transport.send(weights(actor), version=10 * number + 1)
+                differ = transport.checksums() != before
+                report.row(f"{name}: the actor's give another", differ, True, ok=differ)
+                check_versions(transport, version=10 * number + 1)
+                began = time.monotonic()
+                prove_weights(transport, export, version=10 * number + 1)
+                report.row(f"{name}: the proof passes: seconds", time.monotonic() - began, ok=True)
+                agrees(report, f"{name}: after sync and proof", transport, actor)
+                transport.send(weights(actor), version=10 * number + 2)
+                error = proof_error(transport, altered, version=10 * number + 2)
+                noticed = "do not hold the actor's weights" in error
+                report.row(f"{name}: control, one entry of one tensor altered", error[:60], "noticed", ok=noticed)
+                transport.close()
+
+
+def agrees(report: Report, what: str, transport: Transport, model: Path) -> None:
+    """The engine's log-probs of a prompt beside those of Hugging Face's model in fp32."""
+    import transformers
+
+    [found] = transport.prompt_log_probs(PROMPT).values()
+    reference: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    reference = reference.cuda().eval()
+    tokens = torch.tensor(PROMPT, device="cuda")
+    with torch.inference_mode():
+        log_probs = reference(tokens[None]).logits[0].log_softmax(-1)
+    expected = log_probs[:-1].gather(-1, tokens[1:, None])[:, 0].cpu()
+    gap = float((torch.tensor(found) - expected).abs().mean())
+    report.row(f"{what}: mean |log-prob - Hugging Face's in fp32|", gap, 0.03, ok=gap < 0.03)
+
+
+@check(gpus=1, minutes=6)
+def pauses(report: Report) -> None:
+    """Weights change under requests in flight; the engine is well after it, and says whose tokens it made."""
+    with scratch() as directory:
+        old, new = tiny(directory / "old", "qwen3", 0), tiny(directory / "new", "qwen3", 1)
+        with serving(report, old, 0, disable_radix_cache=True) as engine:
+            transport = connected(engine, "gloo", 2 * MIB)
+            transport.send(weights(old), version=1)
+            generated(engine, 8, 16)  # warms up
+            choices: Sequence[PauseChoice] = ("drain", "abort", "retract", "in_place")
+            for number, choice in enumerate(choices, start=2):
+                transport._pause_choice = choice
+                with ThreadPoolExecutor(1) as pool:
+                    answers = pool.submit(generated, engine, 8, RESPONSE)
+                    time.sleep(0.7)
+                    flying = not answers.done()
+                    sent = transport.send(weights(new if number % 2 == 0 else old), version=number)
+                    found = answers.result()
+                ends = {answer.finish_reason for answer in found}
+                versions = {answer.weight_version for answer in found}
+                whole = {len(answer.output_ids) == RESPONSE for answer in found}
+                version = str(number if choice in ("retract", "in_place") else number - 1)
+                expected = ({"abort"}, {False}) if choice == "abort" else ({"length"}, {True})
+                report.row(
+                    f"{choice}: 8 requests ended by, whole, version; seconds waited and sent",
+                    f"{ends} {whole} {versions} {sent.waited:.2f} {sent.seconds:.2f}",
+                    f"{expected}, {version}; in flight {flying}",
+                    ok=flying and (ends, whole) == expected and versions == {version},
+                )
+                agrees(report, f"{choice}: the engine after it", transport, new if number % 2 == 0 else old)
+            transport.close()
+
+
+# ---- two GPUs
+
+
+@check(gpus=2, minutes=6)
+def broadcast(report: Report) -> None:
+    """A trainer on one GPU, SGLang on the other: log-probs agree after a sync over NCCL, and the proof passes."""
+    from slime.core.batch import TrainBatch
+    from slime.megatron.trainer import Trainer
+    from tests.megatron.tiny import make_args
+
+    with scratch() as directory:
+        start, actor = tiny(directory / "start", "glm4", 0), tiny(directory / "actor", "glm4", 1)
+        args = make_args(actor, bf16=True, rollout_temperature=1.0, max_tokens_per_gpu=1024)
+        trainer = Trainer(args, rank=0, world_size=1, init_method=f"file://{directory}/store")
+        trainer.load()
+        with serving(report, start, 1) as engine:
+            transport = connected(engine, "nccl", 2 * MIB)
+            for version in (1, 2):
+                transport.send(trainer.iter_hf_tensors(), version=version)
+            trainer.save_hf(directory / "export", dtype=trainer.params_dtype)
+            prove_weights(transport, directory / "export", version=2)
+            report.row("the proof passes", True, ok=True)
+            transport.send(trainer.iter_hf_tensors(), version=3)
+            check_versions(transport, version=3)
+            answers = generated(engine, 16, 128)
+            tokens = [token for i, answer in enumerate(answers) for token in (5 + i, 9, 30, *answer.output_ids)]
+            found = torch.tensor([p for answer in answers for p in answer.log_probs])
+            import numpy as np
+
+            columns: dict[str, Any] = {
+                "tokens": np.array(tokens),
+                "loss_mask": np.ones(len(found), dtype=np.float32),
+                "rewards": np.zeros(16, dtype=np.float32),
+                "group_indices": np.zeros(16, dtype=np.int64),
+                "sample_indices": np.arange(16),
+            }
+            batch = TrainBatch(np.full(16, 131), np.full(16, 128), columns)
+            gap = (torch.tensor(trainer.log_probs(batch)) - found).abs()
+            mean = float(gap.mean())
+            report.row("mean |trainer's - engine's log-prob|", mean, 0.01, ok=mean < 0.01)
+            report.row("largest", float(gap.max()))
+            transport.close()
+            again = connected(engine, "nccl", 2 * MIB)  # the group's name is free on both sides
+            again.send(trainer.iter_hf_tensors(), version=4)
+            check_versions(again, version=4)
+            report.row("left, and joined again", True, ok=True)
+            again.close()
+        trainer.close()
+
+
+@check(gpus=2, minutes=8)
+def speed(report: Report) -> None:
+    """A 4B shape over NCCL into SGLang, beside a plain broadcast of as many bytes in as many pieces."""
+    from tools.make_random_checkpoint import hf_config, make_tokenizer, shape_of_script
+
+    with scratch() as directory:
+        config = hf_config(shape_of_script(ROOT / "scripts/models/qwen3-4B.sh", None))
+        config.architectures = ["Qwen3ForCausalLM"]
+        config.save_pretrained(directory / "model")
+        make_tokenizer(4096).save_pretrained(directory / "model")
+        with (
+            model_4b() as tensors,
+            serving(report, directory / "model", 1, load_format="dummy", mem_fraction_static=0.5) as engine,
+        ):
+            total = sum(tensor.nbytes for _, tensor in tensors())
+            report.row("GB", total / 1e9)
+            transport = connected(engine, "nccl")
+            first = transport.send(tensors(), version=1)
+            report.row("first sync, which also connects: seconds", first.seconds)
+            sums = transport.checksums()
+            version = 1
+            for size in (256, 512, 1024, 2048):
+                plain = plain_broadcast(total, size * MIB)
+                transport._bucket_bytes = size * MIB
+                taken: list[float] = []
+                for _ in range(5):
+                    version += 1
+                    taken.append(transport.send(tensors(), version=version).seconds)
+                seconds = statistics.median(taken)
+                report.row(
+                    f"sync in buckets of {size} MiB: seconds",
+                    seconds,
+                    f"{LARGEST_SECONDS}; {total / seconds / 1e9:.1f} GB/s, plain broadcast {total / plain / 1e9:.1f}",
+                    ok=seconds <= LARGEST_SECONDS,
+                )
+                print("each:", ", ".join(f"{each:.3f}" for each in taken), flush=True)
+            same = transport.checksums() == sums
+            report.row("the same weights give the same checksum", same, True, ok=same)
+
+            def nothing() -> None:
+                with transport.paused():
+                    return
+
+            report.row("of it, drain, flush, pause and continue: seconds", median_seconds(nothing))
+            transport.close()
+
+
+@contextmanager
+def model_4b() -> Iterator[Callable[[], Iterator[tuple[str, Tensor]]]]:
+    """Qwen3-4B's shape with random weights in bf16, on this process's GPU; gives what streams its HF tensors."""
+    from slime.megatron.build import architecture_of, build_model
+    from slime.megatron.hf_weights import iter_hf_tensors
+    from slime.megatron.parallel import close_parallel, init_parallel
+    from tests.gpu.trainer_speed import args_of
+
+    args = args_of("qwen3-4B")
+    with scratch() as directory:
+        init_parallel(args, rank=0, world_size=1, init_method=f"file://{directory}/store")
+        try:
+            model = build_model(args, wrap=True)
+            shape = architecture_of(args)
+            with torch.no_grad():
+                yield lambda: iter_hf_tensors(model, shape)
+        finally:
+            close_parallel()
+
+
+def plain_broadcast(total: int, piece: int) -> float:
+    """Seconds for `total` bytes, in pieces, from the first GPU to another process on the second; nothing else runs."""
+    port = find_free_port(LOOPBACK)
+    sizes = [piece] * (total // piece) + [total % piece]
+    words = [sys.executable, "-m", "tests.gpu.sync", str(port), *map(str, sizes)]
+    receiver = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "1"})
+    group = join_weight_group(LOOPBACK, port, 0, 2, "plain", "nccl", True, timeout=60)
+    source = torch.empty(piece, dtype=torch.uint8, device="cuda")
+
+    def send() -> None:
+        for size in sizes:
+            group.broadcast(source[:size])
+
+    seconds = median_seconds(send)
+    group.close()
+    assert receiver.wait(30) == 0
+    return seconds
+
+
+def receive(port: int, sizes: Sequence[int]) -> None:
+    group = join_weight_group(LOOPBACK, port, 1, 2, "plain", "nccl", False, timeout=60)
+    target = torch.empty(max(sizes), dtype=torch.uint8, device="cuda")
+    for _ in range(6):  # as often as `median_seconds` sends
+        for size in sizes:
+            group.broadcast(target[:size])
+    group.close()
+
+
+if __name__ == "__main__":
+    receive(int(sys.argv[1]), [int(size) for size in sys.argv[2:]])
