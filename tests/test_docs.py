@@ -72,14 +72,26 @@ def test_links_lead_somewhere(path: Path) -> None:
 # --- flags and commands -----------------------------------------------------------------------------------------
 
 OTHER_PROGRAMS = frozenset(
-    ["--address", "--working-dir", "--head", "--local-dir", "--repo-type", "--help", "--no-x", "--x", "--editable"]
+    [
+        "--address",
+        "--working-dir",
+        "--head",
+        "--local-dir",
+        "--repo-type",
+        "--port",
+        "--help",
+        "--no-x",
+        "--x",
+        "--editable",
+    ]
 )
 """Flags of ray, hf, pip and pytest, and the switches that stand for any."""
 
 
 def flags_of_tools() -> set[str]:
     """Every flag that a script of ours declares itself."""
-    files = [*ROOT.glob("tools/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("examples/**/*.py")]
+    folders = ("tools/*.py", "bench/*.py", "examples/**/*.py", "tests/gpu/runner.py")
+    files = [file for folder in folders for file in ROOT.glob(folder)]
     return {flag for file in files for flag in re.findall(r"\"(--[a-z][a-z0-9-]*)\"", file.read_text())}
 
 

@@ -123,8 +123,7 @@ def _memory(args: Args) -> Iterable[Row]:
         note = f"{engine.requests} requests of {engine.request_tokens:,} tokens, prompts not counted"
         yield "KV cache", line(None, engine.kv, note)
     if context:
-        sides = (None if memory is None else context for memory in (train, engine))
-        yield "CUDA", line(*sides, "context, NCCL's buffers, workspaces: an estimate")
+        yield "CUDA", line(train and context, engine and context, "context, NCCL's buffers, workspaces: an estimate")
     moments = {"forward": "forward of old or reference log-probs", "step": "training step"}
     peaks = train.peaks.items() if train is not None and len(train.peaks) > 1 else ()
     fullest = ", ".join(f"{moments[name]} {(count + context) / size:,.1f}" for name, count in peaks)
