@@ -236,10 +236,7 @@ def sync_speed(report: Report) -> None:
 def sizes_rows(report: Report, transport: Any, tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
     """Syncs as versions 2 to 9, two of each bucket size."""
     total = sum(tensor.nbytes for _, tensor in tensors())
-    source, target = (torch.empty(total, dtype=torch.uint8, device="cuda") for _ in range(2))
-    plain = median_seconds(lambda: target.copy_(source))
-    del source, target
-    torch.cuda.empty_cache()
+    plain = plain_device_copy(total)
     report.row("plain copy on the device: seconds", plain, f"{total / 1e9:.2f} GB, {total / plain / 1e9:.0f} GB/s")
     version = 1
     for size in (256, 512, 1024, 2048):
@@ -254,6 +251,14 @@ def sizes_rows(report: Report, transport: Any, tensors: Callable[[], Iterator[tu
             f"<= {LARGEST_SYNC_SECONDS}; each: {shown(taken)}; {total / min(taken) / 1e9:.1f} GB/s",
             ok=min(taken) <= LARGEST_SYNC_SECONDS,
         )
+
+
+def plain_device_copy(size: int) -> float:
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    seconds = median_seconds(lambda: target.copy_(source))
+    del source, target
+    torch.cuda.empty_cache()
+    return seconds
 
 
 @contextmanager
