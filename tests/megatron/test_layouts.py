@@ -37,6 +37,8 @@ pytestmark = pytest.mark.dist
 FAMILIES = (*tiny.FAMILIES, "qwen3-tied")
 TIED = "qwen2"
 SINGLE = "1 process"
+CP2 = {"context_parallel_size": 2, "max_tokens_per_gpu": 40}
+"""With a budget so small that there are several micro-batches."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     SINGLE: (1, {}),
     "TP2": (2, {"tensor_model_parallel_size": 2}),
@@ -47,22 +49,25 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "DP2, distributed optimizer": (2, {"use_distributed_optimizer": True}),
     "PP2 x DP2, distributed optimizer": (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True}),
-    "CP2, distributed optimizer": (
-        2,
-        {"context_parallel_size": 2, "max_tokens_per_gpu": 40, "use_distributed_optimizer": True},
-    ),
+    "CP2, distributed optimizer": (2, {**CP2, "use_distributed_optimizer": True}),
 }
-"""Processes and flags; budgets under context parallelism so small that there are several micro-batches."""
-CP2 = {"context_parallel_size": 2, "max_tokens_per_gpu": 40}
+"""Processes and flags."""
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 CP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP4": (4, {"context_parallel_size": 4, "max_tokens_per_gpu": 20}),
-    "TP2 x CP2": (4, {**CP2, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "TP2 x CP2, distributed optimizer, recompute": (
+        4,
+        {
+            **CP2,
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "use_distributed_optimizer": True,
+            **RECOMPUTE,
+        },
+    ),
     "PP2 x CP2": (4, {**CP2, "pipeline_model_parallel_size": 2}),
     "DP2 x CP2, distributed optimizer": (4, {**CP2, "use_distributed_optimizer": True}),
-    "CP2, recompute": (
-        2,
-        {**CP2, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    ),
+    "CP2, selective recompute": (2, {**CP2, "recompute_granularity": "selective"}),
 }
 """Those that one family stands for."""
 ALL = {**LAYOUTS, **CP_LAYOUTS}
