@@ -60,9 +60,6 @@ SPELLINGS: dict[str, tuple[list[str], list[str]]] = {
     "tp_comm_overlap_rs": ([], ["--disable-tp-comm-overlap-rs"]),
 }
 
-# No field of the parser any more, but still flags, kept by SGLang for old scripts.
-SGLANG_DEPRECATED = {"disable_cuda_graph", "enable_flashinfer_allreduce_fusion"}
-
 
 def one_line(text: str | None) -> str:
     """The first sentence of a help text, at most 160 characters."""
@@ -213,8 +210,11 @@ def sglang_shape(node: ast.expr, metadata: dict[str, ast.expr]) -> Row:
     return row
 
 
-def sglang_row(item: ast.AnnAssign) -> Row | None:
-    """The row of one field `name: A[T, help or Arg(...)] = default`; None where it has no flag."""
+def sglang_row(item: ast.AnnAssign, by_hand: set[str]) -> Row | None:
+    """The row of one field `name: A[T, help or Arg(...)] = default`; None where it has no flag.
+
+    `by_hand`: the flags that SGLang's parser is given one by one, for fields that are said to have none.
+    """
     annotation = item.annotation
     if not (isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "A"):
         return None
@@ -225,9 +225,9 @@ def sglang_row(item: ast.AnnAssign) -> Row | None:
         else {"help": described}
     )
     name = typing.cast(ast.Name, item.target).id
-    if literal(metadata.get("no_cli")) and name not in SGLANG_DEPRECATED:
-        return None
     spelled = literal(metadata.get("cli_name")) or "--" + name.replace("_", "-")
+    if literal(metadata.get("no_cli")) and spelled not in by_hand:
+        return None
     on = ["--sglang-" + text.removeprefix("--") for text in [spelled, *(literal(metadata.get("aliases")) or [])]]
     shape = sglang_shape(hint, metadata)
     optional_action = "BooleanOptionalAction" in ast.unparse(metadata["action"]) if "action" in metadata else False
@@ -240,10 +240,13 @@ def sglang_row(item: ast.AnnAssign) -> Row | None:
 
 def sglang_rows(wheel: Path) -> Iterator[Row]:
     with zipfile.ZipFile(wheel) as archive:
+        parser = ast.parse(archive.read("sglang/srt/server_args.py"))
+        calls = [node for node in ast.walk(parser) if isinstance(node, ast.Call) and node.args]
+        by_hand = {literal(call.args[0]) for call in calls if ast.unparse(call.func).endswith(".add_argument")}
         names = sorted(n for n in archive.namelist() if re.fullmatch(r"sglang/srt/arg_groups/fields/\w+\.py", n))
         for name in names:
             for statement in ast.walk(ast.parse(archive.read(name))):
-                if isinstance(statement, ast.AnnAssign) and (row := sglang_row(statement)) is not None:
+                if isinstance(statement, ast.AnnAssign) and (row := sglang_row(statement, by_hand)) is not None:
                     yield row
 
 

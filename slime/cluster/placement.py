@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime.cluster import reaper
 from slime.config.args import Args
+from slime.config.resolve import cuda_devices
 from slime.core.errors import RunError
 from slime.engine.launch import find_free_port
 
@@ -41,6 +42,7 @@ def start_ray() -> subprocess.Popen[bytes] | None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
+        num_gpus=cuda_devices(),  # torch's count: Ray's own may differ, and trainers go by torch
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -32,8 +32,9 @@ class TrainWorker:
 
     def __init__(self, args: Args, rank: int, init_method: str, log_dir: str) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the engine's; read when torch is first imported
-        # As SGLang sets it for its ranks: members of one NCCL group have to allocate what they share alike.
-        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
+        if args.num_engines and not args.colocate:
+            # As SGLang sets it for its ranks: members of one NCCL group have to allocate what they share alike.
+            os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         self._args = args
         self._rank = rank
         self._init_method = init_method

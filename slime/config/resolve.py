@@ -26,6 +26,13 @@ def cuda_available() -> bool:
     return torch.cuda.is_available()
 
 
+def cuda_devices() -> int:
+    """How many CUDA devices this process sees."""
+    import torch
+
+    return torch.cuda.device_count() if cuda_available() else 0
+
+
 def joins_ray() -> bool:
     """Whether the run joins a Ray cluster, which may have GPUs where this machine has none."""
     return bool(os.environ.get("RAY_ADDRESS"))
