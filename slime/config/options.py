@@ -220,8 +220,11 @@ class TrainOptions:
         "Token budget of a micro-batch (x --context-parallel-size), padding counted; a longer sample stands alone.",
         ge=1,
     )
-    log_probs_chunk_size: int = flag(
-        1024, "Response tokens whose logits exist at once: bounds memory where the vocabulary is large.", ge=1
+    log_probs_chunk_size: int | None = flag(
+        None,
+        "Response tokens whose logits are made at once: bounds memory where the vocabulary is large; "
+        "unset: 4096 on a GPU in bf16, else 1024.",
+        ge=1,
     )
     hf_trust_remote_code: bool = flag(False, "Let transformers run code that stands in the HF directory.")
 

@@ -183,7 +183,7 @@ class _ResponseLogProbs(torch.autograd.Function):
         hidden_B, weight, predicting_R, targets_R, log_sums_R, entropies_R = ctx.saved_tensors
         part, scale, chunk_size = ctx.options
         hidden_gradient = torch.zeros_like(hidden_B)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        of_part: Tensor | None = None  # summed over chunks in fp32
         gradient_R, entropy_gradient_R = gradients
         if gradient_R is None:
             gradient_R = torch.zeros_like(log_sums_R)
@@ -201,8 +201,20 @@ class _ResponseLogProbs(torch.autograd.Function):
                 scale,
             )
             hidden_gradient.index_copy_(0, predicting_R[here], logits_gradient @ weight[: part.size])
-            weight_gradient[: part.size] += _weight_gradient(logits_gradient, hidden_C)
-        return hidden_gradient, weight_gradient.to(weight.dtype), *[None] * 7
+            share = _weight_gradient(logits_gradient, hidden_C)
+            of_part = share.float() if of_part is None else of_part.add_(share)
+            del logits_CV, logits_gradient, share  # before those of the next chunk are made
+        return hidden_gradient, _of_table(of_part, weight), *[None] * 7
+
+
+def _of_table(of_part: Tensor | None, weight: Tensor) -> Tensor:
+    """The whole table's gradient in its dtype: 0 in the rows that are padding."""
+    if of_part is not None and len(of_part) == len(weight):
+        return of_part.to(weight.dtype)
+    gradient = torch.zeros_like(weight)
+    if of_part is not None:
+        gradient[: len(of_part)] = of_part
+    return gradient
 
 
 def _chunks(size: int, chunk_size: int) -> list[slice]:

@@ -54,6 +54,7 @@ class Trainer:
         self.model = build_model(args, wrap=True)
         self.optimizer, self.scheduler = build_optimizer(args, self.model)
         self._snapshots = Snapshots(unwrap(self.model))
+        assert args.log_probs_chunk_size is not None, "resolve fills it in"
         self._stepper = Stepper(
             self.model,
             self.topology,
