@@ -4,7 +4,7 @@
     python -m tests.gpu parity engine.starts   a module's checks, or one check
     python -m tests.gpu --list                 their names, and what they need
 
-Below --out (outputs/gpu): rows.jsonl as the rows come, <check>.log for each, results.json at the end.
+Below --out (outputs/gpu): rows.jsonl as the rows come, <check>.log for each; results.json and table.txt at the end.
 
 Invariant: the table is printed however the run ends (SIGTERM too), every check has a row in it, and no process
 that a check started outlives it: orphans are handed to the runner, which ends them by their id.
@@ -55,6 +55,8 @@ TAIL_LINES = 15
 TABLE_WIDTHS = {"check": 28, "what": 64, "value": 40, "limit": 40}
 DISTRIBUTIONS = ("torch", "triton", "sglang", "megatron-core", "ray", "transformers", "sglang-router")
 PR_SET_CHILD_SUBREAPER = 36
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "HF_HUB_OFFLINE": "1"}
+POLL = 0.2
 WHOLE = "whole check"
 SECONDS_TO_END = 10.0
 """What a check's processes get between SIGTERM and SIGKILL."""
@@ -183,7 +185,7 @@ class Runner:
         self.running = one.name
         start, earlier = time.monotonic(), len(self.rows())
         arguments = [one.module, one.function, one.name, str(self.rows_path), str(one.needs.minutes)]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": python_path()}
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.gpu", "--one", *arguments],
@@ -195,7 +197,7 @@ class Runner:
                 start_new_session=True,
             )
             try:
-                code = self.process.wait(timeout=one.needs.minutes * 60)
+                code = wait(self.process, one.needs.minutes * 60)
                 problem = "" if code == 0 else f"exit code {code}"
             except subprocess.TimeoutExpired:
                 problem = f"not done after {one.needs.minutes:g} min: ended"
@@ -241,6 +243,25 @@ def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends (Linux), so that none is lost sight of."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def wait(process: subprocess.Popen[bytes], seconds: float) -> int:
+    """Its exit code. Orphans that end meanwhile are reaped: a check that waits for their end would see them for ever.
+
+    Raises:
+        TimeoutExpired: it still runs after so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return process.wait(timeout=POLL)
+        except subprocess.TimeoutExpired:
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if ended.si_pid == process.pid:
+                    break
+                os.waitpid(ended.si_pid, 0)
+            if time.monotonic() > deadline:
+                raise
 
 
 def end_everything(group: int) -> None:
@@ -312,22 +333,16 @@ def versions() -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a row; a cell longer than its column is cut."""
+    """One line a row; a cell longer than its column is cut (rows.jsonl has all of it)."""
     cells = [("check", "what", "value", "limit", "")]
     cells += [(row.check, row.what, row.value, row.limit, row.state) for row in rows]
-    widths = [
-        min(max(len(line[column]) for line in cells), limit) for column, limit in enumerate(TABLE_WIDTHS.values())
-    ]
-    lines = []
-    for index, line in enumerate(cells):
+    widths = [min(max(len(line[i]) for line in cells), most) for i, most in enumerate(TABLE_WIDTHS.values())]
+    lines: list[str] = []
+    for *line, state in cells:
         shown = [
-            cell if len(cell) <= width else cell[: width - 1] + "…" for cell, width in zip(line, widths, strict=False)
+            cell if len(cell) <= width else cell[: width - 1] + "…" for cell, width in zip(line, widths, strict=True)
         ]
-        failed = index and line[4] == FAILED
-        full = line[2] if failed and len(line[2]) > widths[2] else None
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(shown, widths, strict=True)) + f"  {line[4]}")
-        if full:
-            lines.append(f"      {full}")
+        lines.append("  ".join([*(cell.ljust(width) for cell, width in zip(shown, widths, strict=True)), state]))
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
 
@@ -368,16 +383,24 @@ def main(argv: Sequence[str], modules: Sequence[str] = MODULES) -> int:
     try:
         signal.signal(signal.SIGTERM, ended)
         runner.run(planned)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the table is next, whatever happens
     except (Ended, KeyboardInterrupt):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         runner.end(planned)
-    rows = runner.rows()
+    return tell(runner.rows(), options.out, options.json)
+
+
+def tell(rows: Sequence[Row], out: Path, also: Path | None) -> int:
+    """Print versions, table and what failed, and write them into files; 1 where a row failed."""
     lines = versions()
     results = json.dumps({"versions": lines, "rows": [asdict(row) for row in rows]}, indent=1)
-    for path in filter(None, (options.out / "results.json", options.json)):
+    for path in filter(None, (out / "results.json", also)):
         path.write_text(results + "\n")
-    print("\n".join(["", *lines, "", table(rows), summary(rows)]), flush=True)
-    return int(any(row.state == FAILED for row in rows))
+    failed = [f"FAILED {row.check}: {row.what}: {row.value} ({row.limit})" for row in rows if row.state == FAILED]
+    text = "\n".join(["", *lines, "", table(rows), "", *failed, summary(rows)])
+    (out / "table.txt").write_text(text + "\n")
+    print(text, flush=True)
+    return int(bool(failed))
 
 
 def ended(number: int, frame: FrameType | None) -> None:
