@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 from config_run import Run
 
+from slime.config.plan import format_plan
+from slime.config.resolve import cuda_available
+
 URLS = "http://127.0.0.1:4000 http://127.0.0.1:4001"
 NEAR = f"--rollout-external-engines {URLS}"
 OWN = "--rollout-engine embedded --rollout-num-gpus 1"
@@ -108,3 +111,14 @@ def test_weights_stand_beside_the_checkpoints(bare: Run) -> None:
     assert bare.args(*run, "--save", "s", "--log-dir", "l").update_weight_disk_dir == "s/engine-weights"
     assert bare.args(*run, "--log-dir", "l").update_weight_disk_dir == "l/engine-weights"
     assert bare.args(*run, "--update-weight-disk-dir", "d").update_weight_disk_dir == "d"
+
+
+def test_auto_is_decided_by_the_cluster_that_is_joined(bare: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--rollout-num-gpus", "1")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert bare.args(*words).rollout_engine == ("sglang" if cuda_available() else "embedded")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+    args, problems = bare.load(*words)
+    decided = "sglang" if cuda_available() else "auto"
+    assert args.rollout_engine == decided
+    assert decided == "sglang" or "SGLang where Ray's cluster has GPUs" in format_plan(args, problems)
