@@ -112,6 +112,7 @@ class SlimeSide:
             clip_grad=1.0,
             use_dynamic_batch_size=True,
             max_tokens_per_gpu=sum(lengths),
+            log_probs_chunk_size=1024,
             calculate_per_token_loss=True,
             custom_advantage_function_path="bench.trainer.rewards_as_advantages",
         )
