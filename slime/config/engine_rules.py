@@ -117,7 +117,7 @@ def weight_directory(case: Case) -> Iterable[Problem]:
     """Engines elsewhere read files only in a place that is named, or beside the checkpoints."""
     args = case.args
     by_disk = args.update_weight_transport == "disk"
-    if args.colocate and by_disk:
+    if args.colocate and args.update_weight_transport != "auto":
         rule = "with --colocate weights go through device memory"
         yield case.error("update_weight_transport", rule, "leave it out", beside=["colocate"])
     given = args.save is not None or "update_weight_disk_dir" in case.given

@@ -58,12 +58,10 @@ class StepClock:
 
 
 def format_shares(record: Mapping[str, float]) -> str:
-    """One line: each phase's share of the step."""
+    """One line: each phase's share of the step, but those that took next to nothing of it."""
     wall = record["time/step"]
-    names = [*PHASES, "idle"]
-    parts = [
-        f"{name.replace('_', ' ')} {record[f'time/{name}'] / wall:.0%}" for name in names if record[f"time/{name}"]
-    ]
+    shares = {name: record[f"time/{name}"] / wall for name in (*PHASES, "idle")}
+    parts = [f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items() if share >= 0.0005]
     return f"{wall:.2f} s = " + " + ".join(parts)
 
 

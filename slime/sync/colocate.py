@@ -217,6 +217,7 @@ class ColocatedTransport(Transport):
                 posting = poster.submit(self._post, handles, version if last else None)
         if posting is not None:
             posting.result()
+        _meet(self._group)
         return total
 
     def _gathered(self, handle: Any) -> list[Any]:

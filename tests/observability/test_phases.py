@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from slime.observability.phases import PHASES, StepClock, format_shares
+from slime.observability.phases import PHASES, StepClock, format_memory, format_shares, memory_record
 
 
 def test_phases_and_idle_sum_to_the_step() -> None:
@@ -35,3 +35,16 @@ def test_a_claim_beyond_the_wall_time_is_refused() -> None:
 def test_shares_are_of_the_step() -> None:
     record = {f"time/{name}": 0.0 for name in PHASES} | {"time/idle": 1.0, "time/step": 4.0, "time/training": 3.0}
     assert format_shares(record) == "4.00 s = training 75% + idle 25%"
+
+
+def test_memory_is_that_of_the_fullest_trainer() -> None:
+    peaks = [{"peak": 1.0, "device": 7.0}, {"peak": 3.0, "device": 6.0}]
+    record = memory_record("training", peaks) | memory_record("weight_sync", [{"peak": 2.5}])
+    assert record == {
+        "memory/training_peak_gb": 3.0,
+        "memory/training_device_gb": 7.0,
+        "memory/weight_sync_peak_gb": 2.5,
+    }
+    assert format_memory(record) == "GB at most: training 7, weight sync 2.5"
+    assert memory_record("training", []) == {} == memory_record("training", [{}])
+    assert format_memory({}) == ""
