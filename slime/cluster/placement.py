@@ -58,6 +58,10 @@ def num_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def num_nodes() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
+
+
 def choose_engine(args: Args, gpus: int) -> Args:
     """--rollout-engine auto decided by the cluster: SGLang where it has GPUs.
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from slime.cluster.placement import Placement, choose_engine, num_gpus, reserve, start_ray, starts_engines
+from slime.cluster.placement import Placement, choose_engine, num_gpus, num_nodes, reserve, start_ray, starts_engines
 from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
@@ -68,9 +68,12 @@ class Processes:
         self._placement = place = reserve(args)
         self.manager = ray.remote(RolloutManager).options(**place.manager()).remote(args, log_dir)
         self._manager_started = self.manager.start.remote()
+        near = num_nodes() == 1
+        if not near and place.num_engines and args.sglang.get("api_key") is None:
+            print("WARNING engines listen to whoever reaches their nodes: add --sglang-api-key", flush=True)
         self.engines = [
             EngineWorker.options(max_concurrency=4, **place.engine(index)).remote(
-                args, index, log_dir, place.engine_gpu_ids(index)
+                args, index, log_dir, place.engine_gpu_ids(index), near=near
             )
             for index in range(place.num_engines)
         ]

@@ -194,13 +194,15 @@ class TrainWorker:
 class EngineWorker:
     """Owns one engine process. With Ray's `max_concurrency` it can be asked, and stopped, while the engine starts."""
 
-    def __init__(self, args: Args, index: int, log_dir: str, gpu_ids: Sequence[str]) -> None:
+    def __init__(self, args: Args, index: int, log_dir: str, gpu_ids: Sequence[str], *, near: bool) -> None:
+        """`near`: everything that talks to it is on this node."""
         self._args = args
         self._index = index
+        self._near = near
         self._gpu_ids = tuple(gpu_ids)
         self._log_path = Path(log_dir) / f"engine-{index}.log"
         self._process: ManagedProcess | None = None
-        self._warming_up = False
+        self._phase: str | None = None
 
     def check(self) -> None:
         """Whether what is installed on this node can be started as the run asks. Raises ValueError."""
@@ -217,7 +219,10 @@ class EngineWorker:
 
         args = self._args
         sglang = args.rollout_engine == "sglang"
-        host = LOOPBACK if args.sglang_router_ip is None else own_address(args.sglang_router_ip)
+        if args.sglang_router_ip is not None:
+            host = own_address(args.sglang_router_ip)
+        else:
+            host = LOOPBACK if self._near else ray.util.get_node_ip_address()
         port = engine_port(host, self._index) if sglang else find_free_port(host)
         deadline = time.monotonic() + args.engine_start_timeout
         self._process = process = launch_engine(
@@ -225,15 +230,14 @@ class EngineWorker:
         )
         process.wait_ready(args.engine_start_timeout)
         if sglang:
-            self._warming_up = True
+            self._phase = "warming up"
             warm_up(args, process, max(1.0, deadline - time.monotonic()))
+        self._phase = "ready"
         return process.url
 
     def phase(self) -> str:
         """What the engine is doing in its start."""
-        if self._process is None:
-            return "starting"
-        return "warming up" if self._warming_up else self._process.phase()
+        return self._phase or ("starting" if self._process is None else self._process.phase())
 
     def alive(self) -> bool:
         return self._process is not None and self._process.alive()
