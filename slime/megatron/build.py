@@ -25,6 +25,7 @@ from slime.config.args import Args
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
 from slime.megatron.layers import RMSNorm, layer_spec
+from slime.megatron.multi_tensor import fuse_weight_gradients
 
 T = TypeVar("T")
 
@@ -150,6 +151,8 @@ def build_model(args: Args, *, wrap: bool) -> torch.nn.Module:
     shape = architecture_of(args)
     with device.layer():
         config = transformer_config(args)
+        # only what trains has a buffer to add to
+        config.gradient_accumulation_fusion = wrap and uses_bf16(args) and fuse_weight_gradients()
         stage = parallel_state.get_pipeline_model_parallel_rank()
         layers = [layer_spec(args, config)] * get_num_layers_to_build(config, pp_rank=stage)
         core = PolicyModel(

@@ -1,21 +1,59 @@
-"""Megatron's passes over all weights on a GPU, each as a few kernels over lists of tensors.
+"""Megatron's passes over all weights and gradients on a GPU, fused as TransformerEngine and Apex would.
 
-Path: `optimizer` installs this before it builds. Invariant: norm, clipping and the copy to the model's weights are
-Megatron's own; without TransformerEngine and Apex it would take them tensor by tensor, and wait for the GPU at each
+Path: `build` asks for weight gradients that add themselves to the fp32 buffer, `optimizer` installs the rest before it
+builds. Invariant: sums, norm, clipping and copies are Megatron's own. Without those packages it would make each
+weight's gradient in bf16 and add that in a second pass, take the others tensor by tensor, and wait for the GPU at each
 tensor's norm. A CPU keeps Megatron's.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as mcore_optimizer
+from megatron.core.tensor_parallel import layers as mcore_layers
 from torch import Tensor
 
 from slime.megatron import device
+
+logger = logging.getLogger(__name__)
+
+
+class WeightGradients:
+    """Stands for Apex's extension of that name: the product's sums go into the fp32 gradient as they are."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+        """main_grad [N, K] float32 += grad_output [T, N]^T total_input [T, K]."""
+        torch.addmm(main_grad, grad_output.t(), total_input, out_dtype=torch.float32, out=main_grad)
+
+
+def fuse_weight_gradients() -> bool:
+    """Have Megatron's linear layers add their weights' gradients to the buffer; whether they do.
+
+    Needs a GPU, and a torch whose matrix product adds to float32 in place: tried once, on numbers without rounding.
+    """
+    if not device.on_cuda():
+        return False
+    if mcore_layers._grad_accum_fusion_available:  # Apex's, or ours from an earlier call
+        return True
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device.device())
+    total = torch.full((16, 16), 3.0, device=ones.device)
+    try:
+        WeightGradients.wgrad_gemm_accum_fp32(ones, ones, total)
+    except (RuntimeError, TypeError) as error:
+        logger.warning("weights' gradients are added in a pass of their own, which costs time: %s", error)
+        return False
+    if not bool((total == 19.0).all()):
+        logger.warning("weights' gradients are added in a pass of their own: this torch's addmm does not add in place")
+        return False
+    setattr(mcore_layers, "fused_weight_gradient_mlp_cuda", WeightGradients)  # noqa: B010  # Megatron has no such name
+    device.replace_name(mcore_layers, "_grad_accum_fusion_available", True)
+    return True
 
 
 def _norm(chunk_size: int, noop_flag: Tensor, lists: Sequence[list[Tensor]], *_: Any) -> tuple[Tensor, None]:

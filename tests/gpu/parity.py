@@ -73,7 +73,8 @@ class Worst:
 
 
 def control(report: Report, what: str, value: float, limit: float = 1.0) -> None:
-    report.row(f"control, has to be noticed: {what}", value, f"> {limit:g}", value > limit)
+    noticed = math.isnan(value) or value > limit
+    report.row(f"control, has to be noticed: {what}", value, f"> {limit:g}", noticed)
 
 
 def bits_again(report: Report, what: str, function: Callable[[], list[Tensor]]) -> None:
@@ -82,19 +83,22 @@ def bits_again(report: Report, what: str, function: Callable[[], list[Tensor]]) 
     report.row(f"{what}: the same bits again", same, True, same)
 
 
-def gb_per_second(function: Callable[[], object], num_bytes: int) -> float:
-    """Of bytes that have to be moved, over the median time of 20 calls."""
+def gb_per_second(function: Callable[[], object], num_bytes: int, calls: int = 20) -> float:
+    """Of bytes that have to be moved, over the mean time of calls that the GPU runs one behind the other.
+
+    It is kept busy until all are launched, so that short kernels are not timed by how fast they are launched.
+    """
     for _ in range(3):
         function()
-    times: list[float] = []
-    for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(30_000_000)  # cycles
+    start.record()
+    for _ in range(calls):
         function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return num_bytes / sorted(times)[len(times) // 2] / 1e6
+    end.record()
+    end.synchronize()
+    return calls * num_bytes / start.elapsed_time(end) / 1e6
 
 
 def copy_speed() -> str:
@@ -321,6 +325,26 @@ def logits_cases(report: Report, cases: list[tuple[int, int]]) -> None:
     largest, exps, _, target = triton_logits.sums(logits, targets, 0, 1.0)
     exact, _ = exact_log_probs(logits.double(), targets, 1.1)
     control(report, "another temperature", worst([target - largest - exps.log()], [exact]))
+
+
+@check(minutes=2)
+def weight_gradients(report: Report) -> None:
+    """A linear layer's gradient, added to the fp32 buffer by the matrix product itself."""
+    from slime.megatron.multi_tensor import WeightGradients, fuse_weight_gradients
+
+    report.row("weights' gradients add themselves", fuse_weight_gradients(), True, fuse_weight_gradients())
+    for tokens, outputs, inputs in ((7, 16, 64), (1000, 96, 4096), (8192, 4608, 4096)):
+        x, gradient = draw(tokens, 1, inputs).view(tokens, inputs), draw(tokens, outputs, seed=1)
+        buffer = draw(3, outputs, inputs, dtype=torch.float32, seed=2)  # a slice of the data-parallel buffer
+        total, before = buffer[1], buffer.clone()
+        for _ in range(2):
+            WeightGradients.wgrad_gemm_accum_fp32(x, gradient, total)
+        exact = before[1].double() + 2 * (gradient.double().t() @ x.double())
+        value = units(total, exact, 0.0)
+        report.row(f"{tokens} tokens, {outputs} x {inputs}, twice", value, "<= 1", value <= 1)
+        beside = torch.equal(buffer[0], before[0]) and torch.equal(buffer[2], before[2])
+        report.row(f"{tokens} tokens, {outputs} x {inputs}: neighbours untouched", beside, True, beside)
+        control(report, "added once", units(total, exact - gradient.double().t() @ x.double(), 0.0))
 
 
 @contextmanager

@@ -44,22 +44,27 @@ def _turn(
     pairs = tl.arange(0, PAIRS)
     cos = tl.load(cos_ptr + token * cos_stride + pairs, mask=pairs < half, other=0.0)[None, :]
     sin = tl.load(sin_ptr + token * cos_stride + pairs, mask=pairs < half, other=0.0)[None, :] * DIRECTION
-    here = (heads < num_heads)[:, None] & (pairs < half)[None, :]
-    if INTERLEAVED:
-        first = 2 * pairs
-        second = 2 * pairs + 1
-    else:
-        first = pairs
-        second = pairs + half
     source = x_ptr + token * token_stride + heads[:, None] * head_stride
     out = out_ptr + token * num_heads * d + heads[:, None] * d
-    x1 = tl.load(source + first[None, :], mask=here, other=0.0).to(tl.float32)
-    x2 = tl.load(source + second[None, :], mask=here, other=0.0).to(tl.float32)
-    tl.store(out + first[None, :], (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=here)
-    tl.store(out + second[None, :], (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=here)
+    some = (heads < num_heads)[:, None]
+    if INTERLEAVED:
+        # neighbours come in one load, in the order in which they lie
+        channels = tl.arange(0, 2 * PAIRS)[None, :]
+        here = some & (channels < 2 * half)
+        x = tl.load(source + channels, mask=here, other=0.0).to(tl.float32)
+        x1, x2 = tl.split(tl.reshape(x, (HEADS, PAIRS, 2)))
+        y = tl.reshape(tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin), (HEADS, 2 * PAIRS))
+        tl.store(out + channels, y.to(out_ptr.dtype.element_ty), mask=here)
+    else:
+        here = some & (pairs < half)[None, :]
+        first = pairs[None, :]
+        x1 = tl.load(source + first, mask=here, other=0.0).to(tl.float32)
+        x2 = tl.load(source + half + first, mask=here, other=0.0).to(tl.float32)
+        tl.store(out + first, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=here)
+        tl.store(out + half + first, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=here)
     if REST > 0:
         others = 2 * half + tl.arange(0, REST)
-        left = (heads < num_heads)[:, None] & (others < d)[None, :]
+        left = some & (others < d)[None, :]
         tl.store(out + others[None, :], tl.load(source + others[None, :], mask=left), mask=left)
 
 

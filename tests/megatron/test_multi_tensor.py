@@ -1,0 +1,46 @@
+"""Passes over lists of tensors against Megatron's own, tensor by tensor; and that a CPU keeps Megatron's."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.optimizer import clip_grads
+from megatron.core.utils import local_multi_tensor_scale
+from torch import Tensor
+
+from slime.megatron import multi_tensor
+
+
+def tensors(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 5), (7,), (1,), (2, 3, 4))]
+
+
+def test_norm_is_that_of_all_entries() -> None:
+    flag, lists = torch.zeros(1), [tensors()]
+    found, _ = multi_tensor._norm(1, flag, lists, False)
+    expected = torch.cat([tensor.flatten() for tensor in tensors()]).norm()
+    assert found.shape == (1,)
+    torch.testing.assert_close(found[0], expected)
+    assert abs(float(found) - sum(float(tensor.norm()) for tensor in tensors())) > 0.1
+
+
+def test_scale_is_in_place() -> None:
+    ours, theirs = tensors(), tensors()
+    multi_tensor._scale(1, torch.zeros(1), [ours, ours], 0.25)
+    local_multi_tensor_scale(1, torch.zeros(1), [theirs, theirs], 0.25)
+    for found, expected, before in zip(ours, theirs, tensors(), strict=True):
+        assert torch.equal(found, expected) and not torch.equal(found, before)
+
+
+def test_copies_are_rounded_to_the_target() -> None:
+    source, target = tensors(), tensors(1, torch.bfloat16)
+    multi_tensor._copy(source, target)
+    for found, expected in zip(target, source, strict=True):
+        assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())
+    multi_tensor._copy([], [])
+
+
+def test_a_cpu_keeps_megatrons() -> None:
+    before = clip_grads.l2_norm_impl
+    multi_tensor.install()
+    assert clip_grads.l2_norm_impl is before and not multi_tensor.fuse_weight_gradients()
