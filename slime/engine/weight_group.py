@@ -89,6 +89,7 @@ def _stream_behind(event: Filled, device: torch.device) -> Iterator[None]:
     stream.wait_event(event)
     with torch.cuda.stream(stream):  # the device, too: a thread begins on the first one
         yield
+    stream.synchronize()  # it waits for NCCL's own: the caller may free or fill the memory from its stream then
 
 
 def join_weight_group(
