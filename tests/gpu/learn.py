@@ -35,7 +35,9 @@ def decoupled(report: Report) -> None:
     learn(report, ["--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1", "--bf16", *TINY_ENGINE])
 
 
-def learn(report: Report, placement: Sequence[str], *, sft_rollouts: int = SFT_ROLLOUTS, rollouts: int = ROLLOUTS):
+def learn(
+    report: Report, placement: Sequence[str], *, sft_rollouts: int = SFT_ROLLOUTS, rollouts: int = ROLLOUTS
+) -> None:
     """Both stages; `placement` is said to GRPO alone."""
     precision = [word for word in placement if word in ("--bf16", "--no-bf16")]
     with scratch() as directory:

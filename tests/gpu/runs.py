@@ -66,7 +66,8 @@ def run(command: Sequence[str], *, logs: Path | None = None) -> None:
         RuntimeError: it failed; the ends of its processes' logs are printed first.
     """
     print(f"$ python {' '.join(command)}", flush=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False)
     if done.returncode == 0:
         return
