@@ -246,7 +246,7 @@ def engine_memory(args: Args) -> EngineMemory | None:
         tokens = -(-tokens // EMBEDDED_ROW) * EMBEDDED_ROW
     limit = args.sglang.get("max_total_tokens")
     if limit is not None:
-        requests = min(requests, max(limit // tokens, 1))
+        requests = min(requests, max(int(limit) // tokens, 1))  # SGLang's table has it as text
     kv_width = 1 if str(args.sglang.get("kv_cache_dtype", "")).startswith("fp8") else width
     kv_heads = max(shape.num_query_groups // tp, 1)
     kv_token = 2 * shape.num_layers * kv_heads * shape.kv_channels * kv_width
