@@ -241,7 +241,7 @@ def engine_memory(args: Args) -> EngineMemory | None:
     running = args.sglang.get("max_running_requests") or (EMBEDDED_RUNNING_REQUESTS if embedded else samples)
     requests = min(-(-samples // args.num_engines), args.sglang_server_concurrency, running)
     context = args.rollout_max_context_len or shape.max_position_embeddings
-    tokens = min(args.rollout_max_response_len, args.sglang.get("context_length") or context, context)
+    tokens = min(args.rollout_max_response_len, int(args.sglang.get("context_length") or context), context)
     if embedded:
         tokens = -(-tokens // EMBEDDED_ROW) * EMBEDDED_ROW
     limit = args.sglang.get("max_total_tokens")
