@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.gpu import checks
+
 ROOT = Path(__file__).parent.parent
 MODULES = ("tests.no_such_module", "tests.gpu_checks_for_tests")
 START = f"import sys; from tests.gpu.runner import main; sys.exit(main(sys.argv[1:], {MODULES!r}))"
@@ -79,3 +81,10 @@ def test_names_that_no_check_has(tmp_path: Path) -> None:
     printed, _ = runner.communicate(timeout=60)
     assert runner.returncode == 2
     assert "no check or module is called paritty" in printed
+
+
+def test_every_module_is_there_and_documented() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for module in checks.MODULES:
+        assert (ROOT / "tests" / "gpu" / f"{module}.py").is_file()
+        assert f"\n| `{module}` |" in page
