@@ -47,7 +47,7 @@ def resolve(args: Args) -> Args:
         changes["logprob_gap_alarm"] = 0.1 if changes.get("bf16", args.bf16) else 1e-3
     if args.log_probs_chunk_size is None:
         on_gpu = cuda_available() or changes.get("rollout_engine", args.rollout_engine) == "sglang"
-        changes["log_probs_chunk_size"] = 4096 if on_gpu and changes.get("bf16", args.bf16) else 1024
+        changes["log_probs_chunk_size"] = 8192 if on_gpu and changes.get("bf16", args.bf16) else 1024
     if args.eps_clip_high is None:
         changes["eps_clip_high"] = args.eps_clip
     if args.log_dir is None:

@@ -47,6 +47,7 @@ def local_device(rank: int) -> None:
     """Bind this process to its GPU: the only one that it sees, or number `rank` of the node's. No-op on a CPU."""
     if on_cuda():
         torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.set_float32_matmul_precision("highest")  # fp32 is fp32, not TF32, whatever the environment asks for
 
 
 def synchronize() -> None:
