@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from slime.config.args import Args
 from slime.core.architecture import Architecture
-from slime.engine.launch import phase_of
+from slime.engine.launch import is_healthy, launch_engine, phase_of, warm_up
 from slime.engine.sglang import CLASSES, PHASES, engine_port, sglang_server, words
 from slime.engine.sglang_installed import check_installed, installed_spellings, installed_version
 
@@ -28,6 +29,30 @@ class ServerArgs:
 """
 
 
+SERVER = """
+import http.server, json, os, sys, threading, time
+print("server_args=", sys.argv[1:], flush=True)
+print("devices", os.environ["CUDA_VISIBLE_DEVICES"], "Load weight begin.", flush=True)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+    def do_GET(self):
+        self.answer(200, {})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        good = body["return_logprob"] and self.headers["Authorization"] == "Bearer secret"
+        self.answer(200 if good else 500, {"message": "no kernel for this"})
+
+time.sleep(0.5)
+print("The server is fired up and ready to roll!", flush=True)
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that holds an SGLang 0.5.16, as far as it is read."""
@@ -35,6 +60,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (srt / "arg_groups" / "fields").mkdir(parents=True)
     (srt.parent / "__init__.py").write_text("raise RuntimeError('SGLang was imported')")
     (srt / "server_args.py").write_text(SERVER_ARGS)
+    (srt.parent / "launch_server.py").write_text(SERVER)
     (srt / "arg_groups" / "fields" / "memory.py").write_text(
         'class M:\n    mem_fraction_static: A[float, "Share."] = 0'
     )
@@ -166,6 +192,27 @@ def test_known_versions_pass(installed: Path, version: str) -> None:
 def test_none_is_said_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"SGLang is not installed here: pip install 'slime\[gpu\]'"):
         check_installed(some_args())
+
+
+def test_it_is_started_watched_and_warmed_up(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (installed / "sglang" / "__init__.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    args = some_args(sglang={"api_key": "secret"})
+    port = engine_port("127.0.0.1", 0)
+    engine = launch_engine(args, index=0, host="127.0.0.1", port=port, log_path=tmp_path / "log", gpu_ids=("5",))
+    seen: set[str] = set()
+    while not is_healthy(engine.url):
+        assert engine.alive()
+        seen.add(engine.phase())
+        time.sleep(0.02)
+    assert "loading weights" in seen
+    engine.wait_ready(10)
+    assert engine.phase() == "ready"
+    warm_up(args, engine, 10)
+    with pytest.raises(RuntimeError, match=r"(?s)engine 0 failed at its first request \(500.*no kernel.*devices 5"):
+        warm_up(some_args(), engine, 10)
+    engine.stop()
+    assert not engine.alive()
 
 
 LOG = """
