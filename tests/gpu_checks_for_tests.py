@@ -33,7 +33,7 @@ def crashes(report: Report) -> None:
     os.abort()
 
 
-@check(gpus=0, minutes=0.03)
+@check(gpus=0, minutes=0.08)
 def hangs(report: Report) -> None:
     """Its child leaves the process group, as servers do, and must not outlive the check either."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)

@@ -378,7 +378,8 @@ def main(argv: Sequence[str], modules: Sequence[str] = MODULES) -> int:
             text = one.problem[1] if one.problem else one.what
             print(f"{one.name:36} {gpus(one.needs.gpus):7} {one.needs.minutes:4g} min  {text}")
         return 0
-    runner = Runner(options.out, num_gpus=count_gpus(), minutes=options.minutes)
+    out = options.out.resolve()
+    runner = Runner(out, num_gpus=count_gpus(), minutes=options.minutes)
     adopt_orphans()
     try:
         signal.signal(signal.SIGTERM, ended)
@@ -387,7 +388,7 @@ def main(argv: Sequence[str], modules: Sequence[str] = MODULES) -> int:
     except (Ended, KeyboardInterrupt):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         runner.end(planned)
-    return tell(runner.rows(), options.out, options.json)
+    return tell(runner.rows(), out, options.json)
 
 
 def tell(rows: Sequence[Row], out: Path, also: Path | None) -> int:
