@@ -9,7 +9,8 @@ tensor's norm. A CPU keeps Megatron's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,20 +60,43 @@ def fuse_weight_gradients() -> bool:
 def _norm(chunk_size: int, noop_flag: Tensor, lists: Sequence[list[Tensor]], *_: Any) -> tuple[Tensor, None]:
     """[1]: the norm over all tensors of the one list."""
     [tensors] = lists
-    return torch.stack(torch._foreach_norm(tensors)).norm().reshape(1), None  # pyright: ignore[reportArgumentType]
+    norms: Any = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).norm().reshape(1), None
 
 
 def _scale(chunk_size: int, noop_flag: Tensor, lists: Sequence[list[Tensor]], factor: float) -> None:
     """In place: Megatron clips with the same list for source and target."""
     source, target = lists
     assert source is target
-    torch._foreach_mul_(target, factor)
+    torch._foreach_mul_(target, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _copy(this: list[Tensor], that: list[Tensor], overflow_buf: Tensor | None = None) -> None:
     """This to that, in that one's dtype."""
     if this:
-        torch._foreach_copy_(that, this)
+        torch._foreach_copy_(that, this)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@contextmanager
+def scaled_as_read(adams: Sequence[torch.optim.Optimizer], factor: float) -> Iterator[None]:
+    """Inside, PyTorch's fused Adams take `factor` x their gradients, in the pass that reads them."""
+    for adam in adams:
+        [device_of, *_] = {parameter.device for group in adam.param_groups for parameter in group["params"]}
+        adam.grad_scale = torch.tensor(1.0 / factor, device=device_of)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for adam in adams:
+            del adam.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def takes_scale(optimizer: object) -> bool:
+    """Whether it is a fused Adam of PyTorch's on a GPU, with anything to update."""
+    return (
+        isinstance(optimizer, torch.optim.Adam)
+        and any(group["params"] for group in optimizer.param_groups)
+        and all(group["fused"] and all(p.is_cuda for p in group["params"]) for group in optimizer.param_groups)
+    )
 
 
 def install() -> None:

@@ -27,6 +27,8 @@ from slime.megatron import device
 from slime.megatron.build import unwrap
 from slime.megatron.logprobs import response_log_probs
 from slime.megatron.microbatch import MicroBatch
+from slime.megatron.multi_tensor import scaled_as_read, takes_scale
+from slime.megatron.optimizer_state import parts_of
 from slime.megatron.parallel import Topology
 
 WEIGHTS_TOLERANCE = 1e-5
@@ -218,6 +220,12 @@ def _update(optimizer: MegatronOptimizer, where: str, loss: float) -> float:
             f"{where}: the gradient norm is {norm} at a loss of {loss:.6g}, and no weight was changed; resume from the "
             "last checkpoint with a lower --lr, and look for infinite rewards or log-probs in this rollout's data"
         )
+    factor = optimizer.config.clip_grad / (norm + 1.0e-6)  # as Megatron clips
+    inner = [part.optimizer for part in parts_of(optimizer)]
+    if 0 < factor < 1 and all(map(takes_scale, inner)):
+        with scaled_as_read(inner, factor):
+            optimizer.step_with_ready_grads()
+        return norm
     if optimizer.config.clip_grad > 0:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, norm)
