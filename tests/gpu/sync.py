@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from slime.config.args import Args
-from slime.config.flag_table import all_flags
 from slime.engine.client import EngineClient
 from slime.engine.launch import ManagedProcess, find_free_port, launch_engine
 from slime.engine.protocol import GenerateResponse
@@ -66,14 +65,12 @@ def tiny(path: Path, family: str, seed: int) -> Path:
 
 
 def engine_args(model: Path, **sglang: Any) -> Args:
-    """SGLang with QUICK_START as far as the table of its flags knows it."""
-    known = {spec.name for spec in all_flags() if spec.source == "sglang"}
     return Args(
         hf_checkpoint=str(model),
         rollout_engine="sglang",
         rollout_num_gpus=1,
         bf16=True,
-        sglang={name: value for name, value in QUICK_START.items() if name in known} | sglang,
+        sglang={**QUICK_START, **sglang},
     )
 
 
