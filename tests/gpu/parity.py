@@ -628,7 +628,11 @@ def response_log_probs_of(family: str, batch: Any, dtype: torch.dtype, temperatu
 
 @check(minutes=5)
 def trainer_log_probs(report: Report) -> None:
-    """What the Trainer says of a batch: packed, chunked, at a temperature; and one of its steps."""
+    """What the Trainer says of a batch: packed, chunked, at a temperature; and one of its steps.
+
+    In bf16 on a GPU linear layers add their weights' gradients to the buffer themselves: it is held to fp32's.
+    """
+    from slime.megatron.build import named_parameters
     from slime.megatron.trainer import Trainer
 
     batch = tiny.random_batch(lengths=[40, 3, 180, 29, 401, 1, 77, 12])
@@ -637,8 +641,9 @@ def trainer_log_probs(report: Report) -> None:
             hf = tiny.hf_dir(Path(folder) / family, family)
             exact = response_log_probs_of(family, batch, torch.float32, 0.8)
             theirs = response_log_probs_of(family, batch, torch.bfloat16, 0.8) - exact
+            in_fp32: dict[str, Tensor] = {}
             for bf16 in (False, True):
-                args = tiny.make_args(hf, bf16=bf16, max_tokens_per_gpu=512)
+                args = tiny.make_args(hf, bf16=bf16, max_tokens_per_gpu=512, clip_grad=0.0)
                 store = f"file://{folder}/{family}-{bf16}"
                 trainer = Trainer(args, rank=0, world_size=1, init_method=store)
                 try:
@@ -652,6 +657,17 @@ def trainer_log_probs(report: Report) -> None:
                     else:
                         report.row(f"{family}, fp32: log-probs", largest, "<= 1e-4", largest <= 1e-4)
                     metrics = trainer.train(0, batch)
+                    gradients = {name: p.main_grad.double().clone() for name, p in named_parameters(trainer.model)}
+                    if bf16:
+                        wrong = sum(float((gradients[name] - in_fp32[name]).square().sum()) for name in in_fp32)
+                        size = sum(float(gradient.square().sum()) for gradient in in_fp32.values())
+                        value = math.sqrt(wrong / size)
+                        report.row(
+                            f"{family}, bf16: a step's gradients, against fp32's", value, "<= 0.05", value <= 0.05
+                        )
+                        largest = max(in_fp32, key=lambda name: float(in_fp32[name].norm()))
+                        control(report, f"without {largest}", float(in_fp32[largest].norm()) / math.sqrt(size), 0.05)
+                    in_fp32 = in_fp32 or gradients
                     moved = float((torch.from_numpy(trainer.log_probs(batch)).to(DEVICE) - exact - error).abs().max())
                     norm = metrics["train/grad_norm"]
                     report.row(f"{family}, bf16 {bf16}: a step's gradient norm", norm, "> 0", 0 < norm < math.inf)
