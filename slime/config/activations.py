@@ -241,7 +241,8 @@ def log_probs_operation(args: Args, rank: Rank) -> Operation:
         kept = min(whole_chunks * logits, rank.tokens * local_vocabulary(args, rank.shape)) * rank.width
     # Beside the output layer's gradient, which is summed in fp32: this chunk's part of it, and its logits. A CPU has
     # those twice in fp32 before, and in bf16 twice, too.
-    adding = rank.width * (logits + chunk * hidden) + (FP32 * table if rank.on_cuda else rank.weight_gradient(table))
+    fresh = 0 if kept else logits  # the gradient of logits that were kept takes their place
+    adding = rank.width * (fresh + chunk * hidden) + (FP32 * table if rank.on_cuda else rank.weight_gradient(table))
     if not rank.on_cuda:
         making = 2 * FP32 + (0 if rank.width == FP32 else 2 * rank.width)
         adding = max(making * logits, adding)

@@ -477,6 +477,11 @@ def test_logits_that_a_gpu_keeps() -> None:
     logits = 2 * 4096 * 151552
     assert few.saved == logits + 2 * 4096 * shape.hidden_size
     assert many.saved == 4 * logits + 2 * 65536 * shape.hidden_size
+    # their gradient takes their place; where a chunk is too large to be kept, it is made then
+    huge = replace(args, log_probs_chunk_size=65536)
+    made = log_probs_operation(huge, rank_sizes(huge, shape, on_cuda=True, tokens=65536))
+    hidden_of_chunks = 2 * (65536 - 4096) * shape.hidden_size
+    assert made.working - many.working == 16 * logits + hidden_of_chunks
     there = log_probs_operation(args, rank_sizes(args, shape, on_cuda=False, tokens=4096))
     assert there.saved == 2 * 4096 * shape.hidden_size
 
