@@ -25,7 +25,7 @@ from slime.observability.phases import MEASURED, PHASES
 from tests.gpu.checks import Report, check
 from tests.gpu.learn import TINY_ENGINE
 from tests.gpu.rollout_speed import made_up
-from tests.gpu.runs import ROOT, kept_directory, run, scratch, series, train
+from tests.gpu.runs import PLAIN_ENGINE, ROOT, kept_directory, run, scratch, series, train
 from tests.gpu.sync import LOOPBACK, MIB, engine_args, generated, median_seconds, model_4b
 from tests.gpu.trainer_speed import args_of, batch_of, trainer_of
 
@@ -49,7 +49,7 @@ def tiny_run(report: Report) -> None:
         words += ["--lr", "1e-4", "--use-kl-loss", "--kl-loss-coef", "0.01", "--eval-interval", "2"]
         words += ["--eval-prompt-data", f"{directory / 'eval.jsonl'}@[0:16]", "--save", str(directory / "save")]
         words += ["--bf16", "--colocate", "--actor-num-gpus-per-node", "1", "--check-weight-sync", *TINY_ENGINE]
-        events = train([*words, "--sglang-grammar-backend", "none"], log_dir)
+        events = train(words, log_dir)
     gaps = series(events, "train/logprob_gap_mean")
     report.row("rollouts; the weights' proof has passed", len(gaps), 3, len(gaps) == 3)
     report.row("largest mean |train - rollout log-prob|", max(gaps), f"<= {LARGEST_GAP:g}", max(gaps) <= LARGEST_GAP)
@@ -108,7 +108,7 @@ def qwen3_run(report: Report, *, steps: int, prompts: int, new_tokens: int) -> l
         words += ["--input-key", "prompt", "--label-key", "label", "--rm-type", "random", "--bf16", "--colocate"]
         words += ["--num-rollout", str(steps), "--rollout-batch-size", str(prompts), "--n-samples-per-prompt", "8"]
         words += ["--rollout-max-response-len", str(new_tokens), "--actor-num-gpus-per-node", "1"]
-        words += ["--rollout-engine", "sglang", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "16384"]
+        words += ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "16384", *PLAIN_ENGINE]
         start = time.monotonic()
         events = train([*words, "--lr", "1e-6"], log_dir)
         report.row("seconds of the run, with all starts", time.monotonic() - start)

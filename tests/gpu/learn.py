@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from tests.gpu.checks import Report, check
-from tests.gpu.runs import kept_directory, run, scratch, series, train, without, words_of
+from tests.gpu.runs import PLAIN_ENGINE, kept_directory, run, scratch, series, train, without, words_of
 
 SFT_ROLLOUTS = 60
 ROLLOUTS = 20
@@ -17,8 +17,7 @@ SMALLEST_GAIN = 0.3
 """Of the greedy reward on held-out problems. On a CPU in fp32 it goes from 0.28 to 0.99 within ten rollouts."""
 
 TINY_ENGINE = (
-    # For a model whose heads have 32 channels, and to be ready soon
-    *("--rollout-engine", "sglang", "--sglang-attention-backend", "triton", "--sglang-sampling-backend", "pytorch"),
+    *PLAIN_ENGINE,
     *("--sglang-disable-cuda-graph", "--sglang-mem-fraction-static", "0.3", "--sglang-max-total-tokens", "262144"),
 )
 

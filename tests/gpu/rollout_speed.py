@@ -25,7 +25,7 @@ from slime.rollout import collect
 from slime.rollout.context import DataSource, RolloutContext, RolloutResult
 from slime.rollout.generate import rollout_sampling_params, sampling_seed
 from tests.gpu.checks import Report, check
-from tests.gpu.runs import kept_directory, run, scratch, train
+from tests.gpu.runs import PLAIN_ENGINE, kept_directory, run, scratch, train
 
 PROMPTS, SAMPLES = 32, 8
 PROMPT_TOKENS, NEW_TOKENS = 128, 512
@@ -101,7 +101,7 @@ async def measured_rollout(
 @check(gpus=1, minutes=6)
 def rollout_speed(report: Report) -> None:
     """Qwen3-0.6B, random weights: 256 requests of 128 + 512 tokens through slime, and straight to SGLang."""
-    measure(report, "scripts/models/qwen3-0.6B.sh", ["--rollout-engine", "sglang", "--bf16"])
+    measure(report, "scripts/models/qwen3-0.6B.sh", [*PLAIN_ENGINE, "--bf16"])
 
 
 def measure(report: Report, model: str, engine: Sequence[str], *, new_tokens: int = NEW_TOKENS) -> None:

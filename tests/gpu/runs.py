@@ -17,6 +17,11 @@ from tests.gpu.checks import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL_LINES = 25
+PLAIN_ENGINE = (
+    *("--rollout-engine", "sglang", "--sglang-attention-backend", "triton"),
+    *("--sglang-sampling-backend", "pytorch", "--sglang-grammar-backend", "none"),
+)
+"""SGLang without kernels that a machine may lack: every check asks for the same, so that it runs wherever SGLang does."""
 WORDS_OF = 'python3() { printf "%s\\0" "$@"; }; exec() { "$@"; }; source "$1"'
 
 
