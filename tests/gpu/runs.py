@@ -21,7 +21,7 @@ PLAIN_ENGINE = (
     *("--rollout-engine", "sglang", "--sglang-attention-backend", "triton"),
     *("--sglang-sampling-backend", "pytorch", "--sglang-grammar-backend", "none"),
 )
-"""SGLang without kernels that a machine may lack: every check asks for the same, so that it runs wherever SGLang does."""
+"""SGLang without kernels that a machine may lack: every check asks for it, and runs wherever SGLang does."""
 WORDS_OF = 'python3() { printf "%s\\0" "$@"; }; exec() { "$@"; }; source "$1"'
 
 

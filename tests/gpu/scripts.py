@@ -11,7 +11,7 @@ from pathlib import Path
 from slime.config.memory import engine_memory, train_memory
 from slime.config.parse import load_args
 from tests.gpu.checks import Report, check
-from tests.gpu.runs import kept_directory, run, scratch, series, train, words_of
+from tests.gpu.runs import PLAIN_ENGINE, kept_directory, run, scratch, series, train, words_of
 
 STEPS = 3
 NEW_TOKENS = 1024
@@ -50,7 +50,7 @@ def run_script(report: Report, script: str, model: str) -> None:
         variables = {"HF_DIR": str(directory / "hf"), "PROMPT_DATA": str(directory / "prompts.jsonl"), "SAVE_DIR": ""}
         words = words_of(script, variables)
         words += ["--num-rollout", str(STEPS), "--rm-type", "random", "--rollout-max-response-len", str(NEW_TOKENS)]
-        words += ["--update-weight-disk-dir", str(directory / "engine-weights")]
+        words += ["--update-weight-disk-dir", str(directory / "engine-weights"), *PLAIN_ENGINE]
         args, _ = load_args([*words, "--dry-run"])
         start = time.monotonic()
         events = train(words, log_dir)
