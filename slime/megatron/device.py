@@ -57,8 +57,14 @@ def synchronize() -> None:
 
 
 def empty_cache() -> None:
-    """Give memory that is free inside this process back to the device."""
+    """Give memory that is free inside this process back to the device.
+
+    Matrix products keep workspaces that the next one makes anew: one of them, lying in gigabytes of free memory, would
+    keep all of these from going back.
+    """
     if on_cuda():
+        require_names(torch._C, "_cuda_clearCublasWorkspaces")
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 
