@@ -209,10 +209,10 @@ class Placement:
         return self._options(self.layout.manager)
 
     def rendezvous(self, directory: str) -> str:
-        """Where the trainers find each other: a file in `directory`, or a port of rank 0's node where there are
-        several nodes."""
+        """Where the trainers find each other: a file in `directory`, which is this node's, or a port of rank 0's node
+        where any of them stands elsewhere."""
         nodes = [slot.node_ip for slot in self.layout.trainers]
-        if len(set(nodes)) <= 1:
+        if {*nodes} <= {"", ray.util.get_node_ip_address()}:
             return f"file://{directory}/rendezvous"
         port = ray.get(_free_port.options(**self._options(self.layout.trainers[0])).remote(nodes[0]))
         return f"tcp://{nodes[0]}:{port}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,17 @@ def test_an_engine_stands_on_one_node() -> None:
         lay_out(wanted(2, 1, 4), nodes(4, 4), [Slot(99)])
     assert lay_out(wanted(4, 1, 4), nodes(4, 4), [Slot(99)])
     assert lay_out(wanted(8, 2, 4, colocated=True), nodes(4, 4), [Slot(99)])
+
+
+def test_trainers_meet_at_a_file_only_where_all_of_them_find_it(place: Callable[..., Placement]) -> None:
+    """The directory is the driver's, which may stand on a node without GPUs."""
+    here = place(actor_num_gpus_per_node=2, rollout_num_gpus=0, debug_train_only=True)
+    assert here.rendezvous("/tmp/run") == "file:///tmp/run/rendezvous"
+    trainers = tuple(replace(slot, node_ip="127.0.0.2") for slot in here.layout.trainers)  # not where Ray stands
+    elsewhere = replace(here, layout=replace(here.layout, trainers=trainers))
+    assert re.fullmatch(r"tcp://127\.0\.0\.2:\d+", elsewhere.rendezvous("/tmp/run"))
+    on_cpus = replace(here, layout=replace(here.layout, trainers=tuple(Slot(slot.bundle) for slot in trainers)))
+    assert on_cpus.rendezvous("/tmp/run") == "file:///tmp/run/rendezvous"
 
 
 def test_phases_are_told_while_engines_start(four_gpus: None, capsys: pytest.CaptureFixture[str]) -> None:
