@@ -5,7 +5,8 @@
 
 Megatron's come from megatron-core's dataclasses (its wheel has no argument parser), the router's from its own parser,
 SGLang's from the annotations in its wheel, read by `ast` (so no GPU is needed). Run it again when a pin moves.
-One row is `{name, kind, on, [off, help, default, choices, num_values, one_is_scalar]}`, as `flag_table.FlagSpec`.
+One row is `{name, kind, on, [off, help, default, choices, num_values, one_is_scalar, suffixes]}`, as
+`flag_table.FlagSpec`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def plain_default(value: Any) -> Any:
 
 def tidy(row: Row) -> Row:
     """The row without what is empty, keys in a fixed order."""
-    order = ("name", "kind", "on", "off", "num_values", "one_is_scalar", "choices", "default", "help")
+    order = ("name", "kind", "suffixes", "on", "off", "num_values", "one_is_scalar", "choices", "default", "help")
     return {key: row[key] for key in order if row.get(key) not in (None, "", [], ())}
 
 
@@ -190,11 +191,20 @@ def literal(node: ast.expr | None) -> Any:
         return None
 
 
+def words_of(node: ast.expr | None) -> str | None:
+    """A help text: a constant, or the beginning of what is put together of one and something else."""
+    while isinstance(node, ast.BinOp | ast.JoinedStr):
+        node = node.left if isinstance(node, ast.BinOp) else next(iter(node.values), None)
+    return literal(node)
+
+
 def sglang_shape(node: ast.expr, metadata: dict[str, ast.expr]) -> Row:
     """Kind and shape from an annotation `T` of `A[T, Arg(...)]` and the Arg's keywords."""
     text = ast.unparse(node)
     if (wrapped := re.fullmatch(r"Optional\[(.*)\]", text)) is not None:
         text = wrapped[1]
+    if "type_parser" in metadata and ast.unparse(metadata["type_parser"]) == "human_readable_int":
+        return {"kind": "int", "suffixes": True}
     if "type_parser" in metadata:  # SGLang parses such values itself, from one word
         return {"kind": "str"}
     if text.startswith("Literal["):
@@ -232,7 +242,7 @@ def sglang_row(item: ast.AnnAssign, by_hand: set[str]) -> Row | None:
     shape = sglang_shape(hint, metadata)
     optional_action = "BooleanOptionalAction" in ast.unparse(metadata["action"]) if "action" in metadata else False
     return tidy(
-        {"name": name, **shape, "on": on, "help": one_line(literal(metadata.get("help")))}
+        {"name": name, **shape, "on": on, "help": one_line(words_of(metadata.get("help")))}
         | {"off": ["--sglang-no-" + spelled.removeprefix("--")] if optional_action else []}
         | {"default": plain_default(literal(item.value))}
     )

@@ -44,6 +44,8 @@ class FlagSpec:
     """For flags of several values: fewest and most (None: any number)."""
     one_is_scalar: bool = False
     """Of several values: a single one is passed on bare, not as a list."""
+    suffixes: bool = False
+    """Whole numbers may be written as 64k or 64Ki, as SGLang reads some."""
     bounds: Mapping[str, float] = field(default_factory=dict[str, float])
     metavar: str | None = None
 

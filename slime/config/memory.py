@@ -241,12 +241,12 @@ def engine_memory(args: Args) -> EngineMemory | None:
     running = args.sglang.get("max_running_requests") or (EMBEDDED_RUNNING_REQUESTS if embedded else samples)
     requests = min(-(-samples // args.num_engines), args.sglang_server_concurrency, running)
     context = args.rollout_max_context_len or shape.max_position_embeddings
-    tokens = min(args.rollout_max_response_len, int(args.sglang.get("context_length") or context), context)
+    tokens = min(args.rollout_max_response_len, args.sglang.get("context_length") or context, context)
     if embedded:
         tokens = -(-tokens // EMBEDDED_ROW) * EMBEDDED_ROW
     limit = args.sglang.get("max_total_tokens")
     if limit is not None:
-        requests = min(requests, max(int(limit) // tokens, 1))  # SGLang's table has it as text
+        requests = min(requests, max(limit // tokens, 1))
     kv_width = 1 if str(args.sglang.get("kv_cache_dtype", "")).startswith("fp8") else width
     kv_heads = max(shape.num_query_groups // tp, 1)
     kv_token = 2 * shape.num_layers * kv_heads * shape.kv_channels * kv_width

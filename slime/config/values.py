@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, cast
 
 from slime.config.flag_table import BOUNDS, FlagSpec
@@ -70,9 +71,21 @@ def _within(value: float, key: str, bound: float) -> bool:
             return value < bound
 
 
+def _suffixed(text: str) -> int:
+    """64k -> 64000, 64Ki -> 65536."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMGT])|([0-9]+)([KMGT])i", text)
+    if match is None:
+        raise ValueError("a whole number, or one such as 64k (64000) or 64Ki (65536)")
+    if match[1] is not None:
+        return int(Decimal(match[1]) * 1000 ** ("kMGT".index(match[2]) + 1))
+    return int(match[3]) * 1024 ** ("KMGT".index(match[4]) + 1)
+
+
 def _scalar(spec: FlagSpec, text: str) -> Any:
     value: Any = text
-    if spec.kind == "int":
+    if spec.kind == "int" and spec.suffixes and text[-1:].isalpha():
+        value = _suffixed(text)
+    elif spec.kind == "int":
         if re.fullmatch(r"[+-]?\d+(_\d+)*", text) is None:
             raise ValueError("a whole number")
         value = int(text)

@@ -38,6 +38,14 @@ def test_forms(run: Run, words: list[str], name: str, value: object) -> None:
     assert vars(run.args(*words))[name] == value
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("64000", 64000), ("64k", 64000), ("64Ki", 65536), ("25.6k", 25600), ("1.5M", 1500000)]
+)
+def test_numbers_that_sglang_reads_with_suffixes(run: Run, text: str, tokens: int) -> None:
+    flags = ("--sglang-context-length", "--sglang-max-total-tokens", "--sglang-max-prefill-tokens")
+    assert {run.args(flag, text).sglang[flag[9:].replace("-", "_")] for flag in flags} == {tokens}
+
+
 def test_pass_through(run: Run) -> None:
     args = run.args(
         *("--moe-layer-freq", "[0]*1+[1]*3", "--no-masked-softmax-fusion", "--recompute-modules", "mlp", "core_attn"),
@@ -77,6 +85,11 @@ def test_pass_through(run: Run) -> None:
         (["--lr=1", "2"], "'2': stands behind no flag;"),
         (["--sglang-tp-size", "2"], "--sglang-tp-size 2: slime sets it itself; use --rollout-num-gpus-per-engine"),
         (["--sglang-tensor-parallel-size=2"], "--sglang-tensor-parallel-size 2: slime sets it itself;"),
+        (["--sglang-context-length", "1.5Ki"], "--sglang-context-length 1.5Ki: has to be a whole number, or one such"),
+        (["--sglang-max-total-tokens", "64K"], "--sglang-max-total-tokens 64K: has to be a whole number, or one such"),
+        (["--rollout-batch-size", "1k"], "--rollout-batch-size 1k: has to be a whole number;"),
+        (["--update-weight-pause", "wait"], "--update-weight-pause wait: has to be one of drain, abort, in_place,"),
+        (["--log-probs-chunk-size", "0"], "--log-probs-chunk-size 0: has to be a number >= 1;"),
         (["--sglang-port", "1"], "--sglang-port 1: slime sets it itself;"),
         (["--sglang-model-path", "x"], "--sglang-model-path x: slime sets it itself; use --hf-checkpoint"),
         (["--moe-layer-freq", "__import__('os')"], "--moe-layer-freq __import__('os'): has to be a number, a list"),
