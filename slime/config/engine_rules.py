@@ -33,6 +33,10 @@ def engines(case: Case) -> Iterable[Problem]:
     elif args.rollout_num_gpus is None:
         remedy = "say how many, or --colocate, or 0 for a run that generates nothing"
         yield case.error("rollout_num_gpus", "not given", remedy, beside=["colocate"])
+    elif args.colocate and args.rollout_num_gpus % args.rollout_num_gpus_per_engine:
+        rule = f"does not divide the {args.actor_world_size} training GPUs, which --colocate shares with the engines"
+        about = ("colocate", "actor_num_nodes", "actor_num_gpus_per_node")
+        yield case.error("rollout_num_gpus_per_engine", rule, "choose a divisor", beside=about)
     elif args.rollout_num_gpus % args.rollout_num_gpus_per_engine:
         rule = f"is no multiple of --rollout-num-gpus-per-engine {args.rollout_num_gpus_per_engine}"
         yield case.error("rollout_num_gpus", rule, "make it one", beside=["rollout_num_gpus_per_engine", "colocate"])
@@ -58,6 +62,13 @@ def sglang(case: Case) -> Iterable[Problem]:
             rule="an engine is one tensor-parallel group, to which weights are sent",
             remedy="leave it out, and raise --rollout-num-gpus-per-engine",
         )
+
+
+def precision_elsewhere(case: Case) -> Iterable[Problem]:
+    """Unset, --bf16 goes by the machine that starts the run, which may be a cluster's one without GPUs."""
+    if "bf16" not in case.given and joins_ray() and not cuda_available():
+        rule = "this machine has no CUDA, so the run is in fp32, on GPUs of Ray's cluster, too"
+        yield case.warning("bf16", rule, "say --bf16 or --no-bf16")
 
 
 def external_engines(case: Case) -> Iterable[Problem]:
@@ -107,8 +118,9 @@ def api_keys(case: Case) -> Iterable[Problem]:
 def pauses(case: Case) -> Iterable[Problem]:
     """Requests that wait while weights change must find no cache of the old ones; SGLang cannot flush it then."""
     args = case.args
-    waits = args.update_weight_pause in ("in_place", "retract")
-    if waits and args.rollout_engine == "sglang" and args.num_engines and not args.sglang.get("disable_radix_cache"):
+    waits = args.update_weight_pause in ("in_place", "retract") and args.num_engines and not args.colocate
+    may_be_sglang = args.rollout_engine != "embedded"
+    if waits and may_be_sglang and not args.sglang.get("disable_radix_cache"):
         rule = "SGLang flushes its prefix cache only while no request waits, and prompts would be read from the old one"
         yield case.error("update_weight_pause", rule, "add --sglang-disable-radix-cache, or take drain or abort")
 

@@ -160,6 +160,11 @@ TABLE: tuple[NoEffect, ...] = (
         "no weights are sent",
     ),
     NoEffect(
+        ("update_weight_pause",),
+        lambda a: a.colocate and a.num_engines > 0 and not a.debug_rollout_only,
+        "with --colocate nothing is in flight while weights change",
+    ),
+    NoEffect(
         ("update_weight_disk_dir",),
         lambda a: not needs_weight_directory(a),
         "no weights stand in files",

@@ -15,6 +15,7 @@ from slime.config.engine_rules import (
     external_engines,
     external_router,
     pauses,
+    precision_elsewhere,
     sglang,
     weight_directory,
 )
@@ -293,6 +294,7 @@ CONVERSION_RULES: tuple[Rule, ...] = (parallel_sizes, precision, megatron_decide
 TRAINING_RULES: tuple[Rule, ...] = (
     engines,
     sglang,
+    precision_elsewhere,
     external_engines,
     external_router,
     api_keys,

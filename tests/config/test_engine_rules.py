@@ -56,6 +56,10 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
             f"{SGLANG} --update-weight-pause retract",
             "--update-weight-pause retract: SGLang flushes its prefix cache only while no request waits",
         ),
+        (
+            "--colocate --actor-num-gpus-per-node 3 --rollout-num-gpus-per-engine 2 --dry-run",
+            "--rollout-num-gpus-per-engine 2: does not divide the 3 training GPUs, which --colocate shares",
+        ),
     ],
 )
 def test_one_error(bare: Run, words: str, message: str) -> None:
@@ -78,6 +82,7 @@ def test_one_error(bare: Run, words: str, message: str) -> None:
             f"{OWN} --sglang-router-ip 10.0.0.9 --sglang-router-port 9",
             "--sglang-router-ip 10.0.0.9: stands elsewhere",
         ),
+        ("--colocate --rollout-engine sglang --dry-run --update-weight-pause retract", "nothing is in flight"),
         (f"{OWN} --update-weight-disk-dir x --no-check-weight-sync", "no weights stand in files"),
     ],
 )
@@ -122,3 +127,17 @@ def test_auto_is_decided_by_the_cluster_that_is_joined(bare: Run, monkeypatch: p
     decided = "sglang" if cuda_available() else "auto"
     assert args.rollout_engine == decided
     assert decided == "sglang" or "SGLang where Ray's cluster has GPUs" in format_plan(args, problems)
+
+
+@pytest.mark.skipif(cuda_available(), reason="is about a machine without CUDA")
+def test_precision_and_pauses_where_the_cluster_decides(bare: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head node without GPUs: what it has is no reason to train on GPUs in fp32, or to take SGLang for ours."""
+    bare.base.remove("--no-bf16")
+    words = ("--rollout-num-gpus", "1", "--dry-run")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert bare.warnings(*words) == []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+    [warning] = bare.warnings(*words)
+    assert "this machine has no CUDA, so the run is in fp32" in warning
+    assert bare.warnings(*words, "--bf16") == bare.warnings(*words, "--no-bf16") == []
+    assert "SGLang flushes its prefix cache" in bare.error(*words, "--bf16", "--update-weight-pause", "in_place")
