@@ -75,7 +75,13 @@ def shape_of_script(script: Path, num_layers: int | None) -> Architecture:
 
 
 def shape_of_config(config: Path, num_layers: int | None) -> Architecture:
-    """What a config.json, or the one of a directory, describes."""
+    """What a config.json, or the one of a directory, describes.
+
+    Raises:
+        ValueError: it is a file of another name.
+    """
+    if not config.is_dir() and config.name != "config.json":
+        raise ValueError(f"--config {config}: is no directory, and not called config.json; name one of the two")
     values = read_hf_config(config if config.is_dir() else config.parent)
     return hf_architecture(values if num_layers is None else {**values, "num_hidden_layers": num_layers})
 

@@ -138,6 +138,8 @@ def test_what_cannot_be_made(tmp_path: Path) -> None:
         tool.main(["--from-args", str(ROOT / "scripts/models/glm4-tiny.sh"), "--out", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="cannot read MODEL_ARGS"):
         tool.main(["--from-args", str(tmp_path / "none.sh"), "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match=r"other\.json: is no directory, and not called config\.json"):
+        tool.main(["--config", str(tmp_path / "other.json"), "--out", str(tmp_path / "out")])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(ValueError, match="is no Hugging Face directory"):
