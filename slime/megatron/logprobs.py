@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from slime.megatron.main_gradients import add_product, added, main_gradient
+
 KEPT_BYTES = 5 * 2**30
 """Of logits that a GPU keeps: all of 16,384 tokens over 152k entries in bf16."""
 
@@ -183,6 +185,7 @@ class _ResponseLogProbs(torch.autograd.Function):
         hidden_B, weight, predicting_R, targets_R, log_sums_R, entropies_R = ctx.saved_tensors
         part, scale, chunk_size = ctx.options
         hidden_gradient = torch.zeros_like(hidden_B)
+        main_grad = main_gradient(weight)
         of_part: Tensor | None = None  # summed over chunks in fp32
         gradient_R, entropy_gradient_R = gradients
         if gradient_R is None:
@@ -201,10 +204,14 @@ class _ResponseLogProbs(torch.autograd.Function):
                 scale,
             )
             hidden_gradient.index_copy_(0, predicting_R[here], logits_gradient @ weight[: part.size])
-            share = _weight_gradient(logits_gradient, hidden_C)
-            of_part = share.float() if of_part is None else of_part.add_(share)
-            del logits_CV, logits_gradient, share  # before those of the next chunk are made
-        return hidden_gradient, _of_table(of_part, weight), *[None] * 7
+            if main_grad is not None:
+                add_product(main_grad[: part.size], logits_gradient, hidden_C)
+            else:
+                share = _weight_gradient(logits_gradient, hidden_C)
+                of_part = share.float() if of_part is None else of_part.add_(share)
+                del share
+            del logits_CV, logits_gradient  # before those of the next chunk are made
+        return hidden_gradient, _of_table(of_part, weight) if main_grad is None else added(weight), *[None] * 7
 
 
 def _of_table(of_part: Tensor | None, weight: Tensor) -> Tensor:

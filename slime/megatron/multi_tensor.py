@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from megatron.core.optimizer import clip_grads, distrib_optimizer
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer, clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as mcore_optimizer
 from megatron.core.tensor_parallel import layers as mcore_layers
 from torch import Tensor
@@ -77,17 +78,33 @@ def _copy(this: list[Tensor], that: list[Tensor], overflow_buf: Tensor | None = 
         torch._foreach_copy_(that, this)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def gradient_norm(parts: Sequence[MegatronOptimizer]) -> Tensor:
+    """[] the norm of all ranks' gradients, as Megatron counts them, without waiting for it."""
+    squares: list[Tensor] = []
+    for part in parts:
+        gradients = cast(Any, part).get_main_grads_for_grad_norm()
+        norm = _norm(0, torch.empty(0), [gradients])[0] if gradients else torch.zeros(1, device=device.device())
+        square = norm.square()
+        dist.all_reduce(square, group=cast(Any, part).get_grad_stats_parallel_group())
+        squares.append(square)
+    return torch.cat(squares).sum().sqrt()
+
+
 @contextmanager
-def scaled_as_read(adams: Sequence[torch.optim.Optimizer], factor: float) -> Iterator[None]:
-    """Inside, PyTorch's fused Adams take `factor` x their gradients, in the pass that reads them."""
-    for adam in adams:
-        [device_of, *_] = {parameter.device for group in adam.param_groups for parameter in group["params"]}
-        adam.grad_scale = torch.tensor(1.0 / factor, device=device_of)  # pyright: ignore[reportAttributeAccessIssue]
+def scaled_as_read(adams: Sequence[torch.optim.Optimizer], scale: Tensor, skip: Tensor) -> Iterator[None]:
+    """Inside, PyTorch's fused Adams take their gradients / `scale`, in the pass that reads them.
+
+    Args:
+        scale: [] float32 on their device, which nobody waits for.
+        skip: the same; where it is 1 a step changes nothing.
+    """
+    for adam in cast(Any, adams):
+        adam.grad_scale, adam.found_inf = scale, skip
     try:
         yield
     finally:
-        for adam in adams:
-            del adam.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
+        for adam in cast(Any, adams):
+            del adam.grad_scale, adam.found_inf
 
 
 def takes_scale(optimizer: object) -> bool:

@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from slime.config.args import Args
-from slime.megatron import device, distributed_optimizer, multi_tensor
+from slime.megatron import device, distributed_optimizer, main_gradients, multi_tensor, one_pass_adam
 from slime.megatron.build import config_from, params_dtype, uses_bf16
 from slime.megatron.optimizer_state import parts_of
 
@@ -40,6 +40,7 @@ def build_optimizer(args: Args, model: torch.nn.Module) -> tuple[MegatronOptimiz
     with device.layer():
         distributed_optimizer.install()
         multi_tensor.install()
+        main_gradients.install(model)
         optimizer = get_megatron_optimizer(config, [model])  # pyright: ignore[reportArgumentType]
         for part in parts_of(optimizer):
             _prepare(part)
@@ -51,6 +52,7 @@ def _prepare(part: MegatronOptimizer) -> None:
     if isinstance(part.optimizer, torch.optim.Adam):
         for group in part.optimizer.param_groups:
             group["fused"] = True  # one pass over the weights; on a CPU a third of the time
+        one_pass_adam.install(part)
     elif isinstance(part.optimizer, torch.optim.SGD):
         part.init_state_fn = _start_sgd  # Megatron gives it none, and calls it when it loads
 

@@ -27,7 +27,7 @@ from slime.megatron import device
 from slime.megatron.build import unwrap
 from slime.megatron.logprobs import response_log_probs
 from slime.megatron.microbatch import MicroBatch
-from slime.megatron.multi_tensor import scaled_as_read, takes_scale
+from slime.megatron.multi_tensor import gradient_norm, scaled_as_read, takes_scale
 from slime.megatron.optimizer_state import parts_of
 from slime.megatron.parallel import Topology
 
@@ -58,6 +58,11 @@ class Stepper:
         with torch.no_grad():
             return self._schedule(micro_batches, collect, forward_only=True)
 
+    def forget_gradients(self, optimizer: MegatronOptimizer) -> None:
+        """What a step begins with; before its micro-batches are packed, for a GPU is busy with it meanwhile."""
+        self.model.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
+        optimizer.zero_grad()
+
     def train(
         self,
         micro_batches: Sequence[MicroBatch],
@@ -69,7 +74,7 @@ class Stepper:
         weights_sum: float,
         where: str,
     ) -> dict[str, float]:
-        """One optimizer step over this rank's micro-batches (every rank brings equally many).
+        """One optimizer step over this rank's micro-batches (every rank brings equally many), after `forget_gradients`.
 
         Args:
             weights_sum: what the loss weights of all ranks have to sum to.
@@ -88,17 +93,25 @@ class Stepper:
             return self._weighed_loss(micro_batch, hidden, loss, options)
 
         self.model.train()
-        self.model.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
-        optimizer.zero_grad()
-        metrics = self._metrics(self._schedule(micro_batches, weigh, forward_only=False))
+        reduced = self._reduced(self._schedule(micro_batches, weigh, forward_only=False))
+        # on a GPU neither is waited for before the step is on its way: it is not taken where either is wrong
+        wrong = self._weights_are_wrong(reduced, weights_sum)
+        with device.layer():
+            norm = _update(optimizer, wrong)
+        metrics = self._metrics(reduced)
         used = metrics.pop("weights")
         if abs(used - weights_sum) > WEIGHTS_TOLERANCE:
             raise RuntimeError(
                 f"{where}: the loss weights of all ranks' micro-batches sum to {used:.8g}, not to {weights_sum:.8g}: "
                 "samples were lost, repeated, or weighed by another denominator on their way into micro-batches"
             )
-        with device.layer():
-            metrics["grad_norm"] = _update(optimizer, where, metrics["loss"])
+        metrics["grad_norm"] = float(norm)
+        if not math.isfinite(metrics["grad_norm"]):
+            raise RuntimeError(
+                f"{where}: the gradient norm is {metrics['grad_norm']} at a loss of {metrics['loss']:.6g}, and no "
+                "weight was changed; resume from the last checkpoint with a lower --lr, and look for infinite rewards "
+                "or log-probs in this rollout's data"
+            )
         metrics["lr"] = float(optimizer.param_groups[0]["lr"])
         scheduler.step(1)
         return metrics
@@ -185,50 +198,66 @@ class Stepper:
         shares |= _gap_shares(old_R, columns)
         return total, shares
 
-    def _metrics(self, shares: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Metrics of the last stage's `shares`, on every rank of every stage."""
-        last = self.topology.pp_size - 1
-        found = [self._reduce(shares) if self.topology.is_last_stage else {}]
-        if last > 0:
-            dist.broadcast_object_list(found, group=self.topology.pp_group, group_src=last)
-        return found[0]
-
-    def _reduce(self, shares: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Sums (of `_max`: the maximum) over micro-batches and data-parallel ranks."""
+    def _reduced(self, shares: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """On the last stage, sums (of `_max`: the maximum) over micro-batches and data-parallel ranks; not awaited."""
+        if not self.topology.is_last_stage:
+            return {}
         names = list(shares[0])
         values = {name: torch.stack([share[name].double() for share in shares]) for name in names}
         sums = torch.stack([values[name].sum() for name in names])
         maxima = torch.stack([values[name].amax() for name in names])
         dist.all_reduce(sums, group=self.topology.dp_cp_group)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.topology.dp_cp_group)
-        chosen = zip(names, sums.tolist(), maxima.tolist(), strict=True)
-        metrics = {name: largest if name.endswith("_max") else total for name, total, largest in chosen}
+        chosen = zip(names, sums.unbind(), maxima.unbind(), strict=True)
+        return {name: largest if name.endswith("_max") else total for name, total, largest in chosen}
+
+    def _weights_are_wrong(self, reduced: Mapping[str, Tensor], weights_sum: float) -> Tensor:
+        """[] 1 on every rank where the loss weights do not sum to `weights_sum`, else 0; not awaited."""
+        wrong = torch.zeros((), device=device.device())
+        if self.topology.is_last_stage:
+            wrong = ((reduced["weights"] - weights_sum).abs() > WEIGHTS_TOLERANCE).float()
+        if self.topology.pp_size > 1:
+            dist.all_reduce(wrong, op=dist.ReduceOp.MAX, group=self.topology.pp_group)
+        return wrong
+
+    def _metrics(self, reduced: Mapping[str, Tensor]) -> dict[str, float]:
+        """What the last stage has `reduced`, on every rank of every stage."""
+        metrics: dict[str, float] = {}
+        if reduced:
+            metrics = dict(zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True))
+        last = self.topology.pp_size - 1
+        if last > 0:
+            found = [metrics]
+            dist.broadcast_object_list(found, group=self.topology.pp_group, group_src=last)
+            metrics = found[0]
         if "gap_tokens" in metrics:
             metrics["logprob_gap_mean"] = metrics.pop("gap_sum") / max(metrics.pop("gap_tokens"), 1.0)
         return metrics
 
 
-def _update(optimizer: MegatronOptimizer, where: str, loss: float) -> float:
+def _update(optimizer: MegatronOptimizer, wrong: Tensor) -> Tensor | float:
     """Clip the gradients and take the step, unless their norm over all ranks is not finite; returns the norm.
 
     These are the parts of Megatron's own `optimizer.step()`, with a look at the norm between them.
+
+    Args:
+        wrong: [] the step is not taken where it is 1.
     """
     optimizer.prepare_grads()
-    norm = float(cast(Any, optimizer.get_grad_norm()))
-    if not math.isfinite(norm):
-        raise RuntimeError(
-            f"{where}: the gradient norm is {norm} at a loss of {loss:.6g}, and no weight was changed; resume from the "
-            "last checkpoint with a lower --lr, and look for infinite rewards or log-probs in this rollout's data"
-        )
-    factor = optimizer.config.clip_grad / (norm + 1.0e-6)  # as Megatron clips
-    inner = [part.optimizer for part in parts_of(optimizer)]
-    if 0 < factor < 1 and all(map(takes_scale, inner)):
-        with scaled_as_read(inner, factor):
+    parts, clip = parts_of(optimizer), optimizer.config.clip_grad
+    if all(takes_scale(part.optimizer) for part in parts):
+        norm = gradient_norm(parts)
+        skip = torch.maximum(wrong, (~norm.isfinite()).float())
+        scale = ((norm + 1.0e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)  # as Megatron clips
+        with scaled_as_read([part.optimizer for part in parts], scale, skip):
             optimizer.step_with_ready_grads()
         return norm
-    if optimizer.config.clip_grad > 0:
+    norm = float(cast(Any, optimizer.get_grad_norm()))
+    if not math.isfinite(norm) or wrong.item():
+        return norm
+    if clip > 0:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, norm)
+        clip_grad_by_total_norm_fp32(parameters, clip, norm)
     optimizer.step_with_ready_grads()
     return norm
 

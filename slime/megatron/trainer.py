@@ -187,6 +187,7 @@ class Trainer:
         """
         start = time.perf_counter()
         args = self._args
+        self._stepper.forget_gradients(self.optimizer)
         plans = self.plan(batch, steps_per_rollout(args))
         if len(plans) > 1 and args.loss_type != "sft_loss":
             batch = batch.with_column("log_probs", self._forward(batch, plans))
@@ -197,18 +198,21 @@ class Trainer:
         batch = add_advantages(args, batch, counted_N)
         batch, sums = add_loss_weights(args, batch, counted_N, [plan.rows for plan in plans])
         train_start = time.perf_counter()
-        steps = [
-            self._stepper.train(
-                self._pack(batch, plan),
-                optimizer=self.optimizer,
-                scheduler=self.scheduler,
-                loss=self._loss,
-                options=loss_options(args),
-                weights_sum=weights_sum,
-                where=f"rollout {rollout_id}, step {number}",
+        steps: list[dict[str, float]] = []
+        for number, (plan, weights_sum) in enumerate(zip(plans, sums, strict=True)):
+            if number > 0:
+                self._stepper.forget_gradients(self.optimizer)
+            steps.append(
+                self._stepper.train(
+                    self._pack(batch, plan),
+                    optimizer=self.optimizer,
+                    scheduler=self.scheduler,
+                    loss=self._loss,
+                    options=loss_options(args),
+                    weights_sum=weights_sum,
+                    where=f"rollout {rollout_id}, step {number}",
+                )
             )
-            for number, (plan, weights_sum) in enumerate(zip(plans, sums, strict=True))
-        ]
         end = time.perf_counter()
         metrics = _over_steps(steps) | self._plan_metrics(batch, plans)
         metrics["train/dropped_samples"] = float((~counted_N).sum())

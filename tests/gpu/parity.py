@@ -347,6 +347,73 @@ def weight_gradients(report: Report) -> None:
         control(report, "added once", units(total, exact - gradient.double().t() @ x.double(), 0.0))
 
 
+def adam_of(sizes: list[int], *, decay: float) -> tuple[Any, list[Tensor]]:
+    """An Adam that writes bf16 weights in its pass, and those; from a state that it has kept for a while."""
+    from slime.megatron.one_pass_adam import OnePassAdamW
+
+    mains = [draw(size, dtype=torch.float32, seed=size).requires_grad_(False) for size in sizes]
+    models = [main.bfloat16() for main in mains]
+    adam: Any = torch.optim.AdamW(mains, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, weight_decay=decay, fused=True)
+    adam.__class__ = OnePassAdamW
+    adam.model_of = dict(zip(mains, models, strict=True))
+    return adam, models
+
+
+def adam_steps(sizes: list[int], *, decay: float, scale: float, late: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights, then both moments, after five steps; of ours and of torch's in float64, its steps `late`."""
+    from slime.megatron.multi_tensor import scaled_as_read
+
+    adam, models = adam_of(sizes, decay=decay)
+    mains = adam.param_groups[0]["params"]
+    exacts = [main.double() for main in mains]
+    exact = torch.optim.AdamW(exacts, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, weight_decay=decay, foreach=False)
+    on = mains[0].device
+    for number in range(5):
+        for place, (main, wanted) in enumerate(zip(mains, exacts, strict=True)):
+            some = number != 2 or place != 0  # the first weight has no gradient once
+            main.grad = draw(main.numel(), dtype=torch.float32, seed=100 * number + place) if some else None
+            wanted.grad = main.grad.double() / scale if main.grad is not None else None
+        with scaled_as_read([adam], torch.tensor(scale, device=on), torch.tensor(0.0, device=on)):
+            adam.step()
+        exact.step()
+        if number == 0 and late:
+            for state in exact.state.values():
+                state["step"] += late
+    before = [main.clone() for main in mains]
+    with scaled_as_read([adam], torch.tensor(scale, device=on), torch.tensor(1.0, device=on)):
+        adam.step()
+    assert all(map(torch.equal, mains, before)), "a step that is to be skipped changes nothing"
+    assert all(torch.equal(model, main.bfloat16()) for model, main in zip(models, mains, strict=True))
+    assert [float(adam.state[main]["step"]) for main in mains] == [4.0] + [5.0] * (len(mains) - 1)
+    states = [(adam.state[main], exact.state[wanted]) for main, wanted in zip(mains, exacts, strict=True)]
+    names = ("exp_avg", "exp_avg_sq")
+    return (
+        [*mains, *(ours[name] for ours, _ in states for name in names)],
+        [*exacts, *(theirs[name] for _, theirs in states for name in names)],
+    )
+
+
+def adamw_cases(report: Report, sizes: list[int]) -> None:
+    found = Worst()
+    for decay in (0.0, 0.1):
+        for scale in (1.0, 7.5):
+            found.add(worst(*adam_steps(sizes, decay=decay, scale=scale)), f"decay {decay}, gradients / {scale}")
+    found.report(report, "AdamW against float64: weights and moments after 5 steps, bf16 copies as rounded")
+    control(report, "bias corrections of another step", worst(*adam_steps(sizes, decay=0.1, scale=1.0, late=1)))
+
+
+@check(minutes=3)
+def adamw(report: Report) -> None:
+    """The Adam that writes the model's weights in its own pass: odd sizes, then its speed."""
+    adamw_cases(report, [1, 7, 2048, 5001, 1_000_003])
+    adam, _ = adam_of([2**28, 2**26 + 1], decay=0.1)
+    for group in adam.param_groups:
+        for main in group["params"]:
+            main.grad = torch.ones_like(main)
+    size = sum(main.numel() for main in adam.param_groups[0]["params"])
+    report.row("AdamW of 3.4e8 weights", f"{gb_per_second(adam.step, 30 * size, 10):,.0f} GB/s", copy_speed())
+
+
 @contextmanager
 def one_rank() -> Iterator[dist.ProcessGroup]:
     with tempfile.TemporaryDirectory() as folder:

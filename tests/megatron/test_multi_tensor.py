@@ -40,14 +40,14 @@ def test_copies_are_rounded_to_the_target() -> None:
     multi_tensor._copy([], [])
 
 
-def stepped(factor: float, *, as_read: bool) -> list[Tensor]:
+def stepped(factor: float, *, as_read: bool, skip: float = 0.0) -> list[Tensor]:
     weights = [tensor.requires_grad_() for tensor in tensors()]
     adam = torch.optim.AdamW(weights, lr=1e-2, eps=1e-3, weight_decay=0.1, fused=True)
     for number in range(3):
         for weight, gradient in zip(weights, tensors(number + 1), strict=True):
             weight.grad = gradient if as_read else gradient * factor
         if as_read:
-            with multi_tensor.scaled_as_read([adam], factor):
+            with multi_tensor.scaled_as_read([adam], torch.tensor(1.0 / factor), torch.tensor(skip)):
                 adam.step()
         else:
             adam.step()
@@ -55,11 +55,13 @@ def stepped(factor: float, *, as_read: bool) -> list[Tensor]:
 
 
 def test_adam_scales_gradients_as_it_reads_them() -> None:
-    """The epsilon makes the scale count; the scale is gone when the step is taken."""
+    """The epsilon makes the scale count; the scale is gone when the step is taken. A skipped step changes nothing."""
     pairs = zip(stepped(0.01, as_read=True), stepped(0.01, as_read=False), strict=True)
     assert max(float((a - b).abs().max()) for a, b in pairs) < 1e-6
     pairs = zip(stepped(1.0, as_read=True), stepped(0.01, as_read=False), strict=True)
     assert max(float((a - b).abs().max()) for a, b in pairs) > 1e-4
+    skipped = stepped(0.01, as_read=True, skip=1.0)
+    assert all(torch.equal(found, before) for found, before in zip(skipped, tensors(), strict=True))
     assert not multi_tensor.takes_scale(torch.optim.AdamW(tensors(), fused=True))  # a CPU's clips as Megatron does
 
 

@@ -1,0 +1,100 @@
+"""PyTorch's AdamW over fp32 main weights of a bf16 model on a GPU, which writes the model's weights in the same pass.
+
+Path: `optimizer` gives the Adam that Megatron built this class; `step` takes steps with it. Invariant: state, settings
+and what `grad_scale` and `found_inf` mean are those of torch.optim.AdamW(fused=True), so nothing around it knows; after
+a step the model's weights are the main weights, rounded, which elsewhere takes a copy over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor
+
+from slime.megatron import device
+from slime.megatron.distributed_optimizer import start_adam
+
+
+class OnePassAdamW(torch.optim.AdamW):
+    """Made of an AdamW that exists, by `install`."""
+
+    model_of: dict[Tensor, Tensor]
+    """The memory of the model that gets a main weight's rounded value."""
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from slime.megatron.kernels.triton_adamw import adamw
+
+        start_adam(self)
+        for group in self.param_groups:
+            weights: list[Tensor] = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            states = [self.state[weight] for weight in weights]
+            steps = [state["step"] for state in states]
+            scale = torch.ones_like(steps[0]) if self.grad_scale is None else self.grad_scale
+            skip = torch.zeros_like(steps[0]) if self.found_inf is None else self.found_inf
+            torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_sub_(steps, [skip] * len(steps))  # pyright: ignore[reportPrivateImportUsage]
+            corrections = bias_corrections(torch.stack(steps), group["betas"])
+            for place, (weight, state) in enumerate(zip(weights, states, strict=True)):
+                assert weight.grad is not None
+                adamw(
+                    weight.grad,
+                    weight,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    self.model_of.get(weight),
+                    corrections,
+                    place,
+                    scale=scale,
+                    skip=skip,
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                )
+
+
+def bias_corrections(steps: Tensor, betas: tuple[float, float]) -> Tensor:
+    """[n, 2] float32 of n steps: 1 / (1 - beta1^step) and 1 / sqrt(1 - beta2^step), in float64 up to there."""
+    steps = steps.double()
+    first, second = (1.0 - torch.pow(beta, steps) for beta in betas)
+    return torch.stack([first.reciprocal(), second.rsqrt()], dim=1).float()
+
+
+def install(part: MegatronOptimizer) -> bool:
+    """Have `part` step in one pass; whether it does. No on a CPU, and for all but AdamW over a bf16 model."""
+    adam = part.optimizer
+    if not device.on_cuda() or type(adam) is not torch.optim.AdamW:
+        return False
+    if type(part) is not Float16OptimizerWithFloat16Params and not isinstance(part, DistributedOptimizer):
+        return False
+    weights = [weight for group in adam.param_groups for weight in group["params"]]
+    plain = all(group["fused"] and not group["amsgrad"] and not group["maximize"] for group in adam.param_groups)
+    if not plain or not all(w.is_cuda and w.dtype == torch.float32 and w.is_contiguous() for w in weights):
+        return False
+    adam.__class__ = OnePassAdamW
+    adam.model_of = dict(_pairs(part))  # pyright: ignore[reportAttributeAccessIssue]
+    part._copy_main_params_to_model_params = lambda: None  # the pass has written them
+    return True
+
+
+def _pairs(part: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each fp32 main weight, and the model's memory that Megatron would copy it to."""
+    if not isinstance(part, DistributedOptimizer):
+        for mains, models in zip(part.fp32_from_float16_groups, part.float16_groups, strict=True):
+            yield from zip(mains, models, strict=True)
+        return
+    for mains, models in zip(part.shard_fp32_from_float16_groups, part.model_float16_groups, strict=True):
+        for main, model in zip(mains, models, strict=True):
+            span = part._get_model_param_range_map(model)["gbuf_world_in_bucket"]
+            buffer, _, bucket = part.model_param_gbuf_map[model]
+            yield main, part.buffers[buffer].buckets[bucket].param_data.view(-1)[span.start : span.end]
