@@ -152,7 +152,8 @@ def build_model(args: Args, *, wrap: bool) -> torch.nn.Module:
     with device.layer():
         config = transformer_config(args)
         # only what trains has a buffer to add to
-        config.gradient_accumulation_fusion = wrap and uses_bf16(args) and fuse_weight_gradients()
+        fuse = wrap and uses_bf16(args) and args.megatron_extra.get("gradient_accumulation_fusion", True)
+        config.gradient_accumulation_fusion = fuse and fuse_weight_gradients()
         stage = parallel_state.get_pipeline_model_parallel_rank()
         layers = [layer_spec(args, config)] * get_num_layers_to_build(config, pp_rank=stage)
         core = PolicyModel(
