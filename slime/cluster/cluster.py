@@ -165,6 +165,7 @@ class Cluster:
             return
         with self._clock.phase("offload"):
             self._memory.to_weights()
+            self._take_peaks()  # what a trainer has just given back was never there together with an engine's
         with self._clock.phase("weight_sync"):
             reports = processes.get(
                 f"weight sync, policy version {self._policy_version}",
@@ -173,15 +174,19 @@ class Cluster:
             processes.get(
                 "weight sync: policy version", [processes.manager.set_policy_version.remote(self._policy_version)]
             )
+        self._sync_report = reports[0] | self._measure("weight_sync")
         with self._clock.phase("offload"):
             self._memory.to_engines()
-        self._sync_report = reports[0] | self._measure("weight_sync")
+            self._take_peaks()
 
     def _measure(self, phase: str) -> dict[str, float]:
         """The most memory in `phase`, which ends now."""
-        trainers = self._processes.trainers
-        return memory_record(
-            phase, self._processes.get("measuring memory", [trainer.peak_memory.remote() for trainer in trainers])
+        return memory_record(phase, self._take_peaks())
+
+    def _take_peaks(self) -> list[dict[str, float]]:
+        """Every trainer's since the last call."""
+        return self._processes.get(
+            "measuring memory", [trainer.peak_memory.remote() for trainer in self._processes.trainers]
         )
 
     def evaluate_before_first(self) -> None:

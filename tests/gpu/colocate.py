@@ -6,6 +6,7 @@ Whole runs are train.py's, as a user starts them, and what they say is read in t
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import statistics
@@ -82,10 +83,14 @@ def shown(values: Sequence[float]) -> str:
 def ten_steps(report: Report) -> None:
     """Qwen3-0.6B, random weights: 10 steps of 32 prompts x 8 samples x 512 new tokens; memory does not grow."""
     events = qwen3_run(report, steps=10, prompts=32, new_tokens=512)
+    most: dict[str, float] = {}
     for phase in MEASURED[:3]:
         sizes = series(events, f"memory/{phase}_device_gb")
+        most[phase] = max(sizes)
         growth = sizes[-1] - sizes[1]
         report.row(f"{phase}: GB more in the last step than in the second", growth, GROWTH_GB, growth <= GROWTH_GB)
+    sync, least = most.pop("weight_sync"), min(most.values())
+    report.row("weight sync: GB of the GPU, two models' weights and no more", sync, f"< {least:.3g}", sync < least)
 
 
 @check(gpus=1, minutes=7)
@@ -144,6 +149,7 @@ def offload_speed(report: Report) -> None:
     from slime.megatron.offload import TrainerMemory
 
     plain_copy_rows(report, 4 * 1024 * MIB)
+    torch.cuda.empty_cache()  # or the trainer settles in what these took, and keeps it
     with trainer_of(args_of("qwen3-0.6B", "--max-tokens-per-gpu 8192")) as trainer:
         batch = batch_of([1024] * 8, 151936)
         trainer.train(0, batch)
@@ -156,6 +162,8 @@ def offload_speed(report: Report) -> None:
             name = "first sleep, which takes host memory" if number == 0 else f"sleep {number}"
             report.row(f"{name}: seconds", taken, f"{moved / 1e9:.2f} GB, {moved / taken / 1e9:.1f} GB/s")
             asleep = torch.cuda.memory_reserved() / 1e9
+            if number == 3:
+                live_rows(report)
             taken, moved = timed(memory.reload)
             report.row(f"wake {number}: seconds", taken, f"{moved / 1e9:.2f} GB, {moved / taken / 1e9:.1f} GB/s")
         report.row("asleep: GB reserved", asleep, "<= 0.5", asleep <= 0.5)
@@ -165,6 +173,19 @@ def offload_speed(report: Report) -> None:
         report.row(
             "it trains on: loss, gradient norm", f"{metrics['train/loss']:.3g}, {metrics['train/grad_norm']:.3g}"
         )
+
+
+def live_rows(report: Report) -> None:
+    """What stands on the device: memory in use, and the largest storages that Python sees."""
+    report.row("asleep: GB allocated", torch.cuda.memory_allocated() / 1e9, "far below what is reserved: fragmented")
+    found: dict[int, tuple[int, str]] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.is_cuda:
+            storage = thing.untyped_storage()
+            if storage.nbytes():
+                found[storage.data_ptr()] = storage.nbytes(), f"{thing.dtype} {list(thing.shape)}"
+    for size, what in sorted(found.values(), reverse=True)[:6]:
+        report.row("asleep: MB of a live storage", size / 1e6, what)
 
 
 def timed(action: Callable[[], int]) -> tuple[float, int]:
