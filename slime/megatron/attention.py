@@ -96,12 +96,12 @@ def pack_sequences(lengths_P: Sequence[int], shape: Architecture, share: Context
     angles_B = torch.outer(positions_B.float(), inverse_frequencies(shape))
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=F.pad(ends, (1, 0)).int().to(where),
-        cu_seqlens_kv=F.pad(reaches.cumsum(0), (1, 0)).int().to(where),
+        cu_seqlens_q=F.pad(ends, (1, 0)).int().to(where, non_blocking=True),
+        cu_seqlens_kv=F.pad(reaches.cumsum(0), (1, 0)).int().to(where, non_blocking=True),
         max_seqlen_q=int(lengths.max()),
         max_seqlen_kv=int(reaches.max()),
-        cos_B=angles_B.cos().to(where),
-        sin_B=angles_B.sin().to(where),
+        cos_B=angles_B.cos().to(where, non_blocking=True),
+        sin_B=angles_B.sin().to(where, non_blocking=True),
         layout=None if device.on_cuda() else padded_layout(lengths.tolist(), offsets.tolist()),
         share=None if share is None else replace(share, keys_K=share.keys_K.to(where)),
     )

@@ -62,9 +62,10 @@ class _Rows(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         main_grad = main_gradient(ctx.weight)
         assert main_grad is not None
-        # sorts the ids: no atomics, the same bits again
         rows = gradients[0].reshape(-1, main_grad.size(1)).to(main_grad.dtype)
-        main_grad.index_put_((ids.flatten(),), rows, accumulate=True)
+        # sorts the ids: no atomics, the same bits again. It does not ask, and wait, whether they are in range: the
+        # lookup has
+        torch._index_put_impl_(main_grad, (ids.flatten(),), rows, accumulate=True, unsafe=True)
         # the output layer's gradient stands for both
         return None if _is_tied_here(ctx.weight) else added(ctx.weight), None
 

@@ -154,12 +154,12 @@ def pack_rows(
     responses_R = _ranges(responses_starts_N[rows_M], response_M)[ours_R]
     where = device.device()
     return MicroBatch(
-        tokens_B=torch.from_numpy(pack[tokens_B])[None].to(where),
+        tokens_B=torch.from_numpy(pack[tokens_B])[None].to(where, non_blocking=True),
         sequences=pack_sequences(cut.lengths_P.tolist(), shape, cut.share(part) if part.size > 1 else None),
-        predicting_R=torch.from_numpy(predicting_R[ours_R]).to(where),
-        targets_R=torch.from_numpy(pack[answers_R][ours_R]).to(where),
+        predicting_R=torch.from_numpy(predicting_R[ours_R]).to(where, non_blocking=True),
+        targets_R=torch.from_numpy(pack[answers_R][ours_R]).to(where, non_blocking=True),
         columns={
-            name: torch.from_numpy(values[responses_R]).to(where)
+            name: torch.from_numpy(values[responses_R]).to(where, non_blocking=True)
             for name, values in batch.columns.items()
             if COLUMNS[name].axis is Axis.RESPONSE
         },
