@@ -65,7 +65,8 @@ class _Rows(torch.autograd.Function):
         rows = gradients[0].reshape(-1, main_grad.size(1)).to(main_grad.dtype)
         # sorts the ids: no atomics, the same bits again. It does not ask, and wait, whether they are in range: the
         # lookup has
-        torch._index_put_impl_(main_grad, (ids.flatten(),), rows, accumulate=True, unsafe=True)
+        add: Any = torch._index_put_impl_  # pyright: ignore[reportPrivateImportUsage]
+        add(main_grad, (ids.flatten(),), rows, accumulate=True, unsafe=True)
         # the output layer's gradient stands for both
         return None if _is_tied_here(ctx.weight) else added(ctx.weight), None
 
