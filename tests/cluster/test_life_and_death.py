@@ -63,8 +63,8 @@ def test_a_dead_engine_ends_the_run_with_its_name(task: Task, tmp_path: Path) ->
 
 
 def submit(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Submit a job and follow it; a cluster that has just started has no agent for the first seconds."""
-    deadline = time.monotonic() + 60
+    """Submit a job and follow it; a cluster that has just started has no agent for the first seconds, or minutes."""
+    deadline = time.monotonic() + 150
     while True:
         result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
         if "No available agent" not in result.stderr or time.monotonic() > deadline:
