@@ -51,8 +51,9 @@ bench-trainer: $(STAMP)
 bench-loop: $(STAMP) $(TRL_STAMP)
 	$(BIN)/python -W ignore -m bench.loop --trl-python $(abspath $(TRL_VENV))/bin/python
 
+# Two at a time: many tests wait for processes to start and to end. Whole files, so that fixtures are made once.
 test: $(STAMP)
-	PATH="$(BIN):$$PATH" python3 -m pytest
+	PATH="$(BIN):$$PATH" python3 -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # With the packages of the environment in PYTHON_GPU: .venv holds PyTorch for CPUs.
 PYTHON_GPU ?= python3

@@ -197,7 +197,32 @@ def install() -> None:
     # megatron-core's jit_fuser is torch.compile, which needs a C++ compiler at run time
     torch.compiler.set_stance("force_eager")
     _install_rng()
+    _share_gloo_device()
     _installed = True
+
+
+def _share_gloo_device() -> None:
+    """One gloo device for all groups of this process: each has a thread that wakes a hundred times a second.
+
+    torch gives every group a device of its own, and Megatron makes twenty groups.
+    """
+    gloo: Any = torch.distributed.ProcessGroupGloo
+    require_names(gloo, "_Options", "create_default_device")
+    original, devices = gloo.__init__, []
+
+    def init(self: Any, store: Any, rank: int, size: int, *args: Any, **kwargs: Any) -> None:
+        if args or set(kwargs) - {"timeout"}:
+            original(self, store, rank, size, *args, **kwargs)
+            return
+        if not devices:
+            devices.append(gloo.create_default_device())
+        options = gloo._Options()
+        options._devices = devices
+        if "timeout" in kwargs:
+            options._timeout = kwargs["timeout"]
+        original(self, store, rank, size, options)
+
+    gloo.__init__ = init
 
 
 def _install_rng() -> None:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -17,19 +19,30 @@ from slime.engine.launch import find_free_port
 from tests.cluster.runs import ROOT, Task, environment, events, family, flags, marked, start, wait_for
 
 
-def running(task: Task, tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
-    """A run that has trained one step and goes on, and all its processes."""
+@contextmanager
+def running(task: Task, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
+    """A run that has trained one step and goes on, and all its processes; none is left to the tests that follow."""
     save = tmp_path / "run"
     small = ["--num-rollout", "100000", "--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1"]
     process = start(flags(task, save, *small), tmp_path / "log.txt")
     metrics = save / "metrics.jsonl"
-    wait_for(lambda: process.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0), "the first step")
-    assert process.poll() is None, (tmp_path / "log.txt").read_text()[-4000:]
-    everyone = family(process.pid)
-    names = " ".join(" ".join(p.cmdline()) for p in everyone)
-    assert "sglang_router" in names
-    assert "slime.engine.embedded.server" in names
-    return process, everyone
+    everyone: list[psutil.Process] = []
+    try:
+        wait_for(
+            lambda: process.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0), "the first step"
+        )
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()[-4000:]
+        everyone = family(process.pid)
+        names = " ".join(" ".join(p.cmdline()) for p in everyone)
+        assert "sglang_router" in names
+        assert "slime.engine.embedded.server" in names
+        yield process, everyone
+    finally:
+        if process.poll() is None:
+            everyone = [*everyone, *family(process.pid)]
+        for one in everyone:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def assert_all_gone(everyone: list[psutil.Process]) -> None:
@@ -45,26 +58,26 @@ def assert_all_gone(everyone: list[psutil.Process]) -> None:
 )
 def test_a_killed_job_leaves_no_process(task: Task, tmp_path: Path, number: signal.Signals, whole_group: bool) -> None:
     """A terminal's Ctrl-C, and `timeout`, send their signal to the whole process group."""
-    process, everyone = running(task, tmp_path)
-    (os.killpg if whole_group else os.kill)(process.pid, number)
-    assert process.wait(timeout=45) != 0
-    assert_all_gone(everyone)
+    with running(task, tmp_path) as (process, everyone):
+        (os.killpg if whole_group else os.kill)(process.pid, number)
+        assert process.wait(timeout=45) != 0
+        assert_all_gone(everyone)
 
 
 def test_a_dead_engine_ends_the_run_with_its_name(task: Task, tmp_path: Path) -> None:
-    process, everyone = running(task, tmp_path)
-    serving = [p for p in everyone if "slime.engine.embedded.server" in p.cmdline()]
-    engine = next(p for p in serving if not any("guard" in word for word in p.cmdline()))
-    engine.kill()
-    assert process.wait(timeout=90) != 0
-    output = (tmp_path / "log.txt").read_text()
-    assert "engine" in output
-    assert_all_gone(everyone)
+    with running(task, tmp_path) as (process, everyone):
+        serving = [p for p in everyone if "slime.engine.embedded.server" in p.cmdline()]
+        engine = next(p for p in serving if not any("guard" in word for word in p.cmdline()))
+        engine.kill()
+        assert process.wait(timeout=90) != 0
+        output = (tmp_path / "log.txt").read_text()
+        assert "engine" in output
+        assert_all_gone(everyone)
 
 
 def submit(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Submit a job and follow it; a cluster that has just started has no agent for the first seconds."""
-    deadline = time.monotonic() + 60
+    """Submit a job and follow it; a cluster that has just started has no agent for the first seconds, or minutes."""
+    deadline = time.monotonic() + 150
     while True:
         result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
         if "No available agent" not in result.stderr or time.monotonic() > deadline:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from worker_pool import WorkerPool, joined
 
+from slime.config.args import Args
 from slime.megatron import device
 from slime.megatron.version import SUPPORTED_MEGATRON
 
@@ -64,3 +69,25 @@ def test_named_rng_states_are_apart() -> None:
     assert torch.equal(inside, torch.rand(3, generator=torch.Generator().manual_seed(5)))
     with pytest.raises(ValueError, match="there already"):
         tracker.add("model-parallel-rng", 6)
+
+
+def _gloo_loops() -> int:
+    """Threads of this process in which a gloo device waits."""
+    return sum(comm.read_text().startswith("gloo") for comm in Path("/proc/self/task").glob("*/comm"))
+
+
+def _loops_inside(rank: int, world_size: int, init_method: str, args: Args) -> tuple[int, float]:
+    with joined(args, rank, world_size, init_method) as topology:
+        total = torch.ones(1)
+        torch.distributed.all_reduce(total, group=topology.dp_cp_group)
+        return _gloo_loops(), total.item()
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are named in /proc")
+def test_all_groups_share_one_gloo_device(workers: WorkerPool, tmp_path: Path) -> None:
+    """A device's thread wakes a hundred times a second, and Megatron makes twenty groups."""
+    args = tiny.make_args(tiny.hf_dir(tmp_path / "model", "glm4"))
+    once = workers.run(2, _loops_inside, args)
+    again = workers.run(2, _loops_inside, args)
+    assert once == again == [(1, 2.0)] * 2

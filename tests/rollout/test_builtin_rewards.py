@@ -370,12 +370,15 @@ def test_reading_an_answer_is_linear(unit: str) -> None:
     """Ten times the text takes no more than about ten times as long; a quadratic reader would take a hundred times."""
 
     def seconds(length: int) -> float:
+        """The least of some tries: whatever else runs on the machine only adds to it."""
         text = unit * (length // len(unit))
-        start = time.process_time()
-        for reader in READERS:
-            reader(text)
-        return time.process_time() - start
+        tries: list[float] = []
+        for _ in range(3):
+            start = time.process_time()
+            for reader in READERS:
+                reader(text)
+            tries.append(time.process_time() - start)
+        return min(tries)
 
-    seconds(1000)
     short, long = max(seconds(30_000), 1e-3), seconds(300_000)
     assert long < 40 * short, f"{short:.4f} s for 30,000 characters, {long:.4f} s for 300,000"
