@@ -18,7 +18,7 @@ import torch
 
 from slime.algo.losses import LossInputs, LossOptions, policy_loss
 from slime.config.args import Args
-from slime.config.flag_table import spellings
+from slime.config.flags.table import spellings
 from slime.config.parse import load_args
 from slime.core.batch import TrainBatch
 from slime.core.plugins import HOOKS, check_signature

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from slime.config.args import Args
-from slime.config.memory import engine_memory, train_memory
+from slime.config.dry_run.memory import engine_memory, train_memory
+from slime.config.dry_run.plan import format_plan
 from slime.config.parse import load_args
-from slime.config.plan import format_plan
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("scripts/run-*.sh"))

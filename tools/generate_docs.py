@@ -20,10 +20,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from slime.config.args import SECTIONS, Args
-from slime.config.flag_table import BOUNDS, SET_BY_SLIME, FlagSpec, all_flags
-from slime.config.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, JUDGED_ELSEWHERE
-from slime.config.not_built import NOT_BUILT, NOT_BUILT_MEGATRON
-from slime.config.problem import show
+from slime.config.flags.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, JUDGED_ELSEWHERE
+from slime.config.flags.table import BOUNDS, SET_BY_SLIME, FlagSpec, all_flags
+from slime.config.rules.not_built import NOT_BUILT, NOT_BUILT_MEGATRON
+from slime.config.rules.problem import show
 from slime.core.plugins import HOOKS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -1,4 +1,4 @@
-"""Write slime/config/{megatron,sglang,router}_flags.json: the flags that slime passes on, as data.
+"""Write slime/config/flags/{megatron,sglang,router}_flags.json: the flags that slime passes on, as data.
 
     python tools/generate_flag_tables.py megatron router
     python tools/generate_flag_tables.py sglang --sglang-wheel sglang-0.5.21-*.whl
@@ -28,7 +28,7 @@ from typing import Any
 
 from slime.config.args import SECTIONS
 
-CONFIG = Path(__file__).resolve().parents[1] / "slime" / "config"
+CONFIG = Path(__file__).resolve().parents[1] / "slime" / "config" / "flags"
 Row = dict[str, Any]
 
 KINDS = {bool: "bool", int: "int", float: "float", str: "str"}

@@ -23,10 +23,10 @@ from slime.cluster.placement import Placement, choose_engine, num_gpus, num_node
 from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
-from slime.config.case import Case
-from slime.config.engine_rules import needs_weight_directory
 from slime.config.epochs import rollouts_of_epochs
-from slime.config.rules import schedule
+from slime.config.rules.case import Case
+from slime.config.rules.check import schedule
+from slime.config.rules.engines import needs_weight_directory
 from slime.core.errors import RunError
 from slime.engine.external import FoundEngines, find_engines
 from slime.engine.membership import Membership, external_router_url

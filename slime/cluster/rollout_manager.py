@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from slime.cluster.dump import read_dump, write_dump
 from slime.cluster.health import EngineWatch, Watched, answering, own_engine, own_router
 from slime.config.args import Args
-from slime.config.options import HookOptions
+from slime.config.flags.options import HookOptions
 from slime.core.batch import TrainBatch, from_samples
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample

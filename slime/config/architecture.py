@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from slime.config.args import Args
-from slime.config.problem import Problem, flag_name, show
+from slime.config.rules.problem import Problem, flag_name, show
 from slime.core.architecture import Architecture, RopeScaling
 
 FAMILIES = ("glm4", "llama", "qwen2", "qwen3")

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slime.config.megatron_options import (
+from slime.config.flags.megatron_options import (
     ArchitectureOptions,
     MegatronRunOptions,
     OptimizerOptions,
     ParallelOptions,
 )
-from slime.config.options import (
+from slime.config.flags.options import (
     AlgoOptions,
     CheckpointOptions,
     ClusterOptions,

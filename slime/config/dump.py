@@ -12,7 +12,7 @@ from typing import Any, cast
 import yaml
 
 from slime.config.args import SECTIONS, Args
-from slime.config.flag_table import Source, all_flags
+from slime.config.flags.table import Source, all_flags
 
 ONE_CALL = {"config", "dry_run"}
 """About one call of the program, not about the run."""

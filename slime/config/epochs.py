@@ -12,7 +12,7 @@ from pathlib import Path
 
 from slime.config.args import Args
 from slime.config.data_files import count_rows, split_slice
-from slime.config.options import HookOptions
+from slime.config.flags.options import HookOptions
 
 
 def rollouts_of_epochs(args: Args, num_prompts: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import yaml
 
 from slime.config.args import Args
-from slime.config.flag_table import FlagSpec, all_flags
+from slime.config.flags.table import FlagSpec, all_flags
 from slime.config.values import from_yaml
 
 

@@ -19,11 +19,11 @@ import yaml
 from slime.config.architecture import resolve_architecture
 from slime.config.args import Args, FrozenMapping
 from slime.config.dump import dump_args
-from slime.config.flag_table import SET_BY_SLIME, FlagSpec, Source, spellings
-from slime.config.help import format_help
-from slime.config.problem import Problem, UsageError, show
+from slime.config.flags.help import format_help
+from slime.config.flags.table import SET_BY_SLIME, FlagSpec, Source, spellings
 from slime.config.resolve import resolve
-from slime.config.rules import CONVERSION_RULES, TRAINING_RULES, Case, check
+from slime.config.rules.check import CONVERSION_RULES, TRAINING_RULES, Case, check
+from slime.config.rules.problem import Problem, UsageError, show
 from slime.config.values import BOOLEANS, from_texts, from_yaml
 
 __all__ = ["UsageError", "dump_args", "load_args", "parse_args"]

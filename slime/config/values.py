@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, cast
 
-from slime.config.flag_table import BOUNDS, FlagSpec
+from slime.config.flags.table import BOUNDS, FlagSpec
 
 BOOLEANS = {"true": True, "false": False}
 

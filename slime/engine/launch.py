@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from slime.config.args import Args
-from slime.config.no_effect import EMBEDDED_SETTINGS
+from slime.config.rules.no_effect import EMBEDDED_SETTINGS
 from slime.engine.keyed import VARIABLE
 from slime.engine.protocol import Endpoint, RouterEndpoint
 from slime.engine.sglang import MODULE, PHASES, sglang_server

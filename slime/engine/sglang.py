@@ -20,7 +20,7 @@ from typing import Any
 
 from slime.config.architecture import config_of, read_hf_config
 from slime.config.args import Args
-from slime.config.flag_table import FlagSpec, all_flags
+from slime.config.flags.table import FlagSpec, all_flags
 from slime.engine.sglang_installed import own_spelling
 
 MODULE = "sglang.launch_server"

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from slime.config.args import Args
-from slime.config.flag_table import all_flags
+from slime.config.flags.table import all_flags
 
 OLDEST, NEWEST = (0, 5, 16), (0, 5, 23)
 """Whose protocol, log lines and flags are known."""

@@ -17,8 +17,8 @@ import jinja2
 import orjson
 
 from slime.config.args import Args
-from slime.config.data_check import label_text, row_error
 from slime.config.data_files import DataError, DataKeys, Row, read_rows
+from slime.config.rules.data import label_text, row_error
 from slime.core.sample import Message, Sample
 from slime.rollout.tokenizer import render_messages, tokenize
 

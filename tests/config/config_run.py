@@ -9,7 +9,7 @@ from typing import Any
 
 from slime.config.args import Args
 from slime.config.parse import UsageError, load_args
-from slime.config.problem import Problem
+from slime.config.rules.problem import Problem
 
 ROOT = Path(__file__).parents[2]
 

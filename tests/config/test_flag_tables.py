@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from config_run import ROOT
 
-from slime.config.flag_table import all_flags, spellings
+from slime.config.flags.table import all_flags, spellings
 
 APPENDIX = """--swiglu --disable-bias-linear --norm-epsilon --group-query-attention
 --untie-embeddings-and-output-weights
@@ -34,7 +34,7 @@ def generator() -> ModuleType:
 
 @pytest.mark.parametrize("source", ["megatron", "router"])
 def test_regenerated(source: str) -> None:
-    checked_in = (ROOT / "slime" / "config" / f"{source}_flags.json").read_text(encoding="utf-8")
+    checked_in = (ROOT / "slime" / "config" / "flags" / f"{source}_flags.json").read_text(encoding="utf-8")
     assert generator().table(source) == checked_in
 
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 from worker_pool import WorkerPool
 
-from slime.config.activations import (
+from slime.config.args import Args
+from slime.config.dry_run.activations import (
     KEPT_LOGITS,
     Operation,
     backward_peak,
@@ -26,8 +27,7 @@ from slime.config.activations import (
     log_probs_operation,
     saved_bytes,
 )
-from slime.config.args import Args
-from slime.config.memory import (
+from slime.config.dry_run.memory import (
     TrainMemory,
     engine_memory,
     pack_tokens,

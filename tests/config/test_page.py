@@ -11,8 +11,8 @@ import pytest
 from config_run import ROOT
 
 from slime.config.args import Args
+from slime.config.dry_run.plan import format_plan
 from slime.config.parse import UsageError, load_args
-from slime.config.plan import format_plan
 
 PAGE = Path(__file__).parent / "page_arrays.sh"
 ARRAYS = [

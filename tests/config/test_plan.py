@@ -9,7 +9,7 @@ import pytest
 from config_run import Run
 
 from slime.config.args import Args
-from slime.config.plan import format_plan
+from slime.config.dry_run.plan import format_plan
 from slime.core.architecture import Architecture
 
 GLM4_9B = Architecture(

@@ -7,9 +7,9 @@ import json
 import pytest
 from config_run import Run
 
-from slime.config.flag_table import all_flags
-from slime.config.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, NOT_BUILT_HERE
-from slime.config.plan import format_plan
+from slime.config.dry_run.plan import format_plan
+from slime.config.flags.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, NOT_BUILT_HERE
+from slime.config.flags.table import all_flags
 from slime.config.resolve import cuda_available
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from config_run import Run
 
-from slime.config.memory import stage_layers
+from slime.config.dry_run.memory import stage_layers
 
 TWO = "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2"
 THREE = "--pipeline-model-parallel-size 3 --actor-num-gpus-per-node 3"

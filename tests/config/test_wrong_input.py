@@ -15,7 +15,7 @@ import torch
 from config_run import GLM4_TINY, ROOT, Run, write_tokenizer
 from safetensors.torch import save_file
 
-from slime.config.flag_table import FlagSpec, spellings
+from slime.config.flags.table import FlagSpec, spellings
 from slime.config.parse import UsageError, load_args
 
 PAGE = Path(__file__).parent / "page_arrays.sh"

@@ -8,7 +8,7 @@ import statistics
 import time
 from pathlib import Path
 
-from slime.config.memory import engine_memory, train_memory
+from slime.config.dry_run.memory import engine_memory, train_memory
 from slime.config.parse import load_args
 from tests.gpu.checks import Report, check
 from tests.gpu.runs import PLAIN_ENGINE, kept_directory, run, scratch, series, train, words_of

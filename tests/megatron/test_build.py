@@ -12,9 +12,9 @@ import tiny
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
-from slime.config.flag_table import FlagSpec, all_flags
-from slime.config.megatron_fields import HARMLESS
-from slime.config.not_built import NOT_BUILT_MEGATRON
+from slime.config.flags.megatron_fields import HARMLESS
+from slime.config.flags.table import FlagSpec, all_flags
+from slime.config.rules.not_built import NOT_BUILT_MEGATRON
 from slime.core.architecture import padded_vocab_size
 from slime.megatron.build import build_model, named_parameters, transformer_config
 from slime.megatron.optimizer import build_optimizer, total_steps

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from slime.config.case import Case
-from slime.config.memory import stage_layers
-from slime.config.problem import Problem
+from slime.config.dry_run.memory import stage_layers
+from slime.config.rules.case import Case
+from slime.config.rules.problem import Problem
 
 RECOMPUTED_MODULES = ("core_attn", "mlp")
 """Of Megatron's; "layernorm" needs TransformerEngine, the rest are of layers that are not built."""

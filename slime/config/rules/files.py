@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-from slime.config.case import Case
-from slime.config.data_check import RowCheck, check_rows
 from slime.config.data_files import SUFFIXES, DataKeys, split_slice
 from slime.config.eval_data import EvalDataset, eval_datasets
-from slime.config.options import HookOptions, RolloutOptions
-from slime.config.problem import Problem
+from slime.config.flags.options import HookOptions, RolloutOptions
 from slime.config.reward_types import line_reward_fault
+from slime.config.rules.case import Case
+from slime.config.rules.data import RowCheck, check_rows
+from slime.config.rules.problem import Problem
 from slime.core.plugins import HOOKS, hook_path, load_hook
 
 

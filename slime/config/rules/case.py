@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime.config.args import Args
-from slime.config.options import HookOptions
-from slime.config.problem import Problem, Severity, flag_name, show
+from slime.config.flags.options import HookOptions
+from slime.config.rules.problem import Problem, Severity, flag_name, show
 
 
 @dataclass(frozen=True)

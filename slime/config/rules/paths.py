@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from slime.config.case import Case
-from slime.config.problem import Problem
+from slime.config.rules.case import Case
+from slime.config.rules.problem import Problem
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 """A tokenizer is one of these, at least."""

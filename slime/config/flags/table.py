@@ -133,7 +133,7 @@ SECTION_TITLES: Mapping[Source, str] = MappingProxyType(
 
 def _load_table(source: Source) -> Iterable[FlagSpec]:
     """The rows of `<source>_flags.json`; see tools/generate_flag_tables.py for their keys."""
-    text = files("slime.config").joinpath(f"{source}_flags.json").read_text(encoding="utf-8")
+    text = files("slime.config.flags").joinpath(f"{source}_flags.json").read_text(encoding="utf-8")
     for row in cast(list[dict[str, Any]], json.loads(text)["flags"]):
         tuples = {key: tuple(row.pop(key)) for key in ("on", "off", "choices", "num_values") if key in row}
         yield FlagSpec(source=source, section=SECTION_TITLES[source], optional=True, **tuples, **row)

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from slime.config.args import Args
-from slime.config.case import Case
-from slime.config.problem import Problem
 from slime.config.resolve import cuda_available, joins_ray
+from slime.config.rules.case import Case
+from slime.config.rules.problem import Problem
 from slime.core.address import is_loopback
 
 _URL = re.compile(r"http://(\[[0-9a-fA-F:.]+\]|[^\s/:@\[\]]+):(\d{1,5})")

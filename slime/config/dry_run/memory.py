@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slime.config.activations import (
+from slime.config.args import Args
+from slime.config.dry_run.activations import (
     FP32,
     Rank,
     backward_peak,
@@ -25,7 +26,6 @@ from slime.config.activations import (
     saved_bytes,
     stage_operations,
 )
-from slime.config.args import Args
 from slime.core.architecture import Architecture
 
 EMBEDDED_RUNNING_REQUESTS = 256

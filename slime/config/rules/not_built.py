@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from slime.config.case import Case
-from slime.config.problem import Problem
+from slime.config.rules.case import Case
+from slime.config.rules.problem import Problem
 
 
 def more_than_one(value: Any) -> bool:

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, cast
 
 from slime.config.data_files import DataError, DataKeys, Row, read_rows
-from slime.config.problem import Problem
+from slime.config.rules.problem import Problem
 
 MAX_REPORTED = 5
 MAX_EXACT = 2.0**53

@@ -239,14 +239,17 @@ def log_probs_operation(args: Args, rank: Rank) -> Operation:
     if rank.on_cuda:
         whole_chunks = KEPT_LOGITS // (rank.width * logits)
         kept = min(whole_chunks * logits, rank.tokens * local_vocabulary(args, rank.shape)) * rank.width
-    # Beside the output layer's gradient, which is summed in fp32: this chunk's part of it, and its logits. A CPU has
-    # those twice in fp32 before, and in bf16 twice, too.
+    # The output layer's gradient: in bf16 each chunk's product goes into the buffer of gradients (a GPU's without a copy
+    # of its own), in fp32 the chunks are summed beside it. A CPU has a chunk's logits twice in fp32 before, and in bf16
+    # twice, too.
     fresh = 0 if kept else logits  # the gradient of logits that were kept takes their place
-    adding = rank.width * (fresh + chunk * hidden) + (FP32 * table if rank.on_cuda else rank.weight_gradient(table))
+    half = rank.width < FP32
+    product = 0 if rank.on_cuda and half else rank.width * table
+    adding = rank.width * (fresh + chunk * hidden) + product
     if not rank.on_cuda:
-        making = 2 * FP32 + (0 if rank.width == FP32 else 2 * rank.width)
+        making = 2 * FP32 + (2 * rank.width if half else 0)
         adding = max(making * logits, adding)
-    working = rank.values(hidden) + FP32 * table + adding
+    working = rank.values(hidden) + (rank.width * table if half else FP32 * table) + adding
     return Operation("log-probs: the last hidden states, kept logits", rank.values(hidden) + kept, working)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slime.config.flag import flag
+from slime.config.flags.flag import flag
 
 
 @dataclass(frozen=True, kw_only=True)

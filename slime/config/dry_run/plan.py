@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from slime.config.args import Args
-from slime.config.epochs import planned_prompts, rollouts_of_epochs
-from slime.config.eval_data import eval_datasets
-from slime.config.memory import (
+from slime.config.dry_run.memory import (
     CUDA_CONTEXT,
     EngineMemory,
     TrainMemory,
@@ -19,8 +17,10 @@ from slime.config.memory import (
     train_memory,
     turns,
 )
-from slime.config.problem import Problem
+from slime.config.epochs import planned_prompts, rollouts_of_epochs
+from slime.config.eval_data import eval_datasets
 from slime.config.resolve import cuda_available
+from slime.config.rules.problem import Problem
 from slime.core.architecture import padded_vocab_size
 
 Row = tuple[str, str]

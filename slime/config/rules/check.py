@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from slime.config.case import Case, Rule
-from slime.config.engine_rules import (
+from slime.config.epochs import planned_rollouts
+from slime.config.flags.megatron_fields import megatron_decided, megatron_known
+from slime.config.rules.case import Case, Rule
+from slime.config.rules.engines import (
     api_keys,
     engines,
     external_engines,
@@ -19,17 +21,15 @@ from slime.config.engine_rules import (
     sglang,
     weight_directory,
 )
-from slime.config.epochs import planned_rollouts
-from slime.config.file_rules import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, weights
-from slime.config.megatron_fields import megatron_decided, megatron_known
-from slime.config.no_effect import no_effect
-from slime.config.not_built import not_built
-from slime.config.optimizer_rules import optimizer
-from slime.config.path_rules import directories, tokenizer, weight_files
-from slime.config.problem import Problem
-from slime.config.reward_rules import custom_reward, eval_rewards, reward, reward_types, reward_url
-from slime.config.stage_rules import pipeline_stages, recompute
-from slime.config.tracker_rules import trackers
+from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, weights
+from slime.config.rules.no_effect import no_effect
+from slime.config.rules.not_built import not_built
+from slime.config.rules.optimizer import optimizer
+from slime.config.rules.paths import directories, tokenizer, weight_files
+from slime.config.rules.problem import Problem
+from slime.config.rules.rewards import custom_reward, eval_rewards, reward, reward_types, reward_url
+from slime.config.rules.stages import pipeline_stages, recompute
+from slime.config.rules.trackers import trackers
 
 __all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
 

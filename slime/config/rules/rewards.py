@@ -10,10 +10,10 @@ import inspect
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from slime.config.case import Case
 from slime.config.eval_data import EvalDataset, eval_datasets, sets_with_rm_type
-from slime.config.problem import Problem
 from slime.config.reward_types import REWARD_TYPE_REMEDY, base_type, needs_label
+from slime.config.rules.case import Case
+from slime.config.rules.problem import Problem
 from slime.core.plugins import load_hook
 
 _METADATA_REMEDY = "every row then needs metadata.rm_type; or add --rm-type or --custom-rm-path"

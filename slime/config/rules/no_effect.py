@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 from slime.config.args import Args
-from slime.config.case import Case
-from slime.config.engine_rules import needs_weight_directory
-from slime.config.options import EvalOptions
-from slime.config.problem import Problem
+from slime.config.flags.options import EvalOptions
 from slime.config.reward_types import may_ask_remote
+from slime.config.rules.case import Case
+from slime.config.rules.engines import needs_weight_directory
+from slime.config.rules.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from slime.config.case import Case
-from slime.config.problem import Problem
+from slime.config.rules.case import Case
+from slime.config.rules.problem import Problem
 
 
 def optimizer(case: Case) -> Iterable[Problem]:

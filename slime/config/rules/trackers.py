@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
-from slime.config.case import Case
-from slime.config.problem import Problem
+from slime.config.rules.case import Case
+from slime.config.rules.problem import Problem
 
 
 def trackers(case: Case) -> Iterable[Problem]:
