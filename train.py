@@ -11,8 +11,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from slime.config.dry_run.plan import format_plan
 from slime.config.parse import UsageError, load_args
-from slime.config.plan import format_plan
 from slime.core.errors import RunError
 
 

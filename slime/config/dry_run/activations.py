@@ -239,9 +239,9 @@ def log_probs_operation(args: Args, rank: Rank) -> Operation:
     if rank.on_cuda:
         whole_chunks = KEPT_LOGITS // (rank.width * logits)
         kept = min(whole_chunks * logits, rank.tokens * local_vocabulary(args, rank.shape)) * rank.width
-    # The output layer's gradient: in bf16 each chunk's product goes into the buffer of gradients (a GPU's without a copy
-    # of its own), in fp32 the chunks are summed beside it. A CPU has a chunk's logits twice in fp32 before, and in bf16
-    # twice, too.
+    # The output layer's gradient: in bf16 each chunk's product goes into the buffer of gradients (on a GPU without a
+    # copy of its own), in fp32 the chunks are summed beside it. A CPU has a chunk's logits twice in fp32 before, and in
+    # bf16 twice, too.
     fresh = 0 if kept else logits  # the gradient of logits that were kept takes their place
     half = rank.width < FP32
     product = 0 if rank.on_cuda and half else rank.width * table
