@@ -137,7 +137,6 @@ def transformer_config(args: Args) -> TransformerConfig:
         # fused kernels come with TransformerEngine or Apex
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,
     }
     return config_from(TransformerConfig, args, decided)

@@ -108,11 +108,11 @@ def scaled_as_read(adams: Sequence[torch.optim.Optimizer], scale: Tensor, skip: 
 
 
 def takes_scale(optimizer: object) -> bool:
-    """Whether it is a fused Adam of PyTorch's on a GPU, with anything to update."""
+    """Whether it is a fused Adam of PyTorch's on a GPU; also one without a parameter, as all ranks go the same way."""
     return (
-        isinstance(optimizer, torch.optim.Adam)
-        and any(group["params"] for group in optimizer.param_groups)
-        and all(group["fused"] and all(p.is_cuda for p in group["params"]) for group in optimizer.param_groups)
+        device.on_cuda()
+        and isinstance(optimizer, torch.optim.Adam)
+        and all(group["fused"] for group in optimizer.param_groups)
     )
 
 

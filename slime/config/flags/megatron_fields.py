@@ -17,7 +17,6 @@ from slime.config.rules.problem import Problem, show
 DECIDED: Mapping[str, Any] = {
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
     "moe_token_dispatcher_type": "alltoall",
     "deallocate_pipeline_outputs": True,
 }
@@ -33,6 +32,7 @@ HARMLESS = frozenset(
         "bias_activation_fusion",
         "cross_entropy_loss_fusion",
         "cross_entropy_fusion_impl",
+        "gradient_accumulation_fusion",
         "persist_layer_norm",
         "memory_efficient_layer_norm",
         "disable_bf16_reduced_precision_matmul",
