@@ -92,6 +92,8 @@ def test_ray_job_submit_runs_two_rollouts(task: Task, tmp_path: Path) -> None:
     port = str(find_free_port())
     head = [str(ray), "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", "0"]
     head += ["--dashboard-host", "127.0.0.1", "--dashboard-port", port, "--temp-dir", f"/tmp/ray_{os.getpid()}"]
+    # its own default is one port of the machine, which the Ray of a test beside this one may have
+    head += ["--dashboard-agent-listen-port", str(find_free_port())]
     save = tmp_path / "run"
     with (tmp_path / "head.txt").open("wb") as log:
         cluster = subprocess.Popen(head, env=env, stdout=log, stderr=subprocess.STDOUT)
