@@ -17,6 +17,7 @@ import ray
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
+from slime.core.threads import THREADS_SLEEP_SOON
 from slime.observability.logs import collected_warnings, log_to_file
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class TrainWorker:
     """One rank of training."""
 
     def __init__(self, args: Args, rank: int, init_method: str, log_dir: str) -> None:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the engine's; read when torch is first imported
+        for name, value in THREADS_SLEEP_SOON.items():  # read when torch is first imported
+            os.environ.setdefault(name, value)
         if args.num_engines and not args.colocate:
             # As SGLang sets it for its ranks: members of one NCCL group have to allocate what they share alike.
             os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")

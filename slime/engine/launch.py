@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from slime.config.args import Args
 from slime.config.rules.no_effect import EMBEDDED_SETTINGS
+from slime.core.threads import THREADS_SLEEP_SOON
 from slime.engine.keyed import VARIABLE
 from slime.engine.protocol import Endpoint, RouterEndpoint
 from slime.engine.sglang import MODULE, PHASES, sglang_server
@@ -236,8 +237,7 @@ def _launch_embedded(
     if args.architecture is not None:
         command += ["--architecture", json.dumps(asdict(args.architecture))]
     command += _flags(settings)
-    # Threads that wait sleep: others of the run share the cores, and who spins keeps them from those it waits for.
-    environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": str(threads), **THREADS_SLEEP_SOON, "CUDA_VISIBLE_DEVICES": ""}
     return ManagedProcess(
         f"engine {index}", command, url=f"http://{host}:{port}", log_path=log_path, environment=environment
     )
