@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from slime.cluster import reaper
 from slime.config.args import Args
 from slime.config.resolve import cuda_devices
+from slime.config.rules.engines import FP32_REMEDY, FP32_RULE, computes_in_fp32, starts_engines
 from slime.core.errors import RunError
 from slime.engine.launch import find_free_port
 
@@ -66,7 +67,7 @@ def choose_engine(args: Args, gpus: int) -> Args:
     """--rollout-engine auto decided by the cluster: SGLang where it has GPUs.
 
     Raises:
-        RunError: SGLang is asked for, and there is no GPU.
+        RunError: SGLang is asked for, and there is no GPU, or it would compute in fp32.
     """
     if args.rollout_engine == "auto":
         args = replace(args, rollout_engine="sglang" if gpus else "embedded")
@@ -75,11 +76,9 @@ def choose_engine(args: Args, gpus: int) -> Args:
             "--rollout-engine sglang: Ray has no GPU, which SGLang needs; add --rollout-engine embedded to generate "
             "on the CPU, or start Ray where there are GPUs"
         )
+    if args.rollout_engine == "sglang" and computes_in_fp32(args):
+        raise RunError(f"--rollout-engine {args.rollout_engine}: {FP32_RULE}; {FP32_REMEDY}")
     return args
-
-
-def starts_engines(args: Args) -> bool:
-    return args.num_engines > 0 and not args.rollout_external_engines
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from slime.cluster.placement import Placement, choose_engine, num_gpus, num_nodes, reserve, start_ray, starts_engines
+from slime.cluster.placement import Placement, choose_engine, num_gpus, num_nodes, reserve, start_ray
 from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
 from slime.config.epochs import rollouts_of_epochs
 from slime.config.rules.case import Case
 from slime.config.rules.check import schedule
-from slime.config.rules.engines import needs_weight_directory
+from slime.config.rules.engines import needs_weight_directory, starts_engines
 from slime.core.errors import RunError
 from slime.engine.external import FoundEngines, find_engines
 from slime.engine.membership import Membership, external_router_url

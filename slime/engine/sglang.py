@@ -77,8 +77,6 @@ def sglang_server(
         "skip_server_warmup": True,  # it sends text, and asks for no log-probs: `launch` warms up with tokens
     }
     defaults: dict[str, Any] = {"dtype": "bfloat16" if args.bf16 else "float32"}
-    if not args.bf16:
-        defaults["attention_backend"] = "triton"  # its own choice computes in half precision only
     given = {name: value for name, value in args.sglang.items() if name != "api_key"}
     environment = dict(ENVIRONMENT)
     if gpu_ids:

@@ -113,12 +113,14 @@ def test_too_few_gpus_are_said_at_once(place: Callable[..., Placement]) -> None:
 
 
 def test_auto_goes_by_rays_gpus(four_gpus: None) -> None:
-    auto = some_args(rollout_engine="auto", rollout_num_gpus=1)
+    auto = some_args(rollout_engine="auto", rollout_num_gpus=1, bf16=True)
     assert choose_engine(auto, num_gpus()).rollout_engine == "sglang"
     assert choose_engine(auto, 0).rollout_engine == "embedded"
     assert choose_engine(some_args(rollout_engine="embedded", rollout_num_gpus=1), 4).rollout_engine == "embedded"
     with pytest.raises(RunError, match="Ray has no GPU"):
         choose_engine(some_args(rollout_num_gpus=1), 0)
+    with pytest.raises(RunError, match="SGLang's kernels on CUDA compute in 16 bits"):
+        choose_engine(some_args(rollout_engine="auto", rollout_num_gpus=1, bf16=False), 4)
     assert choose_engine(some_args(rollout_num_gpus=0), 0), "nothing is started"
 
 

@@ -13,7 +13,7 @@ from slime.config.resolve import cuda_available
 URLS = "http://127.0.0.1:4000 http://127.0.0.1:4001"
 NEAR = f"--rollout-external-engines {URLS}"
 OWN = "--rollout-engine embedded --rollout-num-gpus 1"
-SGLANG = "--rollout-engine sglang --rollout-num-gpus 1 --dry-run"
+SGLANG = "--bf16 --rollout-engine sglang --rollout-num-gpus 1 --dry-run"
 FAR = "--rollout-external-engines http://10.0.0.7:4000"
 
 
@@ -48,10 +48,18 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
         (f"{FAR}", "engine-weights: neither it nor --save was given, and http://10.0.0.7:4000 has to read files there"),
         (f"{NEAR} --sglang-api-key a --router-api-key b", "--router-api-key: differs from --sglang-api-key"),
         (f"{NEAR} --router-api-key b", "--router-api-key: differs from --sglang-api-key"),
-        ("--rollout-engine sglang --rollout-num-gpus 1", "--rollout-engine sglang: SGLang needs a GPU"),
+        ("--bf16 --rollout-engine sglang --rollout-num-gpus 1", "--rollout-engine sglang: SGLang needs a GPU"),
         (f"{OWN} --sglang-pp-size 2", "--sglang-pp-size 2: an engine is one tensor-parallel group"),
         (f"{OWN} --sglang-admin-api-key 2", "one key opens everything"),
         (f"{OWN} --sglang-router-port 4000", "--sglang-router-port 4000: half of an address"),
+        (
+            f"{SGLANG} --no-bf16",
+            "--rollout-engine sglang: SGLang's kernels on CUDA compute in 16 bits, and its engines are asked for fp32",
+        ),
+        (
+            f"{SGLANG} --bf16 --sglang-dtype float",
+            "SGLang's kernels on CUDA compute in 16 bits",
+        ),
         (
             f"{SGLANG} --update-weight-pause retract",
             "--update-weight-pause retract: SGLang flushes its prefix cache only while no request waits",
@@ -82,7 +90,7 @@ def test_one_error(bare: Run, words: str, message: str) -> None:
             f"{OWN} --sglang-router-ip 10.0.0.9 --sglang-router-port 9",
             "--sglang-router-ip 10.0.0.9: stands elsewhere",
         ),
-        ("--colocate --rollout-engine sglang --dry-run --update-weight-pause retract", "nothing is in flight"),
+        ("--bf16 --colocate --rollout-engine sglang --dry-run --update-weight-pause retract", "nothing is in flight"),
         (f"{OWN} --update-weight-disk-dir x --no-check-weight-sync", "no weights stand in files"),
     ],
 )
@@ -102,6 +110,7 @@ def test_one_warning(bare: Run, words: str, message: str) -> None:
         f"{OWN} --sglang-router-ip 10.0.0.9 --sglang-router-port 9 --sglang-api-key a",
         f"{OWN} --update-weight-pause retract",
         f"{SGLANG} --update-weight-pause abort",
+        f"{SGLANG} --no-bf16 --sglang-dtype bfloat16",
         f"{SGLANG} --update-weight-pause in_place --sglang-disable-radix-cache",
     ],
 )

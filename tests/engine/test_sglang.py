@@ -98,10 +98,9 @@ def test_what_decides_tokens_is_said() -> None:
     assert environment["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] == "file:///tmp/x/ranks"
 
 
-def test_fp32_takes_a_kernel_that_can() -> None:
-    assert "--dtype float32 --attention-backend triton " in command(some_args(bf16=False))[0]
-    given = command(some_args(bf16=False, sglang={"attention_backend": "torch_native", "dtype": "half"}))[0]
-    assert "--dtype half --attention-backend torch_native " in given
+def test_precision_is_the_trainers_unless_it_is_said() -> None:
+    assert "--dtype bfloat16 " in command(some_args())[0]
+    assert "--dtype half " in command(some_args(bf16=False, sglang={"dtype": "half"}))[0]
 
 
 def test_memory_is_given_back_only_where_it_is_shared() -> None:

@@ -243,9 +243,8 @@ async def through_a_router(
         register_worker(router.url, process.url, api_key=args.sglang.get("api_key"))
         key = args.sglang.get("api_key")
         async with EngineClient(router.url, engines=[process.url], api_key=key) as client:
-            await described(report, client, "bfloat16" if args.bf16 else "float32")
-            dtype = torch.bfloat16 if args.bf16 else torch.float32
-            await compare(report, client, model_dir, limit=limit, dtype=dtype)
+            await described(report, client, "bfloat16")
+            await compare(report, client, model_dir, limit=limit, dtype=torch.bfloat16)
             if args.bf16:
                 await controls(report, client, process.url, model_dir)
     finally:
@@ -286,14 +285,14 @@ def engine(report: Report) -> None:
 
 
 @check(gpus=1, minutes=5)
-def engine_fp32(report: Report) -> None:
-    """fp32; ended by killing its guard."""
+def engine_of_fp32_training(report: Report) -> None:
+    """In bf16 beside a trainer in fp32; ended by killing its guard."""
     logs = kept_directory(report, "logs")
     with scratch() as directory:
         model_dir = make_model(directory)
-        process = started(report, args := some_args(model_dir, bf16=False), logs)
+        process = started(report, args := some_args(model_dir, bf16=False, dtype="bfloat16"), logs)
         try:
-            asyncio.run(through_a_router(report, args, process, logs, model_dir, limit=1e-3))
+            asyncio.run(through_a_router(report, args, process, logs, model_dir, limit=0.03))
             guard = psutil.Process(process.pid).parent()
             assert guard is not None, "the guard is its parent"
             ended(report, process, "guard killed", lambda: os.kill(guard.pid, signal.SIGKILL))

@@ -743,3 +743,41 @@ def trainer_log_probs(report: Report) -> None:
                     trainer.close()
         shifted = response_log_probs_of("qwen3", batch, torch.float32, 0.9)
         control(report, "another temperature", float((shifted - exact).abs().max()), 1e-3)
+
+
+@check(minutes=4)
+def resume(report: Report) -> None:
+    """bf16: two steps, saved, loaded by another Trainer, a third step: as three without a stop, to the bit."""
+    batch = tiny.random_batch(lengths=[40, 3, 180, 29, 401, 1, 77, 12])
+    for distributed in (False, True):
+        what = "distributed optimizer" if distributed else "one optimizer"
+        whole, control_of = resumed(batch, 3, 3, distributed), resumed(batch, 2, 3, distributed, forget=True)
+        found = resumed(batch, 2, 3, distributed)
+        differ = [name for name in whole if not torch.equal(whole[name], found[name])]
+        report.row(f"{what}: tensors that differ", len(differ), f"0 of {len(whole)}", not differ)
+        lost = sum(not torch.equal(whole[name], control_of[name]) for name in whole)
+        control(report, f"{what}: without the moments", lost, 0)
+
+
+def resumed(batch: Any, stop: int, steps: int, distributed: bool, *, forget: bool = False) -> dict[str, Tensor]:
+    """Weights after `steps` steps, with a save and a load behind step `stop`; `forget`: without the optimizer's."""
+    from slime.megatron.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        hf = tiny.hf_dir(Path(folder) / "hf", "qwen3")
+        args = tiny.make_args(
+            hf, bf16=True, max_tokens_per_gpu=512, use_distributed_optimizer=distributed, num_rollout=4,
+            load=f"{folder}/save", save=f"{folder}/save", no_load_optim=forget,
+        )  # fmt: skip
+        for begin, end in ((0, stop), (stop, steps)):
+            trainer = Trainer(args, rank=0, world_size=1, init_method=f"file://{folder}/store-{begin}")
+            try:
+                trainer.load()
+                for number in range(begin, end):
+                    trainer.train(number, batch)
+                if begin == 0:
+                    trainer.save(stop - 1, {})
+                weights = {name: tensor.clone() for name, tensor in trainer.iter_hf_tensors()}
+            finally:
+                trainer.close()
+    return weights

@@ -19,6 +19,7 @@ from slime.config.rules.engines import (
     pauses,
     precision_elsewhere,
     sglang,
+    sglang_precision,
     weight_directory,
 )
 from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, weights
@@ -294,6 +295,7 @@ CONVERSION_RULES: tuple[Rule, ...] = (parallel_sizes, precision, megatron_decide
 TRAINING_RULES: tuple[Rule, ...] = (
     engines,
     sglang,
+    sglang_precision,
     precision_elsewhere,
     external_engines,
     external_router,

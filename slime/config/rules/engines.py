@@ -15,7 +15,14 @@ from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
 from slime.core.address import is_loopback
 
+FP32_RULE = "SGLang's kernels on CUDA compute in 16 bits, and its engines are asked for fp32"
+FP32_REMEDY = "add --bf16, or --sglang-dtype bfloat16 to train in fp32 what is sampled in bf16"
 _URL = re.compile(r"http://(\[[0-9a-fA-F:.]+\]|[^\s/:@\[\]]+):(\d{1,5})")
+
+
+def starts_engines(args: Args) -> bool:
+    """Whether engines are ours."""
+    return args.num_engines > 0 and not args.rollout_external_engines
 
 
 def engines(case: Case) -> Iterable[Problem]:
@@ -50,7 +57,7 @@ def engines(case: Case) -> Iterable[Problem]:
 def sglang(case: Case) -> Iterable[Problem]:
     """SGLang is started on GPUs, and its ranks take part in weight updates by their tensor-parallel numbers."""
     args = case.args
-    asked = args.rollout_engine == "sglang" and args.num_engines > 0 and not args.rollout_external_engines
+    asked = args.rollout_engine == "sglang" and starts_engines(args)
     if asked and case.real and not (cuda_available() or joins_ray()):
         rule = "SGLang needs a GPU, and this machine has none that torch can use"
         yield case.error("rollout_engine", rule, "add --rollout-engine embedded (--dry-run plans with it)")
@@ -62,6 +69,19 @@ def sglang(case: Case) -> Iterable[Problem]:
             rule="an engine is one tensor-parallel group, to which weights are sent",
             remedy="leave it out, and raise --rollout-num-gpus-per-engine",
         )
+
+
+def computes_in_fp32(args: Args) -> bool:
+    """Whether engines that are SGLang would be asked for fp32, which their kernels on CUDA do not have."""
+    dtype = args.sglang.get("dtype") or ("bfloat16" if args.bf16 else "float32")
+    return starts_engines(args) and dtype in ("float", "float32")
+
+
+def sglang_precision(case: Case) -> Iterable[Problem]:
+    """SGLang 0.5.16's RMSNorm stops at the first request in fp32."""
+    if case.args.rollout_engine == "sglang" and computes_in_fp32(case.args):
+        about = ("bf16",) if "dtype" not in case.args.sglang else ()
+        yield case.error("rollout_engine", FP32_RULE, FP32_REMEDY, beside=about)
 
 
 def precision_elsewhere(case: Case) -> Iterable[Problem]:
