@@ -16,7 +16,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -44,6 +44,8 @@ from slime.engine.weight_group import dtype_name
 
 logger = logging.getLogger("slime.engine.embedded")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+MakeModel = Callable[..., Model]
+"""(architecture, dtype=...) -> the model."""
 MAX_BODY = 256 * 1024**2
 
 
@@ -54,9 +56,9 @@ class EngineFailed(RuntimeError):
 class Server:
     """Handlers over one scheduler. All state but the scheduler's is touched by the event loop only."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, make_model: MakeModel = Model) -> None:
         self._settings = settings
-        self._model = Model(settings.architecture, dtype=settings.dtype)
+        self._model = make_model(settings.architecture, dtype=settings.dtype)
         self._text = Text(settings.model_path)
         cache = KVCache(
             settings.architecture,
@@ -312,9 +314,9 @@ class Server:
             return error_answer(f"{request.path}: {error}", 500)
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, *, make_model: MakeModel = Model) -> int:
     """Listen until a signal comes (0) or the scheduler fails (1)."""
-    server = Server(settings)
+    server = Server(settings, make_model=make_model)
     server.start()
     # Handlers are cancelled when their client goes, so that its request is aborted.
     runner = web.AppRunner(server.application(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
@@ -340,18 +342,19 @@ def _is_no_probe(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], BadHttpMessage))
 
 
-def main() -> int:
+def main(argv: Sequence[str], *, make_model: MakeModel = Model) -> int:
+    """Serve what `argv` asks for. `make_model`: another forward pass behind the same scheduler and protocol."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("aiohttp.server").addFilter(_is_no_probe)
     sys.setswitchinterval(0.0005)  # the scheduler takes the GIL back after every operator
     try:
-        settings, threads = parse_settings(sys.argv[1:])
+        settings, threads = parse_settings(argv)
         torch.set_num_threads(threads)
-        return _run(serve(settings))
+        return _run(serve(settings, make_model=make_model))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
