@@ -2,46 +2,31 @@
 
     python3 train.py --hf-checkpoint ... --prompt-data ... --num-rollout ...
 
-`--dry-run` prints the resolved plan and stops; `--help` lists every flag.
+`--dry-run` prints the resolved plan and stops; `--help` lists every flag. train_async.py generates one rollout ahead.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from slime.config.dry_run.plan import format_plan
-from slime.config.parse import UsageError, load_args
-from slime.core.errors import RunError
+from slime.cluster.program import run
 
-
-def main(argv: Sequence[str]) -> None:
-    args, warnings = load_args(argv)
-    print(format_plan(args, warnings), flush=True)
-    if args.dry_run:
-        return
+if TYPE_CHECKING:
     from slime.cluster.cluster import Cluster
 
-    with Cluster(args) as cluster:
+
+def train(cluster: Cluster) -> None:
+    cluster.sync_weights()
+    cluster.evaluate_before_first()
+    for rollout in cluster.rollouts():
+        batch = cluster.generate(rollout)
+        with cluster.engines_asleep():
+            cluster.train(rollout, batch)
+            cluster.save_if_due(rollout)
         cluster.sync_weights()
-        cluster.evaluate_before_first()
-        for rollout in cluster.rollouts():
-            batch = cluster.generate(rollout)
-            with cluster.engines_asleep():
-                cluster.train(rollout, batch)
-                cluster.save_if_due(rollout)
-            cluster.sync_weights()
-            cluster.evaluate_if_due(rollout)
+        cluster.evaluate_if_due(rollout)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UsageError as error:
-        sys.exit(str(error))
-    except RunError as error:
-        logging.getLogger("slime").error("the run has ended", exc_info=error)
-        sys.exit(f"\n{error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; every process of the run has been ended")
+    run(train, sys.argv[1:])

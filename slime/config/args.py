@@ -76,6 +76,9 @@ class Args(
     """The router's flags, from `--router-*`."""
     architecture: Architecture | None = None
     """The model's shape, from config.json and MODEL_ARGS; None only where neither could be read."""
+    rollouts_ahead: int = 0
+    """Rollouts generated before the one that trains is done: 0 with train.py, 1 with train_async.py. No flag: the
+    program that was started says it."""
 
     @property
     def actor_world_size(self) -> int:

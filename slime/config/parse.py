@@ -181,11 +181,11 @@ def _print_help() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def load_args(argv: Sequence[str], *, training: bool = True) -> tuple[Args, list[Problem]]:
+def load_args(argv: Sequence[str], *, training: bool = True, rollouts_ahead: int = 0) -> tuple[Args, list[Problem]]:
     """The resolved Args and the warnings. `--help` prints every flag and exits.
 
     `training=False`: for tools that need the model and the parallel sizes alone; the rules about rollouts,
-    rewards and placement are left out.
+    rewards and placement are left out. `rollouts_ahead`: what the program is that has been started.
 
     Raises:
         UsageError: every error found, all at once.
@@ -199,6 +199,7 @@ def load_args(argv: Sequence[str], *, training: bool = True) -> tuple[Args, list
         megatron_extra=FrozenMapping(given.of("megatron")),
         sglang=FrozenMapping(given.of("sglang")),
         router=FrozenMapping(given.of("router")),
+        rollouts_ahead=rollouts_ahead,
     )
     args, problems = resolve_architecture(resolve(raw))
     case = Case(args=args, given=_said(given, raw))

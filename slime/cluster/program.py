@@ -1,0 +1,49 @@
+"""A program: a command line becomes a plan, and a run that a story tells; what goes wrong becomes one message.
+
+Path: train.py and train_async.py hold a story each, and are the same but for it. Invariant: nothing is started, and
+Ray is not imported, before the whole command line has been found right.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from slime.config.dry_run.plan import format_plan
+from slime.config.parse import UsageError, load_args
+from slime.core.errors import RunError
+
+if TYPE_CHECKING:
+    from slime.cluster.cluster import Cluster
+
+Story = Callable[["Cluster"], None]
+
+
+def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:
+    """Plan, and unless --dry-run asks for no more, start a cluster and let `story` use it.
+
+    `rollouts_ahead`: how many rollouts the story generates before the one that is trained is done; rules and the plan
+    go by it. Raises SystemExit with the message that the user is to read.
+    """
+    try:
+        _plan_and_run(story, argv, rollouts_ahead)
+    except UsageError as error:
+        sys.exit(str(error))
+    except RunError as error:
+        logging.getLogger("slime").error("the run has ended", exc_info=error)
+        sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; every process of the run has been ended")
+
+
+def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> None:
+    args, warnings = load_args(argv, rollouts_ahead=rollouts_ahead)
+    print(format_plan(args, warnings), flush=True)
+    if args.dry_run:
+        return
+    from slime.cluster.cluster import Cluster
+
+    with Cluster(args) as cluster:
+        story(cluster)
