@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 
 class Status(StrEnum):
@@ -25,6 +25,9 @@ class Status(StrEnum):
 
 
 Message = dict[str, Any]
+
+PER_TOKEN = ("loss_mask", "rollout_log_probs", "policy_versions")
+"""Fields of Sample with one entry a response token, where they are there."""
 
 
 @dataclass
@@ -55,11 +58,26 @@ class Sample:
     """Why there is no reward: 'timeout', 'crash', 'not a number', ..."""
     status: Status = Status.PENDING
     metadata: dict[str, Any] = field(default_factory=dict[str, Any])
-    """The data line's metadata, and `start_rollout_id`: the rollout in which generation began."""
+    """The data line's metadata, and `start_rollout_id`: the rollout in which the group's generation began."""
 
     @property
     def prompt_tokens(self) -> list[int]:
         return self.tokens[: self.prompt_length]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the response is whole, judged or not."""
+        return self.status in (Status.COMPLETED, Status.TRUNCATED)
+
+    def copy(self) -> Self:
+        """The same values, with nothing in common that is changed in place."""
+        copied = copy.copy(self)
+        for name in ("tokens", *PER_TOKEN):
+            values = getattr(self, name)
+            setattr(copied, name, None if values is None else list(values))
+        copied.reward = dict(self.reward) if isinstance(self.reward, dict) else self.reward
+        copied.metadata = copy.deepcopy(self.metadata)
+        return copied
 
     def check(self) -> None:
         """Raise ValueError where a per-token field and the response disagree in length."""
@@ -68,7 +86,7 @@ class Sample:
                 f"sample {self.index}: {len(self.tokens)} tokens, but prompt_length {self.prompt_length} "
                 f"+ response_length {self.response_length}"
             )
-        for name in ("loss_mask", "rollout_log_probs", "policy_versions"):
+        for name in PER_TOKEN:
             values = getattr(self, name)
             if values is not None and len(values) != self.response_length:
                 raise ValueError(
