@@ -1,0 +1,107 @@
+"""TrackedSource: a data source that knows what it has handed out.
+
+Path: stands between the rollout function and its data source, built in or a user's; the rollout manager saves it, also
+while a rollout runs. Invariant: every group drawn is in exactly one place: in the source (given back), in flight, or
+forgotten (its rollout has been trained on), and `state_dict` holds the first two.
+
+    source --get_groups--> in flight --add_groups--> source
+                               +-------forget------> trained on, or dropped and counted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slime.core.sample import Sample
+from slime.rollout.context import DataSource
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A group in flight."""
+
+    rollout_id: int
+    group: list[Sample]
+    """The list that was handed out. A rollout function puts a finished sample in the place of the one drawn."""
+    handed_out: list[Sample]
+    """The samples that stood in it. They may be changed in place, and then say nothing reliable."""
+    as_drawn: list[Sample]
+    """Copies of these, from when they were handed out."""
+
+    def now(self) -> list[Sample]:
+        """Finished samples with their tokens, the others as they were drawn."""
+        if len(self.group) != len(self.handed_out):
+            return self.as_drawn
+        return [
+            as_drawn if sample is handed_out else sample
+            for sample, handed_out, as_drawn in zip(self.group, self.handed_out, self.as_drawn, strict=True)
+        ]
+
+
+class TrackedSource:
+    """A DataSource around another one.
+
+    Call `forget(rollout_id)` once a rollout has been trained on; until then what it drew is saved as in flight, so
+    that a run that goes on from that state makes the rollout again, from the same groups in the same order. The
+    samples that were finished are not generated again, nor those judged that had been.
+    """
+
+    def __init__(self, source: DataSource) -> None:
+        self._source = source
+        self._in_flight: list[_Drawn] = []
+        """In the order in which they were drawn."""
+        self._restored: list[list[Sample]] = []
+        """Were in flight when the state was saved; they come before all others."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the user's own data source can do."""
+        return getattr(self._source, name)
+
+    @property
+    def num_prompts(self) -> int:
+        return self._source.num_prompts
+
+    @property
+    def num_in_flight(self) -> int:
+        """Groups drawn, and neither given back nor forgotten."""
+        return len(self._in_flight)
+
+    def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]:
+        """`num` groups: first those that were in flight when the state was saved, in their order."""
+        groups = self._restored[:num]
+        if len(groups) < num:
+            groups += self._source.get_groups(num - len(groups), rollout_id=rollout_id)
+        del self._restored[:num]
+        self._in_flight += [
+            _Drawn(rollout_id, group, list(group), [sample.copy() for sample in group]) for group in groups
+        ]
+        return groups
+
+    def add_groups(self, groups: Sequence[list[Sample]]) -> None:
+        """Give groups back."""
+        self._source.add_groups(groups)
+        for group in groups:
+            index = group[0].group_index
+            place = next((i for i, drawn in enumerate(self._in_flight) if drawn.group[0].group_index == index), None)
+            if place is not None:
+                del self._in_flight[place]
+
+    def forget(self, rollout_id: int) -> None:
+        """The rollout, and all before it, have been trained on: what they drew and did not give back is consumed."""
+        self._in_flight = [drawn for drawn in self._in_flight if drawn.rollout_id > rollout_id]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON types. May be taken while a rollout runs."""
+        in_flight = [drawn.now() for drawn in self._in_flight] + self._restored
+        return {
+            "source": self._source.state_dict(),
+            "in_flight": [[sample.to_dict() for sample in group] for group in in_flight],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; nothing is in flight then."""
+        self._source.load_state_dict(state["source"])
+        self._restored = [[Sample.from_dict(sample) for sample in group] for group in state["in_flight"]]
+        self._in_flight = []
