@@ -1,7 +1,8 @@
-"""One sample: prompt tokens to the engine, response tokens back.
+"""One sample: prompt tokens to the engine, response tokens back, in as many parts as it takes.
 
-Path: `collect` and `evaluate` call `generate_sample` (or the function of --custom-generate-function-path) once a
-sample, many at a time. Invariant: what the engine produced is kept token by token; text is made from tokens for the
+Path: `group_run` and `evaluate` call `generate_sample` (or the function of --custom-generate-function-path) for each
+sample, many at a time; a sample that was aborted or cut off comes again. Invariant: what the engine produced is kept
+token by token, with the log-prob and the policy version of the part that made it; text is made from tokens for the
 reward, and never tokenised again.
 """
 
@@ -10,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from slime.config.args import Args
 from slime.core.plugins import load_hook
@@ -22,6 +23,8 @@ from slime.rollout.prompts import context_length
 
 if TYPE_CHECKING:
     from slime.rollout.context import RolloutContext
+
+T = TypeVar("T")
 
 Generate = Callable[[Args, Sample, SamplingParams, "RolloutContext"], Awaitable[Sample]]
 
@@ -75,28 +78,68 @@ def load_generate(args: Args) -> Generate:
 async def generate_sample(
     args: Args, sample: Sample, sampling_params: SamplingParams, context: RolloutContext
 ) -> Sample:
-    """Generate the response to `sample.tokens`, in place.
+    """Generate the response to `sample.tokens`, in place, or go on with the response that it has.
+
+    `max_new_tokens` is of the whole response, what there is of it included. Where nothing is left of that, or of the
+    context, the sample is truncated as it stands. A request that is aborted leaves what it made: ABORTED.
 
     Raises:
-        EngineError: the engines did not answer, after retries.
+        EngineError: the engines did not answer, after retries; the sample is as it was.
     """
-    limit = context_length(args)
-    room = sampling_params.max_new_tokens if limit is None else limit - len(sample.tokens)
-    params = replace(sampling_params, max_new_tokens=min(sampling_params.max_new_tokens, room))
+    left = room(args, sample, sampling_params.max_new_tokens)
+    if left <= 0:
+        sample.status = Status.TRUNCATED
+        return sample
+    params = replace(sampling_params, max_new_tokens=left)
     response = await context.engines.generate(GenerateRequest(input_ids=sample.tokens, sampling_params=params))
-    fill_response(args, sample, response, context)
+    if sample.response_length and params.stop_strings:
+        response = _stopped_across_parts(sample, response, params.stop_strings, context)
+    append_response(args, sample, response, context)
     return sample
 
 
-def fill_response(args: Args, sample: Sample, response: GenerateResponse, context: RolloutContext) -> None:
-    """Write what the engine answered into the sample."""
+def room(args: Args, sample: Sample, max_response_length: int) -> int:
+    """Tokens that may still come, by the length of the response and by the context."""
+    limit = context_length(args)
+    left = max_response_length - sample.response_length
+    return left if limit is None else min(left, limit - len(sample.tokens))
+
+
+def append_response(args: Args, sample: Sample, response: GenerateResponse, context: RolloutContext) -> None:
+    """Write what the engine answered behind what the sample has: tokens, each with its log-prob and its version."""
+    begun = sample.response_length > 0
     tokens = response.output_ids
-    sample.tokens = sample.prompt_tokens + tokens
-    sample.response_length = len(tokens)
-    sample.response = context.decode(tokens, skip_special_tokens=args.rollout_skip_special_tokens)
-    sample.rollout_log_probs = response.log_probs
     # An engine calls weights that nothing was sent to "default" (SGLang): that is version 0.
     version = int(response.weight_version) if response.weight_version.isdecimal() else 0
-    sample.policy_versions = [version] * len(tokens)
+    sample.tokens = sample.tokens + tokens
+    sample.response_length += len(tokens)
+    sample.rollout_log_probs = _behind(sample.rollout_log_probs, response.log_probs, begun)
+    sample.policy_versions = _behind(sample.policy_versions, [version] * len(tokens), begun)
+    if sample.loss_mask is not None:
+        sample.loss_mask = sample.loss_mask + [1] * len(tokens)
+    text = context.decode(sample.tokens[sample.prompt_length :], skip_special_tokens=args.rollout_skip_special_tokens)
+    sample.response = text
     sample.status = STATUS_BY_FINISH[response.finish_reason]
     sample.check()
+
+
+def _behind(values: list[T] | None, more: list[T], begun: bool) -> list[T] | None:
+    """`more` behind `values`; where a response has begun without them, they stay missing."""
+    return None if begun and values is None else [*(values or []), *more]
+
+
+def _stopped_across_parts(
+    sample: Sample, response: GenerateResponse, stops: Sequence[str], context: RolloutContext
+) -> GenerateResponse:
+    """The response up to a stop text that began in the part before: an engine looks at its own part alone."""
+    longest = max(map(len, stops))
+    tail = sample.tokens[sample.prompt_length :][-2 * longest :]
+    length_before = len(context.decode(tail, skip_special_tokens=False))
+    for count in range(1, len(response.output_ids) + 1):
+        text = context.decode(tail + response.output_ids[:count], skip_special_tokens=False)
+        if any(stop in text for stop in stops):
+            tokens, log_probs = response.output_ids[:count], response.log_probs[:count]
+            return replace(response, output_ids=tokens, log_probs=log_probs, finish_reason="stop")
+        if len(text) - length_before >= longest:
+            break
+    return response

@@ -57,6 +57,8 @@ class TrackedSource:
 
     def __getattr__(self, name: str) -> Any:
         """What else the user's own data source can do."""
+        if name.startswith("_"):
+            raise AttributeError(name)
         return getattr(self._source, name)
 
     @property

@@ -12,7 +12,7 @@ from slime.core.sample import Sample, Status
 from slime.engine.protocol import GenerateResponse, SamplingParams
 from slime.rollout.context import RolloutContext
 from slime.rollout.generate import (
-    fill_response,
+    append_response,
     generate_sample,
     load_generate,
     rollout_sampling_params,
@@ -73,14 +73,15 @@ def test_the_engine_s_version_is_written_to_each_token(tokenizer: PreTrainedToke
     context = RolloutContext(args, None, tokenizer, pool)
     for name, version in (("17", 17), ("default", 0)):
         sample = _sample(1)
-        fill_response(args, sample, answer(name), context)
+        append_response(args, sample, answer(name), context)
         assert sample.policy_versions == [version] * 2
         assert (sample.status, sample.rollout_log_probs) == (Status.COMPLETED, [-1.0, -2.0])
     assert sample.response.endswith("<|user|>")  # special tokens stay in the text that rewards see
     skipping = Args(rollout_skip_special_tokens=True)
-    fill_response(skipping, sample, answer("1"), context)
-    assert not sample.response.endswith("<|user|>")
-    assert sample.response_length == 2
+    skipped = _sample(1)
+    append_response(skipping, skipped, answer("1"), context)
+    assert not skipped.response.endswith("<|user|>")
+    assert skipped.response_length == 2
 
 
 def test_sampling_flags_reach_the_engine() -> None:
