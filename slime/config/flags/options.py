@@ -45,6 +45,27 @@ class ClusterOptions:
     engine_start_timeout: float = flag(600.0, "Seconds within which an engine or the router has to be ready.", gt=0)
     engine_request_timeout: float = flag(1800.0, "Seconds within which one generation request has to end.", gt=0)
     train_timeout: float = flag(3600.0, "Seconds within which a collective of training has to end.", gt=0)
+    engine_health_timeout: float = flag(
+        60.0,
+        "Seconds without an answer to a health check, after which an engine or the router counts as hung, is ended and "
+        "started anew. A step of any length is no hang: the engine's server answers beside it.",
+        gt=0,
+    )
+    max_engine_restarts: int = flag(
+        10, "Times that engines and router may be started anew in one run; one more fault of theirs ends it.", ge=0
+    )
+    phase_timeout: float = flag(
+        7200.0,
+        "Seconds that one phase (a rollout's generation, its training, a save, ...) may take without any progress; "
+        "then the run ends, and says which process did not answer.",
+        gt=0,
+    )
+    max_restarts: int = flag(
+        2,
+        "Times that a run is started again from its last complete checkpoint under --save because a trainer, the "
+        "rollout manager or a node was lost; counted anew whenever a checkpoint has been made since.",
+        ge=0,
+    )
     cpu_threads_per_process: int | None = flag(
         None, "Threads of each training and engine process on a CPU (default: cores / processes).", ge=1
     )
