@@ -58,6 +58,8 @@ class Processes:
         self._router_url = ""
         self._urls: list[str] = []
         self._ranks: list[int] = []
+        self._behind: dict[Any, str] = {}
+        """Work that goes on behind the loop, and what it is."""
 
     def start(self) -> None:
         """Ray and all actors; returns while they are still importing."""
@@ -187,21 +189,34 @@ class Processes:
         """The results of `refs`, in order; the first failure ends the wait. `meanwhile` is called every 10 s of it.
 
         Raises:
-            RunError: naming the phase, and what the process that failed said or that it died.
+            RunError: naming the phase, and what the process that failed said or that it died; the phase may be one
+                that goes on behind the loop.
         """
         waiting = list(refs)
         while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=None if meanwhile is None else PROGRESS_S)
+            behind = [ref for ref in self._behind if ref not in waiting]
+            timeout = None if meanwhile is None else PROGRESS_S
+            ready, _ = ray.wait([*waiting, *behind], num_returns=1, timeout=timeout)
             if not ready and meanwhile is not None:
                 meanwhile()
-            try:
-                ray.get(ready)
-            except RayTaskError as error:
-                cause = error.cause if isinstance(error.cause, BaseException) else error
-                raise RunError(f"{phase} failed: {type(cause).__name__}: {cause}\nlogs: {self._log_dir}") from error
-            except RayActorError as error:
-                raise RunError(f"{phase} failed: a process died: {error}\nlogs: {self._log_dir}") from error
+            for ref in ready:
+                self._raise_failure(self._behind.pop(ref, phase), ref)
+                if ref in waiting:
+                    waiting.remove(ref)
         return ray.get(list(refs))
+
+    def watch(self, phase: str, ref: Any) -> None:
+        """`ref` is made behind the loop: from now on its failure ends whatever the loop waits for."""
+        self._behind[ref] = phase
+
+    def _raise_failure(self, phase: str, ref: Any) -> None:
+        try:
+            ray.get(ref)
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            raise RunError(f"{phase} failed: {type(cause).__name__}: {cause}\nlogs: {self._log_dir}") from error
+        except RayActorError as error:
+            raise RunError(f"{phase} failed: a process died: {error}\nlogs: {self._log_dir}") from error
 
     def stop(self) -> None:
         """End everything that `start` started."""

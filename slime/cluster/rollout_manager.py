@@ -1,8 +1,8 @@
 """RolloutManager: everything on the way from prompt to training batch, in one Ray actor.
 
 Path: holds the data source, the reward workers, the router and the client of the engines; each rollout turns prompts
-into a TrainBatch for the trainers. Invariant: its `state_dict` is the whole data side of a checkpoint, taken between
-two rollouts.
+into a TrainBatch for the trainers. Invariant: its `state_dict` is the whole data side of a checkpoint: also while a
+rollout is generated, and while one that is whole waits for the loop to take it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.observability.logs import collected_warnings, log_to_file
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.evaluate import Evaluator
+from slime.rollout.in_flight import TrackedSource
 from slime.rollout.rm_hub import RewardPool
 from slime.rollout.rollout_metrics import replay_metrics
 from slime.rollout.tokenizer import load_tokenizer
@@ -36,8 +38,26 @@ from slime.rollout.tokenizer import load_tokenizer
 T = TypeVar("T")
 
 
+@dataclass
+class _Made:
+    """A rollout that is whole, in plain JSON types: nothing that is done to its samples later shows in it."""
+
+    rollout_id: int
+    groups: list[list[dict[str, Any]]]
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, rollout_id: int, groups: list[list[Sample]], metrics: dict[str, float]) -> _Made:
+        lasting = {name: value for name, value in metrics.items() if not name.startswith("time/")}
+        return cls(rollout_id, [[sample.to_dict() for sample in group] for group in groups], lasting)
+
+    def result(self) -> RolloutResult:
+        groups = [[Sample.from_dict(sample) for sample in group] for group in self.groups]
+        return RolloutResult(groups, dict(self.metrics))
+
+
 class RolloutManager:
-    """One rollout, evaluation or state call at a time. Ray runs it as an async actor."""
+    """One rollout at a time; an evaluation and state calls may come meanwhile. Ray runs it as an async actor."""
 
     def __init__(self, args: Args, log_dir: str) -> None:
         self._args = args
@@ -48,7 +68,9 @@ class RolloutManager:
         self._client: EngineClient | None = None
         self._rewards: RewardPool | None = None
         self._evaluator: Evaluator | None = None
-        self._data_source: Any = None
+        self._data_source: TrackedSource | None = None
+        self._made: _Made | None = None
+        """The last rollout that is whole, where the loop may be busy with the one before it."""
 
     def start(self) -> list[str]:
         """Load tokenizer and prompts, and make the reward pool. Comes before all other calls. Returns warnings."""
@@ -61,7 +83,7 @@ class RolloutManager:
         args = self._args
         tokenizer = load_tokenizer(args)
         if args.prompt_data is not None or args.data_source_path != HookOptions.data_source_path:
-            self._data_source = load_hook("data_source_path", args.data_source_path)(args, tokenizer)
+            self._data_source = TrackedSource(load_hook("data_source_path", args.data_source_path)(args, tokenizer))
         self._rollout_function = load_hook("rollout_function_path", args.rollout_function_path)
         self._rewards = RewardPool(args)
         self._context = RolloutContext(args=args, client=None, tokenizer=tokenizer, rewards=self._rewards)
@@ -126,7 +148,7 @@ class RolloutManager:
             groups = read_dump(Path(args.load_debug_rollout_data.format(rollout_id=rollout_id)))
             metrics = replay_metrics(args, groups)
         else:
-            result = await self._guarded(self._call_rollout_function(rollout_id))
+            result = await self._make(rollout_id)
             groups, metrics = result.groups, result.metrics
         if args.save_debug_rollout_data is not None:
             write_dump(Path(args.save_debug_rollout_data.format(rollout_id=rollout_id)), groups)
@@ -137,6 +159,17 @@ class RolloutManager:
             log(args, rollout_id, samples, metrics)
         batch = self._to_batch(samples)
         return batch, {**metrics, "time/rollout": time.perf_counter() - start}
+
+    async def _make(self, rollout_id: int) -> RolloutResult:
+        """The rollout's groups; a resumed run may have them already."""
+        if self._made is not None and self._made.rollout_id == rollout_id:
+            return self._made.result()
+        result = await self._guarded(self._call_rollout_function(rollout_id))
+        if self._args.rollouts_ahead:  # else it is trained on before anything is saved
+            self._made = _Made.of(rollout_id, result.groups, result.metrics)
+        if self._data_source is not None:
+            self._data_source.forget(rollout_id)
+        return result
 
     async def _call_rollout_function(self, rollout_id: int) -> RolloutResult:
         result = self._rollout_function(self._args, rollout_id, self._data_source, self._context)
@@ -187,8 +220,9 @@ class RolloutManager:
             return
         assert self._client is not None, "there are engines"
         version = self._context.policy_version
+        right = {str(version + ahead) for ahead in range(1 + self._args.rollouts_ahead)}  # the next one may be arriving
         told = zip(await self._client.workers(), await self._client.weight_versions(), strict=True)
-        wrong = [f"{url} reports {reported}" for url, reported in told if reported != str(version)]
+        wrong = [f"{url} reports {reported}" for url, reported in told if reported not in right]
         if wrong:
             raise RuntimeError(
                 f"engines have lost policy version {version} while it was generated with: {', '.join(wrong)}; it was "
@@ -209,13 +243,19 @@ class RolloutManager:
                     f"label {sample.label}\n{prompt}⟫{sample.response}\n"
                 )
 
-    def state_dict(self) -> dict[str, Any]:
-        data_source = None if self._data_source is None else self._data_source.state_dict()
-        return {"data_source": data_source, "policy_version": self._context.policy_version}
+    def state_dict(self, next_rollout_id: int = 0) -> dict[str, Any]:
+        """Plain JSON types. `next_rollout_id`: the first that is not trained on; it is here where it waits to be."""
+        waits = self._made is not None and self._made.rollout_id >= next_rollout_id
+        return {
+            "data_source": None if self._data_source is None else self._data_source.state_dict(),
+            "made": dict(vars(self._made)) if waits else None,
+            "policy_version": self._context.policy_version,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._data_source is not None and state["data_source"] is not None:
             self._data_source.load_state_dict(state["data_source"])
+        self._made = None if state.get("made") is None else _Made(**state["made"])
         self._context.policy_version = state["policy_version"]
 
     async def close(self) -> None:

@@ -41,7 +41,7 @@ def test_a_replay_needs_no_prompts(task: Task, tmp_path: Path, dump: str) -> Non
     batch, metrics = asyncio.run(replayed.generate(0))
     assert len(batch) == 4
     assert metrics["rollout/reward"] == 0.5
-    assert replayed.state_dict() == {"data_source": None, "policy_version": 0}
+    assert replayed.state_dict() == {"data_source": None, "made": None, "policy_version": 0}
     asyncio.run(replayed.close())
 
 
