@@ -1,20 +1,18 @@
 """The client of the engines: generation through the router, everything else at each engine directly.
 
 Path: `rollout` generates and aborts with it, `sync` updates weights with it. Invariants: what the router does not fan
-out goes to every worker of its GET /workers list; what failed is raised as an EngineError that names URL and status,
-after the retries that can help (no connection, 502, 503), and never swallowed.
+out goes to every engine of the run (or to all of its GET /workers list); an engine that is lost takes none of its
+requests along: they are generated elsewhere, or wait for one to be there.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-import aiohttp
-import orjson
-
+from slime.engine.connection import Connection, EngineError
 from slime.engine.device_protocol import MemoryOccupation, MemoryTag, UpdateWeightsFromTensor
 from slime.engine.protocol import (
     AbortRequest,
@@ -34,23 +32,10 @@ from slime.engine.protocol import (
     WeightsChecker,
 )
 
-RETRY_STATUS = (502, 503)
-RETRIES = 6
-BACKOFF = 0.2
-"""Seconds before the first retry; each further one waits twice as long."""
+__all__ = ["CONTROL_TIMEOUT", "EngineClient", "EngineError"]
+
 CONTROL_TIMEOUT = 600.0
 """Seconds for a request that is not a generation (a weight update may take long)."""
-
-
-class EngineError(RuntimeError):
-    """A request that an engine or the router did not answer as asked. `status` 0: no answer at all."""
-
-    def __init__(self, url: str, status: int, message: str) -> None:
-        super().__init__(url, status, message)
-        self.url, self.status, self.message = url, status, message
-
-    def __str__(self) -> str:
-        return f"{self.url} {f'answered {self.status}' if self.status else 'did not answer'}: {self.message}"
 
 
 class EngineClient:
@@ -66,14 +51,17 @@ class EngineClient:
         engines: Sequence[str] | None = None,
         api_key: str | None = None,
         request_timeout: float = 1800.0,
+        patience: float = 0.0,
     ) -> None:
+        """`patience`: seconds that a generation waits for a router or an engine that is being started anew."""
         self._router_url = router_url.rstrip("/")
         self._engines = None if engines is None else list(engines)
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
         self._request_timeout = request_timeout
-        self._opened: aiohttp.ClientSession | None = None
+        self._patience = patience
+        self._connection = Connection(api_key)
+        self._num_aborts = 0
+        self.num_answered = 0
+        """Generations that have been answered so far."""
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -84,60 +72,41 @@ class EngineClient:
         await self.close()
 
     async def close(self) -> None:
-        if self._opened is not None:
-            await self._opened.close()
-            self._opened = None
+        await self._connection.close()
 
-    def _session(self) -> aiohttp.ClientSession:
-        if self._opened is None or self._opened.closed:
-            # aiohttp would hold back everything beyond 100 connections; the caller decides what is in flight.
-            # Idle connections are dropped before SGLang drops them (after 5 s), or a request would meet a closed one.
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
-            # Engines are ours: a proxy of the environment has no business between.
-            self._opened = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
-        return self._opened
+    def set_engines(self, urls: Sequence[str]) -> None:
+        """Control these from now on; what is still asked of another one is given up."""
+        self._engines = list(urls)
 
-    async def _request(
-        self, method: str, url: str, body: Message | None, *, timeout: float, collective: bool = False
-    ) -> Any:
-        """The decoded answer. Retries where there was no connection or the router had no engine at hand.
+    def set_router(self, url: str) -> None:
+        self._router_url = url.rstrip("/")
 
-        `collective`: the engine takes part in something with others, once; it is asked again only if the first
-        request cannot have reached it.
-        """
-        data = None if body is None else orjson.dumps(body.to_json())
-        limit = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
-        problem = EngineError(url, 0, "not asked")
-        for attempt in range(RETRIES + 1):
-            if attempt:
-                await asyncio.sleep(BACKOFF * 2 ** (attempt - 1))
-            try:
-                async with self._session().request(method, url, data=data, timeout=limit) as answer:
-                    raw = await answer.read()
-            except TimeoutError:
-                raise EngineError(url, 0, f"no answer within {timeout:g} s") from None
-            except (aiohttp.ClientError, OSError) as error:
-                problem = EngineError(url, 0, f"{type(error).__name__}: {error}")
-                if collective and not isinstance(error, aiohttp.ClientConnectorError):
-                    break
-                continue
-            if answer.status == 200:
-                return _decode(url, raw)
-            problem = EngineError(url, answer.status, _message(raw))
-            if collective or answer.status not in RETRY_STATUS:
-                break
-        raise problem
+    def _is_gone(self, engine: str) -> bool:
+        return self._engines is not None and engine not in self._engines
 
     # ---- through the router
 
     async def generate(self, request: GenerateRequest) -> GenerateResponse:
-        """One response, with the log-prob of each of its tokens.
+        """One response, with the log-prob of each of its tokens; an abort ends it also where no engine has it.
 
         Raises:
             EngineError: with the engine's own words; an answer that is not as asked has status 200.
         """
+        num_aborts = self._num_aborts
+
+        def find_url() -> str | None:
+            return self._router_url + Endpoint.GENERATE if num_aborts == self._num_aborts else None
+
+        try:
+            answer = await self._connection.request(
+                "POST", find_url, request, timeout=self._request_timeout, patience=self._patience
+            )
+        except EngineError:
+            if find_url() is None:
+                return GenerateResponse.aborted()
+            raise
+        self.num_answered += 1
         url = self._router_url + Endpoint.GENERATE
-        answer = await self._request("POST", url, request, timeout=self._request_timeout)
         try:
             response = GenerateResponse.from_json(answer)
         except (KeyError, TypeError, ValueError) as error:
@@ -153,7 +122,7 @@ class EngineClient:
 
     async def _listed(self) -> list[str]:
         url = self._router_url + RouterEndpoint.WORKERS
-        answer = await self._request("GET", url, None, timeout=CONTROL_TIMEOUT)
+        answer = await self._connection.request("GET", lambda: url, None, timeout=CONTROL_TIMEOUT)
         return sorted(worker["url"] for worker in answer["workers"])
 
     async def check_router(self) -> None:
@@ -173,18 +142,27 @@ class EngineClient:
     async def _everywhere(
         self, endpoint: Endpoint, bodies: Message | Sequence[Message] | None, *, collective: bool = False
     ) -> list[Any]:
-        """POST to all engines at once (None: GET) -> their answers, in the order of `workers`."""
+        """POST to all engines at once (None: GET) -> their answers, in the order of `workers`.
+
+        An engine that is taken off the client's list meanwhile has no part in it, unless it is `collective`.
+        """
         urls = await self.workers()
         if not urls:
             raise EngineError(self._router_url, 200, f"the router has no engines for {endpoint}")
         each = list(bodies) if isinstance(bodies, Sequence) else [bodies] * len(urls)
         method = "GET" if bodies is None else "POST"
-        tasks = [
-            asyncio.ensure_future(
-                self._request(method, url + endpoint, body, timeout=CONTROL_TIMEOUT, collective=collective)
+
+        def ask(url: str, body: Message | None) -> asyncio.Task[Any]:
+            asking = self._connection.request(
+                method,
+                lambda: None if self._is_gone(url) else url + endpoint,
+                body,
+                timeout=CONTROL_TIMEOUT,
+                collective=collective,
             )
-            for url, body in zip(urls, each, strict=True)
-        ]
+            return asyncio.ensure_future(asking)
+
+        tasks = [ask(url, body) for url, body in zip(urls, each, strict=True)]
         # All are waited for, and then the first failure is raised: none is left running unseen. Something collective
         # cannot end without the one that failed.
         try:
@@ -193,15 +171,22 @@ class EngineClient:
             for task in tasks:
                 task.cancel()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
-        failed = [answer for answer in answers if isinstance(answer, BaseException)]
+        failed = [
+            answer
+            for url, answer in zip(urls, answers, strict=True)
+            if isinstance(answer, BaseException) and (collective or not self._is_gone(url))
+        ]
         for failure in failed:
             if not isinstance(failure, asyncio.CancelledError):
                 raise failure
         assert not failed, "only what failed has the others cancelled"
-        return answers
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def abort_all(self) -> None:
-        """Every request in flight ends now, with what it has."""
+        """Every request in flight ends now, with what it has; those that wait for an engine, too."""
+        self._num_aborts += 1
+        if self._engines == []:
+            return
         await self._everywhere(Endpoint.ABORT_REQUEST, AbortRequest(abort_all=True))
 
     async def pause(self, mode: PauseMode = "in_place") -> None:
@@ -220,11 +205,7 @@ class EngineClient:
 
     async def is_healthy(self, url: str) -> bool:
         """Whether the engine or router at `url` is well; asked once."""
-        try:
-            async with self._session().get(url + Endpoint.HEALTH, timeout=aiohttp.ClientTimeout(total=10)) as answer:
-                return answer.status == 200
-        except (TimeoutError, aiohttp.ClientError, OSError):
-            return False
+        return await self._connection.is_healthy(url)
 
     async def describe(self) -> list[EngineInfo]:
         """What every engine says of itself.
@@ -359,25 +340,3 @@ class _Nothing(Message):
 
     def to_json(self) -> dict[str, Any]:
         return {}
-
-
-def _decode(url: str, raw: bytes) -> Any:
-    if not raw.startswith((b"{", b"[")):  # SGLang answers some requests in words
-        return {"message": raw.decode(errors="replace")}
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise EngineError(url, 200, f"the answer is no JSON: {error}") from error
-
-
-def _message(raw: bytes) -> str:
-    """The engine's own words out of an error body."""
-    try:
-        data = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        return raw.decode(errors="replace")[:500]
-    if isinstance(data, Mapping):
-        error = data.get("error")
-        inner = error.get("message") if isinstance(error, Mapping) else error
-        return str(inner or data.get("message") or data)[:2000]
-    return str(data)[:2000]

@@ -211,6 +211,20 @@ class GenerateResponse:
     """The prompt's own, from `logprob_start_len` on; None at position 0, which nothing predicts."""
 
     @classmethod
+    def aborted(cls) -> GenerateResponse:
+        """What is said for a request that was aborted before an engine had begun with it."""
+        return cls(
+            output_ids=[],
+            log_probs=[],
+            finish_reason="abort",
+            weight_version="",
+            text="",
+            prompt_tokens=0,
+            completion_tokens=0,
+            input_log_probs=[],
+        )
+
+    @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GenerateResponse:
         """Raises KeyError where a field is missing, ValueError where they contradict each other."""
         meta = data["meta_info"]

@@ -104,7 +104,7 @@ def test_no_answer_is_an_error_that_names_the_url() -> None:
         async with EngineClient(url) as client:
             await client.workers()
 
-    import slime.engine.client as module
+    import slime.engine.connection as module
 
     before, module.BACKOFF = module.BACKOFF, 0.01
     try:

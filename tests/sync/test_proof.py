@@ -171,7 +171,7 @@ def test_a_dead_engine_is_named(
     models: dict[str, Path], served: list[ManagedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Last: it ends an engine. The other one had begun to wait for the broadcast, and takes weights again after it."""
-    monkeypatch.setattr("slime.engine.client.BACKOFF", 0.01)
+    monkeypatch.setattr("slime.engine.connection.BACKOFF", 0.01)
     by_disk, by_broadcast = disk(served, models, tmp_path), broadcast(served)
 
     def dying() -> Iterator[NamedTensor]:

@@ -1,0 +1,144 @@
+"""One HTTP request to an engine or the router, with the retries that can help.
+
+Path: `client` speaks the protocol through here. Invariant: what failed is raised as an EngineError that names URL and
+status, after the retries that can help (no connection, 502, 503), and never swallowed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import aiohttp
+import orjson
+
+from slime.engine.protocol import Endpoint, Message
+
+RETRY_STATUS = (502, 503)
+RETRIES = 6
+BACKOFF = 0.2
+"""Seconds before the first retry; each further one waits twice as long."""
+LONGEST_BACKOFF = 2.0
+"""Seconds between two attempts of a request that has patience."""
+
+
+class EngineError(RuntimeError):
+    """A request that an engine or the router did not answer as asked. `status` 0: no answer at all."""
+
+    def __init__(self, url: str, status: int, message: str) -> None:
+        super().__init__(url, status, message)
+        self.url, self.status, self.message = url, status, message
+
+    def __str__(self) -> str:
+        return f"{self.url} {f'answered {self.status}' if self.status else 'did not answer'}: {self.message}"
+
+
+class Connection:
+    """The connections of one event loop, shared by all requests."""
+
+    def __init__(self, api_key: str | None) -> None:
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._opened: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        if self._opened is not None:
+            await self._opened.close()
+            self._opened = None
+
+    def _session(self) -> aiohttp.ClientSession:
+        if self._opened is None or self._opened.closed:
+            # aiohttp would hold back everything beyond 100 connections; the caller decides what is in flight.
+            # Idle connections are dropped before SGLang drops them (after 5 s), or a request would meet a closed one.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
+            # Engines are ours: a proxy of the environment has no business between.
+            self._opened = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
+        return self._opened
+
+    async def request(
+        self,
+        method: str,
+        find_url: Callable[[], str | None],
+        body: Message | None,
+        *,
+        timeout: float,
+        collective: bool = False,
+        patience: float = 0.0,
+    ) -> Any:
+        """The decoded answer. Retries where there was no connection, or the router had no engine at hand.
+
+        `find_url`: asked before each attempt; None: whoever was asked is not there any more, and the error of the last
+        attempt stands. `collective`: the engine takes part in something with others, once; it is asked again only if
+        the first request cannot have reached it. `patience`: seconds of waiting between attempts, at least.
+        """
+        data = None if body is None else orjson.dumps(body.to_json())
+        limit = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
+        problem = EngineError("an engine", 0, "it is not part of the run any more")
+        for wait in itertools.chain((0.0,), _waits(patience)):
+            await asyncio.sleep(wait)
+            url = find_url()
+            if url is None:
+                break
+            try:
+                async with self._session().request(method, url, data=data, timeout=limit) as answer:
+                    raw = await answer.read()
+            except TimeoutError:
+                raise EngineError(url, 0, f"no answer within {timeout:g} s") from None
+            except (aiohttp.ClientError, OSError) as error:
+                problem = EngineError(url, 0, f"{type(error).__name__}: {error}")
+                if collective and not isinstance(error, aiohttp.ClientConnectorError):
+                    break
+                continue
+            if answer.status == 200:
+                return _decode(url, raw)
+            problem = EngineError(url, answer.status, _message(raw))
+            if collective or answer.status not in RETRY_STATUS:
+                break
+        raise problem
+
+    async def is_healthy(self, url: str) -> bool:
+        """Whether the engine or router at `url` is well; asked once."""
+        try:
+            async with self._session().get(url + Endpoint.HEALTH, timeout=aiohttp.ClientTimeout(total=10)) as answer:
+                return answer.status == 200
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            return False
+
+
+def _waits(patience: float) -> Iterator[float]:
+    """Seconds before each retry."""
+    if not patience:
+        yield from (BACKOFF * 2**retry for retry in range(RETRIES))
+        return
+    waited = 0.0
+    for retry in itertools.count():
+        if waited >= patience:
+            return
+        wait = min(BACKOFF * 2 ** min(retry, RETRIES), LONGEST_BACKOFF)
+        waited += wait
+        yield wait
+
+
+def _decode(url: str, raw: bytes) -> Any:
+    if not raw.startswith((b"{", b"[")):  # SGLang answers some requests in words
+        return {"message": raw.decode(errors="replace")}
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise EngineError(url, 200, f"the answer is no JSON: {error}") from error
+
+
+def _message(raw: bytes) -> str:
+    """The engine's own words out of an error body."""
+    try:
+        data = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return raw.decode(errors="replace")[:500]
+    if isinstance(data, Mapping):
+        error = data.get("error")
+        inner = error.get("message") if isinstance(error, Mapping) else error
+        return str(inner or data.get("message") or data)[:2000]
+    return str(data)[:2000]
