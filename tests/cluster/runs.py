@@ -1,4 +1,4 @@
-"""Real runs of train.py on a tiny model: Ray, router, engines and trainers as separate processes."""
+"""Real runs of train.py and train_async.py on a tiny model: Ray, router, engines and trainers as separate processes."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def environment() -> dict[str, str]:
     return {**env, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], log: Path, program: str = "train.py") -> subprocess.Popen[bytes]:
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *arguments],
+            [sys.executable, str(ROOT / program), *arguments],
             cwd=ROOT,
             env=environment(),
             stdout=file,
@@ -75,11 +75,11 @@ def _as_in_a_terminal() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def train(arguments: list[str], log: Path) -> str:
-    """Run train.py to its end; its output. Fails the test where it fails."""
-    code = start(arguments, log).wait(timeout=RUN_TIMEOUT_S)
+def train(arguments: list[str], log: Path, program: str = "train.py") -> str:
+    """Run the program to its end; its output. Fails the test where it fails."""
+    code = start(arguments, log, program).wait(timeout=RUN_TIMEOUT_S)
     output = log.read_text()
-    assert code == 0, f"train.py ended with {code}:\n{output[-6000:]}"
+    assert code == 0, f"{program} ended with {code}:\n{output[-6000:]}"
     return output
 
 
