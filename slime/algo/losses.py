@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slime.algo.corrections import importance_weights
 from slime.algo.reducers import KL_ESTIMATORS
 
 
@@ -27,6 +28,8 @@ class LossInputs:
     ref_log_probs_R: Tensor | None = None
     rollout_log_probs_R: Tensor | None = None
     entropy_R: Tensor | None = None
+    weighed_R: Tensor | None = None
+    """bool: tokens that take an importance weight, old / rollout (see `corrections`). Masked ones are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class LossOptions:
     kl_loss_coef: float
     kl_loss_type: str
     entropy_coef: float
-    use_tis: bool
+    offpolicy_correction: str
     tis_clip: float
     tis_clip_low: float
 
@@ -52,8 +55,8 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[
 
     - upper clip range of its own: DAPO's clip-higher (arXiv:2503.14476 eq. 10);
     - `eps_clip_c`: dual clip, for negative advantages the loss is at most -A c (arXiv:1912.09729 eq. 5);
-    - `use_tis`: weight clip(pi_old / pi_engine) for tokens that another implementation sampled;
-    - coefficients x KL to the reference, and - entropy.
+    - `weighed_R`: the importance weight of tokens that another policy sampled (AReaL, arXiv:2505.24298 eq. 5);
+    - coefficients x KL to the reference, and - entropy, neither of them weighed.
     """
     log_ratio_R = inputs.log_probs_R - inputs.old_log_probs_R
     ratio_R = log_ratio_R.exp()
@@ -67,12 +70,19 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[
         loss_R = torch.where(bounded_R, ceiling_R, loss_R)
         metrics["dual_clip_fraction"] = bounded_R.float()
     if inputs.rollout_log_probs_R is not None:
-        gap_R = inputs.old_log_probs_R - inputs.rollout_log_probs_R
-        metrics["logprob_gap"] = gap_R.abs().detach()
-        if options.use_tis:
-            weight_R = gap_R.exp().clamp(options.tis_clip_low, options.tis_clip).detach()
-            loss_R = loss_R * weight_R
-            metrics["tis_weight"] = weight_R
+        metrics["logprob_gap"] = (inputs.old_log_probs_R - inputs.rollout_log_probs_R).abs().detach()
+    if inputs.weighed_R is not None:
+        assert inputs.rollout_log_probs_R is not None, "weights are taken against them"
+        weights_R, beyond_R = importance_weights(
+            inputs.old_log_probs_R,
+            inputs.rollout_log_probs_R,
+            inputs.weighed_R,
+            low=options.tis_clip_low,
+            high=options.tis_clip,
+            drop=options.offpolicy_correction == "mis",
+        )
+        loss_R = loss_R * weights_R
+        metrics |= {"tis_weight": weights_R, "tis_clipped": beyond_R.float()}
     metrics["pg_loss"] = loss_R.detach()
     if inputs.ref_log_probs_R is not None:
         kl_R = KL_ESTIMATORS[options.kl_loss_type](inputs.log_probs_R, inputs.ref_log_probs_R)

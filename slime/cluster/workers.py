@@ -44,6 +44,7 @@ class TrainWorker:
         self._transport: Transport | None = None
         self._memory: TrainerMemory | None = None
         self._proven = False
+        self._policy_version: int | None = None
 
     def load(self) -> tuple[LoadResult, list[str]]:
         """Build the trainer and load its checkpoint. Comes before all other calls. The second part are warnings."""
@@ -58,7 +59,7 @@ class TrainWorker:
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         """Train on the whole rollout's `batch`; `time/training` is this rank's own wall seconds."""
         start = time.perf_counter()
-        metrics = self._trainer.train(rollout_id, batch)
+        metrics = self._trainer.train(rollout_id, batch, self._policy_version)
         return {**metrics, "time/training": time.perf_counter() - start}
 
     def save(self, rollout_id: int, state: dict[str, Any]) -> str:
@@ -162,6 +163,7 @@ class TrainWorker:
         """Send the actor's weights to the engines as `version`, and prove that they arrived. Collective."""
         from slime.sync.proof import check_versions
 
+        self._policy_version = version
         tensors = self._trainer.iter_hf_tensors()
         if self._engines_on_cpu:  # no copy where the trainer is on the CPU, too
             tensors = ((name, tensor.cpu()) for name, tensor in tensors)

@@ -49,6 +49,8 @@ COLUMNS: Mapping[str, Column] = {
     "sample_indices": Column(Axis.SAMPLE, "int64", -1, True, "the sample's number over the run, for messages"),
     "rollout_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "the engine's log-prob at generation"),
     "policy_versions": Column(Axis.RESPONSE, "int32", -1, False, "policy version that made the token"),
+    "offpolicy": Column(Axis.RESPONSE, "bool", 0, False, "older weights than the trainer's made the token"),
+    "weighed": Column(Axis.RESPONSE, "bool", 0, False, "the token takes an importance weight in the loss"),
     "log_probs": Column(Axis.RESPONSE, "float32", 0, False, "old policy's log-prob, by the trainer"),
     "ref_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "reference policy's log-prob"),
     "advantages": Column(Axis.RESPONSE, "float32", 0, False, "advantage of each response token"),

@@ -29,7 +29,7 @@ def loss_options(args: Args) -> LossOptions:
         kl_loss_coef=args.kl_loss_coef if args.use_kl_loss else 0.0,
         kl_loss_type=args.kl_loss_type,
         entropy_coef=args.entropy_coef,
-        use_tis=args.use_tis,
+        offpolicy_correction=args.offpolicy_correction,
         tis_clip=args.tis_clip,
         tis_clip_low=args.tis_clip_low,
     )

@@ -82,7 +82,7 @@ class Stepper:
 
         Returns:
             Metrics, the same on every rank: `loss`, `grad_norm`, `lr`, the loss's own weighed means, and
-            `logprob_gap_mean/_max`, |old - engine's log-prob| over the tokens of the mask.
+            `logprob_gap_mean/_max`, |old - engine's log-prob| over the mask's tokens that the policy itself made.
 
         Raises:
             RuntimeError: the weights do not sum to `weights_sum`, or the gradient is not finite: then no weight
@@ -185,6 +185,7 @@ class Stepper:
             ref_log_probs_R=columns.get("ref_log_probs"),
             rollout_log_probs_R=columns.get("rollout_log_probs"),
             entropy_R=entropy_R,
+            weighed_R=columns.get("weighed"),
         )
         loss_R, metrics = loss(inputs, options)
         weights_R = columns["loss_weights"]
@@ -231,7 +232,11 @@ class Stepper:
             dist.broadcast_object_list(found, group=self.topology.pp_group, group_src=last)
             metrics = found[0]
         if "gap_tokens" in metrics:
-            metrics["logprob_gap_mean"] = metrics.pop("gap_sum") / max(metrics.pop("gap_tokens"), 1.0)
+            tokens, total = metrics.pop("gap_tokens"), metrics.pop("gap_sum")
+            if tokens:
+                metrics["logprob_gap_mean"] = total / tokens
+            else:  # none was made by this policy: that says nothing, and not that all is well
+                metrics.pop("logprob_gap_max")
         return metrics
 
 
@@ -272,6 +277,8 @@ def _gap_shares(old_R: Tensor, columns: Mapping[str, Tensor]) -> dict[str, Tenso
     if "rollout_log_probs" not in columns:
         return {}
     mask_R = columns["loss_mask"] > 0
+    if "offpolicy" in columns:
+        mask_R = mask_R & ~columns["offpolicy"]
     gap_R = torch.where(mask_R, (old_R.detach() - columns["rollout_log_probs"]).abs(), 0.0)
     largest = gap_R.amax() if len(gap_R) else gap_R.new_zeros(())
     return {"gap_sum": gap_R.sum(), "gap_tokens": mask_R.sum(), "logprob_gap_max": largest}

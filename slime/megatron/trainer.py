@@ -29,6 +29,7 @@ from slime.megatron.build import architecture_of, build_model, params_dtype, unw
 from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from slime.megatron.checkpoint_files import refuse_abandoned
 from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows
+from slime.megatron.offpolicy import add_offpolicy, version_of_weights
 from slime.megatron.optimizer import build_optimizer, steps_per_rollout
 from slime.megatron.parallel import close_parallel, init_parallel
 from slime.megatron.result import LoadResult
@@ -178,23 +179,29 @@ class Trainer:
 
     # Training
 
-    def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
+    def train(self, rollout_id: int, batch: TrainBatch, policy_version: int | None = None) -> dict[str, float]:
         """All optimizer steps of one rollout; metrics are the same on every rank.
 
+        Args:
+            policy_version: by which the engines know the trainer's weights as they are now; None where they were
+                never sent. Tokens of lower versions are off-policy (see `offpolicy`).
+
         Raises:
-            ValueError: the samples cannot be cut into the steps asked for.
+            ValueError: the samples cannot be cut into the steps asked for; off-policy tokens that cannot be corrected.
             RuntimeError: loss weights that do not add up, or a gradient that is not finite.
         """
         start = time.perf_counter()
         args = self._args
         self._stepper.forget_gradients(self.optimizer)
+        counted_N = counted_rows_of(args, batch)
+        version = version_of_weights(args, rollout_id, batch, policy_version)
+        batch, offpolicy_metrics = add_offpolicy(args, batch, counted_N, version)
         plans = self.plan(batch, steps_per_rollout(args))
         if len(plans) > 1 and args.loss_type != "sft_loss":
             batch = batch.with_column("log_probs", self._forward(batch, plans))
         if self.needs_reference:
             with self._snapshots.holding("ref"):
                 batch = batch.with_column("ref_log_probs", self._forward(batch, plans))
-        counted_N = counted_rows_of(args, batch)
         batch = add_advantages(args, batch, counted_N)
         batch, sums = add_loss_weights(args, batch, counted_N, [plan.rows for plan in plans])
         train_start = time.perf_counter()
@@ -214,7 +221,7 @@ class Trainer:
                 )
             )
         end = time.perf_counter()
-        metrics = _over_steps(steps) | self._plan_metrics(batch, plans)
+        metrics = _over_steps(steps) | self._plan_metrics(batch, plans) | offpolicy_metrics
         metrics["train/dropped_samples"] = float((~counted_N).sum())
         forward, step = self._longest([train_start - start, end - train_start])
         metrics |= {"time/train_forward": forward, "time/train_step": step}
@@ -321,10 +328,10 @@ def _loss_of(args: Args) -> Loss:
 
 
 def _over_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """`train/...` of a rollout: the mean over its steps; the largest of `_max`, the last learning rate."""
+    """`train/...` of a rollout: the mean over its steps that have it; the largest of `_max`, the last learning rate."""
     metrics: dict[str, float] = {}
-    for name in steps[0]:
-        values = [step[name] for step in steps]
+    for name in dict.fromkeys(name for step in steps for name in step):
+        values = [step[name] for step in steps if name in step]
         reduce: Callable[[list[float]], float] = (
             max if name.endswith("_max") else (lambda v: v[-1]) if name == "lr" else lambda v: sum(v) / len(v)
         )

@@ -17,7 +17,7 @@ OPTIONS = LossOptions(
     kl_loss_coef=0.0,
     kl_loss_type="low_var_kl",
     entropy_coef=0.0,
-    use_tis=False,
+    offpolicy_correction="tis",
     tis_clip=2.0,
     tis_clip_low=0.0,
 )
@@ -53,9 +53,11 @@ def by_the_papers(inputs: LossInputs, options: LossOptions) -> list[float]:
         objective = min(ratio * a, clipped * a)
         if options.eps_clip_c is not None and a < 0:
             objective = max(objective, options.eps_clip_c * a)
-        if options.use_tis:
+        if inputs.weighed_R is not None and inputs.weighed_R[t]:
             assert rollout is not None
-            objective *= min(max(math.exp(log_old - float(rollout[t])), options.tis_clip_low), options.tis_clip)
+            weight = math.exp(log_old - float(rollout[t]))
+            bounded = min(max(weight, options.tis_clip_low), options.tis_clip)
+            objective *= 0 if options.offpolicy_correction == "mis" and bounded != weight else bounded
         if options.kl_loss_coef:
             assert ref is not None
             r = math.exp(float(ref[t]) - log_p)
@@ -77,21 +79,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "k3": {"kl_loss_coef": 0.1, "kl_loss_type": "k3"},
     "low_var_kl": {"kl_loss_coef": 0.1},
     "entropy": {"entropy_coef": 0.05},
-    "TIS": {"use_tis": True, "tis_clip": 1.5, "tis_clip_low": 0.6},
-    "all": {"eps_clip_c": 1.3, "kl_loss_coef": 0.1, "entropy_coef": 0.05, "use_tis": True, "tis_clip": 1.5},
+    "TIS": {"tis_clip": 1.5, "tis_clip_low": 0.6},
+    "MIS": {"tis_clip": 1.5, "tis_clip_low": 0.6, "offpolicy_correction": "mis"},
+    "TIS of some": {"tis_clip": 1.5, "tis_clip_low": 0.6},
+    "all": {"eps_clip_c": 1.3, "kl_loss_coef": 0.1, "entropy_coef": 0.05, "tis_clip": 1.5},
 }
+EVERY, THIRD = torch.ones(64, dtype=torch.bool), torch.arange(64) % 3 == 0
+WEIGHED = {"TIS": EVERY, "MIS": EVERY, "TIS of some": THIRD, "all": EVERY}
+
+
+def variant(name: str) -> tuple[LossInputs, LossOptions]:
+    return make_inputs(weighed_R=WEIGHED.get(name)), replace(OPTIONS, **VARIANTS[name])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_policy_loss_is_the_papers_formula(name: str) -> None:
-    inputs, options = make_inputs(), replace(OPTIONS, **VARIANTS[name])
+    inputs, options = variant(name)
     loss, _ = policy_loss(inputs, options)
     assert loss.tolist() == pytest.approx(by_the_papers(inputs, options), rel=1e-12, abs=1e-12)
 
 
 def test_every_variant_changes_the_loss() -> None:
     """The control of the test above: the inputs reach every branch, so no two formulas agree on them."""
-    losses = {name: policy_loss(make_inputs(), replace(OPTIONS, **change))[0] for name, change in VARIANTS.items()}
+    losses = {name: policy_loss(*variant(name))[0] for name in VARIANTS}
     same = [
         (a, b)
         for a in losses
@@ -103,7 +113,7 @@ def test_every_variant_changes_the_loss() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_gradients_against_finite_differences(name: str) -> None:
-    inputs, options = make_inputs(), replace(OPTIONS, **VARIANTS[name])
+    inputs, options = variant(name)
 
     def loss(log_probs: Tensor, entropy: Tensor) -> Tensor:
         return policy_loss(replace(inputs, log_probs_R=log_probs, entropy_R=entropy), options)[0].sum()
@@ -114,12 +124,12 @@ def test_gradients_against_finite_differences(name: str) -> None:
 
 
 def test_metrics_and_the_importance_weight_carry_no_gradient() -> None:
-    inputs = make_inputs()
+    inputs, options = variant("TIS")
     assert inputs.rollout_log_probs_R is not None
     rollout = inputs.rollout_log_probs_R.clone().requires_grad_()
     log_probs = inputs.log_probs_R.clone().requires_grad_()
     inputs = replace(inputs, log_probs_R=log_probs, rollout_log_probs_R=rollout)
-    loss, metrics = policy_loss(inputs, replace(OPTIONS, **VARIANTS["TIS"]))
+    loss, metrics = policy_loss(inputs, options)
     loss.sum().backward()
     assert log_probs.grad is not None and rollout.grad is None
     assert all(not metrics[name].requires_grad for name in ("clip_fraction", "ppo_kl", "pg_loss", "kl", "tis_weight"))

@@ -240,7 +240,6 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
         "--partial-rollout",
         "--max-staleness 0",
         "--advantage-estimator gspo",
-        "--use-tis",
         "--kl-coef 0.1",
         "--normalize-advantages",
         "--no-use-rotary-position-embeddings",

@@ -183,9 +183,26 @@ class RolloutOptions:
         "batch", "When drops leave too few: sample another over-sampling batch, or only what is missing."
     )
     max_empty_waves: int = flag(10, "Waves of prompts in which nothing was kept before the run ends.", ge=1)
-    partial_rollout: bool = flag(False, "Aborted samples keep their tokens and go on in a later rollout.")
-    mask_offpolicy_in_partial_rollout: bool = flag(False, "Leave tokens of earlier policies out of the loss.")
-    max_staleness: int | None = flag(None, "Policy versions a token may lag behind.", ge=0)
+    partial_rollout: bool = flag(
+        False,
+        "Groups that a rollout leaves unfinished, or does not need, keep their tokens and rewards, and go on in a "
+        "later rollout.",
+    )
+    partial_rollout_max_tokens: int | None = flag(
+        None,
+        "Tokens after which a sample is set aside, to go on in a later rollout (or in the same one, where all others "
+        "do not fill it); belongs to --partial-rollout, and is needed beside --deterministic.",
+        ge=1,
+    )
+    mask_offpolicy_in_partial_rollout: bool = flag(
+        False, "Leave tokens that an earlier policy made out of the loss; belongs to --partial-rollout."
+    )
+    max_staleness: int | None = flag(
+        None,
+        "Policy versions by which a token of a group from the data buffer may be older than the engines' weights; "
+        "a group with an older one starts anew from its prompt.",
+        ge=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,9 +296,17 @@ class AlgoOptions:
     normalize_advantages: bool = flag(False, "Whiten advantages over the batch.")
     gamma: float = flag(1.0, "Discount.", ge=0, le=1)
     lambd: float = flag(1.0, "GAE lambda.", ge=0, le=1)
-    use_tis: bool = flag(False, "Truncated importance sampling against the engine's log-probs.")
-    tis_clip: float = flag(2.0, "Upper clip of the importance weight of --use-tis.", gt=0)
-    tis_clip_low: float = flag(0.0, "Lower clip of the importance weight of --use-tis.", ge=0)
+    offpolicy_correction: Literal["tis", "mis", "none"] = flag(
+        "tis",
+        "Importance weight of tokens that older weights made (partial rollout, train_async.py). tis: truncated at the "
+        "clips; mis: tokens beyond the clips are masked; none: they count like all others.",
+    )
+    use_tis: bool = flag(
+        False,
+        "Importance weights for all tokens, the current weights' too: engine and trainer never agree to the bit.",
+    )
+    tis_clip: float = flag(2.0, "Upper clip of importance weights.", gt=0)
+    tis_clip_low: float = flag(0.0, "Lower clip of importance weights.", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from slime.config.rules.engines import (
 from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, weights
 from slime.config.rules.no_effect import no_effect
 from slime.config.rules.not_built import not_built
+from slime.config.rules.offpolicy import offpolicy
 from slime.config.rules.optimizer import optimizer
 from slime.config.rules.paths import directories, tokenizer, weight_files
 from slime.config.rules.problem import Problem
@@ -314,6 +315,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     context,
     kl,
     losses,
+    offpolicy,
     reward_types,
     reward,
     eval_rewards,

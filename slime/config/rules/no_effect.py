@@ -13,6 +13,7 @@ from slime.config.flags.options import EvalOptions
 from slime.config.reward_types import may_ask_remote
 from slime.config.rules.case import Case
 from slime.config.rules.engines import needs_weight_directory
+from slime.config.rules.offpolicy import may_be_offpolicy
 from slime.config.rules.problem import Problem
 
 
@@ -27,7 +28,10 @@ class NoEffect:
 
 
 _CLIP = ("eps_clip", "eps_clip_high", "eps_clip_c")
-_POLICY = (*_CLIP, "use_kl_loss", "kl_loss_coef", "entropy_coef", "kl_coef", "normalize_advantages", "use_tis")
+_TIS = ("tis_clip", "tis_clip_low")
+_WEIGHTS = ("offpolicy_correction", *_TIS)
+_KL = ("use_kl_loss", "kl_loss_coef", "kl_coef")
+_POLICY = (*_CLIP, *_KL, "entropy_coef", "normalize_advantages", "use_tis", *_WEIGHTS)
 _EVAL = tuple(f.name for f in fields(EvalOptions) if f.name not in ("eval_interval", "eval_prompt_data", "eval_config"))
 
 EMBEDDED_SETTINGS = frozenset(
@@ -92,7 +96,21 @@ TABLE: tuple[NoEffect, ...] = (
         "no training prompts are read",
     ),
     NoEffect(("gamma", "lambd"), lambda a: a.advantage_estimator == "grpo", "grpo has neither discount nor GAE"),
-    NoEffect(("tis_clip", "tis_clip_low"), lambda a: not a.use_tis, "it belongs to --use-tis", "add --use-tis"),
+    NoEffect(
+        _TIS,
+        lambda a: a.offpolicy_correction == "none" and not a.use_tis,
+        "with --offpolicy-correction none no token is weighed",
+    ),
+    NoEffect(
+        _WEIGHTS,
+        lambda a: a.offpolicy_correction != "none" and not a.use_tis and not may_be_offpolicy(a),
+        "every token is of the weights that are trained; it belongs to --partial-rollout, train_async.py or --use-tis",
+    ),
+    NoEffect(
+        _WEIGHTS,
+        lambda a: a.offpolicy_correction != "none" and not a.use_tis and a.mask_offpolicy_in_partial_rollout,
+        "--mask-offpolicy-in-partial-rollout leaves no token to weigh",
+    ),
     NoEffect(
         ("custom_loss_function_path",),
         lambda a: a.loss_type != "custom_loss",
@@ -122,7 +140,7 @@ TABLE: tuple[NoEffect, ...] = (
     ),
     NoEffect(
         ("mask_offpolicy_in_partial_rollout",),
-        lambda a: a.mask_offpolicy_in_partial_rollout and not a.partial_rollout,
+        lambda a: a.mask_offpolicy_in_partial_rollout and not a.partial_rollout and not a.rollouts_ahead,
         "it belongs to --partial-rollout",
     ),
     NoEffect(("rm_url",), lambda a: a.custom_rm_path is not None, "--custom-rm-path judges instead of remote_rm"),

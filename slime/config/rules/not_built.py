@@ -40,12 +40,10 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "swiglu": (off, "an MLP without SwiGLU"),
     "disable_bias_linear": (off, "biases in linear layers"),
     "partial_rollout": (on, "partial rollout"),
-    "mask_offpolicy_in_partial_rollout": (on, "partial rollout"),
     "max_staleness": (other_than(), "a bound on staleness"),
     "advantage_estimator": (other_than("grpo"), "another advantage estimator than grpo"),
     "normalize_advantages": (on, "whitening of advantages"),
     "kl_coef": (on, "a KL penalty in the reward"),
-    "use_tis": (on, "truncated importance sampling"),
     "deterministic": (on, "a run that is reproducible bit for bit"),
 }
 """Field -> when it asks for something that is not there, and what that is."""

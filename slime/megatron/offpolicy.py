@@ -1,0 +1,95 @@
+"""Off-policy tokens: which tokens of a rollout older weights made, and which of them take an importance weight.
+
+Path: the trainer asks before it plans its steps; `step` hands the `weighed` column to the loss. Invariant: a token
+that does not count in the loss is neither off-policy nor weighed, and the same columns are made on every rank.
+
+Weights are told apart by the policy version by which the engines know them. The trainer's weights before the first step
+of rollout r are version r + 1 in every run, for they are sent once before the first rollout and once after each.
+
+Shapes: _N samples, _R response tokens of all samples.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slime.config.args import Args
+from slime.core.batch import Array, TrainBatch
+
+
+def version_of_weights(args: Args, rollout_id: int, batch: TrainBatch, policy_version: int | None) -> int:
+    """The version of the trainer's weights: `policy_version`, where they were sent to engines.
+
+    Where they were not (a replay without engines), that of any run's weights at this rollout: a replay then corrects
+    what the run corrected that made the dump. A dump may be of a later rollout, or of another run: where its newest
+    token is newer than that, it counts as current.
+
+    Raises:
+        ValueError: a token that was not replayed is newer than the weights that are trained: versions are confused.
+    """
+    version = rollout_id + 1 if policy_version is None else policy_version
+    if not batch.has("policy_versions"):
+        return version
+    counts_R = batch.columns["loss_mask"] > 0
+    newest = int(np.max(batch.columns["policy_versions"], where=counts_R, initial=version))
+    if newest > version and policy_version is not None and args.load_debug_rollout_data is None:
+        raise ValueError(
+            f"rollout {rollout_id}: a token was made by policy version {newest}, and the trainer's weights are version "
+            f"{version}: it cannot be told which tokens are off-policy; a rollout or generate function of your own has "
+            "to keep the policy_versions that the engines answer with"
+        )
+    return newest
+
+
+def add_offpolicy(args: Args, batch: TrainBatch, counted_N: Array, version: int) -> tuple[TrainBatch, dict[str, float]]:
+    """The columns `offpolicy` and `weighed` where any token is, the loss mask without what the flags mask, and metrics.
+
+    Raises:
+        ValueError: tokens have to be weighed or masked, and what that needs is not there.
+    """
+    if args.loss_type == "sft_loss":  # what it learns from was not sampled
+        return batch, {}
+    counts_R = (batch.columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
+    metrics: dict[str, float] = {}
+    offpolicy_R = np.zeros_like(counts_R)
+    if batch.has("policy_versions"):
+        age_R = version - batch.columns["policy_versions"].astype(np.int64)
+        offpolicy_R = counts_R & (age_R > 0)
+        if counts_R.any():
+            metrics["train/offpolicy_tokens"] = float(offpolicy_R.sum() / counts_R.sum())
+            metrics["train/staleness"] = float(age_R[counts_R].mean())
+            metrics["train/staleness_max"] = float(age_R[counts_R].max())
+    else:
+        _check_versions_are_not_needed(args)
+    if args.mask_offpolicy_in_partial_rollout and offpolicy_R.any():
+        batch = batch.with_column("loss_mask", np.where(offpolicy_R, 0.0, batch.columns["loss_mask"]))
+        counts_R, offpolicy_R = counts_R & ~offpolicy_R, np.zeros_like(offpolicy_R)
+    if offpolicy_R.any():
+        batch = batch.with_column("offpolicy", offpolicy_R)
+    weighed_R = counts_R if args.use_tis else offpolicy_R
+    if args.offpolicy_correction != "none" and weighed_R.any():
+        _check_log_probs(args, batch)
+        batch = batch.with_column("weighed", weighed_R)
+    return batch, metrics
+
+
+def _check_versions_are_not_needed(args: Args) -> None:
+    """Without versions every token passes for one of the current weights."""
+    wanted = args.mask_offpolicy_in_partial_rollout or args.offpolicy_correction != "none"
+    if args.loss_type == "policy_loss" and wanted and (args.partial_rollout or args.rollouts_ahead):
+        why = "--partial-rollout" if args.partial_rollout else "train_async.py"
+        raise ValueError(
+            f"{why} trains on tokens of older weights, and the samples do not say which: no sample has "
+            "policy_versions; a generate function of your own has to set them (slime.rollout.generate does), or give "
+            "--offpolicy-correction none"
+        )
+
+
+def _check_log_probs(args: Args, batch: TrainBatch) -> None:
+    if args.loss_type == "policy_loss" and not batch.has("rollout_log_probs"):
+        why = "--use-tis" if args.use_tis else f"--offpolicy-correction {args.offpolicy_correction}"
+        raise ValueError(
+            f"{why}: tokens have to be weighed against the log-probs with which they were sampled, and the samples "
+            "have no rollout_log_probs; a generate function of your own has to set them (slime.rollout.generate does), "
+            "or give --offpolicy-correction none, without --use-tis"
+        )
