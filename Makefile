@@ -1,7 +1,7 @@
 # make demo [SEED=n]   the whole system on a laptop CPU, in outputs/demo-seed<n>/
 # make demo-control    the same with rewards shuffled between samples: it must not learn
 # make bench           against what one would take instead, into docs/PERFORMANCE.md; or one: make bench-engine,
-#                      bench-trainer, bench-loop (which makes TRL an environment of its own in .venv-trl)
+#                      bench-trainer, bench-rollout, bench-loop (which makes TRL an environment of its own in .venv-trl)
 # make test            the tests        make check    lint, format and types
 # make test-gpu        the checks that need GPUs, on those there are, and one table; some: make test-gpu CHECKS='engine'
 # A virtual environment is made in .venv the first time.
@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 
-.PHONY: install demo demo-control bench bench-engine bench-trainer bench-loop test test-gpu check
+.PHONY: install demo demo-control bench bench-engine bench-trainer bench-rollout bench-loop test test-gpu check
 
 install: $(STAMP)
 
@@ -39,7 +39,7 @@ $(TRL_STAMP): bench/trl-requirements.txt
 	$(abspath $(TRL_VENV))/bin/python -m pip install --quiet --requirement bench/trl-requirements.txt
 	touch $@
 
-bench: bench-engine bench-trainer bench-loop
+bench: bench-engine bench-trainer bench-rollout bench-loop
 	$(BIN)/python -m bench.report
 
 bench-engine: $(STAMP)
@@ -47,6 +47,9 @@ bench-engine: $(STAMP)
 
 bench-trainer: $(STAMP)
 	$(BIN)/python -W ignore -m bench.trainer
+
+bench-rollout: $(STAMP)
+	$(BIN)/python -W ignore -m bench.rollout_schedule
 
 bench-loop: $(STAMP) $(TRL_STAMP)
 	$(BIN)/python -W ignore -m bench.loop --trl-python $(abspath $(TRL_VENV))/bin/python

@@ -56,7 +56,7 @@ def test_tables_reach_their_block_and_no_other() -> None:
     assert twice == once
     outside = report.BLOCK.sub("", page)
     assert report.BLOCK.sub("", once) == outside
-    assert {match[2] for match in report.BLOCK.finditer(page)} == {"engine", "trainer", "loop"}
+    assert {match[2] for match in report.BLOCK.finditer(page)} == {"engine", "trainer", "loop", "rollout"}
 
 
 def both_sides(

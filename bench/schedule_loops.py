@@ -1,0 +1,113 @@
+"""train.py against train_async.py, with engines whose forward and a trainer whose compute are timed sleeps.
+
+Path: `rollout_schedule` starts the engines, which all runs use, one after the other; each run is a real one: Ray,
+rollout manager, router, a Megatron trainer of a model that costs nothing, weight syncs. The sleep stands where
+advantages are computed (--custom-advantage-function-path). Invariant: both loops get the same engines, prompts, batch
+and training time; steps at the start and the end, where a pipeline fills and empties, count for neither.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bench.common import ROOT, Goal, Spread, Table
+from slime.config.args import Args
+from slime.core.batch import Array, TrainBatch
+from slime.observability.metrics_log import read_metrics
+
+if TYPE_CHECKING:
+    from bench.rollout_schedule import Engines
+
+GOAL_HIDDEN = 0.8
+SECONDS_A_SAMPLE = 0.02
+"""Of training."""
+PROGRAMS = ("train.py", "train_async.py")
+PHASES = ("generation", "training", "weight_sync")
+
+
+def timed_advantages(args: Args, batch: TrainBatch) -> Array:
+    """A training step's time, and advantages of 0."""
+    time.sleep(SECONDS_A_SAMPLE * len(batch))
+    return np.zeros(int(batch.response_lengths_N.sum()), dtype=np.float32)
+
+
+@dataclass
+class Run:
+    """Seconds of each step that counts, and of its phases, medians."""
+
+    steps: list[float]
+    phases: dict[str, float]
+    staleness: float
+
+
+def run_loop(program: str, engines: Engines, directory: Path, *, rollouts: int, skip: int) -> Run:
+    """One run of that many rollouts; the first `skip` steps and the last one do not count."""
+    shape = engines.shape
+    command = [sys.executable, str(ROOT / program), "--hf-checkpoint", str(engines.model)]
+    command += ["--ref-load", str(engines.model)]
+    command += ["--rollout-external-engines", *(engine.url for engine in engines.engines)]
+    command += ["--prompt-data", str(engines.prompts), "--rollout-shuffle", "--rm-type", "random"]
+    command += ["--rollout-batch-size", str(shape.prompts), "--n-samples-per-prompt", str(shape.samples)]
+    command += ["--rollout-max-response-len", str(engines.timing.cap), "--num-rollout", str(rollouts)]
+    command += ["--custom-advantage-function-path", f"{__name__}.timed_advantages"]
+    command += ["--actor-num-gpus-per-node", "1", "--cpu-threads-per-process", "1", "--lr", "1e-9"]
+    command += ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--log-dir", str(directory)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    directory.mkdir(parents=True)
+    log = directory / "output.txt"
+    with log.open("wb") as file:
+        code = subprocess.call(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if code != 0:
+        raise RuntimeError(f"{program} ended with code {code}:\n{log.read_text()[-4000:]}")
+    records = [record for record in read_metrics(directory / "metrics.jsonl") if "time/step" in record][skip:-1]
+    staleness = [r["rollout/staleness"] for r in read_metrics(directory / "metrics.jsonl") if "rollout/staleness" in r]
+    return Run(
+        steps=[record["time/step"] for record in records],
+        phases={name: statistics.fmean(record[f"time/{name}"] for record in records) for name in PHASES},
+        staleness=statistics.fmean(staleness[skip:]),
+    )
+
+
+def hidden_share(sync: Run, other: Run) -> float:
+    """Of the shorter one of generation and training, how much the other loop does not spend."""
+    shorter = min(sync.phases["generation"], sync.phases["training"])
+    return (statistics.fmean(sync.steps) - statistics.fmean(other.steps)) / shorter
+
+
+def compare_loops(
+    engines: Engines, directory: Path, *, pairs: int, rollouts: int, skip: int
+) -> tuple[Table, Goal, dict[str, list[Run]]]:
+    """Runs in turns A B A B."""
+    runs: dict[str, list[Run]] = {program: [] for program in PROGRAMS}
+    for number in range(pairs):
+        for program, found in runs.items():
+            place = directory / f"{program.removesuffix('.py')}-{number}"
+            found.append(run_loop(program, engines, place, rollouts=rollouts, skip=skip))
+    batch = engines.shape.batch
+    table = Table(
+        "Whole loops",
+        ["loop", "rollouts/s", "seconds a step", *PHASES, "versions behind"],
+        note=(
+            f"A training step takes {SECONDS_A_SAMPLE * batch:.2f} s of sleep, and what its processes need; plain "
+            f"rollouts. Means over {rollouts - skip - 1} steps of each of {pairs} runs."
+        ),
+    )
+    for program, found in runs.items():
+        rates = Spread.of(batch / statistics.fmean(run.steps) for run in found)
+        steps = Spread.of(step for run in found for step in run.steps)
+        row = [program, rates.show(1), steps.show(2)]
+        row += [f"{statistics.fmean(run.phases[name] for run in found):.2f}" for name in PHASES]
+        table.rows.append([*row, f"{statistics.fmean(run.staleness for run in found):.2f}"])
+    hidden = Spread.of(map(hidden_share, *runs.values()))
+    table.rows.append(["**of the shorter side hidden**", f"**{hidden.show(2)}**", *[""] * (len(table.columns) - 2)])
+    return table, Goal("async: share of the shorter side hidden", hidden.median, GOAL_HIDDEN), runs

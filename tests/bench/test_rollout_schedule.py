@@ -1,0 +1,112 @@
+"""The scheduling benchmark: its engine makes the lengths that it names, and its accounts add up."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.common import ROOT
+from bench.timed_engine import CountingModel, Timing
+from slime.core.architecture import Architecture
+from slime.engine.embedded.cache import KVCache
+from slime.engine.embedded.scheduler import Request, Scheduler
+from slime.engine.protocol import SamplingParams
+
+TIMING = Timing(median=8, sigma=0.8, cap=24, step=0.0)
+PROMPT = [TIMING.cap + 1, TIMING.cap + 2]
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    architecture = Architecture(
+        family="glm4",
+        num_layers=1,
+        hidden_size=8,
+        ffn_hidden_size=8,
+        num_attention_heads=2,
+        num_query_groups=2,
+        kv_channels=4,
+        vocab_size=TIMING.vocabulary,
+        max_position_embeddings=64,
+        norm_epsilon=1e-5,
+        rotary_base=1e4,
+    )
+    model = CountingModel(architecture, dtype=torch.float32, timing=TIMING)
+    cache = KVCache(architecture, dtype=torch.float32, rows=256, tokens=256 * 64)
+    return Scheduler(model, cache, on_finished=lambda _: None, on_failure=lambda _: None)
+
+
+def responses(scheduler: Scheduler, prompts: list[list[int]], *, first_seed: int, steps: int = 10**6) -> list[Request]:
+    """What is there after so many steps."""
+    params = SamplingParams(max_new_tokens=TIMING.cap)
+    requests = [
+        Request(rid=str(i), input_ids=ids, params=params, seed=first_seed + i, stop_token_ids=frozenset([0]))
+        for i, ids in enumerate(prompts)
+    ]
+    with torch.inference_mode():
+        for request in requests:
+            scheduler.submit(request)
+        scheduler._take_commands()
+        while (scheduler.num_running or scheduler.num_waiting) and steps:
+            scheduler.step()
+            steps -= 1
+        scheduler.abort(lambda _: True)
+    return requests
+
+
+def test_lengths_are_those_that_are_named(scheduler: Scheduler) -> None:
+    """A length's seed alone decides it, and over many seeds mean and share of cut ones are the distribution's."""
+    assert sum(TIMING.length_probabilities()) == pytest.approx(1)
+    done = responses(scheduler, [PROMPT] * 1500, first_seed=0)
+    lengths = [len(request.output_ids) for request in done]
+    spread = statistics.pstdev(lengths) / len(lengths) ** 0.5
+    assert statistics.fmean(lengths) == pytest.approx(TIMING.mean_length, abs=4 * spread)
+    cut = statistics.fmean(request.finish_reason == {"type": "length", "length": 24} for request in done)
+    assert cut == pytest.approx(TIMING.length_probabilities()[-1], abs=0.03)
+    assert cut > 0.03
+    again = responses(scheduler, [PROMPT] * 40, first_seed=0)
+    assert [request.output_ids for request in again] == [request.output_ids for request in done[:40]]
+    other = responses(scheduler, [PROMPT] * 40, first_seed=40)
+    assert [request.output_ids for request in other] != [request.output_ids for request in done[:40]]
+
+
+def test_a_response_that_goes_on_later_comes_to_the_length_that_it_would_have_had(scheduler: Scheduler) -> None:
+    whole = responses(scheduler, [PROMPT] * 40, first_seed=0)
+    cut = responses(scheduler, [PROMPT] * 40, first_seed=0, steps=5)
+    unfinished = [
+        request for request in cut if request.finish_reason == {"type": "abort", "message": "Aborted by request."}
+    ]
+    assert 5 < len(unfinished) < 40
+    rest = responses(scheduler, [PROMPT + request.output_ids for request in unfinished], first_seed=1000)
+    for request, more in zip(unfinished, rest, strict=True):
+        expected = whole[int(request.rid)].output_ids
+        assert (request.output_ids + more.output_ids)[: TIMING.cap] == expected
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    out = tmp_path / "rollout.json"
+    command = [sys.executable, "-m", "bench.rollout_schedule", "--parts", "timed", "--prompts", "3", "--samples", "2"]
+    command += ["--over-sampling", "6", "--engines", "1", "--slots", "4", "--median", "20", "--cap", "60"]
+    command += ["--step", "0.002", "--rollouts", "2", "--rounds", "1", "--warmup", "0", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    for table in result["tables"]:
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+        assert table["title"] in done.stdout
+    modes = result["raw"]["timed"]
+    for name, mode in modes.items():
+        assert all(rate > 0 for rate in mode["rates"]) and mode["generated"] > 0
+        if name != "limit":
+            assert len(mode["lengths"]) == 2 * 3 * 2
+    plain, over = modes["plain"], modes["over-sampling"]
+    assert plain["generated"] == sum(plain["lengths"]) and plain["carried"] == plain["off_policy"] == 0
+    assert over["generated"] > sum(over["lengths"]) and over["carried"] == over["off_policy"] == 0
