@@ -6,7 +6,7 @@ A page is written by hand, around blocks that this fills:
 
     <!-- generated: flags ClusterOptions -->     one section of slime's flags
     <!-- generated: passed sglang -->            what is passed on to megatron, sglang or router
-    <!-- generated: hook custom_rm_path -->      one hook
+    <!-- generated: hook custom_rm_path -->      one hook, and the code of its example
     <!-- generated: pages flags -->              the pages of a folder (`.`: of docs/ itself), by their titles
     <!-- end -->
 
@@ -15,6 +15,7 @@ Run it again when a flag or a hook has changed; tests/test_docs.py compares, and
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -111,8 +112,9 @@ def passed_block(source: str) -> str:
 
 
 def hook_block(name: str) -> str:
-    """Signature, result and moment of one hook."""
+    """Signature, result and moment of one hook; behind them the example's own code, without its imports."""
     hook = HOOKS[name]
+    file, code = _example(hook.example)
     kind = "class" if hook.is_class else "function, plain or async" if hook.may_be_async else "function"
     default = vars(Args())[name]
     facts = [
@@ -123,8 +125,23 @@ def hook_block(name: str) -> str:
         ("when", _cell(hook.called)),
         ("has to have", ", ".join(f"`{member}`" for member in hook.members)),
         ("default", f"`{default}`" if default else "none"),
+        ("example", f"[`{hook.example}`](../{file})"),
     ]
-    return _table(("", ""), ([name, text] for name, text in facts if text))
+    table = _table(("", ""), ([name, text] for name, text in facts if text))
+    return f"{table}\n```python\n{code}\n```\n"
+
+
+def _example(path: str) -> tuple[str, str]:
+    """File and source of the function or class at a dotted path, which is read and not imported."""
+    module, _, name = path.rpartition(".")
+    file = module.replace(".", "/") + ".py"
+    text = (DOCS.parent / file).read_text(encoding="utf-8")
+    nodes = [
+        node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
+    [code] = [ast.get_source_segment(text, node) for node in nodes if node.name == name]
+    assert code is not None, "it was parsed from this text"
+    return file, code
 
 
 def pages_block(folder: str) -> str:

@@ -1,9 +1,10 @@
-r"""Rewards of your own: an async judge of one sample, and a plain function of a whole group.
+r"""Rewards of your own: a plain function of one sample, an async judge of one, and a function of a whole group.
 
+    --custom-rm-path examples.rewards.own_rewards.short_and_right
     --custom-rm-path examples.rewards.own_rewards.ask_judge             (JUDGE_URL=http://HOST:PORT/v1/chat/completions)
     --custom-rm-path examples.rewards.own_rewards.shortest_right --group-rm
 
-What both may rely on, and what they have to keep to:
+What all may rely on, and what they have to keep to:
 
 1. They run in worker processes (--rm-num-workers) that load this module and nothing else of the run, and get copies:
    what they write into a sample is lost. Module variables live as long as the worker.
@@ -28,6 +29,11 @@ from slime.rollout.rm_hub.deepscaler import deepscaler
 QUESTION = (
     "Question: {prompt}\n\nAnswer: {response}\n\nHow good is the answer, from 0 to 10? Reply with the number alone."
 )
+
+
+def short_and_right(args: Args, sample: Sample) -> float:
+    """1 where the label stands in a response of at most 500 tokens, else 0."""
+    return float(sample.label is not None and sample.label in sample.response and sample.response_length <= 500)
 
 
 async def ask_judge(args: Args, sample: Sample) -> float:

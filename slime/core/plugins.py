@@ -21,6 +21,8 @@ class Hook:
     parameters: tuple[str, ...]
     returns: str
     called: str
+    example: str
+    """Dotted path of one that works; the documentation shows its code."""
     may_be_async: bool = False
     is_class: bool = False
     members: tuple[str, ...] = ()
@@ -35,6 +37,7 @@ HOOKS: Mapping[str, Hook] = {
         ("args", "rollout_id", "data_source", "context"),
         "slime.rollout.context.RolloutResult",
         "once a rollout; `context` is a slime.rollout.context.RolloutContext (client, tokenizer, rewards)",
+        "examples.hooks.rollouts.count_right",
         may_be_async=True,
     ),
     "eval_function_path": Hook(
@@ -42,6 +45,7 @@ HOOKS: Mapping[str, Hook] = {
         ("args", "rollout_id", "context"),
         "dict[str, float], the metrics",
         "once an evaluation",
+        "examples.hooks.rollouts.evaluate_twice",
         may_be_async=True,
     ),
     "data_source_path": Hook(
@@ -50,6 +54,7 @@ HOOKS: Mapping[str, Hook] = {
         "a slime.rollout.context.DataSource: num_prompts, get_groups(num, rollout_id=...), add_groups(groups), "
         "state_dict(), load_state_dict(state)",
         "once, at start",
+        "examples.hooks.rollouts.EasyFirst",
         is_class=True,
         members=("num_prompts", "get_groups", "add_groups", "state_dict", "load_state_dict"),
     ),
@@ -58,6 +63,7 @@ HOOKS: Mapping[str, Hook] = {
         ("args", "sample", "sampling_params", "context"),
         "Sample",
         "once a sample",
+        "examples.tool_use.calculator.generate",
         may_be_async=True,
     ),
     "custom_rm_path": Hook(
@@ -65,6 +71,7 @@ HOOKS: Mapping[str, Hook] = {
         ("args", "sample"),
         "float, or dict of floats (--reward-key names the one that counts); with --group-rm a list of them, in order",
         "once a finished sample, in a worker process; with --group-rm once a group, with its finished samples",
+        "examples.rewards.own_rewards.short_and_right",
         may_be_async=True,
         group_parameters=("args", "samples"),
     ),
@@ -73,36 +80,42 @@ HOOKS: Mapping[str, Hook] = {
         ("args", "samples"),
         "bool, 0-d tensor, or an object with `keep` and `reason`",
         "once a finished group, with **kwargs",
+        "examples.hooks.filters.not_too_easy",
     ),
     "buffer_filter_path": Hook(
         "--buffer-filter-path",
         ("args", "rollout_id", "buffer", "num_samples"),
         "list[list[Sample]]; `buffer` is changed in place, `num_samples` counts groups",
         "before a rollout draws new prompts",
+        "examples.hooks.filters.newest_first",
     ),
     "rollout_sample_filter_path": Hook(
         "--rollout-sample-filter-path",
         ("args", "samples"),
         "None; zeroes loss_mask in place",
         "once a full rollout",
+        "examples.hooks.filters.no_truncated",
     ),
     "custom_reward_post_process_path": Hook(
         "--custom-reward-post-process-path",
         ("args", "samples"),
         "list[float], the training reward of each sample",
         "once a full rollout",
+        "examples.hooks.training.minus_length",
     ),
     "custom_advantage_function_path": Hook(
         "--custom-advantage-function-path",
         ("args", "batch"),
         "float32 array [R], the `advantages` column",
         "once a rollout, in every trainer",
+        "examples.hooks.training.reward_minus_mean",
     ),
     "custom_loss_function_path": Hook(
         "--custom-loss-function-path",
         ("inputs", "options"),
         "(loss [R], dict of per-token metrics [R]), as slime.algo.losses.policy_loss",
         "once a micro-batch",
+        "examples.hooks.training.reinforce",
     ),
     "spec": Hook(
         "--spec",
@@ -110,18 +123,21 @@ HOOKS: Mapping[str, Hook] = {
         "megatron's ModuleSpec of one transformer layer; slime.megatron.layers.built_in_layer_spec returns the one it "
         "replaces, `config` is megatron's TransformerConfig",
         "once, when the model is built",
+        "examples.custom_layer.lean_mlp.layer_spec",
     ),
     "custom_convert_samples_to_train_data_path": Hook(
         "--custom-convert-samples-to-train-data-path",
         ("args", "samples"),
         "slime.core.batch.TrainBatch",
         "once a rollout",
+        "examples.hooks.training.only_judged",
     ),
     "custom_rollout_log_function_path": Hook(
         "--custom-rollout-log-function-path",
         ("args", "rollout_id", "samples", "metrics"),
         "None",
         "once a rollout",
+        "examples.hooks.rollouts.log_longest",
     ),
 }
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch, from_samples
-from slime.core.sample import Sample
-from slime.rollout.context import RolloutContext
+from slime.core.sample import Sample, Status
+from slime.rollout.context import DataSource, RolloutContext, RolloutResult
 
 
 def log_rollout(args: Args, rollout_id: int, samples: list[Sample], metrics: dict[str, float]) -> None:
@@ -17,6 +17,20 @@ def log_rollout(args: Args, rollout_id: int, samples: list[Sample], metrics: dic
 
 def first_two(args: Args, samples: list[Sample]) -> TrainBatch:
     return from_samples(samples[:2])
+
+
+def roll_plainly(args: Args, rollout_id: int, data_source: DataSource, context: RolloutContext) -> RolloutResult:
+    assert isinstance(args, Args)
+    assert isinstance(context, RolloutContext)
+    groups = data_source.get_groups(3, rollout_id=rollout_id)
+    for [sample] in groups:
+        sample.tokens = [*sample.tokens, 5]
+        sample.response_length, sample.reward, sample.status = 1, float(rollout_id), Status.COMPLETED
+    return RolloutResult(groups, {"rollout/own": len(groups)})
+
+
+async def roll(args: Args, rollout_id: int, data_source: DataSource, context: RolloutContext) -> RolloutResult:
+    return roll_plainly(args, rollout_id, data_source, context)
 
 
 async def evaluate(args: Args, rollout_id: int, context: RolloutContext) -> dict[str, float]:

@@ -1,0 +1,118 @@
+"""The table of hooks: each has a test that calls it through the place that calls it, and an example that works.
+
+What such a test calls (its probe) takes the declared parameters and no others, so that a call with anything else fails;
+this file reads the tests, and does not run them.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from slime.core.plugins import HOOKS, check_signature, load
+
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """`test` stands in `file` and has the hook called; `probe` stands in `probes` (unset: in `file`)."""
+
+    file: str
+    test: str
+    probe: str
+    probes: str | None = None
+
+
+def in_rollout(probe: str) -> Contract:
+    test = "test_hooks_are_called_as_the_table_says"
+    return Contract("rollout/test_hooks.py", test, probe, "rollout/rollout_hooks_for_tests.py")
+
+
+def in_manager(test: str, probe: str, file: str = "cluster/test_rollout_manager.py") -> Contract:
+    return Contract(file, test, probe, "cluster/hooks_for_tests.py")
+
+
+CONTRACTS = {
+    "rollout_function_path": in_manager("test_a_rollout_of_ones_own", "roll", "cluster/test_manager_hooks.py"),
+    "eval_function_path": in_manager("test_an_evaluation_of_ones_own", "evaluate"),
+    "data_source_path": in_manager("test_a_data_source_of_ones_own_is_asked_and_restored", "Numbers"),
+    "custom_generate_function_path": in_rollout("generate"),
+    "custom_rm_path": in_rollout("reward"),
+    "dynamic_sampling_filter_path": in_rollout("dynamic_filter"),
+    "buffer_filter_path": in_rollout("buffer_filter"),
+    "rollout_sample_filter_path": in_rollout("sample_filter"),
+    "custom_reward_post_process_path": in_rollout("post_process"),
+    "custom_advantage_function_path": Contract("megatron/test_trainer.py", "test_hooks", "constant_advantages"),
+    "custom_loss_function_path": Contract("megatron/test_trainer.py", "test_hooks", "doubled_likelihood"),
+    "spec": Contract(
+        "megatron/test_layers.py",
+        "test_a_function_that_the_engine_does_not_compute_shows_in_the_logprob_gap",
+        "clamped",
+        "megatron/specs_for_tests.py",
+    ),
+    "custom_convert_samples_to_train_data_path": in_manager(
+        "test_the_log_and_conversion_hooks_are_called", "first_two"
+    ),
+    "custom_rollout_log_function_path": in_manager("test_the_log_and_conversion_hooks_are_called", "log_rollout"),
+}
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def definitions(file: str) -> dict[str, Definition]:
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, Definition)}
+
+
+def parameters(probe: Definition) -> tuple[str, ...]:
+    """Of a function, or of a class's constructor without `self`; `*` where it takes more than it names."""
+    if isinstance(probe, ast.ClassDef):
+        [init] = [node for node in probe.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+        return parameters(init)[1:]
+    more = probe.args.vararg or probe.args.kwarg or probe.args.kwonlyargs
+    return (*(argument.arg for argument in probe.args.args), *(["*"] if more else []))
+
+
+def fault(name: str, contract: Contract) -> str | None:
+    """What is wrong with the test of a hook."""
+    tests, probes = definitions(contract.file), definitions(contract.probes or contract.file)
+    if contract.test not in tests:
+        return f"{contract.file} has no {contract.test}"
+    if contract.probe not in probes:
+        return f"there is no {contract.probe}"
+    found, declared = parameters(probes[contract.probe]), HOOKS[name].parameters
+    if found != declared:
+        return f"{contract.probe} takes {found}, declared are {declared}"
+    if contract.probe not in (TESTS / contract.file).read_text(encoding="utf-8"):
+        return f"{contract.file} never names {contract.probe}"
+    return None
+
+
+def test_every_hook_has_a_contract_test() -> None:
+    assert CONTRACTS.keys() == HOOKS.keys()
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_the_contract_tests_take_what_is_declared_and_no_more(name: str) -> None:
+    assert fault(name, CONTRACTS[name]) is None
+
+
+def test_a_contract_that_is_none_is_noticed() -> None:
+    """Control: another hook's probe, one that takes anything, a test that is gone."""
+    contract = CONTRACTS["custom_rm_path"]
+    assert "declared are" in str(fault("buffer_filter_path", contract))
+    assert "'*'" in str(
+        fault("custom_rm_path", replace(contract, probe="group", probes="rollout/rewards_for_tests.py"))
+    )
+    assert "has no" in str(fault("custom_rm_path", replace(contract, test="test_gone")))
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_has_an_example_that_fits(name: str) -> None:
+    hook = HOOKS[name]
+    assert hook.example.startswith("examples.")
+    assert check_signature(hook, load(hook.example)) is None
