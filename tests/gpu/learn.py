@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from tests.gpu.checks import Report, check
 from tests.gpu.runs import PLAIN_ENGINE, kept_directory, run, scratch, series, train, without, words_of
@@ -34,10 +35,25 @@ def decoupled(report: Report) -> None:
     learn(report, ["--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1", "--bf16", *TINY_ENGINE])
 
 
+@check(gpus=1, minutes=6)
+def partial(report: Report) -> None:
+    """The same on one GPU with over-sampling and partial rollout: what is cut off goes on under later weights."""
+    surplus = ["--over-sampling-batch-size", "48", "--partial-rollout"]
+    placement = ["--colocate", "--actor-num-gpus-per-node", "1", "--bf16", *TINY_ENGINE]
+    events = learn(report, [*placement, *surplus])
+    shares = series(events, "train/offpolicy_tokens")
+    report.row("share of tokens of older weights, largest of a rollout", max(shares), "> 0", max(shares) > 0)
+    report.row("their importance weights, mean of a rollout", shown(series(events, "train/tis_weight")))
+
+
+def shown(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
+
+
 def learn(
     report: Report, placement: Sequence[str], *, sft_rollouts: int = SFT_ROLLOUTS, rollouts: int = ROLLOUTS
-) -> None:
-    """Both stages; `placement` is said to GRPO alone."""
+) -> list[dict[str, Any]]:
+    """Both stages; `placement` is said to GRPO alone, whose metrics come back."""
     precision = [word for word in placement if word in ("--bf16", "--no-bf16")]
     with scratch() as directory:
         run(["examples/arithmetic/make_task.py", "--out", str(directory / "task"), "--seed", "1"])
@@ -74,6 +90,7 @@ def learn(
     report.row("largest |train - rollout log-prob| of a token", max(series(events, "train/logprob_gap_max")))
     for phase in ("generation", "training", "weight_sync", "idle", "step"):
         report.row(f"seconds a step, median: {phase}", statistics.median(series(events, f"time/{phase}")))
+    return events
 
 
 def gap_rows(report: Report, gaps: Sequence[float], rollouts: int) -> None:
