@@ -3,6 +3,8 @@
 # make bench           against what one would take instead, into docs/PERFORMANCE.md; or one: make bench-engine,
 #                      bench-trainer, bench-rollout, bench-loop (which makes TRL an environment of its own in .venv-trl)
 # make test            the tests        make check    lint, format and types
+# make test-kill       a run killed at 30 random points of its life ends as the unbroken one (some: make test-kill KILLS=2)
+# make test-chaos      a run whose engines die and hang, and whose rewards fail, learns all the same
 # make test-gpu        the checks that need GPUs, on those there are, and one table; some: make test-gpu CHECKS='engine'
 # A virtual environment is made in .venv the first time.
 
@@ -15,7 +17,7 @@ STAMP := $(VENV)/.installed
 TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 
-.PHONY: install demo demo-control bench bench-engine bench-trainer bench-rollout bench-loop test test-gpu check
+.PHONY: install demo demo-control bench bench-engine bench-trainer bench-rollout bench-loop test test-kill test-chaos test-gpu check
 
 install: $(STAMP)
 
@@ -57,6 +59,14 @@ bench-loop: $(STAMP) $(TRL_STAMP)
 # Two at a time: many tests wait for processes to start and to end. Whole files, so that fixtures are made once.
 test: $(STAMP)
 	PATH="$(BIN):$$PATH" python3 -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+KILLS ?= 30
+
+test-kill: $(STAMP)
+	PATH="$(BIN):$$PATH" python3 -m tests.kill --kills $(KILLS) --seed 0 --out outputs/kill
+
+test-chaos: $(STAMP)
+	PATH="$(BIN):$$PATH" python3 -m tests.chaos --seed 1 --out outputs/chaos
 
 # With the packages of the environment in PYTHON_GPU: .venv holds PyTorch for CPUs.
 PYTHON_GPU ?= python3

@@ -1,0 +1,39 @@
+"""The chaos run's reward: the demo's, and for one training sample in twenty none at all.
+
+Path: --custom-rm-path of both runs that `tests.chaos` compares; CHAOS_REWARDS is set for the one with faults.
+Invariant: which samples lose their reward, and how, goes by their number, so a run that is repeated loses the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+
+from slime.config.args import Args
+from slime.core.sample import Sample
+from slime.rollout.rm_hub.deepscaler import deepscaler
+
+FAILING = 0.05
+FOREVER_S = 3600.0
+
+
+def judge(args: Args, sample: Sample) -> float:
+    """deepscaler's verdict; a failing one raises, hangs, or ends the process that it runs in.
+
+    Evaluation has no faults: `start_rollout_id` is a training sample's.
+    """
+    if "CHAOS_REWARDS" in os.environ and "start_rollout_id" in sample.metadata:
+        number = int.from_bytes(hashlib.blake2b(str(sample.index).encode(), digest_size=4).digest(), "big")
+        if number / 2**32 < FAILING:
+            fail(number % 8)
+    return deepscaler(sample.response, sample.label or "")
+
+
+def fail(kind: int) -> None:
+    """One in eight hangs, one in eight dies; the others raise."""
+    if kind == 0:
+        time.sleep(FOREVER_S)
+    if kind == 1:
+        os._exit(3)
+    raise RuntimeError("this reward fails")

@@ -1,0 +1,235 @@
+"""The kill sweep: a run is killed at random points of its life, goes on, and ends as the unbroken run did.
+
+Path: one unbroken run is watched (`life`), moments are drawn from what was seen, each becomes a run of its own with one
+process killed, and `compare` says whether its end differs. Invariant: a kill is a SIGKILL by id to a process of a run
+that was started here, and every run's processes are gone before its result counts.
+
+The driver's death ends a run: it is started again by the same command, at once, as a supervisor would. A trainer's or
+the rollout manager's is survived by the run itself (--max-restarts), or, in every third of such kills, ends it with an
+error that names the phase (--max-restarts 0) and it is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from slime.megatron.checkpoint_files import STATE_FILE, _checksum_of_state, read_state
+from tests.cluster.runs import Task
+from tests.kill import life as phases
+from tests.kill.compare import DUMPS, EXPORTS, differences
+from tests.kill.life import Life, Span
+from tests.kill.one_run import Run, kill
+
+NUM_ROLLOUTS = 4
+SAVE = "run"
+"""--save, in a run's directory."""
+DRIVER, TRAINER, MANAGER = "driver", "trainer", "rollout manager"
+VICTIMS = (DRIVER, TRAINER, MANAGER)
+_ORDER = (phases.SAVE, phases.SYNC, phases.GENERATION, phases.TRAINING, phases.SAVE, phases.SYNC, phases.START)
+"""Phases are hit in turn; saves and weight syncs are short, and would be missed by chance."""
+
+
+def command(task: Task, save: Path, *extra: str) -> list[str]:
+    """The tiny run: nothing of what a rollout may leave for the next one is missing.
+
+    Two engines, two trainers, two steps a rollout; groups are dropped by the filter and by failed rewards, surplus and
+    unfinished ones go back to the buffer, and 20 prompts are not enough for four rollouts. Weights go in small pieces,
+    so that a kill finds engines which hold some new ones and some old.
+    """
+    return [
+        *("--hf-checkpoint", str(task.model), "--ref-load", str(task.model)),
+        *("--load", str(save), "--save", str(save), "--save-interval", "1", "--keep-last-checkpoints", "2"),
+        *("--save-hf", f"{save}/{EXPORTS}/{{rollout_id}}"),
+        *("--save-debug-rollout-data", f"{save}/{DUMPS}/{{rollout_id}}.jsonl"),
+        *("--prompt-data", f"{task.train}@[0:20]", "--input-key", "prompt", "--label-key", "label"),
+        *("--apply-chat-template", "--rollout-shuffle", "--custom-rm-path", "tests.kill.rewards.judge"),
+        *("--num-rollout", str(NUM_ROLLOUTS), "--rollout-batch-size", "4", "--n-samples-per-prompt", "3"),
+        *("--over-sampling-batch-size", "6", "--partial-rollout", "--partial-rollout-max-tokens", "14"),
+        "--dynamic-sampling-filter-path",
+        "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
+        *("--rollout-max-response-len", "24", "--rollout-temperature", "0.8"),
+        *("--eval-prompt-data", f"{task.eval}@[0:4]", "--eval-interval", "2"),
+        *("--actor-num-gpus-per-node", "2", "--rollout-num-gpus", "2", "--cpu-threads-per-process", "1"),
+        *("--num-steps-per-rollout", "2", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "512", "--lr", "1e-3"),
+        *("--update-weight-buffer-size", "131072", "--deterministic"),
+        *extra,
+    ]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Who is killed, and when: `share` of the way into the `number`th occurrence of a phase."""
+
+    victim: str
+    rank: int
+    phase: str
+    number: int
+    share: float
+    span_seconds: float
+    """How long that occurrence took in the unbroken run."""
+    restarts: bool
+    """Whether the run may go on by itself."""
+
+
+@dataclass
+class Outcome:
+    """What became of a killed run."""
+
+    name: str
+    victim: str
+    hit: str = ""
+    """The phase in which the kill found the run."""
+    went_on: str = ""
+    resumed_from: str = ""
+    seconds: float = 0.0
+    differences: list[str] = field(default_factory=list[str])
+    problem: str | None = None
+
+    @property
+    def equal(self) -> bool:
+        return self.problem is None and not self.differences
+
+
+def draw(count: int, seed: int, spans: Sequence[Span]) -> list[Kill]:
+    """So many kills; the first two are in the middle of a save and of a weight sync."""
+    rng = random.Random(seed)
+    kills: list[Kill] = []
+    for number in range(count):
+        phase = _ORDER[number % len(_ORDER)]
+        if phase == phases.START and number // len(_ORDER) % 2:
+            phase = phases.EVALUATION
+        span = rng.choice([span for span in spans if span.phase == phase])
+        victim = VICTIMS[(number + number // len(VICTIMS)) % len(VICTIMS)]
+        kills.append(
+            Kill(
+                victim=victim,
+                rank=rng.randrange(2),
+                phase=phase,
+                number=span.number,
+                share=rng.random(),
+                span_seconds=span.end - span.start,
+                restarts=victim != DRIVER and number % 3 != 2,
+            )
+        )
+    return kills
+
+
+def strike(planned: Kill, run: Run) -> str | None:
+    """Wait for the moment, and kill; the phase in which that was. None: the run had ended before."""
+    assert run.process is not None
+    life = Life(run.process.pid)
+    there = reached = False
+    while not run.ended and not (reached and not there):
+        span = life.look()
+        there = (span.phase, span.number) == (planned.phase, planned.number)
+        reached = reached or there
+        if there and life.seconds >= span.start + planned.share * planned.span_seconds:
+            break
+        time.sleep(phases.POLL_S)
+    while not run.ended:
+        victim = _victim(planned, life)
+        if victim is not None:
+            span, idle = life.look(), life.idle()
+            if kill(victim):
+                return f"{'after ' if idle else ''}{span.phase} {span.number}"
+        time.sleep(phases.POLL_S)
+    return None
+
+
+def _victim(planned: Kill, life: Life) -> psutil.Process | None:
+    if planned.victim == DRIVER:
+        return life.driver
+    found = life.actors(phases.TRAINER if planned.victim == TRAINER else phases.MANAGER)
+    return found[planned.rank % len(found)] if found else None
+
+
+def broken(run: Run, planned: Kill, reference: Path, spoil: Callable[[Path], None] | None = None) -> Outcome:
+    """Run, kill, let it go on, compare. `spoil` is called on the run's directory before it is started again."""
+    begin = time.monotonic()
+    rank = f" {planned.rank}" if planned.victim == TRAINER else ""
+    outcome = Outcome(run.directory.name, planned.victim + rank)
+    try:
+        _break_and_mend(run, planned, outcome, spoil)
+        if outcome.problem is None:
+            outcome.differences = differences(reference, run.directory / SAVE)
+            left = run.left_over()
+            outcome.problem = f"left over: {'; '.join(left)}" if left else None
+    except (OSError, ValueError) as error:
+        outcome.problem = f"{type(error).__name__}: {error}"
+    finally:
+        run.end()
+        outcome.seconds = time.monotonic() - begin
+    return outcome
+
+
+def _break_and_mend(run: Run, planned: Kill, outcome: Outcome, spoil: Callable[[Path], None] | None) -> None:
+    run.start("--max-restarts", "2" if planned.restarts else "0")
+    hit = strike(planned, run)
+    if hit is None:
+        outcome.problem = f"the run ended before its {planned.phase} {planned.number}: {run.last_line}"
+        return
+    outcome.hit = hit
+    outcome.went_on = "by itself"
+    if run.wait() != 0:
+        outcome.went_on = "started again"
+        if planned.restarts:
+            outcome.problem = f"it did not go on by itself: {run.last_line}"
+            return
+        if spoil is not None:
+            spoil(run.directory / SAVE)
+        run.start("--max-restarts", "0")
+        if run.wait() != 0:
+            outcome.problem = f"started again, it failed: {run.last_line}"
+            return
+    starts = re.findall(r"starting at rollout (\d+)", run.log)
+    outcome.resumed_from = f"rollout {starts[-1]}" if len(starts) > 1 else "the start"
+
+
+def move_cursor(save: Path) -> None:
+    """The control's defect: in the newest checkpoint the place in the data is one prompt further."""
+    path = max(save.glob("iter_*"))
+    state = read_state(path)
+    _holder_of("cursor", state["state"]["rollout"])["cursor"] += 1
+    (path / STATE_FILE).write_text(json.dumps({**state, "checksum": _checksum_of_state(state)}))
+
+
+def _holder_of(key: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The dict in `state` that has `key`: what tracks groups in flight wraps the data source's own."""
+    if key in state:
+        return state
+    inner = (_holder_of(key, value) for value in state.values() if isinstance(value, dict))
+    return next((found for found in inner if found), {})
+
+
+def clear(run: Run, outcome: Outcome) -> None:
+    """Keep what shows a difference; the checkpoints of equal runs are of no use."""
+    if outcome.equal:
+        shutil.rmtree(run.directory / SAVE, ignore_errors=True)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """One line a kill."""
+    rows = [("run", "killed", "in", "went on", "from", "seconds", "")]
+    for one in outcomes:
+        verdict = "equal" if one.equal else "DIFFERENT" if one.differences else "FAILED"
+        rows.append((one.name, one.victim, one.hit, one.went_on, one.resumed_from, f"{one.seconds:.0f}", verdict))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    for one in outcomes:
+        lines += [f"{one.name}: {text}" for text in [*filter(None, [one.problem]), *one.differences]]
+    return "\n".join(lines)
+
+
+def write_results(path: Path, outcomes: Sequence[Outcome]) -> None:
+    path.write_text(json.dumps([{**asdict(one), "equal": one.equal} for one in outcomes], indent=1) + "\n")

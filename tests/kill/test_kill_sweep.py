@@ -1,0 +1,151 @@
+"""The sweep in small: one kill in the middle of a save; and that a difference of any kind would have been seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from slime.observability.metrics_log import read_metrics
+from tests.cluster.runs import ROOT, Task, make_task
+from tests.kill import life as phases
+from tests.kill.compare import differences, is_measured
+from tests.kill.life import Life, Span
+from tests.kill.one_run import Run
+from tests.kill.sweep import DRIVER, SAVE, VICTIMS, Kill, broken, command, draw
+
+SMALL = ("--num-rollout", "2", "--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
+SMALL += ("--update-weight-buffer-size", "1000000")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return make_task(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def new_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Run]]:
+    runs: list[Run] = []
+    directory = tmp_path_factory.mktemp("runs")
+
+    def make(name: str) -> Run:
+        words = [sys.executable, str(ROOT / "train.py"), *command(task, directory / name / SAVE, *SMALL)]
+        runs.append(Run(directory / name, words, limit=120.0))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.end()
+
+
+@pytest.fixture(scope="module")
+def unbroken(new_run: Callable[[str], Run]) -> tuple[Path, list[Span]]:
+    run = new_run("unbroken")
+    life = Life(run.start())
+    while not run.ended:
+        life.look()
+        time.sleep(phases.POLL_S)
+    assert run.wait() == 0, run.log[-4000:]
+    return run.directory / SAVE, life.spans
+
+
+def test_a_run_killed_in_the_middle_of_a_save_ends_as_the_unbroken_one(
+    new_run: Callable[[str], Run], unbroken: tuple[Path, list[Span]]
+) -> None:
+    reference, spans = unbroken
+    save = next(span for span in spans if (span.phase, span.number) == (phases.SAVE, 1))
+    kill = Kill(DRIVER, 0, phases.SAVE, 1, share=0.3, span_seconds=save.end - save.start, restarts=False)
+    run = new_run("killed")
+    outcome = broken(run, kill, reference)
+    assert outcome.problem is None
+    assert outcome.went_on == "started again"
+    assert outcome.differences == []
+
+
+def spoil_a_token(run: Path) -> None:
+    path = run / "dump/1.jsonl"
+    first, *others = path.read_text().splitlines()
+    group = json.loads(first)
+    group[0]["tokens"][-1] += 1
+    path.write_text("\n".join([json.dumps(group), *others]))
+
+
+def spoil_a_log_prob(run: Path) -> None:
+    path = run / "dump/0.jsonl"
+    first, *others = path.read_text().splitlines()
+    group = json.loads(first)
+    group[-1]["rollout_log_probs"][0] *= 1 + 1e-15
+    path.write_text("\n".join([json.dumps(group), *others]))
+
+
+def spoil_a_metric(run: Path) -> None:
+    events = read_metrics(run / "metrics.jsonl")
+    last = next(event for event in reversed(events) if "train/loss" in event)
+    last["train/loss"] += 1e-15
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def spoil_an_event(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([*lines, lines[-2]]))
+
+
+def spoil_a_weight(run: Path) -> None:
+    path = max(run.glob("iter_*")) / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def spoil_an_export(run: Path) -> None:
+    shutil.rmtree(run / "hf/1")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (spoil_a_token, "samples"),
+        (spoil_a_log_prob, "samples"),
+        (spoil_a_metric, "metrics"),
+        (spoil_an_event, "metrics"),
+        (spoil_a_weight, "tensors"),
+        (spoil_an_export, "exports"),
+    ],
+)
+def test_the_comparison_notices(
+    unbroken: tuple[Path, list[Span]], tmp_path: Path, spoil: Callable[[Path], None], kind: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(unbroken[0], other)
+    assert differences(unbroken[0], other) == []
+    spoil(other)
+    found = differences(unbroken[0], other)
+    assert [text.split(":")[0] for text in found] == [kind] * len(found) != []
+
+
+@pytest.mark.parametrize("key", ["time/training", "memory/training_peak_gb", "sync/gb", "rollout/tokens_per_second"])
+def test_what_depends_on_the_clock_is_left_out(key: str) -> None:
+    assert is_measured(key)
+
+
+@pytest.mark.parametrize("key", ["rollout/tokens", "train/loss", "eval/eval/reward", "rollout/surplus_groups"])
+def test_nothing_else_is_left_out(key: str) -> None:
+    assert not is_measured(key)
+
+
+def test_the_sweep_reaches_every_victim_and_phase() -> None:
+    spans = [Span(phase, number, 0.0, 1.0) for phase in phases.PHASES for number in range(4)]
+    kills = draw(30, 0, spans)
+    assert kills == draw(30, 0, spans) != draw(30, 1, spans)
+    assert {kill.phase for kill in kills} == set(phases.PHASES)
+    for phase in (phases.SAVE, phases.SYNC):
+        assert {kill.victim for kill in kills if kill.phase == phase} == set(VICTIMS)
+    lost = [kill for kill in kills if kill.victim != DRIVER]
+    assert {kill.restarts for kill in lost} == {True, False}
+    assert not any(kill.restarts for kill in kills if kill.victim == DRIVER), "nobody is there to start it again"
+    assert [kill.phase for kill in kills[:2]] == [phases.SAVE, phases.SYNC]
