@@ -43,6 +43,7 @@ def test_engines_and_trainers_agree_after_every_update(unbroken: Path) -> None:
     assert sorted(gaps) == [1, 2, 3, 4]
     assert max(gaps.values()) <= TOLERANCE, gaps
     assert all(norm > 0 for norm in events(unbroken, "train/grad_norm").values()), "the weights have to move"
+    assert list(events(unbroken, "train/staleness").values()) == [0, 0, 0, 0], "and with each sync the version"
 
 
 def test_epochs_go_over_into_each_other(unbroken: Path) -> None:

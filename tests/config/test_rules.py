@@ -98,6 +98,12 @@ def test_the_base_passes(run: Run) -> None:
             "--rollout-stop-token-ids 5 128 -1: the vocabulary has no token 128, -1: ",
         ),
         ("--rollout-stop=", "--rollout-stop: an empty text would end every response"),
+        (
+            "--use-tis --offpolicy-correction none",
+            "--use-tis: stands beside --offpolicy-correction none, and weighs all tokens; leave one of the two out",
+        ),
+        ("--use-tis --tis-clip 0.9", "--tis-clip 0.9: 1 is beyond the clips"),
+        ("--use-tis --tis-clip-low 1.1", "--tis-clip-low 1.1: 1 is beyond the clips"),
         ("--lr-decay-style WSD", "--lr-decay-style WSD: has no length of its decay; add --lr-wsd-decay-iters"),
     ],
 )
@@ -210,6 +216,12 @@ def test_missing_basics(run: Run) -> None:
         ("--rollout-temperature 0", "--rollout-temperature 0: greedy"),
         ("--actor-num-gpus-per-node 16", "--global-batch-size 8: a step of 8 samples leaves some of 16"),
         ("--gamma 0.9", "--gamma 0.9: no effect"),
+        ("--tis-clip 3", "--tis-clip 3: no effect: every token is of the weights that are trained"),
+        ("--offpolicy-correction mis", "--offpolicy-correction mis: no effect: every token is of the weights"),
+        (
+            "--offpolicy-correction none --tis-clip-low 0.5",
+            "--tis-clip-low 0.5: no effect: with --offpolicy-correction none no token is weighed",
+        ),
         ("--num-gpus-per-node 8", "--num-gpus-per-node 8: no effect"),
         ("--rollout-max-response-len 128", "--rollout-max-response-len 128: the model's context is 128: a response is"),
         (

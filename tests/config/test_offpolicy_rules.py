@@ -1,0 +1,31 @@
+"""Rules about tokens of older weights, in programs and modes that make some."""
+
+from __future__ import annotations
+
+import pytest
+from config_run import Run
+
+from slime.config.parse import UsageError, load_args
+
+
+def warnings(run: Run, words: str, rollouts_ahead: int) -> list[str]:
+    found = load_args([*run.base, *words.split()], rollouts_ahead=rollouts_ahead)[1]
+    return [str(warning) for warning in found if "weigh" in str(warning)]
+
+
+@pytest.mark.parametrize("words", ["--tis-clip 3", "--offpolicy-correction mis --tis-clip-low 0.5"])
+def test_clips_are_heeded_where_tokens_may_be_of_older_weights(run: Run, words: str) -> None:
+    assert warnings(run, words, 1) == []
+    assert warnings(run, f"{words} --use-tis", 0) == []
+    assert warnings(run, f"{words} --load-debug-rollout-data {run.directory}/{{rollout_id}}.json", 0) == []
+    assert warnings(run, f"{words} --dry-run --partial-rollout --over-sampling-batch-size 8", 0) == []
+    assert len(warnings(run, words, 0)) == len(words.split()) // 2  # control
+    masked = f"{words} --dry-run --partial-rollout --over-sampling-batch-size 8 --mask-offpolicy-in-partial-rollout"
+    assert len(warnings(run, masked, 0)) == len(words.split()) // 2
+
+
+def test_masking_older_tokens_leaves_a_rollout_ahead_without_any(run: Run) -> None:
+    with pytest.raises(UsageError) as raised:
+        load_args([*run.base, "--dry-run", "--mask-offpolicy-in-partial-rollout"], rollouts_ahead=1)
+    [problem] = raised.value.problems
+    assert str(problem).startswith("--mask-offpolicy-in-partial-rollout: train_async.py generates with older weights")
