@@ -23,6 +23,7 @@ What a generate function of several turns has to keep to:
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from itertools import chain
 
@@ -72,7 +73,7 @@ async def generate(args: Args, sample: Sample, sampling_params: SamplingParams, 
         output = output_of(sample.response)
         if output is not None:
             [tokens] = tokenize(context.tokenizer, [output], add_special_tokens=False)
-            if room(args, sample, sampling_params.max_new_tokens) <= len(tokens):
+            if room(args, sample, sys.maxsize) <= len(tokens):  # the response's limit is the model's, not the tool's
                 sample.status = Status.TRUNCATED
                 return sample
             append_unsampled(sample, tokens)

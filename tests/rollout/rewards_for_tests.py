@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import random
 import re
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -26,8 +28,14 @@ def by_label(args, sample):
             os._exit(3)
         case "raise":
             raise KeyError("no such thing")
+        case "segfault":
+            ctypes.string_at(0)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         case "nan":
             return float("nan")
+        case "inf":
+            return -np.inf
         case "text":
             return "1.0"
         case "none":
@@ -42,6 +50,20 @@ def by_label(args, sample):
             print("a reward function may print")
             return 0.25
     return float(sample.label)
+
+
+_kept = []
+
+
+def leaks(args, sample):
+    """Keeps as many MB as the label says; `grow`: more and more in one call. The reward is the process's id."""
+    if sample.label == "grow":
+        while True:
+            _kept.append(bytearray(os.urandom(1000) * 10_000))
+            time.sleep(0.01)
+    _kept.append(bytearray(os.urandom(1000) * 1000 * int(sample.label)))
+    time.sleep(0.1)
+    return os.getpid()
 
 
 async def by_label_async(args, sample):

@@ -59,7 +59,7 @@ def _judge(args: Args, labels: list[str]) -> tuple[list[Verdict], float]:
     return with_pool(args, work)
 
 
-BAD = ["hang", "exit", "raise", "nan", "text", "none", "dict", "empty dict", "bool", "print"]
+BAD = ["hang", "exit", "segfault", "kill", "raise", "nan", "inf", "text", "none", "dict", "empty dict", "bool", "print"]
 
 
 @pytest.fixture(scope="module", params=["by_label", "by_label_async"])
@@ -73,13 +73,47 @@ def bad_verdicts(request: pytest.FixtureRequest) -> Iterator[dict[str, Verdict]]
 
 def test_a_bad_reward_costs_its_own_sample_only(bad_verdicts: dict[str, Verdict]) -> None:
     assert bad_verdicts["hang"] == Verdict(None, "timeout")
-    assert bad_verdicts["exit"] == Verdict(None, "crash")
+    for death in ("exit", "segfault", "kill"):
+        assert bad_verdicts[death] == Verdict(None, "crash"), death
     assert bad_verdicts["raise"] == Verdict(None, "error: KeyError: 'no such thing'")
-    for nonsense in ("nan", "text", "none", "empty dict"):
+    for nonsense in ("nan", "inf", "text", "none", "empty dict"):
         assert bad_verdicts[nonsense] == Verdict(None, "not a number"), nonsense
     assert bad_verdicts["dict"] == Verdict({"right": 1.0, "short": 0.5})
     assert bad_verdicts["bool"] == Verdict(1.0)
     assert bad_verdicts["print"] == Verdict(0.25)
+
+
+def test_a_reward_that_leaks_costs_no_sample_and_no_memory() -> None:
+    """Each call keeps 40 MB, and a worker may grow by 100: all are judged, by several processes."""
+
+    async def work(pool: RewardPool) -> tuple[list[Verdict], int]:
+        verdicts, most = [], 0
+        for _ in range(8):
+            verdicts.append(await pool.judge(Sample(label="40")))
+            most = max(most, *(worker.grown for worker in pool._workers))
+        return verdicts, most
+
+    args = Args(custom_rm_path="rewards_for_tests.leaks", rm_num_workers=1, rm_worker_memory=0.1)
+    verdicts, most = with_pool(args, work)
+    assert [verdict.failure for verdict in verdicts] == [None] * 8
+    assert len({verdict.reward for verdict in verdicts}) > 1
+    assert most < 300e6
+    kept, most = with_pool(replace(args, rm_worker_memory=4.0), work)
+    assert len({verdict.reward for verdict in kept}) == 1
+    assert most > 300e6, "without a limit it would have grown"
+
+
+def test_a_reward_that_grows_without_end_costs_its_own_sample() -> None:
+    async def work(pool: RewardPool) -> list[Verdict]:
+        labels = ["0", "grow", "0", "0"]
+        return list(await asyncio.gather(*(pool.judge(Sample(label=label)) for label in labels)))
+
+    args = Args(custom_rm_path="rewards_for_tests.leaks", rm_num_workers=1, rm_worker_memory=0.1, rm_timeout=20)
+    first, grown, *after = with_pool(args, work)
+    assert grown == Verdict(None, "memory")
+    assert first.failure is None
+    assert [verdict.failure for verdict in after] == [None, None]
+    assert after[0].reward != first.reward, "another process"
 
 
 def test_async_rewards_wait_beside_each_other() -> None:

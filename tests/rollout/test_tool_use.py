@@ -91,18 +91,25 @@ def test_the_tools_tokens_stand_behind_the_call_and_nobody_sampled_them(
         assert {place for place, kept in enumerate(sample.loss_mask) if not kept} <= masked
 
 
-def test_an_output_that_does_not_fit_ends_the_sample(
+def test_the_limit_of_a_response_ends_the_model_and_the_contexts_the_tool_too(
     run_with_engines: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    async def work(context: RolloutContext) -> list[Sample]:
-        limits = (11, 12, 13)
-        return [await generate(Args(), begun(tokenizer, "calc(2*3)"), params(limit), context) for limit in limits]
+    """A limit that is only this rollout's share finds the output whole when the sample goes on."""
 
-    *without_room, fits = run_with_engines(Args(rm_num_workers=1), work)
-    for sample in without_room:
-        assert (sample.status, sample.response, sample.response_length) == (Status.TRUNCATED, "calc(2*3)", 9)
-        sample.check()
+    async def work(context: RolloutContext) -> list[Sample]:
+        by_response = [
+            await generate(Args(), begun(tokenizer, "calc(2*3)"), params(limit), context) for limit in (10, 13)
+        ]
+        narrow = Args(rollout_max_context_len=len(PROMPT) + len("calc(2*3)=6;"))
+        return [*by_response, await generate(narrow, begun(tokenizer, "calc(2*3)"), params(60), context)]
+
+    over, fits, without_room = run_with_engines(Args(rm_num_workers=1), work)
+    assert (over.status, over.response_length) == (Status.TRUNCATED, 12)
+    assert tokenizer.decode(over.tokens[over.prompt_length :]) == "calc(2*3)=6;"
     assert fits.response_length == 13, "one token of the model's behind the output"
+    assert (without_room.status, without_room.response_length) == (Status.TRUNCATED, 9)
+    for sample in (over, fits, without_room):
+        sample.check()
 
 
 def test_an_aborted_sample_goes_on_where_it_was(

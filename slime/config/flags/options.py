@@ -87,8 +87,9 @@ class ClusterOptions:
         "drain",
         "Requests in flight when weights change. drain: they are answered first. abort: they are answered at once, "
         "with what they have. in_place: they wait, and go on over the KV cache of the old weights. retract: they wait, "
-        "and are prefilled again by the new ones. An answer that has waited names the later policy version; a "
-        "synchronous run has nothing in flight.",
+        "and are prefilled again by the new ones. An answer that has waited names the later policy version. train.py has "
+        "nothing in flight; train_async.py takes drain, which waits until the rollout in flight is whole, or abort, "
+        "after which the same responses go on with the new weights.",
     )
     check_weight_sync: bool = flag(
         True,
@@ -147,6 +148,19 @@ class RolloutOptions:
     rm_concurrency: int = flag(
         256, "Rewards that wait for a network at once: of remote_rm, and of an async --custom-rm-path.", ge=1
     )
+    rm_worker_memory: float = flag(
+        4.0,
+        "GB by which a reward worker may grow: a larger one is replaced between two calls, and one that grows by twice "
+        "as much is ended, which costs the sample whose reward was at work.",
+        gt=0,
+    )
+    max_reward_failures: float = flag(
+        0.5,
+        "Share of a rollout's samples whose reward may fail (each costs its own sample, and is counted); beyond it the "
+        "run ends with the reasons. 1: never.",
+        ge=0,
+        le=1,
+    )
     reward_key: str | None = flag(None, "The entry that is trained on where a reward function returns a dict.")
     num_rollout: int | None = flag(None, "Rollouts to run; 0 evaluates and stops.", ge=0)
     num_epoch: int | None = flag(
@@ -199,8 +213,8 @@ class RolloutOptions:
     )
     max_staleness: int | None = flag(
         None,
-        "Policy versions by which a token of a group from the data buffer may be older than the engines' weights; "
-        "a group with an older one starts anew from its prompt.",
+        "Policy versions by which a token may be older than the weights that are trained on it; a group in the data "
+        "buffer that would have an older one starts anew from its prompt.",
         ge=0,
     )
 

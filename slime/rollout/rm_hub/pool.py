@@ -1,11 +1,11 @@
 """RewardPool: rewards outside the event loop, in processes that can be killed.
 
 Path: `collect` and `evaluate` hand finished samples in and get Verdicts. Invariant: whatever a reward function does
-(hang, crash, raise, return nonsense), it costs its own task only (a sample; under --group-rm a group), and that is said
-in the verdict.
+(hang, crash, raise, leak, return nonsense), it costs its own task only (a sample; under --group-rm a group), and the
+verdict says so.
 
     judge -> waiting -> a worker with room -+-> answer -> verdicts
-                ^                           +-> worker lost: the task whose code ran fails (timeout, crash) ...
+                ^                           +-> worker lost: the task whose code ran fails (timeout, crash, memory) ...
                 +---------------------------+-> ... the others are judged again; where nobody knows whose code it was,
                                                 each of them alone, so that the next time it is known
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import pickle
 from collections import deque
@@ -32,10 +33,12 @@ from slime.core.sample import Sample, Status
 from slime.rollout.rm_hub.channel import START
 from slime.rollout.rm_hub.process import RewardProcess, Task
 from slime.rollout.rm_hub.registry import find_reward, is_async, reward_type
-from slime.rollout.rm_hub.verdict import CRASH, TIMEOUT, Verdict, error_verdict
+from slime.rollout.rm_hub.verdict import CRASH, MEMORY, TIMEOUT, Verdict, error_verdict
 
 if TYPE_CHECKING:
     from slime.rollout.rm_hub.remote import RemoteReward
+
+logger = logging.getLogger(__name__)
 
 _START_TIMEOUT = 120.0
 """Seconds for a worker to load the reward function; not counted against any sample."""
@@ -154,7 +157,9 @@ class RewardPool:
     # ---- tasks to workers
 
     def _hand_out(self) -> None:
-        """Waiting tasks to workers with room, in order."""
+        """Waiting tasks to workers with room, in order; a retired one without tasks goes."""
+        for worker in [worker for worker in self._workers if worker.retired and not worker.tasks]:
+            self._end(worker)
         while self._waiting:
             worker = self._worker_for(self._waiting[0])
             if worker is None:
@@ -165,7 +170,7 @@ class RewardPool:
 
     def _worker_for(self, task: Task) -> RewardProcess | None:
         """The one with the fewest tasks, where it has room."""
-        free = [worker for worker in self._workers if worker.ready and not worker.runs_alone]
+        free = [worker for worker in self._workers if worker.ready and not worker.retired and not worker.runs_alone]
         worker = min(free, key=lambda worker: len(worker.tasks), default=None)
         room = 1 if task.alone else self._capacity
         return worker if worker is not None and len(worker.tasks) < room else None
@@ -182,7 +187,7 @@ class RewardPool:
 
     def _answered(self, worker: RewardProcess, number: int, payload: bytes) -> None:
         if number == START:
-            worker.ready = True
+            worker.started()
         elif (task := worker.tasks.pop(number, None)) is not None:
             _settle(task, [Verdict(*entry) for entry in orjson.loads(payload)])
         self._hand_out()
@@ -210,20 +215,39 @@ class RewardPool:
                 self._lost(worker, CRASH)
             elif worker.silence > self._args.rm_timeout:
                 self._lost(worker, TIMEOUT)
+        for worker in [worker for worker in self._workers if worker.ready]:
+            self._look_at_memory(worker)
         self._hand_out()  # which looks again later, where anything is in flight
+
+    def _look_at_memory(self, worker: RewardProcess) -> None:
+        """A reward that leaks grows from call to call, and then no single one is to blame."""
+        limit, grown = self._args.rm_worker_memory * 1e9, worker.grown
+        if grown > 2 * limit and worker.tasks:
+            self._lost(worker, MEMORY)
+        elif grown > limit and not worker.retired:
+            logger.warning(
+                "a reward worker has grown by %.2f GB and is replaced (--rm-worker-memory %g): does the reward leak?",
+                grown / 1e9, self._args.rm_worker_memory,
+            )  # fmt: skip
+            worker.retired = True
+            self._add_worker()
+
+    def _end(self, worker: RewardProcess) -> None:
+        self._workers.discard(worker)
+        worker.kill()
+        assert self._loop is not None, "_open comes first"
+        self._loop.run_in_executor(None, worker.process.wait)  # it may take a while to give gigabytes back
 
     def _lost(self, worker: RewardProcess, failure: str = CRASH) -> None:
         """It died, or moves no more: settle the task whose fault it is, hand out the others again, replace it."""
-        self._workers.discard(worker)
-        worker.kill()
-        if self._closed:
+        if self._closed or not worker.ready:
+            self._workers.discard(worker)
+            worker.kill()
+            if not self._closed:
+                worker.process.wait()
+                self._break(f"exit code {worker.process.returncode}; its message stands above")
             return
-        if not worker.ready:
-            worker.process.wait()
-            self._break(f"exit code {worker.process.returncode}; its message stands above")
-            return
-        assert self._loop is not None, "_open comes first"
-        self._loop.run_in_executor(None, worker.process.wait)  # it may take a while to give gigabytes back
+        self._end(worker)
         tasks = [task for task in worker.tasks.values() if not task.done.done()]
         culprit = tasks[0].number if worker.running == 0 and len(tasks) == 1 else worker.running
         innocent = [task for task in tasks if task.number != culprit]
@@ -236,7 +260,8 @@ class RewardPool:
             for task in innocent:
                 task.alone = True
             self._waiting.extend(innocent)
-        self._add_worker()
+        if not worker.retired:  # it has been replaced before
+            self._add_worker()
         self._hand_out()
 
     def _break(self, message: str) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+import psutil
+
 from slime.config.args import Args
 from slime.rollout.rm_hub.channel import START, Page, pack, unpack
 from slime.rollout.rm_hub.verdict import Verdict
@@ -36,7 +38,10 @@ class Task:
 
 
 class RewardProcess(asyncio.Protocol):
-    """`tasks` are in flight. `silence` is how long nothing has moved, as `look` has seen it."""
+    """`tasks` are in flight. `silence` is how long nothing has moved, as `look` has seen it.
+
+    One that is `retired` gets no more tasks, and ends with its last.
+    """
 
     def __init__(
         self,
@@ -46,10 +51,12 @@ class RewardProcess(asyncio.Protocol):
     ) -> None:
         self.tasks: dict[int, Task] = {}
         self.ready = False
+        self.retired = False
         self.silence = 0.0
         self._answered, self._lost = answered, lost
         self._buffer = bytearray()
         self._beat = 0
+        self._bytes_at_start = 0
         self._transport: asyncio.WriteTransport | None = None
         self._args = args
         self._socket, theirs = socket.socketpair()
@@ -72,6 +79,22 @@ class RewardProcess(asyncio.Protocol):
         """Answers come after this, the first one when it is ready."""
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._socket)
         self._write(START, pickle.dumps(self._args))
+
+    def started(self) -> None:
+        """It is ready: what it holds from here on are its tasks'."""
+        self.ready = True
+        self._bytes_at_start = self._resident_bytes()
+
+    @property
+    def grown(self) -> int:
+        """Bytes of memory that it holds beyond those with which it started."""
+        return self._resident_bytes() - self._bytes_at_start
+
+    def _resident_bytes(self) -> int:
+        try:
+            return psutil.Process(self.process.pid).memory_info().rss
+        except psutil.Error:  # it has died, which is noticed elsewhere
+            return self._bytes_at_start
 
     def send(self, task: Task) -> None:
         if not self.tasks:

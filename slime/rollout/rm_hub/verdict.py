@@ -14,13 +14,14 @@ from slime.core.sample import Sample, Status
 
 TIMEOUT = "timeout"
 CRASH = "crash"
+MEMORY = "memory"
 NOT_A_NUMBER = "not a number"
 ERROR = "error"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`failure` is 'timeout', 'crash', 'not a number' or 'error: ...'; None where there is a reward."""
+    """`failure` is 'timeout', 'crash', 'memory', 'not a number' or 'error: ...'; None where there is a reward."""
 
     reward: float | dict[str, float] | None
     failure: str | None = None

@@ -1,0 +1,53 @@
+"""How many rewards of a rollout failed, and when that are too many.
+
+Path: `collect` shows it every group that it settles. Invariant: a failed reward costs its sample and is counted; the
+run ends only where more than --max-reward-failures of a rollout's samples, a whole batch of them at least, have none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from slime.config.args import Args
+from slime.core.sample import Sample
+from slime.rollout.rm_hub.verdict import failure_kind
+
+GENERATION_FAILED = "generation_failed"
+"""The kind of failure that is no reward's."""
+
+
+class RewardFailures:
+    """Those of one rollout."""
+
+    def __init__(self, args: Args, rollout_id: int) -> None:
+        self._share = args.max_reward_failures
+        self._batch = args.rollout_batch_size * args.n_samples_per_prompt
+        self._rollout_id = rollout_id
+        self._judged = 0
+        self._failed: Counter[str] = Counter()
+        self._last: dict[str, str] = {}
+
+    def count(self, samples: Iterable[Sample]) -> None:
+        """The samples of a group that has ended.
+
+        Raises:
+            RuntimeError: too many have no reward; it names the reasons, each with its number.
+        """
+        for sample in samples:
+            kind = None if sample.reward_failure is None else failure_kind(sample.reward_failure)
+            if kind == GENERATION_FAILED:
+                continue
+            self._judged += sample.reward is not None or kind is not None
+            if kind is not None:
+                self._failed[kind] += 1
+                self._last[kind] = str(sample.reward_failure)
+        failed = self._failed.total()
+        if failed > self._share * max(self._judged, self._batch):
+            reasons = ", ".join(f"{count} by {kind}" for kind, count in self._failed.most_common())
+            last = "; ".join(text for kind, text in self._last.items() if failure_kind(text) != text)
+            raise RuntimeError(
+                f"rollout {self._rollout_id}: {failed} of {self._judged} judged samples have no reward, more than "
+                f"--max-reward-failures {self._share:g} allows: {reasons}{f' (the last: {last})' if last else ''}; "
+                "correct the reward, give it more time (--rm-timeout), or raise --max-reward-failures"
+            )
