@@ -21,8 +21,11 @@ class Tally:
     """Counted as it happens; dropped groups are not there any more at the end."""
 
     tokens: int = 0
-    """Response tokens generated, those of dropped and aborted samples too."""
+    """Response tokens generated, those of dropped and aborted samples too, but for what goes back as it was drawn."""
     surplus_groups: int = 0
+    partial_groups: int = 0
+    """Surplus that keeps its tokens."""
+    restarted_groups: int = 0
     dropped_groups: Counter[str] = field(default_factory=Counter[str])
     failed_rewards: Counter[str] = field(default_factory=Counter[str])
 
@@ -73,8 +76,14 @@ def rollout_metrics(
         "time/generation": generation,
         "time/reward": intervals.reward_seconds,
     }
+    if args.partial_rollout:
+        metrics["rollout/partial_groups"] = tally.partial_groups
+    if args.max_staleness is not None:
+        metrics["rollout/restarted_groups"] = tally.restarted_groups
     if versions:
         metrics["rollout/staleness"] = policy_version - statistics.fmean(versions)
+        metrics["rollout/staleness_max"] = policy_version - min(versions)
+        metrics["rollout/offpolicy_tokens"] = statistics.fmean(version < policy_version for version in versions)
     for reason, count in sorted(tally.dropped_groups.items()):
         metrics[f"rollout/groups_dropped/{reason}"] = count
     for reason, count in sorted(tally.failed_rewards.items()):

@@ -249,8 +249,6 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
     [
         "--num-layers-per-virtual-pipeline-stage 1",
         "--optimizer-cpu-offload",
-        "--partial-rollout",
-        "--max-staleness 0",
         "--advantage-estimator gspo",
         "--kl-coef 0.1",
         "--normalize-advantages",

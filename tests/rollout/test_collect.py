@@ -51,7 +51,7 @@ def _account(buffer: DataBuffer, results: list[RolloutResult]) -> None:
         value
         for result in results
         for name, value in result.metrics.items()
-        if name.startswith("rollout/groups_dropped/") and not name.endswith("/aborted")
+        if name.startswith("rollout/groups_dropped/")
     )
     assert len(set(kept + waiting)) == len(kept + waiting)
     assert len(kept) + len(waiting) + dropped == state["next_group_index"]
@@ -374,7 +374,7 @@ def test_without_engines_a_rollout_says_so(data_file: Write, tokenizer: PreTrain
 def test_requests_that_do_not_end_end_the_run(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slime.rollout.collect._ABORT_TIMEOUT", 0.5)
+    monkeypatch.setattr("slime.rollout.group_run._ABORT_TIMEOUT", 0.5)
     args = _args(
         data_file(_rows(4)),
         rollout_batch_size=2,

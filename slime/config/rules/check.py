@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from slime.config.epochs import planned_rollouts
 from slime.config.flags.megatron_fields import megatron_decided, megatron_known
+from slime.config.rules.ahead import ahead
 from slime.config.rules.case import Case, Rule
 from slime.config.rules.engines import (
     api_keys,
@@ -27,6 +28,7 @@ from slime.config.rules.no_effect import no_effect
 from slime.config.rules.not_built import not_built
 from slime.config.rules.offpolicy import offpolicy
 from slime.config.rules.optimizer import optimizer
+from slime.config.rules.partial import partial_rollout
 from slime.config.rules.paths import directories, tokenizer, weight_files
 from slime.config.rules.problem import Problem
 from slime.config.rules.rewards import custom_reward, eval_rewards, reward, reward_types, reward_url
@@ -303,11 +305,13 @@ TRAINING_RULES: tuple[Rule, ...] = (
     api_keys,
     weight_directory,
     pauses,
+    ahead,
     sglang_data_parallel,
     debug_modes,
     length,
     steps,
     over_sampling,
+    partial_rollout,
     group_size,
     micro_batches,
     training_distribution,

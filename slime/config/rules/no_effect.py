@@ -128,21 +128,6 @@ TABLE: tuple[NoEffect, ...] = (
         lambda a: a.dynamic_sampling_filter_path is None,
         "without --dynamic-sampling-filter-path no group is dropped by a filter",
     ),
-    NoEffect(
-        ("partial_rollout",),
-        lambda a: (
-            a.partial_rollout
-            and a.over_sampling_batch_size == a.rollout_batch_size
-            and a.dynamic_sampling_filter_path is None
-        ),
-        "nothing is sampled beyond what is needed, so nothing is ever left unfinished",
-        "raise --over-sampling-batch-size",
-    ),
-    NoEffect(
-        ("mask_offpolicy_in_partial_rollout",),
-        lambda a: a.mask_offpolicy_in_partial_rollout and not a.partial_rollout and not a.rollouts_ahead,
-        "it belongs to --partial-rollout",
-    ),
     NoEffect(("rm_url",), lambda a: a.custom_rm_path is not None, "--custom-rm-path judges instead of remote_rm"),
     NoEffect(
         ("rm_url", "rm_concurrency"),

@@ -39,8 +39,6 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "use_rotary_position_embeddings": (off, "another position embedding than rope"),
     "swiglu": (off, "an MLP without SwiGLU"),
     "disable_bias_linear": (off, "biases in linear layers"),
-    "partial_rollout": (on, "partial rollout"),
-    "max_staleness": (other_than(), "a bound on staleness"),
     "advantage_estimator": (other_than("grpo"), "another advantage estimator than grpo"),
     "normalize_advantages": (on, "whitening of advantages"),
     "kl_coef": (on, "a KL penalty in the reward"),

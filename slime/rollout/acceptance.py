@@ -1,0 +1,82 @@
+"""Which finished groups are kept, and what is done to those that were.
+
+Path: `collect` asks for each group as it is settled, and once more with the full rollout. Invariant: a filter is shown
+the samples that have a reward, and every group that is not kept has a reason, which is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from slime.config.args import Args
+from slime.core.plugins import load_hook
+from slime.core.sample import Sample, Status
+
+_NO_GROUP_BASELINE = ("reinforce_plus_plus", "ppo")
+
+
+class Acceptance:
+    """The rules of one run."""
+
+    def __init__(self, args: Args) -> None:
+        self._args = args
+        self._filter = _load_filter(args)
+
+    def drop_reason(self, samples: list[Sample]) -> str | None:
+        """Why a group whose samples have all ended cannot be kept; None where it is.
+
+        Raises:
+            ValueError: --reward-key does not fit its rewards.
+        """
+        judged = [sample for sample in samples if sample.reward is not None]
+        for sample in judged:
+            sample.reward_value(self._args.reward_key)
+        if all(sample.status is Status.FAILED and not sample.response_length for sample in samples) and not judged:
+            return "generation_failed"
+        if len(judged) < (1 if self._args.advantage_estimator in _NO_GROUP_BASELINE else 2):
+            return "too_few_rewards"
+        return None if self._filter is None else self._filter(judged)
+
+
+def _load_filter(args: Args) -> Callable[[list[Sample]], str | None] | None:
+    """--dynamic-sampling-filter-path as a function to the reason for dropping a group, None where it stays."""
+    path = args.dynamic_sampling_filter_path
+    if path is None:
+        return None
+    function = load_hook("dynamic_sampling_filter_path", path)
+
+    def drop_reason(samples: list[Sample]) -> str | None:
+        verdict = function(args, samples)
+        if bool(verdict.keep if hasattr(verdict, "keep") else verdict):
+            return None
+        reason = verdict.reason if hasattr(verdict, "reason") else None
+        return str(reason or path.rpartition(".")[2]).replace(" ", "_").replace("/", "_")
+
+    return drop_reason
+
+
+def post_process(args: Args, samples: list[Sample]) -> None:
+    """In place: --rollout-sample-filter-path and --custom-reward-post-process-path.
+
+    Raises:
+        ValueError: a hook did not return what it has to.
+    """
+    if args.rollout_sample_filter_path is not None:
+        for sample in samples:
+            if sample.loss_mask is None:
+                sample.loss_mask = [1] * sample.response_length
+        load_hook("rollout_sample_filter_path", args.rollout_sample_filter_path)(args, samples)
+        for sample in samples:
+            sample.check()
+    path = args.custom_reward_post_process_path
+    if path is not None:
+        rewards = list(load_hook("custom_reward_post_process_path", path)(args, samples))
+        if len(rewards) != len(samples):
+            raise ValueError(
+                f"--custom-reward-post-process-path {path}: it returned {len(rewards)} rewards for {len(samples)} "
+                "samples; it has to return one each"
+            )
+        for sample, reward in zip(samples, rewards, strict=True):
+            if sample.reward is not None:
+                sample.metadata["raw_reward"] = sample.reward
+                sample.reward = float(reward) if args.reward_key is None else {args.reward_key: float(reward)}

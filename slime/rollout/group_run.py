@@ -1,0 +1,221 @@
+"""GroupRun: one group on its way from prompt to judged responses, in one rollout or in several.
+
+Path: `collect` draws groups and has a GroupRunner run each as a task: its samples are generated side by side, and
+judged as they finish (with --group-rm: once all have). Invariants: the samples as they were drawn are never changed,
+work is done on copies, and only a finished one takes its place in the list that the data source handed out
+(`in_flight` sees it there); a sample that has a response, or a reward, does not get a second one.
+
+    drawn --copy--> generate <--(aborted by a weight update: goes on)--> generate --+-> finished -> judge
+                       +-- the round stops, or --partial-rollout-max-tokens is reached: ABORTED, with its tokens
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+from slime.config.args import Args
+from slime.core.sample import Sample, Status
+from slime.engine.client import EngineError
+from slime.engine.protocol import SamplingParams
+from slime.rollout.context import RolloutContext, gather_or_cancel
+from slime.rollout.generate import Generate, load_generate, rollout_sampling_params, room, sampling_seed
+from slime.rollout.intervals import PhaseIntervals
+from slime.rollout.waves import Wave
+
+_ABORT_TIMEOUT = 60.0
+"""Seconds within which the engines have to end every request after an abort."""
+_ABORT_INTERVAL = 0.25
+"""Seconds between two aborts: a request on its way through the router misses the one before."""
+_MAX_FRUITLESS = 100
+"""Requests of one sample in a row that are aborted and bring no token; then its generation has failed."""
+_FRUITLESS_PAUSE = 0.05
+"""Seconds before the next of them."""
+
+
+class GroupRun:
+    """A group in this rollout."""
+
+    def __init__(self, group: list[Sample], wave: Wave, rollout_id: int, *, restart: bool = False) -> None:
+        """`group` is as the data source handed it out; `restart`: from its bare prompt."""
+        self._handed_out = group
+        self._drawn = list(group)
+        self.wave = wave
+        self.samples = [sample.to_bare_prompt() if restart else sample.copy() for sample in group]
+        """The samples at work."""
+        started = [sample.metadata.get("start_rollout_id") for sample in self.samples]
+        start_rollout_id = next((start for start in started if start is not None), rollout_id)
+        for sample in self.samples:
+            sample.metadata["start_rollout_id"] = start_rollout_id
+        self._tokens = 0
+
+    @property
+    def index(self) -> int:
+        return self._drawn[0].group_index
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether a sample has to go on, later."""
+        return any(sample.status is Status.ABORTED for sample in self.samples)
+
+    def put(self, place: int, sample: Sample, num_tokens: int) -> None:
+        """A request has ended, with so many tokens."""
+        self.samples[place] = sample
+        self._tokens += num_tokens
+
+    def publish(self, place: int) -> None:
+        """The sample is finished: whoever looks at what is in flight sees it from now on."""
+        self._handed_out[place] = self.samples[place]
+
+    def take_num_tokens(self) -> int:
+        """Response tokens generated since this was asked last."""
+        count, self._tokens = self._tokens, 0
+        return count
+
+    def mark(self) -> None:
+        """What it is now is what `as_drawn` gives from here on."""
+        self._drawn = [sample.copy() for sample in self.with_tokens()]
+
+    def as_drawn(self) -> list[Sample]:
+        return list(self._drawn)
+
+    def as_bare_prompts(self) -> list[Sample]:
+        return [sample.to_bare_prompt() for sample in self._drawn]
+
+    def with_tokens(self) -> list[Sample]:
+        """Everything generated stays, also its rewards; a group in which nothing was is bare prompts."""
+        if not any(map(has_begun, self.samples)):
+            return self.as_bare_prompts()
+        return [sample if has_begun(sample) else _not_begun(sample) for sample in self.samples]
+
+
+def has_begun(sample: Sample) -> bool:
+    return sample.response_length > 0 or sample.reward is not None
+
+
+def _not_begun(sample: Sample) -> Sample:
+    """It will start in a later rollout, under the seed of its group."""
+    bare = sample.to_bare_prompt()
+    bare.metadata["start_rollout_id"] = sample.metadata["start_rollout_id"]
+    return bare
+
+
+class GroupRunner:
+    """Runs the groups of one rollout; `slots` bounds the requests in flight."""
+
+    def __init__(self, args: Args, context: RolloutContext, slots: asyncio.Semaphore) -> None:
+        self._args = args
+        self._context = context
+        self._slots = slots
+        self._generate: Generate = load_generate(args)
+        self._params = rollout_sampling_params(args)
+        self._stopping = False
+        self._idle = asyncio.Event()
+        self.intervals = PhaseIntervals()
+        self.last_error: EngineError | None = None
+
+    async def run(self, group: GroupRun) -> None:
+        """Until every sample has ended, is cut off, or the round stops."""
+        await gather_or_cancel(self._run_sample(group, place) for place in range(len(group.samples)))
+        if self._context.rewards.by_group and not group.is_cut_off and not self._stopping:
+            with self.intervals.judging():
+                await self._context.rewards.judge_group(group.samples)
+
+    async def _run_sample(self, group: GroupRun, place: int) -> None:
+        """Generate one sample, and judge it unless the generate function has; its status tells what became of it."""
+        if group.samples[place].status in (Status.PENDING, Status.ABORTED):
+            async with self._slots:
+                if self._stopping:
+                    group.samples[place].status = Status.ABORTED
+                    return
+                await self._generate_sample(group, place)
+        sample = group.samples[place]
+        if sample.is_finished:
+            group.publish(place)
+        unjudged = sample.is_finished and sample.reward is None and not self._context.rewards.by_group
+        if unjudged and not self._stopping:
+            with self.intervals.judging():
+                verdict = await self._context.rewards.judge(sample)
+            verdict.apply(sample)
+
+    async def _generate_sample(self, group: GroupRun, place: int) -> None:
+        """Request after request: one that is aborted while the round goes on was ended by a weight update."""
+        params = self._params_of(group.samples[place])
+        fruitless = 0
+        while not self._stopping:
+            sample = group.samples[place]
+            before = sample.response_length
+            try:
+                with self._request():
+                    sample = await self._generate(self._args, sample, params, self._context)
+            except EngineError as error:
+                self.last_error = error
+                group.put(place, sample.to_failed(f"generation failed: {error}"), 0)
+                return
+            num_tokens = sample.response_length - before
+            group.put(place, sample, num_tokens)
+            if sample.status is not Status.ABORTED:
+                if self._is_cut_off(sample, params.max_new_tokens):
+                    sample.status = Status.ABORTED
+                return
+            fruitless = 0 if num_tokens else fruitless + 1
+            if fruitless == _MAX_FRUITLESS:
+                reason = f"generation failed: {fruitless} requests were aborted, and brought no token"
+                group.put(place, sample.to_failed(reason), 0)
+                return
+            if fruitless:
+                await asyncio.sleep(_FRUITLESS_PAUSE)
+
+    def _params_of(self, sample: Sample) -> SamplingParams:
+        """The seed is of the rollout in which it began: a draw depends on seed and position, not on the parts."""
+        start = sample.metadata["start_rollout_id"]
+        params = replace(self._params, sampling_seed=sampling_seed(self._args.rollout_seed, start, sample.index))
+        most = self._args.partial_rollout_max_tokens if self._args.partial_rollout else None
+        if most is None:
+            return params
+        return replace(params, max_new_tokens=min(params.max_new_tokens, sample.response_length + most))
+
+    def _is_cut_off(self, sample: Sample, limit: int) -> bool:
+        """Whether it ended at `limit` tokens and the response may be longer."""
+        ended = sample.status is Status.TRUNCATED and sample.reward is None and sample.response_length >= limit
+        return ended and room(self._args, sample, self._params.max_new_tokens) > 0
+
+    @contextmanager
+    def _request(self) -> Generator[None]:
+        self._idle.clear()
+        try:
+            with self.intervals.generating():
+                yield
+        finally:
+            if not self.intervals.requests_in_flight:
+                self._idle.set()
+
+    async def stop(self, rollout_id: int) -> None:
+        """No more requests; those in flight are aborted, and have ended when this returns.
+
+        Raises:
+            RuntimeError: the engines do not end them.
+        """
+        self._stopping = True
+        problem = "the engines' logs say why"
+        try:
+            async with asyncio.timeout(_ABORT_TIMEOUT):
+                while self.intervals.requests_in_flight:
+                    try:
+                        await self._context.engines.abort_all()
+                    except EngineError as error:  # what was in flight there goes elsewhere, or fails
+                        problem = str(error)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._idle.wait(), _ABORT_INTERVAL)
+        except TimeoutError as error:
+            raise RuntimeError(
+                f"rollout {rollout_id}: {self.intervals.requests_in_flight} requests are still running "
+                f"{_ABORT_TIMEOUT:g} s after the engines were told to abort them; {problem}"
+            ) from error
+
+
+def oldest_version(samples: Sequence[Sample]) -> int | None:
+    """The earliest policy that made one of their tokens."""
+    return min((version for sample in samples for version in sample.policy_versions or ()), default=None)
