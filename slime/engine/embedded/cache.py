@@ -29,13 +29,19 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class KVCache:
-    """`tokens`: positions that may be reserved at most, over all rows; `rows`: requests at most."""
+    """`tokens`: positions that may be reserved at most, over all rows; `rows`: requests at most.
 
-    def __init__(self, architecture: Architecture, *, dtype: torch.dtype, rows: int, tokens: int) -> None:
+    `spare_rows` more stand behind those of requests, for rows of a forward that are nobody's.
+    """
+
+    def __init__(
+        self, architecture: Architecture, *, dtype: torch.dtype, rows: int, tokens: int, spare_rows: int = 0
+    ) -> None:
         self._architecture = architecture
         self._dtype = dtype
         self._max_rows = rows
         self._max_tokens = tokens
+        self._spare_rows = spare_rows
         self.clear()
 
     @staticmethod
@@ -59,7 +65,8 @@ class KVCache:
             return
         a = self._architecture
         old_kv, old_width, self.width = self._kv, self.width, _round_up(width)
-        shape = (2, a.num_layers, self.rows_at(width), a.num_query_groups, self.width, a.kv_channels)
+        rows = self.rows_at(width) + self._spare_rows
+        shape = (2, a.num_layers, rows, a.num_query_groups, self.width, a.kv_channels)
         self._kv = _lazy_zeros(shape, self._dtype)
         if in_use:
             self._kv[:, :, :in_use, :, :old_width] = old_kv[:, :, :in_use]
@@ -74,9 +81,9 @@ class KVCache:
         """kv [B, 2, K, D], one position a row."""
         self._kv[:, layer][:, rows_B, :, positions_B] = kv
 
-    def read(self, layer: int, rows: int, span: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [rows, K, span, D], views."""
-        kv = self._kv[:, layer, :rows, :, :span]
+    def read(self, layer: int, rows: int, span: int, *, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, K, span, D] from row `first` on, views."""
+        kv = self._kv[:, layer, first : first + rows, :, :span]
         return kv[0], kv[1]
 
     def copy(self, source: int, target: int, length: int, *, rows: int = 1) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from slime.core.architecture import Architecture
 from slime.core.rotary import inverse_frequencies
+from slime.engine.embedded.attention import attend_in_blocks, blocks_mask
 from slime.engine.embedded.cache import KVCache
 
 FUSED_GATE_UP_FAMILIES = ("glm4",)
@@ -191,6 +192,22 @@ class Model:
             else:  # the mask is fp32, and so is the softmax
                 scores = torch.add(mask, torch.bmm(queries, keys.transpose(1, 2)), alpha=scale)
             return torch.bmm(torch.softmax(scores, dim=-1).to(values.dtype), values).view(batch, -1)
+
+        return self._forward(tokens_B, positions_B, attend)
+
+    def decode_in_blocks(self, tokens_B: Tensor, positions_B: Tensor, cache: KVCache, first_row: int) -> Tensor:
+        """`decode` for the B cache rows from `first_row` on; how far the others reach changes nothing for a row."""
+        a = self.architecture
+        batch, groups, head = len(tokens_B), a.num_query_groups, a.kv_channels
+        rows = torch.arange(first_row, first_row + batch)
+        per_group = a.num_attention_heads // groups
+        mask = blocks_mask(positions_B, groups=groups, per_group=per_group)
+
+        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+            cache.write_tokens(layer, rows, positions_B, kv)
+            span = mask.shape[0] * mask.shape[-1]
+            keys, values = (t.flatten(0, 1) for t in cache.read(layer, batch, span, first=first_row))
+            return attend_in_blocks(q.reshape(batch * groups, per_group, head), keys, values, mask).view(batch, -1)
 
         return self._forward(tokens_B, positions_B, attend)
 

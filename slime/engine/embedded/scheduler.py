@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from slime.engine.embedded.cache import KVCache
+from slime.engine.embedded.fixed_shapes import FixedShapes
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.sampler import SamplingBatch, sample
 from slime.engine.protocol import PauseMode, SamplingParams
@@ -95,6 +96,8 @@ class Scheduler:
     ) -> None:
         self.model = model
         self.cache = cache
+        self.fixed_shapes: FixedShapes | None = None
+        """If set, no request feels those beside it."""
         self.weight_version = "0"
         self.pause_mode: PauseMode | None = None
         self.holds: set[str] = set()
@@ -224,7 +227,10 @@ class Scheduler:
         if self._running:
             rows = self._rows[: len(self._running)]
             tokens, positions = torch.from_numpy(rows["token"].copy()), torch.from_numpy(rows["position"].copy())
-            hidden = self.model.decode(tokens, positions, self.cache)
+            if self.fixed_shapes is None:
+                hidden = self.model.decode(tokens, positions, self.cache)
+            else:
+                hidden = self.fixed_shapes.decode(tokens, positions)
             rows["position"] += 1
             self._sample(hidden, 0)
 
@@ -280,7 +286,7 @@ class Scheduler:
             if key in self._prompts and not any(r.logprob_start_len >= 0 for r in members)
         }
         fresh = sorted((key for key in groups if key not in last), key=len)
-        for part in _parts(fresh):
+        for part in _parts(fresh) if self.fixed_shapes is None else ([prompt] for prompt in fresh):
             hidden = self.model.prefill([list(key) for key in part], self.cache, row)
             for i, key in enumerate(part):
                 last[key] = (row + i, hidden[i, len(key) - 1].clone())
@@ -317,17 +323,9 @@ class Scheduler:
     def _sample(self, hidden: Tensor, first: int) -> None:
         """Draw a token for rows [first, running) and finish the requests that it ends."""
         rows = self._rows[first : len(self._running)]
-        draw = sample(
-            self.model.logits(hidden),
-            SamplingBatch(
-                temperature=rows["temperature"],
-                top_p=rows["top_p"],
-                top_k=rows["top_k"],
-                min_p=rows["min_p"],
-                seed=rows["seed"],
-                position=rows["position"],
-            ),
-        )
+        batch = SamplingBatch(**{f.name: rows[f.name] for f in fields(SamplingBatch)})
+        fixed = self.fixed_shapes
+        draw = sample(self.model.logits(hidden), batch) if fixed is None else fixed.sample(hidden, batch)
         rows["token"] = draw.tokens
         requests = self._running[first:]
         for request, token, log_prob in zip(requests, draw.tokens.tolist(), draw.log_probs.tolist(), strict=True):

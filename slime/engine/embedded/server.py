@@ -27,6 +27,7 @@ from aiohttp.http_exceptions import BadHttpMessage
 from slime.engine.embedded.answers import error_answer, json_answer, read_body
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.device_routes import DeviceRoutes
+from slime.engine.embedded.fixed_shapes import SPARE_ROWS, FixedShapes, find_sizes
 from slime.engine.embedded.memory import EngineMemory
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.scheduler import Request, Scheduler
@@ -65,12 +66,15 @@ class Server:
             dtype=settings.dtype,
             rows=settings.max_running_requests,
             tokens=settings.max_total_tokens,
+            spare_rows=SPARE_ROWS if settings.deterministic else 0,
         )
         self._scheduler = Scheduler(
             self._model, cache, on_finished=self._from_scheduler, on_failure=self._scheduler_failed
         )
         self._weights = EngineWeights(self._model, self._scheduler)
         self._weights.load(settings.model_path, version=settings.weight_version)
+        if settings.deterministic:
+            self._scheduler.fixed_shapes = FixedShapes(self._model, cache, find_sizes(self._model))
         self._weight_routes = WeightRoutes(
             self._scheduler, self._weights, self._call, dist_timeout=settings.dist_timeout
         )
@@ -270,6 +274,7 @@ class Server:
                 "tp_size": 1,
                 "dp_size": 1,
                 "dtype": dtype_name(s.dtype),
+                "enable_deterministic_inference": s.deterministic,
                 "context_length": s.context_length,
                 "max_running_requests": s.max_running_requests,
                 "max_total_num_tokens": s.max_total_tokens,

@@ -42,6 +42,8 @@ class Settings:
     stop_token_ids: frozenset[int]
     """The model's own."""
     seed: int
+    deterministic: bool
+    """What a request gets does not depend on the requests beside it."""
     api_key: str | None
     watchdog_timeout: float
     dist_timeout: float
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-running-requests", type=int, default=256)
     add("--max-total-tokens", type=int, help="cache positions; unset: what 30 %% of the free memory holds")
     add("--num-threads", type=int, default=1)
+    add("--enable-deterministic-inference", action="store_true", help="no request feels those beside it, to the bit")
     add("--random-seed", type=int, help="of requests without a sampling_seed; unset: drawn")
     add("--api-key")
     add("--watchdog-timeout", type=float, default=300.0, help="seconds of one step, after which health fails")
@@ -112,6 +115,7 @@ def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
         max_total_tokens=total,
         stop_token_ids=_stop_token_ids(given.model_path, config),
         seed=given.random_seed if given.random_seed is not None else secrets.randbits(48),
+        deterministic=given.enable_deterministic_inference,
         api_key=given.api_key,
         watchdog_timeout=given.watchdog_timeout,
         dist_timeout=given.dist_timeout,

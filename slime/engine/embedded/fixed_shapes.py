@@ -1,0 +1,150 @@
+"""Forwards of fixed shapes: what a request gets does not depend on the requests beside it, to the bit.
+
+Path: with `--enable-deterministic-inference` the scheduler decodes and samples through this; otherwise nothing here is
+used. A matrix product rounds differently with another number of rows, and may do so from row to row, so each prompt is
+prefilled alone, and decoding takes rows in chunks of sizes that were seen to give equal bits, on every row. Over the
+cache, attention goes in blocks of one size, and a block behind a row's own position adds exactly nothing to it.
+Invariant: every sum that a row's result is made of has a shape and an order that its own request decides.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slime.engine.embedded.cache import WIDTH_STEP, KVCache
+from slime.engine.embedded.model import Model
+from slime.engine.embedded.sampler import Draw, SamplingBatch, sample
+
+logger = logging.getLogger(__name__)
+
+SIZES = (64, 32, 16, 8, 4, 2)
+"""Rows of a chunk, the most that is tried first."""
+SPARE_ROWS = SIZES[0] - 1
+"""Cache rows behind those of requests, for the empty ones of a last chunk."""
+_SHIFTS = (0, 1, 7)
+"""Places by which rows are moved to see whether they feel it."""
+_PROBED_LAYERS = 2
+
+
+class FixedShapes:
+    """`sizes`: rows of a chunk, descending, all of which give a row the same bits."""
+
+    def __init__(self, model: Model, cache: KVCache, sizes: tuple[int, ...]) -> None:
+        self._model = model
+        self._cache = cache
+        self.sizes = sizes
+
+    def decode(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
+        """One token for each of the first B cache rows, as `Model.decode` -> hidden states [B, hidden]."""
+        hidden: list[Tensor] = []
+        for first, count, size in self._chunks(len(tokens_B)):
+            rows = slice(first, first + count)
+            tokens, positions = _padded(tokens_B[rows], size), _padded(positions_B[rows], size)
+            hidden.append(self._model.decode_in_blocks(tokens, positions, self._cache, first)[:count])
+        return torch.cat(hidden)
+
+    def sample(self, hidden_B: Tensor, batch: SamplingBatch) -> Draw:
+        """As `sampler.sample` of their logits."""
+        draws: list[Draw] = []
+        for first, count, size in self._chunks(len(hidden_B)):
+            logits = self._model.logits(_padded(hidden_B[first : first + count], size))
+            rows = np.minimum(np.arange(first, first + size), first + count - 1)
+            chunk = replace(batch, **{f.name: getattr(batch, f.name)[rows] for f in fields(batch)})
+            # Which candidates are sorted for top-p and top-k is decided for all rows of a call together.
+            restricted = (chunk.top_p < 1) | (chunk.top_k > 0) | (chunk.min_p > 0)
+            draws.append(_first(_sample_each(logits, chunk) if restricted.any() else sample(logits, chunk), count))
+        return _joined(draws)
+
+    def _chunks(self, count: int) -> Iterator[tuple[int, int, int]]:
+        """(first row, rows, size that they are padded to): whole chunks, and the smallest size that takes the rest."""
+        largest = self.sizes[0]
+        for first in range(0, count, largest):
+            rows = min(largest, count - first)
+            yield first, rows, min(size for size in self.sizes if size >= rows)
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    """`rows` in memory of their own (a kernel may go by its alignment), zeros behind them."""
+    padded = rows.new_zeros(size, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded
+
+
+def _sample_each(logits_BV: Tensor, batch: SamplingBatch) -> Draw:
+    each = [{f.name: getattr(batch, f.name)[i : i + 1] for f in fields(batch)} for i in range(len(logits_BV))]
+    return _joined([sample(logits_BV[i : i + 1].clone(), SamplingBatch(**row)) for i, row in enumerate(each)])
+
+
+def _first(draw: Draw, count: int) -> Draw:
+    return Draw(draw.tokens[:count], draw.log_probs[:count], draw.finite[:count])
+
+
+def _joined(draws: list[Draw]) -> Draw:
+    return Draw(
+        tokens=np.concatenate([draw.tokens for draw in draws]),
+        log_probs=np.concatenate([draw.log_probs for draw in draws]),
+        finite=np.concatenate([draw.finite for draw in draws]),
+    )
+
+
+def find_sizes(model: Model) -> tuple[int, ...]:
+    """Chunk sizes that give every row the same bits, on this machine, with this model and number of threads.
+
+    Measured: rows of many contents, lengths and places are decoded in chunks of each size. A kernel that sums in
+    another order shows in some of their thousands of numbers. A single row is alike in any case.
+    """
+    probe = copy.copy(model)
+    probe.layers = model.layers[:_PROBED_LAYERS]  # the others have the same shapes
+    count, a = SIZES[0], model.architecture
+    length = min(2 * WIDTH_STEP + 7, a.max_position_embeddings)
+    rng = torch.Generator().manual_seed(0)
+    prompt, tokens = torch.randint(a.vocab_size, (2, max(length, count)), generator=rng)
+    positions = torch.randint(length // 2, length, (count,), generator=rng)
+    with torch.inference_mode():
+        shallow = replace(a, num_layers=len(probe.layers))
+        cache = KVCache(shallow, dtype=model.dtype, rows=count, tokens=count * 3 * WIDTH_STEP)
+        cache.reserve(length, in_use=0)
+        found: dict[int, bytes] = {}
+        for size in SIZES:
+            shifted = [_bits(probe, cache, prompt[:length], tokens[:count], positions, size, by) for by in _SHIFTS]
+            if all(bits == shifted[0] for bits in shifted):
+                found[size] = shifted[0]
+    alike = tuple(size for size in found if found[size] == found[max(found)]) or (1,)
+    logger.info("deterministic: chunks of %s rows give equal bits", ", ".join(map(str, alike)))
+    return alike
+
+
+def _bits(
+    model: Model, cache: KVCache, prompt: Tensor, tokens_B: Tensor, positions_B: Tensor, size: int, shift: int
+) -> bytes:
+    """Hidden states, logits and log-probs of rows that follow one prompt, computed `shift` places further on."""
+    model.prefill([prompt.tolist()], cache, 0)
+    cache.copy(0, 1, len(prompt), rows=len(tokens_B) - 1)
+    tokens_B, positions_B = tokens_B.roll(shift), positions_B.roll(shift)
+    rows: list[Tensor] = []
+    for first in range(0, len(tokens_B), size):
+        chunk = slice(first, first + size)
+        hidden = model.decode_in_blocks(tokens_B[chunk].clone(), positions_B[chunk].clone(), cache, first)
+        logits = model.logits(hidden)
+        log_probs = torch.from_numpy(sample(logits, _settings(positions_B[chunk])).log_probs)
+        rows.append(torch.cat([hidden.float(), logits, log_probs[:, None]], dim=1))
+    return torch.cat(rows).roll(-shift, dims=0).numpy().tobytes()
+
+
+def _settings(positions_B: Tensor) -> SamplingBatch:
+    count = len(positions_B)
+    return SamplingBatch(
+        temperature=np.full(count, 0.8),
+        top_p=np.ones(count),
+        top_k=np.full(count, -1),
+        min_p=np.zeros(count),
+        seed=np.zeros(count, dtype=np.uint64),
+        position=positions_B.numpy(),
+    )
