@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from slime.cluster.mending import Mending
 from slime.cluster.processes import Processes
 from slime.cluster.trackers import start_trackers
 from slime.cluster.turns import memory_of
@@ -99,12 +100,15 @@ class Cluster:
         self._metrics.track(trackers, self._console.say)
         if state is not None:
             self._metrics.write(self._first, state["times"])
+        if self._restarts:
+            self._metrics.write(self._first, {"fault/run_restarts": self._restarts})
         for warning in warnings:
             self._console.say(f"WARNING {warning}")
         if loaded is not None:
             self._console.say(f"actor loaded from {loaded.source}, starting at rollout {self._first}")
         if 0 < self._last <= self._first:
             self._console.say(f"nothing left to train: {self._first} of {self._last} rollouts are done")
+        self._mending = Mending(processes, self._memory, self._console.say)
         self._memory.connect()
 
     def rollouts(self) -> Iterator[int]:
@@ -120,7 +124,8 @@ class Cluster:
         """Generate, judge and collect; returns a reference to the TrainBatch, which stays in Ray's object store."""
         with self._clock.inner() as seconds:
             this = self._begin_generation(rollout_id)
-            [metrics] = self._processes.get(f"rollout {rollout_id}: generation", [this.report])
+            phase = f"rollout {rollout_id}: generation"
+            [metrics] = self._processes.get(phase, [this.report], meanwhile=self._mending.look_after)
             seconds["generation"] = metrics.pop("time/generation", 0.0)
             seconds["reward"] = metrics.pop("time/reward", 0.0)
         self._record |= metrics | self._measure("generation")
@@ -149,7 +154,7 @@ class Cluster:
         start = time.perf_counter()
         with self._clock.phase("generation"):
             phase = f"rollout {generation.rollout_id}: generation"
-            [metrics] = self._processes.get(phase, [generation.report])
+            [metrics] = self._processes.get(phase, [generation.report], meanwhile=self._mending.look_after)
         generation.waited += time.perf_counter() - start
         return metrics
 
@@ -170,6 +175,7 @@ class Cluster:
             if results:
                 seconds["training"] = results[0].pop("time/training")
                 self._record |= results[0] | self._measure("training")
+        self._mending.trained()
         self._metrics.write(rollout_id + 1, self._record)
         gap = self._record.get("train/logprob_gap_mean", 0.0)
         alarm = self._args.logprob_gap_alarm
@@ -218,14 +224,8 @@ class Cluster:
             self._memory.to_weights()
             self._take_peaks()  # what a trainer has just given back was never there together with an engine's
         with self._clock.phase("weight_sync"):
-            reports = processes.get(
-                f"weight sync, policy version {self._policy_version}",
-                [trainer.send_weights.remote(self._policy_version) for trainer in processes.trainers],
-            )
-            processes.get(
-                "weight sync: policy version", [processes.manager.set_policy_version.remote(self._policy_version)]
-            )
-        self._sync_report = reports[0] | self._measure("weight_sync")
+            report = self._mending.send(self._policy_version)
+        self._sync_report = report | self._measure("weight_sync")
         with self._clock.phase("offload"):
             self._memory.to_engines()
             self._take_peaks()
@@ -262,7 +262,9 @@ class Cluster:
             return
         with self._clock.phase("evaluation"):
             [metrics] = self._processes.get(
-                f"evaluation after {step} rollouts", [self._processes.manager.evaluate.remote(step)]
+                f"evaluation after {step} rollouts",
+                [self._processes.manager.evaluate.remote(step)],
+                meanwhile=self._mending.look_after,
             )
         metrics |= self._measure("evaluation")
         self._metrics.write(step, metrics)

@@ -1,7 +1,7 @@
-"""Noticing that an engine or the router has died.
+"""Noticing that an engine or a router that runs without us has died; our own are the `fleet`'s.
 
-Path: the rollout manager runs `first_death` beside every rollout and evaluation. Invariant: what died is named, with
-its log where it is ours, within a few seconds; nothing waits for it for ever.
+Path: the rollout manager runs `first_death` beside every rollout and evaluation. Invariant: what died is named within
+a few seconds; nothing waits for it for ever.
 """
 
 from __future__ import annotations
@@ -10,13 +10,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from ray.exceptions import RayActorError
 
 from slime.engine.client import EngineClient
-from slime.engine.launch import ManagedProcess
 
 POLL_S = 1.0
 UNWELL_S = 5.0
@@ -29,25 +24,6 @@ class Watched:
 
     name: str
     is_alive: Callable[[], Awaitable[bool]]
-
-
-def own_router(process: ManagedProcess) -> Watched:
-    async def is_alive() -> bool:
-        return process.alive()
-
-    return Watched(f"the router ({process.url}; its log is {process.log_path})", is_alive)
-
-
-def own_engine(index: int, url: str, actor: Any, log_dir: Path) -> Watched:
-    """`actor`: the EngineWorker that owns its process."""
-
-    async def is_alive() -> bool:
-        try:
-            return await actor.alive.remote()
-        except RayActorError:
-            return False
-
-    return Watched(f"engine {index} ({url}; its log is {log_dir / f'engine-{index}.log'})", is_alive)
 
 
 def answering(what: str, url: str, client: EngineClient) -> Watched:

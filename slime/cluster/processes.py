@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
+from slime.cluster.fleet import EngineUp
 from slime.cluster.placement import Placement, choose_engine, num_gpus, num_nodes, reserve, start_ray
 from slime.cluster.rollout_manager import RolloutManager
+from slime.cluster.waiting import POLL_S, Waiter
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
 from slime.config.epochs import rollouts_of_epochs
@@ -58,8 +60,7 @@ class Processes:
         self._router_url = ""
         self._urls: list[str] = []
         self._ranks: list[int] = []
-        self._behind: dict[Any, str] = {}
-        """Work that goes on behind the loop, and what it is."""
+        self._waiter = Waiter(limit=args.phase_timeout, where=str(self._log_dir))
 
     def start(self) -> None:
         """Ray and all actors; returns while they are still importing."""
@@ -69,16 +70,20 @@ class Processes:
         args = choose_engine(self._args, num_gpus())
         self._placement = place = reserve(args)
         self.manager = ray.remote(RolloutManager).options(**place.manager()).remote(args, log_dir)
+        self._waiter.name(self.manager, "the rollout manager")
         self._manager_started = self.manager.start.remote()
         near = num_nodes() == 1
         if not near and place.num_engines and args.sglang.get("api_key") is None:
             print("WARNING engines listen to whoever reaches their nodes: add --sglang-api-key", flush=True)
         self.engines = [
-            EngineWorker.options(max_concurrency=4, **place.engine(index)).remote(
-                args, index, log_dir, place.engine_gpu_ids(index), near=near
-            )
+            # An owner whose process dies is started anew by Ray, in its place; the engine then is, by it.
+            EngineWorker.options(
+                max_concurrency=4, max_restarts=args.max_engine_restarts, **place.engine(index)
+            ).remote(args, index, log_dir, place.engine_gpu_ids(index), near=near)
             for index in range(place.num_engines)
         ]
+        for index, engine in enumerate(self.engines):
+            self._waiter.name(engine, f"the owner of engine {index}")
         if args.rollout_engine == "sglang":
             self.get("checking SGLang", [engine.check.remote() for engine in self.engines])
         self._engines_begin = time.monotonic()
@@ -92,6 +97,8 @@ class Processes:
             TrainWorker.options(**place.trainer(rank)).remote(args, rank, rendezvous, log_dir)
             for rank in range(place.num_trainers)
         ]
+        for rank, trainer in enumerate(self.trainers):
+            self._waiter.name(trainer, f"trainer {rank} (its log is {self._log_dir / f'trainer-{rank}.log'})")
 
     def _wait_for_engines(self) -> list[str]:
         """Their URLs, once all are ready; meanwhile a line now and then says what they are doing."""
@@ -102,7 +109,7 @@ class Processes:
             seconds = time.monotonic() - self._engines_begin
             print(f"starting the engines, {seconds:.0f} s: {', '.join(each)}", flush=True)
 
-        return self.get("starting the engines", self._engine_urls, meanwhile=say_phases)
+        return self.get("starting the engines", self._engine_urls, meanwhile=say_phases, every=PROGRESS_S)
 
     def _count_rollouts(self) -> int:
         """--num-rollout, or what --num-epoch comes to with the prompts that were kept.
@@ -155,6 +162,11 @@ class Processes:
         return result, of_rank_zero + warnings
 
     @property
+    def colocated(self) -> bool:
+        """Whether engines sit on the trainers' devices."""
+        return self._args.colocate
+
+    @property
     def has_engines(self) -> bool:
         """Whether anything can be generated with."""
         return self._args.num_engines > 0
@@ -172,51 +184,36 @@ class Processes:
         refs = [manager.connect_engines.remote(self._router_url, self._urls, self.engines)]
         self.get("registering the engines", refs)
 
-    def connect_trainers(self) -> None:
-        """Let trainers and engines find each other, for weights."""
+    def connect_trainers(self, engines: Sequence[EngineUp]) -> None:
+        """Let trainers and these engines find each other, for weights; other engines are sent none from then on."""
         assert self._placement is not None, "start comes first"
-        shared = [self._placement.trainer_ranks_of_engine(index) for index in range(self._placement.num_engines)]
-        shared = shared if self._args.colocate else []
+        urls = [engine.url for engine in engines]
+        ranks = [self._ranks[engine.index] for engine in engines]
+        place = self._placement
+        shared = [place.trainer_ranks_of_engine(engine.index) for engine in engines] if self.colocated else []
         self.get(
             "connecting trainers and engines",
-            [
-                trainer.connect_engines.remote(self._router_url, self._urls, self._ranks, shared)
-                for trainer in self.trainers
-            ],
+            [trainer.connect_engines.remote(self._router_url, urls, ranks, shared) for trainer in self.trainers],
         )
 
-    def get(self, phase: str, refs: Sequence[Any], *, meanwhile: Callable[[], None] | None = None) -> list[Any]:
-        """The results of `refs`, in order; the first failure ends the wait. `meanwhile` is called every 10 s of it.
+    def get(
+        self,
+        phase: str,
+        refs: Sequence[Any],
+        *,
+        meanwhile: Callable[[], object] | None = None,
+        every: float = POLL_S,
+    ) -> list[Any]:
+        """The results of `refs`, in order; `meanwhile` is called every so many seconds (see `Waiter.get`).
 
         Raises:
-            RunError: naming the phase, and what the process that failed said or that it died; the phase may be one
-                that goes on behind the loop.
+            RunError: naming the phase, and the process that failed, died or did not answer.
         """
-        waiting = list(refs)
-        while waiting:
-            behind = [ref for ref in self._behind if ref not in waiting]
-            timeout = None if meanwhile is None else PROGRESS_S
-            ready, _ = ray.wait([*waiting, *behind], num_returns=1, timeout=timeout)
-            if not ready and meanwhile is not None:
-                meanwhile()
-            for ref in ready:
-                self._raise_failure(self._behind.pop(ref, phase), ref)
-                if ref in waiting:
-                    waiting.remove(ref)
-        return ray.get(list(refs))
+        return self._waiter.get(phase, refs, meanwhile=meanwhile, every=every)
 
     def watch(self, phase: str, ref: Any) -> None:
         """`ref` is made behind the loop: from now on its failure ends whatever the loop waits for."""
-        self._behind[ref] = phase
-
-    def _raise_failure(self, phase: str, ref: Any) -> None:
-        try:
-            ray.get(ref)
-        except RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, BaseException) else error
-            raise RunError(f"{phase} failed: {type(cause).__name__}: {cause}\nlogs: {self._log_dir}") from error
-        except RayActorError as error:
-            raise RunError(f"{phase} failed: a process died: {error}\nlogs: {self._log_dir}") from error
+        self._waiter.watch(phase, ref)
 
     def stop(self) -> None:
         """End everything that `start` started."""

@@ -43,7 +43,6 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> Non
     print(format_plan(args, warnings), flush=True)
     if args.dry_run:
         return
-    from slime.cluster.cluster import Cluster
+    from slime.cluster.recovery import run_with_restarts
 
-    with Cluster(args) as cluster:
-        story(cluster)
+    run_with_restarts(args, story)

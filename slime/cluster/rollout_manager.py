@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from slime.cluster.dump import read_dump, write_dump
-from slime.cluster.health import EngineWatch, Watched, answering, own_engine, own_router
+from slime.cluster.fleet import EngineUp, Fleet, FleetState
+from slime.cluster.health import EngineWatch, Watched, answering
 from slime.config.args import Args
 from slime.config.flags.options import HookOptions
 from slime.core.batch import TrainBatch, from_samples
+from slime.core.errors import Fault
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
 from slime.engine.client import EngineClient
@@ -65,6 +67,7 @@ class RolloutManager:
         self._router: ManagedProcess | None = None
         self._membership: Membership | None = None
         self._watch: EngineWatch | None = None
+        self._fleet: Fleet | None = None
         self._client: EngineClient | None = None
         self._rewards: RewardPool | None = None
         self._evaluator: Evaluator | None = None
@@ -111,34 +114,73 @@ class RolloutManager:
         self._membership = Membership(router_url, api_key=api_key, timeout=args.engine_start_timeout)
         await asyncio.to_thread(self._membership.join, engine_urls)
         self._client = client = EngineClient(
-            router_url, engines=engine_urls, api_key=api_key, request_timeout=args.engine_request_timeout
+            router_url,
+            engines=engine_urls,
+            api_key=api_key,
+            request_timeout=args.engine_request_timeout,
+            patience=args.engine_start_timeout + args.engine_health_timeout,
         )
         self._context.client = client
-        router = answering("the router", router_url, client) if self._router is None else own_router(self._router)
-        watched: list[Watched] = [router]
+        watched: list[Watched] = []
+        if self._router is None:
+            watched.append(answering("the router", router_url, client))
         if args.rollout_external_engines:
             await free_engines(client)
             watched += [answering("the engine", url, client) for url in engine_urls]
-        else:
-            owned = enumerate(zip(engine_urls, engines, strict=True))
-            watched += [own_engine(index, url, actor, self._log_dir) for index, (url, actor) in owned]
         self._watch = EngineWatch(watched)
+        self._fleet = Fleet(
+            args,
+            client=client,
+            membership=self._membership,
+            router=self._router,
+            owners=engines,
+            urls=[] if args.rollout_external_engines else engine_urls,
+            others=args.rollout_external_engines,
+            log_dir=self._log_dir,
+        )
 
     async def put_engines_to_sleep(self) -> None:
         """They give back all memory; nothing is in flight."""
         assert self._client is not None, "there are engines"
-        await put_to_sleep(self._client)
+        assert self._fleet is not None, "there are engines"
+        await self._fleet.before_sleep()
+        await put_to_sleep(self._client, abort=self._fleet.serves)
 
     async def wake_engines(self, *, to_generate: bool) -> None:
         """They take memory again: that of the weights, which have to be sent then; after that the rest, to generate."""
         assert self._client is not None, "there are engines"
+        assert self._fleet is not None, "there are engines"
         await self._client.resume_memory(FOR_GENERATION if to_generate else FOR_WEIGHTS)
+        if to_generate:
+            self._fleet.awake()
 
-    async def set_policy_version(self, version: int) -> None:
-        """The engines hold `version` now; the router still leads to them alone."""
-        if self._client is not None:
-            await self._client.check_router()
+    async def set_policy_version(self, version: int, engines: Sequence[EngineUp] = ()) -> None:
+        """These engines hold `version` now, and generate with it; the router still leads to the run's alone."""
+        if self._fleet is not None:
+            await self._fleet.admit(engines)
+        if self._client is not None and self._router is None:
+            await self._client.check_router(in_motion=() if self._fleet is None else self._fleet.in_motion())
         self._context.policy_version = version
+
+    async def fleet_state(self) -> FleetState:
+        """The engines that are there."""
+        assert self._fleet is not None, "there are engines"
+        if self._args.rollout_external_engines:
+            urls = enumerate(self._args.rollout_external_engines)
+            return replace(self._fleet.state(), up=tuple(EngineUp(index, 0, url) for index, url in urls))
+        return self._fleet.state()
+
+    async def fleet_with_engines(self) -> FleetState:
+        """The same, once there is one at least."""
+        assert self._fleet is not None, "there are engines"
+        if not self._args.rollout_external_engines:
+            await self._fleet.wait_for_any()
+        return await self.fleet_state()
+
+    async def lost_one_of(self, engines: Sequence[EngineUp]) -> bool:
+        """Whether one of these is not there any more; a loss is noticed a moment after it."""
+        assert self._fleet is not None, "there are engines"
+        return not self._args.rollout_external_engines and await self._fleet.lost_one_of(engines)
 
     async def generate(self, rollout_id: int) -> tuple[TrainBatch, dict[str, float]]:
         """One rollout: its training batch and its metrics."""
@@ -158,6 +200,8 @@ class RolloutManager:
             log = load_hook("custom_rollout_log_function_path", args.custom_rollout_log_function_path)
             log(args, rollout_id, samples, metrics)
         batch = self._to_batch(samples)
+        if self._fleet is not None:
+            metrics |= self._fleet.take_counts()
         return batch, {**metrics, "time/rollout": time.perf_counter() - start}
 
     async def _make(self, rollout_id: int) -> RolloutResult:
@@ -195,20 +239,23 @@ class RolloutManager:
         return await self._evaluator.run(rollout_id, self._context)
 
     async def _guarded(self, work: Awaitable[T]) -> T:
-        """`work`, unless an engine or the router dies first: that ends it with an error that names which."""
-        if self._watch is None:
+        """`work`, unless an engine or the router is lost for good first: that ends it with an error that names it."""
+        if self._watch is None or self._fleet is None:
             return await work
         task = asyncio.ensure_future(work)
-        watch = asyncio.ensure_future(self._watch.first_death())
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not watch.done():
-            watch.cancel()
+        death = asyncio.ensure_future(self._watch.first_death())
+        failure = asyncio.ensure_future(self._fleet.failure())
+        await asyncio.wait({task, death, failure}, return_when=asyncio.FIRST_COMPLETED)
+        lost = Fault(death.result()) if death.done() else failure.result() if failure.done() else None
+        death.cancel()
+        failure.cancel()
+        if lost is None:
             result = task.result()
             await self._check_weights()
             return result
         task.cancel()
         await asyncio.wait({task})
-        raise RuntimeError(watch.result())
+        raise lost
 
     async def _check_weights(self) -> None:
         """Engines that others have started may be started anew by them: with their first weights, and at once well.
@@ -259,13 +306,15 @@ class RolloutManager:
         self._context.policy_version = state["policy_version"]
 
     async def close(self) -> None:
+        if self._fleet is not None:
+            await self._fleet.close()
         if self._client is not None:
             if self._args.rollout_external_engines:
                 await free_engines(self._client)
             await self._client.close()
         if self._rewards is not None:
             self._rewards.close()
-        if self._router is not None:
+        if self._fleet is None and self._router is not None:
             self._router.stop()
-        elif self._membership is not None:
+        if self._router is None and self._membership is not None:
             await asyncio.to_thread(self._membership.leave)

@@ -8,6 +8,8 @@ KV cache's memory back.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from slime.cluster.processes import Processes
 from slime.config.args import Args
 from slime.megatron.result import LoadResult
@@ -15,6 +17,8 @@ from slime.megatron.result import LoadResult
 
 class OwnMemory:
     """Nobody waits for anybody's memory: devices of their own, or --no-offload, or one side alone."""
+
+    by_turns: ClassVar[bool] = False
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
@@ -24,10 +28,9 @@ class OwnMemory:
         return self._processes.load()
 
     def connect(self) -> None:
-        """Trainers and engines find each other."""
+        """Engines are there."""
         if self._processes.has_engines:
             self._processes.connect_engines()
-            self._processes.connect_trainers()
 
     def to_trainers(self) -> None:
         """Trainers have all of theirs, for a step."""
@@ -42,13 +45,15 @@ class OwnMemory:
 class MemoryByTurns(OwnMemory):
     """Trainers and engines hold it by turns. Engines start first: they measure how much is free."""
 
+    by_turns = True
+
     def load(self) -> tuple[LoadResult | None, list[str]]:
         self._processes.connect_engines()
         self._put_engines_to_sleep()
         return self._processes.load()
 
     def connect(self) -> None:
-        self._processes.connect_trainers()
+        """Engines are there already."""
 
     def to_trainers(self) -> None:
         self._put_engines_to_sleep()

@@ -98,8 +98,13 @@ class TrainWorker:
     ) -> None:
         """Open the transport of weights: rank 0's, and the others only take part in gathering.
 
-        `shared_with`: for each engine the trainers on its devices; then each trainer has a transport.
+        `shared_with`: for each engine the trainers on its devices; then each trainer has a transport. One that was
+        opened before is left: some of its engines may be gone.
         """
+        if self._transport is not None:
+            self._transport.leave()
+            self._transport = None
+        self._proven = False
         if shared_with:
             from slime.sync.colocate import connect
 
@@ -172,7 +177,12 @@ class TrainWorker:
                 continue  # the other ranks' part of each gather
             report = None
         else:
-            report = self._transport.send(tensors, version=version)
+            try:
+                report = self._transport.send(tensors, version=version)
+            except RuntimeError:
+                for _ in tensors:
+                    continue  # an engine was lost: the other ranks' gathers need this one all the same
+                raise
             if self._rank == 0:
                 check_versions(self._transport, version=version)
         if self._args.check_weight_sync and not self._proven:
@@ -238,6 +248,12 @@ class EngineWorker:
             warm_up(args, process, max(1.0, deadline - time.monotonic()))
         self._phase = "ready"
         return process.url
+
+    def restart(self) -> str:
+        """End what is left of the engine, and start it anew; its URL, once it answers."""
+        self.stop()
+        self._phase = None
+        return self.start()
 
     def phase(self) -> str:
         """What the engine is doing in its start."""

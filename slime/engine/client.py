@@ -8,7 +8,7 @@ requests along: they are generated elsewhere, or wait for one to be there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -125,13 +125,15 @@ class EngineClient:
         answer = await self._connection.request("GET", lambda: url, None, timeout=CONTROL_TIMEOUT)
         return sorted(worker["url"] for worker in answer["workers"])
 
-    async def check_router(self) -> None:
+    async def check_router(self, *, in_motion: Collection[str] = ()) -> None:
         """The router sends requests to the run's engines and to no others (theirs would be other weights).
+
+        `in_motion`: engines of the run that are just being taken off, or put on.
 
         Raises:
             EngineError: naming the engines that are too many or too few.
         """
-        listed, own = set(await self._listed()), set(await self.workers())
+        listed, own = (urls.difference(in_motion) for urls in (set(await self._listed()), set(await self.workers())))
         if listed != own:
             foreign, gone = ", ".join(sorted(listed - own)), ", ".join(sorted(own - listed))
             problem = f"lists engines that are not this run's: {foreign}" if foreign else f"has lost {gone}"

@@ -18,6 +18,9 @@ from slime.engine.protocol import RouterEndpoint
 LABEL = "slime"
 """What this marks its own registrations with, so that a killed run's can be told from a user's."""
 
+SOON_S = 10.0
+"""Seconds within which a router holds an engine that answers to be well."""
+
 
 def external_router_url(args: Args) -> str | None:
     """The URL of --sglang-router-ip and --sglang-router-port; None: the run starts its own."""
@@ -99,6 +102,22 @@ class Membership:
             if url not in present:
                 self._joined.append(url)
             register_worker(self.url, url, api_key=self._api_key, timeout=self._timeout, labels={LABEL: "1"})
+
+    def add(self, url: str) -> None:
+        """Put one more engine of the run on the list; what stands there already stays.
+
+        Raises:
+            OSError, RuntimeError: the router did not answer, or did not hold it to be well soon.
+        """
+        if url not in self._joined:
+            self._joined.append(url)
+        register_worker(self.url, url, api_key=self._api_key, timeout=SOON_S, labels={LABEL: "1"})
+
+    def remove(self, url: str) -> None:
+        """Take an engine off, if it is there."""
+        for member in self._members():
+            if member.url == url:
+                self._remove(member)
 
     def leave(self) -> None:
         """Take off what `join` put on."""

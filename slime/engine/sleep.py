@@ -20,13 +20,14 @@ IDLE_WITHIN_S = 120.0
 POLL_S = 0.02
 
 
-async def put_to_sleep(client: EngineClient) -> None:
-    """End what is left in flight, and have the engines give back all memory.
+async def put_to_sleep(client: EngineClient, *, abort: bool = True) -> None:
+    """End what is left in flight, and have the engines give back all memory. `abort`: False where nothing is.
 
     Raises:
         EngineError: an engine is not idle within two minutes, or refuses.
     """
-    await client.abort_all()
+    if abort:
+        await client.abort_all()
     deadline = time.monotonic() + IDLE_WITHIN_S
     while True:
         try:

@@ -150,6 +150,10 @@ class BroadcastTransport(Transport):
             if each.done():
                 each.result()
 
+    def leave(self) -> None:
+        self._group.close(broken=True)
+        super().leave()
+
     def close(self) -> None:
         async def both() -> None:
             # at once: either side's leaving may wait for the other's, and an engine for a bucket that never comes

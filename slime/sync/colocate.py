@@ -233,6 +233,9 @@ class ColocatedTransport(Transport):
         assert self._own is not None, "there is an engine on this device"
         self._runner.run(self._own.update_weights_from_tensor(self._message(handles, version=version)))
 
+    def leave(self) -> None:
+        self.close()
+
     def close(self) -> None:
         if self._own is not None:
             self._runner.run(self._own.close())

@@ -173,6 +173,10 @@ class Transport(ABC):
         with self.paused():
             self._runner.run(reload())
 
+    def leave(self) -> None:
+        """As `close`, where engines may be gone: nothing is asked of them."""
+        Transport.close(self)
+
     def close(self) -> None:
         self._runner.run(self._client.close())
         self._runner.close()

@@ -1,0 +1,333 @@
+"""The run's own engines and router: watched all the time, and started anew where they die or hang.
+
+Path: the rollout manager holds one from when the engines stand behind the router; the driver (`mending`) sends weights
+to what was started anew, and has it admitted. Invariant: an engine stands behind the router only with the weights that
+the run last sent; what was lost is named, with its log, and started anew at most --max-engine-restarts times.
+
+    serving --(dies, hangs)--> down --(its owner starts it)--> up, without weights --(sent, admitted)--> serving
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError
+
+from slime.config.args import Args
+from slime.core.errors import Fault, RunError
+from slime.engine.client import EngineClient
+from slime.engine.launch import ManagedProcess, find_free_port, launch_router
+from slime.engine.membership import Membership
+
+POLL_S = 1.0
+NOTICED_S = 5 * POLL_S
+"""Seconds within which a death has surely been noticed."""
+AGAIN_S = 0.5
+"""Seconds until something that has failed is tried again."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineUp:
+    """An engine that answers. `start`: how often it had been started before."""
+
+    index: int
+    start: int
+    url: str
+
+
+@dataclass(frozen=True)
+class FleetState:
+    """`up`: engines that answer; `waiting`: those of them that have not the run's weights. `news`: since last asked."""
+
+    up: tuple[EngineUp, ...]
+    waiting: tuple[EngineUp, ...] = ()
+    news: tuple[str, ...] = ()
+    num_answered: int = 0
+
+
+@dataclass
+class _Engine:
+    index: int
+    owner: Any
+    """The EngineWorker that owns its process."""
+    url: str
+    start: int = 0
+    up: bool = True
+    serving: bool = True
+
+    def shown(self) -> EngineUp:
+        return EngineUp(self.index, self.start, self.url)
+
+
+class Fleet:
+    """Everything here runs in the rollout manager's event loop."""
+
+    def __init__(
+        self,
+        args: Args,
+        *,
+        client: EngineClient,
+        membership: Membership,
+        router: ManagedProcess | None,
+        owners: Sequence[Any],
+        urls: Sequence[str],
+        others: Sequence[str] = (),
+        log_dir: Path,
+    ) -> None:
+        """`owners` of the engines at `urls`, behind the router beside `others`, which run without us. `router`: None
+        where it is not the run's own."""
+        self._args = args
+        self._client = client
+        self._membership = membership
+        self.router = router
+        self._log_dir = log_dir
+        self._others = others
+        self._engines = [_Engine(index, *pair) for index, pair in enumerate(zip(owners, urls, strict=True))]
+        self._asleep = False
+        self._news: list[str] = []
+        self._counts: Counter[str] = Counter()
+        self._num_restarts = 0
+        self._change = asyncio.Condition()
+        self._failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self._tasks = [asyncio.create_task(self._unless_it_fails(self._keep(engine))) for engine in self._engines]
+        if router is not None:
+            self._tasks.append(asyncio.create_task(self._unless_it_fails(self._keep_router(router))))
+
+    # ---- for the manager
+
+    def state(self) -> FleetState:
+        news, self._news = tuple(self._news), []
+        up = [engine for engine in self._engines if engine.up]
+        waiting = [engine.shown() for engine in up if not engine.serving]
+        return FleetState(tuple(e.shown() for e in up), tuple(waiting), news, self._client.num_answered)
+
+    def take_counts(self) -> dict[str, float]:
+        """`fault/*` since the last call; nothing where all was well."""
+        counts, self._counts = self._counts, Counter()
+        return {f"fault/{name}": count for name, count in counts.items()}
+
+    async def failure(self) -> BaseException:
+        """Returns only once something has been lost for good."""
+        return await asyncio.shield(self._failed)
+
+    @property
+    def serves(self) -> bool:
+        """Whether anything may be in flight at an engine. Engines that run without us always count."""
+        return not self._engines or any(engine.serving for engine in self._engines)
+
+    def in_motion(self) -> set[str]:
+        """URLs of which the router's list cannot be told."""
+        return {engine.url for engine in self._engines if not engine.serving}
+
+    async def wait_for_any(self) -> None:
+        """Until an engine is up.
+
+        Raises:
+            RunError: none comes up any more.
+        """
+        await self._until(lambda: any(engine.up for engine in self._engines))
+
+    async def lost_one_of(self, engines: Sequence[EngineUp]) -> bool:
+        """Whether one of these is not there any more; waits as long as a death takes to be noticed."""
+        deadline = time.monotonic() + NOTICED_S
+        while time.monotonic() < deadline:
+            there = {engine.shown() for engine in self._engines if engine.up}
+            if not there.issuperset(engines):
+                return True
+            await asyncio.sleep(POLL_S / 2)
+        return False
+
+    async def admit(self, engines: Sequence[EngineUp]) -> None:
+        """Put these behind the router: they hold the run's weights. One that was lost since is left out."""
+        for shown in engines:
+            engine = self._engines[shown.index]
+            if engine.shown() != shown or not engine.up or engine.serving:
+                continue
+            await self._at_router(lambda url=shown.url: self._membership.add(url), engine)
+            engine.serving = engine.up and engine.shown() == shown
+            if engine.serving and engine.start:
+                self._say(f"engine {engine.index} generates again, at {engine.url}")
+
+    async def before_sleep(self) -> None:
+        """Wait for engines that are being started: they would take the memory that trainers are about to."""
+        await self._until(lambda: all(engine.up for engine in self._engines))
+        self._asleep = True
+
+    def awake(self) -> None:
+        self._asleep = False
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.router is not None:
+            self.router.stop()
+
+    # ---- watching
+
+    async def _unless_it_fails(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            logger.exception("engines and router are watched no longer")
+            if not self._failed.done():
+                self._failed.set_result(error)
+            await self._changed()
+
+    async def _keep(self, engine: _Engine) -> None:
+        """Start the engine anew whenever it is lost."""
+        what = f"engine {engine.index}"
+        while True:
+            trouble = await self._trouble(lambda: _is_alive(engine.owner), lambda: engine.url)
+            log = self._log_dir / f"engine-{engine.index}.log"
+            lost = f"{what} ({engine.url}) {trouble}; its log is {log}"
+            engine.up = engine.serving = False
+            self._publish()
+            if self._asleep:
+                raise Fault(f"{lost}; it had given its memory to the trainers, and cannot be started beside them")
+            await asyncio.gather(
+                self._start_engine(engine, lost), self._at_router(lambda url=engine.url: self._membership.remove(url))
+            )
+            engine.up = True
+            self._publish()
+            await self._changed()
+            if self._args.debug_rollout_only:  # nobody sends it weights: those of --hf-checkpoint are the run's
+                await self.admit([engine.shown()])
+
+    async def _start_engine(self, engine: _Engine, lost: str) -> None:
+        limit = self._args.engine_start_timeout
+        while True:
+            self._count("engine_restarts", lost)
+            self._say(f"{lost}: it is started anew")
+            begin = time.monotonic()
+            try:
+                url = await asyncio.wait_for(engine.owner.restart.remote(), limit + self._args.engine_health_timeout)
+            except (RayError, TimeoutError) as error:
+                lost = f"engine {engine.index} did not start: {_first_line(error)}"
+                await asyncio.sleep(AGAIN_S)
+                continue
+            engine.url, engine.start = url, engine.start + 1
+            self._say(
+                f"engine {engine.index} is up again after {time.monotonic() - begin:.1f} s, and waits for weights"
+            )
+            return
+
+    async def _keep_router(self, router: ManagedProcess) -> None:
+        """Start the router anew whenever it is lost: at its address, unless somebody else has taken that."""
+        while True:
+
+            async def is_alive(process: ManagedProcess = router) -> bool:
+                return process.alive()
+
+            trouble = await self._trouble(is_alive, lambda process=router: process.url)
+            lost = f"the router ({router.url}) {trouble}; its log is {router.log_path}"
+            self._count("router_restarts", lost)
+            self._say(f"{lost}: it is started anew")
+            port = int(router.url.rpartition(":")[2])
+            await asyncio.to_thread(router.stop)
+            router = launch_router(
+                self._args,
+                host="127.0.0.1",
+                port=port if _is_free(port) else find_free_port(),
+                log_path=router.log_path,
+            )
+            self.router = router
+            self._client.set_router(router.url)
+            self._membership.url = router.url
+            try:
+                await asyncio.to_thread(router.wait_ready, self._args.engine_start_timeout)
+            except RuntimeError as error:
+                logger.warning("the router did not start: %s", error)
+                continue
+            for url in self._others:
+                await self._at_router(lambda url=url: self._membership.add(url))
+            for engine in self._engines:
+                if engine.serving:
+                    await self._at_router(lambda url=engine.url: self._membership.add(url), engine)
+            self._say("the router is up again")
+
+    async def _trouble(self, is_alive: Callable[[], Awaitable[bool]], url: Callable[[], str]) -> str:
+        """Returns only once something is wrong, and says what."""
+        limit = self._args.engine_health_timeout
+        answered = time.monotonic()
+        while True:
+            await asyncio.sleep(POLL_S)
+            if not await is_alive():
+                return "has died"
+            if await self._client.is_healthy(url()):
+                answered = time.monotonic()
+            elif time.monotonic() - answered >= limit:
+                return f"has answered no health check for {limit:g} s (--engine-health-timeout)"
+
+    # ---- telling
+
+    def _publish(self) -> None:
+        """What is controlled from now on."""
+        self._client.set_engines([engine.url for engine in self._engines if engine.up])
+
+    async def _changed(self) -> None:
+        async with self._change:
+            self._change.notify_all()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        async with self._change:
+            await self._change.wait_for(lambda: condition() or self._failed.done())
+        if not condition():
+            raise self._failed.result()
+
+    def _say(self, text: str) -> None:
+        logger.warning("%s", text)
+        self._news.append(f"FAULT {text}")
+
+    def _count(self, name: str, lost: str) -> None:
+        """Raise RunError where that is one too many."""
+        limit = self._args.max_engine_restarts
+        if self._num_restarts == limit:
+            raise RunError(f"{lost}; engines and router have been started anew {limit} times (--max-engine-restarts)")
+        self._num_restarts += 1
+        self._counts[name] += 1
+
+    async def _at_router(self, action: Callable[[], None], engine: _Engine | None = None) -> None:
+        """Do it at the router, which may itself be on its way; given up where `engine` is lost meanwhile.
+
+        Raises:
+            RunError: it is not possible within --engine-start-timeout.
+        """
+        deadline = time.monotonic() + self._args.engine_start_timeout
+        while engine is None or engine.up:
+            try:
+                await asyncio.to_thread(action)
+                return
+            except (OSError, RuntimeError) as error:
+                if time.monotonic() > deadline:
+                    raise RunError(f"the router does not do as it is asked: {error}") from error
+            await asyncio.sleep(AGAIN_S)
+
+
+async def _is_alive(owner: Any) -> bool:
+    try:
+        return await owner.alive.remote()
+    except RayError:
+        return False
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__dict__.get("cause")
+    return str(cause if isinstance(cause, BaseException) else error) or type(error).__name__
+
+
+def _is_free(port: int) -> bool:
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            return True
+    except OSError:
+        return False
