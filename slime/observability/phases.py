@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 PHASES = ("generation", "reward", "offload", "training", "weight_sync", "checkpoint", "evaluation")
-"""`offload`: engines and trainers that share devices give memory back and take it again."""
+"""`offload`: engines and trainers that share devices give memory back and take it again. A rollout that is generated
+behind the others is in `generation` only while the loop waits for it."""
 MEASURED = ("generation", "training", "weight_sync", "evaluation")
 """Phases at whose end the trainers say how much memory was taken."""
 

@@ -38,6 +38,8 @@ class Run:
 
     directory: Path
     base: list[str] = field(default_factory=list[str])
+    rollouts_ahead: int = 0
+    """1: of train_async.py."""
 
     @property
     def hf(self) -> Path:
@@ -48,7 +50,7 @@ class Run:
         return self.directory / "train.jsonl"
 
     def load(self, *more: str) -> tuple[Args, list[Problem]]:
-        return load_args([*self.base, *more])
+        return load_args([*self.base, *more], rollouts_ahead=self.rollouts_ahead)
 
     def args(self, *more: str) -> Args:
         return self.load(*more)[0]

@@ -147,3 +147,11 @@ def test_a_plan_on_this_machine(run: Run) -> None:
     assert "copy of the actor" in rows["reference"]
     assert all(None not in numbers(rows[name]) for name in ("weights", "at most"))
     assert "-" in memory_of(run.args("--debug-rollout-only"))["weights"].split()[0]
+
+
+def test_a_program_that_generates_ahead_says_so() -> None:
+    ahead = replace(PAGE, rollouts_ahead=1)
+    assert "one rollout ahead" not in format_plan(PAGE, [])
+    assert "the weight sync waits until it is whole" in format_plan(ahead, [])
+    passes = replace(ahead, update_weight_pause="abort")
+    assert "the weight sync passes between its requests" in format_plan(passes, [])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -352,6 +352,41 @@ def test_a_damaged_tokenizer(run: Run, text: str) -> None:
     write_tokenizer(run.hf, largest_id=20)
     (run.hf / "tokenizer.json").write_text(text)
     assert run.error().startswith(f"--hf-checkpoint {run.hf}: tokenizer.json cannot be read")
+
+
+# --- wrong with train_async.py alone ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--colocate", "--colocate: train_async.py generates while it trains, so engines and trainers need devices"),
+        ("--max-staleness 0", "--max-staleness 0: train_async.py trains on what the policy before has generated"),
+        ("--update-weight-pause in_place", "--update-weight-pause in_place: with train_async.py requests are in"),
+        ("--update-weight-pause retract", "--update-weight-pause retract: with train_async.py requests are in"),
+        ("--update-weight-pause abort --deterministic", "--update-weight-pause abort: beside --deterministic"),
+    ],
+)
+def test_wrong_with_a_rollout_in_flight(run: Run, words: str, says: str) -> None:
+    ahead = replace(run, rollouts_ahead=1)
+    assert any(error.startswith(says) for error in ahead.errors(*words.split(), "--dry-run"))
+    assert not any(error.startswith(says) for error in run.errors(*words.split(), "--dry-run"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--max-staleness 1",
+        "--update-weight-pause abort",
+        "--deterministic",
+        "--num-rollout 0 --eval-prompt-data TRAIN",
+        "--debug-rollout-only",
+        "--debug-train-only --load-debug-rollout-data TRAIN",
+    ],
+)
+def test_right_with_a_rollout_in_flight(run: Run, words: str) -> None:
+    ahead = replace(run, rollouts_ahead=1)
+    assert ahead.errors(*words.replace("TRAIN", str(run.data)).split(), "--dry-run") == []
 
 
 # --- files of weights -------------------------------------------------------------------------------------------

@@ -205,6 +205,9 @@ def _batches(args: Args) -> Iterable[Row]:
         f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {samples} samples, "
         f"up to {args.rollout_max_response_len} tokens each, temperature {args.rollout_temperature:g}",
     )
+    if args.rollouts_ahead:
+        waits = "waits until it is whole" if args.update_weight_pause == "drain" else "passes between its requests"
+        yield "", f"one rollout ahead: the next is generated while one trains; the weight sync {waits}"
     if args.over_sampling_batch_size != args.rollout_batch_size or args.dynamic_sampling_filter_path is not None:
         rule = args.dynamic_sampling_filter_path or "none"
         yield "sampling", f"{args.over_sampling_batch_size} prompts at first, filter: {rule}"

@@ -12,7 +12,7 @@ INTRODUCTION = """\
 usage: python3 train.py [--config FILE.yaml] [flags]
 
 Values follow their flag (--x v or --x=v); switches are --x and --no-x; the last of a repeated flag counts.
---dry-run prints the resolved plan and stops."""
+--dry-run prints the resolved plan and stops. train_async.py takes the same flags."""
 
 
 def _entry(spec: FlagSpec) -> str:

@@ -1,0 +1,212 @@
+"""Whole runs of train_async.py: generation behind training, weights that change under requests, kill and resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slime.cluster.dump import read_dump
+from slime.core.sample import Sample
+from slime.megatron.checkpoint_files import read_state
+from slime.observability.phases import PHASES
+from tests.cluster.runs import Task, copy_checkpoint, events, family, flags, start, train, wait_for
+from tests.cluster.test_life_and_death import assert_all_gone
+from tests.cluster.timeline_hooks_for_tests import TRAINING_S, read_spans
+
+PROGRAM = "train_async.py"
+HOOKS = "tests.cluster.timeline_hooks_for_tests"
+SMALL = ("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
+TOLERANCE = 1e-3
+"""Of a log-prob, between the engine's and Hugging Face's."""
+
+
+def dumped(task: Task, save: Path, *extra: str) -> list[str]:
+    """A small run that dumps every rollout beside its checkpoints."""
+    return flags(task, save, *SMALL, "--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl"), *extra)
+
+
+def samples_of(save: Path, rollout_id: int) -> list[Sample]:
+    return [sample for group in read_dump(save / f"dump/{rollout_id}.jsonl") for sample in group]
+
+
+def data_side(save: Path, rollout_id: int) -> dict[str, Any]:
+    """The rollout manager's state in the checkpoint behind a rollout."""
+    return read_state(save / f"iter_{rollout_id:07d}")["state"]["rollout"]
+
+
+# --- the sync waits for the rollout in flight -------------------------------------------------------------------
+
+
+def draining(task: Task, save: Path) -> list[str]:
+    """Training takes longer than generation, so each save meets a rollout that waits, whole, to be trained on."""
+    extra = ["--custom-generate-function-path", f"{HOOKS}.generate"]
+    extra += ["--custom-advantage-function-path", f"{HOOKS}.advantages"]
+    extra += ["--eval-prompt-data", f"{task.eval}@[0:8]", "--eval-interval", "2"]
+    return dumped(task, save, *extra)
+
+
+@pytest.fixture(scope="module")
+def drained(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four rollouts, with checkpoints behind the second and the fourth."""
+    save = tmp_path_factory.mktemp("drained") / "run"
+    train(draining(task, save), save.parent / "log.txt", PROGRAM)
+    return save
+
+
+def test_a_rollout_is_generated_while_the_one_before_it_trains(drained: Path) -> None:
+    generation, training = read_spans(drained, "generation"), read_spans(drained, "training")
+    assert sorted(generation) == sorted(training) == [0, 1, 2, 3]
+
+    def at_once(generated: int, trained: int) -> bool:
+        return any(a.overlaps(b) for a in generation[generated] for b in training[trained])
+
+    assert [at_once(r + 1, r) for r in range(3)] == [True] * 3
+    assert not any(at_once(r, r) for r in range(4))
+    assert not any(at_once(r + 2, r) for r in range(2)), "one ahead, and no more"
+
+
+def test_what_was_hidden_and_what_was_waited_for_is_told_apart(drained: Path) -> None:
+    whole, hidden = events(drained, "time/rollout"), events(drained, "time/rollout_hidden")
+    waited = events(drained, "time/rollout_waited")
+    assert sorted(whole) == [1, 2, 3, 4]
+    for step in range(1, 5):
+        assert hidden[step] + waited[step] == pytest.approx(whole[step])
+    assert hidden[1] < 0.1 * whole[1], "nobody trains before the first"
+    assert all(hidden[step] > 0.9 * whole[step] for step in (2, 3, 4)), (hidden, whole)
+
+
+def test_phases_sum_to_the_steps_wall_time(drained: Path) -> None:
+    for step in range(1, 5):
+        parts = {name: events(drained, f"time/{name}")[step] for name in (*PHASES, "idle")}
+        assert sum(parts.values()) == pytest.approx(events(drained, "time/step")[step], abs=1e-6)
+        assert all(seconds >= 0 for seconds in parts.values()), parts
+        assert parts["training"] >= TRAINING_S
+    assert events(drained, "time/generation")[1] > events(drained, "time/generation")[3]
+    assert sorted(events(drained, "eval/eval/reward")) == [0, 2, 4]
+
+
+def test_every_token_is_of_the_policy_before(drained: Path) -> None:
+    """Policy version 1 is that of the first rollout; rollout r is trained on as version r + 1."""
+    versions = {r: {v for sample in samples_of(drained, r) for v in sample.policy_versions or []} for r in range(4)}
+    assert versions == {0: {1}, 1: {1}, 2: {2}, 3: {3}}
+    assert list(events(drained, "train/staleness").values()) == [0, 1, 1, 1]
+
+
+def consumed(*parts: tuple[Path, range]) -> Counter[int]:
+    """How often each sample has been trained on, over runs and their rollouts."""
+    return Counter(sample.index for save, rollouts in parts for r in rollouts for sample in samples_of(save, r))
+
+
+def test_a_rollout_that_waited_when_the_run_was_killed_is_trained_on(task: Task, drained: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    copy_checkpoint(drained, save, 1)
+    state = data_side(save, 1)
+    assert state["made"]["rollout_id"] == 2
+    assert state["data_source"]["in_flight"] == []
+    train(draining(task, save), tmp_path / "log.txt", PROGRAM)
+    assert samples_of(save, 2) == samples_of(drained, 2), "made before the kill, token by token"
+    for key in ("rollout/reward", "rollout/response_length", "train/staleness"):
+        assert events(save, key)[3] == events(drained, key)[3]
+    assert consumed((drained, range(2)), (save, range(2, 4))) == dict.fromkeys(range(64), 1)
+    assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4]
+    assert sorted(events(save, "eval/eval/reward")) == [0, 2, 4]
+
+
+# --- the sync passes between the requests in flight --------------------------------------------------------------
+
+
+def aborting(task: Task, save: Path) -> list[str]:
+    """Generation takes longer than training: one request at a time, and long ones."""
+    extra = ["--update-weight-pause", "abort", "--sglang-max-running-requests", "1", "--lr", "3e-3"]
+    extra += ["--rollout-max-response-len", "90", "--save-interval", "1", "--save-hf", str(save / "hf-{rollout_id}")]
+    return dumped(task, save, *extra)
+
+
+LAST = 4
+
+
+@pytest.fixture(scope="module")
+def interrupted(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five rollouts of many, then Ctrl-C; a checkpoint and an export behind each."""
+    save = tmp_path_factory.mktemp("interrupted") / "run"
+    log = save.parent / "log.txt"
+    process = start([*aborting(task, save), "--num-rollout", "1000"], log, PROGRAM)
+    tracker = save / "latest_checkpointed_iteration.txt"
+    try:
+        wait_for(
+            lambda: process.poll() is not None or (tracker.exists() and int(tracker.read_text()) >= LAST),
+            "the last checkpoint",
+        )
+        assert process.poll() is None, log.read_text()[-4000:]
+        everyone = family(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=45) != 0
+        assert_all_gone(everyone)
+        assert "interrupted" in log.read_text()
+    finally:
+        if process.poll() is None:
+            process.kill()
+    return save
+
+
+def log_probs(model: Path, sample: Sample) -> torch.Tensor:
+    """Of the sample's response tokens, at its temperature, by Hugging Face."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokens = torch.tensor([sample.tokens])
+    with torch.no_grad():
+        scores = torch.log_softmax(network(tokens).logits[0, :-1] / 0.8, dim=-1)
+    return scores.gather(-1, tokens[0, 1:, None])[sample.prompt_length - 1 :, 0]
+
+
+def test_every_token_is_of_the_policy_that_it_names(task: Task, interrupted: Path) -> None:
+    """Version v is what training on rollout v - 2 has left, version 1 what the run began with."""
+    of_two = [
+        sample
+        for rollout_id in range(1, LAST + 1)
+        for sample in samples_of(interrupted, rollout_id)
+        if len(set(sample.policy_versions or [])) > 1
+    ]
+    assert of_two, "no sync fell into a response"
+    for sample in of_two[:6]:
+        versions = torch.tensor(sample.policy_versions)
+        made = torch.tensor(sample.rollout_log_probs)
+        assert versions.tolist() == sorted(versions.tolist())
+        for version in versions.unique().tolist():
+            model = task.model if version == 1 else interrupted / f"hf-{version - 2}"
+            gaps = (log_probs(model, sample) - made).abs()
+            assert gaps[versions == version].max() < TOLERANCE
+            assert gaps[versions != version].mean() > 10 * TOLERANCE, "the other policy is told apart"
+
+
+def test_a_token_is_one_version_old_at_most(interrupted: Path) -> None:
+    for rollout_id in range(LAST + 1):
+        versions = {v for sample in samples_of(interrupted, rollout_id) for v in sample.policy_versions or []}
+        assert versions <= {max(rollout_id, 1), rollout_id + 1}
+
+
+def test_a_rollout_in_flight_when_the_run_was_killed_loses_and_repeats_no_prompt(
+    task: Task, interrupted: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "run"
+    behind = next(r for r in range(LAST) if data_side(interrupted, r)["data_source"]["in_flight"])
+    assert data_side(interrupted, behind)["made"] is None
+    copy_checkpoint(interrupted, save, behind)
+    finished = {
+        sample["index"]: sample["tokens"]
+        for group in data_side(save, behind)["data_source"]["in_flight"]
+        for sample in group
+        if sample["status"] in ("completed", "truncated")
+    }
+    train([*aborting(task, save), "--num-rollout", str(behind + 3)], tmp_path / "log.txt", PROGRAM)
+    done = range(behind + 1), range(behind + 1, behind + 3)
+    assert consumed((interrupted, done[0]), (save, done[1])) == dict.fromkeys(range(16 * (behind + 3)), 1)
+    again = {sample.index: sample.tokens for sample in samples_of(save, behind + 1)}
+    assert all(again[index] == tokens for index, tokens in finished.items()), "what was finished is not made again"

@@ -1,0 +1,60 @@
+"""Hooks that write down when a run generates and when it trains, on the machine's one monotonic clock."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slime.config.args import Args
+from slime.core.batch import Array, TrainBatch
+from slime.core.sample import Sample
+from slime.engine.protocol import SamplingParams
+from slime.rollout.context import RolloutContext
+from slime.rollout.generate import generate_sample
+
+TRAINING_S = 1.0
+"""Training takes this much longer than it has to."""
+
+
+@dataclass(frozen=True)
+class Span:
+    start: float
+    end: float
+
+    def overlaps(self, other: Span) -> bool:
+        return self.start < other.end and other.start < self.end
+
+
+def _write(args: Args, kind: str, name: int, start: float) -> None:
+    assert args.save is not None
+    with Path(args.save, f"{kind}.jsonl").open("a") as file:
+        file.write(json.dumps([name, start, time.monotonic()]) + "\n")
+
+
+def read_spans(save: Path, kind: str) -> dict[int, list[Span]]:
+    spans: dict[int, list[Span]] = {}
+    for line in (save / f"{kind}.jsonl").read_text().splitlines():
+        name, start, end = json.loads(line)
+        spans.setdefault(name, []).append(Span(start, end))
+    return spans
+
+
+async def generate(args: Args, sample: Sample, params: SamplingParams, context: RolloutContext) -> Sample:
+    """As the built-in function."""
+    start = time.monotonic()
+    sample = await generate_sample(args, sample, params, context)
+    if "start_rollout_id" in sample.metadata:  # not in an evaluation
+        _write(args, "generation", sample.metadata["start_rollout_id"], start)
+    return sample
+
+
+def advantages(args: Args, batch: TrainBatch) -> Array:
+    """The rewards themselves, slowly. Written under the batch's first group, which says which rollout it is."""
+    start = time.monotonic()
+    time.sleep(TRAINING_S)
+    _write(args, "training", int(batch.columns["group_indices"][0]) // args.rollout_batch_size, start)
+    return np.repeat(batch.columns["rewards"], batch.response_lengths_N).astype(np.float32)
