@@ -7,6 +7,8 @@ from config_run import Run
 
 from slime.config.parse import UsageError, load_args
 
+HOOK = "slime.algo.losses.policy_loss"
+
 
 def warnings(run: Run, words: str, rollouts_ahead: int) -> list[str]:
     found = load_args([*run.base, *words.split()], rollouts_ahead=rollouts_ahead)[1]
@@ -22,6 +24,14 @@ def test_clips_are_heeded_where_tokens_may_be_of_older_weights(run: Run, words: 
     assert len(warnings(run, words, 0)) == len(words.split()) // 2  # control
     masked = f"{words} --dry-run --partial-rollout --over-sampling-batch-size 8 --mask-offpolicy-in-partial-rollout"
     assert len(warnings(run, masked, 0)) == len(words.split()) // 2
+
+
+def test_a_loss_of_ones_own_weighs_itself(run: Run) -> None:
+    own = f"--loss-type custom_loss --custom-loss-function-path {HOOK}"
+    [warning] = warnings(run, own, 1)
+    assert warning.startswith("--loss-type custom_loss: your loss has to weigh the tokens of LossInputs.weighed_R")
+    assert len(warnings(run, f"{own} --use-tis", 0)) == 1
+    assert warnings(run, own, 0) == warnings(run, f"{own} --offpolicy-correction none", 1) == []
 
 
 def test_masking_older_tokens_leaves_a_rollout_ahead_without_any(run: Run) -> None:

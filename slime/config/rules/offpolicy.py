@@ -31,6 +31,11 @@ def offpolicy(case: Case) -> Iterable[Problem]:
         rule = "train_async.py generates with older weights than it trains: hardly a token would be left to train on"
         remedy = "leave it out (--offpolicy-correction weighs them)"
         yield case.error("mask_offpolicy_in_partial_rollout", rule, remedy)
+    weighs = args.offpolicy_correction != "none" or args.use_tis
+    if args.loss_type == "custom_loss" and weighs and (args.partial_rollout or args.rollouts_ahead or args.use_tis):
+        rule = "your loss has to weigh the tokens of LossInputs.weighed_R itself, or they count like all others"
+        remedy = "call slime.algo.corrections.importance_weights in it, or give --offpolicy-correction none"
+        yield case.warning("loss_type", rule, remedy, beside=["offpolicy_correction"])
     if not args.tis_clip_low <= 1 <= args.tis_clip:
         field = "tis_clip_low" if args.tis_clip_low > 1 else "tis_clip"
         rule = "1 is beyond the clips, and that is the weight of a token whose policy has not changed"
