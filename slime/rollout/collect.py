@@ -24,6 +24,7 @@ from slime.core.sample import Sample, Status
 from slime.rollout.acceptance import Acceptance, post_process
 from slime.rollout.context import DataSource, RolloutContext, RolloutResult, request_slots
 from slime.rollout.group_run import GroupRun, GroupRunner, has_begun, oldest_version
+from slime.rollout.reward_failures import RewardFailures
 from slime.rollout.rm_hub.verdict import failure_kind
 from slime.rollout.rollout_metrics import Tally, rollout_metrics
 from slime.rollout.waves import Waves
@@ -37,8 +38,8 @@ async def generate_rollout(
     """`--rollout-batch-size` groups, generated, judged and filtered.
 
     Raises:
-        RuntimeError: nothing was kept in --max-empty-waves waves, every request of a wave failed, or the engines
-            do not end aborted requests.
+        RuntimeError: nothing was kept in --max-empty-waves waves, every request of a wave failed, more rewards than
+            --max-reward-failures did, or the engines do not end aborted requests.
     """
     collector = _Collector(args, rollout_id, data_source, context, await request_slots(args, context))
     groups = await collector.run()
@@ -59,6 +60,7 @@ class _Collector:
         self._context = context
         self._runner = GroupRunner(args, context, slots)
         self._acceptance = Acceptance(args)
+        self._reward_failures = RewardFailures(args, rollout_id)
         self._waves = Waves(args, rollout_id)
         self._pending: dict[asyncio.Task[None], GroupRun] = {}
         """In the order in which they were started."""
@@ -142,6 +144,7 @@ class _Collector:
             group.mark()
             self._cut_off.append(group)
             return
+        self._reward_failures.count(group.samples)
         self._count_failures(group.samples)
         reason = self._acceptance.drop_reason(group.samples)
         if reason is None:
