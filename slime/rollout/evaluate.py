@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+_MAX_ABORTS = 100
+"""Requests of one response: a rollout in flight that has enough aborts whatever its engines do, and it goes on."""
 
 
 class Evaluator:
@@ -82,11 +84,14 @@ class Evaluator:
         async def run_sample(sample: Sample, seed: int) -> Sample:
             async with slots:
                 try:
-                    sample = await generate(args, sample, replace(params, sampling_seed=seed), context)
+                    for _ in range(_MAX_ABORTS):
+                        sample = await generate(args, sample, replace(params, sampling_seed=seed), context)
+                        if sample.status is not Status.ABORTED:
+                            break
                 except EngineError as error:
                     return sample.to_failed(f"generation failed: {error}")
             if sample.status is Status.ABORTED:
-                sample.reward_failure = "aborted by the engine"
+                sample.reward_failure = f"aborted by the engine, {_MAX_ABORTS} times"
             elif sample.reward is None and not context.rewards.by_group:
                 (await context.rewards.judge(sample, rm_type=dataset.rm_type)).apply(sample)
             return sample

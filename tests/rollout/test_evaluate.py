@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
 import statistics
 from collections.abc import Callable
@@ -199,3 +200,40 @@ def test_groups_are_the_responses_to_one_prompt(
     metrics = run_with_engines(args, work)
     assert metrics["eval/data/reward"] == pytest.approx(2.05)
     assert metrics["eval/data/failed"] == pytest.approx(1 / 3)  # group 0
+
+
+def test_a_rollout_in_flight_that_aborts_all_requests_costs_no_response(
+    run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A response goes on where it was aborted, and ends as it would have."""
+    args = Args(
+        eval_prompt_data=(data_file([{"prompt": f"q{number}", "label": "1"} for number in range(4)]),),
+        eval_input_key="prompt",
+        eval_label_key="label",
+        eval_max_response_len=300,
+        eval_temperature=1.0,
+        eval_top_p=1.0,
+        eval_top_k=-1,
+        custom_rm_path="rewards_for_tests.coin",
+        rm_num_workers=1,
+    )
+
+    async def work(context: RolloutContext) -> tuple[dict[str, float], dict[str, float], int]:
+        async def disturbed() -> tuple[dict[str, float], int]:
+            evaluation = asyncio.ensure_future(evaluator.run(0, context))
+            aborts = 0
+            while not evaluation.done():
+                await asyncio.sleep(0.02)
+                await context.engines.abort_all()
+                aborts += 1
+            return evaluation.result(), aborts
+
+        evaluator = Evaluator(args, context.tokenizer)
+        undisturbed = await evaluator.run(0, context)
+        return (undisturbed, *await disturbed())
+
+    undisturbed, disturbed, aborts = run_with_engines(args, work)
+    assert aborts > 3
+    assert disturbed["eval/data/failed"] == 0
+    names = ("reward", "response_length", "response_length_max", "truncated")
+    assert [disturbed[f"eval/data/{name}"] for name in names] == [undisturbed[f"eval/data/{name}"] for name in names]
