@@ -5,7 +5,7 @@ is not weighed has weight exactly 1, whatever its log-probs are; no gradient flo
 
 Three policies take part (decoupled PPO, Hilton et al., arXiv:2110.00641; with stale samples of a language model:
 AReaL, arXiv:2505.24298 section 5.2):
-- the behaviour policy sampled the token: the engine's log-prob of then, under the weights that it held then;
+- the behaviour policy sampled the token: the engine's log-prob of then, by its numerics and the weights that it held;
 - the proximal policy is what the clip range is around: the trainer's weights before this rollout's first step. With
   several steps a rollout a forward of its own takes their log-probs, with one step they are the current ones, detached;
 - the current policy is trained: its ratio to the proximal policy is clipped, and knows nothing of the behaviour policy.
