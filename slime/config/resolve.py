@@ -83,7 +83,8 @@ def _placement(args: Args) -> dict[str, Any]:
     if args.cpu_threads_per_process is None:
         engines = 0 if args.rollout_external_engines else (num_gpus or 0) // args.rollout_num_gpus_per_engine
         processes = args.actor_world_size + engines
-        changes["cpu_threads_per_process"] = max(1, _cores() // processes)
+        # What a sum is rounded to depends on how many threads share it.
+        changes["cpu_threads_per_process"] = 1 if args.deterministic else max(1, _cores() // processes)
     return changes
 
 

@@ -73,6 +73,11 @@ def check_model(args: Args, url: str, info: EngineInfo) -> None:
             f"--rollout-external-engines {url}: it waits for the rest of a set of weights, and --debug-rollout-only "
             "sends none; start it anew"
         )
+    if args.deterministic and not info.deterministic:
+        raise ValueError(
+            f"--rollout-external-engines {url}: beside --deterministic, what it answers depends on what else it is "
+            "asked at the time; start it with --enable-deterministic-inference"
+        )
     shape = args.architecture
     if shape is None:
         return

@@ -241,7 +241,7 @@ class GenerateResponse:
             finish_reason=reason,
             weight_version=str(meta.get("weight_version", "")),
             text=data.get("text") or "",
-            prompt_tokens=int(meta["prompt_tokens"]),
+            prompt_tokens=int(meta.get("prompt_tokens", 0)),  # SGLang counts none where it never began
             completion_tokens=int(meta["completion_tokens"]),
             input_log_probs=[entry[0] for entry in meta.get("input_token_logprobs") or []],
         )
@@ -263,6 +263,8 @@ class EngineInfo:
     """As in config.json."""
     architecture: Mapping[str, Any] | None
     """The fields of `core.architecture.Architecture` (the embedded engine)."""
+    deterministic: bool
+    """Whether what a request gets does not depend on the others."""
 
     @classmethod
     def from_json(cls, server: Mapping[str, Any], model: Mapping[str, Any]) -> EngineInfo:
@@ -277,6 +279,7 @@ class EngineInfo:
             context_length=server.get("context_length"),
             model_type=model.get("model_type"),
             architecture=model.get("architecture"),
+            deterministic=bool(server.get("enable_deterministic_inference", False)),
         )
 
 

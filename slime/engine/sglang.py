@@ -77,6 +77,9 @@ def sglang_server(
         "skip_server_warmup": True,  # it sends text, and asks for no log-probs: `launch` warms up with tokens
     }
     defaults: dict[str, Any] = {"dtype": "bfloat16" if args.bf16 else "float32"}
+    if args.deterministic:
+        # Its results do not depend on the batch then, and only then does it draw by each request's own seed.
+        defaults["enable_deterministic_inference"] = True
     given = {name: value for name, value in args.sglang.items() if name != "api_key"}
     environment = dict(ENVIRONMENT)
     if gpu_ids:

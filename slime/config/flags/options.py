@@ -67,7 +67,10 @@ class ClusterOptions:
         ge=0,
     )
     cpu_threads_per_process: int | None = flag(
-        None, "Threads of each training and engine process on a CPU (default: cores / processes).", ge=1
+        None,
+        "Threads of each training and engine process on a CPU (default: cores / processes; --deterministic: 1, for "
+        "sums are rounded as threads share them).",
+        ge=1,
     )
     update_weight_transport: Literal["auto", "broadcast", "disk"] = flag(
         "auto",
@@ -351,4 +354,8 @@ class DebugOptions:
     debug_train_only: bool = flag(False, "Train on --load-debug-rollout-data; start no engine.")
     save_debug_rollout_data: str | None = flag(None, "File for each rollout's samples; {rollout_id} is filled in.")
     load_debug_rollout_data: str | None = flag(None, "Such files, read instead of generating.")
-    deterministic: bool = flag(False, "Reproducible bit for bit on a CPU.")
+    deterministic: bool = flag(
+        False,
+        "Reproducible bit for bit on a CPU, whatever the number of engines; they generate about a third slower. On "
+        "GPUs, engines and trainer are asked for their own deterministic modes.",
+    )

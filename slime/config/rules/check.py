@@ -13,6 +13,7 @@ from slime.config.flags.megatron_fields import megatron_decided, megatron_known
 from slime.config.rules.ahead import ahead
 from slime.config.rules.case import Case, Rule
 from slime.config.rules.engines import (
+from slime.config.rules.deterministic import deterministic
     api_keys,
     engines,
     external_engines,

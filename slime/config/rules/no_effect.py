@@ -40,6 +40,7 @@ EMBEDDED_SETTINGS = frozenset(
         "max_running_requests",
         "max_total_tokens",
         "dtype",
+        "enable_deterministic_inference",
         "random_seed",
         "api_key",
         "served_model_name",

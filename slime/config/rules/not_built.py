@@ -42,7 +42,6 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "advantage_estimator": (other_than("grpo"), "another advantage estimator than grpo"),
     "normalize_advantages": (on, "whitening of advantages"),
     "kl_coef": (on, "a KL penalty in the reward"),
-    "deterministic": (on, "a run that is reproducible bit for bit"),
 }
 """Field -> when it asks for something that is not there, and what that is."""
 
