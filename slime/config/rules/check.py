@@ -308,6 +308,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     pauses,
     ahead,
     sglang_data_parallel,
+    deterministic,
     debug_modes,
     length,
     steps,
