@@ -70,6 +70,15 @@ def test_a_response_whose_parts_disagree_is_refused() -> None:
         GenerateResponse.from_json({"output_ids": [4, 6], "text": "", "meta_info": meta})
 
 
+def test_a_request_that_is_aborted_before_it_runs() -> None:
+    """What SGLang says of one that was still in its queue."""
+    reason = {"type": "abort", "message": "Abort in waiting queue"}
+    meta = {"id": "a", "finish_reason": reason, "weight_version": "3", "e2e_latency": 0.1, "completion_tokens": 0}
+    meta["output_token_logprobs"] = []
+    response = GenerateResponse.from_json({"output_ids": [], "text": "", "meta_info": meta})
+    assert (response.finish_reason, response.output_ids, response.log_probs) == ("abort", [], [])
+
+
 def test_a_bucket_has_as_many_shapes_as_names() -> None:
     with pytest.raises(ValueError, match="2 names, 1 dtypes"):
         UpdateWeightsFromDistributed(names=["a", "b"], dtypes=["float32"], shapes=[[1], [1]])
