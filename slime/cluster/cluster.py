@@ -23,6 +23,7 @@ from slime.cluster.trackers import start_trackers
 from slime.cluster.turns import memory_of
 from slime.config.args import Args
 from slime.config.dump import dump_args
+from slime.observability.best_checkpoint import BestCheckpoint
 from slime.observability.console import RunConsole
 from slime.observability.logs import log_to_file
 from slime.observability.phases import StepClock, memory_record
@@ -58,6 +59,7 @@ class Cluster:
         self._record: dict[str, float] = {}
         self._sync_report: dict[str, float] = {}
         self._ahead: _Generation | None = None
+        self._best: BestCheckpoint | None = None
 
     def __enter__(self) -> Cluster:
         with self._cleanup:
@@ -94,12 +96,18 @@ class Cluster:
         continued = state is not None and in_place
         self._console = RunConsole(total=self._last, done=self._first)
         self._cleanup.callback(self._console.close)
-        self._metrics = directory.continue_metrics(self._first) if continued else directory.new_metrics()
+        # without rollouts nothing that stands behind the checkpoint is written again
+        seen = self._first if self._last else None
+        self._metrics = directory.continue_metrics(seen) if continued else directory.new_metrics()
         self._cleanup.callback(self._metrics.close)
         trackers = start_trackers(args, directory.run_id(new=not continued), self._first)
         self._metrics.track(trackers, self._console.say)
-        if state is not None:
+        if state is not None and self._last:
             self._metrics.write(self._first, state["times"])
+        if args.keep_best_checkpoint is not None and args.save is not None and self._last:
+            self._best = BestCheckpoint(Path(args.save), args.keep_best_checkpoint, say=self._console.say)
+            if loaded is not None and continued:
+                self._best.saved(Path(loaded.source), step=self._first)
         if self._restarts:
             self._metrics.write(self._first, {"fault/run_restarts": self._restarts})
         for warning in warnings:
@@ -208,6 +216,8 @@ class Cluster:
                 f"rollout {rollout_id}: saving", [trainer.save.remote(rollout_id, state) for trainer in trainers]
             )
         self._console.say(f"saved {paths[0]}")
+        if self._best is not None:
+            self._best.saved(Path(paths[0]), step=rollout_id + 1)
 
     def sync_weights(self) -> None:
         """The actor's weights go to every engine, as the next policy version.
@@ -269,3 +279,5 @@ class Cluster:
         metrics |= self._measure("evaluation")
         self._metrics.write(step, metrics)
         self._console.evaluation(step, metrics)
+        if self._best is not None:
+            self._best.evaluated(metrics, step=step)

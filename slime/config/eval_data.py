@@ -31,6 +31,13 @@ class EvalDataset:
     top_p: float
     top_k: int
 
+    @property
+    def pass_at_ks(self) -> list[int]:
+        """The k for which pass@k is reported: powers of two, and the number of samples itself; none of one sample."""
+        num_samples = self.n_samples_per_eval_prompt
+        powers = [2**exponent for exponent in range(num_samples.bit_length()) if 2**exponent < num_samples]
+        return [*powers, num_samples] if num_samples > 1 else []
+
 
 def _defaults(args: Args) -> dict[str, Any]:
     """The values from the (resolved) flags, which a set in --eval-config may override one by one."""

@@ -6,6 +6,7 @@ Path: `checkpoint` writes and reads what is found here; the converters use it to
     <dir>/iter_0000005/                     rollout 5: .metadata, metadata.json, common.pt, *.distcp, slime_state.json
     <dir>/release/                          the converter's output: weights only, otherwise the same
     <dir>/latest_checkpointed_iteration.txt Megatron's tracker, for other tools; written last, never read here
+    <dir>/best_checkpoint.json              the one that was evaluated best (`observability.best_checkpoint`)
     <dir>/.tmp_*                            unfinished
 """
 
@@ -29,6 +30,8 @@ import numpy as np
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from slime.models.hf_files import is_hf_directory
+from slime.observability.best_checkpoint import FILE as BEST
+from slime.observability.best_checkpoint import read_best
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ OWN_FILES = (
     "tensorboard",
     "events.out.tfevents.*",
     TRACKER,
+    BEST,
     f"{TMP_PREFIX}*",
 )
 """What a run itself leaves beside its checkpoints (glob patterns)."""
@@ -336,11 +340,14 @@ def _sync(path: Path) -> None:
 def remove_old(save_dir: Path, keep: int, *, saved: int) -> list[Path]:
     """Remove all but the newest `keep` complete iterations up to `saved`, the one just written, which stays.
 
-    `release` and damaged iterations are neither counted nor removed. Returns what was removed.
+    The best evaluated one stays, too. `release` and damaged iterations are neither counted nor removed. Returns what
+    was removed.
     """
     iterations = _iterations(save_dir)
     complete = [number for number in sorted(iterations) if number <= saved and not why_incomplete(iterations[number])]
-    removed = [iterations[number] for number in complete[:-keep]]
+    best = read_best(save_dir)
+    kept = None if best is None else best.rollout_id
+    removed = [iterations[number] for number in complete[:-keep] if number != kept]
     for path in removed:
         # Renamed first: killed halfway, it is a leftover and not a damaged checkpoint.
         doomed = path.rename(path.with_name(f"{TMP_PREFIX}old_{path.name}"))

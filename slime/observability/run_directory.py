@@ -52,10 +52,11 @@ class RunDirectory:
         """The resolved arguments, as args.yaml."""
         (self.path / "args.yaml").write_text(text)
 
-    def continue_metrics(self, step: int) -> MetricsLog:
-        """metrics.jsonl as the checkpoint of `step` had seen it."""
+    def continue_metrics(self, step: int | None) -> MetricsLog:
+        """metrics.jsonl as the checkpoint of `step` had seen it; None: as it is, for a run that trains nothing."""
         log = MetricsLog(self.path / METRICS)
-        log.rewind(step)
+        if step is not None:
+            log.rewind(step)
         return log
 
     def new_metrics(self) -> MetricsLog:

@@ -143,8 +143,8 @@ def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sam
         metrics["format"] = statistics.fmean(boxed_answer(sample.response) is not None for sample in judged)
     values = {reward for rewards in rewards_by_prompt for reward in rewards}
     right_or_wrong = values <= {0, 1} or values <= {-1, 1}
-    if dataset.n_samples_per_eval_prompt > 1 and right_or_wrong:
-        for k in _pass_at_ks(dataset.n_samples_per_eval_prompt):
+    if right_or_wrong:
+        for k in dataset.pass_at_ks:
             chances = [
                 pass_at_k(len(rewards), sum(reward == 1 for reward in rewards), k)
                 for rewards in rewards_by_prompt
@@ -165,12 +165,6 @@ def _mean_over_prompts(name: str, values: Sequence[float]) -> dict[str, float]:
     if len(values) > 1:
         mean[f"{name}_stderr"] = statistics.stdev(values) / math.sqrt(len(values))
     return mean
-
-
-def _pass_at_ks(num_samples: int) -> list[int]:
-    """Powers of two, and the number of samples itself."""
-    powers = [2**exponent for exponent in range(num_samples.bit_length()) if 2**exponent < num_samples]
-    return [*powers, num_samples]
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 from slime.config.args import Args
@@ -35,6 +36,19 @@ async def roll(args: Args, rollout_id: int, data_source: DataSource, context: Ro
 
 async def evaluate(args: Args, rollout_id: int, context: RolloutContext) -> dict[str, float]:
     return {"eval/own/reward": rollout_id + context.policy_version / 10}
+
+
+VALUES = {1: 0.3, 2: 0.9, 3: 0.5}
+
+
+async def evaluate_by_table(args: Args, rollout_id: int, context: RolloutContext) -> dict[str, float]:
+    """What the engines hold, as a number; the rewards are made up."""
+    [digest] = await context.engines.weights_checksum()
+    return {
+        "eval/own/reward": VALUES.get(rollout_id, 0.0),
+        "eval/own/weights": zlib.crc32(digest.encode()),
+        "eval/own/version": context.policy_version,
+    }
 
 
 class Numbers:

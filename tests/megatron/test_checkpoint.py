@@ -19,6 +19,7 @@ from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
 from slime.megatron.checkpoint_files import STATE_FILE, TRACKER, FoundCheckpoint, checksum, find_checkpoint, remove_old
+from slime.observability.best_checkpoint import BestCheckpoint
 
 pytestmark = pytest.mark.dist
 
@@ -430,6 +431,20 @@ def test_old_checkpoints_are_removed_and_release_stays(saves: Path):
     shutil.copytree(saves / "iter_0000005", saves / "release")
     assert remove_old(saves, 2, saved=5) == [saves / "iter_0000001"]
     assert sorted(path.name for path in saves.iterdir()) == ["iter_0000002", "iter_0000005", "release"]
+
+
+def test_the_best_evaluated_checkpoint_stays(saves: Path):
+    record = BestCheckpoint(saves, "eval/few/reward", say=print)
+    record.saved(saves / "iter_0000001", step=2)
+    record.evaluated({"eval/few/reward": 0.5}, step=2)
+    assert remove_old(saves, 1, saved=5) == [saves / "iter_0000002"]
+    assert remove_old(saves, 1, saved=5) == []
+    record.saved(saves / "iter_0000005", step=6)
+    record.evaluated({"eval/few/reward": 0.6}, step=6)
+    assert remove_old(saves, 1, saved=5) == [saves / "iter_0000001"], "it was the best, and is not any more"
+    assert find_checkpoint(saves) == FoundCheckpoint(saves / "iter_0000005", "iteration", 5)
+    shutil.rmtree(saves / "iter_0000005")
+    assert find_checkpoint(saves) is None, "the record is one of a run's own files"
 
 
 def test_what_was_just_saved_is_never_removed(saves: Path):

@@ -116,6 +116,12 @@ class CheckpointOptions:
     save: str | None = flag(None, "Directory for checkpoints, args.yaml, metrics.jsonl and logs.")
     save_interval: int | None = flag(None, "Save every N rollouts, and always after the last.", ge=1)
     keep_last_checkpoints: int | None = flag(None, "Keep the newest K checkpoints and remove older ones.", ge=1)
+    keep_best_checkpoint: str | None = flag(
+        None,
+        "Metric of evaluation, eval/NAME/reward or eval/NAME/pass@K: of the checkpoints whose weights were evaluated, "
+        "the one with the largest value is never removed, and best_checkpoint.json names it.",
+        metavar="METRIC",
+    )
     save_hf: str | None = flag(
         None, "Also export an HF directory at each save; {rollout_id} is filled in.", metavar="PATH"
     )

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from slime.config.epochs import planned_rollouts
 from slime.config.flags.megatron_fields import megatron_decided, megatron_known
 from slime.config.rules.ahead import ahead
+from slime.config.rules.best_checkpoint import best_checkpoint
 from slime.config.rules.case import Case, Rule
-from slime.config.rules.engines import (
 from slime.config.rules.deterministic import deterministic
+from slime.config.rules.engines import (
     api_keys,
     engines,
     external_engines,
@@ -307,8 +308,8 @@ TRAINING_RULES: tuple[Rule, ...] = (
     weight_directory,
     pauses,
     ahead,
-    sglang_data_parallel,
     deterministic,
+    sglang_data_parallel,
     debug_modes,
     length,
     steps,
@@ -341,6 +342,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     megatron_known,
     prompt_file,
     eval_files,
+    best_checkpoint,
     tokenizer,
     directories,
     weight_files,

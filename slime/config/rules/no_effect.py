@@ -192,7 +192,7 @@ TABLE: tuple[NoEffect, ...] = (
         "add --eval-prompt-data",
     ),
     NoEffect(
-        ("keep_last_checkpoints", "save_hf"),
+        ("keep_last_checkpoints", "keep_best_checkpoint", "save_hf"),
         lambda a: a.save is None and not a.debug_rollout_only,
         "nothing is saved",
         "add --save",
@@ -204,9 +204,14 @@ TABLE: tuple[NoEffect, ...] = (
         "convert it and name it as --hf-checkpoint",
     ),
     NoEffect(
-        ("save_interval", "save_hf", "keep_last_checkpoints"),
+        ("save_interval", "save_hf", "keep_last_checkpoints", "keep_best_checkpoint"),
         lambda a: a.debug_rollout_only,
         "--debug-rollout-only trains nothing, and saves no checkpoint",
+    ),
+    NoEffect(
+        ("keep_best_checkpoint",),
+        lambda a: a.num_rollout == 0 and a.save is not None and not a.debug_rollout_only,
+        "--num-rollout 0 saves no checkpoint",
     ),
     NoEffect(("num_gpus_per_node",), lambda a: True, "Ray knows what each node has, and places by that"),
     NoEffect(
