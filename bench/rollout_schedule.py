@@ -42,11 +42,13 @@ from slime.rollout.tokenizer import load_tokenizer
 
 GOAL_PLAIN, GOAL_LIMIT = 1.25, 0.85
 MODES = {
-    "plain": {},
-    "over-sampling": {"over_sampling": True},
-    "over-sampling + partial": {"over_sampling": True, "partial_rollout": True},
+    "plain": (1.0, False),
+    "over-sampling × 1.5": (1.5, False),
+    "the same, partial": (1.5, True),
+    "over-sampling × 2.5, partial": (2.5, True),
 }
-PARTIAL = "over-sampling + partial"
+"""How many times a rollout's prompts are sampled at first; whether what is unfinished goes on in the next rollout."""
+PARTIAL = "over-sampling × 2.5, partial"
 PARTS = ("timed", "loops", "real")
 
 
@@ -68,8 +70,6 @@ class Shape:
     prompts: int
     samples: int
     """A prompt."""
-    over_sampling: int
-    """Prompts that are sampled at first, where a mode over-samples."""
     engines: int
     slots: int
     """Requests that one engine runs at once."""
@@ -153,7 +153,7 @@ class Engines:
 class Schedule:
     """One mode: its prompts, its buffer, and its rollouts so far."""
 
-    def __init__(self, engines: Engines, *, over_sampling: bool = False, **flags: Any) -> None:
+    def __init__(self, engines: Engines, over_sampling: float, partial: bool) -> None:
         shape = engines.shape
         self.args = Args(
             hf_checkpoint=str(engines.model),
@@ -161,11 +161,11 @@ class Schedule:
             rollout_shuffle=True,
             rollout_batch_size=shape.prompts,
             n_samples_per_prompt=shape.samples,
-            over_sampling_batch_size=shape.over_sampling if over_sampling else None,
+            over_sampling_batch_size=round(over_sampling * shape.prompts),
+            partial_rollout=partial,
             rollout_max_response_len=engines.timing.cap,
             rm_type="random",
             rm_num_workers=1,
-            **flags,
         )
         self._engines = engines
         self._source = DataBuffer(self.args, engines.tokenizer)
@@ -260,9 +260,12 @@ def _added(sums: dict[str, float], more: dict[str, float], *, sign: int) -> dict
 def compare(
     engines: Engines, modes: Sequence[str], *, rollouts: int, rounds: int, warmup: int
 ) -> tuple[dict[str, list[float]], dict[str, Record]]:
-    """Samples a second of the limit and of each mode by turn, and what each did."""
+    """Samples a second of the limit and of each mode by turn, and what each did.
+
+    `warmup`: rollouts in which a buffer with unfinished groups comes to its usual size; others start as they go on.
+    """
     with ExitStack() as stack:
-        schedules = {name: Schedule(engines, **MODES[name]) for name in modes}
+        schedules = {name: Schedule(engines, *MODES[name]) for name in modes}
         for schedule in schedules.values():
             stack.callback(schedule.rewards.close)
         limit = Limit(engines, schedules["plain"])
@@ -270,10 +273,11 @@ def compare(
         seconds = rollouts * engines.shape.batch * engines.timing.mean_length / rate
         sides: dict[str, Callable[[], float]] = {"limit": lambda: limit.turn(seconds)}
         sides |= {name: lambda s=schedule: s.turn(rollouts) for name, schedule in schedules.items()}
-        if warmup:  # buffers fill, caches and connections warm up
-            in_turns(sides, rounds=warmup, warmup=0)
-            for side in (limit, *schedules.values()):
-                side.record = Record()
+        for schedule in schedules.values():
+            schedule.turn(warmup if schedule.args.partial_rollout else 1)
+            schedule.record = Record()
+        limit.turn(min(1.0, seconds))
+        limit.record = Record()
         found = in_turns(sides, rounds=rounds, warmup=0)
     return found, {"limit": limit.record, **{name: schedule.record for name, schedule in schedules.items()}}
 
@@ -322,10 +326,9 @@ def describe(timing: Timing, shape: Shape) -> str:
         compute += f"a prompt token {1e6 * timing.prefill_token:g} µs"
     lengths = f"mu = ln {timing.median:g}, sigma = {timing.sigma:g}, cut at {timing.cap}"
     return (
-        f"{shape.prompts} prompts × {shape.samples} samples a rollout, {shape.over_sampling} prompts where "
-        f"over-sampled; {shape.engines} engines × {shape.slots} slots; {compute}. Lengths log-normal, {lengths} "
-        f"({timing.length_probabilities()[-1]:.1%} are), mean {timing.mean_length:.1f}; prompts of "
-        f"{shape.prompt_length} tokens."
+        f"{shape.prompts} prompts × {shape.samples} samples a rollout; {shape.engines} engines × {shape.slots} slots; "
+        f"{compute}. Lengths log-normal, {lengths} ({timing.length_probabilities()[-1]:.1%} are), mean "
+        f"{timing.mean_length:.1f}; prompts of {shape.prompt_length} tokens."
     )
 
 
@@ -333,7 +336,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=16, help="of a rollout")
     parser.add_argument("--samples", type=int, default=4, help="of each prompt")
-    parser.add_argument("--over-sampling", type=int, default=32, help="prompts sampled at first")
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--slots", type=int, default=16, help="requests that one engine runs at once")
     parser.add_argument("--median", type=float, default=64, help="exp(mu) of the lengths")
@@ -341,9 +343,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cap", type=int, default=320)
     parser.add_argument("--step", type=float, default=0.005, help="seconds of a decode step")
     parser.add_argument("--prefill-token", type=float, default=12.5e-6, help="seconds of a prompt token")
-    parser.add_argument("--rollouts", type=int, default=4, help="of a turn")
+    parser.add_argument("--rollouts", type=int, default=3, help="of a turn")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
+    parser.add_argument("--warmup", type=int, default=4, help="rollouts that do not count, where partial")
     parser.add_argument("--pairs", type=int, default=2, help="runs of each loop")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
@@ -354,17 +356,16 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     facts = machine()
-    shape = Shape(given.prompts, given.samples, given.over_sampling, given.engines, given.slots)
+    shape = Shape(given.prompts, given.samples, given.engines, given.slots)
     timed = Timing(
         median=given.median, sigma=given.sigma, cap=given.cap, step=given.step, prefill_token=given.prefill_token
     )
     tables: list[Table] = []
     goals: list[Goal] = []
     raw: dict[str, Any] = {}
-    turns = {"rollouts": given.rollouts, "warmup": given.warmup}
 
     def measure(engines: Engines, name: str, title: str, *, rounds: int) -> None:
-        found, records = compare(engines, given.modes, rounds=rounds, **turns)
+        found, records = compare(engines, given.modes, rollouts=given.rollouts, rounds=rounds, warmup=given.warmup)
         raw[name] = {mode: {"rates": rates, **vars(records[mode])} for mode, rates in found.items()}
         tables.append(speed_table(title, describe(engines.timing, shape), engines, found, records))
         if engines.timing.step is None:

@@ -31,7 +31,8 @@ GOAL_HIDDEN = 0.8
 SECONDS_A_SAMPLE = 0.02
 """Of training."""
 PROGRAMS = ("train.py", "train_async.py")
-PHASES = ("generation", "training", "weight_sync")
+PHASES = ("rollout", "training", "weight_sync")
+"""`rollout`: from its first request to its last reward, whether anybody waits for it or not."""
 
 
 def timed_advantages(args: Args, batch: TrainBatch) -> Array:
@@ -42,11 +43,11 @@ def timed_advantages(args: Args, batch: TrainBatch) -> Array:
 
 @dataclass
 class Run:
-    """Seconds of each step that counts, and of its phases, medians."""
+    """Seconds of each step that counts, the means of its phases, and the share of tokens of older weights."""
 
     steps: list[float]
     phases: dict[str, float]
-    staleness: float
+    off_policy: float
 
 
 def run_loop(program: str, engines: Engines, directory: Path, *, rollouts: int, skip: int) -> Run:
@@ -69,18 +70,20 @@ def run_loop(program: str, engines: Engines, directory: Path, *, rollouts: int, 
         code = subprocess.call(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
     if code != 0:
         raise RuntimeError(f"{program} ended with code {code}:\n{log.read_text()[-4000:]}")
-    records = [record for record in read_metrics(directory / "metrics.jsonl") if "time/step" in record][skip:-1]
-    staleness = [r["rollout/staleness"] for r in read_metrics(directory / "metrics.jsonl") if "rollout/staleness" in r]
+    steps: dict[int, dict[str, float]] = {}
+    for record in read_metrics(directory / "metrics.jsonl"):
+        steps.setdefault(int(record["step"]), {}).update(record)
+    counted = [steps[number] for number in sorted(steps)][skip:-1]
     return Run(
-        steps=[record["time/step"] for record in records],
-        phases={name: statistics.fmean(record[f"time/{name}"] for record in records) for name in PHASES},
-        staleness=statistics.fmean(staleness[skip:]),
+        steps=[step["time/step"] for step in counted],
+        phases={name: statistics.fmean(step[f"time/{name}"] for step in counted) for name in PHASES},
+        off_policy=statistics.fmean(step["train/offpolicy_tokens"] for step in counted),
     )
 
 
 def hidden_share(sync: Run, other: Run) -> float:
-    """Of the shorter one of generation and training, how much the other loop does not spend."""
-    shorter = min(sync.phases["generation"], sync.phases["training"])
+    """Of the shorter one of rollout and training in the synchronous loop, how much the other one does not spend."""
+    shorter = min(sync.phases["rollout"], sync.phases["training"])
     return (statistics.fmean(sync.steps) - statistics.fmean(other.steps)) / shorter
 
 
@@ -96,7 +99,7 @@ def compare_loops(
     batch = engines.shape.batch
     table = Table(
         "Whole loops",
-        ["loop", "rollouts/s", "seconds a step", *PHASES, "versions behind"],
+        ["loop", "rollouts/s", "seconds a step", *(name.replace("_", " ") for name in PHASES), "tokens off-policy"],
         note=(
             f"A training step takes {SECONDS_A_SAMPLE * batch:.2f} s of sleep, and what its processes need; plain "
             f"rollouts. Means over {rollouts - skip - 1} steps of each of {pairs} runs."
@@ -107,7 +110,7 @@ def compare_loops(
         steps = Spread.of(step for run in found for step in run.steps)
         row = [program, rates.show(1), steps.show(2)]
         row += [f"{statistics.fmean(run.phases[name] for run in found):.2f}" for name in PHASES]
-        table.rows.append([*row, f"{statistics.fmean(run.staleness for run in found):.2f}"])
+        table.rows.append([*row, f"{statistics.fmean(run.off_policy for run in found):.0%}"])
     hidden = Spread.of(map(hidden_share, *runs.values()))
     table.rows.append(["**of the shorter side hidden**", f"**{hidden.show(2)}**", *[""] * (len(table.columns) - 2)])
     return table, Goal("async: share of the shorter side hidden", hidden.median, GOAL_HIDDEN), runs

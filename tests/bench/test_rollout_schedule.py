@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench.common import ROOT
+from bench.rollout_schedule import PARTIAL
 from bench.timed_engine import CountingModel, Timing
 from slime.core.architecture import Architecture
 from slime.engine.embedded.cache import KVCache
@@ -93,8 +94,9 @@ def test_a_response_that_goes_on_later_comes_to_the_length_that_it_would_have_ha
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     out = tmp_path / "rollout.json"
     command = [sys.executable, "-m", "bench.rollout_schedule", "--parts", "timed", "--prompts", "3", "--samples", "2"]
-    command += ["--over-sampling", "6", "--engines", "1", "--slots", "4", "--median", "20", "--cap", "60"]
-    command += ["--step", "0.002", "--rollouts", "2", "--rounds", "1", "--warmup", "0", "--out", str(out)]
+    command += ["--engines", "1", "--slots", "4", "--median", "20", "--cap", "60"]
+    command += ["--step", "0.002", "--rollouts", "2", "--rounds", "1", "--warmup", "1", "--out", str(out)]
+    command += ["--modes", "plain", "over-sampling × 1.5", PARTIAL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -107,6 +109,7 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
         assert all(rate > 0 for rate in mode["rates"]) and mode["generated"] > 0
         if name != "limit":
             assert len(mode["lengths"]) == 2 * 3 * 2
-    plain, over = modes["plain"], modes["over-sampling"]
+    plain, over, partial = (modes[name] for name in ("plain", "over-sampling × 1.5", PARTIAL))
     assert plain["generated"] == sum(plain["lengths"]) and plain["carried"] == plain["off_policy"] == 0
     assert over["generated"] > sum(over["lengths"]) and over["carried"] == over["off_policy"] == 0
+    assert partial["generated"] == sum(partial["lengths"]) + partial["carried"] and partial["off_policy"] > 0
