@@ -7,10 +7,12 @@ found at run time live in the Topology and in Megatron's parallel state, never i
 from __future__ import annotations
 
 import os
+import random
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -81,6 +83,9 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
         )
         topology = _topology(rank, world_size)
         seed = args.seed + 100 * topology.pp_rank
+        # All that a checkpoint keeps the states of: whatever draws from them (a hook, a layer) is the run's own.
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
     return topology
