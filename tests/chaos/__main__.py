@@ -45,9 +45,7 @@ def main(argv: Sequence[str]) -> int:
         finally:
             run.end()
             shutil.rmtree(run.temporary, ignore_errors=True)
-        if not all(right for _, _, right in rows):
-            break
-    else:
+    if undisturbed.evaluations() and disturbed.evaluations():
         rows += [*troubles(disturbed), *compared(undisturbed, disturbed)]
     return tell(out, disturbed, rows, time.monotonic() - begin)
 

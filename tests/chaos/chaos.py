@@ -32,8 +32,8 @@ RUN_LIMIT_S = 1200.0
 SAVE = "run"
 PYTHON_FIRST = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 """The scripts call python3."""
-RAY = "ray"
-"""What Ray keeps of its sessions in the directory for temporary files: logs, for whoever asks why."""
+KEPT = ("ray", "torchinductor_")
+"""What is meant to stay in the directory for temporary files: the logs of Ray's sessions, and a cache of torch's."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,14 @@ class ChaosRun(Run):
 
     def files_left(self) -> list[str]:
         """Temporary files of a run that has ended; then they go."""
-        left = sorted(path.name for path in self.temporary.iterdir() if path.name != RAY)
+        left = sorted(path.name for path in self.temporary.iterdir() if not path.name.startswith(KEPT))
         shutil.rmtree(self.temporary)
         return left
 
     def evaluations(self) -> dict[str, tuple[float, float]]:
         """After the last rollout: reward and its standard error by data set."""
         found: dict[str, tuple[float, float]] = {}
-        for event in read_metrics(self.save / "metrics.jsonl"):
+        for event in self._events():
             if event["step"] == NUM_ROLLOUTS:
                 names = [key.split("/")[1] for key in event if key.startswith("eval/") and key.endswith("/reward")]
                 found |= {name: (event[f"eval/{name}/reward"], event[f"eval/{name}/reward_stderr"]) for name in names}
@@ -150,7 +150,7 @@ class ChaosRun(Run):
     def failed_rewards(self) -> dict[str, float]:
         """By reason, of all rollouts."""
         total: dict[str, float] = {}
-        for event in read_metrics(self.save / "metrics.jsonl"):
+        for event in self._events():
             for key, value in event.items():
                 if key.startswith("rollout/reward_failed/"):
                     reason = key.rpartition("/")[2]
@@ -158,7 +158,11 @@ class ChaosRun(Run):
         return total
 
     def rollouts(self) -> int:
-        return len({event["step"] for event in read_metrics(self.save / "metrics.jsonl") if "train/loss" in event})
+        return len({event["step"] for event in self._events() if "train/loss" in event})
+
+    def _events(self) -> list[dict[str, float]]:
+        path = self.save / "metrics.jsonl"
+        return read_metrics(path) if path.exists() else []
 
 
 def shared_memory() -> set[Path]:
