@@ -251,7 +251,7 @@ async def through_a_router(
         router.stop()
 
 
-def some_args(model_dir: Path, *, bf16: bool, **settings: Any) -> Args:
+def some_args(model_dir: Path, *, bf16: bool, deterministic: bool = False, **settings: Any) -> Args:
     sglang = {**SETTINGS, **settings}
     return Args(
         num_rollout=1,
@@ -259,6 +259,7 @@ def some_args(model_dir: Path, *, bf16: bool, **settings: Any) -> Args:
         rollout_num_gpus=1,
         hf_checkpoint=str(model_dir),
         bf16=bf16,
+        deterministic=deterministic,
         sglang=sglang,
         cpu_threads_per_process=4,
     )
@@ -298,3 +299,47 @@ def engine_of_fp32_training(report: Report) -> None:
             ended(report, process, "guard killed", lambda: os.kill(guard.pid, signal.SIGKILL))
         finally:
             process.stop()
+
+
+@check(gpus=1, minutes=5)
+def deterministic(report: Report) -> None:
+    """--deterministic: what a request is answered depends on its seed, and on nothing that runs beside it."""
+    logs = kept_directory(report, "logs")
+    with scratch() as directory:
+        model_dir = make_model(directory)
+        process = started(report, args := some_args(model_dir, bf16=True, deterministic=True), logs)
+        try:
+            asyncio.run(companies(report, args, process, logs))
+        finally:
+            process.stop()
+
+
+async def companies(report: Report, args: Args, process: ManagedProcess, logs: Path) -> None:
+    """The same requests alone, all at once, and among others."""
+    router = launch_router(args, host=HOST, port=find_free_port(), log_path=logs / "router.log")
+    try:
+        router.wait_ready(60)
+        register_worker(router.url, process.url)
+        async with EngineClient(router.url, engines=[process.url]) as client:
+
+            async def ask(index: int, seed: int) -> tuple[list[int], list[float]]:
+                params = SamplingParams(max_new_tokens=64, ignore_eos=True, sampling_seed=seed)
+                ids = [7 + index % 5, *range(20, 24 + index)]
+                answer = await client.generate(GenerateRequest(input_ids=ids, sampling_params=params))
+                return answer.output_ids, answer.log_probs
+
+            alone = [await ask(index, index) for index in range(12)]
+            together = await asyncio.gather(*(ask(index, index) for index in range(12)))
+            crowd = [asyncio.ensure_future(ask(100 + other, other)) for other in range(40)]
+            among = await asyncio.gather(*(ask(index, index) for index in reversed(range(12))))
+            await asyncio.gather(*crowd)
+            for name, found in (("all at once", together), ("among 40 others", among[::-1])):
+                tokens = sum(a[0] != b[0] for a, b in zip(alone, found, strict=True))
+                bits = sum(a[1] != b[1] for a, b in zip(alone, found, strict=True))
+                report.row(f"{name}: answers with other tokens than alone", tokens, "0 of 12", not tokens)
+                report.row(f"{name}: answers with other log-probs than alone", bits, "0 of 12", not bits)
+            seeds = await asyncio.gather(*(ask(index, 50 + index) for index in range(12)))
+            same = sum(a[0] == b[0] for a, b in zip(alone, seeds, strict=True))
+            report.row("control: other seeds, answers with the same tokens", same, "0", not same)
+    finally:
+        router.stop()
