@@ -8,15 +8,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from slime.cluster.dump import read_dump
 from slime.core.sample import Sample
 from slime.megatron.checkpoint_files import read_state
+from slime.observability.metrics_log import read_metrics
 from slime.observability.phases import PHASES
 from tests.cluster.runs import Task, copy_checkpoint, events, family, flags, start, train, wait_for
 from tests.cluster.test_life_and_death import assert_all_gone
+from tests.cluster.test_resume import weights
 from tests.cluster.timeline_hooks_for_tests import TRAINING_S, read_spans
 
 PROGRAM = "train_async.py"
@@ -44,8 +47,9 @@ def data_side(save: Path, rollout_id: int) -> dict[str, Any]:
 
 
 def draining(task: Task, save: Path) -> list[str]:
-    """Training takes longer than generation, so each save meets a rollout that waits, whole, to be trained on."""
-    extra = ["--custom-generate-function-path", f"{HOOKS}.generate"]
+    """Training takes longer than generation; each save meets a rollout that waits, whole, to be trained on."""
+    extra = ["--deterministic", "--save-hf", str(save / "hf-{rollout_id}")]
+    extra += ["--custom-generate-function-path", f"{HOOKS}.generate"]
     extra += ["--custom-advantage-function-path", f"{HOOKS}.advantages"]
     extra += ["--eval-prompt-data", f"{task.eval}@[0:8]", "--eval-interval", "2"]
     return dumped(task, save, *extra)
@@ -108,19 +112,48 @@ def consumed(*parts: tuple[Path, range]) -> Counter[int]:
     return Counter(sample.index for save, rollouts in parts for r in rollouts for sample in samples_of(save, r))
 
 
-def test_a_rollout_that_waited_when_the_run_was_killed_is_trained_on(task: Task, drained: Path, tmp_path: Path) -> None:
+def test_a_run_killed_with_a_rollout_waiting_ends_as_the_unbroken_one(
+    task: Task, drained: Path, tmp_path: Path
+) -> None:
+    """Bit for bit: --deterministic."""
     save = tmp_path / "run"
     copy_checkpoint(drained, save, 1)
     state = data_side(save, 1)
     assert state["made"]["rollout_id"] == 2
     assert state["data_source"]["in_flight"] == []
     train(draining(task, save), tmp_path / "log.txt", PROGRAM)
-    assert samples_of(save, 2) == samples_of(drained, 2), "made before the kill, token by token"
-    for key in ("rollout/reward", "rollout/response_length", "train/staleness"):
-        assert events(save, key)[3] == events(drained, key)[3]
+    assert 2 not in read_spans(save, "generation"), "it was made before the kill"
+    assert [samples_of(save, r) for r in (2, 3)] == [samples_of(drained, r) for r in (2, 3)]
     assert consumed((drained, range(2)), (save, range(2, 4))) == dict.fromkeys(range(64), 1)
-    assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4]
-    assert sorted(events(save, "eval/eval/reward")) == [0, 2, 4]
+    assert weights(save / "hf-3") == weights(drained / "hf-3") != weights(drained / "hf-1")
+    timed = ("time/", "memory/", "sync/", "_per_second")
+    first, second = (
+        [{k: v for k, v in event.items() if not any(part in k for part in timed)} for event in read_metrics(path)]
+        for path in (drained / "metrics.jsonl", save / "metrics.jsonl")
+    )
+    assert first == second
+
+
+# --- a failure behind the loop ----------------------------------------------------------------------------------
+
+
+def test_a_rollout_that_fails_ends_the_run_while_it_trains(task: Task, tmp_path: Path) -> None:
+    """At once, and not when the loop comes to want it: training would take ten minutes."""
+    extra = ["--custom-generate-function-path", f"{HOOKS}.fail_second"]
+    extra += ["--custom-advantage-function-path", f"{HOOKS}.without_end"]
+    log = tmp_path / "log.txt"
+    process = start(flags(task, tmp_path / "run", *SMALL, *extra), log, PROGRAM)
+    everyone: list[psutil.Process] = []
+    try:
+        wait_for(lambda: process.poll() is not None or "starting at rollout 0" in log.read_text(), "the start")
+        everyone = family(process.pid) if process.poll() is None else []
+        assert process.wait(timeout=90) != 0
+        assert "rollout 1: generation failed" in log.read_text()
+        assert "no second rollout" in log.read_text()
+        assert_all_gone(everyone)
+    finally:
+        if process.poll() is None:
+            process.kill()
 
 
 # --- the sync passes between the requests in flight --------------------------------------------------------------

@@ -12,8 +12,10 @@ import pytest
 from slime.cluster.dump import write_dump
 from slime.cluster.rollout_manager import RolloutManager
 from slime.config.args import Args
+from slime.core.batch import TrainBatch
 from slime.core.sample import Sample
 from tests.cluster.runs import Task
+from tests.cluster.timeline_hooks_for_tests import GO_ON
 
 HOOKS = "tests.cluster.hooks_for_tests"
 
@@ -83,6 +85,74 @@ def test_a_data_source_of_ones_own_is_asked_and_restored(task: Task, tmp_path: P
     assert batch.columns["group_indices"].tolist() == [3, 4, 5]
     for made in (first, second):
         asyncio.run(made.close())
+
+
+TIMELINE = "tests.cluster.timeline_hooks_for_tests"
+AHEAD: dict[str, Any] = {
+    "data_source_path": f"{HOOKS}.Numbers",
+    "rollout_function_path": f"{TIMELINE}.draw_and_wait",
+    "custom_convert_samples_to_train_data_path": f"{TIMELINE}.spoil",
+    "label_key": "label",
+    "rollout_batch_size": 3,
+    "rollouts_ahead": 1,
+}
+
+
+def groups_of(generated: tuple[TrainBatch, dict[str, float]]) -> list[int]:
+    return generated[0].columns["group_indices"].tolist()
+
+
+def restored(task: Task, directory: Path, state: dict[str, Any]) -> RolloutManager:
+    made = manager(task, directory, **AHEAD)
+    made.load_state_dict(json.loads(json.dumps(state)))
+    return made
+
+
+def test_a_rollout_that_waits_to_be_trained_on_is_in_the_state(task: Task, tmp_path: Path) -> None:
+    GO_ON.set()
+    first = manager(task, tmp_path, **AHEAD)
+    assert groups_of(asyncio.run(first.generate(0))) == [0, 1, 2]
+    batch, metrics = asyncio.run(first.generate(1))
+    state = first.state_dict(1)
+    assert first.state_dict(2)["made"] is None, "the loop has trained on it"
+    assert state["data_source"]["in_flight"] == []
+    second = restored(task, tmp_path, state)
+    again, same = asyncio.run(second.generate(1))
+    assert {name: column.tolist() for name, column in again.columns.items()} == {
+        name: column.tolist() for name, column in batch.columns.items()
+    }
+    assert [sample["reward"] for group in state["made"]["groups"] for sample in group] == [0.0] * 3, "not yet spoilt"
+    assert same["rollout/reward"] == metrics["rollout/reward"] == 0.5
+    assert "time/generation" not in same, "nothing was generated now"
+    assert groups_of(asyncio.run(second.generate(2))) == [6, 7, 8]
+    for made in (first, second):
+        asyncio.run(made.close())
+
+
+def test_a_rollout_in_flight_is_in_the_state(task: Task, tmp_path: Path) -> None:
+    first = manager(task, tmp_path, **AHEAD)
+
+    async def saved_meanwhile() -> tuple[dict[str, Any], dict[str, Any]]:
+        GO_ON.set()
+        await first.generate(0)
+        GO_ON.clear()
+        generating = asyncio.ensure_future(first.generate(1))
+        await asyncio.sleep(0.05)
+        state = first.state_dict(1)
+        GO_ON.set()
+        await generating
+        return state, first.state_dict(1)
+
+    meanwhile, after = asyncio.run(saved_meanwhile())
+    assert [group[0]["group_index"] for group in meanwhile["data_source"]["in_flight"]] == [3, 4, 5]
+    assert meanwhile["made"] is None
+    assert after["data_source"]["in_flight"] == []
+    assert after["made"]["rollout_id"] == 1
+    for state in (meanwhile, after):
+        second = restored(task, tmp_path, state)
+        assert [groups_of(asyncio.run(second.generate(r))) for r in (1, 2)] == [[3, 4, 5], [6, 7, 8]]
+        asyncio.run(second.close())
+    asyncio.run(first.close())
 
 
 def test_prompts_that_are_left_out_are_said_at_the_start(task: Task, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Hooks that write down when a run generates and when it trains, on the machine's one monotonic clock."""
+"""Hooks that say, or decide, when something happens: on the machine's one monotonic clock, or one after the other."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from slime.config.args import Args
-from slime.core.batch import Array, TrainBatch
+from slime.core.batch import Array, TrainBatch, from_samples
 from slime.core.sample import Sample
 from slime.engine.protocol import SamplingParams
-from slime.rollout.context import RolloutContext
+from slime.rollout.context import DataSource, RolloutContext, RolloutResult
 from slime.rollout.generate import generate_sample
+from slime.rollout.sft_rollout import fill_responses
 
 TRAINING_S = 1.0
 """Training takes this much longer than it has to."""
@@ -52,9 +54,40 @@ async def generate(args: Args, sample: Sample, params: SamplingParams, context: 
     return sample
 
 
+async def fail_second(args: Args, sample: Sample, params: SamplingParams, context: RolloutContext) -> Sample:
+    """The second rollout cannot be generated."""
+    if sample.group_index >= args.rollout_batch_size:
+        raise ValueError("no second rollout")
+    return await generate_sample(args, sample, params, context)
+
+
+def without_end(args: Args, batch: TrainBatch) -> Array:
+    """Training that nobody would wait for."""
+    time.sleep(600)
+    return advantages(args, batch)
+
+
 def advantages(args: Args, batch: TrainBatch) -> Array:
     """The rewards themselves, slowly. Written under the batch's first group, which says which rollout it is."""
     start = time.monotonic()
     time.sleep(TRAINING_S)
     _write(args, "training", int(batch.columns["group_indices"][0]) // args.rollout_batch_size, start)
     return np.repeat(batch.columns["rewards"], batch.response_lengths_N).astype(np.float32)
+
+
+GO_ON = asyncio.Event()
+
+
+async def draw_and_wait(args: Args, rollout_id: int, data_source: DataSource, context: RolloutContext) -> RolloutResult:
+    """A rollout that has drawn its groups, and is not whole before somebody sets GO_ON."""
+    groups = data_source.get_groups(args.rollout_batch_size, rollout_id=rollout_id)
+    await GO_ON.wait()
+    fill_responses(args, [sample for group in groups for sample in group], context)
+    return RolloutResult(groups, {"rollout/reward": 0.5, "time/generation": 1.0})
+
+
+def spoil(args: Args, samples: list[Sample]) -> TrainBatch:
+    """Training data that is made by changing the samples."""
+    for sample in samples:
+        sample.reward = 7.0
+    return from_samples(samples)
