@@ -1,7 +1,7 @@
 """Where two runs differ: their weights, the samples that they consumed, and what they said of themselves.
 
 Path: `sweep` compares each killed and resumed run with the unbroken one. Invariant: nothing is compared within a
-tolerance, and what is left out is named here: wall times, rates made of them, and memory.
+tolerance, and what is left out is named here: wall times, rates made of them, memory, and the count of faults.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def differences(reference: Path, other: Path) -> list[str]:
 
 
 def is_measured(key: str) -> bool:
-    """Whether a metric depends on the clock or on memory."""
+    """Whether a metric depends on the clock or on memory, or counts the faults themselves."""
     parts = key.split("/")
-    return parts[0] in ("time", "memory", "sync") or parts[-1] == "time" or parts[-1].endswith("_per_second")
+    return parts[0] in ("time", "memory", "sync", "fault") or parts[-1] == "time" or parts[-1].endswith("_per_second")
 
 
 def _metrics(reference: Path, other: Path) -> Iterator[str]:
