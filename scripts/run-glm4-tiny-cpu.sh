@@ -79,7 +79,7 @@ SGLANG_ARGS=(
 )
 
 cd "${SCRIPT_DIR}/.."
-exec python3 train.py \
+exec python3 "${PROGRAM:-train.py}" \
    --actor-num-nodes 1 \
    --actor-num-gpus-per-node 2 \
    --rollout-num-gpus 2 \

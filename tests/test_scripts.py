@@ -21,12 +21,12 @@ H200 = 140 * 2**30
 
 
 def words_of(script: str, *more: str, cwd: Path, **variables: str) -> tuple[Path, list[str]]:
-    """The directory and the words with which a script would start train.py."""
+    """The directory and the words with which a script would start its program."""
     environment = {"PATH": os.environ["PATH"], **variables}
     command = ["bash", "-euc", WORDS_OF.replace("$0", str(ROOT / "scripts" / script)), "bash", *more]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
     directory, program, *words = done.stdout.split("\0")[:-1]
-    assert program == "train.py"
+    assert program == ("train_async.py" if "async" in script else "train.py")
     return Path(directory), words
 
 
