@@ -156,7 +156,7 @@ class RolloutManager:
 
     async def set_policy_version(self, version: int, engines: Sequence[EngineUp] = ()) -> None:
         """These engines hold `version` now, and generate with it; the router still leads to the run's alone."""
-        if self._fleet is not None:
+        if self._fleet is not None and not self._args.rollout_external_engines:  # those stand where they always stood
             await self._fleet.admit(engines)
         if self._client is not None and self._router is None:
             await self._client.check_router(in_motion=() if self._fleet is None else self._fleet.in_motion())
