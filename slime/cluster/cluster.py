@@ -118,6 +118,7 @@ class Cluster:
             self._console.say(f"nothing left to train: {self._first} of {self._last} rollouts are done")
         self._mending = Mending(processes, self._memory, self._console.say)
         self._memory.connect()
+        processes.started()
 
     def rollouts(self) -> Iterator[int]:
         """The ids of the rollouts still to do; each iteration is one step of the clock."""

@@ -263,7 +263,7 @@ class Fleet:
             await asyncio.sleep(POLL_S)
             if not await is_alive():
                 return "has died"
-            if await self._client.is_healthy(url()):
+            if await self._client.is_healthy(url(), timeout=min(10.0, limit)):
                 answered = time.monotonic()
             elif time.monotonic() - answered >= limit:
                 return f"has answered no health check for {limit:g} s (--engine-health-timeout)"

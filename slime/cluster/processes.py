@@ -60,7 +60,8 @@ class Processes:
         self._router_url = ""
         self._urls: list[str] = []
         self._ranks: list[int] = []
-        self._waiter = Waiter(limit=args.phase_timeout, where=str(self._log_dir))
+        starts = max((args.phase_timeout, "--phase-timeout"), (args.engine_start_timeout, "--engine-start-timeout"))
+        self._waiter = Waiter(where=str(self._log_dir), limit=starts[0], because=starts[1])
 
     def start(self) -> None:
         """Ray and all actors; returns while they are still importing."""
@@ -210,6 +211,10 @@ class Processes:
             RunError: naming the phase, and the process that failed, died or did not answer.
         """
         return self._waiter.get(phase, refs, meanwhile=meanwhile, every=every)
+
+    def started(self) -> None:
+        """From now on phases are those of the loop; to start, and to load, may take as long as an engine's start."""
+        self._waiter.set_limit(self._args.phase_timeout, because="--phase-timeout")
 
     def watch(self, phase: str, ref: Any) -> None:
         """`ref` is made behind the loop: from now on its failure ends whatever the loop waits for."""

@@ -1,7 +1,7 @@
 """The driver's one way to wait: for results of actors, each known by name, and never for ever.
 
 Path: `Processes.get` is this. Invariant: a wait ends with all results or with an error that names the phase and who is
-to blame: one that said no (RunError), one that died, or one that has not answered within --phase-timeout (Fault).
+to blame: one that said no (RunError), one that died, or one that has not answered in time (Fault).
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ LAST_WORDS_S = 5.0
 
 
 class Waiter:
-    """`limit`: seconds of a wait in which nothing moves; then it is an error. `where`: the logs, for messages."""
+    """`limit`: seconds of a wait in which nothing moves; then it is an error, which names it `because`. `where`: the
+    logs, for messages."""
 
-    def __init__(self, *, limit: float, where: str) -> None:
-        self._limit = limit
+    def __init__(self, *, where: str, limit: float, because: str) -> None:
         self._where = where
+        self._limit, self._because = limit, because
         self._names: dict[Any, str] = {}
         self._behind: dict[Any, str] = {}
+
+    def set_limit(self, limit: float, *, because: str) -> None:
+        self._limit, self._because = limit, because
 
     def name(self, actor: Any, name: str) -> None:
         """What to call this actor in an error."""
@@ -77,7 +81,7 @@ class Waiter:
     def _silent(self, phase: str, waiting: Sequence[Any]) -> str:
         names = ", ".join(dict.fromkeys(self._who(ref) for ref in waiting))
         return (
-            f"{phase}: no answer for {self._limit:g} s (--phase-timeout) from {names}; what it was doing may stand in "
+            f"{phase}: no answer for {self._limit:g} s ({self._because}) from {names}; what it was doing may stand in "
             f"the logs: {self._where}"
         )
 

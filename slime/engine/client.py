@@ -205,9 +205,9 @@ class EngineClient:
         urls = await self.workers()
         return dict(zip(urls, await asyncio.gather(*map(self.is_healthy, urls)), strict=True))
 
-    async def is_healthy(self, url: str) -> bool:
+    async def is_healthy(self, url: str, *, timeout: float = 10.0) -> bool:
         """Whether the engine or router at `url` is well; asked once."""
-        return await self._connection.is_healthy(url)
+        return await self._connection.is_healthy(url, timeout)
 
     async def describe(self) -> list[EngineInfo]:
         """What every engine says of itself.

@@ -99,10 +99,11 @@ class Connection:
                 break
         raise problem
 
-    async def is_healthy(self, url: str) -> bool:
+    async def is_healthy(self, url: str, timeout: float) -> bool:
         """Whether the engine or router at `url` is well; asked once."""
+        limit = aiohttp.ClientTimeout(total=timeout)
         try:
-            async with self._session().get(url + Endpoint.HEALTH, timeout=aiohttp.ClientTimeout(total=10)) as answer:
+            async with self._session().get(url + Endpoint.HEALTH, timeout=limit) as answer:
                 return answer.status == 200
         except (TimeoutError, aiohttp.ClientError, OSError):
             return False
