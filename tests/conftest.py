@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported, here and in the processes of the pool: many ranks share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from worker_pool import WorkerPool
+
+settings.register_profile("many", max_examples=1000)
+"""pytest --hypothesis-profile=many: ten times as many examples where a test does not say how many."""
 
 
 @pytest.fixture(scope="session")

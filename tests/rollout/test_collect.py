@@ -177,6 +177,62 @@ def test_the_rest_is_aborted_and_given_back(
     _account(buffer, results)
 
 
+def test_partial_rollout_as_the_page_has_it(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Over-sampling twice the batch, the page's filter and its buffer filter: what was aborted goes on."""
+    args = _args(
+        data_file(_rows(40)),
+        over_sampling_batch_size=8,
+        dynamic_sampling_filter_path=NONZERO_STD,
+        partial_rollout=True,
+        buffer_filter_path="slime.rollout.filter_hub.buffer_filters.pop_first",
+        rollout_max_response_len=400,
+        sglang_server_concurrency=8,
+    )
+    buffer = DataBuffer(args, tokenizer)
+
+    async def work(context: RolloutContext) -> tuple[list[RolloutResult], list[dict[str, Any]]]:
+        results, states = [], []
+        for rollout in range(4):
+            context.policy_version = rollout
+            results.append(await generate_rollout(args, rollout, buffer, context))
+            states.append(buffer.state_dict())
+        return results, states
+
+    results, states = run_with_engines(args, work)
+    begun = {
+        sample["index"]: sample
+        for state in states[:-1]
+        for group in state["buffer"]
+        for sample in group
+        if sample["response_length"]
+    }
+    kept = [sample for result in results for group in result.groups for sample in group]
+    gone_on = [sample for sample in kept if sample.index in begun]
+    assert gone_on, "some of what was aborted is trained on"
+    for sample in kept:
+        sample.check()
+        assert sample.is_finished
+        assert sample.reward is not None
+        assert sample.response_length <= 400
+    for sample in gone_on:
+        before = begun[sample.index]
+        length = len(before["tokens"])
+        assert sample.tokens[:length] == before["tokens"]
+        assert (sample.rollout_log_probs or [])[: before["response_length"]] == before["rollout_log_probs"]
+        assert sample.metadata["start_rollout_id"] == before["metadata"]["start_rollout_id"]
+    waiting = [group[0]["group_index"] for group in states[-1]["buffer"]]
+    used = [group[0].group_index for result in results for group in result.groups]
+    dropped = sum(v for r in results for k, v in r.metrics.items() if k.startswith("rollout/groups_dropped/"))
+    assert len(set(used + waiting)) == len(used + waiting) == states[-1]["next_group_index"] - dropped
+    # Nothing was made twice: all tokens that were made are in what was kept, dropped or is waiting.
+    made = sum(result.metrics["rollout/tokens"] for result in results)
+    there = sum(s.response_length for s in kept) + sum(s["response_length"] for g in states[-1]["buffer"] for s in g)
+    assert there <= made
+    assert dropped or there == made
+
+
 def test_nothing_kept_ends_the_run(run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     args = _args(data_file(_rows(5)), dynamic_sampling_filter_path="rewards_for_tests.drop_all", max_empty_waves=3)
 
