@@ -91,6 +91,8 @@ def test_one_error(bare: Run, words: str, message: str) -> None:
             "--sglang-router-ip 10.0.0.9: stands elsewhere",
         ),
         ("--bf16 --colocate --rollout-engine sglang --dry-run --update-weight-pause retract", "nothing is in flight"),
+        (f"{OWN} --update-weight-pause retract", "with train.py nothing is in flight while weights change"),
+        (f"{SGLANG} --update-weight-pause in_place --sglang-disable-radix-cache", "nothing is in flight"),
         (f"{OWN} --update-weight-disk-dir x --no-check-weight-sync", "no weights stand in files"),
     ],
 )
@@ -108,10 +110,7 @@ def test_one_warning(bare: Run, words: str, message: str) -> None:
         f"{NEAR} --update-weight-transport disk",
         f"{OWN} --update-weight-transport disk --update-weight-disk-dir DIR",
         f"{OWN} --sglang-router-ip 10.0.0.9 --sglang-router-port 9 --sglang-api-key a",
-        f"{OWN} --update-weight-pause retract",
-        f"{SGLANG} --update-weight-pause abort",
         f"{SGLANG} --no-bf16 --sglang-dtype bfloat16",
-        f"{SGLANG} --update-weight-pause in_place --sglang-disable-radix-cache",
     ],
 )
 def test_passes(bare: Run, words: str) -> None:

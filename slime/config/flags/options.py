@@ -90,9 +90,9 @@ class ClusterOptions:
         "drain",
         "Requests in flight when weights change. drain: they are answered first. abort: they are answered at once, "
         "with what they have. in_place: they wait, and go on over the KV cache of the old weights. retract: they wait, "
-        "and are prefilled again by the new ones. An answer that has waited names the later policy version. train.py has "
-        "nothing in flight; train_async.py takes drain, which waits until the rollout in flight is whole, or abort, "
-        "after which the same responses go on with the new weights.",
+        "and are prefilled again by the new ones. An answer that has waited names the later policy version. train.py "
+        "has nothing in flight; train_async.py takes drain, which waits until the rollout in flight is whole, or "
+        "abort, after which the same responses go on with the new weights.",
     )
     check_weight_sync: bool = flag(
         True,

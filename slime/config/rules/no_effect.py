@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 from slime.config.args import Args
-from slime.config.flags.options import EvalOptions
+from slime.config.flags.options import EvalOptions, HookOptions
 from slime.config.reward_types import may_ask_remote
 from slime.config.rules.case import Case
 from slime.config.rules.engines import needs_weight_directory
@@ -48,6 +48,12 @@ EMBEDDED_SETTINGS = frozenset(
     ]
 )
 """SGLang's settings that the embedded engine has, too."""
+
+
+def _collects(args: Args) -> bool:
+    """Rollouts by slime's own function, which leaves no request behind."""
+    return args.rollout_function_path == HookOptions.rollout_function_path
+
 
 TABLE: tuple[NoEffect, ...] = (
     NoEffect(
@@ -165,8 +171,9 @@ TABLE: tuple[NoEffect, ...] = (
     ),
     NoEffect(
         ("update_weight_pause",),
-        lambda a: a.colocate and a.num_engines > 0 and not a.debug_rollout_only,
-        "with --colocate nothing is in flight while weights change",
+        lambda a: not a.rollouts_ahead and a.num_engines > 0 and not a.debug_rollout_only and _collects(a),
+        "with train.py nothing is in flight while weights change",
+        "leave it out, or start train_async.py",
     ),
     NoEffect(
         ("update_weight_disk_dir",),
