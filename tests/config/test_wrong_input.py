@@ -389,6 +389,51 @@ def test_right_with_a_rollout_in_flight(run: Run, words: str) -> None:
     assert ahead.errors(*words.replace("TRAIN", str(run.data)).split(), "--dry-run") == []
 
 
+# --- responses in parts -----------------------------------------------------------------------------------------
+
+PARTIAL = "--partial-rollout --over-sampling-batch-size 8"
+
+
+def test_unfinished_by_the_clock(run: Run) -> None:
+    [error] = run.errors(*f"{PARTIAL} --deterministic --dry-run".split())
+    assert error.startswith("--partial-rollout: beside --deterministic")
+    assert "add --partial-rollout-max-tokens" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--partial-rollout-max-tokens 16", "--partial-rollout-max-tokens 16: no effect: it belongs to"),
+        ("--mask-offpolicy-in-partial-rollout", "--mask-offpolicy-in-partial-rollout: no effect: it belongs to"),
+        ("--partial-rollout", "--partial-rollout: no effect: nothing is sampled beyond"),
+        (f"{PARTIAL} --partial-rollout-max-tokens 999999", "--partial-rollout-max-tokens 999999: no effect: --rollout"),
+        (
+            f"{PARTIAL} --rollout-function-path examples.hooks.rollouts.count_right",
+            "--partial-rollout: no effect: --rollout-function-path",
+        ),
+        ("--max-staleness 2", "--max-staleness 2: no effect: every token is of the weights"),
+    ],
+)
+def test_in_vain_beside_partial_rollout(run: Run, words: str, says: str) -> None:
+    assert [warning for warning in run.warnings(*words.split(), "--dry-run") if warning.startswith(says)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        PARTIAL,
+        f"{PARTIAL} --max-staleness 0 --mask-offpolicy-in-partial-rollout",
+        f"{PARTIAL} --deterministic --partial-rollout-max-tokens 16",
+        "--partial-rollout --partial-rollout-max-tokens 16",
+    ],
+)
+def test_right_in_parts(run: Run, words: str) -> None:
+    """Neither refused nor warned about, in a real run."""
+    assert run.errors(*words.split()) == []
+    said = [text for text in run.warnings(*words.split()) if "partial" in text or "staleness" in text]
+    assert said == []
+
+
 # --- files of weights -------------------------------------------------------------------------------------------
 
 
