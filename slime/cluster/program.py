@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from slime.cluster.local_ray import protect_local_ray
 from slime.config.dry_run.plan import format_plan
 from slime.config.parse import UsageError, load_args
 from slime.core.errors import RunError
@@ -43,6 +44,7 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> Non
     print(format_plan(args, warnings), flush=True)
     if args.dry_run:
         return
+    protect_local_ray()
     from slime.cluster.recovery import run_with_restarts
 
     run_with_restarts(args, story)
