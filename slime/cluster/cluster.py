@@ -213,9 +213,9 @@ class Cluster:
                 "policy_version": self._policy_version,
                 "times": times,
             }
-            paths = self._processes.get(
-                f"rollout {rollout_id}: saving", [trainer.save.remote(rollout_id, state) for trainer in trainers]
-            )
+            # rank 0 writes it: with whole rollouts in it, it is too large to be sent to all for nothing
+            saving = [t.save.remote(rollout_id, state if rank == 0 else {}) for rank, t in enumerate(trainers)]
+            paths = self._processes.get(f"rollout {rollout_id}: saving", saving)
         self._console.say(f"saved {paths[0]}")
         if self._best is not None:
             self._best.saved(Path(paths[0]), step=rollout_id + 1)
