@@ -43,6 +43,15 @@ def set_threads(num_threads: int | None) -> None:
         torch.set_num_threads(num_threads)
 
 
+def use_deterministic_algorithms() -> None:
+    """Sums in the same order every time; on CUDA where there are such kernels, with a warning where there are none."""
+    if on_cuda():  # cuBLAS reads it when its first handle is made, and torch refuses to go on without it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=on_cuda())
+    # costs time, and nothing here reads such memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def local_device(rank: int) -> None:
     """Bind this process to its GPU: the only one that it sees, or number `rank` of the node's. No-op on a CPU."""
     if on_cuda():

@@ -46,9 +46,7 @@ class Trainer:
 
     def __init__(self, args: Args, *, rank: int, world_size: int, init_method: str) -> None:
         if args.deterministic:
-            torch.use_deterministic_algorithms(True)
-            # costs time, and nothing here reads such memory
-            torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+            device.use_deterministic_algorithms()
         self._args = args
         self._shape = architecture_of(args)
         self.topology = init_parallel(args, rank=rank, world_size=world_size, init_method=init_method)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from test_scheduler import Bench, make_bench, prompts, request
+from tiny_models import StartEngine
 
-from slime.engine.embedded import fixed_shapes
+from slime.config.args import Args
+from slime.engine.client import EngineClient
 from slime.engine.embedded.cache import KVCache
-from slime.engine.embedded.fixed_shapes import FixedShapes, find_sizes
+from slime.engine.embedded.fixed_shapes import SIZES, SPARE_ROWS, FixedShapes, find_sizes
+from slime.engine.external import check_model
+from slime.engine.launch import ManagedProcess
+from slime.engine.protocol import EngineInfo
 
 Answer = tuple[list[int], list[float]]
 
@@ -37,7 +44,7 @@ def wishes(count: int, seed: int) -> list[Wish]:
         Wish(
             ids=rng.choice(texts),
             seed=number,
-            length=rng.choice((1, 3, 20, 60, 110)),
+            length=rng.choice((1, 3, 20, 40, 80)),
             temperature=rng.choice((0.0, 0.7, 1.0)),
             top_p=rng.choice((1.0, 1.0, 0.9)),
             top_k=rng.choice((-1, -1, 20)),
@@ -46,18 +53,17 @@ def wishes(count: int, seed: int) -> list[Wish]:
     ]
 
 
-def bench_of(path: Path, *, deterministic: bool = True, rows: int = 96, width: int = 256, sizes: tuple[int, ...] = ()):
+def bench_of(path: Path, *, deterministic: bool = True, rows: int = 96, width: int = 256) -> Bench:
     """An engine with `rows` cache rows of `width` positions."""
     dtype = torch.bfloat16 if "bf16" in path.name else torch.float32
     bench = make_bench(path, rows=rows, tokens=rows * width, dtype=dtype)
     if deterministic:
         scheduler = bench.scheduler
-        spare = fixed_shapes.SPARE_ROWS
+        model = scheduler.model
         scheduler.cache = KVCache(
-            scheduler.model.architecture, dtype=dtype, rows=rows, tokens=rows * width, spare_rows=spare
+            model.architecture, dtype=dtype, rows=rows, tokens=rows * width, spare_rows=SPARE_ROWS
         )
-        sizes = sizes or find_sizes(scheduler.model)
-        scheduler.fixed_shapes = FixedShapes(scheduler.model, scheduler.cache, sizes)
+        scheduler.fixed_shapes = FixedShapes(model, scheduler.cache, find_sizes(model))
     return bench
 
 
@@ -89,19 +95,70 @@ def in_company(bench: Bench, asked: list[Wish], rng: random.Random) -> dict[str,
     return answers(bench)
 
 
-@pytest.mark.parametrize("family", ["glm4", "qwen3", "llama3", "glm4-bf16"])
+@pytest.mark.parametrize("family", ["glm4", "qwen3", "glm4-bf16"])
 def test_company_order_row_and_width_change_nothing(family: str, model_dirs: dict[str, Path]) -> None:
-    asked = wishes(40, seed=1)
+    asked = wishes(24, seed=1)
     expected = alone(bench_of(model_dirs[family]), asked)
-    for seed, (rows, width) in enumerate([(96, 256), (7, 256), (30, 512)]):
+    for seed, (rows, width) in enumerate([(96, 192), (5, 320)]):
         bench = bench_of(model_dirs[family], rows=rows, width=width)
         assert in_company(bench, asked, random.Random(seed)) == expected
-    assert len({tuple(tokens) for tokens, _ in expected.values()}) > 30
+    assert len({tuple(tokens) for tokens, _ in expected.values()}) > 18
 
 
 def test_control_the_default_path_feels_its_company(model_dirs: dict[str, Path]) -> None:
-    asked = wishes(40, seed=1)
+    """In the last bits of log-probs, which is why a token may differ once in a long while."""
+    asked = wishes(24, seed=1)
     expected = alone(bench_of(model_dirs["glm4"], deterministic=False), asked)
     found = in_company(bench_of(model_dirs["glm4"], deterministic=False), asked, random.Random(0))
     assert found != expected
-    assert {rid: tokens for rid, (tokens, _) in found.items()} == {rid: tokens for rid, (tokens, _) in expected.items()}
+
+
+def test_log_probs_are_the_default_paths_within_rounding(model_dirs: dict[str, Path]) -> None:
+    asked = wishes(12, seed=2)
+    ours, theirs = (
+        in_company(bench_of(model_dirs["llama3"], deterministic=on), asked, random.Random(0)) for on in (True, False)
+    )
+    for rid, (tokens, log_probs) in ours.items():
+        assert tokens == theirs[rid][0]
+        assert log_probs == pytest.approx(theirs[rid][1], abs=1e-5)
+
+
+@dataclass(frozen=True)
+class FeelsItsRow:
+    """Logits of chunks of the given sizes are a little off in their last row."""
+
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    sizes: tuple[int, ...]
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        found = self.logits(hidden)
+        if len(hidden) in self.sizes:
+            found[-1, 3] = torch.nextafter(found[-1, 3], torch.tensor(float("inf")))
+        return found
+
+
+def test_a_size_at_which_rows_differ_is_not_used(model_dirs: dict[str, Path]) -> None:
+    model = make_bench(model_dirs["glm4"]).scheduler.model
+    sizes, logits = find_sizes(model), model.logits
+    assert sizes[0] > 1, "on this machine chunks are not what they should be, and generation is slow"
+    model.logits = FeelsItsRow(logits, sizes[:1])
+    assert find_sizes(model) == sizes[1:]
+    model.logits = FeelsItsRow(logits, SIZES)
+    assert find_sizes(model) == (1,)
+
+
+def test_engines_say_whether_they_are_deterministic(
+    model_dirs: dict[str, Path], glm4_engine: ManagedProcess, start_engine: StartEngine
+) -> None:
+    args = Args(deterministic=True, rollout_external_engines=("http://e:1",))
+    deterministic = start_engine(model_dirs["glm4"], "--enable-deterministic-inference")
+
+    async def describe() -> list[EngineInfo]:
+        async with EngineClient("", engines=[glm4_engine.url, deterministic.url]) as client:
+            return await client.describe()
+
+    default, right = asyncio.run(describe())
+    check_model(args, "http://e:1", right)
+    with pytest.raises(ValueError, match="start it with --enable-deterministic-inference"):
+        check_model(args, "http://e:1", default)
+    check_model(Args(), "http://e:1", default)

@@ -20,10 +20,6 @@ def deterministic(case: Case) -> Iterable[Problem]:
     args = case.args
     if not args.deterministic:
         return
-    sends = args.num_engines and not args.colocate and not args.debug_rollout_only
-    if sends and args.update_weight_pause != "drain" and not args.rollouts_ahead:
-        rule = "beside --deterministic: what a request in flight is made of would depend on the moment"
-        yield case.error("update_weight_pause", rule, "take drain", beside=["deterministic"])
     if case.generates and args.custom_rm_path is None and args.rm_url is not None and may_ask_remote(args):
         rule = f"no promise for the judge behind --rm-url {args.rm_url}: its answers and its failures are not slime's"
         yield case.warning("deterministic", rule, "take a reward that is computed here", beside=["rm_url"])
