@@ -122,13 +122,17 @@ class Engines:
             stack.callback(self.engines[-1].stop)
         for process in (self.router, *self.engines):
             process.wait_ready(120)
-        for engine in self.engines:
-            register_worker(self.router.url, engine.url)
+        for url in self.urls:
+            register_worker(self.router.url, url)
         self.loop = stack.enter_context(closing(asyncio.new_event_loop()))
         self.client = CountingClient(self.router.url)
         stack.callback(lambda: self.loop.run_until_complete(self.client.close()))
         self.tokenizer = load_tokenizer(args)
         self._version = 0
+
+    @property
+    def urls(self) -> list[str]:
+        return [engine.url for engine in self.engines]
 
     async def take_weights(self) -> int:
         """A sync as between two rollouts; the new policy version."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 GOAL_HIDDEN = 0.8
 SECONDS_A_SAMPLE = 0.02
 """Of training."""
+RUN_TIMEOUT = 600.0
+"""Seconds within which one run has to end."""
 PROGRAMS = ("train.py", "train_async.py")
 PHASES = ("rollout", "training", "weight_sync")
 """`rollout`: from its first request to its last reward, whether anybody waits for it or not."""
@@ -50,24 +52,32 @@ class Run:
     off_policy: float
 
 
+def loop_flags(engines: Engines, directory: Path, *, rollouts: int) -> list[str]:
+    """What both programs are given."""
+    shape = engines.shape
+    return [
+        *("--hf-checkpoint", str(engines.model), "--ref-load", str(engines.model)),
+        *("--rollout-external-engines", *engines.urls),
+        *("--prompt-data", str(engines.prompts), "--rollout-shuffle", "--rm-type", "random"),
+        *("--rollout-batch-size", str(shape.prompts), "--n-samples-per-prompt", str(shape.samples)),
+        *("--rollout-max-response-len", str(engines.timing.cap), "--num-rollout", str(rollouts)),
+        *("--custom-advantage-function-path", f"{__name__}.timed_advantages"),
+        *("--actor-num-gpus-per-node", "1", "--cpu-threads-per-process", "1", "--lr", "1e-9"),
+        *("--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--log-dir", str(directory)),
+    ]
+
+
 def run_loop(program: str, engines: Engines, directory: Path, *, rollouts: int, skip: int) -> Run:
     """One run of that many rollouts; the first `skip` steps and the last one do not count."""
-    shape = engines.shape
-    command = [sys.executable, str(ROOT / program), "--hf-checkpoint", str(engines.model)]
-    command += ["--ref-load", str(engines.model)]
-    command += ["--rollout-external-engines", *(engine.url for engine in engines.engines)]
-    command += ["--prompt-data", str(engines.prompts), "--rollout-shuffle", "--rm-type", "random"]
-    command += ["--rollout-batch-size", str(shape.prompts), "--n-samples-per-prompt", str(shape.samples)]
-    command += ["--rollout-max-response-len", str(engines.timing.cap), "--num-rollout", str(rollouts)]
-    command += ["--custom-advantage-function-path", f"{__name__}.timed_advantages"]
-    command += ["--actor-num-gpus-per-node", "1", "--cpu-threads-per-process", "1", "--lr", "1e-9"]
-    command += ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--log-dir", str(directory)]
+    command = [sys.executable, str(ROOT / program), *loop_flags(engines, directory, rollouts=rollouts)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     directory.mkdir(parents=True)
     log = directory / "output.txt"
     with log.open("wb") as file:
-        code = subprocess.call(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        code = subprocess.call(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=RUN_TIMEOUT
+        )
     if code != 0:
         raise RuntimeError(f"{program} ended with code {code}:\n{log.read_text()[-4000:]}")
     steps: dict[int, dict[str, float]] = {}
@@ -99,7 +109,14 @@ def compare_loops(
     batch = engines.shape.batch
     table = Table(
         "Whole loops",
-        ["loop", "rollouts/s", "seconds a step", *(name.replace("_", " ") for name in PHASES), "tokens off-policy"],
+        [
+            "loop",
+            "rollouts/s",
+            "seconds a step",
+            *(name.replace("_", " ") for name in PHASES),
+            "phases overlap",
+            "tokens off-policy",
+        ],
         note=(
             f"A training step takes {SECONDS_A_SAMPLE * batch:.2f} s of sleep, and what its processes need; plain "
             f"rollouts. Means over {rollouts - skip - 1} steps of each of {pairs} runs."
@@ -110,6 +127,7 @@ def compare_loops(
         steps = Spread.of(step for run in found for step in run.steps)
         row = [program, rates.show(1), steps.show(2)]
         row += [f"{statistics.fmean(run.phases[name] for run in found):.2f}" for name in PHASES]
+        row.append(f"{statistics.fmean(sum(run.phases.values()) - statistics.fmean(run.steps) for run in found):.2f}")
         table.rows.append([*row, f"{statistics.fmean(run.off_policy for run in found):.0%}"])
     hidden = Spread.of(map(hidden_share, *runs.values()))
     table.rows.append(["**of the shorter side hidden**", f"**{hidden.show(2)}**", *[""] * (len(table.columns) - 2)])

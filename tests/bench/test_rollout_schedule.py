@@ -8,14 +8,19 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from bench.common import ROOT
-from bench.rollout_schedule import PARTIAL
-from bench.timed_engine import CountingModel, Timing
+from bench.rollout_schedule import PARTIAL, Shape
+from bench.schedule_loops import Run, hidden_share, loop_flags
+from bench.timed_engine import CountingModel, Timing, make_model, make_prompts
+from slime.config.parse import load_args
 from slime.core.architecture import Architecture
+from slime.core.plugins import load_hook
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.scheduler import Request, Scheduler
 from slime.engine.protocol import SamplingParams
@@ -89,6 +94,27 @@ def test_a_response_that_goes_on_later_comes_to_the_length_that_it_would_have_ha
     for request, more in zip(unfinished, rest, strict=True):
         expected = whole[int(request.rid)].output_ids
         assert (request.output_ids + more.output_ids)[: TIMING.cap] == expected
+
+
+def test_what_a_loop_hides_is_measured_by_what_it_saves() -> None:
+    """2 s of generation beside 1 s of training: a step of 3 s may come down to 2 s."""
+
+    def run(step: float) -> Run:
+        return Run([step, step], {"rollout": 2.0, "training": 1.0, "weight_sync": 0.0}, 0.0)
+
+    assert [hidden_share(run(3.0), run(step)) for step in (2.0, 2.5, 3.0, 3.2)] == pytest.approx([1, 0.5, 0, -0.2])
+
+
+def test_the_loops_flags_are_accepted_by_both_programs(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", TIMING, layers=1, hidden=32)
+    prompts = make_prompts(tmp_path / "prompts.jsonl", 8, 4)
+    shape, urls = Shape(prompts=2, samples=2, engines=1, slots=4), ["http://127.0.0.1:1"]
+    engines: Any = SimpleNamespace(model=model, prompts=prompts, shape=shape, timing=TIMING, urls=urls)
+    flags = loop_flags(engines, tmp_path / "run", rollouts=3)
+    for ahead in (0, 1):
+        args, _ = load_args(flags, rollouts_ahead=ahead)
+        assert (args.rollout_batch_size, args.n_samples_per_prompt, args.rollout_max_response_len) == (2, 2, TIMING.cap)
+        assert load_hook("custom_advantage_function_path", str(args.custom_advantage_function_path))
 
 
 def test_the_benchmark_runs(tmp_path: Path) -> None:
