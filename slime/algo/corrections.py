@@ -4,7 +4,7 @@ Path: `losses.policy_loss` multiplies the clipped surrogate of each weighed toke
 is not weighed has weight exactly 1, whatever its log-probs are; no gradient flows through a weight.
 
 Three policies take part (decoupled PPO, Hilton et al., arXiv:2110.00641; with stale samples of a language model:
-AReaL, arXiv:2505.24298 section 5.2):
+AReaL, arXiv:2505.24298):
 - the behaviour policy sampled the token: the engine's log-prob of then, by its numerics and the weights that it held;
 - the proximal policy is what the clip range is around: the trainer's weights before this rollout's first step. With
   several steps a rollout a forward of its own takes their log-probs, with one step they are the current ones, detached;

@@ -55,7 +55,7 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[
 
     - upper clip range of its own: DAPO's clip-higher (arXiv:2503.14476 eq. 10);
     - `eps_clip_c`: dual clip, for negative advantages the loss is at most -A c (arXiv:1912.09729 eq. 5);
-    - `weighed_R`: the importance weight of tokens that another policy sampled (AReaL, arXiv:2505.24298 eq. 5);
+    - `weighed_R`: the importance weight of tokens that another policy sampled (AReaL, arXiv:2505.24298);
     - coefficients x KL to the reference, and - entropy, neither of them weighed.
     """
     log_ratio_R = inputs.log_probs_R - inputs.old_log_probs_R
