@@ -90,7 +90,7 @@ class ChaosRun(Run):
         extra = [
             *("--num-rollout", str(NUM_ROLLOUTS), "--save-interval", "10", "--eval-interval", str(NUM_ROLLOUTS)),
             *("--custom-rm-path", "tests.chaos.rewards.judge", "--rm-timeout", "3"),
-            *("--engine-health-timeout", "5", "--max-engine-restarts", str(NUM_ROLLOUTS), "--max-restarts", "0"),
+            *("--engine-health-timeout", "10", "--max-engine-restarts", str(NUM_ROLLOUTS), "--max-restarts", "0"),
         ]
         command = ["bash", "scripts/run-glm4-tiny-cpu.sh", *extra]
         super().__init__(directory, command, limit=RUN_LIMIT_S, variables=variables)

@@ -63,8 +63,10 @@ def _samples(reference: Path, other: Path) -> Iterator[str]:
 
 
 def _states(reference: Path, other: Path) -> Iterator[str]:
-    """The data side of each checkpoint: cursor, buffer, policy version."""
-    yield from _names(reference, other, "iter_*")
+    """The data side of each checkpoint: cursor, buffer, policy version. One that should be removed may still stand."""
+    for path in list(reference.glob("iter_*")):
+        if not (other / path.name).exists():
+            yield f"no {path.name}"
     for ours, theirs in _pairs(reference, other, "iter_*"):
         first, second = ({**read_state(path), "file_checksums": None, "file_sizes": None} for path in (ours, theirs))
         for state in (first, second):

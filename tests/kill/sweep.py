@@ -6,7 +6,8 @@ that was started here, and every run's processes are gone before its result coun
 
 The driver's death ends a run: it is started again by the same command, at once, as a supervisor would. A trainer's or
 the rollout manager's is survived by the run itself (--max-restarts), or, in every third of such kills, ends it with an
-error that names the phase (--max-restarts 0) and it is started again.
+error that names what failed (--max-restarts 0) and it is started again. Some of the runs that were started again are
+killed a second time, before they have gone on.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from tests.kill.life import Life, Span
 from tests.kill.one_run import Run, kill
 
 NUM_ROLLOUTS = 4
+TRIES = 3
+"""A phase of some hundredths of a second may pass unseen on a machine that is busy."""
 SAVE = "run"
 """--save, in a run's directory."""
 DRIVER, TRAINER, MANAGER = "driver", "trainer", "rollout manager"
@@ -79,6 +82,8 @@ class Kill:
     """How long that occurrence took in the unbroken run."""
     restarts: bool
     """Whether the run may go on by itself."""
+    again: float | None = None
+    """Once started again, its driver is killed again so many seconds after its start."""
 
 
 @dataclass
@@ -103,6 +108,7 @@ class Outcome:
 def draw(count: int, seed: int, spans: Sequence[Span]) -> list[Kill]:
     """So many kills; the first two are in the middle of a save and of a weight sync."""
     rng = random.Random(seed)
+    start_seconds = spans[0].end - spans[0].start
     kills: list[Kill] = []
     for number in range(count):
         phase = _ORDER[number % len(_ORDER)]
@@ -119,6 +125,7 @@ def draw(count: int, seed: int, spans: Sequence[Span]) -> list[Kill]:
                 share=rng.random(),
                 span_seconds=span.end - span.start,
                 restarts=victim != DRIVER and number % 3 != 2,
+                again=rng.uniform(0.5, 1.1) * start_seconds if victim == DRIVER and number % 4 == 3 else None,
             )
         )
     return kills
@@ -140,8 +147,10 @@ def strike(planned: Kill, run: Run) -> str | None:
         victim = _victim(planned, life)
         if victim is not None:
             span, idle = life.look(), life.idle()
+            rollout = run.log.count("\nrollout ")
             if kill(victim):
-                return f"{'after ' if idle else ''}{span.phase} {span.number}"
+                where = span.phase if span.phase == phases.START else f"{span.phase} of rollout {rollout}"
+                return f"after {where}" if idle else where
         time.sleep(phases.POLL_S)
     return None
 
@@ -173,10 +182,14 @@ def broken(run: Run, planned: Kill, reference: Path, spoil: Callable[[Path], Non
 
 
 def _break_and_mend(run: Run, planned: Kill, outcome: Outcome, spoil: Callable[[Path], None] | None) -> None:
-    run.start("--max-restarts", "2" if planned.restarts else "0")
-    hit = strike(planned, run)
-    if hit is None:
-        outcome.problem = f"the run ended before its {planned.phase} {planned.number}: {run.last_line}"
+    for _ in range(TRIES):
+        shutil.rmtree(run.directory, ignore_errors=True)
+        run.start("--max-restarts", "2" if planned.restarts else "0")
+        hit = strike(planned, run)
+        if hit is not None:
+            break
+    else:
+        outcome.problem = f"missed: the run ended before its {planned.phase} {planned.number}: {run.last_line}"
         return
     outcome.hit = hit
     outcome.went_on = "by itself"
@@ -185,14 +198,32 @@ def _break_and_mend(run: Run, planned: Kill, outcome: Outcome, spoil: Callable[[
         if planned.restarts:
             outcome.problem = f"it did not go on by itself: {run.last_line}"
             return
+        if planned.victim != DRIVER and "failed: " not in run.log:
+            outcome.problem = f"it does not say what failed: {run.last_line}"
+            return
         if spoil is not None:
             spoil(run.directory / SAVE)
         run.start("--max-restarts", "0")
+        if planned.again is not None:
+            outcome.hit += f", again {_kill_driver(run, planned.again)}"
+            run.wait()
+            run.start("--max-restarts", "0")
         if run.wait() != 0:
             outcome.problem = f"started again, it failed: {run.last_line}"
             return
     starts = re.findall(r"starting at rollout (\d+)", run.log)
     outcome.resumed_from = f"rollout {starts[-1]}" if len(starts) > 1 else "the start"
+
+
+def _kill_driver(run: Run, seconds: float) -> str:
+    """So long after its start; the phase in which that was."""
+    assert run.process is not None
+    life = Life(run.process.pid)
+    while not run.ended and life.seconds < seconds:
+        life.look()
+        time.sleep(phases.POLL_S)
+    kill(life.driver)
+    return life.spans[-1].phase
 
 
 def move_cursor(save: Path) -> None:

@@ -148,4 +148,5 @@ def test_the_sweep_reaches_every_victim_and_phase() -> None:
     lost = [kill for kill in kills if kill.victim != DRIVER]
     assert {kill.restarts for kill in lost} == {True, False}
     assert not any(kill.restarts for kill in kills if kill.victim == DRIVER), "nobody is there to start it again"
+    assert {kill.victim for kill in kills if kill.again is not None} == {DRIVER}
     assert [kill.phase for kill in kills[:2]] == [phases.SAVE, phases.SYNC]
