@@ -434,6 +434,44 @@ def test_right_in_parts(run: Run, words: str) -> None:
     assert said == []
 
 
+# --- wrong with --deterministic ---------------------------------------------------------------------------------
+
+ON_SGLANG = "--bf16 --rollout-engine sglang --dry-run"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (f"{ON_SGLANG} --sglang-attention-backend torch_native", "--sglang-attention-backend torch_native: beside"),
+        (f"{ON_SGLANG} --sglang-decode-attention-backend flashmla", "--sglang-decode-attention-backend flashmla: bes"),
+        (f"{ON_SGLANG} --sglang-speculative-algorithm EAGLE", "--sglang-speculative-algorithm EAGLE: beside"),
+    ],
+)
+def test_wrong_with_deterministic(run: Run, words: str, says: str) -> None:
+    [error] = run.errors("--deterministic", *words.split())
+    assert error.startswith(says)
+    assert run.errors(*words.split()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--rm-type remote_rm --rm-url http://10.0.0.7:80/", "--deterministic: no promise for the judge behind"),
+        (ON_SGLANG, "--deterministic: bit for bit on a CPU alone"),
+    ],
+)
+def test_what_deterministic_cannot_promise(run: Run, words: str, says: str) -> None:
+    assert any(warning.startswith(says) for warning in run.warnings("--deterministic", *words.split()))
+    assert not any(warning.startswith(says) for warning in run.warnings(*words.split()))
+
+
+def test_right_with_deterministic(run: Run) -> None:
+    """The user may ask the engine for it, too; and sums are not rounded by how many cores there are."""
+    args, warnings = run.load("--deterministic", "--sglang-enable-deterministic-inference")
+    assert (args.cpu_threads_per_process, warnings) == (1, [])
+    assert run.args("--deterministic", "--cpu-threads-per-process", "3").cpu_threads_per_process == 3
+
+
 # --- files of weights -------------------------------------------------------------------------------------------
 
 

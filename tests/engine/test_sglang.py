@@ -103,6 +103,13 @@ def test_precision_is_the_trainers_unless_it_is_said() -> None:
     assert "--dtype half " in command(some_args(bf16=False, sglang={"dtype": "half"}))[0]
 
 
+def test_its_deterministic_mode_is_asked_for() -> None:
+    flag = "--enable-deterministic-inference "
+    assert flag in command(some_args(deterministic=True))[0]
+    assert flag in command(some_args(sglang={"enable_deterministic_inference": True}))[0]
+    assert flag not in command(some_args())[0]
+
+
 def test_memory_is_given_back_only_where_it_is_shared() -> None:
     assert "--enable-memory-saver " in command(some_args(colocate=True, offload=True))[0]
     assert "--enable-memory-saver" not in command(some_args(colocate=True, offload=False))[0]
