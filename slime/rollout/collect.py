@@ -25,7 +25,6 @@ from slime.rollout.acceptance import Acceptance, post_process
 from slime.rollout.context import DataSource, RolloutContext, RolloutResult, request_slots
 from slime.rollout.group_run import GroupRun, GroupRunner, has_begun, oldest_version
 from slime.rollout.reward_failures import RewardFailures
-from slime.rollout.reward_failures import RewardFailures
 from slime.rollout.rm_hub.verdict import failure_kind
 from slime.rollout.rollout_metrics import Tally, rollout_metrics
 from slime.rollout.waves import Waves
@@ -61,7 +60,6 @@ class _Collector:
         self._context = context
         self._runner = GroupRunner(args, context, slots)
         self._acceptance = Acceptance(args)
-        self._reward_failures = RewardFailures(args, rollout_id)
         self._reward_failures = RewardFailures(args, rollout_id)
         self._waves = Waves(args, rollout_id)
         self._pending: dict[asyncio.Task[None], GroupRun] = {}
@@ -148,7 +146,6 @@ class _Collector:
             return
         self._reward_failures.count(group.samples)
         self._count_failures(group.samples)
-        self._reward_failures.count(group.samples)
         reason = self._acceptance.drop_reason(group.samples)
         if reason is None:
             self._kept.append(group)

@@ -53,7 +53,7 @@ class DataBuffer:
         """`num` groups: first what the buffer filter takes from the buffer, then new prompts.
 
         Raises:
-            ValueError: the buffer filter returned more groups than were asked for.
+            ValueError: the buffer filter returned more groups than were asked for, or left one in the buffer.
         """
         groups: list[list[Sample]] = []
         if self._buffer and num > 0:
@@ -62,6 +62,11 @@ class DataBuffer:
                 raise ValueError(
                     f"--buffer-filter-path {self._args.buffer_filter_path}: it returned {len(groups)} groups "
                     f"where num_samples was {num}; it may return fewer, never more"
+                )
+            if {id(group) for group in groups} & {id(group) for group in self._buffer}:
+                raise ValueError(
+                    f"--buffer-filter-path {self._args.buffer_filter_path}: it returned a group that still is in the "
+                    "buffer, and would be trained on twice; it has to take out what it returns"
                 )
         return [*groups, *(self._new_group() for _ in range(num - len(groups)))]
 

@@ -137,7 +137,9 @@ def _stopped_across_parts(
     length_before = len(context.decode(tail, skip_special_tokens=False))
     for count in range(1, len(response.output_ids) + 1):
         text = context.decode(tail + response.output_ids[:count], skip_special_tokens=False)
-        if any(stop in text for stop in stops):
+        # Behind the first place at which a stop text would reach over the end of the part before.
+        found = (text.find(stop, max(0, length_before - len(stop) + 1)) for stop in stops)
+        if any(0 <= start < length_before for start in found):
             tokens, log_probs = response.output_ids[:count], response.log_probs[:count]
             return replace(response, output_ids=tokens, log_probs=log_probs, finish_reason="stop")
         if len(text) - length_before >= longest:

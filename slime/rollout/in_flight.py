@@ -30,6 +30,10 @@ class _Drawn:
     as_drawn: list[Sample]
     """Copies of these, from when they were handed out."""
 
+    @property
+    def index(self) -> int:
+        return self.as_drawn[0].group_index
+
     def now(self) -> list[Sample]:
         """Finished samples with their tokens, the others as they were drawn."""
         if len(self.group) != len(self.handed_out):
@@ -86,7 +90,7 @@ class TrackedSource:
         self._source.add_groups(groups)
         for group in groups:
             index = group[0].group_index
-            place = next((i for i, drawn in enumerate(self._in_flight) if drawn.group[0].group_index == index), None)
+            place = next((i for i, drawn in enumerate(self._in_flight) if drawn.index == index), None)
             if place is not None:
                 del self._in_flight[place]
 

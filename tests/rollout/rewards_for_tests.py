@@ -175,6 +175,11 @@ def pop_last(args, rollout_id, buffer, num_samples):
     return taken
 
 
+def pop_nothing(args, rollout_id, buffer, num_samples):
+    """Returns what it leaves in the buffer."""
+    return buffer[:num_samples]
+
+
 def pop_too_many(args, rollout_id, buffer, num_samples):
     return buffer * 5
 

@@ -202,6 +202,10 @@ def test_buffer_filter_hook(data_file: Write, tokenizer: PreTrainedTokenizerFast
     greedy.add_groups(greedy.get_groups(1, rollout_id=0))
     with pytest.raises(ValueError, match=r"--buffer-filter-path.*returned 5 groups"):
         greedy.get_groups(1, rollout_id=0)
+    copying = DataBuffer(_args(path, buffer_filter_path="rewards_for_tests.pop_nothing"), tokenizer)
+    copying.add_groups(copying.get_groups(1, rollout_id=0))
+    with pytest.raises(ValueError, match=r"--buffer-filter-path.*trained on twice; it has to take out"):
+        copying.get_groups(1, rollout_id=0)
 
 
 def test_changed_data_or_order_is_noticed_on_resume(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:

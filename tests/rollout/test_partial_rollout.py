@@ -258,11 +258,11 @@ def test_a_stop_text_may_begin_in_the_part_before(tokenizer: PreTrainedTokenizer
     args = Args(rollout_max_response_len=10)
     a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
 
-    async def go_on(last: int, stop: str) -> Sample:
+    async def go_on(last: int, *stops: str) -> Sample:
         sample = Sample(tokens=[30, 31, last], prompt_length=1, response_length=2, status=Status.ABORTED)
         sample.rollout_log_probs, sample.policy_versions = [-1.0] * 2, [1] * 2
         context = RolloutContext(args, engine, tokenizer, RewardPool(args))  # pyright: ignore[reportArgumentType]
-        params = SamplingParams(max_new_tokens=10, sampling_seed=5, stop=(stop,))
+        params = SamplingParams(max_new_tokens=10, sampling_seed=5, stop=stops)
         task = asyncio.create_task(generate_sample(args, sample, params, context))
         await settle()
         engine.in_flight[0].tokens += [b, a, 40]
@@ -273,8 +273,9 @@ def test_a_stop_text_may_begin_in_the_part_before(tokenizer: PreTrainedTokenizer
     stopped = asyncio.run(go_on(a, "ab"))
     assert (stopped.tokens[-2:], stopped.status) == ([a, b], Status.COMPLETED)
     assert stopped.rollout_log_probs == [-1.0, -1.0, -2.0]
-    for last, stop in ((40, "ab"), (a, "aba!"), (a, "zb")):
-        assert asyncio.run(go_on(last, stop)).response_length == 5
+    before = tokenizer.decode([31])  # ended a part by itself: another turn begins behind it
+    for last, *stops in ((40, "ab"), (a, "aba!"), (a, "zb"), (a, before, "a long stop text")):
+        assert asyncio.run(go_on(last, *stops)).response_length == 5
 
 
 def test_the_draws_of_a_scripted_engine_end_somewhere() -> None:

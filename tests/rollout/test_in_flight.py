@@ -1,0 +1,97 @@
+"""What is in flight is saved as it was drawn, but for what is finished; `test_data_side` drives it at random."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from slime.config.args import Args
+from slime.core.sample import Sample, Status
+from slime.rollout.data_buffer import DataBuffer
+from slime.rollout.in_flight import TrackedSource
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def make(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> Callable[[], TrackedSource]:
+    path = data_file([{"prompt": f"q{number}", "metadata": {"seen": []}} for number in range(6)])
+    args = Args(prompt_data=path, n_samples_per_prompt=2)
+    return lambda: TrackedSource(DataBuffer(args, tokenizer))
+
+
+def _saved(source: TrackedSource) -> dict[str, Any]:
+    return json.loads(json.dumps(source.state_dict()))
+
+
+def _indices(groups: list[list[Sample]]) -> list[int]:
+    return [group[0].group_index for group in groups]
+
+
+def _finished(sample: Sample) -> Sample:
+    sample = sample.copy()
+    sample.tokens, sample.response_length = [*sample.tokens, 9], 1
+    sample.rollout_log_probs, sample.policy_versions = [-1.0], [3]
+    sample.status, sample.reward = Status.COMPLETED, 1.0
+    return sample
+
+
+def test_a_restored_run_draws_the_same_groups_again(make: Callable[[], TrackedSource]) -> None:
+    source = make()
+    first = source.get_groups(2, rollout_id=0)
+    second = source.get_groups(3, rollout_id=1)
+    source.forget(0)
+    source.add_groups([[sample.to_bare_prompt() for sample in second[1]]])
+    again = make()
+    again.load_state_dict(_saved(source))
+    assert (_indices(first), _indices(second)) == ([0, 1], [2, 3, 4])
+    assert _indices(again.get_groups(1, rollout_id=1)) == [2]
+    once_more = make()
+    once_more.load_state_dict(_saved(again))  # one of two that were restored is in flight again, the other waits
+    for restored in (again, once_more):
+        left = [4] if restored is again else [2, 4]
+        assert _indices(restored.get_groups(len(left) + 2, rollout_id=1)) == [*left, 3, 5]
+        restored.forget(1)
+        assert (restored.num_in_flight, _saved(restored)["in_flight"]) == (0, [])
+
+
+def test_what_is_finished_is_saved_and_what_is_in_the_making_is_not(make: Callable[[], TrackedSource]) -> None:
+    source = make()
+    [group] = source.get_groups(1, rollout_id=0)
+    drawn = group[1].to_dict()
+    # In the making, in place: a turn of several has ended, and its tool is at work.
+    group[1].tokens.append(9)
+    group[1].response_length, group[1].status = 1, Status.COMPLETED
+    group[1].metadata["seen"].append("a turn")
+    group[0] = _finished(group[0])
+    [[finished, unfinished]] = _saved(source)["in_flight"]
+    assert (finished["status"], finished["reward"], finished["policy_versions"]) == ("completed", 1.0, [3])
+    assert unfinished == {**drawn, "metadata": {"seen": []}}
+    group.clear()
+    [restored] = _saved(source)["in_flight"]
+    assert [sample["response_length"] for sample in restored] == [0, 0]
+
+
+def test_groups_are_told_by_their_number(make: Callable[[], TrackedSource]) -> None:
+    """What is given back may be other objects, in another order, and some that never were drawn."""
+    source = make()
+    groups = source.get_groups(3, rollout_id=0)
+    groups[1].clear()
+    stranger = [Sample(group_index=77, index=154, tokens=[9], prompt_length=1)]
+    source.add_groups([stranger, [s.copy() for s in groups[2]], [s.copy() for s in groups[0]]])
+    assert [group[0]["group_index"] for group in _saved(source)["in_flight"]] == [1]
+    assert _indices(source.get_groups(3, rollout_id=1)) == [77, 2, 0]
+
+
+def test_the_source_s_own_methods_stay_in_reach(make: Callable[[], TrackedSource]) -> None:
+    source = make()
+    source.get_groups(1, rollout_id=0)
+    assert source.num_prompts == 6
+    with pytest.raises(AttributeError):
+        source.no_such_thing  # noqa: B018
+    with pytest.raises(AttributeError):
+        source._cursor  # noqa: B018
