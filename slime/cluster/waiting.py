@@ -96,7 +96,7 @@ class Waiter:
                 raise self._lost(phase, other, error) from error  # the first one failed for the lack of it
             cause = error.cause if isinstance(error.cause, BaseException) else error
             said = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {cause}"
-            kind = Fault if isinstance(cause, Fault | RayError) or _is_broken_link(cause) else RunError
+            kind = Fault if isinstance(cause, Fault | RayError) or is_broken_link(cause) else RunError
             raise kind(f"{phase} failed: {self._who(ref)}: {said}\nlogs: {self._where}") from error
         except RayError as error:
             raise self._lost(phase, ref, error) from error
@@ -121,7 +121,7 @@ class Waiter:
         return Fault(f"{phase} failed: {self._who(ref)} died\n{reason}\nlogs: {self._where}")
 
 
-def _is_broken_link(error: BaseException) -> bool:
+def is_broken_link(error: BaseException) -> bool:
     """A collective that has lost a peer, which may be one of another node."""
     by_torch = any(kind.__name__ == "DistError" and kind.__module__.startswith("torch") for kind in type(error).__mro__)
     return by_torch or (type(error) is RuntimeError and "gloo/transport" in str(error))

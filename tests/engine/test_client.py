@@ -114,6 +114,44 @@ def test_no_answer_is_an_error_that_names_the_url() -> None:
         module.BACKOFF = before
 
 
+def test_a_generation_waits_for_a_router_that_is_on_its_way(router: ManagedProcess) -> None:
+    """... as long as the client is patient, and ends at once where it is aborted meanwhile."""
+    nobody = f"http://127.0.0.1:{find_free_port()}"
+
+    async def ask() -> None:
+        async with EngineClient(nobody, engines=[], patience=60) as client:
+            aborted = asyncio.create_task(client.generate(request([1], max_new_tokens=5)))
+            await asyncio.sleep(0.3)
+            await client.abort_all()
+            response = await asyncio.wait_for(aborted, 10)
+            assert (response.finish_reason, response.output_ids) == ("abort", [])
+            waiting = asyncio.create_task(client.generate(request([1], max_new_tokens=5)))
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+            client.set_router(router.url)
+            assert len((await asyncio.wait_for(waiting, 20)).output_ids) == 5
+            assert client.num_answered == 1
+        async with EngineClient(nobody, engines=[], patience=0.1) as client:
+            with pytest.raises(EngineError, match=f"{nobody}/generate did not answer"):
+                await client.generate(request([1], max_new_tokens=5))
+
+    asyncio.run(ask())
+
+
+def test_what_is_asked_of_an_engine_that_has_left_is_given_up(engines: list[ManagedProcess]) -> None:
+    gone = f"http://127.0.0.1:{find_free_port()}"
+
+    async def ask() -> None:
+        async with EngineClient("", engines=[engines[0].url, gone]) as client:
+            asking = asyncio.create_task(client.weight_versions())
+            await asyncio.sleep(0.5)
+            assert not asking.done(), "it may be on its way back"
+            client.set_engines([engines[0].url])
+            assert len(await asyncio.wait_for(asking, 15)) == 1
+
+    asyncio.run(ask())
+
+
 def test_a_request_that_takes_too_long_is_an_error(router: ManagedProcess) -> None:
     async def ask() -> None:
         async with EngineClient(router.url, request_timeout=0.2) as client:
