@@ -16,6 +16,8 @@ from torch import Tensor
 from slime.core.architecture import Architecture
 
 WIDTH_STEP = 64
+ALIGNMENT = 64
+"""Bytes, as torch aligns its own: a kernel may go by it."""
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -23,9 +25,10 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     Zeros and not garbage: a masked position counts with weight 0, and 0 times NaN is NaN.
     """
-    size = torch.empty((), dtype=dtype).element_size()
-    raw = np.zeros(int(np.prod(shape)) * size, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    size = int(np.prod(shape)) * torch.empty((), dtype=dtype).element_size()
+    raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
 
 
 class KVCache:

@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slime.engine.embedded.cache import WIDTH_STEP, KVCache
@@ -52,15 +53,19 @@ class FixedShapes:
 
     def sample(self, hidden_B: Tensor, batch: SamplingBatch) -> Draw:
         """As `sampler.sample` of their logits."""
-        draws: list[Draw] = []
-        for first, count, size in self._chunks(len(hidden_B)):
+        count_all = len(hidden_B)
+        draw = Draw(np.zeros(count_all, np.int64), np.zeros(count_all, np.float32), np.zeros(count_all, np.bool_))
+        for first, count, size in self._chunks(count_all):
             logits = self._model.logits(_padded(hidden_B[first : first + count], size))
             rows = np.minimum(np.arange(first, first + size), first + count - 1)
-            chunk = replace(batch, **{f.name: getattr(batch, f.name)[rows] for f in fields(batch)})
+            chunk = _rows_of(batch, rows)
+            free = replace(chunk, top_p=np.ones(size), top_k=np.full(size, -1), min_p=np.zeros(size))
+            _put(draw, rows[:count], sample(logits, free))
             # Which candidates are sorted for top-p and top-k is decided for all rows of a call together.
-            restricted = (chunk.top_p < 1) | (chunk.top_k > 0) | (chunk.min_p > 0)
-            draws.append(_first(_sample_each(logits, chunk) if restricted.any() else sample(logits, chunk), count))
-        return _joined(draws)
+            for i in np.flatnonzero((chunk.top_p < 1) | (chunk.top_k > 0) | (chunk.min_p > 0)).tolist():
+                if i < count:
+                    _put(draw, rows[i : i + 1], sample(logits[i : i + 1].clone(), _rows_of(batch, rows[i : i + 1])))
+        return draw
 
     def _chunks(self, count: int) -> Iterator[tuple[int, int, int]]:
         """(first row, rows, size that they are padded to): whole chunks, and the smallest size that takes the rest."""
@@ -77,21 +82,14 @@ def _padded(rows: Tensor, size: int) -> Tensor:
     return padded
 
 
-def _sample_each(logits_BV: Tensor, batch: SamplingBatch) -> Draw:
-    each = [{f.name: getattr(batch, f.name)[i : i + 1] for f in fields(batch)} for i in range(len(logits_BV))]
-    return _joined([sample(logits_BV[i : i + 1].clone(), SamplingBatch(**row)) for i, row in enumerate(each)])
+def _rows_of(batch: SamplingBatch, rows: NDArray[np.int64]) -> SamplingBatch:
+    return SamplingBatch(**{f.name: getattr(batch, f.name)[rows] for f in fields(batch)})
 
 
-def _first(draw: Draw, count: int) -> Draw:
-    return Draw(draw.tokens[:count], draw.log_probs[:count], draw.finite[:count])
-
-
-def _joined(draws: list[Draw]) -> Draw:
-    return Draw(
-        tokens=np.concatenate([draw.tokens for draw in draws]),
-        log_probs=np.concatenate([draw.log_probs for draw in draws]),
-        finite=np.concatenate([draw.finite for draw in draws]),
-    )
+def _put(draw: Draw, rows: NDArray[np.int64], found: Draw) -> None:
+    """`found`, as far as there are `rows`, into these rows of `draw`."""
+    for f in fields(Draw):
+        getattr(draw, f.name)[rows] = getattr(found, f.name)[: len(rows)]
 
 
 def find_sizes(model: Model) -> tuple[int, ...]:
