@@ -10,6 +10,7 @@ the run last sent; what was lost is named, with its log, and started anew at mos
 from __future__ import annotations
 
 import asyncio
+import http.client
 import logging
 import socket
 import time
@@ -148,7 +149,7 @@ class Fleet:
 
     async def admit(self, engines: Sequence[EngineUp]) -> None:
         """Put these behind the router: they hold the run's weights. One that was lost since is left out."""
-        for shown in engines:
+        for shown in engines if self._engines else ():
             engine = self._engines[shown.index]
             if engine.shown() != shown or not engine.up or engine.serving:
                 continue
@@ -307,7 +308,7 @@ class Fleet:
             try:
                 await asyncio.to_thread(action)
                 return
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, http.client.HTTPException) as error:
                 if time.monotonic() > deadline:
                     raise RunError(f"the router does not do as it is asked: {error}") from error
             await asyncio.sleep(AGAIN_S)

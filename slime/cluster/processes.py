@@ -12,10 +12,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray
 from ray.exceptions import RayError
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from slime.megatron.result import LoadResult
 
 STOP_TIMEOUT_S = 15.0
+END_TIMEOUT_S = 5.0
 PROGRESS_S = 10.0
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,8 @@ class Processes:
         self._log_dir = log_dir.absolute()
         self._placement: Placement | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
+        self._rays_own: list[psutil.Process] = []
+        """What a local Ray consists of; the actors are its children."""
         self._tmp = tempfile.TemporaryDirectory(prefix="slime-run-")
         self._weights: WeightDirectory | None = None
         self._external: FoundEngines | None = None
@@ -67,7 +72,9 @@ class Processes:
         """Ray and all actors; returns while they are still importing."""
         log_dir = str(self._log_dir)
         self._take_what_is_shared()
+        before = set(psutil.Process().children())
         self._reaper = start_ray()
+        self._rays_own = [] if self._reaper is None else [p for p in psutil.Process().children() if p not in before]
         args = choose_engine(self._args, num_gpus())
         self._placement = place = reserve(args)
         self.manager = ray.remote(RolloutManager).options(**place.manager()).remote(args, log_dir)
@@ -229,7 +236,9 @@ class Processes:
                     ray.kill(actor)
             if self._placement is not None:
                 self._placement.release()
+            actors = _children(self._rays_own)
             ray.shutdown()
+            _end(actors)
         if self._reaper is not None:
             self._reaper.communicate(timeout=STOP_TIMEOUT_S)
         if self._weights is not None:
@@ -249,3 +258,19 @@ class Processes:
                 logger.warning("stopping: %s", error)
         if late:
             logger.warning("stopping: %d processes did not answer within %.0f s", len(late), STOP_TIMEOUT_S)
+
+
+def _children(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    found: list[psutil.Process] = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found += process.children(recursive=True)
+    return found
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """See them go; one that is stopped (SIGSTOP) hears of nothing but SIGKILL."""
+    _, left = psutil.wait_procs(processes, timeout=END_TIMEOUT_S)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -2,7 +2,7 @@
 
 Path: `trainer` saves after a round and loads at start; the converters save and load weights alone. Invariant: what
 was saved and loaded again continues bit for bit, as long as the layout is the same (RNG states belong to ranks);
-and a save that fails anywhere fails on every rank, and leaves no checkpoint.
+and a save that fails leaves no part of a checkpoint.
 
 Every function here is collective: all ranks call it with the same arguments.
 """
@@ -148,28 +148,30 @@ def _save(
     header: dict[str, Any],
 ) -> Path:
     written = _on_rank_zero(lambda: checkpoint_files.begin(save_dir, name))
-    with device.layer(), _readable_errors(f"saving to {save_dir} failed", RuntimeError):
-        metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
-        core = unwrap(model)
-        weights = core.sharded_state_dict(metadata=metadata)
-        if "optimizer" in content:
-            content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=metadata)}
-        dist_checkpointing.save(
-            # 3.0: Megatron's current layout of QKV
-            {**content, "model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(core)},
-            str(written),
-            sharded_strategy=_TorchSave(),
-            content_metadata=dict(_CONTENT),
-        )
+    with checkpoint_files.nothing_left_of(written, removes=dist.get_rank() == 0):
+        with device.layer(), _readable_errors(f"saving to {save_dir} failed", RuntimeError):
+            metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
+            core = unwrap(model)
+            weights = core.sharded_state_dict(metadata=metadata)
+            if "optimizer" in content:
+                content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=metadata)}
+            # Rank 0 alone writes common.pt and metadata.json: where these fail, others wait for it until the run ends.
+            dist_checkpointing.save(
+                # 3.0: Megatron's current layout of QKV
+                {**content, "model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(core)},
+                str(written),
+                sharded_strategy=_TorchSave(),
+                content_metadata=dict(_CONTENT),
+            )
 
-    of_ranks = _on_every_rank(lambda: checkpoint_files.checksums_of_rank(written, dist.get_rank()))
-    checksums = {name: value for own in of_ranks for name, value in own.items()}
+        of_ranks = _on_every_rank(lambda: checkpoint_files.checksums_of_rank(written, dist.get_rank()))
+        checksums = {name: value for own in of_ranks for name, value in own.items()}
 
-    def commit() -> Path:
-        checkpoint_files.write_state(written, header, checksums)
-        return checkpoint_files.commit(written, tracker)
+        def commit() -> Path:
+            checkpoint_files.write_state(written, header, checksums)
+            return checkpoint_files.commit(written, tracker)
 
-    return _on_rank_zero(commit)
+        return _on_rank_zero(commit)
 
 
 def load_checkpoint(

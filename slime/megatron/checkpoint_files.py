@@ -22,6 +22,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -307,6 +308,25 @@ def begin(save_dir: Path, name: str) -> Path:
     written = save_dir / f"{TMP_PREFIX}{name}"
     written.mkdir()
     return written
+
+
+@contextmanager
+def nothing_left_of(written: Path, *, removes: bool) -> Iterator[None]:
+    """Where writing to it fails, `written` goes: on a disk that is full it would stand in the way. One rank `removes`.
+
+    Raises:
+        RuntimeError: naming the directory, and what has failed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's writer does not say why it could not write
+        why = f" ({shutil.disk_usage(written).free >> 20} MiB are free there)" if "StreamWriter" in str(error) else ""
+        if removes:
+            shutil.rmtree(written, ignore_errors=True)
+        if str(written.parent) in str(error):
+            raise
+        raise RuntimeError(f"saving to {written.parent} failed: {error}{why}") from error
 
 
 def commit(written: Path, tracker: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import resource
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -203,8 +204,41 @@ def test_a_failed_save_fails_on_every_rank(workers: WorkerPool, tmp_path: Path):
     errors = workers.run(2, outcome, make_args(tmp_path / "file" / "save", tp=2), None, {})
     assert len(set(errors)) == 1 and errors[0].startswith("RuntimeError: checkpoint: NotADirectoryError")
     errors = workers.run(2, outcome, make_args(tmp_path / "save", tp=2), None, {"cursor": object()})
-    assert len(set(errors)) == 1 and errors[0].startswith("RuntimeError: checkpoint: TypeError: Object of type object")
+    assert len(set(errors)) == 1 and "checkpoint: TypeError: Object of type object" in errors[0]
     assert find_checkpoint(tmp_path / "save") is None
+
+
+def without_room(rank: int, world_size: int, init_method: str, args: Args) -> tuple[list[str], list[str]]:
+    """One whole save; then, for each of its files, a save in which that is the first one that does not fit."""
+    with joined(args, rank, world_size, init_method) as topology:
+        run = Run(args, topology)
+        run.initialize()
+        run.step(0)
+        run.save(0)
+        files = sorted((file.stat().st_size, file.name) for file in (Path(args.save or "") / "iter_0000000").iterdir())
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        errors: list[str] = []
+        for size, _ in files:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+            try:
+                run.save(1)
+                errors.append("")
+            except RuntimeError as error:
+                errors.append(str(error))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return [name for _, name in files], errors
+
+
+def test_a_save_that_finds_no_room_leaves_those_before_it_and_nothing_else(workers: WorkerPool, tmp_path: Path):
+    [(files, errors)] = workers.run(1, without_room, make_args(tmp_path))
+    assert {"common.pt", ".metadata", "metadata.json", STATE_FILE} < set(files)
+    for file, error in zip(files, errors, strict=True):
+        assert f"saving to {tmp_path} failed" in error
+        assert ("MiB are free there" if file == "common.pt" else "File too large") in error
+    assert {path.name for path in tmp_path.iterdir()} == {"iter_0000000", TRACKER}
+    found = find_checkpoint(tmp_path)
+    assert found is not None and found.rollout_id == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,179 @@
+"""Whole runs that lose processes, and a disk: they go on, or end with one message that names what was lost."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from slime.cluster.dump import read_dump
+from slime.megatron.checkpoint_files import find_checkpoint
+from tests.cluster.runs import Task, events, family, flags, start, wait_for
+from tests.cluster.test_life_and_death import assert_all_gone
+
+LENGTH_S = 240.0
+"""Seconds for all that a test waits for in a run."""
+HUNG_S = 8
+"""Seconds after which an engine counts as hung here."""
+SILENT_S = 20
+"""Seconds after which a phase does."""
+
+
+class Run:
+    """train.py at work. Its processes are found by what they are, and signalled by id."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self._log = log
+        self.process = start(arguments, log)
+        self.everyone: dict[int, psutil.Process] = {}
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, line: str, *, count: int = 1) -> None:
+        """Until the output has `count` lines that begin with the pattern `line`."""
+
+        def there() -> bool:
+            self.look()
+            assert self.process.poll() is None, self.output[-4000:]
+            return len(re.findall(f"^{line}", self.output, re.MULTILINE)) >= count
+
+        wait_for(there, line, LENGTH_S)
+
+    def look(self) -> list[psutil.Process]:
+        if self.process.poll() is None:
+            self.everyone |= {process.pid: process for process in family(self.process.pid)}
+        return [process for process in self.everyone.values() if process.is_running()]
+
+    def behind_guard(self, log: str) -> psutil.Process:
+        """The engine or the router that writes this log."""
+        [guard] = [one for one in self.look() if _has(one, lambda words: "guard.py" in words[3] and log in words[4])]
+        [process] = guard.children()
+        return process
+
+    def actor(self, title: str, which: int = 0) -> psutil.Process:
+        """A process of Ray's, by the class of its actor."""
+        found = [one for one in self.look() if _has(one, lambda words: words[0].startswith(f"ray::{title}"))]
+        return sorted(found, key=lambda one: one.pid)[which]
+
+    def finish(self) -> int:
+        """The exit code; nothing is left."""
+
+        def ended() -> bool:
+            self.look()
+            return self.process.poll() is not None
+
+        wait_for(ended, "the end", LENGTH_S)
+        assert_all_gone(list(self.everyone.values()))
+        return self.process.wait()
+
+
+def _has(process: psutil.Process, matches: Callable[[list[str]], bool]) -> bool:
+    with suppress(psutil.Error, IndexError):
+        return matches(process.cmdline())
+    return False
+
+
+@contextmanager
+def running(arguments: list[str], log: Path) -> Iterator[Run]:
+    run = Run(arguments, log)
+    try:
+        yield run
+    finally:
+        for one in run.look():
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        run.process.wait()
+
+
+def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -> None:
+    """Both engines killed at once, then one of them hangs while the router is killed: no prompt and no weight is lost.
+
+    With both gone, generation waits for the first one to be sent the weights, and the second is sent them while that
+    generates.
+    """
+    save = tmp_path / "run"
+    extra = ["--num-rollout", "4", "--rollout-max-response-len", "200", "--engine-health-timeout", str(HUNG_S)]
+    extra += ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
+    with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
+        run.wait_for("rollout 1:")
+        for engine in (0, 1):
+            run.behind_guard(f"engine-{engine}.log").kill()
+        run.wait_for("rollout 2:")
+        run.behind_guard("engine-0.log").send_signal(signal.SIGSTOP)
+        run.behind_guard("router.log").kill()
+        assert run.finish() == 0, run.output[-4000:]
+        output = run.output
+    for engine in (0, 1):
+        assert re.search(rf"^FAULT engine {engine} \(http\S+ has died; its log is \S+engine-{engine}.log", output, re.M)
+    assert "FAULT engine 0 generates again" in output
+    assert re.search(rf"^FAULT engine 0 \(http\S+ has answered no health check for {HUNG_S} s", output, re.M)
+    assert re.search(r"^FAULT the router \(http\S+ has died; its log is \S+router.log", output, re.M)
+    assert sum(events(save, "fault/engine_restarts").values()) == 3
+    assert sum(events(save, "fault/router_restarts").values()) == 1
+    groups = [group for number in range(4) for group in read_dump(save / f"dump/{number}.jsonl")]
+    assert [group[0].group_index for group in groups] == list(range(16)), "each prompt once, in its rollout"
+    assert all(sample.policy_versions for group in groups for sample in group)
+    versions = [{v for s in group for v in s.policy_versions or []} for group in groups]
+    assert versions == [{1 + index // 4} for index in range(16)], "what is started anew has the run's weights"
+    gaps = events(save, "train/logprob_gap_max")
+    assert sorted(gaps) == [1, 2, 3, 4]
+    assert max(gaps.values()) <= 1e-4, "... and computes what the trainers compute"
+
+
+def test_a_run_is_started_again_without_a_trainer_and_without_an_answer(task: Task, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    extra = ["--num-rollout", "6", "--save-interval", "2", "--phase-timeout", str(SILENT_S)]
+    extra += ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
+    with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
+        run.wait_for("saved ")
+        run.actor("TrainWorker", 1).kill()
+        run.wait_for("starting again from .*, behind rollout 1 ")
+        run.wait_for("saved ", count=2)
+        run.actor("RolloutManager").send_signal(signal.SIGSTOP)
+        run.wait_for("starting again from .*, behind rollout 3 ")
+        assert run.finish() == 0, run.output[-4000:]
+        output = run.output
+    assert re.search(r"^FAULT .* failed: trainer \d \(its log is \S+trainer-\d.log\) died", output, re.M)
+    assert re.search(
+        rf"^FAULT .*: no answer for {SILENT_S} s \(--phase-timeout\) from the rollout manager", output, re.M
+    )
+    assert output.count("restart 1 of --max-restarts 2") == 2, "a checkpoint between two faults begins the count anew"
+    assert events(save, "fault/run_restarts") == {2: 1, 4: 2}
+    assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4, 5, 6]
+    groups = [group for number in range(6) for group in read_dump(save / f"dump/{number}.jsonl")]
+    assert [group[0].group_index for group in groups] == list(range(24))
+    assert max(events(save, "train/logprob_gap_max").values()) <= 1e-4
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(task: Task, tmp_path: Path) -> None:
+    save = tmp_path / "disk"
+    save.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(save)]
+    if subprocess.run(mounting, check=False, capture_output=True).returncode:
+        pytest.skip("no file system of a set size can be made here: that takes root's rights")
+    try:
+        extra = ["--num-rollout", "9", "--save-interval", "1", "--actor-num-gpus-per-node", "1"]
+        extra += ["--rollout-num-gpus", "1", "--log-dir", str(tmp_path / "logs")]
+        with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
+            assert run.finish() == 1
+            output = run.output
+        found = find_checkpoint(save)
+        assert found is not None
+        assert found.rollout_id is not None
+        failed = found.rollout_id + 1
+        assert f"saved {save}/iter_{found.rollout_id:07d}" in output
+        assert f"rollout {failed}: saving failed: trainer 0" in output
+        assert re.search(rf"saving to {save} failed: .*(No space left on device|0 MiB are free there)", output)
+        assert "starting again" not in output, "it would be as full again"
+        assert "Traceback" not in output
+        assert [path.name for path in save.iterdir() if path.name.startswith(".tmp")] == []
+    finally:
+        subprocess.run(["umount", str(save)], check=True)
