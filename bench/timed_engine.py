@@ -111,7 +111,9 @@ def make_model(directory: Path, timing: Timing, *, layers: int, hidden: int) -> 
     """An HF directory with a GLM-4 of this size, random weights, and a tokenizer of the chain's words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Glm4Config, Glm4ForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     words = [str(i) for i in range(timing.cap + 1)] + [f"w{i}" for i in range(PROMPT_WORDS)]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
