@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,26 @@ if TYPE_CHECKING:
     from slime.megatron.offload import TrainerMemory
     from slime.megatron.result import LoadResult
     from slime.sync.transport import Transport
+
+
+TRACKERS_OF_MEGATRON = ("wandb", "torch.utils.tensorboard")
+
+
+@contextmanager
+def without(*modules: str) -> Iterator[None]:
+    """Inside, importing one of them fails as if it were not installed, unless it has been imported before.
+
+    Megatron imports trackers for timers that nobody asks here: half of the time that its import takes, and W&B's
+    temporary directories stay behind where an actor is ended.
+    """
+    hidden = [name for name in modules if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            sys.modules.pop(name)
 
 
 @ray.remote
@@ -49,7 +71,8 @@ class TrainWorker:
     def load(self) -> tuple[LoadResult, list[str]]:
         """Build the trainer and load its checkpoint. Comes before all other calls. The second part are warnings."""
         log_to_file(self._log_dir, f"trainer-{self._rank}")
-        from slime.megatron.trainer import Trainer
+        with without(*TRACKERS_OF_MEGATRON):
+            from slime.megatron.trainer import Trainer
 
         args = self._args
         self._trainer = Trainer(args, rank=self._rank, world_size=args.actor_world_size, init_method=self._init_method)
@@ -63,10 +86,10 @@ class TrainWorker:
         return {**metrics, "time/training": time.perf_counter() - start}
 
     def save(self, rollout_id: int, state: dict[str, Any]) -> str:
-        path = self._trainer.save(rollout_id, state)
+        """The export comes first: a run killed in between goes on from the checkpoint before, and exports again."""
         if self._args.save_hf is not None:
             self._trainer.save_hf(Path(self._args.save_hf.format(rollout_id=rollout_id)))
-        return str(path)
+        return str(self._trainer.save(rollout_id, state))
 
     def sleep(self, *, keep_weights: bool) -> None:
         """Give the device's memory back, but that of the weights where they are sent next."""
