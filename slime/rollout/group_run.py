@@ -31,8 +31,8 @@ _ABORT_INTERVAL = 0.25
 """Seconds between two aborts: a request on its way through the router misses the one before."""
 _MAX_FRUITLESS = 100
 """Requests of one sample in a row that are aborted and bring no token; then its generation has failed."""
-_FRUITLESS_PAUSE = 0.05
-"""Seconds before the next of them."""
+_FRUITLESS_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
+"""Seconds before the next of them, twice as many each time: a weight update may take its time."""
 
 
 class GroupRun:
@@ -46,9 +46,9 @@ class GroupRun:
         self.samples = [sample.to_bare_prompt() if restart else sample.copy() for sample in group]
         """The samples at work."""
         started = [sample.metadata.get("start_rollout_id") for sample in self.samples]
-        start_rollout_id = next((start for start in started if start is not None), rollout_id)
+        self._start_rollout_id = next((start for start in started if start is not None), rollout_id)
         for sample in self.samples:
-            sample.metadata["start_rollout_id"] = start_rollout_id
+            sample.metadata["start_rollout_id"] = self._start_rollout_id
         self._tokens = 0
 
     @property
@@ -61,9 +61,10 @@ class GroupRun:
         return any(sample.status is Status.ABORTED for sample in self.samples)
 
     def put(self, place: int, sample: Sample, num_tokens: int) -> None:
-        """A request has ended, with so many tokens."""
+        """A request has ended, with so many tokens; a generate function may have made another Sample."""
+        sample.metadata.setdefault("start_rollout_id", self._start_rollout_id)
         self.samples[place] = sample
-        self._tokens += num_tokens
+        self._tokens += max(0, num_tokens)
 
     def publish(self, place: int) -> None:
         """The sample is finished: whoever looks at what is in flight sees it from now on."""
@@ -88,18 +89,17 @@ class GroupRun:
         """Everything generated stays, also its rewards; a group in which nothing was is bare prompts."""
         if not any(map(has_begun, self.samples)):
             return self.as_bare_prompts()
-        return [sample if has_begun(sample) else _not_begun(sample) for sample in self.samples]
+        return [sample if has_begun(sample) else self._not_begun(sample) for sample in self.samples]
+
+    def _not_begun(self, sample: Sample) -> Sample:
+        """It will start in a later rollout, under the seed of its group."""
+        bare = sample.to_bare_prompt()
+        bare.metadata["start_rollout_id"] = self._start_rollout_id
+        return bare
 
 
 def has_begun(sample: Sample) -> bool:
     return sample.response_length > 0 or sample.reward is not None
-
-
-def _not_begun(sample: Sample) -> Sample:
-    """It will start in a later rollout, under the seed of its group."""
-    bare = sample.to_bare_prompt()
-    bare.metadata["start_rollout_id"] = sample.metadata["start_rollout_id"]
-    return bare
 
 
 class GroupRunner:
@@ -166,7 +166,7 @@ class GroupRunner:
                 group.put(place, sample.to_failed(reason), 0)
                 return
             if fruitless:
-                await asyncio.sleep(_FRUITLESS_PAUSE)
+                await asyncio.sleep(min(_LONGEST_PAUSE, _FRUITLESS_PAUSE * 2 ** (fruitless - 1)))
 
     def _params_of(self, sample: Sample) -> SamplingParams:
         """The seed is of the rollout in which it began: a draw depends on seed and position, not on the parts."""

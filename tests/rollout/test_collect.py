@@ -324,8 +324,9 @@ def test_an_async_reward_that_blocks_is_cut_off_and_counted(
     _account(buffer, [result])
 
 
+@pytest.mark.parametrize("partial", [False, True])
 def test_groups_are_judged_as_a_whole(
-    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast, partial: bool
 ) -> None:
     args = _args(
         data_file(_rows(8)),
@@ -333,6 +334,7 @@ def test_groups_are_judged_as_a_whole(
         group_rm=True,
         n_samples_per_prompt=4,
         over_sampling_batch_size=6,
+        partial_rollout=partial,
         sglang_server_concurrency=4,  # two groups at a time
     )
     buffer = DataBuffer(args, tokenizer)
@@ -348,7 +350,12 @@ def test_groups_are_judged_as_a_whole(
         assert group[0].group_index != 0
     assert results[0].metrics["rollout/groups_dropped/too_few_rewards"] == 1
     assert results[0].metrics["rollout/reward_failed/error"] == 4
-    _account(buffer, results)
+    if not partial:
+        _account(buffer, results)
+        return
+    for group in buffer.state_dict()["buffer"]:
+        judged = [sample["reward"] is not None for sample in group]
+        assert all(judged) or not any(judged)
 
 
 def test_hooks_after_the_rollout(run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
