@@ -66,7 +66,7 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Of the kept `groups`; lengths in tokens, times in seconds, shares of 1."""
     samples = [sample for group in groups for sample in group]
-    versions = [version for sample in samples for version in sample.policy_versions or []]
+    versions = [version for sample in samples for version in _versions_of_sampled(sample)]
     generation = intervals.generation_seconds
     metrics: dict[str, float] = {
         **group_metrics(args, groups),
@@ -89,3 +89,10 @@ def rollout_metrics(
     for reason, count in sorted(tally.failed_rewards.items()):
         metrics[f"rollout/reward_failed/{reason}"] = count
     return metrics
+
+
+def _versions_of_sampled(sample: Sample) -> list[int]:
+    """Without tokens of loss mask 0, which no policy may have sampled: a tool's words."""
+    versions = sample.policy_versions or []
+    mask = [1] * len(versions) if sample.loss_mask is None else sample.loss_mask
+    return [version for version, kept in zip(versions, mask, strict=True) if kept] if versions else []

@@ -4,7 +4,8 @@ import pytest
 
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
-from slime.rollout.rollout_metrics import group_metrics, replay_metrics
+from slime.rollout.intervals import PhaseIntervals
+from slime.rollout.rollout_metrics import Tally, group_metrics, replay_metrics, rollout_metrics
 
 
 def _groups() -> list[list[Sample]]:
@@ -46,3 +47,14 @@ def test_where_nothing_was_judged_there_is_no_reward_to_report() -> None:
         "rollout/response_length_max",
         "rollout/truncated",
     }
+
+
+def test_staleness_is_of_sampled_tokens() -> None:
+    """A tool's words (loss mask 0) carry the version of what stands before them, and are nobody's."""
+    sample = Sample(response_length=4, reward=1.0, policy_versions=[2, 0, 0, 3], loss_mask=[1, 0, 0, 1])
+    metrics = rollout_metrics(Args(), [[sample]], Tally(), PhaseIntervals(), 3)
+    assert metrics["rollout/staleness"] == 0.5
+    assert metrics["rollout/staleness_max"] == 1
+    assert metrics["rollout/offpolicy_tokens"] == 0.5
+    sample.loss_mask = None
+    assert rollout_metrics(Args(), [[sample]], Tally(), PhaseIntervals(), 3)["rollout/staleness_max"] == 3
