@@ -75,7 +75,7 @@ def steady(local_ray: None) -> Any:
 @pytest.fixture
 def doomed(local_ray: None) -> Iterator[Any]:
     """One for this test alone."""
-    actor = Actor.options(num_cpus=0).remote()
+    actor: Any = Actor.options(num_cpus=0).remote()
     yield actor
     ray.kill(actor)
 
