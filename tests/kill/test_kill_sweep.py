@@ -35,7 +35,7 @@ def new_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
 
     def make(name: str) -> Run:
         words = [sys.executable, str(ROOT / "train.py"), *command(task, directory / name / SAVE, *SMALL)]
-        runs.append(Run(directory / name, words, limit=120.0))
+        runs.append(Run(directory / name, words, limit=240.0))
         return runs[-1]
 
     yield make
@@ -54,6 +54,7 @@ def unbroken(new_run: Callable[[str], Run]) -> tuple[Path, list[Span]]:
     return run.directory / SAVE, life.spans
 
 
+@pytest.mark.timeout(600)  # three starts of a run, beside whatever else is tested
 def test_a_run_killed_in_the_middle_of_a_save_ends_as_the_unbroken_one(
     new_run: Callable[[str], Run], unbroken: tuple[Path, list[Span]]
 ) -> None:
