@@ -321,7 +321,8 @@ def nothing_left_of(written: Path, *, removes: bool) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         # torch's writer does not say why it could not write
-        why = f" ({shutil.disk_usage(written).free >> 20} MiB are free there)" if "StreamWriter" in str(error) else ""
+        by_torch = "inline_container" in str(error) or "StreamWriter" in str(error)
+        why = f" ({shutil.disk_usage(written).free >> 20} MiB are free there)" if by_torch else ""
         if removes:
             shutil.rmtree(written, ignore_errors=True)
         if str(written.parent) in str(error):
