@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from slime.config.args import Args
+from slime.config.flags.options import HookOptions
 from slime.core.batch import Array, TrainBatch
 
 
@@ -26,13 +27,24 @@ def version_of_weights(args: Args, rollout_id: int, batch: TrainBatch, policy_ve
 
     Raises:
         ValueError: a token that was not replayed is newer than the weights that are trained: versions are confused.
+        RuntimeError: it is older where neither the flags nor a rollout function of the user's makes such tokens.
     """
     version = rollout_id + 1 if policy_version is None else policy_version
     if not batch.has("policy_versions"):
         return version
     counts_R = batch.columns["loss_mask"] > 0
     newest = int(np.max(batch.columns["policy_versions"], where=counts_R, initial=version))
-    if newest > version and policy_version is not None and args.load_debug_rollout_data is None:
+    if policy_version is None or args.load_debug_rollout_data is not None:
+        return newest
+    oldest = int(np.min(batch.columns["policy_versions"], where=counts_R, initial=version))
+    own = args.rollout_function_path != HookOptions.rollout_function_path
+    if oldest < version and not (args.partial_rollout or args.rollouts_ahead or own):
+        raise RuntimeError(
+            f"rollout {rollout_id}: a token was made by policy version {oldest}, and the trainer's weights are version "
+            f"{version}, in a synchronous run: an engine has missed a weight sync, and the run would train on what "
+            "older weights say; the engines' logs may say why"
+        )
+    if newest > version:
         raise ValueError(
             f"rollout {rollout_id}: a token was made by policy version {newest}, and the trainer's weights are version "
             f"{version}: it cannot be told which tokens are off-policy; a rollout or generate function of your own has "

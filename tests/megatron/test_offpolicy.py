@@ -110,14 +110,19 @@ def test_what_cannot_be_corrected_is_an_error() -> None:
 
 
 def test_versions_of_a_run_and_of_a_replay() -> None:
-    batch = plain_batch()
-    assert version_of_weights(Args(), 4, batch, 5) == 5
-    assert version_of_weights(Args(), 4, batch, 6) == 6, "a rollout ahead"
-    assert version_of_weights(Args(), 4, tiny.random_batch(), 6) == 6
+    batch, partial = plain_batch(), Args(partial_rollout=True)
+    assert version_of_weights(partial, 4, batch, 5) == 5
+    assert version_of_weights(Args(rollouts_ahead=1), 4, batch, 6) == 6
+    assert version_of_weights(partial, 4, tiny.random_batch(), 6) == 6
     with pytest.raises(ValueError, match="policy version 5, and the trainer's weights are version 4"):
-        version_of_weights(Args(), 4, batch, 4)
+        version_of_weights(partial, 4, batch, 4)
     tools = batch.with_column("loss_mask", batch.columns["policy_versions"] < VERSION)
-    assert version_of_weights(Args(), 4, tools, 4) == 4, "what does not count has no version"
+    assert version_of_weights(partial, 4, tools, 4) == 4, "what does not count has no version"
+    with pytest.raises(RuntimeError, match="version 3, and the trainer's weights are version 5, in a synchronous run"):
+        version_of_weights(Args(), 4, batch, 5)
+    current = batch.with_column("loss_mask", batch.columns["policy_versions"] == VERSION)
+    assert version_of_weights(Args(), 4, current, 5) == 5
+    assert version_of_weights(Args(rollout_function_path="own.function"), 4, batch, 5) == 5
     replay = Args(load_debug_rollout_data="x")
     assert version_of_weights(replay, 4, batch, None) == 5, "as in the run that dumped it"
     assert version_of_weights(replay, 5, batch, None) == 6, "as in a run that generates one ahead"
@@ -218,14 +223,15 @@ def _train(
 
 
 def make_args(hf: Path, **flags: Any) -> Args:
-    return tiny.make_args(hf, clip_grad=0.0, lr=0.0, tis_clip=HIGH, tis_clip_low=LOW, **flags)
+    defaults = {"partial_rollout": True, "clip_grad": 0.0, "lr": 0.0, "tis_clip": HIGH, "tis_clip_low": LOW}
+    return tiny.make_args(hf, **{**defaults, **flags})
 
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "tis": {},
     "mis": {"offpolicy_correction": "mis"},
     "none": {"offpolicy_correction": "none"},
-    "masked": {"partial_rollout": True, "mask_offpolicy_in_partial_rollout": True},
+    "masked": {"mask_offpolicy_in_partial_rollout": True},
 }
 
 
