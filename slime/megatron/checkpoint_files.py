@@ -320,14 +320,13 @@ def nothing_left_of(written: Path, *, removes: bool) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch's writer does not say why it could not write
-        by_torch = "inline_container" in str(error) or "StreamWriter" in str(error)
-        why = f" ({shutil.disk_usage(written).free >> 20} MiB are free there)" if by_torch else ""
+        # torch's writer does not say why it could not write: this does, where it is the disk
+        room = f" ({shutil.disk_usage(written.parent).free >> 20} MiB are free there)"
         if removes:
             shutil.rmtree(written, ignore_errors=True)
         if str(written.parent) in str(error):
             raise
-        raise RuntimeError(f"saving to {written.parent} failed: {error}{why}") from error
+        raise RuntimeError(f"saving to {written.parent} failed: {error}{room}") from error
 
 
 def commit(written: Path, tracker: str) -> Path:

@@ -26,7 +26,7 @@ from slime.rollout.intervals import PhaseIntervals
 from slime.rollout.waves import Wave
 
 _ABORT_TIMEOUT = 60.0
-"""Seconds within which the engines have to end every request after an abort."""
+"""Seconds within which the engines have to end every request after an abort, beyond what finding a hung one takes."""
 _ABORT_INTERVAL = 0.25
 """Seconds between two aborts: a request on its way through the router misses the one before."""
 _MAX_FRUITLESS = 100
@@ -200,8 +200,9 @@ class GroupRunner:
         """
         self._stopping = True
         problem = "the engines' logs say why"
+        limit = _ABORT_TIMEOUT + self._args.engine_health_timeout
         try:
-            async with asyncio.timeout(_ABORT_TIMEOUT):
+            async with asyncio.timeout(limit):
                 while self.intervals.requests_in_flight:
                     try:
                         await self._context.engines.abort_all()
@@ -212,7 +213,7 @@ class GroupRunner:
         except TimeoutError as error:
             raise RuntimeError(
                 f"rollout {rollout_id}: {self.intervals.requests_in_flight} requests are still running "
-                f"{_ABORT_TIMEOUT:g} s after the engines were told to abort them; {problem}"
+                f"{limit:g} s after the engines were told to abort them; {problem}"
             ) from error
 
 

@@ -324,7 +324,7 @@ async def companies(report: Report, args: Args, process: ManagedProcess, logs: P
 
             async def ask(index: int, seed: int) -> tuple[list[int], list[float]]:
                 params = SamplingParams(max_new_tokens=64, ignore_eos=True, sampling_seed=seed)
-                ids = [7 + index % 5, *range(20, 24 + index)]
+                ids = [7 + index % 5, *(20 + (3 * index + place) % 100 for place in range(4 + index % 40))]
                 answer = await client.generate(GenerateRequest(input_ids=ids, sampling_params=params))
                 return answer.output_ids, answer.log_probs
 

@@ -442,13 +442,14 @@ def test_requests_that_do_not_end_end_the_run(
         data_file(_rows(4)),
         rollout_batch_size=2,
         over_sampling_batch_size=4,
+        engine_health_timeout=0.1,
         custom_generate_function_path="rewards_for_tests.generate_deaf",
     )
 
     async def work(context: RolloutContext) -> None:
         await generate_rollout(args, 0, DataBuffer(args, tokenizer), context)
 
-    with pytest.raises(RuntimeError, match=r"4 requests are still running 0\.5 s after"):
+    with pytest.raises(RuntimeError, match=r"4 requests are still running 0\.6 s after"):
         run_with_engines(args, work)
 
 
