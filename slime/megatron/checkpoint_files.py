@@ -324,9 +324,9 @@ def nothing_left_of(written: Path, *, removes: bool) -> Iterator[None]:
         room = f" ({shutil.disk_usage(written.parent).free >> 20} MiB are free there)"
         if removes:
             shutil.rmtree(written, ignore_errors=True)
-        if str(written.parent) in str(error):
-            raise
-        raise RuntimeError(f"saving to {written.parent} failed: {error}{room}") from error
+        named = str(written.parent) in str(error)
+        what = str(error) if named else f"saving to {written.parent} failed: {error}"
+        raise RuntimeError(f"{what}{room}") from error
 
 
 def commit(written: Path, tracker: str) -> Path:

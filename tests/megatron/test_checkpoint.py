@@ -235,7 +235,7 @@ def test_a_save_that_finds_no_room_leaves_those_before_it_and_nothing_else(worke
     assert {"common.pt", ".metadata", "metadata.json", STATE_FILE} < set(files)
     for file, error in zip(files, errors, strict=True):
         assert f"saving to {tmp_path} failed" in error
-        assert "File too large" in error or "MiB are free there" in error, file
+        assert "MiB are free there" in error, file
     assert {path.name for path in tmp_path.iterdir()} == {"iter_0000000", TRACKER}
     found = find_checkpoint(tmp_path)
     assert found is not None and found.rollout_id == 0
