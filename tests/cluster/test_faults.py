@@ -100,7 +100,7 @@ def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -
     generates.
     """
     save = tmp_path / "run"
-    extra = ["--num-rollout", "4", "--rollout-max-response-len", "200", "--engine-health-timeout", str(HUNG_S)]
+    extra = ["--num-rollout", "8", "--rollout-max-response-len", "200", "--engine-health-timeout", str(HUNG_S)]
     extra += ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
     with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
         run.wait_for("rollout 1:")
@@ -118,13 +118,13 @@ def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -
     assert re.search(r"^FAULT the router \(http\S+ has died; its log is \S+router.log", output, re.M)
     assert sum(events(save, "fault/engine_restarts").values()) == 3
     assert sum(events(save, "fault/router_restarts").values()) == 1
-    groups = [group for number in range(4) for group in read_dump(save / f"dump/{number}.jsonl")]
-    assert [group[0].group_index for group in groups] == list(range(16)), "each prompt once, in its rollout"
+    groups = [group for number in range(8) for group in read_dump(save / f"dump/{number}.jsonl")]
+    assert [group[0].group_index for group in groups] == list(range(32)), "each prompt once, in its rollout"
     assert all(sample.policy_versions for group in groups for sample in group)
     versions = [{v for s in group for v in s.policy_versions or []} for group in groups]
-    assert versions == [{1 + index // 4} for index in range(16)], "what is started anew has the run's weights"
+    assert versions == [{1 + index // 4} for index in range(32)], "what is started anew has the run's weights"
     gaps = events(save, "train/logprob_gap_max")
-    assert sorted(gaps) == [1, 2, 3, 4]
+    assert sorted(gaps) == list(range(1, 9))
     assert max(gaps.values()) <= 1e-4, "... and computes what the trainers compute"
 
 

@@ -131,8 +131,12 @@ def test_a_silent_one_is_named_and_others_are_not(waiter: Waiter, steady: Any, d
     assert looks[-1] - looks[0] > 3
 
 
-def test_work_behind_the_loop_ends_it_under_its_own_name(waiter: Waiter, steady: Any, doomed: Any) -> None:
+def test_work_behind_the_loop_ends_it_under_its_own_name(waiter: Waiter, doomed: Any) -> None:
     waiter.name(doomed, "the doomed one")
     waiter.watch("the work behind", doomed.die.remote())
-    with pytest.raises(Fault, match="the work behind failed: the doomed one died"):
-        waiter.get("trying", [steady.say.remote("a"), doomed.say.remote("b")])
+    busy = Actor.options(num_cpus=0).remote()
+    try:
+        with pytest.raises(Fault, match="the work behind failed: the doomed one died"):
+            waiter.get("trying", [busy.hang.remote()])
+    finally:
+        ray.kill(busy)
