@@ -13,13 +13,15 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from slime.config import experts
 from slime.config.args import Args
 from slime.config.rules.problem import Problem, flag_name, show
 from slime.core.architecture import Architecture, RopeScaling
 
-FAMILIES = ("glm4", "llama", "qwen2", "qwen3")
+FAMILIES = ("glm4", "glm4_moe", "llama", "qwen2", "qwen3", "qwen3_moe")
 
-SAME_NAME = tuple(f.name for f in fields(Architecture) if f.name not in ("family", "tied_embeddings", "rope_scaling"))
+_OTHERS = ("family", "tied_embeddings", "rope_scaling", *experts.FLAGS)
+SAME_NAME = tuple(f.name for f in fields(Architecture) if f.name not in _OTHERS)
 """Fields of Architecture that are a flag of the same name."""
 ARCHITECTURE_FLAGS = (
     *SAME_NAME,
@@ -50,10 +52,10 @@ def hf_architecture(config: Mapping[str, Any]) -> Architecture:
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
     _refuse_unknown_layers(config)
-    glm4 = family == "glm4"
+    glm4, partial = family == "glm4", family in ("glm4", "glm4_moe")
     heads = config["num_attention_heads"]
     rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rotary_percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5)) if glm4 else 1.0
+    rotary_percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5)) if partial else 1.0
     return Architecture(
         family=family,
         num_layers=config["num_hidden_layers"],
@@ -70,11 +72,12 @@ def hf_architecture(config: Mapping[str, Any]) -> Architecture:
         rotary_percent=float(rotary_percent),
         rotary_interleaved=glm4,
         rope_scaling=_rope_scaling(rope),
-        add_qkv_bias=family == "qwen2" or (glm4 and bool(config.get("attention_bias", True))),
-        qk_layernorm=family == "qwen3",
+        add_qkv_bias=family == "qwen2" or (partial and bool(config.get("attention_bias", glm4))),
+        qk_layernorm=family in ("qwen3", "qwen3_moe") or (family == "glm4_moe" and bool(config.get("use_qk_norm"))),
         post_self_attn_layernorm=glm4,
         post_mlp_layernorm=glm4,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        **experts.hf_experts(config),
     )
 
 
@@ -91,7 +94,7 @@ def _refuse_unknown_layers(config: Mapping[str, Any]) -> None:
         raise ValueError(f"hidden_act {config['hidden_act']!r} is not built, only silu")
     if config.get("mlp_bias"):
         raise ValueError("biases in the MLP (mlp_bias) are not built")
-    if config["model_type"] in ("llama", "qwen3") and config.get("attention_bias"):
+    if config["model_type"] in ("llama", "qwen3", "qwen3_moe") and config.get("attention_bias"):
         raise ValueError("attention_bias, in this family also a bias of the output projection, is not built")
 
 
@@ -133,7 +136,8 @@ def config_of(shape: Architecture, config: Mapping[str, Any]) -> tuple[dict[str,
     """`config` as it describes `shape`, with what --override-hf-config changed; and what it has no key for."""
     new, before = dict(config), hf_architecture(config)
     changed = {f.name for f in fields(Architecture) if getattr(shape, f.name) != getattr(before, f.name)}
-    new |= {key: getattr(shape, name) for name, key in _HF_KEYS.items() if name in changed}
+    keys = {**_HF_KEYS, **experts.hf_keys(before.family)}
+    new |= {key: getattr(shape, name) for name, key in keys.items() if name in changed}
     place = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope: dict[str, Any] = dict(config.get(place) or {})
     for name, key in _ROPE_KEYS.items():
@@ -164,8 +168,11 @@ def given_flags(args: Args) -> dict[str, Any]:
     return {name: vars(args)[name] for name in ARCHITECTURE_FLAGS if vars(args)[name] is not None}
 
 
-def _with_flags(shape: Architecture, given: Mapping[str, Any]) -> Architecture:
-    """`shape`, where flags are given as they say. They say no more of RoPE scaling than that it is, and its factor."""
+def _with_flags(shape: Architecture, given: Mapping[str, Any], extra: Mapping[str, Any]) -> Architecture:
+    """`shape`, where flags are given as they say. They say no more of RoPE scaling than that it is, and its factor.
+
+    `extra`: those that pass through, of which experts' are read; of a dense model none.
+    """
     changes = {name: value for name, value in given.items() if name in SAME_NAME}
     if "untie_embeddings_and_output_weights" in given:
         changes["tied_embeddings"] = not given["untie_embeddings_and_output_weights"]
@@ -174,15 +181,18 @@ def _with_flags(shape: Architecture, given: Mapping[str, Any]) -> Architecture:
         scaling = (scaling or RopeScaling()) if given["use_rope_scaling"] else None
     if scaling is not None and "rotary_scaling_factor" in given:
         scaling = replace(scaling, factor=given["rotary_scaling_factor"])
-    return replace(shape, **changes, rope_scaling=scaling)
+    shape = replace(shape, **changes, rope_scaling=scaling)
+    return replace(shape, **experts.given_fields(extra, shape)) if shape.num_experts else shape
 
 
-def _told_family(given: Mapping[str, Any]) -> str:
+def _told_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
     """The family whose layers MODEL_ARGS describe.
 
     Raises:
         ValueError: none has such layers.
     """
+    if given.get("num_experts"):
+        return experts.told_family(given, extra)
     sandwich = [bool(given.get(name)) for name in ("post_self_attn_layernorm", "post_mlp_layernorm")]
     bias, qk_norm = bool(given.get("add_qkv_bias")), bool(given.get("qk_layernorm"))
     if all(sandwich) and not qk_norm:
@@ -204,10 +214,12 @@ def flags_architecture(args: Args) -> Architecture:
     given = given_flags(args)
     needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
     missing = [flag_name(name) for name in needed if name not in given]
+    if given.get("num_experts"):
+        missing += [flag_name(name) for name in experts.NEEDED if name not in args.megatron_extra]
     if missing:
         raise ValueError(f"MODEL_ARGS leave out {', '.join(missing)}")
     bare = Architecture(
-        family=_told_family(given),
+        family=_told_family(given, args.megatron_extra),
         **{name: given[name] for name in needed},
         num_query_groups=given["num_attention_heads"],
         kv_channels=given["hidden_size"] // given["num_attention_heads"],
@@ -216,7 +228,7 @@ def flags_architecture(args: Args) -> Architecture:
         rotary_base=10000.0,
         tied_embeddings=True,
     )
-    return _with_flags(bare, given)
+    return _with_flags(bare, given, args.megatron_extra)
 
 
 def _same(ours: Any, theirs: Any) -> bool:
@@ -236,8 +248,8 @@ def conflicts(args: Args, config: Architecture) -> list[Problem]:
     """One error for each given flag that config.json contradicts and --override-hf-config does not name."""
     overridden = {name.lstrip("-").replace("-", "_") for name in args.override_hf_config}
     problems: list[Problem] = []
-    config_flags = as_flags(config)
-    for name, ours in given_flags(args).items():
+    config_flags = as_flags(config) | experts.as_flags(config)
+    for name, ours in (given_flags(args) | experts.given_flags(args.megatron_extra, config)).items():
         theirs = config_flags[name]
         if theirs is None or _same(ours, theirs) or name in overridden:
             continue
@@ -288,8 +300,8 @@ def _override_problems(args: Args) -> list[Problem]:
     problems: list[Problem] = []
     for name in args.override_hf_config:
         field = name.lstrip("-").replace("-", "_")
-        known = field in ARCHITECTURE_FLAGS
-        if known and vars(args)[field] is not None:
+        known = field in ARCHITECTURE_FLAGS or field in experts.FLAG_NAMES
+        if known and (vars(args).get(field) is not None or field in args.megatron_extra):
             continue
         problems.append(
             Problem(
@@ -297,7 +309,9 @@ def _override_problems(args: Args) -> list[Problem]:
                 where="--override-hf-config",
                 value=name,
                 rule="that flag is not given, so nothing is overridden" if known else "is no architecture flag",
-                remedy="leave it out" if known else f"name one of {', '.join(ARCHITECTURE_FLAGS)}",
+                remedy="leave it out"
+                if known
+                else f"name one of {', '.join((*ARCHITECTURE_FLAGS, *experts.FLAG_NAMES))}",
                 fields=frozenset(["override_hf_config"]),
             )
         )
@@ -334,8 +348,12 @@ def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
         except ValueError as error:
             complain(str(error), "use a model of a family that is built")
     if config is not None:
-        problems += conflicts(args, config)
-        architecture = _with_flags(config, given_flags(args))
+        try:
+            problems += conflicts(args, config)
+            architecture = _with_flags(config, given_flags(args), args.megatron_extra)
+        except ValueError as error:
+            complain(str(error), "correct MODEL_ARGS")
+            return args, problems
     else:
         try:
             architecture = flags_architecture(args)

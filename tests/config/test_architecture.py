@@ -68,6 +68,8 @@ TABLE = {
     "qwen3-4B": (36, 2560, 9728, 32, 8, 128, 151936, 1e-6, 1e6, None),
 }
 """Every script of a published model, as that model's config.json has it."""
+MIXTURES = ("glm4.5-106B-A12B", "qwen3-30B-A3B")
+"""Those of tests/config/test_experts.py."""
 CONFIGS = {"glm4": "Glm4Config", "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
 
 
@@ -100,7 +102,7 @@ def published_config(name: str, shape: Architecture) -> dict[str, Any]:
 
 
 def test_the_table_has_every_script() -> None:
-    assert {path.stem for path in ROOT.glob("scripts/models/*.sh")} == {*TABLE, "glm4-tiny"}
+    assert {path.stem for path in ROOT.glob("scripts/models/*.sh")} == {*TABLE, *MIXTURES, "glm4-tiny"}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -282,7 +284,7 @@ def test_override(run: Run, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not one of glm4, llama, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not one of glm4, glm4_moe, llama, qwen2, qwen3, qwen3_moe"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "RoPE of type 'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE of type 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "its config.json has no 'low_freq_factor'"),

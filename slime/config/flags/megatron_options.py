@@ -48,7 +48,7 @@ class ArchitectureOptions:
     use_rope_scaling: bool | None = flag(None, "Llama 3's RoPE scaling; what config.json leaves open is Llama 3.1's.")
     rotary_scaling_factor: float | None = flag(None, "Its factor; 8 where config.json has none.", gt=0)
     no_rope_fusion: bool = flag(False, "Unfused RoPE (always so here).")
-    num_experts: int | None = flag(None, "Experts of a mixture-of-experts layer.", ge=1)
+    num_experts: int | None = flag(None, "Experts of a mixture-of-experts layer; 0: a dense model.", ge=0)
     spec: tuple[str, ...] = flag(
         (),
         "Your own transformer layer: `function(args, config)` returns Megatron's ModuleSpec of one. The engines have "

@@ -252,7 +252,7 @@ def parallel_sizes(case: Case) -> Iterable[Problem]:
 
 def experts(case: Case) -> Iterable[Problem]:
     args = case.args
-    if args.num_experts is None:
+    if not args.num_experts:
         for field in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
             if (vars(args)[field] or 1) > 1:
                 yield case.error(field, "the model has no experts to share", "leave it out, or make it 1")

@@ -299,7 +299,7 @@ def no_effect(case: Case) -> Iterable[Problem]:
             remedy="leave it out",
         )
     moe = [name for name in case.args.megatron_extra if name.startswith("moe_")]
-    if moe and case.args.num_experts is None:
+    if moe and not case.args.num_experts:
         names = " ".join("--" + name.replace("_", "-") for name in moe)
         yield Problem(
             severity="warning",

@@ -1,0 +1,158 @@
+"""Mixtures of experts: config.json, MODEL_ARGS, and what is not built of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from config_run import Run
+from test_architecture import PLAN, model_args, planned
+
+from slime.config.architecture import config_of, hf_architecture
+from slime.config.parse import load_args
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "glm4.5-106B-A12B": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "attention_bias": True,
+        "first_k_dense_replace": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "max_position_embeddings": 131072,
+        "model_type": "glm4_moe",
+        "moe_intermediate_size": 1408,
+        "n_group": 1,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 96,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 46,
+        "num_key_value_heads": 8,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "torch_dtype": "bfloat16",
+        "use_qk_norm": False,
+        "vocab_size": 151552,
+    },
+}
+BILLIONS = {"qwen3-30B-A3B": (30.53, 3.35), "glm4.5-106B-A12B": (106.85, 13.4)}
+QWEN = PUBLISHED["qwen3-30B-A3B"]
+GLM = PUBLISHED["glm4.5-106B-A12B"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_scripts_and_published_configs_agree(name: str, run: Run) -> None:
+    (run.hf / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    shape, alone = hf_architecture(PUBLISHED[name]), planned(name).architecture
+    assert alone is not None
+    assert replace(alone, max_position_embeddings=shape.max_position_embeddings) == shape
+    words = [*model_args(name), "--dry-run"]
+    assert run.args(*words).architecture == shape
+    assert (round(shape.num_parameters() / 1e9, 2), round(shape.num_active_parameters() / 1e9, 1)) == pytest.approx(
+        BILLIONS[name], abs=0.06
+    )
+    # controls: numbers of the script changed
+    assert "says --moe-router-topk 8;" in run.error(*words, "--moe-router-topk", "4")
+    assert "says --num-experts 128;" in run.error(*words, "--num-experts", "64")
+    assert "--moe-layer-freq" in run.error(*words, "--moe-layer-freq", f"[0]*2+[1]*{shape.num_layers - 2}")
+
+
+def test_layers() -> None:
+    shape = hf_architecture(GLM)
+    assert [shape.is_moe_layer(layer) for layer in (0, 1, 45)] == [False, True, True]
+    assert (shape.num_moe_layers, hf_architecture(QWEN).num_moe_layers) == (45, 48)
+    dense = replace(shape, num_experts=0)
+    assert not dense.is_moe_layer(45) and dense.num_moe_layers == 0
+
+
+def test_parameters_as_transformers_counts_them() -> None:
+    import torch
+    import transformers
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 93, "head_dim": 16, "moe_intermediate_size": 24}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    for config in (
+        transformers.Qwen3MoeConfig(**sizes, num_experts=8, mlp_only_layers=[0], norm_topk_prob=True),
+        transformers.Glm4MoeConfig(**sizes, n_routed_experts=8, n_shared_experts=2, attention_bias=True),
+    ):
+        with torch.device("meta"):
+            model: Any = transformers.AutoModelForCausalLM.from_config(config)
+        shape = hf_architecture(json.loads(config.to_json_string(use_diff=False)))
+        assert shape.num_parameters() == sum(p.numel() for p in model.parameters())
+        unused = shape.num_moe_layers * (8 - 2) * 3 * 64 * 24
+        assert shape.num_parameters() - shape.num_active_parameters() == unused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder_sparse_step": 2}, "dense layers between layers of experts"),
+        ({"mlp_only_layers": [3]}, "dense layers between layers of experts"),
+        ({"mlp_only_layers": list(range(48))}, "none of its layers has experts"),
+        ({"num_experts_per_tok": 200}, "are no router"),
+        ({"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_not_built(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf_architecture(QWEN | change)
+    assert hf_architecture(QWEN | {"mlp_only_layers": [0, 1]}).first_dense_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("qwen3-30B-A3B", "--qk-layernorm"), ("glm4.5-106B-A12B", "--moe-router-enable-expert-bias")]
+)
+def test_a_family_of_experts_is_told_by_its_flags(name: str, word: str) -> None:
+    args, problems = load_args([*PLAN, *(w for w in model_args(name) if w != word)])
+    assert args.architecture is None
+    assert any("are of no family of experts that is built" in str(problem) for problem in problems)
+
+
+@pytest.mark.parametrize("config", [QWEN, GLM], ids=["qwen3_moe", "glm4_moe"])
+def test_an_export_describes_what_was_trained(config: dict[str, Any]) -> None:
+    trained = replace(
+        hf_architecture(config), moe_router_topk=4, moe_ffn_hidden_size=256, shared_expert_ffn_hidden_size=0
+    )
+    if config is GLM:
+        trained = replace(trained, routed_scaling_factor=2.5, shared_expert_ffn_hidden_size=256)
+    found, unsaid = config_of(trained, config)
+    assert hf_architecture(found) == trained and not unsaid
