@@ -168,6 +168,7 @@ def metric_names() -> set[str]:
     for path in (ROOT / "slime").rglob("*.py"):
         names |= {re.sub(r"\{.*?\}", "*", name) for name in METRIC.findall(path.read_text())}
     options = LossOptions(
+        surrogate="token",
         eps_clip=0.2,
         eps_clip_high=0.2,
         eps_clip_c=3.0,

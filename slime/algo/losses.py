@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from slime.algo.corrections import importance_weights
+from slime.algo.estimators import Surrogate
 from slime.algo.reducers import KL_ESTIMATORS
+from slime.algo.sequences import Sequences
+from slime.algo.surrogates import clipped, sequence_ratio, token_ratio, weighed_log_probs
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,17 @@ class LossInputs:
     entropy_R: Tensor | None = None
     weighed_R: Tensor | None = None
     """bool: tokens that take an importance weight, old / rollout (see `corrections`). Masked ones are none."""
+    loss_mask_R: Tensor | None = None
+    sequences: Sequences | None = None
+    """For losses that need whole responses; there in every training step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
     """The flags of the same names, resolved."""
 
+    surrogate: Surrogate
+    """By --advantage-estimator: `estimators.ESTIMATOR_FACTS`."""
     eps_clip: float
     eps_clip_high: float
     eps_clip_c: float | None
@@ -51,24 +58,13 @@ Loss = Callable[[LossInputs, LossOptions], tuple[Tensor, dict[str, Tensor]]]
 
 
 def policy_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate (PPO, arXiv:1707.06347 eq. 7) with what the options add.
+    """The surrogate of the options (see `surrogates`), and what they add to it.
 
-    - upper clip range of its own: DAPO's clip-higher (arXiv:2503.14476 eq. 10);
-    - `eps_clip_c`: dual clip, for negative advantages the loss is at most -A c (arXiv:1912.09729 eq. 5);
     - `weighed_R`: the importance weight of tokens that another policy sampled (AReaL, arXiv:2505.24298);
     - coefficients x KL to the reference, and - entropy, neither of them weighed.
     """
-    log_ratio_R = inputs.log_probs_R - inputs.old_log_probs_R
-    ratio_R = log_ratio_R.exp()
-    plain_R = -inputs.advantages_R * ratio_R
-    clipped_R = -inputs.advantages_R * ratio_R.clamp(1 - options.eps_clip, 1 + options.eps_clip_high)
-    loss_R = torch.maximum(plain_R, clipped_R)
-    metrics = {"clip_fraction": (clipped_R > plain_R).float(), "ppo_kl": -log_ratio_R.detach()}
-    if options.eps_clip_c is not None:
-        ceiling_R = -inputs.advantages_R * options.eps_clip_c
-        bounded_R = (inputs.advantages_R < 0) & (ceiling_R < loss_R)
-        loss_R = torch.where(bounded_R, ceiling_R, loss_R)
-        metrics["dual_clip_fraction"] = bounded_R.float()
+    loss_R, metrics = _surrogate(inputs, options)
+    metrics["ppo_kl"] = (inputs.old_log_probs_R - inputs.log_probs_R).detach()
     if inputs.rollout_log_probs_R is not None:
         metrics["logprob_gap"] = (inputs.old_log_probs_R - inputs.rollout_log_probs_R).abs().detach()
     if inputs.weighed_R is not None:
@@ -94,6 +90,19 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[
         if options.entropy_coef:
             loss_R = loss_R - options.entropy_coef * inputs.entropy_R
     return loss_R, metrics
+
+
+def _surrogate(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
+    log_probs_R, old_R, advantages_R = inputs.log_probs_R, inputs.old_log_probs_R, inputs.advantages_R
+    low, high = 1 - options.eps_clip, 1 + options.eps_clip_high
+    if options.surrogate == "cispo":
+        return weighed_log_probs(log_probs_R, token_ratio(log_probs_R, old_R), advantages_R, low=low, high=high)
+    if options.surrogate == "sequence":
+        assert inputs.sequences is not None and inputs.loss_mask_R is not None, "the ratio is a whole response's"
+        ratio_R = sequence_ratio(log_probs_R, old_R, inputs.sequences, inputs.loss_mask_R)
+    else:
+        ratio_R = token_ratio(log_probs_R, old_R)
+    return clipped(ratio_R, advantages_R, low=low, high=high, ceiling=options.eps_clip_c)
 
 
 def sft_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:

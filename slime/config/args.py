@@ -94,7 +94,7 @@ class Args(
     @property
     def needs_reference(self) -> bool:
         """Whether the reference model is run at all."""
-        has_kl = (self.use_kl_loss and self.kl_loss_coef > 0) or self.log_ref_kl
+        has_kl = (self.use_kl_loss and self.kl_loss_coef > 0) or self.kl_coef > 0 or self.log_ref_kl
         return self.loss_type != "sft_loss" and has_kl
 
     @property

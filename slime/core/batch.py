@@ -53,6 +53,8 @@ COLUMNS: Mapping[str, Column] = {
     "weighed": Column(Axis.RESPONSE, "bool", 0, False, "the token takes an importance weight in the loss"),
     "log_probs": Column(Axis.RESPONSE, "float32", 0, False, "old policy's log-prob, by the trainer"),
     "ref_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "reference policy's log-prob"),
+    "values": Column(Axis.RESPONSE, "float32", 0, False, "critic's value of the state before the token"),
+    "returns": Column(Axis.RESPONSE, "float32", 0, False, "what the critic learns: advantage + value"),
     "advantages": Column(Axis.RESPONSE, "float32", 0, False, "advantage of each response token"),
     "loss_weights": Column(Axis.RESPONSE, "float32", 0, False, "weight in the step's loss; sums to 1 over the step"),
 }

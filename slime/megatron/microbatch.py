@@ -6,8 +6,8 @@ rows, and `responses_R` says where each of their entries lies in the whole batch
 every response token is in exactly one micro-batch: on the rank that predicts it.
 
 All that context parallelism does to a layout is here: `Cut` says which tokens each rank holds, and a target comes from
-the row itself, so it does not matter where the token stands. A loss that needs whole sequences has to sum over
-`ContextParallel.group` what each rank has of a row (`responses_R` tells the row).
+the row itself, so it does not matter where the token stands. A loss that needs whole responses has them in
+`MicroBatch.responses`, which sums over the ranks what each has of a row.
 
 Shapes: _N rows of the whole batch, _M rows of the micro-batch, _S its sequences (rows, and one of padding), _B packed
 tokens that this rank holds, _R response tokens that it predicts, _C ranks of context parallelism, _P pieces of a rank.
@@ -18,12 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slime.algo.sequences import Sequences
 from slime.core.architecture import Architecture
 from slime.core.batch import COLUMNS, Array, Axis, TrainBatch
 from slime.megatron import device
@@ -96,6 +98,33 @@ class Cut:
 ALONE = ContextParallel()
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank's loss reads the sum, so what flows back to each term is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+@dataclass(frozen=True)
+class SharedSequences(Sequences):
+    """Responses of which every rank of context parallelism has a part; all of them ask for the same sums, in order."""
+
+    group: dist.ProcessGroup
+
+    def total(self, sums_M: Tensor) -> Tensor:
+        return _SumOverRanks.apply(sums_M, self.group)  # pyright: ignore[reportReturnType]
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """One forward's input. A rank without rows left takes an empty one: some padding, and no response tokens."""
@@ -110,6 +139,8 @@ class MicroBatch:
     """Every response column of the batch."""
     responses_R: Array
     """Each response token's place in the whole batch's flat columns."""
+    responses: Sequences
+    """Whose each response token is."""
 
 
 def _ranges(starts: Array, lengths: Array) -> Array:
@@ -152,6 +183,7 @@ def pack_rows(
     predicting_R = cut.places()[answers_R - 1] - part.rank * len(tokens_B)
     ours_R = (predicting_R >= 0) & (predicting_R < len(tokens_B))
     responses_R = _ranges(responses_starts_N[rows_M], response_M)[ours_R]
+    row_R = np.repeat(np.arange(len(rows_M)), response_M)[ours_R]
     where = device.device()
     return MicroBatch(
         tokens_B=torch.from_numpy(pack[tokens_B])[None].to(where, non_blocking=True),
@@ -164,4 +196,11 @@ def pack_rows(
             if COLUMNS[name].axis is Axis.RESPONSE
         },
         responses_R=responses_R,
+        responses=_responses(torch.from_numpy(row_R).to(where, non_blocking=True), len(rows_M), part),
     )
+
+
+def _responses(row_R: Tensor, num_rows: int, part: ContextParallel) -> Sequences:
+    if part.size == 1 or part.group is None:
+        return Sequences(row_R, num_rows)
+    return SharedSequences(row_R, num_rows, part.group)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from slime.algo.advantages import ESTIMATORS, counted_rows
+from slime.algo.advantages import ESTIMATORS, AdvantageOptions, RolloutRewards, counted_rows
+from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.algo.losses import LossOptions
 from slime.algo.reducers import loss_weights, whiten
 from slime.config.args import Args
@@ -23,6 +24,7 @@ from slime.core.plugins import load_hook
 
 def loss_options(args: Args) -> LossOptions:
     return LossOptions(
+        surrogate=ESTIMATOR_FACTS[args.advantage_estimator].surrogate,
         eps_clip=args.eps_clip,
         eps_clip_high=args.eps_clip if args.eps_clip_high is None else args.eps_clip_high,
         eps_clip_c=args.eps_clip_c,
@@ -38,7 +40,7 @@ def loss_options(args: Args) -> LossOptions:
 def counted_rows_of(args: Args, batch: TrainBatch) -> Array:
     """[N] bool: the samples that the loss counts. Without rewards (SFT) all; else those that have one.
 
-    Built-in estimators compare the samples of a group: there a group with fewer than two rewards is left out too.
+    Where the estimator compares the samples of a group, one with fewer than two rewards is left out too.
     """
     rewards_N = batch.columns["rewards"]
     if args.loss_type == "sft_loss":
@@ -46,11 +48,12 @@ def counted_rows_of(args: Args, batch: TrainBatch) -> Array:
     if args.custom_advantage_function_path is not None:
         return ~np.isnan(rewards_N)
     groups_N = torch.from_numpy(batch.columns["group_indices"])
-    return counted_rows(torch.from_numpy(rewards_N), groups_N).numpy()
+    compares = ESTIMATOR_FACTS[args.advantage_estimator].compares_group
+    return counted_rows(torch.from_numpy(rewards_N), groups_N, compares_group=compares).numpy()
 
 
 def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> TrainBatch:
-    """The `advantages` column: one number a sample on each of its response tokens, or what the user's hook returns.
+    """The `advantages` column, by the estimator or the user's hook; where there are `values`, `returns` too.
 
     Raises:
         ValueError: an estimator that is not there, or a hook's result of another length.
@@ -71,17 +74,36 @@ def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> TrainBatc
             raise ValueError(
                 f"--advantage-estimator {args.advantage_estimator}: it is not built; use one of {sorted(ESTIMATORS)}"
             )
-        advantages_N = ESTIMATORS[args.advantage_estimator](
-            torch.from_numpy(batch.columns["rewards"]),
-            torch.from_numpy(batch.columns["group_indices"]),
+        options = AdvantageOptions(
             normalize_std=not args.disable_grpo_std_normalization,
+            kl_coef=args.kl_coef,
+            gamma=args.gamma,
+            lambd=args.lambd,
         )
-        advantages_R = np.repeat(advantages_N.numpy(), batch.response_lengths_N)
+        advantages_R = ESTIMATORS[args.advantage_estimator](_rewards_of(args, batch, counted_N), options).numpy()
+        if batch.has("values"):
+            batch = batch.with_column("returns", advantages_R + batch.columns["values"])
     if args.normalize_advantages:
         mask_R = batch.columns["loss_mask"] * np.repeat(counted_N, batch.response_lengths_N)
-        whitened_R = whiten(torch.from_numpy(advantages_R.astype(np.float32)), torch.from_numpy(mask_R))
+        whitened_R = whiten(torch.from_numpy(advantages_R), torch.from_numpy(mask_R))
         advantages_R = whitened_R.numpy()
     return batch.with_column("advantages", advantages_R)
+
+
+def _rewards_of(args: Args, batch: TrainBatch, counted_N: Array) -> RolloutRewards:
+    """Log-probs of old and reference policy are there where --kl-coef asks for them."""
+    kl_R = None
+    if args.kl_coef:
+        kl_R = torch.from_numpy(batch.columns["log_probs"] - batch.columns["ref_log_probs"])
+    return RolloutRewards(
+        rewards_N=torch.from_numpy(batch.columns["rewards"]),
+        group_indices_N=torch.from_numpy(batch.columns["group_indices"]),
+        counted_N=torch.from_numpy(counted_N),
+        response_lengths_N=torch.from_numpy(batch.response_lengths_N),
+        loss_mask_R=torch.from_numpy(batch.columns["loss_mask"]),
+        kl_R=kl_R,
+        values_R=torch.from_numpy(batch.columns["values"]) if batch.has("values") else None,
+    )
 
 
 def add_loss_weights(

@@ -186,6 +186,8 @@ class Stepper:
             rollout_log_probs_R=columns.get("rollout_log_probs"),
             entropy_R=entropy_R,
             weighed_R=columns.get("weighed"),
+            loss_mask_R=columns["loss_mask"],
+            sequences=micro_batch.responses,
         )
         loss_R, metrics = loss(inputs, options)
         weights_R = columns["loss_weights"]

@@ -40,6 +40,8 @@ from slime.models.hf_files import HFReader
 
 logger = logging.getLogger(__name__)
 
+ASKS_FOR_REFERENCE = "--use-kl-loss with --kl-loss-coef > 0, --kl-coef > 0, or --log-ref-kl"
+
 
 class Trainer:
     """All methods are collective: every rank calls them in the same order, with the same arguments."""
@@ -74,7 +76,7 @@ class Trainer:
         """
         args = self._args
         if self.needs_reference:
-            self._load_weights(self._find_reference("--use-kl-loss with --kl-loss-coef > 0, or --log-ref-kl"))
+            self._load_weights(self._find_reference(ASKS_FOR_REFERENCE))
             self._snapshots.take("ref")
         elif args.use_kl_loss and self.topology.rank == 0:
             logger.info("reference KL off: --kl-loss-coef is 0 (--log-ref-kl logs it all the same)")
@@ -88,8 +90,7 @@ class Trainer:
     @property
     def needs_reference(self) -> bool:
         """Whether the reference model is run at all."""
-        args = self._args
-        return args.loss_type != "sft_loss" and ((args.use_kl_loss and args.kl_loss_coef > 0) or args.log_ref_kl)
+        return self._args.needs_reference
 
     def _find_reference(self, needed_by: str) -> FoundCheckpoint:
         """--ref-load; --hf-checkpoint only where no other is named."""
@@ -195,7 +196,8 @@ class Trainer:
         version = version_of_weights(args, rollout_id, batch, policy_version)
         batch, offpolicy_metrics = add_offpolicy(args, batch, counted_N, version)
         plans = self.plan(batch, steps_per_rollout(args))
-        if len(plans) > 1 and args.loss_type != "sft_loss":
+        # with one step the old policy is the current one, but a KL in the reward has to be known before the step
+        if args.loss_type != "sft_loss" and (len(plans) > 1 or args.kl_coef > 0):
             batch = batch.with_column("log_probs", self._forward(batch, plans))
         if self.needs_reference:
             with self._snapshots.holding("ref"):
@@ -238,7 +240,7 @@ class Trainer:
         if model == "actor":
             return self._forward(batch, plans)
         if "ref" not in self._snapshots:
-            raise ValueError("no reference model is kept: give --use-kl-loss with --kl-loss-coef > 0, or --log-ref-kl")
+            raise ValueError(f"no reference model is kept: give {ASKS_FOR_REFERENCE}")
         with self._snapshots.holding("ref"):
             return self._forward(batch, plans)
 

@@ -10,6 +10,7 @@ from slime.algo.corrections import importance_weights
 from slime.algo.losses import LossInputs, LossOptions, policy_loss
 
 OPTIONS = LossOptions(
+    surrogate="token",
     eps_clip=0.2,
     eps_clip_high=0.2,
     eps_clip_c=None,

@@ -11,6 +11,7 @@ from torch import Tensor
 from slime.algo.losses import LOSSES, LossInputs, LossOptions, policy_loss, sft_loss
 
 OPTIONS = LossOptions(
+    surrogate="token",
     eps_clip=0.2,
     eps_clip_high=0.28,
     eps_clip_c=None,

@@ -1,0 +1,26 @@
+"""Advantages: rewards of a rollout -> one advantage a response token, a file an estimator.
+
+Path: the trainer calls the estimator once on the whole rollout (`megatron.rollout_columns`), and the loss reads what it
+returns. `slime.algo.estimators` says which form of the loss goes with which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from slime.algo.advantages.grpo import grpo
+from slime.algo.advantages.reinforce_plus_plus import reinforce_plus_plus
+from slime.algo.advantages.reinforce_plus_plus_baseline import reinforce_plus_plus_baseline
+from slime.algo.advantages.rloo import rloo
+from slime.algo.advantages.rollout_rewards import AdvantageOptions, Estimator, RolloutRewards, counted_rows
+
+__all__ = ["ESTIMATORS", "AdvantageOptions", "Estimator", "RolloutRewards", "counted_rows"]
+
+ESTIMATORS: Mapping[str, Estimator] = {
+    "grpo": grpo,
+    "gspo": grpo,
+    "cispo": grpo,
+    "rloo": rloo,
+    "reinforce_plus_plus": reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+}

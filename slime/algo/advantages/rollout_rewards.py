@@ -1,0 +1,138 @@
+"""What an estimator reads: rewards, groups and masks of a whole rollout, and how rewards become those of tokens.
+
+Path: `megatron.rollout_columns` makes one of the batch's columns; the estimators beside this file read it. Invariant: a
+sample whose reward failed (nan), and a token that the mask leaves out, influence nothing.
+
+Everything is computed in float64.
+
+Shapes: _N samples of the rollout, _G those of one group (groups may differ in size), _R response tokens of all samples,
+flat; _L places of a sample's counted tokens, those that the mask leaves out skipped, 0 behind its last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageOptions:
+    """The flags of the same names."""
+
+    normalize_std: bool = True
+    """Not --disable-grpo-std-normalization."""
+    kl_coef: float = 0.0
+    gamma: float = 1.0
+    lambd: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutRewards:
+    """All samples of a rollout. `counted_N` is what `counted_rows` said of them."""
+
+    rewards_N: Tensor
+    group_indices_N: Tensor
+    counted_N: Tensor
+    response_lengths_N: Tensor
+    loss_mask_R: Tensor
+    kl_R: Tensor | None = None
+    """log p_old - log p_ref of each token (k1); None where no KL is in the reward."""
+    values_R: Tensor | None = None
+    """The critic's value of the state in which each token was sampled; None without a critic."""
+
+    @cached_property
+    def row_R(self) -> Tensor:
+        """Each token's sample."""
+        return torch.repeat_interleave(torch.arange(len(self.rewards_N)), self.response_lengths_N)
+
+    @cached_property
+    def mask_R(self) -> Tensor:
+        """bool: tokens that count."""
+        return (self.loss_mask_R != 0) & self.counted_N[self.row_R]
+
+    def spread(self, values_N: Tensor) -> Tensor:
+        """[R]: a sample's number on each of its tokens."""
+        return values_N[self.row_R]
+
+    def shaped_rewards_N(self, kl_coef: float) -> Tensor:
+        """reward - kl_coef x the sum of its tokens' KL: the reward of a whole response as one action."""
+        rewards_N = self.rewards_N.double()
+        if self.kl_R is None or not kl_coef:
+            return rewards_N
+        penalties_R = torch.where(self.mask_R, self.kl_R.double(), 0.0)
+        return rewards_N - kl_coef * torch.zeros_like(rewards_N).index_add_(0, self.row_R, penalties_R)
+
+    def token_rewards_NL(self, rewards_N: Tensor, kl_coef: float) -> Tensor:
+        """Each counted token's - kl_coef x KL, and on the last one of a sample its entry of `rewards_N`, too."""
+        if self.kl_R is None or not kl_coef:
+            rewards_NL = self.padded(torch.zeros(len(self.row_R)))
+        else:
+            rewards_NL = -kl_coef * self.padded(self.kl_R)
+        rows = self._num_tokens_N.nonzero().flatten()
+        rewards_NL[rows, self._num_tokens_N[rows] - 1] += rewards_N[rows].double()
+        return rewards_NL
+
+    def padded(self, values_R: Tensor) -> Tensor:
+        """[N, L] float64: values of counted tokens, in order; 0 behind."""
+        values_NL = torch.zeros(len(self.rewards_N), int(self._num_tokens_N.amax()), dtype=torch.float64)
+        values_NL[self.row_R[self.mask_R], self._places] = values_R[self.mask_R].double()
+        return values_NL
+
+    def flat(self, values_NL: Tensor) -> Tensor:
+        """[R]: the way back from `padded`; 0 on tokens that do not count."""
+        values_R = values_NL.new_zeros(len(self.row_R))
+        values_R[self.mask_R] = values_NL[self.row_R[self.mask_R], self._places]
+        return values_R
+
+    @cached_property
+    def _num_tokens_N(self) -> Tensor:
+        """Counted ones."""
+        return torch.bincount(self.row_R[self.mask_R], minlength=len(self.rewards_N))
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Of every counted token, how many of its sample come before it."""
+        starts_N = self._num_tokens_N.cumsum(0) - self._num_tokens_N
+        rows = self.row_R[self.mask_R]
+        return torch.arange(len(rows)) - starts_N[rows]
+
+
+Estimator = Callable[[RolloutRewards, AdvantageOptions], Tensor]
+"""Advantages [R] float64; anything where the mask leaves a token out."""
+
+
+def counted_rows(rewards_N: Tensor, group_indices_N: Tensor, *, compares_group: bool = True) -> Tensor:
+    """[N] bool: the samples that training counts.
+
+    One whose reward is nan is not counted; where the estimator compares a group, nor is any of a group that has fewer
+    than two rewards left (one reward has no baseline).
+    """
+    if not compares_group:
+        return ~rewards_N.isnan()
+    counted_N = torch.zeros(len(rewards_N), dtype=torch.bool)
+    for rows_G in judged_groups(rewards_N, group_indices_N):
+        counted_N[rows_G] = len(rows_G) >= 2
+    return counted_N
+
+
+def judged_groups(rewards_N: Tensor, group_indices_N: Tensor) -> list[Tensor]:
+    """For each group that has a reward, the rows that have one."""
+    groups: dict[int, list[int]] = {}
+    for row in range(len(rewards_N)):
+        if not bool(rewards_N[row].isnan()):
+            groups.setdefault(int(group_indices_N[row]), []).append(row)
+    return [torch.tensor(rows) for rows in groups.values()]
+
+
+def discounted_returns(rewards_NL: Tensor, gamma: float) -> Tensor:
+    """[N, L]: sum over s >= t of gamma^(s - t) x reward s."""
+    if gamma == 1.0:
+        return rewards_NL.flip(1).cumsum(1).flip(1)
+    returns_NL = rewards_NL.clone()
+    for place in range(returns_NL.size(1) - 2, -1, -1):
+        returns_NL[:, place] += gamma * returns_NL[:, place + 1]
+    return returns_NL
