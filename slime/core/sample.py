@@ -8,10 +8,14 @@ present (`rollout_log_probs`, `policy_versions`, `loss_mask`) has exactly `respo
 
 from __future__ import annotations
 
+import base64
 import copy
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class Status(StrEnum):
@@ -52,6 +56,12 @@ class Sample:
     """The engine's log-prob of each response token under softmax(logits / temperature)."""
     policy_versions: list[int] | None = None
     """The policy version that made each response token."""
+    routed_experts: NDArray[np.int32] | None = field(default=None, compare=False)
+    """To which experts the first tokens went, prompt and response [all tokens but the last, layers with experts, topk].
+
+    Never changed in place: copies share it. Tokens that no engine has run since they were written (a tool's, behind
+    its call) are missing at the end.
+    """
     reward: float | dict[str, float] | None = None
     """None until judged; stays None where the reward failed (see `reward_failure`)."""
     reward_failure: str | None = None
@@ -92,6 +102,12 @@ class Sample:
                 raise ValueError(
                     f"sample {self.index}: {name} has {len(values)} entries for {self.response_length} response tokens"
                 )
+        routes = self.routed_experts
+        if routes is not None and (routes.ndim != 3 or len(routes) >= max(len(self.tokens), 1)):
+            raise ValueError(
+                f"sample {self.index}: routed_experts is {list(routes.shape)} for {len(self.tokens)} tokens; it has to "
+                "be [tokens, layers, topk] of at most all of them but the last"
+            )
 
     def reward_value(self, key: str | None = None) -> float:
         """The scalar reward; of a dict-valued reward, the entry `key`."""
@@ -131,7 +147,7 @@ class Sample:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is the way back."""
         values = {f.name: copy.copy(getattr(self, f.name)) for f in fields(self)}
-        return {**values, "status": self.status.value}
+        return {**values, "status": self.status.value, "routed_experts": _packed(self.routed_experts)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sample:
@@ -140,4 +156,19 @@ class Sample:
             raise ValueError(f"not fields of Sample: {sorted(unknown)}")
         sample = cls(**data)
         sample.status = Status(sample.status)
+        sample.routed_experts = _unpacked(data.get("routed_experts"))
         return sample
+
+
+def _packed(routes: NDArray[np.int32] | None) -> dict[str, Any] | None:
+    """Shape and bytes: as lists they would be most of a file."""
+    if routes is None:
+        return None
+    raw = np.ascontiguousarray(routes, dtype="<i4").tobytes()
+    return {"shape": list(routes.shape), "int32": base64.b64encode(raw).decode("ascii")}
+
+
+def _unpacked(packed: dict[str, Any] | None) -> NDArray[np.int32] | None:
+    if packed is None:
+        return None
+    return np.frombuffer(base64.b64decode(packed["int32"]), dtype="<i4").reshape(packed["shape"])

@@ -60,6 +60,7 @@ class EngineClient:
         self._patience = patience
         self._connection = Connection(api_key)
         self._num_aborts = 0
+        self._num_turns = 0
         self.num_answered = 0
         """Generations that have been answered so far."""
 
@@ -93,9 +94,15 @@ class EngineClient:
             EngineError: with the engine's own words; an answer that is not as asked has status 200.
         """
         num_aborts = self._num_aborts
+        # sglang-router drops fields that it does not know, so this one goes to engines in turn.
+        engines = await self.workers() if request.return_routed_experts else []
 
         def find_url() -> str | None:
-            return self._router_url + Endpoint.GENERATE if num_aborts == self._num_aborts else None
+            if num_aborts != self._num_aborts:
+                return None
+            if not request.return_routed_experts:
+                return self._router_url + Endpoint.GENERATE
+            return self._next_engine(engines) + Endpoint.GENERATE
 
         try:
             answer = await self._connection.request(
@@ -115,6 +122,12 @@ class EngineClient:
             count = f"{len(response.log_probs)} log-probs for {len(response.output_ids)} tokens"
             raise EngineError(url, 200, f"the answer holds {count}")
         return response
+
+    def _next_engine(self, listed: Sequence[str]) -> str:
+        """Each one in turn; where there is none now, the router, which says so. `listed`: those that the router has."""
+        engines = listed if self._engines is None else self._engines
+        self._num_turns += 1
+        return engines[self._num_turns % len(engines)] if engines else self._router_url
 
     async def workers(self) -> list[str]:
         """URLs of all engines, in a fixed order, also of those that the router holds to be unhealthy."""

@@ -78,6 +78,11 @@ def check_model(args: Args, url: str, info: EngineInfo) -> None:
             f"--rollout-external-engines {url}: beside --deterministic, what it answers depends on what else it is "
             "asked at the time; start it with --enable-deterministic-inference"
         )
+    if args.use_routing_replay and not info.returns_routed_experts:
+        raise ValueError(
+            f"--rollout-external-engines {url}: beside --use-routing-replay, it does not say to which experts tokens "
+            "went; start it with --enable-return-routed-experts"
+        )
     shape = args.architecture
     if shape is None:
         return

@@ -228,6 +228,7 @@ def _launch_embedded(
         "random_seed": args.rollout_seed + index,
         "dtype": "bfloat16" if args.bf16 else "float32",  # the trainer's: the engine samples what it trains
         "enable_deterministic_inference": args.deterministic,
+        "enable_return_routed_experts": args.use_routing_replay,
         **{name: value for name, value in args.sglang.items() if name in EMBEDDED_SETTINGS},
     }
     api_key = settings.pop("api_key", None)

@@ -7,10 +7,14 @@ trainers: in `device_protocol`) and nowhere else.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 PauseMode = Literal["abort", "in_place", "retract"]
 CheckAction = Literal["checksum", "reset_tensors"]
@@ -158,6 +162,10 @@ class GenerateRequest(Message):
     logprob_start_len: int = -1
     """From which prompt position on to return the prompt's own log-probs; -1: none."""
     text: str | None = None
+    return_routed_experts: bool = False
+    """Say to which experts each token but the last went. (sglang-router would drop this.)"""
+    routed_experts_start_len: int = 0
+    """From which token on; not behind the prompt."""
 
     def __post_init__(self) -> None:
         if (self.input_ids is None) == (self.text is None):
@@ -174,6 +182,9 @@ class GenerateRequest(Message):
             self.logprob_start_len,
             ">= -1",
         )
+        routed, start = self.return_routed_experts, self.routed_experts_start_len
+        _require(isinstance(routed, bool), "return_routed_experts", routed, "true or false")
+        _require(_is_int(start) and start >= 0, "routed_experts_start_len", start, ">= 0")
 
     @classmethod
     def from_json(cls, data: Any) -> GenerateRequest:
@@ -190,7 +201,19 @@ class GenerateRequest(Message):
         return super().from_json({**body, "sampling_params": SamplingParams.from_json(params)})
 
     def to_json(self) -> dict[str, Any]:
-        return {**super().to_json(), "sampling_params": self.sampling_params.to_json()}
+        own = super().to_json()
+        if not self.return_routed_experts:  # engines of dense models need not know the fields
+            del own["return_routed_experts"], own["routed_experts_start_len"]
+        return {**own, "sampling_params": self.sampling_params.to_json()}
+
+
+def encode_routes(experts: NDArray[np.int32]) -> str:
+    """[tokens, layers, topk] as SGLang sends it: base64 of its bytes, the shape for the receiver to know."""
+    return base64.b64encode(np.ascontiguousarray(experts, dtype="<i4")).decode("ascii")
+
+
+def _decode_routes(text: str | None) -> NDArray[np.int32] | None:
+    return None if text is None else np.frombuffer(base64.b64decode(text, validate=True), dtype="<i4")
 
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -209,6 +232,8 @@ class GenerateResponse:
     completion_tokens: int
     input_log_probs: list[float | None]
     """The prompt's own, from `logprob_start_len` on; None at position 0, which nothing predicts."""
+    routed_experts: NDArray[np.int32] | None = field(default=None, compare=False)
+    """Flat: of each token but the last, in each of the model's layers (zeros where it is dense), its experts."""
 
     @classmethod
     def aborted(cls) -> GenerateResponse:
@@ -244,6 +269,7 @@ class GenerateResponse:
             prompt_tokens=int(meta.get("prompt_tokens", 0)),  # SGLang counts none where it never began
             completion_tokens=int(meta["completion_tokens"]),
             input_log_probs=[entry[0] for entry in meta.get("input_token_logprobs") or []],
+            routed_experts=_decode_routes(meta.get("routed_experts")),
         )
 
 
@@ -265,6 +291,8 @@ class EngineInfo:
     """The fields of `core.architecture.Architecture` (the embedded engine)."""
     deterministic: bool
     """Whether what a request gets does not depend on the others."""
+    returns_routed_experts: bool = False
+    """Whether it says to which experts tokens went."""
 
     @classmethod
     def from_json(cls, server: Mapping[str, Any], model: Mapping[str, Any]) -> EngineInfo:
@@ -280,6 +308,7 @@ class EngineInfo:
             model_type=model.get("model_type"),
             architecture=model.get("architecture"),
             deterministic=bool(server.get("enable_deterministic_inference", False)),
+            returns_routed_experts=bool(server.get("enable_return_routed_experts", False)),
         )
 
 

@@ -72,6 +72,8 @@ def sglang_server(
         "tp_size": args.rollout_num_gpus_per_engine,
         "random_seed": args.rollout_seed + index,
         "trust_remote_code": args.hf_trust_remote_code,
+        # Otherwise it says nothing of experts, whoever asks.
+        "enable_return_routed_experts": args.use_routing_replay or args.sglang.get("enable_return_routed_experts"),
         "enable_memory_saver": args.colocate and bool(args.offload),
         "json_model_override_args": _overrides(args),
         "skip_server_warmup": True,  # it sends text, and asks for no log-probs: `launch` warms up with tokens

@@ -70,7 +70,7 @@ class Evaluator:
         slots: asyncio.Semaphore,
     ) -> dict[str, float]:
         start = time.perf_counter()
-        args = self._args
+        args = replace(self._args, use_routing_replay=False)  # nothing is trained on these
         count = dataset.n_samples_per_eval_prompt
         generate = load_generate(args)
         params = replace(

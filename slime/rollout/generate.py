@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from slime.config.args import Args
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample, Status
@@ -91,7 +93,10 @@ async def generate_sample(
         sample.status = Status.TRUNCATED
         return sample
     params = replace(sampling_params, max_new_tokens=left)
-    response = await context.engines.generate(GenerateRequest(input_ids=sample.tokens, sampling_params=params))
+    asked = GenerateRequest(
+        input_ids=sample.tokens, sampling_params=params, return_routed_experts=args.use_routing_replay
+    )
+    response = await context.engines.generate(asked)
     if sample.response_length and params.stop_strings:
         response = _stopped_across_parts(sample, response, params.stop_strings, context)
     append_response(args, sample, response, context)
@@ -117,10 +122,38 @@ def append_response(args: Args, sample: Sample, response: GenerateResponse, cont
     sample.policy_versions = _behind(sample.policy_versions, [version] * len(tokens), begun)
     if sample.loss_mask is not None:
         sample.loss_mask = sample.loss_mask + [1] * len(tokens)
+    if args.use_routing_replay:
+        _take_routes(args, sample, response)
     text = context.decode(sample.tokens[sample.prompt_length :], skip_special_tokens=args.rollout_skip_special_tokens)
     sample.response = text
     sample.status = STATUS_BY_FINISH[response.finish_reason]
     sample.check()
+
+
+def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None:
+    """To which experts all tokens went, earlier parts' too: the engine has run them anew, with the weights of this one.
+
+    Raises:
+        ValueError: the engine does not say it, though it has finished, or in another shape than the model's.
+    """
+    shape, experts = args.architecture, response.routed_experts
+    assert shape is not None, "a real run has one"
+    if experts is None:
+        if response.finish_reason == "abort":
+            return  # before it was run
+        raise ValueError(
+            "--use-routing-replay: an engine does not say to which experts tokens went; start it with "
+            "--enable-return-routed-experts, or leave the flag out"
+        )
+    # What a stop text has cut off the response is cut off here, too.
+    rows = response.prompt_tokens + response.completion_tokens - 1
+    if experts.size != rows * shape.num_layers * shape.moe_router_topk:
+        raise ValueError(
+            f"--use-routing-replay: an engine names {experts.size} experts, and {rows} tokens in {shape.num_layers} "
+            f"layers have {shape.moe_router_topk} each; it serves another model"
+        )
+    routes = experts.reshape(rows, shape.num_layers, shape.moe_router_topk)
+    sample.routed_experts = np.ascontiguousarray(routes[: len(sample.tokens) - 1, shape.first_dense_layers :])
 
 
 def _behind(values: list[T] | None, more: list[T], begun: bool) -> list[T] | None:

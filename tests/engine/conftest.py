@@ -29,6 +29,8 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "glm4-bf16": tiny_models.make_model(root / "glm4-bf16", "glm4", seed=1, dtype=torch.bfloat16),
         "qwen3": tiny_models.make_model(root / "qwen3", "qwen3", seed=3),
         "qwen2": tiny_models.make_model(root / "qwen2", "qwen2", seed=4),
+        "qwen3_moe": tiny_models.make_model(root / "qwen3_moe", "qwen3_moe", seed=6),
+        "glm4_moe": tiny_models.make_model(root / "glm4_moe", "glm4_moe", seed=7),
         "llama3": tiny_models.make_model(root / "llama3", "llama3", seed=5),
     }
 

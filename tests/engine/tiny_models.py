@@ -20,7 +20,7 @@ StartEngine = Callable[..., ManagedProcess]
 
 
 def _config(family: str, *, vocab_size: int, hidden: int, eos: list[int]) -> Any:
-    from transformers import Glm4Config, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import Glm4Config, Glm4MoeConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -42,7 +42,15 @@ def _config(family: str, *, vocab_size: int, hidden: int, eos: list[int]) -> Any
         rope = {"rope_theta": 10000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
         return LlamaConfig(**common, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_parameters=rope)
+    experts: dict[str, Any] = {"moe_intermediate_size": hidden // 2, "num_experts_per_tok": 3, "norm_topk_prob": True}
+    if family == "glm4_moe":
+        experts |= {"n_routed_experts": 8, "n_shared_experts": 2, "n_group": 4, "topk_group": 2}
+        experts |= {"first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "use_qk_norm": True}
+        rope = {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}
+        return Glm4MoeConfig(**common, **experts, attention_bias=True, rms_norm_eps=1e-5, rope_parameters=rope)
     rope = {"rope_theta": 1e6, "rope_type": "default"}
+    if family == "qwen3_moe":
+        return Qwen3MoeConfig(**common, **experts, num_experts=8, rms_norm_eps=1e-6, rope_parameters=rope)
     if family == "qwen2":
         return Qwen2Config(**common, tie_word_embeddings=False, rms_norm_eps=1e-6, rope_parameters=rope)
     return Qwen3Config(**common, tie_word_embeddings=True, rms_norm_eps=1e-6, rope_parameters=rope)
@@ -70,7 +78,10 @@ def make_model(
             if p.dim() == 1:
                 p.copy_(torch.randn_like(p) * 0.2 + (0.0 if name.endswith("bias") else 1.0))
             else:
-                torch.nn.init.normal_(p, std=0.3 if "embed" in name else p.shape[1] ** -0.5)
+                torch.nn.init.normal_(p, std=0.3 if "embed" in name else p.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     model.to(dtype).save_pretrained(path)
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(VOCABULARY)}, unk_token=SPECIALS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # pyright: ignore[reportAttributeAccessIssue]

@@ -176,7 +176,7 @@ class RolloutOptions:
         None, "Passes over the prompts, rounded up to whole rollouts; instead of --num-rollout.", ge=1
     )
     rollout_batch_size: int = flag(32, "Prompts in one rollout.", ge=1)
-    n_samples_per_prompt: int = flag(1, "Responses to each prompt: the group that grpo compares.", ge=1)
+    n_samples_per_prompt: int = flag(1, "Responses to each prompt: the group that grpo and others compare.", ge=1)
     rollout_temperature: float = flag(1.0, "Sampling temperature. Log-probs are of logits divided by it.", ge=0)
     rollout_top_p: float = flag(1.0, "Nucleus sampling; below 1 is refused for training rollouts.", gt=0, le=1)
     rollout_top_k: int = flag(-1, "Top-k sampling, -1 or 0: off; else refused for training rollouts.", ge=-1)
@@ -287,6 +287,20 @@ class TrainOptions:
         "unset: 8192 on a GPU in bf16, else 1024.",
         ge=1,
     )
+    check_for_nan_in_loss_and_grad: bool = flag(
+        True, "A loss, log-prob, reward or gradient that is not finite changes no weight (always so here)."
+    )
+    check_for_spiky_loss: bool = flag(
+        False,
+        "A step whose gradient norm, or mean of |loss| over tokens, is more than --spiky-loss-factor times the largest "
+        "of the last 100 steps changes no weight either.",
+    )
+    spiky_loss_factor: float = flag(10.0, "How much larger.", gt=1)
+    bad_step_action: Literal["stop", "skip"] = flag(
+        "stop",
+        "A step that is not finite, or leaps: the run stops and names the samples, or goes on without the step (after "
+        "10 in a row it stops).",
+    )
     hf_trust_remote_code: bool = flag(False, "Let transformers run code that stands in the HF directory.")
 
 
@@ -296,7 +310,7 @@ class AlgoOptions:
 
     advantage_estimator: Literal[
         "grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"
-    ] = flag("grpo", "How rewards become advantages.")
+    ] = flag("grpo", "How rewards become advantages; gspo and cispo also change the loss's form.")
     loss_type: Literal["policy_loss", "sft_loss", "custom_loss"] = flag(
         "policy_loss", "policy_loss: clipped policy gradient; sft_loss: likelihood of the responses."
     )
@@ -305,19 +319,26 @@ class AlgoOptions:
     kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = flag(
         "low_var_kl", "KL estimator; low_var_kl is another name of k3."
     )
-    kl_coef: float = flag(0.0, "KL penalty in the reward.", ge=0)
+    kl_coef: float = flag(
+        0.0,
+        "KL penalty in the reward: this times log p - log p_ref of each token, of the weights before the rollout's first "
+        "step. reinforce_plus_plus takes it from the token's reward, grpo and rloo its sum from the response's.",
+        ge=0,
+    )
     log_ref_kl: bool = flag(False, "Run the reference forward to log the KL, even at coefficient 0.")
     entropy_coef: float = flag(0.0, "Weight of the entropy that is added to the objective.", ge=0)
-    eps_clip: float = flag(0.2, "The policy ratio is clipped below at 1 - this.", ge=0, lt=1)
+    eps_clip: float = flag(0.2, "The policy ratio is clipped below at 1 - this; 1: not at all.", ge=0, le=1)
     eps_clip_high: float | None = flag(None, "The policy ratio is clipped above at 1 + this; unset: --eps-clip.", ge=0)
     eps_clip_c: float | None = flag(
         None, "Dual clip: with a negative advantage the ratio counts as at most this.", gt=1
     )
     disable_grpo_std_normalization: bool = flag(
-        False, "Leave the division by the group's standard deviation out of grpo's advantages."
+        False, "Leave the division by the group's standard deviation out of the advantages of grpo, gspo and cispo."
     )
-    normalize_advantages: bool = flag(False, "Whiten advantages over the batch.")
-    gamma: float = flag(1.0, "Discount.", ge=0, le=1)
+    normalize_advantages: bool = flag(
+        False, "Whiten advantages over all tokens of the rollout that count (reinforce_plus_plus does so by itself)."
+    )
+    gamma: float = flag(1.0, "Discount of rewards that stand at tokens: reinforce_plus_plus, ppo.", ge=0, le=1)
     lambd: float = flag(1.0, "GAE lambda.", ge=0, le=1)
     offpolicy_correction: Literal["tis", "mis", "none"] = flag(
         "tis",
@@ -330,6 +351,11 @@ class AlgoOptions:
     )
     tis_clip: float = flag(2.0, "Upper clip of importance weights.", gt=0)
     tis_clip_low: float = flag(0.0, "Lower clip of importance weights.", ge=0)
+    use_routing_replay: bool = flag(
+        False,
+        "Mixture of experts: engines say to which experts each token went, and training sends it to the same ones; the "
+        "router is trained by the weights that it gives them.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from slime.config.epochs import planned_rollouts
 from slime.config.flags.megatron_fields import megatron_decided, megatron_known
 from slime.config.rules.ahead import ahead
+from slime.config.rules.algorithms import group_size, surrogate
 from slime.config.rules.best_checkpoint import best_checkpoint
 from slime.config.rules.case import Case, Rule
+from slime.config.rules.critic import critic
 from slime.config.rules.deterministic import deterministic
 from slime.config.rules.engines import (
     api_keys,
@@ -29,11 +30,12 @@ from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, 
 from slime.config.rules.no_effect import no_effect
 from slime.config.rules.not_built import not_built
 from slime.config.rules.offpolicy import offpolicy
-from slime.config.rules.optimizer import optimizer
+from slime.config.rules.optimizer import decay, optimizer, resumed_schedule, warm_up, weight_decay
 from slime.config.rules.partial import partial_rollout
 from slime.config.rules.paths import directories, tokenizer, weight_files
 from slime.config.rules.problem import Problem
 from slime.config.rules.rewards import custom_reward, eval_rewards, reward, reward_types, reward_url
+from slime.config.rules.routing import routing_replay
 from slime.config.rules.stages import pipeline_stages, recompute
 from slime.config.rules.trackers import trackers
 
@@ -117,19 +119,6 @@ def over_sampling(case: Case) -> Iterable[Problem]:
     if args.over_sampling_batch_size < args.rollout_batch_size:
         rule = f"less than --rollout-batch-size {args.rollout_batch_size}"
         yield case.error("over_sampling_batch_size", rule, "make it greater", beside=["rollout_batch_size"])
-
-
-def group_size(case: Case) -> Iterable[Problem]:
-    args = case.args
-    if args.n_samples_per_prompt > 1:
-        return
-    if case.trains_policy and args.advantage_estimator == "grpo" and args.custom_advantage_function_path is None:
-        rule = "grpo compares the samples of one prompt, and there is only one"
-        yield case.error("n_samples_per_prompt", rule, "make it at least 2", beside=["advantage_estimator"])
-    if (args.dynamic_sampling_filter_path or "").endswith(".check_reward_nonzero_std"):
-        rule = "check_reward_nonzero_std would drop every group: one reward has no spread"
-        remedy = "make it at least 2, or leave the filter out"
-        yield case.error("n_samples_per_prompt", rule, remedy, beside=["dynamic_sampling_filter_path"])
 
 
 def micro_batches(case: Case) -> Iterable[Problem]:
@@ -270,30 +259,6 @@ def precision(case: Case) -> Iterable[Problem]:
         yield case.warning("hidden_dropout", rule, "set it to 0")
 
 
-# --- the schedule -----------------------------------------------------------------------------------------------
-
-
-def schedule(case: Case) -> Iterable[Problem]:
-    """Megatron's schedule needs to know how long it is; a run that takes no step needs none."""
-    args = case.args
-    style = args.lr_decay_style
-    if style == "constant" or args.num_rollout == 0 or args.debug_rollout_only:
-        return
-    if style == "WSD" and args.lr_wsd_decay_iters is None:
-        remedy = "add --lr-wsd-decay-iters"
-        yield case.error("lr_decay_style", "has no length of its decay", remedy, beside=["lr_wsd_decay_iters"])
-    steps = args.lr_decay_iters
-    if steps is None:
-        assert args.num_steps_per_rollout is not None, "resolve fills it in"
-        rollouts = planned_rollouts(args)
-        steps = None if rollouts is None else rollouts * args.num_steps_per_rollout
-    about = ("lr_decay_iters", "num_rollout", "num_epoch", "num_steps_per_rollout", "global_batch_size")
-    if steps is not None and args.lr_warmup_iters >= max(steps, 1):
-        rule = f"the warm-up has to end before the decay does, at optimizer step {steps}"
-        remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
-        yield case.error("lr_warmup_iters", rule, remedy, beside=about)
-
-
 CONVERSION_RULES: tuple[Rule, ...] = (parallel_sizes, precision, megatron_decided, megatron_known)
 """For tools that need the model and the parallel sizes alone."""
 
@@ -322,7 +287,9 @@ TRAINING_RULES: tuple[Rule, ...] = (
     context,
     kl,
     losses,
+    surrogate,
     offpolicy,
+    critic,
     reward_types,
     reward,
     eval_rewards,
@@ -334,10 +301,14 @@ TRAINING_RULES: tuple[Rule, ...] = (
     parallel_sizes,
     pipeline_stages,
     experts,
+    routing_replay,
     recompute,
     precision,
     optimizer,
-    schedule,
+    decay,
+    warm_up,
+    weight_decay,
+    resumed_schedule,
     megatron_decided,
     megatron_known,
     prompt_file,

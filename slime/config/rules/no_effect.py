@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
+from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.args import Args
+from slime.config.flags.critic_options import CriticOptions
 from slime.config.flags.options import EvalOptions, HookOptions
 from slime.config.reward_types import may_ask_remote
 from slime.config.rules.case import Case
@@ -31,7 +33,9 @@ _CLIP = ("eps_clip", "eps_clip_high", "eps_clip_c")
 _TIS = ("tis_clip", "tis_clip_low")
 _WEIGHTS = ("offpolicy_correction", *_TIS)
 _KL = ("use_kl_loss", "kl_loss_coef", "kl_coef")
-_POLICY = (*_CLIP, *_KL, "entropy_coef", "normalize_advantages", "use_tis", *_WEIGHTS)
+_ADVANTAGE = ("advantage_estimator", "normalize_advantages", "disable_grpo_std_normalization")
+_POLICY = (*_CLIP, *_KL, *_ADVANTAGE, "entropy_coef", "use_tis", *_WEIGHTS)
+_CRITIC = tuple(f.name for f in fields(CriticOptions))
 _EVAL = tuple(f.name for f in fields(EvalOptions) if f.name not in ("eval_interval", "eval_prompt_data", "eval_config"))
 
 EMBEDDED_SETTINGS = frozenset(
@@ -41,6 +45,7 @@ EMBEDDED_SETTINGS = frozenset(
         "max_total_tokens",
         "dtype",
         "enable_deterministic_inference",
+        "enable_return_routed_experts",
         "random_seed",
         "api_key",
         "served_model_name",
@@ -84,6 +89,11 @@ TABLE: tuple[NoEffect, ...] = (
         "the loss has a KL term only with --use-kl-loss",
         "add --use-kl-loss",
     ),
+    NoEffect(
+        ("use_routing_replay",),
+        lambda a: a.use_routing_replay and a.loss_type == "sft_loss",
+        "--loss-type sft_loss trains on texts that no engine has made",
+    ),
     NoEffect(_POLICY, lambda a: a.loss_type == "sft_loss", "--loss-type sft_loss has neither ratio nor reference"),
     NoEffect(
         ("lr",),
@@ -91,7 +101,25 @@ TABLE: tuple[NoEffect, ...] = (
         "no weight ever changes",
         "raise it",
     ),
+    NoEffect(_CRITIC, lambda a: not a.uses_critic, "there is no critic; it belongs to --advantage-estimator ppo"),
     NoEffect(("weight_decay",), lambda a: a.lr == 0 and a.weight_decay > 0, "it is multiplied by --lr 0"),
+    NoEffect(
+        ("weight_decay",),
+        lambda a: a.weight_decay_incr_style != "constant",
+        "--weight-decay-incr-style goes from --start-weight-decay to --end-weight-decay",
+    ),
+    NoEffect(
+        ("lr_warmup_init",),
+        lambda a: a.lr_warmup_iters == 0 and not a.lr_warmup_fraction,
+        "there is no warm-up",
+        "add --lr-warmup-iters or --lr-warmup-fraction",
+    ),
+    NoEffect(
+        ("override_opt_param_scheduler",),
+        lambda a: not a.override_opt_param_scheduler,
+        "a resumed run follows the flags' schedule or the checkpoint's",
+        "say --use-checkpoint-opt-param-scheduler for the checkpoint's",
+    ),
     NoEffect(
         ("balance_data",),
         lambda a: a.balance_data and a.data_parallel_size == 1,
@@ -102,7 +130,38 @@ TABLE: tuple[NoEffect, ...] = (
         lambda a: a.rollout_shuffle and (a.num_rollout == 0 or a.debug_train_only),
         "no training prompts are read",
     ),
-    NoEffect(("gamma", "lambd"), lambda a: a.advantage_estimator == "grpo", "grpo has neither discount nor GAE"),
+    NoEffect(
+        ("gamma",),
+        lambda a: not ESTIMATOR_FACTS[a.advantage_estimator].discounts,
+        "the estimator gives a response one advantage, and discounts nothing",
+    ),
+    NoEffect(
+        ("lambd",),
+        lambda a: not ESTIMATOR_FACTS[a.advantage_estimator].needs_values,
+        "it is GAE's, which needs a critic",
+    ),
+    NoEffect(
+        ("disable_grpo_std_normalization",),
+        lambda a: a.disable_grpo_std_normalization and not ESTIMATOR_FACTS[a.advantage_estimator].divides_by_std,
+        "the estimator does not divide by a group's standard deviation",
+    ),
+    NoEffect(
+        ("normalize_advantages",),
+        lambda a: a.normalize_advantages and a.custom_advantage_function_path is None and ESTIMATOR_FACTS[a.advantage_estimator].whitens,
+        "the estimator whitens its advantages itself",
+    ),
+    NoEffect(
+        ("kl_coef", "gamma", "lambd", "disable_grpo_std_normalization"),
+        lambda a: a.custom_advantage_function_path is not None,
+        "--custom-advantage-function-path computes the advantages (with --kl-coef its batch has log_probs and "
+        "ref_log_probs)",
+    ),
+    NoEffect(
+        ("advantage_estimator",),
+        lambda a: a.loss_type == "custom_loss" and ESTIMATOR_FACTS[a.advantage_estimator].surrogate != "token",
+        "of this estimator your own loss leaves the advantages only, which are grpo's",
+        "say --advantage-estimator grpo",
+    ),
     NoEffect(
         _TIS,
         lambda a: a.offpolicy_correction == "none" and not a.use_tis,
@@ -232,7 +291,12 @@ TABLE: tuple[NoEffect, ...] = (
         "it belongs to --recompute-granularity full",
     ),
     NoEffect(
-        ("lr_decay_iters", "min_lr"),
+        ("lr_decay_iters",),
+        lambda a: a.lr_decay_style == "constant" and not a.lr_warmup_fraction,
+        "--lr-decay-style constant decays nothing",
+    ),
+    NoEffect(
+        ("min_lr",),
         lambda a: a.lr_decay_style == "constant",
         "--lr-decay-style constant decays nothing",
     ),
@@ -240,6 +304,15 @@ TABLE: tuple[NoEffect, ...] = (
         ("lr_wsd_decay_iters", "lr_wsd_decay_style"),
         lambda a: a.lr_decay_style != "WSD",
         "it belongs to --lr-decay-style WSD",
+    ),
+    NoEffect(
+        ("spiky_loss_factor",), lambda a: not a.check_for_spiky_loss, "it belongs to --check-for-spiky-loss", "add it"
+    ),
+    NoEffect(
+        ("check_for_nan_in_loss_and_grad",),
+        lambda a: not a.check_for_nan_in_loss_and_grad,
+        "what is not finite never changes a weight",
+        "to go on without such steps, say --bad-step-action skip",
     ),
     NoEffect(("sgd_momentum",), lambda a: a.optimizer != "sgd", "it belongs to --optimizer sgd"),
     NoEffect(("adam_beta1", "adam_beta2", "adam_eps"), lambda a: a.optimizer != "adam", "it belongs to adam"),

@@ -33,15 +33,14 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "expert_model_parallel_size": (more_than_one, "expert parallelism"),
     "expert_tensor_parallel_size": (more_than_one, "expert tensor parallelism"),
     "num_experts": (on, "mixture of experts"),
+    "use_routing_replay": (on, "router replay in training"),
     "optimizer_cpu_offload": (on, "CPU offload of the optimizer"),
     "normalization": (other_than("RMSNorm"), "another norm than RMSNorm"),
     "position_embedding_type": (other_than("rope"), "another position embedding than rope"),
     "use_rotary_position_embeddings": (off, "another position embedding than rope"),
     "swiglu": (off, "an MLP without SwiGLU"),
     "disable_bias_linear": (off, "biases in linear layers"),
-    "advantage_estimator": (other_than("grpo"), "another advantage estimator than grpo"),
-    "normalize_advantages": (on, "whitening of advantages"),
-    "kl_coef": (on, "a KL penalty in the reward"),
+    "advantage_estimator": (lambda value: value == "ppo", "ppo's critic"),
 }
 """Field -> when it asks for something that is not there, and what that is."""
 

@@ -1,4 +1,4 @@
-"""The KV cache: one row a running request, all layers in one buffer.
+"""The KV cache: one row a running request, all layers in one buffer; beside it, to which experts tokens went.
 
 Path: `Model.prefill` and `Model.decode` write and read it; `scheduler` hands out the rows, moves and copies them.
 Invariant: rows [0, running) are in use and nothing else is, so decoding reads a plain slice.
@@ -34,12 +34,21 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 class KVCache:
     """`tokens`: positions that may be reserved at most, over all rows; `rows`: requests at most.
 
-    `spare_rows` more stand behind those of requests, for rows of a forward that are nobody's.
+    `spare_rows` more stand behind those of requests, for rows of a forward that are nobody's. `keeps_routes`: the
+    experts that tokens went to are kept, too, position by position.
     """
 
     def __init__(
-        self, architecture: Architecture, *, dtype: torch.dtype, rows: int, tokens: int, spare_rows: int = 0
+        self,
+        architecture: Architecture,
+        *,
+        dtype: torch.dtype,
+        rows: int,
+        tokens: int,
+        spare_rows: int = 0,
+        keeps_routes: bool = False,
     ) -> None:
+        self.keeps_routes = keeps_routes
         self._architecture = architecture
         self._dtype = dtype
         self._max_rows = rows
@@ -57,6 +66,7 @@ class KVCache:
         """Give all memory back. Only while no row is in use."""
         self.width = 0
         self._kv = torch.empty(0, dtype=self._dtype)
+        self._routes = torch.empty(0, dtype=torch.int32)
 
     def rows_at(self, width: int) -> int:
         """Rows there can be if each holds `width` positions."""
@@ -73,6 +83,11 @@ class KVCache:
         self._kv = _lazy_zeros(shape, self._dtype)
         if in_use:
             self._kv[:, :, :in_use, :, :old_width] = old_kv[:, :, :in_use]
+        if self.keeps_routes:
+            old_routes = self._routes
+            self._routes = _lazy_zeros((rows, self.width, a.num_moe_layers, a.moe_router_topk), torch.int32)
+            if in_use:
+                self._routes[:in_use, :old_width] = old_routes[:in_use]
 
     def write_prompts(self, layer: int, first_row: int, k: Tensor, v: Tensor) -> None:
         """k, v [P, K, S, D] into rows [first_row, first_row + P), from position 0 on."""
@@ -84,6 +99,19 @@ class KVCache:
         """kv [B, 2, K, D], one position a row."""
         self._kv[:, layer][:, rows_B, :, positions_B] = kv
 
+    def write_prompt_routes(self, moe_layer: int, first_row: int, experts: Tensor) -> None:
+        """experts [P, S, topk], as `write_prompts`."""
+        count, width = experts.shape[:2]
+        self._routes[first_row : first_row + count, :width, moe_layer] = experts.to(torch.int32)
+
+    def write_token_routes(self, moe_layer: int, rows_B: Tensor, positions_B: Tensor, experts: Tensor) -> None:
+        """experts [B, topk], as `write_tokens`."""
+        self._routes[rows_B, positions_B, moe_layer] = experts.to(torch.int32)
+
+    def read_routes(self, row: int, length: int) -> Tensor:
+        """Experts of the first `length` positions [length, layers with experts, topk], a copy."""
+        return self._routes[row, :length].clone()
+
     def read(self, layer: int, rows: int, span: int, *, first: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, K, span, D] from row `first` on, views."""
         kv = self._kv[:, layer, first : first + rows, :, :span]
@@ -92,6 +120,8 @@ class KVCache:
     def copy(self, source: int, target: int, length: int, *, rows: int = 1) -> None:
         """The first `length` positions of row `source` into `rows` rows from `target` on."""
         self._kv[:, :, target : target + rows, :, :length] = self._kv[:, :, source : source + 1, :, :length]
+        if self.keeps_routes:
+            self._routes[target : target + rows, :length] = self._routes[source, :length]
 
 
 def _round_up(width: int) -> int:

@@ -1,4 +1,4 @@
-"""The forward pass: a dense decoder built from an `Architecture`, with fused buffers and views of them by HF name.
+"""The forward pass: a decoder built from an `Architecture`, with fused buffers and views of them by HF name.
 
 Path: `checkpoint` and weight updates write into `Model.weights`, `scheduler` calls `prefill` and `decode`.
 Invariant: every HF tensor is a view into exactly one buffer, so writing a tensor by its HF name is the whole update.
@@ -20,6 +20,7 @@ from slime.core.architecture import Architecture
 from slime.core.rotary import inverse_frequencies
 from slime.engine.embedded.attention import attend_in_blocks, blocks_mask
 from slime.engine.embedded.cache import KVCache
+from slime.engine.embedded.mlp import Dense, Experts
 
 FUSED_GATE_UP_FAMILIES = ("glm4",)
 """Families whose HF files hold one `gate_up_proj`; the others hold `gate_proj` and `up_proj`."""
@@ -37,8 +38,7 @@ class Layer:
     o: Tensor
     post_attention_norm: Tensor | None
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    mlp: Dense | Experts
     post_mlp_norm: Tensor | None
 
 
@@ -46,6 +46,12 @@ class Attend(Protocol):
     """Attention over the cache: q [N, H, D], kv [N, 2, K, D] -> [N, H * D]; also stores keys and values."""
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor: ...
+
+
+class KeepRoutes(Protocol):
+    """Writes down to which experts [N, K] tokens go in one layer, counted from the first one that has experts."""
+
+    def __call__(self, moe_layer: int, experts: Tensor) -> None: ...
 
 
 class Model:
@@ -57,7 +63,7 @@ class Model:
         self.weights: dict[str, Tensor] = {}
         a = architecture
         self.embedding = self._new("model.embed_tokens.weight", a.vocab_size, a.hidden_size)
-        self.layers = [self._new_layer(f"model.layers.{i}.") for i in range(a.num_layers)]
+        self.layers = [self._new_layer(f"model.layers.{i}.", moe=a.is_moe_layer(i)) for i in range(a.num_layers)]
         self.final_norm = self._new("model.norm.weight", a.hidden_size)
         self.head = self.embedding if a.tied_embeddings else self._new("lm_head.weight", a.vocab_size, a.hidden_size)
         self._rotation = _rotation_table(a)
@@ -74,17 +80,13 @@ class Model:
         self.weights.update(zip(parts, buffer.split(list(parts.values())), strict=True))
         return buffer
 
-    def _new_layer(self, prefix: str) -> Layer:
+    def _new_layer(self, prefix: str, *, moe: bool) -> Layer:
         a = self.architecture
-        hidden, ffn, head = a.hidden_size, a.ffn_hidden_size, a.kv_channels
+        hidden, head = a.hidden_size, a.kv_channels
         rows = {"q": a.num_attention_heads * head, "k": a.num_query_groups * head, "v": a.num_query_groups * head}
-        attn, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        attn = f"{prefix}self_attn."
         qkv = self._new_fused({f"{attn}{x}_proj.weight": n for x, n in rows.items()}, hidden)
         bias = self._new_fused({f"{attn}{x}_proj.bias": n for x, n in rows.items()}) if a.add_qkv_bias else None
-        if a.family in FUSED_GATE_UP_FAMILIES:
-            gate_up = self._new(f"{mlp}gate_up_proj.weight", 2 * ffn, hidden)
-        else:
-            gate_up = self._new_fused({f"{mlp}gate_proj.weight": ffn, f"{mlp}up_proj.weight": ffn}, hidden)
         return Layer(
             input_norm=self._new(f"{prefix}input_layernorm.weight", hidden),
             qkv=qkv,
@@ -97,12 +99,54 @@ class Model:
             ),
             # In HF's sandwich-norm families this name is still the norm before the MLP.
             mlp_norm=self._new(f"{prefix}post_attention_layernorm.weight", hidden),
-            gate_up=gate_up,
-            down=self._new(f"{mlp}down_proj.weight", hidden, ffn),
+            mlp=self._new_experts(f"{prefix}mlp.") if moe else self._new_mlp(f"{prefix}mlp.", a.ffn_hidden_size),
             post_mlp_norm=self._new(f"{prefix}post_mlp_layernorm.weight", hidden) if a.post_mlp_layernorm else None,
         )
 
-    def _forward(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+    def _new_mlp(self, prefix: str, ffn: int) -> Dense:
+        hidden = self.architecture.hidden_size
+        if self.architecture.family in FUSED_GATE_UP_FAMILIES:
+            gate_up = self._new(f"{prefix}gate_up_proj.weight", 2 * ffn, hidden)
+        else:
+            gate_up = self._new_fused({f"{prefix}gate_proj.weight": ffn, f"{prefix}up_proj.weight": ffn}, hidden)
+        return Dense(gate_up, self._new(f"{prefix}down_proj.weight", hidden, ffn))
+
+    def _new_experts(self, prefix: str) -> Experts:
+        a = self.architecture
+        count, ffn, hidden, shared = (
+            a.num_experts,
+            a.moe_ffn_hidden_size,
+            a.hidden_size,
+            a.shared_expert_ffn_hidden_size,
+        )
+        gate_up = torch.zeros(count, 2 * ffn, hidden, dtype=self.dtype)
+        down = torch.zeros(count, hidden, ffn, dtype=self.dtype)
+        for i in range(count):
+            gate, up = gate_up[i].chunk(2)
+            own = {"gate_proj": gate, "up_proj": up, "down_proj": down[i]}
+            self.weights |= {f"{prefix}experts.{i}.{name}.weight": tensor for name, tensor in own.items()}
+        bias = None
+        if a.router_bias:
+            # Fp32 whatever the model is in: it moves by steps that bf16 does not hold.
+            bias = self.weights[f"{prefix}gate.e_score_correction_bias"] = torch.zeros(count)
+        return Experts(
+            architecture=a,
+            router=self._new(f"{prefix}gate.weight", count, hidden),
+            bias=bias,
+            gate_up=gate_up,
+            down=down,
+            shared=self._new_mlp(f"{prefix}shared_experts.", shared) if shared else None,
+        )
+
+    def _forward(
+        self,
+        tokens_N: Tensor,
+        positions_N: Tensor,
+        attend: Attend,
+        keep_routes: KeepRoutes | None,
+        *,
+        every_expert: bool = False,
+    ) -> Tensor:
         """Hidden states [N, hidden], the final norm applied."""
         a = self.architecture
         heads, groups, head = a.num_attention_heads, a.num_query_groups, a.kv_channels
@@ -117,8 +161,14 @@ class Model:
             q, kv = qkv.split([heads, 2 * groups], dim=1)
             y = F.linear(attend(i, q, kv.unflatten(1, (2, groups))), w.o)
             x += y if w.post_attention_norm is None else self._norm(y, w.post_attention_norm)
-            gate, up = F.linear(self._norm(x, w.mlp_norm), w.gate_up).chunk(2, dim=-1)
-            y = F.linear(F.silu(gate, inplace=True).mul_(up), w.down)
+            y = self._norm(x, w.mlp_norm)
+            if isinstance(w.mlp, Dense):
+                y = w.mlp(y)
+            else:
+                experts, weights = w.mlp.route(y)
+                if keep_routes is not None:
+                    keep_routes(i - a.first_dense_layers, experts)
+                y = w.mlp(y, experts, weights, every=every_expert)
             x += y if w.post_mlp_norm is None else self._norm(y, w.post_mlp_norm)
         return self._norm(x, self.final_norm)
 
@@ -168,7 +218,11 @@ class Model:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
             return out.transpose(1, 2).reshape(count * width, -1)
 
-        return self._forward(tokens.flatten(), positions, attend).unflatten(0, (count, width))
+        def keep_routes(moe_layer: int, experts: Tensor) -> None:
+            cache.write_prompt_routes(moe_layer, first_row, experts.unflatten(0, (count, width)))
+
+        keep = keep_routes if cache.keeps_routes else None
+        return self._forward(tokens.flatten(), positions, attend, keep).unflatten(0, (count, width))
 
     def decode(self, tokens_B: Tensor, positions_B: Tensor, cache: KVCache) -> Tensor:
         """One token for each of the first B cache rows, at `positions_B` -> hidden states [B, hidden]."""
@@ -193,7 +247,7 @@ class Model:
                 scores = torch.add(mask, torch.bmm(queries, keys.transpose(1, 2)), alpha=scale)
             return torch.bmm(torch.softmax(scores, dim=-1).to(values.dtype), values).view(batch, -1)
 
-        return self._forward(tokens_B, positions_B, attend)
+        return self._forward(tokens_B, positions_B, attend, _keep_token_routes(cache, rows, positions_B))
 
     def decode_in_blocks(self, tokens_B: Tensor, positions_B: Tensor, cache: KVCache, first_row: int) -> Tensor:
         """`decode` for the B cache rows from `first_row` on; how far the others reach changes nothing for a row."""
@@ -209,7 +263,14 @@ class Model:
             keys, values = (t.flatten(0, 1) for t in cache.read(layer, batch, span, first=first_row))
             return attend_in_blocks(q.reshape(batch * groups, per_group, head), keys, values, mask).view(batch, -1)
 
-        return self._forward(tokens_B, positions_B, attend)
+        keep_routes = _keep_token_routes(cache, rows, positions_B)
+        return self._forward(tokens_B, positions_B, attend, keep_routes, every_expert=True)
+
+
+def _keep_token_routes(cache: KVCache, rows_B: Tensor, positions_B: Tensor) -> KeepRoutes | None:
+    if not cache.keeps_routes:
+        return None
+    return lambda moe_layer, experts: cache.write_token_routes(moe_layer, rows_B, positions_B, experts)
 
 
 def _rotation_table(architecture: Architecture) -> Tensor:

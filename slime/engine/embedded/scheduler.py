@@ -58,12 +58,15 @@ class Request:
     stop_token_ids: frozenset[int]
     """All that end it, the model's own included."""
     logprob_start_len: int = -1
+    return_routes: bool = False
     stop_check: Callable[[Sequence[int]], str | None] | None = None
     """Given the output so far, the stop string that it now contains."""
     output_ids: list[int] = field(default_factory=list[int])
     log_probs: list[float] = field(default_factory=list[float])
     input_log_probs: list[float] = field(default_factory=list[float])
     """Of prompt positions from max(1, logprob_start_len) on."""
+    routes: Tensor | None = None
+    """Experts of all tokens but the last, which has not been run [tokens - 1, layers with experts, topk]."""
     finish_reason: dict[str, Any] | None = None
     error: str | None = None
     weight_version: str = ""
@@ -176,6 +179,7 @@ class Scheduler:
     def retract(self) -> None:
         """Running requests wait again, first in line; their cache rows are free."""
         for request in reversed(self._running):
+            self._read_routes(request)
             request.row = -1
             self._waiting.appendleft(request)
         self._running = []
@@ -356,7 +360,13 @@ class Scheduler:
     def _finish(self, request: Request, reason: dict[str, Any]) -> None:
         request.finish_reason = reason
         request.weight_version = self.weight_version
+        self._read_routes(request)
         self._finished.append(request)
+
+    def _read_routes(self, request: Request) -> None:
+        """While it has its row; one that waits again, and is aborted there, keeps what it had."""
+        if request.return_routes and request.row >= 0:
+            request.routes = self.cache.read_routes(request.row, len(request.input_ids) + len(request.output_ids) - 1)
 
     def _compact(self) -> None:
         """Fill the rows of finished requests with the last running ones."""

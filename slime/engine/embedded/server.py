@@ -21,6 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
@@ -40,6 +41,7 @@ from slime.engine.protocol import (
     Endpoint,
     GenerateRequest,
     PauseGeneration,
+    encode_routes,
 )
 from slime.engine.weight_group import dtype_name
 
@@ -67,6 +69,7 @@ class Server:
             rows=settings.max_running_requests,
             tokens=settings.max_total_tokens,
             spare_rows=SPARE_ROWS if settings.deterministic else 0,
+            keeps_routes=settings.returns_routed_experts,
         )
         self._scheduler = Scheduler(
             self._model, cache, on_finished=self._from_scheduler, on_failure=self._scheduler_failed
@@ -160,7 +163,7 @@ class Server:
             self._rids.discard(request.rid)
         if done.error is not None:
             return error_answer(done.error, 500)
-        return json_answer(self._to_response(done, with_log_probs=asked.return_logprob))
+        return json_answer(self._to_response(done, asked))
 
     def _to_request(self, asked: GenerateRequest) -> Request:
         params = asked.sampling_params
@@ -177,6 +180,15 @@ class Server:
                 f"Requested token count exceeds the model's maximum context length of {context} tokens: {len(ids)} "
                 f"input tokens and {params.max_new_tokens} new ones; lower max_new_tokens"
             )
+        if asked.return_routed_experts and not self._settings.returns_routed_experts:
+            raise ValueError(
+                "return_routed_experts: this engine keeps no routes; start it with --enable-return-routed-experts"
+            )
+        if asked.routed_experts_start_len > len(ids):
+            raise ValueError(
+                f"routed_experts_start_len is {asked.routed_experts_start_len}; it has to lie in [0, {len(ids)}], the "
+                "length of the prompt"
+            )
         rid = asked.rid or f"{self._names.getrandbits(128):032x}"
         if rid in self._rids:
             raise ValueError(f"rid {rid!r} is in use by another request")
@@ -189,11 +201,12 @@ class Server:
             seed=self._random.getrandbits(63) if seed is None else seed,
             stop_token_ids=own | frozenset(params.stop_token_ids or ()),
             logprob_start_len=asked.logprob_start_len if asked.return_logprob else -1,
+            return_routes=asked.return_routed_experts,
             stop_check=self._text.stop_check(params.stop_strings),
         )
 
-    def _to_response(self, done: Request, *, with_log_probs: bool) -> dict[str, Any]:
-        reason = done.finish_reason or {}
+    def _to_response(self, done: Request, asked: GenerateRequest) -> dict[str, Any]:
+        reason, with_log_probs = done.finish_reason or {}, asked.return_logprob
         meta: dict[str, Any] = {
             "id": done.rid,
             "finish_reason": reason,
@@ -212,6 +225,10 @@ class Server:
             ]
             nothing_before = [(None, done.input_ids[0], None)] if done.logprob_start_len == 0 else []
             meta["input_token_logprobs"] = nothing_before + scored
+        if done.routes is not None:
+            # As SGLang counts layers: all of them, with zeros in those that have no experts.
+            routes = F.pad(done.routes, (0, 0, self._settings.architecture.first_dense_layers, 0))
+            meta["routed_experts"] = encode_routes(routes[asked.routed_experts_start_len :].numpy())
         text = self._text.render(done.output_ids, done.params, reason.get("matched"))
         return {"text": text, "output_ids": done.output_ids, "meta_info": meta}
 
@@ -275,6 +292,7 @@ class Server:
                 "dp_size": 1,
                 "dtype": dtype_name(s.dtype),
                 "enable_deterministic_inference": s.deterministic,
+                "enable_return_routed_experts": s.returns_routed_experts,
                 "context_length": s.context_length,
                 "max_running_requests": s.max_running_requests,
                 "max_total_num_tokens": s.max_total_tokens,

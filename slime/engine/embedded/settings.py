@@ -44,6 +44,8 @@ class Settings:
     seed: int
     deterministic: bool
     """What a request gets does not depend on the requests beside it."""
+    returns_routed_experts: bool
+    """To which experts tokens went is kept, for requests that ask."""
     api_key: str | None
     watchdog_timeout: float
     dist_timeout: float
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-total-tokens", type=int, help="cache positions; unset: what 30 %% of the free memory holds")
     add("--num-threads", type=int, default=1)
     add("--enable-deterministic-inference", action="store_true", help="no request feels those beside it, to the bit")
+    add("--enable-return-routed-experts", action="store_true", help="keep to which experts tokens go, for who asks")
     add("--random-seed", type=int, help="of requests without a sampling_seed; unset: drawn")
     add("--api-key")
     add("--watchdog-timeout", type=float, default=300.0, help="seconds of one step, after which health fails")
@@ -88,6 +91,11 @@ def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
     if architecture.family not in FAMILIES:
         raise ValueError(
             f"--architecture names the family {architecture.family!r}; this engine serves {', '.join(FAMILIES)}"
+        )
+    if given.enable_return_routed_experts and not architecture.num_experts:
+        raise ValueError(
+            f"--enable-return-routed-experts: the {architecture.family} model at {given.model_path} has no experts; "
+            "leave it out"
         )
     dtype = _dtype(given.dtype, config)
     total = given.max_total_tokens
@@ -116,6 +124,7 @@ def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
         stop_token_ids=_stop_token_ids(given.model_path, config),
         seed=given.random_seed if given.random_seed is not None else secrets.randbits(48),
         deterministic=given.enable_deterministic_inference,
+        returns_routed_experts=given.enable_return_routed_experts,
         api_key=given.api_key,
         watchdog_timeout=given.watchdog_timeout,
         dist_timeout=given.dist_timeout,

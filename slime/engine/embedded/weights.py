@@ -131,9 +131,12 @@ class EngineWeights:
         self._settle(version)
 
     def _may_skip(self, name: str) -> bool:
-        """A tied output layer may be stored twice; older files hold RoPE's frequencies."""
-        tied = self._model.architecture.tied_embeddings and name == "lm_head.weight"
-        return tied or name.endswith("rotary_emb.inv_freq")
+        """A tied output layer may be stored twice; older files hold RoPE's frequencies, and GLM-4.5's a layer that
+        predicts one token more."""
+        a = self._model.architecture
+        tied = a.tied_embeddings and name == "lm_head.weight"
+        further = a.family == "glm4_moe" and name.startswith(f"model.layers.{a.num_layers}.")
+        return tied or further or name.endswith("rotary_emb.inv_freq")
 
     def _settle(self, version: str | None) -> None:
         self._arrived.clear()
