@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 
-.PHONY: install demo demo-control bench bench-engine bench-trainer bench-rollout bench-loop test test-kill test-chaos test-gpu check
+.PHONY: install demo demo-control bench bench-engine bench-trainer bench-rollout bench-loop test test-kill test-layouts test-chaos test-gpu check
 
 install: $(STAMP)
 
@@ -64,6 +64,11 @@ KILLS ?= 30
 
 test-kill: $(STAMP)
 	PATH="$(BIN):$$PATH" python3 -m tests.kill --kills $(KILLS) --seed 0 --out outputs/kill
+
+DRAWS ?= 300
+
+test-layouts: $(STAMP)
+	PATH="$(BIN):$$PATH" python3 -W ignore -m tests.layouts --draws $(DRAWS) --seed 0
 
 test-chaos: $(STAMP)
 	PATH="$(BIN):$$PATH" python3 -m tests.chaos --seed 1 --out outputs/chaos

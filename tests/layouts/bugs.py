@@ -1,0 +1,90 @@
+"""Bugs that the layout property has to notice, put into a run by name.
+
+Each is one that has been made, in frameworks like this one, and that leaves the loss looking reasonable: the sum of the
+weights is the right one, every token is there once, and a run learns all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from slime.core.batch import Array, TrainBatch
+from slime.core.packing import StepPlan
+from slime.megatron import trainer
+from slime.megatron.microbatch import Cut, MicroBatch
+from tests.layouts.draws import Draw
+
+Patch = AbstractContextManager[Any]
+
+
+def own_denominator() -> Patch:
+    """Every rank divides by what it has itself, and the ranks' means are averaged."""
+    pack = trainer.Trainer._pack
+
+    def wrong(self: trainer.Trainer, batch: TrainBatch, plan: StepPlan) -> list[MicroBatch]:
+        packed = pack(self, batch, plan)
+        if not batch.has("loss_weights"):
+            return packed
+        own = sum(float(each.columns["loss_weights"].sum()) for each in packed)
+        share = own * self.topology.dp_size * self.topology.cp_size
+        if not share:
+            return packed
+        return [
+            replace(each, columns={**each.columns, "loss_weights": each.columns["loss_weights"] / share})
+            for each in packed
+        ]
+
+    return patch.object(trainer.Trainer, "_pack", wrong)
+
+
+def shifted_mask() -> Patch:
+    """Every token takes the weight of the one before it."""
+    pack = trainer.Trainer._pack
+
+    def wrong(self: trainer.Trainer, batch: TrainBatch, plan: StepPlan) -> list[MicroBatch]:
+        if batch.has("loss_weights"):
+            batch = batch.with_column("loss_weights", np.roll(batch.columns["loss_weights"], 1))
+        return pack(self, batch, plan)
+
+    return patch.object(trainer.Trainer, "_pack", wrong)
+
+
+def contiguous_slice() -> Patch:
+    """A rank takes two neighbouring chunks, and attention still believes that they are a first one and a last one."""
+    of = Cut.of
+
+    def wrong(lengths_S: Array, num_ranks: int) -> Cut:
+        cut = of(lengths_S, num_ranks)
+        return cut if num_ranks == 1 else replace(cut, tokens_CB=_neighbouring(lengths_S, num_ranks))
+
+    return patch.object(Cut, "of", wrong)
+
+
+def _neighbouring(lengths_S: Array, num_ranks: int) -> Array:
+    """[C, B]: of every sequence, each rank's one piece."""
+    ends_S = np.cumsum(lengths_S)
+    pieces = [np.split(np.arange(end - size, end), num_ranks) for end, size in zip(ends_S, lengths_S, strict=True)]
+    return np.stack([np.concatenate([piece[rank] for piece in pieces]) for rank in range(num_ranks)])
+
+
+BUGS: dict[str, Callable[[], Patch]] = {
+    "own denominator": own_denominator,
+    "shifted mask": shifted_mask,
+    "contiguous slice": contiguous_slice,
+}
+
+
+def exercises(bug: str, draw: Draw) -> bool:
+    """Whether a draw goes where the bug is."""
+    dimensions = draw.dimensions()
+    return {
+        "own denominator": dimensions["DP"] != "1" or dimensions["CP"] != "1",
+        "shifted mask": dimensions["masked"] != "none",
+        "contiguous slice": dimensions["CP"] != "1",
+    }[bug]

@@ -1,0 +1,228 @@
+"""One step of a draw, cut and in one process, and how far the two are from each other.
+
+Path: `draws` says what is run; the functions here run in the processes of the pool. Invariant: what is compared is
+whole: tensors by their Hugging Face names, gathered from all ranks, and every rank has come to the same.
+
+A comparison says nothing about a point where the loss is not smooth: the smallest rounding decides there. Where the one
+process comes near one (`edges`), the draw's samples are drawn again.
+
+Shapes: _R response tokens of all samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from slime.config.args import Args
+from slime.core.batch import TrainBatch
+from slime.megatron.build import named_parameters
+from slime.megatron.trainer import Trainer
+from tests.layouts.bugs import BUGS
+from tests.layouts.draws import Draw, other_log_probs, samples
+from tests.layouts.edges import Watch
+from tests.worker_pool import WorkerPool
+
+Arrays = dict[str, np.ndarray]
+
+TOLERANCE = 1e-5
+"""Of everything as a whole, relative."""
+TENSOR_TOLERANCE = 1e-4
+"""Of one tensor's gradient, which may be a small part of the whole one: a wrong one may hide in that."""
+SMALLEST_PART = 1e-3
+"""Of the whole gradient's norm: a tensor with less is measured as if it had this much. It is mostly rounding."""
+CANCELLED = 0.1
+"""A loss of less than this share of its terms' mean size is measured against that share: its terms cancel."""
+LEAST_GRADIENT = 1e-3
+OF_THE_CUT = ("num_micro_batches", "fill", "dp_imbalance", "tokens_per_second", "loss", "grad_norm")
+"""Of metrics, those that tell how the work was cut, and those that are compared by themselves."""
+MOST_ATTEMPTS = 30
+
+
+@dataclass
+class Outcome:
+    """Of one rank; only rank 0 brings arrays."""
+
+    metrics: dict[str, float]
+    digest: str
+    """Of all weights after the step, as this rank gathered them."""
+    gradients: Arrays
+    weights: Arrays
+
+
+@dataclass
+class Plain:
+    """The one process."""
+
+    outcome: Outcome
+    batch: TrainBatch
+    """With the log-probs that were drawn around the policy's."""
+    near: str
+    """Why it cannot be compared with; empty: it can."""
+    size: float
+    """Of the terms of the loss."""
+
+
+def plain_step(rank: int, world_size: int, init_method: str, args: Args, draw: Draw, attempt: int) -> Plain:
+    """In one process; makes what the cut run gets."""
+    trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+    watch = Watch()
+    try:
+        trainer.load()
+        batch = samples(draw, attempt)
+        batch = other_log_probs(draw, attempt, trainer.log_probs(batch), batch)
+        trainer._loss = watch.losses(trainer._loss)
+        for chunk in chunks(trainer):
+            watch.routers(chunk)
+        metrics = trainer.train(0, batch)
+        near = watch.near(batch)
+        if metrics["train/grad_norm"] < LEAST_GRADIENT:
+            near = "no gradient"
+        return Plain(_outcome(trainer, metrics), batch, near, watch.size(batch))
+    finally:
+        trainer.close()
+
+
+def cut_step(
+    rank: int, world_size: int, init_method: str, args: Args, batch: TrainBatch, bug: str | None = None
+) -> Outcome:
+    """In as many processes as the layout has; with a bug of `BUGS`, if one is named."""
+    with BUGS[bug]() if bug else nullcontext():
+        trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+        try:
+            trainer.load()
+            return _outcome(trainer, trainer.train(0, batch))
+        finally:
+            trainer.close()
+
+
+def chunks(trainer: Trainer) -> tuple[Any, ...]:
+    """The wrapped modules of this rank: one, or one a virtual stage."""
+    model: Any = trainer.model
+    return (model,) if isinstance(model, torch.nn.Module) else tuple(model)
+
+
+def _outcome(trainer: Trainer, metrics: dict[str, float]) -> Outcome:
+    weights = _gathered(trainer)
+    digest = hashlib.sha256(b"".join(values.tobytes() for values in weights.values())).hexdigest()
+    _complete_gradients(trainer)
+    with torch.no_grad():  # then gradients are gathered as weights are, whatever the layout
+        for _, parameter in named_parameters(trainer.model):
+            gradient = cast(Any, parameter).main_grad if parameter.requires_grad else torch.zeros_like(parameter)
+            parameter.data.copy_(gradient)
+    gradients = _gathered(trainer)
+    first = trainer.topology.rank == 0
+    return Outcome(metrics, digest, gradients if first else {}, weights if first else {})
+
+
+def _gathered(trainer: Trainer) -> Arrays:
+    return {name: tensor.numpy().copy() for name, tensor in trainer.iter_hf_tensors()}
+
+
+def _complete_gradients(trainer: Trainer) -> None:
+    """A distributed optimizer leaves each rank the sums of its own shard of every bucket: bring all together."""
+    for chunk in chunks(trainer):
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shards = bucket.grad_data.chunk(group.size())
+                for rank, shard in enumerate(shards):
+                    if rank != group.rank():
+                        shard.zero_()
+                dist.all_reduce(bucket.grad_data, group=group)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A draw's two runs."""
+
+    plain: Plain
+    cut: Outcome
+    near: tuple[str, ...]
+    """Why its samples were drawn again, if they were."""
+
+    def errors(self) -> dict[str, float]:
+        """How far apart they are, in units of what is allowed."""
+        plain, cut = self.plain.outcome, self.cut
+        loss, norm = plain.metrics["train/loss"], plain.metrics["train/grad_norm"]
+        whole = _norm(plain.gradients)
+        return {
+            "loss": _off(cut.metrics["train/loss"], loss, max(abs(loss), CANCELLED * self.plain.size)),
+            "gradient norm": _off(cut.metrics["train/grad_norm"], norm, norm),
+            "gradient": _norm(_minus(cut.gradients, plain.gradients)) / whole / TOLERANCE,
+            "weights": _norm(_minus(cut.weights, plain.weights)) / _norm(plain.weights) / TOLERANCE,
+            "a tensor's gradient": self._worst_tensor(whole) / TENSOR_TOLERANCE,
+            "other metrics": self._worst_metric() / TENSOR_TOLERANCE,
+        }
+
+    def _worst_tensor(self, whole: float) -> float:
+        plain = self.plain.outcome.gradients
+        return max(
+            float(np.linalg.norm(difference) / max(np.linalg.norm(plain[name]), SMALLEST_PART * whole))
+            for name, difference in _minus(self.cut.gradients, plain).items()
+        )
+
+    def _worst_metric(self) -> float:
+        plain, cut = (
+            {name: value for name, value in each.metrics.items() if name.startswith("train/")}
+            for each in (self.plain.outcome, self.cut)
+        )
+        names = {name for name in {*plain, *cut} if name.removeprefix("train/") not in OF_THE_CUT}
+        assert names <= plain.keys() & cut.keys(), f"not in both: {names - (plain.keys() & cut.keys())}"
+        return max(abs(cut[name] - plain[name]) / max(abs(plain[name]), 0.1) for name in names)
+
+
+def _off(found: float, expected: float, scale: float) -> float:
+    return abs(found - expected) / scale / TOLERANCE
+
+
+def _minus(found: Arrays, expected: Arrays) -> Arrays:
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return {name: values.astype(np.float64) - expected[name] for name, values in found.items()}
+
+
+def _norm(values: Arrays) -> float:
+    return float(np.sqrt(sum(np.square(each, dtype=np.float64).sum() for each in values.values())))
+
+
+def run_plain(workers: WorkerPool, draw: Draw, root: Path) -> tuple[Plain, tuple[str, ...]]:
+    """The one process, clear of all edges."""
+    near: list[str] = []
+    args = draw.args(root, cut=False)
+    for attempt in range(MOST_ATTEMPTS):
+        [plain] = workers.run(1, plain_step, args, draw, attempt)
+        if not plain.near:
+            return plain, tuple(near)
+        near.append(plain.near)
+    raise AssertionError(f"seed {draw.seed}: no samples are clear of all edges: {near}")
+
+
+def run_pair(workers: WorkerPool, draw: Draw, root: Path, bug: str | None = None) -> Pair:
+    """Both runs."""
+    plain, near = run_plain(workers, draw, root)
+    return Pair(plain, run_cut(workers, draw, root, plain.batch, bug), near)
+
+
+def run_cut(workers: WorkerPool, draw: Draw, root: Path, batch: TrainBatch, bug: str | None = None) -> Outcome:
+    """All ranks, which have to have come to the same."""
+    if draw.shuffled:
+        batch = batch.select(np.random.default_rng(draw.seed).permutation(len(batch)).tolist())
+    ranks = workers.run(draw.num_ranks, cut_step, draw.args(root, cut=True), batch, bug)
+    first = ranks[0]
+    for rank in ranks[1:]:
+        assert _timeless(rank) == _timeless(first), "ranks tell of different metrics"
+        assert rank.digest == first.digest, "ranks hold different weights"
+    return first
+
+
+def _timeless(outcome: Outcome) -> dict[str, float]:
+    return {name: value for name, value in outcome.metrics.items() if "time" not in name and "second" not in name}

@@ -1,0 +1,43 @@
+"""The short form of `make test-layouts`, and the bugs that it has to notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from worker_pool import WorkerPool
+
+from tests.layouts.bugs import BUGS, exercises
+from tests.layouts.draws import draw
+from tests.layouts.one_step import Pair, run_cut, run_pair, run_plain
+
+pytestmark = pytest.mark.dist
+
+SHORT = ((100, 2), (101, 2), (102, 2), (103, 4), (104, 4), (105, 4))
+"""Seeds, and processes."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.mark.parametrize(("seed", "num_ranks"), SHORT)
+def test_a_step_does_not_depend_on_how_it_is_cut(seed: int, num_ranks: int, workers: WorkerPool, root: Path) -> None:
+    drawn = draw(seed, root, num_ranks=num_ranks)
+    errors = run_pair(workers, drawn, root).errors()
+    assert max(errors.values()) <= 1, (str(drawn), errors)
+
+
+@pytest.mark.parametrize("bug", sorted(BUGS))
+def test_the_first_draw_that_goes_there_notices_a_bug(bug: str, workers: WorkerPool, root: Path) -> None:
+    drawn = next(each for each in (draw(seed, root, num_ranks=2) for seed in range(100)) if exercises(bug, each))
+    plain, near = run_plain(workers, drawn, root)
+    wrong = Pair(plain, run_cut(workers, drawn, root, plain.batch, bug), near).errors()
+    assert min(wrong["gradient"], wrong["gradient norm"], wrong["weights"]) > 100, (str(drawn), wrong)
+    right = Pair(plain, run_cut(workers, drawn, root, plain.batch), near).errors()
+    assert max(right.values()) <= 1, (str(drawn), right)
+
+
+def test_a_seed_says_all(root: Path) -> None:
+    assert draw(7, root) == draw(7, root) and str(draw(7, root)) != str(draw(8, root))
