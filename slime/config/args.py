@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from slime.algo.estimators import ESTIMATOR_FACTS
+from slime.config.flags.critic_options import CriticOptions
+from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.flags.megatron_options import (
     ArchitectureOptions,
     MegatronRunOptions,
@@ -56,6 +59,7 @@ class Args(
     EvalOptions,
     TrainOptions,
     AlgoOptions,
+    CriticOptions,
     LoggingOptions,
     DebugOptions,
     ArchitectureOptions,
@@ -96,6 +100,18 @@ class Args(
         """Whether the reference model is run at all."""
         has_kl = (self.use_kl_loss and self.kl_loss_coef > 0) or self.kl_coef > 0 or self.log_ref_kl
         return self.loss_type != "sft_loss" and has_kl
+
+    @property
+    def uses_critic(self) -> bool:
+        """Whether a critic is trained beside the policy."""
+        estimates = self.loss_type != "sft_loss" and self.custom_advantage_function_path is None
+        return estimates and ESTIMATOR_FACTS[self.advantage_estimator].needs_values
+
+    @property
+    def compares_group(self) -> bool:
+        """Whether a sample's advantage is against the others of its prompt, so that one alone teaches nothing."""
+        own = self.custom_advantage_function_path is not None or self.loss_type == "sft_loss"
+        return not own and ESTIMATOR_FACTS[self.advantage_estimator].compares_group
 
     @property
     def num_engines(self) -> int:

@@ -50,6 +50,8 @@ def resolve(args: Args) -> Args:
         changes["log_probs_chunk_size"] = 8192 if on_gpu and changes.get("bf16", args.bf16) else 1024
     if args.eps_clip_high is None:
         changes["eps_clip_high"] = args.eps_clip
+    if args.critic_lr is None:
+        changes["critic_lr"] = args.lr
     if args.log_dir is None:
         changes["log_dir"] = args.save or "outputs"
     if args.update_weight_disk_dir is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from slime.algo.advantages.gae import gae
 from slime.algo.advantages.grpo import grpo
 from slime.algo.advantages.reinforce_plus_plus import reinforce_plus_plus
 from slime.algo.advantages.reinforce_plus_plus_baseline import reinforce_plus_plus_baseline
@@ -23,4 +24,5 @@ ESTIMATORS: Mapping[str, Estimator] = {
     "rloo": rloo,
     "reinforce_plus_plus": reinforce_plus_plus,
     "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+    "ppo": gae,
 }

@@ -19,7 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 def directories(case: Case) -> Iterable[Problem]:
     """What has to be a directory is no file."""
-    for field in ("load", "save", "ref_load", "log_dir", "tensorboard_dir"):
+    for field in ("load", "save", "ref_load", "critic_load", "log_dir", "tensorboard_dir"):
         path: str | None = vars(case.args)[field]
         if field in case.given and path is not None and Path(path).is_file():
             yield case.error(field, "is a file, not a directory", "name a directory")
@@ -63,7 +63,7 @@ def tokenizer(case: Case) -> Iterable[Problem]:
 def weight_files(case: Case) -> Iterable[Problem]:
     """Every safetensors file of an HF directory is there, and as long as its header says."""
     args = case.args
-    for field in ("hf_checkpoint", "ref_load", "load"):
+    for field in ("hf_checkpoint", "ref_load", "load", "critic_load"):
         path: str | None = vars(args)[field]
         if path is None or not (Path(path) / "config.json").is_file():
             continue

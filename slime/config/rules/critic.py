@@ -1,0 +1,34 @@
+"""What the critic's flags have to be to each other and to the run.
+
+Path: one of the rules. Invariant: what passes here, training builds and loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from slime.config.epochs import planned_rollouts
+from slime.config.rules.case import Case
+from slime.config.rules.problem import Problem
+
+
+def critic(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if not args.uses_critic or args.debug_rollout_only or args.num_rollout == 0:
+        return
+    rollouts = planned_rollouts(args)
+    if rollouts is not None and args.num_critic_only_steps >= rollouts:
+        rule = f"all {rollouts} rollouts are the critic's: the policy never learns"
+        remedy = "lower it, unless a critic for --critic-load is what you want"
+        yield case.warning("num_critic_only_steps", rule, remedy, beside=["num_rollout", "num_epoch"])
+    if args.critic_load is not None and not Path(args.critic_load).exists():
+        yield case.missing("critic_load", "there is no such directory", "name a checkpoint, or leave it out")
+    if args.lr_decay_style == "constant":
+        return
+    assert args.num_steps_per_rollout is not None, "resolve fills it in"
+    steps = args.lr_decay_iters or (None if rollouts is None else rollouts * args.num_steps_per_rollout)
+    if steps is not None and args.critic_lr_warmup_iters >= steps:
+        rule = f"the warm-up has to end before the decay does, at optimizer step {steps}"
+        remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
+        yield case.error("critic_lr_warmup_iters", rule, remedy, beside=["lr_decay_iters", "num_rollout", "num_epoch"])
