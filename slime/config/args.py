@@ -8,7 +8,6 @@ from typing import Any
 
 from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.flags.critic_options import CriticOptions
-from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.flags.megatron_options import (
     ArchitectureOptions,
     MegatronRunOptions,

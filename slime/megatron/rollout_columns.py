@@ -45,18 +45,15 @@ def counted_rows_of(args: Args, batch: TrainBatch) -> Array:
     rewards_N = batch.columns["rewards"]
     if args.loss_type == "sft_loss":
         return np.ones(len(batch), dtype=np.bool_)
-    if args.custom_advantage_function_path is not None:
-        return ~np.isnan(rewards_N)
     groups_N = torch.from_numpy(batch.columns["group_indices"])
-    compares = ESTIMATOR_FACTS[args.advantage_estimator].compares_group
-    return counted_rows(torch.from_numpy(rewards_N), groups_N, compares_group=compares).numpy()
+    return counted_rows(torch.from_numpy(rewards_N), groups_N, compares_group=args.compares_group).numpy()
 
 
 def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> TrainBatch:
     """The `advantages` column, by the estimator or the user's hook; where there are `values`, `returns` too.
 
     Raises:
-        ValueError: an estimator that is not there, or a hook's result of another length.
+        ValueError: a hook's result of another length.
     """
     num_responses = int(batch.response_lengths_N.sum())
     if args.loss_type == "sft_loss":
@@ -70,10 +67,6 @@ def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> TrainBatc
                 f"{advantages_R.shape}; it has to return one advantage a response token, ({num_responses},)"
             )
     else:
-        if args.advantage_estimator not in ESTIMATORS:
-            raise ValueError(
-                f"--advantage-estimator {args.advantage_estimator}: it is not built; use one of {sorted(ESTIMATORS)}"
-            )
         options = AdvantageOptions(
             normalize_std=not args.disable_grpo_std_normalization,
             kl_coef=args.kl_coef,

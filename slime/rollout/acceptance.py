@@ -12,8 +12,6 @@ from slime.config.args import Args
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample, Status
 
-_NO_GROUP_BASELINE = ("reinforce_plus_plus", "ppo")
-
 
 class Acceptance:
     """The rules of one run."""
@@ -33,7 +31,7 @@ class Acceptance:
             sample.reward_value(self._args.reward_key)
         if all(sample.status is Status.FAILED and not sample.response_length for sample in samples) and not judged:
             return "generation_failed"
-        if len(judged) < (1 if self._args.advantage_estimator in _NO_GROUP_BASELINE else 2):
+        if len(judged) < (2 if self._args.compares_group else 1):
             return "too_few_rewards"
         return None if self._filter is None else self._filter(judged)
 

@@ -249,9 +249,7 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
     [
         "--num-layers-per-virtual-pipeline-stage 1",
         "--optimizer-cpu-offload",
-        "--advantage-estimator gspo",
-        "--kl-coef 0.1",
-        "--normalize-advantages",
+        "--advantage-estimator ppo",
         "--no-use-rotary-position-embeddings",
         "--overlap-param-gather",
         "--fp8-format hybrid",

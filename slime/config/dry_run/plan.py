@@ -228,6 +228,8 @@ def _algorithm(args: Args) -> Iterable[Row]:
         yield "loss", "sft_loss"
     else:
         kl = f"KL {args.kl_loss_coef:g} ({args.kl_loss_type})" if args.use_kl_loss and args.kl_loss_coef else "no KL"
+        if args.kl_coef:
+            kl += f", KL in the reward {args.kl_coef:g}"
         clip = f"clip {args.eps_clip:g}/{args.eps_clip_high:g}"
         yield "loss", f"{args.loss_type}, {args.advantage_estimator}, {clip}, {kl}, entropy {args.entropy_coef:g}"
         yield "reward", args.custom_rm_path or args.rm_type or "by metadata.rm_type"

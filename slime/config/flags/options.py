@@ -321,8 +321,9 @@ class AlgoOptions:
     )
     kl_coef: float = flag(
         0.0,
-        "KL penalty in the reward: this times log p - log p_ref of each token, of the weights before the rollout's first "
-        "step. reinforce_plus_plus takes it from the token's reward, grpo and rloo its sum from the response's.",
+        "KL penalty in the reward: this times log p - log p_ref of each token, by the weights before the rollout's "
+        "first step. reinforce_plus_plus takes it from each token's reward; grpo and rloo take its sum from the "
+        "response's.",
         ge=0,
     )
     log_ref_kl: bool = flag(False, "Run the reference forward to log the KL, even at coefficient 0.")

@@ -189,7 +189,7 @@ def losses(case: Case) -> Iterable[Problem]:
         rule = "the policy's own responses are trained on, whatever their reward"
         remedy = "for the data's responses, set --rollout-function-path slime.rollout.sft_rollout.generate_rollout"
         yield case.warning("loss_type", rule, remedy, beside=["rollout_function_path"])
-    if args.eps_clip_high is not None and args.eps_clip_high < args.eps_clip:
+    if args.eps_clip_high is not None and args.eps_clip_high < args.eps_clip < 1:
         rule = f"less than --eps-clip {args.eps_clip:g}"
         yield case.warning("eps_clip_high", rule, "the upper range is meant to be the wider one", beside=["eps_clip"])
 

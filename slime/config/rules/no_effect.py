@@ -147,7 +147,11 @@ TABLE: tuple[NoEffect, ...] = (
     ),
     NoEffect(
         ("normalize_advantages",),
-        lambda a: a.normalize_advantages and a.custom_advantage_function_path is None and ESTIMATOR_FACTS[a.advantage_estimator].whitens,
+        lambda a: (
+            a.normalize_advantages
+            and a.custom_advantage_function_path is None
+            and ESTIMATOR_FACTS[a.advantage_estimator].whitens
+        ),
         "the estimator whitens its advantages itself",
     ),
     NoEffect(

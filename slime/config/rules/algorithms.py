@@ -1,0 +1,52 @@
+"""Rules about the advantage estimator and the loss's form that goes with it.
+
+Path: part of `rules`; `slime.algo.estimators` has the facts. Invariant: what passes here learns from every sample that
+it generates, by the formula that the flags name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from slime.algo.estimators import ESTIMATOR_FACTS
+from slime.config.rules.case import Case
+from slime.config.rules.problem import Problem
+
+WIDE_FOR_A_SEQUENCE = 0.05
+"""A clip range that hardly any response's mean ratio leaves: gspo's paper takes less than a hundredth of it."""
+
+
+def group_size(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.n_samples_per_prompt > 1:
+        return
+    trains = not args.debug_rollout_only and args.num_rollout != 0
+    if trains and args.compares_group:
+        rule = f"{args.advantage_estimator} compares the samples of one prompt, and there is only one"
+        remedy = "make it at least 2, or take --advantage-estimator reinforce_plus_plus"
+        yield case.error("n_samples_per_prompt", rule, remedy, beside=["advantage_estimator"])
+    if (args.dynamic_sampling_filter_path or "").endswith(".check_reward_nonzero_std"):
+        rule = "check_reward_nonzero_std would drop every group: one reward has no spread"
+        remedy = "make it at least 2, or leave the filter out"
+        yield case.error("n_samples_per_prompt", rule, remedy, beside=["dynamic_sampling_filter_path"])
+
+
+def surrogate(case: Case) -> Iterable[Problem]:
+    """What the policy loss's other forms do not have, or mean otherwise."""
+    args = case.args
+    if not case.trains_policy:
+        return
+    form = ESTIMATOR_FACTS[args.advantage_estimator].surrogate
+    if form == "cispo" and args.eps_clip_c is not None:
+        rule = "cispo clips a weight, and has no clipped objective that a dual clip could bound"
+        yield case.error("eps_clip_c", rule, "leave it out", beside=["advantage_estimator"])
+    if form != "sequence":
+        return
+    assert args.num_steps_per_rollout is not None, "resolve fills it in"
+    if args.num_steps_per_rollout > 1 and args.eps_clip >= WIDE_FOR_A_SEQUENCE:
+        rule = "gspo's ratio is a mean over the response, and hardly ever as far from 1: nothing would be clipped"
+        remedy = "give --eps-clip 3e-4 --eps-clip-high 4e-4, as in its paper"
+        yield case.warning("eps_clip", rule, remedy, beside=["advantage_estimator", "num_steps_per_rollout"])
+    if args.calculate_per_token_loss:
+        rule = "gspo counts all responses alike, and so each by its length"
+        yield case.warning("calculate_per_token_loss", rule, "leave it out", beside=["advantage_estimator"])
