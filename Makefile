@@ -4,6 +4,7 @@
 #                      bench-trainer, bench-rollout, bench-loop (which makes TRL an environment of its own in .venv-trl)
 # make test            the tests        make check    lint, format and types
 # make test-kill       a run killed at 30 random points of its life ends as the unbroken one (some: make test-kill KILLS=2)
+# make test-layouts    one step of 300 drawn models, algorithms and layouts is that of one process (some: DRAWS=20)
 # make test-chaos      a run whose engines die and hang, and whose rewards fail, learns all the same
 # make test-gpu        the checks that need GPUs, on those there are, and one table; some: make test-gpu CHECKS='engine'
 # A virtual environment is made in .venv the first time.

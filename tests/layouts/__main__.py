@@ -19,8 +19,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: many ranks share few cores
 
 from tests.layouts.bugs import BUGS
-from tests.layouts.draws import draw
-from tests.layouts.one_step import run_pair
+from tests.layouts.draws import PROCESSES, draw
+from tests.layouts.one_step import TIMEOUT, ready, run_pair
 from tests.worker_pool import WorkerPool
 
 SEEDS_APART = 1_000_000
@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     report = Report(len(seeds))
     workers = WorkerPool()
     try:
+        workers.run(max(PROCESSES), ready, timeout=TIMEOUT)
         with tempfile.TemporaryDirectory() as folder:
             for seed in seeds:
                 report.add(seed, workers, Path(folder), options.bug)

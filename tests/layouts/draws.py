@@ -17,19 +17,21 @@ from typing import Any
 
 import numpy as np
 
+from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.args import Args
 from slime.config.parse import UsageError, load_args
 from slime.core.batch import COLUMNS, TrainBatch
 from tests.layouts.models import DENSE, MOE, NUM_EXPERTS, TOPK, VOCAB, Model
 
 Flags = dict[str, Any]
-ESTIMATORS = ("grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
 SGD: Flags = {"optimizer": "sgd", "lr": 10.0, "sgd_momentum": 0.0}
 ADAM: Flags = {"optimizer": "adam", "lr": 1e4, "adam_eps": 1e3}
 """Under so large an epsilon a first step is 10 x gradient: Megatron shards no other optimizer than Adam."""
 ONE_BY_ONE: Flags = {"micro_batch_size": 1}
 """How the one process goes about it: every sample a micro-batch of its own, in the order in which they come."""
 MOST_TRIES = 2000
+PROCESSES = {1: 3, 2: 42, 4: 38, 8: 17}
+"""How many, and in how many of a hundred draws."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Draw:
             "n_samples_per_prompt": self.data["group"],
             "log_dir": root / "logs",
             "cpu_threads_per_process": 1,
-            "train_timeout": 60,
+            "train_timeout": 600,
             "weight_decay": 0,
             **self.algorithm,
             **(self.layout | {"actor_num_gpus_per_node": self.num_ranks} if cut else ONE_BY_ONE),
@@ -163,7 +165,7 @@ def draw(seed: int, root: Path, refused: dict[str, int] | None = None, *, num_ra
 
 def _candidate(seed: int, chance: random.Random, num_ranks: int | None) -> Draw:
     if num_ranks is None:
-        num_ranks = chance.choices((1, 2, 4, 8), (3, 42, 38, 17))[0]
+        num_ranks = chance.choices(list(PROCESSES), list(PROCESSES.values()))[0]
     family = chance.choice((*DENSE, *MOE))
     groups = chance.choice((2, 4))
     tensor, pipeline, context = chance.choice(list(_sizes(num_ranks, groups)))
@@ -257,7 +259,7 @@ def _algorithm(chance: random.Random, model: Model) -> Flags:
     if chance.random() < 0.07:
         return {**flags, "loss_type": "sft_loss"}
     flags |= {
-        "advantage_estimator": chance.choice(ESTIMATORS),
+        "advantage_estimator": chance.choice(list(ESTIMATOR_FACTS)),
         "disable_grpo_std_normalization": chance.random() < 0.3,
         "normalize_advantages": chance.random() < 0.3,
         "eps_clip_high": chance.choice((None, 0.3)),
@@ -265,6 +267,8 @@ def _algorithm(chance: random.Random, model: Model) -> Flags:
         "entropy_coef": chance.choice((0, 0.02)),
         "kl_coef": chance.choice((0, 0, 0.1)),
     }
+    if ESTIMATOR_FACTS[flags["advantage_estimator"]].discounts:
+        flags |= {"gamma": chance.choice((1, 0.97)), "normalize_advantages": False}
     if chance.random() < 0.5:
         flags |= {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": chance.choice(("k1", "k2", "k3"))}
     if chance.random() < 0.4:

@@ -44,6 +44,8 @@ LEAST_GRADIENT = 1e-3
 OF_THE_CUT = ("num_micro_batches", "fill", "dp_imbalance", "tokens_per_second", "loss", "grad_norm")
 """Of metrics, those that tell how the work was cut, and those that are compared by themselves."""
 MOST_ATTEMPTS = 30
+TIMEOUT = 600.0
+"""Seconds of a run: the first one in a process waits until it has imported Megatron, on a machine that may be busy."""
 
 
 @dataclass
@@ -68,6 +70,10 @@ class Plain:
     """Why it cannot be compared with; empty: it can."""
     size: float
     """Of the terms of the loss."""
+
+
+def ready(rank: int, world_size: int, init_method: str) -> None:
+    """Whoever runs this has imported all that a step needs."""
 
 
 def plain_step(rank: int, world_size: int, init_method: str, args: Args, draw: Draw, attempt: int) -> Plain:
@@ -199,7 +205,7 @@ def run_plain(workers: WorkerPool, draw: Draw, root: Path) -> tuple[Plain, tuple
     near: list[str] = []
     args = draw.args(root, cut=False)
     for attempt in range(MOST_ATTEMPTS):
-        [plain] = workers.run(1, plain_step, args, draw, attempt)
+        [plain] = workers.run(1, plain_step, args, draw, attempt, timeout=TIMEOUT)
         if not plain.near:
             return plain, tuple(near)
         near.append(plain.near)
@@ -216,7 +222,7 @@ def run_cut(workers: WorkerPool, draw: Draw, root: Path, batch: TrainBatch, bug:
     """All ranks, which have to have come to the same."""
     if draw.shuffled:
         batch = batch.select(np.random.default_rng(draw.seed).permutation(len(batch)).tolist())
-    ranks = workers.run(draw.num_ranks, cut_step, draw.args(root, cut=True), batch, bug)
+    ranks = workers.run(draw.num_ranks, cut_step, draw.args(root, cut=True), batch, bug, timeout=TIMEOUT)
     first = ranks[0]
     for rank in ranks[1:]:
         assert _timeless(rank) == _timeless(first), "ranks tell of different metrics"
