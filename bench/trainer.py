@@ -123,7 +123,7 @@ class SlimeSide:
 
     @property
     def model(self) -> torch.nn.Module:
-        return self.trainer.model
+        return self.trainer.model[0]
 
     def step(self) -> dict[str, float]:
         self._rollout += 1

@@ -2,11 +2,14 @@
 
 Path: after `parallel`; `step` runs what is built here, `checkpoint` and `hf_weights` fill it. Invariant: the model ends
 at the last hidden states. Log-probs are computed from them, chunk by chunk, in `logprobs`; no full logits exist.
+
+A rank of the pipeline holds ModelChunks: one part of the model, with virtual stages several that do not follow on each
+other. Whoever loads, saves, sends or trains "the model" gets all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
@@ -28,6 +31,9 @@ from slime.megatron.layers import RMSNorm, layer_spec
 from slime.megatron.multi_tensor import fuse_weight_gradients
 
 T = TypeVar("T")
+
+ModelChunks = tuple[torch.nn.Module, ...]
+"""This rank's parts of the model, in the order in which a token passes them; one, where stages are not virtual."""
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -142,46 +148,53 @@ def transformer_config(args: Args) -> TransformerConfig:
     return config_from(TransformerConfig, args, decided)
 
 
-def build_model(args: Args, *, wrap: bool) -> torch.nn.Module:
-    """This rank's pipeline stage: a PolicyModel, or with `wrap` the data-parallel one that trains.
+def build_model(args: Args, *, wrap: bool) -> ModelChunks:
+    """All that this rank holds of the model: PolicyModels, or with `wrap` the data-parallel ones that train.
 
     Wrapped: DistributedDataParallel, in it Float16Module where bf16, in it the PolicyModel (`unwrap`).
     """
-    shape = architecture_of(args)
     with device.layer():
         config = transformer_config(args)
         # only what trains has a buffer to add to
         fuse = wrap and uses_bf16(args) and args.megatron_extra.get("gradient_accumulation_fusion", True)
         config.gradient_accumulation_fusion = fuse and fuse_weight_gradients()
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        layers = [layer_spec(args, config)] * get_num_layers_to_build(config, pp_rank=stage)
-        core = PolicyModel(
-            config,
-            cast(Any, TransformerBlockSubmodules(layers, cast(Any, RMSNorm))),
-            vocab_size=padded_vocab_size(
-                shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
-            ),
-            max_sequence_length=shape.max_position_embeddings,
-            position_embedding_type="none",  # packed attention applies RoPE itself
-            share_embeddings_and_output_weights=shape.tied_embeddings,
-            pre_process=stage == 0,
-            post_process=stage == config.pipeline_model_parallel_size - 1,
-        )
-        core.num_token_ids = shape.vocab_size
-        model: torch.nn.Module = core.to(device.device())
-        if not wrap:
-            return model.to(params_dtype(args))
-        if uses_bf16(args):
-            model = Float16Module(config, model)
-        ddp_config = config_from(
-            DistributedDataParallelConfig,
-            args,
-            {"grad_reduce_in_fp32": True, "use_distributed_optimizer": args.use_distributed_optimizer},
-        )
-        wrapped = DistributedDataParallel(config, ddp_config, model)
-        wrapped.broadcast_params()
-        config.finalize_model_grads_func = _finalize_gradients
-        config.no_sync_func = wrapped.no_sync
+        chunks = tuple(_build_chunk(args, config, wrap=wrap) for _ in range(1))
+        if wrap:  # the schedule asks the config, which all chunks share
+            config.finalize_model_grads_func = _finalize_gradients
+            no_sync = [cast(DistributedDataParallel, chunk).no_sync for chunk in chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return chunks
+
+
+def _build_chunk(args: Args, config: TransformerConfig, *, wrap: bool) -> torch.nn.Module:
+    shape = architecture_of(args)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    layers = [layer_spec(args, config)] * get_num_layers_to_build(config, pp_rank=stage)
+    core = PolicyModel(
+        config,
+        cast(Any, TransformerBlockSubmodules(layers, cast(Any, RMSNorm))),
+        vocab_size=padded_vocab_size(
+            shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+        ),
+        max_sequence_length=shape.max_position_embeddings,
+        position_embedding_type="none",  # packed attention applies RoPE itself
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        pre_process=stage == 0,
+        post_process=stage == config.pipeline_model_parallel_size - 1,
+    )
+    core.num_token_ids = shape.vocab_size
+    model: torch.nn.Module = core.to(device.device())
+    if not wrap:
+        return model.to(params_dtype(args))
+    if uses_bf16(args):
+        model = Float16Module(config, model)
+    ddp_config = config_from(
+        DistributedDataParallelConfig,
+        args,
+        {"grad_reduce_in_fp32": True, "use_distributed_optimizer": args.use_distributed_optimizer},
+    )
+    wrapped = DistributedDataParallel(config, ddp_config, model)
+    wrapped.broadcast_params()
     return wrapped
 
 
@@ -191,22 +204,28 @@ def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None 
 
 
 def unwrap(model: torch.nn.Module) -> PolicyModel:
-    """The PolicyModel inside the wrappers."""
+    """The PolicyModel inside a chunk's wrappers."""
     while not isinstance(model, PolicyModel):
         model = model.module  # pyright: ignore[reportAssignmentType]
     return model
 
 
-def named_parameters(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
-    """This stage's parameters by global name: a layer's number counts over all pipeline stages.
+def all_parameters(model: ModelChunks) -> Iterator[torch.nn.Parameter]:
+    """Of all chunks, in their order."""
+    for chunk in model:
+        yield from chunk.parameters()
+
+
+def named_parameters(model: ModelChunks) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters by global name: a layer's number counts over the whole model.
 
     A tied output layer that has weights of its own, on the last of several stages, goes by the embedding's name.
     """
-    core = unwrap(model)
-    for name, parameter in core.named_parameters():
-        if name == OUTPUT and core.share_embeddings_and_output_weights:
-            name = EMBEDDING
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(cast(TransformerLayer, core.decoder.layers[int(parts[2])]).layer_number - 1)
-        yield ".".join(parts), parameter
+    for core in map(unwrap, model):
+        for name, parameter in core.named_parameters():
+            if name == OUTPUT and core.share_embeddings_and_output_weights:
+                name = EMBEDDING
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(cast(TransformerLayer, core.decoder.layers[int(parts[2])]).layer_number - 1)
+            yield ".".join(parts), parameter

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from slime.megatron import checkpoint_files, device
-from slime.megatron.build import EMBEDDING, PolicyModel, unwrap
+from slime.megatron.build import EMBEDDING, ModelChunks, PolicyModel, unwrap
 from slime.megatron.checkpoint_files import FoundCheckpoint, find_checkpoint
 from slime.megatron.optimizer_state import fill, has_state, take_main_weights, wanted_state
 
@@ -107,7 +107,7 @@ def save_checkpoint(
     save_dir: str | Path,
     *,
     rollout_id: int,
-    model: torch.nn.Module,
+    model: ModelChunks,
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
     state: dict[str, Any],
@@ -134,7 +134,7 @@ def save_checkpoint(
     return path
 
 
-def save_release(save_dir: str | Path, *, model: torch.nn.Module) -> Path:
+def save_release(save_dir: str | Path, *, model: ModelChunks) -> Path:
     """Write the weights alone, as `<save_dir>/release`."""
     return _save(Path(save_dir), checkpoint_files.RELEASE, "release", model, {}, {})
 
@@ -143,7 +143,7 @@ def _save(
     save_dir: Path,
     name: str,
     tracker: str,
-    model: torch.nn.Module,
+    model: ModelChunks,
     content: dict[str, Any],
     header: dict[str, Any],
 ) -> Path:
@@ -151,14 +151,13 @@ def _save(
     with checkpoint_files.nothing_left_of(written, removes=dist.get_rank() == 0):
         with device.layer(), _readable_errors(f"saving to {save_dir} failed", RuntimeError):
             metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
-            core = unwrap(model)
-            weights = core.sharded_state_dict(metadata=metadata)
+            weights = _sharded_weights(model, metadata)
             if "optimizer" in content:
                 content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=metadata)}
             # Rank 0 alone writes common.pt and metadata.json: where these fail, others wait for it until the run ends.
             dist_checkpointing.save(
                 # 3.0: Megatron's current layout of QKV
-                {**content, "model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(core)},
+                {**content, "model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(unwrap(model[0]))},
                 str(written),
                 sharded_strategy=_TorchSave(),
                 content_metadata=dict(_CONTENT),
@@ -177,7 +176,7 @@ def _save(
 def load_checkpoint(
     found: FoundCheckpoint,
     *,
-    model: torch.nn.Module,
+    model: ModelChunks,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
     load_rng: bool = False,
@@ -231,28 +230,42 @@ def _refuse_changed(found: FoundCheckpoint) -> None:
         )
 
 
-def _load_weights(
-    found: FoundCheckpoint, common: dict[str, Any], model: torch.nn.Module, *, with_optimizer: bool
-) -> None:
-    core = unwrap(model)
+def _load_weights(found: FoundCheckpoint, common: dict[str, Any], model: ModelChunks, *, with_optimizer: bool) -> None:
     with device.layer(), _readable_errors(_misfit(found), ValueError):
-        _refuse_other_sizes(found, common, core)
+        _refuse_other_sizes(found, common, unwrap(model[0]))
         saved = _saved_keys(found)
-        weights = core.sharded_state_dict(metadata=_content(common))
+        weights = _sharded_weights(model, _content(common))
         _refuse_more(found, weights, saved)
         if with_optimizer:
             take_main_weights(weights, saved)
-        core.load_state_dict(_load_sharded(found, {"model": weights})["model"])
+        loaded = _load_sharded(found, {"model": weights})["model"]
+        for number, chunk in enumerate(model):
+            unwrap(chunk).load_state_dict(_of_chunk(loaded, number))
 
 
 def _load_optimizer(
-    found: FoundCheckpoint, common: dict[str, Any], model: torch.nn.Module, optimizer: MegatronOptimizer
+    found: FoundCheckpoint, common: dict[str, Any], model: ModelChunks, optimizer: MegatronOptimizer
 ) -> None:
     with device.layer(), _readable_errors(_misfit(found), ValueError):
         saved = _saved_keys(found)
-        weights = unwrap(model).sharded_state_dict(metadata=_content(common))
+        weights = _sharded_weights(model, _content(common))
         wanted = wanted_state(optimizer, weights, saved, _content(common), str(found.path))
         fill(optimizer, _load_sharded(found, {"optimizer_state": wanted})["optimizer_state"], common["optimizer"])
+
+
+def _sharded_weights(model: ModelChunks, metadata: dict[str, Any]) -> dict[str, Any]:
+    """All chunks' tensors; their keys in the checkpoint count layers over the whole model."""
+    return {
+        f"{number}.{name}": part
+        for number, chunk in enumerate(model)
+        for name, part in unwrap(chunk).sharded_state_dict(metadata=metadata).items()
+    }
+
+
+def _of_chunk(weights: dict[str, Any], number: int) -> dict[str, Any]:
+    """`_sharded_weights`'s of one chunk, by the chunk's own names."""
+    prefix = f"{number}."
+    return {name.removeprefix(prefix): part for name, part in weights.items() if name.startswith(prefix)}
 
 
 def _load_sharded(found: FoundCheckpoint, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from slime.config.args import Args
-from slime.megatron.build import architecture_of, build_model
+from slime.megatron.build import ModelChunks, architecture_of, build_model
 from slime.megatron.checkpoint import FoundCheckpoint, load_checkpoint, save_release
 from slime.megatron.hf_weights import load_hf_into, save_hf
 from slime.megatron.parallel import close_parallel, init_parallel
@@ -23,7 +23,7 @@ from slime.models.hf_files import HFReader
 
 
 @contextmanager
-def _one_process_model(args: Args, reader: HFReader) -> Iterator[tuple[torch.nn.Module, Args]]:
+def _one_process_model(args: Args, reader: HFReader) -> Iterator[tuple[ModelChunks, Args]]:
     """The whole model here, whatever the parallel sizes of the run: a torch_dist checkpoint has none."""
     args = replace(
         args,

@@ -24,7 +24,7 @@ from slime.config.architecture import config_of, read_hf_config
 from slime.config.args import Args
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
-from slime.megatron.build import EMBEDDING, named_parameters
+from slime.megatron.build import EMBEDDING, ModelChunks, named_parameters
 from slime.megatron.parallel import pipeline_group, tensor_group
 from slime.models.families import weight_table
 from slime.models.hf_files import HFReader, write_hf
@@ -38,7 +38,7 @@ GATHER_BYTES = 256 * 1024**2
 ALIGNMENT = 16
 
 
-def load_hf_into(model: torch.nn.Module, architecture: Architecture, reader: HFReader, args: Args) -> None:
+def load_hf_into(model: ModelChunks, architecture: Architecture, reader: HFReader, args: Args) -> None:
     """Fill this rank's shards from an HF directory, in the model's dtype; the vocabulary is padded with zero rows.
 
     An optimizer that keeps fp32 copies has to be told: `optimizer.reload_model_params()`.
@@ -122,7 +122,7 @@ def _check_copies(table: WeightTable, reader: HFReader) -> None:
             )
 
 
-def iter_hf_tensors(model: torch.nn.Module, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+def iter_hf_tensors(model: ModelChunks, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """HF name and whole tensor, in the table's order, on every rank; collective over tensor and pipeline parallelism.
 
     Tensors are contiguous, on the model's device and in its dtype. They may be the parameters' own memory: clone what
@@ -206,7 +206,7 @@ def _room(held: _Held) -> int:
 
 def save_hf(
     path: str | Path,
-    model: torch.nn.Module,
+    model: ModelChunks,
     architecture: Architecture,
     source_hf_dir: str | Path,
     *,

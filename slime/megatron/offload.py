@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from slime.megatron import device
+from slime.megatron.build import ModelChunks, all_parameters
 from slime.megatron.host_memory import HostMemory
 from slime.megatron.optimizer_state import parts_of
 
@@ -25,7 +26,7 @@ SMALL = 512
 class TrainerMemory:
     """What `model` (wrapped) and `optimizer` hold on the device, in three parts: weights, optimizer, gradients."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: MegatronOptimizer) -> None:
+    def __init__(self, model: ModelChunks, optimizer: MegatronOptimizer) -> None:
         self._model = model
         self._optimizer = optimizer
         self._weights = _Part()
@@ -53,7 +54,7 @@ class TrainerMemory:
         return sum(part.reload() for part in (self._weights, self._state, self._gradients))
 
     def _weight_tensors(self) -> Iterator[Tensor]:
-        yield from self._model.parameters()
+        yield from all_parameters(self._model)
         for buffer in self._buffers():
             if buffer.param_data is not None:
                 yield buffer.param_data
@@ -64,7 +65,7 @@ class TrainerMemory:
 
     def _buffers(self) -> list[Any]:
         wrapped: Any = self._model
-        return [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+        return [buffer for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
     def _state_tensors(self) -> Iterator[Tensor]:
         for part in parts_of(self._optimizer):

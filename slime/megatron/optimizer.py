@@ -12,11 +12,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from slime.config.args import Args
 from slime.megatron import device, distributed_optimizer, main_gradients, multi_tensor, one_pass_adam
-from slime.megatron.build import config_from, params_dtype, uses_bf16
+from slime.megatron.build import ModelChunks, config_from, params_dtype, uses_bf16
 from slime.megatron.optimizer_state import parts_of
 
 
-def build_optimizer(args: Args, model: torch.nn.Module) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+def build_optimizer(args: Args, model: ModelChunks) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """The optimizer over a wrapped model, and its schedule, counted in optimizer steps."""
     config = config_from(
         OptimizerConfig,
@@ -40,8 +40,9 @@ def build_optimizer(args: Args, model: torch.nn.Module) -> tuple[MegatronOptimiz
     with device.layer():
         distributed_optimizer.install()
         multi_tensor.install()
-        main_gradients.install(model)
-        optimizer = get_megatron_optimizer(config, [model])  # pyright: ignore[reportArgumentType]
+        for chunk in model:
+            main_gradients.install(chunk)
+        optimizer = get_megatron_optimizer(config, list(model))  # pyright: ignore[reportArgumentType]
         for part in parts_of(optimizer):
             _prepare(part)
         return optimizer, _schedule(args, optimizer)

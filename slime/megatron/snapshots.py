@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
+from slime.megatron.build import ModelChunks, all_parameters
 from slime.megatron.host_memory import HostMemory, as_bytes
 
 
 class Snapshots:
     """Named copies of a model's parameters."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: ModelChunks) -> None:
         self._model = model
         self._copies: dict[str, HostMemory] = {}
         self._actor = HostMemory()
@@ -41,4 +41,4 @@ class Snapshots:
             self._actor.restore(self._weights())
 
     def _weights(self) -> list[Tensor]:
-        return [as_bytes(parameter) for parameter in self._model.parameters()]
+        return [as_bytes(parameter) for parameter in all_parameters(self._model)]

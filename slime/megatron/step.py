@@ -24,7 +24,7 @@ from torch import Tensor
 
 from slime.algo.losses import Loss, LossInputs, LossOptions
 from slime.megatron import device
-from slime.megatron.build import unwrap
+from slime.megatron.build import ModelChunks, unwrap
 from slime.megatron.logprobs import response_log_probs
 from slime.megatron.microbatch import MicroBatch
 from slime.megatron.multi_tensor import gradient_norm, scaled_as_read, takes_scale
@@ -42,7 +42,7 @@ METRIC_NAMES = {"kl": "kl_loss"}
 class Stepper:
     """The wrapped model, and how its log-probs are taken."""
 
-    model: torch.nn.Module
+    model: ModelChunks
     topology: Topology
     vocab_size: int
     temperature: float
@@ -54,13 +54,15 @@ class Stepper:
         def collect(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
             return self._response_log_probs(micro_batch, hidden, with_entropy=False)[0]
 
-        self.model.eval()
+        for chunk in self.model:
+            chunk.eval()
         with torch.no_grad():
             return self._schedule(micro_batches, collect, forward_only=True)
 
     def forget_gradients(self, optimizer: MegatronOptimizer) -> None:
         """What a step begins with; before its micro-batches are packed, for a GPU is busy with it meanwhile."""
-        self.model.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
+        for chunk in self.model:
+            chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
         optimizer.zero_grad()
 
     def train(
@@ -92,7 +94,8 @@ class Stepper:
         def weigh(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return self._weighed_loss(micro_batch, hidden, loss, options)
 
-        self.model.train()
+        for chunk in self.model:
+            chunk.train()
         reduced = self._reduced(self._schedule(micro_batches, weigh, forward_only=False))
         # on a GPU neither is waited for before the step is on its way: it is not taken where either is wrong
         wrong = self._weights_are_wrong(reduced, weights_sum)
@@ -144,8 +147,8 @@ class Stepper:
         with device.layer():
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(micro_batches),
-                model=self.model,
+                data_iterator=[iter(micro_batches) for _ in self.model],  # each chunk takes all of them
+                model=list(self.model),
                 num_microbatches=len(micro_batches),
                 seq_length=micro_batches[0].tokens_B.size(1),
                 micro_batch_size=1,
@@ -156,7 +159,7 @@ class Stepper:
     def _response_log_probs(
         self, micro_batch: MicroBatch, hidden: Tensor, *, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        core = unwrap(self.model)
+        core = unwrap(self.model[-1])
         return response_log_probs(
             hidden,
             core.output_weight(),

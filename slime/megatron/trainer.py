@@ -25,7 +25,7 @@ from slime.core.batch import Array, TrainBatch
 from slime.core.packing import StepPlan, plan_steps, training_flops
 from slime.core.plugins import load_hook
 from slime.megatron import device, hf_weights
-from slime.megatron.build import architecture_of, build_model, params_dtype, unwrap
+from slime.megatron.build import architecture_of, build_model, params_dtype
 from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from slime.megatron.checkpoint_files import refuse_abandoned
 from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows
@@ -54,7 +54,7 @@ class Trainer:
         self.topology = init_parallel(args, rank=rank, world_size=world_size, init_method=init_method)
         self.model = build_model(args, wrap=True)
         self.optimizer, self.scheduler = build_optimizer(args, self.model)
-        self._snapshots = Snapshots(unwrap(self.model))
+        self._snapshots = Snapshots(self.model)
         assert args.log_probs_chunk_size is not None, "resolve fills it in"
         self._stepper = Stepper(
             self.model,

@@ -154,8 +154,9 @@ def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measure
         # a collective's own thread lets its tensors go a moment after the step did: the least of several steps is ours
         steps = 0 if args.needs_reference else 1 if world_size == 1 else 8
         step = min((allocated(lambda: trainer.train(1, batch)) for _ in range(steps)), default=0)
-        parameters = list(trainer.model.parameters())
-        buffers: list[Any] = [*trainer.model.buffers, *trainer.model.expert_parallel_buffers]  # type: ignore[misc]
+        chunks: Any = trainer.model
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        buffers: list[Any] = [b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         own = {tensor.untyped_storage().data_ptr() for tensor in parameters}
         state = list(tensors_in([part.optimizer for part in optimizers(trainer.optimizer)]))
         return Measured(

@@ -624,8 +624,8 @@ def megatron(hf: Path, **changes: Any) -> Outcome:
             model = build_model(args, wrap=False)
             load_hf_into(model, shape, HFReader(hf), args)
             tokens, weights = inputs()
-            hidden = model(tokens[None], None, None, packed_seq_params=pack_sequences(LENGTHS, shape))
-            logits = F.linear(hidden[:, 0], unwrap(model).output_weight())[:, : tiny.VOCAB]
+            hidden = model[0](tokens[None], None, None, packed_seq_params=pack_sequences(LENGTHS, shape))
+            logits = F.linear(hidden[:, 0], unwrap(model[0]).output_weight())[:, : tiny.VOCAB]
             (logits.float().log_softmax(-1) * weights).sum().backward()
             table = weight_table(shape)
             gradients: dict[str, Tensor] = {}

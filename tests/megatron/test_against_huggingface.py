@@ -45,8 +45,8 @@ def _megatron(
         model = build_model(args, wrap=False)
         load_hf_into(model, shape, HFReader(hf), args)
         tokens, weights = _tokens_and_weights()
-        hidden = model(tokens[None], None, None, packed_seq_params=pack_sequences(lengths, shape))
-        logits = F.linear(hidden[:, 0], unwrap(model).output_weight())[:, : tiny.VOCAB]
+        hidden = model[0](tokens[None], None, None, packed_seq_params=pack_sequences(lengths, shape))
+        logits = F.linear(hidden[:, 0], unwrap(model[0]).output_weight())[:, : tiny.VOCAB]
         loss = (logits.log_softmax(-1) * weights).sum()
         loss.backward()
         table = weight_table(shape)

@@ -206,7 +206,7 @@ class _Shifted(Trainer):
     """A bug: each stage takes itself for another one when it names its layers."""
 
     def load(self) -> Any:
-        layers: Any = unwrap(self.model).decoder.layers
+        layers: Any = unwrap(self.model[0]).decoder.layers
         for layer in layers:
             layer.layer_number = self._shape.num_layers + 1 - layer.layer_number
         return super().load()
@@ -265,14 +265,14 @@ def _one_step(rank: int, world_size: int, init_method: str, args: Args, export: 
             metrics = trainer.train(0, batch)
         if args.save is not None:
             trainer.save(0, {})
-        core = unwrap(trainer.model)
+        core = unwrap(trainer.model[0])
         return Found(names, log_probs, metrics, runs.weights(trainer), len(core.decoder.layers), _tied(trainer))
     finally:
         trainer.close()
 
 
 def _tied(trainer: Trainer) -> list[Tensor]:
-    core = unwrap(trainer.model)
+    core = unwrap(trainer.model[0])
     if not core.share_embeddings_and_output_weights or not (core.pre_process or core.post_process):
         return []
     return [core.shared_embedding_or_output_weight().detach().clone()]

@@ -48,7 +48,7 @@ def with_naps(
         trainer.load()
         memory = TrainerMemory(trainer.model, trainer.optimizer)
         assert memory.reload() == 0, "nothing is away"
-        wrapped: Any = trainer.model
+        wrapped: Any = trainer.model[0]
         metrics: list[dict[str, float]] = []
         for number, batch in enumerate(batches):
             before = weights(trainer)
@@ -60,7 +60,7 @@ def with_naps(
             optimizers = [part.optimizer for part in parts_of(trainer.optimizer)]
             states = [s[name] for o in optimizers for s in o.state.values() for name in ("exp_avg", "exp_avg_sq")]
             assert (number == 0) == (not states), "Adam makes its state at the first step"
-            left = [*states, *trainer.model.parameters(), *(buffer.grad_data for buffer in wrapped.buffers)]
+            left = [*states, *wrapped.parameters(), *(buffer.grad_data for buffer in wrapped.buffers)]
             left += [p for o in optimizers for group in o.param_groups for p in group["params"]]
             small = [tensor for tensor in left if 0 < tensor.untyped_storage().nbytes() <= SMALL]
             assert size(left) == size(small), "only what is worth nothing stays"

@@ -59,7 +59,7 @@ def _train(rank: int, world_size: int, init_method: str, args: Args) -> Seen:
 
             module.register_forward_pre_hook(hook)
 
-        built: Any = unwrap(trainer.model).decoder.layers
+        built: Any = unwrap(trainer.model[0]).decoder.layers
         for layer in built:
             for kind, module in enumerate((layer, layer.self_attention.core_attention, layer.mlp)):
                 count(module, kind)
