@@ -1,0 +1,224 @@
+"""Every estimator against its paper's formula, in loops over plain Python floats, on rollouts that have everything.
+
+Groups of one to five samples, failed rewards, empty masks, responses without tokens, masked tokens in the midst.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, replace
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+
+from slime.algo.advantages import ESTIMATORS, AdvantageOptions, RolloutRewards, counted_rows
+from slime.algo.estimators import ESTIMATOR_FACTS
+from slime.config.flags.options import AlgoOptions
+
+Rows = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response, as a paper has it."""
+
+    reward: float
+    group: int
+    mask: list[float]
+    kl: list[float]
+
+    @property
+    def places(self) -> list[int]:
+        """Of the tokens that count."""
+        return [t for t, m in enumerate(self.mask) if m]
+
+
+def draw(seed: int = 0) -> list[Sample]:
+    """23 samples of 7 groups, not in the groups' order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number() -> float:
+        return float(torch.randn((), generator=generator, dtype=torch.float64))
+
+    samples = []
+    for index, group in enumerate([4, 0, 1, 2, 3, 0, 1, 2, 4, 0, 1, 2, 4, 1, 2, 1, 5, 5, 6, 6, 6, 6, 0]):
+        length = [0, 1, 4, 7, 3][index % 5] if index != 16 else 5
+        mask = [float(number() < 0.8) for _ in range(length)]
+        reward = float("nan") if index in (2, 17, 18) else 0.25 if group == 0 else number()
+        samples.append(Sample(reward, group, mask, [0.3 * number() for _ in range(length)]))
+    samples[7] = replace(samples[7], mask=[0.0] * len(samples[7].mask))
+    return samples
+
+
+def rollout_of(samples: list[Sample], name: str, *, with_kl: bool = True) -> RolloutRewards:
+    rewards = torch.tensor([s.reward for s in samples], dtype=torch.float64)
+    groups = torch.tensor([s.group for s in samples])
+    return RolloutRewards(
+        rewards_N=rewards,
+        group_indices_N=groups,
+        counted_N=counted_rows(rewards, groups, compares_group=ESTIMATOR_FACTS[name].compares_group),
+        response_lengths_N=torch.tensor([len(s.mask) for s in samples]),
+        loss_mask_R=torch.tensor([m for s in samples for m in s.mask]),
+        kl_R=torch.tensor([k for s in samples for k in s.kl], dtype=torch.float64) if with_kl else None,
+    )
+
+
+# --- the papers -------------------------------------------------------------------------------------------------
+
+
+def judged(samples: list[Sample], group: int) -> list[Sample]:
+    return [s for s in samples if s.group == group and not math.isnan(s.reward)]
+
+
+def shaped(sample: Sample, beta: float) -> float:
+    """RLOO (arXiv:2402.14740, section 2.1): the reward less beta x log of the ratio of the whole response's chances."""
+    return sample.reward - beta * sum(sample.kl[t] for t in sample.places)
+
+
+def of_response(samples: list[Sample], values: dict[int, float]) -> Rows:
+    """A sample's number on each token that counts; 0 where it has none."""
+    return [[values.get(i, 0.0) * (m != 0) for m in s.mask] for i, s in enumerate(samples)]
+
+
+def grpo(samples: list[Sample], options: AdvantageOptions) -> Rows:
+    values: dict[int, float] = {}
+    for i, sample in enumerate(samples):
+        peers = [shaped(s, options.kl_coef) for s in judged(samples, sample.group)]
+        if math.isnan(sample.reward) or len(peers) < 2 or len(set(peers)) == 1:
+            continue
+        scale = statistics.stdev(peers) + 1e-6 if options.normalize_std else 1.0
+        values[i] = (shaped(sample, options.kl_coef) - statistics.fmean(peers)) / scale
+    return of_response(samples, values)
+
+
+def rloo(samples: list[Sample], options: AdvantageOptions, *, with_own: bool = False) -> Rows:
+    """Section 2.3: R_i - 1 / (k - 1) x the sum of R_j over j != i."""
+    values: dict[int, float] = {}
+    for i, sample in enumerate(samples):
+        others = [shaped(s, options.kl_coef) for s in judged(samples, sample.group) if with_own or s is not sample]
+        if not math.isnan(sample.reward) and others:
+            values[i] = shaped(sample, options.kl_coef) - sum(others) / len(others)
+    return of_response(samples, values)
+
+
+def returns(sample: Sample, reward: float, options: AdvantageOptions) -> list[float]:
+    """REINFORCE++ (arXiv:2501.03262): what is still to come after each token, discounted; 0 on a masked one."""
+    found = [0.0] * len(sample.mask)
+    for k, t in enumerate(sample.places):
+        for later, s in enumerate(sample.places[k:]):
+            gained = -options.kl_coef * sample.kl[s] + (reward if s == sample.places[-1] else 0.0)
+            found[t] += options.gamma**later * gained
+    return found
+
+
+def whitened(samples: list[Sample], rows: Rows, counted: list[bool]) -> Rows:
+    kept = [rows[i][t] for i, s in enumerate(samples) if counted[i] for t in s.places]
+    mean, std = statistics.fmean(kept), statistics.pstdev(kept)
+    return [
+        [(rows[i][t] - mean) / (std + 1e-8) * (m != 0) if counted[i] else 0.0 for t, m in enumerate(s.mask)]
+        for i, s in enumerate(samples)
+    ]
+
+
+def reinforce_plus_plus(samples: list[Sample], options: AdvantageOptions) -> Rows:
+    counted = [not math.isnan(s.reward) for s in samples]
+    return whitened(samples, [returns(s, s.reward, options) for s in samples], counted)
+
+
+def reinforce_plus_plus_baseline(samples: list[Sample], options: AdvantageOptions) -> Rows:
+    rows, counted = [], []
+    for sample in samples:
+        peers = [s.reward for s in judged(samples, sample.group)]
+        counted.append(not math.isnan(sample.reward) and len(peers) > 1)
+        rows.append(returns(sample, sample.reward - statistics.fmean(peers) if peers else 0.0, options))
+    return whitened(samples, rows, counted)
+
+
+PAPERS = {
+    "grpo": grpo,
+    "gspo": grpo,
+    "cispo": grpo,
+    "rloo": rloo,
+    "reinforce_plus_plus": reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+}
+OPTIONS = {
+    "plain": AdvantageOptions(),
+    "KL": AdvantageOptions(kl_coef=0.3),
+    "KL, discounted": AdvantageOptions(kl_coef=0.3, gamma=0.9),
+    "without std": AdvantageOptions(normalize_std=False),
+}
+
+
+def miss(name: str, options: AdvantageOptions, expected: Rows, samples: list[Sample]) -> float:
+    """The largest difference on any token that counts."""
+    rollout = rollout_of(samples, name)
+    found = ESTIMATORS[name](rollout, options)
+    assert found.dtype == torch.float64
+    flat = torch.tensor([value for row in expected for value in row], dtype=torch.float64)
+    return float((found - flat)[rollout.mask_R].abs().amax())
+
+
+@pytest.mark.parametrize("which", OPTIONS)
+@pytest.mark.parametrize("name", PAPERS)
+def test_each_is_its_papers_formula(name: str, which: str) -> None:
+    for seed in range(3):
+        samples = draw(seed)
+        assert miss(name, OPTIONS[which], PAPERS[name](samples, OPTIONS[which]), samples) < 1e-12
+
+
+def test_other_formulas_are_other_numbers() -> None:
+    """Control: a baseline with the sample's own reward, no discount, no KL, another estimator, are all seen."""
+    samples, options = draw(), OPTIONS["KL, discounted"]
+    assert miss("rloo", options, rloo(samples, options, with_own=True), samples) > 0.1
+    for name in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+        for wrong in (replace(options, gamma=1.0), replace(options, kl_coef=0.0), replace(options, gamma=0.89)):
+            assert miss(name, options, PAPERS[name](samples, wrong), samples) > 1e-3
+    kinds = ("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+    assert all(miss(a, options, PAPERS[b](samples, options), samples) > 0.1 for a in kinds for b in kinds if a != b)
+    unmasked = [replace(s, mask=[1.0] * len(s.mask)) for s in samples]
+    for name in kinds:
+        assert miss(name, options, PAPERS[name](unmasked, options), samples) > 1e-2
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_what_does_not_count_changes_nothing(name: str) -> None:
+    """Tokens that are masked may have any KL; a failed sample may have any tokens."""
+    samples, options = draw(), OPTIONS["KL, discounted"]
+    rollout = rollout_of(samples, name)
+    assert rollout.kl_R is not None and not rollout.mask_R.all()
+    other = replace(rollout, kl_R=torch.where(rollout.mask_R, rollout.kl_R, float("nan")))
+    found, again = (ESTIMATORS[name](r, options)[rollout.mask_R] for r in (rollout, other))
+    assert torch.equal(found, again)
+    moved = replace(rollout, kl_R=torch.where(rollout.mask_R, rollout.kl_R + 0.1, 0.0))
+    assert not torch.allclose(ESTIMATORS[name](moved, options)[rollout.mask_R], found)  # control
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_nothing_counts(name: str) -> None:
+    """Failed rewards alone, and empty masks alone, are no error and no nan."""
+    samples = draw()
+    for nothing in (
+        [replace(s, reward=float("nan")) for s in samples],
+        [replace(s, mask=[0.0] * len(s.mask)) for s in samples],
+        [replace(s, mask=[], kl=[]) for s in samples],
+    ):
+        rollout = rollout_of(nothing, name)
+        assert not rollout.mask_R.any()
+        found = ESTIMATORS[name](rollout, OPTIONS["KL, discounted"])
+        assert len(found) == len(rollout.loss_mask_R) and found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_rewards_that_are_all_equal_teach_nothing(name: str) -> None:
+    samples = [replace(s, reward=0.1) for s in draw()]
+    found = ESTIMATORS[name](rollout_of(samples, name, with_kl=False), AdvantageOptions())
+    assert found.abs().amax() < 1e-6
+
+
+def test_each_value_of_the_flag_has_its_function_and_its_facts() -> None:
+    values = get_args(get_type_hints(AlgoOptions)["advantage_estimator"])
+    assert set(values) == set(ESTIMATOR_FACTS) == set(ESTIMATORS)
+    assert set(PAPERS) == set(ESTIMATORS) - {"ppo"}  # `test_gae` has it
