@@ -52,8 +52,13 @@ def _logits(hidden_C: Tensor, weight: Tensor, part: VocabularyPart) -> Tensor:
     return F.linear(hidden_C, weight[: part.size])
 
 
+def _summed_in(dtype: torch.dtype) -> torch.dtype:
+    """float32, and float64 for what is given in it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _scaled(logits_CV: Tensor, scale: float) -> Tensor:
-    logits_CV = logits_CV.float()
+    logits_CV = logits_CV.to(_summed_in(logits_CV.dtype))
     return logits_CV.mul_(scale) if scale != 1.0 else logits_CV
 
 
@@ -164,7 +169,9 @@ class _ResponseLogProbs(torch.autograd.Function):
         room: int,
     ) -> tuple[Tensor, Tensor]:
         kept: list[Tensor | None] = []
-        log_probs_R, log_sums_R, entropies_R = torch.zeros(3, len(targets_R), device=hidden_B.device).unbind()
+        dtype = _summed_in(hidden_B.dtype)
+        found = torch.zeros(3, len(targets_R), dtype=dtype, device=hidden_B.device)
+        log_probs_R, log_sums_R, entropies_R = found.unbind()
         for here in _chunks(len(targets_R), chunk_size):
             logits_CV = _logits(hidden_B[predicting_R[here]], weight, part)
             largest_C, target_C, sum_C, weighted_C = _sums(logits_CV, targets_R[here], part, scale, with_entropy)
@@ -208,7 +215,7 @@ class _ResponseLogProbs(torch.autograd.Function):
                 add_product(main_grad[: part.size], logits_gradient, hidden_C)
             else:
                 share = _weight_gradient(logits_gradient, hidden_C)
-                of_part = share.float() if of_part is None else of_part.add_(share)
+                of_part = share.to(_summed_in(share.dtype)) if of_part is None else of_part.add_(share)
                 del share
             del logits_CV, logits_gradient  # before those of the next chunk are made
         return hidden_gradient, _of_table(of_part, weight) if main_grad is None else added(weight), *[None] * 7
@@ -241,7 +248,7 @@ def response_log_probs(
     sequence_parallel: bool,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob of each target, and the entropy of its distribution if asked for, both float32 [R].
+    """Log-prob of each target, and the entropy of its distribution if asked for, both [R] in float32 (or 64).
 
     Args:
         hidden: last hidden states [B, 1, H]; under sequence parallelism this rank's [B / TP, 1, H].
