@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from slime.cluster.dump import read_dump, write_dump
@@ -27,10 +28,16 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
         status=Status.TRUNCATED,
         metadata={"start_rollout_id": 2},
     )
+    sample.routed_experts = np.array([[[3, 1]], [[0, 127]], [[-1, 5]]], dtype=np.int32)
     failed = Sample(index=25, reward=None, reward_failure="timeout", status=Status.FAILED)
     path = tmp_path / "nested" / "0.jsonl"
     write_dump(path, [[sample, failed], [sample]])
-    assert read_dump(path) == [[sample, failed], [sample]]
+    read = read_dump(path)
+    assert read == [[sample, failed], [sample]]
+    routes = read[0][0].routed_experts
+    assert routes is not None and routes.dtype == np.int32
+    np.testing.assert_array_equal(routes, sample.routed_experts)
+    assert read[0][1].routed_experts is None
 
 
 def test_a_foreign_file_is_named_with_its_line(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_setting_that_cannot_be_is_told(flags: list[str], words: str, model_di
 def test_a_model_of_another_family_is_told(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     config = json.loads((model_dirs["glm4"] / "config.json").read_text())
     shape = asdict(hf_architecture(config))
-    with pytest.raises(ValueError, match="'mamba'; this engine serves glm4, .*qwen3_moe"):
+    with pytest.raises(ValueError, match=r"'mamba'; this engine serves glm4, .*qwen3_moe"):
         parse(model_dirs["glm4"], "--architecture", json.dumps({**shape, "family": "mamba"}))
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     with pytest.raises(ValueError, match="model_type 'mamba' is not one of"):

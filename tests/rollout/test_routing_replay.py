@@ -1,0 +1,153 @@
+"""--use-routing-replay: what engines say of experts comes to samples, whole, and for the tokens that they have."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from slime.config.args import Args
+from slime.core.architecture import Architecture
+from slime.core.batch import from_samples
+from slime.core.sample import Sample, Status
+from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
+from slime.rollout.context import RolloutContext
+from slime.rollout.generate import generate_sample
+from slime.rollout.rm_hub import RewardPool
+
+LAYERS, DENSE, TOPK = 3, 1, 2
+SHAPE = Architecture(
+    family="glm4_moe",
+    num_layers=LAYERS,
+    hidden_size=8,
+    ffn_hidden_size=8,
+    num_attention_heads=2,
+    num_query_groups=2,
+    kv_channels=4,
+    vocab_size=128,
+    max_position_embeddings=64,
+    norm_epsilon=1e-5,
+    rotary_base=1e4,
+    num_experts=8,
+    moe_ffn_hidden_size=8,
+    moe_router_topk=TOPK,
+    first_dense_layers=DENSE,
+)
+ARGS = Args(use_routing_replay=True, architecture=SHAPE, rollout_max_response_len=16)
+
+
+def routes(tokens: list[int], version: int) -> np.ndarray:
+    """Of all tokens but the last, as an engine with weights `version` has them: all different, zeros where dense."""
+    numbers = np.arange((len(tokens) - 1) * LAYERS * TOPK).reshape(-1, LAYERS, TOPK) * 10 + version
+    numbers[:, :DENSE] = 0
+    return numbers.astype(np.int32)
+
+
+class SayingEngine:
+    """Answers as told, in turn, and keeps what it was asked."""
+
+    def __init__(self, *answers: tuple[list[int], str, int], **changes: Any) -> None:
+        """(tokens, finish reason, weight version) each."""
+        self.answers, self.changes = list(answers), changes
+        self.asked: list[GenerateRequest] = []
+
+    async def generate(self, request: GenerateRequest) -> GenerateResponse:
+        self.asked.append(request)
+        tokens, reason, version = self.answers.pop(0)
+        prompt = request.input_ids or []
+        flat = routes(prompt + tokens, version).reshape(-1)
+        response = GenerateResponse.from_json(
+            {
+                "output_ids": tokens,
+                "text": "",
+                "meta_info": {
+                    "output_token_logprobs": [(-1.0, token, None) for token in tokens],
+                    "finish_reason": {"type": reason},
+                    "weight_version": str(version),
+                    "prompt_tokens": len(prompt),
+                    "completion_tokens": len(tokens),
+                },
+            }
+        )
+        said = flat if request.return_routed_experts else None
+        return replace(response, **{"routed_experts": said, **self.changes})
+
+
+def generate(engine: SayingEngine, tokenizer: PreTrainedTokenizerFast, *, args: Args = ARGS, **params: Any) -> Sample:
+    context = RolloutContext(args, engine, tokenizer, RewardPool(args))  # pyright: ignore[reportArgumentType]
+    sample = Sample(group_index=0, index=0, tokens=[20, 21, 22], prompt_length=3, reward=1.0)
+
+    async def parts() -> Sample:
+        done = sample
+        while engine.answers:
+            done = await generate_sample(args, done, SamplingParams(max_new_tokens=16, **params), context)
+        return done
+
+    return asyncio.run(parts())
+
+
+def test_a_sample_has_the_layers_with_experts(tokenizer: PreTrainedTokenizerFast) -> None:
+    sample = generate(SayingEngine(([30, 31, 3], "stop", 4)), tokenizer)
+    assert sample.routed_experts is not None and sample.routed_experts.dtype == np.int32
+    np.testing.assert_array_equal(sample.routed_experts, routes(sample.tokens, 4)[:, DENSE:])
+    column = from_samples([sample, sample.copy()]).rows("routed_experts")
+    for row in column:
+        np.testing.assert_array_equal(row[:-1], routes(sample.tokens, 4)[:, DENSE:])
+        assert (row[-1] == -1).all(), "nobody has run the last token"
+
+
+def test_the_newest_part_says_it_of_all_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = SayingEngine(([30, 31], "abort", 4), ([], "abort", 5), ([33, 3], "stop", 6))
+    sample = generate(engine, tokenizer)
+    assert [len(request.input_ids or []) for request in engine.asked] == [3, 5, 5]
+    assert sample.policy_versions == [4, 4, 6, 6]
+    np.testing.assert_array_equal(sample.routed_experts, routes(sample.tokens, 6)[:, DENSE:])
+
+
+def test_an_abort_before_anything_was_run_leaves_what_there_was(tokenizer: PreTrainedTokenizerFast) -> None:
+    first = generate(SayingEngine(([30, 31], "abort", 4)), tokenizer)
+    engine = SayingEngine(([], "abort", 5), routed_experts=None)
+    context = RolloutContext(ARGS, engine, tokenizer, RewardPool(ARGS))  # pyright: ignore[reportArgumentType]
+    sample = asyncio.run(generate_sample(ARGS, first, SamplingParams(max_new_tokens=16), context))
+    assert sample.status is Status.ABORTED
+    np.testing.assert_array_equal(sample.routed_experts, routes(sample.tokens, 4)[:, DENSE:])
+
+
+def test_what_a_stop_text_cuts_off_has_no_routes(tokenizer: PreTrainedTokenizerFast) -> None:
+    stop = tokenizer.decode([31, 32])
+    engine = SayingEngine(([30, 31], "abort", 4), ([32, 33, 34], "length", 4))
+    sample = generate(engine, tokenizer, stop=stop)
+    assert sample.tokens[3:] == [30, 31, 32] and sample.status is Status.COMPLETED
+    np.testing.assert_array_equal(sample.routed_experts, routes(sample.tokens, 4)[:, DENSE:])
+
+
+def test_an_engine_that_does_not_say_it_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="start it with --enable-return-routed-experts"):
+        generate(SayingEngine(([30, 3], "stop", 4), routed_experts=None), tokenizer)
+    with pytest.raises(ValueError, match=r"names 23 experts, and 4 tokens in 3 layers have 2 each"):
+        generate(SayingEngine(([30, 3], "stop", 4), routed_experts=np.zeros(23, np.int32)), tokenizer)
+
+
+def test_nothing_is_asked_without_the_flag(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = SayingEngine(([30, 3], "stop", 4))
+    assert generate(engine, tokenizer, args=replace(ARGS, use_routing_replay=False)).routed_experts is None
+    assert "return_routed_experts" not in engine.asked[0].to_json()
+    asked = replace(engine.asked[0], return_routed_experts=True).to_json()
+    assert (asked["return_routed_experts"], asked["routed_experts_start_len"]) == (True, 0)
+
+
+def test_samples_go_through_json(tokenizer: PreTrainedTokenizerFast) -> None:
+    sample = generate(SayingEngine(([30, 31, 3], "stop", 4)), tokenizer)
+    back = Sample.from_dict(json.loads(json.dumps(sample.to_dict())))
+    assert back == sample
+    np.testing.assert_array_equal(back.routed_experts, sample.routed_experts)
+    assert back.to_bare_prompt().routed_experts is None
+    back.tokens = back.tokens[:5]
+    back.response_length, back.rollout_log_probs, back.policy_versions = 2, None, None
+    with pytest.raises(ValueError, match=r"routed_experts is \[5, 2, 2\] for 5 tokens"):
+        back.check()
