@@ -39,6 +39,8 @@ class Column:
     padding: float
     required: bool
     meaning: str
+    num_dims: int = 1
+    """Of its array; entries of more than one number have their own shape behind the axis."""
 
 
 COLUMNS: Mapping[str, Column] = {
@@ -47,6 +49,9 @@ COLUMNS: Mapping[str, Column] = {
     "rewards": Column(Axis.SAMPLE, "float32", 0, True, "raw reward; nan where it failed"),
     "group_indices": Column(Axis.SAMPLE, "int64", -1, True, "samples of one prompt share it"),
     "sample_indices": Column(Axis.SAMPLE, "int64", -1, True, "the sample's number over the run, for messages"),
+    "routed_experts": Column(
+        Axis.TOKEN, "int32", -1, False, "[layers of experts, chosen] the engine's experts; -1: the router decides", 3
+    ),
     "rollout_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "the engine's log-prob at generation"),
     "policy_versions": Column(Axis.RESPONSE, "int32", -1, False, "policy version that made the token"),
     "offpolicy": Column(Axis.RESPONSE, "bool", 0, False, "older weights than the trainer's made the token"),
@@ -78,6 +83,8 @@ class TrainBatch:
 
     def _check_column(self, name: str, values: Array) -> None:
         rows = self._row_sizes(name)
+        if values.ndim != COLUMNS[name].num_dims:
+            raise ValueError(f"column {name} has {values.ndim} dimensions, not {COLUMNS[name].num_dims}")
         if len(values) != int(rows.sum()):
             raise ValueError(f"column {name} has {len(values)} entries, its rows add up to {int(rows.sum())}")
 
@@ -108,6 +115,12 @@ class TrainBatch:
             columns[name] = np.concatenate(picked) if picked else values[:0]
         return TrainBatch(self.total_lengths_N[index], self.response_lengths_N[index], columns)
 
+    def without(self, name: str) -> TrainBatch:
+        """The same rows without a column that not all of them need to have."""
+        assert not COLUMNS[name].required
+        columns = {key: values for key, values in self.columns.items() if key != name}
+        return TrainBatch(self.total_lengths_N, self.response_lengths_N, columns)
+
     def with_column(self, name: str, values: Array) -> TrainBatch:
         """The same rows and one more column (or another value of it)."""
         return TrainBatch(
@@ -120,6 +133,28 @@ class TrainBatch:
 def _ragged(name: str, rows: Sequence[Sequence[float]]) -> Array:
     flat = [value for row in rows for value in row]
     return np.asarray(flat, dtype=COLUMNS[name].dtype)
+
+
+def _routes(samples: Sequence[Sample]) -> Array | None:
+    """The experts of every token; None where no sample has any.
+
+    An engine routed all tokens but a sample's last, and none of a sample that has no response.
+    """
+    shapes = {s.routed_experts.shape[1:] for s in samples if s.routed_experts is not None}
+    if not shapes:
+        return None
+    if len(shapes) > 1:
+        raise ValueError(f"samples carry routed_experts of different [layers, experts]: {sorted(shapes)}")
+    column = COLUMNS["routed_experts"]
+    flat = np.full((sum(len(s.tokens) for s in samples), *shapes.pop()), int(column.padding), dtype=column.dtype)
+    start = 0
+    for sample in samples:
+        if sample.routed_experts is not None:
+            flat[start : start + len(sample.routed_experts)] = sample.routed_experts
+        elif sample.response_length:
+            raise ValueError(f"sample {sample.index} carries no routed_experts, which others do: all or none have to")
+        start += len(sample.tokens)
+    return flat
 
 
 def from_samples(samples: Sequence[Sample], reward_key: str | None = None) -> TrainBatch:
@@ -156,6 +191,9 @@ def from_samples(samples: Sequence[Sample], reward_key: str | None = None) -> Tr
             columns[name] = _ragged(name, present)
         elif present:
             raise ValueError(f"{len(present)} of {len(values)} samples carry {name}: all or none have to")
+    routes = _routes(samples)
+    if routes is not None:
+        columns["routed_experts"] = routes
     return TrainBatch(
         np.asarray([len(s.tokens) for s in samples], dtype="int64"),
         np.asarray([s.response_length for s in samples], dtype="int64"),

@@ -83,6 +83,12 @@ class PackedSequences(PackedSeqParams):
     """On a CPU only."""
     share: ContextShare | None = None
     """Under context parallelism only."""
+    counts_B: Tensor | None = None
+    """bool: not padding. For layers of experts only, as what follows."""
+    step_tokens: int = 0
+    """Tokens of the whole optimizer step, over all ranks, without padding; 0: no balancing losses."""
+    experts_B: Tensor | None = None
+    """[B, layers of experts, chosen ones] int32: which experts a token goes to; -1 leaves them to the router."""
 
 
 def pack_sequences(lengths_P: Sequence[int], shape: Architecture, share: ContextShare | None = None) -> PackedSequences:

@@ -206,6 +206,7 @@ def install() -> None:
     # megatron-core's jit_fuser is torch.compile, which needs a C++ compiler at run time
     torch.compiler.set_stance("force_eager")
     _install_rng()
+    _install_uneven()
     _share_gloo_device()
     _installed = True
 
@@ -232,6 +233,40 @@ def _share_gloo_device() -> None:
         original(self, store, rank, size, options)
 
     gloo.__init__ = init
+
+
+def _install_uneven() -> None:
+    """What experts exchange is of another size on each rank, which gloo's all-gather and reduce-scatter do not take."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
+
+    require_names(mappings, "_gather_along_first_dim", "_reduce_scatter_along_first_dim")
+    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return even_gather(input_, group, output_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        padded = input_.new_zeros((max(sizes), *input_.shape[1:]))
+        padded[: len(input_)] = input_
+        ranks = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(ranks, padded, group=group)
+        return torch.cat([rank[:size] for rank, size in zip(ranks, sizes, strict=True)])
+
+    def reduce_scatter(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return even_scatter(input_, group, input_split_sizes, use_global_buffer)
+        total = input_.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split([int(size) for size in input_split_sizes])[group.rank()].contiguous()
+
+    def on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        """A tensor that is there already is wanted as numbers, too: they are sizes of an all-to-all."""
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    replace_name(mappings, "_gather_along_first_dim", gather)
+    replace_name(mappings, "_reduce_scatter_along_first_dim", reduce_scatter)
+    replace_name(token_dispatcher, "maybe_move_tensor_to_cpu", on_the_host)
 
 
 def _install_rng() -> None:

@@ -11,6 +11,7 @@ tied output layer on the last of several stages goes by the embedding's name: it
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ from slime.config.architecture import config_of, read_hf_config
 from slime.config.args import Args
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
-from slime.megatron.build import EMBEDDING, ModelChunks, named_parameters
-from slime.megatron.parallel import pipeline_group, tensor_group
+from slime.megatron.build import EMBEDDING, OUTPUT, VALUE_HEAD, ModelChunks, named_weights
+from slime.megatron.parallel import expert_place, pipeline_group, tensor_group
 from slime.models.families import weight_table
 from slime.models.hf_files import HFReader, write_hf
 from slime.models.mapping import WeightTable
@@ -47,21 +48,26 @@ def load_hf_into(model: ModelChunks, architecture: Architecture, reader: HFReade
         ValueError: names or shapes do not fit the architecture; all names that are too many or too few are listed.
     """
     table = weight_table(architecture)
-    parameters = dict(named_parameters(model))
-    table.check(_names(_stages(parameters)), reader.names())
+    weights = dict(named_weights(model))
+    names = _names(_stages(weights))
+    if VALUE_HEAD in names:  # a critic takes a policy's weights, but its output layer; the value head stays as it is
+        weights.pop(VALUE_HEAD, None)
+        names = names - {VALUE_HEAD} | ({OUTPUT} if not architecture.tied_embeddings else set())
+    table.check(names, reader.names())
     misfit = ""
     try:
         _check_copies(table, reader)
-        _fill(parameters, table, reader, architecture, args)
+        _fill(weights, table, reader, architecture, args)
     except ValueError as error:
         misfit = str(error)
-    for message in _of_all_stages(misfit):  # of one stage perhaps; the others would wait for it
+    # of one stage or expert's rank perhaps; the others would wait for it
+    for message in _of_all_experts("".join(dict.fromkeys(_of_all_stages(misfit)))):
         if message:
             raise ValueError(message)
 
 
 def _fill(
-    parameters: Mapping[str, torch.nn.Parameter],
+    weights: Mapping[str, Tensor],
     table: WeightTable,
     reader: HFReader,
     architecture: Architecture,
@@ -69,20 +75,22 @@ def _fill(
 ) -> None:
     tp_size, tp_rank = tensor_group().size(), tensor_group().rank()
     padded = padded_vocab_size(architecture.vocab_size, args.make_vocab_size_divisible_by, tp_size)
-    for name, parameter in parameters.items():
+    place = expert_place()
+    for name, weight in weights.items():
         full = table.pad(name, table.from_hf(name, reader.get), padded)
-        shard = table.split(name, full, tp_size, tp_rank)
-        if shard.shape != parameter.shape:
+        part = (tp_size, tp_rank) if _expert(name) is None else (place.etp_size, place.etp_rank)
+        shard = table.split(name, full, *part)
+        if shard.shape != weight.shape:
             raise ValueError(
                 f"{', '.join(table.rule(name).hf)} in {reader.path}: {list(shard.shape)} for this rank, where the "
-                f"architecture has {list(parameter.shape)}; MODEL_ARGS are not this checkpoint's"
+                f"architecture has {list(weight.shape)}; MODEL_ARGS are not this checkpoint's"
             )
         with torch.no_grad():
-            parameter.copy_(shard)
+            weight.copy_(shard)
 
 
 class _Held(NamedTuple):
-    """One rank's part of a parameter."""
+    """One rank's part of a weight."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -92,16 +100,16 @@ class _Held(NamedTuple):
         return self.shape.numel() * self.dtype.itemsize
 
 
-def _stages(parameters: Mapping[str, torch.nn.Parameter]) -> list[dict[str, _Held]]:
-    """What each pipeline stage holds, by global name."""
-    return _of_all_stages({name: _Held(parameter.shape, parameter.dtype) for name, parameter in parameters.items()})
+def _stages(weights: Mapping[str, Tensor]) -> list[dict[str, _Held]]:
+    """What each pipeline stage holds, by global name; of experts those that its rank in this one's place has."""
+    return _of_all_stages({name: _Held(weight.shape, weight.dtype) for name, weight in weights.items()})
 
 
 def _names(stages: Sequence[Mapping[str, _Held]]) -> set[str]:
     """Of the whole model. No two stages have the same, but for the copy of a tied embedding."""
     held = Counter(name for stage in stages for name in stage)
     assert all(times == 1 or name == EMBEDDING for name, times in held.items()), held
-    return set(held)
+    return set(held).union(*_of_all_experts({name for name in held if _expert(name) is not None}))
 
 
 def _of_all_stages(value: T) -> list[T]:
@@ -110,6 +118,28 @@ def _of_all_stages(value: T) -> list[T]:
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def _of_all_experts(value: T) -> list[T]:
+    """Each `value` of the ranks that together hold a stage's experts."""
+    group = expert_place().group
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
+
+
+def _expert(name: str) -> int | None:
+    """The number of the expert that a global name belongs to; None: it is of none."""
+    found = _EXPERT.search(name)
+    return None if found is None else int(found.group())
+
+
+def _of_expert(name: str, expert: int) -> str:
+    """The same weight of another expert."""
+    return _EXPERT.sub(str(expert), name)
 
 
 def _check_copies(table: WeightTable, reader: HFReader) -> None:
@@ -123,34 +153,57 @@ def _check_copies(table: WeightTable, reader: HFReader) -> None:
 
 
 def iter_hf_tensors(model: ModelChunks, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """HF name and whole tensor, in the table's order, on every rank; collective over tensor and pipeline parallelism.
+    """HF name and whole tensor, on every rank; collective over tensor, pipeline and expert parallelism.
 
-    Tensors are contiguous, on the model's device and in its dtype. They may be the parameters' own memory: clone what
+    They come in the table's order; of a layer's experts the first of each rank before the second of each.
+    Tensors are contiguous, on the model's device and in its dtype. They may be the weights' own memory: clone what
     has to outlive the next change of the weights. All ranks have to run the iteration to its end.
     """
-    table = weight_table(architecture)
-    parameters = dict(named_parameters(model))
-    stages = _stages(parameters)
+    table, place = weight_table(architecture), expert_place()
+    weights = dict(named_weights(model))
+    stages = _stages(weights)
     table.check(_names(stages), table.hf_names())
-    for owner, names in _gathers(table, stages, tensor_group().size()):
-        parts = _of_stage(owner, [parameters.get(name) for name in names], [stages[owner][name] for name in names])
-        cut = [i for i, name in enumerate(names) if table.rule(name).tp_axis is not None]
-        shards = dict(zip(cut, _of_all_tensor_ranks([parts[i] for i in cut]), strict=True))
+    num_local = architecture.num_experts // place.ep_size
+    for owner, names in _gathers(table, stages, num_local):
+        parts = _of_stage(owner, [weights.get(name) for name in names], [stages[owner][name] for name in names])
+        experts = [i for i, name in enumerate(names) if _expert(name) is not None]
+        cut = [i for i, name in enumerate(names) if i not in experts and table.rule(name).tp_axis is not None]
+        gathered = dict(zip(cut, _of_all_ranks([parts[i] for i in cut], tensor_group()), strict=True))
+        gathered |= dict(zip(experts, _of_all_ranks([parts[i] for i in experts], place.group), strict=True))
         for i, name in enumerate(names):
-            full = table.join(name, shards[i]) if i in shards else parts[i]
-            for hf_name, tensor in table.to_hf(name, full):
-                yield hf_name, tensor.contiguous()
+            shards = gathered.get(i, [parts[i]])
+            expert = _expert(name)
+            wholes = {name: shards}
+            if expert is not None:  # of every rank the one that stands in its place
+                wholes = {
+                    _of_expert(name, expert % num_local + rank * num_local): shards[rank * place.etp_size :][
+                        : place.etp_size
+                    ]
+                    for rank in range(place.ep_size)
+                }
+            for whole, of_whole in wholes.items():
+                for hf_name, tensor in table.to_hf(whole, table.join(whole, of_whole)):
+                    yield hf_name, tensor.contiguous()
 
 
 def _gathers(
-    table: WeightTable, stages: Sequence[Mapping[str, _Held]], tp_size: int
+    table: WeightTable, stages: Sequence[Mapping[str, _Held]], num_local: int
 ) -> Iterator[tuple[int, list[str]]]:
-    """Parameters that are gathered together, in the table's order, and the stage that holds them."""
+    """Weights that are gathered together, in the table's order, and the stage that holds them.
+
+    Of experts those of this rank, `num_local` a layer: every rank has one in the same place.
+    """
     together: list[str] = []
     holder, size = 0, 0
+    place, tp_size = expert_place(), tensor_group().size()
     for name in table.megatron_names():
+        expert, copies = _expert(name), 1 if table.rule(name).tp_axis is None else tp_size
+        if expert is not None:
+            if expert >= num_local:
+                continue
+            name, copies = _of_expert(name, expert + place.ep_rank * num_local), place.group.size()
         owner = next(stage for stage, held in enumerate(stages) if name in held)
-        whole = stages[owner][name].nbytes * (1 if table.rule(name).tp_axis is None else tp_size)
+        whole = stages[owner][name].nbytes * copies
         if together and (owner != holder or size + whole > GATHER_BYTES):
             yield holder, together
             together, size = [], 0
@@ -159,23 +212,22 @@ def _gathers(
     yield holder, together
 
 
-def _of_stage(owner: int, parameters: Sequence[torch.nn.Parameter | None], held: Sequence[_Held]) -> list[Tensor]:
-    """The stage `owner`'s `parameters`, on every stage; None in the place of those of another one."""
+def _of_stage(owner: int, weights: Sequence[Tensor | None], held: Sequence[_Held]) -> list[Tensor]:
+    """The stage `owner`'s `weights`, on every stage; None in the place of those of another one."""
     group = pipeline_group()
     if group.size() == 1:
-        return [parameter.detach() for parameter in parameters if parameter is not None]
+        return [weight.detach() for weight in weights if weight is not None]
     flat, parts = _side_by_side(held)
     if group.rank() == owner:
-        for part, parameter in zip(parts, parameters, strict=True):
-            assert parameter is not None
-            part.copy_(parameter.detach())
+        for part, weight in zip(parts, weights, strict=True):
+            assert weight is not None
+            part.copy_(weight.detach())
     dist.broadcast(flat, group=group, group_src=owner)
     return parts
 
 
-def _of_all_tensor_ranks(parts: Sequence[Tensor]) -> list[list[Tensor]]:
-    """For each part, those of all ranks in their order."""
-    group = tensor_group()
+def _of_all_ranks(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[list[Tensor]]:
+    """For each part, those of all ranks of `group` in their order."""
     if group.size() == 1 or not parts:
         return [[part] for part in parts]
     held = [_Held(part.shape, part.dtype) for part in parts]

@@ -14,6 +14,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -22,6 +23,7 @@ from torch import Tensor
 from slime.config.args import Args
 from slime.core.plugins import hook_path, load_hook
 from slime.megatron.attention import PackedAttention
+from slime.megatron.experts import Experts, ExpertsLayer, Router
 from slime.megatron.kernels import rms_norm, swiglu
 
 # Megatron warns of every MLP class that is not its own, once a layer; the "default kwargs" are what they are to get.
@@ -91,15 +93,15 @@ def _normed(bias_dropout_add: Callable[..., Any], norm: Callable[[], RMSNorm]) -
     return outer
 
 
-def layer_spec(args: Args, config: TransformerConfig) -> ModuleSpec:
-    """One layer: --spec's with packed attention in it, or the built-in one.
+def layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -> ModuleSpec:
+    """Layer number `layer` of the model: --spec's with packed attention in it, or the built-in one.
 
     Raises:
         ValueError: --spec's function does not return a layer.
     """
     path = hook_path(args.spec)
     if path is None:
-        return built_in_layer_spec(args, config)
+        return built_in_layer_spec(args, config, layer)
     spec = load_hook("spec", path)(args, config)
     parts = spec.submodules if isinstance(spec, ModuleSpec) else None
     attention = parts.self_attention if isinstance(parts, TransformerLayerSubmodules) else None
@@ -121,16 +123,27 @@ def _is_megatrons(core_attention: object) -> bool:
     return isinstance(module, type) and module.__module__.startswith("megatron.")
 
 
-def built_in_layer_spec(args: Args, config: TransformerConfig) -> ModuleSpec:
+def built_in_layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -> ModuleSpec:
     """One layer from Megatron's local modules, with our norm and our packed attention; a new one at each call."""
     shape = args.architecture
     assert shape is not None
-    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_layernorm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=shape.num_experts if shape.is_moe_layer(layer) else None,
+        qk_layernorm=shape.qk_layernorm,
+        normalization="RMSNorm",
+    )
     parts = spec.submodules
     assert isinstance(parts, TransformerLayerSubmodules)
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    assert isinstance(parts.mlp, ModuleSpec) and parts.mlp.module is MLP
-    parts.mlp.module = GatedMLP
+    assert isinstance(parts.mlp, ModuleSpec)
+    if shape.is_moe_layer(layer):
+        assert parts.mlp.module is MoELayer and isinstance(parts.mlp.submodules, MoESubmodules)
+        assert isinstance(parts.mlp.submodules.experts, ModuleSpec)
+        spec.module = ExpertsLayer
+        parts.mlp.submodules.experts.module, parts.mlp.submodules.router = Experts, Router
+    else:
+        assert parts.mlp.module is MLP
+        parts.mlp.module = GatedMLP
     assert isinstance(parts.self_attention, ModuleSpec)
     attention = parts.self_attention.submodules
     assert isinstance(attention, SelfAttentionSubmodules)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -151,9 +151,17 @@ def _ranges(starts: Array, lengths: Array) -> Array:
 
 
 def pack_rows(
-    batch: TrainBatch, rows: Sequence[int], *, shape: Architecture, multiple: int, part: ContextParallel = ALONE
+    batch: TrainBatch,
+    rows: Sequence[int],
+    *,
+    shape: Architecture,
+    multiple: int,
+    part: ContextParallel = ALONE,
+    step_tokens: int = 0,
 ) -> MicroBatch:
     """This rank's part of the rows as one micro-batch, its tokens a multiple of `multiple`.
+
+    `step_tokens`: of all micro-batches of the step, for balancing losses.
 
     Padding stands at the end of each row where context parallelism needs it, and in a sequence behind all rows.
 
@@ -175,7 +183,8 @@ def pack_rows(
     if num_padding:
         lengths_S = np.append(lengths_S, num_padding)
     pack = np.full(lengths_S.sum(), COLUMNS["tokens"].padding, dtype=np.int64)
-    pack[_ranges(starts_M, total_M)] = batch.columns["tokens"][_ranges(tokens_starts_N[rows_M], total_M)]
+    filled, taken = _ranges(starts_M, total_M), _ranges(tokens_starts_N[rows_M], total_M)
+    pack[filled] = batch.columns["tokens"][taken]
 
     cut = Cut.of(lengths_S, part.size)
     tokens_B = cut.tokens_CB[part.rank]
@@ -187,7 +196,11 @@ def pack_rows(
     where = device.device()
     return MicroBatch(
         tokens_B=torch.from_numpy(pack[tokens_B])[None].to(where, non_blocking=True),
-        sequences=pack_sequences(cut.lengths_P.tolist(), shape, cut.share(part) if part.size > 1 else None),
+        sequences=replace(
+            pack_sequences(cut.lengths_P.tolist(), shape, cut.share(part) if part.size > 1 else None),
+            **_for_experts(batch, len(pack), filled, taken, tokens_B) if shape.num_experts else {},
+            step_tokens=step_tokens,
+        ),
         predicting_R=torch.from_numpy(predicting_R[ours_R]).to(where, non_blocking=True),
         targets_R=torch.from_numpy(pack[answers_R][ours_R]).to(where, non_blocking=True),
         columns={
@@ -198,6 +211,20 @@ def pack_rows(
         responses_R=responses_R,
         responses=_responses(torch.from_numpy(row_R).to(where, non_blocking=True), len(rows_M), part),
     )
+
+
+def _for_experts(batch: TrainBatch, size: int, filled: Array, taken: Array, tokens_B: Array) -> dict[str, Tensor]:
+    """What layers of experts read of a pack of `size` tokens, of which the batch's `taken` stand at `filled`."""
+    counts = np.zeros(size, dtype=bool)
+    counts[filled] = True
+    found = {"counts_B": counts}
+    if batch.has("routed_experts"):
+        routes = batch.columns["routed_experts"]
+        experts = np.full((size, *routes.shape[1:]), COLUMNS["routed_experts"].padding, dtype=routes.dtype)
+        experts[filled] = routes[taken]
+        found["experts_B"] = experts
+    where = device.device()
+    return {name: torch.from_numpy(values[tokens_B]).to(where, non_blocking=True) for name, values in found.items()}
 
 
 def _responses(row_R: Tensor, num_rows: int, part: ContextParallel) -> Sequences:

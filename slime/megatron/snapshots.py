@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from slime.megatron.build import ModelChunks, all_parameters
+from slime.megatron.build import ModelChunks, all_weights
 from slime.megatron.host_memory import HostMemory, as_bytes
 
 
 class Snapshots:
-    """Named copies of a model's parameters."""
+    """Named copies of a model's weights."""
 
     def __init__(self, model: ModelChunks) -> None:
         self._model = model
@@ -41,4 +41,4 @@ class Snapshots:
             self._actor.restore(self._weights())
 
     def _weights(self) -> list[Tensor]:
-        return [as_bytes(parameter) for parameter in all_parameters(self._model)]
+        return [as_bytes(weight) for weight in all_weights(self._model)]

@@ -43,7 +43,10 @@ def attention(architecture: Architecture) -> list[Rule]:
 
 
 def pre_norm(architecture: Architecture) -> list[Rule]:
-    """The decoder of Llama and of those built like it: norms before attention and MLP, gate and up apart in HF."""
+    """The decoder of Llama and of those built like it: norms before attention and MLP, gate and up apart in HF.
+
+    The MLP may be a mixture of experts.
+    """
     return with_embeddings(
         architecture,
         [
@@ -51,13 +54,38 @@ def pre_norm(architecture: Architecture) -> list[Rule]:
             *attention(architecture),
             # HF's name says where the norm stands, Megatron's what it feeds.
             norm("pre_mlp_layernorm", "post_attention_layernorm"),
-            GateUp(
-                f"{MEGATRON_LAYER}mlp.linear_fc1.weight",
-                (f"{HF_LAYER}mlp.gate_proj.weight", f"{HF_LAYER}mlp.up_proj.weight"),
-            ),
-            row_parallel("mlp.linear_fc2", "mlp.down_proj"),
+            *dense_or_experts(architecture),
         ],
     )
+
+
+def gated_mlp(megatron: str, hf: str, layers: range, num_experts: int = 0) -> list[Rule]:
+    """A gated MLP of each of these layers; with `num_experts`, each expert's."""
+    gate_up = tuple(f"{HF_LAYER}{hf}.{half}_proj.weight" for half in ("gate", "up"))
+    fc1, fc2 = (f"{MEGATRON_LAYER}{megatron}.linear_{fc}.weight" for fc in ("fc1", "fc2"))
+    down = (f"{HF_LAYER}{hf}.down_proj.weight",)
+    return [
+        GateUp(fc1, gate_up, layers=layers, num_experts=num_experts),
+        Rename(fc2, down, 1, layers=layers, num_experts=num_experts),
+    ]
+
+
+def dense_or_experts(architecture: Architecture) -> list[Rule]:
+    """The MLP of the dense layers, and router, experts and shared expert of the others."""
+    first = architecture.first_dense_layers if architecture.num_experts else architecture.num_layers
+    dense, sparse = range(first), range(first, architecture.num_layers)
+    rules = gated_mlp("mlp", "mlp", dense)
+    if not architecture.num_experts:
+        return rules
+    rules.append(Rename(f"{MEGATRON_LAYER}mlp.router.weight", (f"{HF_LAYER}mlp.gate.weight",), layers=sparse))
+    if architecture.router_bias:
+        bias = (f"{HF_LAYER}mlp.gate.e_score_correction_bias",)
+        rules.append(Rename(f"{MEGATRON_LAYER}mlp.router.expert_bias", bias, layers=sparse))
+    experts = ("mlp.experts.local_experts.{expert}", "mlp.experts.{expert}")
+    rules += gated_mlp(*experts, sparse, architecture.num_experts)
+    if architecture.shared_expert_ffn_hidden_size:
+        rules += gated_mlp("mlp.shared_experts", "mlp.shared_experts", sparse)
+    return rules
 
 
 def with_embeddings(architecture: Architecture, layer: Sequence[Rule]) -> list[Rule]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,10 +20,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """One Megatron name and the HF names it stands for; `{layer}` in both is filled in for every layer."""
+    """One Megatron name and the HF names it stands for; `{layer}` and `{expert}` in both are filled in for each."""
 
     megatron: str
     hf: tuple[str, ...]
+    layers: range | None = field(default=None, kw_only=True)
+    """The layers that have it; None: all."""
+    num_experts: int = field(default=0, kw_only=True)
+    """Of a layer: each has its own. Expert parallelism deals them to ranks, expert tensor parallelism cuts them."""
 
     @property
     def tp_axis(self) -> int | None:
@@ -53,17 +57,24 @@ class Rule(ABC):
 
     def _check_divisible(self, size: int, tp_size: int, what: str) -> None:
         if size % tp_size:
+            flag = "expert-tensor-parallel-size" if self.num_experts else "tensor-model-parallel-size"
             raise ValueError(
-                f"--tensor-model-parallel-size {tp_size}: {self.megatron} has {size} {what}, which it does not divide; "
+                f"--{flag} {tp_size}: {self.megatron} has {size} {what}, which it does not divide; "
                 f"choose a divisor of {size}"
             )
 
-    def at(self, layer: int) -> Rule:
-        """The rule for one layer."""
+    def at(self, layer: int) -> Iterable[Rule]:
+        """The rules for one layer: none, one, or one an expert."""
+        if self.layers is not None and layer not in self.layers:
+            return []
+        own = self._filled("{layer}", layer)
+        return [own._filled("{expert}", expert) for expert in range(self.num_experts)] if self.num_experts else [own]
+
+    def _filled(self, place: str, number: int) -> Rule:
         return replace(
             self,
-            megatron=self.megatron.replace("{layer}", str(layer)),
-            hf=tuple(name.replace("{layer}", str(layer)) for name in self.hf),
+            megatron=self.megatron.replace(place, str(number)),
+            hf=tuple(name.replace(place, str(number)) for name in self.hf),
         )
 
 
@@ -179,9 +190,21 @@ def pad_vocab(full: Tensor, padded: int) -> Tensor:
 class WeightTable:
     """All rules of one model, layers filled in, in the order of export."""
 
-    def __init__(self, rules: Sequence[Rule], num_layers: int, optional_hf: Mapping[str, str] | None = None) -> None:
-        """`optional_hf`: HF names a checkpoint may hold as a copy of another HF tensor; they are never written."""
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        num_layers: int,
+        optional_hf: Mapping[str, str] | None = None,
+        left_out: str | None = None,
+    ) -> None:
+        """What a checkpoint may hold besides, and what is never written.
+
+        Args:
+            optional_hf: HF names that are a copy of another HF tensor.
+            left_out: the beginning of HF names that nothing here reads.
+        """
         self.optional_hf = dict(optional_hf or {})
+        self.left_out = left_out
         self.rules: dict[str, Rule] = {}
         for rule in self._filled_in(rules, num_layers):
             if rule.megatron in self.rules:
@@ -199,7 +222,7 @@ class WeightTable:
         first, last = (layered[0], layered[-1] + 1) if layered else (0, 0)
         yield from rules[:first]
         for layer in range(num_layers):
-            yield from (rule.at(layer) for rule in rules[first:last])
+            yield from (own for rule in rules[first:last] for own in rule.at(layer))
         yield from rules[last:]
 
     def megatron_names(self) -> list[str]:
@@ -240,11 +263,14 @@ class WeightTable:
         Raises:
             ValueError: names without a rule, or rules without a name, on either side; all of them are listed.
         """
+        if self.left_out is not None:
+            hf_names = [name for name in hf_names if not name.startswith(self.left_out)]
+        hf_names = set(hf_names)
         sides = {
             "Megatron parameters without a rule": set(megatron_names) - set(self.rules),
             "rules for Megatron parameters that the model lacks": set(self.rules) - set(megatron_names),
-            "Hugging Face tensors without a rule": set(hf_names) - set(self.hf_names()) - set(self.optional_hf),
-            "Hugging Face tensors that are missing": set(self.hf_names()) - set(hf_names),
+            "Hugging Face tensors without a rule": hf_names - set(self.hf_names()) - set(self.optional_hf),
+            "Hugging Face tensors that are missing": set(self.hf_names()) - hf_names,
         }
         problems = [f"{what}: {', '.join(sorted(names))}" for what, names in sides.items() if names]
         if problems:

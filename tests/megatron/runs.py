@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
 from slime.megatron.build import named_parameters
+from slime.megatron.parallel import expert_place
 from slime.megatron.trainer import Trainer
 from slime.models.families import weight_table
 
@@ -44,11 +46,20 @@ def gradients(trainer: Trainer) -> Arrays:
     found: Arrays = {}
     for name, parameter in named_parameters(trainer.model):
         full: Any = parameter.main_grad.clone()
-        if table.rule(name).tp_axis is not None and trainer.topology.tp_size > 1:
-            shards: list[Any] = [None] * trainer.topology.tp_size
+        shards: list[Any]
+        if table.rule(name).num_experts:
+            place = expert_place()
+            shards = [None] * place.etp_size
+            dist.all_gather_object(shards, full, group=parallel_state.get_expert_tensor_parallel_group())
+            full = table.join(name, shards)
+        elif table.rule(name).tp_axis is not None and trainer.topology.tp_size > 1:
+            shards = [None] * trainer.topology.tp_size
             dist.all_gather_object(shards, full, group=trainer.topology.tp_group)
             full = table.join(name, shards)
         found |= {hf_name: tensor.numpy() for hf_name, tensor in table.to_hf(name, full)}
+    experts: list[Any] = [None] * expert_place().group.size()
+    dist.all_gather_object(experts, found, group=expert_place().group)
+    found = {name: gradient for own in experts for name, gradient in own.items()}
     stages: list[Any] = [None] * trainer.topology.pp_size
     dist.all_gather_object(stages, found, group=trainer.topology.pp_group)
     return {name: gradient for stage in stages for name, gradient in stage.items()}
@@ -59,6 +70,8 @@ def weights(trainer: Trainer) -> Arrays:
 
 
 def difference(found: Arrays, expected: Arrays) -> float:
-    """The largest difference of any entry, relative to the largest entry of its tensor."""
+    """The largest difference of any entry, relative to the largest entry of its tensor (which may be all zeros)."""
     assert found.keys() == expected.keys()
-    return max(float(np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max()) for name in found)
+    return max(
+        float(np.abs(found[name] - expected[name]).max() / (np.abs(expected[name]).max() or 1.0)) for name in found
+    )

@@ -15,6 +15,8 @@ from slime.core.batch import TrainBatch
 
 FAMILIES = ("glm4", "qwen3", "qwen2", "llama3")
 """glm4 and qwen3 have an output layer of their own; qwen2 and llama3 are tied, as their small models are."""
+MIXTURES = ("glm4_moe", "qwen3_moe")
+"""Three layers; glm4_moe's first is dense."""
 VOCAB = 93
 """Not a multiple of anything: the padded part of the table, and at TP 2 a whole part of padding, are met."""
 
@@ -42,12 +44,14 @@ ROPE_SCALING: dict[str, Any] = {
 
 
 def hf_model(family: str, *, seed: int = 0, num_layers: int = SHAPE["num_hidden_layers"]) -> torch.nn.Module:
-    """A random model of FAMILIES or "qwen3-tied", norms and biases too, large enough that a mistake anywhere shows."""
+    """A random model of FAMILIES, MIXTURES or "qwen3-tied", norms and biases too, large enough that a mistake shows."""
     import transformers as hf
 
     shape = {**SHAPE, "num_hidden_layers": num_layers}
     if family == "glm4":
         config = hf.Glm4Config(**shape, head_dim=16, attention_bias=True, tie_word_embeddings=False)
+    elif family in MIXTURES:
+        config = mixture_config(family)
     elif family == "qwen2":
         config = hf.Qwen2Config(**shape, tie_word_embeddings=True)
     elif family == "llama3":
@@ -57,10 +61,26 @@ def hf_model(family: str, *, seed: int = 0, num_layers: int = SHAPE["num_hidden_
     model: Any = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("inv_freq"):
+                continue
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else 0.1 * noise)
+            if name.endswith("gate.weight"):
+                parameter.mul_(3)  # far from ties
     return model.eval()
+
+
+def mixture_config(family: str, **changes: Any) -> Any:
+    """Of MIXTURES: eight experts of which a token goes to two."""
+    import transformers as hf
+
+    shape = {**SHAPE, "num_hidden_layers": 3, "head_dim": 16, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    if family == "qwen3_moe":
+        return hf.Qwen3MoeConfig(**{**shape, "num_experts": 8, "norm_topk_prob": True, **changes})
+    own = {"n_routed_experts": 8, "n_shared_experts": 2, "routed_scaling_factor": 1.5, "first_k_dense_replace": 1}
+    own |= {"attention_bias": True, "use_qk_norm": True}
+    return hf.Glm4MoeConfig(**{**shape, **own, **changes})
 
 
 def hf_dir(path: Path, family: str, *, seed: int = 0, num_layers: int = SHAPE["num_hidden_layers"]) -> Path:

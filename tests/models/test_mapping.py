@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Glm4Config, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4Config,
+    Glm4MoeConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from slime.config.architecture import FAMILIES as CONFIG_FAMILIES
 from slime.config.architecture import hf_architecture
@@ -33,16 +41,44 @@ def hf_model(family: str, *, tied: bool = False, bias: bool = True, **sizes: int
         "head_dim": 6,
     } | sizes
     common: dict[str, Any] = {**shape, "tie_word_embeddings": tied, "pad_token_id": 0}
+    if family.endswith("_moe"):
+        common |= {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
     configs = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-    config = Glm4Config(**common, attention_bias=bias) if family == "glm4" else configs[family](**common)
+    config: Any
+    if family == "glm4":
+        config = Glm4Config(**common, attention_bias=bias)
+    elif family == "glm4_moe":
+        experts = {"n_routed_experts": 4, "first_k_dense_replace": 0, "use_qk_norm": not bias}
+        config = Glm4MoeConfig(**common, **experts, attention_bias=bias)
+    elif family == "qwen3_moe":
+        config = Qwen3MoeConfig(**common, num_experts=4, norm_topk_prob=True)
+    else:
+        config = configs[family](**common)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def random_weights(model: Any, tied: bool) -> dict[str, Tensor]:
     """Random bits for every tensor that a file of this model holds; bf16, so that copies can be compared as bits."""
-    names = [name for name in model.state_dict() if not (tied and name == "lm_head.weight")]
-    return {name: torch.randn(model.state_dict()[name].shape).to(torch.bfloat16) for name in names}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if tied:
+        del shapes["lm_head.weight"]
+    return {name: torch.randn(shape).to(torch.bfloat16) for name, shape in in_files(shapes).items()}
+
+
+def in_files(shapes: dict[str, torch.Size]) -> dict[str, torch.Size]:
+    """transformers holds all experts of a layer in one tensor; its files name each."""
+    found: dict[str, torch.Size] = {}
+    for name, shape in shapes.items():
+        head, _, kind = name.rpartition(".experts.")
+        if not head:
+            found[name] = shape
+            continue
+        for expert in range(shape[0]):
+            halves = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+            sizes = torch.Size([shape[1] // len(halves), shape[2]])
+            found |= {f"{head}.experts.{expert}.{half}.weight": sizes for half in halves}
+    return found
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
@@ -171,7 +207,7 @@ def test_every_parameter_is_counted():
         for tied in (False, True):
             model = hf_model(family, tied=tied)
             architecture = hf_architecture(model.config.to_dict())
-            numel = sum(tensor.numel() for tensor in random_weights(model, tied).values())
+            numel = sum(tensor.numel() for name, tensor in random_weights(model, tied).items() if "score" not in name)
             assert architecture.num_parameters() == numel
 
 
@@ -245,5 +281,5 @@ def read_all(table: WeightTable, weights: dict[str, Tensor]) -> Sequence[Tensor]
 def test_an_unknown_family_is_named():
     model = hf_model("qwen3")
     architecture = hf_architecture(model.config.to_dict())
-    with pytest.raises(ValueError, match="'mamba' has no weight table; there are: glm4, llama, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="'mamba' has no weight table; there are: glm4, glm4_moe, llama, qwen2, qwen3"):
         weight_table(Architecture(**{**vars(architecture), "family": "mamba"}))

@@ -36,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [gate | up] (arXiv:2002.05202): [..., 2 F] -> [..., F]."""
-    if gate_up.is_cuda:
+    if gate_up.is_cuda and gate_up.numel():  # an expert may have no token, and a kernel needs a block
         from slime.megatron.kernels import triton_swiglu
 
         return triton_swiglu.swiglu(gate_up)
