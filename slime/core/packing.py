@@ -79,6 +79,7 @@ def plan_steps(
     row_multiple: int = 1,
     balance: bool = False,
     flops: Callable[[int], float] | None = None,
+    count_multiple: int = 1,
 ) -> list[StepPlan]:
     """Cut the rows, in order, into `num_steps` equal steps; deal and pack each.
 
@@ -89,6 +90,7 @@ def plan_steps(
         multiple: a micro-batch is padded up to a multiple of this; the padding counts against the budget.
         row_multiple: and so is every row of it.
         balance: deal rows to ranks by Karmarkar-Karp on `flops` (None: on length); else in contiguous runs.
+        count_multiple: each rank gets a multiple of so many micro-batches.
 
     Raises:
         ValueError: no rows, or rows left over by the cut into steps.
@@ -116,6 +118,7 @@ def plan_steps(
         else:
             packed = _pack_ranks(dealt, padded, max(max_tokens // multiple * multiple, 1))
         count = max(len(part) for part in packed)
+        count += -count % count_multiple
         plans.append(StepPlan([_split_to(part, count, padded) for part in packed]))
     return plans
 

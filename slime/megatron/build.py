@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from slime.config.args import Args
+from slime.config.virtual_stages import micro_batch_group, num_chunks, overlaps
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
 from slime.megatron.layers import RMSNorm, layer_spec
@@ -127,7 +128,9 @@ def transformer_config(args: Args) -> TransformerConfig:
         "num_layers_in_last_pipeline_stage": (
             args.decoder_last_pipeline_num_layers if args.pipeline_model_parallel_size > 1 else None
         ),
-        "deallocate_pipeline_outputs": True,  # what was sent to the next stage is not kept here
+        # what was sent to the next stage is not kept here; where it is still being sent, its memory must not go
+        "deallocate_pipeline_outputs": not overlaps(args),
+        **_virtual_stages(args),
         "context_parallel_size": args.context_parallel_size,
         "recompute_granularity": args.recompute_granularity,
         "recompute_method": args.recompute_method,
@@ -148,6 +151,18 @@ def transformer_config(args: Args) -> TransformerConfig:
     return config_from(TransformerConfig, args, decided)
 
 
+def _virtual_stages(args: Args) -> dict[str, Any]:
+    """What the config says of virtual stages; without them Megatron's defaults are right."""
+    if num_chunks(args) == 1:
+        return {}
+    return {
+        "virtual_pipeline_model_parallel_size": num_chunks(args),
+        "microbatch_group_size_per_vp_stage": micro_batch_group(args),
+        "overlap_p2p_comm": overlaps(args),
+        "batch_p2p_comm": not overlaps(args),
+    }
+
+
 def build_model(args: Args, *, wrap: bool) -> ModelChunks:
     """All that this rank holds of the model: PolicyModels, or with `wrap` the data-parallel ones that train.
 
@@ -158,7 +173,7 @@ def build_model(args: Args, *, wrap: bool) -> ModelChunks:
         # only what trains has a buffer to add to
         fuse = wrap and uses_bf16(args) and args.megatron_extra.get("gradient_accumulation_fusion", True)
         config.gradient_accumulation_fusion = fuse and fuse_weight_gradients()
-        chunks = tuple(_build_chunk(args, config, wrap=wrap) for _ in range(1))
+        chunks = tuple(_build_chunk(args, config, chunk, wrap=wrap) for chunk in range(num_chunks(args)))
         if wrap:  # the schedule asks the config, which all chunks share
             config.finalize_model_grads_func = _finalize_gradients
             no_sync = [cast(DistributedDataParallel, chunk).no_sync for chunk in chunks]
@@ -166,10 +181,11 @@ def build_model(args: Args, *, wrap: bool) -> ModelChunks:
     return chunks
 
 
-def _build_chunk(args: Args, config: TransformerConfig, *, wrap: bool) -> torch.nn.Module:
+def _build_chunk(args: Args, config: TransformerConfig, chunk: int, *, wrap: bool) -> torch.nn.Module:
     shape = architecture_of(args)
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    layers = [layer_spec(args, config)] * get_num_layers_to_build(config, pp_rank=stage)
+    stage, of_chunks = parallel_state.get_pipeline_model_parallel_rank(), num_chunks(args)
+    virtual = chunk if of_chunks > 1 else None
+    layers = [layer_spec(args, config)] * get_num_layers_to_build(config, virtual, stage)
     core = PolicyModel(
         config,
         cast(Any, TransformerBlockSubmodules(layers, cast(Any, RMSNorm))),
@@ -179,8 +195,9 @@ def _build_chunk(args: Args, config: TransformerConfig, *, wrap: bool) -> torch.
         max_sequence_length=shape.max_position_embeddings,
         position_embedding_type="none",  # packed attention applies RoPE itself
         share_embeddings_and_output_weights=shape.tied_embeddings,
-        pre_process=stage == 0,
-        post_process=stage == config.pipeline_model_parallel_size - 1,
+        pre_process=stage == chunk == 0,
+        post_process=stage == config.pipeline_model_parallel_size - 1 and chunk == of_chunks - 1,
+        vp_stage=virtual,
     )
     core.num_token_ids = shape.vocab_size
     model: torch.nn.Module = core.to(device.device())
@@ -193,7 +210,8 @@ def _build_chunk(args: Args, config: TransformerConfig, *, wrap: bool) -> torch.
         args,
         {"grad_reduce_in_fp32": True, "use_distributed_optimizer": args.use_distributed_optimizer},
     )
-    wrapped = DistributedDataParallel(config, ddp_config, model)
+    # buckets are for gradients that are reduced while others are made: of the chunk that is last on its way back
+    wrapped = DistributedDataParallel(config, ddp_config, model, disable_bucketing=chunk > 0)
     wrapped.broadcast_params()
     return wrapped
 

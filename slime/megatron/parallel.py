@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from slime.config.args import Args
+from slime.config.virtual_stages import num_chunks
 from slime.megatron import device
 
 
@@ -78,6 +79,7 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=args.tensor_model_parallel_size,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=num_chunks(args) if num_chunks(args) > 1 else None,
             context_parallel_size=args.context_parallel_size,
             distributed_timeout_minutes=args.train_timeout / 60,  # pyright: ignore[reportArgumentType]
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from slime.algo.losses import LOSSES, Loss
 from slime.config.args import Args
+from slime.config.virtual_stages import count_multiple
 from slime.core.batch import Array, TrainBatch
 from slime.core.packing import StepPlan, plan_steps, training_flops
 from slime.core.plugins import load_hook
@@ -257,6 +258,7 @@ class Trainer:
             row_multiple=self._context.row_multiple,
             balance=args.balance_data,
             flops=training_flops(self._shape),
+            count_multiple=count_multiple(args),
         )
 
     @property

@@ -26,6 +26,7 @@ from slime.config.dry_run.activations import (
     saved_bytes,
     stage_operations,
 )
+from slime.config.virtual_stages import count_multiple, micro_batch_group, num_chunks
 from slime.core.architecture import Architecture
 
 EMBEDDED_RUNNING_REQUESTS = 256
@@ -129,11 +130,11 @@ def _in_flight(args: Args, stage: int) -> float:
     """Micro-batches of which a stage keeps activations at once (1F1B; interleaved where stages are virtual)."""
     stages = args.pipeline_model_parallel_size
     most = max((args.global_batch_size or 1) // args.data_parallel_size, 1)  # a micro-batch has a sample at least
-    virtual = args.num_layers_per_virtual_pipeline_stage
-    if stages == 1 or virtual is None or args.architecture is None:
+    chunks = num_chunks(args)
+    if chunks == 1:
         return min(stages - stage, most)
-    chunks = max(args.architecture.num_layers // stages // virtual, 1)
-    return min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, most * chunks) / chunks
+    most += -most % count_multiple(args)
+    return min(2 * (stages - stage - 1) + (chunks - 1) * micro_batch_group(args) + 1, most * chunks) / chunks
 
 
 def train_memory(args: Args, *, on_cuda: bool) -> TrainMemory | None:

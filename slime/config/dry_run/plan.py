@@ -21,6 +21,7 @@ from slime.config.epochs import planned_prompts, rollouts_of_epochs
 from slime.config.eval_data import eval_datasets
 from slime.config.resolve import cuda_available
 from slime.config.rules.problem import Problem
+from slime.config.virtual_stages import count_multiple, num_chunks
 from slime.core.architecture import padded_vocab_size
 
 Row = tuple[str, str]
@@ -78,7 +79,10 @@ def _model(args: Args) -> Iterable[Row]:
     )
     if args.pipeline_model_parallel_size > 1:
         stages = ", ".join(str(layers) for layers in stage_layers(args, shape))
-        yield "stages", f"{stages} layers; the embedding on the first, the output layer on the last"
+        parts = f", each in {num_chunks(args)} virtual stages" if num_chunks(args) > 1 else ""
+        yield "stages", f"{stages} layers{parts}; the embedding on the first, the output layer on the last"
+        if parts:
+            yield "micro-batches", f"a multiple of {count_multiple(args)} on each rank; empty ones fill a step up"
     padded = padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
     tied = "tied" if shape.tied_embeddings else "untied"
     yield "vocabulary", f"{shape.vocab_size}, padded to {padded} for training, {tied}"

@@ -78,6 +78,9 @@ class ParallelOptions:
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "Layers of one virtual stage, of which every stage has several.", ge=1
     )
+    num_virtual_stages_per_pipeline_rank: int | None = flag(
+        None, "Virtual stages of every stage; another way to say it, and the one beside a last stage of its own.", ge=1
+    )
     context_parallel_size: int = flag(1, "Ranks that share the tokens of each pack.", ge=1)
     expert_model_parallel_size: int = flag(1, "Expert parallel size.", ge=1)
     expert_tensor_parallel_size: int | None = flag(None, "Tensor parallel size of experts.", ge=1)

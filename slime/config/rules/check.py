@@ -36,7 +36,7 @@ from slime.config.rules.paths import directories, tokenizer, weight_files
 from slime.config.rules.problem import Problem
 from slime.config.rules.rewards import custom_reward, eval_rewards, reward, reward_types, reward_url
 from slime.config.rules.routing import routing_replay
-from slime.config.rules.stages import pipeline_stages, recompute
+from slime.config.rules.stages import pipeline_stages, recompute, virtual_stages
 from slime.config.rules.trackers import trackers
 
 __all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
@@ -300,6 +300,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     trackers,
     parallel_sizes,
     pipeline_stages,
+    virtual_stages,
     experts,
     routing_replay,
     recompute,

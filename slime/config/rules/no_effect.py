@@ -285,7 +285,11 @@ TABLE: tuple[NoEffect, ...] = (
     ),
     NoEffect(("num_gpus_per_node",), lambda a: True, "Ray knows what each node has, and places by that"),
     NoEffect(
-        ("decoder_last_pipeline_num_layers",),
+        (
+            "decoder_last_pipeline_num_layers",
+            "num_layers_per_virtual_pipeline_stage",
+            "num_virtual_stages_per_pipeline_rank",
+        ),
         lambda a: a.pipeline_model_parallel_size == 1,
         "--pipeline-model-parallel-size is 1: the one stage has all layers",
     ),

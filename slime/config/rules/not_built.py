@@ -29,7 +29,6 @@ def other_than(*built: Any) -> Callable[[Any], bool]:
 
 
 NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "num_layers_per_virtual_pipeline_stage": (on, "virtual pipeline stages"),
     "expert_model_parallel_size": (more_than_one, "expert parallelism"),
     "expert_tensor_parallel_size": (more_than_one, "expert tensor parallelism"),
     "num_experts": (on, "mixture of experts"),
@@ -54,7 +53,6 @@ NOT_BUILT_MEGATRON: Mapping[str, str] = {
     "overlap_param_gather": "weights are read as soon as a step is done, and outside of the layers that would wait",
     "reduce_scatter_with_fp32_accumulation": "gradients are always reduced in fp32",
     "use_precision_aware_optimizer": "it needs TransformerEngine's Adam",
-    "overlap_p2p_comm": "only the schedule of virtual pipeline stages can",
     "num_microbatches_with_partial_activation_checkpoints": "every micro-batch is recomputed alike",
 }
 """The same among Megatron's own fields, and why; all are off by default."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from slime.config.args import Args
 from slime.config.dry_run.memory import stage_layers
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
+from slime.config.virtual_stages import micro_batch_group, num_chunks
 
 RECOMPUTED_MODULES = ("core_attn", "mlp")
 """Of Megatron's; "layernorm" needs TransformerEngine, the rest are of layers that are not built."""
@@ -33,6 +35,58 @@ def pipeline_stages(case: Case) -> Iterable[Problem]:
         yield case.error("decoder_last_pipeline_num_layers", rule, "choose another number", beside=about)
 
 
+_LAYERS, _COUNT = "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"
+
+
+def virtual_stages(case: Case) -> Iterable[Problem]:
+    """Said in one of two ways; every part of every stage has equally many layers; whole groups of micro-batches."""
+    args, shape = case.args, case.args.architecture
+    layers, count = args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank
+    stages, about = args.pipeline_model_parallel_size, ("pipeline_model_parallel_size",)
+    if stages == 1 or (layers is None and count is None):
+        if args.megatron_extra.get("overlap_p2p_comm"):
+            yield _passed_on("--overlap-p2p-comm", "only the schedule of virtual pipeline stages can", "leave it out")
+        return
+    if layers is not None and count is not None:
+        yield case.error(_LAYERS, f"--{_COUNT.replace('_', '-')} {count} says it, too", "give one", beside=(_COUNT,))
+        return
+    if layers is not None and args.decoder_last_pipeline_num_layers is not None:
+        rule = "stages of different length have no virtual stages of one length"
+        remedy = "say how many each has: --num-virtual-stages-per-pipeline-rank"
+        yield case.error(_LAYERS, rule, remedy, beside=("decoder_last_pipeline_num_layers",))
+        return
+    if shape is None or sum(stage_layers(args, shape)) != shape.num_layers:
+        return  # that is told already
+    for own in sorted(set(stage_layers(args, shape))):
+        if own % (layers or count or 1):
+            rule = f"does not divide a stage's number of layers, {own}"
+            yield case.error(_LAYERS if layers is not None else _COUNT, rule, "choose a divisor", beside=about)
+            return
+    if num_chunks(args) > 1:
+        yield from _interleaved(args)
+
+
+def _interleaved(args: Args) -> Iterable[Problem]:
+    """What Megatron's schedule of virtual stages asks for."""
+    stages = args.pipeline_model_parallel_size
+    if micro_batch_group(args) < stages:
+        rule = f"{micro_batch_group(args)} is less than the number of pipeline stages, {stages}"
+        yield _passed_on("--microbatch-group-size-per-vp-stage", rule, f"give {stages}, or leave it out")
+    overlap = args.megatron_extra.get("overlap_p2p_comm", True)
+    if stages == 2 and not overlap:
+        rule = "virtual stages on two ranks: they could not tell what they send each other apart"
+        yield _passed_on("--no-overlap-p2p-comm", rule, "leave it out")
+    if args.megatron_extra.get("batch_p2p_comm") == overlap:
+        where = "--batch-p2p-comm" if overlap else "--no-batch-p2p-comm"
+        rule = "virtual stages send one by one where they overlap it with their work, and else in batches"
+        yield _passed_on(where, rule, "leave it out")
+
+
+def _passed_on(where: str, rule: str, remedy: str) -> Problem:
+    """Of one of Megatron's own fields."""
+    return Problem(severity="error", where=where, rule=rule, remedy=remedy)
+
+
 def recompute(case: Case) -> Iterable[Problem]:
     args = case.args
     num_layers = args.recompute_num_layers
@@ -51,7 +105,9 @@ def recompute(case: Case) -> Iterable[Problem]:
         yield Problem(severity="error", where="--recompute-modules", rule=rule, remedy="leave the others out")
     uniform = args.recompute_granularity == "full" and args.recompute_method == "uniform"
     if uniform and num_layers is not None and args.architecture is not None:
-        for layers in sorted(set(stage_layers(args, args.architecture))):
+        for of_stage in sorted(set(stage_layers(args, args.architecture))):
+            layers = of_stage // num_chunks(args)
             if layers % num_layers:
-                rule = f"--recompute-method uniform: does not divide a stage's number of layers, {layers}"
+                stage = "virtual stage" if num_chunks(args) > 1 else "stage"
+                rule = f"--recompute-method uniform: does not divide a {stage}'s number of layers, {layers}"
                 yield case.error("recompute_num_layers", rule, "choose a divisor", beside=["recompute_method"])
