@@ -91,7 +91,7 @@ def _passed_on(spec: FlagSpec) -> str:
     if spec.name in NOT_BUILT_MEGATRON:
         return f"not part of this version: {_cell(NOT_BUILT_MEGATRON[spec.name])}"
     if spec.name.startswith(("moe_", "overlap_moe_")):
-        return "for mixtures of experts, which are not part of this version"
+        return "for mixtures of experts; what MODEL_ARGS need, or refused"
     if spec.name.startswith(JUDGED_ELSEWHERE):
         return "TransformerEngine's: without effect on Megatron's local layers, or refused"
     if spec.name in HARMLESS:

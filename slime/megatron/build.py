@@ -10,7 +10,7 @@ other. Whoever loads, saves, sends or trains "the model" gets all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,15 +21,18 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
 from slime.config.args import Args
+from slime.config.experts import FLAG_NAMES, as_flags
 from slime.config.virtual_stages import micro_batch_group, num_chunks, overlaps
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
+from slime.megatron.experts import choose_for_themselves, with_float32_biases
 from slime.megatron.layers import RMSNorm, layer_spec
 from slime.megatron.multi_tensor import fuse_weight_gradients
+from slime.megatron.parallel import expert_place, expert_tensor_size
 
 T = TypeVar("T")
 
@@ -37,6 +40,7 @@ ModelChunks = tuple[torch.nn.Module, ...]
 """This rank's parts of the model, in the order in which a token passes them; one, where stages are not virtual."""
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+VALUE_HEAD = "value_head.weight"
 
 
 class PolicyModel(GPTModel):
@@ -61,6 +65,32 @@ class PolicyModel(GPTModel):
             return self.shared_embedding_or_output_weight()
         assert self.output_layer.weight is not None
         return self.output_layer.weight
+
+
+class ValueHead(torch.nn.Module):
+    """hidden [tokens, 1, hidden] -> values [tokens, 1, 1], in float32 whatever the dtype of weight and hidden states.
+
+    It begins at 0: so do all values, and no layout draws other numbers. Whole on every tensor-parallel rank.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.float(), self.weight.float())
+
+
+class ValueModel(PolicyModel):
+    """The critic's: a value head on the last stage in the place of the output layer."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **{**kwargs, "share_embeddings_and_output_weights": False})
+        self.value_head = ValueHead(config) if self.post_process else None
+        if self.post_process:
+            del self.output_layer
+            self.post_process = False  # to Megatron, which looks for an output layer where it is True
 
 
 def uses_bf16(args: Args) -> bool:
@@ -148,7 +178,27 @@ def transformer_config(args: Args) -> TransformerConfig:
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
     }
-    return config_from(TransformerConfig, args, decided)
+    if not shape.num_experts:
+        return config_from(TransformerConfig, args, decided)
+    decided |= _experts(args, shape)
+    said = {name: value for name, value in args.megatron_extra.items() if name not in FLAG_NAMES}  # of the architecture
+    return config_from(TransformerConfig, replace(args, megatron_extra=said), decided)
+
+
+def _experts(args: Args, shape: Architecture) -> dict[str, Any]:
+    """What the config says of experts."""
+    return {
+        **as_flags(shape),
+        "num_moe_experts": shape.num_experts,
+        "moe_shared_expert_intermediate_size": shape.shared_expert_ffn_hidden_size or None,
+        "expert_model_parallel_size": args.expert_model_parallel_size,
+        "expert_tensor_parallel_size": expert_tensor_size(args),
+        "moe_router_dtype": "fp32",
+        "moe_aux_loss_coeff": args.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": args.moe_z_loss_coeff,
+        "moe_router_bias_update_rate": args.moe_router_bias_update_rate,
+        "moe_permute_fusion": False,  # TransformerEngine's
+    }
 
 
 def _virtual_stages(args: Args) -> dict[str, Any]:
@@ -163,8 +213,8 @@ def _virtual_stages(args: Args) -> dict[str, Any]:
     }
 
 
-def build_model(args: Args, *, wrap: bool) -> ModelChunks:
-    """All that this rank holds of the model: PolicyModels, or with `wrap` the data-parallel ones that train.
+def build_model(args: Args, *, wrap: bool, kind: type[PolicyModel] = PolicyModel) -> ModelChunks:
+    """All that this rank holds of the model: `kind`s, or with `wrap` the data-parallel ones that train.
 
     Wrapped: DistributedDataParallel, in it Float16Module where bf16, in it the PolicyModel (`unwrap`).
     """
@@ -173,7 +223,7 @@ def build_model(args: Args, *, wrap: bool) -> ModelChunks:
         # only what trains has a buffer to add to
         fuse = wrap and uses_bf16(args) and args.megatron_extra.get("gradient_accumulation_fusion", True)
         config.gradient_accumulation_fusion = fuse and fuse_weight_gradients()
-        chunks = tuple(_build_chunk(args, config, chunk, wrap=wrap) for chunk in range(num_chunks(args)))
+        chunks = tuple(_build_chunk(args, config, kind, chunk, wrap=wrap) for chunk in range(num_chunks(args)))
         if wrap:  # the schedule asks the config, which all chunks share
             config.finalize_model_grads_func = _finalize_gradients
             no_sync = [cast(DistributedDataParallel, chunk).no_sync for chunk in chunks]
@@ -181,12 +231,15 @@ def build_model(args: Args, *, wrap: bool) -> ModelChunks:
     return chunks
 
 
-def _build_chunk(args: Args, config: TransformerConfig, chunk: int, *, wrap: bool) -> torch.nn.Module:
+def _build_chunk(
+    args: Args, config: TransformerConfig, kind: type[PolicyModel], chunk: int, *, wrap: bool
+) -> torch.nn.Module:
     shape = architecture_of(args)
     stage, of_chunks = parallel_state.get_pipeline_model_parallel_rank(), num_chunks(args)
     virtual = chunk if of_chunks > 1 else None
-    layers = [layer_spec(args, config)] * get_num_layers_to_build(config, virtual, stage)
-    core = PolicyModel(
+    first, count = (of(config, virtual, stage) for of in (get_transformer_layer_offset, get_num_layers_to_build))
+    layers = [layer_spec(args, config, layer) for layer in range(first, first + count)]
+    core = kind(
         config,
         cast(Any, TransformerBlockSubmodules(layers, cast(Any, RMSNorm))),
         vocab_size=padded_vocab_size(
@@ -200,11 +253,13 @@ def _build_chunk(args: Args, config: TransformerConfig, chunk: int, *, wrap: boo
         vp_stage=virtual,
     )
     core.num_token_ids = shape.vocab_size
+    if kind is not PolicyModel:
+        choose_for_themselves(core)
     model: torch.nn.Module = core.to(device.device())
     if not wrap:
-        return model.to(params_dtype(args))
+        return with_float32_biases(model.to(params_dtype(args)))
     if uses_bf16(args):
-        model = Float16Module(config, model)
+        model = with_float32_biases(Float16Module(config, model))
     ddp_config = config_from(
         DistributedDataParallelConfig,
         args,
@@ -235,15 +290,41 @@ def all_parameters(model: ModelChunks) -> Iterator[torch.nn.Parameter]:
 
 
 def named_parameters(model: ModelChunks) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters by global name: a layer's number counts over the whole model.
+    """This rank's parameters by global name: layers and experts are counted over the whole model.
 
     A tied output layer that has weights of its own, on the last of several stages, goes by the embedding's name.
     """
     for core in map(unwrap, model):
         for name, parameter in core.named_parameters():
-            if name == OUTPUT and core.share_embeddings_and_output_weights:
-                name = EMBEDDING
-            parts = name.split(".")
-            if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(cast(TransformerLayer, core.decoder.layers[int(parts[2])]).layer_number - 1)
-            yield ".".join(parts), parameter
+            yield _global_name(core, name), parameter
+
+
+def named_weights(model: ModelChunks) -> Iterator[tuple[str, Tensor]]:
+    """All that a checkpoint holds of them: the parameters, and routers' biases, which no gradient trains."""
+    for core in map(unwrap, model):
+        yield from ((_global_name(core, name), parameter) for name, parameter in core.named_parameters())
+        yield from ((_global_name(core, name), buffer) for name, buffer in core.named_buffers() if _is_bias(name))
+
+
+def all_weights(model: ModelChunks) -> Iterator[Tensor]:
+    """The same without names."""
+    for _, weight in named_weights(model):
+        yield weight
+
+
+def _is_bias(buffer: str) -> bool:
+    """Of a router; what else its buffers hold is counted anew in every step."""
+    return buffer.endswith(".expert_bias")
+
+
+def _global_name(core: PolicyModel, name: str) -> str:
+    if name == OUTPUT and core.share_embeddings_and_output_weights:
+        return EMBEDDING
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(cast(TransformerLayer, core.decoder.layers[int(parts[2])]).layer_number - 1)
+    if "local_experts" in parts:
+        place, number = expert_place(), parts.index("local_experts") + 1
+        assert core.config.num_moe_experts is not None
+        parts[number] = str(int(parts[number]) + place.ep_rank * core.config.num_moe_experts // place.ep_size)
+    return ".".join(parts)

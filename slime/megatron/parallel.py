@@ -57,12 +57,17 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
     Raises:
         ValueError: the parallel sizes do not divide the number of processes.
     """
-    model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    if world_size % model_size:
-        raise ValueError(
-            f"{world_size} training processes, but tensor x pipeline x context parallel is {model_size}: it has to "
-            f"divide them; change --actor-num-nodes, --actor-num-gpus-per-node or the parallel sizes"
-        )
+    stages, experts = args.pipeline_model_parallel_size, args.expert_model_parallel_size
+    sizes = {
+        "tensor x pipeline x context": args.tensor_model_parallel_size * stages * args.context_parallel_size,
+        "expert x expert tensor x pipeline": experts * expert_tensor_size(args) * stages,
+    }
+    for what, size in sizes.items():
+        if world_size % size:
+            raise ValueError(
+                f"{world_size} training processes, but {what} parallel is {size}: it has to divide them; change "
+                f"--actor-num-nodes, --actor-num-gpus-per-node or the parallel sizes"
+            )
     device.install()
     device.local_device(rank)
     device.set_threads(args.cpu_threads_per_process)
@@ -81,6 +86,8 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=num_chunks(args) if num_chunks(args) > 1 else None,
             context_parallel_size=args.context_parallel_size,
+            expert_model_parallel_size=experts,
+            expert_tensor_parallel_size=expert_tensor_size(args),
             distributed_timeout_minutes=args.train_timeout / 60,  # pyright: ignore[reportArgumentType]
         )
         topology = _topology(rank, world_size)
@@ -91,6 +98,11 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
     return topology
+
+
+def expert_tensor_size(args: Args) -> int:
+    """Ranks that share one expert's matrices; unset: as many as share the others, as Megatron has it."""
+    return args.expert_tensor_parallel_size or args.tensor_model_parallel_size
 
 
 def close_parallel() -> None:
@@ -128,6 +140,29 @@ def tensor_group() -> dist.ProcessGroup:
 def pipeline_group() -> dist.ProcessGroup:
     """The same for pipeline parallelism; a rank in it is a stage."""
     return _joined(parallel_state.get_pipeline_model_parallel_group())
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """Which part of which experts this rank holds: of E experts, those of `ep_rank`, cut into `etp_size` parts."""
+
+    ep_rank: int
+    ep_size: int
+    etp_rank: int
+    etp_size: int
+    group: dist.ProcessGroup
+    """Of all parts of all experts; expert tensor ranks are neighbours in it."""
+
+
+def expert_place() -> ExpertPlace:
+    """For those that are given no Topology."""
+    return ExpertPlace(
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        group=_joined(parallel_state.get_expert_tensor_and_model_parallel_group()),
+    )
 
 
 def _joined(group: object) -> dist.ProcessGroup:

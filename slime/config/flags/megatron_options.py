@@ -113,12 +113,27 @@ class OptimizerOptions:
         "constant", "Shape of the decay."
     )
     lr_decay_iters: int | None = flag(None, "Optimizer steps of the decay; unset: all steps of the run.", ge=1)
-    lr_warmup_iters: int = flag(0, "Optimizer steps of linear warm-up from 0.", ge=0)
+    lr_warmup_iters: int = flag(0, "Optimizer steps of linear warm-up from --lr-warmup-init to --lr.", ge=0)
+    lr_warmup_fraction: float | None = flag(
+        None, "The warm-up's share of the decay's steps; instead of --lr-warmup-iters.", ge=0, lt=1
+    )
+    lr_warmup_init: float = flag(0.0, "Learning rate that the warm-up begins with.", ge=0)
     lr_wsd_decay_iters: int | None = flag(None, "Optimizer steps of WSD's decay.", ge=1)
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = flag(
         "linear", "Shape of WSD's decay."
     )
+    use_checkpoint_opt_param_scheduler: bool = flag(
+        False, "A resumed run keeps the checkpoint's schedule (its rates, lengths and styles), whatever the flags say."
+    )
+    override_opt_param_scheduler: bool = flag(
+        True, "A resumed run follows the flags' schedule (so without --use-checkpoint-opt-param-scheduler)."
+    )
     weight_decay: float = flag(0.01, "Decoupled weight decay.", ge=0)
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = flag(
+        "constant", "Shape of the weight decay's way from --start-weight-decay to --end-weight-decay, over the run."
+    )
+    start_weight_decay: float | None = flag(None, "Weight decay of the first optimizer step.", ge=0)
+    end_weight_decay: float | None = flag(None, "Weight decay after the last one; not less than the first.", ge=0)
     adam_beta1: float = flag(0.9, "Adam's beta1.", ge=0, lt=1)
     adam_beta2: float = flag(0.999, "Adam's beta2.", ge=0, lt=1)
     adam_eps: float = flag(1e-8, "Adam's epsilon.", gt=0)
@@ -128,6 +143,21 @@ class OptimizerOptions:
         False, "Share main weights and moments over the data-parallel ranks: saves memory, the result is the same."
     )
     optimizer_cpu_offload: bool = flag(False, "Keep optimizer state in host memory, and take the step there.")
+    moe_aux_loss_coeff: float = flag(
+        0.0,
+        "Mixture of experts: weight of each layer's load-balancing loss over a micro-batch, as a part of its share of "
+        "the step's tokens. The one loss that depends on how a step is cut into micro-batches.",
+        ge=0,
+    )
+    moe_z_loss_coeff: float = flag(
+        0.0, "Mixture of experts: weight of each layer's mean squared log-sum-exp of router logits.", ge=0
+    )
+    moe_router_bias_update_rate: float = flag(
+        0.0,
+        "Mixture of experts with a router bias: how far an optimizer step moves each expert's, against its load over "
+        "the whole step; 0: never (Megatron's own default is 0.001).",
+        ge=0,
+    )
     bf16: bool | None = flag(None, "bf16 with fp32 main weights; unset: yes on CUDA, no (fp32) on a CPU.")
     fp16: bool = flag(False, "fp16; refused: RL's log-prob ratios need bf16 or fp32.")
     accumulate_allreduce_grads_in_fp32: bool = flag(True, "Gradients in fp32 (always so here).")

@@ -26,6 +26,7 @@ from slime.config.rules.engines import (
     sglang_precision,
     weight_directory,
 )
+from slime.config.rules.experts import balance, experts, experts_passed_on
 from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, weights
 from slime.config.rules.no_effect import no_effect
 from slime.config.rules.not_built import not_built
@@ -239,14 +240,6 @@ def parallel_sizes(case: Case) -> Iterable[Problem]:
         yield case.error("num_query_groups", rule, "correct MODEL_ARGS")
 
 
-def experts(case: Case) -> Iterable[Problem]:
-    args = case.args
-    if not args.num_experts:
-        for field in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
-            if (vars(args)[field] or 1) > 1:
-                yield case.error(field, "the model has no experts to share", "leave it out, or make it 1")
-
-
 def precision(case: Case) -> Iterable[Problem]:
     args = case.args
     if args.fp16:
@@ -302,6 +295,8 @@ TRAINING_RULES: tuple[Rule, ...] = (
     pipeline_stages,
     virtual_stages,
     experts,
+    balance,
+    experts_passed_on,
     routing_replay,
     recompute,
     precision,

@@ -12,10 +12,6 @@ from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
 
 
-def more_than_one(value: Any) -> bool:
-    return value is not None and value > 1
-
-
 def on(value: Any) -> bool:
     return bool(value)
 
@@ -29,10 +25,6 @@ def other_than(*built: Any) -> Callable[[Any], bool]:
 
 
 NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "expert_model_parallel_size": (more_than_one, "expert parallelism"),
-    "expert_tensor_parallel_size": (more_than_one, "expert tensor parallelism"),
-    "num_experts": (on, "mixture of experts"),
-    "use_routing_replay": (on, "router replay in training"),
     "optimizer_cpu_offload": (on, "CPU offload of the optimizer"),
     "normalization": (other_than("RMSNorm"), "another norm than RMSNorm"),
     "position_embedding_type": (other_than("rope"), "another position embedding than rope"),

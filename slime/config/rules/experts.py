@@ -1,0 +1,94 @@
+"""Mixtures of experts: how experts are shared by ranks, and which of Megatron's flags about them are taken.
+
+Path: three of the rules. Invariant: what passes here, the trainer builds, and computes as the engines do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from slime.config.experts import FLAG_NAMES
+from slime.config.flags.megatron_fields import DECIDED
+from slime.config.rules.case import Case
+from slime.config.rules.problem import Problem, flag_name, show
+
+_EP, _ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+_BALANCE = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate")
+
+PASSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "moe_router_dtype": (lambda value: value == "fp32", "routers compute in float32"),
+    "moe_router_load_balancing_type": (
+        lambda value: value in ("aux_loss", "none"),
+        "the balancing loss is aux_loss, over a micro-batch (--moe-aux-loss-coeff 0 switches it off)",
+    ),
+    "moe_grouped_gemm": (lambda value: True, ""),
+    "moe_permute_fusion": (lambda value: not value, "it needs TransformerEngine"),
+}
+"""Of Megatron's other fields about experts: the values that may be given, and why no others."""
+
+
+def experts(case: Case) -> Iterable[Problem]:
+    """Ranks that share a model's experts."""
+    args, shape = case.args, case.args.architecture
+    if not args.num_experts or shape is None:
+        if not args.num_experts:
+            for field in (_EP, _ETP):
+                if (vars(args)[field] or 1) > 1:
+                    yield case.error(field, "the model has no experts to share", "leave it out, or make it 1")
+        return
+    tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tensor
+    if shape.num_experts % ep:
+        yield case.error(_EP, f"does not divide {shape.num_experts} experts", "choose a divisor")
+    if shape.moe_ffn_hidden_size % etp:
+        field = _ETP if args.expert_tensor_parallel_size else "tensor_model_parallel_size"
+        yield case.error(
+            field, f"does not divide an expert's {shape.moe_ffn_hidden_size} channels", f"choose {flag_name(_ETP)}"
+        )
+    if shape.shared_expert_ffn_hidden_size % tensor:
+        rule = f"does not divide the shared expert's {shape.shared_expert_ffn_hidden_size} channels"
+        yield case.error("tensor_model_parallel_size", rule, "choose a divisor")
+    if args.actor_world_size % (ep * etp * stages):
+        rule = f"EP {ep} x ETP {etp} x PP {stages} = {ep * etp * stages} does not divide the "
+        yield case.error(
+            _EP,
+            f"{rule}{args.actor_world_size} training GPUs",
+            f"change it, or {flag_name(_ETP)} (as many as --tensor-model-parallel-size where it is not given)",
+            beside=[_ETP, "actor_num_nodes", "actor_num_gpus_per_node"],
+        )
+    if tensor > 1 and not args.sequence_parallel:
+        rule = "a mixture of experts at tensor parallelism sends each token from one rank alone"
+        yield case.error("tensor_model_parallel_size", rule, "add --sequence-parallel", beside=["sequence_parallel"])
+    if args.spec:
+        yield case.error("spec", "a mixture of experts has layers of its own", "leave it out")
+
+
+def balance(case: Case) -> Iterable[Problem]:
+    """What keeps experts equally busy."""
+    args, shape = case.args, case.args.architecture
+    if shape is None:
+        return
+    for field in _BALANCE:
+        if vars(args)[field] and not args.num_experts:
+            yield case.warning(field, "no effect: the model has no experts (--num-experts)", "leave it out")
+    if args.num_experts and args.moe_aux_loss_coeff:
+        rule = "it balances each micro-batch by itself, so training depends on how a step is cut into micro-batches"
+        yield case.warning("moe_aux_loss_coeff", rule, "nothing to do; nothing else depends on it")
+    if args.num_experts and args.moe_router_bias_update_rate and not shape.router_bias:
+        rule = f"no effect: {shape.family}'s routers have no bias"
+        yield case.warning("moe_router_bias_update_rate", rule, "leave it out")
+
+
+def experts_passed_on(case: Case) -> Iterable[Problem]:
+    """Megatron's other fields about experts."""
+    if not case.args.num_experts:
+        return
+    for name, value in case.args.megatron_extra.items():
+        if not name.startswith(("moe_", "overlap_moe_")) or name in FLAG_NAMES or name in DECIDED:
+            continue
+        allowed, why = PASSED.get(name, (lambda value: not value, "not part of this version"))
+        if not allowed(value):
+            yield Problem(
+                severity="error", where=flag_name(name), value=show(value), rule=why, remedy="leave the flag out"
+            )
