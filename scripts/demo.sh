@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
 # The whole system on two CPU cores: make a model and a task, supervised start, convert, GRPO, convert back.
-# `make demo SEED=n` calls it. CONTROL=1 shuffles the rewards between samples. Further arguments go to the GRPO run.
+# `make demo SEED=n` calls it. CONTROL=1 shuffles the rewards between samples, MODEL=qwen3-moe-tiny takes a mixture of
+# experts. Further arguments go to the GRPO run.
 set -euo pipefail
 
 cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
 export SEED="${SEED:-1}"
 CONTROL="${CONTROL:-0}"
+export MODEL="${MODEL:-glm4-tiny}"
+FAMILY="${MODEL%-tiny}"
 NAME=demo
+[[ "${FAMILY}" == glm4 ]] || NAME="demo-${FAMILY}"
 RL_ARGS=("$@")
 if [[ "${CONTROL}" == 1 ]]; then
-   NAME=demo-control
+   NAME+=-control
    RL_ARGS+=(--custom-reward-post-process-path examples.arithmetic.shuffled_rewards.shuffle)
 fi
 DIR="outputs/${NAME}-seed${SEED}"
@@ -40,13 +44,14 @@ quietly() { # quietly LOG COMMAND...: output goes to LOG, and to the terminal on
 }
 
 make_task() {
-   quietly "${DIR}/make_task.log" python3 examples/arithmetic/make_task.py --out "${TASK_DIR}" --seed "${SEED}"
+   quietly "${DIR}/make_task.log" python3 examples/arithmetic/make_task.py \
+      --out "${TASK_DIR}" --seed "${SEED}" --model "${FAMILY//-/_}"
    tail -n 1 "${DIR}/make_task.log"
    head -n 2 "${TASK_DIR}/train.jsonl"
 }
 
 to_torch_dist() {
-   source scripts/models/glm4-tiny.sh
+   source "scripts/models/${MODEL}.sh"
    quietly "${DIR}/to_torch_dist.log" python3 tools/convert_hf_to_torch_dist.py \
       "${MODEL_ARGS[@]}" --hf-checkpoint "${HF_DIR}" --save "${REF_DIR}"
    echo "${HF_DIR} -> ${REF_DIR}"
@@ -61,10 +66,10 @@ to_hf_and_compare() {
    python3 tools/show_answers.py --before "${HF_DIR}" --after "${DIR}/trained_hf" --prompt-data "${TASK_DIR}/eval.jsonl"
 }
 
-stage 1 "a tiny GLM-4, its tokenizer, and problems" make_task
+stage 1 "a tiny ${FAMILY}, its tokenizer, and problems" make_task
 stage 2 "supervised start" env SAVE_DIR="${DIR}/sft" bash scripts/run-glm4-tiny-sft-cpu.sh
 stage 3 "HF -> torch_dist" to_torch_dist
-stage 4 "GRPO" env SAVE_DIR="${DIR}/rl" bash scripts/run-glm4-tiny-cpu.sh "${RL_ARGS[@]}"
+stage 4 "GRPO" env SAVE_DIR="${DIR}/rl" bash "scripts/run-${MODEL}-cpu.sh" "${RL_ARGS[@]}"
 stage 5 "torch_dist -> HF, and answers before and after" to_hf_and_compare
 
 printf '\n\033[1m=== %s, seed %s\033[0m\n' "${NAME}" "${SEED}"

@@ -2,11 +2,11 @@
 # GRPO on two-digit sums: the shape of run-glm4-9B.sh at a size for two CPU cores.
 # On a CPU, "GPUs" count worker processes: two train, two generate.
 # Variables: TASK_DIR (from examples/arithmetic/make_task.py), HF_DIR and REF_DIR (the model to start from, as an HF
-# directory and as torch_dist), SAVE_DIR, SEED. Further arguments are passed on, and the last value of a flag wins.
+# directory and as torch_dist), SAVE_DIR, SEED, MODEL (a file of models/, without .sh). Further arguments are passed on, and the last value of a flag wins.
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
-source "${SCRIPT_DIR}/models/glm4-tiny.sh"
+source "${SCRIPT_DIR}/models/${MODEL:-glm4-tiny}.sh"
 
 SEED="${SEED:-1}"
 TASK_DIR="${TASK_DIR:-outputs/demo-seed${SEED}/task}"

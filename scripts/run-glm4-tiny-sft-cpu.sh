@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Supervised start of the demo: 600 steps of 16 demonstrations, one pass over them, on two CPU processes.
-# Variables: TASK_DIR (from examples/arithmetic/make_task.py), SAVE_DIR, SEED. Further arguments are passed on.
+# Variables: TASK_DIR (from examples/arithmetic/make_task.py), SAVE_DIR, SEED, MODEL (a file of models/, without
+# .sh). Further arguments are passed on.
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
-source "${SCRIPT_DIR}/models/glm4-tiny.sh"
+source "${SCRIPT_DIR}/models/${MODEL:-glm4-tiny}.sh"
 
 SEED="${SEED:-1}"
 TASK_DIR="${TASK_DIR:-outputs/demo-seed${SEED}/task}"

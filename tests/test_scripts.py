@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args
 from slime.config.dry_run.memory import engine_memory, train_memory
 from slime.config.dry_run.plan import format_plan
@@ -55,6 +57,26 @@ def test_a_small_machines_script_from_elsewhere(tmp_path: Path) -> None:
     assert "7 rollouts from /root/dapo-math-17k/dapo-math-17k.jsonl" in done.stdout
     assert f"--hf-checkpoint {tmp_path / 'model'}: there is no config.json" in done.stdout
     assert "shared with training" in done.stdout
+
+
+def test_the_demos_mixture_of_experts(tmp_path: Path) -> None:
+    """Its MODEL_ARGS are the model's that the task is made with, and its routes are replayed."""
+    path = ROOT / "examples/arithmetic/make_task.py"
+    spec = importlib.util.spec_from_file_location("make_task", path)
+    assert spec is not None and spec.loader is not None
+    make_task = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_task)
+    model = make_task.make_model(1, "qwen3_moe")
+    model.config.save_pretrained(tmp_path / "model")
+    for script, variables in (("run-qwen3-moe-tiny-cpu.sh", {}), ("run-glm4-tiny-sft-cpu.sh", {"TASK_DIR": tmp_path})):
+        paths = {"HF_DIR": tmp_path / "model", "MODEL": "qwen3-moe-tiny", **variables}
+        _, words = words_of(script, "--dry-run", cwd=tmp_path, **{name: str(value) for name, value in paths.items()})
+        args, problems = load_args(words)
+        assert [str(problem) for problem in problems if problem.severity == "error"] == []
+        assert args.hf_checkpoint == str(tmp_path / "model")
+        assert args.architecture == hf_architecture(read_hf_config(tmp_path / "model"))
+        assert args.architecture.num_parameters() == model.num_parameters()
+        assert args.use_routing_replay == (not variables)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Make the demo's task: a tiny GLM-4 with a tokenizer of its own, two-digit sums, and a careless pupil's answers.
+"""Make the demo's task: a tiny model with a tokenizer of its own, two-digit sums, and a careless pupil's answers.
 
-    python3 examples/arithmetic/make_task.py --out outputs/task --seed 1
+    python3 examples/arithmetic/make_task.py --out outputs/task --seed 1 [--model qwen3_moe]
 
-writes `model/` (an HF directory: Glm4ForCausalLM, random weights), `train.jsonl` and `eval.jsonl` (DAPO-style
-lines: `prompt` a list of OpenAI messages, `label` a string), `demonstrations.jsonl` (prompt and `response`, for
-the supervised start) and `eval.yaml` (the evaluation file at the rollout's temperature, and greedy).
+writes `model/` (an HF directory: Glm4ForCausalLM, or Qwen3MoeForCausalLM; random weights), `train.jsonl` and
+`eval.jsonl` (DAPO-style lines: `prompt` a list of OpenAI messages, `label` a string), `demonstrations.jsonl` (prompt
+and `response`, for the supervised start) and `eval.yaml` (the evaluation file at the rollout's temperature, and greedy).
 
 The pupil guesses half of the time, and forgets most carries; worked sums are right where no carry is lost.
 Reinforcement learning then has something to find: working instead of guessing, and carrying. The split is on
@@ -100,8 +100,28 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_model(seed: int) -> Any:
-    """A Glm4ForCausalLM of 1.02 M parameters.
+def _common_config() -> dict[str, Any]:
+    pad, end = SPECIAL_TOKENS.index(PAD_TOKEN), SPECIAL_TOKENS.index(END_TOKEN)
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.06,
+        "pad_token_id": pad,
+        "eos_token_id": [pad, end],
+        "bos_token_id": None,
+    }
+
+
+def _make_glm4() -> Any:
+    """Glm4ForCausalLM.
 
     Sandwich norms bring every sub-layer's output to RMS 1, in which an embedding of the usual std 0.02 drowns:
     hence larger embeddings and smaller norm weights.
@@ -109,25 +129,10 @@ def make_model(seed: int) -> Any:
     import torch
     from transformers import Glm4Config, Glm4ForCausalLM
 
-    torch.manual_seed(seed)
-    pad, end = SPECIAL_TOKENS.index(PAD_TOKEN), SPECIAL_TOKENS.index(END_TOKEN)
     config = Glm4Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        **_common_config(),
         attention_bias=True,
-        hidden_act="silu",
-        max_position_embeddings=512,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        initializer_range=0.06,
-        pad_token_id=pad,
-        eos_token_id=[pad, end],
-        bos_token_id=None,
         rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 10000.0, "rope_type": "default"},
     )
     model = Glm4ForCausalLM(config)
@@ -136,6 +141,35 @@ def make_model(seed: int) -> Any:
         if "post_self_attn_layernorm" in name or "post_mlp_layernorm" in name:
             torch.nn.init.constant_(parameter, 0.3)
     return model
+
+
+def _make_qwen3_moe() -> Any:
+    """Qwen3MoeForCausalLM: two of eight experts a token, which so passes through 0.43 M parameters."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **_common_config(),
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+MODELS = {"glm4": _make_glm4, "qwen3_moe": _make_qwen3_moe}
+
+
+def make_model(seed: int, family: str = "glm4") -> Any:
+    """One of 1.02 M parameters, with the weights of this seed."""
+    import torch
+
+    torch.manual_seed(seed)
+    return MODELS[family]()
 
 
 def problem(pair: Pair) -> dict[str, Any]:
@@ -150,6 +184,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--model", choices=MODELS, default="glm4", help="family of the model")
     parser.add_argument("--seed", type=int, default=1, help="seed of the weights and of the demonstrations")
     parser.add_argument("--num-eval", type=int, default=256, help="problems held out")
     parser.add_argument("--num-demonstrations", type=int, default=9600)
@@ -164,7 +199,7 @@ def main() -> None:
     write_jsonl(out / "eval.jsonl", map(problem, held_out))
     write_jsonl(out / "demonstrations.jsonl", ({**problem(pair), "response": response} for pair, response in pupil))
     (out / "eval.yaml").write_text(EVAL_CONFIG.format(path=(out / "eval.jsonl").resolve()))
-    model = make_model(args.seed)
+    model = make_model(args.seed, args.model)
     model.save_pretrained(out / "model")
     make_tokenizer().save_pretrained(out / "model")
     print(
