@@ -1,7 +1,8 @@
 # make demo [SEED=n]   the whole system on a laptop CPU, in outputs/demo-seed<n>/
 # make demo-control    the same with rewards shuffled between samples: it must not learn
 # make bench           against what one would take instead, into docs/PERFORMANCE.md; or one: make bench-engine,
-#                      bench-trainer, bench-rollout, bench-loop (which makes TRL an environment of its own in .venv-trl)
+#                      bench-trainer, bench-packing, bench-rollout, bench-loop (which makes TRL an environment of its
+#                      own in .venv-trl)
 # make test            the tests        make check    lint, format and types
 # make test-kill       a run killed at 30 random points of its life ends as the unbroken one (some: make test-kill KILLS=2)
 # make test-layouts    one step of 300 drawn models, algorithms and layouts is that of one process (some: DRAWS=20)
@@ -18,7 +19,7 @@ STAMP := $(VENV)/.installed
 TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 
-.PHONY: install demo demo-control bench bench-engine bench-trainer bench-rollout bench-loop test test-kill test-layouts test-chaos test-gpu check
+.PHONY: install demo demo-control bench bench-engine bench-trainer bench-packing bench-rollout bench-loop test test-kill test-layouts test-chaos test-gpu check
 
 install: $(STAMP)
 
@@ -42,7 +43,7 @@ $(TRL_STAMP): bench/trl-requirements.txt
 	$(abspath $(TRL_VENV))/bin/python -m pip install --quiet --requirement bench/trl-requirements.txt
 	touch $@
 
-bench: bench-engine bench-trainer bench-rollout bench-loop
+bench: bench-engine bench-trainer bench-packing bench-rollout bench-loop
 	$(BIN)/python -m bench.report
 
 bench-engine: $(STAMP)
@@ -50,6 +51,9 @@ bench-engine: $(STAMP)
 
 bench-trainer: $(STAMP)
 	$(BIN)/python -W ignore -m bench.trainer
+
+bench-packing: $(STAMP)
+	$(BIN)/python -W ignore -m bench.packing
 
 bench-rollout: $(STAMP)
 	$(BIN)/python -W ignore -m bench.rollout_schedule

@@ -138,18 +138,21 @@ def partition(costs: Sequence[float], num_parts: int) -> list[list[int]]:
     """
     if num_parts == 1:
         return [list(range(len(costs)))]
-    heap: list[tuple[float, int, list[_Part]]] = [
-        (-cost, index, [(-cost, index, index)]) for index, cost in enumerate(costs)
-    ]
-    heapq.heapify(heap)
-    number = len(heap)  # breaks ties, so that equal spreads never compare their parts
-    while len(heap) > 1:
-        first = heapq.heappop(heap)[2]
-        merged = _joined(first, heap[0][2], num_parts)
+    singles = sorted(((-cost, index) for index, cost in enumerate(costs)), reverse=True)
+    joined: list[tuple[float, int, list[_Part]]] = []
+
+    def pop() -> list[_Part]:
+        """The partial solution with the widest spread, of equal ones the oldest."""
+        if singles and (not joined or singles[-1][0] <= joined[0][0]):
+            negative, index = singles.pop()
+            return [(negative, index, index)]
+        return heapq.heappop(joined)[2]
+
+    for number in range(len(costs) - 1):
+        merged = _joined(pop(), pop(), num_parts)
         lightest = merged[-1][0] if len(merged) == num_parts else 0.0
-        heapq.heapreplace(heap, (merged[0][0] - lightest, number, merged))
-        number += 1
-    parts = [_listed(part[2]) for part in heap[0][2]] if heap else []
+        heapq.heappush(joined, (merged[0][0] - lightest, number, merged))
+    parts = [_listed(part[2]) for part in pop()] if costs else []
     return parts + [[] for _ in range(num_parts - len(parts))]
 
 
@@ -158,11 +161,9 @@ def _joined(first: list[_Part], second: list[_Part], num_parts: int) -> list[_Pa
     base, other = (first, second) if len(first) >= len(second) else (second, first)
     shared = max(0, len(first) + len(second) - num_parts)
     alone = len(other) - shared  # so many of the heaviest meet an empty part
-    met = base[len(base) - shared :]
-    del base[len(base) - shared :]
     joined = other[:alone]
-    for a, b in zip(met, reversed(other[alone:]), strict=True):
-        x, y = (a, b) if base is first else (b, a)
+    for part in other[alone:]:
+        x, y = (base.pop(), part) if base is first else (part, base.pop())
         joined.append((x[0] + y[0], x[1], (x[2], y[2])))
     if len(joined) > 8:
         base += joined

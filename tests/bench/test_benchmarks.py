@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from worker_pool import WorkerPool
 
-from bench import report, trainer
+from bench import packing, report, trainer
 from bench.common import ROOT, Spread, Table, in_turns, ratios
+from slime.core.packing import StepPlan
 
 PAGE = ROOT / "docs" / "PERFORMANCE.md"
 
@@ -56,7 +58,21 @@ def test_tables_reach_their_block_and_no_other() -> None:
     assert twice == once
     outside = report.BLOCK.sub("", page)
     assert report.BLOCK.sub("", once) == outside
-    assert {match[2] for match in report.BLOCK.finditer(page)} == {"engine", "trainer", "loop", "rollout"}
+    assert {match[2] for match in report.BLOCK.finditer(page)} == {"engine", "trainer", "packing", "loop", "rollout"}
+
+
+def test_the_packing_benchmark_checks_its_plans() -> None:
+    table, goals, raw = packing.packing_table(5)
+    assert [goal.met for goal in goals] == [True] * 3 and {len(ratios) for ratios in raw.values()} == {5}
+    assert [len(row) for row in table.rows] == [len(table.columns)] * 3
+    table, [seconds], _ = packing.planning_table(2_000, 16, 1)
+    assert seconds.met and [len(row) for row in table.rows] == [len(table.columns)] * 6
+    lengths = np.array([6, 6, 3])
+    packing.check(StepPlan([[[0], [1, 2]]]), lengths, 9)
+    for wrong, message in (([[0], [1]], "every row"), ([[0], [1, 2], [2]], "every row"), ([[0, 1], [2]], "over its")):
+        with pytest.raises(RuntimeError, match=message):
+            packing.check(StepPlan([wrong]), lengths, 9)
+    packing.check(StepPlan([[[0], [1, 2]]]), np.array([60, 6, 3]), 9)  # alone
 
 
 def both_sides(

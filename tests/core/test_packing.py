@@ -1,12 +1,16 @@
 """Plans: every row once, within budget, equally many micro-batches, even, and the same every time."""
 
+import heapq
 import random
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.packing import DISTRIBUTIONS, draw_lengths, l2_bound, pack_set
+from slime.core import packing
 from slime.core.architecture import Architecture
 from slime.core.packing import StepPlan, partition, plan_steps, training_flops
 
@@ -111,6 +115,152 @@ def test_a_longer_sample_stands_alone() -> None:
     assert sorted(plan.micro_batches[0]) == [[0, 2, 3], [1]]
 
 
+def fewest_bins(lengths: list[int], budget: int) -> int:
+    """The optimum, by trying everything: each item, longest first, in every bin that differs from those before."""
+    items = sorted(lengths, reverse=True)
+    best = len(items)
+
+    def place(index: int, rooms: tuple[int, ...]) -> None:
+        nonlocal best
+        if len(rooms) >= best:
+            return
+        if index == len(items):
+            best = len(rooms)
+            return
+        for room in sorted({room for room in rooms if room >= items[index]}):
+            others = list(rooms)
+            others.remove(room)
+            place(index + 1, (*others, room - items[index]))
+        place(index + 1, (*rooms, budget - items[index]))
+
+    place(0, ())
+    return best
+
+
+def l2_written_out(lengths: list[int], budget: int) -> int:
+    """Martello and Toth's formula, set by set, for every threshold up to half a bin."""
+    found = 0
+    for threshold in range(budget // 2 + 1):
+        first = [w for w in lengths if w > budget - threshold]
+        second = [w for w in lengths if budget - threshold >= w > budget / 2]
+        third = [w for w in lengths if budget / 2 >= w >= threshold]
+        left_over = sum(third) - (len(second) * budget - sum(second))
+        found = max(found, len(first) + len(second) + max(0, -(-left_over // budget)))
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9), budget=st.integers(30, 41))
+def test_the_bound_is_martello_and_toths_and_no_packing_is_below_it(lengths: list[int], budget: int) -> None:
+    bound = l2_bound(lengths, budget)
+    assert bound == l2_written_out(lengths, budget)
+    (plan,) = plan_steps(lengths, num_steps=1, dp_size=1, max_tokens=budget, micro_batch_size=1)
+    best = fewest_bins(lengths, budget)
+    assert -(-sum(lengths) // budget) <= bound <= best <= plan.num_micro_batches <= best + 1
+    assert 2 * best <= 3 * bound  # what they proved of it
+
+
+def test_the_bound_sees_more_than_the_sum() -> None:
+    assert l2_bound([6, 6, 6], 10) == 3  # 18 tokens would fit into two
+    assert l2_bound([8, 7, 3, 3], 10) == 3 == fewest_bins([8, 7, 3, 3], 10)
+    assert l2_bound([25, 5], 10) == 2  # a longer one fills a bin
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_micro_batches_are_hardly_more_than_the_bound(kind: str) -> None:
+    """The benchmark's sets, fewer of them; each plan is checked there. Next fit is the control that is worse."""
+    rng = np.random.default_rng(7)
+    sets = [pack_set(kind, rng) for _ in range(300)]
+    assert np.mean([one.micro_batches / one.bound for one in sets]) <= 1.005
+    assert max(one.micro_batches - one.bound for one in sets) <= 2
+    assert np.mean([one.next_fit / one.bound for one in sets]) > 1.1
+    assert np.mean([one.fill for one in sets]) > 0.95
+
+
+def test_fuller_bins_save_the_step_a_micro_batch() -> None:
+    """First-fit decreasing needs 3 bins where 2 hold all; one rank that cannot do with fewer decides for all."""
+    rows = [4, 4, 3, 3, 3, 3]
+    assert packing._first_fit_decreasing(range(6), rows, 10) == [[0, 1], [2, 3, 4], [5]]
+    (plan,) = plan_steps(rows, num_steps=1, dp_size=1, max_tokens=10, micro_batch_size=1)
+    assert plan.micro_batches == [[[0, 2, 3], [1, 4, 5]]]
+    (plan,) = plan_steps(rows + [9] * 6, num_steps=1, dp_size=2, max_tokens=10, micro_batch_size=1)
+    assert plan.num_micro_batches == 6
+    assert all(plan.micro_batches[0]), "a rank with fewer bins splits them rather than computing padding"
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), max_size=60), budget=st.integers(1, 100))
+def test_the_tree_finds_the_first_bin_with_room(lengths: list[int], budget: int) -> None:
+    bins: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        having_room = [rows for rows in bins if sum(lengths[r] for r in rows) + lengths[row] <= budget]
+        if having_room:
+            having_room[0].append(row)
+        else:
+            bins.append([row])
+    assert packing._first_fit_decreasing(range(len(lengths)), lengths, budget) == bins
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), budget=st.integers(1, 100))
+def test_the_first_of_the_fullest_bins_could_not_be_fuller(lengths: list[int], budget: int) -> None:
+    bins = packing._fullest_bins(range(len(lengths)), lengths, budget)
+    assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
+    first, *rest = bins
+    longest = max(lengths)
+    others = list(lengths)
+    others.remove(longest)
+    sums = {longest}
+    for length in others:
+        sums |= {total + length for total in sums if total + length <= budget}
+    assert sum(lengths[row] for row in first) == max(sums)
+    assert all(sum(lengths[row] for row in rows) <= budget or len(rows) == 1 for rows in rest)
+
+
+def test_a_balanced_plan_does_not_depend_on_the_order_of_rows() -> None:
+    """Rows that come in another order are grouped as before (where no two sums are equal). In contiguous runs: not."""
+
+    def groups(rows: list[int], number: list[int], dp_size: int, balance: bool) -> list[list[list[int]]]:
+        (plan,) = plan_steps(
+            rows,
+            num_steps=1,
+            dp_size=dp_size,
+            max_tokens=1_500_000,
+            micro_batch_size=1,
+            balance=balance,
+            flops=lambda length: length**1.37,
+        )
+        return sorted(sorted(sorted(number[row] for row in rows) for rows in rank) for rank in plan.micro_batches)
+
+    for seed in range(30):
+        rng = random.Random(seed)
+        lengths = [rng.randint(1, 1_000_000) for _ in range(rng.randint(10, 60))]
+        order = list(range(len(lengths)))
+        dp_size = rng.randint(2, 4)
+        expected = {balance: groups(lengths, order, dp_size, balance) for balance in (False, True)}
+        rng.shuffle(order)
+        permuted = [lengths[row] for row in order]
+        assert groups(permuted, order, dp_size, True) == expected[True]
+        assert groups(permuted, order, dp_size, False) != expected[False]
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_a_thousand_ranks_are_planned_at_once(balance: bool) -> None:
+    """A tenth of the benchmark's rows. Contiguous runs are the control: neither even nor as few."""
+    lengths = draw_lengths("log-normal", 20_000, np.random.default_rng(0)).tolist()
+    (plan,) = plan_steps(
+        lengths, num_steps=1, dp_size=1024, max_tokens=8192, micro_batch_size=1, balance=balance, flops=None
+    )
+    assert problems(plan, range(20_000), lengths, 8192, 1, 1) == []
+    fewest = -(-l2_bound(lengths, 8192) // 1024)
+    if balance:
+        assert plan.imbalance(lengths) < 1.01
+        assert plan.num_micro_batches == fewest
+    else:
+        assert plan.imbalance(lengths) > 1.5
+        assert plan.num_micro_batches > 1.3 * fewest
+
+
 def test_packing_is_close_to_the_fewest_micro_batches() -> None:
     """First-fit decreasing needs at most 11/9 of the optimum (+ 1); next-fit is the control that is worse."""
     rng = random.Random(0)
@@ -144,6 +294,27 @@ def test_partition_takes_every_index_once(costs: list[float], num_parts: int) ->
     assert len(parts) == num_parts
     assert sorted(index for part in parts for index in part) == list(range(len(costs)))
     assert parts == partition(costs, num_parts)
+
+
+def differencing_written_out(costs: list[float], num_parts: int) -> list[list[int]]:
+    """Karmarkar and Karp's method with every empty part listed, as it is usually written."""
+    heap = [(-cost, index, [(cost, [index])] + [(0.0, [])] * (num_parts - 1)) for index, cost in enumerate(costs)]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (_, _, first), (_, _, second) = heapq.heappop(heap), heapq.heappop(heap)
+        merged = [(a + b, x + y) for (a, x), (b, y) in zip(first, reversed(second), strict=True)]
+        merged.sort(key=lambda part: (-part[0], part[1]))
+        number = 2 * len(costs) - len(heap)
+        heapq.heappush(heap, (merged[-1][0] - merged[0][0], number, merged))
+    return [sorted(indices) for _, indices in heap[0][2]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(costs=st.lists(st.integers(1, 12), min_size=1, max_size=60), num_parts=st.integers(2, 20))
+def test_partition_is_the_differencing_method(costs: list[int], num_parts: int) -> None:
+    """Equal costs and equal sums too, which are many among these."""
+    floats = [float(cost) for cost in costs]
+    assert partition(floats, num_parts) == differencing_written_out(floats, num_parts)
 
 
 def test_partition_is_near_the_best_split() -> None:
