@@ -5,7 +5,8 @@
 
 writes `model/` (an HF directory: Glm4ForCausalLM, or Qwen3MoeForCausalLM; random weights), `train.jsonl` and
 `eval.jsonl` (DAPO-style lines: `prompt` a list of OpenAI messages, `label` a string), `demonstrations.jsonl` (prompt
-and `response`, for the supervised start) and `eval.yaml` (the evaluation file at the rollout's temperature, and greedy).
+and `response`, for the supervised start) and `eval.yaml` (the evaluation file at the rollout's temperature, and
+greedy).
 
 The pupil guesses half of the time, and forgets most carries; worked sums are right where no carry is lost.
 Reinforcement learning then has something to find: working instead of guessing, and carrying. The split is on
