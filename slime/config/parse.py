@@ -31,6 +31,9 @@ __all__ = ["UsageError", "dump_args", "load_args", "parse_args"]
 MEGATRON_LOOP: Mapping[str, str] = {
     "--train-iters": "say --num-rollout (and --num-steps-per-rollout)",
     "--train-samples": "say --num-rollout and --rollout-batch-size",
+    "--lr-decay-samples": "say --lr-decay-iters",
+    "--lr-warmup-samples": "say --lr-warmup-iters",
+    "--lr-wsd-decay-samples": "say --lr-wsd-decay-iters",
     "--data-path": "say --prompt-data",
     "--tokenizer-type": "the tokenizer comes from --hf-checkpoint",
     "--tokenizer-model": "the tokenizer comes from --hf-checkpoint",

@@ -6,6 +6,9 @@ of steps of a run is known before it starts.
 
 from __future__ import annotations
 
+import math
+from typing import Any, cast
+
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -67,31 +70,47 @@ def _start_sgd(sgd: torch.optim.SGD, config: OptimizerConfig) -> None:
 
 
 def _schedule(args: Args, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Megatron's schedule; its first step is taken at 0 where there is a warm-up. The rules checked its lengths."""
+    """Megatron's schedule; with a warm-up the first step is taken at --lr-warmup-init. The rules checked its lengths."""
     takes_steps = args.num_rollout != 0  # a run that only evaluates has no decay, but Megatron wants a schedule
-    style, warmup = args.lr_decay_style if takes_steps else "constant", args.lr_warmup_iters
+    style = args.lr_decay_style if takes_steps else "constant"
     decay_steps = args.lr_decay_iters or total_steps(args)
+    # as Megatron has it: a share of the steps need not be a whole number of them
+    warmup = args.lr_warmup_iters if args.lr_warmup_fraction is None else args.lr_warmup_fraction * decay_steps
     if style == "constant":
-        decay_steps = max(decay_steps, warmup + 1)  # nothing decays; Megatron asks for a length all the same
-    assert warmup < max(decay_steps, 1), "the schedule's rule asks for a decay that ends behind the warm-up"
+        decay_steps = max(
+            decay_steps, math.floor(warmup) + 1
+        )  # nothing decays; Megatron asks for a length all the same
+    assert warmup < max(decay_steps, 1), "the warm-up's rule asks for a decay that ends behind it"
+    # the rules ask for both ends where it is not constant
+    start, end = args.start_weight_decay, args.end_weight_decay
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=min(args.lr_warmup_init, args.lr),
         max_lr=args.lr,
         min_lr=min(args.min_lr, args.lr),
-        lr_warmup_steps=warmup,
+        lr_warmup_steps=cast(Any, warmup),
         lr_decay_steps=max(decay_steps, 1),
         lr_decay_style=style,
-        start_wd=args.weight_decay,
-        end_wd=args.weight_decay,
-        wd_incr_steps=max(decay_steps, 1),
-        wd_incr_style="constant",
+        start_wd=args.weight_decay if start is None else start,
+        end_wd=args.weight_decay if end is None else end,
+        wd_incr_steps=max(total_steps(args), 1),
+        wd_incr_style=args.weight_decay_incr_style,
         wsd_decay_steps=args.lr_wsd_decay_iters,
         lr_wsd_decay_style=args.lr_wsd_decay_style,
         # on resume the command line wins over the checkpoint, which then gives the number of steps alone
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=not args.use_checkpoint_opt_param_scheduler,
     )
+
+
+def follow_schedule(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
+    """Have a loaded optimizer take its next step by the loaded schedule, which is the flags' or the checkpoint's.
+
+    Megatron keeps the ends of the learning rate in the optimizer's groups, too, and those are always the flags'.
+    """
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = scheduler.max_lr, scheduler.min_lr
+    scheduler.step(0)
 
 
 def steps_per_rollout(args: Args) -> int:
@@ -101,5 +120,6 @@ def steps_per_rollout(args: Args) -> int:
 
 
 def total_steps(args: Args) -> int:
-    """Optimizer steps of the whole run."""
-    return (args.num_rollout or 0) * steps_per_rollout(args)
+    """Optimizer steps of the whole run; the policy takes none in the critic's first rollouts."""
+    rollouts = (args.num_rollout or 0) - (args.num_critic_only_steps if args.uses_critic else 0)
+    return max(rollouts, 0) * steps_per_rollout(args)

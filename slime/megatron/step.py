@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from slime.algo.losses import Loss, LossInputs, LossOptions
+from slime.core.batch import TrainBatch
 from slime.megatron import device
 from slime.megatron.build import ModelChunks, unwrap
+from slime.megatron.guard import StepGuard, TokenTrace
 from slime.megatron.logprobs import response_log_probs
 from slime.megatron.microbatch import MicroBatch
 from slime.megatron.multi_tensor import gradient_norm, scaled_as_read, takes_scale
@@ -38,26 +40,36 @@ METRIC_NAMES = {"kl": "kl_loss"}
 """Of losses' metrics, those logged by another name."""
 
 
+class StepOptions(TypedDict):
+    """What `take_step` is told besides."""
+
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    weights_sum: float
+    where: str
+    batch: TrainBatch
+    guard: StepGuard
+
+
+Weighed = tuple[Tensor, tuple[dict[str, Tensor], TokenTrace]]
+"""A micro-batch's share of the step's loss and of its metrics, and what its tokens had."""
+
+
 @dataclass(frozen=True)
-class Stepper:
-    """The wrapped model, and how its log-probs are taken."""
+class ModelSteps:
+    """A wrapped model, run and trained by whatever is made of its last hidden states."""
 
     model: ModelChunks
     topology: Topology
-    vocab_size: int
-    temperature: float
-    chunk_size: int
 
-    def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probs [R] of each micro-batch under the weights that the model holds now; none but on the last stage."""
-
-        def collect(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
-            return self._response_log_probs(micro_batch, hidden, with_entropy=False)[0]
-
+    def forward(
+        self, micro_batches: Sequence[MicroBatch], at_the_end: Callable[[MicroBatch, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """`at_the_end` of each micro-batch under the weights that the model holds now; none but on the last stage."""
         for chunk in self.model:
             chunk.eval()
         with torch.no_grad():
-            return self._schedule(micro_batches, collect, forward_only=True)
+            return self._schedule(micro_batches, at_the_end, forward_only=True)
 
     def forget_gradients(self, optimizer: MegatronOptimizer) -> None:
         """What a step begins with; before its micro-batches are packed, for a GPU is busy with it meanwhile."""
@@ -65,42 +77,42 @@ class Stepper:
             chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
         optimizer.zero_grad()
 
-    def train(
+    def take_step(
         self,
         micro_batches: Sequence[MicroBatch],
+        weigh: Callable[[MicroBatch, Tensor], Weighed],
         *,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
-        loss: Loss,
-        options: LossOptions,
         weights_sum: float,
         where: str,
+        batch: TrainBatch,
+        guard: StepGuard,
     ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches (every rank brings equally many), after `forget_gradients`.
 
         Args:
+            weigh: a micro-batch's share of the step's loss and of its metrics, and what its tokens had.
             weights_sum: what the loss weights of all ranks have to sum to.
             where: names rollout and step in errors.
+            batch: the whole one, whose samples `guard` names where the step is wrong.
 
         Returns:
-            Metrics, the same on every rank: `loss`, `grad_norm`, `lr`, the loss's own weighed means, and
-            `logprob_gap_mean/_max`, |old - engine's log-prob| over the mask's tokens that the policy itself made.
+            Metrics, the same on every rank: `loss`, `grad_norm`, `lr`, and what `weigh` gives besides.
 
         Raises:
-            RuntimeError: the weights do not sum to `weights_sum`, or the gradient is not finite: then no weight
-                has changed.
+            RuntimeError: the weights do not sum to `weights_sum`; BadStepError: what the guard says of the step.
+                No weight has changed then.
         """
-
-        def weigh(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return self._weighed_loss(micro_batch, hidden, loss, options)
 
         for chunk in self.model:
             chunk.train()
-        reduced = self._reduced(self._schedule(micro_batches, weigh, forward_only=False))
+        found = self._schedule(micro_batches, weigh, forward_only=False)
+        reduced, traces = self._reduced([shares for shares, _ in found]), [trace for _, trace in found]
         # on a GPU neither is waited for before the step is on its way: it is not taken where either is wrong
-        wrong = self._weights_are_wrong(reduced, weights_sum)
+        wrong = self._is_wrong(reduced, weights_sum, guard)
         with device.layer():
-            norm = _update(optimizer, wrong)
+            norm = _update(optimizer, wrong, guard.limit("grad_norm"))
         metrics = self._metrics(reduced)
         used = metrics.pop("weights")
         if abs(used - weights_sum) > WEIGHTS_TOLERANCE:
@@ -109,12 +121,7 @@ class Stepper:
                 "samples were lost, repeated, or weighed by another denominator on their way into micro-batches"
             )
         metrics["grad_norm"] = float(norm)
-        if not math.isfinite(metrics["grad_norm"]):
-            raise RuntimeError(
-                f"{where}: the gradient norm is {metrics['grad_norm']} at a loss of {metrics['loss']:.6g}, and no "
-                "weight was changed; resume from the last checkpoint with a lower --lr, and look for infinite rewards "
-                "or log-probs in this rollout's data"
-            )
+        metrics = guard.check(where, batch, metrics, traces)
         metrics["lr"] = float(optimizer.param_groups[0]["lr"])
         scheduler.step(1)
         return metrics
@@ -156,54 +163,6 @@ class Stepper:
                 collect_non_loss_data=forward_only,
             )
 
-    def _response_log_probs(
-        self, micro_batch: MicroBatch, hidden: Tensor, *, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        core = unwrap(self.model[-1])
-        return response_log_probs(
-            hidden,
-            core.output_weight(),
-            micro_batch.predicting_R,
-            micro_batch.targets_R,
-            vocab_size=self.vocab_size,
-            temperature=self.temperature,
-            chunk_size=self.chunk_size,
-            with_entropy=with_entropy,
-            sequence_parallel=core.config.sequence_parallel,
-            group=self.topology.tp_group,
-        )
-
-    def _weighed_loss(
-        self, micro_batch: MicroBatch, hidden: Tensor, loss: Loss, options: LossOptions
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's share of the step's loss, and of its metrics."""
-        columns = micro_batch.columns
-        log_probs_R, entropy_R = self._response_log_probs(micro_batch, hidden, with_entropy=True)
-        # with one step a rollout the old policy is the current one: no forward of its own
-        old_R = columns.get("log_probs", log_probs_R.detach())
-        inputs = LossInputs(
-            log_probs_R=log_probs_R,
-            old_log_probs_R=old_R,
-            advantages_R=columns["advantages"],
-            ref_log_probs_R=columns.get("ref_log_probs"),
-            rollout_log_probs_R=columns.get("rollout_log_probs"),
-            entropy_R=entropy_R,
-            weighed_R=columns.get("weighed"),
-            loss_mask_R=columns["loss_mask"],
-            sequences=micro_batch.responses,
-        )
-        loss_R, metrics = loss(inputs, options)
-        weights_R = columns["loss_weights"]
-        total = _weighed_sum(loss_R, weights_R)
-        shares = {
-            METRIC_NAMES.get(name, name): _weighed_sum(values_R.detach(), weights_R)
-            for name, values_R in metrics.items()
-            if name != "logprob_gap"  # `_gap_shares` has it over the mask, unweighed
-        }
-        shares |= {"loss": total.detach(), "weights": weights_R.double().sum()}
-        shares |= _gap_shares(old_R, columns)
-        return total, shares
-
     def _reduced(self, shares: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """On the last stage, sums (of `_max`: the maximum) over micro-batches and data-parallel ranks; not awaited."""
         if not self.topology.is_last_stage:
@@ -217,11 +176,13 @@ class Stepper:
         chosen = zip(names, sums.unbind(), maxima.unbind(), strict=True)
         return {name: largest if name.endswith("_max") else total for name, total, largest in chosen}
 
-    def _weights_are_wrong(self, reduced: Mapping[str, Tensor], weights_sum: float) -> Tensor:
-        """[] 1 on every rank where the loss weights do not sum to `weights_sum`, else 0; not awaited."""
+    def _is_wrong(self, reduced: Mapping[str, Tensor], weights_sum: float, guard: StepGuard) -> Tensor:
+        """[] 1 on every rank where the loss weights do not sum to `weights_sum` or the loss is bad; not awaited."""
         wrong = torch.zeros((), device=device.device())
         if self.topology.is_last_stage:
-            wrong = ((reduced["weights"] - weights_sum).abs() > WEIGHTS_TOLERANCE).float()
+            wrong = (reduced["weights"] - weights_sum).abs() > WEIGHTS_TOLERANCE
+            wrong = wrong | (reduced["not_finite"] > 0) | (reduced["loss_magnitude"] > guard.limit("loss_magnitude"))
+            wrong = wrong.float()
         if self.topology.pp_size > 1:
             dist.all_reduce(wrong, op=dist.ReduceOp.MAX, group=self.topology.pp_group)
         return wrong
@@ -245,8 +206,86 @@ class Stepper:
         return metrics
 
 
-def _update(optimizer: MegatronOptimizer, wrong: Tensor) -> Tensor | float:
-    """Clip the gradients and take the step, unless their norm over all ranks is not finite; returns the norm.
+@dataclass(frozen=True)
+class Stepper(ModelSteps):
+    """The policy's steps, and how its log-probs are taken."""
+
+    vocab_size: int
+    temperature: float
+    chunk_size: int
+
+    def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Log-probs [R] of each micro-batch under the weights that the model holds now; none but on the last stage."""
+
+        def collect(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
+            return self._response_log_probs(micro_batch, hidden, with_entropy=False)[0]
+
+        return self.forward(micro_batches, collect)
+
+    def train(
+        self, micro_batches: Sequence[MicroBatch], *, loss: Loss, options: LossOptions, **step: Unpack[StepOptions]
+    ) -> dict[str, float]:
+        """`take_step` with a loss of log-probs.
+
+        Returns:
+            Its metrics, the loss's own weighed means, and `logprob_gap_mean/_max`, |old - engine's log-prob| over the
+            mask's tokens that the policy itself made.
+        """
+        return self.take_step(
+            micro_batches, lambda packed, hidden: self._weighed_loss(packed, hidden, loss, options), **step
+        )
+
+    def _response_log_probs(
+        self, micro_batch: MicroBatch, hidden: Tensor, *, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        core = unwrap(self.model[-1])
+        return response_log_probs(
+            hidden,
+            core.output_weight(),
+            micro_batch.predicting_R,
+            micro_batch.targets_R,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            chunk_size=self.chunk_size,
+            with_entropy=with_entropy,
+            sequence_parallel=core.config.sequence_parallel,
+            group=self.topology.tp_group,
+        )
+
+    def _weighed_loss(self, micro_batch: MicroBatch, hidden: Tensor, loss: Loss, options: LossOptions) -> Weighed:
+        """The micro-batch's share of the step's loss, of its metrics, and what its tokens had."""
+        columns = micro_batch.columns
+        log_probs_R, entropy_R = self._response_log_probs(micro_batch, hidden, with_entropy=True)
+        # with one step a rollout the old policy is the current one: no forward of its own
+        old_R = columns.get("log_probs", log_probs_R.detach())
+        inputs = LossInputs(
+            log_probs_R=log_probs_R,
+            old_log_probs_R=old_R,
+            advantages_R=columns["advantages"],
+            ref_log_probs_R=columns.get("ref_log_probs"),
+            rollout_log_probs_R=columns.get("rollout_log_probs"),
+            entropy_R=entropy_R,
+            weighed_R=columns.get("weighed"),
+            loss_mask_R=columns["loss_mask"],
+            sequences=micro_batch.responses,
+        )
+        loss_R, metrics = loss(inputs, options)
+        weights_R = columns["loss_weights"]
+        total = weighed_sum(loss_R, weights_R)
+        shares = {
+            METRIC_NAMES.get(name, name): weighed_sum(values_R.detach(), weights_R)
+            for name, values_R in metrics.items()
+            if name != "logprob_gap"  # `_gap_shares` has it over the mask, unweighed
+        }
+        shares |= {"loss": total.detach(), "weights": weights_R.double().sum()}
+        shares |= _gap_shares(old_R, columns)
+        trace = TokenTrace(micro_batch.responses_R, log_probs_R.detach(), loss_R.detach(), weights_R)
+        shares |= {"not_finite": trace.not_finite(), "loss_magnitude": trace.magnitude()}
+        return total, (shares, trace)
+
+
+def _update(optimizer: MegatronOptimizer, wrong: Tensor, largest: float) -> Tensor | float:
+    """Clip the gradients and take the step, unless their norm is not finite or above `largest`; returns the norm.
 
     These are the parts of Megatron's own `optimizer.step()`, with a look at the norm between them.
 
@@ -257,13 +296,13 @@ def _update(optimizer: MegatronOptimizer, wrong: Tensor) -> Tensor | float:
     parts, clip = parts_of(optimizer), optimizer.config.clip_grad
     if all(takes_scale(part.optimizer) for part in parts):
         norm = gradient_norm(parts)
-        skip = torch.maximum(wrong, (~norm.isfinite()).float())
+        skip = torch.maximum(wrong, (~norm.isfinite() | (norm > largest)).float())
         scale = ((norm + 1.0e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)  # as Megatron clips
         with scaled_as_read([part.optimizer for part in parts], scale, skip):
             optimizer.step_with_ready_grads()
         return norm
     norm = float(cast(Any, optimizer.get_grad_norm()))
-    if not math.isfinite(norm) or wrong.item():
+    if not math.isfinite(norm) or norm > largest or wrong.item():
         return norm
     if clip > 0:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -272,7 +311,7 @@ def _update(optimizer: MegatronOptimizer, wrong: Tensor) -> Tensor | float:
     return norm
 
 
-def _weighed_sum(values_R: Tensor, weights_R: Tensor) -> Tensor:
+def weighed_sum(values_R: Tensor, weights_R: Tensor) -> Tensor:
     """sum(weights x values), in which an entry of weight 0 adds 0 whatever it is."""
     return (torch.where(weights_R > 0, values_R, 0.0) * weights_R).sum()
 

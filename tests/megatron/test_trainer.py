@@ -258,6 +258,11 @@ def _error_of_training(trainer: Trainer, batch: TrainBatch) -> str:
     return f"{type(raised.value).__name__}: {raised.value}"
 
 
+def steep(inputs: LossInputs, options: LossOptions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """0 everywhere, and its slope at 0 is infinite."""
+    return (inputs.log_probs_R - inputs.log_probs_R.detach()).abs().sqrt(), {}
+
+
 def _weights_after_an_error(trainer: Trainer, batch: TrainBatch) -> tuple[runs.Arrays, runs.Arrays, bool]:
     trainer.load()
     before = runs.weights(trainer)
@@ -271,7 +276,7 @@ def _weights_after_an_error(trainer: Trainer, batch: TrainBatch) -> tuple[runs.A
     "flags", [{}, {"bf16": True}, {"clip_grad": 0.0}, {"pipeline_model_parallel_size": 2}], ids=str
 )
 def test_a_gradient_that_is_not_finite_changes_no_weight(flags: dict[str, Any], workers: WorkerPool, hf: Path) -> None:
-    args = tiny.make_args(hf, custom_advantage_function_path="test_trainer.infinite_advantages", **flags)
+    args = tiny.make_args(hf, loss_type="custom_loss", custom_loss_function_path="test_trainer.steep", **flags)
     for before, after, finite in workers.run(2, _with_trainer, args, _weights_after_an_error, tiny.random_batch()):
         assert finite and difference(after, before) == 0
 
@@ -282,9 +287,10 @@ def test_errors_say_where_and_what(workers: WorkerPool, hf: Path) -> None:
 
     batch = tiny.random_batch()
     message = error(batch, custom_advantage_function_path="test_trainer.infinite_advantages")
-    assert message.startswith("RuntimeError: rollout 3, step 0: the gradient norm is nan")
+    assert message.startswith("RuntimeError: rollout 3: advantages (advantage of each response token) that are not fin")
+    message = error(batch, loss_type="custom_loss", custom_loss_function_path="test_trainer.steep")
+    assert message.startswith("BadStepError: rollout 3, step 0: the gradient norm is nan at a loss of 0")
     assert "--num-steps-per-rollout 3" in error(batch, num_steps_per_rollout=3)
-    assert "--advantage-estimator gspo" in error(batch, advantage_estimator="gspo")
     no_prompt = TrainBatch(
         batch.response_lengths_N,
         batch.response_lengths_N,

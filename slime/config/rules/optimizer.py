@@ -1,17 +1,110 @@
-"""What the optimizer's flags have to be to each other.
+"""What the optimizer's flags, and those of its schedules, have to be to each other.
 
-Path: one of the rules. Invariant: what passes here, Megatron builds.
+Path: some of the rules. Invariant: what passes here, Megatron builds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from slime.config.epochs import planned_rollouts
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
+
+LENGTH = ("lr_decay_iters", "num_rollout", "num_epoch", "num_steps_per_rollout", "global_batch_size")
+"""Fields that the schedule's length is of."""
 
 
 def optimizer(case: Case) -> Iterable[Problem]:
     if case.args.use_distributed_optimizer and case.args.optimizer != "adam":
         rule = f"Megatron shards adam alone, not --optimizer {case.args.optimizer}"
         yield case.error("use_distributed_optimizer", rule, "leave one of the two out", beside=["optimizer"])
+
+
+def _takes_steps(case: Case) -> bool:
+    """A run that takes no step needs no schedule."""
+    return case.args.num_rollout != 0 and not case.args.debug_rollout_only
+
+
+def _decay_steps(case: Case) -> int | None:
+    """Optimizer step at which the decay ends; None where it cannot be told yet."""
+    args = case.args
+    if args.lr_decay_iters is not None:
+        return args.lr_decay_iters
+    assert args.num_steps_per_rollout is not None, "resolve fills it in"
+    rollouts = planned_rollouts(args)
+    critics = args.num_critic_only_steps if args.uses_critic else 0
+    return None if rollouts is None else max(rollouts - critics, 0) * args.num_steps_per_rollout
+
+
+def decay(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if args.lr_decay_style == "constant" or not _takes_steps(case):
+        return
+    if args.min_lr > args.lr > 0:
+        yield case.error("min_lr", f"the decay would end above --lr {args.lr:g}", "lower it", beside=["lr"])
+    if args.lr_decay_style != "WSD":
+        return
+    if args.lr_wsd_decay_iters is None:
+        remedy = "add --lr-wsd-decay-iters"
+        yield case.error("lr_decay_style", "has no length of its decay", remedy, beside=["lr_wsd_decay_iters"])
+        return
+    steps = _decay_steps(case)
+    if steps is not None and args.lr_wsd_decay_iters > steps - _warm_up_steps(case, steps):
+        rule = f"the decay that ends at optimizer step {steps} would begin within the warm-up, or before the run"
+        remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
+        about = (*LENGTH, "lr_warmup_iters", "lr_warmup_fraction")
+        yield case.error("lr_wsd_decay_iters", rule, remedy, beside=about)
+
+
+def _warm_up_steps(case: Case, decay_steps: int) -> float:
+    fraction = case.args.lr_warmup_fraction
+    return case.args.lr_warmup_iters if fraction is None else fraction * decay_steps
+
+
+def warm_up(case: Case) -> Iterable[Problem]:
+    args = case.args
+    if not _takes_steps(case):
+        return
+    if args.lr_warmup_fraction is not None and args.lr_warmup_iters > 0:
+        rule = f"stands beside --lr-warmup-iters {args.lr_warmup_iters}"
+        yield case.error("lr_warmup_fraction", rule, "leave one of the two out", beside=["lr_warmup_iters"])
+        return
+    if args.lr_warmup_init > args.lr:
+        rule = f"the warm-up would begin above --lr {args.lr:g}"
+        yield case.error("lr_warmup_init", rule, "lower it", beside=["lr"])
+    if args.lr_decay_style == "constant":
+        return
+    steps = _decay_steps(case)
+    if steps is not None and args.lr_warmup_iters >= max(steps, 1):
+        rule = f"the warm-up has to end before the decay does, at optimizer step {steps}"
+        remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
+        yield case.error("lr_warmup_iters", rule, remedy, beside=LENGTH)
+
+
+def weight_decay(case: Case) -> Iterable[Problem]:
+    args = case.args
+    ends = {"start_weight_decay": args.start_weight_decay, "end_weight_decay": args.end_weight_decay}
+    about = ("weight_decay_incr_style", *ends)
+    if args.weight_decay_incr_style == "constant":
+        for field in (field for field, value in ends.items() if value is not None):
+            rule = "--weight-decay-incr-style constant keeps --weight-decay"
+            remedy = "leave it out, or say --weight-decay-incr-style linear or cosine"
+            yield case.error(field, rule, remedy, beside=about)
+    elif args.start_weight_decay is None or args.end_weight_decay is None:
+        remedy = "give --start-weight-decay and --end-weight-decay"
+        yield case.error("weight_decay_incr_style", "says neither from where nor to where", remedy, beside=about)
+    elif args.start_weight_decay > args.end_weight_decay:
+        rule = f"greater than --end-weight-decay {args.end_weight_decay:g}: Megatron's weight decay only grows"
+        yield case.error("start_weight_decay", rule, "make it the smaller one", beside=about)
+
+
+def resumed_schedule(case: Case) -> Iterable[Problem]:
+    if {"use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"} <= case.given and (
+        case.args.use_checkpoint_opt_param_scheduler and case.args.override_opt_param_scheduler
+    ):
+        yield case.error(
+            "use_checkpoint_opt_param_scheduler",
+            "stands beside --override-opt-param-scheduler",
+            "leave one of the two out",
+        )

@@ -1,0 +1,240 @@
+"""The guard of a step: numbers that are not finite, and losses that leap, are found before a weight changes.
+
+Path: `trainer` has it look at a rollout's columns before the steps, and `step` at each step's losses, log-probs and
+gradient before it is taken. Invariant: all ranks come to the same end with the same message, which names samples.
+
+A column that is not finite (a reward, a log-prob, an advantage) always ends the run: an engine, a reward function or
+the weights are broken. A step that is not finite, or a leap with --check-for-spiky-loss, ends it too, or with
+--bad-step-action skip is left out.
+
+Shapes: _N samples, _R response tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slime.config.args import Args
+from slime.core.batch import COLUMNS, Array, Axis, TrainBatch
+from slime.megatron.parallel import Topology
+
+logger = logging.getLogger(__name__)
+
+HISTORY_STEPS, FEWEST_STEPS = 100, 10
+"""A leap is one against the largest value of so many last steps; with fewer than the second, nothing is compared."""
+MOST_SKIPPED = 10
+"""Steps that may be left out one behind the other; then it is the weights that are broken."""
+MOST_NAMED = 4
+
+WATCHED: Mapping[str, str] = {"loss_magnitude": "the mean of |loss| over tokens", "grad_norm": "the gradient norm"}
+"""What may leap. The loss itself may not: of policy gradients it is near 0, and of either sign."""
+
+
+class BadStepError(RuntimeError):
+    """A step that was not taken: no weight has changed, on any rank."""
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """What a step had of the response tokens of one micro-batch, on this rank of the last stage."""
+
+    responses_R: Array
+    """Each token's place in the whole batch's flat columns."""
+    log_probs_R: Tensor
+    loss_R: Tensor
+    weights_R: Tensor
+
+    def not_finite(self) -> Tensor:
+        """[] how many tokens that count have a log-prob or a loss that is not finite; not awaited."""
+        return _spoilt(self.log_probs_R, self.loss_R, self.weights_R).sum()
+
+    def magnitude(self) -> Tensor:
+        """[] this micro-batch's share of the mean of |loss|."""
+        return (torch.where(self.weights_R > 0, self.loss_R, 0.0).abs() * self.weights_R).sum()
+
+
+def _spoilt(log_probs_R: Tensor, loss_R: Tensor, weights_R: Tensor) -> Tensor:
+    return ~(log_probs_R.isfinite() & loss_R.isfinite()) & (weights_R > 0)
+
+
+def whole_traces(traces: Sequence[TokenTrace], topology: Topology) -> dict[str, Array]:
+    """Of the step's tokens on all ranks, in the order of the whole batch: `places`, `log_probs`, `loss`, `weights`.
+
+    Collective over data- and context-parallel ranks; on the last stage alone.
+    """
+    own = {
+        "places": np.concatenate([trace.responses_R for trace in traces]),
+        "log_probs": torch.cat([trace.log_probs_R for trace in traces]).float().cpu().numpy(),
+        "loss": torch.cat([trace.loss_R for trace in traces]).float().cpu().numpy(),
+        "weights": torch.cat([trace.weights_R for trace in traces]).float().cpu().numpy(),
+    }
+    parts: list[Any] = [None] * topology.dp_cp_group.size()
+    dist.all_gather_object(parts, own, group=topology.dp_cp_group)
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in own}
+    order = np.argsort(whole["places"], kind="stable")
+    return {name: values[order] for name, values in whole.items()}
+
+
+def check_columns(where: str, batch: TrainBatch, counted_N: Array, names: Sequence[str] | None = None) -> None:
+    """Every number that the loss will count is finite; `names`: only of these columns.
+
+    Raises:
+        RuntimeError: it is not, and for which samples.
+    """
+    infinite_N = np.isinf(batch.columns["rewards"]) & counted_N  # nan: it failed, and leaves the loss
+    if infinite_N.any():
+        named = _named(batch, np.flatnonzero(infinite_N), lambda row: f"reward {batch.columns['rewards'][row]:g}")
+        raise RuntimeError(f"{where}: rewards that are not finite: {named}; no weight was changed. The reward is wrong")
+    counts_R = (batch.columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
+    for name, values_R in batch.columns.items():
+        column = COLUMNS[name]
+        if column.axis is not Axis.RESPONSE or not column.dtype.startswith("float") or names and name not in names:
+            continue
+        wrong_R = ~np.isfinite(values_R) & counts_R
+        if not wrong_R.any():
+            continue
+        named = _named_tokens(batch, np.flatnonzero(wrong_R), lambda place: f"{name} {values_R[place]:g}")
+        raise RuntimeError(f"{where}: {name} ({column.meaning}) that are not finite: {named}; no weight was changed")
+
+
+class StepGuard:
+    """What the steps of a run have been like, and what the next one may be like at most."""
+
+    def __init__(self, args: Args, topology: Topology) -> None:
+        self._topology = topology
+        self._factor = args.spiky_loss_factor if args.check_for_spiky_loss else None
+        self.skips = args.bad_step_action == "skip"
+        self._history = {name: deque[float](maxlen=HISTORY_STEPS) for name in WATCHED}
+        self._skipped_in_a_row = 0
+
+    def limit(self, name: str) -> float:
+        """What a step's `name` of WATCHED may be at most."""
+        values = self._history[name]
+        if self._factor is None or len(values) < FEWEST_STEPS or max(values) == 0:
+            return math.inf
+        return self._factor * max(values)
+
+    def check(
+        self, where: str, batch: TrainBatch, metrics: dict[str, float], traces: Sequence[TokenTrace]
+    ) -> dict[str, float]:
+        """A step's metrics, without those that are meant for the guard. Collective where it raises.
+
+        Raises:
+            BadStepError: the step is not finite, or leaps; its message is the same on every rank.
+        """
+        spoilt, magnitude = metrics.pop("not_finite"), metrics.pop("loss_magnitude")
+        norm, loss = metrics["grad_norm"], metrics["loss"]
+        watched = {"loss_magnitude": magnitude, "grad_norm": norm}
+        leaps = [name for name in WATCHED if watched[name] > self.limit(name)]
+        if spoilt:
+            what = f"the loss is {loss:g}, and the loss or log-prob of {spoilt:.0f} tokens is not finite"
+        elif not math.isfinite(norm):
+            what = f"the gradient norm is {norm} at a loss of {loss:.6g}; every token's loss is finite"
+        elif leaps:
+            what = "; ".join(
+                f"{WATCHED[name]} is {watched[name]:.6g}, more than {self._factor:g} times the largest of the last "
+                f"{len(self._history[name])} steps, {max(self._history[name]):.6g} (--check-for-spiky-loss)"
+                for name in leaps
+            )
+        else:
+            for name, value in watched.items():
+                self._history[name].append(value)
+            self._skipped_in_a_row = 0
+            return metrics | ({"skipped_steps": 0.0} if self.skips else {})
+        raise BadStepError(f"{where}: {what}. {self._samples(batch, traces, bool(spoilt))}. No weight was changed")
+
+    def skipped(self, error: BadStepError) -> dict[str, float]:
+        """Metrics of a step that was left out.
+
+        Raises:
+            BadStepError: --bad-step-action says stop, or too many have been left out one behind the other.
+        """
+        if not self.skips:
+            raise BadStepError(
+                f"{error}; resume from the last checkpoint with a lower --lr, or give --bad-step-action skip"
+            ) from error
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > MOST_SKIPPED:
+            raise BadStepError(f"{error}, and the {MOST_SKIPPED} steps before were left out already") from error
+        if self._topology.rank == 0:
+            logger.warning("%s: the step is left out (--bad-step-action skip)", error)
+        return {"skipped_steps": 1.0}
+
+    def _samples(self, batch: TrainBatch, traces: Sequence[TokenTrace], spoilt: bool) -> str:
+        """The samples with tokens that are not finite, else those with the largest loss; the same on every rank."""
+        text = ""
+        if self._topology.is_last_stage:
+            whole = whole_traces(traces, self._topology)
+            text = _spoilt_samples(batch, whole) if spoilt else _largest_samples(batch, whole)
+        found = [text]
+        dist.broadcast_object_list(found, group=self._topology.pp_group, group_src=self._topology.pp_size - 1)
+        return found[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        history = {name: list(values) for name, values in self._history.items()}
+        return {"history": history, "skipped_in_a_row": self._skipped_in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, values in state["history"].items():
+            self._history[name] = deque(values, maxlen=HISTORY_STEPS)
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def _spoilt_samples(batch: TrainBatch, whole: Mapping[str, Array]) -> str:
+    tensors = [torch.from_numpy(whole[name]) for name in ("log_probs", "loss", "weights")]
+    wrong = np.flatnonzero(_spoilt(*tensors).numpy())
+    at = dict(zip(whole["places"][wrong].tolist(), wrong.tolist(), strict=True))
+    advantages_R = batch.columns["advantages"]
+    return "Not finite in " + _named_tokens(
+        batch,
+        whole["places"][wrong],
+        lambda place: (
+            f"log-prob {whole['log_probs'][at[place]]:g}, loss {whole['loss'][at[place]]:g}, "
+            f"advantage {advantages_R[place]:g}"
+        ),
+    )
+
+
+def _largest_samples(batch: TrainBatch, whole: Mapping[str, Array]) -> str:
+    rows = _rows_of(batch, whole["places"])
+    sizes_N = np.bincount(rows, np.abs(np.where(whole["weights"] > 0, whole["loss"], 0)) * whole["weights"], len(batch))
+    total = sizes_N.sum() or 1.0
+    largest = [row for row in np.argsort(-sizes_N, kind="stable")[:MOST_NAMED] if sizes_N[row] > 0]
+    shares = _named(batch, np.array(largest, dtype=np.int64), lambda row: f"{sizes_N[row] / total:.0%}")
+    return f"The largest share of the step's |loss| is of {shares}"
+
+
+def _rows_of(batch: TrainBatch, places: Array) -> Array:
+    """The row of each place in the flat response columns."""
+    return np.searchsorted(np.cumsum(batch.response_lengths_N), places, side="right")
+
+
+def _named(batch: TrainBatch, rows: Array, describe: Any) -> str:
+    samples, groups = batch.columns["sample_indices"], batch.columns["group_indices"]
+    named = [f"sample {samples[row]} of group {groups[row]} ({describe(row)})" for row in rows[:MOST_NAMED]]
+    more = [f"{len(rows) - MOST_NAMED} more samples"] if len(rows) > MOST_NAMED else []
+    return ", ".join([*named, *more])
+
+
+def _named_tokens(batch: TrainBatch, places: Array, describe: Any) -> str:
+    """The samples that have these tokens, and the first one of each."""
+    rows, firsts, counts = np.unique(_rows_of(batch, places), return_index=True, return_counts=True)
+    starts_N = np.cumsum(batch.response_lengths_N) - batch.response_lengths_N
+    tokens = {
+        int(
+            row
+        ): f"{count} of {batch.response_lengths_N[row]} response tokens, first at {places[first] - starts_N[row]}: "
+        f"{describe(int(places[first]))}"
+        for row, first, count in zip(rows, firsts, counts, strict=True)
+    }
+    return _named(batch, rows, lambda row: tokens[int(row)])
