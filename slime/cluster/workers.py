@@ -65,6 +65,7 @@ class TrainWorker:
         self._log_dir = Path(log_dir)
         self._transport: Transport | None = None
         self._memory: TrainerMemory | None = None
+        self._critic_memory: TrainerMemory | None = None
         self._proven = False
         self._policy_version: int | None = None
 
@@ -97,14 +98,20 @@ class TrainWorker:
             from slime.megatron.offload import TrainerMemory
 
             self._memory = TrainerMemory(self._trainer.model, self._trainer.optimizer)
+            critic = self._trainer.critic
+            self._critic_memory = None if critic is None else TrainerMemory(critic.model, critic.optimizer)
         self._memory.offload_optimizer()
         if not keep_weights:
             self._memory.offload_weights()
+        if self._critic_memory is not None:  # nobody is sent its weights
+            self._critic_memory.offload_optimizer()
+            self._critic_memory.offload_weights()
 
     def wake(self) -> None:
         """Take it again."""
-        if self._memory is not None:
-            self._memory.reload()
+        for memory in (self._memory, self._critic_memory):
+            if memory is not None:
+                memory.reload()
 
     def peak_memory(self) -> dict[str, float]:
         """The most memory since the last call, in GB (see `megatron.device`)."""

@@ -10,19 +10,15 @@ Every function here is collective: all ranks call it with the same arguments.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -32,19 +28,20 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from slime.megatron import checkpoint_files, device
-from slime.megatron.build import EMBEDDING, ModelChunks, PolicyModel, unwrap
-from slime.megatron.checkpoint_files import FoundCheckpoint, find_checkpoint
+from slime.megatron import checkpoint_files, device, rng_state
+from slime.megatron.build import EMBEDDING, OUTPUT, VALUE_HEAD, ModelChunks, PolicyModel, ValueModel, unwrap
+from slime.megatron.checkpoint_files import CRITIC, FoundCheckpoint, find_checkpoint
 from slime.megatron.optimizer_state import fill, has_state, take_main_weights, wanted_state
 
 __all__ = [
+    "CRITIC",
     "FoundCheckpoint",
     "LoadedCheckpoint",
+    "Trained",
     "find_checkpoint",
     "load_checkpoint",
     "save_checkpoint",
@@ -65,7 +62,7 @@ _CONTENT: Mapping[str, Any] = {
 
 _SIZES = "model_sizes"
 
-_NOT_WEIGHTS = ("optimizer.", "rng_state")
+_NOT_WEIGHTS = ("optimizer.", rng_state.KEY)
 """What the keys of a checkpoint's other parts start with."""
 
 
@@ -78,6 +75,25 @@ class LoadedCheckpoint:
     state: dict[str, Any] | None
     loaded: tuple[str, ...]
     """Of 'model', 'optimizer', 'scheduler', 'rng'."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model, and what trains it. `state` is JSON-able; rank 0's is written."""
+
+    model: ModelChunks
+    optimizer: MegatronOptimizer | None
+    scheduler: OptimizerParamScheduler | None
+    state: dict[str, Any]
+
+    def content(self, rollout_id: int) -> dict[str, Any]:
+        """What is saved beside the weights; the optimizer as it is."""
+        content: dict[str, Any] = {"iteration": rollout_id}
+        if self.optimizer is not None and has_state(self.optimizer):
+            content["optimizer"] = self.optimizer
+        if self.scheduler is not None:
+            content["opt_param_scheduler"] = self.scheduler.state_dict()
+        return content
 
 
 class _TorchSave(SaveShardedStrategy):
@@ -112,22 +128,27 @@ def save_checkpoint(
     scheduler: OptimizerParamScheduler | None,
     state: dict[str, Any],
     keep_last: int | None = None,
+    critic: Trained | None = None,
 ) -> Path:
     """Write `<save_dir>/iter_<rollout_id>` and point the tracker at it.
 
-    `state`: the data side, JSON-able; rank 0's is written. `keep_last`: all but so many are removed then.
+    `state`: the data side, JSON-able; rank 0's is written. `keep_last`: all but so many are removed then. `critic`: is
+    written as a checkpoint of its own within it.
 
     Returns:
         The checkpoint's directory.
     """
     save_dir = Path(save_dir)
-    content: dict[str, Any] = {"iteration": rollout_id, "rng_state": _rng_object()}
-    if optimizer is not None and has_state(optimizer):
-        content["optimizer"] = optimizer
-    if scheduler is not None:
-        content["opt_param_scheduler"] = scheduler.state_dict()
-    header = {"rollout_id": rollout_id, "layout": _layout(), "state": state}
-    path = _save(save_dir, checkpoint_files.iteration_name(rollout_id), str(rollout_id), model, content, header)
+    policy = Trained(model, optimizer, scheduler, state)
+    header = {"rollout_id": rollout_id, "layout": rng_state.layout(), "state": state}
+    with _written(save_dir, checkpoint_files.iteration_name(rollout_id)) as written:
+        if critic is not None:
+            _on_rank_zero(lambda: (written / CRITIC).mkdir())
+            _write(written / CRITIC, critic.model, critic.content(rollout_id), {**header, "state": critic.state})
+            header["parts"] = [CRITIC]
+        content = policy.content(rollout_id) | {rng_state.KEY: rng_state.rng_object()}
+        _write(written, model, content, header)
+        path = _on_rank_zero(lambda: checkpoint_files.commit(written, str(rollout_id)))
     if keep_last is not None:
         for removed in _on_rank_zero(lambda: checkpoint_files.remove_old(save_dir, keep_last, saved=rollout_id)):
             logger.info("removed the old checkpoint %s (--keep-last-checkpoints %d)", removed, keep_last)
@@ -136,41 +157,37 @@ def save_checkpoint(
 
 def save_release(save_dir: str | Path, *, model: ModelChunks) -> Path:
     """Write the weights alone, as `<save_dir>/release`."""
-    return _save(Path(save_dir), checkpoint_files.RELEASE, "release", model, {}, {})
+    with _written(Path(save_dir), checkpoint_files.RELEASE) as written:
+        _write(written, model, {}, {})
+        return _on_rank_zero(lambda: checkpoint_files.commit(written, "release"))
 
 
-def _save(
-    save_dir: Path,
-    name: str,
-    tracker: str,
-    model: ModelChunks,
-    content: dict[str, Any],
-    header: dict[str, Any],
-) -> Path:
+@contextmanager
+def _written(save_dir: Path, name: str) -> Iterator[Path]:
+    """The directory to write to; where that fails, nothing of it is left."""
     written = _on_rank_zero(lambda: checkpoint_files.begin(save_dir, name))
     with checkpoint_files.nothing_left_of(written, removes=dist.get_rank() == 0):
-        with device.layer(), _readable_errors(f"saving to {save_dir} failed", RuntimeError):
-            metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
-            weights = _sharded_weights(model, metadata)
-            if "optimizer" in content:
-                content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=metadata)}
-            # Rank 0 alone writes common.pt and metadata.json: where these fail, others wait for it until the run ends.
-            dist_checkpointing.save(
-                # 3.0: Megatron's current layout of QKV
-                {**content, "model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(unwrap(model[0]))},
-                str(written),
-                sharded_strategy=_TorchSave(),
-                content_metadata=dict(_CONTENT),
-            )
+        yield written
 
-        of_ranks = _on_every_rank(lambda: checkpoint_files.checksums_of_rank(written, dist.get_rank()))
-        checksums = {name: value for own in of_ranks for name, value in own.items()}
 
-        def commit() -> Path:
-            checkpoint_files.write_state(written, header, checksums)
-            return checkpoint_files.commit(written, tracker)
-
-        return _on_rank_zero(commit)
+def _write(directory: Path, model: ModelChunks, content: dict[str, Any], header: dict[str, Any]) -> None:
+    """One model's files, and behind them the one that vouches for them."""
+    with device.layer(), _readable_errors(f"saving to {directory.parent} failed", RuntimeError):
+        metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
+        weights = _sharded_weights(model, metadata)
+        if "optimizer" in content:
+            content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=metadata)}
+        # Rank 0 alone writes common.pt and metadata.json: where these fail, others wait for it until the run ends.
+        dist_checkpointing.save(
+            # 3.0: Megatron's current layout of QKV
+            {**content, "model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(unwrap(model[0]))},
+            str(directory),
+            sharded_strategy=_TorchSave(),
+            content_metadata=dict(_CONTENT),
+        )
+    of_ranks = _on_every_rank(lambda: checkpoint_files.checksums_of_rank(directory, dist.get_rank()))
+    checksums = {name: value for own in of_ranks for name, value in own.items()}
+    _on_rank_zero(lambda: checkpoint_files.write_state(directory, header, checksums))
 
 
 def load_checkpoint(
@@ -183,7 +200,8 @@ def load_checkpoint(
 ) -> LoadedCheckpoint:
     """Fill what is passed from a torch_dist checkpoint (for a Hugging Face directory: `hf_weights.load_hf_into`).
 
-    What it does not hold stays as it is, but for an optimizer's fp32 copies: they are made anew from the weights. RNG
+    What it does not hold stays as it is, but for an optimizer's fp32 copies: they are made anew from the weights. A
+    critic takes a policy's weights, but its output layer. RNG
     states are loaded at the layout that saved them; at another one they are left alone, with a warning.
 
     Raises:
@@ -208,8 +226,8 @@ def load_checkpoint(
         scheduler.num_steps = 0  # Megatron adds the saved ones to those that it has counted
         scheduler.load_state_dict(common["opt_param_scheduler"])
         taken.append("scheduler")
-    if load_rng and header is not None and _same_layout(header, found):
-        _set_rng_state(_load_sharded(found, {"rng_state": _rng_object()})["rng_state"])
+    if load_rng and header is not None and rng_state.is_this_layout(header["layout"], found.path):
+        rng_state.set_rng_state(_load_sharded(found, {rng_state.KEY: rng_state.rng_object()})[rng_state.KEY])
         taken.append("rng")
     state = None if header is None else header["state"]
     return LoadedCheckpoint(found.path, found.rollout_id, state, tuple(taken))
@@ -235,12 +253,16 @@ def _load_weights(found: FoundCheckpoint, common: dict[str, Any], model: ModelCh
         _refuse_other_sizes(found, common, unwrap(model[0]))
         saved = _saved_keys(found)
         weights = _sharded_weights(model, _content(common))
+        of_policy = isinstance(unwrap(model[0]), ValueModel) and VALUE_HEAD not in saved
+        if of_policy:  # its output layer is left out, and the value head stays as it is
+            weights = {name: part for name, part in weights.items() if part.key != VALUE_HEAD}
+            saved.discard(OUTPUT)
         _refuse_more(found, weights, saved)
         if with_optimizer:
             take_main_weights(weights, saved)
         loaded = _load_sharded(found, {"model": weights})["model"]
         for number, chunk in enumerate(model):
-            unwrap(chunk).load_state_dict(_of_chunk(loaded, number))
+            unwrap(chunk).load_state_dict(_of_chunk(loaded, number), strict=not of_policy)
 
 
 def _load_optimizer(
@@ -315,53 +337,6 @@ def _refuse_more(found: FoundCheckpoint, weights: dict[str, Any], saved: set[str
     }
     if more:
         raise ValueError(f"{_misfit(found)}: it also holds {', '.join(sorted(more))}")
-
-
-def _layout() -> dict[str, int]:
-    """Sizes that decide what a rank is."""
-    return {
-        "world": dist.get_world_size(),
-        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
-        "context": parallel_state.get_context_parallel_world_size(),
-    }
-
-
-def _same_layout(header: dict[str, Any], found: FoundCheckpoint) -> bool:
-    saved, now = header["layout"], _layout()
-    if saved != now:
-        logger.warning("%s was saved at layout %s, this run has %s: RNG states are not loaded", found.path, saved, now)
-    return saved == now
-
-
-def _rng_object() -> ShardedObject:
-    return ShardedObject("rng_state", _rng_state(), (dist.get_world_size(),), (dist.get_rank(),))
-
-
-def _rng_tracker() -> CudaRNGStatesTracker:
-    tracker = get_cuda_rng_tracker()
-    assert tracker is not None
-    return tracker
-
-
-def _rng_state() -> dict[str, Any]:
-    """Every generator that a rank draws from."""
-    return {
-        "random": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if device.on_cuda() else None,
-        "megatron": _rng_tracker().get_states(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["random"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.on_cuda():
-        torch.cuda.set_rng_state(state["cuda"])
-    _rng_tracker().set_states(state["megatron"])
 
 
 def _on_rank_zero(work: Callable[[], _T]) -> _T:

@@ -40,7 +40,9 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 STATE_FILE = "slime_state.json"
 TMP_PREFIX = ".tmp_"
-_SIZES, _CHECKSUMS, _OWN_CHECKSUM = "file_sizes", "file_checksums", "checksum"
+CRITIC = "critic"
+"""Within a checkpoint the directory of the critic's, a checkpoint of its own."""
+_SIZES, _CHECKSUMS, _OWN_CHECKSUM, _PARTS = "file_sizes", "file_checksums", "checksum", "parts"
 _CHECKSUM_BLOCK = 2**20
 _ITERATION = re.compile(r"iter_(\d{7,})")
 OWN_FILES = (
@@ -68,6 +70,11 @@ class FoundCheckpoint:
     path: Path
     kind: Literal["iteration", "release", "hf"]
     rollout_id: int | None = None
+
+    def part(self, name: str) -> FoundCheckpoint | None:
+        """The checkpoint of another model that was saved with this one; None: there is none."""
+        inner = self.path / name
+        return FoundCheckpoint(inner, "iteration", self.rollout_id) if (inner / STATE_FILE).is_file() else None
 
 
 def iteration_name(rollout_id: int) -> str:
@@ -230,6 +237,10 @@ def why_incomplete(path: Path) -> str | None:
             return f"{name} is damaged: {found} bytes of {sizes.get(name, 'some')}"
     if changed := changed_files(path, [name for name in needed if name in sizes]):
         return f"{', '.join(changed)}: not the bytes that were written"
+    for part in state.get(_PARTS, []):
+        problem = why_incomplete(path / part) if (path / part / STATE_FILE).is_file() else f"no {STATE_FILE}"
+        if problem is not None:
+            return f"{part}: {problem}"
     return _lost_piece(path)
 
 
@@ -266,7 +277,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def write_state(path: Path, header: dict[str, Any], checksums: Mapping[str, int]) -> None:
     """The last file of a checkpoint: `header`, and the sizes and checksums of all others."""
-    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+    sizes = {file.name: file.stat().st_size for file in sorted(_files(path))}
     state = {**header, _SIZES: sizes, _CHECKSUMS: checksums}
     (path / STATE_FILE).write_text(json.dumps({**state, _OWN_CHECKSUM: _checksum_of_state(state)}))
 
@@ -275,9 +286,14 @@ def _checksum_of_state(state: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(state).encode())
 
 
+def _files(path: Path) -> list[Path]:
+    """Those with anything in them: a rank that has nothing of its own to write leaves an empty one."""
+    return [file for file in path.iterdir() if file.is_file() and file.stat().st_size]
+
+
 def checksums_of_rank(path: Path, rank: int) -> dict[str, int]:
     """Of the files that `rank` wrote, by name; rank 0's are all that name no rank."""
-    owners = {file: re.match(r"__(\d+)_", file.name) for file in path.iterdir()}
+    owners = {file: re.match(r"__(\d+)_", file.name) for file in _files(path)}
     return {file.name: checksum(file) for file, owner in owners.items() if (int(owner[1]) if owner else 0) == rank}
 
 
@@ -333,7 +349,7 @@ def commit(written: Path, tracker: str) -> Path:
     """Rename a finished `.tmp_<name>` to `<name>`, then write the tracker; all of it is on the disk then."""
     save_dir, final = written.parent, written.with_name(written.name.removeprefix(TMP_PREFIX))
     old = save_dir / f"{TMP_PREFIX}old_{final.name}"
-    for path in (*written.iterdir(), written):
+    for path in (*written.rglob("*"), written):
         _sync(path)
     if final.exists():
         final.rename(old)

@@ -25,13 +25,15 @@ from slime.config.virtual_stages import count_multiple
 from slime.core.batch import Array, TrainBatch
 from slime.core.packing import StepPlan, plan_steps, training_flops
 from slime.core.plugins import load_hook
-from slime.megatron import device, hf_weights
+from slime.megatron import device, hf_weights, routes
 from slime.megatron.build import architecture_of, build_model, params_dtype
 from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from slime.megatron.checkpoint_files import refuse_abandoned
+from slime.megatron.critic import Critic, rollout_metrics
+from slime.megatron.guard import BadStepError, StepGuard, check_columns
 from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows
 from slime.megatron.offpolicy import add_offpolicy, version_of_weights
-from slime.megatron.optimizer import build_optimizer, steps_per_rollout
+from slime.megatron.optimizer import build_optimizer, follow_schedule, steps_per_rollout
 from slime.megatron.parallel import close_parallel, init_parallel
 from slime.megatron.result import LoadResult
 from slime.megatron.rollout_columns import add_advantages, add_loss_weights, counted_rows_of, loss_options
@@ -66,6 +68,8 @@ class Trainer:
             chunk_size=args.log_probs_chunk_size,
         )
         self._loss = _loss_of(args)
+        self._guard = StepGuard(args, self.topology)
+        self.critic = Critic(args, self.topology) if args.uses_critic else None
 
     # Loading and saving
 
@@ -108,13 +112,19 @@ class Trainer:
         why = "no --load" if load is None else f"--load {load} has no checkpoint"
         reference = self._find_reference(why)
         self._load_weights(reference)
+        if self.critic is not None:
+            self.critic.start(reference)
         return LoadResult(0, None, f"{reference.path} ({why}: starting from the reference)")
 
     def _load_actor(self, found: FoundCheckpoint) -> LoadResult:
         args = self._args
         if found.kind != "iteration" or args.finetune:
             self._load_weights(found)
+            if self.critic is not None:
+                self.critic.start(found)
             return LoadResult(0, None, str(found.path))
+        if self.critic is not None:
+            self.critic.resume(found)
         loaded = load_checkpoint(
             found,
             model=self.model,
@@ -130,11 +140,12 @@ class Trainer:
         if args.no_load_optim:
             with device.layer():
                 self.optimizer.reload_model_params()
-        for group in self.optimizer.param_groups:  # the command line's learning rate wins over the checkpoint's
-            group["max_lr"], group["min_lr"] = args.lr, min(args.min_lr, args.lr)
-        self.scheduler.step(0)
+        follow_schedule(self.optimizer, self.scheduler)
+        state = dict(loaded.state or {})
+        if "step_guard" in state:
+            self._guard.load_state_dict(state.pop("step_guard"))
         assert loaded.rollout_id is not None
-        return LoadResult(loaded.rollout_id + 1, loaded.state, str(loaded.path))
+        return LoadResult(loaded.rollout_id + 1, state, str(loaded.path))
 
     def _load_weights(self, found: FoundCheckpoint) -> None:
         if found.kind == "hf":
@@ -155,8 +166,9 @@ class Trainer:
             model=self.model,
             optimizer=None if args.no_save_optim else self.optimizer,
             scheduler=None if args.no_save_optim else self.scheduler,
-            state=state,
+            state=state | {"step_guard": self._guard.state_dict()},
             keep_last=args.keep_last_checkpoints,
+            critic=None if self.critic is None else self.critic.saved(),
         )
 
     @property
@@ -188,46 +200,73 @@ class Trainer:
 
         Raises:
             ValueError: the samples cannot be cut into the steps asked for; off-policy tokens that cannot be corrected.
-            RuntimeError: loss weights that do not add up, or a gradient that is not finite.
+            RuntimeError: loss weights that do not add up, or numbers that are not finite.
         """
         start = time.perf_counter()
         args = self._args
         self._stepper.forget_gradients(self.optimizer)
         counted_N = counted_rows_of(args, batch)
         version = version_of_weights(args, rollout_id, batch, policy_version)
-        batch, offpolicy_metrics = add_offpolicy(args, batch, counted_N, version)
+        batch, offpolicy_metrics = add_offpolicy(args, routes.for_actor(args, batch), counted_N, version)
         plans = self.plan(batch, steps_per_rollout(args))
         # with one step the old policy is the current one, but a KL in the reward has to be known before the step
         if args.loss_type != "sft_loss" and (len(plans) > 1 or args.kl_coef > 0):
             batch = batch.with_column("log_probs", self._forward(batch, plans))
         if self.needs_reference:
             with self._snapshots.holding("ref"):
-                batch = batch.with_column("ref_log_probs", self._forward(batch, plans))
+                batch = batch.with_column("ref_log_probs", self._forward(routes.for_others(batch), plans))
+        if self.critic is not None:  # of the whole rollout, before any of its steps
+            batch = batch.with_column("values", self._forward(batch, plans, self.critic.values))
+        where = f"rollout {rollout_id}"
+        check_columns(where, batch, counted_N)  # whitening would spread over all what one token has
         batch = add_advantages(args, batch, counted_N)
+        check_columns(where, batch, counted_N, ["advantages"])
         batch, sums = add_loss_weights(args, batch, counted_N, [plan.rows for plan in plans])
         train_start = time.perf_counter()
-        steps: list[dict[str, float]] = []
-        for number, (plan, weights_sum) in enumerate(zip(plans, sums, strict=True)):
-            if number > 0:
-                self._stepper.forget_gradients(self.optimizer)
-            steps.append(
-                self._stepper.train(
-                    self._pack(batch, plan),
-                    optimizer=self.optimizer,
-                    scheduler=self.scheduler,
-                    loss=self._loss,
-                    options=loss_options(args),
-                    weights_sum=weights_sum,
-                    where=f"rollout {rollout_id}, step {number}",
-                )
-            )
+        metrics = self._take_steps(rollout_id, batch, plans, sums)
         end = time.perf_counter()
-        metrics = _over_steps(steps) | self._plan_metrics(batch, plans) | offpolicy_metrics
+        metrics |= self._plan_metrics(batch, plans) | offpolicy_metrics
+        if self.critic is not None:
+            metrics |= {f"critic/{name}": value for name, value in rollout_metrics(batch, counted_N).items()}
         metrics["train/dropped_samples"] = float((~counted_N).sum())
         forward, step = self._longest([train_start - start, end - train_start])
         metrics |= {"time/train_forward": forward, "time/train_step": step}
         metrics["train/tokens_per_second"] = float(batch.total_lengths_N.sum()) / (forward + step)
         return metrics
+
+    def _take_steps(
+        self, rollout_id: int, batch: TrainBatch, plans: Sequence[StepPlan], sums: Sequence[float]
+    ) -> dict[str, float]:
+        """The policy's steps and the critic's; in the first --num-critic-only-steps rollouts the critic's alone."""
+        args = self._args
+        learns = self.critic is None or rollout_id >= args.num_critic_only_steps
+        steps: list[dict[str, float]] = []
+        critic_steps: list[dict[str, float]] = []
+        for number, (plan, weights_sum) in enumerate(zip(plans, sums, strict=True)):
+            where = f"rollout {rollout_id}, step {number}"
+            if number > 0:
+                self._stepper.forget_gradients(self.optimizer)
+            micro_batches = self._pack(batch, plan)
+            if learns:
+                try:
+                    step_metrics = self._stepper.train(
+                        micro_batches,
+                        optimizer=self.optimizer,
+                        scheduler=self.scheduler,
+                        loss=self._loss,
+                        options=loss_options(args),
+                        weights_sum=weights_sum,
+                        where=where,
+                        batch=batch,
+                        guard=self._guard,
+                    )
+                except BadStepError as error:
+                    step_metrics = self._guard.skipped(error)
+                steps.append(step_metrics)
+            if self.critic is not None:
+                self.critic.forget_gradients()
+                critic_steps.append(self.critic.train(micro_batches, batch=batch, weights_sum=weights_sum, where=where))
+        return _over_steps(steps, "train") | _over_steps(critic_steps, "critic")
 
     def log_probs(self, batch: TrainBatch, *, model: Literal["actor", "ref"] = "actor") -> Array:
         """[R] float32: log-probs of the whole batch's response tokens at the rollout temperature, SFT's at 1.
@@ -243,7 +282,7 @@ class Trainer:
         if "ref" not in self._snapshots:
             raise ValueError(f"no reference model is kept: give {ASKS_FOR_REFERENCE}")
         with self._snapshots.holding("ref"):
-            return self._forward(batch, plans)
+            return self._forward(routes.for_others(batch), plans)
 
     def plan(self, batch: TrainBatch, num_steps: int) -> list[StepPlan]:
         """Which rows each rank takes, in which micro-batches, by --max-tokens-per-gpu or --micro-batch-size."""
@@ -282,19 +321,25 @@ class Trainer:
         return ContextParallel(topology.cp_rank, topology.cp_size, topology.cp_group)
 
     def _pack(self, batch: TrainBatch, plan: StepPlan) -> list[MicroBatch]:
+        tokens = sum(int(batch.total_lengths_N[rows].sum()) for ranks in plan.micro_batches for rows in ranks if rows)
         return [
-            pack_rows(batch, rows, shape=self._shape, multiple=self._multiple, part=self._context)
+            pack_rows(batch, rows, shape=self._shape, multiple=self._multiple, part=self._context, step_tokens=tokens)
             for rows in plan.micro_batches[self.topology.dp_rank]
         ]
 
-    def _forward(self, batch: TrainBatch, plans: Sequence[StepPlan]) -> Array:
-        """[R] log-probs of the whole batch by the model as it is now, on every rank: hooks see all rows."""
+    def _forward(
+        self,
+        batch: TrainBatch,
+        plans: Sequence[StepPlan],
+        forward: Callable[[Sequence[MicroBatch]], list[Tensor]] | None = None,
+    ) -> Array:
+        """[R] log-probs (or what `forward` gives) of the whole batch by the model as it is now, on every rank."""
         flat = np.zeros(int(batch.response_lengths_N.sum()), dtype=np.float32)
         micro_batches = [micro_batch for plan in plans for micro_batch in self._pack(batch, plan)]
-        found = self._stepper.log_probs(micro_batches)
+        found = (forward or self._stepper.log_probs)(micro_batches)
         if self.topology.is_last_stage:
-            for micro_batch, log_probs_R in zip(micro_batches, found, strict=True):
-                flat[micro_batch.responses_R] = log_probs_R.cpu().numpy()
+            for micro_batch, found_R in zip(micro_batches, found, strict=True):
+                flat[micro_batch.responses_R] = found_R.cpu().numpy()
         whole = torch.from_numpy(flat).to(device.device())  # 0 where other ranks have them
         last = self.topology.pp_size - 1
         if self.topology.is_last_stage:
@@ -329,13 +374,17 @@ def _loss_of(args: Args) -> Loss:
     return load_hook("custom_loss_function_path", args.custom_loss_function_path)
 
 
-def _over_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """`train/...` of a rollout: the mean over its steps that have it; the largest of `_max`, the last learning rate."""
+def _over_steps(steps: Sequence[dict[str, float]], kind: str) -> dict[str, float]:
+    """`train/...` of a rollout: the mean over its steps that have it; the largest of `_max`, the last learning rate, and
+    how many steps were left out.
+    """
     metrics: dict[str, float] = {}
     for name in dict.fromkeys(name for step in steps for name in step):
         values = [step[name] for step in steps if name in step]
         reduce: Callable[[list[float]], float] = (
             max if name.endswith("_max") else (lambda v: v[-1]) if name == "lr" else lambda v: sum(v) / len(v)
         )
-        metrics[f"train/{name}"] = reduce(values)
+        if name == "skipped_steps":
+            reduce = sum
+        metrics[f"{kind}/{name}"] = reduce(values)
     return metrics

@@ -1,0 +1,178 @@
+"""The critic: a second model beside the policy, of its shape and layout, that says what a state is worth.
+
+Path: `trainer` asks it for the values of a rollout before advantages are made of them, then takes its steps before the
+policy's, over the same micro-batches. Invariant: it shares no weight, no optimizer and no schedule with the policy; its
+checkpoint is a part of the policy's, written and read with it.
+
+Shapes: _B packed tokens, _R response tokens of one micro-batch. The value of a response token is that of the state in
+which it was sampled: it stands where its log-prob does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+from slime.algo.values import explained_variance, value_loss
+from slime.config.args import Args
+from slime.core.batch import Array, TrainBatch
+from slime.megatron import device, hf_weights
+from slime.megatron.build import ValueModel, architecture_of, build_model, unwrap
+from slime.megatron.checkpoint import CRITIC, FoundCheckpoint, Trained, find_checkpoint, load_checkpoint
+from slime.megatron.guard import BadStepError, StepGuard, TokenTrace
+from slime.megatron.microbatch import MicroBatch
+from slime.megatron.optimizer import build_optimizer
+from slime.megatron.parallel import Topology
+from slime.megatron.step import ModelSteps, Weighed, weighed_sum
+from slime.models.hf_files import HFReader
+
+
+class Critic:
+    """All methods are collective."""
+
+    def __init__(self, args: Args, topology: Topology) -> None:
+        assert args.critic_lr is not None, "resolve fills it in"
+        self._args = replace(
+            args,
+            lr=args.critic_lr,
+            lr_warmup_iters=args.critic_lr_warmup_iters,
+            lr_warmup_fraction=None,
+            num_critic_only_steps=0,  # it learns in all rollouts
+        )
+        self.model = build_model(self._args, wrap=True, kind=ValueModel)
+        self.optimizer, self.scheduler = build_optimizer(self._args, self.model)
+        self._steps = ModelSteps(self.model, topology)
+        self._guard = StepGuard(args, topology)
+
+    # Loading and saving
+
+    def start(self, policy: FoundCheckpoint) -> str:
+        """A new critic from --critic-load, else from what the policy starts from -> where the weights are from.
+
+        Raises:
+            ValueError: there is nothing to load, or it does not fit.
+        """
+        source = policy if self._args.critic_load is None else find_checkpoint(self._args.critic_load)
+        if source is None:
+            raise ValueError(
+                f"--critic-load {self._args.critic_load}: no checkpoint there; name one, or an HF directory"
+            )
+        source = source.part(CRITIC) or source
+        if source.kind == "hf":
+            hf_weights.load_hf_into(self.model, architecture_of(self._args), HFReader(source.path), self._args)
+        else:
+            load_checkpoint(source, model=self.model)
+        with device.layer():
+            self.optimizer.reload_model_params()
+        return str(source.path)
+
+    def resume(self, policy: FoundCheckpoint) -> str:
+        """Go on with the critic that was saved with the policy's checkpoint; where it has none, `start`.
+
+        Raises:
+            ValueError: there is none, and none is named that it could start from.
+        """
+        saved, args = policy.part(CRITIC), self._args
+        if saved is None and args.critic_load is None:
+            raise ValueError(
+                f"{policy.path} holds no critic: it was saved by a run without one; name what the critic starts from "
+                "(--critic-load), or give --finetune to begin a new run with these weights"
+            )
+        if saved is None:
+            return self.start(policy)
+        loaded = load_checkpoint(
+            saved,
+            model=self.model,
+            optimizer=None if args.no_load_optim else self.optimizer,
+            scheduler=None if args.no_load_optim else self.scheduler,
+        )
+        if args.no_load_optim:
+            with device.layer():
+                self.optimizer.reload_model_params()
+        for group in self.optimizer.param_groups:  # the schedule's, which are the flags' or the checkpoint's
+            group["max_lr"], group["min_lr"] = self.scheduler.max_lr, self.scheduler.min_lr
+        self.scheduler.step(0)
+        self._guard.load_state_dict((loaded.state or {})["step_guard"])
+        return str(saved.path)
+
+    def saved(self) -> Trained:
+        """What is saved of it."""
+        args = self._args
+        return Trained(
+            self.model,
+            None if args.no_save_optim else self.optimizer,
+            None if args.no_save_optim else self.scheduler,
+            {"step_guard": self._guard.state_dict()},
+        )
+
+    # Values and steps
+
+    def values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """[R] float32 of each micro-batch; none but on the last stage."""
+        return self._steps.forward(micro_batches, self._response_values)
+
+    def train(
+        self, micro_batches: Sequence[MicroBatch], *, batch: TrainBatch, weights_sum: float, where: str
+    ) -> dict[str, float]:
+        """One optimizer step on the value loss, weighed as the policy's loss is -> `loss`, `clip_fraction`, ...
+
+        Raises:
+            RuntimeError: as `ModelSteps.take_step`; no weight has changed then.
+        """
+        try:
+            return self._steps.take_step(
+                micro_batches,
+                self._weighed_loss,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                weights_sum=weights_sum,
+                where=f"{where}, critic",
+                batch=batch,
+                guard=self._guard,
+            )
+        except BadStepError as error:
+            return self._guard.skipped(error)
+
+    def forget_gradients(self) -> None:
+        """Before each step."""
+        self._steps.forget_gradients(self.optimizer)
+
+    def _response_values(self, micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
+        core = unwrap(self.model[-1])
+        assert isinstance(core, ValueModel) and core.value_head is not None, "called on the last stage"
+        values = core.value_head(hidden)
+        if core.config.sequence_parallel:
+            # Every rank goes on with all values alike; backward each takes its own part of their gradient.
+            values = tensor_parallel.gather_from_sequence_parallel_region(
+                values, tensor_parallel_output_grad=False, group=self._steps.topology.tp_group
+            )
+        return values.flatten()[micro_batch.predicting_R]
+
+    def _weighed_loss(self, micro_batch: MicroBatch, hidden: Tensor) -> Weighed:
+        columns = micro_batch.columns
+        values_R, weights_R = self._response_values(micro_batch, hidden), columns["loss_weights"]
+        clip = self._args.value_clip or None
+        loss_R, metrics = value_loss(values_R, columns["values"], columns["returns"], clip=clip)
+        total = weighed_sum(loss_R, weights_R)
+        trace = TokenTrace(micro_batch.responses_R, values_R.detach(), loss_R.detach(), weights_R)
+        shares = {name: weighed_sum(metric_R, weights_R) for name, metric_R in metrics.items()}
+        shares |= {"loss": total.detach(), "weights": weights_R.double().sum()}
+        shares |= {"not_finite": trace.not_finite(), "loss_magnitude": trace.magnitude()}
+        return total, (shares, trace)
+
+
+def rollout_metrics(batch: TrainBatch, counted_N: Array) -> dict[str, float]:
+    """Of the values that a rollout's advantages were made of; the same on every rank."""
+    counts = (batch.columns["loss_mask"] > 0) & counted_N.repeat(batch.response_lengths_N)
+    values, returns, mask = (
+        torch.from_numpy(each) for each in (batch.columns["values"], batch.columns["returns"], counts)
+    )
+    if not mask.any():
+        return {}
+    metrics = {"value_mean": float(values[mask].double().mean()), "return_mean": float(returns[mask].double().mean())}
+    explained = explained_variance(values, returns, mask)
+    return metrics if explained is None else metrics | {"explained_variance": explained}
