@@ -29,7 +29,7 @@ from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
 from slime.config.epochs import rollouts_of_epochs
 from slime.config.rules.case import Case
-from slime.config.rules.check import schedule
+from slime.config.rules.optimizer import decay, warm_up
 from slime.config.rules.engines import needs_weight_directory, starts_engines
 from slime.core.errors import RunError
 from slime.engine.external import FoundEngines, find_engines
@@ -131,7 +131,8 @@ class Processes:
         self.get("loading the prompts", [self._manager_started])
         [num_prompts] = self.get("counting the prompts", [self.manager.num_prompts.remote()])
         num_rollouts = rollouts_of_epochs(args, num_prompts)
-        for problem in schedule(Case(args=replace(args, num_rollout=num_rollouts), given=frozenset())):
+        case = Case(args=replace(args, num_rollout=num_rollouts), given=frozenset())
+        for problem in (*decay(case), *warm_up(case)):
             raise RunError(str(problem))
         return num_rollouts
 
