@@ -29,8 +29,8 @@ from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
 from slime.config.epochs import rollouts_of_epochs
 from slime.config.rules.case import Case
-from slime.config.rules.optimizer import decay, warm_up
 from slime.config.rules.engines import needs_weight_directory, starts_engines
+from slime.config.rules.optimizer import decay, warm_up
 from slime.core.errors import RunError
 from slime.engine.external import FoundEngines, find_engines
 from slime.engine.membership import Membership, external_router_url
