@@ -10,7 +10,10 @@ import pytest
 import test_against_huggingface as reference
 import tiny
 from runs import Outcome, difference, train
+from safetensors.torch import load_file
 from worker_pool import WorkerPool
+
+from slime.megatron.trainer import Trainer
 
 pytestmark = pytest.mark.dist
 
@@ -125,3 +128,222 @@ def test_layouts(layout: str, workers: WorkerPool, mixtures: dict[str, Path], al
         worst = worst_of(found, alone[family], with_gradients=not flags.get("use_distributed_optimizer"))
         print(layout, family, worst)
         assert max(worst.values()) <= TOLERANCE, (family, worst)
+
+
+def with_routes(batch: Any, shape: Any, seed: int) -> Any:
+    """Random experts for every token of a sample but its last."""
+    generator = np.random.default_rng(seed)
+    scores = generator.random((int(batch.total_lengths_N.sum()), shape.num_moe_layers, shape.num_experts))
+    routes = np.argsort(scores, axis=-1)[..., : shape.moe_router_topk].astype(np.int32)
+    routes[np.cumsum(batch.total_lengths_N) - 1] = -1
+    return batch.with_column("routed_experts", routes)
+
+
+def transformers_with(hf: Path, routes: np.ndarray, batch: Any) -> np.ndarray:
+    """Log-probs of transformers' own model whose routers are told which experts to take."""
+    import torch
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    layers = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    found: list[Any] = []
+    starts = np.cumsum(batch.total_lengths_N) - batch.total_lengths_N
+    given: list[Any] = [None] * len(layers)
+
+    def replay(number: int, mlp: Any) -> Any:
+        experts, config = mlp.experts, model.config
+
+        def take(module: Any, inputs: Any) -> Any:
+            hidden, indices, _ = inputs
+            chosen = torch.where(given[number] >= 0, given[number], indices)
+            logits = torch.nn.functional.linear(hidden, mlp.gate.weight)
+            if config.model_type == "qwen3_moe":
+                scores = logits.softmax(-1).gather(1, chosen)
+                return hidden, chosen, scores / scores.sum(-1, keepdim=True)
+            scores = logits.sigmoid().gather(1, chosen)
+            return hidden, chosen, scores / scores.sum(-1, keepdim=True) * config.routed_scaling_factor
+
+        experts.register_forward_pre_hook(take)
+
+    for number, mlp in enumerate(layers):
+        replay(number, mlp)
+    for start, total, response in zip(starts, batch.total_lengths_N, batch.response_lengths_N, strict=True):
+        ids = torch.from_numpy(batch.columns["tokens"][start : start + total])
+        for number in range(len(layers)):
+            given[number] = torch.from_numpy(routes[start : start + total, number]).long()
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0] / 0.8
+        at = torch.arange(total - response, total)
+        found.append(logits.log_softmax(-1)[at - 1, ids[at]].numpy())
+    return np.concatenate(found)
+
+
+def replayed(rank: int, world_size: int, init_method: str, args: Any, batch: Any) -> tuple[np.ndarray, ...]:
+    """Log-probs with the batch's routes, without, and of the reference, which has routers of its own."""
+    trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+    try:
+        trainer.load()
+        own = trainer.log_probs(batch.without("routed_experts"))
+        return trainer.log_probs(batch), own, trainer.log_probs(batch, model="ref")
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [
+        (1, {}),
+        (4, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1, "context_parallel_size": 2}),
+    ],
+)
+def test_replayed_experts_are_taken(
+    size: int, flags: dict[str, Any], workers: WorkerPool, mixtures: dict[str, Path]
+) -> None:
+    for hf in mixtures.values():
+        args = tiny.make_args(hf, use_kl_loss=True, kl_loss_coef=0.1, use_routing_replay=True, **flags)
+        batch = with_routes(tiny.random_batch(with_rollout=False), args.architecture, seed=1)
+        told, own, reference_model = workers.run(size, replayed, args, batch)[-1]
+        expected = transformers_with(hf, batch.columns["routed_experts"], batch)
+        assert np.abs(told - expected).max() <= TOLERANCE * 10
+        nobody = np.full_like(batch.columns["routed_experts"], -1)
+        assert np.abs(own - transformers_with(hf, nobody, batch)).max() <= TOLERANCE * 10
+        assert np.abs(told - own).max() > 0.1  # the control: without replay these are other log-probs
+        assert np.abs(reference_model - own).max() <= TOLERANCE
+
+
+def test_training_replays_in_every_layout(workers: WorkerPool, mixtures: dict[str, Path]) -> None:
+    """Also where layers run again in the backward pass, of another micro-batch than the one before."""
+    flags = {**FLAGS, "use_routing_replay": True, "max_tokens_per_gpu": 60}
+    for hf in mixtures.values():
+        args = tiny.make_args(hf, **flags)
+        batches = [with_routes(tiny.random_batch(seed=s, with_rollout=False), args.architecture, s) for s in (0, 1)]
+        [expected] = workers.run(1, train, args, batches)
+        layout = {**LAYOUTS["PP2 x EP2, recompute"][1], "use_routing_replay": True}
+        found = workers.run(4, train, tiny.make_args(hf, **{**flags, **layout}), batches)[-1]
+        worst = worst_of(found, expected, with_gradients=True)
+        assert max(worst.values()) <= TOLERANCE, worst
+        [without] = workers.run(1, train, tiny.make_args(hf, **{**flags, "use_routing_replay": False}), batches)
+        assert difference(without.gradients, expected.gradients) > 0.1
+
+
+BALANCE = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.01, "moe_router_bias_update_rate": 0.25}
+
+
+def balance_by_hand(family: str, batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Gradients of the balancing losses of one micro-batch, in float64 through transformers; biases after the step.
+
+    Switch Transformer's loss (arXiv:2101.03961, equation 4, over k choices a token) and ST-MoE's z-loss
+    (arXiv:2202.08906, equation 5), of each layer over all tokens.
+    """
+    import torch
+
+    model: Any = tiny.hf_model(family).double()
+    model.set_experts_implementation("eager")  # the others have no float64
+    layers = {number: layer.mlp for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")}
+    seen: dict[int, list[tuple[Any, Any]]] = {number: [] for number in layers}
+    for number, mlp in layers.items():
+        mlp.experts.register_forward_pre_hook(
+            lambda module, inputs, number=number: seen[number].append((inputs[0], inputs[1]))
+        )
+    starts = np.cumsum(batch.total_lengths_N) - batch.total_lengths_N
+    for start, total in zip(starts, batch.total_lengths_N, strict=True):
+        model(torch.from_numpy(batch.columns["tokens"][start : start + total])[None])
+    loss: Any = 0.0
+    biases: dict[str, Any] = {}
+    for number, mlp in layers.items():
+        hidden, chosen = (torch.cat(parts) for parts in zip(*seen[number], strict=True))
+        logits = hidden @ mlp.gate.weight.T
+        scores = logits.softmax(-1)
+        if family == "glm4_moe":
+            scores = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+        num_experts = scores.shape[1]
+        counts = torch.bincount(chosen.flatten(), minlength=num_experts)
+        shares = counts / chosen.numel()
+        loss = loss + BALANCE["moe_aux_loss_coeff"] * num_experts * (shares * scores.mean(0)).sum()
+        loss = loss + BALANCE["moe_z_loss_coeff"] * logits.logsumexp(-1).square().mean()
+        if family == "glm4_moe":
+            moved = BALANCE["moe_router_bias_update_rate"] * torch.sign(counts.double().mean() - counts)
+            name = f"model.layers.{number}.mlp.gate.e_score_correction_bias"
+            biases[name] = (mlp.gate.e_score_correction_bias + moved).float().numpy()
+    loss.backward()
+    found = {
+        name: np.zeros(tuple(parameter.shape)) if parameter.grad is None else parameter.grad.numpy()
+        for name, parameter in model.named_parameters()
+    }
+    return per_expert(found), biases
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [
+        (1, RECOMPUTE),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2}),
+        (2, {"context_parallel_size": 2, "expert_model_parallel_size": 2, "max_tokens_per_gpu": 1000}),
+    ],
+)
+def test_balancing_losses_and_biases(size: int, flags: dict[str, Any], workers: WorkerPool, mixtures: Any) -> None:
+    """Equal rewards make the policy's own gradient 0: what is left is theirs."""
+    batch = tiny.random_batch(with_rollout=False)
+    batch = batch.with_column("rewards", np.ones(len(batch), dtype=np.float32))
+    flags = {"max_tokens_per_gpu": 2000, "clip_grad": 0.0, **BALANCE, "expert_tensor_parallel_size": 1, **flags}
+    for family, hf in mixtures.items():
+        found = workers.run(size, train, tiny.make_args(hf, **flags), [batch])[-1]
+        gradients, biases = balance_by_hand(family, batch)
+        assert difference(found.gradients, gradients) <= 1e-4
+        for name, bias in biases.items():
+            assert np.abs(found.weights[name] - bias).max() <= 1e-6, name
+        assert bool(biases) == (family == "glm4_moe")
+
+
+def saved(rank: int, world_size: int, init_method: str, args: Any, batch: Any) -> None:
+    """One step, and a checkpoint of it under --save."""
+    trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+    try:
+        trainer.load()
+        trainer.train(0, batch)
+        trainer.save(0, {})
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_checkpoint_goes_on_in_other_layouts(
+    distributed: bool, workers: WorkerPool, mixtures: dict[str, Path], alone: dict[str, Outcome], tmp_path: Path
+) -> None:
+    """Saved at EP 2 after one step; the second step, whose Adam needs the first one's moments, is the one process's."""
+    batches = [tiny.random_batch(seed=seed, with_rollout=False) for seed in (0, 1)]
+    family = tiny.MIXTURES[int(distributed)]
+    flags = {**FLAGS, "use_distributed_optimizer": distributed, "expert_model_parallel_size": 2}
+    path = str(tmp_path / "checkpoint")
+    workers.run(2, saved, tiny.make_args(mixtures[family], **flags, save=path), batches[0])
+    for size, layout in (
+        (1, {"expert_model_parallel_size": 1}),
+        (2, {"expert_model_parallel_size": 1, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    ):
+        args = tiny.make_args(mixtures[family], **{**flags, **layout}, load=path)
+        found = workers.run(size, train, args, batches[1:])[-1]
+        assert difference(found.weights, alone[family].weights) <= TOLERANCE
+        assert found.metrics[0]["train/grad_norm"] == pytest.approx(alone[family].metrics[1]["train/grad_norm"], 1e-5)
+
+
+def exported(rank: int, world_size: int, init_method: str, args: Any) -> dict[str, Any]:
+    """What engines and an export get."""
+    trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+    try:
+        trainer.load()
+        return {name: tensor.clone() for name, tensor in trainer.iter_hf_tensors()}
+    finally:
+        trainer.close()
+
+
+def test_weights_come_out_as_they_went_in(workers: WorkerPool, mixtures: dict[str, Path]) -> None:
+    for hf in mixtures.values():
+        files = load_file(hf / "model.safetensors")
+        for layout in ("EP2", "ETP2 x EP2", "PP2 x EP2, recompute"):
+            size, flags = LAYOUTS[layout]
+            for found in workers.run(size, exported, tiny.make_args(hf, **flags)):
+                assert found.keys() == files.keys()
+                assert all(found[name].equal(tensor) for name, tensor in files.items())
+        [found] = workers.run(1, exported, tiny.make_args(hf, bf16=True))
+        for name, tensor in files.items():  # a router's bias stays float32
+            assert found[name].equal(tensor if name.endswith("correction_bias") else tensor.bfloat16()), name
