@@ -247,9 +247,7 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "--num-layers-per-virtual-pipeline-stage 1",
         "--optimizer-cpu-offload",
-        "--advantage-estimator ppo",
         "--no-use-rotary-position-embeddings",
         "--overlap-param-gather",
         "--fp8-format hybrid",
