@@ -25,7 +25,7 @@ from slime.megatron.build import ValueModel, architecture_of, build_model, unwra
 from slime.megatron.checkpoint import CRITIC, FoundCheckpoint, Trained, find_checkpoint, load_checkpoint
 from slime.megatron.guard import BadStepError, StepGuard, TokenTrace
 from slime.megatron.microbatch import MicroBatch
-from slime.megatron.optimizer import build_optimizer
+from slime.megatron.optimizer import build_optimizer, follow_schedule
 from slime.megatron.parallel import Topology
 from slime.megatron.step import ModelSteps, Weighed, weighed_sum
 from slime.models.hf_files import HFReader
@@ -93,9 +93,7 @@ class Critic:
         if args.no_load_optim:
             with device.layer():
                 self.optimizer.reload_model_params()
-        for group in self.optimizer.param_groups:  # the schedule's, which are the flags' or the checkpoint's
-            group["max_lr"], group["min_lr"] = self.scheduler.max_lr, self.scheduler.min_lr
-        self.scheduler.step(0)
+        follow_schedule(self.optimizer, self.scheduler)
         self._guard.load_state_dict((loaded.state or {})["step_guard"])
         return str(saved.path)
 

@@ -216,7 +216,8 @@ class Trainer:
             with self._snapshots.holding("ref"):
                 batch = batch.with_column("ref_log_probs", self._forward(routes.for_others(batch), plans))
         if self.critic is not None:  # of the whole rollout, before any of its steps
-            batch = batch.with_column("values", self._forward(batch, plans, self.critic.values))
+            values_R = self._forward(routes.for_others(batch), plans, self.critic.values)
+            batch = batch.with_column("values", values_R)
         where = f"rollout {rollout_id}"
         check_columns(where, batch, counted_N)  # whitening would spread over all what one token has
         batch = add_advantages(args, batch, counted_N)
@@ -246,11 +247,10 @@ class Trainer:
             where = f"rollout {rollout_id}, step {number}"
             if number > 0:
                 self._stepper.forget_gradients(self.optimizer)
-            micro_batches = self._pack(batch, plan)
             if learns:
                 try:
                     step_metrics = self._stepper.train(
-                        micro_batches,
+                        self._pack(batch, plan),
                         optimizer=self.optimizer,
                         scheduler=self.scheduler,
                         loss=self._loss,
@@ -265,7 +265,8 @@ class Trainer:
                 steps.append(step_metrics)
             if self.critic is not None:
                 self.critic.forget_gradients()
-                critic_steps.append(self.critic.train(micro_batches, batch=batch, weights_sum=weights_sum, where=where))
+                packed = self._pack(routes.for_others(batch), plan)
+                critic_steps.append(self.critic.train(packed, batch=batch, weights_sum=weights_sum, where=where))
         return _over_steps(steps, "train") | _over_steps(critic_steps, "critic")
 
     def log_probs(self, batch: TrainBatch, *, model: Literal["actor", "ref"] = "actor") -> Array:

@@ -83,6 +83,7 @@ SHAPES = {"glm4": GLM4, "qwen3": QWEN3, "llama": LLAMA}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
 SELECTIVE = {"recompute_granularity": "selective"}
+PPO = {"advantage_estimator": "ppo", "critic_lr": 1e-6}
 LARGE_VOCABULARY = 12000
 TOKENS = 768
 
@@ -133,6 +134,7 @@ class Measured:
     gradients: int
     optimizer: int
     reference: int
+    critic: int
     forward: int
     """Allocated at most during log-probs of the reference, beyond what was there."""
     step: int
@@ -154,21 +156,30 @@ def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measure
         # a collective's own thread lets its tensors go a moment after the step did: the least of several steps is ours
         steps = 0 if args.needs_reference else 1 if world_size == 1 else 8
         step = min((allocated(lambda: trainer.train(1, batch)) for _ in range(steps)), default=0)
-        chunks: Any = trainer.model
-        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-        buffers: list[Any] = [b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-        own = {tensor.untyped_storage().data_ptr() for tensor in parameters}
-        state = list(tensors_in([part.optimizer for part in optimizers(trainer.optimizer)]))
+        weights, gradients, state = held_by(trainer)
+        critics = [] if trainer.critic is None else held_by(trainer.critic)
         return Measured(
-            weights=nbytes(parameters),
-            gradients=nbytes([buffer.grad_data for buffer in buffers]),
-            optimizer=nbytes(tensor for tensor in state if tensor.untyped_storage().data_ptr() not in own),
+            critic=sum(critics),
+            weights=weights,
+            gradients=gradients,
+            optimizer=state,
             reference=nbytes(tensor for copy in kept.values() for tensor in copy._chunks),
             forward=forward,
             step=step,
         )
     finally:
         trainer.close()
+
+
+def held_by(trained: Any) -> list[int]:
+    """Bytes of a model's parameters, of their gradients, and of its optimizer's state."""
+    chunks: Any = trained.model
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    buffers = [b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    own = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+    state = list(tensors_in([part.optimizer for part in optimizers(trained.optimizer)]))
+    in_state = nbytes(tensor for tensor in state if tensor.untyped_storage().data_ptr() not in own)
+    return [nbytes(parameters), nbytes([buffer.grad_data for buffer in buffers]), in_state]
 
 
 def optimizers(optimizer: Any) -> list[Any]:
@@ -212,14 +223,14 @@ def planned_for(args: Args, stage: int = 0) -> TrainMemory:
 
 
 def assert_planned(args: Args, found: Measured, stage: int = 0) -> None:
-    """Weights, gradients, optimizer and reference to the byte, the step's own allocations nearly so.
+    """Weights, gradients, optimizer, reference and critic to the byte, the step's own allocations nearly so.
 
     With context parallelism a CPU's attention also keeps scores of pieces against all keys before them: they depend on
     how long sequences are, which a plan does not know, and CUDA's kernel does not have them.
     """
     within = COUNTED if args.context_parallel_size == 1 else PROMISED
     planned = planned_for(args, stage)
-    lasting = ("weights", "gradients", "optimizer", "reference")
+    lasting = ("weights", "gradients", "optimizer", "reference", "critic")
     assert {name: vars(planned)[name] for name in lasting} == {name: vars(found)[name] for name in lasting}
     assert off_by(planned.activations + max(planned.log_probs, planned.layers), found.step) < within
 
@@ -235,6 +246,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 bf16": ("qwen3", {"bf16": True}),
     "qwen3 bf16 full": ("qwen3", {"bf16": True, **FULL}),
     "qwen3 fp32 selective": ("qwen3", SELECTIVE),
+    "qwen3 bf16 with a critic": ("qwen3", {"bf16": True, **PPO}),
     "llama bf16 selective": ("llama", {"bf16": True, **SELECTIVE}),
 }
 
@@ -285,7 +297,7 @@ def test_a_term_left_out_is_noticed(workers: WorkerPool) -> None:
 LAYOUTS: dict[str, tuple[Architecture, dict[str, Any]]] = {
     "TP": (GLM4, {"tensor_model_parallel_size": 2}),
     "TP and sequence parallel": (GLM4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "PP": (GLM4, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}),
+    "PP, with a critic": (GLM4, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1, **PPO}),
     "CP": (QWEN3, {"context_parallel_size": 2}),
     "CP, bf16, full": (GLM4, {"context_parallel_size": 2, "bf16": True, **FULL}),
     "PP of a tied model": (QWEN3, {"pipeline_model_parallel_size": 2, **FULL}),

@@ -49,6 +49,8 @@ class TrainMemory:
     optimizer: int
     reference: int
     """The kept copy of the reference model, in host memory; the actor's, for when this one is run, is as large."""
+    critic: int
+    """The critic's weights, gradients and optimizer; 0 without one. Its steps come after the policy's, and keep less."""
     activations: int
     """Kept for the backward pass, of all micro-batches in flight."""
     log_probs: int
@@ -104,6 +106,14 @@ def stage_parameters(args: Args, shape: Architecture, stage: int) -> int:
     # a tied output layer is a copy of the embedding where they lie on different stages
     tables = is_first + (is_last and not (shape.tied_embeddings and is_first))
     return layers[stage] * (split // tp + whole) + tables * local_vocabulary(args, shape) * hidden + is_last * hidden
+
+
+def critic_parameters(args: Args, shape: Architecture, stage: int) -> int:
+    """The same of the critic: a value head, whole on every tensor-parallel rank, in the place of the output layer."""
+    is_first, is_last = stage == 0, stage == args.pipeline_model_parallel_size - 1
+    has_output_layer = is_last and not (shape.tied_embeddings and is_first)
+    policy = stage_parameters(args, shape, stage)
+    return policy - has_output_layer * local_vocabulary(args, shape) * shape.hidden_size + is_last * shape.hidden_size
 
 
 def pack_tokens(args: Args, shape: Architecture) -> int:
@@ -165,6 +175,9 @@ def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) 
     weights = rank.width * parameters
     optimizer, optimizer_on_host = _optimizer_bytes(args, parameters)
     reference = weights if args.needs_reference else 0
+    of_critic = critic_parameters(args, shape, stage) if args.uses_critic else 0
+    critic_state, critic_on_host = _optimizer_bytes(args, of_critic)
+    critic = (rank.width + FP32) * of_critic + critic_state
 
     operations = stage_operations(args, rank, num_layers=stages[stage], is_first=stage == 0, is_last=is_last)
     kept = saved_bytes(operations)
@@ -176,13 +189,13 @@ def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) 
         head = log_probs_operation(args, rank)
         log_probs, head_forward = head.saved + head.working, log_probs_forward(args, rank)
     layer_forward = 3 * rank.residual + rank.values(4 * rank.ffn)
-    static = weights + FP32 * parameters + optimizer
+    static = weights + FP32 * parameters + optimizer + critic
     peaks = {"step": static + activations + max(layers, log_probs)}
     if _has_forward(args):
         peaks["forward"] = static + gathered + max(layer_forward, rank.residual + head_forward)
-    host = optimizer_on_host + 2 * reference
+    host = optimizer_on_host + critic_on_host + 2 * reference
     if on_cuda and args.colocate and args.offload:
-        host += weights + optimizer
+        host += weights + optimizer + rank.width * of_critic + critic_state
     if not on_cuda:
         peaks = {moment: count + host for moment, count in peaks.items()}
     return TrainMemory(
@@ -192,6 +205,7 @@ def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) 
         gradients=FP32 * parameters,
         optimizer=optimizer,
         reference=reference,
+        critic=critic,
         activations=activations,
         log_probs=log_probs,
         layers=layers,
@@ -215,9 +229,9 @@ def turns(args: Args, train: TrainMemory, engine: EngineMemory) -> dict[str, int
 
 
 def _has_forward(args: Args) -> bool:
-    """Whether log-probs are taken without a backward pass: of the reference, or of the old policy."""
+    """Whether anything is run without a backward pass: the reference, the old policy, the critic for its values."""
     several_steps = (args.num_steps_per_rollout or 1) > 1 and args.loss_type != "sft_loss"
-    return args.needs_reference or several_steps
+    return args.needs_reference or several_steps or args.uses_critic
 
 
 def _optimizer_bytes(args: Args, parameters: int) -> tuple[int, int]:

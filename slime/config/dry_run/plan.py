@@ -117,6 +117,8 @@ def _memory(args: Args) -> Iterable[Row]:
         if train.reference:
             where = "in host memory" if on_cuda else "and a copy of the actor for when it is run"
             yield "reference", line(None if on_cuda else train.reference, None, where)
+        if train.critic:
+            yield "critic", line(train.critic, None, "a second model: weights, gradients and optimizer")
         yield "activations", line(train.activations, None, _activations_note(args, train))
         if train.log_probs:
             logits = f"{args.log_probs_chunk_size:,} tokens' logits" + (" and those that were kept" if on_cuda else "")
@@ -128,7 +130,7 @@ def _memory(args: Args) -> Iterable[Row]:
         yield "KV cache", line(None, engine.kv, note)
     if context:
         yield "CUDA", line(train and context, engine and context, "context, NCCL's buffers, workspaces: an estimate")
-    moments = {"forward": "forward of old or reference log-probs", "step": "training step"}
+    moments = {"forward": "forward of old or reference log-probs, or of values", "step": "training step"}
     peaks = train.peaks.items() if train is not None and len(train.peaks) > 1 else ()
     fullest = ", ".join(f"{moments[name]} {(count + context) / size:,.1f}" for name, count in peaks)
     yield "at most", line(train and train.peak + context, engine and engine.peak + context, fullest)

@@ -31,7 +31,6 @@ NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "use_rotary_position_embeddings": (off, "another position embedding than rope"),
     "swiglu": (off, "an MLP without SwiGLU"),
     "disable_bias_linear": (off, "biases in linear layers"),
-    "advantage_estimator": (lambda value: value == "ppo", "ppo's critic"),
 }
 """Field -> when it asks for something that is not there, and what that is."""
 
