@@ -209,7 +209,7 @@ class GenerateRequest(Message):
 
 def encode_routes(experts: NDArray[np.int32]) -> str:
     """[tokens, layers, topk] as SGLang sends it: base64 of its bytes, the shape for the receiver to know."""
-    return base64.b64encode(np.ascontiguousarray(experts, dtype="<i4")).decode("ascii")
+    return base64.b64encode(experts.astype("<i4").tobytes()).decode("ascii")
 
 
 def _decode_routes(text: str | None) -> NDArray[np.int32] | None:

@@ -389,6 +389,14 @@ def test_right_with_a_rollout_in_flight(run: Run, words: str) -> None:
     assert ahead.errors(*words.replace("TRAIN", str(run.data)).split(), "--dry-run") == []
 
 
+# --- mixtures of experts -----------------------------------------------------------------------------------------
+
+
+def test_routes_of_a_dense_model(run: Run) -> None:
+    [error] = run.errors("--use-routing-replay", "--dry-run")
+    assert error == "--use-routing-replay: glm4 is a dense family: no router decides anything; leave it out"
+
+
 # --- responses in parts -----------------------------------------------------------------------------------------
 
 PARTIAL = "--partial-rollout --over-sampling-batch-size 8"

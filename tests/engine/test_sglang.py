@@ -103,6 +103,13 @@ def test_precision_is_the_trainers_unless_it_is_said() -> None:
     assert "--dtype half " in command(some_args(bf16=False, sglang={"dtype": "half"}))[0]
 
 
+def test_it_is_asked_for_routes() -> None:
+    flag = "--enable-return-routed-experts "
+    assert flag in command(some_args(use_routing_replay=True))[0]
+    assert flag in command(some_args(sglang={"enable_return_routed_experts": True}))[0]
+    assert flag not in command(some_args())[0]
+
+
 def test_its_deterministic_mode_is_asked_for() -> None:
     flag = "--enable-deterministic-inference "
     assert flag in command(some_args(deterministic=True))[0]
