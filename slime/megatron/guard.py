@@ -93,18 +93,19 @@ def check_columns(where: str, batch: TrainBatch, counted_N: Array, names: Sequen
     """
     infinite_N = np.isinf(batch.columns["rewards"]) & counted_N  # nan: it failed, and leaves the loss
     if infinite_N.any():
-        named = _named(batch, np.flatnonzero(infinite_N), lambda row: f"reward {batch.columns['rewards'][row]:g}")
+        rows = np.flatnonzero(infinite_N)
+        named = _named(batch, rows, [f"{reward:g}" for reward in batch.columns["rewards"][rows]])
         raise RuntimeError(f"{where}: rewards that are not finite: {named}; no weight was changed. The reward is wrong")
     counts_R = (batch.columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
     for name, values_R in batch.columns.items():
         column = COLUMNS[name]
-        if column.axis is not Axis.RESPONSE or not column.dtype.startswith("float") or names and name not in names:
-            continue
-        wrong_R = ~np.isfinite(values_R) & counts_R
-        if not wrong_R.any():
-            continue
-        named = _named_tokens(batch, np.flatnonzero(wrong_R), lambda place: f"{name} {values_R[place]:g}")
-        raise RuntimeError(f"{where}: {name} ({column.meaning}) that are not finite: {named}; no weight was changed")
+        if column.axis is Axis.RESPONSE and column.dtype.startswith("float") and (names is None or name in names):
+            places = np.flatnonzero(~np.isfinite(values_R) & counts_R)
+            if len(places):
+                named = _named_tokens(batch, places, [f"{value:g}" for value in values_R[places]])
+                raise RuntimeError(
+                    f"{where}: {name} ({column.meaning}) that are not finite: {named}; no weight was changed"
+                )
 
 
 class StepGuard:
@@ -193,25 +194,24 @@ class StepGuard:
 def _spoilt_samples(batch: TrainBatch, whole: Mapping[str, Array]) -> str:
     tensors = [torch.from_numpy(whole[name]) for name in ("log_probs", "loss", "weights")]
     wrong = np.flatnonzero(_spoilt(*tensors).numpy())
-    at = dict(zip(whole["places"][wrong].tolist(), wrong.tolist(), strict=True))
-    advantages_R = batch.columns["advantages"]
-    return "Not finite in " + _named_tokens(
-        batch,
-        whole["places"][wrong],
-        lambda place: (
-            f"log-prob {whole['log_probs'][at[place]]:g}, loss {whole['loss'][at[place]]:g}, "
-            f"advantage {advantages_R[place]:g}"
-        ),
-    )
+    places = whole["places"][wrong]
+    descriptions = [
+        f"log-prob {log_prob:g}, loss {loss:g}, advantage {advantage:g}"
+        for log_prob, loss, advantage in zip(
+            whole["log_probs"][wrong], whole["loss"][wrong], batch.columns["advantages"][places], strict=True
+        )
+    ]
+    return f"Not finite in {_named_tokens(batch, places, descriptions)}"
 
 
 def _largest_samples(batch: TrainBatch, whole: Mapping[str, Array]) -> str:
-    rows = _rows_of(batch, whole["places"])
-    sizes_N = np.bincount(rows, np.abs(np.where(whole["weights"] > 0, whole["loss"], 0)) * whole["weights"], len(batch))
-    total = sizes_N.sum() or 1.0
-    largest = [row for row in np.argsort(-sizes_N, kind="stable")[:MOST_NAMED] if sizes_N[row] > 0]
-    shares = _named(batch, np.array(largest, dtype=np.int64), lambda row: f"{sizes_N[row] / total:.0%}")
-    return f"The largest share of the step's |loss| is of {shares}"
+    sizes = np.abs(np.where(whole["weights"] > 0, whole["loss"], 0)) * whole["weights"]
+    sizes_N = np.bincount(_rows_of(batch, whole["places"]), sizes, len(batch))
+    largest = np.argsort(-sizes_N, kind="stable")[:MOST_NAMED]
+    largest = largest[sizes_N[largest] > 0]
+    return (
+        f"Of |loss|, most is of {_named(batch, largest, [f'{size:.0%}' for size in sizes_N[largest] / sizes_N.sum()])}"
+    )
 
 
 def _rows_of(batch: TrainBatch, places: Array) -> Array:
@@ -219,22 +219,24 @@ def _rows_of(batch: TrainBatch, places: Array) -> Array:
     return np.searchsorted(np.cumsum(batch.response_lengths_N), places, side="right")
 
 
-def _named(batch: TrainBatch, rows: Array, describe: Any) -> str:
+def _named(batch: TrainBatch, rows: Array, descriptions: Sequence[str]) -> str:
+    """The samples of these rows, each with what is said of it; all but the first few are counted."""
     samples, groups = batch.columns["sample_indices"], batch.columns["group_indices"]
-    named = [f"sample {samples[row]} of group {groups[row]} ({describe(row)})" for row in rows[:MOST_NAMED]]
+    named = [
+        f"sample {samples[row]} of group {groups[row]} ({description})"
+        for row, description in zip(rows[:MOST_NAMED], descriptions[:MOST_NAMED], strict=True)
+    ]
     more = [f"{len(rows) - MOST_NAMED} more samples"] if len(rows) > MOST_NAMED else []
     return ", ".join([*named, *more])
 
 
-def _named_tokens(batch: TrainBatch, places: Array, describe: Any) -> str:
-    """The samples that have these tokens, and the first one of each."""
+def _named_tokens(batch: TrainBatch, places: Array, descriptions: Sequence[str]) -> str:
+    """The samples that have these tokens, and what is said of the first one of each."""
     rows, firsts, counts = np.unique(_rows_of(batch, places), return_index=True, return_counts=True)
     starts_N = np.cumsum(batch.response_lengths_N) - batch.response_lengths_N
-    tokens = {
-        int(
-            row
-        ): f"{count} of {batch.response_lengths_N[row]} response tokens, first at {places[first] - starts_N[row]}: "
-        f"{describe(int(places[first]))}"
+    told = [
+        f"{count} of {batch.response_lengths_N[row]} response tokens, the first is {places[first] - starts_N[row]}: "
+        f"{descriptions[first]}"
         for row, first, count in zip(rows, firsts, counts, strict=True)
-    }
-    return _named(batch, rows, lambda row: tokens[int(row)])
+    ]
+    return _named(batch, rows, told)

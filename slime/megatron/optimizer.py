@@ -70,7 +70,7 @@ def _start_sgd(sgd: torch.optim.SGD, config: OptimizerConfig) -> None:
 
 
 def _schedule(args: Args, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Megatron's schedule; with a warm-up the first step is taken at --lr-warmup-init. The rules checked its lengths."""
+    """Megatron's schedule; a warm-up's first step is taken at --lr-warmup-init. The rules checked its lengths."""
     takes_steps = args.num_rollout != 0  # a run that only evaluates has no decay, but Megatron wants a schedule
     style = args.lr_decay_style if takes_steps else "constant"
     decay_steps = args.lr_decay_iters or total_steps(args)

@@ -1,4 +1,4 @@
-"""Learning rate and weight decay at every optimizer step, across a resume, against formulas written from their names."""
+"""Learning rate and weight decay at every optimizer step, across a resume, against formulas of a line each."""
 
 from __future__ import annotations
 
