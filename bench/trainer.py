@@ -2,18 +2,18 @@
 
     python -m bench.trainer           (make bench-trainer)
 
-Each side lives in a process of its own (so that its peak memory is its own) and takes its steps in alternation with
-the other: log-probs of every token, the policy-gradient loss, backward, clipping to norm 1, AdamW. Invariant: both
-sides start from the same weights and get the same tokens, and their first losses and gradient norms agree; what is
-compared is the same work.
+Each side lives in a process of its own (so that its peak memory is its own: what it held at most beyond what it held
+with its libraries loaded) and takes its steps in alternation with the other: log-probs of every token, the
+policy-gradient loss, backward, clipping to norm 1, AdamW. Invariant: both sides start from the same weights and get the
+same tokens, and their first losses and gradient norms agree; what is compared is the same work.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -48,6 +48,9 @@ SHAPE: dict[str, Any] = {
 class Side(Protocol):
     """What is measured in each process."""
 
+    @staticmethod
+    def load_libraries() -> None: ...
+
     def step(self) -> dict[str, float]:
         """One training step -> `loss`, `grad_norm`."""
         ...
@@ -77,6 +80,10 @@ def make_rows(lengths: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
 
 class SlimeSide:
     """slime.megatron.Trainer, one rank: every row is a prompt of one token and its response."""
+
+    @staticmethod
+    def load_libraries() -> None:
+        import slime.megatron.trainer  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     def __init__(self, model_dir: str, lengths: Sequence[int], threads: int) -> None:
         from slime.config.architecture import hf_architecture, read_hf_config
@@ -142,6 +149,10 @@ class PlainSide:
     `layout`: rows (padded on the right to the longest), or packed (one row, positions that start anew: transformers
     then masks across sequences).
     """
+
+    @staticmethod
+    def load_libraries() -> None:
+        from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401  # pyright: ignore
 
     def __init__(self, model_dir: str, lengths: Sequence[int], layout: str, threads: int) -> None:
         from transformers import AutoModelForCausalLM
@@ -251,9 +262,18 @@ def operators(side: Side, steps: int) -> dict[str, float]:
     return {event.key: event.self_cpu_time_total * 1e-6 / steps for event in profile.key_averages()}
 
 
-def serve(pipe: Connection, make: Callable[..., Side], arguments: Sequence[Any]) -> None:
+def memory_bytes(name: str) -> int:
+    """VmRSS or VmHWM of this process (Linux). `ru_maxrss` would start from the memory of the process that forked it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def serve(pipe: Connection, make: type[SlimeSide] | type[PlainSide], arguments: Sequence[Any]) -> None:
     """The process of one side: does what the pipe asks for."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    make.load_libraries()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    before = memory_bytes("VmRSS")
     side = make(*arguments)
     while (asked := pipe.recv()) is not None:
         if asked == "step":
@@ -266,13 +286,13 @@ def serve(pipe: Connection, make: Callable[..., Side], arguments: Sequence[Any])
         elif asked == "operators":
             pipe.send(operators(side, 3))
         elif asked == "memory":
-            pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+            pipe.send(memory_bytes("VmHWM") - before)
 
 
 class Remote:
     """One side in a process of its own."""
 
-    def __init__(self, make: Callable[..., Side], *arguments: Any, threads: int) -> None:
+    def __init__(self, make: type[SlimeSide] | type[PlainSide], *arguments: Any, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -360,7 +380,8 @@ def main() -> None:
             result = compare(directory, lengths, threads, given.rounds)
             raw[f"{name}, {threads} threads"] = result
             add_rows(speed, where, goals, name, threads, sum(lengths), result)
-    speed.note = f"Qwen3 of {millions:.1f} M parameters, {given.tokens} tokens a step, fp32; medians (lowest–highest)."
+    speed.note = f"Qwen3 of {millions:.1f} M parameters, {given.tokens} tokens a step, fp32; medians (lowest–highest). "
+    speed.note += "Peak memory: what the process held at most beyond its libraries."
     write_result(given.out, [speed, where, operator_table(raw)], goals, facts, raw)
 
 
