@@ -45,7 +45,6 @@ EMBEDDED_SETTINGS = frozenset(
         "max_total_tokens",
         "dtype",
         "enable_deterministic_inference",
-        "enable_return_routed_experts",
         "random_seed",
         "api_key",
         "served_model_name",
