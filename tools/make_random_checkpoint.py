@@ -26,12 +26,22 @@ import torch
 from torch import Tensor
 
 from slime.config.architecture import hf_architecture, read_hf_config
+from slime.config.experts import hf_keys
 from slime.config.parse import load_args
 from slime.core.architecture import Architecture
 from slime.models.hf_files import write_hf
 
 STD = 0.02
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CLASSES = {
+    "glm4": "Glm4",
+    "glm4_moe": "Glm4Moe",
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+}
+"""What transformers' classes of each family begin with."""
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 PAD_TOKEN, END_TOKEN = "<|endoftext|>", "<|user|>"
 CHAT_TEMPLATE = (
@@ -94,20 +104,24 @@ def hf_config(shape: Architecture) -> Any:
     """
     import transformers
 
-    classes = {"glm4": "Glm4Config", "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
     tokens = len(SPECIAL_TOKENS) + 256
     if shape.vocab_size < tokens:
         raise ValueError(f"a vocabulary of {shape.vocab_size} has no room for the tokenizer's {tokens} bytes and roles")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rotary_base}
     if shape.rope_scaling is not None:
         rope |= {"rope_type": "llama3", **asdict(shape.rope_scaling)}
-    more: dict[str, Any] = {}
-    if shape.family == "glm4":
+    more: dict[str, Any] = {key: getattr(shape, name) for name, key in hf_keys(shape.family).items()}
+    if shape.family in ("glm4", "glm4_moe"):
         rope["partial_rotary_factor"] = shape.rotary_percent
         more["attention_bias"] = shape.add_qkv_bias
+    if shape.family == "glm4_moe":
+        more["use_qk_norm"] = shape.qk_layernorm
+        more["n_shared_experts"] = shape.shared_expert_ffn_hidden_size // shape.moe_ffn_hidden_size
+    if shape.family == "qwen3_moe":
+        more["mlp_only_layers"] = list(range(shape.first_dense_layers))
     if shape.family != "qwen2" or shape.kv_channels * shape.num_attention_heads != shape.hidden_size:
         more["head_dim"] = shape.kv_channels
-    config = getattr(transformers, classes[shape.family])(
+    config = getattr(transformers, CLASSES[shape.family] + "Config")(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.ffn_hidden_size,
@@ -142,11 +156,24 @@ def random_tensors(config: Any, seed: int, dtype: torch.dtype) -> Iterator[tuple
             continue
         if name.endswith("norm.weight"):
             yield name, torch.ones(meta.shape, dtype=dtype)
-        elif name.endswith(".bias"):
+        elif name.endswith("bias"):
             yield name, torch.zeros(meta.shape, dtype=dtype)
         else:
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
-            yield name, torch.empty(meta.shape, dtype=dtype, device=device).normal_(0.0, STD, generator=generator)
+            for own, size in in_file(name, meta.shape):
+                yield own, torch.empty(size, dtype=dtype, device=device).normal_(0.0, STD, generator=generator)
+
+
+def in_file(name: str, size: torch.Size) -> Iterator[tuple[str, torch.Size]]:
+    """The names and sizes that files have of a tensor: transformers holds all experts of a layer in one."""
+    head, _, kind = name.rpartition(".experts.")
+    if not head:
+        yield name, size
+        return
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    for expert in range(size[0]):
+        for part in parts:
+            yield f"{head}.experts.{expert}.{part}.weight", torch.Size([size[1] // len(parts), size[2]])
 
 
 def make_checkpoint(shape: Architecture, out: Path, *, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -156,7 +183,7 @@ def make_checkpoint(shape: Architecture, out: Path, *, seed: int = 1, dtype: tor
         ValueError: `out` holds something else than an HF directory, or no model of this shape can be made.
     """
     config = hf_config(shape)
-    config.architectures = [{"glm4": "Glm4", "llama": "Llama"}.get(shape.family, shape.family.title()) + "ForCausalLM"]
+    config.architectures = [CLASSES[shape.family] + "ForCausalLM"]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".side_files_", dir=out.parent) as directory:
         side = Path(directory)

@@ -94,7 +94,7 @@ class Architecture:
 
     def num_active_parameters(self) -> int:
         """Those that one token passes through: of routed experts only the chosen ones."""
-        return self._parameters(self.moe_router_topk)
+        return self._parameters(self.moe_router_topk if self.num_experts else 0)
 
     def _parameters(self, experts: int) -> int:
         """With `experts` routed experts a layer."""

@@ -23,10 +23,10 @@ from slime.core.architecture import Architecture
 def training_flops(architecture: Architecture) -> Callable[[int], float]:
     """FLOPs of forward and backward over one sample, as a function of its length T.
 
-    6 x (parameters that multiply) x T, and 6 x layers x (heads x head size) x T^2 for causal attention's two
-    products. Norms, softmax and recomputation are left out: the estimate serves to compare samples.
+    6 x (parameters that multiply; of experts a token's own) x T, and 6 x layers x (heads x head size) x T^2 for causal
+    attention's two products. Norms, softmax and recomputation are left out: the estimate serves to compare samples.
     """
-    parameters = architecture.num_parameters()
+    parameters = architecture.num_active_parameters()
     if not architecture.tied_embeddings:
         parameters -= architecture.vocab_size * architecture.hidden_size  # the input table is looked up
     attention = architecture.num_layers * architecture.num_attention_heads * architecture.kv_channels

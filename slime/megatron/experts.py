@@ -111,6 +111,7 @@ class Router(TopKRouter):
             squares = torch.where(counts, logits.logsumexp(-1).square(), 0.0)
             weights = attach(weights, config.moe_z_loss_coeff / pack.step_tokens * squares.sum())
         if config.moe_aux_loss_coeff:
+            assert not isinstance(config.moe_aux_loss_coeff, list)
             tokens_E = here.sum(0).float()
             dist.all_reduce(tokens_E, group=self.tp_cp_group)  # of the whole micro-batch
             if self.score_function == "sigmoid":

@@ -156,3 +156,41 @@ def test_an_export_describes_what_was_trained(config: dict[str, Any]) -> None:
         trained = replace(trained, routed_scaling_factor=2.5, shared_expert_ffn_hidden_size=256)
     found, unsaid = config_of(trained, config)
     assert hf_architecture(found) == trained and not unsaid
+
+
+def moe_run(run: Run, config: dict[str, Any], *words: str) -> list[str]:
+    (run.hf / "config.json").write_text(json.dumps(config))
+    gpus = ("--actor-num-gpus-per-node", "4", "--rollout-num-gpus", "1", "--dry-run")
+    return run.errors(*gpus, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("--expert-model-parallel-size 4", None),
+        ("--expert-model-parallel-size 3", "does not divide 128 experts"),
+        ("--expert-model-parallel-size 8", "EP 8 x ETP 1 x PP 1 = 8 does not divide the 4 training GPUs"),
+        ("--expert-tensor-parallel-size 5", "does not divide an expert's 1408 channels"),
+        ("--tensor-model-parallel-size 2", "add --sequence-parallel"),
+        ("--tensor-model-parallel-size 2 --sequence-parallel", None),
+        ("--moe-router-dtype fp64", "routers compute in float32"),
+        ("--moe-router-load-balancing-type seq_aux_loss", "the balancing loss is aux_loss"),
+        ("--moe-expert-capacity-factor 1.5", "--moe-expert-capacity-factor 1.5: not part of this version"),
+        ("--moe-permute-fusion", "it needs TransformerEngine"),
+        ("--moe-router-pre-softmax --moe-grouped-gemm --moe-router-dtype fp32", None),
+    ],
+)
+def test_rules_of_experts(words: str, error: str | None, run: Run) -> None:
+    errors = moe_run(run, GLM, *words.split())
+    if error is None:
+        assert errors == []
+    else:
+        assert any(error in found for found in errors), errors
+
+
+def test_balance_is_told_of(run: Run) -> None:
+    (run.hf / "config.json").write_text(json.dumps(QWEN))
+    words = ("--moe-aux-loss-coeff", "0.01", "--moe-router-bias-update-rate", "0.001", "--dry-run")
+    warnings = run.warnings(*words)
+    assert any("depends on how a step is cut into micro-batches" in warning for warning in warnings)
+    assert any("qwen3_moe's routers have no bias" in warning for warning in warnings)

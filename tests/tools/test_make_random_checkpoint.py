@@ -1,4 +1,4 @@
-"""Random checkpoints of the four families: names, shapes and files that transformers and the weight tables agree on."""
+"""Random checkpoints of the families: names, shapes and files that transformers and the weight tables agree on."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ SMALL: dict[str, Any] = {
     "norm_epsilon": 1e-6,
     "rotary_base": 50000.0,
 }
+MIXTURE: dict[str, Any] = {"num_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 2}
 SHAPES = {
     "glm4": Architecture(
         **SMALL | {"kv_channels": 32},
@@ -46,6 +47,21 @@ SHAPES = {
     ),
     "qwen2": Architecture(**SMALL, family="qwen2", add_qkv_bias=True, tied_embeddings=True),
     "qwen3": Architecture(**SMALL | {"kv_channels": 32}, family="qwen3", qk_layernorm=True),
+    "glm4_moe": Architecture(
+        **SMALL | {"num_layers": 3},
+        **MIXTURE,
+        family="glm4_moe",
+        rotary_percent=0.5,
+        add_qkv_bias=True,
+        first_dense_layers=2,
+        shared_expert_ffn_hidden_size=48,
+        router_score="sigmoid",
+        router_bias=True,
+        routed_scaling_factor=2.5,
+    ),
+    "qwen3_moe": Architecture(
+        **SMALL | MIXTURE, family="qwen3_moe", qk_layernorm=True, first_dense_layers=1, norm_topk_prob=False
+    ),
     "llama": Architecture(**SMALL, family="llama", rope_scaling=RopeScaling(factor=32.0), tied_embeddings=True),
 }
 
@@ -63,7 +79,9 @@ def test_the_directory_is_a_model(family: str, tmp_path: Path) -> None:
     expected = dict(model.state_dict())
     if shape.tied_embeddings:
         del expected["lm_head.weight"]
-    assert {name: reader.get(name).shape for name in reader.names()} == {k: v.shape for k, v in expected.items()}
+    # that a layer's experts have these names in files, loading shows below
+    expected = dict(own for name, tensor in expected.items() for own in tool.in_file(name, tensor.shape))
+    assert {name: reader.get(name).shape for name in reader.names()} == expected
     assert reader.dtypes() == {torch.bfloat16}
 
     table = weight_table(shape)
