@@ -150,6 +150,15 @@ class Experts(SequentialMLP):
     An expert without a token runs all the same: its weights get a gradient, of zeros.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+            # Megatron gives experts a group of their own for their gradients with expert parallelism alone; without
+            # it, it would sum them over ranks that hold other parts of an expert, or leave copies of one apart
+            for parameter in self.parameters():
+                parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:

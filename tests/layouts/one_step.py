@@ -85,7 +85,7 @@ def plain_step(rank: int, world_size: int, init_method: str, args: Args, draw: D
         batch = samples(draw, attempt)
         batch = other_log_probs(draw, attempt, trainer.log_probs(batch), batch)
         trainer._loss = watch.losses(trainer._loss)
-        for chunk in chunks(trainer):
+        for chunk in [*trainer.model, *(trainer.critic.model if trainer.critic else ())]:
             watch.routers(chunk)
         metrics = trainer.train(0, batch)
         near = watch.near(batch)
@@ -109,12 +109,6 @@ def cut_step(
             trainer.close()
 
 
-def chunks(trainer: Trainer) -> tuple[Any, ...]:
-    """The wrapped modules of this rank: one, or one a virtual stage."""
-    model: Any = trainer.model
-    return (model,) if isinstance(model, torch.nn.Module) else tuple(model)
-
-
 def _outcome(trainer: Trainer, metrics: dict[str, float]) -> Outcome:
     weights = _gathered(trainer)
     digest = hashlib.sha256(b"".join(values.tobytes() for values in weights.values())).hexdigest()
@@ -134,7 +128,8 @@ def _gathered(trainer: Trainer) -> Arrays:
 
 def _complete_gradients(trainer: Trainer) -> None:
     """A distributed optimizer leaves each rank the sums of its own shard of every bucket: bring all together."""
-    for chunk in chunks(trainer):
+    for wrapped in trainer.model:
+        chunk: Any = wrapped
         if not chunk.ddp_config.use_distributed_optimizer:
             continue
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
