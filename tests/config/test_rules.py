@@ -105,6 +105,26 @@ def test_the_base_passes(run: Run) -> None:
         ("--use-tis --tis-clip 0.9", "--tis-clip 0.9: 1 is beyond the clips"),
         ("--use-tis --tis-clip-low 1.1", "--tis-clip-low 1.1: 1 is beyond the clips"),
         ("--lr-decay-style WSD", "--lr-decay-style WSD: has no length of its decay; add --lr-wsd-decay-iters"),
+        (
+            "--num-rollout 9 --lr-decay-style WSD --lr-wsd-decay-iters 8 --lr-warmup-iters 2",
+            "--lr-wsd-decay-iters 8: the decay that ends at optimizer step 9 would begin within the warm-up",
+        ),
+        ("--lr-decay-style linear --lr 1e-6 --min-lr 1e-5", "--min-lr 1e-05: the decay would end above --lr 1e-06"),
+        ("--lr-warmup-fraction 0.1 --lr-warmup-iters 2", "--lr-warmup-fraction 0.1: stands beside --lr-warmup-iters 2"),
+        (
+            "--lr-warmup-iters 2 --lr 1e-6 --lr-warmup-init 1e-5",
+            "--lr-warmup-init 1e-05: the warm-up would begin above --lr 1e-06",
+        ),
+        ("--start-weight-decay 0.1", "--start-weight-decay 0.1: --weight-decay-incr-style constant keeps"),
+        ("--weight-decay-incr-style linear", "--weight-decay-incr-style linear: says neither from where nor to where"),
+        (
+            "--weight-decay-incr-style cosine --start-weight-decay 0.2 --end-weight-decay 0.1",
+            "--start-weight-decay 0.2: greater than --end-weight-decay 0.1",
+        ),
+        (
+            "--use-checkpoint-opt-param-scheduler --override-opt-param-scheduler",
+            "--use-checkpoint-opt-param-scheduler: stands beside --override-opt-param-scheduler",
+        ),
     ],
 )
 def test_one_error(run: Run, words: str, message: str) -> None:
