@@ -14,7 +14,7 @@ from tests.layouts.one_step import Pair, run_cut, run_pair, run_plain
 pytestmark = pytest.mark.dist
 
 SHORT = ((24, 2), (38, 2), (102, 2), (103, 4), (104, 4), (105, 4))
-"""Seeds, and processes. In the first two experts are cut otherwise than the layers around them, and by tensors alone."""
+"""Seeds, and processes. In the first two experts are cut by tensors otherwise than the layers around them."""
 
 
 @pytest.fixture(scope="module")
