@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -70,7 +70,57 @@ CP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP2, selective recompute": (2, {**CP2, "recompute_granularity": "selective"}),
 }
 """Those that one family stands for."""
-ALL = {**LAYOUTS, **CP_LAYOUTS}
+VPP2: dict[str, Any] = {
+    "pipeline_model_parallel_size": 2,
+    "num_layers_per_virtual_pipeline_stage": 1,
+    "max_tokens_per_gpu": 40,
+}
+VIRTUAL, SHARDED_VIRTUAL = "PP2 x VPP2", "PP2 x VPP2, distributed optimizer"
+VPP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    VIRTUAL: (2, VPP2),
+    SHARDED_VIRTUAL: (2, {**VPP2, "use_distributed_optimizer": True}),
+    "PP2 x VPP2, groups of 3": (
+        2,
+        # each sample is a pack, and there are 8 of them: they have to be filled up by an empty one
+        {**VPP2, "max_tokens_per_gpu": 8, "megatron_extra": {"microbatch_group_size_per_vp_stage": 3}},
+    ),
+    "TP2 x PP2 x VPP2, distributed optimizer, recompute": (
+        4,
+        {
+            **VPP2,
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "use_distributed_optimizer": True,
+            **RECOMPUTE,
+        },
+    ),
+    "PP2 x VPP2 x CP2, selective recompute": (
+        4,
+        {**VPP2, "context_parallel_size": 2, "max_tokens_per_gpu": 20, "recompute_granularity": "selective"},
+    ),
+    "PP2 x VPP2 x DP2, distributed optimizer, reduced on the way": (
+        4,
+        {**VPP2, "use_distributed_optimizer": True, "megatron_extra": {"overlap_grad_reduce": True}},
+    ),
+}
+"""Of a model of four layers."""
+UNEVEN_VPP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "PP2 x VPP2, fewer layers on the last": (
+        2,
+        {
+            "pipeline_model_parallel_size": 2,
+            "num_virtual_stages_per_pipeline_rank": 2,
+            "decoder_last_pipeline_num_layers": 2,
+            "max_tokens_per_gpu": 40,
+        },
+    ),
+    "PP3 x VPP2, no overlap": (
+        3,
+        {**VPP2, "pipeline_model_parallel_size": 3, "megatron_extra": {"overlap_p2p_comm": False}},
+    ),
+}
+"""Of one of six."""
+ALL = {**LAYOUTS, **CP_LAYOUTS, **VPP_LAYOUTS, **UNEVEN_VPP_LAYOUTS}
 
 TOLERANCE = 1e-5
 STEP_TOLERANCE = 1e-3
@@ -173,8 +223,8 @@ class Found:
     log_probs: np.ndarray
     metrics: dict[str, float]
     weights: Arrays
-    num_layers: int
-    """Of this rank's stage."""
+    layers: list[list[int]]
+    """Numbers of the layers of each part of the model that this rank holds."""
     tied: list[Tensor]
     """This rank's rows of the embedding and of a tied output layer, where it has them."""
 
@@ -206,9 +256,20 @@ class _Shifted(Trainer):
     """A bug: each stage takes itself for another one when it names its layers."""
 
     def load(self) -> Any:
-        layers: Any = unwrap(self.model[0]).decoder.layers
-        for layer in layers:
-            layer.layer_number = self._shape.num_layers + 1 - layer.layer_number
+        for chunk in self.model:
+            layers: Any = unwrap(chunk).decoder.layers
+            for layer in layers:
+                layer.layer_number = self._shape.num_layers + 1 - layer.layer_number
+        return super().load()
+
+
+class _Swapped(Trainer):
+    """A bug: the parts of the model on each stage are taken for each other."""
+
+    def load(self) -> Any:
+        first, second = ([*cast(Any, unwrap(chunk)).decoder.layers] for chunk in self.model)
+        for one, other in zip(first, second, strict=True):
+            one.layer_number, other.layer_number = other.layer_number, one.layer_number
         return super().load()
 
 
@@ -244,7 +305,7 @@ def _from_nought() -> AbstractContextManager[Any]:
     return patch("slime.megatron.microbatch.pack_sequences", sequences)
 
 
-TRAINERS: dict[str | None, type[Trainer]] = {"shifted": _Shifted, "neighbour": _Neighbour}
+TRAINERS: dict[str | None, type[Trainer]] = {"shifted": _Shifted, "swapped": _Swapped, "neighbour": _Neighbour}
 BUGS: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
     "unshared": _unshared,
     "unsummed": _unsummed,
@@ -265,17 +326,20 @@ def _one_step(rank: int, world_size: int, init_method: str, args: Args, export: 
             metrics = trainer.train(0, batch)
         if args.save is not None:
             trainer.save(0, {})
-        core = unwrap(trainer.model[0])
-        return Found(names, log_probs, metrics, runs.weights(trainer), len(core.decoder.layers), _tied(trainer))
+        parts: list[Any] = [unwrap(chunk).decoder.layers for chunk in trainer.model]
+        layers = [[layer.layer_number for layer in part] for part in parts]
+        return Found(names, log_probs, metrics, runs.weights(trainer), layers, _tied(trainer))
     finally:
         trainer.close()
 
 
 def _tied(trainer: Trainer) -> list[Tensor]:
-    core = unwrap(trainer.model[0])
-    if not core.share_embeddings_and_output_weights or not (core.pre_process or core.post_process):
-        return []
-    return [core.shared_embedding_or_output_weight().detach().clone()]
+    cores = [core for core in map(unwrap, trainer.model) if core.pre_process or core.post_process]
+    return [
+        core.shared_embedding_or_output_weight().detach().clone()
+        for core in cores
+        if core.share_embeddings_and_output_weights
+    ]
 
 
 def _run(workers: WorkerPool, args: Args, layout: str, tmp_path: Path, bug: str | None = None) -> Found:
@@ -321,6 +385,25 @@ def test_one_step(family: str, layout: str, workers: WorkerPool, models: Any, tm
     assert _same_bits(tmp_path / "export", models(family)[0])
 
 
+@pytest.mark.parametrize(
+    ("family", "num_layers", "layout"),
+    [("glm4", 4, layout) for layout in VPP_LAYOUTS]
+    + [(TIED, 4, VIRTUAL)]
+    + [(TIED, 6, layout) for layout in UNEVEN_VPP_LAYOUTS],
+)
+def test_virtual_stages(
+    family: str, num_layers: int, layout: str, workers: WorkerPool, models: Any, tmp_path: Path
+) -> None:
+    found = _run(workers, _args(models, family, layout, num_layers=num_layers), layout, tmp_path)
+    misses = _misses(found, _expected(family, num_layers))
+    print(family, layout, {k: round(v, 3) for k, v in misses.items()})
+    assert max(misses.values()) <= 1, misses
+    assert _same_bits(tmp_path / "export", models(family, num_layers)[0])
+    assert found.layers == ([[1], [3]] if num_layers == 4 else [[1, 2], [4, 5]] if "fewer" in layout else [[1], [4]])
+    group = 3 if "groups" in layout or "PP3" in layout else 2
+    assert found.metrics["train/num_micro_batches"] % group == 0
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "PP2" in name])
 def test_both_copies_of_a_tied_embedding_stay_one(
@@ -349,6 +432,10 @@ def test_controls(workers: WorkerPool, models: Any, tmp_path: Path) -> None:
     assert wrong == {"loss", "norm", "weights", "move"}
     wrong, _ = misses(clip_grad=1.0)
     assert wrong == {"weights", "move"}
+    found = _run(workers, _args(models, TIED, VIRTUAL, num_layers=4), VIRTUAL, tmp_path, "swapped")
+    wrong = {name for name, miss in _misses(found, _expected(TIED, 4)).items() if miss > 1}
+    assert wrong == {"log-probs", "loss", "norm", "weights", "move"}
+    assert _same_bits(tmp_path / "export", models(TIED, 4)[0])
     cut = "CP2, distributed optimizer"
     wrong, _ = misses("unsummed", cut)
     assert wrong == {"norm", "weights", "move"}
@@ -361,7 +448,7 @@ def test_controls(workers: WorkerPool, models: Any, tmp_path: Path) -> None:
 def test_uneven_stages(last: int, workers: WorkerPool, models: Any, tmp_path: Path) -> None:
     args = _args(models, TIED, "PP2", num_layers=3, decoder_last_pipeline_num_layers=last)
     found = workers.run(2, _one_step, args, tmp_path / "export")
-    assert [stage.num_layers for stage in found] == [3 - last, last]
+    assert [[len(part) for part in stage.layers] for stage in found] == [[3 - last], [last]]
     misses = _misses(found[0], _expected(TIED, num_layers=3))
     assert max(misses.values()) <= 1, misses
     assert _same_bits(tmp_path / "export", models(TIED, 3)[0])
@@ -370,7 +457,7 @@ def test_uneven_stages(last: int, workers: WorkerPool, models: Any, tmp_path: Pa
 def test_one_stage_is_the_whole_model(workers: WorkerPool, models: Any, tmp_path: Path) -> None:
     """Megatron alone would build the last stage's layers and no others."""
     args = _args(models, TIED, SINGLE, num_layers=3, decoder_last_pipeline_num_layers=1)
-    assert workers.run(1, _one_step, args, tmp_path / "export")[0].num_layers == 3
+    assert workers.run(1, _one_step, args, tmp_path / "export")[0].layers == [[1, 2, 3]]
 
 
 def _second_steps(
@@ -388,29 +475,41 @@ def _second_steps(
             load_checkpoint(checkpoint, model=trainer.model, optimizer=trainer.optimizer if with_optimizer else None)
             log_probs = trainer.log_probs(batch)
             metrics = trainer.train(1, batch)
-            found[name] = Found([], log_probs, metrics, runs.weights(trainer), 0, _tied(trainer))
+            found[name] = Found([], log_probs, metrics, runs.weights(trainer), [], _tied(trainer))
         return found
     finally:
         trainer.close()
 
 
+@pytest.mark.parametrize(
+    ("layouts", "num_layers"),
+    [
+        (tuple(LAYOUTS), 2),
+        ((SINGLE, "PP2 x DP2, distributed optimizer", VIRTUAL, SHARDED_VIRTUAL), 4),
+    ],
+    ids=["all", "virtual stages"],
+)
 def test_every_layout_goes_on_from_every_other(
-    workers: WorkerPool, models: Any, tmp_path_factory: pytest.TempPathFactory
+    layouts: tuple[str, ...], num_layers: int, workers: WorkerPool, models: Any, tmp_path_factory: Any
 ) -> None:
     """Saved after the first step, loaded, and the second step taken: with the optimizer's state, or it is noticed."""
     family = TIED
     root = tmp_path_factory.mktemp("saved")
-    saved = {layout: str(root / layout) for layout in LAYOUTS}
+    saved = {layout: str(root / layout) for layout in layouts}
+
+    def args_of(layout: str, **flags: Any) -> Args:
+        return _args(models, family, layout, num_layers=num_layers, **flags)
+
     for layout, path in saved.items():
-        workers.run(ALL[layout][0], _one_step, _args(models, family, layout, save=path), root / "export")
-    expected = _expected(family).weights[1]
+        workers.run(ALL[layout][0], _one_step, args_of(layout, save=path), root / "export")
+    expected = _expected(family, num_layers).weights[1]
     log_probs: list[np.ndarray] = []
-    for layout, (ranks, _) in LAYOUTS.items():
-        for found in workers.run(ranks, _second_steps, _args(models, family, layout), saved, True):
+    for layout in layouts:
+        for found in workers.run(ALL[layout][0], _second_steps, args_of(layout), saved, True):
             for source, after in found.items():
                 log_probs.append(after.log_probs)
                 assert difference({"": after.log_probs}, {"": log_probs[0]}) <= TOLERANCE, (source, layout)
                 assert difference(after.weights, expected) <= TOLERANCE, (source, layout)
-    for layout in (SINGLE, "PP2"):  # controls: other moments, no moments
-        found = workers.run(ALL[layout][0], _second_steps, _args(models, family, layout), saved, False)[0]
+    for layout in (layouts[0], layouts[2]):  # controls: other moments, no moments
+        found = workers.run(ALL[layout][0], _second_steps, args_of(layout), saved, False)[0]
         assert all(difference(after.weights, expected) > 10 * TOLERANCE for after in found.values())
