@@ -69,7 +69,7 @@ TABLE = {
 }
 """Every script of a published model, as that model's config.json has it."""
 MIXTURES = ("glm4.5-106B-A12B", "qwen3-30B-A3B")
-"""Those of tests/config/test_experts.py."""
+"""Those of tests/config/test_expert_rules.py."""
 CONFIGS = {"glm4": "Glm4Config", "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
 
 
