@@ -31,7 +31,7 @@ def by_the_paper(
 
 
 def made_up(seed: int, lengths: tuple[int, ...] = (5, 1, 9, 3)) -> RolloutRewards:
-    """One sample each of several lengths; tokens left out in the middle and at the end, a whole sample, a failed one."""
+    """Samples of several lengths: tokens left out in the middle and at the end, a whole sample, a failed one."""
     generator = np.random.default_rng(seed)
     total = sum(lengths)
     mask = (generator.random(total) > 0.3).astype(np.float32)

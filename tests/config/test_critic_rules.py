@@ -23,7 +23,7 @@ def test_a_critic_stands_beside_the_policy_with_ppo_alone(run: Run) -> None:
         ("--critic-load FILE", "is a file, not a directory"),
         ("--critic-load NOWHERE", "there is no such directory"),
         ("--lr-decay-style linear --lr-decay-iters 5 --critic-lr-warmup-iters 5", "the warm-up has to end before"),
-        ("--lr-decay-style linear --num-critic-only-steps 3 --num-rollout 4 --lr-warmup-iters 2", "at optimizer step 1"),
+        ("--lr-decay-style linear --num-critic-only-steps 3 --num-rollout 4 --lr-warmup-iters 2", "optimizer step 1"),
     ],
 )
 def test_errors(run: Run, words: str, message: str) -> None:
