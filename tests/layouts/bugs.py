@@ -84,7 +84,10 @@ def exercises(bug: str, draw: Draw) -> bool:
     """Whether a draw goes where the bug is."""
     dimensions = draw.dimensions()
     return {
-        "own denominator": dimensions["DP"] != "1" or dimensions["CP"] != "1",
+        # ranks with equally many samples have the same denominator: with tokens, and some masked, they have not
+        "own denominator": (dimensions["DP"] != "1" or dimensions["CP"] != "1")
+        and dimensions["loss"] == "of tokens"
+        and dimensions["masked"] == "some",
         "shifted mask": dimensions["masked"] != "none",
         "contiguous slice": dimensions["CP"] != "1",
     }[bug]
