@@ -3,6 +3,7 @@
 # make bench           against what one would take instead, into docs/PERFORMANCE.md; or one: make bench-engine,
 #                      bench-trainer, bench-packing, bench-rollout, bench-loop (which makes TRL an environment of its
 #                      own in .venv-trl)
+# make bench-estimators   the demo's task learned with every estimator, into docs/ALGORITHMS.md (after make demo)
 # make test            the tests        make check    lint, format and types
 # make test-kill       a run killed at 30 random points of its life ends as the unbroken one (some: make test-kill KILLS=2)
 # make test-layouts    one step of 300 drawn models, algorithms and layouts is that of one process (some: DRAWS=20)
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.installed
 TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 
-.PHONY: install demo demo-control bench bench-engine bench-trainer bench-packing bench-rollout bench-loop test test-kill test-layouts test-chaos test-gpu check
+.PHONY: install demo demo-control bench bench-engine bench-estimators bench-trainer bench-packing bench-rollout bench-loop test test-kill test-layouts test-chaos test-gpu check
 
 install: $(STAMP)
 
@@ -57,6 +58,10 @@ bench-packing: $(STAMP)
 
 bench-rollout: $(STAMP)
 	$(BIN)/python -W ignore -m bench.rollout_schedule
+
+bench-estimators: $(STAMP)
+	$(BIN)/python -W ignore -m bench.estimators
+	$(BIN)/python -m bench.report
 
 bench-loop: $(STAMP) $(TRL_STAMP)
 	$(BIN)/python -W ignore -m bench.loop --trl-python $(abspath $(TRL_VENV))/bin/python

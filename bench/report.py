@@ -1,8 +1,8 @@
-"""Put the tables of outputs/bench/*.json into docs/PERFORMANCE.md, each between its markers.
+"""Put the tables of outputs/bench/*.json into docs/PERFORMANCE.md and docs/ALGORITHMS.md, each between its markers.
 
     python -m bench.report            (the last step of make bench)
 
-Path: `engine`, `trainer` and `loop` have written the results. Invariant: figures on the page come from files that a
+Path: the other modules have written the results. Invariant: figures on a page come from files that a
 benchmark wrote, with the command, the versions and the machine of that run; what was not run stays as it stands.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.common import OUTPUTS, ROOT, Goal, Table
 
-PAGE = ROOT / "docs" / "PERFORMANCE.md"
+PAGES = (ROOT / "docs" / "PERFORMANCE.md", ROOT / "docs" / "ALGORITHMS.md")
 BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end measured -->)", re.DOTALL)
 
 
@@ -51,10 +51,11 @@ def main() -> None:
     results = read_results(OUTPUTS)
     if not results:
         sys.exit(f"{OUTPUTS} holds no results: run `make bench` first")
-    text = PAGE.read_text(encoding="utf-8")
-    known = {match[2] for match in BLOCK.finditer(text)}
-    PAGE.write_text(filled(text, results), encoding="utf-8")
-    print(f"{PAGE}: {', '.join(name for name in results if name in known)}")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        known = {match[2] for match in BLOCK.finditer(text)}
+        page.write_text(filled(text, results), encoding="utf-8")
+        print(f"{page}: {', '.join(name for name in results if name in known)}")
 
 
 if __name__ == "__main__":

@@ -133,8 +133,7 @@ class Cluster:
         """Generate, judge and collect; returns a reference to the TrainBatch, which stays in Ray's object store."""
         with self._clock.inner() as seconds:
             this = self._begin_generation(rollout_id)
-            phase = f"rollout {rollout_id}: generation"
-            [metrics] = self._processes.get(phase, [this.report], meanwhile=self._mending.look_after)
+            metrics = self._report_of(this)
             seconds["generation"] = metrics.pop("time/generation", 0.0)
             seconds["reward"] = metrics.pop("time/reward", 0.0)
         self._record |= metrics | self._measure("generation")
@@ -162,10 +161,13 @@ class Cluster:
         """Its metrics, once it is whole."""
         start = time.perf_counter()
         with self._clock.phase("generation"):
-            phase = f"rollout {generation.rollout_id}: generation"
-            [metrics] = self._processes.get(phase, [generation.report], meanwhile=self._mending.look_after)
+            metrics = self._report_of(generation)
         generation.waited += time.perf_counter() - start
         return metrics
+
+    def _report_of(self, generation: _Generation) -> dict[str, float]:
+        phase = f"rollout {generation.rollout_id}: generation"
+        return self._processes.get(phase, [generation.report], meanwhile=self._mending.look_after)[0]
 
     @contextmanager
     def engines_asleep(self) -> Iterator[None]:

@@ -117,7 +117,7 @@ class Mending:
             Fault: with --colocate, where trainers are left waiting for each other.
         """
         asking = self._processes.manager.lost_one_of.remote(list(engines))
-        [lost] = self._processes.get("looking for an engine that was lost", [asking])
+        [lost] = self._processes.get("weight sync: looking for an engine that was lost", [asking])
         if not lost:
             raise error
         if self._processes.colocated:

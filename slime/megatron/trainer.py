@@ -376,8 +376,8 @@ def _loss_of(args: Args) -> Loss:
 
 
 def _over_steps(steps: Sequence[dict[str, float]], kind: str) -> dict[str, float]:
-    """`train/...` of a rollout: the mean over its steps that have it; the largest of `_max`, the last learning rate, and
-    how many steps were left out.
+    """`train/...` of a rollout: the mean over its steps that have it; the largest of `_max`, the last learning rate,
+    and how many steps were left out.
     """
     metrics: dict[str, float] = {}
     for name in dict.fromkeys(name for step in steps for name in step):

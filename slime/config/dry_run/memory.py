@@ -50,7 +50,7 @@ class TrainMemory:
     reference: int
     """The kept copy of the reference model, in host memory; the actor's, for when this one is run, is as large."""
     critic: int
-    """The critic's weights, gradients and optimizer; 0 without one. Its steps come after the policy's, and keep less."""
+    """The critic's weights, gradients and optimizer; 0 without one. Its steps come after the policy's and keep less."""
     activations: int
     """Kept for the backward pass, of all micro-batches in flight."""
     log_probs: int
