@@ -156,11 +156,12 @@ class ExpertPlace:
 
 def expert_place() -> ExpertPlace:
     """For those that are given no Topology."""
+    tensor = _joined(parallel_state.get_expert_tensor_parallel_group())
     return ExpertPlace(
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
-        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
-        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        etp_rank=dist.get_rank(tensor),
+        etp_size=dist.get_world_size(tensor),
         group=_joined(parallel_state.get_expert_tensor_and_model_parallel_group()),
     )
 
