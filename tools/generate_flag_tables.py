@@ -52,7 +52,6 @@ SPELLINGS: dict[str, tuple[list[str], list[str]]] = {
     "average_in_collective": (["--ddp-average-in-collective"], ["--no-ddp-average-in-collective"]),
     "bias_activation_fusion": ([], ["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion"]),
     "bucket_size": (["--ddp-bucket-size"], []),
-    "check_for_nan_in_grad": (["--check-for-nan-in-loss-and-grad"], ["--no-check-for-nan-in-loss-and-grad"]),
     "num_layers_in_first_pipeline_stage": (["--decoder-first-pipeline-num-layers"], []),
     "pad_buckets_for_high_nccl_busbw": (["--ddp-pad-buckets-for-high-nccl-busbw"], []),
     "tp_comm_bulk_dgrad": ([], ["--disable-tp-comm-bulk-dgrad"]),

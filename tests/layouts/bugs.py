@@ -13,6 +13,8 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from slime.core.batch import Array, TrainBatch
 from slime.core.packing import StepPlan
@@ -32,11 +34,12 @@ def own_denominator() -> Patch:
         if not batch.has("loss_weights"):
             return packed
         own = sum(float(each.columns["loss_weights"].sum()) for each in packed)
-        share = own * self.topology.dp_size * self.topology.cp_size
-        if not share:
+        having = torch.tensor(float(own > 0))
+        dist.all_reduce(having, group=self.topology.dp_cp_group)
+        if not own:
             return packed
         return [
-            replace(each, columns={**each.columns, "loss_weights": each.columns["loss_weights"] / share})
+            replace(each, columns={**each.columns, "loss_weights": each.columns["loss_weights"] / (own * having)})
             for each in packed
         ]
 

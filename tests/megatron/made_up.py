@@ -50,6 +50,7 @@ def make_args(save: Path | None, tp: int = 1, **changes: Any) -> Args:
         "lr_decay_iters": 10,
         "clip_grad": 0.0,
         "num_rollout": 10,
+        "num_steps_per_rollout": 1,
     }
     return Args(**{**flags, **changes})
 
