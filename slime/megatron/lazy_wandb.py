@@ -17,9 +17,10 @@ class _LoadedWhenUsed(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         spec = self.__spec__
-        if name.startswith("__") or spec is None or spec.loader is None:
+        if (name.startswith("__") and name != "__path__") or spec is None or spec.loader is None:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         self.__class__ = ModuleType  # pyright: ignore[reportAttributeAccessIssue]
+        self.__path__ = list(spec.submodule_search_locations or ())
         spec.loader.exec_module(self)
         return getattr(self, name)
 
@@ -30,4 +31,5 @@ def load_wandb_when_used() -> None:
     if spec is not None:
         module = importlib.util.module_from_spec(spec)
         module.__class__ = _LoadedWhenUsed
+        del module.__path__  # an import of a submodule asks for it, and has to find the module loaded
         sys.modules["wandb"] = module

@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 
-def test_it_is_loaded_where_it_is_used() -> None:
+
+@pytest.mark.parametrize("use", ["wandb.Table", "from wandb.sdk.internal.datastore import DataStore"])
+def test_it_is_loaded_where_it_is_used(use: str) -> None:
     program = (
         "import sys, slime.megatron.build; assert 'wandb.sdk' not in sys.modules; "
-        "import wandb; assert 'wandb.sdk' not in sys.modules; wandb.Table; assert 'wandb.sdk' in sys.modules; "
-        "from wandb.sdk.lib import runid; print(runid.generate_id(), wandb.__version__)"
+        f"import wandb; assert 'wandb.sdk' not in sys.modules; {use}; assert 'wandb.sdk' in sys.modules; "
+        "from wandb.sdk.lib import runid; print(runid.generate_id(), wandb.teardown.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
