@@ -87,8 +87,9 @@ def exercises(bug: str, draw: Draw) -> bool:
     """Whether a draw goes where the bug is."""
     dimensions = draw.dimensions()
     return {
-        # ranks with equally many samples have the same denominator: with tokens, and some masked, they have not
-        "own denominator": (dimensions["DP"] != "1" or dimensions["CP"] != "1")
+        # ranks with equally many samples, or halves of one, have the same denominator; of masked tokens they have not
+        "own denominator": dimensions["DP"] != "1"
+        and dimensions["CP"] == "1"
         and dimensions["loss"] == "of tokens"
         and dimensions["masked"] == "some",
         "shifted mask": dimensions["masked"] != "none",
