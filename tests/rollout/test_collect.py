@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -235,16 +234,18 @@ def test_partial_rollout_as_the_page_has_it(
 
 
 def test_nothing_kept_ends_the_run(run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    args = _args(data_file(_rows(5)), dynamic_sampling_filter_path="rewards_for_tests.drop_all", max_empty_waves=3)
+    args = _args(
+        data_file(_rows(5)),
+        dynamic_sampling_filter_path="rewards_for_tests.drop_all",
+        max_empty_waves=3,
+        deterministic=True,  # settled in order: else groups of a fourth wave may be done before the last of the third
+    )
 
     async def work(context: RolloutContext) -> None:
         await generate_rollout(args, 7, DataBuffer(args, tokenizer), context)
 
-    with pytest.raises(RuntimeError, match=r"rollout 7: nothing was kept in 3 waves of 4 prompts") as raised:
+    with pytest.raises(RuntimeError, match=r"rollout 7: nothing was kept in 3 waves of 4 prompts.*12 by too_easy"):
         run_with_engines(args, work)
-    dropped = re.search(r"dropped: (\d+) by too_easy", str(raised.value))
-    assert dropped is not None
-    assert 12 <= int(dropped[1]) <= 16, "three waves, and what of a fourth was done at the same moment"
 
 
 def test_failed_generation_costs_its_group_and_a_wave_of_it_the_run(
