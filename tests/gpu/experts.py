@@ -84,7 +84,7 @@ def gradients_of_a_step(family: str, folder: str) -> dict[str, np.ndarray]:
         trainer.train(0, batch)
         found: dict[str, np.ndarray] = {}
         for name, parameter in named_parameters(trainer.model):
-            main: Any = parameter
+            main: Any = parameter  # Megatron's buffer hangs its gradients there
             found[name] = main.main_grad.float().cpu().numpy().copy()
         return found
     finally:
