@@ -29,6 +29,8 @@ class EstimatorFacts:
     """Over the whole rollout, without --normalize-advantages."""
     needs_values: bool = False
     """A critic's, of every token."""
+    distills: bool = False
+    """Its advantages are of a teacher's log-probs; it reads no reward."""
 
 
 ESTIMATOR_FACTS: Mapping[str, EstimatorFacts] = {
@@ -39,5 +41,6 @@ ESTIMATOR_FACTS: Mapping[str, EstimatorFacts] = {
     "reinforce_plus_plus": EstimatorFacts(compares_group=False, discounts=True, whitens=True),
     "reinforce_plus_plus_baseline": EstimatorFacts(discounts=True, whitens=True),
     "ppo": EstimatorFacts(compares_group=False, discounts=True, needs_values=True),
+    "on_policy_distillation": EstimatorFacts(compares_group=False, distills=True),
 }
 """Every value of --advantage-estimator."""

@@ -30,6 +30,7 @@ from slime.engine.launch import ManagedProcess, find_free_port, launch_router
 from slime.engine.membership import Membership, external_router_url
 from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.observability.logs import collected_warnings, log_to_file
+from slime.rollout.acceptance import mask_truncated
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.evaluate import Evaluator
 from slime.rollout.in_flight import TrackedSource
@@ -221,6 +222,7 @@ class RolloutManager:
 
     def _to_batch(self, samples: list[Sample]) -> TrainBatch:
         args = self._args
+        mask_truncated(args, samples)
         if args.custom_convert_samples_to_train_data_path is not None:
             path = args.custom_convert_samples_to_train_data_path
             return load_hook("custom_convert_samples_to_train_data_path", path)(args, samples)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slime.algo.estimators import ESTIMATOR_FACTS
+from slime.config.flags.algo_options import AlgoOptions
 from slime.config.flags.critic_options import CriticOptions
 from slime.config.flags.megatron_options import (
     ArchitectureOptions,
@@ -15,7 +16,6 @@ from slime.config.flags.megatron_options import (
     ParallelOptions,
 )
 from slime.config.flags.options import (
-    AlgoOptions,
     CheckpointOptions,
     ClusterOptions,
     DebugOptions,
@@ -98,7 +98,18 @@ class Args(
     def needs_reference(self) -> bool:
         """Whether the reference model is run at all."""
         has_kl = (self.use_kl_loss and self.kl_loss_coef > 0) or self.kl_coef > 0 or self.log_ref_kl
-        return self.loss_type != "sft_loss" and has_kl
+        return self.distills or (self.loss_type != "sft_loss" and has_kl)
+
+    @property
+    def distills(self) -> bool:
+        """Whether the policy learns from a teacher's log-probs instead of rewards."""
+        estimates = self.loss_type != "sft_loss" and self.custom_advantage_function_path is None
+        return estimates and ESTIMATOR_FACTS[self.advantage_estimator].distills
+
+    @property
+    def needs_kl_first(self) -> bool:
+        """Whether advantages are made of a KL to the reference, which has to be known before the first step."""
+        return self.distills or (self.loss_type != "sft_loss" and self.kl_coef > 0)
 
     @property
     def uses_critic(self) -> bool:

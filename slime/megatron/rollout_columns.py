@@ -16,6 +16,7 @@ import torch
 from slime.algo.advantages import ESTIMATORS, AdvantageOptions, RolloutRewards, counted_rows
 from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.algo.losses import LossOptions
+from slime.algo.overlong import overlong_penalties
 from slime.algo.reducers import loss_weights, whiten
 from slime.config.args import Args
 from slime.core.batch import Array, TrainBatch
@@ -49,23 +50,46 @@ def counted_rows_of(args: Args, batch: TrainBatch) -> Array:
     return counted_rows(torch.from_numpy(rewards_N), groups_N, compares_group=args.compares_group).numpy()
 
 
-def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> TrainBatch:
+def _shape_rewards(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[TrainBatch, dict[str, float]]:
+    """The batch with --overlong-buffer-len's penalty in its rewards, and its metrics; as it is without the flag."""
+    if args.overlong_buffer_len is None or args.loss_type == "sft_loss" or args.distills:
+        return batch, {}
+    penalties_N = overlong_penalties(
+        torch.from_numpy(batch.response_lengths_N),
+        max_length=args.rollout_max_response_len,
+        buffer=args.overlong_buffer_len,
+        factor=args.overlong_penalty_factor,
+    ).numpy()
+    counted = penalties_N[counted_N]
+    metrics: dict[str, float] = {}
+    if len(counted):
+        metrics = {"train/overlong_penalty": counted.mean(), "train/overlong_samples": (counted < 0).mean()}
+    return batch.with_column("rewards", batch.columns["rewards"] + penalties_N), metrics
+
+
+def _distillation_metrics(args: Args, batch: TrainBatch, counted_N: Array) -> dict[str, float]:
+    """How far the student is from its teacher, before the rollout's first step; nothing without one."""
+    mask_R = (batch.columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
+    if not args.distills or not mask_R.any():
+        return {}
+    kl_R = batch.columns["log_probs"].astype(np.float64) - batch.columns["ref_log_probs"]
+    return {"train/teacher_kl": float(kl_R[mask_R].mean())}
+
+
+def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[TrainBatch, dict[str, float]]:
     """The `advantages` column, by the estimator or the user's hook; where there are `values`, `returns` too.
+
+    What --overlong-buffer-len takes from a reward is taken here, before either. Metrics are of that, and of a teacher.
 
     Raises:
         ValueError: a hook's result of another length.
     """
     num_responses = int(batch.response_lengths_N.sum())
     if args.loss_type == "sft_loss":
-        return batch.with_column("advantages", np.zeros(num_responses))
+        return batch.with_column("advantages", np.zeros(num_responses)), {}
+    batch, metrics = _shape_rewards(args, batch, counted_N)
     if args.custom_advantage_function_path is not None:
-        hook = load_hook("custom_advantage_function_path", args.custom_advantage_function_path)
-        advantages_R = np.asarray(hook(args, batch))
-        if advantages_R.shape != (num_responses,):
-            raise ValueError(
-                f"--custom-advantage-function-path {args.custom_advantage_function_path} returned shape "
-                f"{advantages_R.shape}; it has to return one advantage a response token, ({num_responses},)"
-            )
+        advantages_R = _by_hook(args, args.custom_advantage_function_path, batch)
     else:
         options = AdvantageOptions(
             normalize_std=not args.disable_grpo_std_normalization,
@@ -80,13 +104,24 @@ def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> TrainBatc
         mask_R = batch.columns["loss_mask"] * np.repeat(counted_N, batch.response_lengths_N)
         whitened_R = whiten(torch.from_numpy(advantages_R), torch.from_numpy(mask_R))
         advantages_R = whitened_R.numpy()
-    return batch.with_column("advantages", advantages_R)
+    return batch.with_column("advantages", advantages_R), metrics | _distillation_metrics(args, batch, counted_N)
+
+
+def _by_hook(args: Args, path: str, batch: TrainBatch) -> Array:
+    advantages_R = np.asarray(load_hook("custom_advantage_function_path", path)(args, batch))
+    num_responses = int(batch.response_lengths_N.sum())
+    if advantages_R.shape != (num_responses,):
+        raise ValueError(
+            f"--custom-advantage-function-path {path} returned shape {advantages_R.shape}; it has to return one "
+            f"advantage a response token, ({num_responses},)"
+        )
+    return advantages_R
 
 
 def _rewards_of(args: Args, batch: TrainBatch, counted_N: Array) -> RolloutRewards:
-    """Log-probs of old and reference policy are there where --kl-coef asks for them."""
+    """Log-probs of old and reference policy are there where --kl-coef or a teacher asks for them."""
     kl_R = None
-    if args.kl_coef:
+    if args.needs_kl_first:
         kl_R = torch.from_numpy(batch.columns["log_probs"] - batch.columns["ref_log_probs"])
     return RolloutRewards(
         rewards_N=torch.from_numpy(batch.columns["rewards"]),

@@ -43,7 +43,7 @@ from slime.models.hf_files import HFReader
 
 logger = logging.getLogger(__name__)
 
-ASKS_FOR_REFERENCE = "--use-kl-loss with --kl-loss-coef > 0, --kl-coef > 0, or --log-ref-kl"
+ASKS_FOR_REFERENCE = "--use-kl-loss with --kl-loss-coef > 0, --kl-coef > 0, --log-ref-kl, or a teacher"
 
 
 class Trainer:
@@ -110,6 +110,13 @@ class Trainer:
     def _start_from_reference(self) -> LoadResult:
         load = self._args.load
         why = "no --load" if load is None else f"--load {load} has no checkpoint"
+        if self._args.distills:  # the reference is the teacher
+            why = f"{why}: the student starts from --hf-checkpoint"
+            reference = find_checkpoint(self._args.hf_checkpoint)
+            if reference is None:
+                raise ValueError(f"{why}, and --hf-checkpoint {self._args.hf_checkpoint} has no weights; name a model")
+            self._load_weights(reference)
+            return LoadResult(0, None, f"{reference.path} ({why})")
         reference = self._find_reference(why)
         self._load_weights(reference)
         if self.critic is not None:
@@ -210,7 +217,7 @@ class Trainer:
         batch, offpolicy_metrics = add_offpolicy(args, routes.for_actor(args, batch), counted_N, version)
         plans = self.plan(batch, steps_per_rollout(args))
         # with one step the old policy is the current one, but a KL in the reward has to be known before the step
-        if args.loss_type != "sft_loss" and (len(plans) > 1 or args.kl_coef > 0):
+        if args.loss_type != "sft_loss" and (len(plans) > 1 or args.needs_kl_first):
             batch = batch.with_column("log_probs", self._forward(batch, plans))
         if self.needs_reference:
             with self._snapshots.holding("ref"):
@@ -220,13 +227,13 @@ class Trainer:
             batch = batch.with_column("values", values_R)
         where = f"rollout {rollout_id}"
         check_columns(where, batch, counted_N)  # whitening would spread over all what one token has
-        batch = add_advantages(args, batch, counted_N)
+        batch, advantage_metrics = add_advantages(args, batch, counted_N)
         check_columns(where, batch, counted_N, ["advantages"])
         batch, sums = add_loss_weights(args, batch, counted_N, [plan.rows for plan in plans])
         train_start = time.perf_counter()
         metrics = self._take_steps(rollout_id, batch, plans, sums)
         end = time.perf_counter()
-        metrics |= self._plan_metrics(batch, plans) | offpolicy_metrics
+        metrics |= self._plan_metrics(batch, plans) | offpolicy_metrics | advantage_metrics
         if self.critic is not None:
             metrics |= {f"critic/{name}": value for name, value in rollout_metrics(batch, counted_N).items()}
         metrics["train/dropped_samples"] = float((~counted_N).sum())

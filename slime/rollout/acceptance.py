@@ -78,3 +78,15 @@ def post_process(args: Args, samples: list[Sample]) -> None:
             if sample.reward is not None:
                 sample.metadata["raw_reward"] = sample.reward
                 sample.reward = float(reward) if args.reward_key is None else {args.reward_key: float(reward)}
+
+
+def mask_truncated(args: Args, samples: list[Sample]) -> None:
+    """In place, --mask-truncated-samples: what was cut off at its limit is in no loss and no denominator.
+
+    DAPO's overlong filtering (arXiv:2503.14476, section 3.4). Their rewards stay, and with them the group's baseline.
+    """
+    if not args.mask_truncated_samples:
+        return
+    for sample in samples:
+        if sample.status is Status.TRUNCATED:
+            sample.loss_mask = [0] * sample.response_length

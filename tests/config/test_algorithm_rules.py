@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
-from config_run import Run
+from config_run import Run, write_tokenizer
 
 from slime.algo.estimators import ESTIMATOR_FACTS
 
 
-@pytest.mark.parametrize("name", sorted(ESTIMATOR_FACTS))
+@pytest.mark.parametrize("name", sorted(name for name in ESTIMATOR_FACTS if not ESTIMATOR_FACTS[name].distills))
 def test_one_sample_alone_has_no_baseline(run: Run, name: str) -> None:
     words = ("--dry-run", "--advantage-estimator", name, "--n-samples-per-prompt", "1")
     found = run.errors(*words)
@@ -28,6 +30,8 @@ def test_one_sample_alone_has_no_baseline(run: Run, name: str) -> None:
         ("--gamma 1.5", "--gamma 1.5:"),
         ("--kl-coef -1", "--kl-coef -1:"),
         ("--eps-clip 1.1", "--eps-clip 1.1:"),
+        ("--rollout-max-response-len 64 --overlong-buffer-len 64", "--overlong-buffer-len 64: --rollout-max-response-"),
+        ("--overlong-buffer-len 8 --overlong-penalty-factor 0", "--overlong-penalty-factor 0:"),
     ],
 )
 def test_refused(run: Run, words: str, error: str) -> None:
@@ -42,7 +46,7 @@ GSPO = "--advantage-estimator gspo"
 @pytest.mark.parametrize(
     ("words", "warning"),
     [
-        ("--gamma 0.9", "--gamma 0.9: no effect: the estimator gives a response one advantage"),
+        ("--gamma 0.9", "--gamma 0.9: no effect: the estimator discounts nothing"),
         ("--advantage-estimator reinforce_plus_plus --lambd 0.9", "--lambd 0.9: no effect: it is GAE's"),
         (
             "--advantage-estimator rloo --disable-grpo-std-normalization",
@@ -59,6 +63,8 @@ GSPO = "--advantage-estimator gspo"
         ),
         (f"{GSPO} --num-steps-per-rollout 2", "--eps-clip 0.2: gspo's ratio is a mean over the response"),
         (f"{GSPO} --calculate-per-token-loss", "--calculate-per-token-loss: gspo counts all responses alike"),
+        ("--overlong-penalty-factor 2", "--overlong-penalty-factor 2: no effect: no response is punished"),
+        ("--loss-type sft_loss --mask-truncated-samples", "--mask-truncated-samples: no effect: --loss-type sft"),
         ("--loss-type sft_loss --advantage-estimator rloo", "--advantage-estimator rloo: no effect: --loss-type sft"),
     ],
 )
@@ -77,6 +83,7 @@ def test_warned(run: Run, words: str, warning: str) -> None:
         "--advantage-estimator reinforce_plus_plus --gamma 0.99 --kl-coef 0.01 --n-samples-per-prompt 1",
         "--advantage-estimator reinforce_plus_plus_baseline --gamma 0.99",
         "--disable-grpo-std-normalization --calculate-per-token-loss",
+        "--overlong-buffer-len 16 --overlong-penalty-factor 0.5 --mask-truncated-samples",
     ],
 )
 def test_runs_without_a_word(run: Run, words: str) -> None:
@@ -86,3 +93,29 @@ def test_runs_without_a_word(run: Run, words: str) -> None:
 def test_a_kl_in_the_reward_needs_its_reference(run: Run) -> None:
     assert run.args("--kl-coef", "0.1").needs_reference
     assert not run.args("--kl-coef", "0").needs_reference
+
+
+DISTILLATION = ("--advantage-estimator", "on_policy_distillation", "--n-samples-per-prompt", "1")
+
+
+def test_a_teacher_is_another_model_with_the_same_tokens(run: Run) -> None:
+    teacher = run.directory / "teacher"
+    shutil.copytree(run.hf, teacher)
+    words = (*DISTILLATION, "--ref-load", str(teacher))
+    assert run.errors(*words) == []
+    assert run.args(*words).needs_reference
+    assert run.warnings(*words, "--kl-coef", "0.1", "--gamma", "0.9") == [
+        "--gamma 0.9: no effect: the estimator discounts nothing; leave it out",
+        "--kl-coef 0.1: no effect: --advantage-estimator on_policy_distillation reads no reward; leave it out",
+    ]
+    itself = run.error(*DISTILLATION, "--ref-load", str(run.hf))
+    assert itself.startswith(f"--ref-load {run.hf}: teacher and student are one model")
+    assert run.args("--ref-load", str(run.hf)).needs_reference is False  # of others it is what it always was
+    write_tokenizer(teacher, largest_id=100)
+    assert run.error(*words).startswith(f"--ref-load {teacher}: its tokenizer is another")
+
+
+def test_a_teacher_has_to_be_named(run: Run) -> None:
+    at = run.base.index("--ref-load")
+    run.base[at : at + 2] = []
+    assert run.error(*DISTILLATION).startswith("--ref-load: not given; the teacher comes from it")

@@ -151,7 +151,7 @@ def _one_step(args: Args, topology: Topology, batch: TrainBatch) -> Found:
     counted_N = counted_rows_of(args, batch)
     if args.use_tis:
         batch = batch.with_column("weighed", batch.columns["loss_mask"] > 0)
-    batch = add_advantages(args, batch, counted_N)
+    batch, _ = add_advantages(args, batch, counted_N)
     [plan] = plan_steps(
         batch.total_lengths_N.tolist(),
         num_steps=1,

@@ -30,13 +30,13 @@ def test_a_sample_without_reward_is_not_counted() -> None:
 
 def test_each_response_token_has_its_samples_advantage() -> None:
     batch = _batch()
-    rows = add_advantages(Args(), batch, counted_rows_of(Args(), batch)).rows("advantages")
+    rows = add_advantages(Args(), batch, counted_rows_of(Args(), batch))[0].rows("advantages")
     assert all(len(row) == length for row, length in zip(rows, batch.response_lengths_N, strict=True))
     std = np.std([1, 0, 0, 1], ddof=1)
     assert rows[0] == pytest.approx(0.5 / std, abs=1e-5) and rows[1] == pytest.approx(-0.5 / std, abs=1e-5)
     assert rows[6] == pytest.approx(-2 / 3 / np.std([1, 1, 0], ddof=1), abs=1e-5)
     assert not rows[7].any()
-    plain = add_advantages(Args(disable_grpo_std_normalization=True), batch, counted_rows_of(Args(), batch))
+    plain, _ = add_advantages(Args(disable_grpo_std_normalization=True), batch, counted_rows_of(Args(), batch))
     assert plain.rows("advantages")[0] == pytest.approx(0.5)
 
 
@@ -44,7 +44,7 @@ def test_whitened_over_the_tokens_that_count() -> None:
     batch = _batch()
     counted = counted_rows_of(Args(), batch)
     args = Args(normalize_advantages=True)
-    advantages = add_advantages(args, batch, counted).columns["advantages"]
+    advantages = add_advantages(args, batch, counted)[0].columns["advantages"]
     counts = batch.columns["loss_mask"] * np.repeat(counted, batch.response_lengths_N) > 0
     assert advantages[counts].mean() == pytest.approx(0, abs=1e-6)
     assert advantages[counts].std() == pytest.approx(1, abs=1e-5)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from slime.algo.advantages.gae import gae
 from slime.algo.advantages.grpo import grpo
+from slime.algo.advantages.on_policy_distillation import on_policy_distillation
 from slime.algo.advantages.reinforce_plus_plus import reinforce_plus_plus
 from slime.algo.advantages.reinforce_plus_plus_baseline import reinforce_plus_plus_baseline
 from slime.algo.advantages.rloo import rloo
@@ -25,4 +26,5 @@ ESTIMATORS: Mapping[str, Estimator] = {
     "reinforce_plus_plus": reinforce_plus_plus,
     "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
     "ppo": gae,
+    "on_policy_distillation": on_policy_distillation,
 }

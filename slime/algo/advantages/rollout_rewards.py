@@ -40,7 +40,7 @@ class RolloutRewards:
     response_lengths_N: Tensor
     loss_mask_R: Tensor
     kl_R: Tensor | None = None
-    """log p_old - log p_ref of each token (k1); None where no KL is in the reward."""
+    """log p_old - log p_ref of each token (k1), where the reward or the advantage has it."""
     values_R: Tensor | None = None
     """The critic's value of the state in which each token was sampled; None without a critic."""
 

@@ -6,7 +6,9 @@ it generates, by the formula that the flags name.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.rules.case import Case
@@ -50,3 +52,38 @@ def surrogate(case: Case) -> Iterable[Problem]:
     if args.calculate_per_token_loss:
         rule = "gspo counts all responses alike, and so each by its length"
         yield case.warning("calculate_per_token_loss", rule, "leave it out", beside=["advantage_estimator"])
+
+
+def overlong(case: Case) -> Iterable[Problem]:
+    args = case.args
+    buffer = args.overlong_buffer_len
+    if buffer is not None and case.trains_policy and buffer >= args.rollout_max_response_len:
+        rule = f"--rollout-max-response-len is {args.rollout_max_response_len}: every response would be punished"
+        yield case.error("overlong_buffer_len", rule, "lower it", beside=["rollout_max_response_len"])
+
+
+def teacher(case: Case) -> Iterable[Problem]:
+    """Another model than the student, which spells its tokens alike."""
+    args = case.args
+    if not args.distills or args.debug_rollout_only or args.ref_load is None or args.hf_checkpoint is None:
+        return
+    student, taught_by = Path(args.hf_checkpoint), Path(args.ref_load)
+    about = ("hf_checkpoint", "advantage_estimator")
+    if student.resolve() == taught_by.resolve():
+        rule = "teacher and student are one model: every advantage would be 0"
+        yield case.error("ref_load", rule, "name the teacher here, and the student by --hf-checkpoint", beside=about)
+    files = [folder / "tokenizer.json" for folder in (student, taught_by)]
+    if all(file.is_file() for file in files) and len({_vocabulary(file) for file in files}) > 1:
+        rule = f"its tokenizer is another than that of --hf-checkpoint {student}: a token is not the same text to both"
+        yield case.error("ref_load", rule, "take a teacher with the student's tokenizer", beside=about)
+
+
+def _vocabulary(file: Path) -> str:
+    """Which token has which number, in one text; the whole file where it says so otherwise."""
+    text = file.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text)
+        added = [(token["id"], token["content"]) for token in found.get("added_tokens", [])]
+        return json.dumps([found["model"]["vocab"], sorted(added)], sort_keys=True)
+    except (ValueError, KeyError, TypeError):
+        return text

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from slime.config.flags.megatron_fields import megatron_decided, megatron_known
 from slime.config.rules.ahead import ahead
-from slime.config.rules.algorithms import group_size, surrogate
+from slime.config.rules.algorithms import group_size, overlong, surrogate, teacher
 from slime.config.rules.best_checkpoint import best_checkpoint
 from slime.config.rules.case import Case, Rule
 from slime.config.rules.critic import critic
@@ -281,6 +281,8 @@ TRAINING_RULES: tuple[Rule, ...] = (
     kl,
     losses,
     surrogate,
+    overlong,
+    teacher,
     offpolicy,
     critic,
     reward_types,

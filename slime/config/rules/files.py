@@ -94,7 +94,7 @@ def eval_files(case: Case) -> Iterable[Problem]:
 
 
 def weights(case: Case) -> Iterable[Problem]:
-    """The actor starts from --load, else --ref-load; a KL term needs --ref-load in any case."""
+    """The actor starts from --load, else --ref-load; a KL term and a teacher need --ref-load in any case."""
     args = case.args
     if args.debug_rollout_only:
         return
@@ -102,10 +102,11 @@ def weights(case: Case) -> Iterable[Problem]:
     has_checkpoint = args.load is not None and any(
         any(Path(args.load).glob(pattern)) for pattern in ("iter_*", "release", ".metadata", "config.json")
     )
-    needs_reference = (args.use_kl_loss and args.kl_loss_coef > 0) or args.kl_coef > 0 or args.log_ref_kl
+    needs_reference = args.needs_reference
     if args.ref_load is None:
         if needs_reference:
-            yield case.error("ref_load", "not given; the KL's reference model comes from it", "name a checkpoint")
+            whom = "teacher" if args.distills else "KL's reference model"
+            yield case.error("ref_load", f"not given; the {whom} comes from it", "name a checkpoint")
         elif not has_checkpoint:
             where = "--load is not given" if args.load is None else f"{args.load} holds no checkpoint"
             yield case.missing(

@@ -5,36 +5,19 @@ Path: one of the rules. Invariant: only what was given is warned about.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import fields
 
-from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.args import Args
 from slime.config.flags.critic_options import CriticOptions
 from slime.config.flags.options import EvalOptions, HookOptions
 from slime.config.reward_types import may_ask_remote
 from slime.config.rules.case import Case
 from slime.config.rules.engines import needs_weight_directory
-from slime.config.rules.offpolicy import may_be_offpolicy
+from slime.config.rules.no_effect_algorithms import ALGORITHMS
+from slime.config.rules.no_effect_row import NoEffect
 from slime.config.rules.problem import Problem
 
-
-@dataclass(frozen=True)
-class NoEffect:
-    """`fields` do nothing while `when` holds; `why` completes "no effect: ..."."""
-
-    fields: tuple[str, ...]
-    when: Callable[[Args], bool]
-    why: str
-    remedy: str = "leave it out"
-
-
-_CLIP = ("eps_clip", "eps_clip_high", "eps_clip_c")
-_TIS = ("tis_clip", "tis_clip_low")
-_WEIGHTS = ("offpolicy_correction", *_TIS)
-_KL = ("use_kl_loss", "kl_loss_coef", "kl_coef")
-_ADVANTAGE = ("advantage_estimator", "normalize_advantages", "disable_grpo_std_normalization")
-_POLICY = (*_CLIP, *_KL, *_ADVANTAGE, "entropy_coef", "use_tis", *_WEIGHTS)
 _CRITIC = tuple(f.name for f in fields(CriticOptions))
 _EVAL = tuple(f.name for f in fields(EvalOptions) if f.name not in ("eval_interval", "eval_prompt_data", "eval_config"))
 
@@ -60,6 +43,7 @@ def _collects(args: Args) -> bool:
 
 
 TABLE: tuple[NoEffect, ...] = (
+    *ALGORITHMS,
     NoEffect(
         ("micro_batch_size",),
         lambda a: a.use_dynamic_batch_size,
@@ -77,23 +61,10 @@ TABLE: tuple[NoEffect, ...] = (
         "there is no tensor parallelism to share sequences over",
     ),
     NoEffect(
-        ("kl_loss_coef",),
-        lambda a: not a.use_kl_loss and a.kl_loss_coef > 0,
-        "the loss has a KL term only with --use-kl-loss",
-        "add --use-kl-loss",
-    ),
-    NoEffect(
-        ("kl_loss_type",),
-        lambda a: not a.use_kl_loss and not a.log_ref_kl,
-        "the loss has a KL term only with --use-kl-loss",
-        "add --use-kl-loss",
-    ),
-    NoEffect(
         ("use_routing_replay",),
         lambda a: a.use_routing_replay and a.loss_type == "sft_loss",
         "--loss-type sft_loss trains on texts that no engine has made",
     ),
-    NoEffect(_POLICY, lambda a: a.loss_type == "sft_loss", "--loss-type sft_loss has neither ratio nor reference"),
     NoEffect(
         ("lr",),
         lambda a: a.lr == 0 and a.num_rollout != 0 and not a.debug_rollout_only,
@@ -128,63 +99,6 @@ TABLE: tuple[NoEffect, ...] = (
         ("rollout_shuffle",),
         lambda a: a.rollout_shuffle and (a.num_rollout == 0 or a.debug_train_only),
         "no training prompts are read",
-    ),
-    NoEffect(
-        ("gamma",),
-        lambda a: not ESTIMATOR_FACTS[a.advantage_estimator].discounts,
-        "the estimator gives a response one advantage, and discounts nothing",
-    ),
-    NoEffect(
-        ("lambd",),
-        lambda a: not ESTIMATOR_FACTS[a.advantage_estimator].needs_values,
-        "it is GAE's, which needs a critic",
-    ),
-    NoEffect(
-        ("disable_grpo_std_normalization",),
-        lambda a: a.disable_grpo_std_normalization and not ESTIMATOR_FACTS[a.advantage_estimator].divides_by_std,
-        "the estimator does not divide by a group's standard deviation",
-    ),
-    NoEffect(
-        ("normalize_advantages",),
-        lambda a: (
-            a.normalize_advantages
-            and a.custom_advantage_function_path is None
-            and ESTIMATOR_FACTS[a.advantage_estimator].whitens
-        ),
-        "the estimator whitens its advantages itself",
-    ),
-    NoEffect(
-        ("kl_coef", "gamma", "lambd", "disable_grpo_std_normalization"),
-        lambda a: a.custom_advantage_function_path is not None,
-        "--custom-advantage-function-path computes the advantages (with --kl-coef its batch has log_probs and "
-        "ref_log_probs)",
-    ),
-    NoEffect(
-        ("advantage_estimator",),
-        lambda a: a.loss_type == "custom_loss" and ESTIMATOR_FACTS[a.advantage_estimator].surrogate != "token",
-        "of this estimator your own loss leaves the advantages only, which are grpo's",
-        "say --advantage-estimator grpo",
-    ),
-    NoEffect(
-        _TIS,
-        lambda a: a.offpolicy_correction == "none" and not a.use_tis,
-        "with --offpolicy-correction none no token is weighed",
-    ),
-    NoEffect(
-        _WEIGHTS,
-        lambda a: a.offpolicy_correction != "none" and not a.use_tis and not may_be_offpolicy(a),
-        "every token is of the weights that are trained; it belongs to --partial-rollout, train_async.py or --use-tis",
-    ),
-    NoEffect(
-        _WEIGHTS,
-        lambda a: a.offpolicy_correction != "none" and not a.use_tis and a.mask_offpolicy_in_partial_rollout,
-        "--mask-offpolicy-in-partial-rollout leaves no token to weigh",
-    ),
-    NoEffect(
-        ("custom_loss_function_path",),
-        lambda a: a.loss_type != "custom_loss",
-        "it is called with --loss-type custom_loss",
-        "add --loss-type custom_loss",
     ),
     NoEffect(
         ("over_sampling_batch_size",),

@@ -1,0 +1,102 @@
+"""Flags of advantages and losses that say nothing beside the others.
+
+Path: rows of `no_effect`'s table. Invariant: as there.
+"""
+
+from __future__ import annotations
+
+from slime.algo.estimators import ESTIMATOR_FACTS
+from slime.config.rules.no_effect_row import NoEffect
+from slime.config.rules.offpolicy import may_be_offpolicy
+
+_CLIP = ("eps_clip", "eps_clip_high", "eps_clip_c")
+_TIS = ("tis_clip", "tis_clip_low")
+_WEIGHTS = ("offpolicy_correction", *_TIS)
+_KL = ("use_kl_loss", "kl_loss_coef", "kl_coef")
+_ADVANTAGE = ("advantage_estimator", "normalize_advantages", "disable_grpo_std_normalization")
+_OVERLONG = ("overlong_buffer_len", "overlong_penalty_factor", "mask_truncated_samples")
+_POLICY = (*_CLIP, *_KL, *_ADVANTAGE, "entropy_coef", "use_tis", *_WEIGHTS, *_OVERLONG)
+
+ALGORITHMS: tuple[NoEffect, ...] = (
+    NoEffect(
+        ("kl_loss_coef",),
+        lambda a: not a.use_kl_loss and a.kl_loss_coef > 0,
+        "the loss has a KL term only with --use-kl-loss",
+        "add --use-kl-loss",
+    ),
+    NoEffect(
+        ("kl_loss_type",),
+        lambda a: not a.use_kl_loss and not a.log_ref_kl,
+        "the loss has a KL term only with --use-kl-loss",
+        "add --use-kl-loss",
+    ),
+    NoEffect(_POLICY, lambda a: a.loss_type == "sft_loss", "--loss-type sft_loss has neither ratio nor reference"),
+    NoEffect(
+        ("gamma",),
+        lambda a: not ESTIMATOR_FACTS[a.advantage_estimator].discounts,
+        "the estimator discounts nothing",
+    ),
+    NoEffect(
+        ("lambd",),
+        lambda a: not ESTIMATOR_FACTS[a.advantage_estimator].needs_values,
+        "it is GAE's, which needs a critic",
+    ),
+    NoEffect(
+        ("disable_grpo_std_normalization",),
+        lambda a: a.disable_grpo_std_normalization and not ESTIMATOR_FACTS[a.advantage_estimator].divides_by_std,
+        "the estimator does not divide by a group's standard deviation",
+    ),
+    NoEffect(
+        ("normalize_advantages",),
+        lambda a: (
+            a.normalize_advantages
+            and a.custom_advantage_function_path is None
+            and ESTIMATOR_FACTS[a.advantage_estimator].whitens
+        ),
+        "the estimator whitens its advantages itself",
+    ),
+    NoEffect(
+        ("kl_coef", "gamma", "lambd", "disable_grpo_std_normalization"),
+        lambda a: a.custom_advantage_function_path is not None,
+        "--custom-advantage-function-path computes the advantages (with --kl-coef its batch has log_probs and "
+        "ref_log_probs)",
+    ),
+    NoEffect(
+        ("advantage_estimator",),
+        lambda a: a.loss_type == "custom_loss" and ESTIMATOR_FACTS[a.advantage_estimator].surrogate != "token",
+        "of this estimator your own loss leaves the advantages only, which are grpo's",
+        "say --advantage-estimator grpo",
+    ),
+    NoEffect(
+        _TIS,
+        lambda a: a.offpolicy_correction == "none" and not a.use_tis,
+        "with --offpolicy-correction none no token is weighed",
+    ),
+    NoEffect(
+        _WEIGHTS,
+        lambda a: a.offpolicy_correction != "none" and not a.use_tis and not may_be_offpolicy(a),
+        "every token is of the weights that are trained; it belongs to --partial-rollout, train_async.py or --use-tis",
+    ),
+    NoEffect(
+        _WEIGHTS,
+        lambda a: a.offpolicy_correction != "none" and not a.use_tis and a.mask_offpolicy_in_partial_rollout,
+        "--mask-offpolicy-in-partial-rollout leaves no token to weigh",
+    ),
+    NoEffect(
+        ("custom_loss_function_path",),
+        lambda a: a.loss_type != "custom_loss",
+        "it is called with --loss-type custom_loss",
+        "add --loss-type custom_loss",
+    ),
+    NoEffect(
+        ("overlong_penalty_factor",),
+        lambda a: a.overlong_buffer_len is None,
+        "no response is punished for its length",
+        "add --overlong-buffer-len",
+    ),
+    NoEffect(
+        ("kl_coef", "overlong_buffer_len"),
+        lambda a: a.distills,
+        "--advantage-estimator on_policy_distillation reads no reward",
+    ),
+)
