@@ -3,7 +3,8 @@
 # make bench           against what one would take instead, into docs/PERFORMANCE.md; or one: make bench-engine,
 #                      bench-trainer, bench-packing, bench-rollout, bench-loop (which makes TRL an environment of its
 #                      own in .venv-trl)
-# make bench-estimators   the demo's task learned with every estimator, into docs/ALGORITHMS.md (after make demo)
+# make bench-estimators   the demo's task learned with every estimator, into docs/ALGORITHMS.md
+#                      (after make demo, and MODEL=qwen3-moe-tiny make demo)
 # make test            the tests        make check    lint, format and types
 # make test-kill       a run killed at 30 random points of its life ends as the unbroken one (some: make test-kill KILLS=2)
 # make test-layouts    one step of 300 drawn models, algorithms and layouts is that of one process (some: DRAWS=20)

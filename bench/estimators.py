@@ -2,18 +2,22 @@
 
     python -m bench.estimators [--only gspo rloo] [--rollouts 50]      (make bench-estimators)
 
-Each run is scripts/run-glm4-tiny-cpu.sh from one supervised start with the flags named in the table. Invariant: start,
-problems, batch, learning rate and seed are the same in all; what an estimator adds stands in `RUNS` and in the table.
+Each run is scripts/run-glm4-tiny-cpu.sh from one supervised start with the flags named in the table; the mixture of
+experts has its own script and start. Invariant: start, problems, batch, learning rate and seed are the same in all;
+what an estimator adds stands in `RUNS` and in the table. The table is of every run that came to its end and still lies
+in outputs/, so that --only adds to it and a run that fails takes nothing away.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -28,48 +32,80 @@ GOAL = 0.8
 CURVES = ROOT / "docs" / "estimators.png"
 TWO_STEPS = ("--num-steps-per-rollout", "2")
 """So that the ratio to the old policy is not 1 everywhere, and clips have something to cut."""
-RUNS: Mapping[str, Sequence[str]] = {
-    "grpo": ("--advantage-estimator", "grpo"),
-    "Dr. GRPO": ("--advantage-estimator", "grpo", "--disable-grpo-std-normalization"),
-    "DAPO": (
-        *("--advantage-estimator", "grpo", "--calculate-per-token-loss", "--eps-clip-high", "0.28"),
-        "--dynamic-sampling-filter-path",
-        "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
-        *TWO_STEPS,
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one run has of its own."""
+
+    flags: Sequence[str]
+    model: str = "glm4"
+    longest: int | None = None
+    """Rollouts at most, where more would find nothing left to learn from."""
+
+    @property
+    def script(self) -> str:
+        return f"scripts/run-{self.model}-tiny-cpu.sh"
+
+    @property
+    def start(self) -> Path:
+        """What `make demo` has made."""
+        return ROOT / "outputs" / ("demo-seed1" if self.model == "glm4" else f"demo-{self.model}-seed1")
+
+
+RUNS: Mapping[str, Setup] = {
+    "grpo": Setup(("--advantage-estimator", "grpo")),
+    "Dr. GRPO": Setup(
+        ("--advantage-estimator", "grpo", "--disable-grpo-std-normalization", "--calculate-per-token-loss")
     ),
-    "gspo": ("--advantage-estimator", "gspo", "--eps-clip", "3e-3", "--eps-clip-high", "4e-3", *TWO_STEPS),
-    "cispo": ("--advantage-estimator", "cispo", *TWO_STEPS),
-    "rloo": ("--advantage-estimator", "rloo"),
-    "reinforce_plus_plus": ("--advantage-estimator", "reinforce_plus_plus", "--kl-coef", "0.001"),
-    "reinforce_plus_plus_baseline": (
-        "--advantage-estimator",
-        "reinforce_plus_plus_baseline",
+    "DAPO": Setup(
+        (
+            *("--advantage-estimator", "grpo", "--calculate-per-token-loss", "--eps-clip-high", "0.28"),
+            "--dynamic-sampling-filter-path",
+            "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
+            *TWO_STEPS,
+        ),
+        longest=30,
     ),
-    "ppo": ("--advantage-estimator", "ppo", "--critic-lr", "1e-3", *TWO_STEPS),
+    "gspo": Setup(("--advantage-estimator", "gspo", "--eps-clip", "3e-3", "--eps-clip-high", "4e-3", *TWO_STEPS)),
+    "cispo": Setup(("--advantage-estimator", "cispo", *TWO_STEPS)),
+    "rloo": Setup(("--advantage-estimator", "rloo")),
+    "reinforce_plus_plus": Setup(("--advantage-estimator", "reinforce_plus_plus", "--kl-coef", "0.001")),
+    "reinforce_plus_plus_baseline": Setup(("--advantage-estimator", "reinforce_plus_plus_baseline")),
+    "ppo": Setup(("--advantage-estimator", "ppo", "--critic-lr", "1e-3", *TWO_STEPS)),
+    "grpo, mixture of experts": Setup(("--advantage-estimator", "grpo"), model="qwen3-moe"),
 }
 DATASETS = ("greedy", "sampled")
+DONE = "rollouts.json"
+"""Stands beside a run that came to its end: how many rollouts it was asked for, and its seed."""
 
 
-def run(name: str, start: Path, out: Path, *, rollouts: int, seed: int) -> list[dict[str, float]]:
-    """The metrics of one run."""
+def run(name: str, out: Path, *, rollouts: int, seed: int) -> None:
+    """One run, whose metrics stay in `out`.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    setup = RUNS[name]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "TASK_DIR": str(start / "task"),
-        "HF_DIR": str(start / "sft/hf"),
-        "REF_DIR": str(start / "sft_torch_dist"),
+        "TASK_DIR": str(setup.start / "task"),
+        "HF_DIR": str(setup.start / "sft/hf"),
+        "REF_DIR": str(setup.start / "sft_torch_dist"),
         "SAVE_DIR": str(out / "run"),
         "SEED": str(seed),
     }
-    command = ["bash", "scripts/run-glm4-tiny-cpu.sh", *RUNS[name], "--num-rollout", str(rollouts)]
+    rollouts = min(rollouts, setup.longest or rollouts)
+    command = ["bash", setup.script, *setup.flags, "--num-rollout", str(rollouts)]
     with (out / "log").open("wb") as log:
         code = subprocess.call(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     if code != 0:
         raise RuntimeError(f"{name}: the run ended with code {code}; see {out / 'log'}")
-    return read_metrics(out / "run" / "metrics.jsonl")
+    (out / DONE).write_text(json.dumps({"rollouts": rollouts, "seed": seed}))
 
 
 def curve(events: Sequence[Mapping[str, float]], dataset: str) -> tuple[list[float], list[float]]:
@@ -91,34 +127,51 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def directory(name: str) -> Path:
+    return OUTPUTS / "estimators" / name.replace(" ", "").replace(",", "-")
+
+
+def tabulate(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> tuple[Table, list[Goal]]:
+    columns = ["run", "flags", *(f"{name}, before → after" for name in DATASETS), "rollouts"]
+    table = Table("Mean reward on held-out problems, before the first and after the last rollout of 32 x 8", columns)
+    goals: list[Goal] = []
+    for name, events in runs.items():
+        curves = {dataset: curve(events, dataset)[1] for dataset in DATASETS}
+        rollouts = sum("time/step" in event for event in events)
+        reached = [f"{values[0]:.3f} → {values[-1]:.3f}" for values in curves.values()]
+        table.rows.append([name, f"`{' '.join(RUNS[name].flags)}`", *reached, str(rollouts)])
+        goals.append(Goal(f"{name}: greedy", curves["greedy"][-1], GOAL))
+    return table, goals
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", type=Path, default=ROOT / "outputs/demo-seed1", help="what make demo has made")
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS), help="none: only the table")
     parser.add_argument("--rollouts", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    start: Path = args.start.resolve()
-    if not (start / "sft/hf").is_dir():
-        sys.exit(f"--start {start}: no supervised start there; run `make demo` first")
+    for setup in (RUNS[name] for name in args.only):
+        if not (setup.start / "sft/hf").is_dir():
+            model = "" if setup.model == "glm4" else f"MODEL={setup.model}-tiny "
+            sys.exit(f"{setup.start}: no supervised start there; run `{model}make demo` first")
     facts = machine()
-    columns = ["estimator", "flags", *(f"{name}, before → after" for name in DATASETS), "seconds a step"]
-    table = Table(f"Mean reward on held-out problems after {args.rollouts} rollouts of 32 prompts x 8", columns)
-    runs: dict[str, list[dict[str, float]]] = {}
-    goals: list[Goal] = []
+    failed: list[str] = []
     for name in args.only:
-        out = OUTPUTS / "estimators" / name.replace(" ", "")
-        runs[name] = events = run(name, start, out, rollouts=args.rollouts, seed=args.seed)
-        curves = {dataset: curve(events, dataset)[1] for dataset in DATASETS}
-        seconds = [event["time/step"] - event["time/evaluation"] for event in events if "time/step" in event]
-        flags = " ".join(word for word in RUNS[name])
-        reached = [f"{values[0]:.3f} → {values[-1]:.3f}" for values in curves.values()]
-        table.rows.append([name, f"`{flags}`", *reached, f"{sum(seconds) / len(seconds):.2f}"])
-        goals.append(Goal(f"{name}: greedy", curves["greedy"][-1], GOAL))
-        print(" | ".join(table.rows[-1]), flush=True)
+        try:
+            run(name, directory(name), rollouts=args.rollouts, seed=args.seed)
+        except RuntimeError as error:
+            failed.append(str(error))
+            print(error, flush=True)
+    done = [name for name in RUNS if (directory(name) / DONE).is_file()]
+    runs = {name: read_metrics(directory(name) / "run" / "metrics.jsonl") for name in done}
+    if not runs:
+        sys.exit("no run came to its end")
     draw(runs, CURVES)
     raw = {name: {dataset: curve(events, dataset) for dataset in DATASETS} for name, events in runs.items()}
+    table, goals = tabulate(runs)
     write_result(OUTPUTS / "estimators.json", [table], goals, facts, raw)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

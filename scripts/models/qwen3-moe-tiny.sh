@@ -7,7 +7,7 @@ MODEL_ARGS=(
    --num-attention-heads 4
    --group-query-attention
    --num-query-groups 2
-   --kv-channels 32
+   --kv-channels 64
    --vocab-size 128
    --normalization RMSNorm
    --norm-epsilon 1e-6

@@ -51,13 +51,20 @@ def shown(values: Sequence[float]) -> str:
 
 
 def learn(
-    report: Report, placement: Sequence[str], *, sft_rollouts: int = SFT_ROLLOUTS, rollouts: int = ROLLOUTS
+    report: Report,
+    placement: Sequence[str],
+    *,
+    model: str = "glm4",
+    sft_rollouts: int = SFT_ROLLOUTS,
+    rollouts: int = ROLLOUTS,
 ) -> list[dict[str, Any]]:
-    """Both stages; `placement` is said to GRPO alone, whose metrics come back."""
+    """Both stages of one of the demo's models; `placement` is said to GRPO alone, whose metrics come back."""
     precision = [word for word in placement if word in ("--bf16", "--no-bf16")]
     with scratch() as directory:
-        run(["examples/arithmetic/make_task.py", "--out", str(directory / "task"), "--seed", "1"])
+        task = ["--out", str(directory / "task"), "--seed", "1", "--model", model.replace("-", "_")]
+        run(["examples/arithmetic/make_task.py", *task])
         variables = {"TASK_DIR": str(directory / "task"), "HF_DIR": str(directory / "sft/hf"), "SEED": "1"}
+        variables["MODEL"] = f"{model}-tiny"
         start = time.monotonic()
         words = words_of("run-glm4-tiny-sft-cpu.sh", {**variables, "SAVE_DIR": str(directory / "sft")})
         words += ["--actor-num-gpus-per-node", "1", "--max-tokens-per-gpu", "4096", *precision]
@@ -68,7 +75,7 @@ def learn(
 
         start = time.monotonic()
         words = words_of(
-            "run-glm4-tiny-cpu.sh",
+            f"run-{model}-tiny-cpu.sh",
             {**variables, "REF_DIR": variables["HF_DIR"], "SAVE_DIR": str(directory / "rl")},
         )
         words = without(words, "--rollout-num-gpus", "--save-interval")
