@@ -23,6 +23,7 @@ from slime.core.batch import Array, TrainBatch
 from slime.megatron import device, hf_weights
 from slime.megatron.build import ValueModel, architecture_of, build_model, unwrap
 from slime.megatron.checkpoint import CRITIC, FoundCheckpoint, Trained, find_checkpoint, load_checkpoint
+from slime.megatron.dump_steps import StepDump
 from slime.megatron.guard import BadStepError, StepGuard, TokenTrace
 from slime.megatron.microbatch import MicroBatch
 from slime.megatron.optimizer import build_optimizer, follow_schedule
@@ -34,7 +35,7 @@ from slime.models.hf_files import HFReader
 class Critic:
     """All methods are collective."""
 
-    def __init__(self, args: Args, topology: Topology) -> None:
+    def __init__(self, args: Args, topology: Topology, dump: StepDump | None = None) -> None:
         assert args.critic_lr is not None, "resolve fills it in"
         self._args = replace(
             args,
@@ -45,7 +46,7 @@ class Critic:
         )
         self.model = build_model(self._args, wrap=True, kind=ValueModel)
         self.optimizer, self.scheduler = build_optimizer(self._args, self.model)
-        self._steps = ModelSteps(self.model, topology)
+        self._steps = ModelSteps(self.model, topology, dump=dump)
         self._guard = StepGuard(args, topology)
 
     # Loading and saving

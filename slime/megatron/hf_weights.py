@@ -159,11 +159,30 @@ def iter_hf_tensors(model: ModelChunks, architecture: Architecture) -> Iterator[
     Tensors are contiguous, on the model's device and in its dtype. They may be the weights' own memory: clone what
     has to outlive the next change of the weights. All ranks have to run the iteration to its end.
     """
-    table, place = weight_table(architecture), expert_place()
-    weights = dict(named_weights(model))
+    table, weights = weight_table(architecture), dict(named_weights(model))
     stages = _stages(weights)
     table.check(_names(stages), table.hf_names())
-    num_local = architecture.num_experts // place.ep_size
+    yield from _iter_whole(table, weights, stages, architecture.num_experts)
+
+
+def iter_whole_tensors(tensors: Mapping[str, Tensor], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """The same of any tensors that have weights' global names and are cut like them: gradients, a critic's weights.
+
+    What no rank has is left out. A critic's value head comes last, by its own name.
+    """
+    stages = _stages(tensors)
+    yield from _iter_whole(weight_table(architecture), tensors, stages, architecture.num_experts)
+    for stage, held in enumerate(stages):
+        if VALUE_HEAD in held:
+            [whole] = _of_stage(stage, [tensors.get(VALUE_HEAD)], [held[VALUE_HEAD]])
+            yield VALUE_HEAD, whole
+
+
+def _iter_whole(
+    table: WeightTable, weights: Mapping[str, Tensor], stages: Sequence[Mapping[str, _Held]], num_experts: int
+) -> Iterator[tuple[str, Tensor]]:
+    place = expert_place()
+    num_local = num_experts // place.ep_size
     for owner, names in _gathers(table, stages, num_local):
         parts = _of_stage(owner, [weights.get(name) for name in names], [stages[owner][name] for name in names])
         experts = [i for i, name in enumerate(names) if _expert(name) is not None]
@@ -191,7 +210,8 @@ def _gathers(
 ) -> Iterator[tuple[int, list[str]]]:
     """Weights that are gathered together, in the table's order, and the stage that holds them.
 
-    Of experts those of this rank, `num_local` a layer: every rank has one in the same place.
+    Of experts those of this rank, `num_local` a layer: every rank has one in the same place. What no stage holds is
+    left out.
     """
     together: list[str] = []
     holder, size = 0, 0
@@ -202,7 +222,9 @@ def _gathers(
             if expert >= num_local:
                 continue
             name, copies = _of_expert(name, expert + place.ep_rank * num_local), place.group.size()
-        owner = next(stage for stage, held in enumerate(stages) if name in held)
+        owner = next((stage for stage, held in enumerate(stages) if name in held), None)
+        if owner is None:
+            continue
         whole = stages[owner][name].nbytes * copies
         if together and (owner != holder or size + whole > GATHER_BYTES):
             yield holder, together

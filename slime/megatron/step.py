@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack, cast
 
 import torch
@@ -26,6 +26,7 @@ from slime.algo.losses import Loss, LossInputs, LossOptions
 from slime.core.batch import TrainBatch
 from slime.megatron import device
 from slime.megatron.build import ModelChunks, unwrap
+from slime.megatron.dump_steps import StepDump
 from slime.megatron.guard import StepGuard, TokenTrace
 from slime.megatron.logprobs import response_log_probs
 from slime.megatron.microbatch import MicroBatch
@@ -61,6 +62,8 @@ class ModelSteps:
 
     model: ModelChunks
     topology: Topology
+    dump: StepDump | None = field(default=None, kw_only=True)
+    """Where a step's tensors are written, to be compared."""
 
     def forward(
         self, micro_batches: Sequence[MicroBatch], at_the_end: Callable[[MicroBatch, Tensor], Tensor]
@@ -109,10 +112,14 @@ class ModelSteps:
             chunk.train()
         found = self._schedule(micro_batches, weigh, forward_only=False)
         reduced, traces = self._reduced([shares for shares, _ in found]), [trace for _, trace in found]
+        if self.dump is not None:
+            self.dump.before_update(where, self.model, reduced, traces)
         # on a GPU neither is waited for before the step is on its way: it is not taken where either is wrong
         wrong = self._is_wrong(reduced, weights_sum, guard)
         with device.layer():
             norm = _update(optimizer, wrong, guard.limit("grad_norm"))
+        if self.dump is not None:
+            self.dump.after_update(self.model, float(norm))
         metrics = self._metrics(reduced)
         used = metrics.pop("weights")
         if abs(used - weights_sum) > WEIGHTS_TOLERANCE:

@@ -30,6 +30,7 @@ from slime.megatron.build import architecture_of, build_model, params_dtype
 from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from slime.megatron.checkpoint_files import refuse_abandoned
 from slime.megatron.critic import Critic, rollout_metrics
+from slime.megatron.dump_steps import StepDump
 from slime.megatron.guard import BadStepError, StepGuard, check_columns
 from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows
 from slime.megatron.offpolicy import add_offpolicy, version_of_weights
@@ -59,9 +60,11 @@ class Trainer:
         self.optimizer, self.scheduler = build_optimizer(args, self.model)
         self._snapshots = Snapshots(self.model)
         assert args.log_probs_chunk_size is not None, "resolve fills it in"
+        self._dump = StepDump.of(args, self.topology)
         self._stepper = Stepper(
             self.model,
             self.topology,
+            dump=self._dump,
             vocab_size=self._shape.vocab_size,
             # what SFT learns from was not sampled: there is no temperature to match
             temperature=1.0 if args.loss_type == "sft_loss" else args.rollout_temperature,
@@ -69,7 +72,7 @@ class Trainer:
         )
         self._loss = _loss_of(args)
         self._guard = StepGuard(args, self.topology)
-        self.critic = Critic(args, self.topology) if args.uses_critic else None
+        self.critic = Critic(args, self.topology, self._dump) if args.uses_critic else None
 
     # Loading and saving
 
@@ -85,7 +88,7 @@ class Trainer:
             self._snapshots.take("ref")
         elif args.use_kl_loss and self.topology.rank == 0:
             logger.info("reference KL off: --kl-loss-coef is 0 (--log-ref-kl logs it all the same)")
-        own = (args.save_debug_rollout_data, args.save_hf, args.update_weight_disk_dir)
+        own = (args.save_debug_rollout_data, args.save_debug_train_data, args.save_hf, args.update_weight_disk_dir)
         found = find_checkpoint(args.load, step=args.ckpt_step, own=own)
         result = self._load_actor(found) if found is not None else self._start_from_reference()
         if args.save is not None and args.num_rollout != 0:
@@ -209,7 +212,7 @@ class Trainer:
             ValueError: the samples cannot be cut into the steps asked for; off-policy tokens that cannot be corrected.
             RuntimeError: loss weights that do not add up, or numbers that are not finite.
         """
-        start = time.perf_counter()
+        start, came = time.perf_counter(), batch
         args = self._args
         self._stepper.forget_gradients(self.optimizer)
         counted_N = counted_rows_of(args, batch)
@@ -230,6 +233,8 @@ class Trainer:
         batch, advantage_metrics = add_advantages(args, batch, counted_N)
         check_columns(where, batch, counted_N, ["advantages"])
         batch, sums = add_loss_weights(args, batch, counted_N, [plan.rows for plan in plans])
+        if self._dump is not None:
+            self._dump.rollout(rollout_id, came, batch)
         train_start = time.perf_counter()
         metrics = self._take_steps(rollout_id, batch, plans, sums)
         end = time.perf_counter()

@@ -10,6 +10,7 @@ import pytest
 from slime.cluster.dump import read_dump
 from slime.models.hf_files import HFReader
 from slime.observability.phases import PHASES
+from slime.observability.step_files import StepFiles
 from tests.cluster.runs import Task, copy_checkpoint, events, flags, train
 from tests.observability.test_trackers import of_metrics, scalars, wandb_rows
 
@@ -135,5 +136,15 @@ def test_replaying_the_samples_gives_the_same_weights(task: Task, unbroken: Path
     save = tmp_path / "run"
     copy_checkpoint(unbroken, save, 1)
     extra = ["--load-debug-rollout-data", str(unbroken / "dump/{rollout_id}.jsonl"), "--debug-train-only"]
+    extra += ["--save-debug-train-data", str(save / "steps")]
     train(two_epochs(task, save, *extra, "--save-hf", str(save / "hf")), tmp_path / "log.txt")
     assert weights(save / "hf") == weights(unbroken / "hf")
+    files = StepFiles(save / "steps")
+    assert [place.name for place in files.places] == [
+        f"rollout {number}{step}" for number in (2, 3) for step in ("", ", step 0")
+    ]
+    first, last = ({entry.name: entry for entry in files.places[at].tensors} for at in (0, -1))
+    tokens = [token for group in read_dump(unbroken / "dump/2.jsonl") for sample in group for token in sample.tokens]
+    assert files.tensor(first["tokens"]).tolist() == tokens
+    behind = {name: files.tensor(entry).numpy().tobytes() for name, entry in last.items() if name.startswith("weight ")}
+    assert behind == {f"weight {name}": content for name, content in weights(unbroken / "hf").items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from config_run import Run
@@ -425,3 +426,25 @@ def test_precision_of_engines_and_alarm(run: Run) -> None:
     assert "engines        bfloat16; alarm where" in format_plan(args, problems)
     assert run.args("--logprob-gap-alarm", "0.5").logprob_gap_alarm == 0.5
     assert run.args("--logprob-gap-alarm", "0.5", "--bf16").logprob_gap_alarm == 0.5
+
+
+def test_a_dump_of_training_gets_a_directory_of_its_own(run: Run) -> None:
+    flag, new, filled = "--save-debug-train-data", run.directory / "new" / "steps", run.directory / "filled"
+    assert run.errors(flag, str(new)) == []
+    assert not new.parent.exists(), "a plan writes nothing"
+    filled.mkdir()
+    assert run.errors(flag, str(filled)) == []
+    (filled / "index.json").touch()
+    error = "holds files already, and a dump is of one run; name a new directory, or empty this one"
+    assert run.error(flag, str(filled)) == f"{flag} {filled}: {error}"
+    assert run.error(flag, str(run.data)) == f"{flag} {run.data}: is a file, not a directory; name a directory"
+    error = f"{run.data} is no directory; name a directory that can be written"
+    assert run.error(flag, str(run.data / "steps")) == f"{flag} {run.data / 'steps'}: {error}"
+    assert run.errors("--dry-run", flag, str(run.data / "steps")) == []
+    if os.geteuid():  # root may write everywhere
+        filled.chmod(0o500)
+        assert f"{filled} is not yours to write" in run.error(flag, str(filled / "steps"))
+    warnings = run.warnings("--debug-rollout-only", flag, str(filled))
+    assert [warning for warning in warnings if flag in warning] == [
+        f"{flag} {filled}: no effect: --debug-rollout-only trains nothing, and saves no checkpoint; leave it out"
+    ]

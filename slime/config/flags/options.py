@@ -331,6 +331,7 @@ class DebugOptions:
     debug_rollout_only: bool = flag(False, "Generate and judge; train nothing.")
     debug_train_only: bool = flag(False, "Train on --load-debug-rollout-data; start no engine.")
     save_debug_rollout_data: str | None = flag(None, "File for each rollout's samples; {rollout_id} is filled in.")
+    save_debug_train_data: str | None = flag(None, "Directory for every tensor of each step, for tools/diff_steps.py.")
     load_debug_rollout_data: str | None = flag(None, "Such files, read instead of generating.")
     deterministic: bool = flag(
         False,

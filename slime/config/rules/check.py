@@ -27,7 +27,7 @@ from slime.config.rules.engines import (
     weight_directory,
 )
 from slime.config.rules.experts import balance, experts, experts_passed_on
-from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, weights
+from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, train_data, weights
 from slime.config.rules.no_effect import no_effect
 from slime.config.rules.not_built import not_built
 from slime.config.rules.offpolicy import offpolicy
@@ -318,6 +318,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     weights,
     files_of_rollouts,
     debug_data,
+    train_data,
     hooks,
     no_effect,
     not_built,

@@ -5,6 +5,7 @@ Path: part of `rules`. Invariant: in a --dry-run a missing path is a warning, an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -154,6 +155,22 @@ def debug_data(case: Case) -> Iterable[Problem]:
         folder = Path(start) if start.endswith("/") else Path(start).parent
         if not folder.is_dir():
             yield case.missing("load_debug_rollout_data", f"there is no directory {folder}", "name the dump's files")
+
+
+def train_data(case: Case) -> Iterable[Problem]:
+    """--save-debug-train-data names a directory that holds nothing yet, and that can be written."""
+    path = case.args.save_debug_train_data
+    if path is None or case.args.debug_rollout_only or Path(path).is_file():
+        return  # the last is another rule's error
+    folder = Path(path)
+    if folder.is_dir() and any(folder.iterdir()):
+        rule = "holds files already, and a dump is of one run"
+        yield case.error("save_debug_train_data", rule, "name a new directory, or empty this one")
+        return
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        rule = f"{there} is {'no directory' if not there.is_dir() else 'not yours to write'}"
+        yield case.missing("save_debug_train_data", rule, "name a directory that can be written")
 
 
 def hooks(case: Case) -> Iterable[Problem]:

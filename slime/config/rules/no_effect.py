@@ -187,7 +187,7 @@ TABLE: tuple[NoEffect, ...] = (
         "convert it and name it as --hf-checkpoint",
     ),
     NoEffect(
-        ("save_interval", "save_hf", "keep_last_checkpoints", "keep_best_checkpoint"),
+        ("save_interval", "save_hf", "keep_last_checkpoints", "keep_best_checkpoint", "save_debug_train_data"),
         lambda a: a.debug_rollout_only,
         "--debug-rollout-only trains nothing, and saves no checkpoint",
     ),

@@ -19,7 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 def directories(case: Case) -> Iterable[Problem]:
     """What has to be a directory is no file."""
-    for field in ("load", "save", "ref_load", "critic_load", "log_dir", "tensorboard_dir"):
+    for field in ("load", "save", "ref_load", "critic_load", "log_dir", "tensorboard_dir", "save_debug_train_data"):
         path: str | None = vars(case.args)[field]
         if field in case.given and path is not None and Path(path).is_file():
             yield case.error(field, "is a file, not a directory", "name a directory")

@@ -1,0 +1,170 @@
+"""--save-debug-train-data: what training had, tensor by tensor, in the order of the path.
+
+Path: `trainer` shows it a rollout's columns before the steps, `step` each step before and after the weights change;
+`tools/diff_steps.py` compares what it wrote. Invariant: it changes nothing that is read again, and what it writes does
+not depend on the layout but for rounding: tokens stand in the batch's order, weights and gradients are whole, by their
+HF names.
+
+Rank 0 writes, and the others take part in gathering. The wrapper's buffers hold gradients as the optimizer gets them,
+summed over all ranks and not clipped.
+
+Shapes: _N samples, _T all tokens, _R response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+from torch import Tensor
+
+import slime
+from slime.config.args import Args
+from slime.core.batch import COLUMNS, Array, TrainBatch
+from slime.core.batch import Axis as ColumnAxis
+from slime.megatron.build import ModelChunks, architecture_of, named_parameters, named_weights, params_dtype
+from slime.megatron.guard import TokenTrace, whole_traces
+from slime.megatron.hf_weights import iter_whole_tensors
+from slime.megatron.parallel import Topology, expert_place
+from slime.megatron.version import SUPPORTED_MEGATRON
+from slime.observability.step_files import (
+    LOSS,
+    PLACES,
+    RESPONSE_LENGTHS,
+    TOKEN_LOSS,
+    TOTAL_LENGTHS,
+    Axis,
+    StepFilesWriter,
+)
+
+_AXES = {ColumnAxis.SAMPLE: Axis.SAMPLE, ColumnAxis.TOKEN: Axis.TOKEN, ColumnAxis.RESPONSE: Axis.RESPONSE}
+
+
+class StepDump:
+    """All methods are collective: `rollout`, then for each of its steps `before_update` and `after_update`."""
+
+    @classmethod
+    def of(cls, args: Args, topology: Topology) -> StepDump | None:
+        """None: nobody asked for it."""
+        return None if args.save_debug_train_data is None else cls(args, topology, Path(args.save_debug_train_data))
+
+    def __init__(self, args: Args, topology: Topology, directory: Path) -> None:
+        """Raises ValueError: `directory` cannot be written (on rank 0)."""
+        self._topology = topology
+        self._architecture = architecture_of(args)
+        self._rollout_id = 0
+        self._files = StepFilesWriter(directory, _facts(args, topology)) if topology.rank == 0 else None
+
+    def rollout(self, rollout_id: int, came: TrainBatch, used: TrainBatch) -> None:
+        """The columns as they came in, then those that training made or changed before its first step."""
+        self._rollout_id = rollout_id
+        if self._files is None:
+            return
+        files, place = self._files, f"rollout {rollout_id}"
+        files.forget_from(rollout_id)
+        files.begin(place, rollout_id)
+        files.add(TOTAL_LENGTHS, _tensor(came.total_lengths_N), Axis.SAMPLE)
+        files.add(RESPONSE_LENGTHS, _tensor(came.response_lengths_N), Axis.SAMPLE)
+        for name, values in _in_order(came):
+            files.add(name, _tensor(values), _AXES[COLUMNS[name].axis])
+        for name, values in _in_order(used):
+            if not came.has(name):
+                files.add(name, _tensor(values), _AXES[COLUMNS[name].axis])
+            elif values is not came.columns[name]:
+                files.add(f"{name} in the loss", _tensor(values), _AXES[COLUMNS[name].axis])
+        files.end()
+
+    def before_update(
+        self, where: str, model: ModelChunks, reduced: Mapping[str, Tensor], traces: Sequence[TokenTrace]
+    ) -> None:
+        """The step's tokens, its loss and its gradients, which are reduced and not yet clipped.
+
+        Args:
+            where: names rollout and step, and the critic where it is one of the critic's.
+            reduced: on the last stage, with `loss`.
+        """
+        found: list[Any] = [None]
+        if self._topology.is_last_stage:
+            found = [(whole_traces(traces, self._topology), float(reduced["loss"]))]
+        dist.broadcast_object_list(found, group=self._topology.pp_group, group_src=self._topology.pp_size - 1)
+        [(whole, loss)] = found
+        if self._files is not None:
+            output = "values" if where.endswith("critic") else "log_probs"
+            self._files.begin(where, self._rollout_id)
+            self._files.add(PLACES, _tensor(whole["places"]), Axis.STEP)
+            self._files.add(output, _tensor(whole["log_probs"]), Axis.STEP)
+            self._files.add(TOKEN_LOSS, _tensor(whole["loss"]), Axis.STEP)
+            self._add_number(LOSS, loss)
+        _gather_gradients(model)
+        gradients = {name: cast(Any, parameter).main_grad for name, parameter in named_parameters(model)}
+        count = self._add_whole("gradient", gradients)
+        if self._files is not None:
+            self._files.turn(count)  # the backward pass begins at the output
+
+    def after_update(self, model: ModelChunks, gradient_norm: float) -> None:
+        """The gradients' norm, and the weights behind the step; those before it, where it was not taken."""
+        if self._files is not None:
+            self._add_number("gradient_norm", gradient_norm)
+        self._add_whole("weight", dict(named_weights(model)))
+        if self._files is not None:
+            self._files.end()
+
+    def _add_number(self, name: str, value: float) -> None:
+        assert self._files is not None
+        self._files.add(name, torch.tensor(value, dtype=torch.float64), Axis.ENTRY)
+
+    def _add_whole(self, kind: str, tensors: Mapping[str, Tensor]) -> int:
+        """In the weight table's order, from the embedding to the output; how many they are."""
+        count = 0
+        for name, tensor in iter_whole_tensors(tensors, self._architecture):
+            if self._files is not None:
+                self._files.add(f"{kind} {name}", tensor, Axis.ENTRY)
+            count += 1
+        return count
+
+
+def _gather_gradients(model: ModelChunks) -> None:
+    """Give every rank the whole sum of each gradient.
+
+    With the distributed optimizer a rank's buffers hold the sum in its own shard, and what it brought to the sum in the
+    others'. Those are filled in here: the optimizer does not read them, and the next step begins with zeros.
+    """
+    for chunk in cast(Iterable[DistributedDataParallel], model):
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        for bucket_group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+            ranks = bucket_group.intra_distributed_optimizer_instance_group
+            for bucket in bucket_group.buckets:
+                own = shard_buffer(bucket.grad_data, ranks.size())[ranks.rank()]
+                dist.all_gather_into_tensor(bucket.grad_data, own.clone(), group=ranks)
+
+
+def _in_order(batch: TrainBatch) -> list[tuple[str, Array]]:
+    return [(name, batch.columns[name]) for name in COLUMNS if batch.has(name)]
+
+
+def _tensor(values: Array) -> Tensor:
+    return torch.from_numpy(np.array(values))  # a copy: what came through Ray cannot be written to
+
+
+def _facts(args: Args, topology: Topology) -> dict[str, Any]:
+    """What made the numbers, for whoever compares them."""
+    return {
+        "slime": slime.__version__,
+        "megatron-core": SUPPORTED_MEGATRON,
+        "torch": torch.__version__,
+        "ranks": topology.world_size,
+        "tensor parallel": topology.tp_size,
+        "pipeline parallel": topology.pp_size,
+        "context parallel": topology.cp_size,
+        "data parallel": topology.dp_size,
+        "expert parallel": expert_place().ep_size,
+        "dtype": str(params_dtype(args)).removeprefix("torch."),
+        "deterministic": args.deterministic,
+    }

@@ -1,0 +1,173 @@
+"""Files of --save-debug-train-data: tensors by place and name, and an index that keeps them in the order of the path.
+
+Path: `megatron.dump_steps` writes through here, `tools/diff_steps.py` reads. Invariant: every file is written beside
+its place and renamed, and the index names whole files alone; so a run that was killed leaves what it had finished.
+
+    index.json                       facts of the run; places in order, each with its tensors in order, and their files
+    rollout-3-step-0-0.safetensors   tensors of the place "rollout 3, step 0"; a large place has several files
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
+
+FLAG = "--save-debug-train-data"
+INDEX = "index.json"
+FORMAT = 1
+MAX_FILE_BYTES = 4 * 1024**3
+TMP_PREFIX = ".tmp_"
+
+TOTAL_LENGTHS, RESPONSE_LENGTHS = "total_lengths", "response_lengths"
+"""Of a rollout: tokens, and response tokens, of each sample."""
+PLACES, TOKEN_LOSS, LOSS = "places", "token_loss", "loss"
+"""Of a step: where its tokens stand in the rollout's, the loss of each, and the sum of them, each by its weight."""
+
+
+class Axis(StrEnum):
+    """What a tensor has one entry for, along its first dimension."""
+
+    SAMPLE = "sample"
+    TOKEN = "token"
+    RESPONSE = "response token"
+    STEP = "response token of the step"
+    ENTRY = "entry"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor, and the file that has it."""
+
+    name: str
+    axis: Axis
+    file: str
+
+
+@dataclass
+class Place:
+    """A rollout, or a step of it, and its tensors in the order in which they came to be."""
+
+    name: str
+    rollout_id: int
+    tensors: list[Entry] = field(default_factory=list[Entry])
+
+
+class StepFilesWriter:
+    """Adds places to a directory. One that holds some already is gone on with: a run was started anew within itself."""
+
+    def __init__(self, directory: Path, facts: Mapping[str, Any], *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+        """Raises ValueError: nothing can be written there."""
+        self._directory, self._facts, self._max_file_bytes = directory, dict(facts), max_file_bytes
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._places = StepFiles(directory).places if (directory / INDEX).exists() else []
+            probe = directory / f"{TMP_PREFIX}{INDEX}"
+            probe.touch()
+            probe.unlink()  # a run that fails before its first step leaves nothing, and can be started again
+        except OSError as error:
+            raise ValueError(
+                f"{FLAG} {directory}: cannot be written ({error.strerror}); name another directory"
+            ) from error
+        self._place: Place | None = None
+        self._pending: dict[str, Tensor] = {}
+        self._num_files = 0
+
+    def forget_from(self, rollout_id: int) -> None:
+        """Drop this rollout and later ones, which are trained on again."""
+        dropped = [place for place in self._places if place.rollout_id >= rollout_id]
+        self._places = [place for place in self._places if place.rollout_id < rollout_id]
+        if dropped:
+            self._write_index()
+        for name in {entry.file for place in dropped for entry in place.tensors}:
+            (self._directory / name).unlink()
+
+    def begin(self, name: str, rollout_id: int) -> None:
+        """The place that `add` adds to; it counts from `end` on."""
+        self._place = Place(name, rollout_id)
+        self._pending, self._num_files = {}, 0
+
+    def add(self, name: str, tensor: Tensor, axis: Axis) -> None:
+        """A copy of `tensor` as the place's next one."""
+        assert self._place is not None, "begin comes first"
+        if self._pending and sum(each.nbytes for each in self._pending.values()) + tensor.nbytes > self._max_file_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self._place.tensors.append(Entry(name, axis, self._file_name()))
+
+    def turn(self, count: int) -> None:
+        """The place's last `count` tensors came in the wrong order: turn it round."""
+        assert self._place is not None, "begin comes first"
+        at = len(self._place.tensors) - count
+        self._place.tensors[at:] = self._place.tensors[: at - 1 if at else None : -1]
+
+    def end(self) -> None:
+        """The place is whole."""
+        assert self._place is not None, "begin comes first"
+        if self._pending:
+            self._flush()
+        self._places.append(self._place)
+        self._place = None
+        self._write_index()
+
+    def _file_name(self) -> str:
+        assert self._place is not None
+        return f"{self._place.name.replace(', ', '-').replace(' ', '-')}-{self._num_files}.safetensors"
+
+    def _flush(self) -> None:
+        name = self._file_name()
+        written = self._directory / f"{TMP_PREFIX}{name}"
+        save_file(self._pending, written)
+        written.rename(self._directory / name)
+        self._pending = {}
+        self._num_files += 1
+
+    def _write_index(self) -> None:
+        index = {"format": FORMAT, "facts": self._facts, "places": [asdict(place) for place in self._places]}
+        written = self._directory / f"{TMP_PREFIX}{INDEX}"
+        written.write_text(json.dumps(index, indent=1) + "\n")
+        written.rename(self._directory / INDEX)
+
+
+class StepFiles:
+    """A directory of such files: its index, and tensors when they are asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ValueError: there is no index, or none that can be read."""
+        self._directory = directory
+        path = directory / INDEX
+        if not path.is_file():
+            raise ValueError(f"{directory}: there is no {INDEX}; name a directory that {FLAG} wrote")
+        try:
+            index: dict[str, Any] = json.loads(path.read_text())
+            if index["format"] != FORMAT:
+                raise ValueError(f"{path} is of format {index['format']}, and this version reads {FORMAT}")
+            self.facts: dict[str, Any] = index["facts"]
+            self.places = [
+                Place(each["name"], each["rollout_id"], [_entry(entry) for entry in each["tensors"]])
+                for each in index["places"]
+            ]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no index that {FLAG} wrote ({error!r})") from error
+
+    def tensor(self, entry: Entry) -> Tensor:
+        """Raises ValueError: its file is missing or damaged."""
+        path = self._directory / entry.file
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, and {INDEX} says that it holds {entry.name}")
+        try:
+            with cast(Any, safe_open(path, framework="pt")) as file:
+                return file.get_tensor(entry.name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged, or has no {entry.name} ({error})") from error
+
+
+def _entry(data: Mapping[str, str]) -> Entry:
+    return Entry(data["name"], Axis(data["axis"]), data["file"])
