@@ -1,4 +1,4 @@
-"""Megatron's distributed optimizer over PyTorch's own Adam: three corrections where nothing else is installed.
+"""Megatron's distributed optimizer over PyTorch's own Adam: four corrections where nothing else is installed.
 
 Path: `optimizer` installs this before it builds; `checkpoint` saves and loads what it builds. Invariant: every
 parameter's state has a `step` of its own, and after loading it is the saved one.
@@ -31,6 +31,22 @@ class TorchDistributedOptimizer(_Original):
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        """Each buffer's state with every bucket where it stands in the buffer.
+
+        Megatron takes the padding at buckets' ends out, and then looks parameters up by their places in the buffer,
+        padding counted: behind a bucket whose size is no multiple of its alignment it would save the wrong numbers.
+        """
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        if state is None:  # not the rank that writes
+            return None
+        for number, buffer in enumerate(self.buffers):
+            for tensors in state[number].values():
+                for name, packed in tensors.items():
+                    if name != "numel_unpadded":
+                        tensors[name] = _in_place(packed, buffer)
+        return state
+
     @torch.no_grad()  # of fp32 weights these are views, which autograd guards
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
         group, place = self.model_param_group_index_map[model_param]
@@ -40,10 +56,20 @@ class TorchDistributedOptimizer(_Original):
                 there.copy_(tensors[name])
 
 
+def _in_place(packed: Tensor, buffer: Any) -> Tensor:
+    """Buckets that lie one behind the other, moved to their offsets in the buffer."""
+    placed, start = packed.new_zeros(buffer.numel), 0
+    for bucket in buffer.buckets:
+        size = bucket.numel_unpadded
+        placed[bucket.offset : bucket.offset + size] = packed[start : start + size]
+        start += size
+    return placed
+
+
 def install() -> None:
     """Have Megatron build this one. No-op where TransformerEngine or Apex bring their Adam."""
     require_names(distrib_optimizer, "HAVE_APEX_OR_TE")
-    require_names(_Original, "state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")
+    require_names(_Original, "state_dict", "load_state_dict", "get_parameter_state_dp_zero", "_set_main_param_and_optimizer_states")
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         replace_name(mcore_optimizer, "DistributedOptimizer", TorchDistributedOptimizer)
 

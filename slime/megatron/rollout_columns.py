@@ -1,4 +1,4 @@
-"""Columns that training adds to a rollout's batch: advantages and loss weights, by the flags.
+"""What the flags make of a rollout's batch: its advantages and loss weights, and the loss that reads them.
 
 Path: between the log-probs and the step; `slime.algo` has the math. Invariant: both are functions of the whole
 rollout, computed alike on every rank, before the batch is cut.
@@ -15,12 +15,20 @@ import torch
 
 from slime.algo.advantages import ESTIMATORS, AdvantageOptions, RolloutRewards, counted_rows
 from slime.algo.estimators import ESTIMATOR_FACTS
-from slime.algo.losses import LossOptions
+from slime.algo.losses import LOSSES, Loss, LossOptions
 from slime.algo.overlong import overlong_penalties
 from slime.algo.reducers import loss_weights, whiten
 from slime.config.args import Args
 from slime.core.batch import Array, TrainBatch
 from slime.core.plugins import load_hook
+
+
+def loss_of(args: Args) -> Loss:
+    if args.loss_type != "custom_loss":
+        return LOSSES[args.loss_type]
+    if args.custom_loss_function_path is None:
+        raise ValueError("--loss-type custom_loss: --custom-loss-function-path is not given; name your loss")
+    return load_hook("custom_loss_function_path", args.custom_loss_function_path)
 
 
 def loss_options(args: Args) -> LossOptions:

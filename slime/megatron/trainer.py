@@ -19,12 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slime.algo.losses import LOSSES, Loss
 from slime.config.args import Args
 from slime.config.virtual_stages import count_multiple
 from slime.core.batch import Array, TrainBatch
 from slime.core.packing import StepPlan, plan_steps, training_flops
-from slime.core.plugins import load_hook
 from slime.megatron import device, hf_weights, routes
 from slime.megatron.build import architecture_of, build_model, params_dtype
 from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
@@ -37,7 +35,7 @@ from slime.megatron.offpolicy import add_offpolicy, version_of_weights
 from slime.megatron.optimizer import build_optimizer, follow_schedule, steps_per_rollout
 from slime.megatron.parallel import close_parallel, init_parallel
 from slime.megatron.result import LoadResult
-from slime.megatron.rollout_columns import add_advantages, add_loss_weights, counted_rows_of, loss_options
+from slime.megatron.rollout_columns import add_advantages, add_loss_weights, counted_rows_of, loss_of, loss_options
 from slime.megatron.snapshots import Snapshots
 from slime.megatron.step import Stepper
 from slime.models.hf_files import HFReader
@@ -70,7 +68,7 @@ class Trainer:
             temperature=1.0 if args.loss_type == "sft_loss" else args.rollout_temperature,
             chunk_size=args.log_probs_chunk_size,
         )
-        self._loss = _loss_of(args)
+        self._loss = loss_of(args)
         self._guard = StepGuard(args, self.topology)
         self.critic = Critic(args, self.topology, self._dump) if args.uses_critic else None
 
@@ -377,14 +375,6 @@ class Trainer:
             flops = training_flops(self._shape)
             metrics["train/dp_imbalance"] = max(plan.imbalance(lengths, flops) for plan in plans)
         return metrics
-
-
-def _loss_of(args: Args) -> Loss:
-    if args.loss_type != "custom_loss":
-        return LOSSES[args.loss_type]
-    if args.custom_loss_function_path is None:
-        raise ValueError("--loss-type custom_loss: --custom-loss-function-path is not given; name your loss")
-    return load_hook("custom_loss_function_path", args.custom_loss_function_path)
 
 
 def _over_steps(steps: Sequence[dict[str, float]], kind: str) -> dict[str, float]:

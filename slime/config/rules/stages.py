@@ -64,10 +64,6 @@ def virtual_stages(case: Case) -> Iterable[Problem]:
             return
     if num_chunks(args) > 1:
         yield from _interleaved(args)
-    if case.real and num_chunks(args) > 1 and args.use_distributed_optimizer and args.tensor_model_parallel_size > 1:
-        rule = "beside virtual stages and tensor parallelism: another layout's checkpoint is not loaded right"
-        remedy = "leave out one of the three (--dry-run plans with them)"
-        yield case.error("use_distributed_optimizer", rule, remedy, beside=("tensor_model_parallel_size",))
 
 
 def _interleaved(args: Args) -> Iterable[Problem]:
