@@ -37,7 +37,7 @@ class TorchDistributedOptimizer(_Original):
         Megatron takes the padding at buckets' ends out, and then looks parameters up by their places in the buffer,
         padding counted: behind a bucket whose size is no multiple of its alignment it would save the wrong numbers.
         """
-        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        state: Any = super().get_parameter_state_dp_zero(*args, **kwargs)
         if state is None:  # not the rank that writes
             return None
         for number, buffer in enumerate(self.buffers):
@@ -69,7 +69,13 @@ def _in_place(packed: Tensor, buffer: Any) -> Tensor:
 def install() -> None:
     """Have Megatron build this one. No-op where TransformerEngine or Apex bring their Adam."""
     require_names(distrib_optimizer, "HAVE_APEX_OR_TE")
-    require_names(_Original, "state_dict", "load_state_dict", "get_parameter_state_dp_zero", "_set_main_param_and_optimizer_states")
+    require_names(
+        _Original,
+        "state_dict",
+        "load_state_dict",
+        "get_parameter_state_dp_zero",
+        "_set_main_param_and_optimizer_states",
+    )
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         replace_name(mcore_optimizer, "DistributedOptimizer", TorchDistributedOptimizer)
 
