@@ -22,7 +22,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-MODULES = ("parity", "trainer_speed", "engine", "sync", "colocate", "learn", "rollout_speed", "layouts", "scripts")
+MODULES = (
+    "parity",
+    "trainer_speed",
+    "trainer",
+    "engine",
+    "sync",
+    "colocate",
+    "learn",
+    "rollout_speed",
+    "layouts",
+    "scripts",
+)
 """Of tests/gpu, in the order in which they run; a name with a dot is a module elsewhere."""
 
 Function = TypeVar("Function", bound=Callable[..., None])
