@@ -21,7 +21,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from slime.config.args import SECTIONS, Args
-from slime.config.flags.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, JUDGED_ELSEWHERE
+from slime.config.flags.megatron_fields import (
+    DECIDED,
+    HARMLESS,
+    HARMLESS_VALUES,
+    JUDGED_ELSEWHERE,
+    OFFLOAD_OF_MEGATRON,
+)
 from slime.config.flags.table import BOUNDS, SET_BY_SLIME, FlagSpec, all_flags
 from slime.config.rules.not_built import NOT_BUILT, NOT_BUILT_MEGATRON
 from slime.config.rules.problem import show
@@ -94,6 +100,8 @@ def _passed_on(spec: FlagSpec) -> str:
         return "for mixtures of experts; what MODEL_ARGS need, or refused"
     if spec.name.startswith(JUDGED_ELSEWHERE):
         return "TransformerEngine's: without effect on Megatron's local layers, or refused"
+    if spec.name in OFFLOAD_OF_MEGATRON:
+        return "without effect: `--optimizer-cpu-offload` moves all of the state"
     if spec.name in HARMLESS:
         return "passed on"
     if spec.name in HARMLESS_VALUES:

@@ -65,6 +65,32 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def lock_pages(array: torch.Tensor) -> bool:
+    """Have the host keep the array's memory where the device reads it; whether it does. No on a CPU.
+
+    Raises:
+        RuntimeError: CUDA refuses.
+    """
+    if not on_cuda() or not array.numel():
+        return False
+    error = int(_runtime().cudaHostRegister(array.data_ptr(), array.nbytes, 0))
+    if error:
+        raise RuntimeError(
+            f"CUDA locks no {array.nbytes / 1e9:.2f} GB of host memory (error {error}): leave --optimizer-cpu-offload "
+            "out, or give the process more memory (ulimit -l)"
+        )
+    return True
+
+
+def unlock_pages(array: torch.Tensor) -> None:
+    """The end of `lock_pages`, before the memory is given back."""
+    _runtime().cudaHostUnregister(array.data_ptr())
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()
+
+
 def empty_cache() -> None:
     """Give memory that is free inside this process back to the device.
 

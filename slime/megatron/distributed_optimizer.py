@@ -80,8 +80,19 @@ def install() -> None:
         replace_name(mcore_optimizer, "DistributedOptimizer", TorchDistributedOptimizer)
 
 
+class PlacedAdamW(torch.optim.AdamW):
+    """An AdamW that says itself where its state stands."""
+
+    def start(self) -> None:
+        """`start_adam`."""
+        raise NotImplementedError
+
+
 def start_adam(adam: torch.optim.Optimizer) -> None:
     """Give every parameter that has none the state which Adam's first step would begin with."""
+    if isinstance(adam, PlacedAdamW):
+        adam.start()
+        return
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:

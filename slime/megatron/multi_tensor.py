@@ -74,7 +74,10 @@ def _scale(chunk_size: int, noop_flag: Tensor, lists: Sequence[list[Tensor]], fa
 
 def _copy(this: list[Tensor], that: list[Tensor], overflow_buf: Tensor | None = None) -> None:
     """This to that, in that one's dtype."""
-    if this:
+    if this and this[0].device != that[0].device:  # main weights in host memory
+        for source, target in zip(this, that, strict=True):
+            target.copy_(source)
+    elif this:
         torch._foreach_copy_(that, this)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -7,7 +7,8 @@ a step the model's weights are the main weights, rounded, which elsewhere takes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,37 +31,66 @@ class OnePassAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        from slime.megatron.kernels.triton_adamw import adamw
-
         start_adam(self)
         for group in self.param_groups:
             weights: list[Tensor] = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
                 continue
-            states = [self.state[weight] for weight in weights]
-            steps = [state["step"] for state in states]
-            scale = torch.ones_like(steps[0]) if self.grad_scale is None else self.grad_scale
-            skip = torch.zeros_like(steps[0]) if self.found_inf is None else self.found_inf
-            torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
-            torch._foreach_sub_(steps, [skip] * len(steps))  # pyright: ignore[reportPrivateImportUsage]
-            corrections = bias_corrections(torch.stack(steps), group["betas"])
-            for place, (weight, state) in enumerate(zip(weights, states, strict=True)):
+            counted = count_steps(self, weights, group)
+            for place, weight in enumerate(weights):
                 assert weight.grad is not None
-                adamw(
-                    weight.grad,
-                    weight,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    self.model_of.get(weight),
-                    corrections,
-                    place,
-                    scale=scale,
-                    skip=skip,
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                )
+                state = self.state[weight]
+                moments = [state["exp_avg"], state["exp_avg_sq"]]
+                pass_over(group, weight.grad, weight, moments, self.model_of.get(weight), counted, place)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the steps of a group's weights come to: see `triton_adamw.adamw`."""
+
+    corrections: Tensor
+    scale: Tensor
+    skip: Tensor
+
+
+def count_steps(adam: Any, weights: Sequence[Tensor], group: dict[str, Any]) -> Counted:
+    """Count one more step of these weights of a group, unless it is to be skipped."""
+    steps: list[Tensor] = [adam.state[weight]["step"] for weight in weights]
+    scale = torch.ones_like(steps[0]) if adam.grad_scale is None else adam.grad_scale
+    skip = torch.zeros_like(steps[0]) if adam.found_inf is None else adam.found_inf
+    torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_sub_(steps, [skip] * len(steps))  # pyright: ignore[reportPrivateImportUsage]
+    return Counted(bias_corrections(torch.stack(steps), group["betas"]), scale, skip)
+
+
+def pass_over(
+    group: dict[str, Any],
+    gradient: Tensor,
+    weight: Tensor,
+    moments: Sequence[Tensor],
+    model: Tensor | None,
+    counted: Counted,
+    place: int,
+) -> None:
+    """One step of one weight of a group, or of a part of it; `place` among the weights that were counted."""
+    from slime.megatron.kernels.triton_adamw import adamw
+
+    exp_avg, exp_avg_sq = moments
+    adamw(
+        gradient,
+        weight,
+        exp_avg,
+        exp_avg_sq,
+        model,
+        counted.corrections,
+        place,
+        scale=counted.scale,
+        skip=counted.skip,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        betas=group["betas"],
+        eps=group["eps"],
+    )
 
 
 def bias_corrections(steps: Tensor, betas: tuple[float, float]) -> Tensor:
@@ -82,12 +112,12 @@ def install(part: MegatronOptimizer) -> bool:
     if not plain or not all(w.is_cuda and w.dtype == torch.float32 and w.is_contiguous() for w in weights):
         return False
     adam.__class__ = OnePassAdamW
-    adam.model_of = dict(_pairs(part))  # pyright: ignore[reportAttributeAccessIssue]
+    adam.model_of = dict(model_memory(part))  # pyright: ignore[reportAttributeAccessIssue]
     part._copy_main_params_to_model_params = lambda: None  # the pass has written them
     return True
 
 
-def _pairs(part: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def model_memory(part: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Each fp32 main weight, and the model's memory that Megatron would copy it to."""
     if not isinstance(part, DistributedOptimizer):
         for mains, models in zip(part.fp32_from_float16_groups, part.float16_groups, strict=True):

@@ -14,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from slime.config.args import Args
-from slime.megatron import device, distributed_optimizer, main_gradients, multi_tensor, one_pass_adam
+from slime.megatron import device, distributed_optimizer, host_adam, main_gradients, multi_tensor, one_pass_adam
 from slime.megatron.build import ModelChunks, config_from, params_dtype, uses_bf16
 from slime.megatron.optimizer_state import parts_of
 
@@ -37,7 +37,7 @@ def build_optimizer(args: Args, model: ModelChunks) -> tuple[MegatronOptimizer, 
             "bf16": uses_bf16(args),
             "params_dtype": params_dtype(args),
             "use_distributed_optimizer": args.use_distributed_optimizer,
-            "optimizer_cpu_offload": args.optimizer_cpu_offload,
+            "optimizer_cpu_offload": False,  # Megatron's own; `host_adam` has it
         },
     )
     with device.layer():
@@ -47,17 +47,19 @@ def build_optimizer(args: Args, model: ModelChunks) -> tuple[MegatronOptimizer, 
             main_gradients.install(chunk)
         optimizer = get_megatron_optimizer(config, list(model))  # pyright: ignore[reportArgumentType]
         for part in parts_of(optimizer):
-            _prepare(part)
+            _prepare(part, in_host_memory=args.optimizer_cpu_offload)
         return optimizer, _schedule(args, optimizer)
 
 
-def _prepare(part: MegatronOptimizer) -> None:
+def _prepare(part: MegatronOptimizer, *, in_host_memory: bool) -> None:
     """PyTorch's own optimizers, which Megatron takes without TransformerEngine and Apex: Adam fused, SGD loadable."""
     if isinstance(part.optimizer, torch.optim.Adam):
         for group in part.optimizer.param_groups:
             group["fused"] = True  # one pass over the weights; on a CPU a third of the time
         one_pass_adam.install(part)
-    elif isinstance(part.optimizer, torch.optim.SGD):
+    if in_host_memory and part.optimizer is not None:
+        host_adam.install(part)
+    if isinstance(part.optimizer, torch.optim.SGD):
         part.init_state_fn = _start_sgd  # Megatron gives it none, and calls it when it loads
 
 

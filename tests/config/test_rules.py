@@ -91,6 +91,14 @@ def test_the_base_passes(run: Run) -> None:
         ("--load-debug-rollout-data /tmp/{}.jsonl", "--load-debug-rollout-data /tmp/{}.jsonl: {rollout_id} alone"),
         ("--save /tmp/s --save-hf /tmp/{rollout", "--save-hf /tmp/{rollout: {rollout_id} alone is filled in"),
         (
+            "--optimizer-cpu-offload --optimizer sgd",
+            "--optimizer-cpu-offload: it is adam's state that stands in host memory, not --optimizer sgd's; leave one",
+        ),
+        (
+            "--optimizer-cpu-offload --no-decoupled-weight-decay",
+            "--optimizer-cpu-offload: it takes AdamW, whose weight decay is decoupled, not --no-decoupled-weight-decay",
+        ),
+        (
             "--use-distributed-optimizer --optimizer sgd",
             "--use-distributed-optimizer: Megatron shards adam alone, not --optimizer sgd; leave one of the two out",
         ),
@@ -253,6 +261,7 @@ def test_missing_basics(run: Run) -> None:
             "--eval-prompt-data TRAIN --eval-max-response-len 200",
             "--eval-max-response-len 200: the model's context is 128",
         ),
+        ("--optimizer-offload-fraction 0.5", "--optimizer-offload-fraction: no effect: it is about Megatron's own"),
         ("--cp-comm-type a2a", "--cp-comm-type: no effect: context parallelism always gathers keys and values"),
         (
             "--save /tmp/s --save-interval 2 --save-hf /tmp/hf",
@@ -268,7 +277,6 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "--optimizer-cpu-offload",
         "--no-use-rotary-position-embeddings",
         "--overlap-param-gather",
         "--fp8-format hybrid",
@@ -295,6 +303,14 @@ def test_not_built_plans_but_does_not_run(run: Run, words: str) -> None:
 )
 def test_off_and_free_values_pass(run: Run, words: str) -> None:
     assert run.errors(*words.replace("TRAIN", str(run.data)).split()) == []
+
+
+def test_offload_saves_nothing_where_there_is_no_device(run: Run) -> None:
+    assert run.errors("--optimizer-cpu-offload") == []
+    assert run.warnings("--optimizer-cpu-offload", "--dry-run") == []
+    if not cuda_available():
+        [warning] = run.warnings("--optimizer-cpu-offload")
+        assert warning.startswith("--optimizer-cpu-offload: no effect: there is no CUDA here")
 
 
 def test_data_files_of_other_kinds(run: Run) -> None:

@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 MODULES = (
-    *("parity", "experts", "trainer_speed", "engine", "sync", "colocate", "learn", "rollout_speed", "layouts"),
+    "parity",
+    "experts",
+    "trainer_speed",
+    "trainer",
+    "engine",
+    "sync",
+    "colocate",
+    "learn",
+    "rollout_speed",
+    "layouts",
     "scripts",
 )
 """Of tests/gpu, in the order in which they run; a name with a dot is a module elsewhere."""

@@ -67,13 +67,13 @@ def test_tables_get_their_gradients(
 
 def written(rank: int, world_size: int, init_method: str, args: Args) -> tuple[int, bool]:
     """How many main weights there are, and whether Megatron's copy writes the memory that the one pass writes."""
-    from slime.megatron.one_pass_adam import _pairs, install
+    from slime.megatron.one_pass_adam import install, model_memory
     from slime.megatron.optimizer_state import parts_of
 
     with joined(args, rank, world_size, init_method) as topology:
         [part] = parts_of(Run(args, topology).optimizer)
         assert not install(part), "a CPU keeps PyTorch's"
-        pairs = list(_pairs(part))
+        pairs = list(model_memory(part))
         mains = [main for group in part.optimizer.param_groups for main in group["params"]]
         assert {id(main) for main, _ in pairs} == {id(main) for main in mains}
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,17 @@ def with_naps(
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"bf16": True}, {"bf16": True, "use_distributed_optimizer": True}, {"use_distributed_optimizer": True}],
+    [
+        {},
+        {"bf16": True},
+        {"bf16": True, "use_distributed_optimizer": True},
+        {"use_distributed_optimizer": True},
+        {"bf16": True, "optimizer_cpu_offload": True},
+    ],
 )
 def test_training_goes_on_to_the_bit(workers: WorkerPool, hf: Path, flags: dict[str, Any]) -> None:
     args = tiny.make_args(hf, lr=1e-2, use_kl_loss=True, kl_loss_coef=0.1, **flags)
-    awake = workers.run(2, runs.train, args, BATCHES)[0]
+    awake = workers.run(2, runs.train, replace(args, optimizer_cpu_offload=False), BATCHES)[0]
     metrics, found = workers.run(2, with_naps, args, BATCHES)[0]
     assert all(np.array_equal(found[name], awake.weights[name]) for name in awake.weights)
     assert [m["train/loss"] for m in metrics] == [m["train/loss"] for m in awake.metrics]

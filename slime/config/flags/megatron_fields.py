@@ -72,6 +72,16 @@ HARMLESS = frozenset(
         "log_num_zeros_in_grad",
     ]
 )
+OFFLOAD_OF_MEGATRON = frozenset(
+    [
+        "optimizer_offload_fraction",
+        "use_torch_optimizer_for_cpu_offload",
+        "overlap_cpu_optimizer_d2h_h2d",
+        "pin_cpu_grads",
+        "pin_cpu_params",
+    ]
+)
+"""Of these, what is about an offload that slime does not use; `rules.optimizer` says so."""
 HARMLESS_VALUES: Mapping[str, Any] = {"transformer_impl": "local"}
 """One value of a field that may be given, besides its default."""
 

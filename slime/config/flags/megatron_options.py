@@ -142,7 +142,11 @@ class OptimizerOptions:
     use_distributed_optimizer: bool = flag(
         False, "Share main weights and moments over the data-parallel ranks: saves memory, the result is the same."
     )
-    optimizer_cpu_offload: bool = flag(False, "Keep optimizer state in host memory, and take the step there.")
+    optimizer_cpu_offload: bool = flag(
+        False,
+        "Keep Adam's moments, and with bf16 the fp32 main weights, in pinned host memory; each step brings them "
+        "through the GPU in parts. The result is the same to the last bit.",
+    )
     moe_aux_loss_coeff: float = flag(
         0.0,
         "Mixture of experts: weight of each layer's load-balancing loss over a micro-batch, as a part of its share of "

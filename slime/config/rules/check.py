@@ -31,7 +31,7 @@ from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, 
 from slime.config.rules.no_effect import no_effect
 from slime.config.rules.not_built import not_built
 from slime.config.rules.offpolicy import offpolicy
-from slime.config.rules.optimizer import decay, optimizer, resumed_schedule, warm_up, weight_decay
+from slime.config.rules.optimizer import cpu_offload, decay, optimizer, resumed_schedule, warm_up, weight_decay
 from slime.config.rules.partial import partial_rollout
 from slime.config.rules.paths import directories, tokenizer, weight_files
 from slime.config.rules.problem import Problem
@@ -303,6 +303,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     recompute,
     precision,
     optimizer,
+    cpu_offload,
     decay,
     warm_up,
     weight_decay,

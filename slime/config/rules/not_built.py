@@ -12,10 +12,6 @@ from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
 
 
-def on(value: Any) -> bool:
-    return bool(value)
-
-
 def off(value: Any) -> bool:
     return value is False
 
@@ -25,7 +21,6 @@ def other_than(*built: Any) -> Callable[[Any], bool]:
 
 
 NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "optimizer_cpu_offload": (on, "CPU offload of the optimizer"),
     "normalization": (other_than("RMSNorm"), "another norm than RMSNorm"),
     "position_embedding_type": (other_than("rope"), "another position embedding than rope"),
     "use_rotary_position_embeddings": (off, "another position embedding than rope"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from slime.config.epochs import planned_rollouts
+from slime.config.flags.megatron_fields import OFFLOAD_OF_MEGATRON
+from slime.config.resolve import cuda_available
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
 
@@ -19,6 +21,29 @@ def optimizer(case: Case) -> Iterable[Problem]:
     if case.args.use_distributed_optimizer and case.args.optimizer != "adam":
         rule = f"Megatron shards adam alone, not --optimizer {case.args.optimizer}"
         yield case.error("use_distributed_optimizer", rule, "leave one of the two out", beside=["optimizer"])
+
+
+def cpu_offload(case: Case) -> Iterable[Problem]:
+    args = case.args
+    passed = [name for name in args.megatron_extra if name in OFFLOAD_OF_MEGATRON]
+    if passed:
+        yield Problem(
+            severity="warning",
+            where=" ".join("--" + name.replace("_", "-") for name in passed),
+            rule="no effect: it is about Megatron's own offload; slime's moves all of the optimizer's state",
+            remedy="leave it out, and say --optimizer-cpu-offload",
+        )
+    if not args.optimizer_cpu_offload:
+        return
+    if args.optimizer != "adam":
+        rule = f"it is adam's state that stands in host memory, not --optimizer {args.optimizer}'s"
+        yield case.error("optimizer_cpu_offload", rule, "leave one of the two out", beside=["optimizer"])
+    elif args.megatron_extra.get("decoupled_weight_decay") is False:
+        rule = "it takes AdamW, whose weight decay is decoupled, not --no-decoupled-weight-decay"
+        yield case.error("optimizer_cpu_offload", rule, "leave one of the two out")
+    elif case.real and not cuda_available():
+        rule = "no effect: there is no CUDA here, and no other memory than the host's"
+        yield case.warning("optimizer_cpu_offload", rule, "leave it out")
 
 
 def _takes_steps(case: Case) -> bool:
