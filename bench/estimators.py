@@ -42,6 +42,8 @@ class Setup:
     model: str = "glm4"
     longest: int | None = None
     """Rollouts at most, where more would find nothing left to learn from."""
+    teacher: str = "sft_torch_dist"
+    """Within `start`: what --ref-load names."""
 
     @property
     def script(self) -> str:
@@ -73,6 +75,9 @@ RUNS: Mapping[str, Setup] = {
     "reinforce_plus_plus": Setup(("--advantage-estimator", "reinforce_plus_plus", "--kl-coef", "0.001")),
     "reinforce_plus_plus_baseline": Setup(("--advantage-estimator", "reinforce_plus_plus_baseline")),
     "ppo": Setup(("--advantage-estimator", "ppo", "--critic-lr", "1e-3", *TWO_STEPS)),
+    "on_policy_distillation, from the demo's trained model": Setup(
+        ("--advantage-estimator", "on_policy_distillation"), teacher="trained_hf"
+    ),
     "grpo, mixture of experts": Setup(("--advantage-estimator", "grpo"), model="qwen3-moe"),
 }
 DATASETS = ("greedy", "sampled")
@@ -95,7 +100,7 @@ def run(name: str, out: Path, *, rollouts: int, seed: int) -> None:
         "PYTHONPATH": str(ROOT),
         "TASK_DIR": str(setup.start / "task"),
         "HF_DIR": str(setup.start / "sft/hf"),
-        "REF_DIR": str(setup.start / "sft_torch_dist"),
+        "REF_DIR": str(setup.start / setup.teacher),
         "SAVE_DIR": str(out / "run"),
         "SEED": str(seed),
     }
@@ -128,7 +133,9 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
 
 
 def directory(name: str) -> Path:
-    return OUTPUTS / "estimators" / name.replace(" ", "").replace(",", "-")
+    model = RUNS[name].model
+    own = "" if model == "glm4" else f"-{model}"
+    return OUTPUTS / "estimators" / f"{name.split(',')[0].replace(' ', '')}{own}"
 
 
 def tabulate(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> tuple[Table, list[Goal]]:

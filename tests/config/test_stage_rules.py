@@ -113,10 +113,3 @@ def test_modules_that_cannot_be_recomputed(run: Run) -> None:
     selective = ["--recompute-granularity", "selective", "--recompute-modules"]
     assert "--recompute-modules: layernorm: only core_attn and mlp" in run.error(*selective, "mlp", "layernorm")
     assert run.errors(*selective, "mlp", "core_attn") == []
-
-
-def test_virtual_stages_of_tensor_parallel_ranks_with_a_sharded_optimizer(run: Run) -> None:
-    words = f"--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --actor-num-gpus-per-node 4 {VIRTUAL} 1"
-    assert run.errors(*words.split()) == []
-    assert "not loaded right" in run.error(*words.split(), "--use-distributed-optimizer")
-    assert run.errors(*words.split(), "--use-distributed-optimizer", "--dry-run") == []

@@ -76,11 +76,11 @@ VPP2: dict[str, Any] = {
     "num_layers_per_virtual_pipeline_stage": 1,
     "max_tokens_per_gpu": 40,
 }
-VIRTUAL, SHARDED_VIRTUAL = "PP2 x VPP2", "PP2 x VPP2, distributed optimizer"
+VIRTUAL = "PP2 x VPP2"
 SHARDED_BY_ALL = "TP2 x PP2 x VPP2, distributed optimizer, recompute"
 VPP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     VIRTUAL: (2, VPP2),
-    SHARDED_VIRTUAL: (2, {**VPP2, "use_distributed_optimizer": True}),
+    "PP2 x VPP2, distributed optimizer": (2, {**VPP2, "use_distributed_optimizer": True}),
     "PP2 x VPP2, groups of 3": (
         2,
         # each sample is a pack, and there are 8 of them: they have to be filled up by an empty one
@@ -495,7 +495,7 @@ def _second_steps(
     ("layouts", "num_layers"),
     [
         (tuple(LAYOUTS), 2),
-        ((SINGLE, "PP2 x DP2, distributed optimizer", VIRTUAL, SHARDED_VIRTUAL, SHARDED_BY_ALL), 4),
+        ((SINGLE, "PP2 x DP2, distributed optimizer", VIRTUAL, SHARDED_BY_ALL), 4),
     ],
     ids=["all", "virtual stages"],
 )
