@@ -124,8 +124,8 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for panel, dataset in zip(panels, DATASETS, strict=True):
-        for name, events in runs.items():
-            panel.plot(*curve(events, dataset), "o-", markersize=3, label=name)
+        for number, (name, events) in enumerate(runs.items()):
+            panel.plot(*curve(events, dataset), "o-" if number < 10 else "o--", markersize=3, label=name)
         panel.set(title=f"held-out problems, {dataset}", xlabel="rollouts finished", ylim=(-0.02, 1.02))
         panel.grid(alpha=0.25)
     panels[1].legend(loc="lower right", frameon=False, fontsize=8)

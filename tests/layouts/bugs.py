@@ -15,11 +15,13 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from slime.core.batch import Array, TrainBatch
 from slime.core.packing import StepPlan
-from slime.megatron import trainer
+from slime.megatron import critic, trainer
 from slime.megatron.microbatch import Cut, MicroBatch
+from slime.megatron.step import Weighed
 from tests.layouts.draws import Draw
 
 Patch = AbstractContextManager[Any]
@@ -76,10 +78,22 @@ def _neighbouring(lengths_S: Array, num_ranks: int) -> Array:
     return np.stack([np.concatenate([piece[rank] for piece in pieces]) for rank in range(num_ranks)])
 
 
+def unweighed_critic() -> Patch:
+    """Every rank's share of the value loss counts as if it had all samples."""
+    weighed_loss = critic.Critic._weighed_loss
+
+    def wrong(self: critic.Critic, micro_batch: MicroBatch, hidden: Tensor) -> Weighed:
+        total, data = weighed_loss(self, micro_batch, hidden)
+        return total * self._steps.topology.dp_size, data
+
+    return patch.object(critic.Critic, "_weighed_loss", wrong)
+
+
 BUGS: dict[str, Callable[[], Patch]] = {
     "own denominator": own_denominator,
     "shifted mask": shifted_mask,
     "contiguous slice": contiguous_slice,
+    "unweighed critic": unweighed_critic,
 }
 
 
@@ -94,4 +108,5 @@ def exercises(bug: str, draw: Draw) -> bool:
         and dimensions["masked"] == "some",
         "shifted mask": dimensions["masked"] != "none",
         "contiguous slice": dimensions["CP"] != "1",
+        "unweighed critic": dimensions["DP"] != "1" and dimensions["algorithm"] == "ppo",
     }[bug]

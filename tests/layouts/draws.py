@@ -30,6 +30,7 @@ ADAM: Flags = {"optimizer": "adam", "lr": 1e4, "adam_eps": 1e3}
 ONE_BY_ONE: Flags = {"micro_batch_size": 1}
 """How the one process goes about it: every sample a micro-batch of its own, in the order in which they come."""
 MOST_TRIES = 2000
+_VIRTUAL_LAYERS, _VIRTUAL_STAGES = "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"
 PROCESSES = {1: 3, 2: 42, 4: 38, 8: 17}
 """How many, and in how many of a hundred draws."""
 
@@ -90,7 +91,7 @@ class Draw:
             **{name: str(size) for name, size in sizes.items()},
             "DP": str(rest),
             "ETP": str(flags.get("expert_tensor_parallel_size") or "TP") if self.model.has_experts else "dense",
-            "VPP": yes(flags.get("num_layers_per_virtual_pipeline_stage")),
+            "VPP": "by layers" if flags.get(_VIRTUAL_LAYERS) else "by number" if flags.get(_VIRTUAL_STAGES) else "no",
             "uneven stages": yes(flags.get("decoder_last_pipeline_num_layers")),
             "sequence parallel": yes(flags.get("sequence_parallel")),
             "optimizer": "distributed" if flags.get("use_distributed_optimizer") else flags["optimizer"],
@@ -169,7 +170,7 @@ def _candidate(seed: int, chance: random.Random, num_ranks: int | None) -> Draw:
     family = chance.choice((*DENSE, *MOE))
     groups = chance.choice((2, 4))
     tensor, pipeline, context = chance.choice(list(_sizes(num_ranks, groups)))
-    num_layers = chance.choice([n for n in (2, 3, 4, 5) if n >= pipeline])
+    num_layers = chance.choice([n for n in (2, 3, 4, 5, 6, 8) if n >= pipeline])
     model = Model(family, num_layers, groups)
     layout: Flags = {
         "tensor_model_parallel_size": tensor,
@@ -218,9 +219,16 @@ def _stages(chance: random.Random, num_layers: int, stages: int) -> Flags:
     kinds: list[Flags] = [{"decoder_last_pipeline_num_layers": num_layers - (stages - 1)}]
     if num_layers % stages == 0:
         kinds.append({})
-        if num_layers > stages:
-            kinds += [{"num_layers_per_virtual_pipeline_stage": 1}] * 2
-    return chance.choice(kinds)
+    virtual: list[Flags] = []
+    for last in range(2, num_layers, 2):  # two virtual stages on each, also where the last is another size
+        others, rest = divmod(num_layers - last, stages - 1)
+        if others and not rest and others % 2 == 0:
+            own = {} if last == others else {"decoder_last_pipeline_num_layers": last}
+            virtual.append({**own, _VIRTUAL_STAGES: 2})
+    if num_layers % stages == 0:
+        layers = num_layers // stages
+        virtual += [{_VIRTUAL_LAYERS: size} for size in range(1, layers) if layers % size == 0]
+    return chance.choice(virtual if virtual and chance.random() < 0.5 else kinds)
 
 
 def _experts(chance: random.Random, model: Model, ranks_of_stage: int, tensor: int) -> Flags:

@@ -23,7 +23,9 @@ import torch.distributed as dist
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
-from slime.megatron.build import named_parameters
+from slime.megatron import device
+from slime.megatron.build import ModelChunks, ValueModel, architecture_of, named_parameters, named_weights, unwrap
+from slime.megatron.hf_weights import iter_whole_tensors
 from slime.megatron.trainer import Trainer
 from tests.layouts.bugs import BUGS
 from tests.layouts.draws import Draw, other_log_probs, samples
@@ -57,6 +59,9 @@ class Outcome:
     """Of all weights after the step, as this rank gathered them."""
     gradients: Arrays
     weights: Arrays
+    critic_gradients: Arrays
+    critic_weights: Arrays
+    """None without a critic."""
 
 
 @dataclass
@@ -82,6 +87,7 @@ def plain_step(rank: int, world_size: int, init_method: str, args: Args, draw: D
     watch = Watch()
     try:
         trainer.load()
+        _wake(trainer)
         batch = samples(draw, attempt)
         batch = other_log_probs(draw, attempt, trainer.log_probs(batch), batch)
         trainer._loss = watch.losses(trainer._loss)
@@ -104,31 +110,51 @@ def cut_step(
         trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
         try:
             trainer.load()
+            _wake(trainer)
             return _outcome(trainer, trainer.train(0, batch))
         finally:
             trainer.close()
 
 
+def _wake(trainer: Trainer) -> None:
+    """A critic's value head begins at 0, and lets no gradient through: give it numbers."""
+    if trainer.critic is None:
+        return
+    for chunk in trainer.critic.model:
+        head = cast(ValueModel, unwrap(chunk)).value_head
+        if head is not None:
+            numbers = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0))
+            head.weight.data.copy_(numbers / numbers.size(1) ** 0.5)
+    with device.layer():
+        trainer.critic.optimizer.reload_model_params()
+
+
 def _outcome(trainer: Trainer, metrics: dict[str, float]) -> Outcome:
-    weights = _gathered(trainer)
-    digest = hashlib.sha256(b"".join(values.tobytes() for values in weights.values())).hexdigest()
-    _complete_gradients(trainer)
-    with torch.no_grad():  # then gradients are gathered as weights are, whatever the layout
-        for _, parameter in named_parameters(trainer.model):
-            gradient = cast(Any, parameter).main_grad if parameter.requires_grad else torch.zeros_like(parameter)
-            parameter.data.copy_(gradient)
-    gradients = _gathered(trainer)
-    first = trainer.topology.rank == 0
-    return Outcome(metrics, digest, gradients if first else {}, weights if first else {})
+    models = [trainer.model, *([] if trainer.critic is None else [trainer.critic.model])]
+    arrays: list[Arrays] = []
+    for model in models:
+        _complete_gradients(model)
+        gradients = {name: _gradient(parameter) for name, parameter in named_parameters(model)}
+        arrays += [_gathered(trainer, gradients), _gathered(trainer, dict(named_weights(model)))]
+    arrays += [{}, {}] * (2 - len(models))
+    digest = hashlib.sha256(b"".join(array.tobytes() for weights in arrays[1::2] for array in weights.values()))
+    if trainer.topology.rank != 0:
+        arrays = [{}] * 4
+    return Outcome(metrics, digest.hexdigest(), *arrays)
 
 
-def _gathered(trainer: Trainer) -> Arrays:
-    return {name: tensor.numpy().copy() for name, tensor in trainer.iter_hf_tensors()}
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return cast(Any, parameter).main_grad if parameter.requires_grad else torch.zeros_like(parameter.data)
 
 
-def _complete_gradients(trainer: Trainer) -> None:
+def _gathered(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> Arrays:
+    whole = iter_whole_tensors(tensors, architecture_of(trainer._args))
+    return {name: tensor.detach().numpy().copy() for name, tensor in whole}
+
+
+def _complete_gradients(model: ModelChunks) -> None:
     """A distributed optimizer leaves each rank the sums of its own shard of every bucket: bring all together."""
-    for wrapped in trainer.model:
+    for wrapped in model:
         chunk: Any = wrapped
         if not chunk.ddp_config.use_distributed_optimizer:
             continue
@@ -161,25 +187,40 @@ class Pair:
             "gradient norm": _off(cut.metrics["train/grad_norm"], norm, norm),
             "gradient": _norm(_minus(cut.gradients, plain.gradients)) / whole / TOLERANCE,
             "weights": _norm(_minus(cut.weights, plain.weights)) / _norm(plain.weights) / TOLERANCE,
-            "a tensor's gradient": self._worst_tensor(whole) / TENSOR_TOLERANCE,
+            "a tensor's gradient": _worst_tensor(cut.gradients, plain.gradients) / TENSOR_TOLERANCE,
             "other metrics": self._worst_metric() / TENSOR_TOLERANCE,
+            **self._of_critic(),
         }
 
-    def _worst_tensor(self, whole: float) -> float:
-        plain = self.plain.outcome.gradients
-        return max(
-            float(np.linalg.norm(difference) / max(np.linalg.norm(plain[name]), SMALLEST_PART * whole))
-            for name, difference in _minus(self.cut.gradients, plain).items()
-        )
+    def _of_critic(self) -> dict[str, float]:
+        """The same of the critic, where there is one."""
+        plain, cut = self.plain.outcome, self.cut
+        if not plain.critic_weights:
+            return {}
+        found, expected = cut.critic_gradients, plain.critic_gradients
+        moved = _norm(_minus(cut.critic_weights, plain.critic_weights))
+        return {
+            "critic's gradient": _norm(_minus(found, expected)) / _norm(expected) / TOLERANCE,
+            "critic's weights": moved / _norm(plain.critic_weights) / TOLERANCE,
+            "a tensor's gradient of the critic": _worst_tensor(found, expected) / TENSOR_TOLERANCE,
+        }
 
     def _worst_metric(self) -> float:
         plain, cut = (
-            {name: value for name, value in each.metrics.items() if name.startswith("train/")}
+            {name: value for name, value in each.metrics.items() if name.startswith(("train/", "critic/"))}
             for each in (self.plain.outcome, self.cut)
         )
-        names = {name for name in {*plain, *cut} if name.removeprefix("train/") not in OF_THE_CUT}
+        names = {name for name in {*plain, *cut} if name.partition("/")[2] not in OF_THE_CUT}
         assert names <= plain.keys() & cut.keys(), f"not in both: {names - (plain.keys() & cut.keys())}"
         return max(abs(cut[name] - plain[name]) / max(abs(plain[name]), 0.1) for name in names)
+
+
+def _worst_tensor(found: Arrays, expected: Arrays) -> float:
+    whole = _norm(expected)
+    return max(
+        float(np.linalg.norm(difference) / max(np.linalg.norm(expected[name]), SMALLEST_PART * whole))
+        for name, difference in _minus(found, expected).items()
+    )
 
 
 def _off(found: float, expected: float, scale: float) -> float:
