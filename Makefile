@@ -67,9 +67,10 @@ bench-estimators: $(STAMP)
 bench-loop: $(STAMP) $(TRL_STAMP)
 	$(BIN)/python -W ignore -m bench.loop --trl-python $(abspath $(TRL_VENV))/bin/python
 
-# Two at a time: many tests wait for processes to start and to end. Whole files, so that fixtures are made once.
+# Three at a time on two cores: many tests wait for processes to start and to end. Whole files, so that fixtures are made
+# once.
 test: $(STAMP)
-	PATH="$(BIN):$$PATH" python3 -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PATH="$(BIN):$$PATH" python3 -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 KILLS ?= 30
 
