@@ -38,8 +38,9 @@ TOLERANCE = 1e-5
 """Of everything as a whole, relative."""
 TENSOR_TOLERANCE = 1e-4
 """Of one tensor's gradient, which may be a small part of the whole one: a wrong one may hide in that."""
-SMALLEST_PART = 1e-3
-"""Of the whole gradient's norm: a tensor with less is measured as if it had this much. It is mostly rounding."""
+SMALLEST_PART = 5e-3
+"""Of the whole gradient's norm: a tensor with less is measured as if it had this much, so that what it may be off by is
+four roundings (2**-23) of the whole. Where each sequence is one token, queries and keys have nothing but rounding."""
 CANCELLED = 0.1
 """A loss of less than this share of its terms' mean size is measured against that share: its terms cancel."""
 LEAST_GRADIENT = 1e-3
