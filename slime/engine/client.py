@@ -31,6 +31,7 @@ from slime.engine.protocol import (
     UpdateWeightsFromDistributed,
     WeightsChecker,
 )
+from slime.engine.update_sessions import UpdateSessions
 
 __all__ = ["CONTROL_TIMEOUT", "EngineClient", "EngineError"]
 
@@ -59,6 +60,7 @@ class EngineClient:
         self._request_timeout = request_timeout
         self._patience = patience
         self._connection = Connection(api_key)
+        self.update_sessions = UpdateSessions(self._connection, self.workers)
         self._num_aborts = 0
         self._num_turns = 0
         self.num_answered = 0
@@ -208,10 +210,10 @@ class EngineClient:
         await self._everywhere(Endpoint.PAUSE_GENERATION, PauseGeneration(mode=mode))
 
     async def continue_(self) -> None:
-        await self._everywhere(Endpoint.CONTINUE_GENERATION, _Nothing())
+        await self._everywhere(Endpoint.CONTINUE_GENERATION, Message())
 
     async def flush_cache(self) -> None:
-        await self._everywhere(Endpoint.FLUSH_CACHE, _Nothing())
+        await self._everywhere(Endpoint.FLUSH_CACHE, Message())
 
     async def health(self) -> dict[str, bool]:
         """{engine URL: whether it is well}; asked once each, with no retry."""
@@ -323,6 +325,8 @@ class EngineClient:
 
     async def update_weights_from_disk(self, path: str, weight_version: str | None) -> None:
         """Make every engine load an HF directory. Caches are kept: flush them before, while nothing is in flight."""
+        # SGLang loads a directory inside of a session, too, and prepares the weights a second time when that ends.
+        await self.update_sessions.engines()  # ends what was left open
         body = UpdateWeightsFromDisk(model_path=path, weight_version=weight_version, flush_cache=False)
         await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_DISK, body)
 
@@ -348,10 +352,3 @@ class EngineClient:
 
     async def weight_versions(self) -> list[str]:
         return [str(answer["weight_version"]) for answer in await self._everywhere(Endpoint.MODEL_INFO, None)]
-
-
-class _Nothing(Message):
-    """An empty body."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {}

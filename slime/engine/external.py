@@ -127,11 +127,19 @@ def _doubts(args: Args, url: str, info: EngineInfo) -> Iterable[str]:
 
 
 async def free_engines(client: EngineClient) -> None:
-    """Make the client's engines as usable as when they were started: nothing in flight, not paused, in no weight group.
+    """Make the client's engines as usable as when they were started.
+
+    Nothing is in flight, no weight-update session is open, they are not paused, and in no weight group.
 
     At the start for what a killed run left; at the end for whoever uses them next. An engine that is dead is logged.
     """
-    for step in (client.abort_all, client.continue_, lambda: client.forget_weights_update_group(WEIGHT_GROUP)):
+    steps = (
+        client.abort_all,
+        client.update_sessions.end_left_open,  # an engine that is not paused ends one only when it is idle
+        client.continue_,
+        lambda: client.forget_weights_update_group(WEIGHT_GROUP),
+    )
+    for step in steps:
         try:
             await asyncio.wait_for(step(), STEP_TIMEOUT_S)
         except (EngineError, TimeoutError) as error:

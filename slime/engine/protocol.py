@@ -35,6 +35,8 @@ class Endpoint(StrEnum):
     MODEL_INFO = "/model_info"
     GET_SERVER_INFO = "/get_server_info"
     GET_MODEL_INFO = "/get_model_info"
+    BEGIN_WEIGHT_UPDATE = "/begin_weight_update"
+    END_WEIGHT_UPDATE = "/end_weight_update"
     INIT_WEIGHTS_UPDATE_GROUP = "/init_weights_update_group"
     UPDATE_WEIGHTS_FROM_DISTRIBUTED = "/update_weights_from_distributed"
     DESTROY_WEIGHTS_UPDATE_GROUP = "/destroy_weights_update_group"
@@ -52,7 +54,7 @@ class RouterEndpoint(StrEnum):
 
 
 class Message:
-    """A body: a dataclass that knows its way to JSON and back. None means "not sent"."""
+    """A body: a dataclass that knows its way to JSON and back. None means "not sent"; `Message()` is an empty body."""
 
     @classmethod
     def from_json(cls, data: Any) -> Any:

@@ -104,7 +104,7 @@ class BroadcastTransport(Transport):
 
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
         start = time.perf_counter()
-        with self.paused() as waited, ThreadPoolExecutor(1, "weights") as sender:
+        with self.updating() as waited, ThreadPoolExecutor(1, "weights") as sender:
             total = self._send_all(tensors, sender, str(version))
         return SyncReport(seconds=time.perf_counter() - start - waited, bytes=total, waited=waited)
 

@@ -184,7 +184,7 @@ class ColocatedTransport(Transport):
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
         start, waited = time.perf_counter(), 0.0
         if self._rank == 0:
-            with self.paused() as waited:
+            with self.updating() as waited:
                 total = self._send_together(tensors, str(version))
         else:
             total = self._send_together(tensors, str(version))

@@ -23,6 +23,8 @@ PauseChoice = Literal["drain", "abort", "in_place", "retract"]
 """What becomes of requests in flight when weights change, as --update-weight-pause has it."""
 DRAIN_WITHIN_S = 1800.0
 POLL_S = 0.05
+END_WITHIN_S = 5.0
+"""Seconds for engines to end their weight-update sessions after a sync that has failed."""
 CONTINUE_WITHIN_S = 10.0
 """Seconds for engines to take up generation again after a sync that has failed."""
 logger = logging.getLogger(__name__)
@@ -98,9 +100,24 @@ class Transport(ABC):
             self._runner.run(self._pause())
             yield time.perf_counter() - start
         except BaseException:
-            self._runner.run(self._continue_after_failure())
+            self._runner.run(self._try_within(CONTINUE_WITHIN_S, self._client.continue_()))
             raise
         self._runner.run(self._client.continue_())
+
+    @contextmanager
+    def updating(self) -> Iterator[float]:
+        """`paused`, with one weight-update session at every engine that has sessions; buckets may be sent inside.
+
+        It is closed in every case. An engine that cannot close it makes the sync fail.
+        """
+        with self.paused() as waited:
+            try:
+                self._runner.run(self._client.update_sessions.begin())
+                yield waited
+                self._runner.run(self._client.update_sessions.end())
+            except BaseException:
+                self._runner.run(self._try_within(END_WITHIN_S, self._client.update_sessions.end_left_open()))
+                raise
 
     async def _pause(self) -> None:
         choice = self._pause_choice
@@ -142,9 +159,10 @@ class Transport(ABC):
             return False
         return True
 
-    async def _continue_after_failure(self) -> None:
+    async def _try_within(self, seconds: float, asking: Awaitable[None]) -> None:
+        """For engines after a failure, which may be gone: what they do not do is logged."""
         try:
-            await asyncio.wait_for(self._client.continue_(), CONTINUE_WITHIN_S)
+            await asyncio.wait_for(asking, seconds)
         except (EngineError, TimeoutError) as error:
             logger.warning("after the weight sync has failed: %r", error)
 

@@ -202,6 +202,7 @@ def send(
             reader = HFReader(model)
             names = [n for n in reader.names() if n not in leave_out]
             step = -(-len(names) // buckets)
+            await client.update_sessions.begin()
             for i in range(0, len(names), step):
                 part = names[i : i + step]
                 last = i + step >= len(names)
@@ -210,6 +211,7 @@ def send(
                     await meanwhile(client)
         finally:
             group.close()
+            await client.update_sessions.end_left_open()
             await client.destroy_weights_update_group(GROUP)
 
     async def send_bucket(
@@ -372,11 +374,13 @@ def test_a_trainer_that_goes_away_is_an_error_and_the_engine_lives(router: Manag
         port = find_free_port()
         joining = asyncio.to_thread(join_weight_group, "127.0.0.1", port, 0, 3, "gone", "gloo", True, timeout=60)
         group, _ = await asyncio.gather(joining, client.init_weights_update_group("127.0.0.1", port, 3, "gone", "gloo"))
+        await client.update_sessions.begin()
         threading.Timer(0.5, group.close).start()
         del group
         with pytest.raises(EngineError, match="update_weights_from_distributed"):
             await client.update_weights_from_distributed(["model.norm.weight"], ["float32"], [[64]], "gone", None, True)
         assert all((await client.health()).values())
+        await client.update_sessions.end()
         await client.destroy_weights_update_group("gone")
 
     run(router, inner)

@@ -89,7 +89,7 @@ def test_half_a_set_of_weights_is_nothing_to_generate_with() -> None:
 
 
 def test_engines_are_left_usable(glm4_engine: ManagedProcess) -> None:
-    """Paused in the middle of a request, and in a weight group whose other end is gone."""
+    """Paused in the middle of a request and of a weight update, in a weight group whose other end is gone."""
     params = SamplingParams(max_new_tokens=400, ignore_eos=True)
 
     async def inner() -> list[str]:
@@ -102,6 +102,7 @@ def test_engines_are_left_usable(glm4_engine: ManagedProcess) -> None:
                 joining, client.init_weights_update_group("127.0.0.1", port, 2, WEIGHT_GROUP, "gloo")
             )
             group.close()
+            await client.update_sessions.begin()
             await client.pause("in_place")
             stuck = asyncio.create_task(client.generate(GenerateRequest(input_ids=[1], sampling_params=params)))
             await asyncio.sleep(0.2)
@@ -111,6 +112,8 @@ def test_engines_are_left_usable(glm4_engine: ManagedProcess) -> None:
             second = await client.generate(
                 GenerateRequest(input_ids=[1], sampling_params=replace(params, max_new_tokens=2))
             )
+            with pytest.raises(EngineError, match="400: no weight-update session is open"):
+                await client.update_sessions.end()
             with pytest.raises(EngineError, match="there is no weight group"):
                 await client.destroy_weights_update_group(WEIGHT_GROUP)
             return [first.finish_reason, second.finish_reason]

@@ -32,7 +32,7 @@ EVERYTHING = ["weights", "kv_cache", "cuda_graph"]
 
 @pytest.fixture(scope="module")
 def engine(model_dirs: dict[str, Path], start_engine: StartEngine) -> ManagedProcess:
-    return start_engine(model_dirs["glm4"])
+    return start_engine(model_dirs["glm4"], "--no-update-sessions")
 
 
 def post(engine: ManagedProcess, path: str, body: Any) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +12,20 @@ from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, l
 
 
 @contextmanager
-def serving(model: Path, logs: Path, *, engines: int, router: bool = True) -> Generator[list[ManagedProcess]]:
-    """Engines that serve `model`, and behind them, last in the list, a router that knows none of them."""
+def serving(
+    model: Path, logs: Path, *, engines: int, older: int = 0, router: bool = True
+) -> Generator[list[ManagedProcess]]:
+    """Engines that serve `model`, then `older` ones without weight-update sessions, and last in the list a router.
+
+    The router knows none of them.
+    """
     args = Args(hf_checkpoint=str(model))
     started: list[ManagedProcess] = []
     try:
         for index in range(engines):
             log = logs / f"engine-{index}.log"
             started.append(launch_engine(args, index=index, host="127.0.0.1", port=find_free_port(), log_path=log))
+        started += [_older_engine(model, logs / f"older-{index}.log") for index in range(older)]
         if router:
             log = logs / "router.log"
             started.append(launch_router(args, host="127.0.0.1", port=find_free_port(), log_path=log))
@@ -28,3 +35,15 @@ def serving(model: Path, logs: Path, *, engines: int, router: bool = True) -> Ge
     finally:
         for process in started:
             process.stop()
+
+
+def _older_engine(model: Path, log: Path) -> ManagedProcess:
+    port = find_free_port()
+    command = [sys.executable, "-m", "slime.engine.embedded.server", "--model-path", str(model), "--port", str(port)]
+    return ManagedProcess(
+        "older engine",
+        [*command, "--no-update-sessions"],
+        url=f"http://127.0.0.1:{port}",
+        log_path=log,
+        environment={"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    )

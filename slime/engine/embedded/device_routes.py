@@ -50,6 +50,7 @@ class DeviceRoutes:
         bucket = asked.shared_memory
         if bucket is None:
             raise ValueError("serialized_named_tensors are pickled; this engine takes weights through shared_memory")
+        self._weights.require_session(Endpoint.UPDATE_WEIGHTS_FROM_TENSOR)
 
         def write() -> str:
             if asked.abort_all_requests:

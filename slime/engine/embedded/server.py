@@ -74,7 +74,7 @@ class Server:
         self._scheduler = Scheduler(
             self._model, cache, on_finished=self._from_scheduler, on_failure=self._scheduler_failed
         )
-        self._weights = EngineWeights(self._model, self._scheduler)
+        self._weights = EngineWeights(self._model, self._scheduler, sessions=settings.update_sessions)
         self._weights.load(settings.model_path, version=settings.weight_version)
         if settings.deterministic:
             self._scheduler.fixed_shapes = FixedShapes(self._model, cache, find_sizes(self._model))

@@ -46,6 +46,8 @@ class Settings:
     """What a request gets does not depend on the requests beside it."""
     returns_routed_experts: bool
     """To which experts tokens went is kept, for requests that ask."""
+    update_sessions: bool
+    """Weights are taken only inside a weight-update session (SGLang from 0.5.21 on)."""
     api_key: str | None
     watchdog_timeout: float
     dist_timeout: float
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-threads", type=int, default=1)
     add("--enable-deterministic-inference", action="store_true", help="no request feels those beside it, to the bit")
     add("--enable-return-routed-experts", action="store_true", help="keep to which experts tokens go, for who asks")
+    add("--no-update-sessions", action="store_true", help="weights come without sessions, as in SGLang before 0.5.21")
     add("--random-seed", type=int, help="of requests without a sampling_seed; unset: drawn")
     add("--api-key")
     add("--watchdog-timeout", type=float, default=300.0, help="seconds of one step, after which health fails")
@@ -125,6 +128,7 @@ def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
         seed=given.random_seed if given.random_seed is not None else secrets.randbits(48),
         deterministic=given.enable_deterministic_inference,
         returns_routed_experts=given.enable_return_routed_experts,
+        update_sessions=not given.no_update_sessions,
         api_key=given.api_key,
         watchdog_timeout=given.watchdog_timeout,
         dist_timeout=given.dist_timeout,

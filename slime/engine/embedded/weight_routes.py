@@ -7,6 +7,7 @@ neither the sender waiting nor half a bucket written.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -43,8 +44,13 @@ class WeightRoutes:
         self._call = call
         self._dist_timeout = dist_timeout
         self._groups: dict[str, WeightGroup] = {}
+        self._updating = asyncio.Lock()
+        """Held from a bucket's first byte to its last, so that a session begins and ends between buckets."""
 
     def mount(self, app: web.Application) -> None:
+        if self._weights.sessions:
+            app.router.add_post(Endpoint.BEGIN_WEIGHT_UPDATE, self.begin_update)
+            app.router.add_post(Endpoint.END_WEIGHT_UPDATE, self.end_update)
         app.router.add_post(Endpoint.INIT_WEIGHTS_UPDATE_GROUP, self.init_group)
         app.router.add_post(Endpoint.DESTROY_WEIGHTS_UPDATE_GROUP, self.destroy_group)
         app.router.add_post(Endpoint.UPDATE_WEIGHTS_FROM_DISTRIBUTED, self.update_from_group)
@@ -81,8 +87,24 @@ class WeightRoutes:
         await in_daemon_thread(group.close)  # ends only when a broadcast that is being waited for has
         return json_answer({"success": True, "message": f"left {name!r}"})
 
+    async def begin_update(self, http: web.Request) -> web.Response:
+        async with self._updating:
+            await self._call(self._weights.begin)
+        return json_answer({"success": True, "message": "Success"})
+
+    async def end_update(self, http: web.Request) -> web.Response:
+        async with self._updating:
+            await self._call(self._weights.end)
+        return json_answer({"success": True, "message": "Success"})
+
     async def update_from_group(self, http: web.Request) -> web.Response:
         asked = UpdateWeightsFromDistributed.from_json(await read_body(http))
+        async with self._updating:
+            return await self._update_from_group(asked)
+
+    async def _update_from_group(self, asked: UpdateWeightsFromDistributed) -> web.Response:
+        # Like SGLang it does not receive the bucket then: the sender's broadcast waits until its group is closed.
+        self._weights.require_session(Endpoint.UPDATE_WEIGHTS_FROM_DISTRIBUTED)
         group = self._groups.get(asked.group_name)
         if group is None:
             raise ValueError(

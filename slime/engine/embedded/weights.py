@@ -30,9 +30,12 @@ def _some(names: Iterable[str], count: int = 3) -> str:
 class EngineWeights:
     """Everything that writes into `model.weights`."""
 
-    def __init__(self, model: Model, scheduler: Scheduler) -> None:
+    def __init__(self, model: Model, scheduler: Scheduler, *, sessions: bool = True) -> None:
+        """`sessions`: buckets are taken only inside a weight-update session, as SGLang does from 0.5.21 on."""
         self._model = model
         self._scheduler = scheduler
+        self.sessions = sessions
+        self._session_open = False
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in model.weights.values()}
         self._storages = [(storage, storage.nbytes()) for storage in storages.values()]
         self._arrived: set[str] = set()
@@ -63,6 +66,24 @@ class EngineWeights:
     def _require_memory(self) -> None:
         if self._released:
             raise ValueError("the memory of the weights was given back; POST /resume_memory_occupation first")
+
+    def begin(self) -> None:
+        """Open a weight-update session. Raises ValueError where one is open already."""
+        if self._session_open:
+            raise ValueError("a weight-update session is already open; call end_weight_update() first")
+        self._session_open = True
+
+    def end(self) -> None:
+        """Close the session. A set of weights that is not whole stays so. Raises ValueError where none is open."""
+        if not self._session_open:
+            raise ValueError("no weight-update session is open; call begin_weight_update() first")
+        self._session_open = False
+
+    def require_session(self, endpoint: str) -> None:
+        """Raise ValueError where `endpoint` needs an open session and there is none."""
+        if self.sessions and not self._session_open:
+            name = endpoint.removeprefix("/")
+            raise ValueError(f"{name} must run between begin_weight_update() and end_weight_update()")
 
     def check(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
         """Raise ValueError where a tensor is not the model's, or there is no room for it."""
