@@ -27,6 +27,7 @@ MODULE = "sglang.launch_server"
 PHASES: tuple[tuple[str, str], ...] = (
     ("server_args=", "starting its processes"),
     ("Init torch distributed begin", "joining its ranks"),
+    ("Init parallel begin", "joining its ranks"),  # from 0.5.21 on
     ("Load weight begin", "loading weights"),
     ("Load weight end", "laying out the KV cache"),
     ("KV Cache is allocated", "preparing kernels"),
