@@ -23,6 +23,8 @@ from slime.core.threads import THREADS_SLEEP_SOON
 from slime.observability.logs import collected_warnings, log_to_file
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from slime.engine.launch import ManagedProcess
     from slime.megatron.offload import TrainerMemory
     from slime.megatron.result import LoadResult
@@ -68,6 +70,8 @@ class TrainWorker:
         self._critic_memory: TrainerMemory | None = None
         self._proven = False
         self._policy_version: int | None = None
+        self._weights_from = ""
+        """Where the actor's weights are from, for errors."""
 
     def load(self) -> tuple[LoadResult, list[str]]:
         """Build the trainer and load its checkpoint. Comes before all other calls. The second part are warnings."""
@@ -78,12 +82,18 @@ class TrainWorker:
         args = self._args
         self._trainer = Trainer(args, rank=self._rank, world_size=args.actor_world_size, init_method=self._init_method)
         with collected_warnings() as warnings:
-            return self._trainer.load(), warnings
+            loaded = self._trainer.load()
+        self._weights_from = f"loaded from {loaded.source}"
+        if not args.num_engines:  # else the first weight sync checks them
+            for _ in self._finite_tensors():
+                continue
+        return loaded, warnings
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         """Train on the whole rollout's `batch`; `time/training` is this rank's own wall seconds."""
         start = time.perf_counter()
         metrics = self._trainer.train(rollout_id, batch, self._policy_version)
+        self._weights_from = f"trained in rollout {rollout_id}"
         return {**metrics, "time/training": time.perf_counter() - start}
 
     def save(self, rollout_id: int, state: dict[str, Any]) -> str:
@@ -199,7 +209,7 @@ class TrainWorker:
         from slime.sync.proof import check_versions
 
         self._policy_version = version
-        tensors = self._trainer.iter_hf_tensors()
+        tensors = self._finite_tensors()
         if self._engines_on_cpu:  # no copy where the trainer is on the CPU, too
             tensors = ((name, tensor.cpu()) for name, tensor in tensors)
         if self._transport is None:
@@ -219,6 +229,12 @@ class TrainWorker:
             self._prove(version)
             self._proven = True
         return {} if report is None else report.metrics()
+
+    def _finite_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The actor's whole tensors under their HF names. Collective; raises RunError if one is not finite."""
+        from slime.sync.finite import finite
+
+        return finite(self._trainer.iter_hf_tensors, described=lambda: f"the actor's weights, {self._weights_from}")
 
     def _prove(self, version: int) -> None:
         from slime.sync.proof import prove_weights

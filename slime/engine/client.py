@@ -8,11 +8,13 @@ requests along: they are generated elsewhere, or wait for one to be there.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from slime.engine.connection import Connection, EngineError
+from slime.engine.connection import RETRY_STATUS, Connection, EngineError
 from slime.engine.device_protocol import MemoryOccupation, MemoryTag, UpdateWeightsFromTensor
 from slime.engine.protocol import (
     AbortRequest,
@@ -37,6 +39,8 @@ __all__ = ["CONTROL_TIMEOUT", "EngineClient", "EngineError"]
 
 CONTROL_TIMEOUT = 600.0
 """Seconds for a request that is not a generation (a weight update may take long)."""
+PROBE_EVERY = 10.0
+"""Seconds without an engine behind the router, after which, and after each further such time, one is asked directly."""
 
 
 class EngineClient:
@@ -63,6 +67,7 @@ class EngineClient:
         self.update_sessions = UpdateSessions(self._connection, self.workers)
         self._num_aborts = 0
         self._num_turns = 0
+        self._probed = 0.0
         self.num_answered = 0
         """Generations that have been answered so far."""
 
@@ -106,9 +111,18 @@ class EngineClient:
                 return self._router_url + Endpoint.GENERATE
             return self._next_engine(engines) + Endpoint.GENERATE
 
+        async def probe(waited: float) -> None:
+            if waited >= PROBE_EVERY:
+                await self._raise_refusal(request)
+
         try:
             answer = await self._connection.request(
-                "POST", find_url, request, timeout=self._request_timeout, patience=self._patience
+                "POST",
+                find_url,
+                request,
+                timeout=self._request_timeout,
+                patience=self._patience,
+                before_retry=probe,
             )
         except EngineError:
             if find_url() is None:
@@ -124,6 +138,26 @@ class EngineClient:
             count = f"{len(response.log_probs)} log-probs for {len(response.output_ids)} tokens"
             raise EngineError(url, 200, f"the answer holds {count}")
         return response
+
+    async def _raise_refusal(self, request: GenerateRequest) -> None:
+        """Ask an engine itself for one token of `request`, at most every PROBE_EVERY seconds.
+
+        The router answers 503 also where its circuit breaker has taken out engines that work and refuse every request.
+        Waiting does not help then, and the engine's own answer says why.
+
+        Raises:
+            EngineError: the engine refuses the request for good.
+        """
+        if not self._engines or time.monotonic() - self._probed < PROBE_EVERY:
+            return
+        self._probed = time.monotonic()
+        one = replace(request, sampling_params=replace(request.sampling_params, max_new_tokens=1))
+        url = self._next_engine(self._engines) + Endpoint.GENERATE
+        try:
+            await self._connection.request("POST", lambda: url, one, timeout=PROBE_EVERY, collective=True)
+        except EngineError as error:
+            if error.status and error.status not in (200, *RETRY_STATUS):
+                raise
 
     def _next_engine(self, listed: Sequence[str]) -> str:
         """Each one in turn; where there is none now, the router, which says so. `listed`: those that the router has."""

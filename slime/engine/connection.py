@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import aiohttp
@@ -67,18 +67,24 @@ class Connection:
         timeout: float,
         collective: bool = False,
         patience: float = 0.0,
+        before_retry: Callable[[float], Awaitable[None]] | None = None,
     ) -> Any:
         """The decoded answer. Retries where there was no connection, or the router had no engine at hand.
 
         `find_url`: asked before each attempt; None: whoever was asked is not there any more, and the error of the last
         attempt stands. `collective`: the engine takes part in something with others, once; it is asked again only if
         the first request cannot have reached it. `patience`: seconds of waiting between attempts, at least.
+        `before_retry`: called with the seconds waited so far; an EngineError that it raises ends the attempts.
         """
         data = None if body is None else orjson.dumps(body.to_json())
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
         problem = EngineError("an engine", 0, "it is not part of the run any more")
+        waited = 0.0
         for wait in itertools.chain((0.0,), _waits(patience)):
             await asyncio.sleep(wait)
+            waited += wait
+            if wait and before_retry is not None:
+                await before_retry(waited)
             url = find_url()
             if url is None:
                 break

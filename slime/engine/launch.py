@@ -39,6 +39,8 @@ ROUTER_DEFAULTS: Mapping[str, Any] = {
     "health_failure_threshold": 3,
     "health_success_threshold": 1,
     "worker_startup_check_interval": 1,
+    # Its circuit breaker counts refused requests (4xx) as failures, and would answer 503 for a sound engine.
+    "disable_circuit_breaker": True,
     "log_level": "warn",
 }
 """The router's own defaults notice a dead engine after three minutes."""

@@ -97,6 +97,51 @@ def test_an_engines_refusal_keeps_its_words_and_pickles(router: ManagedProcess) 
     assert (type(again), str(again), again.status) == (EngineError, str(caught.value), 400)
 
 
+def test_requests_that_are_refused_close_no_engine_and_waiting_for_one_ends(
+    router: ManagedProcess, engines: list[ManagedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router of the user's may count refused requests as failures, and say 503 for engines that work."""
+    monkeypatch.setattr("slime.engine.client.PROBE_EVERY", 0.5)
+    refused, sound = request([1] * 600), request([1], max_new_tokens=2)
+
+    async def refuse_many(client: EngineClient) -> None:
+        for _ in range(30):
+            with pytest.raises(EngineError) as caught:
+                await client.generate(refused)
+            if caught.value.status == 503:
+                return
+
+    async def then_generate(client: EngineClient) -> GenerateResponse:
+        await refuse_many(client)
+        return await client.generate(sound)
+
+    assert len(run(router, then_generate).output_ids) == 2
+    args = Args(num_rollout=1, router={"disable_circuit_breaker": False})
+    usual = launch_router(args, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "router.log")
+
+    async def wait_in_vain() -> None:
+        urls = [engine.url for engine in engines]
+        async with EngineClient(usual.url, engines=urls) as client:
+            await refuse_many(client)
+        async with EngineClient(usual.url, engines=urls, patience=600) as client:
+            with pytest.raises(EngineError, match="longer than the model's context length") as caught:
+                await asyncio.wait_for(client.generate(refused), 60)
+            assert caught.value.url.startswith(tuple(urls)), "control: the router has no more to say than 503"
+            waiting = asyncio.create_task(client.generate(sound))
+            await asyncio.sleep(2)
+            assert not waiting.done(), "an engine would answer this one: it goes on waiting for the router"
+            await client.abort_all()
+            await asyncio.wait_for(waiting, 30)
+
+    try:
+        usual.wait_ready(60)
+        for engine in engines:
+            register_worker(usual.url, engine.url)
+        asyncio.run(wait_in_vain())
+    finally:
+        usual.stop()
+
+
 def test_no_answer_is_an_error_that_names_the_url() -> None:
     url = f"http://127.0.0.1:{find_free_port()}"
 

@@ -50,6 +50,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MakeModel = Callable[..., Model]
 """(architecture, dtype=...) -> the model."""
 MAX_BODY = 256 * 1024**2
+UNPROCESSABLE = 422
+"""Status for a request that the model cannot answer: asking again, here or elsewhere, gives the same."""
 
 
 class EngineFailed(RuntimeError):
@@ -162,7 +164,8 @@ class Server:
             del self._open[id(request)]
             self._rids.discard(request.rid)
         if done.error is not None:
-            return error_answer(done.error, 500)
+            # No 5xx: the router would try it again elsewhere, take the engine for broken and answer 503 for it.
+            return error_answer(done.error, UNPROCESSABLE)
         return json_answer(self._to_response(done, asked))
 
     def _to_request(self, asked: GenerateRequest) -> Request:
