@@ -23,6 +23,7 @@ from slime.cluster import reaper
 from slime.config.args import Args
 from slime.config.resolve import cuda_devices
 from slime.config.rules.engines import FP32_REMEDY, FP32_RULE, computes_in_fp32, starts_engines
+from slime.config.sharding import shard_optimizer
 from slime.core.errors import RunError
 from slime.engine.launch import find_free_port
 
@@ -64,13 +65,14 @@ def num_nodes() -> int:
 
 
 def choose_engine(args: Args, gpus: int) -> Args:
-    """--rollout-engine auto decided by the cluster: SGLang where it has GPUs.
+    """What is open, decided by the cluster: SGLang and the distributed optimizer where it has GPUs.
 
     Raises:
         RunError: SGLang is asked for, and there is no GPU, or it would compute in fp32.
     """
     if args.rollout_engine == "auto":
         args = replace(args, rollout_engine="sglang" if gpus else "embedded")
+    args = shard_optimizer(args, on_gpus=gpus > 0)
     if args.rollout_engine == "sglang" and starts_engines(args) and not gpus:
         raise RunError(
             "--rollout-engine sglang: Ray has no GPU, which SGLang needs; add --rollout-engine embedded to generate "

@@ -18,12 +18,14 @@ import yaml
 
 from slime.config.architecture import resolve_architecture
 from slime.config.args import Args, FrozenMapping
+from slime.config.dry_run.fit import memory_problems
 from slime.config.dump import dump_args
 from slime.config.flags.help import format_help
 from slime.config.flags.table import SET_BY_SLIME, FlagSpec, Source, spellings
 from slime.config.resolve import resolve
 from slime.config.rules.check import CONVERSION_RULES, TRAINING_RULES, Case, check
 from slime.config.rules.problem import Problem, UsageError, show
+from slime.config.sharding import resolve_sharding
 from slime.config.values import BOOLEANS, from_texts, from_yaml
 
 __all__ = ["UsageError", "dump_args", "load_args", "parse_args"]
@@ -205,9 +207,11 @@ def load_args(argv: Sequence[str], *, training: bool = True, rollouts_ahead: int
         rollouts_ahead=rollouts_ahead,
     )
     args, problems = resolve_architecture(resolve(raw))
+    args = resolve_sharding(args)
     case = Case(args=args, given=_said(given, raw))
     problems += check(case, TRAINING_RULES if training else CONVERSION_RULES)
     problems = given.problems + [problem for problem in problems if not problem.fields & given.broken]
+    problems += memory_problems(args, problems) if training else []
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         raise UsageError(errors)

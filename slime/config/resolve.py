@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from slime.config.args import Args
 
@@ -33,21 +33,50 @@ def cuda_devices() -> int:
     return torch.cuda.device_count() if cuda_available() else 0
 
 
+@cache
+def cuda_memory() -> float | None:
+    """GiB of the smallest CUDA device that this process sees; None: there is none."""
+    import torch
+
+    properties = [cast(Any, torch.cuda).get_device_properties(index) for index in range(cuda_devices())]
+    sizes = [int(each.total_memory) for each in properties]
+    return min(sizes) / 2**30 if sizes else None
+
+
+def gpu_memory(args: Args) -> float | None:
+    """GiB of a GPU that the run has to fit in: --gpu-memory, else what this machine's GPUs have; None: unknown."""
+    return cuda_memory() if args.gpu_memory is None else args.gpu_memory
+
+
 def joins_ray() -> bool:
     """Whether the run joins a Ray cluster, which may have GPUs where this machine has none."""
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def plans_gpus(args: Args) -> bool:
+    """Whether a --dry-run is asked about GPUs, which this machine need not have: --gpu-memory gives their size."""
+    return args.dry_run and args.gpu_memory is not None
+
+
+def for_gpus(args: Args) -> bool:
+    """Whether training runs on GPUs, or is planned for them, as far as this machine and the flags say."""
+    return cuda_available() or plans_gpus(args) or args.rollout_engine == "sglang"
+
+
+def counts_gpus(args: Args) -> bool:
+    """Whether a plan counts the memory of GPUs: unlike `for_gpus` also where only Ray's cluster may have some."""
+    return for_gpus(args) or args.rollout_engine == "auto"
 
 
 def resolve(args: Args) -> Args:
     """Args with their open values filled in; a pair at odds is left as it is, for the rules to name."""
     changes: dict[str, Any] = {**_placement(args), **_batches(args), **_evaluation(args)}
     if args.bf16 is None:
-        changes["bf16"] = cuda_available()
+        changes["bf16"] = cuda_available() or plans_gpus(args)
     if args.logprob_gap_alarm is None:
         changes["logprob_gap_alarm"] = 0.1 if changes.get("bf16", args.bf16) else 1e-3
     if args.log_probs_chunk_size is None:
-        on_gpu = cuda_available() or changes.get("rollout_engine", args.rollout_engine) == "sglang"
-        changes["log_probs_chunk_size"] = 8192 if on_gpu and changes.get("bf16", args.bf16) else 1024
+        changes["log_probs_chunk_size"] = 8192 if for_gpus(args) and changes.get("bf16", args.bf16) else 1024
     if args.eps_clip_high is None:
         changes["eps_clip_high"] = args.eps_clip
     if args.critic_lr is None:
@@ -65,8 +94,9 @@ def resolve(args: Args) -> Args:
 
 def _placement(args: Args) -> dict[str, Any]:
     changes: dict[str, Any] = {}
-    if args.rollout_engine == "auto" and (cuda_available() or not joins_ray()):
-        changes["rollout_engine"] = "sglang" if cuda_available() else "embedded"
+    on_gpus = cuda_available() or plans_gpus(args)
+    if args.rollout_engine == "auto" and (on_gpus or not joins_ray()):
+        changes["rollout_engine"] = "sglang" if on_gpus else "embedded"
     num_gpus = args.rollout_num_gpus
     if args.debug_train_only:
         num_gpus = 0

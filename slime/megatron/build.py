@@ -263,7 +263,7 @@ def _build_chunk(
     ddp_config = config_from(
         DistributedDataParallelConfig,
         args,
-        {"grad_reduce_in_fp32": True, "use_distributed_optimizer": args.use_distributed_optimizer},
+        {"grad_reduce_in_fp32": True, "use_distributed_optimizer": bool(args.use_distributed_optimizer)},
     )
     # buckets are for gradients that are reduced while others are made: of the chunk that is last on its way back
     wrapped = DistributedDataParallel(config, ddp_config, model, disable_bucketing=chunk > 0)

@@ -36,7 +36,7 @@ def build_optimizer(args: Args, model: ModelChunks) -> tuple[MegatronOptimizer, 
             "clip_grad": args.clip_grad,
             "bf16": uses_bf16(args),
             "params_dtype": params_dtype(args),
-            "use_distributed_optimizer": args.use_distributed_optimizer,
+            "use_distributed_optimizer": bool(args.use_distributed_optimizer),
             "optimizer_cpu_offload": False,  # Megatron's own; `host_adam` has it
         },
     )

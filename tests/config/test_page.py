@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from config_run import ROOT
 
 from slime.config.args import Args
 from slime.config.dry_run.plan import format_plan
+from slime.config.dump import dump_args
 from slime.config.parse import UsageError, load_args
 
 PAGE = Path(__file__).parent / "page_arrays.sh"
@@ -68,6 +70,19 @@ def test_decoupled() -> None:
         "reference KL is off",
     ):
         assert expected in text
+
+
+def test_it_resolves_as_before_but_for_the_distributed_optimizer() -> None:
+    """The file has every flag of the page's run on CUDA, from when --use-distributed-optimizer was off by default."""
+    before = yaml.safe_load((Path(__file__).parent / "page_args.yaml").read_text())
+    words = [*page_words(DECOUPLED), "--dry-run", "--gpu-memory", "79.6"]
+    now = yaml.safe_load(dump_args(load_args(words)[0]))
+    machine = {"cpu_threads_per_process"}  # by the number of its cores
+    changed = {name for name in {*before} - machine if now[name] != before[name]}
+    assert changed == {"use_distributed_optimizer"}
+    assert (before["use_distributed_optimizer"], now["use_distributed_optimizer"]) == (False, True)
+    off = yaml.safe_load(dump_args(load_args([*words, "--no-use-distributed-optimizer", "--no-memory-check"])[0]))
+    assert not {name for name in {*before} - machine if off[name] != before[name]}
 
 
 def test_colocated() -> None:

@@ -56,6 +56,15 @@ RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "re
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP2": (2, {"expert_model_parallel_size": 2}),
     "TP2, ETP2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "TP2, ETP1, distributed optimizer": (  # it shares experts alone: there is one data-parallel rank
+        2,
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "use_distributed_optimizer": True,
+            "expert_tensor_parallel_size": 1,
+        },
+    ),
     "TP2 x EP2, ETP1": (
         4,
         {

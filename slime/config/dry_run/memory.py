@@ -78,10 +78,17 @@ class EngineMemory:
     requests: int
     """At once, in a training rollout."""
     request_tokens: int
+    token: int
+    """KV of one token."""
 
     @property
     def peak(self) -> int:
         return self.weights + self.kv
+
+    @property
+    def least(self) -> int:
+        """Less than this it cannot serve with: weights, and KV of one request."""
+        return self.weights + self.request_tokens * self.token
 
 
 def stage_layers(args: Args, shape: Architecture) -> list[int]:
@@ -270,4 +277,5 @@ def engine_memory(args: Args) -> EngineMemory | None:
         kv=requests * tokens * kv_token,
         requests=requests,
         request_tokens=tokens,
+        token=kv_token,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from slime.config.args import Args
+from slime.config.dry_run.fit import comparison, recompute_hint
 from slime.config.dry_run.memory import (
     CUDA_CONTEXT,
     EngineMemory,
@@ -19,7 +20,7 @@ from slime.config.dry_run.memory import (
 )
 from slime.config.epochs import planned_prompts, rollouts_of_epochs
 from slime.config.eval_data import eval_datasets
-from slime.config.resolve import cuda_available
+from slime.config.resolve import counts_gpus, gpu_memory
 from slime.config.rules.problem import Problem
 from slime.config.virtual_stages import count_multiple, num_chunks
 from slime.core.architecture import padded_vocab_size
@@ -96,10 +97,11 @@ def _model(args: Args) -> Iterable[Row]:
 
 def _memory(args: Args) -> Iterable[Row]:
     """A column for the fullest training rank, one for an engine's GPU; then what was counted with."""
-    on_cuda = cuda_available() or args.rollout_engine != "embedded"
+    on_cuda = counts_gpus(args)
     train, engine = train_memory(args, on_cuda=on_cuda), engine_memory(args)
     if train is None and engine is None:
-        yield "", "not estimated: " + ("a mixture of experts" if args.num_experts else "the model is unknown")
+        why = "a mixture of experts" if args.num_experts else "the model is unknown"
+        yield "", f"not estimated: {why}; so it is not compared with a GPU's memory"
         return
     context = CUDA_CONTEXT if on_cuda else 0
     largest = max(memory.peak for memory in (train, engine) if memory is not None) + context
@@ -113,7 +115,7 @@ def _memory(args: Args) -> Iterable[Row]:
     yield "weights", line(train and train.weights, engine and engine.weights)
     if train is not None:
         yield "gradients", line(train.gradients, None, "fp32")
-        yield "optimizer", line(train.optimizer, None, _optimizer_note(args))
+        yield "optimizer", line(train.optimizer, None, _optimizer_note(args, on_cuda))
         if train.reference:
             where = "in host memory" if on_cuda else "and a copy of the actor for when it is run"
             yield "reference", line(None if on_cuda else train.reference, None, where)
@@ -148,8 +150,21 @@ def _memory(args: Args) -> Iterable[Row]:
         yield "", f"the GPU holds of both: {needed} {unit}"
     if engine is not None and args.rollout_engine != "embedded":
         yield "", _sglang_note(args, engine)
+    yield from _gpu_size(args, on_cuda)
+
+
+def _gpu_size(args: Args, on_cuda: bool) -> Iterable[Row]:
+    """Whether it fits in a GPU, where a GPU's size is known."""
+    total = gpu_memory(args)
     if not on_cuda:
-        yield "", "of CPU processes, in the precision above; --bf16 --rollout-engine sglang plans for GPUs"
+        yield "", "of CPU processes, in the precision above; --gpu-memory GIB plans for GPUs of that size"
+    elif total is None:
+        yield "", "not compared with a GPU's memory: there is no GPU here, and no --gpu-memory"
+    else:
+        yield "", comparison(args, total)
+        hint = recompute_hint(args, total)
+        if hint is not None:
+            yield "", hint
 
 
 def _host_note(args: Args) -> str:
@@ -170,13 +185,18 @@ def _sglang_note(args: Args, engine: EngineMemory) -> str:
     )
 
 
-def _optimizer_note(args: Args) -> str:
+def _optimizer_note(args: Args, on_cuda: bool) -> str:
     kinds = ["fp32 main weights"] if args.bf16 else []
     kinds += ["both moments"] if args.optimizer == "adam" else ["momentum"] if args.sgd_momentum > 0 else []
     if args.optimizer_cpu_offload:
         kinds.append("in host memory")
+    ranks = args.data_parallel_size * args.context_parallel_size
     if args.use_distributed_optimizer:
-        kinds.append(f"a share of 1/{args.data_parallel_size * args.context_parallel_size}")
+        kinds.append(f"a share of 1/{ranks}: --use-distributed-optimizer, the default on GPUs, as it changes no result")
+    elif args.use_distributed_optimizer is None and ranks > 1:
+        kinds.append("shared (--use-distributed-optimizer) where Ray's cluster has GPUs")
+    elif on_cuda and ranks > 1 and args.optimizer != "adam":
+        kinds.append(f"not shared by the {ranks} ranks: Megatron shards adam alone")
     return ", ".join(kinds)
 
 

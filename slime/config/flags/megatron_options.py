@@ -139,8 +139,10 @@ class OptimizerOptions:
     adam_eps: float = flag(1e-8, "Adam's epsilon.", gt=0)
     sgd_momentum: float = flag(0.9, "Momentum of SGD.", ge=0, lt=1)
     clip_grad: float = flag(1.0, "Gradients are scaled down to this norm over all parameters; 0: never.", ge=0)
-    use_distributed_optimizer: bool = flag(
-        False, "Share main weights and moments over the data-parallel ranks: saves memory, the result is the same."
+    use_distributed_optimizer: bool | None = flag(
+        None,
+        "Share main weights and moments over the data-parallel x context-parallel ranks: saves memory, the result is "
+        "the same. Unset: yes on GPUs, with --optimizer adam and more than one such rank; no on a CPU.",
     )
     optimizer_cpu_offload: bool = flag(
         False,

@@ -24,6 +24,16 @@ class ClusterOptions:
     )
     rollout_num_gpus_per_engine: int = flag(1, "GPUs of one engine; SGLang's tensor parallel size.", ge=1)
     num_gpus_per_node: int = flag(8, "Accepted without effect: Ray knows what each node has.", ge=1)
+    gpu_memory: float | None = flag(
+        None,
+        "GiB of one GPU, which what is planned has to fit in (an H100 has 79.6); unset: this machine's GPUs' own. With "
+        "--dry-run, plans for GPUs of that size also where there are none.",
+        gt=0,
+        metavar="GIB",
+    )
+    memory_check: bool = flag(
+        True, "A plan that needs more memory than a GPU has is an error; --no-memory-check makes it a warning."
+    )
     colocate: bool = flag(False, "Training and generation share the same devices.")
     offload: bool | None = flag(None, "With --colocate: engines give memory back while training runs (default there).")
     rollout_engine: Literal["auto", "sglang", "embedded"] = flag(

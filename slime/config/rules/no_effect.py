@@ -11,12 +11,14 @@ from dataclasses import fields
 from slime.config.args import Args
 from slime.config.flags.critic_options import CriticOptions
 from slime.config.flags.options import EvalOptions, HookOptions
+from slime.config.resolve import for_gpus, gpu_memory, joins_ray
 from slime.config.reward_types import may_ask_remote
 from slime.config.rules.case import Case
 from slime.config.rules.engines import needs_weight_directory
 from slime.config.rules.no_effect_algorithms import ALGORITHMS
 from slime.config.rules.no_effect_row import NoEffect
 from slime.config.rules.problem import Problem
+from slime.config.sharding import optimizer_ranks
 
 _CRITIC = tuple(f.name for f in fields(CriticOptions))
 _EVAL = tuple(f.name for f in fields(EvalOptions) if f.name not in ("eval_interval", "eval_prompt_data", "eval_config"))
@@ -130,6 +132,22 @@ TABLE: tuple[NoEffect, ...] = (
         "leave one of the two out",
     ),
     NoEffect(("offload",), lambda a: bool(a.offload) and not a.colocate, "it belongs to --colocate"),
+    NoEffect(
+        ("gpu_memory",),
+        lambda a: not (for_gpus(a) or joins_ray()),
+        "there is no CUDA here, and a run on a CPU has no GPU to fit in",
+        "leave it out; with --dry-run it plans for GPUs",
+    ),
+    NoEffect(
+        ("memory_check",),
+        lambda a: not a.memory_check and gpu_memory(a) is None,
+        "no GPU's memory is known that could be too little",
+    ),
+    NoEffect(
+        ("use_distributed_optimizer",),
+        lambda a: a.use_distributed_optimizer is True and optimizer_ranks(a) < 2,
+        "no two ranks have the same weights, so there is nothing to share",
+    ),
     NoEffect(
         ("rollout_num_gpus", "rollout_external_engines", "sglang_router_ip", "sglang_router_port"),
         lambda a: a.debug_train_only,

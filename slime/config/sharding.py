@@ -1,0 +1,48 @@
+"""Which ranks share the optimizer's state, and whether they do where --use-distributed-optimizer is not given.
+
+Path: `parse` decides the default once the model is known, `cluster` where it depends on GPUs of Ray's cluster.
+Invariant: a given flag is never changed, and resolving twice changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from slime.config.args import Args
+from slime.config.resolve import for_gpus, joins_ray
+
+
+def optimizer_ranks(args: Args) -> int:
+    """Number of ranks that hold the same weight, and can share its optimizer state; 1 (or less): there is nothing to
+    share.
+
+    These are the data-parallel x context-parallel ranks. Experts have groups of their own, which may be larger where
+    --expert-tensor-parallel-size is less than --tensor-model-parallel-size; the larger number counts.
+    """
+    dense = args.data_parallel_size * args.context_parallel_size
+    if not args.num_experts:
+        return dense
+    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    block = args.expert_model_parallel_size * expert_tensor * args.pipeline_model_parallel_size
+    return max(dense, args.actor_world_size // block)
+
+
+def resolve_sharding(args: Args) -> Args:
+    """Args in which --use-distributed-optimizer is on or off.
+
+    It stays open in one case: this machine has no GPU, and Ray's cluster, which the run joins, may have some.
+    """
+    if not for_gpus(args) and joins_ray():
+        return args
+    return shard_optimizer(args, on_gpus=for_gpus(args))
+
+
+def shard_optimizer(args: Args, *, on_gpus: bool) -> Args:
+    """Args in which --use-distributed-optimizer, where it is not given, is on wherever it saves memory of a GPU.
+
+    On a CPU it stays off: ranks share one memory there, and a seeded run keeps its bits. Megatron shards Adam alone.
+    """
+    if args.use_distributed_optimizer is not None:
+        return args
+    shards = on_gpus and args.optimizer == "adam" and optimizer_ranks(args) > 1
+    return replace(args, use_distributed_optimizer=shards)
