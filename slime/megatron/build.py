@@ -226,6 +226,8 @@ def build_model(args: Args, *, wrap: bool, kind: type[PolicyModel] = PolicyModel
         chunks = tuple(_build_chunk(args, config, kind, chunk, wrap=wrap) for chunk in range(num_chunks(args)))
         if wrap:  # the schedule asks the config, which all chunks share
             config.finalize_model_grads_func = _finalize_gradients
+            # routers have their biases by now; `balancing` moves them once it is known that the step is taken
+            config.moe_router_enable_expert_bias = False
             no_sync = [cast(DistributedDataParallel, chunk).no_sync for chunk in chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
     return chunks

@@ -30,6 +30,10 @@ if not hasattr(moe_utils, "te_general_gemm"):
     setattr(moe_utils, "te_general_gemm", None)  # noqa: B010  # Megatron has no such name
 
 
+LOAD_BALANCING, Z_LOSS = "load_balancing_loss", "z_loss"
+"""Metrics of the balancing losses."""
+
+
 class _WithLoss(torch.autograd.Function):
     """`values` as they are; going back, `loss` gets the gradient that a term of the step's loss has."""
 
@@ -49,6 +53,11 @@ class Router(TopKRouter):
     """Of the forward under way, set by ExpertsLayer: also where a layer runs again in the backward pass."""
     replays = True
     """An engine's choice; not of a critic, see `routes`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: dict[str, Tensor] = {}
+        """[] each balancing loss of the step so far, before its coefficient; `balancing` takes them."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, 1, E] -> weights [T, E], 0 for those not chosen, and which were, bool."""
@@ -108,8 +117,9 @@ class Router(TopKRouter):
         if not pack.step_tokens:
             return weights
         if config.moe_z_loss_coeff:
-            squares = torch.where(counts, logits.logsumexp(-1).square(), 0.0)
-            weights = attach(weights, config.moe_z_loss_coeff / pack.step_tokens * squares.sum())
+            loss = torch.where(counts, logits.logsumexp(-1).square(), 0.0).sum()
+            weights = attach(weights, config.moe_z_loss_coeff / pack.step_tokens * loss)
+            self._add_up(Z_LOSS, loss / pack.step_tokens)
         if config.moe_aux_loss_coeff:
             assert not isinstance(config.moe_aux_loss_coeff, list)
             tokens_E = here.sum(0).float()
@@ -119,7 +129,12 @@ class Router(TopKRouter):
             scores_E = torch.where(counts[:, None], scores, 0.0).sum(0)
             loss = (scores_E * tokens_E).sum() * len(tokens_E) / tokens_E.sum().clamp(min=1.0)
             weights = attach(weights, config.moe_aux_loss_coeff / pack.step_tokens * loss)
+            self._add_up(LOAD_BALANCING, loss / pack.step_tokens)
         return weights
+
+    def _add_up(self, name: str, loss: Tensor) -> None:
+        found = loss.detach().double()
+        self.losses[name] = self.losses[name] + found if name in self.losses else found
 
 
 def choose_for_themselves(model: torch.nn.Module) -> None:

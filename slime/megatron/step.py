@@ -24,7 +24,7 @@ from torch import Tensor
 
 from slime.algo.losses import Loss, LossInputs, LossOptions
 from slime.core.batch import TrainBatch
-from slime.megatron import device
+from slime.megatron import balancing, device
 from slime.megatron.build import ModelChunks, unwrap
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.guard import StepGuard, TokenTrace
@@ -101,23 +101,26 @@ class ModelSteps:
             batch: the whole one, whose samples `guard` names where the step is wrong.
 
         Returns:
-            Metrics, the same on every rank: `loss`, `grad_norm`, `lr`, and what `weigh` gives besides.
+            Metrics, the same on every rank: `loss`, which is the whole loss that was minimised, `grad_norm`, `lr`, and
+            what `weigh` gives besides. With balancing losses also these, and `token_loss`, the loss without them.
 
         Raises:
             RuntimeError: the weights do not sum to `weights_sum`; BadStepError: what the guard says of the step.
-                No weight has changed then.
+                Model, optimizer and scheduler are then as they were before.
         """
 
         for chunk in self.model:
             chunk.train()
         found = self._schedule(micro_batches, weigh, forward_only=False)
         reduced, traces = self._reduced([shares for shares, _ in found]), [trace for _, trace in found]
+        self._add_balancing(reduced)
         if self.dump is not None:
             self.dump.before_update(where, self.model, reduced, traces)
         # on a GPU neither is waited for before the step is on its way: it is not taken where either is wrong
         wrong = self._is_wrong(reduced, weights_sum, guard)
         with device.layer():
-            norm = _update(optimizer, wrong, guard.limit("grad_norm"))
+            norm, left_out = _update(optimizer, wrong, guard.limit("grad_norm"))
+            balancing.move_biases(self.model, left_out)
         if self.dump is not None:
             self.dump.after_update(self.model, float(norm))
         metrics = self._metrics(reduced)
@@ -182,6 +185,19 @@ class ModelSteps:
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.topology.dp_cp_group)
         chosen = zip(names, sums.unbind(), maxima.unbind(), strict=True)
         return {name: largest if name.endswith("_max") else total for name, total, largest in chosen}
+
+    def _add_balancing(self, reduced: dict[str, Tensor]) -> None:
+        """Add the balancing losses to `reduced` (the last stage's), and their parts to its `loss`; not awaited.
+
+        Collective over all ranks: each has the losses of its own layers and tokens.
+        """
+        losses = balancing.step_losses(self.model)
+        if not losses or not self.topology.is_last_stage:
+            return
+        reduced["token_loss"] = reduced["loss"]
+        for name, coefficient in balancing.coefficients(self.model).items():
+            reduced[name] = losses[name]
+            reduced["loss"] = reduced["loss"] + coefficient * losses[name]
 
     def _is_wrong(self, reduced: Mapping[str, Tensor], weights_sum: float, guard: StepGuard) -> Tensor:
         """[] 1 on every rank where the loss weights do not sum to `weights_sum` or the loss is bad; not awaited."""
@@ -291,31 +307,35 @@ class Stepper(ModelSteps):
         return total, (shares, trace)
 
 
-def _update(optimizer: MegatronOptimizer, wrong: Tensor, largest: float) -> Tensor | float:
-    """Clip the gradients and take the step, unless their norm is not finite or above `largest`; returns the norm.
+def _update(optimizer: MegatronOptimizer, wrong: Tensor, largest: float) -> tuple[Tensor | float, Tensor]:
+    """Clip the gradients and take the step, unless their norm is not finite or above `largest`.
 
     These are the parts of Megatron's own `optimizer.step()`, with a look at the norm between them.
 
     Args:
         wrong: [] the step is not taken where it is 1.
+
+    Returns:
+        The norm, and [] 1 where the step was not taken.
     """
     optimizer.prepare_grads()
     parts, clip = parts_of(optimizer), optimizer.config.clip_grad
     if all(takes_scale(part.optimizer) for part in parts):
         norm = gradient_norm(parts)
-        skip = torch.maximum(wrong, (~norm.isfinite() | (norm > largest)).float())
+        # in float64, as the guard compares: it has to come to the same
+        left_out = torch.maximum(wrong, (~norm.isfinite() | (norm.double() > largest)).float())
         scale = ((norm + 1.0e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)  # as Megatron clips
-        with scaled_as_read([part.optimizer for part in parts], scale, skip):
+        with scaled_as_read([part.optimizer for part in parts], scale, left_out):
             optimizer.step_with_ready_grads()
-        return norm
+        return norm, left_out
     norm = float(cast(Any, optimizer.get_grad_norm()))
     if not math.isfinite(norm) or norm > largest or wrong.item():
-        return norm
+        return norm, torch.ones_like(wrong)
     if clip > 0:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         clip_grad_by_total_norm_fp32(parameters, clip, norm)
     optimizer.step_with_ready_grads()
-    return norm
+    return norm, torch.zeros_like(wrong)
 
 
 def weighed_sum(values_R: Tensor, weights_R: Tensor) -> Tensor:

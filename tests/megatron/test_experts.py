@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import test_against_huggingface as reference
 import tiny
+import torch
 from runs import Outcome, difference, train
 from safetensors.torch import load_file
 from worker_pool import WorkerPool
@@ -238,8 +239,9 @@ def test_training_replays_in_every_layout(workers: WorkerPool, mixtures: dict[st
 BALANCE = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.01, "moe_router_bias_update_rate": 0.25}
 
 
-def balance_by_hand(family: str, batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Gradients of the balancing losses of one micro-batch, in float64 through transformers; biases after the step.
+def balance_by_hand(family: str, batch: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
+    """Gradients of the balancing losses of one micro-batch, in float64 through transformers; biases after the step; and
+    the losses themselves, by their metrics' names.
 
     Switch Transformer's loss (arXiv:2101.03961, equation 4, over k choices a token) and ST-MoE's z-loss
     (arXiv:2202.08906, equation 5), of each layer over all tokens.
@@ -257,7 +259,8 @@ def balance_by_hand(family: str, batch: Any) -> tuple[dict[str, Any], dict[str, 
     starts = np.cumsum(batch.total_lengths_N) - batch.total_lengths_N
     for start, total in zip(starts, batch.total_lengths_N, strict=True):
         model(torch.from_numpy(batch.columns["tokens"][start : start + total])[None])
-    loss: Any = 0.0
+    balancing: Any = 0.0
+    z_loss: Any = 0.0
     biases: dict[str, Any] = {}
     for number, mlp in layers.items():
         hidden, chosen = (torch.cat(parts) for parts in zip(*seen[number], strict=True))
@@ -268,18 +271,20 @@ def balance_by_hand(family: str, batch: Any) -> tuple[dict[str, Any], dict[str, 
         num_experts = scores.shape[1]
         counts = torch.bincount(chosen.flatten(), minlength=num_experts)
         shares = counts / chosen.numel()
-        loss = loss + BALANCE["moe_aux_loss_coeff"] * num_experts * (shares * scores.mean(0)).sum()
-        loss = loss + BALANCE["moe_z_loss_coeff"] * logits.logsumexp(-1).square().mean()
+        balancing = balancing + num_experts * (shares * scores.mean(0)).sum()
+        z_loss = z_loss + logits.logsumexp(-1).square().mean()
         if family == "glm4_moe":
             moved = BALANCE["moe_router_bias_update_rate"] * torch.sign(counts.double().mean() - counts)
             name = f"model.layers.{number}.mlp.gate.e_score_correction_bias"
             biases[name] = (mlp.gate.e_score_correction_bias + moved).float().numpy()
+    loss = BALANCE["moe_aux_loss_coeff"] * balancing + BALANCE["moe_z_loss_coeff"] * z_loss
     loss.backward()
     found = {
         name: np.zeros(tuple(parameter.shape)) if parameter.grad is None else parameter.grad.numpy()
         for name, parameter in model.named_parameters()
     }
-    return per_expert(found), biases
+    losses = {"loss": float(loss), "load_balancing_loss": float(balancing), "z_loss": float(z_loss), "token_loss": 0.0}
+    return per_expert(found), biases, losses
 
 
 @pytest.mark.parametrize(
@@ -288,6 +293,7 @@ def balance_by_hand(family: str, batch: Any) -> tuple[dict[str, Any], dict[str, 
         (1, RECOMPUTE),
         (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2}),
         (2, {"context_parallel_size": 2, "expert_model_parallel_size": 2, "max_tokens_per_gpu": 1000}),
+        (2, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}),
     ],
 )
 def test_balancing_losses_and_biases(size: int, flags: dict[str, Any], workers: WorkerPool, mixtures: Any) -> None:
@@ -297,11 +303,82 @@ def test_balancing_losses_and_biases(size: int, flags: dict[str, Any], workers: 
     flags = {"max_tokens_per_gpu": 2000, "clip_grad": 0.0, **BALANCE, "expert_tensor_parallel_size": 1, **flags}
     for family, hf in mixtures.items():
         found = workers.run(size, train, tiny.make_args(hf, **flags), [batch])[-1]
-        gradients, biases = balance_by_hand(family, batch)
+        gradients, biases, losses = balance_by_hand(family, batch)
         assert difference(found.gradients, gradients) <= 1e-4
+        for name, loss in losses.items():  # what is logged is what was minimised
+            assert found.metrics[0][f"train/{name}"] == pytest.approx(loss, rel=1e-5, abs=1e-6), name
         for name, bias in biases.items():
             assert np.abs(found.weights[name] - bias).max() <= 1e-6, name
         assert bool(biases) == (family == "glm4_moe")
+
+
+def slope(rank: int, world_size: int, init_method: str, args: Any, batch: Any) -> tuple[dict[str, float], list[Any]]:
+    """Metrics of a step at learning rate 0, and of two more steps: weights moved along the gradient, and against it."""
+    trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+    try:
+        trainer.load()
+        metrics = trainer.train(0, batch)
+        parameters: list[Any] = [parameter for chunk in trainer.model for parameter in chunk.parameters()]
+        begun = [parameter.detach().clone() for parameter in parameters]
+        steps = [STEP * parameter.main_grad / metrics["train/grad_norm"] for parameter in parameters]
+        found: list[Any] = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for parameter, start, step in zip(parameters, begun, steps, strict=True):
+                    parameter.copy_(start + sign * step)
+            found.append(trainer.train(0, batch))
+        return metrics, found
+    finally:
+        trainer.close()
+
+
+STEP = 1e-3
+"""How far the weights move: float32 sees the difference of the two losses."""
+
+
+def likelihood(inputs: Any, options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss whose value has its gradient: a policy's own, at a ratio of 1, has not."""
+    return -inputs.log_probs_R, {}
+
+
+@pytest.mark.parametrize(
+    ("size", "cut"),
+    [
+        (1, {}),
+        (2, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1, **RECOMPUTE}),
+        (2, LAYOUTS["TP2, ETP2"][1]),
+    ],
+)
+def test_the_loss_logged_is_the_one_minimised(
+    size: int, cut: dict[str, Any], workers: WorkerPool, mixtures: Any
+) -> None:
+    """Along the gradient it rises by the gradient's norm, in all layouts; without the balancing losses it does not.
+
+    Replayed experts keep it smooth: no token goes to other ones where the weights have moved.
+    """
+    flags = {
+        "lr": 0.0,
+        "clip_grad": 0.0,
+        **BALANCE,
+        **cut,
+        "moe_router_bias_update_rate": 0.0,
+        "max_tokens_per_gpu": 60,
+    }
+    flags |= {"use_distributed_optimizer": False, "use_routing_replay": True}
+    flags |= {"loss_type": "custom_loss", "custom_loss_function_path": "test_experts.likelihood"}
+    args = tiny.make_args(mixtures["glm4_moe"], **flags)
+    batch = with_routes(tiny.random_batch(), args.architecture, seed=0)
+    metrics, (up, down) = workers.run(size, slope, args, batch)[-1]
+
+    def rise(name: str) -> float:
+        return (up[name] - down[name]) / (2 * STEP) / metrics["train/grad_norm"]
+
+    parts = {"load_balancing_loss": BALANCE["moe_aux_loss_coeff"], "z_loss": BALANCE["moe_z_loss_coeff"]}
+    whole = metrics["train/token_loss"] + sum(share * metrics[f"train/{name}"] for name, share in parts.items())
+    print(cut, rise("train/loss"), rise("train/token_loss"))
+    assert metrics["train/loss"] == pytest.approx(whole, rel=1e-12)
+    assert rise("train/loss") == pytest.approx(1, abs=2e-3)
+    assert rise("train/token_loss") < 0.95  # control
 
 
 def saved(rank: int, world_size: int, init_method: str, args: Any, batch: Any) -> None:

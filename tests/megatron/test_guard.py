@@ -18,6 +18,7 @@ from slime.algo.losses import LossInputs, LossOptions
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
 from slime.megatron.guard import FEWEST_STEPS, MOST_SKIPPED, check_columns
+from slime.megatron.optimizer_state import parts_of
 from slime.megatron.trainer import Trainer
 
 pytestmark = pytest.mark.dist
@@ -29,6 +30,11 @@ POISONED = 5
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.hf_dir(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.hf_dir(tmp_path_factory.mktemp("mixture"), "glm4_moe")
 
 
 def batch_of(num_samples: int = 8) -> TrainBatch:
@@ -164,6 +170,71 @@ def test_steps_that_are_left_out(workers: WorkerPool, hf: Path) -> None:
     first, last = found[0], found[-1]
     assert isinstance(first, dict) and np.isfinite(first["train/loss"])
     assert isinstance(last, str) and f"the {MOST_SKIPPED} steps before were left out already" in last
+
+
+MOVES_BIASES: dict[str, Any] = {
+    "moe_router_bias_update_rate": 0.25,
+    "moe_aux_loss_coeff": 0.1,
+    "bad_step_action": "skip",
+    "lr_decay_style": "linear",
+    "min_lr": 0.0,
+}
+
+
+def state_of(trainer: Trainer) -> dict[str, bytes]:
+    """Every bit that a step changes: model with all buffers, optimizer with its settings, schedule."""
+    found: dict[str, Any] = {}
+    for number, chunk in enumerate(trainer.model):
+        found |= {f"model {number} {name}": tensor for name, tensor in chunk.named_parameters()}
+        found |= {f"model {number} {name}": tensor for name, tensor in chunk.named_buffers()}
+    for number, part in enumerate(parts_of(trainer.optimizer)):
+        for place, state in enumerate(part.optimizer.state.values()):
+            found |= {f"optimizer {number} {place} {name}": value for name, value in state.items()}
+        for place, group in enumerate(part.optimizer.param_groups):
+            found |= {f"group {number} {place} {name}": value for name, value in group.items() if name != "params"}
+    found |= {f"schedule {name}": value for name, value in trainer.scheduler.state_dict().items()}
+    return {
+        name: value.detach().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
+        for name, value in found.items()
+    }
+
+
+def states(
+    rank: int, world_size: int, init_method: str, args: Args, batches: list[TrainBatch]
+) -> list[tuple[float, dict[str, bytes]]]:
+    """After each batch, as a rollout of its own: how many steps were left out, and the state."""
+    trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
+    try:
+        trainer.load()
+        return [
+            (trainer.train(number, batch)["train/skipped_steps"], state_of(trainer))
+            for number, batch in enumerate(batches)
+        ]
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}],
+    ids=["one", "one of two ranks has the bad sample", "two stages"],
+)
+def test_a_step_left_out_changes_no_state(flags: dict[str, Any], workers: WorkerPool, mixture: Path) -> None:
+    """Not the routers' biases either; and the step after it is the one of a run without it."""
+    args = tiny.make_args(mixture, **CUSTOM, **MOVES_BIASES, **flags)
+    first, bad, last = marks(batch_of()), marks(batch_of(), 1e38), marks(tiny.random_batch(seed=1))
+    ranks = 2 if flags else 1
+    with_it = workers.run(ranks, states, args, [first, bad, last])
+    without = workers.run(ranks, states, args, [first, last])
+    for ours, theirs in zip(with_it, without, strict=True):
+        assert [skipped for skipped, _ in ours] == [0, 1, 0]
+        (_, before), (_, after), (_, end) = ours
+        assert [name for name in before if after[name] != before[name]] == []
+        assert [name for name in end if end[name] != theirs[-1][1][name]] == []
+        moved = {name for name in end if end[name] != before[name]}  # control: a step that is taken moves all kinds
+        for kind in (".expert_bias", "linear_qkv.weight", "exp_avg", "schedule num_steps", " lr"):
+            assert any(name.endswith(kind) for name in moved), kind
+        assert not any(name.endswith("local_tokens_per_expert") for name in moved)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
