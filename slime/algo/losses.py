@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slime.algo.corrections import importance_weights
 from slime.algo.estimators import Surrogate
-from slime.algo.reducers import KL_ESTIMATORS
+from slime.algo.reducers import bounded_kl
 from slime.algo.sequences import Sequences
 from slime.algo.surrogates import clipped, sequence_ratio, token_ratio, weighed_log_probs
 
@@ -48,6 +48,8 @@ class LossOptions:
     eps_clip_c: float | None
     kl_loss_coef: float
     kl_loss_type: str
+    kl_clamp: float | None = None
+    """`Args.kl_loss_clamp`; None: no bound."""
     entropy_coef: float
     offpolicy_correction: str
     tis_clip: float
@@ -81,8 +83,10 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[
         metrics |= {"tis_weight": weights_R, "tis_clipped": beyond_R.float()}
     metrics["pg_loss"] = loss_R.detach()
     if inputs.ref_log_probs_R is not None:
-        kl_R = KL_ESTIMATORS[options.kl_loss_type](inputs.log_probs_R, inputs.ref_log_probs_R)
+        kl_R, beyond_R = bounded_kl(options.kl_loss_type, inputs.log_probs_R, inputs.ref_log_probs_R, options.kl_clamp)
         metrics["kl"] = kl_R.detach()
+        if beyond_R is not None:
+            metrics["kl_clamp_fraction"] = beyond_R.float()
         if options.kl_loss_coef:
             loss_R = loss_R + options.kl_loss_coef * kl_R
     if inputs.entropy_R is not None:

@@ -1,8 +1,8 @@
 """Reducers: what turns per-token values into numbers: KL estimators, masked means, whitening, loss weights.
 
-Path: losses use the KL estimators; the trainer computes `loss_weights` once a step, and the step's loss is
-sum(weights x per-token loss). Invariant: a step's weights sum to 1, so neither the cut into micro-batches nor
-the deal to ranks changes the loss.
+Path: losses use the KL estimators, with or without a bound; the trainer computes `loss_weights` once a step, and the
+step's loss is sum(weights x per-token loss). Invariant: a step's weights sum to 1, so neither the cut into
+micro-batches nor the deal to ranks changes the loss.
 
 Shapes: _N samples, _R response tokens of all samples, flat.
 """
@@ -32,6 +32,26 @@ def k3(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
 
 
 KL_ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3, "low_var_kl": k3}
+
+
+def bounded_kl(
+    kind: str, log_probs_R: Tensor, ref_log_probs_R: Tensor, clamp: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The KL estimate of each token within [-clamp, clamp], and which tokens were beyond; None: no bound.
+
+    A token beyond the bound gets no gradient. k3 is exponential in the log-ratio where the reference is the likelier
+    one: at a log-ratio of 5 its gradient is -147, and one such token outweighs a whole batch. The estimate is taken at
+    a log-ratio of 0 there, so that an infinite one does not turn the gradient into nan.
+    """
+    estimator = KL_ESTIMATORS[kind]
+    if clamp is None:
+        return estimator(log_probs_R, ref_log_probs_R), None
+    with torch.no_grad():
+        kl_R = estimator(log_probs_R, ref_log_probs_R)
+        beyond_R = kl_R.abs() > clamp
+        bound_R = kl_R.sign() * clamp
+    inside_R = estimator(torch.where(beyond_R, ref_log_probs_R, log_probs_R), ref_log_probs_R)
+    return torch.where(beyond_R, bound_R, inside_R), beyond_R
 
 
 def masked_mean(values_R: Tensor, mask_R: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ from slime.config.flags.options import (
 )
 from slime.core.architecture import Architecture
 
+DEFAULT_KL_CLAMP = 10.0
+"""Of low_var_kl in the loss, as verl, OpenRLHF and the original slime have it."""
+
 
 class FrozenMapping(Mapping[str, Any]):
     """A mapping that nobody can write to, and that can be sent to another process (MappingProxyType cannot)."""
@@ -105,6 +108,18 @@ class Args(
         """Whether the policy learns from a teacher's log-probs instead of rewards."""
         estimates = self.loss_type != "sft_loss" and self.custom_advantage_function_path is None
         return estimates and ESTIMATOR_FACTS[self.advantage_estimator].distills
+
+    @property
+    def kl_loss_clamp(self) -> float | None:
+        """The bound of a token's KL in the loss; None: no bound."""
+        if self.kl_clamp is None:
+            return DEFAULT_KL_CLAMP if self.kl_loss_type == "low_var_kl" else None
+        return self.kl_clamp or None
+
+    @property
+    def kl_reward_clamp(self) -> float | None:
+        """The bound of a token's KL in the reward; None: no bound."""
+        return self.kl_clamp or None
 
     @property
     def needs_kl_first(self) -> bool:

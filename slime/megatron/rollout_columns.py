@@ -39,6 +39,7 @@ def loss_options(args: Args) -> LossOptions:
         eps_clip_c=args.eps_clip_c,
         kl_loss_coef=args.kl_loss_coef if args.use_kl_loss else 0.0,
         kl_loss_type=args.kl_loss_type,
+        kl_clamp=args.kl_loss_clamp,
         entropy_coef=args.entropy_coef,
         offpolicy_correction=args.offpolicy_correction,
         tis_clip=args.tis_clip,
@@ -102,6 +103,7 @@ def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[Tra
         options = AdvantageOptions(
             normalize_std=not args.disable_grpo_std_normalization,
             kl_coef=args.kl_coef,
+            kl_clamp=args.kl_reward_clamp,
             gamma=args.gamma,
             lambd=args.lambd,
         )

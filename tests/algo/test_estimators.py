@@ -175,6 +175,17 @@ def test_each_is_its_papers_formula(name: str, which: str) -> None:
         assert miss(name, OPTIONS[which], PAPERS[name](samples, OPTIONS[which]), samples) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+def test_kl_in_the_reward_is_bounded(name: str) -> None:
+    """Each token's, before they are summed; a teacher's log-ratio is no penalty, and never bounded."""
+    samples, options = draw(), AdvantageOptions(kl_coef=0.3, kl_clamp=0.2)
+    bounded = [replace(s, kl=[min(max(k, -0.2), 0.2) for k in s.kl]) for s in samples]
+    assert miss(name, options, PAPERS[name](bounded, options), samples) < 1e-12
+    assert miss(name, options, PAPERS[name](samples, options), samples) > 1e-2  # control
+    distilled = on_policy_distillation(samples, options)
+    assert miss("on_policy_distillation", options, distilled, samples) < 1e-12
+
+
 def test_other_formulas_are_other_numbers() -> None:
     """Control: a baseline with the sample's own reward, no discount, no KL, another estimator, are all seen."""
     samples, options = draw(), OPTIONS["KL, discounted"]

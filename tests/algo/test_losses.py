@@ -63,7 +63,9 @@ def by_the_papers(inputs: LossInputs, options: LossOptions) -> list[float]:
             assert ref is not None
             r = math.exp(float(ref[t]) - log_p)
             kl = {"k1": -math.log(r), "k2": math.log(r) ** 2 / 2, "k3": r - 1 - math.log(r)}
-            objective -= options.kl_loss_coef * kl[options.kl_loss_type.replace("low_var_kl", "k3")]
+            bound = math.inf if options.kl_clamp is None else options.kl_clamp
+            estimate = kl[options.kl_loss_type.replace("low_var_kl", "k3")]
+            objective -= options.kl_loss_coef * min(max(estimate, -bound), bound)
         if options.entropy_coef:
             assert entropy is not None
             objective += options.entropy_coef * float(entropy[t])
@@ -79,6 +81,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "k2": {"kl_loss_coef": 0.1, "kl_loss_type": "k2"},
     "k3": {"kl_loss_coef": 0.1, "kl_loss_type": "k3"},
     "low_var_kl": {"kl_loss_coef": 0.1},
+    "k1, bounded": {"kl_loss_coef": 0.1, "kl_loss_type": "k1", "kl_clamp": 0.3},
+    "k2, bounded": {"kl_loss_coef": 0.1, "kl_loss_type": "k2", "kl_clamp": 0.3},
+    "low_var_kl, bounded": {"kl_loss_coef": 0.1, "kl_clamp": 0.3},
     "entropy": {"entropy_coef": 0.05},
     "TIS": {"tis_clip": 1.5, "tis_clip_low": 0.6},
     "MIS": {"tis_clip": 1.5, "tis_clip_low": 0.6, "offpolicy_correction": "mis"},
@@ -159,6 +164,33 @@ def test_clipped_tokens_have_no_gradient() -> None:
         (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
         assert gradient.tolist() == pytest.approx(expected)
         assert metrics["clip_fraction"].tolist() == [float(g == 0) for g in expected]
+
+
+def kl_gradients(log_ratios: list[float], options: LossOptions) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Loss and gradient of the KL term alone, of tokens with these log(p_ref / p); float32, as in training."""
+    log_probs = torch.full((len(log_ratios),), -5.0, requires_grad=True)
+    ref = log_probs.detach() + torch.tensor(log_ratios)
+    inputs = LossInputs(log_probs, log_probs.detach(), torch.zeros(len(log_ratios)), ref_log_probs_R=ref)
+    loss, metrics = policy_loss(inputs, options)
+    loss.sum().backward()
+    assert log_probs.grad is not None
+    return loss.tolist(), log_probs.grad.tolist(), metrics
+
+
+def test_a_token_beyond_the_kl_bound_gives_no_gradient() -> None:
+    """k3 has a gradient of 1 - r, which is -147 at a log-ratio of 5; beyond e**88 there would be nothing but nan."""
+    plain = replace(OPTIONS, kl_loss_coef=1.0, kl_clamp=None)
+    _, gradients, metrics = kl_gradients([5.0, 1.0], plain)
+    assert gradients == pytest.approx([1 - math.exp(5), 1 - math.e]) and "kl_clamp_fraction" not in metrics
+    assert not math.isfinite(kl_gradients([200.0], plain)[1][0])
+    log_ratios = [5.0, 2.7, 2.5, 1.0, -10.9, -11.1, 200.0]
+    loss, gradients, metrics = kl_gradients(log_ratios, replace(plain, kl_clamp=10.0))
+    inside = [math.exp(x) - 1 - x for x in (2.5, 1.0, -10.9)]
+    assert loss == pytest.approx([10.0, 10.0, *inside, 10.0, 10.0], rel=1e-5)
+    assert gradients == pytest.approx([0, 0, *(1 - math.exp(x) for x in (2.5, 1.0, -10.9)), 0, 0], rel=1e-5)
+    assert metrics["kl_clamp_fraction"].tolist() == [1, 1, 0, 0, 0, 1, 1]
+    signed = replace(plain, kl_loss_type="k1", kl_clamp=2.0)
+    assert kl_gradients([3.0, 1.0, -3.0], signed)[:2] == ([-2.0, -1.0, 2.0], [0.0, 1.0, 0.0])
 
 
 def test_metrics_follow_what_is_there() -> None:

@@ -8,6 +8,7 @@ import pytest
 from config_run import Run, write_tokenizer
 
 from slime.algo.estimators import ESTIMATOR_FACTS
+from slime.config.parse import load_args
 
 
 @pytest.mark.parametrize("name", sorted(name for name in ESTIMATOR_FACTS if not ESTIMATOR_FACTS[name].distills))
@@ -29,6 +30,7 @@ def test_one_sample_alone_has_no_baseline(run: Run, name: str) -> None:
         ("--advantage-estimator trpo", "--advantage-estimator trpo:"),
         ("--gamma 1.5", "--gamma 1.5:"),
         ("--kl-coef -1", "--kl-coef -1:"),
+        ("--kl-clamp -1", "--kl-clamp -1:"),
         ("--eps-clip 1.1", "--eps-clip 1.1:"),
         ("--rollout-max-response-len 64 --overlong-buffer-len 64", "--overlong-buffer-len 64: --rollout-max-response-"),
         ("--overlong-buffer-len 8 --overlong-penalty-factor 0", "--overlong-penalty-factor 0:"),
@@ -39,6 +41,21 @@ def test_refused(run: Run, words: str, error: str) -> None:
     assert found.startswith(error)
 
 
+@pytest.mark.parametrize(
+    ("words", "in_loss", "in_reward"),
+    [
+        ("", 10.0, None),
+        ("--kl-loss-type k3", None, None),
+        ("--kl-clamp 0", None, None),
+        ("--kl-clamp 4", 4.0, 4.0),
+        ("--kl-clamp 4 --kl-loss-type k1", 4.0, 4.0),
+    ],
+)
+def test_where_kl_is_bounded(words: str, in_loss: float | None, in_reward: float | None) -> None:
+    args = load_args([*words.split(), "--dry-run", "--num-rollout", "1"], training=False)[0]
+    assert (args.kl_loss_clamp, args.kl_reward_clamp) == (in_loss, in_reward)
+
+
 OWN = "--custom-advantage-function-path examples.hooks.training.reward_minus_mean"
 GSPO = "--advantage-estimator gspo"
 
@@ -47,6 +64,7 @@ GSPO = "--advantage-estimator gspo"
     ("words", "warning"),
     [
         ("--gamma 0.9", "--gamma 0.9: no effect: the estimator discounts nothing"),
+        ("--kl-clamp 5", "--kl-clamp 5: no effect: there is no KL to the reference model"),
         ("--advantage-estimator reinforce_plus_plus --lambd 0.9", "--lambd 0.9: no effect: it is GAE's"),
         (
             "--advantage-estimator rloo --disable-grpo-std-normalization",

@@ -19,7 +19,7 @@ from slime.algo.advantages.rollout_rewards import AdvantageOptions, RolloutRewar
 def gae(rollout: RolloutRewards, options: AdvantageOptions) -> Tensor:
     """[R] A_t = sum over l of (gamma lambda)^l delta_(t+l), with delta_t = r_t + gamma V_(t+1) - V_t."""
     assert rollout.values_R is not None, "the critic's values come before advantages"
-    rewards_NL = rollout.token_rewards_NL(rollout.rewards_N, options.kl_coef)
+    rewards_NL = rollout.token_rewards_NL(rollout.rewards_N, options)
     values_NL = rollout.padded(rollout.values_R)
     next_NL = torch.cat([values_NL[:, 1:], torch.zeros_like(values_NL[:, :1])], dim=1)
     deltas_NL = rewards_NL + options.gamma * next_NL - values_NL

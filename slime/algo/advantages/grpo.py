@@ -16,7 +16,7 @@ from slime.algo.advantages.rollout_rewards import AdvantageOptions, RolloutRewar
 
 def grpo(rollout: RolloutRewards, options: AdvantageOptions) -> Tensor:
     """A sample's advantage on each of its tokens; KL in the reward is that of the whole response."""
-    rewards_N = rollout.shaped_rewards_N(options.kl_coef)
+    rewards_N = rollout.shaped_rewards_N(options)
     return rollout.spread(grpo_advantages(rewards_N, rollout.group_indices_N, normalize_std=options.normalize_std))
 
 

@@ -18,6 +18,6 @@ def reinforce_plus_plus(rollout: RolloutRewards, options: AdvantageOptions) -> T
 
 
 def whitened_returns(rollout: RolloutRewards, rewards_N: Tensor, options: AdvantageOptions) -> Tensor:
-    rewards_NL = rollout.token_rewards_NL(rewards_N, options.kl_coef)
+    rewards_NL = rollout.token_rewards_NL(rewards_N, options)
     returns_R = rollout.flat(discounted_returns(rewards_NL, options.gamma))
     return whiten(returns_R, rollout.mask_R)

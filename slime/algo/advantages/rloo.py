@@ -15,7 +15,7 @@ from slime.algo.advantages.rollout_rewards import AdvantageOptions, RolloutRewar
 
 def rloo(rollout: RolloutRewards, options: AdvantageOptions) -> Tensor:
     """r_i - the mean of r_j over j != i, within each group."""
-    rewards_N = rollout.shaped_rewards_N(options.kl_coef)
+    rewards_N = rollout.shaped_rewards_N(options)
     advantages_N = torch.zeros_like(rewards_N)
     for rows_G in judged_groups(rewards_N, rollout.group_indices_N):
         if len(rows_G) > 1:

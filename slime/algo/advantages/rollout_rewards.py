@@ -26,6 +26,8 @@ class AdvantageOptions:
     normalize_std: bool = True
     """Not --disable-grpo-std-normalization."""
     kl_coef: float = 0.0
+    kl_clamp: float | None = None
+    """Bound of a token's KL in the reward; None: no bound."""
     gamma: float = 1.0
     lambd: float = 1.0
 
@@ -40,7 +42,7 @@ class RolloutRewards:
     response_lengths_N: Tensor
     loss_mask_R: Tensor
     kl_R: Tensor | None = None
-    """log p_old - log p_ref of each token (k1), where the reward or the advantage has it."""
+    """log p_old - log p_ref of each token (k1), where the reward or the advantage has it; not bounded."""
     values_R: Tensor | None = None
     """The critic's value of the state in which each token was sampled; None without a critic."""
 
@@ -58,20 +60,20 @@ class RolloutRewards:
         """[R]: a sample's number on each of its tokens."""
         return values_N[self.row_R]
 
-    def shaped_rewards_N(self, kl_coef: float) -> Tensor:
+    def shaped_rewards_N(self, options: AdvantageOptions) -> Tensor:
         """reward - kl_coef x the sum of its tokens' KL: the reward of a whole response as one action."""
         rewards_N = self.rewards_N.double()
-        if self.kl_R is None or not kl_coef:
+        if self.kl_R is None or not options.kl_coef:
             return rewards_N
-        penalties_R = torch.where(self.mask_R, self.kl_R.double(), 0.0)
-        return rewards_N - kl_coef * torch.zeros_like(rewards_N).index_add_(0, self.row_R, penalties_R)
+        penalties_R = torch.where(self.mask_R, _bounded(self.kl_R, options).double(), 0.0)
+        return rewards_N - options.kl_coef * torch.zeros_like(rewards_N).index_add_(0, self.row_R, penalties_R)
 
-    def token_rewards_NL(self, rewards_N: Tensor, kl_coef: float) -> Tensor:
+    def token_rewards_NL(self, rewards_N: Tensor, options: AdvantageOptions) -> Tensor:
         """Each counted token's - kl_coef x KL, and on the last one of a sample its entry of `rewards_N`, too."""
-        if self.kl_R is None or not kl_coef:
+        if self.kl_R is None or not options.kl_coef:
             rewards_NL = self.padded(torch.zeros(len(self.row_R)))
         else:
-            rewards_NL = -kl_coef * self.padded(self.kl_R)
+            rewards_NL = -options.kl_coef * self.padded(_bounded(self.kl_R, options))
         rows = self._num_tokens_N.nonzero().flatten()
         rewards_NL[rows, self._num_tokens_N[rows] - 1] += rewards_N[rows].double()
         return rewards_NL
@@ -103,6 +105,10 @@ class RolloutRewards:
 
 Estimator = Callable[[RolloutRewards, AdvantageOptions], Tensor]
 """Advantages [R] float64; anything where the mask leaves a token out."""
+
+
+def _bounded(kl_R: Tensor, options: AdvantageOptions) -> Tensor:
+    return kl_R if options.kl_clamp is None else kl_R.clamp(-options.kl_clamp, options.kl_clamp)
 
 
 def counted_rows(rewards_N: Tensor, group_indices_N: Tensor, *, compares_group: bool = True) -> Tensor:

@@ -35,7 +35,7 @@ class AlgoOptions:
     use_kl_loss: bool = flag(False, "Add a KL term against the reference model to the loss.")
     kl_loss_coef: float = flag(0.0, "Its coefficient. At 0 the reference model is not run at all.", ge=0)
     kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = flag(
-        "low_var_kl", "KL estimator; low_var_kl is another name of k3."
+        "low_var_kl", "KL estimator; low_var_kl is k3 with a bound (--kl-clamp)."
     )
     kl_coef: float = flag(
         0.0,
@@ -43,6 +43,14 @@ class AlgoOptions:
         "first step. reinforce_plus_plus takes it from each token's reward; grpo and rloo take its sum from the "
         "response's.",
         ge=0,
+    )
+    kl_clamp: float | None = flag(
+        None,
+        "Bound of each token's KL estimate, to [-X, X]; a token beyond it gets no gradient of the KL. Unset: 10 in the "
+        "loss with --kl-loss-type low_var_kl, else none. A value is the bound for every type, and for --kl-coef's KL "
+        "in the reward. 0: no bound anywhere.",
+        ge=0,
+        metavar="X",
     )
     log_ref_kl: bool = flag(False, "Run the reference forward to log the KL, even at coefficient 0.")
     entropy_coef: float = flag(0.0, "Weight of the entropy that is added to the objective.", ge=0)

@@ -12,12 +12,18 @@ from slime.config.rules.offpolicy import may_be_offpolicy
 _CLIP = ("eps_clip", "eps_clip_high", "eps_clip_c")
 _TIS = ("tis_clip", "tis_clip_low")
 _WEIGHTS = ("offpolicy_correction", *_TIS)
-_KL = ("use_kl_loss", "kl_loss_coef", "kl_coef")
+_KL = ("use_kl_loss", "kl_loss_coef", "kl_coef", "kl_clamp")
 _ADVANTAGE = ("advantage_estimator", "normalize_advantages", "disable_grpo_std_normalization")
 _OVERLONG = ("overlong_buffer_len", "overlong_penalty_factor", "mask_truncated_samples")
 _POLICY = (*_CLIP, *_KL, *_ADVANTAGE, "entropy_coef", "use_tis", *_WEIGHTS, *_OVERLONG)
 
 ALGORITHMS: tuple[NoEffect, ...] = (
+    NoEffect(
+        ("kl_clamp",),
+        lambda a: a.loss_type != "sft_loss" and not (a.use_kl_loss or a.log_ref_kl or a.kl_coef > 0),
+        "there is no KL to the reference model",
+        "add --use-kl-loss or --kl-coef",
+    ),
     NoEffect(
         ("kl_loss_coef",),
         lambda a: not a.use_kl_loss and a.kl_loss_coef > 0,
