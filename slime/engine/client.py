@@ -16,6 +16,7 @@ from typing import Any
 
 from slime.engine.connection import RETRY_STATUS, Connection, EngineError
 from slime.engine.device_protocol import MemoryOccupation, MemoryTag, UpdateWeightsFromTensor
+from slime.engine.message import Message
 from slime.engine.protocol import (
     AbortRequest,
     DestroyWeightsUpdateGroup,
@@ -24,7 +25,6 @@ from slime.engine.protocol import (
     GenerateRequest,
     GenerateResponse,
     InitWeightsUpdateGroup,
-    Message,
     PauseGeneration,
     PauseMode,
     RouterEndpoint,

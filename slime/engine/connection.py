@@ -14,7 +14,8 @@ from typing import Any
 import aiohttp
 import orjson
 
-from slime.engine.protocol import Endpoint, Message
+from slime.engine.message import Message
+from slime.engine.protocol import Endpoint
 
 RETRY_STATUS = (502, 503)
 RETRIES = 6

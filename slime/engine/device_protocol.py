@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from slime.engine.protocol import Message
+from slime.engine.message import Message
 
 MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
 """A part of an engine's memory that it can give back and take again."""

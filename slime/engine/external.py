@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from slime.config.args import Args
+from slime.config.context import SPARE_OF_INPUTS, engine_limits, rollout_limits
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.protocol import WEIGHT_GROUP, EngineInfo
 
@@ -117,13 +118,15 @@ def _doubts(args: Args, url: str, info: EngineInfo) -> Iterable[str]:
             f"--rollout-external-engines {url}: it computes in {info.dtype}, the trainer in {dtype}: its log-probs "
             "will be a little off"
         )
-    limits = [args.rollout_max_context_len, args.architecture and args.architecture.max_position_embeddings]
-    longest = min((limit for limit in limits if limit is not None), default=None)
-    if info.context_length is not None and longest is not None and info.context_length < longest:
-        yield (
-            f"--rollout-external-engines {url}: its context is {info.context_length} tokens, prompt and response may "
-            f"come to {longest}: it will refuse longer ones; set --rollout-max-context-len {info.context_length}"
-        )
+    if info.context_length is not None:
+        asked, taken = rollout_limits(args), engine_limits(info.context_length)
+        pairs = ((asked.sequence, taken.sequence), (asked.request, taken.request))
+        if any(ours is not None and theirs is not None and ours > theirs for ours, theirs in pairs):
+            yield (
+                f"--rollout-external-engines {url}: its context is {info.context_length} tokens, prompt and "
+                f"response may come to {asked.sequence}: it will refuse longer ones; "
+                f"set --rollout-max-context-len {info.context_length - SPARE_OF_INPUTS}"
+            )
 
 
 async def free_engines(client: EngineClient) -> None:

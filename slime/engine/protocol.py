@@ -8,13 +8,16 @@ trainers: in `device_protocol`) and nowhere else.
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from slime.engine.message import Message, require, short
 
 PauseMode = Literal["abort", "in_place", "retract"]
 CheckAction = Literal["checksum", "reset_tensors"]
@@ -53,43 +56,8 @@ class RouterEndpoint(StrEnum):
     WORKERS = "/workers"
 
 
-class Message:
-    """A body: a dataclass that knows its way to JSON and back. None means "not sent"; `Message()` is an empty body."""
-
-    @classmethod
-    def from_json(cls, data: Any) -> Any:
-        """Build from a decoded JSON object.
-
-        Raises:
-            ValueError: not an object, an unknown field, or a missing one.
-        """
-        name = cls.__name__
-        if not isinstance(data, Mapping):
-            raise ValueError(f"{name}: the body is {type(data).__name__}, it has to be a JSON object")
-        known = {f.name for f in fields(cls)}  # pyright: ignore[reportArgumentType]
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise ValueError(f"{name} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
-        try:
-            return cls(**data)
-        except TypeError as error:
-            raise ValueError(f"{name}: {error}") from error
-
-    def to_json(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if v is not None}
-
-
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {repr(value)[:100]}; it has to be {rule}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+MAX_STOPS, MAX_STOP_LENGTH = 32, 4096
+"""Stop texts of a request (SGLang's limit from 0.5.21 on), and characters of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,21 +83,24 @@ class SamplingParams(Message):
     """Only 1: every sample is a request of its own."""
 
     def __post_init__(self) -> None:
-        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, ">= 0")
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _require(_is_int(self.top_k) and (self.top_k == -1 or self.top_k >= 1), "top_k", self.top_k, "-1 or >= 1")
-        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
-        _require(
-            _is_int(self.max_new_tokens) and self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, ">= 0"
-        )
-        stops = self.stop_strings
-        _require(all(isinstance(s, str) and s for s in stops), "stop", self.stop, "a non-empty string or several")
-        ids = self.stop_token_ids or ()
-        _require(isinstance(ids, Sequence) and all(map(_is_int, ids)), "stop_token_ids", ids, "a list of integers")
+        # As SGLang's `verify`; integers are what its kernels take (top_k has 32 bits).
+        require(0 <= self.temperature < math.inf, "temperature", self.temperature, ">= 0 and finite")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        require(self.top_k == -1 or 1 <= self.top_k < 2**31, "top_k", self.top_k, "-1 or in [1, 2**31)")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+        require(0 <= self.max_new_tokens < 2**63, "max_new_tokens", self.max_new_tokens, "in [0, 2**63)")
+        stops, longest = self.stop_strings, MAX_STOP_LENGTH
+        require(len(stops) <= MAX_STOPS, "stop", self.stop, f"at most {MAX_STOPS} texts")
+        good = all(isinstance(stop, str) and 0 < len(stop) <= longest for stop in stops)
+        require(good, "stop", self.stop, f"a text of 1 to {longest} characters, or several")
         seed = self.sampling_seed
-        _require(seed is None or (_is_int(seed) and 0 <= seed < 2**63), "sampling_seed", seed, "in [0, 2**63)")
-        _require(self.min_new_tokens == 0, "min_new_tokens", self.min_new_tokens, "0")
-        _require(self.n == 1, "n", self.n, "1: send one request a sample")
+        require(seed is None or 0 <= seed < 2**63, "sampling_seed", seed, "in [0, 2**63)")
+        require(self.min_new_tokens == 0, "min_new_tokens", self.min_new_tokens, "0")
+        require(self.n == 1, "n", self.n, "1: send one request a sample")
+
+    @classmethod
+    def from_json(cls, data: Any) -> SamplingParams:
+        return super().from_json(_without_neutral(data, NEUTRAL_SAMPLING_FIELDS, "sampling_params"))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -151,6 +122,27 @@ NEUTRAL_GENERATE_FIELDS: Mapping[str, tuple[object, ...]] = {
     "token_ids_logprob": (None,),
     "lora_path": (None,),
 }
+NEUTRAL_SAMPLING_FIELDS: Mapping[str, tuple[object, ...]] = {
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "beam_width": (1,),
+}
+
+
+def _without_neutral(data: Any, neutral: Mapping[str, tuple[object, ...]], name: str) -> dict[str, Any]:
+    """A JSON object without nulls, and without fields that ask for nothing; ValueError for what they ask else."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{name} is {type(data).__name__}; it has to be a JSON object")
+    body = {k: v for k, v in cast(Mapping[str, Any], data).items() if v is not None}
+    for field_name, allowed in neutral.items():
+        value = body.pop(field_name, None)
+        if value is not None and not any(type(value) is type(a) and value == a for a in allowed):
+            raise ValueError(f"{field_name} is {short(value)}; this engine serves only {allowed[0]!r}")
+    return body
+
+
+MAX_RID_LENGTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,51 +154,43 @@ class GenerateRequest(Message):
     rid: str | None = None
     return_logprob: bool = True
     logprob_start_len: int = -1
-    """From which prompt position on to return the prompt's own log-probs; -1: none."""
+    """From which prompt position on to return the prompt's own log-probs, of the raw logits; -1: none. The first one
+    returned is None, also where a token comes before it."""
     text: str | None = None
     return_routed_experts: bool = False
     """Say to which experts each token but the last went. (sglang-router would drop this.)"""
     routed_experts_start_len: int = 0
-    """From which token on; not behind the prompt."""
+    """From which token on; within the prompt."""
+    fills_context: bool = False
+    """`max_new_tokens` is null in the JSON: as many as the context has room for."""
 
     def __post_init__(self) -> None:
         if (self.input_ids is None) == (self.text is None):
             raise ValueError("a /generate request has either input_ids or text")
-        if self.input_ids is not None:
-            ids = self.input_ids
-            good = isinstance(ids, list) and len(ids) > 0 and all(map(_is_int, ids))
-            _require(good, "input_ids", ids, "a non-empty list of integers")
-        _require(self.rid is None or isinstance(self.rid, str), "rid", self.rid, "a string")
-        _require(isinstance(self.return_logprob, bool), "return_logprob", self.return_logprob, "true or false")
-        _require(
-            _is_int(self.logprob_start_len) and self.logprob_start_len >= -1,
-            "logprob_start_len",
-            self.logprob_start_len,
-            ">= -1",
-        )
-        routed, start = self.return_routed_experts, self.routed_experts_start_len
-        _require(isinstance(routed, bool), "return_routed_experts", routed, "true or false")
-        _require(_is_int(start) and start >= 0, "routed_experts_start_len", start, ">= 0")
+        require(self.input_ids != [], "input_ids", self.input_ids, "a non-empty list of integers")
+        require(len(self.rid or "") <= MAX_RID_LENGTH, "rid", self.rid, f"at most {MAX_RID_LENGTH} characters")
+        require(self.logprob_start_len >= -1, "logprob_start_len", self.logprob_start_len, ">= -1")
+        start = self.routed_experts_start_len
+        require(start >= 0, "routed_experts_start_len", start, ">= 0")
 
     @classmethod
     def from_json(cls, data: Any) -> GenerateRequest:
-        if not isinstance(data, Mapping):
-            raise ValueError(f"GenerateRequest: the body is {type(data).__name__}, it has to be a JSON object")
-        body = {k: v for k, v in data.items() if v is not None}
-        for name, allowed in NEUTRAL_GENERATE_FIELDS.items():
-            value = body.pop(name, None)
-            if not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
-                raise ValueError(f"{name} is {value!r}; this engine serves only {allowed[0]!r}")
-        params = {k: v for k, v in (body.pop("sampling_params", None) or {}).items() if v is not None}
+        body = _without_neutral(data, NEUTRAL_GENERATE_FIELDS, "the body of GenerateRequest")
+        require("fills_context" not in body, "fills_context", True, "left out: it is no field of the protocol")
+        params: Any = body.pop("sampling_params", {})
         # SGLang answers without log-probs unless asked; slime's own requests always ask.
         body.setdefault("return_logprob", False)
-        return super().from_json({**body, "sampling_params": SamplingParams.from_json(params)})
+        body["sampling_params"] = SamplingParams.from_json(params)
+        body["fills_context"] = params.get("max_new_tokens", 0) is None
+        return super().from_json(body)
 
     def to_json(self) -> dict[str, Any]:
         own = super().to_json()
+        del own["fills_context"]
         if not self.return_routed_experts:  # engines of dense models need not know the fields
             del own["return_routed_experts"], own["routed_experts_start_len"]
-        return {**own, "sampling_params": self.sampling_params.to_json()}
+        params = self.sampling_params.to_json()
+        return {**own, "sampling_params": {**params, "max_new_tokens": None} if self.fills_context else params}
 
 
 def encode_routes(experts: NDArray[np.int32]) -> str:
@@ -233,7 +217,7 @@ class GenerateResponse:
     prompt_tokens: int
     completion_tokens: int
     input_log_probs: list[float | None]
-    """The prompt's own, from `logprob_start_len` on; None at position 0, which nothing predicts."""
+    """The prompt's own, from `logprob_start_len` on; None for the first of them."""
     routed_experts: NDArray[np.int32] | None = field(default=None, compare=False)
     """Flat: of each token but the last, in each of the model's layers (zeros where it is dense), its experts."""
 
@@ -329,7 +313,7 @@ class PauseGeneration(Message):
     mode: PauseMode = "abort"
 
     def __post_init__(self) -> None:
-        _require(self.mode in get_args(PauseMode), "mode", self.mode, f"one of {', '.join(get_args(PauseMode))}")
+        require(self.mode in get_args(PauseMode), "mode", self.mode, f"one of {', '.join(get_args(PauseMode))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,7 +356,7 @@ class UpdateWeightsFromDistributed(Message):
                 f"{len(self.names)} names, {len(self.dtypes)} dtypes, {len(self.shapes)} shapes: "
                 "they have to be as many as each other"
             )
-        _require(
+        require(
             self.load_format in (None, "flattened_bucket"), "load_format", self.load_format, "unset or flattened_bucket"
         )
 
@@ -391,6 +375,6 @@ class WeightsChecker(Message):
     action: CheckAction = "checksum"
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.action in get_args(CheckAction), "action", self.action, f"one of {', '.join(get_args(CheckAction))}"
         )

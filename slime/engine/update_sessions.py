@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from slime.engine.connection import Connection, EngineError
-from slime.engine.protocol import Endpoint, Message
+from slime.engine.message import Message
+from slime.engine.protocol import Endpoint
 
 TIMEOUT = 600.0
 """Seconds for one request; an engine prepares its weights when a session ends."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from slime.config.args import Args
+from slime.config.end_tokens import END_OF_MESSAGE, end_token_ids
 from slime.core.sample import Sample
 from slime.engine.client import EngineClient
 from slime.rollout.rm_hub import RewardPool
@@ -59,6 +61,13 @@ class RolloutContext:
         if self.client is None:
             raise ValueError("--rollout-num-gpus 0: nothing can be generated without engines; give it a number > 0")
         return self.client
+
+    @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """The tokens at which an engine ends a response by itself: those that the model and its tokenizer name."""
+        own = (self.tokenizer.eos_token_id, self.tokenizer.get_vocab().get(END_OF_MESSAGE))
+        ids = frozenset(number for number in own if isinstance(number, int))
+        return ids if self.args.hf_checkpoint is None else ids | end_token_ids(self.args.hf_checkpoint)
 
     def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
         text = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from slime.config.args import Args
+from slime.config.context import longest_prompt
 from slime.config.data_files import DataKeys
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
@@ -33,7 +34,7 @@ class DataBuffer:
             raise ValueError("--prompt-data: not given, and the rollout needs prompts; name a jsonl or parquet file")
         self._args = args
         keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
-        self._data = load_prompts(args.prompt_data, args, tokenizer, keys)
+        self._data = load_prompts(args.prompt_data, args, tokenizer, keys, longest=longest_prompt(args))
         self._filter = (
             pop_first if args.buffer_filter_path is None else load_hook("buffer_filter_path", args.buffer_filter_path)
         )

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from slime.config.args import Args
+from slime.config.context import rollout_limits
 from slime.config.data_files import DataKeys
 from slime.config.eval_data import EvalDataset, eval_datasets
 from slime.core.sample import Sample, Status
@@ -41,9 +42,10 @@ class Evaluator:
     def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase) -> None:
         self._args = args
         self._data: list[tuple[EvalDataset, PromptSet]] = []
+        longest = rollout_limits(args).request
         for dataset in eval_datasets(args):
             keys = DataKeys.of(args, input_key=dataset.input_key, label_key=dataset.label_key)
-            self._data.append((dataset, load_prompts(dataset.path, args, tokenizer, keys)))
+            self._data.append((dataset, load_prompts(dataset.path, args, tokenizer, keys, longest=longest)))
 
     async def run(self, rollout_id: int, context: RolloutContext) -> dict[str, float]:
         """All data sets at once: metrics `eval/<name>/...` of the weights that the engines hold now.

@@ -11,17 +11,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from slime.config.args import Args
+from slime.config.context import rollout_limits
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample, Status
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
-from slime.rollout.prompts import context_length
+from slime.rollout.endings import cut_at_stop_across_parts, has_ended
 
 if TYPE_CHECKING:
     from slime.rollout.context import RolloutContext
@@ -83,11 +84,16 @@ async def generate_sample(
     """Generate the response to `sample.tokens`, in place, or go on with the response that it has.
 
     `max_new_tokens` is of the whole response, what there is of it included. Where nothing is left of that, or of the
-    context, the sample is truncated as it stands. A request that is aborted leaves what it made: ABORTED.
+    context, the sample is truncated as it is. A request that is aborted leaves what it made: ABORTED. A response whose
+    newest token ends it is COMPLETED, whatever reason the engine gave.
 
     Raises:
         EngineError: the engines did not answer, after retries; the sample is as it was.
     """
+    going_on = sample.status in (Status.ABORTED, Status.TRUNCATED)
+    if going_on and has_ended(sample, sampling_params, context):
+        sample.status = Status.COMPLETED
+        return sample
     left = room(args, sample, sampling_params.max_new_tokens)
     if left <= 0:
         sample.status = Status.TRUNCATED
@@ -98,20 +104,24 @@ async def generate_sample(
     )
     response = await context.engines.generate(asked)
     if sample.response_length and params.stop_strings:
-        response = _stopped_across_parts(sample, response, params.stop_strings, context)
-    append_response(args, sample, response, context)
+        response = cut_at_stop_across_parts(sample, response, params.stop_strings, context)
+    append_response(args, sample, response, context, params)
     return sample
 
 
 def room(args: Args, sample: Sample, max_response_length: int) -> int:
-    """Tokens that may still come, by the length of the response and by the context."""
-    limit = context_length(args)
+    """Tokens that may still come, by the length of the response and by what an engine takes; 0 or less: none."""
+    limits = rollout_limits(args)
     left = max_response_length - sample.response_length
-    return left if limit is None else min(left, limit - len(sample.tokens))
+    if limits.request is not None and len(sample.tokens) > limits.request:
+        return min(left, 0)
+    return left if limits.sequence is None else min(left, limits.sequence - len(sample.tokens))
 
 
-def append_response(args: Args, sample: Sample, response: GenerateResponse, context: RolloutContext) -> None:
-    """Write what the engine answered behind what the sample has: tokens, each with its log-prob and its version."""
+def append_response(
+    args: Args, sample: Sample, response: GenerateResponse, context: RolloutContext, params: SamplingParams
+) -> None:
+    """Append what the engine answered to a request with `params`: tokens, each with its log-prob and its version."""
     begun = sample.response_length > 0
     tokens = response.output_ids
     # An engine calls weights that nothing was sent to "default" (SGLang): that is version 0.
@@ -126,7 +136,8 @@ def append_response(args: Args, sample: Sample, response: GenerateResponse, cont
         _take_routes(args, sample, response)
     text = context.decode(sample.tokens[sample.prompt_length :], skip_special_tokens=args.rollout_skip_special_tokens)
     sample.response = text
-    sample.status = STATUS_BY_FINISH[response.finish_reason]
+    ended = bool(tokens) and has_ended(sample, params, context)
+    sample.status = Status.COMPLETED if ended else STATUS_BY_FINISH[response.finish_reason]
     sample.check()
 
 
@@ -159,22 +170,3 @@ def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None
 def _behind(values: list[T] | None, more: list[T], begun: bool) -> list[T] | None:
     """`more` behind `values`; where a response has begun without them, they stay missing."""
     return None if begun and values is None else [*(values or []), *more]
-
-
-def _stopped_across_parts(
-    sample: Sample, response: GenerateResponse, stops: Sequence[str], context: RolloutContext
-) -> GenerateResponse:
-    """The response up to a stop text that began in the part before: an engine looks at its own part alone."""
-    longest = max(map(len, stops))
-    tail = sample.tokens[sample.prompt_length :][-2 * longest :]
-    length_before = len(context.decode(tail, skip_special_tokens=False))
-    for count in range(1, len(response.output_ids) + 1):
-        text = context.decode(tail + response.output_ids[:count], skip_special_tokens=False)
-        # Behind the first place at which a stop text would reach over the end of the part before.
-        found = (text.find(stop, max(0, length_before - len(stop) + 1)) for stop in stops)
-        if any(0 <= start < length_before for start in found):
-            tokens, log_probs = response.output_ids[:count], response.log_probs[:count]
-            return replace(response, output_ids=tokens, log_probs=log_probs, finish_reason="stop")
-        if len(text) - length_before >= longest:
-            break
-    return response

@@ -61,16 +61,12 @@ class PromptSet:
     sha256: str
 
 
-def context_length(args: Args) -> int | None:
-    """Tokens of prompt and response together at most; None where nothing limits them."""
-    limits = [args.rollout_max_context_len]
-    if args.architecture is not None:
-        limits.append(args.architecture.max_position_embeddings)
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def load_prompts(path: str, args: Args, tokenizer: PreTrainedTokenizerBase, keys: DataKeys) -> PromptSet:
+def load_prompts(
+    path: str, args: Args, tokenizer: PreTrainedTokenizerBase, keys: DataKeys, *, longest: int | None
+) -> PromptSet:
     """Read `path` (`FILE` or `FILE@[a:b]`, jsonl or parquet) and tokenise its prompts.
+
+    A prompt of more than `longest` tokens is left out.
 
     Raises:
         ValueError: with file and line or row, for one that lacks what `keys` names, or whose prompt has no tokens;
@@ -88,18 +84,17 @@ def load_prompts(path: str, args: Args, tokenizer: PreTrainedTokenizerBase, keys
         texts.append(_prompt_text(row, args, tokenizer, keys))
         rows.append(row)
     tokens = tokenize(tokenizer, texts, add_special_tokens=not args.apply_chat_template)
-    limit = context_length(args)
     prompts: list[Prompt] = []
     dropped: list[int] = []
     for row, ids in zip(rows, tokens, strict=True):
-        if limit is not None and len(ids) > limit - 1:
+        if longest is not None and len(ids) > longest:
             dropped.append(row.number)
             continue
         if not ids:
             raise DataError(row.where, f"the prompt under {keys.input_key!r} has no tokens", "remove the line")
         label = None if keys.label_key is None else label_text(row.data[keys.label_key])
         prompts.append(Prompt(row.data[keys.input_key], label, ids, row.data.get(keys.metadata_key) or {}))
-    _report_dropped(path, dropped, len(rows), limit)
+    _report_dropped(path, dropped, len(rows), longest)
     if not prompts:
         raise ValueError(f"{path}: no prompt in it ({len(dropped)} of {len(rows)} left out as too long); name another")
     return PromptSet(path, prompts, digest.hexdigest())
@@ -117,15 +112,16 @@ def _prompt_text(row: Row, args: Args, tokenizer: PreTrainedTokenizerBase, keys:
         raise DataError(row.where, rule, "correct the line") from error
 
 
-def _report_dropped(path: str, dropped: Sequence[int], total: int, limit: int | None) -> None:
+def _report_dropped(path: str, dropped: Sequence[int], total: int, longest: int | None) -> None:
     if not dropped:
         return
     named = ", ".join(map(str, dropped[:_ROWS_NAMED])) + (", ..." if len(dropped) > _ROWS_NAMED else "")
     logger.warning(
-        "%s: %d of %d prompts left out: with a context of %s tokens they leave no room to answer (lines or rows %s)",
+        "%s: %d of %d prompts left out: they have more than %s tokens, and the context leaves no room to answer "
+        "(lines or rows %s)",
         path,
         len(dropped),
         total,
-        limit,
+        longest,
         named,
     )

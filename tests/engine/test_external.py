@@ -58,7 +58,9 @@ def test_what_may_be_a_mistake_is_said(start_engine: StartEngine, model_dirs: di
     engine = start_engine(model_dirs["glm4"], "--context-length", "100", "--weight-version", "7")
     [context] = found([engine.url], model_dirs["glm4"]).warnings
     assert "its context is 100 tokens" in context
-    assert found([engine.url], model_dirs["glm4"], rollout_max_context_len=100).warnings == ()
+    assert "--rollout-max-context-len 94" in context
+    assert found([engine.url], model_dirs["glm4"], rollout_max_context_len=95).warnings, "it refuses an input of 94"
+    assert found([engine.url], model_dirs["glm4"], rollout_max_context_len=94).warnings == ()
     [old, dtype, _] = found([engine.url], model_dirs["glm4"], bf16=True, debug_rollout_only=True).warnings
     assert "weights of version 7" in old
     assert "computes in float32, the trainer in bfloat16" in dtype

@@ -80,8 +80,8 @@ def gap(hf: Any, done: Request) -> float:
     first = len(done.input_ids) - 1
     pairs = list(zip(want[first:], done.log_probs, strict=True))
     if done.logprob_start_len >= 0:
-        begin = max(1, done.logprob_start_len) - 1
-        pairs += zip(want[begin:first], done.input_log_probs, strict=True)
+        raw = tiny_models.hf_log_probs(hf, done.input_ids, 1.0)  # SGLang's rule, whatever the temperature
+        pairs += zip(raw[done.logprob_start_len :], done.input_log_probs, strict=True)
     return max(abs(a - b) for a, b in pairs)
 
 
@@ -174,6 +174,20 @@ def test_what_ends_a_request(model_dirs: dict[str, Path]) -> None:
     bench.run()
     assert stopped.finish_reason == {"type": "stop", "matched": stop}
     assert stopped.output_ids == free.output_ids[: free.output_ids.index(stop) + 1]
+    # SGLang's order: a pending abort, the length, stop texts, stop tokens.
+    count = len(stopped.output_ids)
+    full = bench.add(request([1, 2, 3], max_new_tokens=count, stop=frozenset([stop])))
+    both = bench.add(request([1, 2, 3], max_new_tokens=count, stop=frozenset([stop])))
+    text = bench.add(request([1, 2, 3], max_new_tokens=40, stop=frozenset([stop])))
+    text.stop_check = lambda ids: "text" if len(ids) == count else None
+    while len(both.output_ids) < count - 1:
+        bench.step()
+    bench.scheduler.abort(lambda r: r is both)
+    bench.run()
+    assert full.finish_reason == {"type": "length", "length": count}
+    assert (both.finish_reason or {})["type"] == "abort"
+    assert text.finish_reason == {"type": "stop", "matched": "text"}
+    assert full.output_ids == both.output_ids == text.output_ids == stopped.output_ids
     nothing = bench.add(request([1, 2, 3], max_new_tokens=0, start=0))
     bench.run()
     assert nothing.output_ids == nothing.log_probs == []
@@ -188,13 +202,17 @@ def test_an_abort_keeps_what_there_is(model_dirs: dict[str, Path]) -> None:
         bench.add(request(text, seed=i, max_new_tokens=50))
     for _ in range(10):
         bench.step()
-    with torch.inference_mode():
-        assert bench.scheduler.abort(lambda r: r.rid == "r0") == 1
-        bench.step()
-        assert bench.scheduler.abort(lambda _: True) == 4
-        bench.scheduler._deliver()
+    assert bench.scheduler.abort(lambda r: r.rid == "r0") == 1
+    assert bench.scheduler.abort(lambda r: r.rid == "r0") == 0, "it has been aborted already"
+    assert not bench.finished, "it ends with the token of the next step"
+    bench.step()
+    bench.step()
+    assert bench.scheduler.abort(lambda _: True) == 4
+    bench.step()
     done = {r.rid: r for r in bench.finished}
-    assert [len(done[f"r{i}"].output_ids) for i in range(5)] == [11, 12, 12, 2, 0]
+    assert [len(done[f"r{i}"].output_ids) for i in range(5)] == [12, 14, 14, 3, 0]
+    messages = [(r.finish_reason or {})["message"] for _, r in sorted(done.items())]
+    assert messages == ["Aborted"] * 4 + ["Abort in waiting queue"]
     assert all(r.finish_reason is not None and r.finish_reason["type"] == "abort" for r in done.values())
     assert max(gap(hf, r) for r in done.values() if r.output_ids) <= TOLERANCE
 

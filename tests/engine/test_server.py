@@ -62,7 +62,8 @@ def test_an_answer_is_sglangs(glm4_engine: ManagedProcess, model_dirs: dict[str,
     assert [entry[1:] for entry in outputs] == [[t, None] for t in answer["output_ids"]]
     inputs = meta["input_token_logprobs"]
     assert inputs[0] == [None, 1, None]
-    want = tiny_models.hf_log_probs(tiny_models.hf_model(model_dirs["glm4"]), ids + answer["output_ids"], 0.8)
+    hf = tiny_models.hf_model(model_dirs["glm4"])
+    want = tiny_models.hf_log_probs(hf, ids, 1.0) + tiny_models.hf_log_probs(hf, ids + answer["output_ids"], 0.8)[2:]
     got = [entry[0] for entry in inputs[1:] + outputs]
     assert max(abs(a - b) for a, b in zip(want, got, strict=True)) <= 1e-5
     # SGLang's default: no log-probs unless asked for.
@@ -87,8 +88,10 @@ def test_stops(model_dirs: dict[str, Path], start_engine: StartEngine) -> None:
     first = min(ids.index(t) for t in (7, 9) if t in ids)
     assert ended["output_ids"] == ids[: first + 1]
     assert ended["meta_info"]["finish_reason"] == {"type": "stop", "matched": ids[first]}
-    by_id = generate(engine, [1, 2], ignore_eos=True, stop_token_ids=[ids[20]], **same)
-    assert by_id["output_ids"] == ids[: ids.index(ids[20]) + 1]
+    own = next(t for t in ids[first // 2 :] if t not in (7, 9))
+    by_id = generate(engine, [1, 2], stop_token_ids=[own], **same)
+    assert by_id["output_ids"] == ids[: ids.index(own) + 1]
+    assert generate(engine, [1, 2], ignore_eos=True, stop_token_ids=[own], **same)["output_ids"] == ids
     stop = text[30:33]
     by_text = generate(engine, [1, 2], ignore_eos=True, stop=["no such text", stop], **same)
     assert by_text["text"] == text[: text.index(stop)]

@@ -86,7 +86,8 @@ class ScriptedEngine:
             asked.tokens.append(token)
             asked.log_probs.append(log_prob)
             if token == END or len(asked.tokens) == params.max_new_tokens:
-                asked.end("stop" if token == END else "length", self.version)
+                # SGLang 0.5.16 looks at the length before it looks for stops.
+                asked.end("length" if len(asked.tokens) == params.max_new_tokens else "stop", self.version)
                 self.in_flight.remove(asked)
                 return
 

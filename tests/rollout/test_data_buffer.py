@@ -116,7 +116,8 @@ def test_parquet_gives_the_prompts_of_jsonl(
 
     def load(file: str, **kwargs: Any) -> PromptSet:
         args = _args(file, apply_chat_template=True, tool_key="tools", **kwargs)
-        return load_prompts(file, args, tokenizer, DataKeys.of(args, input_key="prompt", label_key="label"))
+        keys = DataKeys.of(args, input_key="prompt", label_key="label")
+        return load_prompts(file, args, tokenizer, keys, longest=None)
 
     for part in ("", "@[-3:-1]"):
         of_jsonl, of_parquet = load(data_file(rows) + part), load(f"{path}{part}")

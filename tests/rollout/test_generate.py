@@ -73,13 +73,13 @@ def test_the_engine_s_version_is_written_to_each_token(tokenizer: PreTrainedToke
     context = RolloutContext(args, None, tokenizer, pool)
     for name, version in (("17", 17), ("default", 0)):
         sample = _sample(1)
-        append_response(args, sample, answer(name), context)
+        append_response(args, sample, answer(name), context, SamplingParams())
         assert sample.policy_versions == [version] * 2
         assert (sample.status, sample.rollout_log_probs) == (Status.COMPLETED, [-1.0, -2.0])
     assert sample.response.endswith("<|user|>")  # special tokens stay in the text that rewards see
     skipping = Args(rollout_skip_special_tokens=True)
     skipped = _sample(1)
-    append_response(skipping, skipped, answer("1"), context)
+    append_response(skipping, skipped, answer("1"), context, SamplingParams())
     assert not skipped.response.endswith("<|user|>")
     assert skipped.response_length == 2
 

@@ -173,18 +173,24 @@ def test_engines_that_only_abort_fail_a_sample(
         asyncio.run(main())
 
 
-def test_cut_offs_are_token_counts(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Each sample is asked for three more tokens; what has not ended waits, unless the batch cannot be filled."""
-    args = _args(_prompts(data_file), partial_rollout_max_tokens=3, over_sampling_batch_size=4)
+@pytest.mark.parametrize(("most", "num_rollouts"), [(3, 3), (1, 8)])
+def test_cut_offs_are_token_counts(
+    data_file: Write, tokenizer: PreTrainedTokenizerFast, most: int, num_rollouts: int
+) -> None:
+    """Each sample is asked for so many more tokens; what has not ended waits, unless the batch cannot be filled.
+
+    With one token a part, every response that ends has its end exactly at a cut.
+    """
+    args = _args(_prompts(data_file), partial_rollout_max_tokens=most, over_sampling_batch_size=4)
     rollouts = Rollouts(args, tokenizer)
 
     async def main() -> list[RolloutResult]:
         results = []
-        for rollout_id in range(3):
+        for rollout_id in range(num_rollouts):
             task = await rollouts.start(rollout_id)
             while not task.done():
                 for asked in rollouts.engine.in_flight:
-                    assert asked.request.sampling_params.max_new_tokens <= 3
+                    assert asked.request.sampling_params.max_new_tokens <= most
                 rollouts.engine.advance(0, 10)
                 await settle()
             results.append(await task)
@@ -193,7 +199,7 @@ def test_cut_offs_are_token_counts(data_file: Write, tokenizer: PreTrainedTokeni
 
     results = asyncio.run(main())
     samples = [sample for result in results for group in result.groups for sample in group]
-    assert max(sample.response_length for sample in samples) > 3
+    assert max(sample.response_length for sample in samples) > most
     for sample in samples:
         check_drawn(args, sample)
         assert sample.is_finished

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from slime.config.end_tokens import end_token_ids, read_json_object
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
 
@@ -36,8 +37,8 @@ def tokenizer(case: Case) -> Iterable[Problem]:
         return
     try:
         ids = _token_ids(folder)
-        settings = _json(folder / "tokenizer_config.json")
-        end_ids = _end_ids(folder)
+        settings = read_json_object(folder / "tokenizer_config.json")
+        end_ids = sorted(end_token_ids(folder))
     except (OSError, ValueError) as error:
         rule, remedy = f"{error}", "download the directory again"
         yield case.error("hf_checkpoint", rule, remedy)
@@ -77,7 +78,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     """Those in the index, whether or not they are there, else those that are."""
     index = folder / "model.safetensors.index.json"
     try:
-        names = cast(dict[str, str], _json(index).get("weight_map") or {}).values()
+        names = cast(dict[str, str], read_json_object(index).get("weight_map") or {}).values()
     except ValueError:
         return [index]
     return sorted({folder / name for name in names}) or sorted(folder.glob("*.safetensors"))
@@ -105,29 +106,16 @@ def _damage(file: Path) -> str | None:
     return None if size == expected else f"has {size} bytes, and by its header it should have {expected}"
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no file. Raises OSError, ValueError with the file's name."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} cannot be read ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path.name} cannot be read (it holds no JSON object)")
-    return cast(dict[str, Any], data)
-
-
 def _readable(path: Path) -> bool:
     try:
-        return bool(_json(path))
+        return bool(read_json_object(path))
     except (OSError, ValueError):
         return False
 
 
 def _token_ids(folder: Path) -> dict[str, int]:
     """Token -> id by tokenizer.json, added tokens too; empty where there is no such file."""
-    data = _json(folder / "tokenizer.json")
+    data = read_json_object(folder / "tokenizer.json")
     if not data:
         return {}
     try:
@@ -142,15 +130,6 @@ def _token_ids(folder: Path) -> dict[str, int]:
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"tokenizer.json cannot be read ({type(error).__name__}: {error})") from error
     return ids
-
-
-def _end_ids(folder: Path) -> list[int]:
-    """The ids that end a text by config.json and generation_config.json."""
-    found: list[int] = []
-    for name in ("config.json", "generation_config.json"):
-        value = _json(folder / name).get("eos_token_id")
-        found += cast(list[int], value) if isinstance(value, list) else [] if value is None else [value]
-    return sorted(set(found))
 
 
 def _has_chat_template(folder: Path, settings: Mapping[str, Any]) -> bool:

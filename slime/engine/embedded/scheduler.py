@@ -16,9 +16,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,8 +28,9 @@ from torch import Tensor
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.fixed_shapes import FixedShapes
 from slime.engine.embedded.model import Model
+from slime.engine.embedded.request import ABORTED_WAITING, Request, aborted, reason_to_finish
 from slime.engine.embedded.sampler import SamplingBatch, sample
-from slime.engine.protocol import PauseMode, SamplingParams
+from slime.engine.protocol import PauseMode
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,45 +46,6 @@ ROW = np.dtype(
     + [(name, np.float64) for name in ("temperature", "top_p", "min_p")]
     + [("seed", np.uint64)]
 )
-
-
-@dataclass(eq=False)
-class Request:
-    """One generation. `seed` is always set: the server draws one where the client gave none."""
-
-    rid: str
-    input_ids: list[int]
-    params: SamplingParams
-    seed: int
-    stop_token_ids: frozenset[int]
-    """All that end it, the model's own included."""
-    logprob_start_len: int = -1
-    return_routes: bool = False
-    stop_check: Callable[[Sequence[int]], str | None] | None = None
-    """Given the output so far, the stop string that it now contains."""
-    output_ids: list[int] = field(default_factory=list[int])
-    log_probs: list[float] = field(default_factory=list[float])
-    input_log_probs: list[float] = field(default_factory=list[float])
-    """Of prompt positions from max(1, logprob_start_len) on."""
-    routes: Tensor | None = None
-    """Experts of all tokens but the last, which has not been run [tokens - 1, layers with experts, topk]."""
-    finish_reason: dict[str, Any] | None = None
-    error: str | None = None
-    weight_version: str = ""
-    cached_tokens: int = 0
-    started: float = field(default_factory=time.monotonic)
-    row: int = -1
-    key: tuple[int, ...] = ()
-    """What was prefilled for it."""
-
-    @property
-    def ids(self) -> list[int]:
-        return self.input_ids + self.output_ids
-
-    @property
-    def room(self) -> int:
-        """Cache positions it needs at most (the last token is never written)."""
-        return len(self.input_ids) + max(self.params.max_new_tokens, 1)
 
 
 class Scheduler:
@@ -157,19 +119,33 @@ class Scheduler:
         return len(self._waiting)
 
     def abort(self, chosen: Callable[[Request], bool]) -> int:
-        """Finish the chosen requests with what they have -> how many."""
-        targets = [r for r in (*self._running, *self._waiting) if chosen(r)]
-        for request in targets:
-            self._finish(request, {"type": "abort", "message": "Aborted by request."})
-        gone = set(map(id, targets))
+        """Abort the chosen requests -> how many.
+
+        A waiting one ends now. A running one ends as in SGLang, with the token of the next step; while the weights
+        are incomplete there is none, and it ends now, too.
+        """
+        running = [r for r in self._running if chosen(r) and not r.is_aborting]
+        waiting = [r for r in self._waiting if chosen(r)]
+        for request in waiting:
+            self._finish(request, ABORTED_WAITING)
+        gone = set(map(id, waiting))
         self._waiting = deque(r for r in self._waiting if id(r) not in gone)
+        for request in running:
+            if self.holds:
+                self._finish(request, aborted("Aborted"))
+            else:
+                request.is_aborting = True
+                self._rows[request.row]["may_stop"] = True
         self._compact()
-        return len(targets)
+        return len(running) + len(waiting)
 
     def pause(self, mode: PauseMode) -> None:
+        """Make no token until `resume`. With "abort" everything has ended when this returns."""
         self.pause_mode = mode
         if mode == "abort":
             self.abort(lambda _: True)
+            if self._running:
+                self._decode()
         elif mode == "retract":
             self.retract()
 
@@ -229,14 +205,17 @@ class Scheduler:
         if self._waiting:
             self._admit()
         if self._running:
-            rows = self._rows[: len(self._running)]
-            tokens, positions = torch.from_numpy(rows["token"].copy()), torch.from_numpy(rows["position"].copy())
-            if self.fixed_shapes is None:
-                hidden = self.model.decode(tokens, positions, self.cache)
-            else:
-                hidden = self.fixed_shapes.decode(tokens, positions)
-            rows["position"] += 1
-            self._sample(hidden, 0)
+            self._decode()
+
+    def _decode(self) -> None:
+        rows = self._rows[: len(self._running)]
+        tokens, positions = torch.from_numpy(rows["token"].copy()), torch.from_numpy(rows["position"].copy())
+        if self.fixed_shapes is None:
+            hidden = self.model.decode(tokens, positions, self.cache)
+        else:
+            hidden = self.fixed_shapes.decode(tokens, positions)
+        rows["position"] += 1
+        self._sample(hidden, 0)
 
     # ---- admission
 
@@ -273,7 +252,7 @@ class Scheduler:
         p, row = request.params, self._rows[request.row]
         row["position"] = len(request.input_ids) + len(request.output_ids)
         row["limit"] = len(request.input_ids) + p.max_new_tokens
-        row["may_stop"] = bool(request.stop_token_ids or request.stop_check)
+        row["may_stop"] = bool(request.stop_token_ids or request.stop_check or request.is_aborting)
         row["temperature"], row["top_p"], row["top_k"], row["min_p"] = p.temperature, p.top_p, p.top_k, p.min_p
         row["seed"] = request.seed
 
@@ -310,14 +289,14 @@ class Scheduler:
         return torch.stack([states[i] for i in range(first, row)])
 
     def _score_prompt(self, requests: list[Request], hidden_S: Tensor) -> None:
-        """Log-probs of given prompt tokens, from `logprob_start_len` on, under each request's temperature."""
+        """Log-probs of given prompt tokens after `logprob_start_len`: of the logits as they are (SGLang's rule)."""
         for request in requests:
             if request.logprob_start_len < 0 or request.input_log_probs:
                 continue
-            start, targets = max(1, request.logprob_start_len), request.input_ids
+            start, targets = request.logprob_start_len + 1, request.input_ids
             for begin in range(start, len(targets), 512):
                 end = min(begin + 512, len(targets))
-                logits = self.model.logits(hidden_S[begin - 1 : end - 1]) / (request.params.temperature or 1.0)
+                logits = self.model.logits(hidden_S[begin - 1 : end - 1])
                 wanted = torch.tensor(targets[begin:end])[:, None]
                 log_probs = logits.gather(-1, wanted) - logits.logsumexp(-1, keepdim=True)
                 request.input_log_probs += log_probs[:, 0].tolist()
@@ -342,20 +321,16 @@ class Scheduler:
 
     def _judge(self, request: Request, *, full: bool, finite: bool) -> None:
         """Finish the request if its newest token ends it."""
-        limit = request.params.max_new_tokens
         if not finite:
             request.error = f"the model's logits are not finite (weight version {self.weight_version})"
-            self._finish(request, {"type": "abort", "message": request.error})
-        elif limit == 0:  # only its prompt was asked about
-            request.output_ids.clear()
-            request.log_probs.clear()
-            self._finish(request, {"type": "length", "length": 0})
-        elif request.output_ids[-1] in request.stop_token_ids:
-            self._finish(request, {"type": "stop", "matched": request.output_ids[-1]})
-        elif request.stop_check is not None and (matched := request.stop_check(request.output_ids)) is not None:
-            self._finish(request, {"type": "stop", "matched": matched})
-        elif full:
-            self._finish(request, {"type": "length", "length": limit})
+            self._finish(request, aborted(request.error))
+            return
+        reason = reason_to_finish(request, full=full)
+        if reason is not None:
+            if request.params.max_new_tokens == 0:  # only its prompt was asked about
+                request.output_ids.clear()
+                request.log_probs.clear()
+            self._finish(request, reason)
 
     def _finish(self, request: Request, reason: dict[str, Any]) -> None:
         request.finish_reason = reason

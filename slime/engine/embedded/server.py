@@ -21,13 +21,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
 from slime.engine.embedded.answers import error_answer, json_answer, read_body
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.device_routes import DeviceRoutes
+from slime.engine.embedded.exchange import Exchange
 from slime.engine.embedded.fixed_shapes import SPARE_ROWS, FixedShapes, find_sizes
 from slime.engine.embedded.memory import EngineMemory
 from slime.engine.embedded.model import Model
@@ -41,7 +41,6 @@ from slime.engine.protocol import (
     Endpoint,
     GenerateRequest,
     PauseGeneration,
-    encode_routes,
 )
 from slime.engine.weight_group import dtype_name
 
@@ -85,7 +84,7 @@ class Server:
         )
         self._memory = EngineMemory(self._scheduler, self._weights)
         self._device_routes = DeviceRoutes(self._scheduler, self._weights, self._memory, self._call)
-        self._random = random.Random(settings.seed)
+        self._exchange = Exchange(settings, self._text)
         self._names = random.Random()  # (uuid4 asks the kernel, and gives up the GIL for it)
         self._open: dict[int, asyncio.Future[Request]] = {}
         """By id() of the request: a rid may come again as soon as its client has gone."""
@@ -148,7 +147,10 @@ class Server:
     async def generate(self, http: web.Request) -> web.Response:
         asked = GenerateRequest.from_json(await read_body(http))
         self._memory.refuse_requests()
-        request = self._to_request(asked)
+        rid = asked.rid or f"{self._names.getrandbits(128):032x}"
+        if rid in self._rids:
+            raise ValueError(f"Duplicate request ID detected: {rid!r} is in use by another request")
+        request = self._exchange.to_request(asked, rid)
         if self._failure is not None:
             raise EngineFailed(f"the engine has failed: {self._failure!r}")
         future: asyncio.Future[Request] = self._loop.create_future()
@@ -166,80 +168,16 @@ class Server:
         if done.error is not None:
             # No 5xx: the router would try it again elsewhere, take the engine for broken and answer 503 for it.
             return error_answer(done.error, UNPROCESSABLE)
-        return json_answer(self._to_response(done, asked))
-
-    def _to_request(self, asked: GenerateRequest) -> Request:
-        params = asked.sampling_params
-        ids = asked.input_ids if asked.input_ids is not None else self._text.encode(asked.text or "")
-        vocabulary, context = self._settings.architecture.vocab_size, self._settings.context_length
-        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-            raise ValueError(f"input_ids has to hold tokens in [0, {vocabulary}); it holds {len(ids)} tokens")
-        if len(ids) >= context:
-            raise ValueError(
-                f"The input ({len(ids)} tokens) is longer than the model's context length ({context} tokens)."
-            )
-        if len(ids) + params.max_new_tokens > context:
-            raise ValueError(
-                f"Requested token count exceeds the model's maximum context length of {context} tokens: {len(ids)} "
-                f"input tokens and {params.max_new_tokens} new ones; lower max_new_tokens"
-            )
-        if asked.return_routed_experts and not self._settings.returns_routed_experts:
-            raise ValueError(
-                "return_routed_experts: this engine keeps no routes; start it with --enable-return-routed-experts"
-            )
-        if asked.routed_experts_start_len > len(ids):
-            raise ValueError(
-                f"routed_experts_start_len is {asked.routed_experts_start_len}; it has to lie in [0, {len(ids)}], the "
-                "length of the prompt"
-            )
-        rid = asked.rid or f"{self._names.getrandbits(128):032x}"
-        if rid in self._rids:
-            raise ValueError(f"rid {rid!r} is in use by another request")
-        own = frozenset() if params.ignore_eos else self._settings.stop_token_ids
-        seed = params.sampling_seed
-        return Request(
-            rid=rid,
-            input_ids=ids,
-            params=params,
-            seed=self._random.getrandbits(63) if seed is None else seed,
-            stop_token_ids=own | frozenset(params.stop_token_ids or ()),
-            logprob_start_len=asked.logprob_start_len if asked.return_logprob else -1,
-            return_routes=asked.return_routed_experts,
-            stop_check=self._text.stop_check(params.stop_strings),
-        )
-
-    def _to_response(self, done: Request, asked: GenerateRequest) -> dict[str, Any]:
-        reason, with_log_probs = done.finish_reason or {}, asked.return_logprob
-        meta: dict[str, Any] = {
-            "id": done.rid,
-            "finish_reason": reason,
-            "prompt_tokens": len(done.input_ids),
-            "completion_tokens": len(done.output_ids),
-            "cached_tokens": done.cached_tokens,
-            "weight_version": done.weight_version,
-            "e2e_latency": time.monotonic() - done.started,
-        }
-        if with_log_probs:
-            meta["output_token_logprobs"] = [(p, t, None) for p, t in zip(done.log_probs, done.output_ids, strict=True)]
-        if with_log_probs and done.logprob_start_len >= 0:
-            known = done.input_log_probs
-            scored = [
-                (p, t, None) for p, t in zip(known, done.input_ids[len(done.input_ids) - len(known) :], strict=True)
-            ]
-            nothing_before = [(None, done.input_ids[0], None)] if done.logprob_start_len == 0 else []
-            meta["input_token_logprobs"] = nothing_before + scored
-        if done.routes is not None:
-            # As SGLang counts layers: all of them, with zeros in those that have no experts.
-            routes = F.pad(done.routes, (0, 0, self._settings.architecture.first_dense_layers, 0))
-            meta["routed_experts"] = encode_routes(routes[asked.routed_experts_start_len :].numpy())
-        text = self._text.render(done.output_ids, done.params, reason.get("matched"))
-        return {"text": text, "output_ids": done.output_ids, "meta_info": meta}
+        return json_answer(self._exchange.to_answer(done, asked))
 
     async def abort(self, http: web.Request) -> web.Response:
         asked = AbortRequest.from_json(await read_body(http))
         if not asked.rid and not asked.abort_all:
             raise ValueError("an abort names a rid, or abort_all")
-        count = await self._call(lambda: self._scheduler.abort(lambda r: asked.abort_all or r.rid == asked.rid))
+        # As SGLang: a rid that is in use aborts every request whose own begins with it.
+        known = asked.abort_all or asked.rid in self._rids
+        chosen = lambda r: known and (asked.abort_all or r.rid.startswith(asked.rid))  # noqa: E731
+        count = await self._call(lambda: self._scheduler.abort(chosen))
         return json_answer({"success": True, "message": f"{count} requests aborted"})
 
     async def pause(self, http: web.Request) -> web.Response:
@@ -328,14 +266,16 @@ class Server:
         """The API key, and every error as an answer: 400 for the caller's, 500 for ours."""
         key = self._settings.api_key
         if key is not None and request.path != Endpoint.HEALTH:
-            given = request.headers.get("Authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+            given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+            if not hmac.compare_digest(given, f"Bearer {key}".encode()):
                 return error_answer("wrong or missing API key; send it as `Authorization: Bearer KEY`", 401)
         try:
             return await handler(request)
         except ValueError as error:
             return error_answer(str(error), 400)
-        except (RuntimeError, OSError) as error:
+        except web.HTTPException as error:  # no such path, another method, a body that is too large
+            return error_answer(f"{request.method} {request.path}: {error.reason}", error.status)
+        except Exception as error:
             logger.exception("%s failed", request.path)
             return error_answer(f"{request.path}: {error}", 500)
 

@@ -17,8 +17,10 @@ import psutil
 import torch
 
 from slime.config.architecture import FAMILIES, hf_architecture, read_hf_config
+from slime.config.end_tokens import end_token_ids
 from slime.core.architecture import Architecture
 from slime.engine.embedded.cache import WIDTH_STEP, KVCache
+from slime.engine.embedded.text import Text
 
 CACHE_SHARE = 0.3
 """Of the machine's free memory, that the KV cache may come to fill."""
@@ -40,7 +42,7 @@ class Settings:
     max_total_tokens: int
     """Cache positions that may be reserved at once."""
     stop_token_ids: frozenset[int]
-    """The model's own."""
+    """The model's own, and its tokenizer's."""
     seed: int
     deterministic: bool
     """What a request gets does not depend on the requests beside it."""
@@ -124,7 +126,7 @@ def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
         context_length=context,
         max_running_requests=given.max_running_requests,
         max_total_tokens=total,
-        stop_token_ids=_stop_token_ids(given.model_path, config),
+        stop_token_ids=end_token_ids(given.model_path) | Text(given.model_path).end_token_ids,
         seed=given.random_seed if given.random_seed is not None else secrets.randbits(48),
         deterministic=given.enable_deterministic_inference,
         returns_routed_experts=given.enable_return_routed_experts,
@@ -150,13 +152,3 @@ def _dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
         return DTYPES[name]
     stored = config.get("dtype") or config.get("torch_dtype")
     return torch.bfloat16 if stored == "bfloat16" else torch.float32
-
-
-def _stop_token_ids(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
-    """The eos ids of generation_config.json, and of config.json."""
-    found: set[int] = set()
-    generation = path / "generation_config.json"
-    for source in (config, json.loads(generation.read_text()) if generation.is_file() else {}):
-        eos = source.get("eos_token_id")
-        found.update([eos] if isinstance(eos, int) else eos or [])
-    return frozenset(found)

@@ -1,6 +1,7 @@
 """Token ids to text and back, with the `tokenizers` library alone (transformers takes seconds to import).
 
-Path: `server` renders responses and looks for stop strings. Invariant: nothing is read before somebody needs text.
+Path: `settings` asks for the tokens that end a text, `server` renders responses and looks for stop strings. Invariant:
+without tokenizer.json there is no text, and what needs it is refused.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 
+from slime.config.end_tokens import END_OF_MESSAGE, read_json_object
 from slime.engine.protocol import SamplingParams
 
 
@@ -28,6 +31,17 @@ class Text:
     def available(self) -> bool:
         return self._file.is_file()
 
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """The tokens with which the tokenizer ends a text; empty where it names none."""
+        if not self.available:
+            return frozenset()
+        eos = read_json_object(self._file.with_name("tokenizer_config.json")).get("eos_token")
+        named = cast(dict[str, Any], eos).get("content") if isinstance(eos, dict) else eos
+        texts = [END_OF_MESSAGE, named] if isinstance(named, str) else [END_OF_MESSAGE]
+        ids = map(self._tokenizer.token_to_id, texts)
+        return frozenset(number for number in ids if number is not None)
+
     def _need(self, what: str) -> Tokenizer:
         if not self.available:
             raise ValueError(f"{what} needs a tokenizer, and there is no {self._file}; send input_ids and token ids")
@@ -37,23 +51,19 @@ class Text:
         return self._need("text").encode(text).ids
 
     def stop_check(self, stops: Sequence[str]) -> Callable[[Sequence[int]], str | None] | None:
-        """A function that finds the first of `stops` at the end of an output; None where there are none."""
+        """A function that finds the first of `stops` in the tail of an output; None where there are none.
+
+        The tail is SGLang's: one token more than the longest stop text has when it is tokenised. A stop text that the
+        model spells with more tokens is missed, here as there.
+        """
         if not stops:
             return None
         tokenizer = self._need("stop")
-        longest = max(map(len, stops))
-
-        def text_of(ids: Sequence[int]) -> str:
-            return tokenizer.decode(list(ids), skip_special_tokens=False)
+        count = max(len(tokenizer.encode(stop, add_special_tokens=False).ids) for stop in stops) + 1
 
         def check(output_ids: Sequence[int]) -> str | None:
-            # As many tokens as a stop string can reach back from the newest one; some tokens hold no text.
-            needed, count = longest - 1 + len(text_of(output_ids[-1:])), longest + 1
-            tail = text_of(output_ids[-count:])
-            while len(tail) < needed and count < len(output_ids):
-                count *= 2
-                tail = text_of(output_ids[-count:])
-            return next((s for s in stops if s in tail), None)
+            tail = tokenizer.decode(list(output_ids[-count:]), skip_special_tokens=False)
+            return next((stop for stop in stops if stop in tail), None)
 
         return check
 
