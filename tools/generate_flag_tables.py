@@ -197,66 +197,131 @@ def words_of(node: ast.expr | None) -> str | None:
     return literal(node)
 
 
-def sglang_shape(node: ast.expr, metadata: dict[str, ast.expr]) -> Row:
-    """Kind and shape from an annotation `T` of `A[T, Arg(...)]` and the Arg's keywords."""
-    text = ast.unparse(node)
+KEYWORDS = {"help", "choices", "aliases", "cli_name", "type_parser", "nargs", "required", "action", "action_kwargs"}
+KEYWORDS |= {"const", "no_cli", "resolvable", "fallback", "type", "default", "dest", "new_flag"}
+"""What `Arg(...)` and `add_argument(...)` may say in SGLang's source; another word may change what a flag means."""
+ACTIONS = {"store_true", "argparse.BooleanOptionalAction", "LoRAPathAction", "DeprecatedStoreTrueAction"}
+
+FROM_WORDS = {"Union[set[str], List[str]]": "List[str]", "Union[str, Dict]": "str"}
+"""Types of which SGLang's parser makes one form alone."""
+
+
+def sglang_shape(text: str, metadata: dict[str, ast.expr]) -> Row:
+    """Kind and shape from the text of a type, `T` of `A[T, Arg(...)]`, and the Arg's keywords.
+
+    Choices that SGLang computes when it starts are not known here: any value passes, and SGLang checks it.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    if unknown := sorted(set(metadata) - KEYWORDS):
+        raise ValueError(f"it has {', '.join(unknown)}")
+    action = ast.unparse(metadata["action"]).strip("'\"") if "action" in metadata else None
+    if action is not None and action not in ACTIONS:
+        raise ValueError(f"its action is {action}")
     if (wrapped := re.fullmatch(r"Optional\[(.*)\]", text)) is not None:
         text = wrapped[1]
+    text = FROM_WORDS.get(text, text)
     if "type_parser" in metadata and ast.unparse(metadata["type_parser"]) == "human_readable_int":
         return {"kind": "int", "suffixes": True}
     if "type_parser" in metadata:  # SGLang parses such values itself, from one word
         return {"kind": "str"}
-    if text.startswith("Literal["):
-        return {"kind": "str", "choices": [str(choice) for choice in ast.literal_eval(text.removeprefix("Literal"))]}
     choices = literal(metadata.get("choices"))
-    row: Row = {"kind": "str", "choices": [str(choice) for choice in choices] if choices else []}
+    if text.startswith("Literal["):
+        choices = choices or [each for each in ast.literal_eval(text.removeprefix("Literal")) if each is not None]
+        text = "str"
     nargs = literal(metadata.get("nargs"))
-    if "List[" in text or nargs in ("*", "+"):
-        row["num_values"] = [0 if nargs == "*" else 1, None]
-    for name in ("bool", "int", "float"):
-        if re.fullmatch(rf"(?:[Ll]ist\[)?{name}\]?", text):
-            row["kind"] = name
-    return row
+    several = "List[" in text or nargs in ("*", "+")
+    inner = re.fullmatch(r"[Ll]ist\[(\w+)\]|(\w+)", text)
+    kinds = {"bool": "bool", "int": "int", "float": "float", "str": "str"}
+    kind = kinds.get((inner[1] or inner[2]) if inner is not None else "")
+    if kind is None and action != "LoRAPathAction":
+        raise ValueError(f"its type is {text}")
+    row: Row = {"kind": kind or "str", "choices": [str(choice) for choice in choices] if choices else []}
+    return row | ({"num_values": [0 if nargs == "*" else 1, None]} if several else {})
+
+
+def passed_on(spelled: list[str]) -> list[str]:
+    """SGLang's spellings as slime has them."""
+    return ["--sglang-" + text.removeprefix("--") for text in spelled]
 
 
 def sglang_row(item: ast.AnnAssign, by_hand: set[str]) -> Row | None:
-    """The row of one field `name: A[T, help or Arg(...)] = default`; None where it has no flag.
+    """The row of one field `name: A[T, help or Arg(...)] = default`; None where it has no flag of its own.
 
     `by_hand`: the flags that SGLang's parser is given one by one, for fields that are said to have none.
+
+    Raises:
+        ValueError: the field has a flag that cannot be read.
     """
     annotation = item.annotation
-    if not (isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "A"):
+    if not (isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) in ("A", "Annotated")):
         return None
-    hint, described, *_ = typing.cast(ast.Tuple, annotation.slice).elts
-    metadata = (
-        {word.arg: word.value for word in described.keywords if word.arg}
-        if isinstance(described, ast.Call)
-        else {"help": described}
-    )
-    name = typing.cast(ast.Name, item.target).id
-    spelled = literal(metadata.get("cli_name")) or "--" + name.replace("_", "-")
-    if literal(metadata.get("no_cli")) and spelled not in by_hand:
-        return None
-    on = ["--sglang-" + text.removeprefix("--") for text in [spelled, *(literal(metadata.get("aliases")) or [])]]
-    shape = sglang_shape(hint, metadata)
+    name = ast.unparse(item.target)
+    try:
+        hint, described, *_ = typing.cast(ast.Tuple, annotation.slice).elts
+        if isinstance(described, ast.Call) and ast.unparse(described.func) != "Arg":
+            return None  # a value that SGLang derives
+        if isinstance(described, ast.Call) and (described.args or any(word.arg is None for word in described.keywords)):
+            raise ValueError("its Arg has arguments without a name")
+        metadata = (
+            {str(word.arg): word.value for word in described.keywords}
+            if isinstance(described, ast.Call)
+            else {"help": described}
+        )
+        spelled = literal(metadata.get("cli_name")) or "--" + name.replace("_", "-")
+        if literal(metadata.get("no_cli")) and spelled not in by_hand:
+            return None
+        shape = sglang_shape(ast.unparse(hint), metadata)
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"SGLang's field {name}, line {item.lineno}, cannot be read: {error}") from error
     optional_action = "BooleanOptionalAction" in ast.unparse(metadata["action"]) if "action" in metadata else False
     return tidy(
-        {"name": name, **shape, "on": on, "help": one_line(words_of(metadata.get("help")))}
+        {"name": name, **shape, "on": passed_on([spelled, *(literal(metadata.get("aliases")) or [])])}
+        | {"help": one_line(words_of(metadata.get("help")))}
         | {"off": ["--sglang-no-" + spelled.removeprefix("--")] if optional_action else []}
         | {"default": plain_default(literal(item.value))}
     )
 
 
+def sglang_call_row(call: ast.Call) -> Row:
+    """The row of `parser.add_argument("--name", ...)`, by which SGLang adds a flag whose choices it computes.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    spelled = [literal(word) for word in call.args]
+    metadata = {str(word.arg): word.value for word in call.keywords}
+    if not spelled or not all(isinstance(word, str) and word.startswith("--") for word in spelled):
+        raise ValueError(f"SGLang's add_argument, line {call.lineno}, cannot be read: {ast.unparse(call)[:100]}")
+    switch = "action" in metadata and "StoreTrue" in ast.unparse(metadata["action"]).title().replace("_", "")
+    try:
+        shape = sglang_shape("bool" if switch else ast.unparse(metadata.get("type", ast.Name("str"))), metadata)
+    except ValueError as error:
+        raise ValueError(f"SGLang's {spelled[0]}, line {call.lineno}, cannot be read: {error}") from error
+    name = literal(metadata.get("dest")) or str(spelled[0]).removeprefix("--").replace("-", "_")
+    return tidy({"name": name, **shape, "on": passed_on(spelled), "help": one_line(words_of(metadata.get("help")))})
+
+
 def sglang_rows(wheel: Path) -> Iterator[Row]:
+    """One for each flag that SGLang's own parser has.
+
+    Raises:
+        ValueError: a flag cannot be read.
+    """
     with zipfile.ZipFile(wheel) as archive:
         parser = ast.parse(archive.read("sglang/srt/server_args.py"))
-        calls = [node for node in ast.walk(parser) if isinstance(node, ast.Call) and node.args]
-        by_hand = {literal(call.args[0]) for call in calls if ast.unparse(call.func).endswith(".add_argument")}
+        calls = [node for node in ast.walk(parser) if isinstance(node, ast.Call)]
+        added = [call for call in calls if ast.unparse(call.func).endswith(".add_argument")]
+        by_hand = {literal(word) for call in added for word in call.args}
         names = sorted(n for n in archive.namelist() if re.fullmatch(r"sglang/srt/arg_groups/fields/\w+\.py", n))
+        seen: set[str] = set()
         for name in names:
             for statement in ast.walk(ast.parse(archive.read(name))):
                 if isinstance(statement, ast.AnnAssign) and (row := sglang_row(statement, by_hand)) is not None:
+                    seen.update(row["on"])
                     yield row
+        yield from (row for row in map(sglang_call_row, added) if seen.isdisjoint(row["on"]))
 
 
 def table_text(made_from: str, rows: Iterator[Row]) -> str:

@@ -21,6 +21,7 @@ from slime.config.args import Args, FrozenMapping
 from slime.config.dry_run.fit import memory_problems
 from slime.config.dump import dump_args
 from slime.config.flags.help import format_help
+from slime.config.flags.renamed import REMOVED, RENAMED, TABLE_VERSION
 from slime.config.flags.table import SET_BY_SLIME, FlagSpec, Source, spellings
 from slime.config.resolve import resolve
 from slime.config.rules.check import CONVERSION_RULES, TRAINING_RULES, Case, check
@@ -54,6 +55,8 @@ class Given:
     """Fields whose value could not be read: rules about them would only repeat the complaint."""
     typed: set[str] = field(default_factory=set[str])
     """Names of slime's flags that stand on the command line itself."""
+    renamed: dict[str, str] = field(default_factory=dict[str, str])
+    """Flags of SGLang that have had several names -> the one that was given."""
 
     def complain(self, where: str, rule: str, remedy: str, *, value: str = "", spec: FlagSpec | None = None) -> None:
         fields = frozenset([spec.name]) if spec else frozenset[str]()
@@ -72,9 +75,20 @@ class Given:
     def of(self, source: Source) -> dict[str, Any]:
         return {name: value for (owner, name), value in self.values.items() if owner == source}
 
+    def under_new_name(self, spelling: str, where: str) -> str:
+        """The name that a flag of SGLang has now. One that is given by several names is complained about."""
+        new = RENAMED[spelling].flag if spelling in RENAMED else spelling
+        before = self.renamed.setdefault(new, spelling)
+        if spelling != before and {spelling, before} & set(RENAMED):
+            self.complain(where, f"is another name of {before}, which is given, too", f"give {new} alone")
+        return new
+
 
 def _unknown(given: Given, spelling: str, where: str) -> None:
     known = spellings()
+    if spelling in REMOVED:
+        given.complain(where, f"SGLang {TABLE_VERSION} has no such flag any more", REMOVED[spelling])
+        return
     if spelling in MEGATRON_LOOP:
         given.complain(where, "slime's loop counts rollouts and has no such flag", MEGATRON_LOOP[spelling])
         return
@@ -86,10 +100,19 @@ def _unknown(given: Given, spelling: str, where: str) -> None:
 
 def _set_from_words(given: Given, spelling: str, words: list[str], attached: bool) -> None:
     """One flag of the command line with the words behind it (`attached`: written as --x=word)."""
-    if spelling not in spellings():
+    old = RENAMED.get(spelling)
+    name = given.under_new_name(spelling, spelling)
+    if name not in spellings():
         _unknown(given, spelling, spelling)
         return
-    spec, switches_on = spellings()[spelling]
+    spec, switches_on = spellings()[name]
+    if old is not None and old.value is not None:
+        if words:
+            given.complain(spelling, "takes no value", f"write {old.flag} {old.value}", value=" ".join(words))
+            return
+        words = [old.value]
+    elif old is not None:
+        words = [old.values.get(word, word) for word in words]
     text = " ".join(words)
     if spec.kind == "bool":
         if attached and text.lower() in BOOLEANS:
@@ -136,10 +159,18 @@ def read_yaml(given: Given, path: str) -> None:
     for key, value in cast(dict[Any, Any], data).items():
         spelling = "--" + str(key).replace("_", "-")
         where = f"{path}: {key}"
-        if spelling not in spellings():
+        name, old = given.under_new_name(spelling, where), RENAMED.get(spelling)
+        if name not in spellings():
             _unknown(given, spelling, where)
             continue
-        spec, switches_on = spellings()[spelling]
+        if old is not None and old.value is not None:
+            if value is not True:
+                given.complain(where, "is a switch with another name now", f"write {old.flag[2:]}: {old.value}")
+                continue
+            value = old.value
+        elif old is not None:
+            value = old.values.get(value, value) if isinstance(value, str) else value
+        spec, switches_on = spellings()[name]
         if spec.name == "config" and spec.source == "slime":
             given.complain(where, "a configuration file cannot name another", "give one --config")
             continue

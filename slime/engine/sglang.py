@@ -20,8 +20,9 @@ from typing import Any
 
 from slime.config.architecture import config_of, read_hf_config
 from slime.config.args import Args
+from slime.config.flags.renamed import names_by_version
 from slime.config.flags.table import FlagSpec, all_flags
-from slime.engine.sglang_installed import own_spelling
+from slime.engine.sglang_installed import known_spellings, own_spelling
 
 MODULE = "sglang.launch_server"
 PHASES: tuple[tuple[str, str], ...] = (
@@ -95,18 +96,22 @@ def sglang_server(
 def words(settings: Mapping[str, Any]) -> list[str]:
     """Fields of ServerArgs -> words of its command line; None is left out, and False where no flag says it."""
     table = {spec.name: spec for spec in all_flags() if spec.source == "sglang"}
-    return [word for name, value in settings.items() for word in _words(table[name], value)]
+    known = known_spellings()
+    return [word for name, value in settings.items() for word in _words(table[name], value, known)]
 
 
-def _words(spec: FlagSpec, value: Any) -> list[str]:
+def _words(spec: FlagSpec, value: Any, known: frozenset[str]) -> list[str]:
     if value is None:
         return []
+    # The name that the installed version has, where versions differ.
+    flag = next((name for name in map(own_spelling, names_by_version(spec)) if name in known), own_spelling(spec.on[0]))
     if spec.kind == "bool" and not spec.num_values:
-        spellings = spec.on if value else spec.off
-        return [own_spelling(spellings[0])] if spellings else []
+        if value:
+            return [flag]
+        return [own_spelling(spec.off[0])] if spec.off else []
     if isinstance(value, list | tuple):
-        return [own_spelling(spec.on[0]), *map(str, value)]
-    return [own_spelling(spec.on[0]), str(value)]
+        return [flag, *map(str, value)]
+    return [flag, str(value)]
 
 
 def _overrides(args: Args) -> str | None:

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from slime.config.args import Args
+from slime.config.flags.renamed import names_by_version
 from slime.config.flags.table import all_flags
 
 OLDEST, NEWEST = (0, 5, 16), (0, 5, 23)
@@ -48,7 +49,7 @@ def check_installed(args: Args) -> str:
     if not OLDEST <= numbers <= NEWEST:
         known = " to ".join(".".join(map(str, end)) for end in (OLDEST, NEWEST))
         raise ValueError(f"SGLang {version} is installed; versions {known} can be driven: {REMEDY}")
-    known = installed_spellings(str(Path(next(iter(spec.submodule_search_locations))) / "srt"))
+    known = known_spellings()
     problems = list(_unknown(args, version, known))
     if problems:
         raise ValueError("\n".join(problems))
@@ -56,7 +57,7 @@ def check_installed(args: Args) -> str:
 
 
 def _unknown(args: Args, version: str, known: frozenset[str]) -> Iterable[str]:
-    spellings = {spec.name: spec.on for spec in all_flags() if spec.source == "sglang"}
+    spellings = {spec.name: names_by_version(spec) for spec in all_flags() if spec.source == "sglang"}
     for name in args.sglang:
         ours = spellings[name]
         if known.isdisjoint(own_spelling(spelling) for spelling in ours):
@@ -68,6 +69,14 @@ def _unknown(args: Args, version: str, known: frozenset[str]) -> Iterable[str]:
 def own_spelling(spelling: str) -> str:
     """--sglang-tp-size -> --tp-size, as SGLang spells it."""
     return "--" + spelling.removeprefix("--sglang-")
+
+
+def known_spellings() -> frozenset[str]:
+    """Every flag of the SGLang that is installed here; none where none is installed."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        return frozenset()
+    return installed_spellings(str(Path(next(iter(spec.submodule_search_locations))) / "srt"))
 
 
 @cache

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import zipfile
 from collections import Counter
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from config_run import ROOT
 
+from slime.config.flags.renamed import REMOVED, RENAMED
 from slime.config.flags.table import all_flags, spellings
 
 APPENDIX = """--swiglu --disable-bias-linear --norm-epsilon --group-query-attention
@@ -36,6 +40,78 @@ def generator() -> ModuleType:
 def test_regenerated(source: str) -> None:
     checked_in = (ROOT / "slime" / "config" / "flags" / f"{source}_flags.json").read_text(encoding="utf-8")
     assert generator().table(source) == checked_in
+
+
+FIELDS = """
+class Serving:
+    host: A[str, Arg(help="Where. It listens there.")] = "127.0.0.1"
+    hidden: A[int, Arg(no_cli=True)] = 0
+    rank: A[int, Derived("set when it runs")]
+    disable_graph: A[bool, Arg(no_cli=True)] = False
+    fdfo: A[bool, Arg(help="Order.", action=argparse.BooleanOptionalAction)] = True
+    backend: A[Literal[None, "nixl"], Arg(help="Which.", choices=["none", "nixl"])] = None
+    sizes: A[Optional[List[int]], Arg(help="Several.", aliases=["--lengths"])] = None
+    parser: Optional[str] = None
+"""
+ADDED = """
+def add_cli_args(parser):
+    parser.add_argument("--parser", type=str, choices=["auto"] + found(), default=None, help=f"Which. {found()}")
+    parser.add_argument("--disable-graph", action=DeprecatedStoreTrueAction, new_flag="--graph", help="Old.")
+    parser.add_argument("--plain", action="store_true", help="A switch.")
+"""
+
+
+def sglang_wheel(directory: Path, fields: str, added: str) -> Path:
+    """What the generator reads of SGLang's wheel."""
+    path = directory / "sglang-0.5.21-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("sglang/srt/server_args.py", added)
+        archive.writestr("sglang/srt/arg_groups/fields/serving.py", fields)
+    return path
+
+
+def test_flags_that_sglang_adds_when_it_starts_are_in_its_table(tmp_path: Path) -> None:
+    table = json.loads(generator().table("sglang", sglang_wheel(tmp_path, FIELDS, ADDED)))
+    assert table["made_from"] == "sglang 0.5.21"
+    assert table["flags"] == [
+        {"name": "host", "kind": "str", "on": ["--sglang-host"], "default": "127.0.0.1", "help": "Where."},
+        {"name": "disable_graph", "kind": "bool", "on": ["--sglang-disable-graph"], "default": False},
+        {"name": "fdfo", "kind": "bool", "on": ["--sglang-fdfo"], "off": ["--sglang-no-fdfo"], "default": True}
+        | {"help": "Order."},
+        {"name": "backend", "kind": "str", "on": ["--sglang-backend"], "choices": ["none", "nixl"], "help": "Which."},
+        {"name": "sizes", "kind": "int", "on": ["--sglang-sizes", "--sglang-lengths"], "num_values": [1, None]}
+        | {"help": "Several."},
+        {"name": "parser", "kind": "str", "on": ["--sglang-parser"], "help": "Which."},
+        {"name": "plain", "kind": "bool", "on": ["--sglang-plain"], "help": "A switch."},
+    ]
+    names = {"--sglang-reasoning-parser", "--sglang-tool-call-parser", "--sglang-sampling-backend", "--sglang-config"}
+    assert names <= set(spellings())
+
+
+@pytest.mark.parametrize(
+    ("field", "added", "words"),
+    [
+        ("size: A[Size, Arg(help='x')] = 1", "", "field size, line 1, .*its type is Size"),
+        ("size: A[int, Arg(help='x', hue=3)] = 1", "", "field size.*it has hue"),
+        ("size: A[int, Arg('x')] = 1", "", "field size.*without a name"),
+        ("size: A[bool, Arg(help='x', action=Own)] = 1", "", "field size.*its action is Own"),
+        ("size: A[int] = 1", "", "field size.*cannot be read"),
+        ("", "parser.add_argument(name, type=int)", "line 1, cannot be read: parser.add_argument"),
+        ("", "parser.add_argument('--own', type=own)", "--own, line 1, cannot be read: its type is own"),
+        ("", "parser.add_argument('--own', action=Own)", "--own.*its action is Own"),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_not_left_out(tmp_path: Path, field: str, added: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        generator().table("sglang", sglang_wheel(tmp_path, field, added))
+
+
+def test_old_names_are_no_flags_of_their_own_and_lead_to_one() -> None:
+    assert [old for old in (*RENAMED, *REMOVED) if old in spellings()] == []
+    for new in RENAMED.values():
+        spec, _ = spellings()[new.flag]
+        assert new.value is None or not spec.choices or new.value in spec.choices
+        assert not spec.choices or set(new.values.values()) <= set(spec.choices)
 
 
 def test_every_spelling_has_one_meaning() -> None:

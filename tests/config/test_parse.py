@@ -46,6 +46,60 @@ def test_numbers_that_sglang_reads_with_suffixes(run: Run, text: str, tokens: in
     assert {run.args(flag, text).sglang[flag[9:].replace("-", "_")] for flag in flags} == {tokens}
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--sglang-cuda-graph-bs 1 2", {"cuda_graph_bs_decode": [1, 2]}),
+        ("--sglang-cuda-graph-bs=4", {"cuda_graph_bs_decode": [4]}),
+        ("--sglang-stream-output", {"incremental_streaming_output": True}),
+        ("--sglang-enable-breakable-cuda-graph", {"cuda_graph_backend_prefill": "breakable"}),
+        ("--sglang-prefill-cp-mode in-seq-split", {"cp_strategy": "zigzag"}),
+    ],
+)
+def test_old_names_of_sglangs_flags(run: Run, tmp_path: Path, words: str, expected: dict[str, object]) -> None:
+    assert dict(run.args(*words.split()).sglang) == expected
+    flag, *values = words.replace("=", " ").split()
+    value = "true" if not values else f"[{', '.join(values)}]" if values[0].isdigit() else values[0]
+    (tmp_path / "old.yaml").write_text(f"{flag.removeprefix('--')}: {value}\n")
+    assert dict(run.args("--config", str(tmp_path / "old.yaml")).sglang) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--sglang-cuda-graph-bs 1 --sglang-cuda-graph-bs-decode 2",
+            "--sglang-cuda-graph-bs-decode: is another name of --sglang-cuda-graph-bs, which is given, too; give "
+            "--sglang-cuda-graph-bs-decode alone",
+        ),
+        (
+            "--sglang-elastic-ep-rejoin 3",
+            "--sglang-elastic-ep-rejoin 3: takes no value; write --sglang-elastic-ep-join-mode recover",
+        ),
+        (
+            "--sglang-torchao-config int8wo",
+            "--sglang-torchao-config: SGLang 0.5.21 has no such flag any more; quantize with --sglang-quantization, "
+            "or leave it out",
+        ),
+        (
+            "--sglang-config own.yaml",
+            "--sglang-config own.yaml: slime sets it itself; it would set flags unseen: give each as --sglang-*",
+        ),
+    ],
+)
+def test_old_names_that_are_refused(run: Run, words: str, message: str) -> None:
+    assert run.errors(*words.split()) == [message]
+
+
+def test_a_flag_under_its_old_name_overrides_a_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "new.yaml").write_text("sglang_cuda_graph_bs_decode: [1]\n")
+    args = run.args("--config", str(tmp_path / "new.yaml"), "--sglang-cuda-graph-bs", "2")
+    assert dict(args.sglang) == {"cuda_graph_bs_decode": [2]}
+    (tmp_path / "off.yaml").write_text("sglang_enable_breakable_cuda_graph: false\n")
+    [error] = run.errors("--config", str(tmp_path / "off.yaml"))
+    assert "is a switch with another name now; write sglang-cuda-graph-backend-prefill: breakable" in error
+
+
 def test_pass_through(run: Run) -> None:
     args = run.args(
         *("--moe-layer-freq", "[0]*1+[1]*3", "--no-masked-softmax-fusion", "--recompute-modules", "mlp", "core_attn"),

@@ -188,6 +188,21 @@ def test_all_that_it_lacks_is_named_at_once(installed: Path) -> None:
     assert "the nearest is --sglang-attention-backend" in second
 
 
+def test_a_flag_is_passed_on_by_the_name_that_the_version_has(installed: Path) -> None:
+    given = {"enable_linear_replayssm_spec": True, "cuda_graph_bs_decode": [1, 2], "mem_fraction_static": 0.5}
+    assert words(given)[:2] == ["--enable-linear-replayssm-spec", "--cuda-graph-bs-decode"], "it has neither"
+    source = installed / "sglang" / "srt" / "arg_groups" / "fields" / "memory.py"
+    source.write_text(f'{source.read_text()}\n    enable_gdn_replayssm_spec: A[bool, "Old."] = False')
+    installed_spellings.cache_clear()
+    assert words(given) == [
+        *("--enable-gdn-replayssm-spec", "--cuda-graph-bs-decode", "1", "2", "--mem-fraction-static", "0.5"),
+    ]
+    assert check_installed(some_args(sglang={"enable_linear_replayssm_spec": True})) == "0.5.16"
+    source.write_text(f'{source.read_text()}\n    enable_linear_replayssm_spec: A[bool, "New."] = False')
+    installed_spellings.cache_clear()
+    assert words(given)[0] == "--enable-linear-replayssm-spec"
+
+
 @pytest.mark.parametrize("version", ["0.5.15", "0.5.24", "0.6.0"])
 def test_another_version_is_refused(installed: Path, version: str) -> None:
     set_version(installed, version)

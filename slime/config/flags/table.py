@@ -115,6 +115,7 @@ SET_BY_SLIME: Mapping[tuple[Source, str], str] = {
     ("sglang", "skip_server_warmup"): "it is warmed up with tokens; leave it out",
     ("sglang", "admin_api_key"): "one key opens everything: use --sglang-api-key",
     ("sglang", "enable_memory_saver"): "use --colocate and --offload",
+    ("sglang", "config"): "it would set flags unseen: give each as --sglang-*",
     ("sglang", "weight_version"): "it is the policy version; leave it out",
     ("router", "worker_urls"): "use --rollout-external-engines",
     ("router", "prometheus_host"): "it is the router's own address; leave it out",
