@@ -10,32 +10,27 @@ Every function here is collective: all ranks call it with the same arguments.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from slime.megatron import checkpoint_files, device, rng_state
+from slime.megatron import checkpoint_files, device, rng_state, torch_dist
+from slime.megatron import checkpoint_manifest as manifest
 from slime.megatron.build import EMBEDDING, OUTPUT, VALUE_HEAD, ModelChunks, PolicyModel, ValueModel, unwrap
 from slime.megatron.checkpoint_files import CRITIC, FoundCheckpoint, find_checkpoint
+from slime.megatron.checkpoint_search import changed_in, damage_of, on_every_rank, on_rank_zero
 from slime.megatron.optimizer_state import fill, has_state, take_main_weights, wanted_state
+from slime.megatron.safe_pickle import UnreadableFileError, UnsafeFileError
 
 __all__ = [
     "CRITIC",
@@ -49,7 +44,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 # Of Megatron's three layouts of a distributed optimizer, the one that any other layout can read.
 _CONTENT: Mapping[str, Any] = {
@@ -96,29 +90,6 @@ class Trained:
         return content
 
 
-class _TorchSave(SaveShardedStrategy):
-    """torch_dist by torch's own writer, in this process.
-
-    Megatron's default strategy starts a manager process and forks writers, which takes seconds for a small model,
-    is unsafe beside threads, and hangs where a child fails.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        state_dict_saver.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
 def save_checkpoint(
     save_dir: str | Path,
     *,
@@ -143,14 +114,14 @@ def save_checkpoint(
     header = {"rollout_id": rollout_id, "layout": rng_state.layout(), "state": state}
     with _written(save_dir, checkpoint_files.iteration_name(rollout_id)) as written:
         if critic is not None:
-            _on_rank_zero(lambda: (written / CRITIC).mkdir())
+            on_rank_zero(lambda: (written / CRITIC).mkdir())
             _write(written / CRITIC, critic.model, critic.content(rollout_id), {**header, "state": critic.state})
-            header["parts"] = [CRITIC]
+            header[manifest.PARTS] = [CRITIC]
         content = policy.content(rollout_id) | {rng_state.KEY: rng_state.rng_object()}
         _write(written, model, content, header)
-        path = _on_rank_zero(lambda: checkpoint_files.commit(written, str(rollout_id)))
+        path = on_rank_zero(lambda: checkpoint_files.commit(written, str(rollout_id)))
     if keep_last is not None:
-        for removed in _on_rank_zero(lambda: checkpoint_files.remove_old(save_dir, keep_last, saved=rollout_id)):
+        for removed in on_rank_zero(lambda: checkpoint_files.remove_old(save_dir, keep_last, saved=rollout_id)):
             logger.info("removed the old checkpoint %s (--keep-last-checkpoints %d)", removed, keep_last)
     return path
 
@@ -159,13 +130,13 @@ def save_release(save_dir: str | Path, *, model: ModelChunks) -> Path:
     """Write the weights alone, as `<save_dir>/release`."""
     with _written(Path(save_dir), checkpoint_files.RELEASE) as written:
         _write(written, model, {}, {})
-        return _on_rank_zero(lambda: checkpoint_files.commit(written, "release"))
+        return on_rank_zero(lambda: checkpoint_files.commit(written, "release"))
 
 
 @contextmanager
 def _written(save_dir: Path, name: str) -> Iterator[Path]:
     """The directory to write to; where that fails, nothing of it is left."""
-    written = _on_rank_zero(lambda: checkpoint_files.begin(save_dir, name))
+    written = on_rank_zero(lambda: checkpoint_files.begin(save_dir, name))
     with checkpoint_files.nothing_left_of(written, removes=dist.get_rank() == 0):
         yield written
 
@@ -177,17 +148,18 @@ def _write(directory: Path, model: ModelChunks, content: dict[str, Any], header:
         weights = _sharded_weights(model, metadata)
         if "optimizer" in content:
             content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=metadata)}
+        saved = torch_dist.TorchDistSave()
         # Rank 0 alone writes common.pt and metadata.json: where these fail, others wait for it until the run ends.
         dist_checkpointing.save(
             # 3.0: Megatron's current layout of QKV
             {**content, "model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(unwrap(model[0]))},
             str(directory),
-            sharded_strategy=_TorchSave(),
+            sharded_strategy=saved,
             content_metadata=dict(_CONTENT),
         )
-    of_ranks = _on_every_rank(lambda: checkpoint_files.checksums_of_rank(directory, dist.get_rank()))
-    checksums = {name: value for own in of_ranks for name, value in own.items()}
-    _on_rank_zero(lambda: checkpoint_files.write_state(directory, header, checksums))
+    of_ranks = on_every_rank(lambda: saved.digests)
+    digests = {name: value for own in of_ranks for name, value in own.items()}
+    on_rank_zero(lambda: manifest.write_state(directory, header, digests | manifest.digests_of_small_files(directory)))
 
 
 def load_checkpoint(
@@ -209,9 +181,10 @@ def load_checkpoint(
     """
     if found.kind == "hf":
         raise ValueError(f"{found.path} is a Hugging Face directory, not a torch_dist checkpoint")
-    _refuse_changed(found)
-    header = checkpoint_files.read_state(found.path) if found.kind == "iteration" else None
-    common = dist_checkpointing.load_common_state_dict(str(found.path))
+    if not found.verified and (changed := changed_in(found)):
+        raise ValueError(damage_of(found, changed))
+    header = manifest.read_state(found.path) if found.kind == "iteration" else None
+    common = torch_dist.read_common(found.path)
     with_optimizer = optimizer is not None and "optimizer" in common
     _load_weights(found, common, model, with_optimizer=with_optimizer)
     taken = ["model"]
@@ -227,40 +200,30 @@ def load_checkpoint(
         scheduler.load_state_dict(common["opt_param_scheduler"])
         taken.append("scheduler")
     if load_rng and header is not None and rng_state.is_this_layout(header["layout"], found.path):
-        rng_state.set_rng_state(_load_sharded(found, {rng_state.KEY: rng_state.rng_object()})[rng_state.KEY])
+        with _readable_errors(_misfit(found), ValueError):
+            states = torch_dist.load_sharded(found.path, {rng_state.KEY: rng_state.rng_object()})
+        rng_state.set_rng_state(states[rng_state.KEY])
         taken.append("rng")
     state = None if header is None else header["state"]
     return LoadedCheckpoint(found.path, found.rollout_id, state, tuple(taken))
 
 
-def _refuse_changed(found: FoundCheckpoint) -> None:
-    """Files of full size that are not what was written; each rank looks at some."""
-
-    def changed() -> list[str]:
-        names = checkpoint_files.written_files(found.path)
-        return checkpoint_files.changed_files(found.path, names[dist.get_rank() :: dist.get_world_size()])
-
-    names = sorted(name for own in _on_every_rank(changed) for name in own)
-    if names:
-        raise ValueError(
-            f"{found.path} is damaged: {', '.join(names)}: not the bytes that were written; restore it, "
-            "or take an earlier checkpoint (--ckpt-step)"
-        )
-
-
 def _load_weights(found: FoundCheckpoint, common: dict[str, Any], model: ModelChunks, *, with_optimizer: bool) -> None:
     with device.layer(), _readable_errors(_misfit(found), ValueError):
         _refuse_other_sizes(found, common, unwrap(model[0]))
-        saved = _saved_keys(found)
+        saved = set(torch_dist.saved_shapes(found.path))
         weights = _sharded_weights(model, _content(common))
         of_policy = isinstance(unwrap(model[0]), ValueModel) and VALUE_HEAD not in saved
         if of_policy:  # its output layer is left out, and the value head stays as it is
             weights = {name: part for name, part in weights.items() if part.key != VALUE_HEAD}
             saved.discard(OUTPUT)
         _refuse_more(found, weights, saved)
+        # Of no use without Transformer Engine, and pickled: not read, also where another trainer has written it.
+        extra = [name for name, part in weights.items() if isinstance(part, ShardedObject)]
+        weights = {name: part for name, part in weights.items() if name not in extra}
         if with_optimizer:
             take_main_weights(weights, saved)
-        loaded = _load_sharded(found, {"model": weights})["model"]
+        loaded = torch_dist.load_sharded(found.path, {"model": weights})["model"] | dict.fromkeys(extra)
         for number, chunk in enumerate(model):
             unwrap(chunk).load_state_dict(_of_chunk(loaded, number), strict=not of_policy)
 
@@ -269,10 +232,14 @@ def _load_optimizer(
     found: FoundCheckpoint, common: dict[str, Any], model: ModelChunks, optimizer: MegatronOptimizer
 ) -> None:
     with device.layer(), _readable_errors(_misfit(found), ValueError):
-        saved = _saved_keys(found)
+        saved = set(torch_dist.saved_shapes(found.path))
         weights = _sharded_weights(model, _content(common))
         wanted = wanted_state(optimizer, weights, saved, _content(common), str(found.path))
-        fill(optimizer, _load_sharded(found, {"optimizer_state": wanted})["optimizer_state"], common["optimizer"])
+        fill(
+            optimizer,
+            torch_dist.load_sharded(found.path, {"optimizer_state": wanted})["optimizer_state"],
+            common["optimizer"],
+        )
 
 
 def _sharded_weights(model: ModelChunks, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -288,16 +255,6 @@ def _of_chunk(weights: dict[str, Any], number: int) -> dict[str, Any]:
     """`_sharded_weights`'s of one chunk, by the chunk's own names."""
     prefix = f"{number}."
     return {name.removeprefix(prefix): part for name, part in weights.items() if name.startswith(prefix)}
-
-
-def _load_sharded(found: FoundCheckpoint, wanted: dict[str, Any]) -> dict[str, Any]:
-    loaded = dist_checkpointing.load(wanted, str(found.path))
-    assert isinstance(loaded, dict)
-    return loaded
-
-
-def _saved_keys(found: FoundCheckpoint) -> set[str]:
-    return {part.key for part in load_sharded_metadata(str(found.path)).values()}
 
 
 def _content(common: dict[str, Any]) -> dict[str, Any]:
@@ -319,9 +276,9 @@ def _refuse_other_sizes(found: FoundCheckpoint, common: dict[str, Any], core: Po
     """Megatron fills a table from one of any other length; its own checkpoints say no more than that length."""
     ours, theirs = _sizes(core), common.get(_SIZES, {})
     wrong = [f"{name} {size} there, {ours[name]} here" for name, size in theirs.items() if size != ours[name]]
-    table = load_sharded_metadata(str(found.path)).get(EMBEDDING)
-    if table is not None and table.global_shape[0] < core.num_token_ids:
-        wrong.append(f"an embedding of {table.global_shape[0]} rows there, {core.num_token_ids} token ids here")
+    table = torch_dist.saved_shapes(found.path).get(EMBEDDING)
+    if table is not None and table[0] < core.num_token_ids:
+        wrong.append(f"an embedding of {table[0]} rows there, {core.num_token_ids} token ids here")
     if wrong:
         raise ValueError(f"{_misfit(found)}: {'; '.join(wrong)}")
 
@@ -339,35 +296,6 @@ def _refuse_more(found: FoundCheckpoint, weights: dict[str, Any], saved: set[str
         raise ValueError(f"{_misfit(found)}: it also holds {', '.join(sorted(more))}")
 
 
-def _on_rank_zero(work: Callable[[], _T]) -> _T:
-    """`work()` of rank 0, its result or its error on every rank: nobody waits for a rank that has failed."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except (OSError, TypeError, ValueError) as error:  # TypeError, ValueError: a `state` that is no JSON
-            outcome[1] = f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise RuntimeError(f"checkpoint: {outcome[1]}")
-    return outcome[0]
-
-
-def _on_every_rank(work: Callable[[], _T]) -> list[_T]:
-    """`work()` of each rank, all results or an error on every rank."""
-    outcome: tuple[Any, str | None] = (None, None)
-    try:
-        outcome = work(), None
-    except (OSError, ValueError) as error:
-        outcome = None, f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
-    errors = [error for _, error in outcomes if error is not None]
-    if errors:
-        raise RuntimeError(f"checkpoint: {errors[0]}")
-    return [result for result, _ in outcomes]
-
-
 @contextmanager
 def _readable_errors(what: str, kind: type[Exception]) -> Iterator[None]:
     """torch's CheckpointException is a BaseException that carries every rank's traceback: make it an ordinary error."""
@@ -375,6 +303,8 @@ def _readable_errors(what: str, kind: type[Exception]) -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (first, _) = next(iter(error.failures.items()))
+        if isinstance(first, UnsafeFileError | UnreadableFileError):
+            raise first from None
         raise kind(f"{what}: rank {rank}: {type(first).__name__}: {first}") from None
     except CheckpointingException as error:
         raise kind(f"{what}: {error}") from error

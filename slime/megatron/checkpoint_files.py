@@ -14,22 +14,19 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
 import logging
 import os
-import pickle
 import re
+import shlex
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-
+from slime.megatron.checkpoint_manifest import PARTS, STATE_FILE, NewerFormatError, changed_files, read_state, sizes
+from slime.megatron.safe_pickle import METADATA, UnreadableFileError, read_metadata
 from slime.models.hf_files import is_hf_directory
 from slime.observability.best_checkpoint import FILE as BEST
 from slime.observability.best_checkpoint import read_best
@@ -38,18 +35,17 @@ logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-STATE_FILE = "slime_state.json"
 TMP_PREFIX = ".tmp_"
 CRITIC = "critic"
 """Within a checkpoint the directory of the critic's, a checkpoint of its own."""
-_SIZES, _CHECKSUMS, _OWN_CHECKSUM, _PARTS = "file_sizes", "file_checksums", "checksum", "parts"
-_CHECKSUM_BLOCK = 2**20
+DAMAGED = ".damaged"
+"""What the name of a checkpoint ends in that a resumed run has set aside."""
 _ITERATION = re.compile(r"iter_(\d{7,})")
 OWN_FILES = (
     "args*.yaml",
     "metrics*",
     "logs",
-    ".lock",
+    ".lock*",
     "*.log",
     "samples*",
     "*.png",
@@ -70,11 +66,14 @@ class FoundCheckpoint:
     path: Path
     kind: Literal["iteration", "release", "hf"]
     rollout_id: int | None = None
+    verified: bool = field(default=False, compare=False)
+    """Whether all bytes of all its files have been compared with what was written."""
 
     def part(self, name: str) -> FoundCheckpoint | None:
         """The checkpoint of another model that was saved with this one; None: there is none."""
         inner = self.path / name
-        return FoundCheckpoint(inner, "iteration", self.rollout_id) if (inner / STATE_FILE).is_file() else None
+        found = FoundCheckpoint(inner, "iteration", self.rollout_id, self.verified)
+        return found if (inner / STATE_FILE).is_file() else None
 
 
 def iteration_name(rollout_id: int) -> str:
@@ -82,20 +81,26 @@ def iteration_name(rollout_id: int) -> str:
 
 
 def find_checkpoint(
-    load_dir: str | Path | None, *, step: int | None = None, own: Sequence[str | None] = ()
+    load_dir: str | Path | None,
+    *,
+    step: int | None = None,
+    own: Sequence[str | None] = (),
+    damaged: Mapping[str, str] | None = None,
 ) -> FoundCheckpoint | None:
     """The newest complete checkpoint in `load_dir`, or that of rollout `step`; None: start from elsewhere.
 
     None stands for: no directory given, none there, or one with nothing but a run's own files and checkpoints that
-    were never finished. Damaged ones beside a complete one are logged. `load_dir` may also be a checkpoint itself,
+    were never finished. Damaged ones next to a complete one are logged. `load_dir` may also be a checkpoint itself,
     or an HF directory.
 
     Args:
         own: paths that the run's flags name for other output, with `{rollout_id}` in them; None where not given.
+        damaged: names of checkpoints that are known to be damaged, and why; they are passed over.
 
     Raises:
         ValueError: a directory of something else, all checkpoints in it are damaged, or `step` is not there.
     """
+    damaged = damaged or {}
     root = Path(load_dir) if load_dir is not None else None
     if root is None or not root.exists():
         return _none_at_step(load_dir, step, [])
@@ -113,12 +118,12 @@ def find_checkpoint(
     if step is not None:
         return _at_step(root, iterations, step)
     for rollout_id in sorted(iterations, reverse=True):
-        if _is_complete(iterations[rollout_id]):
+        if iterations[rollout_id].name not in damaged and _is_complete(iterations[rollout_id]):
             return FoundCheckpoint(iterations[rollout_id], "iteration", rollout_id)
     release = root / RELEASE
     if release.is_dir() and not iterations and _is_complete(release):
         return FoundCheckpoint(release, "release")
-    _refuse_damaged(root, [*iterations.values(), *([release] if release.is_dir() else [])])
+    _refuse_damaged(root, [*iterations.values(), *([release] if release.is_dir() else [])], damaged)
     _refuse_strangers(root, [*OWN_FILES, *_entries(root, own)])
     return None
 
@@ -167,17 +172,43 @@ def refuse_abandoned(save_dir: str | Path, next_rollout_id: int) -> None:
     if branch:
         raise ValueError(
             f"--save {root}: holds {', '.join(branch)}, and this run starts at rollout {next_rollout_id}: an abandoned "
-            "branch, which a resume would take for this run's own; take another --save, or move these away"
+            "branch, which a resume would take for this run's own; take another --save, or move these away with: "
+            f"{_move_away(root, branch)}"
         )
 
 
-def _refuse_damaged(root: Path, checkpoints: Sequence[Path]) -> None:
+def _move_away(root: Path, names: Sequence[str]) -> str:
+    """The shell command that does it, and loses nothing: `mv` makes a directory of its own for them first."""
+    away = str(root.resolve() / "abandoned")
+    moved = shlex.join(["mv", "--no-clobber", *(str(root.resolve() / name) for name in names), away])
+    return f"{shlex.join(['mkdir', '--parents', away])} && {moved}"
+
+
+def set_aside(found: FoundCheckpoint) -> list[Path]:
+    """Rename the checkpoints that are newer than `found`, the newest sound one -> their new places.
+
+    They are damaged, or `found` would be another. Left where they are, the next save would overwrite them, and a
+    resume would look at them again.
+    """
+    moved: list[Path] = []
+    for rollout_id, path in sorted(_iterations(found.path.parent).items()):
+        if found.rollout_id is not None and rollout_id > found.rollout_id:
+            number, target = 1, path.with_name(f"{path.name}{DAMAGED}")
+            while target.exists():
+                number, target = number + 1, path.with_name(f"{path.name}{DAMAGED}-{number + 1}")
+            moved.append(path.rename(target))
+    return moved
+
+
+def _refuse_damaged(root: Path, checkpoints: Sequence[Path], damaged: Mapping[str, str]) -> None:
     """A checkpoint came there by a rename of a whole one: to start without it would lose what was trained."""
-    problems = [f"{path.name}: {why}" for path in sorted(checkpoints) if (why := why_incomplete(path)) is not None]
+    reasons = {path.name: damaged.get(path.name) or why_incomplete(path) for path in sorted(checkpoints)}
+    reasons |= {path.name: "set aside" for path in sorted(root.glob(f"iter_*{DAMAGED}*"))}
+    problems = [f"{name}: {why}" for name, why in reasons.items() if why is not None]
     if problems:
         raise ValueError(
             f"{root} holds no complete checkpoint ({'; '.join(problems)}): restore one, "
-            "or move these away to start anew"
+            "or move these away to start again"
         )
 
 
@@ -217,39 +248,44 @@ def why_incomplete(path: Path) -> str | None:
     """
     # weights alone may be Megatron's own, which writes no such file
     with_state = _ITERATION.fullmatch(path.name) is not None or (path / STATE_FILE).exists()
-    needed = [".metadata", "metadata.json", "common.pt", *([STATE_FILE] if with_state else [])]
+    needed = [METADATA, "metadata.json", "common.pt", *([STATE_FILE] if with_state else [])]
     missing = [name for name in needed if not (path / name).is_file()]
     if missing:
         return f"no {', '.join(missing)}"
-    if with_state:
-        try:
-            state = read_state(path)
-        except ValueError as error:
-            return f"{STATE_FILE} is damaged: {error}"
-    else:
-        state = {}
-    sizes: dict[str, int] = state.get(_SIZES, {})
-    for name in [*needed, *sizes]:
+    try:
+        state = read_state(path) if with_state else {}
+    except NewerFormatError:
+        raise
+    except (OSError, ValueError) as error:
+        return f"{STATE_FILE} is damaged: {error}"
+    expected = sizes(state)
+    for name in [*needed, *expected]:
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found is None:
             return f"no {name}"
-        if found == 0 or found != sizes.get(name, found):
-            return f"{name} is damaged: {found} bytes of {sizes.get(name, 'some')}"
-    if changed := changed_files(path, [name for name in needed if name in sizes]):
-        return f"{', '.join(changed)}: not the bytes that were written"
-    for part in state.get(_PARTS, []):
+        if found == 0 or found != expected.get(name, found):
+            return f"{name} is damaged: {found} bytes of {expected.get(name, 'some')}"
+    changed = changed_files(path, [name for name in needed if name in expected])
+    if changed:
+        return said_of(changed)
+    for part in state.get(PARTS, []):
         problem = why_incomplete(path / part) if (path / part / STATE_FILE).is_file() else f"no {STATE_FILE}"
         if problem is not None:
             return f"{part}: {problem}"
     return _lost_piece(path)
 
 
+def said_of(changed: Mapping[str, str]) -> str:
+    """`changed_files`'s answer in words."""
+    return "; ".join(f"{name}: {why}" for name, why in sorted(changed.items()))
+
+
 def _lost_piece(path: Path) -> str | None:
     """What .metadata names and is not there: a file of another node's disk, or of a copy that was cut short."""
     try:
-        storage: dict[Any, Any] = FileSystemReader(path).read_metadata().storage_data or {}
-    except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-        return f".metadata cannot be read ({error!r})"
+        storage = read_metadata(path).storage_data
+    except UnreadableFileError as error:
+        return str(error)
     lengths: dict[str, int] = {}
     for piece in storage.values():
         lengths[piece.relative_path] = max(lengths.get(piece.relative_path, 0), piece.offset + piece.length)
@@ -259,61 +295,6 @@ def _lost_piece(path: Path) -> str | None:
         if (path / name).stat().st_size < length:
             return f"{name} is cut short"
     return None
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote beside the weights.
-
-    Raises:
-        ValueError: it is not what was written.
-    """
-    written = json.loads((path / STATE_FILE).read_bytes())
-    if isinstance(written, dict) and _OWN_CHECKSUM not in written:
-        raise ValueError("no checksum in it, as in those of earlier versions")
-    if not isinstance(written, dict) or written.pop(_OWN_CHECKSUM) != _checksum_of_state(written):
-        raise ValueError("not the bytes that were written")
-    return written
-
-
-def write_state(path: Path, header: dict[str, Any], checksums: Mapping[str, int]) -> None:
-    """The last file of a checkpoint: `header`, and the sizes and checksums of all others."""
-    sizes = {file.name: file.stat().st_size for file in sorted(_files(path))}
-    state = {**header, _SIZES: sizes, _CHECKSUMS: checksums}
-    (path / STATE_FILE).write_text(json.dumps({**state, _OWN_CHECKSUM: _checksum_of_state(state)}))
-
-
-def _checksum_of_state(state: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(state).encode())
-
-
-def _files(path: Path) -> list[Path]:
-    """Those with anything in them: a rank that has nothing of its own to write leaves an empty one."""
-    return [file for file in path.iterdir() if file.is_file() and file.stat().st_size]
-
-
-def checksums_of_rank(path: Path, rank: int) -> dict[str, int]:
-    """Of the files that `rank` wrote, by name; rank 0's are all that name no rank."""
-    owners = {file: re.match(r"__(\d+)_", file.name) for file in _files(path)}
-    return {file.name: checksum(file) for file, owner in owners.items() if (int(owner[1]) if owner else 0) == rank}
-
-
-def changed_files(path: Path, names: Sequence[str]) -> list[str]:
-    """Those of `names` that do not hold what was written any more."""
-    expected: dict[str, int] = read_state(path)[_CHECKSUMS] if names else {}
-    return [name for name in names if checksum(path / name) != expected[name]]
-
-
-def written_files(path: Path) -> list[str]:
-    """Names of all files with a checksum; none where the checkpoint is Megatron's own."""
-    return sorted(read_state(path)[_CHECKSUMS]) if (path / STATE_FILE).is_file() else []
-
-
-def checksum(path: Path) -> int:
-    """CRC of the sums of a file's blocks: at a fortieth of the time that loading takes, any changed byte changes it."""
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    whole = len(data) // _CHECKSUM_BLOCK * _CHECKSUM_BLOCK
-    sums = data[:whole].view(np.uint64).reshape(-1, _CHECKSUM_BLOCK // 8).sum(axis=1)
-    return zlib.crc32(data[whole:].tobytes(), zlib.crc32(sums.tobytes()))
 
 
 def begin(save_dir: Path, name: str) -> Path:

@@ -27,6 +27,7 @@ from slime.megatron import device, hf_weights, routes
 from slime.megatron.build import architecture_of, build_model, params_dtype
 from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from slime.megatron.checkpoint_files import refuse_abandoned
+from slime.megatron.checkpoint_search import find_sound_checkpoint
 from slime.megatron.critic import Critic, rollout_metrics
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.guard import BadStepError, StepGuard, check_columns
@@ -87,7 +88,10 @@ class Trainer:
         elif args.use_kl_loss and self.topology.rank == 0:
             logger.info("reference KL off: --kl-loss-coef is 0 (--log-ref-kl logs it all the same)")
         own = (args.save_debug_rollout_data, args.save_debug_train_data, args.save_hf, args.update_weight_disk_dir)
-        found = find_checkpoint(args.load, step=args.ckpt_step, own=own)
+        here = (
+            args.load is not None and args.save is not None and Path(args.load).resolve() == Path(args.save).resolve()
+        )
+        found = find_sound_checkpoint(args.load, step=args.ckpt_step, own=own, sets_aside=here)
         result = self._load_actor(found) if found is not None else self._start_from_reference()
         if args.save is not None and args.num_rollout != 0:
             refuse_abandoned(args.save, result.next_rollout_id)

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-from slime.megatron.checkpoint_files import read_state
+from slime.megatron.checkpoint_manifest import read_state
+from slime.megatron.safe_pickle import read_metadata
 from slime.models.hf_files import HFReader
 from slime.observability.metrics_log import read_metrics
 
@@ -68,7 +67,7 @@ def _states(reference: Path, other: Path) -> Iterator[str]:
         if not (other / path.name).exists():
             yield f"no {path.name}"
     for ours, theirs in _pairs(reference, other, "iter_*"):
-        first, second = ({**read_state(path), "file_checksums": None, "file_sizes": None} for path in (ours, theirs))
+        first, second = ({**read_state(path), "file_digests": None, "file_sizes": None} for path in (ours, theirs))
         for state in (first, second):
             state["state"].pop("times", None)
         yield from _of_values(ours.name, first, second)
@@ -93,7 +92,7 @@ def _exports(reference: Path, other: Path) -> Iterator[str]:
 def _pieces(path: Path) -> dict[str, str]:
     """Digest of each part of each tensor by its name and offset."""
     pieces: dict[str, str] = {}
-    for index, place in (FileSystemReader(path).read_metadata().storage_data or {}).items():
+    for index, place in (read_metadata(path).storage_data or {}).items():
         with (path / place.relative_path).open("rb") as file:
             file.seek(place.offset)
             pieces[f"{index.fqn} at {tuple(index.offset or ())}"] = _digest(file.read(place.length))

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from slime.megatron.checkpoint_files import STATE_FILE, _checksum_of_state, read_state
+from slime.megatron.checkpoint_manifest import STATE_FILE, read_state, sealed
 from tests.cluster.runs import Task
 from tests.kill import life as phases
 from tests.kill.compare import DUMPS, EXPORTS, differences
@@ -231,7 +231,7 @@ def move_cursor(save: Path) -> None:
     path = max(save.glob("iter_*"))
     state = read_state(path)
     _holder_of("cursor", state["state"]["rollout"])["cursor"] += 1
-    (path / STATE_FILE).write_text(json.dumps({**state, "checksum": _checksum_of_state(state)}))
+    (path / STATE_FILE).write_text(sealed(state))
 
 
 def _holder_of(key: str, state: dict[str, Any]) -> dict[str, Any]:
