@@ -15,6 +15,7 @@ import sys
 import time
 
 from slime.config.parse import load_args
+from slime.core.errors import RunError
 
 
 def main(argv: list[str]) -> None:
@@ -37,5 +38,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, RunError) as error:
         sys.exit(f"convert_hf_to_torch_dist.py: {error}")

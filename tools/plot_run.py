@@ -7,6 +7,7 @@ python3 tools/plot_run.py outputs/demo-seed1/rl/metrics.jsonl --out curves.png
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,4 +140,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"plot_run.py: {error}")

@@ -45,6 +45,18 @@ class _Generation:
     """Seconds in which the loop has done nothing but wait for it."""
 
 
+def _run_directory(args: Args) -> RunDirectory:
+    """Locked, with every other place that the run writes to; no other run may."""
+    assert args.log_dir is not None, "resolving the arguments sets it"
+    directories = [args.save_debug_train_data, args.save if args.num_rollout != 0 else None]
+    outputs = [args.save_hf, args.save_debug_rollout_data]
+    return RunDirectory(
+        Path(args.log_dir),
+        [Path(path) for path in directories if path is not None],
+        [Path(path) for path in outputs if path is not None],
+    )
+
+
 class Cluster:
     """Use as `with Cluster(args) as cluster`: leaving the block ends every process that entering it started."""
 
@@ -73,8 +85,7 @@ class Cluster:
     def _start(self) -> None:
         args = self._args
         signal.signal(signal.SIGTERM, _exit_on_sigterm)
-        assert args.log_dir is not None, "resolving the arguments sets it"
-        directory = RunDirectory(Path(args.log_dir))
+        directory = _run_directory(args)
         self._cleanup.callback(directory.close)
         log_to_file(directory.logs, "driver")
         self._processes = processes = Processes(args, directory.logs)
@@ -98,7 +109,8 @@ class Cluster:
         self._cleanup.callback(self._console.close)
         # without rollouts nothing that stands behind the checkpoint is written again
         seen = self._first if self._last else None
-        self._metrics = directory.continue_metrics(seen) if continued else directory.new_metrics()
+        self._metrics, damage = directory.continue_metrics(seen) if continued else (directory.new_metrics(), None)
+        warnings = [*warnings, damage] if damage is not None else warnings
         self._cleanup.callback(self._metrics.close)
         trackers = start_trackers(args, directory.run_id(new=not continued), self._first)
         self._metrics.track(trackers, self._console.say)

@@ -83,7 +83,7 @@ def _named_paths(words: tuple[str, ...]) -> list[tuple[str, str]]:
 def _yaml_entries(path: str) -> list[Any]:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read ({error}); name a YAML file") from error
     entries = cast(dict[str, Any], data).get("datasets") if isinstance(data, dict) else None
     if not isinstance(entries, list) or not entries:

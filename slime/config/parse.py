@@ -150,7 +150,7 @@ def read_yaml(given: Given, path: str) -> None:
     """The same names in a flat YAML mapping, with dashes or underscores."""
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8
         given.complain("--config", f"cannot be read ({error})", "name a YAML file with flags as keys", value=path)
         return
     if not isinstance(data, dict):

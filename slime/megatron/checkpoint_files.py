@@ -45,7 +45,7 @@ OWN_FILES = (
     "args*.yaml",
     "metrics*",
     "logs",
-    ".lock*",
+    "*.lock",
     "*.log",
     "samples*",
     "*.png",

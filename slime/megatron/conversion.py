@@ -20,6 +20,7 @@ from slime.megatron.checkpoint import FoundCheckpoint, load_checkpoint, save_rel
 from slime.megatron.hf_weights import load_hf_into, save_hf
 from slime.megatron.parallel import close_parallel, init_parallel
 from slime.models.hf_files import HFReader
+from slime.observability.path_lock import PathLocks
 
 
 @contextmanager
@@ -42,15 +43,25 @@ def _one_process_model(args: Args, reader: HFReader) -> Iterator[tuple[ModelChun
 
 
 def hf_to_torch_dist(args: Args, hf_dir: str | Path, save_dir: str | Path) -> Path:
-    """Write `<save_dir>/release` from the weights in `hf_dir`; returns that directory."""
+    """Write `<save_dir>/release` from the weights in `hf_dir`; returns that directory.
+
+    Raises:
+        ValueError: the weights are not this model's.
+        RunError: a run writes to `save_dir`, or nobody can.
+    """
     reader = HFReader(hf_dir)
-    with _one_process_model(args, reader) as (model, args):
+    with PathLocks([Path(save_dir)]), _one_process_model(args, reader) as (model, args):
         load_hf_into(model, architecture_of(args), reader, args)
         return save_release(save_dir, model=model)
 
 
 def torch_dist_to_hf(args: Args, found: FoundCheckpoint, origin_hf_dir: str | Path, output_dir: str | Path) -> None:
-    """Write `output_dir` from a checkpoint's weights, with the dtypes and all other files of `origin_hf_dir`."""
-    with _one_process_model(args, HFReader(origin_hf_dir)) as (model, args):
+    """Write `output_dir` from a checkpoint's weights, with the dtypes and all other files of `origin_hf_dir`.
+
+    Raises:
+        ValueError: the weights are not this model's.
+        RunError: a run writes to `output_dir`, or nobody can.
+    """
+    with PathLocks([], [Path(output_dir)]), _one_process_model(args, HFReader(origin_hf_dir)) as (model, args):
         load_checkpoint(found, model=model)
         save_hf(output_dir, model, architecture_of(args), origin_hf_dir)

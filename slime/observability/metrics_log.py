@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from slime.observability.trackers import Record, Tracker
 
@@ -45,16 +46,36 @@ class MetricsLog:
                 self._trackers.remove(tracker)
                 self._say(f"WARNING {tracker.name} failed ({error}); nothing more goes there, metrics.jsonl has it all")
 
-    def rewind(self, step: int) -> None:
-        """Keep the events before `step` and the first of `step` itself: what a checkpoint of that step had seen.
+    def repair(self) -> str | None:
+        """Move lines that are no events into `metrics-damaged.jsonl` -> a warning about them, None: there were none.
 
-        A line that a kill has cut short goes too.
+        Only lines that have an end: one that a kill has cut short is removed without a word.
         """
+        self._file.seek(0)
+        lines = self._file.readlines()
+        whole = [line for line in lines if line.endswith(b"\n")]
+        damaged = [(number, line) for number, line in enumerate(whole, 1) if parse_event(line) is None]
+        aside = self.path.with_name(f"{self.path.stem}-damaged.jsonl")
+        if damaged:
+            with aside.open("ab") as file:
+                file.writelines(line for _, line in damaged)
+        if damaged or len(whole) < len(lines):
+            bad = {number for number, _ in damaged}
+            written = self.path.with_name(f".tmp_{self.path.name}")
+            written.write_bytes(b"".join(line for number, line in enumerate(whole, 1) if number not in bad))
+            written.rename(self.path)
+            self._file.close()
+            self._file = self.path.open("a+b")
+        if not damaged:
+            return None
+        numbers = ", ".join(str(number) for number, _ in damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+        return f"{self.path}:{numbers}: no event; {len(damaged)} such lines were moved to {aside.name}"
+
+    def rewind(self, step: int) -> None:
+        """Keep the events before `step` and the first of `step` itself: what a checkpoint of that step had seen."""
         self._file.seek(0)
         end = 0
         for line in self._file:
-            if not line.endswith(b"\n"):
-                break
             event = json.loads(line)
             if event["step"] > step:
                 break
@@ -74,6 +95,27 @@ class MetricsLog:
         self._file.close()
 
 
+def parse_event(line: bytes) -> dict[str, float] | None:
+    """One line of a metrics.jsonl; None where it is no event: no JSON object with a step."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_event = isinstance(event, dict) and type(cast(dict[str, Any], event).get("step")) is int
+    return cast(dict[str, float], event) if is_event else None
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All events of a metrics.jsonl, in order."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """All events of a metrics.jsonl, in order.
+
+    Raises:
+        ValueError: a line is no event; it names file and line.
+    """
+    events: list[dict[str, float]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line:
+            event = parse_event(line)
+            if event is None:
+                raise ValueError(f"{path}:{number}: no event (a JSON object with a step); remove the line")
+            events.append(event)
+    return events

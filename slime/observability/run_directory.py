@@ -6,43 +6,42 @@ here; the lock goes with the process, however it ends.
 
 from __future__ import annotations
 
-import fcntl
-import os
+import re
 import secrets
 import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from slime.core.errors import RunError
 from slime.observability.metrics_log import MetricsLog
+from slime.observability.path_lock import PathLocks
 
-LOCK = ".lock"
 METRICS = "metrics.jsonl"
+_RUN_ID = re.compile(r"[\w.-]{1,100}")
+
+
+@contextmanager
+def _readable_errors(file: Path) -> Generator[Path]:
+    """Raises RunError where `file` cannot be read or written."""
+    try:
+        yield file
+    except OSError as error:
+        raise RunError(
+            f"{file}: cannot be used ({error.strerror or error}); move it away, or free some room"
+        ) from error
 
 
 class RunDirectory:
-    """Holds the lock until `close`.
+    """Holds the locks of `path`, of the other `directories` and of the `outputs` of the run until `close`.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds one of them, or one cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, directories: Sequence[Path] = (), outputs: Sequence[Path] = ()) -> None:
+        self._locks = PathLocks([path, *directories], outputs)
         self.path = path
-        self._lock = (path / LOCK).open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            self._lock.close()
-            raise RunError(
-                f"{path}: process {holder} runs in this directory; two runs would overwrite each other's checkpoints "
-                "and metrics: give this one another --save (or --log-dir), or wait"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
 
     @property
     def logs(self) -> Path:
@@ -50,32 +49,41 @@ class RunDirectory:
 
     def write_args(self, text: str) -> None:
         """The resolved arguments, as args.yaml."""
-        (self.path / "args.yaml").write_text(text)
+        with _readable_errors(self.path / "args.yaml") as file:
+            file.write_text(text)
 
-    def continue_metrics(self, step: int | None) -> MetricsLog:
-        """metrics.jsonl as the checkpoint of `step` had seen it; None: as it is, for a run that trains nothing."""
-        log = MetricsLog(self.path / METRICS)
-        if step is not None:
-            log.rewind(step)
-        return log
+    def continue_metrics(self, step: int | None) -> tuple[MetricsLog, str | None]:
+        """metrics.jsonl as the checkpoint of `step` had seen it, and a warning where lines of it are damaged.
+
+        `step` None: the file stays as it is, for a run that trains nothing.
+        """
+        with _readable_errors(self.path / METRICS) as file:
+            log = MetricsLog(file)
+            warning = log.repair()
+            if step is not None:
+                log.rewind(step)
+        return log, warning
 
     def new_metrics(self) -> MetricsLog:
         """An empty metrics.jsonl; an earlier run's is kept beside it as metrics-<n>.jsonl."""
-        path = self.path / METRICS
-        if path.exists() and path.stat().st_size:
-            number = 1
-            while (kept := self.path / f"metrics-{number}.jsonl").exists():
-                number += 1
-            path.rename(kept)
-        return MetricsLog(path)
+        with _readable_errors(self.path / METRICS) as path:
+            if path.exists() and path.stat().st_size:
+                number = 1
+                while (kept := self.path / f"metrics-{number}.jsonl").exists():
+                    number += 1
+                path.rename(kept)
+            return MetricsLog(path)
 
     def run_id(self, *, new: bool) -> str:
         """What the run is called by trackers; one that goes on keeps its name."""
-        file = self.logs / "run_id"
-        if new or not file.exists():
+        with _readable_errors(self.logs / "run_id") as file:
+            known = file.read_text(errors="replace") if file.exists() and not new else ""
+            if _RUN_ID.fullmatch(known):
+                return known
             self.logs.mkdir(parents=True, exist_ok=True)
-            file.write_text(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
-        return file.read_text()
+            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+            file.write_text(name)
+            return name
 
     def close(self) -> None:
-        self._lock.close()
+        self._locks.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 from config_run import Run
@@ -464,3 +465,26 @@ def test_a_dump_of_training_gets_a_directory_of_its_own(run: Run) -> None:
     assert [warning for warning in warnings if flag in warning] == [
         f"{flag} {filled}: no effect: --debug-rollout-only trains nothing, and saves no checkpoint; leave it out"
     ]
+
+
+def test_a_place_that_cannot_be_written_is_one_message(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything starts; a plan only warns of it, for it may be made on another machine."""
+    long = str(run.directory / ("x" * 300))
+    deep = str(run.directory) + "/x" * 3000
+    for path, says in (
+        (long, "a name of 300 bytes in it is too long|File name too long"),
+        (deep, "File name too long"),
+        (str(run.data / "below"), "Not a directory|is a file"),
+    ):
+        for flag in ("--save", "--log-dir", "--save-hf"):
+            assert re.search(says, run.error(flag, path)), (flag, path)
+        assert run.errors("--dry-run", "--save", path) == []
+    new = str(run.directory / "new" / "save")
+    assert run.errors("--save", new) == []
+    here = os.statvfs(run.directory)
+    for change, says in (({8: os.ST_RDONLY}, "is read-only"), ({4: 0}, "is full")):
+        values = [change.get(number, value) for number, value in enumerate(here)]
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "statvfs", lambda _, values=values: os.statvfs_result(values))
+            assert f"the file system of {run.directory} {says}" in run.error("--save", new)
+    assert not (run.directory / "new").exists()

@@ -80,8 +80,8 @@ def _tensors(reference: Path, other: Path) -> Iterator[str]:
 
 
 def _exports(reference: Path, other: Path) -> Iterator[str]:
-    yield from _names(reference / EXPORTS, other / EXPORTS, "*")
-    for ours, theirs in _pairs(reference / EXPORTS, other / EXPORTS, "*"):
+    yield from _names(reference / EXPORTS, other / EXPORTS, "[!.]*")
+    for ours, theirs in _pairs(reference / EXPORTS, other / EXPORTS, "[!.]*"):
         first, second = (
             {name: _digest(reader.get(name).numpy().tobytes()) for name in reader.names()}
             for reader in (HFReader(ours), HFReader(theirs))

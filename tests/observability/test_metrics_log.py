@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from slime.observability.metrics_log import MetricsLog, read_metrics
 
 
@@ -42,6 +44,7 @@ def test_a_line_cut_short_by_a_kill_goes(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
     log = MetricsLog(path)
+    assert log.repair() is None
     log.rewind(5)
     log.write(3, {"x": 1})
     log.close()
@@ -53,3 +56,43 @@ def test_without_the_rewind_events_stand_twice(tmp_path: Path) -> None:
     for _ in range(2):
         written(path).close()
     assert steps(path) == [0, 1, 1, 1, 2, 2, 2] * 2
+
+
+GARBAGE = [
+    b"\xff\xfe\x80\n",
+    b"\0" * 500 + b"\n",
+    b'{"step": 1, "x"\n',
+    b"no json\n",
+    b"[1, 2]\n",
+    b'"step"\n',
+    b'{"x": 1}\n',
+    b'{"step": "1"}\n',
+    b"[" * 100_000 + b"\n",
+    b"\n",
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=[repr(line[:12]) for line in GARBAGE])
+def test_a_garbage_line_is_set_aside_and_nothing_else_changes(tmp_path: Path, garbage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path).close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([garbage, *lines[:3], garbage, *lines[3:]]))
+    log = MetricsLog(path)
+    warning = log.repair()
+    assert warning is not None and warning.startswith(f"{path}:1, 5: no event; 2 such lines were moved to ")
+    assert path.read_bytes().splitlines(keepends=True) == lines
+    assert (tmp_path / "metrics-damaged.jsonl").read_bytes() == garbage * 2
+    assert log.repair() is None, "control: what is left is whole"
+    log.rewind(1)
+    log.write(2, {"x": 1})
+    log.close()
+    assert steps(path) == [0, 1, 2]
+
+
+def test_a_reader_names_the_line_that_is_garbage(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path).close()
+    path.write_bytes(path.read_bytes() + b"\xff\n")
+    with pytest.raises(ValueError, match=f"{path}:8: no event"):
+        read_metrics(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +13,65 @@ from slime.core.errors import RunError
 from slime.observability.metrics_log import read_metrics
 from slime.observability.run_directory import RunDirectory
 
-HOLD = "import sys, time, pathlib; from slime.observability.run_directory import RunDirectory as R; "
-HOLD += "r = R(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = """
+import pathlib, sys, time
+from slime.observability.run_directory import RunDirectory
+log, save, hf = map(pathlib.Path, sys.argv[1:])
+held = RunDirectory(log, [save], [hf])
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
 def test_a_second_run_is_refused_by_name_until_the_first_is_gone(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    """In any place that both write to, whatever else differs; a kill frees all of them."""
+    log, save, hf = tmp_path / "log", tmp_path / "save", tmp_path / "hf" / "{rollout_id}" / "x"
+    command = [sys.executable, "-c", HOLD, str(log), str(save), str(hf)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(RunError, match=f"process {holder.pid} runs in this directory.*--save"):
-        RunDirectory(tmp_path)
+    other = tmp_path / "other"
+    link = tmp_path / "link"
+    link.symlink_to(save)
+    for path, directories, outputs in (
+        (log, [], []),
+        (other, [save], []),
+        (other, [link], []),
+        (save, [], []),
+        (other, [], [hf]),
+        (other, [], [hf.parent]),
+    ):
+        says = rf"in use by process {holder.pid} on \S+ since 20\d\d-.*--save, --log-dir"
+        with pytest.raises(RunError, match=says):
+            RunDirectory(path, directories, outputs)
+    free = RunDirectory(other, [tmp_path], [hf.parents[1] / "rollout-{rollout_id}", tmp_path / "hf"])
+    free.close()
     holder.kill()
     holder.wait()
-    RunDirectory(tmp_path).close()
+    RunDirectory(log, [save], [hf]).close()
+
+
+def test_what_was_locked_before_the_one_that_is_taken_is_free_again(tmp_path: Path) -> None:
+    first = RunDirectory(tmp_path / "b")
+    with pytest.raises(RunError, match=f"{tmp_path}/b: in use by"):
+        RunDirectory(tmp_path / "a", [tmp_path / "b"])
+    RunDirectory(tmp_path / "a").close()
+    first.close()
+
+
+def test_where_nothing_can_be_written_there_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300), Path("/proc/nothing")):
+        with pytest.raises(RunError, match=f"{path}: the run cannot write there"):
+            RunDirectory(tmp_path / "log", [path])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(RunError, match="full: the run cannot write there"):
+            RunDirectory(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    RunDirectory(tmp_path / "full").close()
 
 
 def test_an_earlier_runs_metrics_are_kept_beside(tmp_path: Path) -> None:
@@ -44,9 +91,30 @@ def test_a_run_that_goes_on_keeps_its_file(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         log.write(step, {"x": step})
     log.close()
-    log = directory.continue_metrics(2)
+    log, warning = directory.continue_metrics(2)
+    assert warning is None
     log.write(3, {"x": 30})
     log.close()
     directory.close()
     assert [event["x"] for event in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 30]
     assert not (tmp_path / "metrics-1.jsonl").exists()
+
+
+def test_files_of_a_run_that_cannot_be_used_are_one_message(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    (tmp_path / "args.yaml").mkdir()
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "logs").write_text("")
+    for use, name in (
+        (lambda: directory.write_args("x"), "args.yaml"),
+        (lambda: directory.continue_metrics(1), "metrics.jsonl"),
+        (lambda: directory.run_id(new=True), "logs/run_id"),
+    ):
+        with pytest.raises(RunError, match=f"{tmp_path}/{name}: cannot be used"):
+            use()
+    (tmp_path / "logs").unlink()
+    name = directory.run_id(new=True)
+    assert directory.run_id(new=False) == name
+    (tmp_path / "logs/run_id").write_bytes(b"\xff\x00garbage")
+    assert directory.run_id(new=False) not in (name, "")
+    directory.close()

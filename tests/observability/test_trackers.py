@@ -32,7 +32,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def tracked(directory: Path, args: Args, *, first: int, new: bool, said: list[str]) -> MetricsLog:
     """As a run begins, or goes on from the checkpoint of step `first`."""
     run = RunDirectory(directory)
-    log = run.new_metrics() if new else run.continue_metrics(first)
+    log = run.new_metrics() if new else run.continue_metrics(first)[0]
     log.track(start_trackers(args, run.run_id(new=new), first), said.append)
     run.close()
     return log

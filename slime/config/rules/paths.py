@@ -6,6 +6,8 @@ Path: part of `rules`, beside `file_rules`. Invariant: files are read as data he
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +18,68 @@ from slime.config.rules.problem import Problem
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 """A tokenizer is one of these, at least."""
+MAX_NAME_BYTES = 255
+"""Of one file's or directory's name, on all usual file systems."""
 
 
 def directories(case: Case) -> Iterable[Problem]:
-    """What has to be a directory is no file."""
-    for field in ("load", "save", "ref_load", "critic_load", "log_dir", "tensorboard_dir", "save_debug_train_data"):
+    """What has to be a directory is no file, and what is written can be written."""
+    for field in ("load", "ref_load", "critic_load", "save_debug_train_data"):
         path: str | None = vars(case.args)[field]
-        if field in case.given and path is not None and Path(path).is_file():
+        if field in case.given and path is not None and _stat(path) == "file":
             yield case.error(field, "is a file, not a directory", "name a directory")
+    for field in ("save", "log_dir", "tensorboard_dir", "update_weight_disk_dir"):
+        path = vars(case.args)[field]
+        if path is None or not (field in case.given or (field == "log_dir" and "save" not in case.given)):
+            continue
+        fault = _stat(path)
+        if fault == "file":
+            yield case.error(field, "is a file, not a directory", "name a directory")
+            continue
+        fault = fault or _long_name(path) or _unwritable(Path(path))
+        if fault is not None:
+            yield case.missing(field, fault, "name a directory that you can write to")
+    for field in ("save_hf", "save_debug_rollout_data"):
+        path = vars(case.args)[field]
+        if path is None:
+            continue
+        fault = _long_name(path) or _unwritable(Path(path.partition("{")[0] or ".").parent)
+        if fault is not None:
+            yield case.missing(field, fault, "name a place that you can write to")
+
+
+def _stat(path: str) -> str | None:
+    """'file', or why nothing can be at `path`; None where there is a directory, or nothing yet."""
+    try:
+        return None if stat.S_ISDIR(os.stat(path).st_mode) else "file"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or a lone surrogate
+        return f"cannot be used ({getattr(error, 'strerror', None) or error})"
+
+
+def _long_name(path: str) -> str | None:
+    longest = max((len(part.encode(errors="replace")) for part in Path(path).parts), default=0)
+    return f"a name of {longest} bytes in it is too long" if longest > MAX_NAME_BYTES else None
+
+
+def _unwritable(path: Path) -> str | None:
+    """Why nothing can be written into the directory `path`, which a run would make; None where it can."""
+    there = path.absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            return f"{there} is a file"
+        if os.statvfs(there).f_flag & os.ST_RDONLY:
+            return f"the file system of {there} is read-only"
+        if not os.access(there, os.W_OK | os.X_OK):
+            return f"{there} may not be written"
+        if os.statvfs(there).f_blocks and os.statvfs(there).f_bavail == 0:  # what has no blocks cannot run out of them
+            return f"the file system of {there} is full"
+    except (OSError, ValueError) as error:
+        return f"cannot be used ({getattr(error, 'strerror', None) or error})"
+    return None
 
 
 def tokenizer(case: Case) -> Iterable[Problem]:
