@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from slime.engine.message import Message
+from slime.engine.protocol import require_bucket
 
 MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
 """A part of an engine's memory that it can give back and take again."""
@@ -31,12 +32,7 @@ class SharedBucket(Message):
     shapes: list[list[int]]
 
     def __post_init__(self) -> None:
-        counts = {len(self.names), len(self.dtypes), len(self.shapes)}
-        if len(counts) != 1:
-            raise ValueError(
-                f"{len(self.names)} names, {len(self.dtypes)} dtypes, {len(self.shapes)} shapes: "
-                "they have to be as many as each other"
-            )
+        require_bucket(self.names, self.dtypes, self.shapes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -316,6 +316,17 @@ class PauseGeneration(Message):
         require(self.mode in get_args(PauseMode), "mode", self.mode, f"one of {', '.join(get_args(PauseMode))}")
 
 
+def require_bucket(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError unless each tensor of a bucket has a dtype, and a shape of at most 2**40 elements."""
+    if len({len(names), len(dtypes), len(shapes)}) != 1:
+        raise ValueError(
+            f"{len(names)} names, {len(dtypes)} dtypes, {len(shapes)} shapes: they have to be as many as each other"
+        )
+    for shape in shapes:
+        good = len(shape) <= 8 and all(size >= 0 for size in shape) and math.prod(shape) <= 2**40
+        require(good, "shapes", shape, "at most 8 sizes >= 0 with a product of at most 2**40")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InitWeightsUpdateGroup(Message):
     """Join a process group; rank 0 is the trainer, an engine's first rank is `rank_offset`."""
@@ -326,6 +337,12 @@ class InitWeightsUpdateGroup(Message):
     world_size: int
     group_name: str = "weight_update_group"
     backend: str = "nccl"
+
+    def __post_init__(self) -> None:
+        require(0 < len(self.master_address) < 256, "master_address", self.master_address, "a host's name or address")
+        require(0 < self.master_port < 2**16, "master_port", self.master_port, "in [1, 65535]")
+        require(1 < self.world_size < 2**16, "world_size", self.world_size, "in [2, 65535]")
+        require(0 < self.rank_offset < self.world_size, "rank_offset", self.rank_offset, "in [1, world_size)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,12 +367,7 @@ class UpdateWeightsFromDistributed(Message):
     load_format: str | None = None
 
     def __post_init__(self) -> None:
-        counts = {len(self.names), len(self.dtypes), len(self.shapes)}
-        if len(counts) != 1:
-            raise ValueError(
-                f"{len(self.names)} names, {len(self.dtypes)} dtypes, {len(self.shapes)} shapes: "
-                "they have to be as many as each other"
-            )
+        require_bucket(self.names, self.dtypes, self.shapes)
         require(
             self.load_format in (None, "flattened_bucket"), "load_format", self.load_format, "unset or flattened_bucket"
         )

@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 
 import orjson
 from aiohttp import web
+from aiohttp.http_exceptions import PayloadEncodingError
+
+from slime.engine.message import short
 
 T = TypeVar("T")
 
@@ -26,11 +29,22 @@ def error_answer(message: str, status: int) -> web.Response:
 
 
 async def read_body(request: web.Request) -> Any:
-    raw = await request.read()
+    """The decoded JSON; {} for an empty body. Raises ValueError where it is none, or cannot be unpacked."""
+    try:
+        raw = await request.read()
+    except (PayloadEncodingError, web.RequestPayloadError) as error:  # as its Content-Encoding has it
+        raise ValueError(f"the body cannot be read: {error}") from error
     try:
         return orjson.loads(raw) if raw else {}
     except orjson.JSONDecodeError as error:
         raise ValueError(f"the body is no JSON: {error}") from error
+
+
+async def read_no_fields(request: web.Request) -> None:
+    """For an endpoint that takes none. Raises ValueError where the body is neither empty nor `{}`."""
+    body = await read_body(request)
+    if body != {}:
+        raise ValueError(f"the body is {short(body)}; {request.path} takes no fields: send {{}}")
 
 
 async def in_daemon_thread(function: Callable[[], T]) -> T:

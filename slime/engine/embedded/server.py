@@ -24,7 +24,7 @@ import torch
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
-from slime.engine.embedded.answers import error_answer, json_answer, read_body
+from slime.engine.embedded.answers import error_answer, json_answer, read_body, read_no_fields
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.device_routes import DeviceRoutes
 from slime.engine.embedded.exchange import Exchange
@@ -48,7 +48,8 @@ logger = logging.getLogger("slime.engine.embedded")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MakeModel = Callable[..., Model]
 """(architecture, dtype=...) -> the model."""
-MAX_BODY = 256 * 1024**2
+MAX_BODY = 32 * 1024**2
+"""Bytes; weights come in another way than in a body."""
 UNPROCESSABLE = 422
 """Status for a request that the model cannot answer: asking again, here or elsewhere, gives the same."""
 
@@ -186,10 +187,13 @@ class Server:
         return json_answer({"success": True, "message": f"Generation paused ({mode})."})
 
     async def resume(self, http: web.Request) -> web.Response:
+        await read_no_fields(http)
         await self._call(self._scheduler.resume)
         return json_answer({"success": True, "message": "Generation continued."})
 
     async def flush(self, http: web.Request) -> web.Response:
+        await read_no_fields(http)
+
         def flush() -> int:
             if not self._scheduler.num_running:
                 self._scheduler.forget_prompts()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from aiohttp import web
 
-from slime.engine.embedded.answers import in_daemon_thread, json_answer, read_body
+from slime.engine.embedded.answers import in_daemon_thread, json_answer, read_body, read_no_fields
 from slime.engine.embedded.scheduler import Scheduler
 from slime.engine.embedded.weights import EngineWeights
 from slime.engine.protocol import (
@@ -88,11 +88,13 @@ class WeightRoutes:
         return json_answer({"success": True, "message": f"left {name!r}"})
 
     async def begin_update(self, http: web.Request) -> web.Response:
+        await read_no_fields(http)
         async with self._updating:
             await self._call(self._weights.begin)
         return json_answer({"success": True, "message": "Success"})
 
     async def end_update(self, http: web.Request) -> web.Response:
+        await read_no_fields(http)
         async with self._updating:
             await self._call(self._weights.end)
         return json_answer({"success": True, "message": "Success"})

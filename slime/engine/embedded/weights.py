@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.scheduler import Scheduler
+from slime.engine.message import short
 from slime.models.hf_files import HFReader
 
 HOLD = "weight update"
@@ -137,7 +138,10 @@ class EngineWeights:
                 generated until a whole set has come).
         """
         self._require_memory()
-        reader, weights = HFReader(path), self._model.weights
+        try:
+            reader, weights = HFReader(path), self._model.weights
+        except OSError as error:
+            raise ValueError(f"{short(str(path))}: {error}; name a Hugging Face directory") from error
         extra = {n for n in reader.names() if n not in weights and not self._may_skip(n)}
         missing = set(weights) - set(reader.names())
         if missing or extra:
