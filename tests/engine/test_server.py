@@ -187,7 +187,7 @@ def test_a_client_that_goes_takes_its_request_along(glm4_engine: ManagedProcess)
 
 def test_the_api_key_guards_all_but_health(model_dirs: dict[str, Path], start_engine: StartEngine) -> None:
     engine = start_engine(model_dirs["qwen3"], "--api-key", "sesame")  # ready: health needs no key
-    for headers in ({}, {"Authorization": "Bearer wrong"}):
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \xe9"}):
         status, answer = call(engine.url + "/model_info", headers=headers)
         assert (status, "API key" in answer["message"]) == (401, True)
     assert call(engine.url + "/model_info", headers={"Authorization": "Bearer sesame"})[0] == 200
