@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from slime.config import experts
 from slime.config.args import Args
+from slime.config.hf_features import refuse_unknown, rope_of, rope_scaling, unknown_keys
 from slime.config.rules.problem import Problem, flag_name, show
 from slime.core.architecture import Architecture, RopeScaling
 
@@ -51,10 +52,10 @@ def hf_architecture(config: Mapping[str, Any]) -> Architecture:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
-    _refuse_unknown_layers(config)
+    refuse_unknown(config)
     glm4, partial = family == "glm4", family in ("glm4", "glm4_moe")
     heads = config["num_attention_heads"]
-    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope_of(config)
     rotary_percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5)) if partial else 1.0
     return Architecture(
         family=family,
@@ -71,7 +72,7 @@ def hf_architecture(config: Mapping[str, Any]) -> Architecture:
         rotary_base=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         rotary_percent=float(rotary_percent),
         rotary_interleaved=glm4,
-        rope_scaling=_rope_scaling(rope),
+        rope_scaling=rope_scaling(config),
         add_qkv_bias=family == "qwen2" or (partial and bool(config.get("attention_bias", glm4))),
         qk_layernorm=family in ("qwen3", "qwen3_moe") or (family == "glm4_moe" and bool(config.get("use_qk_norm"))),
         post_self_attn_layernorm=glm4,
@@ -79,41 +80,6 @@ def hf_architecture(config: Mapping[str, Any]) -> Architecture:
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         **experts.hf_experts(config),
     )
-
-
-def _refuse_unknown_layers(config: Mapping[str, Any]) -> None:
-    """Raise ValueError where a config.json asks for something that a decoder layer here does not have."""
-    if config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
-        types = config.get("layer_types")
-        windowed = (
-            "sliding_attention" in types if types else config.get("max_window_layers", 28) < config["num_hidden_layers"]
-        )
-        if windowed:
-            raise ValueError("sliding-window attention (use_sliding_window) is not built")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {config['hidden_act']!r} is not built, only silu")
-    if config.get("mlp_bias"):
-        raise ValueError("biases in the MLP (mlp_bias) are not built")
-    if config["model_type"] in ("llama", "qwen3", "qwen3_moe") and config.get("attention_bias"):
-        raise ValueError("attention_bias, in this family also a bias of the output projection, is not built")
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    """From rope_parameters, or from the older rope_scaling whose type may stand under `type`."""
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "default":
-        return None
-    if rope_type != "llama3":
-        raise ValueError(f"RoPE of type {rope_type!r} is not built, only the types default and llama3")
-    scaling = RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-    )
-    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor or scaling.factor <= 0:
-        raise ValueError(f"RoPE of type llama3 has to have 0 < factor and 0 < low < high_freq_factor: {dict(rope)}")
-    return scaling
 
 
 _HF_KEYS: Mapping[str, str] = {
@@ -138,12 +104,15 @@ def config_of(shape: Architecture, config: Mapping[str, Any]) -> tuple[dict[str,
     changed = {f.name for f in fields(Architecture) if getattr(shape, f.name) != getattr(before, f.name)}
     keys = {**_HF_KEYS, **experts.hf_keys(before.family)}
     new |= {key: getattr(shape, name) for name, key in keys.items() if name in changed}
+    if config.get("rope_parameters"):
+        new.pop("rope_scaling", None)  # it says the same, and only one of them is changed
     place = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope: dict[str, Any] = dict(config.get(place) or {})
     for name, key in _ROPE_KEYS.items():
         if name in changed:
             (rope if key in rope or place == "rope_parameters" else new)[key] = getattr(shape, name)
     if "rope_scaling" in changed:
+        new.pop("original_max_position_embeddings", None)  # it says the same as the one in `rope`
         rope = {key: value for key, value in rope.items() if key not in (*_SCALING_KEYS, "type", "rope_type")}
         rope |= {"rope_type": "default"} if shape.rope_scaling is None else asdict(shape.rope_scaling)
         rope |= {} if shape.rope_scaling is None else {"rope_type": "llama3"}
@@ -318,6 +287,23 @@ def _override_problems(args: Args) -> list[Problem]:
     return problems
 
 
+def _unknown_keys(args: Args, config: Mapping[str, Any]) -> list[Problem]:
+    """One warning that names keys of config.json that nothing here reads, and that are not known to have no effect."""
+    names = unknown_keys(config)
+    if not names:
+        return []
+    return [
+        Problem(
+            severity="warning",
+            where="--hf-checkpoint",
+            value=args.hf_checkpoint or "",
+            rule=f"its config.json has keys that nothing here reads: {', '.join(names)}",
+            remedy="see whether the model depends on them",
+            fields=frozenset(["hf_checkpoint"]),
+        )
+    ]
+
+
 def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
     """Args with `architecture` and the architecture flags filled in, and what is wrong with them."""
     problems = _override_problems(args)
@@ -336,11 +322,13 @@ def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
         )
 
     config: Architecture | None = None
+    raw: dict[str, Any] = {}
     if args.hf_checkpoint is None:
         complain("not given; tokenizer, config and the engines' first weights come from it", "name an HF directory")
     else:
         try:
-            config = hf_architecture(read_hf_config(args.hf_checkpoint))
+            raw = read_hf_config(args.hf_checkpoint)
+            config = hf_architecture(raw)
         except OSError:
             complain("there is no config.json", "name a downloaded HF directory (`hf download MODEL --local-dir DIR`)")
         except KeyError as error:
@@ -348,6 +336,7 @@ def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
         except ValueError as error:
             complain(str(error), "use a model of a family that is built")
     if config is not None:
+        problems += _unknown_keys(args, raw)
         try:
             problems += conflicts(args, config)
             architecture = _with_flags(config, given_flags(args), args.megatron_extra)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from slime.config.architecture import config_of, read_hf_config
 from slime.config.args import Args
+from slime.config.quantized import refuse_quantized
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
 from slime.megatron.build import EMBEDDING, OUTPUT, VALUE_HEAD, ModelChunks, named_weights
@@ -45,8 +46,10 @@ def load_hf_into(model: ModelChunks, architecture: Architecture, reader: HFReade
     An optimizer that keeps fp32 copies has to be told: `optimizer.reload_model_params()`.
 
     Raises:
-        ValueError: names or shapes do not fit the architecture; all names that are too many or too few are listed.
+        ValueError: the directory's weights are quantized, or names or shapes do not fit the architecture; all names
+            that are too many or too few are listed.
     """
+    refuse_quantized(reader.path)
     table = weight_table(architecture)
     weights = dict(named_weights(model))
     names = _names(_stages(weights))

@@ -33,7 +33,7 @@ from slime.config.rules.not_built import not_built
 from slime.config.rules.offpolicy import offpolicy
 from slime.config.rules.optimizer import cpu_offload, decay, optimizer, resumed_schedule, warm_up, weight_decay
 from slime.config.rules.partial import partial_rollout
-from slime.config.rules.paths import directories, tokenizer, weight_files
+from slime.config.rules.paths import directories, quantized, tokenizer, weight_files
 from slime.config.rules.problem import Problem
 from slime.config.rules.rewards import custom_reward, eval_rewards, reward, reward_types, reward_url
 from slime.config.rules.routing import routing_replay
@@ -252,8 +252,8 @@ def precision(case: Case) -> Iterable[Problem]:
         yield case.warning("hidden_dropout", rule, "set it to 0")
 
 
-CONVERSION_RULES: tuple[Rule, ...] = (parallel_sizes, precision, megatron_decided, megatron_known)
-"""For tools that need the model and the parallel sizes alone."""
+CONVERSION_RULES: tuple[Rule, ...] = (quantized, parallel_sizes, precision, megatron_decided, megatron_known)
+"""For tools that need the model's directory and the parallel sizes alone."""
 
 TRAINING_RULES: tuple[Rule, ...] = (
     engines,
@@ -315,6 +315,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     best_checkpoint,
     tokenizer,
     directories,
+    quantized,
     weight_files,
     weights,
     files_of_rollouts,

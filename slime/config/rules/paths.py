@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from slime.config.end_tokens import end_token_ids, read_json_object
+from slime.config.quantized import REMEDY, quantization
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
 
@@ -20,6 +21,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 """A tokenizer is one of these, at least."""
 MAX_NAME_BYTES = 255
 """Of one file's or directory's name, on all usual file systems."""
+MODEL_DIRECTORIES = ("hf_checkpoint", "ref_load", "load", "critic_load")
+"""Fields that name a directory which may be an HF directory with weights."""
 
 
 def directories(case: Case) -> Iterable[Problem]:
@@ -117,10 +120,21 @@ def tokenizer(case: Case) -> Iterable[Problem]:
         yield case.warning("hf_checkpoint", rule, "see whether tokenizer and weights belong together")
 
 
+def quantized(case: Case) -> Iterable[Problem]:
+    """No directory that weights come from is a quantized model, also in a --dry-run. Each is named once."""
+    seen: set[Path] = set()
+    for field in MODEL_DIRECTORIES:
+        path: str | None = vars(case.args)[field]
+        found = None if path is None or Path(path) in seen else quantization(path)
+        if path is not None and found is not None:
+            seen.add(Path(path))
+            yield case.error(field, found, REMEDY)
+
+
 def weight_files(case: Case) -> Iterable[Problem]:
     """Every safetensors file of an HF directory is there, and as long as its header says."""
     args = case.args
-    for field in ("hf_checkpoint", "ref_load", "load", "critic_load"):
+    for field in MODEL_DIRECTORIES:
         path: str | None = vars(args)[field]
         if path is None or not (Path(path) / "config.json").is_file():
             continue

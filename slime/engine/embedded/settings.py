@@ -18,6 +18,7 @@ import torch
 
 from slime.config.architecture import FAMILIES, hf_architecture, read_hf_config
 from slime.config.end_tokens import end_token_ids
+from slime.config.quantized import refuse_quantized
 from slime.core.architecture import Architecture
 from slime.engine.embedded.cache import WIDTH_STEP, KVCache
 from slime.engine.embedded.text import Text
@@ -142,6 +143,7 @@ def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
+        refuse_quantized(path)
         return read_hf_config(path)
     except OSError as error:
         raise ValueError(f"--model-path {path}: {error}; name a Hugging Face directory") from error
