@@ -31,6 +31,7 @@ from slime.megatron.checkpoint_search import find_sound_checkpoint
 from slime.megatron.critic import Critic, rollout_metrics
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.guard import BadStepError, StepGuard, check_columns
+from slime.megatron.hf_unchanged import HF_FILES, HFFiles
 from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows
 from slime.megatron.offpolicy import add_offpolicy, version_of_weights
 from slime.megatron.optimizer import build_optimizer, follow_schedule, steps_per_rollout
@@ -70,6 +71,7 @@ class Trainer:
             chunk_size=args.log_probs_chunk_size,
         )
         self._loss = loss_of(args)
+        self._hf_files = HFFiles(args)
         self._guard = StepGuard(args, self.topology)
         self.critic = Critic(args, self.topology, self._dump) if args.uses_critic else None
 
@@ -135,6 +137,7 @@ class Trainer:
             if self.critic is not None:
                 self.critic.start(found)
             return LoadResult(0, None, str(found.path))
+        self._hf_files.refuse_others(found)
         if self.critic is not None:
             self.critic.resume(found)
         loaded = load_checkpoint(
@@ -153,7 +156,7 @@ class Trainer:
             with device.layer():
                 self.optimizer.reload_model_params()
         follow_schedule(self.optimizer, self.scheduler)
-        state = dict(loaded.state or {})
+        state = {key: value for key, value in (loaded.state or {}).items() if key != HF_FILES}
         if "step_guard" in state:
             self._guard.load_state_dict(state.pop("step_guard"))
         assert loaded.rollout_id is not None
@@ -178,7 +181,7 @@ class Trainer:
             model=self.model,
             optimizer=None if args.no_save_optim else self.optimizer,
             scheduler=None if args.no_save_optim else self.scheduler,
-            state=state | {"step_guard": self._guard.state_dict()},
+            state=state | self._hf_files.state | {"step_guard": self._guard.state_dict()},
             keep_last=args.keep_last_checkpoints,
             critic=None if self.critic is None else self.critic.saved(),
         )

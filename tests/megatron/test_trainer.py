@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -378,6 +380,27 @@ def test_a_checkpoint_without_optimizer_is_not_resumed_in_silence(
     assert "iter_0000003 was saved with --no-save-optim" in message and "--no-load-optim" in message
     [result] = workers.run(1, _with_trainer, replace(args, no_load_optim=True), Trainer.load)
     assert result.next_rollout_id == 4
+
+
+def test_a_run_does_not_go_on_with_other_files_of_the_model(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(hf, tmp_path / "hf"))
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    save = str(tmp_path / "save")
+    args = tiny.make_args(source, save=save, load=save)
+    workers.run(1, _with_trainer, args, _save_at, [3])
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "transformers_version": "0", "dtype": "x"}, indent=7))
+    [result] = workers.run(1, _with_trainer, args, Trainer.load)
+    assert result.next_rollout_id == 4 and "hf_files" not in result.state
+    (source / "config.json").write_text(json.dumps({**config, "eos_token_id": 5}))
+    (source / "chat_template.jinja").write_text("{{ other }}")
+    [message] = workers.run(1, _with_trainer, args, _error_of_loading)
+    assert (
+        f"--hf-checkpoint {source}: not what {save}/iter_0000003 was trained with (another chat template; " in message
+    )
+    assert "config.json: eos_token_id" in message and "5 now)" in message and "--finetune" in message
+    [result] = workers.run(1, _with_trainer, replace(args, finetune=True, save=None), Trainer.load)
+    assert result.next_rollout_id == 0
 
 
 def _export(trainer: Trainer, paths: dict[str, Path]) -> tuple[torch.dtype, dict[str, torch.Tensor]]:
