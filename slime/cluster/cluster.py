@@ -23,6 +23,7 @@ from slime.cluster.trackers import start_trackers
 from slime.cluster.turns import memory_of
 from slime.config.args import Args
 from slime.config.dump import dump_args
+from slime.config.secrets import masker_of
 from slime.observability.best_checkpoint import BestCheckpoint
 from slime.observability.console import RunConsole
 from slime.observability.logs import log_to_file
@@ -87,7 +88,7 @@ class Cluster:
         signal.signal(signal.SIGTERM, _exit_on_sigterm)
         directory = _run_directory(args)
         self._cleanup.callback(directory.close)
-        log_to_file(directory.logs, "driver")
+        log_to_file(directory.logs, "driver", masker_of(args))
         self._processes = processes = Processes(args, directory.logs)
         self._cleanup.callback(processes.stop)
         processes.start()

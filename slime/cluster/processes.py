@@ -33,6 +33,7 @@ from slime.config.rules.engines import needs_weight_directory, starts_engines
 from slime.config.rules.optimizer import decay, warm_up
 from slime.core.errors import RunError
 from slime.engine.external import FoundEngines, find_engines
+from slime.engine.keys import Keys, with_keys
 from slime.engine.membership import Membership, external_router_url
 from slime.engine.sglang_installed import check_installed, installed_version
 from slime.sync.weight_directory import WeightDirectory
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
 STOP_TIMEOUT_S = 15.0
 END_TIMEOUT_S = 5.0
 PROGRESS_S = 10.0
+OPEN_ROUTER = (
+    "the router at {url} requires no key for its list of engines: whoever reaches it can add one, which ends the run "
+    "only after it was sent prompts; start it with --control-plane-api-keys ID:NAME:admin:KEY, and give the run "
+    "--router-control-plane-api-keys with the same"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +56,7 @@ class Processes:
     """Ray actors by role. `trainers[rank]`, `engines[index]`, `manager`."""
 
     def __init__(self, args: Args, log_dir: Path) -> None:
-        self._args = args
+        self._args = args = with_keys(args)
         self._log_dir = log_dir.absolute()
         self._placement: Placement | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
@@ -81,8 +87,6 @@ class Processes:
         self._waiter.name(self.manager, "the rollout manager")
         self._manager_started = self.manager.start.remote()
         near = num_nodes() == 1
-        if not near and place.num_engines and args.sglang.get("api_key") is None:
-            print("WARNING engines listen to whoever reaches their nodes: add --sglang-api-key", flush=True)
         self.engines = [
             # An owner whose process dies is started anew by Ray, in its place; the engine then is, by it.
             EngineWorker.options(
@@ -150,8 +154,10 @@ class Processes:
             if args.rollout_external_engines and args.num_engines:
                 self._external = asyncio.run(find_engines(args, say=print))
             if router_url is not None and args.num_engines:
-                router = Membership(router_url, api_key=args.sglang.get("api_key"), timeout=args.engine_start_timeout)
+                router = Membership(router_url, keys=Keys.of(args), timeout=args.engine_start_timeout)
                 router.wait_ready()
+                if router.is_open():
+                    print(f"WARNING {OPEN_ROUTER.format(url=router_url)}", flush=True)
                 router.refuse_others(args.rollout_external_engines)
             if needs_weight_directory(args):
                 assert args.update_weight_disk_dir is not None, "resolving the arguments sets it"

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from slime.cluster.local_ray import protect_local_ray
 from slime.config.dry_run.plan import format_plan
 from slime.config.parse import UsageError, load_args
+from slime.config.secrets import hide_command_line, masker_of
 from slime.core.errors import RunError
+from slime.core.masking import mask_output
 
 if TYPE_CHECKING:
     from slime.cluster.cluster import Cluster
@@ -28,6 +30,7 @@ def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:
     `rollouts_ahead`: how many rollouts the story generates before the one that is trained is done; rules and the plan
     go by it. Raises SystemExit with the message that the user is to read.
     """
+    hide_command_line(argv)
     try:
         _plan_and_run(story, argv, rollouts_ahead)
     except UsageError as error:
@@ -41,6 +44,7 @@ def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:
 
 def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> None:
     args, warnings = load_args(argv, rollouts_ahead=rollouts_ahead)
+    mask_output(masker_of(args))
     print(format_plan(args, warnings), flush=True)
     if args.dry_run:
         return

@@ -20,12 +20,15 @@ from slime.cluster.fleet import EngineUp, Fleet, FleetState
 from slime.cluster.health import EngineWatch, Watched, answering
 from slime.config.args import Args
 from slime.config.flags.options import HookOptions
+from slime.config.secrets import masker_of
 from slime.core.batch import TrainBatch, from_samples
 from slime.core.errors import Fault
+from slime.core.masking import mask_output
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
 from slime.engine.client import EngineClient
 from slime.engine.external import free_engines
+from slime.engine.keys import Keys
 from slime.engine.launch import ManagedProcess, find_free_port, launch_router
 from slime.engine.membership import Membership, external_router_url
 from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
@@ -78,7 +81,8 @@ class RolloutManager:
 
     def start(self) -> list[str]:
         """Load tokenizer and prompts, and make the reward pool. Comes before all other calls. Returns warnings."""
-        log_to_file(self._log_dir, "rollout")
+        log_to_file(self._log_dir, "rollout", masker := masker_of(self._args))
+        mask_output(masker)
         with collected_warnings() as warnings:
             self._load()
         return warnings
@@ -111,13 +115,13 @@ class RolloutManager:
     async def connect_engines(self, router_url: str, engine_urls: list[str], engines: list[Any]) -> None:
         """Register the engines with the router and make the client. `engines`: the owners of those that are ours."""
         args = self._args
-        api_key = args.sglang.get("api_key")
-        self._membership = Membership(router_url, api_key=api_key, timeout=args.engine_start_timeout)
+        keys = Keys.of(args)
+        self._membership = Membership(router_url, keys=keys, timeout=args.engine_start_timeout)
         await asyncio.to_thread(self._membership.join, engine_urls)
         self._client = client = EngineClient(
             router_url,
             engines=engine_urls,
-            api_key=api_key,
+            keys=keys,
             request_timeout=args.engine_request_timeout,
             patience=args.engine_start_timeout + args.engine_health_timeout,
         )
@@ -159,8 +163,7 @@ class RolloutManager:
         """These engines hold `version` now, and generate with it; the router still leads to the run's alone."""
         if self._fleet is not None and not self._args.rollout_external_engines:  # those stand where they always stood
             await self._fleet.admit(engines)
-        if self._client is not None and self._router is None:
-            await self._client.check_router(in_motion=() if self._fleet is None else self._fleet.in_motion())
+        await self._check_router()
         self._context.policy_version = version
 
     async def fleet_state(self) -> FleetState:
@@ -244,6 +247,7 @@ class RolloutManager:
         """`work`, unless an engine or the router is lost for good first: that ends it with an error that names it."""
         if self._watch is None or self._fleet is None:
             return await work
+        await self._check_router()
         task = asyncio.ensure_future(work)
         death = asyncio.ensure_future(self._watch.first_death())
         failure = asyncio.ensure_future(self._fleet.failure())
@@ -253,11 +257,21 @@ class RolloutManager:
         failure.cancel()
         if lost is None:
             result = task.result()
+            await self._check_router()
             await self._check_weights()
             return result
         task.cancel()
         await asyncio.wait({task})
         raise lost
+
+    async def _check_router(self) -> None:
+        """See to it that a router that others have started leads to the run's engines alone, also after a rollout.
+
+        Raises:
+            EngineError: naming the engines that are too many or too few.
+        """
+        if self._client is not None and self._router is None:
+            await self._client.check_router(in_motion=() if self._fleet is None else self._fleet.in_motion())
 
     async def _check_weights(self) -> None:
         """Engines that others have started may be started anew by them: with their first weights, and at once well.

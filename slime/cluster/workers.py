@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from slime.config.args import Args
+from slime.config.secrets import masker_of
 from slime.core.batch import TrainBatch
+from slime.core.masking import mask_output
 from slime.core.threads import THREADS_SLEEP_SOON
+from slime.engine.keys import Keys
 from slime.observability.logs import collected_warnings, log_to_file
 
 if TYPE_CHECKING:
@@ -75,7 +78,8 @@ class TrainWorker:
 
     def load(self) -> tuple[LoadResult, list[str]]:
         """Build the trainer and load its checkpoint. Comes before all other calls. The second part are warnings."""
-        log_to_file(self._log_dir, f"trainer-{self._rank}")
+        log_to_file(self._log_dir, f"trainer-{self._rank}", masker := masker_of(self._args))
+        mask_output(masker)
         with without(*TRACKERS_OF_MEGATRON):
             from slime.megatron.trainer import Trainer
 
@@ -154,7 +158,7 @@ class TrainWorker:
                 shared_with,
                 rank=self._rank,
                 engines_on_cpu=self._engines_on_cpu,
-                api_key=self._args.sglang.get("api_key"),
+                keys=Keys.of(self._args),
                 bucket_bytes=self._args.update_weight_buffer_size,
             )
             return
@@ -168,7 +172,7 @@ class TrainWorker:
         from slime.sync.disk import DiskTransport
 
         args = self._args
-        client = EngineClient(router_url, engines=engine_urls, api_key=args.sglang.get("api_key"))
+        client = EngineClient(router_url, engines=engine_urls, keys=Keys.of(args))
         bucket_bytes = args.update_weight_buffer_size
         if args.update_weight_transport == "disk":
             assert args.hf_checkpoint is not None, "the engines serve it"

@@ -1,6 +1,8 @@
 """args.yaml: every resolved value, in the form that `--config` reads.
 
-Path: the cluster writes it beside the checkpoints. Invariant: `--config args.yaml` gives the same Args again.
+Path: the cluster writes it next to the checkpoints, and trackers show it. Invariant: `--config args.yaml` gives the
+same Args again, except for secrets: a value that holds one is left out and named in a comment, so that nobody starts a
+run with asterisks for a key.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ import yaml
 
 from slime.config.args import SECTIONS, Args
 from slime.config.flags.table import Source, all_flags
+from slime.config.rules.problem import show
+from slime.config.secrets import masked
 
 ONE_CALL = {"config", "dry_run"}
 """About one call of the program, not about the run."""
-SECRETS = ("api_key", "password")
-"""Ends of names whose values are not written to disk."""
 
 
 def _plain(value: Any) -> Any:
@@ -29,16 +31,29 @@ def dump_args(args: Args) -> str:
     parts: list[str] = []
     for section in SECTIONS:
         names = [item.name for item in fields(section) if item.name not in ONE_CALL]
-        values = {name: _plain(vars(args)[name]) for name in names}
-        parts.append(f"# {section.__name__}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}")
+        parts.append(_part(section.__name__, "slime", {name: vars(args)[name] for name in names}))
     passed: list[tuple[Source, Mapping[str, Any]]] = [
         ("megatron", args.megatron_extra),
         ("sglang", args.sglang),
         ("router", args.router),
     ]
     for source, mapping in passed:
-        keys = {spec.name: spec.flag[2:].replace("-", "_") for spec in all_flags() if spec.source == source}
         if mapping:
-            values = {keys[name]: _plain(value) for name, value in mapping.items() if not name.endswith(SECRETS)}
-            parts.append(f"# passed on to {source}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}")
+            parts.append(_part(f"passed on to {source}", source, mapping))
     return "\n".join(parts)
+
+
+def _part(title: str, source: Source, mapping: Mapping[str, Any]) -> str:
+    specs = {spec.name: spec for spec in all_flags() if spec.source == source}
+    values: dict[str, Any] = {}
+    comments = [f"# {title}"]
+    for name, value in mapping.items():
+        spec = specs[name]
+        key = name if source == "slime" else spec.flag[2:].replace("-", "_")
+        shown = masked(spec.secret, show(value)) if spec.secret else show(value)
+        if shown == show(value):
+            values[key] = _plain(value)
+        else:
+            comments.append(f"# {key} is not written here, it holds a secret: {shown}")
+    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
+    return "\n".join([*comments, body])

@@ -26,8 +26,10 @@ from slime.config.flags.table import SET_BY_SLIME, FlagSpec, Source, spellings
 from slime.config.resolve import resolve
 from slime.config.rules.check import CONVERSION_RULES, TRAINING_RULES, Case, check
 from slime.config.rules.problem import Problem, UsageError, show
+from slime.config.secrets import from_environment, masked, secret_values
 from slime.config.sharding import resolve_sharding
 from slime.config.values import BOOLEANS, from_texts, from_yaml
+from slime.core.masking import HIDDEN, Masker
 
 __all__ = ["UsageError", "dump_args", "load_args", "parse_args"]
 
@@ -61,6 +63,7 @@ class Given:
     def complain(self, where: str, rule: str, remedy: str, *, value: str = "", spec: FlagSpec | None = None) -> None:
         fields = frozenset([spec.name]) if spec else frozenset[str]()
         self.broken |= fields
+        value = masked(spec and spec.secret, value)
         self.problems.append(
             Problem(severity="error", where=where, value=value, rule=rule, remedy=remedy, fields=fields)
         )
@@ -124,7 +127,7 @@ def _set_from_words(given: Given, spelling: str, words: list[str], attached: boo
             given.set(spec, switches_on, spelling)
         return
     try:
-        value = from_texts(spec, words)
+        value = from_texts(spec, from_environment(words) if spec.secret else words)
     except ValueError as error:
         given.complain(spelling, f"has to be {error}", f"it means: {spec.help}", value=text or "(nothing)", spec=spec)
         return
@@ -142,7 +145,10 @@ def read_command_line(given: Given, argv: Sequence[str]) -> None:
         while words and not equals and not words[0].startswith("--"):
             values.append(words.pop(0))
         while equals and words and not words[0].startswith("--"):
-            given.complain(repr(words.pop(0)), "stands behind no flag", f"{spelling}= takes one value")
+            spec = spellings()[spelling][0] if spelling in spellings() else None
+            word = words.pop(0)
+            shown = HIDDEN if spec is not None and spec.secret else repr(word)
+            given.complain(shown, "stands behind no flag", f"{spelling}= takes one value")
         _set_from_words(given, spelling, values, attached=bool(equals))
 
 
@@ -151,7 +157,8 @@ def read_yaml(given: Given, path: str) -> None:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8
-        given.complain("--config", f"cannot be read ({error})", "name a YAML file with flags as keys", value=path)
+        reason = _yaml_fault(error) if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        given.complain("--config", f"cannot be read ({reason})", "name a YAML file with flags as keys", value=path)
         return
     if not isinstance(data, dict):
         given.complain("--config", "holds no mapping", "write one `flag: value` a line", value=path)
@@ -175,13 +182,19 @@ def read_yaml(given: Given, path: str) -> None:
             given.complain(where, "a configuration file cannot name another", "give one --config")
             continue
         try:
-            typed = from_yaml(spec, value)
+            typed = from_yaml(spec, from_environment(value) if spec.secret else value)
         except ValueError as error:
             given.complain(
                 where, f"has to be {error}", f"it means: {spec.help}", value=str(cast(object, value)), spec=spec
             )
             continue
         given.set(spec, typed == switches_on if spec.kind == "bool" and typed is not None else typed, where)
+
+
+def _yaml_fault(error: yaml.MarkedYAMLError) -> str:
+    """What is wrong and where, without the lines of the file, which may hold a key."""
+    mark = error.problem_mark
+    return f"{error.problem}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(error.problem)
 
 
 def read(argv: Sequence[str]) -> Given:
@@ -243,6 +256,8 @@ def load_args(argv: Sequence[str], *, training: bool = True, rollouts_ahead: int
     problems += check(case, TRAINING_RULES if training else CONVERSION_RULES)
     problems = given.problems + [problem for problem in problems if not problem.fields & given.broken]
     problems += memory_problems(args, problems) if training else []
+    masker = Masker(secret_values(given.values))
+    problems = [problem.masked(masker) for problem in problems]
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         raise UsageError(errors)

@@ -16,6 +16,7 @@ from typing import Any
 
 from slime.engine.connection import RETRY_STATUS, Connection, EngineError
 from slime.engine.device_protocol import MemoryOccupation, MemoryTag, UpdateWeightsFromTensor
+from slime.engine.keys import NO_KEYS, Keys
 from slime.engine.message import Message
 from slime.engine.protocol import (
     AbortRequest,
@@ -54,7 +55,7 @@ class EngineClient:
         router_url: str,
         *,
         engines: Sequence[str] | None = None,
-        api_key: str | None = None,
+        keys: Keys = NO_KEYS,
         request_timeout: float = 1800.0,
         patience: float = 0.0,
     ) -> None:
@@ -63,7 +64,8 @@ class EngineClient:
         self._engines = None if engines is None else list(engines)
         self._request_timeout = request_timeout
         self._patience = patience
-        self._connection = Connection(api_key)
+        self._keys = keys
+        self._connection = Connection(self._key_for)
         self.update_sessions = UpdateSessions(self._connection, self.workers)
         self._num_aborts = 0
         self._num_turns = 0
@@ -88,6 +90,11 @@ class EngineClient:
 
     def set_router(self, url: str) -> None:
         self._router_url = url.rstrip("/")
+
+    def _key_for(self, url: str) -> str | None:
+        if not self._router_url or not url.startswith(f"{self._router_url}/"):
+            return self._keys.engine
+        return self._keys.control if url == self._router_url + RouterEndpoint.WORKERS else self._keys.router
 
     def _is_gone(self, engine: str) -> bool:
         return self._engines is not None and engine not in self._engines

@@ -23,6 +23,7 @@ BACKOFF = 0.2
 """Seconds before the first retry; each further one waits twice as long."""
 LONGEST_BACKOFF = 2.0
 """Seconds between two attempts of a request that has patience."""
+_CONTENT = {"Content-Type": "application/json"}
 
 
 class EngineError(RuntimeError):
@@ -39,10 +40,9 @@ class EngineError(RuntimeError):
 class Connection:
     """The connections of one event loop, shared by all requests."""
 
-    def __init__(self, api_key: str | None) -> None:
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+    def __init__(self, key_for: Callable[[str], str | None]) -> None:
+        """`key_for`: the API key that belongs to a URL; None: it is sent none."""
+        self._key_for = key_for
         self._opened: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -56,7 +56,7 @@ class Connection:
             # Idle connections are dropped before SGLang drops them (after 5 s), or a request would meet a closed one.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
             # Engines are ours: a proxy of the environment has no business between.
-            self._opened = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
+            self._opened = aiohttp.ClientSession(connector=connector, headers=_CONTENT, trust_env=False)
         return self._opened
 
     async def request(
@@ -90,7 +90,9 @@ class Connection:
             if url is None:
                 break
             try:
-                async with self._session().request(method, url, data=data, timeout=limit) as answer:
+                async with self._session().request(
+                    method, url, data=data, timeout=limit, headers=authorization(self._key_for(url))
+                ) as answer:
                     raw = await answer.read()
             except TimeoutError:
                 raise EngineError(url, 0, f"no answer within {timeout:g} s") from None
@@ -114,6 +116,11 @@ class Connection:
                 return answer.status == 200
         except (TimeoutError, aiohttp.ClientError, OSError):
             return False
+
+
+def authorization(key: str | None) -> dict[str, str]:
+    """The header that carries `key`; none without one."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def _waits(patience: float) -> Iterator[float]:

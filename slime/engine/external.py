@@ -16,6 +16,7 @@ from typing import Any
 from slime.config.args import Args
 from slime.config.context import SPARE_OF_INPUTS, engine_limits, rollout_limits
 from slime.engine.client import EngineClient, EngineError
+from slime.engine.keys import Keys
 from slime.engine.protocol import WEIGHT_GROUP, EngineInfo
 
 POLL_S = 0.2
@@ -40,7 +41,7 @@ async def find_engines(args: Args, *, say: Callable[[str], None]) -> FoundEngine
         ValueError: one serves another model.
     """
     urls = args.rollout_external_engines
-    async with EngineClient("", engines=urls, api_key=args.sglang.get("api_key")) as client:
+    async with EngineClient("", engines=urls, keys=Keys.of(args)) as client:
         await asyncio.gather(*(_wait_for(client, url, args.engine_start_timeout, say) for url in urls))
         infos = await client.describe()
     for url, info in zip(urls, infos, strict=True):

@@ -1,23 +1,30 @@
-"""Runs a server's module with an API key that stands on no command line, where every user of the machine reads it.
+"""Runs a server's module with flags that are on no command line, where every user of the machine could read them.
 
-    SLIME_API_KEY=... python -m slime.engine.keyed MODULE FLAGS...
+    SLIME_SECRET_FLAGS='["--api-key=..."]' python -m slime.engine.keyed MODULE FLAGS...
 
-Path: `launch` starts engines and the router through this when a key is given. Invariant: the module sees
-`--api-key KEY` behind its other flags, and its own children see no key in their environment.
+Path: `launch` starts engines and the router through this where they get a key or another secret. Invariant: the module
+sees the hidden flags after its other flags, its own children have none of them in their environment, and what Python
+prints here has them masked.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import sys
+from typing import cast
 
-VARIABLE = "SLIME_API_KEY"
+from slime.core.masking import Masker, mask_output
+
+VARIABLE = "SLIME_SECRET_FLAGS"
 
 
 def main() -> None:
     module, flags = sys.argv[1], sys.argv[2:]
-    sys.argv = [module, *flags, "--api-key", os.environ.pop(VARIABLE)]
+    hidden = cast(list[str], json.loads(os.environ.pop(VARIABLE)))
+    sys.argv = [module, *flags, *hidden]
+    mask_output(Masker(word.partition("=")[2] if word.startswith("--") else word for word in hidden))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

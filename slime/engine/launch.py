@@ -18,13 +18,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from slime.config.args import Args
+from slime.config.flags.table import Source, secret_names
 from slime.config.rules.no_effect import EMBEDDED_SETTINGS
 from slime.core.threads import THREADS_SLEEP_SOON
+from slime.engine.connection import authorization
 from slime.engine.keyed import VARIABLE
+from slime.engine.keys import NO_KEYS, Keys
 from slime.engine.protocol import Endpoint, RouterEndpoint
 from slime.engine.sglang import MODULE, PHASES, sglang_server
 
@@ -181,10 +184,8 @@ def _launch_sglang(
     directory = tempfile.TemporaryDirectory(prefix="slime-engine-")
     rendezvous = Path(directory.name) / "ranks"
     server = sglang_server(args, index=index, host=host, port=port, gpu_ids=gpu_ids, rendezvous=rendezvous)
-    api_key = args.sglang.get("api_key")
-    if api_key is not None:
-        _make_private(log_path)  # it writes all its settings down
-    command, environment = _server(MODULE, api_key)
+    _make_private(log_path)  # it writes down all its settings
+    command, environment = _server(MODULE, server.hidden)
     return ManagedProcess(
         f"engine {index}",
         [*command, *server.words],
@@ -233,9 +234,8 @@ def _launch_embedded(
         "enable_return_routed_experts": args.use_routing_replay,
         **{name: value for name, value in args.sglang.items() if name in EMBEDDED_SETTINGS},
     }
-    api_key = settings.pop("api_key", None)
     threads = args.cpu_threads_per_process or 1
-    command, environment = _server("slime.engine.embedded.server", api_key)
+    command, environment = _server("slime.engine.embedded.server", _take_hidden(settings, "sglang"))
     command += ["--model-path", args.hf_checkpoint, "--host", host, "--port", str(port)]
     command += ["--num-threads", str(threads), "--dist-timeout", str(args.train_timeout)]
     if args.architecture is not None:
@@ -260,9 +260,7 @@ def launch_router(args: Args, *, host: str, port: int, log_path: str | Path) -> 
         "prometheus_host": host,  # its own default is every interface
         "prometheus_port": find_free_port(host),
     }
-    # One key for both: what the router passes on would be refused by engines with another.
-    api_key = settings.pop("api_key", None) or args.sglang.get("api_key")
-    command, environment = _server("sglang_router.launch_router", api_key)
+    command, environment = _server("sglang_router.launch_router", _take_hidden(settings, "router"))
     return ManagedProcess(
         "router",
         [*command, *_flags(settings)],
@@ -272,41 +270,53 @@ def launch_router(args: Args, *, host: str, port: int, log_path: str | Path) -> 
     )
 
 
-def _server(module: str, api_key: str | None) -> tuple[list[str], dict[str, str]]:
-    """The command that runs `module`, and its environment; the key stands in the latter, which others cannot read."""
+def _server(module: str, hidden: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command that runs `module`, and its environment; the latter holds the `hidden` flags, for its user alone."""
     environment = {"PYTHONPATH": _import_path()}
-    if api_key is None:
+    if not hidden:
         return [sys.executable, "-m", module], environment
-    return [sys.executable, "-m", "slime.engine.keyed", module], {**environment, VARIABLE: api_key}
+    return [sys.executable, "-m", "slime.engine.keyed", module], {**environment, VARIABLE: json.dumps(hidden)}
+
+
+def _take_hidden(settings: dict[str, Any], source: Source) -> list[str]:
+    """Remove the secret flags of `source` from `settings`; returns their words."""
+    taken = {name: settings.pop(name) for name in secret_names(source) & settings.keys()}
+    return _flags({name: value for name, value in taken.items() if value}, attach=True)
 
 
 def register_worker(
     router_url: str,
     worker_url: str,
     *,
-    api_key: str | None = None,
+    keys: Keys = NO_KEYS,
     timeout: float = 60.0,
     labels: Mapping[str, str] | None = None,
 ) -> None:
-    """Add an engine to the router, and wait until it is listed as healthy.
+    """Add an engine to the router, with the key that it requires, and wait until it is listed as healthy.
 
     Raises:
         RuntimeError: the router refused it, or did not list it within `timeout` seconds.
     """
-    given = {"url": worker_url, "api_key": api_key, "labels": labels}
+    given = {"url": worker_url, "api_key": keys.engine, "labels": labels}
     body = {name: value for name, value in given.items() if value is not None}
-    status, answer = ask(router_url, "POST", body, api_key=api_key)
+    status, answer = ask(router_url, "POST", body, api_key=keys.control)
     if status not in (200, 202):
-        raise RuntimeError(f"the router at {router_url} refused {worker_url} ({status}): {answer}")
+        raise RuntimeError(f"the router at {router_url} refused {worker_url} {refusal(status, answer)}")
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        _, answer = ask(router_url, "GET", api_key=api_key)
+        _, answer = ask(router_url, "GET", api_key=keys.control)
         if any(w["url"] == worker_url and w["is_healthy"] for w in answer.get("workers", [])):
             return
         time.sleep(0.05)
     raise RuntimeError(
         f"the router at {router_url} did not list {worker_url} as healthy within {timeout:g} s: {answer}"
     )
+
+
+def refusal(status: int, answer: Mapping[str, Any]) -> str:
+    """A router's refusal for an error message, with the remedy where it requires another key."""
+    remedy = "; give the run an admin key of that router: --router-control-plane-api-keys ID:NAME:admin:KEY"
+    return f"({status}): {answer.get('message') or answer}{remedy if status in (401, 403) else ''}"
 
 
 def ask(
@@ -320,7 +330,7 @@ def ask(
 ) -> tuple[int, dict[str, Any]]:
     """One request to the router -> status and answer. Raises OSError where there is no connection."""
     connection = _open(router_url, timeout)
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    headers = {"Content-Type": "application/json", **authorization(api_key)}
     try:
         connection.request(method, path, json.dumps(body) if body else None, headers)
         answer = connection.getresponse()
@@ -333,17 +343,22 @@ def ask(
         connection.close()
 
 
-def _flags(settings: Mapping[str, Any]) -> list[str]:
-    """{"a_b": 1, "c": True, "d": [1, 2]} -> --a-b 1 --c --d 1 2; None and False are left out."""
+def _flags(settings: Mapping[str, Any], *, attach: bool = False) -> list[str]:
+    """{"a_b": 1, "c": True, "d": [1, 2]} -> --a-b 1 --c --d 1 2; None and False are left out.
+
+    `attach`: --a-b=1, which may also be a value that starts with a dash.
+    """
     words: list[str] = []
     for name, value in settings.items():
         if value is None or value is False:
             continue
-        words.append(f"--{name.replace('_', '-')}")
+        spelling = f"--{name.replace('_', '-')}"
         if isinstance(value, list | tuple):
-            words += [str(v) for v in value]
-        elif value is not True:
-            words.append(str(value))
+            words += [spelling, *map(str, cast(Sequence[Any], value))]
+        elif value is True:
+            words.append(spelling)
+        else:
+            words += [f"{spelling}={value}"] if attach else [spelling, str(value)]
     return words
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime.config.args import Args
-from slime.engine.launch import ask, is_healthy, register_worker
+from slime.engine.keys import NO_KEYS, Keys
+from slime.engine.launch import ask, is_healthy, refusal, register_worker
 from slime.engine.protocol import RouterEndpoint
 
 LABEL = "slime"
@@ -47,9 +48,9 @@ class Member:
 class Membership:
     """The engines of one run at the router `url`."""
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 60.0) -> None:
+    def __init__(self, url: str, *, keys: Keys = NO_KEYS, timeout: float = 60.0) -> None:
         self.url = url.rstrip("/")
-        self._api_key = api_key
+        self._keys = keys
         self._timeout = timeout
         self._joined: list[str] = []
 
@@ -97,11 +98,13 @@ class Membership:
             RuntimeError: the router has engines of others, refused one of these, or did not take it in time.
         """
         self.refuse_others(urls)
-        present = {member.url for member in self._members()}
+        present = {member.url: member for member in self._members()}
         for url in urls:
             if url not in present:
                 self._joined.append(url)
-            register_worker(self.url, url, api_key=self._api_key, timeout=self._timeout, labels={LABEL: "1"})
+            elif LABEL in present[url].metadata:
+                self._remove(present[url])  # a killed run's entry, which still has that run's key
+            self._register(url, self._timeout)
 
     def add(self, url: str) -> None:
         """Put one more engine of the run on the list; what stands there already stays.
@@ -111,7 +114,7 @@ class Membership:
         """
         if url not in self._joined:
             self._joined.append(url)
-        register_worker(self.url, url, api_key=self._api_key, timeout=SOON_S, labels={LABEL: "1"})
+        self._register(url, SOON_S)
 
     def remove(self, url: str) -> None:
         """Take an engine off, if it is there."""
@@ -126,16 +129,25 @@ class Membership:
                 self._remove(member)
         self._joined.clear()
 
+    def is_open(self) -> bool:
+        """Whether the router shows its list to whoever asks, without a key; then it also takes engines from anybody."""
+        return ask(self.url, "GET")[0] == 200
+
+    def _register(self, url: str, timeout: float) -> None:
+        register_worker(self.url, url, keys=self._keys, timeout=timeout, labels={LABEL: "1"})
+
     def _members(self) -> list[Member]:
-        status, answer = ask(self.url, "GET", api_key=self._api_key)
+        status, answer = ask(self.url, "GET", api_key=self._keys.control)
         if status != 200 or "workers" not in answer:
-            raise RuntimeError(f"the router at {self.url} did not list its engines ({status}): {answer}")
+            raise RuntimeError(f"the router at {self.url} did not list its engines {refusal(status, answer)}")
         return [Member(w["id"], w["url"], w["is_healthy"], w.get("metadata") or {}) for w in answer["workers"]]
 
     def _remove(self, member: Member) -> None:
-        status, answer = ask(self.url, "DELETE", path=f"{RouterEndpoint.WORKERS}/{member.id}", api_key=self._api_key)
+        status, answer = ask(
+            self.url, "DELETE", path=f"{RouterEndpoint.WORKERS}/{member.id}", api_key=self._keys.control
+        )
         if status not in (200, 202, 404):
-            raise RuntimeError(f"the router at {self.url} did not take off {member.url} ({status}): {answer}")
+            raise RuntimeError(f"the router at {self.url} did not take off {member.url} {refusal(status, answer)}")
         deadline = time.monotonic() + self._timeout
         while any(other.id == member.id for other in self._members()):
             if time.monotonic() > deadline:

@@ -21,7 +21,7 @@ from typing import Any
 from slime.config.architecture import config_of, read_hf_config
 from slime.config.args import Args
 from slime.config.flags.renamed import names_by_version
-from slime.config.flags.table import FlagSpec, all_flags
+from slime.config.flags.table import FlagSpec, all_flags, secret_names
 from slime.engine.sglang_installed import known_spellings, own_spelling
 
 MODULE = "sglang.launch_server"
@@ -54,6 +54,8 @@ class SGLangServer:
     """How one is started: arguments behind `-m sglang.launch_server`, and environment."""
 
     words: tuple[str, ...]
+    hidden: tuple[str, ...]
+    """Further words, with secrets, which belong on no command line that other users can read."""
     environment: Mapping[str, str]
 
 
@@ -62,8 +64,7 @@ def sglang_server(
 ) -> SGLangServer:
     """Engine number `index` on the GPUs `gpu_ids` (all of the environment's, where there are none).
 
-    `rendezvous`: a file that does not exist yet, at which its ranks meet. The API key is not part of it: it belongs
-    on no command line.
+    `rendezvous`: a file that does not exist yet, at which its ranks meet.
     """
     assert args.hf_checkpoint is not None, "launch_engine asks for it"
     own: dict[str, Any] = {
@@ -84,23 +85,28 @@ def sglang_server(
     if args.deterministic:
         # Its results do not depend on the batch then, and only then does it draw by each request's own seed.
         defaults["enable_deterministic_inference"] = True
-    given = {name: value for name, value in args.sglang.items() if name != "api_key"}
+    secret = secret_names("sglang")
+    given = {name: value for name, value in args.sglang.items() if name not in secret}
+    hidden = {name: value for name, value in args.sglang.items() if name in secret}
     environment = dict(ENVIRONMENT)
     if gpu_ids:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpu_ids)
     if rendezvous is not None and "dp_size" not in given:
         environment["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{rendezvous}"
-    return SGLangServer(tuple(words({**defaults, **given, **own})), environment)
+    return SGLangServer(tuple(words({**defaults, **given, **own})), tuple(words(hidden, attach=True)), environment)
 
 
-def words(settings: Mapping[str, Any]) -> list[str]:
-    """Fields of ServerArgs -> words of its command line; None is left out, and False where no flag says it."""
+def words(settings: Mapping[str, Any], *, attach: bool = False) -> list[str]:
+    """Fields of ServerArgs -> words of its command line; None is left out, and False where no flag says it.
+
+    `attach`: one word `--flag=value`, which may also be a value that starts with a dash.
+    """
     table = {spec.name: spec for spec in all_flags() if spec.source == "sglang"}
     known = known_spellings()
-    return [word for name, value in settings.items() for word in _words(table[name], value, known)]
+    return [word for name, value in settings.items() for word in _words(table[name], value, known, attach=attach)]
 
 
-def _words(spec: FlagSpec, value: Any, known: frozenset[str]) -> list[str]:
+def _words(spec: FlagSpec, value: Any, known: frozenset[str], *, attach: bool) -> list[str]:
     if value is None:
         return []
     # The name that the installed version has, where versions differ.
@@ -111,7 +117,7 @@ def _words(spec: FlagSpec, value: Any, known: frozenset[str]) -> list[str]:
         return [own_spelling(spec.off[0])] if spec.off else []
     if isinstance(value, list | tuple):
         return [flag, *map(str, value)]
-    return [flag, str(value)]
+    return [f"{flag}={value}"] if attach else [flag, str(value)]
 
 
 def _overrides(args: Args) -> str | None:

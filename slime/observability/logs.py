@@ -11,19 +11,32 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from slime.core.masking import Masker
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def log_to_file(directory: Path, name: str) -> Path:
-    """Send this process's logging (INFO and above) to `directory/name.log`."""
+def log_to_file(directory: Path, name: str, masker: Masker) -> Path:
+    """Send this process's logging (INFO and above) to `directory/name.log`; `masker` hides the run's secrets in it."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.log"
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(_MaskedFormatter(masker))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
     return path
+
+
+class _MaskedFormatter(logging.Formatter):
+    """Masks the whole text of a record, its traceback included."""
+
+    def __init__(self, masker: Masker) -> None:
+        super().__init__(FORMAT)
+        self._masker = masker
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._masker(super().format(record))
 
 
 class _Collector(logging.Handler):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from slime.engine.client import EngineClient
 from slime.engine.device_protocol import MEMORY_FILE, SharedBucket, UpdateWeightsFromTensor
+from slime.engine.keys import Keys
 from slime.engine.weight_group import dtype_name
 from slime.sync.stream import NamedTensor, buckets
 from slime.sync.transport import SyncReport, Transport
@@ -249,14 +250,14 @@ def connect(
     *,
     rank: int,
     engines_on_cpu: bool,
-    api_key: str | None,
+    keys: Keys,
     bucket_bytes: int,
 ) -> ColocatedTransport:
     """The transport of trainer `rank`; every trainer calls this. `ranks_of_engines`: in the order of the URLs, the
     trainers on each engine's devices."""
 
     def client(urls: Sequence[str]) -> EngineClient:
-        return EngineClient(router_url, engines=urls, api_key=api_key)
+        return EngineClient(router_url, engines=urls, keys=keys)
 
     led = [url for url, ranks in zip(engine_urls, ranks_of_engines, strict=True) if list(ranks[:1]) == [rank]]
     return ColocatedTransport(

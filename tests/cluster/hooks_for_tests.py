@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import zlib
 from pathlib import Path
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch, from_samples
 from slime.core.sample import Sample, Status
+from slime.engine.launch import register_worker
 from slime.rollout.context import DataSource, RolloutContext, RolloutResult
 
 
@@ -36,6 +39,13 @@ async def roll(args: Args, rollout_id: int, data_source: DataSource, context: Ro
 
 async def evaluate(args: Args, rollout_id: int, context: RolloutContext) -> dict[str, float]:
     return {"eval/own/reward": rollout_id + context.policy_version / 10}
+
+
+async def let_a_stranger_in(args: Args, rollout_id: int, context: RolloutContext) -> dict[str, float]:
+    """While this evaluates, somebody registers an engine at the router."""
+    if os.environ["STRANGER"]:
+        await asyncio.to_thread(register_worker, os.environ["ROUTER"], os.environ["STRANGER"])
+    return {"eval/own/reward": 1.0}
 
 
 VALUES = {1: 0.3, 2: 0.9, 3: 0.5}

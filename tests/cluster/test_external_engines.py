@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 from slime.engine.client import EngineClient
+from slime.engine.keys import Keys
 from slime.engine.launch import ask, register_worker
 from slime.engine.protocol import GenerateRequest, SamplingParams
 from tests.cluster.runs import Task, events, flags, train
@@ -16,14 +17,19 @@ from tests.sync.served import serving
 def test_a_run_on_engines_and_a_router_that_run_already(task: Task, tmp_path: Path) -> None:
     """Weights go by disk. One engine stands behind the router before the run, and still does after it."""
     save = tmp_path / "run"
-    with serving(task.other_model, tmp_path / "logs", engines=2) as (first, second, router):
-        register_worker(router.url, first.url)
+    keys = Keys(control="known-to-its-owner")
+    given = f"me:Me:admin:{keys.control}"
+    served = serving(task.other_model, tmp_path / "logs", engines=2, control_plane_api_keys=[given])
+    with served as (first, second, router):
+        register_worker(router.url, first.url, keys=keys)
         port = router.url.rpartition(":")[2]
         extra = ["--rollout-external-engines", first.url, second.url, "--update-weight-transport", "disk"]
         extra += ["--sglang-router-ip", "127.0.0.1", "--sglang-router-port", port, "--num-rollout", "2"]
+        extra += ["--router-control-plane-api-keys", given]
         extra += ["--update-weight-buffer-size", "200000", "--save-hf", str(save / "hf")]
         output = train(without(flags(task, save, *extra), "--rollout-num-gpus"), tmp_path / "log.txt")
         assert "runs already" in output
+        assert "requires no key" not in output
 
         gaps = events(save, "train/logprob_gap_max")
         assert sorted(gaps) == [1, 2]
@@ -49,5 +55,5 @@ def test_a_run_on_engines_and_a_router_that_run_already(task: Task, tmp_path: Pa
         assert versions == ["3", "3"], "one before the first rollout, and one after each"
         assert trained == exported, "they hold the weights that the run has exported"
         assert [asyncio.run(generate(url)) for url in (first.url, second.url, router.url)] == [3, 3, 3]
-        listed = [worker["url"] for worker in ask(router.url, "GET")[1]["workers"]]
+        listed = [worker["url"] for worker in ask(router.url, "GET", api_key=keys.control)[1]["workers"]]
         assert listed == [first.url], "what the run put there is gone, what stood there stays"

@@ -12,9 +12,11 @@ from slime.cluster import health
 from slime.cluster.health import EngineWatch, answering
 from slime.cluster.rollout_manager import RolloutManager
 from slime.config.args import Args
-from slime.engine.client import EngineClient
+from slime.engine.client import EngineClient, EngineError
 from slime.engine.launch import ManagedProcess
+from slime.engine.membership import Membership
 from tests.cluster.runs import Task
+from tests.engine.recording_engine import recording_engine
 from tests.sync.served import serving
 
 
@@ -48,6 +50,36 @@ def test_an_engine_that_was_started_anew_is_noticed(task: Task, served: list[Man
             await manager.close()
 
     asyncio.run(evaluate())
+
+
+def test_a_strangers_engine_at_the_router_is_noticed_before_and_after(
+    task: Task, served: list[ManagedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router that others have started may take engines from anybody, at any time."""
+    *engines, router = served
+    urls = [engine.url for engine in engines]
+    monkeypatch.setenv("STRANGER", "")
+    monkeypatch.setenv("ROUTER", router.url)
+    hook = "tests.cluster.hooks_for_tests.let_a_stranger_in"
+    flags = {"rollout_external_engines": tuple(urls), "eval_function_path": hook, "debug_rollout_only": True}
+    manager = RolloutManager(Args(hf_checkpoint=str(task.model), **flags), str(tmp_path))
+    manager.start()
+
+    async def evaluate(stranger: str) -> None:
+        await manager.connect_engines(router.url, urls, [])
+        assert await manager.evaluate(0)
+        monkeypatch.setenv("STRANGER", stranger)
+        try:
+            for _ in ("it came during the evaluation", "it was there before"):
+                with pytest.raises(EngineError, match=f"engines that are not this run's: {stranger}"):
+                    await manager.evaluate(0)
+        finally:
+            await manager.close()
+
+    with recording_engine() as stranger:
+        asyncio.run(evaluate(stranger.url))
+        assert stranger.generations() == []
+        Membership(router.url).remove(stranger.url)
 
 
 def test_the_death_of_an_engine_that_is_not_ours_is_named(

@@ -16,15 +16,26 @@ import psutil
 import pytest
 
 from slime.engine.launch import find_free_port
+from tests.cluster.attacks import (
+    PLANTED,
+    as_nobody,
+    authorization,
+    judged,
+    leaks,
+    own_control_key,
+    port_of,
+    ray_session,
+    statuses,
+)
 from tests.cluster.runs import ROOT, Task, environment, events, family, flags, marked, start, wait_for
 from tests.cluster.sockets import ALWAYS, Socket, faults, listening, unprotected
 
 
 @contextmanager
-def running(task: Task, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
+def running(task: Task, tmp_path: Path, *extra: str) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
     """A run that has trained one step and goes on, and all its processes; none is left to the tests that follow."""
     save = tmp_path / "run"
-    small = ["--num-rollout", "100000", "--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1"]
+    small = ["--num-rollout", "100000", "--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1", *extra]
     process = start(flags(task, save, *small), tmp_path / "log.txt")
     metrics = save / "metrics.jsonl"
     everyone: list[psutil.Process] = []
@@ -59,6 +70,39 @@ def assert_protected(everyone: list[psutil.Process]) -> None:
     assert len(faults(beyond)) == 3, "control"
 
 
+def assert_closed_to_others(everyone: list[psutil.Process]) -> None:
+    """Another user of the machine gets nothing from engine and router; whoever has their keys does."""
+    sockets = listening(everyone)
+    for asked, answers in as_nobody(sockets).items():
+        assert set(answers.values()) == {401}, (asked, answers)
+    own = own_control_key(everyone)
+    assert own not in PLANTED.values(), "the run has a key of its own next to the user's"
+    for role, key, asked, status in (
+        ("engine", PLANTED["engine"], "POST /generate", 200),
+        ("engine", PLANTED["engine"], "GET /server_info", 200),
+        ("router", PLANTED["router"], "POST /generate", 200),
+        ("router", PLANTED["router"], "GET /workers", 401),
+        ("router", PLANTED["control"], "GET /workers", 200),
+        ("router", own, "GET /workers", 200),
+    ):
+        assert statuses(port_of(sockets, role), role, key, only=asked) == {asked: status}, (role, asked)
+
+
+def assert_hidden(everyone: list[psutil.Process], tmp_path: Path, requests: list[tuple[str, str | None]]) -> None:
+    """Secrets in flags reach what needs them, and are in no file of the run and on no command line."""
+    path, header = requests[0]
+    assert path == f"/judge?token={PLANTED['token']}"
+    assert header == authorization()
+    [server] = [process for process in everyone if process.name() == "gcs_server"]
+    own = {"token": server.environ()["RAY_AUTH_TOKEN"], "own key": own_control_key(everyone)}
+    assert leaks(everyone, [tmp_path, ray_session(server)], {**PLANTED, **own}) == []
+    log = (tmp_path / "run" / "logs" / "rollout.log").read_text()
+    assert "no reward for /judge?token=***" in log, "control: the judge's refusals are logged"
+    assert "rm_url is not written here" in (tmp_path / "run" / "args.yaml").read_text()
+    (tmp_path / "planted").write_text(PLANTED["token"])
+    assert len(leaks([], [tmp_path])) == 1, "control"
+
+
 def assert_all_gone(everyone: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(everyone, timeout=30)
     alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
@@ -72,9 +116,13 @@ def assert_all_gone(everyone: list[psutil.Process]) -> None:
 )
 def test_a_killed_job_leaves_no_process(task: Task, tmp_path: Path, number: signal.Signals, whole_group: bool) -> None:
     """A terminal's Ctrl-C, and `timeout`, send their signal to the whole process group."""
-    with running(task, tmp_path) as (process, everyone):
-        if number == signal.SIGTERM:  # one of the runs is enough, and it has to be one that goes on
+    attacked = number == signal.SIGTERM  # one of the runs is enough, and it has to be one that goes on
+    with judged() as (secret_flags, requests), running(task, tmp_path, *(secret_flags if attacked else ())) as job:
+        process, everyone = job
+        if attacked:
             assert_protected(everyone)
+            assert_closed_to_others(everyone)
+            assert_hidden(everyone, tmp_path, requests)
         (os.killpg if whole_group else os.kill)(process.pid, number)
         assert process.wait(timeout=45) != 0
         assert_all_gone(everyone)

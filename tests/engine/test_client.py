@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from tiny_models import StartEngine
 
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
+from slime.engine.keys import NO_KEYS, Keys, with_keys
 from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, launch_router, register_worker
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
 from slime.engine.weight_group import WeightGroup, dtype_name, flatten_bucket, join_weight_group
@@ -431,10 +433,17 @@ def test_a_trainer_that_goes_away_is_an_error_and_the_engine_lives(router: Manag
     run(router, inner)
 
 
-def test_the_api_key_goes_through_the_router_and_stands_on_no_command_line(
-    model_dirs: dict[str, Path], tmp_path: Path
-) -> None:
-    args = Args(hf_checkpoint=str(model_dirs["qwen3"]), sglang={"api_key": "sesame"})
+def test_keys_open_engine_and_router_and_are_on_no_command_line(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    args = with_keys(
+        Args(
+            hf_checkpoint=str(model_dirs["qwen3"]),
+            rollout_engine="embedded",
+            rollout_num_gpus=1,
+            router={"control_plane_api_keys": ["me:Someone:admin:sesame:open"], "log_level": "debug"},
+        )
+    )
+    keys = Keys.of(args)
+    assert len({keys.engine, keys.router, keys.control}) == 3
     engine = launch_engine(args, index=0, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "engine.log")
     router = launch_router(args, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "router.log")
     for process in (engine, router):
@@ -444,19 +453,24 @@ def test_the_api_key_goes_through_the_router_and_stands_on_no_command_line(
     lines = [" ".join(process.cmdline()) for process in (*servers, *guards) if process is not None]
     assert len(lines) == 4
     assert all("keyed" in line or "sglang::router" in line for line in lines), "the router names itself"
-    assert "sesame" not in " ".join(lines)
-    with pytest.raises(RuntimeError, match="refused"):
-        register_worker(router.url, engine.url)
-    register_worker(router.url, engine.url, api_key="sesame")
+    for wrong in (NO_KEYS, Keys(control=keys.engine), Keys(control=keys.router)):
+        with pytest.raises(RuntimeError, match=r"refused .*401.*--router-control-plane-api-keys"):
+            register_worker(router.url, engine.url, keys=wrong)
+    register_worker(router.url, engine.url, keys=keys)
 
-    async def ask(api_key: str | None) -> str:
-        async with EngineClient(router.url, api_key=api_key) as client:
+    async def ask(keys: Keys, engines: list[str] | None = None) -> str:
+        async with EngineClient(router.url, keys=keys, engines=engines) as client:
             response = await client.generate(request([1], max_new_tokens=2))
             return f"{response.finish_reason} {await client.weight_versions()}"
 
-    assert asyncio.run(ask("sesame")) == "length ['0']"
-    with pytest.raises(EngineError, match="401"):
-        asyncio.run(ask(None))
+    assert asyncio.run(ask(keys)) == "length ['0']"
+    assert asyncio.run(ask(replace(keys, control="sesame:open"))) == "length ['0']", "the key that the user gave"
+    for wrong in (NO_KEYS, replace(keys, router=None), replace(keys, engine=None), replace(keys, router=keys.engine)):
+        with pytest.raises(EngineError, match="401"):
+            asyncio.run(ask(wrong, [engine.url]))
+    secrets = {key for key in (keys.engine, keys.router, keys.control, "sesame") if key is not None}
+    shown = " ".join(lines) + engine.log_path.read_text() + router.log_path.read_text()
+    assert [secret for secret in secrets if secret in shown] == []
     router.stop()
     engine.stop()
 

@@ -106,16 +106,20 @@ def test_a_key_stays_hidden_in_spawned_children_too(tmp_path: Path) -> None:
     """As SGLang's: the module starts processes that import it anew, by its name."""
     (tmp_path / "serving.py").write_text(
         "import multiprocessing, os, sys\n"
-        "def child(words): print('child', words, 'SLIME_API_KEY' in os.environ, flush=True)\n"
+        "def child(words): print('child', words, 'SLIME_SECRET_FLAGS' in os.environ, flush=True)\n"
         "if __name__ == '__main__':\n"
         "    context = multiprocessing.get_context('spawn')\n"
         "    process = context.Process(target=child, args=(sys.argv[1:],))\n"
         "    process.start(); process.join(); sys.exit(process.exitcode)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "SLIME_API_KEY": "secret"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
+        "SLIME_SECRET_FLAGS": '["--api-key=secret"]',
+    }
     command = [sys.executable, "-m", "slime.engine.keyed", "serving", "--port", "1"]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert output == "child ['--port', '1', '--api-key', 'secret'] False\n"
+    assert output == "child ['--port', '1', '--api-key=secret'] False\n"
 
 
 @pytest.mark.skipif(installed_version() is not None, reason="SGLang is installed")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from recording_engine import recording_engine
 from tiny_models import StartEngine
 
 from slime.config.args import Args
 from slime.engine.client import EngineError
 from slime.engine.external import find_engines
+from slime.engine.keys import NO_KEYS, Keys
 from slime.engine.launch import ManagedProcess, ask, find_free_port, launch_router, register_worker
 from slime.engine.membership import LABEL, Member, Membership, external_router_url
 
@@ -25,6 +28,10 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManagedProcess]
     process.wait_ready(60)
     yield process
     process.stop()
+
+
+def test_a_router_without_keys_is_open(router: ManagedProcess) -> None:
+    assert Membership(router.url).is_open()
 
 
 def listed(router: ManagedProcess) -> dict[str, bool]:
@@ -56,6 +63,38 @@ def test_what_joins_leaves_and_nothing_else(
         time.sleep(0.05)
     Membership(router.url).refuse_others([glm4_engine.url])
     assert listed(router) == {glm4_engine.url: True}
+
+
+def test_keys_of_a_killed_run_are_replaced(router: ManagedProcess) -> None:
+    """The router keeps the key with which an engine was first registered; a new run's engine may have its address."""
+    body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
+    with recording_engine() as engine:
+        for key in ("old", "new"):
+            run = Membership(router.url, keys=Keys(engine=key))
+            run.join([*{*listed(router), engine.url}])
+            for _ in range(2 * len(listed(router))):
+                assert ask(router.url, "POST", body, path="/generate", api_key="of the router")[0] == 200
+            assert engine.generations()[-1] == f"Bearer {key}", "the router sends the engine's key, not its own"
+        run.remove(engine.url)
+
+
+def test_a_router_with_a_key_takes_engines_from_its_owner_alone(tmp_path: Path) -> None:
+    keys = ("me:Me:user:for-reading", "run:Run:admin:for-changing")
+    args = Args(router={"control_plane_api_keys": keys})
+    port = find_free_port()
+    router = launch_router(args, host="127.0.0.1", port=port, log_path=tmp_path / "log")
+    router.wait_ready(60)
+    joined = Membership(router.url, keys=Keys.of(replace(args, sglang_router_ip="127.0.0.1", sglang_router_port=port)))
+    assert not joined.is_open()
+    with recording_engine() as engine:
+        for wrong in (NO_KEYS, Keys(control="for-reading"), Keys(control="none")):
+            with pytest.raises(RuntimeError, match=r"40[13]\).*give the run an admin key of that router"):
+                Membership(router.url, keys=wrong).join([engine.url])
+        joined.join([engine.url])
+        assert engine.asked
+        assert set(engine.asked) <= {(path, None) for path, _ in engine.asked}, "it never sees the router's key"
+        joined.leave()
+    router.stop()
 
 
 def test_only_a_dead_engine_of_a_run_is_left_over(glm4_engine: ManagedProcess) -> None:

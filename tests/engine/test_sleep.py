@@ -138,8 +138,13 @@ def test_what_is_refused_over_http(engine: ManagedProcess, tmp_path: Path) -> No
             assert status == 400 and why in message
     memory = os.memfd_create("slime-weights")
     os.ftruncate(memory, 10)
-    status, message = post(engine, url, {"shared_memory": {"path": f"/proc/{os.getpid()}/fd/{memory}", **bucket}})
+    shared = {"shared_memory": {"path": f"/proc/{os.getpid()}/fd/{memory}", **bucket}}
+    status, message = post(engine, url, shared)
     assert status == 400 and "holds 10 bytes" in message
+    if os.getuid() == 0:  # nobody else may give a file away
+        os.fchown(memory, 65534, 65534)
+        status, message = post(engine, url, shared)
+        assert status == 400 and "of this user" in message
     os.close(memory)
     assert post(engine, "/release_memory_occupation", {"tags": ["everything"]})[0] == 400
     assert refusal(engine) == "", "it goes on as before"

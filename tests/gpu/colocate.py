@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from slime.engine.client import EngineClient
+from slime.engine.keys import NO_KEYS
 from slime.engine.launch import ManagedProcess, find_free_port, launch_engine
 from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.observability.phases import MEASURED, PHASES
@@ -232,7 +233,7 @@ def sync_speed(report: Report) -> None:
                     [[0]],
                     rank=0,
                     engines_on_cpu=False,
-                    api_key=None,
+                    keys=NO_KEYS,
                     bucket_bytes=512 * MIB,
                 )
                 assert isinstance(transport, ColocatedTransport)

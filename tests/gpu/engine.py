@@ -19,6 +19,7 @@ import torch
 
 from slime.config.args import Args
 from slime.engine.client import EngineClient
+from slime.engine.keys import Keys
 from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, launch_router, register_worker, warm_up
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
 from slime.engine.sglang import engine_port
@@ -240,9 +241,8 @@ async def through_a_router(
     router = launch_router(args, host=HOST, port=find_free_port(), log_path=logs / "router.log")
     try:
         router.wait_ready(60)
-        register_worker(router.url, process.url, api_key=args.sglang.get("api_key"))
-        key = args.sglang.get("api_key")
-        async with EngineClient(router.url, engines=[process.url], api_key=key) as client:
+        register_worker(router.url, process.url, keys=Keys.of(args))
+        async with EngineClient(router.url, engines=[process.url], keys=Keys.of(args)) as client:
             await described(report, client, "bfloat16")
             await compare(report, client, model_dir, limit=limit, dtype=torch.bfloat16)
             if args.bf16:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -382,3 +383,18 @@ def test_reading_an_answer_is_linear(unit: str) -> None:
 
     short, long = max(seconds(30_000), 1e-3), seconds(300_000)
     assert long < 40 * short, f"{short:.4f} s for 30,000 characters, {long:.4f} s for 300,000"
+
+
+def test_no_reward_executes_what_a_model_or_a_label_says(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    code = f"__import__('pathlib').Path({str(made)!r}).touch()"
+    sum_of_it = f"sum([{code} or 1])"
+    latex = code.replace("_", r"\_")
+    for rm_type in RULES:
+        for text in (code, sum_of_it, latex, f"lambda: {code}", f"1 + ({code} or 1)", f"Symbol({code!r}, {code})"):
+            for response in (text, R + text, R + rf"\boxed{{{text}}}", f"Answer: {text}", f"Answer: ${text}$"):
+                for label in (text, rf"\boxed{{{text}}}", "1"):
+                    find_reward(rm_type)(Args(), Sample(response=response, label=label, metadata={"choices": [label]}))
+    assert not made.exists()
+    eval(sum_of_it)
+    assert made.exists(), "control"

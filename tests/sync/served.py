@@ -13,13 +13,13 @@ from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, l
 
 @contextmanager
 def serving(
-    model: Path, logs: Path, *, engines: int, older: int = 0, router: bool = True
+    model: Path, logs: Path, *, engines: int, older: int = 0, router: bool = True, **settings: object
 ) -> Generator[list[ManagedProcess]]:
     """Engines that serve `model`, then `older` ones without weight-update sessions, and last in the list a router.
 
-    The router knows none of them.
+    The router knows none of them, and is started with `settings`.
     """
-    args = Args(hf_checkpoint=str(model))
+    args = Args(hf_checkpoint=str(model), router=settings)
     started: list[ManagedProcess] = []
     try:
         for index in range(engines):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from worker_pool import WorkerPool
 
 from slime.engine.client import EngineClient
+from slime.engine.keys import NO_KEYS
 from slime.sync.colocate import ColocatedTransport, HostBuffer, _with_last, connect
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
@@ -21,7 +22,7 @@ def gather(rank: int, world_size: int, init_method: str, ranks: Sequence[Sequenc
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
     try:
         transport = connect(
-            "", URLS[: len(ranks)], ranks, rank=rank, engines_on_cpu=True, api_key=None, bucket_bytes=64
+            "", URLS[: len(ranks)], ranks, rank=rank, engines_on_cpu=True, keys=NO_KEYS, bucket_bytes=64
         )
         assert isinstance(transport, ColocatedTransport)
         own: EngineClient | None = transport._own

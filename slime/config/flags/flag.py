@@ -7,7 +7,10 @@ typed `Literal[...]` is a choice, one typed `tuple[T, ...]` takes one or more va
 from __future__ import annotations
 
 from dataclasses import MISSING, field
-from typing import Any
+from typing import Any, Literal
+
+Secret = Literal["all", "url"]
+"""The part of a value that is secret: all of it, or the user, the password and the query of a URL."""
 
 
 def flag(
@@ -20,10 +23,12 @@ def flag(
     lt: float | None = None,
     metavar: str | None = None,
     nargs: int | None = None,
+    secret: Secret | None = None,
 ) -> Any:
     """Declare an option. `ge/gt/le/lt`: bounds, checked wherever the value is not None.
 
     `nargs`: an exact number of values for a tuple field (else: one or more).
+    `secret`: what of the value nobody else may see; it is printed and written with that part masked.
     `default=MISSING` makes the option required.
     """
     metadata = {
@@ -34,6 +39,7 @@ def flag(
         "lt": lt,
         "metavar": metavar,
         "nargs": nargs,
+        "secret": secret,
     }
     if default is MISSING:
         return field(metadata=metadata)

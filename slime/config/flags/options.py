@@ -44,6 +44,7 @@ class ClusterOptions:
         "Engines that run already, http://HOST:PORT each: none is started, and none is stopped. They serve the model "
         "of --hf-checkpoint.",
         metavar="URL",
+        secret="url",
     )
     sglang_router_ip: str | None = flag(
         None, "Address of a router that runs already; no other run's engines may stand behind it."
@@ -156,7 +157,9 @@ class RolloutOptions:
     custom_rm_path: str | None = flag(None, "Reward function, async or plain, by dotted path.")
     group_rm: bool = flag(False, "The function of --custom-rm-path is given a whole group at once.")
     rm_url: str | None = flag(
-        None, "URL of --rm-type remote_rm: POST {prompt, response, label, metadata}, a number back."
+        None,
+        "URL of --rm-type remote_rm: POST {prompt, response, label, metadata}, a number back.",
+        secret="url",
     )
     rm_num_workers: int = flag(2, "Worker processes that compute rewards, outside of the event loop.", ge=1)
     rm_timeout: float = flag(

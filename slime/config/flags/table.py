@@ -8,6 +8,7 @@ belongs to exactly one flag.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
@@ -16,6 +17,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from slime.config.args import SECTIONS
+from slime.config.flags.flag import Secret
 
 Source = Literal["slime", "megatron", "sglang", "router"]
 Kind = Literal["bool", "int", "float", "str", "layers"]
@@ -48,6 +50,7 @@ class FlagSpec:
     """Whole numbers may be written as 64k or 64Ki, as SGLang reads some."""
     bounds: Mapping[str, float] = field(default_factory=dict[str, float])
     metavar: str | None = None
+    secret: Secret | None = None
 
     @property
     def flag(self) -> str:
@@ -93,6 +96,7 @@ def _section_specs(section: type[Any]) -> Iterable[FlagSpec]:
             default=None if item.default is MISSING else item.default,
             bounds={key: metadata[key] for key in BOUNDS if metadata[key] is not None},
             metavar=metadata["metavar"],
+            secret=metadata["secret"],
             **properties,
         )
 
@@ -137,7 +141,23 @@ def _load_table(source: Source) -> Iterable[FlagSpec]:
     text = files("slime.config.flags").joinpath(f"{source}_flags.json").read_text(encoding="utf-8")
     for row in cast(list[dict[str, Any]], json.loads(text)["flags"]):
         tuples = {key: tuple(row.pop(key)) for key in ("on", "off", "choices", "num_values") if key in row}
-        yield FlagSpec(source=source, section=SECTION_TITLES[source], optional=True, **tuples, **row)
+        secret = secret_part(row["name"]) if row["kind"] == "str" else None
+        yield FlagSpec(source=source, section=SECTION_TITLES[source], optional=True, secret=secret, **tuples, **row)
+
+
+_ALL_SECRET = re.compile(r"(^|_)(key|api_keys?|password|passwd|secret|token|credentials?|connect_descriptor|dsn)$")
+_URL = re.compile(r"(^|_)(urls?|uri|endpoints?|issuer)$")
+
+
+def secret_part(name: str) -> Secret | None:
+    """The part of a flag's value that is secret, by the flag's name: flags of others are not declared here."""
+    return "all" if _ALL_SECRET.search(name) else "url" if _URL.search(name) else None
+
+
+@cache
+def secret_names(source: Source) -> frozenset[str]:
+    """The names of all secret flags of `source`."""
+    return frozenset(spec.name for spec in all_flags() if spec.source == source and spec.secret is not None)
 
 
 @cache

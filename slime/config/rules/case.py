@@ -11,7 +11,9 @@ from typing import Any
 
 from slime.config.args import Args
 from slime.config.flags.options import HookOptions
+from slime.config.flags.table import spellings
 from slime.config.rules.problem import Problem, Severity, flag_name, show
+from slime.config.secrets import masked
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Case:
         value: Any = vars(self.args)[field]
         where = flag_name(f"no_{field}") if value is False else flag_name(field)
         fields = frozenset([field, *beside])
-        return Problem(severity=severity, where=where, value=show(value), rule=rule, remedy=remedy, fields=fields)
+        shown = masked(spellings()[flag_name(field)][0].secret, show(value))
+        return Problem(severity=severity, where=where, value=shown, rule=rule, remedy=remedy, fields=fields)
 
     def error(self, field: str, rule: str, remedy: str, *, beside: Iterable[str] = ()) -> Problem:
         """`beside`: other fields that it is about; where one of them could not be read, nothing is said."""

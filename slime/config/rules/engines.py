@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from slime.config.api_keys import FORMAT, control_key, key_fault
 from slime.config.args import Args
 from slime.config.resolve import cuda_available, joins_ray
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
+from slime.config.secrets import masked
 from slime.core.address import is_loopback
 
 FP32_RULE = "SGLang's kernels on CUDA compute in 16 bits, and its engines are asked for fp32"
@@ -99,7 +101,8 @@ def external_engines(case: Case) -> Iterable[Problem]:
         return
     for url in urls:
         if not _is_url(url):
-            yield case.error("rollout_external_engines", f"{url} is no engine's URL", "write http://HOST:PORT")
+            rule = f"{masked('url', url)} is no engine's URL"
+            yield case.error("rollout_external_engines", rule, "write http://HOST:PORT")
     twice = sorted({url for url in urls if urls.count(url) > 1})
     if twice:
         yield case.error("rollout_external_engines", f"{', '.join(twice)} comes twice", "name each engine once")
@@ -120,19 +123,27 @@ def external_router(case: Case) -> Iterable[Problem]:
         remedy = "give both --sglang-router-ip and --sglang-router-port"
         yield case.error(given, "half of an address", remedy, beside=["sglang_router_ip", "sglang_router_port"])
         return
-    opens = args.sglang_router_ip is not None and not is_loopback(args.sglang_router_ip)
-    if opens and not args.rollout_external_engines and args.sglang.get("api_key") is None:
-        rule = "stands elsewhere, so the engines listen on this machine's own address, to whoever reaches it"
-        yield case.warning("sglang_router_ip", rule, "add --sglang-api-key, which the router has to have, too")
 
 
 def api_keys(case: Case) -> Iterable[Problem]:
-    """One key: what clients send to the router, the router sends on to the engines."""
-    engine, router = case.args.sglang.get("api_key"), case.args.router.get("api_key")
-    if router is not None and router != engine:
-        where = "--router-api-key"
-        rule = "differs from --sglang-api-key; requests carry one key through the router to the engines"
-        yield Problem(severity="error", where=where, rule=rule, remedy="leave --router-api-key out: it takes the same")
+    """Keys can be sent, the router's have its format, and one of them opens the list of a router that runs already."""
+    args = case.args
+    for where, mapping in (("--sglang-api-key", args.sglang), ("--router-api-key", args.router)):
+        key = mapping.get("api_key")
+        if key is not None and (fault := key_fault(key)):
+            yield Problem(severity="error", where=where, rule=fault, remedy=f"write {where} env:NAME, or another key")
+    texts = args.router.get("control_plane_api_keys") or ()
+    roles: list[str] = []
+    where = "--router-control-plane-api-keys"
+    for number, text in enumerate(texts, 1):
+        try:
+            roles.append(control_key(text).role)
+        except ValueError as error:
+            rule = f"value {number} of {len(texts)} {error}"
+            yield Problem(severity="error", where=where, rule=rule, remedy=f"write {FORMAT}, as run:Trainer:admin:KEY")
+    if args.sglang_router_ip is not None and roles and "admin" not in roles and len(roles) == len(texts):
+        rule = "no key has the role admin, without which nobody can register engines at the router that runs already"
+        yield Problem(severity="error", where=where, rule=rule, remedy="add one of that router's, ID:NAME:admin:KEY")
 
 
 def pauses(case: Case) -> Iterable[Problem]:

@@ -302,7 +302,8 @@ def no_effect(case: Case) -> Iterable[Problem]:
             remedy="nothing to do; SGLang gets them where it serves",
         )
     if case.args.sglang_router_ip is not None:
-        yield from _passed_on_to_nobody("router", list(case.args.router), "the router runs already")
+        unused = [name for name in case.args.router if name not in ("api_key", "control_plane_api_keys")]
+        yield from _passed_on_to_nobody("router", unused, "the router runs already")
     if "cp_comm_type" in case.args.megatron_extra:
         yield Problem(
             severity="warning",

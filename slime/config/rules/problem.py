@@ -6,8 +6,8 @@ warnings back. Invariant: a Problem names the flag, its value, the rule, and wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 Severity = Literal["error", "warning"]
@@ -41,6 +41,11 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where} {self.value}".rstrip() + f": {self.rule}; {self.remedy}"
+
+    def masked(self, mask: Callable[[str], str]) -> Problem:
+        """The same problem with every text passed through `mask`."""
+        texts = {name: mask(vars(self)[name]) for name in ("where", "value", "rule", "remedy")}
+        return replace(self, **texts)
 
 
 class UsageError(ValueError):

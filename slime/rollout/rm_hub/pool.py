@@ -28,6 +28,7 @@ import orjson
 from slime.config.args import Args
 from slime.config.eval_data import eval_datasets
 from slime.config.reward_types import BOXED_PREFIX, base_type
+from slime.config.secrets import masker_of
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample, Status
 from slime.rollout.rm_hub.channel import START
@@ -60,6 +61,7 @@ class RewardPool:
 
     def __init__(self, args: Args) -> None:
         self._args = args
+        self._mask = masker_of(args)
         self._is_async = False
         self._capacity = 1
         """Tasks in flight at once, a worker."""
@@ -137,6 +139,7 @@ class RewardPool:
         finally:
             if task.done.cancelled():
                 self._call_off(task)
+        verdicts = [verdict.masked(self._mask) for verdict in verdicts]
         return verdicts * count if len(verdicts) < count else verdicts
 
     def _open(self) -> asyncio.AbstractEventLoop:

@@ -21,6 +21,7 @@ import aiohttp
 import orjson
 
 from slime.config.args import Args
+from slime.core.masking import Masker
 from slime.core.sample import Sample
 from slime.rollout.rm_hub.mathematics import last_boxed
 from slime.rollout.rm_hub.verdict import ERROR, TIMEOUT, Verdict, error_verdict, verdict_of
@@ -38,6 +39,7 @@ class RemoteReward:
     def __init__(self, args: Args) -> None:
         assert args.rm_url is not None, "the rules ask for --rm-url"
         self._url = args.rm_url
+        self._mask = Masker([args.rm_url])  # failures go into logs and dumps
         self._timeout = args.rm_timeout
         self._slots = asyncio.Semaphore(args.rm_concurrency)
         self._session: aiohttp.ClientSession | None = None
@@ -73,12 +75,13 @@ class RemoteReward:
                 raw = await answer.read()
         except (aiohttp.ClientError, OSError) as error:
             lost = isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError | OSError)
-            return Verdict(None, f"{ERROR}: --rm-url did not answer: {type(error).__name__}: {error}"), lost
+            why = self._mask(f"{type(error).__name__}: {error}")
+            return Verdict(None, f"{ERROR}: --rm-url did not answer: {why}"), lost
         if answer.status != 200:
-            text = raw[:200].decode(errors="replace")
+            text = self._mask(raw.decode(errors="replace"))[:200]
             failed = Verdict(None, f"{ERROR}: --rm-url answered {answer.status}: {text}")
             return failed, answer.status in RETRY_STATUS
-        return answer_verdict(raw), False
+        return answer_verdict(raw, self._mask), False
 
     @asynccontextmanager
     async def _shared_session(self) -> AsyncGenerator[aiohttp.ClientSession]:
@@ -98,12 +101,12 @@ class RemoteReward:
                 await session.close()
 
 
-def answer_verdict(raw: bytes) -> Verdict:
-    """What the judge's answer says."""
+def answer_verdict(raw: bytes, mask: Masker) -> Verdict:
+    """The verdict in the judge's answer; `mask` hides secrets that it repeats."""
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        text = raw[:200].decode(errors="replace")
+        text = mask(raw.decode(errors="replace"))[:200]
         return Verdict(None, f"{ERROR}: --rm-url answered what is not JSON ({error}): {text}")
     if isinstance(value, dict):
         value = value.get("reward", value.get("score"))

@@ -7,8 +7,8 @@ Invariant: either a finite reward or the reason why there is none, never a silen
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from slime.core.sample import Sample, Status
 
@@ -25,6 +25,10 @@ class Verdict:
 
     reward: float | dict[str, float] | None
     failure: str | None = None
+
+    def masked(self, mask: Callable[[str], str]) -> Verdict:
+        """The same with its failure passed through `mask`: failures go into logs and dumps."""
+        return self if self.failure is None else replace(self, failure=mask(self.failure))
 
     def apply(self, sample: Sample) -> None:
         """Write it into the sample."""

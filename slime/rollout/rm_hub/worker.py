@@ -23,6 +23,8 @@ from typing import Any, BinaryIO, cast
 import orjson
 
 from slime.config.args import Args
+from slime.config.secrets import masker_of
+from slime.core.masking import mask_output
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
 from slime.rollout.rm_hub import mathematics
@@ -126,6 +128,7 @@ def main() -> None:
     with cast(BinaryIO, connection.makefile("rb", buffering=0)) as stream:
         _, length = HEADER.unpack(_read(stream, HEADER.size))
         args: Args = pickle.loads(_read(stream, length))
+    mask_output(masker_of(args))
     judge = Judge(args)
     if args.custom_rm_path is None:
         mathematics.warm_up()

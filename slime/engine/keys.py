@@ -1,0 +1,71 @@
+"""The API keys of a run: for its engines, for its router, and for the router's list of engines.
+
+Path: the driver calls `with_keys` before it starts a process; engines and router are started with these keys, and every
+client takes them from `Keys.of`. Invariant: what the run starts answers only to the run's keys, and no engine ever
+receives a key with which engines can be registered.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from slime.config.api_keys import control_key
+from slime.config.args import Args, FrozenMapping
+from slime.config.rules.engines import starts_engines
+
+RUN = "slime"
+"""ID and name of the run's own key for the list of engines, as the router's audit log shows it."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What clients send as `Authorization: Bearer KEY`; None: nothing.
+
+    The router replaces its own key by the one with which an engine was registered.
+    """
+
+    engine: str | None = None
+    """Sent to an engine directly."""
+    router: str | None = None
+    """Sent with requests that the router passes on to an engine."""
+    control: str | None = None
+    """Sent to read and to change the router's list of engines."""
+
+    @classmethod
+    def of(cls, args: Args) -> Keys:
+        """The keys in `args`. Without an admin key, the router's own key opens its list as well."""
+        router = args.router.get("api_key")
+        parsed = map(control_key, args.router.get("control_plane_api_keys") or ())
+        admins = (key.key for key in parsed if key.role == "admin")
+        return cls(engine=args.sglang.get("api_key"), router=router, control=next(admins, router))
+
+
+NO_KEYS = Keys()
+
+
+def with_keys(args: Args) -> Args:
+    """`args` with a random key wherever the run starts something and the user gave none.
+
+    A key for engines opens the router, too, where the user gave that one alone. A router of the run's own gets one more
+    key for its list of engines, next to those that the user gave.
+    """
+    given = args.sglang.get("api_key")
+    sglang: Mapping[str, Any] = {"api_key": new_key()} if given is None and starts_engines(args) else {}
+    router: dict[str, Any] = {}
+    own_router = args.sglang_router_ip is None
+    if args.router.get("api_key") is None:
+        router["api_key"] = new_key() if given is None and own_router else given
+    if own_router:
+        others = args.router.get("control_plane_api_keys") or ()
+        router["control_plane_api_keys"] = (f"{RUN}:{RUN}:admin:{new_key()}", *others)
+    return replace(
+        args, sglang=FrozenMapping({**args.sglang, **sglang}), router=FrozenMapping({**args.router, **router})
+    )
+
+
+def new_key() -> str:
+    """A random key of 256 bits."""
+    return secrets.token_hex(32)
