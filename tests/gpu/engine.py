@@ -97,7 +97,7 @@ def started(report: Report, args: Args, logs: Path) -> ManagedProcess:
 
 def log_probs(model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float) -> list[float]:
     """Of `response` behind `prompt`, teacher-forced through the Hugging Face model."""
-    ids = torch.tensor([[*prompt, *response]], device="cuda")
+    ids = torch.tensor([[*prompt, *response]], device=model.device)
     with torch.no_grad():
         logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
     chosen = torch.log_softmax(logits / temperature, dim=-1).gather(1, ids[0, len(prompt) :, None])

@@ -8,25 +8,26 @@ import statistics
 import time
 from pathlib import Path
 
+from slime.cluster.dump import read_dump
 from slime.config.dry_run.memory import engine_memory, train_memory
 from slime.config.parse import load_args
 from tests.gpu.checks import Report, check
+from tests.gpu.rounding import measure_rounding
 from tests.gpu.runs import PLAIN_ENGINE, kept_directory, run, scratch, series, train, words_of
 
 STEPS = 3
 NEW_TOKENS = 1024
-LARGEST_GAP = 0.01
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 PHASES = ("generation", "offload", "training", "weight_sync", "idle", "step")
 
 
-@check(gpus=2, minutes=10)
+@check(gpus=2, minutes=12)
 def glm4_9b_2gpu(report: Report) -> None:
     """GLM4-9B, all 40 layers, colocated at TP 2."""
     run_script(report, "run-glm4-9B-2gpu.sh", "scripts/models/glm4-9B.sh")
 
 
-@check(gpus=1, minutes=6)
+@check(gpus=1, minutes=7)
 def qwen3_0_6b_1gpu(report: Report) -> None:
     """Qwen3-0.6B, colocated on one GPU."""
     run_script(report, "run-qwen3-0.6B-1gpu.sh", "scripts/models/qwen3-0.6B.sh")
@@ -51,14 +52,24 @@ def run_script(report: Report, script: str, model: str) -> None:
         words = words_of(script, variables)
         words += ["--num-rollout", str(STEPS), "--rm-type", "random", "--rollout-max-response-len", str(NEW_TOKENS)]
         words += ["--update-weight-disk-dir", str(directory / "engine-weights"), *PLAIN_ENGINE]
+        words += ["--save-debug-rollout-data", str(directory / "rollout-{rollout_id}.jsonl")]
         args, _ = load_args([*words, "--dry-run"])
         start = time.monotonic()
         events = train(words, log_dir)
         report.row("seconds of the run, with all starts", time.monotonic() - start)
+        # The first rollout's samples: the weights on disk have made them. The run has ended, and its GPU is free.
+        samples = [sample for group in read_dump(directory / "rollout-0.jsonl") for sample in group]
+        rounding = measure_rounding(directory / "hf", samples, args.rollout_temperature, device="cuda")
     steps = len(series(events, "train/loss"))
     report.row("steps", steps, STEPS, steps == STEPS)
     gap = max(series(events, "train/logprob_gap_mean"))
-    report.row("largest mean |train - rollout log-prob|", gap, f"<= {LARGEST_GAP:g}", gap <= LARGEST_GAP)
+    limit = rounding.limit
+    report.row("mean |log-prob of Hugging Face's bf16 - its fp32|", rounding.bf16)
+    report.row(
+        "mean |rollout log-prob - Hugging Face's fp32|", rounding.engine, f"<= {limit:.3g}", rounding.engine <= limit
+    )
+    report.row("largest mean |train - rollout log-prob|", gap, f"<= {limit:.3g}, twice that rounding", gap <= limit)
+    report.row("control: bf16 at another temperature", rounding.wrong, f"> {limit:.3g}", rounding.wrong > limit)
     for phase in PHASES:
         found = series(events, f"time/{phase}")
         shown = " ".join(f"{seconds:.2f}" for seconds in found)
