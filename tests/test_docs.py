@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from slime.algo.losses import LossInputs, LossOptions, policy_loss
+from slime.config.flags.renamed import RENAMED
 from slime.config.flags.table import spellings
 from slime.config.parse import load_args
 from slime.core.plugins import HOOKS
@@ -92,7 +93,7 @@ def flags_of_tools() -> set[str]:
 def unknown_flags(text: str) -> list[str]:
     by_hand = generate_docs.BLOCK.sub("", text)
     found = re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]*[a-z0-9])(?![\w-])", by_hand)
-    return [flag for flag in found if flag not in spellings().keys() | flags_of_tools() | OTHER_PROGRAMS]
+    return [flag for flag in found if flag not in spellings().keys() | set(RENAMED) | flags_of_tools() | OTHER_PROGRAMS]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)

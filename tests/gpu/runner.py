@@ -53,7 +53,10 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "outputs" / "gpu"
 TAIL_LINES = 15
 TABLE_WIDTHS = {"check": 28, "what": 64, "value": 40, "limit": 40}
-DISTRIBUTIONS = ("torch", "triton", "sglang", "megatron-core", "ray", "transformers", "sglang-router")
+DISTRIBUTIONS = (
+    *("torch", "triton", "sglang", "sglang-kernel", "flashinfer-python"),
+    *("megatron-core", "ray", "transformers", "sglang-router"),
+)
 PR_SET_CHILD_SUBREAPER = 36
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "HF_HUB_OFFLINE": "1"}
 POLL = 0.2
