@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from slime.config.args import Args
 from slime.config.flags.table import Source, secret_names
 from slime.config.rules.no_effect import EMBEDDED_SETTINGS
+from slime.core.guard import GUARD
 from slime.core.threads import THREADS_SLEEP_SOON
 from slime.engine.connection import authorization
 from slime.engine.keyed import VARIABLE
@@ -31,7 +32,6 @@ from slime.engine.keys import NO_KEYS, Keys
 from slime.engine.protocol import Endpoint, RouterEndpoint
 from slime.engine.sglang import MODULE, PHASES, sglang_server
 
-GUARD = Path(__file__).with_name("guard.py")
 LOG_TAIL = 30
 """Lines of the log in an error."""
 STOP_TIMEOUT = 10.0
@@ -70,14 +70,16 @@ class ManagedProcess:
         phases: Sequence[tuple[str, str]] = (),
         directory: tempfile.TemporaryDirectory[str] | None = None,
     ) -> None:
-        """`phases`: what its log says -> what it does from then on. `directory`: its own, removed with it."""
+        """`phases`: what its log says -> what it does from then on. `directory`: its own,
+        removed with it."""
         self.name, self.url, self.log_path = name, url, Path(log_path)
         self._phases, self._directory = phases, directory
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         # The log of an earlier run may stand there, and says nothing of this one.
         self._log_start = self.log_path.stat().st_size if self.log_path.is_file() else 0
+        own = [] if directory is None else [f"directory={directory.name}"]
         self._guard = subprocess.Popen(
-            [sys.executable, "-S", "-E", str(GUARD), str(self.log_path), "--", *command],
+            [*GUARD, str(self.log_path), *own, "--", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **(environment or {})},

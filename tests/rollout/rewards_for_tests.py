@@ -8,6 +8,7 @@ import ctypes
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -50,6 +51,21 @@ def by_label(args, sample):
             print("a reward function may print")
             return 0.25
     return float(sample.label)
+
+
+def leaves_a_sleeper(args, sample):
+    """Leaves a process that sleeps for as many seconds as the label says, as a daemon with an empty environment."""
+    if sample.label == "hang":
+        time.sleep(1000)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execve(shutil.which("sleep"), ["sleep", sample.label], {})
+        os._exit(0)
+    os.waitpid(child, 0)
+    time.sleep(0.1)
+    return 1.0
 
 
 _kept = []

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
 from slime.rollout.rm_hub import RewardPool
-from slime.rollout.rm_hub.verdict import Verdict, failure_kind
+from slime.rollout.rm_hub.verdict import TIMEOUT, Verdict, failure_kind
 
 
 def test_importing_rewards_is_light() -> None:
@@ -212,14 +213,14 @@ def test_closing_after_the_loop_is_gone() -> None:
     with pytest.raises(RuntimeError, match="belong to the event loop"):
         asyncio.run(pool.judge(Sample(label="1")))
     pool.close()
-    assert not _alive(worker.process.pid)
+    assert not _alive(worker.pid)
 
 
 def test_an_idle_worker_that_dies_is_replaced() -> None:
     async def work(pool: RewardPool) -> list[Verdict]:
         first = await pool.judge(Sample(label="1"))
         [worker] = pool._workers
-        worker.process.kill()
+        os.kill(worker.pid, signal.SIGKILL)
         deadline = time.monotonic() + 20
         while worker in pool._workers and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
@@ -439,6 +440,50 @@ def test_a_worker_that_cannot_start_ends_the_run_and_nothing_waits(
     assert {str(result)[:32] for result in results} == {"a reward worker did not start (e"}
 
 
+def sleepers(seconds: str) -> list[int]:
+    """Processes that sleep so long, which is a number of the test's own."""
+    return [one.pid for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", seconds]]
+
+
+def gone(seconds: str) -> bool:
+    deadline = time.monotonic() + 20
+    while sleepers(seconds) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not sleepers(seconds)
+
+
+def test_what_a_reward_left_in_a_session_of_its_own_ends_with_its_worker() -> None:
+    """... which is killed for its time limit, ends with the pool, or loses its owner."""
+    seconds = str(100_000 + os.getpid())
+
+    async def work(pool: RewardPool) -> list[Verdict]:
+        verdicts = [await pool.judge(Sample(label=seconds))]
+        assert len(sleepers(seconds)) == 1, "control: it is there while the worker is"
+        verdicts.append(await pool.judge(Sample(label="hang")))
+        assert await asyncio.to_thread(gone, seconds)
+        verdicts.append(await pool.judge(Sample(label=seconds)))
+        assert len(sleepers(seconds)) == 1
+        return verdicts
+
+    args = Args(custom_rm_path="rewards_for_tests.leaves_a_sleeper", rm_num_workers=1, rm_timeout=1.0)
+    assert with_pool(args, work) == [Verdict(1.0), Verdict(None, TIMEOUT), Verdict(1.0)]
+    assert gone(seconds)
+    code = (
+        "import asyncio, os, signal\n"
+        "from slime.config.args import Args\n"
+        "from slime.core.sample import Sample\n"
+        "from slime.rollout.rm_hub import RewardPool\n"
+        "async def run():\n"
+        "    pool = RewardPool(Args(custom_rm_path='rewards_for_tests.leaves_a_sleeper', rm_num_workers=1))\n"
+        f"    print(await pool.judge(Sample(label='{seconds}')), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(run())\n"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment()).stdout
+    assert "reward=1.0" in output
+    assert gone(seconds)
+
+
 def test_workers_end_with_their_owner() -> None:
     """Also one that hangs, and also where the owner is killed."""
     code = (
@@ -451,7 +496,7 @@ def test_workers_end_with_their_owner() -> None:
         "    await pool.judge(Sample(label='1'))\n"
         "    hang = asyncio.create_task(pool.judge(Sample(label='hang')))\n"
         "    await asyncio.sleep(0.5)\n"
-        "    print(*(worker.process.pid for worker in pool._workers), flush=True)\n"
+        "    print(*(worker.pid for worker in pool._workers), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(run())\n"
     )

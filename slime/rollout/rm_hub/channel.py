@@ -15,7 +15,7 @@ from collections.abc import Iterator
 HEADER = struct.Struct("<qQ")
 """Number of the task, bytes of what follows. An empty frame to the worker calls the task off."""
 START = 0
-"""Number of the first frame each way: the Args to the worker, and an empty one back when it is ready."""
+"""Number of the first frame each way: the Args to the worker, and its process id back when it is ready."""
 
 
 def pack(number: int, payload: bytes) -> bytes:

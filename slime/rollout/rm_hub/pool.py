@@ -190,7 +190,7 @@ class RewardPool:
 
     def _answered(self, worker: RewardProcess, number: int, payload: bytes) -> None:
         if number == START:
-            worker.started()
+            worker.started(int(payload))
         elif (task := worker.tasks.pop(number, None)) is not None:
             _settle(task, [Verdict(*entry) for entry in orjson.loads(payload)])
         self._hand_out()
@@ -280,7 +280,7 @@ class RewardPool:
                 task.done.set_exception(error)
 
     def _add_worker(self) -> None:
-        """Starts one; it is ready later. The kernel ends a worker with the thread that started it: the loop's own."""
+        """Starts one; it is ready later."""
         try:
             worker = RewardProcess(self._args, self._answered, self._lost)
         except OSError as error:
@@ -307,7 +307,7 @@ class RewardPool:
                 self._watch.cancel()
         workers, self._workers = self._workers, set()
         for worker in workers:
-            worker.kill() if loop_goes_on else worker.process.kill()
+            worker.kill() if loop_goes_on else worker.end()
         for worker in workers:
             worker.process.wait()
 

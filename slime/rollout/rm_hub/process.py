@@ -3,8 +3,9 @@
 Path: `pool` sends it tasks and is called back with answers, and once when it is lost. Invariant: nothing here waits: a
 worker that hangs is killed by whoever watches it, and its tasks are the pool's to hand out again.
 
-A worker is a fresh interpreter that loads the reward function and nothing else. (multiprocessing's and pebble's pools
-import the parent's main module again in each worker, which inside Ray means Ray.)
+A worker runs under a guard (`core.guard`): what a reward function started ends with it, also in a new session. It
+is a fresh interpreter that loads the reward function and nothing else. (multiprocessing's and pebble's pools import the
+parent's main module again in each worker, which inside Ray means Ray.)
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
 import psutil
 
 from slime.config.args import Args
+from slime.core.guard import END_AT_ONCE, GUARD
 from slime.rollout.rm_hub.channel import START, Page, pack, unpack
 from slime.rollout.rm_hub.verdict import Verdict
+
+_WORKER = (sys.executable, "-m", "slime.rollout.rm_hub.worker")
 
 
 @dataclass(eq=False)
@@ -53,6 +58,8 @@ class RewardProcess(asyncio.Protocol):
         self.ready = False
         self.retired = False
         self.silence = 0.0
+        self.pid = 0
+        """Its process id, once it is ready. `process` is its guard, which ends with it."""
         self._answered, self._lost = answered, lost
         self._buffer = bytearray()
         self._beat = 0
@@ -62,12 +69,15 @@ class RewardProcess(asyncio.Protocol):
         self._socket, theirs = socket.socketpair()
         page = Page.make_file()
         search_path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        words = [str(theirs.fileno()), str(page), str(os.getpid())]
+        ends = (theirs.fileno(), page)
+        words = [str(end) for end in ends]
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "slime.rollout.rm_hub.worker", *words],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), page),
+                [*GUARD, "-", f"keep={','.join(words)}", "--", *_WORKER, *words],
+                stdin=subprocess.PIPE,
+                bufsize=0,
+                stdout=subprocess.DEVNULL,  # it prints the worker's process id, which the worker itself sends
+                pass_fds=ends,
                 env={**os.environ, "PYTHONPATH": search_path},
             )
             self._page = Page(page)
@@ -80,9 +90,10 @@ class RewardProcess(asyncio.Protocol):
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._socket)
         self._write(START, pickle.dumps(self._args))
 
-    def started(self) -> None:
-        """It is ready: what it holds from here on are its tasks'."""
+    def started(self, pid: int) -> None:
+        """It is ready, as process `pid`: what it holds from here on are its tasks'."""
         self.ready = True
+        self.pid = pid
         self._bytes_at_start = self._resident_bytes()
 
     @property
@@ -92,7 +103,7 @@ class RewardProcess(asyncio.Protocol):
 
     def _resident_bytes(self) -> int:
         try:
-            return psutil.Process(self.process.pid).memory_info().rss
+            return psutil.Process(self.pid).memory_info().rss
         except psutil.Error:  # it has died, which is noticed elsewhere
             return self._bytes_at_start
 
@@ -133,11 +144,22 @@ class RewardProcess(asyncio.Protocol):
         return self.process.poll() is not None
 
     def kill(self) -> None:
-        """Any number of times; `lost` is not called after. Does not wait until it is gone."""
-        self.process.kill()
+        """End it and whatever its reward functions started. Does not wait until they are gone.
+
+        It may be called any number of times; `lost` is not called after it.
+        """
+        self.end()
         self._lost = _nothing
         if self._transport is not None:
             self._transport.abort()
+
+    def end(self) -> None:
+        """The part of `kill` that needs no event loop."""
+        assert self.process.stdin is not None, "it was opened with a pipe"
+        if not self.process.stdin.closed:
+            with suppress(BrokenPipeError):  # it has ended already
+                self.process.stdin.write(END_AT_ONCE)
+            self.process.stdin.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)

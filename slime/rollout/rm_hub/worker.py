@@ -1,14 +1,13 @@
-"""One reward process: `python -m slime.rollout.rm_hub.worker SOCKET PAGE PARENT`, started and killed by `process`.
+"""One reward process: `python -m slime.rollout.rm_hub.worker SOCKET PAGE`, started and killed by `process`.
 
 Path: a task comes in, the reward function runs, a JSON answer goes back. A plain function judges one task after the
-other; an async one has many in flight (see `together`). Invariant: the process ends with its owner, also when a reward
-function hangs and the owner was killed.
+other; an async one has many in flight (see `together`). Invariant: the process holds nothing that its
+guard, which ends it with its owner, would have to save.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import inspect
 import logging
 import os
@@ -33,17 +32,8 @@ from slime.rollout.rm_hub.registry import find_reward, is_async
 from slime.rollout.rm_hub.together import Together
 from slime.rollout.rm_hub.verdict import TIMEOUT, Verdict, error_verdict, verdict_of, verdicts_of
 
-_PR_SET_PDEATHSIG = 1
 _BUILT_IN_MEMORY = 4 * 1024**3
 """Bytes of address space for the built-in rewards: an answer such as 10^{10^{10}} must not fill the machine."""
-
-
-def die_with_parent(parent: int) -> None:
-    """Linux kills this process when the thread that started it ends, however it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
 
 
 class Judge:
@@ -122,7 +112,6 @@ def _limit_memory() -> None:
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     page = Page(int(sys.argv[2]))
-    die_with_parent(int(sys.argv[3]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the owner ends us
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     with cast(BinaryIO, connection.makefile("rb", buffering=0)) as stream:
@@ -133,7 +122,7 @@ def main() -> None:
     if args.custom_rm_path is None:
         mathematics.warm_up()
         _limit_memory()
-    connection.sendall(pack(START, b""))
+    connection.sendall(pack(START, str(os.getpid()).encode()))
     if judge.is_async:
         late = encode([Verdict(None, TIMEOUT)])
         asyncio.run(Together(page, judge.judge_async, late, args.rm_timeout).serve(connection))

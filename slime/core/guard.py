@@ -1,10 +1,15 @@
-"""Runs one command, and sees to it that the command does not outlive whoever asked for it.
+"""Runs one command, and ends it and everything that it started when its owner is gone.
 
-    python -S -E guard.py LOG -- COMMAND...        (standard library only: it starts in ~20 ms)
+    python -S -E guard.py LOG [directory=DIR] [keep=FD,FD] -- COMMAND...
 
-Path: `launch.ManagedProcess` starts it with a pipe as standard input. Invariant: when that pipe closes, however
-the other side ended, the command's whole process group gets SIGTERM, and SIGKILL a grace later, with every descendant
-that has left the group. The command dies with the guard too. Prints the command's process id; exits with its code.
+It uses the standard library only, and starts in about 20 ms. LOG: the file that gets the command's output; "-": the
+guard's own standard error. DIR: removed when the command has ended. FD: descriptors that the command inherits.
+
+Path: `engine.launch` starts engines and the router with it, `rollout.rm_hub.process` reward workers; each holds the
+other end of a pipe that is the guard's standard input. Invariant: when that pipe closes, or the owner has died, the
+command's process group gets SIGTERM, and SIGKILL a grace later, with every descendant that has left the group or its
+session. A byte in the pipe does the same without a grace. The command dies with the guard too. The guard prints the
+command's process id and exits with its code.
 """
 
 from __future__ import annotations
@@ -15,14 +20,18 @@ import select
 import signal
 import sys
 import time
+from types import FrameType
 
+GUARD = (sys.executable, "-S", "-E", __file__)
+"""The command that starts it."""
+END_AT_ONCE = b"\n"
 GRACE = 5.0
 POLL = 0.5
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 
-def _start(log: str, command: list[str]) -> int:
+def _start(log: str, command: list[str], keep: list[int]) -> int:
     """Fork and exec in a process group of its own -> process id."""
     libc = ctypes.CDLL(None, use_errno=True)
     guard = os.getpid()
@@ -35,11 +44,13 @@ def _start(log: str, command: list[str]) -> int:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != guard:
             os._exit(1)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        output = 2 if log == "-" else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(source, target)
-        os.closerange(3, 256)
+        for descriptor in range(3, 256):
+            if descriptor not in keep:
+                os.closerange(descriptor, descriptor + 1)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
@@ -56,10 +67,11 @@ def _signal_group(pid: int, number: int) -> None:
         return
 
 
-def _end(pid: int) -> None:
-    """SIGTERM to the group, SIGKILL to what is left of it."""
-    _signal_group(pid, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE
+def _end(pid: int, grace: float) -> None:
+    """SIGTERM to the group, SIGKILL to what is left of it after `grace` seconds."""
+    if grace:
+        _signal_group(pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace
     while time.monotonic() < deadline:
         done, _ = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -93,19 +105,39 @@ def _children() -> list[int]:
 
 
 def main() -> int:
-    log, command = sys.argv[1], sys.argv[3:]
+    before, command = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
+    options = dict(word.split("=", 1) for word in before[1:])
+    keep = [int(word) for word in options.get("keep", "").split(",") if word]
+    try:
+        return _watch(before[0], command, keep)
+    finally:
+        if "directory" in options:
+            import shutil  # here: it takes as long to import as all the rest
+
+            shutil.rmtree(options["directory"], ignore_errors=True)
+
+
+def _watch(log: str, command: list[str], keep: list[int]) -> int:
+    """Run the command until it ends or is to end -> the exit code."""
     parent = os.getppid()
     wake, wakeup = os.pipe()
     for end in (wake, wakeup):
         os.set_blocking(end, False)
     asked_to_end: list[int] = []
     signal.set_wakeup_fd(wakeup)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: asked_to_end.append(1))
+
+    def wake_up(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            asked_to_end.append(number)
+
+    signal.signal(signal.SIGCHLD, wake_up)  # `wakeup` gets a byte for it
+    signal.signal(signal.SIGTERM, wake_up)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the command become ours
-    pid = _start(log, command)
-    print(pid, flush=True)
+    pid = _start(log, command, keep)
+    for descriptor in keep:
+        os.close(descriptor)  # the owner is to notice when the command closes its end
+    os.write(1, b"%d\n" % pid)
     while True:
         done, status = os.waitpid(-1, os.WNOHANG)
         if done and done != pid:
@@ -115,9 +147,10 @@ def main() -> int:
             _end_orphans()
             return os.waitstatus_to_exitcode(status) & 0xFF
         ready, _, _ = select.select([0, wake], [], [], POLL)
+        said = os.read(0, 1) if 0 in ready else None
         # A forked child of the parent may hold the pipe open beyond the parent's death: the parent is asked for, too.
-        if asked_to_end or os.getppid() != parent or (0 in ready and not os.read(0, 1)):
-            _end(pid)
+        if asked_to_end or os.getppid() != parent or said is not None:
+            _end(pid, 0.0 if said else GRACE)
             return 0
         if wake in ready:
             os.read(wake, 512)
