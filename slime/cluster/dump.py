@@ -2,6 +2,9 @@
 
 Path: written by `--save-debug-rollout-data`, read by `--load-debug-rollout-data`. Invariant: JSON keeps every token,
 log-prob and reward exactly, so a replay trains on the same numbers bit for bit.
+
+The first line says how the samples were sampled (`config.sampling_record`); each other line is a group. Dumps of older
+versions begin with a group.
 """
 
 from __future__ import annotations
@@ -9,15 +12,34 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from slime.config.args import Args
+from slime.config.sampling_record import SamplingRecord, read_record
 from slime.core.sample import Sample
 
 
-def write_dump(path: Path, groups: list[list[Sample]]) -> None:
-    """One JSON line a group."""
+def write_dump(path: Path, groups: list[list[Sample]], record: SamplingRecord | None = None) -> None:
+    """The record, then one JSON line for each group. None: nobody knows how they were sampled."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
+        if record is not None:
+            file.write(record.line() + "\n")
         for group in groups:
             file.write(json.dumps([sample.to_dict() for sample in group]) + "\n")
+
+
+def read_replay(args: Args, rollout_id: int) -> tuple[list[list[Sample]], SamplingRecord | None]:
+    """The groups of the rollout's dump, and how they were sampled; None: the dump does not say.
+
+    Raises:
+        ValueError: as `read_dump`; or training would take the samples for what they are not.
+    """
+    assert args.load_debug_rollout_data is not None
+    path = Path(args.load_debug_rollout_data.format(rollout_id=rollout_id))
+    groups, record = read_dump(path), read_record(path)
+    faults = [] if record is None or args.debug_rollout_only else record.faults(args)
+    if faults:
+        raise ValueError(f"--load-debug-rollout-data {path}: {'; '.join(faults)}")
+    return groups, record
 
 
 def read_dump(path: Path) -> list[list[Sample]]:
@@ -31,7 +53,8 @@ def read_dump(path: Path) -> list[list[Sample]]:
             f"--load-debug-rollout-data {path}: no such file; it has to be one that --save-debug-rollout-data wrote"
         )
     groups: list[list[Sample]] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    begin = 0 if read_record(path) is None else 1
+    for number, line in enumerate(path.read_text().splitlines()[begin:], begin + 1):
         try:
             groups.append([Sample.from_dict(data) for data in json.loads(line)])
         except (ValueError, KeyError, TypeError) as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slime.cluster.dump import read_dump, write_dump
+from slime.cluster.dump import read_replay, write_dump
 from slime.cluster.fleet import EngineUp, Fleet, FleetState
 from slime.cluster.health import EngineWatch, Watched, answering
 from slime.config.args import Args
@@ -36,6 +36,7 @@ from slime.observability.logs import collected_warnings, log_to_file
 from slime.rollout.acceptance import mask_truncated
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.evaluate import Evaluator
+from slime.rollout.generate import sampling_record
 from slime.rollout.in_flight import TrackedSource
 from slime.rollout.rm_hub import RewardPool
 from slime.rollout.rollout_metrics import replay_metrics
@@ -191,13 +192,14 @@ class RolloutManager:
         start = time.perf_counter()
         args = self._args
         if args.load_debug_rollout_data is not None:
-            groups = read_dump(Path(args.load_debug_rollout_data.format(rollout_id=rollout_id)))
+            groups, sampled = read_replay(args, rollout_id)
             metrics = replay_metrics(args, groups)
         else:
             result = await self._make(rollout_id)
             groups, metrics = result.groups, result.metrics
+            sampled = sampling_record(args)
         if args.save_debug_rollout_data is not None:
-            write_dump(Path(args.save_debug_rollout_data.format(rollout_id=rollout_id)), groups)
+            write_dump(Path(args.save_debug_rollout_data.format(rollout_id=rollout_id)), groups, sampled)
         samples = [sample for group in groups for sample in group]
         self._write_samples(rollout_id, samples)
         if args.custom_rollout_log_function_path is not None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from slime.config.args import Args
 from slime.config.context import rollout_limits
+from slime.config.sampling_record import OFF, SamplingRecord
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample, Status
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Generate = Callable[[Args, Sample, SamplingParams, "RolloutContext"], Awaitable[Sample]]
+
+SFT_ROLLOUT = "slime.rollout.sft_rollout.generate_rollout"
+"""The rollout function that takes the data's responses."""
 
 STATUS_BY_FINISH = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 
@@ -46,6 +50,14 @@ def rollout_sampling_params(args: Args) -> SamplingParams:
         skip_special_tokens=args.rollout_skip_special_tokens,
         no_stop_trim=True,
     )
+
+
+def sampling_record(args: Args) -> SamplingRecord:
+    """What a dump says of how this run samples."""
+    if args.rollout_function_path == SFT_ROLLOUT:
+        return SamplingRecord.of(args, None)
+    params = rollout_sampling_params(args)
+    return SamplingRecord.of(args, {name: float(vars(params)[name]) for name in ("temperature", *OFF)})
 
 
 def sampling_seed(*parts: object) -> int:

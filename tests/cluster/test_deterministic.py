@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slime.cluster.dump import read_dump
+from slime.config.sampling_record import read_record
 from tests.cluster.runs import Task, flags, train
 from tests.kill.compare import differences
 
@@ -31,6 +32,8 @@ def test_two_runs_are_one(task: Task, tmp_path: Path) -> None:
     two = run(task, tmp_path / "two", "--deterministic")
     one = run(task, tmp_path / "one", "--deterministic", "--rollout-num-gpus", "1")
     assert differences(two, one) == []
+    record = read_record(two / "dump/0.jsonl")
+    assert record is not None and record.sampling is not None and record.tokenizer is not None
     # Control: the engine's fast path rounds otherwise, in the last bits of log-probs, and that is seen.
     other = run(task, tmp_path / "other", "--debug-rollout-only", "--num-rollout", "1")
     assert log_probs(one) == log_probs(two) != log_probs(other)

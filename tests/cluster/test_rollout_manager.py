@@ -12,8 +12,10 @@ import pytest
 from slime.cluster.dump import write_dump
 from slime.cluster.rollout_manager import RolloutManager
 from slime.config.args import Args
+from slime.config.sampling_record import read_record
 from slime.core.batch import TrainBatch
 from slime.core.sample import Sample
+from slime.rollout.generate import sampling_record
 from tests.cluster.runs import Task
 from tests.cluster.timeline_hooks_for_tests import GO_ON
 
@@ -45,6 +47,26 @@ def test_a_replay_needs_no_prompts(task: Task, tmp_path: Path, dump: str) -> Non
     assert metrics["rollout/reward"] == 0.5
     assert replayed.state_dict() == {"data_source": None, "made": None, "policy_version": 0}
     asyncio.run(replayed.close())
+
+
+def test_a_replay_keeps_what_the_dump_says_of_itself(task: Task, tmp_path: Path) -> None:
+    """A dump of a replay was sampled as the first one was, whatever this run's flags say."""
+    hot = sampling_record(Args(hf_checkpoint=str(task.model), rollout_temperature=0.7))
+    write_dump(
+        tmp_path / "0.jsonl",
+        [[Sample(group_index=0, index=0, tokens=[1, 2], prompt_length=1, response_length=1, reward=1.0)]],
+        hot,
+    )
+    paths = [str(tmp_path / name) for name in ("{rollout_id}.jsonl", "again.jsonl")]
+    flags = {"load_debug_rollout_data": paths[0], "save_debug_rollout_data": paths[1]}
+    replayed = manager(task, tmp_path, **flags, rollout_temperature=0.7)
+    asyncio.run(replayed.generate(0))
+    assert read_record(tmp_path / "again.jsonl") == hot
+    asyncio.run(replayed.close())
+    cold = manager(task, tmp_path, **flags)
+    with pytest.raises(ValueError, match=r"at temperature 0\.7"):
+        asyncio.run(cold.generate(0))
+    asyncio.run(cold.close())
 
 
 def test_the_log_and_conversion_hooks_are_called(task: Task, tmp_path: Path, dump: str) -> None:

@@ -29,7 +29,7 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
     assert (args.num_engines, problems) == (2, [])
     assert bare.args(*NEAR.split(), "--rollout-num-gpus", "2").num_engines == 2
     assert bare.args(*NEAR.split(), "--rollout-num-gpus-per-engine", "4").num_engines == 2
-    trains_alone = ["--debug-train-only", "--load-debug-rollout-data", str(bare.data)]
+    trains_alone = ["--debug-train-only", "--load-debug-rollout-data", f"{bare.data}.dump"]
     threads = bare.args("--rollout-num-gpus", "0", *trains_alone).cpu_threads_per_process
     assert bare.args(*NEAR.split()).cpu_threads_per_process == threads, "only what the run starts shares the cores"
 

@@ -381,7 +381,7 @@ def test_wrong_with_a_rollout_in_flight(run: Run, words: str, says: str) -> None
         "--deterministic",
         "--num-rollout 0 --eval-prompt-data TRAIN",
         "--debug-rollout-only",
-        "--debug-train-only --load-debug-rollout-data TRAIN",
+        "--debug-train-only --load-debug-rollout-data TRAIN.dump",
     ],
 )
 def test_right_with_a_rollout_in_flight(run: Run, words: str) -> None:

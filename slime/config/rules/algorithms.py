@@ -6,13 +6,13 @@ it generates, by the formula that the flags name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
+from slime.config.vocabulary import vocabulary_text
 
 WIDE_FOR_A_SEQUENCE = 0.05
 """A clip range that hardly any response's mean ratio leaves: gspo's paper takes less than a hundredth of it."""
@@ -73,17 +73,6 @@ def teacher(case: Case) -> Iterable[Problem]:
         rule = "teacher and student are one model: every advantage would be 0"
         yield case.error("ref_load", rule, "name the teacher here, and the student by --hf-checkpoint", beside=about)
     files = [folder / "tokenizer.json" for folder in (student, taught_by)]
-    if all(file.is_file() for file in files) and len({_vocabulary(file) for file in files}) > 1:
+    if all(file.is_file() for file in files) and len({vocabulary_text(file) for file in files}) > 1:
         rule = f"its tokenizer is another than that of --hf-checkpoint {student}: a token is not the same text to both"
         yield case.error("ref_load", rule, "take a teacher with the student's tokenizer", beside=about)
-
-
-def _vocabulary(file: Path) -> str:
-    """Which token has which number, in one text; the whole file where it says so otherwise."""
-    text = file.read_text(encoding="utf-8")
-    try:
-        found = json.loads(text)
-        added = [(token["id"], token["content"]) for token in found.get("added_tokens", [])]
-        return json.dumps([found["model"]["vocab"], sorted(added)], sort_keys=True)
-    except (ValueError, KeyError, TypeError):
-        return text

@@ -35,6 +35,7 @@ from slime.config.rules.optimizer import cpu_offload, decay, optimizer, resumed_
 from slime.config.rules.partial import partial_rollout
 from slime.config.rules.paths import directories, quantized, tokenizer, weight_files
 from slime.config.rules.problem import Problem
+from slime.config.rules.replay import replay
 from slime.config.rules.rewards import custom_reward, eval_rewards, reward, reward_types, reward_url
 from slime.config.rules.routing import routing_replay
 from slime.config.rules.stages import pipeline_stages, recompute, virtual_stages
@@ -320,6 +321,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     weights,
     files_of_rollouts,
     debug_data,
+    replay,
     train_data,
     hooks,
     no_effect,

@@ -1,0 +1,122 @@
+"""SamplingRecord: how the samples of a rollout dump were sampled, in the dump's first line.
+
+Path: `cluster.dump` writes it with --save-debug-rollout-data; a rule reads it before a replay starts, and the rollout
+manager again with each file. Invariant: only plain JSON is read, and only the fields that are named here.
+
+Training takes log-probs of the whole softmax at --rollout-temperature. A dump that was sampled from any other
+distribution (top-p, top-k, another temperature), or whose tokens mean something else, is not what it assumes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from slime.config.args import Args
+from slime.config.vocabulary import vocabulary_digest
+
+FORMAT = "slime rollout"
+"""The key of the record's format number, by which its line is known."""
+LONGEST = 65536
+"""Bytes of a record's line at most."""
+OFF: Mapping[str, float] = {"top_p": 1.0, "top_k": -1.0, "min_p": 0.0}
+"""Sampling parameters that leave tokens out of the distribution, at the value that leaves none out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingRecord:
+    """What a dump says of itself."""
+
+    sampling: Mapping[str, float] | None
+    """`temperature` and the parameters of OFF; None: nothing was sampled, the responses are the data's."""
+    tokenizer: str | None
+    """`vocabulary_digest` of --hf-checkpoint."""
+    vocab_size: int | None
+
+    @classmethod
+    def of(cls, args: Args, sampling: Mapping[str, float] | None) -> SamplingRecord:
+        """The record of a run that samples with `sampling`."""
+        size = None if args.architecture is None else args.architecture.vocab_size
+        digest = None if args.hf_checkpoint is None else vocabulary_digest(args.hf_checkpoint)
+        return cls(sampling=sampling, tokenizer=digest, vocab_size=size)
+
+    def line(self) -> str:
+        """The dump's first line."""
+        return json.dumps({FORMAT: 1, **asdict(self)})
+
+    def other_distribution(self, args: Args) -> list[str]:
+        """How the samples were sampled otherwise than training assumes, each with its remedy; empty: they were not."""
+        if self.sampling is None:
+            return ["its responses are the data's own, and no policy sampled them (train on it with sft_loss)"]
+        found: list[str] = []
+        for name, off in OFF.items():
+            value = self.sampling.get(name, off)
+            if value != off and not (name == "top_k" and value == 0):
+                found.append(f"it was sampled with {name.replace('_', '-')} {value:g} (dump it again without)")
+        temperature = self.sampling["temperature"]
+        if temperature != args.rollout_temperature:
+            found.append(
+                f"it was sampled at temperature {temperature:g}, and --rollout-temperature is "
+                f"{args.rollout_temperature:g} (give --rollout-temperature {temperature:g})"
+            )
+        return found
+
+    def other_tokens(self, args: Args) -> list[str]:
+        """How its tokens differ from those of --hf-checkpoint, with the remedy; empty: they do not."""
+        here = SamplingRecord.of(args, None)
+        if self.tokenizer is not None and here.tokenizer is not None:
+            same = self.tokenizer == here.tokenizer
+        else:
+            same = None in (self.vocab_size, here.vocab_size) or self.vocab_size == here.vocab_size
+        if same:
+            return []
+        sizes = ""
+        if self.vocab_size != here.vocab_size:
+            sizes = f", with {self.vocab_size} tokens and not {here.vocab_size}"
+        return [
+            f"its tokens are of another tokenizer than that of --hf-checkpoint {args.hf_checkpoint}{sizes} (name the "
+            "model that it was made with)"
+        ]
+
+    def faults(self, args: Args) -> list[str]:
+        """All that keeps training from replaying the dump with these flags."""
+        sampled = [] if args.loss_type == "sft_loss" else self.other_distribution(args)
+        return sampled + self.other_tokens(args)
+
+
+def read_record(path: Path) -> SamplingRecord | None:
+    """The record in a dump's first line; None: the dump has none, because an older slime wrote it.
+
+    Raises:
+        ValueError: the first line is neither a record nor a group.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        line = file.readline(LONGEST)
+    if not line.lstrip().startswith(b"{"):
+        return None
+    try:
+        return _parsed(json.loads(line))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}:1 is no rollout dump's first line: {error}") from error
+
+
+def _parsed(data: dict[str, Any]) -> SamplingRecord:
+    if FORMAT not in data:
+        raise ValueError(f"it has no entry {FORMAT!r}")
+    if data[FORMAT] != 1:
+        raise ValueError(f"format {data[FORMAT]!r}, of which this version knows 1")
+    sampling, tokenizer, size = data["sampling"], data["tokenizer"], data["vocab_size"]
+    if sampling is not None:
+        sampling = {str(name): float(value) for name, value in cast(dict[Any, Any], sampling).items()}
+        unknown = sampling.keys() - {"temperature", *OFF}
+        if unknown:
+            raise ValueError(f"unknown sampling parameters {', '.join(sorted(unknown))}")
+        if "temperature" not in sampling:
+            raise ValueError("no temperature")
+    if not (tokenizer is None or isinstance(tokenizer, str)) or not (size is None or isinstance(size, int)):
+        raise ValueError("tokenizer has to be a text, and vocab_size a number")
+    return SamplingRecord(sampling=sampling, tokenizer=tokenizer, vocab_size=size)
