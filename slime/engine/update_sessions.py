@@ -1,7 +1,7 @@
 """Weight-update sessions: SGLang takes weights only between their begin and their end, from 0.5.21 on.
 
-Path: `sync.transport` opens one for each sync through `EngineClient.update_sessions`. Invariant: whether an engine has
-sessions is asked once, when the first weights are sent to it, and nothing else decides by the engine's version.
+Path: `sync.transport` opens one for each sync through `EngineClient.update_sessions`. Invariant: an engine is asked
+once whether it has sessions, when weights are first sent to it; its version number is never consulted.
 """
 
 from __future__ import annotations
