@@ -25,8 +25,11 @@ from transformers.utils import logging
 
 def greedy_answers(model_dir: str, conversations: list[Any], max_new_tokens: int) -> list[str]:
     """The model's greedy response to each conversation (special tokens left out)."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    # Nothing of the directory is run: no code in it, and no pickled weights.
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left", trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
     answers: list[str] = []
     for start in range(0, len(conversations), 64):
         inputs = tokenizer.apply_chat_template(

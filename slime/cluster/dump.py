@@ -54,9 +54,9 @@ def read_dump(path: Path) -> list[list[Sample]]:
         )
     groups: list[list[Sample]] = []
     begin = 0 if read_record(path) is None else 1
-    for number, line in enumerate(path.read_text().splitlines()[begin:], begin + 1):
+    for number, line in enumerate(path.read_bytes().splitlines()[begin:], begin + 1):
         try:
             groups.append([Sample.from_dict(data) for data in json.loads(line)])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"--load-debug-rollout-data {path}:{number}: not a dumped group: {error}") from error
     return groups

@@ -34,6 +34,13 @@ def is_hf_directory(path: str | Path) -> bool:
     return (root / "config.json").is_file() and ((root / SINGLE).is_file() or (root / INDEX).is_file())
 
 
+def _inside(file: str) -> str:
+    """The name of a file in the directory of its index; raises ValueError where it leads elsewhere."""
+    if Path(file).name != file or not file.endswith(".safetensors"):
+        raise ValueError(f"{file!r} is no safetensors file of this directory")
+    return file
+
+
 class HFReader:
     """The tensors of an HF directory by name, read when asked for."""
 
@@ -51,10 +58,11 @@ class HFReader:
         index = self.path / INDEX
         if index.is_file():
             try:
-                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
+                weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+                files = {name: _inside(file) for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{index} is no safetensors index ({error!r}); download it again") from error
-            return {name: self.path / file for name, file in weight_map.items()}
+            return {name: self.path / file for name, file in files.items()}
         single = self.path / SINGLE
         if not single.is_file():
             raise ValueError(f"{self.path} holds neither {SINGLE} nor {INDEX}; name a Hugging Face directory with them")

@@ -146,15 +146,15 @@ class StepFiles:
         if not path.is_file():
             raise ValueError(f"{directory}: there is no {INDEX}; name a directory that {FLAG} wrote")
         try:
-            index: dict[str, Any] = json.loads(path.read_text())
+            index: dict[str, Any] = json.loads(path.read_bytes())
             if index["format"] != FORMAT:
-                raise ValueError(f"{path} is of format {index['format']}, and this version reads {FORMAT}")
+                raise ValueError(f"it is of format {index['format']}, and this version reads {FORMAT}")
             self.facts: dict[str, Any] = index["facts"]
             self.places = [
                 Place(each["name"], each["rollout_id"], [_entry(entry) for entry in each["tensors"]])
                 for each in index["places"]
             ]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no index that {FLAG} wrote ({error!r})") from error
 
     def tensor(self, entry: Entry) -> Tensor:
@@ -170,4 +170,6 @@ class StepFiles:
 
 
 def _entry(data: Mapping[str, str]) -> Entry:
+    if Path(data["file"]).name != data["file"]:
+        raise ValueError(f"{data['file']!r} is no file of this directory")
     return Entry(data["name"], Axis(data["axis"]), data["file"])

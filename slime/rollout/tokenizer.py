@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
 from slime.config.args import Args
 from slime.core.sample import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_OF_TEMPLATES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What an expression in a chat template may raise, as in Python."""
 
 
 def load_tokenizer(args: Args) -> PreTrainedTokenizerBase:
@@ -37,10 +42,22 @@ def load_tokenizer(args: Args) -> PreTrainedTokenizerBase:
 def render_messages(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Sequence[dict[str, Any]] | None
 ) -> str:
-    """The chat template's text, up to where the assistant's answer begins."""
-    text = tokenizer.apply_chat_template(
-        messages, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=True
-    )
+    """The chat template's text, up to where the assistant's answer begins.
+
+    transformers renders it in jinja's sandbox: a template reaches the messages, and nothing of Python.
+
+    Raises:
+        ValueError: the template has a fault, or asks for what the sandbox does not allow.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=True
+        )
+    except (jinja2.TemplateError, *_OF_TEMPLATES) as error:
+        raise ValueError(
+            f"--hf-checkpoint {tokenizer.name_or_path}: its chat template cannot be rendered "
+            f"({type(error).__name__}: {error}); take another template"
+        ) from error
     assert isinstance(text, str)
     return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +48,22 @@ def test_a_foreign_file_is_named_with_its_line(tmp_path: Path) -> None:
         read_dump(path)
     with pytest.raises(ValueError, match="no such file"):
         read_dump(tmp_path / "missing.jsonl")
+
+
+class Touches:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self._path), "w")
+
+
+def test_a_pickle_in_place_of_a_dump_is_not_run(tmp_path: Path) -> None:
+    path, marker = tmp_path / "dump.jsonl", tmp_path / "marker"
+    for content in (pickle.dumps(Touches(marker)), b"\xff\n", b"[" * 100_000, b"[[1]]", b"1"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"dump\.jsonl:1: not a dumped group"):
+            read_dump(path)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Touches(marker)))
+    assert marker.exists(), "control: whoever unpickles it shows"

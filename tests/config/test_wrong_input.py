@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -524,3 +525,23 @@ def test_a_missing_shard(run: Run) -> None:
     (run.hf / "model.safetensors.index.json").write_text(json.dumps(index))
     error = run.errors()[0]
     assert "model-00002-of-00002.safetensors is missing, and model.safetensors.index.json lists it" in error
+
+
+@pytest.mark.parametrize("flag", ["--hf-checkpoint", "--ref-load", "--load"])
+def test_pickled_weights_are_never_read(run: Run, flag: str) -> None:
+    """Not by a plan either; nor is code that config.json names."""
+    folder, marker = run.directory / "pickled", run.directory / "marker"
+    shutil.copytree(run.hf, folder)
+    (folder / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n(X\x0c\x00\x00\x00touch markertR.")
+    (folder / "custom.py").write_text(f"open({str(marker)!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "custom.Config"}}))
+    says = "pytorch_model.bin is a pickle, which may run code and is never read, and there are no safetensors"
+    for words in ([], ["--dry-run"]):
+        errors = run.errors(*words, flag, str(folder))
+        assert [error for error in errors if says in error] == [
+            f"{flag} {folder}: {says}; convert it to safetensors, or download these"
+        ]
+    assert not marker.exists() and not Path("marker").exists()
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    assert run.errors(flag, str(folder)) == [], "control: with safetensors the other file does not matter"

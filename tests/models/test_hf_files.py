@@ -143,3 +143,17 @@ def test_damage_is_named_with_its_file(source: Path, sharded: Path, tmp_path: Pa
         HFReader(sharded)
     with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor"):
         HFReader(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", "..", 7, None])
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, file: object):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(ValueError, match=r"index\.json is no safetensors index"):
+        HFReader(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[1]", b"[" * 100_000, b'{"weight_map": [1]}'])
+def test_an_index_of_garbage_is_named(tmp_path: Path, content: bytes):
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"index\.json is no safetensors index"):
+        HFReader(tmp_path)

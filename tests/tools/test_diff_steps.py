@@ -235,6 +235,12 @@ def test_files_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([a, b]) == 2
     index.write_text(json.dumps({"format": 1}))
     assert main([a, b]) == 2
+    place = {"name": "x", "rollout_id": 0, "tensors": [{"name": "a", "axis": "entry", "file": "../a/x.safetensors"}]}
+    index.write_text(json.dumps({"format": 1, "facts": {}, "places": [place]}))
+    assert main([a, b]) == 2
+    for content in (b"\x80\x04N.", b"[" * 100_000, b"[]"):
+        index.write_bytes(content)
+        assert main([a, b]) == 2
     index.unlink()
     assert main([a, b]) == 2
     told = capsys.readouterr().err.splitlines()
@@ -243,6 +249,8 @@ def test_files_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "1-1.safetensors is missing, and index.json says",
         "of format 99",
         "is no index",
+        "'../a/x.safetensors' is no file of this directory",
+        *["is no index"] * 3,
         "no index",
     )
     assert len(told) == len(expected)

@@ -19,6 +19,7 @@ from slime.config.rules.problem import Problem
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 """A tokenizer is one of these, at least."""
+PICKLED = (".bin", ".bin.index.json", ".pt", ".pth")
 MAX_NAME_BYTES = 255
 """Of one file's or directory's name, on all usual file systems."""
 MODEL_DIRECTORIES = ("hf_checkpoint", "ref_load", "load", "critic_load")
@@ -138,10 +139,23 @@ def weight_files(case: Case) -> Iterable[Problem]:
         path: str | None = vars(args)[field]
         if path is None or not (Path(path) / "config.json").is_file():
             continue
+        pickled = _pickled_alone(Path(path))
+        if pickled is not None:
+            rule = f"{pickled} is a pickle, which may run code and is never read, and there are no safetensors"
+            yield case.error(field, rule, "convert it to safetensors, or download these")
+            continue
         for file in _safetensors_files(Path(path)):
             fault = _damage(file)
             if fault is not None:
                 yield case.error(field, f"{file.name} {fault}", "download or export it again")
+
+
+def _pickled_alone(folder: Path) -> str | None:
+    """A file of pickled weights, where a directory has no others."""
+    if (folder / ".metadata").is_file() or any(folder.glob("*.safetensors*")):
+        return None
+    found = sorted(path.name for suffix in PICKLED for path in folder.glob(f"*{suffix}"))
+    return found[0] if found else None
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
