@@ -58,6 +58,10 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
             f"{OWN} --sglang-router-ip 10.0.0.9 --sglang-router-port 9 --router-control-plane-api-keys a:b:user:c",
             "--router-control-plane-api-keys: no key has the role admin",
         ),
+        (
+            f"{SGLANG} --sglang-tokenizer-worker-num 2 --sglang-api-key a",
+            "--sglang-tokenizer-worker-num 2: SGLang takes no API key with several tokenizer workers, and --sglang-api",
+        ),
         (f"{OWN} --sglang-admin-api-key 2", "one key opens everything"),
         (f"{OWN} --sglang-router-port 4000", "--sglang-router-port 4000: half of an address"),
         (
@@ -97,6 +101,7 @@ def test_one_error(bare: Run, words: str, message: str) -> None:
         ("--bf16 --colocate --rollout-engine sglang --dry-run --update-weight-pause retract", "nothing is in flight"),
         (f"{OWN} --update-weight-pause retract", "with train.py nothing is in flight while weights change"),
         (f"{SGLANG} --update-weight-pause in_place --sglang-disable-radix-cache", "nothing is in flight"),
+        (f"{SGLANG} --sglang-tokenizer-worker-num 2", "so whoever reaches an engine can change its weights"),
         (f"{OWN} --update-weight-disk-dir x --no-check-weight-sync", "no weights stand in files"),
     ],
 )

@@ -241,6 +241,9 @@ def test_it_is_started_watched_and_warmed_up(installed: Path, tmp_path: Path, mo
         warm_up(some_args(), engine, 10)
     engine.stop()
     assert not engine.alive()
+    log = (tmp_path / "log").read_text()
+    assert "secret" not in log
+    assert "--api-key=***" in log, "control: it writes all its settings down"
 
 
 LOG = """

@@ -122,7 +122,6 @@ def external_router(case: Case) -> Iterable[Problem]:
         given = "sglang_router_port" if args.sglang_router_ip is None else "sglang_router_ip"
         remedy = "give both --sglang-router-ip and --sglang-router-port"
         yield case.error(given, "half of an address", remedy, beside=["sglang_router_ip", "sglang_router_port"])
-        return
 
 
 def api_keys(case: Case) -> Iterable[Problem]:
@@ -144,6 +143,28 @@ def api_keys(case: Case) -> Iterable[Problem]:
     if args.sglang_router_ip is not None and roles and "admin" not in roles and len(roles) == len(texts):
         rule = "no key has the role admin, without which nobody can register engines at the router that runs already"
         yield Problem(severity="error", where=where, rule=rule, remedy="add one of that router's, ID:NAME:admin:KEY")
+
+
+def takes_keys(args: Args) -> bool:
+    """Whether the run's engines can have an API key: SGLang takes none with several tokenizer workers."""
+    return args.rollout_engine == "embedded" or (args.sglang.get("tokenizer_worker_num") or 1) == 1
+
+
+def keyless_engines(case: Case) -> Iterable[Problem]:
+    """Engines that take no key are open to every user who reaches them."""
+    args = case.args
+    if not starts_engines(args) or takes_keys(args):
+        return
+    given = args.sglang.get("api_key") is not None
+    rule = "SGLang takes no API key with several tokenizer workers, "
+    rule += "and --sglang-api-key gives one" if given else "so whoever reaches an engine can change its weights"
+    yield Problem(
+        severity="error" if given else "warning",
+        where="--sglang-tokenizer-worker-num",
+        value=str(args.sglang["tokenizer_worker_num"]),
+        rule=rule,
+        remedy="leave one of the two out" if given else "leave it out, or keep other users off these machines",
+    )
 
 
 def pauses(case: Case) -> Iterable[Problem]:
