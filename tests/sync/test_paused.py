@@ -96,11 +96,11 @@ def rescored(engine: ManagedProcess, answers: list[GenerateResponse]) -> list[to
         GenerateRequest(
             input_ids=prompt + answer.output_ids,
             sampling_params=SamplingParams(max_new_tokens=0),
-            logprob_start_len=len(prompt),
+            logprob_start_len=len(prompt) - 1,  # the first entry is None
         )
         for prompt, answer in zip(PROMPTS, answers, strict=True)
     ]
-    return [torch.tensor(answer.input_log_probs) for answer in ask(engine, requests)]
+    return [torch.tensor(answer.input_log_probs[1:]) for answer in ask(engine, requests)]
 
 
 def of_old_and_new(
