@@ -77,6 +77,10 @@ def test_the_page_on_80_gb(flags: str, gib: float | None) -> None:
     assert less is not None
     layers = int(re.findall(r"--recompute-method block --recompute-num-layers (\d+)", less)[0])
     assert 0 < layers < 40 and f"about {25 * (1 - layers / 40):.0f} % less time" in less
+    half = replace(args, recompute_method="block", recompute_num_layers=20)
+    assert "about 14 % less time" in str(recompute_hint(half, H100))  # of 3.5 forward passes half of one
+    assert "would take less time" in str(recompute_hint(replace(args, recompute_granularity="selective"), H100))
+    assert recompute_hint(replace(args, debug_rollout_only=True), H100) is None
     assert recompute_hint(args, 61.5) is None
     assert recompute_hint(replace(args, recompute_granularity=None), H100) is None
 
@@ -126,6 +130,13 @@ def test_an_engine_is_counted_by_its_share() -> None:
     apart = replace(PAGE, use_distributed_optimizer=True, sglang={"mem_fraction_static": 0.99})
     assert [moment.name for moment in moments(apart, H100) if moment.share > 1] == ["the engine"]
     assert moments(replace(PAGE, num_experts=8), H100) == []
+
+
+def test_a_share_that_no_engine_can_take(run: Run) -> None:
+    words = ("--gpu-memory", "80", "--dry-run", "--sglang-mem-fraction-static")
+    for share in ("0", "1"):
+        assert run.error(*words, share).startswith(f"--sglang-mem-fraction-static {share}: is no share of a GPU")
+    assert run.errors(*words, "0.5") == []
 
 
 def test_all_problems_at_once(run: Run) -> None:

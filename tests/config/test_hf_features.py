@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -259,6 +260,29 @@ def test_rope_in_two_places_has_to_agree() -> None:
 def test_values_of_the_wrong_kind(run: Run, change: dict[str, Any], message: str) -> None:
     (run.hf / "config.json").write_text(json.dumps(GLM4_TINY | change))
     assert message in run.error()
+
+
+@pytest.mark.parametrize("field", ["--ref-load", "--load", "--critic-load"])
+def test_weights_of_another_model(run: Run, field: str) -> None:
+    """Its own config.json is read: weights of the same shapes may be of another computation."""
+    other = run.directory / "other"
+    shutil.copytree(run.hf, other)
+    words = (field, str(other), *(("--advantage-estimator", "ppo") if field == "--critic-load" else ()))
+
+    def told(**change: Any) -> str:
+        (other / "config.json").write_text(json.dumps(GLM4_TINY | change))
+        errors = run.errors(*words)
+        assert [text for text in run.warnings(*words, "--dry-run") if text.startswith(field)] == errors
+        return "".join(errors)
+
+    assert told() == told(max_position_embeddings=4096) == ""
+    assert f"{field} {other}: its config.json has --norm-epsilon 0.01, and the model 1e-05" in told(rms_norm_eps=0.01)
+    assert "--rotary-base 500, and the model 10000" in told(rope_parameters={"rope_theta": 500.0})
+    assert "model_type llama, and the model is glm4" in told(model_type="llama", attention_bias=False)
+    assert "is_causal False is not built" in told(is_causal=False)
+    meant = ("--norm-epsilon", "0.01", "--override-hf-config", "norm-epsilon")
+    told(rms_norm_eps=0.01)
+    assert run.errors(*words, *meant) == []
 
 
 def test_all_that_is_not_built_at_once_and_what_nobody_reads(run: Run) -> None:

@@ -36,6 +36,8 @@ SGLANG_SHARE = 0.88
 """About the share of a GPU that SGLang takes where --sglang-mem-fraction-static is not given."""
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 NO_RECOMPUTE = {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None}
+LEAST_SAVED = 0.05
+"""Share of a step's time from which less recomputation is worth a hint."""
 TOKENS_STEP = 128
 """A smaller --max-tokens-per-gpu is proposed as a multiple of this."""
 _READ = frozenset(
@@ -80,7 +82,6 @@ def moments(args: Args, size: float) -> list[Moment]:
     engine = None if args.rollout_engine == "embedded" or args.rollout_external_engines else engine_memory(args)
     if engine is None:
         return [] if train is None else [Moment("training", train.peak + CUDA_CONTEXT, total)]
-    taken = _taken(args, engine, total)
     taken = _taken(args, engine, total)
     room = Moment("the engine's weights and one request, of SGLang's share,", engine.least, max(taken, 1))
     found = [room] if room.share > 1 else []
@@ -298,40 +299,44 @@ def _problems(args: Args, size: float) -> Iterable[Problem]:
 
 
 def comparison(args: Args, size: float) -> str:
-    """One line of the plan: the fullest moment of each kind, and the GPU's size."""
-    found = moments(args, size)
-    return f"of a GPU's {size:,.1f} GiB: " + ", ".join(f"{moment.name} {moment}" for moment in found)
+    """One line of the plan: what is held at each moment, and the GPU's size."""
+    found = ", ".join(f"{moment.name} {moment}" for moment in moments(args, size))
+    return f"of a GPU's {size:,.1f} GiB: {found or 'as much as SGLang chooses to take'}"
 
 
 def recompute_hint(args: Args, size: float) -> str | None:
     """What less recomputation would need and save, where it fits as well; None: there is none, or it does not fit."""
-    shape = args.architecture
-    now = moments(args, size)
-    if shape is None or args.recompute_granularity is None or not now or fullest(now).share >= WARN_ABOVE:
+    shape, train = args.architecture, train_memory(args, on_cuda=True)
+    if shape is None or train is None or args.recompute_granularity is None:
         return None
-    layers = max(stage_layers(args, shape))
-    for flags, saved, change in _less_recompute(args, layers):
+    if fullest(moments(args, size)).share >= WARN_ABOVE:
+        return None
+    for flags, saved, change in _less_recompute(args, max(stage_layers(args, shape))):
         changed = replace(args, **change)
         if _fits(changed, size):
             needed = next(m for m in moments(changed, size) if m.name in ("training", "always"))
-            return f"hint: {flags} it would need {needed}, which fits{_time(saved)}"
+            time = "less time" if saved is None else f"about {100 * saved:.0f} % less time"
+            return f"hint: {flags} it would need {needed}, which fits, and a training step would take {time}"
     return None
 
 
-def _less_recompute(args: Args, layers: int) -> Iterable[tuple[str, float, Change]]:
-    """From no recomputation to nearly as much as now: how to say it, layers' share that is not recomputed, fields."""
-    full = args.recompute_granularity == "full"
-    yield "without recomputation", 1.0 if full else 0.0, NO_RECOMPUTE
-    if not full or num_chunks(args) > 1:
+def _less_recompute(args: Args, layers: int) -> Iterable[tuple[str, float | None, Change]]:
+    """From no recomputation to nearly as much as now: how to say it, share of the time that it saves, fields.
+
+    A step takes a forward pass, two such for the backward pass, and the part of one that is run again. Of selective
+    recompute, which runs core attention alone again, that part depends on the lengths of responses: it is not told.
+    """
+    if args.recompute_granularity != "full":
+        yield "without recomputation", None, NO_RECOMPUTE
         return
-    now = args.recompute_num_layers or 1 if args.recompute_method == "block" else layers
-    for count in range(1, int(0.8 * now) + 1):  # what saves less than a twentieth of the time is not worth a line
+    now = min(args.recompute_num_layers or 1, layers) if args.recompute_method == "block" else layers
+
+    def saved(count: int) -> float:
+        return (now - count) / (3 * layers + now)
+
+    yield "without recomputation", saved(0), NO_RECOMPUTE
+    if num_chunks(args) > 1:
+        return  # with virtual stages a number of layers is each virtual stage's
+    for count in (count for count in range(1, now) if saved(count) >= LEAST_SAVED):
         change: Change = {**FULL_RECOMPUTE, "recompute_method": "block", "recompute_num_layers": count}
-        yield f"with {recompute_flags(change)}", 1 - count / layers, change
-
-
-def _time(saved: float) -> str:
-    """Of full recompute: a forward pass of four (its own, the one again, and two for the backward pass)."""
-    if not saved:
-        return ", and a training step would take less time"
-    return f", and a training step would take about {25 * saved:.0f} % less time"
+        yield f"with {recompute_flags(change)}", saved(count), change

@@ -28,7 +28,8 @@ class ClusterOptions:
         None,
         "GiB of one GPU, which what is planned has to fit in (an H100 has 79.6); unset: this machine's GPUs' own. With "
         "--dry-run, plans for GPUs of that size also where there are none.",
-        gt=0,
+        ge=0.1,
+        le=100_000,
         metavar="GIB",
     )
     memory_check: bool = flag(

@@ -17,6 +17,7 @@ from slime.config.rules.critic import critic
 from slime.config.rules.deterministic import deterministic
 from slime.config.rules.engines import (
     api_keys,
+    engine_share,
     engines,
     external_engines,
     external_router,
@@ -33,6 +34,7 @@ from slime.config.rules.no_effect import no_effect
 from slime.config.rules.not_built import not_built
 from slime.config.rules.offpolicy import offpolicy
 from slime.config.rules.optimizer import cpu_offload, decay, optimizer, resumed_schedule, warm_up, weight_decay
+from slime.config.rules.other_models import other_models
 from slime.config.rules.partial import partial_rollout
 from slime.config.rules.paths import directories, quantized, tokenizer, weight_files
 from slime.config.rules.problem import Problem
@@ -259,6 +261,7 @@ CONVERSION_RULES: tuple[Rule, ...] = (quantized, parallel_sizes, precision, mega
 
 TRAINING_RULES: tuple[Rule, ...] = (
     engines,
+    engine_share,
     sglang,
     sglang_precision,
     precision_elsewhere,
@@ -319,6 +322,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     tokenizer,
     directories,
     quantized,
+    other_models,
     weight_files,
     weights,
     files_of_rollouts,

@@ -13,7 +13,7 @@ from slime.config.api_keys import FORMAT, control_key, key_fault
 from slime.config.args import Args
 from slime.config.resolve import cuda_available, joins_ray
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem
+from slime.config.rules.problem import Problem, show
 from slime.config.secrets import masked
 from slime.core.address import is_loopback
 
@@ -70,6 +70,19 @@ def sglang(case: Case) -> Iterable[Problem]:
             value=str(args.sglang["pp_size"]),
             rule="an engine is one tensor-parallel group, to which weights are sent",
             remedy="leave it out, and raise --rollout-num-gpus-per-engine",
+        )
+
+
+def engine_share(case: Case) -> Iterable[Problem]:
+    """SGLang's share of a GPU leaves something of it."""
+    share = case.args.sglang.get("mem_fraction_static")
+    if share is not None and not 0 < share < 1:
+        yield Problem(
+            severity="error",
+            where="--sglang-mem-fraction-static",
+            value=show(share),
+            rule="is no share of a GPU that an engine could take",
+            remedy="say a number above 0 and below 1, such as 0.7",
         )
 
 

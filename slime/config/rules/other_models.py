@@ -1,0 +1,62 @@
+"""HF directories next to --hf-checkpoint: their weights are computed with as the run's own model.
+
+Path: one of the rules. Invariant: a config.json that describes another computation is named, before its weights are
+loaded into this one's layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from slime.config import experts
+from slime.config.architecture import as_flags, hf_architecture, read_hf_config
+from slime.config.rules.case import Case
+from slime.config.rules.problem import Problem, flag_name, show
+from slime.core.architecture import Architecture
+
+MAY_DIFFER = ("max_position_embeddings", "untie_embeddings_and_output_weights")
+"""A limit, and whether two tables have the same values, which loading compares."""
+
+
+def other_models(case: Case) -> Iterable[Problem]:
+    """--ref-load, --load and --critic-load hold weights of the model that is trained, not just of its sizes."""
+    model = case.args.architecture
+    for field in ("ref_load", "load", "critic_load"):
+        path: str | None = vars(case.args)[field]
+        if (
+            model is None
+            or path is None
+            or path == case.args.hf_checkpoint
+            or not (Path(path) / "config.json").is_file()
+        ):
+            continue
+        try:
+            found = _differences(case, hf_architecture(read_hf_config(path)), model)
+        except KeyError as error:
+            yield case.missing(
+                field, f"its config.json has no {error}", "name an HF directory of a causal language model"
+            )
+        except ValueError as error:
+            yield case.missing(field, str(error), "use a model of a family that is built")
+        else:
+            if found:
+                rule = f"its config.json has {', '.join(found)}: its weights would be computed with as another model's"
+                yield case.missing(field, rule, "name weights of the same model, or correct that config.json")
+
+
+def _differences(case: Case, theirs: Architecture, model: Architecture) -> list[str]:
+    """What parts the two, as flags; without what --override-hf-config changes on purpose."""
+    if theirs.family != model.family:
+        return [f"model_type {theirs.family}, and the model is {model.family}"]
+    skipped = {*MAY_DIFFER, *(name.lstrip("-").replace("-", "_") for name in case.args.override_hf_config)}
+    here, there = (as_flags(shape) | experts.as_flags(shape) for shape in (model, theirs))
+    names = [name for name in here if name not in skipped and here[name] != there.get(name)]
+    found = [f"{flag_name(name)} {_shown(there.get(name))}, and the model {_shown(here[name])}" for name in names]
+    scaling = theirs.rope_scaling != model.rope_scaling and "use_rope_scaling" not in skipped
+    return found or (["another RoPE scaling than the model"] if scaling else [])
+
+
+def _shown(value: Any) -> str:
+    return show(value) or str(value)
