@@ -23,7 +23,7 @@ SIZES = (
 )
 """Whole numbers above 0."""
 OPEN_SIZES = ("num_key_value_heads", "head_dim", "n_group", "topk_group")
-"""The same; null stands for the default."""
+"""Whole numbers above 0, or null for the default."""
 COUNTS = ("first_k_dense_replace", "n_shared_experts", "max_window_layers")
 """Whole numbers from 0 on."""
 NUMBERS = (

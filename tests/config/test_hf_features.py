@@ -112,7 +112,7 @@ def tiny(family: str, **changes: Any) -> dict[str, Any]:
 
 
 def logits(family: str, config: dict[str, Any], weights: dict[str, Tensor] | None = None) -> Any:
-    """Of transformers' own model, and its weights."""
+    """Logits of transformers' own model, and its weights."""
     torch.manual_seed(0)
     model: Any = transformers.AutoModelForCausalLM.from_config(CLASSES[family].from_dict(dict(config)))
     if weights is None:
@@ -144,7 +144,7 @@ def test_every_field_is_honoured_or_refused(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_ignored_has_no_effect(family: str) -> None:
-    """All of it at once, on the logits of transformers' own model, bit for bit."""
+    """Every such field is changed at once, and compared on the logits of transformers' own model, bit for bit."""
     config = tiny(family)
     expected, weights = logits(family, config)
     fields = {field.name for field in dataclasses.fields(CLASSES[family])} & {*INERT}

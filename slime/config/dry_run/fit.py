@@ -56,7 +56,7 @@ _READ = frozenset(
 
 @dataclass(frozen=True)
 class Moment:
-    """What one GPU holds at one time."""
+    """Memory that one GPU holds at one time."""
 
     name: str
     planned: int
@@ -73,7 +73,7 @@ class Moment:
 
 
 def moments(args: Args, size: float) -> list[Moment]:
-    """What GPUs of `size` GiB hold, moment by moment; empty where memory is not estimated.
+    """Memory that GPUs of `size` GiB hold, moment by moment; empty where memory is not estimated.
 
     Training and an engine of SGLang's are counted; an embedded engine is in host memory, external ones are not ours.
     """
@@ -299,13 +299,13 @@ def _problems(args: Args, size: float) -> Iterable[Problem]:
 
 
 def comparison(args: Args, size: float) -> str:
-    """One line of the plan: what is held at each moment, and the GPU's size."""
+    """One line of the plan with the memory at each moment and the GPU's size."""
     found = ", ".join(f"{moment.name} {moment}" for moment in moments(args, size))
     return f"of a GPU's {size:,.1f} GiB: {found or 'as much as SGLang chooses to take'}"
 
 
 def recompute_hint(args: Args, size: float) -> str | None:
-    """What less recomputation would need and save, where it fits as well; None: there is none, or it does not fit."""
+    """A line with memory and time of less recomputation, where that fits as well; None: there is nothing to say."""
     shape, train = args.architecture, train_memory(args, on_cuda=True)
     if shape is None or train is None or args.recompute_granularity is None:
         return None

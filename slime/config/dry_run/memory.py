@@ -79,7 +79,7 @@ class EngineMemory:
     """At once, in a training rollout."""
     request_tokens: int
     token: int
-    """KV of one token."""
+    """Bytes of KV cache for one token."""
 
     @property
     def peak(self) -> int:
@@ -87,7 +87,7 @@ class EngineMemory:
 
     @property
     def least(self) -> int:
-        """Less than this it cannot serve with: weights, and KV of one request."""
+        """Bytes that it needs at least: weights, and the KV cache of one request."""
         return self.weights + self.request_tokens * self.token
 
 

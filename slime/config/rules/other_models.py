@@ -47,7 +47,7 @@ def other_models(case: Case) -> Iterable[Problem]:
 
 
 def _differences(case: Case, theirs: Architecture, model: Architecture) -> list[str]:
-    """What parts the two, as flags; without what --override-hf-config changes on purpose."""
+    """Differences between the two, as flags, except those that --override-hf-config makes on purpose."""
     if theirs.family != model.family:
         return [f"model_type {theirs.family}, and the model is {model.family}"]
     skipped = {*MAY_DIFFER, *(name.lstrip("-").replace("-", "_") for name in case.args.override_hf_config)}
