@@ -8,6 +8,7 @@
 # make test            the tests        make check    lint, format and types
 # make test-kill       a run killed at 30 random points of its life ends as the unbroken one (some: make test-kill KILLS=2)
 # make test-layouts    one step of 300 drawn models, algorithms and layouts is that of one process (some: DRAWS=20)
+# make test-inputs     2400 random command lines, files and hooks end in a plan or one message (others: make test-inputs SEED=n)
 # make test-chaos      a run whose engines die and hang, and whose rewards fail, learns all the same
 # make test-gpu        the checks that need GPUs, on those there are, and one table; some: make test-gpu CHECKS='engine'
 # A virtual environment is made in .venv the first time.
@@ -21,7 +22,7 @@ STAMP := $(VENV)/.installed
 TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 
-.PHONY: install demo demo-control bench bench-engine bench-estimators bench-trainer bench-packing bench-rollout bench-loop test test-kill test-layouts test-chaos test-gpu check
+.PHONY: install demo demo-control bench bench-engine bench-estimators bench-trainer bench-packing bench-rollout bench-loop test test-kill test-layouts test-inputs test-chaos test-gpu check
 
 install: $(STAMP)
 
@@ -81,6 +82,11 @@ DRAWS ?= 300
 
 test-layouts: $(STAMP)
 	PATH="$(BIN):$$PATH" python3 -W ignore -m tests.layouts --draws $(DRAWS) --seed 0
+
+LINES ?= 2400
+
+test-inputs: $(STAMP)
+	PATH="$(BIN):$$PATH" python3 -m tests.inputs --lines $(LINES) --seed $(SEED)000000
 
 test-chaos: $(STAMP)
 	PATH="$(BIN):$$PATH" python3 -m tests.chaos --seed 1 --out outputs/chaos

@@ -28,7 +28,7 @@ from slime.config.flags.megatron_fields import (
     JUDGED_ELSEWHERE,
     OFFLOAD_OF_MEGATRON,
 )
-from slime.config.flags.table import BOUNDS, SET_BY_SLIME, FlagSpec, all_flags
+from slime.config.flags.table import SET_BY_SLIME, FlagSpec, all_flags
 from slime.config.rules.not_built import NOT_BUILT, NOT_BUILT_MEGATRON
 from slime.config.rules.problem import show
 from slime.core.plugins import HOOKS
@@ -48,7 +48,7 @@ def _takes(spec: FlagSpec) -> str:
         return "switch"
     what = " ".join(f"`{choice}`" for choice in spec.choices) or _cell(spec.metavar or spec.kind)
     if not spec.choices and spec.bounds:
-        what += "".join(f", {BOUNDS[key]} {bound:g}" for key, bound in spec.bounds.items())
+        what += "".join(f", {limit}" for limit in spec.limits)
     several = spec.num_values is not None and spec.num_values[0] != spec.num_values[1]
     return f"{what} ..." if several else what
 

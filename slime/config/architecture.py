@@ -6,18 +6,18 @@ both say something they say the same, except for flags that --override-hf-config
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from slime.config import experts
 from slime.config.args import Args
+from slime.config.hf_config import check_hf_config, read_hf_config
 from slime.config.hf_features import refuse_unknown, rope_of, rope_scaling, unknown_keys
 from slime.config.rules.problem import Problem, flag_name, show
 from slime.core.architecture import Architecture, RopeScaling
+from slime.core.printable import printable
 
 FAMILIES = ("glm4", "glm4_moe", "llama", "qwen2", "qwen3", "qwen3_moe")
 
@@ -33,15 +33,6 @@ ARCHITECTURE_FLAGS = (
 """Every flag that a config.json speaks about."""
 
 
-def read_hf_config(directory: str | Path) -> dict[str, Any]:
-    """config.json of an HF directory. Raises OSError where there is none, ValueError where it is not JSON."""
-    path = Path(directory) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return cast(dict[str, Any], config)
-
-
 def hf_architecture(config: Mapping[str, Any]) -> Architecture:
     """The shape that a config.json describes; transformers 5's rope_parameters and the older keys are both read.
 
@@ -51,8 +42,9 @@ def hf_architecture(config: Mapping[str, Any]) -> Architecture:
     """
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type {printable(repr(family))} is not one of {', '.join(FAMILIES)}")
     refuse_unknown(config)
+    check_hf_config(config)
     glm4, partial = family == "glm4", family in ("glm4", "glm4_moe")
     heads = config["num_attention_heads"]
     rope = rope_of(config)
@@ -329,12 +321,14 @@ def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
         try:
             raw = read_hf_config(args.hf_checkpoint)
             config = hf_architecture(raw)
-        except OSError:
-            complain("there is no config.json", "name a downloaded HF directory (`hf download MODEL --local-dir DIR`)")
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+            rule = "there is no config.json" if missing else f"its config.json cannot be read ({error.strerror})"
+            complain(rule, "name a downloaded HF directory (`hf download MODEL --local-dir DIR`)")
         except KeyError as error:
             complain(f"its config.json has no {error}", "name an HF directory of a causal language model")
         except ValueError as error:
-            complain(str(error), "use a model of a family that is built")
+            complain(str(error), "use a model of a family that is built, and its config.json as it was published")
     if config is not None:
         problems += _unknown_keys(args, raw)
         try:

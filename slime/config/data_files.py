@@ -7,22 +7,44 @@ its fields in every row: those that are null are left out, as a JSON line leaves
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import logging
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import orjson
 
 from slime.config.args import Args
+from slime.config.row_values import line_fault, value_fault
+from slime.core.small_files import MEBIBYTE, open_regular
+
+logger = logging.getLogger(__name__)
 
 JSONL = (".jsonl", ".json")
 PARQUET = (".parquet",)
 SUFFIXES = (*JSONL, *PARQUET)
+MAX_LINE = 32 * MEBIBYTE
+"""Bytes of a line: far more than a context of a million tokens, and less than a file without line ends."""
+
+_OTHER_KINDS: Mapping[bytes, str] = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a parquet file, which has the suffix .parquet",
+    codecs.BOM_UTF16_LE: "text in UTF-16",
+    codecs.BOM_UTF16_BE: "text in UTF-16",
+}
+_KINDS = "store text, numbers, lists and structs of them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +92,12 @@ def split_slice(path: str) -> tuple[str, slice]:
     """`"data.jsonl@[10:20]"` -> `("data.jsonl", slice(10, 20))`; without one, all rows. Bounds as Python's.
 
     Raises:
-        ValueError: what stands behind @ is not a slice.
+        ValueError: what follows the @ is not a slice.
     """
-    match = re.fullmatch(r"(.*)@(\[.*)", path)
+    match = re.fullmatch(r"(.*)@(\[.*)", path, re.DOTALL)
     if match is None:
         return path, slice(None)
-    bounds = re.fullmatch(r"\[(-?\d*):(-?\d*)\]", match[2])
+    bounds = re.fullmatch(r"\[(-?[0-9]{0,18}):(-?[0-9]{0,18})\]", match[2])
     if bounds is None or "-" in bounds.groups():
         raise ValueError(f"{path}: {match[2]} is not a slice; write path@[start:stop], either of them may be left out")
     start, stop = (int(text) if text else None for text in bounds.groups())
@@ -89,8 +111,7 @@ def count_rows(path: str) -> int:
         ValueError: the slice or the file cannot be read.
     """
     file, chosen = split_slice(path)
-    total = _open_parquet(file).metadata.num_rows if _is_parquet(file) else len(_lines(file))
-    return len(range(total)[chosen])
+    return len(range(_open_parquet(file).metadata.num_rows if _is_parquet(file) else _count_lines(file))[chosen])
 
 
 def read_rows(path: str, keys: DataKeys) -> Iterator[Row | DataError]:
@@ -103,7 +124,7 @@ def read_rows(path: str, keys: DataKeys) -> Iterator[Row | DataError]:
         ValueError: the slice cannot be read.
     """
     file, chosen = split_slice(path)
-    return _parquet_rows(file, chosen, keys) if _is_parquet(file) else _json_rows(file, chosen)
+    return _parquet_rows(file, chosen, keys) if _is_parquet(file) else _json_rows(file, chosen, keys)
 
 
 def _is_parquet(file: str) -> bool:
@@ -121,28 +142,64 @@ def _unreadable(file: str, error: Exception) -> DataError:
 # --- jsonl ------------------------------------------------------------------------------------------------------
 
 
-def _lines(file: str) -> list[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers."""
+def _lines(file: str) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers, counted from 1.
+
+    Raises:
+        DataError: the file cannot be read, is of another kind, or has a line that is too long.
+    """
     try:
-        content = Path(file).read_bytes()
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    return [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+        with open_regular(file) as stream:
+            _refuse_other_kind(file, stream.read(8))
+            stream.seek(0)
+            number = 0
+            while line := stream.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    rule = f"the line is longer than {MAX_LINE // MEBIBYTE} MiB"
+                    raise DataError(f"{file}:{number}", rule, "shorten or remove it")
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield number, line
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, DataError) else _unreadable(file, error) from error
 
 
-def _json_rows(file: str, chosen: slice) -> Iterator[Row | DataError]:
+def _refuse_other_kind(file: str, beginning: bytes) -> None:
+    for mark, kind in _OTHER_KINDS.items():
+        if beginning.startswith(mark):
+            raise DataError(file, f"is {kind}, by its first bytes", "name a file of JSON lines in UTF-8")
+
+
+def _count_lines(file: str) -> int:
+    return sum(1 for _ in _lines(file))
+
+
+def _bounds(file: str, chosen: slice) -> tuple[int, int]:
+    """The slice's first line and the one after its last, of those that are not blank."""
+    start, stop = chosen.start or 0, sys.maxsize if chosen.stop is None else chosen.stop
+    if start < 0 or stop < 0:
+        part = range(_count_lines(file))[chosen]
+        return part.start, max(part.start, part.stop)
+    return start, max(start, stop)
+
+
+def _json_rows(file: str, chosen: slice, keys: DataKeys) -> Iterator[Row | DataError]:
     remedy = "write one JSON object a line"
-    for number, line in _lines(file)[chosen]:
+    for number, line in islice(_lines(file), *_bounds(file, chosen)):
         where = f"{file}:{number}"
         try:
             data = orjson.loads(line)
         except orjson.JSONDecodeError as error:
             yield DataError(where, f"not JSON ({error})", remedy)
             continue
-        if isinstance(data, dict):
-            yield Row(where, number, cast(dict[str, Any], data))
-        else:
+        if not isinstance(data, dict):
             yield DataError(where, "not a JSON object", remedy)
+        elif (fault := line_fault(line, keys.names)) is not None:
+            yield DataError(where, *fault)
+        else:
+            yield Row(where, number, cast(dict[str, Any], data))
 
 
 # --- parquet ----------------------------------------------------------------------------------------------------
@@ -152,8 +209,9 @@ def _open_parquet(file: str) -> Any:
     """A pyarrow.parquet.ParquetFile. (pyarrow has no types and takes a moment to import: only here, and only now.)"""
     arrow: Any = importlib.import_module("pyarrow")
     try:
+        open_regular(file).close()
         return importlib.import_module("pyarrow.parquet").ParquetFile(file)
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, ValueError) as error:
         raise _unreadable(file, error) from error
 
 
@@ -173,16 +231,41 @@ def _parquet_rows(file: str, chosen: slice, keys: DataKeys) -> Iterator[Row | Da
         if part:
             try:
                 table = parquet.read_row_group(group, columns=needed).slice(part.start - first, len(part))
-                values: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts="strict")
-            except (arrow.ArrowException, OSError, KeyError, ValueError) as error:
+            except (arrow.ArrowException, OSError, ValueError) as error:
                 raise _unreadable(f"{file}, rows {part.start} to {part.stop - 1}", error) from error
-            for number, value in zip(part, values, strict=True):
-                where = f"{file}:row {number}"
-                try:
-                    yield Row(where, number, {name: _plain(item) for name, item in value.items()})
-                except ValueError as error:
-                    yield DataError(where, str(error), "store text, numbers, lists and structs of them")
+            for number, value in zip(part, _python_rows(table), strict=True):
+                yield _parquet_row(f"{file}:row {number}", number, value)
         first += size
+
+
+def _python_rows(table: Any) -> Iterator[dict[str, Any] | Exception]:
+    """The rows as Python values; where one of them cannot be one, each for itself, so that it is known which."""
+    try:
+        yield from table.to_pylist(maps_as_pydicts="strict")
+        return
+    except (
+        ArithmeticError,
+        LookupError,
+        ValueError,
+        RecursionError,
+    ):  # a date of the year 10**6, a key twice, no UTF-8
+        logger.debug("reading %d rows one by one", table.num_rows, exc_info=True)
+    for number in range(table.num_rows):
+        try:
+            yield table.slice(number, 1).to_pylist(maps_as_pydicts="strict")[0]
+        except (ArithmeticError, LookupError, ValueError, RecursionError) as error:
+            yield error
+
+
+def _parquet_row(where: str, number: int, value: dict[str, Any] | Exception) -> Row | DataError:
+    if isinstance(value, Exception):
+        return DataError(where, f"cannot be read ({value})", _KINDS)
+    try:
+        data = {name: _plain(item) for name, item in value.items()}
+    except ValueError as error:
+        return DataError(where, str(error), _KINDS)
+    fault = value_fault(data)
+    return Row(where, number, data) if fault is None else DataError(where, *fault)
 
 
 def _plain(value: Any) -> Any:
@@ -200,6 +283,6 @@ def _plain(value: Any) -> Any:
         case datetime() | date() | time():
             return value.isoformat()
         case Decimal():
-            return int(value) if value == value.to_integral_value() and abs(value) < 2**63 else float(value)
+            return int(value) if value.is_finite() and value == value.to_integral_value() else float(value)
         case _:
             raise ValueError(f"a value of type {type(value).__name__}")

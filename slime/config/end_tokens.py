@@ -7,9 +7,11 @@ after its end.
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any, cast
+
+from slime.core import small_files
 
 END_OF_MESSAGE = "<|eom_id|>"
 """SGLang also stops at this token, where a tokenizer has it (Llama 3.1 closes a tool call with it)."""
@@ -35,12 +37,11 @@ def end_token_ids(directory: str | Path) -> frozenset[int]:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is no file. Raises OSError, ValueError with the file's name."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return small_files.read_json_object(path)
     except ValueError as error:
-        raise ValueError(f"{path.name} cannot be read ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path.name} cannot be read (it holds no JSON object)")
-    return cast(dict[str, Any], data)
+        raise ValueError(f"{path.name} cannot be read (it {error})") from error
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error

@@ -8,11 +8,10 @@ drawn beyond the last rollout's need stays in the Data Buffer, untrained.)
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from slime.config.args import Args
 from slime.config.data_files import count_rows, split_slice
 from slime.config.flags.options import HookOptions
+from slime.core.small_files import is_file
 
 
 def rollouts_of_epochs(args: Args, num_prompts: int) -> int:
@@ -30,7 +29,7 @@ def planned_prompts(args: Args) -> int | None:
         return None
     try:
         file, _ = split_slice(args.prompt_data)
-        return count_rows(args.prompt_data) if Path(file).is_file() else None
+        return count_rows(args.prompt_data) if is_file(file) else None
     except ValueError:
         return None  # another rule's error
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from slime.config.args import Args
 from slime.config.flags.table import FlagSpec, all_flags
 from slime.config.values import from_yaml
+from slime.config.yaml_files import read_yaml_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +81,14 @@ def _named_paths(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 def _yaml_entries(path: str) -> list[Any]:
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); name a YAML file") from error
+        data = read_yaml_file(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}; name a YAML file") from error
     entries = cast(dict[str, Any], data).get("datasets") if isinstance(data, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} has no list `datasets`; write one entry with name and path for each set")
+    if others := [str(key) for key in cast(dict[Any, Any], data) if key != "datasets"]:
+        raise ValueError(f"{path} has {', '.join(others)} next to `datasets`; put settings into the sets' own entries")
     return cast(list[Any], entries)
 
 
@@ -96,10 +97,14 @@ def _from_yaml(entry: Any, defaults: dict[str, Any], path: str) -> EvalDataset:
     if not isinstance(entry, dict):
         raise ValueError(f"{path}: {entry!r} is no mapping; write name: and path:")
     values = {str(key).removeprefix("eval_"): value for key, value in cast(dict[Any, Any], entry).items()}
+    if len(values) < len(cast(dict[Any, Any], entry)):
+        raise ValueError(f"{path}: {entry} has a key both with and without eval_; leave one of the two out")
     if unknown := set(values) - known:
         raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known are {', '.join(sorted(known))}")
     if missing := {"name", "path"} - set(values):
         raise ValueError(f"{path}: a set without {' and '.join(sorted(missing))}; every set needs both")
+    if wrong := [key for key in ("name", "path") if not isinstance(values[key], str) or not values[key]]:
+        raise ValueError(f"{path}: {wrong[0]} is {values[wrong[0]]!r}, which is no text; write it in quotes")
     try:
         typed = {key: from_yaml(_flag_of(key), value) for key, value in values.items() if key in defaults}
     except ValueError as error:

@@ -11,10 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, cast
-
-import yaml
 
 from slime.config.architecture import resolve_architecture
 from slime.config.args import Args, FrozenMapping
@@ -25,10 +22,11 @@ from slime.config.flags.renamed import REMOVED, RENAMED, TABLE_VERSION
 from slime.config.flags.table import SET_BY_SLIME, FlagSpec, Source, spellings
 from slime.config.resolve import resolve
 from slime.config.rules.check import CONVERSION_RULES, TRAINING_RULES, Case, check
-from slime.config.rules.problem import Problem, UsageError, show
+from slime.config.rules.problem import MAX_SHOWN, Problem, UsageError, show
 from slime.config.secrets import from_environment, masked, secret_values
 from slime.config.sharding import resolve_sharding
 from slime.config.values import BOOLEANS, from_texts, from_yaml
+from slime.config.yaml_files import read_yaml_file
 from slime.core.masking import HIDDEN, Masker
 
 __all__ = ["UsageError", "dump_args", "load_args", "parse_args"]
@@ -45,6 +43,9 @@ MEGATRON_LOOP: Mapping[str, str] = {
     "--eval-iters": "say --eval-interval and --eval-prompt-data",
 }
 """Flags of Megatron's own training loop, and what says it here."""
+
+MAX_SPELLING = 100
+"""Characters of an unknown flag for which a known one may be meant."""
 
 
 @dataclass
@@ -94,6 +95,9 @@ def _unknown(given: Given, spelling: str, where: str) -> None:
         return
     if spelling in MEGATRON_LOOP:
         given.complain(where, "slime's loop counts rollouts and has no such flag", MEGATRON_LOOP[spelling])
+        return
+    if len(spelling) > MAX_SPELLING or len(given.problems) > MAX_SHOWN:  # a likeness takes its time to find
+        given.complain(where, "unknown flag", "--help lists all")
         return
     candidates = [spelling.replace("_", "-"), f"--sglang-{spelling[2:]}", f"--router-{spelling[2:]}"]
     close = [name for name in candidates if name in known] or difflib.get_close_matches(spelling, known, n=1)
@@ -153,12 +157,11 @@ def read_command_line(given: Given, argv: Sequence[str]) -> None:
 
 
 def read_yaml(given: Given, path: str) -> None:
-    """The same names in a flat YAML mapping, with dashes or underscores."""
+    """The same names in a flat YAML mapping, with dashes or underscores; each flag once."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8
-        reason = _yaml_fault(error) if isinstance(error, yaml.MarkedYAMLError) else str(error)
-        given.complain("--config", f"cannot be read ({reason})", "name a YAML file with flags as keys", value=path)
+        data = read_yaml_file(path)
+    except ValueError as error:
+        given.complain("--config", str(error), "name a YAML file with flags as keys", value=path)
         return
     if not isinstance(data, dict):
         given.complain("--config", "holds no mapping", "write one `flag: value` a line", value=path)
@@ -181,20 +184,16 @@ def read_yaml(given: Given, path: str) -> None:
         if spec.name == "config" and spec.source == "slime":
             given.complain(where, "a configuration file cannot name another", "give one --config")
             continue
+        if (spec.source, spec.name) in given.values:
+            given.complain(where, f"{spec.flag} is there already, spelt differently", "leave one of the two out")
+            continue
         try:
             typed = from_yaml(spec, from_environment(value) if spec.secret else value)
         except ValueError as error:
-            given.complain(
-                where, f"has to be {error}", f"it means: {spec.help}", value=str(cast(object, value)), spec=spec
-            )
+            shown = f"[{', '.join(map(str, cast(list[Any], value)))}]" if isinstance(value, list) else str(value)
+            given.complain(where, f"has to be {error}", f"it means: {spec.help}", value=shown, spec=spec)
             continue
         given.set(spec, typed == switches_on if spec.kind == "bool" and typed is not None else typed, where)
-
-
-def _yaml_fault(error: yaml.MarkedYAMLError) -> str:
-    """What is wrong and where, without the lines of the file, which may hold a key."""
-    mark = error.problem_mark
-    return f"{error.problem}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(error.problem)
 
 
 def read(argv: Sequence[str]) -> Given:

@@ -6,14 +6,25 @@ and range is a ValueError that says what is wanted.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, cast
 
-from slime.config.flags.table import BOUNDS, FlagSpec
+from slime.config.flags.table import FlagSpec
 
 BOOLEANS = {"true": True, "false": False}
+MOST = 2**31 - 1
+"""The largest whole number of a flag of slime without a bound of its own: counts and lengths become C integers."""
+MOST_PASSED_ON = 2**63 - 1
+"""The largest of a flag that is passed on to another program."""
+MAX_LAYERS = 10_000
+_MAX_PATTERN = 10_000
+"""Characters of a layer pattern."""
+_MAX_DEPTH = 50
+"""Parentheses of a layer pattern in one another."""
+_FLOAT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def parse_layer_pattern(text: str) -> int | list[int]:
@@ -21,42 +32,51 @@ def parse_layer_pattern(text: str) -> int | list[int]:
 
     `"2"` -> 2, `"[0,1]"` -> [0, 1], `"[0]*1+[1]*45"` -> one 0 and forty-five 1, `"([0]+[1]*2)*3"` -> [0, 1, 1] * 3.
     """
-    text = text.strip()
-    if re.fullmatch(r"\d+", text):
+    text = re.sub(r"\s+", "", text)
+    if len(text) > _MAX_PATTERN:
+        raise ValueError(f"a pattern of at most {_MAX_PATTERN} characters")
+    if re.fullmatch(r"[0-9]{1,9}", text):
         return int(text)
-    pattern, rest = _layer_sum(re.sub(r"\s+", "", text))
+    pattern, rest = _layer_sum(text, 0)
     if rest:
-        raise ValueError(f"a number, a list such as [0,1,1] or an expression such as [0]*1+[1]*45, not {rest!r}")
+        raise ValueError(f"a number, a list such as [0,1,1] or an expression such as [0]*1+[1]*45, not {rest[:80]!r}")
     return pattern
 
 
-def _layer_sum(text: str) -> tuple[list[int], str]:
+def _layer_sum(text: str, depth: int) -> tuple[list[int], str]:
     """term {+ term}; what could not be read comes back as the second value."""
-    pattern, rest = _layer_term(text)
+    pattern, rest = _layer_term(text, depth)
     while rest.startswith("+"):
-        term, rest = _layer_term(rest[1:])
+        term, rest = _layer_term(rest[1:], depth)
         pattern += term
+        _check_layers(len(pattern))
     return pattern, rest
 
 
-def _layer_term(text: str) -> tuple[list[int], str]:
-    """`[n,...]` or `( sum )`, and any `*n` behind it."""
+def _layer_term(text: str, depth: int) -> tuple[list[int], str]:
+    """`[n,...]` or `( sum )`, and any `*n` after it."""
     if text.startswith("("):
-        pattern, rest = _layer_sum(text[1:])
+        if depth == _MAX_DEPTH:
+            raise ValueError(f"a pattern with at most {_MAX_DEPTH} parentheses in one another")
+        pattern, rest = _layer_sum(text[1:], depth + 1)
         if not rest.startswith(")"):
             return [], text
         rest = rest[1:]
     else:
-        match = re.match(r"\[(\d+(?:,\d+)*)\]", text)
+        match = re.match(r"\[([0-9]{1,9}(?:,[0-9]{1,9})*)\]", text)
         if match is None:
             return [], text or "(nothing)"
         pattern, rest = [int(number) for number in match[1].split(",")], text[match.end() :]
-    while match := re.match(r"\*(\d+)", rest):
+    while match := re.match(r"\*([0-9]{1,9})(?![0-9])", rest):
         times = int(match[1])
-        if times * len(pattern) > 10_000:
-            raise ValueError("a pattern for at most 10000 layers")
+        _check_layers(times * len(pattern))
         pattern, rest = pattern * times, rest[match.end() :]
     return pattern, rest
+
+
+def _check_layers(number: int) -> None:
+    if number > MAX_LAYERS:
+        raise ValueError(f"a pattern for at most {MAX_LAYERS} layers")
 
 
 def _within(value: float, key: str, bound: float) -> bool:
@@ -73,7 +93,7 @@ def _within(value: float, key: str, bound: float) -> bool:
 
 def _suffixed(text: str) -> int:
     """64k -> 64000, 64Ki -> 65536."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMGT])|([0-9]+)([KMGT])i", text)
+    match = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,19})?)([kMGT])|([0-9]{1,19})([KMGT])i", text)
     if match is None:
         raise ValueError("a whole number, or one such as 64k (64000) or 64Ki (65536)")
     if match[1] is not None:
@@ -81,28 +101,52 @@ def _suffixed(text: str) -> int:
     return int(match[3]) * 1024 ** ("KMGT".index(match[4]) + 1)
 
 
-def _scalar(spec: FlagSpec, text: str) -> Any:
-    value: Any = text
-    if spec.kind == "int" and spec.suffixes and text[-1:].isalpha():
+def _whole_number(spec: FlagSpec, text: str) -> int:
+    if spec.suffixes and text[-1:].isalpha():
         value = _suffixed(text)
-    elif spec.kind == "int":
-        if re.fullmatch(r"[+-]?\d+(_\d+)*", text) is None:
-            raise ValueError("a whole number")
-        value = int(text)
-    elif spec.kind == "float":
+    elif re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", text) is None:
+        raise ValueError("a whole number")
+    else:
+        value = int(text) if len(text) < 40 else None
+    most = MOST_PASSED_ON if spec.source != "slime" else int(spec.bounds.get("le", MOST))
+    if value is None or abs(value) > max(most, MOST):
+        raise ValueError(f"a whole number of at most {most}")
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text) if _FLOAT.fullmatch(text) else math.nan
+    if not math.isfinite(value):
+        raise ValueError("a number" if math.isnan(value) else "a number that a float of 64 bits can hold")
+    return value
+
+
+def _text(text: str) -> str:
+    """Anything that a file name, a header and a log can take."""
+    if "\0" in text:
+        raise ValueError("text without NUL characters")
+    if not text.isascii():
         try:
-            value = float(text)
-        except ValueError:
-            raise ValueError("a number") from None
-        if value != value:
-            raise ValueError("a number")
-    elif spec.kind == "layers":
-        value = parse_layer_pattern(text)
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("text in UTF-8") from error
+    return text
+
+
+def _scalar(spec: FlagSpec, text: str) -> Any:
+    match spec.kind:
+        case "int":
+            value: Any = _whole_number(spec, text)
+        case "float":
+            value = _number(text)
+        case "layers":
+            value = parse_layer_pattern(text)
+        case _:
+            value = _text(text)
     if spec.choices and value not in spec.choices:
         raise ValueError("one of " + ", ".join(spec.choices))
     if not all(_within(value, key, bound) for key, bound in spec.bounds.items()):
-        limits = [f"{sign} {spec.bounds[key]:g}" for key, sign in BOUNDS.items() if key in spec.bounds]
-        raise ValueError("a number " + " and ".join(limits))
+        raise ValueError("a number " + " and ".join(spec.limits))
     return value
 
 
@@ -134,9 +178,11 @@ def from_yaml(spec: FlagSpec, value: Any) -> Any:
             raise ValueError("true or false")
         return value
     if spec.kind == "layers" and isinstance(value, list):
-        return parse_layer_pattern(str(cast(list[Any], value)))
+        return parse_layer_pattern(f"[{','.join(map(str, cast(list[Any], value)))}]")
     items = cast(list[Any], value) if isinstance(value, list) else [value]
-    if any(isinstance(item, bool | dict | list | None) for item in items):
+    if any(isinstance(item, bool) for item in items) and spec.kind == "str":
+        raise ValueError("text; YAML reads yes, no, on, off, true and false as switches: put it in quotes")
+    if any(not isinstance(item, str | int | float) or isinstance(item, bool) for item in items):
         raise ValueError("a list of values" if spec.num_values else "a value")
     if isinstance(value, list) and spec.num_values is None:
         raise ValueError("one value, not a list")

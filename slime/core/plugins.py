@@ -12,6 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from slime.core.printable import one_line, printable
+
+MAX_PATH = 1000
+"""Characters of a dotted path."""
+
 
 @dataclass(frozen=True)
 class Hook:
@@ -147,36 +152,49 @@ def hook_path(value: str | tuple[str, ...] | None) -> str | None:
     return ".".join(value) or None if isinstance(value, tuple) else value
 
 
+class HookError(ValueError):
+    """A hook that cannot be used: its flag and path, the rule, and the remedy."""
+
+    def __init__(self, flag: str, path: str, rule: str, remedy: str) -> None:
+        super().__init__(flag, path, rule, remedy)
+        self.flag, self.path, self.rule, self.remedy = flag, path, rule, remedy
+
+    def __str__(self) -> str:
+        return f"{self.flag} {printable(self.path)}: {one_line(self.rule)}; {self.remedy}"
+
+
 def load(path: str) -> Any:
     """The object at a dotted path `package.module.name`.
 
     Raises:
-        ValueError: not a dotted path, no such module, or no such name in it (the module's own
-            ImportErrors are passed on as the cause).
+        ValueError: not a dotted path, no such module, or no such name in it. Whatever the module raises while it is
+            imported, SystemExit too, is passed on as the cause.
     """
     module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ValueError(f"{path!r} is not a dotted path: it has to read package.module.name")
+    if len(path) > MAX_PATH or not module_name or not all(part.isidentifier() for part in path.split(".")):
+        raise ValueError("not a dotted path: it has to read package.module.name")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"{path!r}: importing {module_name} failed: {error}") from error
-    if not hasattr(module, name):
-        raise ValueError(f"{path!r}: module {module_name} has no {name!r}")
-    return getattr(module, name)
+    except (Exception, SystemExit, GeneratorExit) as error:
+        raise ValueError(f"importing {module_name} failed: {type(error).__name__}: {error}") from error
+    try:
+        return getattr(module, name)
+    except Exception as error:
+        raise ValueError(f"module {module_name} has no {name!r}") from error
 
 
 def check_signature(hook: Hook, function: Callable[..., Any]) -> str | None:
     """Why `function` cannot be called as `hook` declares, or None where it can."""
+    kind = f"an object of type {type(function).__name__}"
     if not callable(function):
-        return f"{function!r} cannot be called"
+        return f"{kind} cannot be called"
     if hook.is_class and not inspect.isclass(function):
-        return f"{function!r} is not a class"
+        return f"{kind} is not a class"
     if inspect.iscoroutinefunction(function) and not hook.may_be_async:
         return f"it is async; {hook.flag} is called as a plain function"
     try:
         inspect.signature(function).bind(*hook.parameters)
-    except TypeError as error:
+    except Exception as error:  # noqa: BLE001 (built-in functions may have no signature, and objects any of their own)
         return f"it cannot be called as ({', '.join(hook.parameters)}): {error}"
     missing = [name for name in hook.members if not _has_member(function, name)]
     return f"it lacks {', '.join(missing)}" if missing else None
@@ -192,17 +210,17 @@ def load_hook(name: str, path: str) -> Callable[..., Any]:
     """The function for the hook `name` (a key of HOOKS), its signature checked.
 
     Raises:
-        ValueError: with flag, value, rule and remedy.
+        HookError: it cannot be imported, or not be called as the hook is.
     """
     hook = HOOKS[name]
     try:
         function = load(path)
     except ValueError as error:
-        raise ValueError(f"{hook.flag}: {error}; name a function that can be imported from here") from error
+        raise HookError(hook.flag, path, str(error), "name a function that can be imported from here") from error
     problem = check_signature(hook, function)
     if problem is not None:
         remedy = f"give it the parameters ({', '.join(hook.parameters)})"
         if hook.members:
             remedy += f" and the members {', '.join(hook.members)}"
-        raise ValueError(f"{hook.flag} {path}: {problem}; {remedy}")
+        raise HookError(hook.flag, path, problem, remedy)
     return function

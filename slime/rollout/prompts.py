@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import orjson
 
 from slime.config.args import Args
 from slime.config.data_files import DataError, DataKeys, Row, read_rows
 from slime.config.rules.data import label_text, row_error
+from slime.core.printable import one_line
 from slime.core.sample import Message, Sample
 from slime.rollout.tokenizer import render_messages, tokenize
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ROWS_NAMED = 10
+_SURE_LENGTH = 16
+"""Characters a token of context, above which a text is looked at before it is tokenised as a whole."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,25 @@ def load_prompts(
             for a file that cannot be read, or leaves no prompt.
     """
     digest = hashlib.sha256()
+    total = 0
     texts: list[str] = []
     rows: list[Row] = []
+    dropped: list[int] = []
     for row in read_rows(path, keys):
         error = row_error(row, keys, chat_template=args.apply_chat_template)
         if error is not None:
             raise error
         assert isinstance(row, Row), "any other is an error"
         digest.update(orjson.dumps([row.data.get(name) for name in keys.names], option=orjson.OPT_SORT_KEYS))
-        texts.append(_prompt_text(row, args, tokenizer, keys))
+        total += 1
+        text = _prompt_text(row, args, tokenizer, keys)
+        if longest is not None and _far_too_long(text, longest, tokenizer):
+            dropped.append(row.number)
+            continue
+        texts.append(text)
         rows.append(row)
     tokens = tokenize(tokenizer, texts, add_special_tokens=not args.apply_chat_template)
     prompts: list[Prompt] = []
-    dropped: list[int] = []
     for row, ids in zip(rows, tokens, strict=True):
         if longest is not None and len(ids) > longest:
             dropped.append(row.number)
@@ -94,10 +102,25 @@ def load_prompts(
             raise DataError(row.where, f"the prompt under {keys.input_key!r} has no tokens", "remove the line")
         label = None if keys.label_key is None else label_text(row.data[keys.label_key])
         prompts.append(Prompt(row.data[keys.input_key], label, ids, row.data.get(keys.metadata_key) or {}))
-    _report_dropped(path, dropped, len(rows), longest)
+    _report_dropped(path, sorted(dropped), total, longest)
     if not prompts:
-        raise ValueError(f"{path}: no prompt in it ({len(dropped)} of {len(rows)} left out as too long); name another")
+        raise ValueError(f"{path}: no prompt in it ({len(dropped)} of {total} left out as too long); name another")
     return PromptSet(path, prompts, digest.hexdigest())
+
+
+def _far_too_long(text: str, longest: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a long text has, by its beginning alone, more than `longest` tokens.
+
+    Tokenising takes microseconds a token: minutes for a text of many megabytes of which nothing could be used. What
+    follows a beginning changes its last tokens at most, so twice the limit in it is too many in the whole, too.
+    """
+    size = _SURE_LENGTH * max(longest, 1)
+    while len(text) > size:
+        [ids] = tokenize(tokenizer, [text[:size]], add_special_tokens=False)
+        if len(ids) > 2 * max(longest, 1):
+            return True
+        size *= 4  # few tokens for so many characters (a run of spaces may be one)
+    return False
 
 
 def _prompt_text(row: Row, args: Args, tokenizer: PreTrainedTokenizerBase, keys: DataKeys) -> str:
@@ -107,8 +130,8 @@ def _prompt_text(row: Row, args: Args, tokenizer: PreTrainedTokenizerBase, keys:
     tools = None if keys.tool_key is None else row.data.get(keys.tool_key)
     try:
         return render_messages(tokenizer, prompt, tools)
-    except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
-        rule = f"the chat template fails on it: {type(error).__name__}: {error}"
+    except Exception as error:
+        rule = f"the chat template fails on it: {type(error).__name__}: {one_line(str(error))}"
         raise DataError(row.where, rule, "correct the line") from error
 
 

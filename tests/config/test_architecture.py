@@ -311,7 +311,7 @@ def test_broken_config(run: Run) -> None:
     (run.hf / "config.json").write_text("{")
     assert run.error().startswith(f"--hf-checkpoint {run.hf}: ")
     (run.hf / "config.json").write_text(json.dumps({"model_type": "glm4"}))
-    assert "its config.json has no 'num_attention_heads'" in run.error()
+    assert "its config.json has no 'num_hidden_layers'" in run.error()
 
 
 OLD_LLAMA: dict[str, Any] = {

@@ -52,7 +52,7 @@ def test_bad_slices(path: str) -> None:
         (json.dumps({"prompt": MESSAGE["prompt"]}), "no key 'label'; it has prompt"),
         (json.dumps(MESSAGE | {"label": None}), "'label' is None, not text or a number"),
         (json.dumps(MESSAGE | {"label": ["2"]}), "'label' is ['2'], not text or a number"),
-        (json.dumps(MESSAGE | {"label": 10**22 + 1}), "'label' is 1e+22: a number of so many digits has lost some"),
+        (json.dumps(MESSAGE | {"label": 10**22 + 1}), "a whole number has more than 64 bits"),
         (json.dumps(MESSAGE | {"metadata": "x"}), "'metadata' is 'x', not an object"),
         (json.dumps(MESSAGE | {"tools": {"name": "f"}}), "'tools' is "),
         (json.dumps(MESSAGE | {"prompt": "text"}), "'prompt' is not a list of OpenAI messages"),
@@ -115,7 +115,7 @@ def datas(path: str, keys: DataKeys = KEYS) -> list[dict[str, Any]]:
     return [row.data for row in rows if isinstance(row, Row)]
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5)
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.just("user"), "content": TEXT}, optional={"name": TEXT}), min_size=1, max_size=3
 )

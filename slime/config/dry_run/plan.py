@@ -24,8 +24,12 @@ from slime.config.resolve import counts_gpus, gpu_memory
 from slime.config.rules.problem import Problem
 from slime.config.virtual_stages import count_multiple, num_chunks
 from slime.core.architecture import padded_vocab_size
+from slime.core.printable import SENTENCE, printable
 
 Row = tuple[str, str]
+
+MAX_ROWS = 64
+"""Ranks or engines that are listed one by one."""
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
@@ -34,11 +38,19 @@ def _range(first: int, count: int) -> str:
     return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
+def _shown(count: int) -> Iterable[int | None]:
+    """The numbers below `count`; of many the first and the last one, with None between them for those left out."""
+    return range(count) if count <= MAX_ROWS else (*range(MAX_ROWS - 1), None, count - 1)
+
+
 def _devices(args: Args) -> Iterable[Row]:
     """One row a data-parallel rank, then one an engine. Megatron's order of ranks: TP, CP, DP, PP."""
     block = args.tensor_model_parallel_size * args.context_parallel_size
     replicas = 0 if args.debug_rollout_only else args.data_parallel_size
-    for replica in range(replicas):
+    for replica in _shown(replicas):
+        if replica is None:
+            yield "...", f"{replicas - MAX_ROWS} more data-parallel ranks like these"
+            continue
         stages = range(args.pipeline_model_parallel_size)
         ranks = ",".join(_range((stage * replicas + replica) * block, block) for stage in stages)
         yield f"train {ranks}", f"data-parallel rank {replica}: {_model_parallel(args)}"
@@ -49,7 +61,10 @@ def _devices(args: Args) -> Iterable[Row]:
         "sglang": "SGLang",
         "auto": "SGLang where Ray's cluster has GPUs, embedded elsewhere",
     }
-    for engine in range(args.num_engines):
+    for engine in _shown(args.num_engines):
+        if engine is None:
+            yield "...", f"{args.num_engines - MAX_ROWS} more engines like these"
+            continue
         slots = _range(first + engine * size, size)
         if args.rollout_external_engines:
             yield f"engine {engine}", f"{args.rollout_external_engines[engine]} (runs already)"
@@ -313,7 +328,7 @@ def format_plan(args: Args, problems: Sequence[Problem]) -> str:
     }
     lines: list[str] = []
     for title, rows in sections.items():
-        lines += ["", title, *(f"  {name:<14} {text}" for name, text in rows)]
+        lines += ["", title, *(f"  {name:<14} {printable(text, SENTENCE)}" for name, text in rows)]
     if problems:
         lines += ["", "Warnings", *(f"  {problem}" for problem in problems)]
     return "\n".join(lines[1:])

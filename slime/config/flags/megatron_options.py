@@ -16,7 +16,7 @@ from slime.config.flags.flag import flag
 class ArchitectureOptions:
     """MODEL_ARGS. None: read from config.json."""
 
-    num_layers: int | None = flag(None, "Transformer layers.", ge=1)
+    num_layers: int | None = flag(None, "Transformer layers.", ge=1, le=10000)
     hidden_size: int | None = flag(None, "Channels of the residual stream.", ge=1)
     ffn_hidden_size: int | None = flag(None, "Channels of the MLP: of one of the two gated halves.", ge=1)
     num_attention_heads: int | None = flag(None, "Query heads.", ge=1)
@@ -48,7 +48,7 @@ class ArchitectureOptions:
     use_rope_scaling: bool | None = flag(None, "Llama 3's RoPE scaling; what config.json leaves open is Llama 3.1's.")
     rotary_scaling_factor: float | None = flag(None, "Its factor; 8 where config.json has none.", gt=0)
     no_rope_fusion: bool = flag(False, "Unfused RoPE (always so here).")
-    num_experts: int | None = flag(None, "Experts of a mixture-of-experts layer; 0: a dense model.", ge=0)
+    num_experts: int | None = flag(None, "Experts of a mixture-of-experts layer; 0: a dense model.", ge=0, le=65536)
     spec: tuple[str, ...] = flag(
         (),
         "Your own transformer layer: `function(args, config)` returns Megatron's ModuleSpec of one. The engines have "
@@ -66,12 +66,15 @@ class ParallelOptions:
     """PERF_ARGS."""
 
     tensor_model_parallel_size: int = flag(
-        1, "Ranks that share each layer's matrices; has to divide query heads, KV heads and MLP channels.", ge=1
+        1,
+        "Ranks that share each layer's matrices; has to divide query heads, KV heads and MLP channels.",
+        ge=1,
+        le=65536,
     )
     sequence_parallel: bool = flag(
         False, "Share norms and residuals of the tokens over the tensor-parallel ranks, too: saves activations."
     )
-    pipeline_model_parallel_size: int = flag(1, "Stages that the layers are cut into.", ge=1)
+    pipeline_model_parallel_size: int = flag(1, "Stages that the layers are cut into.", ge=1, le=65536)
     decoder_last_pipeline_num_layers: int | None = flag(
         None, "Layers of the last pipeline stage, which has the output layer besides; the others share the rest.", ge=1
     )
@@ -81,9 +84,9 @@ class ParallelOptions:
     num_virtual_stages_per_pipeline_rank: int | None = flag(
         None, "Virtual stages of every stage; another way to say it, and the one beside a last stage of its own.", ge=1
     )
-    context_parallel_size: int = flag(1, "Ranks that share the tokens of each pack.", ge=1)
-    expert_model_parallel_size: int = flag(1, "Expert parallel size.", ge=1)
-    expert_tensor_parallel_size: int | None = flag(None, "Tensor parallel size of experts.", ge=1)
+    context_parallel_size: int = flag(1, "Ranks that share the tokens of each pack.", ge=1, le=65536)
+    expert_model_parallel_size: int = flag(1, "Expert parallel size.", ge=1, le=65536)
+    expert_tensor_parallel_size: int | None = flag(None, "Tensor parallel size of experts.", ge=1, le=65536)
     recompute_granularity: Literal["full", "selective"] | None = flag(
         None, "Forward again in the backward pass, to save memory: whole layers, or core attention alone (selective)."
     )

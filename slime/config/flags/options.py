@@ -17,13 +17,16 @@ from slime.config.flags.flag import flag
 class ClusterOptions:
     """Who runs where."""
 
-    actor_num_nodes: int = flag(1, "Nodes for training.", ge=1)
-    actor_num_gpus_per_node: int = flag(1, "GPUs (on a CPU: worker processes) for training, a node.", ge=1)
+    actor_num_nodes: int = flag(1, "Nodes for training.", ge=1, le=65536)
+    actor_num_gpus_per_node: int = flag(1, "GPUs (on a CPU: worker processes) for training, a node.", ge=1, le=1024)
     rollout_num_gpus: int | None = flag(
-        None, "GPUs (on a CPU: engine processes) for generation. 0: no engines, for runs that generate nothing.", ge=0
+        None,
+        "GPUs (on a CPU: engine processes) for generation. 0: no engines, for runs that generate nothing.",
+        ge=0,
+        le=1048576,
     )
-    rollout_num_gpus_per_engine: int = flag(1, "GPUs of one engine; SGLang's tensor parallel size.", ge=1)
-    num_gpus_per_node: int = flag(8, "Accepted without effect: Ray knows what each node has.", ge=1)
+    rollout_num_gpus_per_engine: int = flag(1, "GPUs of one engine; SGLang's tensor parallel size.", ge=1, le=65536)
+    num_gpus_per_node: int = flag(8, "Accepted without effect: Ray knows what each node has.", ge=1, le=1024)
     gpu_memory: float | None = flag(
         None,
         "GiB of one GPU, which what is planned has to fit in (an H100 has 79.6); unset: this machine's GPUs' own. With "
@@ -52,16 +55,21 @@ class ClusterOptions:
     )
     sglang_router_port: int | None = flag(None, "Its port.", ge=1, le=65535)
     sglang_server_concurrency: int = flag(
-        512, "Requests that one engine is sent at once; the others wait in slime.", ge=1
+        512, "Requests that one engine is sent at once; the others wait in slime.", ge=1, le=1048576
     )
-    engine_start_timeout: float = flag(600.0, "Seconds within which an engine or the router has to be ready.", gt=0)
-    engine_request_timeout: float = flag(1800.0, "Seconds within which one generation request has to end.", gt=0)
-    train_timeout: float = flag(3600.0, "Seconds within which a collective of training has to end.", gt=0)
+    engine_start_timeout: float = flag(
+        600.0, "Seconds within which an engine or the router has to be ready.", gt=0, le=1e8
+    )
+    engine_request_timeout: float = flag(
+        1800.0, "Seconds within which one generation request has to end.", gt=0, le=1e8
+    )
+    train_timeout: float = flag(3600.0, "Seconds within which a collective of training has to end.", gt=0, le=1e8)
     engine_health_timeout: float = flag(
         60.0,
         "Seconds without an answer to a health check, after which an engine or the router counts as hung, is ended and "
         "started anew. A step of any length is no hang: the engine's server answers beside it.",
         gt=0,
+        le=1e8,
     )
     max_engine_restarts: int = flag(
         10, "Times that engines and router may be started anew in one run; one more fault of theirs ends it.", ge=0
@@ -71,6 +79,7 @@ class ClusterOptions:
         "Seconds that one phase (a rollout's generation, its training, a save, ...) may take without any progress; "
         "then the run ends, and says which process did not answer.",
         gt=0,
+        le=1e8,
     )
     max_restarts: int = flag(
         2,
@@ -83,6 +92,7 @@ class ClusterOptions:
         "Threads of each training and engine process on a CPU (default: cores / processes; --deterministic: 1, for "
         "sums are rounded as threads share them).",
         ge=1,
+        le=4096,
     )
     update_weight_transport: Literal["auto", "broadcast", "disk"] = flag(
         "auto",
@@ -96,7 +106,7 @@ class ClusterOptions:
         metavar="DIR",
     )
     update_weight_buffer_size: int = flag(
-        512 * 1024**2, "Bytes of one bucket (on disk: one file) of weights on its way.", ge=1
+        512 * 1024**2, "Bytes of one bucket (on disk: one file) of weights on its way.", ge=1, le=2**40
     )
     update_weight_pause: Literal["drain", "abort", "in_place", "retract"] = flag(
         "drain",
@@ -162,20 +172,25 @@ class RolloutOptions:
         "URL of --rm-type remote_rm: POST {prompt, response, label, metadata}, a number back.",
         secret="url",
     )
-    rm_num_workers: int = flag(2, "Worker processes that compute rewards, outside of the event loop.", ge=1)
+    rm_num_workers: int = flag(2, "Worker processes that compute rewards, outside of the event loop.", ge=1, le=4096)
     rm_timeout: float = flag(
         10.0,
         "Seconds for one call of the reward function (with --group-rm: for a group); then it counts as failed.",
         gt=0,
+        le=1e8,
     )
     rm_concurrency: int = flag(
-        256, "Rewards that wait for a network at once: of remote_rm, and of an async --custom-rm-path.", ge=1
+        256,
+        "Rewards that wait for a network at once: of remote_rm, and of an async --custom-rm-path.",
+        ge=1,
+        le=1048576,
     )
     rm_worker_memory: float = flag(
         4.0,
         "GB by which a reward worker may grow: a larger one is replaced between two calls, and one that grows by twice "
         "as much is ended, which costs the sample whose reward was at work.",
         gt=0,
+        le=1e6,
     )
     max_reward_failures: float = flag(
         0.5,

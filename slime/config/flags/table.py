@@ -56,6 +56,12 @@ class FlagSpec:
     def flag(self) -> str:
         return self.on[0]
 
+    @property
+    def limits(self) -> list[str]:
+        """Its bounds as text: [">= 1", "<= 65536"]."""
+        given = [(sign, self.bounds[key]) for key, sign in BOUNDS.items() if key in self.bounds]
+        return [f"{sign} {bound}" if isinstance(bound, int) else f"{sign} {bound:g}" for sign, bound in given]
+
 
 def _field_kind(hint: Any) -> tuple[Kind, dict[str, Any]]:
     """Kind and the other properties of a field typed `hint`."""

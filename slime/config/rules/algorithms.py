@@ -6,6 +6,7 @@ it generates, by the formula that the flags name.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
 from slime.config.vocabulary import vocabulary_text
+from slime.core.small_files import is_file
 
 WIDE_FOR_A_SEQUENCE = 0.05
 """A clip range that hardly any response's mean ratio leaves: gspo's paper takes less than a hundredth of it."""
@@ -69,10 +71,10 @@ def teacher(case: Case) -> Iterable[Problem]:
         return
     student, taught_by = Path(args.hf_checkpoint), Path(args.ref_load)
     about = ("hf_checkpoint", "advantage_estimator")
-    if student.resolve() == taught_by.resolve():
+    if os.path.realpath(student) == os.path.realpath(taught_by):
         rule = "teacher and student are one model: every advantage would be 0"
         yield case.error("ref_load", rule, "name the teacher here, and the student by --hf-checkpoint", beside=about)
     files = [folder / "tokenizer.json" for folder in (student, taught_by)]
-    if all(file.is_file() for file in files) and len({vocabulary_text(file) for file in files}) > 1:
+    if all(is_file(file) for file in files) and len({vocabulary_text(file) for file in files}) > 1:
         rule = f"its tokenizer is another than that of --hf-checkpoint {student}: a token is not the same text to both"
         yield case.error("ref_load", rule, "take a teacher with the student's tokenizer", beside=about)

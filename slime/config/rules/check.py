@@ -36,6 +36,7 @@ from slime.config.rules.offpolicy import offpolicy
 from slime.config.rules.optimizer import cpu_offload, decay, optimizer, resumed_schedule, warm_up, weight_decay
 from slime.config.rules.other_models import other_models
 from slime.config.rules.partial import partial_rollout
+from slime.config.rules.path_names import path_names
 from slime.config.rules.paths import directories, quantized, tokenizer, weight_files
 from slime.config.rules.problem import Problem
 from slime.config.rules.replay import replay
@@ -319,6 +320,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     prompt_file,
     eval_files,
     best_checkpoint,
+    path_names,
     tokenizer,
     directories,
     quantized,

@@ -5,8 +5,8 @@ Path: one of the rules. Invariant: what passes here, training builds and loads.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from slime.config.epochs import planned_rollouts
 from slime.config.rules.case import Case
@@ -22,7 +22,7 @@ def critic(case: Case) -> Iterable[Problem]:
         rule = f"all {rollouts} rollouts are the critic's: the policy never learns"
         remedy = "lower it, unless a critic for --critic-load is what you want"
         yield case.warning("num_critic_only_steps", rule, remedy, beside=["num_rollout", "num_epoch"])
-    if args.critic_load is not None and not Path(args.critic_load).exists():
+    if args.critic_load is not None and not os.path.exists(args.critic_load):
         yield case.missing("critic_load", "there is no such directory", "name a checkpoint, or leave it out")
     if args.lr_decay_style == "constant":
         return

@@ -77,7 +77,7 @@ def check_rows(
     """
     errors: list[DataError] = []
     missing = set(needs)
-    total = 0
+    total = wrong = 0
     try:
         for row in read_rows(path, keys):
             total += 1
@@ -85,14 +85,15 @@ def check_rows(
             if error is None and check is not None and isinstance(row, Row) and (fault := check(row.data)) is not None:
                 error = DataError(row.where, *fault)
             if error is not None:
-                errors.append(error)
+                wrong += 1
+                errors += [error] if wrong <= MAX_REPORTED else []
             elif isinstance(row, Row):
                 missing.difference_update(row.data)
     except DataError as error:
         return [_problem(error)]
-    problems = [_problem(error) for error in errors[:MAX_REPORTED]]
-    if len(errors) > MAX_REPORTED:
-        more = f"{len(errors) - MAX_REPORTED} more of {total} rows cannot be used"
+    problems = [_problem(error) for error in errors]
+    if wrong > MAX_REPORTED:
+        more = f"{wrong - MAX_REPORTED} more of {total} rows cannot be used"
         problems.append(_problem(DataError(path, more, "correct them too")))
     if not total:
         problems.append(_problem(DataError(path, "holds no prompts", "give it some rows")))

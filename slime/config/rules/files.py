@@ -6,8 +6,10 @@ Path: part of `rules`. Invariant: in a --dry-run a missing path is a warning, an
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from string import Formatter
 from typing import Any, cast
 
 from slime.config.data_files import SUFFIXES, DataKeys, split_slice
@@ -16,8 +18,10 @@ from slime.config.flags.options import HookOptions, RolloutOptions
 from slime.config.reward_types import line_reward_fault
 from slime.config.rules.case import Case
 from slime.config.rules.data import RowCheck, check_rows
+from slime.config.rules.hook_import import import_hook
 from slime.config.rules.problem import Problem
-from slime.core.plugins import HOOKS, hook_path, load_hook
+from slime.core.plugins import HOOKS, HookError, hook_path
+from slime.core.small_files import is_directory, is_file
 
 
 def prompt_file(case: Case) -> Iterable[Problem]:
@@ -65,7 +69,7 @@ def _data_file(
         yield case.error(field, rule, remedy)
         return
     suffix = Path(file).suffix
-    if not Path(file).is_file():
+    if not is_file(file):
         yield case.missing(field, f"there is no file {file}", "name a jsonl or parquet file")
     elif suffix not in SUFFIXES:
         rule = f"{file}: {suffix or 'no suffix'} is no kind of data file"
@@ -78,7 +82,7 @@ def eval_files(case: Case) -> Iterable[Problem]:
     """The evaluation sets: well-formed, there, and usable row by row."""
     args = case.args
     field = "eval_prompt_data" if args.eval_config is None else "eval_config"
-    if args.eval_config is not None and not Path(args.eval_config).is_file():
+    if args.eval_config is not None and not is_file(args.eval_config):
         yield case.missing("eval_config", "there is no such file", "name a YAML file with a list `datasets`")
         return
     if not (args.eval_prompt_data or args.eval_config):
@@ -94,15 +98,21 @@ def eval_files(case: Case) -> Iterable[Problem]:
         yield from _data_file(case, field, dataset.path, keys, check=_reward_check(case, keys, dataset.rm_type))
 
 
+def _has_checkpoint(directory: str) -> bool:
+    """Whether it holds checkpoints, or is one; whether they are whole is seen when they are loaded."""
+    try:
+        names = os.listdir(directory)
+    except OSError:  # there is none yet
+        return False
+    return any(name.startswith("iter_") or name in ("release", ".metadata", "config.json") for name in names)
+
+
 def weights(case: Case) -> Iterable[Problem]:
     """The actor starts from --load, else --ref-load; a KL term and a teacher need --ref-load in any case."""
     args = case.args
     if args.debug_rollout_only:
         return
-    # one with checkpoints in it, or itself one; whether they are whole is seen when they are loaded
-    has_checkpoint = args.load is not None and any(
-        any(Path(args.load).glob(pattern)) for pattern in ("iter_*", "release", ".metadata", "config.json")
-    )
+    has_checkpoint = args.load is not None and _has_checkpoint(args.load)
     needs_reference = args.needs_reference
     if args.ref_load is None:
         if needs_reference:
@@ -113,7 +123,7 @@ def weights(case: Case) -> Iterable[Problem]:
             yield case.missing(
                 "ref_load", f"not given, and {where}: there are no weights to start from", "name a checkpoint"
             )
-    elif not Path(args.ref_load).is_dir() and (needs_reference or not has_checkpoint):
+    elif not is_directory(args.ref_load) and (needs_reference or not has_checkpoint):
         remedy = "convert one with tools/convert_hf_to_torch_dist.py, or name an HF directory"
         yield case.missing("ref_load", "there is no such directory", remedy)
 
@@ -133,11 +143,11 @@ def files_of_rollouts(case: Case) -> Iterable[Problem]:
         path: str | None = vars(args)[field]
         if path is None:
             continue
-        try:
-            one_file = path.format(rollout_id=0) == path.format(rollout_id=1)
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
-            yield case.error(field, "{rollout_id} alone is filled in", "correct what stands in braces; {{ means {")
+        if not _fills_in(path):
+            remedy = "correct what is in braces; {rollout_id:05d} has five digits, and {{ means {"
+            yield case.error(field, "{rollout_id} alone is filled in", remedy)
             continue
+        one_file = path.format(rollout_id=0) == path.format(rollout_id=1)
         about = ("num_rollout", "num_epoch", "save", "save_interval")
         if one_file and field == "save_debug_rollout_data" and args.num_rollout not in (0, 1):
             rule = "has no {rollout_id}: each rollout would replace the last one's file"
@@ -147,29 +157,47 @@ def files_of_rollouts(case: Case) -> Iterable[Problem]:
             yield case.warning(field, rule, "put {rollout_id} into it to keep them all", beside=about)
 
 
+def _fills_in(path: str) -> bool:
+    """Whether every field in braces is {rollout_id}, plain or with a number of digits."""
+    try:
+        parts = list(Formatter().parse(path))
+    except ValueError:
+        return False
+    fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+    return all(
+        name == "rollout_id" and conversion is None and re.fullmatch("(0?[1-9][0-9]?)?d?", spec or "")
+        for name, spec, conversion in fields
+    )
+
+
 def debug_data(case: Case) -> Iterable[Problem]:
     """--load-debug-rollout-data names files that are there."""
     path = case.args.load_debug_rollout_data
     if path is not None and case.args.num_rollout != 0:
         start = path.split("{", 1)[0]
         folder = Path(start) if start.endswith("/") else Path(start).parent
-        if not folder.is_dir():
+        if not is_directory(folder):
             yield case.missing("load_debug_rollout_data", f"there is no directory {folder}", "name the dump's files")
 
 
 def train_data(case: Case) -> Iterable[Problem]:
     """--save-debug-train-data names a directory that holds nothing yet, and that can be written."""
     path = case.args.save_debug_train_data
-    if path is None or case.args.debug_rollout_only or Path(path).is_file():
+    if path is None or case.args.debug_rollout_only or is_file(path):
         return  # the last is another rule's error
     folder = Path(path)
-    if folder.is_dir() and any(folder.iterdir()):
+    try:
+        used = is_directory(folder) and any(folder.iterdir())
+    except OSError as error:
+        yield case.missing("save_debug_train_data", f"cannot be read ({error.strerror})", "name another directory")
+        return
+    if used:
         rule = "holds files already, and a dump is of one run"
         yield case.error("save_debug_train_data", rule, "name a new directory, or empty this one")
         return
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        rule = f"{there} is {'no directory' if not there.is_dir() else 'not yours to write'}"
+    there = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if not is_directory(there) or not os.access(there, os.W_OK | os.X_OK):
+        rule = f"{there} is {'no directory' if not is_directory(there) else 'not yours to write'}"
         yield case.missing("save_debug_train_data", rule, "name a directory that can be written")
 
 
@@ -181,8 +209,7 @@ def hooks(case: Case) -> Iterable[Problem]:
         if path is None or path == vars(defaults).get(name):
             continue
         try:
-            load_hook(name, path)
-        except ValueError as error:
-            rule, _, remedy = str(error).rpartition("; ")
-            rule = rule.partition(": ")[2]
-            yield case.error(name, rule, remedy) if path.startswith("slime.") else case.missing(name, rule, remedy)
+            import_hook(name, path)
+        except HookError as error:
+            complain = case.error if path.startswith("slime.") else case.missing
+            yield complain(name, error.rule, error.remedy)

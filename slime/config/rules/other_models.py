@@ -7,7 +7,6 @@ loaded into this one's layers.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from slime.config import experts
@@ -15,6 +14,7 @@ from slime.config.architecture import as_flags, hf_architecture, read_hf_config
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem, flag_name, show
 from slime.core.architecture import Architecture
+from slime.core.small_files import is_file
 
 MAY_DIFFER = ("max_position_embeddings", "untie_embeddings_and_output_weights")
 """A limit, and whether two tables have the same values, which loading compares."""
@@ -25,12 +25,7 @@ def other_models(case: Case) -> Iterable[Problem]:
     model = case.args.architecture
     for field in ("ref_load", "load", "critic_load"):
         path: str | None = vars(case.args)[field]
-        if (
-            model is None
-            or path is None
-            or path == case.args.hf_checkpoint
-            or not (Path(path) / "config.json").is_file()
-        ):
+        if model is None or path is None or path == case.args.hf_checkpoint or not is_file(f"{path}/config.json"):
             continue
         try:
             found = _differences(case, hf_architecture(read_hf_config(path)), model)
@@ -38,6 +33,8 @@ def other_models(case: Case) -> Iterable[Problem]:
             yield case.missing(
                 field, f"its config.json has no {error}", "name an HF directory of a causal language model"
             )
+        except OSError as error:
+            yield case.missing(field, f"its config.json cannot be read ({error.strerror})", "name an HF directory")
         except ValueError as error:
             yield case.missing(field, str(error), "use a model of a family that is built")
         else:

@@ -16,10 +16,14 @@ from slime.config.end_tokens import end_token_ids, read_json_object
 from slime.config.quantized import REMEDY, quantization
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
+from slime.core.small_files import is_file, open_regular
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 """A tokenizer is one of these, at least."""
 PICKLED = (".bin", ".bin.index.json", ".pt", ".pth")
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header; the library refuses more."""
 MAX_NAME_BYTES = 255
 """Of one file's or directory's name, on all usual file systems."""
 MODEL_DIRECTORIES = ("hf_checkpoint", "ref_load", "load", "critic_load")
@@ -92,7 +96,7 @@ def tokenizer(case: Case) -> Iterable[Problem]:
     folder = Path(args.hf_checkpoint or "")
     if args.hf_checkpoint is None or not _readable(folder / "config.json"):
         return  # another rule's error
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any(os.path.exists(folder / name) for name in TOKENIZER_FILES):
         yield case.missing("hf_checkpoint", "there is no tokenizer", "name a whole HF directory")
         return
     try:
@@ -137,14 +141,19 @@ def weight_files(case: Case) -> Iterable[Problem]:
     args = case.args
     for field in MODEL_DIRECTORIES:
         path: str | None = vars(args)[field]
-        if path is None or not (Path(path) / "config.json").is_file():
+        if path is None or not is_file(f"{path}/config.json"):
             continue
         pickled = _pickled_alone(Path(path))
         if pickled is not None:
             rule = f"{pickled} is a pickle, which may run code and is never read, and there are no safetensors"
             yield case.error(field, rule, "convert it to safetensors, or download these")
             continue
-        for file in _safetensors_files(Path(path)):
+        try:
+            files = _safetensors_files(Path(path))
+        except (OSError, ValueError) as error:
+            yield case.error(field, f"{error}", "download or export it again")
+            continue
+        for file in files:
             fault = _damage(file)
             if fault is not None:
                 yield case.error(field, f"{file.name} {fault}", "download or export it again")
@@ -159,33 +168,40 @@ def _pickled_alone(folder: Path) -> str | None:
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
-    """Those in the index, whether or not they are there, else those that are."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        names = cast(dict[str, str], read_json_object(index).get("weight_map") or {}).values()
-    except ValueError:
-        return [index]
-    return sorted({folder / name for name in names}) or sorted(folder.glob("*.safetensors"))
+    """Those in the index, whether or not they are there, else those that are.
+
+    Raises:
+        OSError, ValueError: the index cannot be read, or names what is no file of this directory.
+    """
+    names = read_json_object(folder / INDEX).get("weight_map", {})
+    if not isinstance(names, dict):
+        raise ValueError(f"{INDEX} cannot be read (its weight_map is no object)")
+    found: set[Path] = set()
+    for name in cast(dict[str, Any], names).values():
+        if not isinstance(name, str) or not name.isprintable() or name != os.path.basename(name[:MAX_NAME_BYTES]):
+            raise ValueError(f"{INDEX} names {name!r}, which is no file of the directory")
+        found.add(folder / name)
+    return sorted(found) or sorted(folder.glob("*.safetensors"))
 
 
 def _damage(file: Path) -> str | None:
     """What is wrong with a safetensors file by its size; None: nothing. The numbers in it are not read."""
-    if file.suffix == ".json":
-        return "cannot be read"
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             header_size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(header_size)) if 8 + header_size <= size else None
-        if header is None and size >= 8:
-            return f"is cut short: its header alone is {header_size} bytes, the file {size}"
-        entries = [entry for name, entry in cast(dict[str, Any], header or []).items() if name != "__metadata__"]
+            if size >= 8 and 8 + header_size > size:
+                return f"is cut short: its header alone is {header_size} bytes, the file {size}"
+            if header_size > MAX_HEADER:
+                return f"has a header of {header_size} bytes, more than safetensors reads"
+            header: object = json.loads(stream.read(header_size))
+        entries = [entry for name, entry in cast(dict[str, Any], header).items() if name != "__metadata__"]
         expected = 8 + header_size + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
     except FileNotFoundError:
-        return "is missing, and model.safetensors.index.json lists it"
+        return f"is missing, and {INDEX} lists it"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         return "is no safetensors file"
     return None if size == expected else f"has {size} bytes, and by its header it should have {expected}"
 
@@ -211,14 +227,14 @@ def _token_ids(folder: Path) -> dict[str, int]:
             ids = {str(token): int(number) for token, number in cast(dict[str, Any], vocabulary).items()}
         for added in cast(list[dict[str, Any]], data.get("added_tokens") or []):
             ids[str(added["content"])] = int(added["id"])
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError, ValueError) as error:
         raise ValueError(f"tokenizer.json cannot be read ({type(error).__name__}: {error})") from error
     return ids
 
 
 def _has_chat_template(folder: Path, settings: Mapping[str, Any]) -> bool:
     files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-    return bool(settings.get("chat_template")) or any((folder / name).exists() for name in files)
+    return bool(settings.get("chat_template")) or any(os.path.exists(folder / name) for name in files)
 
 
 def _text(token: Any) -> str | None:

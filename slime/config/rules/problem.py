@@ -10,7 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+from slime.core.printable import PLACE, one_line, printable
+
 Severity = Literal["error", "warning"]
+
+MAX_SHOWN = 50
+"""Problems that one message lists."""
 
 
 def flag_name(field: str) -> str:
@@ -40,7 +45,8 @@ class Problem:
     """Fields of Args that it is about: one that could not be read itself is not complained about a second time."""
 
     def __str__(self) -> str:
-        return f"{self.where} {self.value}".rstrip() + f": {self.rule}; {self.remedy}"
+        about = f"{printable(self.where, PLACE)} {printable(self.value)}".rstrip()
+        return f"{about}: {one_line(self.rule)}; {one_line(self.remedy)}"
 
     def masked(self, mask: Callable[[str], str]) -> Problem:
         """The same problem with every text passed through `mask`."""
@@ -52,10 +58,13 @@ class UsageError(ValueError):
     """Everything that is wrong with the command line, in one exception."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__(tuple(problems))
-        self.problems = tuple(problems)
+        self.problems = tuple(dict.fromkeys(problems))  # a flag that is repeated is wrong once
+        super().__init__(self.problems)
 
     def __str__(self) -> str:
         number = len(self.problems)
         lines = [f"{number} problem{'s' if number != 1 else ''} with the arguments:"]
-        return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
+        lines += [f"  {problem}" for problem in self.problems[:MAX_SHOWN]]
+        if number > MAX_SHOWN:
+            lines.append(f"  and {number - MAX_SHOWN} more")
+        return "\n".join(lines)

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 from slime.config.eval_data import EvalDataset, eval_datasets, sets_with_rm_type
 from slime.config.reward_types import REWARD_TYPE_REMEDY, base_type, needs_label
 from slime.config.rules.case import Case
+from slime.config.rules.hook_import import import_hook
 from slime.config.rules.problem import Problem
-from slime.core.plugins import load_hook
+from slime.core.plugins import HookError
 
 _METADATA_REMEDY = "every row then needs metadata.rm_type; or add --rm-type or --custom-rm-path"
 
@@ -82,8 +83,8 @@ def custom_reward(case: Case) -> Iterable[Problem]:
     if args.custom_rm_path is None:
         return
     try:
-        names = list(inspect.signature(load_hook("custom_rm_path", args.custom_rm_path)).parameters)
-    except ValueError:  # which `hooks` says
+        names = list(inspect.signature(import_hook("custom_rm_path", args.custom_rm_path)).parameters)
+    except HookError:  # which `hooks` says
         return
     about = ("group_rm",)
     if args.group_rm and names[1:2] == ["sample"]:

@@ -1,0 +1,69 @@
+"""Import of a user's hook for the rules, within a time limit.
+
+Path: `files.hooks` and `rewards.custom_reward` load hooks here. Invariant: a module that hangs while it is imported
+gives an error that names its flag.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator
+from types import FrameType
+from typing import Any
+
+from slime.config.rules.problem import Problem, UsageError
+from slime.core.plugins import HOOKS, load_hook
+from slime.core.printable import printable
+
+IMPORT_LIMIT = 60.0
+"""Seconds: an import of torch and transformers from a cold disk takes half of it."""
+_NOTICE = 10.0
+"""Seconds after which the console says what is waited for."""
+
+
+class _TooSlow(BaseException):
+    """Not an Exception: the module that is imported must not catch it."""
+
+
+def import_hook(name: str, path: str) -> Callable[..., Any]:
+    """`plugins.load_hook` within IMPORT_LIMIT.
+
+    Raises:
+        HookError: as load_hook.
+        UsageError: the import has not ended.
+    """
+    flag = HOOKS[name].flag
+    try:
+        with _limit(f"{flag} {printable(path)}: still importing it"):
+            return load_hook(name, path)
+    except _TooSlow:
+        rule = f"importing it has not ended after {IMPORT_LIMIT:g} s"
+        remedy = "move what takes so long, or waits, from the module's top level into the function"
+        problem = Problem(severity="error", where=flag, value=path, rule=rule, remedy=remedy, fields=frozenset([name]))
+        raise UsageError([problem]) from None
+
+
+@contextlib.contextmanager
+def _limit(notice: str) -> Generator[None]:
+    """Print `notice` after a while and raise _TooSlow at the limit. Only a main thread receives signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    remaining = [IMPORT_LIMIT - _NOTICE]
+
+    def tick(number: int, frame: FrameType | None) -> None:
+        if not remaining:
+            raise _TooSlow
+        print(notice, file=sys.stderr, flush=True)
+        signal.setitimer(signal.ITIMER_REAL, remaining.pop())
+
+    handler = signal.signal(signal.SIGALRM, tick)
+    delay, interval = signal.setitimer(signal.ITIMER_REAL, min(_NOTICE, IMPORT_LIMIT))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, delay, interval)
+        signal.signal(signal.SIGALRM, handler)
