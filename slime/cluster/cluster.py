@@ -73,6 +73,7 @@ class Cluster:
         self._sync_report: dict[str, float] = {}
         self._ahead: _Generation | None = None
         self._best: BestCheckpoint | None = None
+        self._ended_well = False
 
     def __enter__(self) -> Cluster:
         with self._cleanup:
@@ -81,6 +82,7 @@ class Cluster:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._ended_well = error is None
         self._cleanup.close()
 
     def _start(self) -> None:
@@ -90,7 +92,7 @@ class Cluster:
         self._cleanup.callback(directory.close)
         log_to_file(directory.logs, "driver", masker_of(args))
         self._processes = processes = Processes(args, directory.logs)
-        self._cleanup.callback(processes.stop)
+        self._cleanup.callback(lambda: processes.stop(well=self._ended_well))
         processes.start()
         signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray has put its own in the place of ours
         self._memory = memory_of(args, processes)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,6 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from slime.cluster import reaper
 from slime.config.args import Args
 from slime.config.resolve import cuda_devices
 from slime.config.rules.engines import FP32_REMEDY, FP32_RULE, computes_in_fp32, starts_engines
@@ -35,14 +33,14 @@ LOCAL_OBJECT_STORE_BYTES = 1024**3
 LOCAL_SYSTEM_CONFIG = {"gcs_rpc_server_reconnect_timeout_s": 5}
 
 
-def start_ray() -> subprocess.Popen[bytes] | None:
-    """Join the cluster at RAY_ADDRESS (returns None), or start a local one (returns its reaper)."""
+def start_ray() -> str | None:
+    """Join the cluster at RAY_ADDRESS (returns None), or start a local one (returns the directory of its session)."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
+    started: Any = ray.init(
         address="local",
         num_gpus=cuda_devices(),  # torch's count: Ray's own may differ, and trainers go by torch
         include_dashboard=False,
@@ -52,7 +50,17 @@ def start_ray() -> subprocess.Popen[bytes] | None:
         _node_ip_address="127.0.0.1",
         _system_config=LOCAL_SYSTEM_CONFIG,
     )
-    return reaper.watch()
+    return started.address_info["session_dir"]
+
+
+def addresses_of_ray() -> dict[str, str]:
+    """host:port of Ray's control store and of each node's raylet, by a name for messages."""
+    head = ray.get_runtime_context().gcs_address
+    found = {f"Ray's GCS (gcs_server at {head})": head}
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+        found[f"Ray's raylet on node {node['NodeManagerAddress']} (at {address})"] = address
+    return found
 
 
 def num_gpus() -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import subprocess
-import tempfile
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,9 +22,20 @@ import ray
 from ray.exceptions import RayError
 
 from slime.cluster.fleet import EngineUp
-from slime.cluster.placement import Placement, choose_engine, num_gpus, num_nodes, reserve, start_ray
+from slime.cluster.placement import (
+    Placement,
+    addresses_of_ray,
+    choose_engine,
+    num_gpus,
+    num_nodes,
+    reserve,
+    start_ray,
+)
+from slime.cluster.reaper import Reaper
 from slime.cluster.rollout_manager import RolloutManager
+from slime.cluster.run_files import RunFiles
 from slime.cluster.waiting import POLL_S, Waiter
+from slime.cluster.watchdog import Watchdog
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
 from slime.config.epochs import rollouts_of_epochs
@@ -32,6 +43,7 @@ from slime.config.rules.case import Case
 from slime.config.rules.engines import needs_weight_directory, starts_engines
 from slime.config.rules.optimizer import decay, warm_up
 from slime.core.errors import RunError
+from slime.core.marks import new_mark
 from slime.engine.external import FoundEngines, find_engines
 from slime.engine.keys import Keys, with_keys
 from slime.engine.membership import Membership, external_router_url
@@ -42,7 +54,13 @@ if TYPE_CHECKING:
     from slime.megatron.result import LoadResult
 
 STOP_TIMEOUT_S = 15.0
-END_TIMEOUT_S = 5.0
+LAST_LOOK_S = 5.0
+START_TIMEOUT_S = 180.0
+"""Seconds for Ray to start, or to be joined."""
+END_TIMEOUT_S = 60.0
+"""Seconds for a run to end."""
+SILENT_S = 30.0
+"""Seconds without an answer of Ray's own processes that are borne at least: a loaded machine is no dead one."""
 PROGRESS_S = 10.0
 OPEN_ROUTER = (
     "the router at {url} requires no key for its list of engines: whoever reaches it can add one, which ends the run "
@@ -59,10 +77,12 @@ class Processes:
         self._args = args = with_keys(args)
         self._log_dir = log_dir.absolute()
         self._placement: Placement | None = None
-        self._reaper: subprocess.Popen[bytes] | None = None
+        self._mark = new_mark()
+        self._files = RunFiles(self._mark)
+        self._reaper: Reaper | None = None
+        self._watchdog: Watchdog | None = None
         self._rays_own: list[psutil.Process] = []
         """What a local Ray consists of; the actors are its children."""
-        self._tmp = tempfile.TemporaryDirectory(prefix="slime-run-")
         self._weights: WeightDirectory | None = None
         self._external: FoundEngines | None = None
         self.manager: Any = None
@@ -78,9 +98,20 @@ class Processes:
         """Ray and all actors; returns while they are still importing."""
         log_dir = str(self._log_dir)
         self._take_what_is_shared()
+        self._reaper = Reaper(self._mark, self._files, self._log_dir)
+        self._watchdog = Watchdog(limit=max(SILENT_S, self._args.engine_health_timeout), end=self._end_at_once)
+        self._watchdog.expect("starting or joining Ray", START_TIMEOUT_S)
         before = set(psutil.Process().children())
-        self._reaper = start_ray()
-        self._rays_own = [] if self._reaper is None else [p for p in psutil.Process().children() if p not in before]
+        try:
+            session = start_ray()
+        except (ConnectionError, RuntimeError, OSError) as error:
+            raise RunError(f"Ray could not be started or joined: {error}") from error
+        if session is not None:
+            self._rays_own = [p for p in psutil.Process().children() if p not in before]
+            self._files.record(session)
+            self._reaper.tell(f"session {session}")
+        self._watchdog.watch(addresses_of_ray())
+        self._watchdog.expect_nothing()
         args = choose_engine(self._args, num_gpus())
         self._placement = place = reserve(args)
         self.manager = ray.remote(RolloutManager).options(**place.manager()).remote(args, log_dir)
@@ -104,7 +135,7 @@ class Processes:
             self._wait_for_engines()  # it measures what is free, to know how much it may take: trainers come after
         self.num_rollouts = self._count_rollouts()
         args = replace(args, num_rollout=self.num_rollouts)  # a schedule has to know how long it is
-        rendezvous = place.rendezvous(self._tmp.name)
+        rendezvous = place.rendezvous(str(self._files.path))
         self.trainers = [
             TrainWorker.options(**place.trainer(rank)).remote(args, rank, rendezvous, log_dir)
             for rank in range(place.num_trainers)
@@ -234,8 +265,10 @@ class Processes:
         """`ref` is made behind the loop: from now on its failure ends whatever the loop waits for."""
         self._waiter.watch(phase, ref)
 
-    def stop(self) -> None:
-        """End everything that `start` started."""
+    def stop(self, *, well: bool = False) -> None:
+        """End everything that `start` started. `well`: nothing has failed, so nobody needs Ray's logs."""
+        if self._watchdog is not None:
+            self._watchdog.expect("ending the run", END_TIMEOUT_S)
         if ray.is_initialized():
             self._stop_children()
             for actor in (*self.trainers, *self.engines, self.manager):
@@ -244,13 +277,35 @@ class Processes:
             if self._placement is not None:
                 self._placement.release()
             actors = _children(self._rays_own)
+            if self._watchdog is not None:
+                self._watchdog.stop_asking()
             ray.shutdown()
             _end(actors)
+        if self._watchdog is not None:
+            self._watchdog.close()
         if self._reaper is not None:
-            self._reaper.communicate(timeout=STOP_TIMEOUT_S)
+            if well:
+                self._reaper.tell("well")
+            self._reaper.finish()
         if self._weights is not None:
             self._weights.close()
-        self._tmp.cleanup()
+        self._files.close()
+
+    def _end_at_once(self, trouble: str) -> None:
+        """End the run and this process, from the watchdog's thread: whatever the main thread calls of Ray hangs.
+
+        The reaper ends what the run has started, stopped or not. A Ray that runs already is left alone; it ends the
+        run's actors when it goes on.
+        """
+        message = (
+            f"{trouble}: the run has ended; started again, it goes on from its last checkpoint\nlogs: {self._log_dir}"
+        )
+        logger.error("%s", message)
+        print(f"\n{message}", file=sys.stderr, flush=True)
+        if self._reaper is not None:
+            self._reaper.tell("all")
+            self._reaper.finish()
+        os._exit(1)
 
     def _stop_children(self) -> None:
         """Ask the owners of engine and router processes to end them; their guards do it where the owner cannot."""
@@ -277,7 +332,7 @@ def _children(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 def _end(processes: Sequence[psutil.Process]) -> None:
     """See them go; one that is stopped (SIGSTOP) hears of nothing but SIGKILL."""
-    _, left = psutil.wait_procs(processes, timeout=END_TIMEOUT_S)
+    _, left = psutil.wait_procs(processes, timeout=LAST_LOOK_S)
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()

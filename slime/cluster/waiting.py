@@ -16,6 +16,8 @@ from ray.exceptions import RayError, RayTaskError
 from slime.core.errors import Fault, RunError
 
 POLL_S = 1.0
+LONGEST_LOOK_S = 10.0
+"""Seconds between two looks that count as waiting."""
 LAST_WORDS_S = 5.0
 """Seconds for a process that has died to be known as dead, after another has failed for the lack of it."""
 
@@ -58,13 +60,16 @@ class Waiter:
                 said. A Fault: it died, or nothing has moved for too long.
         """
         waiting = list(refs)
-        moved = looked = time.monotonic()
+        looked = last = time.monotonic()
+        silence = 0.0
         seen: object = None
         while waiting:
             behind = [ref for ref in self._behind if ref not in waiting]
             ready, _ = ray.wait([*waiting, *behind], num_returns=1, timeout=POLL_S)
+            # Time in which this process stood still itself (SIGSTOP, a machine that slept) counts against nobody.
+            silence, last = silence + min(time.monotonic() - last, LONGEST_LOOK_S), time.monotonic()
             for ref in ready:
-                moved = time.monotonic()
+                silence = 0.0
                 self._raise_failure(self._behind.pop(ref, phase), ref, waiting)
                 if ref in waiting:
                     waiting.remove(ref)
@@ -73,8 +78,8 @@ class Waiter:
                 before, seen = seen, meanwhile()
                 looked = time.monotonic()
                 if seen != before:
-                    moved = looked
-            if waiting and now - moved > self._limit:
+                    silence = 0.0
+            if waiting and silence > self._limit:
                 raise Fault(self._silent(phase, waiting))
         return ray.get(list(refs))
 

@@ -32,8 +32,8 @@ RUN_LIMIT_S = 1200.0
 SAVE = "run"
 PYTHON_FIRST = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 """The scripts call python3."""
-KEPT = ("ray", "torchinductor_")
-"""What is meant to stay in the directory for temporary files: the logs of Ray's sessions, and a cache of torch's."""
+KEPT = ("torchinductor_",)
+"""What is meant to stay in the directory for temporary files: a cache of torch's."""
 
 
 @dataclass(frozen=True)

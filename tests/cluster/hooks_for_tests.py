@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import zlib
 from pathlib import Path
 
@@ -86,3 +87,9 @@ class Numbers:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.next = state["next"]
+
+
+def leave_a_daemon(args: Args, rollout_id: int, samples: list[Sample], metrics: dict[str, float]) -> None:
+    """--custom-rollout-log-function-path that leaves a process in a session of its own, once."""
+    if rollout_id == 0:
+        subprocess.run(["sh", "-c", "setsid sleep 86399 >/dev/null 2>&1 &"], check=True)

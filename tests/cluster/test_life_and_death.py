@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ def running(task: Task, tmp_path: Path, *extra: str) -> Iterator[tuple[subproces
     """A run that has trained one step and goes on, and all its processes; none is left to the tests that follow."""
     save = tmp_path / "run"
     small = ["--num-rollout", "100000", "--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1", *extra]
+    small += ["--custom-rollout-log-function-path", "tests.cluster.hooks_for_tests.leave_a_daemon"]
     process = start(flags(task, save, *small), tmp_path / "log.txt")
     metrics = save / "metrics.jsonl"
     everyone: list[psutil.Process] = []
@@ -114,18 +116,41 @@ def assert_all_gone(everyone: list[psutil.Process]) -> None:
     [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGKILL, False)],
     ids=["Ctrl-C", "terminated", "killed"],
 )
-def test_a_killed_job_leaves_no_process(task: Task, tmp_path: Path, number: signal.Signals, whole_group: bool) -> None:
-    """A terminal's Ctrl-C, and `timeout`, send their signal to the whole process group."""
+def test_a_killed_job_leaves_nothing(
+    task: Task,
+    tmp_path: Path,
+    temporary: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    whole_group: bool,
+) -> None:
+    """A terminal's Ctrl-C, and `timeout`, send their signal to the whole process group. A hook has left a daemon."""
+    marker = f"SLIME_TEST_RUN_{os.getpid()}_{time.monotonic_ns()}"
+    monkeypatch.setenv(marker, "1")
     attacked = number == signal.SIGTERM  # one of the runs is enough, and it has to be one that goes on
     with judged() as (secret_flags, requests), running(task, tmp_path, *(secret_flags if attacked else ())) as job:
         process, everyone = job
+        daemons = [one for one in marked(marker) if one.cmdline() == ["sleep", "86399"]]
+        assert len(daemons) == 1, "control"
+        assert any(path.name == "ray" for path in temporary.iterdir()), "control"
         if attacked:
             assert_protected(everyone)
             assert_closed_to_others(everyone)
             assert_hidden(everyone, tmp_path, requests)
         (os.killpg if whole_group else os.kill)(process.pid, number)
         assert process.wait(timeout=45) != 0
-        assert_all_gone(everyone)
+        assert_all_gone([*everyone, *daemons])
+    wait_for(lambda: marked(marker) == [], "the end of the reaper", 30)
+    assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
+    assert any((tmp_path / "run" / "logs" / "ray").rglob("raylet.out")), "what Ray has written is kept"
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An own directory for temporary files; its name is short, because Ray's sockets have it in theirs."""
+    with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as directory:
+        monkeypatch.setenv("TMPDIR", directory)
+        yield Path(directory)
 
 
 def submit(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,79 @@
+"""The temporary directory of a run, and what dead runs have left in the place for temporary files.
+
+Path: `Processes` has one for each start of the run; the `reaper` removes it. Invariant: another run removes a directory
+only once nobody holds its lock, which the kernel takes from a process that dies: neither its driver nor its reaper is
+alive. A directory without a lock is not ours.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from slime.core.marks import marked
+
+PREFIX = "slime-run-"
+LOCK, RECORD = "lock", "run.json"
+
+
+class RunFiles:
+    """`path` is the directory; `lock` a descriptor that holds its lock, for the reaper to inherit."""
+
+    def __init__(self, mark: str) -> None:
+        remove_stale()
+        self._mark = mark
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self.record(None)
+        new = self.path / "lock.new"
+        self.lock = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        new.rename(self.path / LOCK)  # whoever sees it finds it locked
+
+    def record(self, session: str | None) -> None:
+        """Write down what another run needs to clear up after this one. `session`: the directory of its own Ray."""
+        (self.path / RECORD).write_text(json.dumps({"mark": self._mark, "session": session}))
+
+    def close(self) -> None:
+        """Remove the directory, if the reaper has not."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self.lock)
+
+
+def remove_stale() -> None:
+    """Remove the directories of this user's runs of which no process is left, with those of their Rays."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        try:
+            if path.lstat().st_uid != os.getuid() or path.is_symlink():
+                continue
+            lock = os.open(path / LOCK, os.O_RDWR)
+        except OSError:
+            continue  # it has no lock, or has just gone
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            record = json.loads((path / RECORD).read_text())
+            if not marked(record["mark"]):
+                remove_session(record["session"])
+                shutil.rmtree(path, ignore_errors=True)
+        except (OSError, ValueError, KeyError):
+            continue  # its run is alive, or another one is removing it
+        finally:
+            os.close(lock)
+
+
+def remove_session(session: str | None) -> None:
+    """Remove the session directory of a Ray that a run started, and Ray's own directory if nothing else is in it."""
+    if session is None:
+        return
+    directory = Path(session)
+    shutil.rmtree(directory, ignore_errors=True)
+    latest = directory.with_name("session_latest")
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink(missing_ok=True)
+    try:
+        directory.parent.rmdir()
+    except OSError:
+        return  # other sessions are in it

@@ -1,0 +1,34 @@
+"""The mark of a run: an environment variable that every process of the run inherits.
+
+Path: the driver sets it before it starts anything; the `reaper` finds the run's processes by it. Invariant: a mark is
+random and belongs to one start of one run, so a process with it was started by that run, wherever it was adopted since.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+VARIABLE = "SLIME_RUN"
+
+
+def new_mark() -> str:
+    """Mark everything that this process starts from now on."""
+    os.environ[VARIABLE] = mark = secrets.token_hex(8)
+    return mark
+
+
+def marked(mark: str) -> list[int]:
+    """Ids of this user's processes with the mark in the environment that they started with, zombies excluded."""
+    wanted, user = f"{VARIABLE}={mark}".encode(), os.getuid()
+    found: list[int] = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.stat(f"/proc/{name}").st_uid != user:
+                continue
+            with open(f"/proc/{name}/environ", "rb") as file:
+                if wanted in file.read().split(b"\0"):
+                    found.append(int(name))
+        except OSError:
+            continue  # it has ended meanwhile
+    return found
