@@ -6,10 +6,12 @@ as JSON alone, and an empty description means that nothing is quantized.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
+
+from slime.core.small_files import read_json_object
 
 KEYS = ("quantization_config", "compression_config")
 """Keys of config.json, at its top or in the part of a sub-model such as `text_config`."""
@@ -52,7 +54,7 @@ def _described(root: Path) -> Iterator[tuple[str, Any]]:
         for key, value in _search(cast(dict[str, Any], config), depth=3):
             yield f"config.json has {key}", value
     for name in FILES:
-        if (root / name).is_file():
+        if os.path.lexists(root / name):
             yield f"there is {name}", _read(root / name)
 
 
@@ -67,8 +69,8 @@ def _search(config: Mapping[str, Any], *, depth: int, prefix: str = "") -> Itera
 def _read(path: Path) -> Any:
     """A file's JSON. One that cannot be read describes something: config.json's faults are another rule's error."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
         return None if path.name == "config.json" else f"it cannot be read: {type(error).__name__}"
 
 
