@@ -71,7 +71,7 @@ def _read(path: Path) -> Any:
     try:
         return read_json_object(path)
     except (OSError, ValueError) as error:
-        return None if path.name == "config.json" else f"it cannot be read: {type(error).__name__}"
+        return None if path.name == "config.json" else f"it cannot be read: {error}"
 
 
 def _method(value: Any) -> str:

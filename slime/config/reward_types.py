@@ -26,6 +26,11 @@ def needs_label(rm_type: object) -> bool:
     return base_type(rm_type) not in (None, "random", "remote_rm")
 
 
+def compares_mathematics(rm_type: object) -> bool:
+    """Whether it compares an answer with the label as mathematics, by math-verify."""
+    return base_type(rm_type) in ("deepscaler", "dapo", "math")
+
+
 def line_reward_fault(args: Args, named: object, rm_type: str | None, label: object) -> tuple[str, str] | None:
     """Rule and remedy where the reward of a data line cannot be computed; None where it can.
 

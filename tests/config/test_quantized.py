@@ -71,7 +71,7 @@ def test_keys_of_config_json(run: Run, config: dict[str, Any], where: str) -> No
         ),
         ("quantize_config.json", '{"bits": 4, "desc_act": true}', "bits 4"),
         ("quant_config.json", '{"w_bit": 4}', "w_bit 4"),
-        ("hf_quant_config.json", "{", "it cannot be read: JSONDecodeError"),
+        ("hf_quant_config.json", "{", "it cannot be read: is not JSON"),
     ],
 )
 def test_files_of_their_own(run: Run, file: str, text: str, method: str) -> None:

@@ -121,3 +121,25 @@ def test_flags_that_no_reward_reads(run: Run, own: str) -> None:
     assert run.warnings(*one) == run.warnings(*group, "--group-rm") == []
     assert "takes `sample`, and --group-rm gives it a list of them" in run.warnings(*one, "--group-rm")[0]
     assert "takes `samples`, and is given one sample at a time" in run.warnings(*group)[0]
+
+
+def _installed(run: Run, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Make this the ANTLR runtime that a look at the installed packages finds first."""
+    found = run.directory / f"antlr4_python3_runtime-{version}.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text(f"Metadata-Version: 2.1\nName: antlr4-python3-runtime\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(run.directory)
+
+
+def test_another_antlr_runtime_is_refused_where_answers_are_mathematics(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run.errors() == []
+    _installed(run, monkeypatch, "4.9.3")
+    rule = "antlr4-python3-runtime 4.9.3 is installed, and verdicts on answers were tested with 4.13.2"
+    says = f"{rule}; pip install antlr4-python3-runtime==4.13.2"
+    assert run.error() == f"--rm-type deepscaler: {says}"
+    assert run.error("--rm-type", "boxed_dapo") == f"--rm-type boxed_dapo: {says}"
+    assert run.errors("--rm-type", "f1") == []
+    evaluation = ["--rm-type", "f1", "--eval-prompt-data", str(run.data), "--eval-rm-type", "math"]
+    assert run.error(*evaluation) == f"--eval-rm-type math: {says}"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from slime.config.args import Args
 from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPES
 from slime.core.sample import Sample
+from slime.rollout.rm_hub import mathematics
 from slime.rollout.rm_hub.dapo import dapo_answer
 from slime.rollout.rm_hub.deepscaler import boxed_answer, deepscaler
 from slime.rollout.rm_hub.f1 import accepted, f1_score, normalise
@@ -398,3 +399,10 @@ def test_no_reward_executes_what_a_model_or_a_label_says(tmp_path: Path) -> None
     assert not made.exists()
     eval(sum_of_it)
     assert made.exists(), "control"
+
+
+def test_a_worker_starts_only_with_a_parser_that_gives_known_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    mathematics.warm_up()
+    monkeypatch.setattr(mathematics, "KNOWN", (("1", "1", True), ("x+1", "x+2", True)))
+    with pytest.raises(RuntimeError, match=r"finds x\+1 unlike x\+2: its parser does not work here; pip install"):
+        mathematics.warm_up()

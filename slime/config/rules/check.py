@@ -40,7 +40,7 @@ from slime.config.rules.path_names import path_names
 from slime.config.rules.paths import directories, quantized, tokenizer, weight_files
 from slime.config.rules.problem import Problem
 from slime.config.rules.replay import replay
-from slime.config.rules.rewards import custom_reward, eval_rewards, reward, reward_types, reward_url
+from slime.config.rules.rewards import custom_reward, eval_rewards, grammar, reward, reward_types, reward_url
 from slime.config.rules.routing import routing_replay
 from slime.config.rules.stages import pipeline_stages, recompute, virtual_stages
 from slime.config.rules.trackers import trackers
@@ -296,6 +296,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     reward,
     eval_rewards,
     reward_url,
+    grammar,
     custom_reward,
     evaluation,
     saving,

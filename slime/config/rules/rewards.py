@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from slime.config.eval_data import EvalDataset, eval_datasets, sets_with_rm_type
-from slime.config.reward_types import REWARD_TYPE_REMEDY, base_type, needs_label
+from slime.config.grammar import REMEDY, grammar_fault
+from slime.config.reward_types import REWARD_TYPE_REMEDY, base_type, compares_mathematics, needs_label
 from slime.config.rules.case import Case
 from slime.config.rules.hook_import import import_hook
 from slime.config.rules.problem import Problem
@@ -75,6 +76,20 @@ def reward_url(case: Case) -> Iterable[Problem]:
             yield case.error("rm_url", rule, "add --rm-url", beside=["rm_type", "eval_rm_type"])
     elif not _is_url(args.rm_url):
         yield case.error("rm_url", "not a URL", "write it as http://HOST:PORT/PATH or https://...")
+
+
+def grammar(case: Case) -> Iterable[Problem]:
+    """What compares answers as mathematics runs with the ANTLR runtime that its verdicts were tested with."""
+    args = case.args
+    if args.custom_rm_path is not None:
+        return
+    sets = [dataset.rm_type for dataset in _datasets(case)]
+    for field, names in (("rm_type", [args.rm_type]), ("eval_rm_type", [args.eval_rm_type, *sets])):
+        if any(compares_mathematics(name) for name in names):
+            fault = grammar_fault()
+            if fault is not None:
+                yield case.missing(field, fault, REMEDY)
+            return
 
 
 def custom_reward(case: Case) -> Iterable[Problem]:

@@ -10,8 +10,19 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+from slime.config.grammar import REMEDY, grammar_fault
+
 MAX_ANSWER = 1000
 """Characters of an answer that is still parsed: a degenerate one of thousands takes the grammar a minute."""
+
+KNOWN = (
+    ("0.5", r"\frac{1}{2}", True),
+    (r"\sqrt{8}", r"2\sqrt{2}", True),
+    (r"\frac{\pi}{4}", r"0.25\pi", True),
+    (r"\frac{1}{3}", r"\frac{1}{2}", False),
+    ("x+1", "x+2", False),
+)
+"""Answers, labels and whether they are equal: a worker starts only if it gives these verdicts."""
 
 _BOXED = re.compile(r"\\boxed\s*\{")
 _SEPARATED = re.compile(r"[+-]?\d{1,3}(?:(?:\\[, ;:]|~| )\d{3})+(?:\.\d+)?")
@@ -64,8 +75,20 @@ def equal_as_mathematics(answer: str, label: str) -> bool:
 
 
 def warm_up() -> None:
-    """Load math-verify and make its grammar, so that no sample's time limit pays for it."""
-    _verify("0.5", r"\frac{1}{2}")
+    """Load math-verify and make its grammar, so that no sample's time limit pays for it, and check that it can tell.
+
+    Raises:
+        RuntimeError: another ANTLR runtime is installed than verdicts were tested with, or a known verdict is wrong.
+    """
+    fault = grammar_fault()
+    if fault is not None:
+        raise RuntimeError(f"{fault}; {REMEDY}")
+    for answer, label, equal in KNOWN:
+        if _verify(answer, label) != equal:
+            rule = (
+                f"math-verify finds {answer} {'unlike' if equal else 'equal to'} {label}: its parser does not work here"
+            )
+            raise RuntimeError(f"{rule}; pip install --force-reinstall math-verify latex2sympy2_extended, and {REMEDY}")
 
 
 def _plain(text: str) -> str:
