@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from datetime import date
 from decimal import Decimal
@@ -16,7 +17,7 @@ from config_run import MESSAGE, Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slime.config.data_files import DataError, DataKeys, Row, count_rows, read_rows, split_slice
+from slime.config.data_files import MAX_LINE, DataError, DataKeys, Row, count_rows, read_rows, split_slice
 from slime.config.eval_data import eval_datasets
 from slime.config.rules.data import check_rows, label_text
 
@@ -242,3 +243,67 @@ def test_labels_are_what_a_judge_can_read() -> None:
         (2.0**51 + 0.5, "2251799813685248.5"),
     ]:
         assert label_text(label) == text
+
+
+DEEP = "[" * 150 + "]" * 150
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (f'{{"prompt": "a", "metadata": {{"x": {DEEP}}}}}', "nested more than 100 deep"),
+        (f'{{"prompt": "a", "metadata": {{"x": {"[" * 100_000}}}}}', "not JSON"),
+        (f'{{"prompt": "a", "metadata": {{"x": {2**64}}}}}', "more than 64 bits"),
+        (f'{{"prompt": "a", "metadata": {{"x": {"9" * 5000}}}}}', "not JSON|more than 64 bits"),
+        ('{"prompt": "a", "metadata": {"x": NaN}}', "not JSON"),
+        ('{"prompt": "a", "metadata": {"x": -Infinity}}', "not JSON"),
+        ('{"prompt": "a", "metadata": {"x": 1e999}}', "not JSON|a number is inf"),
+        ('{"prompt": "a\\u0000b"}', "NUL character"),
+        ('{"prompt": "a", "metadata": {"a\\u0000b": 1}}', "NUL character"),
+        ('{"prompt": "a\\ud800b"}', "not JSON|surrogate"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
+        ('{"prompt": "a", "pr\\u006fmpt": "b"}', "the key 'prompt' is there twice"),
+    ],
+)
+def test_values_that_would_break_later_are_named_by_line(tmp_path: Path, line: str, says: str) -> None:
+    good = (
+        '{"prompt": "a \\u00e9 \\ud83d\\ude00", "metadata": {"x": 1.2345678901234567, "prompt": 18446744073709551615}}'
+    )
+    file = tmp_path / "a.jsonl"
+    file.write_text(f"{good}\n{line}\n{good}\n")
+    [problem] = check_rows(str(file), WITHOUT_LABEL, chat_template=False)
+    assert problem.where == f"{file}:2"
+    assert re.search(says, problem.rule), problem.rule
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "says"),
+    [
+        (b"\x1f\x8b\x08\x00" + b"\n{" * 50, "", "compressed with gzip"),
+        ("{}".encode("utf-16"), "", "text in UTF-16"),
+        (b"PAR1" + b"\0" * 50, "", "a parquet file"),
+        (b'{"prompt": "a"}\n{"prompt": "\xe9"}\n', ":2", "not JSON"),
+        (b'{"prompt": "a"}\n{"prompt": "' + b"x" * MAX_LINE + b'"}\n', ":2", "longer than 32 MiB"),
+    ],
+)
+def test_files_of_other_bytes_give_one_error(tmp_path: Path, content: bytes, where: str, says: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(content)
+    [problem] = check_rows(str(file), WITHOUT_LABEL, chat_template=False)
+    assert problem.where == f"{file}{where}"
+    assert says in problem.rule
+
+
+def test_files_that_other_systems_write_are_read(tmp_path: Path) -> None:
+    """A byte order mark, CRLF, blank lines, and a last line without an end."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}')
+    assert datas(str(file)) == [{"prompt": "a"}, {"prompt": "b"}]
+
+
+def test_a_value_of_parquet_that_python_cannot_hold_names_its_row(tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    dates = pyarrow.array([0, 2**62], pyarrow.timestamp("ms"))
+    path = write_parquet(tmp_path / "a.parquet", rows, label=dates)
+    [problem] = check_rows(path, KEYS, chat_template=False)
+    assert problem.where == f"{path}:row 1"
