@@ -16,7 +16,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 HIDDEN = "***"
 SHORTEST = 4
 """Characters; a shorter secret is a part of ordinary words, and is masked only where its own flag is shown."""
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>]+")
+"""The scheme is bounded: in a long text of letters, every one of them could begin a scheme that runs to its end."""
 _PARTS = re.compile(r"([^:]+://)([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?", re.DOTALL)
 _SECRET_NAME = re.compile(r"key|token|pass|pwd|secret|sig|auth|code|cred", re.IGNORECASE)
 LONG = 16
