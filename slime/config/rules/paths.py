@@ -161,7 +161,7 @@ def weight_files(case: Case) -> Iterable[Problem]:
 
 def _pickled_alone(folder: Path) -> str | None:
     """A file of pickled weights, where a directory has no others."""
-    if (folder / ".metadata").is_file() or any(folder.glob("*.safetensors*")):
+    if is_file(folder / ".metadata") or any(folder.glob("*.safetensors*")):
         return None
     found = sorted(path.name for suffix in PICKLED for path in folder.glob(f"*{suffix}"))
     return found[0] if found else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
 from slime.config.sampling_record import read_record
+from slime.core.small_files import is_file
 
 MOST_FILES = 1000
 """Files looked at before the start; the rollout manager looks at each one again when its turn comes."""
@@ -55,7 +56,7 @@ def _dumps(pattern: str, num_rollout: int | None) -> Iterator[Path]:
         names = dict.fromkeys(pattern.format(rollout_id=i) for i in range(min(num_rollout or MOST_FILES, MOST_FILES)))
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         return  # another rule's error
-    yield from (Path(name) for name in names if Path(name).is_file())
+    yield from (Path(name) for name in names if is_file(name))
 
 
 def _named(paths: list[Path]) -> str:
