@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
+from slime.engine.client import EngineError
 from slime.engine.protocol import FinishReason, GenerateResponse, SamplingParams
 from slime.rollout.context import RolloutContext
 from slime.rollout.generate import append_response, generate_sample, room
@@ -139,3 +140,22 @@ def test_nothing_is_sent_that_an_engine_would_refuse(flags: dict[str, Any], toke
     args = Args(sglang={"context_length": 100}, **flags)
     sample = Sample(tokens=[1] * tokens, prompt_length=5, response_length=tokens - 5)
     assert room(args, sample, 1000) == left
+
+
+@pytest.mark.parametrize(("tokens", "made"), [(505, 5), (506, 0)])
+def test_a_part_near_the_context_is_made_or_left_out(
+    run_with_engines: Callable[..., Any], tokens: int, made: int
+) -> None:
+    """The engines here have a context of 512 tokens, and SGLang's limits."""
+    args = Args(sglang={"context_length": 512})
+    sample = Sample(tokens=[20] * tokens, prompt_length=5, response_length=tokens - 5, status=Status.ABORTED)
+
+    async def work(context: RolloutContext) -> Sample:
+        params = SamplingParams(max_new_tokens=1000, ignore_eos=True)
+        if not made:  # control: a request that knows nothing of the limit is refused
+            with pytest.raises(EngineError, match="maximum allowed length"):
+                await generate_sample(Args(), sample.copy(), replace(params, max_new_tokens=tokens - 4), context)
+        return await generate_sample(args, sample, params, context)
+
+    done = run_with_engines(args, work)
+    assert (len(done.tokens) - tokens, done.status) == (made, Status.TRUNCATED)

@@ -212,7 +212,8 @@ class RolloutOptions:
     rollout_max_response_len: int = flag(1024, "Tokens of a response at most; then it counts as truncated.", ge=1)
     rollout_max_context_len: int | None = flag(
         None,
-        "Tokens of prompt and response together at most; unset: the model's. Prompts that leave no room are dropped.",
+        "Tokens of prompt and response together at most; unset: the model's less 2, which SGLang keeps free. Prompts "
+        "that leave no room are dropped.",
         ge=1,
     )
     rollout_stop: tuple[str, ...] = flag((), "Texts that end a response.")
