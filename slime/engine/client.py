@@ -14,7 +14,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from slime.engine.connection import RETRY_STATUS, Connection, EngineError
+from slime.engine.connection import Connection, EngineError
 from slime.engine.device_protocol import MemoryOccupation, MemoryTag, UpdateWeightsFromTensor
 from slime.engine.keys import NO_KEYS, Keys
 from slime.engine.message import Message
@@ -163,7 +163,7 @@ class EngineClient:
         try:
             await self._connection.request("POST", lambda: url, one, timeout=PROBE_EVERY, collective=True)
         except EngineError as error:
-            if error.status and error.status not in (200, *RETRY_STATUS):
+            if error.status != 200 and not error.may_pass:
                 raise
 
     def _next_engine(self, listed: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """One HTTP request to an engine or the router, with the retries that can help.
 
 Path: `client` speaks the protocol through here. Invariant: what failed is raised as an EngineError that names URL and
-status, after the retries that can help (no connection, 502, 503), and never swallowed.
+status, after the retries that can help (no connection, 502, 503, a router's lost connection), and never swallowed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from slime.engine.message import Message
 from slime.engine.protocol import Endpoint
 
 RETRY_STATUS = (502, 503)
+LOST_ENGINE = "error sending request for url"
+"""Where sglang-router loses its connection to an engine, it answers 500 with these words of its HTTP client."""
 RETRIES = 6
 BACKOFF = 0.2
 """Seconds before the first retry; each further one waits twice as long."""
@@ -32,6 +34,11 @@ class EngineError(RuntimeError):
     def __init__(self, url: str, status: int, message: str) -> None:
         super().__init__(url, status, message)
         self.url, self.status, self.message = url, status, message
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether another attempt may be answered: there was no engine at hand, or the one that was chosen is gone."""
+        return self.status in (0, *RETRY_STATUS) or (self.status == 500 and LOST_ENGINE in self.message)
 
     def __str__(self) -> str:
         return f"{self.url} {f'answered {self.status}' if self.status else 'did not answer'}: {self.message}"
@@ -104,7 +111,7 @@ class Connection:
             if answer.status == 200:
                 return _decode(url, raw)
             problem = EngineError(url, answer.status, _message(raw))
-            if collective or answer.status not in RETRY_STATUS:
+            if collective or not problem.may_pass:
                 break
         raise problem
 

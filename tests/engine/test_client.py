@@ -22,6 +22,7 @@ from tiny_models import StartEngine
 
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
+from slime.engine.connection import LOST_ENGINE, Connection
 from slime.engine.keys import NO_KEYS, Keys, with_keys
 from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, launch_router, register_worker
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
@@ -97,6 +98,38 @@ def test_an_engines_refusal_keeps_its_words_and_pickles(router: ManagedProcess) 
     assert router.url in str(caught.value)
     again = pickle.loads(pickle.dumps(caught.value))
     assert (type(again), str(again), again.status) == (EngineError, str(caught.value), 400)
+
+
+def test_a_request_whose_engine_is_lost_goes_to_another(
+    engines: list[ManagedProcess], start_engine: StartEngine, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """The router still lists the engine, and answers 500 for it until a health check fails."""
+    args = Args(num_rollout=1, router={"health_check_interval_secs": 600})
+    router = launch_router(args, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "router.log")
+
+    async def generate() -> tuple[EngineError, GenerateResponse]:
+        body = request([1], max_new_tokens=2)
+        async with EngineClient(router.url, patience=60) as client:
+            connection = Connection(lambda url: None)
+            with pytest.raises(EngineError) as once:
+                await connection.request("POST", lambda: f"{router.url}/generate", body, timeout=60, collective=True)
+            await connection.close()
+            asking = asyncio.create_task(client.generate(body))
+            await asyncio.wait([asking], timeout=1)
+            assert not asking.done(), "only the lost engine is there"
+            register_worker(router.url, engines[0].url)
+            return once.value, await asking
+
+    try:
+        router.wait_ready(60)
+        lost = start_engine(model_dirs["glm4"])
+        register_worker(router.url, lost.url)
+        lost.stop()
+        refusal, response = asyncio.run(generate())
+        assert (refusal.status, LOST_ENGINE in refusal.message) == (500, True), "control: what the router answers"
+        assert len(response.output_ids) == 2
+    finally:
+        router.stop()
 
 
 def test_requests_that_are_refused_close_no_engine_and_waiting_for_one_ends(

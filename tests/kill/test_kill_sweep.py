@@ -70,18 +70,18 @@ def test_a_run_killed_in_the_middle_of_a_save_ends_as_the_unbroken_one(
 
 def spoil_a_token(run: Path) -> None:
     path = run / "dump/1.jsonl"
-    first, *others = path.read_text().splitlines()
+    record, first, *others = path.read_text().splitlines()
     group = json.loads(first)
     group[0]["tokens"][-1] += 1
-    path.write_text("\n".join([json.dumps(group), *others]))
+    path.write_text("\n".join([record, json.dumps(group), *others]))
 
 
 def spoil_a_log_prob(run: Path) -> None:
     path = run / "dump/0.jsonl"
-    first, *others = path.read_text().splitlines()
+    record, first, *others = path.read_text().splitlines()
     group = json.loads(first)
     group[-1]["rollout_log_probs"][0] *= 1 + 1e-15
-    path.write_text("\n".join([json.dumps(group), *others]))
+    path.write_text("\n".join([record, json.dumps(group), *others]))
 
 
 def spoil_a_metric(run: Path) -> None:

@@ -39,7 +39,7 @@ def step(run: Run, number: int) -> float:
         run.optimizer.zero_grad()
         for name, parameter in run.parameters.items():
             parameter.main_grad.copy_(run.shard(name, number))  # pyright: ignore
-        norm = _update(run.optimizer, torch.zeros(()), 1e9)
+        norm, _ = _update(run.optimizer, torch.zeros(()), 1e9)
         run.scheduler.step(1)
         return float(norm)
 

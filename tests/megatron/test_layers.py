@@ -89,7 +89,7 @@ def test_parameters_that_no_table_knows_are_listed(workers: WorkerPool, hf: dict
     [
         ("nothing", r"--spec specs_for_tests nothing: it returned None; it has to return a ModuleSpec"),
         ("one_argument", r"--spec specs_for_tests\.one_argument: it cannot be called as \(args, config\)"),
-        ("absent", r"--spec: 'specs_for_tests.absent': module specs_for_tests has no 'absent'"),
+        ("absent", r"--spec specs_for_tests\.absent: module specs_for_tests has no 'absent'"),
     ],
 )
 def test_what_is_no_layer_is_told(function: str, message: str, hf: dict[str, Path]) -> None:
