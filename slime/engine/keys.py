@@ -1,8 +1,8 @@
 """The API keys of a run: for its engines, for its router, and for the router's list of engines.
 
 Path: the driver calls `with_keys` before it starts a process; engines and router are started with these keys, and every
-client takes them from `Keys.of`. Invariant: what the run starts answers only to the run's keys, and no engine ever
-receives a key with which engines can be registered.
+client takes them from `Keys.of`. Invariant: what the run starts answers only to the run's keys, and no engine receives
+the run's key for the list of engines.
 """
 
 from __future__ import annotations
