@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args
 from slime.megatron.checkpoint_files import find_checkpoint
 from slime.models.hf_files import HFReader
+from tools import convert_torch_dist_to_hf
 
 pytestmark = pytest.mark.dist
 
@@ -156,3 +158,27 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         convert_back(
             ["--input-dir", str(tmp_path / "dist"), "--origin-hf-dir", str(hf), "--output-dir", str(tmp_path / "out")]
         )
+
+
+class Touches:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self._path), "w")
+
+
+def test_a_harmful_directory_is_refused_by_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    hf, release, marker = make_hf(tmp_path / "hf", "glm4", torch.bfloat16), tmp_path / "in/release", tmp_path / "marker"
+    release.mkdir(parents=True)
+    for name in ("metadata.json", "common.pt"):
+        (release / name).write_text("{}")
+    (release / ".metadata").write_bytes(pickle.dumps(Touches(marker)))
+    given = ["--origin-hf-dir", str(hf), "--output-dir", str(tmp_path / "out")]
+    for path in (release, release.parent):
+        with pytest.raises(
+            ValueError, match=rf"{release}/\.metadata: holds io\.open, which neither torch nor Megatron"
+        ):
+            convert_torch_dist_to_hf.main(["--input-dir", str(path), *given])
+    assert not marker.exists() and not (tmp_path / "out").exists()
