@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from slime.engine.launch import find_free_port
+from slime.observability.path_lock import PathLocks
 from tests.cluster.attacks import (
     PLANTED,
     as_nobody,
@@ -220,3 +221,17 @@ def test_bad_input_is_one_error_before_any_process(task: Task, tmp_path: Path, e
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists(), "nothing was started, so nothing was written"
+
+
+def test_a_second_run_into_one_save_is_one_error(task: Task, tmp_path: Path) -> None:
+    """With a log directory of its own; the first run is this process."""
+    save = tmp_path / "run"
+    arguments = flags(task, save, "--log-dir", str(tmp_path / "logs"))
+    with PathLocks([save]):
+        result = subprocess.run(
+            [sys.executable, ROOT / "train.py", *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True
+        )
+    assert result.returncode == 1
+    assert (
+        result.stderr.startswith(f"\n{save}: in use by process {os.getpid()} on ") and "Traceback" not in result.stderr
+    )
