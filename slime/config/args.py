@@ -28,7 +28,7 @@ from slime.config.flags.options import (
 from slime.core.architecture import Architecture
 
 DEFAULT_KL_CLAMP = 10.0
-"""Of low_var_kl in the loss, as verl, OpenRLHF and the original slime have it."""
+"""Default bound of low_var_kl in the loss, as in verl and OpenRLHF."""
 
 
 class FrozenMapping(Mapping[str, Any]):

@@ -157,7 +157,7 @@ def read_command_line(given: Given, argv: Sequence[str]) -> None:
 
 
 def read_yaml(given: Given, path: str) -> None:
-    """The same names in a flat YAML mapping, with dashes or underscores; each flag once."""
+    """Read flags from a flat YAML mapping: names with dashes or underscores, each flag once."""
     try:
         data = read_yaml_file(path)
     except ValueError as error:

@@ -27,7 +27,7 @@ class UpdateSessions:
         self._connection = connection
         self._find_engines = find_engines
         self._engines: Sequence[str] | None = None
-        """Those that have sessions; None: not known, or a session may have been left open."""
+        """URLs of engines that have sessions; None: not known, or a session may have been left open."""
 
     async def begin(self) -> None:
         """Open a session at every engine that has sessions.

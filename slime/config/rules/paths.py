@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header; the library refuses more."""
 MAX_NAME_BYTES = 255
-"""Of one file's or directory's name, on all usual file systems."""
+"""Longest name of one file or directory that all usual file systems take."""
 MODEL_DIRECTORIES = ("hf_checkpoint", "ref_load", "load", "critic_load")
 """Fields that name a directory which may be an HF directory with weights."""
 
