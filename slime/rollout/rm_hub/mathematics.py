@@ -79,9 +79,10 @@ def label_fault(label: str) -> str | None:
     text = label.strip()
     if "####" in text:
         return "it holds `####`, GSM8K's mark: the label is what follows it"
-    if last_boxed(text) is None and _BOXED.search(text) is not None:
+    boxed = last_boxed(text)
+    if boxed is None and _BOXED.search(text) is not None:
         return r"its \boxed{ is never closed"
-    text = _plain(last_boxed(text) or text)
+    text = _plain(text if boxed is None else boxed)
     if not text:
         return "it is empty"
     if len(text) > MAX_ANSWER:
@@ -90,7 +91,7 @@ def label_fault(label: str) -> str | None:
 
 
 def unbalanced(text: str) -> str | None:
-    r"""The first brace, or `\left` or `\begin`, of LaTeX that has no partner, as a sentence; None where all have one."""
+    r"""The first brace, or `\left` or `\begin`, that has no partner, as a sentence; None where all have one."""
     depth = 0
     for token in re.findall(r"\\.|[{}]", text, re.DOTALL):
         depth += (token == "{") - (token == "}")
