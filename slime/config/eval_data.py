@@ -29,6 +29,7 @@ class EvalDataset:
     temperature: float
     top_p: float
     top_k: int
+    failed_as: str = "wrong"
 
     @property
     def pass_at_ks(self) -> list[int]:
@@ -40,7 +41,8 @@ class EvalDataset:
 
 def _defaults(args: Args) -> dict[str, Any]:
     """The values from the (resolved) flags, which a set in --eval-config may override one by one."""
-    inherited = ("input_key", "label_key", "rm_type", "max_response_len", "temperature", "top_p", "top_k")
+    sampling = ("max_response_len", "temperature", "top_p", "top_k")
+    inherited = ("input_key", "label_key", "rm_type", *sampling, "failed_as")
     values = {name: vars(args)[f"eval_{name}"] for name in inherited}
     return values | {"n_samples_per_eval_prompt": args.n_samples_per_eval_prompt}
 

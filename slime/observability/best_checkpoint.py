@@ -73,9 +73,17 @@ class BestCheckpoint:
     def evaluated(self, metrics: Mapping[str, float], *, step: int) -> None:
         """The weights after `step` rollouts were evaluated.
 
+        Where responses failed and the metric is missing, these weights are not compared with others.
+
         Raises:
             RunError: the metric is not among what was evaluated.
         """
+        if self._metric not in metrics and metrics.get(f"{self._metric.rpartition('/')[0]}/failed"):
+            self._say(
+                f"WARNING the evaluation after {step} rollouts has no {self._metric}, for responses failed: its "
+                "checkpoint is not among the best"
+            )
+            return
         if self._metric not in metrics:
             names = ", ".join(sorted(name for name in metrics if name.startswith("eval/")))
             raise RunError(

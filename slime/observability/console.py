@@ -42,12 +42,20 @@ class RunConsole:
     def evaluation(self, step: int, record: Record) -> None:
         """One line for every evaluated dataset."""
         names = sorted({key.split("/")[1] for key in record if key.startswith("eval/") and key.count("/") == 2})
-        self._eval = " ".join(f"{name} {record[f'eval/{name}/reward']:.3f}" for name in names)
+        rewards = {name: record[f"eval/{name}/reward"] for name in names if f"eval/{name}/reward" in record}
+        self._eval = " ".join(f"{name} {reward:.3f}" for name, reward in rewards.items())
         for name in names:
             prefix = f"eval/{name}/"
             values = {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
+            if name not in rewards and values.get("failed") == 1:
+                why = "all responses failed; logs/rollout.log says why"
+                self.say(f"ERROR eval {name} after {step} rollouts has no reward: {why}")
+                continue
             errors = {key: f" ± {values.pop(f'{key}_stderr'):.3f}" for key in list(values) if f"{key}_stderr" in values}
-            line = f"eval {name} after {step} rollouts: reward {values.pop('reward'):.3f}{errors.get('reward', '')}"
+            if not values.get("failed"):
+                values.pop("reward_judged", None)  # the reward itself
+            reward = f" reward {values.pop('reward'):.3f}{errors.get('reward', '')}" if name in rewards else ""
+            line = f"eval {name} after {step} rollouts:{reward}"
             self.say(line + "".join(f"  {key} {value:.4g}{errors.get(key, '')}" for key, value in values.items()))
 
     def rollout(self, step: int, record: Record) -> None:

@@ -11,7 +11,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,14 @@ from slime.config.args import Args
 from slime.config.context import rollout_limits
 from slime.config.data_files import DataKeys
 from slime.config.eval_data import EvalDataset, eval_datasets
+from slime.config.reward_types import base_type
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
 from slime.rollout.context import RolloutContext, gather_or_cancel, request_slots
 from slime.rollout.generate import load_generate, rollout_sampling_params, sampling_seed
 from slime.rollout.prompts import Prompt, PromptSet, load_prompts
 from slime.rollout.rm_hub.deepscaler import boxed_answer
-from slime.rollout.rm_hub.registry import reward_type
+from slime.rollout.rm_hub.registry import RULES, reward_type
 from slime.rollout.rollout_metrics import sample_metrics
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ class Evaluator:
     async def run(self, rollout_id: int, context: RolloutContext) -> dict[str, float]:
         """All data sets at once: metrics `eval/<name>/...` of the weights that the engines hold now.
 
-        Raises:
-            RuntimeError: not one response of a data set could be generated and judged.
+        A data set of which not one response could be generated and judged has no reward: an error is logged.
         """
         slots = await request_slots(self._args, context)
         results = await asyncio.gather(
@@ -116,53 +116,90 @@ class Evaluator:
 
 
 def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
-    """Of one data set; a group is one prompt's responses. Failed ones are counted and left out of every mean.
+    """Of one data set; a group is one prompt's responses. Lengths and `format` are of what was judged.
 
-    `format` is the share that deepscaler would read an answer from: it stands only where deepscaler is the judge.
-    pass@k takes a response for right or wrong: it stands only where every reward is 0 or 1, or every one -1 or 1.
+    A failed response counts as wrong in `reward` and pass@k (see `rewards_by_prompt`); `reward_judged` leaves it out,
+    and so does everything with --eval-failed-as excluded. Where all failed, no metric of rewards is there, and an error
+    is logged.
 
-    Raises:
-        RuntimeError: all failed.
+    `format` is the share that deepscaler would read an answer from: it is there only where deepscaler is the judge.
+    pass@k takes a response for right or wrong: it is there only where every reward is 0 or 1, or every one -1 or 1.
     """
     samples = [sample for group in groups for sample in group]
     judged = [sample for sample in samples if sample.reward is not None]
+    metrics: dict[str, float] = {"num_prompts": len(groups), "failed": 1 - len(judged) / len(samples)}
     if not judged:
-        raise RuntimeError(
-            f"evaluation on {dataset.name}: none of {len(samples)} responses was judged; "
-            f"the first: {samples[0].reward_failure}"
+        logger.error(
+            "evaluation on %s: none of %d responses was judged, so it has no reward; the first: %s",
+            dataset.name,
+            len(samples),
+            samples[0].reward_failure,
         )
-    rewards_by_prompt = [
-        [sample.reward_value(args.reward_key) for sample in group if sample.reward is not None] for group in groups
-    ]
-    means = [statistics.fmean(rewards) for rewards in rewards_by_prompt if rewards]
-    metrics: dict[str, float] = {
-        **_mean_over_prompts("reward", means),
-        **sample_metrics(judged),
-        "num_prompts": len(groups),
-        "failed": 1 - len(judged) / len(samples),
-    }
+        return metrics
+    if len(judged) < len(samples):
+        first = next(sample for sample in samples if sample.reward is None)
+        logger.warning("evaluation on %s: %d of %d responses failed, the first: %s", dataset.name,
+                       len(samples) - len(judged), len(samples), first.reward_failure)  # fmt: skip
+    rewards = rewards_by_prompt(args, dataset, groups)
+    only_judged = rewards_by_prompt(args, replace(dataset, failed_as="excluded"), groups)
+    metrics |= _mean_over_prompts("reward", rewards) | _mean_over_prompts("reward_judged", only_judged)
+    metrics |= sample_metrics(judged)
     if all(reward_type(args, sample, dataset.rm_type) == "deepscaler" for sample in judged):
         metrics["format"] = statistics.fmean(boxed_answer(sample.response) is not None for sample in judged)
-    values = {reward for rewards in rewards_by_prompt for reward in rewards}
-    right_or_wrong = values <= {0, 1} or values <= {-1, 1}
-    if right_or_wrong:
+    values = {reward for of_prompt in rewards for reward in of_prompt}
+    if values <= {0, 1} or values <= {-1, 1}:
         for k in dataset.pass_at_ks:
             chances = [
-                pass_at_k(len(rewards), sum(reward == 1 for reward in rewards), k)
-                for rewards in rewards_by_prompt
-                if len(rewards) >= k
+                [pass_at_k(len(of_prompt), sum(reward == 1 for reward in of_prompt), k)]
+                for of_prompt in rewards
+                if len(of_prompt) >= k
             ]
             if chances:
                 metrics |= _mean_over_prompts(f"pass@{k}", chances)
-    if len(judged) < len(samples):
-        first = next(sample for sample in samples if sample.reward is None)
-        logger.warning("evaluation on %s: %d responses failed, the first: %s", dataset.name,
-                       len(samples) - len(judged), first.reward_failure)  # fmt: skip
     return metrics
 
 
-def _mean_over_prompts(name: str, values: Sequence[float]) -> dict[str, float]:
+def rewards_by_prompt(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sample]]) -> list[list[float]]:
+    """The rewards of each prompt's responses. A failed one has the lowest reward that its judge gives, as a wrong one.
+
+    It is left out where --eval-failed-as says so, and, with a warning, where the judge's lowest reward is not known.
+    """
+    judged = [sample.reward_value(args.reward_key) for group in groups for sample in group if sample.reward is not None]
+    unknown = 0
+    rewards: list[list[float]] = []
+    for group in groups:
+        of_prompt: list[float] = []
+        for sample in group:
+            if sample.reward is not None:
+                of_prompt.append(sample.reward_value(args.reward_key))
+            elif dataset.failed_as == "wrong":
+                rule = RULES.get(base_type(reward_type(args, sample, dataset.rm_type)) or "")
+                lowest = lowest_reward(judged) if rule is None else rule.lowest
+                of_prompt += [] if lowest is None else [lowest]
+                unknown += lowest is None
+        rewards.append(of_prompt)
+    if unknown:
+        logger.warning(
+            "evaluation on %s: %d failed responses are left out of its reward: the others have rewards from %g to %g, "
+            "and which one means wrong is known only of rewards between 0 and 1, or -1 and 1",
+            dataset.name,
+            unknown,
+            min(judged),
+            max(judged),
+        )
+    return rewards
+
+
+def lowest_reward(rewards: Collection[float]) -> float | None:
+    """What a reward function gives for a wrong answer, by the rewards that it gave; None where they do not show it."""
+    if all(0 <= reward <= 1 for reward in rewards):
+        return 0.0
+    return -1.0 if all(-1 <= reward <= 1 for reward in rewards) else None
+
+
+def _mean_over_prompts(name: str, by_prompt: Sequence[Sequence[float]]) -> dict[str, float]:
     """The mean and its standard error; prompts are what was drawn, so several responses to one count as one value."""
+    values = [statistics.fmean(of_prompt) for of_prompt in by_prompt if of_prompt]
     mean = {name: statistics.fmean(values)}
     if len(values) > 1:
         mean[f"{name}_stderr"] = statistics.stdev(values) / math.sqrt(len(values))

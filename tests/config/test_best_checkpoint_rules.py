@@ -33,7 +33,7 @@ def test_metrics_that_are_better_the_larger_they_are(run: Run, metric: str) -> N
             f"{MEET} {FLAG} eval/few/failed",
             "of few nothing is called 'failed' that is better the larger it is; name one of",
         ),
-        (f"{MEET} {FLAG} eval/few/pass@3", "name one of reward, format, pass@1, pass@2, pass@4"),
+        (f"{MEET} {FLAG} eval/few/pass@3", "name one of reward, reward_judged, format, pass@1, pass@2, pass@4"),
         (f"--num-rollout 20 {FLAG} eval/few/reward", f"{FLAG} eval/few/reward: nothing is evaluated; add --eval-pr"),
     ],
 )

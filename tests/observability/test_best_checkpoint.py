@@ -103,3 +103,15 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         (tmp_path / FILE).write_text(text)
         with pytest.raises(RunError, match=f"{FILE} is damaged .*remove it"):
             Run(tmp_path)
+
+
+def test_an_evaluation_that_failed_costs_no_run_and_no_record(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(0)
+    run.evaluate(1, 0.5)
+    run.save(1)
+    run.record.evaluated({"eval/few/failed": 1.0, "eval/few/num_prompts": 2.0}, step=2)
+    assert run.best == (0, 0.5)
+    assert run.said[-1].startswith(f"WARNING the evaluation after 2 rollouts has no {METRIC}")
+    with pytest.raises(RunError, match="no such metric"):
+        run.record.evaluated({"eval/few/failed": 0.0, "eval/few/reward_judged": 0.5}, step=2)

@@ -55,22 +55,81 @@ def _group(rewards: list[float | None], response: str = r"a</think>\boxed{1}") -
 def test_metrics_of_a_data_set() -> None:
     groups = [_group([1, 0, 0, 0]), _group([1, 1, 1, None]), _group([0, 0, 0, 0], response=r"\boxed{1}")]
     metrics = eval_metrics(Args(), DATASET, groups)
-    means = [0.25, 1.0, 0.0]
+    means = [0.25, 0.75, 0.0]
     assert metrics["reward"] == pytest.approx(statistics.fmean(means))
     assert metrics["reward_stderr"] == pytest.approx(statistics.stdev(means) / 3**0.5)
+    assert metrics["reward_judged"] == pytest.approx(statistics.fmean([0.25, 1.0, 0.0]))
     assert metrics["format"] == pytest.approx(7 / 11)
     assert metrics["failed"] == pytest.approx(1 / 12)
     assert metrics["num_prompts"] == 3
     assert metrics["response_length"] == pytest.approx((10 + 6 + 10) / 11)
     assert metrics["pass@1"] == pytest.approx(statistics.fmean(means))
     assert metrics["pass@2"] == pytest.approx((0.5 + 1 + 0) / 3)
-    assert metrics["pass@4"] == pytest.approx((1 + 0) / 2)  # the prompt with three judged responses has no say in it
+    assert metrics["pass@4"] == pytest.approx((1 + 1 + 0) / 3)
     assert metrics["pass@2_stderr"] == pytest.approx(statistics.stdev([0.5, 1, 0]) / 3**0.5)
     one = eval_metrics(Args(), replace(DATASET, n_samples_per_eval_prompt=1), [_group([1])])
     assert not any(name.startswith("pass@") for name in one)
     assert "reward_stderr" not in one, "one prompt says nothing of the others"
-    with pytest.raises(RuntimeError, match=r"none of 2 responses was judged.*timeout"):
-        eval_metrics(Args(), DATASET, [_group([None, None])])
+
+
+def test_failed_responses_may_be_excluded_from_evaluation() -> None:
+    groups = [_group([1, 0, 0, 0]), _group([1, 1, 1, None]), _group([0, 0, 0, 0])]
+    metrics = eval_metrics(Args(), replace(DATASET, failed_as="excluded"), groups)
+    assert metrics["reward"] == metrics["reward_judged"] == pytest.approx(statistics.fmean([0.25, 1.0, 0.0]))
+    assert metrics["pass@4"] == pytest.approx((1 + 0) / 2)  # the prompt with three judged responses has no say in it
+    assert metrics["failed"] == pytest.approx(1 / 12)
+
+
+@pytest.mark.parametrize(
+    ("rm_type", "rewards", "expected"),
+    [
+        ("math", [1, None, None], 1 / 3),
+        ("boxed_math", [1, None, None], 1 / 3),
+        ("f1", [0.5, None], 0.25),
+        ("dapo", [1, None, None], -1 / 3),  # also where no wrong answer shows the scale
+        ("boxed_dapo", [1, None], 0),
+        ("remote_rm", [1, None, None], 1 / 3),
+        ("remote_rm", [0.5, 0.25, None], 0.25),
+        ("remote_rm", [1, -1, None, None], -0.5),
+        ("remote_rm", [0.5, -0.5, None], -1 / 3),
+        ("remote_rm", [7, -2, None], 2.5),  # unknown: left out
+        ("remote_rm", [1.5, None], 1.5),
+        (None, [1, None], 0.5),
+    ],
+)
+def test_a_failed_response_has_the_lowest_reward(
+    rm_type: str | None, rewards: list[float | None], expected: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = eval_metrics(Args(), replace(DATASET, rm_type=rm_type), [_group(rewards)])
+    judged = [reward for reward in rewards if reward is not None]
+    assert metrics["reward"] == pytest.approx(expected)
+    assert metrics["reward_judged"] == pytest.approx(statistics.fmean(judged))
+    left_out = [record.message for record in caplog.records if "left out" in record.message]
+    assert bool(left_out) == (max(judged) > 1)
+    assert all(f"rewards from {min(judged):g} to {max(judged):g}" in message for message in left_out)
+
+
+def test_a_line_with_its_own_judge_fails_on_that_scale() -> None:
+    group = _group([1, None])
+    group[1].metadata = {"rm_type": "dapo"}
+    assert eval_metrics(Args(), DATASET, [group])["reward"] == 0
+    assert eval_metrics(Args(custom_rm_path="a.b"), DATASET, [group])["reward"] == 0.5, "which nobody asks then"
+
+
+def test_a_failed_entry_of_a_reward_dict_is_on_its_own_scale() -> None:
+    group = _group([None, None, None])
+    group[0].reward, group[1].reward = {"score": -1.0, "length": 90.0}, {"score": 1.0, "length": 70.0}
+    metrics = eval_metrics(Args(reward_key="score", custom_rm_path="a.b"), DATASET, [group])
+    assert metrics["reward"] == pytest.approx(-1 / 3)
+    assert metrics["pass@2"] == pytest.approx(2 / 3)
+
+
+def test_an_evaluation_in_which_all_fail_has_no_reward(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = eval_metrics(Args(), DATASET, [_group([None, None])])
+    assert metrics == {"num_prompts": 1, "failed": 1}
+    [record] = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.message == "evaluation on d: none of 2 responses was judged, so it has no reward; the first: timeout"
 
 
 def test_format_stands_only_beside_the_reward_that_reads_it() -> None:
@@ -94,7 +153,7 @@ def test_pass_at_k_stands_only_where_rewards_say_right_or_wrong(other: float) ->
     def pass_names(rewards: list[float | None]) -> list[str]:
         return [name for name in eval_metrics(Args(), DATASET, [_group(rewards)]) if name.startswith("pass@")]
 
-    assert pass_names([1, 0, None, 0]) == ["pass@1", "pass@2"]
+    assert pass_names([1, 0, None, 0]) == ["pass@1", "pass@2", "pass@4"]
     assert pass_names([1, 0, None, other]) == []
 
 
@@ -198,7 +257,7 @@ def test_groups_are_the_responses_to_one_prompt(
         return await Evaluator(args, context.tokenizer).run(0, context)
 
     metrics = run_with_engines(args, work)
-    assert metrics["eval/data/reward"] == pytest.approx(2.05)
+    assert metrics["eval/data/reward"] == pytest.approx(2.05)  # the failed group is left out: who knows this scale?
     assert metrics["eval/data/failed"] == pytest.approx(1 / 3)  # group 0
 
 

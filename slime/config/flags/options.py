@@ -295,6 +295,10 @@ class EvalOptions:
     eval_temperature: float | None = flag(None, "Sampling temperature; 0: greedy.", ge=0)
     eval_top_p: float | None = flag(None, "Nucleus sampling.", gt=0, le=1)
     eval_top_k: int | None = flag(None, "Top-k sampling, -1 or 0: off.", ge=-1)
+    eval_failed_as: Literal["wrong", "excluded"] = flag(
+        "wrong",
+        "What a response that could not be generated or judged counts as: the lowest reward of its judge, or nothing.",
+    )
     skip_eval_before_train: bool = flag(False, "No evaluation before the first rollout.")
 
 

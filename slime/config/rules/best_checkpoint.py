@@ -47,7 +47,7 @@ def _unknown(case: Case, name: str, what: str) -> Iterable[Problem]:
         remedy = f"name one of {', '.join(datasets)}"
         yield case.error(_FIELD, f"there is no evaluation set {name!r}", remedy, beside=about)
         return
-    ranked = ["reward", "format", *(f"pass@{k}" for k in datasets[name].pass_at_ks)]
+    ranked = ["reward", "reward_judged", "format", *(f"pass@{k}" for k in datasets[name].pass_at_ks)]
     if what not in ranked:
         rule = f"of {name} nothing is called {what!r} that is better the larger it is"
         yield case.error(_FIELD, rule, f"name one of {', '.join(ranked)}", beside=about)

@@ -37,10 +37,14 @@ Reward = Callable[[Args, Sample], object]
 
 @dataclass(frozen=True)
 class Rule:
-    """`read`: the answer in a response, None where there is none. `score`: what an answer to the sample is worth."""
+    """`read`: the answer in a response, None where there is none. `score`: what an answer to the sample is worth.
+
+    `lowest`: what a wrong answer is worth.
+    """
 
     read: Callable[[str], str | None]
     score: Callable[[Args, Sample, str | None], float]
+    lowest: float = 0.0
 
 
 def _against_label(score: Callable[[str | None, str], float]) -> Callable[[Args, Sample, str | None], float]:
@@ -65,7 +69,7 @@ def _gpqa(args: Args, sample: Sample, answer: str | None) -> float:
 RULES: Mapping[str, Rule] = {
     "deepscaler": Rule(boxed_answer, _against_label(mathematics_score)),
     "math": Rule(last_boxed, _against_label(mathematics_score)),
-    "dapo": Rule(dapo_answer, _against_label(dapo_score)),
+    "dapo": Rule(dapo_answer, _against_label(dapo_score), lowest=-1.0),
     "f1": Rule(final_text, _against_label(f1_score)),
     "gpqa": Rule(final_text, _gpqa),
     "random": Rule(final_text, _random),
