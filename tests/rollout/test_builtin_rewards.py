@@ -16,11 +16,11 @@ from slime.config.args import Args
 from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPES
 from slime.core.sample import Sample
 from slime.rollout.rm_hub import mathematics
+from slime.rollout.rm_hub.boxes import last_boxed
 from slime.rollout.rm_hub.dapo import dapo_answer
 from slime.rollout.rm_hub.deepscaler import boxed_answer, deepscaler
 from slime.rollout.rm_hub.f1 import accepted, f1_score, normalise
 from slime.rollout.rm_hub.gpqa import chosen_letter, right_letter
-from slime.rollout.rm_hub.mathematics import last_boxed
 from slime.rollout.rm_hub.registry import RULES, find_reward
 from slime.rollout.rm_hub.response import final_text
 
@@ -365,7 +365,8 @@ READERS: list[Callable[[str], object]] = [last_boxed, boxed_answer, dapo_answer,
     "unit",
     [
         *(r"\boxed{", r"\boxed", "}", "{", "Answer: ", "answer is ", "(A)", "*", "answer ", " ", "\n", "</think>"),
-        *("<|a|>", "<|", "A or ", "the "),
+        *("<|a|>", "<|", "A or ", "the ", "\\"),
+        *(r"\boxed (", r"\boxed{1},", r"\boxed{\boxed{1}}"),
     ],
 )
 def test_reading_an_answer_is_linear(unit: str) -> None:

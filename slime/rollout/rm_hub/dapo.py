@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 
-from slime.rollout.rm_hub.mathematics import equal_as_mathematics, last_boxed
+from slime.rollout.rm_hub.boxes import Answer, boxed, names_box
+from slime.rollout.rm_hub.deepscaler import is_right
 from slime.rollout.rm_hub.response import final_text
 
 TAIL = 300
@@ -21,10 +22,11 @@ _DISPLAY = re.compile(r"\s*(?:(?:\\\[|\$\$)[ \t]*\n\s*)?")
 """What may stand between "Answer:" and the answer: a formula of its own lines opens there."""
 
 
-def dapo_answer(response: str) -> str | None:
-    r"""What follows the last "Answer:" on its line, or on the next one; of a \boxed{...} there, what it holds.
+def read_dapo(response: str) -> Answer | None:
+    """The answer after the last "Answer:", on its line or on the next one; of boxes there, what they hold.
 
-    Letters of either case; None where there is no "Answer:", or nothing after it.
+    A box ends where its braces close, also on a later line. Letters of either case; None where there is no "Answer:",
+    nothing after it, or a box that holds nothing or does not close.
     """
     tail = final_text(response)[-TAIL:]
     found = list(_ANSWER.finditer(tail))
@@ -32,11 +34,20 @@ def dapo_answer(response: str) -> str | None:
         return None
     start = _DISPLAY.match(tail, found[-1].end())
     assert start is not None, "it matches nothing, too"
-    line = tail[start.end() :].partition("\n")[0].strip()
-    boxed = last_boxed(line)
-    return (line.strip("*_` ") or None) if boxed is None else boxed
+    rest = tail[start.end() :]
+    line = rest.partition("\n")[0]
+    if names_box(line):
+        return boxed(rest, within=len(line)) or boxed(line)
+    text = line.strip().strip("*_` ")
+    return Answer(text) if text else None
 
 
-def dapo_score(answer: str | None, label: str) -> float:
+def dapo_answer(response: str) -> str | None:
+    """The text of `read_dapo`."""
+    answer = read_dapo(response)
+    return None if answer is None else answer.text
+
+
+def dapo_score(answer: Answer | None, label: str) -> float:
     """1 where there is an answer that equals the label as mathematics; else -1."""
-    return 1.0 if answer is not None and equal_as_mathematics(answer, label) else -1.0
+    return 1.0 if answer is not None and is_right(answer, label) else -1.0

@@ -1,4 +1,4 @@
-r"""The deepscaler rule: the last \boxed{...} after the last </think> equals the label as mathematics -> 1, else 0.
+r"""The deepscaler rule: the last box after the last </think> equals the label as mathematics -> 1, else 0.
 
 Path: `registry` reads the answer with it; the evaluation's metric `format` counts the responses that have one.
 Invariant: without </think>, or without a boxed answer after it, there is no answer.
@@ -6,21 +6,42 @@ Invariant: without </think>, or without a boxed answer after it, there is no ans
 
 from __future__ import annotations
 
-from slime.rollout.rm_hub.mathematics import equal_as_mathematics, last_boxed
+from slime.rollout.rm_hub.boxes import Answer, boxed
+from slime.rollout.rm_hub.mathematics import equal_as_mathematics
 from slime.rollout.rm_hub.response import THINK_END
 
 
 def deepscaler(response: str, label: str) -> float:
     """1 where the answer is right, else 0 (also without </think>, or without a boxed answer after it)."""
-    return mathematics_score(boxed_answer(response), label)
+    return mathematics_score(read_boxed(response), label)
+
+
+def read_boxed(response: str) -> Answer | None:
+    """The answer in the last box after the last </think>; None where either is missing."""
+    _, think_end, answer = response.rpartition(THINK_END)
+    return boxed(answer) if think_end else None
 
 
 def boxed_answer(response: str) -> str | None:
-    r"""What the last \boxed{...} after the last </think> holds; None where either is missing."""
-    _, think_end, answer = response.rpartition(THINK_END)
-    return last_boxed(answer) if think_end else None
+    """The text of `read_boxed`."""
+    answer = read_boxed(response)
+    return None if answer is None else answer.text
 
 
-def mathematics_score(answer: str | None, label: str) -> float:
+def mathematics_score(answer: Answer | None, label: str) -> float:
     """1 where there is an answer, and it equals the label as mathematics; else 0."""
-    return 1.0 if answer is not None and equal_as_mathematics(answer, label) else 0.0
+    return float(answer is not None and is_right(answer, label))
+
+
+def is_right(answer: Answer, label: str) -> bool:
+    r"""Whether the answer equals the label as mathematics.
+
+    Several boxes that make a list are right where the list is the label, or each of them is (`\boxed{\frac12}` or
+    `\boxed{0.5}`): `\boxed{3}` and `\boxed{5}` is not 5.
+    """
+    if equal_as_mathematics(answer.text, label):
+        return True
+    joined = ", ".join(answer.parts)
+    if joined != answer.text and answer.parts and equal_as_mathematics(joined, label):
+        return True
+    return bool(answer.parts) and all(equal_as_mathematics(part, label) for part in answer.parts)

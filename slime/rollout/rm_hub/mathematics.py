@@ -1,4 +1,4 @@
-r"""Answers as mathematics: what the last \boxed{...} holds, and whether it means the same as the label.
+r"""Answers as mathematics: whether one means the same as the label.
 
 Path: the rules that compare answers (`deepscaler`, `math`, `dapo`, the `boxed_` prefix) call these. Invariant: nothing
 that the model wrote is evaluated as code: answers are parsed as LaTeX by a grammar (math-verify's expression parser,
@@ -11,6 +11,7 @@ import re
 from decimal import Decimal
 
 from slime.config.grammar import REMEDY, grammar_fault
+from slime.rollout.rm_hub.boxes import last_boxed, names_box
 
 MAX_ANSWER = 1000
 """Characters of an answer that is still parsed: a degenerate one of thousands takes the grammar a minute."""
@@ -24,7 +25,6 @@ KNOWN = (
 )
 """Answers, labels and whether they are equal: a worker starts only if it gives these verdicts."""
 
-_BOXED = re.compile(r"\\boxed\s*\{")
 _SEPARATED = re.compile(r"[+-]?\d{1,3}(?:(?:\\[, ;:]|~| )\d{3})+(?:\.\d+)?")
 """Thousands set apart by a space of LaTeX: `10\\,000`. (Commas are math-verify's.)"""
 _SPACE = re.compile(r"\\[, ;:]|~| ")
@@ -35,27 +35,6 @@ _NUMBER = re.compile(
 _TOLERANCE = Decimal("1e-6")
 """Of two numbers with a fraction: absolute, as math-verify has it, and relative below 1, where it would take all that
 is small for the same."""
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} holds; None where there is none, or its braces do not close."""
-    openings = list(_BOXED.finditer(text))
-    if not openings:
-        return None
-    start = position = openings[-1].end()
-    depth = 1
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:position]
-        position += 1
-    return None
 
 
 def equal_as_mathematics(answer: str, label: str) -> bool:
@@ -80,8 +59,8 @@ def label_fault(label: str) -> str | None:
     if "####" in text:
         return "it holds `####`, GSM8K's mark: the label is what follows it"
     boxed = last_boxed(text)
-    if boxed is None and _BOXED.search(text) is not None:
-        return r"its \boxed{ is never closed"
+    if boxed is None and names_box(text):
+        return r"its \boxed{ is empty, or is never closed"
     text = _plain(text if boxed is None else boxed)
     if not text:
         return "it is empty"

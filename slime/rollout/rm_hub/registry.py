@@ -4,15 +4,15 @@ Path: `pool` checks the name at start, `worker` calls the function. Invariant: i
 sympy, so that a worker is light.
 
     type        the answer                                                    its score
-    deepscaler  the last \boxed{...} after the last </think>                  1 where it equals the label, else 0
-    math        the last \boxed{...}                                          1 where it equals the label, else 0
+    deepscaler  the last box (see `boxes`) after the last </think>            1 where it equals the label, else 0
+    math        the last box                                                  1 where it equals the label, else 0
     dapo        what follows the last "Answer:" near the end                  1 where it equals the label, else -1
     f1          the text after </think>                                       F1 of its words and the label's
     gpqa        the text after </think>                                       1 where it chooses the right one, else 0
     random      -                                                             0 or 1, by chance
 
-Under `boxed_<type>` the answer is what the last \boxed{...} of the response holds, whatever the type looks for itself;
-without a box there is no answer. `remote_rm` is in `remote`: it waits for a network, and runs in no worker.
+Under `boxed_<type>` the answer is what the last box of the response holds, whatever the type looks for itself; without
+a box there is no answer. `remote_rm` is in `remote`: it waits for a network, and runs in no worker.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from slime.config.args import Args
 from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPE_REMEDY, base_type
 from slime.core.sample import Sample
-from slime.rollout.rm_hub.dapo import dapo_answer, dapo_score
-from slime.rollout.rm_hub.deepscaler import boxed_answer, mathematics_score
+from slime.rollout.rm_hub.boxes import Answer, boxed
+from slime.rollout.rm_hub.dapo import dapo_score, read_dapo
+from slime.rollout.rm_hub.deepscaler import mathematics_score, read_boxed
 from slime.rollout.rm_hub.f1 import f1_score
 from slime.rollout.rm_hub.gpqa import gpqa_score
-from slime.rollout.rm_hub.mathematics import last_boxed
 from slime.rollout.rm_hub.response import final_text
 
 Reward = Callable[[Args, Sample], object]
@@ -42,12 +42,12 @@ class Rule:
     `lowest`: what a wrong answer is worth.
     """
 
-    read: Callable[[str], str | None]
-    score: Callable[[Args, Sample, str | None], float]
+    read: Callable[[str], Answer | None]
+    score: Callable[[Args, Sample, Answer | None], float]
     lowest: float = 0.0
 
 
-def _against_label(score: Callable[[str | None, str], float]) -> Callable[[Args, Sample, str | None], float]:
+def _against_label(score: Callable[[Answer | None, str], float]) -> Callable[[Args, Sample, Answer | None], float]:
     return lambda args, sample, answer: score(answer, _label(sample))
 
 
@@ -57,22 +57,30 @@ def _label(sample: Sample) -> str:
     return sample.label
 
 
-def _random(args: Args, sample: Sample, answer: str | None) -> float:
+def _final(response: str) -> Answer:
+    return Answer(final_text(response))
+
+
+def _random(args: Args, sample: Sample, answer: Answer | None) -> float:
     """By the seed and the sample's number: a control that teaches nothing."""
     return float(random.Random(f"{args.rollout_seed}/{sample.index}").randint(0, 1))
 
 
-def _gpqa(args: Args, sample: Sample, answer: str | None) -> float:
-    return gpqa_score(answer, _label(sample), sample.metadata)
+def _f1(args: Args, sample: Sample, answer: Answer | None) -> float:
+    return f1_score(None if answer is None else answer.text, _label(sample))
+
+
+def _gpqa(args: Args, sample: Sample, answer: Answer | None) -> float:
+    return gpqa_score(None if answer is None else answer.text, _label(sample), sample.metadata)
 
 
 RULES: Mapping[str, Rule] = {
-    "deepscaler": Rule(boxed_answer, _against_label(mathematics_score)),
-    "math": Rule(last_boxed, _against_label(mathematics_score)),
-    "dapo": Rule(dapo_answer, _against_label(dapo_score), lowest=-1.0),
-    "f1": Rule(final_text, _against_label(f1_score)),
-    "gpqa": Rule(final_text, _gpqa),
-    "random": Rule(final_text, _random),
+    "deepscaler": Rule(read_boxed, _against_label(mathematics_score)),
+    "math": Rule(boxed, _against_label(mathematics_score)),
+    "dapo": Rule(read_dapo, _against_label(dapo_score), lowest=-1.0),
+    "f1": Rule(_final, _f1),
+    "gpqa": Rule(_final, _gpqa),
+    "random": Rule(_final, _random),
 }
 
 
@@ -100,5 +108,5 @@ def find_reward(rm_type: str) -> Reward:
     rule = RULES.get(base_type(rm_type) or "")
     if rule is None:
         raise ValueError(f"--rm-type {rm_type}: no such reward in a worker; {REWARD_TYPE_REMEDY} takes your own")
-    read = last_boxed if rm_type.startswith(BOXED_PREFIX) else rule.read
+    read = boxed if rm_type.startswith(BOXED_PREFIX) else rule.read
     return lambda args, sample: rule.score(args, sample, read(sample.response))

@@ -1,0 +1,147 @@
+r"""Which box of a response is its answer, and what it holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from slime.config.args import Args
+from slime.core.sample import Sample
+from slime.rollout.rm_hub.boxes import Answer, boxed, last_boxed
+from slime.rollout.rm_hub.dapo import dapo_answer
+from slime.rollout.rm_hub.registry import find_reward
+
+
+def reward(rm_type: str, response: str, label: str) -> float:
+    value = find_reward(rm_type)(Args(), Sample(response=response, label=label, metadata={}))
+    assert isinstance(value, float)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        (r"\boxed{34}", "34"),
+        (r"\fbox{34}", "34"),
+        (r"$\fbox{\text{B}}$", r"\text{B}"),
+        (r"\boxed {34}", "34"),
+        ("\\boxed\n  {34}", "34"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\left\{x\right.} }", r"\left\{x\right."),
+        (r"a \\\boxed{34}", "34"),  # a line break of LaTeX before it
+        (r"\\boxed{34}", "34"),  # a backslash escaped once too often
+        # without braces
+        (r"$\boxed 34$", "34"),
+        (r"so \boxed 5.", "5"),
+        (r"so \boxed 5, as said", "5"),
+        (r"\boxed5", "5"),
+        (r"\boxed -2.5", "-2.5"),
+        (r"$\boxed 2\pi$", r"2\pi"),
+        (r"$\boxed \frac{1}{2}$", r"\frac{1}{2}"),
+        (r"$\boxed\frac12$", r"\frac12"),
+        (r"\boxed (1, 2) is it", "(1, 2)"),
+        (r"\boxed [0,1)", "[0,1)"),
+        (r"\(\boxed \{1, 2\}\)", r"\{1, 2\}"),
+        (r"(that is \boxed 5)", "5"),
+        (r"\boxed B", "B"),
+        # which one
+        (r"\boxed{1} no, \boxed{34}", "34"),
+        (r"\fbox{1} no, \boxed{34}", "34"),
+        (r"\boxed{1} no, \fbox{34}", "34"),
+        (r"\boxed{1} no, \boxed 34", "34"),
+        (r"\boxed{1} \boxed{34}", "34"),
+        ("\\boxed{1}\n\n\\boxed{34}", "34"),
+        (r"\boxed{\boxed{34}}", "{34}"),
+        (r"\boxed{x = \fbox{5}}", "x = {5}"),
+        (r"\boxed{1} and so \boxed{34}", "34"),
+        (r"{ \boxed{34}", "34"),
+        (r"} \boxed{34}", "34"),
+        (r"I write \boxed{ and then \boxed{34}", "34"),
+        # prose about boxes, and empty ones, are no answers
+        (r"\boxed{34}, in a \boxed as asked", "34"),
+        (r"\boxed{34}, in \boxed{} as asked", "34"),
+        (r"\boxed{34}. (I used \boxed.)", "34"),
+        (r"\boxed{34} \fboxsep{3} \boxedwidth{4}", "34"),
+        (r"\boxed", None),
+        (r"\boxed{}", None),
+        (r"\boxed{ }", None),
+        (r"\boxed as", None),
+        (r"\boxed{34", None),
+        (r"\boxed{34\}", None),
+        (r"\boxed{34} no, \boxed{1", None),
+        (r"\boxed{34} no, \fbox{\frac{1}{2}", None),
+        ("34", None),
+        ("", None),
+    ],
+)
+def test_the_last_box(text: str, held: str | None) -> None:
+    assert last_boxed(text) == held
+
+
+@pytest.mark.parametrize(
+    ("text", "listed", "parts"),
+    [
+        (r"\boxed{3} and \boxed{5}", "3, 5", ("3", "5")),
+        (r"\boxed{3}, \boxed{5}", "3, 5", ("3", "5")),
+        (r"$\boxed{3}$ or $\boxed{5}$.", "3, 5", ("3", "5")),
+        (r"\(\boxed{3}\), \(\fbox{5}\), and \(\boxed 7\)", "3, 5, 7", ("3", "5", "7")),
+        (r"\boxed{3} \text{ and } \boxed{5}", "3, 5", ("3", "5")),
+        (r"\boxed{3},\quad \boxed{5}", "3, 5", ("3", "5")),
+        (r"**\boxed{3}** & **\boxed{5}**", "3, 5", ("3", "5")),
+        (r"\boxed{3}和\boxed{5}", "3, 5", ("3", "5")),
+        (r"\boxed{1}. So \boxed{3} and \boxed{5}", "3, 5", ("3", "5")),
+        (r"\boxed{(1,2)} and \boxed{(3,4)}", "(1,2), (3,4)", ("(1,2)", "(3,4)")),
+        (r"\boxed{3} and \boxed{3}", "3", ()),
+        (r"$x=\boxed{3}$ and $y=\boxed{5}$", "5", ("3", "5")),
+        (r"x_1 = \boxed{3}, x_{2} = \boxed{5}", "5", ("3", "5")),
+        (r"\boxed{3} \boxed{5}", "5", ()),
+        (r"\boxed{3} and then \boxed{5}", "5", ()),
+        (r"\boxed{3} and" + " " * 200 + r"\boxed{5}", "5", ()),
+    ],
+)
+def test_boxes_that_a_separator_joins(text: str, listed: str, parts: tuple[str, ...]) -> None:
+    assert boxed(text) == Answer(listed, parts)
+
+
+@pytest.mark.parametrize("rm_type", ["math", "deepscaler", "dapo", "boxed_dapo"])
+def test_two_boxes_are_a_list_and_not_one_of_the_two(rm_type: str) -> None:
+    def right(boxes: str, label: str) -> bool:
+        return reward(rm_type, f"1</think>so\nAnswer: {boxes}.", label) == 1
+
+    assert right(r"\boxed{3} and \boxed{5}", "3,5")
+    assert right(r"$\boxed{5}$ or $\boxed{3}$", "3, 5")
+    assert not right(r"\boxed{3} and \boxed{5}", "5")
+    assert not right(r"\boxed{3}, \boxed{5}", "3")
+    assert right(r"\boxed{\frac12} or \boxed{0.5}", "0.5")  # one value, written twice
+    assert not right(r"\boxed{\frac12} or \boxed{0.6}", "0.5")
+    assert right(r"$x=\boxed{3}$, $y=\boxed{5}$", "3, 5")
+    assert right(r"$x=\boxed{3}$, $y=\boxed{5}$", "5")
+    assert not right(r"$x=\boxed{3}$, $y=\boxed{5}$", "3")
+    assert right(r"\boxed{3} no, \boxed{5}", "5")
+    assert not right(r"\boxed{3} no, \boxed{5}", "3, 5")
+
+
+def test_no_letter_is_chosen_by_two_boxes() -> None:
+    assert reward("boxed_gpqa", r"\boxed{B}", "B") == 1
+    assert reward("boxed_gpqa", r"\boxed{A} and \boxed{B}", "B") == 0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"Answer: \fbox{34}", "34"),
+        (r"Answer: $\boxed 34$", "34"),
+        (r"Answer: \boxed {34}", "34"),
+        ("Answer: \\boxed{\n34\n}", "\n34\n"),  # the box ends where its braces do
+        ("Answer: \\boxed{34}\nas said in \\boxed{1}", "34"),
+        ("Answer: \\boxed{34}\nand \\boxed{1", "34"),
+        (r"Answer: \boxed{3} and \boxed{5}", "3, 5"),
+        (r"Answer: \boxed{}", None),
+        (r"Answer: \boxed{34", None),
+        (r"Answer: 34 \boxed{35", None),
+        ("**Answer:** **34**", "34"),
+        ("Answer: 34 ** ", "34"),
+    ],
+)
+def test_boxes_after_answer(response: str, answer: str | None) -> None:
+    assert dapo_answer(response) == answer
