@@ -74,7 +74,7 @@ HOOKS: Mapping[str, Hook] = {
     "custom_rm_path": Hook(
         "--custom-rm-path",
         ("args", "sample"),
-        "float, or dict of floats (--reward-key names the one that counts); with --group-rm a list of them, in order",
+        "float, or dict with one (--reward-key names it) and plain data; with --group-rm a list of them, in order",
         "once a finished sample, in a worker process; with --group-rm once a group, with its finished samples",
         "examples.rewards.own_rewards.short_and_right",
         may_be_async=True,

@@ -12,7 +12,7 @@ import base64
 import copy
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +62,12 @@ class Sample:
     Never changed in place: copies share it. Tokens that no engine has run since they were written (a tool's, behind
     its call) are missing at the end.
     """
-    reward: float | dict[str, float] | None = None
-    """None until judged; stays None where the reward failed (see `reward_failure`)."""
+    reward: float | dict[str, Any] | None = None
+    """None until judged; stays None where the reward failed (see `reward_failure`).
+
+    A dict has the number that is trained on under --reward-key, and whatever else the reward function returned as
+    plain data.
+    """
     reward_failure: str | None = None
     """Why there is no reward: 'timeout', 'crash', 'not a number', ..."""
     status: Status = Status.PENDING
@@ -85,7 +89,7 @@ class Sample:
         for name in ("tokens", *PER_TOKEN):
             values = getattr(self, name)
             setattr(copied, name, None if values is None else list(values))
-        copied.reward = dict(self.reward) if isinstance(self.reward, dict) else self.reward
+        copied.reward = copy.deepcopy(self.reward)
         copied.metadata = copy.deepcopy(self.metadata)
         return copied
 
@@ -110,18 +114,31 @@ class Sample:
             )
 
     def reward_value(self, key: str | None = None) -> float:
-        """The scalar reward; of a dict-valued reward, the entry `key`."""
-        reward = self.reward
+        """The scalar reward; of a dict-valued reward, the entry `key`.
+
+        Raises:
+            ValueError: there is no reward, no such entry, or it is no number.
+        """
+        reward: Any = self.reward
         if isinstance(reward, dict):
-            if key is None or key not in reward:
+            entries = cast(dict[str, Any], reward)
+            if key is None or key not in entries:
+                names = ", ".join([repr(name)[:40] for name in entries][:10]) + (" ..." if len(entries) > 10 else "")
+                given = "is not given" if key is None else f"is {key!r}"
                 raise ValueError(
-                    f"sample {self.index}: its reward is a dict with keys {sorted(reward)}; "
-                    f"--reward-key is {key!r} and has to name one of them"
+                    f"sample {self.index}: its reward is a dict with the keys {names}, and --reward-key {given}; "
+                    "it has to name the one that is trained on"
                 )
-            reward = reward[key]
+            reward = entries[key]
         if reward is None:
             raise ValueError(f"sample {self.index} has no reward ({self.reward_failure or 'not judged yet'})")
-        return float(reward)
+        try:
+            if isinstance(reward, str):
+                raise TypeError("text")
+            return float(reward)
+        except (TypeError, ValueError) as error:
+            where = "its reward" if key is None else f"the entry {key!r} of its reward (--reward-key)"
+            raise ValueError(f"sample {self.index}: {where} is {repr(reward)[:80]}, which is no number") from error
 
     def to_bare_prompt(self) -> Sample:
         """The same prompt with everything generated taken off (for the data buffer)."""
@@ -146,7 +163,9 @@ class Sample:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is the way back."""
-        values = {f.name: copy.copy(getattr(self, f.name)) for f in fields(self)}
+        values = {f.name: copy.copy(getattr(self, f.name)) for f in fields(self)} | {
+            "reward": copy.deepcopy(self.reward)
+        }
         return {**values, "status": self.status.value, "routed_experts": _packed(self.routed_experts)}
 
     @classmethod

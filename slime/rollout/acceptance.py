@@ -7,6 +7,7 @@ the samples that have a reward, and every group that is not kept has a reason, w
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from slime.config.args import Args
 from slime.core.plugins import load_hook
@@ -77,7 +78,14 @@ def post_process(args: Args, samples: list[Sample]) -> None:
         for sample, reward in zip(samples, rewards, strict=True):
             if sample.reward is not None:
                 sample.metadata["raw_reward"] = sample.reward
-                sample.reward = float(reward) if args.reward_key is None else {args.reward_key: float(reward)}
+                sample.reward = _with_reward(sample.reward, args.reward_key, float(reward))
+
+
+def _with_reward(before: float | dict[str, Any], key: str | None, reward: float) -> float | dict[str, Any]:
+    """The other entries of a dict-valued reward stay."""
+    if key is None:
+        return reward
+    return {**before, key: reward} if isinstance(before, dict) else {key: reward}
 
 
 def mask_truncated(args: Args, samples: list[Sample]) -> None:

@@ -27,7 +27,8 @@ from slime.rollout.generate import load_generate, rollout_sampling_params, sampl
 from slime.rollout.prompts import Prompt, PromptSet, load_prompts
 from slime.rollout.rm_hub.deepscaler import boxed_answer
 from slime.rollout.rm_hub.registry import RULES, reward_type
-from slime.rollout.rollout_metrics import sample_metrics
+from slime.rollout.rm_hub.verdict import check_own_reward
+from slime.rollout.rollout_metrics import entry_metrics, sample_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,9 +93,10 @@ class Evaluator:
                             break
                 except EngineError as error:
                     return sample.to_failed(f"generation failed: {error}")
+            check_own_reward(sample, args.reward_key)
             if sample.status is Status.ABORTED:
                 sample.reward_failure = f"aborted by the engine, {_MAX_ABORTS} times"
-            elif sample.reward is None and not context.rewards.by_group:
+            elif sample.reward is None and sample.reward_failure is None and not context.rewards.by_group:
                 (await context.rewards.judge(sample, rm_type=dataset.rm_type)).apply(sample)
             return sample
 
@@ -143,7 +145,7 @@ def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sam
     rewards = rewards_by_prompt(args, dataset, groups)
     only_judged = rewards_by_prompt(args, replace(dataset, failed_as="excluded"), groups)
     metrics |= _mean_over_prompts("reward", rewards) | _mean_over_prompts("reward_judged", only_judged)
-    metrics |= sample_metrics(judged)
+    metrics |= entry_metrics(judged, args.reward_key) | sample_metrics(judged)
     if all(reward_type(args, sample, dataset.rm_type) == "deepscaler" for sample in judged):
         metrics["format"] = statistics.fmean(boxed_answer(sample.response) is not None for sample in judged)
     values = {reward for of_prompt in rewards for reward in of_prompt}

@@ -23,6 +23,7 @@ from slime.engine.protocol import SamplingParams
 from slime.rollout.context import RolloutContext, gather_or_cancel
 from slime.rollout.generate import Generate, load_generate, rollout_sampling_params, room, sampling_seed
 from slime.rollout.intervals import PhaseIntervals
+from slime.rollout.rm_hub.verdict import check_own_reward
 from slime.rollout.waves import Wave
 
 _ABORT_TIMEOUT = 60.0
@@ -131,6 +132,7 @@ class GroupRunner:
                     group.samples[place].status = Status.ABORTED
                     return
                 await self._generate_sample(group, place)
+            check_own_reward(group.samples[place], self._args.reward_key)
         sample = group.samples[place]
         if sample.is_finished:
             group.publish(place)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from slime.config.args import Args
 from slime.core.sample import Sample
-from slime.rollout.rm_hub.verdict import failure_kind
+from slime.rollout.rm_hub.verdict import NO_ENTRY, failure_kind
 
 GENERATION_FAILED = "generation_failed"
 """The kind of failure that is no reward's."""
@@ -33,6 +33,7 @@ class RewardFailures:
 
         Raises:
             RuntimeError: too many have no reward; it names the reasons, each with its number.
+            ValueError: too many, and all because --reward-key names nothing in their dicts.
         """
         for sample in samples:
             kind = None if sample.reward_failure is None else failure_kind(sample.reward_failure)
@@ -46,8 +47,10 @@ class RewardFailures:
         if failed > self._share * max(self._judged, self._batch):
             reasons = ", ".join(f"{count} by {kind}" for kind, count in self._failed.most_common())
             last = "; ".join(text for kind, text in self._last.items() if failure_kind(text) != text)
-            raise RuntimeError(
+            is_flag = set(self._failed) == {failure_kind(NO_ENTRY)}
+            remedy = "correct --reward-key" if is_flag else "correct the reward, give it more time (--rm-timeout)"
+            raise (ValueError if is_flag else RuntimeError)(
                 f"rollout {self._rollout_id}: {failed} of {self._judged} judged samples have no reward, more than "
                 f"--max-reward-failures {self._share:g} allows: {reasons}{f' (the last: {last})' if last else ''}; "
-                "correct the reward, give it more time (--rm-timeout), or raise --max-reward-failures"
+                f"{remedy}, or raise --max-reward-failures"
             )

@@ -6,6 +6,7 @@ ones, before any post-processing, and samples whose reward failed are counted ap
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from dataclasses import dataclass, field, replace
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
 from slime.rollout.intervals import PhaseIntervals
+
+MAX_NAMED = 32
+"""Entries of a reward dict that have a metric."""
 
 
 @dataclass
@@ -40,13 +44,26 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
+def entry_metrics(samples: Sequence[Sample], key: str | None) -> dict[str, float]:
+    """Means of the numbers in dict-valued rewards, other than the one under `key`: `reward.NAME`, MAX_NAMED of them."""
+    values: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, value in sample.reward.items() if isinstance(sample.reward, dict) else ():
+            named = "reward." + re.sub(r"[^\w.@+-]", "_", name)[:40]
+            if name != key and isinstance(value, int | float) and (named in values or len(values) < MAX_NAMED):
+                values.setdefault(named, []).append(value)
+    return {name: statistics.fmean(numbers) for name, numbers in values.items()}
+
+
 def group_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     """What groups of samples say of themselves: rewards (left out where nothing was judged), lengths, statuses."""
     rewards_by_group = [
         [sample.reward_value(args.reward_key) for sample in group if sample.reward is not None] for group in groups
     ]
     rewards = [reward for group in rewards_by_group for reward in group]
-    metrics = {f"rollout/{name}": value for name, value in sample_metrics([s for g in groups for s in g]).items()}
+    samples = [sample for group in groups for sample in group]
+    found = sample_metrics(samples) | entry_metrics(samples, args.reward_key)
+    metrics = {f"rollout/{name}": value for name, value in found.items()}
     if rewards:
         metrics["rollout/reward"] = statistics.fmean(rewards)
         metrics["rollout/reward_std"] = statistics.pstdev(rewards)

@@ -130,6 +130,45 @@ def sleeps(args, sample):
     return 1.0
 
 
+def entries(args, sample):
+    """A dict, odd in what the label names."""
+    reward = {"score": 1.0, "pred": "72", "length": 7}
+    match sample.label:
+        case "no score":
+            del reward["score"]
+        case "text score":
+            reward["score"] = "1.0"
+        case "odd":
+            reward |= {
+                "half": "a\ud800b",
+                "nan": np.nan,
+                "huge": 10**400,
+                "array": np.arange(3),
+                "object": object(),
+                3: 4,
+            }
+        case "large":
+            reward |= {f"key{number}": "x" * 100 for number in range(20_000)} | {"text": "x" * 10_000_000}
+        case "breaks":
+            raise ValueError("half of a pair: \ud800")
+    return reward
+
+
+async def entries_async(args, sample):
+    return entries(args, sample)
+
+
+def entries_of_group(args, samples):
+    return [entries(args, sample) for sample in samples]
+
+
+async def generate_and_judge(args, sample, sampling_params, context):
+    """Judges by itself."""
+    sample = generate_plain(args, sample, sampling_params, context)
+    sample.reward = entries(args, sample)
+    return sample
+
+
 def group(args, samples, **kwargs):
     """Does to the whole group what the first label says that is no number."""
     match samples[0].label:
@@ -228,6 +267,10 @@ def keep_every_third(args, samples, **kwargs):
 
 def double_rewards(args, samples):
     return [2 * (sample.reward or 0.0) for sample in samples]
+
+
+def threes(args, samples):
+    return [3 for _ in samples]
 
 
 def mask_first_half(args, samples):

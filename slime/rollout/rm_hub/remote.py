@@ -4,7 +4,9 @@ Path: `pool` calls it in the event loop, where many requests wait at once; nothi
 judge that is down, slow or wrong gives a typed failure, and never a 0.
 
     POST --rm-url  {"prompt": text or messages, "response": text, "label": text or null, "metadata": {...}}
-    answer         0.5, or {"reward": 0.5}, or {"score": 0.5}
+    answer         0.5, or {"reward": 0.5}, or {"score": 0.5}, or with --reward-key KEY {KEY: 0.5, ...}
+
+With --reward-key the answer's other entries are kept in the sample's reward; the dict may be under "reward".
 
 Under `boxed_remote_rm`, "response" is what the last \boxed{...} holds ("" where there is none). A judge that cannot be
 reached, or answers 429, 500, 502, 503 or 504, is asked again, up to RETRIES times and for --rm-timeout seconds in all;
@@ -41,6 +43,7 @@ class RemoteReward:
         self._url = args.rm_url
         self._mask = Masker([args.rm_url])  # failures go into logs and dumps
         self._timeout = args.rm_timeout
+        self._key = args.reward_key
         self._slots = asyncio.Semaphore(args.rm_concurrency)
         self._session: aiohttp.ClientSession | None = None
         self._in_flight = 0
@@ -81,7 +84,7 @@ class RemoteReward:
             text = self._mask(raw.decode(errors="replace"))[:200]
             failed = Verdict(None, f"{ERROR}: --rm-url answered {answer.status}: {text}")
             return failed, answer.status in RETRY_STATUS
-        return answer_verdict(raw, self._mask), False
+        return answer_verdict(raw, self._mask, self._key).masked(self._mask), False
 
     @asynccontextmanager
     async def _shared_session(self) -> AsyncGenerator[aiohttp.ClientSession]:
@@ -101,13 +104,15 @@ class RemoteReward:
                 await session.close()
 
 
-def answer_verdict(raw: bytes, mask: Masker) -> Verdict:
-    """The verdict in the judge's answer; `mask` hides secrets that it repeats."""
+def answer_verdict(raw: bytes, mask: Masker, key: str | None = None) -> Verdict:
+    """The verdict in the judge's answer; `mask` hides secrets that it repeats. `key` is --reward-key."""
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         text = mask(raw.decode(errors="replace"))[:200]
         return Verdict(None, f"{ERROR}: --rm-url answered what is not JSON ({error}): {text}")
     if isinstance(value, dict):
-        value = value.get("reward", value.get("score"))
-    return verdict_of(value)
+        reward = value.get("reward", value.get("score"))
+        is_whole = key is not None and not isinstance(reward, dict) and (key in value or reward is None)
+        value = value if is_whole else reward
+    return verdict_of(value, key)

@@ -6,29 +6,35 @@ Invariant: either a finite reward or the reason why there is none, never a silen
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from slime.core.sample import Sample, Status
+from slime.rollout.rm_hub.entries import finite, plain_entries, plain_text
 
 TIMEOUT = "timeout"
 CRASH = "crash"
 MEMORY = "memory"
 NOT_A_NUMBER = "not a number"
+NO_ENTRY = "no reward key"
 ERROR = "error"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`failure` is 'timeout', 'crash', 'memory', 'not a number' or 'error: ...'; None where there is a reward."""
+    """`failure` begins with one of the words above, and may go on with a colon and more; None where there is a reward.
 
-    reward: float | dict[str, float] | None
+    `reward` is a number, or a dict of plain data in which the entry of --reward-key is one.
+    """
+
+    reward: float | dict[str, Any] | None
     failure: str | None = None
 
     def masked(self, mask: Callable[[str], str]) -> Verdict:
-        """The same with its failure passed through `mask`: failures go into logs and dumps."""
-        return self if self.failure is None else replace(self, failure=mask(self.failure))
+        """The verdict with its texts passed through `mask`: they go into logs and dumps."""
+        failure = None if self.failure is None else mask(self.failure)
+        return replace(self, failure=failure, reward=_masked(self.reward, mask))
 
     def apply(self, sample: Sample) -> None:
         """Write it into the sample."""
@@ -45,37 +51,77 @@ def failure_kind(failure: str) -> str:
 
 def error_verdict(error: BaseException) -> Verdict:
     """A reward function raised."""
-    return Verdict(None, f"{ERROR}: {type(error).__name__}: {error}")
+    try:
+        text = str(error)
+    except Exception as another:  # noqa: BLE001 (an exception of the user's may not even have a text)
+        text = f"(its text raised a {type(another).__name__})"
+    return Verdict(None, plain_text(f"{ERROR}: {type(error).__name__}: {text}"))
 
 
-def verdict_of(value: object) -> Verdict:
-    """What a reward function returned: a number (also numpy's, or a 0-d tensor), or a dict of numbers."""
-    if isinstance(value, dict):
-        numbers = {str(key): _finite(entry) for key, entry in value.items()}
-        rewards = {key: number for key, number in numbers.items() if number is not None}
-        return Verdict(rewards) if numbers and len(rewards) == len(numbers) else Verdict(None, NOT_A_NUMBER)
-    number = _finite(value)
+def verdict_of(value: object, key: str | None = None) -> Verdict:
+    """What a reward function returned: a number (also numpy's, or a 0-d tensor), or a dict with one under `key`.
+
+    `key` is --reward-key. The dict's other entries are kept as far as they are plain data. Without a key the dict is
+    kept as it is, and whoever asks for the sample's reward is told what is missing.
+    """
+    if isinstance(value, Mapping):
+        return _verdict_of_entries(cast(Mapping[Any, Any], value), key)
+    number = finite(value)
     return Verdict(None, NOT_A_NUMBER) if number is None else Verdict(number)
 
 
-def verdicts_of(value: object, count: int) -> list[Verdict]:
+def _verdict_of_entries(entries: Mapping[Any, Any], key: str | None) -> Verdict:
+    if not entries:
+        return Verdict(None, NOT_A_NUMBER)
+    try:
+        kept = plain_entries(entries)
+    except ValueError as error:
+        return Verdict(None, f"{NOT_A_NUMBER}: {error}")
+    if key is None:
+        return Verdict(kept)
+    found = [entry for name, entry in entries.items() if str(name) == key]
+    if not found:
+        named = f"the reward is a dict with the keys {_some(kept)}, and --reward-key is {key!r}"
+        return Verdict(None, f"{NO_ENTRY}: {named}")
+    number = finite(found[0])
+    if number is None:
+        shown = plain_text(repr(kept.get(key)))[:80]
+        return Verdict(None, f"{NOT_A_NUMBER}: the reward dict has {shown} under {key!r} (--reward-key)")
+    return Verdict(kept | {key: number})
+
+
+def _some(keys: Iterable[str]) -> str:
+    """The first few of many keys."""
+    named = [repr(key[:40]) for key in keys]
+    return ", ".join(named[:10]) + (f" and {len(named) - 10} more" if len(named) > 10 else "")
+
+
+def _masked(value: Any, mask: Callable[[str], str]) -> Any:
+    match value:
+        case str():
+            return mask(value)
+        case list():
+            return [_masked(item, mask) for item in cast(list[Any], value)]
+        case dict():
+            return {mask(key): _masked(item, mask) for key, item in cast(dict[str, Any], value).items()}
+        case _:
+            return value
+
+
+def verdicts_of(value: object, count: int, key: str | None = None) -> list[Verdict]:
     """What a reward function returned for a group of `count`: a list (or array) of rewards, one each, in order.
 
     Each entry is judged by itself; where it is no list of this length, that is the one failure of all.
     """
-    if isinstance(value, str | bytes | dict | set | frozenset) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | Mapping | set | frozenset) or not isinstance(value, Iterable):
         return [Verdict(None, f"{ERROR}: it returned a {type(value).__name__} for a group, not a list of rewards")]
     rewards = list(value)
     if len(rewards) != count:
         return [Verdict(None, f"{ERROR}: it returned {len(rewards)} rewards for a group of {count}")]
-    return [verdict_of(reward) for reward in rewards]
+    return [verdict_of(reward, key) for reward in rewards]
 
 
-def _finite(value: object) -> float | None:
-    if value is None or isinstance(value, str | bytes):
-        return None
-    try:
-        number = float(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
-    return number if math.isfinite(number) else None
+def check_own_reward(sample: Sample, key: str | None) -> None:
+    """Judge in place the reward that a generate function has given the sample, if it has: is it one?"""
+    if sample.reward is not None:
+        verdict_of(sample.reward, key).apply(sample)

@@ -50,7 +50,7 @@ class Judge:
         try:
             rm_type, what = pickle.loads(payload)
             value = self._call(rm_type, what)
-            return _verdicts(what, runner.run(value) if inspect.iscoroutine(value) else value)
+            return self._verdicts(what, runner.run(value) if inspect.iscoroutine(value) else value)
         except Exception as error:  # noqa: BLE001 (a reward function may raise anything; it costs its task only)
             return [error_verdict(error)]
 
@@ -58,7 +58,7 @@ class Judge:
         """The same of an async function, in a loop that has others in flight; encoded."""
         try:
             rm_type, what = pickle.loads(payload)
-            return encode(_verdicts(what, await self._call(rm_type, what)))
+            return encode(self._verdicts(what, await self._call(rm_type, what)))
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 (as above)
             return encode([error_verdict(error)])
 
@@ -68,9 +68,9 @@ class Judge:
         assert rm_type is not None, "the pool asks for one"
         return find_reward(rm_type)(self._args, what)
 
-
-def _verdicts(what: Sample | list[Sample], value: object) -> list[Verdict]:
-    return verdicts_of(value, len(what)) if isinstance(what, list) else [verdict_of(value)]
+    def _verdicts(self, what: Sample | list[Sample], value: object) -> list[Verdict]:
+        key = self._args.reward_key
+        return verdicts_of(value, len(what), key) if isinstance(what, list) else [verdict_of(value, key)]
 
 
 def encode(verdicts: Sequence[Verdict]) -> bytes:
