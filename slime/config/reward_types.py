@@ -6,7 +6,11 @@ Invariant: every name here, with or without the prefix, is judged there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from slime.config.args import Args
+from slime.config.labels import choice_fault, label_fault
 
 REWARD_TYPES = ("deepscaler", "dapo", "math", "f1", "gpqa", "remote_rm", "random")
 BOXED_PREFIX = "boxed_"
@@ -31,17 +35,19 @@ def compares_mathematics(rm_type: object) -> bool:
     return base_type(rm_type) in ("deepscaler", "dapo", "math")
 
 
-def line_reward_fault(args: Args, named: object, rm_type: str | None, label: object) -> tuple[str, str] | None:
+def line_reward_fault(
+    args: Args, metadata: Mapping[str, Any], rm_type: str | None, label: str | None
+) -> tuple[str, str] | None:
     """Rule and remedy where the reward of a data line cannot be computed; None where it can.
 
-    `named` is the line's metadata.rm_type, which goes before `rm_type`, the data set's own (which other rules check).
-    `label`: None where there is no key of it.
+    Its metadata.rm_type goes before `rm_type`, the data set's own (which other rules check). `label`: as the reward
+    sees it; None where there is no key of it.
     """
     if args.custom_rm_path is not None:
         return None
-    asked = named or rm_type
-    if isinstance(label, str) and not label.strip() and needs_label(asked) and base_type(asked) != "f1":
-        return f"its label is empty, and {asked} compares the answer with it: no answer is right", "correct the line"
+    named = metadata.get("rm_type")
+    if label is not None and (fault := _label_fault(named or rm_type, label, metadata)) is not None:
+        return fault
     if not named:
         if rm_type is not None or args.custom_generate_function_path is not None:  # which may judge
             return None
@@ -54,6 +60,27 @@ def line_reward_fault(args: Args, named: object, rm_type: str | None, label: obj
     if needs_label(named) and label is None:
         return f"metadata.rm_type is {named!r}, which compares the answer with a label", "add --label-key"
     return None
+
+
+def _label_fault(rm_type: object, label: str, metadata: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Rule and remedy where no answer can be right by this label; None where one can."""
+    base = base_type(rm_type)
+    if base == "gpqa":
+        fault = choice_fault(label, metadata)
+        remedy = "give it a letter, the text of one of metadata.choices, or metadata.correct_letter"
+        return None if fault is None else (f"{rm_type} finds no right choice: {fault}", remedy)
+    if base == "f1" or not needs_label(rm_type):  # by f1, an empty answer is right where the label is empty
+        return None
+    if not label.strip():
+        return f"its label is empty, and {rm_type} compares the answer with it: no answer is right", "correct the line"
+    if compares_mathematics(rm_type) and (fault := label_fault(label)) is not None:
+        return f"no answer can equal its label {_short(label)} as {rm_type} compares them: {fault}", "correct the line"
+    return None
+
+
+def _short(label: str) -> str:
+    """Its end: an answer comes last."""
+    return repr(label if len(label) <= 60 else f"...{label[-57:]}")
 
 
 def may_ask_remote(args: Args) -> bool:

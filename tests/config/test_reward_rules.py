@@ -28,6 +28,8 @@ def _lines(run: Run, *metadata: dict[str, Any] | None) -> None:
 @pytest.mark.parametrize("rm_type", REWARD_TYPES)
 def test_every_type_runs(run: Run, rm_type: str, prefix: str) -> None:
     url = URL if rm_type == "remote_rm" else []
+    if rm_type == "gpqa":
+        run.data.write_text(json.dumps(MESSAGE | {"label": "B"}) + "\n")
     words = ["--rm-type", prefix + rm_type, "--eval-rm-type", prefix + rm_type, "--eval-prompt-data", str(run.data)]
     assert run.load(*words, *url)[1] == []
     _without(run, "--label-key")

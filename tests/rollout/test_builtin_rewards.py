@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from slime.config.args import Args
 from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPES
+from slime.core.boxes import last_boxed
 from slime.core.sample import Sample
 from slime.rollout.rm_hub import mathematics
-from slime.rollout.rm_hub.boxes import last_boxed
 from slime.rollout.rm_hub.dapo import dapo_answer
 from slime.rollout.rm_hub.deepscaler import boxed_answer, deepscaler
 from slime.rollout.rm_hub.f1 import accepted, f1_score, normalise

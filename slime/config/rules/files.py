@@ -17,7 +17,7 @@ from slime.config.eval_data import EvalDataset, eval_datasets
 from slime.config.flags.options import HookOptions, RolloutOptions
 from slime.config.reward_types import line_reward_fault
 from slime.config.rules.case import Case
-from slime.config.rules.data import RowCheck, check_rows
+from slime.config.rules.data import RowCheck, check_rows, label_text
 from slime.config.rules.hook_import import import_hook
 from slime.config.rules.problem import Problem
 from slime.core.plugins import HOOKS, HookError, hook_path
@@ -48,8 +48,8 @@ def _reward_check(case: Case, keys: DataKeys, rm_type: str | None) -> RowCheck:
 
     def check(row: dict[str, Any]) -> tuple[str, str] | None:
         metadata = cast(dict[str, Any], row.get(keys.metadata_key) or {})
-        label = None if keys.label_key is None else row[keys.label_key]
-        return line_reward_fault(case.args, metadata.get("rm_type"), rm_type, label)
+        label = None if keys.label_key is None else label_text(row[keys.label_key])
+        return line_reward_fault(case.args, metadata, rm_type, label)
 
     return check
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from slime.rollout.rm_hub.boxes import Answer, boxed, names_box
+from slime.core.boxes import Answer, boxed, names_box
 from slime.rollout.rm_hub.deepscaler import is_right
 from slime.rollout.rm_hub.response import final_text
 

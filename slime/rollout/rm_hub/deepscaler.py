@@ -6,7 +6,8 @@ Invariant: without </think>, or without a boxed answer after it, there is no ans
 
 from __future__ import annotations
 
-from slime.rollout.rm_hub.boxes import Answer, boxed
+from slime.config.labels import stated_answer
+from slime.core.boxes import Answer, boxed
 from slime.rollout.rm_hub.mathematics import equal_as_mathematics
 from slime.rollout.rm_hub.response import THINK_END
 
@@ -38,7 +39,11 @@ def is_right(answer: Answer, label: str) -> bool:
 
     Several boxes that make a list are right where the list is the label, or each of them is (`\boxed{\frac12}` or
     `\boxed{0.5}`): `\boxed{3}` and `\boxed{5}` is not 5.
+
+    Raises:
+        ValueError: the label has GSM8K's form, and no answer.
     """
+    label = stated_answer(label)
     if equal_as_mathematics(answer.text, label):
         return True
     joined = ", ".join(answer.parts)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-LETTERS = "ABCDEFGHIJ"
+from slime.config.labels import LETTERS, right_letter
 
 _WRAP = r"(?:[\s*_$({\[\"'`]|\\(?:boxed|text|textbf|mathbf|mathrm|rm|bf)\b|\\[(\[]){0,12}"
 """What may stand before the letter: bold, brackets, LaTeX."""
@@ -41,36 +41,6 @@ def gpqa_score(answer: str | None, label: str, metadata: Mapping[str, Any]) -> f
     right = right_letter(label, choices, metadata.get("correct_letter"))
     letters = LETTERS[: len(choices)] if isinstance(choices, list) and choices else LETTERS
     return 1.0 if answer is not None and chosen_letter(answer, letters) == right else 0.0
-
-
-def right_letter(label: str, choices: object = None, correct_letter: object = None) -> str:
-    """metadata.correct_letter; else the label where it is a letter, else its place among metadata.choices.
-
-    Raises:
-        ValueError: none of them says it, or the label is a letter and the text of another choice.
-    """
-    if correct_letter is not None:
-        return _letter(str(correct_letter), "metadata.correct_letter")
-    texts = [str(choice).strip() for choice in choices] if isinstance(choices, list) else []
-    place = texts.index(label.strip()) if label.strip() in texts else None
-    if re.fullmatch(r"\s*\(?[A-Ja-j]\)?\.?\s*", label):
-        letter = _letter(label, "the label")
-        if place is not None and LETTERS[place] != letter:
-            raise ValueError(
-                f"the label {label!r} is a letter and also the text of choice {LETTERS[place]}; "
-                "set metadata.correct_letter"
-            )
-        return letter
-    if place is None:
-        raise ValueError(f"the label {label!r} is neither a letter (A to J) nor one of metadata.choices {texts}")
-    return LETTERS[place]
-
-
-def _letter(text: str, what: str) -> str:
-    letter = text.strip(" ().").upper()
-    if len(letter) != 1 or letter not in LETTERS:
-        raise ValueError(f"{what} is {text!r}; it has to be a letter from A to J")
-    return letter
 
 
 def chosen_letter(text: str, letters: str = LETTERS) -> str | None:

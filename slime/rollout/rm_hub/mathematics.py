@@ -11,7 +11,7 @@ import re
 from decimal import Decimal
 
 from slime.config.grammar import REMEDY, grammar_fault
-from slime.rollout.rm_hub.boxes import last_boxed, names_box
+from slime.core.boxes import last_boxed
 
 MAX_ANSWER = 1000
 """Characters of an answer that is still parsed: a degenerate one of thousands takes the grammar a minute."""
@@ -51,38 +51,6 @@ def equal_as_mathematics(answer: str, label: str) -> bool:
     if ours is not None and theirs is not None:
         return _same_number(ours, theirs)
     return len(answer) <= max(MAX_ANSWER, 2 * len(label)) and _verify(answer, label)
-
-
-def label_fault(label: str) -> str | None:
-    """One sentence about why no answer can equal the label; None where the label equals itself as an answer."""
-    text = label.strip()
-    if "####" in text:
-        return "it holds `####`, GSM8K's mark: the label is what follows it"
-    boxed = last_boxed(text)
-    if boxed is None and names_box(text):
-        return r"its \boxed{ is empty, or is never closed"
-    text = _plain(text if boxed is None else boxed)
-    if not text:
-        return "it is empty"
-    if len(text) > MAX_ANSWER:
-        return f"it has {len(text)} characters, and an answer of more than {MAX_ANSWER} is not read"
-    return unbalanced(text)
-
-
-def unbalanced(text: str) -> str | None:
-    r"""The first brace, or `\left` or `\begin`, that has no partner, as a sentence; None where all have one."""
-    depth = 0
-    for token in re.findall(r"\\.|[{}]", text, re.DOTALL):
-        depth += (token == "{") - (token == "}")
-        if depth < 0:
-            return "a `}` closes no `{`"
-    if depth:
-        return "a `{` is never closed"
-    for opening, closing in (("left", "right"), ("begin", "end")):
-        counts = [len(re.findall(rf"\\{name}(?![A-Za-z])", text)) for name in (opening, closing)]
-        if counts[0] != counts[1]:
-            return rf"it has {counts[0]} \{opening} and {counts[1]} \{closing}"
-    return None
 
 
 def warm_up() -> None:

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 from slime.config.args import Args
 from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPE_REMEDY, base_type
+from slime.core.boxes import Answer, boxed
 from slime.core.sample import Sample
-from slime.rollout.rm_hub.boxes import Answer, boxed
 from slime.rollout.rm_hub.dapo import dapo_score, read_dapo
 from slime.rollout.rm_hub.deepscaler import mathematics_score, read_boxed
 from slime.rollout.rm_hub.f1 import f1_score

@@ -23,9 +23,9 @@ import aiohttp
 import orjson
 
 from slime.config.args import Args
+from slime.core.boxes import last_boxed
 from slime.core.masking import Masker
 from slime.core.sample import Sample
-from slime.rollout.rm_hub.mathematics import last_boxed
 from slime.rollout.rm_hub.verdict import ERROR, TIMEOUT, Verdict, error_verdict, verdict_of
 
 RETRIES = 5

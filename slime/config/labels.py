@@ -1,0 +1,125 @@
+r"""Labels as each reward reads them, and those that no answer can match.
+
+Path: the check of data lines asks for faults before anything starts; `rollout.rm_hub` reads labels with the same
+functions. Invariant: a label that passes here has an answer that is right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+from slime.core.boxes import last_boxed, names_box
+
+MAX_LABEL = 1000
+"""Characters: a longer answer is not read as mathematics."""
+MARK = "####"
+"""Before the answer of a solution in GSM8K (Cobbe et al., 2021, arXiv:2110.14168): `... #### 72`."""
+LETTERS = "ABCDEFGHIJ"
+"""Of choices."""
+
+_PLAIN = re.compile(r"\s*[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?\s*")
+"""Most labels: nothing of a number has to be looked at."""
+
+
+def stated_answer(label: str) -> str:
+    r"""The answer of a label for the rules of mathematics: what follows GSM8K's `####`; without one, the label.
+
+    Raises:
+        ValueError: more than one mark, nothing after it, or lines after the answer.
+    """
+    if MARK not in label:
+        return label
+    _, answer, *more = label.split(MARK)
+    answer = answer.strip()
+    if more:
+        raise ValueError(f"it holds {label.count(MARK)} marks {MARK} of GSM8K, and its answer follows one")
+    if not answer:
+        raise ValueError(f"nothing follows {MARK}, GSM8K's mark of the answer")
+    if "\n" in answer:
+        raise ValueError(f"more than one line follows {MARK}, GSM8K's mark of the answer")
+    return answer
+
+
+def label_fault(label: str) -> str | None:
+    """One sentence about why no answer can equal the label as mathematics; None where the label equals itself."""
+    if _PLAIN.fullmatch(label):
+        return None
+    try:
+        text = stated_answer(label).strip()
+    except ValueError as error:
+        return str(error)
+    held = last_boxed(text)
+    if held is None and names_box(text):
+        return r"its \boxed is empty, or is never closed"
+    text = (text if held is None else held).strip("$. \n\t")
+    if not text:
+        return "it is empty"
+    if len(text) > MAX_LABEL:
+        return f"it has {len(text)} characters, and an answer of more than {MAX_LABEL} is not read"
+    return unbalanced(text)
+
+
+def unbalanced(text: str) -> str | None:
+    r"""The first brace, or `\left` or `\begin`, that has no partner, as a sentence; None where all have one."""
+    depth = 0
+    for token in re.findall(r"\\.|[{}]", text, re.DOTALL):
+        depth += (token == "{") - (token == "}")
+        if depth < 0:
+            return "a `}` closes no `{`"
+    if depth:
+        return "a `{` is never closed"
+    for opening, closing in (("left", "right"), ("begin", "end")):
+        counts = [len(re.findall(rf"\\{name}(?![A-Za-z])", text)) for name in (opening, closing)]
+        if counts[0] != counts[1]:
+            return rf"it has {counts[0]} \{opening} and {counts[1]} \{closing}"
+    return None
+
+
+def right_letter(label: str, choices: object = None, correct_letter: object = None) -> str:
+    """metadata.correct_letter; else the label where it is a letter, else its place among metadata.choices.
+
+    Raises:
+        ValueError: none of them says it, the label is a letter and the text of another choice, or the letter has no
+            choice.
+    """
+    texts = [str(choice).strip() for choice in cast(list[Any], choices)] if isinstance(choices, list) else []
+    place = texts.index(label.strip()) if label.strip() in texts else None
+    if correct_letter is not None:
+        return _letter(str(correct_letter), "metadata.correct_letter", texts)
+    if re.fullmatch(r"\s*\(?[A-Ja-j]\)?\.?\s*", label):
+        letter = _letter(label, "the label", texts)
+        if place is not None and LETTERS[place] != letter:
+            raise ValueError(
+                f"the label {label!r} is a letter and also the text of choice {LETTERS[place]}; "
+                "set metadata.correct_letter"
+            )
+        return letter
+    if place is None:
+        raise ValueError(
+            f"the label {label!r} is neither a letter (A to J) nor one of metadata.choices {str(texts)[:200]}"
+        )
+    if place >= len(LETTERS):
+        raise ValueError(f"the label {label!r} is choice {place + 1}, and letters go to {LETTERS[-1]}")
+    if texts.count(label.strip()) > 1:
+        raise ValueError(f"the label {label!r} is the text of several choices; set metadata.correct_letter")
+    return LETTERS[place]
+
+
+def _letter(text: str, what: str, choices: list[str]) -> str:
+    letter = text.strip(" ().").upper()
+    if len(letter) != 1 or letter not in LETTERS:
+        raise ValueError(f"{what} is {text!r}; it has to be a letter from A to J")
+    if choices and letter not in LETTERS[: len(choices)]:
+        raise ValueError(f"{what} is {text!r}, and there are {len(choices)} choices")
+    return letter
+
+
+def choice_fault(label: str, metadata: Mapping[str, Any]) -> str | None:
+    """Why no letter is the right one; None where one is."""
+    try:
+        right_letter(label, metadata.get("choices"), metadata.get("correct_letter"))
+    except ValueError as error:
+        return str(error)
+    return None
