@@ -2,7 +2,8 @@
 
 Path: the rollout manager holds one from when the engines stand behind the router; the driver (`mending`) sends weights
 to what was started anew, and has it admitted. Invariant: an engine stands behind the router only with the weights that
-the run last sent; what was lost is named, with its log, and started anew at most --max-engine-restarts times.
+the run last sent; what was lost is named, with its log, and restarted,
+at most --max-engine-restarts times within an hour.
 
     serving --(dies, hangs)--> down --(its owner starts it)--> up, without weights --(sent, admitted)--> serving
 """
@@ -22,13 +23,13 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from slime.cluster.health import POLL_S, RestartLimit, first_trouble
 from slime.config.args import Args
 from slime.core.errors import Fault, RunError
 from slime.engine.client import EngineClient
 from slime.engine.launch import ManagedProcess, find_free_port, launch_router
 from slime.engine.membership import Membership
 
-POLL_S = 1.0
 NOTICED_S = 5 * POLL_S
 """Seconds within which a death has surely been noticed."""
 AGAIN_S = 0.5
@@ -96,7 +97,7 @@ class Fleet:
         self._asleep = False
         self._news: list[str] = []
         self._counts: Counter[str] = Counter()
-        self._num_restarts = 0
+        self._restarts = RestartLimit(args.max_engine_restarts)
         self._change = asyncio.Condition()
         self._failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._unless_it_fails(self._keep(engine))) for engine in self._engines]
@@ -139,8 +140,9 @@ class Fleet:
 
     async def lost_one_of(self, engines: Sequence[EngineUp]) -> bool:
         """Whether one of these is not there any more; waits as long as a death takes to be noticed."""
-        deadline = time.monotonic() + NOTICED_S
-        while time.monotonic() < deadline:
+        clock = self._client.clock
+        deadline = clock.time() + NOTICED_S
+        while clock.time() < deadline:
             there = {engine.shown() for engine in self._engines if engine.up}
             if not there.issuperset(engines):
                 return True
@@ -207,7 +209,7 @@ class Fleet:
     async def _start_engine(self, engine: _Engine, lost: str) -> None:
         limit = self._args.engine_start_timeout
         while True:
-            self._count("engine_restarts", lost)
+            self._count(f"engine {engine.index}", lost)
             self._say(f"{lost}: it is started anew")
             begin = time.monotonic()
             try:
@@ -231,7 +233,7 @@ class Fleet:
 
             trouble = await self._trouble(is_alive, lambda process=router: process.url)
             lost = f"the router ({router.url}) {trouble}; its log is {router.log_path}"
-            self._count("router_restarts", lost)
+            self._count("router", lost)
             self._say(f"{lost}: it is started anew")
             port = int(router.url.rpartition(":")[2])
             await asyncio.to_thread(router.stop)
@@ -257,17 +259,8 @@ class Fleet:
             self._say("the router is up again")
 
     async def _trouble(self, is_alive: Callable[[], Awaitable[bool]], url: Callable[[], str]) -> str:
-        """Returns only once something is wrong, and says what."""
-        limit = self._args.engine_health_timeout
-        answered = time.monotonic()
-        while True:
-            await asyncio.sleep(POLL_S)
-            if not await is_alive():
-                return "has died"
-            if await self._client.is_healthy(url(), timeout=min(10.0, limit)):
-                answered = time.monotonic()
-            elif time.monotonic() - answered >= limit:
-                return f"has answered no health check for {limit:g} s (--engine-health-timeout)"
+        """Return once something is wrong, and say what."""
+        return await first_trouble(is_alive, url(), self._client, limit=self._args.engine_health_timeout)
 
     # ---- telling
 
@@ -289,13 +282,18 @@ class Fleet:
         logger.warning("%s", text)
         self._news.append(f"FAULT {text}")
 
-    def _count(self, name: str, lost: str) -> None:
-        """Raise RunError where that is one too many."""
-        limit = self._args.max_engine_restarts
-        if self._num_restarts == limit:
-            raise RunError(f"{lost}; engines and router have been started anew {limit} times (--max-engine-restarts)")
-        self._num_restarts += 1
-        self._counts[name] += 1
+    def _count(self, what: str, lost: str) -> None:
+        """Record that `what`, "engine 3" or "router", is restarted now.
+
+        Raises:
+            RunError: that is one restart too many within an hour.
+        """
+        if not self._restarts.allow(what, now=time.monotonic()):
+            limit = self._args.max_engine_restarts
+            raise RunError(
+                f"{lost}; the {what} has been restarted {limit} times within an hour (--max-engine-restarts)"
+            )
+        self._counts[f"{what.split()[0]}_restarts"] += 1
 
     async def _at_router(self, action: Callable[[], None], engine: _Engine | None = None) -> None:
         """Do it at the router, which may itself be on its way; given up where `engine` is lost meanwhile.
@@ -303,13 +301,14 @@ class Fleet:
         Raises:
             RunError: it is not possible within --engine-start-timeout.
         """
-        deadline = time.monotonic() + self._args.engine_start_timeout
+        clock = self._client.clock
+        deadline = clock.time() + self._args.engine_start_timeout
         while engine is None or engine.up:
             try:
                 await asyncio.to_thread(action)
                 return
             except (OSError, RuntimeError, http.client.HTTPException) as error:
-                if time.monotonic() > deadline:
+                if clock.time() > deadline:
                     raise RunError(f"the router does not do as it is asked: {error}") from error
             await asyncio.sleep(AGAIN_S)
 

@@ -1,13 +1,14 @@
-"""Noticing that an engine or a router that runs without us has died; our own are the `fleet`'s.
+"""Notices that an engine or a router has died, or hangs.
 
-Path: the rollout manager runs `first_death` beside every rollout and evaluation. Invariant: what died is named within
-a few seconds; nothing waits for it for ever.
+Path: the rollout manager runs `first_death` during every rollout and evaluation, for what runs without us; the `fleet`
+runs `first_trouble` for each of our own. Invariants: what died is named within a few seconds; nothing waits for it for
+ever; time in which this event loop stood still itself counts against nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ from slime.engine.client import EngineClient
 POLL_S = 1.0
 UNWELL_S = 5.0
 """Seconds without one good answer, after which what is not ours to watch counts as dead."""
+HEALTH_CHECK_S = 10.0
+"""Seconds within which one health check has to be answered."""
+RESTARTS_WITHIN_S = 3600.0
+"""Seconds within which the restarts of one process are counted."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,12 @@ def answering(what: str, url: str, client: EngineClient) -> Watched:
 
     async def is_alive() -> bool:
         nonlocal unwell_since
-        asked = time.monotonic()
-        if await client.is_healthy(url):
+        asked = client.clock.time()
+        if await client.is_healthy(url, timeout=HEALTH_CHECK_S):
             unwell_since = None
             return True
-        unwell_since = unwell_since or asked
-        return time.monotonic() - unwell_since < UNWELL_S
+        unwell_since = asked if unwell_since is None else unwell_since
+        return client.clock.time() - unwell_since < UNWELL_S
 
     return Watched(f"{what} {url}", is_alive)
 
@@ -56,3 +61,41 @@ class EngineWatch:
             for each, is_alive in zip(self._watched, alive, strict=True):
                 if not is_alive:
                     return f"{each.name} died during generation"
+
+
+async def first_trouble(
+    is_alive: Callable[[], Awaitable[bool]], url: str, client: EngineClient, *, limit: float
+) -> str:
+    """Return once something is wrong with the process of an engine or a router at `url`, and say what.
+
+    `limit`: seconds without an answer to a health check, --engine-health-timeout.
+    """
+    clock = client.clock
+    answered = clock.time()
+    while True:
+        await asyncio.sleep(POLL_S)
+        if not await is_alive():
+            return "has died"
+        if await client.is_healthy(url, timeout=min(HEALTH_CHECK_S, limit)):
+            answered = clock.time()
+        elif clock.time() - answered >= limit:
+            return f"has answered no health check for {limit:g} s (--engine-health-timeout)"
+
+
+class RestartLimit:
+    """Counts the restarts of each process within the last hour."""
+
+    def __init__(self, most: int) -> None:
+        """`most`: restarts of one process within an hour."""
+        self._most = most
+        self._times: dict[str, deque[float]] = {}
+
+    def allow(self, what: str, *, now: float) -> bool:
+        """Whether `what` may be restarted at `now`, in seconds of any clock; if so, it is counted."""
+        times = self._times.setdefault(what, deque())
+        while times and now - times[0] >= RESTARTS_WITHIN_S:
+            times.popleft()
+        if len(times) >= self._most:
+            return False
+        times.append(now)
+        return True

@@ -120,9 +120,9 @@ class Processes:
         near = num_nodes() == 1
         self.engines = [
             # An owner whose process dies is started anew by Ray, in its place; the engine then is, by it.
-            EngineWorker.options(
-                max_concurrency=4, max_restarts=args.max_engine_restarts, **place.engine(index)
-            ).remote(args, index, log_dir, place.engine_gpu_ids(index), near=near)
+            EngineWorker.options(max_concurrency=4, max_restarts=-1, **place.engine(index)).remote(
+                args, index, log_dir, place.engine_gpu_ids(index), near=near
+            )
             for index in range(place.num_engines)
         ]
         for index, engine in enumerate(self.engines):

@@ -13,11 +13,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from slime.core.awake import AwakeClock
 from slime.core.errors import Fault, RunError
 
 POLL_S = 1.0
-LONGEST_LOOK_S = 10.0
-"""Seconds between two looks that count as waiting."""
+LOOK_S = 5.0
+"""Seconds that one look at everything takes at most while this process is awake."""
 LAST_WORDS_S = 5.0
 """Seconds for a process that has died to be known as dead, after another has failed for the lack of it."""
 
@@ -60,14 +61,14 @@ class Waiter:
                 said. A Fault: it died, or nothing has moved for too long.
         """
         waiting = list(refs)
-        looked = last = time.monotonic()
+        looked = time.monotonic()
+        clock = AwakeClock(LOOK_S)
         silence = 0.0
         seen: object = None
         while waiting:
             behind = [ref for ref in self._behind if ref not in waiting]
             ready, _ = ray.wait([*waiting, *behind], num_returns=1, timeout=POLL_S)
-            # Time in which this process stood still itself (SIGSTOP, a machine that slept) counts against nobody.
-            silence, last = silence + min(time.monotonic() - last, LONGEST_LOOK_S), time.monotonic()
+            silence += clock.tick()
             for ref in ready:
                 silence = 0.0
                 self._raise_failure(self._behind.pop(ref, phase), ref, waiting)

@@ -11,12 +11,13 @@ Ray's control store (GCS) and the raylet of each node answer gRPC's standard hea
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+
+from slime.core.awake import AwakeClock
 
 PING_S = 2.0
 PING_TIMEOUT_S = 10.0
@@ -71,12 +72,10 @@ class Watchdog:
         self.stop_asking()
 
     def _run(self) -> None:
-        looked = time.monotonic()
+        clock = AwakeClock(PING_S)
         while not self._closed.wait(PING_S):
-            now = time.monotonic()
-            seconds, looked = min(now - looked, 2 * PING_S), now
             with self._lock:
-                trouble = self._look(seconds)
+                trouble = self._look(clock.tick())
             if trouble is not None and not self._closed.is_set():
                 self._end(trouble)
                 return

@@ -8,12 +8,11 @@ requests along: they are generated elsewhere, or wait for one to be there.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+from slime.core.awake import LoopClock
 from slime.engine.connection import Connection, EngineError
 from slime.engine.device_protocol import MemoryOccupation, MemoryTag, UpdateWeightsFromTensor
 from slime.engine.keys import NO_KEYS, Keys
@@ -34,14 +33,13 @@ from slime.engine.protocol import (
     UpdateWeightsFromDistributed,
     WeightsChecker,
 )
+from slime.engine.refusals import RefusalProbe
 from slime.engine.update_sessions import UpdateSessions
 
 __all__ = ["CONTROL_TIMEOUT", "EngineClient", "EngineError"]
 
 CONTROL_TIMEOUT = 600.0
 """Seconds for a request that is not a generation (a weight update may take long)."""
-PROBE_EVERY = 10.0
-"""Seconds without an engine behind the router, after which, and after each further such time, one is asked directly."""
 
 
 class EngineClient:
@@ -69,7 +67,7 @@ class EngineClient:
         self.update_sessions = UpdateSessions(self._connection, self.workers)
         self._num_aborts = 0
         self._num_turns = 0
-        self._probed = 0.0
+        self._refusals = RefusalProbe(self._connection)
         self.num_answered = 0
         """Generations that have been answered so far."""
 
@@ -83,6 +81,11 @@ class EngineClient:
 
     async def close(self) -> None:
         await self._connection.close()
+
+    @property
+    def clock(self) -> LoopClock:
+        """A clock that stands still while the event loop of this client does."""
+        return self._connection.clock
 
     def set_engines(self, urls: Sequence[str]) -> None:
         """Control these from now on; what is still asked of another one is given up."""
@@ -119,8 +122,8 @@ class EngineClient:
             return self._next_engine(engines) + Endpoint.GENERATE
 
         async def probe(waited: float) -> None:
-            if waited >= PROBE_EVERY:
-                await self._raise_refusal(request)
+            if self._engines and self._refusals.is_due(waited):
+                await self._refusals.raise_refusal(request, self._next_engine(self._engines))
 
         try:
             answer = await self._connection.request(
@@ -145,26 +148,6 @@ class EngineClient:
             count = f"{len(response.log_probs)} log-probs for {len(response.output_ids)} tokens"
             raise EngineError(url, 200, f"the answer holds {count}")
         return response
-
-    async def _raise_refusal(self, request: GenerateRequest) -> None:
-        """Ask an engine itself for one token of `request`, at most every PROBE_EVERY seconds.
-
-        The router answers 503 also where its circuit breaker has taken out engines that work and refuse every request.
-        Waiting does not help then, and the engine's own answer says why.
-
-        Raises:
-            EngineError: the engine refuses the request for good.
-        """
-        if not self._engines or time.monotonic() - self._probed < PROBE_EVERY:
-            return
-        self._probed = time.monotonic()
-        one = replace(request, sampling_params=replace(request.sampling_params, max_new_tokens=1))
-        url = self._next_engine(self._engines) + Endpoint.GENERATE
-        try:
-            await self._connection.request("POST", lambda: url, one, timeout=PROBE_EVERY, collective=True)
-        except EngineError as error:
-            if error.status != 200 and not error.may_pass:
-                raise
 
     def _next_engine(self, listed: Sequence[str]) -> str:
         """Each one in turn; where there is none now, the router, which says so. `listed`: those that the router has."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
 
 import aiohttp
 import orjson
 
+from slime.core.awake import LoopClock
 from slime.engine.message import Message
 from slime.engine.protocol import Endpoint
 
@@ -23,8 +25,12 @@ LOST_ENGINE = "error sending request for url"
 RETRIES = 6
 BACKOFF = 0.2
 """Seconds before the first retry; each further one waits twice as long."""
+CONNECT_S = 10.0
+"""Seconds within which a TCP connection has to be there."""
 LONGEST_BACKOFF = 2.0
 """Seconds between two attempts of a request that has patience."""
+TIMEOUTS = aiohttp.ClientTimeout(sock_connect=CONNECT_S)
+"""aiohttp's own timeouts also count time in which the event loop stands still: this one may come by mistake."""
 _CONTENT = {"Content-Type": "application/json"}
 
 
@@ -44,6 +50,18 @@ class EngineError(RuntimeError):
         return f"{self.url} {f'answered {self.status}' if self.status else 'did not answer'}: {self.message}"
 
 
+class Limit(Protocol):
+    """How long one attempt of a request may take."""
+
+    def attempt(self) -> AbstractAsyncContextManager[None]:
+        """Around the attempt; raises TimeoutError once it has taken too long."""
+        ...
+
+    def passed(self) -> str:
+        """What to say of an attempt that has taken too long."""
+        ...
+
+
 class Connection:
     """The connections of one event loop, shared by all requests."""
 
@@ -51,11 +69,22 @@ class Connection:
         """`key_for`: the API key that belongs to a URL; None: it is sent none."""
         self._key_for = key_for
         self._opened: aiohttp.ClientSession | None = None
+        self._clock: LoopClock | None = None
 
     async def close(self) -> None:
         if self._opened is not None:
             await self._opened.close()
             self._opened = None
+        if self._clock is not None:
+            self._clock.close()
+            self._clock = None
+
+    @property
+    def clock(self) -> LoopClock:
+        """A clock that stands still while the event loop of these connections does."""
+        if self._clock is None:
+            self._clock = LoopClock()
+        return self._clock
 
     def _session(self) -> aiohttp.ClientSession:
         if self._opened is None or self._opened.closed:
@@ -72,23 +101,27 @@ class Connection:
         find_url: Callable[[], str | None],
         body: Message | None,
         *,
-        timeout: float,
+        timeout: float | Limit,
         collective: bool = False,
         patience: float = 0.0,
         before_retry: Callable[[float], Awaitable[None]] | None = None,
     ) -> Any:
         """The decoded answer. Retries where there was no connection, or the router had no engine at hand.
 
-        `find_url`: asked before each attempt; None: whoever was asked is not there any more, and the error of the last
-        attempt stands. `collective`: the engine takes part in something with others, once; it is asked again only if
-        the first request cannot have reached it. `patience`: seconds of waiting between attempts, at least.
+        `timeout`: of one attempt, in seconds in which the event loop runs, or another limit. `find_url`: asked before
+        each attempt; None: whoever was asked is not there any more, and the error of the last attempt stands.
+        `collective`: the engine takes part in something with others, once; it is asked again only if the first request
+        cannot have reached it. `patience`: seconds of waiting for a connection, and between attempts, at least.
         `before_retry`: called with the seconds waited so far; an EngineError that it raises ends the attempts.
         """
         data = None if body is None else orjson.dumps(body.to_json())
-        limit = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
+        limit = _Seconds(self.clock, timeout) if isinstance(timeout, int | float) else timeout
         problem = EngineError("an engine", 0, "it is not part of the run any more")
         waited = 0.0
-        for wait in itertools.chain((0.0,), _waits(patience)):
+        for retry in itertools.count():
+            wait = _wait(retry - 1, waited, patience) if retry else 0.0
+            if wait is None:
+                break
             await asyncio.sleep(wait)
             waited += wait
             if wait and before_retry is not None:
@@ -96,13 +129,22 @@ class Connection:
             url = find_url()
             if url is None:
                 break
+            begin = self.clock.time()
             try:
-                async with self._session().request(
-                    method, url, data=data, timeout=limit, headers=authorization(self._key_for(url))
-                ) as answer:
+                async with (
+                    limit.attempt(),
+                    self._session().request(
+                        method, url, data=data, timeout=TIMEOUTS, headers=authorization(self._key_for(url))
+                    ) as answer,
+                ):
                     raw = await answer.read()
+            except aiohttp.ConnectionTimeoutError:  # which is a TimeoutError as well
+                # Nothing was sent. It may be this process that did not get to it, busy with something else for long.
+                problem = EngineError(url, 0, f"no connection within {CONNECT_S:g} s")
+                waited += self.clock.time() - begin
+                continue
             except TimeoutError:
-                raise EngineError(url, 0, f"no answer within {timeout:g} s") from None
+                raise EngineError(url, 0, limit.passed()) from None
             except (aiohttp.ClientError, OSError) as error:
                 problem = EngineError(url, 0, f"{type(error).__name__}: {error}")
                 if collective and not isinstance(error, aiohttp.ClientConnectorError):
@@ -117,9 +159,11 @@ class Connection:
 
     async def is_healthy(self, url: str, timeout: float) -> bool:
         """Whether the engine or router at `url` is well; asked once."""
-        limit = aiohttp.ClientTimeout(total=timeout)
         try:
-            async with self._session().get(url + Endpoint.HEALTH, timeout=limit) as answer:
+            async with (
+                self.clock.timeout(timeout),
+                self._session().get(url + Endpoint.HEALTH, timeout=aiohttp.ClientTimeout()) as answer,
+            ):
                 return answer.status == 200
         except (TimeoutError, aiohttp.ClientError, OSError):
             return False
@@ -130,18 +174,24 @@ def authorization(key: str | None) -> dict[str, str]:
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
-def _waits(patience: float) -> Iterator[float]:
-    """Seconds before each retry."""
+class _Seconds:
+    """A Limit: so many seconds in which the event loop runs."""
+
+    def __init__(self, clock: LoopClock, seconds: float) -> None:
+        self._clock, self._seconds = clock, seconds
+
+    def attempt(self) -> AbstractAsyncContextManager[None]:
+        return self._clock.timeout(self._seconds)
+
+    def passed(self) -> str:
+        return f"no answer within {self._seconds:g} s"
+
+
+def _wait(retry: int, waited: float, patience: float) -> float | None:
+    """Seconds before retry number `retry`, after `waited` seconds; None: there is none any more."""
     if not patience:
-        yield from (BACKOFF * 2**retry for retry in range(RETRIES))
-        return
-    waited = 0.0
-    for retry in itertools.count():
-        if waited >= patience:
-            return
-        wait = min(BACKOFF * 2 ** min(retry, RETRIES), LONGEST_BACKOFF)
-        waited += wait
-        yield wait
+        return BACKOFF * 2**retry if retry < RETRIES else None
+    return min(BACKOFF * 2 ** min(retry, RETRIES), LONGEST_BACKOFF) if waited < patience else None
 
 
 def _decode(url: str, raw: bytes) -> Any:

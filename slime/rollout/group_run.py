@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from slime.config.args import Args
+from slime.core.awake import awake_timeout
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
 from slime.engine.protocol import SamplingParams
@@ -204,7 +205,7 @@ class GroupRunner:
         problem = "the engines' logs say why"
         limit = _ABORT_TIMEOUT + self._args.engine_health_timeout
         try:
-            async with asyncio.timeout(limit):
+            async with awake_timeout(limit):
                 while self.intervals.requests_in_flight:
                     try:
                         await self._context.engines.abort_all()

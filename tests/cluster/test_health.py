@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from slime.cluster import health
-from slime.cluster.health import EngineWatch, answering
+from slime.cluster.health import RESTARTS_WITHIN_S, EngineWatch, RestartLimit, answering, first_trouble
 from slime.cluster.rollout_manager import RolloutManager
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
@@ -18,6 +22,29 @@ from slime.engine.membership import Membership
 from tests.cluster.runs import Task
 from tests.engine.recording_engine import recording_engine
 from tests.sync.served import serving
+
+LIMIT_S = 1.0
+HEALTH_SERVER = """
+import asyncio
+from aiohttp import web
+
+async def health(request):
+    await asyncio.sleep(0.3)
+    return web.Response()
+
+async def main():
+    app = web.Application()
+    app.router.add_get("/health", health)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    print(site._server.sockets[0].getsockname()[1], flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+"""An engine that takes its time to say that it is well, as SGLang does: checks are in flight at any moment."""
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +107,51 @@ def test_a_strangers_engine_at_the_router_is_noticed_before_and_after(
         asyncio.run(evaluate(stranger.url))
         assert stranger.generations() == []
         Membership(router.url).remove(stranger.url)
+
+
+def test_a_stop_of_the_loop_is_no_engines_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty watched engines, and stops of the manager's loop longer than their limit; then an engine hangs."""
+    monkeypatch.setattr(health, "POLL_S", 0.1)
+    monkeypatch.setattr(health, "UNWELL_S", LIMIT_S)
+    monkeypatch.setattr(health, "HEALTH_CHECK_S", LIMIT_S)
+
+    async def is_there() -> bool:
+        return True
+
+    async def watch(process: subprocess.Popen[str], url: str) -> list[str]:
+        async with EngineClient(url, engines=[url]) as client:
+            watching = [asyncio.create_task(first_trouble(is_there, url, client, limit=LIMIT_S)) for _ in range(20)]
+            others = [answering("the engine", url, client) for _ in range(20)]
+            watching += [asyncio.create_task(EngineWatch([each]).first_death()) for each in others]
+            for _ in range(2):
+                await asyncio.sleep(0.25)  # checks are in flight
+                time.sleep(LIMIT_S * 1.3)
+            await asyncio.sleep(LIMIT_S / 2)
+            assert not any(task.done() for task in watching)
+            process.send_signal(signal.SIGSTOP)
+            return await asyncio.wait_for(asyncio.gather(*watching), 30)
+
+    process = subprocess.Popen([sys.executable, "-c", HEALTH_SERVER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        said = asyncio.run(watch(process, url))
+    finally:
+        process.kill()
+        process.wait()
+    hung = "has answered no health check for 1 s (--engine-health-timeout)"
+    assert said == [hung] * 20 + [f"the engine {url} died during generation"] * 20, "control: a hang is noticed"
+
+
+def test_restarts_are_counted_for_each_process_within_an_hour() -> None:
+    limit = RestartLimit(2)
+    assert all(limit.allow(f"engine {index}", now=0.0) for index in range(100)), "each engine has its own count"
+    assert limit.allow("engine 0", now=10.0)
+    assert not limit.allow("engine 0", now=RESTARTS_WITHIN_S - 1)
+    assert limit.allow("engine 1", now=RESTARTS_WITHIN_S - 1)
+    assert limit.allow("engine 0", now=RESTARTS_WITHIN_S + 1), "an hour after the first"
+    assert not limit.allow("engine 0", now=RESTARTS_WITHIN_S + 2), "the one at 10 s still counts"
+    assert not RestartLimit(0).allow("engine 0", now=0.0)
 
 
 def test_the_death_of_an_engine_that_is_not_ours_is_named(

@@ -136,7 +136,7 @@ def test_requests_that_are_refused_close_no_engine_and_waiting_for_one_ends(
     router: ManagedProcess, engines: list[ManagedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A router of the user's may count refused requests as failures, and say 503 for engines that work."""
-    monkeypatch.setattr("slime.engine.client.PROBE_EVERY", 0.5)
+    monkeypatch.setattr("slime.engine.refusals.PROBE_EVERY", 0.5)
     refused, sound = request([1] * 600), request([1], max_new_tokens=2)
 
     async def refuse_many(client: EngineClient) -> None:

@@ -72,7 +72,9 @@ class ClusterOptions:
         le=1e8,
     )
     max_engine_restarts: int = flag(
-        10, "Times that engines and router may be started anew in one run; one more fault of theirs ends it.", ge=0
+        10,
+        "Times that one engine, or the router, may be restarted within one hour; one more fault of its ends the run.",
+        ge=0,
     )
     phase_timeout: float = flag(
         7200.0,

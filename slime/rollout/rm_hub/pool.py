@@ -29,6 +29,7 @@ from slime.config.args import Args
 from slime.config.eval_data import eval_datasets
 from slime.config.reward_types import BOXED_PREFIX, base_type
 from slime.config.secrets import masker_of
+from slime.core.awake import AwakeClock
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample, Status
 from slime.rollout.rm_hub.channel import START
@@ -82,7 +83,7 @@ class RewardPool:
         self._broken: RuntimeError | None = None
         """A worker could not start: no reward can ever be computed."""
         self._watch: asyncio.TimerHandle | None = None
-        self._looked = 0.0
+        self._clock = AwakeClock(self._interval)
 
     @property
     def by_group(self) -> bool:
@@ -199,7 +200,7 @@ class RewardPool:
 
     def _look_later(self) -> None:
         assert self._loop is not None, "_open comes first"
-        self._looked = self._loop.time()
+        self._clock.tick()
         self._watch = self._loop.call_later(self._interval, self._look)
 
     @property
@@ -211,7 +212,7 @@ class RewardPool:
         """Time in which this loop itself was held up counts against no worker."""
         assert self._loop is not None, "_open comes first"
         self._watch = None
-        seconds = min(self._loop.time() - self._looked, 2 * self._interval)
+        seconds = self._clock.tick()
         for worker in [worker for worker in self._workers if worker.tasks]:
             worker.look(seconds)
             if worker.has_died:

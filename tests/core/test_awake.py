@@ -1,0 +1,66 @@
+"""Time in which the owner of a clock stood still does not count; all other time does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from slime.core.awake import LOOP_TICK_S, AwakeClock, LoopClock, awake_timeout
+
+STOP_S = 1.0
+
+
+def test_a_stop_between_two_ticks_counts_as_two_intervals() -> None:
+    clock = AwakeClock(0.05)
+    begin = clock.time()
+    time.sleep(0.3)
+    assert clock.time() - begin == pytest.approx(0.1, abs=0.01), "already before the tick that follows"
+    assert clock.tick() == pytest.approx(0.1, abs=0.01)
+    for _ in range(4):
+        time.sleep(0.03)
+        clock.tick()
+    assert clock.time() - begin >= 0.1 + 4 * 0.03 - 0.001, "control: what is shorter counts whole"
+
+
+def test_a_limit_outlasts_a_stop_of_its_loop_and_nothing_else() -> None:
+    async def answered_after_a_stop(limit: bool) -> bool:
+        """The answer comes during a stop that is longer than the limit."""
+        answer = asyncio.Event()
+        within = awake_timeout(STOP_S / 2) if limit else asyncio.timeout(STOP_S / 2)
+        try:
+            async with within:
+                asyncio.get_running_loop().call_later(STOP_S / 4, time.sleep, STOP_S)
+                asyncio.get_running_loop().call_later(STOP_S * 0.8, answer.set)
+                await answer.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    assert asyncio.run(answered_after_a_stop(True))
+    assert not asyncio.run(answered_after_a_stop(False)), "control: an ordinary limit counts the stop"
+
+    async def never() -> None:
+        async with awake_timeout(0.2):
+            await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(never())
+
+
+def test_a_loops_clock_goes_on_while_the_loop_waits() -> None:
+    async def measure() -> tuple[float, float]:
+        clock = LoopClock()
+        begin = clock.time()
+        await asyncio.sleep(1)
+        waited = clock.time() - begin
+        time.sleep(STOP_S)
+        await asyncio.sleep(0)
+        stopped = clock.time() - begin - waited
+        clock.close()
+        return waited, stopped
+
+    waited, stopped = asyncio.run(measure())
+    assert waited > 0.5, "(a loaded machine may take a part of it)"
+    assert stopped <= 2 * LOOP_TICK_S + 0.1
