@@ -20,7 +20,8 @@ from slime.config.data_files import DataError, DataKeys, Row, read_rows
 from slime.config.rules.data import label_text, row_error
 from slime.core.printable import one_line
 from slime.core.sample import Message, Sample
-from slime.rollout.tokenizer import render_messages, tokenize
+from slime.rollout.chat_template import render_messages
+from slime.rollout.tokenizer import tokenize, tokenize_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +93,10 @@ def load_prompts(
             continue
         texts.append(text)
         rows.append(row)
-    tokens = tokenize(tokenizer, texts, add_special_tokens=not args.apply_chat_template)
+    if args.apply_chat_template:
+        tokens = tokenize(tokenizer, texts, add_special_tokens=False)
+    else:
+        tokens = tokenize_texts(tokenizer, texts)
     prompts: list[Prompt] = []
     for row, ids in zip(rows, tokens, strict=True):
         if longest is not None and len(ids) > longest:

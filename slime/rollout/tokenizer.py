@@ -2,24 +2,22 @@
 
 Path: loaded once by the rollout manager; prompts are tokenised here when their file is loaded, responses never are
 (tokens go in and out of the engine as they are). Invariant: what the chat template wrote is tokenised without special
-tokens added, because it has written them itself.
+tokens added, because it has written them itself; a plain text gets those that begin a text (BOS) once, and none that
+end one (EOS), for it goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import jinja2
+from typing import TYPE_CHECKING
 
 from slime.config.args import Args
-from slime.core.sample import Message
+from slime.rollout.chat_template import render_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OF_TEMPLATES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What an expression in a chat template may raise, as in Python."""
+__all__ = ["load_tokenizer", "render_messages", "tokenize", "tokenize_texts"]
 
 
 def load_tokenizer(args: Args) -> PreTrainedTokenizerBase:
@@ -39,32 +37,37 @@ def load_tokenizer(args: Args) -> PreTrainedTokenizerBase:
         raise ValueError(f"--hf-checkpoint {path}: no tokenizer can be loaded from it: {error}") from error
 
 
-def render_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Sequence[dict[str, Any]] | None
-) -> str:
-    """The chat template's text, up to where the assistant's answer begins.
-
-    transformers renders it in jinja's sandbox: a template reaches the messages, and nothing of Python.
-
-    Raises:
-        ValueError: the template has a fault, or asks for what the sandbox does not allow.
-    """
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=True
-        )
-    except (jinja2.TemplateError, *_OF_TEMPLATES) as error:
-        raise ValueError(
-            f"--hf-checkpoint {tokenizer.name_or_path}: its chat template cannot be rendered "
-            f"({type(error).__name__}: {error}); take another template"
-        ) from error
-    assert isinstance(text, str)
-    return text
-
-
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
     """Token ids of each text."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that are to be continued, each after the special tokens that the tokenizer begins a text with.
+
+    A text that brings these tokens itself gets no second ones. With a tokenizer that writes `<s>` and `</s>` around
+    a text, `"a"` and `"<s>a"` both become `<s> a`.
+    """
+    plain = tokenize(tokenizer, texts, add_special_tokens=False)
+    beginning = _beginning(tokenizer, texts, plain)
+    return [beginning[: len(beginning) - _overlap(beginning, ids)] + ids for ids in plain]
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], plain: Sequence[list[int]]) -> list[int]:
+    """The special tokens before a text's own, as the tokenizer adds them to the shortest of these texts."""
+    ids, text = min(((ids, text) for ids, text in zip(plain, texts, strict=True) if ids), default=([], ""), key=_length)
+    [whole] = tokenize(tokenizer, [text], add_special_tokens=True)
+    places = [place for place in range(len(whole) - len(ids) + 1) if whole[place : place + len(ids)] == ids]
+    return whole[: places[-1]] if ids and places else []
+
+
+def _length(pair: tuple[list[int], str]) -> int:
+    return len(pair[0])
+
+
+def _overlap(beginning: list[int], ids: list[int]) -> int:
+    """How many of the last tokens of `beginning` the text begins with itself."""
+    return max(count for count in range(len(beginning) + 1) if ids[:count] == beginning[len(beginning) - count :])

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any, cast
+from typing import Any
 
 from slime.config.data_files import DataError, DataKeys, Row, read_rows
+from slime.config.messages import messages_fault
 from slime.config.rules.problem import Problem
 
 MAX_REPORTED = 5
@@ -49,11 +50,7 @@ def _fault(data: dict[str, Any], keys: DataKeys, chat_template: bool) -> tuple[s
         if not isinstance(prompt, str):
             return f"{keys.input_key!r} is not text", "for OpenAI messages, add --apply-chat-template"
         return None if prompt else (f"{keys.input_key!r} is empty", "remove the line")
-    messages = cast(list[Any], prompt) if isinstance(prompt, list) else []
-    if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):
-        rule = f"{keys.input_key!r} is not a list of OpenAI messages ({{'role': ..., 'content': ...}})"
-        return rule, "correct the line, or leave out --apply-chat-template for plain text"
-    return None
+    return messages_fault(prompt, keys.input_key)
 
 
 def _is_text_or_number(label: object) -> bool:

@@ -1,0 +1,80 @@
+"""OpenAI messages of a data line: which of them a chat template can be given, and in which form.
+
+Path: `rules.data` asks about every row before anything starts; `rollout.chat_template` renders what passes. Invariant:
+in the form that a template is given every message has a role and a content, and both are text.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+Fault = tuple[str, str]
+"""Rule and remedy."""
+_REMEDY = "correct the line"
+
+
+def messages_fault(prompt: Any, key: str) -> Fault | None:
+    """Why `prompt`, a row's value under `key`, is no conversation that goes on; None where it is one."""
+    rule = f"{key!r} is not a list of OpenAI messages ({{'role': ..., 'content': ...}})"
+    if not isinstance(prompt, list) or not prompt:
+        return rule, "correct the line, or leave out --apply-chat-template for plain text"
+    messages = cast(list[Any], prompt)
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return f"{rule}: message {number} is {_shown(cast(object, message))}", _REMEDY
+        fields = cast(dict[str, Any], message)
+        role = fields.get("role")
+        if not isinstance(role, str) or not role.strip():
+            what = f"the role {_shown(role)}" if "role" in fields else "no role"
+            return f"{rule}: message {number} has {what}", "give it one of system, user, assistant and tool"
+        fault = _content_fault(fields)
+        if fault is not None:
+            return f"{key!r}: message {number}, of role {_shown(role)}, {fault[0]}", fault[1]
+    last = cast(dict[str, Any], messages[-1])
+    if last["role"] == "assistant" and last.get("tool_calls"):
+        rule = f"{key!r}: the last message is the assistant's and calls a tool, so nobody can go on with it"
+        return rule, "append the tool's message, or leave the calls out"
+    return None
+
+
+def _content_fault(message: dict[str, Any]) -> Fault | None:
+    calls: object = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(c, dict) for c in cast(list[Any], calls))):
+        return f"has tool_calls {_shown(cast(object, calls))}, which is not a list of objects", _REMEDY
+    content = message.get("content")
+    if isinstance(content, str):
+        return None
+    if content is None:
+        remedy = 'write a text, "" for an empty one'
+        return None if calls else (f"has {'content null' if 'content' in message else 'no content'}", remedy)
+    if not isinstance(content, list):
+        return f"has the content {_shown(content)}, which is neither text nor a list of parts", _REMEDY
+    if not content:
+        return "has the content [], which has no parts", 'write a text, "" for an empty one'
+    for number, part in enumerate(cast(list[Any], content)):
+        fields = cast(dict[str, Any], part) if isinstance(part, dict) else {}
+        if fields.get("type") != "text":
+            what = f"of type {_shown(fields['type'])}" if "type" in fields else _shown(cast(object, part))
+            return f"has a part {number} that is {what}; models here read text alone", "leave it out"
+        if not isinstance(fields.get("text"), str):
+            return f"has a part {number} whose text is {_shown(fields.get('text'))}", _REMEDY
+    return None
+
+
+def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as a template is given them: parts are joined, and a missing content is "".
+
+    `messages_fault` has found nothing wrong with them.
+    """
+    return [message | {"content": _text(message.get("content"))} for message in messages]
+
+
+def _text(content: str | list[dict[str, str]] | None) -> str:
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
+
+
+def _shown(value: object) -> str:
+    """A value in a message of one line."""
+    return "null" if value is None else repr(value)[:80]

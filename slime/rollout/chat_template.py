@@ -1,0 +1,74 @@
+"""A conversation as text, by the tokenizer's chat template: up to where the assistant's answer begins or goes on.
+
+Path: `prompts` renders every row here, for training, evaluation and supervised fine-tuning alike. Invariant: a
+conversation that ends with the assistant's words is continued (prefill), and gets no second turn of the assistant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from slime.config.messages import plain_messages
+from slime.core.sample import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OF_TEMPLATES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What an expression in a chat template may raise, as in Python."""
+_USUAL_ROLES = ("system", "user", "assistant", "tool")
+
+
+def continues_last_turn(messages: Sequence[Message]) -> bool:
+    """Whether the response goes on with the last message, which is the assistant's."""
+    return messages[-1]["role"] == "assistant"
+
+
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Sequence[dict[str, Any]] | None
+) -> str:
+    """The chat template's text, up to where the assistant's answer begins, or goes on.
+
+    transformers renders it in jinja's sandbox: a template reaches the messages, and nothing of Python.
+
+    Raises:
+        ValueError: the template has a fault, asks for what the sandbox does not allow, or leaves a message out whose
+            role is not a usual one.
+    """
+    messages = plain_messages(messages)
+    text = _render(tokenizer, messages, tools)
+    for number, message in enumerate(messages):
+        if message["role"] not in _USUAL_ROLES and len(messages) > 1 and message["content"]:
+            others = messages[:number] + messages[number + 1 :]
+            try:
+                is_left_out = _render(tokenizer, others, tools) == text
+            except ValueError:  # the template misses it
+                is_left_out = False
+            if is_left_out:
+                raise ValueError(
+                    f"--hf-checkpoint {tokenizer.name_or_path}: its chat template leaves out message {number}, whose "
+                    f"role is {message['role']!r}; give it a role that the template knows"
+                )
+    return text
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Sequence[dict[str, Any]] | None) -> str:
+    continues = continues_last_turn(messages)
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=list(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+        )
+    except (jinja2.TemplateError, *_OF_TEMPLATES) as error:
+        raise ValueError(
+            f"--hf-checkpoint {tokenizer.name_or_path}: its chat template cannot be rendered "
+            f"({type(error).__name__}: {error}); take another template"
+        ) from error
+    assert isinstance(text, str)
+    return text
