@@ -1,18 +1,23 @@
-"""Corrections: importance weights for tokens that another policy made than the one whose gradient is estimated.
+"""Importance weights for tokens that were sampled by another policy than the one whose gradient is estimated.
 
-Path: `losses.policy_loss` multiplies the clipped surrogate of each weighed token by its weight. Invariant: a token that
-is not weighed has weight exactly 1, whatever its log-probs are; no gradient flows through a weight.
+- Used by: `losses.policy_loss` multiplies the clipped surrogate of each corrected token by its weight.
+- Invariant: a token that is not corrected has weight exactly 1, whatever its log-probs are, and no gradient flows
+  through a weight.
 
-Three policies take part (decoupled PPO, Hilton et al., arXiv:2110.00641; with stale samples of a language model:
-AReaL, arXiv:2505.24298):
-- the behaviour policy sampled the token: the engine's log-prob of then, by its numerics and the weights that it held;
-- the proximal policy is what the clip range is around: the trainer's weights before this rollout's first step. With
-  several steps a rollout a forward of its own takes their log-probs, with one step they are the current ones, detached;
-- the current policy is trained: its ratio to the proximal policy is clipped, and knows nothing of the behaviour policy.
-A weight is proximal / behaviour. It is one token's: it makes right how often the token was drawn after its prefix, and
-not how often the prefix was; the product over all tokens of a response would, with a variance that nobody can use.
+Three policies take part (decoupled PPO, Hilton et al., arXiv:2110.00641; for stale samples of a language model: AReaL,
+arXiv:2505.24298):
 
-Shapes: _R response tokens, flat.
+- The behaviour policy sampled the token. Its log-prob is the one that the engine computed at that time, with the
+  engine's numerics and the weights that it held then.
+- The old policy ("proximal" in the papers) is the centre of the clip range: the trainer's weights before the first step
+  on this rollout. With several steps per rollout, a separate forward pass computes its log-probs; with one step they
+  are the current log-probs, detached.
+- The current policy is the one being trained. The clip range bounds its ratio to the old policy; the behaviour policy
+  plays no part in that ratio.
+
+A weight is p_old / p_behaviour of one token. It corrects how often the token was drawn given its prefix. It does not
+correct how often the prefix itself was drawn: that takes the product of the weights over the whole response, whose
+variance is too large to be useful.
 """
 
 from __future__ import annotations
@@ -24,15 +29,16 @@ from torch import Tensor
 def importance_weights(
     proximal_R: Tensor, behaviour_R: Tensor, weighed_R: Tensor, *, low: float, high: float, drop: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Weights exp(proximal - behaviour log-prob) within [low, high], and which tokens were beyond; 1 if not weighed.
+    """Return the weights exp(proximal - behaviour log-prob), bounded to [low, high], and a mask of those out of range.
 
-    `low` 0 and `high` infinite: the plain importance weight, unbiased. Truncation bounds the variance and costs a bias
-    that it bounds, too (Ionides, "Truncated Importance Sampling", J. Comput. Graph. Stat. 17(2), 2008).
+    With `low` 0 and `high` infinite this is the plain importance weight, which is unbiased. Truncation bounds the
+    variance at the price of a bias, which is bounded as well (Ionides, "Truncated Importance Sampling", J. Comput.
+    Graph. Stat. 17(2), 2008).
 
     Args:
-        weighed_R: bool.
-        drop: a weight beyond the range becomes 0 and not the range's end: what is so far off says nothing (masked
-            importance sampling; IcePop, arXiv:2510.18855).
+        weighed_R: bool, the tokens that are corrected. All others get weight 1.
+        drop: set a weight outside the range to 0 instead of to the nearest bound: a token that is so far off carries no
+            usable signal (masked importance sampling; IcePop, arXiv:2510.18855).
     """
     log_weights_R = torch.where(weighed_R, proximal_R - behaviour_R, 0.0).detach()
     weights_R = log_weights_R.exp()

@@ -1,7 +1,8 @@
-"""What belongs to each advantage estimator: the loss's form, and what it reads. One table, without the math.
+"""A table of what each advantage estimator needs and which form of the policy loss goes with it; no math.
 
-Path: rules, the rollout side and training ask it by the value of --advantage-estimator; `advantages.ESTIMATORS` has the
-functions. Invariant: nothing else knows an estimator by its name. Imports no torch: rules read it.
+- Used by: the rules on flags, the rollout side and training, which look up the value of --advantage-estimator.
+  `advantages.ESTIMATORS` has the functions.
+- Invariant: nothing else compares an estimator's name. The module does not import torch, because the rules read it.
 """
 
 from __future__ import annotations
@@ -11,26 +12,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 Surrogate = Literal["token", "sequence", "cispo"]
-"""Forms of the policy loss (`surrogates`): the ratio of a token or of a response is clipped, or a weight is."""
+"""Forms of the policy loss (see `surrogates`): clip each token's ratio, a response's ratio, or a weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EstimatorFacts:
-    """Defaults are grpo's."""
+    """Facts about one estimator; the defaults are the common case."""
 
     surrogate: Surrogate = "token"
     compares_group: bool = True
-    """An advantage is against the other samples of the prompt: one sample alone has none."""
+    """An advantage compares a sample with the others of its prompt, so a single sample has no advantage."""
     divides_by_std: bool = False
-    """By that of the group, unless --disable-grpo-std-normalization."""
+    """Divide advantages by the group's standard deviation, unless --disable-grpo-std-normalization is given."""
     discounts: bool = False
-    """Rewards stand at tokens, and --gamma discounts them."""
+    """Rewards are assigned to tokens and discounted with --gamma."""
     whitens: bool = False
-    """Over the whole rollout, without --normalize-advantages."""
+    """Whiten advantages over the whole rollout, also without --normalize-advantages."""
     needs_values: bool = False
-    """A critic's, of every token."""
+    """The estimator needs a critic's value of every token."""
     distills: bool = False
-    """Its advantages are of a teacher's log-probs; it reads no reward."""
+    """Advantages come from a teacher's log-probs; rewards are not used."""
 
 
 ESTIMATOR_FACTS: Mapping[str, EstimatorFacts] = {
@@ -43,4 +44,4 @@ ESTIMATOR_FACTS: Mapping[str, EstimatorFacts] = {
     "ppo": EstimatorFacts(compares_group=False, discounts=True, needs_values=True),
     "on_policy_distillation": EstimatorFacts(compares_group=False, distills=True),
 }
-"""Every value of --advantage-estimator."""
+"""One row for each value of --advantage-estimator."""

@@ -1,9 +1,10 @@
 """Losses: per-token inputs -> per-token loss and per-token metrics, with no reduction and no parallelism inside.
 
-Path: the trainer's step feeds the log-probs of one micro-batch's response tokens, weighs what comes back with
-`reducers.loss_weights` and sums it. Invariant: gradients flow through `log_probs_R` and `entropy_R` alone.
+- Used by: the trainer's step, which passes the log-probs of one micro-batch's response tokens and sums the result with
+  the weights of `reducers.loss_weights`.
+- Invariant: gradients flow through `log_probs_R` and `entropy_R` alone.
 
-Shapes: _R response tokens of a micro-batch, flat. All log-probs are of softmax(logits / rollout temperature).
+_R: the response tokens of one micro-batch. All log-probs are of softmax(logits / rollout temperature).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from slime.algo.surrogates import clipped, sequence_ratio, token_ratio, weighed_
 
 @dataclass(frozen=True)
 class LossInputs:
-    """`sft_loss` reads `log_probs_R` alone. None: the flags ask for nothing that needs it."""
+    """Everything a loss may read. A field is None when no flag needs it; `sft_loss` reads `log_probs_R` alone."""
 
     log_probs_R: Tensor
     old_log_probs_R: Tensor
@@ -31,25 +32,25 @@ class LossInputs:
     rollout_log_probs_R: Tensor | None = None
     entropy_R: Tensor | None = None
     weighed_R: Tensor | None = None
-    """bool: tokens that take an importance weight, old / rollout (see `corrections`). Masked ones are none."""
+    """bool: tokens that take an importance weight, p_old / p_rollout (see `corrections`). No masked token does."""
     loss_mask_R: Tensor | None = None
     sequences: Sequences | None = None
-    """For losses that need whole responses; there in every training step."""
+    """Maps tokens to responses, for losses that need whole responses; set in every training step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """The flags of the same names, resolved."""
+    """The values of the flags with the same names, after defaults are resolved."""
 
     surrogate: Surrogate
-    """By --advantage-estimator: `estimators.ESTIMATOR_FACTS`."""
+    """Chosen by --advantage-estimator; see `estimators.ESTIMATOR_FACTS`."""
     eps_clip: float
     eps_clip_high: float
     eps_clip_c: float | None
     kl_loss_coef: float
     kl_loss_type: str
     kl_clamp: float | None = None
-    """`Args.kl_loss_clamp`; None: no bound."""
+    """`Args.kl_loss_clamp`; None means that the KL estimate is not bounded."""
     entropy_coef: float
     offpolicy_correction: str
     tis_clip: float
@@ -60,17 +61,23 @@ Loss = Callable[[LossInputs, LossOptions], tuple[Tensor, dict[str, Tensor]]]
 
 
 def policy_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
-    """The surrogate of the options (see `surrogates`), and what they add to it.
+    """Return the policy loss of each token and its metrics: the clipped surrogate, importance weights, KL and entropy.
 
-    - `weighed_R`: the importance weight of tokens that another policy sampled (AReaL, arXiv:2505.24298);
-    - coefficients x KL to the reference, and - entropy, neither of them weighed.
+    loss = weight x surrogate + kl_loss_coef x KL - entropy_coef x entropy
+
+    - `weighed_R` selects the tokens that another policy sampled; they get an importance weight (AReaL,
+      arXiv:2505.24298).
+    - The weight applies to the surrogate alone, not to the KL to the reference model and not to the entropy.
+
+    Metrics, each [R]: `clip_fraction`, `ppo_kl` (old - current log-prob) and `pg_loss` always; `dual_clip_fraction`,
+    `logprob_gap`, `tis_weight`, `tis_clipped`, `kl`, `kl_clamp_fraction` and `entropy` when their inputs are given.
     """
     loss_R, metrics = _surrogate(inputs, options)
     metrics["ppo_kl"] = (inputs.old_log_probs_R - inputs.log_probs_R).detach()
     if inputs.rollout_log_probs_R is not None:
         metrics["logprob_gap"] = (inputs.old_log_probs_R - inputs.rollout_log_probs_R).abs().detach()
     if inputs.weighed_R is not None:
-        assert inputs.rollout_log_probs_R is not None, "weights are taken against them"
+        assert inputs.rollout_log_probs_R is not None, "importance weights need the behaviour policy's log-probs"
         weights_R, beyond_R = importance_weights(
             inputs.old_log_probs_R,
             inputs.rollout_log_probs_R,
@@ -102,7 +109,7 @@ def _surrogate(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[s
     if options.surrogate == "cispo":
         return weighed_log_probs(log_probs_R, token_ratio(log_probs_R, old_R), advantages_R, low=low, high=high)
     if options.surrogate == "sequence":
-        assert inputs.sequences is not None and inputs.loss_mask_R is not None, "the ratio is a whole response's"
+        assert inputs.sequences is not None and inputs.loss_mask_R is not None, "a sequence ratio needs whole responses"
         ratio_R = sequence_ratio(log_probs_R, old_R, inputs.sequences, inputs.loss_mask_R)
     else:
         ratio_R = token_ratio(log_probs_R, old_R)
@@ -110,7 +117,7 @@ def _surrogate(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[s
 
 
 def sft_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative log-likelihood of each response token."""
+    """Return the negative log-likelihood of each response token."""
     return -inputs.log_probs_R, {}
 
 

@@ -1,10 +1,9 @@
-"""Reducers: what turns per-token values into numbers: KL estimators, masked means, whitening, loss weights.
+"""Turn per-token values into numbers: KL estimators, masked means, whitening, loss weights.
 
-Path: losses use the KL estimators, with or without a bound; the trainer computes `loss_weights` once a step, and the
-step's loss is sum(weights x per-token loss). Invariant: a step's weights sum to 1, so neither the cut into
-micro-batches nor the deal to ranks changes the loss.
-
-Shapes: _N samples, _R response tokens of all samples, flat.
+- Used by: the losses (KL estimators, with or without a bound) and the trainer, which computes `loss_weights` once a
+  step; the step's loss is sum(weights x per-token loss).
+- Invariant: the weights of a step sum to 1, so the loss does not depend on how the step is cut into micro-batches or
+  which rank gets which rows.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from torch import Tensor
 
 
 def k1(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
-    """log p - log p_ref: unbiased for KL(p || p_ref) where p sampled (Schulman, "Approximating KL Divergence")."""
+    """Return log p - log p_ref: unbiased for KL(p || p_ref) if p sampled (Schulman, "Approximating KL Divergence")."""
     return log_probs_R - ref_log_probs_R
 
 
 def k2(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
-    """(log p - log p_ref)^2 / 2: biased, low variance, never negative."""
+    """Return (log p - log p_ref)^2 / 2: biased, low variance, never negative."""
     return (log_probs_R - ref_log_probs_R).square() / 2
 
 
 def k3(log_probs_R: Tensor, ref_log_probs_R: Tensor) -> Tensor:
-    """r - 1 - log r with r = p_ref / p: unbiased and never negative (the same note; DeepSeekMath eq. 4)."""
+    """Return r - 1 - log r with r = p_ref / p: unbiased and never negative (Schulman's note; DeepSeekMath eq. 4)."""
     log_ratio_R = ref_log_probs_R - log_probs_R
     return torch.expm1(log_ratio_R) - log_ratio_R
 
@@ -37,11 +36,12 @@ KL_ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2
 def bounded_kl(
     kind: str, log_probs_R: Tensor, ref_log_probs_R: Tensor, clamp: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The KL estimate of each token within [-clamp, clamp], and which tokens were beyond; None: no bound.
+    """Return each token's KL estimate, bounded to [-clamp, clamp], and a mask of those out of range (None: no bound).
 
-    A token beyond the bound gets no gradient. k3 is exponential in the log-ratio where the reference is the likelier
-    one: at a log-ratio of 5 its gradient is -147, and one such token outweighs a whole batch. The estimate is taken at
-    a log-ratio of 0 there, so that an infinite one does not turn the gradient into nan.
+    A token out of range gets no gradient. k3 grows exponentially when the reference finds the token more likely than
+    the policy does: at log p_ref - log p = 5 its gradient is -147, so one such token outweighs a whole batch. For these
+    tokens the estimate is evaluated at a log-ratio of 0 and then replaced, because an infinite log-ratio would turn the
+    gradient into nan.
     """
     estimator = KL_ESTIMATORS[kind]
     if clamp is None:
@@ -55,13 +55,13 @@ def bounded_kl(
 
 
 def masked_mean(values_R: Tensor, mask_R: Tensor) -> Tensor:
-    """0-d mean of the values where the mask is not 0; 0 where it is 0 everywhere."""
-    kept_R = torch.where(mask_R != 0, values_R, 0.0)  # not a product: nan x 0 is nan
+    """Return the mean of the values where the mask is not 0, as a 0-d tensor; 0 when the mask is 0 everywhere."""
+    kept_R = torch.where(mask_R != 0, values_R, 0.0)  # `where` and not a product, because nan x 0 is nan
     return kept_R.sum() / (mask_R != 0).sum().clamp(min=1)
 
 
 def whiten(values_R: Tensor, mask_R: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the masked entries, in float64; 0 outside the mask."""
+    """Shift and scale to mean 0 and standard deviation 1 over the masked entries, in float64; 0 outside the mask."""
     values = values_R.double()
     centred = torch.where(mask_R != 0, values - masked_mean(values, mask_R), 0.0)
     std = masked_mean(centred.square(), mask_R).sqrt()
@@ -69,11 +69,15 @@ def whiten(values_R: Tensor, mask_R: Tensor) -> Tensor:
 
 
 def loss_weights(loss_mask_R: Tensor, response_lengths_N: Tensor, counted_N: Tensor, *, per_token: bool) -> Tensor:
-    """[R] float64: each token's weight in the loss of the step that the rows make up.
+    """Return each token's weight in the loss of one optimizer step, [R] float64.
 
-    Per sample (default): mask / (the sample's masked tokens) / (samples that count), the mean of samples' means.
-    Per token: mask / (masked tokens of all samples that count). A sample counts where `counted_N` says so and its
-    mask is not empty. The weights sum to 1, or to 0 where nothing counts.
+    - Per sample (default): mask / (the sample's unmasked tokens) / (samples that count), so the loss is the mean of the
+      samples' means.
+    - Per token: mask / (unmasked tokens of all samples that count).
+
+    A sample counts when its `counted_N` is True and its mask is not all 0. The weights sum to 1, or to 0 when no sample
+    counts. Example: two samples with masks [1, 1] and [1, 0, 1, 1] have 2 and 3 unmasked tokens. Per sample the weights
+    are 1/4, 1/4 and 1/6, 0, 1/6, 1/6; per token all five are 1/5.
     """
     row_R = torch.repeat_interleave(torch.arange(len(response_lengths_N)), response_lengths_N)
     mask_R = loss_mask_R.double() * counted_N[row_R]

@@ -1,7 +1,7 @@
-"""Which address of this machine others reach it at.
+"""The address that other hosts use to reach this machine.
 
-Path: engines, their weight group and the rules about them go by what this says. Invariant: what talks to this machine
-alone stays on loopback.
+- Used by: the engines, their weight sync group and the rules on both.
+- Invariant: a service that only this machine uses stays on loopback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` (a name or an address) is this machine's own loopback."""
+    """Return whether `host` (a name or an address) is this machine's own loopback."""
     if host == "localhost":
         return True
     try:
@@ -25,15 +25,15 @@ def is_loopback(host: str) -> bool:
 
 
 def own_address(towards: str) -> str:
-    """This machine's address on the way to the host `towards`."""
+    """Return this machine's address on the network route to the host `towards`."""
     if is_loopback(towards):
         return LOOPBACK
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((towards, 9))  # sends nothing
+        probe.connect((towards, 9))  # UDP: chooses a route and sends nothing
         return probe.getsockname()[0]
 
 
 def address_for(urls: Iterable[str]) -> str:
-    """The address at which all of `urls` reach this machine: loopback, unless one of them stands elsewhere."""
+    """Return an address at which all `urls` reach this machine: loopback, unless one of them is on another host."""
     elsewhere = [host for url in urls if not is_loopback(host := urlsplit(url).hostname or "")]
     return own_address(elsewhere[0]) if elsewhere else LOOPBACK

@@ -1,7 +1,7 @@
-"""Architecture: the shape of a decoder-only model, resolved from MODEL_ARGS and the HF config.json.
+"""Architecture: the sizes and options of a decoder-only model, resolved from MODEL_ARGS and the HF config.json.
 
-Path: `config.architecture` makes it, then Megatron's build, the weight tables and the embedded engine read it.
-Invariant: nothing here is "unset"; whoever holds one can build the model.
+- Used by: `config.architecture` makes it; Megatron's build, the weight tables and the embedded engine read it.
+- Invariant: no field is unset. Whoever holds an Architecture can build the model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """RoPE scaling of type llama3; `core.rotary` says what it does. The defaults are Llama 3.1's."""
+    """RoPE scaling of type llama3 (the formula is in `core.rotary`). The defaults are those of Llama 3.1."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -23,7 +23,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Sizes are Megatron's: `ffn_hidden_size` of one of the two gated halves, `kv_channels` of one head."""
+    """The sizes of a decoder-only model, by Megatron's names.
+
+    `ffn_hidden_size` is the size of one of the two gated halves, `kv_channels` the size of one head.
+    """
 
     family: str
     """HF `model_type`: 'glm4', 'glm4_moe', 'llama', 'qwen2', 'qwen3', 'qwen3_moe'."""
@@ -34,7 +37,7 @@ class Architecture:
     num_query_groups: int
     kv_channels: int
     vocab_size: int
-    """As in config.json, before Megatron's padding."""
+    """The size in config.json, before Megatron's padding."""
     max_position_embeddings: int
     norm_epsilon: float
     rotary_base: float
@@ -48,28 +51,31 @@ class Architecture:
     tied_embeddings: bool = False
 
     num_experts: int = 0
-    """Routed experts of a layer; 0: a dense model, which the fields below say nothing about."""
+    """The number of routed experts in a layer; 0 means a dense model, for which the fields below have no meaning."""
     moe_ffn_hidden_size: int = 0
-    """Of one routed expert; `ffn_hidden_size` is then that of the dense layers."""
+    """The size of one routed expert; `ffn_hidden_size` is then the size of the dense layers."""
     moe_router_topk: int = 0
-    """Experts that a token goes to."""
+    """The number of experts that each token goes to."""
     first_dense_layers: int = 0
-    """Layers before the first one of experts; all behind it have experts."""
+    """The number of dense layers before the first MoE layer; all later layers have experts."""
     shared_expert_ffn_hidden_size: int = 0
-    """Of the expert that every token goes to (several shared ones are one of their sizes' sum); 0: none."""
+    """The size of the shared expert, which every token goes to; for several shared experts, their sum. 0: none."""
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     router_bias: bool = False
-    """A bias an expert that is added to scores for the choice alone (HF e_score_correction_bias): no gradient."""
+    """Each expert has a bias that is added to the scores only when experts are chosen; it has no gradient.
+
+    HF's name for it is e_score_correction_bias.
+    """
     norm_topk_prob: bool = True
-    """The chosen experts' weights are divided by their sum."""
+    """Divide the weights of the chosen experts by their sum."""
     routed_scaling_factor: float = 1.0
     router_groups: int = 1
-    """Groups of experts; a token's come from the best `router_topk_groups` of them."""
+    """The number of groups of experts; a token's experts come from the best `router_topk_groups` of them."""
     router_topk_groups: int = 1
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
-        """Undoes `dataclasses.asdict`, also after a way through JSON."""
+        """Undo `dataclasses.asdict`, also after the values went through JSON."""
         own = dict(values)
         if own.get("rope_scaling") is not None:
             own["rope_scaling"] = RopeScaling(**own["rope_scaling"])
@@ -77,11 +83,11 @@ class Architecture:
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that RoPE rotates."""
+        """The number of channels of a head that RoPE rotates."""
         return int(self.kv_channels * self.rotary_percent)
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer number `layer`, counted from 0, has experts."""
+        """Return whether layer number `layer`, counted from 0, has experts."""
         return self.num_experts > 0 and layer >= self.first_dense_layers
 
     @property
@@ -89,15 +95,15 @@ class Architecture:
         return self.num_layers - self.first_dense_layers if self.num_experts else 0
 
     def num_parameters(self) -> int:
-        """Parameters, the embedding and the output layer (if it is one of its own) counted; a router's bias is none."""
+        """Return the number of parameters, with the embedding and an untied output layer, without router biases."""
         return self._parameters(self.num_experts)
 
     def num_active_parameters(self) -> int:
-        """Those that one token passes through: of routed experts only the chosen ones."""
+        """Return the number of parameters that one token uses: of the routed experts only the chosen ones."""
         return self._parameters(self.moe_router_topk if self.num_experts else 0)
 
     def _parameters(self, experts: int) -> int:
-        """With `experts` routed experts a layer."""
+        """Count the parameters with `experts` routed experts in each layer."""
         head = self.kv_channels
         qkv = self.hidden_size * head * (self.num_attention_heads + 2 * self.num_query_groups)
         bias = head * (self.num_attention_heads + 2 * self.num_query_groups) if self.add_qkv_bias else 0
@@ -113,6 +119,6 @@ class Architecture:
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
-    """Megatron's rule: the next multiple of `divisible_by` x TP."""
+    """Return the vocabulary size rounded up to a multiple of `divisible_by` x TP, which is Megatron's rule."""
     multiple = divisible_by * tensor_parallel_size
     return (vocab_size + multiple - 1) // multiple * multiple

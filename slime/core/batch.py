@@ -1,10 +1,9 @@
-"""TrainBatch: the columns that training reads, one declaration a column.
+"""TrainBatch: the columns that training reads, with one declaration for each column.
 
-Path: made from kept Samples by `from_samples`, handed to every trainer as plain numpy (zero-copy through Ray),
-cut into micro-batches by `core.packing` and packed by `megatron.microbatch`. Invariant: every column that is
-present covers all rows (optional columns are all or none), ragged ones lie flat, row after row.
-
-Shape legend: _N rows (samples), _T all tokens of all rows, _R all response tokens of all rows.
+- Made from: the kept Samples, by `from_samples`. Every trainer gets it as plain numpy arrays (zero-copy through Ray),
+  `core.packing` plans its micro-batches and `megatron.microbatch` packs them.
+- Invariant: every column covers all rows (an optional column exists for all samples or for none), and ragged columns
+  are flat, one row after the other.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Array = NDArray[Any]
 
 
 class Axis(Enum):
-    """What a column has one entry for."""
+    """The axis along which a column has one entry."""
 
     SAMPLE = "sample"
     TOKEN = "token"
@@ -32,7 +31,7 @@ class Axis(Enum):
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its axis, dtype, and the value that stands where padding is packed in."""
+    """One column: its axis, its dtype, and the value of the entries that pad a micro-batch."""
 
     axis: Axis
     dtype: str
@@ -40,34 +39,57 @@ class Column:
     required: bool
     meaning: str
     num_dims: int = 1
-    """Of its array; entries of more than one number have their own shape behind the axis."""
+    """The number of dimensions of its array. Entries of more than one number have their own axes after the first."""
 
 
 COLUMNS: Mapping[str, Column] = {
     "tokens": Column(Axis.TOKEN, "int64", 0, True, "prompt and response tokens"),
-    "loss_mask": Column(Axis.RESPONSE, "float32", 0, True, "1 where a response token counts in the loss"),
-    "rewards": Column(Axis.SAMPLE, "float32", 0, True, "raw reward; nan where it failed"),
-    "group_indices": Column(Axis.SAMPLE, "int64", -1, True, "samples of one prompt share it"),
-    "sample_indices": Column(Axis.SAMPLE, "int64", -1, True, "the sample's number over the run, for messages"),
+    "loss_mask": Column(Axis.RESPONSE, "float32", 0, True, "1 for a response token that counts in the loss"),
+    "rewards": Column(Axis.SAMPLE, "float32", 0, True, "raw reward; nan if the reward failed"),
+    "group_indices": Column(Axis.SAMPLE, "int64", -1, True, "number of the group; samples of one prompt share it"),
+    "sample_indices": Column(Axis.SAMPLE, "int64", -1, True, "number of the sample in the whole run, for messages"),
     "routed_experts": Column(
-        Axis.TOKEN, "int32", -1, False, "[layers of experts, chosen] the engine's experts; -1: the router decides", 3
+        Axis.TOKEN, "int32", -1, False, "[MoE layers, topk] the engine's experts; -1: the trainer's router chooses", 3
     ),
     "rollout_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "the engine's log-prob at generation"),
-    "policy_versions": Column(Axis.RESPONSE, "int32", -1, False, "policy version that made the token"),
-    "offpolicy": Column(Axis.RESPONSE, "bool", 0, False, "older weights than the trainer's made the token"),
+    "policy_versions": Column(Axis.RESPONSE, "int32", -1, False, "policy version that sampled the token"),
+    "offpolicy": Column(Axis.RESPONSE, "bool", 0, False, "the token was sampled with older weights than the trainer's"),
     "weighed": Column(Axis.RESPONSE, "bool", 0, False, "the token takes an importance weight in the loss"),
-    "log_probs": Column(Axis.RESPONSE, "float32", 0, False, "old policy's log-prob, by the trainer"),
-    "ref_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "reference policy's log-prob"),
-    "values": Column(Axis.RESPONSE, "float32", 0, False, "critic's value of the state before the token"),
-    "returns": Column(Axis.RESPONSE, "float32", 0, False, "what the critic learns: advantage + value"),
+    "log_probs": Column(Axis.RESPONSE, "float32", 0, False, "log-prob under the old policy, by the trainer"),
+    "ref_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "log-prob under the reference model"),
+    "values": Column(Axis.RESPONSE, "float32", 0, False, "the critic's value of the state before the token"),
+    "returns": Column(Axis.RESPONSE, "float32", 0, False, "the critic's target: advantage + value"),
     "advantages": Column(Axis.RESPONSE, "float32", 0, False, "advantage of each response token"),
-    "loss_weights": Column(Axis.RESPONSE, "float32", 0, False, "weight in the step's loss; sums to 1 over the step"),
+    "loss_weights": Column(Axis.RESPONSE, "float32", 0, False, "weight in the loss; those of a step sum to 1"),
 }
 
 
 @dataclass
 class TrainBatch:
-    """Rows of one rollout. `columns[name]` is flat: [N], [T] or [R] by its axis."""
+    """The rows of one rollout. `columns[name]` is flat: [N], [T] or [R], by the column's axis.
+
+    Example: two samples of one prompt (tokens 7, 8), one with two response tokens and one with a single one, so N = 2,
+    T = 4 + 3 = 7 and R = 2 + 1 = 3.
+
+    >>> from slime.core.sample import Sample
+    >>> samples = [
+    ...     Sample(group_index=0, index=0, tokens=[7, 8, 1, 2], prompt_length=2, response_length=2, reward=1.0),
+    ...     Sample(group_index=0, index=1, tokens=[7, 8, 3], prompt_length=2, response_length=1, loss_mask=[0]),
+    ... ]
+    >>> batch = from_samples(samples)
+    >>> batch.total_lengths_N.tolist(), batch.response_lengths_N.tolist()
+    ([4, 3], [2, 1])
+    >>> batch.columns["tokens"].tolist()
+    [7, 8, 1, 2, 7, 8, 3]
+    >>> batch.columns["loss_mask"].tolist()
+    [1.0, 1.0, 0.0]
+    >>> batch.columns["rewards"].tolist()
+    [1.0, nan]
+    >>> [row.tolist() for row in batch.rows("tokens")]
+    [[7, 8, 1, 2], [7, 8, 3]]
+    >>> batch.select([1]).columns["tokens"].tolist()
+    [7, 8, 3]
+    """
 
     total_lengths_N: Array
     response_lengths_N: Array
@@ -101,12 +123,12 @@ class TrainBatch:
         return name in self.columns
 
     def rows(self, name: str) -> list[Array]:
-        """The column as one array a row (views)."""
+        """Return the column as one array for each row (views)."""
         ends = np.cumsum(self._row_sizes(name))
         return np.split(self.columns[name], ends[:-1])
 
     def select(self, indices: Sequence[int]) -> TrainBatch:
-        """The rows `indices`, in that order."""
+        """Return the rows `indices`, in that order."""
         index = np.asarray(indices, dtype=np.int64)
         columns: dict[str, Array] = {}
         for name, values in self.columns.items():
@@ -116,13 +138,13 @@ class TrainBatch:
         return TrainBatch(self.total_lengths_N[index], self.response_lengths_N[index], columns)
 
     def without(self, name: str) -> TrainBatch:
-        """The same rows without a column that not all of them need to have."""
+        """Return the batch without one optional column."""
         assert not COLUMNS[name].required
         columns = {key: values for key, values in self.columns.items() if key != name}
         return TrainBatch(self.total_lengths_N, self.response_lengths_N, columns)
 
     def with_column(self, name: str, values: Array) -> TrainBatch:
-        """The same rows and one more column (or another value of it)."""
+        """Return the batch with one more column, or with new values for a column that it has."""
         return TrainBatch(
             self.total_lengths_N,
             self.response_lengths_N,
@@ -136,15 +158,15 @@ def _ragged(name: str, rows: Sequence[Sequence[float]]) -> Array:
 
 
 def _routes(samples: Sequence[Sample]) -> Array | None:
-    """The experts of every token; None where no sample has any.
+    """Return the experts of every token as one column; None when no sample has any.
 
-    An engine routed all tokens but a sample's last, and none of a sample that has no response.
+    An engine routes all tokens of a sample but the last one, and none when the sample has no response.
     """
     shapes = {s.routed_experts.shape[1:] for s in samples if s.routed_experts is not None}
     if not shapes:
         return None
     if len(shapes) > 1:
-        raise ValueError(f"samples carry routed_experts of different [layers, experts]: {sorted(shapes)}")
+        raise ValueError(f"samples have routed_experts of different [layers, experts]: {sorted(shapes)}")
     column = COLUMNS["routed_experts"]
     flat = np.full((sum(len(s.tokens) for s in samples), *shapes.pop()), int(column.padding), dtype=column.dtype)
     start = 0
@@ -152,18 +174,19 @@ def _routes(samples: Sequence[Sample]) -> Array | None:
         if sample.routed_experts is not None:
             flat[start : start + len(sample.routed_experts)] = sample.routed_experts
         elif sample.response_length:
-            raise ValueError(f"sample {sample.index} carries no routed_experts, which others do: all or none have to")
+            raise ValueError(f"sample {sample.index} has no routed_experts, but others do: all or none must have them")
         start += len(sample.tokens)
     return flat
 
 
 def from_samples(samples: Sequence[Sample], reward_key: str | None = None) -> TrainBatch:
-    """Columns of `samples`, in order.
+    """Turn samples into the columns of a TrainBatch, in order.
 
-    A failed reward becomes nan: the advantage estimator leaves that sample out of baseline and loss.
+    A failed reward becomes nan; the advantage estimator then leaves that sample out of the baseline and the loss.
 
     Raises:
-        ValueError: a sample's per-token fields disagree, or an optional field is there for some samples only.
+        ValueError: a sample's per-token fields disagree in length, or an optional field is present in some samples
+            only.
     """
     if not samples:
         raise ValueError("no samples to train on")
@@ -171,8 +194,8 @@ def from_samples(samples: Sequence[Sample], reward_key: str | None = None) -> Tr
         sample.check()
         if sample.group_index < 0 or sample.index < 0:
             raise ValueError(
-                f"a sample with group_index {sample.group_index} and index {sample.index}: whoever made it has to "
-                "keep both from the sample that it was given, or samples of different prompts are taken for one group"
+                f"a sample has group_index {sample.group_index} and index {sample.index}: the function that made it "
+                "must copy both from the sample that it was given, or samples of different prompts would form one group"
             )
     columns: dict[str, Array] = {
         "tokens": _ragged("tokens", [s.tokens for s in samples]),
@@ -184,13 +207,13 @@ def from_samples(samples: Sequence[Sample], reward_key: str | None = None) -> Tr
         "sample_indices": np.asarray([s.index for s in samples], dtype="int64"),
     }
     for name in ("rollout_log_probs", "policy_versions"):
-        # A sample without a response has no token to carry anything: it neither gives a column nor denies it.
+        # A sample without a response has no tokens, so it has no say in whether the column exists.
         values = [getattr(s, name) for s in samples if s.response_length]
         present = [v for v in values if v is not None]
         if present and len(present) == len(values):
             columns[name] = _ragged(name, present)
         elif present:
-            raise ValueError(f"{len(present)} of {len(values)} samples carry {name}: all or none have to")
+            raise ValueError(f"{len(present)} of {len(values)} samples have {name}: all or none must have it")
     routes = _routes(samples)
     if routes is not None:
         columns["routed_experts"] = routes

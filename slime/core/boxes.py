@@ -1,14 +1,14 @@
-r"""Boxes in a response: what `\boxed{...}` and `\fbox{...}` hold, and which of them is the answer.
+r"""Boxes in a response: the content of `\boxed{...}` and `\fbox{...}`, and which of them is the answer.
 
-Path: the rules read answers with it, and labels that hold a box. Invariant: it is linear in the text, whatever stands
-in it, and a box that is cut off is no answer.
+- Used by: the rule-based graders, on answers and on labels that contain a box.
+- Invariant: the time is linear in the length of any text, and a box that is cut off is not an answer.
 
     \boxed{34}, \boxed {34}, \fbox{34}          34
-    \boxed 34, \boxed\frac12                    34, \frac12: the next word of the same line, without a full stop
-    \boxed{x=\boxed{5}}                          x={5}: the outer one
+    \boxed 34, \boxed\frac12                    34, \frac12: the next word on the same line, without a full stop
+    \boxed{x=\boxed{5}}                         x={5}: the outer one
     \boxed{1} no, \boxed{34}                    34: the last one
-    \boxed{3} and \boxed{5}; \boxed{3}, \boxed{5}     3, 5: nothing but a separator is between them, so they are a list
-    x=\boxed{3}, y=\boxed{5}                    5, and the list 3, 5 where the label is one
+    \boxed{3} and \boxed{5}; \boxed{3}, \boxed{5}     3, 5: a list, because only a separator is between them
+    x=\boxed{3}, y=\boxed{5}                    5, or the list 3, 5 if the label is a list
     \boxed{34} ... \boxed{1                     none: the last one does not close
 """
 
@@ -19,17 +19,17 @@ from dataclasses import dataclass
 
 _NAMES = r"(?:boxed|fbox)(?![A-Za-z])"
 _TOKEN = re.compile(rf"(?P<box>\\{_NAMES}\s*\{{?)|\\\\(?!{_NAMES})|\\[{{}}]|(?P<open>\{{)|(?P<close>\}})")
-"""A box, a pair of backslashes, an escaped brace, a brace. (JSON's `\\\\boxed` is a box, too.)"""
+"""Matches a box, a pair of backslashes, an escaped brace, or a brace. (`\\\\boxed`, as in JSON, is a box too.)"""
 _BOX = re.compile(rf"\\{_NAMES}")
 _WORD_START = re.compile(r"[-+−]?[0-9.]|\\[A-Za-z{]|[-+−]?[A-Za-z](?![A-Za-z])|[(\[|]")
-"""What a box without braces may begin with: prose that names `\\boxed` goes on with a word."""
+"""The start of a box without braces. Text that only mentions `\\boxed` continues with an ordinary word instead."""
 _WORD_PART = re.compile(r"\\[)\]]|\\[A-Za-z]+|\\.|[\s$(){}\[\]]")
 _MAX_WORD = 200
 _INNER = re.compile(rf"\\{_NAMES}[ \t]*(?=\{{)")
-"""The command of a box inside another: its braces stay."""
+"""The command of a box inside another box; it is removed and its braces stay."""
 
 _MAX_GAP = 80
-"""Characters between two boxes that are joined."""
+"""The largest number of characters between two boxes that form a list."""
 _MAX_JOINED = 20
 _SPACE = r"(?:[\s$*~]|\\[()\[\],;:! ]|\\q?quad\b)*"
 _WITH_WORD = r"(?:\b(?:and|or)\b|\\(?:text|mathrm|textrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|[和或与及])"
@@ -39,7 +39,7 @@ _NAMED = re.compile(rf"{_BARE.pattern}(?:\\?[A-Za-z]+(?:_(?:\w|\{{\w+\}}))?)\s*=
 
 @dataclass(frozen=True)
 class Box:
-    """One box: where its command starts, where it ends, and what it holds."""
+    """One box: where its command starts, where the box ends, and its content."""
 
     start: int
     end: int
@@ -48,10 +48,10 @@ class Box:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a response answers.
+    """The answer that a response gives in its boxes.
 
-    `text`: the last box, or the list of those that only a separator joins to it. `parts`: the boxes of that list, and
-    of one whose entries are named (`x=\\boxed{3}, y=\\boxed{5}`); empty where the last box is alone.
+    `text` is the last box, or the list of all boxes that only separators connect to it. `parts` has the boxes of that
+    list, or of a list with named entries (`x=\\boxed{3}, y=\\boxed{5}`); it is empty when the last box is alone.
     """
 
     text: str
@@ -59,13 +59,13 @@ class Answer:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last box holds (see the module); None where there is none, it is empty, or it does not close."""
+    """Return the content of the last box (see the module); None if there is none, it is empty, or it does not close."""
     answer = boxed(text)
     return None if answer is None else answer.text
 
 
 def boxed(text: str, within: int | None = None) -> Answer | None:
-    """The answer in the last box; None as in `last_boxed`. Only boxes that start before `within` count."""
+    """Return the answer in the last box, None as in `last_boxed`. Only boxes that start before `within` count."""
     boxes = find_boxes(text)
     if boxes is None:
         return None
@@ -87,12 +87,12 @@ def boxed(text: str, within: int | None = None) -> Answer | None:
 
 
 def names_box(text: str) -> bool:
-    """Whether there is a box in the text, also an empty one or one that does not close."""
+    """Return whether the text has a box, including an empty one and one that does not close."""
     return _BOX.search(text) is not None
 
 
 def join(text: str, first: Box, second: Box) -> bool | None:
-    """Whether a separator alone is between two boxes; False where a name follows it; None where they are not joined."""
+    """Return True if only a separator is between two boxes, False if a name follows it (`, y=`), otherwise None."""
     gap = text[first.end : second.start] if second.start - first.end <= _MAX_GAP else ""
     if _BARE.fullmatch(gap):
         return True
@@ -100,11 +100,11 @@ def join(text: str, first: Box, second: Box) -> bool | None:
 
 
 def find_boxes(text: str) -> list[Box] | None:
-    """The boxes that hold something, in order, of nested ones the outer; None where the last one does not close."""
+    """Return the boxes with content, in order; of nested boxes the outer one. None when the last box does not close."""
     spans: list[tuple[int, int, int, int]] = []
-    """Start and end of a box, and of what it holds."""
+    """For each box: its start and end, then the start and end of its content."""
     opened: list[tuple[int, int] | None] = []
-    """For each open brace the start of its box and of what it holds; None for one of no box."""
+    """For each open brace: the start of its box and of the content; None if the brace belongs to no box."""
     position = 0
     while (token := _TOKEN.search(text, position)) is not None:
         position = token.end()
@@ -128,9 +128,9 @@ def find_boxes(text: str) -> list[Box] | None:
 
 
 def _word_end(text: str, start: int) -> int:
-    """Where the word ends that a box without braces holds; `start` where there is none.
+    """Return the end of the word that a box without braces contains, or `start` if there is none.
 
-    A word goes on to a space, the end of the formula or a bracket that was not opened in it.
+    The word ends at a space, at the end of the formula, or at a closing bracket that was not opened inside it.
     """
     if _WORD_START.match(text, start) is None:
         return start

@@ -1,15 +1,19 @@
-"""Runs one command, and ends it and everything that it started when its owner is gone.
+"""A process guard: runs one command, and ends it and everything that it started when the command's owner is gone.
 
     python -S -E guard.py LOG [directory=DIR] [keep=FD,FD] -- COMMAND...
 
-It uses the standard library only, and starts in about 20 ms. LOG: the file that gets the command's output; "-": the
-guard's own standard error. DIR: removed when the command has ended. FD: descriptors that the command inherits.
+- LOG: the file for the command's output; "-" is the guard's own standard error.
+- DIR: a directory that is removed after the command has ended.
+- FD: file descriptors that the command inherits.
 
-Path: `engine.launch` starts engines and the router with it, `rollout.rm_hub.process` reward workers; each holds the
-other end of a pipe that is the guard's standard input. Invariant: when that pipe closes, or the owner has died, the
-command's process group gets SIGTERM, and SIGKILL a grace later, with every descendant that has left the group or its
-session. A byte in the pipe does the same without a grace. The command dies with the guard too. The guard prints the
-command's process id and exits with its code.
+The guard uses the standard library only and starts in about 20 ms. It prints the command's process id and exits with
+the command's exit code.
+
+- Used by: `engine.launch` (engines and the router) and `rollout.rm_hub.process` (reward workers). The owner holds the
+  other end of a pipe that is the guard's standard input.
+- Invariant: when that pipe closes or the owner dies, the command's process group gets SIGTERM, and after a grace period
+  SIGKILL; so does every descendant, even one that left the process group or the session. If the guard itself dies, the
+  command dies with it. A byte on the pipe ends the command at once, without the grace period.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import time
 from types import FrameType
 
 GUARD = (sys.executable, "-S", "-E", __file__)
-"""The command that starts it."""
+"""The command that starts the guard."""
 END_AT_ONCE = b"\n"
 GRACE = 5.0
 POLL = 0.5
@@ -32,7 +36,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def _start(log: str, command: list[str], keep: list[int]) -> int:
-    """Fork and exec in a process group of its own -> process id."""
+    """Fork, and exec the command in a process group of its own; return its process id."""
     libc = ctypes.CDLL(None, use_errno=True)
     guard = os.getpid()
     pid = os.fork()
@@ -40,7 +44,7 @@ def _start(log: str, command: list[str], keep: list[int]) -> int:
         return pid
     try:
         os.setpgid(0, 0)
-        # Tied to the forking thread; the guard has only one, so here that means the guard.
+        # The kernel sends this signal when the forking thread ends. The guard has one thread: when the guard ends.
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != guard:
             os._exit(1)
@@ -68,7 +72,7 @@ def _signal_group(pid: int, number: int) -> None:
 
 
 def _end(pid: int, grace: float) -> None:
-    """SIGTERM to the group, SIGKILL to what is left of it after `grace` seconds."""
+    """Send SIGTERM to the group, wait up to `grace` seconds, and send SIGKILL to whatever is left."""
     if grace:
         _signal_group(pid, signal.SIGTERM)
     deadline = time.monotonic() + grace
@@ -82,10 +86,13 @@ def _end(pid: int, grace: float) -> None:
 
 
 def _end_orphans() -> None:
-    """SIGKILL to what the command left behind, its children, theirs; wait until they are gone."""
+    """Send SIGKILL to what the command left running, to its children and so on, and wait until they are gone.
+
+    Orphans become the guard's children because it is a subreaper, so one level after the other turns up here.
+    """
     while children := _children():
         for child in children:
-            os.kill(child, signal.SIGKILL)  # ours, and not waited for yet: nobody else can have the number
+            os.kill(child, signal.SIGKILL)  # safe: our child keeps its number until we wait for it
         for child in children:
             os.waitpid(child, 0)
 
@@ -98,7 +105,7 @@ def _children() -> list[int]:
             with open(f"/proc/{name}/stat", "rb") as file:
                 parent = int(file.read().rpartition(b")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
-            continue  # has ended meanwhile
+            continue  # it has ended in the meantime
         if parent == me:
             found.append(int(name))
     return found
@@ -112,13 +119,13 @@ def main() -> int:
         return _watch(before[0], command, keep)
     finally:
         if "directory" in options:
-            import shutil  # here: it takes as long to import as all the rest
+            import shutil  # imported here because it takes as long as all other imports together
 
             shutil.rmtree(options["directory"], ignore_errors=True)
 
 
 def _watch(log: str, command: list[str], keep: list[int]) -> int:
-    """Run the command until it ends or is to end -> the exit code."""
+    """Run the command until it ends or must end; return the exit code."""
     parent = os.getppid()
     wake, wakeup = os.pipe()
     for end in (wake, wakeup):
@@ -130,25 +137,25 @@ def _watch(log: str, command: list[str], keep: list[int]) -> int:
         if number == signal.SIGTERM:
             asked_to_end.append(number)
 
-    signal.signal(signal.SIGCHLD, wake_up)  # `wakeup` gets a byte for it
+    signal.signal(signal.SIGCHLD, wake_up)  # each signal writes a byte to `wakeup`
     signal.signal(signal.SIGTERM, wake_up)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the command become ours
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # the command's orphans become our children
     pid = _start(log, command, keep)
     for descriptor in keep:
-        os.close(descriptor)  # the owner is to notice when the command closes its end
+        os.close(descriptor)  # so that the owner notices when the command closes its end
     os.write(1, b"%d\n" % pid)
     while True:
         done, status = os.waitpid(-1, os.WNOHANG)
         if done and done != pid:
-            continue  # an orphan of the command's, ended
+            continue  # an orphan of the command has ended
         if done:
-            _signal_group(pid, signal.SIGKILL)  # what the command itself left behind
+            _signal_group(pid, signal.SIGKILL)  # whatever the command left running
             _end_orphans()
             return os.waitstatus_to_exitcode(status) & 0xFF
         ready, _, _ = select.select([0, wake], [], [], POLL)
         said = os.read(0, 1) if 0 in ready else None
-        # A forked child of the parent may hold the pipe open beyond the parent's death: the parent is asked for, too.
+        # A forked child of the owner may keep the pipe open after the owner's death, so check the owner as well.
         if asked_to_end or os.getppid() != parent or said is not None:
             _end(pid, 0.0 if said else GRACE)
             return 0

@@ -1,7 +1,7 @@
 """Masking secrets in text: credentials inside URLs, and secrets that are known by their value.
 
-Path: `config.secrets` makes a Masker from a run's arguments; whatever prints, logs or writes text passes it through.
-Invariant: a masked text keeps everything else, in a URL its scheme, host and path.
+- Used by: `config.secrets` makes a Masker from a run's arguments; everything that prints, logs or writes text uses it.
+- Invariant: masking changes nothing else; a masked URL keeps its scheme, host and path.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 HIDDEN = "***"
 SHORTEST = 4
-"""Characters; a shorter secret is a part of ordinary words, and is masked only where its own flag is shown."""
+"""Characters. A shorter secret occurs inside ordinary words, so it is masked only where its own flag is shown."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>]+")
-"""The scheme is bounded: in a long text of letters, every one of them could begin a scheme that runs to its end."""
+"""A URL. The scheme's length is bounded; otherwise every letter of a long word would start a scan to its end."""
 _PARTS = re.compile(r"([^:]+://)([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?", re.DOTALL)
 _SECRET_NAME = re.compile(r"key|token|pass|pwd|secret|sig|auth|code|cred", re.IGNORECASE)
 LONG = 16
-"""Characters; a query value of that length is taken for a secret, whatever its name."""
+"""Characters. A query value of this length or longer counts as a secret, whatever its name is."""
 
 
 def mask_urls(text: str) -> str:
-    """`text` with the user, the password and the query values of every URL in it replaced.
+    """Return `text` with user, password and query values of every URL replaced.
 
     `http://me:pw@host/judge?token=1&x=2` becomes `http://***@host/judge?token=***&x=***`.
     """
@@ -34,10 +34,10 @@ def mask_urls(text: str) -> str:
 
 def _mask_url(url: str) -> str:
     match = _PARTS.fullmatch(url)
-    assert match is not None, "_URL finds nothing else"
+    assert match is not None, "everything that _URL matches has these parts"
     scheme, authority, path, query, fragment = (part or "" for part in match.groups())
     if "@" not in authority and "@" in path and not re.fullmatch(r"[^:]*(:\d*)?", _after_brackets(authority)):
-        end = path.rindex("@") + 1  # the password has a slash
+        end = path.rindex("@") + 1  # the password contains a slash
         authority, path = authority + path[:end], path[end:]
     if "@" in authority:
         authority = f"{HIDDEN}@{authority.rpartition('@')[2]}"
@@ -47,7 +47,7 @@ def _mask_url(url: str) -> str:
 
 
 def _after_brackets(authority: str) -> str:
-    """HOST:PORT without the address of an IPv6 host, which has colons of its own."""
+    """Return HOST:PORT without the address of an IPv6 host, which contains colons itself."""
     return authority.rpartition("]")[2]
 
 
@@ -57,10 +57,10 @@ def _mask_pair(pair: str) -> str:
 
 
 class Masker:
-    """Replaces the given secrets, and credentials in any URL. It can be sent to another process."""
+    """Replaces the given secrets, and the credentials in any URL. It can be sent to another process."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        """`secrets`: whole values; of a URL only the parts are secret that `mask_urls` hides."""
+        """Take the secrets as whole values; of a URL, only the parts that `mask_urls` hides are secret."""
         texts = {form for secret in secrets for part in _parts(secret) for form in _forms(part)}
         self._texts = sorted((text for text in texts if len(text) >= SHORTEST), key=len, reverse=True)
 
@@ -71,7 +71,7 @@ class Masker:
 
 
 def _parts(secret: str) -> Iterator[str]:
-    """The strings that give a secret away, wherever they are printed."""
+    """Yield the strings that must not be printed anywhere."""
     if mask_urls(secret) == secret:
         if "://" not in secret:
             yield secret
@@ -89,13 +89,13 @@ def _parts(secret: str) -> Iterator[str]:
 
 
 def _forms(text: str) -> Iterator[str]:
-    """`text` as a URL, a header, Python or JSON would show it."""
+    """Yield `text` as a URL, a header, Python or JSON would show it."""
     for form in (text, unquote(text)):
         yield from (form, quote(form), quote(form, safe=""), repr(form)[1:-1], json.dumps(form)[1:-1])
 
 
 class MaskedStream:
-    """A text stream that masks what is written to it; everything else is the wrapped stream's own."""
+    """A text stream that masks what is written to it; everything else is passed to the wrapped stream."""
 
     def __init__(self, stream: TextIO, masker: Masker) -> None:
         self._stream, self._masker = stream, masker
@@ -113,6 +113,6 @@ class MaskedStream:
 
 
 def mask_output(masker: Masker) -> None:
-    """Mask whatever this process prints through Python from here on, tracebacks included."""
+    """Mask everything that this process prints through Python from now on, including tracebacks."""
     sys.stdout = cast(TextIO, MaskedStream(sys.stdout, masker))
     sys.stderr = cast(TextIO, MaskedStream(sys.stderr, masker))

@@ -1,12 +1,13 @@
 """Packing: sample lengths -> optimizer steps -> data-parallel ranks -> micro-batches, in plain integers.
 
-Path: `plan_steps` is called by every trainer on the lengths of the whole rollout, and `megatron.microbatch`
-packs the rows that a plan names. Invariant: the plan is a function of its arguments alone (all ranks compute
-the same one), every row lies in exactly one micro-batch, and all ranks of a step have equally many of them.
+- Used by: every trainer calls `plan_steps` on the lengths of the whole rollout, and `megatron.microbatch` packs the
+  rows that a plan names.
+- Invariant: the plan depends on its arguments alone, so all ranks compute the same plan; every row is in exactly one
+  micro-batch; in a step all ranks have the same number of micro-batches.
 
-Rows are dealt to ranks first, by compute where --balance-data asks for it, and packed on each rank then. Packing the
-whole step and dealing full micro-batches would save some of them where attention outweighs the rest (1 in 100), but
-leaves ranks uneven by several per cent, and the step lasts as long as its busiest rank.
+Rows are first dealt to ranks (by compute, with --balance-data), then packed on each rank. The alternative, to pack the
+whole step and deal full micro-batches, would save about 1 micro-batch in 100 when attention dominates the cost, but it
+leaves ranks uneven by several per cent, and a step takes as long as its busiest rank.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from slime.core.architecture import Architecture
 
 
 def training_flops(architecture: Architecture) -> Callable[[int], float]:
-    """FLOPs of forward and backward over one sample, as a function of its length T.
+    """Return a function from a sample's length T to the FLOPs of its forward and backward pass.
 
-    6 x (parameters that multiply; of experts a token's own) x T, and 6 x layers x (heads x head size) x T^2 for causal
-    attention's two products. Norms, softmax and recomputation are left out: the estimate serves to compare samples.
+    6 x (parameters that multiply; of the experts, those that a token uses) x T, plus 6 x layers x (heads x head size) x
+    T^2 for the two products of causal attention. Norms, softmax and recomputation are left out, because the estimate
+    only serves to compare samples.
     """
     parameters = architecture.num_active_parameters()
     if not architecture.tied_embeddings:
-        parameters -= architecture.vocab_size * architecture.hidden_size  # the input table is looked up
+        parameters -= architecture.vocab_size * architecture.hidden_size  # the embedding is a lookup
     attention = architecture.num_layers * architecture.num_attention_heads * architecture.kv_channels
 
     def flops(length: int) -> float:
@@ -39,30 +41,44 @@ def training_flops(architecture: Architecture) -> Callable[[int], float]:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step. `micro_batches[dp_rank]`: its micro-batches, each a list of rows of the TrainBatch.
+    """One optimizer step: `micro_batches[dp_rank]` lists a rank's micro-batches, each a list of rows of the TrainBatch.
 
-    A micro-batch is empty where a rank has fewer samples than another has micro-batches.
+    A micro-batch is empty when a rank has fewer samples than another rank has micro-batches.
+
+    Example: four rows of 3, 5, 2 and 2 tokens, two ranks, at most 5 tokens in a micro-batch. Rank 0 gets rows 0 and 1,
+    whose 8 tokens need two micro-batches; rank 1 gets rows 2 and 3, which would fit into one, but both ranks need two.
+
+    >>> lengths = [3, 5, 2, 2]
+    >>> [plan] = plan_steps(lengths, num_steps=1, dp_size=2, max_tokens=5, micro_batch_size=1)
+    >>> plan.micro_batches
+    [[[1], [0]], [[2], [3]]]
+    >>> plan.num_micro_batches, plan.rows
+    (2, [0, 1, 2, 3])
+    >>> plan.fill(lengths, 5)  # 12 tokens in four micro-batches of 5
+    0.6
+    >>> round(plan.imbalance(lengths), 3)  # 8 tokens on rank 0, 4 on rank 1
+    1.333
     """
 
     micro_batches: list[list[list[int]]]
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of each rank."""
+        """The number of micro-batches of each rank."""
         return len(self.micro_batches[0])
 
     @property
     def rows(self) -> list[int]:
-        """All rows of the step, ascending."""
+        """All rows of the step, in ascending order."""
         return sorted(row for rank in self.micro_batches for rows in rank for row in rows)
 
     def fill(self, total_lengths: Sequence[int], max_tokens: int) -> float:
-        """Share of the step's token budget (micro-batches x `max_tokens`) that holds samples' tokens, not padding."""
+        """Return the share of the step's token budget (micro-batches x `max_tokens`) that holds tokens, not padding."""
         tokens = sum(total_lengths[row] for row in self.rows)
         return tokens / (len(self.micro_batches) * self.num_micro_batches * max_tokens)
 
     def imbalance(self, total_lengths: Sequence[int], flops: Callable[[int], float] | None = None) -> float:
-        """Cost of the busiest rank over the mean rank's: 1 is even. `flops` None: cost is length."""
+        """Return the cost of the busiest rank over the mean cost; 1 is even. Without `flops`, cost is length."""
         cost = flops or float
         costs = [sum(cost(total_lengths[row]) for rows in rank for row in rows) for rank in self.micro_batches]
         return max(costs) / (sum(costs) / len(costs))
@@ -81,19 +97,19 @@ def plan_steps(
     flops: Callable[[int], float] | None = None,
     count_multiple: int = 1,
 ) -> list[StepPlan]:
-    """Cut the rows, in order, into `num_steps` equal steps; deal and pack each.
+    """Cut the rows, in order, into `num_steps` equal steps; deal each step's rows to ranks and pack them.
 
     Args:
         total_lengths: tokens (prompt and response) of each row.
-        max_tokens: token budget of a micro-batch (already x context parallelism). None: every micro-batch takes
-            `micro_batch_size` rows.
-        multiple: a micro-batch is padded up to a multiple of this; the padding counts against the budget.
-        row_multiple: and so is every row of it.
-        balance: deal rows to ranks by Karmarkar-Karp on `flops` (None: on length); else in contiguous runs.
-        count_multiple: each rank gets a multiple of so many micro-batches.
+        max_tokens: token budget of a micro-batch, already multiplied by the context parallel size. None: every
+            micro-batch takes `micro_batch_size` rows.
+        multiple: a micro-batch is padded to a multiple of this; the padding counts against the budget.
+        row_multiple: each row inside a micro-batch is padded to a multiple of this.
+        balance: deal rows to ranks by Karmarkar-Karp on `flops` (None: on length); otherwise in contiguous runs.
+        count_multiple: each rank gets a multiple of this number of micro-batches.
 
     Raises:
-        ValueError: no rows, or rows left over by the cut into steps.
+        ValueError: there are no rows, or they cannot be cut into equal steps.
     """
     num_rows = len(total_lengths)
     if num_rows == 0 or num_rows % num_steps:
@@ -124,17 +140,21 @@ def plan_steps(
 
 
 _Indices: TypeAlias = "int | tuple[_Indices, _Indices]"
-"""An index, or those of two parts that were joined: written out at the end only."""
+"""An index, or the indices of two parts that were joined. The pairs are flattened only at the end."""
 _Part = tuple[float, int, _Indices]
-"""A part of `partition`: its negative sum, its first index and all of them. Sorted, the heaviest comes first."""
+"""One part in `partition`: its negative sum, first index and all indices. In sorted order the heaviest is first."""
 
 
 def partition(costs: Sequence[float], num_parts: int) -> list[list[int]]:
-    """Indices of `costs` in `num_parts` parts of nearly equal sums, each part ascending.
+    """Divide the indices of `costs` into `num_parts` parts with nearly equal sums; each part is ascending.
 
-    The largest differencing method (Karmarkar and Karp 1982) for several parts: of the two partial solutions
-    with the widest spread, the heaviest part of one joins the lightest of the other. Empty parts are not listed, and
-    the smaller solution is merged into the larger: most merges add one number, whatever `num_parts` is.
+    This is the largest differencing method (Karmarkar and Karp 1982) for several parts. Every number begins as a
+    partial solution of its own. The two solutions with the widest spread are merged, again and again: the heaviest part
+    of one joins the lightest part of the other. For two parts and the costs 8, 7, 6, 5, 4: first {8} against {7}
+    (spread 1), then {6} against {5} (spread 1), then 4 against one of the two, and so on.
+
+    Empty parts are not stored, and the smaller solution is merged into the larger, so most merges add one number,
+    whatever `num_parts` is.
     """
     if num_parts == 1:
         return [list(range(len(costs)))]
@@ -142,7 +162,7 @@ def partition(costs: Sequence[float], num_parts: int) -> list[list[int]]:
     joined: list[tuple[float, int, list[_Part]]] = []
 
     def pop() -> list[_Part]:
-        """The partial solution with the widest spread, of equal ones the oldest."""
+        """Take the partial solution with the widest spread; among equals, the oldest."""
         if singles and (not joined or singles[-1][0] <= joined[0][0]):
             negative, index = singles.pop()
             return [(negative, index, index)]
@@ -157,10 +177,10 @@ def partition(costs: Sequence[float], num_parts: int) -> list[list[int]]:
 
 
 def _joined(first: list[_Part], second: list[_Part], num_parts: int) -> list[_Part]:
-    """The heaviest part of one with the lightest of the other, and so on. Both lists are used up."""
+    """Join the heaviest part of one with the lightest part of the other, and so on. Both lists are consumed."""
     base, other = (first, second) if len(first) >= len(second) else (second, first)
     shared = max(0, len(first) + len(second) - num_parts)
-    alone = len(other) - shared  # so many of the heaviest meet an empty part
+    alone = len(other) - shared  # this many of the heaviest parts join an empty part
     joined = other[:alone]
     for part in other[alone:]:
         x, y = (base.pop(), part) if base is first else (part, base.pop())
@@ -175,6 +195,7 @@ def _joined(first: list[_Part], second: list[_Part], num_parts: int) -> list[_Pa
 
 
 def _listed(indices: _Indices) -> list[int]:
+    """Flatten joined indices into a sorted list."""
     found: list[int] = []
     left = [indices]
     while left:
@@ -191,10 +212,10 @@ def _chunk(rows: list[int], size: int) -> list[list[int]]:
 
 
 def _pack_ranks(dealt: Sequence[list[int]], lengths: Sequence[int], budget: int) -> list[list[list[int]]]:
-    """Each rank's rows in bins, so that the rank with most bins has few.
+    """Pack each rank's rows into bins, so that the rank with the most bins has few.
 
-    First-fit decreasing, and where that leaves a rank with more bins than the step might do with, fuller bins: they
-    take longer to find.
+    Use first-fit decreasing. When that leaves a rank with more bins than the step might need, look for fuller bins,
+    which takes longer.
     """
     packed = [_first_fit_decreasing(rows, lengths, budget) for rows in dealt]
     fewest = max(_at_least(rows, lengths, budget) for rows in dealt)
@@ -207,20 +228,20 @@ def _pack_ranks(dealt: Sequence[list[int]], lengths: Sequence[int], budget: int)
         for rank in ranks:
             fuller[rank] = _fullest_bins(dealt[rank], lengths, budget)
             if len(fuller[rank]) >= most:
-                return packed  # the step has this many anyway
+                return packed  # no gain: the step needs this many bins anyway
         packed = [fuller.get(rank, bins) for rank, bins in enumerate(packed)]
         most = max(len(bins) for bins in packed)
     return packed
 
 
 _WORD = 2**14
-"""Bits of an integer that are shifted in about the time that Python takes for anything."""
+"""Bits of an integer that Python shifts in about the time of any single operation."""
 _WORK = 2**18
-"""Shifts of so many bits that `_fullest_bins` may take for one step: a tenth of a second or two."""
+"""The number of such shifts that `_fullest_bins` may use for one step: one or two tenths of a second."""
 
 
 def _at_least(rows: Sequence[int], lengths: Sequence[int], budget: int) -> int:
-    """Bins that no packing does without: rows fill them, and no two of more than half the budget share one."""
+    """Return a lower bound on the number of bins: two rows of more than half the budget never share one."""
     tokens = [min(lengths[row], budget) for row in rows]
     return max(-(-sum(tokens) // budget), sum(2 * length > budget for length in tokens))
 
@@ -230,10 +251,10 @@ def _longest_first(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
 
 
 def _first_fit_decreasing(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Bins of rows whose lengths sum to at most `budget`; a longer row has a bin of its own.
+    """Return bins of rows whose lengths sum to at most `budget`; a row longer than that has a bin of its own.
 
-    `room` is a tree over all bins there might be: each node has the most room of any bin below it, so that the first
-    bin with room enough is found from the root.
+    `room` is a binary tree over all possible bins. Each node holds the most room of any bin below it, so the first bin
+    with enough room is found by walking down from the root.
     """
     leaves = 1 << max(len(rows) - 1, 0).bit_length()
     room = [budget] * (2 * leaves)
@@ -256,10 +277,12 @@ def _first_fit_decreasing(rows: Sequence[int], lengths: Sequence[int], budget: i
 
 
 def _fullest_bins(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Bins as `_first_fit_decreasing` makes them, each filled as far as any choice of rows can.
+    """Return bins like `_first_fit_decreasing`, but fill each one as far as any choice of rows can.
 
-    The longest row left opens a bin; of what fits beside it, the subset with most tokens joins (the minimum bin slack
-    heuristic of Gupta and Ho 1999, here by dynamic programming: bit t of `reached` is a subset of t tokens).
+    The longest remaining row opens a bin. Of the rows that still fit, the subset with the most tokens joins it (the
+    minimum bin slack heuristic of Gupta and Ho 1999). The subset is found by dynamic programming on a bit set: bit t of
+    `reached` is set if some subset has exactly t tokens. Example: rows of 2 and 3 tokens give reached = 0b101101, that
+    is 0, 2, 3 and 5.
     """
     left: list[int] = _longest_first(rows, lengths)
     bins: list[list[int]] = []
@@ -285,7 +308,7 @@ def _fullest_bins(rows: Sequence[int], lengths: Sequence[int], budget: int) -> l
 
 
 def _split_to(bins: list[list[int]], count: int, lengths: Sequence[int]) -> list[list[int]]:
-    """`bins` as exactly `count` bins: the one with most tokens is halved again and again, empty ones fill up."""
+    """Turn `bins` into exactly `count` bins: halve the bin with the most tokens repeatedly, then add empty ones."""
     bins = list(bins)
     splittable: list[tuple[int, int]] = []
 

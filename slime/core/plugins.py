@@ -1,7 +1,8 @@
-"""User code by dotted path: loading it, and the one table of hooks.
+"""User code by dotted path: how it is loaded, and the one table of hooks.
 
-Path: `config.rules` checks every hook's path and signature before anything starts; the place that calls a hook
-loads it with `load_hook`. Invariant: a hook is called with exactly the parameters that HOOKS declares.
+- Used by: `config.rules` checks the path and signature of every hook before anything starts; the place that calls a
+  hook loads it with `load_hook`.
+- Invariant: a hook is called with exactly the parameters that HOOKS declares.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ MAX_PATH = 1000
 
 @dataclass(frozen=True)
 class Hook:
-    """A place for user code. `parameters` are positional, in order; `returns` says what comes back."""
+    """A place for user code. `parameters` are positional, in order; `returns` describes the result."""
 
     flag: str
     parameters: tuple[str, ...]
     returns: str
     called: str
     example: str
-    """Dotted path of one that works; the documentation shows its code."""
+    """The dotted path of a working example, whose code the documentation shows."""
     may_be_async: bool = False
     is_class: bool = False
     members: tuple[str, ...] = ()
-    """What a class has to have."""
+    """The members that a class must have."""
     group_parameters: tuple[str, ...] = ()
-    """The parameters under --group-rm, where they are others."""
+    """The parameters under --group-rm, if they are different."""
 
 
 HOOKS: Mapping[str, Hook] = {
@@ -148,12 +149,12 @@ HOOKS: Mapping[str, Hook] = {
 
 
 def hook_path(value: str | tuple[str, ...] | None) -> str | None:
-    """The dotted path in a hook's flag, None where it is not given; --spec has module and function apart."""
+    """Return the dotted path in a hook's flag, None if it is not given; --spec has module and function as two words."""
     return ".".join(value) or None if isinstance(value, tuple) else value
 
 
 class HookError(ValueError):
-    """A hook that cannot be used: its flag and path, the rule, and the remedy."""
+    """A hook that cannot be used; the text names its flag, its path, the rule and the remedy."""
 
     def __init__(self, flag: str, path: str, rule: str, remedy: str) -> None:
         super().__init__(flag, path, rule, remedy)
@@ -164,11 +165,11 @@ class HookError(ValueError):
 
 
 def load(path: str) -> Any:
-    """The object at a dotted path `package.module.name`.
+    """Return the object at a dotted path `package.module.name`.
 
     Raises:
-        ValueError: not a dotted path, no such module, or no such name in it. Whatever the module raises while it is
-            imported, SystemExit too, is passed on as the cause.
+        ValueError: the path is not dotted, the module does not exist, or the name is not in it. Whatever the module
+            raises while it is imported, even SystemExit, is the cause of the ValueError.
     """
     module_name, _, name = path.rpartition(".")
     if len(path) > MAX_PATH or not module_name or not all(part.isidentifier() for part in path.split(".")):
@@ -184,7 +185,7 @@ def load(path: str) -> Any:
 
 
 def check_signature(hook: Hook, function: Callable[..., Any]) -> str | None:
-    """Why `function` cannot be called as `hook` declares, or None where it can."""
+    """Return why `function` cannot be called as `hook` declares, or None if it can."""
     kind = f"an object of type {type(function).__name__}"
     if not callable(function):
         return f"{kind} cannot be called"
@@ -201,16 +202,16 @@ def check_signature(hook: Hook, function: Callable[..., Any]) -> str | None:
 
 
 def _has_member(function: Callable[..., Any], name: str) -> bool:
-    """Whether a class has it: defined, inherited, or declared for its instances (`num_prompts: int`)."""
+    """Return whether a class has the member: defined, inherited, or declared for its instances (`num_prompts: int`)."""
     classes = inspect.getmro(function) if inspect.isclass(function) else ()
     return any(name in vars(base) or name in inspect.get_annotations(base) for base in classes)
 
 
 def load_hook(name: str, path: str) -> Callable[..., Any]:
-    """The function for the hook `name` (a key of HOOKS), its signature checked.
+    """Return the function for the hook `name` (a key of HOOKS), after checking its signature.
 
     Raises:
-        HookError: it cannot be imported, or not be called as the hook is.
+        HookError: it cannot be imported, or cannot be called with the hook's parameters.
     """
     hook = HOOKS[name]
     try:

@@ -1,7 +1,7 @@
-"""Text of any origin as one that a terminal, a log and UTF-8 can take.
+"""Turn text of any origin into text that a terminal, a log and UTF-8 can take.
 
-Path: messages and the plan show values, paths and lines of files through it. Invariant: what comes out is printable,
-on one line, and not much longer than its limit.
+- Used by: messages and the plan, for values, paths and lines of files.
+- Invariant: the result is printable, on one line, and not much longer than its limit.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ VALUE = 200
 PLACE = 400
 """Characters of a flag, or of a file and line."""
 SENTENCE = 1000
-"""Characters of a rule, a remedy or a line of the plan; they may hold a path or a list of names."""
+"""Characters of a rule, a remedy or a line of the plan; these may contain a path or a list of names."""
 
 
 def printable(text: str, limit: int = VALUE) -> str:
-    """`text` with everything that does not print escaped; a longer one keeps its beginning and its end.
+    """Return `text` with unprintable characters escaped; a text longer than `limit` keeps its beginning and its end.
 
     Line feeds are escaped too: `"a\\nb"` gives `a\\\\nb`. Undecodable bytes of a command line, which Python keeps as
-    surrogates, come out as `\\\\udcff`.
+    surrogates, become `\\\\udcff`.
     """
     if len(text) > limit:
         head = limit * 3 // 4
@@ -28,7 +28,7 @@ def printable(text: str, limit: int = VALUE) -> str:
 
 
 def one_line(text: str, limit: int = SENTENCE) -> str:
-    """`printable`, with runs of white space (a message of several lines has some) as one space."""
+    """Return `printable` text in which each run of white space, such as the line breaks of a message, is one space."""
     return printable(" ".join(text.split()) if len(text) <= 100 * limit else text, limit)
 
 

@@ -1,7 +1,8 @@
-"""RoPE's frequencies, with Llama 3's scaling.
+"""RoPE frequencies, with Llama 3's scaling.
 
-Path: the trainer's attention and the embedded engine both take them from here. Invariant: they are transformers' own,
-bit for bit, or policy and engine would part more and more along a sequence.
+- Used by: the trainer's attention and the embedded engine, so that both rotate by the same angles.
+- Invariant: the frequencies equal those of transformers bit for bit. Otherwise the policy and the engine would differ
+  more and more along a sequence.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from slime.core.architecture import Architecture, RopeScaling
 
 
 def inverse_frequencies(shape: Architecture) -> Tensor:
-    """Radians a position, [rotary_dim / 2], float32 on the CPU."""
+    """Return radians per position, [rotary_dim / 2], float32 on the CPU."""
     exponents = torch.arange(0, shape.rotary_dim, 2, dtype=torch.float32) / shape.rotary_dim
     frequencies = 1.0 / shape.rotary_base**exponents
     return frequencies if shape.rope_scaling is None else _scaled(frequencies, shape.rope_scaling)
 
 
 def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's rule: fast channels turn as they did, slow ones `factor` times slower, those between are blended.
+    """Apply Llama 3.1's rule: keep fast channels, slow down slow ones by `factor`, and blend those between.
 
-    Fast and slow are told by the turns that a channel makes over the length of the original training.
+    A channel is fast or slow by the number of turns that it makes over the length of the original training: more than
+    `high_freq_factor` is fast, fewer than `low_freq_factor` is slow.
     """
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     length = scaling.original_max_position_embeddings

@@ -1,9 +1,10 @@
 """Sample: one prompt and, once generated, one response to it.
 
-Path: the data buffer makes groups of Samples, generation fills in tokens, rewards fill in `reward`,
-and `core.batch` turns the kept ones into training columns. Invariant: every per-token field that is
-present (`rollout_log_probs`, `policy_versions`, `loss_mask`) has exactly `response_length` entries, and
-`tokens` holds the prompt followed by the response, as the engine produced them (never re-tokenised).
+- Where it goes: the data buffer makes groups of Samples, generation fills in tokens, rewards fill in `reward`, and
+  `core.batch` turns the kept ones into training columns.
+- Invariant: every per-token field that is present (`rollout_log_probs`, `policy_versions`, `loss_mask`) has exactly
+  `response_length` entries, and `tokens` holds the prompt followed by the response, as the engine produced them (never
+  tokenised again).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 
 class Status(StrEnum):
-    """Where a sample stands. FAILED: its generation or its reward failed; it takes no part in training."""
+    """The state of a sample. FAILED: its generation or its reward failed; it takes no part in training."""
 
     PENDING = "pending"
     COMPLETED = "completed"
@@ -31,48 +32,76 @@ class Status(StrEnum):
 Message = dict[str, Any]
 
 PER_TOKEN = ("loss_mask", "rollout_log_probs", "policy_versions")
-"""Fields of Sample with one entry a response token, where they are there."""
+"""Fields of Sample that, when present, have one entry for each response token."""
 
 
 @dataclass
 class Sample:
-    """One sample on its way from prompt to training row. Lengths are counted in tokens."""
+    """One sample on its way from prompt to training row. Lengths are counted in tokens.
+
+    Example: a prompt of two tokens, and a response of three tokens whose second one was written by a tool. The policy
+    did not sample the tool's token, so its mask is 0.
+
+    >>> sample = Sample(
+    ...     group_index=0,
+    ...     index=5,
+    ...     tokens=[11, 12, 21, 99, 22],
+    ...     prompt_length=2,
+    ...     response_length=3,
+    ...     loss_mask=[1, 0, 1],
+    ...     rollout_log_probs=[-0.5, 0.0, -1.25],
+    ...     policy_versions=[3, 3, 4],
+    ...     reward=1.0,
+    ...     status=Status.COMPLETED,
+    ... )
+    >>> sample.check()
+    >>> sample.prompt_tokens
+    [11, 12]
+    >>> sample.reward_value()
+    1.0
+    >>> sample.to_bare_prompt().tokens
+    [11, 12]
+    >>> sample.loss_mask = [1, 0]
+    >>> sample.check()
+    Traceback (most recent call last):
+    ValueError: sample 5: loss_mask has 2 entries for 3 response tokens
+    """
 
     group_index: int = -1
-    """The prompt's number in order of consumption, over all epochs; samples of one prompt share it."""
+    """The number of the prompt in order of consumption, over all epochs; samples of one prompt share it."""
     index: int = -1
-    """The sample's own number, over the whole run."""
+    """The number of this sample, over the whole run."""
     prompt: str | list[Message] = ""
-    """The text, or the OpenAI messages, as the data file has them."""
+    """The text, or the OpenAI messages, as in the data file."""
     label: str | None = None
     tokens: list[int] = field(default_factory=list[int])
-    """Prompt tokens, then response tokens."""
+    """The prompt's tokens, then the response's tokens."""
     prompt_length: int = 0
     response: str = ""
     response_length: int = 0
     loss_mask: list[int] | None = None
-    """One 0 or 1 a response token; None means all ones."""
+    """0 or 1 for each response token; None means all ones."""
     rollout_log_probs: list[float] | None = None
     """The engine's log-prob of each response token under softmax(logits / temperature)."""
     policy_versions: list[int] | None = None
-    """The policy version that made each response token."""
+    """The policy version that sampled each response token."""
     routed_experts: NDArray[np.int32] | None = field(default=None, compare=False)
-    """To which experts the first tokens went, prompt and response [all tokens but the last, layers with experts, topk].
+    """The experts that each token went to: int32 [tokens of prompt and response but the last, MoE layers, topk].
 
-    Never changed in place: copies share it. Tokens that no engine has run since they were written (a tool's, behind
-    its call) are missing at the end.
+    Copies share the array, so it is never changed in place. It is shorter when the engine has not processed the last
+    tokens (those of a tool, after the last call).
     """
     reward: float | dict[str, Any] | None = None
-    """None until judged; stays None where the reward failed (see `reward_failure`).
+    """None until the reward is computed; stays None if it failed (see `reward_failure`).
 
-    A dict has the number that is trained on under --reward-key, and whatever else the reward function returned as
+    A dict holds the number that training uses under --reward-key, and whatever else the reward function returned as
     plain data.
     """
     reward_failure: str | None = None
     """Why there is no reward: 'timeout', 'crash', 'not a number', ..."""
     status: Status = Status.PENDING
     metadata: dict[str, Any] = field(default_factory=dict[str, Any])
-    """The data line's metadata, and `start_rollout_id`: the rollout in which the group's generation began."""
+    """The metadata of the data line, and `start_rollout_id`: the rollout in which the group's generation began."""
 
     @property
     def prompt_tokens(self) -> list[int]:
@@ -80,11 +109,11 @@ class Sample:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the response is whole, judged or not."""
+        """Whether the response is complete, with or without a reward."""
         return self.status in (Status.COMPLETED, Status.TRUNCATED)
 
     def copy(self) -> Self:
-        """The same values, with nothing in common that is changed in place."""
+        """Return a copy that shares nothing that is changed in place."""
         copied = copy.copy(self)
         for name in ("tokens", *PER_TOKEN):
             values = getattr(self, name)
@@ -94,7 +123,11 @@ class Sample:
         return copied
 
     def check(self) -> None:
-        """Raise ValueError where a per-token field and the response disagree in length."""
+        """Check that per-token fields and the response agree in length.
+
+        Raises:
+            ValueError: a length is wrong; the message names the sample, the field and both lengths.
+        """
         if len(self.tokens) != self.prompt_length + self.response_length:
             raise ValueError(
                 f"sample {self.index}: {len(self.tokens)} tokens, but prompt_length {self.prompt_length} "
@@ -109,15 +142,15 @@ class Sample:
         routes = self.routed_experts
         if routes is not None and (routes.ndim != 3 or len(routes) >= max(len(self.tokens), 1)):
             raise ValueError(
-                f"sample {self.index}: routed_experts is {list(routes.shape)} for {len(self.tokens)} tokens; it has to "
-                "be [tokens, layers, topk] of at most all of them but the last"
+                f"sample {self.index}: routed_experts has shape {list(routes.shape)} for {len(self.tokens)} tokens; "
+                "it must be [tokens, layers, topk], for at most all tokens but the last"
             )
 
     def reward_value(self, key: str | None = None) -> float:
-        """The scalar reward; of a dict-valued reward, the entry `key`.
+        """Return the scalar reward; for a reward that is a dict, its entry `key`.
 
         Raises:
-            ValueError: there is no reward, no such entry, or it is no number.
+            ValueError: there is no reward, no such entry, or it is not a number.
         """
         reward: Any = self.reward
         if isinstance(reward, dict):
@@ -127,7 +160,7 @@ class Sample:
                 given = "is not given" if key is None else f"is {key!r}"
                 raise ValueError(
                     f"sample {self.index}: its reward is a dict with the keys {names}, and --reward-key {given}; "
-                    "it has to name the one that is trained on"
+                    "it must name the entry that training uses"
                 )
             reward = entries[key]
         if reward is None:
@@ -138,10 +171,10 @@ class Sample:
             return float(reward)
         except (TypeError, ValueError) as error:
             where = "its reward" if key is None else f"the entry {key!r} of its reward (--reward-key)"
-            raise ValueError(f"sample {self.index}: {where} is {repr(reward)[:80]}, which is no number") from error
+            raise ValueError(f"sample {self.index}: {where} is {repr(reward)[:80]}, which is not a number") from error
 
     def to_bare_prompt(self) -> Sample:
-        """The same prompt with everything generated taken off (for the data buffer)."""
+        """Return the prompt without anything that was generated, for the data buffer."""
         metadata = {k: v for k, v in self.metadata.items() if k != "start_rollout_id"}
         return Sample(
             group_index=self.group_index,
@@ -154,7 +187,7 @@ class Sample:
         )
 
     def to_failed(self, failure: str) -> Sample:
-        """The sample as one without a response: it keeps its row, and takes no part in training."""
+        """Return the sample without a response: it keeps its row and takes no part in training."""
         failed = self.to_bare_prompt()
         failed.metadata = self.metadata
         failed.status = Status.FAILED
@@ -162,7 +195,7 @@ class Sample:
         return failed
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is the way back."""
+        """Return plain JSON types; `from_dict` undoes it."""
         values = {f.name: copy.copy(getattr(self, f.name)) for f in fields(self)} | {
             "reward": copy.deepcopy(self.reward)
         }
@@ -170,9 +203,14 @@ class Sample:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sample:
+        """Undo `to_dict`.
+
+        Raises:
+            ValueError: a key is not a field of Sample.
+        """
         unknown = set(data) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"not fields of Sample: {sorted(unknown)}")
+            raise ValueError(f"these keys are not fields of Sample: {sorted(unknown)}")
         sample = cls(**data)
         sample.status = Status(sample.status)
         sample.routed_experts = _unpacked(data.get("routed_experts"))
@@ -180,7 +218,7 @@ class Sample:
 
 
 def _packed(routes: NDArray[np.int32] | None) -> dict[str, Any] | None:
-    """Shape and bytes: as lists they would be most of a file."""
+    """Return shape and base64 bytes; as lists of numbers the routes would be most of a file."""
     if routes is None:
         return None
     raw = np.ascontiguousarray(routes, dtype="<i4").tobytes()

@@ -1,7 +1,8 @@
 """Bounded reading of files that a user names: configuration, JSON, data lines.
 
-Path: `config` reads config.json, YAML and prompt files with it. Invariant: a read ends, in bounded time and memory,
-whatever the name leads to: a pipe, a device, a directory, a file of a terabyte.
+- Used by: `config`, for config.json, YAML and prompt files.
+- Invariant: a read ends in bounded time and memory, whatever the name refers to: a pipe, a device, a directory, a file
+  of a terabyte.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from slime.core.printable import printable
 
 MEBIBYTE = 2**20
 MAX_JSON = 128 * MEBIBYTE
-"""Bytes of a JSON file of an HF directory: the largest tokenizer.json of today has about 35 MB."""
+"""Bytes of a JSON file in an HF directory; the largest tokenizer.json today has about 35 MB."""
 _MAX_DIGITS = 100
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether a regular file is there; False also where the name is none that a file could have."""
-    return os.path.isfile(path)  # Path.is_file raises for a name that is too long
+    """Return whether a regular file exists; False also for a name that no file could have."""
+    return os.path.isfile(path)  # unlike Path.is_file, which raises for a name that is too long
 
 
 def is_directory(path: str | Path) -> bool:
-    """Whether a directory is there; False also where the name is none that a directory could have."""
+    """Return whether a directory exists; False also for a name that no directory could have."""
     return os.path.isdir(path)
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading, without waiting.
+    """Open a regular file for reading, without blocking.
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is a pipe, a device or a directory, or the name holds a NUL character.
+        ValueError: it is a pipe, a device or a directory, or the name contains a NUL character.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would block
     try:
@@ -48,7 +49,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_small(path: str | Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+    """Return the content of a regular file of at most `limit` bytes.
 
     Raises:
         OSError: it cannot be read.
@@ -62,11 +63,11 @@ def read_small(path: str | Path, limit: int) -> bytes:
 
 
 def read_json_object(path: str | Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """The JSON object in a file; a key that is given twice is an error.
+    """Return the JSON object in a file; a repeated key is an error.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is larger than `limit` bytes, or no JSON object; the message completes "FILE ...".
+        ValueError: it is larger than `limit` bytes, or not a JSON object; the message completes "FILE ...".
     """
     try:
         text = read_small(path, limit).decode("utf-8-sig")

@@ -45,7 +45,7 @@ def test_a_failed_generation_neither_gives_nor_denies_a_column(others_have_log_p
 
 
 def test_a_column_for_some_samples_only_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 of 2 samples carry rollout_log_probs"):
+    with pytest.raises(ValueError, match="1 of 2 samples have rollout_log_probs"):
         from_samples([sample(0, 2, log_probs=True), sample(1, 2, log_probs=False)])
 
 

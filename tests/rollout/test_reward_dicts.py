@@ -139,11 +139,11 @@ def test_without_a_key_a_dict_is_one_clear_error() -> None:
     verdict = verdict_of({"score": 1.0, "pred": "72"})
     assert verdict == Verdict({"score": 1.0, "pred": "72"})
     sample = Sample(index=3, reward=verdict.reward)
-    with pytest.raises(ValueError, match=r"sample 3: .*'score', 'pred', and --reward-key is not given; it has"):
+    with pytest.raises(ValueError, match=r"sample 3: .*'score', 'pred', and --reward-key is not given; it must name"):
         sample.reward_value()
     with pytest.raises(ValueError, match="the keys 'score', 'pred', and --reward-key is 'acc'"):
         sample.reward_value("acc")
-    with pytest.raises(ValueError, match=r"the entry 'pred' of its reward .* is '72', which is no number"):
+    with pytest.raises(ValueError, match=r"the entry 'pred' of its reward .* is '72', which is not a number"):
         sample.reward_value("pred")
     assert sample.reward_value("score") == 1
 

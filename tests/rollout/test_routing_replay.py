@@ -149,5 +149,5 @@ def test_samples_go_through_json(tokenizer: PreTrainedTokenizerFast) -> None:
     assert back.to_bare_prompt().routed_experts is None
     back.tokens = back.tokens[:5]
     back.response_length, back.rollout_log_probs, back.policy_versions = 2, None, None
-    with pytest.raises(ValueError, match=r"routed_experts is \[5, 2, 2\] for 5 tokens"):
+    with pytest.raises(ValueError, match=r"routed_experts has shape \[5, 2, 2\] for 5 tokens"):
         back.check()

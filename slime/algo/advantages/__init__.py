@@ -1,7 +1,9 @@
-"""Advantages: rewards of a rollout -> one advantage a response token, a file an estimator.
+"""Advantages: the rewards of a rollout -> one advantage for each response token, one file per estimator.
 
-Path: the trainer calls the estimator once on the whole rollout (`megatron.rollout_columns`), and the loss reads what it
-returns. `slime.algo.estimators` says which form of the loss goes with which.
+- Called by: the trainer, once on the whole rollout (`megatron.rollout_columns`); the loss reads the result.
+- Where the rest is: `slime.algo.estimators` lists which form of the loss goes with which estimator.
+
+Read `rollout_rewards` first (what an estimator is given), then `grpo`, the shortest one.
 """
 
 from __future__ import annotations

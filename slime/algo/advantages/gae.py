@@ -1,11 +1,10 @@
 """Generalised advantage estimation, for PPO with a critic (arXiv:1506.02438, eqs. 11, 12 and 16).
 
-A counted token is one step of the episode, and its state is what it was sampled from; tokens that the mask leaves out
-are part of the next state. The score stands at the last counted token, and nothing comes behind it: its next value is
-0. What the critic learns are advantages + values, the returns of TD(lambda).
+Each counted token is one step of the episode; its state is the text from which it was sampled. Tokens that the mask
+leaves out belong to the next state. The reward comes with the last counted token, and the episode ends there: the value
+after it is 0. The critic learns advantages + values, which are the TD(lambda) returns.
 
-Shapes: _N samples of the rollout, _R response tokens of all samples, flat, _L a sample's counted tokens (see
-`rollout_rewards`).
+_L: a sample's counted tokens, padded (see `rollout_rewards`).
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from slime.algo.advantages.rollout_rewards import AdvantageOptions, RolloutRewar
 
 
 def gae(rollout: RolloutRewards, options: AdvantageOptions) -> Tensor:
-    """[R] A_t = sum over l of (gamma lambda)^l delta_(t+l), with delta_t = r_t + gamma V_(t+1) - V_t."""
-    assert rollout.values_R is not None, "the critic's values come before advantages"
+    """Return A_t = sum over l of (gamma lambda)^l delta_(t+l), with delta_t = r_t + gamma V_(t+1) - V_t, as [R]."""
+    assert rollout.values_R is not None, "GAE needs the critic's values"
     rewards_NL = rollout.token_rewards_NL(rollout.rewards_N, options)
     values_NL = rollout.padded(rollout.values_R)
     next_NL = torch.cat([values_NL[:, 1:], torch.zeros_like(values_NL[:, :1])], dim=1)

@@ -1,9 +1,10 @@
-"""Group-relative advantages: the estimator of grpo, and of gspo and cispo, which differ in the loss.
+"""Group-relative advantages, used by grpo, gspo and cispo, which differ only in the loss.
 
-DeepSeekMath (arXiv:2402.03300, section 4.1.2); without the division by the standard deviation Dr. GRPO
-(arXiv:2503.20783). Invariant: exactly 0 where all rewards of a group are equal.
+Source: DeepSeekMath (arXiv:2402.03300, section 4.1.2); without the division by the standard deviation it is Dr. GRPO
+(arXiv:2503.20783). Invariant: the advantages are exactly 0 when all rewards of a group are equal.
 
-Shapes: _N samples of the rollout, _G samples of one group.
+Example: the rewards 1, 0, 0, 1 of one prompt have mean 0.5 and (unbiased) standard deviation 0.577, which gives the
+advantages 0.866, -0.866, -0.866, 0.866 on every token of the respective response.
 """
 
 from __future__ import annotations
@@ -15,20 +16,25 @@ from slime.algo.advantages.rollout_rewards import AdvantageOptions, RolloutRewar
 
 
 def grpo(rollout: RolloutRewards, options: AdvantageOptions) -> Tensor:
-    """A sample's advantage on each of its tokens; KL in the reward is that of the whole response."""
+    """Return each sample's group-relative advantage on each of its tokens; with kl_coef, the reward includes the KL.
+
+    The KL is summed over the whole response before groups are compared.
+    """
     rewards_N = rollout.shaped_rewards_N(options)
     return rollout.spread(grpo_advantages(rewards_N, rollout.group_indices_N, normalize_std=options.normalize_std))
 
 
 def grpo_advantages(rewards_N: Tensor, group_indices_N: Tensor, *, normalize_std: bool = True) -> Tensor:
-    """[N]: (r - mean) / (std + 1e-6) within each group, std unbiased; r - mean without `normalize_std`.
+    """Return [N], (r - mean) / (std + 1e-6) within each group, or r - mean without `normalize_std`.
 
-    Computed in float64, returned in the rewards' dtype. 0 for a failed reward, and for one alone in its group.
+    The std is unbiased. Computed in float64, returned in the dtype of the rewards. A failed reward, and one that is
+    alone in its group, gets 0.
     """
     advantages_N = torch.zeros(len(rewards_N), dtype=torch.float64)
     for rows_G in judged_groups(rewards_N, group_indices_N):
         rewards_G = rewards_N[rows_G].double()
-        # Equal rewards by comparison: their mean may miss them by a rounding, which a tiny std would blow up.
+        # Compare the rewards and not the std with 0: the mean of equal rewards may be off by a rounding error, which
+        # the division by a tiny std would blow up.
         if len(rows_G) < 2 or bool((rewards_G == rewards_G[0]).all()):
             continue
         advantages_G = rewards_G - rewards_G.mean()

@@ -1,6 +1,6 @@
-"""REINFORCE++ with baseline: rewards less their group's mean, then as REINFORCE++ (arXiv:2501.03262).
+"""REINFORCE++ with a baseline: subtract the group's mean from the rewards, then do as REINFORCE++ (arXiv:2501.03262).
 
-Whitening is over the whole rollout, where grpo divides by each group's own standard deviation.
+The result is whitened over the whole rollout, whereas grpo divides by each group's own standard deviation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,6 @@ from slime.algo.advantages.rollout_rewards import AdvantageOptions, RolloutRewar
 
 
 def reinforce_plus_plus_baseline(rollout: RolloutRewards, options: AdvantageOptions) -> Tensor:
-    """The baseline is that of the rewards alone; KL stays each token's own."""
+    """Return the whitened returns of rewards - group mean; the KL stays with its token and is not in the mean."""
     centred_N = grpo_advantages(rollout.rewards_N.double(), rollout.group_indices_N, normalize_std=False)
     return whitened_returns(rollout, centred_N, options)

@@ -1,8 +1,6 @@
-"""RLOO: REINFORCE with the mean of the other samples as baseline (arXiv:2402.14740, section 2.3).
+"""RLOO: REINFORCE with the mean of the other samples of the prompt as baseline (arXiv:2402.14740, section 2.3).
 
-The whole response is one action, and its reward has the whole response's KL in it.
-
-Shapes: _N samples of the rollout, _G samples of one group.
+The whole response is one action, and its reward includes the KL of the whole response.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from slime.algo.advantages.rollout_rewards import AdvantageOptions, RolloutRewar
 
 
 def rloo(rollout: RolloutRewards, options: AdvantageOptions) -> Tensor:
-    """r_i - the mean of r_j over j != i, within each group."""
+    """Return r_i - (the mean of r_j over j != i) within each group, on each token of response i."""
     rewards_N = rollout.shaped_rewards_N(options)
     advantages_N = torch.zeros_like(rewards_N)
     for rows_G in judged_groups(rewards_N, rollout.group_indices_N):
