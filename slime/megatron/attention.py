@@ -1,18 +1,21 @@
-"""Packed core attention: many sequences in one row of tokens, rotary positions applied, each causal within itself.
+"""Attention over packed tokens: many sequences in one row, each causal within itself, with rotary positions applied.
 
-Path: `microbatch` lays the sequences out and hands a PackedSequences through Megatron to the PackedAttention of every
-layer. Invariant: what a sequence yields does not depend on the others in its pack, nor on how context parallelism cuts
-it into pieces.
+- Used by: `microbatch` builds a PackedSequences for each micro-batch, Megatron passes it through every layer, and each
+  layer's PackedAttention reads it.
+- Invariant: the output for a sequence depends neither on the other sequences of its pack nor on how context parallelism
+  cuts it into pieces.
 
-A piece [offset, offset + length) of a sequence attends to the keys [0, offset + length) of it. Without context
-parallelism a piece is a whole sequence; with it, keys and values of all ranks are gathered in every layer, and each
-piece takes those that it may see.
+A *piece* is the range [offset, offset + length) of a sequence. Its queries attend to the keys [0, offset + length) of
+that sequence. Without context parallelism a piece is a whole sequence. With it, each layer gathers the keys and values
+of all ranks, and each piece selects those that it may see. For example, a sequence of 8 tokens on two ranks is cut into
+four chunks of 2; rank 0 holds the tokens 0-1 and 6-7. Its first piece (offset 0) reads the keys 0-1, its second piece
+(offset 6) reads the keys 0-7. See `microbatch.Cut` for why the chunks are paired like this (zigzag).
 
-RoPE is applied here and not by Megatron: cos and sin are gathered once a micro-batch at the packed positions, where
-Megatron's packed path would walk over the sequences in Python, twice a layer.
+RoPE is applied here instead of in Megatron: cos and sin are computed once per micro-batch at the packed positions.
+Megatron's packed path would loop over the sequences in Python, twice in every layer.
 
-Shapes: _B tokens of a pack that this rank holds, _P pieces of sequences that they form, _K keys of all pieces;
-h query heads, g key/value heads, d channels of a head.
+Shapes: _B packed tokens of this rank, _P the pieces that they form, _K keys of all pieces; h query heads,
+g key/value heads, d channels of a head.
 """
 
 from __future__ import annotations
@@ -35,64 +38,64 @@ from slime.megatron import device, varlen
 from slime.megatron.kernels import rotary
 
 SHORTEST_IN_GROUP = 0.75
-"""Sequences are padded to one length together where the shortest has at least this share of the longest."""
+"""Sequences are padded to a common length in one rectangle if the shortest has at least this share of the longest."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where packed tokens lie in padded rectangles."""
+    """The positions of packed tokens in padded rectangles, in both directions."""
 
     slots_to_tokens: Tensor
-    """The packed token in each slot of all rectangles; padding slots repeat some token."""
+    """The packed token in each slot of all rectangles. Padding slots repeat some token."""
     tokens_to_slots_B: Tensor
 
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """Where a pack lies when pieces of similar size are padded into rectangles (CPU)."""
+    """The rectangles into which pieces of similar size are padded (CPU only)."""
 
     queries: Slots
     keys: Slots
-    """The same where every piece is a whole sequence."""
+    """Equal to `queries` if every piece is a whole sequence."""
     shapes: list[tuple[int, int, int]]
-    """(pieces, queries of each, keys of each) of each rectangle."""
+    """For each rectangle: (number of pieces, queries per piece, keys per piece)."""
     masks: list[Tensor | None]
-    """[pieces, 1, queries, keys] bool, what each query sees; None where all is square and causal."""
+    """[pieces, 1, queries, keys] bool: the keys that each query sees. None if every piece is square and causal."""
 
 
 @dataclass(frozen=True)
 class ContextShare:
-    """What this rank holds of a pack under context parallelism."""
+    """The part of a pack that this rank holds under context parallelism."""
 
     offsets_P: Sequence[int]
-    """Where in its sequence each piece begins."""
+    """The position in its sequence at which each piece begins."""
     keys_K: Tensor
-    """The keys of each piece, piece behind piece, as places in the row of all ranks' tokens, rank behind rank."""
+    """The keys of each piece, piece after piece, as indices into the row of all ranks' tokens (rank by rank)."""
     group: dist.ProcessGroup | None
-    """None only where one process plays all ranks."""
+    """The context-parallel group; None only if one process plays all ranks."""
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packed-sequence parameters, and what packed attention needs besides."""
+    """Megatron's packed-sequence parameters, with what packed attention and the routers need in addition."""
 
     cos_B: Tensor | None = None
-    """[B, rotary_dim / 2], float32, and `sin_B` the same."""
+    """[B, rotary_dim / 2] float32, like `sin_B`."""
     sin_B: Tensor | None = None
     layout: PaddedLayout | None = None
-    """On a CPU only."""
+    """Set on a CPU only."""
     share: ContextShare | None = None
-    """Under context parallelism only."""
+    """Set under context parallelism only."""
     counts_B: Tensor | None = None
-    """bool: not padding. For layers of experts only, as what follows."""
+    """bool: True for tokens that are not padding. This field and the following ones are for MoE layers only."""
     step_tokens: int = 0
-    """Tokens of the whole optimizer step, over all ranks, without padding; 0: no balancing losses."""
+    """The number of tokens of the optimizer step, over all ranks, without padding; 0 means no auxiliary losses."""
     experts_B: Tensor | None = None
-    """[B, layers of experts, chosen ones] int32: which experts a token goes to; -1 leaves them to the router."""
+    """[B, MoE layers, top-k] int32: the experts that each token goes to. -1 leaves the choice to the router."""
 
 
 def pack_sequences(lengths_P: Sequence[int], shape: Architecture, share: ContextShare | None = None) -> PackedSequences:
-    """Pieces of these lengths, one behind the other, on this process's device. Without `share`: whole sequences."""
+    """Lay out pieces of these lengths one after the other, on this process's device; no `share`: whole sequences."""
     where = device.device()
     lengths = torch.tensor(lengths_P, dtype=torch.int64)
     offsets = torch.zeros_like(lengths) if share is None else torch.tensor(share.offsets_P, dtype=torch.int64)
@@ -114,7 +117,11 @@ def pack_sequences(lengths_P: Sequence[int], shape: Architecture, share: Context
 
 
 def padded_layout(lengths_P: Sequence[int], offsets_P: Sequence[int] | None = None) -> PaddedLayout:
-    """Rectangles of pieces with similar numbers of queries and of keys, those with most keys first."""
+    """Group pieces with similar numbers of queries and of keys into rectangles, those with the most keys first.
+
+    Each round takes the longest piece that is left and all pieces of nearly its size. Lengths 8, 7, 3, 3 make two
+    rectangles, 2 x 8 and 2 x 3: 22 slots for 21 tokens, where one rectangle would need 32.
+    """
     offsets_P = [0] * len(lengths_P) if offsets_P is None else offsets_P
     reaches_P = [length + offset for length, offset in zip(lengths_P, offsets_P, strict=True)]
     groups: list[Tensor] = []
@@ -143,7 +150,7 @@ def padded_layout(lengths_P: Sequence[int], offsets_P: Sequence[int] | None = No
 
 
 def _slots(lengths: Tensor, groups: Sequence[Tensor]) -> Slots:
-    """Rows of these lengths, one behind the other, in one rectangle a group."""
+    """Place rows of these lengths, which lie one after the other, into one rectangle per group."""
     ends = lengths.cumsum(0)
     tokens_to_slots_B = torch.empty(int(ends[-1]), dtype=torch.int64)
     slots: list[Tensor] = []
@@ -160,7 +167,7 @@ def _slots(lengths: Tensor, groups: Sequence[Tensor]) -> Slots:
 
 
 class _Pad(torch.autograd.Function):
-    """Packed tokens -> padded slots. Padding slots carry no gradient: nothing that counts attends to them."""
+    """Packed tokens -> padded slots. Padding slots get no gradient, because no query that counts attends to them."""
 
     @staticmethod
     def forward(ctx: Any, packed_B: Tensor, slots: Slots) -> Tensor:
@@ -188,9 +195,10 @@ class _Unpad(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The rows of all ranks, rank behind rank. Its backward pass sums the gradients that all ranks have of this one's.
+    """Gather the rows of all ranks, rank by rank; the backward pass sums all ranks' gradients of this rank's rows.
 
-    An all-to-all brings them and they are added here: in one order, and rounded once.
+    An all-to-all exchanges these gradients and they are added here, in a fixed order and with a single rounding. A
+    reduce-scatter would promise neither.
     """
 
     @staticmethod
@@ -209,13 +217,13 @@ class _Gather(torch.autograd.Function):
 
 
 def apply_rotary(x_B: Tensor, packed: PackedSequences, *, interleaved: bool) -> Tensor:
-    """[B, heads, d] with RoPE at each token's position in its own sequence; channels past the rotary ones stay."""
+    """Apply RoPE to [B, heads, d] at each token's position in its own sequence; channels that do not rotate stay."""
     assert packed.cos_B is not None and packed.sin_B is not None
     return rotary(x_B, packed.cos_B, packed.sin_B, interleaved=interleaved)
 
 
 def _attend_padded(query: Tensor, key: Tensor, value: Tensor, layout: PaddedLayout, scale: float | None) -> Tensor:
-    """Causal attention of rectangles. Padding stands right of its piece, so the causal mask hides it."""
+    """Run causal attention rectangle by rectangle. Padding comes after its piece, so the causal mask hides it."""
     q_all = _Pad.apply(query, layout.queries).split([pieces * queries for pieces, queries, _ in layout.shapes])
     k_all, v_all = (
         _Pad.apply(x, layout.keys).split([pieces * keys for pieces, _, keys in layout.shapes]) for x in (key, value)
@@ -231,20 +239,24 @@ def _attend_padded(query: Tensor, key: Tensor, value: Tensor, layout: PaddedLayo
 
 
 def gather_keys(key: Tensor, value: Tensor, share: ContextShare) -> tuple[Tensor, Tensor]:
-    """[B, g, d] of this rank -> [K, g, d] of its pieces, in one collective."""
+    """Turn this rank's keys and values [B, g, d] into those of its pieces [K, g, d], with one collective."""
     assert share.group is not None
     row: Any = _Gather.apply(torch.cat([key, value]), share.group)
     return keys_of_pieces(row, len(key), share)
 
 
 def keys_of_pieces(row: Tensor, num_tokens: int, share: ContextShare) -> tuple[Tensor, Tensor]:
-    """Keys and values of the pieces, from a row of each rank's `num_tokens` keys and then as many values."""
-    keys_K = share.keys_K + share.keys_K // num_tokens * num_tokens  # over the values of the ranks before
+    """Select the pieces' keys and values from a row that has, for each rank, `num_tokens` keys and then as many values.
+
+    With 3 tokens per rank the row is k0 k1 k2 v0 v1 v2 | k3 k4 k5 v3 v4 v5. Key 4 has index 4 among all ranks' tokens
+    and index 7 in this row, because the 3 values of rank 0 come before it; its value is 3 places further.
+    """
+    keys_K = share.keys_K + share.keys_K // num_tokens * num_tokens  # skip the values of the ranks before
     return row.index_select(0, keys_K), row.index_select(0, keys_K + num_tokens)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None) -> Tensor:
-    """[B, h, d], and keys and values [K, g, d] of its pieces -> [B, h, d]; causal."""
+    """Causal attention: queries [B, h, d] with the pieces' keys and values [K, g, d] -> [B, h, d]."""
     if packed.layout is not None:
         return _attend_padded(query, key, value, packed.layout, scale)
     assert packed.max_seqlen_q is not None and packed.max_seqlen_kv is not None
@@ -261,7 +273,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, s
 
 
 class PackedAttention(MegatronModule):
-    """Megatron's `core_attention`: rotary positions, then causal attention within each packed sequence."""
+    """Megatron's `core_attention`: it applies rotary positions, then causal attention within each packed sequence."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)

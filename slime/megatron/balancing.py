@@ -1,7 +1,8 @@
-"""Balance of experts over a whole step: routers' biases move once, and balancing losses are summed over all ranks.
+"""Balancing of experts over a whole step: router biases move once, and auxiliary losses are summed over all ranks.
 
-Path: `experts.Router` counts tokens and adds up losses while micro-batches run; `step` calls this after the last one.
-Invariant: a step that is left out moves no bias, and its counts do not enter the next step.
+- Used by: `step`, after the last micro-batch; while micro-batches run, `experts.Router` counts tokens and adds up
+  losses.
+- Invariant: a step that is skipped moves no bias, and its counts do not enter the next step.
 
 Shapes: L routers of this stage, E experts.
 """
@@ -21,20 +22,20 @@ from slime.megatron.experts import LOAD_BALANCING, Z_LOSS, Router
 
 
 def routers_of(model: ModelChunks) -> Iterator[Router]:
-    """The routers of this stage's layers, in order."""
+    """Yield the routers of this stage's layers, in order."""
     for chunk in model:
         yield from (module for module in chunk.modules() if isinstance(module, Router))
 
 
 @torch.no_grad()
 def move_biases(model: ModelChunks, left_out: Tensor) -> None:
-    """Move each router's bias by the tokens that its experts got in this step, and start to count again.
+    """Move each router's bias by the number of tokens that its experts got in this step, then reset the counts.
 
-    Megatron moves biases when it finalizes gradients, before anybody can know whether the step is taken. Collective
-    over the ranks of a stage; nothing waits for the device.
+    Megatron moves the biases when it finalizes gradients. That is too early: nobody can know then whether the step is
+    taken. Collective over the ranks of a stage; nothing waits for the device.
 
     Args:
-        left_out: [] 1 where the optimizer did not take the step: biases then stay as they are.
+        left_out: [] 1 if the optimizer did not take the step; the biases then keep their values.
     """
     routers = [router for router in routers_of(model) if router.expert_bias is not None]
     if not routers:
@@ -55,7 +56,7 @@ def move_biases(model: ModelChunks, left_out: Tensor) -> None:
 
 
 def coefficients(model: ModelChunks) -> dict[str, float]:
-    """The coefficient of each balancing loss that the model is trained with, by the metric's name."""
+    """Return the coefficient of each auxiliary loss that the model is trained with, by the name of its metric."""
     config = unwrap(model[0]).config
     if not config.num_moe_experts:
         return {}
@@ -65,9 +66,10 @@ def coefficients(model: ModelChunks) -> dict[str, float]:
 
 
 def step_losses(model: ModelChunks) -> Mapping[str, Tensor]:
-    """[] float64 of each balancing loss, before its coefficient: the step's sum over layers, on every rank.
+    """Return each auxiliary loss of the step, before its coefficient, as a [] float64 tensor: the sum over all layers.
 
-    Collective over all ranks; nothing waits for the device. Routers start to add up again.
+    Collective over all ranks, and every rank gets the result; nothing waits for the device. The routers' sums start at
+    zero again.
     """
     names = list(coefficients(model))
     if not names:
@@ -75,5 +77,5 @@ def step_losses(model: ModelChunks) -> Mapping[str, Tensor]:
     sums = torch.zeros(len(names), dtype=torch.float64, device=device.device())
     for router in routers_of(model):
         sums += torch.stack([router.losses.pop(name, sums.new_zeros(())).double() for name in names])
-    dist.all_reduce(sums)  # each rank routes other tokens: the rules want sequence parallelism with tensor parallelism
+    dist.all_reduce(sums)  # every rank routes different tokens: with TP the rules require sequence parallelism
     return dict(zip(names, sums.unbind(), strict=True))

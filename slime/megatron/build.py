@@ -1,10 +1,12 @@
-"""The model, built from args and the Architecture by Megatron-core's local specs.
+"""The model, built with Megatron-core's local specs from the arguments and the Architecture.
 
-Path: after `parallel`; `step` runs what is built here, `checkpoint` and `hf_weights` fill it. Invariant: the model ends
-at the last hidden states. Log-probs are computed from them, chunk by chunk, in `logprobs`; no full logits exist.
+- Used by: `step` runs the model that is built here, `checkpoint` and `hf_weights` fill it; `parallel` must be
+  initialised first.
+- Invariant: the model ends at the last hidden states. `logprobs` computes log-probs from them chunk by chunk, so full
+  logits never exist.
 
-A rank of the pipeline holds ModelChunks: one part of the model, with virtual stages several that do not follow on each
-other. Whoever loads, saves, sends or trains "the model" gets all of them.
+A pipeline rank holds ModelChunks: one part of the model, or several parts that do not follow each other if the pipeline
+has virtual stages. Everything that loads, saves, sends or trains "the model" gets all of them.
 """
 
 from __future__ import annotations
@@ -37,29 +39,29 @@ from slime.megatron.parallel import expert_place, expert_tensor_size
 T = TypeVar("T")
 
 ModelChunks = tuple[torch.nn.Module, ...]
-"""This rank's parts of the model, in the order in which a token passes them; one, where stages are not virtual."""
+"""This rank's parts of the model, in the order in which a token passes them; a single one without virtual stages."""
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 VALUE_HEAD = "value_head.weight"
 
 
 class PolicyModel(GPTModel):
-    """This pipeline stage of a GPTModel, which ends at the last hidden states.
+    """One pipeline stage of a GPTModel that ends at the last hidden states.
 
-    It returns hidden states [tokens, 1, hidden], under sequence parallelism this rank's part of the tokens; those of a
-    stage that is not the last go to the next one.
+    It returns hidden states [tokens, 1, hidden]; under sequence parallelism these are this rank's part of the tokens.
+    A stage that is not the last sends them to the next one.
     """
 
     num_token_ids: int
-    """The vocabulary's size, without padding."""
+    """The size of the vocabulary, without padding."""
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """This rank's rows of the output layer [padded vocabulary / TP, hidden]; of the embedding where it is tied.
+        """Return this rank's rows of the output layer [padded vocabulary / TP, hidden]; of the embedding if it is tied.
 
-        On the last stage only; there it is a copy of a tied embedding that stands on the first.
+        Call it on the last stage only. There, a tied weight is a copy of the embedding of the first stage.
         """
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
@@ -68,9 +70,10 @@ class PolicyModel(GPTModel):
 
 
 class ValueHead(torch.nn.Module):
-    """hidden [tokens, 1, hidden] -> values [tokens, 1, 1], in float32 whatever the dtype of weight and hidden states.
+    """A linear layer from hidden states [tokens, 1, hidden] to values [tokens, 1, 1], computed in float32.
 
-    It begins at 0: so do all values, and no layout draws other numbers. Whole on every tensor-parallel rank.
+    The weight starts at 0, and so do all values: no parallel layout draws different random numbers. Every
+    tensor-parallel rank holds the whole weight.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -83,23 +86,23 @@ class ValueHead(torch.nn.Module):
 
 
 class ValueModel(PolicyModel):
-    """The critic's: a value head on the last stage in the place of the output layer."""
+    """The critic's model: a value head on the last stage replaces the output layer."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **{**kwargs, "share_embeddings_and_output_weights": False})
         self.value_head = ValueHead(config) if self.post_process else None
         if self.post_process:
             del self.output_layer
-            self.post_process = False  # to Megatron, which looks for an output layer where it is True
+            self.post_process = False  # Megatron would look for an output layer if it were True
 
 
 def uses_bf16(args: Args) -> bool:
-    """--bf16, or by device: yes on CUDA, no on a CPU."""
+    """Return --bf16, or the device's default: True on CUDA, False on a CPU."""
     return device.on_cuda() if args.bf16 is None else args.bf16
 
 
 def params_dtype(args: Args) -> torch.dtype:
-    """The dtype in which the model holds, sends and stores its weights."""
+    """Return the dtype in which the model holds, sends and stores its weights."""
     return torch.bfloat16 if uses_bf16(args) else torch.float32
 
 
@@ -110,10 +113,10 @@ def architecture_of(args: Args) -> Architecture:
 
 
 def config_from(cls: type[T], args: Args, decided: dict[str, Any]) -> T:
-    """`cls(**decided)` with the fields that the user passed through by name.
+    """Build `cls(**decided)`, plus the fields of it that the user passed through by name.
 
     Raises:
-        ValueError: a passed-through field contradicts what slime decides itself.
+        ValueError: a passed-through field contradicts a value that slime decides.
     """
     names = {field.name for field in fields(cls)}  # pyright: ignore[reportArgumentType]
     extra = {name: value for name, value in args.megatron_extra.items() if name in names}
@@ -126,11 +129,11 @@ def config_from(cls: type[T], args: Args, decided: dict[str, Any]) -> T:
 
 
 def transformer_config(args: Args) -> TransformerConfig:
-    """Megatron's config of this model under these parallel sizes."""
+    """Return Megatron's config of this model under these parallel sizes."""
     if args.attention_dropout > 0:
         raise ValueError(
             f"--attention-dropout {args.attention_dropout}: packed attention has no dropout, and RL needs none "
-            "(it would part the trainer's log-probs from the engine's); set it to 0"
+            "(it would make the trainer's log-probs differ from the engine's); set it to 0"
         )
     shape = architecture_of(args)
     decided: dict[str, Any] = {
@@ -151,14 +154,14 @@ def transformer_config(args: Args) -> TransformerConfig:
         "attention_dropout": 0.0,
         "hidden_dropout": args.hidden_dropout,
         "tensor_model_parallel_size": args.tensor_model_parallel_size,
-        # Megatron refuses it without tensor parallelism, where it means nothing
+        # Megatron refuses it without tensor parallelism, where it has no meaning
         "sequence_parallel": args.sequence_parallel and args.tensor_model_parallel_size > 1,
         "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
-        # without a pipeline Megatron would take it for the size of the whole model
+        # without a pipeline Megatron would read it as the number of layers of the whole model
         "num_layers_in_last_pipeline_stage": (
             args.decoder_last_pipeline_num_layers if args.pipeline_model_parallel_size > 1 else None
         ),
-        # what was sent to the next stage is not kept here; where it is still being sent, its memory must not go
+        # free a stage's output after it was sent to the next stage; an overlapped send may still be reading it
         "deallocate_pipeline_outputs": not overlaps(args),
         **_virtual_stages(args),
         "context_parallel_size": args.context_parallel_size,
@@ -169,11 +172,11 @@ def transformer_config(args: Args) -> TransformerConfig:
         "params_dtype": params_dtype(args),
         "pipeline_dtype": params_dtype(args),
         "use_cpu_initialization": not device.on_cuda(),
-        # a step's loss is divided by its own denominator before the backward pass: gradients are summed, not averaged
+        # each step's loss carries its own denominator into the backward pass: gradients are summed, not averaged
         "calculate_per_token_loss": True,
-        "variable_seq_lengths": True,  # packs differ in length; Megatron then wants this dispatcher, dense or not
+        "variable_seq_lengths": True,  # packs differ in length; Megatron then requires this dispatcher, MoE or not
         "moe_token_dispatcher_type": "alltoall",
-        # fused kernels come with TransformerEngine or Apex
+        # the fused kernels come with TransformerEngine or Apex
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
@@ -181,12 +184,13 @@ def transformer_config(args: Args) -> TransformerConfig:
     if not shape.num_experts:
         return config_from(TransformerConfig, args, decided)
     decided |= _experts(args, shape)
-    said = {name: value for name, value in args.megatron_extra.items() if name not in FLAG_NAMES}  # of the architecture
+    said = {name: value for name, value in args.megatron_extra.items() if name not in FLAG_NAMES}  # see `_experts`
+
     return config_from(TransformerConfig, replace(args, megatron_extra=said), decided)
 
 
 def _experts(args: Args, shape: Architecture) -> dict[str, Any]:
-    """What the config says of experts."""
+    """Return the fields of Megatron's config that describe experts."""
     return {
         **as_flags(shape),
         "num_moe_experts": shape.num_experts,
@@ -202,7 +206,7 @@ def _experts(args: Args, shape: Architecture) -> dict[str, Any]:
 
 
 def _virtual_stages(args: Args) -> dict[str, Any]:
-    """What the config says of virtual stages; without them Megatron's defaults are right."""
+    """Return the fields of Megatron's config for virtual stages; without them Megatron's defaults are right."""
     if num_chunks(args) == 1:
         return {}
     return {
@@ -214,19 +218,20 @@ def _virtual_stages(args: Args) -> dict[str, Any]:
 
 
 def build_model(args: Args, *, wrap: bool, kind: type[PolicyModel] = PolicyModel) -> ModelChunks:
-    """All that this rank holds of the model: `kind`s, or with `wrap` the data-parallel ones that train.
+    """Build everything that this rank holds of the model: chunks of `kind`, with `wrap` in data-parallel wrappers.
 
-    Wrapped: DistributedDataParallel, in it Float16Module where bf16, in it the PolicyModel (`unwrap`).
+    A wrapped chunk is a DistributedDataParallel around a Float16Module (bf16 only) around the PolicyModel; `unwrap`
+    returns the innermost.
     """
     with device.layer():
         config = transformer_config(args)
-        # only what trains has a buffer to add to
+        # only a model that trains has a gradient buffer to add to
         fuse = wrap and uses_bf16(args) and args.megatron_extra.get("gradient_accumulation_fusion", True)
         config.gradient_accumulation_fusion = fuse and fuse_weight_gradients()
         chunks = tuple(_build_chunk(args, config, kind, chunk, wrap=wrap) for chunk in range(num_chunks(args)))
-        if wrap:  # the schedule asks the config, which all chunks share
+        if wrap:  # the schedule reads these from the config, which all chunks share
             config.finalize_model_grads_func = _finalize_gradients
-            # routers have their biases by now; `balancing` moves them once it is known that the step is taken
+            # the routers have created their biases by now; `balancing` moves these once the step is known to be taken
             config.moe_router_enable_expert_bias = False
             no_sync = [cast(DistributedDataParallel, chunk).no_sync for chunk in chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
@@ -267,34 +272,34 @@ def _build_chunk(
         args,
         {"grad_reduce_in_fp32": True, "use_distributed_optimizer": bool(args.use_distributed_optimizer)},
     )
-    # buckets are for gradients that are reduced while others are made: of the chunk that is last on its way back
+    # Buckets let gradients be reduced while others are computed: useful in the chunk that comes last in backward only
     wrapped = DistributedDataParallel(config, ddp_config, model, disable_bucketing=chunk > 0)
     wrapped.broadcast_params()
     return wrapped
 
 
 def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-    """Megatron's reduction over all groups, without its division by tokens: our loss carries its denominator."""
+    """Run Megatron's reduction over all groups without its division by tokens: our loss carries its denominator."""
     finalize_model_grads(model, None, **kwargs)
 
 
 def unwrap(model: torch.nn.Module) -> PolicyModel:
-    """The PolicyModel inside a chunk's wrappers."""
+    """Return the PolicyModel inside a chunk's wrappers."""
     while not isinstance(model, PolicyModel):
         model = model.module  # pyright: ignore[reportAssignmentType]
     return model
 
 
 def all_parameters(model: ModelChunks) -> Iterator[torch.nn.Parameter]:
-    """Of all chunks, in their order."""
+    """Yield the parameters of all chunks, in their order."""
     for chunk in model:
         yield from chunk.parameters()
 
 
 def named_parameters(model: ModelChunks) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters by global name: layers and experts are counted over the whole model.
+    """Yield this rank's parameters by global name: layers and experts are numbered over the whole model.
 
-    A tied output layer that has weights of its own, on the last of several stages, goes by the embedding's name.
+    On the last of several stages a tied output layer has a weight of its own; it has the embedding's name.
     """
     for core in map(unwrap, model):
         for name, parameter in core.named_parameters():
@@ -302,20 +307,20 @@ def named_parameters(model: ModelChunks) -> Iterator[tuple[str, torch.nn.Paramet
 
 
 def named_weights(model: ModelChunks) -> Iterator[tuple[str, Tensor]]:
-    """All that a checkpoint holds of them: the parameters, and routers' biases, which no gradient trains."""
+    """Yield all tensors that a checkpoint holds: the parameters and the routers' biases, which no gradient trains."""
     for core in map(unwrap, model):
         yield from ((_global_name(core, name), parameter) for name, parameter in core.named_parameters())
         yield from ((_global_name(core, name), buffer) for name, buffer in core.named_buffers() if _is_bias(name))
 
 
 def all_weights(model: ModelChunks) -> Iterator[Tensor]:
-    """The same without names."""
+    """Yield the tensors of `named_weights` without their names."""
     for _, weight in named_weights(model):
         yield weight
 
 
 def _is_bias(buffer: str) -> bool:
-    """Of a router; what else its buffers hold is counted anew in every step."""
+    """True for a router's bias, the only buffer that a checkpoint stores; routers reset their others in every step."""
     return buffer.endswith(".expert_bias")
 
 

@@ -1,10 +1,11 @@
-"""Checkpoints in Megatron's torch_dist format: written beside and renamed, read at any parallel layout.
+"""Checkpoints in Megatron's torch_dist format, which any parallel layout can read.
 
-Path: `trainer` saves after a round and loads at start; the converters save and load weights alone. Invariant: what
-was saved and loaded again continues bit for bit, as long as the layout is the same (RNG states belong to ranks);
-and a save that fails leaves no part of a checkpoint.
+- Used by: `trainer` saves after a rollout and loads at start; the converters save and load weights alone.
+- Invariant: training that is saved and loaded continues bit for bit if the layout is the same (RNG states belong to
+  ranks), and a save that fails leaves no part of a checkpoint.
 
-Every function here is collective: all ranks call it with the same arguments.
+A checkpoint is written to a temporary directory next to its final place and renamed when it is complete. Every function
+here is collective: all ranks call it with the same arguments.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Of Megatron's three layouts of a distributed optimizer, the one that any other layout can read.
+# Megatron has three layouts of a distributed optimizer; this is the one that any other parallel layout can read.
 _CONTENT: Mapping[str, Any] = {
     "distrib_optim_sharding_type": "fully_reshardable",
     # gathered on the data-parallel rank that writes it, instead of on all
@@ -57,23 +58,26 @@ _CONTENT: Mapping[str, Any] = {
 _SIZES = "model_sizes"
 
 _NOT_WEIGHTS = ("optimizer.", rng_state.KEY)
-"""What the keys of a checkpoint's other parts start with."""
+"""The prefixes of keys that are not weights."""
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """`rollout_id`: the last one trained on, None for weights only. `state`: what `save_checkpoint` was given."""
+    """The result of `load_checkpoint`: what was filled, and the data side's `state` as `save_checkpoint` got it.
+
+    `rollout_id` is the last rollout that was trained on; None for weights only.
+    """
 
     path: Path
     rollout_id: int | None
     state: dict[str, Any] | None
     loaded: tuple[str, ...]
-    """Of 'model', 'optimizer', 'scheduler', 'rng'."""
+    """Some of 'model', 'optimizer', 'scheduler', 'rng'."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model, and what trains it. `state` is JSON-able; rank 0's is written."""
+    """A model and what trains it. `state` is JSON-able; rank 0's is written."""
 
     model: ModelChunks
     optimizer: MegatronOptimizer | None
@@ -81,7 +85,7 @@ class Trained:
     state: dict[str, Any]
 
     def content(self, rollout_id: int) -> dict[str, Any]:
-        """What is saved beside the weights; the optimizer as it is."""
+        """Return what is saved together with the weights; the optimizer is still an object, not a state dict."""
         content: dict[str, Any] = {"iteration": rollout_id}
         if self.optimizer is not None and has_state(self.optimizer):
             content["optimizer"] = self.optimizer
@@ -101,10 +105,12 @@ def save_checkpoint(
     keep_last: int | None = None,
     critic: Trained | None = None,
 ) -> Path:
-    """Write `<save_dir>/iter_<rollout_id>` and point the tracker at it.
+    """Write `<save_dir>/iter_<rollout_id>` and point the tracker file at it.
 
-    `state`: the data side, JSON-able; rank 0's is written. `keep_last`: all but so many are removed then. `critic`: is
-    written as a checkpoint of its own within it.
+    Args:
+        state: the state of the data side, JSON-able; rank 0's is written.
+        keep_last: keep this many of the newest checkpoints and remove the older ones.
+        critic: is written as a checkpoint of its own inside this one.
 
     Returns:
         The checkpoint's directory.
@@ -135,21 +141,21 @@ def save_release(save_dir: str | Path, *, model: ModelChunks) -> Path:
 
 @contextmanager
 def _written(save_dir: Path, name: str) -> Iterator[Path]:
-    """The directory to write to; where that fails, nothing of it is left."""
+    """Yield the directory to write to; if writing fails, nothing of it is left."""
     written = on_rank_zero(lambda: checkpoint_files.begin(save_dir, name))
     with checkpoint_files.nothing_left_of(written, removes=dist.get_rank() == 0):
         yield written
 
 
 def _write(directory: Path, model: ModelChunks, content: dict[str, Any], header: dict[str, Any]) -> None:
-    """One model's files, and behind them the one that vouches for them."""
+    """Write one model's files, and after them the manifest that holds their sizes and digests."""
     with device.layer(), _readable_errors(f"saving to {directory.parent} failed", RuntimeError):
         metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
         weights = _sharded_weights(model, metadata)
         if "optimizer" in content:
             content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=metadata)}
         saved = torch_dist.TorchDistSave()
-        # Rank 0 alone writes common.pt and metadata.json: where these fail, others wait for it until the run ends.
+        # Rank 0 alone writes common.pt and metadata.json. If that fails, the other ranks wait until the run ends.
         dist_checkpointing.save(
             # 3.0: Megatron's current layout of QKV
             {**content, "model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(unwrap(model[0]))},
@@ -170,11 +176,11 @@ def load_checkpoint(
     scheduler: OptimizerParamScheduler | None = None,
     load_rng: bool = False,
 ) -> LoadedCheckpoint:
-    """Fill what is passed from a torch_dist checkpoint (for a Hugging Face directory: `hf_weights.load_hf_into`).
+    """Fill what is passed from a torch_dist checkpoint (for a Hugging Face directory see `hf_weights.load_hf_into`).
 
-    What it does not hold stays as it is, but for an optimizer's fp32 copies: they are made anew from the weights. A
-    critic takes a policy's weights, but its output layer. RNG
-    states are loaded at the layout that saved them; at another one they are left alone, with a warning.
+    What the checkpoint does not hold keeps its value. The exception is an optimizer's fp32 copies: they are made again
+    from the weights. A critic takes a policy's weights except its output layer. RNG states are loaded if the layout is
+    the one that saved them; otherwise they keep their values, with a warning.
 
     Raises:
         ValueError: the model is not the checkpoint's, or a file is not what was written.
@@ -196,7 +202,7 @@ def load_checkpoint(
             with device.layer():
                 optimizer.reload_model_params()
     if scheduler is not None and "opt_param_scheduler" in common:
-        scheduler.num_steps = 0  # Megatron adds the saved ones to those that it has counted
+        scheduler.num_steps = 0  # Megatron adds the saved steps to those that it has counted
         scheduler.load_state_dict(common["opt_param_scheduler"])
         taken.append("scheduler")
     if load_rng and header is not None and rng_state.is_this_layout(header["layout"], found.path):
@@ -214,11 +220,11 @@ def _load_weights(found: FoundCheckpoint, common: dict[str, Any], model: ModelCh
         saved = set(torch_dist.saved_shapes(found.path))
         weights = _sharded_weights(model, _content(common))
         of_policy = isinstance(unwrap(model[0]), ValueModel) and VALUE_HEAD not in saved
-        if of_policy:  # its output layer is left out, and the value head stays as it is
+        if of_policy:  # a critic skips its output layer and keeps its own value head
             weights = {name: part for name, part in weights.items() if part.key != VALUE_HEAD}
             saved.discard(OUTPUT)
         _refuse_more(found, weights, saved)
-        # Of no use without Transformer Engine, and pickled: not read, also where another trainer has written it.
+        # Pickled, and of no use without Transformer Engine: never read, even if another trainer has written them.
         extra = [name for name, part in weights.items() if isinstance(part, ShardedObject)]
         weights = {name: part for name, part in weights.items() if name not in extra}
         if with_optimizer:
@@ -243,7 +249,7 @@ def _load_optimizer(
 
 
 def _sharded_weights(model: ModelChunks, metadata: dict[str, Any]) -> dict[str, Any]:
-    """All chunks' tensors; their keys in the checkpoint count layers over the whole model."""
+    """Return the sharded tensors of all chunks; their keys in the checkpoint number layers over the whole model."""
     return {
         f"{number}.{name}": part
         for number, chunk in enumerate(model)
@@ -252,13 +258,13 @@ def _sharded_weights(model: ModelChunks, metadata: dict[str, Any]) -> dict[str, 
 
 
 def _of_chunk(weights: dict[str, Any], number: int) -> dict[str, Any]:
-    """`_sharded_weights`'s of one chunk, by the chunk's own names."""
+    """Return the part of `_sharded_weights` that belongs to one chunk, by the chunk's own names."""
     prefix = f"{number}."
     return {name.removeprefix(prefix): part for name, part in weights.items() if name.startswith(prefix)}
 
 
 def _content(common: dict[str, Any]) -> dict[str, Any]:
-    """How Megatron is to name and cut what it reads: as it was written."""
+    """Return the metadata by which Megatron names and shards what it reads: those of the write."""
     return dict(common.get("content_metadata") or _CONTENT)
 
 
@@ -267,13 +273,13 @@ def _misfit(found: FoundCheckpoint) -> str:
 
 
 def _sizes(core: PolicyModel) -> dict[str, int]:
-    """Sizes that tensors' shapes do not tell: tables are padded, and many a split into heads fills the same matrix."""
+    """Return sizes that tensor shapes do not show: tables are padded, and many head counts fill the same matrix."""
     heads = ("num_attention_heads", "num_query_groups", "kv_channels")
     return {"vocab_size": core.num_token_ids, **{name: int(getattr(core.config, name)) for name in heads}}
 
 
 def _refuse_other_sizes(found: FoundCheckpoint, common: dict[str, Any], core: PolicyModel) -> None:
-    """Megatron fills a table from one of any other length; its own checkpoints say no more than that length."""
+    """Refuse a checkpoint of other sizes, because Megatron fills a table from one of any length without an error."""
     ours, theirs = _sizes(core), common.get(_SIZES, {})
     wrong = [f"{name} {size} there, {ours[name]} here" for name, size in theirs.items() if size != ours[name]]
     table = torch_dist.saved_shapes(found.path).get(EMBEDDING)
@@ -284,7 +290,7 @@ def _refuse_other_sizes(found: FoundCheckpoint, common: dict[str, Any], core: Po
 
 
 def _refuse_more(found: FoundCheckpoint, weights: dict[str, Any], saved: set[str]) -> None:
-    """Weights in the checkpoint that the model has no place for; Megatron passes over them in silence."""
+    """Refuse a checkpoint with weights that the model has no place for, because Megatron ignores them in silence."""
     wanted: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(wanted, {part.key for part in weights.values()})
     more = {
@@ -298,7 +304,7 @@ def _refuse_more(found: FoundCheckpoint, weights: dict[str, Any], saved: set[str
 
 @contextmanager
 def _readable_errors(what: str, kind: type[Exception]) -> Iterator[None]:
-    """torch's CheckpointException is a BaseException that carries every rank's traceback: make it an ordinary error."""
+    """Turn torch's CheckpointException, a BaseException with every rank's traceback, into an ordinary error."""
     try:
         yield
     except CheckpointException as error:

@@ -1,12 +1,13 @@
-"""Checkpoint directories: which are there, which are complete, which to take, which to remove.
+"""Checkpoint directories on the disk: list them, check that they are complete, choose one, remove old ones.
 
-Path: `checkpoint` writes and reads what is found here; the converters use it too. Invariant: a directory named
-`iter_*` or `release` came there by a rename of a finished one, so that whatever is not whole is damaged or a leftover.
+- Used by: `checkpoint` writes to and reads from the directories that are found here; so do the converters.
+- Invariant: a directory `iter_*` or `release` gets its name by the rename of a finished one. Therefore one that is not
+  complete is damaged, or what a removal left.
 
     <dir>/iter_0000005/                     rollout 5: .metadata, metadata.json, common.pt, *.distcp, slime_state.json
     <dir>/release/                          the converter's output: weights only, otherwise the same
     <dir>/latest_checkpointed_iteration.txt Megatron's tracker, for other tools; written last, never read here
-    <dir>/best_checkpoint.json              the one that was evaluated best (`observability.best_checkpoint`)
+    <dir>/best_checkpoint.json              names the checkpoint that evaluated best (`observability.best_checkpoint`)
     <dir>/.tmp_*                            unfinished
 """
 
@@ -37,9 +38,9 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 TMP_PREFIX = ".tmp_"
 CRITIC = "critic"
-"""Within a checkpoint the directory of the critic's, a checkpoint of its own."""
+"""The directory inside a checkpoint that holds the critic's checkpoint."""
 DAMAGED = ".damaged"
-"""What the name of a checkpoint ends in that a resumed run has set aside."""
+"""The suffix of a checkpoint that a resumed run has set aside."""
 _ITERATION = re.compile(r"iter_(\d{7,})")
 OWN_FILES = (
     "args*.yaml",
@@ -56,12 +57,12 @@ OWN_FILES = (
     BEST,
     f"{TMP_PREFIX}*",
 )
-"""What a run itself leaves beside its checkpoints (glob patterns)."""
+"""Files that a run itself leaves next to its checkpoints (glob patterns)."""
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A complete checkpoint. `rollout_id`: the last rollout trained on; None: weights only."""
+    """A complete checkpoint. `rollout_id` is the last rollout that was trained on; None for weights only."""
 
     path: Path
     kind: Literal["iteration", "release", "hf"]
@@ -70,7 +71,7 @@ class FoundCheckpoint:
     """Whether all bytes of all its files have been compared with what was written."""
 
     def part(self, name: str) -> FoundCheckpoint | None:
-        """The checkpoint of another model that was saved with this one; None: there is none."""
+        """Return the checkpoint of another model that was saved inside this one; None if there is none."""
         inner = self.path / name
         found = FoundCheckpoint(inner, "iteration", self.rollout_id, self.verified)
         return found if (inner / STATE_FILE).is_file() else None
@@ -87,18 +88,18 @@ def find_checkpoint(
     own: Sequence[str | None] = (),
     damaged: Mapping[str, str] | None = None,
 ) -> FoundCheckpoint | None:
-    """The newest complete checkpoint in `load_dir`, or that of rollout `step`; None: start from elsewhere.
+    """Return the newest complete checkpoint in `load_dir`, or the one of rollout `step`; None: start from elsewhere.
 
-    None stands for: no directory given, none there, or one with nothing but a run's own files and checkpoints that
-    were never finished. Damaged ones next to a complete one are logged. `load_dir` may also be a checkpoint itself,
-    or an HF directory.
+    The result is None if no directory is given, it does not exist, or it holds nothing but a run's own files and
+    checkpoints that were never finished. Damaged checkpoints next to a complete one are logged. `load_dir` may also be
+    a checkpoint itself, or an HF directory.
 
     Args:
-        own: paths that the run's flags name for other output, with `{rollout_id}` in them; None where not given.
-        damaged: names of checkpoints that are known to be damaged, and why; they are passed over.
+        own: the paths that the run's flags name for other output, with `{rollout_id}` in them; None if not given.
+        damaged: the names of checkpoints that are known to be damaged, and why; they are skipped.
 
     Raises:
-        ValueError: a directory of something else, all checkpoints in it are damaged, or `step` is not there.
+        ValueError: the directory is something else, all checkpoints in it are damaged, or `step` is not there.
     """
     damaged = damaged or {}
     root = Path(load_dir) if load_dir is not None else None
@@ -129,7 +130,7 @@ def find_checkpoint(
 
 
 def _checkpoint_itself(path: Path) -> FoundCheckpoint | None:
-    """`path` as an HF directory, or as a checkpoint and not a directory of such; None where it is neither."""
+    """Return `path` as an HF directory or as a single checkpoint; None if it is neither."""
     if is_hf_directory(path):
         return FoundCheckpoint(path, "hf")
     if not (path / ".metadata").is_file():
@@ -161,7 +162,7 @@ def _none_at_step(load_dir: str | Path | None, step: int | None, there: list[int
 
 
 def refuse_abandoned(save_dir: str | Path, next_rollout_id: int) -> None:
-    """Checkpoints of rollouts that the run is yet to come to are another branch: a resume would take these for its own.
+    """Refuse checkpoints of rollouts that are still to come: they are another branch, which a resume would load.
 
     Raises:
         ValueError: `save_dir` holds a complete checkpoint of `next_rollout_id` or a later one.
@@ -178,17 +179,17 @@ def refuse_abandoned(save_dir: str | Path, next_rollout_id: int) -> None:
 
 
 def _move_away(root: Path, names: Sequence[str]) -> str:
-    """The shell command that does it, and loses nothing: `mv` makes a directory of its own for them first."""
+    """Return a shell command that moves these away without loss: `mv` moves them into a new directory."""
     away = str(root.resolve() / "abandoned")
     moved = shlex.join(["mv", "--no-clobber", *(str(root.resolve() / name) for name in names), away])
     return f"{shlex.join(['mkdir', '--parents', away])} && {moved}"
 
 
 def set_aside(found: FoundCheckpoint) -> list[Path]:
-    """Rename the checkpoints that are newer than `found`, the newest sound one -> their new places.
+    """Rename the checkpoints that are newer than `found`, the newest sound one, and return their new paths.
 
-    They are damaged, or `found` would be another. Left where they are, the next save would overwrite them, and a
-    resume would look at them again.
+    They are damaged, otherwise `found` would be one of them. If they kept their names, the next save would overwrite
+    them and the next resume would read them again.
     """
     moved: list[Path] = []
     for rollout_id, path in sorted(_iterations(found.path.parent).items()):
@@ -201,7 +202,7 @@ def set_aside(found: FoundCheckpoint) -> list[Path]:
 
 
 def _refuse_damaged(root: Path, checkpoints: Sequence[Path], damaged: Mapping[str, str]) -> None:
-    """A checkpoint came there by a rename of a whole one: to start without it would lose what was trained."""
+    """Refuse a directory whose checkpoints are all damaged: to start without them would lose what was trained."""
     reasons = {path.name: damaged.get(path.name) or why_incomplete(path) for path in sorted(checkpoints)}
     reasons |= {path.name: "set aside" for path in sorted(root.glob(f"iter_*{DAMAGED}*"))}
     problems = [f"{name}: {why}" for name, why in reasons.items() if why is not None]
@@ -213,7 +214,7 @@ def _refuse_damaged(root: Path, checkpoints: Sequence[Path], damaged: Mapping[st
 
 
 def _entries(root: Path, own: Sequence[str | None]) -> Iterator[str]:
-    """Glob patterns of what stands directly under `root` on the way to the paths `own`."""
+    """Yield glob patterns of the entries directly under `root` that lead to the paths `own`."""
     for path in own:
         if path is not None and (whole := Path(path).resolve()).is_relative_to(root.resolve()):
             for entry in whole.relative_to(root.resolve()).parts[:1]:
@@ -221,7 +222,7 @@ def _entries(root: Path, own: Sequence[str | None]) -> Iterator[str]:
 
 
 def _refuse_strangers(root: Path, own: Sequence[str]) -> None:
-    """Something else than a run's own files: more likely a wrong path than an empty start."""
+    """Refuse files that are not a run's own: a wrong path is more likely than an empty start."""
     strangers = [
         path.name
         for path in sorted(root.iterdir())
@@ -242,11 +243,11 @@ def _is_complete(path: Path) -> bool:
 
 
 def why_incomplete(path: Path) -> str | None:
-    """What a checkpoint directory lacks, or None where every file that was written is there, in its full size.
+    """Return what a checkpoint directory lacks; None if every file that was written is there in its full size.
 
-    Of the large files, what is in them is looked at when they are loaded (`changed_files`).
+    The content of the large files is compared when they are loaded (`changed_files`).
     """
-    # weights alone may be Megatron's own, which writes no such file
+    # a checkpoint with weights alone may be Megatron's own, which writes no such file
     with_state = _ITERATION.fullmatch(path.name) is not None or (path / STATE_FILE).exists()
     needed = [METADATA, "metadata.json", "common.pt", *([STATE_FILE] if with_state else [])]
     missing = [name for name in needed if not (path / name).is_file()]
@@ -276,12 +277,12 @@ def why_incomplete(path: Path) -> str | None:
 
 
 def said_of(changed: Mapping[str, str]) -> str:
-    """`changed_files`'s answer in words."""
+    """Return the answer of `changed_files` as text."""
     return "; ".join(f"{name}: {why}" for name, why in sorted(changed.items()))
 
 
 def _lost_piece(path: Path) -> str | None:
-    """What .metadata names and is not there: a file of another node's disk, or of a copy that was cut short."""
+    """Return a file that .metadata names and that is missing or short: it is on another node, or a copy was cut off."""
     try:
         storage = read_metadata(path).storage_data
     except UnreadableFileError as error:
@@ -298,7 +299,7 @@ def _lost_piece(path: Path) -> str | None:
 
 
 def begin(save_dir: Path, name: str) -> Path:
-    """An empty `.tmp_<name>` to write to; leftovers of killed runs go."""
+    """Create an empty `.tmp_<name>` to write to, and remove the leftovers of killed runs."""
     save_dir.mkdir(parents=True, exist_ok=True)
     for leftover in save_dir.glob(f"{TMP_PREFIX}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -309,15 +310,15 @@ def begin(save_dir: Path, name: str) -> Path:
 
 @contextmanager
 def nothing_left_of(written: Path, *, removes: bool) -> Iterator[None]:
-    """Where writing to it fails, `written` goes: on a disk that is full it would stand in the way. One rank `removes`.
+    """Remove `written` if writing to it fails, because its files would keep a full disk full. One rank `removes`.
 
     Raises:
-        RuntimeError: naming the directory, and what has failed.
+        RuntimeError: with the directory and the reason.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch's writer does not say why it could not write: this does, where it is the disk
+        # torch's writer does not report why it could not write; the free space shows whether the disk is full
         room = f" ({shutil.disk_usage(written.parent).free >> 20} MiB are free there)"
         if removes:
             shutil.rmtree(written, ignore_errors=True)
@@ -327,7 +328,7 @@ def nothing_left_of(written: Path, *, removes: bool) -> Iterator[None]:
 
 
 def commit(written: Path, tracker: str) -> Path:
-    """Rename a finished `.tmp_<name>` to `<name>`, then write the tracker; all of it is on the disk then."""
+    """Rename a finished `.tmp_<name>` to `<name>`, then write the tracker; everything is on the disk afterwards."""
     save_dir, final = written.parent, written.with_name(written.name.removeprefix(TMP_PREFIX))
     old = save_dir / f"{TMP_PREFIX}old_{final.name}"
     for path in (*written.rglob("*"), written):
@@ -346,7 +347,7 @@ def commit(written: Path, tracker: str) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """A file's content, or a directory's names, to the disk: a machine that loses power keeps it."""
+    """Flush a file's content, or a directory's names, to the disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -355,10 +356,10 @@ def _sync(path: Path) -> None:
 
 
 def remove_old(save_dir: Path, keep: int, *, saved: int) -> list[Path]:
-    """Remove all but the newest `keep` complete iterations up to `saved`, the one just written, which stays.
+    """Remove all but the newest `keep` complete iterations up to `saved`, which was just written and stays.
 
-    The best evaluated one stays, too. `release` and damaged iterations are neither counted nor removed. Returns what
-    was removed.
+    The checkpoint that evaluated best stays, too. `release` and damaged iterations are neither counted nor removed.
+    Returns the paths that were removed.
     """
     iterations = _iterations(save_dir)
     complete = [number for number in sorted(iterations) if number <= saved and not why_incomplete(iterations[number])]
@@ -366,7 +367,7 @@ def remove_old(save_dir: Path, keep: int, *, saved: int) -> list[Path]:
     kept = None if best is None else best.rollout_id
     removed = [iterations[number] for number in complete[:-keep] if number != kept]
     for path in removed:
-        # Renamed first: killed halfway, it is a leftover and not a damaged checkpoint.
+        # Rename first: if the run is killed halfway, this is a leftover and not a damaged checkpoint.
         doomed = path.rename(path.with_name(f"{TMP_PREFIX}old_{path.name}"))
         shutil.rmtree(doomed)
     return removed

@@ -1,10 +1,10 @@
-"""The last file of a checkpoint, which vouches for all others: their sizes and digests, and what the run knew.
+"""The manifest of a checkpoint: sizes and digests of all other files, and the state of the run.
 
-Path: `checkpoint` writes it after the weights; `checkpoint_files` and `checkpoint` compare files with it. Invariant:
-it carries a digest of itself, so that what it says is what was written.
+- Used by: `checkpoint` writes it last, after the weights; `checkpoint_files` and `checkpoint` compare files with it.
+- Invariant: it holds a digest of itself, so what is read from it is what was written.
 
-A file's digest is xxh3-128 over all its bytes. It finds accidents (bits that flip, blocks that are lost or exchanged),
-whatever they are; it is no protection against somebody who writes a file on purpose. For that `safe_pickle` is there.
+A file's digest is xxh3-128 over all its bytes. It finds every kind of accident (flipped bits, lost or exchanged
+blocks). It gives no protection against somebody who writes a file on purpose; that is the task of `safe_pickle`.
 
     format 1   sums of blocks, whose changes can cancel each other; still read, with its own check
     format 2   xxh3-128
@@ -37,14 +37,15 @@ _THREADS = 4
 
 
 class NewerFormatError(ValueError):
-    """A later version of slime wrote the checkpoint; it is not damaged."""
+    """Raised if a later version of slime wrote the checkpoint; it is not damaged."""
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote into the checkpoint `path`.
+    """Return what `write_state` wrote into the checkpoint `path`.
 
     Raises:
-        ValueError: it is not what was written. A NewerFormatError: this version cannot read it.
+        NewerFormatError: this version cannot read it (a ValueError, too).
+        ValueError: it is not what was written.
         OSError: it cannot be read.
     """
     try:
@@ -54,7 +55,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(written, dict):
         raise ValueError("not the bytes that were written")
     if _OWN_DIGEST not in written:
-        raise ValueError("no checksum in it, as in those of earlier versions")
+        raise ValueError("it has no checksum; earlier versions of slime wrote none")
     own = written.pop(_OWN_DIGEST)
     if own != (_digest_of(written) if _FORMAT in written else zlib.crc32(json.dumps(written).encode())):
         raise ValueError("not the bytes that were written")
@@ -67,14 +68,14 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def write_state(path: Path, header: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Write `header`, and the sizes and digests of all other files of the checkpoint `path`."""
+    """Write `header` with the sizes and digests of all other files of the checkpoint `path`."""
     sizes = {file.name: file.stat().st_size for file in sorted(_filled_files(path))}
     state = {**header, _FORMAT: FORMAT, _WRITER: slime.__version__, _SIZES: sizes, _DIGESTS: dict(digests)}
     (path / STATE_FILE).write_text(sealed(state))
 
 
 def sealed(state: Mapping[str, Any]) -> str:
-    """`state` as JSON, with the digest of itself."""
+    """Return `state` as JSON, with a digest of itself."""
     return json.dumps({**state, _OWN_DIGEST: _digest_of(state)})
 
 
@@ -83,22 +84,22 @@ def _digest_of(state: Mapping[str, Any]) -> str:
 
 
 def _filled_files(path: Path) -> list[Path]:
-    """Those with anything in them: a rank that has nothing of its own to write leaves an empty one."""
+    """List the files that are not empty: a rank that has nothing to write leaves an empty one."""
     return [file for file in path.iterdir() if file.is_file() and file.stat().st_size]
 
 
 def digests_of_small_files(path: Path) -> dict[str, str]:
-    """By name, of all files that no rank's writer has a digest of: those of rank 0."""
+    """Return the digests, by name, of the files that no rank's writer has digested: those that rank 0 writes."""
     return {file.name: digest(file) for file in _filled_files(path) if re.match(r"__\d+_", file.name) is None}
 
 
 def sizes(state: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of each file, from what `read_state` returned."""
+    """Return the size of each file in bytes, from what `read_state` returned."""
     return state.get(_SIZES, {})
 
 
 def written_files(path: Path) -> list[str]:
-    """Names of all files with a digest; none where the checkpoint is Megatron's own."""
+    """Return the names of all files with a digest; an empty list if the checkpoint is Megatron's own."""
     if not (path / STATE_FILE).is_file():
         return []
     state = read_state(path)
@@ -106,7 +107,7 @@ def written_files(path: Path) -> list[str]:
 
 
 def changed_files(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """Those of `names` that do not hold what was written any more, and why; several are read at once.
+    """Return those of `names` that no longer hold what was written, and why; several files are read at once.
 
     Raises:
         OSError, ValueError: the checkpoint's state file cannot be read.
@@ -129,7 +130,7 @@ def changed_files(path: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def digest(file: Path) -> str:
-    """xxh3-128 of all bytes, in hexadecimal digits."""
+    """Return the xxh3-128 of all bytes, in hexadecimal digits."""
     found = xxhash.xxh3_128()
     with file.open("rb", buffering=0) as stream:
         while block := stream.read(_READ_AT_ONCE):
@@ -138,7 +139,7 @@ def digest(file: Path) -> str:
 
 
 def _sum_of(file: Path) -> int:
-    """The check of format 1: CRC of the sums of a file's blocks."""
+    """Return the checksum of format 1: the CRC of the sums of a file's blocks."""
     data = np.memmap(file, dtype=np.uint8, mode="r")
     whole = len(data) // _OLD_BLOCK * _OLD_BLOCK
     sums = data[:whole].view(np.uint64).reshape(-1, _OLD_BLOCK // 8).sum(axis=1)

@@ -1,7 +1,7 @@
-"""Which checkpoint a run goes on from: the newest one of which every byte is what was written.
+"""The choice of the checkpoint that a run resumes from: the newest one whose every byte is what was written.
 
-Path: `trainer` asks before any state is loaded; `checkpoint` verifies with the same functions. Invariant: all ranks get
-one answer, or one error. Every function here is collective.
+- Used by: `trainer`, before any state is loaded; `checkpoint` verifies with the same functions.
+- Invariant: all ranks get the same answer, or the same error. Every function here is collective.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _T = TypeVar("_T")
 def find_sound_checkpoint(
     load_dir: str | Path | None, *, step: int | None = None, own: Sequence[str | None] = (), sets_aside: bool
 ) -> FoundCheckpoint | None:
-    """What `find_checkpoint` finds, every byte of it compared with what was written. All ranks get the same.
+    """Return what `find_checkpoint` finds, after every byte of it was compared with what was written.
 
-    Where the newest one is damaged, the newest sound one is taken, with a warning; not so where one is named, by `step`
-    or by its own path. `sets_aside`: damaged ones are renamed, since the run saves into this directory; nothing is
-    deleted.
+    If the newest checkpoint is damaged, the newest sound one is taken, with a warning. A checkpoint that is named, by
+    `step` or by its own path, is never replaced by another. `sets_aside`: the run saves into this directory, so damaged
+    checkpoints are renamed; nothing is deleted.
 
     Raises:
-        ValueError: as `find_checkpoint`, or the one that is named is damaged.
+        ValueError: as for `find_checkpoint`, or the named checkpoint is damaged.
     """
     damaged: dict[str, str] = {}
     while True:
@@ -49,15 +49,15 @@ def find_sound_checkpoint(
             raise ValueError(damage_of(found, changed))
         damaged[found.path.name] = checkpoint_files.said_of(changed)
         if dist.get_rank() == 0:
-            logger.warning("passing over the damaged checkpoint %s: %s", found.path, damaged[found.path.name])
+            logger.warning("skipping the damaged checkpoint %s: %s", found.path, damaged[found.path.name])
     if sets_aside and found.kind == "iteration" and found.path != Path(load_dir or "") and step is None:
         for path in on_rank_zero(lambda: checkpoint_files.set_aside(found)):
-            logger.warning("set aside as %s; the run goes on from %s", path, found.path)
+            logger.warning("set aside as %s; the run resumes from %s", path, found.path)
     return replace(found, verified=True)
 
 
 def _found_by_rank_zero(find: Callable[[], FoundCheckpoint | None]) -> FoundCheckpoint | None:
-    """Rank 0's result, or its ValueError, on every rank: directories may look different from different nodes."""
+    """Return rank 0's result, or its ValueError, on every rank: nodes may see different directories."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -71,7 +71,7 @@ def _found_by_rank_zero(find: Callable[[], FoundCheckpoint | None]) -> FoundChec
 
 
 def changed_in(found: FoundCheckpoint) -> dict[str, str]:
-    """Files of full size that are not what was written, and why, on every rank; each rank looks at some."""
+    """Return, on every rank, the files that are not what was written, and why; each rank reads a share of them."""
     part = found.part(CRITIC)
 
     def own_share() -> dict[str, str]:
@@ -92,12 +92,12 @@ def damage_of(found: FoundCheckpoint, changed: Mapping[str, str]) -> str:
 
 
 def on_rank_zero(work: Callable[[], _T]) -> _T:
-    """`work()` of rank 0, its result or its error on every rank: nobody waits for a rank that has failed."""
+    """Run `work` on rank 0; every rank gets its result or its error, so no rank waits for one that has failed."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except (OSError, TypeError, ValueError) as error:  # TypeError, ValueError: a `state` that is no JSON
+        except (OSError, TypeError, ValueError) as error:  # TypeError, ValueError: a `state` that is not JSON
             outcome[1] = f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
@@ -106,7 +106,7 @@ def on_rank_zero(work: Callable[[], _T]) -> _T:
 
 
 def on_every_rank(work: Callable[[], _T]) -> list[_T]:
-    """`work()` of each rank, all results or an error on every rank."""
+    """Run `work` on each rank; every rank gets all results, or an error."""
     outcome: tuple[Any, str | None] = (None, None)
     try:
         outcome = work(), None

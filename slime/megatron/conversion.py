@@ -1,7 +1,8 @@
-"""HF directory -> torch_dist checkpoint and back, in one process on the CPU.
+"""Conversion between an HF directory and a torch_dist checkpoint, in one process on the CPU.
 
-Path: the two converters under tools/ are the command lines of these functions. Invariant: bits do not change. The
-model stands in the HF directory's storage dtype, or in fp32 where that is not bf16, and fp32 holds every other one.
+- Used by: the two converters under tools/, which are the command lines of these functions.
+- Invariant: no bit changes. The model has the storage dtype of the HF directory if that is bf16, otherwise fp32, which
+  represents every other one exactly.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from slime.observability.path_lock import PathLocks
 
 @contextmanager
 def _one_process_model(args: Args, reader: HFReader) -> Iterator[tuple[ModelChunks, Args]]:
-    """The whole model here, whatever the parallel sizes of the run: a torch_dist checkpoint has none."""
+    """Yield the whole model in this process; a torch_dist checkpoint does not depend on the run's parallel sizes."""
     args = replace(
         args,
         tensor_model_parallel_size=1,
@@ -43,11 +44,11 @@ def _one_process_model(args: Args, reader: HFReader) -> Iterator[tuple[ModelChun
 
 
 def hf_to_torch_dist(args: Args, hf_dir: str | Path, save_dir: str | Path) -> Path:
-    """Write `<save_dir>/release` from the weights in `hf_dir`; returns that directory.
+    """Write `<save_dir>/release` from the weights in `hf_dir`, and return that directory.
 
     Raises:
         ValueError: the weights are not this model's.
-        RunError: a run writes to `save_dir`, or nobody can.
+        RunError: a run writes to `save_dir`, or it cannot be written.
     """
     reader = HFReader(hf_dir)
     with PathLocks([Path(save_dir)]), _one_process_model(args, reader) as (model, args):
@@ -60,7 +61,7 @@ def torch_dist_to_hf(args: Args, found: FoundCheckpoint, origin_hf_dir: str | Pa
 
     Raises:
         ValueError: the weights are not this model's.
-        RunError: a run writes to `output_dir`, or nobody can.
+        RunError: a run writes to `output_dir`, or it cannot be written.
     """
     with PathLocks([], [Path(output_dir)]), _one_process_model(args, HFReader(origin_hf_dir)) as (model, args):
         load_checkpoint(found, model=model)

@@ -352,7 +352,7 @@ def test_a_checkpoint_of_an_earlier_version_is_told(saves: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         found = find_checkpoint(saves)
     assert found is not None and found.rollout_id == 2
-    assert f"{STATE_FILE} is damaged: no checksum in it, as in those of earlier versions" in caplog.text
+    assert f"{STATE_FILE} is damaged: it has no checksum; earlier versions of slime wrote none" in caplog.text
 
 
 def flip(file: Path, place: float) -> None:

@@ -137,7 +137,7 @@ def test_the_newest_sound_checkpoint_is_taken_on_every_rank(workers: WorkerPool,
     (first, warned), (second, _) = workers.run(2, found_by_each, args, saves, None, False)
     assert first == second == 1
     assert any(
-        f"passing over the damaged checkpoint {saves}/iter_0000003: __1_0.distcp: not the bytes" in w for w in warned
+        f"skipping the damaged checkpoint {saves}/iter_0000003: __1_0.distcp: not the bytes" in w for w in warned
     )
     assert sorted(path.name for path in saves.glob("iter_*")) == [f"iter_000000{n}" for n in (1, 2, 3)]
     [(_, warned), _] = workers.run(2, found_by_each, args, saves, None, True)
@@ -147,7 +147,7 @@ def test_the_newest_sound_checkpoint_is_taken_on_every_rank(workers: WorkerPool,
         "iter_0000003.damaged",
     ]
     assert any(
-        f"set aside as {saves}/iter_0000003.damaged; the run goes on from {saves}/iter_0000001" in w for w in warned
+        f"set aside as {saves}/iter_0000003.damaged; the run resumes from {saves}/iter_0000001" in w for w in warned
     )
     refuse_abandoned(saves, 2)
     assert remove_old(saves, 1, saved=1) == [] and (saves / "iter_0000003.damaged" / "__1_0.distcp").exists()
