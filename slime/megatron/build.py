@@ -185,7 +185,6 @@ def transformer_config(args: Args) -> TransformerConfig:
         return config_from(TransformerConfig, args, decided)
     decided |= _experts(args, shape)
     said = {name: value for name, value in args.megatron_extra.items() if name not in FLAG_NAMES}  # see `_experts`
-
     return config_from(TransformerConfig, replace(args, megatron_extra=said), decided)
 
 

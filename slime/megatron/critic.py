@@ -1,11 +1,12 @@
-"""The critic: a second model beside the policy, of its shape and layout, that says what a state is worth.
+"""The critic: a second model next to the policy, with its architecture and layout, that estimates values.
 
-Path: `trainer` asks it for the values of a rollout before advantages are made of them, then takes its steps before the
-policy's, over the same micro-batches. Invariant: it shares no weight, no optimizer and no schedule with the policy; its
-checkpoint is a part of the policy's, written and read with it.
+- Used by: `trainer` computes the values of a rollout before its advantages, and takes the critic's steps over the same
+  micro-batches as the policy's.
+- Invariant: the critic shares no weight, no optimizer and no schedule with the policy. Its checkpoint is a part of the
+  policy's, written and read together with it.
 
-Shapes: _B packed tokens, _R response tokens of one micro-batch. The value of a response token is that of the state in
-which it was sampled: it stands where its log-prob does.
+Shapes: _B packed tokens, _R response tokens of one micro-batch. The value of a response token is the value of the state
+in which it was sampled, so it has the same index as the token's log-prob.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from slime.models.hf_files import HFReader
 
 
 class Critic:
-    """All methods are collective."""
+    """The value model with its optimizer, schedule and guard. All methods are collective."""
 
     def __init__(self, args: Args, topology: Topology, dump: StepDump | None = None) -> None:
         assert args.critic_lr is not None, "resolve fills it in"
@@ -52,7 +53,7 @@ class Critic:
     # Loading and saving
 
     def start(self, policy: FoundCheckpoint) -> str:
-        """A new critic from --critic-load, else from what the policy starts from -> where the weights are from.
+        """Load a new critic from --critic-load, else from what the policy starts from; return the source's path.
 
         Raises:
             ValueError: there is nothing to load, or it does not fit.
@@ -72,10 +73,10 @@ class Critic:
         return str(source.path)
 
     def resume(self, policy: FoundCheckpoint) -> str:
-        """Go on with the critic that was saved with the policy's checkpoint; where it has none, `start`.
+        """Load the critic that was saved with the policy's checkpoint, or `start` a new one; return the source's path.
 
         Raises:
-            ValueError: there is none, and none is named that it could start from.
+            ValueError: the checkpoint has no critic, and no --critic-load names another start.
         """
         saved, args = policy.part(CRITIC), self._args
         if saved is None and args.critic_load is None:
@@ -99,7 +100,7 @@ class Critic:
         return str(saved.path)
 
     def saved(self) -> Trained:
-        """What is saved of it."""
+        """Return what a checkpoint stores of the critic."""
         args = self._args
         return Trained(
             self.model,
@@ -111,16 +112,16 @@ class Critic:
     # Values and steps
 
     def values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """[R] float32 of each micro-batch; none but on the last stage."""
+        """Return the values [R] float32 of each micro-batch; an empty list unless this is the last stage."""
         return self._steps.forward(micro_batches, self._response_values)
 
     def train(
         self, micro_batches: Sequence[MicroBatch], *, batch: TrainBatch, weights_sum: float, where: str
     ) -> dict[str, float]:
-        """One optimizer step on the value loss, weighed as the policy's loss is -> `loss`, `clip_fraction`, ...
+        """Take one optimizer step on the value loss with the policy's loss weights; return `loss`, `clip_fraction`, ...
 
         Raises:
-            RuntimeError: as `ModelSteps.take_step`; no weight has changed then.
+            RuntimeError: as for `ModelSteps.take_step`; no weight has changed then.
         """
         try:
             return self._steps.take_step(
@@ -137,7 +138,7 @@ class Critic:
             return self._guard.skipped(error)
 
     def forget_gradients(self) -> None:
-        """Before each step."""
+        """Zero the gradients; call this before each step."""
         self._steps.forget_gradients(self.optimizer)
 
     def _response_values(self, micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class Critic:
         assert isinstance(core, ValueModel) and core.value_head is not None, "called on the last stage"
         values = core.value_head(hidden)
         if core.config.sequence_parallel:
-            # Every rank goes on with all values alike; backward each takes its own part of their gradient.
+            # Every rank continues with all values. In the backward pass each one keeps its own part of their gradient.
             values = tensor_parallel.gather_from_sequence_parallel_region(
                 values, tensor_parallel_output_grad=False, group=self._steps.topology.tp_group
             )
@@ -165,7 +166,7 @@ class Critic:
 
 
 def rollout_metrics(batch: TrainBatch, counted_N: Array) -> dict[str, float]:
-    """Of the values that a rollout's advantages were made of; the same on every rank."""
+    """Return metrics of the values that a rollout's advantages were made of, equal on every rank."""
     counts = (batch.columns["loss_mask"] > 0) & counted_N.repeat(batch.response_lengths_N)
     values, returns, mask = (
         torch.from_numpy(each) for each in (batch.columns["values"], batch.columns["returns"], counts)

@@ -1,9 +1,11 @@
-"""The device under training: CUDA with NCCL, or a CPU with gloo. Nothing else in slime.megatron asks which.
+"""The device under training: CUDA with NCCL, or a CPU with gloo, and the layer that hides the difference.
 
-Path: `parallel.init_parallel` installs this before the first use of megatron-core, and `layer()` stands around every
-build, step, save and load. megatron-core writes `device="cuda"` in many places; on a CPU this layer sends those to the
-CPU, stands in for streams and events, and gives Megatron's RNG tracker the CPU generator. Invariant: where CUDA is,
-nothing here changes anything.
+- Used by: `parallel.init_parallel` installs this before the first use of megatron-core, and every build, step, save and
+  load runs inside `layer()`.
+- Invariant: on a machine with CUDA, nothing here changes anything.
+
+megatron-core writes `device="cuda"` in many places. On a CPU this layer sends those tensors to the CPU, replaces
+streams and events by objects that do nothing, and gives Megatron's RNG tracker the CPU generator.
 """
 
 from __future__ import annotations
@@ -28,24 +30,24 @@ def on_cuda() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this process's tensors."""
+    """Return the device of this process's tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else _CPU
 
 
 def backend_name() -> str:
-    """torch.distributed's backend for that device."""
+    """Return torch.distributed's backend for that device."""
     return "nccl" if on_cuda() else "gloo"
 
 
 def set_threads(num_threads: int | None) -> None:
-    """Threads of one torch operation on a CPU; None leaves torch's choice."""
+    """Set the threads of one torch operation on a CPU; None leaves torch's choice."""
     if num_threads is not None and not on_cuda():
         torch.set_num_threads(num_threads)
 
 
 def use_deterministic_algorithms() -> None:
-    """Sums in the same order every time; on CUDA where there are such kernels, with a warning where there are none."""
-    if on_cuda():  # cuBLAS reads it when its first handle is made, and torch refuses to go on without it
+    """Make sums run in the same order every time; on CUDA an operation without such a kernel gives a warning."""
+    if on_cuda():  # cuBLAS reads it when its first handle is made, and torch raises without it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=on_cuda())
     # costs time, and nothing here reads such memory
@@ -56,17 +58,17 @@ def local_device(rank: int) -> None:
     """Bind this process to its GPU: the only one that it sees, or number `rank` of the node's. No-op on a CPU."""
     if on_cuda():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-        torch.set_float32_matmul_precision("highest")  # fp32 is fp32, not TF32, whatever the environment asks for
+        torch.set_float32_matmul_precision("highest")  # fp32 is fp32, not TF32, whatever the environment sets
 
 
 def synchronize() -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if on_cuda():
         torch.cuda.synchronize()
 
 
 def lock_pages(array: torch.Tensor) -> bool:
-    """Have the host keep the array's memory where the device reads it; whether it does. No on a CPU.
+    """Lock the array's host memory so that the device can read it directly; return whether it did (never on a CPU).
 
     Raises:
         RuntimeError: CUDA refuses.
@@ -83,7 +85,7 @@ def lock_pages(array: torch.Tensor) -> bool:
 
 
 def unlock_pages(array: torch.Tensor) -> None:
-    """The end of `lock_pages`, before the memory is given back."""
+    """Undo `lock_pages`, before the memory is freed."""
     _runtime().cudaHostUnregister(array.data_ptr())
 
 
@@ -94,8 +96,8 @@ def _runtime() -> Any:
 def empty_cache() -> None:
     """Give memory that is free inside this process back to the device.
 
-    Matrix products keep workspaces that the next one makes anew: one of them, lying in gigabytes of free memory, would
-    keep all of these from going back.
+    cuBLAS keeps a workspace that the next matrix product would allocate again. Such a small block inside gigabytes of
+    free memory would keep all of them from going back, so the workspaces are cleared first.
     """
     if on_cuda():
         require_names(torch._C, "_cuda_clearCublasWorkspaces")
@@ -104,10 +106,10 @@ def empty_cache() -> None:
 
 
 def take_memory_peaks() -> dict[str, float]:
-    """The most memory since the last call, in GB (1e9 bytes), from which the next call counts anew.
+    """Return the peaks of memory since the last call in GB (1e9 bytes), and reset them.
 
-    On CUDA: `peak` of this process's tensors; `reserved` by its allocator; `device` in use by all processes, engines
-    included, as far as this one's own peak tells. On a CPU: `peak` of the process's resident memory, where Linux
+    On CUDA: `peak` of this process's tensors; `reserved` by its allocator; `device`, the use of all processes including
+    engines, as far as this process's own peak shows it. On a CPU: `peak` of the process's resident memory, if Linux
     counts it.
     """
     if not on_cuda():
@@ -136,10 +138,10 @@ def _is_cuda(value: object) -> bool:
 
 
 class _CudaOnCpu(TorchFunctionMode):
-    """Sends `device="cuda"`, `.cuda()` and pinned memory to the CPU.
+    """A function mode that sends `device="cuda"`, `.cuda()` and pinned memory to the CPU.
 
-    `Tensor.type()` answers with the CUDA spelling, because Megatron's optimizers compare against it.
-    A function mode belongs to one thread: `layer()` is entered in every thread that calls megatron-core.
+    `Tensor.type()` returns the CUDA spelling, because Megatron's optimizers compare against it. A function mode belongs
+    to one thread: every thread that calls megatron-core enters `layer()`.
     """
 
     def __torch_function__(
@@ -165,7 +167,7 @@ class _CudaOnCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """A CUDA stream that is always in step."""
+    """A CUDA stream that has nothing to wait for: on a CPU everything is already done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -201,7 +203,7 @@ class _Event:
 
 
 def require_names(owner: Any, *names: str) -> None:
-    """Private names of megatron-core and torch that are used or replaced have to be there."""
+    """Check that private names of megatron-core and torch, which slime uses or replaces, exist."""
     for name in names:
         if not hasattr(owner, name):
             raise RuntimeError(
@@ -211,13 +213,13 @@ def require_names(owner: Any, *names: str) -> None:
 
 
 def replace_name(owner: Any, name: str, value: Any) -> None:
-    """Put `value` in the place of a name that has to be there already."""
+    """Replace a name that must exist already."""
     require_names(owner, name)
     setattr(owner, name, value)
 
 
 def install() -> None:
-    """Replace what megatron-core asks of CUDA, once in this process. No-op where CUDA is."""
+    """Replace what megatron-core calls in CUDA, once in this process. No-op on a machine with CUDA."""
     global _installed
     if on_cuda() or _installed:
         return
@@ -238,7 +240,7 @@ def install() -> None:
 
 
 def _share_gloo_device() -> None:
-    """One gloo device for all groups of this process: each has a thread that wakes a hundred times a second.
+    """Let all groups of this process share one gloo device, whose thread wakes a hundred times a second.
 
     torch gives every group a device of its own, and Megatron makes twenty groups.
     """
@@ -262,7 +264,7 @@ def _share_gloo_device() -> None:
 
 
 def _install_uneven() -> None:
-    """What experts exchange is of another size on each rank, which gloo's all-gather and reduce-scatter do not take."""
+    """Support splits of different sizes per rank (MoE), which gloo's all-gather and reduce-scatter do not take."""
     from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -287,7 +289,7 @@ def _install_uneven() -> None:
         return total.split([int(size) for size in input_split_sizes])[group.rank()].contiguous()
 
     def on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        """A tensor that is there already is wanted as numbers, too: they are sizes of an all-to-all."""
+        """Convert to numpy if asked to, although the tensor is on the host: these are sizes of an all-to-all."""
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     replace_name(mappings, "_gather_along_first_dim", gather)
@@ -324,7 +326,7 @@ def _install_rng() -> None:
 
 
 def layer() -> contextlib.AbstractContextManager[object]:
-    """Stands around every use of megatron-core in this thread; `with device.layer(): ...`."""
+    """Return the context around every use of megatron-core in this thread: `with device.layer(): ...`."""
     if on_cuda():
         return contextlib.nullcontext()
     install()

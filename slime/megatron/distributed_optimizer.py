@@ -1,7 +1,9 @@
-"""Megatron's distributed optimizer over PyTorch's own Adam: four corrections where nothing else is installed.
+"""Four corrections that let Megatron's distributed optimizer work with PyTorch's own Adam.
 
-Path: `optimizer` installs this before it builds; `checkpoint` saves and loads what it builds. Invariant: every
-parameter's state has a `step` of its own, and after loading it is the saved one.
+- Used by: `optimizer` installs this before it builds; `checkpoint` saves and loads what it builds.
+- Invariant: every parameter's state has a `step` tensor of its own, and after loading it has the saved value.
+
+Where TransformerEngine or Apex is installed, Megatron uses their Adam, and nothing here is needed.
 """
 
 from __future__ import annotations
@@ -19,23 +21,25 @@ _Original = distrib_optimizer.DistributedOptimizer
 
 
 class TorchDistributedOptimizer(_Original):
-    """What Megatron writes for Adams that keep one step for all parameters, for one that keeps a step for each."""
+    """Megatron's optimizer adapted to torch Adam's per-parameter steps; Megatron expects one step for all."""
 
     def state_dict(self) -> dict[str, Any]:
-        start_adam(self.optimizer)  # Megatron looks up the step in the states, and before the first step there are none
+        start_adam(self.optimizer)  # Megatron reads the step from the states, which do not exist before the first step
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # Megatron gives one step tensor to all; each would advance it, and Adam's bias correction be off in silence
+        # Megatron gives one step tensor to all parameters. Each would advance it, and Adam's bias correction would be
+        # wrong without an error.
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
     def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
-        """Each buffer's state with every bucket where it stands in the buffer.
+        """Return each buffer's state with every bucket at its offset in the buffer.
 
-        Megatron takes the padding at buckets' ends out, and then looks parameters up by their places in the buffer,
-        padding counted: behind a bucket whose size is no multiple of its alignment it would save the wrong numbers.
+        Megatron removes the padding at the end of each bucket, and then looks parameters up by their offsets in the
+        buffer, which count the padding. For example, a bucket of 6 entries padded to 8 shifts all later parameters by
+        2, so it would save the wrong numbers for them.
         """
         state: Any = super().get_parameter_state_dp_zero(*args, **kwargs)
         if state is None:  # not the rank that writes
@@ -47,17 +51,17 @@ class TorchDistributedOptimizer(_Original):
                         tensors[name] = _in_place(packed, buffer)
         return state
 
-    @torch.no_grad()  # of fp32 weights these are views, which autograd guards
+    @torch.no_grad()  # fp32 main weights are views, which autograd does not let us write to
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
         group, place = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][place]
         for name, there in {"param": main, **self.optimizer.state[main]}.items():
-            if name != "step":  # no tensor of the checkpoint: `load_state_dict` has set it
+            if name != "step":  # not a tensor of the checkpoint: `load_state_dict` has set it
                 there.copy_(tensors[name])
 
 
 def _in_place(packed: Tensor, buffer: Any) -> Tensor:
-    """Buckets that lie one behind the other, moved to their offsets in the buffer."""
+    """Move buckets that lie one after the other to their offsets in the buffer."""
     placed, start = packed.new_zeros(buffer.numel), 0
     for bucket in buffer.buckets:
         size = bucket.numel_unpadded
@@ -67,7 +71,7 @@ def _in_place(packed: Tensor, buffer: Any) -> Tensor:
 
 
 def install() -> None:
-    """Have Megatron build this one. No-op where TransformerEngine or Apex bring their Adam."""
+    """Make Megatron build this class. No-op if TransformerEngine or Apex is installed."""
     require_names(distrib_optimizer, "HAVE_APEX_OR_TE")
     require_names(
         _Original,
@@ -81,15 +85,15 @@ def install() -> None:
 
 
 class PlacedAdamW(torch.optim.AdamW):
-    """An AdamW that says itself where its state stands."""
+    """An AdamW that decides itself where its state is kept."""
 
     def start(self) -> None:
-        """`start_adam`."""
+        """Create the state; see `start_adam`."""
         raise NotImplementedError
 
 
 def start_adam(adam: torch.optim.Optimizer) -> None:
-    """Give every parameter that has none the state which Adam's first step would begin with."""
+    """Give every parameter without state the state with which Adam's first step would begin."""
     if isinstance(adam, PlacedAdamW):
         adam.start()
         return

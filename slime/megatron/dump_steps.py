@@ -1,12 +1,12 @@
-"""--save-debug-train-data: what training had, tensor by tensor, in the order of the path.
+"""--save-debug-train-data: every tensor that training used, in the order of its computation.
 
-Path: `trainer` shows it a rollout's columns before the steps, `step` each step before and after the weights change;
-`tools/diff_steps.py` compares what it wrote. Invariant: it changes nothing that is read again, and what it writes does
-not depend on the layout but for rounding: tokens stand in the batch's order, weights and gradients are whole, by their
-HF names.
+- Used by: `trainer` passes in a rollout's columns before the steps, `step` passes in each step before and after the
+  weights change; `tools/diff_steps.py` compares the files.
+- Invariant: it changes nothing that is read again, and apart from rounding its files do not depend on the parallel
+  layout: tokens are in the batch's order, weights and gradients are whole and have their HF names.
 
-Rank 0 writes, and the others take part in gathering. The wrapper's buffers hold gradients as the optimizer gets them,
-summed over all ranks and not clipped.
+Rank 0 writes; the others take part in gathering. Gradients are those that the optimizer gets: summed over all ranks and
+not clipped.
 
 Shapes: _N samples, _T all tokens, _R response tokens.
 """
@@ -47,22 +47,25 @@ _AXES = {ColumnAxis.SAMPLE: Axis.SAMPLE, ColumnAxis.TOKEN: Axis.TOKEN, ColumnAxi
 
 
 class StepDump:
-    """All methods are collective: `rollout`, then for each of its steps `before_update` and `after_update`."""
+    """Writes the tensors of steps. Call `rollout`, then `before_update` and `after_update` for each of its steps.
+
+    All methods are collective.
+    """
 
     @classmethod
     def of(cls, args: Args, topology: Topology) -> StepDump | None:
-        """None: nobody asked for it."""
+        """Return a dump for --save-debug-train-data, None without the flag."""
         return None if args.save_debug_train_data is None else cls(args, topology, Path(args.save_debug_train_data))
 
     def __init__(self, args: Args, topology: Topology, directory: Path) -> None:
-        """Raises ValueError: `directory` cannot be written (on rank 0)."""
+        """Open `directory` for writing; a ValueError on rank 0 if that is not possible."""
         self._topology = topology
         self._architecture = architecture_of(args)
         self._rollout_id = 0
         self._files = StepFilesWriter(directory, _facts(args, topology)) if topology.rank == 0 else None
 
     def rollout(self, rollout_id: int, came: TrainBatch, used: TrainBatch) -> None:
-        """The columns as they came in, then those that training made or changed before its first step."""
+        """Write the columns as they came in, then those that training made or changed before its first step."""
         self._rollout_id = rollout_id
         if self._files is None:
             return
@@ -83,11 +86,11 @@ class StepDump:
     def before_update(
         self, where: str, model: ModelChunks, reduced: Mapping[str, Tensor], traces: Sequence[TokenTrace]
     ) -> None:
-        """The step's tokens, its loss and its gradients, which are reduced and not yet clipped.
+        """Write the step's tokens, its loss and its gradients, which are reduced but not clipped.
 
         Args:
-            where: names rollout and step, and the critic where it is one of the critic's.
-            reduced: on the last stage, with `loss`.
+            where: names rollout and step, and ends in `critic` for one of the critic's steps.
+            reduced: the step's reduced sums, with `loss`; read on the last stage only.
         """
         found: list[Any] = [None]
         if self._topology.is_last_stage:
@@ -105,10 +108,10 @@ class StepDump:
         gradients = {name: cast(Any, parameter).main_grad for name, parameter in named_parameters(model)}
         count = self._add_whole("gradient", gradients)
         if self._files is not None:
-            self._files.turn(count)  # the backward pass begins at the output
+            self._files.turn(count)  # reverse them, because the backward pass begins at the output
 
     def after_update(self, model: ModelChunks, gradient_norm: float) -> None:
-        """The gradients' norm, and the weights behind the step; those before it, where it was not taken."""
+        """Write the gradient norm and the weights after the step; an unchanged model if the step was skipped."""
         if self._files is not None:
             self._add_number("gradient_norm", gradient_norm)
         self._add_whole("weight", dict(named_weights(model)))
@@ -120,7 +123,7 @@ class StepDump:
         self._files.add(name, torch.tensor(value, dtype=torch.float64), Axis.ENTRY)
 
     def _add_whole(self, kind: str, tensors: Mapping[str, Tensor]) -> int:
-        """In the weight table's order, from the embedding to the output; how many they are."""
+        """Write tensors in the weight table's order, from the embedding to the output; return how many."""
         count = 0
         for name, tensor in iter_whole_tensors(tensors, self._architecture):
             if self._files is not None:
@@ -132,8 +135,9 @@ class StepDump:
 def _gather_gradients(model: ModelChunks) -> None:
     """Give every rank the whole sum of each gradient.
 
-    With the distributed optimizer a rank's buffers hold the sum in its own shard, and what it brought to the sum in the
-    others'. Those are filled in here: the optimizer does not read them, and the next step begins with zeros.
+    With the distributed optimizer, a rank's buffer holds the reduced sum in its own shard only. The other shards still
+    hold this rank's contribution to the sum. They are overwritten here with the sums of the other ranks, which is safe:
+    the optimizer does not read them, and the next step begins with zeros.
     """
     for chunk in cast(Iterable[DistributedDataParallel], model):
         if not chunk.ddp_config.use_distributed_optimizer:
@@ -154,7 +158,7 @@ def _tensor(values: Array) -> Tensor:
 
 
 def _facts(args: Args, topology: Topology) -> dict[str, Any]:
-    """What made the numbers, for whoever compares them."""
+    """Return facts about the run that made the numbers, for whoever compares them."""
     return {
         "slime": slime.__version__,
         "megatron-core": SUPPORTED_MEGATRON,

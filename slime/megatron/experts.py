@@ -1,13 +1,15 @@
-"""Mixture of experts: the router, with replay and balancing losses, and the experts, around Megatron's dispatcher.
+"""Mixture of experts (MoE): a router with replay and auxiliary losses, and the experts, around Megatron's dispatcher.
 
-Path: `layers` puts these into a layer's spec; `microbatch` says which tokens count and which experts an engine chose
-(in the pack). Invariant: a token's experts and their weights depend on nothing but the token, so that a
-layer yields the same however tokens are packed and dealt to ranks; padding counts in no balance.
+- Used by: `layers` puts these classes into a layer's spec. `microbatch` passes in, with the pack, which tokens count
+  and which experts an engine chose.
+- Invariant: a token's experts and their weights depend on nothing but the token, so a layer's output does not depend on
+  how tokens are packed and dealt to ranks. Padding does not count in any balance.
 
-Scores, choice and weights are float32. Balancing losses join the step's loss, whose gradients are summed over
-micro-batches and ranks: each carries the share that it has of the step's tokens.
+Scores, the choice and the weights are float32. Auxiliary losses join the step's loss, whose gradients are summed over
+micro-batches and ranks. So each micro-batch divides its loss by the tokens of the whole step, not by its own.
 
-Shapes: _T tokens of this rank (under sequence parallelism a tensor-parallel rank's part), E experts, K chosen ones.
+Shapes: t tokens that this rank routes (under sequence parallelism a tensor-parallel rank's part of the B packed ones),
+E experts, K chosen experts per token.
 """
 
 from __future__ import annotations
@@ -25,17 +27,20 @@ from torch import Tensor
 from slime.megatron.attention import PackedSequences
 from slime.megatron.kernels import swiglu
 
-# Without TransformerEngine megatron-core never makes this name, which the router's product asks for.
+# megatron-core defines this name only with TransformerEngine, but the router's matrix product reads it.
 if not hasattr(moe_utils, "te_general_gemm"):
     setattr(moe_utils, "te_general_gemm", None)  # noqa: B010  # Megatron has no such name
 
 
 LOAD_BALANCING, Z_LOSS = "load_balancing_loss", "z_loss"
-"""Metrics of the balancing losses."""
+"""The metric names of the auxiliary losses."""
 
 
 class _WithLoss(torch.autograd.Function):
-    """`values` as they are; going back, `loss` gets the gradient that a term of the step's loss has."""
+    """Identity on `values` that adds `loss` to the backward pass, as Megatron's MoEAuxLossAutoScaler does.
+
+    `loss` gets the gradient 1, like any other term of the step's loss.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, loss: Tensor) -> Tensor:
@@ -47,20 +52,20 @@ class _WithLoss(torch.autograd.Function):
 
 
 class Router(TopKRouter):
-    """Megatron's router of which weights and buffers are used; what it computes is ours."""
+    """A router with the weights and buffers of Megatron's TopKRouter; the routing itself is implemented here."""
 
     pack: PackedSequences | None = None
-    """Of the forward under way, set by ExpertsLayer: also where a layer runs again in the backward pass."""
+    """The pack of the current forward pass, which ExpertsLayer sets; it does so again if the layer is recomputed."""
     replays = True
-    """An engine's choice; not of a critic, see `routes`."""
+    """Whether it replays an engine's choice; False for a critic, see `routes`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.losses: dict[str, Tensor] = {}
-        """[] each balancing loss of the step so far, before its coefficient; `balancing` takes them."""
+        """Each auxiliary loss of the step so far, [] and before its coefficient; `balancing` takes them."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[T, 1, E] -> weights [T, E], 0 for those not chosen, and which were, bool."""
+        """Turn logits [t, 1, E] into weights [t, E], 0 for experts that are not chosen, and the choice [t, E] bool."""
         assert self.pack is not None, "a layer of experts runs inside an ExpertsLayer"
         logits = logits.flatten(0, -2).float()
         sigmoid = self.score_function == "sigmoid"
@@ -72,12 +77,12 @@ class Router(TopKRouter):
         if self.config.moe_router_topk_scaling_factor is not None:
             weights = weights * self.config.moe_router_topk_scaling_factor
         routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
-        if self.training and torch.is_grad_enabled():  # neither log-probs, nor what is computed once more later
+        if self.training and torch.is_grad_enabled():  # not for log-probs, nor before a recomputed forward pass
             weights = self._balanced(weights, logits, scores, routed)
         return torch.zeros_like(logits).scatter(1, chosen, weights), routed
 
     def _chosen(self, scores: Tensor) -> Tensor:
-        """[T, K]: the replayed experts, where there are any, else those of the best scores."""
+        """Return [t, K]: the replayed experts if the pack has them, otherwise those with the best scores."""
         config = self.config
         choice = scores if self.expert_bias is None else scores + self.expert_bias
         groups, best = config.moe_router_num_groups or 1, config.moe_router_group_topk or 1
@@ -98,13 +103,13 @@ class Router(TopKRouter):
         return torch.where(given >= 0, given.to(chosen.dtype), chosen)
 
     def _ours(self, values_B: Tensor) -> Tensor:
-        """Of a pack's tokens those that this rank routes."""
+        """Select the tokens that this rank routes from those of a pack."""
         if not self.config.sequence_parallel:
             return values_B
         return values_B.chunk(self.tp_group.size())[self.tp_group.rank()]
 
     def _balanced(self, weights: Tensor, logits: Tensor, scores: Tensor, routed: Tensor) -> Tensor:
-        """`weights`, with the balancing losses hung on; and tokens an expert counted for its bias."""
+        """Return `weights` with the auxiliary losses attached, and count tokens per expert for the bias."""
         pack, config = self.pack, self.config
         assert pack is not None
         if pack.counts_B is None:
@@ -123,7 +128,7 @@ class Router(TopKRouter):
         if config.moe_aux_loss_coeff:
             assert not isinstance(config.moe_aux_loss_coeff, list)
             tokens_E = here.sum(0).float()
-            dist.all_reduce(tokens_E, group=self.tp_cp_group)  # of the whole micro-batch
+            dist.all_reduce(tokens_E, group=self.tp_cp_group)  # sum over the whole micro-batch
             if self.score_function == "sigmoid":
                 scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
             scores_E = torch.where(counts[:, None], scores, 0.0).sum(0)
@@ -138,14 +143,14 @@ class Router(TopKRouter):
 
 
 def choose_for_themselves(model: torch.nn.Module) -> None:
-    """Routers of a model whose weights no engine has."""
+    """Turn off replay in the routers of a model whose weights no engine has."""
     for module in model.modules():
         if isinstance(module, Router):
             module.replays = False
 
 
 def with_float32_biases(model: torch.nn.Module) -> torch.nn.Module:
-    """`model` in another dtype, its routers' biases and counts as they have to be."""
+    """Return `model`, converted to another dtype before, with its routers' biases and counts in float32 again."""
     for module in model.modules():
         if isinstance(module, Router) and module.expert_bias is not None:
             assert module.local_tokens_per_expert is not None
@@ -155,22 +160,22 @@ def with_float32_biases(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def attach(values: Tensor, loss: Tensor) -> Tensor:
-    """`values`, through which `loss` joins the step's loss."""
+    """Return `values` unchanged, and let `loss` join the step's loss in the backward pass."""
     return _WithLoss.apply(values, loss)  # pyright: ignore[reportReturnType]
 
 
 class Experts(SequentialMLP):
-    """The experts that this rank holds, one behind the other; tokens come sorted by expert.
+    """The experts that this rank holds, one after the other; tokens arrive sorted by expert.
 
-    An expert without a token runs all the same: its weights get a gradient, of zeros.
+    An expert without tokens runs too, so that its weights get a gradient of zeros.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.config
         if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
-            # Megatron gives experts a group of their own for their gradients with expert parallelism alone; without
-            # it, it would sum them over ranks that hold other parts of an expert, or leave copies of one apart
+            # Megatron gives expert gradients a group of their own only with expert parallelism. Without it, Megatron
+            # would sum them over ranks that hold different parts of an expert, or not sum the copies of one expert.
             for parameter in self.parameters():
                 parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -188,7 +193,7 @@ class Experts(SequentialMLP):
 
 
 class ExpertsLayer(TransformerLayer):
-    """A transformer layer of experts: its router gets to know the micro-batch."""
+    """A transformer layer of experts, which shows the micro-batch's pack to its router."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         router: Any = self.mlp.router

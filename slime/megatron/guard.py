@@ -1,11 +1,12 @@
-"""The guard of a step: numbers that are not finite, and losses that leap, are found before a weight changes.
+"""The guard of a step: it finds numbers that are not finite, and spikes of the loss, before a weight changes.
 
-Path: `trainer` has it look at a rollout's columns before the steps, and `step` at each step's losses, log-probs and
-gradient before it is taken. Invariant: all ranks come to the same end with the same message, which names samples.
+- Used by: `trainer` checks a rollout's columns before the steps; `step` checks each step's losses, log-probs and
+  gradient before the optimizer takes it.
+- Invariant: all ranks reach the same result, with the same message, which names samples.
 
-A column that is not finite (a reward, a log-prob, an advantage) always ends the run: an engine, a reward function or
-the weights are broken. A step that is not finite, or a leap with --check-for-spiky-loss, ends it too, or with
---bad-step-action skip is left out.
+A column that is not finite (a reward, a log-prob, an advantage) always ends the run, because an engine, a reward
+function or the weights are broken. A step that is not finite, or a spike with --check-for-spiky-loss, ends the run too;
+with --bad-step-action skip such a step is skipped instead.
 
 Shapes: _N samples, _R response tokens.
 """
@@ -31,35 +32,35 @@ from slime.megatron.parallel import Topology
 logger = logging.getLogger(__name__)
 
 HISTORY_STEPS, FEWEST_STEPS = 100, 10
-"""A leap is one against the largest value of so many last steps; with fewer than the second, nothing is compared."""
+"""A step is compared with the largest value of the last HISTORY_STEPS steps, if there are at least FEWEST_STEPS."""
 MOST_SKIPPED = 10
-"""Steps that may be left out one behind the other; then it is the weights that are broken."""
+"""The number of consecutive steps that may be skipped; after that the weights themselves must be broken."""
 MOST_NAMED = 4
 
 WATCHED: Mapping[str, str] = {"loss_magnitude": "the mean of |loss| over tokens", "grad_norm": "the gradient norm"}
-"""What may leap. The loss itself may not: of policy gradients it is near 0, and of either sign."""
+"""The values that may spike. The loss itself is not one: a policy-gradient loss is near 0 and has either sign."""
 
 
 class BadStepError(RuntimeError):
-    """A step that was not taken: no weight has changed, on any rank."""
+    """Raised for a step that was not taken: no weight has changed, on any rank."""
 
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """What a step had of the response tokens of one micro-batch, on this rank of the last stage."""
+    """A step's values for the response tokens of one micro-batch, on this rank of the last stage."""
 
     responses_R: Array
-    """Each token's place in the whole batch's flat columns."""
+    """Each token's index in the whole batch's flat columns."""
     log_probs_R: Tensor
     loss_R: Tensor
     weights_R: Tensor
 
     def not_finite(self) -> Tensor:
-        """[] how many tokens that count have a log-prob or a loss that is not finite; not awaited."""
+        """Return [] the number of counted tokens whose log-prob or loss is not finite; nothing waits for it."""
         return _spoilt(self.log_probs_R, self.loss_R, self.weights_R).sum()
 
     def magnitude(self) -> Tensor:
-        """[] this micro-batch's share of the mean of |loss|."""
+        """Return [] this micro-batch's share of the mean of |loss|."""
         return (torch.where(self.weights_R > 0, self.loss_R, 0.0).abs() * self.weights_R).sum()
 
 
@@ -68,9 +69,9 @@ def _spoilt(log_probs_R: Tensor, loss_R: Tensor, weights_R: Tensor) -> Tensor:
 
 
 def whole_traces(traces: Sequence[TokenTrace], topology: Topology) -> dict[str, Array]:
-    """Of the step's tokens on all ranks, in the order of the whole batch: `places`, `log_probs`, `loss`, `weights`.
+    """Gather the step's tokens of all ranks in the whole batch's order: `places`, `log_probs`, `loss`, `weights`.
 
-    Collective over data- and context-parallel ranks; on the last stage alone.
+    Collective over data- and context-parallel ranks; call it on the last stage only.
     """
     own = {
         "places": np.concatenate([trace.responses_R for trace in traces]),
@@ -86,10 +87,10 @@ def whole_traces(traces: Sequence[TokenTrace], topology: Topology) -> dict[str, 
 
 
 def check_columns(where: str, batch: TrainBatch, counted_N: Array, names: Sequence[str] | None = None) -> None:
-    """Every number that the loss will count is finite; `names`: only of these columns.
+    """Check that every number that the loss will count is finite; `names` restricts this to some columns.
 
     Raises:
-        RuntimeError: it is not, and for which samples.
+        RuntimeError: one is not; the message names the samples.
     """
     infinite_N = np.isinf(batch.columns["rewards"]) & counted_N  # nan: it failed, and leaves the loss
     if infinite_N.any():
@@ -109,7 +110,7 @@ def check_columns(where: str, batch: TrainBatch, counted_N: Array, names: Sequen
 
 
 class StepGuard:
-    """What the steps of a run have been like, and what the next one may be like at most."""
+    """The history of a run's steps, and the limits for the next one."""
 
     def __init__(self, args: Args, topology: Topology) -> None:
         self._topology = topology
@@ -119,7 +120,7 @@ class StepGuard:
         self._skipped_in_a_row = 0
 
     def limit(self, name: str) -> float:
-        """What a step's `name` of WATCHED may be at most."""
+        """Return the largest value that a step's `name` of WATCHED may have."""
         values = self._history[name]
         if self._factor is None or len(values) < FEWEST_STEPS or max(values) == 0:
             return math.inf
@@ -128,10 +129,10 @@ class StepGuard:
     def check(
         self, where: str, batch: TrainBatch, metrics: dict[str, float], traces: Sequence[TokenTrace]
     ) -> dict[str, float]:
-        """A step's metrics, without those that are meant for the guard. Collective where it raises.
+        """Check a step; return its metrics without those that are meant for the guard. Collective if it raises.
 
         Raises:
-            BadStepError: the step is not finite, or leaps; its message is the same on every rank.
+            BadStepError: the step is not finite, or spikes; its message is the same on every rank.
         """
         spoilt, magnitude = metrics.pop("not_finite"), metrics.pop("loss_magnitude")
         norm, loss = metrics["grad_norm"], metrics["loss"]
@@ -155,10 +156,10 @@ class StepGuard:
         raise BadStepError(f"{where}: {what}. {self._samples(batch, traces, bool(spoilt))}. No weight was changed")
 
     def skipped(self, error: BadStepError) -> dict[str, float]:
-        """Metrics of a step that was left out.
+        """Count a step that is skipped, and return its metrics.
 
         Raises:
-            BadStepError: --bad-step-action says stop, or too many have been left out one behind the other.
+            BadStepError: --bad-step-action is stop, or too many consecutive steps have been skipped.
         """
         if not self.skips:
             raise BadStepError(
@@ -166,13 +167,13 @@ class StepGuard:
             ) from error
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > MOST_SKIPPED:
-            raise BadStepError(f"{error}, and the {MOST_SKIPPED} steps before were left out already") from error
+            raise BadStepError(f"{error}, and the {MOST_SKIPPED} steps before it were skipped already") from error
         if self._topology.rank == 0:
-            logger.warning("%s: the step is left out (--bad-step-action skip)", error)
+            logger.warning("%s: the step is skipped (--bad-step-action skip)", error)
         return {"skipped_steps": 1.0}
 
     def _samples(self, batch: TrainBatch, traces: Sequence[TokenTrace], spoilt: bool) -> str:
-        """The samples with tokens that are not finite, else those with the largest loss; the same on every rank."""
+        """Name the samples with tokens that are not finite, or those with the largest loss; equal on every rank."""
         text = ""
         if self._topology.is_last_stage:
             whole = whole_traces(traces, self._topology)
@@ -215,12 +216,12 @@ def _largest_samples(batch: TrainBatch, whole: Mapping[str, Array]) -> str:
 
 
 def _rows_of(batch: TrainBatch, places: Array) -> Array:
-    """The row of each place in the flat response columns."""
+    """Return the row of each index into the flat response columns."""
     return np.searchsorted(np.cumsum(batch.response_lengths_N), places, side="right")
 
 
 def _named(batch: TrainBatch, rows: Array, descriptions: Sequence[str]) -> str:
-    """The samples of these rows, each with what is said of it; all but the first few are counted."""
+    """Name the samples of these rows, each with its description; samples after the first few are only counted."""
     samples, groups = batch.columns["sample_indices"], batch.columns["group_indices"]
     named = [
         f"sample {samples[row]} of group {groups[row]} ({description})"
@@ -231,7 +232,7 @@ def _named(batch: TrainBatch, rows: Array, descriptions: Sequence[str]) -> str:
 
 
 def _named_tokens(batch: TrainBatch, places: Array, descriptions: Sequence[str]) -> str:
-    """The samples that have these tokens, and what is said of the first one of each."""
+    """Name the samples that have these tokens, with the description of the first token of each."""
     rows, firsts, counts = np.unique(_rows_of(batch, places), return_index=True, return_counts=True)
     starts_N = np.cumsum(batch.response_lengths_N) - batch.response_lengths_N
     told = [

@@ -1,7 +1,7 @@
-"""A checkpoint goes on with the tokenizer, chat template and config.json that it was trained with.
+"""A run resumes a checkpoint only with the tokenizer, chat template and config.json that it was trained with.
 
-Path: `trainer` saves what they were with each checkpoint, and compares before it loads one. Invariant: what is saved is
-what was there when the run started, which its engines and rollouts have read, too.
+- Used by: `trainer` saves their identity with each checkpoint, and compares it before it loads one.
+- Invariant: the saved identity is that of the files at the start of the run, which its engines and rollouts read, too.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from slime.megatron.checkpoint_manifest import read_state
 from slime.models.hf_identity import changes, hf_identity
 
 HF_FILES = "hf_files"
-"""Its key in the state of a checkpoint."""
+"""The key in a checkpoint's state."""
 
 
 class HFFiles:
-    """Those of --hf-checkpoint, on this rank's machine. `state`: for the checkpoint, JSON-able."""
+    """The identity of the files in --hf-checkpoint on this rank's machine. `state` is JSON-able, for the checkpoint."""
 
     def __init__(self, args: Args) -> None:
         self._directory = args.hf_checkpoint
         self.state = {HF_FILES: None if self._directory is None else hf_identity(self._directory)}
 
     def refuse_others(self, found: FoundCheckpoint) -> None:
-        """Raise ValueError where the checkpoint was trained with other ones; it says which, and what to do."""
+        """Raise a ValueError if the checkpoint was trained with other files; it names them and the remedy."""
         then, now = read_state(found.path)["state"].get(HF_FILES), self.state[HF_FILES]
         changed = [] if then is None or now is None else changes(then, now)
         if changed:

@@ -1,11 +1,12 @@
 """Hugging Face weights into a sharded Megatron model, and out of it.
 
-Path: at start a model is filled from an HF directory; export and weight sync iterate `iter_hf_tensors`. Invariant:
-names, order and shapes are the same on every rank, and no more than GATHER_BYTES (or one parameter) are gathered at a
-time, in one collective of each kind: a small parameter costs no round of its own.
+- Used by: at start a model is filled from an HF directory; export and weight sync iterate `iter_hf_tensors`.
+- Invariant: names, order and shapes are the same on every rank. At most GATHER_BYTES (or one parameter) are gathered at
+  a time, with one collective of each kind, so that a small parameter does not cost a collective of its own.
 
-A pipeline stage knows its own parameters only; what is checked against the weight table are those of all stages. A
-tied output layer on the last of several stages goes by the embedding's name: it is filled like it, and not exported.
+A pipeline stage knows only its own parameters, so the names of all stages are gathered before they are compared with
+the weight table. On the last of several stages a tied output layer has the embedding's name: it is filled like the
+embedding, and not exported.
 """
 
 from __future__ import annotations
@@ -36,24 +37,24 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GATHER_BYTES = 256 * 1024**2
-"""Of whole tensors, in one collective over the tensor-parallel ranks (and one over the stages)."""
+"""The bytes of whole tensors in one collective over the tensor-parallel ranks (and one over the stages)."""
 ALIGNMENT = 16
 
 
 def load_hf_into(model: ModelChunks, architecture: Architecture, reader: HFReader, args: Args) -> None:
     """Fill this rank's shards from an HF directory, in the model's dtype; the vocabulary is padded with zero rows.
 
-    An optimizer that keeps fp32 copies has to be told: `optimizer.reload_model_params()`.
+    If the optimizer keeps fp32 copies, call `optimizer.reload_model_params()` afterwards.
 
     Raises:
-        ValueError: the directory's weights are quantized, or names or shapes do not fit the architecture; all names
-            that are too many or too few are listed.
+        ValueError: the directory's weights are quantized, or names or shapes do not fit the architecture; the message
+            lists all missing and all unknown names.
     """
     refuse_quantized(reader.path)
     table = weight_table(architecture)
     weights = dict(named_weights(model))
     names = _names(_stages(weights))
-    if VALUE_HEAD in names:  # a critic takes a policy's weights, but its output layer; the value head stays as it is
+    if VALUE_HEAD in names:  # a critic takes a policy's weights except its output layer, and keeps its own value head
         weights.pop(VALUE_HEAD, None)
         names = names - {VALUE_HEAD} | ({OUTPUT} if not architecture.tied_embeddings else set())
     table.check(names, reader.names())
@@ -63,7 +64,7 @@ def load_hf_into(model: ModelChunks, architecture: Architecture, reader: HFReade
         _fill(weights, table, reader, architecture, args)
     except ValueError as error:
         misfit = str(error)
-    # of one stage or expert's rank perhaps; the others would wait for it
+    # The error may exist on one stage or one expert rank only; the others would wait for it, so all ranks share it.
     for message in _of_all_experts("".join(dict.fromkeys(_of_all_stages(misfit)))):
         if message:
             raise ValueError(message)
@@ -93,7 +94,7 @@ def _fill(
 
 
 class _Held(NamedTuple):
-    """One rank's part of a weight."""
+    """The shape and dtype of one rank's part of a weight."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -104,19 +105,22 @@ class _Held(NamedTuple):
 
 
 def _stages(weights: Mapping[str, Tensor]) -> list[dict[str, _Held]]:
-    """What each pipeline stage holds, by global name; of experts those that its rank in this one's place has."""
+    """Return what each pipeline stage holds, by global name.
+
+    For experts these are the names on the rank with our own place in expert parallelism, not those of all ranks.
+    """
     return _of_all_stages({name: _Held(weight.shape, weight.dtype) for name, weight in weights.items()})
 
 
 def _names(stages: Sequence[Mapping[str, _Held]]) -> set[str]:
-    """Of the whole model. No two stages have the same, but for the copy of a tied embedding."""
+    """Return the names of the whole model; stages share no name but that of a tied embedding."""
     held = Counter(name for stage in stages for name in stage)
     assert all(times == 1 or name == EMBEDDING for name, times in held.items()), held
     return set(held).union(*_of_all_experts({name for name in held if _expert(name) is not None}))
 
 
 def _of_all_stages(value: T) -> list[T]:
-    """Each pipeline stage's `value`, first stage first."""
+    """Gather each pipeline stage's `value`, first stage first."""
     group = pipeline_group()
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
@@ -124,7 +128,7 @@ def _of_all_stages(value: T) -> list[T]:
 
 
 def _of_all_experts(value: T) -> list[T]:
-    """Each `value` of the ranks that together hold a stage's experts."""
+    """Gather the `value` of each rank that holds a part of this stage's experts."""
     group = expert_place().group
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
@@ -135,18 +139,18 @@ _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
 
 
 def _expert(name: str) -> int | None:
-    """The number of the expert that a global name belongs to; None: it is of none."""
+    """Return the number of the expert that a global name belongs to; None for other weights."""
     found = _EXPERT.search(name)
     return None if found is None else int(found.group())
 
 
 def _of_expert(name: str, expert: int) -> str:
-    """The same weight of another expert."""
+    """Return the name of the same weight in another expert."""
     return _EXPERT.sub(str(expert), name)
 
 
 def _check_copies(table: WeightTable, reader: HFReader) -> None:
-    """A tied model's file may hold the output layer as well; where it differs, it is not tied."""
+    """Check that a stored copy of a tied output layer equals the embedding; otherwise the model is not tied."""
     for name, original in table.optional_hf.items():
         if name in reader.names() and not torch.equal(reader.get(name), reader.get(original)):
             raise ValueError(
@@ -156,11 +160,12 @@ def _check_copies(table: WeightTable, reader: HFReader) -> None:
 
 
 def iter_hf_tensors(model: ModelChunks, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """HF name and whole tensor, on every rank; collective over tensor, pipeline and expert parallelism.
+    """Yield HF name and whole tensor, on every rank; collective over tensor, pipeline and expert parallelism.
 
-    They come in the table's order; of a layer's experts the first of each rank before the second of each.
-    Tensors are contiguous, on the model's device and in its dtype. They may be the weights' own memory: clone what
-    has to outlive the next change of the weights. All ranks have to run the iteration to its end.
+    Tensors come in the table's order. Within a layer's experts, the first expert of each rank comes before the second
+    of each: with 4 experts on 2 ranks the order is 0, 2, 1, 3, because one collective brings the same local expert of
+    every rank. Tensors are contiguous, on the model's device and in its dtype. They may share the weights' memory:
+    clone what has to outlive the next change of the weights. All ranks have to run the iteration to its end.
     """
     table, weights = weight_table(architecture), dict(named_weights(model))
     stages = _stages(weights)
@@ -169,9 +174,9 @@ def iter_hf_tensors(model: ModelChunks, architecture: Architecture) -> Iterator[
 
 
 def iter_whole_tensors(tensors: Mapping[str, Tensor], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """The same of any tensors that have weights' global names and are cut like them: gradients, a critic's weights.
+    """Like `iter_hf_tensors`, for any tensors with the weights' names and sharding: gradients, a critic's weights.
 
-    What no rank has is left out. A critic's value head comes last, by its own name.
+    A tensor that no rank has is left out. A critic's value head comes last, by its own name.
     """
     stages = _stages(tensors)
     yield from _iter_whole(weight_table(architecture), tensors, stages, architecture.num_experts)
@@ -196,7 +201,7 @@ def _iter_whole(
             shards = gathered.get(i, [parts[i]])
             expert = _expert(name)
             wholes = {name: shards}
-            if expert is not None:  # of every rank the one that stands in its place
+            if expert is not None:  # rank r's expert with the same local index is number `local + r * num_local`
                 wholes = {
                     _of_expert(name, expert % num_local + rank * num_local): shards[rank * place.etp_size :][
                         : place.etp_size
@@ -211,10 +216,10 @@ def _iter_whole(
 def _gathers(
     table: WeightTable, stages: Sequence[Mapping[str, _Held]], num_local: int
 ) -> Iterator[tuple[int, list[str]]]:
-    """Weights that are gathered together, in the table's order, and the stage that holds them.
+    """Yield weights that are gathered together, in the table's order, and the stage that holds them.
 
-    Of experts those of this rank, `num_local` a layer: every rank has one in the same place. What no stage holds is
-    left out.
+    For experts these are the `num_local` per layer of this rank; every other rank has one at the same local index. A
+    weight that no stage holds is left out.
     """
     together: list[str] = []
     holder, size = 0, 0
@@ -238,7 +243,7 @@ def _gathers(
 
 
 def _of_stage(owner: int, weights: Sequence[Tensor | None], held: Sequence[_Held]) -> list[Tensor]:
-    """The stage `owner`'s `weights`, on every stage; None in the place of those of another one."""
+    """Broadcast the `weights` of stage `owner` to every stage; other stages pass None for them."""
     group = pipeline_group()
     if group.size() == 1:
         return [weight.detach() for weight in weights if weight is not None]
@@ -252,7 +257,7 @@ def _of_stage(owner: int, weights: Sequence[Tensor | None], held: Sequence[_Held
 
 
 def _of_all_ranks(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[list[Tensor]]:
-    """For each part, those of all ranks of `group` in their order."""
+    """For each part, gather the parts of all ranks of `group`, in rank order."""
     if group.size() == 1 or not parts:
         return [[part] for part in parts]
     held = [_Held(part.shape, part.dtype) for part in parts]
@@ -266,7 +271,7 @@ def _of_all_ranks(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[lis
 
 
 def _side_by_side(held: Sequence[_Held]) -> tuple[Tensor, list[Tensor]]:
-    """Uninitialised memory for all of `held` as bytes, and each one's place in it."""
+    """Return uninitialised memory for all of `held` as bytes, and a view of it for each."""
     flat = torch.empty(sum(map(_room, held)), dtype=torch.uint8, device=device.device())
     return flat, _views(flat, held)
 
@@ -277,7 +282,7 @@ def _views(flat: Tensor, held: Sequence[_Held]) -> list[Tensor]:
 
 
 def _room(held: _Held) -> int:
-    """Bytes up to the next one's place, at which any dtype may begin."""
+    """Return the bytes from one part's offset to the next one's, rounded up so that any dtype may begin there."""
     return -(-held.nbytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -289,16 +294,16 @@ def save_hf(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Export an HF directory in `dtype`, None: the storage dtype of `source_hf_dir`. Collective, rank 0 writes.
+    """Export an HF directory in `dtype`; None: the storage dtype of `source_hf_dir`. Collective; rank 0 writes.
 
-    Its config.json describes the model that was trained, also where --override-hf-config parts it from the source's.
+    Its config.json describes the trained model, even if --override-hf-config makes it differ from the source's.
     """
     tensors = iter_hf_tensors(model, architecture)
     if dist.get_rank() == 0:
         source = read_hf_config(source_hf_dir)
         config, unsaid = config_of(architecture, source)
         if unsaid:
-            logger.warning("%s: its config.json has no way to say %s, which the run overrides", path, ", ".join(unsaid))
+            logger.warning("%s: its config.json cannot express %s, which the run overrides", path, ", ".join(unsaid))
         write_hf(path, tensors, source_hf_dir, dtype, config=None if config == source else config)
     else:
         for _ in tensors:
