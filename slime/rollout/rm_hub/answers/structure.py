@@ -1,0 +1,383 @@
+r"""What an answer is made of: a value with its unit, words, a list, a set, a tuple, equations, a region.
+
+Path: `tokens` comes before, `comparison` compares two structures. Invariant: every token ends in exactly one part of
+the structure; only introductions ("the answer is") and the wrapping of a single value are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from slime.rollout.rm_hub.answers.expressions import parse
+from slime.rollout.rm_hub.answers.tokens import Token, UnreadError
+from slime.rollout.rm_hub.answers.trees import Node, number
+from slime.rollout.rm_hub.answers.units import NO_UNIT, Unit, degree_ending, money_beginning, scale_of, unit_of
+from slime.rollout.rm_hub.answers.vocabulary import ARTICLES, INTRODUCTIONS, NUMBER_WORDS, pairs, words
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An expression, with its unit."""
+
+    node: Node
+    unit: Unit = NO_UNIT
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A text: words, and answers between them."""
+
+    parts: tuple[str | Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Many:
+    """Several answers. `kind`: bare (`1, 2`), set, tuple (with its brackets) or ratio."""
+
+    kind: str
+    items: tuple[Answer, ...]
+    brackets: str = ""
+    dots: int = -1
+    """The index of the item that follows the dots."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Sides with relations between them: `0<x<1`, `x=2`."""
+
+    relations: tuple[str, ...]
+    sides: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Sets or conditions put together: cup, cap, setminus, or, and, builder (a variable, then its conditions)."""
+
+    op: str
+    parts: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """Mathematics that is not read: equal only to the same tokens."""
+
+    text: str
+
+
+Answer = Value | Words | Many | Chain | Region | Opaque
+
+_RELATIONS = pairs(
+    """
+    = = < < > > le <= ge >= ne != in in notin notin approx = subset subset subseteq subseteq supset supset
+    supseteq supseteq equiv equiv sim sim cong cong perp perp parallel parallel to to Rightarrow Rightarrow
+    Leftrightarrow Leftrightarrow mapsto mapsto propto propto
+    """
+)
+_SEPARATORS = frozenset({",", ";"})
+_SET_OPERATIONS = ("cup", "setminus", "cap")
+_SYSTEMS = frozenset(words("cases aligned align array gathered split rcases dcases gather"))
+_STRIPPED_SIGNS = frozenset({"=", ":", "approx", "therefore", "Rightarrow", "."})
+
+
+@dataclass
+class Reader:
+    """Reads answers; remembers which letters were applied to a parenthesis and which stood alone."""
+
+    functions: frozenset[str] | None = None
+    applied: set[str] = field(default_factory=set[str])
+    alone: set[str] = field(default_factory=set[str])
+
+    def read(self, tokens: Sequence[Token]) -> Answer:
+        tokens = _introduced(_unwrap(list(tokens)))
+        if not tokens:
+            raise UnreadError("nothing")
+        tokens = _french(tokens)
+        system = self._system(tokens)
+        if system is not None:
+            return system
+        parts, connectives = _split(tokens, _is_separator)
+        parts = [part for part in parts if part]
+        if len(parts) == 1:
+            return self._one(parts[0])
+        if not parts:
+            raise UnreadError("nothing")
+        items = [self._one(part) for part in parts]
+        words = {token.text.lower() for token in connectives}
+        if any(_conditions(item) for item in items) and words <= {"or", "vee"}:
+            return Region("or", tuple(items))
+        if all(_conditions(item) for item in items) and words <= {"and", "wedge"}:
+            return Region("and", tuple(items))
+        return _many("bare", items)
+
+    def _system(self, tokens: list[Token]) -> Answer | None:
+        r"""The rows of a `cases` environment, or of `\left\{ ... \right.`; None where the tokens are neither."""
+        first, last = tokens[0], tokens[-1]
+        if first.kind == "open" and first.text == "{" and not any(token.text == "}" for token in tokens):
+            return self.read(tokens[1:])
+        name = first.text.removeprefix("begin:")
+        if first.text == name or name not in _SYSTEMS or last.text != f"end:{name}":
+            return None
+        inner = [replace(token, kind="row") if token.text == ";" else token for token in tokens[1:-1]]
+        rows, _ = _split(inner, lambda token: token.kind == "row")
+        read: list[Answer] = []
+        for row in rows:
+            cells = [cell for cell in _split(row, lambda token: token.text == "&")[0] if cell]
+            if not cells:
+                continue
+            joined = name in ("cases", "rcases", "dcases", "array") and len(cells) == 2 and not _continues(cells)
+            if joined:  # a value and its condition
+                read.append(Many("tuple", tuple(self.read(cell) for cell in cells), "if"))
+            else:
+                read.append(self.read([token for cell in cells for token in cell]))
+        return _many("bare", read)
+
+    def _one(self, tokens: list[Token]) -> Answer:
+        tokens = _unwrap(tokens)
+        if not tokens:
+            raise UnreadError("nothing between separators")
+        sides, relations = _split(tokens, lambda token: token.kind in ("sign", "command") and token.text in _RELATIONS)
+        if relations:
+            if relations[0].text in _STRIPPED_SIGNS and not sides[0]:
+                return self._one(tokens[1:])
+            names = tuple(_RELATIONS[token.text] for token in relations)
+            return Chain(names, tuple(self._open_side(side) for side in sides))
+        for operation in _SET_OPERATIONS:
+            parts, found = _split(tokens, lambda token, op=operation: token.kind == "command" and token.text == op)
+            if found:
+                return Region(operation, tuple(self._one(part) for part in parts))
+        if tokens[0].kind == "open" and _closing(tokens, 0) == len(tokens) - 1:
+            return self._brackets(tokens)
+        if all(token.kind != "word" for token in tokens):
+            parts, found = _split(tokens, lambda token: token.text == ":")
+            if found:
+                return Many("ratio", tuple(self._one(part) for part in parts))
+        return self._text(tokens)
+
+    def _open_side(self, tokens: list[Token]) -> Answer:
+        if not tokens:
+            return Words(())  # `\le 5`
+        return self.read(tokens)
+
+    def _brackets(self, tokens: list[Token]) -> Answer:
+        opening, inner, closing = tokens[0].text, tokens[1:-1], tokens[-1].text
+        if opening == "{":
+            return self._set(inner)
+        items = [part for part in _split(inner, lambda token: token.text in _SEPARATORS)[0] if part]
+        if len(items) < 2:
+            return self.read(inner) if opening == "(" else Many("tuple", (self.read(inner),), opening + closing)
+        return _many("tuple", [self._one(item) for item in items], opening + closing)
+
+    def _set(self, inner: list[Token]) -> Answer:
+        if not inner:
+            return Many("set", ())
+        bars = [
+            index for index, token in enumerate(inner) if token.text in ("|", "mid", ":") and _outside(inner, index)
+        ]
+        if len(bars) == 1:
+            return Region("builder", (self._one(inner[: bars[0]]), self.read(inner[bars[0] + 1 :])))
+        inside = self.read(inner)
+        if isinstance(inside, Many) and inside.kind == "bare":
+            return replace(inside, kind="set")
+        return Many("set", (inside,))
+
+    def _text(self, tokens: list[Token]) -> Answer:
+        """A value with a unit, or words with answers between them."""
+        if len(tokens) == 1 and tokens[0].kind == "command" and tokens[0].text == "emptyset":
+            return Many("set", ())
+        tokens, money = money_beginning(tokens)
+        words = [index for index, token in enumerate(tokens) if token.kind == "word"]
+        if not words:
+            return self._value(tokens, money)
+        if words[0] > 0 and money == NO_UNIT:
+            scale, rest = scale_of(tokens[words[0] :])
+            unit = unit_of(rest)
+            if unit is not None:
+                value = self._value(tokens[: words[0]], unit)
+                if isinstance(value, Value) and scale is not None:
+                    value = replace(value, node=Node("*", (value.node, number(scale))))
+                return value
+        return self._words(tokens)
+
+    def _value(self, tokens: list[Token], unit: Unit) -> Answer:
+        if any(token.text == "ldots" for token in tokens):
+            return Opaque(joined(tokens))
+        tokens, ending = degree_ending(tokens)
+        if unit == NO_UNIT:
+            unit = ending
+        elif ending != NO_UNIT:
+            unit = replace(unit, name=f"{ending.name} {unit.name}")
+        try:
+            node = parse(tokens, self.functions)
+        except UnreadError:
+            return Opaque(joined(tokens))
+        self._remember(node)
+        return Value(node, unit)
+
+    def _remember(self, node: Node) -> None:
+        if node.op in ("apply", "symbol"):
+            (self.applied if node.op == "apply" else self.alone).add(node.name)
+        for arg in node.args:
+            self._remember(arg)
+
+    def _words(self, tokens: list[Token]) -> Answer:
+        parts: list[str | Answer] = []
+        rest: list[Token] = []
+        single = len(tokens) == 1 and len(tokens[0].text) == 1
+        for token in [*tokens, Token("word", "")]:
+            if token.kind != "word":
+                rest.append(token)
+                continue
+            rest = [each for each in rest if each.text not in (":", "-", "!", "?", '"', ".", "'")] if parts else rest
+            if rest:
+                parts.append(self._one(rest))
+                rest = []
+            word = token.text if single else token.text.lower().replace("'", "")
+            if word and word not in ARTICLES:
+                parts += map(_singular, word.split("-"))
+        if single and tokens[0].text.isascii():
+            return Value(Node("symbol", name=tokens[0].text))
+        if len(parts) == 1 and isinstance(parts[0], str) and parts[0] in NUMBER_WORDS:
+            return Value(number(NUMBER_WORDS[parts[0]]))
+        if len(parts) == 1 and not isinstance(parts[0], str):
+            return parts[0]
+        return Words(tuple(parts))
+
+
+def _singular(word: str) -> str:
+    """`solutions` as `solution`; short words and those that end with two s as they are."""
+    return word[:-1] if len(word) > 4 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def joined(tokens: Sequence[Token]) -> str:
+    """The tokens as text, without spaces and without braces around one token: the same for two ways to write it."""
+    texts = [token.text for token in tokens]
+    left_out: set[int] = set()
+    for index, (opening, inside, closing) in enumerate(zip(texts, texts[1:], texts[2:], strict=False)):
+        long_number = inside.isdigit() and len(inside) > 1  # `x^10` is not `x^{10}`
+        if (opening, closing) == ("{{", "}}") and inside not in ("{{", "}}") and not long_number:
+            left_out |= {index, index + 2}
+    return " ".join(text for index, text in enumerate(texts) if index not in left_out)
+
+
+def _many(kind: str, items: Sequence[Answer], brackets: str = "") -> Answer:
+    kept: list[Answer] = []
+    dots = -1
+    for item in items:
+        if isinstance(item, Opaque) and item.text == "ldots":
+            if dots >= 0:
+                raise UnreadError("dots twice")
+            dots = len(kept)
+        else:
+            kept.append(item)
+    return Many(kind, tuple(kept), brackets, dots)
+
+
+def _conditions(item: Answer) -> bool:
+    """Whether it is an inequality, or inequalities put together."""
+    if isinstance(item, Region):
+        return item.op in ("or", "and")
+    return isinstance(item, Chain) and any(relation not in ("=", "to", "Rightarrow") for relation in item.relations)
+
+
+def _is_separator(token: Token) -> bool:
+    if token.kind == "word":
+        return token.text.lower() in ("and", "or")
+    return (
+        token.kind == "row"
+        or (token.kind == "command" and token.text in ("wedge", "vee"))
+        or (token.kind == "sign" and token.text in _SEPARATORS)
+    )
+
+
+def _split(tokens: Sequence[Token], separates: Callable[[Token], bool]) -> tuple[list[list[Token]], list[Token]]:
+    """Parts between the separators that are in no brackets, and the separators."""
+    parts: list[list[Token]] = [[]]
+    found: list[Token] = []
+    depth = 0
+    for token in tokens:
+        opens = token.kind == "open" or token.text.startswith("begin:") or token.text in ("lfloor", "lceil")
+        closes = token.kind == "close" or token.text.startswith("end:") or token.text in ("rfloor", "rceil")
+        depth += opens - closes
+        if depth < 0:
+            raise UnreadError("brackets do not match")
+        if depth == 0 and separates(token):
+            found.append(token)
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    if depth:
+        raise UnreadError("brackets do not match")
+    return parts, found
+
+
+def _closing(tokens: Sequence[Token], start: int) -> int:
+    """The index of the token that closes the bracket at `start`; -1 where none does."""
+    depth = 0
+    for index in range(start, len(tokens)):
+        depth += {"open": 1, "close": -1}.get(tokens[index].kind, 0)
+        if depth == 0:
+            return index
+    return -1
+
+
+def _outside(tokens: Sequence[Token], index: int) -> bool:
+    return sum({"open": 1, "close": -1}.get(token.kind, 0) for token in tokens[:index]) == 0
+
+
+def _unwrap(tokens: list[Token]) -> list[Token]:
+    """Without the braces around everything."""
+    while len(tokens) > 1 and tokens[0].text == "{{" and _closing(tokens, 0) == len(tokens) - 1:
+        tokens = tokens[1:-1]
+    return tokens
+
+
+def _introduced(tokens: list[Token]) -> list[Token]:
+    """Without "the answer is", "for all x" at the end, a leading = or :, and full stops among the words."""
+    for introduction in INTRODUCTIONS:
+        words = introduction.split()
+        if [token.text.lower() for token in tokens[: len(words)]] == words and len(tokens) > len(words):
+            tokens = tokens[len(words) :]
+            break
+    while len(tokens) > 1 and tokens[0].kind in ("sign", "command") and tokens[0].text in _STRIPPED_SIGNS:
+        tokens = tokens[1:]
+    while len(tokens) > 1 and tokens[-1].kind == "sign" and tokens[-1].text in (".", ",", ";", ":"):
+        tokens = tokens[:-1]
+    for index in range(1, len(tokens) - 1):
+        following = tokens[index + 1]
+        if (tokens[index].text == "for" and following.text in ("all", "any", "every")) or tokens[
+            index
+        ].text == "forall":
+            return tokens[:index]
+    return tokens
+
+
+def _french(tokens: list[Token]) -> list[Token]:
+    """`]0,1[` with its first bracket as an opening one and its last as a closing one."""
+    read: list[Token] = []
+    stack: list[tuple[str, bool]] = []
+    for index, token in enumerate(tokens):
+        following = tokens[index + 1] if index + 1 < len(tokens) else Token("end", "")
+        if token.text in (",", ";") and stack:
+            stack[-1] = (stack[-1][0], True)
+        if token.text == "]" and not stack:
+            stack.append(("]", False))
+            token = replace(token, kind="open")
+        elif token.text == "[" and stack and stack[-1][0] in "[]" and stack[-1][1] and _ends(following):
+            stack.pop()
+            token = replace(token, kind="close")
+        elif token.kind == "open":
+            stack.append((token.text, False))
+        elif token.kind == "close" and stack:
+            stack.pop()
+        read.append(token)
+    return read
+
+
+def _ends(token: Token) -> bool:
+    return token.kind in ("end", "close", "row", "word") or token.text in (*_SET_OPERATIONS, ",", ";")
+
+
+def _continues(cells: list[list[Token]]) -> bool:
+    """Whether the second cell goes on with the first: `x &= 1`."""
+    return bool(cells[1]) and cells[1][0].text in _RELATIONS
