@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 PACKAGE = "antlr4-python3-runtime"
 TESTED = "4.13.2"
-"""math-verify's LaTeX grammar has one generated parser for each of 4.9.3, 4.11.0 and 4.13.2. With a runtime that does
-not fit, it parses nothing, and every answer reads as wrong."""
+"""The LaTeX grammar of latex2sympy2_extended has one generated parser for each of 4.9.3, 4.11.0 and 4.13.2. With a
+runtime that does not fit, it parses nothing, and what it is asked for reads as wrong."""
 REMEDY = f"pip install {PACKAGE}=={TESTED}"
 
 

@@ -31,7 +31,7 @@ def needs_label(rm_type: object) -> bool:
 
 
 def compares_mathematics(rm_type: object) -> bool:
-    """Whether it compares an answer with the label as mathematics, by math-verify."""
+    """Whether it compares an answer with the label as mathematics."""
     return base_type(rm_type) in ("deepscaler", "dapo", "math")
 
 

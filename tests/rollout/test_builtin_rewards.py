@@ -406,5 +406,5 @@ def test_no_reward_executes_what_a_model_or_a_label_says(tmp_path: Path) -> None
 def test_a_worker_starts_only_with_a_parser_that_gives_known_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     mathematics.warm_up()
     monkeypatch.setattr(mathematics, "KNOWN", (("1", "1", True), ("x+1", "x+2", True)))
-    with pytest.raises(RuntimeError, match=r"finds x\+1 unlike x\+2: its parser does not work here; pip install"):
+    with pytest.raises(RuntimeError, match=r"x\+1 is found unlike x\+2: a parser does not work here; pip install"):
         mathematics.warm_up()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import os
 import pickle
 import resource
@@ -113,7 +112,6 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     page = Page(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the owner ends us
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     with cast(BinaryIO, connection.makefile("rb", buffering=0)) as stream:
         _, length = HEADER.unpack(_read(stream, HEADER.size))
         args: Args = pickle.loads(_read(stream, length))

@@ -335,8 +335,9 @@ class Parser(Stream):
             self.expect("=")
             lower = self.sum()
             self.expect("}}")
-        if lower is None or upper is None or not is_product(bound):
-            raise UnreadError("a sum without its limits")
+        infinite = Node("symbol", name=r"\infty")
+        if lower is None or upper is None or upper == infinite or not is_product(bound):
+            raise UnreadError("a sum without its limits, or without end")
         body = self.nested(self.factors)
         return Node(name, (bind(body, bound), lower, upper), bound)
 

@@ -18,11 +18,12 @@ from slime.rollout.rm_hub.answers.equality import context
 from slime.rollout.rm_hub.answers.numerics import Evaluator
 from slime.rollout.rm_hub.answers.tokens import UnreadError
 from slime.rollout.rm_hub.answers.trees import Node
+from slime.rollout.rm_hub.answers.vocabulary import words
 
 DIGITS = 30
 MAX_TEXT = 120
 _TOLERANCE = "1e-18"
-_READS = frozenset(r"\int \sum \infty \frac \sqrt \sin \cos \tan \ln \exp \pi \cdot \times".split())
+_READS = frozenset(words(r"\int \sum \infty \frac \sqrt \sin \cos \tan \ln \exp \pi \cdot \times"))
 _RISKS = re.compile(r"\d{4}|!|\^\s*\{[^{}]*\^|\^\s*\{?\d\d|\.\d{4}")
 _UPRIGHT = re.compile(r"\\(?:mathrm|text|rm)\s*\{\s*([de])\s*\}")
 
@@ -51,14 +52,15 @@ def equal_to_series(text: str, node: Node) -> bool:
 
 def _value(text: str) -> Any:
     from latex2sympy2_extended import latex2sympy
+    from sympy import Expr, Float, Rational
 
     try:
         expression = latex2sympy(_UPRIGHT.sub(r" \1", text), normalization_config=None)
     except Exception as error:  # the parser raises Exception itself for what it does not read
         raise UnreadError(f"math-verify's parser: {error}") from error
-    if getattr(expression, "free_symbols", True):
-        raise UnreadError("a letter that nothing binds")
-    real, imaginary = expression.evalf(DIGITS).as_real_imag()
-    if not (real.is_Float or real.is_Integer or real.is_Rational) or imaginary != 0:
-        raise UnreadError("no number")
-    return context().mpf(str(real))
+    if not isinstance(expression, Expr) or expression.free_symbols:
+        raise UnreadError("no expression, or a letter that nothing binds")
+    value = expression.evalf(DIGITS)
+    if not isinstance(value, Float | Rational):
+        raise UnreadError("no real number")
+    return context().mpf(str(value))

@@ -49,7 +49,7 @@ class Evaluator:
         if method is None:
             raise UnreadError(f"{node.op} has no value")
         self.terms += 1
-        if self.terms > 20 * MAX_TERMS:
+        if self.terms > 5 * MAX_TERMS:
             raise UnreadError("too many terms")
         value = method(node)
         if isinstance(value, list):

@@ -27,6 +27,9 @@ MAX_DIGITS = 2000
 """Of one number: Python converts no longer ones by default, and no answer needs them."""
 
 
+MAX_BRACKETS = 120
+
+
 class UnreadError(ValueError):
     """The text is nothing that these modules read: it is compared as text."""
 
@@ -106,6 +109,9 @@ class Tokeniser:
         self.commas_in_numbers = bare
 
     def read(self) -> list[Token]:
+        openings = sum(self.text.count(sign) for sign in _OPEN)
+        if openings > MAX_BRACKETS:
+            raise UnreadError("too many brackets")
         while self.position < len(self.text):
             sign = self.text[self.position]
             if sign == " ":

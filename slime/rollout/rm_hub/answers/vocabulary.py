@@ -125,10 +125,11 @@ OTHER_WORDS = frozenset(
     words(
         "not no none or and is are was am pm less more least most than at up down max min maximum minimum increase "
         "decrease gain loss profit north south east west left right above below under over negative positive minus "
-        "plus times dozen hundreds thousands millions billions dozens halves thirds quarters tenths pairs yes false true "
-        "always this its becomes has does as odds evens primes solutions answers equals exists roots days' weeks' "
+        "plus times dozen hundreds thousands millions billions dozens halves thirds quarters tenths pairs yes false "
+        "true always this its becomes has does as odds evens primes solutions answers equals exists roots days' weeks' "
         "upwards downwards forwards backwards inwards outwards northwards southwards eastwards westwards towards "
-        "clockwise counterclockwise versus thus perhaps besides whereas unless ones tens twos threes"
+        "clockwise counterclockwise versus thus perhaps besides whereas "
+        "unless ones tens twos threes"
     )
 )
 MONTHS = frozenset(words("january february march april may june july august september october november december"))
