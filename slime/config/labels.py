@@ -81,15 +81,14 @@ def right_letter(label: str, choices: object = None, correct_letter: object = No
     """metadata.correct_letter; else the label where it is a letter, else its place among metadata.choices.
 
     Raises:
-        ValueError: none of them says it, the label is a letter and the text of another choice, or the letter has no
-            choice.
+        ValueError: none of them says it, or the label is a letter and the text of another choice.
     """
     texts = [str(choice).strip() for choice in cast(list[Any], choices)] if isinstance(choices, list) else []
     place = texts.index(label.strip()) if label.strip() in texts else None
     if correct_letter is not None:
-        return _letter(str(correct_letter), "metadata.correct_letter", texts)
+        return _letter(str(correct_letter), "metadata.correct_letter")
     if re.fullmatch(r"\s*\(?[A-Ja-j]\)?\.?\s*", label):
-        letter = _letter(label, "the label", texts)
+        letter = _letter(label, "the label")
         if place is not None and LETTERS[place] != letter:
             raise ValueError(
                 f"the label {label!r} is a letter and also the text of choice {LETTERS[place]}; "
@@ -107,19 +106,21 @@ def right_letter(label: str, choices: object = None, correct_letter: object = No
     return LETTERS[place]
 
 
-def _letter(text: str, what: str, choices: list[str]) -> str:
+def _letter(text: str, what: str) -> str:
     letter = text.strip(" ().").upper()
     if len(letter) != 1 or letter not in LETTERS:
         raise ValueError(f"{what} is {text!r}; it has to be a letter from A to J")
-    if choices and letter not in LETTERS[: len(choices)]:
-        raise ValueError(f"{what} is {text!r}, and there are {len(choices)} choices")
     return letter
 
 
 def choice_fault(label: str, metadata: Mapping[str, Any]) -> str | None:
     """Why no letter is the right one; None where one is."""
+    choices = metadata.get("choices")
     try:
-        right_letter(label, metadata.get("choices"), metadata.get("correct_letter"))
+        letter = right_letter(label, choices, metadata.get("correct_letter"))
     except ValueError as error:
         return str(error)
+    number = len(cast(list[Any], choices)) if isinstance(choices, list) else 0
+    if number and letter not in LETTERS[:number]:
+        return f"the right letter is {letter}, and there are {number} choices"
     return None

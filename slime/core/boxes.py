@@ -105,7 +105,8 @@ def find_boxes(text: str) -> list[Box] | None:
     """For each box: its start and end, then the start and end of its content."""
     opened: list[tuple[int, int] | None] = []
     """For each open brace: the start of its box and of the content; None if the brace belongs to no box."""
-    position = 0
+    first = _BOX.search(text)
+    position = len(text) if first is None else first.start()
     while (token := _TOKEN.search(text, position)) is not None:
         position = token.end()
         if token["box"] is not None:

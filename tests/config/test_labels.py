@@ -103,7 +103,7 @@ def test_labels_of_choices(run: Run) -> None:
         f"{run.data}:2: boxed_gpqa finds no right choice: the label 'Paris' is neither a letter (A to J) nor one of "
         "metadata.choices []; give it a letter, the text of one of metadata.choices, or metadata.correct_letter"
     )
-    assert "the label is 'D', and there are 3 choices" in errors[2]
+    assert "the right letter is D, and there are 3 choices" in errors[2]
     assert errors[5].startswith(f"{run.data}: 1 more of 7 rows")
 
 
