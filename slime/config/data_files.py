@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import importlib
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ import orjson
 
 from slime.config.args import Args
 from slime.config.row_values import line_fault, value_fault
+from slime.config.small_floats import column_reader, largest_exact
 from slime.core.small_files import MEBIBYTE, open_regular
 
 logger = logging.getLogger(__name__)
@@ -223,6 +225,7 @@ def _parquet_rows(file: str, chosen: slice, keys: DataKeys) -> Iterator[Row | Da
         if key is not None and key not in columns:
             raise DataError(file, f"no column {key!r}; it has {', '.join(columns) or 'none'}", f"correct {flag}")
     needed = [name for name in keys.names if name in columns]
+    columns_read = _Columns(parquet.schema_arrow, needed, keys.label_key)
     rows = range(parquet.metadata.num_rows)[chosen]
     first = 0  # the first row of the row group
     for group in range(parquet.num_row_groups):
@@ -234,7 +237,7 @@ def _parquet_rows(file: str, chosen: slice, keys: DataKeys) -> Iterator[Row | Da
             except (arrow.ArrowException, OSError, ValueError) as error:
                 raise _unreadable(f"{file}, rows {part.start} to {part.stop - 1}", error) from error
             for number, value in zip(part, _python_rows(table), strict=True):
-                yield _parquet_row(f"{file}:row {number}", number, value)
+                yield columns_read.row(f"{file}:row {number}", number, value)
         first += size
 
 
@@ -257,15 +260,32 @@ def _python_rows(table: Any) -> Iterator[dict[str, Any] | Exception]:
             yield error
 
 
-def _parquet_row(where: str, number: int, value: dict[str, Any] | Exception) -> Row | DataError:
-    if isinstance(value, Exception):
-        return DataError(where, f"cannot be read ({value})", _KINDS)
-    try:
-        data = {name: _plain(item) for name, item in value.items()}
-    except ValueError as error:
-        return DataError(where, str(error), _KINDS)
-    fault = value_fault(data)
-    return Row(where, number, data) if fault is None else DataError(where, *fault)
+class _Columns:
+    """The columns of a file that are read: rows of pyarrow's values become Rows."""
+
+    def __init__(self, schema: Any, names: list[str], label: str | None) -> None:
+        kinds = {name: schema.field(name).type for name in names}
+        self._readers = {name: reader for name, kind in kinds.items() if (reader := column_reader(kind)) is not None}
+        self._label = label
+        self._largest = None if label is None else largest_exact(kinds[label])
+
+    def row(self, where: str, number: int, value: dict[str, Any] | Exception) -> Row | DataError:
+        if isinstance(value, Exception):
+            return DataError(where, f"cannot be read ({value})", _KINDS)
+        try:
+            data = {name: _plain(item) for name, item in self._written(value).items()}
+        except ValueError as error:
+            return DataError(where, str(error), _KINDS)
+        label = None if self._label is None else data[self._label]
+        if self._largest is not None and label is not None and self._largest <= abs(label) < math.inf:
+            rule = f"{self._label!r} is {label!r}: from {self._largest:.0f} on its column skips integers"
+            return DataError(where, rule, "store labels as text")
+        fault = value_fault(data)
+        return Row(where, number, data) if fault is None else DataError(where, *fault)
+
+    def _written(self, value: dict[str, Any]) -> dict[str, Any]:
+        """The values as they were written, where a column stores fewer digits than Python's numbers have."""
+        return value | {name: reader(value[name]) for name, reader in self._readers.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from datetime import date
@@ -166,6 +167,58 @@ def test_what_parquet_holds_beside_json(tmp_path: Path) -> None:
         {"prompt": "caf\u00e9", "label": 12.5, "metadata": {"day": "2024-02-29"}, "tools": {"a": 1}},
         {"prompt": "b", "label": 7, "metadata": None, "tools": {"a": 2, "b": 3}},
     ]
+
+
+WRITTEN = [123.45, 0.1, -2.5, 72.0, 1e-05, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(pyarrow.float32(), WRITTEN), (pyarrow.float16(), [123.44, *WRITTEN[1:]]), (pyarrow.float64(), WRITTEN)],
+)
+def test_numbers_of_small_floats_are_those_that_were_written(
+    tmp_path: Path, kind: pyarrow.DataType, expected: list[float]
+) -> None:
+    """float32 stores 123.45 as 123.44999694824219, float16 as 123.4375: they read as 123.45 and 123.44."""
+    inner = pyarrow.struct([("x", kind), ("y", pyarrow.large_list(kind))])
+    nested = {
+        "list": pyarrow.array([[each, None] for each in WRITTEN], pyarrow.list_(kind)),
+        "fixed": pyarrow.array([[each] for each in WRITTEN], pyarrow.list_(kind, 1)),
+        "inner": pyarrow.array([{"x": each, "y": [each]} for each in WRITTEN], inner),
+        "map": pyarrow.array([[("x", each)] for each in WRITTEN], pyarrow.map_(pyarrow.string(), kind)),
+        "float64": pyarrow.array(WRITTEN),
+        "none": pyarrow.array([None] * len(WRITTEN), pyarrow.list_(kind)),
+    }
+    metadata = pyarrow.StructArray.from_arrays(list(nested.values()), list(nested))
+    rows = [{"prompt": "a"}] * len(WRITTEN)
+    path = write_parquet(tmp_path / "a.parquet", rows, label=pyarrow.array(WRITTEN, kind), metadata=metadata)
+    assert [row["label"] for row in datas(path)] == expected
+    assert [row["metadata"] for row in datas(path)] == [
+        {
+            "list": [each, None],
+            "fixed": [each],
+            "inner": {"x": each, "y": [each]},
+            "map": {"x": each},
+            "float64": written,
+        }
+        for each, written in zip(expected, WRITTEN, strict=True)
+    ]
+
+
+def test_small_floats_that_are_no_labels_name_the_row(tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}] * 4
+    labels = pyarrow.array([16777215.0, 123456789.0, math.nan, -math.inf], pyarrow.float32())
+    problems = check_rows(write_parquet(tmp_path / "a.parquet", rows, label=labels), KEYS, chat_template=False)
+    assert [problem.where.rpartition(":")[2] for problem in problems] == ["row 1", "row 2", "row 3"]
+    assert problems[0].rule == "'label' is 123456790.0: from 16777216 on its column skips integers"
+    assert problems[1].rule == "'label' is nan, not text or a number"
+    metadata = pyarrow.array(
+        [{"x": [1.5]}, {"x": [math.inf]}] * 2, pyarrow.struct([("x", pyarrow.list_(pyarrow.float16()))])
+    )
+    path = write_parquet(tmp_path / "b.parquet", rows, label=pyarrow.array(["1"] * 4), metadata=metadata)
+    problems = check_rows(path, KEYS, chat_template=False)
+    assert [problem.where.rpartition(":")[2] for problem in problems] == ["row 1", "row 3"]
+    assert problems[0].rule == "a number is inf, which JSON cannot write"
 
 
 def test_faults_of_parquet_name_the_row(tmp_path: Path) -> None:
