@@ -1,12 +1,13 @@
-"""AdamW whose state stands in host memory and passes through the device in buckets at each step.
+"""AdamW with its state in host memory (--optimizer-cpu-offload); each step streams it through the device in buckets.
 
-Path: `optimizer` turns the Adam that Megatron built into this one with --optimizer-cpu-offload; `step` takes steps with
-it, `checkpoint` saves and loads it. Invariant: every weight takes the step that it would take without, by the same
-kernel and to the last bit; when `step` returns, host memory holds the new state.
+- Used by: `optimizer` turns the Adam that Megatron built into this one; `step` takes steps with it, `checkpoint` saves
+  and loads it.
+- Invariant: every weight takes the same step as without offload, by the same kernel and to the last bit. When `step`
+  returns, host memory holds the new state.
 
-Gradients stay on the device, where their norm is taken; so do fp32 weights, which are their own main weights. What
-moves is both moments and, of a bf16 model, the fp32 main weights: 12 bytes a parameter there and back. The next bucket
-comes in and the last one goes out while the kernel runs.
+Gradients stay on the device, where their norm is computed. fp32 weights stay there, too: they are their own main
+weights. What moves is both moments and, for a bf16 model, the fp32 main weights: 12 bytes per parameter, in and out.
+While the kernel works on one bucket, the next one is copied in and the last one is copied out.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from slime.megatron.distributed_optimizer import PlacedAdamW
 from slime.megatron.one_pass_adam import OnePassAdamW, count_steps, model_memory, pass_over
 
 BUCKET = 4 * 1024**2
-"""Entries that pass through the device at a time; a multiple of ALIGNED."""
+"""The entries that pass through the device at a time; a multiple of ALIGNED."""
 ALIGNED = 64
-"""Entries. Where a bucket cuts a weight, the parts are such multiples: kernels work on them as they do on the whole."""
+"""A bucket cuts a weight only at multiples of this many entries, so that kernels treat the parts like the whole."""
 SLOTS = 3
-"""Buckets on the device at once: one comes, one is computed with, one goes."""
+"""The buckets on the device at once: one is copied in, one is computed with, one is copied out."""
 MAIN, MOMENTS = "main", ("exp_avg", "exp_avg_sq")
 
 
 class HostWeight(Tensor):
-    """A main weight in host memory with its gradient on the device, which torch gives to no tensor of its own."""
+    """A main weight in host memory whose gradient is on the device, which a plain torch tensor does not allow."""
 
-    # what is computed of it is a plain tensor
+    # the result of a computation with it is a plain tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     _gradient: Tensor | None = None
 
@@ -54,7 +55,7 @@ class HostWeight(Tensor):
 
 @dataclass(frozen=True)
 class Piece:
-    """Entries `begin` to `end` of the flat `weight`, which stand in their bucket from `at` on."""
+    """The entries `begin` to `end` of the flat `weight`, which begin at `at` in their bucket."""
 
     weight: Tensor
     begin: int
@@ -62,7 +63,7 @@ class Piece:
     at: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The piece of a tensor of the weight's shape."""
+        """Return this piece of a tensor that has the weight's shape."""
         return tensor.detach().view(-1)[self.begin : self.end]
 
     def staged(self, bucket: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class Piece:
 
 
 class HostState:
-    """Flat arrays [length] float32 in host memory, one for the main weights and for each moment, in the same order."""
+    """Flat float32 arrays [length] in host memory: one for the main weights and one per moment, in the same order."""
 
     def __init__(self, mains: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         self._starts: dict[Tensor, int] = {}
@@ -80,22 +81,26 @@ class HostState:
         self.buckets = list(self._cut())
 
     def start(self) -> None:
-        """Room for the moments, zeros."""
+        """Allocate the moments, with zeros."""
         if MOMENTS[0] not in self.arrays:
             self.arrays |= {name: self._locked(self.length) for name in MOMENTS}
 
     def of(self, name: str, weight: Tensor) -> Tensor:
-        """A weight's own part of an array, in its shape."""
+        """Return a weight's own part of an array, in its shape."""
         start = self._starts[weight]
         return self.arrays[name][start : start + weight.numel()].view(weight.shape)
 
     def stream(self, update: Callable[[Sequence[Piece], Mapping[str, Tensor]], None]) -> None:
-        """Bring each bucket to the device, have `update` change it there, and take it back."""
+        """Copy each bucket to the device, let `update` change it there, and copy it back.
+
+        Three streams overlap. With slots 0-2, bucket 3 takes slot 0 again, so its copy in waits for the event that ends
+        bucket 0's copy out. Each bucket's update waits for its own copy in, and its copy out waits for its update.
+        """
         size, slots = min(BUCKET, self.length), min(SLOTS, len(self.buckets))
         staged = [self._staging(size) for _ in range(slots)]
         free: list[Any] = [None] * slots
         compute, inward, outward = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
-        inward.wait_stream(compute)  # which may still use the memory that the buckets were given
+        inward.wait_stream(compute)  # earlier kernels may still use the memory that the buckets were given
         for number, pieces in enumerate(self.buckets):
             slot = number % slots
             pairs = list(self._pairs(number, staged[slot]))
@@ -120,7 +125,7 @@ class HostState:
         return {name: torch.empty(size, dtype=torch.float32, device=device.device()) for name in self.arrays}
 
     def _pairs(self, number: int, staged: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(host, device) parts of bucket `number`; behind the main weights' end there are moments alone."""
+        """Yield the (host, device) parts of bucket `number`; after the main weights' end these are moments only."""
         for name, array in self.arrays.items():
             there = array[number * BUCKET : (number + 1) * BUCKET]
             if len(there):
@@ -143,7 +148,7 @@ class HostState:
         return iter(pieces)
 
     def _locked(self, length: int) -> Tensor:
-        """[length] zeros in page-locked memory, of just that size: torch's own would round up to a power of two."""
+        """Return [length] zeros in page-locked memory of exactly that size; torch would round up to a power of two."""
         array = torch.zeros(length, dtype=torch.float32, device="cpu")
         if device.lock_pages(array):
             weakref.finalize(self, device.unlock_pages, array)
@@ -151,13 +156,13 @@ class HostState:
 
 
 class HostAdamW(PlacedAdamW):
-    """Made of an AdamW that exists, by `install`."""
+    """AdamW over a HostState; `install` turns an existing AdamW into one."""
 
     host: HostState
     model_of: dict[Tensor, Tensor]
-    """The memory of the model that gets a main weight's rounded value."""
+    """The model's memory that gets the rounded value of each main weight."""
     one_pass: bool
-    """Whether the step without offload is OnePassAdamW's; else it is torch's fused one."""
+    """Whether the step without offload would be OnePassAdamW's; otherwise it is torch's fused one."""
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
@@ -189,7 +194,7 @@ class HostAdamW(PlacedAdamW):
     def _updates(
         self, group: dict[str, Any], weights: Sequence[Tensor]
     ) -> Iterator[Callable[[Piece, Mapping[str, Tensor]], None]]:
-        """What changes a piece of each weight, whose steps are counted here."""
+        """Count one more step of each weight, and yield the function that updates a piece of it."""
         counted = count_steps(self, weights, group)
         for place, weight in enumerate(weights):
 
@@ -212,7 +217,7 @@ class HostAdamW(PlacedAdamW):
     def _fused(
         self, group: dict[str, Any], gradient: Tensor, weight: Tensor, moments: Sequence[Tensor], step: Tensor
     ) -> None:
-        """torch's own step, on a part of a weight."""
+        """Run torch's own fused step on a part of a weight."""
         exp_avg, exp_avg_sq = moments
         torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
             [weight],
@@ -233,7 +238,7 @@ class HostAdamW(PlacedAdamW):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would put moments of weights on the device there, too."""
+        """Load the state as torch does, but into host memory; torch would move moments to their weight's device."""
         given: dict[int, dict[str, Tensor]] = state_dict["state"]
         steps = {number: {"step": state["step"]} for number, state in given.items()}
         super().load_state_dict({**state_dict, "state": steps})
@@ -248,15 +253,15 @@ class HostAdamW(PlacedAdamW):
 
 
 def install(part: MegatronOptimizer) -> None:
-    """Have `part` keep its state in host memory.
+    """Make `part` keep its state in host memory.
 
     Raises:
-        ValueError: it is no AdamW of PyTorch's.
+        ValueError: it is not PyTorch's AdamW.
     """
     adam: Any = part.optimizer
     if type(adam) not in (torch.optim.AdamW, OnePassAdamW) or not _is_plain(adam):
         raise ValueError(
-            f"--optimizer-cpu-offload: it takes PyTorch's fused AdamW, and Megatron has built {type(adam).__module__}."
+            f"--optimizer-cpu-offload: it requires PyTorch's fused AdamW, and Megatron built {type(adam).__module__}."
             f"{type(adam).__name__}; leave the flag out, or use an environment without TransformerEngine and Apex"
         )
     has_mains = isinstance(part, (Float16OptimizerWithFloat16Params, DistributedOptimizer))
@@ -280,5 +285,5 @@ def _is_plain(adam: torch.optim.AdamW) -> bool:
 
 
 def _start(adam: HostAdamW, config: object = None) -> None:
-    """What Megatron calls where it wants a state to load into."""
+    """Create the state that Megatron loads into; Megatron calls this before it loads."""
     adam.start()

@@ -1,7 +1,7 @@
-"""Host memory for what stands on the device by turns: pinned where there is one, taken once and used again.
+"""Host memory for tensors that are on the device only part of the time; pinned on CUDA, allocated once and reused.
 
-Path: `snapshots` keeps weights of other models in it, `offload` what a sleeping trainer holds. Invariant: what is
-restored is what was stored, byte for byte; when `store` or `restore` returns, every copy is done.
+- Used by: `snapshots` keeps the weights of other models in it, `offload` keeps what a sleeping trainer holds.
+- Invariant: what is restored is what was stored, byte for byte; when `store` or `restore` returns, every copy is done.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch import Tensor
 from slime.megatron import device
 
 CHUNK = 1024**3
-"""Bytes. PyTorch rounds pinned memory up to a power of two: chunks of one waste nothing, but in the last."""
+"""Bytes. PyTorch rounds pinned memory up to a power of two, so only the last chunk can waste memory."""
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The contiguous tensor's own memory, flat."""
+    """Return the contiguous tensor's own memory as flat bytes."""
     assert tensor.is_contiguous()
     return tensor.detach().view(-1).view(torch.uint8)
 
 
 class HostMemory:
-    """Holds a copy of one sequence of flat byte tensors at a time."""
+    """A copy of one sequence of flat byte tensors at a time."""
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
 
     def store(self, tensors: Sequence[Tensor]) -> int:
-        """Copy `tensors` here -> bytes."""
+        """Copy `tensors` into this memory, and return the number of bytes."""
         total = sum(map(len, tensors))
         self._reserve(total)
         for here, there in self._pieces(tensors):
@@ -39,7 +39,7 @@ class HostMemory:
         return total
 
     def restore(self, tensors: Sequence[Tensor]) -> int:
-        """Copy back into `tensors`, of the lengths that were stored -> bytes."""
+        """Copy back into `tensors`, which have the stored lengths, and return the number of bytes."""
         for here, there in self._pieces(tensors):
             there.copy_(here, non_blocking=True)
         device.synchronize()
@@ -53,12 +53,12 @@ class HostMemory:
             have -= len(self._chunks.pop())
         while have < size:
             length = min(size - have, CHUNK)
-            with device.layer():  # where nothing can be pinned it is ordinary memory
+            with device.layer():  # on a CPU nothing can be pinned, and this is ordinary memory
                 self._chunks.append(torch.empty(length, dtype=torch.uint8, pin_memory=True))
             have += length
 
     def _pieces(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(a part of a chunk, the part of a tensor that stands there)."""
+        """Yield (a part of a chunk, the part of a tensor that is stored there)."""
         position = 0
         for tensor in tensors:
             done = 0

@@ -1,6 +1,7 @@
 """One transformer layer from Megatron's local modules, with our norm and our packed attention.
 
-Path: `build` stacks these into the model. Invariant: nothing here needs TransformerEngine or Apex.
+- Used by: `build`, which stacks these into the model.
+- Invariant: nothing here needs TransformerEngine or Apex.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from slime.megatron.attention import PackedAttention
 from slime.megatron.experts import Experts, ExpertsLayer, Router
 from slime.megatron.kernels import rms_norm, swiglu
 
-# Megatron warns of every MLP class that is not its own, once a layer; the "default kwargs" are what they are to get.
+# Megatron warns once per layer about each MLP class that is not its own; its "default kwargs" are what ours expect.
 logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
     lambda record: not str(record.msg).startswith("Unknown MLP type")
 )
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm with the sequence-parallel mark, by which Megatron sums its gradient over tensor-parallel ranks."""
+    """RMSNorm with the mark by which Megatron sums its gradient over tensor-parallel ranks (sequence parallelism)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class GatedMLP(MLP):
-    """Megatron's MLP with SwiGLU as one operation: its own pads the product with an offset of 0, pass by pass."""
+    """Megatron's MLP with SwiGLU as one operation; its own adds an offset of 0 in a separate pass."""
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> Any:
         assert per_token_scale is None, "for experts"
@@ -56,14 +57,14 @@ class GatedMLP(MLP):
 
 @dataclass
 class SandwichLayerSubmodules(TransformerLayerSubmodules):
-    """Which sub-layers' outputs are normed before they join the residual stream (GLM-4)."""
+    """The sub-layers whose outputs are normed before they join the residual stream (GLM-4)."""
 
     norm_after_attention: bool = False
     norm_after_mlp: bool = False
 
 
 class SandwichLayer(TransformerLayer):
-    """A transformer layer with norms behind attention and MLP as well as before them."""
+    """A transformer layer with norms after attention and MLP as well as before them."""
 
     def __init__(self, config: TransformerConfig, submodules: SandwichLayerSubmodules, **kwargs: Any) -> None:
         super().__init__(config, submodules, **kwargs)
@@ -80,7 +81,7 @@ class SandwichLayer(TransformerLayer):
 
 
 def _normed(bias_dropout_add: Callable[..., Any], norm: Callable[[], RMSNorm]) -> Callable[..., Any]:
-    """Megatron's bias-dropout-add with the norm put on the sub-layer's output."""
+    """Wrap Megatron's bias-dropout-add so that it norms the sub-layer's output first."""
 
     def outer(training: bool, fused: bool) -> Callable[..., Tensor]:
         def inner(output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
@@ -94,7 +95,7 @@ def _normed(bias_dropout_add: Callable[..., Any], norm: Callable[[], RMSNorm]) -
 
 
 def layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -> ModuleSpec:
-    """Layer number `layer` of the model: --spec's with packed attention in it, or the built-in one.
+    """Return the spec of layer number `layer`: --spec's with packed attention in it, or the built-in one.
 
     Raises:
         ValueError: --spec's function does not return a layer.
@@ -118,13 +119,13 @@ def layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -> ModuleS
 
 
 def _is_megatrons(core_attention: object) -> bool:
-    """Whether it is one of Megatron's own, which see no rotary positions here, or cannot attend within a pack."""
+    """True for Megatron's own modules, which get no rotary positions here or cannot attend within a pack."""
     module = core_attention.module if isinstance(core_attention, ModuleSpec) else core_attention
     return isinstance(module, type) and module.__module__.startswith("megatron.")
 
 
 def built_in_layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -> ModuleSpec:
-    """One layer from Megatron's local modules, with our norm and our packed attention; a new one at each call."""
+    """Return one layer from Megatron's local modules with our norm and our packed attention, new at each call."""
     shape = args.architecture
     assert shape is not None
     spec = get_gpt_layer_local_spec(

@@ -1,7 +1,10 @@
-"""W&B, which megatron-core imports for its inference engine: here it is loaded only where somebody uses it.
+"""A placeholder for W&B that loads the real module when it is used.
 
-Path: `slime.megatron` puts it in place before anything imports megatron.core. Invariant: to whoever does use it, the
-module is the real one; the import alone would take a third of a trainer's start, and 35 MB of each.
+- Used by: `slime.megatron` installs it before anything imports megatron.core.
+- Invariant: whoever uses the module gets the real one.
+
+megatron-core imports wandb for its inference engine. That import alone would take a third of a trainer's start, and
+35 MB in each trainer.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from typing import Any
 
 
 class _LoadedWhenUsed(ModuleType):
-    """Not importlib's LazyLoader: that one loads as soon as `inspect` asks all modules for their files."""
+    """A module that loads itself at its first use.
+
+    importlib's LazyLoader does not help: it loads as soon as `inspect` reads the file names of all modules.
+    """
 
     def __getattr__(self, name: str) -> Any:
         spec = self.__spec__
@@ -26,10 +32,10 @@ class _LoadedWhenUsed(ModuleType):
 
 
 def load_wandb_when_used() -> None:
-    """Put a module into `sys.modules` that loads itself where it is first asked for what it has."""
+    """Put a module into `sys.modules` that loads itself when one of its attributes is first read."""
     spec = None if "wandb" in sys.modules else importlib.util.find_spec("wandb")
     if spec is not None:
         module = importlib.util.module_from_spec(spec)
         module.__class__ = _LoadedWhenUsed
-        del module.__path__  # an import of a submodule asks for it, and has to find the module loaded
+        del module.__path__  # importing a submodule reads it, which has to load the module first
         sys.modules["wandb"] = module

@@ -1,13 +1,15 @@
-"""Log-probs and entropy of response tokens, from hidden states: vocabulary-parallel, and in chunks.
+"""Log-probs and entropy of response tokens from hidden states, vocabulary-parallel and in chunks.
 
-Path: `step` calls this with the model's last hidden states; the losses read what comes back. Invariant: logits exist
-for one chunk of response tokens at a time, forward and backward, and never for prompt or padding tokens.
+- Used by: `step` calls this with the model's last hidden states; the losses read the result.
+- Invariant: logits exist for one chunk of response tokens at a time, forward and backward, and never for prompt or
+  padding tokens.
 
-All are of softmax(logits / temperature), the distribution that was sampled; at temperature 0 of the raw logits.
+Everything is computed from softmax(logits / temperature), the distribution that was sampled from; at temperature 0 from
+the raw logits.
 
-On a GPU the logits stay in the dtype that the matrix product gave them, two fused passes read them, and the gradient
-takes their place; elsewhere they are float32. There the logits of a micro-batch are kept for its backward pass as far
-as KEPT_BYTES reach, which saves one of four matrix products of the output layer.
+On a GPU the logits stay in the dtype of the matrix product, two fused passes read them, and the gradient overwrites
+them. Elsewhere they are float32. On a GPU the logits of a micro-batch are also kept for the backward pass, up to
+KEPT_BYTES, which saves one of the output layer's four matrix products.
 
 Shapes: _B packed tokens, _R response tokens, _C those of one chunk, _V this rank's part of the vocabulary.
 """
@@ -25,11 +27,11 @@ from torch import Tensor
 from slime.megatron.main_gradients import add_product, added, main_gradient
 
 KEPT_BYTES = 5 * 2**30
-"""Of logits that a GPU keeps: all of 16,384 tokens over 152k entries in bf16."""
+"""The bytes of logits that a GPU keeps: all of 16,384 tokens over 152k entries in bf16."""
 
 
 class VocabularyPart(NamedTuple):
-    """The ids [start, start + size) of this rank; padding entries of the table belong to none."""
+    """The token ids [start, start + size) of this rank; rows of the table that are padding have no id."""
 
     start: int
     size: int
@@ -37,7 +39,7 @@ class VocabularyPart(NamedTuple):
 
     @classmethod
     def of(cls, num_rows: int, vocab_size: int, group: dist.ProcessGroup) -> VocabularyPart:
-        """The part of a rank whose table has `num_rows` rows, of a vocabulary of `vocab_size` without padding."""
+        """Return the part of a rank with `num_rows` rows of the table, for a vocabulary of `vocab_size` ids."""
         start = group.rank() * num_rows
         return cls(start, min(max(vocab_size - start, 0), num_rows), group)
 
@@ -48,12 +50,12 @@ class VocabularyPart(NamedTuple):
 
 
 def _logits(hidden_C: Tensor, weight: Tensor, part: VocabularyPart) -> Tensor:
-    """[C, V] of the entries that are no padding, before temperature."""
+    """Return the logits [C, V] of all ids of this part, before temperature."""
     return F.linear(hidden_C, weight[: part.size])
 
 
 def _summed_in(dtype: torch.dtype) -> torch.dtype:
-    """float32, and float64 for what is given in it."""
+    """Return the dtype of sums: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -63,19 +65,19 @@ def _scaled(logits_CV: Tensor, scale: float) -> Tensor:
 
 
 class _Sums(NamedTuple):
-    """Over the whole vocabulary, with y = logits / temperature - largest; all [C] float32."""
+    """Sums over the whole vocabulary with y = logits / temperature - largest; all [C] float32."""
 
     largest_C: Tensor
     target_C: Tensor
-    """y of the target."""
+    """The target's y."""
     exps_C: Tensor
     """sum of exp(y)."""
     weighted_C: Tensor
-    """sum of exp(y) y; anything if the entropy is not asked for."""
+    """sum of exp(y) y; undefined if the entropy is not requested."""
 
 
 def _targets_here(targets_C: Tensor, part: VocabularyPart) -> tuple[Tensor, Tensor]:
-    """Which targets lie in this part, as (rows, columns) of the chunk's logits."""
+    """Return the targets that lie in this part, as (rows, columns) of the chunk's logits."""
     columns = targets_C - part.start
     rows = ((columns >= 0) & (columns < part.size)).nonzero().flatten()
     return rows, columns[rows]
@@ -85,7 +87,7 @@ def _sums(logits_CV: Tensor, targets_C: Tensor, part: VocabularyPart, scale: flo
     if logits_CV.is_cuda:
         return _sums_fused(logits_CV, targets_C, part, scale)
     logits_CV = _scaled(logits_CV, scale)
-    # a part that is all padding has no largest entry
+    # a part that is all padding has no largest logit
     largest_C = logits_CV.amax(1) if part.size else logits_CV.new_full((len(logits_CV),), float("-inf"))
     part.reduce(largest_C, dist.ReduceOp.MAX)
     logits_CV.sub_(largest_C[:, None])
@@ -104,7 +106,7 @@ def _sums_fused(logits_CV: Tensor, targets_C: Tensor, part: VocabularyPart, scal
 
     here_C, exps_C, weighted_C, target_C = triton_logits.sums(logits_CV, targets_C, part.start, scale)
     largest_C = part.reduce(here_C.clone(), dist.ReduceOp.MAX)
-    change_C = here_C - largest_C  # from this part's largest entry to that of all
+    change_C = here_C - largest_C  # from this part's largest logit to the largest of all ranks
     shrink_C = change_C.exp()
     sums = torch.stack([target_C, shrink_C * exps_C, shrink_C * (weighted_C + change_C * exps_C)])
     target_C, exps_C, weighted_C = part.reduce(sums, dist.ReduceOp.SUM)
@@ -121,7 +123,7 @@ def _logits_gradient(
     part: VocabularyPart,
     scale: float,
 ) -> Tensor:
-    """[C, V] in the logits' dtype; what is in `logits_CV` is lost."""
+    """Return the gradient [C, V] in the logits' dtype; it may overwrite `logits_CV`."""
     if logits_CV.is_cuda:
         from slime.megatron.kernels import triton_logits
 
@@ -143,16 +145,16 @@ def _logits_gradient(
 
 
 def _weight_gradient(logits_gradient: Tensor, hidden_C: Tensor) -> Tensor:
-    """[V, H]; float32 where a GPU's matrix product gives its sums unrounded."""
+    """Return [V, H]; in float32 if a GPU's matrix product can return its sums unrounded."""
     if logits_gradient.is_cuda and logits_gradient.dtype != torch.float32:
         return torch.mm(logits_gradient.t(), hidden_C, out_dtype=torch.float32)
     return logits_gradient.t() @ hidden_C
 
 
 class _ResponseLogProbs(torch.autograd.Function):
-    """hidden [B, H], weight [V, H] -> log-probs [R], entropy [R]; the backward pass computes logits again, or has them.
+    """hidden [B, H], weight [V, H] -> log-probs [R], entropy [R]; backward uses kept logits or computes them again.
 
-    The gradient of `hidden` is this rank's share, of its part of the vocabulary: the caller sums over ranks.
+    The gradient of `hidden` covers only this rank's part of the vocabulary: the caller sums it over ranks.
     """
 
     @staticmethod
@@ -184,7 +186,7 @@ class _ResponseLogProbs(torch.autograd.Function):
         ctx.kept = kept
         ctx.save_for_backward(hidden_B, weight, predicting_R, targets_R, log_sums_R, entropies_R)
         ctx.options = part, scale, chunk_size
-        ctx.set_materialize_grads(False)  # where the loss reads no entropy, its gradient is None
+        ctx.set_materialize_grads(False)  # if the loss does not read the entropy, its gradient is None
         return log_probs_R, entropies_R
 
     @staticmethod
@@ -217,12 +219,12 @@ class _ResponseLogProbs(torch.autograd.Function):
                 share = _weight_gradient(logits_gradient, hidden_C)
                 of_part = share.to(_summed_in(share.dtype)) if of_part is None else of_part.add_(share)
                 del share
-            del logits_CV, logits_gradient  # before those of the next chunk are made
+            del logits_CV, logits_gradient  # free them before the next chunk's are made
         return hidden_gradient, _of_table(of_part, weight) if main_grad is None else added(weight), *[None] * 7
 
 
 def _of_table(of_part: Tensor | None, weight: Tensor) -> Tensor:
-    """The whole table's gradient in its dtype: 0 in the rows that are padding."""
+    """Return the gradient of the whole table in its dtype, with 0 in the rows that are padding."""
     if of_part is not None and len(of_part) == len(weight):
         return of_part.to(weight.dtype)
     gradient = torch.zeros_like(weight)
@@ -248,17 +250,17 @@ def response_log_probs(
     sequence_parallel: bool,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob of each target, and the entropy of its distribution if asked for, both [R] in float32 (or 64).
+    """Return each target's log-prob, and the entropy of its distribution if requested, both [R] in float32 (or 64).
 
     Args:
-        hidden: last hidden states [B, 1, H]; under sequence parallelism this rank's [B / TP, 1, H].
+        hidden: the last hidden states [B, 1, H]; under sequence parallelism this rank's [B / TP, 1, H].
         weight: this rank's rows of the output layer.
-        predicting_R: distinct positions in the pack, one a target.
-        vocab_size: without padding.
+        predicting_R: the position in the pack that predicts each target; all are distinct.
+        vocab_size: the number of token ids, without padding.
         group: the tensor-parallel ranks.
     """
-    # Each rank's gradient of the hidden states covers its part of the vocabulary. Backward, both mappings sum the
-    # parts: the first scatters the sum over the sequence again.
+    # Each rank's gradient of the hidden states covers its part of the vocabulary. In the backward pass both mappings
+    # sum these parts over the ranks; the first one also scatters the sum over the sequence again.
     if sequence_parallel:
         hidden = tensor_parallel.gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=True, group=group

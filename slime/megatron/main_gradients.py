@@ -1,9 +1,13 @@
-"""Gradients of the vocabulary's tables, added to their fp32 buffers as they come, without one of the whole table.
+"""Gradients of the vocabulary tables, added directly to their fp32 buffers without a gradient of the whole table.
 
-Path: `logprobs` adds the output layer's here, and `optimizer` has the embedding do so. Invariant: a bf16 weight of a
-data-parallel wrapper gets every part of its gradient in `main_grad`, and the wrapper is told that it has it, as
-Megatron's linear layers tell it. Otherwise each micro-batch would make a bf16 gradient of the table, mostly zeros for
-an embedding, and add that in another pass.
+- Used by: `logprobs` adds the output layer's gradient here; `optimizer` installs the embedding that does the same.
+- Invariant: a bf16 weight inside a data-parallel wrapper gets every part of its gradient in `main_grad`, and is marked
+  so that the wrapper does not add it again, as Megatron's linear layers do.
+
+Without this, each micro-batch would make a bf16 gradient of the whole table (mostly zeros for an embedding) and add it
+to the buffer in a second pass.
+
+Shapes: B tokens, V rows of the table, H hidden.
 """
 
 from __future__ import annotations
@@ -22,14 +26,14 @@ from torch import Tensor
 
 
 def main_gradient(weight: Any) -> Tensor | None:
-    """The fp32 buffer of a bf16 weight that trains; None: its gradient is PyTorch's to sum."""
+    """Return the fp32 gradient buffer of a bf16 weight that trains; None if PyTorch sums its gradient."""
     return weight.main_grad if weight.dtype == torch.bfloat16 and hasattr(weight, "main_grad") else None
 
 
 def added(weight: Any) -> Tensor:
-    """Tell the wrapper so; what autograd gets for the gradient, which the wrapper asks for and does not read."""
+    """Mark the weight's gradient as added, and return a dummy: the wrapper requires one but does not read it."""
     weight.grad_added_to_main_grad = True
-    # of a table that is tied within a stage Megatron adds it all the same
+    # if the table is tied within a stage, Megatron does add the dummy, so it must be zeros
     return torch.zeros_like(weight) if _is_tied_here(weight) else torch.empty_like(weight)
 
 
@@ -38,10 +42,10 @@ def _is_tied_here(weight: Any) -> bool:
 
 
 def add_product(main_grad: Tensor, gradient: Tensor, inputs: Tensor) -> None:
-    """main_grad [N, K] float32 += gradient [T, N]^T inputs [T, K]."""
+    """Add a product to the buffer: main_grad [V, H] float32 += gradient [B, V]^T inputs [B, H]."""
     if not main_grad.is_cuda:
         main_grad.add_(gradient.t() @ inputs)
-    elif mcore_layers._grad_accum_fusion_available:  # tried, by `multi_tensor`
+    elif mcore_layers._grad_accum_fusion_available:  # `multi_tensor` has tried it
         product: Any = mcore_layers.fused_weight_gradient_mlp_cuda  # pyright: ignore[reportAttributeAccessIssue]
         product.wgrad_gemm_accum_fp32(inputs, gradient, main_grad)
     else:
@@ -49,7 +53,7 @@ def add_product(main_grad: Tensor, gradient: Tensor, inputs: Tensor) -> None:
 
 
 class _Rows(torch.autograd.Function):
-    """weight [V, H], ids [...] -> [..., H]."""
+    """Embedding lookup: weight [V, H], ids [...] -> [..., H]."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
@@ -63,16 +67,16 @@ class _Rows(torch.autograd.Function):
         main_grad = main_gradient(ctx.weight)
         assert main_grad is not None
         rows = gradients[0].reshape(-1, main_grad.size(1)).to(main_grad.dtype)
-        # sorts the ids: no atomics, the same bits again. It does not ask, and wait, whether they are in range: the
-        # lookup has
+        # This sorts the ids and uses no atomics, so the same inputs give the same bits. `unsafe` skips the range check,
+        # which would wait for the device; the lookup has checked the ids already.
         add: Any = torch._index_put_impl_  # pyright: ignore[reportPrivateImportUsage]
         add(main_grad, (ids.flatten(),), rows, accumulate=True, unsafe=True)
-        # the output layer's gradient stands for both
+        # if the table is tied, the output layer marks the gradient for both
         return None if _is_tied_here(ctx.weight) else added(ctx.weight), None
 
 
 class WordEmbeddings(VocabParallelEmbedding):
-    """Made of one that exists, by `install`."""
+    """An embedding that adds its gradient to the buffer itself; `install` turns an existing embedding into one."""
 
     def forward(self, input_: Tensor) -> Tensor:
         if main_gradient(self.weight) is None or not torch.is_grad_enabled():
@@ -90,7 +94,7 @@ class WordEmbeddings(VocabParallelEmbedding):
 
 
 def install(model: torch.nn.Module) -> None:
-    """Have the embedding of `model`, where this stage has it, add its gradient itself."""
+    """Make the embedding of `model`, if this stage has one, add its gradient itself."""
     for module in model.modules():
         if type(module) is VocabParallelEmbedding:
             module.__class__ = WordEmbeddings

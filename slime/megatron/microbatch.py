@@ -1,16 +1,20 @@
-"""Micro-batches: rows of a TrainBatch as one packed row of tokens, and where its response tokens are predicted.
+"""Micro-batches: rows of a TrainBatch packed into one row of tokens, with the positions that predict response tokens.
 
-Path: `core.packing` says which rows go together; what is made here goes through the model in `step`, and `logprobs`
-reads the hidden states at `predicting_R`. Invariant: the response columns of a micro-batch lie in the order of its
-rows, and `responses_R` says where each of their entries lies in the whole batch. Over the ranks of context parallelism
-every response token is in exactly one micro-batch: on the rank that predicts it.
+- Used by: `core.packing` decides which rows go together; `step` runs the model on what is made here, and `logprobs`
+  reads the hidden states at `predicting_R`.
+- Invariant: a micro-batch's response columns are in the order of its rows, and `responses_R` gives the index of each
+  entry in the whole batch. Over the context-parallel ranks every response token is in exactly one micro-batch: on the
+  rank that predicts it.
 
-All that context parallelism does to a layout is here: `Cut` says which tokens each rank holds, and a target comes from
-the row itself, so it does not matter where the token stands. A loss that needs whole responses has them in
-`MicroBatch.responses`, which sums over the ranks what each has of a row.
+Example without context parallelism: two rows of 5 and 3 tokens with responses of 2 and 1 tokens. The pack has the
+positions 0 ... 7; the response tokens are at 3, 4 and 7, so `predicting_R` is [2, 3, 6].
 
-Shapes: _N rows of the whole batch, _M rows of the micro-batch, _S its sequences (rows, and one of padding), _B packed
-tokens that this rank holds, _R response tokens that it predicts, _C ranks of context parallelism, _P pieces of a rank.
+This module holds all that context parallelism does to the layout. `Cut` lists the tokens of each rank. Targets are read
+from the whole row, so the token that comes next may be on another rank. A loss that needs whole responses uses
+`MicroBatch.responses`, which sums each row's parts over the ranks.
+
+Shapes: _N rows of the whole batch, _M rows of the micro-batch, _S its sequences (the rows, and one of padding),
+_B packed tokens of this rank, _R response tokens that it predicts, _C context-parallel ranks, _P pieces of a rank.
 """
 
 from __future__ import annotations
@@ -34,42 +38,44 @@ from slime.megatron.attention import ContextShare, PackedSequences, pack_sequenc
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """This rank among those that share every sequence."""
+    """This rank's place among the context-parallel ranks, which share every sequence."""
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    """None only where one process plays all ranks."""
+    """The context-parallel group; None only if one process plays all ranks."""
 
     @property
     def row_multiple(self) -> int:
-        """Every sequence is padded to a multiple of this: two chunks a rank, all equally long."""
+        """Every sequence is padded to a multiple of this: two chunks of equal length per rank."""
         return 2 * self.size if self.size > 1 else 1
 
     def pack_multiple(self, multiple: int) -> int:
-        """A whole pack is padded to a multiple of this, so that each rank's tokens are a multiple of `multiple`."""
+        """Return the multiple to which a pack is padded so that each rank's tokens are a multiple of `multiple`."""
         return math.lcm(self.row_multiple, self.size * multiple)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Which tokens of a pack each rank holds.
+    """The tokens of a pack that each rank holds (zigzag context parallelism).
 
-    Every sequence is cut into 2 x C chunks, and rank r takes the chunks r and 2 x C - 1 - r: under a causal mask all
-    ranks have equally much to do. Alone, a rank has each sequence in one piece.
+    Every sequence is cut into 2 x C chunks, and rank r takes the chunks r and 2 x C - 1 - r. Under a causal mask all
+    ranks then have the same amount of work. For example, 8 tokens on 2 ranks: rank 0 holds 0, 1, 6, 7 and rank 1 holds
+    2, 3, 4, 5; each rank's queries see 18 keys. Contiguous halves would see 10 and 26. A single rank has each sequence
+    in one piece.
     """
 
     tokens_CB: Array
-    """Places in the pack."""
+    """Indices into the pack."""
     lengths_P: Array
     offsets_CP: Array
-    """Where in its sequence each piece begins."""
+    """The position in its sequence at which each piece begins."""
     starts_P: Array
-    """Where in the pack each piece's sequence begins."""
+    """The position in the pack at which each piece's sequence begins."""
 
     @classmethod
     def of(cls, lengths_S: Array, num_ranks: int) -> Cut:
-        """Sequences whose lengths are multiples of `ContextParallel.row_multiple`."""
+        """Cut sequences whose lengths are multiples of `ContextParallel.row_multiple`."""
         starts_S = np.cumsum(lengths_S) - lengths_S
         if num_ranks == 1:
             return cls(np.arange(lengths_S.sum())[None], lengths_S, np.zeros_like(lengths_S)[None], starts_S)
@@ -83,13 +89,13 @@ class Cut:
         return cls(tokens_CB, lengths_P, offsets_CP, starts_P)
 
     def places(self) -> Array:
-        """Of every token of the pack, its place in the row of all ranks' tokens, rank behind rank."""
+        """Return each pack token's index in the row of all ranks' tokens: [0, 1, 4, 5, 6, 7, 2, 3] in the example."""
         places = np.empty(self.tokens_CB.size, dtype=np.int64)
         places[self.tokens_CB.ravel()] = np.arange(self.tokens_CB.size)
         return places
 
     def share(self, part: ContextParallel) -> ContextShare:
-        """What attention has to know of this rank's pieces."""
+        """Return what attention needs to know about this rank's pieces."""
         offsets_P = self.offsets_CP[part.rank]
         seen_K = _ranges(self.starts_P, offsets_P + self.lengths_P)
         return ContextShare(offsets_P.tolist(), torch.from_numpy(self.places()[seen_K]), part.group)
@@ -99,7 +105,7 @@ ALONE = ContextParallel()
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Every rank's loss reads the sum, so what flows back to each term is the sum of all ranks' gradients."""
+    """All-reduce whose backward pass is one, too: every rank's loss reads the sum, so each term gets all gradients."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -117,7 +123,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class SharedSequences(Sequences):
-    """Responses of which every rank of context parallelism has a part; all of them ask for the same sums, in order."""
+    """Responses that are split over context-parallel ranks; all ranks must request the same sums in the same order."""
 
     group: dist.ProcessGroup
 
@@ -127,24 +133,24 @@ class SharedSequences(Sequences):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward's input. A rank without rows left takes an empty one: some padding, and no response tokens."""
+    """The input of one forward pass. A rank without rows left gets an empty one: padding, and no response tokens."""
 
     tokens_B: Tensor
     """[1, B]."""
     sequences: PackedSequences
     predicting_R: Tensor
-    """This rank's position whose hidden state predicts each response token: that of the token before it."""
+    """The position on this rank whose hidden state predicts each response token: that of the token before it."""
     targets_R: Tensor
     columns: dict[str, Tensor]
-    """Every response column of the batch."""
+    """Every response column of the batch, cut to these tokens."""
     responses_R: Array
-    """Each response token's place in the whole batch's flat columns."""
+    """Each response token's index in the whole batch's flat columns."""
     responses: Sequences
-    """Whose each response token is."""
+    """Maps each response token to its response."""
 
 
 def _ranges(starts: Array, lengths: Array) -> Array:
-    """start, start + 1, ... of each range, one range behind the other."""
+    """Concatenate the ranges start, start + 1, ...: starts [3, 9] and lengths [2, 1] give [3, 4, 9]."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
@@ -159,14 +165,14 @@ def pack_rows(
     part: ContextParallel = ALONE,
     step_tokens: int = 0,
 ) -> MicroBatch:
-    """This rank's part of the rows as one micro-batch, its tokens a multiple of `multiple`.
+    """Pack this rank's part of the rows into one micro-batch, whose number of tokens is a multiple of `multiple`.
 
-    `step_tokens`: of all micro-batches of the step, for balancing losses.
+    `step_tokens` is the number of tokens in all micro-batches of the step, for auxiliary losses.
 
-    Padding stands at the end of each row where context parallelism needs it, and in a sequence behind all rows.
+    Padding comes after each row if context parallelism needs it there, and as one more sequence after all rows.
 
     Raises:
-        ValueError: a row whose response has no token before it to be predicted from.
+        ValueError: a row has no token before its response, from which the first response token could be predicted.
     """
     rows_M = np.asarray(rows, dtype=np.int64)
     total_M, response_M = batch.total_lengths_N[rows_M], batch.response_lengths_N[rows_M]
@@ -214,7 +220,7 @@ def pack_rows(
 
 
 def _for_experts(batch: TrainBatch, size: int, filled: Array, taken: Array, tokens_B: Array) -> dict[str, Tensor]:
-    """What layers of experts read of a pack of `size` tokens, of which the batch's `taken` stand at `filled`."""
+    """Return what MoE layers read about a pack of `size` tokens, whose positions `filled` hold the tokens `taken`."""
     counts = np.zeros(size, dtype=bool)
     counts[filled] = True
     found = {"counts_B": counts}

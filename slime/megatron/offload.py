@@ -1,8 +1,9 @@
-"""A trainer that sleeps: weights and optimizer state in host memory, and their device memory given back.
+"""A trainer that sleeps: weights and optimizer state move to host memory, and their device memory is given back.
 
-Path: where trainers and engines share devices, the worker around a Trainer calls this between training, sending
-weights and sleep. Invariant: only storages are emptied and filled again, so every tensor, view and buffer of the model,
-of its gradients and of the optimizer stays the object that it was; training goes on bit for bit.
+- Used by: under colocation (trainers and engines share devices), the worker around a Trainer calls this between
+  training, sending weights, and sleep.
+- Invariant: only storages are emptied and filled again. Every tensor, view and buffer of the model, its gradients and
+  the optimizer stays the same object, and training continues bit for bit.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from slime.megatron.host_memory import HostMemory
 from slime.megatron.optimizer_state import parts_of
 
 SMALL = 512
-"""Bytes up to which a storage stays: one block of the device's allocator (Adam's step counts)."""
+"""Storages of at most this many bytes stay: one block of the device's allocator (Adam's step counts)."""
 
 
 class TrainerMemory:
-    """What `model` (wrapped) and `optimizer` hold on the device, in three parts: weights, optimizer, gradients."""
+    """What a wrapped `model` and its `optimizer` hold on the device, in three parts: weights, optimizer, gradients."""
 
     def __init__(self, model: ModelChunks, optimizer: MegatronOptimizer) -> None:
         self._model = model
@@ -34,7 +35,7 @@ class TrainerMemory:
         self._gradients = _Part()
 
     def offload_optimizer(self) -> int:
-        """Optimizer state into host memory; gradients are forgotten. The weights can still be sent. -> bytes moved."""
+        """Move optimizer state to host memory and drop gradients; return the bytes moved. Weights can still be sent."""
         weights = _storages(self._weight_tensors())
         gradients = _storages(self._gradient_tensors(), but=weights)
         state = _storages(self._state_tensors(), but=weights | gradients)
@@ -44,13 +45,13 @@ class TrainerMemory:
         return moved
 
     def offload_weights(self) -> int:
-        """The weights, too -> bytes moved. Until `reload` nothing can be computed or sent."""
+        """Move the weights to host memory, too; return the bytes moved. Nothing works after it until `reload`."""
         moved = self._weights.offload(list(_storages(self._weight_tensors()).values()), keep=True)
         device.empty_cache()
         return moved
 
     def reload(self) -> int:
-        """Everything is there again, and gradients are zero -> bytes moved. Nothing to do where nothing is away."""
+        """Bring everything back, with gradients of zero; return the bytes moved. No-op if nothing is away."""
         return sum(part.reload() for part in (self._weights, self._state, self._gradients))
 
     def _weight_tensors(self) -> Iterator[Tensor]:
@@ -76,7 +77,7 @@ class TrainerMemory:
 
 
 class _Part:
-    """Storages that come and go together."""
+    """Storages that leave and come back together."""
 
     def __init__(self) -> None:
         self._host = HostMemory()
@@ -84,7 +85,7 @@ class _Part:
         self._kept = False
 
     def offload(self, storages: list[torch.UntypedStorage], *, keep: bool) -> int:
-        """Empty the storages; with `keep` their bytes come back. Nothing to do where they are away already."""
+        """Empty the storages; with `keep`, `reload` restores their bytes. No-op if they are away already."""
         if self._away:
             return 0
         moved = self._host.store([_bytes(storage) for storage in storages]) if keep else 0
@@ -112,7 +113,7 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _storages(tensors: Iterable[Tensor], *, but: Iterable[int] = ()) -> dict[int, torch.UntypedStorage]:
-    """The tensors' storages, each once, by address, that stand on the training device and are worth moving."""
+    """Return the storages, each once and by address, that are on the training device and large enough to move."""
     found: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()

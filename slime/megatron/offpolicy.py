@@ -1,10 +1,12 @@
-"""Off-policy tokens: which tokens of a rollout older weights made, and which of them take an importance weight.
+"""Off-policy tokens: which tokens of a rollout older weights made, and which of them get an importance weight.
 
-Path: the trainer asks before it plans its steps; `step` hands the `weighed` column to the loss. Invariant: a token
-that does not count in the loss is neither off-policy nor weighed, and the same columns are made on every rank.
+- Used by: `trainer`, before it plans its steps; `step` passes the `weighed` column to the loss.
+- Invariant: a token that does not count in the loss is neither off-policy nor weighted, and every rank makes the same
+  columns.
 
-Weights are told apart by the policy version by which the engines know them. The trainer's weights before the first step
-of rollout r are version r + 1 in every run, for they are sent once before the first rollout and once after each.
+Weights are identified by the policy version under which the engines know them. In every run, the trainer's weights
+before the first step of rollout r are version r + 1, because they are sent once before the first rollout and once after
+each. In the asynchronous loop, a token of version r in rollout r is one version old.
 
 Shapes: _N samples, _R response tokens of all samples.
 """
@@ -19,15 +21,15 @@ from slime.core.batch import Array, TrainBatch
 
 
 def version_of_weights(args: Args, rollout_id: int, batch: TrainBatch, policy_version: int | None) -> int:
-    """The version of the trainer's weights: `policy_version`, where they were sent to engines.
+    """Return the version of the trainer's weights: `policy_version` if they were sent to engines.
 
-    Where they were not (a replay without engines), that of any run's weights at this rollout: a replay then corrects
-    what the run corrected that made the dump. A dump may be of a later rollout, or of another run: where its newest
-    token is newer than that, it counts as current.
+    If they were not (a replay without engines), it is the version that any run has at this rollout, so a replay
+    corrects what the run that made the dump corrected. A dump may come from a later rollout or from another run: if its
+    newest token is newer than that version, that token counts as current.
 
     Raises:
         ValueError: a token that was not replayed is newer than the weights that are trained: versions are confused.
-        RuntimeError: it is older where neither the flags nor a rollout function of the user's makes such tokens.
+        RuntimeError: a token is older, although neither the flags nor a rollout function of the user makes such tokens.
     """
     version = rollout_id + 1 if policy_version is None else policy_version
     if not batch.has("policy_versions"):
@@ -41,25 +43,25 @@ def version_of_weights(args: Args, rollout_id: int, batch: TrainBatch, policy_ve
     if oldest < version and not (args.partial_rollout or args.rollouts_ahead or own):
         raise RuntimeError(
             f"rollout {rollout_id}: a token was made by policy version {oldest}, and the trainer's weights are version "
-            f"{version}, in a synchronous run: an engine has missed a weight sync, and the run would train on what "
-            "older weights say; the engines' logs may say why"
+            f"{version}, in a synchronous run: an engine has missed a weight sync, and the run would train on tokens "
+            "of older weights; the engines' logs may show the reason"
         )
     if newest > version:
         raise ValueError(
             f"rollout {rollout_id}: a token was made by policy version {newest}, and the trainer's weights are version "
-            f"{version}: it cannot be told which tokens are off-policy; a rollout or generate function of your own has "
-            "to keep the policy_versions that the engines answer with"
+            f"{version}: off-policy tokens cannot be identified; a rollout or generate function of your own has to "
+            "keep the policy_versions that the engines return"
         )
     return newest
 
 
 def add_offpolicy(args: Args, batch: TrainBatch, counted_N: Array, version: int) -> tuple[TrainBatch, dict[str, float]]:
-    """The columns `offpolicy` and `weighed` where any token is, the loss mask without what the flags mask, and metrics.
+    """Add the columns `offpolicy` and `weighed` if any token needs them, mask what the flags mask, and return metrics.
 
     Raises:
-        ValueError: tokens have to be weighed or masked, and what that needs is not there.
+        ValueError: tokens have to be weighted or masked, and a column that this needs is missing.
     """
-    if args.loss_type == "sft_loss":  # what it learns from was not sampled
+    if args.loss_type == "sft_loss":  # SFT's tokens were not sampled
         return batch, {}
     counts_R = (batch.columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
     metrics: dict[str, float] = {}
@@ -86,12 +88,12 @@ def add_offpolicy(args: Args, batch: TrainBatch, counted_N: Array, version: int)
 
 
 def _check_versions_are_not_needed(args: Args) -> None:
-    """Without versions every token passes for one of the current weights."""
+    """Refuse samples without versions if flags need them: every token would pass as one of the current weights."""
     wanted = args.mask_offpolicy_in_partial_rollout or args.offpolicy_correction != "none"
     if args.loss_type == "policy_loss" and wanted and (args.partial_rollout or args.rollouts_ahead):
         why = "--partial-rollout" if args.partial_rollout else "train_async.py"
         raise ValueError(
-            f"{why} trains on tokens of older weights, and the samples do not say which: no sample has "
+            f"{why} trains on tokens of older weights, and the samples do not show which: no sample has "
             "policy_versions; a generate function of your own has to set them (slime.rollout.generate does), or give "
             "--offpolicy-correction none"
         )
@@ -101,7 +103,7 @@ def _check_log_probs(args: Args, batch: TrainBatch) -> None:
     if args.loss_type == "policy_loss" and not batch.has("rollout_log_probs"):
         why = "--use-tis" if args.use_tis else f"--offpolicy-correction {args.offpolicy_correction}"
         raise ValueError(
-            f"{why}: tokens have to be weighed against the log-probs with which they were sampled, and the samples "
+            f"{why}: importance weights need the log-probs with which tokens were sampled, and the samples "
             "have no rollout_log_probs; a generate function of your own has to set them (slime.rollout.generate does), "
             "or give --offpolicy-correction none, without --use-tis"
         )

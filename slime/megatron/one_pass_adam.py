@@ -1,8 +1,9 @@
-"""PyTorch's AdamW over fp32 main weights of a bf16 model on a GPU, which writes the model's weights in the same pass.
+"""PyTorch's AdamW over fp32 main weights of a bf16 model on a GPU, writing the model's weights in the same pass.
 
-Path: `optimizer` gives the Adam that Megatron built this class; `step` takes steps with it. Invariant: state, settings
-and what `grad_scale` and `found_inf` mean are those of torch.optim.AdamW(fused=True), so nothing around it knows; after
-a step the model's weights are the main weights, rounded, which elsewhere takes a copy over all of them.
+- Used by: `optimizer` turns the Adam that Megatron built into this class; `step` takes steps with it.
+- Invariant: state, settings, `grad_scale` and `found_inf` have the meaning of torch.optim.AdamW(fused=True), so the
+  code around it is unchanged. After a step the model's weights are the main weights, rounded; without this class that
+  takes a copy pass over all of them.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from slime.megatron.distributed_optimizer import start_adam
 
 
 class OnePassAdamW(torch.optim.AdamW):
-    """Made of an AdamW that exists, by `install`."""
+    """AdamW in one pass per weight; `install` turns an existing AdamW into one."""
 
     model_of: dict[Tensor, Tensor]
-    """The memory of the model that gets a main weight's rounded value."""
+    """The model's memory that gets the rounded value of each main weight."""
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
@@ -46,7 +47,7 @@ class OnePassAdamW(torch.optim.AdamW):
 
 @dataclass(frozen=True)
 class Counted:
-    """What the steps of a group's weights come to: see `triton_adamw.adamw`."""
+    """The inputs of `triton_adamw.adamw` that the weights of a group share."""
 
     corrections: Tensor
     scale: Tensor
@@ -54,7 +55,7 @@ class Counted:
 
 
 def count_steps(adam: Any, weights: Sequence[Tensor], group: dict[str, Any]) -> Counted:
-    """Count one more step of these weights of a group, unless it is to be skipped."""
+    """Count one more step of these weights of a group, unless the step is to be skipped."""
     steps: list[Tensor] = [adam.state[weight]["step"] for weight in weights]
     scale = torch.ones_like(steps[0]) if adam.grad_scale is None else adam.grad_scale
     skip = torch.zeros_like(steps[0]) if adam.found_inf is None else adam.found_inf
@@ -72,7 +73,7 @@ def pass_over(
     counted: Counted,
     place: int,
 ) -> None:
-    """One step of one weight of a group, or of a part of it; `place` among the weights that were counted."""
+    """Take one step of one weight of a group, or of a part of it; `place` is its index among the counted weights."""
     from slime.megatron.kernels.triton_adamw import adamw
 
     exp_avg, exp_avg_sq = moments
@@ -94,14 +95,14 @@ def pass_over(
 
 
 def bias_corrections(steps: Tensor, betas: tuple[float, float]) -> Tensor:
-    """[n, 2] float32 of n steps: 1 / (1 - beta1^step) and 1 / sqrt(1 - beta2^step), in float64 up to there."""
+    """Return [n, 2] float32 for n steps: 1 / (1 - beta1^step) and 1 / sqrt(1 - beta2^step), computed in float64."""
     steps = steps.double()
     first, second = (1.0 - torch.pow(beta, steps) for beta in betas)
     return torch.stack([first.reciprocal(), second.rsqrt()], dim=1).float()
 
 
 def install(part: MegatronOptimizer) -> bool:
-    """Have `part` step in one pass; whether it does. No on a CPU, and for all but AdamW over a bf16 model."""
+    """Make `part` step in one pass; return whether it does: only on CUDA, for AdamW over a bf16 model."""
     adam = part.optimizer
     if not device.on_cuda() or type(adam) is not torch.optim.AdamW:
         return False
@@ -113,12 +114,12 @@ def install(part: MegatronOptimizer) -> bool:
         return False
     adam.__class__ = OnePassAdamW
     adam.model_of = dict(model_memory(part))  # pyright: ignore[reportAttributeAccessIssue]
-    part._copy_main_params_to_model_params = lambda: None  # the pass has written them
+    part._copy_main_params_to_model_params = lambda: None  # the step has written them
     return True
 
 
 def model_memory(part: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each fp32 main weight, and the model's memory that Megatron would copy it to."""
+    """Yield each fp32 main weight with the model's memory to which Megatron would copy it."""
     if not isinstance(part, DistributedOptimizer):
         for mains, models in zip(part.fp32_from_float16_groups, part.float16_groups, strict=True):
             yield from zip(mains, models, strict=True)

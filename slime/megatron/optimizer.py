@@ -1,7 +1,7 @@
 """The optimizer over the wrapped model, and its learning-rate schedule, counted in optimizer steps.
 
-Path: built behind `build`'s model; `step` takes steps with it, `checkpoint` saves and loads it. Invariant: the number
-of steps of a run is known before it starts.
+- Used by: `trainer` builds it after the model; `step` takes steps with it, `checkpoint` saves and loads it.
+- Invariant: the number of steps of a run is known before it starts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from slime.megatron.optimizer_state import parts_of
 
 
 def build_optimizer(args: Args, model: ModelChunks) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """The optimizer over a wrapped model, and its schedule, counted in optimizer steps."""
+    """Build the optimizer over a wrapped model, and its schedule, which counts optimizer steps."""
     config = config_from(
         OptimizerConfig,
         args,
@@ -37,7 +37,7 @@ def build_optimizer(args: Args, model: ModelChunks) -> tuple[MegatronOptimizer, 
             "bf16": uses_bf16(args),
             "params_dtype": params_dtype(args),
             "use_distributed_optimizer": bool(args.use_distributed_optimizer),
-            "optimizer_cpu_offload": False,  # Megatron's own; `host_adam` has it
+            "optimizer_cpu_offload": False,  # Megatron's implementation; `host_adam` is ours
         },
     )
     with device.layer():
@@ -52,19 +52,19 @@ def build_optimizer(args: Args, model: ModelChunks) -> tuple[MegatronOptimizer, 
 
 
 def _prepare(part: MegatronOptimizer, *, in_host_memory: bool) -> None:
-    """PyTorch's own optimizers, which Megatron takes without TransformerEngine and Apex: Adam fused, SGD loadable."""
+    """Prepare PyTorch's optimizers (used without TransformerEngine and Apex): fuse Adam, make SGD loadable."""
     if isinstance(part.optimizer, torch.optim.Adam):
         for group in part.optimizer.param_groups:
-            group["fused"] = True  # one pass over the weights; on a CPU a third of the time
+            group["fused"] = True  # one pass over the weights; on a CPU it takes a third of the time
         one_pass_adam.install(part)
     if in_host_memory and part.optimizer is not None:
         host_adam.install(part)
     if isinstance(part.optimizer, torch.optim.SGD):
-        part.init_state_fn = _start_sgd  # Megatron gives it none, and calls it when it loads
+        part.init_state_fn = _start_sgd  # Megatron calls it when it loads, but sets none for SGD
 
 
 def _start_sgd(sgd: torch.optim.SGD, config: OptimizerConfig) -> None:
-    """The state that the first step would begin with; without momentum there is none."""
+    """Create the state with which the first step would begin; without momentum there is none."""
     for group in sgd.param_groups:
         for parameter in group["params"]:
             if group["momentum"] and not sgd.state[parameter]:
@@ -72,18 +72,16 @@ def _start_sgd(sgd: torch.optim.SGD, config: OptimizerConfig) -> None:
 
 
 def _schedule(args: Args, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Megatron's schedule; a warm-up's first step is taken at --lr-warmup-init. The rules checked its lengths."""
-    takes_steps = args.num_rollout != 0  # a run that only evaluates has no decay, but Megatron wants a schedule
+    """Build Megatron's schedule; a warm-up's first step uses --lr-warmup-init. The rules have checked its lengths."""
+    takes_steps = args.num_rollout != 0  # a run that only evaluates has no decay, but Megatron requires a schedule
     style = args.lr_decay_style if takes_steps else "constant"
     decay_steps = args.lr_decay_iters or total_steps(args)
-    # as Megatron has it: a share of the steps need not be a whole number of them
+    # as in Megatron, a fraction of the steps need not be a whole number
     warmup = args.lr_warmup_iters if args.lr_warmup_fraction is None else args.lr_warmup_fraction * decay_steps
     if style == "constant":
-        decay_steps = max(
-            decay_steps, math.floor(warmup) + 1
-        )  # nothing decays; Megatron asks for a length all the same
-    assert warmup < max(decay_steps, 1), "the warm-up's rule asks for a decay that ends behind it"
-    # the rules ask for both ends where it is not constant
+        decay_steps = max(decay_steps, math.floor(warmup) + 1)  # nothing decays, but Megatron requires a length
+    assert warmup < max(decay_steps, 1), "the rule of the warm-up requires a decay that ends after it"
+    # the rules require both ends if the style is not constant
     start, end = args.start_weight_decay, args.end_weight_decay
     return OptimizerParamScheduler(
         optimizer,
@@ -99,16 +97,16 @@ def _schedule(args: Args, optimizer: MegatronOptimizer) -> OptimizerParamSchedul
         wd_incr_style=args.weight_decay_incr_style,
         wsd_decay_steps=args.lr_wsd_decay_iters,
         lr_wsd_decay_style=args.lr_wsd_decay_style,
-        # on resume the command line wins over the checkpoint, which then gives the number of steps alone
+        # on resume the command line wins over the checkpoint, which then provides only the number of steps
         use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=not args.use_checkpoint_opt_param_scheduler,
     )
 
 
 def follow_schedule(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
-    """Have a loaded optimizer take its next step by the loaded schedule, which is the flags' or the checkpoint's.
+    """Make a loaded optimizer take its next step by the loaded schedule, which is the flags' or the checkpoint's.
 
-    Megatron keeps the ends of the learning rate in the optimizer's groups, too, and those are always the flags'.
+    Megatron also keeps the two ends of the learning rate in the optimizer's groups, and those are always the flags'.
     """
     for group in optimizer.param_groups:
         group["max_lr"], group["min_lr"] = scheduler.max_lr, scheduler.min_lr
@@ -116,12 +114,12 @@ def follow_schedule(optimizer: MegatronOptimizer, scheduler: OptimizerParamSched
 
 
 def steps_per_rollout(args: Args) -> int:
-    """Optimizer steps that one rollout is cut into."""
+    """Return the number of optimizer steps into which one rollout is cut."""
     assert args.num_steps_per_rollout is not None, "resolve fills it in"
     return args.num_steps_per_rollout
 
 
 def total_steps(args: Args) -> int:
-    """Optimizer steps of the whole run; the policy takes none in the critic's first rollouts."""
+    """Return the optimizer steps of the whole run; the policy takes none in the critic-only rollouts."""
     rollouts = (args.num_rollout or 0) - (args.num_critic_only_steps if args.uses_critic else 0)
     return max(rollouts, 0) * steps_per_rollout(args)

@@ -1,10 +1,10 @@
-"""An optimizer's part of a checkpoint, which any kind of optimizer at any layout loads.
+"""The optimizer's part of a checkpoint, which any kind of optimizer loads at any parallel layout.
 
-Path: `checkpoint` saves and loads an optimizer through this. Invariant: what is loaded comes from the checkpoint alone
-where it is state (main weights, moments, step), and from the run's own flags where it is a setting (learning rate,
-weight decay, betas).
+- Used by: `checkpoint` saves and loads an optimizer through this.
+- Invariant: state (main weights, moments, step) comes from the checkpoint alone, and settings (learning rate, weight
+  decay, betas) come from the run's own flags.
 
-Megatron's three optimizers write the same tensors, `optimizer.state.<slot>.<parameter>`, each in its own words:
+Megatron's three optimizers write the same tensors, `optimizer.state.<slot>.<parameter>`, under different slot names:
 
     fp32         exp_avg, exp_avg_sq; or momentum_buffer (sgd)       the weights themselves are the main weights
     bf16         the same                                            fp32_param: the main weights
@@ -32,17 +32,17 @@ _KINDS = {
 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron chains one optimizer for dense weights, and one for experts where there are any."""
+    """Return the chained optimizers: Megatron makes one for dense weights, and one for experts if there are any."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def has_state(optimizer: MegatronOptimizer) -> bool:
-    """Whether there is anything to save: before its first step, Adam holds nothing but what a fresh one has."""
+    """True if there is state to save; before its first step, an Adam holds nothing that a new one would not."""
     return any(part.optimizer.state or isinstance(part.optimizer, torch.optim.SGD) for part in parts_of(optimizer))
 
 
 def take_main_weights(weights: dict[str, Any], saved: Iterable[str]) -> None:
-    """Have a run in fp32 read its weights where a checkpoint has the main weights of another dtype's."""
+    """Let an fp32 run read its weights from the main weights of a checkpoint in another dtype."""
     main = _main_slot(saved)
     for part in _sharded(weights):
         assert part.data is not None
@@ -53,10 +53,10 @@ def take_main_weights(weights: dict[str, Any], saved: Iterable[str]) -> None:
 def wanted_state(
     optimizer: MegatronOptimizer, weights: dict[str, Any], saved: Iterable[str], metadata: dict[str, Any], where: str
 ) -> dict[str, Any]:
-    """The sharded tensors to load, by the names `saved` that the checkpoint has for them.
+    """Return the sharded tensors to load, under the names `saved` that the checkpoint uses for them.
 
     Raises:
-        ValueError: they are another optimizer's; `where` names the checkpoint.
+        ValueError: they belong to another kind of optimizer; `where` names the checkpoint.
     """
     wanted = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
     ours = _moments(part.key for part in _sharded(wanted))
@@ -64,7 +64,7 @@ def wanted_state(
     if ours != theirs:
         raise ValueError(
             f"{where} holds the optimizer state of {_KINDS.get(theirs, sorted(theirs))}, and this run's optimizer is "
-            f"{_KINDS.get(ours, sorted(ours))}: go on with that one, or give --no-load-optim to start with a new state"
+            f"{_KINDS.get(ours, sorted(ours))}: use that one, or give --no-load-optim to start with a new state"
         )
     main = _main_slot(saved)
     for part in _sharded(wanted):
@@ -75,7 +75,7 @@ def wanted_state(
 
 
 def fill(optimizer: MegatronOptimizer, loaded: dict[Any, Any], common: Any) -> None:
-    """Put `wanted_state`'s loaded tensors, and the step in the checkpoint's common part, into the optimizer."""
+    """Put the loaded tensors of `wanted_state`, and the step in the checkpoint's common part, into the optimizer."""
     steps = set(_steps(common))
     assert len(steps) <= 1, f"one optimizer step for all parameters: {steps}"
     step = steps.pop() if steps else None
@@ -85,7 +85,7 @@ def fill(optimizer: MegatronOptimizer, loaded: dict[Any, Any], common: Any) -> N
 
 
 def _state_dict(part: MegatronOptimizer, tensors: dict[str, Any], step: int | None) -> dict[str, Any]:
-    """What this kind of optimizer loads: settings as they are, tensors and step as they were saved."""
+    """Return what this kind of optimizer loads: its own settings, and tensors and step from the checkpoint."""
     if isinstance(part, DistributedOptimizer):
         groups = part.state_dict()["optimizer"]["param_groups"]
         return {
@@ -98,7 +98,7 @@ def _state_dict(part: MegatronOptimizer, tensors: dict[str, Any], step: int | No
     state, groups = dict(inner.get("state", {})), part.optimizer.state_dict()["param_groups"]
     if isinstance(part.optimizer, torch.optim.Adam):
         state["common_step"] = torch.tensor(float(step or 0))
-    elif step is not None:  # TransformerEngine's and Apex's Adam keep it in the group; SGD has none
+    elif step is not None:  # the Adam of TransformerEngine and Apex keeps it in the group; SGD has none
         groups = [{**group, "step": step} for group in groups]
     inner = {"state": state, "param_groups": groups}
     return inner if in_fp32 else {**tensors, "optimizer": inner}
@@ -126,7 +126,7 @@ def _main_slot(saved: Iterable[str]) -> str | None:
 
 
 def _steps(common: Any) -> Iterator[int]:
-    """The optimizer step, wherever Megatron's kinds of optimizers put it."""
+    """Yield the optimizer step from the place where each kind of Megatron's optimizers stores it."""
     if isinstance(common, dict):
         for name, child in common.items():
             if name in ("step", "common_step"):

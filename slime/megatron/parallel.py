@@ -1,7 +1,8 @@
-"""Process groups: the rendezvous, Megatron's parallel state, seeds, and the Topology that the rest reads.
+"""Process groups: the rendezvous, Megatron's parallel state, seeds, and the Topology that other modules read.
 
-Path: the first thing a trainer does; `build` and everything after it finds its groups here. Invariant: ranks and sizes
-found at run time live in the Topology and in Megatron's parallel state, never in args.
+- Used by: this is the first thing that a trainer does; `build` and everything after it finds its groups here.
+- Invariant: ranks and sizes that are found at run time are in the Topology and in Megatron's parallel state, never in
+  args.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from slime.megatron import device
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this process stands. `dp` leaves context parallelism out, `dp_cp` counts it in."""
+    """This process's place in all groups. `dp` does not count context-parallel ranks, `dp_cp` does."""
 
     rank: int
     world_size: int
@@ -45,14 +46,14 @@ class Topology:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank has the model's last layers: log-probs and losses exist only there."""
+        """True if this rank has the model's last layers; only there do log-probs and losses exist."""
         return self.pp_rank == self.pp_size - 1
 
 
 def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -> Topology:
     """Join the other `world_size - 1` processes and split them into Megatron's groups.
 
-    `init_method`: torch's rendezvous URL; `file:///...` where all processes share a file system, else `tcp://...`.
+    `init_method` is torch's rendezvous URL: `file:///...` if all processes share a file system, else `tcp://...`.
 
     Raises:
         ValueError: the parallel sizes do not divide the number of processes.
@@ -92,7 +93,7 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
         )
         topology = _topology(rank, world_size)
         seed = args.seed + 100 * topology.pp_rank
-        # All that a checkpoint keeps the states of: whatever draws from them (a hook, a layer) is the run's own.
+        # A checkpoint keeps the states of all of these: whatever draws from them (a hook, a layer) is reproducible.
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -101,7 +102,7 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
 
 
 def expert_tensor_size(args: Args) -> int:
-    """Ranks that share one expert's matrices; unset: as many as share the others, as Megatron has it."""
+    """Return the ranks that share one expert's matrices; if unset the tensor-parallel size, as in Megatron."""
     return args.expert_tensor_parallel_size or args.tensor_model_parallel_size
 
 
@@ -133,29 +134,29 @@ def _topology(rank: int, world_size: int) -> Topology:
 
 
 def tensor_group() -> dist.ProcessGroup:
-    """This rank's tensor-parallel group, for those that are given no Topology."""
+    """Return this rank's tensor-parallel group, for code that has no Topology."""
     return _joined(parallel_state.get_tensor_model_parallel_group())
 
 
 def pipeline_group() -> dist.ProcessGroup:
-    """The same for pipeline parallelism; a rank in it is a stage."""
+    """Return this rank's pipeline-parallel group, for code that has no Topology; a rank in it is a stage."""
     return _joined(parallel_state.get_pipeline_model_parallel_group())
 
 
 @dataclass(frozen=True)
 class ExpertPlace:
-    """Which part of which experts this rank holds: of E experts, those of `ep_rank`, cut into `etp_size` parts."""
+    """The part of the experts that this rank holds: those of `ep_rank`, of which each is cut into `etp_size` parts."""
 
     ep_rank: int
     ep_size: int
     etp_rank: int
     etp_size: int
     group: dist.ProcessGroup
-    """Of all parts of all experts; expert tensor ranks are neighbours in it."""
+    """The ranks of all parts of all experts; expert tensor ranks are neighbours in it."""
 
 
 def expert_place() -> ExpertPlace:
-    """For those that are given no Topology."""
+    """Return this rank's place among the expert ranks, for code that has no Topology."""
     tensor = _joined(parallel_state.get_expert_tensor_parallel_group())
     return ExpertPlace(
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
@@ -172,7 +173,7 @@ def _joined(group: object) -> dist.ProcessGroup:
 
 
 def _bind_gloo_to_loopback() -> None:
-    """A file rendezvous is one node's: gloo's sockets stay on its loopback, unless GLOO_SOCKET_IFNAME is set."""
+    """Keep gloo's sockets on the loopback: a file rendezvous is within one node. GLOO_SOCKET_IFNAME overrides it."""
     names = {name for _, name in socket.if_nameindex()}
     for loopback in ("lo", "lo0"):
         if loopback in names:

@@ -1,6 +1,7 @@
-"""LoadResult: what a trainer says about where it starts from.
+"""LoadResult: the point from which a trainer starts.
 
-Path: made by `trainer.load`, read by the driver, which has no Megatron loaded. Invariant: plain values only.
+- Used by: `trainer.load` makes it; the driver reads it, without Megatron in its process.
+- Invariant: it holds plain values only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LoadResult:
-    """`state` is what `save` was given, None on a fresh start; `source` names the actor's weights for the log."""
+    """A trainer's start: `state` is what `save` got (None on a fresh start), `source` is the weights' origin."""
 
     next_rollout_id: int
     state: dict[str, Any] | None

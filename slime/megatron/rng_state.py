@@ -1,7 +1,7 @@
 """The states of a rank's random generators, as a part of its checkpoint.
 
-Path: `checkpoint` saves and loads them. Invariant: they belong to ranks, and are loaded at the layout that saved them
-alone.
+- Used by: `checkpoint` saves and loads them.
+- Invariant: states belong to ranks, so they are loaded only at the layout that saved them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEY = "rng_state"
 
 
 def layout() -> dict[str, int]:
-    """Sizes that decide what a rank is."""
+    """Return the sizes that give each rank its role."""
     return {
         "world": dist.get_world_size(),
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
@@ -36,7 +36,7 @@ def layout() -> dict[str, int]:
 
 
 def is_this_layout(saved: dict[str, int], path: Path) -> bool:
-    """Whether the checkpoint in `path` is of this layout; a warning where it is not."""
+    """Return whether the checkpoint in `path` has this layout; if not, log a warning."""
     now = layout()
     if saved != now:
         logger.warning("%s was saved at layout %s, this run has %s: RNG states are not loaded", path, saved, now)
@@ -44,7 +44,7 @@ def is_this_layout(saved: dict[str, int], path: Path) -> bool:
 
 
 def rng_object() -> ShardedObject:
-    """Every generator that this rank draws from."""
+    """Return the states of all generators that this rank draws from."""
     state = {
         "random": random.getstate(),
         "numpy": np.random.get_state(),
@@ -56,7 +56,7 @@ def rng_object() -> ShardedObject:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """What `rng_object` was made of."""
+    """Restore the states that `rng_object` has collected."""
     random.setstate(state["random"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -1,7 +1,7 @@
-"""What the flags make of a rollout's batch: its advantages and loss weights, and the loss that reads them.
+"""The batch columns that flags define: a rollout's advantages and loss weights, and the loss that reads them.
 
-Path: between the log-probs and the step; `slime.algo` has the math. Invariant: both are functions of the whole
-rollout, computed alike on every rank, before the batch is cut.
+- Used by: `trainer`, after the log-probs and before the steps; `slime.algo` has the math.
+- Invariant: both columns are functions of the whole rollout, computed equally on every rank, before the batch is cut.
 
 Shapes: _N samples, _R response tokens of all samples.
 """
@@ -48,9 +48,9 @@ def loss_options(args: Args) -> LossOptions:
 
 
 def counted_rows_of(args: Args, batch: TrainBatch) -> Array:
-    """[N] bool: the samples that the loss counts. Without rewards (SFT) all; else those that have one.
+    """Return [N] bool, the samples that the loss counts: all for SFT, otherwise those that have a reward.
 
-    Where the estimator compares the samples of a group, one with fewer than two rewards is left out too.
+    If the estimator compares the samples of a group, a group with fewer than two rewards is left out, too.
     """
     rewards_N = batch.columns["rewards"]
     if args.loss_type == "sft_loss":
@@ -60,7 +60,7 @@ def counted_rows_of(args: Args, batch: TrainBatch) -> Array:
 
 
 def _shape_rewards(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[TrainBatch, dict[str, float]]:
-    """The batch with --overlong-buffer-len's penalty in its rewards, and its metrics; as it is without the flag."""
+    """Return the batch with the penalty of --overlong-buffer-len in its rewards, and metrics; or as it is."""
     if args.overlong_buffer_len is None or args.loss_type == "sft_loss" or args.distills:
         return batch, {}
     penalties_N = overlong_penalties(
@@ -77,7 +77,7 @@ def _shape_rewards(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[Tra
 
 
 def _distillation_metrics(args: Args, batch: TrainBatch, counted_N: Array) -> dict[str, float]:
-    """How far the student is from its teacher, before the rollout's first step; nothing without one."""
+    """Return the distance of the student from its teacher before the rollout's first step; {} without a teacher."""
     mask_R = (batch.columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
     if not args.distills or not mask_R.any():
         return {}
@@ -86,12 +86,12 @@ def _distillation_metrics(args: Args, batch: TrainBatch, counted_N: Array) -> di
 
 
 def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[TrainBatch, dict[str, float]]:
-    """The `advantages` column, by the estimator or the user's hook; where there are `values`, `returns` too.
+    """Add the `advantages` column, by the estimator or the user's hook; with `values`, also add `returns`.
 
-    What --overlong-buffer-len takes from a reward is taken here, before either. Metrics are of that, and of a teacher.
+    --overlong-buffer-len changes rewards first. The metrics cover that penalty and the distance from a teacher.
 
     Raises:
-        ValueError: a hook's result of another length.
+        ValueError: the result of a hook has another length.
     """
     num_responses = int(batch.response_lengths_N.sum())
     if args.loss_type == "sft_loss":
@@ -129,7 +129,7 @@ def _by_hook(args: Args, path: str, batch: TrainBatch) -> Array:
 
 
 def _rewards_of(args: Args, batch: TrainBatch, counted_N: Array) -> RolloutRewards:
-    """Log-probs of old and reference policy are there where --kl-coef or a teacher asks for them."""
+    """Collect an estimator's inputs; the two policies' log-probs exist if --kl-coef or a teacher needs them."""
     kl_R = None
     if args.needs_kl_first:
         kl_R = torch.from_numpy(batch.columns["log_probs"] - batch.columns["ref_log_probs"])
@@ -147,9 +147,9 @@ def _rewards_of(args: Args, batch: TrainBatch, counted_N: Array) -> RolloutRewar
 def add_loss_weights(
     args: Args, batch: TrainBatch, counted_N: Array, steps: Sequence[Sequence[int]]
 ) -> tuple[TrainBatch, list[float]]:
-    """The `loss_weights` column, and what it sums to in each step: 1, or 0 where nothing counts.
+    """Add the `loss_weights` column; return it with its sum in each step: 1, or 0 if nothing counts.
 
-    `steps`: the rows of each optimizer step; weights sum to 1 over each.
+    `steps` lists the rows of each optimizer step; the weights sum to 1 over each.
     """
     weights_N: list[Array] = [np.empty(0)] * len(batch)
     masks_N = batch.rows("loss_mask")

@@ -1,8 +1,9 @@
-"""Router replay: which passes of a training step take the experts that the engine chose.
+"""Routing replay: which forward passes of a training step use the experts that the engine chose.
 
-Path: `trainer` asks before its first pass over a rollout; `microbatch` packs what is left. Invariant: the experts of an
-engine go to the actor's passes alone. The engine had the actor's weights, so its choice is what the actor would have
-made but for rounding; a reference or a critic has other routers, whose own choice is part of what they say.
+- Used by: `trainer`, before its first pass over a rollout; `microbatch` packs the experts that are left.
+- Invariant: an engine's choice is replayed in the actor's passes only. The engine had the actor's weights, so apart
+  from rounding its choice is the actor's. A reference model or a critic has other routers, and their own choice is part
+  of their output.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from slime.core.batch import TrainBatch
 
 
 def for_actor(args: Args, batch: TrainBatch) -> TrainBatch:
-    """The rollout as the actor takes it.
+    """Return the rollout for the actor's passes.
 
     Raises:
-        ValueError: experts are to be replayed and samples carry none, or not those of this model.
+        ValueError: experts are to be replayed, and the samples have none, or not those of this model.
     """
     if not args.use_routing_replay or args.loss_type == "sft_loss":
         return batch.without("routed_experts")
@@ -23,7 +24,7 @@ def for_actor(args: Args, batch: TrainBatch) -> TrainBatch:
     assert shape is not None
     if not batch.has("routed_experts"):
         raise ValueError(
-            "--use-routing-replay: the samples carry no routed_experts; engines give them where they run with "
+            "--use-routing-replay: the samples carry no routed_experts; engines return them if they run with "
             "--enable-return-routed-experts, and a generate function of yours has to keep them in the sample"
         )
     experts = batch.columns["routed_experts"]
@@ -37,5 +38,5 @@ def for_actor(args: Args, batch: TrainBatch) -> TrainBatch:
 
 
 def for_others(batch: TrainBatch) -> TrainBatch:
-    """The same rollout as a reference takes it."""
+    """Return the rollout for the passes of a reference model or a critic: without an engine's choice."""
     return batch.without("routed_experts")

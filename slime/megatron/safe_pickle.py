@@ -1,14 +1,14 @@
-"""Reads the pickles of a torch_dist checkpoint without running anything that is in them.
+"""A reader of the pickles in a torch_dist checkpoint that runs nothing of what is in them.
 
-Path: `torch_dist` and `checkpoint_files` read `.metadata`, `common.pt` and the objects in `*.distcp` through here.
-Invariant: a class that is not listed here is neither imported nor called. The error names it and its file.
+- Used by: `torch_dist` and `checkpoint_files` read `.metadata`, `common.pt` and the objects in `*.distcp` through here.
+- Invariant: a class that is not listed here is neither imported nor called. The error names the class and its file.
 
-Two readers, because the files are of two kinds:
+There are two readers, because there are two kinds of files:
 
-- `.metadata` is a plain pickle. Each listed class is replaced by a stand-in that only keeps what it is given; the real
-  `Metadata` is then built from checked numbers and names. So no method of a real class runs on data from the file.
-- `common.pt` and objects are written by `torch.save`. The names in them are compared with a list first; then
-  `torch.load(weights_only=True)` reads them, which has an instruction set of its own for this.
+- `.metadata` is a plain pickle. Each listed class is replaced by a stand-in that only keeps its arguments. The real
+  `Metadata` is then built from checked numbers and names, so no method of a real class runs on data from the file.
+- `common.pt` and objects are written by `torch.save`. The names in them are first compared with a list. Then
+  `torch.load(weights_only=True)` reads them, which has a restricted instruction set for this.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ _OBJECT_CLASSES = frozenset(
         "pathlib.PosixPath",
         "signal.Signals",
         "_codecs.encode",  # how protocol 2 writes bytes
-        # random states of numpy
+        # numpy's random states
         *(f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")),
         *("numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType"),
-        # what Megatron's training script keeps in common.pt
+        # what Megatron's training script stores in common.pt
         "megatron.core.enums.ModelType",
         *(f"megatron.core.transformer.enums.{name}" for name in ("AttnBackend", "CudaGraphScope")),
         *(f"megatron.core.rerun_state_machine.Rerun{name}" for name in ("Diagnostic", "Mode", "State")),
@@ -90,19 +90,19 @@ _MALFORMED = (
     ValueError,
     zipfile.BadZipFile,
 )
-"""What readers of pickles raise on bytes that are none, or not what they should be."""
+"""The exceptions that pickle readers raise on bytes that are not a pickle, or not the expected one."""
 
 
 class UnsafeFileError(ValueError):
-    """A file of a checkpoint holds a class that is not listed, leads out of its directory, or has impossible sizes."""
+    """A checkpoint file holds a class that is not listed, a path out of its directory, or impossible sizes."""
 
 
 class UnreadableFileError(ValueError):
-    """A file of a checkpoint is damaged, or is not what its name says."""
+    """A checkpoint file is damaged, or is not what its name promises."""
 
 
 def forbidden(names: Iterable[str]) -> UnsafeFileError:
-    """The error about classes that are not listed; it does not name the file."""
+    """Return the error about classes that are not listed; it does not name the file."""
     return UnsafeFileError(
         f"holds {', '.join(sorted(names))}, which neither torch nor Megatron writes into a checkpoint; "
         "nothing of it was run; take a checkpoint from somebody you trust"
@@ -113,7 +113,7 @@ def forbidden(names: Iterable[str]) -> UnsafeFileError:
 
 
 class _StandIn:
-    """Keeps what a pickle gives to a class, and does nothing."""
+    """Keeps what a pickle passes to a class, and does nothing else."""
 
     args: tuple[Any, ...]
     state: Any
@@ -131,7 +131,7 @@ class _StandIn:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Its stand-ins live for one file: nothing that a file does to one is seen by the next."""
+    """Unpickler whose stand-ins exist for one file only: what one file does to them, the next does not see."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
@@ -147,7 +147,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """`.metadata` of a torch_dist checkpoint: which tensors it holds, and which bytes of which file are theirs.
+    """Read `.metadata` of a torch_dist checkpoint: its tensors, and which bytes of which file hold them.
 
     Raises:
         UnsafeFileError: it names a class that is not listed, a file outside `directory`, or impossible sizes.
@@ -165,7 +165,7 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def _as_metadata(raw: Any) -> Metadata:
-    """Raises ValueError, or whatever its parts raise where they are not what they should be."""
+    """Build the Metadata; raises ValueError, or another of _MALFORMED, if a part is not what it should be."""
     state = _state(raw, "Metadata")
     described = {_text(key): _description(_text(key), value) for key, value in _items(state["state_dict_metadata"])}
     places = dict(_place(described, index, info) for index, info in _items(state["storage_data"]))
@@ -191,7 +191,7 @@ def _text(value: Any) -> str:
 
 
 def _sizes(value: Any) -> torch.Size:
-    """A shape or an offset."""
+    """Check a shape or an offset."""
     sizes = value.args[0] if isinstance(value, _StandIn) and type(value).__name__ == "Size" else value
     if not isinstance(sizes, tuple | list) or not all(type(size) is int and 0 <= size <= _MAX_BYTES for size in sizes):
         raise ValueError(f"{sizes!r} in place of a shape")
@@ -222,14 +222,14 @@ def _description(key: str, value: Any) -> TensorStorageMetadata | BytesStorageMe
 
 
 def _place(described: dict[str, Any], index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
-    """One piece: what it is a piece of, and where its bytes are."""
+    """Check one piece: the tensor that it belongs to, and the place of its bytes."""
     key, where = _state(index, "MetadataIndex"), _state(info, "_StorageInfo")
     name, file = _text(key["fqn"]), _text(where["relative_path"])
     offset, length = where["offset"], where["length"]
     if not file or file in (".", "..") or "/" in file or "\\" in file or "\0" in file:
-        raise UnsafeFileError(f"{name} is said to be in {file!r}, which is no file of this directory")
+        raise UnsafeFileError(f"{name} is stored in {file!r}, which is not a file of this directory")
     if any(type(number) is not int or not 0 <= number <= _MAX_BYTES for number in (offset, length)):
-        raise UnsafeFileError(f"{name} is said to be {length!r} bytes at {offset!r} of {file}")
+        raise UnsafeFileError(f"{name} is stored as {length!r} bytes at {offset!r} of {file}")
     if where.get("transform_descriptors"):
         raise UnsafeFileError(f"{name} is stored with {where['transform_descriptors']!r}, which is not supported")
     place = None if key.get("offset") is None else _sizes(key["offset"])
@@ -238,7 +238,7 @@ def _place(described: dict[str, Any], index: Any, info: Any) -> tuple[MetadataIn
         parts = [chunk.sizes for chunk in tensor.chunks if chunk.offsets == place]
         needed = max((math.prod(sizes) for sizes in parts), default=0) * tensor.properties.dtype.itemsize
         if needed > length:
-            raise UnsafeFileError(f"{name} is said to have {needed} bytes, and {file} has {length} for it")
+            raise UnsafeFileError(f"{name} should have {needed} bytes, and {file} has {length} for it")
     number = key.get("index")
     return MetadataIndex(name, place, number if type(number) is int else None), _StorageInfo(file, offset, length)
 
@@ -247,7 +247,7 @@ def _place(described: dict[str, Any], index: Any, info: Any) -> tuple[MetadataIn
 
 
 class _Anything:
-    """Stands for every class while names are collected."""
+    """A placeholder for every class while names are collected."""
 
     def __new__(cls, *args: Any) -> _Anything:
         return object.__new__(cls)
@@ -280,16 +280,16 @@ class _Names(pickle.Unpickler):
 
 
 def _check_classes(pickled: bytes) -> None:
-    """Raise UnsafeFileError where a pickle names a class or function that is not listed."""
+    """Raise UnsafeFileError if a pickle names a class or function that is not listed."""
     names = _Names(pickled)
-    with contextlib.suppress(*_MALFORMED):  # up to where it cannot be read; who reads it in earnest says why
+    with contextlib.suppress(*_MALFORMED):  # read up to the damage; the real reader reports the reason
         names.load()
     if names.found - _OBJECT_CLASSES:
         raise forbidden(names.found - _OBJECT_CLASSES)
 
 
 def load_objects(file: IO[bytes]) -> Any:
-    """What `torch.save` wrote: plain values, tensors on the CPU, and listed classes. Errors do not name the file.
+    """Read what `torch.save` wrote: plain values, tensors on the CPU, listed classes. Errors do not name the file.
 
     Raises:
         UnsafeFileError: it holds another class.
@@ -311,6 +311,6 @@ def load_objects(file: IO[bytes]) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """torch adds a page of advice to such errors, which is about files that one trusts."""
+    """Return the error in one line; torch adds a page of advice to it that is about files that one trusts."""
     said = " ".join(str(error).split())
     return f"{type(error).__name__}: {said[:300]}"

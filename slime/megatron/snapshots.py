@@ -1,7 +1,7 @@
 """Snapshots: copies of the weights in host memory, swapped into the one model that is built.
 
-Path: the trainer takes one of the reference model at load; log-probs of the reference are computed inside `holding`.
-Invariant: outside of `holding` the model holds the actor's weights, bit for bit, also after an error.
+- Used by: `trainer` takes one of the reference model when it loads, and computes reference log-probs inside `holding`.
+- Invariant: outside of `holding` the model holds the actor's weights, bit for bit, also after an error.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Snapshots:
         return name in self._copies
 
     def take(self, name: str) -> None:
-        """Keep the weights that the model holds now."""
+        """Keep a copy of the weights that the model holds now."""
         self._copies.setdefault(name, HostMemory()).store(self._weights())
 
     @contextmanager
     def holding(self, name: str) -> Iterator[None]:
-        """Inside, the model holds the snapshot `name`; afterwards what it held before."""
+        """Inside, the model holds the snapshot `name`; afterwards it holds its earlier weights again."""
         self._actor.store(self._weights())
         try:
             self._copies[name].restore(self._weights())

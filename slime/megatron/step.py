@@ -1,8 +1,12 @@
-"""The pipeline schedule around a forward: log-probs of micro-batches, and one optimizer step over them.
+"""Megatron's pipeline schedule around a forward pass: log-probs of micro-batches, and one optimizer step over them.
 
-Path: `trainer` packs a step's micro-batches and calls `log_probs` (old policy, reference) or `train`. Invariant: the
-step's loss is sum(weight x per-token loss) over all ranks, its weights sum to 1 (checked), and gradients are summed:
-neither the cut into micro-batches nor the deal to ranks changes either.
+- Used by: `trainer` packs a step's micro-batches and calls `log_probs` (old policy, reference model) or `train`.
+- Invariant: the step's loss is sum(weight x per-token loss) over all ranks, its weights sum to 1 (this is checked), and
+  gradients are summed. So neither the cut into micro-batches nor the deal to ranks changes loss or gradients.
+
+Gradient accumulation needs no division for that reason. Take a per-token mean over 4 response tokens: each weight is
+1/4. Whether the tokens come as 4, as 3 + 1 in two micro-batches, or as 2 + 2 on two ranks, the weighted losses add up
+to the same mean. A mean per micro-batch would give the lone token of 3 + 1 three times the weight of the others.
 
 Shapes: _B packed tokens, _R response tokens of one micro-batch.
 """
@@ -35,14 +39,14 @@ from slime.megatron.optimizer_state import parts_of
 from slime.megatron.parallel import Topology
 
 WEIGHTS_TOLERANCE = 1e-5
-"""Loss weights are float32: their sum misses 1 by less than this."""
+"""The sum of the float32 loss weights differs from 1 by less than this."""
 
 METRIC_NAMES = {"kl": "kl_loss"}
-"""Of losses' metrics, those logged by another name."""
+"""The metrics of losses that are logged under another name."""
 
 
 class StepOptions(TypedDict):
-    """What `take_step` is told besides."""
+    """The arguments of `take_step` that `train` passes on."""
 
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
@@ -53,29 +57,29 @@ class StepOptions(TypedDict):
 
 
 Weighed = tuple[Tensor, tuple[dict[str, Tensor], TokenTrace]]
-"""A micro-batch's share of the step's loss and of its metrics, and what its tokens had."""
+"""A micro-batch's share of the step's loss and of its metrics, and the trace of its tokens."""
 
 
 @dataclass(frozen=True)
 class ModelSteps:
-    """A wrapped model, run and trained by whatever is made of its last hidden states."""
+    """A wrapped model that is run and trained by a function of its last hidden states."""
 
     model: ModelChunks
     topology: Topology
     dump: StepDump | None = field(default=None, kw_only=True)
-    """Where a step's tensors are written, to be compared."""
+    """Writes a step's tensors, so that runs can be compared."""
 
     def forward(
         self, micro_batches: Sequence[MicroBatch], at_the_end: Callable[[MicroBatch, Tensor], Tensor]
     ) -> list[Tensor]:
-        """`at_the_end` of each micro-batch under the weights that the model holds now; none but on the last stage."""
+        """Return `at_the_end` of each micro-batch under the current weights; an empty list unless on the last stage."""
         for chunk in self.model:
             chunk.eval()
         with torch.no_grad():
             return self._schedule(micro_batches, at_the_end, forward_only=True)
 
     def forget_gradients(self, optimizer: MegatronOptimizer) -> None:
-        """What a step begins with; before its micro-batches are packed, for a GPU is busy with it meanwhile."""
+        """Zero the gradients before a step, before its micro-batches are packed: a GPU does this during the packing."""
         for chunk in self.model:
             chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
         optimizer.zero_grad()
@@ -92,21 +96,23 @@ class ModelSteps:
         batch: TrainBatch,
         guard: StepGuard,
     ) -> dict[str, float]:
-        """One optimizer step over this rank's micro-batches (every rank brings equally many), after `forget_gradients`.
+        """Take one optimizer step over this rank's micro-batches, after `forget_gradients`.
+
+        Every rank passes the same number of micro-batches.
 
         Args:
-            weigh: a micro-batch's share of the step's loss and of its metrics, and what its tokens had.
-            weights_sum: what the loss weights of all ranks have to sum to.
+            weigh: returns a micro-batch's share of the step's loss and of its metrics, and the trace of its tokens.
+            weights_sum: the sum that the loss weights of all ranks must have.
             where: names rollout and step in errors.
-            batch: the whole one, whose samples `guard` names where the step is wrong.
+            batch: the whole batch, whose samples `guard` names if the step is wrong.
 
         Returns:
-            Metrics, the same on every rank: `loss`, which is the whole loss that was minimised, `grad_norm`, `lr`, and
-            what `weigh` gives besides. With balancing losses also these, and `token_loss`, the loss without them.
+            Metrics, the same on every rank: `loss` (the whole loss that was minimised), `grad_norm`, `lr`, and those of
+            `weigh`. With auxiliary losses also these, and `token_loss`, the loss without them.
 
         Raises:
-            RuntimeError: the weights do not sum to `weights_sum`; BadStepError: what the guard says of the step.
-                Model, optimizer and scheduler are then as they were before.
+            RuntimeError: the weights do not sum to `weights_sum`.
+            BadStepError: the guard refuses the step. In both cases model, optimizer and scheduler are unchanged.
         """
 
         for chunk in self.model:
@@ -116,7 +122,7 @@ class ModelSteps:
         self._add_balancing(reduced)
         if self.dump is not None:
             self.dump.before_update(where, self.model, reduced, traces)
-        # on a GPU neither is waited for before the step is on its way: it is not taken where either is wrong
+        # on a GPU nothing waits for these two before the step is launched; the step has no effect if either is wrong
         wrong = self._is_wrong(reduced, weights_sum, guard)
         with device.layer():
             norm, left_out = _update(optimizer, wrong, guard.limit("grad_norm"))
@@ -128,7 +134,7 @@ class ModelSteps:
         if abs(used - weights_sum) > WEIGHTS_TOLERANCE:
             raise RuntimeError(
                 f"{where}: the loss weights of all ranks' micro-batches sum to {used:.8g}, not to {weights_sum:.8g}: "
-                "samples were lost, repeated, or weighed by another denominator on their way into micro-batches"
+                "samples were lost, repeated, or weighted by another denominator on their way into micro-batches"
             )
         metrics["grad_norm"] = float(norm)
         metrics = guard.check(where, batch, metrics, traces)
@@ -143,9 +149,9 @@ class ModelSteps:
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Megatron's schedule; on the last stage `at_the_end` gets each micro-batch and its last hidden states.
+        """Run Megatron's schedule; on the last stage `at_the_end` gets each micro-batch and its last hidden states.
 
-        With a backward pass it returns (loss, data), else the data to collect. Other stages collect nothing.
+        It returns the data to collect, with a backward pass (loss, data). Other stages collect nothing.
         """
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -164,7 +170,7 @@ class ModelSteps:
         with device.layer():
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=[iter(micro_batches) for _ in self.model],  # each chunk takes all of them
+                data_iterator=[iter(micro_batches) for _ in self.model],  # each virtual stage runs all of them
                 model=list(self.model),
                 num_microbatches=len(micro_batches),
                 seq_length=micro_batches[0].tokens_B.size(1),
@@ -174,7 +180,10 @@ class ModelSteps:
             )
 
     def _reduced(self, shares: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """On the last stage, sums (of `_max`: the maximum) over micro-batches and data-parallel ranks; not awaited."""
+        """On the last stage, reduce over micro-batches and data-parallel ranks: sums, and the maximum of `_max`.
+
+        Nothing waits for the result.
+        """
         if not self.topology.is_last_stage:
             return {}
         names = list(shares[0])
@@ -187,7 +196,7 @@ class ModelSteps:
         return {name: largest if name.endswith("_max") else total for name, total, largest in chosen}
 
     def _add_balancing(self, reduced: dict[str, Tensor]) -> None:
-        """Add the balancing losses to `reduced` (the last stage's), and their parts to its `loss`; not awaited.
+        """Add the auxiliary losses to `reduced` (the last stage's), and their parts to its `loss`; nothing waits.
 
         Collective over all ranks: each has the losses of its own layers and tokens.
         """
@@ -200,7 +209,7 @@ class ModelSteps:
             reduced["loss"] = reduced["loss"] + coefficient * losses[name]
 
     def _is_wrong(self, reduced: Mapping[str, Tensor], weights_sum: float, guard: StepGuard) -> Tensor:
-        """[] 1 on every rank where the loss weights do not sum to `weights_sum` or the loss is bad; not awaited."""
+        """Return [] 1 on every rank if loss weights do not sum to `weights_sum` or the loss is bad; nothing waits."""
         wrong = torch.zeros((), device=device.device())
         if self.topology.is_last_stage:
             wrong = (reduced["weights"] - weights_sum).abs() > WEIGHTS_TOLERANCE
@@ -211,7 +220,7 @@ class ModelSteps:
         return wrong
 
     def _metrics(self, reduced: Mapping[str, Tensor]) -> dict[str, float]:
-        """What the last stage has `reduced`, on every rank of every stage."""
+        """Return what the last stage has `reduced`, as numbers, on every rank of every stage."""
         metrics: dict[str, float] = {}
         if reduced:
             metrics = dict(zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True))
@@ -224,21 +233,21 @@ class ModelSteps:
             tokens, total = metrics.pop("gap_tokens"), metrics.pop("gap_sum")
             if tokens:
                 metrics["logprob_gap_mean"] = total / tokens
-            else:  # none was made by this policy: that says nothing, and not that all is well
+            else:  # no token was made by this policy: then there is no gap, and 0 would look like a good one
                 metrics.pop("logprob_gap_max")
         return metrics
 
 
 @dataclass(frozen=True)
 class Stepper(ModelSteps):
-    """The policy's steps, and how its log-probs are taken."""
+    """The policy's optimizer steps and log-probs."""
 
     vocab_size: int
     temperature: float
     chunk_size: int
 
     def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probs [R] of each micro-batch under the weights that the model holds now; none but on the last stage."""
+        """Return each micro-batch's log-probs [R] under the current weights; an empty list unless on the last stage."""
 
         def collect(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
             return self._response_log_probs(micro_batch, hidden, with_entropy=False)[0]
@@ -248,11 +257,11 @@ class Stepper(ModelSteps):
     def train(
         self, micro_batches: Sequence[MicroBatch], *, loss: Loss, options: LossOptions, **step: Unpack[StepOptions]
     ) -> dict[str, float]:
-        """`take_step` with a loss of log-probs.
+        """Run `take_step` with a loss of log-probs.
 
         Returns:
-            Its metrics, the loss's own weighed means, and `logprob_gap_mean/_max`, |old - engine's log-prob| over the
-            mask's tokens that the policy itself made.
+            Its metrics, the loss's own weighted means, and `logprob_gap_mean/_max`: |old - engine's log-prob| over the
+            mask's tokens that the current policy made.
         """
         return self.take_step(
             micro_batches, lambda packed, hidden: self._weighed_loss(packed, hidden, loss, options), **step
@@ -276,10 +285,10 @@ class Stepper(ModelSteps):
         )
 
     def _weighed_loss(self, micro_batch: MicroBatch, hidden: Tensor, loss: Loss, options: LossOptions) -> Weighed:
-        """The micro-batch's share of the step's loss, of its metrics, and what its tokens had."""
+        """Return the micro-batch's share of the step's loss and of its metrics, and the trace of its tokens."""
         columns = micro_batch.columns
         log_probs_R, entropy_R = self._response_log_probs(micro_batch, hidden, with_entropy=True)
-        # with one step a rollout the old policy is the current one: no forward of its own
+        # with one step per rollout the old policy is the current one, and needs no forward pass of its own
         old_R = columns.get("log_probs", log_probs_R.detach())
         inputs = LossInputs(
             log_probs_R=log_probs_R,
@@ -298,7 +307,7 @@ class Stepper(ModelSteps):
         shares = {
             METRIC_NAMES.get(name, name): weighed_sum(values_R.detach(), weights_R)
             for name, values_R in metrics.items()
-            if name != "logprob_gap"  # `_gap_shares` has it over the mask, unweighed
+            if name != "logprob_gap"  # `_gap_shares` has it over the mask, unweighted
         }
         shares |= {"loss": total.detach(), "weights": weights_R.double().sum()}
         shares |= _gap_shares(old_R, columns)
@@ -310,19 +319,19 @@ class Stepper(ModelSteps):
 def _update(optimizer: MegatronOptimizer, wrong: Tensor, largest: float) -> tuple[Tensor | float, Tensor]:
     """Clip the gradients and take the step, unless their norm is not finite or above `largest`.
 
-    These are the parts of Megatron's own `optimizer.step()`, with a look at the norm between them.
+    These are the parts of Megatron's own `optimizer.step()`, with a check of the norm between them.
 
     Args:
-        wrong: [] the step is not taken where it is 1.
+        wrong: [] 1 if the step is not to be taken.
 
     Returns:
-        The norm, and [] 1 where the step was not taken.
+        The norm, and [] 1 if the step was not taken.
     """
     optimizer.prepare_grads()
     parts, clip = parts_of(optimizer), optimizer.config.clip_grad
     if all(takes_scale(part.optimizer) for part in parts):
         norm = gradient_norm(parts)
-        # in float64, as the guard compares: it has to come to the same
+        # in float64, as the guard compares it, so that both come to the same result
         left_out = torch.maximum(wrong, (~norm.isfinite() | (norm.double() > largest)).float())
         scale = ((norm + 1.0e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)  # as Megatron clips
         with scaled_as_read([part.optimizer for part in parts], scale, left_out):
@@ -339,12 +348,12 @@ def _update(optimizer: MegatronOptimizer, wrong: Tensor, largest: float) -> tupl
 
 
 def weighed_sum(values_R: Tensor, weights_R: Tensor) -> Tensor:
-    """sum(weights x values), in which an entry of weight 0 adds 0 whatever it is."""
+    """Return sum(weights x values); an entry of weight 0 adds 0, even if its value is nan or infinite."""
     return (torch.where(weights_R > 0, values_R, 0.0) * weights_R).sum()
 
 
 def _gap_shares(old_R: Tensor, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """|old policy's log-prob by the trainer - by the engine|: nothing but numerics where the policy is the same."""
+    """Sum |old policy's log-prob by the trainer - by the engine|; for the same policy this is only numerical noise."""
     if "rollout_log_probs" not in columns:
         return {}
     mask_R = columns["loss_mask"] > 0

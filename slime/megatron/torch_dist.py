@@ -1,7 +1,7 @@
 """The torch_dist format: written with a digest of each file, read through `safe_pickle`.
 
-Path: `checkpoint` saves and loads with these strategies of Megatron's. Invariant: nothing is read by those readers of
-torch and Megatron that unpickle whatever a file holds.
+- Used by: `checkpoint` saves and loads with these strategies of Megatron's.
+- Invariant: no file is read by those readers of torch and Megatron that unpickle everything in it.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ from slime.megatron.safe_pickle import (
 COMMON = "common.pt"
 FORMAT = "torch_dist"
 _ALONE = 2**20
-"""Bytes from which on a digest is computed by a second thread while they are written."""
+"""A write of at least this many bytes is digested in a second thread while it is written."""
 
 
 # Writing
 
 
 class _DigestedFile(io.BufferedWriter):
-    """A file that computes the digest of what is written to it."""
+    """A file that digests what is written to it."""
 
     def __init__(self, path: Path, helper: ThreadPoolExecutor) -> None:
         super().__init__(io.FileIO(path, "wb"))
@@ -75,7 +75,7 @@ class _DigestedFile(io.BufferedWriter):
         if memoryview(data).nbytes < _ALONE:
             self._digest.update(data)
             return super().write(data)
-        digested = self._helper.submit(self._digest.update, data)  # both let other threads run
+        digested = self._helper.submit(self._digest.update, data)  # writing and digesting both release the GIL
         try:
             return super().write(data)
         finally:
@@ -86,7 +86,7 @@ class _DigestedFile(io.BufferedWriter):
 
 
 class _DigestedFiles(FileSystem):
-    """torch's access to files; `digests` has each finished file's by its name."""
+    """torch's access to files, with the digest of each finished file by name in `digests`."""
 
     def __init__(self) -> None:
         self.digests: dict[str, str] = {}
@@ -99,16 +99,16 @@ class _DigestedFiles(FileSystem):
 
 
 class TorchDistSave(SaveShardedStrategy):
-    """torch_dist by torch's own writer, in this process.
+    """A strategy that saves torch_dist with torch's own writer, in this process.
 
-    Megatron's default strategy starts a manager process and forks writers, which takes seconds for a small model,
-    is unsafe next to threads, and hangs where a child fails.
+    Megatron's default strategy starts a manager process and forks writers. That takes seconds for a small model, is
+    unsafe next to threads, and hangs if a child fails.
     """
 
     def __init__(self) -> None:
         super().__init__(FORMAT, 1)
         self.digests: dict[str, str] = {}
-        """Of the files that this rank wrote."""
+        """The digests of the files that this rank wrote."""
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -138,7 +138,7 @@ class _Reader(FileSystemReader):
         return read_metadata(self._directory)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """torch's own, file by file, so that an error can name the file."""
+        """Read like torch, but file by file, so that an error can name the file."""
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
@@ -160,7 +160,7 @@ _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def _refuse_payload(file: Path, error: Exception) -> NoReturn:
-    """torch reads a tensor with `weights_only`, and names the class that it did not take."""
+    """Raise the error for a tensor that torch refused to read; with `weights_only` torch names the class."""
     named = _GLOBAL.search(str(error))
     if named is None:
         raise UnreadableFileError(f"{file}: cannot be read ({first_line(error)}); restore the file") from error
@@ -178,17 +178,17 @@ class _Planner(MCoreLoadPlanner):
 
 
 class _Load(LoadShardedStrategy):
-    """Megatron's own way to load tensors, with the reader and the planner from here."""
+    """A strategy that loads tensors like Megatron's own, with the reader and the planner of this module."""
 
     @property
     def can_handle_sharded_objects(self) -> bool:
         return True
 
     def check_backend_compatibility(self, loaded_backend: str) -> None:
-        """`check_backend` has done it."""
+        """No-op: `check_backend` has checked it."""
 
     def check_version_compatibility(self, loaded_version: int) -> None:
-        """There is one."""
+        """No-op: there is only one version."""
 
     def load_tensors_metadata(self, checkpoint_dir: str | Path) -> Any:
         raise NotImplementedError("saved_shapes has them")
@@ -212,13 +212,13 @@ class _Load(LoadShardedStrategy):
 
 
 class _NoCommon(LoadCommonStrategy):
-    """The common part is read once, by `read_common`."""
+    """A strategy without a common part, because `read_common` has read it."""
 
     def check_backend_compatibility(self, loaded_backend: str) -> None:
-        """`check_backend` has done it."""
+        """No-op: `check_backend` has checked it."""
 
     def check_version_compatibility(self, loaded_version: int) -> None:
-        """There is one."""
+        """No-op: there is only one version."""
 
     def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
         return {}
@@ -228,7 +228,7 @@ class _NoCommon(LoadCommonStrategy):
 
 
 def check_backend(directory: Path) -> None:
-    """Raises UnreadableFileError where `metadata.json` names another format than torch_dist."""
+    """Raise UnreadableFileError if `metadata.json` names a format other than torch_dist."""
     file = directory / CONFIG_FNAME
     try:
         config = json.loads(file.read_bytes())
@@ -240,11 +240,11 @@ def check_backend(directory: Path) -> None:
 
 
 def read_common(directory: Path) -> dict[str, Any]:
-    """Everything of a checkpoint that is no sharded tensor: settings, schedule, optimizer step.
+    """Read the part of a checkpoint that is not sharded tensors: settings, schedule, optimizer step.
 
     Raises:
         UnsafeFileError: it holds a class that is not listed.
-        UnreadableFileError: it cannot be read, or is of another format.
+        UnreadableFileError: it cannot be read, or has another format.
     """
     check_backend(directory)
     try:
@@ -258,14 +258,14 @@ def read_common(directory: Path) -> dict[str, Any]:
 
 
 def load_sharded(directory: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """`wanted` with its tensors and objects filled in. Collective."""
+    """Return `wanted` with its tensors and objects filled in. Collective."""
     loaded = dist_checkpointing.load(wanted, str(directory), sharded_strategy=_Load(), common_strategy=_NoCommon())
     assert isinstance(loaded, dict)
     return loaded
 
 
 def saved_shapes(directory: Path) -> dict[str, tuple[int, ...] | None]:
-    """Each tensor's whole shape by its key; None for an object, whose key is without its shard's number."""
+    """Return each tensor's whole shape by key; None for an object, whose key comes without its shard's number."""
     described = read_metadata(directory).state_dict_metadata
     return {
         key.partition("/shard_")[0]: tuple(size) if (size := getattr(value, "size", None)) is not None else None

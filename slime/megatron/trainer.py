@@ -1,7 +1,7 @@
 """Trainer: one rank of training, without Ray: log-probs -> advantages -> loss -> step.
 
-Path: gets the TrainBatch of each whole rollout, on every rank; its weights then go to the engines. Invariant: between
-calls the model holds the actor's weights, and every rank has made the same plan from the same batch.
+- Used by: a Ray worker passes in the TrainBatch of each whole rollout, on every rank, and sends the weights to engines.
+- Invariant: between calls the model holds the actor's weights, and every rank makes the same plan from the same batch.
 
 Shapes: _N samples, _R response tokens of all samples.
 """
@@ -48,7 +48,10 @@ ASKS_FOR_REFERENCE = "--use-kl-loss with --kl-loss-coef > 0, --kl-coef > 0, --lo
 
 
 class Trainer:
-    """All methods are collective: every rank calls them in the same order, with the same arguments."""
+    """The model, its optimizer, and the path from a rollout's batch to new weights.
+
+    All methods are collective: every rank calls them in the same order, with the same arguments.
+    """
 
     def __init__(self, args: Args, *, rank: int, world_size: int, init_method: str) -> None:
         if args.deterministic:
@@ -66,7 +69,7 @@ class Trainer:
             self.topology,
             dump=self._dump,
             vocab_size=self._shape.vocab_size,
-            # what SFT learns from was not sampled: there is no temperature to match
+            # SFT learns from tokens that were not sampled: there is no temperature to match
             temperature=1.0 if args.loss_type == "sft_loss" else args.rollout_temperature,
             chunk_size=args.log_probs_chunk_size,
         )
@@ -78,7 +81,7 @@ class Trainer:
     # Loading and saving
 
     def load(self) -> LoadResult:
-        """The reference from --ref-load, then the actor from --load; where that is empty, from --ref-load too.
+        """Load the reference from --ref-load, and the actor from --load, or from --ref-load if --load is empty.
 
         Raises:
             ValueError: there is nothing to load, or it does not fit.
@@ -101,11 +104,11 @@ class Trainer:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference model is run at all."""
+        """Whether the reference model runs at all."""
         return self._args.needs_reference
 
     def _find_reference(self, needed_by: str) -> FoundCheckpoint:
-        """--ref-load; --hf-checkpoint only where no other is named."""
+        """Find --ref-load; --hf-checkpoint only if no reference is named."""
         args = self._args
         found = find_checkpoint(args.hf_checkpoint if args.ref_load is None else args.ref_load)
         if found is not None:
@@ -150,7 +153,7 @@ class Trainer:
         if not args.no_load_optim and "scheduler" not in loaded.loaded:
             raise ValueError(
                 f"{found.path} was saved with --no-save-optim: it holds neither optimizer nor learning-rate schedule; "
-                "give --no-load-optim to go on with new ones"
+                "give --no-load-optim to continue with new ones"
             )
         if args.no_load_optim:
             with device.layer():
@@ -171,7 +174,7 @@ class Trainer:
             self.optimizer.reload_model_params()  # bf16: the optimizer's fp32 copies
 
     def save(self, rollout_id: int, state: dict[str, Any]) -> Path:
-        """A complete checkpoint under --save; `state` (JSON-able) comes back from `load`."""
+        """Write a complete checkpoint under --save; `load` returns `state` (JSON-able)."""
         args = self._args
         if args.save is None:
             raise ValueError("--save is not given: there is no place for a checkpoint")
@@ -188,17 +191,17 @@ class Trainer:
 
     @property
     def params_dtype(self) -> torch.dtype:
-        """What the model's weights stand in, and what `iter_hf_tensors` gives."""
+        """The dtype of the model's weights, and of what `iter_hf_tensors` yields."""
         return params_dtype(self._args)
 
     def save_hf(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Export the actor as an HF directory in `dtype`; None: in that of --hf-checkpoint's files."""
+        """Export the actor as an HF directory in `dtype`; None: in the dtype of --hf-checkpoint's files."""
         if self._args.hf_checkpoint is None:
             raise ValueError("--hf-checkpoint is not given: an export takes its config and tokenizer files from there")
         hf_weights.save_hf(path, self.model, self._shape, self._args.hf_checkpoint, dtype=dtype)
 
     def iter_hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The actor's whole tensors by HF name, in the same order on every rank; run it to its end."""
+        """Yield the actor's whole tensors by HF name, in the same order on every rank; iterate to the end."""
         return hf_weights.iter_hf_tensors(self.model, self._shape)
 
     def close(self) -> None:
@@ -207,15 +210,15 @@ class Trainer:
     # Training
 
     def train(self, rollout_id: int, batch: TrainBatch, policy_version: int | None = None) -> dict[str, float]:
-        """All optimizer steps of one rollout; metrics are the same on every rank.
+        """Take all optimizer steps of one rollout; return metrics, which are the same on every rank.
 
         Args:
-            policy_version: by which the engines know the trainer's weights as they are now; None where they were
+            policy_version: the version under which the engines know the trainer's current weights; None if they were
                 never sent. Tokens of lower versions are off-policy (see `offpolicy`).
 
         Raises:
-            ValueError: the samples cannot be cut into the steps asked for; off-policy tokens that cannot be corrected.
-            RuntimeError: loss weights that do not add up, or numbers that are not finite.
+            ValueError: the samples cannot be cut into the requested steps, or off-policy tokens cannot be corrected.
+            RuntimeError: loss weights do not add up, or numbers are not finite.
         """
         start, came = time.perf_counter(), batch
         args = self._args
@@ -224,17 +227,17 @@ class Trainer:
         version = version_of_weights(args, rollout_id, batch, policy_version)
         batch, offpolicy_metrics = add_offpolicy(args, routes.for_actor(args, batch), counted_N, version)
         plans = self.plan(batch, steps_per_rollout(args))
-        # with one step the old policy is the current one, but a KL in the reward has to be known before the step
+        # with one step the old policy is the current one, but a KL penalty in the reward is needed before the step
         if args.loss_type != "sft_loss" and (len(plans) > 1 or args.needs_kl_first):
             batch = batch.with_column("log_probs", self._forward(batch, plans))
         if self.needs_reference:
             with self._snapshots.holding("ref"):
                 batch = batch.with_column("ref_log_probs", self._forward(routes.for_others(batch), plans))
-        if self.critic is not None:  # of the whole rollout, before any of its steps
+        if self.critic is not None:  # values of the whole rollout, before any of its steps
             values_R = self._forward(routes.for_others(batch), plans, self.critic.values)
             batch = batch.with_column("values", values_R)
         where = f"rollout {rollout_id}"
-        check_columns(where, batch, counted_N)  # whitening would spread over all what one token has
+        check_columns(where, batch, counted_N)  # whitening would spread one bad token's value over all of them
         batch, advantage_metrics = add_advantages(args, batch, counted_N)
         check_columns(where, batch, counted_N, ["advantages"])
         batch, sums = add_loss_weights(args, batch, counted_N, [plan.rows for plan in plans])
@@ -255,7 +258,7 @@ class Trainer:
     def _take_steps(
         self, rollout_id: int, batch: TrainBatch, plans: Sequence[StepPlan], sums: Sequence[float]
     ) -> dict[str, float]:
-        """The policy's steps and the critic's; in the first --num-critic-only-steps rollouts the critic's alone."""
+        """Take the policy's and the critic's steps; only the critic's in the first --num-critic-only-steps rollouts."""
         args = self._args
         learns = self.critic is None or rollout_id >= args.num_critic_only_steps
         steps: list[dict[str, float]] = []
@@ -287,12 +290,10 @@ class Trainer:
         return _over_steps(steps, "train") | _over_steps(critic_steps, "critic")
 
     def log_probs(self, batch: TrainBatch, *, model: Literal["actor", "ref"] = "actor") -> Array:
-        """[R] float32: log-probs of the whole batch's response tokens at the rollout temperature, SFT's at 1.
-
-        Every rank gets all of them.
+        """Return [R] float32: log-probs of all response tokens at the rollout temperature (SFT's at 1), on every rank.
 
         Raises:
-            ValueError: `model="ref"` where no reference is kept.
+            ValueError: `model="ref"`, and no reference is kept.
         """
         plans = self.plan(batch, 1)
         if model == "actor":
@@ -303,7 +304,7 @@ class Trainer:
             return self._forward(routes.for_others(batch), plans)
 
     def plan(self, batch: TrainBatch, num_steps: int) -> list[StepPlan]:
-        """Which rows each rank takes, in which micro-batches, by --max-tokens-per-gpu or --micro-batch-size."""
+        """Plan which rows each rank takes, in which micro-batches, by --max-tokens-per-gpu or --micro-batch-size."""
         args = self._args
         return plan_steps(
             batch.total_lengths_N.tolist(),
@@ -320,7 +321,7 @@ class Trainer:
 
     @property
     def _max_tokens(self) -> int | None:
-        """Token budget of one micro-batch, over its context-parallel ranks."""
+        """The token budget of one micro-batch, over its context-parallel ranks; None without dynamic batches."""
         args = self._args
         if not args.use_dynamic_batch_size:
             return None
@@ -330,7 +331,7 @@ class Trainer:
 
     @property
     def _multiple(self) -> int:
-        """A rank's tokens are a multiple of this: sequence parallelism cuts them into TP equal parts."""
+        """The multiple of each rank's tokens, because sequence parallelism cuts them into TP equal parts."""
         return self.topology.tp_size
 
     @property
@@ -351,14 +352,14 @@ class Trainer:
         plans: Sequence[StepPlan],
         forward: Callable[[Sequence[MicroBatch]], list[Tensor]] | None = None,
     ) -> Array:
-        """[R] log-probs (or what `forward` gives) of the whole batch by the model as it is now, on every rank."""
+        """Return [R] log-probs (or what `forward` returns) of the whole batch by the current model, on every rank."""
         flat = np.zeros(int(batch.response_lengths_N.sum()), dtype=np.float32)
         micro_batches = [micro_batch for plan in plans for micro_batch in self._pack(batch, plan)]
         found = (forward or self._stepper.log_probs)(micro_batches)
         if self.topology.is_last_stage:
             for micro_batch, found_R in zip(micro_batches, found, strict=True):
                 flat[micro_batch.responses_R] = found_R.cpu().numpy()
-        whole = torch.from_numpy(flat).to(device.device())  # 0 where other ranks have them
+        whole = torch.from_numpy(flat).to(device.device())  # 0 for tokens of other ranks
         last = self.topology.pp_size - 1
         if self.topology.is_last_stage:
             dist.all_reduce(whole, group=self.topology.dp_cp_group)
@@ -367,7 +368,7 @@ class Trainer:
         return whole.cpu().numpy()
 
     def _longest(self, seconds: list[float]) -> list[float]:
-        """Each the longest that any rank took."""
+        """Return, for each duration, the longest that any rank took."""
         times = torch.tensor(seconds, dtype=torch.float64, device=device.device())
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
         return times.tolist()
@@ -385,9 +386,7 @@ class Trainer:
 
 
 def _over_steps(steps: Sequence[dict[str, float]], kind: str) -> dict[str, float]:
-    """`train/...` of a rollout: the mean over its steps that have it; the largest of `_max`, the last learning rate,
-    and how many steps were left out.
-    """
+    """Reduce steps to `train/...`: a metric's mean, but the maximum of `_max`, the last lr and all skipped steps."""
     metrics: dict[str, float] = {}
     for name in dict.fromkeys(name for step in steps for name in step):
         values = [step[name] for step in steps if name in step]

@@ -1,13 +1,13 @@
-"""Causal attention of packed sequences: flash attention where CUDA computes in 16 bits, PyTorch's SDPA elsewhere.
+"""Causal attention of packed sequences: flash attention on CUDA in 16 bits, PyTorch's SDPA otherwise.
 
-Path: `attention` and its context-parallel form call `attend` with rotary positions applied. Invariant: grouped
-key/value heads are never repeated in memory on the flash path, and the mask is the same on both: query i of a sequence
-with q queries and k >= q keys sees the keys 0 .. i + k - q. That is aligned at the bottom right, what a rank with the
-last q tokens of a sequence needs.
+- Used by: `attention` calls `attend` after it has applied rotary positions, with and without context parallelism.
+- Invariant: the flash path never repeats grouped key/value heads in memory, and both paths use the same mask: query i
+  of a sequence with q queries and k >= q keys sees the keys 0 .. i + k - q. This mask is aligned at the bottom right: a
+  rank that has the last q tokens of a sequence needs it.
 
-The flash kernel behind PyTorch's varlen_attn is called by its own name: torch 2.11's varlen_attn wants as many
-key/value heads as query heads, the kernel does not (it sums the gradient over a group's heads itself). It aligns its
-causal mask at the bottom right (torch.nn.attention.bias builds causal_lower_right on that).
+PyTorch's varlen_attn wraps the flash kernel that is called here directly. In torch 2.11 varlen_attn requires as many
+key/value heads as query heads; the kernel does not (it sums the gradient over a group's heads itself). Its causal mask
+is aligned at the bottom right (torch.nn.attention.bias builds causal_lower_right on that).
 
 Shapes: _Q query tokens, _K key tokens of all sequences, _S sequences; h query heads, g key/value heads, d channels.
 """
@@ -24,7 +24,7 @@ LARGEST_FLASH_HEAD = 256
 
 
 class _Flash(torch.autograd.Function):
-    """aten::_flash_attention_forward and its backward pass."""
+    """Flash attention: aten::_flash_attention_forward and its backward pass."""
 
     @staticmethod
     def forward(
@@ -79,12 +79,13 @@ def attend(
     max_k: int,
     scale: float | None,
 ) -> Tensor:
-    """[Q, h, d], [K, g, d], [K, g, d] -> [Q, h, d]: causal within each sequence, aligned at the bottom right.
+    """Attend causally within each sequence, aligned at the bottom right: [Q, h, d], [K, g, d], [K, g, d] -> [Q, h, d].
 
     Args:
-        cu_q, cu_k: [S + 1] int32, where each sequence's queries and keys begin; as many keys as queries or more.
+        cu_q, cu_k: [S + 1] int32, the position at which each sequence's queries and keys begin. A sequence has at least
+            as many keys as queries.
         max_q, max_k: the longest of each.
-        scale: of the scores; None is 1 / sqrt(d).
+        scale: the factor of the scores; None is 1 / sqrt(d).
     """
     head = query_Q.size(-1)
     if query_Q.is_cuda and query_Q.dtype != torch.float32 and head % 8 == 0 and head <= LARGEST_FLASH_HEAD:
@@ -95,7 +96,7 @@ def attend(
 def attend_each(
     query_Q: Tensor, key_K: Tensor, value_K: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None
 ) -> Tensor:
-    """The same, one SDPA call a sequence: right everywhere, and slow."""
+    """Compute `attend` with one SDPA call per sequence: correct everywhere, and slow."""
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
     outputs: list[Tensor] = []
     for number in range(len(starts_q) - 1):

@@ -1,7 +1,8 @@
-"""The megatron-core that this code is written for.
+"""The version of megatron-core that this code is written for.
 
-Path: checked when `slime.megatron` is imported, before anything of megatron.core is. Invariant: nothing of
-megatron-core runs here; a Megatron-LM tree on PYTHONPATH comes before the installed wheel, and is named if it is used.
+- Used by: `slime.megatron` checks it at import, before anything of megatron.core is imported.
+- Invariant: nothing of megatron-core runs here. A Megatron-LM tree on PYTHONPATH would be imported instead of the
+  installed wheel; it is checked like one, and named if it is wrong.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ SUPPORTED_MEGATRON = "0.16.1"
 
 
 def check_megatron_version() -> None:
-    """Look at the megatron.core that an import would take.
+    """Check the version of the megatron.core that an import would load.
 
     Raises:
-        ValueError: there is none, or it is another version; names its file and version.
+        ValueError: there is none, or it has another version; the message names its file and version.
     """
     remedy = f"install megatron-core=={SUPPORTED_MEGATRON}, and take another Megatron-LM off PYTHONPATH"
     found = importlib.util.find_spec("megatron")
@@ -32,7 +33,7 @@ def check_megatron_version() -> None:
 
 
 def _read_version(file: Path) -> str:
-    """The version that `package_info.py` declares, by reading its MAJOR, MINOR, PATCH and PRE_RELEASE."""
+    """Return the version that `package_info.py` declares in MAJOR, MINOR, PATCH and PRE_RELEASE; parsed, not run."""
     if not file.is_file():
         return "unknown"
     values: dict[str, object] = {}

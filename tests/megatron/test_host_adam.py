@@ -189,5 +189,5 @@ def test_another_adam_is_refused() -> None:
     class Part:
         optimizer = torch.optim.Adam([torch.ones(1)], fused=True)
 
-    with pytest.raises(ValueError, match="--optimizer-cpu-offload: it takes PyTorch's fused AdamW, and Megatron has"):
+    with pytest.raises(ValueError, match="--optimizer-cpu-offload: it requires PyTorch's fused AdamW, and Megatron"):
         install(Part())  # pyright: ignore[reportArgumentType]

@@ -1,10 +1,11 @@
-"""RMSNorm, SwiGLU and RoPE in one pass each, forward and backward; picked by the tensor's device and dtype.
+"""RMSNorm, SwiGLU and RoPE with one pass over memory each, forward and backward, chosen by device and dtype.
 
-Path: `layers` and `attention` call these in every layer. Invariant: what is computed is the formula in the function's
-docstring, whichever kernel does it; Triton is imported where a tensor is on a GPU, and only there.
+- Used by: `layers` and `attention` call these in every layer.
+- Invariant: each function computes the formula in its docstring, whichever kernel runs; Triton is imported only when a
+  tensor is on a GPU.
 
-On a GPU all is computed in float32 and rounded once, on its way out; that is where these part from Hugging Face's
-models, which round in between. They use no atomics: the same inputs give the same bits.
+On a GPU everything is computed in float32 and rounded once, at the end. Hugging Face's models differ there: they round
+in between. The kernels use no atomics, so the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from slime.megatron.kernels import cpu
 
 LONGEST_NORM = 16384
-"""Channels of a norm that one Triton program holds."""
+"""The most channels that one Triton program holds for a norm."""
 
 
 def _is_cpu_fp32(x: Tensor) -> bool:
@@ -24,7 +25,7 @@ def _is_cpu_fp32(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
     if x.is_cuda and x.size(-1) <= LONGEST_NORM:
         from slime.megatron.kernels import triton_norm
 
@@ -35,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [gate | up] (arXiv:2002.05202): [..., 2 F] -> [..., F]."""
+    """Return silu(gate) * up of [gate | up] (arXiv:2002.05202): [..., 2 F] -> [..., F]."""
     if gate_up.is_cuda and gate_up.numel():  # an expert may have no token, and a kernel needs a block
         from slime.megatron.kernels import triton_swiglu
 
@@ -47,11 +48,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def rotary(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, *, interleaved: bool) -> Tensor:
-    """RoPE (arXiv:2104.09864): [B, heads, d] with its first channels turned by the angles, the others as they are.
+    """Rotate the first channels of x [B, heads, d] by the angles, and keep the others (RoPE, arXiv:2104.09864).
 
     Args:
-        cos_B, sin_B: [B, r / 2] float32, of r <= d channels.
-        interleaved: the pairs are neighbours; else they stand r / 2 apart.
+        cos_B, sin_B: [B, r / 2] float32, for r <= d channels.
+        interleaved: a pair is two neighbouring channels; otherwise its channels are r / 2 apart.
     """
     if x_B.is_cuda:
         from slime.megatron.kernels import triton_rotary

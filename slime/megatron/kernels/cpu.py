@@ -1,7 +1,8 @@
-"""RMSNorm, SwiGLU and RoPE on a CPU, with backward passes written out: fewer passes over memory than autograd's.
+"""RMSNorm, SwiGLU and RoPE on a CPU, with explicit backward passes that read memory less often than autograd's.
 
-Path: the package picks these by device and dtype; RMSNorm and SwiGLU in fp32, where nothing else fuses them. Invariant:
-outputs and gradients are those of F.rms_norm, of silu(gate) * up and of the rotation, to float32's rounding.
+- Used by: the package chooses these by device and dtype; RMSNorm and SwiGLU in fp32, where nothing else fuses them.
+- Invariant: outputs and gradients equal those of F.rms_norm, of silu(gate) * up and of the rotation, up to float32's
+  rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight (arXiv:1910.07467). PyTorch has no fused backward of it on a CPU."""
+    """x / rms(x) * weight (arXiv:1910.07467), because PyTorch has no fused backward of it on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [gate | up] (arXiv:2002.05202); the gradient of both is written into one tensor."""
+    """silu(gate) * up of [gate | up] (arXiv:2002.05202), with the gradient of both in one tensor."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _rotate(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the first 2 x cos.size(-1) channels: neighbouring pairs, or pairs half of them apart."""
+    """Rotate the first 2 x cos.size(-1) channels, in neighbouring pairs or in pairs that are half of them apart."""
     half = cos_B.size(-1)
     rotated = x_B.clone(memory_format=torch.contiguous_format)
     turning = rotated[..., : 2 * half]
@@ -75,7 +76,7 @@ def _rotate(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, interleaved: bool) -> Ten
 
 
 class _Rotary(torch.autograd.Function):
-    """RoPE (arXiv:2104.09864); its backward pass is the rotation the other way."""
+    """RoPE (arXiv:2104.09864); its backward pass rotates by the negative angles."""
 
     @staticmethod
     def forward(ctx: Any, x_B: Tensor, cos_B: Tensor, sin_B: Tensor, interleaved: bool) -> Tensor:
@@ -90,15 +91,15 @@ class _Rotary(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm over the last dimension."""
+    """Return F.rms_norm over the last dimension."""
     return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """[..., 2 F] -> [..., F]."""
+    """Return silu(gate) * up: [..., 2 F] -> [..., F]."""
     return _SwiGLU.apply(gate_up)  # pyright: ignore[reportReturnType]
 
 
 def rotary(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, *, interleaved: bool) -> Tensor:
-    """[B, heads, d]; cos and sin [B, rotary channels / 2]."""
+    """Rotate x [B, heads, d] by the angles of cos and sin [B, rotary channels / 2]."""
     return _Rotary.apply(x_B, cos_B, sin_B, interleaved)  # pyright: ignore[reportReturnType]

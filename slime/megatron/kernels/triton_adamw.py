@@ -1,7 +1,8 @@
-"""AdamW on a GPU in one pass: gradient, weight and moments are read once, weight, moments and the model's copy written.
+"""AdamW on a GPU in one pass: it reads gradient, weight and moments once, and writes the model's bf16 copy, too.
 
-Path: `one_pass_adam` calls this for each weight. Invariant: everything between load and store is float32; the weight's
-decay and update are rounded once, together; the model's copy is the new weight, rounded.
+- Used by: `one_pass_adam`, for each weight.
+- Invariant: everything between load and store is float32. Decay and update of a weight are rounded once, together; the
+  model's copy is the new weight, rounded.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -44,12 +45,12 @@ def _adamw(
     correction1 = tl.load(corrections_ptr + 2 * place)
     correction2 = tl.load(corrections_ptr + 2 * place + 1)
     gradient = gradient / tl.load(scale_ptr)
-    # as steps towards the new value: what 1 - beta lost in float32 adds nothing up over many steps
+    # written as a step towards the new value, so that the rounding of 1 - beta does not add up over many steps
     exp_avg += share1 * (gradient - exp_avg)
     exp_avg_sq += share2 * (gradient * gradient - exp_avg_sq)
     update = lr * correction1 * exp_avg / (tl.sqrt(exp_avg_sq) * correction2 + eps)
     weight -= decay * weight + update
-    there = at < tl.where(tl.load(skip_ptr) == 0.0, size, 0)  # the loads' mask waits for no other load
+    there = at < tl.where(tl.load(skip_ptr) == 0.0, size, 0)  # only the stores wait for `skip`
     tl.store(weight_ptr + at, weight, mask=there)
     tl.store(exp_avg_ptr + at, exp_avg, mask=there)
     tl.store(exp_avg_sq_ptr + at, exp_avg_sq, mask=there)
@@ -73,11 +74,11 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One step of one weight, in place; all contiguous float32 of one size, but `model`, which has its own dtype.
+    """Take one step of one weight, in place. All tensors are contiguous float32 of one size; `model` has its own dtype.
 
     Args:
-        model: gets the new weight; None: there is no copy.
-        corrections: [n, 2] float32, of which row `place` counts: 1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step).
+        model: gets the new weight; None if there is no copy.
+        corrections: [n, 2] float32, whose row `place` is used: 1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step).
         scale: [] by which the gradient is divided.
         skip: [] nothing changes unless it is 0.
     """

@@ -1,7 +1,7 @@
-"""What log-probs need of a chunk of logits, and the gradient in their place: one pass each, in float32 inside.
+"""The sums over a chunk of logits that log-probs need, and the gradient that overwrites the logits, in one pass each.
 
-Path: `logprobs` calls these on the logits [C, V] of one chunk, as the matrix product left them. Invariant: no copy of
-the logits is made in another dtype; the gradient overwrites them.
+- Used by: `logprobs`, on the logits [C, V] of one chunk in the dtype of the matrix product.
+- Invariant: no copy of the logits is made in another dtype; inside a pass everything is float32.
 
 Shapes: _C response tokens of the chunk, _V this rank's part of the vocabulary.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 SUMS_BLOCK, GRADIENT_BLOCK = 8192, 4096
 NOTHING = -1.0e30
-"""Largest logit of an empty part: finite, so that it times a sum of 0 is 0."""
+"""The largest logit of an empty part. It is finite, so that its product with a sum of 0 is 0."""
 
 
 @triton.jit
@@ -90,9 +90,9 @@ def _gradient(
 
 
 def sums(logits_CV: Tensor, targets_C: Tensor, start: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of x = logits x scale, [C] float32: the largest; with y = x - largest, sum(e^y) and sum(e^y y); the target's x.
+    """Reduce x = logits x scale to four [C] float32: the largest, sum(e^y), sum(e^y y), and the target's x.
 
-    An id of another part has 0 for a target, an empty part NOTHING for its largest.
+    Here y = x - largest. A target in another rank's part gives 0; an empty part gives NOTHING as its largest.
     """
     num_tokens, size = logits_CV.shape
     out = torch.empty(4, num_tokens, dtype=torch.float32, device=logits_CV.device)
@@ -124,9 +124,9 @@ def gradient_in_place(
     start: int,
     scale: float,
 ) -> Tensor:
-    """The logits' gradient in their place and dtype, from those of log-prob and entropy (None: it has none)."""
+    """Overwrite the logits with their gradient, given those of log-prob and entropy (None: the entropy has none)."""
     num_tokens, size = logits_CV.shape
-    gradient_C = gradient_C.contiguous()  # of a sum it is one number, expanded
+    gradient_C = gradient_C.contiguous()  # the gradient of a sum is one number, expanded
     if entropy_gradient_C is not None:
         entropy_gradient_C = entropy_gradient_C.contiguous()
     if logits_CV.numel():

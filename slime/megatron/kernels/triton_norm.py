@@ -1,11 +1,12 @@
-"""RMSNorm on a GPU: one pass forward, one backward, the weight's gradient by partial sums in a fixed order.
+"""RMSNorm on a GPU: one pass forward, one backward, and the weight's gradient by partial sums in a fixed order.
 
-Path: `kernels.rms_norm` for CUDA tensors. Invariant: everything between load and store is float32, so the output and
-the input's gradient are rounded once; backward keeps x, weight and 1 / rms of each row (float32), nothing else.
+- Used by: `kernels.rms_norm`, for CUDA tensors.
+- Invariant: everything between load and store is float32, so the output and the input's gradient are rounded once. The
+  backward pass keeps x, weight and 1 / rms of each row (float32), nothing else.
 
-Rows may lie apart: q and k norms get heads that are slices of a wider tensor, and no copy is made of them.
+Rows need not be contiguous: q and k norms get heads that are slices of a wider tensor, which is not copied.
 
-Shapes: _N rows of D channels, rows = outer x inner with a stride for each.
+Shapes: _N rows of D channels; rows = outer x inner, with a stride for each.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -20,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 4096
-"""Elements that a program holds at once; a longer row stands alone."""
+"""The elements that a program holds at once; a longer row gets a program of its own."""
 MOST_PROGRAMS = 512
-"""Of the backward pass: each sums the weight's gradient over its own rows."""
+"""The most programs of the backward pass; each sums the weight's gradient over its own rows."""
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def _backward(
 
 
 def _rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """x with rows at (outer, inner) strides, copied only where they have none: tensor, inner, both strides."""
+    """Return x with rows at (outer, inner) strides, its inner size and both strides; copy only if it has no strides."""
     channels = x.size(-1)
     if x.is_contiguous() or x.stride(-1) != 1 or x.dim() < 2:
         return x.contiguous(), 1, channels, 0
@@ -100,7 +101,7 @@ def _rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _blocks(channels: int) -> tuple[int, int, int]:
-    """Rows of a tile, channels with padding, warps."""
+    """Return the rows of a tile, the channels with padding, and the number of warps."""
     block = max(triton.next_power_of_2(channels), 16)
     rows = max(TILE // block, 1)
     return rows, block, min(max(rows * block // 1024, 4), 16)
@@ -169,5 +170,5 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[..., D], [D] -> [..., D] in x's dtype."""
+    """Normalise x [..., D] with weight [D]; the result has x's dtype."""
     return _RMSNorm.apply(x, weight.contiguous(), eps)  # pyright: ignore[reportReturnType]

@@ -1,9 +1,10 @@
-"""RoPE on a GPU: one pass that turns the first channels of each head and copies the others.
+"""RoPE on a GPU: one pass that rotates the first channels of each head and copies the others.
 
-Path: `kernels.rotary` for CUDA tensors. Invariant: cosines, sines and the products are float32, rounded once; the
-backward pass is the rotation the other way, and keeps cosines and sines alone.
+- Used by: `kernels.rotary`, for CUDA tensors.
+- Invariant: cosines, sines and products are float32, and the result is rounded once. The backward pass rotates by the
+  negative angles; it keeps cosines and sines only.
 
-Shapes: _B tokens, heads of d channels; the first 2 x half of them turn.
+Shapes: _B tokens, heads of d channels; the first 2 x half channels rotate.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 2048
-"""Pairs of channels that a program turns."""
+"""The pairs of channels that a program rotates."""
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def _turn(
     out = out_ptr + token * num_heads * d + heads[:, None] * d
     some = (heads < num_heads)[:, None]
     if INTERLEAVED:
-        # neighbours come in one load, in the order in which they lie
+        # one load brings both channels of each pair, because they are neighbours
         channels = tl.arange(0, 2 * PAIRS)[None, :]
         here = some & (channels < 2 * half)
         x = tl.load(source + channels, mask=here, other=0.0).to(tl.float32)
@@ -115,5 +116,5 @@ class _Rotary(torch.autograd.Function):
 
 
 def rotary(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, *, interleaved: bool) -> Tensor:
-    """[B, heads, d]; cos and sin [B, half] float32."""
+    """Rotate x [B, heads, d] by the angles of cos and sin [B, half] float32."""
     return _Rotary.apply(x_B, cos_B, sin_B, interleaved)  # pyright: ignore[reportReturnType]

@@ -1,7 +1,8 @@
-"""SwiGLU on a GPU: the halves are read where they lie, and backward writes both gradients into one tensor.
+"""SwiGLU on a GPU: it reads both halves where they are in memory, and writes both gradients into one tensor.
 
-Path: `kernels.swiglu` for CUDA tensors. Invariant: everything between load and store is float32, so results are rounded
-once; backward keeps the input alone.
+- Used by: `kernels.swiglu`, for CUDA tensors.
+- Invariant: everything between load and store is float32, so results are rounded once. The backward pass keeps the
+  input only.
 
 Shapes: _N rows of 2 F channels, gate then up.
 """
@@ -50,7 +51,7 @@ def _backward(gate_up_ptr, gradient_ptr, of_gate_up_ptr, row_stride, F, BLOCK: t
 
 
 def _rows_of(gate_up: Tensor) -> Tensor:
-    """[N, 2 F] with neighbouring channels, without a copy where it can be had."""
+    """Return [N, 2 F] with neighbouring channels, without a copy if possible."""
     rows = gate_up.reshape(-1, gate_up.size(-1))
     return rows if rows.stride(-1) == 1 or not rows.numel() else rows.contiguous()
 
@@ -81,5 +82,5 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """[..., 2 F] -> [..., F]."""
+    """Return silu(gate) * up: [..., 2 F] -> [..., F]."""
     return _SwiGLU.apply(gate_up)  # pyright: ignore[reportReturnType]
