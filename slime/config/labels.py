@@ -21,6 +21,10 @@ LETTERS = "ABCDEFGHIJ"
 
 _PLAIN = re.compile(r"\s*[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?\s*")
 """Most labels: nothing of a number has to be looked at."""
+_EMPTY_GROUP = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{\s*\}")
+_ARGUMENTS = {"frac": 2, "dfrac": 2, "tfrac": 2, "cfrac": 2, "binom": 2, "sqrt": 1}
+_WITH_ARGUMENTS = re.compile(rf"\\({'|'.join(_ARGUMENTS)})(?![A-Za-z])(?:\s*\[[^\]]*\])?")
+_ARGUMENT = re.compile(r"\s*(?:(\{)(?!\s*\})|\\[A-Za-z]+|[^\s{}\\&])")
 
 
 def stated_answer(label: str) -> str:
@@ -53,12 +57,12 @@ def label_fault(label: str) -> str | None:
     held = last_boxed(text)
     if held is None and names_box(text):
         return r"its \boxed is empty, or is never closed"
-    text = (text if held is None else held).strip("$. \n\t")
+    text = _EMPTY_GROUP.sub("", text if held is None else held).strip("$. \n\t")
     if not text:
         return "it is empty"
     if len(text) > MAX_LABEL:
         return f"it has {len(text)} characters, and an answer of more than {MAX_LABEL} is not read"
-    return unbalanced(text)
+    return unbalanced(text) or _without_argument(text)
 
 
 def unbalanced(text: str) -> str | None:
@@ -75,6 +79,28 @@ def unbalanced(text: str) -> str | None:
         if counts[0] != counts[1]:
             return rf"it has {counts[0]} \{opening} and {counts[1]} \{closing}"
     return None
+
+
+def _without_argument(text: str) -> str | None:
+    """Return the first command that lacks an argument, as a sentence; None if all have theirs."""
+    for command in _WITH_ARGUMENTS.finditer(text):
+        end = command.end()
+        for number in range(_ARGUMENTS[command[1]]):
+            argument = _ARGUMENT.match(text, end)
+            if argument is None:
+                return rf"a \{command[1]} has {number} of its {_ARGUMENTS[command[1]]} arguments"
+            end = argument.end() if argument[1] is None else _group_end(text, argument.end())
+    return None
+
+
+def _group_end(text: str, start: int) -> int:
+    """Return the place after the brace that closes the group whose content begins at `start`."""
+    depth = 1
+    for token in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+        depth += (token[0] == "{") - (token[0] == "}")
+        if depth == 0:
+            return start + token.end()
+    return len(text)
 
 
 def right_letter(label: str, choices: object = None, correct_letter: object = None) -> str:
