@@ -23,6 +23,7 @@ from slime.config.resolve import cuda_devices
 from slime.config.rules.engines import FP32_REMEDY, FP32_RULE, computes_in_fp32, starts_engines
 from slime.config.sharding import shard_optimizer
 from slime.core.errors import RunError
+from slime.core.printable import one_line
 from slime.engine.launch import find_free_port
 
 # On a CPU a worker process is counted, not measured: this share of a core lets any number of them be placed.
@@ -34,7 +35,18 @@ LOCAL_SYSTEM_CONFIG = {"gcs_rpc_server_reconnect_timeout_s": 5}
 
 
 def start_ray() -> str | None:
-    """Join the cluster at RAY_ADDRESS (returns None), or start a local one (returns the directory of its session)."""
+    """Join the cluster at RAY_ADDRESS (returns None), or start a local one (returns the directory of its session).
+
+    Raises:
+        RunError: Ray does not come up.
+    """
+    try:
+        return _start_ray()
+    except Exception as error:  # (Ray raises whatever its parts do; all of it means that there is none)
+        raise RunError(f"Ray could not be started or joined: {one_line(str(error))}") from error
+
+
+def _start_ray() -> str | None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

@@ -102,10 +102,7 @@ class Processes:
         self._watchdog = Watchdog(limit=max(SILENT_S, self._args.engine_health_timeout), end=self._end_at_once)
         self._watchdog.expect("starting or joining Ray", START_TIMEOUT_S)
         before = set(psutil.Process().children())
-        try:
-            session = start_ray()
-        except (ConnectionError, RuntimeError, OSError) as error:
-            raise RunError(f"Ray could not be started or joined: {error}") from error
+        session = start_ray()
         if session is not None:
             self._rays_own = [p for p in psutil.Process().children() if p not in before]
             self._files.record(session)

@@ -7,11 +7,12 @@ Ray is not imported, before the whole command line has been found right.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from slime.cluster.local_ray import protect_local_ray
+from slime.cluster.local_ray import ADDRESS, address_fault, protect_local_ray
 from slime.config.dry_run.plan import format_plan
 from slime.config.parse import UsageError, load_args
 from slime.config.secrets import hide_command_line, masker_of
@@ -49,6 +50,10 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> Non
     print(format_plan(args, warnings), flush=True)
     if args.dry_run:
         return
+    address = os.environ.get(ADDRESS)
+    fault = None if not address else address_fault(address)
+    if fault is not None:
+        raise RunError(fault)
     protect_local_ray()
     from slime.cluster.recovery import run_with_restarts
 

@@ -68,8 +68,8 @@ def sets_with_rm_type(args: Args) -> list[str]:
     if args.eval_config is None:
         return []
     entries = cast(list[dict[Any, Any]], _yaml_entries(args.eval_config))  # mappings, as `eval_datasets` has seen
-    asking = [entry for entry in entries if entry.get("rm_type") or entry.get("eval_rm_type")]
-    return [str(entry["name"]) for entry in asking]
+    named = [_by_name(entry, args.eval_config) for entry in entries]
+    return [str(entry["name"]) for entry in named if entry.get("rm_type")]
 
 
 def _named_paths(words: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -98,20 +98,32 @@ def _from_yaml(entry: Any, defaults: dict[str, Any], path: str) -> EvalDataset:
     known = {item.name for item in fields(EvalDataset)}
     if not isinstance(entry, dict):
         raise ValueError(f"{path}: {entry!r} is no mapping; write name: and path:")
-    values = {str(key).removeprefix("eval_"): value for key, value in cast(dict[Any, Any], entry).items()}
-    if len(values) < len(cast(dict[Any, Any], entry)):
-        raise ValueError(f"{path}: {entry} has a key both with and without eval_; leave one of the two out")
+    values = _by_name(cast(dict[Any, Any], entry), path)
     if unknown := set(values) - known:
         raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known are {', '.join(sorted(known))}")
     if missing := {"name", "path"} - set(values):
         raise ValueError(f"{path}: a set without {' and '.join(sorted(missing))}; every set needs both")
     if wrong := [key for key in ("name", "path") if not isinstance(values[key], str) or not values[key]]:
         raise ValueError(f"{path}: {wrong[0]} is {values[wrong[0]]!r}, which is no text; write it in quotes")
-    try:
-        typed = {key: from_yaml(_flag_of(key), value) for key, value in values.items() if key in defaults}
-    except ValueError as error:
-        raise ValueError(f"{path}: {values['name']}: a value has to be {error}; correct {values}") from error
+    typed: dict[str, Any] = {}
+    for key in [key for key in values if key in defaults]:
+        try:
+            typed[key] = from_yaml(_flag_of(key), values[key])
+        except ValueError as error:
+            shown = "null" if values[key] is None else values[key]
+            raise ValueError(f"{path}: {values['name']}: {key} is {shown}; a value has to be {error}") from error
     return EvalDataset(name=str(values["name"]), path=str(values["path"]), **(defaults | typed))
+
+
+def _by_name(entry: dict[Any, Any], path: str) -> dict[str, Any]:
+    """The entry's values by the names of fields: as in --config dashes are underscores, and `eval_` may be there."""
+    spelt: dict[str, str] = {}
+    for key in map(str, entry):
+        name = key.replace("-", "_").removeprefix("eval_")
+        if name in spelt:
+            raise ValueError(f"{path}: {spelt[name]} and {key} are two spellings of one key; leave one of the two out")
+        spelt[name] = key
+    return dict(zip(spelt, entry.values(), strict=True))
 
 
 def _flag_of(key: str) -> FlagSpec:

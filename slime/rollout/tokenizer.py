@@ -33,8 +33,9 @@ def load_tokenizer(args: Args) -> PreTrainedTokenizerBase:
         raise ValueError("--hf-checkpoint: not given; prompts cannot be tokenised; name a Hugging Face directory")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=args.hf_trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--hf-checkpoint {path}: no tokenizer can be loaded from it: {error}") from error
+    except Exception as error:  # (of a file of another form transformers raises whatever its code comes to)
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"--hf-checkpoint {path}: no tokenizer can be loaded from it: {kind}{error}") from error
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 
-from slime.cluster.local_ray import AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH, LOOPBACK_ALONE, protect_local_ray
+from slime.cluster.local_ray import (
+    AUTH_MODE,
+    AUTH_TOKEN,
+    AUTH_TOKEN_PATH,
+    LOOPBACK_ALONE,
+    address_fault,
+    protect_local_ray,
+)
+from slime.cluster.placement import start_ray
+from slime.core.errors import RunError
 
 VARIABLES = ("RAY_ADDRESS", LOOPBACK_ALONE, AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH)
 
@@ -34,3 +44,37 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         {LOOPBACK_ALONE: "1", AUTH_MODE: "token", AUTH_TOKEN_PATH: "/my/token"},
     ):
         assert protected(monkeypatch, **given) == given
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("garbage", "no address of the form HOST:PORT"),
+        ("127.0.0.1", "no address of the form HOST:PORT"),
+        ("127.0.0.1:0", "no address of the form HOST:PORT"),
+        ("127.0.0.1:99999", "no address of the form HOST:PORT"),
+        ("::1:6379", "no address of the form HOST:PORT"),
+        ("a b:6379", "no address of the form HOST:PORT"),
+        ("ray://127.0.0.1:10001", "the address is Ray Client's"),
+        ("http://127.0.0.1:8265", "`ray job submit` takes such a one"),
+    ],
+)
+def test_an_address_that_no_ray_has(address: str, says: str) -> None:
+    fault = address_fault(address, within=0.1) or ""
+    assert fault.startswith(f"RAY_ADDRESS={address}: ")
+    assert says in fault
+
+
+def test_an_address_at_which_something_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert address_fault(address, within=5) is None
+    assert "no Ray answers there (Connection refused)" in (address_fault(address, within=0.1) or "")
+    assert address_fault("auto") is address_fault("local") is None
+
+
+def test_a_ray_that_does_not_come_up_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # of which Ray makes a ValueError of several lines
+    with pytest.raises(RunError, match=r"^Ray could not be started or joined: ") as caught:
+        start_ray()
+    assert "\n" not in str(caught.value)

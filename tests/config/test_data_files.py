@@ -252,7 +252,7 @@ def test_parquet_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_eval_sets(run: Run) -> None:
     config = run.directory / "eval.yaml"
     config.write_text(
-        f"datasets:\n- {{name: greedy, path: {run.data}, temperature: 0, eval_top_p: 0.5}}\n"
+        f"datasets:\n- {{name: greedy, path: {run.data}, temperature: 0, eval-top-p: 0.5}}\n"
         f"- {{name: b, path: {run.data}}}\n"
     )
     args = run.args("--eval-interval", "1", "--eval-config", str(config), "--eval-prompt-data", f"{run.data}@[0:1]")
@@ -268,7 +268,18 @@ def test_eval_sets(run: Run) -> None:
         ("datasets: []", "has no list `datasets`"),
         ("datasets: [{name: a}]", "a set without path"),
         ("datasets: [{name: a, path: b, tempratur: 1}]", "unknown keys ['tempratur']"),
-        ("datasets: [{name: a, path: b, temperature: hot}]", "a value has to be a number"),
+        ("datasets: [{name: a, path: b, temperature: hot}]", "a: temperature is hot; a value has to be a number"),
+        ("datasets: [{name: a, path: b, top_p: .inf}]", "a: top_p is .inf; a value has to be a number"),
+        ("datasets: [{name: a, path: b, top-p: null, failed-as: no}]", "a: failed_as is False; a value has to be text"),
+        ("datasets: [{name: a, path: b, failed_as: lost}]", "a value has to be one of wrong, excluded"),
+        ("datasets: [{name: a, path: b, name: c}]", "cannot be read (the key 'name' twice, line 1)"),
+        ("datasets: [{name: a, path: b}]\ndatasets: []", "cannot be read (the key 'datasets' twice, line 2)"),
+        ("datasets: [{name: a, path: b, top_p: 1, top-p: 1}]", "top_p and top-p are two spellings of one key"),
+        (
+            "datasets: [{name: a, path: b, top_p: 1, eval-top-p: 1}]",
+            "top_p and eval-top-p are two spellings of one key",
+        ),
+        ("datasets: [{name: a, path: b, <<: {top-k: 1}, eval_top_k: 1}]", "top-k and eval_top_k are two spellings"),
         ("datasets: [{name: a, path: b}, {name: a, path: c}]", "two evaluation sets of one name"),
         ("datasets: [", "cannot be read"),
     ],

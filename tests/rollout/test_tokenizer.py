@@ -95,3 +95,21 @@ def test_tokenizer_files_are_not_unpickled(hf: Path, tmp_path: Path, name: str) 
     with pytest.raises(ValueError, match=f"--hf-checkpoint {hf}: no tokenizer can be loaded from it"):
         load_tokenizer(Args(hf_checkpoint=str(hf)))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": 7}'),
+        ("tokenizer.json", "null"),
+        ("tokenizer.json", '{"model": 7}'),
+        ("config.json", "[]"),
+        ("config.json", '{"model_type": "glm4", "num_hidden_layers": "28"}'),
+        ("config.json", ""),
+    ],
+)
+def test_files_of_another_form_are_one_error(hf: Path, name: str, content: str) -> None:
+    (hf / name).write_text(content)
+    with pytest.raises(ValueError, match=f"--hf-checkpoint {hf}: no tokenizer can be loaded from it"):
+        load_tokenizer(Args(hf_checkpoint=str(hf)))
