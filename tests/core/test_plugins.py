@@ -50,7 +50,7 @@ CONTRACTS = {
     "custom_loss_function_path": Contract("megatron/test_trainer.py", "test_hooks", "doubled_likelihood"),
     "spec": Contract(
         "megatron/test_layers.py",
-        "test_a_function_that_the_engine_does_not_compute_shows_in_the_logprob_gap",
+        "test_another_layer_shows_in_the_logprob_gap",
         "clamped",
         "megatron/specs_for_tests.py",
     ),

@@ -1,4 +1,4 @@
-"""A tiny model trained on made-up gradients: a parameter's name alone decides what a step does, at every layout."""
+"""A tiny model trained on made-up gradients: only a parameter's name decides its step, in every parallel layout."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STATE = {"cursor": {"epoch": 1, "order": [3, 1, 2]}, "log_prob": 0.1 + 0.2, "fai
 
 
 def make_args(save: Path | None, tp: int = 1, **changes: Any) -> Args:
-    """No clipping: then a step is elementwise, and the same at every layout to the last bit."""
+    """Return arguments without clipping: a step is then elementwise, and equal in every layout to the last bit."""
     flags: dict[str, Any] = {
         "save": None if save is None else str(save),
         "tensor_model_parallel_size": tp,
@@ -56,7 +56,7 @@ def make_args(save: Path | None, tp: int = 1, **changes: Any) -> Args:
 
 
 def drawn(name: str, step: int, shape: tuple[int, ...]) -> Tensor:
-    """A whole tensor that only its name and `step` decide."""
+    """Draw a whole tensor that depends on its name and `step` only."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name} {step}".encode())))
 
 
@@ -75,7 +75,7 @@ class Run:
         self.parameters = dict(named_parameters(self.model))
 
     def shard(self, name: str, step: int) -> Tensor:
-        """This rank's part of a whole made-up tensor."""
+        """Return this rank's part of a whole made-up tensor."""
         size = padded_vocab_size(self.architecture.vocab_size, 8, self.topology.tp_size)
         shape = list(self.parameters[name].shape)
         axis = self.table.rule(name).tp_axis
@@ -105,7 +105,7 @@ class Run:
             self.scheduler.step(1)
 
     def draws(self) -> list[float]:
-        """One number from every generator."""
+        """Draw one number from every generator."""
         from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
         tracker = get_cuda_rng_tracker()

@@ -1,4 +1,4 @@
-"""What the tests run in the processes of the pool: a Trainer on batches, and its gradients and weights gathered."""
+"""Functions that tests run in the pool's processes: a Trainer on batches, with its gradients and weights gathered."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Arrays = dict[str, np.ndarray]
 class Outcome:
     metrics: list[dict[str, float]]
     gradients: Arrays
-    """Of the last step, by HF name; before clipping only where --clip-grad is 0."""
+    """Gradients of the last step by HF name; they are unclipped only if --clip-grad is 0."""
     weights: Arrays
     log_probs: np.ndarray
-    """Of the last batch, after training."""
+    """Log-probs of the last batch, after training."""
 
 
 def train(rank: int, world_size: int, init_method: str, args: Args, batches: list[TrainBatch]) -> Outcome:
-    """Load, train on each batch as a rollout of its own."""
+    """Load, then train on each batch as a rollout of its own."""
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
         trainer.load()
@@ -41,7 +41,7 @@ def train(rank: int, world_size: int, init_method: str, args: Args, batches: lis
 
 
 def gradients(trainer: Trainer) -> Arrays:
-    """Whole gradients of all stages by HF name: the weight table's rules are linear, so they hold for gradients too."""
+    """Return whole gradients of all stages by HF name; the weight table's linear rules hold for gradients, too."""
     table = weight_table(trainer._shape)
     found: Arrays = {}
     for name, parameter in named_parameters(trainer.model):
@@ -70,7 +70,7 @@ def weights(trainer: Trainer) -> Arrays:
 
 
 def difference(found: Arrays, expected: Arrays) -> float:
-    """The largest difference of any entry, relative to the largest entry of its tensor (which may be all zeros)."""
+    """Return the largest difference of any entry, relative to its tensor's largest entry (which may be all zeros)."""
     assert found.keys() == expected.keys()
     return max(
         float(np.abs(found[name] - expected[name]).max() / (np.abs(expected[name]).max() or 1.0)) for name in found

@@ -1,4 +1,4 @@
-"""Layers that tests name by --spec."""
+"""Layers that tests select with --spec."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ClampedMLP(MLP):
 
 
 class ScaledMLP(MLP):
-    """An MLP with a parameter that no weight table knows."""
+    """An MLP with a parameter for which no weight table has a rule."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

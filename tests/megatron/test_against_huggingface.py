@@ -38,7 +38,7 @@ def _tokens_and_weights() -> tuple[torch.Tensor, torch.Tensor]:
 def _megatron(
     rank: int, world_size: int, init_method: str, args: Args, hf: Path, lengths: list[int]
 ) -> tuple[Any, float, Any]:
-    """Logits, loss (a weighed sum of log-probs) and gradients by HF name."""
+    """Return logits, loss (a weighted sum of log-probs) and gradients by HF name."""
     shape = args.architecture
     assert shape is not None
     with joined(args, rank, world_size, init_method), device.layer():
@@ -69,7 +69,7 @@ def _huggingface(family: str) -> tuple[Any, float, Any]:
 
 
 def _worst(found: tuple[Any, float, Any], expected: tuple[Any, float, Any]) -> dict[str, float]:
-    """Relative differences; a tied model's output layer is no parameter of its own in either."""
+    """Return relative differences; a tied model's output layer is not a separate parameter in either."""
     return {
         "logits": difference({"": found[0]}, {"": expected[0]}),
         "loss": abs(found[1] - expected[1]) / abs(expected[1]),
@@ -78,7 +78,7 @@ def _worst(found: tuple[Any, float, Any], expected: tuple[Any, float, Any]) -> d
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_logits_loss_and_gradients_are_transformers(family: str, workers: WorkerPool, tmp_path: Path) -> None:
+def test_logits_loss_and_gradients_match_transformers(family: str, workers: WorkerPool, tmp_path: Path) -> None:
     args = tiny.make_args(tiny.hf_dir(tmp_path, family))
     [found] = workers.run(1, _megatron, args, tmp_path, LENGTHS)
     worst = _worst(found, _huggingface(family))
@@ -97,7 +97,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_control_a_wrong_shape_is_noticed(wrong: str, workers: WorkerPool, tmp_path: Path) -> None:
+def test_control_a_wrong_architecture_is_noticed(wrong: str, workers: WorkerPool, tmp_path: Path) -> None:
     family, change = WRONG[wrong]
     args = tiny.make_args(tiny.hf_dir(tmp_path, family))
     assert args.architecture is not None
@@ -108,7 +108,7 @@ def test_control_a_wrong_shape_is_noticed(wrong: str, workers: WorkerPool, tmp_p
 
 @pytest.mark.parametrize("bias", "qkv")
 def test_control_a_missing_bias_is_noticed(bias: str, workers: WorkerPool, tmp_path: Path) -> None:
-    """The last layer's alone. A key's bias adds the same to all of a query's scores: RoPE makes it count."""
+    """Leave out a bias of the last layer. A key's bias shifts all scores of a query equally, but for RoPE."""
     args = tiny.make_args(tiny.hf_dir(tmp_path, "qwen2"))
     weights = load_file(tmp_path / "model.safetensors")
     weights[f"model.layers.1.self_attn.{bias}_proj.bias"].zero_()

@@ -1,4 +1,4 @@
-"""Algorithms through the trainer: what each needs is computed when its flags ask for it, and whole responses are whole.
+"""Algorithms through the trainer: their inputs are computed when flags need them, and responses stay whole.
 
 Losses and gradients are compared with float64 formulas over transformers' log-probs, one sample after another.
 """
@@ -35,12 +35,12 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same shape with other weights."""
+    """Return a model of the same architecture with other weights."""
     return tiny.hf_dir(tmp_path_factory.mktemp("reference"), "qwen2", seed=1)
 
 
 def plain_batch() -> TrainBatch:
-    """Groups of 5, 2 and 1, a failed reward, an empty mask."""
+    """Make groups of 5, 2 and 1 samples, with a failed reward and an empty mask."""
     batch = tiny.random_batch(8, with_rollout=False)
     rewards = np.asarray([1, 0, 0.3, 1, np.nan, 0.8, 0.1, 0.5])
     mask = np.concatenate([row * (number != 3) for number, row in enumerate(batch.rows("loss_mask"))])
@@ -71,7 +71,7 @@ def log_prob_rows(model: Any, batch: TrainBatch, temperature: float) -> list[Ten
 
 
 def advantages(name: str, batch: TrainBatch, kl_rows: list[np.ndarray], flags: dict[str, Any]) -> list[np.ndarray]:
-    """Of each sample's counted tokens; none where the sample does not count."""
+    """Return the advantages of each sample's counted tokens; an empty array for a sample that does not count."""
     estimator = name.split(",")[0]
     beta, gamma = flags.get("kl_coef", 0.0), flags.get("gamma", 1.0)
     rewards, groups = batch.columns["rewards"].astype(np.float64), batch.columns["group_indices"]
@@ -103,7 +103,7 @@ def advantages(name: str, batch: TrainBatch, kl_rows: list[np.ndarray], flags: d
 
 
 def by_the_formula(name: str, batch: TrainBatch, temperature: float) -> tuple[float, runs.Arrays]:
-    """Loss and gradients of the first step, whose ratio is 1: mean over samples of the mean over their tokens."""
+    """Return loss and gradients of the first step (ratio 1): mean over samples of the mean over their tokens."""
     model, other = (tiny.hf_model("qwen2", seed=seed).double() for seed in (0, 1))
     rows = log_prob_rows(model, batch, temperature)
     with torch.no_grad():
@@ -129,8 +129,8 @@ def by_the_formula(name: str, batch: TrainBatch, temperature: float) -> tuple[fl
     return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_one_step_is_the_papers_formula(workers: WorkerPool, hf: Path, reference: Path) -> None:
-    """With one step a rollout; a KL in the reward needs the old policy's log-probs all the same, before the step."""
+def test_one_step_follows_the_papers_formula(workers: WorkerPool, hf: Path, reference: Path) -> None:
+    """With one step per rollout, a KL penalty in the reward still needs the old policy's log-probs before the step."""
     batch = plain_batch()
     found: dict[str, Outcome] = {}
     for name, flags in RUNS.items():
@@ -141,9 +141,9 @@ def test_one_step_is_the_papers_formula(workers: WorkerPool, hf: Path, reference
         assert found[name].metrics[0]["train/loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6), name
         assert difference(found[name].gradients, gradients) < 1e-4, name
         assert ("train/kl_loss" in found[name].metrics[0]) == ("kl_coef" in flags)
-    for name in RUNS:  # control: none passes for another
+    for name in RUNS:  # control: no algorithm passes for another
         for other in RUNS:
-            same = {name, other} == {"gspo", "cispo"}  # until a ratio leaves 1 their gradients are one
+            same = {name, other} == {"gspo", "cispo"}  # their gradients are equal until a ratio leaves 1
             assert name == other or same or difference(found[name].gradients, found[other].gradients) > 0.01
 
 
@@ -153,7 +153,7 @@ def test_one_step_is_the_papers_formula(workers: WorkerPool, hf: Path, reference
 def _train(
     rank: int, world_size: int, init_method: str, args: Args, batch: TrainBatch, parted: bool = False
 ) -> Outcome:
-    """`parted`: a bug; each rank takes its part of a response for the whole."""
+    """Train; `parted` is a bug: each rank treats its part of a response as the whole."""
 
     def alone(row_R: Tensor, num_rows: int, part: Any) -> Sequences:
         return Sequences(row_R, num_rows)
@@ -162,8 +162,8 @@ def _train(
         return runs.train(rank, world_size, init_method, args, [batch])
 
 
-def test_a_response_on_two_ranks_is_one(workers: WorkerPool, hf: Path) -> None:
-    """gspo's second step, where its ratio is that of responses which context parallelism has cut."""
+def test_a_response_on_two_ranks_stays_whole(workers: WorkerPool, hf: Path) -> None:
+    """Compare gspo's second step, whose ratio is computed from responses that context parallelism has cut."""
     batch = tiny.random_batch(8, with_rollout=False)
     flags: dict[str, Any] = {
         "advantage_estimator": "gspo",
@@ -199,14 +199,14 @@ Part = tuple[Tensor, Tensor]
 
 
 def _loss(sequences: Sequences, values_R: Tensor, mask_R: Tensor) -> Tensor:
-    """One whose gradient needs what flows back to a response's other tokens."""
+    """A loss whose gradient needs what flows back to a response's other tokens."""
     return (sequences.sum_of(values_R, mask_R).sin() * values_R + sequences.mean_of(values_R, mask_R) ** 2).sum()
 
 
 def _shared(
     rank: int, world_size: int, init_method: str, parts: list[Part], values: list[Tensor], one_way: bool
 ) -> tuple[float, Tensor]:
-    """`one_way`: a bug; nothing flows back between ranks."""
+    """Compute the loss over ranks; `one_way` is a bug: nothing flows back between ranks."""
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
     try:
         group = dist.group.WORLD
@@ -228,7 +228,7 @@ def _one_way(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
 
 
 def test_sums_over_ranks_flow_back(workers: WorkerPool) -> None:
-    """Tokens of three responses dealt to two ranks, one of which has none of the second; the fourth has no token."""
+    """Deal tokens of three responses to two ranks, one without any of the second; a fourth has no token at all."""
     generator = torch.Generator().manual_seed(0)
     row_R = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
     rank_R = torch.tensor([0, 1, 0, 1, 1, 0, 1, 1, 0])

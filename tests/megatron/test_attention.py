@@ -1,5 +1,8 @@
-"""Packed attention on a CPU: rotary positions against Megatron's, padded rectangles against one call a sequence, and
-pieces of sequences against whole ones, all ranks of context parallelism played by one process."""
+"""Packed attention on a CPU: rotary positions, padded rectangles, and pieces of sequences.
+
+Rotary positions are compared with Megatron's, rectangles with one call per sequence, and pieces with whole sequences;
+one process plays all context-parallel ranks.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ LENGTHS = [5, 33, 1, 30, 12, 13]
 
 
 class _OneRank:
-    """What Megatron's RoPE asks of a context-parallel group of one."""
+    """The part of a context-parallel group of one rank that Megatron's RoPE reads."""
 
     def size(self) -> int:
         return 1
@@ -57,7 +60,7 @@ class _OneRank:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("percent", [0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotary_is_megatrons(interleaved: bool, percent: float, dtype: torch.dtype) -> None:
+def test_rotary_matches_megatron(interleaved: bool, percent: float, dtype: torch.dtype) -> None:
     group: Any = _OneRank()
     rotary = RotaryEmbedding(16, percent, interleaved, use_cpu_initialization=True, cp_group=group)
     angles = torch.outer(torch.arange(40.0), rotary.inv_freq)
@@ -85,7 +88,7 @@ def _attend_each(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     return torch.cat(rows)
 
 
-def test_rectangles_attend_as_sequences_do() -> None:
+def test_rectangles_attend_like_sequences() -> None:
     generator = torch.Generator().manual_seed(0)
     draw = lambda heads: torch.randn(sum(LENGTHS), heads, 16, generator=generator).requires_grad_()  # noqa: E731
     inputs = [draw(4), draw(2), draw(2)]
@@ -129,13 +132,13 @@ def test_layout_places_every_token_once(pieces: list[tuple[int, int]], whole: bo
 def _cut_attention(
     inputs: list[torch.Tensor], lengths: list[int], num_ranks: int, interleaved: bool, bug: str | None = None
 ) -> torch.Tensor:
-    """Rotary positions and attention of whole sequences, taken by `num_ranks` ranks on their pieces."""
+    """Run rotary positions and attention of whole sequences as `num_ranks` ranks do on their pieces."""
     multiple = ContextParallel(0, num_ranks).row_multiple
     padded_S = np.array([length + -length % multiple for length in lengths])
     cut = Cut.of(padded_S, num_ranks)
     starts_S = np.cumsum(padded_S) - padded_S
     real = np.concatenate([start + np.arange(n) for start, n in zip(starts_S, lengths, strict=True)])
-    # padding is full of numbers that nobody may see
+    # padding is filled with numbers that no query may see
     packs = [
         x.new_full((int(padded_S.sum()), *x.shape[1:]), 1e4).index_put((torch.from_numpy(real),), x) for x in inputs
     ]
@@ -169,7 +172,7 @@ def _whole_attention(inputs: list[torch.Tensor], lengths: list[int], interleaved
 def _cut_misses(
     lengths: list[int], num_ranks: int, dtype: torch.dtype, interleaved: bool = False, bug: str | None = None
 ) -> tuple[float, float]:
-    """How far output and gradients of the pieces are from those of whole sequences."""
+    """Return how far output and gradients of the pieces are from those of whole sequences."""
     generator = torch.Generator().manual_seed(len(lengths))
     draw = lambda heads: torch.randn(sum(lengths), heads, 16, generator=generator, dtype=dtype)  # noqa: E731
     inputs, upstream = [draw(heads).requires_grad_() for heads in (4, 2, 2)], draw(4)
@@ -187,7 +190,7 @@ def _cut_misses(
     num_ranks=st.sampled_from([1, 2, 3, 4]),
     interleaved=st.booleans(),
 )
-def test_pieces_attend_as_whole_sequences_do(lengths: list[int], num_ranks: int, interleaved: bool) -> None:
+def test_pieces_attend_like_whole_sequences(lengths: list[int], num_ranks: int, interleaved: bool) -> None:
     assert max(_cut_misses(lengths, num_ranks, torch.float64, interleaved)) <= 1e-12
     single, of_single = _cut_misses(lengths, num_ranks, torch.float32, interleaved)
     assert single <= 1e-6 and of_single <= 1e-5
@@ -198,12 +201,12 @@ def test_wrong_pieces_are_noticed() -> None:
     assert max(_cut_misses(lengths, 2, torch.float64)) <= 1e-12
     for bug in ("positions", "slice"):
         assert min(_cut_misses(lengths, 2, torch.float64, bug=bug)) > 1e-2, bug
-    out, gradient = _cut_misses(lengths, 2, torch.float64, bug="gradient")  # of keys that other ranks attend to
+    out, gradient = _cut_misses(lengths, 2, torch.float64, bug="gradient")  # a wrong gradient of other ranks' keys
     assert out <= 1e-12 and gradient > 1e-2
 
 
-def test_ranks_have_equally_much_to_do() -> None:
-    """Pairs of query and key that are not masked; consecutive halves are the control that is uneven."""
+def test_ranks_have_equal_work() -> None:
+    """Count the pairs of query and key that are not masked; as a control, contiguous halves are uneven."""
     cut = Cut.of(np.array([64, 16, 128]), 4)
     pairs_C = (cut.lengths_P * cut.offsets_CP + cut.lengths_P * (cut.lengths_P + 1) // 2).sum(1)
     assert pairs_C.min() == pairs_C.max() == sum(n * (n + 1) // 2 for n in (64, 16, 128)) // 4

@@ -1,4 +1,4 @@
-"""Configs from args: what passes through, what contradicts, and schedules that cannot be."""
+"""Configs from arguments: fields that pass through, contradictions, and schedules that are impossible."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_steps_of_the_run(hf: Path) -> None:
 
 
 def _build(rank: int, world_size: int, init_method: str, args: Args) -> dict[str, tuple[int, ...]]:
-    """Shapes of this rank's parameters."""
+    """Return the shapes of this rank's parameters."""
     with joined(args, rank, world_size, init_method):
         model = build_model(args, wrap=True)
         build_optimizer(args, model)
@@ -67,7 +67,7 @@ def test_parameters_of_a_tensor_parallel_rank(workers: WorkerPool, hf: Path) -> 
 
 @pytest.mark.dist
 def test_parameters_of_pipeline_stages(workers: WorkerPool, tmp_path: Path) -> None:
-    """Layers go by their number in the model; a tied output layer by the name of the embedding that it copies."""
+    """Layers have their number in the whole model; a tied output layer has the name of the embedding that it copies."""
     hf = tiny.hf_dir(tmp_path, "qwen2", num_layers=4)
     args = tiny.make_args(hf, pipeline_model_parallel_size=3, decoder_last_pipeline_num_layers=2)
     stages = [set(shapes) for shapes in workers.run(3, _build, args)]
@@ -103,8 +103,8 @@ def _another_value(spec: FlagSpec) -> Any:
 
 
 @pytest.mark.dist
-def test_harmless_fields_leave_the_function_alone(workers: WorkerPool, hf: Path) -> None:
-    """All of them at once: the same log-probs and gradients. Control: a field of the attention moves both."""
+def test_harmless_fields_do_not_change_the_model(workers: WorkerPool, hf: Path) -> None:
+    """Set all of them at once: log-probs and gradients stay. Control: a field of the attention changes both."""
 
     def outcome(extra: dict[str, Any]) -> runs.Outcome:
         args = tiny.make_args(hf, lr=0.0, megatron_extra=extra)

@@ -1,4 +1,4 @@
-"""torch_dist checkpoints: resumed bit for bit, at any layout, and only from what is whole."""
+"""torch_dist checkpoints: they resume bit for bit, at any layout, and only if they are complete."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.dist
 
 
 def trained(rank: int, world_size: int, init_method: str, args: Args, steps: int, more: int) -> Any:
-    """`steps` steps, a checkpoint, `more` steps: the weights at both places and draws in between."""
+    """Take `steps` steps, save, take `more` steps; return the weights at both places and draws in between."""
     with joined(args, rank, world_size, init_method) as topology:
         random.seed(rank)
         np.random.seed(rank)
@@ -44,7 +44,7 @@ def trained(rank: int, world_size: int, init_method: str, args: Args, steps: int
 
 
 def resumed(rank: int, world_size: int, init_method: str, args: Args, path: Path, steps: int, more: int) -> Any:
-    """What `trained` returns, from its checkpoint on; and the LoadedCheckpoint."""
+    """Return what `trained` returns, beginning from its checkpoint, and the LoadedCheckpoint."""
     with joined(args, rank, world_size, init_method) as topology:
         run = Run(args, topology)
         result = run.load(path, optimizer=not args.no_load_optim, rng=not args.no_load_rng)
@@ -68,7 +68,7 @@ def test_resume_is_bit_exact(workers: WorkerPool, tmp_path: Path, bf16: bool, ti
         assert json.dumps(result.state) == json.dumps(STATE)
     assert (tmp_path / TRACKER).read_text() == "2"
     assert before[0][1] != before[1][1], "ranks draw for themselves"
-    # Controls: each part that is not loaded is missed.
+    # Controls: a part that is not loaded makes a difference.
     fresh = workers.run(2, resumed, replace(args, no_load_optim=True), tmp_path, 2, 2)
     assert same_bits(fresh[0][0], before[0][0]) and not same_bits(fresh[0][2], before[0][2])
     unseeded = workers.run(2, resumed, replace(args, no_load_rng=True), tmp_path, 2, 2)
@@ -77,7 +77,7 @@ def test_resume_is_bit_exact(workers: WorkerPool, tmp_path: Path, bf16: bool, ti
 
 @dataclass(frozen=True)
 class Layout:
-    """`sharded`: with the distributed optimizer."""
+    """A parallel layout; `sharded` means with the distributed optimizer."""
 
     tp: int = 1
     pp: int = 1
@@ -116,7 +116,7 @@ SHARDED_DP, SHARDED_TP_DP, SHARDED_PP_DP = Layout(dp=2, sharded=True), Layout(2,
     ids=str,
 )
 def test_any_layout_loads_what_any_other_saved(workers: WorkerPool, tmp_path: Path, saved: Layout, loaded: Layout):
-    """In bf16 the weights alone would give another next step: the fp32 ones come from the checkpoint."""
+    """In bf16 the weights alone would give a different next step: the fp32 weights come from the checkpoint."""
     bf16 = saved.sharded or loaded.sharded
     args = saved.args(tmp_path, bf16=bf16)
     at_save, _, end = workers.run(saved.world_size, trained, args, 2, 1)[0]
@@ -136,7 +136,7 @@ def test_any_layout_loads_what_any_other_saved(workers: WorkerPool, tmp_path: Pa
 def test_the_main_weights_survive_a_change_of_dtype(
     workers: WorkerPool, tmp_path: Path, saved: Layout, saved_bf16: bool, loaded: Layout
 ):
-    """Gradients are in fp32 either way: the unbroken run's next step in fp32 is the resumed one's."""
+    """Gradients are fp32 in both runs, so the unbroken run's next step in fp32 equals the resumed one's."""
     args = saved.args(tmp_path, bf16=saved_bf16)
     at_save, _, end = workers.run(saved.world_size, trained, args, 2, 1)[0]
     args = loaded.args(tmp_path, bf16=not saved_bf16)
@@ -178,19 +178,19 @@ def released(rank: int, world_size: int, init_method: str, args: Args, path: Pat
         return save_release(path, model=run.model), run.weights()
 
 
-def test_release_holds_weights_alone_and_starts_at_rollout_0(workers: WorkerPool, tmp_path: Path):
+def test_release_has_weights_only_and_starts_at_zero(workers: WorkerPool, tmp_path: Path):
     args = make_args(None, bf16=True)
     ((path, weights),) = workers.run(1, released, args, tmp_path)
     assert path == tmp_path / "release" and (tmp_path / TRACKER).read_text() == "release"
     at_load, _, end, result = workers.run(1, resumed, args, tmp_path, 0, 1)[0]
     assert same_bits(at_load, weights) and not same_bits(end, weights)
-    # The fp32 copies are those of the loaded weights: one step from them is small.
+    # The fp32 copies were made from the loaded weights: one step from them is small.
     assert max((end[name].float() - weights[name].float()).abs().max().item() for name in end) < 0.05
     assert (result.rollout_id, result.state, result.path, result.loaded) == (None, None, path, ("model",))
 
 
 def outcome(rank: int, world_size: int, init_method: str, args: Args, path: Path | None, state: Any = None) -> str:
-    """The error of loading from `path`, or of saving `state`."""
+    """Return the error of loading from `path`, or of saving `state`."""
     with joined(args, rank, world_size, init_method) as topology:
         run = Run(args, topology)
         try:
@@ -210,7 +210,7 @@ def test_a_failed_save_fails_on_every_rank(workers: WorkerPool, tmp_path: Path):
 
 
 def without_room(rank: int, world_size: int, init_method: str, args: Args) -> tuple[list[str], list[str]]:
-    """One whole save; then, for each of its files, a save in which that is the first one that does not fit."""
+    """Save once; then, for each file of that save, save on a disk that is full when this file is written."""
     with joined(args, rank, world_size, init_method) as topology:
         run = Run(args, topology)
         run.initialize()
@@ -231,7 +231,7 @@ def without_room(rank: int, world_size: int, init_method: str, args: Args) -> tu
         return [name for _, name in files], errors
 
 
-def test_a_save_that_finds_no_room_leaves_those_before_it_and_nothing_else(workers: WorkerPool, tmp_path: Path):
+def test_a_full_disk_leaves_only_the_earlier_checkpoints(workers: WorkerPool, tmp_path: Path):
     [(files, errors)] = workers.run(1, without_room, make_args(tmp_path))
     assert {"common.pt", ".metadata", "metadata.json", STATE_FILE} < set(files)
     for file, error in zip(files, errors, strict=True):
@@ -247,12 +247,12 @@ def test_a_save_that_finds_no_room_leaves_those_before_it_and_nothing_else(worke
     [
         {"hidden_size": 64},
         {"num_layers": 3},
-        # with fewer weights than the checkpoint has
+        # fewer weights than the checkpoint has
         {"num_layers": 1},
         {"tied_embeddings": True},
         {"post_mlp_layernorm": False, "post_self_attn_layernorm": False},
         {"add_qkv_bias": False},
-        # tables of the same padded length, of a longer one, matrices of the same size: Megatron would fill them all
+        # tables of the same padded length, tables of a longer one, matrices of the same size: Megatron would fill all
         {"vocab_size": 35},
         {"vocab_size": 60},
         {"num_attention_heads": 2, "num_query_groups": 1, "kv_channels": 16},
@@ -267,7 +267,7 @@ def test_another_model_is_refused(workers: WorkerPool, tmp_path: Path, change: d
 
 
 def without_sizes(rank: int, world_size: int, init_method: str, args: Args, path: Path) -> str:
-    """The error of loading from `path`, which has lost what slime says of the model's sizes."""
+    """Return the error of loading from `path` after slime's record of the model's sizes was removed."""
     common = torch.load(path / "iter_0000001" / "common.pt", weights_only=False)
     assert common.pop("model_sizes")["vocab_size"] == GLM4.vocab_size
     shutil.copytree(path / "iter_0000001", path / "release")
@@ -277,7 +277,7 @@ def without_sizes(rank: int, world_size: int, init_method: str, args: Args, path
 
 
 def test_megatrons_own_checkpoint_of_fewer_tokens_is_refused(workers: WorkerPool, tmp_path: Path):
-    """It tells nothing but its table's length, 40 with padding."""
+    """Such a checkpoint shows only the length of its table, 40 with padding."""
     workers.run(1, trained, make_args(tmp_path), 1, 0)
     args = replace(make_args(None), architecture=replace(GLM4, vocab_size=41))
     [error] = workers.run(1, without_sizes, args, tmp_path)
@@ -295,13 +295,13 @@ def saved_once(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def saves(saved_once: Path, tmp_path: Path) -> Path:
-    """Checkpoints of rollouts 1, 2 and 5."""
+    """Return checkpoints of rollouts 1, 2 and 5."""
     for rollout_id in (1, 2, 5):
         shutil.copytree(saved_once / "iter_0000001", tmp_path / f"iter_{rollout_id:07d}")
     return tmp_path
 
 
-def test_the_newest_is_taken_or_the_one_that_is_asked_for(saves: Path):
+def test_the_newest_or_the_requested_one_is_taken(saves: Path):
     newest = FoundCheckpoint(saves / "iter_0000005", "iteration", 5)
     assert find_checkpoint(saves) == newest
     assert find_checkpoint(saves, step=2) == FoundCheckpoint(saves / "iter_0000002", "iteration", 2)
@@ -345,7 +345,7 @@ def test_a_changed_byte_is_noticed(saves: Path, name: str, place: float):
     assert found is not None and found.rollout_id == 2
 
 
-def test_a_checkpoint_of_an_earlier_version_is_told(saves: Path, caplog: pytest.LogCaptureFixture):
+def test_a_checkpoint_of_an_earlier_version_is_named(saves: Path, caplog: pytest.LogCaptureFixture):
     file = saves / "iter_0000005" / STATE_FILE
     state = json.loads(file.read_text())
     file.write_text(json.dumps({name: state[name] for name in state if name not in ("checksum", "file_digests")}))
@@ -356,14 +356,14 @@ def test_a_checkpoint_of_an_earlier_version_is_told(saves: Path, caplog: pytest.
 
 
 def flip(file: Path, place: float) -> None:
-    """Change one bit, `place` of the way through the file."""
+    """Flip one bit at the fraction `place` of the file."""
     content = bytearray(file.read_bytes())
     content[int(place * len(content))] ^= 4
     file.write_bytes(content)
 
 
 @pytest.mark.parametrize("place", [0.0, 0.5, 1 - 1e-9])
-def test_a_changed_byte_of_the_weights_stops_the_load_on_every_rank(workers: WorkerPool, saves: Path, place: float):
+def test_a_changed_byte_stops_loading_on_every_rank(workers: WorkerPool, saves: Path, place: float):
     flip(saves / "iter_0000005" / "__1_0.distcp", place)
     assert find_checkpoint(saves) == FoundCheckpoint(saves / "iter_0000005", "iteration", 5)
     expected = f"ValueError: {saves}/iter_0000005 is damaged: __1_0.distcp: not the bytes that were written; "
@@ -372,7 +372,7 @@ def test_a_changed_byte_of_the_weights_stops_the_load_on_every_rank(workers: Wor
 
 
 @pytest.mark.parametrize("damaged", ["iter_0000005", "release"])
-def test_nothing_but_damaged_checkpoints_is_no_empty_start(saves: Path, damaged: str):
+def test_only_damaged_checkpoints_are_not_an_empty_start(saves: Path, damaged: str):
     for name in ("iter_0000001", "iter_0000002"):
         shutil.rmtree(saves / name)
     (saves / "iter_0000005").rename(saves / damaged)
@@ -383,7 +383,7 @@ def test_nothing_but_damaged_checkpoints_is_no_empty_start(saves: Path, damaged:
         find_checkpoint(saves)
 
 
-def test_a_run_is_not_started_anew_from_release_beside_its_damaged_checkpoints(saves: Path):
+def test_release_is_not_used_next_to_damaged_checkpoints(saves: Path):
     shutil.copytree(saves / "iter_0000005", saves / "release")
     for name in ("iter_0000001", "iter_0000002", "iter_0000005"):
         (saves / name / "common.pt").unlink()
@@ -404,7 +404,7 @@ def test_megatrons_own_release_has_no_state_file(saves: Path):
         find_checkpoint(saves)
 
 
-def test_nothing_but_a_runs_own_files_is_an_empty_start(saves: Path):
+def test_a_runs_own_files_are_an_empty_start(saves: Path):
     assert find_checkpoint(None) is None
     assert find_checkpoint(saves / "missing") is None
     for name in ("iter_0000001", "iter_0000002"):
@@ -419,7 +419,7 @@ def test_nothing_but_a_runs_own_files_is_an_empty_start(saves: Path):
         find_checkpoint(saves)
 
 
-def test_what_the_flags_name_is_the_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_that_flags_name_are_the_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     root = tmp_path / "run [1]"
     (root / "dumps" / "deep").mkdir(parents=True)
     (root / "hf_7").mkdir()
@@ -435,9 +435,7 @@ def test_what_the_flags_name_is_the_runs_own(tmp_path: Path, monkeypatch: pytest
         find_checkpoint(root, own=own)
 
 
-def test_another_step_than_that_of_the_named_checkpoint_is_refused(
-    saves: Path, tmp_path_factory: pytest.TempPathFactory
-):
+def test_a_checkpoint_with_another_step_is_refused(saves: Path, tmp_path_factory: pytest.TempPathFactory):
     itself = saves / "iter_0000005"
     assert find_checkpoint(itself, step=5) == FoundCheckpoint(itself, "iteration", 5)
     hf = tmp_path_factory.mktemp("hf")
@@ -469,8 +467,8 @@ def test_the_best_evaluated_checkpoint_stays(saves: Path):
     assert find_checkpoint(saves) is None, "the record is one of a run's own files"
 
 
-def test_what_was_just_saved_is_never_removed(saves: Path):
-    """A run that went back to rollout 1 saves 2, beside 5 of another branch."""
+def test_the_checkpoint_just_saved_is_never_removed(saves: Path):
+    """A run that returned to rollout 1 saves 2, next to 5 of another branch."""
     assert remove_old(saves, 1, saved=2) == [saves / "iter_0000001"]
     assert sorted(path.name for path in saves.iterdir()) == ["iter_0000002", "iter_0000005"]
 
@@ -490,7 +488,7 @@ def saved_thrice(rank: int, world_size: int, init_method: str, args: Args) -> No
             run.save(rollout_id)
 
 
-def test_saving_replaces_the_same_rollout_and_sweeps_leftovers(workers: WorkerPool, saves: Path):
+def test_saving_replaces_the_rollout_and_removes_leftovers(workers: WorkerPool, saves: Path):
     (saves / ".tmp_iter_0000007").mkdir()
     shutil.rmtree(saves / "iter_0000005")
     workers.run(1, saved_thrice, make_args(saves, keep_last_checkpoints=2))

@@ -1,5 +1,4 @@
-"""The critic: its steps against transformers' model and torch's AdamW by hand, at every layout; its checkpoints; and
-that it learns."""
+"""The critic: its steps against transformers and torch's AdamW at every layout, its checkpoints, and that it learns."""
 
 from __future__ import annotations
 
@@ -29,15 +28,15 @@ pytestmark = pytest.mark.dist
 
 TOLERANCE = 1e-5
 STEP_TOLERANCE = 1e-3
-"""Of what a step moves."""
+"""The tolerance of a difference, relative to what a step moves."""
 FLAGS: dict[str, Any] = {
     "advantage_estimator": "ppo",
     "gamma": 0.97,
     "lambd": 0.9,
-    "value_clip": 0.02,  # so near that some tokens of a later step are clipped
+    "value_clip": 0.02,  # so small that some tokens of a later step are clipped
     "lr": 1e-3,
     "critic_lr": 1e-2,
-    "adam_eps": 1e-3,  # a small one makes Adam's first step lr x sign(gradient): whole steps of nothing but rounding
+    "adam_eps": 1e-3,  # a small one makes Adam's first step lr x sign(gradient): full steps even for mere rounding
     "weight_decay": 0.1,
     "clip_grad": 0.0,
     "num_steps_per_rollout": 2,
@@ -54,7 +53,7 @@ BATCHES = [tiny.random_batch(seed=seed, with_rollout=False) for seed in (0, 1)]
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tied: its output layer is the embedding, which the critic has all the same."""
+    """Return a tied model: its output layer is the embedding, which the critic has nevertheless."""
     return tiny.hf_dir(tmp_path_factory.mktemp("hf"), "qwen2")
 
 
@@ -64,7 +63,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def critic_weights(trainer: Trainer) -> Arrays:
-    """Whole ones of all stages, by HF name; the head's by its own."""
+    """Return whole weights of all stages by HF name; the value head has its own name."""
     assert trainer.critic is not None
     table, found = weight_table(trainer._shape), dict[str, np.ndarray]()
     for name, parameter in named_parameters(trainer.critic.model):
@@ -88,7 +87,7 @@ def values_of(trainer: Trainer, batch: TrainBatch) -> np.ndarray:
 
 
 Found = tuple[list[dict[str, float]], Arrays, np.ndarray, Arrays]
-"""Metrics; the critic's weights, and its values of the last batch, after all; the policy's weights."""
+"""Metrics; the critic's weights and its values of the last batch after all steps; the policy's weights."""
 
 
 def outcome(trainer: Trainer, metrics: list[dict[str, float]]) -> Found:
@@ -108,7 +107,7 @@ def train(rank: int, world_size: int, init_method: str, args: Args, batches: lis
 
 
 def gae_by_hand(score: float, mask: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Returns: A + V over the counted tokens, backwards (arXiv:1506.02438)."""
+    """Return the returns A + V over the counted tokens, computed backwards (arXiv:1506.02438)."""
     returns, following, advantage = np.zeros(len(mask)), 0.0, 0.0
     for t in reversed(np.flatnonzero(mask).tolist()):
         delta = (score if following == 0.0 and advantage == 0.0 else 0.0) + FLAGS["gamma"] * following - values[t]
@@ -118,7 +117,7 @@ def gae_by_hand(score: float, mask: np.ndarray, values: np.ndarray) -> np.ndarra
 
 
 def by_hand(hf: Path, args: Args, steps: list[list[list[int]]]) -> tuple[Arrays, np.ndarray]:
-    """Weights and values after all batches; `steps`: for each batch the rows of each step."""
+    """Return weights and values after all batches; `steps` lists, for each batch, the rows of each step."""
     import transformers
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).model
@@ -169,7 +168,7 @@ def rows_of_steps(rank: int, world_size: int, init_method: str, args: Args) -> l
         trainer.close()
 
 
-def test_steps_are_those_by_hand_in_every_layout(workers: WorkerPool, hf: Path) -> None:
+def test_steps_match_hand_computation_in_every_layout(workers: WorkerPool, hf: Path) -> None:
     args = tiny.make_args(hf, **FLAGS)
     metrics, weights, values, policy = workers.run(1, train, args, BATCHES)[0]
     expected, last = by_hand(hf, args, workers.run(1, rows_of_steps, args)[0])
@@ -192,7 +191,7 @@ def test_steps_are_those_by_hand_in_every_layout(workers: WorkerPool, hf: Path) 
                 for name in theirs:
                     if name.startswith("critic/"):
                         assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (layout, name)
-    # controls: what is compared notices another clip, another lambda, and a policy's rate for the critic
+    # controls: the comparison notices another clip, another lambda, and the policy's rate in the critic
     for change in ({"value_clip": 0.0}, {"lambd": 1.0}, {"critic_lr": 1e-3}):
         _, other, _, _ = workers.run(1, train, replace(args, **change), BATCHES)[0]
         assert difference(other, weights) > 10 * TOLERANCE, change
@@ -208,7 +207,7 @@ def _hf_tensors(hf: Path) -> dict[str, Tensor]:
 
 
 def told_by_the_prompt(seed: int) -> TrainBatch:
-    """A score that the first token of the prompt decides."""
+    """Make a batch whose score depends on the first token of the prompt."""
     batch = tiny.random_batch(16, seed=seed, with_rollout=False, lengths=[6] * 16)
     tokens = batch.columns["tokens"].copy()
     starts = np.cumsum(batch.total_lengths_N) - batch.total_lengths_N
@@ -237,7 +236,7 @@ def test_the_critic_learns_while_the_policy_waits(workers: WorkerPool, hf: Path)
 
 
 def saved_run(rank: int, world_size: int, init_method: str, args: Args, first: int, last: int) -> Found:
-    """Load, train on rollouts `first` to `last`, saving after each."""
+    """Load, then train on rollouts `first` to `last`, and save after each."""
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
         assert trainer.load().next_rollout_id == first
@@ -274,12 +273,12 @@ def test_a_resumed_run_loses_nothing(workers: WorkerPool, hf: Path, tmp_path: Pa
     assert same(resumed, unbroken)
     assert critic_metrics(resumed[0]) == critic_metrics(unbroken[0][-1:])
     assert [path.name for path in broken.glob("iter_*")] == ["iter_0000002"], "one unit, removed together"
-    if not bf16:  # a control: the optimizer's state is a part of what went on
+    if not bf16:  # control: the optimizer's state matters for the next steps
         anew = make_saving(hf, whole, **flags, ckpt_step=1, no_load_optim=True, save=str(tmp_path / "anew"))
         assert not same(workers.run(2, saved_run, anew, 2, 2)[0], unbroken)
 
 
-def test_a_checkpoint_without_all_of_its_critic_is_none(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_an_incomplete_critic_is_skipped(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
     workers.run(1, saved_run, make_saving(hf, tmp_path), 0, 1)
     newest = tmp_path / "iter_0000001"
     found = find_checkpoint(tmp_path)
@@ -296,7 +295,7 @@ def test_a_checkpoint_without_all_of_its_critic_is_none(workers: WorkerPool, hf:
     spoilt = bytearray(content)
     spoilt[len(content) // 2] ^= 1
     piece.write_bytes(spoilt)
-    workers.run(1, saved_run, make_saving(hf, tmp_path), 1, 0)  # it starts at rollout 1: the one before is taken
+    workers.run(1, saved_run, make_saving(hf, tmp_path), 1, 0)  # resumes at rollout 1 from the earlier checkpoint
     aside = newest.with_name("iter_0000001.damaged")
     assert aside.is_dir() and not newest.exists()
     aside.rename(newest)
@@ -315,8 +314,8 @@ def start(rank: int, world_size: int, init_method: str, args: Args) -> Arrays:
         trainer.close()
 
 
-def test_what_a_critic_starts_from(workers: WorkerPool, untied: Path, tmp_path: Path) -> None:
-    """An HF directory, a policy's checkpoint and a critic's, at another layout, too; the output layer is left out."""
+def test_sources_that_a_critic_starts_from(workers: WorkerPool, untied: Path, tmp_path: Path) -> None:
+    """Start from an HF directory, a policy's checkpoint and a critic's, and at another layout; no output layer."""
     grpo = make_saving(untied, tmp_path / "grpo", advantage_estimator="grpo")
     policy = workers.run(1, saved_without_critic, grpo)[0]
     _, critic, _, _ = workers.run(1, saved_run, make_saving(untied, tmp_path / "ppo"), 0, 0)[0]
@@ -329,7 +328,7 @@ def test_what_a_critic_starts_from(workers: WorkerPool, untied: Path, tmp_path: 
         (replace(fresh, critic_load=str(tmp_path / "grpo")), policy),
         (replace(fresh, load=str(tmp_path / "grpo"), critic_load=str(untied)), body),
         (replace(fresh, critic_load=str(tmp_path / "ppo")), critic),
-        (replace(fresh, load=str(tmp_path / "ppo"), critic_load=str(untied)), critic),  # it is the run's own
+        (replace(fresh, load=str(tmp_path / "ppo"), critic_load=str(untied)), critic),  # the run's own critic wins
     ):
         world_size, layout = (2, split) if args.critic_load and "ppo" in args.critic_load else (1, {})
         found = workers.run(world_size, start, replace(args, **layout))[0]
@@ -379,7 +378,7 @@ def with_naps(rank: int, world_size: int, init_method: str, args: Args) -> Found
         trainer.close()
 
 
-def test_a_critic_that_slept_goes_on_to_the_bit(workers: WorkerPool, hf: Path) -> None:
+def test_a_critic_that_slept_continues_bit_for_bit(workers: WorkerPool, hf: Path) -> None:
     args = tiny.make_args(hf, **FLAGS, bf16=True, use_distributed_optimizer=True)
     awake = workers.run(1, train, args, BATCHES)[0]
     assert same(workers.run(1, with_naps, args)[0], awake)

@@ -1,4 +1,4 @@
-"""The CPU layer: what it redirects, only inside, and that it names what it does not find."""
+"""The CPU layer: it redirects CUDA only inside its context, and it names what it does not find."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_cuda_is_the_cpu_inside() -> None:
         assert torch.zeros(2, device="cuda").device.type == "cpu"
         assert torch.zeros(2, device=torch.device("cuda", 0)).cuda().to("cuda:0").device.type == "cpu"
         assert torch.zeros(2, pin_memory=True).sum() == 0
-        assert torch.zeros(2).type() == "torch.cuda.FloatTensor"  # what Megatron's optimizers compare with
+        assert torch.zeros(2).type() == "torch.cuda.FloatTensor"  # Megatron's optimizers compare with this
         assert torch.cuda.current_device() == torch.device("cpu")
 
 
@@ -46,13 +46,13 @@ def test_another_thread_is_outside() -> None:
     assert seen == ["torch.FloatTensor"]
 
 
-def test_a_missing_name_is_named() -> None:
+def test_a_missing_name_is_in_the_error() -> None:
     owner: Any = SimpleNamespace(__name__="megatron.core.somewhere")
     with pytest.raises(RuntimeError, match=f"megatron.core.somewhere has no '_gone'.*{SUPPORTED_MEGATRON}"):
         device.replace_name(owner, "_gone", None)
 
 
-def test_named_rng_states_are_apart() -> None:
+def test_named_rng_states_are_separate() -> None:
     from megatron.core.tensor_parallel import random as mcore_random
 
     device.install()
@@ -72,7 +72,7 @@ def test_named_rng_states_are_apart() -> None:
 
 
 def _gloo_loops() -> int:
-    """Threads of this process in which a gloo device waits."""
+    """Count the threads of this process in which a gloo device waits."""
     return sum(comm.read_text().startswith("gloo") for comm in Path("/proc/self/task").glob("*/comm"))
 
 

@@ -1,4 +1,4 @@
-"""On-policy distillation through the trainer: the student comes nearer to its teacher, and starts from itself."""
+"""On-policy distillation through the trainer: the student approaches its teacher, and starts from its own weights."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Student and teacher."""
+    """Return the student's directory and the teacher's."""
     root = tmp_path_factory.mktemp("models")
     return tiny.hf_dir(root / "student", "qwen2"), tiny.hf_dir(root / "teacher", "qwen2", seed=1)
 
 
 def sampled(student: Path, seed: int) -> TrainBatch:
-    """32 responses of 12 tokens that the student samples, behind one token each; no rewards worth reading."""
+    """Let the student sample 32 responses of 12 tokens, each after one prompt token; rewards mean nothing."""
     model = tiny.hf_model("qwen2").eval()
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, tiny.VOCAB, (32, 1), generator=generator)
@@ -51,9 +51,9 @@ def sampled(student: Path, seed: int) -> TrainBatch:
 def _taught(
     rank: int, world_size: int, init_method: str, args: Args, batch: TrainBatch, swapped: bool
 ) -> tuple[list[dict[str, float]], Arrays, bool]:
-    """Metrics of several steps on one batch, the weights after them, and whether the student began as it should.
+    """Return metrics of several steps on one batch, the weights after them, and whether the student began correctly.
 
-    `swapped`: a bug, the sign.
+    `swapped` is a bug: the sign.
     """
     right = advantages.ESTIMATORS["on_policy_distillation"]
     wrong = {"on_policy_distillation": lambda rollout, options: -right(rollout, options)}
@@ -69,7 +69,7 @@ def _taught(
 
 
 def distance(student: Arrays | None, batch: TrainBatch) -> float:
-    """KL(student || teacher) over the whole vocabulary, mean over the responses' tokens; None: before any step."""
+    """Return KL(student || teacher) over the whole vocabulary, mean over response tokens; None: before any step."""
     model, teacher = tiny.hf_model("qwen2"), tiny.hf_model("qwen2", seed=1)
     if student is not None:
         model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in student.items()}, strict=False)
@@ -79,8 +79,8 @@ def distance(student: Arrays | None, batch: TrainBatch) -> float:
     return float((own.exp() * (own - other)).sum(-1).mean())
 
 
-def test_the_student_comes_nearer(workers: WorkerPool, models: tuple[Path, Path]) -> None:
-    """On one rank and on two; the opposite sign leads away."""
+def test_the_student_approaches_its_teacher(workers: WorkerPool, models: tuple[Path, Path]) -> None:
+    """Train on one rank and on two; the opposite sign leads away from the teacher."""
     student, teacher = models
     batch = sampled(student, 0)
     before = distance(None, batch)
@@ -105,7 +105,7 @@ def test_the_student_comes_nearer(workers: WorkerPool, models: tuple[Path, Path]
     print("reverse KL", before, "->", found, "; with the opposite sign ->", away)
 
 
-def test_the_distance_is_over_tokens_that_count(workers: WorkerPool, models: tuple[Path, Path]) -> None:
+def test_the_teacher_distance_covers_counted_tokens_only(workers: WorkerPool, models: tuple[Path, Path]) -> None:
     student, teacher = models
     batch = tiny.random_batch(8, with_rollout=False)
     args = tiny.make_args(student, ref_load=str(teacher), advantage_estimator="on_policy_distillation", lr=0.0)

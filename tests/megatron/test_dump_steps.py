@@ -1,4 +1,4 @@
-"""--save-debug-train-data by a Trainer: what it holds, that it changes nothing, and what tools/diff_steps.py finds."""
+"""--save-debug-train-data by a Trainer: its content, that it changes nothing, and what tools/diff_steps.py finds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.dist
 
 BATCH = tiny.random_batch()
 TWO_STEPS: dict[str, Any] = {"num_steps_per_rollout": 2, "deterministic": True, "adam_eps": 1e-3, "clip_grad": 0.5}
-"""The gradient's norm is above 0.5: what is dumped is not clipped. Adam's usual epsilon makes steps of rounding."""
+"""The gradient norm is above 0.5, so a clipped dump would differ. Adam's usual epsilon turns rounding into steps."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
@@ -44,7 +44,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dumped(hf: Path, workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, runs.Outcome]:
-    """Of one rank, with two steps a rollout; and what the run itself says."""
+    """Return the dump of one rank with two steps per rollout, and the run's own outcome."""
     path = tmp_path_factory.mktemp("dumps") / "one"
     return path, _train(workers, path, hf)
 
@@ -72,7 +72,7 @@ def _tensors(path: Path, place: str, kind: str = "") -> dict[str, np.ndarray]:
     }
 
 
-def test_it_holds_what_training_had(dumped: tuple[Path, runs.Outcome], workers: WorkerPool, hf: Path) -> None:
+def test_the_dump_holds_every_training_tensor(dumped: tuple[Path, runs.Outcome], workers: WorkerPool, hf: Path) -> None:
     path, outcome = dumped
     assert [place.name for place in StepFiles(path).places] == ["rollout 0", "rollout 0, step 0", "rollout 0, step 1"]
     assert not list(path.glob(".tmp*"))
@@ -103,7 +103,7 @@ def test_it_holds_what_training_had(dumped: tuple[Path, runs.Outcome], workers: 
     assert difference(gradients, unclipped.gradients) > 1e-2  # control
 
 
-def test_two_replays_are_the_same_bit_for_bit_and_one_without_a_dump_too(
+def test_replays_are_bit_identical_with_and_without_dump(
     dumped: tuple[Path, runs.Outcome], workers: WorkerPool, hf: Path, tmp_path: Path, capsys: Any
 ) -> None:
     path, outcome = dumped
@@ -139,7 +139,7 @@ def test_experts_of_all_ranks(workers: WorkerPool, tmp_path: Path, capsys: Any) 
     assert code == 0 and "gradient model.layers.2.mlp.experts.7.down_proj.weight" in text, text
 
 
-def test_a_critics_steps(workers: WorkerPool, hf: Path, tmp_path: Path, capsys: Any) -> None:
+def test_critic_steps_are_dumped(workers: WorkerPool, hf: Path, tmp_path: Path, capsys: Any) -> None:
     ppo = {"advantage_estimator": "ppo", "critic_lr": 1e-2, "num_steps_per_rollout": 1}
     _train(workers, tmp_path / "one", hf, **ppo)
     _train(workers, tmp_path / "two", hf, ranks=2, pipeline_model_parallel_size=2, **ppo)
@@ -156,7 +156,7 @@ def test_a_critics_steps(workers: WorkerPool, hf: Path, tmp_path: Path, capsys: 
     assert code == 1 and "tensors: rollout 0, step 0, critic: weight model.embed_tokens.weight" in text, text
 
 
-def test_a_reward_is_named(
+def test_a_changed_reward_is_named(
     dumped: tuple[Path, Any], workers: WorkerPool, hf: Path, tmp_path: Path, capsys: Any
 ) -> None:
     rewards = BATCH.columns["rewards"].copy()
@@ -167,7 +167,7 @@ def test_a_reward_is_named(
     assert "tensors: rollout 0: rewards\n  sample 5 of group 1: " in text, text
 
 
-def test_a_weight_of_the_start_shows_at_the_first_forward(
+def test_a_changed_initial_weight_shows_at_first_forward(
     dumped: tuple[Path, Any], workers: WorkerPool, hf: Path, tmp_path: Path, capsys: Any
 ) -> None:
     other = tiny.hf_dir(tmp_path / "hf", "glm4")
@@ -183,7 +183,7 @@ def test_a_weight_of_the_start_shows_at_the_first_forward(
     assert code == 1 and "tensors: rollout 0, step 0: log_probs\n  sample 0 of group 0, response" in text, text
 
 
-def test_a_learning_rate_shows_at_the_weights_behind_the_step(
+def test_a_learning_rate_shows_in_the_updated_weights(
     dumped: tuple[Path, Any], workers: WorkerPool, hf: Path, tmp_path: Path, capsys: Any
 ) -> None:
     _train(workers, tmp_path / "other", hf, lr=2e-3)
@@ -192,7 +192,7 @@ def test_a_learning_rate_shows_at_the_weights_behind_the_step(
     assert "tensors: rollout 0, step 0: weight model.embed_tokens.weight\n  entry [" in text, text
 
 
-def test_what_cannot_be_compared(
+def test_dumps_that_cannot_be_compared(
     dumped: tuple[Path, Any], workers: WorkerPool, hf: Path, tmp_path: Path, capsys: Any
 ) -> None:
     order = [1, 0, *range(2, 8)]
@@ -205,7 +205,7 @@ def test_what_cannot_be_compared(
 
 
 def _three_rollouts(rank: int, world_size: int, init_method: str, args: Args) -> None:
-    """The second one is trained on twice, as by a run that starts again from its checkpoint."""
+    """Train on the second rollout twice, like a run that starts again from its checkpoint."""
     for rollouts in ((0, 1), (1,)):
         trainer = Trainer(args, rank=rank, world_size=world_size, init_method=f"{init_method}-{rollouts[0]}")
         try:
@@ -216,7 +216,7 @@ def _three_rollouts(rank: int, world_size: int, init_method: str, args: Args) ->
             trainer.close()
 
 
-def test_a_rollout_that_is_trained_on_again_replaces_itself(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
+def test_a_rollout_trained_twice_replaces_its_dump(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
     args = replace(tiny.make_args(hf), save_debug_train_data=str(tmp_path / "dump"))
     workers.run(1, _three_rollouts, args)
     names = [place.name for place in StepFiles(tmp_path / "dump").places]
@@ -238,7 +238,7 @@ def _bad_step(rank: int, world_size: int, init_method: str, args: Args) -> str:
         trainer.close()
 
 
-def test_a_step_that_is_refused_is_there(workers: WorkerPool, hf: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_refused_step_is_in_the_dump(workers: WorkerPool, hf: Path, tmp_path: Path, capsys: Any) -> None:
     args = replace(tiny.make_args(hf), save_debug_train_data=str(tmp_path / "dump"))
     [message] = workers.run(1, _bad_step, args)
     assert "not finite" in message

@@ -1,4 +1,4 @@
-"""Mixtures of experts: against transformers, in every layout, over checkpoints and weight sync, with replay."""
+"""Mixtures of experts: against transformers, in every layout, through checkpoints and weight sync, and with replay."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def per_expert(tensors: dict[str, Any]) -> dict[str, Any]:
-    """transformers' tensors by the names that files have: of all experts in one, each its own."""
+    """Rename transformers' tensors as files do: one tensor of all experts becomes one per expert."""
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
         head, _, kind = name.rpartition(".experts.")
@@ -43,7 +43,7 @@ def per_expert(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", tiny.MIXTURES)
-def test_logits_loss_and_gradients_are_transformers(
+def test_logits_loss_and_gradients_match_transformers(
     family: str, workers: WorkerPool, mixtures: dict[str, Path]
 ) -> None:
     hf = mixtures[family]
@@ -57,7 +57,7 @@ RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "re
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP2": (2, {"expert_model_parallel_size": 2}),
     "TP2, ETP2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "TP2, ETP1, distributed optimizer": (  # it shares experts alone: there is one data-parallel rank
+    "TP2, ETP1, distributed optimizer": (  # only experts are sharded: there is one data-parallel rank
         2,
         {
             "tensor_model_parallel_size": 2,
@@ -122,7 +122,7 @@ def worst_of(found: Outcome, expected: Outcome, *, with_gradients: bool) -> dict
         "log-probs": float(np.abs(found.log_probs - expected.log_probs).max()),
         "weights": difference(found.weights, expected.weights),
     }
-    if with_gradients:  # with a distributed optimizer a rank has a part of them
+    if with_gradients:  # with a distributed optimizer a rank has only a part of them
         worst["gradients"] = difference(found.gradients, expected.gradients)
     for name in ("train/loss", "train/grad_norm"):
         pairs = zip(found.metrics, expected.metrics, strict=True)
@@ -141,7 +141,7 @@ def test_layouts(layout: str, workers: WorkerPool, mixtures: dict[str, Path], al
 
 
 def with_routes(batch: Any, shape: Any, seed: int) -> Any:
-    """Random experts for every token of a sample but its last."""
+    """Add random experts for every token of a sample but its last."""
     generator = np.random.default_rng(seed)
     scores = generator.random((int(batch.total_lengths_N.sum()), shape.num_moe_layers, shape.num_experts))
     routes = np.argsort(scores, axis=-1)[..., : shape.moe_router_topk].astype(np.int32)
@@ -150,7 +150,7 @@ def with_routes(batch: Any, shape: Any, seed: int) -> Any:
 
 
 def transformers_with(hf: Path, routes: np.ndarray, batch: Any) -> np.ndarray:
-    """Log-probs of transformers' own model whose routers are told which experts to take."""
+    """Return log-probs of transformers' own model with its routers forced to the given experts."""
     import torch
     import transformers
 
@@ -189,7 +189,7 @@ def transformers_with(hf: Path, routes: np.ndarray, batch: Any) -> np.ndarray:
 
 
 def replayed(rank: int, world_size: int, init_method: str, args: Any, batch: Any) -> tuple[np.ndarray, ...]:
-    """Log-probs with the batch's routes, without, and of the reference, which has routers of its own."""
+    """Return log-probs with the batch's routes, without them, and of the reference model, which has its own routers."""
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
         trainer.load()
@@ -206,7 +206,7 @@ def replayed(rank: int, world_size: int, init_method: str, args: Any, batch: Any
         (4, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1, "context_parallel_size": 2}),
     ],
 )
-def test_replayed_experts_are_taken(
+def test_replayed_experts_are_used(
     size: int, flags: dict[str, Any], workers: WorkerPool, mixtures: dict[str, Path]
 ) -> None:
     for hf in mixtures.values():
@@ -217,12 +217,12 @@ def test_replayed_experts_are_taken(
         assert np.abs(told - expected).max() <= TOLERANCE * 10
         nobody = np.full_like(batch.columns["routed_experts"], -1)
         assert np.abs(own - transformers_with(hf, nobody, batch)).max() <= TOLERANCE * 10
-        assert np.abs(told - own).max() > 0.1  # the control: without replay these are other log-probs
+        assert np.abs(told - own).max() > 0.1  # control: without replay the log-probs differ
         assert np.abs(reference_model - own).max() <= TOLERANCE
 
 
 def test_training_replays_in_every_layout(workers: WorkerPool, mixtures: dict[str, Path]) -> None:
-    """Also where layers run again in the backward pass, of another micro-batch than the one before."""
+    """Recomputed layers replay, too, although the micro-batch before them was another one."""
     flags = {**FLAGS, "use_routing_replay": True, "max_tokens_per_gpu": 60}
     for hf in mixtures.values():
         args = tiny.make_args(hf, **flags)
@@ -240,16 +240,16 @@ BALANCE = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.01, "moe_router_bias
 
 
 def balance_by_hand(family: str, batch: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
-    """Gradients of the balancing losses of one micro-batch, in float64 through transformers; biases after the step; and
-    the losses themselves, by their metrics' names.
+    """Return the auxiliary losses' gradients of one micro-batch, router biases after the step, and losses by metric.
 
-    Switch Transformer's loss (arXiv:2101.03961, equation 4, over k choices a token) and ST-MoE's z-loss
-    (arXiv:2202.08906, equation 5), of each layer over all tokens.
+    Gradients are computed in float64 through transformers. The losses are Switch Transformer's (arXiv:2101.03961,
+    equation 4, over k choices per token) and ST-MoE's z-loss (arXiv:2202.08906, equation 5), of each layer over all
+    tokens.
     """
     import torch
 
     model: Any = tiny.hf_model(family).double()
-    model.set_experts_implementation("eager")  # the others have no float64
+    model.set_experts_implementation("eager")  # the other implementations have no float64
     layers = {number: layer.mlp for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")}
     seen: dict[int, list[tuple[Any, Any]]] = {number: [] for number in layers}
     for number, mlp in layers.items():
@@ -296,8 +296,10 @@ def balance_by_hand(family: str, batch: Any) -> tuple[dict[str, Any], dict[str, 
         (2, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}),
     ],
 )
-def test_balancing_losses_and_biases(size: int, flags: dict[str, Any], workers: WorkerPool, mixtures: Any) -> None:
-    """Equal rewards make the policy's own gradient 0: what is left is theirs."""
+def test_auxiliary_losses_and_router_biases(
+    size: int, flags: dict[str, Any], workers: WorkerPool, mixtures: Any
+) -> None:
+    """Equal rewards make the policy's own gradient 0: what is left comes from the auxiliary losses."""
     batch = tiny.random_batch(with_rollout=False)
     batch = batch.with_column("rewards", np.ones(len(batch), dtype=np.float32))
     flags = {"max_tokens_per_gpu": 2000, "clip_grad": 0.0, **BALANCE, "expert_tensor_parallel_size": 1, **flags}
@@ -305,7 +307,7 @@ def test_balancing_losses_and_biases(size: int, flags: dict[str, Any], workers: 
         found = workers.run(size, train, tiny.make_args(hf, **flags), [batch])[-1]
         gradients, biases, losses = balance_by_hand(family, batch)
         assert difference(found.gradients, gradients) <= 1e-4
-        for name, loss in losses.items():  # what is logged is what was minimised
+        for name, loss in losses.items():  # the logged losses are the minimised ones
             assert found.metrics[0][f"train/{name}"] == pytest.approx(loss, rel=1e-5, abs=1e-6), name
         for name, bias in biases.items():
             assert np.abs(found.weights[name] - bias).max() <= 1e-6, name
@@ -313,7 +315,7 @@ def test_balancing_losses_and_biases(size: int, flags: dict[str, Any], workers: 
 
 
 def slope(rank: int, world_size: int, init_method: str, args: Any, batch: Any) -> tuple[dict[str, float], list[Any]]:
-    """Metrics of a step at learning rate 0, and of two more steps: weights moved along the gradient, and against it."""
+    """Return metrics of a step at learning rate 0, and of two with weights moved along and against the gradient."""
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
         trainer.load()
@@ -333,11 +335,11 @@ def slope(rank: int, world_size: int, init_method: str, args: Any, batch: Any) -
 
 
 STEP = 1e-3
-"""How far the weights move: float32 sees the difference of the two losses."""
+"""The distance that weights move, large enough that float32 shows the difference of the two losses."""
 
 
 def likelihood(inputs: Any, options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A loss whose value has its gradient: a policy's own, at a ratio of 1, has not."""
+    """A loss whose value belongs to its gradient; that is not so for a policy loss at a ratio of 1."""
     return -inputs.log_probs_R, {}
 
 
@@ -349,12 +351,12 @@ def likelihood(inputs: Any, options: Any) -> tuple[torch.Tensor, dict[str, torch
         (2, LAYOUTS["TP2, ETP2"][1]),
     ],
 )
-def test_the_loss_logged_is_the_one_minimised(
+def test_the_logged_loss_is_the_minimised_one(
     size: int, cut: dict[str, Any], workers: WorkerPool, mixtures: Any
 ) -> None:
-    """Along the gradient it rises by the gradient's norm, in all layouts; without the balancing losses it does not.
+    """Along the gradient the loss rises by the gradient's norm, in all layouts; without auxiliary losses it does not.
 
-    Replayed experts keep it smooth: no token goes to other ones where the weights have moved.
+    Replayed experts keep the loss smooth: a token does not change experts when the weights move.
     """
     flags = {
         "lr": 0.0,
@@ -382,7 +384,7 @@ def test_the_loss_logged_is_the_one_minimised(
 
 
 def saved(rank: int, world_size: int, init_method: str, args: Any, batch: Any) -> None:
-    """One step, and a checkpoint of it under --save."""
+    """Take one step, and save a checkpoint of it under --save."""
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
         trainer.load()
@@ -393,10 +395,10 @@ def saved(rank: int, world_size: int, init_method: str, args: Any, batch: Any) -
 
 
 @pytest.mark.parametrize("distributed", [False, True])
-def test_a_checkpoint_goes_on_in_other_layouts(
+def test_a_checkpoint_resumes_in_other_layouts(
     distributed: bool, workers: WorkerPool, mixtures: dict[str, Path], alone: dict[str, Outcome], tmp_path: Path
 ) -> None:
-    """Saved at EP 2 after one step; the second step, whose Adam needs the first one's moments, is the one process's."""
+    """A save at EP 2 after one step continues with the second step of one process, whose Adam needs the moments."""
     batches = [tiny.random_batch(seed=seed, with_rollout=False) for seed in (0, 1)]
     family = tiny.MIXTURES[int(distributed)]
     flags = {**FLAGS, "use_distributed_optimizer": distributed, "expert_model_parallel_size": 2}
@@ -413,7 +415,7 @@ def test_a_checkpoint_goes_on_in_other_layouts(
 
 
 def exported(rank: int, world_size: int, init_method: str, args: Any) -> dict[str, Any]:
-    """What engines and an export get."""
+    """Return the tensors that engines and an export get."""
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
         trainer.load()
@@ -422,7 +424,7 @@ def exported(rank: int, world_size: int, init_method: str, args: Any) -> dict[st
         trainer.close()
 
 
-def test_weights_come_out_as_they_went_in(workers: WorkerPool, mixtures: dict[str, Path]) -> None:
+def test_weights_are_exported_as_they_were_loaded(workers: WorkerPool, mixtures: dict[str, Path]) -> None:
     for hf in mixtures.values():
         files = load_file(hf / "model.safetensors")
         for layout in ("EP2", "ETP2 x EP2", "PP2 x EP2, recompute"):

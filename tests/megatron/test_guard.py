@@ -1,4 +1,4 @@
-"""The guard: what is not finite and what leaps, on one rank and on two, names samples and changes no weight."""
+"""The guard: values that are not finite and spikes, on one rank and on two, name samples and change no weight."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from slime.megatron.trainer import Trainer
 pytestmark = pytest.mark.dist
 
 POISONED = 5
-"""Row of the sample that is spoilt; its sample_index is 105, of group 1."""
+"""The row of the sample that is broken; its sample_index is 105, in group 1."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_columns_that_are_not_finite(name: str, value: float, said: str) -> None
     message = str(raised.value)
     assert message.startswith(f"rollout 3: {name} ")
     assert said.replace("LENGTH", str(batch.response_lengths_N[POISONED])) in message
-    counted_N[POISONED] = False  # what does not count may be anything
+    counted_N[POISONED] = False  # a sample that does not count may hold anything
     check_columns("rollout 3", wrong, counted_N)
     if name != "rewards":
         mask = np.isfinite(wrong.columns[name]).astype(np.float32)
@@ -104,7 +104,7 @@ def marks(batch: TrainBatch, value: float | None = None) -> TrainBatch:
 def attempts(
     rank: int, world_size: int, init_method: str, args: Args, batches: list[TrainBatch], save_at: int | None
 ) -> tuple[list[dict[str, float] | str], list[bool]]:
-    """Of each batch the metrics or the error, and whether it left the weights as they were."""
+    """Return, for each batch, the metrics or the error, and whether the weights are unchanged."""
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
         trainer.load()
@@ -139,7 +139,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_token_that_is_not_finite(layout: str, workers: WorkerPool, hf: Path) -> None:
-    """Every rank says the same, of the sample that only one of them may have; the next rollout is trained on."""
+    """Every rank raises the same error, although only one may hold the sample; the next rollout is trained on."""
     ranks, flags = LAYOUTS[layout]
     good, bad = marks(batch_of()), marks(batch_of(), 1e38)
     outcomes = workers.run(ranks, attempts, tiny.make_args(hf, **CUSTOM, **flags), [bad, good], None)
@@ -154,8 +154,8 @@ def test_a_token_that_is_not_finite(layout: str, workers: WorkerPool, hf: Path) 
         assert isinstance(metrics, dict) and np.isfinite(metrics["train/loss"])
 
 
-def test_steps_that_are_left_out(workers: WorkerPool, hf: Path) -> None:
-    """The others are taken; too many in a row end the run."""
+def test_skipped_steps(workers: WorkerPool, hf: Path) -> None:
+    """The other steps are taken; too many consecutive skips end the run."""
     args = tiny.make_args(hf, **CUSTOM, bad_step_action="skip", num_steps_per_rollout=2)
     good, bad = marks(batch_of()), marks(batch_of(), 1e38)
     both = TrainBatch(
@@ -182,7 +182,7 @@ MOVES_BIASES: dict[str, Any] = {
 
 
 def state_of(trainer: Trainer) -> dict[str, bytes]:
-    """Every bit that a step changes: model with all buffers, optimizer with its settings, schedule."""
+    """Return every bit that a step changes: model with all buffers, optimizer with its settings, schedule."""
     found: dict[str, Any] = {}
     for number, chunk in enumerate(trainer.model):
         found |= {f"model {number} {name}": tensor for name, tensor in chunk.named_parameters()}
@@ -202,7 +202,7 @@ def state_of(trainer: Trainer) -> dict[str, bytes]:
 def states(
     rank: int, world_size: int, init_method: str, args: Args, batches: list[TrainBatch]
 ) -> list[tuple[float, dict[str, bytes]]]:
-    """After each batch, as a rollout of its own: how many steps were left out, and the state."""
+    """Return, after each batch as a rollout of its own, the number of skipped steps and the state."""
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
         trainer.load()
@@ -219,8 +219,8 @@ def states(
     [{}, {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}],
     ids=["one", "one of two ranks has the bad sample", "two stages"],
 )
-def test_a_step_left_out_changes_no_state(flags: dict[str, Any], workers: WorkerPool, mixture: Path) -> None:
-    """Not the routers' biases either; and the step after it is the one of a run without it."""
+def test_a_skipped_step_changes_no_state(flags: dict[str, Any], workers: WorkerPool, mixture: Path) -> None:
+    """Router biases do not move either, and the step after it equals that of a run without the skipped step."""
     args = tiny.make_args(mixture, **CUSTOM, **MOVES_BIASES, **flags)
     first, bad, last = marks(batch_of()), marks(batch_of(), 1e38), marks(tiny.random_batch(seed=1))
     ranks = 2 if flags else 1
@@ -238,8 +238,8 @@ def test_a_step_left_out_changes_no_state(flags: dict[str, Any], workers: Worker
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_leap(ranks: int, workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
-    """The history is the run's, a resumed one's too; without the flag, and below the factor, the step is taken."""
+def test_a_loss_spike(ranks: int, workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
+    """The history belongs to the run, also after a resume; without the flag, or below the factor, the step is taken."""
     flags = {"check_for_spiky_loss": True, "spiky_loss_factor": 4.0, "lr": 1e-6, "num_rollout": 20}
     args = tiny.make_args(hf, **CUSTOM, **flags, save=str(tmp_path))
     good, below, bad = marks(batch_of()), marks(batch_of(), 4.0), marks(batch_of(), 400.0)

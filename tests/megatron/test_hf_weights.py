@@ -21,7 +21,7 @@ pytestmark = pytest.mark.dist
 
 
 def loaded(rank: int, world_size: int, init_method: str, args: Args, wrap: bool) -> Any:
-    """A model filled from --hf-checkpoint: names and tensors as they come out, and padding that is not zero."""
+    """Fill a model from --hf-checkpoint; return names and tensors as they come out, and padding that is not zero."""
     from slime.megatron import hf_weights
     from slime.megatron.build import build_model, named_parameters
     from slime.megatron.hf_weights import iter_hf_tensors, load_hf_into
@@ -38,7 +38,7 @@ def loaded(rank: int, world_size: int, init_method: str, args: Args, wrap: bool)
                 padding += int(rows.count_nonzero())
         together = list(iter_hf_tensors(model, args.architecture))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hf_weights, "GATHER_BYTES", 1000)  # many a gather, most of several tensors
+            patch.setattr(hf_weights, "GATHER_BYTES", 1000)  # many gathers, most of them with several tensors
             apart = list(iter_hf_tensors(model, args.architecture))
         assert [name for name, _ in apart] == [name for name, _ in together]
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(apart, together, strict=True))
@@ -109,7 +109,7 @@ def test_weights_of_another_model_are_named(
     assert message in errors[0] and errors == errors[:1] * stages
 
 
-def test_a_tensor_that_does_not_fit_one_stage_stops_every_rank(workers: WorkerPool, tmp_path: Path):
+def test_a_misfit_on_one_stage_stops_every_rank(workers: WorkerPool, tmp_path: Path):
     args = make_args(hf_dir(tmp_path, "glm4"), pipeline_model_parallel_size=2)
     name = "model.layers.1.mlp.down_proj.weight"
     weights = file_tensors(tmp_path)
@@ -118,7 +118,7 @@ def test_a_tensor_that_does_not_fit_one_stage_stops_every_rank(workers: WorkerPo
     assert name in errors[0] and errors[0] == errors[1]
 
 
-def test_a_tied_file_may_hold_the_output_layer_if_it_is_the_same(workers: WorkerPool, tmp_path: Path):
+def test_a_tied_file_may_repeat_the_output_layer(workers: WorkerPool, tmp_path: Path):
     args = make_args(hf_dir(tmp_path, "qwen3-tied"))
     weights = {name: tensor.contiguous() for name, tensor in hf_model("qwen3-tied").state_dict().items()}
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -141,8 +141,8 @@ def exported(rank: int, world_size: int, init_method: str, args: Args, path: Pat
         save_hf(path, model, args.architecture, args.hf_checkpoint)
 
 
-def test_export_is_the_same_file_in_the_sources_dtype(workers: WorkerPool, tmp_path: Path):
-    """A bf16 directory, trained in fp32, comes out as bf16 again."""
+def test_export_equals_the_source_in_its_dtype(workers: WorkerPool, tmp_path: Path):
+    """A bf16 directory that was trained in fp32 is exported as bf16 again."""
     hf = tmp_path / "hf"
     hf_model("glm4").to(torch.bfloat16).save_pretrained(hf)
     args = make_args(hf, tensor_model_parallel_size=2, sequence_parallel=True)
@@ -152,8 +152,8 @@ def test_export_is_the_same_file_in_the_sources_dtype(workers: WorkerPool, tmp_p
     assert all(tensor.dtype == torch.bfloat16 and torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_an_exports_config_is_the_trained_models(workers: WorkerPool, tmp_path: Path):
-    """With --override-hf-config rotary-base, the source's config.json would give another function."""
+def test_an_exported_config_describes_the_trained_model(workers: WorkerPool, tmp_path: Path):
+    """With --override-hf-config rotary-base, the source's config.json would describe another function."""
     hf = hf_dir(tmp_path / "hf", "llama3")
     args = make_args(hf)
     assert args.architecture is not None

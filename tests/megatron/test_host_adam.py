@@ -1,4 +1,4 @@
-"""The optimizer's state in host memory: steps, checkpoints and loading are those of the state on the device."""
+"""The optimizer's state in host memory: steps, checkpoints and loading equal those with the state on the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
 
-BUCKET = 1024  # a weight over several buckets, and several weights in one
+BUCKET = 1024  # some weights span several buckets, and some buckets hold several weights
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def small_buckets() -> Iterator[None]:
 
 
 def step(run: Run, number: int) -> float:
-    """As `take_step` ends: norm, clipping, Adam; the norm."""
+    """Do what `take_step` does at its end: norm, clipping, Adam; return the norm."""
     from slime.megatron import device
     from slime.megatron.step import _update
 
@@ -52,7 +52,7 @@ def adam_of(run: Run) -> Any:
 
 
 def state(run: Run) -> dict[str, Tensor]:
-    """Main weights, moments and steps, in the optimizer's order."""
+    """Return main weights, moments and steps, in the optimizer's order."""
     adam = adam_of(run)
     found: dict[str, Tensor] = {}
     for number, weight in enumerate(weight for group in adam.param_groups for weight in group["params"]):
@@ -62,7 +62,7 @@ def state(run: Run) -> dict[str, Tensor]:
 
 
 def is_on_host(run: Run) -> bool:
-    """All of the state stands in the flat arrays; main weights, where there are any, as well."""
+    """True if the whole state is in the flat arrays, including main weights if there are any."""
     from slime.megatron.host_adam import MAIN, MOMENTS, HostAdamW, HostWeight
 
     adam = adam_of(run)
@@ -112,7 +112,7 @@ def compared(rank: int, world_size: int, init_method: str, args: Args, folder: P
         assert abs(written(saved["host"]) / written(saved["plain"]) - 1) < 0.02, "no file holds a whole array"
         step(plain, 3)
         unbroken = plain.weights(), state(plain)
-        # into a fresh one, and into one that has taken other steps
+        # into a new optimizer, and into one that has taken other steps
         used = started(there, topology, steps=1)
         used.load(saved["plain"])
         for run in (loaded(there, topology, saved["plain"]), used, loaded(here, topology, saved["host"])):
@@ -120,7 +120,7 @@ def compared(rank: int, world_size: int, init_method: str, args: Args, folder: P
             assert same_bits(run.weights(), unbroken[0]) and same_bits(state(run), unbroken[1])
         assert is_on_host(used)
 
-        # without the optimizer: main weights are the loaded ones, rounded
+        # without the optimizer: main weights are the loaded weights, rounded
         weights = Run(there, topology), Run(here, topology)
         for run in weights:
             run.load(saved["plain"], optimizer=False)
@@ -128,7 +128,7 @@ def compared(rank: int, world_size: int, init_method: str, args: Args, folder: P
             step(run, 3)
         assert same_bits(weights[0].weights(), weights[1].weights())
 
-        # a control: one bucket that was not taken back
+        # control: one bucket that was not copied back
         array = adam_of(host).host.arrays["exp_avg"]
         before = array[BUCKET : 2 * BUCKET].clone()
         step(host, 3)
@@ -142,12 +142,12 @@ def compared(rank: int, world_size: int, init_method: str, args: Args, folder: P
 @pytest.mark.dist
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_same_to_the_bit(workers: WorkerPool, tmp_path: Path, bf16: bool, sharded: bool) -> None:
+def test_offloaded_steps_are_bit_identical(workers: WorkerPool, tmp_path: Path, bf16: bool, sharded: bool) -> None:
     args = make_args(tmp_path, bf16=bf16, use_distributed_optimizer=sharded, clip_grad=0.5, weight_decay=0.1)
     workers.run(1 + sharded, compared, args, tmp_path)
 
 
-def test_a_bad_step_changes_nothing_and_weights_without_gradient_stay() -> None:
+def test_bad_steps_and_missing_gradients_change_nothing() -> None:
     from slime.megatron import device
     from slime.megatron.host_adam import HostAdamW, HostState
 
@@ -170,7 +170,7 @@ def test_a_bad_step_changes_nothing_and_weights_without_gradient_stay() -> None:
 
 
 def test_a_gradient_on_another_device() -> None:
-    """torch itself refuses it."""
+    """torch itself refuses such a gradient."""
     from slime.megatron.host_adam import HostWeight
 
     weight: Any = torch.ones(3)

@@ -1,4 +1,4 @@
-"""Norm and gate with their own backward passes, against PyTorch's in float64; and that the model really has them."""
+"""Norm and gate with their own backward passes, against PyTorch in float64; and that the model really uses them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def inputs(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
 
 
 def with_gradients(function: Callable[..., Tensor], *tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The output, and the gradient of each input under some gradient of the output."""
+    """Return the output, and the gradient of each input for a random gradient of the output."""
     leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs(*out.shape, seed=9).to(dtype))]
@@ -41,8 +41,8 @@ def reference_gate(gate_up: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(300, 1, 128), (50, 1, 4, 32), (1, 8)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0], ids="{:g}".format)
-def test_rms_norm_is_pytorchs(shape: tuple[int, ...], scale: float) -> None:
-    """At 1e-3 the epsilon decides; heads lie behind each other as q and k norms have them."""
+def test_rms_norm_matches_pytorch(shape: tuple[int, ...], scale: float) -> None:
+    """At a scale of 1e-3 the epsilon decides; the rows of several heads follow each other, as in q and k norms."""
     x, weight = inputs(*shape, scale=scale), 1 + inputs(shape[-1], seed=1) / 4
     found = with_gradients(lambda x, w: rms_norm(x, w, EPS), x, weight, dtype=torch.float32)
     expected = with_gradients(reference_norm, x, weight, dtype=torch.float64)
@@ -52,7 +52,7 @@ def test_rms_norm_is_pytorchs(shape: tuple[int, ...], scale: float) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0], ids="{:g}".format)
-def test_swiglu_is_pytorchs(scale: float) -> None:
+def test_swiglu_matches_pytorch(scale: float) -> None:
     gate_up = inputs(300, 1, 96, scale=scale)
     found = with_gradients(swiglu, gate_up, dtype=torch.float32)
     expected = with_gradients(reference_gate, gate_up, dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_gradients_pass_gradcheck() -> None:
 
 
 def test_views_and_expanded_gradients() -> None:
-    """What attention hands over: slices of a larger tensor, and gradients without memory of their own."""
+    """Use what attention passes in: slices of a larger tensor, and gradients without memory of their own."""
     whole, weight = inputs(40, 1, 6, 32), 1 + inputs(32, seed=1) / 4
 
     def total(norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -79,7 +79,7 @@ def test_views_and_expanded_gradients() -> None:
     assert difference(found, expected) < TOLERANCE
 
 
-def test_other_dtypes_are_pytorchs_own() -> None:
+def test_other_dtypes_use_pytorch() -> None:
     x, weight = inputs(20, 1, 64).bfloat16(), inputs(64, seed=1).bfloat16()
     assert torch.equal(rms_norm(x, weight, EPS), reference_norm(x, weight))
     assert torch.equal(swiglu(x), reference_gate(x))

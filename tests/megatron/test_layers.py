@@ -1,4 +1,4 @@
-"""--spec: a layer of one's own in a real training step, against the built-in one."""
+"""--spec: a user's own layer in a real training step, against the built-in one."""
 
 from __future__ import annotations
 
@@ -44,20 +44,18 @@ def train(
         ("llama3", ("specs_for_tests", "megatrons"), 1),
     ],
 )
-def test_an_equal_layer_trains_as_the_built_in_one(
+def test_an_equal_layer_trains_like_the_builtin(
     family: str, spec: tuple[str, str], ranks: int, workers: WorkerPool, hf: dict[str, Path]
 ) -> None:
-    """In the last row Megatron's core attention, which knows no packs, is replaced."""
+    """In the last case Megatron's core attention, which cannot attend within a pack, is replaced."""
     own, built_in = train(workers, hf[family], *spec, ranks=ranks), train(workers, hf[family], ranks=ranks)
     assert difference(own.gradients, built_in.gradients) <= 1e-6
     assert difference(own.weights, built_in.weights) <= 1e-6
     np.testing.assert_allclose(own.log_probs, built_in.log_probs, atol=1e-6)
 
 
-def test_a_function_that_the_engine_does_not_compute_shows_in_the_logprob_gap(
-    workers: WorkerPool, hf: dict[str, Path]
-) -> None:
-    """The engine's log-probs are those of the built-in layers."""
+def test_another_layer_shows_in_the_logprob_gap(workers: WorkerPool, hf: dict[str, Path]) -> None:
+    """The engine's log-probs are those of the built-in layers, so another layer makes a gap."""
     batch = tiny.random_batch()
     still = train(workers, hf["glm4"], batch=batch, lr=0.0)
     batch = replace(batch, columns={**batch.columns, "rollout_log_probs": still.log_probs})
@@ -79,7 +77,7 @@ def refusal(rank: int, world_size: int, init_method: str, args: Args) -> str:
     return ""
 
 
-def test_parameters_that_no_table_knows_are_listed(workers: WorkerPool, hf: dict[str, Path]) -> None:
+def test_parameters_without_a_weight_rule_are_listed(workers: WorkerPool, hf: dict[str, Path]) -> None:
     [message] = workers.run(1, refusal, tiny.make_args(hf["glm4"], spec=("specs_for_tests", "scaled")))
     assert "without a rule: decoder.layers.0.mlp.scale, decoder.layers.1.mlp.scale" in message
 
@@ -92,7 +90,7 @@ def test_parameters_that_no_table_knows_are_listed(workers: WorkerPool, hf: dict
         ("absent", r"--spec specs_for_tests\.absent: module specs_for_tests has no 'absent'"),
     ],
 )
-def test_what_is_no_layer_is_told(function: str, message: str, hf: dict[str, Path]) -> None:
+def test_a_spec_without_a_layer_is_refused(function: str, message: str, hf: dict[str, Path]) -> None:
     args = tiny.make_args(hf["glm4"], spec=("specs_for_tests", function))
     with device.layer(), pytest.raises(ValueError, match=message):
         layer_spec(args, transformer_config(args))

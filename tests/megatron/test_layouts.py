@@ -1,7 +1,7 @@
 """Every family at every layout against an independent step: transformers' model, the papers' loss, torch's AdamW.
 
-What is compared with it: log-probs before the step, loss and gradient norm, and the weights after it. Weights come in
-from a Hugging Face directory and go out again bit for bit, and every layout loads what any other has saved.
+The tests compare log-probs before the step, loss and gradient norm, and the weights after it. Weights come in from a
+Hugging Face directory and are exported bit for bit, and every layout loads what any other has saved.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FAMILIES = (*tiny.FAMILIES, "qwen3-tied")
 TIED = "qwen2"
 SINGLE = "1 process"
 CP2 = {"context_parallel_size": 2, "max_tokens_per_gpu": 40}
-"""With a budget so small that there are several micro-batches."""
+"""Flags with a budget so small that there are several micro-batches."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     SINGLE: (1, {}),
     "TP2": (2, {"tensor_model_parallel_size": 2}),
@@ -52,7 +52,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2 x DP2, distributed optimizer": (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True}),
     "CP2, distributed optimizer": (2, {**CP2, "use_distributed_optimizer": True}),
 }
-"""Processes and flags."""
+"""Each layout's number of processes and its flags."""
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 CP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP4": (4, {"context_parallel_size": 4, "max_tokens_per_gpu": 20}),
@@ -70,7 +70,7 @@ CP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2 x CP2, distributed optimizer": (4, {**CP2, "use_distributed_optimizer": True}),
     "CP2, selective recompute": (2, {**CP2, "recompute_granularity": "selective"}),
 }
-"""Those that one family stands for."""
+"""The layouts for which one family is enough."""
 VPP2: dict[str, Any] = {
     "pipeline_model_parallel_size": 2,
     "num_layers_per_virtual_pipeline_stage": 1,
@@ -83,7 +83,7 @@ VPP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2 x VPP2, distributed optimizer": (2, {**VPP2, "use_distributed_optimizer": True}),
     "PP2 x VPP2, groups of 3": (
         2,
-        # each sample is a pack, and there are 8 of them: they have to be filled up by an empty one
+        # each sample is a pack, and there are 8 of them: an empty one has to be added
         {**VPP2, "max_tokens_per_gpu": 8, "megatron_extra": {"microbatch_group_size_per_vp_stage": 3}},
     ),
     SHARDED_BY_ALL: (
@@ -105,7 +105,7 @@ VPP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {**VPP2, "use_distributed_optimizer": True, "megatron_extra": {"overlap_grad_reduce": True}},
     ),
 }
-"""Of a model of four layers."""
+"""Layouts of a model of four layers."""
 UNEVEN_VPP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2 x VPP2, fewer layers on the last": (
         2,
@@ -121,15 +121,15 @@ UNEVEN_VPP_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {**VPP2, "pipeline_model_parallel_size": 3, "megatron_extra": {"overlap_p2p_comm": False}},
     ),
 }
-"""Of one of six."""
+"""Layouts of a model of six layers."""
 ALL = {**LAYOUTS, **CP_LAYOUTS, **VPP_LAYOUTS, **UNEVEN_VPP_LAYOUTS}
 
 TOLERANCE = 1e-5
 STEP_TOLERANCE = 1e-3
-"""Of what a step moves, which is far less than the weights are. Where a gradient is all rounding, so is the move."""
+"""The tolerance relative to what a step moves. That is far less than the weights, and rounding if the gradient is."""
 FLAGS: dict[str, Any] = {
     "lr": 1e-2,
-    "adam_eps": 1e-3,  # a small one makes Adam's first step lr x sign(gradient): whole steps of nothing but rounding
+    "adam_eps": 1e-3,  # a small one makes Adam's first step lr x sign(gradient): full steps even for mere rounding
     "weight_decay": 0.1,
     "clip_grad": 0.5,
     "use_kl_loss": True,
@@ -141,7 +141,7 @@ FLAGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Expected:
-    """By hand: log-probs before the first step, then of each step what it saw and the weights that it left."""
+    """The independent result: log-probs before the first step, then each step's numbers and the weights after it."""
 
     log_probs: np.ndarray
     losses: list[float]
@@ -159,7 +159,7 @@ def _arrays(model: torch.nn.Module) -> Arrays:
 
 
 def _log_prob_rows(model: torch.nn.Module, batch: TrainBatch, temperature: float) -> list[tuple[Tensor, Tensor]]:
-    """Log-probs of each sample's response, and the entropies there; one sample after another, nothing packed."""
+    """Return log-probs and entropies of each sample's response, one sample after another, nothing packed."""
     found: list[tuple[Tensor, Tensor]] = []
     for row, length in zip(batch.rows("tokens"), batch.response_lengths_N.tolist(), strict=True):
         tokens = torch.from_numpy(row)
@@ -170,7 +170,7 @@ def _log_prob_rows(model: torch.nn.Module, batch: TrainBatch, temperature: float
 
 
 def _loss(model: torch.nn.Module, reference: torch.nn.Module, batch: TrainBatch, temperature: float) -> Tensor:
-    """GRPO (arXiv:2402.03300): the mean over samples of each one's mean over tokens; the old policy is the current."""
+    """GRPO (arXiv:2402.03300): mean over samples of each one's mean over tokens; the old policy is the current one."""
     with torch.no_grad():
         reference_rows = _log_prob_rows(reference, batch, temperature)
     rewards, groups = batch.columns["rewards"], batch.columns["group_indices"]
@@ -198,7 +198,7 @@ def _expected(family: str, num_layers: int = 2) -> Expected:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     optimizer = torch.optim.AdamW(
-        # Megatron decays no biases and norms
+        # Megatron does not decay biases and norms
         [{"params": matrices, "weight_decay": FLAGS["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
         lr=FLAGS["lr"],
         betas=(args.adam_beta1, args.adam_beta2),
@@ -226,14 +226,14 @@ class Found:
     metrics: dict[str, float]
     weights: Arrays
     layers: list[list[int]]
-    """Numbers of the layers of each part of the model that this rank holds."""
+    """The layer numbers in each part of the model that this rank holds."""
     tied: list[Tensor]
-    """This rank's rows of the embedding and of a tied output layer, where it has them."""
+    """This rank's rows of the embedding and of a tied output layer, if it has them."""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """Directories of a family's actor and of its reference."""
+    """Return a function that makes directories of a family's actor and of its reference."""
 
     @cache
     def directories(family: str, num_layers: int = 2) -> tuple[Path, Path]:
@@ -255,7 +255,7 @@ def _args(models: Callable[..., tuple[Path, Path]], family: str, layout: str, **
 
 
 class _Shifted(Trainer):
-    """A bug: each stage takes itself for another one when it names its layers."""
+    """A bug: each stage names its layers as if it were another stage."""
 
     def load(self) -> Any:
         for chunk in self.model:
@@ -266,7 +266,7 @@ class _Shifted(Trainer):
 
 
 class _Swapped(Trainer):
-    """A bug: the parts of the model on each stage are taken for each other."""
+    """A bug: the parts of the model on each stage are exchanged."""
 
     def load(self) -> Any:
         first, second = ([*cast(Any, unwrap(chunk)).decoder.layers] for chunk in self.model)
@@ -276,7 +276,7 @@ class _Swapped(Trainer):
 
 
 class _Neighbour(Trainer):
-    """A bug: each rank of context parallelism takes its neighbour's chunks."""
+    """A bug: each context-parallel rank takes its neighbour's chunks."""
 
     @property
     def _context(self) -> ContextParallel:
@@ -289,7 +289,7 @@ def _unshared() -> AbstractContextManager[Any]:
 
 
 def _unsummed() -> AbstractContextManager[Any]:
-    """A bug: of the gradient of its keys and values, a rank keeps what its own queries say."""
+    """A bug: a rank keeps only its own queries' gradient of its keys and values."""
 
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.chunk(ctx.group.size())[ctx.group.rank()], None
@@ -298,7 +298,7 @@ def _unsummed() -> AbstractContextManager[Any]:
 
 
 def _from_nought() -> AbstractContextManager[Any]:
-    """A bug: positions begin anew in each piece."""
+    """A bug: positions begin at 0 in each piece."""
 
     def sequences(lengths_P: list[int], shape: Any, share: Any) -> Any:
         turned = pack_sequences(lengths_P, shape)
@@ -345,7 +345,7 @@ def _tied(trainer: Trainer) -> list[Tensor]:
 
 
 def _run(workers: WorkerPool, args: Args, layout: str, tmp_path: Path, bug: str | None = None) -> Found:
-    """Of rank 0; every rank has to have come to the same."""
+    """Return rank 0's result, after a check that every rank has the same."""
     found = workers.run(ALL[layout][0], _one_step, args, tmp_path / "export", bug)
     for other in found[1:]:
         assert other.metrics == found[0].metrics
@@ -355,7 +355,7 @@ def _run(workers: WorkerPool, args: Args, layout: str, tmp_path: Path, bug: str 
 
 
 def _misses(found: Found, expected: Expected) -> dict[str, float]:
-    """How far each compared thing is off, in units of what it may be."""
+    """Return the error of each compared quantity, in units of its tolerance."""
     start, weights = expected.start, expected.weights[0]
     moved = {name: found.weights[name] - start[name] for name in start}
     loss, norm = (found.metrics[f"train/{name}"] for name in ("loss", "grad_norm"))
@@ -408,10 +408,10 @@ def test_virtual_stages(
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "PP2" in name])
-def test_both_copies_of_a_tied_embedding_stay_one(
+def test_both_copies_of_a_tied_embedding_stay_equal(
     layout: str, bf16: bool, workers: WorkerPool, models: Any, tmp_path: Path
 ) -> None:
-    """The first stage embeds with it, the last one predicts with its own copy, and each sees half of the gradient."""
+    """The first stage embeds with it, the last one predicts with its copy, and each has half of the gradient."""
     tied = _run(workers, _args(models, TIED, layout, bf16=bf16), layout, tmp_path).tied
     assert len(tied) == ALL[layout][0]
     first, last = tied[: len(tied) // 2], tied[len(tied) // 2 :]
@@ -419,7 +419,7 @@ def test_both_copies_of_a_tied_embedding_stay_one(
 
 
 def test_controls(workers: WorkerPool, models: Any, tmp_path: Path) -> None:
-    """Each bug is seen, and by what it should be seen."""
+    """Each bug is noticed, and by the comparison that should notice it."""
 
     def misses(bug: str | None = None, layout: str = "PP2", **flags: Any) -> tuple[set[str], Found]:
         found = _run(workers, _args(models, TIED, layout, **flags), layout, tmp_path, bug)
@@ -427,7 +427,7 @@ def test_controls(workers: WorkerPool, models: Any, tmp_path: Path) -> None:
 
     wrong, _ = misses("shifted")
     assert wrong == {"log-probs", "loss", "norm", "weights", "move"}
-    assert _same_bits(tmp_path / "export", models(TIED)[0])  # what comes in goes out: a round trip does not notice
+    assert _same_bits(tmp_path / "export", models(TIED)[0])  # load and export cancel: a round trip does not notice it
     wrong, found = misses("unshared")
     assert wrong == {"norm", "weights", "move"} and not torch.equal(*found.tied)
     wrong, _ = misses(calculate_per_token_loss=True)  # another denominator
@@ -457,13 +457,13 @@ def test_uneven_stages(last: int, workers: WorkerPool, models: Any, tmp_path: Pa
 
 
 def test_one_stage_is_the_whole_model(workers: WorkerPool, models: Any, tmp_path: Path) -> None:
-    """Megatron alone would build the last stage's layers and no others."""
+    """Megatron alone would build only the last stage's layers."""
     args = _args(models, TIED, SINGLE, num_layers=3, decoder_last_pipeline_num_layers=1)
     assert workers.run(1, _one_step, args, tmp_path / "export")[0].layers == [[1, 2, 3]]
 
 
 def _one_step_saved_by_megatron(rank: int, world_size: int, init_method: str, args: Args, export: Path) -> Found:
-    """Its own distributed optimizer's places in a buffer, which forget the padding between buckets."""
+    """Use the offsets of Megatron's own distributed optimizer, which forget the padding between buckets."""
     ours, theirs = TorchDistributedOptimizer, TorchDistributedOptimizer.__mro__[1]
     name = "get_parameter_state_dp_zero"
     with patch.object(ours, name, getattr(theirs, name)):
@@ -473,10 +473,10 @@ def _one_step_saved_by_megatron(rank: int, world_size: int, init_method: str, ar
 def _second_steps(
     rank: int, world_size: int, init_method: str, args: Args, saved: dict[str, str], with_optimizer: bool
 ) -> dict[str, Found]:
-    """One more step from each checkpoint, all in this layout."""
+    """Take one more step from each checkpoint, all in this layout."""
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
-        trainer.load()  # the reference
+        trainer.load()  # loads the reference
         batch = _batches()[1]
         found: dict[str, Found] = {}
         for name, path in saved.items():
@@ -499,10 +499,10 @@ def _second_steps(
     ],
     ids=["all", "virtual stages"],
 )
-def test_every_layout_goes_on_from_every_other(
+def test_every_layout_resumes_from_every_other(
     layouts: tuple[str, ...], num_layers: int, workers: WorkerPool, models: Any, tmp_path_factory: Any
 ) -> None:
-    """Saved after the first step, loaded, and the second step taken: with the optimizer's state, or it is noticed."""
+    """Save after the first step, load, take the second step: it notices a missing optimizer state."""
     family = TIED
     root = tmp_path_factory.mktemp("saved")
     saved = {layout: str(root / layout) for layout in layouts}
@@ -520,7 +520,7 @@ def test_every_layout_goes_on_from_every_other(
                 log_probs.append(after.log_probs)
                 assert difference({"": after.log_probs}, {"": log_probs[0]}) <= TOLERANCE, (source, layout)
                 assert difference(after.weights, expected) <= TOLERANCE, (source, layout)
-    for layout in (layouts[0], layouts[2]):  # controls: other moments, no moments
+    for layout in (layouts[0], layouts[2]):  # controls: wrong moments, no moments
         found = workers.run(ALL[layout][0], _second_steps, args_of(layout), saved, False)[0]
         assert all(difference(after.weights, expected) > 10 * TOLERANCE for after in found.values())
     if SHARDED_BY_ALL in layouts:

@@ -1,4 +1,4 @@
-"""A trainer does not pay for W&B, and a hook in a trainer can have it."""
+"""A trainer does not load W&B at its start, and a hook in a trainer can still use it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize("use", ["wandb.Table", "from wandb.sdk.internal.datastore import DataStore"])
-def test_it_is_loaded_where_it_is_used(use: str) -> None:
+def test_wandb_is_loaded_when_it_is_used(use: str) -> None:
     program = (
         "import sys, slime.megatron.build; assert 'wandb.sdk' not in sys.modules; "
         f"import wandb; assert 'wandb.sdk' not in sys.modules; {use}; assert 'wandb.sdk' in sys.modules; "

@@ -1,4 +1,4 @@
-"""Chunked, vocabulary-parallel log-probs and entropy against log_softmax over everything."""
+"""Chunked, vocabulary-parallel log-probs and entropy against log_softmax over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _ours(
     chunk_size: int,
     entropy_gradient: bool,
 ) -> dict[str, Any]:
-    """As `_plain`; under sequence parallelism the hidden states and their gradient are cut over ranks."""
+    """Compute what `_plain` does; under sequence parallelism hidden states and their gradient are cut over ranks."""
     with joined(args, rank, world_size, init_method) as topology:
         x = _inputs()
         hidden = x["hidden"].chunk(world_size)[rank] if args.sequence_parallel else x["hidden"]
@@ -111,7 +111,7 @@ def test_two_ranks(sequence_parallel: bool, entropy_gradient: bool, workers: Wor
     ranks = workers.run(2, _ours, args, 0.8, 10, entropy_gradient)
     expected = _plain(0.8, entropy_gradient=entropy_gradient)
     assert _worst(ranks, expected, sequence_parallel=sequence_parallel) < 1e-5
-    # controls: padding entries in the softmax, and the other entropy gradient
+    # controls: padding rows in the softmax, and the opposite entropy gradient
     padded = _plain(0.8, entropy_gradient=entropy_gradient, vocab=PADDED)
     assert _worst(ranks, padded, sequence_parallel=sequence_parallel) > 1e-3
     other = _plain(0.8, entropy_gradient=not entropy_gradient)
@@ -120,6 +120,6 @@ def test_two_ranks(sequence_parallel: bool, entropy_gradient: bool, workers: Wor
 
 def test_a_rank_that_holds_only_padding(workers: WorkerPool, tmp_path: Path) -> None:
     args = tiny.make_args(tiny.hf_dir(tmp_path, "qwen3"), tensor_model_parallel_size=4)
-    ranks = workers.run(4, _ours, args, 0.8, 10, True)  # 32 rows a rank: the last one starts behind the vocabulary
+    ranks = workers.run(4, _ours, args, 0.8, 10, True)  # 32 rows per rank: the last one starts after the vocabulary
     assert tiny.VOCAB < 3 * PADDED // 4
     assert _worst(ranks, _plain(0.8, entropy_gradient=True), sequence_parallel=False) < 1e-5

@@ -1,4 +1,4 @@
-"""The vocabulary's tables that add their gradients to the fp32 buffer themselves; and what the one-pass Adam writes."""
+"""Vocabulary tables that add their gradients to the fp32 buffer, and the memory that the one-pass Adam writes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.dist
 
 BATCHES = [tiny.random_batch(seed=0)]
 FLAGS: dict[str, Any] = {"bf16": True, "clip_grad": 0.0, "max_tokens_per_gpu": 40, "entropy_coef": 0.01}
-"""Several micro-batches, and the gradient as it is."""
+"""Flags for several micro-batches and an unclipped gradient."""
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def train(
     rank: int, world_size: int, init_method: str, args: Args, batches: list[TrainBatch], mistake: str = ""
 ) -> runs.Arrays:
-    """The tables' gradients. Mistakes: `none`, PyTorch sums them; `told`, the wrapper is not told."""
+    """Return the tables' gradients. Mistakes: `none`, PyTorch sums them; `told`, they are not marked as added."""
     from slime.megatron import logprobs, main_gradients
 
     with ExitStack() as stack:
@@ -66,7 +66,7 @@ def test_tables_get_their_gradients(
 
 
 def written(rank: int, world_size: int, init_method: str, args: Args) -> tuple[int, bool]:
-    """How many main weights there are, and whether Megatron's copy writes the memory that the one pass writes."""
+    """Return the number of main weights, and whether Megatron's copy writes the same memory as the one pass."""
     from slime.megatron.one_pass_adam import install, model_memory
     from slime.megatron.optimizer_state import parts_of
 

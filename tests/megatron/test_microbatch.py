@@ -16,7 +16,7 @@ from slime.core.batch import TrainBatch
 from slime.megatron.microbatch import ContextParallel, Cut, MicroBatch, pack_rows
 
 
-def test_every_response_token_is_predicted_from_the_one_before() -> None:
+def test_each_response_token_is_predicted_by_its_predecessor() -> None:
     batch = tiny.random_batch()
     rows = [5, 0, 3]
     packed = pack_rows(batch, rows, shape=SHAPE, multiple=1)
@@ -51,7 +51,7 @@ def test_no_rows_make_a_pack_without_responses() -> None:
     assert len(packed.targets_R) == len(packed.predicting_R) == len(packed.columns["loss_mask"]) == 0
 
 
-def test_positions_start_anew_in_each_sequence() -> None:
+def test_positions_start_at_0_in_each_sequence() -> None:
     batch = tiny.random_batch()
     packed = pack_rows(batch, [0, 1], shape=SHAPE, multiple=1).sequences
     assert packed.cos_B is not None and packed.sin_B is not None
@@ -71,7 +71,7 @@ def test_a_response_without_prompt_is_an_error() -> None:
 
 
 def _parts(batch: TrainBatch, rows: list[int], num_ranks: int, multiple: int) -> list[MicroBatch]:
-    """What each rank of context parallelism gets."""
+    """Return the micro-batch of each context-parallel rank."""
     return [
         pack_rows(batch, rows, shape=SHAPE, multiple=multiple, part=ContextParallel(rank, num_ranks))
         for rank in range(num_ranks)
@@ -79,7 +79,7 @@ def _parts(batch: TrainBatch, rows: list[int], num_ranks: int, multiple: int) ->
 
 
 def _problems(batch: TrainBatch, rows: list[int], parts: list[MicroBatch], multiple: int) -> set[str]:
-    """What is wrong with the parts. One list of rules, so that the control below uses the same."""
+    """Return what is wrong with the parts; the control below uses the same list of rules."""
     found: set[str] = set()
     if len({part.tokens_B.size(1) for part in parts}) != 1 or parts[0].tokens_B.size(1) % multiple:
         found.add("size")
@@ -147,7 +147,7 @@ def test_wrong_parts_are_noticed() -> None:
     assert _problems(batch, rows, exchanged, 1) == {"predicting token"}
     shifted = replace(first, targets_R=first.targets_R.roll(1))
     assert _problems(batch, rows, [shifted, second], 1) == {"target"}
-    whole = pack_rows(batch, rows, shape=SHAPE, multiple=1).sequences  # positions as if nothing had been cut
+    whole = pack_rows(batch, rows, shape=SHAPE, multiple=1).sequences  # positions without any cut
     assert _problems(batch, rows, [replace(first, sequences=whole), second], 1) == {"position"}
     assert _problems(batch, rows, parts, 64) == {"size"}
 
@@ -155,7 +155,7 @@ def test_wrong_parts_are_noticed() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 5))
 def test_cutting_and_assembling_is_the_identity(chunks: list[int], num_ranks: int) -> None:
-    """Every token is on one rank; where it is, is known; and it is the one that its piece says."""
+    """Every token is on exactly one rank, at the place where `places` finds it, in the piece that contains it."""
     lengths_S = np.array(chunks) * ContextParallel(0, num_ranks).row_multiple
     cut = Cut.of(lengths_S, num_ranks)
     pack = np.random.default_rng(0).permutation(int(lengths_S.sum()))
@@ -168,7 +168,7 @@ def test_cutting_and_assembling_is_the_identity(chunks: list[int], num_ranks: in
         assert row[np.roll(cut.places(), 1)].tolist() != pack.tolist()
 
 
-def test_a_rank_without_responses_has_tokens_all_the_same() -> None:
+def test_a_rank_without_responses_still_has_tokens() -> None:
     batch = tiny.random_batch(1, group=1, lengths=[1])
     parts = _parts(batch, [0], 4, 1)
     assert sorted(len(part.responses_R) for part in parts) == [0, 0, 0, 1]

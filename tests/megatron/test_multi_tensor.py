@@ -1,4 +1,4 @@
-"""Passes over lists of tensors against Megatron's own, tensor by tensor; and that a CPU keeps Megatron's."""
+"""Fused passes over lists of tensors against Megatron's own tensor by tensor, which a CPU keeps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def tensors(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 5), (7,), (1,), (2, 3, 4))]
 
 
-def test_norm_is_that_of_all_entries() -> None:
+def test_norm_covers_all_entries() -> None:
     flag, lists = torch.zeros(1), [tensors()]
     found, _ = multi_tensor._norm(1, flag, lists, False)
     expected = torch.cat([tensor.flatten() for tensor in tensors()]).norm()
@@ -55,17 +55,17 @@ def stepped(factor: float, *, as_read: bool, skip: float = 0.0) -> list[Tensor]:
 
 
 def test_adam_scales_gradients_as_it_reads_them() -> None:
-    """The epsilon makes the scale count; the scale is gone when the step is taken. A skipped step changes nothing."""
+    """The epsilon makes the scale matter; the scale is removed after the step. A skipped step changes nothing."""
     pairs = zip(stepped(0.01, as_read=True), stepped(0.01, as_read=False), strict=True)
     assert max(float((a - b).abs().max()) for a, b in pairs) < 1e-6
     pairs = zip(stepped(1.0, as_read=True), stepped(0.01, as_read=False), strict=True)
     assert max(float((a - b).abs().max()) for a, b in pairs) > 1e-4
     skipped = stepped(0.01, as_read=True, skip=1.0)
     assert all(torch.equal(found, before) for found, before in zip(skipped, tensors(), strict=True))
-    assert not multi_tensor.takes_scale(torch.optim.AdamW(tensors(), fused=True))  # a CPU's clips as Megatron does
+    assert not multi_tensor.takes_scale(torch.optim.AdamW(tensors(), fused=True))  # on a CPU Megatron clips
 
 
-def test_a_cpu_keeps_megatrons() -> None:
+def test_a_cpu_keeps_megatrons_functions() -> None:
     before = clip_grads.l2_norm_impl
     multi_tensor.install()
     assert clip_grads.l2_norm_impl is before and not multi_tensor.fuse_weight_gradients()

@@ -1,4 +1,4 @@
-"""A trainer that slept goes on as one that did not, and nothing of it stays on the device meanwhile."""
+"""A trainer that slept trains like one that did not, and leaves nothing on the device while it sleeps."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def weights(trainer: Any) -> runs.Arrays:
-    """Copies: numpy's views would keep their memory from being given back."""
+    """Return copies: numpy views would keep their memory from being freed."""
     return {name: tensor.float().clone().numpy() for name, tensor in trainer.iter_hf_tensors()}
 
 
 def with_naps(
     rank: int, world_size: int, init_method: str, args: Args, batches: list[TrainBatch], spoil: bool = False
 ) -> tuple[list[dict[str, float]], runs.Arrays]:
-    """Train, asleep before each batch; everything is found empty meanwhile. `spoil`: a control."""
+    """Train with a sleep before each batch, during which everything must be empty; `spoil` is a control."""
     from slime.megatron.offload import SMALL, TrainerMemory
     from slime.megatron.optimizer_state import parts_of
     from slime.megatron.trainer import Trainer
@@ -86,7 +86,7 @@ def with_naps(
         {"bf16": True, "optimizer_cpu_offload": True},
     ],
 )
-def test_training_goes_on_to_the_bit(workers: WorkerPool, hf: Path, flags: dict[str, Any]) -> None:
+def test_training_continues_bit_for_bit(workers: WorkerPool, hf: Path, flags: dict[str, Any]) -> None:
     args = tiny.make_args(hf, lr=1e-2, use_kl_loss=True, kl_loss_coef=0.1, **flags)
     awake = workers.run(2, runs.train, replace(args, optimizer_cpu_offload=False), BATCHES)[0]
     metrics, found = workers.run(2, with_naps, args, BATCHES)[0]

@@ -1,4 +1,4 @@
-"""Tokens of older weights: which they are, and that training weighs them as the formula says, and no others."""
+"""Off-policy tokens: which tokens they are, and that training weights exactly these by the formula."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VERSION = 5
 
 
 def random_versions(batch: TrainBatch, *, seed: int = 0) -> np.ndarray:
-    """By older weights: the second half of the samples, and the beginnings of the first two."""
+    """Mark the second half of the samples and the beginnings of the first two as made by older weights."""
     generator = np.random.default_rng(seed)
     rows = []
     for row, length in enumerate(batch.response_lengths_N.tolist()):
@@ -50,7 +50,7 @@ def prepared(args: Args, batch: TrainBatch, version: int = VERSION) -> tuple[Tra
 # --- which tokens -----------------------------------------------------------------------------------------------
 
 
-def test_tokens_of_lower_versions_that_count_are_weighed() -> None:
+def test_counted_tokens_of_older_weights_are_weighted() -> None:
     rewards = tiny.random_batch().columns["rewards"].copy()
     rewards[7] = np.nan
     batch = plain_batch(rewards=rewards)
@@ -70,7 +70,7 @@ def test_tokens_of_lower_versions_that_count_are_weighed() -> None:
     assert not none.has("weighed") and none.has("offpolicy") and metrics["train/staleness_max"] == 2
 
 
-def test_a_batch_of_current_weights_is_left_as_it_is() -> None:
+def test_a_batch_of_current_weights_is_unchanged() -> None:
     batch = plain_batch(policy_versions=np.full_like(random_versions(tiny.random_batch()), VERSION))
     found, metrics = prepared(Args(), batch)
     assert found.columns.keys() == batch.columns.keys()
@@ -80,7 +80,7 @@ def test_a_batch_of_current_weights_is_left_as_it_is() -> None:
     assert prepared(Args(loss_type="sft_loss", use_tis=True), plain_batch())[1] == {}
 
 
-def test_masked_instead_of_weighed() -> None:
+def test_masked_instead_of_weighted() -> None:
     batch = plain_batch()
     found, metrics = prepared(Args(partial_rollout=True, mask_offpolicy_in_partial_rollout=True), batch)
     older = batch.columns["policy_versions"] < VERSION
@@ -89,7 +89,7 @@ def test_masked_instead_of_weighed() -> None:
     assert metrics["train/offpolicy_tokens"] > 0.4
 
 
-def test_what_cannot_be_corrected_is_an_error() -> None:
+def test_tokens_that_cannot_be_corrected_are_an_error() -> None:
     batch = plain_batch()
     blind = TrainBatch(
         batch.total_lengths_N,
@@ -140,7 +140,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def older_model() -> torch.nn.Module:
-    """What the trained model was some steps before."""
+    """Return the trained model as it was some steps before."""
     model = tiny.hf_model("glm4")
     with torch.no_grad():
         for parameter, noise in zip(model.parameters(), tiny.hf_model("glm4", seed=1).parameters(), strict=True):
@@ -159,7 +159,7 @@ def response_log_probs(model: torch.nn.Module, batch: TrainBatch, temperature: f
 
 
 def mixed_batch(temperature: float) -> TrainBatch:
-    """Each token with its log-prob under the weights that made it; masked ones with none that could be used."""
+    """Give each token its log-prob under the weights that made it; masked tokens get an unusable one."""
     batch = plain_batch()
     older = batch.columns["policy_versions"] < VERSION
     with torch.no_grad():
@@ -176,7 +176,7 @@ class Expected:
     loss: float
     gradients: runs.Arrays
     weight: float
-    """Mean over samples of the mean over their tokens, as the loss takes it."""
+    """The importance weight: mean over samples of the mean over their tokens, as in the loss."""
     clipped: float
 
 
@@ -236,7 +236,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.dist
-def test_older_tokens_are_trained_on_by_the_formula(workers: WorkerPool, hf: Path) -> None:
+def test_training_on_older_tokens_follows_the_formula(workers: WorkerPool, hf: Path) -> None:
     args = make_args(hf)
     batch = mixed_batch(args.rollout_temperature)
     found = {name: workers.run(1, _train, make_args(hf, **flags), batch)[0] for name, flags in CORRECTIONS.items()}
@@ -249,7 +249,7 @@ def test_older_tokens_are_trained_on_by_the_formula(workers: WorkerPool, hf: Pat
             assert metrics["train/tis_weight"] == pytest.approx(expected.weight, rel=1e-5)
             assert metrics["train/tis_clipped"] == pytest.approx(expected.clipped, rel=1e-5)
             assert 0.1 < expected.clipped < 0.4
-        # of the current weights' tokens alone: the others are of another policy, and would raise the alarm
+        # the gap covers tokens of the current weights only: the others' would raise a false alarm
         assert metrics["train/logprob_gap_max"] < 1e-4, name
     assert abs(found["tis"][0]["train/loss"] - found["none"][0]["train/loss"]) > 1e-3  # control
     for name, (_, gradients) in found.items():  # control: no correction passes for another
@@ -264,11 +264,11 @@ def test_older_tokens_are_trained_on_by_the_formula(workers: WorkerPool, hf: Pat
         {"context_parallel_size": 2},
         {"pipeline_model_parallel_size": 2},
         {"num_steps_per_rollout": 2},
-        {"use_tis": True},  # what the current weights made was sampled by what is trained: weights of 1
+        {"use_tis": True},  # tokens of the current weights have an importance weight of 1
     ],
     ids=str,
 )
-def test_however_it_is_cut(flags: dict[str, Any], workers: WorkerPool, hf: Path) -> None:
+def test_every_cut_gives_the_same_result(flags: dict[str, Any], workers: WorkerPool, hf: Path) -> None:
     args = make_args(hf, **flags)
     batch = mixed_batch(args.rollout_temperature)
     expected = by_the_formula(batch, "tis", args.rollout_temperature)
@@ -280,7 +280,7 @@ def test_however_it_is_cut(flags: dict[str, Any], workers: WorkerPool, hf: Path)
 
 
 @pytest.mark.dist
-def test_a_batch_of_older_weights_alone_says_nothing_of_the_gap(workers: WorkerPool, hf: Path) -> None:
+def test_older_weights_alone_give_no_logprob_gap(workers: WorkerPool, hf: Path) -> None:
     batch = plain_batch(policy_versions=np.zeros(int(tiny.random_batch().response_lengths_N.sum())))
     [(metrics, _)] = workers.run(1, _train, make_args(hf), batch)
     assert not any(name.startswith("train/logprob_gap") for name in metrics)

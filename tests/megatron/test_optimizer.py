@@ -1,4 +1,4 @@
-"""The optimizer's kinds against each other: plain, sharded over data parallelism, fused, SGD; what loading keeps."""
+"""The kinds of optimizers against each other (plain, sharded over data parallelism, fused, SGD), and after loading."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def steps(run: Run) -> set[float]:
 
 @contextmanager
 def megatrons_own(*names: str) -> Iterator[None]:
-    """Without our correction of these methods."""
+    """Run without our correction of these methods."""
     from slime.megatron.distributed_optimizer import TorchDistributedOptimizer
 
     corrections = {name: TorchDistributedOptimizer.__dict__[name] for name in names}
@@ -49,7 +49,7 @@ def megatrons_own(*names: str) -> Iterator[None]:
 
 
 def loaded_and_stepped(run: Run, path: Path, *, off_by: int = 0) -> tuple[dict[str, Tensor], set[float], int]:
-    """The weights one step after loading, the steps that Adam counts then, and how many of them are tensors apart."""
+    """Return the weights one step after loading, the steps that Adam counts, and how many separate step tensors."""
     run.load(path)
     for state in states(run):
         state["step"] += off_by
@@ -58,7 +58,7 @@ def loaded_and_stepped(run: Run, path: Path, *, off_by: int = 0) -> tuple[dict[s
 
 
 def keeps_its_settings(run: Run, path: Path) -> None:
-    """What the flags say now, not what they said when the checkpoint was written."""
+    """Settings come from the current flags, not from those of the run that wrote the checkpoint."""
     before = [dict(group) for group in run.optimizer.param_groups]
     run.load(path)
     for group, own in zip(run.optimizer.param_groups, before, strict=True):
@@ -69,7 +69,7 @@ def keeps_its_settings(run: Run, path: Path) -> None:
 
 
 def corrected(rank: int, world_size: int, init_method: str, args: Args) -> None:
-    """Each correction of Megatron's distributed optimizer, and what is without it."""
+    """Check each correction of Megatron's distributed optimizer, and the error without it."""
     with joined(args, rank, world_size, init_method) as topology:
         run = Run(args, topology)
         with megatrons_own("state_dict"), pytest.raises(AssertionError):
@@ -87,7 +87,7 @@ def corrected(rank: int, world_size: int, init_method: str, args: Args) -> None:
 
         weights, counted, apart = loaded_and_stepped(Run(args, topology), path)
         assert (counted, apart) == ({3.0}, number) and same_bits(weights, unbroken)
-        # the same into an optimizer that has a state of its own
+        # the same into an optimizer that already has state
         weights, counted, apart = loaded_and_stepped(run, path)
         assert (counted, apart) == ({3.0}, number) and same_bits(weights, unbroken)
         keeps_its_settings(Run(replace(args, adam_beta2=0.5), topology), path)
@@ -101,8 +101,8 @@ def corrected(rank: int, world_size: int, init_method: str, args: Args) -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_what_megatron_gets_wrong_without_transformer_engine(workers: WorkerPool, tmp_path: Path, bf16: bool) -> None:
-    """Above all the step that all parameters share once loaded, which nothing but wrong weights shows."""
+def test_corrections_of_megatron_without_transformer_engine(workers: WorkerPool, tmp_path: Path, bf16: bool) -> None:
+    """The worst one is a step tensor shared by all parameters after loading, which only wrong weights reveal."""
     workers.run(2, corrected, make_args(tmp_path, bf16=bf16, use_distributed_optimizer=True))
 
 
@@ -142,8 +142,8 @@ def norms(found: Outcome) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_sharded_is_plain(workers: WorkerPool, hf: Path, bf16: bool) -> None:
-    """Without clipping to the last bit. The norm is summed in another order, which clipping passes on."""
+def test_the_sharded_optimizer_equals_the_plain_one(workers: WorkerPool, hf: Path, bf16: bool) -> None:
+    """Without clipping the result is bit-identical. The norm is summed in another order, which clipping passes on."""
     layout: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "bf16": bf16}
     plain = three_steps(workers, hf, 4, clip_grad=0.0, **layout)
     sharded = three_steps(workers, hf, 4, clip_grad=0.0, use_distributed_optimizer=True, **layout)
@@ -158,7 +158,7 @@ def test_sharded_is_plain(workers: WorkerPool, hf: Path, bf16: bool) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_overlapped_reduction_is_the_same(workers: WorkerPool, hf: Path, sharded: bool) -> None:
-    """Gradients leave in buckets, while the last micro-batch is still on its way back."""
+    """Gradients are reduced in buckets while the last micro-batch's backward pass still runs."""
     flags: dict[str, Any] = {"use_distributed_optimizer": sharded, "max_tokens_per_gpu": 64, "clip_grad": 0.0}
     at_once = three_steps(workers, hf, 2, **flags)
     assert at_once.metrics[0]["train/num_micro_batches"] > 1
@@ -182,13 +182,13 @@ def stepped(rank: int, world_size: int, init_method: str, args: Args, fused: boo
         return run.weights()
 
 
-def test_fused_adam_is_adam(workers: WorkerPool) -> None:
+def test_fused_adam_equals_adam(workers: WorkerPool) -> None:
     fused, single = (workers.run(1, stepped, make_args(None), choice)[0] for choice in (True, False))
     assert max((fused[name] - single[name]).abs().max().item() for name in fused) < 1e-6
 
 
 def sgd(rank: int, world_size: int, init_method: str, args: Args, load: Path | None, numbers: list[int]) -> Any:
-    """From the checkpoint, or saved halfway: weights before and after; or the error."""
+    """Resume from the checkpoint, or save halfway: return weights before and after, or the error."""
     with joined(args, rank, world_size, init_method) as topology:
         run = Run(args, topology)
         run.initialize()
@@ -206,7 +206,7 @@ def sgd(rank: int, world_size: int, init_method: str, args: Args, load: Path | N
 
 
 @pytest.mark.parametrize(("bf16", "momentum"), [(False, 0.9), (True, 0.9), (True, 0.0)])
-def test_sgd_goes_on_where_it_was(workers: WorkerPool, tmp_path: Path, bf16: bool, momentum: float) -> None:
+def test_sgd_resumes_where_it_stopped(workers: WorkerPool, tmp_path: Path, bf16: bool, momentum: float) -> None:
     flags: dict[str, Any] = {"optimizer": "sgd", "sgd_momentum": momentum, "bf16": bf16}
     start, unbroken = workers.run(1, sgd, make_args(tmp_path, **flags), None, [0, 1, 2, 3])[0]
     _, resumed = workers.run(2, sgd, make_args(None, tp=2, **flags), tmp_path, [2, 3])[0]
@@ -218,7 +218,7 @@ def test_sgd_goes_on_where_it_was(workers: WorkerPool, tmp_path: Path, bf16: boo
 
 
 def sgd_step(rank: int, world_size: int, init_method: str, args: Args) -> tuple[dict[str, Tensor], ...]:
-    """Weights, gradients and weights after the step, by HF name."""
+    """Return weights, gradients and weights after the step, by HF name."""
     with joined(args, rank, world_size, init_method) as topology:
         run = Run(args, topology)
         run.initialize()
@@ -232,5 +232,5 @@ def test_one_sgd_step_by_hand(workers: WorkerPool) -> None:
     args = make_args(None, optimizer="sgd", sgd_momentum=0.9, weight_decay=0.1)
     start, gradients, end = workers.run(1, sgd_step, args)[0]
     for name, weight in start.items():
-        decay = 0.1 if weight.dim() > 1 else 0.0  # Megatron decays no biases and norms
+        decay = 0.1 if weight.dim() > 1 else 0.0  # Megatron does not decay biases and norms
         torch.testing.assert_close(end[name], weight - 1e-2 * (gradients[name] + decay * weight))

@@ -1,4 +1,4 @@
-"""One training step, cut in every way: the loss, its gradients and the weights after it do not notice."""
+"""One training step, cut in every way: loss, gradients and the weights after it stay the same."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from slime.megatron.trainer import Trainer
 pytestmark = pytest.mark.dist
 
 TOLERANCE = 1e-5
-# With a small epsilon Adam's first step is lr x sign(gradient): whole steps even where a gradient is only rounding.
-# Gradients are kept as they are before clipping where clipping is off.
+# With a small epsilon Adam's first step is lr x sign(gradient): full steps even where a gradient is mere rounding.
+# Gradients are those before clipping if clipping is off.
 FLAGS: dict[str, Any] = {
     "use_kl_loss": True,
     "kl_loss_coef": 0.1,
@@ -30,12 +30,12 @@ FLAGS: dict[str, Any] = {
     "adam_eps": 1e-3,
 }
 OF_THE_CUT = {f"train/{name}" for name in ("num_micro_batches", "fill", "dp_imbalance", "tokens_per_second")}
-"""Metrics that tell of the cut and not of the step."""
+"""Metrics that describe the cut and not the step."""
 
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The model and, of the same shape, another one to be its reference."""
+    """Return the model, and another one of the same architecture as its reference."""
     root = tmp_path_factory.mktemp("models")
     return {family: tiny.hf_dir(root / family, family) for family in tiny.FAMILIES} | {
         f"{family}-ref": tiny.hf_dir(root / f"{family}-ref", family, seed=1) for family in tiny.FAMILIES
@@ -43,7 +43,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _args(hf: dict[str, Path], family: str = "glm4", **changes: Any) -> Args:
-    """The actor is `family`; its reference is another model, so that the KL term counts."""
+    """Train `family`; its reference is another model, so that the KL term counts."""
     return tiny.make_args(
         hf[family], **{**FLAGS, "load": str(hf[family]), "ref_load": str(hf[f"{family}-ref"]), **changes}
     )
@@ -110,8 +110,8 @@ def test_data_parallel(num_samples: int, balance: bool, workers: WorkerPool, hf:
     _same(_train(workers, args, batch, ranks=2), _train(workers, args, batch))
 
 
-def test_balance_data_evens_out_ranks_and_changes_nothing_else(workers: WorkerPool, hf: dict[str, Path]) -> None:
-    """Samples in the order of their lengths: dealt in that order, one rank has the long ones."""
+def test_balance_data_only_evens_out_ranks(workers: WorkerPool, hf: dict[str, Path]) -> None:
+    """Samples are in the order of their lengths: dealt in that order, one rank gets all long ones."""
     batch = tiny.random_batch(lengths=range(3, 43, 5))
     in_order = _train(workers, _args(hf), batch, ranks=2)
     balanced = _train(workers, _args(hf, balance_data=True), batch, ranks=2)
@@ -137,7 +137,7 @@ def test_a_rank_without_samples(workers: WorkerPool, hf: dict[str, Path]) -> Non
     ids=str,
 )
 def test_with_data_parallel_and_three_steps(layout: dict[str, Any], workers: WorkerPool, hf: dict[str, Path]) -> None:
-    """Old log-probs are taken before the first step; with a budget of 1, each micro-batch is one sample."""
+    """Old log-probs are computed before the first step; with a budget of 1, each micro-batch is one sample."""
     batch = tiny.random_batch(12)
     args = _args(hf, num_steps_per_rollout=3)
     parallel = replace(args, **layout)
@@ -151,7 +151,7 @@ def test_context_parallel_ranks_without_responses(workers: WorkerPool, hf: dict[
 
 
 class _Losing(Trainer):
-    """A trainer with a bug: it forgets the last micro-batch's weights."""
+    """A trainer with a bug: it loses the last micro-batch's weights."""
 
     def _pack(self, batch: TrainBatch, plan: Any) -> Any:
         micro_batches = super()._pack(batch, plan)
@@ -172,7 +172,7 @@ def _train_losing(rank: int, world_size: int, init_method: str, args: Args, batc
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_wrong_denominator_is_caught(stages: int, workers: WorkerPool, hf: dict[str, Path]) -> None:
-    """On every rank: the last of two stages, which sees the weights, tells the first."""
+    """All ranks raise: of two stages, the last one sees the weights and the first one learns it from there."""
     args = _args(hf, kl_loss_coef=0.0, pipeline_model_parallel_size=stages)
     messages = workers.run(2, _train_losing, args, tiny.random_batch())
     assert all("rollout 7, step 0: the loss weights" in message and "not to 1" in message for message in messages)

@@ -1,4 +1,4 @@
-"""Recomputation: the same gradients, and layers that really run twice."""
+"""Recomputation: the gradients are the same, and layers really run twice."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
 class Seen:
     gradients: runs.Arrays
     calls: tuple[float, float, float]
-    """Of each layer, core attention and MLP in each micro-batch."""
+    """How often each layer, core attention and MLP ran in each micro-batch."""
 
 
 def _train(rank: int, world_size: int, init_method: str, args: Args) -> Seen:
@@ -79,7 +79,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_gradients_and_layers_that_run_twice(layout: str, workers: WorkerPool, hf: Path) -> None:
     ranks, flags = LAYOUTS[layout]
-    args = tiny.make_args(hf, hidden_dropout=0.1, **flags)  # with dropout: the second forward has to draw the same
+    args = tiny.make_args(hf, hidden_dropout=0.1, **flags)  # with dropout the second forward must draw the same numbers
 
     def seen(**recompute: Any) -> list[Seen]:
         return workers.run(ranks, _train, replace(args, **recompute))
@@ -95,7 +95,7 @@ def test_same_gradients_and_layers_that_run_twice(layout: str, workers: WorkerPo
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_block_recomputes_so_many_layers_of_each_stage(stages: int, workers: WorkerPool, hf: Path) -> None:
+def test_block_recomputes_that_many_layers_per_stage(stages: int, workers: WorkerPool, hf: Path) -> None:
     args = tiny.make_args(
         hf,
         pipeline_model_parallel_size=stages,

@@ -12,7 +12,7 @@ from slime.megatron.rollout_columns import add_advantages, add_loss_weights, cou
 
 
 def _batch() -> TrainBatch:
-    """Two groups of four; in the second one reward failed."""
+    """Make two groups of four samples; in the second group one reward failed."""
     batch = tiny.random_batch(8)
     rewards = np.asarray([1, 0, 0, 1, 1, 1, 0, np.nan], dtype=np.float32)
     return batch.with_column("rewards", rewards)

@@ -1,4 +1,4 @@
-"""Nothing in a torch_dist directory is run: each place where a pickle may stand has its harmful file here."""
+"""Nothing in a torch_dist directory is run: each place that may hold a pickle gets a harmful one here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.dist
 
 
 class Harm:
-    """Whoever unpickles it calls `function(*args)`."""
+    """Calls `function(*args)` in whoever unpickles it."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self._call = function, args
@@ -38,7 +38,7 @@ class Harm:
 
 
 def harms(marker: Path) -> dict[str, Harm]:
-    """By the name that an error has to tell."""
+    """Return harmful objects, by the name that the error must contain."""
     return {
         "io.open": Harm(open, str(marker), "w"),
         "posix.system": Harm(os.system, f"touch {marker}"),
@@ -67,7 +67,7 @@ def save(rank: int, world_size: int, init_method: str, args: Args) -> None:
 
 @pytest.fixture
 def release(saved: Path, tmp_path: Path) -> Path:
-    """The same as Megatron's own converter leaves it: nothing vouches for its files."""
+    """Return the directory as Megatron's own converter leaves it: without digests of its files."""
     path = Path(shutil.copytree(saved, tmp_path / "load" / "release"))
     (path / STATE_FILE).unlink()
     return path
@@ -88,7 +88,7 @@ def test_harmful_metadata_is_refused_by_name(release: Path, tmp_path: Path):
     assert marker.exists(), "control: whoever unpickles it shows"
 
 
-def test_a_listed_class_is_not_called_and_keeps_no_change(release: Path):
+def test_a_listed_class_is_neither_called_nor_changed(release: Path):
     """A pickle may also set attributes of the classes that it names."""
     found = read_metadata(release)
     build = b"\x80\x04cpathlib\nPosixPath\nN}X\x07\x00\x00\x00__doc__X\x01\x00\x00\x00xs\x86b."
@@ -105,7 +105,7 @@ def changed_metadata(release: Path, change: Callable[[Metadata], None]) -> None:
 
 
 @pytest.mark.parametrize("path", ["../../x.distcp", "/etc/passwd", "..", "a/b.distcp", "..\\x.distcp", ""])
-def test_metadata_that_leads_out_of_its_directory_is_refused(release: Path, path: str):
+def test_metadata_outside_its_directory_is_refused(release: Path, path: str):
     def change(whole: Metadata) -> None:
         next(iter(whole.storage_data.values())).relative_path = path
 
@@ -119,7 +119,7 @@ def test_metadata_that_leads_out_of_its_directory_is_refused(release: Path, path
     [((2**40, 2**40), "impossible shape"), ((2**45,), "should have"), ((-1, 4), "in place of a shape")],
 )
 def test_metadata_with_absurd_sizes_is_refused(release: Path, size: tuple[int, ...], says: str):
-    """One tensor's shape says terabytes, and its only part agrees."""
+    """One tensor's shape claims terabytes, and its only part agrees."""
 
     def change(whole: Metadata) -> None:
         key = next(index for index in whole.storage_data if index.fqn == "decoder.final_layernorm.weight")
@@ -134,7 +134,7 @@ def test_metadata_with_absurd_sizes_is_refused(release: Path, size: tuple[int, .
 
 
 def read_each(rank: int, world_size: int, init_method: str, release: Path, contents: list[bytes]) -> list[str]:
-    """The error of each content of common.pt."""
+    """Return the error of each content of common.pt."""
     from slime.megatron.torch_dist import read_common
 
     errors: list[str] = []
@@ -149,7 +149,7 @@ def read_each(rank: int, world_size: int, init_method: str, release: Path, conte
 
 
 def test_harmful_common_part_is_refused_by_name(workers: WorkerPool, release: Path, tmp_path: Path):
-    """In today's format of torch.save, in its older one, and as a bare pickle."""
+    """Use the current format of torch.save, its older one, and a bare pickle."""
     marker, contents, names = tmp_path / "marker", list[bytes](), list[str]()
     for name, harm in harms(marker).items():
         for content in (harm, {"iteration": 1, "args": argparse.Namespace(x=harm)}):
@@ -185,12 +185,12 @@ def read_megatrons(rank: int, world_size: int, init_method: str, release: Path) 
     assert found["args"] == args and found["iteration"] == 7 and found["scale"].tolist() == [1, 1]
 
 
-def test_what_megatron_writes_into_the_common_part_is_read(workers: WorkerPool, release: Path):
+def test_megatrons_common_part_is_read(workers: WorkerPool, release: Path):
     workers.run(1, read_megatrons, release)
 
 
 def with_payload(path: Path, key: str, content: Any) -> str:
-    """The object or tensor `key` is `content` now -> the file that has it; what vouches for the files agrees."""
+    """Replace the object or tensor `key` by `content`, fix the digests, and return the name of its file."""
     whole = pickle.loads((path / ".metadata").read_bytes())
     index = next(index for index in whole.storage_data if index.fqn.startswith(key))
     place = whole.storage_data[index]
@@ -209,7 +209,7 @@ def with_payload(path: Path, key: str, content: Any) -> str:
 
 
 def load_each(rank: int, world_size: int, init_method: str, args: Args, paths: list[Path]) -> list[Any]:
-    """The weights from each path, or the error."""
+    """Return the weights from each path, or the error."""
     found: list[Any] = []
     with joined(args, rank, world_size, init_method) as topology:
         for path in paths:

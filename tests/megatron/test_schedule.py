@@ -1,4 +1,4 @@
-"""Learning rate and weight decay at every optimizer step, across a resume, against formulas of a line each."""
+"""Learning rate and weight decay at every optimizer step, and across a resume, against formulas of one line each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def args_of(save: Path | None, flags: dict[str, Any]) -> Args:
 
 
 def planned_rate(step: int, flags: dict[str, Any]) -> float:
-    """Of the step behind `step` others."""
+    """Return the learning rate of the step that comes after `step` others."""
     low, end = flags.get("min_lr", 0.0), flags.get("lr_decay_iters", STEPS)
     warm_up = flags.get("lr_warmup_fraction", 0.0) * end or flags.get("lr_warmup_iters", 0)
     first = flags.get("lr_warmup_init", 0.0)
@@ -80,7 +80,7 @@ def planned_decay(step: int, flags: dict[str, Any]) -> float:
 
 
 def followed(rank: int, world_size: int, init_method: str, schedules: list[Args]) -> list[list[tuple[set[float], ...]]]:
-    """Of each schedule and step: the learning rates and the weight decays of the optimizer's groups."""
+    """Return, for each schedule and step, the learning rates and weight decays of the optimizer's groups."""
     found: list[list[tuple[set[float], ...]]] = []
     with joined(schedules[0], rank, world_size, init_method) as topology:
         for args in schedules:
@@ -106,7 +106,7 @@ def test_every_step_of_every_schedule(workers: WorkerPool) -> None:
             assert 0.0 in decays  # biases and norms
             expected = planned_decay(min(step, STEPS), flags)
             assert max(decays) == pytest.approx(expected, rel=1e-12, abs=1e-18), (flags, step)
-    # control: one step later every schedule but the constant one says something else
+    # control: one step later every schedule but the constant one has other values
     later = [[planned_rate(step + 1, flags) for step in range(STEPS)] for flags in SCHEDULES[1:12]]
     assert all(
         [next(iter(rates)) for rates, _ in values[:STEPS]] != pytest.approx(plan, rel=1e-9)
@@ -115,7 +115,7 @@ def test_every_step_of_every_schedule(workers: WorkerPool) -> None:
 
 
 def stepped(rank: int, world_size: int, init_method: str, args: Args, resumed: Args) -> list[dict[str, Tensor]]:
-    """The weights before the first step, and after each; a checkpoint is loaded by a new run at RESUMED_AT."""
+    """Return the weights before the first step and after each; a new run loads a checkpoint at RESUMED_AT."""
     from slime.megatron.optimizer import follow_schedule
 
     with joined(args, rank, world_size, init_method) as topology:
@@ -146,7 +146,7 @@ MOVING: dict[str, Any] = {
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_steps_are_taken_at_the_planned_rates(workers: WorkerPool, tmp_path: Path, kept: bool) -> None:
-    """`kept`: the resumed run's flags say otherwise, and it keeps the checkpoint's schedule."""
+    """With `kept`, the resumed run's flags differ, and it keeps the checkpoint's schedule."""
     other = {"lr_decay_style": "linear", "min_lr": 0.0, "end_weight_decay": 0.2} if kept else {}
     resumed = args_of(None, {**MOVING, **other, "use_checkpoint_opt_param_scheduler": kept})
     [found] = workers.run(1, stepped, args_of(tmp_path, MOVING), resumed)

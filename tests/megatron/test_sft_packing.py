@@ -1,7 +1,7 @@
 """SFT on packed rows against Hugging Face in float64, row by row: loss and gradients, per sample and per token.
 
-Many short rows share a micro-batch, a row over the budget stands alone, masked tokens weigh nothing, a row without any
-unmasked token is not counted.
+Many short rows share a micro-batch, a row over the budget has one of its own, masked tokens have weight 0, and a row
+without any unmasked token is not counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.dist
 NUM_SHORT = 40
 LONG = 300
 EMPTY = 7
-"""Row whose response is masked throughout."""
+"""The row whose response is masked throughout."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def batch() -> TrainBatch:
-    """Rows of 3 to 9 tokens, and behind them a long one; masks begin and end anywhere, as turns of a dialogue do."""
+    """Make rows of 3 to 9 tokens and a long one after them; masks begin and end anywhere, as in dialogues."""
     rng = np.random.default_rng(3)
     responses = np.append(rng.integers(1, 6, NUM_SHORT), LONG - 20)
     totals = np.append(responses[:-1] + rng.integers(2, 5, NUM_SHORT), LONG)
@@ -55,9 +55,9 @@ def batch() -> TrainBatch:
 def plain(
     batch: TrainBatch, *, per_token: bool, shown: Callable[[np.ndarray], np.ndarray] = lambda mask: mask
 ) -> tuple[float, Arrays]:
-    """Mean negative log-likelihood of the unmasked response tokens, one row at a time: loss and gradients.
+    """Return loss and gradients of the mean negative log-likelihood of unmasked response tokens, one row at a time.
 
-    Per sample: the mean over each row's tokens, then over the rows that have any. `shown` changes a row's mask.
+    Per sample it is the mean over each row's tokens, then over the rows that have any. `shown` changes a row's mask.
     """
     model = tiny.hf_model("qwen3").double()
     sums: list[torch.Tensor] = []
@@ -80,8 +80,8 @@ def plain(
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_packed_rows_are_rows_of_their_own(workers: WorkerPool, hf: Path, batch: TrainBatch, per_token: bool) -> None:
-    """All short rows in one micro-batch, the long one in another; the same over two ranks with as many as they need."""
+def test_packed_rows_are_independent(workers: WorkerPool, hf: Path, batch: TrainBatch, per_token: bool) -> None:
+    """All short rows share one micro-batch, the long one has another; two ranks give the same result."""
     loss, gradients = plain(batch, per_token=per_token)
     args = tiny.make_args(
         hf, loss_type="sft_loss", calculate_per_token_loss=per_token, max_tokens_per_gpu=LONG - 1, clip_grad=0.0
@@ -92,7 +92,7 @@ def test_packed_rows_are_rows_of_their_own(workers: WorkerPool, hf: Path, batch:
     assert found.metrics[0]["train/loss"] == pytest.approx(loss, rel=1e-6)
     assert difference(found.gradients, gradients) < 1e-5
 
-    # the long row has a rank of its own, which then computes padding: the other one needs several micro-batches
+    # the long row has a rank of its own, which then adds padding: the other rank needs several micro-batches
     many = tiny.make_args(
         hf,
         loss_type="sft_loss",

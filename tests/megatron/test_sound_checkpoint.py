@@ -1,4 +1,4 @@
-"""A checkpoint whose bytes have changed is noticed whatever the change is, and the run goes on from the one before."""
+"""A checkpoint with changed bytes is noticed whatever the change is, and the run resumes from the one before."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def saves(saved_once: Path, tmp_path: Path) -> Path:
 def found_by_each(
     rank: int, world_size: int, init_method: str, args: Args, path: Path, step: int | None, sets_aside: bool
 ) -> tuple[Any, list[str]]:
-    """What `find_sound_checkpoint` answers and warns of; the rollout that is then loaded."""
+    """Return what `find_sound_checkpoint` finds, its warnings, and the rollout that is then loaded."""
     from slime.megatron.checkpoint import load_checkpoint
     from slime.megatron.checkpoint_search import find_sound_checkpoint
     from slime.observability.logs import collected_warnings
@@ -79,7 +79,7 @@ def flip(file: Path, *places: int, bit: int = 4) -> None:
 
 
 def test_flips_that_cancel_each_other_are_noticed(saves: Path, tmp_path: Path):
-    """One bit goes up, another of the same place in a word goes down. Control: the check of format 1 sees nothing."""
+    """One bit goes up, another in the same position of a word goes down. Control: format 1 does not notice it."""
     content = bytearray(np.random.default_rng(0).bytes(2**20))
     place = next(i for i in range(0, len(content), 8) if content[i] & 4 and not content[i + 8] & 4)
     (tmp_path / "file").write_bytes(content)
@@ -106,7 +106,7 @@ def test_each_change_gives_another_digest(tmp_path: Path):
     assert len(found) == 7
 
 
-def test_a_digest_made_while_writing_is_that_of_the_file(saved_once: Path):
+def test_the_digest_while_writing_is_the_files(saved_once: Path):
     state = read_state(saved_once / "iter_0000003")
     files = {path.name: digest(path) for path in (saved_once / "iter_0000003").iterdir() if path.name != STATE_FILE}
     assert state["file_digests"] == files and {"__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt"} <= set(files)
@@ -129,8 +129,8 @@ def test_large_writes_are_digested_by_a_second_thread(workers: WorkerPool, tmp_p
     assert digests == {"file": digest(tmp_path / "file")}
 
 
-def test_the_newest_sound_checkpoint_is_taken_on_every_rank(workers: WorkerPool, saves: Path):
-    """Ranks look at different files: one alone sees the damage."""
+def test_every_rank_takes_the_newest_sound_checkpoint(workers: WorkerPool, saves: Path):
+    """Ranks check different files: only one of them sees the damage."""
     flip(saves / "iter_0000003" / "__1_0.distcp", 5000)
     (saves / "iter_0000002" / "common.pt").unlink()
     args = make_args(None, tp=2)
@@ -151,13 +151,13 @@ def test_the_newest_sound_checkpoint_is_taken_on_every_rank(workers: WorkerPool,
     )
     refuse_abandoned(saves, 2)
     assert remove_old(saves, 1, saved=1) == [] and (saves / "iter_0000003.damaged" / "__1_0.distcp").exists()
-    # what is left when the last sound one is lost, too, is no empty start
+    # when the last sound checkpoint is lost, too, the rest is not an empty start
     shutil.rmtree(saves / "iter_0000001")
     with pytest.raises(ValueError, match=r"no complete checkpoint \(iter_0000002\.damaged: set aside; iter_0000003"):
         find_checkpoint(saves)
 
 
-def test_a_damaged_checkpoint_that_is_named_is_an_error(workers: WorkerPool, saves: Path):
+def test_a_damaged_named_checkpoint_is_an_error(workers: WorkerPool, saves: Path):
     for name in ("iter_0000002", "iter_0000003"):
         flip(saves / name / "__0_0.distcp", 1000)
     args = make_args(None)
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_that_is_named_is_an_error(workers: WorkerPool, sav
     assert not list(saves.glob("*.damaged"))
 
 
-def test_the_command_in_the_error_lets_an_earlier_step_go_on(saves: Path):
+def test_the_suggested_command_lets_an_earlier_step_resume(saves: Path):
     with pytest.raises(
         ValueError, match="holds iter_0000002, iter_0000003, and this run starts at rollout 2"
     ) as caught:
@@ -186,14 +186,14 @@ def test_the_command_in_the_error_lets_an_earlier_step_go_on(saves: Path):
 
 
 def as_format_1(path: Path) -> None:
-    """The state file as the version before wrote it."""
+    """Write the state file as the version before did."""
     state = read_state(path)
     sums = {name: _sum_of(path / name) for name in written_files(path)}
     old = {name: state[name] for name in ("rollout_id", "layout", "state", "file_sizes")} | {"file_checksums": sums}
     (path / STATE_FILE).write_text(json.dumps({**old, "checksum": zlib.crc32(json.dumps(old).encode())}))
 
 
-def test_a_checkpoint_of_format_1_is_read_with_its_own_check(workers: WorkerPool, saves: Path):
+def test_format_1_is_read_with_its_own_check(workers: WorkerPool, saves: Path):
     for number in (2, 3):
         as_format_1(saves / f"iter_000000{number}")
     [(rollout_id, _)] = workers.run(1, found_by_each, make_args(None), saves, None, False)
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_format_1_is_read_with_its_own_check(workers: WorkerPool
     assert rollout_id == 2
 
 
-def test_a_newer_format_is_refused_and_not_passed_over(saves: Path):
+def test_a_newer_format_is_refused_not_skipped(saves: Path):
     file = saves / "iter_0000003" / STATE_FILE
     file.write_text(sealed({**read_state(file.parent), "format": 3, "slime_version": "9.1"}))
     with pytest.raises(ValueError, match=rf"has format 3, .* slime \({slime.__version__}\) .* load it with slime 9\.1"):
@@ -211,9 +211,7 @@ def test_a_newer_format_is_refused_and_not_passed_over(saves: Path):
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"{}", b"\xff\x00", b"[1]", b'{"checksum": {}}'])
-def test_a_state_file_of_garbage_is_a_reason_and_no_traceback(
-    saves: Path, content: bytes, caplog: pytest.LogCaptureFixture
-):
+def test_a_garbage_state_file_gives_a_reason(saves: Path, content: bytes, caplog: pytest.LogCaptureFixture):
     (saves / "iter_0000003" / STATE_FILE).write_bytes(content)
     with caplog.at_level(logging.WARNING):
         found = find_checkpoint(saves)

@@ -33,7 +33,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same shape with other weights."""
+    """Return a model of the same architecture with other weights."""
     return tiny.hf_dir(tmp_path_factory.mktemp("other"), "glm4", seed=1)
 
 
@@ -57,9 +57,9 @@ def _response_log_probs(model: torch.nn.Module, batch: TrainBatch, temperature: 
 
 
 def _plain_training(batch: TrainBatch, args: Args, loss_type: str) -> tuple[dict[str, np.ndarray], float]:
-    """transformers and torch's AdamW: weights after one step, and the loss. Written from the papers' formulas alone."""
+    """Return weights after one step, and the loss, by transformers, torch's AdamW and the papers' formulas alone."""
     model = tiny.hf_model("glm4")
-    plain = [p for p in model.parameters() if p.dim() == 1]  # Megatron decays no biases and norms
+    plain = [p for p in model.parameters() if p.dim() == 1]  # Megatron does not decay biases and norms
     decayed = [p for p in model.parameters() if p.dim() > 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}],
@@ -93,7 +93,7 @@ def test_one_step_is_a_plain_adamw_step(loss_type: str, workers: WorkerPool, hf:
     expected, loss = _plain_training(batch, args, loss_type)
     [outcome] = workers.run(1, runs.train, args, [batch])
     before = {name: p.detach().numpy() for name, p in tiny.hf_model("glm4").named_parameters()}
-    # the loss of policy gradients is near 0, its terms are not
+    # a policy-gradient loss is near 0, its terms are not
     assert outcome.metrics[0]["train/loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert difference(outcome.weights, expected) < 1e-5
     moved = {name: outcome.weights[name] - before[name] for name in before}
@@ -174,7 +174,7 @@ def test_learning_rate_schedule(flags: dict[str, Any], expected: list[float], wo
     assert rates == pytest.approx([1e-3 * rate for rate in expected], abs=1e-9)
 
 
-def test_old_log_probs_are_those_before_the_rollouts_first_step(workers: WorkerPool, hf: Path) -> None:
+def test_old_log_probs_come_before_the_first_step(workers: WorkerPool, hf: Path) -> None:
     batch = tiny.random_batch(12)
     model = tiny.hf_model("glm4")
     args = tiny.make_args(hf, num_steps_per_rollout=3, lr=1e-2)
@@ -192,7 +192,7 @@ def test_old_log_probs_are_those_before_the_rollouts_first_step(workers: WorkerP
 def test_failed_rewards_leave_the_loss(workers: WorkerPool, hf: Path) -> None:
     batch = tiny.random_batch(8)
     broken = batch.columns["rewards"].copy()
-    broken[[4, 5, 6]] = np.nan  # of the second group one reward is left: nothing to compare it with
+    broken[[4, 5, 6]] = np.nan  # the second group keeps one reward, which has nothing to be compared with
     args = tiny.make_args(hf, adam_eps=1e-3)
     [outcome] = workers.run(1, runs.train, args, [batch.with_column("rewards", broken)])
     [expected] = workers.run(1, runs.train, args, [batch.select(range(4))])
@@ -217,7 +217,7 @@ def test_hooks(workers: WorkerPool, hf: Path) -> None:
         loss_type="custom_loss",
         custom_loss_function_path=f"{here}.doubled_likelihood",
         custom_advantage_function_path=f"{here}.constant_advantages",
-        rollout_temperature=1.0,  # that of SFT
+        rollout_temperature=1.0,  # SFT's temperature
     )
     [found] = workers.run(1, runs.train, args, [batch])
     [sft] = workers.run(1, runs.train, tiny.make_args(hf, loss_type="sft_loss"), [batch])
@@ -231,9 +231,7 @@ def mean_reference_advantages(args: Args, batch: TrainBatch) -> np.ndarray:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_an_advantage_hook_sees_the_whole_batch_on_every_rank(
-    world_size: int, workers: WorkerPool, hf: Path, other: Path
-) -> None:
+def test_an_advantage_hook_sees_the_whole_batch(world_size: int, workers: WorkerPool, hf: Path, other: Path) -> None:
     batch = tiny.random_batch()
     args = tiny.make_args(
         hf,
@@ -261,7 +259,7 @@ def _error_of_training(trainer: Trainer, batch: TrainBatch) -> str:
 
 
 def steep(inputs: LossInputs, options: LossOptions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """0 everywhere, and its slope at 0 is infinite."""
+    """A loss that is 0 everywhere, and whose slope at 0 is infinite."""
     return (inputs.log_probs_R - inputs.log_probs_R.detach()).abs().sqrt(), {}
 
 
@@ -277,13 +275,13 @@ def _weights_after_an_error(trainer: Trainer, batch: TrainBatch) -> tuple[runs.A
 @pytest.mark.parametrize(
     "flags", [{}, {"bf16": True}, {"clip_grad": 0.0}, {"pipeline_model_parallel_size": 2}], ids=str
 )
-def test_a_gradient_that_is_not_finite_changes_no_weight(flags: dict[str, Any], workers: WorkerPool, hf: Path) -> None:
+def test_a_nonfinite_gradient_changes_no_weight(flags: dict[str, Any], workers: WorkerPool, hf: Path) -> None:
     args = tiny.make_args(hf, loss_type="custom_loss", custom_loss_function_path="test_trainer.steep", **flags)
     for before, after, finite in workers.run(2, _with_trainer, args, _weights_after_an_error, tiny.random_batch()):
         assert finite and difference(after, before) == 0
 
 
-def test_errors_say_where_and_what(workers: WorkerPool, hf: Path) -> None:
+def test_errors_name_the_place_and_the_problem(workers: WorkerPool, hf: Path) -> None:
     def error(batch: TrainBatch, **flags: Any) -> str:
         return workers.run(1, _with_trainer, tiny.make_args(hf, **flags), _error_of_training, batch)[0]
 
@@ -315,7 +313,7 @@ def test_nothing_to_load(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("leftover", [None, ".tmp_release"])
 @pytest.mark.parametrize("flags", [{"use_kl_loss": True, "kl_loss_coef": 0.1}, {}], ids=["reference", "actor"])
-def test_a_reference_that_is_named_is_not_replaced_by_another(
+def test_a_named_reference_is_not_replaced(
     leftover: str | None, flags: dict[str, Any], workers: WorkerPool, hf: Path, tmp_path: Path
 ) -> None:
     if leftover is not None:
@@ -324,12 +322,10 @@ def test_a_reference_that_is_named_is_not_replaced_by_another(
     [message] = workers.run(1, _with_trainer, args, _error_of_loading)
     assert message.startswith(f"--ref-load {tmp_path}: no checkpoint there")
     [result] = workers.run(1, _with_trainer, replace(args, ref_load=None), Trainer.load)
-    assert result.source.startswith(str(hf))  # nothing is named: --hf-checkpoint
+    assert result.source.startswith(str(hf))  # without --ref-load: --hf-checkpoint
 
 
-def test_a_run_killed_before_its_first_save_starts_again_beside_its_own_dumps(
-    workers: WorkerPool, hf: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_starts_again_with_its_dumps(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
     (tmp_path / "dumps").mkdir()
     (tmp_path / "hf_0").mkdir()
     args = tiny.make_args(
@@ -351,9 +347,7 @@ def _save_at(trainer: Trainer, rollout_ids: list[int]) -> None:
         trainer.save(rollout_id, {})
 
 
-def test_a_run_does_not_start_before_checkpoints_that_it_would_overtake(
-    workers: WorkerPool, hf: Path, tmp_path: Path
-) -> None:
+def test_a_run_refuses_checkpoints_of_later_rollouts(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
     args = tiny.make_args(hf, save=str(tmp_path / "save"))
     workers.run(2, _with_trainer, args, _save_at, [1, 9])
     load = replace(args, load=args.save)
@@ -367,13 +361,11 @@ def test_a_run_does_not_start_before_checkpoints_that_it_would_overtake(
     assert workers.run(1, _with_trainer, load, Trainer.load)[0].next_rollout_id == 10
     only_evaluates = replace(load, ckpt_step=1, num_rollout=0)
     assert workers.run(1, _with_trainer, only_evaluates, Trainer.load)[0].next_rollout_id == 2
-    (tmp_path / "save" / "iter_0000009" / "common.pt").unlink()  # damaged: to be written anew
+    (tmp_path / "save" / "iter_0000009" / "common.pt").unlink()  # damaged: the run may write it again
     assert workers.run(1, _with_trainer, load, Trainer.load)[0].next_rollout_id == 2
 
 
-def test_a_checkpoint_without_optimizer_is_not_resumed_in_silence(
-    workers: WorkerPool, hf: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_without_optimizer_is_refused(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
     args = tiny.make_args(hf, save=str(tmp_path), load=str(tmp_path), no_save_optim=True)
     workers.run(1, _with_trainer, args, _save_at, [3])
     [message] = workers.run(1, _with_trainer, args, _error_of_loading)
@@ -382,7 +374,7 @@ def test_a_checkpoint_without_optimizer_is_not_resumed_in_silence(
     assert result.next_rollout_id == 4
 
 
-def test_a_run_does_not_go_on_with_other_files_of_the_model(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
+def test_a_resume_with_other_model_files_is_refused(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(hf, tmp_path / "hf"))
     (source / "chat_template.jinja").write_text("{{ messages }}")
     save = str(tmp_path / "save")
@@ -411,10 +403,8 @@ def _export(trainer: Trainer, paths: dict[str, Path]) -> tuple[torch.dtype, dict
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_an_export_in_the_models_own_dtype_loses_nothing(
-    bf16: bool, workers: WorkerPool, hf: Path, tmp_path: Path
-) -> None:
-    """Of a bf16 directory trained in fp32, as of an fp32 directory trained in bf16."""
+def test_an_export_in_the_models_dtype_loses_nothing(bf16: bool, workers: WorkerPool, hf: Path, tmp_path: Path) -> None:
+    """Export a bf16 directory that was trained in fp32, and an fp32 directory that was trained in bf16."""
     source = tmp_path / "source"
     tiny.hf_model("glm4").to(torch.float32 if bf16 else torch.bfloat16).save_pretrained(source)
     paths = {"own": tmp_path / "own", "source": tmp_path / "of the source"}
@@ -444,7 +434,9 @@ def _train_and_save(trainer: Trainer, batches: list[TrainBatch], first: int) -> 
     ],
     ids=str,
 )
-def test_resumed_is_unbroken(flags: dict[str, Any], workers: WorkerPool, hf: Path, other: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_unbroken_one(
+    flags: dict[str, Any], workers: WorkerPool, hf: Path, other: Path, tmp_path: Path
+) -> None:
     batches = [tiny.random_batch(seed=seed) for seed in range(3)]
     args = tiny.make_args(
         hf,
@@ -463,14 +455,14 @@ def test_resumed_is_unbroken(flags: dict[str, Any], workers: WorkerPool, hf: Pat
     weights, last_rates, state = workers.run(2, _with_trainer, resumed, _train_and_save, batches[2:], 2)[0]
     assert difference(weights, unbroken) == 0
     assert last_rates == rates[2:] and state == {"cursor": 2}
-    # control: without the optimizer it goes on otherwise
+    # control: without the optimizer the next steps differ
     restarted = replace(resumed, no_load_optim=True, save=str(tmp_path / "restarted"), ckpt_step=1)
     weights, _, _ = workers.run(2, _with_trainer, restarted, _train_and_save, batches[2:], 2)[0]
     assert difference(weights, unbroken) > 1e-4
 
 
 def _rounded_bf16_training(batch: TrainBatch, args: Args, steps: int) -> dict[str, np.ndarray]:
-    """SFT with weights that are bf16 and nothing else."""
+    """SFT with weights that exist in bf16 only."""
     model = tiny.hf_model("glm4").to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=0.0)
     for _ in range(steps):
@@ -481,7 +473,7 @@ def _rounded_bf16_training(batch: TrainBatch, args: Args, steps: int) -> dict[st
 
 
 def test_bf16_trains_on_fp32_master_weights(workers: WorkerPool, hf: Path) -> None:
-    """Each step is smaller than half of a weight's last bit: without fp32 copies nothing ever moves."""
+    """Each step is smaller than half of a weight's last bit: without fp32 copies no weight ever moves."""
     steps, batch = 40, tiny.random_batch()
     args = tiny.make_args(hf, bf16=True, lr=5e-5, weight_decay=0.0, loss_type="sft_loss", num_rollout=steps)
     [found] = workers.run(1, runs.train, args, [batch] * steps)
@@ -491,7 +483,7 @@ def test_bf16_trains_on_fp32_master_weights(workers: WorkerPool, hf: Path) -> No
     start_bf16 = {name: p.detach().float().numpy() for name, p in tiny.hf_model("glm4").bfloat16().named_parameters()}
 
     def moved(weights: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> float:
-        """Over the weights in [1/32, 1/8]: half of the last bit is 1.2e-4 or more, 40 steps are several of these."""
+        """Sum over the weights in [1/32, 1/8]: half of the last bit is 1.2e-4 or more, and 40 steps exceed it."""
         chosen = {name: (np.abs(start_bf16[name]) >= 1 / 32) & (np.abs(start_bf16[name]) <= 1 / 8) for name in start}
         return float(sum(np.abs(weights[name] - start[name])[chosen[name]].sum() for name in start))
 

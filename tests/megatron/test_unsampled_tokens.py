@@ -1,4 +1,4 @@
-"""Tokens that no policy sampled (a tool's words, loss mask 0): what they carry enters neither gradient nor metric."""
+"""Tokens that no policy sampled (a tool's output, loss mask 0): their columns enter neither gradient nor metric."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def without_times(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if "time/" not in name and "per_second" not in name}
 
 
-def test_what_unsampled_tokens_carry_enters_nothing(workers: WorkerPool, tmp_path: Path) -> None:
+def test_unsampled_tokens_change_no_gradient_or_metric(workers: WorkerPool, tmp_path: Path) -> None:
     hf = tiny.hf_dir(tmp_path / "hf", "qwen3")
     args = tiny.make_args(hf, use_tis=True, clip_grad=0.0, num_steps_per_rollout=2)
     batch = tiny.random_batch()

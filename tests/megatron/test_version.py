@@ -1,4 +1,4 @@
-"""The megatron-core that would be imported is the supported one, or is named."""
+"""The megatron-core that an import would load is the supported one, or the error names it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_installed_version_passes():
     assert check_with(ROOT / "missing").returncode == 0
 
 
-def test_another_tree_on_pythonpath_is_named_with_its_file_and_version(tmp_path: Path):
+def test_another_tree_on_pythonpath_is_named(tmp_path: Path):
     assert check_with(megatron_tree(tmp_path / "same", INFO.format(minor=16))).returncode == 0
     for name, info, version in (("other", INFO.format(minor=15), "0.15.1"), ("none", None, "unknown")):
         tree = megatron_tree(tmp_path / name, info)

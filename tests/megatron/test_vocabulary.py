@@ -1,4 +1,4 @@
-"""The vocabulary's padding in a real trainer: it takes no probability, gets no gradient and stays zero."""
+"""The vocabulary's padding in a real trainer: it has no probability, gets no gradient and stays zero."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 class Padding(NamedTuple):
     rows: int
-    """Of all tables of this rank."""
+    """The number of padding rows in all tables of this rank."""
     after_training: int
-    """Entries that are not zero: of weights, of the last step's gradients."""
+    """Padding entries that are not zero: in the weights, and in the last step's gradients."""
     gradients: int
     log_probs: np.ndarray
-    """As trained; with the padding filled with large numbers; with the last real token's row so as well."""
+    """Log-probs as trained; with the padding filled with large numbers; with the last real token's row filled so."""
     log_probs_with_garbage: np.ndarray
     log_probs_with_a_wrong_row: np.ndarray
 
@@ -59,8 +59,8 @@ def _padding(rank: int, world_size: int, init_method: str, args: Args) -> Paddin
 
 @pytest.mark.parametrize("family", ["glm4", "llama3"])
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_padding_is_never_felt(family: str, tp_size: int, workers: WorkerPool, tmp_path: Path) -> None:
-    """glm4 has two tables, llama3 one for both ends. At TP 2 the second rank's part is padding from end to end."""
+def test_padding_never_has_an_effect(family: str, tp_size: int, workers: WorkerPool, tmp_path: Path) -> None:
+    """glm4 has two tables, llama3 one for both ends. At TP 2 the second rank's part is padding only."""
     args = tiny.make_args(
         tiny.hf_dir(tmp_path, family),
         tensor_model_parallel_size=tp_size,
@@ -76,5 +76,5 @@ def test_padding_is_never_felt(family: str, tp_size: int, workers: WorkerPool, t
     for found in ranks:
         assert (found.after_training, found.gradients) == (0, 0)
         assert np.array_equal(found.log_probs_with_garbage, found.log_probs)
-        # control: one real token's row is felt
+        # control: a change of one real token's row has an effect
         assert np.abs(found.log_probs_with_a_wrong_row - found.log_probs).max() > 1e-3

@@ -1,6 +1,6 @@
-"""Weights' gradients that the linear layers add to the fp32 buffer themselves: what stands around the matrix product.
+"""Weight gradients that linear layers add to the fp32 buffer themselves: the code around the matrix product.
 
-The product is a GPU's; here a CPU's takes its place, and adds to the same buffers.
+The product itself needs a GPU; here a CPU's replaces it, and adds to the same buffers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.dist
 
 BATCHES = [tiny.random_batch(seed=seed) for seed in range(2)]
 FLAGS: dict[str, Any] = {"bf16": True, "clip_grad": 0.0, "max_tokens_per_gpu": 40, "entropy_coef": 0.01}
-"""Several micro-batches, and the gradient as it is."""
+"""Flags for several micro-batches and an unclipped gradient."""
 
 
 class CpuProduct:
@@ -39,7 +39,7 @@ class CpuProduct:
 def train(
     rank: int, world_size: int, init_method: str, args: Args, batches: list[TrainBatch], spoil: bool = False
 ) -> tuple[runs.Outcome, int]:
-    """As `runs.train`, and how many products there were. `spoil`, a bug: the buffer keeps what a step before put in."""
+    """Run `runs.train` and count the products. `spoil` is a bug: the buffer keeps what an earlier step put in."""
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.tensor_parallel import layers
 
@@ -59,7 +59,7 @@ RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "re
 
 
 def test_nothing_is_missing_or_added_twice(workers: WorkerPool, tmp_path: Path) -> None:
-    """Of a tied model: one weight is embedding and output layer, and its gradient takes the other way."""
+    """In a tied model one weight is embedding and output layer; its gradient does not go through the product."""
     args = tiny.make_args(tiny.hf_dir(tmp_path, "qwen2"), **FLAGS, **RECOMPUTE)
     exact = workers.run(1, runs.train, replace(args, bf16=False), BATCHES)[0].gradients
     plain = workers.run(1, runs.train, args, BATCHES)[0].gradients

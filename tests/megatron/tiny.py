@@ -1,4 +1,4 @@
-"""Tiny models of every family as HF directories, batches for them, and args to train them."""
+"""Tiny models of every family as HF directories, batches for them, and arguments to train them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from slime.config.args import Args
 from slime.core.batch import TrainBatch
 
 FAMILIES = ("glm4", "qwen3", "qwen2", "llama3")
-"""glm4 and qwen3 have an output layer of their own; qwen2 and llama3 are tied, as their small models are."""
+"""glm4 and qwen3 have an output layer of their own; qwen2 and llama3 are tied, like their small models."""
 MIXTURES = ("glm4_moe", "qwen3_moe")
 """Three layers; glm4_moe's first is dense."""
 VOCAB = 93
-"""Not a multiple of anything: the padded part of the table, and at TP 2 a whole part of padding, are met."""
+"""Not a multiple of anything, so that the table has padding, and at TP 2 a rank with padding only."""
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -40,11 +40,11 @@ ROPE_SCALING: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-"""So short a training that a head's channels are of all three kinds: left alone, blended, slowed down."""
+"""So short a training length that a head's channels are of all three kinds: unchanged, blended, slowed down."""
 
 
 def hf_model(family: str, *, seed: int = 0, num_layers: int = SHAPE["num_hidden_layers"]) -> torch.nn.Module:
-    """A random model of FAMILIES, MIXTURES or "qwen3-tied", norms and biases too, large enough that a mistake shows."""
+    """Return a random model of FAMILIES, MIXTURES or "qwen3-tied", with weights so large that a mistake shows."""
     import transformers as hf
 
     shape = {**SHAPE, "num_hidden_layers": num_layers}
@@ -72,7 +72,7 @@ def hf_model(family: str, *, seed: int = 0, num_layers: int = SHAPE["num_hidden_
 
 
 def mixture_config(family: str, **changes: Any) -> Any:
-    """Of MIXTURES: eight experts of which a token goes to two."""
+    """Return a config of MIXTURES: eight experts, of which each token goes to two."""
     import transformers as hf
 
     shape = {**SHAPE, "num_hidden_layers": 3, "head_dim": 16, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
@@ -89,7 +89,7 @@ def hf_dir(path: Path, family: str, *, seed: int = 0, num_layers: int = SHAPE["n
 
 
 def make_args(hf: Path, **changes: Any) -> Args:
-    """Args to train the model in `hf`: fp32, one thread, SGD-free AdamW with a rate that shows."""
+    """Return arguments to train the model in `hf`: fp32, one thread, AdamW with a rate that has a visible effect."""
     defaults: dict[str, Any] = {
         "architecture": hf_architecture(read_hf_config(hf)),
         "hf_checkpoint": str(hf),
@@ -116,7 +116,7 @@ def random_batch(
     with_rollout: bool = True,
     lengths: Sequence[int] | None = None,
 ) -> TrainBatch:
-    """Samples of different response lengths (or `lengths`), some tokens masked, rewards that differ within groups."""
+    """Make samples of different response lengths (or `lengths`), some tokens masked, rewards that vary in groups."""
     generator = np.random.default_rng(seed)
     prompts = generator.integers(2, 12, num_samples)
     drawn = generator.integers(3, 30, num_samples)
