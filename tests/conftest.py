@@ -13,7 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from worker_pool import WorkerPool
 
-settings.register_profile("many", max_examples=1000)
+settings.register_profile("slime", deadline=None)
+settings.load_profile("slime")
+"""No example has a time limit: on a loaded machine one that takes 1 ms may take 300."""
+settings.register_profile("many", deadline=None, max_examples=1000)
 """pytest --hypothesis-profile=many: ten times as many examples where a test does not say how many."""
 
 

@@ -1,7 +1,11 @@
-"""A clock that stops while its owner does: limits on how long others may be silent are measured with it.
+"""A clock that stops while its owner does not run; limits on how long others may be silent are measured with it.
 
-A process that was stopped (SIGSTOP, a machine that slept), or an event loop that was busy with one long computation,
-cannot hear answers meanwhile. When it goes on, an ordinary clock reports everybody else as silent for all that time.
+- Used by: limits on engines and requests, inside event loops.
+- Invariant: time in which the owner could not hear an answer does not count.
+
+A process may be stopped (SIGSTOP, a machine that slept), and an event loop may be busy with one long computation. In
+that time it cannot hear answers. When it continues, an ordinary clock would report everybody else as silent for all
+that time.
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ LOOP_TICK_S = 0.1
 
 
 class AwakeClock:
-    """Seconds in which its owner was awake; the owner calls `tick` every so many seconds.
+    """Measures the seconds in which its owner was awake; the owner calls `tick` every `every` seconds.
 
-    Between two ticks at most twice that interval counts: with `every` 0.1, ticks at 0, 0.1 and 60.1 s count 0.3 s.
+    Between two ticks, at most twice that interval counts: with `every` 0.1, ticks at 0, 0.1 and 60.1 s count 0.1 + 0.2
+    s.
     """
 
     def __init__(self, every: float) -> None:
@@ -26,13 +31,13 @@ class AwakeClock:
         self._ticked = time.monotonic()
 
     def tick(self) -> float:
-        """The seconds since the last tick that count."""
+        """Return the seconds since the last tick that count."""
         seconds, self._ticked = self._since_tick(), time.monotonic()
         self._awake += seconds
         return seconds
 
     def time(self) -> float:
-        """Seconds since the clock was made; as with `time.monotonic`, only differences have a meaning."""
+        """Return a time in seconds; as with `time.monotonic`, only differences have a meaning."""
         return self._awake + self._since_tick()
 
     def _since_tick(self) -> float:
@@ -40,7 +45,7 @@ class AwakeClock:
 
 
 class LoopClock(AwakeClock):
-    """An AwakeClock of the running event loop, which ticks by itself until it is closed."""
+    """An AwakeClock for the running event loop. It ticks by itself until it is closed."""
 
     def __init__(self) -> None:
         super().__init__(LOOP_TICK_S)
@@ -56,7 +61,7 @@ class LoopClock(AwakeClock):
 
     @asynccontextmanager
     async def timeout(self, seconds: float) -> AsyncGenerator[None]:
-        """Limit the block to so many seconds of this clock, as `asyncio.timeout` limits it to seconds of any kind.
+        """Limit the block to `seconds` of this clock, as `asyncio.timeout` limits it to seconds of the ordinary clock.
 
         Raises:
             TimeoutError: the block took longer.
@@ -83,7 +88,7 @@ class LoopClock(AwakeClock):
 
 @asynccontextmanager
 async def awake_timeout(seconds: float) -> AsyncGenerator[None]:
-    """Limit the block to so many seconds in which the event loop runs.
+    """Limit the block to `seconds` in which the event loop runs.
 
     Raises:
         TimeoutError: the block took longer.

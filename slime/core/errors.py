@@ -1,9 +1,20 @@
-"""The errors that end a run, as one tree.
+"""The public errors of the package, as one tree; the module is given if it is another one.
 
-ValueError the user's input is wrong: names flag or file, value, rule and remedy └── UsageError (config.rules.problem)
-all problems of a command line at once, before anything starts RuntimeError ├── RunError a run that had started has
-failed: names phase, process and cause │ └── Fault ... because a process was lost, not because of an error: the run may
-be started again └── EngineError (engine.connection) an engine did not answer as the request requires
+An error that the user can correct is a ValueError: it names flag or file, value, rule and remedy.
+
+ValueError
+├── UsageError (config.rules.problem)                       all problems of a command line, before anything starts
+├── DataError (config.data_files)                           a data file, or one row of it, cannot be used
+├── HookError (core.plugins)                                a hook cannot be imported or called
+├── NewerFormatError (megatron.checkpoint_manifest)         a later version wrote the checkpoint; it is not damaged
+├── UnsafeFileError (megatron.safe_pickle)                  a checkpoint file has content that is not allowed
+└── UnreadableFileError (megatron.safe_pickle)              a checkpoint file is damaged
+RuntimeError
+├── RunError                                                a run that had started has failed: phase, process, cause
+│   └── Fault                                               a process was lost: the run may be started again
+├── BadStepError (megatron.guard)                           a step was not taken; no weight has changed
+├── EngineError (engine.connection)                         an engine or the router did not answer as it should
+└── EngineFailed (engine.embedded.server)                   the embedded engine's scheduler has ended
 """
 
 from __future__ import annotations

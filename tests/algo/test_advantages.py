@@ -1,5 +1,6 @@
 """GRPO's advantages against the paper's formula, written out in plain Python."""
 
+import doctest
 import math
 import statistics
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slime.algo.advantages import ESTIMATORS, counted_rows
+from slime.algo.advantages import ESTIMATORS, counted_rows, rollout_rewards
 from slime.algo.advantages.grpo import grpo_advantages
 from slime.algo.estimators import ESTIMATOR_FACTS
 
@@ -16,7 +17,7 @@ NAN = float("nan")
 
 
 def by_the_paper(rewards: list[float], groups: list[int], *, normalize_std: bool) -> list[float]:
-    """(r_i - mean(r)) / std(r) (DeepSeekMath, section 4.1.2), over the rewards that exist."""
+    """Compute (r_i - mean(r)) / std(r) (DeepSeekMath, section 4.1.2) over the rewards that exist."""
     result: list[float] = []
     for reward, group in zip(rewards, groups, strict=True):
         peers = [r for r, g in zip(rewards, groups, strict=True) if g == group and not math.isnan(r)]
@@ -34,7 +35,7 @@ def by_the_paper(rewards: list[float], groups: list[int], *, normalize_std: bool
     ),
     normalize_std=st.booleans(),
 )
-def test_grpo_is_the_papers_formula(rows: list[tuple[float, int]], normalize_std: bool) -> None:
+def test_grpo_matches_the_paper(rows: list[tuple[float, int]], normalize_std: bool) -> None:
     rewards, groups = [r for r, _ in rows], [g for _, g in rows]
     advantages = grpo_advantages(
         torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), normalize_std=normalize_std
@@ -43,7 +44,7 @@ def test_grpo_is_the_papers_formula(rows: list[tuple[float, int]], normalize_std
     assert advantages.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-def test_a_biased_std_would_be_noticed() -> None:
+def test_a_biased_std_is_noticed() -> None:
     rewards, groups = torch.tensor([1.0, 0.0, 0.0, 1.0]).double(), torch.zeros(4, dtype=torch.int64)
     advantages = grpo_advantages(rewards, groups, normalize_std=True)
     biased = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
@@ -57,7 +58,7 @@ def test_a_biased_std_would_be_noticed() -> None:
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1e-30, -1e8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_give_exactly_zero(reward: float, dtype: torch.dtype) -> None:
-    """Also 0.1, three of which add up to 0.30000000000000004."""
+    """Try 0.1 among others: three times 0.1 add up to 0.30000000000000004."""
     advantages = grpo_advantages(torch.full((7,), reward, dtype=dtype), torch.zeros(7, dtype=torch.int64))
     assert advantages.tolist() == [0.0] * 7
 
@@ -75,7 +76,7 @@ def test_failed_rewards_leave_the_baseline() -> None:
     assert not torch.allclose(as_zero[counted], kept), "a failed reward taken as 0 would move the baseline"
 
 
-def test_groups_go_by_index_not_by_place() -> None:
+def test_groups_follow_the_index_not_the_order() -> None:
     rewards, groups = torch.tensor([1.0, 5.0, 0.0, 6.0, 2.0]), torch.tensor([3, 1, 3, 1, 3])
     order = torch.tensor([4, 1, 0, 3, 2])
     torch.testing.assert_close(
@@ -84,5 +85,10 @@ def test_groups_go_by_index_not_by_place() -> None:
     assert not torch.allclose(grpo_advantages(rewards, groups), grpo_advantages(rewards, torch.zeros(5)))
 
 
-def test_only_what_is_built_is_a_key() -> None:
-    assert set(ESTIMATORS) <= set(ESTIMATOR_FACTS)
+def test_every_function_has_facts() -> None:
+    assert set(ESTIMATORS) == set(ESTIMATOR_FACTS)
+
+
+def test_examples_in_docstrings_hold() -> None:
+    result = doctest.testmod(rollout_rewards)
+    assert result.attempted == 6 and result.failed == 0

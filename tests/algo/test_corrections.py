@@ -1,4 +1,4 @@
-"""Importance weights: from the formula, and what they are for: an estimate that older weights' samples do not bend."""
+"""Importance weights: the formula, and their purpose, an estimate that is not biased by stale samples."""
 
 import math
 
@@ -24,7 +24,7 @@ OPTIONS = LossOptions(
 
 
 @pytest.mark.parametrize("drop", [False, True])
-def test_weights_are_the_formula(drop: bool) -> None:
+def test_weights_match_the_formula(drop: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     proximal, behaviour = (-torch.rand(200, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
     weighed = torch.rand(200, generator=generator) < 0.7
@@ -35,11 +35,11 @@ def test_weights_are_the_formula(drop: bool) -> None:
         expected = 0.0 if outside and drop else min(max(ratio, 0.5), 2.0)
         assert float(weights[t]) == pytest.approx(expected if weighed[t] else 1.0, rel=1e-12)
         assert bool(beyond[t]) == outside
-    assert 20 < int(beyond.sum()) < int(weighed.sum()) - 20, "both kinds are met"
+    assert 20 < int(beyond.sum()) < int(weighed.sum()) - 20, "the draw has tokens inside and outside the range"
 
 
-def test_what_is_not_weighed_has_weight_1_whatever_its_log_probs_are() -> None:
-    """A tool's tokens were never sampled: what stands for their log-prob may be anything."""
+def test_uncorrected_tokens_have_weight_one() -> None:
+    """A tool's tokens were never sampled, so the value in place of their log-prob may be anything."""
     behaviour = torch.tensor([float("nan"), float("-inf"), 0.0, -1.0])
     weighed = torch.tensor([False, False, False, True])
     weights, beyond = importance_weights(torch.full((4,), -50.0), behaviour, weighed, low=0.1, high=2.0)
@@ -52,7 +52,7 @@ def test_what_is_not_weighed_has_weight_1_whatever_its_log_probs_are() -> None:
 
 
 # --- the estimate -----------------------------------------------------------------------------------------------
-# A policy of one token out of six, and the expectation over all six outcomes: no sampling, so no noise.
+# The policy chooses one of six tokens. The expectation sums over all six outcomes, so there is no sampling noise.
 
 REWARDS = torch.tensor([1.0, -0.5, 0.3, 0.0, 2.0, -1.0]).double()
 PROXIMAL = torch.tensor([0.2, -0.4, 0.9, 0.1, -1.2, 0.6]).double()
@@ -60,9 +60,9 @@ BEHAVIOUR = torch.tensor([0.5, 0.3, -0.6, 0.2, -0.2, 0.0]).double()
 
 
 def expected_gradient(sampled_from: Tensor, *, weighed: bool, moved: float = 0.0, **options: float | str) -> Tensor:
-    """Of the policy's logits: sum over outcomes of P(outcome) x the gradient of that outcome's loss.
+    """Return the gradient of the logits: the sum over outcomes of P(outcome) x the gradient of that outcome's loss.
 
-    `moved`: how far the policy has gone from the proximal one in the steps before.
+    `moved`: how far the earlier steps have moved the policy from the old one.
     """
     logits = (PROXIMAL + moved * REWARDS).requires_grad_()
     log_probs = logits.log_softmax(0)
@@ -78,7 +78,7 @@ def expected_gradient(sampled_from: Tensor, *, weighed: bool, moved: float = 0.0
 
 
 @pytest.mark.parametrize("moved", [0.0, 0.05])
-def test_weighed_samples_of_older_weights_give_the_gradient_of_current_ones(moved: float) -> None:
+def test_weights_make_stale_samples_unbiased(moved: float) -> None:
     wanted = expected_gradient(PROXIMAL, weighed=False, moved=moved)
     assert wanted.abs().max() > 0.1
     found = expected_gradient(BEHAVIOUR, weighed=True, moved=moved)
@@ -86,14 +86,14 @@ def test_weighed_samples_of_older_weights_give_the_gradient_of_current_ones(move
     assert (expected_gradient(BEHAVIOUR, weighed=False, moved=moved) - wanted).abs().max() > 0.05  # control
 
 
-def test_on_policy_it_is_the_policy_gradient() -> None:
-    """d/dz sum_a softmax(z)_a r_a = p (r - p . r): the expectation above is of the right thing."""
+def test_on_policy_gives_the_policy_gradient() -> None:
+    """d/dz sum_a softmax(z)_a r_a = p (r - p . r), so the expectation above is the right one."""
     p = PROXIMAL.softmax(0)
     assert torch.allclose(expected_gradient(PROXIMAL, weighed=False), -p * (REWARDS - p @ REWARDS), rtol=1e-12)
     assert torch.allclose(expected_gradient(PROXIMAL, weighed=True), -p * (REWARDS - p @ REWARDS), rtol=1e-12)
 
 
-def test_truncation_bends_the_estimate_and_less_than_no_weight() -> None:
+def test_truncation_biases_less_than_no_weight() -> None:
     wanted = expected_gradient(PROXIMAL, weighed=False)
     none = (expected_gradient(BEHAVIOUR, weighed=False) - wanted).norm()
     weights = (PROXIMAL.log_softmax(0) - BEHAVIOUR.log_softmax(0)).exp()
@@ -103,8 +103,8 @@ def test_truncation_bends_the_estimate_and_less_than_no_weight() -> None:
         assert 0.01 < (clipped - wanted).norm() < none
 
 
-def test_after_the_first_token_the_estimate_is_right_for_each_prefix() -> None:
-    """Two tokens, the second's policy given by the first: token weights leave how often each first token came."""
+def test_token_weights_correct_each_prefix_alone() -> None:
+    """With two tokens, the weights correct the second token given the first, but not how often a first token came."""
     second_proximal = torch.stack([PROXIMAL.roll(i) for i in range(6)])
     second_behaviour = torch.stack([BEHAVIOUR.roll(2 * i) for i in range(6)])
 

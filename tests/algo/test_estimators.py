@@ -1,6 +1,7 @@
-"""Every estimator against its paper's formula, in loops over plain Python floats, on rollouts that have everything.
+"""Every estimator against its paper's formula, in loops over Python floats, on rollouts with every special case.
 
-Groups of one to five samples, failed rewards, empty masks, responses without tokens, masked tokens in the midst.
+The rollouts have groups of one to five samples, failed rewards, empty masks, responses without tokens, and masked
+tokens in the middle.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Rows = list[list[float]]
 
 @dataclass(frozen=True)
 class Sample:
-    """One response, as a paper has it."""
+    """One response, in the form that the papers use."""
 
     reward: float
     group: int
@@ -31,12 +32,12 @@ class Sample:
 
     @property
     def places(self) -> list[int]:
-        """Of the tokens that count."""
+        """The positions of the tokens that count."""
         return [t for t, m in enumerate(self.mask) if m]
 
 
 def draw(seed: int = 0) -> list[Sample]:
-    """23 samples of 7 groups, not in the groups' order."""
+    """Return 23 samples of 7 groups, not ordered by group."""
     generator = torch.Generator().manual_seed(seed)
 
     def number() -> float:
@@ -73,12 +74,12 @@ def judged(samples: list[Sample], group: int) -> list[Sample]:
 
 
 def shaped(sample: Sample, beta: float) -> float:
-    """RLOO (arXiv:2402.14740, section 2.1): the reward less beta x log of the ratio of the whole response's chances."""
+    """RLOO (arXiv:2402.14740, section 2.1): the reward minus beta x the log-ratio of the whole response."""
     return sample.reward - beta * sum(sample.kl[t] for t in sample.places)
 
 
 def of_response(samples: list[Sample], values: dict[int, float]) -> Rows:
-    """A sample's number on each token that counts; 0 where it has none."""
+    """Put a sample's number on each token that counts; 0 if it has none."""
     return [[values.get(i, 0.0) * (m != 0) for m in s.mask] for i, s in enumerate(samples)]
 
 
@@ -104,7 +105,7 @@ def rloo(samples: list[Sample], options: AdvantageOptions, *, with_own: bool = F
 
 
 def returns(sample: Sample, reward: float, options: AdvantageOptions) -> list[float]:
-    """REINFORCE++ (arXiv:2501.03262): what is still to come after each token, discounted; 0 on a masked one."""
+    """REINFORCE++ (arXiv:2501.03262): the discounted sum of rewards from each token on; 0 on a masked token."""
     found = [0.0] * len(sample.mask)
     for k, t in enumerate(sample.places):
         for later, s in enumerate(sample.places[k:]):
@@ -137,7 +138,7 @@ def reinforce_plus_plus_baseline(samples: list[Sample], options: AdvantageOption
 
 
 def on_policy_distillation(samples: list[Sample], options: AdvantageOptions) -> Rows:
-    """GKD (arXiv:2306.13649): log p_teacher - log p_student, token by token; of samples that were judged."""
+    """GKD (arXiv:2306.13649): log p_teacher - log p_student, token by token, on samples that have a reward."""
     return [[-k * (m != 0) for k, m in zip(s.kl, s.mask, strict=True)] for s in samples]
 
 
@@ -159,7 +160,7 @@ OPTIONS = {
 
 
 def miss(name: str, options: AdvantageOptions, expected: Rows, samples: list[Sample]) -> float:
-    """The largest difference on any token that counts."""
+    """Return the largest difference on any token that counts."""
     rollout = rollout_of(samples, name)
     found = ESTIMATORS[name](rollout, options)
     assert found.dtype == torch.float64
@@ -169,7 +170,7 @@ def miss(name: str, options: AdvantageOptions, expected: Rows, samples: list[Sam
 
 @pytest.mark.parametrize("which", OPTIONS)
 @pytest.mark.parametrize("name", PAPERS)
-def test_each_is_its_papers_formula(name: str, which: str) -> None:
+def test_each_matches_its_paper(name: str, which: str) -> None:
     for seed in range(3):
         samples = draw(seed)
         assert miss(name, OPTIONS[which], PAPERS[name](samples, OPTIONS[which]), samples) < 1e-12
@@ -177,7 +178,7 @@ def test_each_is_its_papers_formula(name: str, which: str) -> None:
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
 def test_kl_in_the_reward_is_bounded(name: str) -> None:
-    """Each token's, before they are summed; a teacher's log-ratio is no penalty, and never bounded."""
+    """Each token's KL is bounded before the sum; a teacher's log-ratio is no penalty and is never bounded."""
     samples, options = draw(), AdvantageOptions(kl_coef=0.3, kl_clamp=0.2)
     bounded = [replace(s, kl=[min(max(k, -0.2), 0.2) for k in s.kl]) for s in samples]
     assert miss(name, options, PAPERS[name](bounded, options), samples) < 1e-12
@@ -186,8 +187,8 @@ def test_kl_in_the_reward_is_bounded(name: str) -> None:
     assert miss("on_policy_distillation", options, distilled, samples) < 1e-12
 
 
-def test_other_formulas_are_other_numbers() -> None:
-    """Control: a baseline with the sample's own reward, no discount, no KL, another estimator, are all seen."""
+def test_other_formulas_differ() -> None:
+    """Control: a baseline with the sample's own reward, no discount, no KL, and another estimator are all noticed."""
     samples, options = draw(), OPTIONS["KL, discounted"]
     assert miss("rloo", options, rloo(samples, options, with_own=True), samples) > 0.1
     for name in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
@@ -201,8 +202,8 @@ def test_other_formulas_are_other_numbers() -> None:
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_what_does_not_count_changes_nothing(name: str) -> None:
-    """Tokens that are masked may have any KL; a failed sample may have any tokens."""
+def test_uncounted_tokens_change_nothing(name: str) -> None:
+    """Masked tokens may have any KL, and a failed sample may have any tokens."""
     samples, options = draw(), OPTIONS["KL, discounted"]
     rollout = rollout_of(samples, name)
     assert rollout.kl_R is not None and not rollout.mask_R.all()
@@ -214,8 +215,8 @@ def test_what_does_not_count_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_nothing_counts(name: str) -> None:
-    """Failed rewards alone, and empty masks alone, are no error and no nan."""
+def test_rollouts_in_which_nothing_counts(name: str) -> None:
+    """If all rewards failed, or all masks are empty, there is no error and no nan."""
     samples = draw()
     for nothing in (
         [replace(s, reward=float("nan")) for s in samples],
@@ -229,13 +230,13 @@ def test_nothing_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PAPERS if not ESTIMATOR_FACTS[name].distills])
-def test_rewards_that_are_all_equal_teach_nothing(name: str) -> None:
+def test_equal_rewards_give_no_advantage(name: str) -> None:
     samples = [replace(s, reward=0.1) for s in draw()]
     found = ESTIMATORS[name](rollout_of(samples, name, with_kl=False), AdvantageOptions())
     assert found.abs().amax() < 1e-6
 
 
-def test_each_value_of_the_flag_has_its_function_and_its_facts() -> None:
+def test_each_flag_value_has_function_and_facts() -> None:
     values = get_args(get_type_hints(AlgoOptions)["advantage_estimator"])
     assert set(values) == set(ESTIMATOR_FACTS) == set(ESTIMATORS)
-    assert set(PAPERS) == set(ESTIMATORS) - {"ppo"}  # `test_gae` has it
+    assert set(PAPERS) == set(ESTIMATORS) - {"ppo"}  # `test_gae` tests ppo

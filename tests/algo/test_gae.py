@@ -1,4 +1,4 @@
-"""GAE against the paper's sums written out in float64 loops, and the identities that hold whatever the numbers are."""
+"""GAE against the paper's sums in float64 loops, and identities that hold for any numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAN = float("nan")
 def by_the_paper(
     score: float, mask: list[float], kl: list[float], values: list[float], *, beta: float, gamma: float, lambd: float
 ) -> list[float]:
-    """Eq. 16: the sum over l of (gamma lambda)^l delta_(t+l), of one response whose masked tokens are no steps."""
+    """Eq. 16, the sum over l of (gamma lambda)^l delta_(t+l), for one response whose masked tokens are not steps."""
     steps = [t for t, counts in enumerate(mask) if counts]
     rewards = [-beta * kl[t] for t in steps]
     if rewards:
@@ -31,7 +31,7 @@ def by_the_paper(
 
 
 def made_up(seed: int, lengths: tuple[int, ...] = (5, 1, 9, 3)) -> RolloutRewards:
-    """Samples of several lengths: tokens left out in the middle and at the end, a whole sample, a failed one."""
+    """Return samples of several lengths: masked tokens in the middle and at the end, a masked and a failed sample."""
     generator = np.random.default_rng(seed)
     total = sum(lengths)
     mask = (generator.random(total) > 0.3).astype(np.float32)
@@ -73,7 +73,7 @@ def expected(rollout: RolloutRewards, options: AdvantageOptions) -> list[float]:
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
 @pytest.mark.parametrize("lambd", [1.0, 0.95, 0.0])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-def test_gae_is_the_papers_sum(gamma: float, lambd: float, kl_coef: float) -> None:
+def test_gae_matches_the_paper(gamma: float, lambd: float, kl_coef: float) -> None:
     options = AdvantageOptions(gamma=gamma, lambd=lambd, kl_coef=kl_coef)
     for seed in range(5):
         rollout = made_up(seed)
@@ -82,8 +82,8 @@ def test_gae_is_the_papers_sum(gamma: float, lambd: float, kl_coef: float) -> No
         assert found.tolist() == pytest.approx(expected(rollout, options), rel=1e-12, abs=1e-12)
 
 
-def test_controls() -> None:
-    """Each of these is another formula, and would be seen."""
+def test_other_formulas_differ() -> None:
+    """Each of these is another formula, and must give other numbers."""
     options, rollout = AdvantageOptions(gamma=0.9, lambd=0.95, kl_coef=0.3), made_up(0)
     right = torch.tensor(expected(rollout, options), dtype=torch.float64)
     assert rollout.values_R is not None and rollout.kl_R is not None
@@ -96,7 +96,7 @@ def test_controls() -> None:
         assert not torch.allclose(right, torch.tensor(wrong, dtype=torch.float64), rtol=1e-3)
 
 
-def test_what_does_not_count_changes_nothing() -> None:
+def test_uncounted_tokens_change_nothing() -> None:
     options, rollout = AdvantageOptions(gamma=0.9, lambd=0.95, kl_coef=0.3), made_up(1)
     assert rollout.values_R is not None and rollout.kl_R is not None
     spoilt = replace(
@@ -107,7 +107,7 @@ def test_what_does_not_count_changes_nothing() -> None:
     assert torch.equal(ESTIMATORS["ppo"](spoilt, options), ESTIMATORS["ppo"](rollout, options))
 
 
-def test_without_discount_returns_are_the_scores_and_perfect_values_leave_no_advantage() -> None:
+def test_perfect_values_leave_no_advantage() -> None:
     rollout = replace(made_up(2), kl_R=None)
     assert rollout.values_R is not None
     advantages_R = ESTIMATORS["ppo"](rollout, AdvantageOptions())
@@ -119,7 +119,7 @@ def test_without_discount_returns_are_the_scores_and_perfect_values_leave_no_adv
         assert perfect.abs().max() < 1e-12
 
 
-def test_a_rollout_in_which_nothing_counts() -> None:
+def test_rollouts_in_which_nothing_counts() -> None:
     rollout = made_up(3)
     nothing = replace(rollout, counted_N=torch.zeros_like(rollout.counted_N))
     assert not ESTIMATORS["ppo"](nothing, AdvantageOptions(kl_coef=0.1)).any()

@@ -25,7 +25,7 @@ OPTIONS = LossOptions(
 
 
 def make_inputs(**changes: Any) -> LossInputs:
-    """64 tokens with ratios on both sides of both clips, and advantages of both signs."""
+    """Return 64 tokens with ratios on both sides of both clip bounds, and advantages of both signs."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(scale: float) -> Tensor:
@@ -44,7 +44,7 @@ def make_inputs(**changes: Any) -> LossInputs:
 
 
 def by_the_papers(inputs: LossInputs, options: LossOptions) -> list[float]:
-    """Each token's loss, from the equations, with nothing but `math`."""
+    """Compute each token's loss from the equations, with nothing but `math`."""
     result: list[float] = []
     ref, rollout, entropy = inputs.ref_log_probs_R, inputs.rollout_log_probs_R, inputs.entropy_R
     for t in range(len(inputs.log_probs_R)):
@@ -99,14 +99,14 @@ def variant(name: str) -> tuple[LossInputs, LossOptions]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_policy_loss_is_the_papers_formula(name: str) -> None:
+def test_policy_loss_matches_the_papers(name: str) -> None:
     inputs, options = variant(name)
     loss, _ = policy_loss(inputs, options)
     assert loss.tolist() == pytest.approx(by_the_papers(inputs, options), rel=1e-12, abs=1e-12)
 
 
 def test_every_variant_changes_the_loss() -> None:
-    """The control of the test above: the inputs reach every branch, so no two formulas agree on them."""
+    """Control of the test above: the inputs reach every branch, so no two formulas agree on them."""
     losses = {name: policy_loss(*variant(name))[0] for name in VARIANTS}
     same = [
         (a, b)
@@ -129,7 +129,7 @@ def test_gradients_against_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(loss, points, eps=1e-7, atol=1e-5)
 
 
-def test_metrics_and_the_importance_weight_carry_no_gradient() -> None:
+def test_metrics_and_weights_have_no_gradient() -> None:
     inputs, options = variant("TIS")
     assert inputs.rollout_log_probs_R is not None
     rollout = inputs.rollout_log_probs_R.clone().requires_grad_()
@@ -154,7 +154,7 @@ def test_on_policy_the_gradient_is_reinforce() -> None:
 
 
 def test_clipped_tokens_have_no_gradient() -> None:
-    """Up, beyond 1 + 0.28, with A > 0; down, below 1 - 0.2, with A < 0; at a ratio of 1.25 clip-higher lets it by."""
+    """A ratio is clipped above 1 + 0.28 if A > 0 and below 1 - 0.2 if A < 0; clip-higher leaves 1.25 unclipped."""
     ratios = torch.tensor([1.3, 1.25, 0.7, 1.3, 0.7]).double()
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]).double()
     log_probs = ratios.log().requires_grad_()
@@ -167,7 +167,7 @@ def test_clipped_tokens_have_no_gradient() -> None:
 
 
 def kl_gradients(log_ratios: list[float], options: LossOptions) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Loss and gradient of the KL term alone, of tokens with these log(p_ref / p); float32, as in training."""
+    """Return loss, gradient and metrics of the KL term for tokens with these log(p_ref / p); float32 as in training."""
     log_probs = torch.full((len(log_ratios),), -5.0, requires_grad=True)
     ref = log_probs.detach() + torch.tensor(log_ratios)
     inputs = LossInputs(log_probs, log_probs.detach(), torch.zeros(len(log_ratios)), ref_log_probs_R=ref)
@@ -177,8 +177,8 @@ def kl_gradients(log_ratios: list[float], options: LossOptions) -> tuple[list[fl
     return loss.tolist(), log_probs.grad.tolist(), metrics
 
 
-def test_a_token_beyond_the_kl_bound_gives_no_gradient() -> None:
-    """k3 has a gradient of 1 - r, which is -147 at a log-ratio of 5; beyond e**88 there would be nothing but nan."""
+def test_tokens_beyond_the_kl_bound_have_no_gradient() -> None:
+    """k3 has the gradient 1 - r, which is -147 at a log-ratio of 5; beyond e**88 float32 gives nan."""
     plain = replace(OPTIONS, kl_loss_coef=1.0, kl_clamp=None)
     _, gradients, metrics = kl_gradients([5.0, 1.0], plain)
     assert gradients == pytest.approx([1 - math.exp(5), 1 - math.e]) and "kl_clamp_fraction" not in metrics
@@ -193,14 +193,63 @@ def test_a_token_beyond_the_kl_bound_gives_no_gradient() -> None:
     assert kl_gradients([3.0, 1.0, -3.0], signed)[:2] == ([-2.0, -1.0, 2.0], [0.0, 1.0, 0.0])
 
 
-def test_metrics_follow_what_is_there() -> None:
+def test_metrics_follow_the_given_inputs() -> None:
     bare = make_inputs(ref_log_probs_R=None, rollout_log_probs_R=None, entropy_R=None)
     assert set(policy_loss(bare, OPTIONS)[1]) == {"clip_fraction", "ppo_kl", "pg_loss"}
     inputs = make_inputs()
     loss, metrics = policy_loss(inputs, OPTIONS)
     assert {"kl", "entropy", "logprob_gap"} < set(metrics)
-    assert torch.equal(loss, metrics["pg_loss"]), "coefficients of 0 add nothing, and the metrics are there"
+    assert torch.equal(loss, metrics["pg_loss"]), "coefficients of 0 add nothing to the loss"
     assert all(value.shape == loss.shape for value in metrics.values())
+
+
+def test_every_metric_has_its_value() -> None:
+    """Compute every metric of `policy_loss` by hand, token by token; its sign, its range and its reference count."""
+    inputs, options = variant("all")
+    options = replace(options, kl_clamp=0.3)
+    weighed = torch.arange(64) % 2 == 0
+    inputs = replace(inputs, weighed_R=weighed)
+    assert inputs.ref_log_probs_R is not None and inputs.rollout_log_probs_R is not None
+    assert inputs.entropy_R is not None and options.eps_clip_c is not None
+    expected: dict[str, list[float]] = {}
+
+    def put(**values: float) -> None:
+        for name, value in values.items():
+            expected.setdefault(name, []).append(value)
+
+    for t in range(64):
+        log_p, log_old, ref, rollout = (
+            float(x[t])
+            for x in (inputs.log_probs_R, inputs.old_log_probs_R, inputs.ref_log_probs_R, inputs.rollout_log_probs_R)
+        )
+        a, ratio, k3 = float(inputs.advantages_R[t]), math.exp(log_p - log_old), math.expm1(ref - log_p) - (ref - log_p)
+        clipped = max(-a * ratio, -a * min(max(ratio, 0.8), 1.28))
+        loss = min(clipped, -1.3 * a) if a < 0 else clipped
+        weight = math.exp(log_old - rollout)
+        put(
+            clip_fraction=float(ratio > 1.28 if a > 0 else ratio < 0.8),
+            dual_clip_fraction=float(a < 0 and ratio > 1.3),
+            ppo_kl=log_old - log_p,
+            logprob_gap=abs(log_old - rollout),
+            tis_weight=min(weight, 1.5) if weighed[t] else 1.0,
+            tis_clipped=float(bool(weighed[t]) and weight > 1.5),
+            pg_loss=loss * (min(weight, 1.5) if weighed[t] else 1.0),
+            kl=min(k3, 0.3),
+            kl_clamp_fraction=float(k3 > 0.3),
+            entropy=float(inputs.entropy_R[t]),
+        )
+    _, metrics = policy_loss(inputs, options)
+    assert metrics.keys() == expected.keys()
+    for name, values in metrics.items():
+        assert values.tolist() == pytest.approx(expected[name], rel=1e-12, abs=1e-14), name
+    for name in ("clip_fraction", "dual_clip_fraction", "tis_clipped", "kl_clamp_fraction"):
+        assert 0 < sum(expected[name]) < 64, f"the inputs reach both sides of {name}"
+
+
+def test_ppo_kl_is_positive_when_a_token_became_less_likely() -> None:
+    """The metric estimates KL(old || current): the old policy sampled, so it is log p_old - log p."""
+    inputs = LossInputs(torch.tensor([-3.0, -1.0]), torch.tensor([-2.0, -2.0]), torch.ones(2))
+    assert policy_loss(inputs, OPTIONS)[1]["ppo_kl"].tolist() == [1.0, -1.0]
 
 
 def test_sft_loss_is_the_negative_log_likelihood() -> None:

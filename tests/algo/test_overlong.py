@@ -1,4 +1,4 @@
-"""DAPO's soft overlong punishment, by its equation; and that it is the reward of training alone."""
+"""DAPO's soft overlong penalty: its equation, and that it changes the training reward alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def equation_13(length: int, longest: int, cache: int) -> float:
 
 
 @pytest.mark.parametrize(("longest", "cache", "factor"), [(20480, 4096, 1.0), (64, 1, 1.0), (40, 39, 0.25)])
-def test_it_is_the_papers_equation(longest: int, cache: int, factor: float) -> None:
+def test_penalties_match_the_paper(longest: int, cache: int, factor: float) -> None:
     lengths = [*range(0, 2 * longest, max(1, longest // 97)), longest - cache, longest - cache + 1, longest]
     found = overlong_penalties(torch.tensor(lengths), max_length=longest, buffer=cache, factor=factor)
     expected = [factor * equation_13(length, longest, cache) for length in lengths]
@@ -52,7 +52,7 @@ LENGTHS = [3, 8, 6, 10, 4]
 REWARDS: list[float | None] = [1.0, 1.0, 0.0, 1.0, None]
 
 
-def test_estimators_read_the_punished_reward() -> None:
+def test_estimators_read_the_penalized_reward() -> None:
     args = Args(rollout_max_response_len=10, overlong_buffer_len=4, overlong_penalty_factor=0.5)
     batch = from_samples(group(REWARDS, LENGTHS, 10))
     counted = counted_rows_of(args, batch)
@@ -63,13 +63,13 @@ def test_estimators_read_the_punished_reward() -> None:
     assert firsts == pytest.approx(expected, rel=1e-6)
     assert metrics["train/overlong_penalty"] == pytest.approx(-0.75 / 4)
     assert metrics["train/overlong_samples"] == 0.5
-    assert batch.columns["rewards"][:4].tolist() == [1.0, 1.0, 0.0, 1.0], "what came in is as it was"
+    assert batch.columns["rewards"][:4].tolist() == [1.0, 1.0, 0.0, 1.0], "the rewards of the batch are unchanged"
     plain, none = add_advantages(Args(rollout_max_response_len=10), batch, counted)
     assert none == {}
     assert not np.allclose(plain.columns["advantages"], found.columns["advantages"])  # control
 
 
-def test_truncated_samples_are_in_no_denominator_and_in_the_baseline() -> None:
+def test_truncated_samples_count_in_the_baseline_only() -> None:
     def weighed(args: Args) -> tuple[np.ndarray, list[np.ndarray]]:
         samples = group(REWARDS, LENGTHS, 10)
         mask_truncated(args, samples)

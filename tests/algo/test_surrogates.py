@@ -1,7 +1,7 @@
-"""Sequence-level, weight-clipping and Dr. GRPO's losses against their papers, in loops, with autograd's gradients.
+"""GSPO, CISPO and Dr. GRPO's losses against their papers, in loops, with gradients by autograd.
 
-A paper's objective is written over whole responses, with its own denominator; ours is the sum of loss weights times
-per-token losses. So these compare the two sums, and what flows to each log-prob.
+A paper writes its objective over whole responses with its own denominator; ours is the sum of loss weights x per-token
+losses. These tests compare the two sums, and the gradient of each log-prob.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 from slime.algo.losses import LossInputs, LossOptions, policy_loss
 from slime.algo.reducers import loss_weights
 from slime.algo.sequences import Sequences
+from slime.algo.surrogates import clipped, weighed_log_probs
 
 LENGTHS = [3, 9, 1, 0, 6, 4, 5]
-"""The fourth response has no token, and the sixth none that counts."""
+"""The fourth response has no tokens, and the sixth has none that counts."""
 OPTIONS = LossOptions(
     surrogate="token",
     eps_clip=0.1,
@@ -34,7 +35,7 @@ OPTIONS = LossOptions(
 
 
 def make_inputs(seed: int = 0, scale: float = 0.15) -> LossInputs:
-    """Sequence ratios on both sides of both clips, one advantage a response, of both signs."""
+    """Return sequence ratios on both sides of both clip bounds, with one advantage of either sign for each response."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(size: int) -> Tensor:
@@ -58,7 +59,7 @@ def make_inputs(seed: int = 0, scale: float = 0.15) -> LossInputs:
 
 
 def responses(inputs: LossInputs) -> list[list[int]]:
-    """Tokens that count, of each response that has any."""
+    """Return the tokens that count, for each response that has any."""
     assert inputs.loss_mask_R is not None and inputs.sequences is not None
     rows, mask = inputs.sequences.row_R.tolist(), inputs.loss_mask_R.tolist()
     found = [[t for t in range(len(rows)) if rows[t] == row and mask[t]] for row in range(len(LENGTHS))]
@@ -66,7 +67,7 @@ def responses(inputs: LossInputs) -> list[list[int]]:
 
 
 def ours(inputs: LossInputs, options: LossOptions, *, per_token: bool) -> tuple[Tensor, Tensor]:
-    """The step's loss, and its gradient with respect to each log-prob."""
+    """Return the loss of the step, and its gradient with respect to each log-prob."""
     log_probs = inputs.log_probs_R.clone().requires_grad_()
     loss_R, metrics = policy_loss(replace(inputs, log_probs_R=log_probs), options)
     assert not any(values.requires_grad for values in metrics.values())
@@ -90,7 +91,7 @@ def zero() -> Tensor:
 def gspo(
     inputs: LossInputs, *, low: float, high: float, ceiling: float | None = None, by_length: bool = True
 ) -> Tensor:
-    """Eqs. 5 and 7: the mean over responses of min(s A, clip(s) A), s = (chance / old chance)^(1 / length)."""
+    """Eqs. 5 and 7: the mean over responses of min(s A, clip(s) A), with s = (p / p_old)^(1 / length)."""
     total = zero()
     for tokens in responses(inputs):
         log_s = zero()
@@ -106,7 +107,7 @@ def gspo(
 
 
 def cispo(inputs: LossInputs, *, low: float, high: float, stop: bool = True) -> Tensor:
-    """MiniMax-M1 eqs. 4 and 5: 1 / all tokens x the sum of sg(clip(r)) A log p."""
+    """MiniMax-M1 eqs. 4 and 5: 1 / (number of all tokens) x the sum of sg(clip(r)) A log p."""
     total, count = zero(), 0
     for tokens in responses(inputs):
         for t in tokens:
@@ -117,7 +118,7 @@ def cispo(inputs: LossInputs, *, low: float, high: float, stop: bool = True) -> 
 
 
 def dr_grpo(inputs: LossInputs, *, longest: int) -> Tensor:
-    """arXiv:2503.20783: no division by a response's own length; a constant, the longest response, in its place."""
+    """arXiv:2503.20783: divide by a constant, the longest length, instead of by each response's own length."""
     total = zero()
     for tokens in responses(inputs):
         for t in tokens:
@@ -139,7 +140,7 @@ def test_gspo(ceiling: float | None) -> None:
         expected = papers(gspo, inputs, low=0.9, high=1.15, ceiling=ceiling)
         assert difference(ours(inputs, options, per_token=False), expected) < 1e-12
         clipped += float(policy_loss(inputs, options)[1]["clip_fraction"].sum())
-        # controls: the whole chance without the root, a token's own ratio, no clip, another denominator
+        # controls: the whole ratio without the root, a token's own ratio, no clip, another denominator
         assert difference(papers(gspo, inputs, low=0.9, high=1.15, ceiling=ceiling, by_length=False), expected) > 0.01
         assert difference(ours(inputs, replace(options, surrogate="token"), per_token=False), expected) > 0.01
         assert difference(papers(gspo, inputs, low=0.0, high=9.0), expected) > 0.01
@@ -150,7 +151,7 @@ def test_gspo(ceiling: float | None) -> None:
 
 
 def test_gspo_clips_whole_responses() -> None:
-    """None or all of a response's tokens have a gradient, where a token's own ratio lets some by."""
+    """All tokens of a response have a gradient or none has, while token ratios clip some of them."""
     inputs = make_inputs(scale=0.4)
     gradient = ours(inputs, replace(OPTIONS, surrogate="sequence"), per_token=False)[1]
     kinds = [{bool(gradient[t]) for t in tokens} for tokens in responses(inputs)]
@@ -161,7 +162,7 @@ def test_gspo_clips_whole_responses() -> None:
 
 @pytest.mark.parametrize("low", [0.9, 0.0])
 def test_cispo(low: float) -> None:
-    """`low` 0, which is --eps-clip 1: weights are bounded above only, as the paper runs it."""
+    """`low` 0, which is --eps-clip 1, bounds weights from above only, as the paper does."""
     options = replace(OPTIONS, surrogate="cispo", eps_clip=1 - low)
     for seed in range(3):
         inputs = make_inputs(seed)
@@ -175,20 +176,20 @@ def test_cispo(low: float) -> None:
         assert difference(ours(inputs, replace(options, surrogate="token"), per_token=True), expected) > 0.01
 
 
-def test_dr_grpo_is_the_per_token_loss_but_for_one_factor_a_step() -> None:
-    """The factor is mean length / longest: between tokens of a step nothing differs, and DAPO's loss is the same."""
+def test_dr_grpo_is_a_scaled_per_token_loss() -> None:
+    """The factor is mean length / longest length: tokens of one step do not differ. DAPO's loss is the same."""
     inputs = make_inputs()
     num_tokens, num_responses = sum(map(len, responses(inputs))), len(responses(inputs))
     loss, gradient = papers(dr_grpo, inputs, longest=64)
     factor = 64 * num_responses / num_tokens
     assert difference(ours(inputs, OPTIONS, per_token=True), (factor * loss, factor * gradient)) < 1e-12
     by_response = ours(inputs, OPTIONS, per_token=False)[1]
-    assert (by_response / gradient)[gradient != 0].std() > 1  # control: no one factor
+    assert (by_response / gradient)[gradient != 0].std() > 1  # control: not one common factor
 
 
 @pytest.mark.parametrize("surrogate", ["token", "sequence", "cispo"])
-def test_with_one_step_all_are_the_policy_gradient(surrogate: Any) -> None:
-    """Old and current policy are one, detached: -A a token, also where gspo's ratio is computed from nothing else."""
+def test_on_policy_all_give_the_policy_gradient(surrogate: Any) -> None:
+    """With old = current policy, detached, the gradient is -A on each token, also for GSPO's sequence ratio."""
     inputs = make_inputs()
     log_probs = inputs.log_probs_R.clone().requires_grad_()
     on_policy = replace(inputs, log_probs_R=log_probs, old_log_probs_R=log_probs.detach())
@@ -200,7 +201,7 @@ def test_with_one_step_all_are_the_policy_gradient(surrogate: Any) -> None:
 
 
 @pytest.mark.parametrize("surrogate", ["sequence", "cispo"])
-def test_importance_weights_multiply_every_form(surrogate: Any) -> None:
+def test_importance_weights_multiply_every_surrogate(surrogate: Any) -> None:
     inputs, options = make_inputs(), replace(OPTIONS, surrogate=surrogate)
     weighed = torch.arange(len(inputs.log_probs_R)) % 2 == 0
     plain, _ = policy_loss(inputs, options)
@@ -213,11 +214,24 @@ def test_importance_weights_multiply_every_form(surrogate: Any) -> None:
 # --- sums over responses ----------------------------------------------------------------------------------------
 
 
+def test_clip_fractions_count_the_clipped_tokens() -> None:
+    """The ratio of 5 is clipped for A > 0 and dual-clipped for A < 0; inside the range nothing is."""
+    ratio, advantages = torch.tensor([5.0, 5.0, 0.1, 0.1, 1.0, 1.0]), torch.tensor([1.0, -1, 1, -1, 1, -1])
+    loss, metrics = clipped(ratio, advantages, low=0.8, high=1.2, ceiling=3.0)
+    assert loss.tolist() == pytest.approx([-1.2, 3.0, -0.1, 0.8, -1.0, 1.0])
+    assert metrics["clip_fraction"].tolist() == [1, 0, 0, 1, 0, 0]
+    assert metrics["dual_clip_fraction"].tolist() == [0, 1, 0, 0, 0, 0]
+    loss, metrics = clipped(ratio, advantages, low=0.8, high=1.2, ceiling=None)
+    assert loss[1] == 5.0 and metrics.keys() == {"clip_fraction"}
+    _, metrics = weighed_log_probs(ratio.log(), ratio, advantages, low=0.8, high=1.2)
+    assert metrics["clip_fraction"].tolist() == [1, 1, 1, 1, 0, 0]
+
+
 def test_sums_and_means_of_responses() -> None:
     inputs = make_inputs()
     sequences, mask = inputs.sequences, inputs.loss_mask_R
     assert sequences is not None and mask is not None
-    values = torch.where(mask != 0, inputs.log_probs_R, float("nan"))  # what is masked may be anything
+    values = torch.where(mask != 0, inputs.log_probs_R, float("nan"))  # masked values may be anything
     sums, means = sequences.sum_of(values, mask), sequences.mean_of(values, mask)
     row = sequences.row_R.tolist()
     for t in range(len(row)):

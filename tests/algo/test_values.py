@@ -11,7 +11,7 @@ from slime.algo.values import explained_variance, value_loss
 
 
 def by_hand(value: float, old: float, target: float, clip: float) -> tuple[float, float]:
-    """max of both squares / 2, and its derivative with respect to the value."""
+    """Return the larger of both squares / 2, and its derivative with respect to the value."""
     near = old + min(max(value - old, -clip), clip)
     plain, clipped = (value - target) ** 2 / 2, (near - target) ** 2 / 2
     if plain >= clipped:
@@ -36,13 +36,13 @@ def test_clipped_loss_and_gradient(clip: float) -> None:
     assert values.grad.tolist() == pytest.approx([slope for _, slope in expected], rel=1e-12)
     assert metrics["clip_fraction"].tolist() == [float(slope == 0) for _, slope in expected]
     assert 0 < metrics["clip_fraction"].mean() < 1 or clip == 5.0
-    # by the loss alone: half a difference to each side
+    # central differences of the loss alone
     step = 1e-6
     sides = [value_loss(values.detach() + side, old, targets, clip=clip)[0] for side in (step, -step)]
     torch.testing.assert_close((sides[0] - sides[1]) / (2 * step), values.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_without_clip_it_is_the_square() -> None:
+def test_without_clip_the_loss_is_the_square() -> None:
     values, old, targets = made_up()
     loss, metrics = value_loss(values, old, targets, clip=None)
     torch.testing.assert_close(loss, (values - targets) ** 2 / 2)
@@ -52,7 +52,7 @@ def test_without_clip_it_is_the_square() -> None:
 
 
 def test_the_first_step_is_never_clipped() -> None:
-    """Then values are the old ones."""
+    """In the first step the values equal the old values."""
     values, _, targets = made_up()
     loss, metrics = value_loss(values, values.detach(), targets, clip=0.01)
     torch.testing.assert_close(loss, (values - targets) ** 2 / 2)

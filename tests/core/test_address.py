@@ -1,4 +1,4 @@
-"""What talks to this machine alone stays on loopback."""
+"""A service that only this machine uses stays on loopback."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
 
-def test_the_address_follows_from_who_has_to_reach_it() -> None:
+def test_the_address_depends_on_who_connects() -> None:
     assert own_address("localhost") == "127.0.0.1"
     assert address_for(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.77", 9))
         except OSError:
-            pytest.skip("this machine has no way to another")
+            pytest.skip("this machine has no route to another")
         expected = probe.getsockname()[0]
     assert expected != "127.0.0.1"
     assert address_for(["http://127.0.0.1:1", "http://192.0.2.77:2"]) == expected

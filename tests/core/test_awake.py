@@ -1,4 +1,4 @@
-"""Time in which the owner of a clock stood still does not count; all other time does."""
+"""Time in which the owner of a clock did not run does not count; all other time does."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from slime.core.awake import LOOP_TICK_S, AwakeClock, LoopClock, awake_timeout
 STOP_S = 1.0
 
 
-def test_a_stop_between_two_ticks_counts_as_two_intervals() -> None:
+def test_a_stop_counts_as_two_intervals() -> None:
     clock = AwakeClock(0.05)
     begin = clock.time()
     time.sleep(0.3)
-    assert clock.time() - begin == pytest.approx(0.1, abs=0.01), "already before the tick that follows"
+    assert clock.time() - begin == pytest.approx(0.1, abs=0.01), "even before the next tick"
     assert clock.tick() == pytest.approx(0.1, abs=0.01)
     for _ in range(4):
         time.sleep(0.03)
         clock.tick()
-    assert clock.time() - begin >= 0.1 + 4 * 0.03 - 0.001, "control: what is shorter counts whole"
+    assert clock.time() - begin >= 0.1 + 4 * 0.03 - 0.001, "control: shorter intervals count in full"
 
 
-def test_a_limit_outlasts_a_stop_of_its_loop_and_nothing_else() -> None:
+def test_a_limit_does_not_count_a_stop() -> None:
     async def answered_after_a_stop(limit: bool) -> bool:
-        """The answer comes during a stop that is longer than the limit."""
+        """Wait for an answer that comes during a stop longer than the limit."""
         answer = asyncio.Event()
         within = awake_timeout(STOP_S / 2) if limit else asyncio.timeout(STOP_S / 2)
         try:
@@ -49,7 +49,7 @@ def test_a_limit_outlasts_a_stop_of_its_loop_and_nothing_else() -> None:
         asyncio.run(never())
 
 
-def test_a_loops_clock_goes_on_while_the_loop_waits() -> None:
+def test_the_clock_runs_while_the_loop_waits() -> None:
     async def measure() -> tuple[float, float]:
         clock = LoopClock()
         begin = clock.time()
@@ -62,5 +62,5 @@ def test_a_loops_clock_goes_on_while_the_loop_waits() -> None:
         return waited, stopped
 
     waited, stopped = asyncio.run(measure())
-    assert waited > 0.5, "(a loaded machine may take a part of it)"
+    assert waited > 0.5, "a loaded machine may cost a part of the second"
     assert stopped <= 2 * LOOP_TICK_S + 0.1

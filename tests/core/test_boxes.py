@@ -1,4 +1,4 @@
-r"""Which box of a response is its answer, and what it holds."""
+r"""Which box of a response is its answer, and its content."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from slime.core.boxes import Answer, boxed, last_boxed
         (r"\boxed{\{1,2\}}", r"\{1,2\}"),
         (r"\boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"),
         (r"\boxed{\left\{x\right.} }", r"\left\{x\right."),
-        (r"a \\\boxed{34}", "34"),  # a line break of LaTeX before it
-        (r"\\boxed{34}", "34"),  # a backslash escaped once too often
+        (r"a \\\boxed{34}", "34"),  # after a LaTeX line break
+        (r"\\boxed{34}", "34"),  # with a backslash that was escaped twice
         # without braces
         (r"$\boxed 34$", "34"),
         (r"so \boxed 5.", "5"),
@@ -34,7 +34,7 @@ from slime.core.boxes import Answer, boxed, last_boxed
         (r"\(\boxed \{1, 2\}\)", r"\{1, 2\}"),
         (r"(that is \boxed 5)", "5"),
         (r"\boxed B", "B"),
-        # which one
+        # several boxes: which one counts
         (r"\boxed{1} no, \boxed{34}", "34"),
         (r"\fbox{1} no, \boxed{34}", "34"),
         (r"\boxed{1} no, \fbox{34}", "34"),
@@ -47,7 +47,7 @@ from slime.core.boxes import Answer, boxed, last_boxed
         (r"{ \boxed{34}", "34"),
         (r"} \boxed{34}", "34"),
         (r"I write \boxed{ and then \boxed{34}", "34"),
-        # prose about boxes, and empty ones, are no answers
+        # text about boxes and empty boxes are no answers
         (r"\boxed{34}, in a \boxed as asked", "34"),
         (r"\boxed{34}, in \boxed{} as asked", "34"),
         (r"\boxed{34}. (I used \boxed.)", "34"),
@@ -89,5 +89,5 @@ def test_the_last_box(text: str, held: str | None) -> None:
         (r"\boxed{3} and" + " " * 200 + r"\boxed{5}", "5", ()),
     ],
 )
-def test_boxes_that_a_separator_joins(text: str, listed: str, parts: tuple[str, ...]) -> None:
+def test_boxes_joined_by_a_separator(text: str, listed: str, parts: tuple[str, ...]) -> None:
     assert boxed(text) == Answer(listed, parts)

@@ -1,4 +1,4 @@
-"""Secrets are replaced in any text, in every form that programs print, and nothing else is."""
+"""Secrets are replaced in any text, in every form that programs print, and nothing else is replaced."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Plans: every row once, within budget, equally many micro-batches, even, and the same every time."""
+"""Plans: every row once, within budget, equal numbers of micro-batches, balanced, and reproducible."""
 
+import doctest
 import heapq
 import random
 from itertools import product
@@ -29,10 +30,15 @@ GLM4_9B = Architecture(
 )
 
 
+def test_examples_in_docstrings_hold() -> None:
+    result = doctest.testmod(packing)
+    assert result.attempted == 6 and result.failed == 0
+
+
 def problems(
     plan: StepPlan, rows: range, lengths: list[int], budget: int, multiple: int, row_multiple: int
 ) -> list[str]:
-    """What is wrong with a step's plan. One list of rules, so that the controls below use the same."""
+    """Return the rules that a step's plan breaks. The controls below use the same list."""
     found: list[str] = []
     if plan.rows != list(rows):
         found.append("rows")
@@ -56,7 +62,7 @@ def problems(
     row_multiple=st.sampled_from([1, 4, 8]),
     balance=st.booleans(),
 )
-def test_every_plan_is_sound_and_repeats(
+def test_every_plan_is_sound_and_reproducible(
     lengths: list[int], num_steps: int, dp_size: int, budget: int, multiple: int, row_multiple: int, balance: bool
 ) -> None:
     lengths = lengths * num_steps
@@ -90,7 +96,7 @@ def test_the_rules_notice_a_bad_plan() -> None:
     assert problems(wrong, range(3), lengths, 20, 1, 1) == ["unequal numbers of micro-batches"]
     assert problems(StepPlan([[[0, 1]], [[1]]]), range(3), lengths, 20, 1, 1) == ["rows"]
     assert problems(two, range(3), lengths, 20, 16, 1) == ["over budget"], "padding counts"
-    assert problems(two, range(3), lengths, 20, 1, 4) == ["over budget"], "that of rows too"
+    assert problems(two, range(3), lengths, 20, 1, 4) == ["over budget"], "and so does the padding of rows"
     assert problems(two, range(3), lengths, 20, 1, 1) == []
 
 
@@ -110,13 +116,13 @@ def test_fixed_micro_batches_hold_at_most_their_size(
     assert all(len(rows) <= micro_batch_size for rank in plan.micro_batches for rows in rank)
 
 
-def test_a_longer_sample_stands_alone() -> None:
+def test_a_too_long_sample_is_alone() -> None:
     (plan,) = plan_steps([50, 900, 40, 10], num_steps=1, dp_size=1, max_tokens=100, micro_batch_size=1)
     assert sorted(plan.micro_batches[0]) == [[0, 2, 3], [1]]
 
 
 def fewest_bins(lengths: list[int], budget: int) -> int:
-    """The optimum, by trying everything: each item, longest first, in every bin that differs from those before."""
+    """Return the optimum by trying everything: each item, longest first, in every bin whose room is different."""
     items = sorted(lengths, reverse=True)
     best = len(items)
 
@@ -151,24 +157,24 @@ def l2_written_out(lengths: list[int], budget: int) -> int:
 
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9), budget=st.integers(30, 41))
-def test_the_bound_is_martello_and_toths_and_no_packing_is_below_it(lengths: list[int], budget: int) -> None:
+def test_no_packing_beats_martello_and_toths_bound(lengths: list[int], budget: int) -> None:
     bound = l2_bound(lengths, budget)
     assert bound == l2_written_out(lengths, budget)
     (plan,) = plan_steps(lengths, num_steps=1, dp_size=1, max_tokens=budget, micro_batch_size=1)
     best = fewest_bins(lengths, budget)
     assert -(-sum(lengths) // budget) <= bound <= best <= plan.num_micro_batches <= best + 1
-    assert 2 * best <= 3 * bound  # what they proved of it
+    assert 2 * best <= 3 * bound  # Martello and Toth's proof
 
 
-def test_the_bound_sees_more_than_the_sum() -> None:
+def test_the_bound_is_stronger_than_the_sum() -> None:
     assert l2_bound([6, 6, 6], 10) == 3  # 18 tokens would fit into two
     assert l2_bound([8, 7, 3, 3], 10) == 3 == fewest_bins([8, 7, 3, 3], 10)
-    assert l2_bound([25, 5], 10) == 2  # a longer one fills a bin
+    assert l2_bound([25, 5], 10) == 2  # an item longer than a bin fills one
 
 
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
-def test_micro_batches_are_hardly_more_than_the_bound(kind: str) -> None:
-    """The benchmark's sets, fewer of them; each plan is checked there. Next fit is the control that is worse."""
+def test_micro_batches_are_close_to_the_bound(kind: str) -> None:
+    """These are the benchmark's sets, but fewer, and each plan is checked. Next fit is the control that is worse."""
     rng = np.random.default_rng(7)
     sets = [pack_set(kind, rng) for _ in range(300)]
     assert np.mean([one.micro_batches / one.bound for one in sets]) <= 1.005
@@ -178,14 +184,14 @@ def test_micro_batches_are_hardly_more_than_the_bound(kind: str) -> None:
 
 
 def test_fuller_bins_save_the_step_a_micro_batch() -> None:
-    """First-fit decreasing needs 3 bins where 2 hold all; one rank that cannot do with fewer decides for all."""
+    """First-fit decreasing needs 3 bins where 2 are enough; the rank with the most bins decides for all."""
     rows = [4, 4, 3, 3, 3, 3]
     assert packing._first_fit_decreasing(range(6), rows, 10) == [[0, 1], [2, 3, 4], [5]]
     (plan,) = plan_steps(rows, num_steps=1, dp_size=1, max_tokens=10, micro_batch_size=1)
     assert plan.micro_batches == [[[0, 2, 3], [1, 4, 5]]]
     (plan,) = plan_steps(rows + [9] * 6, num_steps=1, dp_size=2, max_tokens=10, micro_batch_size=1)
     assert plan.num_micro_batches == 6
-    assert all(plan.micro_batches[0]), "a rank with fewer bins splits them rather than computing padding"
+    assert all(plan.micro_batches[0]), "a rank with fewer bins splits them instead of computing padding"
 
 
 @settings(max_examples=100, deadline=None)
@@ -203,7 +209,7 @@ def test_the_tree_finds_the_first_bin_with_room(lengths: list[int], budget: int)
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), budget=st.integers(1, 100))
-def test_the_first_of_the_fullest_bins_could_not_be_fuller(lengths: list[int], budget: int) -> None:
+def test_the_fullest_bin_cannot_be_fuller(lengths: list[int], budget: int) -> None:
     bins = packing._fullest_bins(range(len(lengths)), lengths, budget)
     assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
     first, *rest = bins
@@ -217,8 +223,8 @@ def test_the_first_of_the_fullest_bins_could_not_be_fuller(lengths: list[int], b
     assert all(sum(lengths[row] for row in rows) <= budget or len(rows) == 1 for rows in rest)
 
 
-def test_a_balanced_plan_does_not_depend_on_the_order_of_rows() -> None:
-    """Rows that come in another order are grouped as before (where no two sums are equal). In contiguous runs: not."""
+def test_a_balanced_plan_ignores_the_row_order() -> None:
+    """Reordered rows form the same groups (if no two sums are equal); dealt in contiguous runs, they do not."""
 
     def groups(rows: list[int], number: list[int], dp_size: int, balance: bool) -> list[list[list[int]]]:
         (plan,) = plan_steps(
@@ -245,8 +251,8 @@ def test_a_balanced_plan_does_not_depend_on_the_order_of_rows() -> None:
 
 
 @pytest.mark.parametrize("balance", [False, True])
-def test_a_thousand_ranks_are_planned_at_once(balance: bool) -> None:
-    """A tenth of the benchmark's rows. Contiguous runs are the control: neither even nor as few."""
+def test_a_thousand_ranks_can_be_planned(balance: bool) -> None:
+    """This is a tenth of the benchmark's rows. Contiguous runs are the control: uneven, and more micro-batches."""
     lengths = draw_lengths("log-normal", 20_000, np.random.default_rng(0)).tolist()
     (plan,) = plan_steps(
         lengths, num_steps=1, dp_size=1024, max_tokens=8192, micro_batch_size=1, balance=balance, flops=None
@@ -261,7 +267,7 @@ def test_a_thousand_ranks_are_planned_at_once(balance: bool) -> None:
         assert plan.num_micro_batches > 1.3 * fewest
 
 
-def test_packing_is_close_to_the_fewest_micro_batches() -> None:
+def test_packing_is_close_to_the_optimum() -> None:
     """First-fit decreasing needs at most 11/9 of the optimum (+ 1); next-fit is the control that is worse."""
     rng = random.Random(0)
     lengths = [rng.randint(100, 4000) for _ in range(256)]
@@ -278,7 +284,7 @@ def test_packing_is_close_to_the_fewest_micro_batches() -> None:
     assert plan.fill(lengths, budget) > 0.9
 
 
-def test_steps_are_cut_in_order_and_a_remainder_is_an_error() -> None:
+def test_steps_are_cut_in_order_without_remainder() -> None:
     plans = plan_steps([5] * 12, num_steps=3, dp_size=2, max_tokens=None, micro_batch_size=2)
     assert [plan.rows for plan in plans] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert plans[0].micro_batches == [[[0, 1]], [[2, 3]]]
@@ -312,13 +318,13 @@ def differencing_written_out(costs: list[float], num_parts: int) -> list[list[in
 @settings(max_examples=150, deadline=None)
 @given(costs=st.lists(st.integers(1, 12), min_size=1, max_size=60), num_parts=st.integers(2, 20))
 def test_partition_is_the_differencing_method(costs: list[int], num_parts: int) -> None:
-    """Equal costs and equal sums too, which are many among these."""
+    """Many of these costs and sums are equal, so ties are tested as well."""
     floats = [float(cost) for cost in costs]
     assert partition(floats, num_parts) == differencing_written_out(floats, num_parts)
 
 
 def test_partition_is_near_the_best_split() -> None:
-    """Against all splits of ten numbers in two; cutting them in the middle is the control that is worse."""
+    """Compare with all splits of ten numbers in two; cutting them in the middle is the control that is worse."""
     rng = random.Random(1)
     cut_in_the_middle: list[float] = []
     for _ in range(20):
@@ -351,7 +357,7 @@ def test_balance_evens_out_compute() -> None:
 
 
 def test_training_flops_of_glm4_9b() -> None:
-    """6 P T for the parameters that multiply (8.78 B: 9.4 B without the 0.62 B input table), plus attention."""
+    """6 P T for the parameters that multiply (8.78 B: 9.4 B without the 0.62 B of the embedding), plus attention."""
     flops = training_flops(GLM4_9B)
     parameters = GLM4_9B.num_parameters() - 151552 * 4096
     assert 8.7e9 < parameters < 8.9e9

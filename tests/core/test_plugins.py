@@ -1,7 +1,7 @@
-"""The table of hooks: each has a test that calls it through the place that calls it, and an example that works.
+"""The table of hooks: each hook has a test in which the real caller calls it, and an example that works.
 
-What such a test calls (its probe) takes the declared parameters and no others, so that a call with anything else fails;
-this file reads the tests, and does not run them.
+The function that such a test installs (its probe) takes the declared parameters and no others, so that a call with
+anything else fails. This file reads the tests; it does not run them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TESTS = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Contract:
-    """`test` stands in `file` and has the hook called; `probe` stands in `probes` (unset: in `file`)."""
+    """`test` in `file` makes the caller call the hook; `probe` is in `probes` (None: in `file`)."""
 
     file: str
     test: str
@@ -69,7 +69,7 @@ def definitions(file: str) -> dict[str, Definition]:
 
 
 def parameters(probe: Definition) -> tuple[str, ...]:
-    """Of a function, or of a class's constructor without `self`; `*` where it takes more than it names."""
+    """Return the parameters of a function, or of a class's constructor without `self`; "*" if it takes others too."""
     if isinstance(probe, ast.ClassDef):
         [init] = [node for node in probe.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
         return parameters(init)[1:]
@@ -78,7 +78,7 @@ def parameters(probe: Definition) -> tuple[str, ...]:
 
 
 def fault(name: str, contract: Contract) -> str | None:
-    """What is wrong with the test of a hook."""
+    """Return what is wrong with the test of a hook, or None."""
     tests, probes = definitions(contract.file), definitions(contract.probes or contract.file)
     if contract.test not in tests:
         return f"{contract.file} has no {contract.test}"
@@ -97,12 +97,12 @@ def test_every_hook_has_a_contract_test() -> None:
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_the_contract_tests_take_what_is_declared_and_no_more(name: str) -> None:
+def test_probes_take_exactly_the_declared_parameters(name: str) -> None:
     assert fault(name, CONTRACTS[name]) is None
 
 
-def test_a_contract_that_is_none_is_noticed() -> None:
-    """Control: another hook's probe, one that takes anything, a test that is gone."""
+def test_a_broken_contract_is_noticed() -> None:
+    """Control: another hook's probe, a probe that takes anything, and a test that does not exist."""
     contract = CONTRACTS["custom_rm_path"]
     assert "declared are" in str(fault("buffer_filter_path", contract))
     assert "'*'" in str(

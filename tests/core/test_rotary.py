@@ -1,4 +1,4 @@
-"""RoPE's frequencies against transformers' own, and the Architecture's way through JSON."""
+"""RoPE frequencies against those of transformers, and an Architecture's way through JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def transformers_frequencies(shape: Architecture) -> torch.Tensor:
     rope["partial_rotary_factor"] = shape.rotary_percent
     config = LlamaConfig(head_dim=shape.kv_channels, rope_parameters=rope)
     if shape.rope_scaling is None:
-        assert shape.rotary_percent == 1.0, "transformers' default type knows none in Llama"
+        assert shape.rotary_percent == 1.0, "transformers' default type for Llama has no partial rotation"
         return LlamaRotaryEmbedding(config).inv_freq
     return ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
 
@@ -55,14 +55,14 @@ def transformers_frequencies(shape: Architecture) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_frequencies_are_transformers_bit_for_bit(change: dict[str, Any]) -> None:
+def test_frequencies_equal_those_of_transformers(change: dict[str, Any]) -> None:
     shape = replace(SHAPE, **change)
     found = inverse_frequencies(shape)
     assert found.shape == (shape.rotary_dim // 2,)
     assert torch.equal(found, transformers_frequencies(shape))
 
 
-def test_scaling_slows_the_slow_channels_and_blends_between() -> None:
+def test_scaling_slows_only_slow_channels() -> None:
     plain, scaled = inverse_frequencies(replace(SHAPE, rope_scaling=None)), inverse_frequencies(SHAPE)
     ratio = plain / scaled
     turns = 8192 * plain / (2 * torch.pi)
@@ -73,6 +73,6 @@ def test_scaling_slows_the_slow_channels_and_blends_between() -> None:
 
 
 @pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, rope_scaling=None)])
-def test_an_architecture_comes_back_from_json(shape: Architecture) -> None:
-    """As the engine's command line carries it."""
+def test_an_architecture_survives_json(shape: Architecture) -> None:
+    """The engine's command line carries it in this form."""
     assert Architecture.from_dict(json.loads(json.dumps(asdict(shape)))) == shape
