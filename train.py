@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def train(cluster: Cluster) -> None:
+    """Run the loop: generate a rollout, train on it, save, send the weights to the engines, evaluate."""
     cluster.sync_weights()
     cluster.evaluate_before_first()
     for rollout in cluster.rollouts():

@@ -1,6 +1,7 @@
-"""The rules that dense decoders share, driven by the Architecture's fields.
+"""The weight rules that dense decoders share, driven by the Architecture's fields.
 
-Path: the family files put their own names around these. Invariant: the order is the order of the forward pass.
+- Used by: the family files, which add their own names.
+- Invariant: rules are listed in the order of the forward pass.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ HF_LAYER = "model.layers.{layer}."
 
 
 def norm(megatron: str, hf: str) -> Rename:
-    """A norm of one layer: whole on every rank."""
+    """Return the rule for a norm of one layer, which every rank holds whole."""
     return Rename(f"{MEGATRON_LAYER}{megatron}.weight", (f"{HF_LAYER}{hf}.weight",))
 
 
 def row_parallel(megatron: str, hf: str) -> Rename:
-    """A linear layer of one layer whose input is cut by tensor parallelism."""
+    """Return the rule for a linear layer whose input dimension is cut by tensor parallelism."""
     return Rename(f"{MEGATRON_LAYER}{megatron}.weight", (f"{HF_LAYER}{hf}.weight",), axis=1)
 
 
 def attention(architecture: Architecture) -> list[Rule]:
-    """Self-attention of one layer, without the norms around it."""
+    """Return the rules for the self-attention of one layer, without the norms around it."""
     kinds = ("weight", "bias") if architecture.add_qkv_bias else ("weight",)
     rules: list[Rule] = [
         QKV(
@@ -43,7 +44,7 @@ def attention(architecture: Architecture) -> list[Rule]:
 
 
 def pre_norm(architecture: Architecture) -> list[Rule]:
-    """The decoder of Llama and of those built like it: norms before attention and MLP, gate and up apart in HF.
+    """Return the rules of Llama-like decoders: norms before attention and MLP, separate gate and up weights in HF.
 
     The MLP may be a mixture of experts.
     """
@@ -52,7 +53,7 @@ def pre_norm(architecture: Architecture) -> list[Rule]:
         [
             norm("input_layernorm", "input_layernorm"),
             *attention(architecture),
-            # HF's name says where the norm stands, Megatron's what it feeds.
+            # HF names the norm by its position (after attention), Megatron by what it feeds (the MLP).
             norm("pre_mlp_layernorm", "post_attention_layernorm"),
             *dense_or_experts(architecture),
         ],
@@ -60,7 +61,7 @@ def pre_norm(architecture: Architecture) -> list[Rule]:
 
 
 def gated_mlp(megatron: str, hf: str, layers: range, num_experts: int = 0) -> list[Rule]:
-    """A gated MLP of each of these layers; with `num_experts`, each expert's."""
+    """Return the rules for a gated MLP in each of these layers; with `num_experts`, for each expert's MLP."""
     gate_up = tuple(f"{HF_LAYER}{hf}.{half}_proj.weight" for half in ("gate", "up"))
     fc1, fc2 = (f"{MEGATRON_LAYER}{megatron}.linear_{fc}.weight" for fc in ("fc1", "fc2"))
     down = (f"{HF_LAYER}{hf}.down_proj.weight",)
@@ -71,7 +72,7 @@ def gated_mlp(megatron: str, hf: str, layers: range, num_experts: int = 0) -> li
 
 
 def dense_or_experts(architecture: Architecture) -> list[Rule]:
-    """The MLP of the dense layers, and router, experts and shared expert of the others."""
+    """Return the rules for the MLP of dense layers, and for router, experts and shared expert of MoE layers."""
     first = architecture.first_dense_layers if architecture.num_experts else architecture.num_layers
     dense, sparse = range(first), range(first, architecture.num_layers)
     rules = gated_mlp("mlp", "mlp", dense)
@@ -89,7 +90,7 @@ def dense_or_experts(architecture: Architecture) -> list[Rule]:
 
 
 def with_embeddings(architecture: Architecture, layer: Sequence[Rule]) -> list[Rule]:
-    """`layer`'s rules between the embedding and the output layer; tied: HF files hold no output layer."""
+    """Put the layers' rules between the embedding and the output layer; with tied weights, HF has no output layer."""
     size = architecture.vocab_size
     rules: list[Rule] = [
         Vocabulary("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), size),

@@ -1,6 +1,7 @@
-"""The registry of model families: HF `model_type` to the weight table.
+"""The registry of model families: from HF `model_type` to the weight table.
 
-Path: everybody who moves weights asks here. Invariant: a family that is a key round-trips (tests/models).
+- Used by: import from HF, export to HF and weight sync.
+- Invariant: the weights of every family in FAMILIES survive the way to HF and back (tests/models).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ FAMILIES: Mapping[str, Callable[[Architecture], list[Rule]]] = {
 
 
 def weight_table(architecture: Architecture) -> WeightTable:
-    """The table of `architecture`'s family.
+    """Return the weight table for the family of `architecture`.
 
     Raises:
-        ValueError: no such family.
+        ValueError: there is no such family.
     """
     if architecture.family not in FAMILIES:
         raise ValueError(f"model_type {architecture.family!r} has no weight table; there are: {', '.join(FAMILIES)}")

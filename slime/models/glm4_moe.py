@@ -1,7 +1,7 @@
-"""GLM-4.5 (HF `Glm4MoeForCausalLM`): dense layers first, then a sigmoid router, experts, and a shared expert.
+"""GLM-4.5 (HF `Glm4MoeForCausalLM`): dense layers first, then MoE layers with a sigmoid router and a shared expert.
 
-Files hold a layer behind the last, which predicts several tokens at once: it is neither read nor written, as
-transformers does.
+HF files also contain an MTP layer (multi-token prediction) after the last layer. Like transformers, we neither read nor
+write it.
 """
 
 from __future__ import annotations
@@ -12,4 +12,5 @@ from slime.models.mapping import Rule
 
 
 def rules(architecture: Architecture) -> list[Rule]:
+    """Return the weight rules of GLM-4.5."""
     return pre_norm(architecture)

@@ -1,7 +1,8 @@
-"""Hugging Face directories: safetensors read one tensor at a time, and written shard by shard.
+"""Hugging Face directories: safetensors that are read one tensor at a time and written shard by shard.
 
-Path: `megatron.hf_weights` and the tools read and write through here. Invariant: a directory that `write_hf` left
-is whole: it is written beside its place and renamed.
+- Used by: `megatron.hf_weights` and the tools.
+- Invariant: a directory written by `write_hf` is complete, because it is written under a temporary name and then
+  renamed.
 """
 
 from __future__ import annotations
@@ -29,26 +30,31 @@ DTYPES = {
 
 
 def is_hf_directory(path: str | Path) -> bool:
-    """Whether `path` holds an HF model with safetensors weights."""
+    """Return whether `path` has an HF model with safetensors weights."""
     root = Path(path)
     return (root / "config.json").is_file() and ((root / SINGLE).is_file() or (root / INDEX).is_file())
 
 
 def _inside(file: str) -> str:
-    """The name of a file in the directory of its index; raises ValueError where it leads elsewhere."""
+    """Return a file name from an index, after checking that it is in the same directory.
+
+    Raises:
+        ValueError: the name leads elsewhere.
+    """
     if Path(file).name != file or not file.endswith(".safetensors"):
-        raise ValueError(f"{file!r} is no safetensors file of this directory")
+        raise ValueError(f"{file!r} is not a safetensors file in this directory")
     return file
 
 
 class HFReader:
-    """The tensors of an HF directory by name, read when asked for."""
+    """Reads the tensors of an HF directory by name, when they are requested."""
 
     def __init__(self, path: str | Path) -> None:
-        """Reads headers only.
+        """Read headers only.
 
         Raises:
-            ValueError: no safetensors there, a listed file is missing, or a file is damaged; it names the file.
+            ValueError: there are no safetensors, a listed file is missing, or a file is damaged; the message names the
+                file.
         """
         self.path = Path(path)
         self._files: dict[Path, Any] = {}
@@ -61,17 +67,17 @@ class HFReader:
                 weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
                 files = {name: _inside(file) for name, file in weight_map.items()}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{index} is no safetensors index ({error!r}); download it again") from error
+                raise ValueError(f"{index} is not a safetensors index ({error!r}); download it again") from error
             return {name: self.path / file for name, file in files.items()}
         single = self.path / SINGLE
         if not single.is_file():
-            raise ValueError(f"{self.path} holds neither {SINGLE} nor {INDEX}; name a Hugging Face directory with them")
+            raise ValueError(f"{self.path} has neither {SINGLE} nor {INDEX}; name a Hugging Face directory with one")
         return dict.fromkeys(self._open(single).keys(), single)
 
     def _open(self, file: Path) -> Any:
         if file not in self._files:
             if not file.is_file():
-                raise ValueError(f"{file} is listed in {INDEX} and missing; download it again")
+                raise ValueError(f"{file} is listed in {INDEX} but missing; download it again")
             try:
                 self._files[file] = safe_open(file, framework="pt")
             except SafetensorError as error:
@@ -87,7 +93,7 @@ class HFReader:
         return list(self._file_of)
 
     def get(self, name: str) -> Tensor:
-        """One tensor, whole, on the CPU, in its storage dtype."""
+        """Return one whole tensor, on the CPU, in its storage dtype."""
         file = self._file(name)
         try:
             return file.get_tensor(name)
@@ -95,7 +101,7 @@ class HFReader:
             raise ValueError(f"{self._file_of[name]} has no usable tensor {name} ({error})") from error
 
     def dtype(self, name: str) -> torch.dtype:
-        """The storage dtype of one tensor, from the header."""
+        """Return the storage dtype of one tensor, from the header."""
         file = self._file(name)
         try:
             kind = file.get_slice(name).get_dtype()
@@ -106,12 +112,12 @@ class HFReader:
         return DTYPES[kind]
 
     def dtypes(self) -> set[torch.dtype]:
-        """All storage dtypes in the directory."""
+        """Return all storage dtypes in the directory."""
         return {self.dtype(name) for name in self.names()}
 
 
 class _ShardWriter:
-    """Collects tensors and writes a file whenever `max_bytes` are together."""
+    """Collects tensors, and writes a file whenever the next one would exceed `max_bytes`."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self.directory, self.max_bytes = directory, max_bytes
@@ -133,7 +139,7 @@ class _ShardWriter:
         self.pending, self.pending_bytes = {}, 0
 
     def finish(self) -> None:
-        """Names that say how many shards there are, which is known only now."""
+        """Give the shards their final names, which contain the number of shards and so are known only at the end."""
         if self.pending:
             self.flush()
         if not self.shards:
@@ -151,7 +157,7 @@ class _ShardWriter:
 
 
 def _copy_side_files(source: Path, target: Path) -> None:
-    """Config, generation config, tokenizer, chat template, model code: every plain file that is not weights."""
+    """Copy config, generation config, tokenizer, chat template, model code: every plain file that is not weights."""
     for file in sorted(source.iterdir()):
         is_weights = file.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
         if file.is_file() and not is_weights and not file.name.startswith("."):
@@ -161,7 +167,7 @@ def _copy_side_files(source: Path, target: Path) -> None:
 def _put_in_place(written: Path, path: Path) -> None:
     if path.exists():
         if any(path.iterdir()) and not (path / "config.json").is_file():
-            raise ValueError(f"{path} exists and is no Hugging Face directory; name another place to export to")
+            raise ValueError(f"{path} exists and is not a Hugging Face directory; name another place to export to")
         old = path.with_name(f".tmp_old_{path.name}")
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
@@ -180,13 +186,13 @@ def write_hf(
     max_shard_bytes: int = 5 * 1024**3,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """An HF directory of `tensors`, with everything but the weights (and `config.json`, if given) from `source_hf_dir`.
+    """Write an HF directory of `tensors`; all other files come from `source_hf_dir` (`config.json` only if not given).
 
-    `dtype` None: each tensor gets the dtype that it has in the source. An export that is already at `path` is
-    replaced. Memory: one shard.
+    With `dtype` None, each tensor gets its dtype in the source. An earlier export at `path` is replaced. Memory: one
+    shard.
 
     Raises:
-        ValueError: `path` is the source, or is a directory of something else.
+        ValueError: `path` is the source, or a directory of something else.
     """
     path, source = Path(path), Path(source_hf_dir)
     if path.resolve() == source.resolve():

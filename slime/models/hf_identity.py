@@ -1,7 +1,8 @@
-"""What makes a Hugging Face directory another one for a run that goes on: tokenizer, chat template, config.json.
+"""What a run depends on in a Hugging Face directory: tokenizer, chat template and the content of config.json.
 
-Path: the trainer keeps it in each checkpoint, and compares when a run is resumed. Invariant: it changes with what a run
-reads out of these files, and not with how they are written down (order, white space, the version of transformers).
+- Used by: the trainer, which stores it in each checkpoint and compares it when a run is resumed.
+- Invariant: it changes exactly when a run would read something else, and not with the layout of the files (key order,
+  white space, the version of transformers).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MAX_SHOWN = 60
 
 _NOT_CONTENT = frozenset(
     {
-        # who wrote the file, and in which dtype the weights are stored
+        # the writer of the file, and the dtype of the stored weights
         *("_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype", "use_cache"),
         *("_attn_implementation", "_attn_implementation_autoset", "architectures", "auto_map"),
     }
@@ -33,10 +34,10 @@ _NOT_TOKENIZER = frozenset(
 
 
 def hf_identity(directory: str | Path) -> dict[str, Any]:
-    """JSON-able: config.json's content, and digests of the tokenizer and of the chat template.
+    """Return config.json's content and digests of tokenizer and chat template, as plain JSON types.
 
     Raises:
-        ValueError: one of these files cannot be read; it names the file.
+        ValueError: one of these files cannot be read; the message names the file.
     """
     root = Path(directory)
     settings = _json(root / "tokenizer_config.json")
@@ -48,7 +49,7 @@ def hf_identity(directory: str | Path) -> dict[str, Any]:
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, in words; empty where it is the same."""
+    """Return the differences in words; an empty list if there are none."""
     found = [f"another {what}" for what in (TOKENIZER, TEMPLATE) if then.get(what) != now.get(what)]
     before, here = (cast(dict[str, Any], each.get(CONFIG) or {}) for each in (then, now))
     for key in sorted({*before, *here}):
@@ -59,7 +60,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _vocabulary(root: Path) -> Iterator[bytes]:
-    """tokenizer.json has everything; where there is none, the files that slower tokenizers read."""
+    """Yield tokenizer.json, which has everything; without it, the files that slow tokenizers read."""
     if (root / "tokenizer.json").is_file():
         yield _canonical(_without(_json(root / "tokenizer.json"), _NOT_TOKENIZER))
         return
@@ -70,7 +71,7 @@ def _vocabulary(root: Path) -> Iterator[bytes]:
 
 
 def _chat_template(root: Path, settings: Mapping[str, Any]) -> bytes:
-    """The template that is rendered, wherever it is kept."""
+    """Return the template that is rendered, whichever file has it."""
     file = root / "chat_template.jinja"
     if file.is_file():
         return _canonical(_bytes(file).decode(errors="replace"))
@@ -83,7 +84,7 @@ def _without(data: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:
 
 
 def _canonical(value: Any) -> bytes:
-    """The same for the same JSON, however it was laid out."""
+    """Return the same bytes for the same JSON, whatever its layout."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -102,7 +103,7 @@ def _bytes(file: Path) -> bytes:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """An object; an empty one where there is no file."""
+    """Return a JSON object; an empty one if there is no file."""
     data = _bytes(file)
     try:
         value: Any = json.loads(data) if data else {}

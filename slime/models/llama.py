@@ -1,4 +1,4 @@
-"""Llama 3 (HF `LlamaForCausalLM`): neither biases nor norms on queries and keys; RoPE scaling has no weights."""
+"""Llama 3 (HF `LlamaForCausalLM`): no biases, and no norms on queries and keys; RoPE scaling has no weights."""
 
 from __future__ import annotations
 
@@ -8,4 +8,5 @@ from slime.models.mapping import Rule
 
 
 def rules(architecture: Architecture) -> list[Rule]:
+    """Return the weight rules of Llama."""
     return pre_norm(architecture)

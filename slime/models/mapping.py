@@ -1,11 +1,12 @@
-"""Weight tables: how a Megatron parameter and its Hugging Face tensors are made of each other.
+"""Weight tables: how a Megatron parameter and its Hugging Face tensors are made from each other.
 
-Path: a family file (`glm4`, `qwen`) writes the rules down, `families.weight_table` makes the table, and import from
-HF, export to HF and weight sync (`megatron.hf_weights`) all read that one table. Invariant: every Megatron
-parameter has exactly one rule and every HF name comes from exactly one; both directions are exact copies of bits.
+- Used by: a family file (`glm4`, `qwen`) lists the rules, `families.weight_table` makes the table, and import from HF,
+  export to HF and weight sync (`megatron.hf_weights`) all read that one table.
+- Invariant: every Megatron parameter has exactly one rule, and every HF name comes from exactly one rule. Both
+  directions copy bits exactly.
 
-Names are global: `decoder.layers.7...` is the model's layer 7 on whatever pipeline stage it lives. "Full" tensors
-are whole over tensor parallelism, and their vocabulary is config.json's, without Megatron's padding.
+Names are global: `decoder.layers.7...` is layer 7 of the model, whatever pipeline stage has it. A "full" tensor is
+whole over tensor parallelism, and its vocabulary is that of config.json, without Megatron's padding.
 """
 
 from __future__ import annotations
@@ -20,37 +21,40 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """One Megatron name and the HF names it stands for; `{layer}` and `{expert}` in both are filled in for each."""
+    """One Megatron name and its HF names; `{layer}` and `{expert}` in both are filled in for each layer and expert."""
 
     megatron: str
     hf: tuple[str, ...]
     layers: range | None = field(default=None, kw_only=True)
-    """The layers that have it; None: all."""
+    """The layers that have it; None means all."""
     num_experts: int = field(default=0, kw_only=True)
-    """Of a layer: each has its own. Expert parallelism deals them to ranks, expert tensor parallelism cuts them."""
+    """The number of experts of a layer, each with its own tensor; 0: the rule is not for experts.
+
+    Expert parallelism distributes whole experts to ranks, and expert tensor parallelism cuts each of them.
+    """
 
     @property
     def tp_axis(self) -> int | None:
-        """The axis that tensor parallelism cuts, None where every rank holds the whole tensor."""
+        """The axis that tensor parallelism cuts; None if every rank has the whole tensor."""
         return 0
 
     @abstractmethod
     def export(self, full: Tensor) -> tuple[Tensor, ...]:
-        """The HF tensors, in the order of `hf`."""
+        """Return the HF tensors, in the order of `hf`."""
 
     @abstractmethod
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
-        """Megatron's tensor from the HF ones; undoes `export`."""
+        """Return Megatron's tensor from the HF tensors; undoes `export`."""
 
     def split(self, full: Tensor, tp_size: int, tp_rank: int) -> Tensor:
-        """The part of `full` that one tensor-parallel rank holds."""
+        """Return the part of `full` that one tensor-parallel rank holds."""
         if self.tp_axis is None or tp_size == 1:
             return full
         self._check_divisible(full.shape[self.tp_axis], tp_size, "rows" if self.tp_axis == 0 else "columns")
         return full.chunk(tp_size, self.tp_axis)[tp_rank]
 
     def join(self, shards: Sequence[Tensor]) -> Tensor:
-        """The whole tensor from all ranks' parts; undoes `split`."""
+        """Return the whole tensor from all ranks' parts; undoes `split`."""
         if self.tp_axis is None or len(shards) == 1:
             return shards[0]
         return torch.cat(list(shards), self.tp_axis)
@@ -59,12 +63,12 @@ class Rule(ABC):
         if size % tp_size:
             flag = "expert-tensor-parallel-size" if self.num_experts else "tensor-model-parallel-size"
             raise ValueError(
-                f"--{flag} {tp_size}: {self.megatron} has {size} {what}, which it does not divide; "
+                f"--{flag} {tp_size}: {self.megatron} has {size} {what}, which are not divisible by it; "
                 f"choose a divisor of {size}"
             )
 
     def at(self, layer: int) -> Iterable[Rule]:
-        """The rules for one layer: none, one, or one an expert."""
+        """Yield the rules for one layer: none, one, or one for each expert."""
         if self.layers is not None and layer not in self.layers:
             return []
         own = self._filled("{layer}", layer)
@@ -80,7 +84,7 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class Rename(Rule):
-    """The same tensor under another name."""
+    """One tensor that has different names in Megatron and HF."""
 
     axis: int | None = None
 
@@ -97,7 +101,7 @@ class Rename(Rule):
 
 @dataclass(frozen=True)
 class Vocabulary(Rule):
-    """A table with one row a token. Megatron pads its rows; HF has `vocab_size` of them."""
+    """A table with one row for each token. Megatron pads its rows; HF has `vocab_size` rows."""
 
     vocab_size: int
 
@@ -115,11 +119,12 @@ class Vocabulary(Rule):
 
 @dataclass(frozen=True)
 class QKV(Rule):
-    """Query, key and value projections (weight or bias) as one, interleaved by query group.
+    """Query, key and value projections (weight or bias) as one tensor, interleaved by query group.
 
-    Megatron's rows: for every group its query heads, then its key, then its value. Tensor parallelism cuts
-    between groups, so that a rank holds whole groups; with more ranks than groups, several ranks share one and
-    Megatron gathers it before use.
+    Megatron orders the rows by group: the group's query heads, then its key head, then its value head. With 4 query
+    heads and 2 groups these are q0 q1 k0 v0 q2 q3 k1 v1, where HF has three tensors: q0 q1 q2 q3, k0 k1 and v0 v1.
+    Tensor parallelism cuts between groups, so a rank holds whole groups. With more ranks than groups, several ranks
+    share one group and Megatron gathers it before use.
     """
 
     num_query_groups: int
@@ -137,7 +142,7 @@ class QKV(Rule):
         for name, part, heads in zip(self.hf, parts, rows, strict=True):
             if part.shape[0] != heads * self.head_dim:
                 raise ValueError(
-                    f"{name} has {part.shape[0]} rows, the architecture says {heads} heads of {self.head_dim}: "
+                    f"{name} has {part.shape[0]} rows, the architecture has {heads} heads of {self.head_dim}: "
                     "--num-attention-heads, --num-query-groups or --kv-channels is not this checkpoint's"
                 )
         groups = [part.reshape(self.num_query_groups, -1, *part.shape[1:]) for part in parts]
@@ -151,9 +156,10 @@ class QKV(Rule):
 
 @dataclass(frozen=True)
 class GateUp(Rule):
-    """The two halves of a gated MLP, [gate; up]. HF has them as one tensor or as two.
+    """The two halves of a gated MLP, [gate; up], which HF stores as one tensor or as two.
 
-    A tensor-parallel rank holds its part of the gate followed by its part of up.
+    A tensor-parallel rank holds its part of gate followed by its part of up. With TP 2 the rows g0 g1 u0 u1 become g0
+    u0 on rank 0 and g1 u1 on rank 1.
     """
 
     def export(self, full: Tensor) -> tuple[Tensor, ...]:
@@ -176,9 +182,9 @@ class GateUp(Rule):
 
 
 def pad_vocab(full: Tensor, padded: int) -> Tensor:
-    """`full` with zero rows appended up to `padded`.
+    """Append zero rows to `full`, up to `padded` rows.
 
-    Zeros, since Megatron's padding is masked out of every softmax: the rows get no gradient, and stay zero.
+    Megatron masks the padding out of every softmax, so these rows get no gradient and stay zero.
     """
     if full.shape[0] > padded:
         raise ValueError(f"a vocabulary of {full.shape[0]} rows cannot be padded to {padded}")
@@ -188,7 +194,7 @@ def pad_vocab(full: Tensor, padded: int) -> Tensor:
 
 
 class WeightTable:
-    """All rules of one model, layers filled in, in the order of export."""
+    """All rules of one model, with layers and experts filled in, in the order of export."""
 
     def __init__(
         self,
@@ -197,11 +203,11 @@ class WeightTable:
         optional_hf: Mapping[str, str] | None = None,
         left_out: str | None = None,
     ) -> None:
-        """What a checkpoint may hold besides, and what is never written.
+        """Fill in the layers of all rules.
 
         Args:
-            optional_hf: HF names that are a copy of another HF tensor.
-            left_out: the beginning of HF names that nothing here reads.
+            optional_hf: HF names that a checkpoint may have in addition, as copies of another HF tensor.
+            left_out: a prefix of HF names that are neither read nor written.
         """
         self.optional_hf = dict(optional_hf or {})
         self.left_out = left_out
@@ -217,7 +223,7 @@ class WeightTable:
 
     @staticmethod
     def _filled_in(rules: Sequence[Rule], num_layers: int) -> Iterable[Rule]:
-        """Rules before the layers, then layer by layer, then the rest."""
+        """Yield the rules before the layers, then those of each layer, then the rest."""
         layered = [i for i, rule in enumerate(rules) if "{layer}" in rule.megatron]
         first, last = (layered[0], layered[-1] + 1) if layered else (0, 0)
         yield from rules[:first]
@@ -229,7 +235,7 @@ class WeightTable:
         return list(self.rules)
 
     def hf_names(self) -> list[str]:
-        """Every HF name, in the order of export."""
+        """Return every HF name, in the order of export."""
         return [name for rule in self.rules.values() for name in rule.hf]
 
     def rule(self, megatron_name: str) -> Rule:
@@ -238,17 +244,17 @@ class WeightTable:
         return self.rules[megatron_name]
 
     def to_hf(self, megatron_name: str, full: Tensor) -> list[tuple[str, Tensor]]:
-        """HF names and tensors of one whole parameter; the vocabulary's padding is cut off."""
+        """Return the HF names and tensors of one whole parameter, without the padding of the vocabulary."""
         rule = self.rule(megatron_name)
         return list(zip(rule.hf, rule.export(full), strict=True))
 
     def from_hf(self, megatron_name: str, get: Callable[[str], Tensor]) -> Tensor:
-        """The whole parameter, vocabulary not padded; `get` fetches a tensor by its HF name."""
+        """Return the whole parameter, without the padding of the vocabulary; `get` returns a tensor by its HF name."""
         rule = self.rule(megatron_name)
         return rule.merge([get(name) for name in rule.hf])
 
     def pad(self, megatron_name: str, full: Tensor, padded_vocab_size: int) -> Tensor:
-        """`full` as Megatron has it: a vocabulary gets its padding, anything else is returned as it is."""
+        """Return `full` as Megatron stores it: a vocabulary is padded, anything else is returned unchanged."""
         return pad_vocab(full, padded_vocab_size) if isinstance(self.rule(megatron_name), Vocabulary) else full
 
     def split(self, megatron_name: str, full: Tensor, tp_size: int, tp_rank: int) -> Tensor:
@@ -258,10 +264,10 @@ class WeightTable:
         return self.rule(megatron_name).join(shards)
 
     def check(self, megatron_names: Iterable[str], hf_names: Iterable[str]) -> None:
-        """Both sides against the table.
+        """Check that the names on both sides are those of the table.
 
         Raises:
-            ValueError: names without a rule, or rules without a name, on either side; all of them are listed.
+            ValueError: names without a rule, or rules without a name, on either side; the message lists all of them.
         """
         if self.left_out is not None:
             hf_names = [name for name in hf_names if not name.startswith(self.left_out)]

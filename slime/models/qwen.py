@@ -1,6 +1,7 @@
-"""Dense Qwen2 and Qwen2.5 (HF `Qwen2ForCausalLM`: QKV biases), Qwen3 (`Qwen3ForCausalLM`: norms on queries and keys).
+"""Qwen2 and Qwen2.5 (HF `Qwen2ForCausalLM`: QKV biases), Qwen3 (`Qwen3ForCausalLM`: norms on queries and keys).
 
-Path: `families` registers it under both names. Invariant: what tells the two apart stands in the Architecture.
+- Used by: `families`, under both names.
+- Invariant: the fields of the Architecture alone distinguish the two.
 """
 
 from __future__ import annotations
@@ -11,4 +12,5 @@ from slime.models.mapping import Rule
 
 
 def rules(architecture: Architecture) -> list[Rule]:
+    """Return the weight rules of dense Qwen models."""
     return pre_norm(architecture)

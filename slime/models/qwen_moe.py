@@ -1,6 +1,6 @@
-"""Qwen3-MoE (HF `Qwen3MoeForCausalLM`): Qwen3's attention; a softmax router, and experts in the place of the MLP.
+"""Qwen3-MoE (HF `Qwen3MoeForCausalLM`): Qwen3's attention, and a softmax router with experts instead of the MLP.
 
-Files name each expert's tensors, also those that transformers holds as one in memory.
+HF files have separate tensors for each expert, even when transformers keeps them fused in memory.
 """
 
 from __future__ import annotations
@@ -11,4 +11,5 @@ from slime.models.mapping import Rule
 
 
 def rules(architecture: Architecture) -> list[Rule]:
+    """Return the weight rules of Qwen3-MoE."""
     return pre_norm(architecture)

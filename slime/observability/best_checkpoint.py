@@ -1,8 +1,9 @@
-"""Which checkpoint was evaluated best: best_checkpoint.json beside the checkpoints.
+"""The checkpoint with the best evaluation so far: best_checkpoint.json, next to the checkpoints.
 
-Path: the driver tells of each save and each evaluation; `megatron.checkpoint_files` removes no checkpoint that is named
-here. Invariant: it names a checkpoint whose own weights were evaluated, and no other of this run was evaluated better;
-the earlier one stays where two are alike.
+- Used by: the driver reports each save and each evaluation; `megatron.checkpoint_files` never removes the checkpoint
+  that the file names.
+- Invariant: the file names a checkpoint whose own weights were evaluated, and none of this run was evaluated better. Of
+  two equal ones, the earlier stays.
 
     {"metric": "eval/aime/reward", "value": 0.41, "rollout_id": 19, "checkpoint": "iter_0000019"}
 """
@@ -23,7 +24,7 @@ FILE = "best_checkpoint.json"
 
 @dataclass(frozen=True)
 class Best:
-    """`rollout_id`: the last rollout that its weights were trained on."""
+    """The record in the file. `rollout_id` is the last rollout that the weights were trained on."""
 
     metric: str
     value: float
@@ -32,10 +33,10 @@ class Best:
 
 
 def read_best(save_dir: Path) -> Best | None:
-    """None where nothing is recorded, or what is has been removed since.
+    """Return the record; None if there is none, or if its checkpoint has been removed since.
 
     Raises:
-        ValueError: the file is not what was written.
+        ValueError: the file is damaged.
     """
     file = save_dir / FILE
     if not file.is_file():
@@ -43,7 +44,7 @@ def read_best(save_dir: Path) -> Best | None:
     try:
         best = Best(**json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error}); remove it, and the best checkpoint is found anew") from error
+        raise ValueError(f"{file} is damaged ({error}); remove it, and the search starts again") from error
     return best if (save_dir / best.checkpoint).is_dir() else None
 
 
@@ -51,7 +52,7 @@ class BestCheckpoint:
     """The record of one run under `save_dir`, for --keep-best-checkpoint `metric`; a larger value is better.
 
     Raises:
-        RunError: the record of the run that goes on cannot be read.
+        RunError: the record of a resumed run cannot be read.
     """
 
     def __init__(self, save_dir: Path, metric: str, *, say: Callable[[str], None]) -> None:
@@ -63,32 +64,32 @@ class BestCheckpoint:
         except ValueError as error:
             raise RunError(str(error)) from error
         if self._best is not None and self._best.metric != metric:
-            say(f"{save_dir / FILE} is of {self._best.metric}: the best checkpoint is found anew, by {metric}")
+            say(f"{save_dir / FILE} is for {self._best.metric}: the search starts again, by {metric}")
             self._best = None
 
     def saved(self, checkpoint: Path, *, step: int) -> None:
-        """`checkpoint` holds the weights after `step` rollouts."""
+        """Note that `checkpoint` has the weights after `step` rollouts."""
         self._saved, self._step = checkpoint, step
 
     def evaluated(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """The weights after `step` rollouts were evaluated.
+        """Compare the evaluation of the weights after `step` rollouts with the best one so far.
 
-        Where responses failed and the metric is missing, these weights are not compared with others.
+        If responses failed and the metric is missing, these weights are not compared.
 
         Raises:
-            RunError: the metric is not among what was evaluated.
+            RunError: the evaluation has no such metric.
         """
         if self._metric not in metrics and metrics.get(f"{self._metric.rpartition('/')[0]}/failed"):
             self._say(
-                f"WARNING the evaluation after {step} rollouts has no {self._metric}, for responses failed: its "
-                "checkpoint is not among the best"
+                f"WARNING the evaluation after {step} rollouts has no {self._metric}, because responses failed: its "
+                "checkpoint is not compared with the best"
             )
             return
         if self._metric not in metrics:
             names = ", ".join(sorted(name for name in metrics if name.startswith("eval/")))
             raise RunError(
                 f"--keep-best-checkpoint {self._metric}: the evaluation after {step} rollouts has no such metric "
-                f"(pass@K stands only where every reward says right or wrong); name one of {names}"
+                f"(pass@K exists only if every reward is 0 or 1); name one of {names}"
             )
         value = metrics[self._metric]
         if self._saved is None or self._step != step or not math.isfinite(value):
@@ -99,7 +100,7 @@ class BestCheckpoint:
             self._say(f"best checkpoint so far: {self._saved} ({self._metric} {value:.4g})")
 
     def _write(self, best: Best) -> None:
-        """By a rename: whoever reads it finds the old one or the new one."""
+        """Write by a rename, so that a reader finds either the old record or the new one."""
         written = self._save_dir / f".tmp_{FILE}"
         with written.open("w", encoding="utf-8") as file:
             file.write(json.dumps(asdict(best)) + "\n")

@@ -1,6 +1,7 @@
-"""What a person sees while a run goes on: a progress bar, a line a rollout, an evaluation line.
+"""The console of a run: a progress bar, one line for each rollout, and lines for evaluations.
 
-Path: called by the driver with the records that also go to metrics.jsonl. Invariant: nothing here decides anything.
+- Used by: the driver, with the records that also go to metrics.jsonl.
+- Invariant: nothing here changes the run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Record = Mapping[str, float]
 
 
 class RunConsole:
-    """Progress on a terminal; plain lines where the output is a file."""
+    """Shows a progress bar on a terminal, and plain lines if the output is a file."""
 
     def __init__(self, total: int, done: int) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
@@ -36,11 +37,11 @@ class RunConsole:
         self._progress.start()
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self._console.print(escape(text))
 
     def evaluation(self, step: int, record: Record) -> None:
-        """One line for every evaluated dataset."""
+        """Print one line for each evaluated dataset."""
         names = sorted({key.split("/")[1] for key in record if key.startswith("eval/") and key.count("/") == 2})
         rewards = {name: record[f"eval/{name}/reward"] for name in names if f"eval/{name}/reward" in record}
         self._eval = " ".join(f"{name} {reward:.3f}" for name, reward in rewards.items())
@@ -53,13 +54,13 @@ class RunConsole:
                 continue
             errors = {key: f" ± {values.pop(f'{key}_stderr'):.3f}" for key in list(values) if f"{key}_stderr" in values}
             if not values.get("failed"):
-                values.pop("reward_judged", None)  # the reward itself
+                values.pop("reward_judged", None)  # it equals the reward
             reward = f" reward {values.pop('reward'):.3f}{errors.get('reward', '')}" if name in rewards else ""
             line = f"eval {name} after {step} rollouts:{reward}"
             self.say(line + "".join(f"  {key} {value:.4g}{errors.get(key, '')}" for key, value in values.items()))
 
     def rollout(self, step: int, record: Record) -> None:
-        """One line a rollout, and the bar's status."""
+        """Print one line for the rollout, and update the bar."""
         status = "".join(
             f"{text} {record[key]:{form}}  "
             for key, text, form in (

@@ -1,7 +1,8 @@
-"""A log file for each process of a run.
+"""One log file for each process of a run.
 
-Path: every process calls `log_to_file` once at its start. Invariant: workers write to their own file; the console
-belongs to the driver, which also shows what workers warned of while they started.
+- Used by: every process, which calls `log_to_file` once when it starts.
+- Invariant: workers write to their own files. The console belongs to the driver, which also shows the warnings that
+  workers logged while they started.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def log_to_file(directory: Path, name: str, masker: Masker) -> Path:
 
 
 class _MaskedFormatter(logging.Formatter):
-    """Masks the whole text of a record, its traceback included."""
+    """Masks the whole text of a record, including its traceback."""
 
     def __init__(self, masker: Masker) -> None:
         super().__init__(FORMAT)
@@ -51,7 +52,7 @@ class _Collector(logging.Handler):
 
 @contextmanager
 def collected_warnings() -> Generator[list[str]]:
-    """The warnings that slime's own modules log inside the block."""
+    """Collect the warnings that slime's own modules log inside the block."""
     collector = _Collector()
     root = logging.getLogger()
     root.addHandler(collector)

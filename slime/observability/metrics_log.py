@@ -1,8 +1,9 @@
-"""metrics.jsonl: every number of a run, one JSON object an event.
+"""metrics.jsonl: every number of a run, one JSON object for each event.
 
-Path: the driver writes; plots and tests read, and trackers are handed each event. An event has `step` (finished
-rollouts when it was made, 0 before the first). Invariant: a resumed run continues the file as the unbroken run would
-have: whatever was written behind the checkpoint is cut off first.
+- Used by: the driver writes it; plots and tests read it, and trackers receive each event. An event has `step`, the
+  number of finished rollouts when it was made (0 before the first).
+- Invariant: a resumed run continues the file as the uninterrupted run would have: what was written after the checkpoint
+  is cut off first.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from slime.observability.trackers import Record, Tracker
 
 
 class MetricsLog:
-    """Append-only, except that `rewind` takes back what the run to be continued wrote behind its checkpoint."""
+    """Append-only, except that `rewind` removes what a resumed run had written after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +28,7 @@ class MetricsLog:
         self._say: Callable[[str], None] = print
 
     def track(self, trackers: Sequence[Tracker], say: Callable[[str], None]) -> None:
-        """Hand events on to `trackers`, too, beginning with what the file holds and they lack. `say`: for warnings."""
+        """Pass events on to `trackers` too, starting with those in the file that they lack. `say` prints warnings."""
         self._trackers, self._say = list(trackers), say
         for event in read_metrics(self.path):
             self._hand_on(int(event.pop("step")), event)
@@ -42,14 +43,14 @@ class MetricsLog:
         for tracker in [tracker for tracker in self._trackers if step >= tracker.begin]:
             try:
                 tracker.write(step, metrics)
-            except Exception as error:  # noqa: BLE001 (whatever it is, no run ends for the sake of its plots)
+            except Exception as error:  # noqa: BLE001 (no error of a tracker may end a run)
                 self._trackers.remove(tracker)
-                self._say(f"WARNING {tracker.name} failed ({error}); nothing more goes there, metrics.jsonl has it all")
+                self._say(f"WARNING {tracker.name} failed ({error}) and gets no more data; metrics.jsonl has it all")
 
     def repair(self) -> str | None:
-        """Move lines that are no events into `metrics-damaged.jsonl` -> a warning about them, None: there were none.
+        """Move lines that are not events into `metrics-damaged.jsonl`; return a warning about them, or None.
 
-        Only lines that have an end: one that a kill has cut short is removed without a word.
+        Only complete lines are moved. A last line that was cut short by a kill is removed without a warning.
         """
         self._file.seek(0)
         lines = self._file.readlines()
@@ -69,10 +70,10 @@ class MetricsLog:
         if not damaged:
             return None
         numbers = ", ".join(str(number) for number, _ in damaged[:5]) + (", ..." if len(damaged) > 5 else "")
-        return f"{self.path}:{numbers}: no event; {len(damaged)} such lines were moved to {aside.name}"
+        return f"{self.path}:{numbers}: not an event; {len(damaged)} such lines were moved to {aside.name}"
 
     def rewind(self, step: int) -> None:
-        """Keep the events before `step` and the first of `step` itself: what a checkpoint of that step had seen."""
+        """Keep the events before `step` and the first one of `step`: those that a checkpoint of that step had seen."""
         self._file.seek(0)
         end = 0
         for line in self._file:
@@ -86,7 +87,7 @@ class MetricsLog:
         self._file.seek(0, 2)
 
     def close(self) -> None:
-        failed = sys.exc_info()[0] is not None  # closed on the way out of a run that ends with an error
+        failed = sys.exc_info()[0] is not None  # close is called while the error that ends the run is handled
         for tracker in self._trackers:
             try:
                 tracker.close(failed=failed)
@@ -96,7 +97,7 @@ class MetricsLog:
 
 
 def parse_event(line: bytes) -> dict[str, float] | None:
-    """One line of a metrics.jsonl; None where it is no event: no JSON object with a step."""
+    """Return one line of a metrics.jsonl as an event; None if it is not a JSON object with a step."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -106,16 +107,16 @@ def parse_event(line: bytes) -> dict[str, float] | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All events of a metrics.jsonl, in order.
+    """Return all events of a metrics.jsonl, in order.
 
     Raises:
-        ValueError: a line is no event; it names file and line.
+        ValueError: a line is not an event; the message names file and line.
     """
     events: list[dict[str, float]] = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line:
             event = parse_event(line)
             if event is None:
-                raise ValueError(f"{path}:{number}: no event (a JSON object with a step); remove the line")
+                raise ValueError(f"{path}:{number}: not an event (a JSON object with a step); remove the line")
             events.append(event)
     return events

@@ -1,10 +1,11 @@
-"""A lock on each place that a run writes and cleans: one run at a time, whatever its other flags are.
+"""A lock on each place that a run writes to or cleans up: one run at a time, whatever its other flags are.
 
-Path: `run_directory` takes one for each place that a run writes to, a converter one for its output. Invariant: the
-kernel holds the lock (flock) and drops it with the process, however that ends; the file only says who has it.
+- Used by: `run_directory`, for each place that a run writes to, and the converter, for its output.
+- Invariant: the kernel holds the lock (flock) and releases it when the process ends, however it ends. The file's
+  content only names the holder.
 
-Over NFS, Linux turns flock into a lock at the server, which holds between machines. Where a file system has no locks
-at all, the run goes on with a warning.
+Over NFS, Linux turns flock into a lock at the server, so it works between machines. On a file system without locks, the
+run continues with a warning.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ LOCK = ".lock"
 class PathLocks:
     """Holds the locks of `directories` and of `outputs` until `close`.
 
-    An output is a file or directory that is replaced as a whole, or a template of such, like `hf/{rollout_id}`: its
-    lock is a file next to it.
+    An output is a file or directory that is replaced as a whole, or a template for such paths, like `hf/{rollout_id}`;
+    its lock is a file next to it.
 
     Raises:
-        RunError: another process holds one of them, or one cannot be written. Those that were taken are free again.
+        RunError: another process holds one of the locks, or one cannot be written. Locks already taken are released.
     """
 
     def __init__(self, directories: Iterable[Path], outputs: Iterable[Path] = ()) -> None:
@@ -55,7 +56,7 @@ class PathLocks:
 
 
 def _lock_next_to(output: Path) -> Path:
-    """`.<name>.lock` next to the output; for a template, next to the first part that differs between its outputs."""
+    """Return `.<name>.lock` next to the output; for a template, next to the first part that differs between outputs."""
     parts = output.absolute().parts
     number = next((number for number, part in enumerate(parts) if "{" in part), len(parts) - 1)
     return Path(*parts[:number]).resolve() / f".{parts[number]}{LOCK}"
@@ -79,12 +80,17 @@ def _locked(file: Path) -> TextIO:
 
 
 def _take(file: Path, opened: TextIO) -> None:
-    """Raises RunError where it is held, OSError where nothing can be written."""
+    """Take the lock.
+
+    Raises:
+        RunError: another process holds it.
+        OSError: nothing can be written.
+    """
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
-            logger.warning("%s: no locks there (%s): another run in the same place is not noticed", file, error)
+            logger.warning("%s: no locks there (%s): a second run in the same place is not noticed", file, error)
             return
         opened.seek(0)
         holder = opened.read(200).strip() or "another process"

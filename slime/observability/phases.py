@@ -1,7 +1,7 @@
-"""Where a step's wall time goes.
+"""The wall time of a step, by phase.
 
-Path: the driver opens a step, each verb of the loop measures itself into it, and the record goes to the metrics
-log. Invariant: the phases of a step, `idle` included, sum to the step's wall time; `idle` is what nobody claimed.
+- Used by: the driver opens a step, each verb of the loop measures itself, and the record goes to the metrics log.
+- Invariant: the phases of a step, including `idle`, sum to its wall time; `idle` is the time that no phase claimed.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 PHASES = ("generation", "reward", "offload", "training", "weight_sync", "checkpoint", "evaluation")
-"""`offload`: engines and trainers that share devices give memory back and take it again. A rollout that is generated
-behind the others is in `generation` only while the loop waits for it."""
+"""The phases of a step.
+
+`offload` is the time in which engines and trainers that share devices release memory and take it back. A rollout that
+is generated in the background counts as `generation` only while the loop waits for it.
+"""
 MEASURED = ("generation", "training", "weight_sync", "evaluation")
-"""Phases at whose end the trainers say how much memory was taken."""
+"""Phases at whose end the trainers report their peak memory."""
 
 
 @dataclass
 class StepClock:
-    """Wall seconds of one step, by phase."""
+    """The wall seconds of one step, by phase."""
 
     started: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
-        """Everything inside counts as `name`."""
+        """Count everything inside the block as `name`."""
         start = time.perf_counter()
         try:
             yield
@@ -36,10 +39,10 @@ class StepClock:
 
     @contextmanager
     def inner(self) -> Generator[dict[str, float]]:
-        """For work that measures itself elsewhere: fill the yielded dict with seconds a phase.
+        """Account for work that is measured elsewhere: fill the yielded dict with seconds by phase.
 
         Raises:
-            AssertionError: it claims more than the wall time it took here (a millisecond of slack).
+            AssertionError: it claims more than the wall time of the block (with a millisecond of slack).
         """
         start = time.perf_counter()
         claimed: dict[str, float] = {}
@@ -50,7 +53,7 @@ class StepClock:
             self.seconds[name] += seconds
 
     def close(self) -> dict[str, float]:
-        """`time/<phase>` for each phase, `time/idle` and `time/step`, in seconds."""
+        """Return `time/<phase>` for each phase, `time/idle` and `time/step`, in seconds."""
         wall = time.perf_counter() - self.started
         record = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         record["time/idle"] = wall - sum(self.seconds.values())
@@ -59,7 +62,7 @@ class StepClock:
 
 
 def format_shares(record: Mapping[str, float]) -> str:
-    """One line: each phase's share of the step, but those that took next to nothing of it."""
+    """Return one line with each phase's share of the step; shares that round to 0 % are left out."""
     wall = record["time/step"]
     shares = {name: record[f"time/{name}"] / wall for name in (*PHASES, "idle")}
     parts = [f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items() if share >= 0.0005]
@@ -67,13 +70,13 @@ def format_shares(record: Mapping[str, float]) -> str:
 
 
 def memory_record(phase: str, peaks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """`memory/<phase>_<name>_gb`: the most of any trainer's `peaks` in GB; nothing where they cannot tell."""
+    """Return `memory/<phase>_<name>_gb`: the maximum of the trainers' `peaks` in GB; empty if they have none."""
     names = peaks[0] if peaks else ()
     return {f"memory/{phase}_{name}_gb": max(peak[name] for peak in peaks) for name in names}
 
 
 def format_memory(record: Mapping[str, float]) -> str:
-    """One line: the most memory in each phase, of the whole device where that is known, else of a trainer."""
+    """Return one line with the peak memory of each phase, of the whole device if known, otherwise of a trainer."""
     parts: list[str] = []
     for phase in MEASURED:
         found = [record[key] for kind in ("device", "peak") if (key := f"memory/{phase}_{kind}_gb") in record]

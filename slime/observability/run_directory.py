@@ -1,7 +1,7 @@
-"""The directory of a run: one run at a time, and no run's metrics lost to the next.
+"""The directory of a run: used by one run at a time, and later runs never overwrite its metrics.
 
-Path: the driver opens it before it starts anything. Invariant: whoever holds the lock is the only one that writes
-here; the lock goes with the process, however it ends.
+- Used by: the driver, which opens it before it starts anything.
+- Invariant: only the holder of the lock writes here; the lock is released when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RUN_ID = re.compile(r"[\w.-]{1,100}")
 
 @contextmanager
 def _readable_errors(file: Path) -> Generator[Path]:
-    """Raises RunError where `file` cannot be read or written."""
+    """Turn an OSError about `file` into a RunError with a remedy."""
     try:
         yield file
     except OSError as error:
@@ -48,14 +48,14 @@ class RunDirectory:
         return self.path / "logs"
 
     def write_args(self, text: str) -> None:
-        """The resolved arguments, as args.yaml."""
+        """Write the resolved arguments as args.yaml."""
         with _readable_errors(self.path / "args.yaml") as file:
             file.write_text(text)
 
     def continue_metrics(self, step: int | None) -> tuple[MetricsLog, str | None]:
-        """metrics.jsonl as the checkpoint of `step` had seen it, and a warning where lines of it are damaged.
+        """Return metrics.jsonl as it was at the checkpoint of `step`, and a warning if lines of it are damaged.
 
-        `step` None: the file stays as it is, for a run that trains nothing.
+        With `step` None the file is not changed, for a run that trains nothing.
         """
         with _readable_errors(self.path / METRICS) as file:
             log = MetricsLog(file)
@@ -65,7 +65,7 @@ class RunDirectory:
         return log, warning
 
     def new_metrics(self) -> MetricsLog:
-        """An empty metrics.jsonl; an earlier run's is kept beside it as metrics-<n>.jsonl."""
+        """Return an empty metrics.jsonl; that of an earlier run is kept as metrics-<n>.jsonl."""
         with _readable_errors(self.path / METRICS) as path:
             if path.exists() and path.stat().st_size:
                 number = 1
@@ -75,7 +75,7 @@ class RunDirectory:
             return MetricsLog(path)
 
     def run_id(self, *, new: bool) -> str:
-        """What the run is called by trackers; one that goes on keeps its name."""
+        """Return the name of the run for trackers; a resumed run keeps its name."""
         with _readable_errors(self.logs / "run_id") as file:
             known = file.read_text(errors="replace") if file.exists() and not new else ""
             if _RUN_ID.fullmatch(known):

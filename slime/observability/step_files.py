@@ -1,7 +1,8 @@
-"""Files of --save-debug-train-data: tensors by place and name, and an index that keeps them in the order of the path.
+"""The files of --save-debug-train-data: tensors by place and name, and an index in the order of the computation.
 
-Path: `megatron.dump_steps` writes through here, `tools/diff_steps.py` reads. Invariant: every file is written beside
-its place and renamed, and the index names whole files alone; so a run that was killed leaves what it had finished.
+- Used by: `megatron.dump_steps` writes them, `tools/diff_steps.py` reads them.
+- Invariant: every file is written under a temporary name and then renamed, and the index names complete files only. A
+  run that was killed leaves everything that it had finished.
 
     index.json                       facts of the run; places in order, each with its tensors in order, and their files
     rollout-3-step-0-0.safetensors   tensors of the place "rollout 3, step 0"; a large place has several files
@@ -27,13 +28,13 @@ MAX_FILE_BYTES = 4 * 1024**3
 TMP_PREFIX = ".tmp_"
 
 TOTAL_LENGTHS, RESPONSE_LENGTHS = "total_lengths", "response_lengths"
-"""Of a rollout: tokens, and response tokens, of each sample."""
+"""Tensors of a rollout: the number of tokens, and of response tokens, in each sample."""
 PLACES, TOKEN_LOSS, LOSS = "places", "token_loss", "loss"
-"""Of a step: where its tokens stand in the rollout's, the loss of each, and the sum of them, each by its weight."""
+"""Tensors of a step: the positions of its tokens in the rollout, the loss of each, and their weighted sum."""
 
 
 class Axis(StrEnum):
-    """What a tensor has one entry for, along its first dimension."""
+    """The axis along which a tensor has one entry, its first dimension."""
 
     SAMPLE = "sample"
     TOKEN = "token"
@@ -44,7 +45,7 @@ class Axis(StrEnum):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor, and the file that has it."""
+    """One tensor, and the file that contains it."""
 
     name: str
     axis: Axis
@@ -53,7 +54,7 @@ class Entry:
 
 @dataclass
 class Place:
-    """A rollout, or a step of it, and its tensors in the order in which they came to be."""
+    """A rollout, or one of its steps, and its tensors in the order in which they were computed."""
 
     name: str
     rollout_id: int
@@ -61,17 +62,21 @@ class Place:
 
 
 class StepFilesWriter:
-    """Adds places to a directory. One that holds some already is gone on with: a run was started anew within itself."""
+    """Adds places to a directory, also to those of an earlier start of the same run."""
 
     def __init__(self, directory: Path, facts: Mapping[str, Any], *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
-        """Raises ValueError: nothing can be written there."""
+        """Check that the directory can be written.
+
+        Raises:
+            ValueError: nothing can be written there.
+        """
         self._directory, self._facts, self._max_file_bytes = directory, dict(facts), max_file_bytes
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._places = StepFiles(directory).places if (directory / INDEX).exists() else []
             probe = directory / f"{TMP_PREFIX}{INDEX}"
             probe.touch()
-            probe.unlink()  # a run that fails before its first step leaves nothing, and can be started again
+            probe.unlink()  # so that a run that fails before its first step leaves nothing behind
         except OSError as error:
             raise ValueError(
                 f"{FLAG} {directory}: cannot be written ({error.strerror}); name another directory"
@@ -81,7 +86,7 @@ class StepFilesWriter:
         self._num_files = 0
 
     def forget_from(self, rollout_id: int) -> None:
-        """Drop this rollout and later ones, which are trained on again."""
+        """Remove this rollout and later ones, because they will be trained on again."""
         dropped = [place for place in self._places if place.rollout_id >= rollout_id]
         self._places = [place for place in self._places if place.rollout_id < rollout_id]
         if dropped:
@@ -90,12 +95,12 @@ class StepFilesWriter:
             (self._directory / name).unlink()
 
     def begin(self, name: str, rollout_id: int) -> None:
-        """The place that `add` adds to; it counts from `end` on."""
+        """Start the place that `add` adds to; it becomes part of the index with `end`."""
         self._place = Place(name, rollout_id)
         self._pending, self._num_files = {}, 0
 
     def add(self, name: str, tensor: Tensor, axis: Axis) -> None:
-        """A copy of `tensor` as the place's next one."""
+        """Store a copy of `tensor` as the next tensor of the place."""
         assert self._place is not None, "begin comes first"
         if self._pending and sum(each.nbytes for each in self._pending.values()) + tensor.nbytes > self._max_file_bytes:
             self._flush()
@@ -103,13 +108,13 @@ class StepFilesWriter:
         self._place.tensors.append(Entry(name, axis, self._file_name()))
 
     def turn(self, count: int) -> None:
-        """The place's last `count` tensors came in the wrong order: turn it round."""
+        """Reverse the order of the place's last `count` tensors, which were computed last to first."""
         assert self._place is not None, "begin comes first"
         at = len(self._place.tensors) - count
         self._place.tensors[at:] = self._place.tensors[: at - 1 if at else None : -1]
 
     def end(self) -> None:
-        """The place is whole."""
+        """Finish the place and write it to the index."""
         assert self._place is not None, "begin comes first"
         if self._pending:
             self._flush()
@@ -137,10 +142,14 @@ class StepFilesWriter:
 
 
 class StepFiles:
-    """A directory of such files: its index, and tensors when they are asked for."""
+    """Reads a directory of these files: its index at once, and tensors when they are requested."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises ValueError: there is no index, or none that can be read."""
+        """Read the index.
+
+        Raises:
+            ValueError: there is no index, or it cannot be read.
+        """
         self._directory = directory
         path = directory / INDEX
         if not path.is_file():
@@ -148,20 +157,24 @@ class StepFiles:
         try:
             index: dict[str, Any] = json.loads(path.read_bytes())
             if index["format"] != FORMAT:
-                raise ValueError(f"it is of format {index['format']}, and this version reads {FORMAT}")
+                raise ValueError(f"it has format {index['format']}, and this version reads {FORMAT}")
             self.facts: dict[str, Any] = index["facts"]
             self.places = [
                 Place(each["name"], each["rollout_id"], [_entry(entry) for entry in each["tensors"]])
                 for each in index["places"]
             ]
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is no index that {FLAG} wrote ({error!r})") from error
+            raise ValueError(f"{path} is not an index that {FLAG} wrote ({error!r})") from error
 
     def tensor(self, entry: Entry) -> Tensor:
-        """Raises ValueError: its file is missing or damaged."""
+        """Return one tensor.
+
+        Raises:
+            ValueError: its file is missing or damaged.
+        """
         path = self._directory / entry.file
         if not path.is_file():
-            raise ValueError(f"{path} is missing, and {INDEX} says that it holds {entry.name}")
+            raise ValueError(f"{path} is missing; {INDEX} lists {entry.name} in it")
         try:
             with cast(Any, safe_open(path, framework="pt")) as file:
                 return file.get_tensor(entry.name)
@@ -171,5 +184,5 @@ class StepFiles:
 
 def _entry(data: Mapping[str, str]) -> Entry:
     if Path(data["file"]).name != data["file"]:
-        raise ValueError(f"{data['file']!r} is no file of this directory")
+        raise ValueError(f"{data['file']!r} is not a file in this directory")
     return Entry(data["name"], Axis(data["axis"]), data["file"])

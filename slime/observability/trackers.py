@@ -1,7 +1,8 @@
 """Weights & Biases and TensorBoard: the numbers of metrics.jsonl, where people look at them.
 
-Path: `MetricsLog` hands every event on to the trackers that the run asked for. Invariant: metrics.jsonl is the truth;
-a tracker is told from it what it lacks when the run starts or goes on, has no step twice, and never ends a run.
+- Used by: `MetricsLog`, which passes every event on to the trackers that the run uses.
+- Invariant: metrics.jsonl is the complete record. When a run starts or resumes, a tracker receives from it what it
+  lacks; it gets no step twice, and its errors never end a run.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ logger = logging.getLogger(__name__)
 Record = Mapping[str, float | int | str]
 
 FINISH_TIMEOUT_S = 120.0
-"""How long W&B may take to upload the rest when the run ends."""
+"""Seconds that W&B may take to upload the rest when the run ends."""
 
 
 class Tracker(Protocol):
-    """`begin`: events before this step are there already, and cannot be told again."""
+    """A destination for events. Those before the step `begin` are already there and cannot be sent again."""
 
     name: str
     begin: int
@@ -39,7 +40,7 @@ def _numbers(metrics: Record) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in a directory of the run's own; going on purges what was written behind the checkpoint."""
+    """Event files in a directory of the run. When a run resumes, what was written after the checkpoint is purged."""
 
     name = "TensorBoard"
 
@@ -51,7 +52,7 @@ class TensorBoard:
     def write(self, step: int, metrics: Record) -> None:
         for name, value in _numbers(metrics).items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a killed run has everything
+        self._writer.flush()  # so that a killed run has everything
 
     def close(self, *, failed: bool) -> None:
         self._writer.close()
@@ -59,7 +60,7 @@ class TensorBoard:
 
 @dataclass(frozen=True, kw_only=True)
 class WandbRun:
-    """Where a run stands in W&B; None: as W&B decides. `config`: the run's arguments."""
+    """The place of a run in W&B; None: W&B decides. `config` has the run's arguments."""
 
     project: str | None
     entity: str | None
@@ -70,14 +71,14 @@ class WandbRun:
 
 
 class WeightsAndBiases:
-    """One W&B run with one row a step. It takes nothing back: of steps done twice, the first account stands.
+    """One W&B run with one row for each step. W&B cannot take rows back: if a step is done twice, its first row stays.
 
-    Where and as whom is said by W&B's own environment variables (WANDB_API_KEY, WANDB_MODE, WANDB_BASE_URL, ...).
-    Offline, every start writes the whole run anew, to be synced alone. `run_id`: the same when a run goes on; `first`:
-    the step that it goes on from.
+    Server and account come from W&B's own environment variables (WANDB_API_KEY, WANDB_MODE, WANDB_BASE_URL, ...).
+    Offline, every start writes the whole run again, to be synced alone. `run_id` is the same when a run resumes;
+    `first` is the step from which it resumes.
 
     Raises:
-        RunError: it cannot be reached, or refuses.
+        RunError: W&B cannot be reached, or refuses the run.
     """
 
     name = "Weights & Biases"
@@ -94,20 +95,20 @@ class WeightsAndBiases:
                 name=run.name,
                 dir=str(run.directory),
                 config=run.config,
-                # the console is the run's own; what W&B cannot upload in time stays on the disk
+                # W&B must not capture the run's console; what it cannot upload in time stays on the disk
                 settings=wandb.Settings(console="off", finish_timeout=FINISH_TIMEOUT_S),
             )
         except (wandb.Error, OSError) as error:
-            remedy = "see to the network and WANDB_API_KEY, or set WANDB_MODE=offline"
+            remedy = "check the network and WANDB_API_KEY, or set WANDB_MODE=offline"
             raise RunError(f"--use-wandb: the run cannot be started there ({error}); {remedy}") from error
         self._first = first
         self.begin: int = self._run.starting_step
         if self.begin > first > 0:
-            logger.warning("W&B has steps %d to %d already: their first account stands there", first, self.begin - 1)
+            logger.warning("W&B already has steps %d to %d, and keeps their first rows", first, self.begin - 1)
 
     def write(self, step: int, metrics: Record) -> None:
-        # A row is sent when its step is over, and the times close a step. The first step of a run that goes on is
-        # an exception: an evaluation that was due at the checkpoint still belongs to it.
+        # A row is sent when its step is over, and a step ends with its times. The first step of a resumed run is an
+        # exception: an evaluation that was due at the checkpoint still belongs to it.
         over = "time/step" in metrics and step > self._first
         self._run.log(_numbers(metrics), step=step, commit=over)
 

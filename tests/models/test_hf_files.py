@@ -107,7 +107,7 @@ def test_an_export_is_replaced_and_nothing_else(source: Path, tmp_path: Path):
     other = tmp_path / "photos"
     other.mkdir()
     (other / "cat.jpg").write_text("")
-    with pytest.raises(ValueError, match="photos exists and is no Hugging Face directory"):
+    with pytest.raises(ValueError, match="photos exists and is not a Hugging Face directory"):
         write_hf(other, weights.items(), source)
     with pytest.raises(ValueError, match="is the source of the export"):
         write_hf(source, weights.items(), source)
@@ -139,21 +139,21 @@ def test_damage_is_named_with_its_file(source: Path, sharded: Path, tmp_path: Pa
     with pytest.raises(ValueError, match=r"has no tensor model\.nothing"):
         HFReader(sharded).get("model.nothing")
     (sharded / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(ValueError, match="is no safetensors index"):
+    with pytest.raises(ValueError, match="is not a safetensors index"):
         HFReader(sharded)
-    with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor"):
+    with pytest.raises(ValueError, match=r"has neither model\.safetensors nor"):
         HFReader(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", "..", 7, None])
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, file: object):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
-    with pytest.raises(ValueError, match=r"index\.json is no safetensors index"):
+    with pytest.raises(ValueError, match=r"index\.json is not a safetensors index"):
         HFReader(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"[1]", b"[" * 100_000, b'{"weight_map": [1]}'])
 def test_an_index_of_garbage_is_named(tmp_path: Path, content: bytes):
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"index\.json is no safetensors index"):
+    with pytest.raises(ValueError, match=r"index\.json is not a safetensors index"):
         HFReader(tmp_path)

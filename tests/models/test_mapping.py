@@ -263,7 +263,7 @@ def test_a_bias_of_another_family_is_an_orphan(family: str):
     ("name", "rows", "message"),
     [
         ("model.embed_tokens.weight", 36, "36 rows, the vocabulary has 37"),
-        ("model.layers.1.self_attn.k_proj.weight", 24, "24 rows, the architecture says 2 heads of 6"),
+        ("model.layers.1.self_attn.k_proj.weight", 24, "24 rows, the architecture has 2 heads of 6"),
     ],
 )
 def test_tensors_of_another_shape_are_named(name: str, rows: int, message: str):

@@ -87,7 +87,7 @@ def test_a_checkpoint_that_is_gone_and_another_metric_begin_anew(tmp_path: Path)
     again.evaluate(2, 0.1)
     assert again.best == (1, 0.1)
     other = BestCheckpoint(tmp_path, "eval/few/pass@4", say=run.said.append)
-    assert "found anew, by eval/few/pass@4" in run.said[-1]
+    assert "search starts again, by eval/few/pass@4" in run.said[-1]
     other.saved(tmp_path / "iter_0000001", step=2)
     other.evaluated({"eval/few/pass@4": 0.05}, step=2)
     assert read_best(tmp_path) == Best("eval/few/pass@4", 0.05, 1, "iter_0000001")

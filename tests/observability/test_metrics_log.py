@@ -80,7 +80,7 @@ def test_a_garbage_line_is_set_aside_and_nothing_else_changes(tmp_path: Path, ga
     path.write_bytes(b"".join([garbage, *lines[:3], garbage, *lines[3:]]))
     log = MetricsLog(path)
     warning = log.repair()
-    assert warning is not None and warning.startswith(f"{path}:1, 5: no event; 2 such lines were moved to ")
+    assert warning is not None and warning.startswith(f"{path}:1, 5: not an event; 2 such lines were moved to ")
     assert path.read_bytes().splitlines(keepends=True) == lines
     assert (tmp_path / "metrics-damaged.jsonl").read_bytes() == garbage * 2
     assert log.repair() is None, "control: what is left is whole"
@@ -94,5 +94,5 @@ def test_a_reader_names_the_line_that_is_garbage(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     written(path).close()
     path.write_bytes(path.read_bytes() + b"\xff\n")
-    with pytest.raises(ValueError, match=f"{path}:8: no event"):
+    with pytest.raises(ValueError, match=f"{path}:8: not an event"):
         read_metrics(path)

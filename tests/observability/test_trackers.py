@@ -202,7 +202,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(tmp_path: Path) -> No
     for number in (1, 2):
         step(log, number, 1.0)
     assert len(said) == 1
-    assert "Failing failed (no route); nothing more goes there" in said[0]
+    assert "Failing failed (no route) and gets no more data" in said[0]
     assert other.left == 100 - 6
     log.close()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6

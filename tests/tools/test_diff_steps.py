@@ -246,11 +246,11 @@ def test_files_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     told = capsys.readouterr().err.splitlines()
     expected = (
         "is damaged",
-        "1-1.safetensors is missing, and index.json says",
+        "1-1.safetensors is missing; index.json lists",
         "of format 99",
-        "is no index",
+        "is not an index",
         "'../a/x.safetensors' is no file of this directory",
-        *["is no index"] * 3,
+        *["is not an index"] * 3,
         "no index",
     )
     assert len(told) == len(expected)

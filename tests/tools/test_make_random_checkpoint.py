@@ -160,6 +160,6 @@ def test_what_cannot_be_made(tmp_path: Path) -> None:
         tool.main(["--config", str(tmp_path / "other.json"), "--out", str(tmp_path / "out")])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    with pytest.raises(ValueError, match="is no Hugging Face directory"):
+    with pytest.raises(ValueError, match="is not a Hugging Face directory"):
         tool.make_checkpoint(SHAPES["qwen3"], tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
