@@ -10,18 +10,21 @@ import unicodedata
 
 VARIANTS = (range(0xFF01, 0xFF5F), range(0x249C, 0x24EA), range(0x1D400, 0x1D6A4), range(0x1F110, 0x1F12A))
 SPELLING = {code: unicodedata.normalize("NFKC", chr(code)) for codes in VARIANTS for code in codes}
-"""Full-width signs, letters in circles and brackets, bold ones."""
+SPELLING |= dict.fromkeys(map(ord, "✅✔☑✓👉➡\ufe0f"), "")
+"""Full-width signs, letters in circles and brackets, bold ones; ticks go."""
 
 LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 CAPITAL = re.compile("[A-J]")
+SMALL = re.compile(r"(?:\(|\b[Oo]ption \(?|\b[Cc]hoice \(?)([a-hj])(?![A-Za-z])")
+"""A small letter that is one of a choice."""
 
 COMMANDS = (
     r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathbf|mathrm|mathsf|boldsymbol|bm|rm|bf|emph|underline|[Ll]arge|LARGE"
     r"|[Hh]uge)\b"
 )
-OPEN = rf"(?:[\s*_$({{\[\"'`“‘「]|{COMMANDS}|\\[(\[,;:! ]){{0,12}}"
+OPEN = rf"(?:[\s*_$({{\[\"'`“‘「【]|{COMMANDS}|\\[(\[,;:! ]){{0,12}}"
 """What may be before a letter: bold, brackets, quotes, LaTeX."""
-SHUT = r"(?:[*_$)}\]\"'`”’」]|\\[)\]]){0,8}"
+SHUT = r"(?:[*_$)}\]\"'`”’」】]|\\[)\]]){0,8}"
 LETTER = re.compile(rf"{OPEN}(?P<letter>[A-Ja-j])")
 QUOTED = re.compile(r"['’‘][\w\s(]{0,12}$")
 END = re.compile(rf"{SHUT}[ \t]*(?:[.,;:!。，；！]|\n|$|</)")
@@ -30,7 +33,7 @@ SENTENCE_END = re.compile(rf"{SHUT}[ \t]*[.!。]?{SHUT}[ \t]*(?:\n|$|(?<=[.!。]
 PART = re.compile(
     r"[A-Za-z0-9]|_+[A-Za-z0-9{\\]|\*[A-Za-z0-9]|['’][A-Za-z]|[-–‑]|\(|:[A-Za-z0-9]|%|/\s*[a-z0-9]"
     rf"|\.[ \t]?(?:coli|elegans|subtilis|thaliana|melanogaster|albicans|difficile|botulinum|rerio)\b"
-    rf"|{SHUT}\s*(?:[=+^>×·÷≤≥≈≠−∩∪⊂⊃⊆∈⁺⁻⁰-⁹²³¹₀-₉]|<(?!/)|\\(?![)\]\\]))"
+    rf"|{SHUT}\s*(?:[=+^>×·÷≤≥≈≠−∩∪⊂⊃⊆∈⁺⁻⁰-⁹²³¹₀-₉]|<(?!/)|\\(?![)\]\\,;:! ]|q?quad|text))"
 )
 """After a letter: then it is part of a word, a name or a formula."""
 NEXT_WORD = re.compile(r"[ \t]+([A-Za-z]+)")
@@ -68,8 +71,9 @@ NOUN = (
     r"|letter)"
 )
 COPULA = (
-    r"(?:,?\s+(?:to|for|of|among|from|in|on|out|here|therefore|thus|then|hence|given|that)\b[^.:;?!\n]{0,60}?)?"
-    r",?\s+(?:is|was|(?:would|should|must|will|has to|ought to|seems to|appears to|turns out to) be)\b"
+    r"(?:,?\s+(?:to|for|of|among|from|in|on|out|here|therefore|thus|then|hence|given|that|i|we)\b[^.:;?!\n]{0,60}?)?"
+    r",?\s+(?:is|was|corresponds to|comes out (?:to be|as)"
+    r"|(?:would|should|must|will|has to|ought to|seems to|appears to|turns out to) be)\b"
 )
 FILL = (
     r"(?:[\s*_,\"'(]{0,4}(?:therefore|thus|hence|then|clearly|definitely|indeed|simply|actually|probably|likely|most"
@@ -77,21 +81,9 @@ FILL = (
     r"|correct|best|right|one|is)(?![A-Za-z])){0,4}\s*[:–—-]?"
 )
 NOUNS = (
-    *(
-        "ans",
-        "option",
-        "choice",
-        "pick",
-        "guess",
-        "selection",
-        "verdict",
-        "conclusion",
-        "response",
-        "solution",
-        "result",
-    ),
-    *("letter", "correct", "right", "best", "true", "accurate", "appropriate", "plausible"),
-)
+    "ans", "option", "choice", "pick", "guess", "selection", "verdict", "conclusion", "response", "solution",
+    "result", "letter", "correct", "right", "best", "true", "accurate", "appropriate", "plausible",
+)  # fmt: skip
 STATED = (
     (
         NOUNS,
@@ -100,7 +92,10 @@ STATED = (
             re.IGNORECASE,
         ),
     ),
-    (("ans.", "correct"), re.compile(r"(?<![A-Za-z])(?:ans\.|correct\s*:)\s*", re.IGNORECASE)),
+    (
+        ("ans.", "correct", "final"),
+        re.compile(r"(?<![A-Za-z])(?:ans\.|correct\s*:|final\s*[:>])\s*", re.IGNORECASE),
+    ),
     (
         ("答", "选项", "正解"),
         re.compile(
@@ -137,16 +132,22 @@ NOT_THE_ANSWER = re.compile(
     r"|another|possible|previous|first|initial|common|tempting|popular|your|his|her|their|user['’]s|student['’]s|one)\s+$",
     re.IGNORECASE,
 )
+ANOTHER_ANSWER = re.compile(
+    r"\b(?:students|people|many|first|initially|earlier|wrong|incorrect|gave|thought|other|rejected|not|never|cannot)\b"
+    r"|n['’]t\b",
+    re.IGNORECASE,
+)
+"""Inside a statement: "the answer that many give is B"."""
 NOT_CHOSEN = re.compile(
     r"(?:n['’]t|\b(?:not|never|nor|cannot|why|if|when|would have|was going to|instead of|rather than|could"
-    r"|might|may|how|they|many|some|most|students|people|almost|nearly|first|initially"
+    r"|might|may|how|they|he|she|everyone|who|many|some|most|students|people|almost|nearly|first|initially"
     r"|(?<!going )(?<!have )(?<!want )(?<!has )to))\s+(?:\w+\s+){0,2}$|(?:不|别|勿|没|非|无法|是否)[^\s,.。]{0,2}$",
     re.IGNORECASE,
 )
 DOUBLE_BRACKETS = re.compile(r"\[\[\s*([A-J])\s*\]\]")
 
 JUDGED = re.compile(
-    rf"(?<![A-Za-z0-9_\\^'’-])(?P<letter>[A-HJ]){SHUT}(?i:,?\s+(?:is|must be|has to be|would be|should be)\s+"
+    rf"(?<![A-Za-z0-9_\\^'’-])(?P<letter>[A-HJa-hj]){SHUT}(?i:,?\s+(?:is|must be|has to be|would be|should be)\s+"
     r"(?:(?P<also>also|equally|too)\s+)?(?:(?:therefore|thus|hence|clearly|indeed|definitely|obviously|certainly"
     r"|probably|likely|the|my|final|most|only|single|best|fully|actually)\s+){0,5}"
     r"(?:(?:correct|right|best)(?:\s+(?:answer|option|choice|one|response|match|fit|statement))?|answer|choice|option)"
@@ -174,39 +175,16 @@ HYPOTHESIS = re.compile(
 )
 LETTER_BEFORE = re.compile(r"[A-J]\W{0,4}(?:,|/|&|\band|\bor|\bnor)\s*(?:(?:option|choice)\s*)?\W{0,4}$")
 CONCLUDED_WORDS = (
-    *("therefore", "thus", "hence", "so", "consequently", "∴", "leav", "this ", "that ", "which ", "it "),
-    *(
-        "it's",
-        "it’s",
-        "that's",
-        "that’s",
-        "i think",
-        "i believe",
-        "i guess",
-        "i say",
-        "i answer",
-        "i'd",
-        "i’d",
-        "i would",
-    ),
-    *(
-        "most likely",
-        "probably",
-        "definitely",
-        "clearly",
-        "certainly",
-        "obviously",
-        "sure",
-        "ok",
-        "yes",
-        "no",
-        "by elim",
-    ),
-)
+    "therefore", "thus", "hence", "so", "consequently", "∴", "leav", "this ", "that ", "which ", "it ", "it's",
+    "it’s", "that's", "that’s", "i think", "i believe", "i guess", "i say", "i answer", "i'd", "i’d", "i would",
+    "i will", "i'll", "i’ll", "most likely", "probably", "definitely", "clearly", "certainly", "obviously", "sure",
+    "ok", "yes", "no", "by elim",
+)  # fmt: skip
 CONCLUDED = re.compile(
     r"(?<![A-Za-z])(?:(?:therefore|thus|hence|so|consequently|∴)[,:]?\s+(?:it(?:['’]s| is| must be)\s+)?"
-    r"|(?P<first>it(?:['’]s| is| must be| has to be)|that['’]s|i(?:['’]d| would)? (?:think|believe|guess|say|answer)"
-    r"(?: that)?(?: it(?:['’]s| is))?|(?:most likely|probably|definitely|clearly|certainly|obviously|sure|ok(?:ay)?"
+    r"|(?P<first>it(?:['’]s| is| must be| has to be)|that['’]s|i(?:['’]d|['’]ll| would| will)?"
+    r" (?:think|believe|guess|say|answer)(?: that)?(?: it(?:['’]s| is))?"
+    r"|(?:most likely|probably|definitely|clearly|certainly|obviously|sure|ok(?:ay)?"
     r"|yes|no|by elimination)[,!]?)\s+"
     r"|(?:this|that|which|it)\s+(?:is|corresponds to|matches|gives|means)\s+(?=(?:the )?(?:option|choice|answer)\b)"
     r"|leav(?:es|ing)(?: us)?(?: with)?\s+)(?:(?:option|choice|answer|letter|the|only|just|probably|clearly)\s+){0,3}",
@@ -215,8 +193,8 @@ CONCLUDED = re.compile(
 """`first`: at the start of a sentence or a clause alone."""
 ALONE = re.compile(
     rf"[\s#>=→⇒∴]*{OPEN}(?:(?:the|my|final|correct|right|best)\s+){{0,3}}"
-    rf"(?:(?:answer|option|choice|letter|选项|答案)\s*){{0,2}}{OPEN}"
-    r"(?P<letter>[A-J])(?:[\s*_$)}\].,:;!\"'`”’」。]|\\[)\]]){0,12}",
+    rf"(?:(?:answer|ans|option|opt\.?|choice|letter|选项|答案)\s*){{0,2}}{OPEN}"
+    r"(?P<letter>[A-J])(?:[\s*_$)}\].,:;!\"'`”’」】。]|\\[)\]]){0,12}",
     re.IGNORECASE,
 )
 LONGEST_ALONE = 80

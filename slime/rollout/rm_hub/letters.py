@@ -105,7 +105,9 @@ def _stated(text: str, lowered: str, letters: str) -> Iterator[_Found]:
             for match in _begun(text, lowered, words, pattern):
                 found = _letter_at(text, match.end(), letters, end=end)
                 before = _before(text, match.start())
-                if found is not None and not denied.search(before) and not said.NOT_THE_ANSWER.search(before):
+                if found is None or said.ANOTHER_ANSWER.search(match[0]) or said.NOT_THE_ANSWER.search(before):
+                    continue
+                if not denied.search(before):
                     yield found
     yield from _in_boxes(text, letters)
     marked = list(said.DOUBLE_BRACKETS.finditer(text))
@@ -139,7 +141,7 @@ def _in_boxes(text: str, letters: str) -> Iterator[_Found]:
 def _judged(text: str, letters: str) -> Iterator[_Found]:
     """Places such as "so B is correct", where a clause says nothing else."""
     capitals = [capital.start() for capital in said.CAPITAL.finditer(text)]
-    for at in capitals:
+    for at in (*capitals, *(small.start(1) for small in said.SMALL.finditer(text))):
         match = said.JUDGED.match(text, at)
         if match is None:
             continue
@@ -149,7 +151,8 @@ def _judged(text: str, letters: str) -> Iterator[_Found]:
         if said.HYPOTHESIS.search(sentence) or not said.LEAD.fullmatch(clause):
             continue
         several = match["also"] is not None or said.LETTER_BEFORE.search(before) is not None
-        yield _Found(match.start(), None if several or match["letter"] not in letters else match["letter"])
+        letter = match["letter"].upper()
+        yield _Found(match.start(), None if several or letter not in letters else letter)
     for at in capitals:
         match = said.JUDGED_CHINESE.match(text, at)
         if match is None:
