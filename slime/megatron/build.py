@@ -107,6 +107,7 @@ def params_dtype(args: Args) -> torch.dtype:
 
 
 def architecture_of(args: Args) -> Architecture:
+    """Return the model's architecture; a ValueError names the flags that define it if it is unknown."""
     if args.architecture is None:
         raise ValueError("the model's architecture is unknown: give --hf-checkpoint, or MODEL_ARGS (scripts/models)")
     return args.architecture

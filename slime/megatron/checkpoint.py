@@ -264,7 +264,7 @@ def _of_chunk(weights: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _content(common: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata by which Megatron names and shards what it reads: those of the write."""
+    """Return the metadata of the save, by which Megatron names and shards what it reads."""
     return dict(common.get("content_metadata") or _CONTENT)
 
 

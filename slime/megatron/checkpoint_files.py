@@ -2,7 +2,7 @@
 
 - Used by: `checkpoint` writes to and reads from the directories that are found here; so do the converters.
 - Invariant: a directory `iter_*` or `release` gets its name by the rename of a finished one. Therefore one that is not
-  complete is damaged, or what a removal left.
+  complete was damaged later.
 
     <dir>/iter_0000005/                     rollout 5: .metadata, metadata.json, common.pt, *.distcp, slime_state.json
     <dir>/release/                          the converter's output: weights only, otherwise the same
@@ -78,6 +78,7 @@ class FoundCheckpoint:
 
 
 def iteration_name(rollout_id: int) -> str:
+    """Return the name of the directory that holds the checkpoint of this rollout."""
     return f"iter_{rollout_id:07d}"
 
 

@@ -37,7 +37,7 @@ _THREADS = 4
 
 
 class NewerFormatError(ValueError):
-    """Raised if a later version of slime wrote the checkpoint; it is not damaged."""
+    """Raised if a later version of slime wrote the checkpoint, which is not damaged."""
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def changed_in(found: FoundCheckpoint) -> dict[str, str]:
 
 
 def damage_of(found: FoundCheckpoint, changed: Mapping[str, str]) -> str:
+    """Return the error text about a damaged checkpoint: its changed files, and the remedy."""
     return (
         f"{found.path} is damaged: {checkpoint_files.said_of(changed)}; restore it, "
         "or take an earlier checkpoint (--ckpt-step)"

@@ -26,6 +26,7 @@ _installed = False
 
 
 def on_cuda() -> bool:
+    """True if this process sees a CUDA device."""
     return torch.cuda.is_available()
 
 

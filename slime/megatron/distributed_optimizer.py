@@ -38,8 +38,8 @@ class TorchDistributedOptimizer(_Original):
         """Return each buffer's state with every bucket at its offset in the buffer.
 
         Megatron removes the padding at the end of each bucket, and then looks parameters up by their offsets in the
-        buffer, which count the padding. For example, a bucket of 6 entries padded to 8 shifts all later parameters by
-        2, so it would save the wrong numbers for them.
+        buffer, which count the padding. For example, after a bucket of 6 entries padded to 8 all parameters are off by
+        2, and Megatron would save the wrong numbers for them.
         """
         state: Any = super().get_parameter_state_dp_zero(*args, **kwargs)
         if state is None:  # not the rank that writes

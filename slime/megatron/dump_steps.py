@@ -111,7 +111,7 @@ class StepDump:
             self._files.turn(count)  # reverse them, because the backward pass begins at the output
 
     def after_update(self, model: ModelChunks, gradient_norm: float) -> None:
-        """Write the gradient norm and the weights after the step; an unchanged model if the step was skipped."""
+        """Write the gradient norm and the weights after the step, which are the old ones if it was skipped."""
         if self._files is not None:
             self._add_number("gradient_norm", gradient_norm)
         self._add_whole("weight", dict(named_weights(model)))

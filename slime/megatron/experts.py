@@ -77,7 +77,7 @@ class Router(TopKRouter):
         if self.config.moe_router_topk_scaling_factor is not None:
             weights = weights * self.config.moe_router_topk_scaling_factor
         routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
-        if self.training and torch.is_grad_enabled():  # not for log-probs, nor before a recomputed forward pass
+        if self.training and torch.is_grad_enabled():  # not for log-probs, nor in a pass that is recomputed later
             weights = self._balanced(weights, logits, scores, routed)
         return torch.zeros_like(logits).scatter(1, chosen, weights), routed
 

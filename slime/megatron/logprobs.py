@@ -5,7 +5,7 @@
   padding tokens.
 
 Everything is computed from softmax(logits / temperature), the distribution that was sampled from; at temperature 0 from
-the raw logits.
+softmax(logits).
 
 On a GPU the logits stay in the dtype of the matrix product, two fused passes read them, and the gradient overwrites
 them. Elsewhere they are float32. On a GPU the logits of a micro-batch are also kept for the backward pass, up to

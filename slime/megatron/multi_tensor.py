@@ -1,7 +1,7 @@
 """Megatron's passes over all weights and gradients on a GPU, fused as with TransformerEngine or Apex.
 
 - Used by: `build` calls `fuse_weight_gradients`; `optimizer` installs the rest before it builds.
-- Invariant: sums, norm, clipping and copies are Megatron's own. On a CPU nothing is replaced.
+- Invariant: sums, norm, clipping and copies give the results of Megatron's own. On a CPU nothing is replaced.
 
 Without those packages Megatron would make each weight's gradient in bf16 and add it to the buffer in a second pass, run
 the other operations tensor by tensor, and wait for the GPU at each tensor's norm.

@@ -25,7 +25,7 @@ SMALL = 512
 
 
 class TrainerMemory:
-    """What a wrapped `model` and its `optimizer` hold on the device, in three parts: weights, optimizer, gradients."""
+    """The device memory of a wrapped `model` and its `optimizer`, in three parts: weights, optimizer, gradients."""
 
     def __init__(self, model: ModelChunks, optimizer: MegatronOptimizer) -> None:
         self._model = model
@@ -45,7 +45,7 @@ class TrainerMemory:
         return moved
 
     def offload_weights(self) -> int:
-        """Move the weights to host memory, too; return the bytes moved. Nothing works after it until `reload`."""
+        """Move the weights to host memory, too; return the bytes moved. Nothing can run until `reload`."""
         moved = self._weights.offload(list(_storages(self._weight_tensors()).values()), keep=True)
         device.empty_cache()
         return moved

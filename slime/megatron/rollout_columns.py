@@ -24,6 +24,7 @@ from slime.core.plugins import load_hook
 
 
 def loss_of(args: Args) -> Loss:
+    """Return the loss function of --loss-type, which may be the user's own."""
     if args.loss_type != "custom_loss":
         return LOSSES[args.loss_type]
     if args.custom_loss_function_path is None:
@@ -32,6 +33,7 @@ def loss_of(args: Args) -> Loss:
 
 
 def loss_options(args: Args) -> LossOptions:
+    """Return the options of the loss, as the flags define them."""
     return LossOptions(
         surrogate=ESTIMATOR_FACTS[args.advantage_estimator].surrogate,
         eps_clip=args.eps_clip,
@@ -60,7 +62,7 @@ def counted_rows_of(args: Args, batch: TrainBatch) -> Array:
 
 
 def _shape_rewards(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[TrainBatch, dict[str, float]]:
-    """Return the batch with the penalty of --overlong-buffer-len in its rewards, and metrics; or as it is."""
+    """Add the penalty of --overlong-buffer-len to the rewards; return the batch (unchanged without it) and metrics."""
     if args.overlong_buffer_len is None or args.loss_type == "sft_loss" or args.distills:
         return batch, {}
     penalties_N = overlong_penalties(

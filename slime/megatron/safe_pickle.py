@@ -131,7 +131,7 @@ class _StandIn:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickler whose stand-ins exist for one file only: what one file does to them, the next does not see."""
+    """An unpickler whose stand-ins exist for one file only, so that one file cannot change another's."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))

@@ -72,7 +72,7 @@ class ModelSteps:
     def forward(
         self, micro_batches: Sequence[MicroBatch], at_the_end: Callable[[MicroBatch, Tensor], Tensor]
     ) -> list[Tensor]:
-        """Return `at_the_end` of each micro-batch under the current weights; an empty list unless on the last stage."""
+        """Return `at_the_end`'s result for each micro-batch by the current weights; empty unless on the last stage."""
         for chunk in self.model:
             chunk.eval()
         with torch.no_grad():
@@ -247,7 +247,7 @@ class Stepper(ModelSteps):
     chunk_size: int
 
     def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Return each micro-batch's log-probs [R] under the current weights; an empty list unless on the last stage."""
+        """Return the log-probs [R] of each micro-batch by the current weights; empty unless on the last stage."""
 
         def collect(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
             return self._response_log_probs(micro_batch, hidden, with_entropy=False)[0]

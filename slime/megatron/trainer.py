@@ -229,7 +229,7 @@ class Trainer:
         plans = self.plan(batch, steps_per_rollout(args))
         # with one step the old policy is the current one, but a KL penalty in the reward is needed before the step
         if args.loss_type != "sft_loss" and (len(plans) > 1 or args.needs_kl_first):
-            batch = batch.with_column("log_probs", self._forward(batch, plans))
+            batch = batch.with_column("log_probs", self._forward(batch, plans))  # of the old policy
         if self.needs_reference:
             with self._snapshots.holding("ref"):
                 batch = batch.with_column("ref_log_probs", self._forward(routes.for_others(batch), plans))

@@ -92,7 +92,7 @@ def _backward(
 
 
 def _rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """Return x with rows at (outer, inner) strides, its inner size and both strides; copy only if it has no strides."""
+    """Return x with rows at (outer, inner) strides, its inner size and both strides; copy only if rows have none."""
     channels = x.size(-1)
     if x.is_contiguous() or x.stride(-1) != 1 or x.dim() < 2:
         return x.contiguous(), 1, channels, 0
