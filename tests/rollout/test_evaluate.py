@@ -261,6 +261,29 @@ def test_groups_are_the_responses_to_one_prompt(
     assert metrics["eval/data/failed"] == pytest.approx(1 / 3)  # group 0
 
 
+def test_an_evaluation_without_a_judge_ends_without_a_reward(
+    run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    args = Args(
+        eval_prompt_data=(data_file([{"prompt": f"q{number}", "label": "raise"} for number in range(3)]),),
+        eval_input_key="prompt",
+        eval_label_key="label",
+        eval_max_response_len=4,
+        eval_temperature=1.0,
+        eval_top_p=1.0,
+        eval_top_k=-1,
+        custom_rm_path="rewards_for_tests.by_label",
+        rm_num_workers=1,
+    )
+
+    async def work(context: RolloutContext) -> dict[str, float]:
+        return await Evaluator(args, context.tokenizer).run(0, context)
+
+    metrics = run_with_engines(args, work)
+    assert metrics.pop("eval/data/time") > 0
+    assert metrics == {"eval/data/num_prompts": 3, "eval/data/failed": 1}
+
+
 def test_a_rollout_in_flight_that_aborts_all_requests_costs_no_response(
     run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
