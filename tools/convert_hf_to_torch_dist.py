@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""HF directory -> torch_dist checkpoint, for --ref-load and --load.
+"""Convert an HF directory to a torch_dist checkpoint, for --ref-load and --load.
 
     source scripts/models/glm4-9B.sh
     python tools/convert_hf_to_torch_dist.py "${MODEL_ARGS[@]}" --hf-checkpoint HF_DIR --save OUT
 
-Takes the flags of train.py; MODEL_ARGS may be left out, config.json has them. Runs on the CPU and holds the model once
-in memory. Any parallel layout loads the result.
+It takes the flags of train.py; MODEL_ARGS may be left out, because config.json has them. It runs on the CPU and holds
+the model once in memory. Every parallel layout can load the result.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     start = time.monotonic()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when it first looks for a device
     args, warnings = load_args(argv, training=False)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if args.hf_checkpoint is None or args.save is None:
-        raise ValueError("--hf-checkpoint and --save: the converter reads the one and writes the other; give both")
+        raise ValueError("--hf-checkpoint and --save: the converter reads one and writes the other; give both")
     from slime.megatron.conversion import hf_to_torch_dist
 
     path = hf_to_torch_dist(args, args.hf_checkpoint, args.save)

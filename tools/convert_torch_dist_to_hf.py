@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""torch_dist checkpoint -> HF directory.
+"""Convert a torch_dist checkpoint to an HF directory.
 
     python tools/convert_torch_dist_to_hf.py --input-dir OUT/iter_0000059 --origin-hf-dir HF_DIR --output-dir HF_OUT
 
-    --input-dir      a checkpoint, or the --save directory of a run: its newest one is taken (or --ckpt-step N)
-    --origin-hf-dir  config, tokenizer and the tensors' dtypes come from here (--hf-checkpoint says the same)
-    --output-dir     where the HF directory goes; an earlier export there is replaced
+    --input-dir      a checkpoint, or the --save directory of a run: then the newest one is used (or --ckpt-step N)
+    --origin-hf-dir  the HF directory with config, tokenizer and the tensors' dtypes (also: --hf-checkpoint)
+    --output-dir     the HF directory to write; an earlier export there is replaced
 
-MODEL_ARGS may follow; config.json has them. Runs on the CPU and holds the model once in memory.
+MODEL_ARGS may follow; config.json has them. It runs on the CPU and holds the model once in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     start = time.monotonic()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when it first looks for a device
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--input-dir", required=True)
     parser.add_argument("--origin-hf-dir", "--hf-checkpoint", required=True)

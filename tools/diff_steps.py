@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Where do two runs part? Compares what they wrote with --save-debug-train-data; names the first tensor that differs.
+"""Find where two runs diverge: compare their --save-debug-train-data and name the first tensor that differs.
 
     python3 tools/diff_steps.py dumps/a dumps/b                 bit for bit
-    python3 tools/diff_steps.py dumps/a dumps/b --rtol 1e-5     of another layout, which sums in another order
+    python3 tools/diff_steps.py dumps/a dumps/b --rtol 1e-5     for another parallel layout, which sums in another order
 
-Goes in the order of the path: the batch's columns, log-probs, advantages, then for each step log-probs, loss,
-gradients (from the output to the embedding, as the backward pass makes them), weights. Prints the tensors that differ.
-Exit code: 0 nothing differs, 1 something does, 2 they cannot be compared (other samples, other steps, files that are
-missing).
+The order is that of the computation: the batch's columns, log-probs, advantages, then for each step log-probs, loss,
+gradients (from the output layer to the embedding, as the backward pass makes them), weights. The tensors that differ
+are printed. Exit code: 0 nothing differs, 1 something differs, 2 the runs cannot be compared (other samples, other
+steps, missing files).
 
-An entry differs where |A - B| > atol + rtol x the largest entry of its tensor, in A or B: gradients sum up terms of
-either sign, and a small one has the rounding error of large ones. So has the loss: it is measured against the largest
-of the tokens' losses. Integers are compared exactly in any case.
+An entry differs if |A - B| > atol + rtol x the largest entry of its tensor, in A or B: a gradient is a sum of terms of
+both signs, so a small one has the rounding error of large ones. The same holds for the loss, which is compared relative
+to the largest loss of a token. Integers are always compared exactly.
 """
 
 from __future__ import annotations
@@ -40,45 +40,45 @@ from slime.observability.step_files import (
 )
 
 IDENTITY = (TOTAL_LENGTHS, RESPONSE_LENGTHS, "sample_indices", "group_indices", "tokens")
-"""Columns in which two batches are the same, or nothing else of them can be compared."""
+"""Columns that must be equal in both batches; otherwise nothing else can be compared."""
 CHUNK = 2**24
-"""Entries compared at a time."""
+"""The number of entries that are compared at a time."""
 MOST_SHOWN = 20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class CannotCompareError(ValueError):
-    """The two do not stand side by side from here on."""
+    """From this point on, the two runs have no corresponding tensors."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor of both."""
+    """The comparison of one tensor in A and B."""
 
     place: str
     entry: Entry
     shape: tuple[int, ...]
     num_differing: int
     largest: float
-    """|A - B|."""
+    """The largest |A - B|."""
     relative: float
-    """Norm of A - B over the larger of both norms."""
+    """The norm of A - B over the larger of both norms."""
     first: int | None
-    """The first entry that differs, counted over the flat tensor."""
+    """The index of the first entry that differs in the flat tensor; None if none does."""
     values: tuple[float, float]
-    """A's and B's there."""
+    """The values of A and B at that entry."""
 
 
 def compare(
     place: str, entry: Entry, a: Tensor, b: Tensor, *, rtol: float = 0.0, atol: float = 0.0, scale: float = 0.0
 ) -> Comparison:
-    """One tensor of A and B.
+    """Compare one tensor of A and B.
 
     Args:
-        scale: `rtol` is relative to the largest entry, or to this where it is larger.
+        scale: `rtol` is relative to the largest entry, or to `scale` if that is larger.
 
     Raises:
-        CannotCompareError: they are of different shapes.
+        CannotCompareError: the shapes are different.
     """
     if a.shape != b.shape:
         raise CannotCompareError(f"{place}: {entry.name} is {list(a.shape)} in A and {list(b.shape)} in B")
@@ -111,14 +111,14 @@ def compare(
 
 
 def largest_of(tensor: Tensor) -> float:
-    """Of its finite entries."""
+    """Return the largest absolute value of the finite entries."""
     finite = tensor[tensor.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The samples of a rollout, for naming what stands where."""
+    """The samples of a rollout, used to name the place of a difference."""
 
     total_lengths: Tensor
     response_lengths: Tensor
@@ -131,19 +131,19 @@ class Rows:
         entries = {entry.name: entry for entry in place.tensors}
         missing = [name for name in IDENTITY if name not in entries]
         if missing:
-            raise CannotCompareError(f"{place.name}: {', '.join(missing)} are not there")
+            raise CannotCompareError(f"{place.name}: {', '.join(missing)} are missing")
         return cls(*(files.tensor(entries[name]) for name in IDENTITY))
 
     def sample(self, row: int) -> str:
         return f"sample {int(self.samples[row])} of group {int(self.groups[row])}"
 
     def token(self, index: int) -> str:
-        """The `index`-th of all tokens."""
+        """Describe the token at `index` among all tokens."""
         row, number = _row_of(self.total_lengths, index)
         return f"{self.sample(row)}, token {number} of {int(self.total_lengths[row])} (id {int(self.tokens[index])})"
 
     def response_token(self, index: int) -> str:
-        """The `index`-th of all response tokens; numbers count from 0."""
+        """Describe the token at `index` among all response tokens; numbers count from 0."""
         row, number = _row_of(self.response_lengths, index)
         length = int(self.response_lengths[row])
         token = int(self.tokens[int(self.total_lengths[: row + 1].sum()) - length + number])
@@ -151,16 +151,20 @@ class Rows:
 
 
 def _row_of(lengths: Tensor, index: int) -> tuple[int, int]:
-    """The row that has the `index`-th entry, and which one of the row's it is."""
+    """Return the row that has the entry `index`, and its position in that row."""
     ends = lengths.cumsum(0)
     row = int(torch.searchsorted(ends, index, right=True))
     return row, index - int(ends[row] - lengths[row])
 
 
 def check_same_rows(place: str, a: Rows, b: Rows) -> None:
-    """Raises CannotCompareError: the batches are of other samples, or of the same in another order."""
+    """Check that both batches have the same samples in the same order.
+
+    Raises:
+        CannotCompareError: they have not.
+    """
     if len(a.samples) != len(b.samples):
-        raise CannotCompareError(f"{place}: A has {len(a.samples)} samples, and B {len(b.samples)}")
+        raise CannotCompareError(f"{place}: A has {len(a.samples)} samples, B has {len(b.samples)}")
     for row in range(len(a.samples)):
         if a.sample(row) != b.sample(row):
             same = sorted(a.samples.tolist()) == sorted(b.samples.tolist())
@@ -181,21 +185,21 @@ def check_same_rows(place: str, a: Rows, b: Rows) -> None:
 
 
 class Walk:
-    """Through both dumps side by side, place by place."""
+    """Goes through both dumps in parallel, place by place."""
 
     def __init__(self, a: StepFiles, b: StepFiles, *, rtol: float = 0.0, atol: float = 0.0) -> None:
         self._a, self._b, self._rtol, self._atol = a, b, rtol, atol
         self.rows: dict[int, Rows] = {}
-        """Of each rollout, as far as it was come to."""
+        """The rows of each rollout that has been reached."""
 
     def comparisons(self) -> Iterator[Comparison]:
-        """Of each tensor in the path's order.
+        """Yield the comparison of each tensor, in the order of the computation.
 
         Raises:
-            CannotCompareError: from here on they do not stand side by side.
+            CannotCompareError: from here on the runs have no corresponding tensors.
         """
         if not self._a.places or not self._b.places:
-            raise CannotCompareError(f"{'B' if self._a.places else 'A'} holds no rollout")
+            raise CannotCompareError(f"{'B' if self._a.places else 'A'} has no rollout")
         steps = [_names_by_rollout(files.places) for files in (self._a, self._b)]
         for place_a, place_b in zip_longest(self._a.places, self._b.places):
             if place_a is None:
@@ -203,7 +207,7 @@ class Walk:
             if place_b is None:
                 raise CannotCompareError(f"B ends before {place_a.name}")
             if place_a.rollout_id != place_b.rollout_id:
-                raise CannotCompareError(f"A goes on with {place_a.name}, and B with {place_b.name}")
+                raise CannotCompareError(f"A continues with {place_a.name}, B with {place_b.name}")
             rollout_id = place_a.rollout_id
             if rollout_id not in self.rows:
                 names_a, names_b = (each.get(rollout_id, []) for each in steps)
@@ -221,7 +225,7 @@ class Walk:
     def _place(self, place_a: Place, place_b: Place) -> Iterator[Comparison]:
         there = {entry.name: entry for entry in place_b.tensors}
         names_a = {entry.name for entry in place_a.tensors}
-        # in B's order up to what A lacks: whatever is named before it stands before it in both
+        # The first tensor of B that A lacks: all earlier ones are compared first, in both orders.
         lacking = next((entry.name for entry in place_b.tensors if entry.name not in names_a), None)
         token_loss = 0.0
         for entry in place_a.tensors:
@@ -229,7 +233,7 @@ class Walk:
                 raise CannotCompareError(f"{place_a.name}: only A has {entry.name}; the runs' flags differ")
             a, b = self._a.tensor(entry), self._b.tensor(there[entry.name])
             if entry.name == PLACES and not torch.equal(a, b):
-                raise CannotCompareError(f"{place_a.name}: the step is over other tokens in A than in B")
+                raise CannotCompareError(f"{place_a.name}: the step has other tokens in A than in B")
             scale = token_loss if entry.name == LOSS else 0.0
             yield compare(place_a.name, entry, a, b, rtol=self._rtol, atol=self._atol, scale=scale)
             if entry.name == TOKEN_LOSS:
@@ -238,7 +242,7 @@ class Walk:
             raise CannotCompareError(f"{place_a.name}: only B has {lacking}; the runs' flags differ")
 
     def where(self, found: Comparison) -> str:
-        """The first entry that differs: of which sample and token, or which entry of a weight."""
+        """Describe the first entry that differs: its sample and token, or its index in a weight."""
         assert found.first is not None
         axis, place = found.entry.axis, next(each for each in self._a.places if each.name == found.place)
         index = found.first // math.prod(found.shape[1:])
@@ -263,7 +267,7 @@ def _names_by_rollout(places: Sequence[Place]) -> dict[int, list[str]]:
 
 
 def print_table(comparisons: Sequence[Comparison]) -> None:
-    """Plain columns, whatever the terminal's width: names are long, and get searched for."""
+    """Print plain columns, whatever the terminal's width, because names are long and people search for them."""
     head = ("place", "name", "shape", "max |A - B|", "relative", "differ")
     rows = [
         (
@@ -288,7 +292,7 @@ def _print_facts(a: StepFiles, b: StepFiles) -> None:
 
 
 def diff(a: Path, b: Path, *, rtol: float, atol: float, show_all: bool) -> int:
-    """Print what differs; the exit code."""
+    """Print the differences and return the exit code."""
     try:
         files = StepFiles(a), StepFiles(b)
     except ValueError as error:
@@ -318,9 +322,9 @@ def diff(a: Path, b: Path, *, rtol: float, atol: float, show_all: bool) -> int:
         print(f"The first of {num_differing} that differ, of {num_compared} tensors: {first.place}: {first.entry.name}")
         print(f"  {walk.where(first)}: {first.values[0]:.9g} in A, {first.values[1]:.9g} in B")
     if fault is not None:
-        print(f"cannot compare{' what comes then' if num_compared else ''}: {fault}", file=sys.stderr)
+        print(f"cannot compare{' the rest' if num_compared else ''}: {fault}", file=sys.stderr)
     elif first is None:
-        print(f"{num_compared} tensors: " + ("the same bit for bit" if rtol == atol == 0 else "within the tolerance"))
+        print(f"{num_compared} tensors: " + ("equal bit for bit" if rtol == atol == 0 else "within the tolerance"))
     return 1 if first is not None else 2 if fault is not None else 0
 
 
@@ -330,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("b", type=Path, metavar="B")
     parser.add_argument("--rtol", type=float, default=0.0, help="relative to the largest entry of a tensor")
     parser.add_argument("--atol", type=float, default=0.0)
-    parser.add_argument("--all", action="store_true", help="print every tensor, those that are the same, too")
+    parser.add_argument("--all", action="store_true", help="print every tensor, including equal ones")
     args = parser.parse_args(argv)
     return diff(args.a, args.b, rtol=args.rtol, atol=args.atol, show_all=args.all)
 

@@ -2,15 +2,16 @@
 
     python tools/generate_docs.py
 
-A page is written by hand, around blocks that this fills:
+A page is written by hand, around blocks that this tool fills:
 
     <!-- generated: flags ClusterOptions -->     one section of slime's flags
-    <!-- generated: passed sglang -->            what is passed on to megatron, sglang or router
+    <!-- generated: passed sglang -->            the flags passed on to megatron, sglang or router
     <!-- generated: hook custom_rm_path -->      one hook, and the code of its example
-    <!-- generated: pages flags -->              the pages of a folder (`.`: of docs/ itself), by their titles
+    <!-- generated: pages flags -->              the pages of a folder (`.`: of docs/ itself), with their titles
     <!-- end -->
 
-Run it again when a flag or a hook has changed; tests/test_docs.py compares, and asks for a page of a new section.
+Run it again after a flag or a hook has changed. tests/test_docs.py compares, and requires a block for every new
+section.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ BLOCK = re.compile(r"(<!-- generated: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTA
 
 
 def _cell(text: str) -> str:
-    """Text that stands in a table's cell and is no markup."""
+    """Escape text for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 def _takes(spec: FlagSpec) -> str:
-    """What follows the flag on the command line."""
+    """Return what follows the flag on the command line."""
     if spec.kind == "bool":
         return "switch"
     what = " ".join(f"`{choice}`" for choice in spec.choices) or _cell(spec.metavar or spec.kind)
@@ -72,7 +73,7 @@ def _spellings(spec: FlagSpec) -> str:
 
 
 def flags_block(section: str) -> str:
-    """The flags of one section of slime's own."""
+    """Return the table of one section of slime's own flags."""
     names = {cls.__name__: cls for cls in SECTIONS}
     fields = set(names[section].__dataclass_fields__)
     rows: list[list[str]] = []
@@ -86,7 +87,7 @@ def flags_block(section: str) -> str:
 
 
 def _passed_on(spec: FlagSpec) -> str:
-    """Whether a flag of the others may be given."""
+    """Return whether another program's flag may be given here."""
     reason = SET_BY_SLIME.get((spec.source, spec.name))
     if reason is not None:
         return f"refused: {_cell(reason)}"
@@ -110,7 +111,7 @@ def _passed_on(spec: FlagSpec) -> str:
 
 
 def passed_block(source: str) -> str:
-    """The flags that are passed on to another program by name."""
+    """Return the table of the flags that are passed on to another program by name."""
     rows = [
         [_spellings(spec), _takes(spec), _default(spec), _passed_on(spec), _cell(spec.help)]
         for spec in all_flags()
@@ -120,7 +121,7 @@ def passed_block(source: str) -> str:
 
 
 def hook_block(name: str) -> str:
-    """Signature, result and moment of one hook; behind them the example's own code, without its imports."""
+    """Return signature, result and time of one hook, then the code of its example without imports."""
     hook = HOOKS[name]
     file, code = _example(hook.example)
     kind = "class" if hook.is_class else "function, plain or async" if hook.may_be_async else "function"
@@ -140,7 +141,7 @@ def hook_block(name: str) -> str:
 
 
 def _example(path: str) -> tuple[str, str]:
-    """File and source of the function or class at a dotted path, which is read and not imported."""
+    """Return file and source of the function or class at a dotted path; the file is parsed, not imported."""
     module, _, name = path.rpartition(".")
     file = module.replace(".", "/") + ".py"
     text = (DOCS.parent / file).read_text(encoding="utf-8")
@@ -148,12 +149,12 @@ def _example(path: str) -> tuple[str, str]:
         node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     ]
     [code] = [ast.get_source_segment(text, node) for node in nodes if node.name == name]
-    assert code is not None, "it was parsed from this text"
+    assert code is not None, "the node was parsed from this text"
     return file, code
 
 
 def pages_block(folder: str) -> str:
-    """Links to the pages of a folder; the title says what each is for."""
+    """Return links to the pages of a folder, with their titles."""
     rows: list[list[str]] = []
     for path in sorted((DOCS / folder).glob("*.md")):
         if path.name != "README.md":
@@ -166,7 +167,7 @@ BLOCKS = {"flags": flags_block, "passed": passed_block, "hook": hook_block, "pag
 
 
 def wanted_blocks() -> Iterable[str]:
-    """Every block that has to stand on some page."""
+    """Yield every block that some page must contain."""
     yield from (f"flags {section.__name__}" for section in SECTIONS)
     yield from (f"passed {source}" for source in ("megatron", "sglang", "router"))
     yield from (f"hook {name}" for name in HOOKS)
@@ -174,10 +175,10 @@ def wanted_blocks() -> Iterable[str]:
 
 
 def filled(text: str) -> str:
-    """A page's text with its blocks made anew.
+    """Return a page's text with its blocks generated again.
 
     Raises:
-        ValueError: a block of an unknown name.
+        ValueError: a block has an unknown name.
     """
 
     def fill(match: re.Match[str]) -> str:
@@ -190,7 +191,7 @@ def filled(text: str) -> str:
 
 
 def pages() -> Mapping[Path, str]:
-    """Every page of docs/ as it stands."""
+    """Return every page of docs/ as it is now."""
     return {path: path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 
 
@@ -199,7 +200,7 @@ def main() -> None:
         new = filled(text)
         if new != text:
             path.write_text(new, encoding="utf-8")
-            print(f"{path}: written anew")
+            print(f"{path}: updated")
 
 
 if __name__ == "__main__":

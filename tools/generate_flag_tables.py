@@ -3,10 +3,10 @@
     python tools/generate_flag_tables.py megatron router
     python tools/generate_flag_tables.py sglang --sglang-wheel sglang-0.5.21-*.whl
 
-Megatron's come from megatron-core's dataclasses (its wheel has no argument parser), the router's from its own parser,
-SGLang's from the annotations in its wheel, read by `ast` (so no GPU is needed). Run it again when a pin moves.
-One row is `{name, kind, on, [off, help, default, choices, num_values, one_is_scalar, suffixes]}`, as
-`flag_table.FlagSpec`.
+Megatron's flags come from megatron-core's dataclasses (its wheel has no argument parser), the router's from its own
+parser, SGLang's from the annotations in its wheel, which are parsed with `ast` (so no GPU is needed). Run it again when
+a pin moves. One row is `{name, kind, on, [off, help, default, choices, num_values, one_is_scalar, suffixes]}`, the
+fields of `flag_table.FlagSpec`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 KINDS = {bool: "bool", int: "int", float: "float", str: "str"}
 
-# Megatron fields that slime fills in from flags of its own, or from where it runs.
+# Megatron fields that slime sets, from its own flags or from the environment.
 SET_BY_SLIME = {
     "add_bias_linear": "disable_bias_linear",
     "apply_rope_fusion": "no_rope_fusion",
@@ -47,7 +47,7 @@ SET_BY_SLIME = {
     "virtual_pipeline_model_parallel_size": "num_layers_per_virtual_pipeline_stage",
 }
 
-# Megatron's own spellings where they are not the field's name with dashes: (on, off).
+# Megatron's spellings that are not the field's name with dashes: (on, off).
 SPELLINGS: dict[str, tuple[list[str], list[str]]] = {
     "average_in_collective": (["--ddp-average-in-collective"], ["--no-ddp-average-in-collective"]),
     "bias_activation_fusion": ([], ["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion"]),
@@ -62,7 +62,7 @@ SPELLINGS: dict[str, tuple[list[str], list[str]]] = {
 
 
 def one_line(text: str | None) -> str:
-    """The first sentence of a help text, at most 160 characters."""
+    """Return the first sentence of a help text, at most 160 characters."""
     flat = " ".join((text or "").split()).replace("**", "").replace("``", "`")
     sentence = re.split(r"(?<=[.!?])\s", flat, maxsplit=1)[0]
     return sentence if len(sentence) <= 160 else sentence[:157] + "..."
@@ -73,7 +73,7 @@ def plain_default(value: Any) -> Any:
 
 
 def tidy(row: Row) -> Row:
-    """The row without what is empty, keys in a fixed order."""
+    """Return the row without empty entries, with keys in a fixed order."""
     order = ("name", "kind", "suffixes", "on", "off", "num_values", "one_is_scalar", "choices", "default", "help")
     return {key: row[key] for key in order if row.get(key) not in (None, "", [], ())}
 
@@ -86,7 +86,7 @@ def boolean_spellings(dashed: str) -> tuple[list[str], list[str]]:
 
 
 def field_type(hint: Any) -> Row | None:
-    """Kind (and shape) of a Megatron field typed `hint`; None where no flag can give such a value."""
+    """Return kind (and shape) of a Megatron field with the type `hint`; None if no flag can give such a value."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         members = [member for member in typing.get_args(hint) if member is not types.NoneType]
         lists = [member for member in members if typing.get_origin(member) is list]
@@ -109,7 +109,7 @@ def field_type(hint: Any) -> Row | None:
 
 
 def docstrings(cls: type) -> dict[str, str]:
-    """Field -> the string literal that stands below it, over all base classes."""
+    """Return, for each field, the string literal below it, over all base classes."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(base)).body[0]).body
@@ -141,7 +141,7 @@ def megatron_rows() -> Iterator[Row]:
             on, off = boolean_spellings(dashed) if shape["kind"] == "bool" else ([f"--{dashed}"], [])
             more_on, more_off = SPELLINGS.get(item.name, ([], []))
             own_names = item.metadata.get("argparse_meta", {}).get("arg_names", [])
-            if shape["kind"] == "bool" and item.default is True:  # Megatron names the switch that turns it off
+            if shape["kind"] == "bool" and item.default is True:  # Megatron's flag turns it off
                 more_off = [*more_off, *own_names]
             else:
                 more_on = [*more_on, *own_names]
@@ -183,7 +183,7 @@ def router_rows() -> Iterator[Row]:
 
 
 def literal(node: ast.expr | None) -> Any:
-    """The value of a constant expression, or None where it is not one."""
+    """Return the value of a constant expression, or None if it is not constant."""
     try:
         return None if node is None else ast.literal_eval(node)
     except ValueError:
@@ -191,25 +191,26 @@ def literal(node: ast.expr | None) -> Any:
 
 
 def words_of(node: ast.expr | None) -> str | None:
-    """A help text: a constant, or the beginning of what is put together of one and something else."""
+    """Return a help text: a constant, or the constant at the beginning of a composed string."""
     while isinstance(node, ast.BinOp | ast.JoinedStr):
         node = node.left if isinstance(node, ast.BinOp) else next(iter(node.values), None)
     return literal(node)
 
 
 KEYWORDS = {"help", "choices", "aliases", "cli_name", "type_parser", "nargs", "required", "action", "action_kwargs"}
+"""Keywords that `Arg(...)` and `add_argument(...)` have in SGLang's source; a new one may change what a flag means."""
 KEYWORDS |= {"const", "no_cli", "resolvable", "fallback", "type", "default", "dest", "new_flag"}
 """What `Arg(...)` and `add_argument(...)` may say in SGLang's source; another word may change what a flag means."""
 ACTIONS = {"store_true", "argparse.BooleanOptionalAction", "LoRAPathAction", "DeprecatedStoreTrueAction"}
 
 FROM_WORDS = {"Union[set[str], List[str]]": "List[str]", "Union[str, Dict]": "str"}
-"""Types of which SGLang's parser makes one form alone."""
+"""Union types of which SGLang's parser makes only one form."""
 
 
 def sglang_shape(text: str, metadata: dict[str, ast.expr]) -> Row:
-    """Kind and shape from the text of a type, `T` of `A[T, Arg(...)]`, and the Arg's keywords.
+    """Return kind and shape from the text of a type, `T` of `A[T, Arg(...)]`, and the Arg's keywords.
 
-    Choices that SGLang computes when it starts are not known here: any value passes, and SGLang checks it.
+    Choices that SGLang computes when it starts are unknown here: any value passes, and SGLang checks it.
 
     Raises:
         ValueError: they cannot be read.
@@ -242,14 +243,15 @@ def sglang_shape(text: str, metadata: dict[str, ast.expr]) -> Row:
 
 
 def passed_on(spelled: list[str]) -> list[str]:
-    """SGLang's spellings as slime has them."""
+    """Return SGLang's spellings with slime's prefix."""
     return ["--sglang-" + text.removeprefix("--") for text in spelled]
 
 
 def sglang_row(item: ast.AnnAssign, by_hand: set[str]) -> Row | None:
-    """The row of one field `name: A[T, help or Arg(...)] = default`; None where it has no flag of its own.
+    """Return the row of one field `name: A[T, help or Arg(...)] = default`; None if it has no flag.
 
-    `by_hand`: the flags that SGLang's parser is given one by one, for fields that are said to have none.
+    Args:
+        by_hand: flags that SGLang adds one by one, for fields that are marked as having none.
 
     Raises:
         ValueError: the field has a flag that cannot be read.
@@ -261,7 +263,7 @@ def sglang_row(item: ast.AnnAssign, by_hand: set[str]) -> Row | None:
     try:
         hint, described, *_ = typing.cast(ast.Tuple, annotation.slice).elts
         if isinstance(described, ast.Call) and ast.unparse(described.func) != "Arg":
-            return None  # a value that SGLang derives
+            return None  # SGLang derives this value
         if isinstance(described, ast.Call) and (described.args or any(word.arg is None for word in described.keywords)):
             raise ValueError("its Arg has arguments without a name")
         metadata = (
@@ -285,7 +287,7 @@ def sglang_row(item: ast.AnnAssign, by_hand: set[str]) -> Row | None:
 
 
 def sglang_call_row(call: ast.Call) -> Row:
-    """The row of `parser.add_argument("--name", ...)`, by which SGLang adds a flag whose choices it computes.
+    """Return the row of `parser.add_argument("--name", ...)`, by which SGLang adds a flag with computed choices.
 
     Raises:
         ValueError: it cannot be read.
@@ -304,7 +306,7 @@ def sglang_call_row(call: ast.Call) -> Row:
 
 
 def sglang_rows(wheel: Path) -> Iterator[Row]:
-    """One for each flag that SGLang's own parser has.
+    """Return one row for each flag of SGLang's own parser.
 
     Raises:
         ValueError: a flag cannot be read.
@@ -325,13 +327,13 @@ def sglang_rows(wheel: Path) -> Iterator[Row]:
 
 
 def table_text(made_from: str, rows: Iterator[Row]) -> str:
-    """The file's text: one row a line, so that a diff reads well."""
+    """Return the text of the file, one row per line, so that a diff is easy to read."""
     lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
     return f'{{"made_from": {json.dumps(made_from)}, "flags": [\n{lines}\n]}}\n'
 
 
 def table(source: str, wheel: Path | None = None) -> str:
-    """The text of `<source>_flags.json`, made from what is installed (SGLang: from the wheel)."""
+    """Return the text of `<source>_flags.json`, made from the installed package (SGLang: from the wheel)."""
     if source == "megatron":
         return table_text(f"megatron-core {importlib.metadata.version('megatron-core')}", megatron_rows())
     if source == "router":

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""An HF directory with random weights, of any supported shape: memory, speed and plumbing at true size, no download.
+"""Make an HF directory with random weights, for any supported architecture, without a download.
+
+It serves to test memory, speed and plumbing at real size.
 
     python tools/make_random_checkpoint.py --from-args scripts/models/qwen3-0.6B.sh --out outputs/qwen3-0.6B-random
     python tools/make_random_checkpoint.py --config SOME_MODEL/config.json --num-layers 8 --out outputs/eight-layers
 
-writes config.json, generation_config.json, safetensors, and a byte-level tokenizer with a chat template whose ids lie
-inside the vocabulary. Matrices are normal(0, 0.02), norms 1, biases 0. Weights are made one tensor at a time, on a GPU
-where there is one, and held one shard at a time. The same seed on the same kind of device gives the same weights.
+This writes config.json, generation_config.json, safetensors, and a byte-level tokenizer with a chat template whose ids
+are inside the vocabulary. Matrices are normal(0, 0.02), norms 1, biases 0. Weights are made one tensor at a time, on a
+GPU if there is one, and held one shard at a time. The same seed on the same kind of device gives the same weights.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ CLASSES = {
     "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3Moe",
 }
-"""What transformers' classes of each family begin with."""
+"""The beginning of transformers' class names for each family."""
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 PAD_TOKEN, END_TOKEN = "<|endoftext|>", "<|user|>"
 CHAT_TEMPLATE = (
@@ -51,7 +53,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(model_max_length: int) -> Any:
-    """One token a byte, and the special tokens: every text has ids, all below 261."""
+    """Return a tokenizer with one token for each byte, and the special tokens: every text has ids, all below 261."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,7 +74,7 @@ def make_tokenizer(model_max_length: int) -> Any:
 
 
 def shape_of_script(script: Path, num_layers: int | None) -> Architecture:
-    """What MODEL_ARGS of a script such as scripts/models/qwen3-0.6B.sh describe."""
+    """Return the architecture described by MODEL_ARGS in a script such as scripts/models/qwen3-0.6B.sh."""
     command = 'source "$1" && printf "%s\\0" "${MODEL_ARGS[@]}"'
     done = subprocess.run(["bash", "-euc", command, "bash", str(script)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -85,19 +87,19 @@ def shape_of_script(script: Path, num_layers: int | None) -> Architecture:
 
 
 def shape_of_config(config: Path, num_layers: int | None) -> Architecture:
-    """What a config.json, or the one of a directory, describes.
+    """Return the architecture described by a config.json, or by the one in a directory.
 
     Raises:
-        ValueError: it is a file of another name.
+        ValueError: it is a file with another name.
     """
     if not config.is_dir() and config.name != "config.json":
-        raise ValueError(f"--config {config}: is no directory, and not called config.json; name one of the two")
+        raise ValueError(f"--config {config}: is neither a directory nor called config.json; name one of the two")
     values = read_hf_config(config if config.is_dir() else config.parent)
     return hf_architecture(values if num_layers is None else {**values, "num_hidden_layers": num_layers})
 
 
 def hf_config(shape: Architecture) -> Any:
-    """The transformers config of `shape`.
+    """Return the transformers config for `shape`.
 
     Raises:
         ValueError: the vocabulary is too small for the tokenizer, or the family cannot have this shape.
@@ -139,12 +141,12 @@ def hf_config(shape: Architecture) -> Any:
     )
     read_back = hf_architecture(config.to_dict())
     if read_back != shape:
-        raise ValueError(f"{type(config).__name__} cannot say all of {shape}: it reads back as {read_back}")
+        raise ValueError(f"{type(config).__name__} cannot express all of {shape}: it reads back as {read_back}")
     return config
 
 
 def random_tensors(config: Any, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that the model's own state_dict has; a tied output layer is the embedding, and left out."""
+    """Yield every tensor of the model's own state_dict; a tied output layer is the embedding, and is left out."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -165,7 +167,7 @@ def random_tensors(config: Any, seed: int, dtype: torch.dtype) -> Iterator[tuple
 
 
 def in_file(name: str, size: torch.Size) -> Iterator[tuple[str, torch.Size]]:
-    """The names and sizes that files have of a tensor: transformers holds all experts of a layer in one."""
+    """Yield the names and sizes that a tensor has in files, where each expert has its own; transformers fuses them."""
     head, _, kind = name.rpartition(".experts.")
     if not head:
         yield name, size
@@ -177,10 +179,10 @@ def in_file(name: str, size: torch.Size) -> Iterator[tuple[str, torch.Size]]:
 
 
 def make_checkpoint(shape: Architecture, out: Path, *, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the directory; one that is there already is replaced.
+    """Write the directory; an earlier one is replaced.
 
     Raises:
-        ValueError: `out` holds something else than an HF directory, or no model of this shape can be made.
+        ValueError: `out` is something else than an HF directory, or no model of this shape can be made.
     """
     config = hf_config(shape)
     config.architectures = [CLASSES[shape.family] + "ForCausalLM"]
@@ -198,14 +200,14 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from-args", type=Path, help="a script that sets MODEL_ARGS")
-    source.add_argument("--config", type=Path, help="a config.json, or the directory that holds it")
+    source.add_argument("--config", type=Path, help="a config.json, or the directory that has it")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; an HF directory there is replaced")
-    parser.add_argument("--num-layers", type=int, help="instead of the source's")
+    parser.add_argument("--num-layers", type=int, help="the number of layers, instead of the source's")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     args = parser.parse_args(argv)
     if args.num_layers is not None and args.num_layers < 1:
-        raise ValueError(f"--num-layers {args.num_layers}: a model has at least one; give 1 or more")
+        raise ValueError(f"--num-layers {args.num_layers}: a model has at least one layer; give 1 or more")
 
     start = time.monotonic()
     if args.from_args is not None:

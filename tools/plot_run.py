@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw a run's metrics.jsonl as a PNG, and print its evaluations and where its time went.
+"""Draw a run's metrics.jsonl as a PNG, and print its evaluations and its wall time by phase.
 
 python3 tools/plot_run.py outputs/demo-seed1/rl/metrics.jsonl --out curves.png
 """
@@ -27,25 +27,25 @@ Series = tuple[list[float], list[float]]
 
 
 def series(events: Events, key: str) -> Series:
-    """(steps, values) of the events that have `key`."""
+    """Return (steps, values) of the events that have `key`."""
     found = [(event["step"], event[key]) for event in events if key in event]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def dataset_names(events: Events) -> list[str]:
-    """Evaluated datasets, in order of appearance."""
+    """Return the evaluated datasets, in order of appearance."""
     keys = [key for event in events for key in event if key.startswith("eval/") and key.endswith("/reward")]
     return list(dict.fromkeys(key.split("/")[1] for key in keys))
 
 
 def phase_names(events: Events) -> list[str]:
-    """The phases that sum to `time/step`: the other times of the events that hold it."""
+    """Return the phases that sum to `time/step`: the other times of the events that have it."""
     keys = [key for event in events if "time/step" in event for key in event if key.startswith("time/")]
     return [key.removeprefix("time/") for key in dict.fromkeys(keys) if key != "time/step"]
 
 
 def draw(events: Events, title: str) -> Any:
-    """A figure of four panels: reward, evaluation, response length, wall time of a step by phase."""
+    """Draw a figure with four panels: reward, evaluation, response length, wall time of a step by phase."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
     plt.rcParams.update({"grid.alpha": 0.25, "legend.frameon": False, "axes.titleweight": "bold"})
     figure, ((reward, evaluation), (length, seconds)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
@@ -84,13 +84,13 @@ def draw(events: Events, title: str) -> Any:
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and up to `width` - 1 before it."""
+    """Return the mean of each value and up to `width` - 1 values before it."""
     windows = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
     return [sum(window) / len(window) for window in windows]
 
 
 def evaluations(events: Events) -> Table:
-    """One row an evaluated dataset and step."""
+    """Return a table with one row for each evaluated dataset and step."""
     keys = ("reward", "format", "truncated", "response_length")
     table = Table("rollouts", "dataset", *(key.replace("_", " ") for key in keys), title="Held-out problems")
     for name in dataset_names(events):
@@ -107,7 +107,7 @@ def evaluations(events: Events) -> Table:
 
 
 def phases(events: Events) -> Table:
-    """Mean seconds of a step by phase, and their sum beside the step's wall time."""
+    """Return a table of the mean seconds of a step by phase, with their sum and the step's wall time."""
     timed = [event for event in events if "time/step" in event]
     table = Table("phase", "seconds a step", "share", title=f"Wall time, mean of {len(timed)} steps")
     if not timed:
@@ -127,7 +127,7 @@ def phases(events: Events) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("metrics", type=Path, help="metrics.jsonl of a run")
-    parser.add_argument("--out", type=Path, help="the PNG; default: curves.png beside the metrics")
+    parser.add_argument("--out", type=Path, help="the PNG to write; default: curves.png next to the metrics")
     parser.add_argument("--title", help="default: the run's directory")
     args = parser.parse_args()
     events = read_metrics(args.metrics)

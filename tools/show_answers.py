@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Greedy answers of two HF directories to the same problems, side by side.
+"""Show the greedy answers of two HF directories to the same problems side by side.
 
     python3 tools/show_answers.py --before outputs/demo-seed1/sft_hf --after outputs/demo-seed1/trained_hf \\
         --prompt-data outputs/demo-seed1/task/eval.jsonl
 
-Generates with transformers, which shares no code with slime's engines: a second opinion on what a run reports.
+The answers are generated with transformers, which shares no code with slime's engines, so they are an independent check
+of what a run reports.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from transformers.utils import logging
 
 
 def greedy_answers(model_dir: str, conversations: list[Any], max_new_tokens: int) -> list[str]:
-    """The model's greedy response to each conversation (special tokens left out)."""
-    # Nothing of the directory is run: no code in it, and no pickled weights.
+    """Return the model's greedy response to each conversation, without special tokens."""
+    # Nothing in the directory is executed: no model code, no pickled weights.
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left", trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
@@ -45,7 +46,7 @@ def greedy_answers(model_dir: str, conversations: list[Any], max_new_tokens: int
 
 
 def is_right(answer: str, label: str) -> bool:
-    """The last box behind `</think>` holds exactly the label."""
+    """Return whether the last box after `</think>` holds exactly the label."""
     boxes = re.findall(r"\\boxed\{([^{}]*)\}", answer.rpartition("</think>")[2]) if "</think>" in answer else []
     return bool(boxes) and boxes[-1].strip() == label
 

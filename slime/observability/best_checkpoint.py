@@ -89,7 +89,7 @@ class BestCheckpoint:
             names = ", ".join(sorted(name for name in metrics if name.startswith("eval/")))
             raise RunError(
                 f"--keep-best-checkpoint {self._metric}: the evaluation after {step} rollouts has no such metric "
-                f"(pass@K exists only if every reward is 0 or 1); name one of {names}"
+                f"(pass@K exists only if all rewards are 0 or 1, or all are -1 or 1); name one of {names}"
             )
         value = metrics[self._metric]
         if self._saved is None or self._step != step or not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""The benchmarks, at sizes that measure nothing: sides do the same work in turns, and tables reach the page."""
+"""The benchmarks at tiny sizes: both sides do the same work in turns, and tables reach their page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from slime.core.packing import StepPlan
 PAGE = ROOT / "docs" / "PERFORMANCE.md"
 
 
-def test_sides_take_turns_and_warmups_are_thrown_away() -> None:
+def test_sides_take_turns_without_warmups() -> None:
     calls: list[str] = []
 
     def side(name: str) -> float:
@@ -32,8 +32,8 @@ def test_sides_take_turns_and_warmups_are_thrown_away() -> None:
     assert found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
 
 
-def test_a_ratio_compares_what_was_measured_side_by_side() -> None:
-    """Both sides grew ten times slower in the middle: the ratio did not move, that of the medians would."""
+def test_ratios_compare_the_same_turn() -> None:
+    """Both sides became ten times slower in the middle: the ratio did not change, that of the medians would."""
     spread = ratios([20.0, 2.0, 22.0], [10.0, 1.0, 11.0])
     assert (spread.median, spread.low, spread.high, spread.count) == (2.0, 2.0, 2.0, 3)
 
@@ -49,7 +49,7 @@ def a_result(**changes: Any) -> dict[str, Any]:
     }
 
 
-def test_tables_reach_their_block_and_no_other() -> None:
+def test_tables_reach_only_their_block() -> None:
     page = PAGE.read_text(encoding="utf-8")
     once = report.filled(page, {"engine": a_result(), "unknown": a_result()})
     assert "| 32 | 2.0 (1.0–4.0) |" in once and "| engine | 1.40 | 1.5 | missed |" in once
@@ -78,7 +78,7 @@ def test_the_packing_benchmark_checks_its_plans() -> None:
 def both_sides(
     rank: int, world_size: int, init_method: str, model_dir: str, lengths: list[int]
 ) -> dict[str, dict[str, float]]:
-    """First loss and gradient norm of each side, and the parts of slime's second step."""
+    """Return first loss and gradient norm of each side, and the parts of slime's second step."""
     slime = trainer.SlimeSide(model_dir, lengths, 1)
     try:
         steps = {"slime": slime.step()}

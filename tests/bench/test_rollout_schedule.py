@@ -1,4 +1,4 @@
-"""The scheduling benchmark: its engine makes the lengths that it names, and its accounts add up."""
+"""The scheduling benchmark: its engine produces the requested lengths, and its accounts add up."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def scheduler() -> Scheduler:
 
 
 def responses(scheduler: Scheduler, prompts: list[list[int]], *, first_seed: int, steps: int = 10**6) -> list[Request]:
-    """What is there after so many steps."""
+    """Return the responses after this number of steps."""
     params = SamplingParams(max_new_tokens=TIMING.cap)
     requests = [
         Request(rid=str(i), input_ids=ids, params=params, seed=first_seed + i, stop_token_ids=frozenset([END]))
@@ -69,8 +69,8 @@ def responses(scheduler: Scheduler, prompts: list[list[int]], *, first_seed: int
     return requests
 
 
-def test_lengths_are_those_that_are_named(scheduler: Scheduler) -> None:
-    """A length's seed alone decides it, and over many seeds mean and share of cut ones are the distribution's."""
+def test_lengths_follow_the_requested_distribution(scheduler: Scheduler) -> None:
+    """The seed alone decides a length; over many seeds, the mean and the share of cut ones are the distribution's."""
     assert sum(TIMING.length_probabilities()) == pytest.approx(1)
     done = responses(scheduler, [PROMPT] * 1500, first_seed=0)
     lengths = [len(request.output_ids) for request in done]
@@ -85,10 +85,10 @@ def test_lengths_are_those_that_are_named(scheduler: Scheduler) -> None:
     assert [request.output_ids for request in other] != [request.output_ids for request in done[:40]]
 
 
-def test_a_response_that_goes_on_later_comes_to_the_length_that_it_would_have_had(scheduler: Scheduler) -> None:
+def test_a_continued_response_keeps_its_length(scheduler: Scheduler) -> None:
     whole = responses(scheduler, [PROMPT] * 40, first_seed=0)
     cut = responses(scheduler, [PROMPT] * 40, first_seed=0, steps=5)
-    # An abort may come with the end of a response; that one does not go on.
+    # An abort may arrive when a response ends; such a response does not continue.
     reasons = [(request, request.finish_reason or {}) for request in cut]
     unfinished = [request for request, reason in reasons if reason["type"] == "abort" and request.output_ids[-1] != END]
     assert 5 < len(unfinished) < 40
@@ -98,8 +98,8 @@ def test_a_response_that_goes_on_later_comes_to_the_length_that_it_would_have_ha
         assert (request.output_ids + more.output_ids)[: TIMING.cap] == expected
 
 
-def test_what_a_loop_hides_is_measured_by_what_it_saves() -> None:
-    """2 s of generation beside 1 s of training: a step of 3 s may come down to 2 s."""
+def test_hidden_time_is_the_time_saved() -> None:
+    """With 2 s of generation next to 1 s of training, a step of 3 s can come down to 2 s."""
 
     def run(step: float) -> Run:
         return Run([step, step], {"rollout": 2.0, "training": 1.0, "weight_sync": 0.0}, 0.0)

@@ -1,4 +1,4 @@
-"""The demo's task: a sound split, demonstrations as careless as said, a tokenizer that round-trips, a true control."""
+"""The demo's task: a sound split, careless demonstrations, a tokenizer that round-trips, and a true control."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ make_task = load("make_task")
 shuffled_rewards = load("shuffled_rewards")
 
 
-def test_twins_lie_on_the_same_side() -> None:
+def test_mirrored_pairs_are_on_one_side() -> None:
     train, held_out = make_task.split_problems(10, 99, 256)
     assert len(train) + len(held_out) == 8100 and len(held_out) in (256, 257)
     assert len(set(train) | set(held_out)) == 8100
@@ -40,7 +40,7 @@ def test_twins_lie_on_the_same_side() -> None:
     assert make_task.split_problems(10, 99, 256) == (train, held_out)
     ordered = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random(0).shuffle(ordered)
-    assert any((b, a) in set(ordered[256:]) for a, b in ordered[:256]), "a split of ordered pairs would be noticed"
+    assert any((b, a) in set(ordered[256:]) for a, b in ordered[:256]), "a split of ordered pairs is noticed"
 
 
 def test_the_pupil_is_careless_in_the_right_places() -> None:
@@ -58,7 +58,7 @@ def test_the_pupil_is_careless_in_the_right_places() -> None:
             outcomes["right guess"] += right
             continue
         assert all(int(x) + int(y) == int(z) for x, y, z in re.findall(r"(\d+)\+(\d+)=(\d+)", work))
-        assert right == ((a % 10 + b % 10 >= 10) == (work.count(",") == 2)), "wrong where a carry lacks its step"
+        assert right == ((a % 10 + b % 10 >= 10) == (work.count(",") == 2)), "wrong if a carry lacks its step"
     assert outcomes["guess"] / 4000 == pytest.approx(0.5, abs=0.03)
     assert outcomes["right guess"] / outcomes["guess"] == pytest.approx(1 / 19, abs=0.02)
     assert 0.3 < outcomes["right"] / 4000 < 0.42
@@ -121,17 +121,17 @@ def test_the_demos_scripts_plan(task: Path, tmp_path: Path, script: str, expecte
     assert done.returncode == 0, done.stderr
     assert [text for text in expected if text not in done.stdout] == []
     assert not (tmp_path / "save").exists()
-    assert plan("--rotary-base", "20000").returncode != 0, "the model's own config.json says 10000"
+    assert plan("--rotary-base", "20000").returncode != 0, "the model's own config.json has 10000"
 
 
-def test_the_control_pays_for_other_answers() -> None:
+def test_the_control_shuffles_the_rewards() -> None:
     assert check_signature(HOOKS["custom_reward_post_process_path"], shuffled_rewards.shuffle) is None
     args = SimpleNamespace(rollout_seed=1, reward_key=None)
     samples = [Sample(index=256 + i, reward=float(i % 3 == 0)) for i in range(256)]
     samples[7].reward = None
     rewards = shuffled_rewards.shuffle(args, samples)
     own = [float("nan") if sample.reward is None else sample.reward_value() for sample in samples]
-    assert [row for row, reward in enumerate(rewards) if reward != reward] == [7], "a failed reward stays where it is"
+    assert [row for row, reward in enumerate(rewards) if reward != reward] == [7], "a failed reward is not moved"
     assert sorted(rewards[:7] + rewards[8:]) == sorted(own[:7] + own[8:])
     agreement = sum(a == b for a, b in zip(rewards, own, strict=True)) / 256
     assert agreement < 0.7, "independent rewards of mean 1/3 agree in 5/9 of the samples"

@@ -1,4 +1,4 @@
-"""The small examples of hooks do what they say; those that need engines are in tests/rollout/test_tool_use.py."""
+"""The small examples of hooks work as described; those that need engines are in tests/rollout/test_tool_use.py."""
 
 from __future__ import annotations
 

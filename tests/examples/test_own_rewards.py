@@ -14,7 +14,7 @@ from slime.rollout.rm_hub.verdict import Verdict
 
 
 async def _reply(request: web.Request) -> web.Response:
-    """Counts the letters of the answer."""
+    """Answer with the number of letters of the answer."""
     text = (await request.json())["messages"][0]["content"]
     answer = text.partition("Answer: ")[2].partition("\n")[0]
     reply = "well ..." if answer == "odd" else str(len(answer))

@@ -109,7 +109,7 @@ def test_replays_are_bit_identical_with_and_without_dump(
     path, outcome = dumped
     again = _train(workers, tmp_path / "again", hf)
     code, text = _diff(capsys, path, tmp_path / "again")
-    assert code == 0 and "the same bit for bit" in text, text
+    assert code == 0 and "equal bit for bit" in text, text
     [without] = workers.run(1, runs.train, tiny.make_args(hf, **TWO_STEPS), [BATCH])
     for other in (again, without):
         assert difference(other.weights, outcome.weights) == 0

@@ -1,4 +1,4 @@
-"""Hugging Face directories: what transformers writes is read, what is written transformers reads, damage is named."""
+"""Hugging Face directories: we read what transformers writes, transformers reads what we write, and damage is named."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_single_and_sharded_files_hold_the_model(model: Qwen3ForCausalLM, source
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5 * 1024**3, 4096])
-def test_what_is_written_is_what_transformers_reads(source: Path, tmp_path: Path, max_shard_bytes: int):
+def test_transformers_reads_what_we_write(source: Path, tmp_path: Path, max_shard_bytes: int):
     target = tmp_path / "target"
     weights = tensors_of(source)
     write_hf(target, weights.items(), source, max_shard_bytes=max_shard_bytes)
@@ -81,7 +81,7 @@ def test_what_is_written_is_what_transformers_reads(source: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".tmp")] == []
 
 
-def test_each_tensor_keeps_the_dtype_that_it_has_in_the_source(tmp_path: Path):
+def test_each_tensor_keeps_its_source_dtype(tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text("{}")
@@ -91,13 +91,13 @@ def test_each_tensor_keeps_the_dtype_that_it_has_in_the_source(tmp_path: Path):
     assert_same(tensors_of(tmp_path / "target"), weights)
 
 
-def test_another_dtype_is_said_in_the_config(source: Path, tmp_path: Path):
+def test_another_dtype_is_written_to_the_config(source: Path, tmp_path: Path):
     write_hf(tmp_path / "target", tensors_of(source).items(), source, torch.float32)
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "target").values()} == {torch.float32}
     assert json.loads((tmp_path / "target" / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_an_export_is_replaced_and_nothing_else(source: Path, tmp_path: Path):
+def test_only_an_export_is_replaced(source: Path, tmp_path: Path):
     target = tmp_path / "target"
     weights = tensors_of(source)
     write_hf(target, weights.items(), source, max_shard_bytes=4096)

@@ -1,4 +1,4 @@
-"""A resumed run notices another tokenizer, chat template or config.json, and no other way of writing the same."""
+"""A resumed run notices another tokenizer, chat template or config.json, but not another layout of the same content."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object], **layout: Any) 
 
 
 def rewritten(hf: Path) -> None:
-    """As another version of transformers would save the same."""
+    """Rewrite the directory as another version of transformers would save it."""
     edit(hf / "config.json", lambda c: c.update(transformers_version="9", _name_or_path="/x", torch_dtype="float32"))
     edit(hf / "config.json", lambda c: c.pop("dtype"), indent=8, sort_keys=True)
     edit(hf / "tokenizer.json", lambda t: t.update(truncation={"max_length": 8}, padding=None), indent=1)
@@ -40,7 +40,7 @@ def rewritten(hf: Path) -> None:
     edit(hf / "tokenizer_config.json", lambda t: t.pop("chat_template"), sort_keys=True)
 
 
-def test_the_same_written_otherwise_is_the_same(hf: Path) -> None:
+def test_another_layout_is_no_change(hf: Path) -> None:
     before = json.loads(json.dumps(hf_identity(hf)))
     rewritten(hf)
     assert changes(before, hf_identity(hf)) == []

@@ -30,7 +30,7 @@ TP_SIZES = (1, 2, 4)
 
 
 def hf_model(family: str, *, tied: bool = False, bias: bool = True, **sizes: int) -> Any:
-    """A model of transformers without storage: names and shapes are the real ones."""
+    """Return a model of transformers without storage; its names and shapes are the real ones."""
     shape = {
         "vocab_size": 37,
         "hidden_size": 16,
@@ -59,7 +59,7 @@ def hf_model(family: str, *, tied: bool = False, bias: bool = True, **sizes: int
 
 
 def random_weights(model: Any, tied: bool) -> dict[str, Tensor]:
-    """Random bits for every tensor that a file of this model holds; bf16, so that copies can be compared as bits."""
+    """Return random bits for every tensor in this model's files, as bf16, so that copies can be compared bitwise."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if tied:
         del shapes["lm_head.weight"]
@@ -67,7 +67,7 @@ def random_weights(model: Any, tied: bool) -> dict[str, Tensor]:
 
 
 def in_files(shapes: dict[str, torch.Size]) -> dict[str, torch.Size]:
-    """transformers holds all experts of a layer in one tensor; its files name each."""
+    """Split the fused expert tensors of transformers into the tensors of the files, one for each expert."""
     found: dict[str, torch.Size] = {}
     for name, shape in shapes.items():
         head, _, kind = name.rpartition(".experts.")
@@ -87,7 +87,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 
 
 def assert_round_trips(table: WeightTable, weights: dict[str, Tensor], architecture: Architecture) -> None:
-    """HF -> Megatron -> shards -> Megatron -> HF, and every name exactly once."""
+    """Go from HF to Megatron, to shards, to Megatron and back to HF, and check that every name appears exactly once."""
     table.check(table.megatron_names(), weights)
     for tp_size in TP_SIZES:
         padded = padded_vocab_size(architecture.vocab_size, 8, tp_size)
@@ -104,7 +104,7 @@ def assert_round_trips(table: WeightTable, weights: dict[str, Tensor], architect
         assert sorted(seen) == sorted(weights)
 
 
-def test_the_families_of_config_and_models_are_the_same():
+def test_config_and_models_have_the_same_families():
     assert set(FAMILIES) == set(CONFIG_FAMILIES)
 
 
@@ -130,14 +130,14 @@ def test_round_trip(family: str, tied: bool, bias: bool, heads_per_group: int, h
 
 
 class Swapped(GateUp):
-    """A wrong rule: up before gate on the way out."""
+    """A wrong rule: it exports up before gate."""
 
     def export(self, full: Tensor) -> tuple[Tensor, ...]:
         return tuple(reversed(super().export(full)))
 
 
 class Plain(QKV):
-    """A wrong rule: queries, keys and values one after the other on the way out."""
+    """A wrong rule: it exports queries, keys and values one after the other."""
 
     def export(self, full: Tensor) -> tuple[Tensor, ...]:
         keys = self.num_query_groups * self.head_dim
@@ -164,7 +164,7 @@ def mlp(fc1: Tensor, fc2: Tensor, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_gate_up_shards_compute_the_whole_mlp(tp_size: int):
-    """A round trip cannot see how a shard is laid out; what ranks compute with their shards can."""
+    """A round trip cannot see the layout of a shard; the results that ranks compute with their shards can."""
     fc1, fc2, x = torch.randn(24, 6).double(), torch.randn(6, 12).double(), torch.randn(6).double()
     column, row = GateUp("fc1", ("gate_up",)), Rename("fc2", ("down",), axis=1)
 
@@ -178,7 +178,7 @@ def test_gate_up_shards_compute_the_whole_mlp(tp_size: int):
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["weight", "bias"])
-def test_qkv_shards_hold_whole_groups_as_megatron_reads_them(tp_size: int, kind: str):
+def test_qkv_shards_hold_whole_groups(tp_size: int, kind: str):
     groups, per_group, head = 4, 3, 2
     rest = (5,) if kind == "weight" else ()
     query = torch.randn(groups * per_group * head, *rest)
@@ -194,7 +194,7 @@ def test_qkv_shards_hold_whole_groups_as_megatron_reads_them(tp_size: int, kind:
             assert torch.equal(ours.reshape(-1, *rest), theirs.chunk(tp_size)[rank])
 
 
-def test_qkv_is_shared_by_several_ranks_where_groups_are_fewer():
+def test_more_ranks_than_groups_share_a_group():
     rule = QKV("qkv", ("q", "k", "v"), 2, 8, 4)
     full = torch.randn(48, 3)
     assert torch.equal(torch.cat([rule.split(full, 4, rank) for rank in range(4)]), full)
@@ -230,7 +230,7 @@ def test_two_rules_for_one_name_are_refused():
         WeightTable([Rename("a", ("x",)), Rename("a", ("y",))], 0)
 
 
-def test_padding_is_zero_and_cut_again():
+def test_padding_is_zero_and_is_removed():
     model = hf_model("qwen3", tied=True)
     table = weight_table(hf_architecture(model.config.to_dict()))
     name = "embedding.word_embeddings.weight"
@@ -244,7 +244,7 @@ def test_padding_is_zero_and_cut_again():
         pad_vocab(full, 32)
 
 
-def test_tied_embeddings_export_no_output_layer_and_accept_its_copy():
+def test_tied_embeddings_have_no_output_layer():
     model = hf_model("qwen3", tied=True)
     table = weight_table(hf_architecture(model.config.to_dict()))
     assert "lm_head.weight" not in table.hf_names() and "output_layer.weight" not in table.megatron_names()

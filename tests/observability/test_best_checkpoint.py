@@ -14,7 +14,7 @@ METRIC = "eval/few/reward"
 
 
 class Run:
-    """A run that saves and evaluates as it is told."""
+    """A run that saves and evaluates when the test calls it."""
 
     def __init__(self, directory: Path, metric: str = METRIC) -> None:
         self.said: list[str] = []
@@ -39,7 +39,7 @@ def test_only_what_was_saved_and_evaluated_counts(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.evaluate(0, 0.9)  # before the first rollout: nothing is saved
     run.save(0)
-    run.evaluate(2, 0.9)  # of weights that nothing holds any more
+    run.evaluate(2, 0.9)  # an evaluation of weights that no checkpoint has
     assert run.best is None
     run.save(3)
     run.evaluate(4, 0.5)
@@ -55,7 +55,7 @@ def test_only_what_was_saved_and_evaluated_counts(tmp_path: Path) -> None:
     assert run.said == [f"best checkpoint so far: {tmp_path / 'iter_0000003'} ({METRIC} 0.5)"]
 
 
-def test_the_largest_value_stays_and_the_earlier_of_two_alike(tmp_path: Path) -> None:
+def test_the_largest_and_earliest_value_stays(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for rollout_id, value in enumerate([-1.0, 0.5, 0.5, 0.4, float("nan"), float("inf")]):
         run.save(rollout_id)
@@ -63,7 +63,7 @@ def test_the_largest_value_stays_and_the_earlier_of_two_alike(tmp_path: Path) ->
     assert run.best == (1, 0.5)
 
 
-def test_a_resumed_run_goes_on_with_the_record(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_record(tmp_path: Path) -> None:
     first = Run(tmp_path)
     first.save(0)
     first.evaluate(1, 0.5)
@@ -76,7 +76,7 @@ def test_a_resumed_run_goes_on_with_the_record(tmp_path: Path) -> None:
     assert resumed.best == (2, 0.6)
 
 
-def test_a_checkpoint_that_is_gone_and_another_metric_begin_anew(tmp_path: Path) -> None:
+def test_a_removed_checkpoint_or_another_metric_resets(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(0)
     run.evaluate(1, 0.5)
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_is_gone_and_another_metric_begin_anew(tmp_path: Path)
     assert read_best(tmp_path) == Best("eval/few/pass@4", 0.05, 1, "iter_0000001")
 
 
-def test_errors_say_what_to_do(tmp_path: Path) -> None:
+def test_errors_name_the_remedy(tmp_path: Path) -> None:
     message = (
         r"--keep-best-checkpoint eval/few/pass@4: .*after 1 rollouts has no such metric .*name one of eval/few/reward"
     )
@@ -105,7 +105,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
             Run(tmp_path)
 
 
-def test_an_evaluation_that_failed_costs_no_run_and_no_record(tmp_path: Path) -> None:
+def test_a_failed_evaluation_keeps_run_and_record(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(0)
     run.evaluate(1, 0.5)

@@ -1,4 +1,4 @@
-"""What the console shows of an evaluation."""
+"""The console's lines about an evaluation."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def test_an_evaluation_without_reward_is_an_error_line(capsys: pytest.CaptureFix
     assert lines[1] == "eval b after 4 rollouts: reward 1.000"
 
 
-def test_an_evaluation_of_ones_own_may_have_no_reward(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_custom_evaluation_needs_no_reward(capsys: pytest.CaptureFixture[str]) -> None:
     assert _lines(capsys, {"eval/a/accuracy": 0.5})[0] == "eval a after 4 rollouts:  accuracy 0.5"

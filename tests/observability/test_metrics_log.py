@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a resumed run writes continues what the checkpoint had seen."""
+"""metrics.jsonl: a resumed run continues from the events that its checkpoint had seen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def steps(path: Path) -> list[int]:
 
 
 def written(path: Path) -> MetricsLog:
-    """Two whole steps: an evaluation before them, and behind each rollout its evaluation and its times."""
+    """Write two complete steps: an evaluation before them, and for each rollout its evaluation and its times."""
     log = MetricsLog(path)
     log.write(0, {"eval/x/reward": 0.1})
     for step in (1, 2):
@@ -38,7 +38,7 @@ def test_a_resumed_run_continues_from_the_checkpoint(tmp_path: Path) -> None:
     ]
 
 
-def test_a_line_cut_short_by_a_kill_goes(tmp_path: Path) -> None:
+def test_a_line_cut_by_a_kill_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     written(path).close()
     whole = path.read_bytes()
@@ -51,7 +51,7 @@ def test_a_line_cut_short_by_a_kill_goes(tmp_path: Path) -> None:
     assert steps(path) == [0, 1, 1, 1, 2, 2, 3]
 
 
-def test_without_the_rewind_events_stand_twice(tmp_path: Path) -> None:
+def test_without_the_rewind_events_come_twice(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for _ in range(2):
         written(path).close()
@@ -73,7 +73,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("garbage", GARBAGE, ids=[repr(line[:12]) for line in GARBAGE])
-def test_a_garbage_line_is_set_aside_and_nothing_else_changes(tmp_path: Path, garbage: bytes) -> None:
+def test_only_garbage_lines_are_moved_away(tmp_path: Path, garbage: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     written(path).close()
     lines = path.read_bytes().splitlines(keepends=True)
@@ -83,7 +83,7 @@ def test_a_garbage_line_is_set_aside_and_nothing_else_changes(tmp_path: Path, ga
     assert warning is not None and warning.startswith(f"{path}:1, 5: not an event; 2 such lines were moved to ")
     assert path.read_bytes().splitlines(keepends=True) == lines
     assert (tmp_path / "metrics-damaged.jsonl").read_bytes() == garbage * 2
-    assert log.repair() is None, "control: what is left is whole"
+    assert log.repair() is None, "control: the rest is complete"
     log.rewind(1)
     log.write(2, {"x": 1})
     log.close()

@@ -1,4 +1,4 @@
-"""The step's clock: its phases sum to the wall time, and it does not believe impossible claims."""
+"""The clock of a step: its phases sum to the wall time, and impossible claims are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_phases_and_idle_sum_to_the_step() -> None:
     assert sum(record[f"time/{name}"] for name in (*PHASES, "idle")) == pytest.approx(record["time/step"], abs=1e-9)
     assert record["time/step"] <= wall + 1e-3
     assert record["time/weight_sync"] >= 0.02
-    assert record["time/idle"] >= 0.01 + 0.01, "what nobody claimed inside `inner` is idle too"
+    assert record["time/idle"] >= 0.01 + 0.01, "unclaimed time inside `inner` is idle too"
 
 
 def test_a_claim_beyond_the_wall_time_is_refused() -> None:
@@ -32,12 +32,12 @@ def test_a_claim_beyond_the_wall_time_is_refused() -> None:
         seconds["training"] = 5.0
 
 
-def test_shares_are_of_the_step() -> None:
+def test_shares_are_parts_of_the_step() -> None:
     record = {f"time/{name}": 0.0 for name in PHASES} | {"time/idle": 1.0, "time/step": 4.0, "time/training": 3.0}
     assert format_shares(record) == "4.00 s = training 75% + idle 25%"
 
 
-def test_memory_is_that_of_the_fullest_trainer() -> None:
+def test_memory_is_the_maximum_over_trainers() -> None:
     peaks = [{"peak": 1.0, "device": 7.0}, {"peak": 3.0, "device": 6.0}]
     record = memory_record("training", peaks) | memory_record("weight_sync", [{"peak": 2.5}])
     assert record == {

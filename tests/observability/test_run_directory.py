@@ -23,8 +23,8 @@ time.sleep(60)
 """
 
 
-def test_a_second_run_is_refused_by_name_until_the_first_is_gone(tmp_path: Path) -> None:
-    """In any place that both write to, whatever else differs; a kill frees all of them."""
+def test_a_second_run_waits_for_the_first(tmp_path: Path) -> None:
+    """One shared place is enough, whatever else differs; a kill releases all locks."""
     log, save, hf = tmp_path / "log", tmp_path / "save", tmp_path / "hf" / "{rollout_id}" / "x"
     command = [sys.executable, "-c", HOLD, str(log), str(save), str(hf)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -51,7 +51,7 @@ def test_a_second_run_is_refused_by_name_until_the_first_is_gone(tmp_path: Path)
     RunDirectory(log, [save], [hf]).close()
 
 
-def test_what_was_locked_before_the_one_that_is_taken_is_free_again(tmp_path: Path) -> None:
+def test_a_failed_start_releases_its_locks(tmp_path: Path) -> None:
     first = RunDirectory(tmp_path / "b")
     with pytest.raises(RunError, match=f"{tmp_path}/b: in use by"):
         RunDirectory(tmp_path / "a", [tmp_path / "b"])
@@ -59,7 +59,7 @@ def test_what_was_locked_before_the_one_that_is_taken_is_free_again(tmp_path: Pa
     first.close()
 
 
-def test_where_nothing_can_be_written_there_is_one_message(tmp_path: Path) -> None:
+def test_an_unwritable_place_gives_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300), Path("/proc/nothing")):
         with pytest.raises(RunError, match=f"{path}: the run cannot write there"):
@@ -74,7 +74,7 @@ def test_where_nothing_can_be_written_there_is_one_message(tmp_path: Path) -> No
     RunDirectory(tmp_path / "full").close()
 
 
-def test_an_earlier_runs_metrics_are_kept_beside(tmp_path: Path) -> None:
+def test_an_earlier_runs_metrics_are_kept(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     for run in range(3):
         log = directory.new_metrics()
@@ -85,7 +85,7 @@ def test_an_earlier_runs_metrics_are_kept_beside(tmp_path: Path) -> None:
     assert kept == [0, 1, 2]
 
 
-def test_a_run_that_goes_on_keeps_its_file(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_file(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     log = directory.new_metrics()
     for step in (1, 2, 3):
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_keeps_its_file(tmp_path: Path) -> None:
     assert not (tmp_path / "metrics-1.jsonl").exists()
 
 
-def test_files_of_a_run_that_cannot_be_used_are_one_message(tmp_path: Path) -> None:
+def test_unusable_run_files_give_one_message(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     (tmp_path / "args.yaml").mkdir()
     (tmp_path / "metrics.jsonl").mkdir()

@@ -1,4 +1,4 @@
-"""What trackers hold is read back from their own files: the events of metrics.jsonl, each step once, over resumes."""
+"""Trackers have the events of metrics.jsonl, each step once, also after a resume; read back from their own files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb.teardown()  # its settings are read anew
+    wandb.teardown()  # its settings are read again
     yield
     wandb.teardown()
 
 
 def tracked(directory: Path, args: Args, *, first: int, new: bool, said: list[str]) -> MetricsLog:
-    """As a run begins, or goes on from the checkpoint of step `first`."""
+    """Start a run, or resume it from the checkpoint of step `first`."""
     run = RunDirectory(directory)
     log = run.new_metrics() if new else run.continue_metrics(first)[0]
     log.track(start_trackers(args, run.run_id(new=new), first), said.append)
@@ -39,14 +39,14 @@ def tracked(directory: Path, args: Args, *, first: int, new: bool, said: list[st
 
 
 def step(log: MetricsLog, number: int, value: float) -> None:
-    """A rollout's three events."""
+    """Write the three events of a rollout."""
     log.write(number, {"train/loss": value, "note": "not a number"})
     log.write(number, {"eval/x/reward": value})
     log.write(number, {"time/step": value})
 
 
 def broken_and_resumed(directory: Path, args: Args) -> list[str]:
-    """Evaluation before the first step, three steps and a kill; then on from the checkpoint of the second."""
+    """Write an evaluation before the first step and three steps, then a kill; resume from the checkpoint of step 2."""
     said: list[str] = []
     log = tracked(directory, args, first=0, new=True, said=said)
     log.write(0, {"eval/x/reward": 0.0})
@@ -90,7 +90,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path: Path) -> None:
     assert found["eval/x/reward"][:3] == [(0, 0.0), (1, 1.0), (2, 20.0)]
 
 
-def test_control_without_the_purge_steps_stand_twice(tmp_path: Path) -> None:
+def test_without_the_purge_steps_come_twice(tmp_path: Path) -> None:
     import torch.utils.tensorboard
 
     for first in (1, 2):
@@ -101,7 +101,7 @@ def test_control_without_the_purge_steps_stand_twice(tmp_path: Path) -> None:
     assert len(scalars(tmp_path)["x"]) == 5
 
 
-def test_runs_in_one_directory_stay_apart_and_a_late_tracker_is_told_everything(tmp_path: Path) -> None:
+def test_a_late_tracker_gets_all_earlier_events(tmp_path: Path) -> None:
     args = Args(use_tensorboard=True, tensorboard_dir=str(tmp_path / "tb"))
     said: list[str] = []
     log = tracked(tmp_path / "run", Args(), first=0, new=True, said=said)
@@ -119,12 +119,12 @@ def test_runs_in_one_directory_stay_apart_and_a_late_tracker_is_told_everything(
 
 
 def wandb_rows(directory: Path) -> list[list[dict[str, Any]]]:
-    """The rows of each offline run, and its config in front."""
+    """Return the rows of each offline run, with its config first."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
-    wandb.teardown()  # its process has written all
+    wandb.teardown()  # its process has written everything
     runs: list[list[dict[str, Any]]] = []
     for file in sorted(directory.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         store = DataStore()
@@ -144,7 +144,7 @@ def wandb_rows(directory: Path) -> list[list[dict[str, Any]]]:
     return runs
 
 
-def test_wandb_has_one_row_a_step_under_one_id(tmp_path: Path, offline: None) -> None:
+def test_wandb_has_one_row_per_step(tmp_path: Path, offline: None) -> None:
     directory = tmp_path / "run"
     args = Args(use_wandb=True, wandb_project="p", log_dir=str(directory), rollout_stop=("a",), lr=0.5)
     assert broken_and_resumed(directory, args) == []
@@ -153,7 +153,7 @@ def test_wandb_has_one_row_a_step_under_one_id(tmp_path: Path, offline: None) ->
     assert (first[0]["project"], first[0]["lr"], first[0]["rollout_stop"]) == ("p", 0.5, ["a"])
     assert [row["_step"] for row in first[1:-1]] == [0, 1, 2, 3, 4]
     assert math.isnan(first[-2]["train/loss"])
-    assert [row["_step"] for row in second[1:-1]] == [0, 1, 2, 3, 4, 5], "offline, the whole run is told again"
+    assert [row["_step"] for row in second[1:-1]] == [0, 1, 2, 3, 4, 5], "offline, the whole run is written again"
     rows = {row["_step"]: row for row in second[1:-1]}
     names = ("train/loss", "eval/x/reward", "time/step")
     assert [rows[2][name] for name in names] == [2, 20, 20]
@@ -176,7 +176,7 @@ def test_an_error_ends_the_wandb_run_as_failed(tmp_path: Path, offline: None) ->
 
 
 class Failing:
-    """Works until the network goes."""
+    """A tracker that works until the network fails."""
 
     name = "Failing"
     begin = 0
@@ -193,7 +193,7 @@ class Failing:
         raise ConnectionError("no route")
 
 
-def test_a_tracker_that_fails_is_left_out_with_one_warning(tmp_path: Path) -> None:
+def test_a_failing_tracker_gives_one_warning(tmp_path: Path) -> None:
     said: list[str] = []
     other = Failing(works=100)
     trackers: list[Tracker] = [Failing(works=2), other]

@@ -84,7 +84,7 @@ def converted(rank: int, world_size: int, init_method: str, args: Args, hf: Path
 
 
 def back(rank: int, world_size: int, init_method: str, args: Args, load: Path, hf: Path, out: Path) -> None:
-    """What the way back does, within a run at any parallel size."""
+    """Convert back as the tool does, inside a run of any parallel size."""
     from slime.megatron.build import build_model
     from slime.megatron.checkpoint import load_checkpoint
     from slime.megatron.hf_weights import save_hf
@@ -118,7 +118,7 @@ def test_round_trip(workers: WorkerPool, tmp_path: Path, family: str, dtype: tor
         assert_same_bits(weights(tmp_path / "out"), original)
 
 
-def test_the_tools_as_the_page_calls_them(tmp_path: Path):
+def test_the_tools_as_documented(tmp_path: Path):
     hf = make_hf(tmp_path / "hf", "glm4", torch.bfloat16)
     there = run_tool(
         "convert_hf_to_torch_dist.py", *GLM4_ARGS.split(), "--hf-checkpoint", hf, "--save", tmp_path / "dist"
@@ -144,7 +144,7 @@ def tool_main(name: str) -> Callable[[list[str]], None]:
 
 
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the tools do, and undone behind the test
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the tools do, and undone after the test
     hf = make_hf(tmp_path / "hf", "glm4", torch.bfloat16)
     convert, convert_back = tool_main("convert_hf_to_torch_dist"), tool_main("convert_torch_dist_to_hf")
     with pytest.raises(ValueError, match=r"--hf-checkpoint and --save: .* give both"):

@@ -1,6 +1,6 @@
-"""tools/diff_steps.py on dumps that are made up: what it names, and what it does not compare.
+"""tools/diff_steps.py on made-up dumps: what it names, and what it does not compare.
 
-Those of a Trainer are in tests/megatron/test_dump_steps.py.
+Dumps of a real Trainer are tested in tests/megatron/test_dump_steps.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AXES = {
 
 
 def dump() -> Tensors:
-    """Two samples of 4 and 5 tokens, 2 and 3 of them response; the steps take one each, the second sample first."""
+    """Return two samples of 4 and 5 tokens, 2 and 3 of them response; each step takes one, the second sample first."""
     places: Tensors = {
         "rollout 7": {
             "total_lengths": torch.tensor([4, 5]),
@@ -68,7 +68,7 @@ def write(path: Path, places: Tensors, **options: Any) -> Path:
 
 @pytest.fixture
 def diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Of `dump()` as A and another as B."""
+    """Compare `dump()` as A with another dump as B."""
 
     def run(places: Tensors, *flags: str) -> tuple[int, str]:
         a, b = (
@@ -105,9 +105,9 @@ def test_the_first_difference_is_named(place: str, name: str, index: Any, told: 
     assert f": {place}: {name}\n  {told}" in text, text
 
 
-def test_the_same_is_said_to_be_and_shown_on_demand(diff: Any) -> None:
+def test_equal_runs_are_reported_and_shown(diff: Any) -> None:
     code, text = diff(dump())
-    assert code == 0 and "23 tensors: the same bit for bit" in text and "gradient" not in text
+    assert code == 0 and "23 tensors: equal bit for bit" in text and "gradient" not in text
     code, text = diff(dump(), "--all")
     assert code == 0 and text.count("gradient a.weight  [3, 4]") == 2, text
 
@@ -190,33 +190,33 @@ def _fewer(*places: str) -> Tensors:
             lambda: _with("rollout 7", "response_lengths", [2, 4]),
             "sample 29 of group 14 has 5 tokens in A, 3 of them response, and 5, 4 in B",
         ),
-        (lambda: _with("rollout 7, step 0", "places", [1, 3, 4]), "rollout 7, step 0: the step is over other tokens"),
+        (lambda: _with("rollout 7, step 0", "places", [1, 3, 4]), "rollout 7, step 0: the step has other tokens"),
         (
             lambda: _with("rollout 7, step 0", "gradient a.weight", torch.zeros(3, 5)),
             "rollout 7, step 0: gradient a.weight is [3, 4] in A and [3, 5] in B",
         ),
         (lambda: _without("log_probs"), "rollout 7: only A has log_probs"),
-        (lambda: _without("tokens"), "rollout 7: tokens are not there"),
+        (lambda: _without("tokens"), "rollout 7: tokens are missing"),
         (
             lambda: _fewer("rollout 7", "rollout 7, step 0"),
             "rollout 7: A's steps are rollout 7, step 0, rollout 7, step 1; B's are rollout 7, step 0",
         ),
-        (lambda: {"rollout 8": dump()["rollout 7"]}, "A goes on with rollout 7, and B with rollout 8"),
-        (lambda: dump() | {"rollout 8": dump()["rollout 7"]}, "what comes then: A ends before rollout 8"),
+        (lambda: {"rollout 8": dump()["rollout 7"]}, "A continues with rollout 7, B with rollout 8"),
+        (lambda: dump() | {"rollout 8": dump()["rollout 7"]}, "the rest: A ends before rollout 8"),
         (lambda: {"rollout 7": {**dump()["rollout 7"], "zz": torch.ones(1)}, **_fewer(*list(dump())[1:])}, "only B"),
     ],
 )
-def test_what_does_not_stand_side_by_side(other: Callable[[], Tensors], told: str, diff: Any) -> None:
+def test_runs_that_cannot_be_compared(other: Callable[[], Tensors], told: str, diff: Any) -> None:
     code, text = diff(other())
     assert code == 2, text
     assert told in text and "cannot compare" in text, text
 
 
-def test_a_difference_before_that_is_named_all_the_same(diff: Any) -> None:
+def test_an_earlier_difference_is_still_named(diff: Any) -> None:
     other = dump() | {"rollout 8": dump()["rollout 7"]}
     other["rollout 7"]["rewards"][0] = 1
     code, text = diff(other)
-    assert code == 1 and "rollout 7: rewards" in text and "cannot compare what comes then: A ends" in text, text
+    assert code == 1 and "rollout 7: rewards" in text and "cannot compare the rest: A ends" in text, text
 
 
 def test_files_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +258,7 @@ def test_files_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert words in line and line.startswith("cannot compare"), line
 
 
-def test_tensors_that_came_the_wrong_way_round(tmp_path: Path) -> None:
+def test_tensors_in_reverse_order(tmp_path: Path) -> None:
     writer = StepFilesWriter(tmp_path / "dump", {})
     for place, count in (("rollout 0", 2), ("rollout 0, step 0", 3), ("rollout 0, step 1", 0)):
         writer.begin(place, 0)
@@ -270,7 +270,7 @@ def test_tensors_that_came_the_wrong_way_round(tmp_path: Path) -> None:
     assert orders == ["acb", "cba", "abc"]
 
 
-def test_a_directory_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_directory_can_be_continued(tmp_path: Path) -> None:
     write(tmp_path / "dump", dump())
     writer = StepFilesWriter(tmp_path / "dump", {})
     writer.forget_from(8)
@@ -281,4 +281,4 @@ def test_a_directory_is_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--save-debug-train-data .*file/dump: cannot be written"):
         StepFilesWriter(tmp_path / "file" / "dump", {})
     StepFilesWriter(tmp_path / "new", {})
-    assert list((tmp_path / "new").iterdir()) == [], "a run that fails before its first rollout can be started again"
+    assert list((tmp_path / "new").iterdir()) == [], "a run that fails before its first rollout leaves nothing"

@@ -1,4 +1,4 @@
-"""Random checkpoints of the families: names, shapes and files that transformers and the weight tables agree on."""
+"""Random checkpoints of the families: names, shapes and files on which transformers and the weight tables agree."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_directory_is_a_model(family: str, tmp_path: Path) -> None:
     expected = dict(model.state_dict())
     if shape.tied_embeddings:
         del expected["lm_head.weight"]
-    # that a layer's experts have these names in files, loading shows below
+    # loading below shows that a layer's experts have these names in files
     expected = dict(own for name, tensor in expected.items() for own in tool.in_file(name, tensor.shape))
     assert {name: reader.get(name).shape for name in reader.names()} == expected
     assert reader.dtypes() == {torch.bfloat16}
@@ -93,7 +93,7 @@ def test_the_directory_is_a_model(family: str, tmp_path: Path) -> None:
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.dtype == torch.bfloat16
     logits = loaded(torch.arange(64)[None]).logits.float().detach()
-    # the last norm makes vectors of RMS 1, and the output layer's entries have a deviation of 0.02
+    # the last norm gives vectors of RMS 1, and the output layer's entries have a standard deviation of 0.02
     assert logits.std().item() == pytest.approx(tool.STD * math.sqrt(shape.hidden_size), rel=0.3)
 
 
@@ -125,7 +125,7 @@ def test_the_tokenizer(tmp_path: Path) -> None:
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert tokenizer.decode(prompt) == "<|user|>\nhi<|assistant|>\n"
     assert prompt[0] == tokenizer.eos_token_id
-    # a random model says ids that no token has
+    # a random model samples ids that no token has
     assert tokenizer.decode([ids[0], 299, ids[1]]) == "Gr"
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert tokenizer.eos_token_id in generation["eos_token_id"]
@@ -146,17 +146,17 @@ def test_from_a_script_and_from_a_config(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("script", ["qwen3-0.6B", "qwen3-4B", "glm4-9B", "llama3.2-1B", "qwen2.5-7B"])
 def test_true_sizes_have_configs(script: str) -> None:
-    """No weights are made: that the config says all of the shape is checked where it is made."""
+    """No weights are made here; `hf_config` itself checks that the config expresses the whole architecture."""
     shape = tool.shape_of_script(ROOT / "scripts/models" / f"{script}.sh", None)
     assert tool.hf_config(shape).num_hidden_layers == shape.num_layers
 
 
-def test_what_cannot_be_made(tmp_path: Path) -> None:
+def test_impossible_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no room for the tokenizer's 261"):
         tool.main(["--from-args", str(ROOT / "scripts/models/glm4-tiny.sh"), "--out", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="cannot read MODEL_ARGS"):
         tool.main(["--from-args", str(tmp_path / "none.sh"), "--out", str(tmp_path / "out")])
-    with pytest.raises(ValueError, match=r"other\.json: is no directory, and not called config\.json"):
+    with pytest.raises(ValueError, match=r"other\.json: is neither a directory nor called config\.json"):
         tool.main(["--config", str(tmp_path / "other.json"), "--out", str(tmp_path / "out")])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")

@@ -9,7 +9,7 @@ PLOT_RUN = Path(__file__).parents[2] / "tools" / "plot_run.py"
 
 
 def write_metrics(path: Path) -> None:
-    """Three rollouts and the evaluations before and after, as a run writes them."""
+    """Write three rollouts and the evaluations before and after them, as a run does."""
     with path.open("w") as file:
 
         def write(step: int, **metrics: float) -> None:
@@ -40,7 +40,7 @@ def test_png_and_tables(tmp_path: Path) -> None:
     assert shares == {"generation": "28.6%", "training": "57.1%", "idle": "14.3%", "sum": "100.0%", "wall": "100.0%"}
 
 
-def test_phases_that_miss_time_would_show(tmp_path: Path) -> None:
+def test_missing_time_in_phases_is_visible(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "time/training": 2.0, "time/step": 4.0}) + "\n")
     done = subprocess.run([sys.executable, PLOT_RUN, path], capture_output=True, text=True, check=True)
