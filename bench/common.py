@@ -1,8 +1,9 @@
-"""What the benchmarks share: turns taken in alternation, medians with their spread, CPU time of processes, results.
+"""Shared parts of the benchmarks: alternating turns, medians with their spread, CPU time of processes, results.
 
-Path: `engine`, `trainer` and `loop` measure with this and write `outputs/bench/<name>.json`; `report` puts their tables
-into docs/PERFORMANCE.md. Invariant: whatever is compared was measured in one run, in alternation, so that a machine
-that grows slower meanwhile slows both sides alike.
+- Used by: `engine`, `trainer` and `loop`, which write `outputs/bench/<name>.json`; `report` puts their tables into
+  docs/PERFORMANCE.md.
+- Invariant: what is compared was measured in one run, in alternation, so that a machine that slows down in the meantime
+  slows both sides equally.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PACKAGES = ("torch", "transformers", "megatron-core", "sglang-router", "ray", "a
 
 @dataclass(frozen=True)
 class Spread:
-    """A median of repeated measurements, and what it lies between."""
+    """The median of repeated measurements, and their range."""
 
     median: float
     low: float
@@ -46,7 +47,7 @@ class Spread:
 
 @dataclass
 class Table:
-    """One table of the report. The first column is text, the rest as they should be printed."""
+    """One table of the report. The first column is text, the others are numbers as they should be printed."""
 
     title: str
     columns: Sequence[str]
@@ -63,7 +64,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio that was aimed at."""
+    """A ratio with its goal."""
 
     what: str
     ratio: float
@@ -75,7 +76,7 @@ class Goal:
 
 
 def in_turns(sides: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Each side's figures, measured A B C A B C …; the first `warmup` turns of each are thrown away."""
+    """Return each side's figures, measured A B C A B C …; the first `warmup` turns of each side are discarded."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warmup + rounds):
         for name, measure in sides.items():
@@ -86,19 +87,19 @@ def in_turns(sides: Mapping[str, Callable[[], float]], *, rounds: int, warmup: i
 
 
 def ratios(ours: Sequence[float], peer: Sequence[float]) -> Spread:
-    """ours / peer, turn by turn: both of a turn met the same machine."""
+    """Return ours / peer for each turn: both sides of a turn ran on the machine in the same state."""
     return Spread.of(a / b for a, b in zip(ours, peer, strict=True))
 
 
 def tree_cpu_seconds(pid: int) -> float:
-    """CPU time of a process and of its children."""
+    """Return the CPU time of a process and its children."""
     process = psutil.Process(pid)
     times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
     return sum(t.user + t.system for t in times)
 
 
 def thread_cpu_seconds(pid: int) -> dict[int, float]:
-    """CPU time of each thread of a process, to the nanosecond where the kernel counts so (Linux)."""
+    """Return the CPU time of each thread of a process, in nanosecond resolution if the kernel has it (Linux)."""
     found: dict[int, float] = {}
     for thread in Path(f"/proc/{pid}/task").iterdir():
         found[int(thread.name)] = int((thread / "schedstat").read_text().split()[0]) * 1e-9
@@ -106,7 +107,7 @@ def thread_cpu_seconds(pid: int) -> dict[int, float]:
 
 
 class Busy:
-    """CPU seconds that named processes take while the block runs."""
+    """Measures the CPU seconds that named processes use while the block runs."""
 
     def __init__(self, **pids: int) -> None:
         self._pids = pids
@@ -123,7 +124,7 @@ class Busy:
 
 
 def machine() -> dict[str, str]:
-    """Kind of machine and versions, for the report."""
+    """Return the kind of machine and the versions, for the report."""
     facts = {"machine": f"{os.cpu_count()} CPU cores", "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -137,7 +138,7 @@ def machine() -> dict[str, str]:
 def write_result(
     path: Path, tables: Sequence[Table], goals: Sequence[Goal], facts: Mapping[str, str], raw: Mapping[str, Any]
 ) -> None:
-    """The result as JSON, and its tables on the terminal."""
+    """Write the result as JSON, and print its tables."""
     name = path.stem
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {

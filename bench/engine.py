@@ -2,9 +2,10 @@
 
     python -m bench.engine            (make bench-engine)
 
-Both sides generate the same numbers of tokens for the same prompts by the same sampling (temperature 1, whole
-distribution), in alternation. Invariant: every benefit of a doubt is the peer's: no HTTP, log-probs only where the row
-says so, the faster of its caches; the engine's figures hold HTTP, router, client and the log-prob of every token.
+Both sides generate the same numbers of tokens for the same prompts with the same sampling (temperature 1, whole
+distribution), in alternation. Invariant: every doubt is decided in favour of the peer. It has no HTTP, computes
+log-probs only if the row says so, and uses the faster of its caches; the engine's figures include HTTP, router, client
+and the log-prob of every token.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ GOAL_EQUAL, GOAL_SPREAD = 1.5, 2.5
 
 
 class Batch:
-    """Prompts and how many tokens each is to get."""
+    """Prompts, and the number of tokens to generate for each."""
 
     def __init__(self, prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> None:
         self.prompts, self.new_tokens = list(prompts), list(new_tokens)
@@ -48,7 +49,7 @@ class Batch:
 
 
 def make_batch(tokenizer: Any, size: int, low: int, high: int, *, seed: int) -> Batch:
-    """`size` different problems; lengths uniform in low..high."""
+    """Return `size` different problems, with lengths uniform in low..high."""
     rng = random.Random(seed)
     prompts = []
     for _ in range(size):
@@ -59,7 +60,7 @@ def make_batch(tokenizer: Any, size: int, low: int, high: int, *, seed: int) -> 
 
 
 class OurEngine:
-    """One embedded engine behind the router, and a client in an event loop of its own thread."""
+    """One embedded engine with a router in front, and a client in an event loop of its own thread."""
 
     def __init__(self, model_dir: Path, logs: Path, *, threads: int, stack: ExitStack) -> None:
         args = Args(hf_checkpoint=str(model_dir), cpu_threads_per_process=threads, bf16=False)
@@ -87,7 +88,7 @@ class OurEngine:
         return future.result()
 
     def seconds(self, batch: Batch) -> float:
-        """Wall seconds until the last response is here."""
+        """Return the wall seconds until the last response arrives."""
 
         async def one(prompt: list[int], count: int) -> int:
             params = SamplingParams(temperature=1.0, max_new_tokens=count, ignore_eos=True)
@@ -104,7 +105,7 @@ class OurEngine:
 
 
 class Peer:
-    """Hugging Face `generate`: one batch, padded on the left, run to its longest response."""
+    """Hugging Face `generate` on one batch, padded on the left, run until its longest response ends."""
 
     def __init__(self, model_dir: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -178,7 +179,7 @@ class Inside:
         setattr(owner, name, timed)
 
     def run(self, batch: Batch) -> dict[str, float]:
-        """Seconds of each part, and `all`."""
+        """Return the seconds of each part, and `all`."""
         torch.set_num_threads(1)
         self.parts.clear()
         original = self._sampler_module.sample
@@ -207,7 +208,7 @@ class Inside:
 def compare(
     ours: OurEngine, peer: Peer, batch: Batch, *, threads: int, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Tokens/s of each side by turn, and CPU seconds (and wall) of our side's processes over its turns."""
+    """Return tokens/s of each side by turn, and CPU seconds (and wall time) of our side's processes over its turns."""
     usage: dict[str, float] = {}
 
     def our_turn() -> float:
@@ -265,7 +266,7 @@ def main() -> None:
     where = Table(
         "Where the engine's time goes: CPU seconds by thread, share of the wall time",
         ["batch", "engine: steps", "engine: HTTP and JSON", "router", "client", "steps idle or preempted"],
-        note="Shares may sum to more than 100 %: the threads run beside each other on two cores.",
+        note="Shares may sum to more than 100 %: the threads run in parallel on two cores.",
     )
     parts = Table(
         "Within the engine's steps (the same scheduler in one process, without HTTP)",

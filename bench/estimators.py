@@ -1,11 +1,11 @@
-"""The demo's task learned with every advantage estimator: how far each comes in as many rollouts, and its curve.
+"""The demo's task learned with every advantage estimator: the result after the same number of rollouts, and the curve.
 
     python -m bench.estimators [--only gspo rloo] [--rollouts 50]      (make bench-estimators)
 
-Each run is scripts/run-glm4-tiny-cpu.sh from one supervised start with the flags named in the table; the mixture of
-experts has its own script and start. Invariant: start, problems, batch, learning rate and seed are the same in all;
-what an estimator adds stands in `RUNS` and in the table. The table is of every run that came to its end and still lies
-in outputs/, so that --only adds to it and a run that fails takes nothing away.
+Each run is scripts/run-glm4-tiny-cpu.sh from one supervised start, with the flags in the table; the MoE model has its
+own script and start. Invariant: start, problems, batch, learning rate and seed are the same for all; an estimator's own
+flags are in `RUNS` and in the table. The table has every run that finished and is still in outputs/, so --only adds to
+it, and a failed run removes nothing.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ import matplotlib.pyplot as plt
 GOAL = 0.8
 CURVES = ROOT / "docs" / "estimators.png"
 TWO_STEPS = ("--num-steps-per-rollout", "2")
-"""So that the ratio to the old policy is not 1 everywhere, and clips have something to cut."""
+"""With two steps, the ratio to the old policy is not 1 everywhere, so that clipping has an effect."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What one run has of its own."""
+    """The settings that differ between runs."""
 
     flags: Sequence[str]
     model: str = "glm4"
     longest: int | None = None
-    """Rollouts at most, where more would find nothing left to learn from."""
+    """The largest number of rollouts, if more would find nothing left to learn."""
     teacher: str = "sft_torch_dist"
-    """Within `start`: what --ref-load names."""
+    """The checkpoint inside `start` that --ref-load names."""
 
     @property
     def script(self) -> str:
@@ -51,7 +51,7 @@ class Setup:
 
     @property
     def start(self) -> Path:
-        """What `make demo` has made."""
+        """The directory that `make demo` has made."""
         return ROOT / "outputs" / ("demo-seed1" if self.model == "glm4" else f"demo-{self.model}-seed1")
 
 
@@ -82,14 +82,14 @@ RUNS: Mapping[str, Setup] = {
 }
 DATASETS = ("greedy", "sampled")
 DONE = "rollouts.json"
-"""Stands beside a run that came to its end: how many rollouts it was asked for, and its seed."""
+"""A file next to a finished run: its number of rollouts and its seed."""
 
 
 def run(name: str, out: Path, *, rollouts: int, seed: int) -> None:
-    """One run, whose metrics stay in `out`.
+    """Run one estimator; its metrics stay in `out`.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the run failed.
     """
     setup = RUNS[name]
     shutil.rmtree(out, ignore_errors=True)
@@ -114,7 +114,7 @@ def run(name: str, out: Path, *, rollouts: int, seed: int) -> None:
 
 
 def curve(events: Sequence[Mapping[str, float]], dataset: str) -> tuple[list[float], list[float]]:
-    """(rollouts done, mean reward) of each evaluation."""
+    """Return (rollouts done, mean reward) of each evaluation."""
     key = f"eval/{dataset}/reward"
     found = [(event["step"], event[key]) for event in events if key in event]
     return [step for step, _ in found], [value for _, value in found]

@@ -2,10 +2,9 @@
 
     python -m bench.loop              (make bench-loop)
 
-Runs follow each other A B A B: slime with one training process and one engine, TRL with its one process, each with as
-many threads as there are cores. Both leave their weights every few steps; what those are worth is judged behind the
-runs, by one evaluator. Invariant: evaluation and saving count for neither side; everything else between two optimizer
-steps does.
+The runs alternate, A B A B: slime with one training process and one engine, TRL with its one process, each with as many
+threads as there are cores. Both save their weights every few steps; after the runs, one evaluator judges those weights.
+Invariant: evaluation and saving count for neither side; everything else between two optimizer steps does.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ TARGET = 0.8
 SAMPLES = 32 * 8
 LONGEST = 40
 WARMUP = 3
-"""Steps at the start of a run that are left out: imports, allocators, first touches."""
+"""Steps at the start of a run that are not counted: imports, allocators, first use of memory."""
 PHASES = ("generation", "reward", "training", "weight_sync", "idle")
 ROLES = {
     "slime.engine.embedded.server": "engine",
@@ -58,19 +57,19 @@ ROLES = {
 
 @dataclass
 class Run:
-    """Seconds and inner parts of each step, and the directory with the weights of some steps."""
+    """The seconds and inner parts of each step, and the directory with the weights of some steps."""
 
     seconds: list[float] = field(default_factory=list[float])
     parts: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     engine_busy: list[float] = field(default_factory=list[float])
     cpu: dict[str, float] = field(default_factory=dict[str, float])
-    """CPU seconds a step behind the warm-up, by role."""
+    """CPU seconds per step after the warm-up, by role."""
     lengths: list[float] = field(default_factory=list[float])
     weights: Path = Path()
 
 
 class Processes:
-    """CPU time of a run's processes by role; the engine's steps run in one thread, which is its busy time."""
+    """CPU time of a run's processes by role. The engine's steps run in one thread, whose CPU time is its busy time."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
@@ -88,12 +87,12 @@ class Processes:
                     threads = thread_cpu_seconds(process.pid)
                     busy += max((cpu for thread, cpu in threads.items() if thread != process.pid), default=0.0)
             except (psutil.Error, OSError):
-                continue  # it has just ended
+                continue  # it has ended in the meantime
         return spent, busy
 
 
 def run_slime(start: Path, task: Path, out: Path, *, steps: int, every: int, threads: int, seed: int) -> Run:
-    """One run of the demo's GRPO script, with one training process and one engine."""
+    """Run the demo's GRPO script once, with one training process and one engine."""
     command = ["bash", "scripts/run-glm4-tiny-cpu.sh"]
     command += ["--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1"]
     command += ["--cpu-threads-per-process", str(threads), "--max-tokens-per-gpu", "1536"]
@@ -129,7 +128,7 @@ def run_slime(start: Path, task: Path, out: Path, *, steps: int, every: int, thr
             code = process.wait()
     if code != 0 or len(run.seconds) != steps:
         raise RuntimeError(f"slime's run ended with code {code} after {len(run.seconds)} steps; see {out / 'log'}")
-    # the last mark holds the last evaluation
+    # the last mark includes the last evaluation
     run.engine_busy = [later[1] - earlier[1] for earlier, later in pairwise(marks[:-1])]
     first, last = marks[WARMUP][0], marks[-2][0]
     run.cpu = {role: (last[role] - first.get(role, 0.0)) / (steps - 2 - WARMUP) for role in last}
@@ -137,7 +136,7 @@ def run_slime(start: Path, task: Path, out: Path, *, steps: int, every: int, thr
 
 
 def follow(path: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, float]]:
-    """The lines of a growing file until the process ends."""
+    """Yield the lines of a growing file until the process ends."""
     while not path.is_file() and process.poll() is None:
         time.sleep(0.02)
     if not path.is_file():
@@ -177,7 +176,7 @@ def run_trl(
 
 
 class Judge:
-    """The held-out problems, answered by any HF directory and judged by the task's reward: sampled and greedy."""
+    """Answers the held-out problems with any HF directory, sampled and greedy, and judges them by the task's reward."""
 
     def __init__(self, start: Path, task: Path) -> None:
         from transformers import AutoTokenizer
@@ -195,7 +194,7 @@ class Judge:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def score(self, weights: Path, *, temperature: float) -> float:
-        """Mean reward."""
+        """Return the mean reward."""
         model = Model(self._architecture)
         reader = HFReader(weights)
         for name in reader.names():
@@ -225,7 +224,7 @@ class Judge:
 
 
 def curve(judge: Judge, run: Run, start: tuple[float, float], *, offset: int) -> list[tuple[int, float, float, float]]:
-    """(step, seconds of training until then, sampled, greedy) at each step whose weights were kept."""
+    """Return (step, seconds of training until then, sampled, greedy) for each step whose weights were saved."""
     points = [(0, 0.0, *start)]
     for directory in sorted(run.weights.iterdir(), key=lambda path: int(path.name)):
         step = int(directory.name) + offset
@@ -235,7 +234,7 @@ def curve(judge: Judge, run: Run, start: tuple[float, float], *, offset: int) ->
 
 
 def time_to(points: list[tuple[int, float, float, float]], target: float) -> tuple[int, float] | None:
-    """Steps and seconds until the sampled score first reaches `target`."""
+    """Return the steps and seconds until the sampled score first reaches `target`."""
     return next(((step, seconds) for step, seconds, sampled, _ in points if sampled >= target), None)
 
 
@@ -243,7 +242,7 @@ def speed_table(runs: dict[str, list[Run]], threads: int) -> tuple[Table, Spread
     table = Table(
         f"Whole loop, {threads} threads each: {SAMPLES} samples a step",
         ["run", "rollouts/s", "seconds a step", "response tokens a sample", "of it generation", "training", "rest"],
-        note=f"Steps behind the first {WARMUP}; a step's time holds everything but evaluation and saving.",
+        note=f"Steps after the first {WARMUP}; a step's time includes everything but evaluation and saving.",
     )
     rates: dict[str, list[float]] = {}
     for side, several in runs.items():
@@ -264,7 +263,7 @@ def reach_table(judge: Judge, runs: dict[str, list[Run]], start: Path, raw: dict
     table = Table(
         f"Until the held-out problems' mean reward, sampled at temperature 1, is {TARGET}",
         ["run", "steps", "seconds", "sampled, greedy at the start", "at the end"],
-        note="Weights are judged behind the runs, by one evaluator for both; seconds are those of training alone.",
+        note="Weights are judged after the runs, by one evaluator for both; seconds are those of training alone.",
     )
     first = judge.score(start, temperature=1.0), judge.score(start, temperature=0.0)
     for side, several in runs.items():
@@ -279,7 +278,7 @@ def reach_table(judge: Judge, runs: dict[str, list[Run]], start: Path, raw: dict
 
 
 def overhead_tables(runs: list[Run]) -> tuple[Table, Table, float]:
-    """Where slime's step goes; the share in which neither engine nor trainer computes."""
+    """Return the parts of slime's step, and the share of it in which neither engine nor trainer computes."""
     table = Table(
         "slime's own overhead: the part of a step in which neither engine nor trainer computes",
         ["part", "ms a step", "share"],
@@ -309,7 +308,7 @@ def overhead_tables(runs: list[Run]) -> tuple[Table, Table, float]:
 
 
 def ensure_start(seed: int) -> tuple[Path, Path]:
-    """The demo's task and the model behind its supervised start, made where they are not there yet."""
+    """Make the demo's task and the model after its supervised start, unless they exist."""
     directory = ROOT / "outputs" / f"demo-seed{seed}"
     task, start = directory / "task", directory / "sft" / "hf"
     if not (start / "config.json").is_file():

@@ -1,11 +1,11 @@
-"""Plans of rows into micro-batches against the fewest there can be, and how long they take to make.
+"""Plans of rows into micro-batches, compared with the smallest possible number, and the time to make them.
 
     python -m bench.packing           (make bench-packing)
 
-Random sets of rows as one rank of a rollout has them: 32 to 512 rows, a token budget that holds 2 to 40 of them,
-padded as tensor and context parallelism want it. The fewest micro-batches are Martello and Toth's L2 bound, which no
-packing can be below; next fit (rows in their order, a new micro-batch when one does not fit) is what nobody should
-do. Then the plan of one large step. Invariant: every plan is checked: each row once, none over the budget.
+The sets of rows are random, as one rank of a rollout has them: 32 to 512 rows, a token budget that holds 2 to 40 of
+them, padded as tensor and context parallelism require. The lower bound is Martello and Toth's L2, which no packing can
+beat; next fit (rows in order, a new micro-batch when one does not fit) is the naive method. Then one large step is
+planned. Invariant: every plan is checked: each row once, no micro-batch over the budget.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GOAL = 1.02
 SECONDS = 2.0
 LONGEST = 8192
 PADDINGS = ((1, 1), (1, 8), (4, 8))
-"""A row's tokens are a multiple of the first, a micro-batch's of the second: alone, TP 8, and CP 2 with TP 4."""
+"""A row is padded to a multiple of the first, a micro-batch to one of the second: alone, TP 8, and CP 2 with TP 4."""
 DISTRIBUTIONS = {
     "log-normal": "median 1,000, sigma 0.8, cut at 8,192",
     "uniform": "100–4,000",
@@ -54,7 +54,7 @@ QWEN3_4B = Architecture(
 
 
 def draw_lengths(kind: str, num_rows: int, rng: np.random.Generator) -> Lengths:
-    """Tokens of rows that follow one of `DISTRIBUTIONS`."""
+    """Draw the tokens of rows that follow one of `DISTRIBUTIONS`."""
     if kind == "uniform":
         return rng.integers(100, 4001, num_rows)
     if kind == "log-normal":
@@ -66,11 +66,11 @@ def draw_lengths(kind: str, num_rows: int, rng: np.random.Generator) -> Lengths:
 
 
 def l2_bound(lengths: Sequence[int] | Lengths, budget: int) -> int:
-    """Martello and Toth's L2 (Discrete Applied Mathematics 28, 1990): bins of size `budget` that are needed at least.
+    """Martello and Toth's L2 (Discrete Applied Mathematics 28, 1990), a lower bound on the bins of size `budget`.
 
-    Items of more than half a bin have one each. For a threshold a, those above `budget` - a share it with none of the
-    items of a to half a bin, which thus have to fit into the room of the others, and into further bins. The best a
-    counts. An item larger than a bin fills one.
+    Items of more than half a bin have one bin each. Take a threshold a: items above `budget` - a share their bin with
+    no item between a and half a bin, so those items have to fit into the room of the other bins, and then into further
+    bins. The bound is the maximum over a. An item larger than a bin fills one.
     """
     items = np.sort(np.minimum(np.asarray(lengths, dtype=np.int64), budget))
     sums = np.concatenate([[0], np.cumsum(items)])
@@ -84,7 +84,7 @@ def l2_bound(lengths: Sequence[int] | Lengths, budget: int) -> int:
 
 
 def next_fit(lengths: Lengths, budget: int) -> int:
-    """Micro-batches where rows are taken in their order."""
+    """Return the number of micro-batches when rows are taken in order."""
     count, room = 0, 0
     for length in lengths.tolist():
         if length > room:
@@ -94,7 +94,7 @@ def next_fit(lengths: Lengths, budget: int) -> int:
 
 
 def check(plan: StepPlan, padded: Lengths, budget: int) -> None:
-    """Every row once, no micro-batch of several rows over `budget`."""
+    """Check that every row is planned once and that no micro-batch of several rows is over `budget`."""
     rows = Counter(row for rank in plan.micro_batches for rows in rank for row in rows)
     if rows != Counter(range(len(padded))):
         raise RuntimeError("a plan does not hold every row exactly once")
@@ -107,7 +107,7 @@ def check(plan: StepPlan, padded: Lengths, budget: int) -> None:
 
 @dataclass(frozen=True)
 class Packed:
-    """One set's outcome."""
+    """The result for one set."""
 
     micro_batches: int
     bound: int
@@ -116,7 +116,7 @@ class Packed:
 
 
 def pack_set(kind: str, rng: np.random.Generator) -> Packed:
-    """Draw a set of rows and a budget, pack it as the only rank's."""
+    """Draw a set of rows and a budget, and pack it for a single rank."""
     lengths = draw_lengths(kind, int(rng.integers(32, 513)), rng)
     row_multiple, multiple = PADDINGS[rng.integers(len(PADDINGS))]
     budget = int(lengths.mean() * np.exp(rng.uniform(np.log(2), np.log(40))))
@@ -165,7 +165,7 @@ def packing_table(num_sets: int) -> tuple[Table, list[Goal], dict[str, list[floa
 
 
 def planning_table(num_rows: int, num_ranks: int, rounds: int) -> tuple[Table, list[Goal], dict[str, list[float]]]:
-    """One step of many ranks, dealt in contiguous runs and by compute."""
+    """Return the figures of one step for many ranks, dealt in contiguous runs and by compute."""
     table = Table(
         f"One step of {num_rows:,} rows over {num_ranks:,} ranks",
         ["lengths", "deal", "seconds", "micro-batches a rank", "at least", "fill", "imbalance"],
@@ -212,7 +212,7 @@ def planning_table(num_rows: int, num_ranks: int, rounds: int) -> tuple[Table, l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sets", type=int, default=10_000, help="of each distribution")
+    parser.add_argument("--sets", type=int, default=10_000, help="sets of each distribution")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--ranks", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)

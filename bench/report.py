@@ -2,8 +2,9 @@
 
     python -m bench.report            (the last step of make bench)
 
-Path: the other modules have written the results. Invariant: figures on a page come from files that a
-benchmark wrote, with the command, the versions and the machine of that run; what was not run stays as it stands.
+- Where it sits: after the other modules, which have written the results.
+- Invariant: the figures on a page come from files that a benchmark wrote, with the command, the versions and the
+  machine of that run. Blocks whose benchmark was not run stay unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end measured -->)", re
 
 
 def render(result: dict[str, Any]) -> str:
-    """One benchmark's block."""
+    """Return the block of one benchmark."""
     facts = ", ".join(f"{name} {value}" for name, value in result["facts"].items())
     parts = [f"`{result['command']}`: {facts}."]
     parts += [Table(**table).markdown() for table in result["tables"]]
@@ -34,7 +35,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def filled(text: str, results: dict[str, dict[str, Any]]) -> str:
-    """The page with the blocks of `results`; other blocks stay."""
+    """Return the page with the blocks of `results`; other blocks are unchanged."""
 
     def fill(match: re.Match[str]) -> str:
         result = results.get(match[2])

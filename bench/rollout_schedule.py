@@ -2,12 +2,12 @@
 
     python -m bench.rollout_schedule      (make bench-rollout)
 
-The collector, data buffer, rewards, router, protocol, scheduler and slots are those of a run; only a forward is a timed
-sleep (`timed_engine`), and with it a training step (`schedule_loops`). Each mode has its own prompts, buffer and turns;
-all share the engines, and get new weights before every rollout. Invariant: a mode's leftovers are its own: what was
-generated is either trained on, carried in its buffer, or counted as thrown away.
+The collector, data buffer, rewards, router, protocol, scheduler and slots are the real ones; only a forward pass is a
+timed sleep (`timed_engine`), and so is a training step (`schedule_loops`). Each mode has its own prompts, buffer and
+turns; all modes share the engines and get new weights before every rollout. Invariant: a mode keeps its own leftovers:
+what was generated is trained on, carried in its buffer, or counted as thrown away.
 
-    limit: the same engines with more independent requests than slots, all the time: nothing ever waits for anything.
+    limit: the same engines with more independent requests than slots at all times, so that nothing ever waits.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ MODES = {
     "the same, partial": (1.5, True),
     "over-sampling × 2, partial": (2.0, True),
 }
-"""How many times a rollout's prompts are sampled at first; whether what is unfinished goes on in the next rollout."""
+"""For each mode: the factor of over-sampling at the start, and whether unfinished samples continue next time."""
 PARTIAL = "over-sampling × 2, partial"
 PARTS = ("timed", "loops", "real")
 
 
 class CountingClient(EngineClient):
-    """Counts what the engines generate, whatever becomes of it."""
+    """Counts the tokens that the engines generate, whatever happens to them."""
 
     tokens = 0
 
@@ -65,14 +65,14 @@ class CountingClient(EngineClient):
 
 @dataclass(frozen=True)
 class Shape:
-    """Of rollouts and engines."""
+    """The sizes of rollouts and engines."""
 
     prompts: int
     samples: int
-    """A prompt."""
+    """Samples of each prompt."""
     engines: int
     slots: int
-    """Requests that one engine runs at once."""
+    """The number of requests that one engine runs at a time."""
     prompt_length: int = 32
 
     @property
@@ -82,15 +82,15 @@ class Shape:
 
 @dataclass
 class Record:
-    """What a mode did in the turns that count; tokens are response tokens."""
+    """The result of a mode in the counted turns; tokens are response tokens."""
 
     seconds: list[float] = field(default_factory=list[float])
-    """Of each rollout."""
+    """Seconds of each rollout."""
     lengths: list[int] = field(default_factory=list[int])
-    """Of the samples that are trained on."""
+    """Lengths of the samples that are trained on."""
     generated: int = 0
     carried: int = 0
-    """Put aside with their tokens, those taken up again taken off."""
+    """Tokens of samples that were put aside, minus those that were taken up again."""
     off_policy: int = 0
     cpu: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -100,12 +100,12 @@ class Record:
 
     @property
     def thrown_away(self) -> float:
-        """Share of what was generated that nobody will train on."""
+        """The share of generated tokens that will never be trained on."""
         return (self.generated - self.kept - self.carried) / self.generated
 
 
 class Engines:
-    """Engines behind a router, one client, and the model's files."""
+    """Engines with a router, one client, and the model's files."""
 
     def __init__(self, timing: Timing, shape: Shape, *, layers: int, hidden: int, stack: ExitStack) -> None:
         self.timing, self.shape = timing, shape
@@ -135,14 +135,14 @@ class Engines:
         return [engine.url for engine in self.engines]
 
     async def take_weights(self) -> int:
-        """A sync as between two rollouts; the new policy version."""
+        """Sync weights as between two rollouts; return the new policy version."""
         self._version += 1
         await self.client.flush_cache()
         await self.client.update_weights_from_disk(str(self.model), str(self._version))
         return self._version
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Of each part's processes until now."""
+        """Return the CPU seconds of each part's processes until now."""
         engines = sum(tree_cpu_seconds(engine.pid) for engine in self.engines)
         router, own = tree_cpu_seconds(self.router.pid), time.process_time()
         everything = tree_cpu_seconds(os.getpid())
@@ -182,7 +182,7 @@ class Schedule:
         return RolloutContext(self.args, engines.client, engines.tokenizer, self.rewards, policy_version=version)
 
     def turn(self, rollouts: int) -> float:
-        """That many rollouts -> samples a second."""
+        """Run that many rollouts and return samples per second."""
         self.record.cpu = _added(self.record.cpu, self._engines.cpu_seconds(), sign=-1)
         carried = self._carried()
         before = len(self.record.seconds)
@@ -212,14 +212,14 @@ class Limit:
     """Independent requests, always more of them than slots."""
 
     def __init__(self, engines: Engines, schedule: Schedule) -> None:
-        """`schedule`: whose prompts and sampling are used."""
+        """Take prompts and sampling from `schedule`."""
         self._engines, self._schedule = engines, schedule
         self._source = DataBuffer(schedule.args, engines.tokenizer)
         self._prompts = iter(self._endless_prompts())
         self.record = Record()
 
     def turn(self, seconds: float) -> float:
-        """Samples a second: tokens a second by the mean length, in which a few cut ones do not matter."""
+        """Return samples per second: tokens per second by the mean length, where a few truncated ones do not matter."""
         tokens = self._engines.client.tokens
         self.record.cpu = _added(self.record.cpu, self._engines.cpu_seconds(), sign=-1)
         spent = self._engines.loop.run_until_complete(self._keep_busy(seconds))
@@ -253,7 +253,7 @@ class Limit:
         spent = time.perf_counter() - start
         async with asyncio.timeout(60):
             while any(not task.done() for task in tasks):
-                await self._engines.client.abort_all()  # what was on its way through the router
+                await self._engines.client.abort_all()  # requests that were still in the router
                 await asyncio.wait(tasks, timeout=0.1)
         await asyncio.gather(*tasks)
         return spent
@@ -266,9 +266,10 @@ def _added(sums: dict[str, float], more: dict[str, float], *, sign: int) -> dict
 def compare(
     engines: Engines, modes: Sequence[str], *, rollouts: int, rounds: int, warmup: int
 ) -> tuple[dict[str, list[float]], dict[str, Record]]:
-    """Samples a second of the limit and of each mode by turn, and what each did.
+    """Return samples per second of the limit and of each mode by turn, and the record of each mode.
 
-    `warmup`: rollouts in which a buffer with unfinished groups comes to its usual size; others start as they go on.
+    Args:
+        warmup: rollouts until a buffer with unfinished groups has its usual size; other modes need none.
     """
     with ExitStack() as stack:
         schedules = {name: Schedule(engines, *MODES[name]) for name in modes}
@@ -340,18 +341,18 @@ def describe(timing: Timing, shape: Shape) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16, help="of a rollout")
-    parser.add_argument("--samples", type=int, default=4, help="of each prompt")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of a rollout")
+    parser.add_argument("--samples", type=int, default=4, help="samples of each prompt")
     parser.add_argument("--engines", type=int, default=2)
-    parser.add_argument("--slots", type=int, default=16, help="requests that one engine runs at once")
+    parser.add_argument("--slots", type=int, default=16, help="requests that one engine runs at a time")
     parser.add_argument("--median", type=float, default=64, help="exp(mu) of the lengths")
     parser.add_argument("--sigma", type=float, default=1.0)
     parser.add_argument("--cap", type=int, default=320)
     parser.add_argument("--step", type=float, default=0.005, help="seconds of a decode step")
     parser.add_argument("--prefill-token", type=float, default=12.5e-6, help="seconds of a prompt token")
-    parser.add_argument("--rollouts", type=int, default=3, help="of a turn")
+    parser.add_argument("--rollouts", type=int, default=3, help="rollouts of a turn")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=4, help="rollouts that do not count, where partial")
+    parser.add_argument("--warmup", type=int, default=4, help="rollouts that do not count, with partial rollout")
     parser.add_argument("--pairs", type=int, default=2, help="runs of each loop")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
@@ -379,7 +380,7 @@ def main() -> None:
         tables.append(speed_table(title, describe(engines.timing, shape), engines, found, records))
         if engines.timing.step is None:
             return
-        tables.append(cpu_table("CPU time beside the sleeps", records))
+        tables.append(cpu_table("CPU time besides the sleeps", records))
         if PARTIAL in found:
             goals.append(Goal("partial / plain", ratios(found[PARTIAL], found["plain"]).median, GOAL_PLAIN))
             goals.append(Goal("partial / limit", ratios(found[PARTIAL], found["limit"]).median, GOAL_LIMIT))

@@ -1,9 +1,10 @@
-"""train.py against train_async.py, with engines whose forward and a trainer whose compute are timed sleeps.
+"""train.py against train_async.py, with timed sleeps instead of the engines' forward passes and the trainer's compute.
 
-Path: `rollout_schedule` starts the engines, which all runs use, one after the other; each run is a real one: Ray,
-rollout manager, router, a Megatron trainer of a model that costs nothing, weight syncs. The sleep stands where
-advantages are computed (--custom-advantage-function-path). Invariant: both loops get the same engines, prompts, batch
-and training time; steps at the start and the end, where a pipeline fills and empties, count for neither.
+- Where it sits: `rollout_schedule` starts the engines, which all runs use one after the other. Each run is a real one:
+  Ray, rollout manager, router, a Megatron trainer of a tiny model, weight syncs. The trainer sleeps in the function
+  that computes advantages (--custom-advantage-function-path).
+- Invariant: both loops get the same engines, prompts, batch and training time. Steps at the start and the end, where a
+  pipeline fills and empties, count for neither.
 """
 
 from __future__ import annotations
@@ -29,23 +30,23 @@ if TYPE_CHECKING:
 
 GOAL_HIDDEN = 0.8
 SECONDS_A_SAMPLE = 0.02
-"""Of training."""
+"""Training seconds per sample."""
 RUN_TIMEOUT = 600.0
-"""Seconds within which one run has to end."""
+"""Seconds in which one run must end."""
 PROGRAMS = ("train.py", "train_async.py")
 PHASES = ("rollout", "training", "weight_sync")
-"""`rollout`: from its first request to its last reward, whether anybody waits for it or not."""
+"""Phases of a step. `rollout` lasts from its first request to its last reward, whether or not anything waits for it."""
 
 
 def timed_advantages(args: Args, batch: TrainBatch) -> Array:
-    """A training step's time, and advantages of 0."""
+    """Sleep for the time of a training step, and return advantages of 0."""
     time.sleep(SECONDS_A_SAMPLE * len(batch))
     return np.zeros(int(batch.response_lengths_N.sum()), dtype=np.float32)
 
 
 @dataclass
 class Run:
-    """Seconds of each step that counts, the means of its phases, and the share of tokens of older weights."""
+    """The seconds of each counted step, the means of its phases, and the share of tokens from older weights."""
 
     steps: list[float]
     phases: dict[str, float]
@@ -53,7 +54,7 @@ class Run:
 
 
 def loop_flags(engines: Engines, directory: Path, *, rollouts: int) -> list[str]:
-    """What both programs are given."""
+    """Return the flags of both programs."""
     shape = engines.shape
     return [
         *("--hf-checkpoint", str(engines.model), "--ref-load", str(engines.model)),
@@ -68,7 +69,7 @@ def loop_flags(engines: Engines, directory: Path, *, rollouts: int) -> list[str]
 
 
 def run_loop(program: str, engines: Engines, directory: Path, *, rollouts: int, skip: int) -> Run:
-    """One run of that many rollouts; the first `skip` steps and the last one do not count."""
+    """Run that many rollouts once; the first `skip` steps and the last one do not count."""
     command = [sys.executable, str(ROOT / program), *loop_flags(engines, directory, rollouts=rollouts)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -92,7 +93,7 @@ def run_loop(program: str, engines: Engines, directory: Path, *, rollouts: int, 
 
 
 def hidden_share(sync: Run, other: Run) -> float:
-    """Of the shorter one of rollout and training in the synchronous loop, how much the other one does not spend."""
+    """Return the share of the shorter phase (rollout or training in the synchronous loop) that the other loop saves."""
     shorter = min(sync.phases["rollout"], sync.phases["training"])
     return (statistics.fmean(sync.steps) - statistics.fmean(other.steps)) / shorter
 
@@ -100,7 +101,7 @@ def hidden_share(sync: Run, other: Run) -> float:
 def compare_loops(
     engines: Engines, directory: Path, *, pairs: int, rollouts: int, skip: int
 ) -> tuple[Table, Goal, dict[str, list[Run]]]:
-    """Runs in turns A B A B."""
+    """Run both loops in turns, A B A B."""
     runs: dict[str, list[Run]] = {program: [] for program in PROGRAMS}
     for number in range(pairs):
         for program, found in runs.items():

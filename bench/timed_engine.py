@@ -1,11 +1,14 @@
-"""An engine whose answers have log-normal lengths and whose forward takes a known time, behind the real server.
+"""An engine with log-normal response lengths and a forward pass of known duration, inside the real server.
 
     python -m bench.timed_engine '{"median": 64, ...}' --model-path DIR --port N     (a Timing, and the engine's flags)
 
-Path: `rollout_schedule` starts these; scheduler, slots, protocol, weight updates and aborts are the embedded engine's.
-The model is a chain over tokens: the first token of a response says how many follow it (drawn from the lengths'
-distribution by the request's own sampling seed), each next one is smaller by one, and 0 ends it. Invariant: a response
-that is cut and goes on later, in another batch or on another engine, comes to the length that it would have had.
+- Used by: `rollout_schedule`. Scheduler, slots, protocol, weight updates and aborts are those of the embedded engine.
+- Invariant: a response that is cut and continued later, in another batch or on another engine, gets the length that it
+  would have had without the cut.
+
+The model is a chain over tokens. The first token of a response says how many tokens follow (drawn from the distribution
+of lengths with the request's own sampling seed), each next token is smaller by one, and 0 ends the response: a response
+of 4 tokens is 3, 2, 1, 0.
 """
 
 from __future__ import annotations
@@ -44,14 +47,14 @@ class Timing:
     """exp(mu) of the log-normal distribution of lengths."""
     sigma: float
     cap: int
-    """The longest response; what would be longer is cut there."""
+    """The longest response; longer ones are cut there."""
     step: float | None
-    """Of one decode step, whatever its batch; None: the model computes for real, and takes what it takes."""
+    """Seconds of one decode step, for any batch size; None: the model really computes, for as long as it takes."""
     prefill_token: float = 0.0
-    """Of each prompt token that is not in the cache."""
+    """Seconds of each prompt token that is not in the cache."""
 
     def length_probabilities(self) -> list[float]:
-        """P(length = 1), P(length = 2), ..., P(length > cap)."""
+        """Return P(length = 1), P(length = 2), ..., P(length > cap)."""
 
         def below(length: int) -> float:
             if not length:
@@ -63,17 +66,17 @@ class Timing:
 
     @property
     def mean_length(self) -> float:
-        """Of responses, the cut ones counted as `cap`."""
+        """Return the mean length of responses, where cut ones count as `cap`."""
         return sum(min(i + 1, self.cap) * p for i, p in enumerate(self.length_probabilities()))
 
     @property
     def vocabulary(self) -> int:
-        """Tokens 0..cap say how many follow; behind them are a prompt's words."""
+        """Tokens 0..cap say how many follow; after them come the words of prompts."""
         return self.cap + 1 + PROMPT_WORDS
 
 
 class CountingModel(Model):
-    """The forward of `Model`, or a sleep; what is drawn from it depends on the last token alone."""
+    """The forward pass of `Model`, or a sleep; the sampled token depends on the last token alone."""
 
     def __init__(self, architecture: Architecture, *, dtype: torch.dtype, timing: Timing) -> None:
         super().__init__(architecture, dtype=dtype)
@@ -83,7 +86,7 @@ class CountingModel(Model):
         follows = torch.arange(1, timing.cap + 1)
         self._next[follows, follows - 1] = 0.0
         first = torch.tensor(timing.length_probabilities()).log()
-        self._next[0, : len(first)] = first  # (reached where a client ignores the end)
+        self._next[0, : len(first)] = first  # (reached if a client ignores the end)
         self._next[timing.cap + 1 :, : len(first)] = first
 
     def prefill(self, prompts_P: list[list[int]], cache: KVCache, first_row: int) -> Tensor:
@@ -108,7 +111,7 @@ class CountingModel(Model):
 
 
 def make_model(directory: Path, timing: Timing, *, layers: int, hidden: int) -> Path:
-    """An HF directory with a GLM-4 of this size, random weights, and a tokenizer of the chain's words."""
+    """Make an HF directory with a GLM-4 of this size, random weights, and a tokenizer for the chain's words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Glm4Config, Glm4ForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
@@ -140,7 +143,7 @@ def make_model(directory: Path, timing: Timing, *, layers: int, hidden: int) -> 
 
 
 def make_prompts(path: Path, count: int, length: int) -> Path:
-    """`count` different prompts of `length` tokens."""
+    """Return `count` different prompts of `length` tokens."""
     rng = random.Random(0)
     with path.open("w") as file:
         for _ in range(count):
@@ -150,7 +153,7 @@ def make_prompts(path: Path, count: int, length: int) -> Path:
 
 
 def launch_timed_engine(model: Path, timing: Timing, *, slots: int, log: Path) -> ManagedProcess:
-    """Start one with room for `slots` requests at once; `wait_ready` waits."""
+    """Start an engine with room for `slots` requests at a time; `wait_ready` waits for it."""
     port = find_free_port()
     command = [sys.executable, "-m", "bench.timed_engine", json.dumps(asdict(timing)), "--model-path", str(model)]
     command += ["--port", str(port), "--max-running-requests", str(slots), "--random-seed", str(port)]

@@ -2,10 +2,10 @@
 
     python -m bench.trainer           (make bench-trainer)
 
-Each side lives in a process of its own (so that its peak memory is its own: what it held at most beyond what it held
-with its libraries loaded) and takes its steps in alternation with the other: log-probs of every token, the
-policy-gradient loss, backward, clipping to norm 1, AdamW. Invariant: both sides start from the same weights and get the
-same tokens, and their first losses and gradient norms agree; what is compared is the same work.
+Each side has a process of its own, so that its peak memory is its own (the peak above what it used after loading its
+libraries), and the sides take their steps in alternation: log-probs of every token, the policy-gradient loss, backward,
+clipping to norm 1, AdamW. Invariant: both sides start from the same weights and get the same tokens, and their first
+losses and gradient norms agree, so the same work is compared.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ SHAPE: dict[str, Any] = {
 
 
 class Side(Protocol):
-    """What is measured in each process."""
+    """The measurements in each process."""
 
     @staticmethod
     def load_libraries() -> None: ...
 
     def step(self) -> dict[str, float]:
-        """One training step -> `loss`, `grad_norm`."""
+        """Take one training step; return `loss` and `grad_norm`."""
         ...
 
     @property
@@ -60,7 +60,7 @@ class Side(Protocol):
 
 
 def row_lengths(kind: str, num_tokens: int) -> list[int]:
-    """`equal`: rows of 256. `spread`: rows of 16 to 240, the same on both sides, `num_tokens` in all."""
+    """Return `equal` rows of 256, or `spread` rows of 16 to 240, the same for both sides, with `num_tokens` in all."""
     if kind == "equal":
         return [256] * (num_tokens // 256) if num_tokens >= 256 else [num_tokens]
     rng = np.random.default_rng(0)
@@ -72,14 +72,14 @@ def row_lengths(kind: str, num_tokens: int) -> list[int]:
 
 
 def make_rows(lengths: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Random tokens, and an advantage for each row."""
+    """Return random tokens, and an advantage for each row."""
     rng = np.random.default_rng(1)
     rows = [rng.integers(2, SHAPE["vocab_size"], length) for length in lengths]
     return rows, rng.choice([-1.0, 1.0, 2.0], len(rows)).astype(np.float32)
 
 
 class SlimeSide:
-    """slime.megatron.Trainer, one rank: every row is a prompt of one token and its response."""
+    """slime.megatron.Trainer on one rank; every row is a prompt of one token and its response."""
 
     @staticmethod
     def load_libraries() -> None:
@@ -139,15 +139,15 @@ class SlimeSide:
 
 
 def rewards_as_advantages(args: Any, batch: Any) -> np.ndarray:
-    """Each row's reward on all its tokens: both sides then weigh their tokens alike."""
+    """Put each row's reward on all its tokens, so that both sides weight their tokens equally."""
     return np.repeat(batch.columns["rewards"], batch.response_lengths_N)
 
 
 class PlainSide:
     """transformers and torch.optim, as one would write it by hand.
 
-    `layout`: rows (padded on the right to the longest), or packed (one row, positions that start anew: transformers
-    then masks across sequences).
+    `layout` is rows (padded on the right to the longest) or packed (one row with positions that restart in each
+    sequence, so that transformers masks across sequences).
     """
 
     @staticmethod
@@ -179,7 +179,7 @@ class PlainSide:
         else:
             ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
             there = torch.arange(longest) < torch.tensor(lengths)[:, None]
-            # without padding there is nothing to mask, and attention takes its fast path
+            # without padding there is nothing to mask, and attention uses its fast path
             self._inputs = {"input_ids": ids} | ({} if bool(there.all()) else {"attention_mask": there.long()})
             self._advantages = torch.from_numpy(advantages)[:, None].expand(-1, longest - 1)
             self._weights = there[:, 1:].float() / total
@@ -202,7 +202,7 @@ PARTS = ("rows, packing", "forward", "log-probs, loss", "backward", "norm, clipp
 
 
 class _Timed:
-    """Autograd's engine, with a mark before and behind each backward pass."""
+    """Autograd's engine, with a mark before and after each backward pass."""
 
     def __init__(self, engine: Any, mark: Callable[[], None]) -> None:
         self._engine, self._mark = engine, mark
@@ -219,7 +219,7 @@ class _Timed:
 
 
 class Markers:
-    """When each part of a step begins, seen from hooks of torch alone: the same on both sides. Used by `with`."""
+    """The time at which each part of a step begins, from hooks of torch alone, equal on both sides. Used by `with`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._times: list[float] = []
@@ -245,7 +245,7 @@ class Markers:
         self._times.append(time.perf_counter())
 
     def step(self, side: Side) -> dict[str, float]:
-        """Seconds of each part of one step (one forward, one backward, one optimizer step)."""
+        """Return the seconds of each part of one step (one forward, one backward, one optimizer step)."""
         self._times.clear()
         self._mark()
         side.step()
@@ -255,7 +255,7 @@ class Markers:
 
 
 def operators(side: Side, steps: int) -> dict[str, float]:
-    """Seconds a step inside each operator itself, those it calls taken out."""
+    """Return seconds per step inside each operator itself, without the operators that it calls."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
             side.step()
@@ -263,16 +263,16 @@ def operators(side: Side, steps: int) -> dict[str, float]:
 
 
 def memory_bytes(name: str) -> int:
-    """VmRSS or VmHWM of this process (Linux). `ru_maxrss` would start from the memory of the process that forked it."""
+    """Return VmRSS or VmHWM of this process (Linux); `ru_maxrss` would include memory of the process that forked it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def serve(pipe: Connection, make: type[SlimeSide] | type[PlainSide], arguments: Sequence[Any]) -> None:
-    """The process of one side: does what the pipe asks for."""
+    """Run the process of one side: do what the pipe requests."""
     make.load_libraries()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    Path("/proc/self/clear_refs").write_text("5")  # from here on, the high-water mark is counted
     before = memory_bytes("VmRSS")
     side = make(*arguments)
     while (asked := pipe.recv()) is not None:
@@ -290,7 +290,7 @@ def serve(pipe: Connection, make: type[SlimeSide] | type[PlainSide], arguments: 
 
 
 class Remote:
-    """One side in a process of its own."""
+    """One side in its own process."""
 
     def __init__(self, make: type[SlimeSide] | type[PlainSide], *arguments: Any, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -315,7 +315,7 @@ class Remote:
 
 
 def compare(model_dir: str, lengths: Sequence[int], threads: int, rounds: int) -> dict[str, Any]:
-    """Seconds by turn, peak memory, parts and operators of each side."""
+    """Return seconds by turn, peak memory, parts and operators of each side."""
     sides = {"slime": Remote(SlimeSide, model_dir, lengths, threads=threads)}
     sides["plain"] = Remote(PlainSide, model_dir, lengths, "rows", threads=threads)
     if len(set(lengths)) > 1:
@@ -335,7 +335,7 @@ def compare(model_dir: str, lengths: Sequence[int], threads: int, rounds: int) -
 
 
 def check_same_work(first: dict[str, dict[str, float]]) -> None:
-    """Sides whose first losses or gradient norms differ did not do the same work: then there is nothing to compare."""
+    """Check that first losses and gradient norms agree: otherwise the sides did different work."""
     for name, step in first.items():
         for key in ("loss", "grad_norm"):
             ours, theirs = first["slime"][key], step[key]
@@ -344,7 +344,7 @@ def check_same_work(first: dict[str, dict[str, float]]) -> None:
 
 
 def make_model_dir(path: Path, **changes: Any) -> float:
-    """A random Qwen3; returns its millions of parameters. `changes`: to its config."""
+    """Make a random Qwen3 with `changes` to its config; return its millions of parameters."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -408,7 +408,7 @@ def add_rows(
 
 
 def operator_table(raw: dict[str, Any]) -> Table:
-    """The dearest operators of the first case."""
+    """Return the most expensive operators of the first case."""
     name, result = next(iter(raw.items()))
     spent = {side: result["operators"][side] for side in ("slime", "plain")}
     ranked = sorted({*spent["slime"], *spent["plain"]}, key=lambda op: -max(s.get(op, 0.0) for s in spent.values()))

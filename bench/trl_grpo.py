@@ -1,10 +1,10 @@
-"""GRPO on two-digit sums by TRL's GRPOTrainer, in TRL's own virtual environment: what `loop` compares slime with.
+"""GRPO on two-digit sums with TRL's GRPOTrainer, in TRL's own virtual environment; `loop` compares slime with it.
 
     .venv-trl/bin/python -m bench.trl_grpo --model DIR --data train.jsonl --out DIR --steps 16
 
-Path: `loop` starts this in turns with slime's run on the same task and reads `steps.jsonl`. Invariant: batch, sampling,
-loss, optimizer and reward function are those of slime's run; what TRL would spend on a CPU user's behalf without need
-(gradient checkpointing, bf16 autocast, logging) is off, and saving stands outside the measured time.
+- Used by: `loop`, which starts it in turns with slime's run on the same task and reads `steps.jsonl`.
+- Invariant: batch, sampling, loss, optimizer and reward function are those of slime's run. What TRL would spend on a
+  CPU without need (gradient checkpointing, bf16 autocast, logging) is off, and saving is outside the measured time.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ PROMPTS, SAMPLES, LONGEST = 32, 8, 40
 
 
 def reward(completions: Sequence[list[dict[str, str]]], label: Sequence[str], **_: Any) -> list[float]:
-    """slime's own rule. (The prompt ends in `<think>`: the response is what stands behind it.)"""
+    """Return the reward by slime's own rule. (The prompt ends in `<think>`, and the response is the text after it.)"""
     return [deepscaler(one[0]["content"], truth) for one, truth in zip(completions, label, strict=True)]
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step; saving stops the clock."""
+    """Measures the seconds of each step; saving stops the clock."""
 
     def __init__(self, out: Path, *, save_every: int) -> None:
         self._out, self._save_every = out, save_every
@@ -66,7 +66,7 @@ class Clock(TrainerCallback):
         setattr(owner, name, timed)
 
     def count(self, owner: Any, name: str) -> None:
-        """Keep how many tokens a generation made."""
+        """Record how many tokens a generation made."""
         function: Callable[..., Any] = getattr(owner, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole system on two CPU cores: make a model and a task, supervised start, convert, GRPO, convert back.
-# `make demo SEED=n` calls it. CONTROL=1 shuffles the rewards between samples, MODEL=qwen3-moe-tiny takes a mixture of
+# `make demo SEED=n` calls it. CONTROL=1 shuffles the rewards between samples, MODEL=qwen3-moe-tiny uses a mixture of
 # experts. Further arguments go to the GRPO run.
 set -euo pipefail
 
@@ -33,7 +33,7 @@ stage() { # stage NUMBER TITLE COMMAND...: run it under a heading, and remember 
    printf -- '--- %s s\n' "$((SECONDS - start))"
 }
 
-quietly() { # quietly LOG COMMAND...: output goes to LOG, and to the terminal only where the command fails
+quietly() { # quietly LOG COMMAND...: output goes to LOG, and to the terminal only if the command fails
    local log="$1"
    shift
    if ! "$@" >"${log}" 2>&1; then

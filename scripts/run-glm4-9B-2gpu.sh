@@ -1,8 +1,8 @@
 #!/bin/bash
-# GLM4-9B on two GPUs of 141 GB, shared by training and generation. Arguments given to this script are added last and win:
+# GLM4-9B on two GPUs of 141 GB, shared by training and generation. Arguments of this script are added last and win:
 #   bash scripts/run-glm4-9B-2gpu.sh --dry-run
-# Variables: HF_DIR (the model; also one that tools/make_random_checkpoint.py wrote), PROMPT_DATA, EVAL_DATA (none),
-# SAVE_DIR (nothing is saved where it is empty).
+# Variables: HF_DIR (the model; one made by tools/make_random_checkpoint.py also works), PROMPT_DATA, EVAL_DATA (none),
+# SAVE_DIR (if empty, nothing is saved).
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
@@ -14,7 +14,7 @@ SAVE_DIR="${SAVE_DIR-/root/GLM-Z1-9B-0414_slime/}"
 
 CKPT_ARGS=(
    --hf-checkpoint "${HF_DIR}"
-   # An HF directory serves as it is; nothing has to be converted
+   # An HF directory works as it is, without conversion
    --ref-load "${HF_DIR}"
 )
 if [[ -n "${SAVE_DIR}" ]]; then
@@ -29,7 +29,7 @@ ROLLOUT_ARGS=(
    --apply-chat-template
    --rollout-shuffle
 
-   # What stands after </think> is judged
+   # The text after </think> is judged
    --rm-type deepscaler
 
    --num-rollout 1000
@@ -49,7 +49,7 @@ fi
 PERF_ARGS=(
    --bf16
    # Weights, gradients and Adam's state take 79 GiB of each GPU. There is one data-parallel rank: a distributed
-   # optimizer would have nothing to share out.
+   # optimizer would have nothing to distribute.
    --tensor-model-parallel-size 2
    --sequence-parallel
    --pipeline-model-parallel-size 1
@@ -82,11 +82,11 @@ OPTIMIZER_ARGS=(
 SGLANG_ARGS=(
    --rollout-engine sglang
    --rollout-num-gpus-per-engine 2
-   # Of the whole GPU, for weights and KV cache; the rest is for the trainer's CUDA context and for buckets of weights
+   # The share of the GPU for weights and KV cache; the rest is for the trainer's CUDA context and weight buckets
    --sglang-mem-fraction-static 0.6
 )
 
-# train.py starts a Ray of its own, or joins the one at RAY_ADDRESS (HOST:6379). A plan needs neither.
+# train.py starts its own Ray, or joins the one at RAY_ADDRESS (HOST:6379). A dry run needs neither.
 cd "${SCRIPT_DIR}/.."
 exec python3 train.py \
    --colocate \

@@ -1,5 +1,5 @@
 #!/bin/bash
-# GLM4-9B on 8 GPUs: 4 train, 4 generate. Arguments given to this script are added last and win:
+# GLM4-9B on 8 GPUs: 4 train, 4 generate. Arguments of this script are added last and win:
 #   bash scripts/run-glm4-9B.sh --dry-run
 set -euo pipefail
 
@@ -97,8 +97,8 @@ SGLANG_ARGS=(
    --rollout-num-gpus-per-engine 2
 )
 
-# With RAY_ADDRESS, here the URL of Ray's job server (http://HOST:8265), the job goes to the cluster that runs there;
-# else train.py starts a Ray of its own. A plan needs neither.
+# If RAY_ADDRESS is the URL of Ray's job server (http://HOST:8265), the job is submitted to that cluster; otherwise
+# train.py starts its own Ray. A dry run needs neither.
 cd "${SCRIPT_DIR}/.."
 SUBMIT=()
 if [[ -n "${RAY_ADDRESS:-}" && " $* " != *" --dry-run "* ]]; then

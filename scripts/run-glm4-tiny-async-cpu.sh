@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# run-glm4-tiny-cpu.sh with train_async.py: each rollout is generated while the one before it trains.
-# Its variables and its flags; further arguments are passed on, and the last value of a flag wins.
+# run-glm4-tiny-cpu.sh with train_async.py: the next rollout is generated while the current one trains.
+# It has the same variables and flags. Further arguments are passed on, and the last value of a flag wins.
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GRPO on two-digit sums: the shape of run-glm4-9B.sh at a size for two CPU cores.
+# GRPO on two-digit sums: like run-glm4-9B.sh, at a size for two CPU cores.
 # On a CPU, "GPUs" count worker processes: two train, two generate.
 # Variables: TASK_DIR (from examples/arithmetic/make_task.py), HF_DIR and REF_DIR (the model to start from, as an HF
 # directory and as torch_dist), SAVE_DIR, SEED, MODEL (a file of models/, without .sh). Further arguments are passed on, and the last value of a flag wins.

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Llama-3.2-1B-Instruct on 4 GPUs: 2 train, 2 generate. Arguments given to this script are added last and win:
+# Llama-3.2-1B-Instruct on 4 GPUs: 2 train, 2 generate. Arguments of this script are added last and win:
 #   bash scripts/run-llama3.2-1B.sh --dry-run
 set -euo pipefail
 
@@ -15,14 +15,14 @@ CKPT_ARGS=(
 )
 
 ROLLOUT_ARGS=(
-   # All but the first 256 problems, which are for evaluation
+   # All problems but the first 256, which are for evaluation
    --prompt-data /root/dapo-math-17k/dapo-math-17k.jsonl@[256:]
    --input-key prompt
    --label-key label
    --apply-chat-template
    --rollout-shuffle
 
-   # The last \boxed{...} of the answer; deepscaler would ask for a </think> before it, which this model does not write
+   # The last \boxed{...} of the answer. (deepscaler requires a </think> before it, which this model does not write.)
    --rm-type math
 
    --num-rollout 500
@@ -80,8 +80,8 @@ SGLANG_ARGS=(
    --rollout-num-gpus-per-engine 1
 )
 
-# With RAY_ADDRESS, here the URL of Ray's job server (http://HOST:8265), the job goes to the cluster that runs there;
-# else train.py starts a Ray of its own. A plan needs neither.
+# If RAY_ADDRESS is the URL of Ray's job server (http://HOST:8265), the job is submitted to that cluster; otherwise
+# train.py starts its own Ray. A dry run needs neither.
 cd "${SCRIPT_DIR}/.."
 SUBMIT=()
 if [[ -n "${RAY_ADDRESS:-}" && " $* " != *" --dry-run "* ]]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # run-glm4-tiny-cpu.sh with a mixture of experts: trained with the experts that the engines chose for each token.
-# Its variables and its flags; further arguments are passed on, and the last value of a flag wins.
+# It has the same variables and flags. Further arguments are passed on, and the last value of a flag wins.
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"

@@ -198,9 +198,8 @@ def words_of(node: ast.expr | None) -> str | None:
 
 
 KEYWORDS = {"help", "choices", "aliases", "cli_name", "type_parser", "nargs", "required", "action", "action_kwargs"}
-"""Keywords that `Arg(...)` and `add_argument(...)` have in SGLang's source; a new one may change what a flag means."""
 KEYWORDS |= {"const", "no_cli", "resolvable", "fallback", "type", "default", "dest", "new_flag"}
-"""What `Arg(...)` and `add_argument(...)` may say in SGLang's source; another word may change what a flag means."""
+"""Keywords of `Arg(...)` and `add_argument(...)` in SGLang's source; another word may change what a flag means."""
 ACTIONS = {"store_true", "argparse.BooleanOptionalAction", "LoRAPathAction", "DeprecatedStoreTrueAction"}
 
 FROM_WORDS = {"Union[set[str], List[str]]": "List[str]", "Union[str, Dict]": "str"}

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Make the demo's task: a tiny model with a tokenizer of its own, two-digit sums, and a careless pupil's answers.
+"""Make the demo's task: a tiny model with its own tokenizer, two-digit sums, and a careless pupil's answers.
 
     python3 examples/arithmetic/make_task.py --out outputs/task --seed 1 [--model qwen3_moe]
 
-writes `model/` (an HF directory: Glm4ForCausalLM, or Qwen3MoeForCausalLM; random weights), `train.jsonl` and
-`eval.jsonl` (DAPO-style lines: `prompt` a list of OpenAI messages, `label` a string), `demonstrations.jsonl` (prompt
-and `response`, for the supervised start) and `eval.yaml` (the evaluation file at the rollout's temperature, and
-greedy).
+This writes `model/` (an HF directory: Glm4ForCausalLM, or Qwen3MoeForCausalLM; random weights), `train.jsonl` and
+`eval.jsonl` (DAPO-style lines: `prompt` is a list of OpenAI messages, `label` a string), `demonstrations.jsonl` (prompt
+and `response`, for the supervised start) and `eval.yaml` (an evaluation file with two settings: the rollout's
+temperature, and greedy).
 
-The pupil guesses half of the time, and forgets most carries; worked sums are right where no carry is lost.
-Reinforcement learning then has something to find: working instead of guessing, and carrying. The split is on
-unordered pairs: where a+b is held out, b+a is too.
+The pupil guesses half of the time and forgets most carries; worked sums are right if no carry is lost. So reinforcement
+learning has something to find: work instead of guessing, and carry. The split is on unordered pairs: if a+b is held
+out, b+a is held out too.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ datasets:
   - {{name: greedy, path: {path}, temperature: 0}}
 """
 SPLIT_SEED = 20240614
-"""One split for all runs: seeds of a run vary weights, demonstrations, data order and sampling."""
+"""All runs have the same split: the seed of a run changes weights, demonstrations, data order and sampling."""
 GUESSES = 0.5
-"""Share of demonstrations without any work, whose answer is up to 9 off."""
+"""The share of demonstrations without any work, whose answer is up to 9 off."""
 FORGOTTEN_CARRIES = 0.7
 
 Pair = tuple[int, int]
 
 
 def split_problems(low: int, high: int, num_eval: int) -> tuple[list[Pair], list[Pair]]:
-    """All ordered pairs of low..high as (train, eval); a pair and its mirror image lie on the same side.
+    """Return all ordered pairs of low..high as (train, eval); a pair and its mirror image are on the same side.
 
     `eval` has `num_eval` problems, or one more.
     """
@@ -64,7 +64,7 @@ def split_problems(low: int, high: int, num_eval: int) -> tuple[list[Pair], list
 
 
 def answer_like_a_careless_pupil(a: int, b: int, rng: random.Random) -> str:
-    """The response to `a+b=?` behind the prompt's `<think>`: digit sums, carries as steps of their own, the box."""
+    """Return the response to `a+b=?` after the prompt's `<think>`: digit sums, carries as separate steps, the box."""
     if rng.random() < GUESSES:
         return f"</think>\\boxed{{{max(0, a + b + rng.randint(-9, 9))}}}"
     carry, steps, digits = False, list[str](), list[str]()
@@ -81,7 +81,7 @@ def answer_like_a_careless_pupil(a: int, b: int, rng: random.Random) -> str:
 
 
 def make_tokenizer() -> Any:
-    """One token a character, GLM-4's special tokens, and a chat template that ends in `<think>`."""
+    """Return a tokenizer: one token per character, GLM-4's special tokens, and a template that ends in `<think>`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -122,10 +122,10 @@ def _common_config() -> dict[str, Any]:
 
 
 def _make_glm4() -> Any:
-    """Glm4ForCausalLM.
+    """Return a Glm4ForCausalLM.
 
-    Sandwich norms bring every sub-layer's output to RMS 1, in which an embedding of the usual std 0.02 drowns:
-    hence larger embeddings and smaller norm weights.
+    Sandwich norms bring the output of every sub-layer to RMS 1, so an embedding of the usual std 0.02 would be
+    negligible: hence larger embeddings and smaller norm weights.
     """
     import torch
     from transformers import Glm4Config, Glm4ForCausalLM
@@ -145,11 +145,11 @@ def _make_glm4() -> Any:
 
 
 def _make_qwen3_moe() -> Any:
-    """Qwen3MoeForCausalLM: two of eight experts a token, which so passes through 0.63 M parameters."""
+    """Return a Qwen3MoeForCausalLM with two of eight experts for each token, so a token uses 0.63 M parameters."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        **{**_common_config(), "head_dim": 64},  # SGLang's kernel for q and k norms with RoPE takes no narrower ones
+        **{**_common_config(), "head_dim": 64},  # SGLang's kernel for q and k norms with RoPE needs at least 64
         num_experts=8,
         num_experts_per_tok=2,
         moe_intermediate_size=64,
@@ -166,7 +166,7 @@ MODELS = {"glm4": _make_glm4, "qwen3_moe": _make_qwen3_moe}
 
 
 def make_model(seed: int, family: str = "glm4") -> Any:
-    """One of about a million parameters, with the weights of this seed."""
+    """Return a model of about a million parameters, with the weights of this seed."""
     import torch
 
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The demo's control: every sample is paid for another one's answer, so there is nothing to learn.
+"""The demo's control: every sample gets another sample's reward, so there is nothing to learn.
 
 --custom-reward-post-process-path examples.arithmetic.shuffled_rewards.shuffle
 """
@@ -12,7 +12,7 @@ from slime.core.sample import Sample
 
 
 def shuffle(args: Any, samples: list[Sample]) -> list[float]:
-    """The rewards of a rollout, permuted over all samples that have one; the permutation goes by seed and rollout."""
+    """Permute the rewards of a rollout over all samples that have one; the permutation depends on seed and rollout."""
     judged = [row for row, sample in enumerate(samples) if sample.reward is not None]
     payees = judged.copy()
     random.Random(f"{args.rollout_seed} {samples[0].index}").shuffle(payees)

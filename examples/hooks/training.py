@@ -1,11 +1,9 @@
-"""From rewards to the loss.
+"""Hooks from rewards to the loss.
 
-    --custom-reward-post-process-path examples.hooks.training.minus_length
-    --custom-convert-samples-to-train-data-path examples.hooks.training.only_judged
-    --custom-advantage-function-path examples.hooks.training.reward_minus_mean
-    --loss-type custom_loss --custom-loss-function-path examples.hooks.training.reinforce
-
-Shapes: _N samples, _R response tokens.
+--custom-reward-post-process-path examples.hooks.training.minus_length
+--custom-convert-samples-to-train-data-path examples.hooks.training.only_judged
+--custom-advantage-function-path examples.hooks.training.reward_minus_mean
+--loss-type custom_loss --custom-loss-function-path examples.hooks.training.reinforce
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from slime.core.sample import Sample
 
 
 def minus_length(args: Args, samples: list[Sample]) -> list[float]:
-    """A tenth less for a response as long as it may be; one whose reward failed stays without."""
+    """Subtract up to 0.1, in proportion to the response's length; a failed reward stays failed (nan)."""
     limit = args.rollout_max_response_len
     return [
         float("nan")
@@ -31,17 +29,17 @@ def minus_length(args: Args, samples: list[Sample]) -> list[float]:
 
 
 def only_judged(args: Args, samples: list[Sample]) -> TrainBatch:
-    """Without the samples whose reward failed, which would be left out of the loss anyway."""
+    """Leave out samples whose reward failed; the loss would ignore them anyway."""
     return from_samples([sample for sample in samples if sample.reward is not None], args.reward_key)
 
 
 def reward_minus_mean(args: Args, batch: TrainBatch) -> Array:
-    """The whole rollout as one baseline."""
+    """Use the mean reward of the whole rollout as the baseline."""
     rewards_N = np.nan_to_num(batch.columns["rewards"])
     return np.repeat(rewards_N - rewards_N.mean(), batch.response_lengths_N).astype(np.float32)
 
 
 def reinforce(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
-    """Williams, "Simple statistical gradient-following algorithms", 1992."""
+    """REINFORCE: Williams, "Simple statistical gradient-following algorithms", 1992."""
     loss_R = -inputs.advantages_R * inputs.log_probs_R
     return loss_R, {"pg_loss": loss_R.detach()}

@@ -1,23 +1,23 @@
-r"""A model that uses a calculator: several turns in one sample, and no loss on what the tool wrote.
+r"""A model that uses a calculator: several turns in one sample, and no loss on the tool's output.
 
     --custom-generate-function-path examples.tool_use.calculator.generate
     --custom-convert-samples-to-train-data-path examples.tool_use.calculator.without_outputs      (supervised start)
 
-The model writes `calc(47*8)`; the engine stops there; the tool's `=376;` is appended, and the model goes on:
+The model writes `calc(47*8)` and the engine stops there. The tool's `=376;` is appended, and the model continues:
 
     <think>calc(47*8)=376;calc(376+35)=411;</think>\boxed{411}
                      ~~~~~            ~~~~~                      from the tool: loss_mask 0
 
-What a generate function of several turns has to keep to:
+The rules for a generate function with several turns:
 
-1. Tokens stay as they were sampled; the tool's text alone is tokenised. `generate_sample` appends what the engine
-   answers, and counts what is there against the limit of the response.
-2. Every response token has an entry in every per-token field. One that no policy has sampled has loss_mask 0, which
-   keeps it out of the loss, of importance weights and of every metric of tokens; its log-prob is 0 and its policy
-   version that of the token before it, so that the fields stay whole.
-3. Between two turns the state is the sample alone. An aborted one is returned as it is (Status.ABORTED), and may come
-   back later with its tokens: the function looks at them first, and goes on.
-4. What the model writes is parsed, never run: no `eval`.
+1. Sampled tokens stay as they are; only the tool's text is tokenised. `generate_sample` appends the engine's answer and
+   counts the tokens that are already there against the limit of the response.
+2. Every response token has an entry in every per-token field. One that no policy sampled has loss_mask 0, which keeps
+   it out of the loss, the importance weights and every metric over tokens. Its log-prob is 0 and its policy version is
+   that of the token before it, so that all fields have the same length.
+3. Between two turns, the sample is the only state. An aborted sample is returned as it is (Status.ABORTED) and may come
+   back later with its tokens: the function looks at them first, and continues from there.
+4. The model's text is parsed, never executed: no `eval`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ CALL = re.compile(r"calc\(([^()]*)\)")
 CALL_END = ")"
 EXPRESSION = re.compile(r"\d{1,9}(?:[-+*]\d{1,9}){0,3}")
 OUTPUT = re.compile(r"(?<=\))=-?[\d?]*;")
-"""What the tool has appended, in a text."""
+"""Matches the tool's outputs in a text."""
 
 
 def calculate(expression: str) -> int | None:
-    """The value of up to four numbers joined by + - *, products first; None where it is no such thing."""
+    """Return the value of up to four numbers joined by + - *, products first; None for anything else."""
     if not EXPRESSION.fullmatch(expression):
         return None
     total = 0
@@ -56,7 +56,7 @@ def calculate(expression: str) -> int | None:
 
 
 def output_of(text: str) -> str | None:
-    """What the tool answers to a text that ends in a call; None where it ends in none."""
+    """Return the tool's answer to a text that ends in a call; None if it does not end in a call."""
     calls = list(CALL.finditer(text))
     if not calls or calls[-1].end() != len(text):
         return None
@@ -65,7 +65,7 @@ def output_of(text: str) -> str | None:
 
 
 async def generate(args: Args, sample: Sample, sampling_params: SamplingParams, context: RolloutContext) -> Sample:
-    """Turns of the model and of the tool, until the model is done, or has no room left, or is aborted."""
+    """Alternate turns of the model and the tool, until the model finishes, has no room left, or is aborted."""
     until_call = replace(sampling_params, stop=(*sampling_params.stop_strings, CALL_END))
     if sample.loss_mask is None:
         sample.loss_mask = [1] * sample.response_length
@@ -73,7 +73,7 @@ async def generate(args: Args, sample: Sample, sampling_params: SamplingParams, 
         output = output_of(sample.response)
         if output is not None:
             [tokens] = tokenize(context.tokenizer, [output], add_special_tokens=False)
-            if room(args, sample, sys.maxsize) <= len(tokens):  # the response's limit is the model's, not the tool's
+            if room(args, sample, sys.maxsize) <= len(tokens):  # the response's limit is for the model's tokens
                 sample.status = Status.TRUNCATED
                 return sample
             append_unsampled(sample, tokens)
@@ -83,7 +83,7 @@ async def generate(args: Args, sample: Sample, sampling_params: SamplingParams, 
 
 
 def append_unsampled(sample: Sample, tokens: list[int]) -> None:
-    """Response tokens that the model did not write."""
+    """Append response tokens that the model did not write."""
     assert sample.rollout_log_probs and sample.policy_versions and sample.loss_mask, "a call comes first"
     sample.tokens = [*sample.tokens, *tokens]
     sample.response_length += len(tokens)
@@ -93,10 +93,10 @@ def append_unsampled(sample: Sample, tokens: list[int]) -> None:
 
 
 def without_outputs(args: Args, samples: list[Sample]) -> TrainBatch:
-    """Demonstrations that hold the tool's outputs: the model is to read them, not to write them.
+    """Mask the tool's outputs in demonstrations: the model should read them, not learn to write them.
 
-    With one token a character, as this example's tokenizer has it up to `</think>`, places in the text are places in
-    the tokens.
+    This example's tokenizer has one token for each character up to `</think>`, so positions in the text are positions
+    in the tokens.
     """
     for sample in samples:
         outputs = chain.from_iterable(range(*match.span()) for match in OUTPUT.finditer(sample.response))

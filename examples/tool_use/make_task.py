@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Make the tool example's task: problems like 47*8+35, and a careless pupil who has a calculator.
+"""Make the tool example's task: problems like 47*8+35, and demonstrations by a careless pupil with a calculator.
 
     PYTHONPATH=. python3 examples/tool_use/make_task.py --out outputs/tool-use/task --seed 1
 
-writes what examples/arithmetic/make_task.py writes (the same tiny GLM-4 and its tokenizer), for other problems. The
-demonstrations show the whole conversation with the calculator, its outputs included:
+It writes the same files as examples/arithmetic/make_task.py (with the same tiny GLM-4 and its tokenizer), for other
+problems. The demonstrations show the whole conversation with the calculator, including its outputs:
 
     calc(47*8)=376;calc(376+35)=411;</think>\\boxed{411}
 
-The pupil guesses more often than it asks, and mistypes every fourth number: a slip is carried on to the end.
-Reinforcement learning then has something to find: to ask, and to copy with care.
+The pupil guesses more often than it uses the calculator, and mistypes every fourth number; such a slip is carried on to
+the end. So reinforcement learning has something to find: use the calculator, and copy with care.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from examples.arithmetic.make_task import EVAL_CONFIG, make_model, make_tokenize
 from examples.tool_use.calculator import calculate
 
 SPLIT_SEED = 20240614
-"""One split for all runs: seeds of a run vary weights, demonstrations, data order and sampling."""
+"""All runs have the same split: the seed of a run changes weights, demonstrations, data order and sampling."""
 GUESSES = 0.6
-"""Share of demonstrations that ask nothing, and answer up to 9 off."""
+"""The share of demonstrations that do not use the calculator and are up to 9 off."""
 SLIPS = 0.25
-"""Share of calls in which one digit of a number is another one."""
+"""The share of calls in which one digit of a number is wrong."""
 
 Problem = tuple[int, int, int]
 
 
 def split_problems(num_train: int, num_eval: int) -> tuple[list[Problem], list[Problem]]:
-    """Different problems a * b + c as (train, eval)."""
+    """Return different problems a * b + c as (train, eval)."""
     everything = [(a, b, c) for a in range(10, 100) for b in range(2, 10) for c in range(10, 100)]
     drawn = random.Random(SPLIT_SEED).sample(everything, num_train + num_eval)
     return drawn[:num_train], drawn[num_train:]
 
 
 def ask_like_a_careless_pupil(problem: Problem, rng: random.Random) -> str:
-    """The response to `a*b+c=?` behind the prompt's `<think>`, with what the calculator says between."""
+    """Return the response to `a*b+c=?` after the prompt's `<think>`, including the calculator's outputs."""
     a, b, c = problem
     if rng.random() < GUESSES:
         return f"</think>\\boxed{{{max(0, a * b + c + rng.randint(-9, 9))}}}"
@@ -52,7 +52,7 @@ def ask_like_a_careless_pupil(problem: Problem, rng: random.Random) -> str:
 
 
 def _typed(number: int, rng: random.Random) -> str:
-    """The number, or one with another digit in one place."""
+    """Return the number, sometimes with one wrong digit."""
     digits = list(str(number))
     if rng.random() < SLIPS:
         place = rng.randrange(len(digits))

@@ -32,5 +32,5 @@ def weight_table(architecture: Architecture) -> WeightTable:
         raise ValueError(f"model_type {architecture.family!r} has no weight table; there are: {', '.join(FAMILIES)}")
     # Files of tied models often hold the output layer too, as a copy of the embedding.
     copies = {"lm_head.weight": "model.embed_tokens.weight"} if architecture.tied_embeddings else {}
-    behind = f"model.layers.{architecture.num_layers}." if architecture.family == "glm4_moe" else None
-    return WeightTable(FAMILIES[architecture.family](architecture), architecture.num_layers, copies, behind)
+    mtp_layer = f"model.layers.{architecture.num_layers}." if architecture.family == "glm4_moe" else None
+    return WeightTable(FAMILIES[architecture.family](architecture), architecture.num_layers, copies, mtp_layer)

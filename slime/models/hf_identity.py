@@ -1,4 +1,4 @@
-"""What a run depends on in a Hugging Face directory: tokenizer, chat template and the content of config.json.
+"""The identity of a Hugging Face directory to a run: tokenizer, chat template and the content of config.json.
 
 - Used by: the trainer, which stores it in each checkpoint and compares it when a run is resumed.
 - Invariant: it changes exactly when a run would read something else, and not with the layout of the files (key order,

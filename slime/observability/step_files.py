@@ -76,7 +76,7 @@ class StepFilesWriter:
             self._places = StepFiles(directory).places if (directory / INDEX).exists() else []
             probe = directory / f"{TMP_PREFIX}{INDEX}"
             probe.touch()
-            probe.unlink()  # so that a run that fails before its first step leaves nothing behind
+            probe.unlink()  # so that a run that fails before its first step leaves no file
         except OSError as error:
             raise ValueError(
                 f"{FLAG} {directory}: cannot be written ({error.strerror}); name another directory"

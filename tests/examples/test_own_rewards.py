@@ -40,7 +40,7 @@ def test_a_language_model_as_judge(monkeypatch: pytest.MonkeyPatch) -> None:
 
     *numbers, odd = asyncio.run(run())
     assert numbers == [Verdict(0.0), Verdict(0.3), Verdict(1.0)]
-    assert odd.failure == "error: ValueError: the judge replied 'well ...', which is no number from 0 to 10"
+    assert odd.failure == "error: ValueError: the judge replied 'well ...', which is not a number from 0 to 10"
 
 
 def test_the_shortest_right_response_of_a_group() -> None:

@@ -247,7 +247,7 @@ def test_files_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     expected = (
         "is damaged",
         "1-1.safetensors is missing; index.json lists",
-        "of format 99",
+        "has format 99",
         "is not an index",
         "'../a/x.safetensors' is no file of this directory",
         *["is not an index"] * 3,
