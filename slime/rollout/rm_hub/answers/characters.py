@@ -55,6 +55,7 @@ _ORDINAL = re.compile(
     r"(?<=\d)\s*(?:\^\s*)?(?:\{\s*)?(?:\\(?:text|mathrm|textrm|textsuperscript)\s*\{\s*)?(?:st|nd|rd|th)\b\s*\}{0,2}"
 )
 """`5th`, `5^{th}`, `5^{\\text{th}}`: the ending says nothing."""
+_HALF_OF_DAY = re.compile(r"(?<=\d)\s?([ap])(?:\.\s?m\.?|m)(?![A-Za-z])")
 _DOTS = re.compile(r"\.\s?\.\s?\.")
 _EMPHASIS = re.compile(r"(\*\*|__|`+)(.+)\1")
 
@@ -93,7 +94,8 @@ def _unwrapped(text: str) -> str:
     emphasised = _EMPHASIS.fullmatch(text.strip())
     text = emphasised[2] if emphasised else text
     text = _SPACES.sub(_space, text).strip()
-    while _ENDING.search(text):
+    text = _HALF_OF_DAY.sub(lambda match: rf"\text{{ {match[1]}m}}", text)
+    while _ENDING.search(text) or text.endswith("\\"):
         text = text[:-1].rstrip()
     return text
 

@@ -12,12 +12,15 @@ from dataclasses import dataclass, replace
 
 from slime.rollout.rm_hub.answers import library, regions
 from slime.rollout.rm_hub.answers.characters import one_spelling
+from slime.rollout.rm_hub.answers.cutting import joined
 from slime.rollout.rm_hub.answers.equality import equal_trees, proportional
 from slime.rollout.rm_hub.answers.lists import progression
-from slime.rollout.rm_hub.answers.structure import Answer, Chain, Many, Opaque, Reader, Region, Value, Words, joined
+from slime.rollout.rm_hub.answers.parts import agree_on_qualifiers, bare, names_in, units_of
+from slime.rollout.rm_hub.answers.structure import Answer, Chain, Many, Opaque, Reader, Region, Value, Words
 from slime.rollout.rm_hub.answers.tokens import UnreadError, tokenise
 from slime.rollout.rm_hub.answers.trees import Node, number
 from slime.rollout.rm_hub.answers.units import NO_UNIT, PERCENT, may_be_left_out
+from slime.rollout.rm_hub.answers.vocabulary import OTHER_WORDS
 
 MAX_ITEMS = 60
 """Of a list whose order does not matter: each may be compared with each."""
@@ -39,7 +42,10 @@ def equal_answers(answer: str, label: str) -> bool:
         if joined(tokenise(ours)) == joined(tokenise(theirs)):
             return True
         one, other = read_both(ours, theirs)
-        if same(*_without_braces(one, other)):
+        if not agree_on_qualifiers(one, other):
+            return False
+        one, other = bare(one, other)
+        if same(one, other):
             return True
         for text, each, value in ((ours, one, other), (theirs, other, one)):
             if isinstance(each, Opaque) and isinstance(value, Value) and library.may_read(text):
@@ -48,7 +54,7 @@ def equal_answers(answer: str, label: str) -> bool:
             return False
         # `5 m` is five times m, unless the other answer has a unit.
         one, other = read_both(ours, theirs, letters_are_units=True)
-        return bool(units_of(one)) and bool(units_of(other)) and same(one, other)
+        return bool(units_of(one)) and bool(units_of(other)) and same(*bare(one, other))
     except (UnreadError, RecursionError):
         return False
 
@@ -62,33 +68,6 @@ def read_both(ours: str, theirs: str, letters_are_units: bool = False) -> tuple[
         reader = Reader(frozenset(reader.applied - reader.alone))
         one, other = reader.read(tokens[0]), reader.read(tokens[1])
     return one, other
-
-
-def _without_braces(one: Answer, other: Answer) -> tuple[Answer, Answer]:
-    r"""`\{5\}` as 5, where the other answer is no set."""
-    sets = [isinstance(each, Many) and each.kind == "set" for each in (one, other)]
-    if sets.count(True) != 1:
-        return one, other
-    ours, theirs = (
-        each.items[0] if isinstance(each, Many) and each.kind == "set" and len(each.items) == 1 else each
-        for each in (one, other)
-    )
-    return ours, theirs
-
-
-def units_of(answer: Answer) -> frozenset[str]:
-    """The units of all values in it."""
-    if isinstance(answer, Value):
-        return frozenset({answer.unit.name} - {""})
-    if isinstance(answer, Many):
-        inner = answer.items
-    elif isinstance(answer, Chain):
-        inner = answer.sides
-    elif isinstance(answer, Region):
-        inner = answer.parts
-    else:
-        return frozenset()
-    return frozenset[str]().union(*(units_of(part) for part in inner))
 
 
 def same(one: Answer, other: Answer) -> bool:
@@ -170,7 +149,7 @@ def name_of(side: Answer) -> tuple[object, ...] | None:
         if side.node.op == "apply":
             return (side.node.name, "()", len(side.node.args))
     if isinstance(side, Words):
-        return side.parts
+        return None if OTHER_WORDS & {part for part in side.parts if isinstance(part, str)} else side.parts
     if isinstance(side, Many) and side.kind == "tuple":
         names = tuple(name_of(item) for item in side.items)
         return None if None in names else names
@@ -213,7 +192,7 @@ def named(answer: Answer) -> Named | None:
             else:
                 name = (*name, argument)
         return Named(name, value, general)
-    return None if {*name} & _names_in(value) else Named(name, value, value)
+    return None if {*name} & names_in(value) else Named(name, value, value)
 
 
 def _named_list(answer: Many) -> Named | None:
@@ -232,14 +211,6 @@ def _named_list(answer: Many) -> Named | None:
     return Named(first.name, together, together)
 
 
-def _names_in(answer: Answer) -> frozenset[str]:
-    if isinstance(answer, Value):
-        return answer.node.names()
-    if isinstance(answer, Many):
-        return frozenset[str]().union(*map(_names_in, answer.items))
-    return frozenset()
-
-
 def _renamed(node: Node, old: str, new: str) -> Node:
     if node.op == "symbol" and node.name == old:
         return replace(node, name=new)
@@ -254,6 +225,15 @@ def _spread(chain: Chain) -> Many | None:
     if len(left.items) != len(right.items) or left.kind != "tuple" or right.kind != "tuple":
         return None
     return Many("bare", tuple(Chain(("=",), pair) for pair in zip(left.items, right.items, strict=True)))
+
+
+def _solution(system: Many) -> Many | None:
+    """`x=1, y=2` as `(1,2)`: values of different letters, in the order of the alphabet."""
+    found = [named(item) if isinstance(item, Chain) else None for item in system.items]
+    names = [each.name for each in found if each is not None and len(each.name) == 1]
+    if len(found) < 2 or len(names) != len(found) or names != sorted(set(names), key=str):
+        return None
+    return Many("tuple", tuple(each.value for each in found if each is not None), "()")
 
 
 def _same_chains(one: Chain, other: Chain) -> bool:
@@ -288,6 +268,10 @@ def _turned(chain: Chain) -> Chain:
 
 def _same_many(one: Many, other: Many) -> bool:
     kinds = {one.kind, other.kind}
+    if kinds == {"bare", "tuple"}:
+        system, point = (one, other) if one.kind == "bare" else (other, one)
+        solved = _solution(system)
+        return solved is not None and point.brackets == "()" and _same_many(solved, point)
     if kinds == {"ratio"}:
         return _same_ratios(one, other)
     if one.dots >= 0 or other.dots >= 0:
@@ -299,6 +283,8 @@ def _same_many(one: Many, other: Many) -> bool:
         return all(map(same, one.items, other.items))
     if kinds <= {"bare", "set"}:
         ours, theirs = one.items, other.items
+        if {one.connective, other.connective} == {"and", "or"}:
+            return False
         if kinds == {"bare"} and len(ours) > 2 and all(map(_letter, (*ours, *theirs))):
             return len(ours) == len(theirs) and all(map(same, ours, theirs))  # a ranking
         if kinds != {"bare"}:

@@ -27,7 +27,7 @@ POINTS = 6
 """Positive ones, and as many of either sign."""
 ROUNDED_DIGITS = 7
 """Significant digits from which two decimals are equal if the shorter is the longer one, rounded."""
-CLOSED_DIGITS = 10
+CLOSED_DIGITS = 15
 """Significant digits from which a decimal equals a closed form (`\\sqrt{17}`) that rounds to it."""
 
 

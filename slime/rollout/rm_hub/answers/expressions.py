@@ -237,14 +237,23 @@ class Parser(Stream):
         name = self.take().text
         while self.sees("_"):
             name += "_" + self.subscript()
-        while self.sees("'", "prime") or (self.sees("^") and self.peek(1).text in ("prime", "'")):
-            self.at += 1 + self.sees("^")
+        while primes := self.primes():
+            self.at += primes
             name += "'"
         if name in ("e", "i"):
             return Node(name)
         if self.sees("(") and (self.functions is None or name in self.functions):
             return Node("apply", self.several("("), name)
         return Node("symbol", name=name)
+
+    def primes(self) -> int:
+        r"""How many tokens the next prime takes: `'`, `^\prime` or `^{\prime}`; 0 where none follows."""
+        texts = [self.peek(ahead).text for ahead in range(4)]
+        if texts[0] in ("'", "prime"):
+            return 1
+        if texts[0] == "^" and texts[1] in ("'", "prime"):
+            return 2
+        return 4 if texts[:2] == ["^", "{{"] and texts[2:] in (["'", "}}"], ["prime", "}}"]) else 0
 
     def several(self, opening: str) -> tuple[Node, ...]:
         self.expect(opening)
@@ -259,6 +268,8 @@ class Parser(Stream):
 
     def command(self, name: str) -> Node:
         if name == "frac":
+            if self.is_derivative():
+                raise UnreadError("a derivative")
             above = self.fraction_argument()
             return Node("/", (above, self.fraction_argument()))
         if name == "binom":
@@ -285,6 +296,19 @@ class Parser(Stream):
         if name.startswith("begin:"):
             return self.matrix(name.removeprefix("begin:"))
         raise UnreadError(f"{name} is not read")
+
+    def is_derivative(self) -> bool:
+        r"""`\frac{dy}{dx}`, `\frac{d}{dx}`: the letters are no factors."""
+        start, groups = self.at, list[list[str]]()
+        for _ in range(2):
+            end = start
+            while end < len(self.tokens) and self.tokens[end].text != "}}":
+                end += 1
+            groups.append([token.text for token in self.tokens[start : end + 1]])
+            start = end + 1
+        above, below = groups
+        signs = ("d", r"\partial")
+        return len(below) == 4 and below[0] == "{{" and below[1] in signs and above[:2] == ["{{", below[1]]
 
     def root(self) -> Node:
         degree = number(2)
@@ -313,7 +337,7 @@ class Parser(Stream):
     def function_argument(self) -> Node:
         r"""`\sin(x)`: the group; `\sin 2x`: the factors up to the next operator, function or parenthesis."""
         if self.sees("(", "[", "{{", "|"):
-            return self.power()
+            return self.nested(self.atom)  # a power that follows is one of the function: `\sin(x)^2`
         negative = self.sees("-")
         self.at += negative
         node = self.nested(self.power)

@@ -6,14 +6,30 @@ the structure; only introductions ("the answer is") and the wrapping of a single
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from slime.rollout.rm_hub.answers.cutting import (
+    SEPARATORS,
+    SET_OPERATIONS,
+    STRIPPED_SIGNS,
+    closing,
+    french,
+    introduced,
+    is_separator,
+    joined,
+    outside,
+    qualifier,
+    singular,
+    split,
+    unwrap,
+    without_punctuation,
+)
 from slime.rollout.rm_hub.answers.expressions import parse
 from slime.rollout.rm_hub.answers.tokens import Token, UnreadError
 from slime.rollout.rm_hub.answers.trees import Node, number
 from slime.rollout.rm_hub.answers.units import NO_UNIT, Unit, degree_ending, money_beginning, scale_of, unit_of
-from slime.rollout.rm_hub.answers.vocabulary import ARTICLES, INTRODUCTIONS, NUMBER_WORDS, pairs, words
+from slime.rollout.rm_hub.answers.vocabulary import ARTICLES, NUMBER_WORDS, pairs, words
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +56,8 @@ class Many:
     brackets: str = ""
     dots: int = -1
     """The index of the item that follows the dots."""
+    connective: str = ""
+    """`and` or `or`, where one of them connects the items of a bare list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +92,8 @@ _RELATIONS = pairs(
     Leftrightarrow Leftrightarrow mapsto mapsto propto propto
     """
 )
-_SEPARATORS = frozenset({",", ";"})
-_SET_OPERATIONS = ("cup", "setminus", "cap")
+_CONNECTIVES = {"and": "and", "wedge": "and", "or": "or", "vee": "or"}
 _SYSTEMS = frozenset(words("cases aligned align array gathered split rcases dcases gather"))
-_STRIPPED_SIGNS = frozenset({"=", ":", "approx", "therefore", "Rightarrow", "."})
 
 
 @dataclass
@@ -89,14 +105,14 @@ class Reader:
     alone: set[str] = field(default_factory=set[str])
 
     def read(self, tokens: Sequence[Token]) -> Answer:
-        tokens = _introduced(_unwrap(list(tokens)))
+        tokens = introduced(unwrap(list(tokens)))
         if not tokens:
             raise UnreadError("nothing")
-        tokens = _french(tokens)
+        tokens = french(qualifier(tokens))
         system = self._system(tokens)
         if system is not None:
             return system
-        parts, connectives = _split(tokens, _is_separator)
+        parts, connectives = split(tokens, is_separator)
         parts = [part for part in parts if part]
         if len(parts) == 1:
             return self._one(parts[0])
@@ -108,7 +124,8 @@ class Reader:
             return Region("or", tuple(items))
         if all(_conditions(item) for item in items) and words <= {"and", "wedge"}:
             return Region("and", tuple(items))
-        return _many("bare", items)
+        ends = {_CONNECTIVES[word] for word in words & _CONNECTIVES.keys()}
+        return replace(_many("bare", items), connective=ends.pop() if len(ends) == 1 else "")
 
     def _system(self, tokens: list[Token]) -> Answer | None:
         r"""The rows of a `cases` environment, or of `\left\{ ... \right.`; None where the tokens are neither."""
@@ -119,10 +136,10 @@ class Reader:
         if first.text == name or name not in _SYSTEMS or last.text != f"end:{name}":
             return None
         inner = [replace(token, kind="row") if token.text == ";" else token for token in tokens[1:-1]]
-        rows, _ = _split(inner, lambda token: token.kind == "row")
+        rows, _ = split(inner, lambda token: token.kind == "row")
         read: list[Answer] = []
         for row in rows:
-            cells = [cell for cell in _split(row, lambda token: token.text == "&")[0] if cell]
+            cells = [cell for cell in split(row, lambda token: token.text == "&")[0] if cell]
             if not cells:
                 continue
             joined = name in ("cases", "rcases", "dcases", "array") and len(cells) == 2 and not _continues(cells)
@@ -133,23 +150,23 @@ class Reader:
         return _many("bare", read)
 
     def _one(self, tokens: list[Token]) -> Answer:
-        tokens = _unwrap(tokens)
+        tokens = unwrap(tokens)
         if not tokens:
             raise UnreadError("nothing between separators")
-        sides, relations = _split(tokens, lambda token: token.kind in ("sign", "command") and token.text in _RELATIONS)
+        sides, relations = split(tokens, lambda token: token.kind in ("sign", "command") and token.text in _RELATIONS)
         if relations:
-            if relations[0].text in _STRIPPED_SIGNS and not sides[0]:
+            if relations[0].text in STRIPPED_SIGNS and not sides[0]:
                 return self._one(tokens[1:])
             names = tuple(_RELATIONS[token.text] for token in relations)
             return Chain(names, tuple(self._open_side(side) for side in sides))
-        for operation in _SET_OPERATIONS:
-            parts, found = _split(tokens, lambda token, op=operation: token.kind == "command" and token.text == op)
+        for operation in SET_OPERATIONS:
+            parts, found = split(tokens, lambda token, op=operation: token.kind == "command" and token.text == op)
             if found:
                 return Region(operation, tuple(self._one(part) for part in parts))
-        if tokens[0].kind == "open" and _closing(tokens, 0) == len(tokens) - 1:
+        if tokens[0].kind == "open" and closing(tokens, 0) == len(tokens) - 1:
             return self._brackets(tokens)
         if all(token.kind != "word" for token in tokens):
-            parts, found = _split(tokens, lambda token: token.text == ":")
+            parts, found = split(tokens, lambda token: token.text == ":")
             if found:
                 return Many("ratio", tuple(self._one(part) for part in parts))
         return self._text(tokens)
@@ -160,20 +177,18 @@ class Reader:
         return self.read(tokens)
 
     def _brackets(self, tokens: list[Token]) -> Answer:
-        opening, inner, closing = tokens[0].text, tokens[1:-1], tokens[-1].text
+        opening, inner, ending = tokens[0].text, tokens[1:-1], tokens[-1].text
         if opening == "{":
             return self._set(inner)
-        items = [part for part in _split(inner, lambda token: token.text in _SEPARATORS)[0] if part]
+        items = [part for part in split(inner, lambda token: token.text in SEPARATORS)[0] if part]
         if len(items) < 2:
-            return self.read(inner) if opening == "(" else Many("tuple", (self.read(inner),), opening + closing)
-        return _many("tuple", [self._one(item) for item in items], opening + closing)
+            return self.read(inner) if opening == "(" else Many("tuple", (self.read(inner),), opening + ending)
+        return _many("tuple", [self._one(item) for item in items], opening + ending)
 
     def _set(self, inner: list[Token]) -> Answer:
         if not inner:
             return Many("set", ())
-        bars = [
-            index for index, token in enumerate(inner) if token.text in ("|", "mid", ":") and _outside(inner, index)
-        ]
+        bars = [index for index, token in enumerate(inner) if token.text in ("|", "mid", ":") and outside(inner, index)]
         if len(bars) == 1:
             return Region("builder", (self._one(inner[: bars[0]]), self.read(inner[bars[0] + 1 :])))
         inside = self.read(inner)
@@ -185,6 +200,7 @@ class Reader:
         """A value with a unit, or words with answers between them."""
         if len(tokens) == 1 and tokens[0].kind == "command" and tokens[0].text == "emptyset":
             return Many("set", ())
+        whole = tokens
         tokens, money = money_beginning(tokens)
         words = [index for index, token in enumerate(tokens) if token.kind == "word"]
         if not words:
@@ -195,9 +211,10 @@ class Reader:
             if unit is not None:
                 value = self._value(tokens[: words[0]], unit)
                 if isinstance(value, Value) and scale is not None:
-                    value = replace(value, node=Node("*", (value.node, number(scale))))
-                return value
-        return self._words(tokens)
+                    return replace(value, node=Node("*", (value.node, number(scale))))
+                if isinstance(value, Value):
+                    return value
+        return self._words(whole)
 
     def _value(self, tokens: list[Token], unit: Unit) -> Answer:
         if any(token.text == "ldots" for token in tokens):
@@ -228,13 +245,13 @@ class Reader:
             if token.kind != "word":
                 rest.append(token)
                 continue
-            rest = [each for each in rest if each.text not in (":", "-", "!", "?", '"', ".", "'")] if parts else rest
+            rest = without_punctuation(rest)
             if rest:
                 parts.append(self._one(rest))
                 rest = []
-            word = token.text if single else token.text.lower().replace("'", "")
+            word = token.text if len(token.text) == 1 else token.text.lower().replace("'", "")
             if word and word not in ARTICLES:
-                parts += map(_singular, word.split("-"))
+                parts += map(singular, word.split("-"))
         if single and tokens[0].text.isascii():
             return Value(Node("symbol", name=tokens[0].text))
         if len(parts) == 1 and isinstance(parts[0], str) and parts[0] in NUMBER_WORDS:
@@ -242,22 +259,6 @@ class Reader:
         if len(parts) == 1 and not isinstance(parts[0], str):
             return parts[0]
         return Words(tuple(parts))
-
-
-def _singular(word: str) -> str:
-    """`solutions` as `solution`; short words and those that end with two s as they are."""
-    return word[:-1] if len(word) > 4 and word.endswith("s") and not word.endswith("ss") else word
-
-
-def joined(tokens: Sequence[Token]) -> str:
-    """The tokens as text, without spaces and without braces around one token: the same for two ways to write it."""
-    texts = [token.text for token in tokens]
-    left_out: set[int] = set()
-    for index, (opening, inside, closing) in enumerate(zip(texts, texts[1:], texts[2:], strict=False)):
-        long_number = inside.isdigit() and len(inside) > 1  # `x^10` is not `x^{10}`
-        if (opening, closing) == ("{{", "}}") and inside not in ("{{", "}}") and not long_number:
-            left_out |= {index, index + 2}
-    return " ".join(text for index, text in enumerate(texts) if index not in left_out)
 
 
 def _many(kind: str, items: Sequence[Answer], brackets: str = "") -> Answer:
@@ -278,104 +279,6 @@ def _conditions(item: Answer) -> bool:
     if isinstance(item, Region):
         return item.op in ("or", "and")
     return isinstance(item, Chain) and any(relation not in ("=", "to", "Rightarrow") for relation in item.relations)
-
-
-def _is_separator(token: Token) -> bool:
-    if token.kind == "word":
-        return token.text.lower() in ("and", "or")
-    return (
-        token.kind == "row"
-        or (token.kind == "command" and token.text in ("wedge", "vee"))
-        or (token.kind == "sign" and token.text in _SEPARATORS)
-    )
-
-
-def _split(tokens: Sequence[Token], separates: Callable[[Token], bool]) -> tuple[list[list[Token]], list[Token]]:
-    """Parts between the separators that are in no brackets, and the separators."""
-    parts: list[list[Token]] = [[]]
-    found: list[Token] = []
-    depth = 0
-    for token in tokens:
-        opens = token.kind == "open" or token.text.startswith("begin:") or token.text in ("lfloor", "lceil")
-        closes = token.kind == "close" or token.text.startswith("end:") or token.text in ("rfloor", "rceil")
-        depth += opens - closes
-        if depth < 0:
-            raise UnreadError("brackets do not match")
-        if depth == 0 and separates(token):
-            found.append(token)
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    if depth:
-        raise UnreadError("brackets do not match")
-    return parts, found
-
-
-def _closing(tokens: Sequence[Token], start: int) -> int:
-    """The index of the token that closes the bracket at `start`; -1 where none does."""
-    depth = 0
-    for index in range(start, len(tokens)):
-        depth += {"open": 1, "close": -1}.get(tokens[index].kind, 0)
-        if depth == 0:
-            return index
-    return -1
-
-
-def _outside(tokens: Sequence[Token], index: int) -> bool:
-    return sum({"open": 1, "close": -1}.get(token.kind, 0) for token in tokens[:index]) == 0
-
-
-def _unwrap(tokens: list[Token]) -> list[Token]:
-    """Without the braces around everything."""
-    while len(tokens) > 1 and tokens[0].text == "{{" and _closing(tokens, 0) == len(tokens) - 1:
-        tokens = tokens[1:-1]
-    return tokens
-
-
-def _introduced(tokens: list[Token]) -> list[Token]:
-    """Without "the answer is", "for all x" at the end, a leading = or :, and full stops among the words."""
-    for introduction in INTRODUCTIONS:
-        words = introduction.split()
-        if [token.text.lower() for token in tokens[: len(words)]] == words and len(tokens) > len(words):
-            tokens = tokens[len(words) :]
-            break
-    while len(tokens) > 1 and tokens[0].kind in ("sign", "command") and tokens[0].text in _STRIPPED_SIGNS:
-        tokens = tokens[1:]
-    while len(tokens) > 1 and tokens[-1].kind == "sign" and tokens[-1].text in (".", ",", ";", ":"):
-        tokens = tokens[:-1]
-    for index in range(1, len(tokens) - 1):
-        following = tokens[index + 1]
-        if (tokens[index].text == "for" and following.text in ("all", "any", "every")) or tokens[
-            index
-        ].text == "forall":
-            return tokens[:index]
-    return tokens
-
-
-def _french(tokens: list[Token]) -> list[Token]:
-    """`]0,1[` with its first bracket as an opening one and its last as a closing one."""
-    read: list[Token] = []
-    stack: list[tuple[str, bool]] = []
-    for index, token in enumerate(tokens):
-        following = tokens[index + 1] if index + 1 < len(tokens) else Token("end", "")
-        if token.text in (",", ";") and stack:
-            stack[-1] = (stack[-1][0], True)
-        if token.text == "]" and not stack:
-            stack.append(("]", False))
-            token = replace(token, kind="open")
-        elif token.text == "[" and stack and stack[-1][0] in "[]" and stack[-1][1] and _ends(following):
-            stack.pop()
-            token = replace(token, kind="close")
-        elif token.kind == "open":
-            stack.append((token.text, False))
-        elif token.kind == "close" and stack:
-            stack.pop()
-        read.append(token)
-    return read
-
-
-def _ends(token: Token) -> bool:
-    return token.kind in ("end", "close", "row", "word") or token.text in (*_SET_OPERATIONS, ",", ";")
 
 
 def _continues(cells: list[list[Token]]) -> bool:

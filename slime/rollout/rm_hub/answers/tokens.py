@@ -167,6 +167,7 @@ class Tokeniser:
 
     def _number(self) -> None:
         text, position = self.text, self.position
+        start = position
         if match := _BASED.match(text, position):
             self._based(match)
             return
@@ -193,7 +194,8 @@ class Tokeniser:
             value = self._recurring(digits, value)
         elif power := _POWER_OF_TEN.match(text, self.position):
             value = self._scaled(value, power)
-        self._add("number", whole, value, significant(digits) if "." in digits else -1)
+        written = text[start : self.position]
+        self._add("number", written, value, significant(digits) if "." in digits else -1)
 
     def _scaled(self, value: Fraction, power: re.Match[str]) -> Fraction:
         self.position = power.end()

@@ -95,6 +95,8 @@ def unit_of(tokens: Sequence[Token]) -> Unit | None:
         text = token.text
         if token.kind == "word" and text in UNIT_MODIFIERS:
             if text.endswith("ed"):
+                if not name:
+                    return None
                 name += UNIT_MODIFIERS[text]
             else:
                 modifier = UNIT_MODIFIERS[text]
@@ -107,6 +109,8 @@ def unit_of(tokens: Sequence[Token]) -> Unit | None:
             name = name.rstrip() + {"cdot": " ", "times": " "}.get(text, text)
         elif text not in ("{{", "}}", "(", ")", "."):
             return None
+    if modifier:
+        return None
     name = " ".join(name.replace(" /", "/").replace("/ ", "/").split())
     return Unit(_ALIASES.get(name, name))
 
