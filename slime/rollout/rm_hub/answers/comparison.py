@@ -187,7 +187,7 @@ def named(answer: Answer) -> Named | None:
     if isinstance(side, Value) and side.node.op == "apply" and isinstance(value, Value):
         general = value
         for index, argument in enumerate(side.node.args):
-            if argument.op == "symbol":
+            if argument.op == "symbol" and argument.name in value.node.names():
                 general = replace(general, node=_renamed(general.node, argument.name, f"argument {index}"))
             else:
                 name = (*name, argument)
@@ -222,7 +222,7 @@ def _spread(chain: Chain) -> Many | None:
     left, right = chain.sides[0], chain.sides[-1]
     if chain.relations != ("=",) or not isinstance(left, Many) or not isinstance(right, Many):
         return None
-    if len(left.items) != len(right.items) or left.kind != "tuple" or right.kind != "tuple":
+    if len(left.items) != len(right.items) or left.brackets != "()" or right.brackets != "()":
         return None
     return Many("bare", tuple(Chain(("=",), pair) for pair in zip(left.items, right.items, strict=True)))
 
@@ -313,11 +313,16 @@ def _matched(ours: Sequence[Answer], theirs: Sequence[Answer]) -> bool:
         return all(map(same, ours, theirs))
     left = list(theirs)
     for item in ours:
-        at = next((index for index, each in enumerate(left) if same(item, each)), None)
+        at = next((index for index, each in enumerate(left) if _alike(item, each) and same(item, each)), None)
         if at is None:
             return False
         del left[at]
     return True
+
+
+def _alike(one: Answer, other: Answer) -> bool:
+    """Whether both are equations or neither is: `x=1` in a list is not 1, or `x=1, y=2` were `2, 1`."""
+    return isinstance(one, Chain) == isinstance(other, Chain)
 
 
 def _same_ratios(one: Many, other: Many) -> bool:
@@ -367,7 +372,4 @@ def _same_words(one: Answer, other: Answer) -> bool:
         )
     if isinstance(one, Opaque) and isinstance(other, Opaque):
         return one.text == other.text
-    words, value = (one, other) if isinstance(one, Words) else (other, one)
-    if isinstance(words, Words) and isinstance(value, Value) and value.node.op == "symbol" and len(value.node.name) > 1:
-        return words.parts == (value.node.name.lower(),)
     return False

@@ -14,11 +14,14 @@ from typing import Any
 
 from slime.rollout.rm_hub.answers.equality import BITS, context
 from slime.rollout.rm_hub.answers.numerics import Evaluator
+from slime.rollout.rm_hub.answers.parts import names_in
 from slime.rollout.rm_hub.answers.structure import Answer, Chain, Many, Region, Value, Words
 from slime.rollout.rm_hub.answers.tokens import UnreadError
 from slime.rollout.rm_hub.answers.trees import Node
 
 INFINITY = r"\infty"
+POINTS = 8
+"""Values of the other letters at which regions are compared."""
 ORDER = frozenset({"<", "<=", ">", ">=", "!="})
 _INTERVALS = frozenset({"()", "(]", "[)", "[]", "][", "]]", "[["})
 _ALL_REAL = frozenset({("all", "real", "numbers"), ("all", "reals"), ("real", "numbers"), ("all", "real", "number")})
@@ -55,12 +58,28 @@ def same_region(one: Answer, other: Answer) -> bool | None:
         if len(names) > 1:
             return None
         variable = names.pop() if names else None
-        ours, theirs = _domain(one, variable), _domain(other, variable)
-        if not (ours.explicit or theirs.explicit):
-            return None
-        return all(ours.holds(x) == theirs.holds(x) for x in _places([*ours.ends, *theirs.ends]))
+        found = 0
+        for point in range(POINTS if _has_letters(one, variable) or _has_letters(other, variable) else 1):
+            ours, theirs = _domain(one, variable, point), _domain(other, variable, point)
+            if not (ours.explicit or theirs.explicit):
+                return None
+            places = list(_places([*ours.ends, *theirs.ends]))
+            inside = [ours.holds(x) for x in places]
+            if inside != [theirs.holds(x) for x in places]:
+                return False
+            found += any(inside)
+        return True if found or point == 0 else None
     except (UnreadError, ArithmeticError, ValueError):
         return None
+
+
+def _has_letters(answer: Answer, variable: str | None) -> bool:
+    """Whether it has letters that are not the variable: the region depends on them, and may be empty by chance."""
+    if isinstance(answer, Region):
+        if answer.op == "builder":
+            return _has_letters(answer.parts[1], variable_of(answer.parts[1]))
+        return any(_has_letters(part, variable) for part in answer.parts)
+    return bool(names_in(answer) - {variable, INFINITY})
 
 
 def variable_of(answer: Answer) -> str | None:
@@ -92,8 +111,8 @@ def _infinite(answer: Answer) -> bool:
     return node == Node("symbol", name=INFINITY)
 
 
-def _real(answer: Answer, given: dict[str, Any]) -> Any:
-    """The real value of a side, infinity included.
+def _real(answer: Answer, given: dict[str, Any], point: int) -> Any:
+    """The real value of a side, infinity included, with the letters of this point.
 
     Raises:
         UnreadError: it has none.
@@ -102,7 +121,7 @@ def _real(answer: Answer, given: dict[str, Any]) -> Any:
         raise UnreadError("no number")
     if _infinite(answer):
         return -context().inf if answer.node.op == "neg" else context().inf
-    evaluator = Evaluator(context(), 0, True, frozenset())
+    evaluator = Evaluator(context(), point, True, frozenset())
     evaluator.given = given
     return evaluator.real(answer.node)
 
@@ -122,17 +141,17 @@ def _places(ends: list[Any]) -> Iterator[Any]:
     yield from (mp.mpf(place) for place in (0, 1, -1, 2, -2, "1e6", "-1e6", "1e-3", "-1e-3", "0.5", "-0.5"))
 
 
-def _domain(answer: Answer, variable: str | None) -> Domain:
+def _domain(answer: Answer, variable: str | None, point: int) -> Domain:
     if isinstance(answer, Region):
-        return _combined(answer, variable)
+        return _combined(answer, variable, point)
     if isinstance(answer, Chain):
         if answer.relations in (("in",), ("notin",)):
-            inside = _domain(answer.sides[1], None)
+            inside = _domain(answer.sides[1], None, point)
             holds = inside.holds
             return (
                 inside if answer.relations[0] == "in" else Domain(lambda x: not holds(x), inside.ends, inside.explicit)
             )
-        return _chain(answer, variable or variable_of(answer))
+        return _chain(answer, variable or variable_of(answer), point)
     if isinstance(answer, Words) or (isinstance(answer, Value) and answer.node.op == "symbol"):
         if is_region(answer):
             return Domain(lambda x: True, (), True)
@@ -140,17 +159,19 @@ def _domain(answer: Answer, variable: str | None) -> Domain:
     if not isinstance(answer, Many) or answer.dots >= 0:
         raise UnreadError("no region")
     if answer.kind == "tuple":
-        return _interval(answer)
-    values = [_real(item, {}) for item in answer.items]
+        return _interval(answer, point)
+    values = [_real(item, {}, point) for item in answer.items]
     return Domain(lambda x: any(_same(x, value) for value in values), tuple(values), True)
 
 
-def _interval(answer: Many) -> Domain:
+def _interval(answer: Many, point: int) -> Domain:
     if len(answer.items) != 2 or answer.brackets not in _INTERVALS:
         raise UnreadError("no interval")
-    low, high = (_real(item, {}) for item in answer.items)
+    low, high = (_real(item, {}, point) for item in answer.items)
     if not low < high:
         raise UnreadError("an interval from right to left")
+    if any(_infinite(item) and bracket in "[]" for item, bracket in zip(answer.items, answer.brackets, strict=True)):
+        raise UnreadError("infinity as a member of an interval")
     with_low, with_high = answer.brackets[0] == "[", answer.brackets[1] == "]"
 
     def holds(x: Any) -> bool:
@@ -172,16 +193,16 @@ def _same(x: Any, y: Any) -> bool:
     )
 
 
-def _combined(answer: Region, variable: str | None) -> Domain:
+def _combined(answer: Region, variable: str | None, point: int) -> Domain:
     if answer.op == "builder":
         head, condition = answer.parts
         if isinstance(head, Chain) and head.relations == ("in",):
             head = head.sides[0]
         if not isinstance(head, Value) or head.node.op != "symbol":
             raise UnreadError("a set of something else than a variable")
-        inside = _domain(_without_membership(condition, head), head.node.name)
+        inside = _domain(_without_membership(condition, head), head.node.name, point)
         return Domain(inside.holds, inside.ends, inside.explicit)
-    parts = [_domain(part, variable) for part in answer.parts]
+    parts = [_domain(part, variable, point) for part in answer.parts]
     tests = [part.holds for part in parts]
     holds: Callable[[Any], bool]
     if answer.op in ("cup", "or"):
@@ -207,15 +228,15 @@ def _without_membership(condition: Answer, head: Value) -> Answer:
     return condition
 
 
-def _chain(answer: Chain, variable: str | None) -> Domain:
+def _chain(answer: Chain, variable: str | None, point: int) -> Domain:
     if variable is None or not all(relation in ORDER or relation == "=" for relation in answer.relations):
         raise UnreadError("no inequality")
     pairs = list(zip(answer.relations, answer.sides, answer.sides[1:], strict=False))
 
     def difference(left: Answer, right: Answer, x: Any) -> Any:
         if _infinite(left) or _infinite(right):
-            return _real(left, {}) if _infinite(left) else -_real(right, {})
-        return _real(left, {variable: x}) - _real(right, {variable: x})
+            return _real(left, {}, point) if _infinite(left) else -_real(right, {}, point)
+        return _real(left, {variable: x}, point) - _real(right, {variable: x}, point)
 
     def holds(x: Any) -> bool:
         for relation, left, right in pairs:

@@ -29,7 +29,7 @@ from slime.rollout.rm_hub.answers.expressions import parse
 from slime.rollout.rm_hub.answers.tokens import Token, UnreadError
 from slime.rollout.rm_hub.answers.trees import Node, number
 from slime.rollout.rm_hub.answers.units import NO_UNIT, Unit, degree_ending, money_beginning, scale_of, unit_of
-from slime.rollout.rm_hub.answers.vocabulary import ARTICLES, NUMBER_WORDS, pairs, words
+from slime.rollout.rm_hub.answers.vocabulary import ARTICLES, CAPITAL_WORDS, NUMBER_WORDS, pairs, words
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +181,8 @@ class Reader:
         if opening == "{":
             return self._set(inner)
         items = [part for part in split(inner, lambda token: token.text in SEPARATORS)[0] if part]
+        if opening == "(" and len(items) < 2 and ending != ")":
+            raise UnreadError("brackets of two kinds around one item")
         if len(items) < 2:
             return self.read(inner) if opening == "(" else Many("tuple", (self.read(inner),), opening + ending)
         return _many("tuple", [self._one(item) for item in items], opening + ending)
@@ -252,7 +254,8 @@ class Reader:
             word = token.text if len(token.text) == 1 else token.text.lower().replace("'", "")
             if word and word not in ARTICLES:
                 parts += map(singular, word.split("-"))
-        if single and tokens[0].text.isascii():
+        row = len(tokens) == 1 and tokens[0].text.isupper() and tokens[0].text not in CAPITAL_WORDS
+        if (single and tokens[0].text.isascii()) or row:
             return Value(Node("symbol", name=tokens[0].text))
         if len(parts) == 1 and isinstance(parts[0], str) and parts[0] in NUMBER_WORDS:
             return Value(number(NUMBER_WORDS[parts[0]]))

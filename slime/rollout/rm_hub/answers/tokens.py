@@ -14,6 +14,7 @@ from fractions import Fraction
 from slime.rollout.rm_hub.answers.characters import NEW_ROW
 from slime.rollout.rm_hub.answers.vocabulary import (
     BASE_NAMES,
+    CAPITAL_WORDS,
     CONSTANTS,
     CURRENCIES,
     FUNCTIONS,
@@ -343,7 +344,9 @@ class Tokeniser:
         elif self._is_unit(run, after_number):
             self._add("word", run)
         elif len(run) > 1 and run.isupper():
-            self._add("word" if run in ("AM", "PM", "DNE") else "letter", run)
+            self._add("word" if run in CAPITAL_WORDS else "letter", run)
+        elif len(run) > 2 and not (run.islower() or run.istitle() or len(run) > 4):
+            self._add("letter", run)
         elif is_product(run):
             for letter in run:
                 self._add("letter", letter)

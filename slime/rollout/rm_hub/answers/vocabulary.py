@@ -135,6 +135,8 @@ OTHER_WORDS = frozenset(
 MONTHS = frozenset(words("january february march april may june july august september october november december"))
 MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
 
+CAPITAL_WORDS = frozenset(words("AM PM DNE YES NO TRUE FALSE NONE AND OR"))
+
 INTRODUCTIONS = (
     "the final answer is",
     "the correct answer is",
