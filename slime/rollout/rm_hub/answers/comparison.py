@@ -184,10 +184,10 @@ def named(answer: Answer) -> Named | None:
     if not names:
         return Named((), value, value)
     name, side = names[0]
-    if isinstance(side, Value) and side.node.op == "apply" and isinstance(value, Value):
+    if isinstance(side, Value) and side.node.op == "apply":
         general = value
         for index, argument in enumerate(side.node.args):
-            if argument.op == "symbol" and argument.name in value.node.names():
+            if isinstance(general, Value) and argument.op == "symbol" and argument.name in names_in(value):
                 general = replace(general, node=_renamed(general.node, argument.name, f"argument {index}"))
             else:
                 name = (*name, argument)

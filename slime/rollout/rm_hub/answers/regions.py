@@ -23,6 +23,7 @@ INFINITY = r"\infty"
 POINTS = 8
 """Values of the other letters at which regions are compared."""
 ORDER = frozenset({"<", "<=", ">", ">=", "!="})
+_REAL = Value(Node("symbol", name="mathbb:R"))
 _INTERVALS = frozenset({"()", "(]", "[)", "[]", "][", "]]", "[["})
 _ALL_REAL = frozenset({("all", "real", "numbers"), ("all", "reals"), ("real", "numbers"), ("all", "real", "number")})
 
@@ -47,7 +48,7 @@ def is_region(answer: Answer) -> bool:
         return all(relation in ORDER for relation in answer.relations)
     if isinstance(answer, Many) and answer.kind == "tuple" and len(answer.items) == 2:
         return answer.brackets in _INTERVALS and (answer.brackets != "()" or any(map(_infinite, answer.items)))
-    return answer == Value(Node("symbol", name="mathbb:R")) or (isinstance(answer, Words) and answer.parts in _ALL_REAL)
+    return answer == _REAL or (isinstance(answer, Words) and answer.parts in _ALL_REAL)
 
 
 def same_region(one: Answer, other: Answer) -> bool | None:
@@ -168,6 +169,8 @@ def _interval(answer: Many, point: int) -> Domain:
     if len(answer.items) != 2 or answer.brackets not in _INTERVALS:
         raise UnreadError("no interval")
     low, high = (_real(item, {}, point) for item in answer.items)
+    if not low < high and names_in(answer):
+        return Domain(lambda x: False, (), True)  # of letters: empty at this point
     if not low < high:
         raise UnreadError("an interval from right to left")
     if any(_infinite(item) and bracket in "[]" for item, bracket in zip(answer.items, answer.brackets, strict=True)):
@@ -196,7 +199,7 @@ def _same(x: Any, y: Any) -> bool:
 def _combined(answer: Region, variable: str | None, point: int) -> Domain:
     if answer.op == "builder":
         head, condition = answer.parts
-        if isinstance(head, Chain) and head.relations == ("in",):
+        if isinstance(head, Chain) and head.relations == ("in",) and head.sides[1] == _REAL:
             head = head.sides[0]
         if not isinstance(head, Value) or head.node.op != "symbol":
             raise UnreadError("a set of something else than a variable")
@@ -217,7 +220,7 @@ def _combined(answer: Region, variable: str | None, point: int) -> Domain:
 
 def _without_membership(condition: Answer, head: Value) -> Answer:
     """Conditions without `x \\in \\mathbb{R}`."""
-    real = Chain(("in",), (head, Value(Node("symbol", name="mathbb:R"))))
+    real = Chain(("in",), (head, _REAL))
     if isinstance(condition, Many | Region):
         parts = tuple(
             part for part in (condition.items if isinstance(condition, Many) else condition.parts) if part != real
