@@ -54,6 +54,9 @@ def test_no_letter_is_chosen_by_two_boxes() -> None:
         (r"Answer: 34 \boxed{35", None),
         ("**Answer:** **34**", "34"),
         ("Answer: 34 ** ", "34"),
+        (r"\textbf{Answer:} 34", "34"),
+        (r"\textbf{Answer: } $34$", "$34$"),
+        (r"\textbf{Answer}: 34", "34"),
     ],
 )
 def test_boxes_after_answer(response: str, answer: str | None) -> None:

@@ -17,7 +17,7 @@ from slime.rollout.rm_hub.response import final_text
 TAIL = 300
 """Characters at the end of the response in which the answer has to stand."""
 
-_ANSWER = re.compile(r"answer[ \t]*[*_]{0,3}[ \t]*[:：][*_]{0,3}", re.IGNORECASE)
+_ANSWER = re.compile(r"answer[ \t]*[*_}]{0,3}[ \t]*[:：](?:[ \t]?\}|[*_]{0,3})", re.IGNORECASE)
 _DISPLAY = re.compile(r"\s*(?:(?:\\\[|\$\$)[ \t]*\n\s*)?")
 """What may stand between "Answer:" and the answer: a formula of its own lines opens there."""
 
