@@ -48,12 +48,15 @@ class EngineUp:
 
 @dataclass(frozen=True)
 class FleetState:
-    """`up`: engines that answer; `waiting`: those of them that have not the run's weights. `news`: since last asked."""
+    """`up`: engines that answer; `waiting`: those of them that have not the run's weights. `news`: since last asked.
+
+    `progress` grows while engines generate.
+    """
 
     up: tuple[EngineUp, ...]
     waiting: tuple[EngineUp, ...] = ()
     news: tuple[str, ...] = ()
-    num_answered: int = 0
+    progress: int = 0
 
 
 @dataclass
@@ -110,7 +113,8 @@ class Fleet:
         news, self._news = tuple(self._news), []
         up = [engine for engine in self._engines if engine.up]
         waiting = [engine.shown() for engine in up if not engine.serving]
-        return FleetState(tuple(e.shown() for e in up), tuple(waiting), news, self._client.num_answered)
+        progress = self._client.num_answered + self._client.progress.num_moves
+        return FleetState(tuple(e.shown() for e in up), tuple(waiting), news, progress)
 
     def take_counts(self) -> dict[str, float]:
         """`fault/*` since the last call; nothing where all was well."""

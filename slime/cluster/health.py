@@ -80,6 +80,9 @@ async def first_trouble(
             answered = clock.time()
         elif clock.time() - answered >= limit:
             return f"has answered no health check for {limit:g} s (--engine-health-timeout)"
+        stuck = client.progress.trouble(url)
+        if stuck is not None:
+            return stuck
 
 
 class RestartLimit:

@@ -30,7 +30,7 @@ class Mending:
         self._say = say
         self._connected: tuple[EngineUp, ...] = ()
         self._asked: Any = None
-        self._answered = 0
+        self._progress = 0
         self._trainers_hold = 0
         self._engines_hold = 0
 
@@ -46,6 +46,7 @@ class Mending:
         """
         while True:
             up = self._wait_for_engines().up
+            self._processes.manager.weights_change.remote()
             try:
                 report = self._send_to(up, version)
                 self._admit(up, version)
@@ -65,11 +66,11 @@ class Mending:
         """
         state = self._state_if_there() if self._processes.has_engines else None
         if state is None:
-            return self._answered
-        self._answered = state.num_answered
+            return self._progress
+        self._progress = state.progress
         if state.waiting and self._processes.trainers:
             self._supply(state)
-        return self._answered
+        return self._progress
 
     def _supply(self, state: FleetState) -> None:
         serving = len(state.waiting) < len(state.up)

@@ -160,12 +160,19 @@ class RolloutManager:
         if to_generate:
             self._fleet.awake()
 
+    async def weights_change(self) -> None:
+        """A weight sync begins: requests that wait for it are not stuck. `set_policy_version` ends it."""
+        if self._client is not None:
+            self._client.progress.hold(True)
+
     async def set_policy_version(self, version: int, engines: Sequence[EngineUp] = ()) -> None:
         """These engines hold `version` now, and generate with it; the router still leads to the run's alone."""
         if self._fleet is not None and not self._args.rollout_external_engines:  # those stand where they always stood
             await self._fleet.admit(engines)
         await self._check_router()
         self._context.policy_version = version
+        if self._client is not None:
+            self._client.progress.hold(False)
 
     async def fleet_state(self) -> FleetState:
         """The engines that are there."""

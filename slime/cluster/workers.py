@@ -172,7 +172,9 @@ class TrainWorker:
         from slime.sync.disk import DiskTransport
 
         args = self._args
-        client = EngineClient(router_url, engines=engine_urls, keys=Keys.of(args))
+        client = EngineClient(
+            router_url, engines=engine_urls, keys=Keys.of(args), request_timeout=args.engine_request_timeout
+        )
         bucket_bytes = args.update_weight_buffer_size
         if args.update_weight_transport == "disk":
             assert args.hf_checkpoint is not None, "the engines serve it"

@@ -17,6 +17,7 @@ from slime.engine.connection import Connection, EngineError
 from slime.engine.device_protocol import MemoryOccupation, MemoryTag, UpdateWeightsFromTensor
 from slime.engine.keys import NO_KEYS, Keys
 from slime.engine.message import Message
+from slime.engine.progress import Progress
 from slime.engine.protocol import (
     AbortRequest,
     DestroyWeightsUpdateGroup,
@@ -57,10 +58,10 @@ class EngineClient:
         request_timeout: float = 1800.0,
         patience: float = 0.0,
     ) -> None:
-        """`patience`: seconds that a generation waits for a router or an engine that is being started anew."""
+        """`request_timeout`: seconds in which no engine makes progress, after which a generation is given up.
+        `patience`: seconds that one waits for a router or an engine that is being restarted."""
         self._router_url = router_url.rstrip("/")
         self._engines = None if engines is None else list(engines)
-        self._request_timeout = request_timeout
         self._patience = patience
         self._keys = keys
         self._connection = Connection(self._key_for)
@@ -68,6 +69,7 @@ class EngineClient:
         self._num_aborts = 0
         self._num_turns = 0
         self._refusals = RefusalProbe(self._connection)
+        self.progress = Progress(self._connection, self.workers, request_timeout)
         self.num_answered = 0
         """Generations that have been answered so far."""
 
@@ -130,7 +132,7 @@ class EngineClient:
                 "POST",
                 find_url,
                 request,
-                timeout=self._request_timeout,
+                timeout=self.progress,
                 patience=self._patience,
                 before_retry=probe,
             )

@@ -157,6 +157,23 @@ class Connection:
                 break
         raise problem
 
+    async def ask_once(self, url: str, timeout: float) -> tuple[int, Any] | None:
+        """GET -> status and decoded answer (None where it is no JSON); None: there is no answer in time."""
+        try:
+            async with (
+                self.clock.timeout(timeout),
+                self._session().get(
+                    url, timeout=aiohttp.ClientTimeout(), headers=authorization(self._key_for(url))
+                ) as answer,
+            ):
+                raw = await answer.read()
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            return None
+        try:
+            return answer.status, orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            return answer.status, None
+
     async def is_healthy(self, url: str, timeout: float) -> bool:
         """Whether the engine or router at `url` is well; asked once."""
         try:

@@ -47,6 +47,8 @@ ROUTER_DEFAULTS: Mapping[str, Any] = {
     "log_level": "warn",
 }
 """The router's own defaults notice a dead engine after three minutes."""
+ROUTER_REQUEST_TIMEOUT_S = 365 * 24 * 3600
+"""The router limits whole responses; the client limits the time without progress, whatever their length."""
 ROUTER_OWN = ("host", "port", "prometheus_host", "prometheus_port")
 
 
@@ -254,8 +256,7 @@ def launch_router(args: Args, *, host: str, port: int, log_path: str | Path) -> 
     given = {name: value for name, value in args.router.items() if name not in ROUTER_OWN}
     settings = {
         **ROUTER_DEFAULTS,
-        # A request may take as long as the client waits for it.
-        "request_timeout_secs": int(args.engine_request_timeout),
+        "request_timeout_secs": ROUTER_REQUEST_TIMEOUT_S,
         **given,
         "host": host,
         "port": port,

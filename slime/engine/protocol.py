@@ -34,6 +34,7 @@ class Endpoint(StrEnum):
     CONTINUE_GENERATION = "/continue_generation"
     FLUSH_CACHE = "/flush_cache"
     HEALTH = "/health"
+    LOADS = "/v1/loads"
     SERVER_INFO = "/server_info"
     MODEL_INFO = "/model_info"
     GET_SERVER_INFO = "/get_server_info"

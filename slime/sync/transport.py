@@ -69,7 +69,8 @@ class Transport(ABC):
         pause: PauseChoice = "drain",
         drain_within: float = DRAIN_WITHIN_S,
     ) -> None:
-        """`pause`: what becomes of requests in flight; within `drain_within` seconds none may be left to wait for."""
+        """`pause`: what becomes of requests in flight; those that are waited for make progress at least every
+        `drain_within` seconds."""
         self._client = client
         self._bucket_bytes = bucket_bytes
         self._pause_choice: PauseChoice = pause
@@ -93,7 +94,7 @@ class Transport(ABC):
         prefilled again. With the first two no answer is of two versions; an answer of the others names the later one.
 
         Raises:
-            RuntimeError: within `drain_within` seconds there was always something in flight.
+            RuntimeError: something was in flight, and for `drain_within` seconds no engine made progress.
         """
         start = time.perf_counter()
         try:
@@ -124,14 +125,20 @@ class Transport(ABC):
         if choice in ("in_place", "retract"):  # cannot be flushed, and need not be: requests share no cache then
             await self._client.pause(choice)
             return
-        deadline = time.monotonic() + self._drain_within
+        clock, progress = self._client.clock, self._client.progress
+        moved = looked = clock.time()
         if choice == "abort":
             await self._client.pause("abort")
         while not await self._idle_and_paused(paused=choice == "abort"):
-            if time.monotonic() > deadline:
+            now = clock.time()
+            if now - looked >= min(progress.every, self._drain_within / 4):
+                looked = now
+                moved = now if await progress.look() else moved
+            if now - moved > self._drain_within:
                 raise RuntimeError(
-                    f"weight sync: engines have had requests in flight for {self._drain_within:g} s, and it waits for "
-                    "them with --update-weight-pause drain; abort, in_place and retract do not wait"
+                    "weight sync: engines have requests in flight, and have made no progress for "
+                    f"{self._drain_within:g} s (--engine-request-timeout); --update-weight-pause drain waits for them; "
+                    "abort, in_place and retract do not wait"
                 )
             await asyncio.sleep(POLL_S)
 

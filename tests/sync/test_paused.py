@@ -22,7 +22,7 @@ from tests.engine.tiny_models import make_model
 from tests.sync.served import serving
 
 PROMPTS = [[5, 9, 30], [7, 8], [40, 41, 42, 43]]
-RESPONSE = 150
+RESPONSE, LONG = 150, 450
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +72,13 @@ def num_running(engine: ManagedProcess) -> int:
     return asyncio.run(running())
 
 
-def during_requests(engine: ManagedProcess, action: Callable[[], object]) -> list[GenerateResponse]:
+def during_requests(
+    engine: ManagedProcess, action: Callable[[], object], *, tokens: int = RESPONSE
+) -> list[GenerateResponse]:
     """The answers to requests that were all running when `action` began."""
     requests = [
         GenerateRequest(
-            input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=RESPONSE, ignore_eos=True, sampling_seed=3)
+            input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=tokens, ignore_eos=True, sampling_seed=3)
         )
         for prompt in PROMPTS
     ]
@@ -146,6 +148,18 @@ def test_answers_that_waited_go_on_with_the_new_weights(
             assert new[first:].all()
         else:
             assert new[first:].float().mean() < 0.5
+
+
+def test_a_drain_waits_while_tokens_are_made(engine: ManagedProcess, models: dict[str, Path]) -> None:
+    """The limit is on the time without progress: the responses take longer."""
+    limit = 0.4
+    transport = connected(engine, "drain", drain_within=limit)
+    waited: list[float] = []
+    send = lambda: waited.append(transport.send(weights(models["old"]), version=4).waited)  # noqa: E731
+    answers = during_requests(engine, send, tokens=LONG)
+    assert [len(answer.output_ids) for answer in answers] == [LONG] * len(PROMPTS)
+    assert waited[0] > limit, f"control: they did, {waited}"
+    transport.close()
 
 
 def test_a_drain_without_end_is_an_error_and_generation_goes_on(

@@ -61,7 +61,11 @@ class ClusterOptions:
         600.0, "Seconds within which an engine or the router has to be ready.", gt=0, le=1e8
     )
     engine_request_timeout: float = flag(
-        1800.0, "Seconds within which one generation request has to end.", gt=0, le=1e8
+        1800.0,
+        "Seconds without progress of any engine, after which a generation request is given up; a response may take as "
+        "long as it likes while tokens are made. An engine that makes none for so long, with requests, is restarted.",
+        gt=0,
+        le=1e8,
     )
     train_timeout: float = flag(3600.0, "Seconds within which a collective of training has to end.", gt=0, le=1e8)
     engine_health_timeout: float = flag(

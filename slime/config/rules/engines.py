@@ -129,6 +129,30 @@ def external_engines(case: Case) -> Iterable[Problem]:
         yield case.error("rollout_num_gpus", rule, "leave it out", beside=about)
 
 
+SLOW_TOKENS_PER_S = 20.0
+"""Tokens/s of one response that a loaded engine may well come to."""
+
+
+def router_request_timeout(case: Case) -> Iterable[Problem]:
+    """The longest response comes in time: the router's own timeout cuts responses off that still make progress."""
+    args = case.args
+    seconds = args.router.get("request_timeout_secs")
+    if seconds is None or args.sglang_router_ip is not None:
+        return
+    flag, longest = max(
+        ("--rollout-max-response-len", args.rollout_max_response_len or 0),
+        ("--eval-max-response-len", args.eval_max_response_len or 0),
+        key=lambda pair: pair[1],
+    )
+    if longest > seconds * SLOW_TOKENS_PER_S:
+        rule = (
+            f"{seconds} s limit a whole response, and one of {flag} {longest} is cut off below "
+            f"{longest / seconds:.1f} tokens/s"
+        )
+        remedy = "leave it out: --engine-request-timeout limits the time without progress"
+        yield Problem(severity="warning", where="--router-request-timeout-secs", rule=rule, remedy=remedy)
+
+
 def external_router(case: Case) -> Iterable[Problem]:
     args = case.args
     if (args.sglang_router_ip is None) != (args.sglang_router_port is None):

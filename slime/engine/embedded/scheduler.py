@@ -115,6 +115,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the running requests, prompts and responses; with every step there are more."""
+        return int(self._rows["position"][: len(self._running)].sum())
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 

@@ -50,6 +50,7 @@ MakeModel = Callable[..., Model]
 """(architecture, dtype=...) -> the model."""
 MAX_BODY = 32 * 1024**2
 """Bytes; weights come in another way than in a body."""
+VERSION = "slime-embedded"
 UNPROCESSABLE = 422
 """Status for a request that the model cannot answer: asking again, here or elsewhere, gives the same."""
 
@@ -217,6 +218,19 @@ class Server:
             return error_answer(f"the scheduler has been in one step for {silent:.0f} s", 503)
         return json_answer({"success": True})
 
+    async def loads(self, http: web.Request) -> web.Response:
+        """SGLang's, of one data-parallel rank."""
+        scheduler, s = self._scheduler, self._settings
+        load = {
+            "dp_rank": 0,
+            "num_running_reqs": scheduler.num_running,
+            "num_waiting_reqs": scheduler.num_waiting,
+            "num_used_tokens": scheduler.num_tokens,
+            "max_total_num_tokens": s.max_total_tokens,
+            "max_running_requests": s.max_running_requests,
+        }
+        return json_answer({"version": VERSION, "loads": [load]})
+
     async def info(self, http: web.Request) -> web.Response:
         s = self._settings
         # The router loads a tokenizer from this path, and asks the Hugging Face hub for it where the path has none.
@@ -232,7 +246,7 @@ class Server:
                 "weight_version": self._scheduler.weight_version,
                 "weights_complete": self._weights.complete,
                 "released_memory": sorted(self._memory.released),
-                "version": "slime-embedded",
+                "version": VERSION,
                 "tp_size": 1,
                 "dp_size": 1,
                 "dtype": dtype_name(s.dtype),
@@ -261,6 +275,7 @@ class Server:
         self._device_routes.mount(app)
         app.router.add_get(Endpoint.FLUSH_CACHE, self.flush)
         app.router.add_get(Endpoint.HEALTH, self.health)
+        app.router.add_get(Endpoint.LOADS, self.loads)
         for path in (Endpoint.SERVER_INFO, Endpoint.MODEL_INFO, Endpoint.GET_SERVER_INFO, Endpoint.GET_MODEL_INFO):
             app.router.add_get(path, self.info)
         return app

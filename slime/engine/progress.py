@@ -1,0 +1,159 @@
+"""Limits a generation by the time in which no engine makes progress, and not by its length.
+
+Path: the client has every attempt of a generation in flight here; `fleet` asks for engines that are stuck, and weight
+transports that wait for requests ask whether these get on. Invariants: a response goes on as long as engines make
+progress, however long it gets; time in which weights change, or in which this event loop stands still, counts for
+nothing.
+
+Nobody knows at which engine the router has a request, and a response is answered whole. So each engine is asked now
+and then for its load (SGLang's /v1/loads, in all versions from 0.5.16 on), which its scheduler publishes with the
+batches that it has computed:
+
+    running  used tokens                   used tokens + generated: the load has moved
+       3        1200          running: 3      1290                   moved
+       3        1290          running: 3      1290                   not moved: stuck, if it stays so
+       0           0          running: 0         0                   not moved: idle
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from slime.engine.connection import Connection, EngineError
+from slime.engine.protocol import Endpoint
+
+LONGEST_LOOK_S = 10.0
+"""Seconds between two looks at the engines, and for one of them to answer; less under a short limit."""
+MOVES = (
+    "num_running_reqs",
+    "num_used_tokens",
+    "gen_throughput",
+    "total_prefill_uncached_tokens",
+    "total_prefill_busy_us",
+    "decode_moments",
+)
+"""What a scheduler changes in its load where it computes, and where nothing else does: no arrival, no time."""
+
+
+@dataclass
+class _Seen:
+    """An engine's load when it last moved, and when that was."""
+
+    load: object
+    since: float
+    in_flight: int = 0
+    """Requests that it has, running or waiting."""
+
+
+class Progress:
+    """`limit`: seconds without progress, --engine-request-timeout. It is the Limit of a generation's attempts."""
+
+    def __init__(self, connection: Connection, engines: Callable[[], Awaitable[list[str]]], limit: float) -> None:
+        self._connection = connection
+        self._engines = engines
+        self._limit = limit
+        self.every = min(LONGEST_LOOK_S, limit / 4)
+        """Seconds between two looks."""
+        self._open: dict[asyncio.Timeout, float] = {}
+        self._watching: asyncio.Task[None] | None = None
+        self._seen: dict[str, _Seen] = {}
+        self._moved = 0.0
+        self._held = False
+        self.num_moves = 0
+        """Looks that have found progress so far."""
+
+    # ---- a generation's attempt
+
+    @asynccontextmanager
+    async def attempt(self) -> AsyncGenerator[None]:
+        """Around one attempt; raises TimeoutError once no engine has made progress for too long."""
+        async with asyncio.timeout(None) as deadline:
+            self._open[deadline] = self._connection.clock.time()
+            if self._watching is None or self._watching.done():
+                self._watching = asyncio.create_task(self._watch())
+            try:
+                yield
+            finally:
+                del self._open[deadline]
+
+    def passed(self) -> str:
+        loads = ", ".join(f"{url} has {seen.in_flight}" for url, seen in self._seen.items())
+        return (
+            f"no engine has made progress for {self._limit:g} s (--engine-request-timeout); requests that the engines "
+            f"report: {loads or 'they do not answer'}"
+        )
+
+    async def _watch(self) -> None:
+        """Runs while anything is in flight."""
+        clock = self._connection.clock
+        self._moved = clock.time()
+        self._seen.clear()
+        while self._open:
+            await asyncio.sleep(self.every)
+            if await self.look():
+                self._moved = clock.time()
+            for deadline, begin in list(self._open.items()):
+                if clock.time() - max(begin, self._moved) >= self._limit:
+                    deadline.reschedule(asyncio.get_running_loop().time())
+
+    # ---- engines
+
+    async def look(self) -> bool:
+        """Ask every engine for its load; whether one has made progress since the last look, or weights change."""
+        try:
+            urls = await self._engines()
+        except EngineError:  # the router, which is asked for them where the run has not named any
+            return False
+        loads = await asyncio.gather(*map(self._load, urls))
+        now = self._connection.clock.time()
+        self._seen = {url: seen for url, seen in self._seen.items() if url in urls}
+        moved = self._held
+        for url, load in zip(urls, loads, strict=True):
+            seen = self._seen.get(url)
+            if load is None:
+                continue  # it has not answered; whether it is well is for others to find out
+            if seen is None or load[0] != seen.load or self._held:
+                self._seen[url] = _Seen(load[0], now, load[1])
+                moved = moved or seen is not None
+            else:
+                seen.in_flight = load[1]
+        self.num_moves += moved
+        return moved
+
+    def trouble(self, url: str) -> str | None:
+        """What is wrong with an engine that has requests and has not moved for the limit; None: nothing is known."""
+        seen = self._seen.get(url)
+        if seen is None or not seen.in_flight or self._watching is None or self._watching.done():
+            return None
+        if self._connection.clock.time() - seen.since < self._limit:
+            return None
+        return f"has made no progress with {seen.in_flight} requests for {self._limit:g} s (--engine-request-timeout)"
+
+    def hold(self, held: bool) -> None:
+        """Whether weights change now: engines are paused, and requests wait for that."""
+        self._held = held
+
+    async def _load(self, url: str) -> tuple[object, int] | None:
+        """What moves in an engine's load, and its requests; None: it does not answer.
+
+        An engine that knows no loads counts as moving as long as it is well.
+        """
+        answer = await self._connection.ask_once(url + Endpoint.LOADS, timeout=LONGEST_LOOK_S)
+        if answer is None:
+            return None
+        status, body = answer
+        if status == 200 and isinstance(body, Mapping) and isinstance(body.get("loads"), list) and body["loads"]:
+            return read_loads(body["loads"])
+        return (object(), 0) if await self._connection.is_healthy(url, timeout=LONGEST_LOOK_S) else None
+
+
+def read_loads(loads: list[Any]) -> tuple[object, int]:
+    """An engine's loads, one for each data-parallel rank -> what moves in them, and the number of its requests."""
+    ranks = [rank for rank in loads if isinstance(rank, Mapping)]
+    moves = [[rank.get(name) for name in MOVES] for rank in ranks]
+    counts = [rank.get(name, 0) for rank in ranks for name in ("num_running_reqs", "num_waiting_reqs")]
+    return moves, sum(count for count in counts if isinstance(count, int))
