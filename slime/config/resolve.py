@@ -6,6 +6,7 @@ changed, except by a rule that says so in a warning or an error.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import replace
 from functools import cache
@@ -20,7 +21,15 @@ and two buckets while they are sent, and SGLang's own activations and graphs."""
 
 @cache
 def cuda_available() -> bool:
-    """Whether this machine has a CUDA device (imports torch, which takes a moment: asked only where it matters)."""
+    """Whether this machine has a CUDA device, as torch says it.
+
+    torch is imported only where NVIDIA's driver can be loaded, without which it finds no device either: else every
+    start of a program on a machine without GPUs would take a second and a half longer.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
     import torch
 
     return torch.cuda.is_available()
@@ -28,19 +37,22 @@ def cuda_available() -> bool:
 
 def cuda_devices() -> int:
     """How many CUDA devices this process sees."""
+    if not cuda_available():
+        return 0
     import torch
 
-    return torch.cuda.device_count() if cuda_available() else 0
+    return torch.cuda.device_count()
 
 
 @cache
 def cuda_memory() -> float | None:
     """GiB of the smallest CUDA device that this process sees; None: there is none."""
+    if not cuda_devices():
+        return None
     import torch
 
     properties = [cast(Any, torch.cuda).get_device_properties(index) for index in range(cuda_devices())]
-    sizes = [int(each.total_memory) for each in properties]
-    return min(sizes) / 2**30 if sizes else None
+    return min(int(each.total_memory) for each in properties) / 2**30
 
 
 def gpu_memory(args: Args) -> float | None:

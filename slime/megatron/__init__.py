@@ -8,7 +8,9 @@ The version of megatron-core is checked here, before anything imports it.
 """
 
 from slime.megatron.lazy_wandb import load_wandb_when_used
+from slime.megatron.uncompiled import leave_uncompiled_on_cpu
 from slime.megatron.version import check_megatron_version
 
 check_megatron_version()
 load_wandb_when_used()
+leave_uncompiled_on_cpu()

@@ -232,7 +232,7 @@ def install() -> None:
     replace_name(torch.cuda, "current_stream", lambda *args, **kwargs: stream)
     replace_name(torch.cuda, "default_stream", lambda *args, **kwargs: stream)
     replace_name(torch.cuda, "stream", lambda wanted=None: stream)
-    # megatron-core's jit_fuser is torch.compile, which needs a C++ compiler at run time
+    # whoever imported megatron.core before slime.megatron has functions of torch.compile, which needs a C++ compiler
     torch.compiler.set_stance("force_eager")
     _install_rng()
     _install_uneven()

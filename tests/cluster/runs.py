@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -13,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 from slime.observability.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 RUN_TIMEOUT_S = 150
+JOINED = "SLIME_TEST_JOINED_"
+"""Before the names of Ray's environment variables by which a test's runs join a Ray."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,27 @@ def make_task(directory: Path) -> Task:
     for name, seed in (("task", "0"), ("other", "1")):
         script = ROOT / "examples/arithmetic/make_task.py"
         subprocess.run([sys.executable, script, "--out", directory / name, "--seed", seed], check=True, cwd=ROOT)
+    return _task_in(directory)
+
+
+def _task_in(directory: Path) -> Task:
     task = directory / "task"
     return Task(task / "model", directory / "other" / "model", task / "train.jsonl", task / "eval.jsonl")
+
+
+def shared_task(factory: pytest.TempPathFactory) -> Task:
+    """The task, made once for all of pytest's processes: the first one that wants it makes it."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each worker has a directory of its own in it
+    directory = base / "shared-task"
+    with (base / "shared-task.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            made = factory.mktemp("task")
+            make_task(made)
+            made.rename(directory)
+    return _task_in(directory)
 
 
 def flags(task: Task, save: Path, *extra: str, length: Sequence[str] = ("--num-rollout", "4")) -> list[str]:
@@ -53,8 +76,10 @@ def flags(task: Task, save: Path, *extra: str, length: Sequence[str] = ("--num-r
 
 
 def environment() -> dict[str, str]:
+    """A run's: with a Ray of its own, or in a test with the fixture `joined_ray`, with the one that runs already."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return {**env, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
+    joined = {key.removeprefix(JOINED): value for key, value in env.items() if key.startswith(JOINED)}
+    return {**env, **joined, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
 
 
 def start(arguments: list[str], log: Path, program: str = "train.py") -> subprocess.Popen[bytes]:

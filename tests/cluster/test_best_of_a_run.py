@@ -6,8 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from slime.observability.best_checkpoint import FILE
 from tests.cluster.runs import Task, events, flags, train
+
+pytestmark = pytest.mark.usefixtures("joined_ray")
 
 SMALL = ("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
 EVALUATION = ("--eval-function-path", "tests.cluster.hooks_for_tests.evaluate_by_table", "--eval-interval", "1")

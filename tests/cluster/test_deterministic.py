@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from slime.cluster.dump import read_dump
 from slime.config.sampling_record import read_record
 from tests.cluster.runs import Task, flags, train
 from tests.kill.compare import differences
+
+pytestmark = pytest.mark.usefixtures("joined_ray")
 
 FILTER = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
 COLLECTING = ["--over-sampling-batch-size", "6", "--dynamic-sampling-filter-path", FILTER]

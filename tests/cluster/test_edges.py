@@ -5,8 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from slime.observability.metrics_log import read_metrics
 from tests.cluster.runs import Task, events, flags, start, train
+
+pytestmark = pytest.mark.usefixtures("joined_ray")
 
 SMALL = ("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from slime.engine.client import EngineClient
 from slime.engine.keys import Keys
 from slime.engine.launch import ask, register_worker
@@ -12,6 +14,8 @@ from slime.engine.protocol import GenerateRequest, SamplingParams
 from tests.cluster.runs import Task, events, flags, train
 from tests.cluster.test_edges import without
 from tests.sync.served import serving
+
+pytestmark = pytest.mark.usefixtures("joined_ray")
 
 
 def test_a_run_on_engines_and_a_router_that_run_already(task: Task, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from slime.observability.step_files import StepFiles
 from tests.cluster.runs import Task, copy_checkpoint, events, flags, train
 from tests.observability.test_trackers import of_metrics, scalars, wandb_rows
 
+pytestmark = pytest.mark.usefixtures("joined_ray")
+
 GAP = "train/logprob_gap_max"
 TOLERANCE = 1e-4
 

@@ -14,22 +14,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-CONFIG: dict[str, Any] = {
-    "model_type": "glm4",
-    "num_hidden_layers": 4,
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 128,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "attention_bias": True,
-    "tie_word_embeddings": False,
-    "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, "rope_type": "default"},
-}
-ROW: dict[str, Any] = {"prompt": [{"role": "user", "content": "1 + 1 = ?"}], "label": "2"}
+from tests.config.config_run import GLM4_TINY as CONFIG
+from tests.config.config_run import MESSAGE as ROW
+
 TOKENIZER: dict[str, Any] = {
     "model": {"type": "WordLevel", "vocab": {f"t{i}": i for i in range(20)}, "unk_token": "t0"},
     "added_tokens": [{"id": 20, "content": "<|end|>", "special": True}],

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from slime.observability.metrics_log import read_metrics
-from tests.cluster.runs import ROOT, Task, make_task
+from tests.cluster.runs import ROOT, Task, shared_task
 from tests.kill import life as phases
 from tests.kill.compare import differences, is_measured
 from tests.kill.life import Life, Span
@@ -25,7 +25,7 @@ SMALL += ("--update-weight-buffer-size", "1000000")
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return make_task(tmp_path_factory.mktemp("tiny"))
+    return shared_task(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
