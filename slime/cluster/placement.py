@@ -85,7 +85,7 @@ def num_nodes() -> int:
 
 
 def choose_engine(args: Args, gpus: int) -> Args:
-    """What is open, decided by the cluster: SGLang and the distributed optimizer where it has GPUs.
+    """Decide by the cluster what is still open: SGLang and the distributed optimizer where it has GPUs.
 
     Raises:
         RunError: SGLang is asked for, and there is no GPU, or it would compute in fp32.
@@ -145,7 +145,7 @@ class Demand:
 
 
 def demand(args: Args, gpus: int) -> Demand:
-    """What `args` ask for in a cluster of so many GPUs; the engine's kind is decided."""
+    """The places that `args` require in a cluster of so many GPUs; the engine's kind is decided."""
     return Demand(
         num_trainers=0 if args.debug_rollout_only else args.actor_world_size,
         num_engines=args.num_engines if starts_engines(args) else 0,

@@ -194,7 +194,7 @@ class Processes:
             raise RunError(str(error)) from error
 
     def load(self) -> tuple[LoadResult | None, list[str]]:
-        """What the trainers loaded (None without trainers), and warnings; the prompts are loaded then, too."""
+        """Wait for trainers and prompts; returns what was loaded (None without trainers), and warnings."""
         loaded = self.get("loading the model", [trainer.load.remote() for trainer in self.trainers])
         [warnings] = self.get("loading the prompts", [self._manager_started])
         if self._external is not None:

@@ -63,6 +63,6 @@ def newest_checkpoint(save: str | None) -> int | None:
 
 
 def going_on(args: Args) -> Args:
-    """The same run, continued where its own last checkpoint ends, wherever it began."""
+    """Args of this run, continued where its own last checkpoint ends, wherever it began."""
     bare = args.no_save_optim  # then there is no optimizer to go on with
     return replace(args, load=args.save, ckpt_step=None, finetune=False, no_load_optim=bare, no_load_rng=False)

@@ -183,7 +183,7 @@ class RolloutManager:
         return self._fleet.state()
 
     async def fleet_with_engines(self) -> FleetState:
-        """The same, once there is one at least."""
+        """The engines that are there, once there is one at least."""
         assert self._fleet is not None, "there are engines"
         if not self._args.rollout_external_engines:
             await self._fleet.wait_for_any()

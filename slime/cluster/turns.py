@@ -24,7 +24,7 @@ class OwnMemory:
         self._processes = processes
 
     def load(self) -> tuple[LoadResult | None, list[str]]:
-        """What the trainers loaded; engines may start meanwhile."""
+        """Wait for the trainers; returns what they loaded. Engines may start meanwhile."""
         return self._processes.load()
 
     def connect(self) -> None:

@@ -37,7 +37,7 @@ class Waiter:
         self._limit, self._because = limit, because
 
     def name(self, actor: Any, name: str) -> None:
-        """What to call this actor in an error."""
+        """Give this actor the name that errors call it by."""
         self._names[actor._actor_id] = name
 
     def watch(self, phase: str, ref: Any) -> None:
@@ -108,7 +108,7 @@ class Waiter:
             raise self._lost(phase, ref, error) from error
 
     def _dead(self, refs: Sequence[Any]) -> list[Any]:
-        """Those of `refs` whose process is gone; the others have a moment to fail, too."""
+        """The ones of `refs` whose process is gone; the others have a moment to fail, too."""
         if not refs:
             return []
         done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=LAST_WORDS_S)

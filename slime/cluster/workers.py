@@ -308,7 +308,7 @@ class EngineWorker:
         return self.start()
 
     def phase(self) -> str:
-        """What the engine is doing in its start."""
+        """The phase of its start that the engine is in."""
         return self._phase or ("starting" if self._process is None else self._process.phase())
 
     def alive(self) -> bool:

@@ -27,7 +27,7 @@ class Limits:
 
 
 def engine_limits(context_length: int) -> Limits:
-    """What an engine with this context takes."""
+    """The limits of an engine with this context."""
     return Limits(sequence=context_length - SPARE_TOKENS, request=context_length - SPARE_OF_INPUTS - 1)
 
 

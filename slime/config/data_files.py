@@ -60,7 +60,7 @@ class DataKeys:
 
     @classmethod
     def of(cls, args: Args, *, input_key: str, label_key: str | None) -> DataKeys:
-        """What an evaluation set may have of its own, and what holds for all."""
+        """The keys of a data file: two are its own, and two are the same for all files."""
         return cls(input_key=input_key, label_key=label_key, metadata_key=args.metadata_key, tool_key=args.tool_key)
 
     @property
@@ -71,7 +71,7 @@ class DataKeys:
 
 
 class DataError(ValueError):
-    """What is wrong with a file or a row of it: where, the rule, and the remedy."""
+    """A fault of a file or of one of its rows: where, the rule, and the remedy."""
 
     def __init__(self, where: str, rule: str, remedy: str) -> None:
         super().__init__(where, rule, remedy)
@@ -289,7 +289,7 @@ class _Columns:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON would have given: text, numbers, lists, and dicts without their empty entries."""
+    """The value in JSON's types: text, numbers, lists, and dicts without their empty entries."""
     match value:
         case None | bool() | str() | int() | float():
             return value

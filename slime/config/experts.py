@@ -26,7 +26,7 @@ class ExpertFlag:
 
 
 def _first_dense_layers(pattern: int | Sequence[int], num_layers: int) -> int:
-    """Of --moe-layer-freq, where 1 is a layer of experts and 0 a dense one.
+    """Count the dense first layers of --moe-layer-freq, where 1 is a layer of experts and 0 a dense one.
 
     Raises:
         ValueError: dense layers behind the first layer of experts, or a pattern of another length.
@@ -135,7 +135,7 @@ def _mlp_only_layers(config: Mapping[str, Any]) -> int:
 
 
 def _flags(score: str) -> Mapping[str, ExpertFlag]:
-    """Of a router with this score function: with sigmoid, --moe-router-pre-softmax says nothing."""
+    """The flags of a router with this score function: with sigmoid, --moe-router-pre-softmax has no effect."""
     return {field: flag for field, flag in FLAGS.items() if score == "softmax" or field != "norm_topk_prob"}
 
 

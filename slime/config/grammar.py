@@ -16,7 +16,7 @@ REMEDY = f"pip install {PACKAGE}=={TESTED}"
 
 
 def grammar_fault() -> str | None:
-    """What is wrong with the installed ANTLR runtime; None where it is the tested one."""
+    """The fault of the installed ANTLR runtime; None where it is the tested one."""
     try:
         installed = version(PACKAGE)
     except PackageNotFoundError:

@@ -21,7 +21,7 @@ MAX_EXPERTS = 65_536
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value has to be: `check` decides, `what` says it."""
+    """The kind that a value has to have: `check` decides, `what` names it."""
 
     check: Callable[[Any], bool]
     what: str

@@ -50,7 +50,7 @@ MAX_SPELLING = 100
 
 @dataclass
 class Given:
-    """What was given, before anything is decided."""
+    """The flags that were given, before anything is decided."""
 
     values: dict[tuple[Source, str], Any] = field(default_factory=dict[tuple[Source, str], Any])
     problems: list[Problem] = field(default_factory=list[Problem])

@@ -1,4 +1,4 @@
-"""What was left open, decided: every `None` that another value or this machine settles.
+"""Open values are decided here: every `None` that another value or this machine settles.
 
 Path: between `parse` and `rules`. Invariant: resolving twice changes nothing, and nothing that was given is
 changed, except by a rule that says so in a warning or an error.

@@ -22,7 +22,7 @@ Fault = tuple[str, str]
 
 
 def line_fault(line: bytes, keys: Iterable[str]) -> Fault | None:
-    """What is wrong inside a line that is valid JSON; None where nothing is.
+    """The fault inside a line that is valid JSON; None where there is none.
 
     Most lines cannot have such a fault by their bytes alone, and are not read a second time. `keys` are looked at for
     one that is there twice.
@@ -37,7 +37,7 @@ def line_fault(line: bytes, keys: Iterable[str]) -> Fault | None:
 
 
 def value_fault(data: Any) -> Fault | None:
-    """What is wrong inside one row; None where nothing is."""
+    """The fault inside one row; None where there is none."""
     waiting: list[tuple[Any, int]] = [(data, 0)]
     while waiting:
         value, depth = waiting.pop()

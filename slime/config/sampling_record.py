@@ -28,7 +28,7 @@ OFF: Mapping[str, float] = {"top_p": 1.0, "top_k": -1.0, "min_p": 0.0}
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRecord:
-    """What a dump says of itself."""
+    """A dump's first line: how its samples were made."""
 
     sampling: Mapping[str, float] | None
     """`temperature` and the parameters of OFF; None: nothing was sampled, the responses are the data's."""

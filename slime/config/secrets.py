@@ -46,7 +46,7 @@ def secret_values(values: Mapping[tuple[Source, str], Any]) -> Iterator[str]:
 
 
 def masker_of(args: Args) -> Masker:
-    """What hides the secrets of `args` in any text."""
+    """A function that hides the secrets of `args` in any text."""
     values: dict[tuple[Source, str], Any] = {("slime", name): value for name, value in vars(args).items()}
     passed: list[tuple[Source, Mapping[str, Any]]] = [("sglang", args.sglang), ("router", args.router)]
     for source, mapping in passed:

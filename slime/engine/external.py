@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoundEngines:
-    """What the engines said, in the order of --rollout-external-engines."""
+    """Answers of the engines, in the order of --rollout-external-engines."""
 
     num_ranks: tuple[int, ...]
     """Members that each brings into a weight group."""
@@ -107,7 +107,7 @@ _OF_THE_CONTEXT = ("max_position_embeddings",)
 
 
 def _doubts(args: Args, url: str, info: EngineInfo) -> Iterable[str]:
-    """What may be meant, and may be a mistake."""
+    """Warnings about settings that may be meant, and may be a mistake."""
     if args.debug_rollout_only and info.weight_version not in ("0", "default"):
         yield (
             f"--rollout-external-engines {url}: it holds weights of version {info.weight_version} that something has "

@@ -22,7 +22,7 @@ RUN = "slime"
 
 @dataclass(frozen=True)
 class Keys:
-    """What clients send as `Authorization: Bearer KEY`; None: nothing.
+    """Keys that clients send as `Authorization: Bearer KEY`; None: nothing.
 
     The router replaces its own key by the one with which an engine was registered.
     """

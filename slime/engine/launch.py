@@ -99,7 +99,7 @@ class ManagedProcess:
         return self._guard.poll() is None
 
     def phase(self) -> str:
-        """What it is doing in its start, as far as its log tells."""
+        """The phase of its start, as far as its log has it."""
         return phase_of(self._log(), self._phases)
 
     def _log(self) -> str:
@@ -150,7 +150,7 @@ class ManagedProcess:
 
 
 def phase_of(log: str, phases: Sequence[tuple[str, str]]) -> str:
-    """What a process is doing, by the last of the `phases` whose words stand in its log."""
+    """The phase of a process: the last of the `phases` whose words are in its log."""
     reached = [(log.rfind(words), order) for order, (words, _) in enumerate(phases) if words in log]
     return phases[max(reached)[1]][1] if reached else "starting"
 

@@ -208,7 +208,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateResponse:
-    """What an engine made of one request. `log_probs` goes with `output_ids`, one each."""
+    """An engine's answer to one request. `log_probs` goes with `output_ids`, one each."""
 
     output_ids: list[int]
     log_probs: list[float]
@@ -224,7 +224,7 @@ class GenerateResponse:
 
     @classmethod
     def aborted(cls) -> GenerateResponse:
-        """What is said for a request that was aborted before an engine had begun with it."""
+        """The answer to a request that was aborted before an engine had begun with it."""
         return cls(
             output_ids=[],
             log_probs=[],
@@ -262,7 +262,7 @@ class GenerateResponse:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """What an engine says of itself; None: it does not say."""
+    """An engine's report about itself; None: it does not say."""
 
     model_path: str
     weight_version: str

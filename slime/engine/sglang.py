@@ -121,7 +121,7 @@ def _words(spec: FlagSpec, value: Any, known: frozenset[str], *, attach: bool) -
 
 
 def _overrides(args: Args) -> str | None:
-    """What --override-hf-config changed in config.json, under the user's own overrides for SGLang."""
+    """The changes of --override-hf-config in config.json, under the user's own overrides for SGLang."""
     given = args.sglang.get("json_model_override_args")
     if args.architecture is None or not args.override_hf_config or args.hf_checkpoint is None:
         return given

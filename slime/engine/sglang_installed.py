@@ -88,7 +88,7 @@ def installed_spellings(srt: str) -> frozenset[str]:
 
 
 def _spellings(module: ast.Module) -> Iterator[str]:
-    """Of `name: A[type, Arg(cli_name=..., aliases=[...])]`, and of add_argument("--name", ...)."""
+    """Flag names in `name: A[type, Arg(cli_name=..., aliases=[...])]`, and in add_argument("--name", ...)."""
     for node in ast.walk(module):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield from _of_field(node.target.id, node.annotation)

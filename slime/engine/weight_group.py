@@ -73,7 +73,7 @@ def filled(tensor: Tensor) -> Filled:
 
 
 def _bytes_on_cpu(tensor: Tensor, after: Filled) -> Tensor:
-    """As gloo takes it: it does not know every dtype. A tensor on a GPU can only be sent (to engines on CPUs)."""
+    """Bytes for gloo, which does not know every dtype. A tensor on a GPU can only be sent (to engines on CPUs)."""
     if after is not None:
         after.synchronize()
     return tensor.view(-1).view(torch.uint8).cpu()
@@ -185,7 +185,7 @@ def bucket_bytes(dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]])
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As SGLang writes it: 'float32'."""
+    """The dtype's name as SGLang writes it: 'float32'."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -58,7 +58,7 @@ class Buffer(ABC):
     @staticmethod
     @abstractmethod
     def message(handles: Sequence[Any], *, version: str | None) -> UpdateWeightsFromTensor:
-        """What an engine is sent; one handle for each of its ranks."""
+        """The message to an engine: one handle for each of its ranks."""
 
 
 class DeviceBuffer(Buffer):

@@ -1,4 +1,4 @@
-"""What every weight transport does: it sends whole sets of weights, and asks the engines what they hold.
+"""The part that all weight transports share: send whole sets of weights, and ask the engines what they hold.
 
 Path: trainer rank 0 holds one for the whole run; `broadcast`, `disk` and `colocate` are the ways to send. Invariants:
 when `send` returns, every engine has said that it holds the whole set under its version, and nothing else counts as
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one sync cost: wall seconds, of which `parts` by name, and bytes sent to each engine.
+    """The cost of one sync: wall seconds, of which `parts` by name, and bytes sent to each engine.
 
     `waited`: seconds before it, until nothing was in flight.
     """
@@ -199,7 +199,7 @@ class Transport(ABC):
             self._runner.run(reload())
 
     def leave(self) -> None:
-        """As `close`, where engines may be gone: nothing is asked of them."""
+        """Close, where engines may be gone: nothing is asked of them."""
         Transport.close(self)
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""What --dry-run prints: the plan, and the memory that a device needs by kind."""
+"""The output of --dry-run: the plan, and the memory that a device needs by kind."""

@@ -1,4 +1,4 @@
-"""What a forward pass keeps for its backward pass: one row an operation, in bytes, for one rank and one micro-batch.
+"""Activations kept for the backward pass: one row an operation, in bytes, for one rank and one micro-batch.
 
 Path: `memory` adds these to what a rank holds all the time. Invariant: nothing is fitted. Every number is a product of
 shapes of tensors that can be pointed at in `slime.megatron`, in megatron-core's layers and in PyTorch's kernels.
@@ -191,7 +191,7 @@ def _recomputed(rank: Rank, unit: Sequence[Operation], *, kept: int, shared: int
 
 
 def stage_operations(args: Args, rank: Rank, *, num_layers: int, is_first: bool, is_last: bool) -> list[Operation]:
-    """What one pipeline stage runs on one micro-batch, recomputation applied."""
+    """The operations of one pipeline stage on one micro-batch, recomputation applied."""
     shape = rank.shape
     layer = layer_operations(rank)
     shared = rank.residual if rank.on_cuda else 0  # the first norm keeps the residual stream itself

@@ -1,4 +1,4 @@
-"""What a device holds at its fullest, by kind, in bytes, from args and the model's shape alone.
+"""The memory of a device at its fullest, by kind, in bytes, from args and the model's shape alone.
 
 Path: `plan` prints it; `activations` has the table of what a forward pass keeps. Invariant: nothing is fitted;
 tests/config/test_memory.py counts the same tensors in a running trainer.
@@ -39,7 +39,7 @@ CUDA_CONTEXT = 3 * 2**29
 
 @dataclass(frozen=True, kw_only=True)
 class TrainMemory:
-    """Of one rank of pipeline stage `stage`. A step holds `activations`, and `log_probs` or `layers` at a time."""
+    """Bytes of one rank of stage `stage`. A step holds `activations`, and `log_probs` or `layers` at a time."""
 
     stage: int
     tokens: int
@@ -71,7 +71,7 @@ class TrainMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineMemory:
-    """Of one GPU of an engine; of the one process of an embedded engine."""
+    """Bytes of one GPU of an engine, or of the one process of an embedded engine."""
 
     weights: int
     kv: int
@@ -116,7 +116,7 @@ def stage_parameters(args: Args, shape: Architecture, stage: int) -> int:
 
 
 def critic_parameters(args: Args, shape: Architecture, stage: int) -> int:
-    """The same of the critic: a value head, whole on every tensor-parallel rank, in the place of the output layer."""
+    """Parameters of the critic: its value head, in place of the output layer, is whole on each tensor-parallel rank."""
     is_first, is_last = stage == 0, stage == args.pipeline_model_parallel_size - 1
     has_output_layer = is_last and not (shape.tied_embeddings and is_first)
     policy = stage_parameters(args, shape, stage)

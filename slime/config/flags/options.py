@@ -133,7 +133,7 @@ class ClusterOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """What is loaded and saved."""
+    """Checkpoints: which are loaded, and which are saved."""
 
     hf_checkpoint: str | None = flag(None, "HF directory: tokenizer, config, the engines' first weights.")
     ref_load: str | None = flag(None, "Reference model: a torch_dist checkpoint or an HF directory.")
@@ -310,7 +310,7 @@ class EvalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What slime adds to Megatron's training flags."""
+    """Training flags that slime adds to Megatron's."""
 
     use_dynamic_batch_size: bool = flag(
         False,
@@ -346,7 +346,7 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingOptions:
-    """What is logged where. The console and metrics.jsonl (under --save) always."""
+    """Logs and metrics, and where they go. The console and metrics.jsonl (under --save) always."""
 
     log_dir: str | None = flag(None, "Where metrics.jsonl and process logs go; unset: --save, else outputs/.")
     log_samples_per_rollout: int = flag(

@@ -17,7 +17,7 @@ TABLE_VERSION = "0.5.21"
 
 @dataclass(frozen=True)
 class NewName:
-    """What an old flag is called now."""
+    """The present name of an old flag."""
 
     flag: str
     value: str | None = None

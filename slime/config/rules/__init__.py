@@ -1,1 +1,1 @@
-"""What has to hold between flags, files and this version; `check` puts it together."""
+"""Rules that hold between flags, files and this version; `check` puts them together."""

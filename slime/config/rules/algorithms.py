@@ -36,7 +36,7 @@ def group_size(case: Case) -> Iterable[Problem]:
 
 
 def surrogate(case: Case) -> Iterable[Problem]:
-    """What the policy loss's other forms do not have, or mean otherwise."""
+    """Flags that the policy loss's other forms do not have, or take otherwise."""
     args = case.args
     if not case.trains_policy:
         return

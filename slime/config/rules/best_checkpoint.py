@@ -37,7 +37,7 @@ def best_checkpoint(case: Case) -> Iterable[Problem]:
 
 
 def _unknown(case: Case, name: str, what: str) -> Iterable[Problem]:
-    """What the built-in evaluation does not report."""
+    """Refuse a metric that the built-in evaluation does not report."""
     try:
         datasets = {dataset.name: dataset for dataset in eval_datasets(case.args)}
     except ValueError:  # which `eval_files` says

@@ -153,7 +153,7 @@ def training_distribution(case: Case) -> Iterable[Problem]:
 
 
 def stops(case: Case) -> Iterable[Problem]:
-    """What ends a response can stand in one."""
+    """Stop texts and stop ids can occur in a response."""
     args = case.args
     if "" in args.rollout_stop:
         yield case.error("rollout_stop", "an empty text would end every response", "leave it out")

@@ -1,4 +1,4 @@
-"""What the critic's flags have to be to each other and to the run.
+"""Rules between the critic's flags, and between them and the run.
 
 Path: one of the rules. Invariant: what passes here, training builds and loads.
 """

@@ -65,7 +65,7 @@ def experts(case: Case) -> Iterable[Problem]:
 
 
 def balance(case: Case) -> Iterable[Problem]:
-    """What keeps experts equally busy."""
+    """Rules for the flags that keep experts equally busy."""
     args, shape = case.args, case.args.architecture
     if shape is None:
         return

@@ -1,4 +1,4 @@
-"""What this version does not do yet: its flags parse and plan, and stop a real run.
+"""Features that this version does not have yet: their flags parse and plan, and stop a real run.
 
 Path: one of the rules. Invariant: a value that switches a feature off passes.
 """

@@ -1,4 +1,4 @@
-"""What the optimizer's flags, and those of its schedules, have to be to each other.
+"""Rules between the optimizer's flags and those of its schedules.
 
 Path: some of the rules. Invariant: what passes here, Megatron builds.
 """

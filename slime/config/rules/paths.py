@@ -31,7 +31,7 @@ MODEL_DIRECTORIES = ("hf_checkpoint", "ref_load", "load", "critic_load")
 
 
 def directories(case: Case) -> Iterable[Problem]:
-    """What has to be a directory is no file, and what is written can be written."""
+    """Paths that have to be directories are no files, and outputs can be written."""
     for field in ("load", "ref_load", "critic_load", "save_debug_train_data"):
         path: str | None = vars(case.args)[field]
         if field in case.given and path is not None and _stat(path) == "file":
@@ -168,7 +168,7 @@ def _pickled_alone(folder: Path) -> str | None:
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
-    """Those in the index, whether or not they are there, else those that are.
+    """The files that the index names, whether or not they are there, else those that are.
 
     Raises:
         OSError, ValueError: the index cannot be read, or names what is no file of this directory.
@@ -185,7 +185,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
 
 
 def _damage(file: Path) -> str | None:
-    """What is wrong with a safetensors file by its size; None: nothing. The numbers in it are not read."""
+    """The fault of a safetensors file by its size; None: it has none. The numbers in it are not read."""
     try:
         with open_regular(file) as stream:
             size = os.fstat(stream.fileno()).st_size

@@ -49,7 +49,7 @@ class Problem:
         return f"{about}: {one_line(self.rule)}; {one_line(self.remedy)}"
 
     def masked(self, mask: Callable[[str], str]) -> Problem:
-        """The same problem with every text passed through `mask`."""
+        """This problem with every text passed through `mask`."""
         texts = {name: mask(vars(self)[name]) for name in ("where", "value", "rule", "remedy")}
         return replace(self, **texts)
 

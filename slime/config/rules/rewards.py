@@ -46,7 +46,7 @@ def reward(case: Case) -> Iterable[Problem]:
 
 
 def eval_rewards(case: Case) -> Iterable[Problem]:
-    """The same of each evaluation set."""
+    """The rules of rewards, for each evaluation set."""
     args = case.args
     datasets = _datasets(case)
     field = "eval_prompt_data" if args.eval_config is None else "eval_config"
@@ -79,7 +79,7 @@ def reward_url(case: Case) -> Iterable[Problem]:
 
 
 def grammar(case: Case) -> Iterable[Problem]:
-    """What compares answers as mathematics runs with the ANTLR runtime that its verdicts were tested with."""
+    """Answers are compared as mathematics only with the ANTLR runtime that the verdicts were tested with."""
     args = case.args
     if args.custom_rm_path is not None:
         return

@@ -67,7 +67,7 @@ def virtual_stages(case: Case) -> Iterable[Problem]:
 
 
 def _interleaved(args: Args) -> Iterable[Problem]:
-    """What Megatron's schedule of virtual stages asks for."""
+    """Requirements of Megatron's schedule of virtual stages."""
     stages = args.pipeline_model_parallel_size
     if micro_batch_group(args) < stages:
         rule = f"{micro_batch_group(args)} is less than the number of pipeline stages, {stages}"
@@ -83,7 +83,7 @@ def _interleaved(args: Args) -> Iterable[Problem]:
 
 
 def _passed_on(where: str, rule: str, remedy: str) -> Problem:
-    """Of one of Megatron's own fields."""
+    """An error about one of Megatron's own fields."""
     return Problem(severity="error", where=where, rule=rule, remedy=remedy)
 
 

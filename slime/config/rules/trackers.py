@@ -33,6 +33,6 @@ def is_installed(name: str) -> bool:
 
 
 def _has_account() -> bool:
-    """As W&B itself finds it: its environment variables, settings files and netrc."""
+    """Whether W&B finds an account: in its environment variables, settings files and netrc."""
     wandb: Any = importlib.import_module("wandb")
     return wandb.setup().settings.mode != "online" or wandb.api.api_key is not None

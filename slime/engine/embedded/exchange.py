@@ -1,4 +1,4 @@
-"""What a /generate means and how it is answered, as SGLang does both.
+"""Requests to /generate are read and answered here, as SGLang does both.
 
 Path: `server` makes a `Request` for the scheduler here, and the answer from what became of it. Invariant: an answer is
 SGLang's for the same request, or a ValueError (a 400) with the reason; nothing is served almost as asked.

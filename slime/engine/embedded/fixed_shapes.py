@@ -51,7 +51,7 @@ class FixedShapes:
         return torch.cat(hidden)
 
     def sample(self, hidden_B: Tensor, batch: SamplingBatch) -> Draw:
-        """As `sampler.sample` of their logits."""
+        """Sample from their logits, as `sampler.sample` does."""
         count_all = len(hidden_B)
         draw = Draw(np.zeros(count_all, np.int64), np.zeros(count_all, np.float32), np.zeros(count_all, np.bool_))
         for first, count, size in self._chunks(count_all):
