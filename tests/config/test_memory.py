@@ -103,7 +103,7 @@ def make_args(shape: Architecture, *, bf16: bool = False, **more: Any) -> Args:
         "cpu_threads_per_process": 1,
         "train_timeout": 60.0,
         "use_dynamic_batch_size": True,
-        "max_tokens_per_gpu": BF16_TOKENS if bf16 else TOKENS,
+        "max_tokens_per_gpu": TOKENS,
         "rollout_max_response_len": 128,
         "log_probs_chunk_size": 128,
     }
@@ -156,7 +156,8 @@ def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measure
         trainer.train(0, batch)  # Adam's moments come with the first step, Megatron's buffers with the first forward
         forward = allocated(lambda: trainer.log_probs(batch, model="ref")) if args.needs_reference else 0
         # a collective's own thread lets its tensors go a moment after the step did: the least of several steps is ours
-        steps = 0 if args.needs_reference else 1 if world_size == 1 else 8
+        several = 3 if args.bf16 else 8
+        steps = 0 if args.needs_reference else 1 if world_size == 1 else several
         step = min((allocated(lambda: trainer.train(1, batch)) for _ in range(steps)), default=0)
         weights, gradients, state = held_by(trainer)
         critics = [] if trainer.critic is None else held_by(trainer.critic)
@@ -258,6 +259,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_one_rank(workers: WorkerPool, case: str) -> None:
     family, more = CASES[case]
     args = make_args(SHAPES[family], **more)
+    args = replace(args, max_tokens_per_gpu=BF16_TOKENS if args.bf16 else TOKENS)
     [found] = workers.run(1, measure, args)
     assert_planned(args, found)
 
