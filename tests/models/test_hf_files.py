@@ -131,7 +131,7 @@ def test_damage_is_named_with_its_file(source: Path, sharded: Path, tmp_path: Pa
     shard = sorted(sharded.glob("*.safetensors"))[1]
     name = next(name for name, file in HFReader(sharded)._file_of.items() if file == shard)
     shard.unlink()
-    with pytest.raises(ValueError, match=rf"{shard.name} is listed in model\.safetensors\.index\.json and missing"):
+    with pytest.raises(ValueError, match=rf"{shard.name} is listed in model\.safetensors\.index\.json but missing"):
         HFReader(sharded).get(name)
     save_file({"another": torch.zeros(1)}, shard)
     with pytest.raises(ValueError, match=rf"{shard.name} has no usable tensor {name}"):

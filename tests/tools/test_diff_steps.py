@@ -249,7 +249,7 @@ def test_files_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "1-1.safetensors is missing; index.json lists",
         "has format 99",
         "is not an index",
-        "'../a/x.safetensors' is no file of this directory",
+        "'../a/x.safetensors' is not a file in this directory",
         *["is not an index"] * 3,
         "no index",
     )
