@@ -34,6 +34,7 @@ from slime.cluster.placement import (
 from slime.cluster.reaper import Reaper
 from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.run_files import RunFiles
+from slime.cluster.stopped import stopped_below
 from slime.cluster.waiting import POLL_S, Waiter
 from slime.cluster.watchdog import Watchdog
 from slime.cluster.workers import EngineWorker, TrainWorker
@@ -295,7 +296,8 @@ class Processes:
         run's actors when it goes on.
         """
         message = (
-            f"{trouble}: the run has ended; started again, it goes on from its last checkpoint\nlogs: {self._log_dir}"
+            f"{trouble}{stopped_below(psutil.Process())}: the run has ended; started again, it goes on from its last "
+            f"checkpoint\nlogs: {self._log_dir}"
         )
         logger.error("%s", message)
         print(f"\n{message}", file=sys.stderr, flush=True)

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from slime.cluster.stopped import stopped_below
 from slime.core.awake import AwakeClock
 from slime.core.errors import Fault, RunError
 
@@ -87,8 +89,8 @@ class Waiter:
     def _silent(self, phase: str, waiting: Sequence[Any]) -> str:
         names = ", ".join(dict.fromkeys(self._who(ref) for ref in waiting))
         return (
-            f"{phase}: no answer for {self._limit:g} s ({self._because}) from {names}; what it was doing may stand in "
-            f"the logs: {self._where}"
+            f"{phase}: no answer for {self._limit:g} s ({self._because}) from {names}"
+            f"{stopped_below(psutil.Process())}; what it was doing may stand in the logs: {self._where}"
         )
 
     def _who(self, ref: Any) -> str:
