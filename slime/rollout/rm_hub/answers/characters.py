@@ -55,7 +55,8 @@ _ORDINAL = re.compile(
     r"(?<=\d)\s*(?:\^\s*)?(?:\{\s*)?(?:\\(?:text|mathrm|textrm|textsuperscript)\s*\{\s*)?(?:st|nd|rd|th)\b\s*\}{0,2}"
 )
 """`5th`, `5^{th}`, `5^{\\text{th}}`: the ending says nothing."""
-_HALF_OF_DAY = re.compile(r"(?<=\d)\s?([ap])(?:\.\s?m\.?|m)(?![A-Za-z])")
+_HALF_OF_DAY = re.compile(r"(?<![A-Za-z])([ap])\.\s?m\b\.?")
+_MODULUS = re.compile(r"\(\s*\\?(?:bmod|mod)\s*\{?\s*(\d+)\s*\}?\s*\)")
 _DOTS = re.compile(r"\.\s?\.\s?\.")
 _EMPHASIS = re.compile(r"(\*\*|__|`+)(.+)\1")
 
@@ -94,7 +95,7 @@ def _unwrapped(text: str) -> str:
     emphasised = _EMPHASIS.fullmatch(text.strip())
     text = emphasised[2] if emphasised else text
     text = _SPACES.sub(_space, text).strip()
-    text = _HALF_OF_DAY.sub(lambda match: rf"\text{{ {match[1]}m}}", text)
+    text = _MODULUS.sub(r"\\pmod{\1}", _HALF_OF_DAY.sub(r"\1m", text))
     while _ENDING.search(text) or text.endswith("\\"):
         text = text[:-1].rstrip()
     return text

@@ -242,6 +242,10 @@ class Parser(Stream):
             name += "'"
         if name in ("e", "i"):
             return Node(name)
+        inverse = [token.text for token in self.tokens[self.at : self.at + 6]] == ["^", "{{", "-", "1", "}}", "("]
+        if inverse and name in ("f", "g", "h"):
+            self.at += 5
+            name += "^{-1}"
         if self.sees("(") and (self.functions is None or name in self.functions):
             return Node("apply", self.several("("), name)
         return Node("symbol", name=name)

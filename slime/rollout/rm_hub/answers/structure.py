@@ -122,6 +122,8 @@ class Reader:
         words = {token.text.lower() for token in connectives}
         if any(_conditions(item) for item in items) and words <= {"or", "vee"}:
             return Region("or", tuple(items))
+        if words == {"or"} and all(isinstance(item, Many) and set(item.brackets) & {"[", "]"} for item in items):
+            return Region("cup", tuple(items))
         if all(_conditions(item) for item in items) and words <= {"and", "wedge"}:
             return Region("and", tuple(items))
         ends = {_CONNECTIVES[word] for word in words & _CONNECTIVES.keys()}
@@ -147,7 +149,7 @@ class Reader:
                 read.append(Many("tuple", tuple(self.read(cell) for cell in cells), "if"))
             else:
                 read.append(self.read([token for cell in cells for token in cell]))
-        return _many("bare", read)
+        return read[0] if len(read) == 1 else _many("bare", read)
 
     def _one(self, tokens: list[Token]) -> Answer:
         tokens = unwrap(tokens)

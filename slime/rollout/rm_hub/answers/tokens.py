@@ -62,7 +62,7 @@ _SYNONYMS = pairs(
     """
     dfrac frac tfrac frac cfrac frac leq le leqslant le geq ge geqslant ge neq ne varnothing emptyset lbrace { rbrace }
     lbrack [ rbrack ] lt < gt > dots ldots cdots ldots dotsc ldots dotsb ldots vdots ldots ast times dbinom binom
-    tbinom binom degree circ colon : lvert | rvert | vert | land wedge lor vee implies Rightarrow iff Leftrightarrow
+    tbinom binom degree circ colon : land wedge lor vee implies Rightarrow iff Leftrightarrow
     varphi phi varepsilon epsilon vartheta theta rightarrow to doteq = bigcup cup bigcap cap union cup
     backslash setminus infin infty simeq approx subsetneq subset tg tan
     """
@@ -276,8 +276,8 @@ class Tokeniser:
                 self._braced()
         elif name in CURRENCIES:
             self._add("word", CURRENCIES[name])
-        elif name == "|":
-            self._add("sign", "||")
+        elif name in ("lvert", "rvert", "vert", "|"):
+            self._add("sign", "||" if name == "|" else "|")
         elif len(name) == 1 and not name.isalpha():
             if name in "([":
                 self.depth += 1
@@ -354,6 +354,8 @@ class Tokeniser:
             self._add("word", run)
 
     def _is_unit(self, run: str, after_number: bool) -> bool:
+        if run in ("am", "pm"):
+            return after_number
         if self.letters_are_units and self.tokens and self.spaced and run in UNITS:
             return True
         return after_number and (run in WRITTEN_TOGETHER or (self.spaced and len(run) > 1 and run in UNITS))
