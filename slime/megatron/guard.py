@@ -211,7 +211,8 @@ def _largest_samples(batch: TrainBatch, whole: Mapping[str, Array]) -> str:
     largest = np.argsort(-sizes_N, kind="stable")[:MOST_NAMED]
     largest = largest[sizes_N[largest] > 0]
     return (
-        f"Of |loss|, most is of {_named(batch, largest, [f'{size:.0%}' for size in sizes_N[largest] / sizes_N.sum()])}"
+        "The largest shares of |loss|: "
+        f"{_named(batch, largest, [f'{size:.0%}' for size in sizes_N[largest] / sizes_N.sum()])}"
     )
 
 

@@ -50,10 +50,10 @@ def fuse_weight_gradients() -> bool:
     try:
         WeightGradients.wgrad_gemm_accum_fp32(ones, ones, total)
     except (RuntimeError, TypeError) as error:
-        logger.warning("weights' gradients are added in a pass of their own, which costs time: %s", error)
+        logger.warning("weight gradients are added in a separate pass, which costs time: %s", error)
         return False
     if not bool((total == 19.0).all()):
-        logger.warning("weights' gradients are added in a pass of their own: this torch's addmm does not add in place")
+        logger.warning("weight gradients are added in a separate pass: the addmm of this torch does not add in place")
         return False
     setattr(mcore_layers, "fused_weight_gradient_mlp_cuda", WeightGradients)  # noqa: B010  # Megatron has no such name
     device.replace_name(mcore_layers, "_grad_accum_fusion_available", True)

@@ -91,7 +91,7 @@ class Trainer:
             self._load_weights(self._find_reference(ASKS_FOR_REFERENCE))
             self._snapshots.take("ref")
         elif args.use_kl_loss and self.topology.rank == 0:
-            logger.info("reference KL off: --kl-loss-coef is 0 (--log-ref-kl logs it all the same)")
+            logger.info("reference KL off: --kl-loss-coef is 0 (--log-ref-kl would still log it)")
         own = (args.save_debug_rollout_data, args.save_debug_train_data, args.save_hf, args.update_weight_disk_dir)
         here = (
             args.load is not None and args.save is not None and Path(args.load).resolve() == Path(args.save).resolve()

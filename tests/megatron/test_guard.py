@@ -250,7 +250,7 @@ def test_a_loss_spike(ranks: int, workers: WorkerPool, hf: Path, tmp_path: Path)
         error = found[-1]
         assert isinstance(error, str) and "the mean of |loss| over tokens is " in error
         assert f"more than 4 times the largest of the last {FEWEST_STEPS} steps" in error
-        assert "Of |loss|, most is of sample 105 of group 1 (100%)" in error
+        assert "The largest shares of |loss|: sample 105 of group 1 (100%)" in error
         assert error == outcomes[0][0][-1]
     if ranks == 1:  # control
         args = replace(args, check_for_spiky_loss=False, save=None)
