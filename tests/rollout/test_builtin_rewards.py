@@ -88,7 +88,7 @@ def test_deepscaler_rule(response: str, label: str, expected: float) -> None:
         ("12 34", "1234", 0),
         ("1e6", "1000000", 1),
         (r"1.5 \times 10^{-7}", "0.00000015", 1),
-        (r"1.38\times 10^{-23}", r"6.63\times 10^{-34}", 0),  # math-verify takes all that is small for the same
+        (r"1.38\times 10^{-23}", r"6.63\times 10^{-34}", 0),  # a tolerance that is absolute takes them for the same
         ("0.0000001", "0.0000002", 0),
         ("3.1415927", "3.14159265", 1),
         ("4.0000001", "4", 0),

@@ -369,7 +369,7 @@ def test_workers_start_with_the_first_sample_and_their_start_is_not_charged_to_i
             assert not pool._workers
             start = time.perf_counter()
             verdict = await pool.judge(Sample(label="1", response=r"</think>\boxed{1}"))
-            assert time.perf_counter() - start > 0.2  # a fresh interpreter that loads math-verify
+            assert time.perf_counter() - start > 0.2  # a fresh interpreter that loads sympy
             assert verdict == Verdict(1.0)
             assert len(pool._workers) == 2
         finally:

@@ -1,6 +1,7 @@
 """Equality of answers, without a model's text ever being evaluated as code.
 
-Reading order: `characters` (one spelling for each sign), `tokens` (numbers, letters, words), `expressions` (a tree of
-arithmetic), `numerics` (equality of two trees), `structure` (sets, tuples, equations, units around the trees),
-`regions` (inequalities and intervals), `comparison` (equality of two structures).
+Reading order: `characters` (one spelling for each sign), `tokens` (numbers, letters, words; `vocabulary` has the
+tables), `trees` and `expressions` (a tree of arithmetic), `exact`, `numerics` and `equality` (equality of two trees),
+`cutting`, `units` and `structure` (sets, tuples, equations, units around the trees), `lists` and `parts`, `regions`
+(inequalities and intervals), `library` (integrals), `comparison` (equality of two structures).
 """
