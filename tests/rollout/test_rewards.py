@@ -305,7 +305,7 @@ def test_256_samples_cost_the_event_loop_well_under_a_second() -> None:
     assert seconds < 3
 
 
-def test_an_answer_that_blows_up_is_cut_off() -> None:
+def test_an_answer_too_large_to_compute_is_wrong() -> None:
     async def run() -> Verdict:
         pool = RewardPool(Args(rm_type="deepscaler", rm_timeout=1.0, rm_num_workers=1))
         try:
@@ -316,7 +316,7 @@ def test_an_answer_that_blows_up_is_cut_off() -> None:
         finally:
             pool.close()
 
-    assert asyncio.run(run()).failure in ("timeout", "crash")
+    assert asyncio.run(run()) == Verdict(0.0)
 
 
 def test_the_sample_says_which_reward() -> None:
