@@ -132,7 +132,7 @@ def hook_block(name: str) -> str:
         ("with --group-rm", f"`({', '.join(hook.group_parameters)})`" if hook.group_parameters else ""),
         ("returns", _cell(hook.returns)),
         ("when", _cell(hook.called)),
-        ("has to have", ", ".join(f"`{member}`" for member in hook.members)),
+        ("must have", ", ".join(f"`{member}`" for member in hook.members)),
         ("default", f"`{default}`" if default else "none"),
         ("example", f"[`{hook.example}`](../{file})"),
     ]

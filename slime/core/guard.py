@@ -154,10 +154,10 @@ def _watch(log: str, command: list[str], keep: list[int]) -> int:
             _end_orphans()
             return os.waitstatus_to_exitcode(status) & 0xFF
         ready, _, _ = select.select([0, wake], [], [], POLL)
-        said = os.read(0, 1) if 0 in ready else None
+        byte = os.read(0, 1) if 0 in ready else None
         # A forked child of the owner may keep the pipe open after the owner's death, so check the owner as well.
-        if asked_to_end or os.getppid() != parent or said is not None:
-            _end(pid, 0.0 if said else GRACE)
+        if asked_to_end or os.getppid() != parent or byte is not None:
+            _end(pid, 0.0 if byte else GRACE)
             return 0
         if wake in ready:
             os.read(wake, 512)

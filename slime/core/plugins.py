@@ -173,7 +173,7 @@ def load(path: str) -> Any:
     """
     module_name, _, name = path.rpartition(".")
     if len(path) > MAX_PATH or not module_name or not all(part.isidentifier() for part in path.split(".")):
-        raise ValueError("not a dotted path: it has to read package.module.name")
+        raise ValueError("not a dotted path: it must be package.module.name")
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit, GeneratorExit) as error:

@@ -47,7 +47,7 @@ def test_another_layout_is_no_change(hf: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "says"),
+    ("file", "change", "expected"),
     [
         ("config.json", lambda c: c.update(rms_norm_eps=1e-6), "config.json: rms_norm_eps 1e-05 then, 1e-06 now"),
         ("config.json", lambda c: c["rope"].update(a=2), 'config.json: rope {"a": 1} then, {"a": 2} now'),
@@ -59,10 +59,10 @@ def test_another_layout_is_no_change(hf: Path) -> None:
         ("tokenizer_config.json", lambda t: t.update(chat_template="{{ x }}"), "another chat template"),
     ],
 )
-def test_a_change_is_named(hf: Path, file: str, change: Callable[[dict[str, Any]], object], says: str) -> None:
+def test_a_change_is_named(hf: Path, file: str, change: Callable[[dict[str, Any]], object], expected: str) -> None:
     before = hf_identity(hf)
     edit(hf / file, change)
-    assert changes(before, hf_identity(hf)) == [says]
+    assert changes(before, hf_identity(hf)) == [expected]
     assert len(changes(before, {})) >= 2 and changes(before, before) == []
 
 

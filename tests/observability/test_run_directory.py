@@ -41,8 +41,8 @@ def test_a_second_run_waits_for_the_first(tmp_path: Path) -> None:
         (other, [], [hf]),
         (other, [], [hf.parent]),
     ):
-        says = rf"in use by process {holder.pid} on \S+ since 20\d\d-.*--save, --log-dir"
-        with pytest.raises(RunError, match=says):
+        message = rf"in use by process {holder.pid} on \S+ since 20\d\d-.*--save, --log-dir"
+        with pytest.raises(RunError, match=message):
             RunDirectory(path, directories, outputs)
     free = RunDirectory(other, [tmp_path], [hf.parents[1] / "rollout-{rollout_id}", tmp_path / "hf"])
     free.close()

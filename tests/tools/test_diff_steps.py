@@ -83,7 +83,7 @@ def diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tu
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "index", "told"),
+    ("place", "name", "index", "message"),
     [
         ("rollout 7", "rewards", (0,), "sample 28 of group 14: 0 in A, 1 in B"),
         ("rollout 7", "loss_mask", (2,), "sample 29 of group 14, response token 0 of 3 (id 22): 1 in A, 2 in B"),
@@ -96,13 +96,13 @@ def diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tu
         ("rollout 7, step 1", "weight a.weight", (0, 3), "entry [0, 3]: 3 in A, 4 in B"),
     ],
 )
-def test_the_first_difference_is_named(place: str, name: str, index: Any, told: str, diff: Any) -> None:
+def test_the_first_difference_is_named(place: str, name: str, index: Any, message: str, diff: Any) -> None:
     other = dump()
     other[place][name][index] += 1
     other["rollout 7, step 1"]["weight a.weight"][2, 3] = -1  # a later one
     code, text = diff(other)
     assert code == 1
-    assert f": {place}: {name}\n  {told}" in text, text
+    assert f": {place}: {name}\n  {message}" in text, text
 
 
 def test_equal_runs_are_reported_and_shown(diff: Any) -> None:
@@ -178,7 +178,7 @@ def _fewer(*places: str) -> Tensors:
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         (_swapped, "rollout 7: the same samples in another order: row 0 is sample 28 of group 14 in A, sample 29 of"),
         (lambda: _with("rollout 7", "sample_indices", [28, 31]), "other samples: row 1 is sample 29 of group 14 in A"),
@@ -206,10 +206,10 @@ def _fewer(*places: str) -> Tensors:
         (lambda: {"rollout 7": {**dump()["rollout 7"], "zz": torch.ones(1)}, **_fewer(*list(dump())[1:])}, "only B"),
     ],
 )
-def test_runs_that_cannot_be_compared(other: Callable[[], Tensors], told: str, diff: Any) -> None:
+def test_runs_that_cannot_be_compared(other: Callable[[], Tensors], message: str, diff: Any) -> None:
     code, text = diff(other())
     assert code == 2, text
-    assert told in text and "cannot compare" in text, text
+    assert message in text and "cannot compare" in text, text
 
 
 def test_an_earlier_difference_is_still_named(diff: Any) -> None:
@@ -243,7 +243,7 @@ def test_files_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main([a, b]) == 2
     index.unlink()
     assert main([a, b]) == 2
-    told = capsys.readouterr().err.splitlines()
+    message = capsys.readouterr().err.splitlines()
     expected = (
         "is damaged",
         "1-1.safetensors is missing; index.json lists",
@@ -253,8 +253,8 @@ def test_files_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         *["is not an index"] * 3,
         "no index",
     )
-    assert len(told) == len(expected)
-    for line, words in zip(told, expected, strict=True):
+    assert len(message) == len(expected)
+    for line, words in zip(message, expected, strict=True):
         assert words in line and line.startswith("cannot compare"), line
 
 
