@@ -92,6 +92,7 @@ class Architecture:
 
     @property
     def num_moe_layers(self) -> int:
+        """The number of layers with experts."""
         return self.num_layers - self.first_dense_layers if self.num_experts else 0
 
     def num_parameters(self) -> int:

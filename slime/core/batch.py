@@ -120,6 +120,7 @@ class TrainBatch:
         return len(self.total_lengths_N)
 
     def has(self, name: str) -> bool:
+        """Return whether the batch has the column `name`."""
         return name in self.columns
 
     def rows(self, name: str) -> list[Array]:

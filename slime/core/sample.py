@@ -105,6 +105,7 @@ class Sample:
 
     @property
     def prompt_tokens(self) -> list[int]:
+        """The tokens of the prompt alone."""
         return self.tokens[: self.prompt_length]
 
     @property

@@ -246,7 +246,7 @@ def test_every_metric_has_its_value() -> None:
         assert 0 < sum(expected[name]) < 64, f"the inputs reach both sides of {name}"
 
 
-def test_ppo_kl_is_positive_when_a_token_became_less_likely() -> None:
+def test_ppo_kl_is_positive_for_less_likely_tokens() -> None:
     """The metric estimates KL(old || current): the old policy sampled, so it is log p_old - log p."""
     inputs = LossInputs(torch.tensor([-3.0, -1.0]), torch.tensor([-2.0, -2.0]), torch.ones(2))
     assert policy_loss(inputs, OPTIONS)[1]["ppo_kl"].tolist() == [1.0, -1.0]

@@ -1,4 +1,4 @@
-r"""Which box of a response is its answer, and its content."""
+r"""The box of a response that is its answer, and its content."""
 
 from __future__ import annotations
 
