@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slime.algo.reducers import KL_ESTIMATORS, k1, k2, k3, loss_weights, masked_mean, whiten
+from slime.algo.reducers import KL_ESTIMATORS, bounded_kl, k1, k2, k3, loss_weights, masked_mean, whiten
 
 
 def distributions() -> tuple[Tensor, Tensor]:
@@ -43,6 +43,17 @@ def test_k3_stays_exact_in_float32_near_zero() -> None:
     literal = gap.exp() - 1 - gap
     with pytest.raises(AssertionError):
         torch.testing.assert_close(literal, gap**2 / 2, rtol=1e-2, atol=0)
+
+
+def test_a_bounded_kl_stays_in_its_range() -> None:
+    log_p = torch.tensor([-4.0, -1.0, -2.5, -1.5, -2.0, float("-inf")], dtype=torch.float64, requires_grad=True)
+    kl, beyond = bounded_kl("k1", log_p, torch.full((6,), -2.0, dtype=torch.float64), 1.5)
+    assert kl.tolist() == [-1.5, 1.0, -0.5, 0.5, 0.0, -1.5]
+    assert beyond is not None and beyond.tolist() == [True, False, False, False, False, True]
+    (gradient,) = torch.autograd.grad(kl.sum(), log_p)
+    assert gradient.tolist() == [0, 1, 1, 1, 1, 0]
+    plain, none = bounded_kl("k1", log_p, torch.full((6,), -2.0, dtype=torch.float64), None)
+    assert plain[0] == -2.0 and none is None
 
 
 def test_masked_mean_and_whiten() -> None:

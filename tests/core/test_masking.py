@@ -40,6 +40,7 @@ def test_a_secret_is_masked_in_every_form() -> None:
     for text in (key, repr(key), json.dumps(key), password, json.dumps(password), "p%2Fw%20%C3%A4%C3%9F", "tik tok"):
         assert mask(f"it was {text}!").strip("'\"") in ("it was ***!", "it was '***'!", 'it was "***"!'), text
     assert mask("true to me at host/judge") == "true to me at host/judge"
+    assert Masker(["http://me:p@ss@host/judge"])("it was p@ss, not me") == "it was ***, not me"
     assert Masker(["abc", ""])("abc is short, and a part of many words") == "abc is short, and a part of many words"
 
 

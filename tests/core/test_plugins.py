@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from slime.core.plugins import HOOKS, check_signature, load
+from slime.core.plugins import HOOKS, HookError, check_signature, hook_path, load, load_hook
 
 TESTS = Path(__file__).parents[1]
 
@@ -116,3 +117,69 @@ def test_every_hook_has_an_example_that_fits(name: str) -> None:
     hook = HOOKS[name]
     assert hook.example.startswith("examples.")
     assert check_signature(hook, load(hook.example)) is None
+
+
+async def asynchronous(args: Any, samples: Any) -> None: ...
+
+
+def too_few(args: Any) -> None: ...
+
+
+def like_a_source(args: Any, tokenizer: Any) -> None: ...
+
+
+class Incomplete:
+    num_prompts: int
+
+    def __init__(self, args: Any, tokenizer: Any) -> None: ...
+
+    def state_dict(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "reason"),
+    [
+        ("custom_rm_path", 3, "an object of type int cannot be called"),
+        ("data_source_path", like_a_source, "an object of type function is not a class"),
+        ("rollout_sample_filter_path", asynchronous, "it is async; --rollout-sample-filter-path is called as a plain"),
+        ("rollout_sample_filter_path", too_few, "it cannot be called as (args, samples): too many positional"),
+        ("data_source_path", Incomplete, "it lacks get_groups, add_groups, load_state_dict"),
+    ],
+)
+def test_unusable_hooks_have_a_reason(name: str, function: Any, reason: str) -> None:
+    found = check_signature(HOOKS[name], function)
+    assert found is not None and found.startswith(reason), found
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("float", "not a dotted path"),
+        ("examples.hooks.2", "not a dotted path"),
+        ("a." + "b" * 1000, "not a dotted path"),
+        ("examples.none.x", "importing examples.none failed: ModuleNotFoundError"),
+        ("examples.hooks.training.none", "module examples.hooks.training has no 'none'"),
+    ],
+)
+def test_paths_that_cannot_be_loaded(path: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+def test_an_unusable_hook_names_flag_and_remedy() -> None:
+    assert load_hook("custom_loss_function_path", "slime.algo.losses.policy_loss") is load(
+        "slime.algo.losses.policy_loss"
+    )
+    with pytest.raises(
+        HookError, match=r"--custom-rm-path none\.x: importing none failed: .*; name a function that can"
+    ):
+        load_hook("custom_rm_path", "none.x")
+    with pytest.raises(
+        HookError, match=r"--data-source-path .*: .* is not a class; give it the .* members num_prompts"
+    ):
+        load_hook("data_source_path", "examples.hooks.training.only_judged")
+
+
+def test_the_path_in_a_flag() -> None:
+    assert hook_path(None) is None and hook_path(("",)) is None
+    assert hook_path("a.b") == "a.b" and hook_path(("a.b", "c")) == "a.b.c"

@@ -43,8 +43,9 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
 
 def test_a_json_object_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    path.write_text('\ufeff{"a": 1, "b": {"c": 123456789012345678901234567890}}', encoding="utf-8")
-    assert read_json_object(path) == {"a": 1, "b": {"c": 123456789012345678901234567890}}
+    longest = "1" * 100
+    path.write_text(f'\ufeff{{"a": 1, "b": {{"c": {longest}}}}}', encoding="utf-8")
+    assert read_json_object(path) == {"a": 1, "b": {"c": int(longest)}}
 
 
 @pytest.mark.parametrize(
