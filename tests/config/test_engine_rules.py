@@ -62,7 +62,7 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
             f"{SGLANG} --sglang-tokenizer-worker-num 2 --sglang-api-key a",
             "--sglang-tokenizer-worker-num 2: SGLang takes no API key with several tokenizer workers, and --sglang-api",
         ),
-        (f"{OWN} --sglang-admin-api-key 2", "one key opens everything"),
+        (f"{OWN} --sglang-admin-api-key 2", "one key is used for all requests"),
         (f"{OWN} --sglang-router-port 4000", "--sglang-router-port 4000: half of an address"),
         (
             f"{SGLANG} --no-bf16",

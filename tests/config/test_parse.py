@@ -83,7 +83,8 @@ def test_old_names_of_sglangs_flags(run: Run, tmp_path: Path, words: str, expect
         ),
         (
             "--sglang-config own.yaml",
-            "--sglang-config own.yaml: slime sets it itself; it would set flags unseen: give each as --sglang-*",
+            "--sglang-config own.yaml: slime sets it itself; slime would not see the flags in it: give each as "
+            "--sglang-*",
         ),
     ],
 )

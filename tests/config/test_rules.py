@@ -191,7 +191,7 @@ def test_a_run_without_steps_needs_no_length(run: Run) -> None:
 def test_megatron_fields_that_only_the_trainer_has(run: Run, words: str) -> None:
     error = run.error(*words.split())
     assert error.startswith(f"{words}: ")
-    assert "the engine and the weight tables know nothing of it" in error
+    assert "the engine and the weight tables do not know it" in error
 
 
 def test_megatron_fields_that_pass(run: Run) -> None:

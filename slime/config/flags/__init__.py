@@ -1,1 +1,1 @@
-"""Every flag, declared once: slime's own in `options`, the others' in checked-in tables."""
+"""The declarations of all flags: slime's own in `options`, the other programs' in checked-in tables."""

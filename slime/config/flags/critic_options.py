@@ -1,4 +1,4 @@
-"""Flags of the critic, one section of slime's own (see `options`)."""
+"""Flags of the critic: one section of slime's own flags (see `options`)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from slime.config.flags.flag import flag
 
 @dataclass(frozen=True, kw_only=True)
 class CriticOptions:
-    """The critic of --advantage-estimator ppo: a model of the policy's shape and layout, with one value a token."""
+    """The critic of --advantage-estimator ppo: a model like the policy, with one value per token."""
 
     critic_load: str | None = flag(
         None,
-        "What a new critic starts from: a checkpoint with a critic in it, or a policy's (torch_dist or HF), whose "
-        "output layer is left out; unset: what the actor starts from. A resumed run goes on with the critic of --load.",
+        "Checkpoint that a new critic starts from: one that contains a critic, or a policy's (torch_dist or HF), of "
+        "which the output layer is not loaded. Unset: the actor's start. A resumed run continues the critic of --load.",
     )
     critic_lr: float | None = flag(None, "The critic's learning rate; unset: --lr.", ge=0)
-    critic_lr_warmup_iters: int = flag(0, "Optimizer steps of its linear warm-up, which is its own.", ge=0)
+    critic_lr_warmup_iters: int = flag(0, "Optimizer steps of the critic's own linear warm-up.", ge=0)
     value_clip: float = flag(
         0.2,
-        "Clip of the value loss: how far a value may go from what it was before the rollout's steps; 0: any way.",
+        "Clip of the value loss: how far a value may move from its value before the rollout's steps; 0: no clip.",
         ge=0,
     )
     num_critic_only_steps: int = flag(
-        0, "First rollouts of the run in which the critic alone learns, and the policy stays as it is.", ge=0
+        0, "Number of rollouts at the start of the run in which only the critic learns.", ge=0
     )

@@ -1,4 +1,4 @@
-"""`flag(...)`: one option as a dataclass field: default, help and the range it must lie in.
+"""`flag(...)` declares one option as a dataclass field: its default, its help and its bounds.
 
 The name on the command line is the field's name with dashes. Booleans take `--x` and `--no-x`. A field
 typed `Literal[...]` is a choice, one typed `tuple[T, ...]` takes one or more values.
@@ -10,7 +10,7 @@ from dataclasses import MISSING, field
 from typing import Any, Literal
 
 Secret = Literal["all", "url"]
-"""The part of a value that is secret: all of it, or the user, the password and the query of a URL."""
+"""The secret part of a value: all of it, or the user, the password and the query of a URL."""
 
 
 def flag(
@@ -25,10 +25,11 @@ def flag(
     nargs: int | None = None,
     secret: Secret | None = None,
 ) -> Any:
-    """Declare an option. `ge/gt/le/lt`: bounds, checked wherever the value is not None.
+    """Declare an option of the command line.
 
-    `nargs`: an exact number of values for a tuple field (else: one or more).
-    `secret`: what of the value nobody else may see; it is printed and written with that part masked.
+    `ge/gt/le/lt`: bounds, which are checked when the value is not None.
+    `nargs`: an exact number of values for a tuple field (otherwise one or more).
+    `secret`: the part of the value that others must not see. Every output shows that part masked.
     `default=MISSING` makes the option required.
     """
     metadata = {

@@ -1,4 +1,4 @@
-"""The text of `--help`: every flag, by section, Megatron's and SGLang's too."""
+"""The text of `--help`: every flag by section, including Megatron's and SGLang's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slime.config.rules.problem import show
 INTRODUCTION = """\
 usage: python3 train.py [--config FILE.yaml] [flags]
 
-Values follow their flag (--x v or --x=v); switches are --x and --no-x; the last of a repeated flag counts.
+A value follows its flag (--x v or --x=v). Switches are --x and --no-x. The last of a repeated flag counts.
 --dry-run prints the resolved plan and stops. train_async.py takes the same flags."""
 
 
@@ -30,7 +30,7 @@ def _entry(spec: FlagSpec) -> str:
 
 
 def format_help() -> str:
-    """Needs neither Megatron nor SGLang."""
+    """Return the text of `--help`. Neither Megatron nor SGLang has to be installed."""
     parts = [INTRODUCTION]
     shown = [spec for spec in all_flags() if (spec.source, spec.name) not in SET_BY_SLIME]
     for section, specs in groupby(shown, key=lambda spec: spec.section):

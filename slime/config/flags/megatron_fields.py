@@ -1,7 +1,9 @@
-"""Megatron's fields that pass through by name: which of them a run may set.
+"""Lists of the Megatron fields that a run may set by name, with the two rules that check them.
 
-Path: two of the rules. Invariant: what passes leaves the model the function that the engine and the weight tables know;
-a field that is in no list here does not pass, so one that a later Megatron adds has to be put into one.
+- Used by: `rules.check`, which runs the two rules; other rules read the lists.
+- Invariant: a field that passes does not change the function that the model computes, because the engine and the weight
+  tables know only that function. A field in no list is refused, so a field that a later Megatron adds must be added
+  to a list first.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ DECIDED: Mapping[str, Any] = {
     "moe_token_dispatcher_type": "alltoall",
     "deallocate_pipeline_outputs": True,
 }
-"""Fields that have one value here: fused kernels need TransformerEngine or Apex, packs the dispatcher; the last one is
-nothing but less memory."""
+"""Fields that slime sets to one value. Fused kernels need TransformerEngine or Apex, packed rows need this dispatcher,
+and the last field only saves memory."""
 
 HARMLESS = frozenset(
     [
         # all weights are loaded
         "init_method_std",
         "embedding_init_method_std",
-        # kernels of the same function, or of what slime computes itself
+        # other kernels for the same function, or for something that slime computes itself
         "bias_activation_fusion",
         "cross_entropy_loss_fusion",
         "cross_entropy_fusion_impl",
@@ -42,7 +44,7 @@ HARMLESS = frozenset(
         "distribute_saved_activations",
         "num_microbatches_with_partial_activation_checkpoints",
         "clone_scatter_output_in_embedding",
-        # communication between pipeline stages and over the context
+        # communication between pipeline stages and between context-parallel ranks
         "overlap_p2p_comm",
         "batch_p2p_comm",
         "batch_p2p_sync",
@@ -81,15 +83,15 @@ OFFLOAD_OF_MEGATRON = frozenset(
         "pin_cpu_params",
     ]
 )
-"""Of these, what is about an offload that slime does not use; `rules.optimizer` says so."""
+"""The harmless fields of Megatron's own offload, which slime does not use; `rules.optimizer` warns about them."""
 HARMLESS_VALUES: Mapping[str, Any] = {"transformer_impl": "local"}
-"""One value of a field that may be given, besides its default."""
+"""Fields that may be given with this one value, apart from their default."""
 
 JUDGED_ELSEWHERE = ("moe_", "overlap_moe_", "fp8", "fp4", "mtp_", "cpu_offloading", "tp_comm_")
-"""Beginnings of names of features that `not_built` and `no_effect` speak about, or that need TransformerEngine's layers
-and do nothing to Megatron's local ones."""
+"""Prefixes of fields that `not_built`, `no_effect` and the rules on experts handle, or that only act on
+TransformerEngine's layers, not on Megatron's local ones."""
 NOT_BUILT_HERE = ("multi_latent_attention", "use_megatron_fsdp")
-"""The same, whole names."""
+"""Whole names of fields that `not_built` handles."""
 
 
 def _passed(case: Case) -> Iterable[tuple[FlagSpec, Any]]:
@@ -103,7 +105,7 @@ def _error(spec: FlagSpec, value: Any, rule: str) -> Problem:
 
 
 def megatron_decided(case: Case) -> Iterable[Problem]:
-    """Fields that slime sets itself."""
+    """Refuse another value for a field that slime sets itself."""
     for spec, value in _passed(case):
         decided = not cuda_available() if spec.name == "use_cpu_initialization" else DECIDED.get(spec.name, value)
         if value != decided:
@@ -111,7 +113,7 @@ def megatron_decided(case: Case) -> Iterable[Problem]:
 
 
 def megatron_known(case: Case) -> Iterable[Problem]:
-    """Nothing reaches the trainer's model alone."""
+    """Refuse a field that would change the trainer's model but not the engine's."""
     for spec, value in _passed(case):
         allowed = (
             spec.name in HARMLESS
@@ -122,5 +124,5 @@ def megatron_known(case: Case) -> Iterable[Problem]:
             or HARMLESS_VALUES.get(spec.name, spec.default) == value
         )
         if not allowed and value != spec.default:
-            rule = "it may change what the trainer computes, and the engine and the weight tables know nothing of it"
+            rule = "it may change what the trainer computes, and the engine and the weight tables do not know it"
             yield _error(spec, value, rule)

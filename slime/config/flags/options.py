@@ -1,8 +1,9 @@
-"""slime's own flags: one frozen dataclass a section, one field a flag, its help beside it.
+"""slime's own flags: one frozen dataclass per section, one field with its help per flag.
 
-Path: `parse` fills these from argv and YAML, `rules` resolves and checks them, and everything below reads
-one frozen `Args` (`config.args`). Invariant: no default lives anywhere else; `None` means "not given", and
-`rules.resolve` replaces it where another value decides it.
+- Used by: `parse` fills these classes from argv and YAML, `resolve` and `rules` complete and check them, and all other
+  code reads the one frozen `Args` (`config.args`) that they form.
+- Invariant: no default is written anywhere else. `None` means "not given"; `resolve` replaces it when another value
+  decides it.
 """
 
 from __future__ import annotations
@@ -15,275 +16,271 @@ from slime.config.flags.flag import flag
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions:
-    """Who runs where."""
+    """Where training and engines run."""
 
-    actor_num_nodes: int = flag(1, "Nodes for training.", ge=1, le=65536)
-    actor_num_gpus_per_node: int = flag(1, "GPUs (on a CPU: worker processes) for training, a node.", ge=1, le=1024)
+    actor_num_nodes: int = flag(1, "Number of nodes for training.", ge=1, le=65536)
+    actor_num_gpus_per_node: int = flag(1, "Training GPUs per node (CPU: training processes).", ge=1, le=1024)
     rollout_num_gpus: int | None = flag(
         None,
-        "GPUs (on a CPU: engine processes) for generation. 0: no engines, for runs that generate nothing.",
+        "GPUs for generation (on a CPU: engine processes). 0: no engines, for runs that generate nothing.",
         ge=0,
         le=1048576,
     )
-    rollout_num_gpus_per_engine: int = flag(1, "GPUs of one engine; SGLang's tensor parallel size.", ge=1, le=65536)
-    num_gpus_per_node: int = flag(8, "Accepted without effect: Ray knows what each node has.", ge=1, le=1024)
+    rollout_num_gpus_per_engine: int = flag(1, "GPUs per engine: SGLang's tensor-parallel size.", ge=1, le=65536)
+    num_gpus_per_node: int = flag(8, "Accepted without effect: Ray knows the GPUs of each node.", ge=1, le=1024)
     gpu_memory: float | None = flag(
         None,
-        "GiB of one GPU, which what is planned has to fit in (an H100 has 79.6); unset: this machine's GPUs' own. With "
-        "--dry-run, plans for GPUs of that size also where there are none.",
+        "Memory of one GPU in GiB, which the planned run must fit in (an H100 has 79.6). Unset: the memory of this "
+        "machine's GPUs. With --dry-run, the plan is for GPUs of this size even if the machine has none.",
         ge=0.1,
         le=100_000,
         metavar="GIB",
     )
     memory_check: bool = flag(
-        True, "A plan that needs more memory than a GPU has is an error; --no-memory-check makes it a warning."
+        True, "A plan that needs more memory than a GPU has stops the run; --no-memory-check only warns."
     )
-    colocate: bool = flag(False, "Training and generation share the same devices.")
-    offload: bool | None = flag(None, "With --colocate: engines give memory back while training runs (default there).")
+    colocate: bool = flag(False, "Colocation: training and generation share the same devices.")
+    offload: bool | None = flag(None, "With --colocate: engines release memory while training runs. Unset: yes.")
     rollout_engine: Literal["auto", "sglang", "embedded"] = flag(
-        "auto", "auto: SGLang where CUDA is, the embedded engine elsewhere."
+        "auto", "auto: SGLang on machines with CUDA, the embedded engine on all others."
     )
     rollout_external_engines: tuple[str, ...] = flag(
         (),
-        "Engines that run already, http://HOST:PORT each: none is started, and none is stopped. They serve the model "
-        "of --hf-checkpoint.",
+        "Engines that already run, each as http://HOST:PORT. They must serve the model of --hf-checkpoint. The run "
+        "starts no engine and stops none.",
         metavar="URL",
         secret="url",
     )
     sglang_router_ip: str | None = flag(
-        None, "Address of a router that runs already; no other run's engines may stand behind it."
+        None, "Address of a router that already runs. No other run may have engines behind it."
     )
-    sglang_router_port: int | None = flag(None, "Its port.", ge=1, le=65535)
+    sglang_router_port: int | None = flag(None, "Port of the router at --sglang-router-ip.", ge=1, le=65535)
     sglang_server_concurrency: int = flag(
-        512, "Requests that one engine is sent at once; the others wait in slime.", ge=1, le=1048576
+        512, "In-flight requests per engine; further requests wait in slime.", ge=1, le=1048576
     )
     engine_start_timeout: float = flag(
-        600.0, "Seconds within which an engine or the router has to be ready.", gt=0, le=1e8
+        600.0, "Seconds until an engine or the router must be ready after its start.", gt=0, le=1e8
     )
     engine_request_timeout: float = flag(
         1800.0,
-        "Seconds without progress of any engine, after which a generation request is given up; a response may take as "
-        "long as it likes while tokens are made. An engine that makes none for so long, with requests, is restarted.",
+        "Seconds without progress on any engine after which a generation request is given up. A response may take any "
+        "time as long as tokens are generated. An engine that has requests but generates no token for this long is "
+        "restarted.",
         gt=0,
         le=1e8,
     )
-    train_timeout: float = flag(3600.0, "Seconds within which a collective of training has to end.", gt=0, le=1e8)
+    train_timeout: float = flag(3600.0, "Seconds that one collective of training may take.", gt=0, le=1e8)
     engine_health_timeout: float = flag(
         60.0,
-        "Seconds without an answer to a health check, after which an engine or the router counts as hung, is ended and "
-        "started anew. A step of any length is no hang: the engine's server answers beside it.",
+        "Seconds without an answer to a health check after which an engine or the router counts as hung and is "
+        "restarted. A long decoding step does not count as a hang: the engine's server answers during the step.",
         gt=0,
         le=1e8,
     )
     max_engine_restarts: int = flag(
         10,
-        "Times that one engine, or the router, may be restarted within one hour; one more fault of its ends the run.",
+        "How often one engine, or the router, may be restarted within one hour. Its next fault ends the run.",
         ge=0,
     )
     phase_timeout: float = flag(
         7200.0,
-        "Seconds that one phase (a rollout's generation, its training, a save, ...) may take without any progress; "
-        "then the run ends, and says which process did not answer.",
+        "Seconds that one phase (generation of a rollout, its training, a save, ...) may take without any progress. "
+        "After that the run ends and names the process that did not answer.",
         gt=0,
         le=1e8,
     )
     max_restarts: int = flag(
         2,
-        "Times that a run is started again from its last complete checkpoint under --save because a trainer, the "
-        "rollout manager or a node was lost; counted anew whenever a checkpoint has been made since.",
+        "How often the run is started again from its last complete checkpoint under --save after a trainer, the "
+        "rollout manager or a node was lost. Each new checkpoint sets the count back to 0.",
         ge=0,
     )
     cpu_threads_per_process: int | None = flag(
         None,
-        "Threads of each training and engine process on a CPU (default: cores / processes; --deterministic: 1, for "
-        "sums are rounded as threads share them).",
+        "Threads of each training and engine process on a CPU. Unset: cores / processes; with --deterministic 1, "
+        "because the rounding of sums depends on the number of threads.",
         ge=1,
         le=4096,
     )
     update_weight_transport: Literal["auto", "broadcast", "disk"] = flag(
         "auto",
-        "How weights reach the engines; auto: broadcast, or device memory with --colocate. disk: by files, for engines "
-        "that share a file system and no fast network.",
+        "How the weight sync reaches the engines. auto: broadcast, or device memory with --colocate. disk: files, for "
+        "engines that share a file system but no fast network.",
     )
     update_weight_disk_dir: str | None = flag(
         None,
-        "Directory that trainers write and engines read, under one path, for --update-weight-transport disk and for "
-        "--check-weight-sync; unset: engine-weights under --save, else under the run's directory.",
+        "Directory that trainers write and engines read under the same path, for --update-weight-transport disk and "
+        "for --check-weight-sync. Unset: engine-weights under --save, or under the run's directory without --save.",
         metavar="DIR",
     )
     update_weight_buffer_size: int = flag(
-        512 * 1024**2, "Bytes of one bucket (on disk: one file) of weights on its way.", ge=1, le=2**40
+        512 * 1024**2, "Bytes of one bucket of the weight sync (on disk: of one file).", ge=1, le=2**40
     )
     update_weight_pause: Literal["drain", "abort", "in_place", "retract"] = flag(
         "drain",
-        "Requests in flight when weights change. drain: they are answered first. abort: they are answered at once, "
-        "with what they have. in_place: they wait, and go on over the KV cache of the old weights. retract: they wait, "
-        "and are prefilled again by the new ones. An answer that has waited names the later policy version. train.py "
-        "has nothing in flight; train_async.py takes drain, which waits until the rollout in flight is whole, or "
-        "abort, after which the same responses go on with the new weights.",
+        "What happens to in-flight requests when weights change. drain: they finish first. abort: they return at once "
+        "with the tokens they have. in_place: they wait, then continue on the KV cache of the old weights. retract: "
+        "they wait, then are prefilled again with the new weights. A response that waited reports the later policy "
+        "version. train.py has no request in flight at that time. train_async.py accepts drain, which waits until "
+        "the current rollout is complete, and abort, after which the same responses continue with the new weights.",
     )
     check_weight_sync: bool = flag(
         True,
-        "At the first sync of a run, compare the engines' checksum after the sync with the one after loading the "
-        "actor's Hugging Face export from disk; on every later sync, compare the policy version.",
+        "At the first weight sync of a run, compare the engines' checksum after the sync with their checksum after "
+        "they load the actor's Hugging Face export from disk. At every later sync, compare the policy version.",
     )
-    dry_run: bool = flag(False, "Print the resolved plan and stop; starts nothing.")
-    config: str | None = flag(None, "YAML file with the same names; the command line wins.", metavar="FILE")
+    dry_run: bool = flag(False, "Print the resolved plan and stop without starting anything.")
+    config: str | None = flag(None, "YAML file of flags. The command line overrides it.", metavar="FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """Checkpoints: which are loaded, and which are saved."""
+    """Which checkpoints are loaded and saved."""
 
-    hf_checkpoint: str | None = flag(None, "HF directory: tokenizer, config, the engines' first weights.")
+    hf_checkpoint: str | None = flag(None, "HF directory: tokenizer, config.json and the engines' first weights.")
     ref_load: str | None = flag(None, "Reference model: a torch_dist checkpoint or an HF directory.")
     load: str | None = flag(
         None,
-        "Checkpoint to go on from: the newest complete one in it. Missing or empty: the actor starts from --ref-load.",
+        "Directory of checkpoints; the run continues from its newest complete one. If it is missing or empty, the "
+        "actor starts from --ref-load.",
     )
     save: str | None = flag(None, "Directory for checkpoints, args.yaml, metrics.jsonl and logs.")
-    save_interval: int | None = flag(None, "Save every N rollouts, and always after the last.", ge=1)
+    save_interval: int | None = flag(None, "Save every N rollouts, and always after the last one.", ge=1)
     keep_last_checkpoints: int | None = flag(None, "Keep the newest K checkpoints and remove older ones.", ge=1)
     keep_best_checkpoint: str | None = flag(
         None,
-        "Metric of evaluation, eval/NAME/reward or eval/NAME/pass@K: of the checkpoints whose weights were evaluated, "
-        "the one with the largest value is never removed, and best_checkpoint.json names it.",
+        "An evaluation metric, eval/NAME/reward or eval/NAME/pass@K. Among the checkpoints whose weights were "
+        "evaluated, the one with the largest value is never removed, and best_checkpoint.json names it.",
         metavar="METRIC",
     )
     save_hf: str | None = flag(
-        None, "Also export an HF directory at each save; {rollout_id} is filled in.", metavar="PATH"
+        None, "Export an HF directory to this path at each save; {rollout_id} is filled in.", metavar="PATH"
     )
     override_hf_config: tuple[str, ...] = flag(
-        (), "Architecture flags that may differ from config.json.", metavar="FLAG"
+        (), "Names of architecture flags that may differ from config.json.", metavar="FLAG"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutOptions:
-    """Prompts, sampling, rewards."""
+    """Prompts, sampling and rewards."""
 
-    prompt_data: str | None = flag(None, "Training prompts: jsonl or parquet; path@[a:b] takes a slice.")
-    input_key: str = flag("prompt", "Key of the prompt in a data line.")
-    label_key: str | None = flag(None, "Key of the label that the reward compares with; unset: samples have none.")
-    metadata_key: str = flag("metadata", "Key of a dict kept as sample.metadata.")
-    tool_key: str | None = flag(None, "Key of the list of tools that the chat template is given.")
-    apply_chat_template: bool = flag(False, "Prompts are OpenAI messages; render them with the tokenizer's template.")
-    rollout_shuffle: bool = flag(False, "Shuffle prompts anew in each epoch, by (--rollout-seed, epoch).")
+    prompt_data: str | None = flag(None, "Training prompts, jsonl or parquet. path@[a:b] takes a slice.")
+    input_key: str = flag("prompt", "Key of the prompt in a data row.")
+    label_key: str | None = flag(None, "Key of the label that the reward compares with. Unset: no labels.")
+    metadata_key: str = flag("metadata", "Key of an object that is kept as sample.metadata.")
+    tool_key: str | None = flag(None, "Key of the list of tools that is passed to the chat template.")
+    apply_chat_template: bool = flag(False, "Prompts are OpenAI messages. The tokenizer's template renders them.")
+    rollout_shuffle: bool = flag(False, "Shuffle the prompts again in each epoch, seeded by (--rollout-seed, epoch).")
     rollout_seed: int = flag(42, "Seed of the data order and of sampling.", ge=0)
-    rm_type: str | None = flag(None, "deepscaler, dapo, math, f1, gpqa, remote_rm, random; boxed_ prefix.")
-    custom_rm_path: str | None = flag(None, "Reward function, async or plain, by dotted path.")
-    group_rm: bool = flag(False, "The function of --custom-rm-path is given a whole group at once.")
+    rm_type: str | None = flag(None, "deepscaler, dapo, math, f1, gpqa, remote_rm, random, with or without boxed_.")
+    custom_rm_path: str | None = flag(None, "Dotted path to your own reward function, async or plain.")
+    group_rm: bool = flag(False, "Pass a whole group at once to the function of --custom-rm-path.")
     rm_url: str | None = flag(
         None,
-        "URL of --rm-type remote_rm: POST {prompt, response, label, metadata}, a number back.",
+        "URL of --rm-type remote_rm. It receives POST {prompt, response, label, metadata} and returns a number.",
         secret="url",
     )
-    rm_num_workers: int = flag(2, "Worker processes that compute rewards, outside of the event loop.", ge=1, le=4096)
+    rm_num_workers: int = flag(2, "Worker processes that compute rewards outside the event loop.", ge=1, le=4096)
     rm_timeout: float = flag(
         10.0,
-        "Seconds for one call of the reward function (with --group-rm: for a group); then it counts as failed.",
+        "Seconds that one call of the reward function may take (with --group-rm: one call for a group). A longer call "
+        "counts as failed.",
         gt=0,
         le=1e8,
     )
     rm_concurrency: int = flag(
         256,
-        "Rewards that wait for a network at once: of remote_rm, and of an async --custom-rm-path.",
+        "Reward calls in flight at once for remote_rm and for an async --custom-rm-path.",
         ge=1,
         le=1048576,
     )
     rm_worker_memory: float = flag(
         4.0,
-        "GB by which a reward worker may grow: a larger one is replaced between two calls, and one that grows by twice "
-        "as much is ended, which costs the sample whose reward was at work.",
+        "GB of memory by which a reward worker may grow. A worker that has grown more is replaced between two calls. "
+        "One that has grown twice as much is killed, and the sample whose reward it computed fails.",
         gt=0,
         le=1e6,
     )
     max_reward_failures: float = flag(
         0.5,
-        "Share of a rollout's samples whose reward may fail (each costs its own sample, and is counted); beyond it the "
-        "run ends with the reasons. 1: never.",
+        "Fraction of a rollout's samples whose reward may fail. Each failure costs its own sample and is counted. "
+        "Above this fraction the run ends and reports the reasons. 1: it never ends for this.",
         ge=0,
         le=1,
     )
-    reward_key: str | None = flag(None, "The entry that is trained on where a reward function returns a dict.")
-    num_rollout: int | None = flag(None, "Rollouts to run; 0 evaluates and stops.", ge=0)
+    reward_key: str | None = flag(None, "The entry to train on if a reward function returns a dict.")
+    num_rollout: int | None = flag(None, "Number of rollouts to run; 0 evaluates and stops.", ge=0)
     num_epoch: int | None = flag(
-        None, "Passes over the prompts, rounded up to whole rollouts; instead of --num-rollout.", ge=1
+        None, "Passes over the prompts, rounded up to whole rollouts; replaces --num-rollout.", ge=1
     )
     rollout_batch_size: int = flag(32, "Prompts in one rollout.", ge=1)
-    n_samples_per_prompt: int = flag(1, "Responses to each prompt: the group that grpo and others compare.", ge=1)
-    rollout_temperature: float = flag(1.0, "Sampling temperature. Log-probs are of logits divided by it.", ge=0)
-    rollout_top_p: float = flag(1.0, "Nucleus sampling; below 1 is refused for training rollouts.", gt=0, le=1)
-    rollout_top_k: int = flag(-1, "Top-k sampling, -1 or 0: off; else refused for training rollouts.", ge=-1)
-    rollout_max_response_len: int = flag(1024, "Tokens of a response at most; then it counts as truncated.", ge=1)
+    n_samples_per_prompt: int = flag(1, "Responses per prompt: the group that grpo and others compare.", ge=1)
+    rollout_temperature: float = flag(1.0, "Sampling temperature. Training divides its logits by it, too.", ge=0)
+    rollout_top_p: float = flag(1.0, "Nucleus sampling. Training rollouts refuse a value below 1.", gt=0, le=1)
+    rollout_top_k: int = flag(-1, "Top-k sampling; -1 or 0: off. Training rollouts refuse other values.", ge=-1)
+    rollout_max_response_len: int = flag(1024, "Most tokens in a response. It is truncated there.", ge=1)
     rollout_max_context_len: int | None = flag(
         None,
-        "Tokens of prompt and response together at most; unset: the model's less 2, which SGLang keeps free. Prompts "
-        "that leave no room are dropped.",
+        "Largest number of tokens of prompt and response together. Unset: the model's limit minus 2, which SGLang "
+        "keeps free. Prompts that leave no room for a response are dropped.",
         ge=1,
     )
     rollout_stop: tuple[str, ...] = flag((), "Texts that end a response.")
-    rollout_stop_token_ids: tuple[int, ...] = flag((), "Stop token ids, besides the model's own.")
+    rollout_stop_token_ids: tuple[int, ...] = flag((), "Stop token ids in addition to the model's own.")
     rollout_skip_special_tokens: bool = flag(False, "Leave special tokens out of sample.response.")
     num_steps_per_rollout: int | None = flag(
         None,
-        "Optimizer steps that a rollout's samples are cut into, equally; unset: by --global-batch-size, else 1.",
+        "Optimizer steps per rollout; its samples are split evenly over them. Unset: by --global-batch-size, or 1 if "
+        "that is not given.",
         ge=1,
     )
     balance_data: bool = flag(
-        False, "Deal samples to data-parallel ranks so that compute, not only the number of samples, is even."
+        False, "Distribute samples so that data-parallel ranks have equal compute, not only equal numbers of samples."
     )
     over_sampling_batch_size: int | None = flag(
-        None,
-        "Prompts that are sampled at first, so that dropped groups are made up for; unset: --rollout-batch-size.",
-        ge=1,
+        None, "Prompts sampled at first, to make up for dropped groups. Unset: --rollout-batch-size.", ge=1
     )
     refill_granularity: Literal["batch", "group"] = flag(
-        "batch", "When drops leave too few: sample another over-sampling batch, or only what is missing."
+        "batch", "When too few groups are kept: sample another over-sampling batch, or only the missing groups."
     )
-    max_empty_waves: int = flag(10, "Waves of prompts in which nothing was kept before the run ends.", ge=1)
+    max_empty_waves: int = flag(10, "Waves of prompts without a kept group, after which the run ends.", ge=1)
     partial_rollout: bool = flag(
-        False,
-        "Groups that a rollout leaves unfinished, or does not need, keep their tokens and rewards, and go on in a "
-        "later rollout.",
+        False, "Groups that are unfinished or not needed keep tokens and rewards, and continue in a later rollout."
     )
     partial_rollout_max_tokens: int | None = flag(
         None,
-        "Tokens after which a sample is set aside, to go on in a later rollout (or in the same one, where all others "
-        "do not fill it); belongs to --partial-rollout, and is needed beside --deterministic.",
+        "Tokens after which a sample is set aside. It continues in a later rollout, or in the same one if the other "
+        "samples do not fill that. Belongs to --partial-rollout, and --deterministic requires it there.",
         ge=1,
     )
     mask_offpolicy_in_partial_rollout: bool = flag(
-        False, "Leave tokens that an earlier policy made out of the loss; belongs to --partial-rollout."
+        False, "Exclude tokens of an earlier policy from the loss; belongs to --partial-rollout."
     )
     max_staleness: int | None = flag(
         None,
-        "Policy versions by which a token may be older than the weights that are trained on it; a group in the data "
-        "buffer that would have an older one starts anew from its prompt.",
+        "Largest number of policy versions by which a token may be older than the weights trained on it. A group in "
+        "the data buffer that would exceed it starts again from its prompt.",
         ge=0,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class HookOptions:
-    """Dotted paths to your own functions; `slime.core.plugins.HOOKS` has their signatures."""
+    """Dotted paths to your own functions. `slime.core.plugins.HOOKS` has their signatures."""
 
-    rollout_function_path: str = flag("slime.rollout.collect.generate_rollout", "Makes one rollout's samples.")
-    eval_function_path: str | None = flag(None, "Makes one evaluation; unset: the built-in one.")
+    rollout_function_path: str = flag("slime.rollout.collect.generate_rollout", "Generates the samples of one rollout.")
+    eval_function_path: str | None = flag(None, "Runs one evaluation; unset: the built-in one.")
     data_source_path: str = flag("slime.rollout.data_buffer.DataBuffer", "Class that hands out prompts.")
     custom_generate_function_path: str | None = flag(None, "Generates one sample.")
     dynamic_sampling_filter_path: str | None = flag(None, "Keeps or drops a finished group.")
-    buffer_filter_path: str | None = flag(None, "Takes groups from the data buffer.")
-    rollout_sample_filter_path: str | None = flag(None, "Marks samples of a full rollout to leave out of the loss.")
+    buffer_filter_path: str | None = flag(None, "Chooses groups from the data buffer.")
+    rollout_sample_filter_path: str | None = flag(None, "Marks samples of a complete rollout to exclude from the loss.")
     custom_reward_post_process_path: str | None = flag(None, "Turns raw rewards into training rewards.")
-    custom_advantage_function_path: str | None = flag(
-        None, "Computes advantages, in the place of --advantage-estimator."
-    )
+    custom_advantage_function_path: str | None = flag(None, "Computes advantages instead of --advantage-estimator.")
     custom_loss_function_path: str | None = flag(None, "The loss of --loss-type custom_loss.")
-    custom_convert_samples_to_train_data_path: str | None = flag(
-        None, "Makes the training batch of a rollout's samples."
-    )
-    custom_rollout_log_function_path: str | None = flag(None, "Called with each rollout's samples and metrics.")
+    custom_convert_samples_to_train_data_path: str | None = flag(None, "Converts a rollout to a training batch.")
+    custom_rollout_log_function_path: str | None = flag(None, "Called with the samples and metrics of each rollout.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,20 +289,21 @@ class EvalOptions:
 
     eval_interval: int | None = flag(None, "Evaluate every N rollouts, before the first and after the last.", ge=1)
     eval_prompt_data: tuple[str, ...] = flag((), "One path, or NAME PATH pairs.", metavar="NAME PATH")
-    eval_config: str | None = flag(None, "YAML with a list `datasets` (name, path, and any eval flag for it alone).")
+    eval_config: str | None = flag(None, "YAML with a list `datasets`: name, path and any eval flags of that set.")
     eval_input_key: str | None = flag(None, "Key of the prompt; unset: --input-key.")
     eval_label_key: str | None = flag(None, "Key of the label; unset: --label-key.")
     eval_rm_type: str | None = flag(None, "Reward of evaluation; unset: --rm-type.")
-    n_samples_per_eval_prompt: int = flag(1, "Responses to each evaluation prompt; above 1, pass@k is reported.", ge=1)
-    eval_max_response_len: int | None = flag(None, "Tokens of a response at most.", ge=1)
+    n_samples_per_eval_prompt: int = flag(1, "Responses per evaluation prompt. Above 1, pass@k is reported.", ge=1)
+    eval_max_response_len: int | None = flag(None, "Largest number of tokens in a response.", ge=1)
     eval_temperature: float | None = flag(None, "Sampling temperature; 0: greedy.", ge=0)
     eval_top_p: float | None = flag(None, "Nucleus sampling.", gt=0, le=1)
-    eval_top_k: int | None = flag(None, "Top-k sampling, -1 or 0: off.", ge=-1)
+    eval_top_k: int | None = flag(None, "Top-k sampling; -1 or 0: off.", ge=-1)
     eval_failed_as: Literal["wrong", "excluded"] = flag(
         "wrong",
-        "What a response that could not be generated or judged counts as: the lowest reward of its judge, or nothing.",
+        "How a response that could not be generated or judged counts. wrong: with the lowest reward of its judge. "
+        "excluded: not at all.",
     )
-    skip_eval_before_train: bool = flag(False, "No evaluation before the first rollout.")
+    skip_eval_before_train: bool = flag(False, "Skip the evaluation before the first rollout.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,68 +311,70 @@ class TrainOptions:
     """Training flags that slime adds to Megatron's."""
 
     use_dynamic_batch_size: bool = flag(
-        False,
-        "Pack samples into micro-batches of up to --max-tokens-per-gpu tokens; --micro-batch-size is ignored then.",
+        False, "Pack micro-batches of up to --max-tokens-per-gpu tokens and ignore --micro-batch-size."
     )
     max_tokens_per_gpu: int | None = flag(
         None,
-        "Token budget of a micro-batch (x --context-parallel-size), padding counted; a longer sample stands alone.",
+        "Token budget of a micro-batch per context-parallel rank, including padding. A sample that exceeds it gets a "
+        "micro-batch of its own.",
         ge=1,
     )
     log_probs_chunk_size: int | None = flag(
         None,
-        "Response tokens whose logits are made at once: bounds memory where the vocabulary is large; "
-        "unset: 8192 on a GPU in bf16, else 1024.",
+        "Response tokens whose logits are computed at once, which bounds memory for large vocabularies. Unset: 8192 on "
+        "a GPU in bf16, otherwise 1024.",
         ge=1,
     )
     check_for_nan_in_loss_and_grad: bool = flag(
-        True, "A loss, log-prob, reward or gradient that is not finite changes no weight (always so here)."
+        True, "A step whose loss, log-prob, reward or gradient is not finite changes no weight (always so here)."
     )
     check_for_spiky_loss: bool = flag(
         False,
-        "A step whose gradient norm, or mean of |loss| over tokens, is more than --spiky-loss-factor times the largest "
-        "of the last 100 steps changes no weight either.",
+        "A step changes no weight if its gradient norm, or its mean of |loss| over tokens, is more than "
+        "--spiky-loss-factor times the largest of the last 100 steps.",
     )
-    spiky_loss_factor: float = flag(10.0, "How much larger.", gt=1)
+    spiky_loss_factor: float = flag(10.0, "The factor of --check-for-spiky-loss, above which a step is a spike.", gt=1)
     bad_step_action: Literal["stop", "skip"] = flag(
         "stop",
-        "A step that is not finite, or leaps: the run stops and names the samples, or goes on without the step (after "
-        "10 in a row it stops).",
+        "What happens after a step that is not finite or is a spike. stop: the run stops and names the samples. skip: "
+        "it continues without the step, and stops after 10 such steps in a row.",
     )
-    hf_trust_remote_code: bool = flag(False, "Let transformers run code that stands in the HF directory.")
+    hf_trust_remote_code: bool = flag(False, "Let transformers run code from the HF directory.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingOptions:
-    """Logs and metrics, and where they go. The console and metrics.jsonl (under --save) always."""
+    """Where logs and metrics go, apart from the console and metrics.jsonl, which every run has."""
 
-    log_dir: str | None = flag(None, "Where metrics.jsonl and process logs go; unset: --save, else outputs/.")
+    log_dir: str | None = flag(
+        None, "Directory of metrics.jsonl and the processes' logs; unset: --save, else outputs/."
+    )
     log_samples_per_rollout: int = flag(
-        2, "Whole samples (prompt, response, reward) a rollout in logs/rollout_samples.txt.", ge=0
+        2, "Samples (prompt, response, reward) per rollout that are written to logs/rollout_samples.txt.", ge=0
     )
     logprob_gap_alarm: float | None = flag(
-        None, "Warn where mean |train - rollout log-prob| exceeds this; unset: 1e-3 in fp32, 0.1 in bf16.", gt=0
+        None, "Warn when mean |train - rollout log-prob| exceeds this. Unset: 1e-3 in fp32, 0.1 in bf16.", gt=0
     )
-    use_wandb: bool = flag(False, "Log to Weights & Biases, too; WANDB_API_KEY, or WANDB_MODE=offline, says how.")
+    use_wandb: bool = flag(False, "Log to Weights & Biases as well. Set WANDB_API_KEY, or WANDB_MODE=offline.")
     wandb_project: str | None = flag(None, "W&B project; unset: slime.")
     wandb_entity: str | None = flag(None, "W&B user or team; unset: your own.")
     wandb_group: str | None = flag(None, "W&B group.")
-    wandb_exp_name: str | None = flag(None, "Name of the W&B run; unset: W&B makes one up.")
-    use_tensorboard: bool = flag(False, "Log to TensorBoard, too.")
-    tensorboard_dir: str | None = flag(None, "Directory of event files, one a run in it; unset: under --log-dir.")
+    wandb_exp_name: str | None = flag(None, "Name of the W&B run; unset: W&B chooses one.")
+    use_tensorboard: bool = flag(False, "Log to TensorBoard as well.")
+    tensorboard_dir: str | None = flag(None, "Directory with one subdirectory per run. Unset: under --log-dir.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DebugOptions:
-    """Halves of the loop on their own."""
+    """Runs of one half of the loop, and dumps."""
 
-    debug_rollout_only: bool = flag(False, "Generate and judge; train nothing.")
-    debug_train_only: bool = flag(False, "Train on --load-debug-rollout-data; start no engine.")
-    save_debug_rollout_data: str | None = flag(None, "File for each rollout's samples; {rollout_id} is filled in.")
-    save_debug_train_data: str | None = flag(None, "Directory for every tensor of each step, for tools/diff_steps.py.")
-    load_debug_rollout_data: str | None = flag(None, "Such files, read instead of generating.")
+    debug_rollout_only: bool = flag(False, "Generate and judge, but train nothing.")
+    debug_train_only: bool = flag(False, "Train on --load-debug-rollout-data and start no engine.")
+    save_debug_rollout_data: str | None = flag(None, "File for the samples of each rollout; {rollout_id} is filled in.")
+    save_debug_train_data: str | None = flag(None, "Directory for all tensors of each step, for tools/diff_steps.py.")
+    load_debug_rollout_data: str | None = flag(None, "Files of --save-debug-rollout-data, read instead of generating.")
     deterministic: bool = flag(
         False,
-        "Reproducible bit for bit on a CPU, whatever the number of engines; they generate about a third slower. On "
-        "GPUs, engines and trainer are asked for their own deterministic modes.",
+        "Make a run on a CPU reproducible bit for bit, whatever the number of engines; generation is about a third "
+        "slower. On GPUs, engines and trainer use their own deterministic modes.",
     )

@@ -1,7 +1,8 @@
-"""SGLang's flags that have another name in the version whose table is checked in, or are gone from it.
+"""SGLang's flags that were renamed or removed before the version whose table is checked in.
 
-Path: `parse` reads an old name as the new one; `engine.sglang` passes on the name that the installed version has.
-Invariant: old names are written down here and nowhere else; a flag that is given by both names is an error.
+- Used by: `parse`, which reads an old name as the new one, and `engine.sglang`, which passes on the name that the
+  installed version has.
+- Invariant: old names are written only here. A flag that is given under both names is an error.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ TABLE_VERSION = "0.5.21"
 
 @dataclass(frozen=True)
 class NewName:
-    """The present name of an old flag."""
+    """The current name of an old flag."""
 
     flag: str
     value: str | None = None
-    """The old flag was a switch, and means this value of the new one."""
+    """If not None, the old flag was a switch and means this value of the new flag."""
     values: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Values that have another name, too: old -> new."""
+    """Values that were renamed as well: old -> new."""
 
 
 _SPLITS = {"in-seq-split": "zigzag", "round-robin-split": "interleave"}
@@ -55,20 +56,20 @@ RENAMED: Mapping[str, NewName] = MappingProxyType(
         "--sglang-enable-gdn-replayssm-spec": NewName("--sglang-enable-linear-replayssm-spec"),
     }
 )
-"""Old name -> new name, with the values that SGLang's own deprecation notes give."""
+"""Map from old name to new name, with the values from SGLang's own deprecation notes."""
 
 REMOVED: Mapping[str, str] = MappingProxyType(
     {
         "--sglang-torchao-config": "quantize with --sglang-quantization, or leave it out",
         "--sglang-enable-expert-distribution-metrics": "use --sglang-expert-balancedness-report-mode prometheus",
         "--sglang-collect-tokens-histogram": "--sglang-enable-metrics collects it; leave it out",
-        "--sglang-prefill-round-robin-balance": "it had no effect any more; leave it out",
+        "--sglang-prefill-round-robin-balance": "it no longer had an effect; leave it out",
     }
 )
-"""Flags of 0.5.16 that are gone without another name, and what to do instead."""
+"""Flags of SGLang 0.5.16 that were removed without a new name, and what to do instead."""
 
 
 def names_by_version(spec: FlagSpec) -> tuple[str, ...]:
-    """The flag's spellings, then the older ones that take the same value."""
+    """Return the flag's spellings, followed by the older names that take the same value."""
     older = [old for old, new in RENAMED.items() if new.flag in spec.on and new == NewName(new.flag)]
     return (*spec.on, *older)

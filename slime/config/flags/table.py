@@ -1,8 +1,10 @@
-"""One table of every flag: slime's own (from the dataclasses), Megatron's, SGLang's and the router's.
+"""The table of all flags: slime's own (from the dataclasses), Megatron's, SGLang's and the router's.
 
-Path: `parse` looks spellings up here and `help` prints it. The other three's names are checked-in data
-(`*_flags.json`, made by tools/generate_flag_tables.py), so none of them has to be installed. Invariant: a spelling
-belongs to exactly one flag.
+- Used by: `parse`, which looks up spellings, and `help`, which prints the table.
+- Invariant: a spelling belongs to exactly one flag.
+
+The flags of Megatron, SGLang and the router are checked-in data (`*_flags.json`, written by
+tools/generate_flag_tables.py), so these packages do not have to be installed.
 """
 
 from __future__ import annotations
@@ -21,17 +23,18 @@ from slime.config.flags.flag import Secret
 
 Source = Literal["slime", "megatron", "sglang", "router"]
 Kind = Literal["bool", "int", "float", "str", "layers"]
-"""'layers': Megatron's per-layer pattern: a number, a list, or an expression such as [0]*1+[1]*45."""
+"""The type of a flag's value. 'layers' is Megatron's per-layer pattern: a number, a list, or an expression such as
+[0]*1+[1]*45."""
 
 BOUNDS = MappingProxyType({"ge": ">=", "gt": ">", "le": "<=", "lt": "<"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlagSpec:
-    """One flag. `on` and `off` are spellings; `off` only for booleans."""
+    """One flag. `on` and `off` are its spellings; only booleans have `off`."""
 
     name: str
-    """Name of the field that it fills, in `Args` or in the mapping of its source."""
+    """The name of the field that it fills, in `Args` or in the mapping of its source."""
     source: Source
     section: str
     kind: Kind
@@ -40,14 +43,14 @@ class FlagSpec:
     help: str = ""
     default: Any = None
     optional: bool = False
-    """None is a value of it, too ("not given"; `null` in YAML)."""
+    """Whether None is also a value ("not given"; `null` in YAML)."""
     choices: tuple[str, ...] = ()
     num_values: tuple[int, int | None] | None = None
-    """For flags of several values: fewest and most (None: any number)."""
+    """The smallest and the largest number of values, for flags with several (None: no limit)."""
     one_is_scalar: bool = False
-    """Of several values: a single one is passed on bare, not as a list."""
+    """Whether a single value of a flag with several is passed on bare, not as a list."""
     suffixes: bool = False
-    """Whole numbers may be written as 64k or 64Ki, as SGLang reads some."""
+    """Whether integers may be written as 64k or 64Ki, which SGLang accepts for some flags."""
     bounds: Mapping[str, float] = field(default_factory=dict[str, float])
     metavar: str | None = None
     secret: Secret | None = None
@@ -64,7 +67,7 @@ class FlagSpec:
 
 
 def _field_kind(hint: Any) -> tuple[Kind, dict[str, Any]]:
-    """Kind and the other properties of a field typed `hint`."""
+    """Return the kind and the other properties of a field with the type hint `hint`."""
     properties: dict[str, Any] = {}
     if get_origin(hint) in (Union, UnionType):
         members = [member for member in get_args(hint) if member is not NoneType]
@@ -110,7 +113,7 @@ def _section_specs(section: type[Any]) -> Iterable[FlagSpec]:
 SET_BY_SLIME: Mapping[tuple[Source, str], str] = {
     ("sglang", "model_path"): "use --hf-checkpoint",
     ("sglang", "tokenizer_path"): "use --hf-checkpoint",
-    ("sglang", "skip_tokenizer_init"): "tokens go in and out; leave it out",
+    ("sglang", "skip_tokenizer_init"): "slime sends and receives tokens; leave it out",
     ("sglang", "trust_remote_code"): "use --hf-trust-remote-code",
     ("sglang", "tp_size"): "use --rollout-num-gpus-per-engine",
     ("sglang", "host"): "leave it out",
@@ -122,16 +125,16 @@ SET_BY_SLIME: Mapping[tuple[Source, str], str] = {
     ("sglang", "base_gpu_id"): "leave it out",
     ("sglang", "gpu_id_step"): "leave it out",
     ("sglang", "random_seed"): "use --rollout-seed",
-    ("sglang", "skip_server_warmup"): "it is warmed up with tokens; leave it out",
-    ("sglang", "admin_api_key"): "one key opens everything: use --sglang-api-key",
+    ("sglang", "skip_server_warmup"): "slime warms the server up with tokens; leave it out",
+    ("sglang", "admin_api_key"): "one key is used for all requests: use --sglang-api-key",
     ("sglang", "enable_memory_saver"): "use --colocate and --offload",
-    ("sglang", "config"): "it would set flags unseen: give each as --sglang-*",
-    ("sglang", "weight_version"): "it is the policy version; leave it out",
+    ("sglang", "config"): "slime would not see the flags in it: give each as --sglang-*",
+    ("sglang", "weight_version"): "slime sets it to the policy version; leave it out",
     ("router", "worker_urls"): "use --rollout-external-engines",
-    ("router", "prometheus_host"): "it is the router's own address; leave it out",
-    ("router", "prometheus_port"): "it takes a free port; leave it out",
+    ("router", "prometheus_host"): "slime sets it to the router's own address; leave it out",
+    ("router", "prometheus_port"): "slime chooses a free port; leave it out",
 }
-"""Flags of the others that are refused by name, and what to do instead."""
+"""Flags of the other programs that slime refuses because it sets them itself, and what to do instead."""
 
 SECTION_TITLES: Mapping[Source, str] = MappingProxyType(
     {
@@ -143,7 +146,7 @@ SECTION_TITLES: Mapping[Source, str] = MappingProxyType(
 
 
 def _load_table(source: Source) -> Iterable[FlagSpec]:
-    """The rows of `<source>_flags.json`; see tools/generate_flag_tables.py for their keys."""
+    """Read the rows of `<source>_flags.json`; tools/generate_flag_tables.py describes their keys."""
     text = files("slime.config.flags").joinpath(f"{source}_flags.json").read_text(encoding="utf-8")
     for row in cast(list[dict[str, Any]], json.loads(text)["flags"]):
         tuples = {key: tuple(row.pop(key)) for key in ("on", "off", "choices", "num_values") if key in row}
@@ -156,19 +159,22 @@ _URL = re.compile(r"(^|_)(urls?|uri|endpoints?|issuer)$")
 
 
 def secret_part(name: str) -> Secret | None:
-    """The part of a flag's value that is secret, by the flag's name: flags of others are not declared here."""
+    """Return the secret part of a flag's value, judged by the flag's name.
+
+    It is for the flags of other programs, whose tables do not mark secrets.
+    """
     return "all" if _ALL_SECRET.search(name) else "url" if _URL.search(name) else None
 
 
 @cache
 def secret_names(source: Source) -> frozenset[str]:
-    """The names of all secret flags of `source`."""
+    """Return the names of all secret flags of `source`."""
     return frozenset(spec.name for spec in all_flags() if spec.source == source and spec.secret is not None)
 
 
 @cache
 def all_flags() -> tuple[FlagSpec, ...]:
-    """Every flag, slime's first."""
+    """Return all flags, slime's own first."""
     own = [spec for section in SECTIONS for spec in _section_specs(section)]
     others = [spec for source in SECTION_TITLES for spec in _load_table(source)]
     return (*own, *others)
@@ -176,7 +182,10 @@ def all_flags() -> tuple[FlagSpec, ...]:
 
 @cache
 def spellings() -> Mapping[str, tuple[FlagSpec, bool]]:
-    """Spelling -> its flag, and whether it switches on. Where slime and another share one, slime's counts."""
+    """Return, for each spelling, its flag and whether it switches the flag on.
+
+    If slime and another program share a spelling, it means slime's flag.
+    """
     table: dict[str, tuple[FlagSpec, bool]] = {}
     for spec in all_flags():
         for switches_on, group in ((True, spec.on), (False, spec.off)):
