@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from slime.core.architecture import Architecture, padded_vocab_size
+from slime.core.architecture import Architecture, RopeScaling, padded_vocab_size
 
 DENSE = Architecture(
     family="qwen3",
@@ -77,3 +77,14 @@ def test_rope_rotates_a_part_of_each_head() -> None:
 )
 def test_the_padded_vocabulary(vocab_size: int, divisible_by: int, tensor_parallel_size: int, padded: int) -> None:
     assert padded_vocab_size(vocab_size, divisible_by, tensor_parallel_size) == padded
+
+
+def test_defaults_are_those_of_a_plain_decoder() -> None:
+    on = [name for name, value in vars(DENSE).items() if value is True]
+    assert on == ["norm_topk_prob"] and DENSE.rope_scaling is None and not DENSE.num_experts
+    assert vars(RopeScaling()) == {  # Llama 3.1's
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }

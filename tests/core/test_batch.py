@@ -68,6 +68,14 @@ def test_every_column_has_its_values_and_dtype() -> None:
     assert {name: COLUMNS[name].dtype for name in fixed} == fixed, "the loss is computed in float32"
 
 
+def test_padding_adds_nothing() -> None:
+    """Padding entries have mask, weight, advantage and log-prob 0; a number that names something is -1."""
+    names = {"group_indices", "sample_indices", "routed_experts", "policy_versions"}
+    assert {name: column.padding for name, column in COLUMNS.items() if column.padding} == dict.fromkeys(names, -1)
+    required = {name for name, column in COLUMNS.items() if column.required}
+    assert required == {"tokens", "loss_mask", "rewards", "group_indices", "sample_indices"}
+
+
 def test_a_sample_without_a_mask_counts_whole() -> None:
     samples = [sample(0, 2, log_probs=False), sample(1, 3, log_probs=False)]
     samples[1].loss_mask = [0, 0, 1]

@@ -91,3 +91,11 @@ def test_the_last_box(text: str, held: str | None) -> None:
 )
 def test_boxes_joined_by_a_separator(text: str, listed: str, parts: tuple[str, ...]) -> None:
     assert boxed(text) == Answer(listed, parts)
+
+
+def test_lists_are_bounded() -> None:
+    boxes = [rf"\boxed{{{i}}}" for i in range(21)]
+    assert boxed(", ".join(boxes[1:])) == Answer(", ".join(map(str, range(1, 21))), tuple(map(str, range(1, 21))))
+    assert boxed(", ".join(boxes)) == boxed(", ".join(boxes[1:])), "the last twenty form the list"
+    near, far = (rf"\boxed{{3}},{' ' * spaces}\boxed{{5}}" for spaces in (79, 80))
+    assert boxed(near) == Answer("3, 5", ("3", "5")) and boxed(far) == Answer("5")
