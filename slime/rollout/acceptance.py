@@ -1,7 +1,7 @@
-"""Which finished groups are kept, and what is done to those that were.
+"""The decision which finished groups are kept, and the post-processing of those that were.
 
-Path: `collect` asks for each group as it is settled, and once more with the full rollout. Invariant: a filter is shown
-the samples that have a reward, and every group that is not kept has a reason, which is counted.
+- Called by: `collect`, for each group as it is settled, and once more for the full rollout.
+- Invariant: a filter sees only samples that have a reward. Every dropped group has a reason, which is counted.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from slime.core.sample import Sample, Status
 
 
 class Acceptance:
-    """The rules of one run."""
+    """The rules of one run for keeping a group."""
 
     def __init__(self, args: Args) -> None:
         self._args = args
         self._filter = _load_filter(args)
 
     def drop_reason(self, samples: list[Sample]) -> str | None:
-        """Why a group whose samples have all ended cannot be kept; None where it is.
+        """Return why a group whose samples have all ended cannot be kept, or None if it is kept.
 
         Raises:
             ValueError: --reward-key does not fit its rewards.
@@ -38,7 +38,7 @@ class Acceptance:
 
 
 def _load_filter(args: Args) -> Callable[[list[Sample]], str | None] | None:
-    """--dynamic-sampling-filter-path as a function to the reason for dropping a group, None where it stays."""
+    """Return --dynamic-sampling-filter-path as a function that gives the reason to drop a group, or None to keep it."""
     path = args.dynamic_sampling_filter_path
     if path is None:
         return None
@@ -55,7 +55,7 @@ def _load_filter(args: Args) -> Callable[[list[Sample]], str | None] | None:
 
 
 def post_process(args: Args, samples: list[Sample]) -> None:
-    """In place: --rollout-sample-filter-path and --custom-reward-post-process-path.
+    """Apply --rollout-sample-filter-path and --custom-reward-post-process-path to `samples`, in place.
 
     Raises:
         ValueError: a hook did not return what it has to.
@@ -82,16 +82,17 @@ def post_process(args: Args, samples: list[Sample]) -> None:
 
 
 def _with_reward(before: float | dict[str, Any], key: str | None, reward: float) -> float | dict[str, Any]:
-    """The other entries of a dict-valued reward stay."""
+    """Return the reward with its value replaced; the other entries of a dict-valued reward stay."""
     if key is None:
         return reward
     return {**before, key: reward} if isinstance(before, dict) else {key: reward}
 
 
 def mask_truncated(args: Args, samples: list[Sample]) -> None:
-    """In place, --mask-truncated-samples: what was cut off at its limit is in no loss and no denominator.
+    """Apply --mask-truncated-samples in place: a truncated sample counts in no loss and no denominator.
 
-    DAPO's overlong filtering (arXiv:2503.14476, section 3.4). Their rewards stay, and with them the group's baseline.
+    This is DAPO's overlong filtering (arXiv:2503.14476, section 3.4). The rewards of these samples stay, so the
+    baseline of their group does not change.
     """
     if not args.mask_truncated_samples:
         return

@@ -1,17 +1,18 @@
-"""One rollout: prompts out, responses and rewards in, until a batch of groups is kept.
+"""The rollout loop: draw prompts, generate and judge the responses, and keep groups until a batch is full.
 
-Path: draws groups from the data source; each runs as a task (`group_run`: generate, then judge); one that has ended is
-settled: `acceptance` keeps or drops it; kept groups go to `core.batch`. Invariant: a group drawn is either kept,
-dropped for a counted reason, or given back to the data source; none is lost, and none is in two places.
+- Where it sits: it draws groups from the data source and runs each as a task (`group_run` generates and judges). When a
+  task ends, `acceptance` keeps or drops its group. The kept groups go to `core.batch`.
+- Invariant: every group that was drawn is kept, dropped for a counted reason, or given back to the data source. No
+  group is lost, and none is in two places.
 
     get_groups -> run: generate -> judge -> settle -+-> kept (until --rollout-batch-size, then the rest is aborted)
          ^                                          +-> dropped (filter, failed generation or rewards), counted
-         |                                          +-> cut off (--partial-rollout-max-tokens): goes on, later
+         |                                          +-> cut off (--partial-rollout-max-tokens): continues later
          +---- surplus, aborted, cut off -----------+
-               bare prompts; with --partial-rollout with their tokens and rewards; with --deterministic as drawn
+               as bare prompts; with --partial-rollout with tokens and rewards; with --deterministic as drawn
 
-Groups are settled as they end; with --deterministic in the order in which they were started, so that neither what is
-kept nor what is given back depends on which was faster.
+Groups are settled in the order in which they end. With --deterministic they are settled in the order in which they were
+started, so that neither what is kept nor what is given back depends on which group was faster.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ logger = logging.getLogger(__name__)
 async def generate_rollout(
     args: Args, rollout_id: int, data_source: DataSource, context: RolloutContext
 ) -> RolloutResult:
-    """`--rollout-batch-size` groups, generated, judged and filtered.
+    """Generate, judge and filter `--rollout-batch-size` groups.
 
     Raises:
-        RuntimeError: nothing was kept in --max-empty-waves waves, every request of a wave failed, more rewards than
-            --max-reward-failures did, or the engines do not end aborted requests.
+        RuntimeError: nothing was kept in --max-empty-waves waves, every request of a wave failed, more rewards failed
+            than --max-reward-failures allows, or the engines do not end aborted requests.
     """
     collector = _Collector(args, rollout_id, data_source, context, await request_slots(args, context))
     groups = await collector.run()
@@ -49,7 +50,7 @@ async def generate_rollout(
 
 
 class _Collector:
-    """One rollout in progress."""
+    """The state of one rollout in progress."""
 
     def __init__(
         self, args: Args, rollout_id: int, data_source: DataSource, context: RolloutContext, slots: asyncio.Semaphore
@@ -63,7 +64,7 @@ class _Collector:
         self._reward_failures = RewardFailures(args, rollout_id)
         self._waves = Waves(args, rollout_id)
         self._pending: dict[asyncio.Task[None], GroupRun] = {}
-        """In the order in which they were started."""
+        """The running tasks, in the order in which they were started."""
         self._ended: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
         self._kept: list[GroupRun] = []
         self._cut_off: list[GroupRun] = []
@@ -71,7 +72,7 @@ class _Collector:
         self.intervals = self._runner.intervals
 
     async def run(self) -> list[list[Sample]]:
-        """The kept groups, in order; what was not needed is back in the data source when this returns."""
+        """Return the kept groups in order; by then, everything that was not needed is back in the data source."""
         try:
             while self._num_missing() > 0:
                 self._refill()
@@ -82,7 +83,7 @@ class _Collector:
         if errors:
             raise errors[0]
         self._give_back()
-        # Copies: what was drawn is in flight until it has been trained on, and post-processing must not show there.
+        # Copies: a drawn group is in flight until it has been trained on, and post-processing must not show there.
         return [[s.copy() for s in group.samples] for group in sorted(self._kept, key=lambda group: group.index)]
 
     def _num_missing(self) -> int:
@@ -91,7 +92,7 @@ class _Collector:
     # ---- drawing
 
     def _refill(self) -> None:
-        """More work where what is in flight cannot fill the batch: what was cut off goes on, then another wave."""
+        """Start more groups if those in flight cannot fill the batch: first those cut off, then a new wave."""
         if self._num_missing() <= len(self._pending):
             return
         cut_off, self._cut_off = self._cut_off, []
@@ -113,7 +114,7 @@ class _Collector:
             self._start(GroupRun(group, self._waves.join(), self._rollout_id, restart=restart))
 
     def _is_stale(self, group: list[Sample]) -> bool:
-        """Whether a token is more than --max-staleness versions older than the weights that are to be trained."""
+        """Return whether a token is more than --max-staleness versions older than the weights that will be trained."""
         oldest = oldest_version(group)
         if self._args.max_staleness is None or oldest is None:
             return False
@@ -127,7 +128,7 @@ class _Collector:
     # ---- settling
 
     async def _next_ended(self) -> GroupRun:
-        """The next group to settle."""
+        """Wait for the next group to settle."""
         if self._args.deterministic:
             task = next(iter(self._pending))
             await asyncio.wait([task])
@@ -138,7 +139,7 @@ class _Collector:
         return group
 
     def _settle(self, group: GroupRun) -> None:
-        """Keep the group, drop it, or set it aside to go on."""
+        """Keep the group, drop it, or set it aside to continue later."""
         self.tally.tokens += group.take_num_tokens()
         if group.is_cut_off:
             group.mark()
@@ -166,14 +167,14 @@ class _Collector:
     # ---- the end
 
     async def _cancel_pending(self) -> list[Exception]:
-        """End the tasks (once stopped they wait for nothing but rewards); returns what went wrong in them."""
+        """Cancel the tasks and return their errors; after `stop` they wait for nothing but rewards."""
         for task in self._pending:
             task.cancel()
         results = await asyncio.gather(*self._pending, return_exceptions=True)
         return [result for result in results if isinstance(result, Exception)]
 
     def _give_back(self) -> None:
-        """What was not needed, in the order of group_index."""
+        """Give everything that was not needed back to the data source, in the order of group_index."""
         surplus = sorted([*self._pending.values(), *self._cut_off], key=lambda group: group.index)
         given_back = [self._leftover(group) for group in surplus]
         self._data_source.add_groups(given_back)
@@ -182,6 +183,6 @@ class _Collector:
 
     def _leftover(self, group: GroupRun) -> list[Sample]:
         if self._args.deterministic:
-            return group.as_drawn()  # how far it has come since depends on the clock
+            return group.as_drawn()  # how far the group has come depends on the clock
         self.tally.tokens += group.take_num_tokens()
         return group.with_tokens() if self._args.partial_rollout else group.as_bare_prompts()

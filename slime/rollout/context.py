@@ -1,7 +1,8 @@
-"""What the functions that make samples are given, and what they give back.
+"""Inputs and outputs of the rollout, generate and evaluation functions.
 
-Path: the rollout manager makes one context for the run; rollout, generate and evaluation functions, built in or a
-user's, get it with every call. Invariant: it holds no state of a rollout, so that calls do not depend on each other.
+- Used by: the rollout manager makes one context for the whole run. Every call of a rollout, generate or evaluation
+  function, built in or a user's, receives it.
+- Invariant: the context holds no state of a rollout, so calls do not depend on each other.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ T = TypeVar("T")
 
 
 class DataSource(Protocol):
-    """What --data-source-path has to be."""
+    """The interface that a class of --data-source-path has to provide."""
 
     @property
     def num_prompts(self) -> int:
-        """Prompts of one epoch, for --num-epoch."""
+        """The number of prompts in one epoch, for --num-epoch."""
         ...
 
     def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]: ...
@@ -43,7 +44,7 @@ class DataSource(Protocol):
 
 @dataclass
 class RolloutContext:
-    """What rollout, evaluation and generate functions work with. `client` is None where no engine runs (SFT)."""
+    """The tools of rollout, evaluation and generate functions. `client` is None if no engine runs (SFT)."""
 
     args: Args
     client: EngineClient | None
@@ -53,7 +54,7 @@ class RolloutContext:
 
     @property
     def engines(self) -> EngineClient:
-        """The client.
+        """The client of the engines.
 
         Raises:
             ValueError: there are no engines.
@@ -64,7 +65,7 @@ class RolloutContext:
 
     @cached_property
     def end_token_ids(self) -> frozenset[int]:
-        """The tokens at which an engine ends a response by itself: those that the model and its tokenizer name."""
+        """The tokens at which an engine ends a response by itself, as the model and its tokenizer name them."""
         own = (self.tokenizer.eos_token_id, self.tokenizer.get_vocab().get(END_OF_MESSAGE))
         ids = frozenset(number for number in own if isinstance(number, int))
         return ids if self.args.hf_checkpoint is None else ids | end_token_ids(self.args.hf_checkpoint)
@@ -77,14 +78,14 @@ class RolloutContext:
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """Kept groups in the order of their group_index, and the rollout's metrics."""
+    """The kept groups, in the order of their group_index, and the metrics of the rollout."""
 
     groups: list[list[Sample]]
     metrics: dict[str, float]
 
 
 async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, in order; where one raises, or the caller is cancelled, the others are cancelled."""
+    """Return all results in order; if one raises, or the caller is cancelled, the others are cancelled."""
     tasks = [asyncio.create_task(part) for part in work]
     try:
         return list(await asyncio.gather(*tasks))
@@ -94,6 +95,6 @@ async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def request_slots(args: Args, context: RolloutContext) -> asyncio.Semaphore:
-    """As many requests at once as the engines take."""
+    """Return a semaphore with one slot for each request that the engines take at once."""
     engines = await context.engines.workers()
     return asyncio.Semaphore(args.sglang_server_concurrency * max(1, len(engines)))

@@ -1,7 +1,8 @@
-"""DataBuffer: prompts out, leftovers back, one state that a checkpoint can hold.
+"""DataBuffer: hands out prompts, takes back leftovers, and keeps one state that a checkpoint can hold.
 
-Path: the rollout function draws groups from here and gives back what it did not need. Invariant: over any sequence of
-draws, returns, saves and restores, every prompt of an epoch is handed out exactly once, returns aside.
+- Called by: the rollout function draws groups from here and gives back those that it did not need.
+- Invariant: over any sequence of draws, returns, saves and restores, every prompt of an epoch is handed out exactly
+  once, not counting those that were given back.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class DataBuffer:
-    """Groups of `--n-samples-per-prompt` samples, their prompt tokenised.
+    """Groups of `--n-samples-per-prompt` samples, with their prompts tokenised.
 
     Raises:
         ValueError: --prompt-data is missing or cannot be read (file and line are named).
@@ -47,11 +48,11 @@ class DataBuffer:
 
     @property
     def num_prompts(self) -> int:
-        """Prompts of one epoch: those that leave room to answer."""
+        """The number of prompts in one epoch; a prompt that leaves no room to answer does not count."""
         return len(self._data.prompts)
 
     def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]:
-        """`num` groups: first what the buffer filter takes from the buffer, then new prompts.
+        """Return `num` groups: first those that the buffer filter takes from the buffer, then new prompts.
 
         Raises:
             ValueError: the buffer filter returned more groups than were asked for, or left one in the buffer.
@@ -72,11 +73,11 @@ class DataBuffer:
         return [*groups, *(self._new_group() for _ in range(num - len(groups)))]
 
     def add_groups(self, groups: Sequence[list[Sample]]) -> None:
-        """Give groups back; they come before new prompts."""
+        """Give groups back; they are handed out before new prompts."""
         self._buffer.extend(groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return the state as plain JSON types."""
         return {
             "data": self._fingerprint(),
             "epoch": self._epoch,
@@ -87,10 +88,10 @@ class DataBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Continue where `state` was taken.
 
         Raises:
-            ValueError: it was taken with other data, or another order of it.
+            ValueError: `state` was taken with other data, or with another order of the same data.
         """
         saved, here = state["data"], self._fingerprint()
         changed = [f"{name}: {saved.get(name)!r} then, {value!r} now" for name, value in here.items()
@@ -108,7 +109,7 @@ class DataBuffer:
         self._order = self._epoch_order()
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What decides which prompt stands at a cursor. The path does not: a file may move."""
+        """Return all that decides which prompt a cursor means. The path is no part of it, because a file may move."""
         args = self._args
         return {
             "sha256 of the data": self._data.sha256,

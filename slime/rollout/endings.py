@@ -1,8 +1,10 @@
-"""Whether a response has ended, by its own tokens.
+"""Decide from its own tokens whether a response has ended.
 
-Path: `generate` asks after every part, whatever the engine gave as the reason of its end. Invariant: a response never
-goes on after a token or a text that ends it. The engine's reason does not say it: SGLang answers "abort" or "length"
-where that coincides with the end of the response (and only its versions from 0.5.21 on look for stops first).
+- Called by: `generate` after every part, whatever finish reason the engine gave.
+- Invariant: a response never continues after a token or a text that ends it.
+
+The engine's finish reason is not enough: SGLang answers "abort" or "length" if that coincides with the end of the
+response. Only its versions from 0.5.21 on look for stops first.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from slime.rollout.context import RolloutContext
 
 
 def has_ended(sample: Sample, params: SamplingParams, context: RolloutContext) -> bool:
-    """Whether the newest token ends the response: it is a stop token, or a stop text is in the text since it came.
+    """Return whether the newest token ends the response: it is a stop token, or it completes a stop text.
 
-    As in SGLang, `ignore_eos` switches off all stop tokens and no stop text, and a stop text may end within the
+    As in SGLang, `ignore_eos` switches off all stop tokens but no stop text, and a stop text may end within the
     token. A token that the policy did not sample (loss_mask 0) ends nothing.
     """
     if not sample.response_length or (sample.loss_mask is not None and not sample.loss_mask[-1]):
@@ -29,7 +31,7 @@ def has_ended(sample: Sample, params: SamplingParams, context: RolloutContext) -
 
 
 def _text_has_ended(sample: Sample, stops: Sequence[str], context: RolloutContext) -> bool:
-    # A token has at least one byte of text, or none at all (then it is no part of a stop text).
+    # A token has at least one byte of text, or none at all (then it is not part of a stop text).
     count = max(len(stop.encode()) for stop in stops) + 1
     tail = sample.tokens[sample.prompt_length :][-count:]
     text, before = (context.decode(tokens, skip_special_tokens=False) for tokens in (tail, tail[:-1]))
@@ -40,13 +42,13 @@ def _text_has_ended(sample: Sample, stops: Sequence[str], context: RolloutContex
 def cut_at_stop_across_parts(
     sample: Sample, response: GenerateResponse, stops: Sequence[str], context: RolloutContext
 ) -> GenerateResponse:
-    """The response up to a stop text that began in the part before: an engine looks at its own part alone."""
+    """Cut the response at a stop text that began in the part before, because an engine looks at its own part alone."""
     longest = max(map(len, stops))
     tail = sample.tokens[sample.prompt_length :][-2 * longest :]
     length_before = len(context.decode(tail, skip_special_tokens=False))
     for count in range(1, len(response.output_ids) + 1):
         text = context.decode(tail + response.output_ids[:count], skip_special_tokens=False)
-        # Only from the first place at which a stop text would reach over the end of the part before.
+        # Search from the first position at which a stop text would reach across the end of the part before.
         found = (text.find(stop, max(0, length_before - len(stop) + 1)) for stop in stops)
         if any(0 <= start < length_before for start in found):
             tokens, log_probs = response.output_ids[:count], response.log_probs[:count]

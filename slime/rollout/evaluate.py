@@ -1,7 +1,8 @@
-"""Evaluation: every prompt of every data set, sampled and judged; mean reward with its standard error.
+"""Evaluation: sample and judge every prompt of every data set, and report the mean reward with its standard error.
 
-Path: called before the first rollout, every --eval-interval rollouts and after the last. Invariant: the same prompts,
-sampled from the same seeds, whatever the training prompts were; nothing of it goes into training.
+- Called by: the training loop before the first rollout, every --eval-interval rollouts and after the last.
+- Invariant: the prompts and the seeds are the same every time, whatever the training prompts were. Nothing from an
+  evaluation goes into training.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _MAX_ABORTS = 100
-"""Requests of one response: a rollout in flight that has enough aborts whatever its engines do, and it goes on."""
+"""Requests for one response: a rollout in flight aborts all requests once it has enough; this one then tries again."""
 
 
 class Evaluator:
-    """The data sets, tokenised once."""
+    """Holds the data sets, tokenised once."""
 
     def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase) -> None:
         self._args = args
@@ -50,9 +51,9 @@ class Evaluator:
             self._data.append((dataset, load_prompts(dataset.path, args, tokenizer, keys, longest=longest)))
 
     async def run(self, rollout_id: int, context: RolloutContext) -> dict[str, float]:
-        """All data sets at once: metrics `eval/<name>/...` of the weights that the engines hold now.
+        """Evaluate all data sets at once with the engines' present weights; return metrics `eval/<name>/...`.
 
-        A data set of which not one response could be generated and judged has no reward: an error is logged.
+        A data set without a single judged response has no reward; an error is logged.
         """
         slots = await request_slots(self._args, context)
         results = await asyncio.gather(
@@ -118,14 +119,14 @@ class Evaluator:
 
 
 def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
-    """Of one data set; a group is one prompt's responses. Lengths and `format` are of what was judged.
+    """Return the metrics of one data set; a group holds the responses to one prompt.
 
-    A failed response counts as wrong in `reward` and pass@k (see `rewards_by_prompt`); `reward_judged` leaves it out,
-    and so does everything with --eval-failed-as excluded. Where all failed, no metric of rewards is there, and an error
-    is logged.
+    Lengths and `format` are computed over the judged responses. A failed response counts as wrong in `reward` and
+    pass@k (see `rewards_by_prompt`). `reward_judged` leaves it out, and with --eval-failed-as excluded so does every
+    metric. If all responses failed, there are no metrics of rewards, and an error is logged.
 
-    `format` is the share that deepscaler would read an answer from: it is there only where deepscaler is the judge.
-    pass@k takes a response for right or wrong: it is there only where every reward is 0 or 1, or every one -1 or 1.
+    `format` is the share of responses from which deepscaler would read an answer; only data sets that deepscaler judges
+    have it. pass@k needs a reward to mean right or wrong, so it exists only if all rewards are 0 or 1, or all -1 or 1.
     """
     samples = [sample for group in groups for sample in group]
     judged = [sample for sample in samples if sample.reward is not None]
@@ -162,9 +163,9 @@ def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sam
 
 
 def rewards_by_prompt(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sample]]) -> list[list[float]]:
-    """The rewards of each prompt's responses. A failed one has the lowest reward that its judge gives, as a wrong one.
+    """Return the rewards of each prompt's responses; a failed one gets the reward that its judge gives a wrong answer.
 
-    It is left out where --eval-failed-as says so, and, with a warning, where the judge's lowest reward is not known.
+    A failed response is left out with --eval-failed-as excluded, and, with a warning, if that reward is not known.
     """
     judged = [sample.reward_value(args.reward_key) for group in groups for sample in group if sample.reward is not None]
     unknown = 0
@@ -183,7 +184,7 @@ def rewards_by_prompt(args: Args, dataset: EvalDataset, groups: Sequence[Sequenc
     if unknown:
         logger.warning(
             "evaluation on %s: %d failed responses are left out of its reward: the others have rewards from %g to %g, "
-            "and which one means wrong is known only of rewards between 0 and 1, or -1 and 1",
+            "and only for rewards between 0 and 1, or -1 and 1, is it known which one means a wrong answer",
             dataset.name,
             unknown,
             min(judged),
@@ -193,14 +194,14 @@ def rewards_by_prompt(args: Args, dataset: EvalDataset, groups: Sequence[Sequenc
 
 
 def lowest_reward(rewards: Collection[float]) -> float | None:
-    """What a reward function gives for a wrong answer, by the rewards that it gave; None where they do not show it."""
+    """Infer from `rewards` what their function gives for a wrong answer; None if they do not show it."""
     if all(0 <= reward <= 1 for reward in rewards):
         return 0.0
     return -1.0 if all(-1 <= reward <= 1 for reward in rewards) else None
 
 
 def _mean_over_prompts(name: str, by_prompt: Sequence[Sequence[float]]) -> dict[str, float]:
-    """The mean and its standard error; prompts are what was drawn, so several responses to one count as one value."""
+    """Return the mean and its standard error over prompts: the responses to one prompt count as one value."""
     values = [statistics.fmean(of_prompt) for of_prompt in by_prompt if of_prompt]
     mean = {name: statistics.fmean(values)}
     if len(values) > 1:
@@ -209,9 +210,9 @@ def _mean_over_prompts(name: str, by_prompt: Sequence[Sequence[float]]) -> dict[
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Chance that one of k responses is right, drawn from the n seen without replacement.
+    """Return the chance that one of k responses, drawn from the n seen without replacement, is right.
 
-    1 - C(n - c, k) / C(n, k): the unbiased estimator of Chen et al., "Evaluating large language models trained on
-    code", 2021 (arXiv:2107.03374), equation 1.
+    The value is 1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al., "Evaluating large language models
+    trained on code", 2021 (arXiv:2107.03374), equation 1.
     """
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)

@@ -1,9 +1,9 @@
-"""One sample: prompt tokens to the engine, response tokens back, in as many parts as it takes.
+"""Generate one sample: send its prompt tokens to an engine and append the response tokens, in one or several parts.
 
-Path: `group_run` and `evaluate` call `generate_sample` (or the function of --custom-generate-function-path) for each
-sample, many at a time; a sample that was aborted or cut off comes again. Invariant: what the engine produced is kept
-token by token, with the log-prob and the policy version of the part that made it; text is made from tokens for the
-reward, and never tokenised again.
+- Called by: `group_run` and `evaluate` call `generate_sample` (or the function of --custom-generate-function-path) for
+  many samples at a time. A sample that was aborted or cut off is passed in again.
+- Invariant: the response is kept as the tokens that the engine sampled, each with the log-prob and the policy version
+  of its part. The text is decoded from the tokens for the reward, and is never tokenised again.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ T = TypeVar("T")
 Generate = Callable[[Args, Sample, SamplingParams, "RolloutContext"], Awaitable[Sample]]
 
 SFT_ROLLOUT = "slime.rollout.sft_rollout.generate_rollout"
-"""The rollout function that takes the data's responses."""
+"""The rollout function that takes its responses from the data, for supervised fine-tuning."""
 
 STATUS_BY_FINISH = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 
 
 def rollout_sampling_params(args: Args) -> SamplingParams:
-    """How training responses are sampled; the seed is each sample's own."""
+    """Return how training responses are sampled; each sample gets its own seed later."""
     return SamplingParams(
         temperature=args.rollout_temperature,
         top_p=args.rollout_top_p,
@@ -53,7 +53,7 @@ def rollout_sampling_params(args: Args) -> SamplingParams:
 
 
 def sampling_record(args: Args) -> SamplingRecord:
-    """What a dump says of how this run samples."""
+    """Return the record of this run's sampling that is stored with a dump."""
     if args.rollout_function_path == SFT_ROLLOUT:
         return SamplingRecord.of(args, None)
     params = rollout_sampling_params(args)
@@ -61,13 +61,13 @@ def sampling_record(args: Args) -> SamplingRecord:
 
 
 def sampling_seed(*parts: object) -> int:
-    """A seed in [0, 2^31) that depends on every part, the same on every machine."""
+    """Return a seed in [0, 2^31) that depends on every part, the same on every machine."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 2**31
 
 
 def load_generate(args: Args) -> Generate:
-    """`generate_sample`, or the user's function (a plain one runs in a thread)."""
+    """Return `generate_sample`, or the user's function; a user's function that is not async runs in a thread."""
     if args.custom_generate_function_path is None:
         return generate_sample
     function = load_hook("custom_generate_function_path", args.custom_generate_function_path)
@@ -93,11 +93,11 @@ def load_generate(args: Args) -> Generate:
 async def generate_sample(
     args: Args, sample: Sample, sampling_params: SamplingParams, context: RolloutContext
 ) -> Sample:
-    """Generate the response to `sample.tokens`, in place, or go on with the response that it has.
+    """Generate the response to `sample.tokens` in place, or continue the response that the sample has.
 
-    `max_new_tokens` is of the whole response, what there is of it included. Where nothing is left of that, or of the
-    context, the sample is truncated as it is. A request that is aborted leaves what it made: ABORTED. A response whose
-    newest token ends it is COMPLETED, whatever reason the engine gave.
+    `max_new_tokens` limits the whole response, including the tokens that are there already. If that limit or the
+    context leaves no room, the sample becomes TRUNCATED as it is. A request that is aborted keeps its tokens, and the
+    sample becomes ABORTED. A response whose newest token ends it is COMPLETED, whatever reason the engine gave.
 
     Raises:
         EngineError: the engines did not answer, after retries; the sample is as it was.
@@ -122,7 +122,7 @@ async def generate_sample(
 
 
 def room(args: Args, sample: Sample, max_response_length: int) -> int:
-    """Tokens that may still come, by the length of the response and by what an engine takes; 0 or less: none."""
+    """Return how many tokens the response length and the engine's context still allow; 0 or less means none."""
     limits = rollout_limits(args)
     left = max_response_length - sample.response_length
     if limits.request is not None and len(sample.tokens) > limits.request:
@@ -133,10 +133,10 @@ def room(args: Args, sample: Sample, max_response_length: int) -> int:
 def append_response(
     args: Args, sample: Sample, response: GenerateResponse, context: RolloutContext, params: SamplingParams
 ) -> None:
-    """Append what the engine answered to a request with `params`: tokens, each with its log-prob and its version."""
+    """Append the engine's answer to a request with `params`: tokens, each with its log-prob and policy version."""
     begun = sample.response_length > 0
     tokens = response.output_ids
-    # An engine calls weights that nothing was sent to "default" (SGLang): that is version 0.
+    # SGLang reports the version "default" before the first weight sync; that is version 0.
     version = int(response.weight_version) if response.weight_version.isdecimal() else 0
     sample.tokens = sample.tokens + tokens
     sample.response_length += len(tokens)
@@ -154,21 +154,21 @@ def append_response(
 
 
 def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None:
-    """To which experts all tokens went, earlier parts' too: the engine has run them anew, with the weights of this one.
+    """Store the experts of all tokens, those of earlier parts too: the engine has prefilled them with these weights.
 
     Raises:
-        ValueError: the engine does not say it, though it has finished, or in another shape than the model's.
+        ValueError: a finished response has no experts, or not as many as this model's.
     """
     shape, experts = args.architecture, response.routed_experts
     assert shape is not None, "a real run has one"
     if experts is None:
         if response.finish_reason == "abort":
-            return  # before it was run
+            return  # aborted before the engine ran it
         raise ValueError(
             "--use-routing-replay: an engine does not say to which experts tokens went; start it with "
             "--enable-return-routed-experts, or leave the flag out"
         )
-    # What a stop text has cut off the response is cut off here, too.
+    # The response may have been cut at a stop text; the experts are cut at the same token.
     rows = response.prompt_tokens + response.completion_tokens - 1
     if experts.size != rows * shape.num_layers * shape.moe_router_topk:
         raise ValueError(
@@ -180,5 +180,5 @@ def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None
 
 
 def _behind(values: list[T] | None, more: list[T], begun: bool) -> list[T] | None:
-    """`more` behind `values`; where a response has begun without them, they stay missing."""
+    """Return `values` + `more`; if an earlier part of the response came without values, they stay missing."""
     return None if begun and values is None else [*(values or []), *more]

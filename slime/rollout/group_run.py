@@ -1,11 +1,12 @@
-"""GroupRun: one group on its way from prompt to judged responses, in one rollout or in several.
+"""Run one group from prompt to judged responses, within one rollout or over several.
 
-Path: `collect` draws groups and has a GroupRunner run each as a task: its samples are generated side by side, and
-judged as they finish (with --group-rm: once all have). Invariants: the samples as they were drawn are never changed,
-work is done on copies, and only a finished one takes its place in the list that the data source handed out
-(`in_flight` sees it there); a sample that has a response, or a reward, does not get a second one.
+- Called by: `collect` draws groups, and a GroupRunner runs each as a task. The samples of a group are generated
+  concurrently. Each is judged when it finishes; with --group-rm the group is judged when all have finished.
+- Invariant: the samples as drawn are never changed, because the work is done on copies. Only a finished copy replaces
+  its sample in the list that the data source handed out, where `in_flight` sees it. A sample that has a response or a
+  reward does not get a second one.
 
-    drawn --copy--> generate <--(aborted by a weight update: goes on)--> generate --+-> finished -> judge
+    drawn --copy--> generate <--(aborted by a weight update: continues)--> generate --+-> finished -> judge
                        +-- the round stops, or --partial-rollout-max-tokens is reached: ABORTED, with its tokens
 """
 
@@ -28,25 +29,25 @@ from slime.rollout.rm_hub.verdict import check_own_reward
 from slime.rollout.waves import Wave
 
 _ABORT_TIMEOUT = 60.0
-"""Seconds within which the engines have to end every request after an abort, beyond what finding a hung one takes."""
+"""Seconds that engines have to end all requests after an abort, on top of the time that it takes to find a hung one."""
 _ABORT_INTERVAL = 0.25
-"""Seconds between two aborts: a request on its way through the router misses the one before."""
+"""Seconds between two aborts: an abort misses a request that is still on its way through the router."""
 _MAX_FRUITLESS = 100
-"""Requests of one sample in a row that are aborted and bring no token; then its generation has failed."""
+"""Requests of one sample in a row that may be aborted without a token; then its generation has failed."""
 _FRUITLESS_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
-"""Seconds before the next of them, twice as many each time: a weight update may take its time."""
+"""Seconds before the next request, doubled after each fruitless one: a weight update may take its time."""
 
 
 class GroupRun:
-    """A group in this rollout."""
+    """A group at work in this rollout."""
 
     def __init__(self, group: list[Sample], wave: Wave, rollout_id: int, *, restart: bool = False) -> None:
-        """`group` is as the data source handed it out; `restart`: from its bare prompt."""
+        """`group` is the list that the data source handed out; `restart` begins again from the bare prompts."""
         self._handed_out = group
         self._drawn = list(group)
         self.wave = wave
         self.samples = [sample.to_bare_prompt() if restart else sample.copy() for sample in group]
-        """The samples at work."""
+        """The copies that the work is done on."""
         started = [sample.metadata.get("start_rollout_id") for sample in self.samples]
         self._start_rollout_id = next((start for start in started if start is not None), rollout_id)
         for sample in self.samples:
@@ -59,26 +60,26 @@ class GroupRun:
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether a sample has to go on, later."""
+        """Whether a sample has to continue later."""
         return any(sample.status is Status.ABORTED for sample in self.samples)
 
     def put(self, place: int, sample: Sample, num_tokens: int) -> None:
-        """A request has ended, with so many tokens; a generate function may have made another Sample."""
+        """Record that a request ended with `num_tokens` tokens; a generate function may have made a new Sample."""
         sample.metadata.setdefault("start_rollout_id", self._start_rollout_id)
         self.samples[place] = sample
         self._tokens += max(0, num_tokens)
 
     def publish(self, place: int) -> None:
-        """The sample is finished: whoever looks at what is in flight sees it from now on."""
+        """Show the finished sample to everyone who looks at the groups in flight."""
         self._handed_out[place] = self.samples[place]
 
     def take_num_tokens(self) -> int:
-        """Response tokens generated since this was asked last."""
+        """Return the number of response tokens generated since the last call."""
         count, self._tokens = self._tokens, 0
         return count
 
     def mark(self) -> None:
-        """What it is now is what `as_drawn` gives from here on."""
+        """Make the present state the one that `as_drawn` returns from now on."""
         self._drawn = [sample.copy() for sample in self.with_tokens()]
 
     def as_drawn(self) -> list[Sample]:
@@ -88,13 +89,13 @@ class GroupRun:
         return [sample.to_bare_prompt() for sample in self._drawn]
 
     def with_tokens(self) -> list[Sample]:
-        """Everything generated stays, also its rewards; a group in which nothing was is bare prompts."""
+        """Return the samples with all that was generated and judged, or bare prompts if nothing was."""
         if not any(map(has_begun, self.samples)):
             return self.as_bare_prompts()
         return [sample if has_begun(sample) else self._not_begun(sample) for sample in self.samples]
 
     def _not_begun(self, sample: Sample) -> Sample:
-        """It will start in a later rollout, under the seed of its group."""
+        """Return the bare prompt; it starts in a later rollout with the seed of its group."""
         bare = sample.to_bare_prompt()
         bare.metadata["start_rollout_id"] = self._start_rollout_id
         return bare
@@ -105,7 +106,7 @@ def has_begun(sample: Sample) -> bool:
 
 
 class GroupRunner:
-    """Runs the groups of one rollout; `slots` bounds the requests in flight."""
+    """Runs the groups of one rollout; `slots` limits the requests in flight."""
 
     def __init__(self, args: Args, context: RolloutContext, slots: asyncio.Semaphore) -> None:
         self._args = args
@@ -119,14 +120,14 @@ class GroupRunner:
         self.last_error: EngineError | None = None
 
     async def run(self, group: GroupRun) -> None:
-        """Until every sample has ended, is cut off, or the round stops."""
+        """Run the group until every sample has ended or is cut off, or until the round stops."""
         await gather_or_cancel(self._run_sample(group, place) for place in range(len(group.samples)))
         if self._context.rewards.by_group and not group.is_cut_off and not self._stopping:
             with self.intervals.judging():
                 await self._context.rewards.judge_group(group.samples)
 
     async def _run_sample(self, group: GroupRun, place: int) -> None:
-        """Generate one sample, and judge it unless the generate function has; its status tells what became of it."""
+        """Generate one sample, and judge it unless its generate function did; the result is in its status."""
         if group.samples[place].status in (Status.PENDING, Status.ABORTED):
             async with self._slots:
                 if self._stopping:
@@ -144,7 +145,7 @@ class GroupRunner:
             verdict.apply(sample)
 
     async def _generate_sample(self, group: GroupRun, place: int) -> None:
-        """Request after request: one that is aborted while the round goes on was ended by a weight update."""
+        """Send requests until the sample ends; an abort while the round goes on comes from a weight update."""
         params = self._params_of(group.samples[place])
         fruitless = 0
         while not self._stopping:
@@ -172,7 +173,10 @@ class GroupRunner:
                 await asyncio.sleep(min(_LONGEST_PAUSE, _FRUITLESS_PAUSE * 2 ** (fruitless - 1)))
 
     def _params_of(self, sample: Sample) -> SamplingParams:
-        """The seed is of the rollout in which it began: a draw depends on seed and position, not on the parts."""
+        """Return the sampling parameters, with the seed of the rollout in which the sample began.
+
+        A draw depends on the seed and the position alone, so a response is the same in one part or in several.
+        """
         start = sample.metadata["start_rollout_id"]
         params = replace(self._params, sampling_seed=sampling_seed(self._args.rollout_seed, start, sample.index))
         most = self._args.partial_rollout_max_tokens if self._args.partial_rollout else None
@@ -181,7 +185,7 @@ class GroupRunner:
         return replace(params, max_new_tokens=min(params.max_new_tokens, sample.response_length + most))
 
     def _is_cut_off(self, sample: Sample, limit: int) -> bool:
-        """Whether it ended at `limit` tokens and the response may be longer."""
+        """Return whether the sample ended at `limit` tokens and the response may be longer."""
         ended = sample.status is Status.TRUNCATED and sample.reward is None and sample.response_length >= limit
         return ended and room(self._args, sample, self._params.max_new_tokens) > 0
 
@@ -196,7 +200,7 @@ class GroupRunner:
                 self._idle.set()
 
     async def stop(self, rollout_id: int) -> None:
-        """No more requests; those in flight are aborted, and have ended when this returns.
+        """Send no more requests, abort those in flight, and wait until they have ended.
 
         Raises:
             RuntimeError: the engines do not end them.
@@ -209,17 +213,17 @@ class GroupRunner:
                 while self.intervals.requests_in_flight:
                     try:
                         await self._context.engines.abort_all()
-                    except EngineError as error:  # what was in flight there goes elsewhere, or fails
+                    except EngineError as error:  # its requests are sent to another engine, or fail
                         problem = str(error)
                     with suppress(TimeoutError):
                         await asyncio.wait_for(self._idle.wait(), _ABORT_INTERVAL)
         except TimeoutError as error:
             raise RuntimeError(
                 f"rollout {rollout_id}: {self.intervals.requests_in_flight} requests are still running "
-                f"{limit:g} s after the engines were told to abort them; {problem}"
+                f"{limit:g} s after the engines were asked to abort them; {problem}"
             ) from error
 
 
 def oldest_version(samples: Sequence[Sample]) -> int | None:
-    """The earliest policy that made one of their tokens."""
+    """Return the earliest policy version that sampled a token of `samples`."""
     return min((version for sample in samples for version in sample.policy_versions or ()), default=None)

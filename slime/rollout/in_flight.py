@@ -1,8 +1,9 @@
-"""TrackedSource: a data source that knows what it has handed out.
+"""TrackedSource: a data source that knows which groups it has handed out.
 
-Path: stands between the rollout function and its data source, built in or a user's; the rollout manager saves it, also
-while a rollout runs. Invariant: every group drawn is in exactly one place: in the source (given back), in flight, or
-forgotten (its rollout has been trained on), and `state_dict` holds the first two.
+- Where it sits: between the rollout function and its data source, built in or a user's. The rollout manager saves its
+  state, also while a rollout runs.
+- Invariant: every group drawn is in exactly one place: in the source (given back), in flight, or forgotten (its rollout
+  has been trained on). `state_dict` holds the first two.
 
     source --get_groups--> in flight --add_groups--> source
                                +-------forget------> trained on, or dropped and counted
@@ -20,22 +21,22 @@ from slime.rollout.context import DataSource
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A group in flight."""
+    """One group in flight."""
 
     rollout_id: int
     group: list[Sample]
     """The list that was handed out. A rollout function puts a finished sample in the place of the one drawn."""
     handed_out: list[Sample]
-    """The samples that stood in it. They may be changed in place, and then say nothing reliable."""
+    """The samples that were in it. The rollout may change them in place, and then they are not reliable."""
     as_drawn: list[Sample]
-    """Copies of these, from when they were handed out."""
+    """Copies of these samples, made when they were handed out."""
 
     @property
     def index(self) -> int:
         return self.as_drawn[0].group_index
 
     def now(self) -> list[Sample]:
-        """Finished samples with their tokens, the others as they were drawn."""
+        """Return the finished samples with their tokens, and the others as they were drawn."""
         if len(self.group) != len(self.handed_out):
             return self.as_drawn
         return [
@@ -47,20 +48,20 @@ class _Drawn:
 class TrackedSource:
     """A DataSource around another one.
 
-    Call `forget(rollout_id)` once a rollout has been trained on; until then what it drew is saved as in flight, so
-    that a run that goes on from that state makes the rollout again, from the same groups in the same order. The
-    samples that were finished are not generated again, nor those judged that had been.
+    Call `forget(rollout_id)` once a rollout has been trained on. Until then, what it drew is saved as in flight: a run
+    that resumes from that state makes the rollout again, from the same groups in the same order. Samples that were
+    finished are not generated again, and samples that had a reward are not judged again.
     """
 
     def __init__(self, source: DataSource) -> None:
         self._source = source
         self._in_flight: list[_Drawn] = []
-        """In the order in which they were drawn."""
+        """The groups handed out, in the order in which they were drawn."""
         self._restored: list[list[Sample]] = []
-        """Were in flight when the state was saved; they come before all others."""
+        """Groups that were in flight when the state was saved; they are handed out before all others."""
 
     def __getattr__(self, name: str) -> Any:
-        """What else the user's own data source can do."""
+        """Pass other attributes on to the user's own data source."""
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._source, name)
@@ -71,11 +72,11 @@ class TrackedSource:
 
     @property
     def num_in_flight(self) -> int:
-        """Groups drawn, and neither given back nor forgotten."""
+        """The number of groups drawn and neither given back nor forgotten."""
         return len(self._in_flight)
 
     def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]:
-        """`num` groups: first those that were in flight when the state was saved, in their order."""
+        """Return `num` groups: first those that were in flight when the state was saved, in their order."""
         groups = self._restored[:num]
         if len(groups) < num:
             groups += self._source.get_groups(num - len(groups), rollout_id=rollout_id)
@@ -86,7 +87,7 @@ class TrackedSource:
         return groups
 
     def add_groups(self, groups: Sequence[list[Sample]]) -> None:
-        """Give groups back."""
+        """Give groups back to the source."""
         self._source.add_groups(groups)
         for group in groups:
             index = group[0].group_index
@@ -95,11 +96,11 @@ class TrackedSource:
                 del self._in_flight[place]
 
     def forget(self, rollout_id: int) -> None:
-        """The rollout, and all before it, have been trained on: what they drew and did not give back is consumed."""
+        """Record that this rollout and all before it were trained on; what they drew and kept is consumed."""
         self._in_flight = [drawn for drawn in self._in_flight if drawn.rollout_id > rollout_id]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON types. May be taken while a rollout runs."""
+        """Return the state as plain JSON types; this may be called while a rollout runs."""
         in_flight = [drawn.now() for drawn in self._in_flight] + self._restored
         return {
             "source": self._source.state_dict(),
@@ -107,7 +108,7 @@ class TrackedSource:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; nothing is in flight then."""
+        """Continue where `state` was taken; nothing is in flight then."""
         self._source.load_state_dict(state["source"])
         self._restored = [[Sample.from_dict(sample) for sample in group] for group in state["in_flight"]]
         self._in_flight = []

@@ -1,8 +1,8 @@
-"""Where a rollout's wall time goes: generating, then judging what is left to judge.
+"""Split a rollout's wall time into generation and reward.
 
-Path: `collect` marks each request and each reward call; the sums become `time/generation` and `time/reward`.
-Invariant: the two are disjoint, so that together they never exceed the wall time: an instant with a request in flight
-is generation, one with only rewards pending is reward, and any other is nobody's.
+- Called by: `collect` marks each request and each reward call; the sums become `time/generation` and `time/reward`.
+- Invariant: the two are disjoint, so together they never exceed the wall time. An instant with a request in flight is
+  generation, an instant with only rewards pending is reward, and any other instant is neither.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class PhaseIntervals:
-    """`clock` gives seconds; only differences count."""
+    """Sums the seconds of each phase. `clock` gives seconds; only differences count."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -39,7 +39,7 @@ class PhaseIntervals:
 
     @contextmanager
     def generating(self) -> Generator[None]:
-        """One request is in flight."""
+        """Count one request as in flight inside the block."""
         self._advance()
         self._generating += 1
         try:
@@ -50,7 +50,7 @@ class PhaseIntervals:
 
     @contextmanager
     def judging(self) -> Generator[None]:
-        """One reward is pending."""
+        """Count one reward as pending inside the block."""
         self._advance()
         self._judging += 1
         try:

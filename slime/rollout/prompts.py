@@ -1,7 +1,8 @@
-"""Prompts: a data file read and tokenised, once.
+"""Prompts: read a data file and tokenise it, once.
 
-Path: `data_buffer` (training) and `evaluate` load a file each, then make Samples of its prompts. Invariant: every
-prompt kept leaves room for at least one token of answer; one that does not is left out, counted and named, never cut.
+- Called by: `data_buffer` (training) and `evaluate` load one file each, then make Samples of its prompts.
+- Invariant: every prompt kept leaves room for at least one token of response. A longer prompt is left out, counted and
+  reported, and is never cut.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 _ROWS_NAMED = 10
 _SURE_LENGTH = 16
-"""Characters a token of context, above which a text is looked at before it is tokenised as a whole."""
+"""Characters for each token of context; the beginning of a longer text is tokenised before the whole text is."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row. `tokens` is the prompt alone."""
+    """One row of the file. `tokens` holds the prompt alone."""
 
     prompt: str | list[Message]
     label: str | None
@@ -43,7 +44,7 @@ class Prompt:
     metadata: dict[str, Any]
 
     def to_sample(self, *, group_index: int, index: int) -> Sample:
-        """A sample of its own: nothing in it is shared with another."""
+        """Return a new sample; it shares nothing with other samples."""
         return Sample(
             group_index=group_index,
             index=index,
@@ -57,7 +58,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one file, in its order. `sha256` is of what was read, dropped rows too."""
+    """The prompts of one file, in its order. `sha256` covers all rows read, also those left out."""
 
     path: str
     prompts: list[Prompt]
@@ -113,10 +114,11 @@ def load_prompts(
 
 
 def _far_too_long(text: str, longest: int, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a long text has, by its beginning alone, more than `longest` tokens.
+    """Return whether the beginning of a long text alone shows that it has more than `longest` tokens.
 
-    Tokenising takes microseconds a token: minutes for a text of many megabytes of which nothing could be used. What
-    follows a beginning changes its last tokens at most, so twice the limit in it is too many in the whole, too.
+    Tokenising takes microseconds a token, which is minutes for a text of many megabytes that cannot be used. The text
+    after a beginning changes only its last tokens. So if the beginning has twice as many tokens as allowed, the whole
+    text has too many as well.
     """
     size = _SURE_LENGTH * max(longest, 1)
     while len(text) > size:

@@ -1,7 +1,8 @@
-"""How many rewards of a rollout failed, and when that are too many.
+"""Count the failed rewards of a rollout, and end the run if there are too many.
 
-Path: `collect` shows it every group that it settles. Invariant: a failed reward costs its sample and is counted; the
-run ends only where more than --max-reward-failures of a rollout's samples, a whole batch of them at least, have none.
+- Called by: `collect`, with every group that it settles.
+- Invariant: a failed reward costs its sample and is counted. The run ends only if more than --max-reward-failures of a
+  rollout's samples have no reward, where at least a whole batch of samples is the base of that share.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from slime.core.sample import Sample
 from slime.rollout.rm_hub.verdict import NO_ENTRY, failure_kind
 
 GENERATION_FAILED = "generation_failed"
-"""The kind of failure that is no reward's."""
+"""The kind of failure that comes from generation, not from a reward."""
 
 
 class RewardFailures:
-    """Those of one rollout."""
+    """The reward failures of one rollout."""
 
     def __init__(self, args: Args, rollout_id: int) -> None:
         self._share = args.max_reward_failures
@@ -29,11 +30,11 @@ class RewardFailures:
         self._last: dict[str, str] = {}
 
     def count(self, samples: Iterable[Sample]) -> None:
-        """The samples of a group that has ended.
+        """Count the samples of a group that has ended.
 
         Raises:
-            RuntimeError: too many have no reward; it names the reasons, each with its number.
-            ValueError: too many, and all because --reward-key names nothing in their dicts.
+            RuntimeError: too many samples have no reward; the error names the reasons, each with its number.
+            ValueError: too many have no reward, and always because --reward-key names nothing in their dicts.
         """
         for sample in samples:
             kind = None if sample.reward_failure is None else failure_kind(sample.reward_failure)

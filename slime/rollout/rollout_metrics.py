@@ -1,7 +1,8 @@
-"""What a rollout says of itself: `rollout/*` and its share of `time/*`.
+"""The metrics of a rollout: `rollout/*` and its share of `time/*`.
 
-Path: `collect` counts into a Tally on the way and asks for the metrics at the end. Invariant: rewards are the raw
-ones, before any post-processing, and samples whose reward failed are counted apart, never as 0.
+- Called by: `collect` counts into a Tally while it runs, and asks for the metrics at the end.
+- Invariant: rewards are the raw ones, before any post-processing. Samples whose reward failed are counted separately,
+  never as a reward of 0.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from slime.core.sample import Sample, Status
 from slime.rollout.intervals import PhaseIntervals
 
 MAX_NAMED = 32
-"""Entries of a reward dict that have a metric."""
+"""The number of entries of a reward dict that get a metric."""
 
 
 @dataclass
 class Tally:
-    """Counted as it happens; dropped groups are not there any more at the end."""
+    """Counts taken while the rollout runs; dropped groups are gone at its end."""
 
     tokens: int = 0
-    """Response tokens generated, those of dropped and aborted samples too, but for what goes back as it was drawn."""
+    """Response tokens generated, also for dropped and aborted samples, but not for what goes back as it was drawn."""
     surplus_groups: int = 0
     partial_groups: int = 0
-    """Surplus that keeps its tokens."""
+    """Surplus groups that keep their tokens."""
     restarted_groups: int = 0
     dropped_groups: Counter[str] = field(default_factory=Counter[str])
     failed_rewards: Counter[str] = field(default_factory=Counter[str])
 
 
 def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Lengths and statuses."""
+    """Return the metrics of lengths and statuses."""
     lengths = [sample.response_length for sample in samples]
     return {
         "response_length": statistics.fmean(lengths),
@@ -45,7 +46,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def entry_metrics(samples: Sequence[Sample], key: str | None) -> dict[str, float]:
-    """Means of the numbers in dict-valued rewards, other than the one under `key`: `reward.NAME`, MAX_NAMED of them."""
+    """Return the means of numbers in dict-valued rewards, except under `key`: `reward.NAME`, at most MAX_NAMED."""
     values: dict[str, list[float]] = {}
     for sample in samples:
         for name, value in sample.reward.items() if isinstance(sample.reward, dict) else ():
@@ -56,7 +57,7 @@ def entry_metrics(samples: Sequence[Sample], key: str | None) -> dict[str, float
 
 
 def group_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
-    """What groups of samples say of themselves: rewards (left out where nothing was judged), lengths, statuses."""
+    """Return the metrics of groups of samples: rewards (if any was judged), lengths and statuses."""
     rewards_by_group = [
         [sample.reward_value(args.reward_key) for sample in group if sample.reward is not None] for group in groups
     ]
@@ -72,7 +73,7 @@ def group_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, f
 
 
 def replay_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
-    """Of groups from a dump: as in the rollout that made them, rewards before their post-processing."""
+    """Return the metrics of groups from a dump, as in the rollout that made them: rewards before post-processing."""
     return group_metrics(
         args, [[replace(s, reward=s.metadata.get("raw_reward", s.reward)) for s in group] for group in groups]
     )
@@ -81,7 +82,7 @@ def replay_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, 
 def rollout_metrics(
     args: Args, groups: Sequence[Sequence[Sample]], tally: Tally, intervals: PhaseIntervals, policy_version: int
 ) -> dict[str, float]:
-    """Of the kept `groups`; lengths in tokens, times in seconds, shares of 1."""
+    """Return the metrics of the kept `groups`; lengths are in tokens, times in seconds, shares between 0 and 1."""
     samples = [sample for group in groups for sample in group]
     versions = [version for sample in samples for version in _versions_of_sampled(sample)]
     generation = intervals.generation_seconds
@@ -109,7 +110,7 @@ def rollout_metrics(
 
 
 def _versions_of_sampled(sample: Sample) -> list[int]:
-    """Without tokens of loss mask 0, which no policy may have sampled: a tool's words."""
+    """Return the versions of tokens that a policy sampled: those of loss mask 0 may be a tool's output."""
     versions = sample.policy_versions or []
     mask = [1] * len(versions) if sample.loss_mask is None else sample.loss_mask
     return [version for version, kept in zip(versions, mask, strict=True) if kept] if versions else []

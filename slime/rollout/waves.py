@@ -1,7 +1,7 @@
-"""Waves: prompts come in waves of `--over-sampling-batch-size`, and a wave tells whether there is a point in going on.
+"""Waves of `--over-sampling-batch-size` prompts: a whole wave without a kept group shows that going on has no point.
 
-Path: `collect` puts each group that it draws into a wave, and says what became of it. Invariant: only a whole wave is
-judged: groups that fail or are dropped tend to end first.
+- Called by: `collect` puts each group that it draws into a wave, and reports how it ended.
+- Invariant: only a whole wave is judged, because groups that fail or are dropped tend to end first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from slime.config.args import Args
 
 @dataclass
 class Wave:
-    """So many groups, in the order in which they are drawn."""
+    """The counts of one wave, whose groups are consecutive in the order of drawing."""
 
     drawn: int = 0
     settled: int = 0
@@ -23,7 +23,7 @@ class Wave:
 
 
 class Waves:
-    """Those of one rollout."""
+    """The waves of one rollout."""
 
     def __init__(self, args: Args, rollout_id: int) -> None:
         self._rollout_id = rollout_id
@@ -34,11 +34,11 @@ class Waves:
 
     @property
     def begun(self) -> bool:
-        """Whether anything was drawn."""
+        """Whether any group was drawn."""
         return bool(self._waves)
 
     def join(self) -> Wave:
-        """The wave of the next group that is drawn."""
+        """Return the wave of the next group that is drawn."""
         if not self._waves or self._waves[-1].drawn == self.size:
             self._waves.append(Wave())
         self._waves[-1].drawn += 1
@@ -50,10 +50,10 @@ class Waves:
         self._empty = 0
 
     def dropped(self, wave: Wave, reason: str, dropped: Counter[str], last_error: Exception | None) -> None:
-        """`dropped`: groups by reason, of the whole rollout.
+        """Count a dropped group of `wave`; `dropped` holds the whole rollout's groups by reason.
 
         Raises:
-            RuntimeError: nothing was kept in --max-empty-waves waves, or generation failed for all of one.
+            RuntimeError: nothing was kept in --max-empty-waves waves, or generation failed for all groups of one.
         """
         wave.settled += 1
         wave.failed += reason == "generation_failed"

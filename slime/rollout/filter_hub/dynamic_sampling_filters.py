@@ -1,6 +1,7 @@
-"""Which finished groups are worth training on: `f(args, samples, **kwargs)`.
+"""Dynamic sampling filters decide which finished groups are worth training on: `f(args, samples, **kwargs)`.
 
-Path: `collect` calls one on each group as it finishes. Invariant: a filter looks, and changes nothing.
+- Called by: `collect`, for each group as it finishes.
+- Invariant: a filter reads the samples and changes nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from slime.core.sample import Sample
 
 
 def check_reward_nonzero_std(args: Args, samples: list[Sample], **kwargs: Any) -> torch.Tensor:
-    """Whether the rewards differ: a group that is all right or all wrong has no advantage to learn from.
+    """Return whether the rewards differ: a group that is all right or all wrong has no advantage to learn from.
 
-    Samples whose reward failed are not counted. The spread is taken instead of `std() > 0`, which is the same but for
-    rounding: the standard deviation of three rewards of 0.1 comes out above 0.
+    Samples whose reward failed are not counted. The test is `max > min`, which equals `std() > 0` except for rounding:
+    the standard deviation of three rewards of 0.1 comes out above 0.
     """
     rewards = torch.tensor([s.reward_value(args.reward_key) for s in samples if s.reward is not None])
     if len(rewards) < 2:
