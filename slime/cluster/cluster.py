@@ -1,8 +1,24 @@
-"""Cluster: the verbs of the training loop.
+"""Cluster: the verbs of the training loop, `generate`, `train`, `sync_weights`, `save_if_due` and others.
 
-Path: `train.py` tells the story in these verbs; each becomes calls to the actors in `Processes`, and measures itself
-into the step's clock. Invariant: a checkpoint and the metrics file agree: what was written behind the checkpoint is
-written again by a resumed run.
+- Called by: `train.py` and `train_async.py` are written in these verbs. Each verb becomes calls to the actors in
+  `Processes`, and records its time in the step's clock.
+- Invariant: a checkpoint and the metrics file agree: a resumed run writes all metrics after its checkpoint again.
+
+The asynchronous loop (`generate_ahead`) overlaps rollout N + 1 with the training on rollout N:
+
+    rollout manager   | generate N  | generate N+1 ............ | generate N+2 ...
+                      |             ^ N is whole                ^ N+1 is whole
+    loop (driver)     | wait for N  | train N | save | sync | wait  | train N+1 | save | sync | ...
+    trainers          | idle        | steps   |      | send | idle  | steps     |      | send |
+
+- The loop waits until rollout N is whole. It then starts N+1 and trains on N. If N+1 is not whole when the loop comes
+  back for it, the loop waits again (`time/rollout_waited`); the rest of the generation time was hidden by training
+  (`time/rollout_hidden`).
+- The rollout manager waits for the loop's next call, so it is at most one rollout ahead. Until the weight sync, N+1 is
+  generated with weights that lack the steps on rollout N: it is off-policy by one version.
+- The weight sync waits for the requests of N+1 as --update-weight-pause chooses: until the whole rollout is there
+  (drain), or until they are aborted (abort) or paused (in_place, retract), and then they continue with new weights.
+- With --deterministic a checkpoint waits until N+1 is whole, because half a rollout cannot be continued bit by bit.
 """
 
 from __future__ import annotations
@@ -37,17 +53,17 @@ def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
 
 @dataclass
 class _Generation:
-    """A rollout whose generation has begun. `batch` and `report` come from the rollout manager."""
+    """A rollout whose generation has begun. `batch` and `report` are references that the rollout manager fills."""
 
     rollout_id: int
     batch: Any
     report: Any
     waited: float = 0.0
-    """Seconds in which the loop has done nothing but wait for it."""
+    """Seconds in which the loop did nothing but wait for this rollout."""
 
 
 def _run_directory(args: Args) -> RunDirectory:
-    """Locked, with every other place that the run writes to; no other run may."""
+    """Return the run's directory, locked together with every other place that the run writes to."""
     assert args.log_dir is not None, "resolving the arguments sets it"
     directories = [args.save_debug_train_data, args.save if args.num_rollout != 0 else None]
     outputs = [args.save_hf, args.save_debug_rollout_data]
@@ -59,10 +75,10 @@ def _run_directory(args: Args) -> RunDirectory:
 
 
 class Cluster:
-    """Use as `with Cluster(args) as cluster`: leaving the block ends every process that entering it started."""
+    """The running cluster, used as `with Cluster(args) as cluster`; leaving the block ends every process it started."""
 
     def __init__(self, args: Args, *, restarts: int = 0) -> None:
-        """`restarts`: how often faults have ended this run before."""
+        """`restarts` is how often faults have ended this run before."""
         self._args = args
         self._restarts = restarts
         self._cleanup = ExitStack()
@@ -94,7 +110,7 @@ class Cluster:
         self._processes = processes = Processes(args, directory.logs)
         self._cleanup.callback(lambda: processes.stop(well=self._ended_well))
         processes.start()
-        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray has put its own in the place of ours
+        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray has replaced our handler with its own
         self._memory = memory_of(args, processes)
         loaded, warnings = self._memory.load()
         state = None
@@ -104,13 +120,13 @@ class Cluster:
             self._policy_version = state["policy_version"]
             processes.get("restoring the data side", [processes.manager.load_state_dict.remote(state["rollout"])])
         self._last = processes.num_rollouts
-        # From here on the run is accepted: what it says of itself goes into its directory.
+        # From here on the run is accepted, so what it reports goes into its directory.
         directory.write_args(dump_args(args))
         in_place = loaded is not None and args.save is not None and Path(args.save) in Path(loaded.source).parents
         continued = state is not None and in_place
         self._console = RunConsole(total=self._last, done=self._first)
         self._cleanup.callback(self._console.close)
-        # without rollouts nothing that stands behind the checkpoint is written again
+        # Without rollouts, no metrics after the checkpoint are written again, so all of them stay.
         seen = self._first if self._last else None
         self._metrics, damage = directory.continue_metrics(seen) if continued else (directory.new_metrics(), None)
         warnings = [*warnings, damage] if damage is not None else warnings
@@ -136,7 +152,7 @@ class Cluster:
         processes.started()
 
     def rollouts(self) -> Iterator[int]:
-        """The ids of the rollouts still to do; each iteration is one step of the clock."""
+        """Yield the ids of the rollouts that are left; each iteration is one step of the clock."""
         for rollout_id in range(self._first, self._last):
             self._clock, self._record = StepClock(), {}
             yield rollout_id
@@ -145,7 +161,7 @@ class Cluster:
             self._console.rollout(rollout_id + 1, {**self._record, **self._sync_report, **times})
 
     def generate(self, rollout_id: int) -> Any:
-        """Generate, judge and collect; returns a reference to the TrainBatch, which stays in Ray's object store."""
+        """Generate and judge a rollout; return a reference to its TrainBatch, which stays in Ray's object store."""
         with self._clock.inner() as seconds:
             this = self._begin_generation(rollout_id)
             metrics = self._report_of(this)
@@ -155,12 +171,12 @@ class Cluster:
         return this.batch
 
     def generate_ahead(self, rollout_id: int) -> Any:
-        """Wait for this rollout's batch, as `generate` returns it, and let the next one's generation begin."""
+        """Wait for this rollout's batch, start generating the next rollout, and return the batch like `generate`."""
         this = self._ahead or self._begin_generation(rollout_id)
         assert this.rollout_id == rollout_id, "the loop takes one rollout after the other"
         metrics = self._wait_for(this)
         self._ahead = self._begin_generation(rollout_id + 1) if rollout_id + 1 < self._last else None
-        for inside in ("time/generation", "time/reward"):  # the step's clock has what the loop waited
+        for inside in ("time/generation", "time/reward"):  # the step's clock holds the time that the loop waited
             metrics.pop(inside, None)
         waited = min(this.waited, metrics["time/rollout"])
         metrics |= {"time/rollout_waited": waited, "time/rollout_hidden": metrics["time/rollout"] - waited}
@@ -173,7 +189,7 @@ class Cluster:
         return _Generation(rollout_id, batch, report)
 
     def _wait_for(self, generation: _Generation) -> dict[str, float]:
-        """Its metrics, once it is whole."""
+        """Return the metrics of the rollout once it is whole."""
         start = time.perf_counter()
         with self._clock.phase("generation"):
             metrics = self._report_of(generation)
@@ -186,13 +202,13 @@ class Cluster:
 
     @contextmanager
     def engines_asleep(self) -> Iterator[None]:
-        """Engines that share devices with trainers give their memory to them; the next weight sync takes it back."""
+        """Move the memory of colocated engines to the trainers; the next weight sync takes it back."""
         with self._clock.phase("offload"):
             self._memory.to_trainers()
         yield
 
     def train(self, rollout_id: int, batch: Any) -> None:
-        """One rollout's optimizer steps, on all ranks."""
+        """Take one rollout's optimizer steps on all ranks."""
         trainers = self._processes.trainers
         with self._clock.inner() as seconds:
             results = self._processes.get(
@@ -212,15 +228,15 @@ class Cluster:
             )
 
     def save_if_due(self, rollout_id: int) -> None:
-        """Every --save-interval rollouts, and after the last."""
+        """Save a checkpoint every --save-interval rollouts, and after the last."""
         args, trainers = self._args, self._processes.trainers
         last = rollout_id == self._last - 1
         due = args.save_interval is not None and (rollout_id + 1) % args.save_interval == 0
         if args.save is None or not trainers or not (due or last):
             return
         if args.deterministic and self._ahead is not None:
-            self._wait_for(self._ahead)  # a resumed run takes it whole: half of one would be generated by other weights
-        times = self._clock.close()  # a resumed run knows of this step what had passed until here
+            self._wait_for(self._ahead)  # stored whole: the rest of half a rollout would come from other weights
+        times = self._clock.close()  # a resumed run knows only this part of the step's times
         with self._clock.phase("checkpoint"):
             [rollout] = self._processes.get(
                 "saving the data side", [self._processes.manager.state_dict.remote(rollout_id + 1)]
@@ -230,7 +246,7 @@ class Cluster:
                 "policy_version": self._policy_version,
                 "times": times,
             }
-            # rank 0 writes it: with whole rollouts in it, it is too large to be sent to all for nothing
+            # Rank 0 alone writes the state. It may hold whole rollouts, too large to send to ranks that ignore it.
             saving = [t.save.remote(rollout_id, state if rank == 0 else {}) for rank, t in enumerate(trainers)]
             paths = self._processes.get(f"rollout {rollout_id}: saving", saving)
         self._console.say(f"saved {paths[0]}")
@@ -238,9 +254,9 @@ class Cluster:
             self._best.saved(Path(paths[0]), step=rollout_id + 1)
 
     def sync_weights(self) -> None:
-        """The actor's weights go to every engine, as the next policy version.
+        """Send the actor's weights to every engine, as the next policy version.
 
-        With --update-weight-pause drain a rollout in flight is generated whole first.
+        With --update-weight-pause drain, a rollout in flight is generated to its end first.
         """
         processes = self._processes
         self._policy_version += 1
@@ -250,7 +266,7 @@ class Cluster:
             self._wait_for(self._ahead)
         with self._clock.phase("offload"):
             self._memory.to_weights()
-            self._take_peaks()  # what a trainer has just given back was never there together with an engine's
+            self._take_peaks()  # memory that a trainer has just given back never coexisted with an engine's
         with self._clock.phase("weight_sync"):
             report = self._mending.send(self._policy_version)
         self._sync_report = report | self._measure("weight_sync")
@@ -259,17 +275,17 @@ class Cluster:
             self._take_peaks()
 
     def _measure(self, phase: str) -> dict[str, float]:
-        """The most memory in `phase`, which ends now."""
+        """Return the peak memory in `phase`, which ends now."""
         return memory_record(phase, self._take_peaks())
 
     def _take_peaks(self) -> list[dict[str, float]]:
-        """Every trainer's since the last call."""
+        """Return every trainer's peak memory since the last call."""
         return self._processes.get(
             "measuring memory", [trainer.peak_memory.remote() for trainer in self._processes.trainers]
         )
 
     def evaluate_before_first(self) -> None:
-        """Before the first rollout; after a resume, the evaluation that was due at the checkpoint."""
+        """Evaluate before the first rollout; after a resume, catch up on the evaluation that the checkpoint was due."""
         interval = self._args.eval_interval
         if self._first == 0:
             due = not self._args.skip_eval_before_train
@@ -279,7 +295,7 @@ class Cluster:
             self._evaluate(self._first)
 
     def evaluate_if_due(self, rollout_id: int) -> None:
-        """Every --eval-interval rollouts, and after the last."""
+        """Evaluate every --eval-interval rollouts, and after the last."""
         interval = self._args.eval_interval
         if rollout_id == self._last - 1 or (interval is not None and (rollout_id + 1) % interval == 0):
             self._evaluate(rollout_id + 1)

@@ -1,9 +1,9 @@
-"""The run's own engines and router: watched all the time, and started anew where they die or hang.
+"""Fleet: the supervisor of the run's own engines and router; it restarts what dies or hangs.
 
-Path: the rollout manager holds one from when the engines stand behind the router; the driver (`mending`) sends weights
-to what was started anew, and has it admitted. Invariant: an engine stands behind the router only with the weights that
-the run last sent; what was lost is named, with its log, and restarted,
-at most --max-engine-restarts times within an hour.
+- Where it sits: the rollout manager holds one as soon as the engines are registered with the router. The driver
+  (`mending`) sends weights to a restarted engine and then has it admitted.
+- Invariant: the router leads to an engine only while the engine holds the weights that the run last sent. Every loss is
+  reported with its log file, and a process is restarted at most --max-engine-restarts times within an hour.
 
     serving --(dies, hangs)--> down --(its owner starts it)--> up, without weights --(sent, admitted)--> serving
 """
@@ -31,15 +31,15 @@ from slime.engine.launch import ManagedProcess, find_free_port, launch_router
 from slime.engine.membership import Membership
 
 NOTICED_S = 5 * POLL_S
-"""Seconds within which a death has surely been noticed."""
+"""Seconds within which a death is certainly noticed."""
 AGAIN_S = 0.5
-"""Seconds until something that has failed is tried again."""
+"""Seconds until a failed action is tried again."""
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EngineUp:
-    """An engine that answers. `start`: how often it had been started before."""
+    """An engine that answers. `start` counts how often it had been started before."""
 
     index: int
     start: int
@@ -48,7 +48,9 @@ class EngineUp:
 
 @dataclass(frozen=True)
 class FleetState:
-    """`up`: engines that answer; `waiting`: those of them that have not the run's weights. `news`: since last asked.
+    """The engines and what happened to them: `up` answer, `waiting` of them lack the run's weights, `news` is new.
+
+    `news` holds the messages since the last call. `progress` grows while engines generate.
 
     `progress` grows while engines generate.
     """
@@ -74,7 +76,7 @@ class _Engine:
 
 
 class Fleet:
-    """Everything here runs in the rollout manager's event loop."""
+    """Supervises the engines and the router inside the rollout manager's event loop."""
 
     def __init__(
         self,
@@ -88,8 +90,10 @@ class Fleet:
         others: Sequence[str] = (),
         log_dir: Path,
     ) -> None:
-        """`owners` of the engines at `urls`, behind the router beside `others`, which run without us. `router`: None
-        where it is not the run's own."""
+        """`owners` own the engines at `urls`; `others` are external engines at the same router.
+
+        `router` is None if the router is external.
+        """
         self._args = args
         self._client = client
         self._membership = membership
@@ -117,33 +121,33 @@ class Fleet:
         return FleetState(tuple(e.shown() for e in up), tuple(waiting), news, progress)
 
     def take_counts(self) -> dict[str, float]:
-        """`fault/*` since the last call; nothing where all was well."""
+        """Return the counts `fault/*` since the last call; nothing if there was no fault."""
         counts, self._counts = self._counts, Counter()
         return {f"fault/{name}": count for name, count in counts.items()}
 
     async def failure(self) -> BaseException:
-        """Returns only once something has been lost for good."""
+        """Return only once something has been lost for good."""
         return await asyncio.shield(self._failed)
 
     @property
     def serves(self) -> bool:
-        """Whether anything may be in flight at an engine. Engines that run without us always count."""
+        """Whether anything may be in flight at an engine. External engines always count."""
         return not self._engines or any(engine.serving for engine in self._engines)
 
     def in_motion(self) -> set[str]:
-        """URLs of which the router's list cannot be told."""
+        """Return the URLs that the router's list may or may not hold at this moment."""
         return {engine.url for engine in self._engines if not engine.serving}
 
     async def wait_for_any(self) -> None:
-        """Until an engine is up.
+        """Wait until an engine is up.
 
         Raises:
-            RunError: none comes up any more.
+            RunError: no engine will come up any more.
         """
         await self._until(lambda: any(engine.up for engine in self._engines))
 
     async def lost_one_of(self, engines: Sequence[EngineUp]) -> bool:
-        """Whether one of these is not there any more; waits as long as a death takes to be noticed."""
+        """Return whether one of these engines is gone; wait as long as it takes to notice a death."""
         clock = self._client.clock
         deadline = clock.time() + NOTICED_S
         while clock.time() < deadline:
@@ -154,7 +158,7 @@ class Fleet:
         return False
 
     async def admit(self, engines: Sequence[EngineUp]) -> None:
-        """Put these behind the router: they hold the run's weights. One that was lost since is left out."""
+        """Add these engines, which hold the run's weights, to the router; one that was lost since is left out."""
         for shown in engines if self._engines else ():
             engine = self._engines[shown.index]
             if engine.shown() != shown or not engine.up or engine.serving:
@@ -165,7 +169,7 @@ class Fleet:
                 self._say(f"engine {engine.index} generates again, at {engine.url}")
 
     async def before_sleep(self) -> None:
-        """Wait for engines that are being started: they would take the memory that trainers are about to."""
+        """Wait for engines that are starting: they would take the memory that trainers are about to use."""
         await self._until(lambda: all(engine.up for engine in self._engines))
         self._asleep = True
 
@@ -191,7 +195,7 @@ class Fleet:
             await self._changed()
 
     async def _keep(self, engine: _Engine) -> None:
-        """Start the engine anew whenever it is lost."""
+        """Restart the engine whenever it is lost."""
         what = f"engine {engine.index}"
         while True:
             trouble = await self._trouble(lambda: _is_alive(engine.owner), lambda: engine.url)
@@ -200,21 +204,21 @@ class Fleet:
             engine.up = engine.serving = False
             self._publish()
             if self._asleep:
-                raise Fault(f"{lost}; it had given its memory to the trainers, and cannot be started beside them")
+                raise Fault(f"{lost}; it had given its memory to the trainers, and cannot start while they hold it")
             await asyncio.gather(
                 self._start_engine(engine, lost), self._at_router(lambda url=engine.url: self._membership.remove(url))
             )
             engine.up = True
             self._publish()
             await self._changed()
-            if self._args.debug_rollout_only:  # nobody sends it weights: those of --hf-checkpoint are the run's
+            if self._args.debug_rollout_only:  # no weights are sent: those of --hf-checkpoint are the run's
                 await self.admit([engine.shown()])
 
     async def _start_engine(self, engine: _Engine, lost: str) -> None:
         limit = self._args.engine_start_timeout
         while True:
             self._count(f"engine {engine.index}", lost)
-            self._say(f"{lost}: it is started anew")
+            self._say(f"{lost}: it is started again")
             begin = time.monotonic()
             try:
                 url = await asyncio.wait_for(engine.owner.restart.remote(), limit + self._args.engine_health_timeout)
@@ -229,7 +233,7 @@ class Fleet:
             return
 
     async def _keep_router(self, router: ManagedProcess) -> None:
-        """Start the router anew whenever it is lost: at its address, unless somebody else has taken that."""
+        """Restart the router whenever it is lost: at its address, unless another process has taken that."""
         while True:
 
             async def is_alive(process: ManagedProcess = router) -> bool:
@@ -238,7 +242,7 @@ class Fleet:
             trouble = await self._trouble(is_alive, lambda process=router: process.url)
             lost = f"the router ({router.url}) {trouble}; its log is {router.log_path}"
             self._count("router", lost)
-            self._say(f"{lost}: it is started anew")
+            self._say(f"{lost}: it is started again")
             port = int(router.url.rpartition(":")[2])
             await asyncio.to_thread(router.stop)
             router = launch_router(
@@ -263,13 +267,13 @@ class Fleet:
             self._say("the router is up again")
 
     async def _trouble(self, is_alive: Callable[[], Awaitable[bool]], url: Callable[[], str]) -> str:
-        """Return once something is wrong, and say what."""
+        """Return once something is wrong, with a description."""
         return await first_trouble(is_alive, url(), self._client, limit=self._args.engine_health_timeout)
 
-    # ---- telling
+    # ---- reporting
 
     def _publish(self) -> None:
-        """What is controlled from now on."""
+        """Update the client's list of engines to those that are up."""
         self._client.set_engines([engine.url for engine in self._engines if engine.up])
 
     async def _changed(self) -> None:
@@ -290,7 +294,7 @@ class Fleet:
         """Record that `what`, "engine 3" or "router", is restarted now.
 
         Raises:
-            RunError: that is one restart too many within an hour.
+            RunError: this is one restart too many within an hour.
         """
         if not self._restarts.allow(what, now=time.monotonic()):
             limit = self._args.max_engine_restarts
@@ -300,10 +304,10 @@ class Fleet:
         self._counts[f"{what.split()[0]}_restarts"] += 1
 
     async def _at_router(self, action: Callable[[], None], engine: _Engine | None = None) -> None:
-        """Do it at the router, which may itself be on its way; given up where `engine` is lost meanwhile.
+        """Repeat `action` until the router, which may be restarting itself, does it; give up if `engine` is lost.
 
         Raises:
-            RunError: it is not possible within --engine-start-timeout.
+            RunError: it does not succeed within --engine-start-timeout.
         """
         clock = self._client.clock
         deadline = clock.time() + self._args.engine_start_timeout

@@ -1,8 +1,9 @@
-"""RolloutManager: everything on the way from prompt to training batch, in one Ray actor.
+"""RolloutManager: everything between a prompt and a training batch, in one Ray actor.
 
-Path: holds the data source, the reward workers, the router and the client of the engines; each rollout turns prompts
-into a TrainBatch for the trainers. Invariant: its `state_dict` is the whole data side of a checkpoint: also while a
-rollout is generated, and while one that is whole waits for the loop to take it.
+- Where it sits: it holds the data source, the reward workers, the router and the client of the engines. Each rollout
+  turns prompts into a TrainBatch for the trainers.
+- Invariant: its `state_dict` is the whole data side of a checkpoint, also while a rollout is generated and while a
+  whole rollout waits for the loop to take it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Made:
-    """A rollout that is whole, in plain JSON types: nothing that is done to its samples later shows in it."""
+    """A whole rollout in plain JSON types, so later changes to its samples do not show in it."""
 
     rollout_id: int
     groups: list[list[dict[str, Any]]]
@@ -64,7 +65,7 @@ class _Made:
 
 
 class RolloutManager:
-    """One rollout at a time; an evaluation and state calls may come meanwhile. Ray runs it as an async actor."""
+    """Makes one rollout at a time, as an async Ray actor; evaluations and state calls may arrive meanwhile."""
 
     def __init__(self, args: Args, log_dir: str) -> None:
         self._args = args
@@ -78,10 +79,10 @@ class RolloutManager:
         self._evaluator: Evaluator | None = None
         self._data_source: TrackedSource | None = None
         self._made: _Made | None = None
-        """The last rollout that is whole, where the loop may be busy with the one before it."""
+        """The last whole rollout; the loop may still be busy with the one before it."""
 
     def start(self) -> list[str]:
-        """Load tokenizer and prompts, and make the reward pool. Comes before all other calls. Returns warnings."""
+        """Load tokenizer and prompts, make the reward pool, and return warnings. This call comes before all others."""
         log_to_file(self._log_dir, "rollout", masker := masker_of(self._args))
         mask_output(masker)
         with collected_warnings() as warnings:
@@ -98,12 +99,12 @@ class RolloutManager:
         self._context = RolloutContext(args=args, client=None, tokenizer=tokenizer, rewards=self._rewards)
 
     def num_prompts(self) -> int:
-        """Prompts of one epoch."""
-        assert self._data_source is not None, "the rules ask for --prompt-data with --num-epoch"
+        """Return the number of prompts in one epoch."""
+        assert self._data_source is not None, "the rules require --prompt-data with --num-epoch"
         return self._data_source.num_prompts
 
     async def start_router(self) -> str:
-        """Start the router (or take the one that was given); returns its URL."""
+        """Start the router, or take the one that was given, and return its URL."""
         args = self._args
         url = external_router_url(args)
         if url is not None:
@@ -114,7 +115,7 @@ class RolloutManager:
         return f"http://127.0.0.1:{port}"
 
     async def connect_engines(self, router_url: str, engine_urls: list[str], engines: list[Any]) -> None:
-        """Register the engines with the router and make the client. `engines`: the owners of those that are ours."""
+        """Register the engines with the router and make the client. `engines`: the owners of the run's own engines."""
         args = self._args
         keys = Keys.of(args)
         self._membership = Membership(router_url, keys=keys, timeout=args.engine_start_timeout)
@@ -146,14 +147,14 @@ class RolloutManager:
         )
 
     async def put_engines_to_sleep(self) -> None:
-        """They give back all memory; nothing is in flight."""
+        """Let the engines give back all memory; nothing is in flight when this is called."""
         assert self._client is not None, "there are engines"
         assert self._fleet is not None, "there are engines"
         await self._fleet.before_sleep()
         await put_to_sleep(self._client, abort=self._fleet.serves)
 
     async def wake_engines(self, *, to_generate: bool) -> None:
-        """They take memory again: that of the weights, which have to be sent then; after that the rest, to generate."""
+        """Let the engines take memory again: first that of the weights, which are sent next, then all, to generate."""
         assert self._client is not None, "there are engines"
         assert self._fleet is not None, "there are engines"
         await self._client.resume_memory(FOR_GENERATION if to_generate else FOR_WEIGHTS)
@@ -161,13 +162,16 @@ class RolloutManager:
             self._fleet.awake()
 
     async def weights_change(self) -> None:
-        """A weight sync begins: requests that wait for it are not stuck. `set_policy_version` ends it."""
+        """Mark the beginning of a weight sync, so that requests that wait for it do not count as stuck.
+
+        `set_policy_version` marks its end.
+        """
         if self._client is not None:
             self._client.progress.hold(True)
 
     async def set_policy_version(self, version: int, engines: Sequence[EngineUp] = ()) -> None:
-        """These engines hold `version` now, and generate with it; the router still leads to the run's alone."""
-        if self._fleet is not None and not self._args.rollout_external_engines:  # those stand where they always stood
+        """Record that `engines` hold `version`, admit them to the router, and check the router's engines."""
+        if self._fleet is not None and not self._args.rollout_external_engines:  # external engines never leave it
             await self._fleet.admit(engines)
         await self._check_router()
         self._context.policy_version = version
@@ -175,7 +179,7 @@ class RolloutManager:
             self._client.progress.hold(False)
 
     async def fleet_state(self) -> FleetState:
-        """The engines that are there."""
+        """Return the engines that are up."""
         assert self._fleet is not None, "there are engines"
         if self._args.rollout_external_engines:
             urls = enumerate(self._args.rollout_external_engines)
@@ -183,19 +187,19 @@ class RolloutManager:
         return self._fleet.state()
 
     async def fleet_with_engines(self) -> FleetState:
-        """The engines that are there, once there is one at least."""
+        """Return the engines that are up, once there is at least one."""
         assert self._fleet is not None, "there are engines"
         if not self._args.rollout_external_engines:
             await self._fleet.wait_for_any()
         return await self.fleet_state()
 
     async def lost_one_of(self, engines: Sequence[EngineUp]) -> bool:
-        """Whether one of these is not there any more; a loss is noticed a moment after it."""
+        """Return whether one of these engines is gone; a death is noticed a moment after it happens."""
         assert self._fleet is not None, "there are engines"
         return not self._args.rollout_external_engines and await self._fleet.lost_one_of(engines)
 
     async def generate(self, rollout_id: int) -> tuple[TrainBatch, dict[str, float]]:
-        """One rollout: its training batch and its metrics."""
+        """Make one rollout and return its training batch and its metrics."""
         start = time.perf_counter()
         args = self._args
         if args.load_debug_rollout_data is not None:
@@ -218,11 +222,11 @@ class RolloutManager:
         return batch, {**metrics, "time/rollout": time.perf_counter() - start}
 
     async def _make(self, rollout_id: int) -> RolloutResult:
-        """The rollout's groups; a resumed run may have them already."""
+        """Return the rollout's groups; a resumed run may have them already."""
         if self._made is not None and self._made.rollout_id == rollout_id:
             return self._made.result()
         result = await self._guarded(self._call_rollout_function(rollout_id))
-        if self._args.rollouts_ahead:  # else it is trained on before anything is saved
+        if self._args.rollouts_ahead:  # otherwise it is trained on before anything is saved
             self._made = _Made.of(rollout_id, result.groups, result.metrics)
         if self._data_source is not None:
             self._data_source.forget(rollout_id)
@@ -253,7 +257,7 @@ class RolloutManager:
         return await self._evaluator.run(rollout_id, self._context)
 
     async def _guarded(self, work: Awaitable[T]) -> T:
-        """`work`, unless an engine or the router is lost for good first: that ends it with an error that names it."""
+        """Await `work`; if an engine or the router is lost for good first, raise an error that names it."""
         if self._watch is None or self._fleet is None:
             return await work
         await self._check_router()
@@ -274,35 +278,35 @@ class RolloutManager:
         raise lost
 
     async def _check_router(self) -> None:
-        """See to it that a router that others have started leads to the run's engines alone, also after a rollout.
+        """Check that an external router leads to exactly the run's engines, also after a rollout.
 
         Raises:
-            EngineError: naming the engines that are too many or too few.
+            EngineError: naming the engines that are missing or unexpected.
         """
         if self._client is not None and self._router is None:
             await self._client.check_router(in_motion=() if self._fleet is None else self._fleet.in_motion())
 
     async def _check_weights(self) -> None:
-        """Engines that others have started may be started anew by them: with their first weights, and at once well.
+        """Check that external engines still hold the weights: whoever restarts one brings back its first weights.
 
         Raises:
-            RuntimeError: one does not report the policy version that it was sent.
+            RuntimeError: an engine does not report the policy version that it was sent.
         """
         if not self._args.rollout_external_engines or self._args.debug_rollout_only:
             return
         assert self._client is not None, "there are engines"
         version = self._context.policy_version
-        right = {str(version + ahead) for ahead in range(1 + self._args.rollouts_ahead)}  # the next one may be arriving
+        right = {str(version + ahead) for ahead in range(1 + self._args.rollouts_ahead)}  # the next may be arriving
         told = zip(await self._client.workers(), await self._client.weight_versions(), strict=True)
         wrong = [f"{url} reports {reported}" for url, reported in told if reported not in right]
         if wrong:
             raise RuntimeError(
                 f"engines have lost policy version {version} while it was generated with: {', '.join(wrong)}; it was "
-                "started anew, or another run sends it weights"
+                "restarted, or another run sends it weights"
             )
 
     def _write_samples(self, rollout_id: int, samples: list[Sample]) -> None:
-        """A few whole samples, readable, into rollout_samples.txt beside the logs."""
+        """Write a few whole samples, readable, into rollout_samples.txt next to the logs."""
         count = self._args.log_samples_per_rollout
         if not count:
             return
@@ -316,7 +320,10 @@ class RolloutManager:
                 )
 
     def state_dict(self, next_rollout_id: int = 0) -> dict[str, Any]:
-        """Plain JSON types. `next_rollout_id`: the first that is not trained on; it is here where it waits to be."""
+        """Return the state as plain JSON types.
+
+        `next_rollout_id` is the first rollout that has not been trained on; if it is made already, the state holds it.
+        """
         waits = self._made is not None and self._made.rollout_id >= next_rollout_id
         return {
             "data_source": None if self._data_source is None else self._data_source.state_dict(),

@@ -1,7 +1,8 @@
-"""Ray actors, each a thin shell over a plain class.
+"""Ray actors, each a thin shell around a plain class.
 
-Path: `Cluster` makes them on their bundles and calls them; the work is in `megatron.trainer`, `sync` and
-`engine.launch`. Invariant: an actor holds no logic of its own; what it raises can be pickled.
+- Called by: `Cluster` places the actors on their bundles and calls them. The work is in `megatron.trainer`, `sync` and
+  `engine.launch`.
+- Invariant: what an actor raises can be pickled.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ TRACKERS_OF_MEGATRON = ("wandb", "torch.utils.tensorboard")
 
 @contextmanager
 def without(*modules: str) -> Iterator[None]:
-    """Inside, importing one of them fails as if it were not installed, unless it has been imported before.
+    """Make imports of `modules` fail inside the block as if they were not installed, unless imported before.
 
-    Megatron imports trackers for timers that nobody asks here: half of the time that its import takes, and W&B's
-    temporary directories stay behind where an actor is ended.
+    Megatron imports trackers for timers that this project does not use. That takes half of Megatron's import time, and
+    W&B leaves its temporary directories when an actor is ended.
     """
     hidden = [name for name in modules if name not in sys.modules]
     for name in hidden:
@@ -56,13 +57,13 @@ def without(*modules: str) -> Iterator[None]:
 
 @ray.remote
 class TrainWorker:
-    """One rank of training."""
+    """One rank of training, as a Ray actor."""
 
     def __init__(self, args: Args, rank: int, init_method: str, log_dir: str) -> None:
-        for name, value in THREADS_SLEEP_SOON.items():  # read when torch is first imported
+        for name, value in THREADS_SLEEP_SOON.items():  # torch reads them when it is first imported
             os.environ.setdefault(name, value)
         if args.num_engines and not args.colocate:
-            # As SGLang sets it for its ranks: members of one NCCL group have to allocate what they share alike.
+            # SGLang sets this for its ranks, and members of one NCCL group have to allocate shared memory alike.
             os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         self._args = args
         self._rank = rank
@@ -74,10 +75,10 @@ class TrainWorker:
         self._proven = False
         self._policy_version: int | None = None
         self._weights_from = ""
-        """Where the actor's weights are from, for errors."""
+        """The source of the actor's weights, for errors."""
 
     def load(self) -> tuple[LoadResult, list[str]]:
-        """Build the trainer and load its checkpoint. Comes before all other calls. The second part are warnings."""
+        """Build the trainer and load its checkpoint, before all other calls; return what was loaded, and warnings."""
         log_to_file(self._log_dir, f"trainer-{self._rank}", masker := masker_of(self._args))
         mask_output(masker)
         with without(*TRACKERS_OF_MEGATRON):
@@ -88,26 +89,29 @@ class TrainWorker:
         with collected_warnings() as warnings:
             loaded = self._trainer.load()
         self._weights_from = f"loaded from {loaded.source}"
-        if not args.num_engines:  # else the first weight sync checks them
+        if not args.num_engines:  # otherwise the first weight sync checks them
             for _ in self._finite_tensors():
                 continue
         return loaded, warnings
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
-        """Train on the whole rollout's `batch`; `time/training` is this rank's own wall seconds."""
+        """Train on the whole rollout's `batch`; `time/training` is this rank's own wall time in seconds."""
         start = time.perf_counter()
         metrics = self._trainer.train(rollout_id, batch, self._policy_version)
         self._weights_from = f"trained in rollout {rollout_id}"
         return {**metrics, "time/training": time.perf_counter() - start}
 
     def save(self, rollout_id: int, state: dict[str, Any]) -> str:
-        """The export comes first: a run killed in between goes on from the checkpoint before, and exports again."""
+        """Export with --save-hf, then save a checkpoint, and return the checkpoint's path.
+
+        The export comes first. A run that is killed in between resumes from the checkpoint before, and exports again.
+        """
         if self._args.save_hf is not None:
             self._trainer.save_hf(Path(self._args.save_hf.format(rollout_id=rollout_id)))
         return str(self._trainer.save(rollout_id, state))
 
     def sleep(self, *, keep_weights: bool) -> None:
-        """Give the device's memory back, but that of the weights where they are sent next."""
+        """Give the device's memory back; keep that of the weights if they are sent next."""
         if self._memory is None:
             from slime.megatron.offload import TrainerMemory
 
@@ -117,18 +121,18 @@ class TrainWorker:
         self._memory.offload_optimizer()
         if not keep_weights:
             self._memory.offload_weights()
-        if self._critic_memory is not None:  # nobody is sent its weights
+        if self._critic_memory is not None:  # the critic's weights are sent to no engine
             self._critic_memory.offload_optimizer()
             self._critic_memory.offload_weights()
 
     def wake(self) -> None:
-        """Take it again."""
+        """Take the device's memory again."""
         for memory in (self._memory, self._critic_memory):
             if memory is not None:
                 memory.reload()
 
     def peak_memory(self) -> dict[str, float]:
-        """The most memory since the last call, in GB (see `megatron.device`)."""
+        """Return the peak memory since the last call, in GB (see `megatron.device`)."""
         from slime.megatron import device
 
         return device.take_memory_peaks()
@@ -140,10 +144,10 @@ class TrainWorker:
         engine_ranks: Sequence[int],
         shared_with: Sequence[Sequence[int]] = (),
     ) -> None:
-        """Open the transport of weights: rank 0's, and the others only take part in gathering.
+        """Open the transport of weights on rank 0; the other ranks only take part in gathering.
 
-        `shared_with`: for each engine the trainers on its devices; then each trainer has a transport. One that was
-        opened before is left: some of its engines may be gone.
+        `shared_with` names for each engine the trainers on its devices; if it is given, each trainer has a transport. A
+        transport that was opened before is left without a word to its engines, because some of them may be gone.
         """
         if self._transport is not None:
             self._transport.leave()
@@ -202,7 +206,7 @@ class TrainWorker:
 
     @property
     def _engines_on_cpu(self) -> bool:
-        """The run's own, embedded ones; engines that run already are taken to be like the trainer."""
+        """Whether the engines run on the CPU: the run's own embedded ones do; external ones are like the trainer."""
         return self._args.rollout_engine == "embedded" and not self._args.rollout_external_engines
 
     @property
@@ -216,18 +220,18 @@ class TrainWorker:
 
         self._policy_version = version
         tensors = self._finite_tensors()
-        if self._engines_on_cpu:  # no copy where the trainer is on the CPU, too
+        if self._engines_on_cpu:  # makes no copy if the trainer is on the CPU, too
             tensors = ((name, tensor.cpu()) for name, tensor in tensors)
         if self._transport is None:
             for _ in tensors:
-                continue  # the other ranks' part of each gather
+                continue  # takes part in each gather, for the other ranks
             report = None
         else:
             try:
                 report = self._transport.send(tensors, version=version)
             except RuntimeError:
                 for _ in tensors:
-                    continue  # an engine was lost: the other ranks' gathers need this one all the same
+                    continue  # an engine was lost, but the other ranks' gathers still need this one
                 raise
             if self._rank == 0:
                 check_versions(self._transport, version=version)
@@ -237,7 +241,7 @@ class TrainWorker:
         return {} if report is None else report.metrics()
 
     def _finite_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The actor's whole tensors under their HF names. Collective; raises RunError if one is not finite."""
+        """Return the actor's whole tensors under their HF names. Collective; raises RunError if one is not finite."""
         from slime.sync.finite import finite
 
         return finite(self._trainer.iter_hf_tensors, described=lambda: f"the actor's weights, {self._weights_from}")
@@ -247,7 +251,7 @@ class TrainWorker:
         from slime.sync.weight_directory import PROOF
 
         directory = self._weight_directory / PROOF
-        # in the dtype in which the weights were sent; the HF directory's own may hold fewer bits
+        # Use the dtype in which the weights were sent; the HF directory's own may hold fewer bits.
         self._trainer.save_hf(directory, dtype=self._trainer.params_dtype)
         if self._transport is not None and self._rank == 0:
             try:
@@ -258,10 +262,10 @@ class TrainWorker:
 
 @ray.remote
 class EngineWorker:
-    """Owns one engine process. With Ray's `max_concurrency` it can be asked, and stopped, while the engine starts."""
+    """Owns one engine process. Ray's `max_concurrency` lets calls, also `stop`, through while the engine starts."""
 
     def __init__(self, args: Args, index: int, log_dir: str, gpu_ids: Sequence[str], *, near: bool) -> None:
-        """`near`: everything that talks to it is on this node."""
+        """`near` is true if everything that talks to the engine is on this node."""
         self._args = args
         self._index = index
         self._near = near
@@ -271,14 +275,14 @@ class EngineWorker:
         self._phase: str | None = None
 
     def check(self) -> None:
-        """Whether what is installed on this node can be started as the run asks. Raises ValueError."""
+        """Check that what is installed on this node can be started as the run requires. Raises ValueError."""
         from slime.engine.sglang_installed import check_installed
 
         if self._args.rollout_engine == "sglang":
             check_installed(self._args)
 
     def start(self) -> str:
-        """Start the engine; its URL, once it answers."""
+        """Start the engine, and return its URL once it answers."""
         from slime.core.address import LOOPBACK, own_address
         from slime.engine.launch import find_free_port, launch_engine, warm_up
         from slime.engine.sglang import engine_port
@@ -302,13 +306,13 @@ class EngineWorker:
         return process.url
 
     def restart(self) -> str:
-        """End what is left of the engine, and start it anew; its URL, once it answers."""
+        """End what is left of the engine, start it again, and return its URL once it answers."""
         self.stop()
         self._phase = None
         return self.start()
 
     def phase(self) -> str:
-        """The phase of its start that the engine is in."""
+        """Return the phase of its start that the engine is in."""
         return self._phase or ("starting" if self._process is None else self._process.phase())
 
     def alive(self) -> bool:
