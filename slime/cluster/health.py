@@ -1,8 +1,9 @@
-"""Notices that an engine or a router has died, or hangs.
+"""Notice that an engine or a router has died, or hangs.
 
-Path: the rollout manager runs `first_death` during every rollout and evaluation, for what runs without us; the `fleet`
-runs `first_trouble` for each of our own. Invariants: what died is named within a few seconds; nothing waits for it for
-ever; time in which this event loop stood still itself counts against nobody.
+- Called by: the rollout manager runs `first_death` during every rollout and evaluation, for external processes. The
+  `fleet` runs `first_trouble` for each of the run's own.
+- Invariant: what died is named within a few seconds, and nothing waits for it for ever. Time in which this event loop
+  itself was blocked counts against no process.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from slime.engine.client import EngineClient
 
 POLL_S = 1.0
 UNWELL_S = 5.0
-"""Seconds without one good answer, after which what is not ours to watch counts as dead."""
+"""Seconds without one good answer, after which an external process counts as dead."""
 HEALTH_CHECK_S = 10.0
 """Seconds within which one health check has to be answered."""
 RESTARTS_WITHIN_S = 3600.0
@@ -25,14 +26,14 @@ RESTARTS_WITHIN_S = 3600.0
 
 @dataclass(frozen=True)
 class Watched:
-    """`name` says in errors what it is; `is_alive` is asked again and again."""
+    """A process to watch: `name` describes it in errors, and `is_alive` is called again and again."""
 
     name: str
     is_alive: Callable[[], Awaitable[bool]]
 
 
 def answering(what: str, url: str, client: EngineClient) -> Watched:
-    """What runs without us: alive as long as it answers."""
+    """Watch an external process, which is alive as long as it answers."""
     unwell_since: float | None = None
 
     async def is_alive() -> bool:
@@ -48,13 +49,13 @@ def answering(what: str, url: str, client: EngineClient) -> Watched:
 
 
 class EngineWatch:
-    """Polls all of `watched` at once."""
+    """Polls all of `watched` at the same time."""
 
     def __init__(self, watched: Sequence[Watched]) -> None:
         self._watched = watched
 
     async def first_death(self) -> str:
-        """Returns only once something has died: a sentence that names it."""
+        """Return only once something has died: a sentence that names it."""
         while True:
             await asyncio.sleep(POLL_S)
             alive = await asyncio.gather(*(each.is_alive() for each in self._watched))
@@ -66,9 +67,9 @@ class EngineWatch:
 async def first_trouble(
     is_alive: Callable[[], Awaitable[bool]], url: str, client: EngineClient, *, limit: float
 ) -> str:
-    """Return once something is wrong with the process of an engine or a router at `url`, and say what.
+    """Return a description once the process of an engine or a router at `url` is dead, hangs or is stuck.
 
-    `limit`: seconds without an answer to a health check, --engine-health-timeout.
+    `limit` is how many seconds may pass without an answer to a health check, --engine-health-timeout.
     """
     clock = client.clock
     answered = clock.time()

@@ -1,9 +1,23 @@
-"""Who has the devices' memory when: engines and trainers with devices of their own, or by turns on the same.
+"""Colocation: engines and trainers have devices of their own, or hold the memory of the same devices by turns.
 
-Path: `Cluster` holds one of the two, by --colocate and --offload, and calls it around training and around a weight
-sync. Invariant: by turns, the two sides hold memory together only while weights go from one to the other: engines give
-up memory → train → engines take the weights' memory back → weights are sent → trainers drop theirs → engines take the
-KV cache's memory back.
+- Called by: `Cluster` holds one of the two classes, chosen by --colocate and --offload, and calls it around training
+  and around a weight sync.
+- Invariant: with turns, both sides hold memory together only while weights go from one to the other.
+
+One step with turns; time goes down, and each line waits until the line above it has ended:
+
+    verb               trainers hold                 engines hold                  who waits, and what unblocks it
+    generate           nothing                       weights + KV cache            trainers: the loop calls them next
+    to_trainers        nothing                       nothing                       engines: idle, then give back all
+                       weights + optimizer (wake)    nothing                       loop: all trainers have reloaded
+    train              weights + optimizer           nothing                       engines: sleep until `to_weights`
+    to_weights         weights (optimizer is off)    nothing                       loop: all trainers have answered
+                       weights                       weights (values undefined)    loop: all engines have answered
+    send weights       weights                       weights (new version)         loop: all engines report the version
+    to_engines         nothing (all is off)          weights                       loop: all trainers have answered
+                       nothing                       weights + KV cache            requests may start
+
+The peak is in `send weights`: two copies of the weights, but neither the optimizer's state nor a KV cache next to them.
 """
 
 from __future__ import annotations
@@ -16,7 +30,7 @@ from slime.megatron.result import LoadResult
 
 
 class OwnMemory:
-    """Nobody waits for anybody's memory: devices of their own, or --no-offload, or one side alone."""
+    """Nobody waits for memory: both sides have their own devices, or --no-offload, or only one side exists."""
 
     by_turns: ClassVar[bool] = False
 
@@ -24,26 +38,26 @@ class OwnMemory:
         self._processes = processes
 
     def load(self) -> tuple[LoadResult | None, list[str]]:
-        """Wait for the trainers; returns what they loaded. Engines may start meanwhile."""
+        """Wait for the trainers, and return what they loaded and warnings. Engines may start meanwhile."""
         return self._processes.load()
 
     def connect(self) -> None:
-        """Engines are there."""
+        """Connect the engines."""
         if self._processes.has_engines:
             self._processes.connect_engines()
 
     def to_trainers(self) -> None:
-        """Trainers have all of theirs, for a step."""
+        """Give trainers all of their memory, for a step."""
 
     def to_weights(self) -> None:
-        """Both sides have that of the weights."""
+        """Give both sides the memory of the weights."""
 
     def to_engines(self) -> None:
-        """Engines have all of theirs, to generate."""
+        """Give engines all of their memory, to generate."""
 
 
 class MemoryByTurns(OwnMemory):
-    """Trainers and engines hold it by turns. Engines start first: they measure how much is free."""
+    """Trainers and engines hold the memory by turns. Engines start first, because they measure how much is free."""
 
     by_turns = True
 
@@ -53,7 +67,7 @@ class MemoryByTurns(OwnMemory):
         return self._processes.load()
 
     def connect(self) -> None:
-        """Engines are there already."""
+        """Do nothing: `load` has connected the engines already."""
 
     def to_trainers(self) -> None:
         self._put_engines_to_sleep()
@@ -82,6 +96,6 @@ class MemoryByTurns(OwnMemory):
 
 
 def memory_of(args: Args, processes: Processes) -> OwnMemory:
-    """Turns are taken where both sides are there, and share."""
+    """Return turns if both trainers and engines exist and share devices, otherwise no turns."""
     shared = args.colocate and bool(args.offload) and processes.has_engines and bool(processes.trainers)
     return (MemoryByTurns if shared else OwnMemory)(processes)

@@ -1,8 +1,8 @@
-"""The client of the engines: generation through the router, everything else at each engine directly.
+"""The client of the engines: generation goes through the router, everything else to each engine directly.
 
-Path: `rollout` generates and aborts with it, `sync` updates weights with it. Invariants: what the router does not fan
-out goes to every engine of the run (or to all of its GET /workers list); an engine that is lost takes none of its
-requests along: they are generated elsewhere, or wait for one to be there.
+- Used by: `rollout` generates and aborts with it, and `sync` updates weights with it.
+- Invariant: what the router does not pass on to all engines goes to every engine of the run (or to all engines of the
+  router's GET /workers list). No request is lost with an engine: it is generated elsewhere, or waits for an engine.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ CONTROL_TIMEOUT = 600.0
 
 
 class EngineClient:
-    """One client an event loop; requests share its connections. Close it, or use `async with`.
+    """The client of one event loop, whose requests share connections. Close it, or use `async with`.
 
-    `engines`: the run's own, which alone are controlled; None: all that the router lists.
+    `engines` are the run's own, and only these are controlled; None means all that the router lists.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class EngineClient:
         request_timeout: float = 1800.0,
         patience: float = 0.0,
     ) -> None:
-        """`request_timeout`: seconds in which no engine makes progress, after which a generation is given up.
-        `patience`: seconds that one waits for a router or an engine that is being restarted."""
+        """`request_timeout`: seconds without progress at any engine, after which a generation is given up.
+        `patience`: seconds that a request waits for a router or an engine that is being restarted."""
         self._router_url = router_url.rstrip("/")
         self._engines = None if engines is None else list(engines)
         self._patience = patience
@@ -71,7 +71,7 @@ class EngineClient:
         self._refusals = RefusalProbe(self._connection)
         self.progress = Progress(self._connection, self.workers, request_timeout)
         self.num_answered = 0
-        """Generations that have been answered so far."""
+        """The number of generations answered so far."""
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -86,11 +86,11 @@ class EngineClient:
 
     @property
     def clock(self) -> LoopClock:
-        """A clock that stands still while the event loop of this client does."""
+        """A clock that does not advance while this client's event loop is blocked."""
         return self._connection.clock
 
     def set_engines(self, urls: Sequence[str]) -> None:
-        """Control these from now on; what is still asked of another one is given up."""
+        """Control these engines from now on, and give up requests to others."""
         self._engines = list(urls)
 
     def set_router(self, url: str) -> None:
@@ -107,13 +107,13 @@ class EngineClient:
     # ---- through the router
 
     async def generate(self, request: GenerateRequest) -> GenerateResponse:
-        """One response, with the log-prob of each of its tokens; an abort ends it also where no engine has it.
+        """Generate one response, with the log-prob of each token; an abort also ends a request that no engine has yet.
 
         Raises:
-            EngineError: with the engine's own words; an answer that is not as asked has status 200.
+            EngineError: with the engine's own words; an answer in an unexpected form has status 200.
         """
         num_aborts = self._num_aborts
-        # sglang-router drops fields that it does not know, so this one goes to engines in turn.
+        # sglang-router drops fields that it does not know, so a request for routed experts goes directly to an engine.
         engines = await self.workers() if request.return_routed_experts else []
 
         def find_url() -> str | None:
@@ -152,13 +152,13 @@ class EngineClient:
         return response
 
     def _next_engine(self, listed: Sequence[str]) -> str:
-        """Each one in turn; where there is none now, the router, which says so. `listed`: those that the router has."""
+        """Return the engines in turn, or the router, whose error explains it, if there is none now."""
         engines = listed if self._engines is None else self._engines
         self._num_turns += 1
         return engines[self._num_turns % len(engines)] if engines else self._router_url
 
     async def workers(self) -> list[str]:
-        """URLs of all engines, in a fixed order, also of those that the router holds to be unhealthy."""
+        """Return the URLs of all engines in a fixed order, also of those that the router finds unhealthy."""
         return await self._listed() if self._engines is None else list(self._engines)
 
     async def _listed(self) -> list[str]:
@@ -167,12 +167,12 @@ class EngineClient:
         return sorted(worker["url"] for worker in answer["workers"])
 
     async def check_router(self, *, in_motion: Collection[str] = ()) -> None:
-        """The router sends requests to the run's engines and to no others (theirs would be other weights).
+        """Check that the router sends requests to the run's engines and to no others, which have other weights.
 
-        `in_motion`: engines of the run that are just being taken off, or put on.
+        `in_motion`: engines of the run that are being added or removed right now.
 
         Raises:
-            EngineError: naming the engines that are too many or too few.
+            EngineError: naming the engines that are missing or unexpected.
         """
         listed, own = (urls.difference(in_motion) for urls in (set(await self._listed()), set(await self.workers())))
         if listed != own:
@@ -185,9 +185,9 @@ class EngineClient:
     async def _everywhere(
         self, endpoint: Endpoint, bodies: Message | Sequence[Message] | None, *, collective: bool = False
     ) -> list[Any]:
-        """POST to all engines at once (None: GET) -> their answers, in the order of `workers`.
+        """POST `bodies` to all engines at once (None: GET); return their answers in the order of `workers`.
 
-        An engine that is taken off the client's list meanwhile has no part in it, unless it is `collective`.
+        An engine that is removed from the client's list meanwhile is left out, unless the request is `collective`.
         """
         urls = await self.workers()
         if not urls:
@@ -206,8 +206,8 @@ class EngineClient:
             return asyncio.ensure_future(asking)
 
         tasks = [ask(url, body) for url, body in zip(urls, each, strict=True)]
-        # All are waited for, and then the first failure is raised: none is left running unseen. Something collective
-        # cannot end without the one that failed.
+        # Wait for all, and then raise the first failure, so that no request is left running unseen. A collective
+        # request cannot end without the engine that failed, so it is not waited for.
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION if collective else asyncio.ALL_COMPLETED)
         finally:
@@ -226,7 +226,7 @@ class EngineClient:
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def abort_all(self) -> None:
-        """Every request in flight ends now, with what it has; those that wait for an engine, too."""
+        """End every request in flight now, with the tokens that it has, and also those that wait for an engine."""
         self._num_aborts += 1
         if self._engines == []:
             return
@@ -242,19 +242,19 @@ class EngineClient:
         await self._everywhere(Endpoint.FLUSH_CACHE, Message())
 
     async def health(self) -> dict[str, bool]:
-        """{engine URL: whether it is well}; asked once each, with no retry."""
+        """Return {engine URL: whether it is healthy}; each engine is asked once, without a retry."""
         urls = await self.workers()
         return dict(zip(urls, await asyncio.gather(*map(self.is_healthy, urls)), strict=True))
 
     async def is_healthy(self, url: str, *, timeout: float = 10.0) -> bool:
-        """Whether the engine or router at `url` is well; asked once."""
+        """Return whether the engine or router at `url` is healthy; it is asked once."""
         return await self._connection.is_healthy(url, timeout)
 
     async def describe(self) -> list[EngineInfo]:
-        """What every engine says of itself.
+        """Return every engine's report about itself.
 
         Raises:
-            EngineError: it did not answer, or as nothing that speaks SGLang's protocol.
+            EngineError: an engine did not answer, or what answers does not use SGLang's protocol.
         """
         servers = await self._everywhere(Endpoint.SERVER_INFO, None)
         models = await self._everywhere(Endpoint.MODEL_INFO, None)
@@ -269,11 +269,11 @@ class EngineClient:
     # ---- memory
 
     async def release_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """Every engine gives this memory back; it has to be idle, and cannot generate until it has all of it again."""
+        """Make every engine give this memory back; it has to be idle, and cannot generate before it has all again."""
         await self._everywhere(Endpoint.RELEASE_MEMORY_OCCUPATION, MemoryOccupation(tags=list(tags)), collective=True)
 
     async def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """Every engine takes this memory again; weights then have to be sent anew."""
+        """Make every engine take this memory again; its weights then have to be sent again."""
         await self._everywhere(Endpoint.RESUME_MEMORY_OCCUPATION, MemoryOccupation(tags=list(tags)), collective=True)
 
     # ---- weights
@@ -288,9 +288,9 @@ class EngineClient:
         *,
         engine_ranks: Sequence[int] | None = None,
     ) -> None:
-        """Make every engine join. Returns once all have, so rank 0 (the trainer) has to be joining meanwhile.
+        """Make every engine join; this returns when all have, so rank 0 (the trainer) has to join at the same time.
 
-        `engine_ranks`: how many ranks each engine is, in the order of `workers`; None: one each.
+        `engine_ranks` is the number of ranks of each engine, in the order of `workers`; None means one each.
         """
         urls = await self.workers()
         ranks = [1] * len(urls) if engine_ranks is None else list(engine_ranks)
@@ -323,9 +323,9 @@ class EngineClient:
         *,
         load_format: str | None = None,
     ) -> None:
-        """Make every engine receive one bucket. Returns once all have, so rank 0 has to be sending meanwhile.
+        """Make every engine receive one bucket; this returns when all have, so rank 0 has to send at the same time.
 
-        Buckets of one set follow each other; the last one names the `weight_version`, the others None.
+        The buckets of one set are sent one after another. The last one names the `weight_version`, the others None.
         """
         body = UpdateWeightsFromDistributed(
             names=list(names),
@@ -342,7 +342,7 @@ class EngineClient:
         await self._everywhere(Endpoint.DESTROY_WEIGHTS_UPDATE_GROUP, DestroyWeightsUpdateGroup(group_name=group_name))
 
     async def forget_weights_update_group(self, group_name: str) -> None:
-        """The same for what another run may have left: an engine that knows no such group is content."""
+        """Destroy the group that another run may have left; an engine that knows no such group is not an error."""
         try:
             await self.destroy_weights_update_group(group_name)
         except EngineError as error:
@@ -350,30 +350,30 @@ class EngineClient:
                 raise
 
     async def update_weights_from_disk(self, path: str, weight_version: str | None) -> None:
-        """Make every engine load an HF directory. Caches are kept: flush them before, while nothing is in flight."""
-        # SGLang loads a directory inside of a session, too, and prepares the weights a second time when that ends.
+        """Make every engine load an HF directory. This keeps caches: flush them before, while nothing is in flight."""
+        # Inside a session SGLang would load the directory and prepare the weights a second time at the session's end.
         await self.update_sessions.engines()  # ends what was left open
         body = UpdateWeightsFromDisk(model_path=path, weight_version=weight_version, flush_cache=False)
         await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_DISK, body)
 
     async def update_weights_from_tensor(self, body: UpdateWeightsFromTensor) -> None:
-        """Make every engine load a bucket that lies on its own device. It may be overwritten once this returns."""
+        """Make every engine load a bucket from its own device's memory, which may be overwritten afterwards."""
         await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_TENSOR, body, collective=True)
 
     async def weights_checksum(self) -> list[str]:
-        """Each engine's digest of the weights that it holds. Comparable between engines of one kind and layout."""
+        """Return each engine's digest of its weights, comparable between engines of one kind and layout."""
         answers = await self._everywhere(Endpoint.WEIGHTS_CHECKER, WeightsChecker(action="checksum"))
         return [str(answer["per_engine_checksum"]) for answer in answers]
 
     async def prompt_log_probs(self, tokens: Sequence[int]) -> list[list[float]]:
-        """Each engine's log-probs of the prompt `tokens` but the first, which nothing predicts."""
+        """Return each engine's log-probs of the prompt `tokens`, except the first token, which nothing predicts."""
         params = SamplingParams(max_new_tokens=1)
         body = GenerateRequest(input_ids=list(tokens), sampling_params=params, logprob_start_len=0)
         answers = await self._everywhere(Endpoint.GENERATE, body)
         return [[p for p in GenerateResponse.from_json(a).input_log_probs if p is not None] for a in answers]
 
     async def reset_weights(self) -> None:
-        """Make every engine's weights garbage, as the start of a check."""
+        """Overwrite every engine's weights with garbage, as the start of a check."""
         await self._everywhere(Endpoint.WEIGHTS_CHECKER, WeightsChecker(action="reset_tensors"))
 
     async def weight_versions(self) -> list[str]:

@@ -1,7 +1,8 @@
-"""One HTTP request to an engine or the router, with the retries that can help.
+"""Send one HTTP request to an engine or the router, with retries for failures that may pass.
 
-Path: `client` speaks the protocol through here. Invariant: what failed is raised as an EngineError that names URL and
-status, after the retries that can help (no connection, 502, 503, a router's lost connection), and never swallowed.
+- Called by: `client` sends all its requests through here.
+- Invariant: a failure is raised as an EngineError that names URL and status, after the retries that can help (no
+  connection, 502, 503, a connection that the router lost). No failure is swallowed.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from slime.engine.protocol import Endpoint
 
 RETRY_STATUS = (502, 503)
 LOST_ENGINE = "error sending request for url"
-"""Where sglang-router loses its connection to an engine, it answers 500 with these words of its HTTP client."""
+"""The text in sglang-router's 500 answer when it loses its connection to an engine; it comes from its HTTP client."""
 RETRIES = 6
 BACKOFF = 0.2
-"""Seconds before the first retry; each further one waits twice as long."""
+"""Seconds before the first retry; each further retry waits twice as long."""
 CONNECT_S = 10.0
-"""Seconds within which a TCP connection has to be there."""
+"""Seconds within which a TCP connection has to open."""
 LONGEST_BACKOFF = 2.0
-"""Seconds between two attempts of a request that has patience."""
+"""The most seconds between two attempts of a request that has patience."""
 TIMEOUTS = aiohttp.ClientTimeout(sock_connect=CONNECT_S)
-"""aiohttp's own timeouts also count time in which the event loop stands still: this one may come by mistake."""
+"""Connection timeout only: aiohttp's own timeouts also count time in which the event loop is blocked."""
 _CONTENT = {"Content-Type": "application/json"}
 
 
 class EngineError(RuntimeError):
-    """A request that an engine or the router did not answer as asked. `status` 0: no answer at all."""
+    """A request that an engine or the router did not answer as expected. `status` 0 means no answer at all."""
 
     def __init__(self, url: str, status: int, message: str) -> None:
         super().__init__(url, status, message)
@@ -43,7 +44,7 @@ class EngineError(RuntimeError):
 
     @property
     def may_pass(self) -> bool:
-        """Whether another attempt may be answered: there was no engine at hand, or the one that was chosen is gone."""
+        """Whether another attempt may succeed: no engine was available, or the chosen one is gone."""
         return self.status in (0, *RETRY_STATUS) or (self.status == 500 and LOST_ENGINE in self.message)
 
     def __str__(self) -> str:
@@ -51,14 +52,14 @@ class EngineError(RuntimeError):
 
 
 class Limit(Protocol):
-    """How long one attempt of a request may take."""
+    """The limit of one attempt of a request."""
 
     def attempt(self) -> AbstractAsyncContextManager[None]:
-        """Around the attempt; raises TimeoutError once it has taken too long."""
+        """Wrap the attempt; raise TimeoutError once it has taken too long."""
         ...
 
     def passed(self) -> str:
-        """What to say of an attempt that has taken too long."""
+        """Return the error text for an attempt that has taken too long."""
         ...
 
 
@@ -66,7 +67,7 @@ class Connection:
     """The connections of one event loop, shared by all requests."""
 
     def __init__(self, key_for: Callable[[str], str | None]) -> None:
-        """`key_for`: the API key that belongs to a URL; None: it is sent none."""
+        """`key_for` returns the API key that belongs to a URL, or None to send no key."""
         self._key_for = key_for
         self._opened: aiohttp.ClientSession | None = None
         self._clock: LoopClock | None = None
@@ -81,17 +82,17 @@ class Connection:
 
     @property
     def clock(self) -> LoopClock:
-        """A clock that stands still while the event loop of these connections does."""
+        """A clock that does not advance while the event loop of these connections is blocked."""
         if self._clock is None:
             self._clock = LoopClock()
         return self._clock
 
     def _session(self) -> aiohttp.ClientSession:
         if self._opened is None or self._opened.closed:
-            # aiohttp would hold back everything beyond 100 connections; the caller decides what is in flight.
-            # Idle connections are dropped before SGLang drops them (after 5 s), or a request would meet a closed one.
+            # aiohttp would hold back everything beyond 100 connections; the caller decides how much is in flight. Idle
+            # connections are dropped before SGLang drops them (after 5 s), or a request would meet a closed one.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
-            # Engines are ours: a proxy of the environment has no business between.
+            # Engines belong to the run, so a proxy from the environment must not come between.
             self._opened = aiohttp.ClientSession(connector=connector, headers=_CONTENT, trust_env=False)
         return self._opened
 
@@ -106,13 +107,16 @@ class Connection:
         patience: float = 0.0,
         before_retry: Callable[[float], Awaitable[None]] | None = None,
     ) -> Any:
-        """The decoded answer. Retries where there was no connection, or the router had no engine at hand.
+        """Send a request and return the decoded answer; retry if there was no connection or no engine available.
 
-        `timeout`: of one attempt, in seconds in which the event loop runs, or another limit. `find_url`: asked before
-        each attempt; None: whoever was asked is not there any more, and the error of the last attempt stands.
-        `collective`: the engine takes part in something with others, once; it is asked again only if the first request
-        cannot have reached it. `patience`: seconds of waiting for a connection, and between attempts, at least.
-        `before_retry`: called with the seconds waited so far; an EngineError that it raises ends the attempts.
+        Args:
+            find_url: called before each attempt. None means that the receiver is no longer part of the run: the error
+                of the last attempt is raised.
+            timeout: of one attempt, in seconds in which the event loop runs, or another limit.
+            collective: the engine takes part in something with others, once. The request is repeated only if the first
+                one cannot have reached the engine.
+            patience: the least seconds to spend on connecting and on waits between attempts before giving up.
+            before_retry: called with the seconds waited so far; an EngineError that it raises ends the attempts.
         """
         data = None if body is None else orjson.dumps(body.to_json())
         limit = _Seconds(self.clock, timeout) if isinstance(timeout, int | float) else timeout
@@ -138,8 +142,8 @@ class Connection:
                     ) as answer,
                 ):
                     raw = await answer.read()
-            except aiohttp.ConnectionTimeoutError:  # which is a TimeoutError as well
-                # Nothing was sent. It may be this process that did not get to it, busy with something else for long.
+            except aiohttp.ConnectionTimeoutError:  # this is also a TimeoutError, so it comes first
+                # Nothing was sent. This process itself may have been too busy with something else to connect.
                 problem = EngineError(url, 0, f"no connection within {CONNECT_S:g} s")
                 waited += self.clock.time() - begin
                 continue
@@ -158,7 +162,7 @@ class Connection:
         raise problem
 
     async def ask_once(self, url: str, timeout: float) -> tuple[int, Any] | None:
-        """GET -> status and decoded answer (None where it is no JSON); None: there is no answer in time."""
+        """GET `url`; return status and decoded answer (None if it is no JSON), or None if no answer came in time."""
         try:
             async with (
                 self.clock.timeout(timeout),
@@ -175,7 +179,7 @@ class Connection:
             return answer.status, None
 
     async def is_healthy(self, url: str, timeout: float) -> bool:
-        """Whether the engine or router at `url` is well; asked once."""
+        """Return whether the engine or router at `url` is healthy; it is asked once."""
         try:
             async with (
                 self.clock.timeout(timeout),
@@ -187,12 +191,12 @@ class Connection:
 
 
 def authorization(key: str | None) -> dict[str, str]:
-    """The header that carries `key`; none without one."""
+    """Return the header that carries `key`, or no header without one."""
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 class _Seconds:
-    """A Limit: so many seconds in which the event loop runs."""
+    """A Limit of some seconds in which the event loop runs."""
 
     def __init__(self, clock: LoopClock, seconds: float) -> None:
         self._clock, self._seconds = clock, seconds
@@ -205,14 +209,14 @@ class _Seconds:
 
 
 def _wait(retry: int, waited: float, patience: float) -> float | None:
-    """Seconds before retry number `retry`, after `waited` seconds; None: there is none any more."""
+    """Return the seconds before retry number `retry`, after `waited` seconds; None means no further retry."""
     if not patience:
         return BACKOFF * 2**retry if retry < RETRIES else None
     return min(BACKOFF * 2 ** min(retry, RETRIES), LONGEST_BACKOFF) if waited < patience else None
 
 
 def _decode(url: str, raw: bytes) -> Any:
-    if not raw.startswith((b"{", b"[")):  # SGLang answers some requests in words
+    if not raw.startswith((b"{", b"[")):  # SGLang answers some requests in plain text
         return {"message": raw.decode(errors="replace")}
     try:
         return orjson.loads(raw)
@@ -221,7 +225,7 @@ def _decode(url: str, raw: bytes) -> Any:
 
 
 def _message(raw: bytes) -> str:
-    """The engine's own words out of an error body."""
+    """Extract the engine's own words from an error body."""
     try:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError:

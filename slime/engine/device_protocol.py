@@ -1,7 +1,7 @@
-"""The part of SGLang's protocol that is for engines on the trainers' own devices: memory, and weights that lie there.
+"""The part of SGLang's protocol for engines on the trainers' own devices: their memory, and weights in that memory.
 
-Path: as `protocol`'s; `sync.colocate` and the rollout manager send these. Invariant: field names are SGLang's;
-`shared_memory` alone is the embedded engine's, which unpickles nothing.
+- Used by: like `protocol`; `sync.colocate` and the rollout manager send these messages.
+- Invariant: field names are SGLang's. Only `shared_memory` is the embedded engine's own, which unpickles nothing.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from slime.engine.protocol import require_bucket
 MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
 """A part of an engine's memory that it can give back and take again."""
 MEMORY_FILE = "slime-weights"
-"""The name of memory files that hold a `SharedBucket`; the embedded engine opens no other."""
+"""The name of memory files that hold a `SharedBucket`; the embedded engine opens no other files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedBucket(Message):
-    """Where a bucket of weights lies in the memory of the sender's own machine: tensors behind each other, in order.
+    """The place of a bucket of weights in the memory of the sender's machine: tensors one after another, in order.
 
-    `path`: the sender's anonymous memory file (memfd), as `/proc/<its process>/fd/<number>`.
+    `path` is the sender's anonymous memory file (memfd), as `/proc/<its process>/fd/<number>`.
     """
 
     path: str
@@ -37,10 +37,10 @@ class SharedBucket(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateWeightsFromTensor(Message):
-    """Load one bucket that lies on the engine's own device.
+    """Load one bucket from memory on the engine's own device.
 
     SGLang takes `serialized_named_tensors`: for each of its TP ranks, in order, a pickled handle of memory on that
-    rank's GPU, as base64. The embedded engine unpickles nothing; it takes `shared_memory` in its place.
+    rank's GPU, as base64. The embedded engine unpickles nothing and takes `shared_memory` instead.
     """
 
     serialized_named_tensors: list[str] | None = None
@@ -67,7 +67,7 @@ class UpdateWeightsFromTensor(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOccupation(Message):
-    """Give memory back, or take it again; None: all of it. What weights hold after they are taken is undefined."""
+    """Give memory back, or take it again; None means all. After it is taken, the values of weights are undefined."""
 
     tags: list[MemoryTag] | None = None
 

@@ -1,10 +1,10 @@
-"""Runs a server's module with flags that are on no command line, where every user of the machine could read them.
+"""Run a server's module with flags that are on no command line, where every user of the machine could read them.
 
     SLIME_SECRET_FLAGS='["--api-key=..."]' python -m slime.engine.keyed MODULE FLAGS...
 
-Path: `launch` starts engines and the router through this where they get a key or another secret. Invariant: the module
-sees the hidden flags after its other flags, its own children have none of them in their environment, and what Python
-prints here has them masked.
+- Called by: `launch` starts engines and the router through this module if they get a key or another secret.
+- Invariant: the module sees the hidden flags after its other flags. Its children have none of them in their
+  environment. What Python prints in this process has them masked.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Starting engines and the router, as processes that cannot outlive the one that started them.
+"""Start engines and the router, as processes that cannot outlive the process that started them.
 
-Path: `cluster` launches the router, then each engine, waits until they are ready and registers the engines; from
-there on `client` speaks to the router. Invariant: every process stands behind `guard`, which ends it when this process
-is gone, killed or not.
+- Called by: `cluster` launches the router, then each engine, waits until they are ready and registers the engines. From
+  then on `client` sends requests to the router.
+- Invariant: every process is started by `guard`, which ends it when this process is gone, killed or not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from slime.engine.protocol import Endpoint, RouterEndpoint
 from slime.engine.sglang import MODULE, PHASES, sglang_server
 
 LOG_TAIL = 30
-"""Lines of the log in an error."""
+"""The number of log lines in an error."""
 STOP_TIMEOUT = 10.0
 ROUTER_DEFAULTS: Mapping[str, Any] = {
     "policy": "round_robin",
@@ -42,24 +42,24 @@ ROUTER_DEFAULTS: Mapping[str, Any] = {
     "health_failure_threshold": 3,
     "health_success_threshold": 1,
     "worker_startup_check_interval": 1,
-    # Its circuit breaker counts refused requests (4xx) as failures, and would answer 503 for a sound engine.
+    # The circuit breaker counts refused requests (4xx) as failures, and would answer 503 for a healthy engine.
     "disable_circuit_breaker": True,
     "log_level": "warn",
 }
-"""The router's own defaults notice a dead engine after three minutes."""
+"""Settings that differ from the router's own, with which it notices a dead engine only after three minutes."""
 ROUTER_REQUEST_TIMEOUT_S = 365 * 24 * 3600
-"""The router limits whole responses; the client limits the time without progress, whatever their length."""
+"""The router limits whole responses. The client limits the time without progress instead, whatever their length."""
 ROUTER_OWN = ("host", "port", "prometheus_host", "prometheus_port")
 
 
 def find_free_port(host: str = "127.0.0.1") -> int:
-    """A port that is free now."""
+    """Return a port that is free now."""
     with socket.create_server((host, 0)) as listener:
         return listener.getsockname()[1]
 
 
 class ManagedProcess:
-    """A process behind the guard. `name` says in errors what it is ('engine 0', 'router')."""
+    """A process under the guard. `name` is what errors call it ('engine 0', 'router')."""
 
     def __init__(
         self,
@@ -72,12 +72,12 @@ class ManagedProcess:
         phases: Sequence[tuple[str, str]] = (),
         directory: tempfile.TemporaryDirectory[str] | None = None,
     ) -> None:
-        """`phases`: what its log says -> what it does from then on. `directory`: its own,
-        removed with it."""
+        """`phases` maps texts in the process's log to what it does after them. `directory` belongs to the process, and
+        is removed with it."""
         self.name, self.url, self.log_path = name, url, Path(log_path)
         self._phases, self._directory = phases, directory
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        # The log of an earlier run may stand there, and says nothing of this one.
+        # The log file of an earlier run may exist; its contents do not describe this run.
         self._log_start = self.log_path.stat().st_size if self.log_path.is_file() else 0
         own = [] if directory is None else [f"directory={directory.name}"]
         self._guard = subprocess.Popen(
@@ -85,7 +85,7 @@ class ManagedProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **(environment or {})},
-            start_new_session=True,  # a Ctrl-C in the terminal reaches us alone; we decide what ends when
+            start_new_session=True,  # a Ctrl-C in the terminal reaches only this process, which decides what ends when
         )
         assert self._guard.stdout is not None
         with self._guard.stdout as pipe:
@@ -93,13 +93,13 @@ class ManagedProcess:
         if not line:
             raise RuntimeError(f"{name}: the guard process did not start (exit code {self._guard.wait()})")
         self.pid = int(line)
-        """Of the command itself."""
+        """The process id of the command itself."""
 
     def alive(self) -> bool:
         return self._guard.poll() is None
 
     def phase(self) -> str:
-        """The phase of its start, as far as its log has it."""
+        """Return the phase of the process's start, as far as its log shows it."""
         return phase_of(self._log(), self._phases)
 
     def _log(self) -> str:
@@ -113,8 +113,8 @@ class ManagedProcess:
         """Wait until /health answers 200.
 
         Raises:
-            RuntimeError: the process ended, or was not ready within `timeout` seconds; with what it was doing, and the
-                end of its log.
+            RuntimeError: the process ended, or was not ready within `timeout` seconds; the error has what it was doing,
+                and the end of its log.
         """
         deadline = time.monotonic() + timeout
         while not is_healthy(self.url):
@@ -130,14 +130,14 @@ class ManagedProcess:
             time.sleep(0.05)
 
     def log_tail(self) -> str:
-        """The end of its log, for an error."""
+        """Return the end of the process's log, for an error."""
         if not self.log_path.is_file():
             return f"; there is no log at {self.log_path}"
         lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL:]
         return f"; the end of {self.log_path}:\n" + "\n".join(f"  | {line}" for line in lines)
 
     def stop(self) -> None:
-        """End it: SIGTERM, and SIGKILL after the guard's grace."""
+        """End the process: SIGTERM, then SIGKILL after the guard's grace period."""
         if self._guard.stdin is not None:
             self._guard.stdin.close()
         try:
@@ -150,7 +150,7 @@ class ManagedProcess:
 
 
 def phase_of(log: str, phases: Sequence[tuple[str, str]]) -> str:
-    """The phase of a process: the last of the `phases` whose words are in its log."""
+    """Return the phase of a process: the one of `phases` whose text is the last in its log."""
     reached = [(log.rfind(words), order) for order, (words, _) in enumerate(phases) if words in log]
     return phases[max(reached)[1]][1] if reached else "starting"
 
@@ -161,7 +161,7 @@ def _open(url: str, timeout: float) -> http.client.HTTPConnection:
 
 
 def is_healthy(url: str) -> bool:
-    """Whether the engine or router at `url` answers that it is well."""
+    """Return whether the engine or router at `url` reports that it is healthy."""
     connection = _open(url, 2.0)
     try:
         connection.request("GET", Endpoint.HEALTH)
@@ -175,7 +175,7 @@ def is_healthy(url: str) -> bool:
 def launch_engine(
     args: Args, *, index: int, host: str, port: int, log_path: str | Path, gpu_ids: Sequence[str] = ()
 ) -> ManagedProcess:
-    """Start engine number `index`, an SGLang on `gpu_ids`. Returns at once; `wait_ready` waits."""
+    """Start engine number `index`, for SGLang on `gpu_ids`. This returns at once; `wait_ready` waits."""
     if args.hf_checkpoint is None:
         raise ValueError("--hf-checkpoint is not given; the engine loads its weights from it: name an HF directory")
     launch = _launch_sglang if args.rollout_engine == "sglang" else _launch_embedded
@@ -188,7 +188,7 @@ def _launch_sglang(
     directory = tempfile.TemporaryDirectory(prefix="slime-engine-")
     rendezvous = Path(directory.name) / "ranks"
     server = sglang_server(args, index=index, host=host, port=port, gpu_ids=gpu_ids, rendezvous=rendezvous)
-    _make_private(log_path)  # it writes down all its settings
+    _make_private(log_path)  # SGLang writes all its settings into the log
     command, environment = _server(MODULE, server.hidden)
     return ManagedProcess(
         f"engine {index}",
@@ -202,17 +202,17 @@ def _launch_sglang(
 
 
 def _make_private(path: Path) -> None:
-    """A file that nobody else reads, existing or not."""
+    """Make a file that no other user can read, whether it exists or not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.chmod(0o600)
 
 
 def warm_up(args: Args, process: ManagedProcess, timeout: float) -> None:
-    """Let an SGLang that is ready sample a few tokens: it compiles kernels on its first request.
+    """Let an SGLang that is ready sample a few tokens, because it compiles kernels on its first request.
 
     Raises:
-        RuntimeError: it could not; with the end of its log.
+            RuntimeError: it failed; the error has the end of its log.
     """
     params = {"max_new_tokens": 4, "temperature": 1.0, "ignore_eos": True}
     body = {"input_ids": [1, 2, 3], "sampling_params": params, "return_logprob": True}
@@ -229,11 +229,11 @@ def warm_up(args: Args, process: ManagedProcess, timeout: float) -> None:
 def _launch_embedded(
     args: Args, *, index: int, host: str, port: int, log_path: Path, gpu_ids: Sequence[str]
 ) -> ManagedProcess:
-    assert args.hf_checkpoint is not None, "launch_engine asks for it"
+    assert args.hf_checkpoint is not None, "launch_engine checks it"
     assert not gpu_ids, "it computes on the CPU"
     settings: dict[str, Any] = {
         "random_seed": args.rollout_seed + index,
-        "dtype": "bfloat16" if args.bf16 else "float32",  # the trainer's: the engine samples what it trains
+        "dtype": "bfloat16" if args.bf16 else "float32",  # the trainer's dtype: the engine samples what it trains
         "enable_deterministic_inference": args.deterministic,
         "enable_return_routed_experts": args.use_routing_replay,
         **{name: value for name, value in args.sglang.items() if name in EMBEDDED_SETTINGS},
@@ -252,7 +252,7 @@ def _launch_embedded(
 
 
 def launch_router(args: Args, *, host: str, port: int, log_path: str | Path) -> ManagedProcess:
-    """Start sglang-router, with --router-* passed on. Returns at once; `wait_ready` waits."""
+    """Start sglang-router with the --router-* flags. This returns at once; `wait_ready` waits."""
     given = {name: value for name, value in args.router.items() if name not in ROUTER_OWN}
     settings = {
         **ROUTER_DEFAULTS,
@@ -274,7 +274,7 @@ def launch_router(args: Args, *, host: str, port: int, log_path: str | Path) -> 
 
 
 def _server(module: str, hidden: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The command that runs `module`, and its environment; the latter holds the `hidden` flags, for its user alone."""
+    """Return the command that runs `module`, and its environment, which holds the `hidden` flags for its user alone."""
     environment = {"PYTHONPATH": _import_path()}
     if not hidden:
         return [sys.executable, "-m", module], environment
@@ -282,7 +282,7 @@ def _server(module: str, hidden: Sequence[str]) -> tuple[list[str], dict[str, st
 
 
 def _take_hidden(settings: dict[str, Any], source: Source) -> list[str]:
-    """Remove the secret flags of `source` from `settings`; returns their words."""
+    """Remove the secret flags of `source` from `settings`, and return them as words of a command line."""
     taken = {name: settings.pop(name) for name in secret_names(source) & settings.keys()}
     return _flags({name: value for name, value in taken.items() if value}, attach=True)
 
@@ -295,7 +295,7 @@ def register_worker(
     timeout: float = 60.0,
     labels: Mapping[str, str] | None = None,
 ) -> None:
-    """Add an engine to the router, with the key that it requires, and wait until it is listed as healthy.
+    """Add an engine to the router, with the engine's key, and wait until it is listed as healthy.
 
     Raises:
         RuntimeError: the router refused it, or did not list it within `timeout` seconds.
@@ -317,7 +317,7 @@ def register_worker(
 
 
 def refusal(status: int, answer: Mapping[str, Any]) -> str:
-    """A router's refusal for an error message, with the remedy where it requires another key."""
+    """Return a router's refusal as an error message, with the remedy if it requires another key."""
     remedy = "; give the run an admin key of that router: --router-control-plane-api-keys ID:NAME:admin:KEY"
     return f"({status}): {answer.get('message') or answer}{remedy if status in (401, 403) else ''}"
 
@@ -331,7 +331,7 @@ def ask(
     api_key: str | None = None,
     timeout: float = 10.0,
 ) -> tuple[int, dict[str, Any]]:
-    """One request to the router -> status and answer. Raises OSError where there is no connection."""
+    """Send one request to the router; return status and answer. Raises OSError if there is no connection."""
     connection = _open(router_url, timeout)
     headers = {"Content-Type": "application/json", **authorization(api_key)}
     try:
@@ -347,9 +347,9 @@ def ask(
 
 
 def _flags(settings: Mapping[str, Any], *, attach: bool = False) -> list[str]:
-    """{"a_b": 1, "c": True, "d": [1, 2]} -> --a-b 1 --c --d 1 2; None and False are left out.
+    """Convert {"a_b": 1, "c": True, "d": [1, 2]} to --a-b 1 --c --d 1 2; None and False are left out.
 
-    `attach`: --a-b=1, which may also be a value that starts with a dash.
+    `attach` writes --a-b=1, which also allows a value that starts with a dash.
     """
     words: list[str] = []
     for name, value in settings.items():
@@ -366,7 +366,7 @@ def _flags(settings: Mapping[str, Any], *, attach: bool = False) -> list[str]:
 
 
 def _import_path() -> str:
-    """PYTHONPATH under which a child finds the package that runs here, wherever it was started from."""
+    """Return a PYTHONPATH with which a child process finds this package, wherever it was started from."""
     own = str(Path(__file__).resolve().parents[2])
     rest = os.environ.get("PYTHONPATH")
     return own if not rest else f"{own}{os.pathsep}{rest}"

@@ -1,8 +1,8 @@
-"""Messages: dataclasses that know their way to JSON and back, and bound what comes in.
+"""Messages: dataclasses that convert to and from JSON, and check what comes in.
 
-Path: the bodies of `protocol` and `device_protocol` are Messages; a server makes them from what it was sent.
-Invariant: a Message made from JSON has the types that it declares, integers of 64 bits and finite floats, so that
-nothing after it has to doubt them.
+- Used by: the bodies of `protocol` and `device_protocol` are Messages; a server makes them from the requests it gets.
+- Invariant: a Message made from JSON has the types that it declares, 64-bit integers and finite floats, so that code
+  after it need not check again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def short(value: object) -> str:
-    """The value as an error shows it: its beginning, however long or deep it is."""
+    """Return the value as an error shows it: its beginning, however long or deep it is."""
     return _SHORT.repr(value)[:200]
 
 
@@ -33,7 +33,7 @@ def require(condition: bool, name: str, value: object, rule: str) -> None:
 
 
 class Message:
-    """A body. None means "not sent"; `Message()` is an empty body."""
+    """The body of a request. None means "not sent"; `Message()` is an empty body."""
 
     @classmethod
     def from_json(cls, data: Any) -> Any:
@@ -74,7 +74,7 @@ def _in_words(hint: Any) -> str:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of the declared type; a message within a message has been built before."""
+    """Return whether a JSON value has the declared type; a message within a message was built before."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, option) for option in get_args(hint))
@@ -85,7 +85,7 @@ def fits(value: Any, hint: Any) -> bool:
         if not isinstance(value, list | tuple):
             return False
         elements = cast(Sequence[Any], value)
-        if item is int and all(type(element) is int for element in elements):  # a long prompt: checked at once
+        if item is int and all(type(element) is int for element in elements):  # a long prompt: fast path
             return not elements or (min(elements) in INT64 and max(elements) in INT64)
         return all(fits(element, item) for element in elements)
     if hint is int:
@@ -98,5 +98,5 @@ def fits(value: Any, hint: Any) -> bool:
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer larger than every float
         return False

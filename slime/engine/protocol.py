@@ -1,8 +1,8 @@
-"""SGLang's HTTP protocol, as far as slime speaks it: where each endpoint stands and what goes over it.
+"""SGLang's HTTP protocol, as far as slime uses it: the path of each endpoint, and its messages.
 
-Path: `client` sends these to the router or to an engine, and SGLang or `embedded.server` answers.
-Invariant: field names and URLs are SGLang's, and are written down here (for engines that share their devices with
-trainers: in `device_protocol`) and nowhere else.
+- Used by: `client` sends these to the router or to an engine; SGLang or `embedded.server` answers.
+- Invariant: field names and URLs are SGLang's. They are written here (for engines on the trainers' devices: in
+  `device_protocol`) and nowhere else.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from slime.engine.message import Message, require, short
 PauseMode = Literal["abort", "in_place", "retract"]
 CheckAction = Literal["checksum", "reset_tensors"]
 WEIGHT_GROUP = "slime-weights"
-"""The process group over which a trainer sends weights. One name: what a killed run left is found by it."""
+"""The process group over which a trainer sends weights. Its name is fixed, so that a killed run's group is found."""
 
 
 class Endpoint(StrEnum):
-    """Paths at an engine (SGLang's)."""
+    """Paths at an engine, which are SGLang's."""
 
     GENERATE = "/generate"
     ABORT_REQUEST = "/abort_request"
@@ -52,18 +52,18 @@ class Endpoint(StrEnum):
 
 
 class RouterEndpoint(StrEnum):
-    """Paths at the router, besides /generate and /health."""
+    """Paths at the router, in addition to /generate and /health."""
 
     WORKERS = "/workers"
 
 
 MAX_STOPS, MAX_STOP_LENGTH = 32, 4096
-"""Stop texts of a request (SGLang's limit from 0.5.21 on), and characters of each."""
+"""The most stop texts of a request (SGLang's limit from 0.5.21 on), and the most characters of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(Message):
-    """How one response is sampled. Temperature 0 is greedy; top_k -1 is off."""
+    """The sampling parameters of one response. Temperature 0 is greedy; top_k -1 is off."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -77,14 +77,14 @@ class SamplingParams(Message):
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     spaces_between_special_tokens: bool = True
-    """Has no effect on a fast tokenizer; named because SGLang has it."""
+    """Has no effect on a fast tokenizer; it exists because SGLang has it."""
     min_new_tokens: int = 0
-    """Only 0."""
+    """Must be 0."""
     n: int = 1
-    """Only 1: every sample is a request of its own."""
+    """Must be 1: every sample is a request of its own."""
 
     def __post_init__(self) -> None:
-        # As SGLang's `verify`; integers are what its kernels take (top_k has 32 bits).
+        # These are the checks of SGLang's `verify`; integers are limited as in its kernels (top_k has 32 bits).
         require(0 <= self.temperature < math.inf, "temperature", self.temperature, ">= 0 and finite")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         require(self.top_k == -1 or 1 <= self.top_k < 2**31, "top_k", self.top_k, "-1 or in [1, 2**31)")
@@ -108,7 +108,7 @@ class SamplingParams(Message):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-# Fields that SGLang or the router put into /generate, with the values under which they ask for nothing.
+# Fields that SGLang or the router add to /generate, with the values that request nothing.
 NEUTRAL_GENERATE_FIELDS: Mapping[str, tuple[object, ...]] = {
     "model": (None,),
     "return_text_in_logprobs": (False, None),
@@ -132,7 +132,7 @@ NEUTRAL_SAMPLING_FIELDS: Mapping[str, tuple[object, ...]] = {
 
 
 def _without_neutral(data: Any, neutral: Mapping[str, tuple[object, ...]], name: str) -> dict[str, Any]:
-    """A JSON object without nulls, and without fields that ask for nothing; ValueError for what they ask else."""
+    """Drop nulls and fields that request nothing from a JSON object; ValueError if such a field requests something."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{name} is {type(data).__name__}; it has to be a JSON object")
     body = {k: v for k, v in cast(Mapping[str, Any], data).items() if v is not None}
@@ -148,22 +148,22 @@ MAX_RID_LENGTH = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest(Message):
-    """One prompt, as token ids (or `text`, where the engine has a tokenizer)."""
+    """The request to continue one prompt, given as token ids (or as `text`, if the engine has a tokenizer)."""
 
     input_ids: list[int] | None = None
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     rid: str | None = None
     return_logprob: bool = True
     logprob_start_len: int = -1
-    """From which prompt position on to return the prompt's own log-probs, of the raw logits; -1: none. The first one
-    returned is None, also where a token comes before it."""
+    """The first prompt position whose log-prob is returned, of the raw logits; -1 returns none. The first entry is
+    None even if a token precedes it."""
     text: str | None = None
     return_routed_experts: bool = False
-    """Say to which experts each token but the last went. (sglang-router would drop this.)"""
+    """Whether to return the experts of each token except the last. (sglang-router would drop this field.)"""
     routed_experts_start_len: int = 0
-    """From which token on; within the prompt."""
+    """The first token whose experts are returned; it is within the prompt."""
     fills_context: bool = False
-    """`max_new_tokens` is null in the JSON: as many as the context has room for."""
+    """Whether `max_new_tokens` is null in the JSON: as many tokens as the context has room for."""
 
     def __post_init__(self) -> None:
         if (self.input_ids is None) == (self.text is None):
@@ -179,7 +179,7 @@ class GenerateRequest(Message):
         body = _without_neutral(data, NEUTRAL_GENERATE_FIELDS, "the body of GenerateRequest")
         require("fills_context" not in body, "fills_context", True, "left out: it is no field of the protocol")
         params: Any = body.pop("sampling_params", {})
-        # SGLang answers without log-probs unless asked; slime's own requests always ask.
+        # SGLang returns log-probs only if asked; slime's own requests always ask.
         body.setdefault("return_logprob", False)
         body["sampling_params"] = SamplingParams.from_json(params)
         body["fills_context"] = params.get("max_new_tokens", 0) is None
@@ -188,14 +188,14 @@ class GenerateRequest(Message):
     def to_json(self) -> dict[str, Any]:
         own = super().to_json()
         del own["fills_context"]
-        if not self.return_routed_experts:  # engines of dense models need not know the fields
+        if not self.return_routed_experts:  # engines of dense models do not need to know the fields
             del own["return_routed_experts"], own["routed_experts_start_len"]
         params = self.sampling_params.to_json()
         return {**own, "sampling_params": {**params, "max_new_tokens": None} if self.fills_context else params}
 
 
 def encode_routes(experts: NDArray[np.int32]) -> str:
-    """[tokens, layers, topk] as SGLang sends it: base64 of its bytes, the shape for the receiver to know."""
+    """Encode [tokens, layers, topk] as SGLang sends it: base64 of the bytes, whose shape the receiver has to know."""
     return base64.b64encode(experts.astype("<i4").tobytes()).decode("ascii")
 
 
@@ -208,7 +208,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateResponse:
-    """An engine's answer to one request. `log_probs` goes with `output_ids`, one each."""
+    """An engine's answer to one request. `log_probs` has one entry for each of `output_ids`."""
 
     output_ids: list[int]
     log_probs: list[float]
@@ -218,13 +218,13 @@ class GenerateResponse:
     prompt_tokens: int
     completion_tokens: int
     input_log_probs: list[float | None]
-    """The prompt's own, from `logprob_start_len` on; None for the first of them."""
+    """The log-probs of the prompt itself, from `logprob_start_len` on; the first is None."""
     routed_experts: NDArray[np.int32] | None = field(default=None, compare=False)
-    """Flat: of each token but the last, in each of the model's layers (zeros where it is dense), its experts."""
+    """Flat array with the experts of each token except the last in each layer (zeros for dense layers)."""
 
     @classmethod
     def aborted(cls) -> GenerateResponse:
-        """The answer to a request that was aborted before an engine had begun with it."""
+        """Return the answer to a request that was aborted before an engine began to work on it."""
         return cls(
             output_ids=[],
             log_probs=[],
@@ -238,7 +238,7 @@ class GenerateResponse:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GenerateResponse:
-        """Raises KeyError where a field is missing, ValueError where they contradict each other."""
+        """Build a response. Raises KeyError if a field is missing, and ValueError if fields contradict each other."""
         meta = data["meta_info"]
         output = meta.get("output_token_logprobs") or []
         output_ids = list(data["output_ids"])
@@ -253,7 +253,7 @@ class GenerateResponse:
             finish_reason=reason,
             weight_version=str(meta.get("weight_version", "")),
             text=data.get("text") or "",
-            prompt_tokens=int(meta.get("prompt_tokens", 0)),  # SGLang counts none where it never began
+            prompt_tokens=int(meta.get("prompt_tokens", 0)),  # SGLang counts none if it never began
             completion_tokens=int(meta["completion_tokens"]),
             input_log_probs=[entry[0] for entry in meta.get("input_token_logprobs") or []],
             routed_experts=_decode_routes(meta.get("routed_experts")),
@@ -262,28 +262,28 @@ class GenerateResponse:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """An engine's report about itself; None: it does not say."""
+    """An engine's report about itself; None means that the engine does not report it."""
 
     model_path: str
     weight_version: str
     weights_complete: bool
-    """Not in the middle of a set of weights that a trainer has never finished sending."""
+    """Whether the weights are whole: the engine is not in the middle of a set that was never completed."""
     num_ranks: int
-    """Members that it brings into a weight group."""
+    """The number of members that the engine brings into a weight group."""
     dtype: str | None
     context_length: int | None
     model_type: str | None
-    """As in config.json."""
+    """The model type as in config.json."""
     architecture: Mapping[str, Any] | None
-    """The fields of `core.architecture.Architecture` (the embedded engine)."""
+    """The fields of `core.architecture.Architecture` (only from the embedded engine)."""
     deterministic: bool
-    """Whether what a request gets does not depend on the others."""
+    """Whether an answer does not depend on the other requests."""
     returns_routed_experts: bool = False
-    """Whether it says to which experts tokens went."""
+    """Whether the engine can report the experts of each token."""
 
     @classmethod
     def from_json(cls, server: Mapping[str, Any], model: Mapping[str, Any]) -> EngineInfo:
-        """From /server_info and /model_info. Raises KeyError where they are not SGLang's."""
+        """Build the report from /server_info and /model_info. Raises KeyError if they are not SGLang's."""
         dtype = server.get("dtype")
         return cls(
             model_path=str(model["model_path"]),
@@ -301,7 +301,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class AbortRequest(Message):
-    """Stop one request, or all; each answers with what it has."""
+    """Stop one request, or all; each answers with the tokens that it has."""
 
     rid: str = ""
     abort_all: bool = False
@@ -309,7 +309,7 @@ class AbortRequest(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class PauseGeneration(Message):
-    """abort: stop all requests; in_place: keep them and their KV; retract: keep them, prefill them anew later."""
+    """Pause an engine. abort: stop all requests; in_place: keep them with their KV; retract: prefill them later."""
 
     mode: PauseMode = "abort"
 
@@ -330,7 +330,7 @@ def require_bucket(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence
 
 @dataclass(frozen=True, kw_only=True)
 class InitWeightsUpdateGroup(Message):
-    """Join a process group; rank 0 is the trainer, an engine's first rank is `rank_offset`."""
+    """Join a process group; rank 0 is the trainer, and an engine's first rank is `rank_offset`."""
 
     master_address: str
     master_port: int
@@ -353,9 +353,9 @@ class DestroyWeightsUpdateGroup(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateWeightsFromDistributed(Message):
-    """Receive one bucket, broadcast by rank 0 in the order of `names`.
+    """Receive one bucket, which rank 0 broadcasts in the order of `names`.
 
-    `load_format` "flattened_bucket": all of them as one tensor of bytes (see `weight_group`).
+    `load_format` "flattened_bucket": the bucket is one tensor of bytes (see `weight_group`).
     """
 
     names: list[str]

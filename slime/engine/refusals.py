@@ -1,7 +1,7 @@
-"""Finds out whether an engine refuses a request for good, where a router only says that it has no engine.
+"""Find out whether engines refuse a request for good, when the router reports only that it has no engine.
 
-Path: the client asks here between two attempts of a generation. Invariant: at most one engine is asked within
-PROBE_EVERY seconds, whatever the number of requests that wait.
+- Called by: the client, between two attempts of a generation.
+- Invariant: at most one engine is asked within PROBE_EVERY seconds, however many requests wait.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from slime.engine.connection import Connection, EngineError
 from slime.engine.protocol import Endpoint, GenerateRequest
 
 PROBE_EVERY = 10.0
-"""Seconds without an engine behind the router, after which, and after each further such time, one is asked directly."""
+"""Seconds that the router has no engine before an engine is asked directly, and between two such questions."""
 
 
 class RefusalProbe:
-    """Asks engines themselves, not the router."""
+    """Asks engines directly, not through the router."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._probed = 0.0
 
     def is_due(self, waited: float) -> bool:
-        """Whether a request that has waited so many seconds should be asked about now."""
+        """Whether to ask an engine now about a request that has waited `waited` seconds."""
         return waited >= PROBE_EVERY and time.monotonic() - self._probed >= PROBE_EVERY
 
     async def raise_refusal(self, request: GenerateRequest, engine: str) -> None:
         """Ask `engine` for one token of `request`.
 
-        The router answers 503 also where its circuit breaker has taken out engines that work and refuse every request.
-        Waiting does not help then, and the engine's own answer says why.
+        The router also answers 503 if its circuit breaker has taken out engines that work but refuse every request.
+        Waiting does not help then, and the engine's own answer gives the reason.
 
         Raises:
             EngineError: the engine refuses the request for good.

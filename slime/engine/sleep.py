@@ -1,7 +1,7 @@
-"""Engines that give their devices' memory to trainers, and take it again: in this order, for all of a run at once.
+"""Let all engines of a run give their devices' memory to trainers, in the right order.
 
-Path: the rollout manager calls these around training. Invariant: an engine is idle and its cache empty before it gives
-anything back (SGLang ends where it is not).
+- Called by: the rollout manager, around training.
+- Invariant: an engine is idle and its cache is empty before it gives memory back (SGLang crashes otherwise).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from slime.engine.client import EngineClient, EngineError
 from slime.engine.device_protocol import MemoryTag
 
 FOR_WEIGHTS: tuple[MemoryTag, ...] = ("weights",)
-"""What has to be there to send weights."""
+"""The memory that an engine needs to receive weights."""
 FOR_GENERATION: tuple[MemoryTag, ...] = ("kv_cache", "cuda_graph")
-"""What has to be there besides to generate."""
+"""The memory that an engine needs in addition to generate."""
 IDLE_WITHIN_S = 120.0
 POLL_S = 0.02
 
 
 async def put_to_sleep(client: EngineClient, *, abort: bool = True) -> None:
-    """End what is left in flight, and have the engines give back all memory. `abort`: False where nothing is.
+    """Abort what is in flight, and let the engines give back all memory. `abort`: False if nothing can be in flight.
 
     Raises:
         EngineError: an engine is not idle within two minutes, or refuses.

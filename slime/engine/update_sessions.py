@@ -1,7 +1,8 @@
-"""Weight-update sessions: SGLang takes weights only between their begin and their end, from 0.5.21 on.
+"""Weight-update sessions: from version 0.5.21 on, SGLang takes weights only between a session's begin and end.
 
-Path: `sync.transport` opens one for each sync through `EngineClient.update_sessions`. Invariant: an engine is asked
-once whether it has sessions, when weights are first sent to it; its version number is never consulted.
+- Called by: `sync.transport` opens one for each sync through `EngineClient.update_sessions`.
+- Invariant: an engine is asked once whether it has sessions, when weights are first sent to it. Its version number is
+  never used for that.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ T = TypeVar("T")
 
 
 class UpdateSessions:
-    """The sessions at one client's engines. An engine that has none is left alone."""
+    """The sessions at one client's engines. Engines without sessions are left alone."""
 
     def __init__(self, connection: Connection, find_engines: Callable[[], Awaitable[list[str]]]) -> None:
-        """`find_engines`: gives the URLs of the client's engines."""
+        """`find_engines` returns the URLs of the client's engines."""
         self._connection = connection
         self._find_engines = find_engines
         self._engines: Sequence[str] | None = None
-        """URLs of engines that have sessions; None: not known, or a session may have been left open."""
+        """URLs of engines that have sessions; None if that is not known, or a session may have been left open."""
 
     async def begin(self) -> None:
         """Open a session at every engine that has sessions.
 
         Raises:
-            EngineError: an engine did not open one, and others may have: `end_left_open` closes those.
+            EngineError: an engine did not open a session; others may have, and `end_left_open` closes theirs.
         """
         await self._all(Endpoint.BEGIN_WEIGHT_UPDATE, await self.engines())
 
@@ -41,12 +42,12 @@ class UpdateSessions:
         """Close the sessions that `begin` has opened.
 
         Raises:
-            EngineError: an engine did not close its session; the weights that it holds are not ready for use.
+            EngineError: an engine did not close its session, so its weights are not ready for use.
         """
         await self._all(Endpoint.END_WEIGHT_UPDATE, await self.engines())
 
     async def engines(self) -> Sequence[str]:
-        """URLs of the engines that have sessions. The first call ends what a killed run has left open there."""
+        """Return the URLs of engines that have sessions; the first call also ends what a killed run left open."""
         if self._engines is None:
             await self.end_left_open()
         return self._engines or ()
@@ -55,7 +56,7 @@ class UpdateSessions:
         """End the session that a killed run or a failed sync may have left open at an engine.
 
         Raises:
-            EngineError: an engine did not answer as expected; the others have been asked all the same.
+            EngineError: an engine did not answer as expected; the others were asked nevertheless.
         """
         self._engines = None
         urls = await self._find_engines()
@@ -63,7 +64,7 @@ class UpdateSessions:
         self._engines = [url for url, has_sessions in zip(urls, _all_or_raise(found), strict=True) if has_sessions]
 
     async def _end_left_open(self, url: str) -> bool:
-        """Returns whether the engine has sessions: it answers 404 if not, and 400 if it has and none is open."""
+        """Return whether the engine has sessions: it answers 404 if not, and 400 if it has but none is open."""
         try:
             await self._ask(url, Endpoint.END_WEIGHT_UPDATE, collective=False)
         except EngineError as error:
@@ -73,12 +74,12 @@ class UpdateSessions:
         return True
 
     async def _all(self, endpoint: Endpoint, urls: Sequence[str]) -> None:
-        """All are waited for, so that none is asked for its next step while it still takes this one."""
+        """Wait for all answers, so that no engine gets its next request while it still works on this one."""
         asking = [self._ask(url, endpoint, collective=True) for url in urls]
         _all_or_raise(await asyncio.gather(*asking, return_exceptions=True))
 
     async def _ask(self, url: str, endpoint: Endpoint, *, collective: bool) -> object:
-        """`collective`: not asked again once it may have been heard, since the second answer would be an error."""
+        """Send one request; a `collective` one that may have arrived is not repeated, as that would be an error."""
         return await self._connection.request(
             "POST", lambda: url + endpoint, Message(), timeout=TIMEOUT, collective=collective
         )

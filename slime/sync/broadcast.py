@@ -1,13 +1,14 @@
-"""Weights by process-group broadcast: trainer rank 0 is rank 0, the engines are ranks 1...
+"""Weights by process-group broadcast: trainer rank 0 is rank 0 of the group, and the engines are ranks 1...
 
-Path: after every training round the trainers stream their weights (a collective among them), rank 0 lays each bucket
-into one piece of memory, announces it to all engines over HTTP and broadcasts it at the same time; while the engines
-take it, the next one is gathered. Invariants: one bucket is announced at a time, so all members are in the same
-broadcast; the policy version reaches an engine with the last bucket only, so an engine that reports it holds all.
+- Where it sits: after every training round the trainers stream their weights, which is a collective among them. Rank 0
+  copies each bucket into one flat tensor, announces it to all engines over HTTP and broadcasts it at the same time.
+  While the engines receive a bucket, the trainers gather the next one.
+- Invariant: one bucket is announced at a time, so all members take part in the same broadcast. The policy version is
+  sent with the last bucket only, so an engine that reports it holds the whole set.
 
-Two threads: the caller's gathers and fills buckets on its CUDA stream, the sender's broadcasts on one of its own,
-behind the event that says a bucket is filled. Rank 0 alone is in the trainers' groups and in this one, and the engines
-wait for nothing else, so no order of the two can make a circle.
+Two threads work: the caller's thread gathers and fills buckets on its CUDA stream. The sender's thread broadcasts on a
+stream of its own, which first waits for the event that a bucket is filled. This cannot deadlock: rank 0 alone is in
+both the trainers' groups and this group, and the engines wait for nothing else.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from slime.sync.stream import NamedTensor, buckets
 from slime.sync.transport import DRAIN_WITHIN_S, PauseChoice, SyncReport, Transport
 
 NAMED_WITHIN_S = 20.0
-"""Seconds that a failed broadcast waits for the engine's own error."""
+"""Seconds that a failed broadcast waits for the error message of the lost engine."""
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Tensors behind each other in one, and what the engines have to know of it."""
+    """Tensors joined into one flat tensor, with the names, dtypes and shapes that engines need to split it."""
 
     flat: Tensor
     filled: Filled
@@ -53,7 +54,7 @@ class _Bucket:
 
 
 class BroadcastTransport(Transport):
-    """Joins the weight group; the engines have to reach this process at `address`."""
+    """Sends weights by broadcast; the engines have to reach this process at `address`."""
 
     engines_generate = True
 
@@ -69,7 +70,7 @@ class BroadcastTransport(Transport):
         pause: PauseChoice = "drain",
         drain_within: float = DRAIN_WITHIN_S,
     ) -> None:
-        """`engine_ranks`: how many ranks each engine is, in the order of the client's engines."""
+        """`engine_ranks` is the number of ranks of each engine, in the order of the client's engines."""
         super().__init__(client, bucket_bytes=bucket_bytes, pause=pause, drain_within=drain_within)
         self._group = self._connect(engine_ranks, address, port, backend)
 
@@ -109,7 +110,10 @@ class BroadcastTransport(Transport):
         return SyncReport(seconds=time.perf_counter() - start - waited, bytes=total, waited=waited)
 
     def _send_all(self, tensors: Iterable[NamedTensor], sender: ThreadPoolExecutor, version: str) -> int:
-        """Returns the bytes sent. Besides the bucket on its way, one waits until it is known whether it is the last."""
+        """Send all buckets and return their bytes.
+
+        One bucket is being sent and one more is held back until the next one shows that it is not the last.
+        """
         total = 0
         under_way: Future[None] | None = None
         waiting: _Bucket | None = None
@@ -135,17 +139,17 @@ class BroadcastTransport(Transport):
             shapes=bucket.shapes,
             group_name=WEIGHT_GROUP,
             weight_version=version,
-            flush_cache=False,  # `paused` has seen to it; with requests in flight SGLang would not survive it
+            flush_cache=False,  # `paused` has flushed it; SGLang crashes if it flushes with requests in flight
             load_format="flattened_bucket",
         )
         broadcast = asyncio.to_thread(self._group.broadcast, bucket.flat, after=bucket.filled)
         both = [asyncio.ensure_future(asking), asyncio.ensure_future(broadcast)]
         await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
-        if not both[0].done():  # the broadcast has failed: an engine is gone, and the request to it says which
+        if not both[0].done():  # the broadcast has failed: an engine is gone, and the failed HTTP request names it
             await asyncio.wait(both[:1], timeout=NAMED_WITHIN_S)
         broken = any(not each.done() or each.exception() is not None for each in both)
         if broken:
-            self._group.close(broken=True)  # ends the broadcast where it still waits
+            self._group.close(broken=True)  # ends a broadcast that still waits
         for each in both:
             if each.done():
                 each.result()
@@ -156,7 +160,7 @@ class BroadcastTransport(Transport):
 
     def close(self) -> None:
         async def both() -> None:
-            # at once: either side's leaving may wait for the other's, and an engine for a bucket that never comes
+            # Run both together: each side may wait for the other to leave, and an engine for a bucket that never comes.
             leaving = asyncio.to_thread(self._group.close)
             forgetting = self._client.forget_weights_update_group(WEIGHT_GROUP)
             results = await asyncio.gather(leaving, forgetting, return_exceptions=True)

@@ -1,9 +1,18 @@
 """Weights through the memory of a device that trainers and engines share: CUDA IPC, or shared memory on a CPU.
 
-Path: where an engine's ranks sit on trainers' devices, each of those trainers lays the buckets of whole tensors into a
-buffer of its own, the engine's first trainer gathers the handles of all of them and posts them. While the engine copies
-one bucket, the next is laid out in a second buffer. Invariants: handles stand in the order of the engine's ranks; a
-buffer is written again only when the engine has answered; the policy version comes with the last bucket only.
+- Where it sits: an engine's ranks run on trainers' devices. Each of those trainers copies every bucket of whole tensors
+  into a buffer of its own. The engine's first trainer gathers the handles of all of them and posts them to the engine.
+  While the engine copies one bucket, the trainers fill the next one in a second buffer.
+- Invariant: handles are in the order of the engine's ranks. A buffer is written again only after the engine has
+  answered. The policy version comes with the last bucket only.
+
+For example, one engine with two ranks on the devices of trainers 0 and 1:
+
+    trainer 0: fill A  gather handles  post A -------> answer   gather  meet  post B ...
+    trainer 1: fill A  give handle     fill B ...               give    meet
+                                       (both fill B while the engine copies A; both meet before A is filled again)
+
+A handle is a name for memory that is already on the device (CUDA IPC), so no weights travel over HTTP.
 """
 
 from __future__ import annotations
@@ -28,13 +37,13 @@ from slime.sync.transport import SyncReport, Transport
 
 
 class Buffer(ABC):
-    """Memory that an engine can read, for one bucket at a time."""
+    """Memory that an engine can read, which holds one bucket at a time."""
 
     def __init__(self) -> None:
         self._flat: Tensor | None = None
 
     def fill(self, bucket: Sequence[NamedTensor]) -> Any:
-        """Lay the tensors behind each other -> the handle that an engine needs; it can be pickled."""
+        """Copy the tensors one after another into the buffer; return the handle for the engine, picklable."""
         size = sum(tensor.nbytes for _, tensor in bucket)
         if self._flat is None or len(self._flat) < size:
             self.free()
@@ -58,11 +67,11 @@ class Buffer(ABC):
     @staticmethod
     @abstractmethod
     def message(handles: Sequence[Any], *, version: str | None) -> UpdateWeightsFromTensor:
-        """The message to an engine: one handle for each of its ranks."""
+        """Build the message to an engine: one handle for each of its ranks."""
 
 
 class DeviceBuffer(Buffer):
-    """On this process's GPU, for SGLang: handles are made, and pickled, by SGLang's own code."""
+    """A buffer on this process's GPU, for SGLang, whose own code makes and pickles the handles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +89,7 @@ class DeviceBuffer(Buffer):
                 f"PYTORCH_CUDA_ALLOC_CONF is {allocator}: with --colocate engines read weights in the trainers' own "
                 "memory, and expandable segments cannot be shared; leave them out"
             )
-        monkey_patch_torch_reductions()  # handles then name the GPU itself, and not its number in this process
+        monkey_patch_torch_reductions()  # handles then name the GPU itself, not its number in this process
         self._metadata: Any = FlattenedTensorMetadata
         self._serialize: Any = MultiprocessingSerializer.serialize
 
@@ -103,7 +112,7 @@ class DeviceBuffer(Buffer):
                 )
             )
             begin = end
-        torch.cuda.synchronize()  # what the engine reads has been written
+        torch.cuda.synchronize()  # what the engine will read has been written
         return self._serialize({"flattened_tensor": flat, "metadata": metadata}, output_str=True)
 
     def free(self) -> None:
@@ -115,13 +124,13 @@ class DeviceBuffer(Buffer):
         return UpdateWeightsFromTensor(
             serialized_named_tensors=list(handles),
             load_format="flattened_bucket",
-            flush_cache=False,  # `paused` has seen to it
+            flush_cache=False,  # `paused` has flushed it
             weight_version=version,
         )
 
 
 class HostBuffer(Buffer):
-    """An anonymous memory file, for the embedded engine: it stands in no directory, and ends with this process."""
+    """An anonymous memory file, for the embedded engine: it has no name in a directory, and ends with this process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +162,7 @@ class HostBuffer(Buffer):
 
 
 class ColocatedTransport(Transport):
-    """Every trainer has one. All that it does is collective over the trainers; rank 0 alone asks all engines."""
+    """One for each trainer. All its actions are collective over the trainers; only rank 0 talks to all engines."""
 
     def __init__(
         self,
@@ -165,21 +174,21 @@ class ColocatedTransport(Transport):
         buffer: type[Buffer],
         bucket_bytes: int,
     ) -> None:
-        """`ranks_of_engines`: the trainers on each engine's devices, in the order of its ranks. `own`: the client of
-        the engine on this trainer's device; None where there is none."""
+        """`ranks_of_engines` are the trainers on each engine's devices, in the order of the engine's ranks. `own` is
+        the client of the engine on this trainer's device, or None if there is none."""
         super().__init__(client, bucket_bytes=bucket_bytes)
         self._rank = rank
         self._own = own
         self._members = next((list(ranks) for ranks in ranks_of_engines if rank in ranks), [])
         self._everyone = _gloo(list(range(dist.get_world_size())), rank)
-        groups = [_gloo(ranks, rank) for ranks in ranks_of_engines]  # every trainer takes part in making each
+        groups = [_gloo(ranks, rank) for ranks in ranks_of_engines]  # every trainer takes part in making each group
         self._group = next((group for group in groups if group is not None), None)
         self._buffers = (buffer(), buffer()) if self._members else ()
         self._message = buffer.message
 
     @property
     def _leads(self) -> bool:
-        """Whether this trainer speaks to the engine on its device."""
+        """Whether this trainer sends the messages to the engine on its device."""
         return self._members[:1] == [self._rank]
 
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
@@ -192,7 +201,7 @@ class ColocatedTransport(Transport):
         return SyncReport(seconds=time.perf_counter() - start - waited, bytes=total, waited=waited)
 
     def _send_together(self, tensors: Iterable[NamedTensor], version: str) -> int:
-        """Between two moments at which all trainers stand: engines are paused, and all of them hold the weights."""
+        """Send between two barriers: at the first all engines are paused, at the second all hold the weights."""
         _meet(self._everyone)
         try:
             with ThreadPoolExecutor(1, "weights") as poster:
@@ -209,11 +218,11 @@ class ColocatedTransport(Transport):
         for number, (bucket, last) in enumerate(_with_last(buckets(tensors, self._bucket_bytes))):
             total += sum(tensor.nbytes for _, tensor in bucket)
             if not self._buffers:
-                continue  # only its part of gathering is wanted
+                continue  # this trainer shares no device with an engine: it only takes part in gathering
             handles = self._gathered(self._buffers[number % 2].fill(bucket))
             if posting is not None:
                 posting.result()
-            _meet(self._group)  # the engine has answered the bucket before: its buffer is free on all its devices
+            _meet(self._group)  # the engine has answered the previous bucket: its buffer is free on all devices
             if self._leads:
                 posting = poster.submit(self._post, handles, version if last else None)
         if posting is not None:
@@ -222,7 +231,7 @@ class ColocatedTransport(Transport):
         return total
 
     def _gathered(self, handle: Any) -> list[Any]:
-        """All members' handles in the order of the engine's ranks, for the one that leads."""
+        """Return all members' handles in the order of the engine's ranks, on the trainer that leads."""
         if self._group is None:
             return [handle]
         found: list[Any] | None = [None] * len(self._members) if self._leads else None
@@ -253,8 +262,8 @@ def connect(
     keys: Keys,
     bucket_bytes: int,
 ) -> ColocatedTransport:
-    """The transport of trainer `rank`; every trainer calls this. `ranks_of_engines`: in the order of the URLs, the
-    trainers on each engine's devices."""
+    """Return the transport of trainer `rank`; every trainer calls this. `ranks_of_engines` names, in the order of the
+    URLs, the trainers on each engine's devices."""
 
     def client(urls: Sequence[str]) -> EngineClient:
         return EngineClient(router_url, engines=urls, keys=keys)
@@ -271,7 +280,7 @@ def connect(
 
 
 def _gloo(ranks: Sequence[int], rank: int) -> dist.ProcessGroup | None:
-    """A group for small things, with its sockets on the host; None where nobody else is in it, or this rank is not."""
+    """Return a gloo group on the host for small messages; None for fewer than two ranks, or if `rank` is not in it."""
     if len(ranks) < 2:
         return None
     group = dist.new_group(list(ranks), backend="gloo")
@@ -284,7 +293,7 @@ def _meet(group: dist.ProcessGroup | None) -> None:
 
 
 def _with_last(items: Iterable[list[NamedTensor]]) -> Iterator[tuple[list[NamedTensor], bool]]:
-    """Each item, and whether it is the last."""
+    """Yield each item, and whether it is the last."""
     waiting: list[NamedTensor] | None = None
     for item in items:
         if waiting is not None:

@@ -1,10 +1,10 @@
-"""Weights by files: trainer rank 0 writes an HF directory, and every engine is told to load it.
+"""Weights by files: trainer rank 0 writes an HF directory, and every engine loads it.
 
-Path: after every training round the trainers stream their weights (a collective among them); rank 0 writes
-`weights-v000012` into a directory that the engines can read, too, and asks each for /update_weights_from_disk. No
-process group is joined: for engines on other machines, the shared file system is all that is needed. Invariants: a
-version's directory is whole before it has its name; at most two versions are there at once; what is not loaded by
-every engine ends the run.
+- Where it sits: after every training round the trainers stream their weights, which is a collective among them. Rank 0
+  writes `weights-v000012` into a directory that the engines can read, too, and posts /update_weights_from_disk to each.
+  No process group is joined: for engines on other machines a shared file system is all that is needed.
+- Invariant: a version's directory is complete before it gets its name. At most two versions exist at once. The run ends
+  with an error if an engine did not load a version.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slime.sync.weight_directory import remove_weights
 
 
 class DiskTransport(Transport):
-    """Writes into `directory`, with everything but the weights from `source_hf_dir`, in `dtype`."""
+    """Writes weights in `dtype` into `directory`; everything else is copied from `source_hf_dir`."""
 
     engines_generate = True
 

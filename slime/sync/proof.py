@@ -1,14 +1,14 @@
-"""The proof that the engines hold the actor's weights, and nobody else's.
+"""Prove that the engines hold the actor's weights, and no other weights.
 
-Path: run at the first sync of a run (also after a resume) and in tests; later syncs compare the policy version.
-Invariant: the engines' checksum after a sync equals their checksum after loading the actor's HF export from disk.
-The weights are wiped in between, so that an engine that ignores the load cannot pass; the export is gathered and
-written anew, so that a sync by disk is never compared with its own files.
+- Called by: the first sync of a run (also after a resume) and tests; later syncs compare the policy version.
+- Invariant: the engines' checksum after a sync equals their checksum after loading the actor's HF export from disk.
+  The weights are wiped in between, so an engine that ignores the load cannot pass. The export is gathered and written
+  again, so that a sync by disk is never compared with its own files.
 
-An engine sums its own tensors (SGLang: fused, and cut for each rank), so checksums compare within one engine only. It
-wipes more than a checkpoint may bring back, such as tables that it computes when it starts; SGLang spares rotary
-caches by name, and leaves tensors out of the checksum by name. So the engines are asked for the log-probs of a fixed
-prompt before and after: a run goes on only with engines that compute what they did before the proof.
+An engine sums its own tensors (SGLang: fused, and split over ranks), so checksums compare within one engine only.
+Wiping may clear more than a checkpoint brings back, such as tables that an engine computes when it starts. SGLang
+spares rotary caches by name, and leaves some tensors out of the checksum by name. So the engines also compute the
+log-probs of a fixed prompt before and after: the run continues only if they are what they were before the proof.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 from slime.sync.transport import Transport
 
 PROMPT = list(range(16))
-"""Token ids that every vocabulary has."""
+"""Token ids that exist in every vocabulary."""
 ANSWER_TOLERANCE = 0.02
-"""Of a log-prob: what bf16 kernels may differ by between two runs."""
+"""How much a log-prob may differ: bf16 kernels vary this much between two runs."""
 
 
 def prove_weights(transport: Transport, export: Path, *, version: int) -> None:
-    """Compare every engine's checksum after the sync of `version` with that after loading `export`.
+    """Compare every engine's checksum after the sync of `version` with its checksum after loading `export`.
 
     Raises:
-        RuntimeError: naming the engines whose weights differ, or that the proof has broken.
+        RuntimeError: naming the engines whose weights differ, or those that the proof has broken.
     """
     synced = transport.checksums()
     before = transport.prompt_log_probs(PROMPT) if transport.engines_generate else {}
@@ -45,7 +45,7 @@ def prove_weights(transport: Transport, export: Path, *, version: int) -> None:
 
 
 def check_answers(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> None:
-    """Every engine, by URL, gives a prompt the same log-probs as before.
+    """Check that every engine, by URL, gives a prompt the same log-probs as before.
 
     Raises:
         RuntimeError: naming the engines that do not.
@@ -65,7 +65,7 @@ def check_answers(before: Mapping[str, Sequence[float]], after: Mapping[str, Seq
 
 
 def check_versions(transport: Transport, *, version: int) -> None:
-    """Every engine reports `version`.
+    """Check that every engine reports `version`.
 
     Raises:
         RuntimeError: naming the engines that report another.

@@ -1,8 +1,9 @@
-"""From a stream of whole tensors to buckets of bounded size.
+"""Split a stream of whole tensors into buckets of bounded size.
 
-Path: `megatron.hf_weights.iter_hf_tensors` gathers whole tensors under their HF names; a transport sends the buckets.
-Invariants: order is kept and nothing is split, so every rank and every engine sees the same sequence; behind each
-other as bytes, every tensor of a bucket begins where its dtype may.
+- Where it sits: `megatron.hf_weights.iter_hf_tensors` gathers whole tensors under their HF names, and a transport sends
+  the buckets.
+- Invariant: the order is kept and no tensor is split, so every rank and every engine sees the same sequence. When the
+  tensors of a bucket are laid out one after another as bytes, each begins at a multiple of its item size.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ NamedTensor = tuple[str, torch.Tensor]
 
 
 def buckets(tensors: Iterable[NamedTensor], max_bytes: int) -> Iterator[list[NamedTensor]]:
-    """Lists of named tensors of at most `max_bytes` each; a larger tensor goes alone."""
+    """Yield lists of named tensors of at most `max_bytes` each; a larger tensor gets a bucket of its own."""
     bucket: list[NamedTensor] = []
     size = 0
     for name, tensor in tensors:
-        # An engine views each tensor where it lies (SGLang does), and cannot at a fraction of its dtype.
+        # An engine takes a view of each tensor at its offset (SGLang does), which requires alignment to its item size.
         if bucket and (size + tensor.nbytes > max_bytes or size % tensor.itemsize):
             yield bucket
             bucket, size = [], 0

@@ -1,8 +1,36 @@
-"""The part that all weight transports share: send whole sets of weights, and ask the engines what they hold.
+"""Transport: the base of all weight transports. It sends whole sets of weights and asks engines what they hold.
 
-Path: trainer rank 0 holds one for the whole run; `broadcast`, `disk` and `colocate` are the ways to send. Invariants:
-when `send` returns, every engine has said that it holds the whole set under its version, and nothing else counts as
-sent; no token is made while weights change, and none later from a cache that earlier weights have made.
+- Used by: trainer rank 0 holds one for the whole run (with colocation every trainer has one). `broadcast`, `disk` and
+  `colocate` are the ways to send.
+- Invariant: when `send` returns, every engine has reported that it holds the whole set under its version; nothing else
+  counts as sent. No token is sampled while weights change, and none later from a KV cache of earlier weights.
+
+The weight-sync handshake. Time goes down; "-->" is an HTTP request, whose answer rank 0 waits for:
+
+    all trainer ranks            trainer rank 0                          engines
+    ---------------------------  --------------------------------------  --------------------------------------------
+    enter `send_weights`         pause                               --> drain: answer the requests in flight first
+      rank > 0: waits in the       waits until engines are idle          abort: answer them now, with a part
+      first gather                 (drain, abort) or have paused         in_place, retract: keep them waiting
+                                 begin a weight-update session       --> (engines that have sessions)
+    gather bucket 1, collective  announce and send bucket 1          --> receive bucket 1, copy it, answer
+    gather bucket 2 meanwhile      waits until all have answered
+    ...                          announce and send the last bucket,  --> receive it, and report VERSION from now on
+    leave                          with VERSION
+                                 end the session                     --> make the weights ready for use
+                                 continue                            --> generate with the new weights
+                                 ask for the version                 --> report VERSION, or the run ends
+
+What unblocks a side that waits:
+
+- Rank 0 in the pause: the engines become idle. An error follows after `drain_within` seconds without progress.
+- Rank 0 in a bucket: all engines have answered. An engine that dies fails its request, and the sync ends with an error.
+- A rank > 0 in a gather: rank 0 gathers, too. After an error rank 0 runs through the rest of the stream for this reason
+  (`TrainWorker.send_weights`).
+- An engine in a bucket: the broadcast arrives. After an error the group is closed, which ends the broadcast.
+- A paused engine after an error: its session is ended within END_WITHIN_S, and it continues within CONTINUE_WITHIN_S.
+
+`disk` has one step instead of the buckets: rank 0 writes the files before the pause, then every engine loads them.
 """
 
 from __future__ import annotations
@@ -20,22 +48,22 @@ from slime.engine.client import EngineClient, EngineError
 from slime.sync.stream import NamedTensor
 
 PauseChoice = Literal["drain", "abort", "in_place", "retract"]
-"""What becomes of requests in flight when weights change, as --update-weight-pause has it."""
+"""What happens to requests in flight when weights change, by --update-weight-pause."""
 DRAIN_WITHIN_S = 1800.0
 POLL_S = 0.05
 END_WITHIN_S = 5.0
-"""Seconds for engines to end their weight-update sessions after a sync that has failed."""
+"""Seconds for engines to end their weight-update sessions after a failed sync."""
 CONTINUE_WITHIN_S = 10.0
-"""Seconds for engines to take up generation again after a sync that has failed."""
+"""Seconds for engines to continue generation after a failed sync."""
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """The cost of one sync: wall seconds, of which `parts` by name, and bytes sent to each engine.
+    """The cost of one sync: wall time in seconds, the seconds of its `parts` by name, and bytes sent to each engine.
 
-    `waited`: seconds before it, until nothing was in flight.
+    `waited` is the time in seconds before the sync until nothing was in flight.
     """
 
     seconds: float
@@ -56,10 +84,10 @@ class SyncReport:
 
 
 class Transport(ABC):
-    """The sending side. `client` is closed with it."""
+    """The sending side of a weight sync. Closing it closes its `client`."""
 
     engines_generate: ClassVar[bool] = False
-    """Whether the engines can generate right after `send`: colocated ones may have no memory for it yet."""
+    """Whether engines can generate right after `send`: colocated engines may have no memory for it yet."""
 
     def __init__(
         self,
@@ -69,8 +97,8 @@ class Transport(ABC):
         pause: PauseChoice = "drain",
         drain_within: float = DRAIN_WITHIN_S,
     ) -> None:
-        """`pause`: what becomes of requests in flight; those that are waited for make progress at least every
-        `drain_within` seconds."""
+        """`pause` is what happens to requests in flight. If they are waited for, they have to make progress at least
+        every `drain_within` seconds."""
         self._client = client
         self._bucket_bytes = bucket_bytes
         self._pause_choice: PauseChoice = pause
@@ -79,22 +107,23 @@ class Transport(ABC):
 
     @abstractmethod
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
-        """Send all `tensors`, to their end; the engines then report `version`.
+        """Send all `tensors`, to the end of the iterable; the engines then report `version`.
 
         Raises:
-            RuntimeError: an engine refused them, or did not answer; it names the engine.
+            RuntimeError: an engine refused them, or did not answer; the error names the engine.
         """
 
     @contextmanager
     def paused(self) -> Iterator[float]:
-        """Weights may be changed inside: no engine generates. Gives the seconds that it took to come to that.
+        """Stop all engines from generating inside the block, so that weights may change; yield the seconds it took.
 
-        drain: requests in flight are answered first. abort: they are answered at once, with what they have. in_place:
-        they wait and go on over the KV cache that they have. retract: they wait, and their prompts and responses are
-        prefilled again. With the first two no answer is of two versions; an answer of the others names the later one.
+        drain: requests in flight are answered first. abort: they are answered at once, with the tokens that they have.
+        in_place: they wait, and continue with their KV cache. retract: they wait, and their prompts and responses are
+        prefilled again. With drain and abort no answer mixes two versions; with the other two an answer names the later
+        version.
 
         Raises:
-            RuntimeError: something was in flight, and for `drain_within` seconds no engine made progress.
+            RuntimeError: requests were in flight, and no engine made progress for `drain_within` seconds.
         """
         start = time.perf_counter()
         try:
@@ -107,9 +136,10 @@ class Transport(ABC):
 
     @contextmanager
     def updating(self) -> Iterator[float]:
-        """`paused`, with one weight-update session at every engine that has sessions; buckets may be sent inside.
+        """Pause as in `paused`, with one weight-update session at every engine that has sessions; yield the seconds.
 
-        It is closed in every case. An engine that cannot close it makes the sync fail.
+        Buckets may be sent inside the block. The sessions are closed in every case; an engine that cannot close its
+        session makes the sync fail.
         """
         with self.paused() as waited:
             try:
@@ -122,7 +152,7 @@ class Transport(ABC):
 
     async def _pause(self) -> None:
         choice = self._pause_choice
-        if choice in ("in_place", "retract"):  # cannot be flushed, and need not be: requests share no cache then
+        if choice in ("in_place", "retract"):  # requests keep no shared cache then, so there is nothing to flush
             await self._client.pause(choice)
             return
         clock, progress = self._client.clock, self._client.progress
@@ -143,9 +173,10 @@ class Transport(ABC):
             await asyncio.sleep(POLL_S)
 
     async def _idle_and_paused(self, *, paused: bool) -> bool:
-        """Nothing is in flight, no engine begins anything, and no cache of earlier weights is left.
+        """Return whether nothing is in flight, no engine starts a request, and no cache of earlier weights is left.
 
-        Only an idle engine flushes its cache, so that tells. A request may slip in before the pause; then all go on.
+        Only an idle engine flushes its cache, so a successful flush proves that it is idle. A request may still arrive
+        between the first flush and the pause. The second flush would fail then, and all engines continue.
         """
         if not await self._flushed():
             return False
@@ -167,29 +198,29 @@ class Transport(ABC):
         return True
 
     async def _try_within(self, seconds: float, asking: Awaitable[None]) -> None:
-        """For engines after a failure, which may be gone: what they do not do is logged."""
+        """Do something at engines that may be gone after a failure; what they do not do is logged."""
         try:
             await asyncio.wait_for(asking, seconds)
         except (EngineError, TimeoutError) as error:
             logger.warning("after the weight sync has failed: %r", error)
 
     def checksums(self) -> dict[str, str]:
-        """Each engine's own checksum of its weights, by URL."""
+        """Return each engine's own checksum of its weights, by URL."""
         return self._runner.run(self._by_url(self._client.weights_checksum))
 
     def versions(self) -> dict[str, str]:
-        """The policy version that each engine reports, by URL."""
+        """Return the policy version that each engine reports, by URL."""
         return self._runner.run(self._by_url(self._client.weight_versions))
 
     def prompt_log_probs(self, tokens: list[int]) -> dict[str, list[float]]:
-        """Each engine's log-probs of the prompt `tokens` but the first, by URL."""
+        """Return each engine's log-probs of the prompt `tokens` except the first token, by URL."""
         return self._runner.run(self._by_url(lambda: self._client.prompt_log_probs(tokens)))
 
     async def _by_url(self, ask: Callable[[], Awaitable[list[T]]]) -> dict[str, T]:
         return dict(zip(await self._client.workers(), await ask(), strict=True))
 
     def load_from_disk(self, path: str, *, version: int) -> None:
-        """Let every engine forget its weights and load the HF directory `path`."""
+        """Make every engine forget its weights and load the HF directory `path`."""
 
         async def reload() -> None:
             await self._client.reset_weights()
@@ -199,7 +230,7 @@ class Transport(ABC):
             self._runner.run(reload())
 
     def leave(self) -> None:
-        """Close, where engines may be gone: nothing is asked of them."""
+        """Close without a request to the engines, which may be gone."""
         Transport.close(self)
 
     def close(self) -> None:

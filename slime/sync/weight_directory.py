@@ -1,7 +1,8 @@
-"""The directory in which weights stand on their way to the engines.
+"""WeightDirectory: the place where weights are written on their way to the engines.
 
-Path: the driver holds one for the whole run; trainer rank 0 writes into it, for `disk` and for the `proof` of a sync.
-Invariant: it is one run's, and holds nothing of it before and after; what others keep there is left alone.
+- Used by: the driver holds one for the whole run. Trainer rank 0 writes into it, for `disk` and for the `proof` of a
+  sync.
+- Invariant: it belongs to one run, and holds nothing of that run before and after. Other files in it are left alone.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from pathlib import Path
 
 LOCK = ".slime-weights.lock"
 PROOF = "weights-proof"
-"""Where the export that a sync is compared with stands."""
+"""The name of the export that a sync is compared with."""
 _OWN = re.compile(r"(\.tmp_(old_)?)?weights-(v\d{6,}|proof)")
 
 
 class WeightDirectory:
-    """A directory for weights on their way, held by one run: emptied of its own files when it starts and ends."""
+    """A directory for weights on their way, held by one run; its own files are removed at the start and the end."""
 
     def __init__(self, path: Path) -> None:
-        """Make it, hold it, and remove what a killed run left.
+        """Create and lock the directory, and remove what a killed run left.
 
         Raises:
             ValueError: another run holds it.
@@ -34,7 +35,7 @@ class WeightDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self._lock.fileno()).st_nlink == 0:
-                raise BlockingIOError  # its holder is just leaving, and has removed it
+                raise BlockingIOError  # its holder is just leaving, and has removed the lock file
         except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
@@ -49,7 +50,7 @@ class WeightDirectory:
         remove_weights(self.path)
 
     def close(self) -> None:
-        """Leave nothing there."""
+        """Remove all weights and the lock, and the directory if it is empty."""
         if self.path.is_dir():
             remove_weights(self.path)
             (self.path / LOCK).unlink(missing_ok=True)
@@ -59,7 +60,7 @@ class WeightDirectory:
 
 
 def remove_weights(directory: Path, *, keep: Path | None = None) -> None:
-    """Remove all versions in `directory`, whole or half-written, but `keep`; other files are left alone."""
+    """Remove all versions in `directory`, whole or half-written, except `keep`; other files are left alone."""
     for entry in directory.iterdir():
         if entry != keep and _OWN.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
