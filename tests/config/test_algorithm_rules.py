@@ -65,7 +65,7 @@ GSPO = "--advantage-estimator gspo"
     [
         ("--gamma 0.9", "--gamma 0.9: no effect: the estimator discounts nothing"),
         ("--kl-clamp 5", "--kl-clamp 5: no effect: there is no KL to the reference model"),
-        ("--advantage-estimator reinforce_plus_plus --lambd 0.9", "--lambd 0.9: no effect: it is GAE's"),
+        ("--advantage-estimator reinforce_plus_plus --lambd 0.9", "--lambd 0.9: no effect: it belongs to GAE"),
         (
             "--advantage-estimator rloo --disable-grpo-std-normalization",
             "--disable-grpo-std-normalization: no effect: the estimator does not divide",
@@ -77,11 +77,11 @@ GSPO = "--advantage-estimator gspo"
         (f"{OWN} --kl-coef 0.1", "--kl-coef 0.1: no effect: --custom-advantage-function-path computes the advantages"),
         (
             f"{GSPO} --loss-type custom_loss --custom-loss-function-path slime.algo.losses.sft_loss",
-            "--advantage-estimator gspo: no effect: of this estimator your own loss leaves the advantages only",
+            "--advantage-estimator gspo: no effect: with your own loss, only this estimator's advantages are used",
         ),
         (f"{GSPO} --num-steps-per-rollout 2", "--eps-clip 0.2: gspo's ratio is a mean over the response"),
-        (f"{GSPO} --calculate-per-token-loss", "--calculate-per-token-loss: gspo counts all responses alike"),
-        ("--overlong-penalty-factor 2", "--overlong-penalty-factor 2: no effect: no response is punished"),
+        (f"{GSPO} --calculate-per-token-loss", "--calculate-per-token-loss: gspo weights all responses equally"),
+        ("--overlong-penalty-factor 2", "--overlong-penalty-factor 2: no effect: no response is penalized"),
         ("--loss-type sft_loss --mask-truncated-samples", "--mask-truncated-samples: no effect: --loss-type sft"),
         ("--loss-type sft_loss --advantage-estimator rloo", "--advantage-estimator rloo: no effect: --loss-type sft"),
     ],
@@ -127,13 +127,13 @@ def test_a_teacher_is_another_model_with_the_same_tokens(run: Run) -> None:
         "--kl-coef 0.1: no effect: --advantage-estimator on_policy_distillation reads no reward; leave it out",
     ]
     itself = run.error(*DISTILLATION, "--ref-load", str(run.hf))
-    assert itself.startswith(f"--ref-load {run.hf}: teacher and student are one model")
+    assert itself.startswith(f"--ref-load {run.hf}: teacher and student are the same model")
     assert run.args("--ref-load", str(run.hf)).needs_reference is False  # of others it is what it always was
     write_tokenizer(teacher, largest_id=100)
-    assert run.error(*words).startswith(f"--ref-load {teacher}: its tokenizer is another")
+    assert run.error(*words).startswith(f"--ref-load {teacher}: its tokenizer differs")
 
 
 def test_a_teacher_has_to_be_named(run: Run) -> None:
     at = run.base.index("--ref-load")
     run.base[at : at + 2] = []
-    assert run.error(*DISTILLATION).startswith("--ref-load: not given; the teacher comes from it")
+    assert run.error(*DISTILLATION).startswith("--ref-load: not given; the teacher is loaded from it")

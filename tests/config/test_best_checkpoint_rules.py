@@ -24,14 +24,14 @@ def test_metrics_that_are_better_the_larger_they_are(run: Run, metric: str) -> N
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        (f"{MEET} {FLAG} reward", f"{FLAG} reward: no metric of evaluation; write it as eval/NAME/reward"),
+        (f"{MEET} {FLAG} reward", f"{FLAG} reward: is not an evaluation metric; write it as eval/NAME/reward"),
         (
             f"{MEET} {FLAG} eval/aime/reward",
             f"{FLAG} eval/aime/reward: there is no evaluation set 'aime'; name one of few",
         ),
         (
             f"{MEET} {FLAG} eval/few/failed",
-            "of few nothing is called 'failed' that is better the larger it is; name one of",
+            "few has no metric 'failed' of which a larger value is better; name one of",
         ),
         (f"{MEET} {FLAG} eval/few/pass@3", "name one of reward, reward_judged, format, pass@1, pass@2, pass@4"),
         (f"--num-rollout 20 {FLAG} eval/few/reward", f"{FLAG} eval/few/reward: nothing is evaluated; add --eval-pr"),

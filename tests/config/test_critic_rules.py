@@ -22,7 +22,7 @@ def test_a_critic_stands_beside_the_policy_with_ppo_alone(run: Run) -> None:
     [
         ("--critic-load FILE", "is a file, not a directory"),
         ("--critic-load NOWHERE", "there is no such directory"),
-        ("--lr-decay-style linear --lr-decay-iters 5 --critic-lr-warmup-iters 5", "the warm-up has to end before"),
+        ("--lr-decay-style linear --lr-decay-iters 5 --critic-lr-warmup-iters 5", "the warm-up must end before"),
         ("--lr-decay-style linear --num-critic-only-steps 3 --num-rollout 4 --lr-warmup-iters 2", "optimizer step 1"),
     ],
 )
@@ -38,7 +38,7 @@ def test_errors(run: Run, words: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (f"{PPO} --num-rollout 4 --num-critic-only-steps 4", "all 4 rollouts are the critic's"),
+        (f"{PPO} --num-rollout 4 --num-critic-only-steps 4", "only the critic learns in all 4 rollouts"),
         ("--critic-lr 1e-5", "there is no critic; it belongs to --advantage-estimator ppo"),
         ("--num-critic-only-steps 2", "there is no critic"),
     ],

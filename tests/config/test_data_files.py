@@ -91,7 +91,7 @@ def test_an_empty_file(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("\n")
     [problem] = check_rows(str(file), WITHOUT_LABEL, chat_template=True)
-    assert problem.rule == "holds no prompts"
+    assert problem.rule == "has no rows"
 
 
 def test_a_key_that_was_asked_for_stands_somewhere(tmp_path: Path) -> None:

@@ -39,15 +39,15 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
     [
         (f"{NEAR} --rollout-num-gpus 3", "--rollout-num-gpus 3: --rollout-external-engines names 2"),
         (f"{NEAR} --rollout-num-gpus 0", "--rollout-num-gpus 0: --rollout-external-engines names 2"),
-        (f"{NEAR} http://127.0.0.1:4000", "http://127.0.0.1:4000 comes twice"),
-        ("--rollout-external-engines 10.0.0.7:4000", "10.0.0.7:4000 is no engine's URL"),
-        ("--rollout-external-engines http://10.0.0.7", "http://10.0.0.7 is no engine's URL"),
-        ("--rollout-external-engines http://10.0.0.7:4000/v1", "http://10.0.0.7:4000/v1 is no engine's URL"),
-        ("--rollout-external-engines http://10.0.0.7:99999", "http://10.0.0.7:99999 is no engine's URL"),
+        (f"{NEAR} http://127.0.0.1:4000", "http://127.0.0.1:4000 is given twice"),
+        ("--rollout-external-engines 10.0.0.7:4000", "10.0.0.7:4000 is not an engine's URL"),
+        ("--rollout-external-engines http://10.0.0.7", "http://10.0.0.7 is not an engine's URL"),
+        ("--rollout-external-engines http://10.0.0.7:4000/v1", "http://10.0.0.7:4000/v1 is not an engine's URL"),
+        ("--rollout-external-engines http://10.0.0.7:99999", "http://10.0.0.7:99999 is not an engine's URL"),
         (f"{NEAR} --colocate --dry-run", "--colocate shares the training GPUs with engines that the run starts"),
-        (f"{FAR}", "engine-weights: neither it nor --save was given, and http://10.0.0.7:4000 has to read files there"),
+        (f"{FAR}", "engine-weights: neither it nor --save was given, and http://10.0.0.7:4000 must read files there"),
         ("--bf16 --rollout-engine sglang --rollout-num-gpus 1", "--rollout-engine sglang: SGLang needs a GPU"),
-        (f"{OWN} --sglang-pp-size 2", "--sglang-pp-size 2: an engine is one tensor-parallel group"),
+        (f"{OWN} --sglang-pp-size 2", "--sglang-pp-size 2: an engine must be one tensor-parallel group"),
         (f"{OWN} --sglang-api-key=", "--sglang-api-key: is empty, and an empty key is no key"),
         (f"{OWN} --router-api-key kéy", "--router-api-key: has a space, a control character or a letter outside"),
         (f"{OWN} --router-control-plane-api-keys x", "--router-control-plane-api-keys: value 1 of 1 has 1 of the 4"),
@@ -60,13 +60,13 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
         ),
         (
             f"{SGLANG} --sglang-tokenizer-worker-num 2 --sglang-api-key a",
-            "--sglang-tokenizer-worker-num 2: SGLang takes no API key with several tokenizer workers, and --sglang-api",
+            "--sglang-tokenizer-worker-num 2: SGLang accepts no API key with several tokenizer workers, but --sglang-",
         ),
         (f"{OWN} --sglang-admin-api-key 2", "one key is used for all requests"),
-        (f"{OWN} --sglang-router-port 4000", "--sglang-router-port 4000: half of an address"),
+        (f"{OWN} --sglang-router-port 4000", "--sglang-router-port 4000: is half of an address"),
         (
             f"{SGLANG} --no-bf16",
-            "--rollout-engine sglang: SGLang's kernels on CUDA compute in 16 bits, and its engines are asked for fp32",
+            "--rollout-engine sglang: SGLang's kernels on CUDA compute in 16 bits, but its engines would have to",
         ),
         (
             f"{SGLANG} --bf16 --sglang-dtype float",
@@ -74,7 +74,7 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
         ),
         (
             f"{SGLANG} --update-weight-pause retract",
-            "--update-weight-pause retract: SGLang flushes its prefix cache only while no request waits",
+            "--update-weight-pause retract: SGLang cannot flush its prefix cache while requests wait",
         ),
         (
             "--colocate --actor-num-gpus-per-node 3 --rollout-num-gpus-per-engine 2 --dry-run",
@@ -91,18 +91,18 @@ def test_one_error(bare: Run, words: str, message: str) -> None:
     [
         (
             f"{NEAR} --rollout-engine sglang",
-            "--rollout-engine sglang: no effect: --rollout-external-engines run already",
+            "--rollout-engine sglang: no effect: --rollout-external-engines already run",
         ),
         (f"{NEAR} --sglang-context-length 64 --sglang-api-key a", "--sglang-context-length: no effect"),
         (
             f"{OWN} --sglang-router-ip 127.0.0.1 --sglang-router-port 9 --router-policy random",
-            "--router-policy: no effect: the router runs already",
+            "--router-policy: no effect: the router already runs",
         ),
-        ("--bf16 --colocate --rollout-engine sglang --dry-run --update-weight-pause retract", "nothing is in flight"),
-        (f"{OWN} --update-weight-pause retract", "with train.py nothing is in flight while weights change"),
-        (f"{SGLANG} --update-weight-pause in_place --sglang-disable-radix-cache", "nothing is in flight"),
-        (f"{SGLANG} --sglang-tokenizer-worker-num 2", "so whoever reaches an engine can change its weights"),
-        (f"{OWN} --update-weight-disk-dir x --no-check-weight-sync", "no weights stand in files"),
+        ("--bf16 --colocate --rollout-engine sglang --dry-run --update-weight-pause retract", "no request in flight"),
+        (f"{OWN} --update-weight-pause retract", "train.py has no request in flight while weights change"),
+        (f"{SGLANG} --update-weight-pause in_place --sglang-disable-radix-cache", "no request in flight"),
+        (f"{SGLANG} --sglang-tokenizer-worker-num 2", "so everyone who reaches an engine can change its weights"),
+        (f"{OWN} --update-weight-disk-dir x --no-check-weight-sync", "no weights are written to files"),
     ],
 )
 def test_one_warning(bare: Run, words: str, message: str) -> None:
@@ -158,6 +158,6 @@ def test_precision_and_pauses_where_the_cluster_decides(bare: Run, monkeypatch: 
     assert bare.warnings(*words) == []
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
     [warning] = bare.warnings(*words)
-    assert "this machine has no CUDA, so the run is in fp32" in warning
+    assert "this machine has no CUDA, so the run computes in fp32" in warning
     assert bare.warnings(*words, "--bf16") == bare.warnings(*words, "--no-bf16") == []
-    assert "SGLang flushes its prefix cache" in bare.error(*words, "--bf16", "--update-weight-pause", "in_place")
+    assert "SGLang cannot flush its prefix cache" in bare.error(*words, "--bf16", "--update-weight-pause", "in_place")

@@ -174,7 +174,7 @@ def moe_run(run: Run, config: dict[str, Any], *words: str) -> list[str]:
         ("--tensor-model-parallel-size 2", "add --sequence-parallel"),
         ("--tensor-model-parallel-size 2 --sequence-parallel", None),
         ("--moe-router-dtype fp64", "routers compute in float32"),
-        ("--moe-router-load-balancing-type seq_aux_loss", "the balancing loss is aux_loss"),
+        ("--moe-router-load-balancing-type seq_aux_loss", "the auxiliary loss is aux_loss"),
         ("--moe-expert-capacity-factor 1.5", "--moe-expert-capacity-factor 1.5: not part of this version"),
         ("--moe-permute-fusion", "it needs TransformerEngine"),
         ("--moe-router-pre-softmax --moe-grouped-gemm --moe-router-dtype fp32", None),
@@ -192,5 +192,5 @@ def test_balance_is_told_of(run: Run) -> None:
     (run.hf / "config.json").write_text(json.dumps(QWEN))
     words = ("--moe-aux-loss-coeff", "0.01", "--moe-router-bias-update-rate", "0.001", "--dry-run")
     warnings = run.warnings(*words)
-    assert any("depends on how a step is cut into micro-batches" in warning for warning in warnings)
-    assert any("qwen3_moe's routers have no bias" in warning for warning in warnings)
+    assert any("depends on how a step is split into micro-batches" in warning for warning in warnings)
+    assert any("the MoE routers of qwen3_moe have no bias" in warning for warning in warnings)

@@ -135,7 +135,7 @@ def test_an_engine_is_counted_by_its_share() -> None:
 def test_a_share_that_no_engine_can_take(run: Run) -> None:
     words = ("--gpu-memory", "80", "--dry-run", "--sglang-mem-fraction-static")
     for share in ("0", "1"):
-        assert run.error(*words, share).startswith(f"--sglang-mem-fraction-static {share}: is no share of a GPU")
+        assert run.error(*words, share).startswith(f"--sglang-mem-fraction-static {share}: is not a fraction of a GPU")
     assert run.errors(*words, "0.5") == []
 
 

@@ -93,7 +93,7 @@ def test_what_cannot_be_checked_is_said(run: Run) -> None:
     words = dumped(run)
     write_dump(run.directory / "0.jsonl", [GROUP])  # as older versions did
     [warning] = warnings(run, *words)
-    assert f"{run.directory}/0.jsonl does not say how it was sampled" in warning
+    assert f"{run.directory}/0.jsonl does not record its sampling" in warning
     assert read_replay(run.args(*words), 0) == ([GROUP], None)
     assert warnings(run, *dumped(run)) == []  # the control: here all say it
 

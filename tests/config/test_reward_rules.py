@@ -48,7 +48,7 @@ def test_names_that_are_none(run: Run) -> None:
     file = run.directory / "eval.yaml"
     file.write_text(f"datasets: [{{name: a, path: {run.data}, rm_type: accuracy}}, {{name: b, path: {run.data}}}]")
     error = run.error("--eval-config", str(file))
-    assert error.startswith(f"--eval-config {file}: a: rm_type is 'accuracy', which is none; one of deepscaler")
+    assert error.startswith(f"--eval-config {file}: a: rm_type 'accuracy' is unknown; one of deepscaler")
     assert run.errors("--eval-config", str(file), "--dry-run") == [error]
 
 
@@ -99,7 +99,7 @@ def test_lines_of_an_evaluation_set(run: Run) -> None:
 
 
 def test_a_remote_judge_has_an_address(run: Run) -> None:
-    rule = "--rm-url: not given; remote_rm asks the judge behind it; add --rm-url"
+    rule = "--rm-url: not given; remote_rm sends responses there to be judged; add --rm-url"
     assert run.error("--rm-type", "boxed_remote_rm").startswith(rule)
     evaluation = ["--eval-prompt-data", str(run.data), "--eval-rm-type", "remote_rm"]
     assert run.error(*evaluation).startswith(rule)
@@ -108,7 +108,7 @@ def test_a_remote_judge_has_an_address(run: Run) -> None:
     file.write_text(f"datasets: [{{name: a, path: {run.data}, rm_type: remote_rm}}]")
     assert run.error("--eval-config", str(file)).startswith(rule)
     for url in ("127.0.0.1:9000", "ftp://judge", "http://", "http://judge:port", "http://[::1", "judge"):
-        assert run.error("--rm-type", "remote_rm", "--rm-url", url).startswith(f"--rm-url {url}: not a URL")
+        assert run.error("--rm-type", "remote_rm", "--rm-url", url).startswith(f"--rm-url {url}: is not a URL")
     for url in ("https://judge.example/v1?x=1", "http://[::1]:8000", "http://judge"):
         assert run.errors("--rm-type", "remote_rm", "--rm-url", url) == []
 
@@ -121,8 +121,8 @@ def test_flags_that_no_reward_reads(run: Run, own: str) -> None:
     assert "no effect: --custom-rm-path judges" in run.warnings(*URL, "--custom-rm-path", f"{own}.reward")[0]
     one, group = ["--custom-rm-path", f"{own}.reward"], ["--custom-rm-path", f"{own}.group"]
     assert run.warnings(*one) == run.warnings(*group, "--group-rm") == []
-    assert "takes `sample`, and --group-rm gives it a list of them" in run.warnings(*one, "--group-rm")[0]
-    assert "takes `samples`, and is given one sample at a time" in run.warnings(*group)[0]
+    assert "takes `sample`, but --group-rm passes a list of samples" in run.warnings(*one, "--group-rm")[0]
+    assert "takes `samples`, but receives one sample at a time" in run.warnings(*group)[0]
 
 
 def _installed(run: Run, monkeypatch: pytest.MonkeyPatch, version: str) -> None:

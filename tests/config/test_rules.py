@@ -23,21 +23,21 @@ def test_the_base_passes(run: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--num-steps-per-rollout 3", "--num-steps-per-rollout 3: 4 prompts x 2 samples = 8 cannot be cut"),
+        ("--num-steps-per-rollout 3", "--num-steps-per-rollout 3: 4 prompts x 2 samples = 8 cannot be split"),
         ("--global-batch-size 3", "--global-batch-size 3: does not divide"),
         ("--global-batch-size 16", "--global-batch-size 16: does not divide"),
         (
             "--global-batch-size 4 --num-steps-per-rollout 4",
-            "--global-batch-size 4: at odds with --num-steps-per-rollout 4",
+            "--global-batch-size 4: contradicts --num-steps-per-rollout 4",
         ),
         ("--over-sampling-batch-size 3", "--over-sampling-batch-size 3: less than --rollout-batch-size 4"),
         ("--n-samples-per-prompt 1", "--n-samples-per-prompt 1: grpo compares"),
         ("--rollout-top-p 0.9", "--rollout-top-p 0.9: training rollouts"),
         ("--rollout-top-k 5", "--rollout-top-k 5: training rollouts"),
-        ("--num-epoch 2", "--num-rollout 3: stands beside --num-epoch 2"),
-        ("--use-dynamic-batch-size", "--use-dynamic-batch-size: has no budget; add --max-tokens-per-gpu"),
+        ("--num-epoch 2", "--num-rollout 3: cannot be combined with --num-epoch 2"),
+        ("--use-dynamic-batch-size", "--use-dynamic-batch-size: has no token budget; add --max-tokens-per-gpu"),
         ("--eval-interval 2", "--eval-interval 2: nothing to evaluate on"),
-        ("--save-interval 2", "--save-interval 2: nowhere to save; add --save"),
+        ("--save-interval 2", "--save-interval 2: there is no directory to save to; add --save"),
         ("--fp16", "--fp16: RL's log-prob ratios need bf16 or fp32"),
         ("--attention-dropout 0.1", "--attention-dropout 0.1: packed attention has no dropout"),
         ("--rm-type deepscalar", "--rm-type deepscalar: unknown reward type; one of deepscaler"),
@@ -51,12 +51,12 @@ def test_the_base_passes(run: Run) -> None:
         ),
         ("--masked-softmax-fusion", "--masked-softmax-fusion: slime sets it to False itself"),
         ("--recompute-granularity full", "--recompute-granularity full: full needs a method"),
-        ("--rollout-num-gpus-per-engine 3", "--rollout-num-gpus 2: is no multiple"),
+        ("--rollout-num-gpus-per-engine 3", "--rollout-num-gpus 2: is not a multiple"),
         ("--rollout-num-gpus 0", "--rollout-num-gpus 0: no engine, but rollouts are generated"),
-        ("--sglang-router-ip 127.0.0.1 --dry-run", "--sglang-router-ip 127.0.0.1: half of an address"),
+        ("--sglang-router-ip 127.0.0.1 --dry-run", "--sglang-router-ip 127.0.0.1: is half of an address"),
         ("--rollout-num-gpus 0 --num-rollout 0 --eval-prompt-data TRAIN", "--rollout-num-gpus 0: no engine, but evalu"),
         ("--sglang-dp-size 2", "--sglang-dp-size 2: data parallelism inside an engine needs DP attention"),
-        ("--debug-train-only", "--debug-train-only: nothing to train on; add --load-debug-rollout-data"),
+        ("--debug-train-only", "--debug-train-only: has nothing to train on; add --load-debug-rollout-data"),
         ("--loss-type custom_loss", "--loss-type custom_loss: has no function"),
         ("--use-kl-loss --kl-loss-coef 0.1 --ref-load /nowhere", "--ref-load /nowhere: there is no such directory"),
         ("--ref-load /nowhere", "--ref-load /nowhere: there is no such directory"),
@@ -73,11 +73,11 @@ def test_the_base_passes(run: Run) -> None:
         ("--rollout-max-context-len 4096", "--rollout-max-context-len 4096: the model's context is 128"),
         (
             "--num-rollout 3 --lr-decay-style cosine --lr-warmup-iters 3",
-            "--lr-warmup-iters 3: the warm-up has to end before the decay does, at optimizer step 3",
+            "--lr-warmup-iters 3: the warm-up must end before the decay ends, at optimizer step 3",
         ),
         (
             "--lr-decay-style linear --lr-decay-iters 5 --lr-warmup-iters 5",
-            "--lr-warmup-iters 5: the warm-up has to end before the decay does, at optimizer step 5",
+            "--lr-warmup-iters 5: the warm-up must end before the decay ends, at optimizer step 5",
         ),
         ("--num-rollout 0", "--num-rollout 0: nothing to do: there is no rollout, and no evaluation"),
         (
@@ -87,21 +87,21 @@ def test_the_base_passes(run: Run) -> None:
         ("--save-debug-rollout-data /tmp/x.jsonl", "--save-debug-rollout-data /tmp/x.jsonl: has no {rollout_id}"),
         (
             "--save-debug-rollout-data /tmp/{foo}.jsonl",
-            "--save-debug-rollout-data /tmp/{foo}.jsonl: {rollout_id} alone is filled in",
+            "--save-debug-rollout-data /tmp/{foo}.jsonl: only {rollout_id} can be filled in",
         ),
-        ("--load-debug-rollout-data /tmp/{}.jsonl", "--load-debug-rollout-data /tmp/{}.jsonl: {rollout_id} alone"),
-        ("--save /tmp/s --save-hf /tmp/{rollout", "--save-hf /tmp/{rollout: {rollout_id} alone is filled in"),
+        ("--load-debug-rollout-data /tmp/{}.jsonl", "--load-debug-rollout-data /tmp/{}.jsonl: only {rollout_id}"),
+        ("--save /tmp/s --save-hf /tmp/{rollout", "--save-hf /tmp/{rollout: only {rollout_id} can be filled in"),
         (
             "--optimizer-cpu-offload --optimizer sgd",
-            "--optimizer-cpu-offload: it is adam's state that stands in host memory, not --optimizer sgd's; leave one",
+            "--optimizer-cpu-offload: only adam's state can be kept in host memory, not --optimizer sgd's; leave one",
         ),
         (
             "--optimizer-cpu-offload --no-decoupled-weight-decay",
-            "--optimizer-cpu-offload: it takes AdamW, whose weight decay is decoupled, not --no-decoupled-weight-decay",
+            "--optimizer-cpu-offload: it requires AdamW, whose weight decay is decoupled, not --no-decoupled-weight",
         ),
         (
             "--use-distributed-optimizer --optimizer sgd",
-            "--use-distributed-optimizer: Megatron shards adam alone, not --optimizer sgd; leave one of the two out",
+            "--use-distributed-optimizer: Megatron can only shard adam, not --optimizer sgd; leave one of the two out",
         ),
         (
             "--rollout-stop-token-ids 5 128 -1",
@@ -110,30 +110,33 @@ def test_the_base_passes(run: Run) -> None:
         ("--rollout-stop=", "--rollout-stop: an empty text would end every response"),
         (
             "--use-tis --offpolicy-correction none",
-            "--use-tis: stands beside --offpolicy-correction none, and weighs all tokens; leave one of the two out",
+            "--use-tis: cannot be combined with --offpolicy-correction none; leave one of the two out",
         ),
-        ("--use-tis --tis-clip 0.9", "--tis-clip 0.9: 1 is beyond the clips"),
-        ("--use-tis --tis-clip-low 1.1", "--tis-clip-low 1.1: 1 is beyond the clips"),
-        ("--lr-decay-style WSD", "--lr-decay-style WSD: has no length of its decay; add --lr-wsd-decay-iters"),
+        ("--use-tis --tis-clip 0.9", "--tis-clip 0.9: the clips exclude 1"),
+        ("--use-tis --tis-clip-low 1.1", "--tis-clip-low 1.1: the clips exclude 1"),
+        ("--lr-decay-style WSD", "--lr-decay-style WSD: WSD needs a decay length; add --lr-wsd-decay-iters"),
         (
             "--num-rollout 9 --lr-decay-style WSD --lr-wsd-decay-iters 8 --lr-warmup-iters 2",
-            "--lr-wsd-decay-iters 8: the decay that ends at optimizer step 9 would begin within the warm-up",
+            "--lr-wsd-decay-iters 8: the decay that ends at optimizer step 9 would begin during the warm-up",
         ),
         ("--lr-decay-style linear --lr 1e-6 --min-lr 1e-5", "--min-lr 1e-05: the decay would end above --lr 1e-06"),
-        ("--lr-warmup-fraction 0.1 --lr-warmup-iters 2", "--lr-warmup-fraction 0.1: stands beside --lr-warmup-iters 2"),
+        (
+            "--lr-warmup-fraction 0.1 --lr-warmup-iters 2",
+            "--lr-warmup-fraction 0.1: cannot be combined with --lr-warm",
+        ),
         (
             "--lr-warmup-iters 2 --lr 1e-6 --lr-warmup-init 1e-5",
             "--lr-warmup-init 1e-05: the warm-up would begin above --lr 1e-06",
         ),
         ("--start-weight-decay 0.1", "--start-weight-decay 0.1: --weight-decay-incr-style constant keeps"),
-        ("--weight-decay-incr-style linear", "--weight-decay-incr-style linear: says neither from where nor to where"),
+        ("--weight-decay-incr-style linear", "--weight-decay-incr-style linear: needs a first and a last value"),
         (
             "--weight-decay-incr-style cosine --start-weight-decay 0.2 --end-weight-decay 0.1",
             "--start-weight-decay 0.2: greater than --end-weight-decay 0.1",
         ),
         (
             "--use-checkpoint-opt-param-scheduler --override-opt-param-scheduler",
-            "--use-checkpoint-opt-param-scheduler: stands beside --override-opt-param-scheduler",
+            "--use-checkpoint-opt-param-scheduler: cannot be combined with --override-opt-param-scheduler",
         ),
     ],
 )
@@ -147,7 +150,7 @@ def test_a_decay_needs_a_length(run: Run) -> None:
     run.data.write_text(run.data.read_text() * 9)  # 18 prompts drawn in rollouts of 4
     cosine = ["--lr-decay-style", "cosine", "--lr-warmup-iters"]
     assert run.errors(*cosine, "4") == []
-    assert "before the decay does, at optimizer step 5" in run.error(*cosine, "5")
+    assert "before the decay ends, at optimizer step 5" in run.error(*cosine, "5")
     assert run.errors(*cosine, "5", "--lr-decay-iters", "6") == []
     assert run.errors(*cosine, "5", "--dry-run", "--prompt-data", "/nowhere.jsonl") == [], "not known on this machine"
     assert run.errors("--lr-warmup-iters", "100") == []
@@ -162,7 +165,9 @@ def test_num_epoch_is_planned_by_the_rows_of_the_file(run: Run) -> None:
     at = run.base.index("--prompt-data")
     del run.base[at : at + 2]
     replay = ["--debug-train-only", "--load-debug-rollout-data", str(run.directory / "{rollout_id}.json")]
-    assert run.error(*replay) == "--num-epoch 3: there are no prompts to count; add --prompt-data, or say --num-rollout"
+    assert (
+        run.error(*replay) == "--num-epoch 3: there are no prompts to count; add --prompt-data, or give --num-rollout"
+    )
 
 
 def test_a_run_without_steps_needs_no_length(run: Run) -> None:
@@ -237,8 +242,8 @@ def test_missing_basics(run: Run) -> None:
         ("--max-tokens-per-gpu 64", "--max-tokens-per-gpu 64: no effect"),
         ("--sequence-parallel", "--sequence-parallel: no effect"),
         ("--over-sampling-batch-size 4", "--over-sampling-batch-size 4: no effect: it equals"),
-        ("--rollout-num-gpus-per-engine 2", "--rollout-num-gpus-per-engine 2: no effect: there is no CUDA here"),
-        ("--sglang-mem-fraction-static 0.5", "--sglang-mem-fraction-static: no effect: engines are embedded"),
+        ("--rollout-num-gpus-per-engine 2", "--rollout-num-gpus-per-engine 2: no effect: this machine has no CUDA"),
+        ("--sglang-mem-fraction-static 0.5", "--sglang-mem-fraction-static: no effect: this run uses embedded"),
         ("--moe-router-topk 4", "--moe-router-topk: no effect: the model has no experts"),
         ("--eval-temperature 0", "--eval-temperature 0: no effect: nothing is evaluated"),
         ("--attention-backend flash", "--attention-backend flash: no effect"),
@@ -246,27 +251,30 @@ def test_missing_basics(run: Run) -> None:
         ("--rollout-temperature 0", "--rollout-temperature 0: greedy"),
         ("--actor-num-gpus-per-node 16", "--global-batch-size 8: a step of 8 samples leaves some of 16"),
         ("--gamma 0.9", "--gamma 0.9: no effect"),
-        ("--tis-clip 3", "--tis-clip 3: no effect: every token is of the weights that are trained"),
-        ("--offpolicy-correction mis", "--offpolicy-correction mis: no effect: every token is of the weights"),
+        ("--tis-clip 3", "--tis-clip 3: no effect: every token is from the current policy"),
+        ("--offpolicy-correction mis", "--offpolicy-correction mis: no effect: every token is from the current policy"),
         (
             "--offpolicy-correction none --tis-clip-low 0.5",
-            "--tis-clip-low 0.5: no effect: with --offpolicy-correction none no token is weighed",
+            "--tis-clip-low 0.5: no effect: --offpolicy-correction none weights no token",
         ),
         ("--num-gpus-per-node 8", "--num-gpus-per-node 8: no effect"),
-        ("--rollout-max-response-len 128", "--rollout-max-response-len 128: the model's context is 128: a response is"),
+        (
+            "--rollout-max-response-len 128",
+            "--rollout-max-response-len 128: the model's context is 128: a response gets",
+        ),
         (
             "--rollout-max-context-len 40 --rollout-max-response-len 41",
-            "--rollout-max-response-len 41: --rollout-max-context-len is 40: a response is cut",
+            "--rollout-max-response-len 41: --rollout-max-context-len is 40: a response gets",
         ),
         (
             "--eval-prompt-data TRAIN --eval-max-response-len 200",
             "--eval-max-response-len 200: the model's context is 128",
         ),
-        ("--optimizer-offload-fraction 0.5", "--optimizer-offload-fraction: no effect: it is about Megatron's own"),
+        ("--optimizer-offload-fraction 0.5", "--optimizer-offload-fraction: no effect: it belongs to Megatron's own"),
         ("--cp-comm-type a2a", "--cp-comm-type: no effect: context parallelism always gathers keys and values"),
         (
             "--save /tmp/s --save-interval 2 --save-hf /tmp/hf",
-            "--save-hf /tmp/hf: has no {rollout_id}: each export replaces the last",
+            "--save-hf /tmp/hf: has no {rollout_id}: each export replaces the previous",
         ),
     ],
 )
@@ -311,7 +319,7 @@ def test_offload_saves_nothing_where_there_is_no_device(run: Run) -> None:
     assert run.warnings("--optimizer-cpu-offload", "--dry-run") == []
     if not cuda_available():
         [warning] = run.warnings("--optimizer-cpu-offload")
-        assert warning.startswith("--optimizer-cpu-offload: no effect: there is no CUDA here")
+        assert warning.startswith("--optimizer-cpu-offload: no effect: this machine has no CUDA")
 
 
 def test_data_files_of_other_kinds(run: Run) -> None:
@@ -321,9 +329,9 @@ def test_data_files_of_other_kinds(run: Run) -> None:
     assert run.errors("--prompt-data", str(file), "--dry-run") == []
     file = run.directory / "train.csv"
     file.touch()
-    assert ".csv is no kind of data file; name one in .jsonl, .json, .parquet" in run.error("--prompt-data", str(file))
+    assert "not a known type of data file; name one in .jsonl, .json" in run.error("--prompt-data", str(file))
     error = run.error("--eval-interval", "1", "--eval-prompt-data", f"{file}@[:1]", "--dry-run")
-    assert ".csv is no kind of data file" in error
+    assert ".csv is not a known type of data file" in error
 
 
 def test_other_ways_to_run(run: Run) -> None:
@@ -340,13 +348,13 @@ def test_checkpoint_instead_of_ref_load(run: Run) -> None:
     load.mkdir()
     assert run.errors("--load", str(load)) == []  # starts from --ref-load
     run.base[run.base.index("--ref-load") : run.base.index("--ref-load") + 2] = []
-    assert "holds no checkpoint" in run.error("--load", str(load))
+    assert "contains no checkpoint" in run.error("--load", str(load))
     (load / "latest_checkpointed_iteration.txt").write_text("3")
-    assert "holds no checkpoint" in run.error("--load", str(load))
+    assert "contains no checkpoint" in run.error("--load", str(load))
     itself = load / "iter_0000003"
     itself.mkdir()
     assert run.errors("--load", str(load)) == []
-    assert "holds no checkpoint" in run.error("--load", str(itself))
+    assert "contains no checkpoint" in run.error("--load", str(itself))
     (itself / ".metadata").write_bytes(b"")
     assert run.errors("--load", str(itself)) == []
     (load / "latest_checkpointed_iteration.txt").unlink()  # killed before it was written
@@ -402,14 +410,14 @@ def test_a_custom_reward_judges_evaluation_too(run: Run) -> None:
     words = ["--eval-prompt-data", str(run.data)]
     assert run.errors(*words) == []
     error = run.error(*words, "--eval-rm-type", "deepscaler")
-    assert error.startswith("--eval-rm-type deepscaler: --custom-rm-path own.reward judges evaluation, too")
+    assert error.startswith("--eval-rm-type deepscaler: --custom-rm-path own.reward also judges evaluation")
     file = run.directory / "eval.yaml"
     entry = f"name: a, path: {run.data}"
     file.write_text(f"datasets: [{{{entry}}}]")
     assert run.errors("--eval-config", str(file)) == []
     file.write_text(f"datasets: [{{{entry}, rm_type: deepscaler}}]")
     error = run.error("--eval-config", str(file))
-    assert "rm_type of a is never asked: --custom-rm-path own.reward judges" in error
+    assert "rm_type of a is not used: --custom-rm-path own.reward judges" in error
 
 
 def test_one_export_replaces_none(run: Run) -> None:
@@ -452,18 +460,18 @@ def test_a_dump_of_training_gets_a_directory_of_its_own(run: Run) -> None:
     filled.mkdir()
     assert run.errors(flag, str(filled)) == []
     (filled / "index.json").touch()
-    error = "holds files already, and a dump is of one run; name a new directory, or empty this one"
+    error = "already contains files, and a dump belongs to one run; name a new directory, or empty this one"
     assert run.error(flag, str(filled)) == f"{flag} {filled}: {error}"
     assert run.error(flag, str(run.data)) == f"{flag} {run.data}: is a file, not a directory; name a directory"
-    error = f"{run.data} is no directory; name a directory that can be written"
+    error = f"{run.data} is not a directory; name a directory that can be written"
     assert run.error(flag, str(run.data / "steps")) == f"{flag} {run.data / 'steps'}: {error}"
     assert run.errors("--dry-run", flag, str(run.data / "steps")) == []
     if os.geteuid():  # root may write everywhere
         filled.chmod(0o500)
-        assert f"{filled} is not yours to write" in run.error(flag, str(filled / "steps"))
+        assert f"{filled} is not writable" in run.error(flag, str(filled / "steps"))
     warnings = run.warnings("--debug-rollout-only", flag, str(filled))
     assert [warning for warning in warnings if flag in warning] == [
-        f"{flag} {filled}: no effect: --debug-rollout-only trains nothing, and saves no checkpoint; leave it out"
+        f"{flag} {filled}: no effect: --debug-rollout-only trains nothing and saves no checkpoint; leave it out"
     ]
 
 

@@ -73,6 +73,6 @@ def test_it_is_decided_once() -> None:
 
 
 def test_given_where_there_is_nothing_to_share(run: Run) -> None:
-    warning = "--use-distributed-optimizer: no effect: no two ranks have the same weights"
+    warning = "--use-distributed-optimizer: no effect: no two ranks hold the same weights"
     assert any(text.startswith(warning) for text in run.warnings("--use-distributed-optimizer"))
     assert not any(text.startswith(warning) for text in run.warnings("--use-distributed-optimizer", *FOUR))

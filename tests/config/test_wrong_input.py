@@ -158,7 +158,7 @@ CONTRADICTED: dict[str, Wrong] = {
     ),
     "--rollout-num-gpus": Wrong("--rollout-num-gpus 0", "--rollout-num-gpus 0: no engine, but rollouts are generated"),
     "--rollout-num-gpus-per-engine": Wrong(
-        "--rollout-num-gpus-per-engine 3", "--rollout-num-gpus 2: is no multiple of --rollout-num-gpus-per-engine 3"
+        "--rollout-num-gpus-per-engine 3", "--rollout-num-gpus 2: is not a multiple of --rollout-num-gpus-per-engine 3"
     ),
     "--colocate": Wrong("--colocate --dry-run", "--rollout-num-gpus 2: --colocate shares the training GPUs"),
     "--sglang-mem-fraction-static": vain("--sglang-mem-fraction-static 0.5", "--sglang-mem-fraction-static: no effect"),
@@ -167,7 +167,7 @@ CONTRADICTED: dict[str, Wrong] = {
     "--ref-load": Wrong("--ref-load NOWHERE", "--ref-load NOWHERE: there is no such directory"),
     "--load": Wrong("--load FILE", "--load FILE: is a file, not a directory"),
     "--save": Wrong("--save FILE", "--save FILE: is a file, not a directory"),
-    "--save-interval": Wrong("--save-interval 2", "--save-interval 2: nowhere to save; add --save"),
+    "--save-interval": Wrong("--save-interval 2", "--save-interval 2: there is no directory to save to; add --save"),
     # rollout
     "--prompt-data": Wrong("--prompt-data NOWHERE", "--prompt-data NOWHERE: there is no file NOWHERE"),
     "--input-key": Wrong("--input-key question", "TRAIN:1: "),
@@ -176,18 +176,18 @@ CONTRADICTED: dict[str, Wrong] = {
     "--rollout-shuffle": vain(f"--rollout-shuffle --num-rollout 0 {EVAL}", "--rollout-shuffle: no effect"),
     "--rm-type": Wrong("--rm-type deepscalar", "--rm-type deepscalar: unknown reward type"),
     "--custom-rm-path": vain("--custom-rm-path HOOK", "--rm-type deepscaler: no effect: --custom-rm-path judges"),
-    "--num-rollout": Wrong("--num-epoch 2", "--num-rollout 3: stands beside --num-epoch 2"),
+    "--num-rollout": Wrong("--num-epoch 2", "--num-rollout 3: cannot be combined with --num-epoch 2"),
     "--rollout-batch-size": Wrong("--rollout-batch-size 5 --global-batch-size 4", "--global-batch-size 4: does not"),
     "--n-samples-per-prompt": Wrong("--n-samples-per-prompt 1", "--n-samples-per-prompt 1: grpo compares"),
     "--rollout-max-response-len": vain("--rollout-max-response-len 128", "--rollout-max-response-len 128: the model's"),
     "--rollout-temperature": vain("--rollout-temperature 0", "--rollout-temperature 0: greedy"),
     "--num-steps-per-rollout": Wrong("--num-steps-per-rollout 3", "--num-steps-per-rollout 3: 4 prompts x 2 samples"),
-    "--balance-data": vain("--balance-data", "--balance-data: no effect: there is one data-parallel rank"),
+    "--balance-data": vain("--balance-data", "--balance-data: no effect: there is only one data-parallel rank"),
     "--over-sampling-batch-size": Wrong("--over-sampling-batch-size 3", "--over-sampling-batch-size 3: less than"),
     "--dynamic-sampling-filter-path": Wrong(
         "--dynamic-sampling-filter-path slime.rollout.no_such.filter", "--dynamic-sampling-filter-path slime."
     ),
-    "--partial-rollout": vain("--partial-rollout --dry-run", "--partial-rollout: no effect: nothing is sampled beyond"),
+    "--partial-rollout": vain("--partial-rollout --dry-run", "--partial-rollout: no effect: no additional prompts are"),
     "--buffer-filter-path": Wrong(
         "--buffer-filter-path slime.core.packing.plan_steps", "--buffer-filter-path slime.core.packing.plan_steps: "
     ),
@@ -218,7 +218,7 @@ CONTRADICTED: dict[str, Wrong] = {
         "--recompute-granularity selective --recompute-method uniform", "--recompute-method uniform: selective"
     ),
     "--recompute-num-layers": vain("--recompute-num-layers 1", "--recompute-num-layers 1: no effect"),
-    "--use-dynamic-batch-size": Wrong("--use-dynamic-batch-size", "--use-dynamic-batch-size: has no budget"),
+    "--use-dynamic-batch-size": Wrong("--use-dynamic-batch-size", "--use-dynamic-batch-size: has no token budget"),
     "--max-tokens-per-gpu": vain("--max-tokens-per-gpu 64", "--max-tokens-per-gpu 64: no effect"),
     # algorithm
     "--advantage-estimator": Wrong("--advantage-estimator grpo --n-samples-per-prompt 1", "--n-samples-per-prompt 1:"),
@@ -234,15 +234,17 @@ CONTRADICTED: dict[str, Wrong] = {
     # optimizer
     "--optimizer": vain("--optimizer sgd --dry-run --adam-eps 1e-8", "--adam-eps 1e-08: no effect"),
     "--lr": vain("--lr 0", "--lr 0: no effect: no weight ever changes"),
-    "--lr-decay-style": Wrong("--lr-decay-style WSD", "--lr-decay-style WSD: has no length of its decay"),
+    "--lr-decay-style": Wrong("--lr-decay-style WSD", "--lr-decay-style WSD: WSD needs a decay length"),
     "--weight-decay": vain("--lr 0 --weight-decay 0.1", "--weight-decay 0.1: no effect"),
     "--adam-beta1": vain("--optimizer sgd --dry-run --adam-beta1 0.9", "--adam-beta1 0.9: no effect"),
     "--adam-beta2": vain("--optimizer sgd --dry-run --adam-beta2 0.9", "--adam-beta2 0.9: no effect"),
     # MODEL_ARGS that config.json does not speak of; the rest is `test_hf_config_against_model_args`
     "--swiglu": Wrong("--no-swiglu", "--no-swiglu: an MLP without SwiGLU"),
     "--disable-bias-linear": Wrong("--no-disable-bias-linear", "--no-disable-bias-linear: biases in linear layers"),
-    "--normalization": Wrong("--normalization LayerNorm", "--normalization LayerNorm: another norm"),
-    "--position-embedding-type": Wrong("--position-embedding-type mrope", "--position-embedding-type mrope: another"),
+    "--normalization": Wrong("--normalization LayerNorm", "--normalization LayerNorm: a norm other"),
+    "--position-embedding-type": Wrong(
+        "--position-embedding-type mrope", "--position-embedding-type mrope: a position"
+    ),
     "--group-query-attention": Wrong("--no-group-query-attention", "--no-group-query-attention: HF/config.json has"),
 }
 IN_CONFIG: dict[str, tuple[str, ...]] = {
@@ -328,7 +330,7 @@ def test_a_tokenizer_that_fits(run: Run) -> None:
 def test_a_tokenizer_of_another_model(run: Run) -> None:
     write_tokenizer(run.hf, largest_id=GLM4_TINY["vocab_size"])
     error = run.error()
-    assert error.startswith(f"--hf-checkpoint {run.hf}: tokenizer.json has token 128 ('<|end|>'), and the model's")
+    assert error.startswith(f"--hf-checkpoint {run.hf}: tokenizer.json has token 128 ('<|end|>'), but the model's")
 
 
 def test_a_tokenizer_without_a_chat_template(run: Run) -> None:
@@ -362,10 +364,10 @@ def test_a_damaged_tokenizer(run: Run, text: str) -> None:
     ("words", "says"),
     [
         ("--colocate", "--colocate: train_async.py generates while it trains, so engines and trainers need devices"),
-        ("--max-staleness 0", "--max-staleness 0: train_async.py trains on what the policy before has generated"),
-        ("--update-weight-pause in_place", "--update-weight-pause in_place: with train_async.py requests are in"),
-        ("--update-weight-pause retract", "--update-weight-pause retract: with train_async.py requests are in"),
-        ("--update-weight-pause abort --deterministic", "--update-weight-pause abort: beside --deterministic"),
+        ("--max-staleness 0", "--max-staleness 0: train_async.py trains on tokens of the previous policy"),
+        ("--update-weight-pause in_place", "--update-weight-pause in_place: train_async.py has requests in flight"),
+        ("--update-weight-pause retract", "--update-weight-pause retract: train_async.py has requests in flight"),
+        ("--update-weight-pause abort --deterministic", "--update-weight-pause abort: with --deterministic"),
     ],
 )
 def test_wrong_with_a_rollout_in_flight(run: Run, words: str, says: str) -> None:
@@ -395,7 +397,7 @@ def test_right_with_a_rollout_in_flight(run: Run, words: str) -> None:
 
 def test_routes_of_a_dense_model(run: Run) -> None:
     [error] = run.errors("--use-routing-replay", "--dry-run")
-    assert error == "--use-routing-replay: glm4 is a dense family: no router decides anything; leave it out"
+    assert error == "--use-routing-replay: glm4 is a dense family without MoE routers; leave it out"
 
 
 # --- responses in parts -----------------------------------------------------------------------------------------
@@ -405,7 +407,7 @@ PARTIAL = "--partial-rollout --over-sampling-batch-size 8"
 
 def test_unfinished_by_the_clock(run: Run) -> None:
     [error] = run.errors(*f"{PARTIAL} --deterministic --dry-run".split())
-    assert error.startswith("--partial-rollout: beside --deterministic")
+    assert error.startswith("--partial-rollout: with --deterministic")
     assert "add --partial-rollout-max-tokens" in error
 
 
@@ -414,13 +416,13 @@ def test_unfinished_by_the_clock(run: Run) -> None:
     [
         ("--partial-rollout-max-tokens 16", "--partial-rollout-max-tokens 16: no effect: it belongs to"),
         ("--mask-offpolicy-in-partial-rollout", "--mask-offpolicy-in-partial-rollout: no effect: it belongs to"),
-        ("--partial-rollout", "--partial-rollout: no effect: nothing is sampled beyond"),
+        ("--partial-rollout", "--partial-rollout: no effect: no additional prompts are"),
         (f"{PARTIAL} --partial-rollout-max-tokens 999999", "--partial-rollout-max-tokens 999999: no effect: --rollout"),
         (
             f"{PARTIAL} --rollout-function-path examples.hooks.rollouts.count_right",
             "--partial-rollout: no effect: --rollout-function-path",
         ),
-        ("--max-staleness 2", "--max-staleness 2: no effect: every token is of the weights"),
+        ("--max-staleness 2", "--max-staleness 2: no effect: every token is from the current"),
     ],
 )
 def test_in_vain_beside_partial_rollout(run: Run, words: str, says: str) -> None:
@@ -451,9 +453,9 @@ ON_SGLANG = "--bf16 --rollout-engine sglang --dry-run"
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (f"{ON_SGLANG} --sglang-attention-backend torch_native", "--sglang-attention-backend torch_native: beside"),
-        (f"{ON_SGLANG} --sglang-decode-attention-backend flashmla", "--sglang-decode-attention-backend flashmla: bes"),
-        (f"{ON_SGLANG} --sglang-speculative-algorithm EAGLE", "--sglang-speculative-algorithm EAGLE: beside"),
+        (f"{ON_SGLANG} --sglang-attention-backend torch_native", "--sglang-attention-backend torch_native: with"),
+        (f"{ON_SGLANG} --sglang-decode-attention-backend flashmla", "--sglang-decode-attention-backend flashmla: wit"),
+        (f"{ON_SGLANG} --sglang-speculative-algorithm EAGLE", "--sglang-speculative-algorithm EAGLE: with"),
     ],
 )
 def test_wrong_with_deterministic(run: Run, words: str, says: str) -> None:
@@ -465,8 +467,11 @@ def test_wrong_with_deterministic(run: Run, words: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--rm-type remote_rm --rm-url http://10.0.0.7:80/", "--deterministic: no promise for the judge behind"),
-        (ON_SGLANG, "--deterministic: bit for bit on a CPU alone"),
+        (
+            "--rm-type remote_rm --rm-url http://10.0.0.7:80/",
+            "--deterministic: slime cannot make the answers",
+        ),
+        (ON_SGLANG, "--deterministic: bit for bit on a CPU only"),
     ],
 )
 def test_what_deterministic_cannot_promise(run: Run, words: str, says: str) -> None:
@@ -501,16 +506,16 @@ def test_a_truncated_weight_file(run: Run) -> None:
     size = path.stat().st_size
     errors = run.errors()  # --ref-load names the same directory
     assert [error.split(" ")[0] for error in errors] == ["--hf-checkpoint", "--ref-load"]
-    expected = f"model.safetensors has {size} bytes, and by its header it should have {size + 1}; download or export"
+    expected = f"model.safetensors has {size} bytes, but its header implies {size + 1}; download or export"
     assert all(expected in error for error in errors)
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "model.safetensors is no safetensors file"),
-        (b"\xff" * 100, "model.safetensors is cut short: its header alone is"),
-        (b"\x02" + b"\0" * 7 + b"[]", "model.safetensors is no safetensors file"),
+        (b"", "model.safetensors is not a safetensors file"),
+        (b"\xff" * 100, "model.safetensors is truncated: its header alone has"),
+        (b"\x02" + b"\0" * 7 + b"[]", "model.safetensors is not a safetensors file"),
     ],
 )
 def test_no_weight_file(run: Run, content: bytes, says: str) -> None:
@@ -524,7 +529,7 @@ def test_a_missing_shard(run: Run) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (run.hf / "model.safetensors.index.json").write_text(json.dumps(index))
     error = run.errors()[0]
-    assert "model-00002-of-00002.safetensors is missing, and model.safetensors.index.json lists it" in error
+    assert "model-00002-of-00002.safetensors is missing, but model.safetensors.index.json lists it" in error
 
 
 @pytest.mark.parametrize("flag", ["--hf-checkpoint", "--ref-load", "--load"])
@@ -540,7 +545,7 @@ def test_pickled_weights_are_never_read(run: Run, flag: str) -> None:
     for words in ([], ["--dry-run"]):
         errors = run.errors(*words, flag, str(folder))
         assert [error for error in errors if says in error] == [
-            f"{flag} {folder}: {says}; convert it to safetensors, or download these"
+            f"{flag} {folder}: {says}; convert it to safetensors, or download safetensors"
         ]
     assert not marker.exists() and not Path("marker").exists()
     save_file({"a": torch.zeros(1)}, folder / "model.safetensors")

@@ -1,7 +1,7 @@
-"""Rules about the advantage estimator and the loss's form that goes with it.
+"""Rules for the advantage estimator and its form of the policy loss.
 
-Path: part of `rules`; `slime.algo.estimators` has the facts. Invariant: what passes here learns from every sample that
-it generates, by the formula that the flags name.
+- Used by: `rules.check`; `slime.algo.estimators` has the facts about each estimator.
+- Invariant: a run that passes learns from every sample that it generates, by the formula that the flags name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slime.config.vocabulary import vocabulary_text
 from slime.core.small_files import is_file
 
 WIDE_FOR_A_SEQUENCE = 0.05
-"""A clip range that hardly any response's mean ratio leaves: gspo's paper takes less than a hundredth of it."""
+"""A clip range that hardly any response's mean ratio leaves; gspo's paper uses less than a hundredth of it."""
 
 
 def group_size(case: Case) -> Iterable[Problem]:
@@ -27,32 +27,32 @@ def group_size(case: Case) -> Iterable[Problem]:
     trains = not args.debug_rollout_only and args.num_rollout != 0
     if trains and args.compares_group:
         rule = f"{args.advantage_estimator} compares the samples of one prompt, and there is only one"
-        remedy = "make it at least 2, or take --advantage-estimator reinforce_plus_plus"
+        remedy = "make it at least 2, or use --advantage-estimator reinforce_plus_plus"
         yield case.error("n_samples_per_prompt", rule, remedy, beside=["advantage_estimator"])
     if (args.dynamic_sampling_filter_path or "").endswith(".check_reward_nonzero_std"):
-        rule = "check_reward_nonzero_std would drop every group: one reward has no spread"
+        rule = "check_reward_nonzero_std would drop every group, because a single reward has no spread"
         remedy = "make it at least 2, or leave the filter out"
         yield case.error("n_samples_per_prompt", rule, remedy, beside=["dynamic_sampling_filter_path"])
 
 
 def surrogate(case: Case) -> Iterable[Problem]:
-    """Flags that the policy loss's other forms do not have, or take otherwise."""
+    """Check flags that gspo's and cispo's forms of the policy loss do not have or use differently."""
     args = case.args
     if not case.trains_policy:
         return
     form = ESTIMATOR_FACTS[args.advantage_estimator].surrogate
     if form == "cispo" and args.eps_clip_c is not None:
-        rule = "cispo clips a weight, and has no clipped objective that a dual clip could bound"
+        rule = "cispo clips a weight and has no clipped objective that a dual clip could bound"
         yield case.error("eps_clip_c", rule, "leave it out", beside=["advantage_estimator"])
     if form != "sequence":
         return
     assert args.num_steps_per_rollout is not None, "resolve fills it in"
     if args.num_steps_per_rollout > 1 and args.eps_clip >= WIDE_FOR_A_SEQUENCE:
-        rule = "gspo's ratio is a mean over the response, and hardly ever as far from 1: nothing would be clipped"
+        rule = "gspo's ratio is a mean over the response and hardly ever this far from 1: nothing would be clipped"
         remedy = "give --eps-clip 3e-4 --eps-clip-high 4e-4, as in its paper"
         yield case.warning("eps_clip", rule, remedy, beside=["advantage_estimator", "num_steps_per_rollout"])
     if args.calculate_per_token_loss:
-        rule = "gspo counts all responses alike, and so each by its length"
+        rule = "gspo weights all responses equally, but this flag weights each by its length"
         yield case.warning("calculate_per_token_loss", rule, "leave it out", beside=["advantage_estimator"])
 
 
@@ -65,16 +65,16 @@ def overlong(case: Case) -> Iterable[Problem]:
 
 
 def teacher(case: Case) -> Iterable[Problem]:
-    """Another model than the student, which spells its tokens alike."""
+    """Check that the teacher is another model than the student, with the same tokenizer."""
     args = case.args
     if not args.distills or args.debug_rollout_only or args.ref_load is None or args.hf_checkpoint is None:
         return
     student, taught_by = Path(args.hf_checkpoint), Path(args.ref_load)
     about = ("hf_checkpoint", "advantage_estimator")
     if os.path.realpath(student) == os.path.realpath(taught_by):
-        rule = "teacher and student are one model: every advantage would be 0"
+        rule = "teacher and student are the same model: every advantage would be 0"
         yield case.error("ref_load", rule, "name the teacher here, and the student by --hf-checkpoint", beside=about)
     files = [folder / "tokenizer.json" for folder in (student, taught_by)]
     if all(is_file(file) for file in files) and len({vocabulary_text(file) for file in files}) > 1:
-        rule = f"its tokenizer is another than that of --hf-checkpoint {student}: a token is not the same text to both"
-        yield case.error("ref_load", rule, "take a teacher with the student's tokenizer", beside=about)
+        rule = f"its tokenizer differs from that of --hf-checkpoint {student}: a token means another text to each model"
+        yield case.error("ref_load", rule, "use a teacher with the student's tokenizer", beside=about)

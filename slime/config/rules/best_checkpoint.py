@@ -1,6 +1,7 @@
-"""--keep-best-checkpoint: a metric that evaluation has, of checkpoints that are both saved and evaluated.
+"""The rule for --keep-best-checkpoint: evaluation reports the metric, for checkpoints that are saved and evaluated.
 
-Path: one of the rules. Invariant: what passes here fails later only where rewards are not what the metric is made of.
+- Used by: `rules.check`.
+- Invariant: a metric that passes is missing later only if the rewards do not have the form that it is computed from.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ def best_checkpoint(case: Case) -> Iterable[Problem]:
     args = case.args
     metric = args.keep_best_checkpoint
     if metric is None or args.save is None or args.num_rollout == 0 or args.debug_rollout_only:
-        return  # without effect, which another rule says
+        return  # no effect, which another rule reports
     if not case.evaluates or args.debug_train_only:
         about = ("eval_prompt_data", "eval_config", "debug_train_only")
         yield case.error(_FIELD, "nothing is evaluated", "add --eval-prompt-data or --eval-config", beside=about)
         return
     parts = _METRIC.fullmatch(metric)
     if parts is None:
-        yield case.error(_FIELD, "no metric of evaluation", "write it as eval/NAME/reward")
+        yield case.error(_FIELD, "is not an evaluation metric", "write it as eval/NAME/reward")
         return
     if args.eval_function_path is None:
         yield from _unknown(case, parts["name"], parts["what"])
@@ -40,7 +41,7 @@ def _unknown(case: Case, name: str, what: str) -> Iterable[Problem]:
     """Refuse a metric that the built-in evaluation does not report."""
     try:
         datasets = {dataset.name: dataset for dataset in eval_datasets(case.args)}
-    except ValueError:  # which `eval_files` says
+    except ValueError:  # `eval_files` reports it
         return
     about = ("eval_prompt_data", "eval_config", "n_samples_per_eval_prompt")
     if name not in datasets:
@@ -49,18 +50,22 @@ def _unknown(case: Case, name: str, what: str) -> Iterable[Problem]:
         return
     ranked = ["reward", "reward_judged", "format", *(f"pass@{k}" for k in datasets[name].pass_at_ks)]
     if what not in ranked:
-        rule = f"of {name} nothing is called {what!r} that is better the larger it is"
+        rule = f"{name} has no metric {what!r} of which a larger value is better"
         yield case.error(_FIELD, rule, f"name one of {', '.join(ranked)}", beside=about)
 
 
 def _one_alone(case: Case) -> Iterable[Problem]:
-    """The last rollout is always saved and evaluated; others only where both intervals meet."""
+    """Warn when only one checkpoint can be chosen.
+
+    The last rollout is always saved and evaluated, another one only if both intervals divide its number. With
+    --save-interval 4 and --eval-interval 6 that is every 12th rollout.
+    """
     args = case.args
     num_rollouts = planned_rollouts(args)
     intervals = (args.save_interval, args.eval_interval)
     meet = None if None in intervals else math.lcm(*(interval for interval in intervals if interval is not None))
     if meet is None or (num_rollouts is not None and meet >= num_rollouts):
         rule = "only the last checkpoint is both saved and evaluated"
-        remedy = "let --save-interval and --eval-interval meet before: give both, one a multiple of the other"
+        remedy = "give both --save-interval and --eval-interval, one as a multiple of the other"
         about = ("save_interval", "eval_interval", "num_rollout", "num_epoch")
         yield case.warning(_FIELD, rule, remedy, beside=about)

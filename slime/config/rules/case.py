@@ -1,6 +1,7 @@
-"""Case: what a rule looks at, and how it complains.
+"""`Case`: the input of every rule, with the methods by which rules report problems.
 
-Path: `parse` makes one, `rules` hands it to every rule. Invariant: rules read, they never change anything.
+- Used by: `parse`, which makes one, and `check`, which passes it to every rule.
+- Invariant: rules only read; they never change anything.
 """
 
 from __future__ import annotations
@@ -18,31 +19,31 @@ from slime.config.secrets import masked
 
 @dataclass(frozen=True)
 class Case:
-    """Resolved Args, and which of slime's own flags were given."""
+    """The resolved Args and the names of slime's own flags that were given."""
 
     args: Args
     given: frozenset[str]
 
     @property
     def real(self) -> bool:
-        """A run that starts processes; a --dry-run only plans."""
+        """Return whether the run starts processes; a --dry-run only plans."""
         return not self.args.dry_run
 
     @property
     def generates(self) -> bool:
-        """Whether training samples come from engines, by slime's own rollout function."""
+        """Return whether training samples come from engines through slime's own rollout function."""
         args = self.args
         own = args.rollout_function_path == "slime.rollout.collect.generate_rollout"
         return own and args.num_rollout != 0 and args.load_debug_rollout_data is None and not args.debug_train_only
 
     @property
     def has_own_data_source(self) -> bool:
-        """Whether prompts come from a class of the user's, which alone knows how many there are."""
+        """Return whether prompts come from the user's own class; only that class knows how many there are."""
         return self.args.data_source_path != HookOptions.data_source_path
 
     @property
     def evaluates(self) -> bool:
-        """Whether there is anything to evaluate on."""
+        """Return whether there is data to evaluate on."""
         return bool(self.args.eval_prompt_data or self.args.eval_config)
 
     @property
@@ -57,14 +58,17 @@ class Case:
         return Problem(severity=severity, where=where, value=shown, rule=rule, remedy=remedy, fields=fields)
 
     def error(self, field: str, rule: str, remedy: str, *, beside: Iterable[str] = ()) -> Problem:
-        """`beside`: other fields that it is about; where one of them could not be read, nothing is said."""
+        """Return an error about `field`.
+
+        `beside`: other fields that the rule reads. If one of them could not be parsed, the error is not reported.
+        """
         return self._problem("error", field, rule, remedy, beside)
 
     def warning(self, field: str, rule: str, remedy: str, *, beside: Iterable[str] = ()) -> Problem:
         return self._problem("warning", field, rule, remedy, beside)
 
     def missing(self, field: str, rule: str, remedy: str) -> Problem:
-        """Something that a real run needs and a plan does without."""
+        """Return a problem that is an error in a real run and a warning in a --dry-run."""
         return self._problem("error" if self.real else "warning", field, rule, remedy, ())
 
 

@@ -1,7 +1,7 @@
-"""The rules: what makes sense together. All are asked, and all problems come back at once.
+"""The list of all rules between flags. All run, and all problems are reported at once.
 
-Path: after `resolve`, before anything starts. Invariant: a rule is a small function over a Case; the table at the
-bottom is the whole list.
+- Used by: `parse`, after `resolve` and before anything starts.
+- Invariant: a rule is a small function over a Case, and the table at the bottom lists every rule.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ __all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
 
 
 def check(case: Case, rules: Sequence[Rule]) -> list[Problem]:
-    """Every problem that a rule finds, errors first."""
+    """Return all problems that the rules find, errors first."""
     problems = [problem for rule in rules for problem in rule(case)]
     return sorted(problems, key=lambda problem: problem.severity)
 
 
-# --- who sits where ---------------------------------------------------------------------------------------------
+# --- engines and debug modes ------------------------------------------------------------------------------------
 
 
 def sglang_data_parallel(case: Case) -> Iterable[Problem]:
@@ -73,10 +73,10 @@ def sglang_data_parallel(case: Case) -> Iterable[Problem]:
 def debug_modes(case: Case) -> Iterable[Problem]:
     args = case.args
     if args.debug_rollout_only and args.debug_train_only:
-        yield case.error("debug_rollout_only", "stands beside --debug-train-only", "leave one out")
+        yield case.error("debug_rollout_only", "cannot be combined with --debug-train-only", "leave one out")
     if args.debug_train_only and args.load_debug_rollout_data is None:
         remedy = "add --load-debug-rollout-data"
-        yield case.error("debug_train_only", "nothing to train on", remedy, beside=["load_debug_rollout_data"])
+        yield case.error("debug_train_only", "has nothing to train on", remedy, beside=["load_debug_rollout_data"])
 
 
 # --- batch arithmetic -------------------------------------------------------------------------------------------
@@ -85,14 +85,14 @@ def debug_modes(case: Case) -> Iterable[Problem]:
 def length(case: Case) -> Iterable[Problem]:
     args = case.args
     if args.num_rollout is None and args.num_epoch is None:
-        yield case.error("num_rollout", "not given", "say --num-rollout or --num-epoch", beside=["num_epoch"])
+        yield case.error("num_rollout", "not given", "give --num-rollout or --num-epoch", beside=["num_epoch"])
     elif args.num_rollout is not None and args.num_epoch is not None:
-        rule = f"stands beside --num-epoch {args.num_epoch}"
+        rule = f"cannot be combined with --num-epoch {args.num_epoch}"
         yield case.error("num_rollout", rule, "leave one out", beside=["num_epoch"])
     elif args.num_epoch is not None and args.prompt_data is None and not case.has_own_data_source:
-        yield case.error("num_epoch", "there are no prompts to count", "add --prompt-data, or say --num-rollout")
+        yield case.error("num_epoch", "there are no prompts to count", "add --prompt-data, or give --num-rollout")
     elif args.num_rollout == 0 and (args.debug_train_only or not case.evaluates):
-        remedy = "say how many rollouts, or add --eval-prompt-data or --eval-config, without --debug-train-only"
+        remedy = "raise it, or add --eval-prompt-data or --eval-config, without --debug-train-only"
         about = ("eval_prompt_data", "eval_config", "debug_train_only")
         yield case.error("num_rollout", "nothing to do: there is no rollout, and no evaluation", remedy, beside=about)
 
@@ -107,17 +107,17 @@ def steps(case: Case) -> Iterable[Problem]:
     about = ("num_steps_per_rollout", "global_batch_size", "rollout_batch_size", "n_samples_per_prompt")
     if num_steps * batch != samples:
         if both:
-            rule = f"at odds with --num-steps-per-rollout {num_steps}: a rollout has {described}"
+            rule = f"contradicts --num-steps-per-rollout {num_steps}: a rollout has {described}"
             yield case.error("global_batch_size", rule, "leave one of the two out", beside=about)
         elif "global_batch_size" in case.given:
             rule = f"does not divide the rollout's {described}"
             yield case.error("global_batch_size", rule, "choose a divisor", beside=about)
         else:
-            rule = f"{described} cannot be cut into that many equal steps"
+            rule = f"{described} cannot be split into that many equal steps"
             yield case.error("num_steps_per_rollout", rule, "choose a divisor", beside=about)
     elif batch < args.data_parallel_size:
         rule = f"a step of {batch} samples leaves some of {args.data_parallel_size} data-parallel ranks idle"
-        yield case.warning("global_batch_size", rule, "take fewer steps, or fewer ranks", beside=about)
+        yield case.warning("global_batch_size", rule, "use fewer steps or fewer ranks", beside=about)
 
 
 def over_sampling(case: Case) -> Iterable[Problem]:
@@ -131,7 +131,7 @@ def over_sampling(case: Case) -> Iterable[Problem]:
 def micro_batches(case: Case) -> Iterable[Problem]:
     if case.args.use_dynamic_batch_size and case.args.max_tokens_per_gpu is None:
         remedy = "add --max-tokens-per-gpu"
-        yield case.error("use_dynamic_batch_size", "has no budget", remedy, beside=["max_tokens_per_gpu"])
+        yield case.error("use_dynamic_batch_size", "has no token budget", remedy, beside=["max_tokens_per_gpu"])
 
 
 # --- sampling and algorithm -------------------------------------------------------------------------------------
@@ -142,18 +142,18 @@ def training_distribution(case: Case) -> Iterable[Problem]:
     if not case.trains_policy or not case.generates:
         return
     remedy = "leave it out (evaluation may use --eval-top-p and --eval-top-k)"
-    why = "training rollouts have to be sampled from the whole distribution, which is what the log-probs are of"
+    why = "training rollouts must be sampled from the whole distribution, because log-probs are computed from it"
     if args.rollout_top_p < 1:
         yield case.error("rollout_top_p", why, remedy)
     if args.rollout_top_k not in (-1, 0):
         yield case.error("rollout_top_k", why, remedy)
     if args.rollout_temperature == 0:
-        rule = "greedy: all samples of a prompt are equal, and nothing is learnt"
+        rule = "greedy sampling: all samples of a prompt are equal, and nothing is learned"
         yield case.warning("rollout_temperature", rule, "sample with a temperature above 0")
 
 
 def stops(case: Case) -> Iterable[Problem]:
-    """Stop texts and stop ids can occur in a response."""
+    """Check that stop texts and stop ids can occur in a response."""
     args = case.args
     if "" in args.rollout_stop:
         yield case.error("rollout_stop", "an empty text would end every response", "leave it out")
@@ -177,7 +177,7 @@ def context(case: Case) -> Iterable[Problem]:
     for field in ("rollout_max_response_len", "eval_max_response_len"):
         if longest is not None and field in case.given and vars(args)[field] >= longest:
             source = "the model's context" if limit is None else "--rollout-max-context-len"
-            rule = f"{source} is {longest}: a response is cut to what its prompt leaves of it"
+            rule = f"{source} is {longest}: a response gets only the tokens that its prompt leaves"
             yield case.warning(field, rule, "lower it", beside=["rollout_max_context_len"])
 
 
@@ -193,7 +193,7 @@ def losses(case: Case) -> Iterable[Problem]:
     if args.loss_type == "custom_loss" and args.custom_loss_function_path is None:
         yield case.error("loss_type", "has no function", "add --custom-loss-function-path")
     if args.loss_type == "sft_loss" and case.generates:
-        rule = "the policy's own responses are trained on, whatever their reward"
+        rule = "the policy is trained on its own responses, whatever their reward"
         remedy = "for the data's responses, set --rollout-function-path slime.rollout.sft_rollout.generate_rollout"
         yield case.warning("loss_type", rule, remedy, beside=["rollout_function_path"])
     if args.eps_clip_high is not None and args.eps_clip_high < args.eps_clip < 1:
@@ -210,7 +210,7 @@ def evaluation(case: Case) -> Iterable[Problem]:
 
 def saving(case: Case) -> Iterable[Problem]:
     if case.args.save_interval is not None and case.args.save is None and not case.args.debug_rollout_only:
-        yield case.error("save_interval", "nowhere to save", "add --save", beside=["save"])
+        yield case.error("save_interval", "there is no directory to save to", "add --save", beside=["save"])
 
 
 # --- model and parallel sizes -----------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def parallel_sizes(case: Case) -> Iterable[Problem]:
         if size % tensor:
             yield case.error("tensor_model_parallel_size", f"does not divide {size} {name}", "choose a divisor")
     if shape.num_query_groups % tensor and shape.num_attention_heads % tensor == 0:
-        rule = f"does not divide the {shape.num_query_groups} KV heads, which are not split further"
+        rule = f"does not divide the {shape.num_query_groups} KV heads, which cannot be split further"
         yield case.error("tensor_model_parallel_size", rule, "choose a divisor")
     if shape.num_attention_heads % shape.num_query_groups:
         rule = f"does not divide {shape.num_attention_heads} attention heads"
@@ -251,15 +251,15 @@ def precision(case: Case) -> Iterable[Problem]:
     if args.fp16:
         yield case.error("fp16", "RL's log-prob ratios need bf16 or fp32", "use --bf16")
     if args.attention_dropout > 0:
-        rule = "packed attention has no dropout, and it would part the trainer's log-probs from the engine's"
+        rule = "packed attention has no dropout, and the trainer's log-probs would differ from the engine's"
         yield case.error("attention_dropout", rule, "set it to 0")
     if args.hidden_dropout > 0:
-        rule = "dropout parts the trainer's log-probs from the engine's"
+        rule = "with dropout the trainer's log-probs differ from the engine's"
         yield case.warning("hidden_dropout", rule, "set it to 0")
 
 
 CONVERSION_RULES: tuple[Rule, ...] = (quantized, parallel_sizes, precision, megatron_decided, megatron_known)
-"""For tools that need the model's directory and the parallel sizes alone."""
+"""The rules for tools that need only the model's directory and the parallel sizes."""
 
 TRAINING_RULES: tuple[Rule, ...] = (
     engines,

@@ -1,6 +1,7 @@
-"""Rules between the critic's flags, and between them and the run.
+"""The rule for the critic's flags, among themselves and against the run's length.
 
-Path: one of the rules. Invariant: what passes here, training builds and loads.
+- Used by: `rules.check`.
+- Invariant: training can build and load a critic that passes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ def critic(case: Case) -> Iterable[Problem]:
         return
     rollouts = planned_rollouts(args)
     if rollouts is not None and args.num_critic_only_steps >= rollouts:
-        rule = f"all {rollouts} rollouts are the critic's: the policy never learns"
-        remedy = "lower it, unless a critic for --critic-load is what you want"
+        rule = f"only the critic learns in all {rollouts} rollouts: the policy never learns"
+        remedy = "lower it, unless you only want a critic for --critic-load"
         yield case.warning("num_critic_only_steps", rule, remedy, beside=["num_rollout", "num_epoch"])
     if args.critic_load is not None and not os.path.exists(args.critic_load):
         yield case.missing("critic_load", "there is no such directory", "name a checkpoint, or leave it out")
@@ -29,6 +30,6 @@ def critic(case: Case) -> Iterable[Problem]:
     assert args.num_steps_per_rollout is not None, "resolve fills it in"
     steps = args.lr_decay_iters or (None if rollouts is None else rollouts * args.num_steps_per_rollout)
     if steps is not None and args.critic_lr_warmup_iters >= steps:
-        rule = f"the warm-up has to end before the decay does, at optimizer step {steps}"
+        rule = f"the warm-up must end before the decay ends, at optimizer step {steps}"
         remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
         yield case.error("critic_lr_warmup_iters", rule, remedy, beside=["lr_decay_iters", "num_rollout", "num_epoch"])

@@ -1,7 +1,7 @@
-"""A check of every row of a data file, before anything starts.
+"""The check of every row of a data file, before anything starts.
 
-Path: the rules call `check_rows` in real runs; `rollout.prompts` refuses the same rows. Invariant: a row that passes
-here can be made into a Sample.
+- Used by: the rules, which call `check_rows` in real runs; `rollout.prompts` refuses the same rows.
+- Invariant: a row that passes here can be made into a Sample.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from slime.config.rules.problem import Problem
 
 MAX_REPORTED = 5
 MAX_EXACT = 2.0**53
-"""From here on floats skip integers; an integer beyond 64 bits is read as one of them."""
+"""The limit from which floats skip integers. An integer of more than 64 bits is read as a float."""
 
 RowCheck = Callable[[dict[str, Any]], tuple[str, str] | None]
-"""Rule and remedy for a row that is well-formed and cannot be used all the same; None where it can."""
+"""A function that returns rule and remedy for a well-formed row that still cannot be used, and None otherwise."""
 
 
 def row_error(row: Row | DataError, keys: DataKeys, *, chat_template: bool) -> DataError | None:
-    """Why this row cannot be used; None where it can."""
+    """Return why this row cannot be used, or None if it can."""
     if isinstance(row, DataError):
         return row
     fault = _fault(row.data, keys, chat_template)
@@ -32,7 +32,7 @@ def row_error(row: Row | DataError, keys: DataKeys, *, chat_template: bool) -> D
 
 
 def _fault(data: dict[str, Any], keys: DataKeys, chat_template: bool) -> tuple[str, str] | None:
-    """Rule and remedy."""
+    """Return rule and remedy for a row that cannot be used, or None."""
     for key, flag in ((keys.input_key, "--input-key"), (keys.label_key, "--label-key")):
         if key is not None and key not in data:
             return f"no key {key!r}; it has {', '.join(data) or 'none'}", f"correct the line, or {flag}"
@@ -40,7 +40,7 @@ def _fault(data: dict[str, Any], keys: DataKeys, chat_template: bool) -> tuple[s
     if keys.label_key is not None and not _is_text_or_number(label):
         return f"{keys.label_key!r} is {label!r}, not text or a number", "correct the line, or --label-key"
     if isinstance(label, float) and abs(label) >= MAX_EXACT:
-        return f"{keys.label_key!r} is {label!r}: a number of so many digits has lost some", "write it as text"
+        return f"{keys.label_key!r} is {label!r}: so long a number loses digits when it is read", "write it as text"
     for key, kind, named in ((keys.metadata_key, dict, "an object"), (keys.tool_key, list, "a list")):
         value = None if key is None else data.get(key)
         if value is not None and not isinstance(value, kind):
@@ -60,17 +60,17 @@ def _is_text_or_number(label: object) -> bool:
 
 
 def label_text(label: str | float) -> str:
-    """A label as reward functions see it. A number has no exponent: `0.00001`, where Python would say 1e-05."""
+    """Return a label as reward functions receive it. A number is written without exponent: 0.00001, not 1e-05."""
     return f"{Decimal(repr(label)):f}" if isinstance(label, float) else str(label)
 
 
 def check_rows(
     path: str, keys: DataKeys, *, chat_template: bool, needs: tuple[str, ...] = (), check: RowCheck | None = None
 ) -> list[Problem]:
-    """Errors with file and line (or row), the first five and a count; `path` may carry a slice.
+    """Return the first five errors with file and line (or row), and the number of further ones.
 
-    `needs`: keys that a row may lack, but not all of them: a key that was asked for by its flag. `check` is asked about
-    every row that is well-formed.
+    `path` may end in a slice. `needs`: keys that were given by a flag, so that at least one row must have each of
+    them. `check` is called with every well-formed row.
     """
     errors: list[DataError] = []
     missing = set(needs)
@@ -91,9 +91,9 @@ def check_rows(
     problems = [_problem(error) for error in errors]
     if wrong > MAX_REPORTED:
         more = f"{wrong - MAX_REPORTED} more of {total} rows cannot be used"
-        problems.append(_problem(DataError(path, more, "correct them too")))
+        problems.append(_problem(DataError(path, more, "correct them as well")))
     if not total:
-        problems.append(_problem(DataError(path, "holds no prompts", "give it some rows")))
+        problems.append(_problem(DataError(path, "has no rows", "add rows, or name another file or slice")))
     elif not errors:
         problems += [_problem(DataError(path, f"no row has {key!r}", "correct its flag")) for key in sorted(missing)]
     return problems

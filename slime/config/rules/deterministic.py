@@ -1,6 +1,7 @@
-"""--deterministic: what would make a result depend on the moment, or on other requests, beside it.
+"""The rule for --deterministic: no setting makes a result depend on timing or on other requests.
 
-Path: part of `rules`. Invariant: what passes here without a warning is, on a CPU, the same bits in every run.
+- Used by: `rules.check`.
+- Invariant: on a CPU, a run that passes without a warning produces the same bits every time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
 
 INVARIANT_ATTENTION = ("fa3", "fa4", "flashinfer", "triton", "ascend")
-"""SGLang's attention backends whose results do not depend on the batch."""
+"""The attention backends of SGLang whose results do not depend on the batch."""
 
 
 def deterministic(case: Case) -> Iterable[Problem]:
@@ -21,17 +22,17 @@ def deterministic(case: Case) -> Iterable[Problem]:
     if not args.deterministic:
         return
     if case.generates and args.custom_rm_path is None and args.rm_url is not None and may_ask_remote(args):
-        rule = f"no promise for the judge behind --rm-url {args.rm_url}: its answers and its failures are not slime's"
-        yield case.warning("deterministic", rule, "take a reward that is computed here", beside=["rm_url"])
+        rule = f"slime cannot make the answers and failures of the judge at --rm-url {args.rm_url} reproducible"
+        yield case.warning("deterministic", rule, "use a reward that is computed locally", beside=["rm_url"])
     if cuda_available() or args.rollout_engine == "sglang":
-        rule = "bit for bit on a CPU alone; on GPUs, engines and trainer are asked for their deterministic modes"
+        rule = "bit for bit on a CPU only; on GPUs, engines and trainer use their own deterministic modes"
         yield case.warning("deterministic", rule, "compare GPU runs within a tolerance")
     if args.rollout_engine != "embedded" and not args.rollout_external_engines:
         yield from _sglang(case)
 
 
 def _sglang(case: Case) -> Iterable[Problem]:
-    """Settings beside which SGLang's own deterministic mode cannot be had."""
+    """Refuse settings that SGLang's own deterministic mode does not support."""
     given = case.args.sglang
     for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
         if given.get(name) not in (None, *INVARIANT_ATTENTION):
@@ -39,14 +40,14 @@ def _sglang(case: Case) -> Iterable[Problem]:
                 severity="error",
                 where="--sglang-" + name.replace("_", "-"),
                 value=str(given[name]),
-                rule="beside --deterministic: its results depend on what else is in the batch",
-                remedy=f"leave it out, or take one of {', '.join(INVARIANT_ATTENTION)}",
+                rule="with --deterministic: its results depend on the other requests in the batch",
+                remedy=f"leave it out, or use one of {', '.join(INVARIANT_ATTENTION)}",
             )
     if given.get("speculative_algorithm") is not None:
         yield Problem(
             severity="error",
             where="--sglang-speculative-algorithm",
             value=str(given["speculative_algorithm"]),
-            rule="beside --deterministic: which guessed tokens are taken depends on what else is in the batch",
+            rule="with --deterministic: the draft tokens that are accepted depend on the other requests in the batch",
             remedy="leave one of the two out",
         )

@@ -1,6 +1,7 @@
-"""Mixtures of experts: how experts are shared by ranks, and which of Megatron's flags about them are taken.
+"""Rules for mixtures of experts: expert parallelism, load balancing, and Megatron's own flags for experts.
 
-Path: three of the rules. Invariant: what passes here, the trainer builds, and computes as the engines do.
+- Used by: `rules.check`.
+- Invariant: the trainer can build a model that passes, and computes the same function as the engines.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ PASSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "moe_router_dtype": (lambda value: value == "fp32", "routers compute in float32"),
     "moe_router_load_balancing_type": (
         lambda value: value in ("aux_loss", "none"),
-        "the balancing loss is aux_loss, over a micro-batch (--moe-aux-loss-coeff 0 switches it off)",
+        "the auxiliary loss is aux_loss, per micro-batch (--moe-aux-loss-coeff 0 switches it off)",
     ),
     "moe_grouped_gemm": (lambda value: True, ""),
     "moe_permute_fusion": (lambda value: not value, "it needs TransformerEngine"),
 }
-"""Of Megatron's other fields about experts: the values that may be given, and why no others."""
+"""The values that Megatron's other fields for experts may have, and the reason for refusing others."""
 
 
 def experts(case: Case) -> Iterable[Problem]:
-    """Ranks that share a model's experts."""
+    """Check how ranks share a model's experts."""
     args, shape = case.args, case.args.architecture
     if not args.num_experts or shape is None:
         if not args.num_experts:
@@ -54,18 +55,18 @@ def experts(case: Case) -> Iterable[Problem]:
         yield case.error(
             _EP,
             f"{rule}{args.actor_world_size} training GPUs",
-            f"change it, or {flag_name(_ETP)} (as many as --tensor-model-parallel-size where it is not given)",
+            f"change it, or {flag_name(_ETP)} (by default --tensor-model-parallel-size)",
             beside=[_ETP, "actor_num_nodes", "actor_num_gpus_per_node"],
         )
     if tensor > 1 and not args.sequence_parallel:
-        rule = "a mixture of experts at tensor parallelism sends each token from one rank alone"
+        rule = "a mixture of experts with tensor parallelism requires that each token is on one rank only"
         yield case.error("tensor_model_parallel_size", rule, "add --sequence-parallel", beside=["sequence_parallel"])
     if args.spec:
-        yield case.error("spec", "a mixture of experts has layers of its own", "leave it out")
+        yield case.error("spec", "a mixture of experts has its own layers", "leave it out")
 
 
 def balance(case: Case) -> Iterable[Problem]:
-    """Rules for the flags that keep experts equally busy."""
+    """Check the flags for load balancing of experts."""
     args, shape = case.args, case.args.architecture
     if shape is None:
         return
@@ -73,15 +74,15 @@ def balance(case: Case) -> Iterable[Problem]:
         if vars(args)[field] and not args.num_experts:
             yield case.warning(field, "no effect: the model has no experts (--num-experts)", "leave it out")
     if args.num_experts and args.moe_aux_loss_coeff:
-        rule = "it balances each micro-batch by itself, so training depends on how a step is cut into micro-batches"
-        yield case.warning("moe_aux_loss_coeff", rule, "nothing to do; nothing else depends on it")
+        rule = "it balances each micro-batch by itself, so training depends on how a step is split into micro-batches"
+        yield case.warning("moe_aux_loss_coeff", rule, "nothing to do; no other loss depends on the split")
     if args.num_experts and args.moe_router_bias_update_rate and not shape.router_bias:
-        rule = f"no effect: {shape.family}'s routers have no bias"
+        rule = f"no effect: the MoE routers of {shape.family} have no bias"
         yield case.warning("moe_router_bias_update_rate", rule, "leave it out")
 
 
 def experts_passed_on(case: Case) -> Iterable[Problem]:
-    """Megatron's other fields about experts."""
+    """Check the values of Megatron's other fields for experts."""
     if not case.args.num_experts:
         return
     for name, value in case.args.megatron_extra.items():

@@ -1,6 +1,7 @@
-"""Rules about files and user code: what a real run reads has to be there, and readable, before anything starts.
+"""Rules for files and user code: everything that a real run reads must exist and be readable before anything starts.
 
-Path: part of `rules`. Invariant: in a --dry-run a missing path is a warning, and no row of a data file is looked at.
+- Used by: `rules.check`.
+- Invariant: in a --dry-run, a missing path is a warning, and no row of a data file is read.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from slime.core.small_files import is_directory, is_file
 
 
 def prompt_file(case: Case) -> Iterable[Problem]:
-    """--prompt-data: given, there, and every row of it usable."""
+    """Check that --prompt-data is given and exists, and that every row can be used."""
     args = case.args
     if args.num_rollout == 0 or args.debug_train_only:
         return
     own_source = args.data_source_path == HookOptions().data_source_path
     if args.prompt_data is None:
         if own_source and args.load_debug_rollout_data is None:
-            yield case.missing("prompt_data", "not given; the prompts come from it", "name a jsonl or parquet file")
+            yield case.missing("prompt_data", "not given; prompts come from it", "name a jsonl or parquet file")
         return
     if own_source:
         keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
@@ -44,7 +45,7 @@ def prompt_file(case: Case) -> Iterable[Problem]:
 
 
 def _reward_check(case: Case, keys: DataKeys, rm_type: str | None) -> RowCheck:
-    """Whether the reward of a row can be computed, where its data set is judged by `rm_type`."""
+    """Return a check of whether the reward `rm_type` can judge a row."""
 
     def check(row: dict[str, Any]) -> tuple[str, str] | None:
         metadata = cast(dict[str, Any], row.get(keys.metadata_key) or {})
@@ -72,14 +73,14 @@ def _data_file(
     if not is_file(file):
         yield case.missing(field, f"there is no file {file}", "name a jsonl or parquet file")
     elif suffix not in SUFFIXES:
-        rule = f"{file}: {suffix or 'no suffix'} is no kind of data file"
+        rule = f"{file}: {suffix or 'no suffix'} is not a known type of data file"
         yield case.error(field, rule, f"name one in {', '.join(SUFFIXES)}")
     elif case.real:
         yield from check_rows(path, keys, chat_template=case.args.apply_chat_template, needs=needs, check=check)
 
 
 def eval_files(case: Case) -> Iterable[Problem]:
-    """The evaluation sets: well-formed, there, and usable row by row."""
+    """Check that the evaluation sets are well-formed and exist, and that every row can be used."""
     args = case.args
     field = "eval_prompt_data" if args.eval_config is None else "eval_config"
     if args.eval_config is not None and not is_file(args.eval_config):
@@ -99,7 +100,7 @@ def eval_files(case: Case) -> Iterable[Problem]:
 
 
 def _has_checkpoint(directory: str) -> bool:
-    """Whether it holds checkpoints, or is one; whether they are whole is seen when they are loaded."""
+    """Return whether the directory contains checkpoints or is one. Loading checks whether they are complete."""
     try:
         names = os.listdir(directory)
     except OSError:  # there is none yet
@@ -108,7 +109,10 @@ def _has_checkpoint(directory: str) -> bool:
 
 
 def weights(case: Case) -> Iterable[Problem]:
-    """The actor starts from --load, else --ref-load; a KL term and a teacher need --ref-load in any case."""
+    """Check that the actor has weights to start from, in --load or --ref-load.
+
+    A KL term and a teacher require --ref-load in any case.
+    """
     args = case.args
     if args.debug_rollout_only:
         return
@@ -117,9 +121,9 @@ def weights(case: Case) -> Iterable[Problem]:
     if args.ref_load is None:
         if needs_reference:
             whom = "teacher" if args.distills else "KL's reference model"
-            yield case.error("ref_load", f"not given; the {whom} comes from it", "name a checkpoint")
+            yield case.error("ref_load", f"not given; the {whom} is loaded from it", "name a checkpoint")
         elif not has_checkpoint:
-            where = "--load is not given" if args.load is None else f"{args.load} holds no checkpoint"
+            where = "--load is not given" if args.load is None else f"{args.load} contains no checkpoint"
             yield case.missing(
                 "ref_load", f"not given, and {where}: there are no weights to start from", "name a checkpoint"
             )
@@ -129,7 +133,7 @@ def weights(case: Case) -> Iterable[Problem]:
 
 
 def _many_saves(case: Case) -> bool:
-    """Whether more than one checkpoint is written."""
+    """Return whether the run writes more than one checkpoint."""
     args = case.args
     if args.save is None or args.save_interval is None or args.debug_rollout_only:
         return False
@@ -137,7 +141,7 @@ def _many_saves(case: Case) -> bool:
 
 
 def files_of_rollouts(case: Case) -> Iterable[Problem]:
-    """Paths with {rollout_id}: it can be filled in, and stands there where one file would replace another."""
+    """Check that paths can be formatted with {rollout_id}, and contain it if one file would replace another."""
     args = case.args
     for field in ("save_debug_rollout_data", "load_debug_rollout_data", "save_hf"):
         path: str | None = vars(args)[field]
@@ -145,20 +149,20 @@ def files_of_rollouts(case: Case) -> Iterable[Problem]:
             continue
         if not _fills_in(path):
             remedy = "correct what is in braces; {rollout_id:05d} has five digits, and {{ means {"
-            yield case.error(field, "{rollout_id} alone is filled in", remedy)
+            yield case.error(field, "only {rollout_id} can be filled in", remedy)
             continue
         one_file = path.format(rollout_id=0) == path.format(rollout_id=1)
         about = ("num_rollout", "num_epoch", "save", "save_interval")
         if one_file and field == "save_debug_rollout_data" and args.num_rollout not in (0, 1):
-            rule = "has no {rollout_id}: each rollout would replace the last one's file"
+            rule = "has no {rollout_id}: each rollout would replace the previous one's file"
             yield case.error(field, rule, "put {rollout_id} into it", beside=about)
         if one_file and field == "save_hf" and _many_saves(case):
-            rule = "has no {rollout_id}: each export replaces the last"
+            rule = "has no {rollout_id}: each export replaces the previous one"
             yield case.warning(field, rule, "put {rollout_id} into it to keep them all", beside=about)
 
 
 def _fills_in(path: str) -> bool:
-    """Whether every field in braces is {rollout_id}, plain or with a number of digits."""
+    """Return whether every field in braces is {rollout_id}, plain or with a number of digits."""
     try:
         parts = list(Formatter().parse(path))
     except ValueError:
@@ -171,7 +175,7 @@ def _fills_in(path: str) -> bool:
 
 
 def debug_data(case: Case) -> Iterable[Problem]:
-    """--load-debug-rollout-data names files that are there."""
+    """Check that --load-debug-rollout-data names an existing directory."""
     path = case.args.load_debug_rollout_data
     if path is not None and case.args.num_rollout != 0:
         start = path.split("{", 1)[0]
@@ -181,10 +185,10 @@ def debug_data(case: Case) -> Iterable[Problem]:
 
 
 def train_data(case: Case) -> Iterable[Problem]:
-    """--save-debug-train-data names a directory that holds nothing yet, and that can be written."""
+    """Check that --save-debug-train-data names an empty or new directory that can be written."""
     path = case.args.save_debug_train_data
     if path is None or case.args.debug_rollout_only or is_file(path):
-        return  # the last is another rule's error
+        return  # a file there is another rule's error
     folder = Path(path)
     try:
         used = is_directory(folder) and any(folder.iterdir())
@@ -192,17 +196,17 @@ def train_data(case: Case) -> Iterable[Problem]:
         yield case.missing("save_debug_train_data", f"cannot be read ({error.strerror})", "name another directory")
         return
     if used:
-        rule = "holds files already, and a dump is of one run"
+        rule = "already contains files, and a dump belongs to one run"
         yield case.error("save_debug_train_data", rule, "name a new directory, or empty this one")
         return
     there = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     if not is_directory(there) or not os.access(there, os.W_OK | os.X_OK):
-        rule = f"{there} is {'no directory' if not is_directory(there) else 'not yours to write'}"
+        rule = f"{there} is {'not a directory' if not is_directory(there) else 'not writable'}"
         yield case.missing("save_debug_train_data", rule, "name a directory that can be written")
 
 
 def hooks(case: Case) -> Iterable[Problem]:
-    """Every dotted path given can be imported, and called as its place calls it."""
+    """Check that every given dotted path can be imported and has the signature of its hook."""
     defaults = HookOptions()
     for name in HOOKS:
         path = hook_path(vars(case.args)[name])

@@ -1,7 +1,7 @@
-"""Import of a user's hook for the rules, within a time limit.
+"""The import of a user's hook, within a time limit.
 
-Path: `files.hooks` and `rewards.custom_reward` load hooks here. Invariant: a module that hangs while it is imported
-gives an error that names its flag.
+- Used by: `files.hooks` and `rewards.custom_reward`.
+- Invariant: a module that hangs during its import leads to an error that names its flag.
 """
 
 from __future__ import annotations
@@ -19,36 +19,39 @@ from slime.core.plugins import HOOKS, load_hook
 from slime.core.printable import printable
 
 IMPORT_LIMIT = 60.0
-"""Seconds: an import of torch and transformers from a cold disk takes half of it."""
+"""The time limit in seconds. An import of torch and transformers from a cold disk takes half of it."""
 _NOTICE = 10.0
-"""Seconds after which the console says what is waited for."""
+"""Seconds after which the console names the import that is still running."""
 
 
 class _TooSlow(BaseException):
-    """Not an Exception: the module that is imported must not catch it."""
+    """The import takes too long. It is no Exception, so that the imported module does not catch it."""
 
 
 def import_hook(name: str, path: str) -> Callable[..., Any]:
-    """`plugins.load_hook` within IMPORT_LIMIT.
+    """Call `plugins.load_hook` within IMPORT_LIMIT seconds.
 
     Raises:
-        HookError: as load_hook.
-        UsageError: the import has not ended.
+        HookError: the hook cannot be loaded (see load_hook).
+        UsageError: the import did not end in time.
     """
     flag = HOOKS[name].flag
     try:
         with _limit(f"{flag} {printable(path)}: still importing it"):
             return load_hook(name, path)
     except _TooSlow:
-        rule = f"importing it has not ended after {IMPORT_LIMIT:g} s"
-        remedy = "move what takes so long, or waits, from the module's top level into the function"
+        rule = f"its import has not finished after {IMPORT_LIMIT:g} s"
+        remedy = "move code that is slow or waits from the module's top level into the function"
         problem = Problem(severity="error", where=flag, value=path, rule=rule, remedy=remedy, fields=frozenset([name]))
         raise UsageError([problem]) from None
 
 
 @contextlib.contextmanager
 def _limit(notice: str) -> Generator[None]:
-    """Print `notice` after a while and raise _TooSlow at the limit. Only a main thread receives signals."""
+    """Print `notice` after a while and raise _TooSlow at the limit.
+
+    It does nothing outside the main thread, because only that thread receives signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,6 +1,7 @@
-"""Flags that say nothing beside the others: a warning each, so that nothing is ignored in silence.
+"""The rule that warns about every flag without effect, so that no flag is ignored silently.
 
-Path: one of the rules. Invariant: only what was given is warned about.
+- Used by: `rules.check`.
+- Invariant: there are warnings only about flags that were given.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ EMBEDDED_SETTINGS = frozenset(
         "watchdog_timeout",
     ]
 )
-"""SGLang's settings that the embedded engine has, too."""
+"""The settings of SGLang that the embedded engine also supports."""
 
 
 def _collects(args: Args) -> bool:
-    """Rollouts by slime's own function, which leaves no request behind."""
+    """Return whether slime's own function generates rollouts; it leaves no request in flight."""
     return args.rollout_function_path == HookOptions.rollout_function_path
 
 
@@ -65,7 +66,7 @@ TABLE: tuple[NoEffect, ...] = (
     NoEffect(
         ("use_routing_replay",),
         lambda a: a.use_routing_replay and a.loss_type == "sft_loss",
-        "--loss-type sft_loss trains on texts that no engine has made",
+        "--loss-type sft_loss trains on texts that no engine generated",
     ),
     NoEffect(
         ("lr",),
@@ -74,7 +75,7 @@ TABLE: tuple[NoEffect, ...] = (
         "raise it",
     ),
     NoEffect(_CRITIC, lambda a: not a.uses_critic, "there is no critic; it belongs to --advantage-estimator ppo"),
-    NoEffect(("weight_decay",), lambda a: a.lr == 0 and a.weight_decay > 0, "it is multiplied by --lr 0"),
+    NoEffect(("weight_decay",), lambda a: a.lr == 0 and a.weight_decay > 0, "it is multiplied by --lr, which is 0"),
     NoEffect(
         ("weight_decay",),
         lambda a: a.weight_decay_incr_style != "constant",
@@ -90,12 +91,12 @@ TABLE: tuple[NoEffect, ...] = (
         ("override_opt_param_scheduler",),
         lambda a: not a.override_opt_param_scheduler,
         "a resumed run follows the flags' schedule or the checkpoint's",
-        "say --use-checkpoint-opt-param-scheduler for the checkpoint's",
+        "give --use-checkpoint-opt-param-scheduler for the checkpoint's",
     ),
     NoEffect(
         ("balance_data",),
         lambda a: a.balance_data and a.data_parallel_size == 1,
-        "there is one data-parallel rank, to which everything goes",
+        "there is only one data-parallel rank",
     ),
     NoEffect(
         ("rollout_shuffle",),
@@ -105,7 +106,7 @@ TABLE: tuple[NoEffect, ...] = (
     NoEffect(
         ("over_sampling_batch_size",),
         lambda a: a.over_sampling_batch_size == a.rollout_batch_size,
-        "it equals --rollout-batch-size, so nothing is sampled beyond what is needed",
+        "it equals --rollout-batch-size, so no additional prompts are sampled",
         "raise it, or leave it out",
     ),
     NoEffect(
@@ -118,7 +119,7 @@ TABLE: tuple[NoEffect, ...] = (
         ("rm_url", "rm_concurrency"),
         lambda a: a.custom_rm_path is None and not may_ask_remote(a),
         "it belongs to --rm-type remote_rm",
-        "leave it out, unless a data line's metadata.rm_type asks for remote_rm",
+        "leave it out, unless the metadata.rm_type of a data row is remote_rm",
     ),
     NoEffect(
         ("group_rm",),
@@ -135,18 +136,18 @@ TABLE: tuple[NoEffect, ...] = (
     NoEffect(
         ("gpu_memory",),
         lambda a: not (for_gpus(a) or joins_ray()),
-        "there is no CUDA here, and a run on a CPU has no GPU to fit in",
+        "this machine has no CUDA, and a run on a CPU needs no GPU memory",
         "leave it out; with --dry-run it plans for GPUs",
     ),
     NoEffect(
         ("memory_check",),
         lambda a: not a.memory_check and gpu_memory(a) is None,
-        "no GPU's memory is known that could be too little",
+        "the memory of the GPUs is unknown, so nothing is checked",
     ),
     NoEffect(
         ("use_distributed_optimizer",),
         lambda a: a.use_distributed_optimizer is True and optimizer_ranks(a) < 2,
-        "no two ranks have the same weights, so there is nothing to share",
+        "no two ranks hold the same weights, so there is nothing to shard",
     ),
     NoEffect(
         ("rollout_num_gpus", "rollout_external_engines", "sglang_router_ip", "sglang_router_port"),
@@ -156,7 +157,7 @@ TABLE: tuple[NoEffect, ...] = (
     NoEffect(
         ("rollout_engine", "rollout_num_gpus_per_engine"),
         lambda a: bool(a.rollout_external_engines),
-        "--rollout-external-engines run already, and are what they are",
+        "--rollout-external-engines already run with their own settings",
     ),
     NoEffect(
         ("update_weight_transport", "update_weight_buffer_size", "update_weight_pause"),
@@ -166,13 +167,13 @@ TABLE: tuple[NoEffect, ...] = (
     NoEffect(
         ("update_weight_pause",),
         lambda a: not a.rollouts_ahead and a.num_engines > 0 and not a.debug_rollout_only and _collects(a),
-        "with train.py nothing is in flight while weights change",
+        "train.py has no request in flight while weights change",
         "leave it out, or start train_async.py",
     ),
     NoEffect(
         ("update_weight_disk_dir",),
         lambda a: not needs_weight_directory(a),
-        "no weights stand in files",
+        "no weights are written to files",
         "add --update-weight-transport disk",
     ),
     NoEffect(
@@ -207,14 +208,16 @@ TABLE: tuple[NoEffect, ...] = (
     NoEffect(
         ("save_interval", "save_hf", "keep_last_checkpoints", "keep_best_checkpoint", "save_debug_train_data"),
         lambda a: a.debug_rollout_only,
-        "--debug-rollout-only trains nothing, and saves no checkpoint",
+        "--debug-rollout-only trains nothing and saves no checkpoint",
     ),
     NoEffect(
         ("keep_best_checkpoint",),
         lambda a: a.num_rollout == 0 and a.save is not None and not a.debug_rollout_only,
         "--num-rollout 0 saves no checkpoint",
     ),
-    NoEffect(("num_gpus_per_node",), lambda a: True, "Ray knows what each node has, and places by that"),
+    NoEffect(
+        ("num_gpus_per_node",), lambda a: True, "placement uses the number of GPUs that Ray reports for each node"
+    ),
     NoEffect(
         (
             "decoder_last_pipeline_num_layers",
@@ -250,8 +253,8 @@ TABLE: tuple[NoEffect, ...] = (
     NoEffect(
         ("check_for_nan_in_loss_and_grad",),
         lambda a: not a.check_for_nan_in_loss_and_grad,
-        "what is not finite never changes a weight",
-        "to go on without such steps, say --bad-step-action skip",
+        "a step that is not finite never changes a weight",
+        "to continue without such steps, give --bad-step-action skip",
     ),
     NoEffect(("sgd_momentum",), lambda a: a.optimizer != "sgd", "it belongs to --optimizer sgd"),
     NoEffect(("adam_beta1", "adam_beta2", "adam_eps"), lambda a: a.optimizer != "adam", "it belongs to adam"),
@@ -262,7 +265,7 @@ TABLE: tuple[NoEffect, ...] = (
         "add --use-wandb",
     ),
     NoEffect(("tensorboard_dir",), lambda a: not a.use_tensorboard, "it belongs to --use-tensorboard", "add it"),
-    NoEffect(("seq_length",), lambda a: True, "samples are packed at their own length"),
+    NoEffect(("seq_length",), lambda a: True, "samples are packed with their own lengths"),
     NoEffect(("attention_backend",), lambda a: True, "attention is PyTorch's varlen"),
     NoEffect(("no_rope_fusion",), lambda a: not a.no_rope_fusion, "RoPE is never fused"),
     NoEffect(
@@ -276,14 +279,14 @@ TABLE: tuple[NoEffect, ...] = (
         lambda a: (
             a.rollout_engine == "embedded" and a.rollout_num_gpus_per_engine > 1 and not a.rollout_external_engines
         ),
-        "there is no CUDA here: an engine is one embedded process, whatever this says",
-        "nothing to do; where CUDA is, it is SGLang's tensor parallel size",
+        "this machine has no CUDA, and an embedded engine is always one process",
+        "nothing to do; with CUDA it is SGLang's tensor-parallel size",
     ),
 )
 
 
 def no_effect(case: Case) -> Iterable[Problem]:
-    """A warning for each flag given in vain."""
+    """Warn about each given flag that has no effect."""
     for row in TABLE:
         if row.when(case.args):
             for field in row.fields:
@@ -292,18 +295,18 @@ def no_effect(case: Case) -> Iterable[Problem]:
     sglang_only = [name for name in case.args.sglang if name not in EMBEDDED_SETTINGS]
     if case.args.rollout_external_engines:
         sglang_only = [name for name in case.args.sglang if name != "api_key"]
-        yield from _passed_on_to_nobody("sglang", sglang_only, "--rollout-external-engines run already")
+        yield from _passed_on_to_nobody("sglang", sglang_only, "--rollout-external-engines already run")
     elif case.args.rollout_engine == "embedded" and sglang_only:
         names = " ".join("--sglang-" + name.replace("_", "-") for name in sglang_only)
         yield Problem(
             severity="warning",
             where=names,
-            rule="no effect: engines are embedded ones here (no CUDA, or --rollout-engine embedded)",
-            remedy="nothing to do; SGLang gets them where it serves",
+            rule="no effect: this run uses embedded engines (no CUDA, or --rollout-engine embedded)",
+            remedy="nothing to do; runs with SGLang pass them on",
         )
     if case.args.sglang_router_ip is not None:
         unused = [name for name in case.args.router if name not in ("api_key", "control_plane_api_keys")]
-        yield from _passed_on_to_nobody("router", unused, "the router runs already")
+        yield from _passed_on_to_nobody("router", unused, "the router already runs")
     if "cp_comm_type" in case.args.megatron_extra:
         yield Problem(
             severity="warning",

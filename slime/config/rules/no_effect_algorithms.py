@@ -1,6 +1,7 @@
-"""Flags of advantages and losses that say nothing beside the others.
+"""The rows of the no-effect table for flags of advantages and losses.
 
-Path: rows of `no_effect`'s table. Invariant: as there.
+- Used by: `no_effect`, as a part of its table.
+- Invariant: there are warnings only about flags that were given.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ALGORITHMS: tuple[NoEffect, ...] = (
         "the loss has a KL term only with --use-kl-loss",
         "add --use-kl-loss",
     ),
-    NoEffect(_POLICY, lambda a: a.loss_type == "sft_loss", "--loss-type sft_loss has neither ratio nor reference"),
+    NoEffect(_POLICY, lambda a: a.loss_type == "sft_loss", "--loss-type sft_loss uses no advantages, ratio or KL"),
     NoEffect(
         ("gamma",),
         lambda a: not ESTIMATOR_FACTS[a.advantage_estimator].discounts,
@@ -45,7 +46,7 @@ ALGORITHMS: tuple[NoEffect, ...] = (
     NoEffect(
         ("lambd",),
         lambda a: not ESTIMATOR_FACTS[a.advantage_estimator].needs_values,
-        "it is GAE's, which needs a critic",
+        "it belongs to GAE, which needs a critic",
     ),
     NoEffect(
         ("disable_grpo_std_normalization",),
@@ -70,34 +71,35 @@ ALGORITHMS: tuple[NoEffect, ...] = (
     NoEffect(
         ("advantage_estimator",),
         lambda a: a.loss_type == "custom_loss" and ESTIMATOR_FACTS[a.advantage_estimator].surrogate != "token",
-        "of this estimator your own loss leaves the advantages only, which are grpo's",
-        "say --advantage-estimator grpo",
+        "with your own loss, only this estimator's advantages are used, and they equal grpo's",
+        "give --advantage-estimator grpo",
     ),
     NoEffect(
         _TIS,
         lambda a: a.offpolicy_correction == "none" and not a.use_tis,
-        "with --offpolicy-correction none no token is weighed",
+        "--offpolicy-correction none weights no token",
     ),
     NoEffect(
         _WEIGHTS,
         lambda a: a.offpolicy_correction != "none" and not a.use_tis and not may_be_offpolicy(a),
-        "every token is of the weights that are trained; it belongs to --partial-rollout, train_async.py or --use-tis",
+        "every token is from the current policy and needs no importance weight; it belongs to --partial-rollout, "
+        "train_async.py or --use-tis",
     ),
     NoEffect(
         _WEIGHTS,
         lambda a: a.offpolicy_correction != "none" and not a.use_tis and a.mask_offpolicy_in_partial_rollout,
-        "--mask-offpolicy-in-partial-rollout leaves no token to weigh",
+        "--mask-offpolicy-in-partial-rollout leaves no token to weight",
     ),
     NoEffect(
         ("custom_loss_function_path",),
         lambda a: a.loss_type != "custom_loss",
-        "it is called with --loss-type custom_loss",
+        "it is called only with --loss-type custom_loss",
         "add --loss-type custom_loss",
     ),
     NoEffect(
         ("overlong_penalty_factor",),
         lambda a: a.overlong_buffer_len is None,
-        "no response is punished for its length",
+        "no response is penalized for its length",
         "add --overlong-buffer-len",
     ),
     NoEffect(

@@ -1,6 +1,7 @@
-"""A row of the tables of `no_effect`.
+"""The type of a row in the tables of `no_effect` and `no_effect_algorithms`.
 
-Path: `no_effect` and `no_effect_algorithms` are made of them. Invariant: a row is about flags that were given.
+- Used by: these two modules.
+- Invariant: a row leads to warnings only about flags that were given.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from slime.config.args import Args
 
 @dataclass(frozen=True)
 class NoEffect:
-    """`fields` do nothing while `when` holds; `why` completes "no effect: ..."."""
+    """`fields` have no effect if `when` returns True; `why` completes the text "no effect: ..."."""
 
     fields: tuple[str, ...]
     when: Callable[[Args], bool]

@@ -1,6 +1,7 @@
-"""Features that this version does not have yet: their flags parse and plan, and stop a real run.
+"""The rule for features that this version does not have: their flags parse and plan, but stop a real run.
 
-Path: one of the rules. Invariant: a value that switches a feature off passes.
+- Used by: `rules.check`.
+- Invariant: a value that switches a feature off passes.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ def other_than(*built: Any) -> Callable[[Any], bool]:
 
 
 NOT_BUILT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "normalization": (other_than("RMSNorm"), "another norm than RMSNorm"),
-    "position_embedding_type": (other_than("rope"), "another position embedding than rope"),
-    "use_rotary_position_embeddings": (off, "another position embedding than rope"),
+    "normalization": (other_than("RMSNorm"), "a norm other than RMSNorm"),
+    "position_embedding_type": (other_than("rope"), "a position embedding other than rope"),
+    "use_rotary_position_embeddings": (off, "a position embedding other than rope"),
     "swiglu": (off, "an MLP without SwiGLU"),
     "disable_bias_linear": (off, "biases in linear layers"),
 }
-"""Field -> when it asks for something that is not there, and what that is."""
+"""For each field, a function that returns whether a value requires a missing feature, and the feature's name."""
 
 NOT_BUILT_MEGATRON: Mapping[str, str] = {
     "fp8": "it needs TransformerEngine",
@@ -36,16 +37,16 @@ NOT_BUILT_MEGATRON: Mapping[str, str] = {
     "multi_latent_attention": "multi-latent attention",
     "cpu_offloading": "it needs TransformerEngine",
     "use_megatron_fsdp": "Megatron's FSDP; --use-distributed-optimizer shards the optimizer",
-    "overlap_param_gather": "weights are read as soon as a step is done, and outside of the layers that would wait",
+    "overlap_param_gather": "weights are read right after a step, outside the layers that would wait for the gather",
     "reduce_scatter_with_fp32_accumulation": "gradients are always reduced in fp32",
     "use_precision_aware_optimizer": "it needs TransformerEngine's Adam",
-    "num_microbatches_with_partial_activation_checkpoints": "every micro-batch is recomputed alike",
+    "num_microbatches_with_partial_activation_checkpoints": "all micro-batches are recomputed in the same way",
 }
-"""The same among Megatron's own fields, and why; all are off by default."""
+"""Fields of Megatron's own for missing features, and the reason; all are off by default."""
 
 
 def not_built(case: Case) -> Iterable[Problem]:
-    """Errors in a real run only."""
+    """Refuse missing features in a real run."""
     if not case.real:
         return
     for field, (asks, feature) in NOT_BUILT.items():

@@ -1,6 +1,7 @@
-"""Rules between the optimizer's flags and those of its schedules.
+"""Rules for the optimizer and its schedules.
 
-Path: some of the rules. Invariant: what passes here, Megatron builds.
+- Used by: `rules.check`.
+- Invariant: Megatron can build an optimizer and schedules that pass.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
 
 LENGTH = ("lr_decay_iters", "num_rollout", "num_epoch", "num_steps_per_rollout", "global_batch_size")
-"""Fields that the schedule's length is of."""
+"""The fields that determine the schedule's length."""
 
 
 def optimizer(case: Case) -> Iterable[Problem]:
     if case.args.use_distributed_optimizer and case.args.optimizer != "adam":
-        rule = f"Megatron shards adam alone, not --optimizer {case.args.optimizer}"
+        rule = f"Megatron can only shard adam, not --optimizer {case.args.optimizer}"
         yield case.error("use_distributed_optimizer", rule, "leave one of the two out", beside=["optimizer"])
 
 
@@ -30,29 +31,29 @@ def cpu_offload(case: Case) -> Iterable[Problem]:
         yield Problem(
             severity="warning",
             where=" ".join("--" + name.replace("_", "-") for name in passed),
-            rule="no effect: it is about Megatron's own offload; slime's moves all of the optimizer's state",
-            remedy="leave it out, and say --optimizer-cpu-offload",
+            rule="no effect: it belongs to Megatron's own offload; slime's offload moves the whole optimizer state",
+            remedy="leave it out, and give --optimizer-cpu-offload",
         )
     if not args.optimizer_cpu_offload:
         return
     if args.optimizer != "adam":
-        rule = f"it is adam's state that stands in host memory, not --optimizer {args.optimizer}'s"
+        rule = f"only adam's state can be kept in host memory, not --optimizer {args.optimizer}'s"
         yield case.error("optimizer_cpu_offload", rule, "leave one of the two out", beside=["optimizer"])
     elif args.megatron_extra.get("decoupled_weight_decay") is False:
-        rule = "it takes AdamW, whose weight decay is decoupled, not --no-decoupled-weight-decay"
+        rule = "it requires AdamW, whose weight decay is decoupled, not --no-decoupled-weight-decay"
         yield case.error("optimizer_cpu_offload", rule, "leave one of the two out")
     elif case.real and not cuda_available():
-        rule = "no effect: there is no CUDA here, and no other memory than the host's"
+        rule = "no effect: this machine has no CUDA, so everything is in host memory"
         yield case.warning("optimizer_cpu_offload", rule, "leave it out")
 
 
 def _takes_steps(case: Case) -> bool:
-    """A run that takes no step needs no schedule."""
+    """Return whether the run takes optimizer steps; without them it needs no schedule."""
     return case.args.num_rollout != 0 and not case.args.debug_rollout_only
 
 
 def _decay_steps(case: Case) -> int | None:
-    """Optimizer step at which the decay ends; None where it cannot be told yet."""
+    """Return the optimizer step at which the decay ends, or None if it is not known yet."""
     args = case.args
     if args.lr_decay_iters is not None:
         return args.lr_decay_iters
@@ -72,11 +73,11 @@ def decay(case: Case) -> Iterable[Problem]:
         return
     if args.lr_wsd_decay_iters is None:
         remedy = "add --lr-wsd-decay-iters"
-        yield case.error("lr_decay_style", "has no length of its decay", remedy, beside=["lr_wsd_decay_iters"])
+        yield case.error("lr_decay_style", "WSD needs a decay length", remedy, beside=["lr_wsd_decay_iters"])
         return
     steps = _decay_steps(case)
     if steps is not None and args.lr_wsd_decay_iters > steps - _warm_up_steps(case, steps):
-        rule = f"the decay that ends at optimizer step {steps} would begin within the warm-up, or before the run"
+        rule = f"the decay that ends at optimizer step {steps} would begin during the warm-up or before the run"
         remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
         about = (*LENGTH, "lr_warmup_iters", "lr_warmup_fraction")
         yield case.error("lr_wsd_decay_iters", rule, remedy, beside=about)
@@ -92,7 +93,7 @@ def warm_up(case: Case) -> Iterable[Problem]:
     if not _takes_steps(case):
         return
     if args.lr_warmup_fraction is not None and args.lr_warmup_iters > 0:
-        rule = f"stands beside --lr-warmup-iters {args.lr_warmup_iters}"
+        rule = f"cannot be combined with --lr-warmup-iters {args.lr_warmup_iters}"
         yield case.error("lr_warmup_fraction", rule, "leave one of the two out", beside=["lr_warmup_iters"])
         return
     if args.lr_warmup_init > args.lr:
@@ -102,7 +103,7 @@ def warm_up(case: Case) -> Iterable[Problem]:
         return
     steps = _decay_steps(case)
     if steps is not None and args.lr_warmup_iters >= max(steps, 1):
-        rule = f"the warm-up has to end before the decay does, at optimizer step {steps}"
+        rule = f"the warm-up must end before the decay ends, at optimizer step {steps}"
         remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
         yield case.error("lr_warmup_iters", rule, remedy, beside=LENGTH)
 
@@ -114,13 +115,13 @@ def weight_decay(case: Case) -> Iterable[Problem]:
     if args.weight_decay_incr_style == "constant":
         for field in (field for field, value in ends.items() if value is not None):
             rule = "--weight-decay-incr-style constant keeps --weight-decay"
-            remedy = "leave it out, or say --weight-decay-incr-style linear or cosine"
+            remedy = "leave it out, or give --weight-decay-incr-style linear or cosine"
             yield case.error(field, rule, remedy, beside=about)
     elif args.start_weight_decay is None or args.end_weight_decay is None:
         remedy = "give --start-weight-decay and --end-weight-decay"
-        yield case.error("weight_decay_incr_style", "says neither from where nor to where", remedy, beside=about)
+        yield case.error("weight_decay_incr_style", "needs a first and a last value", remedy, beside=about)
     elif args.start_weight_decay > args.end_weight_decay:
-        rule = f"greater than --end-weight-decay {args.end_weight_decay:g}: Megatron's weight decay only grows"
+        rule = f"greater than --end-weight-decay {args.end_weight_decay:g}: Megatron's weight decay can only grow"
         yield case.error("start_weight_decay", rule, "make it the smaller one", beside=about)
 
 
@@ -130,6 +131,6 @@ def resumed_schedule(case: Case) -> Iterable[Problem]:
     ):
         yield case.error(
             "use_checkpoint_opt_param_scheduler",
-            "stands beside --override-opt-param-scheduler",
+            "cannot be combined with --override-opt-param-scheduler",
             "leave one of the two out",
         )

@@ -1,7 +1,8 @@
-"""HF directories next to --hf-checkpoint: their weights are computed with as the run's own model.
+"""The rule for HF directories other than --hf-checkpoint, whose weights are loaded into the run's own model.
 
-Path: one of the rules. Invariant: a config.json that describes another computation is named, before its weights are
-loaded into this one's layers.
+- Used by: `rules.check`.
+- Invariant: a config.json that describes another computation is reported before its weights are loaded into the
+  layers of this model.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from slime.core.architecture import Architecture
 from slime.core.small_files import is_file
 
 MAY_DIFFER = ("max_position_embeddings", "untie_embeddings_and_output_weights")
-"""A limit, and whether two tables have the same values, which loading compares."""
+"""Fields that may differ: a limit on the length, and whether two tables are tied, which loading compares."""
 
 
 def other_models(case: Case) -> Iterable[Problem]:
-    """--ref-load, --load and --critic-load hold weights of the model that is trained, not just of its sizes."""
+    """Check that --ref-load, --load and --critic-load contain the trained model, not another one of equal sizes."""
     model = case.args.architecture
     for field in ("ref_load", "load", "critic_load"):
         path: str | None = vars(case.args)[field]
@@ -39,12 +40,12 @@ def other_models(case: Case) -> Iterable[Problem]:
             yield case.missing(field, str(error), "use a model of a family that is built")
         else:
             if found:
-                rule = f"its config.json has {', '.join(found)}: its weights would be computed with as another model's"
+                rule = f"its config.json has {', '.join(found)}: its weights would run in another model's computation"
                 yield case.missing(field, rule, "name weights of the same model, or correct that config.json")
 
 
 def _differences(case: Case, theirs: Architecture, model: Architecture) -> list[str]:
-    """Differences between the two, as flags, except those that --override-hf-config makes on purpose."""
+    """Return the differences between the two as flags, except those that --override-hf-config intends."""
     if theirs.family != model.family:
         return [f"model_type {theirs.family}, and the model is {model.family}"]
     skipped = {*MAY_DIFFER, *(name.lstrip("-").replace("-", "_") for name in case.args.override_hf_config)}

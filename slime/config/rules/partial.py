@@ -1,7 +1,8 @@
-"""Rules about responses that are made in several rollouts.
+"""The rule for partial rollouts, in which a response is generated over several rollouts.
 
-Path: part of `rules`. Invariant: what passes here leaves groups unfinished, and with --deterministic by a count of
-tokens, never by the clock.
+- Used by: `rules.check`.
+- Invariant: in a run that passes, groups can be left unfinished; with --deterministic a token count decides which,
+  never the clock.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ def partial_rollout(case: Case) -> Iterable[Problem]:
             why = "it belongs to --partial-rollout"
             yield _vain(case, "mask_offpolicy_in_partial_rollout", why, "add --partial-rollout")
     elif args.rollout_function_path != HookOptions.rollout_function_path:
-        why = "--rollout-function-path stands in for the function that leaves responses unfinished"
+        why = "--rollout-function-path replaces the function that leaves responses unfinished"
         yield _vain(case, "partial_rollout", why, "leave it out, unless your function reads args.partial_rollout")
     elif args.deterministic and most is None:
-        rule = "beside --deterministic: how far a response has come when it is aborted depends on the clock"
+        rule = "with --deterministic: the length of a response when it is aborted depends on the clock"
         remedy = "add --partial-rollout-max-tokens, after which a response is set aside"
         about = ("deterministic", "partial_rollout_max_tokens")
         yield case.error("partial_rollout", rule, remedy, beside=about)
     elif most is not None and most >= args.rollout_max_response_len:
-        why = f"--rollout-max-response-len {args.rollout_max_response_len} ends a response before"
+        why = f"--rollout-max-response-len {args.rollout_max_response_len} ends a response earlier"
         yield _vain(case, "partial_rollout_max_tokens", why, "lower it")
     elif most is None and not _leaves_unfinished(case):
-        why = "nothing is sampled beyond what is needed, so nothing is ever left unfinished"
+        why = "no additional prompts are sampled, so no group is left unfinished"
         yield _vain(case, "partial_rollout", why, "raise --over-sampling-batch-size")
     if args.max_staleness is not None and not args.partial_rollout and not args.rollouts_ahead:
-        why = "every token is of the weights that are trained; it belongs to --partial-rollout and train_async.py"
+        why = "every token is from the current policy; it belongs to --partial-rollout and train_async.py"
         yield _vain(case, "max_staleness", why, "leave it out")
 
 

@@ -1,6 +1,7 @@
-"""A rule about the names of paths alone, whether or not anything is there.
+"""The rule for the names of paths, whether or not the paths exist.
 
-Path: part of `rules`, before those that look at the files. Invariant: a path that passes is one that a file could have.
+- Used by: `rules.check`, before the rules that look at files.
+- Invariant: a file can have a path that passes.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from slime.config.rules.problem import Problem
 
 READ = ("hf_checkpoint", "load", "ref_load", "critic_load", "prompt_data", "eval_prompt_data", "eval_config")
 WRITTEN = ("save", "log_dir", "tensorboard_dir", "save_hf", "update_weight_disk_dir", "save_debug_rollout_data")
-"""`paths.directories` checks where these are written, and with that how long their names are."""
+"""Fields of paths that are written; `paths.directories` checks the length of their names."""
 MAX_NAME, MAX_PATH = 255, 4095
-"""Bytes of one name, and of a whole path, that Linux takes at most."""
+"""The largest number of bytes in one name and in a whole path on Linux."""
 
 
 def path_names(case: Case) -> Iterable[Problem]:
-    """No path is empty, or longer than file systems take."""
+    """Refuse paths that are empty or longer than file systems allow."""
     for field in (*READ, *WRITTEN, "save_debug_train_data", "load_debug_rollout_data"):
         value: str | tuple[str, ...] | None = vars(case.args)[field]
         if field not in case.given:
@@ -30,8 +31,8 @@ def path_names(case: Case) -> Iterable[Problem]:
             elif field in WRITTEN:
                 continue
             elif longest > MAX_NAME:
-                rule = f"a name in it has {longest} bytes, and file systems take at most {MAX_NAME}"
+                rule = f"a name in it has {longest} bytes, and file systems allow at most {MAX_NAME}"
                 yield case.error(field, rule, "shorten it")
             elif len(path.encode()) > MAX_PATH:
-                rule = f"it has {len(path.encode())} bytes, and file systems take at most {MAX_PATH}"
+                rule = f"it has {len(path.encode())} bytes, and file systems allow at most {MAX_PATH}"
                 yield case.error(field, rule, "shorten it")

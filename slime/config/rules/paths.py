@@ -1,6 +1,7 @@
-"""Rules about directories that a run reads and writes, and about the tokenizer in the HF directory.
+"""Rules for directories that a run reads and writes, and for the tokenizer in the HF directory.
 
-Path: part of `rules`, beside `file_rules`. Invariant: files are read as data here; transformers is not loaded.
+- Used by: `rules.check`.
+- Invariant: files are read as data here; transformers is not imported.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from slime.config.rules.problem import Problem
 from slime.core.small_files import is_file, open_regular
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-"""A tokenizer is one of these, at least."""
+"""Files of which a tokenizer has at least one."""
 PICKLED = (".bin", ".bin.index.json", ".pt", ".pth")
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000
-"""Bytes of a safetensors header; the library refuses more."""
+"""The largest number of bytes in a safetensors header; the library refuses more."""
 MAX_NAME_BYTES = 255
-"""Longest name of one file or directory that all usual file systems take."""
+"""The largest number of bytes in a file name that all common file systems allow."""
 MODEL_DIRECTORIES = ("hf_checkpoint", "ref_load", "load", "critic_load")
-"""Fields that name a directory which may be an HF directory with weights."""
+"""Fields whose directory may be an HF directory with weights."""
 
 
 def directories(case: Case) -> Iterable[Problem]:
-    """Paths that have to be directories are no files, and outputs can be written."""
+    """Check that paths of directories are not files, and that outputs can be written."""
     for field in ("load", "ref_load", "critic_load", "save_debug_train_data"):
         path: str | None = vars(case.args)[field]
         if field in case.given and path is not None and _stat(path) == "file":
@@ -57,7 +58,7 @@ def directories(case: Case) -> Iterable[Problem]:
 
 
 def _stat(path: str) -> str | None:
-    """'file', or why nothing can be at `path`; None where there is a directory, or nothing yet."""
+    """Return 'file', or why `path` cannot be used; None if it is a directory or does not exist yet."""
     try:
         return None if stat.S_ISDIR(os.stat(path).st_mode) else "file"
     except FileNotFoundError:
@@ -72,7 +73,7 @@ def _long_name(path: str) -> str | None:
 
 
 def _unwritable(path: Path) -> str | None:
-    """Why nothing can be written into the directory `path`, which a run would make; None where it can."""
+    """Return why a run cannot create `path` and write into it, or None if it can."""
     there = path.absolute()
     try:
         while not there.exists():
@@ -82,8 +83,8 @@ def _unwritable(path: Path) -> str | None:
         if os.statvfs(there).f_flag & os.ST_RDONLY:
             return f"the file system of {there} is read-only"
         if not os.access(there, os.W_OK | os.X_OK):
-            return f"{there} may not be written"
-        if os.statvfs(there).f_blocks and os.statvfs(there).f_bavail == 0:  # what has no blocks cannot run out of them
+            return f"{there} is not writable"
+        if os.statvfs(there).f_blocks and os.statvfs(there).f_bavail == 0:  # without blocks, none can run out
             return f"the file system of {there} is full"
     except (OSError, ValueError) as error:
         return f"cannot be used ({getattr(error, 'strerror', None) or error})"
@@ -91,13 +92,13 @@ def _unwritable(path: Path) -> str | None:
 
 
 def tokenizer(case: Case) -> Iterable[Problem]:
-    """--hf-checkpoint's tokenizer is there, is the model's own, and has the chat template that is asked for."""
+    """Check that --hf-checkpoint has the model's own tokenizer, with a chat template if one is needed."""
     args = case.args
     folder = Path(args.hf_checkpoint or "")
     if args.hf_checkpoint is None or not _readable(folder / "config.json"):
         return  # another rule's error
     if not any(os.path.exists(folder / name) for name in TOKENIZER_FILES):
-        yield case.missing("hf_checkpoint", "there is no tokenizer", "name a whole HF directory")
+        yield case.missing("hf_checkpoint", "there is no tokenizer", "name a complete HF directory")
         return
     try:
         ids = _token_ids(folder)
@@ -108,25 +109,25 @@ def tokenizer(case: Case) -> Iterable[Problem]:
         yield case.error("hf_checkpoint", rule, remedy)
         return
     if args.apply_chat_template and not _has_chat_template(folder, settings):
-        remedy = "add chat_template.jinja there, or take a chat model"
+        remedy = "add chat_template.jinja there, or use a chat model"
         rule = f"there is no chat template in {folder}"
         yield case.error("apply_chat_template", rule, remedy, beside=["hf_checkpoint"])
     if not ids:
-        return  # of another kind than tokenizer.json; its ids are checked when it is loaded
+        return  # there is no tokenizer.json; the ids of other formats are checked when they are loaded
     token, largest = max(ids.items(), key=lambda item: item[1])
     size = None if args.architecture is None else args.architecture.vocab_size
     if size is not None and largest >= size:
-        rule = f"tokenizer.json has token {largest} ({token!r}), and the model's vocabulary ends at {size - 1}"
+        rule = f"tokenizer.json has token {largest} ({token!r}), but the model's vocabulary ends at {size - 1}"
         yield case.error("hf_checkpoint", rule, "put the model's own tokenizer there", beside=["vocab_size"])
     end = _text(settings.get("eos_token"))
     if end is not None and end_ids and ids.get(end) not in (None, *end_ids):
         listed = ", ".join(str(number) for number in end_ids)
-        rule = f"the tokenizer's end-of-text token is {ids[end]} ({end!r}), and the model's config has {listed}"
-        yield case.warning("hf_checkpoint", rule, "see whether tokenizer and weights belong together")
+        rule = f"the tokenizer's end-of-text token is {ids[end]} ({end!r}), but the model's config has {listed}"
+        yield case.warning("hf_checkpoint", rule, "check whether tokenizer and weights belong together")
 
 
 def quantized(case: Case) -> Iterable[Problem]:
-    """No directory that weights come from is a quantized model, also in a --dry-run. Each is named once."""
+    """Refuse quantized models as sources of weights, also in a --dry-run. Each directory is reported once."""
     seen: set[Path] = set()
     for field in MODEL_DIRECTORIES:
         path: str | None = vars(case.args)[field]
@@ -137,7 +138,7 @@ def quantized(case: Case) -> Iterable[Problem]:
 
 
 def weight_files(case: Case) -> Iterable[Problem]:
-    """Every safetensors file of an HF directory is there, and as long as its header says."""
+    """Check that every safetensors file of an HF directory exists and has the length that its header implies."""
     args = case.args
     for field in MODEL_DIRECTORIES:
         path: str | None = vars(args)[field]
@@ -146,7 +147,7 @@ def weight_files(case: Case) -> Iterable[Problem]:
         pickled = _pickled_alone(Path(path))
         if pickled is not None:
             rule = f"{pickled} is a pickle, which may run code and is never read, and there are no safetensors"
-            yield case.error(field, rule, "convert it to safetensors, or download these")
+            yield case.error(field, rule, "convert it to safetensors, or download safetensors")
             continue
         try:
             files = _safetensors_files(Path(path))
@@ -160,7 +161,7 @@ def weight_files(case: Case) -> Iterable[Problem]:
 
 
 def _pickled_alone(folder: Path) -> str | None:
-    """A file of pickled weights, where a directory has no others."""
+    """Return the name of a file with pickled weights, if the directory has no other weights."""
     if is_file(folder / ".metadata") or any(folder.glob("*.safetensors*")):
         return None
     found = sorted(path.name for suffix in PICKLED for path in folder.glob(f"*{suffix}"))
@@ -168,42 +169,42 @@ def _pickled_alone(folder: Path) -> str | None:
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
-    """The files that the index names, whether or not they are there, else those that are.
+    """Return the files that the index lists, existing or not; without an index, all safetensors files.
 
     Raises:
-        OSError, ValueError: the index cannot be read, or names what is no file of this directory.
+        OSError, ValueError: the index cannot be read, or lists something that is not a file name.
     """
     names = read_json_object(folder / INDEX).get("weight_map", {})
     if not isinstance(names, dict):
-        raise ValueError(f"{INDEX} cannot be read (its weight_map is no object)")
+        raise ValueError(f"{INDEX} cannot be read (its weight_map is not an object)")
     found: set[Path] = set()
     for name in cast(dict[str, Any], names).values():
         if not isinstance(name, str) or not name.isprintable() or name != os.path.basename(name[:MAX_NAME_BYTES]):
-            raise ValueError(f"{INDEX} names {name!r}, which is no file of the directory")
+            raise ValueError(f"{INDEX} names {name!r}, which is not a file of the directory")
         found.add(folder / name)
     return sorted(found) or sorted(folder.glob("*.safetensors"))
 
 
 def _damage(file: Path) -> str | None:
-    """The fault of a safetensors file by its size; None: it has none. The numbers in it are not read."""
+    """Return the fault of a safetensors file, judged by its header and size, or None. Its tensors are not read."""
     try:
         with open_regular(file) as stream:
             size = os.fstat(stream.fileno()).st_size
             header_size = int.from_bytes(stream.read(8), "little")
             if size >= 8 and 8 + header_size > size:
-                return f"is cut short: its header alone is {header_size} bytes, the file {size}"
+                return f"is truncated: its header alone has {header_size} bytes, the file only {size}"
             if header_size > MAX_HEADER:
                 return f"has a header of {header_size} bytes, more than safetensors reads"
             header: object = json.loads(stream.read(header_size))
         entries = [entry for name, entry in cast(dict[str, Any], header).items() if name != "__metadata__"]
         expected = 8 + header_size + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
     except FileNotFoundError:
-        return f"is missing, and {INDEX} lists it"
+        return f"is missing, but {INDEX} lists it"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
-        return "is no safetensors file"
-    return None if size == expected else f"has {size} bytes, and by its header it should have {expected}"
+        return "is not a safetensors file"
+    return None if size == expected else f"has {size} bytes, but its header implies {expected}"
 
 
 def _readable(path: Path) -> bool:
@@ -214,7 +215,7 @@ def _readable(path: Path) -> bool:
 
 
 def _token_ids(folder: Path) -> dict[str, int]:
-    """Token -> id by tokenizer.json, added tokens too; empty where there is no such file."""
+    """Return the token ids from tokenizer.json, including added tokens; empty if there is no such file."""
     data = read_json_object(folder / "tokenizer.json")
     if not data:
         return {}
@@ -238,6 +239,6 @@ def _has_chat_template(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def _text(token: Any) -> str | None:
-    """A special token of tokenizer_config.json: its text, or an object with `content`."""
+    """Return the text of a special token in tokenizer_config.json, which is a text or an object with `content`."""
     content = cast(dict[str, Any], token).get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None

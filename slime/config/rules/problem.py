@@ -1,7 +1,8 @@
-"""Problem: one thing wrong with what the user said, and UsageError: all of them at once.
+"""`Problem`, one fault in the arguments, and `UsageError`, which reports all of them at once.
 
-Path: `parse`, `architecture` and `rules` make Problems; `parse.load_args` raises the errors together and hands the
-warnings back. Invariant: a Problem names the flag, its value, the rule, and what to do.
+- Used by: `parse`, `architecture` and `rules`, which make Problems; `parse.load_args` raises all errors together and
+  returns the warnings.
+- Invariant: a Problem names the flag, its value, the rule and the remedy.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from slime.core.printable import PLACE, one_line, printable
 Severity = Literal["error", "warning"]
 
 MAX_SHOWN = 50
-"""Problems that one message lists."""
+"""The largest number of problems that one message lists."""
 
 
 def flag_name(field: str) -> str:
-    """`rollout_batch_size` -> `--rollout-batch-size`."""
+    """Return the flag of a field: `rollout_batch_size` -> `--rollout-batch-size`."""
     return "--" + field.replace("_", "-")
 
 
 def show(value: Any) -> str:
-    """A value as it would be typed; switches and "not given" show nothing."""
+    """Return a value as a user would type it; an empty text for switches and for "not given"."""
     if value is None or isinstance(value, bool):
         return ""
     if isinstance(value, tuple | list):
@@ -34,7 +35,7 @@ def show(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """`where` is a flag, or a file and line."""
+    """One error or warning. `where` is a flag, or a file and line."""
 
     severity: Severity
     where: str
@@ -42,23 +43,23 @@ class Problem:
     rule: str
     remedy: str
     fields: frozenset[str] = frozenset()
-    """Fields of Args that it is about: one that could not be read itself is not complained about a second time."""
+    """The fields of Args that the rule read. If one of them could not be parsed, this problem is not reported too."""
 
     def __str__(self) -> str:
         about = f"{printable(self.where, PLACE)} {printable(self.value)}".rstrip()
         return f"{about}: {one_line(self.rule)}; {one_line(self.remedy)}"
 
     def masked(self, mask: Callable[[str], str]) -> Problem:
-        """This problem with every text passed through `mask`."""
+        """Return this problem with every text passed through `mask`."""
         texts = {name: mask(vars(self)[name]) for name in ("where", "value", "rule", "remedy")}
         return replace(self, **texts)
 
 
 class UsageError(ValueError):
-    """Everything that is wrong with the command line, in one exception."""
+    """All errors in the command line, in one exception."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(dict.fromkeys(problems))  # a flag that is repeated is wrong once
+        self.problems = tuple(dict.fromkeys(problems))  # a repeated flag is reported once
         super().__init__(self.problems)
 
     def __str__(self) -> str:

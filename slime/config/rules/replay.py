@@ -1,7 +1,7 @@
-"""The rule about a replay: the dump was sampled as training assumes.
+"""The rule for --load-debug-rollout-data: the dump was sampled as training assumes.
 
-Path: part of `rules`; `config.sampling_record` says what is compared. Invariant: what is refused is refused before
-anything starts, all of it in one message.
+- Used by: `rules.check`; `config.sampling_record` defines what is compared.
+- Invariant: dumps are refused before anything starts, all in one message.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from slime.config.sampling_record import read_record
 from slime.core.small_files import is_file
 
 MOST_FILES = 1000
-"""Files looked at before the start; the rollout manager looks at each one again when its turn comes."""
+"""The largest number of files checked before the start. The rollout manager checks each file again when it loads it."""
 FIELD = "load_debug_rollout_data"
 
 
 def replay(case: Case) -> Iterable[Problem]:
-    """--load-debug-rollout-data names dumps of this tokenizer, sampled from the distribution that is trained on."""
+    """Check that the dumps use the run's tokenizer and were sampled from the distribution that is trained on."""
     args = case.args
     if args.load_debug_rollout_data is None or args.debug_rollout_only or args.num_rollout == 0:
         return
@@ -39,19 +39,17 @@ def replay(case: Case) -> Iterable[Problem]:
     about = ("rollout_temperature", "hf_checkpoint", "loss_type")
     wrong = [f"{_named(paths)}: {faults}" for faults, paths in found.items() if faults]
     if wrong:
-        rule = f"training takes log-probs of the whole softmax at --rollout-temperature: {'; '.join(wrong)}"
-        remedy = "replay samples of that distribution and tokenizer"
+        rule = f"training computes log-probs of the whole softmax at --rollout-temperature: {'; '.join(wrong)}"
+        remedy = "replay samples of this distribution and tokenizer"
         yield case.error(FIELD, rule, remedy, beside=about)
     if silent:
-        rule = (
-            f"{_named(silent)} does not say how it was sampled: temperature, top-p, top-k and tokenizer are not checked"
-        )
-        remedy = "see that they are this run's, or dump it again"
+        rule = f"{_named(silent)} does not record its sampling: temperature, top-p, top-k and tokenizer are not checked"
+        remedy = "make sure that they match this run, or dump it again"
         yield case.warning(FIELD, rule, remedy)
 
 
 def _dumps(pattern: str, num_rollout: int | None) -> Iterator[Path]:
-    """The files that are there."""
+    """Yield the dump files that exist."""
     try:
         names = dict.fromkeys(pattern.format(rollout_id=i) for i in range(min(num_rollout or MOST_FILES, MOST_FILES)))
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):

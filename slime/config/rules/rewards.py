@@ -1,7 +1,8 @@
-"""Rules about rewards: everything that is generated has something that judges it, and that has what it needs.
+"""Rules for rewards: every response has a reward function, and that function has all it needs.
 
-Path: part of `rules`. Invariant: what is said of the flags here is said of a data line's metadata.rm_type by
-`reward_types.line_reward_fault`.
+- Used by: `rules.check`.
+- Invariant: these rules check the flags, and `reward_types.line_reward_fault` applies the same rules to the
+  metadata.rm_type of a data row.
 """
 
 from __future__ import annotations
@@ -22,37 +23,37 @@ _METADATA_REMEDY = "every row then needs metadata.rm_type; or add --rm-type or -
 
 
 def reward_types(case: Case) -> Iterable[Problem]:
-    """Names that mean something; one judge of evaluation."""
+    """Check the names of reward types, and that evaluation has only one judge."""
     args = case.args
     for field in ("rm_type", "eval_rm_type"):
         value: str | None = vars(args)[field]
         if value is not None and base_type(value) is None and (field == "rm_type" or value != args.rm_type):
             yield case.error(field, "unknown reward type", REWARD_TYPE_REMEDY)
     if args.custom_rm_path is not None and "eval_rm_type" in case.given:
-        rule = f"--custom-rm-path {args.custom_rm_path} judges evaluation, too"
+        rule = f"--custom-rm-path {args.custom_rm_path} also judges evaluation"
         yield case.error("eval_rm_type", rule, "leave one of the two out", beside=["custom_rm_path"])
 
 
 def reward(case: Case) -> Iterable[Problem]:
-    """Training samples need something that judges them, and it needs the label."""
+    """Check that training samples have a reward, and that it has the label it needs."""
     args = case.args
     if not case.generates or args.custom_rm_path is not None or args.loss_type == "sft_loss":
         return
     if args.rm_type is None:
         yield case.warning("rm_type", "not given, nor --custom-rm-path", _METADATA_REMEDY, beside=["custom_rm_path"])
     elif args.label_key is None and needs_label(args.rm_type):
-        rule = f"{args.rm_type} compares the answer with a label, and no key of it is given"
+        rule = f"{args.rm_type} compares the answer with a label, but no key of a label is given"
         yield case.error("label_key", rule, "add --label-key", beside=["rm_type"])
 
 
 def eval_rewards(case: Case) -> Iterable[Problem]:
-    """The rules of rewards, for each evaluation set."""
+    """Check the reward of each evaluation set."""
     args = case.args
     datasets = _datasets(case)
     field = "eval_prompt_data" if args.eval_config is None else "eval_config"
     if args.custom_rm_path is not None:
         if datasets and (names := sets_with_rm_type(args)):
-            rule = f"its rm_type of {', '.join(names)} is never asked: --custom-rm-path {args.custom_rm_path} judges"
+            rule = f"its rm_type of {', '.join(names)} is not used: --custom-rm-path {args.custom_rm_path} judges"
             yield case.error("eval_config", rule, "leave one of the two out", beside=["custom_rm_path"])
         return
     for dataset in datasets:
@@ -60,26 +61,26 @@ def eval_rewards(case: Case) -> Iterable[Problem]:
         if rm_type is None:
             yield case.warning(field, f"{dataset.name} has no reward of its own", _METADATA_REMEDY)
         elif base_type(rm_type) is None and rm_type != args.eval_rm_type:
-            yield case.error(field, f"{dataset.name}: rm_type is {rm_type!r}, which is none", REWARD_TYPE_REMEDY)
+            yield case.error(field, f"{dataset.name}: rm_type {rm_type!r} is unknown", REWARD_TYPE_REMEDY)
         if needs_label(rm_type) and dataset.label_key is None:
-            rule = f"{dataset.name}: {rm_type} compares the answer with a label, and no key of it is given"
+            rule = f"{dataset.name}: {rm_type} compares the answer with a label, but no key of a label is given"
             yield case.error("eval_label_key", rule, "add --eval-label-key or --label-key", beside=["label_key"])
 
 
 def reward_url(case: Case) -> Iterable[Problem]:
-    """--rm-url: there where something asks it, and a URL."""
+    """Check that --rm-url is given if a reward needs it, and that it is a URL."""
     args = case.args
     types = [args.rm_type, args.eval_rm_type, *(dataset.rm_type for dataset in _datasets(case))]
     if args.rm_url is None:
         if args.custom_rm_path is None and any(base_type(rm_type) == "remote_rm" for rm_type in types):
-            rule = "not given; remote_rm asks the judge behind it"
+            rule = "not given; remote_rm sends responses there to be judged"
             yield case.error("rm_url", rule, "add --rm-url", beside=["rm_type", "eval_rm_type"])
     elif not _is_url(args.rm_url):
-        yield case.error("rm_url", "not a URL", "write it as http://HOST:PORT/PATH or https://...")
+        yield case.error("rm_url", "is not a URL", "write it as http://HOST:PORT/PATH or https://...")
 
 
 def grammar(case: Case) -> Iterable[Problem]:
-    """Answers are compared as mathematics only with the ANTLR runtime that the verdicts were tested with."""
+    """Check that the ANTLR runtime is the one with which the comparison of mathematics was tested."""
     args = case.args
     if args.custom_rm_path is not None:
         return
@@ -93,20 +94,23 @@ def grammar(case: Case) -> Iterable[Problem]:
 
 
 def custom_reward(case: Case) -> Iterable[Problem]:
-    """A function of one sample, or of a group: its own name for the parameter tells where the flag says otherwise."""
+    """Warn if the parameter name of the reward function contradicts --group-rm.
+
+    A function that calls its parameter `sample` expects one sample, and one that calls it `samples` expects a group.
+    """
     args = case.args
     if args.custom_rm_path is None:
         return
     try:
         names = list(inspect.signature(import_hook("custom_rm_path", args.custom_rm_path)).parameters)
-    except HookError:  # which `hooks` says
+    except HookError:  # `hooks` reports it
         return
     about = ("group_rm",)
     if args.group_rm and names[1:2] == ["sample"]:
-        rule = "takes `sample`, and --group-rm gives it a list of them"
+        rule = "takes `sample`, but --group-rm passes a list of samples"
         yield case.warning("custom_rm_path", rule, "call it `samples`, or leave out --group-rm", beside=about)
     if not args.group_rm and names[1:2] == ["samples"]:
-        rule = "takes `samples`, and is given one sample at a time"
+        rule = "takes `samples`, but receives one sample at a time"
         yield case.warning("custom_rm_path", rule, "add --group-rm, or call it `sample`", beside=about)
 
 
@@ -114,12 +118,12 @@ def _is_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, or a broken IPv6 address
+    except ValueError:  # a port that is not a number, or a broken IPv6 address
         return False
 
 
 def _datasets(case: Case) -> list[EvalDataset]:
-    """The evaluation sets; none where they cannot be read, which `eval_files` says."""
+    """Return the evaluation sets; an empty list if they cannot be read, which `eval_files` reports."""
     try:
         return eval_datasets(case.args)
     except ValueError:

@@ -1,6 +1,7 @@
-"""--use-routing-replay: there has to be a router.
+"""The rule for --use-routing-replay: the model must have an MoE router.
 
-Path: part of `rules`. Invariant: what passes here has a model of experts, and engines that are asked about them.
+- Used by: `rules.check`.
+- Invariant: a model that passes has experts whose choice the engines can report.
 """
 
 from __future__ import annotations
@@ -14,5 +15,5 @@ from slime.config.rules.problem import Problem
 def routing_replay(case: Case) -> Iterable[Problem]:
     shape = case.args.architecture
     if case.args.use_routing_replay and shape is not None and not shape.num_experts:
-        rule = f"{shape.family} is a dense family: no router decides anything"
+        rule = f"{shape.family} is a dense family without MoE routers"
         yield case.error("use_routing_replay", rule, "leave it out", beside=["num_experts", "hf_checkpoint"])

@@ -1,6 +1,7 @@
-"""How layers lie on pipeline stages, and which of them are recomputed.
+"""Rules for pipeline stages, virtual pipeline stages and recomputed layers.
 
-Path: two of the rules. Invariant: what passes here, Megatron builds and runs.
+- Used by: `rules.check`.
+- Invariant: Megatron can build and run a layout that passes.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from slime.config.rules.problem import Problem
 from slime.config.virtual_stages import micro_batch_group, num_chunks
 
 RECOMPUTED_MODULES = ("core_attn", "mlp")
-"""Of Megatron's; "layernorm" needs TransformerEngine, the rest are of layers that are not built."""
+"""The modules that can be recomputed. Megatron's "layernorm" needs TransformerEngine, and its other modules belong to
+layers that are not built here."""
 
 
 def pipeline_stages(case: Case) -> Iterable[Problem]:
-    """A stage has a layer at least; all have equally many, but for a last one whose number is given."""
+    """Check that all stages have equally many layers, except a last stage whose number of layers is given."""
     args, shape = case.args, case.args.architecture
     stages, last = args.pipeline_model_parallel_size, args.decoder_last_pipeline_num_layers
     if shape is None or stages == 1:
@@ -39,24 +41,24 @@ _LAYERS, _COUNT = "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_p
 
 
 def virtual_stages(case: Case) -> Iterable[Problem]:
-    """Said in one of two ways; every part of every stage has equally many layers; whole groups of micro-batches."""
+    """Check that one flag gives the virtual stages, that they have equally many layers, and the micro-batch groups."""
     args, shape = case.args, case.args.architecture
     layers, count = args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank
     stages, about = args.pipeline_model_parallel_size, ("pipeline_model_parallel_size",)
     if stages == 1 or (layers is None and count is None):
         if args.megatron_extra.get("overlap_p2p_comm"):
-            yield _passed_on("--overlap-p2p-comm", "only the schedule of virtual pipeline stages can", "leave it out")
+            yield _passed_on("--overlap-p2p-comm", "it needs virtual pipeline stages", "leave it out")
         return
     if layers is not None and count is not None:
-        yield case.error(_LAYERS, f"--{_COUNT.replace('_', '-')} {count} says it, too", "give one", beside=(_COUNT,))
+        yield case.error(_LAYERS, f"--{_COUNT.replace('_', '-')} {count} also sets it", "give one", beside=(_COUNT,))
         return
     if layers is not None and args.decoder_last_pipeline_num_layers is not None:
-        rule = "stages of different length have no virtual stages of one length"
-        remedy = "say how many each has: --num-virtual-stages-per-pipeline-rank"
+        rule = "stages with different numbers of layers cannot have virtual stages of one size"
+        remedy = "give the number of virtual stages with --num-virtual-stages-per-pipeline-rank"
         yield case.error(_LAYERS, rule, remedy, beside=("decoder_last_pipeline_num_layers",))
         return
     if shape is None or sum(stage_layers(args, shape)) != shape.num_layers:
-        return  # that is told already
+        return  # another rule has reported it
     for own in sorted(set(stage_layers(args, shape))):
         if own % (layers or count or 1):
             rule = f"does not divide a stage's number of layers, {own}"
@@ -67,23 +69,23 @@ def virtual_stages(case: Case) -> Iterable[Problem]:
 
 
 def _interleaved(args: Args) -> Iterable[Problem]:
-    """Requirements of Megatron's schedule of virtual stages."""
+    """Check the requirements of Megatron's schedule for virtual stages."""
     stages = args.pipeline_model_parallel_size
     if micro_batch_group(args) < stages:
         rule = f"{micro_batch_group(args)} is less than the number of pipeline stages, {stages}"
         yield _passed_on("--microbatch-group-size-per-vp-stage", rule, f"give {stages}, or leave it out")
     overlap = args.megatron_extra.get("overlap_p2p_comm", True)
     if stages == 2 and not overlap:
-        rule = "virtual stages on two ranks: they could not tell what they send each other apart"
+        rule = "with virtual stages on two ranks, they could not tell their messages to each other apart"
         yield _passed_on("--no-overlap-p2p-comm", rule, "leave it out")
     if args.megatron_extra.get("batch_p2p_comm") == overlap:
         where = "--batch-p2p-comm" if overlap else "--no-batch-p2p-comm"
-        rule = "virtual stages send one by one where they overlap it with their work, and else in batches"
+        rule = "virtual stages send one by one if communication overlaps with compute, and in batches otherwise"
         yield _passed_on(where, rule, "leave it out")
 
 
 def _passed_on(where: str, rule: str, remedy: str) -> Problem:
-    """An error about one of Megatron's own fields."""
+    """Return an error about one of Megatron's own fields."""
     return Problem(severity="error", where=where, rule=rule, remedy=remedy)
 
 
@@ -97,7 +99,7 @@ def recompute(case: Case) -> Iterable[Problem]:
     if args.recompute_granularity == "selective":
         for field, value in (("recompute_method", args.recompute_method), ("recompute_num_layers", num_layers)):
             if value is not None:
-                yield case.error(field, "selective recompute takes none", "leave it out")
+                yield case.error(field, "selective recompute does not use it", "leave it out")
     modules: list[str] = args.megatron_extra.get("recompute_modules") or []
     unknown = [name for name in modules if name not in RECOMPUTED_MODULES]
     if unknown and case.real:
@@ -109,5 +111,5 @@ def recompute(case: Case) -> Iterable[Problem]:
             layers = of_stage // num_chunks(args)
             if layers % num_layers:
                 stage = "virtual stage" if num_chunks(args) > 1 else "stage"
-                rule = f"--recompute-method uniform: does not divide a {stage}'s number of layers, {layers}"
+                rule = f"does not divide a {stage}'s number of layers, {layers}, with --recompute-method uniform"
                 yield case.error("recompute_num_layers", rule, "choose a divisor", beside=["recompute_method"])

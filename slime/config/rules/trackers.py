@@ -1,6 +1,7 @@
-"""Rules about trackers: what a flag asks for is installed, and W&B knows where to send it.
+"""The rule for trackers: their packages are installed, and W&B has an account or is offline.
 
-Path: part of `rules`. Invariant: nothing is sent or started here.
+- Used by: `rules.check`.
+- Invariant: nothing is sent or started here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from slime.config.rules.problem import Problem
 
 
 def trackers(case: Case) -> Iterable[Problem]:
-    """--use-tensorboard and --use-wandb have their packages; W&B has a key, or is offline."""
+    """Check that the packages of --use-tensorboard and --use-wandb are installed, and W&B's API key."""
     args = case.args
     if args.use_tensorboard and not is_installed("tensorboard"):
         yield case.missing("use_tensorboard", "tensorboard is not installed", "pip install 'slime[tensorboard]'")
@@ -27,12 +28,12 @@ def trackers(case: Case) -> Iterable[Problem]:
 
 
 def is_installed(name: str) -> bool:
-    """A directory of that name (W&B makes ./wandb) is no package."""
+    """Return whether a package is installed. A plain directory of that name (W&B makes ./wandb) does not count."""
     spec = find_spec(name)
     return spec is not None and spec.origin is not None
 
 
 def _has_account() -> bool:
-    """Whether W&B finds an account: in its environment variables, settings files and netrc."""
+    """Return whether W&B finds an account in its environment variables, settings files or netrc."""
     wandb: Any = importlib.import_module("wandb")
     return wandb.setup().settings.mode != "online" or wandb.api.api_key is not None
