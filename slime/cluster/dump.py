@@ -1,10 +1,10 @@
-"""Rollout dumps: the samples of one rollout in a file, for replaying training alone.
+"""Rollout dumps: the samples of one rollout in a file, to replay the training alone.
 
-Path: written by `--save-debug-rollout-data`, read by `--load-debug-rollout-data`. Invariant: JSON keeps every token,
-log-prob and reward exactly, so a replay trains on the same numbers bit for bit.
+- Called by: --save-debug-rollout-data writes a dump, and --load-debug-rollout-data reads it.
+- Invariant: JSON keeps every token, log-prob and reward exactly, so a replay trains on the same numbers bit for bit.
 
-The first line says how the samples were sampled (`config.sampling_record`); each other line is a group. Dumps of older
-versions begin with a group.
+The first line records how the samples were sampled (`config.sampling_record`); each other line is a group. Dumps of
+older versions begin with a group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slime.core.sample import Sample
 
 
 def write_dump(path: Path, groups: list[list[Sample]], record: SamplingRecord | None = None) -> None:
-    """The record, then one JSON line for each group. None: nobody knows how they were sampled."""
+    """Write the record, then one JSON line for each group. None: it is not known how the samples were sampled."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         if record is not None:
@@ -28,10 +28,10 @@ def write_dump(path: Path, groups: list[list[Sample]], record: SamplingRecord | 
 
 
 def read_replay(args: Args, rollout_id: int) -> tuple[list[list[Sample]], SamplingRecord | None]:
-    """The groups of the rollout's dump, and how they were sampled; None: the dump does not say.
+    """Return the groups of the rollout's dump, and how they were sampled; None if the dump does not record it.
 
     Raises:
-        ValueError: as `read_dump`; or training would take the samples for what they are not.
+        ValueError: as in `read_dump`, or the samples do not fit the flags with which training would read them.
     """
     assert args.load_debug_rollout_data is not None
     path = Path(args.load_debug_rollout_data.format(rollout_id=rollout_id))
@@ -43,7 +43,7 @@ def read_replay(args: Args, rollout_id: int) -> tuple[list[list[Sample]], Sampli
 
 
 def read_dump(path: Path) -> list[list[Sample]]:
-    """The groups, in order.
+    """Return the groups in order.
 
     Raises:
         ValueError: the file is missing or a line of it is not a dumped group.

@@ -1,8 +1,9 @@
-"""Which Ray a run takes, before it is imported: one at RAY_ADDRESS that answers, or one of its own, which is protected.
+"""Choose the run's Ray before it is imported: one at RAY_ADDRESS that answers, or a protected one of its own.
 
-Path: `program` calls this before anything imports ray, which reads these variables then; the processes that Ray starts
-inherit them. A Ray of the run's own listens on this machine alone, and asks for a token. Invariant: a cluster that runs
-already (RAY_ADDRESS) is as its owner set it up, and so is whatever the user has said in one of these variables.
+- Called by: `program`, before anything imports ray, which reads these variables at that moment. The processes that Ray
+  starts inherit them.
+- Invariant: the run's own Ray listens on this machine only, and requires a token. A cluster that the run joins
+  (RAY_ADDRESS) stays as its owner set it up, and so does every one of these variables that the user has set.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import socket
 import time
 
 LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""At 0 Ray takes 127.0.0.1 for this node's address, on Linux, too; else all its servers listen on every interface."""
+"""With 0, Ray uses 127.0.0.1 as this node's address, also on Linux; otherwise its servers listen on all interfaces."""
 AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 ADDRESS = "RAY_ADDRESS"
 ANSWER_WITHIN_S = 10.0
-"""Seconds for the Ray at RAY_ADDRESS to take a connection: it may be starting."""
+"""Seconds for the Ray at RAY_ADDRESS to accept a connection: it may be starting."""
 _REMEDY = "correct it, or unset it, and the run starts a Ray of its own"
 
 
 def address_fault(address: str, *, within: float = ANSWER_WITHIN_S) -> str | None:
-    """Why no Ray can be joined at `address`, the value of RAY_ADDRESS; None where one may be.
+    """Return why no Ray can be joined at `address`, the value of RAY_ADDRESS; None if one may be there.
 
-    Ray itself would wait for minutes. What `auto` means is Ray's to find out.
+    Ray itself would wait for minutes. The meaning of `auto` is left to Ray.
     """
     if address in ("auto", "local"):
         return None
@@ -48,9 +49,9 @@ def address_fault(address: str, *, within: float = ANSWER_WITHIN_S) -> str | Non
 
 
 def protect_local_ray() -> None:
-    """Set the variables, unless Ray runs already.
+    """Set the variables for a local Ray, unless the run joins one.
 
-    The token is the run's own, and stands in no file: a process's environment is its user's to read.
+    The token belongs to this run, and is in no file: only its user can read the environment of a process.
     """
     if os.environ.get(ADDRESS):
         return

@@ -1,8 +1,9 @@
-"""The driver's side of engines that come and go: trainers are connected to those that are there, and supply new ones.
+"""Mending: the driver's side of engines that die and restart; it connects trainers to the present engines.
 
-Path: `Cluster` sends weights through here, and lets it look after the engines while it waits for the rollout manager
-(`fleet` does the watching). Invariant: an engine that was started anew generates only once it has been sent whole
-weights, the ones that the run last sent or newer; the engines beside it are not touched.
+- Where it sits: `Cluster` sends weights through here, and lets it look after the engines while it waits for the rollout
+  manager. `fleet` does the watching and restarting.
+- Invariant: a restarted engine generates only after it has received whole weights, the ones that the run last sent or
+  newer. The other engines are not touched.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Mending:
-    """`say` shows a line to the user."""
+    """Sends weights to the engines that are up, and to those that are restarted. `say` shows a line to the user."""
 
     def __init__(self, processes: Processes, memory: OwnMemory, say: Callable[[str], None]) -> None:
         self._processes = processes
@@ -35,14 +36,14 @@ class Mending:
         self._engines_hold = 0
 
     def trained(self) -> None:
-        """The trainers' weights are newer than the engines'."""
+        """Record that the trainers' weights are newer than the engines'."""
         self._trainers_hold = self._engines_hold + 1
 
     def send(self, version: int) -> dict[str, float]:
-        """The actor's weights to every engine that is up, as `version`; where one is lost on the way, once more.
+        """Send the actor's weights to every engine that is up, as `version`; if one dies meanwhile, send again.
 
         Raises:
-            RunError: they did not arrive, and no engine was lost.
+            RunError: the weights did not arrive, and no engine was lost.
         """
         while True:
             up = self._wait_for_engines().up
@@ -59,10 +60,10 @@ class Mending:
             return report
 
     def look_after(self) -> int:
-        """Tell what has happened, and supply engines that were started anew; for times when trainers are idle.
+        """Report what has happened, and send weights to restarted engines; for times when trainers are idle.
 
         Returns:
-            A number that grows with what the engines have generated.
+            A number that grows while engines generate.
         """
         state = self._state_if_there() if self._processes.has_engines else None
         if state is None:
@@ -76,11 +77,11 @@ class Mending:
         serving = len(state.waiting) < len(state.up)
         if self._memory.by_turns or self._engines_hold != self._trainers_hold:
             if serving:
-                return  # they wait for the next weight sync
+                return  # restarted engines wait for the next weight sync
             self._memory.to_trainers()
             self._memory.to_weights()
         try:
-            # The engines beside them go on generating with what they have, which is the same.
+            # The other engines go on generating with their weights, which are the same.
             self._send_to(state.waiting, self._trainers_hold)
             if self._memory.by_turns:
                 self._memory.to_engines()
@@ -101,21 +102,21 @@ class Mending:
         return processes.get(phase, [trainer.send_weights.remote(version) for trainer in processes.trainers])[0]
 
     def _admit(self, engines: Sequence[EngineUp], version: int) -> None:
-        """They hold `version` now, and may generate."""
+        """Record that the engines hold `version` now, and let them generate."""
         admitting = self._processes.manager.set_policy_version.remote(version, list(engines))
         self._processes.get(f"weight sync, policy version {version}: admitting the engines", [admitting])
 
     def _wait_for_engines(self) -> FleetState:
-        """Until there is one at least."""
+        """Wait until there is at least one engine."""
         [state] = self._processes.get("waiting for an engine", [self._processes.manager.fleet_with_engines.remote()])
         return self._told(state)
 
     def _raise_unless_lost(self, error: RunError, engines: Sequence[EngineUp]) -> None:
-        """A sync that has failed is tried again where one of its engines is not there any more.
+        """Return if a sync failed because one of its engines is gone, so that it can be tried again.
 
         Raises:
-            RunError: `error`, where all are.
-            Fault: with --colocate, where trainers are left waiting for each other.
+            RunError: `error`, if all engines are still there.
+            Fault: with --colocate, where a failed sync leaves trainers waiting for each other.
         """
         asking = self._processes.manager.lost_one_of.remote(list(engines))
         [lost] = self._processes.get("weight sync: looking for an engine that was lost", [asking])
@@ -125,7 +126,7 @@ class Mending:
             raise Fault(str(error)) from error
 
     def _state_if_there(self) -> FleetState | None:
-        """The manager's last answer. It may be busy, or gone: that is for whoever waits for its work to find."""
+        """Return the manager's last answer. It may be busy, or gone, which others who wait for it will notice."""
         if self._asked is None:
             self._asked = self._processes.manager.fleet_state.remote()
         ready, _ = ray.wait([self._asked], timeout=0)

@@ -1,8 +1,12 @@
-"""Ray: joining or starting it, and reserving a place for every process of the run.
+"""Placement: join or start Ray, and reserve a place for every process of the run.
 
-Path: `Processes.start` calls this first. Invariant: a bundle is one GPU where Ray has any (a worker process that
-computes on the CPU has a bundle of its own); trainers take the first GPUs in rank order, node by node, engines the ones
-behind them, each within one node. With --colocate engine i shares those of trainers i * n to i * n + n - 1.
+- Called by: `Processes.start` calls this first.
+- Invariant: if Ray has GPUs, a bundle is one GPU (a process that computes on the CPU has a bundle of its own). Trainers
+  get the first GPUs in rank order, node by node. Engines get the GPUs after them, each within one node. With --colocate
+  engine i shares the GPUs of trainers i * n to i * n + n - 1.
+
+For example, 4 trainers and 2 engines of 2 GPUs: with --colocate they take 4 GPUs (engine 0 shares those of trainers 0
+and 1, engine 1 those of trainers 2 and 3), without it they take 8 GPUs.
 """
 
 from __future__ import annotations
@@ -26,23 +30,23 @@ from slime.core.errors import RunError
 from slime.core.printable import one_line
 from slime.engine.launch import find_free_port
 
-# On a CPU a worker process is counted, not measured: this share of a core lets any number of them be placed.
+# On a CPU a process is counted but not limited: with this share of a core any number of processes can be placed.
 CPU_SHARE = 0.01
 RESERVE_TIMEOUT_S = 60.0
 LOCAL_OBJECT_STORE_BYTES = 1024**3
-# Where a signal to the whole process group takes Ray's own processes first, nobody should wait a minute for them.
+# If a signal to the whole process group ends Ray's own processes first, nobody should wait a minute for them.
 LOCAL_SYSTEM_CONFIG = {"gcs_rpc_server_reconnect_timeout_s": 5}
 
 
 def start_ray() -> str | None:
-    """Join the cluster at RAY_ADDRESS (returns None), or start a local one (returns the directory of its session).
+    """Join the cluster at RAY_ADDRESS and return None, or start a local one and return its session directory.
 
     Raises:
-        RunError: Ray does not come up.
+        RunError: Ray does not start.
     """
     try:
         return _start_ray()
-    except Exception as error:  # (Ray raises whatever its parts do; all of it means that there is none)
+    except Exception as error:  # Ray raises whatever its parts raise; each of them means that there is no Ray
         raise RunError(f"Ray could not be started or joined: {one_line(str(error))}") from error
 
 
@@ -54,7 +58,7 @@ def _start_ray() -> str | None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started: Any = ray.init(
         address="local",
-        num_gpus=cuda_devices(),  # torch's count: Ray's own may differ, and trainers go by torch
+        num_gpus=cuda_devices(),  # torch's count: Ray's own may differ, and trainers use torch
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -66,7 +70,7 @@ def _start_ray() -> str | None:
 
 
 def addresses_of_ray() -> dict[str, str]:
-    """host:port of Ray's control store and of each node's raylet, by a name for messages."""
+    """Return host:port of Ray's control store and of each node's raylet, by a name for messages."""
     head = ray.get_runtime_context().gcs_address
     found = {f"Ray's GCS (gcs_server at {head})": head}
     for node in (node for node in ray.nodes() if node["Alive"]):
@@ -76,7 +80,7 @@ def addresses_of_ray() -> dict[str, str]:
 
 
 def num_gpus() -> int:
-    """GPUs of the whole cluster, free or not."""
+    """Return the number of GPUs in the whole cluster, free or not."""
     return int(ray.cluster_resources().get("GPU", 0))
 
 
@@ -85,10 +89,10 @@ def num_nodes() -> int:
 
 
 def choose_engine(args: Args, gpus: int) -> Args:
-    """Decide by the cluster what is still open: SGLang and the distributed optimizer where it has GPUs.
+    """Decide what depends on the cluster: with GPUs it is SGLang and the distributed optimizer.
 
     Raises:
-        RunError: SGLang is asked for, and there is no GPU, or it would compute in fp32.
+        RunError: SGLang is requested but there is no GPU, or it would compute in fp32.
     """
     if args.rollout_engine == "auto":
         args = replace(args, rollout_engine="sglang" if gpus else "embedded")
@@ -105,16 +109,16 @@ def choose_engine(args: Args, gpus: int) -> Args:
 
 @dataclass(frozen=True)
 class Slot:
-    """One bundle, and the GPU that it holds; None: it computes on the CPU."""
+    """One bundle with its GPU; `gpu_id` is None if it computes on the CPU."""
 
     bundle: int
     node_ip: str = ""
     gpu_id: str | None = None
-    """As CUDA_VISIBLE_DEVICES names it on that node."""
+    """The GPU as CUDA_VISIBLE_DEVICES names it on that node."""
 
     @property
     def order(self) -> tuple[tuple[int, int], tuple[int, str]]:
-        """Node by node, and on each by the GPU's number: neighbours are next to each other."""
+        """The sort key: node by node, and on each node by the GPU's number, so that neighbours are adjacent."""
         address = ipaddress.ip_address(self.node_ip)
         gpu = self.gpu_id or ""
         return (address.version, int(address)), (int(gpu), "") if gpu.isdecimal() else (-1, gpu)
@@ -122,12 +126,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Demand:
-    """How many of each there are to place."""
+    """The number of processes of each kind to place."""
 
     num_trainers: int
     num_engines: int
     gpus_per_engine: int
-    """0: engines compute on the CPU."""
+    """0 if engines compute on the CPU."""
     trainers_on_gpu: bool
     colocated: bool
 
@@ -139,13 +143,13 @@ class Demand:
 
     @property
     def num_cpu_processes(self) -> int:
-        """The rollout manager is one."""
+        """The number of processes on CPUs; the rollout manager is one."""
         trainers = 0 if self.trainers_on_gpu else self.num_trainers
         return trainers + (0 if self.gpus_per_engine else self.num_engines) + 1
 
 
 def demand(args: Args, gpus: int) -> Demand:
-    """The places that `args` require in a cluster of so many GPUs; the engine's kind is decided."""
+    """Return the places that `args` require in a cluster of `gpus` GPUs; the engine's kind is already decided."""
     return Demand(
         num_trainers=0 if args.debug_rollout_only else args.actor_world_size,
         num_engines=args.num_engines if starts_engines(args) else 0,
@@ -157,16 +161,16 @@ def demand(args: Args, gpus: int) -> Demand:
 
 @dataclass(frozen=True)
 class Layout:
-    """Who sits in which slots."""
+    """The assignment of processes to slots."""
 
     trainers: tuple[Slot, ...]
     engines: tuple[tuple[Slot, ...], ...]
-    """Each engine's, in the order of its ranks; its owner sits in the first."""
+    """The slots of each engine in the order of its ranks; the engine's owner is in the first."""
     manager: Slot
 
 
 def lay_out(want: Demand, gpus: Sequence[Slot], cpus: Sequence[Slot]) -> Layout:
-    """Give out `want.num_gpus` GPUs and `want.num_cpu_processes` places on CPUs.
+    """Assign `want.num_gpus` GPUs and `want.num_cpu_processes` places on CPUs.
 
     Raises:
         RunError: an engine would span nodes.
@@ -184,14 +188,14 @@ def lay_out(want: Demand, gpus: Sequence[Slot], cpus: Sequence[Slot]) -> Layout:
         if len(nodes) > 1:
             raise RunError(
                 f"--rollout-num-gpus-per-engine {size}: engine {index} would span the nodes {', '.join(nodes)}; an "
-                "engine stands on one: lower it, or let what comes before it fill whole nodes"
+                "engine runs on one: lower it, or let what comes before it fill whole nodes"
             )
     return Layout(trainers=tuple(trainers), engines=tuple(engines), manager=next(free))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The reserved bundles, given out."""
+    """The reserved bundles with their assignment."""
 
     group: PlacementGroup
     want: Demand
@@ -206,32 +210,31 @@ class Placement:
         return self.want.num_engines
 
     def trainer(self, rank: int) -> dict[str, Any]:
-        """Ray options of trainer `rank`, which sees its own GPU alone."""
+        """Return the Ray options of trainer `rank`, which sees only its own GPU."""
         slot = self.layout.trainers[rank]
         return self._options(slot) | ({} if slot.gpu_id is None else {"num_gpus": 1})
 
     def engine(self, index: int) -> dict[str, Any]:
-        """Ray options of the worker that owns engine `index`; it uses no GPU itself, and hands on `engine_gpu_ids`."""
+        """Return the Ray options of the owner of engine `index`; it uses no GPU itself, and passes on its GPUs."""
         return self._options(self.layout.engines[index][0])
 
     def engine_gpu_ids(self, index: int) -> tuple[str, ...]:
-        """The GPUs of engine `index`, in the order of its ranks; none where it computes on the CPU."""
+        """Return the GPUs of engine `index` in the order of its ranks; none if it computes on the CPU."""
         return tuple(slot.gpu_id for slot in self.layout.engines[index] if slot.gpu_id is not None)
 
     def trainer_ranks_of_engine(self, index: int) -> list[int]:
-        """The trainers that share devices with engine `index`, in the order of its ranks; none without --colocate."""
+        """Return the trainers that share devices with engine `index`, by its ranks; empty without --colocate."""
         if not self.want.colocated:
             return []
         size = self.want.gpus_per_engine or 1
         return [rank for rank in range(index * size, (index + 1) * size) if rank < self.num_trainers]
 
     def manager(self) -> dict[str, Any]:
-        """Ray options of the rollout manager."""
+        """Return the Ray options of the rollout manager."""
         return self._options(self.layout.manager)
 
     def rendezvous(self, directory: str) -> str:
-        """Where the trainers find each other: a file in `directory`, which is this node's, or a port of rank 0's node
-        where any of them stands elsewhere."""
+        """Return where trainers meet: a file in `directory` if all are on this node, else a port of rank 0's node."""
         nodes = [slot.node_ip for slot in self.layout.trainers]
         if {*nodes} <= {"", ray.util.get_node_ip_address()}:
             return f"file://{directory}/rendezvous"
@@ -246,17 +249,16 @@ class Placement:
 
 
 def reserve(args: Args) -> Placement:
-    """Reserve a GPU for every trainer and every rank of an engine (with --colocate for both together), and a place on a
-    CPU for everything else.
+    """Reserve a GPU for every trainer and engine rank (shared with --colocate), and CPU places for everything else.
 
     Raises:
-        RunError: the cluster has not as many, or not within a minute, or an engine would span nodes.
+        RunError: the cluster has too few, or not within a minute, or an engine would span nodes.
     """
     there = num_gpus()
     want = demand(args, there)
     if want.num_gpus > there:
         raise RunError(_too_few(want, f"there are {there}"))
-    on_gpus = [{"GPU": 1, "CPU": 2 * CPU_SHARE}] * want.num_gpus  # trainer, and an engine's owner
+    on_gpus = [{"GPU": 1, "CPU": 2 * CPU_SHARE}] * want.num_gpus  # CPU shares of a trainer and an engine's owner
     group = placement_group([*on_gpus, *[{"CPU": CPU_SHARE}] * want.num_cpu_processes], strategy="PACK")
     if not group.wait(RESERVE_TIMEOUT_S):
         free = {name: ray.available_resources().get(name, 0) for name in ("GPU", "CPU")}
@@ -290,7 +292,7 @@ def _in_bundle(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingSt
 
 @ray.remote
 def _which_gpu(bundle: int) -> Slot:
-    """Runs in the bundle, and says where that is."""
+    """Run inside the bundle, and return its node and GPU."""
     [gpu_id] = ray.get_gpu_ids()
     return Slot(bundle, node_ip=ray.util.get_node_ip_address(), gpu_id=str(gpu_id))
 

@@ -1,7 +1,8 @@
 """The processes of a run: started in order, waited for by name, and all ended when the run ends.
 
-Path: `Cluster` holds one of these and calls its actors. Invariant: after `stop`, nothing that `start` started is
-alive, however far it came and however the run ended; nothing else is touched.
+- Used by: `Cluster` holds one of these and calls its actors.
+- Invariant: after `stop`, no process that `start` started is alive, however far the start came and however the run
+  ended. No other process is touched.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ if TYPE_CHECKING:
 STOP_TIMEOUT_S = 15.0
 LAST_LOOK_S = 5.0
 START_TIMEOUT_S = 180.0
-"""Seconds for Ray to start, or to be joined."""
+"""Seconds for Ray to start, or for the run to join it."""
 END_TIMEOUT_S = 60.0
 """Seconds for a run to end."""
 SILENT_S = 30.0
-"""Seconds without an answer of Ray's own processes that are borne at least: a loaded machine is no dead one."""
+"""The least silence of Ray's own processes, in seconds, that is tolerated: a loaded machine is not a dead one."""
 PROGRESS_S = 10.0
 OPEN_ROUTER = (
     "the router at {url} requires no key for its list of engines: whoever reaches it can add one, which ends the run "
@@ -72,7 +73,7 @@ logger = logging.getLogger(__name__)
 
 
 class Processes:
-    """Ray actors by role. `trainers[rank]`, `engines[index]`, `manager`."""
+    """Ray actors by role: `trainers[rank]`, `engines[index]`, `manager`."""
 
     def __init__(self, args: Args, log_dir: Path) -> None:
         self._args = args = with_keys(args)
@@ -83,7 +84,7 @@ class Processes:
         self._reaper: Reaper | None = None
         self._watchdog: Watchdog | None = None
         self._rays_own: list[psutil.Process] = []
-        """What a local Ray consists of; the actors are its children."""
+        """The processes of a local Ray; the actors are their children."""
         self._weights: WeightDirectory | None = None
         self._external: FoundEngines | None = None
         self.manager: Any = None
@@ -96,7 +97,7 @@ class Processes:
         self._waiter = Waiter(where=str(self._log_dir), limit=starts[0], because=starts[1])
 
     def start(self) -> None:
-        """Ray and all actors; returns while they are still importing."""
+        """Start Ray and all actors; this returns while the actors are still importing."""
         log_dir = str(self._log_dir)
         self._take_what_is_shared()
         self._reaper = Reaper(self._mark, self._files, self._log_dir)
@@ -117,7 +118,7 @@ class Processes:
         self._manager_started = self.manager.start.remote()
         near = num_nodes() == 1
         self.engines = [
-            # An owner whose process dies is started anew by Ray, in its place; the engine then is, by it.
+            # Ray restarts an owner whose process dies, in the same place; the new owner then restarts the engine.
             EngineWorker.options(max_concurrency=4, max_restarts=-1, **place.engine(index)).remote(
                 args, index, log_dir, place.engine_gpu_ids(index), near=near
             )
@@ -130,9 +131,9 @@ class Processes:
         self._engines_begin = time.monotonic()
         self._engine_urls = [engine.start.remote() for engine in self.engines]
         if args.colocate and not args.offload and args.rollout_engine == "sglang":
-            self._wait_for_engines()  # it measures what is free, to know how much it may take: trainers come after
+            self._wait_for_engines()  # SGLang sizes itself by the free memory, so trainers start after it
         self.num_rollouts = self._count_rollouts()
-        args = replace(args, num_rollout=self.num_rollouts)  # a schedule has to know how long it is
+        args = replace(args, num_rollout=self.num_rollouts)  # a learning rate schedule needs to know its length
         rendezvous = place.rendezvous(str(self._files.path))
         self.trainers = [
             TrainWorker.options(**place.trainer(rank)).remote(args, rank, rendezvous, log_dir)
@@ -142,7 +143,7 @@ class Processes:
             self._waiter.name(trainer, f"trainer {rank} (its log is {self._log_dir / f'trainer-{rank}.log'})")
 
     def _wait_for_engines(self) -> list[str]:
-        """Their URLs, once all are ready; meanwhile a line now and then says what they are doing."""
+        """Return the engines' URLs once all are ready; print their phases now and then meanwhile."""
 
         def say_phases() -> None:
             phases = self.get("asking the engines", [engine.phase.remote() for engine in self.engines])
@@ -153,10 +154,10 @@ class Processes:
         return self.get("starting the engines", self._engine_urls, meanwhile=say_phases, every=PROGRESS_S)
 
     def _count_rollouts(self) -> int:
-        """--num-rollout, or what --num-epoch comes to with the prompts that were kept.
+        """Return --num-rollout, or the number of rollouts in --num-epoch with the prompts that were kept.
 
         Raises:
-            RunError: the learning rate's schedule does not fit into that.
+            RunError: the learning rate's schedule does not fit into that number.
         """
         args = self._args
         if args.num_rollout is not None:
@@ -170,16 +171,16 @@ class Processes:
         return num_rollouts
 
     def _take_what_is_shared(self) -> None:
-        """Engines and router that the user has started, and a directory for weights, before anything of ours starts.
+        """Check external engines and router, and lock the weight directory, before the run starts any process.
 
         Raises:
-            RunError: one does not answer, serves another model, or belongs to another run.
+            RunError: one of them does not answer, serves another model, or belongs to another run.
         """
         args = self._args
         router_url = external_router_url(args)
         try:
             if args.rollout_engine == "sglang" and starts_engines(args) and installed_version() is not None:
-                check_installed(args)  # where the driver has none, its nodes are asked
+                check_installed(args)  # without SGLang on the driver, the nodes check theirs
             if args.rollout_external_engines and args.num_engines:
                 self._external = asyncio.run(find_engines(args, say=print))
             if router_url is not None and args.num_engines:
@@ -195,7 +196,7 @@ class Processes:
             raise RunError(str(error)) from error
 
     def load(self) -> tuple[LoadResult | None, list[str]]:
-        """Wait for trainers and prompts; returns what was loaded (None without trainers), and warnings."""
+        """Wait for trainers and prompts; return what was loaded (None without trainers), and warnings."""
         loaded = self.get("loading the model", [trainer.load.remote() for trainer in self.trainers])
         [warnings] = self.get("loading the prompts", [self._manager_started])
         if self._external is not None:
@@ -207,16 +208,16 @@ class Processes:
 
     @property
     def colocated(self) -> bool:
-        """Whether engines sit on the trainers' devices."""
+        """Whether engines use the trainers' devices."""
         return self._args.colocate
 
     @property
     def has_engines(self) -> bool:
-        """Whether anything can be generated with."""
+        """Whether there is any engine to generate with."""
         return self._args.num_engines > 0
 
     def connect_engines(self) -> None:
-        """Wait for the engines, and put them behind the router."""
+        """Wait for the engines, and register them with the router."""
         manager, place = self.manager, self._placement
         assert place is not None, "start comes first"
         self._router_url = self.get("starting the router", [manager.start_router.remote()])[0]
@@ -229,7 +230,7 @@ class Processes:
         self.get("registering the engines", refs)
 
     def connect_trainers(self, engines: Sequence[EngineUp]) -> None:
-        """Let trainers and these engines find each other, for weights; other engines are sent none from then on."""
+        """Connect trainers and these engines for weight syncs; other engines get no weights from then on."""
         assert self._placement is not None, "start comes first"
         urls = [engine.url for engine in engines]
         ranks = [self._ranks[engine.index] for engine in engines]
@@ -248,7 +249,7 @@ class Processes:
         meanwhile: Callable[[], object] | None = None,
         every: float = POLL_S,
     ) -> list[Any]:
-        """The results of `refs`, in order; `meanwhile` is called every so many seconds (see `Waiter.get`).
+        """Return the results of `refs` in order; `meanwhile` is called every `every` seconds (see `Waiter.get`).
 
         Raises:
             RunError: naming the phase, and the process that failed, died or did not answer.
@@ -256,15 +257,15 @@ class Processes:
         return self._waiter.get(phase, refs, meanwhile=meanwhile, every=every)
 
     def started(self) -> None:
-        """From now on phases are those of the loop; to start, and to load, may take as long as an engine's start."""
+        """Switch to the time limit of the loop's phases; until now the limit was that of an engine's start."""
         self._waiter.set_limit(self._args.phase_timeout, because="--phase-timeout")
 
     def watch(self, phase: str, ref: Any) -> None:
-        """`ref` is made behind the loop: from now on its failure ends whatever the loop waits for."""
+        """Watch `ref`, which is made in the background: from now on its failure ends whatever the loop waits for."""
         self._waiter.watch(phase, ref)
 
     def stop(self, *, well: bool = False) -> None:
-        """End everything that `start` started. `well`: nothing has failed, so nobody needs Ray's logs."""
+        """End everything that `start` started. `well` means that nothing has failed, so Ray's logs are not kept."""
         if self._watchdog is not None:
             self._watchdog.expect("ending the run", END_TIMEOUT_S)
         if ray.is_initialized():
@@ -290,10 +291,10 @@ class Processes:
         self._files.close()
 
     def _end_at_once(self, trouble: str) -> None:
-        """End the run and this process, from the watchdog's thread: whatever the main thread calls of Ray hangs.
+        """End the run and this process from the watchdog's thread, because the main thread's calls of Ray hang.
 
-        The reaper ends what the run has started, stopped or not. A Ray that runs already is left alone; it ends the
-        run's actors when it goes on.
+        The reaper ends what the run has started, also processes that are stopped. A Ray that the run joined is left
+        alone; it ends the run's actors when it continues.
         """
         message = (
             f"{trouble}{stopped_below(psutil.Process())}: the run has ended; started again, it goes on from its last "
@@ -307,7 +308,7 @@ class Processes:
         os._exit(1)
 
     def _stop_children(self) -> None:
-        """Ask the owners of engine and router processes to end them; their guards do it where the owner cannot."""
+        """Ask the owners of engine and router processes to end them; their guards do it if an owner cannot."""
         closing = [engine.stop.remote() for engine in self.engines]
         if self.manager is not None:
             closing.append(self.manager.close.remote())
@@ -330,7 +331,7 @@ def _children(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:
-    """See them go; one that is stopped (SIGSTOP) hears of nothing but SIGKILL."""
+    """Wait until the processes end, then kill the rest; a stopped one (SIGSTOP) reacts only to SIGKILL."""
     _, left = psutil.wait_procs(processes, timeout=LAST_LOOK_S)
     for process in left:
         with suppress(psutil.NoSuchProcess):

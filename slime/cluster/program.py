@@ -1,7 +1,7 @@
-"""A program: a command line becomes a plan, and a run that a story tells; what goes wrong becomes one message.
+"""Turn a command line into a plan and a run, and every error of the user's into one message.
 
-Path: train.py and train_async.py hold a story each, and are the same but for it. Invariant: nothing is started, and
-Ray is not imported, before the whole command line has been found right.
+- Called by: train.py and train_async.py, which hold the training loop (the "story") and differ only in it.
+- Invariant: nothing is started, and Ray is not imported, before the whole command line has been checked.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Story = Callable[["Cluster"], None]
 
 
 def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:
-    """Plan, and unless --dry-run asks for no more, start a cluster and let `story` use it.
+    """Print the plan and, without --dry-run, start a cluster and let `story` use it.
 
-    `rollouts_ahead`: how many rollouts the story generates before the one that is trained is done; rules and the plan
-    go by it. Raises SystemExit with the message that the user is to read.
+    `rollouts_ahead` is how many rollouts the story generates before the training on the present one is done; rules and
+    plan depend on it. Raises SystemExit with the message for the user.
     """
     hide_command_line(argv)
     try:
@@ -37,7 +37,7 @@ def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:
     except UsageError as error:
         sys.exit(str(error))
     except RunError as error:
-        if logging.getLogger().handlers:  # the traceback is for the run's log, once there is one
+        if logging.getLogger().handlers:  # the traceback belongs into the run's log, once there is one
             logging.getLogger("slime").error("the run has ended", exc_info=error)
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:

@@ -1,15 +1,16 @@
-"""Ends what a run has started, and removes its temporary files, once its driver is gone, also by SIGKILL.
+"""Reaper: ends all processes of a run and removes its temporary files once its driver is gone, also after SIGKILL.
 
-Path: `Processes.start` starts one before it starts Ray. Most of Ray notices by itself that a driver died; its agents
-first try to report to a control store that has died as well, for up to a minute, and what is stopped (SIGSTOP) notices
-nothing. Invariant: only processes with the run's own mark are ended, and only its own directories are removed. A Ray
-that runs already (RAY_ADDRESS) has neither.
+- Where it sits: `Processes.start` starts one before it starts Ray. Most of Ray notices by itself that a driver died.
+  Its agents first try for up to a minute to report to a control store that has died as well, and stopped processes
+  (SIGSTOP) notice nothing.
+- Invariant: only processes with the run's own mark are ended, and only its own directories are removed. A Ray that the
+  run joined (RAY_ADDRESS) has neither.
 
     python -m slime.cluster.reaper MARK DIRECTORY LOGS
 
-Its standard input is a pipe of the driver's, and ends when the driver does. Lines that come through it:
+Its standard input is a pipe from the driver, which ends when the driver does. The driver writes these lines into it:
 
-    session DIR     the run's own Ray keeps its files there
+    session DIR     the directory in which the run's own Ray keeps its files
     well            nothing has failed: no logs of Ray are kept
     all             the driver is alive and gives up: its own children end as well
 """
@@ -33,14 +34,14 @@ from slime.core.guard import GUARD
 from slime.core.marks import marked
 
 GUARDS_WITHIN_S = 8.0
-"""Seconds for guards to end their commands, before they are killed as well."""
+"""Seconds in which guards may end their commands, before they are killed as well."""
 GONE_WITHIN_S = 10.0
 KEPT_LOGS = ("raylet.*", "gcs_server.*", "worker-*")
-"""Logs of Ray that say why a process died."""
+"""Logs of Ray that show why a process died."""
 
 
 class Reaper:
-    """The driver's side."""
+    """The driver's side of the reaper."""
 
     def __init__(self, mark: str, files: RunFiles, logs: Path) -> None:
         self._process = subprocess.Popen(
@@ -53,11 +54,11 @@ class Reaper:
 
     def tell(self, line: str) -> None:
         assert self._process.stdin is not None, "it was opened with a pipe"
-        with suppress(BrokenPipeError):  # it was killed
+        with suppress(BrokenPipeError):  # the reaper was killed
             self._process.stdin.write(f"{line}\n".encode())
 
     def finish(self) -> None:
-        """Let it act, and wait until it has."""
+        """Close the pipe, so that the reaper acts, and wait until it has finished."""
         assert self._process.stdin is not None, "it was opened with a pipe"
         self._process.stdin.close()
         try:
@@ -67,7 +68,7 @@ class Reaper:
 
 
 def end_marked(mark: str, *, spare: Iterable[int]) -> None:
-    """End the processes with `mark`, but this one and those to spare. Guards end their own commands first."""
+    """End the processes with `mark`, except this one and those to spare. Guards end their own commands first."""
     spared = {os.getpid(), *spare}
 
     def left() -> set[int]:
@@ -86,7 +87,7 @@ def end_marked(mark: str, *, spare: Iterable[int]) -> None:
 
 
 def _guarded(pids: Iterable[int]) -> set[int]:
-    """The guards among these processes, and what runs under them."""
+    """Return the guards among these processes, and the processes that run under them."""
     found: set[int] = set()
     for pid in pids:
         with suppress(psutil.Error):
@@ -103,10 +104,10 @@ def _kill(pids: Iterable[int]) -> None:
 
 
 def _keep_logs(session: Path, logs: Path) -> None:
-    """Copy what Ray's processes and its workers have written, before it goes with the session."""
+    """Copy the logs of Ray's processes and workers, before they are removed with the session."""
     target = logs / "ray" / session.name
     for log in (log for pattern in KEPT_LOGS for log in (session / "logs").glob(pattern)):
-        with suppress(OSError):  # what can be kept is kept
+        with suppress(OSError):  # keep as many logs as possible
             if log.stat().st_size:
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(log, target / log.name)

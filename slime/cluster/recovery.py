@@ -1,8 +1,8 @@
-"""Starting a run again after a fault: from its last complete checkpoint, and a bounded number of times.
+"""Restart a run after a fault, from its last complete checkpoint and a limited number of times.
 
-Path: `program` hands over the story that the run tells; each attempt is a cluster of its own. Invariant: only a lost
-process (`Fault`) is answered with another attempt; what a process has refused (a flag, a file, a disk that is full)
-would be refused again.
+- Called by: `program`, with the training loop (the "story"). Each attempt is a cluster of its own.
+- Invariant: only a lost process (`Fault`) leads to another attempt. What a process has refused (a flag, a file, a full
+  disk) would be refused again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def run_with_restarts(args: Args, story: Story) -> None:
-    """Let `story` use a cluster; after a fault, again, from the newest checkpoint that the run has made.
+    """Let `story` use a cluster; after a fault, repeat that from the newest checkpoint that the run has made.
 
-    At most --max-restarts times in a row without a new checkpoint, and never without --save.
+    There are at most --max-restarts attempts in a row without a new checkpoint, and none without --save.
 
     Raises:
-        RunError: what ended the run. A Fault among them was one too many.
+        RunError: the error that ended the run. If it is a Fault, there was one too many.
     """
     before = newest = newest_checkpoint(args.save)
     without_progress = total = 0
@@ -48,7 +48,7 @@ def run_with_restarts(args: Args, story: Story) -> None:
             total += 1
             if newest != before:
                 args = going_on(args)
-            source = "from the beginning" if newest == before else f"from {args.save}, behind rollout {newest}"
+            source = "from the beginning" if newest == before else f"from {args.save}, after rollout {newest}"
             print(
                 f"FAULT {fault}\nstarting again {source} (restart {without_progress} of --max-restarts "
                 f"{args.max_restarts})",
@@ -57,12 +57,12 @@ def run_with_restarts(args: Args, story: Story) -> None:
 
 
 def newest_checkpoint(save: str | None) -> int | None:
-    """The last rollout of which a checkpoint stands in `save`; one has its name only when it is complete."""
+    """Return the last rollout with a checkpoint in `save`; a checkpoint gets its name only when it is complete."""
     found = [] if save is None else [_ITERATION.fullmatch(path.name) for path in Path(save).glob("iter_*")]
     return max((int(match[1]) for match in found if match is not None), default=None)
 
 
 def going_on(args: Args) -> Args:
-    """Args of this run, continued where its own last checkpoint ends, wherever it began."""
-    bare = args.no_save_optim  # then there is no optimizer to go on with
+    """Return `args` changed to continue from the run's own last checkpoint, wherever the run began."""
+    bare = args.no_save_optim  # then the checkpoint holds no optimizer state
     return replace(args, load=args.save, ckpt_step=None, finetune=False, no_load_optim=bare, no_load_rng=False)

@@ -1,8 +1,8 @@
-"""The temporary directory of a run, and what dead runs have left in the place for temporary files.
+"""RunFiles: the temporary directory of a run, and the removal of what dead runs have left.
 
-Path: `Processes` has one for each start of the run; the `reaper` removes it. Invariant: another run removes a directory
-only once nobody holds its lock, which the kernel takes from a process that dies: neither its driver nor its reaper is
-alive. A directory without a lock is not ours.
+- Used by: `Processes` has one for each start of the run; the `reaper` removes it.
+- Invariant: another run removes a directory only if nobody holds its lock. The kernel releases the lock when a process
+  dies, so neither the driver nor the reaper of that run is alive. A directory without a lock belongs to someone else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOCK, RECORD = "lock", "run.json"
 
 
 class RunFiles:
-    """`path` is the directory; `lock` a descriptor that holds its lock, for the reaper to inherit."""
+    """`path` is the directory; `lock` is a descriptor that holds its lock, which the reaper inherits."""
 
     def __init__(self, mark: str) -> None:
         remove_stale()
@@ -31,27 +31,27 @@ class RunFiles:
         new = self.path / "lock.new"
         self.lock = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(self.lock, fcntl.LOCK_EX)
-        new.rename(self.path / LOCK)  # whoever sees it finds it locked
+        new.rename(self.path / LOCK)  # whoever sees the file finds it locked
 
     def record(self, session: str | None) -> None:
-        """Write down what another run needs to clear up after this one. `session`: the directory of its own Ray."""
+        """Record what another run needs to clean up after this one. `session` is the directory of its own Ray."""
         (self.path / RECORD).write_text(json.dumps({"mark": self._mark, "session": session}))
 
     def close(self) -> None:
-        """Remove the directory, if the reaper has not."""
+        """Remove the directory, if the reaper has not done so."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self.lock)
 
 
 def remove_stale() -> None:
-    """Remove the directories of this user's runs of which no process is left, with those of their Rays."""
+    """Remove the directories of this user's runs that have no process left, and those of their Rays."""
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
             if path.lstat().st_uid != os.getuid() or path.is_symlink():
                 continue
             lock = os.open(path / LOCK, os.O_RDWR)
         except OSError:
-            continue  # it has no lock, or has just gone
+            continue  # it has no lock, or was just removed
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             record = json.loads((path / RECORD).read_text())
@@ -59,7 +59,7 @@ def remove_stale() -> None:
                 remove_session(record["session"])
                 shutil.rmtree(path, ignore_errors=True)
         except (OSError, ValueError, KeyError):
-            continue  # its run is alive, or another one is removing it
+            continue  # its run is alive, or another run is removing it
         finally:
             os.close(lock)
 
@@ -76,4 +76,4 @@ def remove_session(session: str | None) -> None:
     try:
         directory.parent.rmdir()
     except OSError:
-        return  # other sessions are in it
+        return  # it holds other sessions

@@ -1,7 +1,7 @@
-"""Names processes that are stopped (SIGSTOP, a debugger), for errors about something that does not answer.
+"""Name the processes that are stopped (SIGSTOP, a debugger), for errors about something that does not answer.
 
-Path: the driver's waits and its watchdog add this to what they say. Invariant: it only reads /proc, so that it hangs at
-nothing that hangs.
+- Called by: the driver's waits and its watchdog add this to their errors.
+- Invariant: it reads only /proc, so it cannot hang on a process that hangs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NAME_LENGTH = 60
 
 
 def stopped_below(parent: psutil.Process) -> str:
-    """' (stopped: NAME, pid N; ...)' for every stopped process that `parent` has started; '' if there is none."""
+    """Return ' (stopped: NAME, pid N; ...)' for the stopped processes that `parent` has started; '' without any."""
     found: list[str] = []
     with suppress(psutil.NoSuchProcess):
         for process in parent.children(recursive=True):

@@ -1,7 +1,7 @@
-"""The trackers that a run's flags ask for.
+"""Start the trackers that a run's flags request.
 
-Path: the cluster starts them when the run is accepted, and gives them to `MetricsLog`. Invariant: one run, one name,
-in all of them and over resumes.
+- Called by: the cluster, when the run is accepted; it passes them to `MetricsLog`.
+- Invariant: a run has one name, the same in all trackers and over resumes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from slime.observability.trackers import TensorBoard, Tracker, WandbRun, Weights
 
 
 def start_trackers(args: Args, run_id: str, first: int) -> list[Tracker]:
-    """`run_id`: the same when a run goes on; `first`: the step that it goes on from.
+    """Return the trackers. `run_id` is the same when a run resumes; `first` is the step from which it resumes.
 
     Raises:
         RunError: Weights & Biases cannot be reached, or refuses.

@@ -1,7 +1,8 @@
-"""The driver's one way to wait: for results of actors, each known by name, and never for ever.
+"""Waiter: the only way in which the driver waits for results of actors, known by name, and never for ever.
 
-Path: `Processes.get` is this. Invariant: a wait ends with all results or with an error that names the phase and who is
-to blame: one that said no (RunError), one that died, or one that has not answered in time (Fault).
+- Called by: `Processes.get`.
+- Invariant: a wait ends with all results, or with an error that names the phase and the process at fault: one that
+  refused (RunError), one that died, or one that did not answer in time (Fault).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from slime.core.errors import Fault, RunError
 
 POLL_S = 1.0
 LOOK_S = 5.0
-"""Seconds that one look at everything takes at most while this process is awake."""
+"""Seconds that one round of checks takes at most while this process is awake."""
 LAST_WORDS_S = 5.0
-"""Seconds for a process that has died to be known as dead, after another has failed for the lack of it."""
+"""Seconds to learn that a process has died, after another process has failed because of that."""
 
 
 class Waiter:
-    """`limit`: seconds of a wait in which nothing moves; then it is an error, which names it `because`. `where`: the
-    logs, for messages."""
+    """Waits for results. `limit`: seconds without any progress that are an error, which names the flag `because`.
+    `where`: the logs, for messages."""
 
     def __init__(self, *, where: str, limit: float, because: str) -> None:
         self._where = where
@@ -39,11 +40,11 @@ class Waiter:
         self._limit, self._because = limit, because
 
     def name(self, actor: Any, name: str) -> None:
-        """Give this actor the name that errors call it by."""
+        """Set the name that errors use for this actor."""
         self._names[actor._actor_id] = name
 
     def watch(self, phase: str, ref: Any) -> None:
-        """`ref` is made behind the loop: from now on its failure ends whatever is waited for."""
+        """Watch `ref`, which is made in the background: from now on its failure ends whatever is waited for."""
         self._behind[ref] = phase
 
     def get(
@@ -54,13 +55,13 @@ class Waiter:
         meanwhile: Callable[[], object] | None = None,
         every: float = POLL_S,
     ) -> list[Any]:
-        """The results of `refs`, in order; the first failure ends the wait.
+        """Return the results of `refs` in order; the first failure ends the wait.
 
-        `meanwhile`: called every so many seconds. Something moves when a result comes, or it returns another value.
+        `meanwhile` is called every `every` seconds. Progress is a new result, or a changed value from `meanwhile`.
 
         Raises:
-            RunError: naming the phase (it may be one that goes on behind the loop), and what the process that failed
-                said. A Fault: it died, or nothing has moved for too long.
+            RunError: naming the phase (it may be a watched one in the background), and the error of the process that
+                failed. A Fault means that it died, or that there was no progress for too long.
         """
         waiting = list(refs)
         looked = time.monotonic()
@@ -90,7 +91,7 @@ class Waiter:
         names = ", ".join(dict.fromkeys(self._who(ref) for ref in waiting))
         return (
             f"{phase}: no answer for {self._limit:g} s ({self._because}) from {names}"
-            f"{stopped_below(psutil.Process())}; what it was doing may stand in the logs: {self._where}"
+            f"{stopped_below(psutil.Process())}; what it was doing may be in the logs: {self._where}"
         )
 
     def _who(self, ref: Any) -> str:
@@ -101,7 +102,7 @@ class Waiter:
             ray.get(ref)
         except RayTaskError as error:
             for other in self._dead([one for one in waiting if one != ref]):
-                raise self._lost(phase, other, error) from error  # the first one failed for the lack of it
+                raise self._lost(phase, other, error) from error  # this one died, and the first failed because of it
             cause = error.cause if isinstance(error.cause, BaseException) else error
             said = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {cause}"
             kind = Fault if isinstance(cause, Fault | RayError) or is_broken_link(cause) else RunError
@@ -110,7 +111,7 @@ class Waiter:
             raise self._lost(phase, ref, error) from error
 
     def _dead(self, refs: Sequence[Any]) -> list[Any]:
-        """The ones of `refs` whose process is gone; the others have a moment to fail, too."""
+        """Return those of `refs` whose process is gone; the others get a moment to fail, too."""
         if not refs:
             return []
         done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=LAST_WORDS_S)
@@ -130,6 +131,6 @@ class Waiter:
 
 
 def is_broken_link(error: BaseException) -> bool:
-    """A collective that has lost a peer, which may be one of another node."""
+    """Return whether the error is a collective that lost a peer, which may be on another node."""
     by_torch = any(kind.__name__ == "DistError" and kind.__module__.startswith("torch") for kind in type(error).__mro__)
     return by_torch or (type(error) is RuntimeError and "gloo/transport" in str(error))

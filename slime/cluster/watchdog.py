@@ -1,9 +1,9 @@
-"""Notices that Ray itself does not answer, and ends the run then.
+"""Watchdog: ends the run when Ray itself does not answer.
 
-Path: `Processes` starts one before Ray. It is a thread, because the driver's own calls of Ray hang then, those that
-would end Ray included. Invariant: an end says which process did not answer, and for how long. Only what has answered
-before can fall silent, and time in which this process stood still itself (SIGSTOP, a machine that slept) counts against
-nobody.
+- Where it sits: `Processes` starts one before Ray. It is a thread, because the driver's own calls of Ray hang in that
+  case, including those that would end Ray.
+- Invariant: the error names the process that did not answer, and for how long. Silence counts only for a process that
+  has answered before. Time in which this process itself was suspended (SIGSTOP, a sleeping machine) does not count.
 
 Ray's control store (GCS) and the raylet of each node answer gRPC's standard health check.
 """
@@ -35,7 +35,7 @@ class _Watched:
 
 
 class Watchdog:
-    """`limit`: seconds without an answer. `end` is called once, in the watchdog's thread, with what is wrong."""
+    """Ends the run after `limit` seconds of silence: it calls `end` once, in its thread, with what is wrong."""
 
     def __init__(self, *, limit: float, end: Callable[[str], None]) -> None:
         self._limit, self._end = limit, end
@@ -47,12 +47,12 @@ class Watchdog:
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def watch(self, addresses: Mapping[str, str]) -> None:
-        """Ask these gRPC servers, {what it is: host:port}, from now on."""
+        """Check these gRPC servers, {name: host:port}, from now on."""
         with self._lock:
             self._watched = [_Watched(name, grpc.insecure_channel(address)) for name, address in addresses.items()]
 
     def expect(self, what: str, within: float) -> None:
-        """The main thread does `what` within so many seconds; then it calls this again, or `expect_nothing`."""
+        """Expect the main thread to finish `what` within so many seconds, and to call this or `expect_nothing` then."""
         with self._lock:
             self._expected, self._waited = (what, within), 0.0
 
@@ -61,7 +61,7 @@ class Watchdog:
             self._expected = None
 
     def stop_asking(self) -> None:
-        """What was asked is about to end."""
+        """Stop checking servers, because they are about to end."""
         with self._lock:
             watched, self._watched = self._watched, []
         for each in watched:
@@ -81,7 +81,7 @@ class Watchdog:
                 return
 
     def _look(self, seconds: float) -> str | None:
-        """What is wrong, if anything is."""
+        """Return what is wrong, or None."""
         for each in self._watched:
             each.silence += seconds
             if each.call is not None and each.call.done():

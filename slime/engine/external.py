@@ -1,7 +1,7 @@
-"""Engines that run already (`--rollout-external-engines`): found well at the start, left usable at the end.
+"""External engines (`--rollout-external-engines`), which run already: check them at the start, free them at the end.
 
-Path: the driver asks them before anything starts; the rollout manager frees them before and after its run. Invariant:
-a run begins only with engines that serve its model and do nothing else, and stops none of them.
+- Called by: the driver checks them before anything starts. The rollout manager frees them before and after its run.
+- Invariant: a run begins only with engines that serve its model and do nothing else, and it stops none of them.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoundEngines:
-    """Answers of the engines, in the order of --rollout-external-engines."""
+    """The answers of the engines, in the order of --rollout-external-engines."""
 
     num_ranks: tuple[int, ...]
-    """Members that each brings into a weight group."""
+    """The number of members that each brings into a weight group."""
     warnings: tuple[str, ...]
 
 
 async def find_engines(args: Args, *, say: Callable[[str], None]) -> FoundEngines:
-    """Wait for all engines of --rollout-external-engines (and `say` so), and ask them what they serve.
+    """Wait for all engines of --rollout-external-engines (and `say` so), then read what each of them serves.
 
     Raises:
-        EngineError: one did not answer within --engine-start-timeout, or is no engine.
-        ValueError: one serves another model.
+        EngineError: an engine did not answer within --engine-start-timeout, or is no engine.
+        ValueError: an engine serves another model.
     """
     urls = args.rollout_external_engines
     async with EngineClient("", engines=urls, keys=Keys.of(args)) as client:
@@ -69,21 +69,21 @@ async def _wait_for(client: EngineClient, url: str, timeout: float, say: Callabl
 
 
 def check_model(args: Args, url: str, info: EngineInfo) -> None:
-    """Raise ValueError where the engine's model has not the shape of the one that is trained, or has no weights."""
+    """Raise ValueError if the engine's model differs in shape from the trained one, or has no complete weights."""
     if args.debug_rollout_only and not info.weights_complete:
         raise ValueError(
             f"--rollout-external-engines {url}: it waits for the rest of a set of weights, and --debug-rollout-only "
-            "sends none; start it anew"
+            "sends none; restart it"
         )
     if args.deterministic and not info.deterministic:
         raise ValueError(
-            f"--rollout-external-engines {url}: beside --deterministic, what it answers depends on what else it is "
+            f"--rollout-external-engines {url}: with --deterministic, its answers would depend on what else it is "
             "asked at the time; start it with --enable-deterministic-inference"
         )
     if args.use_routing_replay and not info.returns_routed_experts:
         raise ValueError(
-            f"--rollout-external-engines {url}: beside --use-routing-replay, it does not say to which experts tokens "
-            "went; start it with --enable-return-routed-experts"
+            f"--rollout-external-engines {url}: with --use-routing-replay, it does not return the experts of tokens; "
+            "start it with --enable-return-routed-experts"
         )
     shape = args.architecture
     if shape is None:
@@ -107,11 +107,11 @@ _OF_THE_CONTEXT = ("max_position_embeddings",)
 
 
 def _doubts(args: Args, url: str, info: EngineInfo) -> Iterable[str]:
-    """Warnings about settings that may be meant, and may be a mistake."""
+    """Yield warnings about settings that may be intended, or may be a mistake."""
     if args.debug_rollout_only and info.weight_version not in ("0", "default"):
         yield (
             f"--rollout-external-engines {url}: it holds weights of version {info.weight_version} that something has "
-            "sent it, and --debug-rollout-only sends none: start it anew to generate with --hf-checkpoint"
+            "sent it, and --debug-rollout-only sends none: restart it to generate with --hf-checkpoint"
         )
     dtype = "bfloat16" if args.bf16 else "float32"
     if info.dtype not in (None, dtype):
@@ -131,15 +131,14 @@ def _doubts(args: Args, url: str, info: EngineInfo) -> Iterable[str]:
 
 
 async def free_engines(client: EngineClient) -> None:
-    """Make the client's engines as usable as when they were started.
+    """Bring the client's engines back to the state after their start.
 
-    Nothing is in flight, no weight-update session is open, they are not paused, and in no weight group.
-
-    At the start for what a killed run left; at the end for whoever uses them next. An engine that is dead is logged.
+    Then nothing is in flight, no weight-update session is open, they are not paused, and they are in no weight group.
+    This runs at the start, to clear what a killed run left, and at the end, for the next user. A dead engine is logged.
     """
     steps = (
         client.abort_all,
-        client.update_sessions.end_left_open,  # an engine that is not paused ends one only when it is idle
+        client.update_sessions.end_left_open,  # an engine that is not paused ends a session only when it is idle
         client.continue_,
         lambda: client.forget_weights_update_group(WEIGHT_GROUP),
     )

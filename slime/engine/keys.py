@@ -1,8 +1,9 @@
 """The API keys of a run: for its engines, for its router, and for the router's list of engines.
 
-Path: the driver calls `with_keys` before it starts a process; engines and router are started with these keys, and every
-client takes them from `Keys.of`. Invariant: what the run starts answers only to the run's keys, and no engine receives
-the run's key for the list of engines.
+- Called by: the driver calls `with_keys` before it starts a process. Engines and router are started with these keys,
+  and every client takes them from `Keys.of`.
+- Invariant: what the run starts answers only to the run's keys. No engine receives the run's key for the list of
+  engines.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ RUN = "slime"
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys that clients send as `Authorization: Bearer KEY`; None: nothing.
+    """The keys that clients send as `Authorization: Bearer KEY`; None sends nothing.
 
-    The router replaces its own key by the one with which an engine was registered.
+    The router replaces its own key with the key with which an engine was registered.
     """
 
     engine: str | None = None
@@ -36,7 +37,7 @@ class Keys:
 
     @classmethod
     def of(cls, args: Args) -> Keys:
-        """The keys in `args`. Without an admin key, the router's own key opens its list as well."""
+        """Return the keys in `args`; without an admin key, the router's own key also opens its list."""
         router = args.router.get("api_key")
         parsed = map(control_key, args.router.get("control_plane_api_keys") or ())
         admins = (key.key for key in parsed if key.role == "admin")
@@ -47,10 +48,10 @@ NO_KEYS = Keys()
 
 
 def with_keys(args: Args) -> Args:
-    """`args` with a random key wherever the run starts something and the user gave none.
+    """Return `args` with a random key wherever the run starts something and the user gave no key.
 
-    A key for engines opens the router, too, where the user gave that one alone. A router of the run's own gets one more
-    key for its list of engines, next to those that the user gave.
+    If the user gave only a key for engines, the router gets the same one. A router of the run's own gets one more key,
+    for its list of engines, in addition to those that the user gave.
     """
     given = args.sglang.get("api_key")
     makes_engine_key = given is None and starts_engines(args) and takes_keys(args)
@@ -68,5 +69,5 @@ def with_keys(args: Args) -> Args:
 
 
 def new_key() -> str:
-    """A random key of 256 bits."""
+    """Return a random key of 256 bits."""
     return secrets.token_hex(32)

@@ -1,7 +1,8 @@
-"""A run's engines at a router: registered when it starts, and taken off a router that runs on without it.
+"""Membership: registers a run's engines at a router, and removes them from a router that outlives the run.
 
-Path: the rollout manager joins its engines here, after they are ready and before anything is generated. Invariant: a
-run never shares a router with engines that are not its own: generation would go to weights that nobody trains.
+- Called by: the rollout manager joins its engines here, after they are ready and before anything is generated.
+- Invariant: a run never shares a router with engines that are not its own, because a part of its generation would go to
+  weights that nobody trains.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from slime.engine.launch import ask, is_healthy, refusal, register_worker
 from slime.engine.protocol import RouterEndpoint
 
 LABEL = "slime"
-"""What this marks its own registrations with, so that a killed run's can be told from a user's."""
+"""The label of this project's registrations, which tells a killed run's entries from a user's."""
 
 SOON_S = 10.0
-"""Seconds within which a router holds an engine that answers to be well."""
+"""Seconds within which a router notices that an engine is healthy."""
 
 
 def external_router_url(args: Args) -> str | None:
-    """The URL of --sglang-router-ip and --sglang-router-port; None: the run starts its own."""
+    """Return the URL of --sglang-router-ip and --sglang-router-port; None if the run starts its own router."""
     host = args.sglang_router_ip
     if host is None:
         return None
@@ -41,7 +42,7 @@ class Member:
     metadata: Mapping[str, Any]
 
     def is_left_over(self) -> bool:
-        """An engine that died with the run that had registered it."""
+        """Whether the engine died together with the run that had registered it."""
         return LABEL in self.metadata and not self.is_healthy and not is_healthy(self.url)
 
 
@@ -70,10 +71,10 @@ class Membership:
             time.sleep(0.1)
 
     def refuse_others(self, own: Sequence[str]) -> None:
-        """Take off what a killed run left, and see to it that nothing but `own` is left.
+        """Remove what a killed run left, and check that only `own` are left.
 
         Raises:
-            RuntimeError: naming the engines of others.
+            RuntimeError: naming the engines that belong to others.
         """
         foreign: list[Member] = []
         for member in self._members():
@@ -92,10 +93,10 @@ class Membership:
             )
 
     def join(self, urls: Sequence[str]) -> None:
-        """Put `urls` on the router's list, and wait until it holds them to be well.
+        """Add `urls` to the router's list, and wait until it finds them healthy.
 
         Raises:
-            RuntimeError: the router has engines of others, refused one of these, or did not take it in time.
+            RuntimeError: the router has engines of others, refused one of these, or did not accept it in time.
         """
         self.refuse_others(urls)
         present = {member.url: member for member in self._members()}
@@ -103,34 +104,34 @@ class Membership:
             if url not in present:
                 self._joined.append(url)
             elif LABEL in present[url].metadata:
-                self._remove(present[url])  # a killed run's entry, which still has that run's key
+                self._remove(present[url])  # a killed run's entry, which still has the key of that run
             self._register(url, self._timeout)
 
     def add(self, url: str) -> None:
-        """Put one more engine of the run on the list; what stands there already stays.
+        """Add one more engine of the run to the list; an entry that exists stays.
 
         Raises:
-            OSError, RuntimeError: the router did not answer, or did not hold it to be well soon.
+            OSError, RuntimeError: the router did not answer, or did not find the engine healthy soon.
         """
         if url not in self._joined:
             self._joined.append(url)
         self._register(url, SOON_S)
 
     def remove(self, url: str) -> None:
-        """Take an engine off, if it is there."""
+        """Remove an engine from the list, if it is there."""
         for member in self._members():
             if member.url == url:
                 self._remove(member)
 
     def leave(self) -> None:
-        """Take off what `join` put on."""
+        """Remove the engines that `join` added."""
         for member in self._members():
             if member.url in self._joined:
                 self._remove(member)
         self._joined.clear()
 
     def is_open(self) -> bool:
-        """Whether the router shows its list to whoever asks, without a key; then it also takes engines from anybody."""
+        """Return whether the router shows its list without a key; then it also accepts engines from anybody."""
         return ask(self.url, "GET")[0] == 200
 
     def _register(self, url: str, timeout: float) -> None:

@@ -1,18 +1,19 @@
-"""Limits a generation by the time in which no engine makes progress, and not by its length.
+"""Limit a generation by the time in which no engine makes progress, not by its length.
 
-Path: the client has every attempt of a generation in flight here; `fleet` asks for engines that are stuck, and weight
-transports that wait for requests ask whether these get on. Invariants: a response goes on as long as engines make
-progress, however long it gets; time in which weights change, or in which this event loop stands still, counts for
-nothing.
+- Called by: the client wraps every attempt of a generation. `fleet` asks which engines are stuck. Weight transports
+  that wait for requests ask whether these advance.
+- Invariant: a response continues as long as engines make progress, however long it gets. Time in which weights change,
+  or in which this event loop is blocked, does not count.
 
-Nobody knows at which engine the router has a request, and a response is answered whole. So each engine is asked now
-and then for its load (SGLang's /v1/loads, in all versions from 0.5.16 on), which its scheduler publishes with the
+The router does not reveal which engine has a request, and a response arrives only as a whole. So each engine is asked
+now and then for its load (SGLang's /v1/loads, in all versions from 0.5.16 on), which its scheduler publishes with the
 batches that it has computed:
 
-    running  used tokens                   used tokens + generated: the load has moved
-       3        1200          running: 3      1290                   moved
-       3        1290          running: 3      1290                   not moved: stuck, if it stays so
-       0           0          running: 0         0                   not moved: idle
+    at one look              at the next look
+    running  used tokens     running  used tokens
+       3        1200            3        1290       the load has moved: progress
+       3        1290            3        1290       not moved: stuck, if it stays like this
+       0           0            0           0       not moved: idle
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from slime.engine.connection import Connection, EngineError
 from slime.engine.protocol import Endpoint
 
 LONGEST_LOOK_S = 10.0
-"""Seconds between two looks at the engines, and for one of them to answer; less under a short limit."""
+"""Seconds between two looks at the engines, and the timeout of one answer; shorter under a short limit."""
 MOVES = (
     "num_running_reqs",
     "num_used_tokens",
@@ -36,21 +37,21 @@ MOVES = (
     "total_prefill_busy_us",
     "decode_moments",
 )
-"""What a scheduler changes in its load where it computes, and where nothing else does: no arrival, no time."""
+"""Fields of the load that change only when the scheduler computes, not when requests arrive or time passes."""
 
 
 @dataclass
 class _Seen:
-    """An engine's load when it last moved, and when that was."""
+    """An engine's load when it last moved, and the time of that."""
 
     load: object
     since: float
     in_flight: int = 0
-    """Requests that it has, running or waiting."""
+    """The number of its requests, running or waiting."""
 
 
 class Progress:
-    """`limit`: seconds without progress, --engine-request-timeout. It is the Limit of a generation's attempts."""
+    """The Limit of a generation's attempts; `limit` is the seconds without progress, --engine-request-timeout."""
 
     def __init__(self, connection: Connection, engines: Callable[[], Awaitable[list[str]]], limit: float) -> None:
         self._connection = connection
@@ -64,13 +65,13 @@ class Progress:
         self._moved = 0.0
         self._held = False
         self.num_moves = 0
-        """Looks that have found progress so far."""
+        """The number of looks that have found progress so far."""
 
     # ---- a generation's attempt
 
     @asynccontextmanager
     async def attempt(self) -> AsyncGenerator[None]:
-        """Around one attempt; raises TimeoutError once no engine has made progress for too long."""
+        """Wrap one attempt; raise TimeoutError once no engine has made progress for too long."""
         async with asyncio.timeout(None) as deadline:
             self._open[deadline] = self._connection.clock.time()
             if self._watching is None or self._watching.done():
@@ -88,7 +89,7 @@ class Progress:
         )
 
     async def _watch(self) -> None:
-        """Runs while anything is in flight."""
+        """Run while anything is in flight."""
         clock = self._connection.clock
         self._moved = clock.time()
         self._seen.clear()
@@ -103,10 +104,10 @@ class Progress:
     # ---- engines
 
     async def look(self) -> bool:
-        """Ask every engine for its load; whether one has made progress since the last look, or weights change."""
+        """Ask every engine for its load; return whether one has moved since the last look, or weights change."""
         try:
             urls = await self._engines()
-        except EngineError:  # the router, which is asked for them where the run has not named any
+        except EngineError:  # the router failed, which is asked for the engines if the run has not named any
             return False
         loads = await asyncio.gather(*map(self._load, urls))
         now = self._connection.clock.time()
@@ -115,7 +116,7 @@ class Progress:
         for url, load in zip(urls, loads, strict=True):
             seen = self._seen.get(url)
             if load is None:
-                continue  # it has not answered; whether it is well is for others to find out
+                continue  # no answer; whether the engine is healthy is checked elsewhere
             if seen is None or load[0] != seen.load or self._held:
                 self._seen[url] = _Seen(load[0], now, load[1])
                 moved = moved or seen is not None
@@ -125,7 +126,7 @@ class Progress:
         return moved
 
     def trouble(self, url: str) -> str | None:
-        """What is wrong with an engine that has requests and has not moved for the limit; None: nothing is known."""
+        """Describe the trouble of an engine that has requests but has not moved for the limit; None if it has none."""
         seen = self._seen.get(url)
         if seen is None or not seen.in_flight or self._watching is None or self._watching.done():
             return None
@@ -134,13 +135,13 @@ class Progress:
         return f"has made no progress with {seen.in_flight} requests for {self._limit:g} s (--engine-request-timeout)"
 
     def hold(self, held: bool) -> None:
-        """Whether weights change now: engines are paused, and requests wait for that."""
+        """Set whether weights change now, so that engines are paused and requests wait."""
         self._held = held
 
     async def _load(self, url: str) -> tuple[object, int] | None:
-        """What moves in an engine's load, and its requests; None: it does not answer.
+        """Return the parts of an engine's load that move, and its number of requests; None if it does not answer.
 
-        An engine that knows no loads counts as moving as long as it is well.
+        An engine without /v1/loads counts as moving as long as it is healthy.
         """
         answer = await self._connection.ask_once(url + Endpoint.LOADS, timeout=LONGEST_LOOK_S)
         if answer is None:
@@ -152,7 +153,7 @@ class Progress:
 
 
 def read_loads(loads: list[Any]) -> tuple[object, int]:
-    """An engine's loads, one for each data-parallel rank -> what moves in them, and the number of its requests."""
+    """Convert an engine's loads, one for each data-parallel rank, to the parts that move and its number of requests."""
     ranks = [rank for rank in loads if isinstance(rank, Mapping)]
     moves = [[rank.get(name) for name in MOVES] for rank in ranks]
     counts = [rank.get(name, 0) for rank in ranks for name in ("num_running_reqs", "num_waiting_reqs")]

@@ -1,11 +1,12 @@
-"""SGLang as an engine: its command line, its environment, and what its log says of a start.
+"""SGLang as an engine: its command line, its environment, and the phases of its start in its log.
 
-Path: `launch.launch_engine` starts it with these. Invariant: everything that decides a token or its log-prob (model,
-precision, seed) is said here and not left to SGLang's environment.
+- Used by: `launch.launch_engine` starts it with these.
+- Invariant: everything that decides a token or its log-prob (model, precision, seed) is set here and not left to
+  SGLang's environment.
 
-What it listens on: its HTTP server on the address that it is given (loopback, unless the router stands elsewhere), its
-processes among each other on Unix sockets under the temporary directory. Its ranks meet in a file; with
---sglang-dp-size at a TCP port instead, which torch opens on every interface, as NCCL opens its own between ranks.
+It listens with its HTTP server on the address that it is given (loopback, unless the router is on another machine). Its
+processes use Unix sockets under the temporary directory among themselves. Its ranks meet in a file. With
+--sglang-dp-size they meet at a TCP port instead, which torch opens on every interface, as NCCL opens its own ports.
 """
 
 from __future__ import annotations
@@ -36,37 +37,37 @@ PHASES: tuple[tuple[str, str], ...] = (
     ("graph end", "opening its server"),
     ("fired up and ready", "ready"),
 )
-"""What SGLang writes into its log, and what it does from then on."""
+"""A text in SGLang's log, and what SGLang does after it."""
 ENVIRONMENT: Mapping[str, str] = {
-    # The log-probs that it returns are those of the distribution that it samples from.
+    # The returned log-probs are those of the distribution that SGLang samples from.
     "SGLANG_RETURN_ORIGINAL_LOGPROB": "0",
-    # Otherwise /health generates a token: an engine that is paused or asleep would be taken for dead.
+    # With its default, /health generates a token, so an engine that is paused or asleep would look dead.
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
 }
 PORTS = range(12000, 32000)
-"""Below those that the system gives away by itself: an engine opens its own only after half a minute."""
+"""Ports below those that the system hands out itself: an engine opens its own only after half a minute."""
 CLASSES = 16
-"""Engines of one machine whose ports never coincide."""
+"""The number of engines on one machine whose ports never coincide."""
 
 
 @dataclass(frozen=True)
 class SGLangServer:
-    """How one is started: arguments behind `-m sglang.launch_server`, and environment."""
+    """The start of one SGLang: arguments after `-m sglang.launch_server`, and environment."""
 
     words: tuple[str, ...]
     hidden: tuple[str, ...]
-    """Further words, with secrets, which belong on no command line that other users can read."""
+    """More arguments that hold secrets, so they must be on no command line that other users can read."""
     environment: Mapping[str, str]
 
 
 def sglang_server(
     args: Args, *, index: int, host: str, port: int, gpu_ids: Sequence[str], rendezvous: Path | None
 ) -> SGLangServer:
-    """Engine number `index` on the GPUs `gpu_ids` (all of the environment's, where there are none).
+    """Return the start of engine number `index` on the GPUs `gpu_ids` (if empty: on those of the environment).
 
-    `rendezvous`: a file that does not exist yet, at which its ranks meet.
+    `rendezvous` is a file that does not exist yet, in which its ranks meet.
     """
-    assert args.hf_checkpoint is not None, "launch_engine asks for it"
+    assert args.hf_checkpoint is not None, "launch_engine checks it"
     own: dict[str, Any] = {
         "model_path": args.hf_checkpoint,
         "host": host,
@@ -75,15 +76,15 @@ def sglang_server(
         "tp_size": args.rollout_num_gpus_per_engine,
         "random_seed": args.rollout_seed + index,
         "trust_remote_code": args.hf_trust_remote_code,
-        # Otherwise it says nothing of experts, whoever asks.
+        # Without this flag it returns no experts, whatever a request asks for.
         "enable_return_routed_experts": args.use_routing_replay or args.sglang.get("enable_return_routed_experts"),
         "enable_memory_saver": args.colocate and bool(args.offload),
         "json_model_override_args": _overrides(args),
-        "skip_server_warmup": True,  # it sends text, and asks for no log-probs: `launch` warms up with tokens
+        "skip_server_warmup": True,  # it sends text and asks for no log-probs; `launch` warms up with tokens instead
     }
     defaults: dict[str, Any] = {"dtype": "bfloat16" if args.bf16 else "float32"}
     if args.deterministic:
-        # Its results do not depend on the batch then, and only then does it draw by each request's own seed.
+        # Then its results do not depend on the batch; only in this mode does it use each request's own seed.
         defaults["enable_deterministic_inference"] = True
     secret = secret_names("sglang")
     given = {name: value for name, value in args.sglang.items() if name not in secret}
@@ -97,9 +98,9 @@ def sglang_server(
 
 
 def words(settings: Mapping[str, Any], *, attach: bool = False) -> list[str]:
-    """Fields of ServerArgs -> words of its command line; None is left out, and False where no flag says it.
+    """Convert fields of ServerArgs to words of a command line; None is left out, and False if it has no flag.
 
-    `attach`: one word `--flag=value`, which may also be a value that starts with a dash.
+    `attach` makes one word `--flag=value`, which also allows a value that starts with a dash.
     """
     table = {spec.name: spec for spec in all_flags() if spec.source == "sglang"}
     known = known_spellings()
@@ -109,7 +110,7 @@ def words(settings: Mapping[str, Any], *, attach: bool = False) -> list[str]:
 def _words(spec: FlagSpec, value: Any, known: frozenset[str], *, attach: bool) -> list[str]:
     if value is None:
         return []
-    # The name that the installed version has, where versions differ.
+    # Take the spelling that the installed version has, as versions differ.
     flag = next((name for name in map(own_spelling, names_by_version(spec)) if name in known), own_spelling(spec.on[0]))
     if spec.kind == "bool" and not spec.num_values:
         if value:
@@ -121,7 +122,7 @@ def _words(spec: FlagSpec, value: Any, known: frozenset[str], *, attach: bool) -
 
 
 def _overrides(args: Args) -> str | None:
-    """The changes of --override-hf-config in config.json, under the user's own overrides for SGLang."""
+    """Return the changes of --override-hf-config to config.json, overridden by the user's own --sglang ones."""
     given = args.sglang.get("json_model_override_args")
     if args.architecture is None or not args.override_hf_config or args.hf_checkpoint is None:
         return given
@@ -129,7 +130,7 @@ def _overrides(args: Args) -> str | None:
     meant, unsaid = config_of(args.architecture, config)
     if unsaid:
         raise ValueError(
-            f"--override-hf-config {' '.join(unsaid)}: config.json has no key that would tell SGLang; "
+            f"--override-hf-config {' '.join(unsaid)}: config.json has no key that would pass this to SGLang; "
             "leave it out, or change the checkpoint"
         )
     changed = {name: value for name, value in meant.items() if config.get(name) != value}
@@ -137,7 +138,7 @@ def _overrides(args: Args) -> str | None:
 
 
 def engine_port(host: str, index: int, *, besides: int = 0) -> int:
-    """A port that is free now, and that no other engine of this run picks meanwhile."""
+    """Return a port that is free now, and that no other engine of this run will pick."""
     candidates = [port for port in PORTS if port % CLASSES == index % CLASSES and port != besides]
     random.shuffle(candidates)
     for port in candidates:

@@ -1,7 +1,7 @@
-"""Which SGLang is installed, and whether it has every flag that it will be given.
+"""Find out which SGLang is installed, and whether it has every flag that it will get.
 
-Path: the driver (where SGLang is installed there) and every engine's owner ask before anything is loaded. Invariant:
-SGLang is never imported here, it is read: importing it takes half a minute and wants a GPU.
+- Called by: the driver (if SGLang is installed there) and every engine's owner, before anything is loaded.
+- Invariant: SGLang's files are read, never imported: an import takes half a minute and needs a GPU.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from slime.config.flags.renamed import names_by_version
 from slime.config.flags.table import all_flags
 
 OLDEST, NEWEST = (0, 5, 16), (0, 5, 23)
-"""Whose protocol, log lines and flags are known."""
+"""The oldest and the newest version whose protocol, log lines and flags are known."""
 REMEDY = "pip install 'slime[gpu]'"
 
 
 def installed_version() -> str | None:
-    """SGLang's version here; None: it is not installed."""
+    """Return the version of SGLang on this machine, or None if it is not installed."""
     try:
         return importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
@@ -33,10 +33,10 @@ def installed_version() -> str | None:
 
 
 def check_installed(args: Args) -> str:
-    """The version of the SGLang that is installed here, which has every flag of this run.
+    """Return the version of the SGLang that is installed here, after checking that it has every flag of this run.
 
     Raises:
-        ValueError: none is installed, one that is not known, or one that lacks a flag; all such flags at once.
+        ValueError: none is installed, an unknown version, or one that lacks flags; the error lists all such flags.
     """
     version = installed_version()
     spec = importlib.util.find_spec("sglang")
@@ -67,12 +67,12 @@ def _unknown(args: Args, version: str, known: frozenset[str]) -> Iterable[str]:
 
 
 def own_spelling(spelling: str) -> str:
-    """--sglang-tp-size -> --tp-size, as SGLang spells it."""
+    """Convert --sglang-tp-size to --tp-size, as SGLang spells it."""
     return "--" + spelling.removeprefix("--sglang-")
 
 
 def known_spellings() -> frozenset[str]:
-    """Every flag of the SGLang that is installed here; none where none is installed."""
+    """Return every flag of the SGLang that is installed here; empty if none is."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
         return frozenset()
@@ -81,14 +81,14 @@ def known_spellings() -> frozenset[str]:
 
 @cache
 def installed_spellings(srt: str) -> frozenset[str]:
-    """Every flag of the SGLang whose package sglang.srt is the directory `srt`, as it spells it."""
+    """Return every flag of the SGLang whose package sglang.srt is the directory `srt`, in its own spelling."""
     root = Path(srt)
     files = [root / "server_args.py", *sorted((root / "arg_groups").rglob("*.py"))]
     return frozenset(word for file in files if file.is_file() for word in _spellings(ast.parse(file.read_bytes())))
 
 
 def _spellings(module: ast.Module) -> Iterator[str]:
-    """Flag names in `name: A[type, Arg(cli_name=..., aliases=[...])]`, and in add_argument("--name", ...)."""
+    """Find flag names in `name: A[type, Arg(cli_name=..., aliases=[...])]` and in add_argument("--name", ...)."""
     for node in ast.walk(module):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield from _of_field(node.target.id, node.annotation)

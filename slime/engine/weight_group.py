@@ -1,8 +1,9 @@
-"""The process group over which a trainer sends weights to engines.
+"""WeightGroup: the process group over which a trainer sends weights to engines.
 
-Path: `sync.broadcast` joins as rank 0 and sends; an engine joins on /init_weights_update_group and receives
-(the embedded engine through here, SGLang through its own code). Invariants: rank 0 is the trainer; the rendezvous is
-`PrefixStore(group_name, TCPStore(...))`, as SGLang makes it; on one machine nothing listens beyond loopback.
+- Used by: `sync.broadcast` joins as rank 0 and sends. An engine joins on /init_weights_update_group and receives (the
+  embedded engine through this module, SGLang through its own code).
+- Invariant: rank 0 is the trainer. The rendezvous is `PrefixStore(group_name, TCPStore(...))`, as SGLang makes it. If
+  all members are on one machine, nothing listens on other interfaces than loopback.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ class WeightGroup:
         self._gloo = gloo
 
     def broadcast(self, tensor: Tensor, src: int = 0, *, after: Filled = None) -> None:
-        """Send the contiguous `tensor` from rank `src`, or receive into it. Returns once the tensor may be changed.
+        """Send the contiguous `tensor` from rank `src`, or receive into it; afterwards the tensor may be changed.
 
-        On a GPU it goes over a stream of its own, behind `after`; without, behind all that the current one has begun.
+        On a GPU this uses a stream of its own, which first waits for the event `after`, or without it for all work that
+        the current stream has begun.
 
-        Raises RuntimeError where a member is gone, or is silent for the group's timeout.
+        Raises RuntimeError if a member is gone, or does not answer within the group's timeout.
         """
         group = self._group
         if group is None:
@@ -49,22 +51,22 @@ class WeightGroup:
             group.broadcast([_bytes_on_cpu(tensor, after)], options).wait(self._timeout)
             return
         with _stream_behind(after, tensor.device):
-            group.broadcast([tensor], options).wait(self._timeout)  # with a limit, NCCL blocks the thread, too
+            group.broadcast([tensor], options).wait(self._timeout)  # with a timeout, NCCL blocks the thread, too
 
     def close(self, *, broken: bool = False) -> None:
-        """Leave. `broken`: a broadcast has failed, or is still waited for in another thread, which this ends."""
+        """Leave the group. `broken` also ends a broadcast that has failed or still waits in another thread."""
         group, self._group, self._store = self._group, None, None
-        if group is not None and not self._gloo:  # torch keeps it in its table, under its name
+        if group is not None and not self._gloo:  # torch keeps the group in its table, under its name
             leave = _abort_process_group if broken else dist.destroy_process_group
             leave(group)
 
 
 Filled = torch.cuda.Event | None
-"""The moment on a GPU from which a tensor holds what it should; on a CPU that is when the call returns."""
+"""The event on a GPU after which a tensor is filled; None on a CPU, where it is filled when the call returns."""
 
 
 def filled(tensor: Tensor) -> Filled:
-    """When all is done that the current stream has begun."""
+    """Return the event after all work that the current stream has begun; None on a CPU."""
     if not tensor.is_cuda:
         return None
     event = torch.cuda.Event()
@@ -73,7 +75,7 @@ def filled(tensor: Tensor) -> Filled:
 
 
 def _bytes_on_cpu(tensor: Tensor, after: Filled) -> Tensor:
-    """Bytes for gloo, which does not know every dtype. A tensor on a GPU can only be sent (to engines on CPUs)."""
+    """Return the bytes for gloo, which does not support every dtype. A GPU tensor can only be sent (to CPU engines)."""
     if after is not None:
         after.synchronize()
     return tensor.view(-1).view(torch.uint8).cpu()
@@ -81,15 +83,15 @@ def _bytes_on_cpu(tensor: Tensor, after: Filled) -> Tensor:
 
 @contextmanager
 def _stream_behind(event: Filled, device: torch.device) -> Iterator[None]:
-    """Another thread may be at work on its stream: this one's work does not stand in line behind it."""
+    """Use a new stream that waits for `event`, so this thread does not queue after another thread's work."""
     if event is None:
         yield
         return
     stream = torch.cuda.Stream(device)
     stream.wait_event(event)
-    with torch.cuda.stream(stream):  # the device, too: a thread begins on the first one
+    with torch.cuda.stream(stream):  # also sets the device: a new thread begins on the first one
         yield
-    stream.synchronize()  # it waits for NCCL's own: the caller may free or fill the memory from its stream then
+    stream.synchronize()  # covers NCCL's own stream: afterwards the caller may free or fill the memory
 
 
 def join_weight_group(
@@ -103,17 +105,17 @@ def join_weight_group(
     *,
     timeout: float = 300.0,
 ) -> WeightGroup:
-    """Wait for all members and join. `is_master`: this side keeps the store (the trainer does).
+    """Wait for all members and join. `is_master`: this side hosts the store (the trainer does).
 
     Raises:
-        RuntimeError: the members did not come together within `timeout` seconds.
+        RuntimeError: the members did not all join within `timeout` seconds.
     """
     limit = timedelta(seconds=timeout)
     store = _store(master_address, master_port, world_size, is_master, limit)
     prefixed = PrefixStore(group_name, store)
     gloo = backend == "gloo"
     if gloo:
-        inner = PrefixStore("cpu/", PrefixStore(f"{group_name}/", prefixed))  # as torch's own way of making one has it
+        inner = PrefixStore("cpu/", PrefixStore(f"{group_name}/", prefixed))  # the prefixes that torch uses itself
         group = _gloo(inner, master_address, rank, world_size, limit)
     else:
         group = _as_torch_does(prefixed, rank, world_size, group_name, backend, limit)
@@ -123,7 +125,7 @@ def join_weight_group(
 def _store(address: str, port: int, world_size: int, is_master: bool, timeout: timedelta) -> TCPStore:
     if not is_master:
         return TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)
-    # TCPStore itself binds every interface, so it is handed a socket that is bound to this one.
+    # TCPStore itself binds every interface, so it gets a socket that is bound to this address only.
     listener = socket.create_server((address, port), backlog=128)
     return TCPStore(
         address, port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
@@ -131,7 +133,7 @@ def _store(address: str, port: int, world_size: int, is_master: bool, timeout: t
 
 
 def _gloo(store: Store, master_address: str, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Gloo on the address that leads to the master, without torch's default group."""
+    """Make a gloo group on the address that leads to the master, without torch's default group."""
     options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(master_address))]
     options._timeout = timeout
@@ -141,14 +143,14 @@ def _gloo(store: Store, master_address: str, rank: int, world_size: int, timeout
 def _as_torch_does(
     store: Store, rank: int, world_size: int, group_name: str, backend: str, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """The way SGLang makes its side, key by key, so that NCCL's rendezvous meets: for CUDA."""
+    """Make the group as SGLang makes its side, key by key, so that NCCL's rendezvous matches (for CUDA)."""
     group, _ = _new_process_group_helper(
         world_size,
         rank,
-        [],  # as for torch's default group: its ranks are those of no other
+        [],  # as for torch's default group: its ranks are numbered by itself
         Backend(backend),
         store,
-        group_name=cast(Any, group_name),  # SGLang's key: the store's prefix is made of it once more
+        group_name=cast(Any, group_name),  # as in SGLang: the prefix of the store's keys is made from it once more
         timeout=timeout,
     )
     assert isinstance(group, dist.ProcessGroup)
@@ -160,21 +162,21 @@ def _as_torch_does(
 
 
 def flatten_bucket(tensors: Sequence[Tensor]) -> Tensor:
-    """All tensors' bytes behind each other, as one uint8 tensor. They are on one device."""
+    """Join all tensors' bytes one after another into one uint8 tensor; all are on one device."""
     flat = torch.empty(sum(t.nbytes for t in tensors), dtype=torch.uint8, device=tensors[0].device)
-    # One by one: that is a plain copy of memory each, where torch.cat copies byte by byte on a GPU.
+    # Copy one tensor at a time, which is a plain memory copy; torch.cat copies byte by byte on a GPU.
     for part, tensor in zip(flat.split([t.nbytes for t in tensors]), tensors, strict=True):
         part.copy_(tensor.detach().contiguous().flatten().view(torch.uint8))
     return flat
 
 
 def split_bucket(flat: Tensor, dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The way back from `flatten_bucket`."""
+    """Split a bucket into its tensors; this reverses `flatten_bucket`."""
     tensors: list[Tensor] = []
     begin = 0
     for dtype, shape in zip(dtypes, shapes, strict=True):
         end = begin + bucket_bytes([dtype], [shape])
-        # A copy: bytes of one dtype may stand where another dtype could not be viewed.
+        # A copy is needed: the bytes of one dtype may begin where another dtype cannot be viewed (alignment).
         tensors.append(flat[begin:end].clone().view(dtype).view(*shape))
         begin = end
     return tensors
@@ -185,7 +187,7 @@ def bucket_bytes(dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]])
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype's name as SGLang writes it: 'float32'."""
+    """Return the dtype's name as SGLang writes it: 'float32'."""
     return str(dtype).removeprefix("torch.")
 
 

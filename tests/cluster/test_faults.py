@@ -135,10 +135,10 @@ def test_a_run_is_started_again_without_a_trainer_and_without_an_answer(task: Ta
     with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
         run.wait_for("saved ")
         run.actor("TrainWorker", 1).kill()
-        run.wait_for("starting again from .*, behind rollout 1 ")
+        run.wait_for("starting again from .*, after rollout 1 ")
         run.wait_for("saved ", count=2)
         run.actor("RolloutManager").send_signal(signal.SIGSTOP)
-        run.wait_for("starting again from .*, behind rollout 3 ")
+        run.wait_for("starting again from .*, after rollout 3 ")
         assert run.finish() == 0, run.output[-4000:]
         output = run.output
     assert re.search(r"^FAULT .* failed: trainer \d \(its log is \S+trainer-\d.log\) died", output, re.M)

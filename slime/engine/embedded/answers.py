@@ -1,6 +1,7 @@
-"""JSON bodies in, JSON answers out, and a thread for what blocks between.
+"""Read JSON bodies, write JSON answers, and run blocking work in a thread.
 
-Path: `server` and `weight_routes` answer with these. Invariant: an error has one form, whoever raised it.
+- Called by: `server` and `weight_routes`.
+- Invariant: an error has one form, whichever code raised it.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def error_answer(message: str, status: int) -> web.Response:
 
 
 async def read_body(request: web.Request) -> Any:
-    """The decoded JSON; {} for an empty body. Raises ValueError where it is none, or cannot be unpacked."""
+    """Return the decoded JSON, or {} for an empty body. Raises ValueError if it is no JSON or cannot be unpacked."""
     try:
         raw = await request.read()
-    except (PayloadEncodingError, web.RequestPayloadError) as error:  # as its Content-Encoding has it
+    except (PayloadEncodingError, web.RequestPayloadError) as error:  # the body does not fit its Content-Encoding
         raise ValueError(f"the body cannot be read: {error}") from error
     try:
         return orjson.loads(raw) if raw else {}
@@ -41,16 +42,16 @@ async def read_body(request: web.Request) -> Any:
 
 
 async def read_no_fields(request: web.Request) -> None:
-    """For an endpoint that takes none. Raises ValueError where the body is neither empty nor `{}`."""
+    """Read the body of an endpoint without fields. Raises ValueError if it is neither empty nor `{}`."""
     body = await read_body(request)
     if body != {}:
         raise ValueError(f"the body is {short(body)}; {request.path} takes no fields: send {{}}")
 
 
 async def in_daemon_thread(function: Callable[[], T]) -> T:
-    """Run what may block for long. (A thread of asyncio's own pool would keep the process from ending.)"""
+    """Run something that may block for long; a thread of asyncio's own pool would keep the process from ending."""
     future: Future[T] = Future()
-    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, only forgotten
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, only ignored
 
     def run() -> None:
         try:

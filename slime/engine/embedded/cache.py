@@ -1,10 +1,10 @@
-"""The KV cache: one row a running request, all layers in one buffer; beside it, to which experts tokens went.
+"""The KV cache: one row for each running request, all layers in one buffer; optionally the experts of tokens.
 
-Path: `Model.prefill` and `Model.decode` write and read it; `scheduler` hands out the rows, moves and copies them.
-Invariant: rows [0, running) are in use and nothing else is, so decoding reads a plain slice.
+- Called by: `Model.prefill` and `Model.decode` write and read it; `scheduler` assigns, moves and copies its rows.
+- Invariant: exactly the rows [0, running) are in use, so decoding reads a plain slice.
 
-Memory is taken from the operating system page by page as tokens are written: a row reserves room for the longest
-request, and a short one never touches most of it.
+The operating system provides memory page by page as tokens are written. A row reserves room for the longest request,
+and a short request never touches most of it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from slime.core.architecture import Architecture
 
 WIDTH_STEP = 64
 ALIGNMENT = 64
-"""Bytes, as torch aligns its own: a kernel may go by it."""
+"""Alignment in bytes, like torch's own: it may decide which kernel is used."""
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages exist only once written (`torch.zeros` writes them all).
+    """Return zeros whose pages exist only once they are written (`torch.zeros` writes them all).
 
-    Zeros and not garbage: a masked position counts with weight 0, and 0 times NaN is NaN.
+    They must be zeros and not garbage: a masked position counts with weight 0, and 0 times NaN is NaN.
     """
     size = int(np.prod(shape)) * torch.empty((), dtype=dtype).element_size()
     raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)
@@ -32,10 +32,10 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class KVCache:
-    """`tokens`: positions that may be reserved at most, over all rows; `rows`: requests at most.
+    """The cache of `rows` requests at most; `tokens` is the most positions that all rows together may reserve.
 
-    `spare_rows` more stand behind those of requests, for rows of a forward that are nobody's. `keeps_routes`: the
-    experts that tokens went to are kept, too, position by position.
+    `spare_rows` more rows follow those of requests, for the empty rows of a forward pass. `keeps_routes` also keeps the
+    experts of tokens, position by position.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class KVCache:
         return 2 * a.num_layers * a.num_query_groups * a.kv_channels * size
 
     def clear(self) -> None:
-        """Give all memory back. Only while no row is in use."""
+        """Give all memory back; no row may be in use."""
         self.width = 0
         self._kv = torch.empty(0, dtype=self._dtype)
         self._routes = torch.empty(0, dtype=torch.int32)
 
     def rows_at(self, width: int) -> int:
-        """Rows there can be if each holds `width` positions."""
+        """Return how many rows there can be if each holds `width` positions."""
         return min(self._max_rows, self._max_tokens // _round_up(max(width, self.width)))
 
     def reserve(self, width: int, *, in_use: int) -> None:
-        """Make every row at least `width` positions long, keeping the first `in_use`."""
+        """Make every row at least `width` positions long, and keep the first `in_use` rows."""
         if width <= self.width:
             return
         a = self._architecture
@@ -90,35 +90,35 @@ class KVCache:
                 self._routes[:in_use, :old_width] = old_routes[:in_use]
 
     def write_prompts(self, layer: int, first_row: int, k: Tensor, v: Tensor) -> None:
-        """k, v [P, K, S, D] into rows [first_row, first_row + P), from position 0 on."""
+        """Write k, v [P, K, S, D] into rows [first_row, first_row + P), from position 0 on."""
         rows = slice(first_row, first_row + k.shape[0])
         self._kv[0, layer, rows, :, : k.shape[2]] = k
         self._kv[1, layer, rows, :, : v.shape[2]] = v
 
     def write_tokens(self, layer: int, rows_B: Tensor, positions_B: Tensor, kv: Tensor) -> None:
-        """kv [B, 2, K, D], one position a row."""
+        """Write kv [B, 2, K, D], one position in each row."""
         self._kv[:, layer][:, rows_B, :, positions_B] = kv
 
     def write_prompt_routes(self, moe_layer: int, first_row: int, experts: Tensor) -> None:
-        """experts [P, S, topk], as `write_prompts`."""
+        """Write experts [P, S, topk], like `write_prompts`."""
         count, width = experts.shape[:2]
         self._routes[first_row : first_row + count, :width, moe_layer] = experts.to(torch.int32)
 
     def write_token_routes(self, moe_layer: int, rows_B: Tensor, positions_B: Tensor, experts: Tensor) -> None:
-        """experts [B, topk], as `write_tokens`."""
+        """Write experts [B, topk], like `write_tokens`."""
         self._routes[rows_B, positions_B, moe_layer] = experts.to(torch.int32)
 
     def read_routes(self, row: int, length: int) -> Tensor:
-        """Experts of the first `length` positions [length, layers with experts, topk], a copy."""
+        """Return a copy of the experts of the first `length` positions [length, layers with experts, topk]."""
         return self._routes[row, :length].clone()
 
     def read(self, layer: int, rows: int, span: int, *, first: int = 0) -> tuple[Tensor, Tensor]:
-        """Keys and values [rows, K, span, D] from row `first` on, views."""
+        """Return keys and values [rows, K, span, D] from row `first` on, as views."""
         kv = self._kv[:, layer, first : first + rows, :, :span]
         return kv[0], kv[1]
 
     def copy(self, source: int, target: int, length: int, *, rows: int = 1) -> None:
-        """The first `length` positions of row `source` into `rows` rows from `target` on."""
+        """Copy the first `length` positions of row `source` into `rows` rows from `target` on."""
         self._kv[:, :, target : target + rows, :, :length] = self._kv[:, :, source : source + 1, :, :length]
         if self.keeps_routes:
             self._routes[target : target + rows, :length] = self._routes[source, :length]

@@ -1,7 +1,7 @@
-"""The endpoints for trainers on the engine's own machine: memory given back and taken, weights through shared memory.
+"""The HTTP endpoints for trainers on the engine's own machine: memory occupation, and weights through shared memory.
 
-Path: `server` mounts these; what they do runs in the scheduler's thread, between two steps. Invariant: only an
-anonymous memory file of this user, made for weights, is ever opened; nothing is unpickled.
+- Where it sits: `server` mounts these; their work runs in the scheduler's thread, between two steps.
+- Invariant: only an anonymous memory file of this user, made for weights, is ever opened, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PATH = re.compile(r"/proc/[1-9][0-9]*/fd/[0-9]+")
 
 
 class DeviceRoutes:
-    """`call` runs a function in the scheduler's thread, between two steps."""
+    """Handlers for memory and shared weights; `call` runs a function in the scheduler's thread, between two steps."""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class DeviceRoutes:
 
 
 def read_shared(bucket: SharedBucket) -> list[torch.Tensor]:
-    """Copies of the bucket's tensors.
+    """Return copies of the bucket's tensors.
 
     Raises:
-        ValueError: the path is no memory file of this user for weights, or it holds fewer bytes.
+        ValueError: the path is not a memory file for weights of this user, or it holds fewer bytes.
     """
     if not _PATH.fullmatch(bucket.path):
         raise ValueError(f"shared_memory.path is {bucket.path[:100]!r}; it has to be /proc/PROCESS/fd/NUMBER")

@@ -1,8 +1,8 @@
-"""Requests to /generate are read and answered here, as SGLang does both.
+"""Read requests to /generate and write their answers, as SGLang does.
 
-Path: `server` makes a `Request` for the scheduler here, and the answer from what became of it. Invariant: an answer is
-SGLang's for the same request, or a ValueError (a 400) with the reason; nothing is served almost as asked.
-`tests/engine/sglang_answers.py` holds the two against each other, by SGLang's version.
+- Called by: `server` makes a `Request` for the scheduler here, and the answer from the finished request.
+- Invariant: an answer is SGLang's for the same request, or a ValueError (status 400) with the reason. No request is
+  served in another way than it asks. `tests/engine/sglang_answers.py` compares the two, by SGLang's version.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from slime.engine.embedded.text import Text
 from slime.engine.protocol import GenerateRequest, SamplingParams, encode_routes
 
 GREEDY_BELOW = 1e-6
-"""SGLang takes the most likely token at lower temperatures, with the log-prob of the raw logits."""
+"""Below this temperature SGLang takes the most likely token, with the log-prob of the raw logits."""
 LONGEST_TOKEN = 128
-"""Characters; a text that cannot fit into the context is refused before it is tokenised."""
+"""The most characters of a token; a text that cannot fit into the context is refused before it is tokenised."""
 
 
 class Exchange:
-    """Requests in, answers out. Its state is that of the random numbers for requests without a seed."""
+    """Converts requests and answers. Its only state is the random numbers for requests without a seed."""
 
     def __init__(self, settings: Settings, text: Text) -> None:
         self._settings = settings
@@ -36,7 +36,7 @@ class Exchange:
         self._random = random.Random(settings.seed)
 
     def to_request(self, asked: GenerateRequest, rid: str) -> Request:
-        """The request for the scheduler. Raises ValueError where SGLang, or this engine, does not serve it."""
+        """Return the request for the scheduler. Raises ValueError if SGLang, or this engine, does not serve it."""
         ids = self._input_ids(asked)
         params = self._resolve(asked, len(ids))
         self._check_returns(asked, len(ids))
@@ -64,7 +64,7 @@ class Exchange:
         return ids
 
     def _resolve(self, asked: GenerateRequest, length: int) -> SamplingParams:
-        """The sampling parameters with what they leave to the engine."""
+        """Return the sampling parameters with the engine's own values filled in."""
         params, context, limits = asked.sampling_params, self._settings.context_length, self._limits
         assert limits.sequence is not None and limits.request is not None, "an engine has both"
         if length >= context:
@@ -107,7 +107,7 @@ class Exchange:
             )
 
     def to_answer(self, done: Request, asked: GenerateRequest) -> dict[str, Any]:
-        """The JSON of a finished request."""
+        """Return the JSON of a finished request."""
         reason = done.finish_reason or {}
         meta: dict[str, Any] = {
             "id": done.rid,
@@ -122,18 +122,18 @@ class Exchange:
             meta["output_token_logprobs"] = [(p, t, None) for p, t in zip(done.log_probs, done.output_ids, strict=True)]
             meta["input_token_logprobs"] = self._input_log_probs(done)
         if done.routes is not None:
-            # As SGLang counts layers: all of them, with zeros in those that have no experts.
+            # SGLang counts all layers, with zeros in those that have no experts.
             routes = F.pad(done.routes, (0, 0, self._settings.architecture.first_dense_layers, 0))
             meta["routed_experts"] = encode_routes(routes[asked.routed_experts_start_len :].numpy())
         text = self._text.render(done.output_ids, done.params, reason.get("matched"))
         return {"text": text, "output_ids": done.output_ids, "meta_info": meta}
 
     def _input_log_probs(self, done: Request) -> list[tuple[float | None, int, None]]:
-        """From `logprob_start_len` on; the first is None. Empty for a request that was aborted before it ran."""
+        """Return log-probs from `logprob_start_len` on, the first None; empty if the request never ran."""
         start, known = done.logprob_start_len, done.input_log_probs
         targets = done.input_ids[start:] if start >= 0 else []
         if len(targets) != len(known) + 1:
             return []
-        # SGLang writes 0 for the vocabulary's last token here.
+        # SGLang writes 0 for the last token of the vocabulary here.
         last = self._settings.architecture.vocab_size - 1
         return [(p, t if t < last else 0, None) for p, t in zip([None, *known], targets, strict=True)]

@@ -1,10 +1,15 @@
-"""Forwards of fixed shapes: what a request gets does not depend on the requests beside it, to the bit.
+"""Forward passes of fixed shapes: a request's result does not depend on the other requests, to the bit.
 
-Path: with `--enable-deterministic-inference` the scheduler decodes and samples through this; otherwise nothing here is
-used. A matrix product rounds differently with another number of rows, and may do so from row to row, so each prompt is
-prefilled alone, and decoding takes rows in chunks of sizes that were seen to give equal bits, on every row. Over the
-cache, attention goes in blocks of one size, and a block behind a row's own position adds exactly nothing to it.
-Invariant: every sum that a row's result is made of has a shape and an order that its own request decides.
+- Called by: with `--enable-deterministic-inference` the scheduler decodes and samples through this; otherwise it is not
+  used.
+- Invariant: every sum in a row's result has a shape and an order that the row's own request alone decides.
+
+A matrix product rounds differently with another number of rows, and may do so differently for each row. So each prompt
+is prefilled alone. Decoding takes rows in chunks of sizes that were measured to give equal bits for every row.
+Attention over the cache works in blocks of one size, and a block after a row's own position adds nothing to the row.
+
+For example, with sizes (64, 8): 70 running requests are decoded as one chunk of 64 rows and one of 8, of which 2 rows
+are empty.
 """
 
 from __future__ import annotations
@@ -26,15 +31,15 @@ from slime.engine.embedded.sampler import Draw, SamplingBatch, sample
 logger = logging.getLogger(__name__)
 
 SIZES = (64, 32, 16, 8, 4, 2)
-"""Rows of a chunk, the most that is tried first."""
+"""The chunk sizes in rows that are tried, largest first."""
 SPARE_ROWS = SIZES[0] - 1
-"""Cache rows behind those of requests, for the empty ones of a last chunk."""
+"""Cache rows after those of requests, for the empty rows of a last chunk."""
 _SHIFTS = (0, 1, 7)
-"""Places by which rows are moved to see whether they feel it."""
+"""Shifts of the rows, which test whether a row's position in the chunk changes its bits."""
 
 
 class FixedShapes:
-    """`sizes`: rows of a chunk, descending, all of which give a row the same bits."""
+    """`sizes` are the rows of a chunk, in descending order, all of which give a row the same bits."""
 
     def __init__(self, model: Model, cache: KVCache, sizes: tuple[int, ...]) -> None:
         self._model = model
@@ -42,7 +47,7 @@ class FixedShapes:
         self.sizes = sizes
 
     def decode(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
-        """One token for each of the first B cache rows, as `Model.decode` -> hidden states [B, hidden]."""
+        """Run one token for each of the first B cache rows, as `Model.decode`; return hidden states [B, hidden]."""
         hidden: list[Tensor] = []
         for first, count, size in self._chunks(len(tokens_B)):
             rows = slice(first, first + count)
@@ -51,7 +56,7 @@ class FixedShapes:
         return torch.cat(hidden)
 
     def sample(self, hidden_B: Tensor, batch: SamplingBatch) -> Draw:
-        """Sample from their logits, as `sampler.sample` does."""
+        """Sample from the logits of `hidden_B`, as `sampler.sample` does."""
         count_all = len(hidden_B)
         draw = Draw(np.zeros(count_all, np.int64), np.zeros(count_all, np.float32), np.zeros(count_all, np.bool_))
         for first, count, size in self._chunks(count_all):
@@ -60,14 +65,14 @@ class FixedShapes:
             chunk = _rows_of(batch, rows)
             free = replace(chunk, top_p=np.ones(size), top_k=np.full(size, -1), min_p=np.zeros(size))
             _put(draw, rows[:count], sample(logits, free))
-            # Which candidates are sorted for top-p and top-k is decided for all rows of a call together.
+            # `sample` decides for all rows of a call together which candidates it sorts, so these rows go alone.
             for i in np.flatnonzero((chunk.top_p < 1) | (chunk.top_k > 0) | (chunk.min_p > 0)).tolist():
                 if i < count:
                     _put(draw, rows[i : i + 1], sample(logits[i : i + 1].clone(), _rows_of(batch, rows[i : i + 1])))
         return draw
 
     def _chunks(self, count: int) -> Iterator[tuple[int, int, int]]:
-        """(first row, rows, size that they are padded to): whole chunks, and the smallest size that takes the rest."""
+        """Yield (first row, rows, padded size): whole chunks, then the smallest size that holds the rest."""
         largest = self.sizes[0]
         for first in range(0, count, largest):
             rows = min(largest, count - first)
@@ -75,7 +80,7 @@ class FixedShapes:
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:
-    """`rows` in memory of their own (a kernel may go by its alignment), zeros behind them."""
+    """Copy `rows` into new memory (its alignment may choose the kernel), padded with zeros."""
     padded = rows.new_zeros(size, *rows.shape[1:])
     padded[: len(rows)] = rows
     return padded
@@ -86,19 +91,19 @@ def _rows_of(batch: SamplingBatch, rows: NDArray[np.int64]) -> SamplingBatch:
 
 
 def _put(draw: Draw, rows: NDArray[np.int64], found: Draw) -> None:
-    """`found`, as far as there are `rows`, into these rows of `draw`."""
+    """Write the first entries of `found` into `rows` of `draw`."""
     for f in fields(Draw):
         getattr(draw, f.name)[rows] = getattr(found, f.name)[: len(rows)]
 
 
 def find_sizes(model: Model) -> tuple[int, ...]:
-    """Chunk sizes that give every row the same bits, on this machine, with this model and number of threads.
+    """Measure the chunk sizes that give every row the same bits, for this machine, model and number of threads.
 
-    Measured: rows of many contents, lengths and places are decoded in chunks of each size. A kernel that sums in
-    another order shows in some of their thousands of numbers. A single row is alike in any case.
+    Rows of many contents, lengths and positions are decoded in chunks of each size. A kernel that sums in another order
+    shows in some of their thousands of numbers. A size of 1 always qualifies.
     """
     probe = copy.copy(model)
-    probe.layers = [model.layers[0], model.layers[-1]]  # the others have the same shapes as one of these
+    probe.layers = [model.layers[0], model.layers[-1]]  # other layers have the same shapes as one of these
     count, a = SIZES[0], model.architecture
     length = min(2 * WIDTH_STEP + 7, a.max_position_embeddings)
     rng = torch.Generator().manual_seed(0)
@@ -121,7 +126,7 @@ def find_sizes(model: Model) -> tuple[int, ...]:
 def _bits(
     model: Model, cache: KVCache, prompt: Tensor, tokens_B: Tensor, positions_B: Tensor, size: int, shift: int
 ) -> bytes:
-    """Hidden states, logits and log-probs of rows that follow one prompt, computed `shift` places further on."""
+    """Return the bits of hidden states, logits and log-probs of rows after one prompt, computed `shift` rows later."""
     model.prefill([prompt.tolist()], cache, 0)
     cache.copy(0, 1, len(prompt), rows=len(tokens_B) - 1)
     tokens_B, positions_B = tokens_B.roll(shift), positions_B.roll(shift)

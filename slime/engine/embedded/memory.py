@@ -1,7 +1,8 @@
-"""The engine's memory, given back while trainers use the machine, and taken again.
+"""EngineMemory: gives the engine's memory back while trainers use the machine, and takes it again.
 
-Path: `device_routes` calls these through `Scheduler.call`, between two steps. Invariant: what was given back is really
-free, and until all of it is there again, and weights have come whole, no token is made.
+- Called by: `device_routes`, through `Scheduler.call`, between two steps.
+- Invariant: memory that was given back is really free. No token is sampled until all of it is there again and whole
+  weights have arrived.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ HOLD = "memory given back"
 
 
 class EngineMemory:
-    """Weights and KV cache by tag; there are no CUDA graphs here, and their tag frees nothing."""
+    """Weights and KV cache by tag; this engine has no CUDA graphs, so their tag frees nothing."""
 
     def __init__(self, scheduler: Scheduler, weights: EngineWeights) -> None:
         self._scheduler = scheduler
@@ -27,7 +28,7 @@ class EngineMemory:
         """Free the memory of `tags`.
 
         Raises:
-            ValueError: requests are running or waiting, or it was given back before.
+            ValueError: requests are running or waiting, or the memory was given back before.
         """
         unfinished = self._scheduler.num_running + self._scheduler.num_waiting
         if unfinished:
@@ -44,10 +45,10 @@ class EngineMemory:
             self._weights.release()
 
     def resume(self, tags: Sequence[MemoryTag]) -> None:
-        """Take the memory of `tags` again; weights then hold garbage until they are sent.
+        """Take the memory of `tags` again; the weights then hold garbage until they are sent.
 
         Raises:
-            ValueError: it is there.
+            ValueError: the memory was not given back.
         """
         there = sorted(set(tags) - self.released)
         if there:
@@ -59,7 +60,7 @@ class EngineMemory:
             self._scheduler.holds.discard(HOLD)
 
     def refuse_requests(self) -> None:
-        """Raise ValueError while nothing can be generated, and say what is missing."""
+        """Raise ValueError while nothing can be generated; the error names what is missing."""
         if self.released:
             raise ValueError(
                 f"this engine has given back the memory of {', '.join(sorted(self.released))}; it generates once it "

@@ -1,8 +1,8 @@
-"""The second half of a decoder layer: one gated MLP, or a router and many of them.
+"""The second half of a decoder layer: one gated MLP, or a router and many experts.
 
-Path: `model` calls these for each layer, in prefill and in decoding. Invariant: a token's experts, their weights and
-their sum are functions of its own hidden state; which tokens stand beside it changes at most the last bits, and with
-`every` expert computed for all rows (see `fixed_shapes`) not even those.
+- Called by: `model` calls these for each layer, in prefill and in decoding.
+- Invariant: a token's experts, their weights and their sum are functions of its own hidden state. The other tokens of a
+  batch change at most the last bits, and not even those if `every` expert is computed for all rows (`fixed_shapes`).
 
 Shapes: N tokens, K experts of a token, E experts of the layer, F channels inside an expert, H hidden.
 """
@@ -21,7 +21,7 @@ from slime.core.architecture import Architecture
 
 @dataclass(frozen=True)
 class Dense:
-    """SwiGLU: `gate_up` [2F, H], gates first; `down` [H, F]."""
+    """A SwiGLU MLP: `gate_up` [2F, H], gates first; `down` [H, F]."""
 
     gate_up: Tensor
     down: Tensor
@@ -37,13 +37,13 @@ def _gated(both: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Experts:
-    """A router and its experts, and the one (if any) to which every token goes."""
+    """A router and its experts, and the shared expert (if any) that every token uses."""
 
     architecture: Architecture
     router: Tensor
     """[E, H]"""
     bias: Tensor | None
-    """[E], fp32: added to scores for the choice, and not to weights."""
+    """[E], fp32: added to the scores for choosing experts, but not to their weights."""
     gate_up: Tensor
     """[E, 2F, H]"""
     down: Tensor
@@ -51,7 +51,7 @@ class Experts:
     shared: Dense | None
 
     def route(self, x_N: Tensor) -> tuple[Tensor, Tensor]:
-        """(experts [N, K], their weights [N, K] in fp32)."""
+        """Return (experts [N, K], their weights [N, K] in fp32)."""
         a = self.architecture
         logits = F.linear(x_N.float(), self.router.float())
         scores = logits.sigmoid() if a.router_score == "sigmoid" else logits.softmax(dim=-1)
@@ -65,7 +65,7 @@ class Experts:
         return experts, weights if a.routed_scaling_factor == 1 else weights * a.routed_scaling_factor
 
     def _in_best_groups(self, choice_NE: Tensor) -> Tensor:
-        """-inf outside of the groups whose two best experts are best."""
+        """Set the scores to -inf outside the best groups; a group is as good as the sum of its two best experts."""
         a = self.architecture
         grouped = choice_NE.unflatten(-1, (a.router_groups, -1))
         best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(a.router_topk_groups, dim=-1).indices
@@ -73,13 +73,13 @@ class Experts:
         return grouped.masked_fill(left_out[..., None], float("-inf")).flatten(1)
 
     def __call__(self, x_N: Tensor, experts_NK: Tensor, weights_NK: Tensor, *, every: bool) -> Tensor:
-        """The experts' weighted sum, and the shared one. `every`: all experts are computed for every row."""
+        """Return the weighted sum of the experts, plus the shared one. `every` computes all experts for every row."""
         outputs = self._of_every(x_N, experts_NK) if every else self._of_chosen(x_N, experts_NK)
         y = (outputs * weights_NK[..., None]).sum(dim=1).to(x_N.dtype)
         return y if self.shared is None else y + self.shared(x_N)
 
     def _of_chosen(self, x_N: Tensor, experts_NK: Tensor) -> Tensor:
-        """[N, K, H]; tokens are sorted by expert, so that there are two products an expert and nothing else."""
+        """Return [N, K, H] with two products for each expert, whose tokens are adjacent after sorting by expert."""
         count, topk = experts_NK.shape
         flat = experts_NK.flatten()
         order = flat.argsort(stable=True)
@@ -97,7 +97,7 @@ class Experts:
         return x.index_select(0, places).view(count, topk, -1)
 
     def _of_every(self, x_N: Tensor, experts_NK: Tensor) -> Tensor:
-        """[N, K, H]; the shapes of all products are given by the number of rows."""
+        """Return [N, K, H]; the number of rows alone decides the shapes of all products."""
         inner = _gated(torch.matmul(x_N, self.gate_up.transpose(1, 2)))
         outputs = torch.matmul(inner, self.down.transpose(1, 2))
         return outputs[experts_NK, torch.arange(len(x_N))[:, None]]

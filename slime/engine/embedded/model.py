@@ -1,7 +1,9 @@
 """The forward pass: a decoder built from an `Architecture`, with fused buffers and views of them by HF name.
 
-Path: `checkpoint` and weight updates write into `Model.weights`, `scheduler` calls `prefill` and `decode`.
-Invariant: every HF tensor is a view into exactly one buffer, so writing a tensor by its HF name is the whole update.
+- Called by: `checkpoint` and weight updates write into `Model.weights`; `scheduler` calls `prefill` and `decode`.
+- Invariant: every HF tensor is a view into exactly one buffer, so writing a tensor by its HF name is the whole update.
+
+For example, `qkv` is one buffer [(H + 2K) * D, hidden], and `q_proj.weight` is a view of its first H * D rows.
 
 Shape suffixes: _N flat tokens, _B running requests, _P prompts; S padded prompt length, H query heads, K key/value
 heads, D channels of a head, M cached positions.
@@ -23,12 +25,12 @@ from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.mlp import Dense, Experts
 
 FUSED_GATE_UP_FAMILIES = ("glm4",)
-"""Families whose HF files hold one `gate_up_proj`; the others hold `gate_proj` and `up_proj`."""
+"""Families whose HF files hold one `gate_up_proj`; other families hold `gate_proj` and `up_proj`."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's buffers; None where the architecture has no such tensor."""
+    """The buffers of one decoder layer; None if the architecture has no such tensor."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -43,19 +45,19 @@ class Layer:
 
 
 class Attend(Protocol):
-    """Attention over the cache: q [N, H, D], kv [N, 2, K, D] -> [N, H * D]; also stores keys and values."""
+    """Attention over the cache: q [N, H, D], kv [N, 2, K, D] -> [N, H * D]; it also stores keys and values."""
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor: ...
 
 
 class KeepRoutes(Protocol):
-    """Writes down to which experts [N, K] tokens go in one layer, counted from the first one that has experts."""
+    """Stores the experts [N, K] of tokens in one layer; `moe_layer` counts from the first layer with experts."""
 
     def __call__(self, moe_layer: int, experts: Tensor) -> None: ...
 
 
 class Model:
-    """Weights and forward. `weights`: HF name -> view; the tied output layer has no name of its own."""
+    """Weights and forward pass. `weights` maps HF names to views; a tied output layer has no name of its own."""
 
     def __init__(self, architecture: Architecture, *, dtype: torch.dtype = torch.float32) -> None:
         self.architecture = architecture
@@ -75,7 +77,7 @@ class Model:
         return tensor
 
     def _new_fused(self, parts: dict[str, int], *columns: int) -> Tensor:
-        """One buffer whose rows belong to several HF tensors: {name: rows}."""
+        """Return one buffer whose rows belong to several HF tensors: {name: rows}."""
         buffer = torch.zeros((sum(parts.values()), *columns), dtype=self.dtype)
         self.weights.update(zip(parts, buffer.split(list(parts.values())), strict=True))
         return buffer
@@ -97,7 +99,7 @@ class Model:
             post_attention_norm=(
                 self._new(f"{prefix}post_self_attn_layernorm.weight", hidden) if a.post_self_attn_layernorm else None
             ),
-            # In HF's sandwich-norm families this name is still the norm before the MLP.
+            # In HF's sandwich-norm families this is still the name of the norm before the MLP.
             mlp_norm=self._new(f"{prefix}post_attention_layernorm.weight", hidden),
             mlp=self._new_experts(f"{prefix}mlp.") if moe else self._new_mlp(f"{prefix}mlp.", a.ffn_hidden_size),
             post_mlp_norm=self._new(f"{prefix}post_mlp_layernorm.weight", hidden) if a.post_mlp_layernorm else None,
@@ -127,7 +129,7 @@ class Model:
             self.weights |= {f"{prefix}experts.{i}.{name}.weight": tensor for name, tensor in own.items()}
         bias = None
         if a.router_bias:
-            # Fp32 whatever the model is in: it moves by steps that bf16 does not hold.
+            # The bias is fp32 whatever dtype the model has: it changes by steps that bf16 cannot represent.
             bias = self.weights[f"{prefix}gate.e_score_correction_bias"] = torch.zeros(count)
         return Experts(
             architecture=a,
@@ -147,7 +149,7 @@ class Model:
         *,
         every_expert: bool = False,
     ) -> Tensor:
-        """Hidden states [N, hidden], the final norm applied."""
+        """Return hidden states [N, hidden], after the final norm."""
         a = self.architecture
         heads, groups, head = a.num_attention_heads, a.num_query_groups, a.kv_channels
         rotation = self._rotation[positions_N].unsqueeze(1)
@@ -176,13 +178,13 @@ class Model:
         eps = self.architecture.norm_epsilon
         if x.dtype != torch.float32:
             return F.rms_norm(x, (x.shape[-1],), weight, eps)
-        # The same in fewer operators: at these sizes a step is made of their number.
+        # RMS norm in fewer operators: at these sizes the number of operators decides the time of a step.
         norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse_rms = torch.addcmul(self._epsilon, norms, norms, value=1 / x.shape[-1]).rsqrt_()
         return torch.mul(x, inverse_rms).mul_(weight)
 
     def _rotate(self, x: Tensor, rotation: Tensor) -> None:
-        """RoPE in place on x [N, heads, D]: pairs of channels are complex numbers, turned by `rotation` [N, 1, P]."""
+        """Apply RoPE in place to x [N, heads, D]: channel pairs are complex numbers, turned by `rotation` [N, 1, P]."""
         a = self.architecture
         turning = x[..., : a.rotary_dim]
         if a.rotary_interleaved and x.dtype == torch.float32:
@@ -195,13 +197,13 @@ class Model:
         turning.copy_(torch.stack(pairs, dim=-1).flatten(-2) if a.rotary_interleaved else torch.cat(pairs, dim=-1))
 
     def logits(self, hidden_N: Tensor) -> Tensor:
-        """Logits [N, vocabulary] in fp32."""
+        """Return logits [N, vocabulary] in fp32."""
         return F.linear(hidden_N, self.head).float()
 
     def prefill(self, prompts_P: list[list[int]], cache: KVCache, first_row: int) -> Tensor:
-        """Run whole prompts into the cache rows from `first_row` on -> hidden states [P, S, hidden].
+        """Run whole prompts into the cache rows from `first_row` on; return hidden states [P, S, hidden].
 
-        Prompts are padded on the right: causal attention never looks there, and what the padding leaves in the
+        Prompts are padded on the right: causal attention never looks there, and what the padding writes into the
         cache is overwritten before it is read.
         """
         a = self.architecture
@@ -225,14 +227,14 @@ class Model:
         return self._forward(tokens.flatten(), positions, attend, keep).unflatten(0, (count, width))
 
     def decode(self, tokens_B: Tensor, positions_B: Tensor, cache: KVCache) -> Tensor:
-        """One token for each of the first B cache rows, at `positions_B` -> hidden states [B, hidden]."""
+        """Run one token for each of the first B cache rows, at `positions_B`; return hidden states [B, hidden]."""
         a = self.architecture
         batch, groups, head = len(tokens_B), a.num_query_groups, a.kv_channels
         span = int(positions_B.max()) + 1
         rows = torch.arange(batch)
         future = torch.arange(span) > positions_B[:, None]
         mask = torch.zeros(batch, 1, 1, span).masked_fill_(future[:, None, None], float("-inf"))
-        # Query heads of one group stand as rows over their shared keys: nothing is repeated.
+        # Query heads that share keys are rows of one matrix, so that keys are not repeated.
         per_group = a.num_attention_heads // groups
         mask = mask.expand(batch, groups, per_group, span).reshape(batch * groups, per_group, span)
         scale = head**-0.5
@@ -250,7 +252,7 @@ class Model:
         return self._forward(tokens_B, positions_B, attend, _keep_token_routes(cache, rows, positions_B))
 
     def decode_in_blocks(self, tokens_B: Tensor, positions_B: Tensor, cache: KVCache, first_row: int) -> Tensor:
-        """`decode` for the B cache rows from `first_row` on; how far the others reach changes nothing for a row."""
+        """Run `decode` for B cache rows from `first_row` on; a row's result does not depend on the others' lengths."""
         a = self.architecture
         batch, groups, head = len(tokens_B), a.num_query_groups, a.kv_channels
         rows = torch.arange(first_row, first_row + batch)
@@ -274,7 +276,7 @@ def _keep_token_routes(cache: KVCache, rows_B: Tensor, positions_B: Tensor) -> K
 
 
 def _rotation_table(architecture: Architecture) -> Tensor:
-    """exp(i * position * frequency), complex64 [positions, rotary pairs]."""
+    """Return exp(i * position * frequency), complex64 [positions, rotary pairs]."""
     positions = torch.arange(architecture.max_position_embeddings).float()
     angles = torch.outer(positions, inverse_frequencies(architecture))
     return torch.polar(torch.ones_like(angles), angles)

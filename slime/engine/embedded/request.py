@@ -1,9 +1,10 @@
-"""A generation request, and what ends it.
+"""A generation request, and the reasons that end it.
 
-Path: `server` makes one for each /generate; `scheduler` gives it tokens and asks here after each one.
-Invariant: reasons to finish are looked for in the order of SGLang 0.5.16. Later versions look for stops before they
-look at the length, and both orders are right for a client: one that takes "length" for "there is more to come" fails
-under this one.
+- Used by: `server` makes one for each /generate. `scheduler` adds tokens to it and checks here after each one.
+- Invariant: the reasons to finish are checked in the order of SGLang 0.5.16.
+
+Later versions look for stops before they look at the length. A client has to work with both orders: one that reads
+"length" as "more would have come" fails with this order.
 """
 
 from __future__ import annotations
@@ -20,34 +21,34 @@ from slime.engine.protocol import SamplingParams
 
 @dataclass(eq=False)
 class Request:
-    """One generation. `seed` is always set: the server draws one where the client gave none."""
+    """One generation. `seed` is always set: the server draws one if the client gave none."""
 
     rid: str
     input_ids: list[int]
     params: SamplingParams
     seed: int
     stop_token_ids: frozenset[int]
-    """All that end it, the model's own included."""
+    """All tokens that end it, including the model's own."""
     logprob_start_len: int = -1
     return_routes: bool = False
     stop_check: Callable[[Sequence[int]], str | None] | None = None
-    """Given the output so far, the stop string that it now contains."""
+    """Returns the stop text that the output so far contains, or None."""
     output_ids: list[int] = field(default_factory=list[int])
     log_probs: list[float] = field(default_factory=list[float])
     input_log_probs: list[float] = field(default_factory=list[float])
-    """Of the prompt tokens after `logprob_start_len`."""
+    """The log-probs of the prompt tokens after `logprob_start_len`."""
     routes: Tensor | None = None
-    """Experts of all tokens but the last, which has not been run [tokens - 1, layers with experts, topk]."""
+    """Experts of all tokens but the last, which has not been run: [tokens - 1, layers with experts, topk]."""
     finish_reason: dict[str, Any] | None = None
     is_aborting: bool = False
-    """It was aborted while it ran, and ends with its next token."""
+    """Whether it was aborted while it ran; it then ends with its next token."""
     error: str | None = None
     weight_version: str = ""
     cached_tokens: int = 0
     started: float = field(default_factory=time.monotonic)
     row: int = -1
     key: tuple[int, ...] = ()
-    """What was prefilled for it."""
+    """The tokens that were prefilled for it."""
 
     @property
     def ids(self) -> list[int]:
@@ -55,12 +56,12 @@ class Request:
 
     @property
     def room(self) -> int:
-        """Cache positions it needs at most (the last token is never written)."""
+        """The most cache positions that it needs (the last token is never written)."""
         return len(self.input_ids) + max(self.params.max_new_tokens, 1)
 
 
 def reason_to_finish(request: Request, *, full: bool) -> dict[str, Any] | None:
-    """SGLang's `finish_reason` if the newest token ends the request; `full`: it is the last one there is room for."""
+    """Return SGLang's `finish_reason` if the newest token ends the request; `full`: there is room for no other."""
     newest = request.output_ids[-1]
     if request.is_aborting:
         return aborted("Aborted")
@@ -74,9 +75,9 @@ def reason_to_finish(request: Request, *, full: bool) -> dict[str, Any] | None:
 
 
 def aborted(message: str) -> dict[str, Any]:
-    """SGLang's reason of a request that was aborted while it ran."""
+    """Return SGLang's finish reason for a request that was aborted while it ran."""
     return {"type": "abort", "message": message, "status_code": None, "err_type": None}
 
 
 ABORTED_WAITING: dict[str, Any] = {"type": "abort", "message": "Abort in waiting queue"}
-"""SGLang's reason of a request that was aborted before it ran."""
+"""SGLang's finish reason for a request that was aborted before it ran."""

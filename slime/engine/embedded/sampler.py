@@ -1,8 +1,9 @@
-"""Sampling: logits to one token a row, and its log-prob.
+"""Sampling: draw one token for each row of logits, with its log-prob.
 
-Path: `scheduler` calls `sample` after each forward. Invariants: log-probs are those of softmax(logits / temperature)
-before top-p, top-k and min-p take tokens away (raw at temperature 0), which is SGLang's rule; and a row's draw is a
-pure function of its seed and its position, whatever else is in the batch.
+- Called by: `scheduler` calls `sample` after each forward pass.
+- Invariant: log-probs are those of softmax(logits / temperature) before top-p, top-k and min-p remove tokens (of the
+  raw logits at temperature 0), which is SGLang's rule. A row's draw is a pure function of its seed and its position,
+  whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SORTED_CANDIDATES = 1024
-"""Tokens sorted for top-p and top-k first; the whole vocabulary only where these do not suffice."""
+"""The number of tokens sorted first for top-p and top-k; the whole vocabulary is sorted only if they do not suffice."""
 
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """One entry a row. temperature 0: greedy. top_k -1, top_p 1 and min_p 0 are off."""
+    """The sampling settings, one entry for each row. temperature 0 is greedy; top_k -1, top_p 1 and min_p 0 are off."""
 
     temperature: NDArray[np.float64]
     top_p: NDArray[np.float64]
@@ -28,7 +29,7 @@ class SamplingBatch:
     min_p: NDArray[np.float64]
     seed: NDArray[np.uint64]
     position: NDArray[np.int64]
-    """Of the token to be drawn, in prompt and response together."""
+    """The position of the token to draw, counted over prompt and response."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Draw:
     tokens: NDArray[np.int64]
     log_probs: NDArray[np.float32]
     finite: NDArray[np.bool_]
-    """False where the logits held NaN or infinity: that row's token means nothing."""
+    """False if the logits held NaN or infinity; the token of that row has no meaning."""
 
 
 def sample(logits_BV: Tensor, batch: SamplingBatch) -> Draw:
-    """Draw one token a row by inverting the cumulative distribution.
+    """Draw one token for each row by inverting the cumulative distribution.
 
-    (`torch.multinomial` runs on one core and costs more than a small model's whole step.)
+    `torch.multinomial` is not used: it runs on one core and costs more than a whole step of a small model.
     """
     greedy = batch.temperature == 0
     scaled = logits_BV
@@ -59,7 +60,7 @@ def sample(logits_BV: Tensor, batch: SamplingBatch) -> Draw:
         cumulative[rows] = kept.cumsum(dim=-1)
     total = cumulative[:, -1:]
     threshold = total * torch.from_numpy(uniform(batch.seed, batch.position)).float()[:, None]
-    # Strictly below the total, and right=True: a token of mass 0 is never drawn, whatever the rounding.
+    # Stay strictly below the total, with right=True: a token of mass 0 is never drawn, however the sum is rounded.
     threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits_BV.shape[-1] - 1)
     if greedy.any():
@@ -73,7 +74,7 @@ def sample(logits_BV: Tensor, batch: SamplingBatch) -> Draw:
 
 
 def _restrict(mass: Tensor, batch: SamplingBatch, rows: NDArray[np.int64]) -> Tensor:
-    """`mass` with the tokens outside top-k, top-p and min-p set to 0, all three judged on the full distribution."""
+    """Return `mass` with tokens outside top-k, top-p and min-p set to 0; all three use the full distribution."""
     vocabulary = mass.shape[-1]
     top_p = torch.from_numpy(batch.top_p[rows]).float()[:, None]
     top_k = torch.from_numpy(np.where(batch.top_k[rows] > 0, batch.top_k[rows], vocabulary))[:, None]
@@ -93,14 +94,14 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def uniform(seed: NDArray[np.uint64], position: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A counter-based uniform in [0, 1) for each (seed, position)."""
+    """Return a counter-based uniform number in [0, 1) for each (seed, position)."""
     with np.errstate(over="ignore"):
         bits = _mix(_mix(seed + _GAMMA) + position.astype(np.uint64) * _GAMMA)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

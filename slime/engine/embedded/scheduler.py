@@ -1,12 +1,13 @@
-"""Continuous batching: who runs, one step at a time, in a thread of its own.
+"""Continuous batching: choose the running requests and decode one step at a time, in a thread of its own.
 
-Path: `server` hands over requests and commands through one inbox; each step admits waiting requests (prefill),
-then decodes one token for every running one; finished requests go back through `on_finished`.
-Invariants: commands run between steps and nowhere else, so weights never change under a forward; an error in the
-loop ends the loop and is reported through `on_failure`, it is never swallowed.
+- Called by: `server` puts requests and commands into one inbox. Each step admits waiting requests (prefill), then
+  decodes one token for every running one. Finished requests go back through `on_finished`.
+- Invariant: commands run only between steps, so weights never change during a forward pass. An error in the loop ends
+  the loop and is reported through `on_failure`; it is never swallowed.
 
 A request's life: waiting -> (prefill) running in a cache row -> finished with stop, length, abort or an error.
-`retract` puts running ones back to waiting with what they have; they are prefilled again, response and all.
+`retract` moves running requests back to waiting with the tokens that they have; then prompt and response are prefilled
+again.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ T = TypeVar("T")
 
 HEARTBEAT = 1.0
 PREFILL_TOKENS = 8192
-"""Padded prompt tokens of one forward at most (a longer prompt stands alone): bounds its activations."""
+"""The most padded prompt tokens in one forward pass, which limits its activations (a longer prompt goes alone)."""
 PADDING = 1.5
-"""Prompts of one prefill forward differ in length by this factor at most."""
+"""The largest ratio between the lengths of prompts in one prefill forward."""
 
 ROW = np.dtype(
     [(name, np.int64) for name in ("position", "token", "top_k", "limit", "may_stop")]
@@ -49,7 +50,7 @@ ROW = np.dtype(
 
 
 class Scheduler:
-    """Runs `model` for requests. Every method but `submit`, `call`, `start`, `stop` belongs to its thread."""
+    """Runs `model` for requests. Every method except `submit`, `call`, `start` and `stop` belongs to its thread."""
 
     def __init__(
         self,
@@ -62,11 +63,11 @@ class Scheduler:
         self.model = model
         self.cache = cache
         self.fixed_shapes: FixedShapes | None = None
-        """If set, no request feels those beside it."""
+        """If set, a request's result does not depend on the other requests."""
         self.weight_version = "0"
         self.pause_mode: PauseMode | None = None
         self.holds: set[str] = set()
-        """Reasons not to step although nobody paused."""
+        """Reasons not to step although no client has paused the engine."""
         self.beat = time.monotonic()
         self._on_finished = on_finished
         self._on_failure = on_failure
@@ -76,7 +77,7 @@ class Scheduler:
         self._rows = np.zeros(0, dtype=ROW)
         self._finished: list[Request] = []
         self._prompts: dict[tuple[int, ...], tuple[Request, Tensor]] = {}
-        """Running requests by prompt, with the last hidden state: whoever sends the same prompt copies its cache."""
+        """Running requests by prompt, with the last hidden state: an equal prompt copies their cache row."""
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
@@ -86,7 +87,7 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the loop; a step that takes longer than this waits ends with the process."""
+        """End the loop; a step that takes longer than this method waits ends with the process."""
         self._inbox.put(self._stop)
         self._thread.join(timeout=2.0)
 
@@ -94,12 +95,12 @@ class Scheduler:
         self._inbox.put(lambda: self._waiting.append(request))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run `function` between two steps; its result or its error is the future's."""
+        """Run `function` between two steps; the future gets its result or its error."""
         future: Future[T] = Future()
 
         def command() -> None:
             if not future.set_running_or_notify_cancel():
-                return  # whoever asked has gone
+                return  # the caller has gone
             try:
                 future.set_result(function())
             except Exception as error:  # noqa: BLE001 - handed to the caller
@@ -116,7 +117,7 @@ class Scheduler:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the running requests, prompts and responses; with every step there are more."""
+        """The tokens of the running requests, prompts and responses; the number grows with every step."""
         return int(self._rows["position"][: len(self._running)].sum())
 
     @property
@@ -124,10 +125,10 @@ class Scheduler:
         return len(self._waiting)
 
     def abort(self, chosen: Callable[[Request], bool]) -> int:
-        """Abort the chosen requests -> how many.
+        """Abort the chosen requests, and return their number.
 
-        A waiting one ends now. A running one ends as in SGLang, with the token of the next step; while the weights
-        are incomplete there is none, and it ends now, too.
+        A waiting request ends now. A running request ends with the token of the next step, as in SGLang. While the
+        weights are incomplete there is no next step, and it ends now as well.
         """
         running = [r for r in self._running if chosen(r) and not r.is_aborting]
         waiting = [r for r in self._waiting if chosen(r)]
@@ -145,7 +146,7 @@ class Scheduler:
         return len(running) + len(waiting)
 
     def pause(self, mode: PauseMode) -> None:
-        """Make no token until `resume`. With "abort" everything has ended when this returns."""
+        """Sample no token until `resume`. With "abort" all requests have ended when this returns."""
         self.pause_mode = mode
         if mode == "abort":
             self.abort(lambda _: True)
@@ -158,7 +159,7 @@ class Scheduler:
         self.pause_mode = None
 
     def retract(self) -> None:
-        """Running requests wait again, first in line; their cache rows are free."""
+        """Move running requests back to the front of the waiting ones; their cache rows become free."""
         for request in reversed(self._running):
             self._read_routes(request)
             request.row = -1
@@ -167,7 +168,7 @@ class Scheduler:
         self._prompts.clear()
 
     def forget_prompts(self) -> None:
-        """After a change of weights: nobody shares a cache that older weights made."""
+        """Stop sharing cache rows between equal prompts, because older weights made them."""
         self._prompts.clear()
 
     # ---- the loop
@@ -183,7 +184,7 @@ class Scheduler:
                     if self._may_step():
                         self.step()
                     self._deliver()
-        except BaseException as error:  # the server ends the process with it
+        except BaseException as error:  # the server then ends the process
             logger.exception("the scheduler failed")
             self._on_failure(error)
 
@@ -206,7 +207,7 @@ class Scheduler:
             self._on_finished(finished)
 
     def step(self) -> None:
-        """Admit what fits, then one token for everyone."""
+        """Admit the requests that fit, then decode one token for all running ones."""
         if self._waiting:
             self._admit()
         if self._running:
@@ -225,7 +226,7 @@ class Scheduler:
     # ---- admission
 
     def _admit(self) -> None:
-        """Move waiting requests, in order, into cache rows while there is room, and give each its next token."""
+        """Move waiting requests, in order, into cache rows while there is room, and sample the next token of each."""
         first = len(self._running)
         chosen: list[Request] = []
         width = self.cache.width
@@ -243,7 +244,7 @@ class Scheduler:
         hidden = self._prefill(chosen)
         for request in chosen:
             self._fill_row(request)
-        # Requests are placed in another order than they came in: unique prompts first.
+        # Requests may be placed in another order than they came in, because unique prompts are placed first.
         self._running.extend(sorted(chosen, key=lambda r: r.row))
         self._sample(hidden, first)
 
@@ -262,7 +263,11 @@ class Scheduler:
         row["seed"] = request.seed
 
     def _prefill(self, chosen: list[Request]) -> Tensor:
-        """Fill a cache row for each; sets `request.row` -> last hidden states [len(chosen), hidden], by row."""
+        """Fill a cache row for each request; return their last hidden states [len(chosen), hidden], by row.
+
+        Equal prompts are prefilled once: the other requests copy the row. For example, with 5 running requests and new
+        prompts A, A, B, the prompts A and B are prefilled into rows 5 and 6, and row 5 is copied to row 7.
+        """
         first = row = len(self._running)
         groups: dict[tuple[int, ...], list[Request]] = {}
         for request in chosen:
@@ -294,7 +299,7 @@ class Scheduler:
         return torch.stack([states[i] for i in range(first, row)])
 
     def _score_prompt(self, requests: list[Request], hidden_S: Tensor) -> None:
-        """Log-probs of given prompt tokens after `logprob_start_len`: of the logits as they are (SGLang's rule)."""
+        """Add log-probs of prompt tokens after `logprob_start_len`, from the raw logits (SGLang's rule)."""
         for request in requests:
             if request.logprob_start_len < 0 or request.input_log_probs:
                 continue
@@ -309,7 +314,7 @@ class Scheduler:
     # ---- after a forward
 
     def _sample(self, hidden: Tensor, first: int) -> None:
-        """Draw a token for rows [first, running) and finish the requests that it ends."""
+        """Sample a token for rows [first, running), and finish the requests that it ends."""
         rows = self._rows[first : len(self._running)]
         batch = SamplingBatch(**{f.name: rows[f.name] for f in fields(SamplingBatch)})
         fixed = self.fixed_shapes
@@ -332,7 +337,7 @@ class Scheduler:
             return
         reason = reason_to_finish(request, full=full)
         if reason is not None:
-            if request.params.max_new_tokens == 0:  # only its prompt was asked about
+            if request.params.max_new_tokens == 0:  # the client wants only the prompt's log-probs
                 request.output_ids.clear()
                 request.log_probs.clear()
             self._finish(request, reason)
@@ -344,12 +349,12 @@ class Scheduler:
         self._finished.append(request)
 
     def _read_routes(self, request: Request) -> None:
-        """While it has its row; one that waits again, and is aborted there, keeps what it had."""
+        """Copy the routes while the request has its row; after a retraction it keeps the ones that it had."""
         if request.return_routes and request.row >= 0:
             request.routes = self.cache.read_routes(request.row, len(request.input_ids) + len(request.output_ids) - 1)
 
     def _compact(self) -> None:
-        """Fill the rows of finished requests with the last running ones."""
+        """Move the last running requests into the rows of finished ones."""
         for i in [r.row for r in self._running if r.finish_reason is not None]:
             while self._running and self._running[-1].finish_reason is not None:
                 self._forget(self._running.pop())
@@ -369,7 +374,7 @@ class Scheduler:
 
 
 def _parts(prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Cut prompts, sorted by length, into forwards of like lengths and at most PREFILL_TOKENS."""
+    """Split prompts, sorted by length, into forward passes of similar lengths and at most PREFILL_TOKENS."""
     parts: list[list[tuple[int, ...]]] = []
     for prompt in prompts:
         part = parts[-1] if parts else None

@@ -1,10 +1,11 @@
-"""The embedded engine: SGLang's HTTP protocol on a CPU, one process, one model.
+"""The embedded engine: SGLang's HTTP protocol on a CPU, in one process with one model.
 
     python -m slime.engine.embedded.server --model-path DIR --port N
 
-Path: the router (or the client, for what the router does not pass on) -> a handler here -> `Scheduler` in its thread
--> the response. Invariants: this thread never computes and the scheduler never waits for HTTP; a failed scheduler
-ends the process, and every open request is answered first. JSON only: nothing is ever unpickled.
+- Where it sits: the router (or the client, for what the router does not pass on) calls a handler here, which uses the
+  `Scheduler` in its thread.
+- Invariant: this thread never computes and the scheduler never waits for HTTP. A failed scheduler ends the process, and
+  every open request is answered first. Bodies are JSON only: nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -47,20 +48,20 @@ from slime.engine.weight_group import dtype_name
 logger = logging.getLogger("slime.engine.embedded")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MakeModel = Callable[..., Model]
-"""(architecture, dtype=...) -> the model."""
+"""A callable that makes the model from (architecture, dtype=...)."""
 MAX_BODY = 32 * 1024**2
-"""Bytes; weights come in another way than in a body."""
+"""The most bytes of a body; weights do not come in a body."""
 VERSION = "slime-embedded"
 UNPROCESSABLE = 422
-"""Status for a request that the model cannot answer: asking again, here or elsewhere, gives the same."""
+"""The status for a request that the model cannot answer: a retry, here or elsewhere, would get the same."""
 
 
 class EngineFailed(RuntimeError):
-    """The scheduler has ended; the process follows."""
+    """The scheduler has failed, and the process will end."""
 
 
 class Server:
-    """Handlers over one scheduler. All state but the scheduler's is touched by the event loop only."""
+    """HTTP handlers around one scheduler. Only the event loop touches their state; the scheduler's is its own."""
 
     def __init__(self, settings: Settings, *, make_model: MakeModel = Model) -> None:
         self._settings = settings
@@ -87,9 +88,9 @@ class Server:
         self._memory = EngineMemory(self._scheduler, self._weights)
         self._device_routes = DeviceRoutes(self._scheduler, self._weights, self._memory, self._call)
         self._exchange = Exchange(settings, self._text)
-        self._names = random.Random()  # (uuid4 asks the kernel, and gives up the GIL for it)
+        self._names = random.Random()  # uuid4 would call the kernel, and release the GIL for that
         self._open: dict[int, asyncio.Future[Request]] = {}
-        """By id() of the request: a rid may come again as soon as its client has gone."""
+        """Open requests by id() of the request: a rid may be used again as soon as its client has gone."""
         self._rids: set[str] = set()
         self._failure: BaseException | None = None
         self._ended = asyncio.Event()
@@ -122,17 +123,17 @@ class Server:
         for future in self._open.values():
             if not future.done():
                 future.set_exception(EngineFailed(f"the engine has failed: {error!r}"))
-        self._loop.call_later(0.5, self._ended.set)  # let the answers go out
+        self._loop.call_later(0.5, self._ended.set)  # lets the answers go out
 
     async def wait_ended(self) -> int:
-        """Returns the exit code once a signal came or the scheduler failed."""
+        """Wait for a signal or a failed scheduler, and return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._ended.set)
         await self._ended.wait()
         return 1 if self._failure else 0
 
     async def _call(self, function: Callable[[], Any]) -> Any:
-        """Run in the scheduler's thread, between two steps."""
+        """Run `function` in the scheduler's thread, between two steps."""
         if self._failure is not None:
             raise EngineFailed(f"the engine has failed: {self._failure!r}")
         waiting = asyncio.wrap_future(self._scheduler.call(function))
@@ -168,7 +169,7 @@ class Server:
             del self._open[id(request)]
             self._rids.discard(request.rid)
         if done.error is not None:
-            # No 5xx: the router would try it again elsewhere, take the engine for broken and answer 503 for it.
+            # Not a 5xx: the router would retry elsewhere, take the engine for broken and answer 503 for it.
             return error_answer(done.error, UNPROCESSABLE)
         return json_answer(self._exchange.to_answer(done, asked))
 
@@ -176,7 +177,7 @@ class Server:
         asked = AbortRequest.from_json(await read_body(http))
         if not asked.rid and not asked.abort_all:
             raise ValueError("an abort names a rid, or abort_all")
-        # As SGLang: a rid that is in use aborts every request whose own begins with it.
+        # As in SGLang, a rid that is in use aborts every request whose own rid begins with it.
         known = asked.abort_all or asked.rid in self._rids
         chosen = lambda r: known and (asked.abort_all or r.rid.startswith(asked.rid))  # noqa: E731
         count = await self._call(lambda: self._scheduler.abort(chosen))
@@ -219,7 +220,7 @@ class Server:
         return json_answer({"success": True})
 
     async def loads(self, http: web.Request) -> web.Response:
-        """SGLang's, of one data-parallel rank."""
+        """Answer like SGLang with the load of one data-parallel rank."""
         scheduler, s = self._scheduler, self._settings
         load = {
             "dp_rank": 0,
@@ -233,7 +234,7 @@ class Server:
 
     async def info(self, http: web.Request) -> web.Response:
         s = self._settings
-        # The router loads a tokenizer from this path, and asks the Hugging Face hub for it where the path has none.
+        # The router loads a tokenizer from this path, and would ask the Hugging Face hub if the path has none.
         path = str(s.model_path) if self._text.available else ""
         return json_answer(
             {
@@ -282,7 +283,7 @@ class Server:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """The API key, and every error as an answer: 400 for the caller's, 500 for ours."""
+        """Check the API key, and turn every error into an answer: 400 for the caller's errors, 500 for ours."""
         key = self._settings.api_key
         if key is not None and request.path != Endpoint.HEALTH:
             given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
@@ -300,7 +301,7 @@ class Server:
 
 
 async def serve(settings: Settings, *, make_model: MakeModel = Model) -> int:
-    """Listen until a signal comes (0) or the scheduler fails (1)."""
+    """Listen until a signal arrives (return 0) or the scheduler fails (return 1)."""
     server = Server(settings, make_model=make_model)
     server.start()
     # Handlers are cancelled when their client goes, so that its request is aborted.
@@ -323,15 +324,15 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 
 
 def _is_no_probe(record: logging.LogRecord) -> bool:
-    """The router first asks in HTTP/2, which aiohttp would report with a traceback."""
+    """Return whether to log a record: the router first tries HTTP/2, which aiohttp would report with a traceback."""
     return not (record.exc_info and isinstance(record.exc_info[1], BadHttpMessage))
 
 
 def main(argv: Sequence[str], *, make_model: MakeModel = Model) -> int:
-    """Serve what `argv` asks for. `make_model`: another forward pass behind the same scheduler and protocol."""
+    """Serve as `argv` requires. `make_model` replaces the forward pass under the same scheduler and protocol."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("aiohttp.server").addFilter(_is_no_probe)
-    sys.setswitchinterval(0.0005)  # the scheduler takes the GIL back after every operator
+    sys.setswitchinterval(0.0005)  # the scheduler gets the GIL back soon after every operator
     try:
         settings, threads = parse_settings(argv)
         torch.set_num_threads(threads)

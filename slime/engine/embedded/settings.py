@@ -1,6 +1,7 @@
-"""Settings of the embedded engine: its command line, and the engine made from it.
+"""Settings of the embedded engine: its command line, and the values that follow from it.
 
-Path: `launch` writes the command line, `server` reads it. Invariant: a flag that is also SGLang's means the same.
+- Used by: `launch` writes the command line, and `server` reads it.
+- Invariant: a flag that SGLang has as well means the same as there.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from slime.engine.embedded.cache import WIDTH_STEP, KVCache
 from slime.engine.embedded.text import Text
 
 CACHE_SHARE = 0.3
-"""Of the machine's free memory, that the KV cache may come to fill."""
+"""The share of the machine's free memory that the KV cache may fill."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything resolved; nothing is looked up later."""
+    """All settings, resolved; nothing is looked up later."""
 
     model_path: Path
     host: str
@@ -38,19 +39,19 @@ class Settings:
     architecture: Architecture
     dtype: torch.dtype
     context_length: int
-    """Tokens of prompt and response together, at most."""
+    """The most tokens of prompt and response together."""
     max_running_requests: int
     max_total_tokens: int
-    """Cache positions that may be reserved at once."""
+    """The number of cache positions that may be reserved at once."""
     stop_token_ids: frozenset[int]
-    """The model's own, and its tokenizer's."""
+    """The stop tokens of the model and of its tokenizer."""
     seed: int
     deterministic: bool
-    """What a request gets does not depend on the requests beside it."""
+    """Whether a request's result does not depend on the other requests."""
     returns_routed_experts: bool
-    """To which experts tokens went is kept, for requests that ask."""
+    """Whether the experts of tokens are kept, for requests that ask for them."""
     update_sessions: bool
-    """Weights are taken only inside a weight-update session (SGLang from 0.5.21 on)."""
+    """Whether weights are taken only inside a weight-update session (as SGLang does from 0.5.21 on)."""
     api_key: str | None
     watchdog_timeout: float
     dist_timeout: float
@@ -72,20 +73,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-running-requests", type=int, default=256)
     add("--max-total-tokens", type=int, help="cache positions; unset: what 30 %% of the free memory holds")
     add("--num-threads", type=int, default=1)
-    add("--enable-deterministic-inference", action="store_true", help="no request feels those beside it, to the bit")
-    add("--enable-return-routed-experts", action="store_true", help="keep to which experts tokens go, for who asks")
+    add("--enable-deterministic-inference", action="store_true", help="results do not depend on other requests")
+    add("--enable-return-routed-experts", action="store_true", help="keep the experts of tokens, for requests that ask")
     add("--no-update-sessions", action="store_true", help="weights come without sessions, as in SGLang before 0.5.21")
-    add("--random-seed", type=int, help="of requests without a sampling_seed; unset: drawn")
+    add("--random-seed", type=int, help="for requests without a sampling_seed; unset: drawn")
     add("--api-key")
-    add("--watchdog-timeout", type=float, default=300.0, help="seconds of one step, after which health fails")
-    add("--dist-timeout", type=float, default=300.0, help="seconds for a weight group to come together or to send")
+    add("--watchdog-timeout", type=float, default=300.0, help="seconds of one step after which /health fails")
+    add("--dist-timeout", type=float, default=300.0, help="seconds for a weight group to join or to send")
     add("--weight-version", default="0")
     add("--served-model-name")
     return parser
 
 
 def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
-    """Settings and the number of threads.
+    """Return the settings and the number of threads.
 
     Raises:
         ValueError: with flag, value, rule and remedy.

@@ -1,7 +1,7 @@
-"""Token ids to text and back, with the `tokenizers` library alone (transformers takes seconds to import).
+"""Convert token ids to text and back, with the `tokenizers` library alone (transformers takes seconds to import).
 
-Path: `settings` asks for the tokens that end a text, `server` renders responses and looks for stop strings. Invariant:
-without tokenizer.json there is no text, and what needs it is refused.
+- Called by: `settings` for the tokens that end a text; `server` to render responses and to look for stop texts.
+- Invariant: without tokenizer.json there is no text, and a request that needs it is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Text:
 
     @property
     def end_token_ids(self) -> frozenset[int]:
-        """The tokens with which the tokenizer ends a text; empty where it names none."""
+        """The tokens with which the tokenizer ends a text; empty if it names none."""
         if not self.available:
             return frozenset()
         eos = read_json_object(self._file.with_name("tokenizer_config.json")).get("eos_token")
@@ -51,10 +51,10 @@ class Text:
         return self._need("text").encode(text).ids
 
     def stop_check(self, stops: Sequence[str]) -> Callable[[Sequence[int]], str | None] | None:
-        """A function that finds the first of `stops` in the tail of an output; None where there are none.
+        """Return a function that finds the first of `stops` in the tail of an output; None without stop texts.
 
-        The tail is SGLang's: one token more than the longest stop text has when it is tokenised. A stop text that the
-        model spells with more tokens is missed, here as there.
+        The tail is as long as SGLang's: one token more than the longest stop text has when it is tokenised. A stop text
+        that the model spells with more tokens is missed, here as there.
         """
         if not stops:
             return None
@@ -68,7 +68,7 @@ class Text:
         return check
 
     def render(self, output_ids: Sequence[int], params: SamplingParams, matched: int | str | None) -> str:
-        """The response as text; what stopped it is cut off, unless `no_stop_trim`."""
+        """Decode the response to text; the stop token or text is cut off, unless `no_stop_trim`."""
         if not self.available:
             return ""
         ids = list(output_ids)

@@ -1,8 +1,9 @@
-"""The endpoints through which weights come and are checked.
+"""The HTTP endpoints that receive and check weights.
 
-Path: `server` mounts these; tensors are received in a thread of their own and written through `EngineWeights` between
-two steps. Invariant: what a sender broadcasts is received whole before it is judged, so that an error here leaves
-neither the sender waiting nor half a bucket written.
+- Where it sits: `server` mounts these. Tensors are received in a thread of their own, and written through
+  `EngineWeights` between two steps of the scheduler.
+- Invariant: a broadcast is received whole before it is checked, so an error here neither leaves the sender waiting nor
+  half a bucket written.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from slime.engine.weight_group import WeightGroup, bucket_bytes, join_weight_gro
 
 
 class WeightRoutes:
-    """`call` runs a function in the scheduler's thread, between two steps."""
+    """Handlers for weights; `call` runs a function in the scheduler's thread, between two steps."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class WeightRoutes:
         self._dist_timeout = dist_timeout
         self._groups: dict[str, WeightGroup] = {}
         self._updating = asyncio.Lock()
-        """Held from a bucket's first byte to its last, so that a session begins and ends between buckets."""
+        """Held while a bucket is received and written, so that a session begins and ends between buckets."""
 
     def mount(self, app: web.Application) -> None:
         if self._weights.sessions:
@@ -84,7 +85,7 @@ class WeightRoutes:
         group = self._groups.pop(name, None)
         if group is None:
             raise ValueError(f"there is no weight group {name!r}")
-        await in_daemon_thread(group.close)  # ends only when a broadcast that is being waited for has
+        await in_daemon_thread(group.close)  # returns only when a pending broadcast has ended
         return json_answer({"success": True, "message": f"left {name!r}"})
 
     async def begin_update(self, http: web.Request) -> web.Response:
@@ -105,14 +106,14 @@ class WeightRoutes:
             return await self._update_from_group(asked)
 
     async def _update_from_group(self, asked: UpdateWeightsFromDistributed) -> web.Response:
-        # Like SGLang it does not receive the bucket then: the sender's broadcast waits until its group is closed.
+        # As in SGLang, the bucket is then not received: the sender's broadcast waits until its group is closed.
         self._weights.require_session(Endpoint.UPDATE_WEIGHTS_FROM_DISTRIBUTED)
         group = self._groups.get(asked.group_name)
         if group is None:
             raise ValueError(
                 f"there is no weight group {asked.group_name!r}; POST {Endpoint.INIT_WEIGHTS_UPDATE_GROUP}"
             )
-        # Received before anything is judged: the sender is sending, and every member has to take part.
+        # Receive before anything is checked: the sender is sending, and every member has to take part.
         tensors = await in_daemon_thread(lambda: _receive(group, asked))
 
         def write() -> str:

@@ -1,7 +1,8 @@
-"""The engine's weights: from disk, from a trainer, and the checksum that proves what they are.
+"""The engine's weights: loaded from disk, received from a trainer, and summed to a checksum.
 
-Path: `server` calls these through `Scheduler.call`, between two steps. Invariant: `weight_version` names a set of
-weights that arrived whole; while a set is arriving the scheduler holds, so no token is made by half of one.
+- Called by: `server`, through `Scheduler.call`, between two steps.
+- Invariant: `weight_version` names a set of weights that arrived whole. While a set is arriving the scheduler holds, so
+  no token is sampled from half of one.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def _some(names: Iterable[str], count: int = 3) -> str:
 
 
 class EngineWeights:
-    """Everything that writes into `model.weights`."""
+    """Writes into `model.weights`; no other code does."""
 
     def __init__(self, model: Model, scheduler: Scheduler, *, sessions: bool = True) -> None:
-        """`sessions`: buckets are taken only inside a weight-update session, as SGLang does from 0.5.21 on."""
+        """`sessions`: take buckets only inside a weight-update session, as SGLang does from 0.5.21 on."""
         self._model = model
         self._scheduler = scheduler
         self.sessions = sessions
@@ -40,10 +41,10 @@ class EngineWeights:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in model.weights.values()}
         self._storages = [(storage, storage.nbytes()) for storage in storages.values()]
         self._arrived: set[str] = set()
-        """Tensors of the set on its way; empty between sets."""
+        """The tensors received of the set that is arriving; empty between sets."""
         self._released = False
         self.lost = False
-        """Given back with their memory, and no whole set has come since."""
+        """True from when the memory is given back until a whole set has arrived."""
 
     @property
     def complete(self) -> bool:
@@ -58,7 +59,7 @@ class EngineWeights:
             storage.resize_(0)
 
     def take_memory(self) -> None:
-        """Have it again, filled with garbage, so that a set that is not whole cannot pass for one."""
+        """Take the memory again, filled with garbage, so that an incomplete set cannot pass for a whole one."""
         for storage, size in self._storages:
             storage.resize_(size)
         self._released = False
@@ -69,25 +70,25 @@ class EngineWeights:
             raise ValueError("the memory of the weights was given back; POST /resume_memory_occupation first")
 
     def begin(self) -> None:
-        """Open a weight-update session. Raises ValueError where one is open already."""
+        """Open a weight-update session. Raises ValueError if one is open already."""
         if self._session_open:
             raise ValueError("a weight-update session is already open; call end_weight_update() first")
         self._session_open = True
 
     def end(self) -> None:
-        """Close the session. A set of weights that is not whole stays so. Raises ValueError where none is open."""
+        """Close the session; an incomplete set of weights stays incomplete. Raises ValueError if none is open."""
         if not self._session_open:
             raise ValueError("no weight-update session is open; call begin_weight_update() first")
         self._session_open = False
 
     def require_session(self, endpoint: str) -> None:
-        """Raise ValueError where `endpoint` needs an open session and there is none."""
+        """Raise ValueError if `endpoint` needs an open session and there is none."""
         if self.sessions and not self._session_open:
             name = endpoint.removeprefix("/")
             raise ValueError(f"{name} must run between begin_weight_update() and end_weight_update()")
 
     def check(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
-        """Raise ValueError where a tensor is not the model's, or there is no room for it."""
+        """Raise ValueError if a tensor is not the model's, or the memory was given back."""
         self._require_memory()
         weights = self._model.weights
         unknown = [n for n in names if n not in weights]
@@ -100,15 +101,18 @@ class EngineWeights:
             raise ValueError(f"a tensor comes twice: {_some({n for n in names if list(names).count(n) > 1})}")
 
     def write_bucket(self, names: Sequence[str], tensors: Sequence[Tensor], *, version: str | None, flush: bool) -> str:
-        """Write one bucket of a set -> what happened, in words.
+        """Write one bucket of a set, and return a message for the answer.
 
         A set is every tensor of the model, in any order and number of buckets; the last bucket names the `version`.
-        From its first bucket on the scheduler holds, until a set is whole. A tensor that comes again begins a new
-        set: the sender started over.
+        From its first bucket on the scheduler holds, until a set is whole. A tensor that arrives again begins a new
+        set, because the sender started over.
+
+        For example, for a model of tensors a, b and c: the bucket (a, b) without a version makes the scheduler hold,
+        and the bucket (c) with version "7" completes the set. A second bucket (a) instead would begin a new set.
 
         Raises:
-            ValueError: not this model's tensors (nothing is written then), or a version comes before all tensors
-                have (it does not count then; a set has to be sent anew).
+            ValueError: not this model's tensors (nothing is written then), or a version arrives before all tensors have
+                (it does not count then, and a whole set has to be sent again).
         """
         self.check(names, [t.shape for t in tensors])
         if not self._arrived.isdisjoint(names):
@@ -134,8 +138,8 @@ class EngineWeights:
         """Load all weights from an HF directory.
 
         Raises:
-            ValueError: a tensor is missing or left over (nothing is written then), or of another shape (no token is
-                generated until a whole set has come).
+            ValueError: a tensor is missing or left over (nothing is written then), or has another shape (no token is
+                generated until a whole set has arrived).
         """
         self._require_memory()
         try:
@@ -156,8 +160,8 @@ class EngineWeights:
         self._settle(version)
 
     def _may_skip(self, name: str) -> bool:
-        """A tied output layer may be stored twice; older files hold RoPE's frequencies, and GLM-4.5's a layer that
-        predicts one token more."""
+        """Return whether a tensor may be ignored: a tied output layer that is stored twice, RoPE's frequencies in older
+        files, or the layer of GLM-4.5 that predicts one more token."""
         a = self._model.architecture
         tied = a.tied_embeddings and name == "lm_head.weight"
         further = a.family == "glm4_moe" and name.startswith(f"model.layers.{a.num_layers}.")
@@ -171,14 +175,14 @@ class EngineWeights:
             self._scheduler.weight_version = version
 
     def _forget_cache(self, *, flush: bool) -> None:
-        """With `flush`, running requests are prefilled again; without, they go on over the KV that they have."""
+        """Forget shared prompts; with `flush`, prefill running requests again, otherwise they keep their KV."""
         self._scheduler.forget_prompts()
         if flush:
             self._scheduler.retract()
             self._scheduler.cache.clear()
 
     def reset(self) -> None:
-        """Fill every tensor with a constant, so that a sync that does nothing cannot pass a comparison."""
+        """Fill every tensor with a constant, so that a sync that writes nothing cannot pass a comparison."""
         self._require_memory()
         for tensor in self._model.weights.values():
             tensor.fill_(GARBAGE)
@@ -186,12 +190,12 @@ class EngineWeights:
         self._forget_cache(flush=True)
 
     def checksum(self) -> str:
-        """A digest of names, dtypes, shapes and bytes, in the order of names; the same wherever they came from."""
+        """Return a digest of names, dtypes, shapes and bytes in the order of names, whatever their source."""
         self._require_memory()
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(self._model.weights):
             tensor = self._model.weights[name]
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            # a copy: memory that numpy has seen cannot be given back any more
+            # Copy first: memory that numpy has seen cannot be resized, so it could not be given back.
             digest.update(tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().data)
         return digest.hexdigest()
