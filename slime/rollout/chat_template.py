@@ -1,7 +1,8 @@
-"""A conversation as text, by the tokenizer's chat template: up to where the assistant's answer begins or goes on.
+"""Render a conversation with the tokenizer's chat template, up to where the assistant's answer begins or continues.
 
-Path: `prompts` renders every row here, for training, evaluation and supervised fine-tuning alike. Invariant: a
-conversation that ends with the assistant's words is continued (prefill), and gets no second turn of the assistant.
+- Called by: `prompts` renders every row here, for training, evaluation and supervised fine-tuning alike.
+- Invariant: a conversation that ends with the assistant's words is continued (prefill), without a second turn of the
+  assistant.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OF_TEMPLATES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What an expression in a chat template may raise, as in Python."""
+"""Errors that an expression in a chat template may raise, as in Python."""
 _USUAL_ROLES = ("system", "user", "assistant", "tool")
 
 
 def continues_last_turn(messages: Sequence[Message]) -> bool:
-    """Whether the response goes on with the last message, which is the assistant's."""
+    """Return whether the response continues the last message, which is then the assistant's."""
     return messages[-1]["role"] == "assistant"
 
 
 def render_messages(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Sequence[dict[str, Any]] | None
 ) -> str:
-    """The chat template's text, up to where the assistant's answer begins, or goes on.
+    """Return the chat template's text, up to where the assistant's answer begins or continues.
 
-    transformers renders it in jinja's sandbox: a template reaches the messages, and nothing of Python.
+    transformers renders it in jinja's sandbox: a template can read the messages, and nothing of Python.
 
     Raises:
-        ValueError: the template has a fault, asks for what the sandbox does not allow, or leaves a message out whose
-            role is not a usual one.
+        ValueError: the template fails, uses what the sandbox forbids, or leaves out a message whose role is not one of
+            the usual ones.
     """
     messages = plain_messages(messages)
     text = _render(tokenizer, messages, tools)
@@ -45,7 +46,7 @@ def render_messages(
             others = messages[:number] + messages[number + 1 :]
             try:
                 is_left_out = _render(tokenizer, others, tools) == text
-            except ValueError:  # the template misses it
+            except ValueError:  # the template cannot do without the message
                 is_left_out = False
             if is_left_out:
                 raise ValueError(

@@ -1,7 +1,7 @@
-"""A rollout for supervised fine-tuning: responses come from the data, and no engine is asked.
+"""The rollout for supervised fine-tuning: responses come from the data, and no engine is used.
 
-Path: stands in for `collect.generate_rollout` by --rollout-function-path, with --loss-type sft_loss. Invariant: every
-response token, the closing end-of-sequence token included, counts in the loss; no prompt token does.
+- Where it sits: --rollout-function-path chooses it instead of `collect.generate_rollout`, with --loss-type sft_loss.
+- Invariant: every response token counts in the loss, including the end-of-sequence token; no prompt token does.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 async def generate_rollout(
     args: Args, rollout_id: int, data_source: DataSource, context: RolloutContext
 ) -> RolloutResult:
-    """`--rollout-batch-size` groups; --label-key names the response's text in the data.
+    """Return `--rollout-batch-size` groups whose responses are the texts under --label-key.
 
-    An example that does not fit into the context is left out and counted, and the next one takes its place.
+    An example that does not fit into the context is left out and counted, and the next one replaces it.
 
     Raises:
         ValueError: there are no labels, or no example fits.
@@ -58,7 +58,7 @@ async def generate_rollout(
 
 
 def fill_responses(args: Args, samples: list[Sample], context: RolloutContext) -> None:
-    """Append each sample's response (its label, closed by the tokenizer's end-of-sequence token) to its prompt."""
+    """Append each sample's response to its prompt: its label, closed by the tokenizer's end-of-sequence token."""
     end = context.tokenizer.eos_token
     if not isinstance(end, str):
         raise ValueError(f"--hf-checkpoint {args.hf_checkpoint}: its tokenizer names no eos_token to end a response")

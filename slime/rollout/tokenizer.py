@@ -1,9 +1,10 @@
-"""The tokenizer of `--hf-checkpoint`, and the two ways in which a prompt becomes tokens.
+"""The tokenizer of `--hf-checkpoint`, and the two ways to turn a prompt into tokens.
 
-Path: loaded once by the rollout manager; prompts are tokenised here when their file is loaded, responses never are
-(tokens go in and out of the engine as they are). Invariant: what the chat template wrote is tokenised without special
-tokens added, because it has written them itself; a plain text gets those that begin a text (BOS) once, and none that
-end one (EOS), for it goes on.
+- Called by: the rollout manager loads it once. Prompts are tokenised here when their file is loaded. Responses never
+  are, because tokens go into the engine and come out of it as they are.
+- Invariant: the text of a chat template is tokenised without special tokens, because the template has written them
+  itself. A plain text gets the special tokens that begin a text (BOS) once, and none that end one (EOS), because the
+  response continues it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ __all__ = ["load_tokenizer", "render_messages", "tokenize", "tokenize_texts"]
 
 
 def load_tokenizer(args: Args) -> PreTrainedTokenizerBase:
-    """The tokenizer with its chat template.
+    """Load the tokenizer with its chat template.
 
     Raises:
-        ValueError: --hf-checkpoint is missing or holds none.
+        ValueError: --hf-checkpoint is missing or holds no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -33,13 +34,13 @@ def load_tokenizer(args: Args) -> PreTrainedTokenizerBase:
         raise ValueError("--hf-checkpoint: not given; prompts cannot be tokenised; name a Hugging Face directory")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=args.hf_trust_remote_code)
-    except Exception as error:  # (of a file of another form transformers raises whatever its code comes to)
+    except Exception as error:  # for a file of unexpected content transformers raises whatever its code runs into
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"--hf-checkpoint {path}: no tokenizer can be loaded from it: {kind}{error}") from error
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of each text."""
+    """Return the token ids of each text."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)
@@ -47,9 +48,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_sp
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that are to be continued, each after the special tokens that the tokenizer begins a text with.
+    """Return the token ids of texts that a response continues, each after the special tokens that begin a text.
 
-    A text that brings these tokens itself gets no second ones. With a tokenizer that writes `<s>` and `</s>` around
+    A text that brings these tokens itself does not get them twice. With a tokenizer that writes `<s>` and `</s>` around
     a text, `"a"` and `"<s>a"` both become `<s> a`.
     """
     plain = tokenize(tokenizer, texts, add_special_tokens=False)
@@ -58,7 +59,7 @@ def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], plain: Sequence[list[int]]) -> list[int]:
-    """The special tokens before a text's own, as the tokenizer adds them to the shortest of these texts."""
+    """Return the special tokens before a text's own, as the tokenizer adds them to the shortest of these texts."""
     ids, text = min(((ids, text) for ids, text in zip(plain, texts, strict=True) if ids), default=([], ""), key=_length)
     [whole] = tokenize(tokenizer, [text], add_special_tokens=True)
     places = [place for place in range(len(whole) - len(ids) + 1) if whole[place : place + len(ids)] == ids]
@@ -70,5 +71,5 @@ def _length(pair: tuple[list[int], str]) -> int:
 
 
 def _overlap(beginning: list[int], ids: list[int]) -> int:
-    """How many of the last tokens of `beginning` the text begins with itself."""
+    """Return how many of the last tokens of `beginning` the text itself begins with."""
     return max(count for count in range(len(beginning) + 1) if ids[:count] == beginning[len(beginning) - count :])

@@ -1,7 +1,8 @@
-"""What the reward pool and one of its processes say to each other: frames over a socket, and a page of shared memory.
+"""The channel between the reward pool and one of its processes: frames over a socket, and a page of shared memory.
 
-Path: `process` holds one end, `worker` the other. Invariant: the page says which task runs in the process even where
-the process can say nothing any more (it hangs in C code, or is dead).
+- Used by: `process` holds one end, and `worker` the other.
+- Invariant: the page shows which task runs in the process even if the process cannot answer any more (it hangs in C
+  code, or is dead).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import tempfile
 from collections.abc import Iterator
 
 HEADER = struct.Struct("<qQ")
-"""Number of the task, bytes of what follows. An empty frame to the worker calls the task off."""
+"""The number of the task and the length of the payload in bytes. An empty payload to the worker calls the task off."""
 START = 0
-"""Number of the first frame each way: the Args to the worker, and its process id back when it is ready."""
+"""The number of the first frame each way: the Args to the worker, and its process id back when it is ready."""
 
 
 def pack(number: int, payload: bytes) -> bytes:
@@ -23,7 +24,7 @@ def pack(number: int, payload: bytes) -> bytes:
 
 
 def unpack(buffer: bytearray) -> Iterator[tuple[int, bytes]]:
-    """The whole frames in `buffer`, taken out of it."""
+    """Remove the whole frames from `buffer` and yield them."""
     while len(buffer) >= HEADER.size:
         number, length = HEADER.unpack_from(buffer)
         end = HEADER.size + length
@@ -35,7 +36,7 @@ def unpack(buffer: bytearray) -> Iterator[tuple[int, bytes]]:
 
 
 class Page:
-    """Two integers that the worker writes and its owner reads."""
+    """Two integers in shared memory that the worker writes and its owner reads."""
 
     SIZE = 16
 
@@ -44,19 +45,19 @@ class Page:
 
     @staticmethod
     def make_file() -> int:
-        """The descriptor of a new page, all zero, which has no name on disk."""
+        """Return the descriptor of a new page, all zero, which has no name on disk."""
         with tempfile.TemporaryFile() as file:
             file.truncate(Page.SIZE)
             return os.dup(file.fileno())
 
     @property
     def running(self) -> int:
-        """The task whose code runs this moment; 0: none (it waits, or code of none of them runs)."""
+        """The task whose code runs at this moment; 0 if all tasks wait."""
         return self._memory[0]
 
     @property
     def beat(self) -> int:
-        """Changes while the worker gets anywhere."""
+        """A counter that changes while the worker makes progress."""
         return self._memory[1]
 
     def enter(self, number: int) -> None:

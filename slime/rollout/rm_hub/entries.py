@@ -1,7 +1,8 @@
-"""The entries of a reward dict as plain data: what a reward function returned goes through a pipe, into dumps and logs.
+"""Turn the entries of a reward dict into plain data, which can go through a pipe and into dumps and logs.
 
-Path: `verdict` keeps what comes from here. Invariant: JSON in UTF-8 can write it, nothing in it is shared with what was
-returned, and what could not be kept is there as a text that says so.
+- Called by: `verdict` keeps what these functions return.
+- Invariant: JSON in UTF-8 can represent the result, which shares nothing with the returned dict. What cannot be kept is
+  replaced by a text that reports it.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from typing import Any, cast
 import orjson
 
 MAX_ENTRIES = 1000
-"""Entries of a reward dict that are kept, beyond the one that is trained on."""
+"""The number of entries of a reward dict that are kept, in addition to the one that is trained on."""
 MAX_VALUES = 10_000
-"""Values within one entry, and the bytes of one, below."""
+"""The most values in one entry; MAX_BYTES is the most bytes of one."""
 MAX_BYTES = 64 * 1024
 _MAX_DEPTH = 20
 MORE = "..."
-"""The key under which a dict of more than MAX_ENTRIES says so."""
+"""The key under which a dict of more than MAX_ENTRIES entries reports the rest."""
 
 
 class _Left(Exception):
-    """An entry cannot be kept; the message says why."""
+    """An entry that cannot be kept; the message gives the reason."""
 
 
 def finite(value: object) -> float | None:
-    """`value` as a number, also numpy's, a bool or a 0-d tensor; None where it is none, or not finite."""
+    """Convert `value` to a float, also numpy's numbers, a bool or a 0-d tensor; None if it is no finite number."""
     if value is None or isinstance(value, str | bytes | bytearray):
         return None
     try:
@@ -38,10 +39,10 @@ def finite(value: object) -> float | None:
 
 
 def plain_entries(entries: Mapping[Any, Any]) -> dict[str, Any]:
-    """The first MAX_ENTRIES entries, by keys that are text, each as plain data.
+    """Return the first MAX_ENTRIES entries as plain data, with their keys as text.
 
     Raises:
-        ValueError: two keys are the same as text.
+        ValueError: two keys are equal as text.
     """
     kept: dict[str, Any] = {}
     for key, value in entries.items():
@@ -56,7 +57,7 @@ def plain_entries(entries: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def plain_text(text: str) -> str:
-    """`text` without halves of surrogate pairs, which UTF-8 cannot write."""
+    """Replace halves of surrogate pairs, which UTF-8 cannot represent."""
     return text if text.isascii() else text.encode(errors="replace").decode()
 
 
@@ -68,13 +69,13 @@ def _entry(value: object) -> Any:
             raise _Left(f"{size} bytes")
     except _Left as error:
         return f"(left out: {error})"
-    except Exception as error:  # noqa: BLE001 (an object of the user's may raise anything; it costs this entry only)
+    except Exception as error:  # noqa: BLE001 (a user's object may raise anything; that costs only this entry)
         return plain_text(f"(left out: a {type(value).__name__}, which raised a {type(error).__name__})")
     return kept
 
 
 def _plain(value: object, values_left: list[int], depth: int) -> Any:
-    """`values_left`: how many values more it may have, counted down in place."""
+    """Convert a value; `values_left` holds how many more values the entry may have, and is counted down in place."""
     values_left[0] -= 1
     if values_left[0] < 0:
         raise _Left(f"more than {MAX_VALUES} values")

@@ -1,8 +1,13 @@
-"""Token F1: how many words the answer and the label share, from 0 to 1.
+"""Token F1: the share of words that the answer and the label have in common, from 0 to 1.
 
-Path: `registry` scores with it. Source: Rajpurkar et al., "SQuAD", 2016 (arXiv:1606.05250), section 6.1, and the
-normalisation of its evaluation script; "yes", "no" and "noanswer" score as a whole, as HotpotQA's script has it
-(Yang et al., 2018, arXiv:1809.09600). Invariant: no answer is worth 0.
+- Called by: `registry` scores with it.
+- Invariant: a missing answer is worth 0.
+
+Source: Rajpurkar et al., "SQuAD", 2016 (arXiv:1606.05250), section 6.1, and the normalisation of its evaluation script.
+"yes", "no" and "noanswer" score as a whole, as in HotpotQA's script (Yang et al., 2018, arXiv:1809.09600).
+
+For example, the answer "the red car" and the label "a fast red car" are {red, car} and {fast, red, car} after
+normalisation: 2 shared words, so F1 = 2 * 2 / (2 + 3) = 0.8.
 """
 
 from __future__ import annotations
@@ -20,12 +25,12 @@ _WHOLE = frozenset({"yes", "no", "noanswer"})
 
 
 def f1_score(answer: str | None, label: str) -> float:
-    """F1 of the answer's words against the label's; of several accepted answers (see `accepted`), the best."""
+    """Return the F1 of the answer's and the label's words; with several accepted answers (`accepted`), the best."""
     return 0.0 if answer is None else max(_f1(answer, text) for text in accepted(label))
 
 
 def accepted(label: str) -> list[str]:
-    """The answers that the label takes: itself, or the texts of a JSON list of texts (`["Paris", "Paris, France"]`)."""
+    """Return the accepted answers: the label, or the texts of a JSON list of texts (`["Paris", "Paris, France"]`)."""
     if label.lstrip().startswith("["):
         try:
             texts: Any = orjson.loads(label)
@@ -37,13 +42,13 @@ def accepted(label: str) -> list[str]:
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation (ASCII), articles (a, an, the) and surplus blanks."""
+    """Convert to lower case, without punctuation (ASCII), articles (a, an, the) and extra spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def _f1(answer: str, label: str) -> float:
     ours, theirs = normalise(answer), normalise(label)
-    if not theirs:  # a label such as "+" or "The": its words are what normalisation takes away
+    if not theirs:  # a label such as "+" or "The", of which normalisation leaves no word
         return float(answer.strip().lower() == label.strip().lower())
     if ours != theirs and (ours in _WHOLE or theirs in _WHOLE):
         return 0.0

@@ -1,8 +1,11 @@
-r"""Multiple choice: the letter that the answer chooses is the right one -> 1, else 0.
+r"""Multiple choice: 1 if the answer chooses the right letter, else 0.
 
-Path: `registry` scores with it. Source: Rein et al., "GPQA: a graduate-level Google-proof Q&A benchmark", 2023
-(arXiv:2311.12022); where the letter is read from, see `letters`. Invariant: an answer that names several letters,
-or none, is wrong; a label that names no letter is an error and not a wrong answer.
+- Called by: `registry` scores with it.
+- Invariant: an answer that names several letters, or none, is wrong. A label that names no letter is an error and not a
+  wrong answer.
+
+Source: Rein et al., "GPQA: a graduate-level Google-proof Q&A benchmark", 2023 (arXiv:2311.12022). `letters` explains
+where the letter is read from.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from slime.rollout.rm_hub.letters import chosen_letter
 
 
 def gpqa_score(answer: str | None, label: str, metadata: Mapping[str, Any]) -> float:
-    """1 where the answer chooses the right letter, else 0.
+    """Return 1 if the answer chooses the right letter, else 0.
 
     Raises:
         ValueError: the label names no letter.

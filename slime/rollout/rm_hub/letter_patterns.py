@@ -1,6 +1,7 @@
-r"""What is written around the letter of an answer: patterns of statements, judgements and choices.
+r"""Patterns of the text around an answer's letter: statements, judgements and choices.
 
-Path: `letters` looks for them. Invariant: each takes time in proportion to what it reads, and repeats are bounded.
+- Used by: `letters` searches for them.
+- Invariant: each pattern takes time in proportion to what it reads, and repeats are limited.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ import unicodedata
 VARIANTS = (range(0xFF01, 0xFF5F), range(0x249C, 0x24EA), range(0x1D400, 0x1D6A4), range(0x1F110, 0x1F12A))
 SPELLING = {code: unicodedata.normalize("NFKC", chr(code)) for codes in VARIANTS for code in codes}
 SPELLING |= dict.fromkeys(map(ord, "✅✔☑✓👉➡\ufe0f"), "")
-"""Full-width signs, letters in circles and brackets, bold ones; ticks go."""
+"""Translates full-width signs and letters that are circled, bracketed or bold to plain ones, and removes ticks."""
 
 LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 CAPITAL = re.compile("[A-J]")
 SMALL = re.compile(r"(?:\(|\b[Oo]ption \(?|\b[Cc]hoice \(?)([a-hj])(?![A-Za-z])")
-"""A small letter that is one of a choice."""
+"""A small letter that belongs to a choice, such as "option b"."""
 
 COMMANDS = (
     r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathbf|mathrm|mathsf|boldsymbol|bm|rm|bf|emph|underline|[Ll]arge|LARGE"
     r"|[Hh]uge)\b"
 )
 OPEN = rf"(?:[\s*_$({{\[\"'`“‘「【]|{COMMANDS}|\\[(\[,;:! ]){{0,12}}"
-"""What may be before a letter: bold, brackets, quotes, LaTeX."""
+"""Text that may precede a letter: bold, brackets, quotes, LaTeX."""
 SHUT = r"(?:[*_$)}\]\"'`”’」】]|\\[)\]]){0,8}"
 LETTER = re.compile(rf"{OPEN}(?P<letter>[A-Ja-j])")
 QUOTED = re.compile(r"['’‘][\w\s(]{0,12}$")
@@ -35,20 +36,20 @@ PART = re.compile(
     rf"|\.[ \t]?(?:coli|elegans|subtilis|thaliana|melanogaster|albicans|difficile|botulinum|rerio)\b"
     rf"|{SHUT}\s*(?:[=+^>×·÷≤≥≈≠−∩∪⊂⊃⊆∈⁺⁻⁰-⁹²³¹₀-₉]|<(?!/)|\\(?![)\]\\,;:! ]|q?quad|text))"
 )
-"""After a letter: then it is part of a word, a name or a formula."""
+"""If this follows a letter, the letter is part of a word, a name or a formula."""
 NEXT_WORD = re.compile(r"[ \t]+([A-Za-z]+)")
 WORDS_AFTER = re.compile(
     "because|since|as|is|was|which|with|for|and|or|nor|due|given|so|by|in|from|where|that|on|after|when|based|see|to|are"
     "|according|not|rather|instead|but|here|then|only|at|also|among|therefore|thus|hence|again"
 )
-"""Words that may follow a letter that is an answer. Others make a word of it: "A good reason", "B cells"."""
+"""Words that may follow an answer's letter. Other words make it a part of the phrase: "A good reason", "B cells"."""
 DENIED = re.compile(
     rf"{SHUT}(?:\s+(?:(?:is|was|are|seems|looks|must be|can be)\s+(?:\w+\s+)?(?:not|wrong|incorrect|false|invalid|"
     r"excluded|eliminated|impossible|ruled)\b|(?:is|was|does|can|could|would)n['’]t\b|can\s?not\b)"
     r"|\s*(?:选项)?(?:是|为)?[错不误]|\s*\?|,?\s+(?:only\s+)?(?:if|unless|provided|assuming)\b"
     r"|,?\s+where\s+[A-J]\s+(?:is|denotes)\b)"
 )
-"""After a letter: "B is wrong", "B?", "B if x > 0"."""
+"""Text after a letter that denies it: "B is wrong", "B?", "B if x > 0"."""
 OTHER = (
     r"(?i:(?:is it|i think|i believe|also|possibly|maybe|perhaps|even|both|either|option|choice|answer)\s+){0,3}"
     rf"{OPEN}"
@@ -118,7 +119,7 @@ STATED_WITH_END = (
     (NOUNS, re.compile(rf"{NOUN}[ \t*_#:]{{0,6}}\n", re.IGNORECASE)),
     (("选",), re.compile(r"选(?:择|取|定)?\s*(?:选项|答案)?\s*:?")),
 )
-"""After these a letter has to be the end of what is said, or a reason has to follow."""
+"""After these statements the letter has to end the sentence, or a reason has to follow."""
 REASON = re.compile(rf"{SHUT}[ \t]*(?:\)|[-–—]\s|(?:because|since|as|for|due|given|here)\b)")
 NOT_STATED = re.compile(
     r"(?:(?:\b(?:if|unless|whether|suppose|supposing|assume|assuming|imagine|doubt|not true|not the case"
@@ -137,7 +138,7 @@ ANOTHER_ANSWER = re.compile(
     r"|n['’]t\b",
     re.IGNORECASE,
 )
-"""Inside a statement: "the answer that many give is B"."""
+"""Words inside a statement that make it another answer: "the answer that many give is B"."""
 NOT_CHOSEN = re.compile(
     r"(?:n['’]t|\b(?:not|never|nor|cannot|why|if|when|would have|was going to|instead of|rather than|could"
     r"|might|may|how|they|he|she|everyone|who|many|some|most|students|people|almost|nearly|first|initially"
@@ -190,7 +191,7 @@ CONCLUDED = re.compile(
     r"|leav(?:es|ing)(?: us)?(?: with)?\s+)(?:(?:option|choice|answer|letter|the|only|just|probably|clearly)\s+){0,3}",
     re.IGNORECASE,
 )
-"""`first`: at the start of a sentence or a clause alone."""
+"""The group `first` counts only at the start of a sentence or a clause."""
 ALONE = re.compile(
     rf"[\s#>=→⇒∴]*{OPEN}(?:(?:the|my|final|correct|right|best)\s+){{0,3}}"
     rf"(?:(?:answer|ans|option|opt\.?|choice|letter|选项|答案)\s*){{0,2}}{OPEN}"

@@ -1,13 +1,16 @@
-r"""The letter that an answer chooses among lettered choices.
+r"""Find the letter that an answer chooses among lettered choices.
 
-Path: `gpqa` scores with it. Invariant: a text that names several letters as its answer, or none, chooses none; a letter
-in a word, a name or a formula (`B-cells`, `E. coli`, `P(B)`, `E=mc^2`) is none. Reading is linear in the text.
+- Called by: `gpqa` scores with it.
+- Invariant: a text that names several letters as its answer, or none, chooses none. A letter in a word, a name or a
+  formula (`B-cells`, `E. coli`, `P(B)`, `E=mc^2`) does not count. The time is linear in the length of the text.
+
+The first of these rules that finds a letter decides:
 
 1. Statements of an answer: "the answer is B", "Answer: (B)", "I choose B", \boxed{B}, <answer>B</answer>,
-   {"answer": "B"}, and in Chinese. The last one counts, unless a judgement after it names another letter.
-2. Else judgements: "B is correct", "so B.", or a line at the end that is a letter alone. All have to name one letter.
-3. Else a first or last line that begins with a letter as a choice does: "B) 42 J", "(B) because ...".
-4. Else the one letter in brackets, where the text presents it: "it is (B)".
+   {"answer": "B"}, and the same in Chinese. The last one counts, unless a judgement after it names another letter.
+2. Judgements: "B is correct", "so B.", or a line at the end that is only a letter. All of them have to name one letter.
+3. A first or last line that begins with a letter like a choice: "B) 42 J", "(B) because ...".
+4. A single letter in brackets, if the text presents it: "it is (B)".
 """
 
 from __future__ import annotations
@@ -23,14 +26,14 @@ from slime.rollout.rm_hub import letter_patterns as said
 
 @dataclass(frozen=True)
 class _Found:
-    """A place in the text that names its answer; `letter` is None where it names several, or no choice."""
+    """A place in the text that names its answer; `letter` is None if it names several letters, or no choice."""
 
     at: int
     letter: str | None
 
 
 def chosen_letter(text: str, letters: str = LETTERS) -> str | None:
-    """The letter that an answer chooses; None where it chooses none, or several. (See the module.)"""
+    """Return the letter that an answer chooses; None if it chooses none or several. The module explains the rules."""
     text = text.translate(said.SPELLING)
     lowered = text.translate(said.LOWER)
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("```")]
@@ -52,9 +55,9 @@ def chosen_letter(text: str, letters: str = LETTERS) -> str | None:
 
 
 def _letter_at(text: str, at: int, letters: str, *, end: re.Pattern[str] | None = None) -> _Found | None:
-    """The letter at `at`, after what may be before it; None where there is none that could be an answer.
+    """Return the letter at `at`, after what may precede it; None if no letter there could be an answer.
 
-    `end`: what has to follow it.
+    `end` is a pattern that has to follow the letter.
     """
     match = said.LETTER.match(text, at)
     if match is None:
@@ -64,7 +67,7 @@ def _letter_at(text: str, at: int, letters: str, *, end: re.Pattern[str] | None 
     if said.PART.match(text, after) or said.DENIED.match(text, after):
         return None
     if text[after : after + 1] in ("'", "’") and not said.QUOTED.search(text[max(0, after - 21) : after - 1]):
-        return None  # A' is another thing than A
+        return None  # A' is something else than A
     if letter.islower() and not (before and before in "([\"'`“‘*") and not said.END.match(text, after):
         return None
     second = said.SECOND.match(text, after)
@@ -87,7 +90,7 @@ def _before(text: str, at: int) -> str:
 
 
 def _begun(text: str, lowered: str, words: Iterable[str], pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    """Matches of a pattern that begins with one of the words. (Finding a word is far faster than a pattern.)"""
+    """Find matches of a pattern that begins with one of the words; searching a word is far faster than a pattern."""
     for word in words:
         at = lowered.find(word)
         while at >= 0:
@@ -117,7 +120,7 @@ def _stated(text: str, lowered: str, letters: str) -> Iterator[_Found]:
 
 
 def _in_boxes(text: str, letters: str) -> Iterator[_Found]:
-    """Of boxes that a separator joins, all have to hold one letter."""
+    """Yield letters in boxes; all boxes that a separator joins have to hold the same letter."""
     boxes = find_boxes(text) or []
     run: set[str | None] = set()
     for place, box in enumerate(boxes):
@@ -139,7 +142,7 @@ def _in_boxes(text: str, letters: str) -> Iterator[_Found]:
 
 
 def _judged(text: str, letters: str) -> Iterator[_Found]:
-    """Places such as "so B is correct", where a clause says nothing else."""
+    """Yield places such as "so B is correct", in a clause that contains nothing else."""
     capitals = [capital.start() for capital in said.CAPITAL.finditer(text)]
     for at in (*capitals, *(small.start(1) for small in said.SMALL.finditer(text))):
         match = said.JUDGED.match(text, at)
@@ -162,7 +165,7 @@ def _judged(text: str, letters: str) -> Iterator[_Found]:
 
 
 def _concluded(text: str, lowered: str, letters: str) -> Iterator[_Found]:
-    """Places such as "so B." and "it is B."."""
+    """Yield places such as "so B." and "it is B."."""
     for match in _begun(text, lowered, said.CONCLUDED_WORDS, said.CONCLUDED):
         before = text[max(0, match.start() - 4) : match.start()]
         if match["first"] is not None and before.strip() and "\n" not in before and before.rstrip()[-1] not in ".!?,;":
@@ -179,7 +182,7 @@ def _concluded(text: str, lowered: str, letters: str) -> Iterator[_Found]:
 
 
 def _alone(lines: list[str], letters: str) -> str | None:
-    """The letter of a first or last line that is nothing else, where no line is another letter."""
+    """Return the letter of a first or last line that is nothing else, if no line is another letter."""
     found = {number: match for number, line in enumerate(lines) if (match := _lone(line)) is not None}
     named = {match.upper() for match in found.values()}
     if len(named) != 1 or not found.keys() & {0, len(lines) - 1}:
@@ -194,7 +197,7 @@ def _lone(line: str) -> str | None:
 
 
 def _as_a_choice(text: str, lines: list[str], letters: str) -> str | None:
-    """The letter that the first or the last line begins with as a choice does, where the text has no other choices."""
+    """Return the letter with which the first or the last line begins like a choice, if the text has no others."""
     named = {
         match[1]
         for match in said.CHOICE_MARK.finditer(text)
@@ -216,7 +219,7 @@ def _as_a_choice(text: str, lines: list[str], letters: str) -> str | None:
 
 
 def _is_a_choice(letter: str, rest: str) -> bool:
-    """Whether "B. ..." is a choice and its text, and neither a name ("E. coli") nor a sentence."""
+    """Return whether "B. ..." is a choice with its text, and neither a name ("E. coli") nor a sentence."""
     words = rest.split()
     sentence = rest.endswith(".") and rest[:1].isalpha() and len(words) > 2
     named = rest[:1].islower() or sentence or said.NAME_OR_SENTENCE.search(rest) is not None

@@ -1,8 +1,8 @@
-r"""Answers as mathematics: whether one means the same as the label.
+r"""Answers as mathematics: decide whether an answer means the same as the label.
 
-Path: the rules that compare answers (`deepscaler`, `math`, `dapo`, the `boxed_` prefix) call these. Invariant: nothing
-that the model wrote is evaluated as code: `answers` reads it with a grammar of its own, and leaves integrals and
-infinite sums to math-verify's LaTeX parser. docs/rewards.md says what counts as equal.
+- Called by: the rules that compare answers (`deepscaler`, `math`, `dapo`, the `boxed_` prefix).
+- Invariant: nothing that the model wrote is evaluated as code. `answers` reads it with a grammar of its own, and leaves
+  integrals and infinite sums to math-verify's LaTeX parser. docs/rewards.md lists what counts as equal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from slime.core.boxes import last_boxed
 from slime.rollout.rm_hub.answers.comparison import equal_answers
 
 MAX_ANSWER = 1000
-"""Characters of an answer that is still read; longer ones are compared as text."""
+"""The most characters of an answer that is read as mathematics; longer answers are compared as text."""
 
 KNOWN = (
     ("0.5", r"\frac{1}{2}", True),
@@ -30,15 +30,15 @@ KNOWN = (
     (r"1,2,\ldots,10", r"1,2,3,\ldots,10", True),
     (r"\int_0^1 x dx", r"\frac{1}{2}", True),
 )
-"""Answers, labels and whether they are equal: a worker starts only if it gives these verdicts."""
+"""Answers, labels and whether they are equal: a worker starts only if it reaches these verdicts."""
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?")
 _FEW_DIGITS = 6
-"""Two decimals of no more digits are equal only if they are the same number, however they were rounded."""
+"""Two decimals with at most this many digits are equal only if they are the same number, however they were rounded."""
 
 
 def equal_as_mathematics(answer: str, label: str) -> bool:
-    r"""Whether both mean the same; `label` may be plain (`34`), LaTeX (`\frac{1}{2}`) or hold a \boxed{...}.
+    r"""Return whether both mean the same; `label` may be plain (`34`), LaTeX (`\frac{1}{2}`) or hold a \boxed{...}.
 
     An answer of more than MAX_ANSWER characters (and more than twice the other's) is compared as text.
     """
@@ -56,10 +56,10 @@ def equal_as_mathematics(answer: str, label: str) -> bool:
 
 
 def warm_up() -> None:
-    """Load all parsers, so that no sample's time limit pays for it, and check that they can tell.
+    """Load all parsers, so that no sample's time limit includes that, and check them with the known verdicts.
 
     Raises:
-        RuntimeError: another ANTLR runtime is installed than verdicts were tested with, or a known verdict is wrong.
+        RuntimeError: the installed ANTLR runtime is not the tested one, or a known verdict comes out wrong.
     """
     fault = grammar_fault()
     if fault is not None:

@@ -1,15 +1,16 @@
-"""RewardPool: rewards outside the event loop, in processes that can be killed.
+"""RewardPool: computes rewards outside the event loop, in processes that can be killed.
 
-Path: `collect` and `evaluate` hand finished samples in and get Verdicts. Invariant: whatever a reward function does
-(hang, crash, raise, leak, return nonsense), it costs its own task only (a sample; under --group-rm a group), and the
-verdict says so.
+- Called by: `collect` and `evaluate` pass finished samples in and get Verdicts.
+- Invariant: whatever a reward function does (hang, crash, raise, leak, return nonsense), it costs only its own task (a
+  sample; with --group-rm a group), and the verdict reports it.
 
     judge -> waiting -> a worker with room -+-> answer -> verdicts
                 ^                           +-> worker lost: the task whose code ran fails (timeout, crash, memory) ...
-                +---------------------------+-> ... the others are judged again; where nobody knows whose code it was,
+                +---------------------------+-> ... the others are judged again; if it is not known whose code ran,
                                                 each of them alone, so that the next time it is known
 
-A plain function judges one task a worker; an async one has --rm-concurrency of them in flight over all workers.
+With a plain function a worker judges one task at a time; with an async one --rm-concurrency tasks are in flight over
+all workers.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _START_TIMEOUT = 120.0
-"""Seconds for a worker to load the reward function; not counted against any sample."""
-NO_URL = "--rm-url: not given; --rm-type remote_rm asks the judge behind it; add it"
+"""Seconds for a worker to load the reward function; they do not count against any sample."""
+NO_URL = "--rm-url: not given; --rm-type remote_rm sends responses to the judge at that URL; add it"
 _NO_REWARD = (
     "--rm-type: not given, and neither is --custom-rm-path nor the data line's metadata.rm_type; "
     "responses need one to be judged"
@@ -52,9 +53,9 @@ _NO_REWARD = (
 
 
 class RewardPool:
-    """`--rm-num-workers` processes, started when the first sample is judged: a run that judges none has none.
+    """Computes rewards in `--rm-num-workers` processes, which start when the first sample is judged.
 
-    Of one event loop, from the first sample on.
+    From the first sample on it belongs to one event loop.
 
     Raises:
         ValueError: no such --rm-type, or --custom-rm-path cannot be loaded.
@@ -65,7 +66,7 @@ class RewardPool:
         self._mask = masker_of(args)
         self._is_async = False
         self._capacity = 1
-        """Tasks in flight at once, a worker."""
+        """The number of tasks in flight at once in each worker."""
         if args.custom_rm_path is not None:
             self._is_async = is_async(load_hook("custom_rm_path", args.custom_rm_path))
             if self._is_async:
@@ -81,20 +82,20 @@ class RewardPool:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._broken: RuntimeError | None = None
-        """A worker could not start: no reward can ever be computed."""
+        """Set if a worker could not start, so that no reward can ever be computed."""
         self._watch: asyncio.TimerHandle | None = None
         self._clock = AwakeClock(self._interval)
 
     @property
     def by_group(self) -> bool:
-        """Whether `judge_group` has to be asked, and not `judge`: built-in rewards judge each sample by itself."""
+        """Whether to call `judge_group` instead of `judge`; built-in rewards judge each sample by itself."""
         return self._args.group_rm and self._args.custom_rm_path is not None
 
     async def judge(self, sample: Sample, *, rm_type: str | None = None) -> Verdict:
-        """The reward of one sample. `rm_type` stands in for --rm-type; the sample's metadata goes before both.
+        """Return the reward of one sample. `rm_type` replaces --rm-type; the sample's metadata goes before both.
 
         Raises:
-            ValueError: no reward is named for it, or --group-rm asks for whole groups.
+            ValueError: no reward is named for it, or --group-rm requires whole groups.
             RuntimeError: the workers do not start, or are closed.
         """
         if self.by_group:
@@ -114,7 +115,7 @@ class RewardPool:
         """Judge those of a group that are finished and have no reward yet, in one call, and write the verdicts.
 
         Raises:
-            ValueError: it is not `by_group` that rewards are computed.
+            ValueError: rewards are not computed by group (`by_group`).
         """
         if not self.by_group:
             raise ValueError("--group-rm, --custom-rm-path: not both given; judge takes one sample at a time")
@@ -126,10 +127,10 @@ class RewardPool:
                 verdict.apply(sample)
 
     async def _call(self, what: tuple[str | None, Sample | list[Sample]], count: int) -> list[Verdict]:
-        """One call of the reward function in a worker: its `count` verdicts."""
+        """Call the reward function once in a worker, and return its `count` verdicts."""
         try:
             payload = pickle.dumps(what)
-        except Exception as error:  # noqa: BLE001 (metadata may hold anything; what cannot be sent costs its task only)
+        except Exception as error:  # noqa: BLE001 (metadata may hold anything; if it cannot be sent, its task fails)
             return [error_verdict(error)] * count
         loop = self._open()
         task = Task(next(self._numbers), payload, loop.create_future())
@@ -144,7 +145,7 @@ class RewardPool:
         return verdicts * count if len(verdicts) < count else verdicts
 
     def _open(self) -> asyncio.AbstractEventLoop:
-        """The loop of the caller; the first one finds the workers starting."""
+        """Return the caller's event loop; the first call starts the workers."""
         if self._closed:
             raise RuntimeError("the reward workers are closed")
         loop = asyncio.get_running_loop()
@@ -161,7 +162,7 @@ class RewardPool:
     # ---- tasks to workers
 
     def _hand_out(self) -> None:
-        """Waiting tasks to workers with room, in order; a retired one without tasks goes."""
+        """Give waiting tasks to workers with room, in order, and end retired workers without tasks."""
         for worker in [worker for worker in self._workers if worker.retired and not worker.tasks]:
             self._end(worker)
         while self._waiting:
@@ -173,7 +174,7 @@ class RewardPool:
             self._look_later()
 
     def _worker_for(self, task: Task) -> RewardProcess | None:
-        """The one with the fewest tasks, where it has room."""
+        """Return the worker with the fewest tasks if it has room, else None."""
         free = [worker for worker in self._workers if worker.ready and not worker.retired and not worker.runs_alone]
         worker = min(free, key=lambda worker: len(worker.tasks), default=None)
         room = 1 if task.alone else self._capacity
@@ -205,11 +206,11 @@ class RewardPool:
 
     @property
     def _interval(self) -> float:
-        """Seconds between two looks at the workers."""
+        """Seconds between two checks of the workers."""
         return min(0.25, self._args.rm_timeout / 10)
 
     def _look(self) -> None:
-        """Time in which this loop itself was held up counts against no worker."""
+        """Check the workers; time in which this loop itself was blocked counts against none of them."""
         assert self._loop is not None, "_open comes first"
         self._watch = None
         seconds = self._clock.tick()
@@ -221,10 +222,10 @@ class RewardPool:
                 self._lost(worker, TIMEOUT)
         for worker in [worker for worker in self._workers if worker.ready]:
             self._look_at_memory(worker)
-        self._hand_out()  # which looks again later, where anything is in flight
+        self._hand_out()  # schedules the next check if anything is in flight
 
     def _look_at_memory(self, worker: RewardProcess) -> None:
-        """A reward that leaks grows from call to call, and then no single one is to blame."""
+        """Replace a worker that has grown: a leak grows with every call, so no single call is at fault."""
         limit, grown = self._args.rm_worker_memory * 1e9, worker.grown
         if grown > 2 * limit and worker.tasks:
             self._lost(worker, MEMORY)
@@ -240,16 +241,16 @@ class RewardPool:
         self._workers.discard(worker)
         worker.kill()
         assert self._loop is not None, "_open comes first"
-        self._loop.run_in_executor(None, worker.process.wait)  # it may take a while to give gigabytes back
+        self._loop.run_in_executor(None, worker.process.wait)  # freeing gigabytes may take a while
 
     def _lost(self, worker: RewardProcess, failure: str = CRASH) -> None:
-        """It died, or moves no more: settle the task whose fault it is, hand out the others again, replace it."""
+        """Handle a worker that died or hangs: fail the task at fault, hand out the others again, replace the worker."""
         if self._closed or not worker.ready:
             self._workers.discard(worker)
             worker.kill()
             if not self._closed:
                 worker.process.wait()
-                self._break(f"exit code {worker.process.returncode}; its message stands above")
+                self._break(f"exit code {worker.process.returncode}; its message is above")
             return
         self._end(worker)
         tasks = [task for task in worker.tasks.values() if not task.done.done()]
@@ -264,7 +265,7 @@ class RewardPool:
             for task in innocent:
                 task.alone = True
             self._waiting.extend(innocent)
-        if not worker.retired:  # it has been replaced before
+        if not worker.retired:  # a retired worker has been replaced before
             self._add_worker()
         self._hand_out()
 
@@ -273,7 +274,7 @@ class RewardPool:
         self._fail_all(self._broken)
 
     def _fail_all(self, error: RuntimeError) -> None:
-        """Nobody waits for what will never come."""
+        """Fail all tasks, so that nobody waits for an answer that will never come."""
         tasks = [*self._waiting, *(task for worker in self._workers for task in worker.tasks.values())]
         self._waiting.clear()
         for task in tasks:
@@ -281,7 +282,7 @@ class RewardPool:
                 task.done.set_exception(error)
 
     def _add_worker(self) -> None:
-        """Starts one; it is ready later."""
+        """Start a worker; it is ready later."""
         try:
             worker = RewardProcess(self._args, self._answered, self._lost)
         except OSError as error:
@@ -299,7 +300,7 @@ class RewardPool:
             self._lost(worker)
 
     def close(self) -> None:
-        """End the workers; whatever they are doing is lost, and whoever waits for it is told."""
+        """End the workers; their work is lost, and callers that wait for it get an error."""
         self._closed = True
         loop_goes_on = self._loop is not None and not self._loop.is_closed()
         if loop_goes_on:

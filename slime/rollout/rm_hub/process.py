@@ -1,11 +1,11 @@
-"""RewardProcess: one worker of the pool, seen from its owner.
+"""RewardProcess: one worker process of the reward pool, as its owner sees it.
 
-Path: `pool` sends it tasks and is called back with answers, and once when it is lost. Invariant: nothing here waits: a
-worker that hangs is killed by whoever watches it, and its tasks are the pool's to hand out again.
+- Used by: `pool` sends it tasks. It calls the pool back with answers, and once when it is lost.
+- Invariant: nothing here waits. The pool kills a worker that hangs, and hands out its tasks again.
 
-A worker runs under a guard (`core.guard`): what a reward function started ends with it, also in a new session. It
-is a fresh interpreter that loads the reward function and nothing else. (multiprocessing's and pebble's pools import the
-parent's main module again in each worker, which inside Ray means Ray.)
+A worker runs under a guard (`core.guard`): whatever a reward function started ends with it, also in a new session. The
+worker is a fresh interpreter that loads the reward function and nothing else. (The pools of multiprocessing and pebble
+import the parent's main module again in each worker, which inside Ray means Ray.)
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Task:
     payload: bytes
     done: asyncio.Future[list[Verdict]]
     alone: bool = False
-    """It was in flight when a worker was lost, and nobody knows whose fault that was: it runs beside no other."""
+    """Set after a worker was lost with this task in flight and unknown guilt: it then runs without any other task."""
 
 
 class RewardProcess(asyncio.Protocol):
-    """`tasks` are in flight. `silence` is how long nothing has moved, as `look` has seen it.
+    """A worker process. `tasks` are in flight; `silence` is how long nothing has moved, as measured by `look`.
 
-    One that is `retired` gets no more tasks, and ends with its last.
+    A worker that is `retired` gets no more tasks, and ends with its last one.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class RewardProcess(asyncio.Protocol):
         self.retired = False
         self.silence = 0.0
         self.pid = 0
-        """Its process id, once it is ready. `process` is its guard, which ends with it."""
+        """The worker's process id, once it is ready. `process` is its guard, which ends with it."""
         self._answered, self._lost = answered, lost
         self._buffer = bytearray()
         self._beat = 0
@@ -76,7 +76,7 @@ class RewardProcess(asyncio.Protocol):
                 [*GUARD, "-", f"keep={','.join(words)}", "--", *_WORKER, *words],
                 stdin=subprocess.PIPE,
                 bufsize=0,
-                stdout=subprocess.DEVNULL,  # it prints the worker's process id, which the worker itself sends
+                stdout=subprocess.DEVNULL,  # the guard prints the worker's process id, which the worker sends itself
                 pass_fds=ends,
                 env={**os.environ, "PYTHONPATH": search_path},
             )
@@ -86,25 +86,25 @@ class RewardProcess(asyncio.Protocol):
             os.close(page)
 
     async def connect(self) -> None:
-        """Answers come after this, the first one when it is ready."""
+        """Connect and send the Args; answers may come after this, the first one when the worker is ready."""
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._socket)
         self._write(START, pickle.dumps(self._args))
 
     def started(self, pid: int) -> None:
-        """It is ready, as process `pid`: what it holds from here on are its tasks'."""
+        """Record that the worker is ready, as process `pid`; memory that it takes from here on belongs to its tasks."""
         self.ready = True
         self.pid = pid
         self._bytes_at_start = self._resident_bytes()
 
     @property
     def grown(self) -> int:
-        """Bytes of memory that it holds beyond those with which it started."""
+        """The bytes of memory that the worker holds beyond those with which it started."""
         return self._resident_bytes() - self._bytes_at_start
 
     def _resident_bytes(self) -> int:
         try:
             return psutil.Process(self.pid).memory_info().rss
-        except psutil.Error:  # it has died, which is noticed elsewhere
+        except psutil.Error:  # the worker has died, which is noticed elsewhere
             return self._bytes_at_start
 
     def send(self, task: Task) -> None:
@@ -114,7 +114,7 @@ class RewardProcess(asyncio.Protocol):
         self._write(task.number, task.payload)
 
     def call_off(self, number: int) -> None:
-        """Nobody waits for this one any more. A plain function's runs on, and its answer is dropped."""
+        """Call off a task that nobody waits for any more; a plain function still runs on, and its answer is dropped."""
         self._write(number, b"")
 
     def _write(self, number: int, payload: bytes) -> None:
@@ -123,30 +123,30 @@ class RewardProcess(asyncio.Protocol):
             self._transport.write(pack(number, payload))
 
     def look(self, seconds: float) -> None:
-        """Called every `seconds` while it has tasks."""
+        """Update `silence`; called every `seconds` while the worker has tasks."""
         beat = self._page.beat
         self.silence = self.silence + seconds if beat == self._beat else 0.0
         self._beat = beat
 
     @property
     def running(self) -> int:
-        """The task whose code runs, or ran when it died; 0: none."""
+        """The task whose code runs, or ran when the worker died; 0 means none."""
         return self._page.running
 
     @property
     def runs_alone(self) -> bool:
-        """Whether it has a task that nothing may run beside."""
+        """Whether the worker has a task that must not run together with others."""
         return len(self.tasks) == 1 and next(iter(self.tasks.values())).alone
 
     @property
     def has_died(self) -> bool:
-        """Also where a child of its own keeps the connection open."""
+        """Whether the worker has died, also if a child of its own keeps the connection open."""
         return self.process.poll() is not None
 
     def kill(self) -> None:
-        """End it and whatever its reward functions started. Does not wait until they are gone.
+        """End the worker and whatever its reward functions started, without waiting until they are gone.
 
-        It may be called any number of times; `lost` is not called after it.
+        This may be called any number of times; `lost` is not called after it.
         """
         self.end()
         self._lost = _nothing
@@ -154,10 +154,10 @@ class RewardProcess(asyncio.Protocol):
             self._transport.abort()
 
     def end(self) -> None:
-        """The part of `kill` that needs no event loop."""
+        """Do the part of `kill` that needs no event loop."""
         assert self.process.stdin is not None, "it was opened with a pipe"
         if not self.process.stdin.closed:
-            with suppress(BrokenPipeError):  # it has ended already
+            with suppress(BrokenPipeError):  # the guard has ended already
                 self.process.stdin.write(END_AT_ONCE)
             self.process.stdin.close()
 

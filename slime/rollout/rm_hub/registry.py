@@ -1,18 +1,18 @@
 r"""The built-in rewards by `--rm-type`: each reads an answer from the response, and scores it.
 
-Path: `pool` checks the name at start, `worker` calls the function. Invariant: importing this loads neither torch nor
-sympy, so that a worker is light.
+- Called by: `pool` checks the name at the start, and `worker` calls the function.
+- Invariant: importing this module loads neither torch nor sympy, so that a worker is light.
 
     type        the answer                                                    its score
-    deepscaler  the last box (see `boxes`) after the last </think>            1 where it equals the label, else 0
-    math        the last box                                                  1 where it equals the label, else 0
-    dapo        what follows the last "Answer:" near the end                  1 where it equals the label, else -1
+    deepscaler  the last box (see `boxes`) after the last </think>            1 if it equals the label, else 0
+    math        the last box                                                  1 if it equals the label, else 0
+    dapo        the text after the last "Answer:" near the end                1 if it equals the label, else -1
     f1          the text after </think>                                       F1 of its words and the label's
-    gpqa        the text after </think>                                       1 where it chooses the right one, else 0
+    gpqa        the text after </think>                                       1 if it chooses the right letter, else 0
     random      -                                                             0 or 1, by chance
 
-Under `boxed_<type>` the answer is what the last box of the response holds, whatever the type looks for itself; without
-a box there is no answer. `remote_rm` is in `remote`: it waits for a network, and runs in no worker.
+With `boxed_<type>` the answer is the content of the response's last box, whatever the type reads otherwise; without a
+box there is no answer. `remote_rm` is in `remote`: it waits for a network, and runs in no worker.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Reward = Callable[[Args, Sample], object]
 
 @dataclass(frozen=True)
 class Rule:
-    """`read`: the answer in a response, None where there is none. `score`: what an answer to the sample is worth.
+    """A rule that scores responses. `read` returns the answer in a response, or None; `score` rates the answer.
 
-    `lowest`: what a wrong answer is worth.
+    `lowest` is the score of a wrong answer.
     """
 
     read: Callable[[str], Answer | None]
@@ -62,7 +62,7 @@ def _final(response: str) -> Answer:
 
 
 def _random(args: Args, sample: Sample, answer: Answer | None) -> float:
-    """By the seed and the sample's number: a control that teaches nothing."""
+    """Return a random reward that depends on the seed and the sample's number: a control that teaches nothing."""
     return float(random.Random(f"{args.rollout_seed}/{sample.index}").randint(0, 1))
 
 
@@ -85,9 +85,9 @@ RULES: Mapping[str, Rule] = {
 
 
 def reward_type(args: Args, sample: Sample, rm_type: str | None = None) -> str | None:
-    """What judges the sample: its metadata goes first, then `rm_type` (a data set's own), then --rm-type.
+    """Return the type that judges the sample: its metadata goes first, then `rm_type` (a data set's), then --rm-type.
 
-    None under --custom-rm-path, and where nothing names one.
+    The result is None with --custom-rm-path, and if nothing names a type.
     """
     if args.custom_rm_path is not None:
         return None
@@ -95,15 +95,15 @@ def reward_type(args: Args, sample: Sample, rm_type: str | None = None) -> str |
 
 
 def is_async(function: object) -> bool:
-    """Whether it is written as `async def` (or its __call__ is), so that many calls can wait beside each other."""
+    """Return whether it is an `async def` (or its __call__ is), so that many calls can wait at the same time."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def find_reward(rm_type: str) -> Reward:
-    """The function of an `--rm-type`, which a worker calls.
+    """Return the function of an `--rm-type`, which a worker calls.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no reward of this name.
     """
     rule = RULES.get(base_type(rm_type) or "")
     if rule is None:

@@ -1,16 +1,16 @@
-r"""`--rm-type remote_rm`: a judge behind HTTP.
+r"""`--rm-type remote_rm`: a judge that is called over HTTP.
 
-Path: `pool` calls it in the event loop, where many requests wait at once; nothing of it runs in a worker. Invariant: a
-judge that is down, slow or wrong gives a typed failure, and never a 0.
+- Called by: `pool`, in the event loop, where many requests wait at the same time; no part of it runs in a worker.
+- Invariant: a judge that is down, slow or wrong gives a typed failure, and never a reward of 0.
 
     POST --rm-url  {"prompt": text or messages, "response": text, "label": text or null, "metadata": {...}}
     answer         0.5, or {"reward": 0.5}, or {"score": 0.5}, or with --reward-key KEY {KEY: 0.5, ...}
 
-With --reward-key the answer's other entries are kept in the sample's reward; the dict may be under "reward".
+With --reward-key the answer's other entries are kept in the sample's reward; the dict may also be under "reward".
 
-Under `boxed_remote_rm`, "response" is what the last \boxed{...} holds ("" where there is none). A judge that cannot be
-reached, or answers 429, 500, 502, 503 or 504, is asked again, up to RETRIES times and for --rm-timeout seconds in all;
-every other status, and an answer that is none of these, is a failure at once.
+With `boxed_remote_rm`, "response" is the content of the last \boxed{...} ("" if there is none). A judge that cannot be
+reached, or answers 429, 500, 502, 503 or 504, is asked again, up to RETRIES times and for --rm-timeout seconds in all.
+Every other status, and an answer in no form above, is a failure at once.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from slime.rollout.rm_hub.verdict import ERROR, TIMEOUT, Verdict, error_verdict,
 
 RETRIES = 5
 BACKOFF = 0.1
-"""Seconds before the first retry; each further one waits twice as long."""
+"""Seconds before the first retry; each further retry waits twice as long."""
 RETRY_STATUS = (429, 500, 502, 503, 504)
 _JSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
 
 class RemoteReward:
-    """At most --rm-concurrency requests at once."""
+    """Sends samples to the judge, with at most --rm-concurrency requests at once."""
 
     def __init__(self, args: Args) -> None:
-        assert args.rm_url is not None, "the rules ask for --rm-url"
+        assert args.rm_url is not None, "the rules require --rm-url"
         self._url = args.rm_url
         self._mask = Masker([args.rm_url])  # failures go into logs and dumps
         self._timeout = args.rm_timeout
@@ -49,12 +49,12 @@ class RemoteReward:
         self._in_flight = 0
 
     async def judge(self, sample: Sample, *, boxed: bool) -> Verdict:
-        """The time limit counts from the first request on, and not while it waits for its turn."""
+        """Judge one sample; the time limit begins with the first request, not while the sample waits for its turn."""
         response = (last_boxed(sample.response) or "") if boxed else sample.response
         body = {"prompt": sample.prompt, "response": response, "label": sample.label, "metadata": sample.metadata}
         try:
             data = orjson.dumps(body, option=_JSON)
-        except TypeError as error:  # something in metadata that JSON cannot say
+        except TypeError as error:  # something in metadata that JSON cannot represent
             return error_verdict(error)
         failure = TIMEOUT
         async with self._slots, self._shared_session() as session:
@@ -72,7 +72,7 @@ class RemoteReward:
         return Verdict(None, failure)
 
     async def _ask(self, session: aiohttp.ClientSession, data: bytes) -> tuple[Verdict, bool]:
-        """One request: what came of it, and whether to ask again."""
+        """Send one request; return its verdict, and whether to try again."""
         try:
             async with session.post(self._url, data=data, allow_redirects=False) as answer:
                 raw = await answer.read()
@@ -88,10 +88,10 @@ class RemoteReward:
 
     @asynccontextmanager
     async def _shared_session(self) -> AsyncGenerator[aiohttp.ClientSession]:
-        """One while anything is in flight, so that connections are used again and none is left at the end."""
+        """Yield the session that all requests in flight share; it is closed when none is in flight."""
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=0)
-            limits = aiohttp.ClientTimeout(total=None)  # --rm-timeout is over all attempts together
+            limits = aiohttp.ClientTimeout(total=None)  # --rm-timeout limits all attempts together
             headers = {"Content-Type": "application/json"}
             self._session = aiohttp.ClientSession(connector=connector, timeout=limits, headers=headers)
         self._in_flight += 1
@@ -105,7 +105,7 @@ class RemoteReward:
 
 
 def answer_verdict(raw: bytes, mask: Masker, key: str | None = None) -> Verdict:
-    """The verdict in the judge's answer; `mask` hides secrets that it repeats. `key` is --reward-key."""
+    """Return the verdict in the judge's answer; `mask` hides secrets that it repeats. `key` is --reward-key."""
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:

@@ -1,6 +1,7 @@
-"""The part of a response that answers.
+"""The part of a response that holds the answer.
 
-Path: rules for answers in words read `final_text`. Invariant: it is linear in the response, whatever stands in it.
+- Called by: rules for answers in words read `final_text`.
+- Invariant: it takes time linear in the response, whatever the response contains.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ _LONGEST_MARK = 68
 
 
 def final_text(response: str) -> str:
-    """What stands after the last </think> (all of it where there is none), without the marks that ended the turn.
+    """Return the text after the last </think> (all of it without one), without the marks that ended the turn.
 
-    A response carries them as text unless --rollout-skip-special-tokens is given: `Paris<|user|>` answers Paris.
+    A response has such marks as text unless --rollout-skip-special-tokens is given: `Paris<|user|>` answers Paris.
     """
     text = response.rpartition(THINK_END)[2]
     end = len(text.rstrip())

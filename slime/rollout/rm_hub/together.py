@@ -1,8 +1,8 @@
-"""An async reward function in one process: many tasks in flight in one event loop.
+"""Run an async reward function in one process, with many tasks in flight in one event loop.
 
-Path: `worker` serves with it. A task that waits too long is cancelled here; one whose own code blocks the loop is left
-to the owner, which sees from the page that nothing moves, and whose fault it is. Invariant: time in which another
-task's code holds the loop counts against nobody else.
+- Called by: `worker`. A task that waits too long is cancelled here. A task whose own code blocks the loop is left to
+  the owner, which sees on the page that nothing moves, and which task is at fault.
+- Invariant: time in which a task's code holds the loop does not count against other tasks.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any
 from slime.rollout.rm_hub.channel import HEADER, Page, pack
 
 TICK = 0.05
-"""Seconds between two looks at the time limits."""
+"""Seconds between two checks of the time limits."""
 
 
 @dataclass
 class _Job:
     task: asyncio.Task[None] | None = None
     started: float | None = None
-    """On the loop's clock of free time; None until its code has run for the first time."""
+    """The start on the loop's clock of free time; None until the task's code has run for the first time."""
     held: float = 0.0
-    """Seconds for which its own code held the loop, beyond what that clock sees."""
+    """Seconds for which the task's own code held the loop, beyond what that clock counts."""
 
 
 class Together:
-    """`judge` makes the answer from a task's payload; `late` is the answer of one that took longer than `limit`."""
+    """`judge` makes the answer from a task's payload; `late` is the answer of a task that took longer than `limit`."""
 
     def __init__(
         self, page: Page, judge: Callable[[bytes], Coroutine[Any, Any, bytes]], late: bytes, limit: float
@@ -40,12 +40,12 @@ class Together:
         self._page, self._judge, self._late, self._limit = page, judge, late, limit
         self._jobs: dict[int, _Job] = {}
         self._clock = 0.0
-        """Seconds in which the loop was free: it goes on by no more than two ticks at a time."""
+        """Seconds in which the loop was free: one look adds at most two ticks, however long the loop was blocked."""
 
     async def serve(self, connection: socket.socket) -> None:
-        """Until the owner closes the connection; then the process ends, whatever its tasks would make of that."""
+        """Serve until the owner closes the connection; then end the process, whatever its tasks would do."""
         reader, self._writer = await asyncio.open_unix_connection(sock=connection)
-        watch = asyncio.create_task(self._watch())  # a name, or it would be collected
+        watch = asyncio.create_task(self._watch())  # the name keeps it from being garbage-collected
         try:
             while True:
                 number, length = HEADER.unpack(await reader.readexactly(HEADER.size))
@@ -65,7 +65,7 @@ class Together:
             self._writer.write(pack(number, answer))
 
     def _end(self, number: int, answer: bytes) -> None:
-        """Answer now, whatever the task makes of its cancellation."""
+        """Answer now, whatever the task does when it is cancelled."""
         job = self._jobs.pop(number)
         assert job.task is not None
         job.task.cancel()
@@ -85,7 +85,7 @@ class Together:
 
     @types.coroutine
     def _stepped(self, number: int, job: _Job, coroutine: Coroutine[Any, Any, bytes]) -> Generator[Any, Any, bytes]:
-        """`await coroutine`, with the page saying so while its code runs."""
+        """Await `coroutine`, and show on the page when its code runs."""
         job.started = self._clock
         thrown: BaseException | None = None
         while True:
@@ -99,12 +99,12 @@ class Together:
             except (Exception, asyncio.CancelledError):
                 self._page.leave()
                 raise
-            except BaseException:  # noqa: BLE001 (SystemExit: a crash; no other task runs before the owner sees whose)
+            except BaseException:  # noqa: BLE001 (SystemExit is a crash; end before another task could be blamed)
                 os._exit(1)
             self._page.leave()
             job.held += max(0.0, time.monotonic() - start - TICK)
             thrown = None
             try:
                 yield waited_for
-            except BaseException as error:  # noqa: BLE001 (the loop cancels the task: its code is to hear of it)
+            except BaseException as error:  # noqa: BLE001 (the loop cancels the task, so its code has to get this)
                 thrown = error

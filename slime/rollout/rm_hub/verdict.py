@@ -1,7 +1,7 @@
-"""Verdict: what became of one reward.
+"""Verdict: the result of judging one sample, a reward or a failure.
 
-Path: made in a reward worker, or by the pool where that fails it, written into the Sample by `collect`.
-Invariant: either a finite reward or the reason why there is none, never a silent 0.
+- Used by: a reward worker makes it, or the pool if the worker fails; `collect` writes it into the Sample.
+- Invariant: it holds either a finite reward or the reason why there is none, never a silent 0.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ ERROR = "error"
 
 @dataclass(frozen=True)
 class Verdict:
-    """`failure` begins with one of the words above, and may go on with a colon and more; None where there is a reward.
+    """A reward or a failure. `failure` begins with one of the words above, and may continue after a colon.
 
-    `reward` is a number, or a dict of plain data in which the entry of --reward-key is one.
+    `reward` is a number, or a dict of plain data whose entry under --reward-key is a number.
     """
 
     reward: float | dict[str, Any] | None
     failure: str | None = None
 
     def masked(self, mask: Callable[[str], str]) -> Verdict:
-        """The verdict with its texts passed through `mask`: they go into logs and dumps."""
+        """Return the verdict with its texts passed through `mask`, because they go into logs and dumps."""
         failure = None if self.failure is None else mask(self.failure)
         return replace(self, failure=failure, reward=_masked(self.reward, mask))
 
     def apply(self, sample: Sample) -> None:
-        """Write it into the sample."""
+        """Write the verdict into the sample."""
         sample.reward = self.reward
         sample.reward_failure = self.failure
         if self.failure is not None:
@@ -45,24 +45,24 @@ class Verdict:
 
 
 def failure_kind(failure: str) -> str:
-    """The failure as the last part of a metric's name."""
+    """Return the failure as the last part of a metric's name."""
     return failure.partition(":")[0].replace(" ", "_")
 
 
 def error_verdict(error: BaseException) -> Verdict:
-    """A reward function raised."""
+    """Return the verdict of a reward function that raised `error`."""
     try:
         text = str(error)
-    except Exception as another:  # noqa: BLE001 (an exception of the user's may not even have a text)
+    except Exception as another:  # noqa: BLE001 (a user's exception may not even have a text)
         text = f"(its text raised a {type(another).__name__})"
     return Verdict(None, plain_text(f"{ERROR}: {type(error).__name__}: {text}"))
 
 
 def verdict_of(value: object, key: str | None = None) -> Verdict:
-    """What a reward function returned: a number (also numpy's, or a 0-d tensor), or a dict with one under `key`.
+    """Judge a returned value: a number (also numpy's, or a 0-d tensor), or a dict with a number under `key`.
 
     `key` is --reward-key. The dict's other entries are kept as far as they are plain data. Without a key the dict is
-    kept as it is, and whoever asks for the sample's reward is told what is missing.
+    kept as it is, and `Sample.reward_value` later raises an error that names what is missing.
     """
     if isinstance(value, Mapping):
         return _verdict_of_entries(cast(Mapping[Any, Any], value), key)
@@ -91,7 +91,7 @@ def _verdict_of_entries(entries: Mapping[Any, Any], key: str | None) -> Verdict:
 
 
 def _some(keys: Iterable[str]) -> str:
-    """The first few of many keys."""
+    """Return the first few of many keys as text."""
     named = [repr(key[:40]) for key in keys]
     return ", ".join(named[:10]) + (f" and {len(named) - 10} more" if len(named) > 10 else "")
 
@@ -109,9 +109,9 @@ def _masked(value: Any, mask: Callable[[str], str]) -> Any:
 
 
 def verdicts_of(value: object, count: int, key: str | None = None) -> list[Verdict]:
-    """What a reward function returned for a group of `count`: a list (or array) of rewards, one each, in order.
+    """Judge the value returned for a group of `count` samples: a list (or array) with one reward each, in order.
 
-    Each entry is judged by itself; where it is no list of this length, that is the one failure of all.
+    Each entry is judged by itself. If the value is no list of this length, the result is one failure for all.
     """
     if isinstance(value, str | bytes | Mapping | set | frozenset) or not isinstance(value, Iterable):
         return [Verdict(None, f"{ERROR}: it returned a {type(value).__name__} for a group, not a list of rewards")]
@@ -122,6 +122,6 @@ def verdicts_of(value: object, count: int, key: str | None = None) -> list[Verdi
 
 
 def check_own_reward(sample: Sample, key: str | None) -> None:
-    """Judge in place the reward that a generate function has given the sample, if it has: is it one?"""
+    """Check the reward that a generate function has given the sample, if any, and write the verdict into it."""
     if sample.reward is not None:
         verdict_of(sample.reward, key).apply(sample)

@@ -1,8 +1,8 @@
 """One reward process: `python -m slime.rollout.rm_hub.worker SOCKET PAGE`, started and killed by `process`.
 
-Path: a task comes in, the reward function runs, a JSON answer goes back. A plain function judges one task after the
-other; an async one has many in flight (see `together`). Invariant: the process holds nothing that its
-guard, which ends it with its owner, would have to save.
+- Where it sits: a task comes in, the reward function runs, and a JSON answer goes back. A plain function judges one
+  task after another; an async one has many in flight (see `together`).
+- Invariant: the process holds nothing that would have to be saved, so its guard may end it at any time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _BUILT_IN_MEMORY = 4 * 1024**3
 
 
 class Judge:
-    """The reward function, and how tasks become calls of it."""
+    """Holds the reward function, and turns tasks into calls of it."""
 
     def __init__(self, args: Args) -> None:
         self._args = args
@@ -45,16 +45,16 @@ class Judge:
         self.is_async = self._custom is not None and is_async(self._custom)
 
     def judge(self, payload: bytes, runner: asyncio.Runner) -> list[Verdict]:
-        """A verdict for each sample, or one failure of all. What a plain function returns may be a coroutine."""
+        """Return a verdict for each sample, or one failure for all. A plain function may return a coroutine."""
         try:
             rm_type, what = pickle.loads(payload)
             value = self._call(rm_type, what)
             return self._verdicts(what, runner.run(value) if inspect.iscoroutine(value) else value)
-        except Exception as error:  # noqa: BLE001 (a reward function may raise anything; it costs its task only)
+        except Exception as error:  # noqa: BLE001 (a reward function may raise anything; that costs only its task)
             return [error_verdict(error)]
 
     async def judge_async(self, payload: bytes) -> bytes:
-        """The same of an async function, in a loop that has others in flight; encoded."""
+        """Judge with an async function, in a loop with other tasks in flight; return the encoded verdicts."""
         try:
             rm_type, what = pickle.loads(payload)
             return encode(self._verdicts(what, await self._call(rm_type, what)))
@@ -64,7 +64,7 @@ class Judge:
     def _call(self, rm_type: str | None, what: Any) -> Any:
         if self._custom is not None:
             return self._custom(self._args, what)
-        assert rm_type is not None, "the pool asks for one"
+        assert rm_type is not None, "the pool requires one"
         return find_reward(rm_type)(self._args, what)
 
     def _verdicts(self, what: Sample | list[Sample], value: object) -> list[Verdict]:
@@ -77,14 +77,14 @@ def encode(verdicts: Sequence[Verdict]) -> bytes:
 
 
 def serve_in_turn(connection: socket.socket, page: Page, judge: Judge) -> None:
-    """One task after the other, outside of any event loop."""
+    """Serve one task after another, outside any event loop."""
     stream = connection.makefile("rb")
     with asyncio.Runner() as runner:
         while len(header := stream.read(HEADER.size)) == HEADER.size:
             number, length = HEADER.unpack(header)
             payload = stream.read(length)
             if not payload:
-                continue  # called off; it is done already
+                continue  # the task was called off, but it is done already
             page.enter(number)
             verdicts = judge.judge(payload, runner)
             page.leave()
@@ -92,7 +92,7 @@ def serve_in_turn(connection: socket.socket, page: Page, judge: Judge) -> None:
 
 
 def _read(stream: BinaryIO, length: int) -> bytes:
-    """Exactly so many bytes, from a stream that keeps nothing back for itself."""
+    """Read exactly `length` bytes, from a stream without a buffer of its own."""
     parts = bytearray()
     while len(parts) < length:
         part = stream.read(length - len(parts))
@@ -111,7 +111,7 @@ def _limit_memory() -> None:
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     page = Page(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the owner ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the owner ends this process
     with cast(BinaryIO, connection.makefile("rb", buffering=0)) as stream:
         _, length = HEADER.unpack(_read(stream, HEADER.size))
         args: Args = pickle.loads(_read(stream, length))

@@ -1,4 +1,4 @@
-"""Equality of answers, without a model's text ever being evaluated as code.
+"""Equality of answers, without ever evaluating a model's text as code.
 
 Reading order: `characters` (one spelling for each sign), `tokens` (numbers, letters, words; `vocabulary` has the
 tables), `trees` and `expressions` (a tree of arithmetic), `exact`, `numerics` and `equality` (equality of two trees),

@@ -1,7 +1,7 @@
-r"""One spelling for each mathematical sign: Unicode becomes LaTeX, and what only wraps an answer is removed.
+r"""Convert each mathematical sign to one spelling: Unicode becomes LaTeX, and wrapping around an answer is removed.
 
-Path: the first step of reading an answer; `tokens` reads what this returns. Invariant: letters keep their case, and no
-letter, digit or sign that carries meaning is dropped.
+- Where it sits: the first step of reading an answer; `tokens` reads what this returns.
+- Invariant: letters keep their case, and no letter, digit or sign that carries meaning is dropped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import unicodedata
 from slime.rollout.rm_hub.answers.vocabulary import pairs, words
 
 NEW_ROW = "\x1e"
-"""Stands for LaTeX's double backslash, so that no other rule takes its second half for the start of a command."""
+"""Replaces LaTeX's double backslash, so that no other rule takes its second half for the start of a command."""
 
 _SMALL_GREEK = words(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau "
@@ -54,7 +54,7 @@ _ENDING = re.compile(rf"[{NEW_ROW}.,;:]$")
 _ORDINAL = re.compile(
     r"(?<=\d)\s*(?:\^\s*)?(?:\{\s*)?(?:\\(?:text|mathrm|textrm|textsuperscript)\s*\{\s*)?(?:st|nd|rd|th)\b\s*\}{0,2}"
 )
-"""`5th`, `5^{th}`, `5^{\\text{th}}`: the ending says nothing."""
+"""`5th`, `5^{th}`, `5^{\\text{th}}`: the ending has no meaning of its own."""
 _HALF_OF_DAY = re.compile(r"(?<![A-Za-z])([ap])\.\s?m\b\.?")
 _MODULUS = re.compile(r"\(\s*\\?(?:bmod|mod)\s*\{?\s*(\d+)\s*\}?\s*\)")
 _DOTS = re.compile(r"\.\s?\.\s?\.")
@@ -62,7 +62,7 @@ _EMPHASIS = re.compile(r"(\*\*|__|`+)(.+)\1")
 
 
 def one_spelling(text: str) -> str:
-    r"""Unicode signs as LaTeX, no delimiters of mathematics, spacing commands as spaces: `½` is `\frac{1}{2}`."""
+    r"""Return the text with LaTeX for Unicode signs (`½` is `\frac{1}{2}`), and without math delimiters and spacing."""
     text = _INVISIBLE.sub("", text)
     text = _OVERLINE.sub(lambda match: rf"\overline{{{match[1].replace(chr(0x305), '')}}}", text)
     text = _RAISED.sub(lambda match: "^{" + "".join(_SUPERSCRIPTS[sign] for sign in match[0]) + "}", text)
@@ -72,7 +72,7 @@ def one_spelling(text: str) -> str:
 
 
 def _compatible(sign: str) -> str:
-    """A full-width or mathematical-alphabet sign as plain text, a vulgar fraction as LaTeX, others as they are."""
+    """Return a full-width or mathematical-alphabet sign as plain text, a vulgar fraction as LaTeX, others unchanged."""
     if sign.isascii():
         return sign
     plain = unicodedata.normalize("NFKC", sign)
@@ -83,7 +83,7 @@ def _compatible(sign: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Remove what only wraps: dollar signs in pairs, colours, labels, emphasis, a full stop at the end."""
+    """Remove wrapping: dollar signs in pairs, colours, labels, emphasis, a full stop at the end."""
     text = _COLOURED.sub("", text.replace("\\\\", NEW_ROW))
     text = text.replace(r"\$", r"\dollar ").replace(r"\%", "%").replace(r"\&", r"\text{ and }").replace(r"\#", "#")
     if text.count("$") % 2 and not text.startswith("$$"):
@@ -102,7 +102,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _ordinal(match: re.Match[str]) -> str:
-    """Nothing, where the braces in it match; else the text as it was."""
+    """Return nothing if the braces in the match are balanced, else the text unchanged."""
     return "" if match[0].count("{") == match[0].count("}") else match[0]
 
 

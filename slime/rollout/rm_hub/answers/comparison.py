@@ -1,8 +1,9 @@
 r"""Equality of two answers, by their structure.
 
-Path: `slime.rollout.rm_hub.mathematics` calls `equal_answers`; `structure` reads both, `regions` and `equality` decide
-about their parts. Invariants: the relation is symmetric; what neither side reads as mathematics is equal only if it is
-the same text; nothing is evaluated as code; no input raises.
+- Called by: `slime.rollout.rm_hub.mathematics` calls `equal_answers`. `structure` reads both answers; `regions` and
+  `equality` decide about their parts.
+- Invariant: the relation is symmetric. If neither answer is read as mathematics, only the same text is equal. Nothing
+  is evaluated as code, and no input raises an error.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from slime.rollout.rm_hub.answers.units import NO_UNIT, PERCENT, may_be_left_out
 from slime.rollout.rm_hub.answers.vocabulary import OTHER_WORDS
 
 MAX_ITEMS = 60
-"""Of a list whose order does not matter: each may be compared with each."""
+"""The most items of a list in any order, because each may be compared with each."""
 
 
 def equal_answers(answer: str, label: str) -> bool:
-    r"""Whether two answers mean the same.
+    r"""Return whether two answers mean the same.
 
     Args:
-        answer: what the model gave, plain or LaTeX.
-        label: what it is compared with. The order of the two does not matter.
+        answer: the model's answer, plain or LaTeX.
+        label: the answer that it is compared with. The order of the two does not matter.
     """
     ours, theirs = one_spelling(answer), one_spelling(label)
     if not ours or not theirs:
@@ -60,7 +61,7 @@ def equal_answers(answer: str, label: str) -> bool:
 
 
 def read_both(ours: str, theirs: str, letters_are_units: bool = False) -> tuple[Answer, Answer]:
-    """Both answers read with the same idea of which letters are functions: those that never stand alone."""
+    """Read both answers with the same set of letters as functions: those that never appear without a parenthesis."""
     tokens = tokenise(ours, letters_are_units), tokenise(theirs, letters_are_units)
     reader = Reader()
     one, other = reader.read(tokens[0]), reader.read(tokens[1])
@@ -71,7 +72,7 @@ def read_both(ours: str, theirs: str, letters_are_units: bool = False) -> tuple[
 
 
 def same(one: Answer, other: Answer) -> bool:
-    """Whether two structures mean the same; the order does not matter."""
+    """Return whether two structures mean the same; the order does not matter."""
     one, other = plain(one), plain(other)
     if one == other:
         return True
@@ -101,7 +102,7 @@ def same(one: Answer, other: Answer) -> bool:
 
 
 def plain(answer: Answer) -> Answer:
-    """Without plus-minus signs: two values; a list in a list becomes part of it."""
+    """Replace a plus-minus sign by two values, and make a list in a list part of the outer one."""
     if isinstance(answer, Value) and answer.node.has("pm", "mp"):
         return Many("bare", tuple(replace(answer, node=_signed(answer.node, plus)) for plus in (True, False)))
     if isinstance(answer, Many) and answer.kind in ("bare", "set") and answer.dots < 0:
@@ -142,7 +143,7 @@ def _same_region(one: Answer, other: Answer) -> bool:
 
 
 def name_of(side: Answer) -> tuple[object, ...] | None:
-    """What names a value before an equals sign: a letter, a function of letters, words, a tuple of names."""
+    """Return what names a value before an equals sign: a letter, a function of letters, words, a tuple of names."""
     if isinstance(side, Value) and side.unit == NO_UNIT:
         if side.node.op == "symbol":
             return (side.node.name,)
@@ -161,14 +162,14 @@ class Named:
     """A value that an equation gives to a name."""
 
     name: tuple[object, ...]
-    """Empty where every side is a value: `2+3=5`."""
+    """The names; empty if every side is a value, as in `2+3=5`."""
     value: Answer
     general: Answer
-    """The value, with the arguments of a function by their places: the same for `f(x)=x` and `f(n)=n`."""
+    """The value, with a function's arguments numbered by place, so that `f(x)=x` and `f(n)=n` are the same."""
 
 
 def named(answer: Answer) -> Named | None:
-    """Read `x = 5`, `x = 2+3 = 5` or `x = 1, 2`; None for what has no single name, or contradicts itself."""
+    """Read `x = 5`, `x = 2+3 = 5` or `x = 1, 2`; None if there is no single name, or the sides contradict."""
     if isinstance(answer, Many) and answer.kind == "bare":
         return _named_list(answer)
     if not isinstance(answer, Chain) or any(relation != "=" for relation in answer.relations):
@@ -218,7 +219,7 @@ def _renamed(node: Node, old: str, new: str) -> Node:
 
 
 def _spread(chain: Chain) -> Many | None:
-    """`(x,y)=(1,2)` as `x=1, y=2`."""
+    """Turn `(x,y)=(1,2)` into `x=1, y=2`."""
     left, right = chain.sides[0], chain.sides[-1]
     if chain.relations != ("=",) or not isinstance(left, Many) or not isinstance(right, Many):
         return None
@@ -228,7 +229,7 @@ def _spread(chain: Chain) -> Many | None:
 
 
 def _solution(system: Many) -> Many | None:
-    """`x=1, y=2` as `(1,2)`: values of different letters, in the order of the alphabet."""
+    """Turn `x=1, y=2` into `(1,2)`: the values of different letters, in the order of the alphabet."""
     found = [named(item) if isinstance(item, Chain) else None for item in system.items]
     names = [each.name for each in found if each is not None and len(each.name) == 1]
     if len(found) < 2 or len(names) != len(found) or names != sorted(set(names), key=str):
@@ -259,7 +260,7 @@ def _same_chains(one: Chain, other: Chain) -> bool:
 
 
 def _turned(chain: Chain) -> Chain:
-    """With its relations from left to right: `b > a` as `a < b`."""
+    """Turn relations from left to right: `b > a` becomes `a < b`."""
     turned = {">": "<", ">=": "<=", "supset": "subset", "supseteq": "subseteq"}
     if not all(relation in turned for relation in chain.relations):
         return chain
@@ -306,7 +307,7 @@ def _distinct(items: Sequence[Answer]) -> tuple[Answer, ...]:
 
 
 def _matched(ours: Sequence[Answer], theirs: Sequence[Answer]) -> bool:
-    """Whether each of ours is one of theirs, in any order."""
+    """Return whether each of ours is one of theirs, in any order."""
     if len(ours) != len(theirs):
         return False
     if len(ours) > MAX_ITEMS:
@@ -321,7 +322,7 @@ def _matched(ours: Sequence[Answer], theirs: Sequence[Answer]) -> bool:
 
 
 def _alike(one: Answer, other: Answer) -> bool:
-    """Whether both are equations or neither is: `x=1` in a list is not 1, or `x=1, y=2` were `2, 1`."""
+    """Return whether both or neither are equations: `x=1` in a list is not 1, or `x=1, y=2` would equal `2, 1`."""
     return isinstance(one, Chain) == isinstance(other, Chain)
 
 
@@ -341,7 +342,7 @@ def _same_ratios(one: Many, other: Many) -> bool:
 
 
 def _clock(ratio: Many) -> bool:
-    """Whether it may be a time of day: `12:30`."""
+    """Return whether it may be a time of day, such as `12:30`."""
     last = ratio.items[-1]
     return isinstance(last, Value) and last.node.op == "number" and 10 <= last.node.value < 60
 

@@ -1,7 +1,7 @@
-r"""Tokens cut into parts: at separators, at brackets, without what surrounds an answer.
+r"""Split tokens into parts: at separators, at brackets, and without text around an answer.
 
-Path: `structure` cuts an answer with these until only expressions and words are left. Invariant: a separator in
-brackets separates nothing outside them.
+- Called by: `structure` splits an answer with these until only expressions and words are left.
+- Invariant: a separator in brackets separates nothing outside them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PUNCTUATION = frozenset({":", "-", "!", "?", '"', ".", "'"})
 
 
 def without_punctuation(tokens: list[Token]) -> list[Token]:
-    """What is between two words, without a colon, quotes, or a sign of punctuation alone."""
+    """Return the tokens between two words, without a colon, quotes, or a single sign of punctuation."""
     if all(token.text in _PUNCTUATION for token in tokens):
         return []
     while tokens and tokens[0].text in (":", '"'):
@@ -32,12 +32,12 @@ def without_punctuation(tokens: list[Token]) -> list[Token]:
 
 
 def singular(word: str) -> str:
-    """`solutions` as `solution`; short words and those that end with two s as they are."""
+    """Return `solutions` as `solution`; short words and words that end with two s stay."""
     return word[:-1] if len(word) > 4 and word.endswith("s") and not word.endswith("ss") else word
 
 
 def joined(tokens: Sequence[Token]) -> str:
-    """The tokens as text, without spaces and without braces around one token: the same for two ways to write it."""
+    """Return the tokens as text without spaces and without braces around one token, so that two spellings are equal."""
     texts = [token.text for token in tokens]
     left_out: set[int] = set()
     for index, (opening, inside, closing) in enumerate(zip(texts, texts[1:], texts[2:], strict=False)):
@@ -58,7 +58,7 @@ def is_separator(token: Token) -> bool:
 
 
 def split(tokens: Sequence[Token], separates: Callable[[Token], bool]) -> tuple[list[list[Token]], list[Token]]:
-    """Parts between the separators that are in no brackets, and the separators."""
+    """Split at the separators outside all brackets; return the parts and the separators."""
     parts: list[list[Token]] = [[]]
     found: list[Token] = []
     depth = 0
@@ -79,7 +79,7 @@ def split(tokens: Sequence[Token], separates: Callable[[Token], bool]) -> tuple[
 
 
 def closing(tokens: Sequence[Token], start: int) -> int:
-    """The index of the token that closes the bracket at `start`; -1 where none does."""
+    """Return the index of the token that closes the bracket at `start`; -1 if there is none."""
     depth = 0
     for index in range(start, len(tokens)):
         depth += {"open": 1, "close": -1}.get(tokens[index].kind, 0)
@@ -93,14 +93,14 @@ def outside(tokens: Sequence[Token], index: int) -> bool:
 
 
 def unwrap(tokens: list[Token]) -> list[Token]:
-    """Without the braces around everything."""
+    """Remove braces around the whole."""
     while len(tokens) > 1 and tokens[0].text == "{{" and closing(tokens, 0) == len(tokens) - 1:
         tokens = tokens[1:-1]
     return tokens
 
 
 def introduced(tokens: list[Token]) -> list[Token]:
-    """Without "the answer is", "for all x" at the end, a leading = or :, and full stops among the words."""
+    """Remove "the answer is", "for all x" at the end, a leading = or :, and full stops between words."""
     for introduction in INTRODUCTIONS:
         words = introduction.split()
         if [token.text.lower() for token in tokens[: len(words)]] == words and len(tokens) > len(words):
@@ -120,7 +120,7 @@ def introduced(tokens: list[Token]) -> list[Token]:
 
 
 def qualifier(tokens: list[Token]) -> list[Token]:
-    r"""`k\pi\ (k\in\mathbb{Z})` as `k\pi, k\in\mathbb{Z}`."""
+    r"""Turn `k\pi\ (k\in\mathbb{Z})` into `k\pi, k\in\mathbb{Z}`."""
     opening = next((index for index in range(1, len(tokens)) if closing(tokens, index) == len(tokens) - 1), 0)
     if not opening or tokens[opening].text != "(" or tokens[-1].text != ")":
         return tokens
@@ -131,7 +131,7 @@ def qualifier(tokens: list[Token]) -> list[Token]:
 
 
 def french(tokens: list[Token]) -> list[Token]:
-    """`]0,1[` with its first bracket as an opening one and its last as a closing one."""
+    """Turn the first bracket of `]0,1[` into an opening one and the last into a closing one."""
     read: list[Token] = []
     stack: list[tuple[str, bool]] = []
     for index, token in enumerate(tokens):

@@ -1,11 +1,12 @@
 r"""Equality of two trees of arithmetic.
 
-Path: `numerics` computes values, `comparison` asks for equality. Invariant: no tolerance is absolute, so that nothing
-small is taken for zero (`1/2004!` is not `1/2006!`); what cannot be computed within the bounds is not equal.
+- Called by: `comparison` asks for equality; `numerics` computes the values.
+- Invariant: no tolerance is absolute, so no small value is taken for zero (`1/2004!` is not `1/2006!`). A value that
+  cannot be computed within the limits is not equal to anything.
 
 Rational values are compared exactly. Others are compared at points with at least 70 digits. Two trees are equal if they
-agree at every point where both are real, and at the positive ones also where they are complex. (`\ln ab` and
-`\ln a + \ln b` differ by a branch where both letters are negative, and are held to be equal.)
+agree at every point where both are real, and at the positive points also where they are complex. (`\ln ab` and
+`\ln a + \ln b` differ by a branch where both letters are negative, and count as equal.)
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ from slime.rollout.rm_hub.answers.trees import Node
 
 BITS = 240
 MAX_BITS = 12_000
-"""Of an evaluation. It has twice the bits of its largest value and more, so that nothing is rounded away."""
+"""The most bits of an evaluation. It uses over twice the bits of its largest value, so rounding loses nothing."""
 POINTS = 6
-"""Positive ones, and as many of either sign."""
+"""The number of positive points, and of points of either sign."""
 ROUNDED_DIGITS = 7
-"""Significant digits from which two decimals are equal if the shorter is the longer one, rounded."""
+"""Significant digits from which two decimals are equal if the shorter one is the longer one, rounded."""
 CLOSED_DIGITS = 15
 """Significant digits from which a decimal equals a closed form (`\\sqrt{17}`) that rounds to it."""
 
 
 @cache
 def context() -> Any:
-    """An mpmath context of our own: no one else changes its precision."""
+    """Return an mpmath context of our own, whose precision no other code changes."""
     from mpmath.ctx_mp import MPContext
 
     return MPContext()
 
 
 def equal_trees(one: Node, other: Node) -> bool:
-    """Whether two expressions have the same value, for every value of their symbols."""
+    """Return whether two expressions have the same value, for every value of their symbols."""
     if one == other:
         return True
     names = one.names() | other.names()
@@ -71,7 +72,7 @@ def _rational(node: Node) -> Fraction | None:
 
 
 def decimals_of(node: Node) -> int:
-    r"""Significant digits of a decimal as it was written (`-0.5`, `1.5\cdot10^{-7}`); -1 for everything else."""
+    r"""Return the significant digits of a decimal as written (`-0.5`, `1.5\cdot10^{-7}`); -1 for everything else."""
     if node.op == "neg":
         return decimals_of(node.args[0])
     if node.op == "*" and node.args[1].op == "^" and node.args[1].args[0].value == 10:
@@ -80,7 +81,7 @@ def decimals_of(node: Node) -> int:
 
 
 def _half_unit(value: Fraction, digits: int) -> Fraction:
-    """Half a unit in the last place of a decimal with so many significant digits."""
+    """Return half a unit in the last place of a decimal with `digits` significant digits."""
     magnitude, size = 0, abs(value)
     while size >= 10:
         size, magnitude = size / 10, magnitude + 1
@@ -90,7 +91,7 @@ def _half_unit(value: Fraction, digits: int) -> Fraction:
 
 
 def _rounded(one: Node, ours: Fraction, other: Node, theirs: Fraction) -> bool:
-    """Whether two decimals of many digits are one number, rounded to different places; or a decimal is a fraction."""
+    """Return whether two decimals of many digits are one number rounded differently, or a decimal is a fraction."""
     digits = (decimals_of(one), decimals_of(other))
     if min(digits) >= ROUNDED_DIGITS:
         shorter, fewer = (ours, digits[0]) if digits[0] < digits[1] else (theirs, digits[1])
@@ -129,7 +130,7 @@ def _equal_at_points(one: Node, other: Node, names: frozenset[str]) -> bool:
 
 
 def _limits_of_sums(node: Node) -> frozenset[str]:
-    """Symbols that have to be whole numbers: those in the limits of a sum or product."""
+    """Return the symbols that have to be whole numbers: those in the limits of a sum or product."""
     inner = frozenset[str]().union(*(_limits_of_sums(arg) for arg in node.args))
     if node.op in ("sum", "prod"):
         return inner | node.args[1].names() | node.args[2].names()
@@ -137,7 +138,7 @@ def _limits_of_sums(node: Node) -> frozenset[str]:
 
 
 def _agree(one: Node, other: Node, point: int, positive: bool, whole: frozenset[str]) -> bool | None:
-    """Whether both have the same value at a point; None where one has none, or a complex one of either sign."""
+    """Return whether both have the same value at a point; None if one has none, or a complex one at a signed point."""
     try:
         bits, values = _values((one, other), point, positive, whole, BITS)
         if not positive and not all(_is_real(value) for value in values):
@@ -147,7 +148,7 @@ def _agree(one: Node, other: Node, point: int, positive: bool, whole: frozenset[
             return True
         if any(_far(ours, theirs, bits) for ours, theirs in cells):
             return False
-        # The difference is as small as rounding errors: with twice the digits it shrinks, or it is one.
+        # The difference is of the size of rounding errors. With twice the digits it shrinks if it is one.
         more, better = _values((one, other), point, positive, whole, 2 * bits)
         pairs = zip(cells, _cells(*better), strict=True)
         return all(_close(*new, more) or _shrinks(old, new, bits) for old, new in pairs)
@@ -158,7 +159,7 @@ def _agree(one: Node, other: Node, point: int, positive: bool, whole: frozenset[
 def _values(
     nodes: tuple[Node, ...], point: int, positive: bool, whole: frozenset[str], bits: int
 ) -> tuple[int, list[Any]]:
-    """Values of the nodes, and the bits they were computed with: enough for the largest and smallest of them."""
+    """Return the values of the nodes, and the bits used: enough for the largest and the smallest of them."""
     mp = context()
     while True:
         mp.prec = bits
@@ -203,7 +204,7 @@ def _shrinks(old: tuple[Any, Any], new: tuple[Any, Any], bits: int) -> bool:
 
 
 def proportional(one: Node, other: Node, positive: bool) -> bool:
-    """Whether one is a number times the other, so that both vanish together; with `positive`, a positive number."""
+    """Return whether one is a number (with `positive`, a positive one) times the other, so both vanish together."""
     names = one.names() | other.names()
     if not names:
         return False

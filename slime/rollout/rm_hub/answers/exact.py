@@ -1,6 +1,7 @@
-"""The value of a tree of arithmetic as a fraction, where it is rational.
+"""The value of a tree of arithmetic as a fraction, if it is rational.
 
-Path: `equality` and `numerics` ask for it. Invariant: nothing takes long: a value beyond EXACT_BITS is not computed.
+- Called by: `equality` and `numerics`.
+- Invariant: nothing takes long, because a value beyond EXACT_BITS is not computed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from slime.rollout.rm_hub.answers.tokens import UnreadError
 from slime.rollout.rm_hub.answers.trees import Node
 
 EXACT_BITS = 1 << 16
-"""Of the numerator or denominator of an exact value."""
+"""The most bits of the numerator or denominator of an exact value."""
 
 
 class InexactError(UnreadError):
@@ -20,11 +21,11 @@ class InexactError(UnreadError):
 
 
 def exact(node: Node) -> Fraction:
-    """The rational value of a tree.
+    """Return the rational value of a tree.
 
     Raises:
-        InexactError: it is not known to be rational, or takes more than EXACT_BITS.
-        UnreadError: it has no value (a division by zero).
+        InexactError: the value is not known to be rational, or takes more than EXACT_BITS.
+        UnreadError: there is no value (a division by zero).
     """
     if node.op == "number":
         return node.value

@@ -1,7 +1,8 @@
-r"""Tokens of one expression as a tree of arithmetic.
+r"""Parse the tokens of one expression into a tree of arithmetic.
 
-Path: `structure` cuts an answer into expressions, this reads each, `numerics` compares two. Invariant: what has two
-usual readings (`1/2x`, `4\ 10/3`) has none here: UnreadError, and the answer is compared as text.
+- Where it sits: `structure` splits an answer into expressions, this module reads each, and `numerics` compares two.
+- Invariant: an expression with two usual readings (`1/2x`, `4\ 10/3`) is not read. It raises UnreadError, and the
+  answer is compared as text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _MATRICES = frozenset({"pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "sm
 
 
 class Parser(Stream):
-    """Recursive descent: sum, product, sign, power, atom."""
+    """A recursive descent parser: sum, product, sign, power, atom."""
 
     def __init__(self, tokens: Sequence[Token], functions: frozenset[str] | None = frozenset()) -> None:
         super().__init__(tokens)
@@ -153,7 +154,7 @@ class Parser(Stream):
         return False
 
     def argument(self) -> Node:
-        r"""What TeX takes as the argument of ^, \frac, \sqrt: a group, or one token (a number as a whole)."""
+        r"""Read what TeX takes as the argument of ^, \frac, \sqrt: a group, or one token (a number as a whole)."""
         if self.sees("{{"):
             return self.group()
         if self.sees("-"):
@@ -174,7 +175,7 @@ class Parser(Stream):
         return node
 
     def chosen(self) -> Node:
-        r"""A sum, or `5 \choose 2`."""
+        r"""Read a sum, or `5 \choose 2`."""
         node = self.sum()
         if not self.sees("choose"):
             return node
@@ -219,7 +220,7 @@ class Parser(Stream):
         return self.argument()
 
     def subscript(self) -> str:
-        """The name that follows an underscore, with the tokens' texts as they are."""
+        """Return the name that follows an underscore, with the tokens' texts as they are."""
         self.at += 1
         if not self.sees("{{"):
             return self.take().text
@@ -251,7 +252,7 @@ class Parser(Stream):
         return Node("symbol", name=name)
 
     def primes(self) -> int:
-        r"""How many tokens the next prime takes: `'`, `^\prime` or `^{\prime}`; 0 where none follows."""
+        r"""Return how many tokens the next prime takes: `'`, `^\prime` or `^{\prime}`; 0 if none follows."""
         texts = [self.peek(ahead).text for ahead in range(4)]
         if texts[0] in ("'", "prime"):
             return 1
@@ -302,7 +303,7 @@ class Parser(Stream):
         raise UnreadError(f"{name} is not read")
 
     def is_derivative(self) -> bool:
-        r"""`\frac{dy}{dx}`, `\frac{d}{dx}`: the letters are no factors."""
+        r"""Return whether this is `\frac{dy}{dx}` or `\frac{d}{dx}`, whose letters are no factors."""
         start, groups = self.at, list[list[str]]()
         for _ in range(2):
             end = start
@@ -339,9 +340,9 @@ class Parser(Stream):
         return node if exponent is None else Node("^", (node, exponent))
 
     def function_argument(self) -> Node:
-        r"""`\sin(x)`: the group; `\sin 2x`: the factors up to the next operator, function or parenthesis."""
+        r"""Read the group of `\sin(x)`, or the factors of `\sin 2x` up to an operator, function or parenthesis."""
         if self.sees("(", "[", "{{", "|"):
-            return self.nested(self.atom)  # a power that follows is one of the function: `\sin(x)^2`
+            return self.nested(self.atom)  # a power after it belongs to the function: `\sin(x)^2`
         negative = self.sees("-")
         self.at += negative
         node = self.nested(self.power)
@@ -352,7 +353,7 @@ class Parser(Stream):
         return Node("neg", (node,)) if negative else node
 
     def series(self, name: str) -> Node:
-        r"""\sum_{i=1}^{n} of the factors that follow."""
+        r"""Read \sum_{i=1}^{n} of the factors that follow."""
         bound, lower, upper = "", None, None
         while self.sees("_", "^"):
             if self.take().text == "^":
@@ -391,9 +392,9 @@ class Parser(Stream):
 
 
 def parse(tokens: Sequence[Token], functions: frozenset[str] | None = frozenset()) -> Node:
-    """The tree of an expression. A letter of `functions` (None: every letter) is applied to a parenthesis after it.
+    """Return the tree of an expression; letters of `functions` (None: all letters) are applied to a parenthesis.
 
     Raises:
-        UnreadError: the tokens are no expression that is read here, or have two usual readings.
+        UnreadError: the tokens are no expression that this parser reads, or have two usual readings.
     """
     return Parser(tokens, functions).whole()

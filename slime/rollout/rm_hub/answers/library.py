@@ -1,12 +1,12 @@
 r"""Definite integrals and infinite sums, as math-verify's parser (latex2sympy2_extended) reads them.
 
-Path: `comparison` asks for an expression that `expressions` does not read. Invariant: the parser's reading is taken
-only where all its letters are bound, so that it has dropped or joined none, and only for a short text of a few known
-commands and small numbers, so that neither it nor sympy takes long.
+- Called by: `comparison`, for an expression that `expressions` does not read.
+- Invariant: the parser's reading is used only if all its letters are bound, so that it has dropped or joined none. It
+  is used only for a short text of a few known commands and small numbers, so that neither it nor sympy takes long.
 
-Why not the whole answer: the parser takes `R` and `r` or letters of units for the same or for nothing (which is what
-its normalisation does), reads `\sin x\cdot y` as the sine of a product and `a/bc` as `a/(bc)`, finds `gcd(a,b)` of two
-letters to be 1, and takes 2.7 s for a sum of 200 terms.
+Why the parser does not read the whole answer: its normalisation drops or joins letters (`R` and `r`, letters of units).
+It reads `\sin x\cdot y` as the sine of a product and `a/bc` as `a/(bc)`, computes `gcd(a,b)` of two letters as 1, and
+takes 2.7 s for a sum of 200 terms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UPRIGHT = re.compile(r"\\(?:mathrm|text|rm)\s*\{\s*([de])\s*\}")
 
 
 def may_read(text: str) -> bool:
-    """Whether it is an integral or sum that is short and plain enough."""
+    """Return whether it is an integral or sum that is short and plain enough."""
     text = _UPRIGHT.sub(r" \1", text)
     commands = set(re.findall(r"\\[A-Za-z]+", text))
     closed = r"\int_" in text or (r"\sum_" in text and r"\infty" in text)
@@ -37,7 +37,7 @@ def may_read(text: str) -> bool:
 
 
 def equal_to_series(text: str, node: Node) -> bool:
-    """Whether the integral or infinite sum in LaTeX has the value of an expression without letters."""
+    """Return whether the integral or infinite sum in LaTeX has the value of an expression without letters."""
     mp = context()
     mp.prec = 240
     try:
@@ -56,7 +56,7 @@ def _value(text: str) -> Any:
 
     try:
         expression = latex2sympy(_UPRIGHT.sub(r" \1", text), normalization_config=None)
-    except Exception as error:  # the parser raises Exception itself for what it does not read
+    except Exception as error:  # the parser raises Exception itself for a text that it cannot read
         raise UnreadError(f"math-verify's parser: {error}") from error
     if not isinstance(expression, Expr) or expression.free_symbols:
         raise UnreadError("no expression, or a letter that nothing binds")

@@ -1,7 +1,7 @@
 r"""Lists with dots: `1,2,\ldots,10`.
 
-Path: `comparison` asks what a list with dots holds. Invariant: dots are read only where the numbers before and after
-them are in arithmetic progression.
+- Called by: `comparison`, to learn what a list with dots holds.
+- Invariant: dots are read only if the numbers before and after them are in arithmetic progression.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from slime.rollout.rm_hub.answers.units import NO_UNIT
 
 
 def progression(many: Many) -> tuple[Fraction, Fraction, Fraction | None] | None:
-    """First number, step and last number (None where it never ends) of a list; None where it is no progression."""
+    """Return first number, step and last number (None if infinite) of a list; None if it is no progression."""
     numbers: list[Fraction] = []
     for item in many.items:
         if not isinstance(item, Value) or item.unit != NO_UNIT:

@@ -1,9 +1,9 @@
-"""The value of a tree of arithmetic at a point, with as many digits as asked for.
+"""The value of a tree of arithmetic at a point, with as many digits as needed.
 
-Path: `expressions` makes the trees, `equality` compares their values. Invariant: nothing takes long, however large a
-number is written: a value whose size goes beyond the bounds is an UnreadError.
+- Where it sits: `expressions` makes the trees, and `equality` compares their values.
+- Invariant: nothing takes long, however large a number is written: a value beyond the limits is an UnreadError.
 
-The same symbol has the same value in every tree. It is drawn from its name, so that verdicts repeat.
+The same symbol has the same value in every tree. It is drawn from its name, so that verdicts are repeatable.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from slime.rollout.rm_hub.answers.trees import Node
 from slime.rollout.rm_hub.answers.vocabulary import words
 
 MAX_TERMS = 2000
-"""Of all sums and products in one evaluation, together."""
+"""The most terms of all sums and products in one evaluation together."""
 
 
 @cache
 def _drawn(name: str, point: int) -> tuple[Fraction, Fraction]:
-    """A value between 0.2 and 4 of a symbol at a point, and one between -4 and 4."""
+    """Return a value between 0.2 and 4 for a symbol at a point, and one between -4 and 4."""
     digest = hashlib.sha256(f"{name}|{point}".encode("utf-8", "replace")).digest()
     unit = Fraction(int.from_bytes(digest[:12], "big"), 1 << 96)
     return Fraction(1, 5) + unit * Fraction(19, 5), 8 * unit - 4
 
 
 class Evaluator:
-    """Computes a tree's value with mpmath, at one point, with so many bits."""
+    """Computes a tree's value with mpmath, at one point and with a given number of bits."""
 
     def __init__(self, context: Any, point: int, positive: bool, whole: frozenset[str]) -> None:
         self.mp = context
@@ -211,7 +211,7 @@ class Evaluator:
         return getattr(self.mp, name)(value)
 
     def op_apply(self, node: Node) -> Any:
-        """An unknown function: some smooth one that belongs to its name."""
+        """Evaluate an unknown function: some smooth function that its name decides."""
         total = self.mp.mpf(0)
         for index, arg in enumerate(node.args):
             value = self.scalar(arg)

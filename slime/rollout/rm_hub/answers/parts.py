@@ -1,7 +1,8 @@
 r"""The parts of a structure: its units, its letters, and what may be left out around a whole answer.
 
-Path: `structure` makes the parts, `comparison` asks for them. Invariant: a qualifier (`k\in\mathbb{Z}`) or a set's
-braces may be missing on one side; where both sides have them, they are compared.
+- Where it sits: `structure` makes the parts, and `comparison` asks for them.
+- Invariant: a qualifier (`k\in\mathbb{Z}`) or a set's braces may be missing on one side. If both sides have them, they
+  are compared.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from slime.rollout.rm_hub.answers.structure import Answer, Chain, Many, Region, 
 
 
 def units_of(answer: Answer) -> frozenset[str]:
-    """The units of all values in it."""
+    """Return the units of all values in the answer."""
     if isinstance(answer, Value):
         return frozenset({answer.unit.name} - {""})
     if isinstance(answer, Many):
@@ -27,7 +28,7 @@ def units_of(answer: Answer) -> frozenset[str]:
 
 
 def names_in(answer: Answer) -> frozenset[str]:
-    """The letters of all values in it."""
+    """Return the letters of all values in the answer."""
     if isinstance(answer, Value):
         return answer.node.names()
     if isinstance(answer, Many):
@@ -38,13 +39,13 @@ def names_in(answer: Answer) -> frozenset[str]:
 
 
 def agree_on_qualifiers(one: Answer, other: Answer) -> bool:
-    """Whether the qualifiers of both are the same, or one of them has none."""
+    """Return whether the qualifiers of both are the same, or one of them has none."""
     ours, theirs = _qualified(one)[1], _qualified(other)[1]
     return not ours or not theirs or ours == theirs
 
 
 def bare(one: Answer, other: Answer) -> tuple[Answer, Answer]:
-    r"""Both without qualifiers, and `\{5\}` as 5 where the other answer is no set."""
+    r"""Return both without qualifiers, and `\{5\}` as 5 if the other answer is no set."""
     one, other = _qualified(one)[0], _qualified(other)[0]
     sets = [isinstance(each, Many) and each.kind == "set" for each in (one, other)]
     if sets.count(True) != 1:
@@ -59,7 +60,7 @@ def _only_item(answer: Answer) -> Answer:
 
 
 def _qualified(answer: Answer) -> tuple[Answer, frozenset[Answer]]:
-    r"""The answer without `k\in\mathbb{Z}` about one of its letters, and these qualifiers."""
+    r"""Return the answer without qualifiers such as `k\in\mathbb{Z}` about its letters, and these qualifiers."""
     if not isinstance(answer, Many) or answer.kind != "bare" or answer.dots >= 0:
         return answer, frozenset()
     about = [item for item in answer.items[1:] if isinstance(item, Chain) and _is_membership(item)]

@@ -1,8 +1,8 @@
 r"""Inequalities, intervals and sets as regions of one variable, and whether two are the same region.
 
-Path: `comparison` asks for answers that are regions: `x<3`, `(-\infty,3)`, `\{x\mid x<3\}`, unions of them.
-Invariant: two regions are equal only if the ends of one are known (all its conditions are linear), and both agree at
-every end, next to it on both sides, between the ends and beyond them.
+- Called by: `comparison`, for answers that are regions: `x<3`, `(-\infty,3)`, `\{x\mid x<3\}`, unions of them.
+- Invariant: two regions are equal only if the ends of one are known (all its conditions are linear), and both agree at
+  every end, close to it on both sides, between the ends and beyond them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from slime.rollout.rm_hub.answers.trees import Node
 
 INFINITY = r"\infty"
 POINTS = 8
-"""Values of the other letters at which regions are compared."""
+"""The number of values of the other letters at which regions are compared."""
 ORDER = frozenset({"<", "<=", ">", ">=", "!="})
 _REAL = Value(Node("symbol", name="mathbb:R"))
 _INTERVALS = frozenset({"()", "(]", "[)", "[]", "][", "]]", "[["})
@@ -30,7 +30,7 @@ _ALL_REAL = frozenset({("all", "real", "numbers"), ("all", "reals"), ("real", "n
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """The real numbers for which `holds`; its finite ends, and whether these are all of them."""
+    """The real numbers for which `holds` is true; its finite ends, and whether these are all of them."""
 
     holds: Callable[[Any], bool]
     ends: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Domain:
 
 
 def is_region(answer: Answer) -> bool:
-    """Whether it can only be a region: an inequality, a union, an interval that is no pair of numbers."""
+    """Return whether it can only be a region: an inequality, a union, an interval that is no pair of numbers."""
     if isinstance(answer, Region):
         return True
     if isinstance(answer, Chain):
@@ -52,7 +52,7 @@ def is_region(answer: Answer) -> bool:
 
 
 def same_region(one: Answer, other: Answer) -> bool | None:
-    """Whether both are the same set of real numbers; None where this cannot be told."""
+    """Return whether both are the same set of real numbers; None if that cannot be decided."""
     context().prec = BITS
     try:
         names = {variable for variable in (variable_of(one), variable_of(other)) if variable}
@@ -75,7 +75,7 @@ def same_region(one: Answer, other: Answer) -> bool | None:
 
 
 def _has_letters(answer: Answer, variable: str | None) -> bool:
-    """Whether it has letters that are not the variable: the region depends on them, and may be empty by chance."""
+    """Return whether it has letters other than the variable: the region depends on them, and may be empty by chance."""
     if isinstance(answer, Region):
         if answer.op == "builder":
             return _has_letters(answer.parts[1], variable_of(answer.parts[1]))
@@ -84,7 +84,7 @@ def _has_letters(answer: Answer, variable: str | None) -> bool:
 
 
 def variable_of(answer: Answer) -> str | None:
-    """The variable that an inequality is about; None where only a set is said (an interval, `x\\in S`)."""
+    """Return the variable of an inequality; None if there is only a set (an interval, `x\\in S`)."""
     if isinstance(answer, Region) and answer.op != "builder":
         names = {variable_of(part) for part in answer.parts} - {None}
         if len(names) > 1:
@@ -113,10 +113,10 @@ def _infinite(answer: Answer) -> bool:
 
 
 def _real(answer: Answer, given: dict[str, Any], point: int) -> Any:
-    """The real value of a side, infinity included, with the letters of this point.
+    """Return the real value of a side, infinity included, with the letters of this point.
 
     Raises:
-        UnreadError: it has none.
+        UnreadError: there is no such value.
     """
     if not isinstance(answer, Value):
         raise UnreadError("no number")
@@ -128,7 +128,7 @@ def _real(answer: Answer, given: dict[str, Any], point: int) -> Any:
 
 
 def _places(ends: list[Any]) -> Iterator[Any]:
-    """Where two regions are compared: ends, next to them, between and beyond them, and places of no meaning."""
+    """Yield places at which to compare two regions: ends, close to them, between and beyond them, and others."""
     mp = context()
     ordered = sorted(end for end in ends if mp.isfinite(end))
     for end in ordered:
@@ -170,7 +170,7 @@ def _interval(answer: Many, point: int) -> Domain:
         raise UnreadError("no interval")
     low, high = (_real(item, {}, point) for item in answer.items)
     if not low < high and names_in(answer):
-        return Domain(lambda x: False, (), True)  # of letters: empty at this point
+        return Domain(lambda x: False, (), True)  # its ends have letters: it is empty at this point
     if not low < high:
         raise UnreadError("an interval from right to left")
     if any(_infinite(item) and bracket in "[]" for item, bracket in zip(answer.items, answer.brackets, strict=True)):
@@ -219,7 +219,7 @@ def _combined(answer: Region, variable: str | None, point: int) -> Domain:
 
 
 def _without_membership(condition: Answer, head: Value) -> Answer:
-    """Conditions without `x \\in \\mathbb{R}`."""
+    """Return the conditions without `x \\in \\mathbb{R}`."""
     real = Chain(("in",), (head, _REAL))
     if isinstance(condition, Many | Region):
         parts = tuple(
@@ -246,7 +246,7 @@ def _chain(answer: Chain, variable: str | None, point: int) -> Domain:
             try:
                 gap = difference(left, right, x)
             except (UnreadError, ArithmeticError, ValueError):
-                return False  # an expression without a value there fulfils nothing
+                return False  # an expression without a value at this place fulfils no condition
             if not _fulfilled(relation, gap):
                 return False
         return True
@@ -269,7 +269,7 @@ def _chain(answer: Chain, variable: str | None, point: int) -> Domain:
 
 
 def _linear(answer: Answer, variable: str) -> bool:
-    """Whether the variable is in sums, products and quotients by numbers alone (`|x-1|` is linear at three points)."""
+    """Return whether the variable is only in sums and products with numbers (`|x-1|` is linear at three points)."""
 
     def plain(node: Node) -> bool:
         if variable not in node.names():

@@ -1,7 +1,8 @@
-r"""What an answer is made of: a value with its unit, words, a list, a set, a tuple, equations, a region.
+r"""The structure of an answer: a value with its unit, words, a list, a set, a tuple, equations, a region.
 
-Path: `tokens` comes before, `comparison` compares two structures. Invariant: every token ends in exactly one part of
-the structure; only introductions ("the answer is") and the wrapping of a single value are left out.
+- Where it sits: `tokens` comes before, and `comparison` compares two structures.
+- Invariant: every token ends in exactly one part of the structure. Only introductions ("the answer is") and wrapping
+  around a single value are left out.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Many:
     dots: int = -1
     """The index of the item that follows the dots."""
     connective: str = ""
-    """`and` or `or`, where one of them connects the items of a bare list."""
+    """`and` or `or`, if one of them connects the items of a bare list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Sets or conditions put together: cup, cap, setminus, or, and, builder (a variable, then its conditions)."""
+    """Sets or conditions together: cup, cap, setminus, or, and, builder (a variable, then its conditions)."""
 
     op: str
     parts: tuple[Answer, ...]
@@ -78,7 +79,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Mathematics that is not read: equal only to the same tokens."""
+    """Mathematics that is not read: it equals only the same tokens."""
 
     text: str
 
@@ -98,7 +99,7 @@ _SYSTEMS = frozenset(words("cases aligned align array gathered split rcases dcas
 
 @dataclass
 class Reader:
-    """Reads answers; remembers which letters were applied to a parenthesis and which stood alone."""
+    """Reads answers; remembers which letters were applied to a parenthesis and which were not."""
 
     functions: frozenset[str] | None = None
     applied: set[str] = field(default_factory=set[str])
@@ -130,7 +131,7 @@ class Reader:
         return replace(_many("bare", items), connective=ends.pop() if len(ends) == 1 else "")
 
     def _system(self, tokens: list[Token]) -> Answer | None:
-        r"""The rows of a `cases` environment, or of `\left\{ ... \right.`; None where the tokens are neither."""
+        r"""Return the rows of a `cases` environment, or of `\left\{ ... \right.`; None if the tokens are neither."""
         first, last = tokens[0], tokens[-1]
         if first.kind == "open" and first.text == "{" and not any(token.text == "}" for token in tokens):
             return self.read(tokens[1:])
@@ -201,7 +202,7 @@ class Reader:
         return Many("set", (inside,))
 
     def _text(self, tokens: list[Token]) -> Answer:
-        """A value with a unit, or words with answers between them."""
+        """Read a value with a unit, or words with answers between them."""
         if len(tokens) == 1 and tokens[0].kind == "command" and tokens[0].text == "emptyset":
             return Many("set", ())
         whole = tokens
@@ -280,12 +281,12 @@ def _many(kind: str, items: Sequence[Answer], brackets: str = "") -> Answer:
 
 
 def _conditions(item: Answer) -> bool:
-    """Whether it is an inequality, or inequalities put together."""
+    """Return whether it is an inequality, or inequalities together."""
     if isinstance(item, Region):
         return item.op in ("or", "and")
     return isinstance(item, Chain) and any(relation not in ("=", "to", "Rightarrow") for relation in item.relations)
 
 
 def _continues(cells: list[list[Token]]) -> bool:
-    """Whether the second cell goes on with the first: `x &= 1`."""
+    """Return whether the second cell continues the first: `x &= 1`."""
     return bool(cells[1]) and cells[1][0].text in _RELATIONS

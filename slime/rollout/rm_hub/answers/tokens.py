@@ -1,8 +1,8 @@
-r"""An answer as a list of tokens: numbers, letters, words, commands and signs.
+r"""Split an answer into tokens: numbers, letters, words, commands and signs.
 
-Path: `characters.one_spelling` comes before, `expressions` and `structure` read the tokens. Invariant: every letter of
-the text is in exactly one token, with its case: no letter is taken for a unit here, and a row of letters that is no
-product of variables is one word.
+- Where it sits: `characters.one_spelling` comes before; `expressions` and `structure` read the tokens.
+- Invariant: every letter of the text is in exactly one token, with its case. No letter is taken for a unit here, and a
+  row of letters that is no product of variables is one word.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from slime.rollout.rm_hub.answers.vocabulary import (
 )
 
 MAX_DIGITS = 2000
-"""Of one number: Python converts no longer ones by default, and no answer needs them."""
+"""The most digits of one number: Python converts no longer ones by default, and no answer needs them."""
 
 
 MAX_BRACKETS = 120
 
 
 class UnreadError(ValueError):
-    """The text is nothing that these modules read: it is compared as text."""
+    """The text is nothing that these modules read, so it is compared as text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class Tokeniser:
         self.spaced = False
         self.depth = 0
         self.letters_are_units = letters_are_units
-        # A comma may set thousands apart only where it cannot separate answers.
+        # A comma may group thousands only where it cannot separate answers.
         bare = re.search(r",(?!\d{3}(?!\d))|,\s", re.sub(r"[({\[].*?[)}\]]", "", text)) is None
         self.commas_in_numbers = bare
 
@@ -204,7 +204,7 @@ class Tokeniser:
         return value * 10**exponent if exponent >= 0 else value / 10**-exponent
 
     def _recurring(self, digits: str, value: Fraction) -> Fraction:
-        r"""The value of `0.1\overline{6}`, `0.1(6)`, `0.1\dot6` or `0.1666...`; else of the number as written."""
+        r"""Return the value of `0.1\overline{6}`, `0.1(6)`, `0.1\dot6` or `0.1666...`; else of the plain number."""
         places = len(digits.partition(".")[2])
         if power := _POWER_OF_TEN.match(self.text, self.position):
             return self._scaled(value, power)
@@ -234,7 +234,7 @@ class Tokeniser:
         self._add("number", match[0], Fraction(value))
 
     def _braced(self) -> str | None:
-        """The content of the group that begins here, or the single sign; the position is after it."""
+        """Return the content of the group that begins here, or the single sign; the position is after it."""
         while self.text.startswith(" ", self.position):
             self.position += 1
         if not self.text.startswith("{", self.position):
@@ -294,7 +294,7 @@ class Tokeniser:
             self.spaced = True
 
     def _text(self, content: str, name: str) -> None:
-        r"""Words of \text{...}; numbers and signs in it as anywhere."""
+        r"""Read the words of \text{...}; numbers and signs in it are read as usual."""
         position, spaced = 0, self.spaced
         inner = Tokeniser("")
         upright = name in ("mathrm", "rm", "operatorname")
@@ -321,7 +321,7 @@ class Tokeniser:
         self.spaced = spaced
 
     def _in_unit(self) -> bool:
-        """Whether what comes before may have a unit: a number or bracket, or a unit with its sign (`m/`)."""
+        """Return whether a unit may follow here: after a number or bracket, or after a unit with its sign (`m/`)."""
         before = [token for token in self.tokens if token.text not in ("{{", "}}")][-2:]
         if before and before[-1].text in ("/", "cdot", "times", "*") and before[0].kind in ("word", "number"):
             return before[0].kind == "word"
@@ -361,7 +361,7 @@ class Tokeniser:
         return after_number and (run in WRITTEN_TOGETHER or (self.spaced and len(run) > 1 and run in UNITS))
 
     def _foreign(self) -> None:
-        """A run of letters that are not Latin: one word (a Greek letter has become a command before)."""
+        """Read a run of letters that are not Latin as one word (a Greek letter has become a command before)."""
         end = self.position
         while end < len(self.text) and self.text[end].isalpha() and not self.text[end].isascii():
             end += 1
@@ -373,7 +373,7 @@ _SHORT_WORDS = frozenset(words("or and if is no not for all in of"))
 
 
 def is_product(run: str) -> bool:
-    """Whether a row of letters is a product of variables (`ab`, `xyz`), not a word or a row of points (`BACD`)."""
+    """Return whether a row of letters is a product of variables (`ab`), not a word or a row of points (`BACD`)."""
     if len(run) == 1:
         return True
     if run in _SHORT_WORDS:
@@ -388,9 +388,9 @@ def is_product(run: str) -> bool:
 
 
 def tokenise(text: str, letters_are_units: bool = False) -> list[Token]:
-    """The tokens of a text that `one_spelling` has returned.
+    """Return the tokens of a text that `one_spelling` has returned.
 
     Raises:
-        UnreadError: braces that do not match, a number that is too long, digits that a base does not have.
+        UnreadError: unbalanced braces, a number that is too long, or digits that a base does not have.
     """
     return Tokeniser(text, letters_are_units).read()

@@ -1,6 +1,6 @@
-"""The tree of an expression, and the tokens that it is read from, one after the other.
+"""The tree of an expression, and the stream of tokens that it is read from.
 
-Path: `expressions` makes trees with these, `numerics` and `equality` read them.
+- Used by: `expressions` makes trees with these; `numerics` and `equality` read them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Node:
     decimals: int = -1
 
     def names(self) -> frozenset[str]:
-        """Names of the symbols in it, the bound ones of sums left out."""
+        """Return the names of the symbols in it, without the bound ones of sums."""
         if self.op == "symbol":
             return frozenset({self.name})
         inner = frozenset().union(*(arg.names() for arg in self.args)) if self.args else frozenset[str]()
@@ -40,7 +40,7 @@ def number(value: Fraction | int) -> Node:
 
 
 def bind(node: Node, name: str) -> Node:
-    """The body of a sum over `i` or `e`, where the letter is an index and no constant."""
+    """Return the body of a sum over `i` or `e`, in which the letter is an index and no constant."""
     if node == Node(name):
         return Node("symbol", name=name)
     args = tuple(bind(arg, name) for arg in node.args)
@@ -48,7 +48,7 @@ def bind(node: Node, name: str) -> Node:
 
 
 class Stream:
-    """Tokens, and the place of the next one."""
+    """Tokens, and the position of the next one."""
 
     def __init__(self, tokens: Sequence[Token]) -> None:
         self.tokens = tokens
@@ -81,7 +81,7 @@ class Stream:
         return node
 
     def mixed(self, whole: Node) -> Node | None:
-        r"""`1\frac12` and `1 1/2`: a whole number and a proper fraction; None where something else follows."""
+        r"""Read `1\frac12` or `1 1/2`: a whole number and a proper fraction; None if something else follows."""
         start = self.at
         if self.sees("frac"):
             self.at += 1
@@ -99,7 +99,7 @@ class Stream:
         return number(whole.value + above.value / below.value)
 
     def digit_argument(self) -> Token | None:
-        r"""The number that \frac takes here: in braces, or the next digit; the rest of its digits are kept."""
+        r"""Read the number that \frac takes here: in braces, or the next digit; the rest of its digits are kept."""
         if self.sees("{{"):
             found = self.peek(1)
             if found.kind != "number" or self.peek(2).text != "}}":
@@ -111,7 +111,7 @@ class Stream:
         return self.first_digit()
 
     def first_digit(self) -> Token:
-        r"""TeX's \frac12: of a number of several digits, the first; the others stay for the next argument."""
+        r"""Read the first digit of a number of several digits, as in TeX's \frac12; the others are kept for later."""
         token = self.take()
         if len(token.text) == 1 or not token.text.isdigit():
             return token

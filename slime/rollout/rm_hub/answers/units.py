@@ -1,7 +1,7 @@
 r"""Units after a value: `5\text{ cm}`, `\$5`, `30^\circ`, `50\%`, `3 apples`.
 
-Path: `structure` asks whether what follows a value is a unit. Invariant: words that change what an answer means (`not`,
-`north`, `am`, `or more`) are no unit, so they are compared.
+- Called by: `structure`, to learn whether what follows a value is a unit.
+- Invariant: words that change what an answer means (`not`, `north`, `am`, `or more`) are no unit, so they are compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slime.rollout.rm_hub.answers.vocabulary import (
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A unit by its shortest name: `cm`, `m/s`, `%`, `deg`; empty where there is none."""
+    """A unit by its shortest name: `cm`, `m/s`, `%`, `deg`; empty if there is none."""
 
     name: str = ""
 
@@ -38,7 +38,7 @@ _NOT_SIMPLE = frozenset({"+", "/", "*", "times", "cdot"})
 
 
 def money_beginning(tokens: list[Token]) -> tuple[list[Token], Unit]:
-    r"""Without the sign of a currency that begins them (also after a minus), and its unit."""
+    r"""Remove the sign of a currency at the beginning (also after a minus); return the rest and the unit."""
     at = 1 if tokens and tokens[0].text == "-" else 0
     if len(tokens) > at + 1 and tokens[at].text in CURRENCIES.values():
         rest = tokens[:at] + tokens[at + 1 :]
@@ -50,7 +50,7 @@ def money_beginning(tokens: list[Token]) -> tuple[list[Token], Unit]:
 
 
 def degree_ending(tokens: list[Token]) -> tuple[list[Token], Unit]:
-    """Without the per cent sign, the degree sign or the ordinal's ending of the last factor, and the unit."""
+    """Remove a per cent sign, degree sign or ordinal ending from the last factor; return the rest and the unit."""
     texts = [token.text for token in tokens]
     simple = not any(
         token.text in _NOT_SIMPLE or token.text in FUNCTIONS or (token.text == "-" and index)
@@ -74,14 +74,14 @@ def _sum(tokens: list[Token]) -> bool:
 
 
 def scale_of(tokens: list[Token]) -> tuple[int | None, list[Token]]:
-    """`million` and the like before a unit, as a factor, and the other tokens."""
+    """Return `million` and the like before a unit as a factor, and the other tokens."""
     if tokens and tokens[0].text.lower() in MULTIPLIERS:
         return 10 ** MULTIPLIERS[tokens[0].text.lower()], tokens[1:]
     return None, tokens
 
 
 def unit_of(tokens: Sequence[Token]) -> Unit | None:
-    """The unit that all these tokens are; None where they are none."""
+    """Return the unit that all these tokens together are; None if they are none."""
     if not tokens:
         return NO_UNIT
     texts = [token.text for token in tokens if token.text not in ("{{", "}}", "(", ")", ".")]
@@ -127,7 +127,7 @@ def _named(word: str) -> str:
 
 
 def may_be_left_out(unit: Unit) -> bool:
-    """Whether an answer without the unit says the same: a known unit, or one plural noun (`apples`)."""
+    """Return whether an answer without the unit means the same: a known unit, or one plural noun (`apples`)."""
     if "?" not in unit.name:
         return True
     words = unit.name.replace("/", " ").split()

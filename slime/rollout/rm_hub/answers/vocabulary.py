@@ -1,19 +1,19 @@
-r"""Which words are units, which are functions, and which only introduce or connect answers.
+r"""Tables of words: units, functions, and words that only introduce or connect answers.
 
-Path: `tokens` tells words from rows of variables with it, `structure` separates units from values. Invariant: a word
-that is in no table is compared, never dropped.
+- Used by: `tokens` separates words from rows of variables with it, and `structure` separates units from values.
+- Invariant: a word that is in no table is compared, never dropped.
 """
 
 from __future__ import annotations
 
 
 def words(text: str) -> list[str]:
-    """The words of a table that is written as one text."""
+    """Return the words of a table that is written as one text."""
     return text.split()
 
 
 def pairs(text: str) -> dict[str, str]:
-    """A table that is written as one text: each name is followed by its value."""
+    """Return a table that is written as one text, in which each name is followed by its value."""
     table = words(text)
     return dict(zip(table[::2], table[1::2], strict=True))
 
@@ -117,7 +117,7 @@ UNITS |= {
     "Dollars": "dollar",
 }
 WRITTEN_TOGETHER = frozenset(words("cm mm km kg dm ft yd mi lb oz mph kph mL ml kWh kW Hz kHz MHz kPa kJ mol"))
-"""Units that are read right after a number without \\text: `5cm`. Others (`mg`, `ms`, `h`) may be variables."""
+"""Units that are read directly after a number without \\text: `5cm`. Others (`mg`, `ms`, `h`) may be variables."""
 
 UNIT_MODIFIERS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3", "squared": "^2", "cubed": "^3"}
 
