@@ -62,7 +62,7 @@ class StepClock:
 
 
 def format_shares(record: Mapping[str, float]) -> str:
-    """Return one line with each phase's share of the step; shares that round to 0 % are left out."""
+    """Return one line with each phase's share of the step; shares below 0.05 % are left out."""
     wall = record["time/step"]
     shares = {name: record[f"time/{name}"] / wall for name in (*PHASES, "idle")}
     parts = [f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items() if share >= 0.0005]
