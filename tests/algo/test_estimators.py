@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, replace
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -240,3 +240,29 @@ def test_each_flag_value_has_function_and_facts() -> None:
     values = get_args(get_type_hints(AlgoOptions)["advantage_estimator"])
     assert set(values) == set(ESTIMATOR_FACTS) == set(ESTIMATORS)
     assert set(PAPERS) == set(ESTIMATORS) - {"ppo"}  # `test_gae` tests ppo
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_facts_describe_the_function(name: str) -> None:
+    facts, samples = ESTIMATOR_FACTS[name], draw()
+    rollout = rollout_of(samples, name)
+    if facts.needs_values:
+        rollout = replace(rollout, values_R=torch.linspace(-1, 1, len(rollout.loss_mask_R), dtype=torch.float64))
+
+    def advantages(rewards: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        changed = rollout if rewards is None else replace(rollout, rewards_N=rewards)
+        return ESTIMATORS[name](changed, AdvantageOptions(**options))[rollout.mask_R]
+
+    def same(found: torch.Tensor) -> bool:
+        return torch.allclose(found, advantages(), rtol=1e-9, atol=1e-9)
+
+    assert facts.discounts != same(advantages(gamma=0.5))
+    assert facts.divides_by_std != same(advantages(normalize_std=False))
+    assert facts.whitens == (abs(float(advantages().mean())) < 1e-9)
+    assert facts.distills == same(advantages(rewards=rollout.rewards_N * 2 + 1))
+    shifted = rollout.rewards_N + 3 * rollout.group_indices_N  # a baseline of the group's mean takes this away
+    assert (facts.compares_group or facts.distills) == same(advantages(rewards=shifted))
+    assert facts.surrogate == {"gspo": "sequence", "cispo": "cispo"}.get(name, "token")
+    if facts.needs_values:
+        with pytest.raises(AssertionError, match="values"):
+            ESTIMATORS[name](replace(rollout, values_R=None), AdvantageOptions())

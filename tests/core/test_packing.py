@@ -194,6 +194,12 @@ def test_fuller_bins_save_the_step_a_micro_batch() -> None:
     assert all(plan.micro_batches[0]), "a rank with fewer bins splits them instead of computing padding"
 
 
+def test_bins_are_halved_until_there_are_enough() -> None:
+    """Rank 0 needs eight micro-batches; rank 1's single bin of eight rows is split into eight."""
+    (plan,) = plan_steps([10] * 8 + [1] * 8, num_steps=1, dp_size=2, max_tokens=10, micro_batch_size=1)
+    assert sorted(plan.micro_batches[1]) == [[row] for row in range(8, 16)]
+
+
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 60), max_size=60), budget=st.integers(1, 100))
 def test_the_tree_finds_the_first_bin_with_room(lengths: list[int], budget: int) -> None:
