@@ -261,7 +261,7 @@ def test_the_facts_describe_the_function(name: str) -> None:
     assert facts.whitens == (abs(float(advantages().mean())) < 1e-9)
     assert facts.distills == same(advantages(rewards=rollout.rewards_N * 2 + 1))
     shifted = rollout.rewards_N + 3 * rollout.group_indices_N  # a baseline of the group's mean takes this away
-    assert (facts.compares_group or facts.distills) == same(advantages(rewards=shifted))
+    assert (facts.compares_group ^ facts.distills) == same(advantages(rewards=shifted)), "never both"
     assert facts.surrogate == {"gspo": "sequence", "cispo": "cispo"}.get(name, "token")
     if facts.needs_values:
         with pytest.raises(AssertionError, match="values"):
