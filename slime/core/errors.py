@@ -8,7 +8,9 @@ ValueError
 ├── HookError (core.plugins)                                a hook cannot be imported or called
 ├── NewerFormatError (megatron.checkpoint_manifest)         a later version wrote the checkpoint; it is not damaged
 ├── UnsafeFileError (megatron.safe_pickle)                  a checkpoint file has content that is not allowed
-└── UnreadableFileError (megatron.safe_pickle)              a checkpoint file is damaged
+├── UnreadableFileError (megatron.safe_pickle)              a checkpoint file is damaged
+└── UnreadError (rollout.rm_hub.answers.tokens)             a grader compares the answer as text only
+    └── InexactError (rollout.rm_hub.answers.exact)         the answer has no exact value
 RuntimeError
 ├── RunError                                                a run that had started has failed: phase, process, cause
 │   └── Fault                                               a process was lost: the run may be started again
