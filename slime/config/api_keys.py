@@ -1,7 +1,7 @@
-"""API keys on the command line: what one may consist of, and the router's ID:NAME:ROLE:KEY.
+"""The format of API keys on the command line, and of the router's keys ID:NAME:ROLE:KEY.
 
-Path: `rules` checks every key that was given, and `engine.keys` reads the router's. Invariant: no error here repeats a
-key.
+- Used by: `rules`, which checks every given key, and `engine.keys`, which reads the router's keys.
+- Invariant: no error message here contains a key.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ class ControlKey:
 
 
 def key_fault(key: str) -> str | None:
-    """The reason why `key` cannot be sent as `Authorization: Bearer KEY`; None where it can."""
+    """Return why `key` cannot be sent as `Authorization: Bearer KEY`, or None if it can."""
     if not key:
-        return "is empty, and an empty key is no key"
+        return "is empty, and an empty key does not count as a key"
     if not all("!" <= character <= "~" for character in key):
-        return "has a space, a control character or a letter outside ASCII, which no HTTP header carries"
+        return "has a space, a control character or a letter outside ASCII, which no HTTP header can carry"
     return None
 
 
 def control_key(text: str) -> ControlKey:
-    """Read ID:NAME:ROLE:KEY; the key itself may hold further colons.
+    """Parse ID:NAME:ROLE:KEY; the key itself may contain colons.
 
     Raises:
-        ValueError: the reason, without the text.
+        ValueError: the text has another form; the message gives the reason but not the text.
     """
     parts = text.split(":", 3)
     if len(parts) != 4:
         raise ValueError(f"has {len(parts)} of the 4 parts {FORMAT}")
     id, name, role, key = parts
     if role.lower() not in ("admin", "user"):
-        raise ValueError("has another role than admin or user in its third part")
+        raise ValueError("has a role other than admin or user in its third part")
     if not id or not name or id.startswith("-"):
         raise ValueError("has no ID or no NAME in its first two parts, or an ID that starts with -")
     if fault := key_fault(key):

@@ -1,7 +1,7 @@
-"""The model's shape: from the HF config.json, checked against MODEL_ARGS, or from MODEL_ARGS alone.
+"""The model's architecture, read from the HF config.json and compared with MODEL_ARGS, or from MODEL_ARGS alone.
 
-Path: `parse` calls `resolve_architecture` after `resolve`; everything below reads `args.architecture`. Invariant: where
-both say something they say the same, except for flags that --override-hf-config names.
+- Used by: `parse`, which calls `resolve_architecture` after `resolve`; all other code reads `args.architecture`.
+- Invariant: config.json and the given flags agree, except for flags that --override-hf-config names.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ FAMILIES = ("glm4", "glm4_moe", "llama", "qwen2", "qwen3", "qwen3_moe")
 
 _OTHERS = ("family", "tied_embeddings", "rope_scaling", *experts.FLAGS)
 SAME_NAME = tuple(f.name for f in fields(Architecture) if f.name not in _OTHERS)
-"""Fields of Architecture that are a flag of the same name."""
+"""The fields of Architecture that have a flag of the same name."""
 ARCHITECTURE_FLAGS = (
     *SAME_NAME,
     "untie_embeddings_and_output_weights",
     "use_rope_scaling",
     "rotary_scaling_factor",
 )
-"""Every flag that a config.json speaks about."""
+"""All flags that a config.json determines."""
 
 
 def hf_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The shape that a config.json describes; transformers 5's rope_parameters and the older keys are both read.
+    """Return the architecture that a config.json describes. It reads transformers 5's rope_parameters and older keys.
 
     Raises:
-        ValueError: a family, or a feature of one, that is not built.
-        KeyError: a key without which there is no model.
+        ValueError: the family, or one of its features, is not supported.
+        KeyError: a required key is missing.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -56,7 +56,7 @@ def hf_architecture(config: Mapping[str, Any]) -> Architecture:
         ffn_hidden_size=config["intermediate_size"],
         num_attention_heads=heads,
         num_query_groups=config.get("num_key_value_heads") or heads,
-        # what transformers takes where config.json leaves it out
+        # the default of transformers if config.json does not give it
         kv_channels=config.get("head_dim") or (128 if family in ("glm4", "qwen3") else config["hidden_size"] // heads),
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
@@ -91,20 +91,23 @@ _SCALING_KEYS = {field.name for field in fields(RopeScaling)}
 
 
 def config_of(shape: Architecture, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`config` as it describes `shape`, with what --override-hf-config changed; and what it has no key for."""
+    """Return `config` changed so that it describes `shape`, and the flags that config.json cannot express.
+
+    The two differ only in what --override-hf-config changed.
+    """
     new, before = dict(config), hf_architecture(config)
     changed = {f.name for f in fields(Architecture) if getattr(shape, f.name) != getattr(before, f.name)}
     keys = {**_HF_KEYS, **experts.hf_keys(before.family)}
     new |= {key: getattr(shape, name) for name, key in keys.items() if name in changed}
     if config.get("rope_parameters"):
-        new.pop("rope_scaling", None)  # it says the same, and only one of them is changed
+        new.pop("rope_scaling", None)  # it repeats rope_parameters, and only one of them is changed
     place = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope: dict[str, Any] = dict(config.get(place) or {})
     for name, key in _ROPE_KEYS.items():
         if name in changed:
             (rope if key in rope or place == "rope_parameters" else new)[key] = getattr(shape, name)
     if "rope_scaling" in changed:
-        new.pop("original_max_position_embeddings", None)  # it says the same as the one in `rope`
+        new.pop("original_max_position_embeddings", None)  # it repeats the value in `rope`
         rope = {key: value for key, value in rope.items() if key not in (*_SCALING_KEYS, "type", "rope_type")}
         rope |= {"rope_type": "default"} if shape.rope_scaling is None else asdict(shape.rope_scaling)
         rope |= {} if shape.rope_scaling is None else {"rope_type": "llama3"}
@@ -115,7 +118,7 @@ def config_of(shape: Architecture, config: Mapping[str, Any]) -> tuple[dict[str,
 
 
 def as_flags(shape: Architecture) -> dict[str, Any]:
-    """The flags (ARCHITECTURE_FLAGS) that describe `shape`; None where there is nothing to say."""
+    """Return the values of ARCHITECTURE_FLAGS that describe `shape`; None for a flag that does not apply."""
     scaling = shape.rope_scaling
     return {name: getattr(shape, name) for name in SAME_NAME} | {
         "untie_embeddings_and_output_weights": not shape.tied_embeddings,
@@ -125,14 +128,15 @@ def as_flags(shape: Architecture) -> dict[str, Any]:
 
 
 def given_flags(args: Args) -> dict[str, Any]:
-    """The architecture flags that were given, by name."""
+    """Return the architecture flags that were given, by name."""
     return {name: vars(args)[name] for name in ARCHITECTURE_FLAGS if vars(args)[name] is not None}
 
 
 def _with_flags(shape: Architecture, given: Mapping[str, Any], extra: Mapping[str, Any]) -> Architecture:
-    """`shape`, where flags are given as they say. They say no more of RoPE scaling than that it is, and its factor.
+    """Return `shape` with the values of the given flags.
 
-    `extra`: those that pass through, of which experts' are read; of a dense model none.
+    Flags only switch RoPE scaling on or off and set its factor; its other values are those of `shape`. `extra`: the
+    flags that pass through to Megatron, from which the experts' flags are read unless the model is dense.
     """
     changes = {name: value for name, value in given.items() if name in SAME_NAME}
     if "untie_embeddings_and_output_weights" in given:
@@ -147,10 +151,10 @@ def _with_flags(shape: Architecture, given: Mapping[str, Any], extra: Mapping[st
 
 
 def _told_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
-    """The family whose layers MODEL_ARGS describe.
+    """Return the family whose layers MODEL_ARGS describe.
 
     Raises:
-        ValueError: none has such layers.
+        ValueError: no family has such layers.
     """
     if given.get("num_experts"):
         return experts.told_family(given, extra)
@@ -161,16 +165,16 @@ def _told_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
     if not any(sandwich) and not (bias and qk_norm):
         return "qwen3" if qk_norm else "qwen2" if bias else "llama"
     raise ValueError(
-        "MODEL_ARGS are of no family that is built: glm4 has --post-self-attn-layernorm and --post-mlp-layernorm, "
+        "MODEL_ARGS match no supported family: glm4 has --post-self-attn-layernorm and --post-mlp-layernorm, "
         "qwen3 has --qk-layernorm, qwen2 has --add-qkv-bias, llama has none of these"
     )
 
 
 def flags_architecture(args: Args) -> Architecture:
-    """The shape that MODEL_ARGS alone describe, with Megatron's defaults for what they leave out.
+    """Return the architecture that MODEL_ARGS alone describe, with Megatron's defaults for missing flags.
 
     Raises:
-        ValueError: the sizes or the family cannot be told.
+        ValueError: the flags do not determine the sizes or the family.
     """
     given = given_flags(args)
     needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
@@ -178,7 +182,7 @@ def flags_architecture(args: Args) -> Architecture:
     if given.get("num_experts"):
         missing += [flag_name(name) for name in experts.NEEDED if name not in args.megatron_extra]
     if missing:
-        raise ValueError(f"MODEL_ARGS leave out {', '.join(missing)}")
+        raise ValueError(f"MODEL_ARGS lack {', '.join(missing)}")
     bare = Architecture(
         family=_told_family(given, args.megatron_extra),
         **{name: given[name] for name in needed},
@@ -199,14 +203,14 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def _as_flag(name: str, value: Any) -> tuple[str, str]:
-    """Flag and value as they would be typed."""
+    """Return flag and value as a user would type them."""
     if isinstance(value, bool):
         return ("--" if value else "--no-") + name.replace("_", "-"), ""
     return flag_name(name), show(value)
 
 
 def conflicts(args: Args, config: Architecture) -> list[Problem]:
-    """One error for each given flag that config.json contradicts and --override-hf-config does not name."""
+    """Return one error for each given flag that config.json contradicts and --override-hf-config does not name."""
     overridden = {name.lstrip("-").replace("-", "_") for name in args.override_hf_config}
     problems: list[Problem] = []
     config_flags = as_flags(config) | experts.as_flags(config)
@@ -221,8 +225,8 @@ def conflicts(args: Args, config: Architecture) -> list[Problem]:
                 severity="error",
                 where=flag,
                 value=value,
-                rule=f"{args.hf_checkpoint}/config.json says {config_flag} {config_value}".rstrip(),
-                remedy=f"correct MODEL_ARGS, or add --override-hf-config {name.replace('_', '-')} to keep yours",
+                rule=f"{args.hf_checkpoint}/config.json has {config_flag} {config_value}".rstrip(),
+                remedy=f"correct MODEL_ARGS, or add --override-hf-config {name.replace('_', '-')} to keep your value",
                 fields=frozenset([name]),
             )
         )
@@ -241,7 +245,7 @@ def conflicts(args: Args, config: Architecture) -> list[Problem]:
 
 
 def _factor_of_nothing(args: Args, shape: Architecture) -> list[Problem]:
-    """--rotary-scaling-factor where the resolved model has no RoPE scaling."""
+    """Refuse --rotary-scaling-factor if the resolved model has no RoPE scaling."""
     if args.rotary_scaling_factor is None or shape.rope_scaling is not None:
         return []
     return [
@@ -257,7 +261,7 @@ def _factor_of_nothing(args: Args, shape: Architecture) -> list[Problem]:
 
 
 def _override_problems(args: Args) -> list[Problem]:
-    """Names in --override-hf-config that are no architecture flags, or that nothing overrides."""
+    """Return problems with names in --override-hf-config: no architecture flag, or a flag that is not given."""
     problems: list[Problem] = []
     for name in args.override_hf_config:
         field = name.lstrip("-").replace("-", "_")
@@ -269,7 +273,7 @@ def _override_problems(args: Args) -> list[Problem]:
                 severity="warning" if known else "error",
                 where="--override-hf-config",
                 value=name,
-                rule="that flag is not given, so nothing is overridden" if known else "is no architecture flag",
+                rule="that flag is not given, so nothing is overridden" if known else "is not an architecture flag",
                 remedy="leave it out"
                 if known
                 else f"name one of {', '.join((*ARCHITECTURE_FLAGS, *experts.FLAG_NAMES))}",
@@ -280,7 +284,7 @@ def _override_problems(args: Args) -> list[Problem]:
 
 
 def _unknown_keys(args: Args, config: Mapping[str, Any]) -> list[Problem]:
-    """One warning that names keys of config.json that nothing here reads, and that are not known to have no effect."""
+    """Return one warning with the keys of config.json that slime does not read and does not know to be harmless."""
     names = unknown_keys(config)
     if not names:
         return []
@@ -289,15 +293,15 @@ def _unknown_keys(args: Args, config: Mapping[str, Any]) -> list[Problem]:
             severity="warning",
             where="--hf-checkpoint",
             value=args.hf_checkpoint or "",
-            rule=f"its config.json has keys that nothing here reads: {', '.join(names)}",
-            remedy="see whether the model depends on them",
+            rule=f"its config.json has keys that slime does not read: {', '.join(names)}",
+            remedy="check whether the model depends on them",
             fields=frozenset(["hf_checkpoint"]),
         )
     ]
 
 
 def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
-    """Args with `architecture` and the architecture flags filled in, and what is wrong with them."""
+    """Return Args with `architecture` and the architecture flags filled in, and the problems with them."""
     problems = _override_problems(args)
     severity = "warning" if args.dry_run else "error"
 
@@ -328,7 +332,7 @@ def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
         except KeyError as error:
             complain(f"its config.json has no {error}", "name an HF directory of a causal language model")
         except ValueError as error:
-            complain(str(error), "use a model of a family that is built, and its config.json as it was published")
+            complain(str(error), "use a model of a supported family, with its config.json as it was published")
     if config is not None:
         problems += _unknown_keys(args, raw)
         try:

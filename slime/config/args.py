@@ -1,4 +1,4 @@
-"""Args: everything the user said, resolved once and frozen."""
+"""`Args`: the values of all flags, resolved once and frozen."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from slime.config.flags.options import (
 from slime.core.architecture import Architecture
 
 DEFAULT_KL_CLAMP = 10.0
-"""Default bound of low_var_kl in the loss, as in verl and OpenRLHF."""
+"""The default bound of low_var_kl in the loss, as in verl and OpenRLHF."""
 
 
 class FrozenMapping(Mapping[str, Any]):
-    """A mapping that nobody can write to, and that can be sent to another process (MappingProxyType cannot)."""
+    """A read-only mapping that can be sent to another process, unlike MappingProxyType."""
 
     __slots__ = ("_items",)
 
@@ -71,20 +71,21 @@ class Args(
 ):
     """All flags, flat: `args.rollout_batch_size`, `args.tensor_model_parallel_size`.
 
-    The three mappings hold what is passed through by name, only where it was given.
+    The three mappings hold flags that are passed through by name, if they were given.
     """
 
     megatron_extra: Mapping[str, Any] = field(default_factory=FrozenMapping)
-    """Fields of megatron-core's configs that slime does not read itself."""
+    """The fields of megatron-core's configs that slime does not read itself."""
     sglang: Mapping[str, Any] = field(default_factory=FrozenMapping)
-    """SGLang's ServerArgs fields, from `--sglang-*`."""
+    """The fields of SGLang's ServerArgs, from `--sglang-*`."""
     router: Mapping[str, Any] = field(default_factory=FrozenMapping)
     """The router's flags, from `--router-*`."""
     architecture: Architecture | None = None
-    """The model's shape, from config.json and MODEL_ARGS; None only where neither could be read."""
+    """The model's architecture, from config.json and MODEL_ARGS; None only if neither could be read."""
     rollouts_ahead: int = 0
-    """Rollouts generated before the one that trains is done: 0 with train.py, 1 with train_async.py. No flag: the
-    program that was started says it."""
+    """The number of rollouts generated ahead of the one in training: 0 with train.py, 1 with train_async.py.
+
+    The program sets it; it is not a flag."""
 
     @property
     def actor_world_size(self) -> int:
@@ -92,57 +93,57 @@ class Args(
 
     @property
     def data_parallel_size(self) -> int:
-        """Data-parallel ranks, context parallelism apart."""
+        """Return the number of data-parallel ranks, without context-parallel ranks."""
         return self.actor_world_size // (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference model is run at all."""
+        """Return whether the reference model runs at all."""
         has_kl = (self.use_kl_loss and self.kl_loss_coef > 0) or self.kl_coef > 0 or self.log_ref_kl
         return self.distills or (self.loss_type != "sft_loss" and has_kl)
 
     @property
     def distills(self) -> bool:
-        """Whether the policy learns from a teacher's log-probs instead of rewards."""
+        """Return whether the policy learns from a teacher's log-probs instead of rewards."""
         estimates = self.loss_type != "sft_loss" and self.custom_advantage_function_path is None
         return estimates and ESTIMATOR_FACTS[self.advantage_estimator].distills
 
     @property
     def kl_loss_clamp(self) -> float | None:
-        """The bound of a token's KL in the loss; None: no bound."""
+        """Return the bound of a token's KL in the loss; None: no bound."""
         if self.kl_clamp is None:
             return DEFAULT_KL_CLAMP if self.kl_loss_type == "low_var_kl" else None
         return self.kl_clamp or None
 
     @property
     def kl_reward_clamp(self) -> float | None:
-        """The bound of a token's KL in the reward; None: no bound."""
+        """Return the bound of a token's KL in the reward; None: no bound."""
         return self.kl_clamp or None
 
     @property
     def needs_kl_first(self) -> bool:
-        """Whether advantages are made of a KL to the reference, which has to be known before the first step."""
+        """Return whether advantages contain a KL to the reference, so that it is needed before the first step."""
         return self.distills or (self.loss_type != "sft_loss" and self.kl_coef > 0)
 
     @property
     def uses_critic(self) -> bool:
-        """Whether a critic is trained beside the policy."""
+        """Return whether a critic is trained with the policy."""
         estimates = self.loss_type != "sft_loss" and self.custom_advantage_function_path is None
         return estimates and ESTIMATOR_FACTS[self.advantage_estimator].needs_values
 
     @property
     def compares_group(self) -> bool:
-        """Whether a sample's advantage is against the others of its prompt, so that one alone teaches nothing."""
+        """Return whether advantages compare the samples of a prompt, so that a single sample teaches nothing."""
         own = self.custom_advantage_function_path is not None or self.loss_type == "sft_loss"
         return not own and ESTIMATOR_FACTS[self.advantage_estimator].compares_group
 
     @property
     def num_engines(self) -> int:
-        """Engines to start; 0 where nothing is generated."""
+        """Return the number of engines; 0 if the run generates nothing."""
         return (self.rollout_num_gpus or 0) // self.rollout_num_gpus_per_engine
 
 
 SECTIONS: tuple[type[Any], ...] = Args.__bases__
-"""Every section of flags, in the order of --help."""
+"""All sections of flags, in the order of --help."""

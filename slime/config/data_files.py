@@ -1,8 +1,9 @@
-"""Data files: rows of jsonl or parquet, all or a slice of them, each with its place in its file.
+"""The reader of data files: rows of jsonl or parquet, all of them or a slice, each with its place in the file.
 
-Path: the rules count and check rows (`data_check`) before anything starts; `rollout.prompts` makes prompts of the same
-rows. Invariant: the same rows come out the same from both formats, as plain Python values. (A parquet struct has all
-its fields in every row: those that are null are left out, as a JSON line leaves them out.)
+- Used by: the rules, which count and check rows before anything starts, and `rollout.prompts`, which makes prompts of
+  the same rows.
+- Invariant: equal rows give equal plain Python values in both formats. (In parquet, a struct has all its fields in
+  every row; null fields are left out, because a JSON line leaves them out.)
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ JSONL = (".jsonl", ".json")
 PARQUET = (".parquet",)
 SUFFIXES = (*JSONL, *PARQUET)
 MAX_LINE = 32 * MEBIBYTE
-"""Bytes of a line: far more than a context of a million tokens, and less than a file without line ends."""
+"""The largest number of bytes in a line: far more than a context of a million tokens, and a guard against a file
+without line ends."""
 
 _OTHER_KINDS: Mapping[bytes, str] = {
     b"\x1f\x8b": "compressed with gzip",
@@ -51,7 +53,7 @@ _KINDS = "store text, numbers, lists and structs of them"
 
 @dataclass(frozen=True, kw_only=True)
 class DataKeys:
-    """Where a row has what."""
+    """The keys under which a row has its prompt, label, metadata and tools."""
 
     input_key: str
     label_key: str | None
@@ -60,18 +62,18 @@ class DataKeys:
 
     @classmethod
     def of(cls, args: Args, *, input_key: str, label_key: str | None) -> DataKeys:
-        """The keys of a data file: two are its own, and two are the same for all files."""
+        """Return the keys of a data file; the metadata and tool keys are the same for all files."""
         return cls(input_key=input_key, label_key=label_key, metadata_key=args.metadata_key, tool_key=args.tool_key)
 
     @property
     def names(self) -> list[str]:
-        """All of them: what is read of a parquet file."""
+        """Return all keys, which are the columns that are read from a parquet file."""
         given = (self.input_key, self.label_key, self.metadata_key, self.tool_key)
         return list(dict.fromkeys(name for name in given if name is not None))
 
 
 class DataError(ValueError):
-    """A fault of a file or of one of its rows: where, the rule, and the remedy."""
+    """A fault of a file or of one of its rows, with place, rule and remedy."""
 
     def __init__(self, where: str, rule: str, remedy: str) -> None:
         super().__init__(where, rule, remedy)
@@ -83,7 +85,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """`number`: its line in a jsonl file, counted from 1; its row in a parquet file, counted from 0 as slices do."""
+    """One row of a data file.
+
+    `number`: the line in a jsonl file, counted from 1, or the row in a parquet file, counted from 0 like slices.
+    """
 
     where: str
     number: int
@@ -91,23 +96,25 @@ class Row:
 
 
 def split_slice(path: str) -> tuple[str, slice]:
-    """`"data.jsonl@[10:20]"` -> `("data.jsonl", slice(10, 20))`; without one, all rows. Bounds as Python's.
+    """Split `"data.jsonl@[10:20]"` into `("data.jsonl", slice(10, 20))`.
+
+    Without a slice, all rows are chosen. Bounds have the meaning of Python's.
 
     Raises:
-        ValueError: what follows the @ is not a slice.
+        ValueError: the text after the @ is not a slice.
     """
     match = re.fullmatch(r"(.*)@(\[.*)", path, re.DOTALL)
     if match is None:
         return path, slice(None)
     bounds = re.fullmatch(r"\[(-?[0-9]{0,18}):(-?[0-9]{0,18})\]", match[2])
     if bounds is None or "-" in bounds.groups():
-        raise ValueError(f"{path}: {match[2]} is not a slice; write path@[start:stop], either of them may be left out")
+        raise ValueError(f"{path}: {match[2]} is not a slice; write path@[start:stop], where both may be left out")
     start, stop = (int(text) if text else None for text in bounds.groups())
     return match[1], slice(start, stop)
 
 
 def count_rows(path: str) -> int:
-    """Rows of `path`, within its slice; nothing of them is checked.
+    """Return the number of rows in `path` within its slice, without checking them.
 
     Raises:
         ValueError: the slice or the file cannot be read.
@@ -117,12 +124,12 @@ def count_rows(path: str) -> int:
 
 
 def read_rows(path: str, keys: DataKeys) -> Iterator[Row | DataError]:
-    """The rows of `path` in order; a jsonl line that is no object comes as its error.
+    """Yield the rows of `path` in order; a jsonl line that is not an object is yielded as its error.
 
     A slice counts the lines of a jsonl file that are not blank, and the rows of a parquet file.
 
     Raises:
-        DataError: the file cannot be read, or it is a parquet file without the columns of input and label.
+        DataError: the file cannot be read, or it is a parquet file without the columns of prompt and label.
         ValueError: the slice cannot be read.
     """
     file, chosen = split_slice(path)
@@ -132,7 +139,9 @@ def read_rows(path: str, keys: DataKeys) -> Iterator[Row | DataError]:
 def _is_parquet(file: str) -> bool:
     suffix = Path(file).suffix
     if suffix not in SUFFIXES:
-        raise DataError(file, f"{suffix or 'no suffix'} is no kind of data file", f"name one in {', '.join(SUFFIXES)}")
+        raise DataError(
+            file, f"{suffix or 'no suffix'} is not a known type of data file", f"name one in {', '.join(SUFFIXES)}"
+        )
     return suffix in PARQUET
 
 
@@ -145,10 +154,10 @@ def _unreadable(file: str, error: Exception) -> DataError:
 
 
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers, counted from 1.
+    """Yield the non-blank lines with their numbers, counted from 1.
 
     Raises:
-        DataError: the file cannot be read, is of another kind, or has a line that is too long.
+        DataError: the file cannot be read, has another format, or has a line that is too long.
     """
     try:
         with open_regular(file) as stream:
@@ -171,7 +180,7 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
 def _refuse_other_kind(file: str, beginning: bytes) -> None:
     for mark, kind in _OTHER_KINDS.items():
         if beginning.startswith(mark):
-            raise DataError(file, f"is {kind}, by its first bytes", "name a file of JSON lines in UTF-8")
+            raise DataError(file, f"is {kind}, judging by its first bytes", "name a file of JSON lines in UTF-8")
 
 
 def _count_lines(file: str) -> int:
@@ -179,7 +188,7 @@ def _count_lines(file: str) -> int:
 
 
 def _bounds(file: str, chosen: slice) -> tuple[int, int]:
-    """The slice's first line and the one after its last, of those that are not blank."""
+    """Return the first line of the slice and the one after its last, counting non-blank lines only."""
     start, stop = chosen.start or 0, sys.maxsize if chosen.stop is None else chosen.stop
     if start < 0 or stop < 0:
         part = range(_count_lines(file))[chosen]
@@ -188,7 +197,7 @@ def _bounds(file: str, chosen: slice) -> tuple[int, int]:
 
 
 def _json_rows(file: str, chosen: slice, keys: DataKeys) -> Iterator[Row | DataError]:
-    remedy = "write one JSON object a line"
+    remedy = "write one JSON object per line"
     for number, line in islice(_lines(file), *_bounds(file, chosen)):
         where = f"{file}:{number}"
         try:
@@ -208,7 +217,7 @@ def _json_rows(file: str, chosen: slice, keys: DataKeys) -> Iterator[Row | DataE
 
 
 def _open_parquet(file: str) -> Any:
-    """A pyarrow.parquet.ParquetFile. (pyarrow has no types and takes a moment to import: only here, and only now.)"""
+    """Return a pyarrow.parquet.ParquetFile. It imports pyarrow only now, because that has no types and is slow."""
     arrow: Any = importlib.import_module("pyarrow")
     try:
         open_regular(file).close()
@@ -242,7 +251,10 @@ def _parquet_rows(file: str, chosen: slice, keys: DataKeys) -> Iterator[Row | Da
 
 
 def _python_rows(table: Any) -> Iterator[dict[str, Any] | Exception]:
-    """The rows as Python values; where one of them cannot be one, each for itself, so that it is known which."""
+    """Yield the rows as Python values.
+
+    If the table cannot be converted at once, rows are converted one by one, and a failing row yields its exception.
+    """
     try:
         yield from table.to_pylist(maps_as_pydicts="strict")
         return
@@ -251,7 +263,7 @@ def _python_rows(table: Any) -> Iterator[dict[str, Any] | Exception]:
         LookupError,
         ValueError,
         RecursionError,
-    ):  # a date of the year 10**6, a key twice, no UTF-8
+    ):  # for example a date in the year 10**6, a repeated key, or bytes that are not UTF-8
         logger.debug("reading %d rows one by one", table.num_rows, exc_info=True)
     for number in range(table.num_rows):
         try:
@@ -261,7 +273,7 @@ def _python_rows(table: Any) -> Iterator[dict[str, Any] | Exception]:
 
 
 class _Columns:
-    """The columns of a file that are read: rows of pyarrow's values become Rows."""
+    """The columns that are read from a parquet file; it makes Rows of pyarrow's values."""
 
     def __init__(self, schema: Any, names: list[str], label: str | None) -> None:
         kinds = {name: schema.field(name).type for name in names}
@@ -278,18 +290,18 @@ class _Columns:
             return DataError(where, str(error), _KINDS)
         label = None if self._label is None else data[self._label]
         if self._largest is not None and label is not None and self._largest <= abs(label) < math.inf:
-            rule = f"{self._label!r} is {label!r}: from {self._largest:.0f} on its column skips integers"
+            rule = f"{self._label!r} is {label!r}: its column cannot represent all integers from {self._largest:.0f} on"
             return DataError(where, rule, "store labels as text")
         fault = value_fault(data)
         return Row(where, number, data) if fault is None else DataError(where, *fault)
 
     def _written(self, value: dict[str, Any]) -> dict[str, Any]:
-        """The values as they were written, where a column stores fewer digits than Python's numbers have."""
+        """Return the values as they were written, if a column stores fewer digits than Python's numbers have."""
         return value | {name: reader(value[name]) for name, reader in self._readers.items()}
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types: text, numbers, lists, and dicts without their empty entries."""
+    """Return the value in JSON's types: text, numbers, lists, and dicts without their empty entries."""
     match value:
         case None | bool() | str() | int() | float():
             return value

@@ -1,8 +1,8 @@
-"""args.yaml: every resolved value, in the form that `--config` reads.
+"""The text of args.yaml: every resolved value, in the form that `--config` reads.
 
-Path: the cluster writes it next to the checkpoints, and trackers show it. Invariant: `--config args.yaml` gives the
-same Args again, except for secrets: a value that holds one is left out and named in a comment, so that nobody starts a
-run with asterisks for a key.
+- Used by: the cluster, which writes it next to the checkpoints, and trackers, which show it.
+- Invariant: `--config args.yaml` gives the same Args again, except for secrets. A value that contains a secret is left
+  out and named in a comment, so that no run starts with asterisks as a key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from slime.config.rules.problem import show
 from slime.config.secrets import masked
 
 ONE_CALL = {"config", "dry_run"}
-"""About one call of the program, not about the run."""
+"""The flags that describe one call of the program, not the run."""
 
 
 def _plain(value: Any) -> Any:
@@ -27,7 +27,7 @@ def _plain(value: Any) -> Any:
 
 
 def dump_args(args: Args) -> str:
-    """All values as YAML, by section."""
+    """Return all values as YAML, by section."""
     parts: list[str] = []
     for section in SECTIONS:
         names = [item.name for item in fields(section) if item.name not in ONE_CALL]
@@ -54,6 +54,6 @@ def _part(title: str, source: Source, mapping: Mapping[str, Any]) -> str:
         if shown == show(value):
             values[key] = _plain(value)
         else:
-            comments.append(f"# {key} is not written here, it holds a secret: {shown}")
+            comments.append(f"# {key} is not written here, because it holds a secret: {shown}")
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
     return "\n".join([*comments, body])

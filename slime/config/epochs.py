@@ -1,9 +1,11 @@
-"""--num-epoch: how many rollouts it comes to.
+"""The number of rollouts that --num-epoch means.
 
-Path: the plan and the rules ask with the rows of the data file, the cluster with the prompts that were kept, before a
-trainer starts. Invariant: every prompt is drawn at least --num-epoch times. (The last rollout goes on into the next
-epoch; groups that a dynamic filter drops have been drawn, too, and bring the next epoch nearer. What over-sampling has
-drawn beyond the last rollout's need stays in the Data Buffer, untrained.)
+- Used by: the plan and the rules, with the rows of the data file, and the cluster, with the prompts that were kept,
+  before a trainer starts.
+- Invariant: every prompt is drawn at least --num-epoch times.
+
+The last rollout continues into the next epoch. Groups that a dynamic filter drops count as drawn. Groups that
+over-sampling draws and the last rollout does not need stay in the data buffer and are not trained on.
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ from slime.core.small_files import is_file
 
 
 def rollouts_of_epochs(args: Args, num_prompts: int) -> int:
-    """--num-epoch x prompts / --rollout-batch-size, rounded up."""
+    """Return --num-epoch x prompts / --rollout-batch-size, rounded up."""
     assert args.num_epoch is not None, "the rules ask for one of --num-rollout and --num-epoch"
     return -(-args.num_epoch * num_prompts // args.rollout_batch_size)
 
 
 def planned_prompts(args: Args) -> int | None:
-    """Rows of --prompt-data; those that are too long are found only when they are tokenised.
+    """Return the number of rows in --prompt-data, including prompts that will be too long once they are tokenised.
 
-    None where there is nothing to count: a data source of the user's own, or no readable file on this machine.
+    None if there is nothing to count: the user has an own data source, or the file is not readable on this machine.
     """
     if args.data_source_path != HookOptions.data_source_path or args.prompt_data is None:
         return None
@@ -35,7 +37,7 @@ def planned_prompts(args: Args) -> int | None:
 
 
 def planned_rollouts(args: Args) -> int | None:
-    """--num-rollout, or what --num-epoch comes to at most; None where it cannot be told yet."""
+    """Return --num-rollout, or the largest number of rollouts for --num-epoch; None if it is not known yet."""
     if args.num_epoch is None or args.num_rollout is not None:
         return args.num_rollout
     num_prompts = planned_prompts(args)

@@ -1,6 +1,7 @@
-"""The evaluation sets: from --eval-prompt-data or --eval-config, each with the sampling that it is evaluated under.
+"""The evaluation sets from --eval-prompt-data and --eval-config, each with its sampling parameters.
 
-Path: `rules` checks the files, `rollout.evaluate` runs over the sets. Invariant: nothing in an EvalDataset is open.
+- Used by: `rules`, which checks the files, and `rollout.evaluate`, which evaluates the sets.
+- Invariant: every value of an EvalDataset is resolved.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from slime.config.yaml_files import read_yaml_file
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDataset:
-    """`path` may carry a slice. Sampling fields are the eval flags' of the same meaning."""
+    """One evaluation set. `path` may end in a slice; the sampling fields have the meaning of the eval flags."""
 
     name: str
     path: str
@@ -33,14 +34,14 @@ class EvalDataset:
 
     @property
     def pass_at_ks(self) -> list[int]:
-        """The k for which pass@k is reported: powers of two, and the number of samples itself; none of one sample."""
+        """Return the k for which pass@k is reported: powers of two and the number of samples; none for one sample."""
         num_samples = self.n_samples_per_eval_prompt
         powers = [2**exponent for exponent in range(num_samples.bit_length()) if 2**exponent < num_samples]
         return [*powers, num_samples] if num_samples > 1 else []
 
 
 def _defaults(args: Args) -> dict[str, Any]:
-    """The values from the (resolved) flags, which a set in --eval-config may override one by one."""
+    """Return the values of the resolved flags, which a set in --eval-config may override one by one."""
     sampling = ("max_response_len", "temperature", "top_p", "top_k")
     inherited = ("input_key", "label_key", "rm_type", *sampling, "failed_as")
     values = {name: vars(args)[f"eval_{name}"] for name in inherited}
@@ -48,10 +49,10 @@ def _defaults(args: Args) -> dict[str, Any]:
 
 
 def eval_datasets(args: Args) -> list[EvalDataset]:
-    """Every evaluation set, those of --eval-prompt-data first.
+    """Return all evaluation sets, those of --eval-prompt-data first.
 
     Raises:
-        ValueError: an odd number of words, two sets of one name, or a malformed --eval-config.
+        ValueError: an odd number of words, two sets with the same name, or a malformed --eval-config.
     """
     defaults = _defaults(args)
     sets = [EvalDataset(name=name, path=path, **defaults) for name, path in _named_paths(args.eval_prompt_data)]
@@ -59,21 +60,21 @@ def eval_datasets(args: Args) -> list[EvalDataset]:
         sets += [_from_yaml(entry, defaults, args.eval_config) for entry in _yaml_entries(args.eval_config)]
     names = [dataset.name for dataset in sets]
     if len(set(names)) < len(names):
-        raise ValueError(f"two evaluation sets of one name ({', '.join(names)}); give each its own")
+        raise ValueError(f"two evaluation sets have the same name ({', '.join(names)}); give each its own")
     return sets
 
 
 def sets_with_rm_type(args: Args) -> list[str]:
-    """Names of the sets in --eval-config that ask for a reward type themselves; `eval_datasets` has to have passed."""
+    """Return the names of the sets in --eval-config with their own rm_type. Call it after `eval_datasets`."""
     if args.eval_config is None:
         return []
-    entries = cast(list[dict[Any, Any]], _yaml_entries(args.eval_config))  # mappings, as `eval_datasets` has seen
+    entries = cast(list[dict[Any, Any]], _yaml_entries(args.eval_config))  # `eval_datasets` has checked the types
     named = [_by_name(entry, args.eval_config) for entry in entries]
     return [str(entry["name"]) for entry in named if entry.get("rm_type")]
 
 
 def _named_paths(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """One path is named after its file; else NAME PATH pairs."""
+    """Return pairs of name and path. A single path is named after its file."""
     if len(words) == 1:
         return [(Path(words[0].partition("@[")[0]).stem, words[0])]
     if len(words) % 2:
@@ -97,36 +98,36 @@ def _yaml_entries(path: str) -> list[Any]:
 def _from_yaml(entry: Any, defaults: dict[str, Any], path: str) -> EvalDataset:
     known = {item.name for item in fields(EvalDataset)}
     if not isinstance(entry, dict):
-        raise ValueError(f"{path}: {entry!r} is no mapping; write name: and path:")
+        raise ValueError(f"{path}: {entry!r} is not a mapping; write name: and path:")
     values = _by_name(cast(dict[Any, Any], entry), path)
     if unknown := set(values) - known:
         raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known are {', '.join(sorted(known))}")
     if missing := {"name", "path"} - set(values):
-        raise ValueError(f"{path}: a set without {' and '.join(sorted(missing))}; every set needs both")
+        raise ValueError(f"{path}: a set has no {' and no '.join(sorted(missing))}; every set needs both")
     if wrong := [key for key in ("name", "path") if not isinstance(values[key], str) or not values[key]]:
-        raise ValueError(f"{path}: {wrong[0]} is {values[wrong[0]]!r}, which is no text; write it in quotes")
+        raise ValueError(f"{path}: {wrong[0]} is {values[wrong[0]]!r}, which is not a text; write it in quotes")
     typed: dict[str, Any] = {}
     for key in [key for key in values if key in defaults]:
         try:
             typed[key] = from_yaml(_flag_of(key), values[key])
         except ValueError as error:
             shown = "null" if values[key] is None else values[key]
-            raise ValueError(f"{path}: {values['name']}: {key} is {shown}; a value has to be {error}") from error
+            raise ValueError(f"{path}: {values['name']}: {key} is {shown}; a value must be {error}") from error
     return EvalDataset(name=str(values["name"]), path=str(values["path"]), **(defaults | typed))
 
 
 def _by_name(entry: dict[Any, Any], path: str) -> dict[str, Any]:
-    """The entry's values by the names of fields: as in --config dashes are underscores, and `eval_` may be there."""
+    """Return the entry's values by field name. As in --config, dashes count as underscores; `eval_` is optional."""
     spelt: dict[str, str] = {}
     for key in map(str, entry):
         name = key.replace("-", "_").removeprefix("eval_")
         if name in spelt:
-            raise ValueError(f"{path}: {spelt[name]} and {key} are two spellings of one key; leave one of the two out")
+            raise ValueError(f"{path}: {spelt[name]} and {key} are spellings of the same key; leave one of the two out")
         spelt[name] = key
     return dict(zip(spelt, entry.values(), strict=True))
 
 
 def _flag_of(key: str) -> FlagSpec:
-    """The eval flag that `key` overrides: `temperature` is --eval-temperature."""
+    """Return the eval flag that `key` overrides: `temperature` -> --eval-temperature."""
     flags = {spec.name: spec for spec in all_flags() if spec.source == "slime"}
     return flags.get(f"eval_{key}") or flags[key]

@@ -1,7 +1,7 @@
-"""The shape of a mixture of experts: from config.json's keys, from Megatron's flags, and as these flags.
+"""The fields of Architecture for mixtures of experts, read from config.json or Megatron's flags and written as flags.
 
-Path: `config.architecture` asks here for the fields of Architecture that a dense model leaves at their defaults.
-Invariant: a field and its flag say the same, in both directions.
+- Used by: `config.architecture`, for the fields that a dense model leaves at their defaults.
+- Invariant: a field and its flag describe the same, and each can be computed from the other.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ FAMILIES = ("glm4_moe", "qwen3_moe")
 
 @dataclass(frozen=True)
 class ExpertFlag:
-    """Megatron's flag of one field of Architecture; it passes through, so it stands in `Args.megatron_extra`."""
+    """Megatron's flag for one field of Architecture. It passes through, so its value is in `Args.megatron_extra`."""
 
     name: str
     read: Callable[[Any, int], Any] = lambda value, num_layers: value
-    """The field's value; `num_layers` are the model's."""
+    """Convert the flag's value to the field's; the second argument is the model's number of layers."""
     write: Callable[[Any, int], Any] = lambda value, num_layers: value
 
 
 def _first_dense_layers(pattern: int | Sequence[int], num_layers: int) -> int:
-    """Count the dense first layers of --moe-layer-freq, where 1 is a layer of experts and 0 a dense one.
+    """Count the dense first layers of --moe-layer-freq, in which 1 is a layer of experts and 0 a dense one.
 
     Raises:
-        ValueError: dense layers behind the first layer of experts, or a pattern of another length.
+        ValueError: a dense layer follows a layer of experts, or the pattern has another length.
     """
     layers = [int(i % pattern == 0) for i in range(num_layers)] if isinstance(pattern, int) else list(pattern)
     dense = layers.index(1) if 1 in layers else len(layers)
     if layers != [0] * dense + [1] * (num_layers - dense) or dense == num_layers:
         raise ValueError(
-            f"--moe-layer-freq {pattern} is not built: {num_layers} layers have to be dense ones first, then at least "
-            "one of experts, as [0]*1+[1]*45 says of 46"
+            f"--moe-layer-freq {pattern} is not supported: of {num_layers} layers, the first must be dense and the "
+            "others, at least one, have experts, such as [0]*1+[1]*45 for 46 layers"
         )
     return dense
 
@@ -55,11 +55,11 @@ FLAGS: Mapping[str, ExpertFlag] = {
     "router_groups": ExpertFlag("moe_router_num_groups", lambda value, _: value or 1),
     "router_topk_groups": ExpertFlag("moe_router_group_topk", lambda value, _: value or 1),
 }
-"""Field of Architecture -> its flag; `num_experts` is a flag of slime's own table."""
+"""Map from field of Architecture to its flag; `num_experts` is a flag of slime's own table."""
 
 FLAG_NAMES = tuple(flag.name for flag in FLAGS.values())
 NEEDED = ("moe_ffn_hidden_size", "moe_router_topk")
-"""Flags without which MODEL_ARGS alone describe no mixture of experts."""
+"""Flags that MODEL_ARGS alone need to describe a mixture of experts."""
 
 _HF_KEYS: Mapping[str, Mapping[str, str]] = {
     "qwen3_moe": {
@@ -82,23 +82,23 @@ _HF_KEYS: Mapping[str, Mapping[str, str]] = {
 
 
 def hf_keys(family: str) -> Mapping[str, str]:
-    """Field of Architecture -> the key in a config.json of this family; none in a dense family."""
+    """Return, for each field of Architecture, the key in a config.json of this family; empty for a dense family."""
     return _HF_KEYS.get(family, {})
 
 
 def hf_experts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of Architecture that a config.json of experts describes; nothing for a dense family.
+    """Return the fields of Architecture that a config.json of experts describes; empty for a dense family.
 
     Raises:
-        ValueError: an arrangement of layers or a router that is not built.
-        KeyError: a key without which there is no model.
+        ValueError: the arrangement of layers or the MoE router is not supported.
+        KeyError: a required key is missing.
     """
     family = config["model_type"]
     if family not in FAMILIES:
         return {}
     if family == "qwen3_moe":
         found: dict[str, Any] = {
-            # transformers 5 writes its newer name
+            # transformers 5 writes the newer name num_local_experts
             "num_experts": config["num_experts"] if "num_experts" in config else config["num_local_experts"],
             "first_dense_layers": _mlp_only_layers(config),
             "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
@@ -116,18 +116,20 @@ def hf_experts(config: Mapping[str, Any]) -> dict[str, Any]:
             "router_topk_groups": config.get("topk_group") or 1,
         }
         if not found["norm_topk_prob"]:
-            raise ValueError("a sigmoid router whose weights are not normed (norm_topk_prob false) is not built")
+            raise ValueError(
+                "a sigmoid router with weights that are not normalized (norm_topk_prob false) is not built"
+            )
     found["moe_ffn_hidden_size"] = config["moe_intermediate_size"]
     found["moe_router_topk"] = config["num_experts_per_tok"]
     if not 0 < found["moe_router_topk"] <= found["num_experts"]:
-        raise ValueError(f"{found['moe_router_topk']} experts a token of {found['num_experts']} are no router")
+        raise ValueError(f"{found['moe_router_topk']} experts per token cannot be chosen from {found['num_experts']}")
     if found["first_dense_layers"] >= config["num_hidden_layers"]:
         raise ValueError("none of its layers has experts; describe it as a dense model")
     return found
 
 
 def _mlp_only_layers(config: Mapping[str, Any]) -> int:
-    """How many first layers are dense."""
+    """Return the number of dense first layers."""
     dense = list(config.get("mlp_only_layers") or [])
     if config.get("decoder_sparse_step", 1) != 1 or sorted(dense) != list(range(len(dense))):
         raise ValueError("dense layers between layers of experts (decoder_sparse_step, mlp_only_layers) are not built")
@@ -135,12 +137,12 @@ def _mlp_only_layers(config: Mapping[str, Any]) -> int:
 
 
 def _flags(score: str) -> Mapping[str, ExpertFlag]:
-    """The flags of a router with this score function: with sigmoid, --moe-router-pre-softmax has no effect."""
+    """Return the flags of an MoE router with this score function. With sigmoid, --moe-router-pre-softmax is unused."""
     return {field: flag for field, flag in FLAGS.items() if score == "softmax" or field != "norm_topk_prob"}
 
 
 def as_flags(shape: Architecture) -> dict[str, Any]:
-    """Megatron's flags that describe the experts of `shape`, by name; none for a dense model."""
+    """Return Megatron's flags that describe the experts of `shape`, by name; empty for a dense model."""
     if not shape.num_experts:
         return {}
     flags = _flags(shape.router_score)
@@ -148,17 +150,19 @@ def as_flags(shape: Architecture) -> dict[str, Any]:
 
 
 def given_fields(extra: Mapping[str, Any], like: Architecture) -> dict[str, Any]:
-    """Fields of Architecture that Megatron's flags (`Args.megatron_extra`) set; `like` has what they leave out.
+    """Return the fields of Architecture that Megatron's flags (`Args.megatron_extra`) set.
+
+    `like` is the architecture with the values of flags that are not given.
 
     Raises:
-        ValueError: an arrangement of layers that is not built.
+        ValueError: the arrangement of layers is not supported.
     """
     flags = _flags(extra.get(FLAGS["router_score"].name, like.router_score))
     return {field: flag.read(extra[flag.name], like.num_layers) for field, flag in flags.items() if flag.name in extra}
 
 
 def given_flags(extra: Mapping[str, Any], like: Architecture) -> dict[str, Any]:
-    """The given ones by name, each in the spelling of `as_flags`; of a dense model none."""
+    """Return the given flags by name, with values in the form of `as_flags`; empty for a dense model."""
     if not like.num_experts:
         return {}
     fields = given_fields(extra, like)
@@ -166,10 +170,10 @@ def given_flags(extra: Mapping[str, Any], like: Architecture) -> dict[str, Any]:
 
 
 def told_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
-    """The family whose layers of experts MODEL_ARGS describe.
+    """Return the family whose layers of experts MODEL_ARGS describe.
 
     Raises:
-        ValueError: none has such layers.
+        ValueError: no family has such layers.
     """
     sigmoid = extra.get("moe_router_score_function") == "sigmoid"
     bias, shared = bool(extra.get("moe_router_enable_expert_bias")), extra.get("moe_shared_expert_intermediate_size")
@@ -179,7 +183,7 @@ def told_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
     if given.get("qk_layernorm") and not (sigmoid or bias or shared or sandwich or given.get("add_qkv_bias")):
         return "qwen3_moe"
     raise ValueError(
-        "MODEL_ARGS are of no family of experts that is built: glm4_moe has --moe-router-score-function sigmoid, "
+        "MODEL_ARGS match no supported family of experts: glm4_moe has --moe-router-score-function sigmoid, "
         "--moe-router-enable-expert-bias and --moe-shared-expert-intermediate-size, qwen3_moe has --qk-layernorm and "
         "none of these"
     )

@@ -1,7 +1,7 @@
-"""config.json of an HF directory: read within bounds, and each value that slime reads of the right kind.
+"""The reader of an HF directory's config.json, with a check of the type and range of every value that slime uses.
 
-Path: `architecture` makes an Architecture of what passes here. Invariant: a value that is not of its kind is an error
-that names the key and the value; no arithmetic meets it.
+- Used by: `architecture`, which makes an Architecture of a config that passes.
+- Invariant: a value of a wrong type is an error that names key and value; no computation uses it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_EXPERTS = 65_536
 
 @dataclass(frozen=True)
 class Kind:
-    """The kind that a value has to have: `check` decides, `what` names it."""
+    """A type of value: `check` returns whether a value has it, `what` describes it."""
 
     check: Callable[[Any], bool]
     what: str
@@ -64,7 +64,7 @@ REQUIRED: Mapping[str, Kind] = {
     "max_position_embeddings": _SIZE,
     "rms_norm_eps": _NUMBER,
 }
-"""Keys without which there is no model, and what their values are."""
+"""The required keys and the types of their values."""
 OPTIONAL: Mapping[str, Kind] = {
     "num_key_value_heads": _SIZE,
     "head_dim": _SIZE,
@@ -96,14 +96,14 @@ OPTIONAL: Mapping[str, Kind] = {
     "topk_group": _COUNT,
     "eos_token_id": _TOKENS,
 }
-"""Keys that may be left out."""
+"""The optional keys and the types of their values."""
 _NEVER_NULL = (
     *("rope_theta", "partial_rotary_factor", "max_window_layers", "num_experts", "num_local_experts"),
     *("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size"),
     *("first_k_dense_replace", "decoder_sparse_step", "routed_scaling_factor"),
     *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 )
-"""Keys of which null is not the same as leaving them out."""
+"""Keys for which null does not mean the same as leaving them out."""
 _ROPE: Mapping[str, Kind] = {
     "rope_type": _TEXT,
     "type": _TEXT,
@@ -117,7 +117,7 @@ _ROPE: Mapping[str, Kind] = {
 
 
 def read_hf_config(directory: str | Path) -> dict[str, Any]:
-    """config.json of an HF directory. Raises OSError where there is none, ValueError where it is no JSON object."""
+    """Read config.json of an HF directory. Raises OSError if there is none, ValueError if it is not a JSON object."""
     try:
         return read_json_object(Path(directory) / "config.json", MAX_CONFIG)
     except ValueError as error:
@@ -125,11 +125,11 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
 
 
 def check_hf_config(config: Mapping[str, Any]) -> None:
-    """Check the kind of every value that is read of a config.json.
+    """Check the type of every value that slime reads from a config.json.
 
     Raises:
-        ValueError: a value is of another kind, or out of range.
-        KeyError: a key without which there is no model.
+        ValueError: a value has a wrong type or is out of range.
+        KeyError: a required key is missing.
     """
     for key, kind in REQUIRED.items():
         _check(key, config[key], kind)

@@ -1,7 +1,7 @@
-r"""Labels as each reward reads them, and those that no answer can match.
+r"""The reading of labels by each reward, and the check for labels that no answer can match.
 
-Path: the check of data lines asks for faults before anything starts; `rollout.rm_hub` reads labels with the same
-functions. Invariant: a label that passes here has an answer that is right.
+- Used by: the check of data rows, before anything starts; `rollout.rm_hub` reads labels with the same functions.
+- Invariant: for a label that passes, a right answer exists.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any, cast
 from slime.core.boxes import last_boxed, names_box
 
 MAX_LABEL = 1000
-"""Characters: a longer answer is not read as mathematics."""
+"""The largest number of characters in an answer that is read as mathematics."""
 MARK = "####"
-"""Before the answer of a solution in GSM8K (Cobbe et al., 2021, arXiv:2110.14168): `... #### 72`."""
+"""The mark before the answer of a solution in GSM8K (Cobbe et al., 2021, arXiv:2110.14168): `... #### 72`."""
 LETTERS = "ABCDEFGHIJ"
-"""Of choices."""
+"""The letters of choices."""
 
 _PLAIN = re.compile(r"\s*[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?\s*")
-"""Most labels: nothing of a number has to be looked at."""
+"""A plain number. Most labels are one, and need no further check."""
 _EMPTY_GROUP = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{\s*\}")
 _ARGUMENTS = {"frac": 2, "dfrac": 2, "tfrac": 2, "cfrac": 2, "binom": 2, "sqrt": 1}
 _WITH_ARGUMENTS = re.compile(rf"\\({'|'.join(_ARGUMENTS)})(?![A-Za-z])(?:\s*\[[^\]]*\])?")
@@ -28,17 +28,17 @@ _ARGUMENT = re.compile(r"\s*(?:(\{)(?!\s*\})|\\[A-Za-z]+|[^\s{}\\&])")
 
 
 def stated_answer(label: str) -> str:
-    r"""The answer of a label for the rules of mathematics: what follows GSM8K's `####`; without one, the label.
+    r"""Return the answer in a label for the rules of mathematics: the text after GSM8K's `####`, or the whole label.
 
     Raises:
-        ValueError: more than one mark, nothing after it, or lines after the answer.
+        ValueError: there are several marks, nothing follows the mark, or lines follow the answer.
     """
     if MARK not in label:
         return label
     _, answer, *more = label.split(MARK)
     answer = answer.strip()
     if more:
-        raise ValueError(f"it holds {label.count(MARK)} marks {MARK} of GSM8K, and its answer follows one")
+        raise ValueError(f"it has {label.count(MARK)} marks {MARK} of GSM8K, but the answer must follow a single one")
     if not answer:
         raise ValueError(f"nothing follows {MARK}, GSM8K's mark of the answer")
     if "\n" in answer:
@@ -47,7 +47,7 @@ def stated_answer(label: str) -> str:
 
 
 def label_fault(label: str) -> str | None:
-    """One sentence about why no answer can equal the label as mathematics; None where the label equals itself."""
+    """Return in one sentence why no answer can equal the label as mathematics, or None if one can."""
     if _PLAIN.fullmatch(label):
         return None
     try:
@@ -61,12 +61,12 @@ def label_fault(label: str) -> str | None:
     if not text:
         return "it is empty"
     if len(text) > MAX_LABEL:
-        return f"it has {len(text)} characters, and an answer of more than {MAX_LABEL} is not read"
+        return f"it has {len(text)} characters, but answers of more than {MAX_LABEL} are not read"
     return unbalanced(text) or _without_argument(text)
 
 
 def unbalanced(text: str) -> str | None:
-    r"""The first brace, or `\left` or `\begin`, that has no partner, as a sentence; None where all have one."""
+    r"""Return in one sentence the first brace, `\left` or `\begin` without a partner; None if all have one."""
     depth = 0
     for token in re.findall(r"\\.|[{}]", text, re.DOTALL):
         depth += (token == "{") - (token == "}")
@@ -104,10 +104,13 @@ def _group_end(text: str, start: int) -> int:
 
 
 def right_letter(label: str, choices: object = None, correct_letter: object = None) -> str:
-    """metadata.correct_letter; else the label where it is a letter, else its place among metadata.choices.
+    """Return the letter of the right choice.
+
+    It is metadata.correct_letter if given, otherwise the label if that is a letter, otherwise the label's place in
+    metadata.choices: with the choices ["3", "4"], the label "4" gives B.
 
     Raises:
-        ValueError: none of them says it, or the label is a letter and the text of another choice.
+        ValueError: none of them gives a letter, or the label is a letter and also the text of another choice.
     """
     texts = [str(choice).strip() for choice in cast(list[Any], choices)] if isinstance(choices, list) else []
     place = texts.index(label.strip()) if label.strip() in texts else None
@@ -126,7 +129,7 @@ def right_letter(label: str, choices: object = None, correct_letter: object = No
             f"the label {label!r} is neither a letter (A to J) nor one of metadata.choices {str(texts)[:200]}"
         )
     if place >= len(LETTERS):
-        raise ValueError(f"the label {label!r} is choice {place + 1}, and letters go to {LETTERS[-1]}")
+        raise ValueError(f"the label {label!r} is choice {place + 1}, but letters end at {LETTERS[-1]}")
     if texts.count(label.strip()) > 1:
         raise ValueError(f"the label {label!r} is the text of several choices; set metadata.correct_letter")
     return LETTERS[place]
@@ -135,12 +138,12 @@ def right_letter(label: str, choices: object = None, correct_letter: object = No
 def _letter(text: str, what: str) -> str:
     letter = text.strip(" ().").upper()
     if len(letter) != 1 or letter not in LETTERS:
-        raise ValueError(f"{what} is {text!r}; it has to be a letter from A to J")
+        raise ValueError(f"{what} is {text!r}; it must be a letter from A to J")
     return letter
 
 
 def choice_fault(label: str, metadata: Mapping[str, Any]) -> str | None:
-    """Why no letter is the right one; None where one is."""
+    """Return why no letter is right, or None if one is."""
     choices = metadata.get("choices")
     try:
         letter = right_letter(label, choices, metadata.get("correct_letter"))
@@ -148,5 +151,5 @@ def choice_fault(label: str, metadata: Mapping[str, Any]) -> str | None:
         return str(error)
     number = len(cast(list[Any], choices)) if isinstance(choices, list) else 0
     if number and letter not in LETTERS[:number]:
-        return f"the right letter is {letter}, and there are {number} choices"
+        return f"the right letter is {letter}, but there are only {number} choices"
     return None

@@ -1,7 +1,8 @@
-"""OpenAI messages of a data line: which of them a chat template can be given, and in which form.
+"""The check of OpenAI messages in data rows, and their form for a chat template.
 
-Path: `rules.data` asks about every row before anything starts; `rollout.chat_template` renders what passes. Invariant:
-in the form that a template is given every message has a role and a content, and both are text.
+- Used by: `rules.data`, which checks every row before anything starts; `rollout.chat_template` renders messages that
+  pass.
+- Invariant: every message that a template receives has a role and a content, and both are text.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 Fault = tuple[str, str]
-"""Rule and remedy."""
+"""The rule and the remedy."""
 _REMEDY = "correct the line"
 
 
 def messages_fault(prompt: Any, key: str) -> Fault | None:
-    """Why `prompt`, a row's value under `key`, is no conversation that goes on; None where it is one."""
+    """Return why a policy cannot continue `prompt`, a row's value under `key`, as a conversation; None if it can."""
     rule = f"{key!r} is not a list of OpenAI messages ({{'role': ..., 'content': ...}})"
     if not isinstance(prompt, list) or not prompt:
         return rule, "correct the line, or leave out --apply-chat-template for plain text"
@@ -32,7 +33,7 @@ def messages_fault(prompt: Any, key: str) -> Fault | None:
             return f"{key!r}: message {number}, of role {_shown(role)}, {fault[0]}", fault[1]
     last = cast(dict[str, Any], messages[-1])
     if last["role"] == "assistant" and last.get("tool_calls"):
-        rule = f"{key!r}: the last message is the assistant's and calls a tool, so nobody can go on with it"
+        rule = f"{key!r}: the last message is the assistant's and calls a tool, so there is nothing to continue"
         return rule, "append the tool's message, or leave the calls out"
     return None
 
@@ -55,16 +56,16 @@ def _content_fault(message: dict[str, Any]) -> Fault | None:
         fields = cast(dict[str, Any], part) if isinstance(part, dict) else {}
         if fields.get("type") != "text":
             what = f"of type {_shown(fields['type'])}" if "type" in fields else _shown(cast(object, part))
-            return f"has a part {number} that is {what}; models here read text alone", "leave it out"
+            return f"has a part {number} that is {what}; the models read only text", "leave it out"
         if not isinstance(fields.get("text"), str):
             return f"has a part {number} whose text is {_shown(fields.get('text'))}", _REMEDY
     return None
 
 
 def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as a template is given them: parts are joined, and a missing content is "".
+    """Return the messages in the form for a template: parts are joined, and a missing content becomes "".
 
-    `messages_fault` has found nothing wrong with them.
+    Call it only on messages in which `messages_fault` finds no fault.
     """
     return [message | {"content": _text(message.get("content"))} for message in messages]
 
@@ -76,5 +77,5 @@ def _text(content: str | list[dict[str, str]] | None) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value in a message of one line."""
+    """Return a value for an error message of one line."""
     return "null" if value is None else repr(value)[:80]

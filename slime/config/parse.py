@@ -1,7 +1,7 @@
-"""argv and YAML into frozen Args, or one UsageError that lists everything wrong.
+"""The parser of argv and YAML. It returns frozen Args, or raises one UsageError that lists all errors.
 
-Path: train.py and the tools call `load_args`; behind it `resolve` fills in what was left open and `rules` checks.
-Invariant: nothing given is dropped in silence, and no process has been started when an error is raised.
+- Used by: train.py and the tools, which call `load_args`. Afterwards `resolve` fills in open values and `rules` checks.
+- Invariant: no given flag is dropped silently, and no process is started before an error is raised.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ from slime.core.masking import HIDDEN, Masker
 __all__ = ["UsageError", "dump_args", "load_args", "parse_args"]
 
 MEGATRON_LOOP: Mapping[str, str] = {
-    "--train-iters": "say --num-rollout (and --num-steps-per-rollout)",
-    "--train-samples": "say --num-rollout and --rollout-batch-size",
-    "--lr-decay-samples": "say --lr-decay-iters",
-    "--lr-warmup-samples": "say --lr-warmup-iters",
-    "--lr-wsd-decay-samples": "say --lr-wsd-decay-iters",
-    "--data-path": "say --prompt-data",
+    "--train-iters": "use --num-rollout (and --num-steps-per-rollout)",
+    "--train-samples": "use --num-rollout and --rollout-batch-size",
+    "--lr-decay-samples": "use --lr-decay-iters",
+    "--lr-warmup-samples": "use --lr-warmup-iters",
+    "--lr-wsd-decay-samples": "use --lr-wsd-decay-iters",
+    "--data-path": "use --prompt-data",
     "--tokenizer-type": "the tokenizer comes from --hf-checkpoint",
     "--tokenizer-model": "the tokenizer comes from --hf-checkpoint",
-    "--eval-iters": "say --eval-interval and --eval-prompt-data",
+    "--eval-iters": "use --eval-interval and --eval-prompt-data",
 }
-"""Flags of Megatron's own training loop, and what says it here."""
+"""Flags of Megatron's own training loop, and what to use instead."""
 
 MAX_SPELLING = 100
-"""Characters of an unknown flag for which a known one may be meant."""
+"""The largest number of characters in an unknown flag for which a similar known one is searched."""
 
 
 @dataclass
 class Given:
-    """The flags that were given, before anything is decided."""
+    """The flags that were given, before anything is resolved."""
 
     values: dict[tuple[Source, str], Any] = field(default_factory=dict[tuple[Source, str], Any])
     problems: list[Problem] = field(default_factory=list[Problem])
     broken: set[str] = field(default_factory=set[str])
-    """Fields whose value could not be read: rules about them would only repeat the complaint."""
+    """Fields whose value could not be parsed; problems of rules that read them are not reported."""
     typed: set[str] = field(default_factory=set[str])
-    """Names of slime's flags that stand on the command line itself."""
+    """The names of slime's flags that were given on the command line itself."""
     renamed: dict[str, str] = field(default_factory=dict[str, str])
-    """Flags of SGLang that have had several names -> the one that was given."""
+    """For flags of SGLang with several names, the name that was given."""
 
     def complain(self, where: str, rule: str, remedy: str, *, value: str = "", spec: FlagSpec | None = None) -> None:
         fields = frozenset([spec.name]) if spec else frozenset[str]()
@@ -80,23 +80,23 @@ class Given:
         return {name: value for (owner, name), value in self.values.items() if owner == source}
 
     def under_new_name(self, spelling: str, where: str) -> str:
-        """The name that a flag of SGLang has now. One that is given by several names is complained about."""
+        """Return the current name of a flag of SGLang, and report an error if it is given under several names."""
         new = RENAMED[spelling].flag if spelling in RENAMED else spelling
         before = self.renamed.setdefault(new, spelling)
         if spelling != before and {spelling, before} & set(RENAMED):
-            self.complain(where, f"is another name of {before}, which is given, too", f"give {new} alone")
+            self.complain(where, f"is another name of {before}, which is also given", f"give only {new}")
         return new
 
 
 def _unknown(given: Given, spelling: str, where: str) -> None:
     known = spellings()
     if spelling in REMOVED:
-        given.complain(where, f"SGLang {TABLE_VERSION} has no such flag any more", REMOVED[spelling])
+        given.complain(where, f"SGLang {TABLE_VERSION} no longer has this flag", REMOVED[spelling])
         return
     if spelling in MEGATRON_LOOP:
         given.complain(where, "slime's loop counts rollouts and has no such flag", MEGATRON_LOOP[spelling])
         return
-    if len(spelling) > MAX_SPELLING or len(given.problems) > MAX_SHOWN:  # a likeness takes its time to find
+    if len(spelling) > MAX_SPELLING or len(given.problems) > MAX_SHOWN:  # the search for a similar flag is slow
         given.complain(where, "unknown flag", "--help lists all")
         return
     candidates = [spelling.replace("_", "-"), f"--sglang-{spelling[2:]}", f"--router-{spelling[2:]}"]
@@ -106,7 +106,7 @@ def _unknown(given: Given, spelling: str, where: str) -> None:
 
 
 def _set_from_words(given: Given, spelling: str, words: list[str], attached: bool) -> None:
-    """One flag of the command line with the words behind it (`attached`: written as --x=word)."""
+    """Set one flag of the command line from the words after it (`attached`: written as --x=word)."""
     old = RENAMED.get(spelling)
     name = given.under_new_name(spelling, spelling)
     if name not in spellings():
@@ -133,16 +133,16 @@ def _set_from_words(given: Given, spelling: str, words: list[str], attached: boo
     try:
         value = from_texts(spec, from_environment(words) if spec.secret else words)
     except ValueError as error:
-        given.complain(spelling, f"has to be {error}", f"it means: {spec.help}", value=text or "(nothing)", spec=spec)
+        given.complain(spelling, f"must be {error}", f"it means: {spec.help}", value=text or "(nothing)", spec=spec)
         return
     given.set(spec, value, spelling)
 
 
 def read_command_line(given: Given, argv: Sequence[str]) -> None:
-    """`--x v`, `--x v w`, `--x=v`, `--x`, `--no-x`; the last of a repeated flag wins."""
+    """Read flags of the forms --x v, --x v w, --x=v, --x and --no-x; the last of a repeated flag wins."""
     words = list(argv)
     while words and not words[0].startswith("--"):
-        given.complain(repr(words.pop(0)), "stands behind no flag", "every value follows a flag that starts with --")
+        given.complain(repr(words.pop(0)), "does not follow a flag", "put it after a flag that starts with --")
     while words:
         spelling, equals, value = words.pop(0).partition("=")
         values = [value] if equals else []
@@ -152,7 +152,7 @@ def read_command_line(given: Given, argv: Sequence[str]) -> None:
             spec = spellings()[spelling][0] if spelling in spellings() else None
             word = words.pop(0)
             shown = HIDDEN if spec is not None and spec.secret else repr(word)
-            given.complain(shown, "stands behind no flag", f"{spelling}= takes one value")
+            given.complain(shown, "does not follow a flag", f"{spelling}= takes one value")
         _set_from_words(given, spelling, values, attached=bool(equals))
 
 
@@ -164,7 +164,7 @@ def read_yaml(given: Given, path: str) -> None:
         given.complain("--config", str(error), "name a YAML file with flags as keys", value=path)
         return
     if not isinstance(data, dict):
-        given.complain("--config", "holds no mapping", "write one `flag: value` a line", value=path)
+        given.complain("--config", "is not a mapping", "write one `flag: value` per line", value=path)
         return
     for key, value in cast(dict[Any, Any], data).items():
         spelling = "--" + str(key).replace("_", "-")
@@ -175,7 +175,7 @@ def read_yaml(given: Given, path: str) -> None:
             continue
         if old is not None and old.value is not None:
             if value is not True:
-                given.complain(where, "is a switch with another name now", f"write {old.flag[2:]}: {old.value}")
+                given.complain(where, "is a switch that now has another name", f"write {old.flag[2:]}: {old.value}")
                 continue
             value = old.value
         elif old is not None:
@@ -185,19 +185,19 @@ def read_yaml(given: Given, path: str) -> None:
             given.complain(where, "a configuration file cannot name another", "give one --config")
             continue
         if (spec.source, spec.name) in given.values:
-            given.complain(where, f"{spec.flag} is there already, spelt differently", "leave one of the two out")
+            given.complain(where, f"{spec.flag} is given twice, spelled differently", "leave one of the two out")
             continue
         try:
             typed = from_yaml(spec, from_environment(value) if spec.secret else value)
         except ValueError as error:
             shown = f"[{', '.join(map(str, cast(list[Any], value)))}]" if isinstance(value, list) else str(value)
-            given.complain(where, f"has to be {error}", f"it means: {spec.help}", value=shown, spec=spec)
+            given.complain(where, f"must be {error}", f"it means: {spec.help}", value=shown, spec=spec)
             continue
         given.set(spec, typed == switches_on if spec.kind == "bool" and typed is not None else typed, where)
 
 
 def read(argv: Sequence[str]) -> Given:
-    """Command line over --config over defaults."""
+    """Read the command line and --config; the command line wins."""
     from_argv = Given()
     read_command_line(from_argv, argv)
     path = from_argv.values.get(("slime", "config"))
@@ -212,7 +212,11 @@ def read(argv: Sequence[str]) -> Given:
 
 
 def _said(given: Given, raw: Args) -> frozenset[str]:
-    """slime's flags that were given. A file that repeats what holds anyway (as args.yaml does) says nothing by it."""
+    """Return the names of slime's flags that count as given.
+
+    A YAML value that equals the value resolved without it does not count. So `--config args.yaml`, which has a value
+    for every flag, does not lead to warnings about flags without effect.
+    """
     defaults = vars(Args())
     said = set(given.typed)
     for name, value in given.of("slime").items():
@@ -222,7 +226,7 @@ def _said(given: Given, raw: Args) -> frozenset[str]:
 
 
 def _print_help() -> None:
-    """Also into a pager that is left before the end (`--help | head`)."""
+    """Print the help; a pager that closes early (`--help | head`) is no error."""
     try:
         print(format_help(), flush=True)
     except BrokenPipeError:
@@ -230,13 +234,13 @@ def _print_help() -> None:
 
 
 def load_args(argv: Sequence[str], *, training: bool = True, rollouts_ahead: int = 0) -> tuple[Args, list[Problem]]:
-    """The resolved Args and the warnings. `--help` prints every flag and exits.
+    """Return the resolved Args and the warnings. `--help` prints all flags and exits.
 
-    `training=False`: for tools that need the model and the parallel sizes alone; the rules about rollouts,
-    rewards and placement are left out. `rollouts_ahead`: what the program is that has been started.
+    `training=False`: for tools that need only the model and the parallel sizes; rules for rollouts, rewards and
+    placement are skipped. `rollouts_ahead`: 0 for train.py, 1 for train_async.py.
 
     Raises:
-        UsageError: every error found, all at once.
+        UsageError: all errors at once.
     """
     if "--help" in argv or "-h" in argv:
         _print_help()
@@ -264,5 +268,5 @@ def load_args(argv: Sequence[str], *, training: bool = True, rollouts_ahead: int
 
 
 def parse_args(argv: Sequence[str]) -> Args:
-    """`load_args` without the warnings."""
+    """Return the Args of `load_args` without the warnings."""
     return load_args(argv)[0]

@@ -1,7 +1,7 @@
-"""Whether an HF directory holds quantized weights, which nothing here reads.
+"""The check for quantized weights in an HF directory, which slime cannot read.
 
-Path: a rule asks for every directory on the command line, and what loads weights asks again. Invariant: files are read
-as JSON alone, and an empty description means that nothing is quantized.
+- Used by: a rule, for every directory on the command line, and the code that loads weights.
+- Invariant: files are read only as JSON, and an empty description means that nothing is quantized.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, cast
 from slime.core.small_files import read_json_object
 
 KEYS = ("quantization_config", "compression_config")
-"""Keys of config.json, at its top or in the part of a sub-model such as `text_config`."""
+"""The keys of config.json that describe quantization, at the top level or in a sub-model such as `text_config`."""
 FILES = (
     "hf_quant_config.json",
     "quantize_config.json",
@@ -22,33 +22,34 @@ FILES = (
     "quantization_config.json",
     "quant_model_description.json",
 )
-"""Files of their own that ModelOpt, GPTQ, AWQ and others write, and that engines look for."""
+"""Separate files that ModelOpt, GPTQ, AWQ and others write and that engines read."""
 METHOD_KEYS = ("quant_method", "quant_algo", "quant_type", "model_quant_type", "format", "bits", "w_bit")
-REMEDY = "take the model's bf16 or fp32 release, or dequantize it first"
+REMEDY = "use the model's bf16 or fp32 release, or dequantize it first"
 
 
 def quantization(directory: str | Path) -> str | None:
-    """How the weights in a directory are quantized, by file, key and method; None: they are not, as far as it says.
+    """Return file, key and method of the quantization in a directory, or None if nothing describes one.
+
 
     >>> quantization(directory)
-    'config.json has quantization_config (quant_method fp8), and quantized weights are not supported'
+    'config.json has quantization_config (quant_method fp8), but quantized weights are not supported'
     """
     root = Path(directory)
     for where, value in _described(root):
         if value:
-            return f"{where} ({_method(value)}), and quantized weights are not supported"
+            return f"{where} ({_method(value)}), but quantized weights are not supported"
     return None
 
 
 def refuse_quantized(directory: str | Path) -> None:
-    """Raise ValueError with directory, file, method and remedy where its weights are quantized."""
+    """Raise ValueError with directory, file, method and remedy if the directory's weights are quantized."""
     found = quantization(directory)
     if found is not None:
         raise ValueError(f"{directory}: {found}; {REMEDY}")
 
 
 def _described(root: Path) -> Iterator[tuple[str, Any]]:
-    """Every description: where it is, and its value."""
+    """Yield the place and the value of each description of a quantization."""
     config = _read(root / "config.json")
     if isinstance(config, dict):
         for key, value in _search(cast(dict[str, Any], config), depth=3):
@@ -67,7 +68,11 @@ def _search(config: Mapping[str, Any], *, depth: int, prefix: str = "") -> Itera
 
 
 def _read(path: Path) -> Any:
-    """A file's JSON. One that cannot be read describes something: config.json's faults are another rule's error."""
+    """Return a file's JSON.
+
+    An unreadable file counts as the description of a quantization. An unreadable config.json gives None, because
+    another rule reports it.
+    """
     try:
         return read_json_object(path)
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Open values are decided here: every `None` that another value or this machine settles.
+"""The resolution of open values: every `None` that another flag or this machine decides.
 
-Path: between `parse` and `rules`. Invariant: resolving twice changes nothing, and nothing that was given is
-changed, except by a rule that says so in a warning or an error.
+- Used by: `parse`, before `rules`; other code uses the predicates on this machine and the Args.
+- Invariant: resolving twice changes nothing, and a given value changes only if a rule reports it in a warning or error.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any, cast
 from slime.config.args import Args
 
 COLOCATED_MEM_FRACTION = 0.7
-"""Of a GPU, for SGLang's weights and KV cache. The rest: what stays of the trainer (CUDA context, NCCL), its weights
-and two buckets while they are sent, and SGLang's own activations and graphs."""
+"""The fraction of a GPU's memory for SGLang's weights and KV cache with --colocate. The rest is for the parts of the
+trainer that stay (CUDA context, NCCL), its weights and two buckets during the weight sync, and SGLang's own activations
+and CUDA graphs."""
 
 
 @cache
 def cuda_available() -> bool:
-    """Whether this machine has a CUDA device, as torch says it.
+    """Return whether torch finds a CUDA device on this machine.
 
-    torch is imported only where NVIDIA's driver can be loaded, without which it finds no device either: else every
-    start of a program on a machine without GPUs would take a second and a half longer.
+    torch is imported only if NVIDIA's driver can be loaded, because without the driver it finds no device. This saves
+    1.5 seconds at every start on a machine without GPUs.
     """
     try:
         ctypes.CDLL("libcuda.so.1")
@@ -36,7 +37,7 @@ def cuda_available() -> bool:
 
 
 def cuda_devices() -> int:
-    """How many CUDA devices this process sees."""
+    """Return the number of CUDA devices that this process sees."""
     if not cuda_available():
         return 0
     import torch
@@ -46,7 +47,7 @@ def cuda_devices() -> int:
 
 @cache
 def cuda_memory() -> float | None:
-    """GiB of the smallest CUDA device that this process sees; None: there is none."""
+    """Return the memory in GiB of the smallest CUDA device that this process sees; None: there is none."""
     if not cuda_devices():
         return None
     import torch
@@ -56,32 +57,32 @@ def cuda_memory() -> float | None:
 
 
 def gpu_memory(args: Args) -> float | None:
-    """GiB of a GPU that the run has to fit in: --gpu-memory, else what this machine's GPUs have; None: unknown."""
+    """Return the GiB of a GPU that the run must fit in: --gpu-memory, or this machine's GPUs; None: unknown."""
     return cuda_memory() if args.gpu_memory is None else args.gpu_memory
 
 
 def joins_ray() -> bool:
-    """Whether the run joins a Ray cluster, which may have GPUs where this machine has none."""
+    """Return whether the run joins a Ray cluster, which may have GPUs even if this machine has none."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def plans_gpus(args: Args) -> bool:
-    """Whether a --dry-run is asked about GPUs, which this machine need not have: --gpu-memory gives their size."""
+    """Return whether a --dry-run plans for GPUs of the size --gpu-memory, even if this machine has none."""
     return args.dry_run and args.gpu_memory is not None
 
 
 def for_gpus(args: Args) -> bool:
-    """Whether training runs on GPUs, or is planned for them, as far as this machine and the flags say."""
+    """Return whether training runs on GPUs or is planned for them, as far as this machine and the flags show."""
     return cuda_available() or plans_gpus(args) or args.rollout_engine == "sglang"
 
 
 def counts_gpus(args: Args) -> bool:
-    """Whether a plan counts the memory of GPUs: unlike `for_gpus` also where only Ray's cluster may have some."""
+    """Return whether a plan counts GPU memory; unlike `for_gpus`, also if only Ray's cluster may have GPUs."""
     return for_gpus(args) or args.rollout_engine == "auto"
 
 
 def resolve(args: Args) -> Args:
-    """Args with their open values filled in; a pair at odds is left as it is, for the rules to name."""
+    """Return Args with open values filled in. Contradicting flags stay as they are; the rules report them."""
     changes: dict[str, Any] = {**_placement(args), **_batches(args), **_evaluation(args)}
     if args.bf16 is None:
         changes["bf16"] = cuda_available() or plans_gpus(args)
@@ -127,13 +128,13 @@ def _placement(args: Args) -> dict[str, Any]:
     if args.cpu_threads_per_process is None:
         engines = 0 if args.rollout_external_engines else (num_gpus or 0) // args.rollout_num_gpus_per_engine
         processes = args.actor_world_size + engines
-        # What a sum is rounded to depends on how many threads share it.
+        # The rounding of a sum depends on the number of threads that compute it.
         changes["cpu_threads_per_process"] = 1 if args.deterministic else max(1, _cores() // processes)
     return changes
 
 
 def _batches(args: Args) -> dict[str, Any]:
-    """Steps per rollout and samples per step from each other; one step where neither is given."""
+    """Compute steps per rollout and samples per step from each other; one step if neither is given."""
     changes: dict[str, Any] = {}
     if args.over_sampling_batch_size is None:
         changes["over_sampling_batch_size"] = args.rollout_batch_size
@@ -147,7 +148,7 @@ def _batches(args: Args) -> dict[str, Any]:
 
 
 def _evaluation(args: Args) -> dict[str, Any]:
-    """Unset eval flags take the rollout's; --n-samples-per-eval-prompt has a default of its own."""
+    """Return the rollout's values for unset eval flags; --n-samples-per-eval-prompt has its own default."""
     inherited: dict[str, tuple[Any, Any]] = {
         "eval_input_key": (args.eval_input_key, args.input_key),
         "eval_label_key": (args.eval_label_key, args.label_key),
@@ -161,5 +162,5 @@ def _evaluation(args: Args) -> dict[str, Any]:
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""Values inside a data line that would break, or change, later: found while the line is read.
+"""The check for values in a data row that would fail or change later.
 
-Path: `data_files` asks about each row. Invariant: what passes can be encoded as UTF-8 and JSON, copied and pickled, and
-is read as it is written.
+- Used by: `data_files`, for each row.
+- Invariant: a row that passes can be encoded as UTF-8 and JSON, copied and pickled, and is read as it is written.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 MAX_DEPTH = 100
-"""Lists and objects in one another: Python's copy and orjson's writer end at a few hundred."""
+"""The largest depth of nested lists and objects; Python's copy and orjson's writer fail at a few hundred."""
 _ODD = re.compile(rb"\\u00[0-7]|[0-9]{16}|[0-9][eE]\+?[0-9]{3}")
-"""An escaped ASCII character (NUL is one), a long number, a large exponent."""
+"""A pattern for an escaped ASCII character (such as NUL), a long number or a large exponent."""
 
 Fault = tuple[str, str]
-"""Rule and remedy."""
+"""The rule and the remedy."""
 
 
 def line_fault(line: bytes, keys: Iterable[str]) -> Fault | None:
-    """The fault inside a line that is valid JSON; None where there is none.
+    """Return the fault inside a line of valid JSON, or None.
 
-    Most lines cannot have such a fault by their bytes alone, and are not read a second time. `keys` are looked at for
-    one that is there twice.
+    For most lines the bytes show that there can be no fault, so they are not parsed a second time. `keys`: keys that
+    must not be repeated.
     """
     deep = line.count(b"[") + line.count(b"{") > MAX_DEPTH
     if not deep and _ODD.search(line) is None and all(line.count(f'"{key}"'.encode()) < 2 for key in keys):
@@ -37,7 +37,7 @@ def line_fault(line: bytes, keys: Iterable[str]) -> Fault | None:
 
 
 def value_fault(data: Any) -> Fault | None:
-    """The fault inside one row; None where there is none."""
+    """Return the fault inside one row, or None."""
     waiting: list[tuple[Any, int]] = [(data, 0)]
     while waiting:
         value, depth = waiting.pop()
@@ -45,12 +45,12 @@ def value_fault(data: Any) -> Fault | None:
             if depth == MAX_DEPTH:
                 return _too_deep()
             if isinstance(value, _Pairs) and value.twice is not None:
-                return f"the key {value.twice!r} is there twice", "leave one of the two out"
+                return f"the key {value.twice!r} is repeated", "leave one of the two out"
             held = cast(dict[Any, Any] | list[Any], value)
             waiting += ((each, depth + 1) for each in (held.values() if isinstance(held, dict) else held))
             waiting += ((key, depth + 1) for key in (held if isinstance(held, dict) else ()))
         elif (fault := _fault(value)) is not None and (depth > 1 or not isinstance(value, float)):
-            return fault  # a float that is the label is the row check's to name
+            return fault  # the row check reports a label that is a bad float
     return None
 
 
@@ -73,7 +73,7 @@ def _too_deep() -> Fault:
 
 
 class _Pairs(dict[str, Any]):
-    """A JSON object that knows a key it was given twice."""
+    """A JSON object that remembers a repeated key."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)

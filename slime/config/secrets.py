@@ -1,8 +1,8 @@
-"""The secrets of a run: which parts of its arguments nobody else may see, and where they are hidden.
+"""The masking of secrets in a run's arguments, command line, output and logs.
 
-Path: the declaration of a flag says what of it is secret (`flag(secret=...)`, `table.secret_part`); the program masks
-its own command line and its output with what is here, and every process of the run its log. Invariant: a flag that is
-declared secret needs no further care anywhere else.
+- Used by: the program, which masks its own command line and its output, and every process of the run, which masks its
+  log. A flag's declaration marks its secret part (`flag(secret=...)`, `table.secret_part`).
+- Invariant: a flag that is declared secret needs no further care anywhere else.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from slime.core.masking import HIDDEN, Masker, mask_urls
 
 T = TypeVar("T")
 ENVIRONMENT = "env:"
-"""A secret flag's value that starts so names the environment variable that holds it."""
+"""The prefix of a secret flag's value that names the environment variable with the secret."""
 
 
 def masked(secret: Secret | None, text: str) -> str:
-    """One value of a flag as it may be shown."""
+    """Return a flag's value with its secret part masked."""
     if secret == "all":
         return HIDDEN if text else text
     if secret == "url" and "://" not in text:
@@ -34,7 +34,7 @@ def masked(secret: Secret | None, text: str) -> str:
 
 
 def secret_values(values: Mapping[tuple[Source, str], Any]) -> Iterator[str]:
-    """Every string that a secret flag has among `values`, which are by (source, name)."""
+    """Yield every secret string among `values`, which are by (source, name)."""
     for spec in all_flags():
         if spec.secret is not None:
             for text in _texts(values.get((spec.source, spec.name))):
@@ -46,7 +46,7 @@ def secret_values(values: Mapping[tuple[Source, str], Any]) -> Iterator[str]:
 
 
 def masker_of(args: Args) -> Masker:
-    """A function that hides the secrets of `args` in any text."""
+    """Return a function that hides the secrets of `args` in any text."""
     values: dict[tuple[Source, str], Any] = {("slime", name): value for name, value in vars(args).items()}
     passed: list[tuple[Source, Mapping[str, Any]]] = [("sglang", args.sglang), ("router", args.router)]
     for source, mapping in passed:
@@ -61,10 +61,10 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def from_environment(value: T) -> T:
-    """A secret flag's value, or each of its values: the text, or what the variable NAME holds where it is `env:NAME`.
+    """Return a secret flag's value or values; a value `env:NAME` is replaced with the environment variable NAME.
 
     Raises:
-        ValueError: there is no such variable; the message completes "has to be ...".
+        ValueError: there is no such variable; the message completes "must be ...".
     """
     if isinstance(value, list):
         return cast(T, [from_environment(item) for item in cast(list[Any], value)])
@@ -72,12 +72,12 @@ def from_environment(value: T) -> T:
         return value
     name = value.removeprefix(ENVIRONMENT)
     if name not in os.environ:
-        raise ValueError(f"the name of an environment variable after env:, and {name or '(nothing)'} is none")
+        raise ValueError(f"the name of an environment variable after env:, but {name or '(nothing)'} is not set")
     return cast(T, os.environ[name])
 
 
 def masked_words(words: Sequence[str]) -> list[str]:
-    """A command line with its secrets replaced, each word as many bytes long as before."""
+    """Return a command line with its secrets replaced; each word keeps its length in bytes."""
     result: list[str] = []
     spec: FlagSpec | None = None
     for word in words:
@@ -98,7 +98,7 @@ def masked_words(words: Sequence[str]) -> list[str]:
 def hide_command_line(argv: Sequence[str]) -> None:
     """Replace the secrets in `argv` where other users of the machine, Ray and trackers read this process's arguments.
 
-    They were readable until now: `env:NAME` and --config keep them off the command line altogether.
+    Until this call, others could read them. `env:NAME` and --config keep secrets off the command line altogether.
     """
     changed = {old: new for old, new in zip(argv, masked_words(argv), strict=True) if old != new}
     if not changed:
@@ -109,11 +109,11 @@ def hide_command_line(argv: Sequence[str]) -> None:
 
 
 def _overwrite(changed: Mapping[bytes, bytes]) -> None:
-    """Write into the memory from which the kernel serves /proc/PID/cmdline, word by word in place (see proc(5))."""
+    """Overwrite words of /proc/PID/cmdline in place, in the memory that the kernel reads them from (see proc(5))."""
     numbers = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
     start, end = int(numbers[45]), int(numbers[46])  # fields 48 and 49, counted from 3 after the name
     if not start < end:
-        raise OSError("/proc/self/stat does not say where this process's arguments are")
+        raise OSError("/proc/self/stat does not give the address of this process's arguments")
     words = ctypes.string_at(start, end - start).split(b"\0")
     text = b"\0".join(changed.get(word, word) for word in words)
     ctypes.memmove(start, text, len(text))

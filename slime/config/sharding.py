@@ -1,7 +1,7 @@
-"""Which ranks share the optimizer's state, and whether they do where --use-distributed-optimizer is not given.
+"""The default of --use-distributed-optimizer, and the number of ranks that shard the optimizer's state.
 
-Path: `parse` decides the default once the model is known, `cluster` where it depends on GPUs of Ray's cluster.
-Invariant: a given flag is never changed, and resolving twice changes nothing.
+- Used by: `parse`, once the model is known, and `cluster`, if the default depends on the GPUs of Ray's cluster.
+- Invariant: a given flag is never changed, and resolving twice changes nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from slime.config.resolve import for_gpus, joins_ray
 
 
 def optimizer_ranks(args: Args) -> int:
-    """Number of ranks that hold the same weight, and can share its optimizer state; 1 (or less): there is nothing to
-    share.
+    """Return the number of ranks that hold the same weight and can shard its optimizer state.
 
-    These are the data-parallel x context-parallel ranks. Experts have groups of their own, which may be larger where
-    --expert-tensor-parallel-size is less than --tensor-model-parallel-size; the larger number counts.
+    These are the data-parallel x context-parallel ranks; with 1 or less there is nothing to shard. Experts have their
+    own groups, which may be larger if --expert-tensor-parallel-size is less than --tensor-model-parallel-size; the
+    larger number counts.
     """
     dense = args.data_parallel_size * args.context_parallel_size
     if not args.num_experts:
@@ -28,9 +28,9 @@ def optimizer_ranks(args: Args) -> int:
 
 
 def resolve_sharding(args: Args) -> Args:
-    """Args in which --use-distributed-optimizer is on or off.
+    """Return Args in which --use-distributed-optimizer is on or off.
 
-    It stays open in one case: this machine has no GPU, and Ray's cluster, which the run joins, may have some.
+    It stays open in one case: this machine has no GPU, but the Ray cluster that the run joins may have some.
     """
     if not for_gpus(args) and joins_ray():
         return args
@@ -38,9 +38,9 @@ def resolve_sharding(args: Args) -> Args:
 
 
 def shard_optimizer(args: Args, *, on_gpus: bool) -> Args:
-    """Args in which --use-distributed-optimizer, where it is not given, is on wherever it saves memory of a GPU.
+    """Return Args in which an unset --use-distributed-optimizer is on if it saves GPU memory.
 
-    On a CPU it stays off: ranks share one memory there, and a seeded run keeps its bits. Megatron shards Adam alone.
+    On a CPU it stays off: ranks share one memory there, and a seeded run keeps its bits. Megatron can only shard Adam.
     """
     if args.use_distributed_optimizer is not None:
         return args

@@ -1,7 +1,7 @@
-"""Text and YAML into the typed value of one flag.
+"""The conversion of text and YAML to the typed value of one flag.
 
-Path: called by `parse` for every flag given. Invariant: nothing is evaluated; what is not a value of the flag's type
-and range is a ValueError that says what is wanted.
+- Used by: `parse`, for every given flag.
+- Invariant: nothing is evaluated. A value of a wrong type or range raises a ValueError that describes what is required.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from slime.config.flags.table import FlagSpec
 
 BOOLEANS = {"true": True, "false": False}
 MOST = 2**31 - 1
-"""The largest whole number of a flag of slime without a bound of its own: counts and lengths become C integers."""
+"""The largest integer for a flag of slime without its own bound, because counts and lengths become C integers."""
 MOST_PASSED_ON = 2**63 - 1
-"""The largest of a flag that is passed on to another program."""
+"""The largest integer for a flag that is passed on to another program."""
 MAX_LAYERS = 10_000
 _MAX_PATTERN = 10_000
-"""Characters of a layer pattern."""
+"""The largest number of characters in a layer pattern."""
 _MAX_DEPTH = 50
-"""Parentheses of a layer pattern in one another."""
+"""The largest depth of nested parentheses in a layer pattern."""
 _FLOAT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def parse_layer_pattern(text: str) -> int | list[int]:
-    """Megatron's `--moe-layer-freq`: a number, a list, or a sum of repeated lists, read without eval.
+    """Parse Megatron's --moe-layer-freq, a number, a list or a sum of repeated lists, without eval.
 
     `"2"` -> 2, `"[0,1]"` -> [0, 1], `"[0]*1+[1]*45"` -> one 0 and forty-five 1, `"([0]+[1]*2)*3"` -> [0, 1, 1] * 3.
     """
@@ -44,7 +44,7 @@ def parse_layer_pattern(text: str) -> int | list[int]:
 
 
 def _layer_sum(text: str, depth: int) -> tuple[list[int], str]:
-    """term {+ term}; what could not be read comes back as the second value."""
+    """Parse `term {+ term}` and return the pattern and the text that could not be parsed."""
     pattern, rest = _layer_term(text, depth)
     while rest.startswith("+"):
         term, rest = _layer_term(rest[1:], depth)
@@ -54,10 +54,10 @@ def _layer_sum(text: str, depth: int) -> tuple[list[int], str]:
 
 
 def _layer_term(text: str, depth: int) -> tuple[list[int], str]:
-    """`[n,...]` or `( sum )`, and any `*n` after it."""
+    """Parse `[n,...]` or `( sum )`, with any `*n` after it."""
     if text.startswith("("):
         if depth == _MAX_DEPTH:
-            raise ValueError(f"a pattern with at most {_MAX_DEPTH} parentheses in one another")
+            raise ValueError(f"a pattern with at most {_MAX_DEPTH} nested parentheses")
         pattern, rest = _layer_sum(text[1:], depth + 1)
         if not rest.startswith(")"):
             return [], text
@@ -92,7 +92,7 @@ def _within(value: float, key: str, bound: float) -> bool:
 
 
 def _suffixed(text: str) -> int:
-    """64k -> 64000, 64Ki -> 65536."""
+    """Convert a number with a suffix: 64k -> 64000, 64Ki -> 65536."""
     match = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,19})?)([kMGT])|([0-9]{1,19})([KMGT])i", text)
     if match is None:
         raise ValueError("a whole number, or one such as 64k (64000) or 64Ki (65536)")
@@ -122,7 +122,7 @@ def _number(text: str) -> float:
 
 
 def _text(text: str) -> str:
-    """Anything that a file name, a header and a log can take."""
+    """Return the text if file names, headers and logs can contain it."""
     if "\0" in text:
         raise ValueError("text without NUL characters")
     if not text.isascii():
@@ -151,10 +151,10 @@ def _scalar(spec: FlagSpec, text: str) -> Any:
 
 
 def from_texts(spec: FlagSpec, texts: Sequence[str]) -> Any:
-    """The value of a flag from its words on the command line.
+    """Return the value of a flag from its words on the command line.
 
     Raises:
-        ValueError: its message completes "it takes ...".
+        ValueError: the words are no value of the flag; the message completes "must be ...".
     """
     if spec.num_values is None:
         if len(texts) != 1:
@@ -170,7 +170,7 @@ def from_texts(spec: FlagSpec, texts: Sequence[str]) -> Any:
 
 
 def from_yaml(spec: FlagSpec, value: Any) -> Any:
-    """The value of a flag from a YAML file. Raises ValueError as `from_texts`."""
+    """Return the value of a flag from a YAML file. Raises ValueError like `from_texts`."""
     if value is None and spec.optional:
         return None
     if spec.kind == "bool":

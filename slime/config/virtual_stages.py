@@ -1,7 +1,8 @@
-"""Virtual pipeline stages: into how many parts of the model each stage's layers are cut, and what their schedule asks.
+"""Virtual pipeline stages: the number of model parts per stage, and the requirements of their schedule.
 
-Path: `rules.stages` checks the flags, `dry_run.memory` counts with them, and trainers build, plan and run by them.
-Invariant: everything that has to agree about the number of parts asks here.
+- Used by: `rules.stages`, which checks the flags; `dry_run.memory`, which counts with them; trainers, which build, plan
+  and run with them.
+- Invariant: the number of model parts is computed only here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from slime.config.args import Args
 
 
 def num_chunks(args: Args) -> int:
-    """Parts of the model on every stage, which do not follow on each other; 1: stages are not virtual."""
+    """Return the number of model parts per stage, which are not adjacent; 1: there are no virtual stages."""
     stages, shape = args.pipeline_model_parallel_size, args.architecture
     if stages == 1:
         return 1
@@ -21,19 +22,19 @@ def num_chunks(args: Args) -> int:
 
 
 def micro_batch_group(args: Args) -> int:
-    """Micro-batches that a part of the model takes before it is the next part's turn."""
+    """Return the number of micro-batches that one model part processes before the next part."""
     return args.megatron_extra.get("microbatch_group_size_per_vp_stage") or args.pipeline_model_parallel_size
 
 
 def count_multiple(args: Args) -> int:
-    """A step has a multiple of so many micro-batches: the interleaved schedule runs whole groups alone."""
+    """Return the number of which a step's micro-batches are a multiple; the interleaved schedule runs whole groups."""
     return micro_batch_group(args) if num_chunks(args) > 1 else 1
 
 
 def overlaps(args: Args) -> bool:
-    """Whether stages send while they compute: what virtual stages do by default, and others cannot.
+    """Return whether stages send while they compute, which virtual stages do by default and others cannot.
 
-    Two virtual stages of the same two ranks would otherwise exchange several tensors at once in both directions, and
-    Megatron tells these apart by their order alone: between two ranks it has to be so.
+    Without overlap, two ranks with virtual stages would exchange several tensors at once in both directions, and
+    Megatron distinguishes these only by their order. So two ranks require the overlap.
     """
     return num_chunks(args) > 1 and bool(args.megatron_extra.get("overlap_p2p_comm", True))

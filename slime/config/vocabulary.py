@@ -1,7 +1,8 @@
-"""Vocabulary: which token has which number, read from a tokenizer's files without transformers.
+"""The vocabulary of a tokenizer (the id of each token), read from its files without transformers.
 
-Path: rules compare the vocabularies of two directories, and a rollout dump names the one that it was made with.
-Invariant: two directories that give every token the same number have one vocabulary, however their files are laid out.
+- Used by: rules, which compare the vocabularies of two directories; rollout dumps, which record theirs.
+- Invariant: two directories that give every token the same id have equal vocabularies, whatever the format of their
+  JSON.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from pathlib import Path
 from slime.core.small_files import MAX_JSON, is_file, read_small
 
 OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
-"""Where there is no tokenizer.json, the first of these has the vocabulary."""
+"""Files of which the first existing one has the vocabulary if there is no tokenizer.json."""
 
 
 def vocabulary_text(file: Path) -> str:
-    """The token numbers of a tokenizer.json in one text; the whole file where it is laid out otherwise."""
+    """Return the token ids of a tokenizer.json as one text, or the whole file if it has another structure."""
     text = _content(file).decode(errors="replace")
     try:
         found = json.loads(text)
@@ -30,7 +31,7 @@ def vocabulary_text(file: Path) -> str:
 
 @cache
 def vocabulary_digest(directory: str) -> str | None:
-    """A digest of the vocabulary in an HF directory; None where it has no tokenizer."""
+    """Return a digest of the vocabulary in an HF directory, or None if it has no tokenizer."""
     folder = Path(directory)
     file = folder / "tokenizer.json"
     if is_file(file):
@@ -40,7 +41,7 @@ def vocabulary_digest(directory: str) -> str | None:
 
 
 def _content(file: Path) -> bytes:
-    """A file's content; the name of one that cannot be read, which is another than any that can."""
+    """Return a file's content, or its path if it cannot be read, so that it differs from every readable one."""
     try:
         return read_small(file, MAX_JSON)
     except (OSError, ValueError):

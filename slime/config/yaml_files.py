@@ -1,8 +1,8 @@
-"""YAML files of flags: a mapping whose scalars stay as they are written.
+"""The reader of YAML files with flags; scalars stay as they are written.
 
-Path: `parse` (--config) and `eval_data` (--eval-config) read theirs here. Invariant: reading ends in bounded time and
-memory, runs no code, drops nothing, and reads no number as another (`010` and `1:30` stay text; the flag's own type
-decides).
+- Used by: `parse` (--config) and `eval_data` (--eval-config).
+- Invariant: reading takes bounded time and memory, runs no code, drops nothing and changes no number (`010` and `1:30`
+  stay text, and the flag's own type decides).
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from slime.core.small_files import read_small
 
 MAX_BYTES = 256 * 1024
 MAX_EXPANDED = 1_000_000
-"""Characters, lists and mappings once aliases are expanded."""
+"""The largest number of characters, lists and mappings after aliases are expanded."""
 
 
 class _TextLoader(yaml.SafeLoader):
-    """SafeLoader that builds text, booleans, null, lists and mappings, and nothing else."""
+    """A SafeLoader that only makes text, booleans, null, lists and mappings."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[tuple[str, str]] = set()
         for key, _ in cast(list[tuple[yaml.Node, yaml.Node]], node.value):
             written = (key.tag, str(key.value))
             if written in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is repeated", key.start_mark
+                )
             seen.add(written)
         return super().construct_mapping(node, deep)
 
@@ -37,7 +39,7 @@ def _as_written(loader: _TextLoader, node: yaml.ScalarNode) -> str:
 
 
 def _refuse(loader: _TextLoader, node: yaml.Node) -> None:
-    raise yaml.constructor.ConstructorError(None, None, f"a value of the kind {node.tag}", node.start_mark)
+    raise yaml.constructor.ConstructorError(None, None, f"a value of the type {node.tag}", node.start_mark)
 
 
 for _kind in ("int", "float", "timestamp"):
@@ -47,10 +49,10 @@ for _kind in ("binary", "omap", "pairs", "set"):
 
 
 def read_yaml_file(path: str) -> Any:
-    """The one document of a YAML file; None where it is empty.
+    """Return the single document of a YAML file, or None if it is empty.
 
     Raises:
-        ValueError: the file cannot be read, is larger than MAX_BYTES or MAX_EXPANDED, or not YAML of this kind. The
+        ValueError: the file cannot be read, is larger than MAX_BYTES or MAX_EXPANDED, or is not YAML of this kind. The
             message completes "FILE ...".
     """
     try:
@@ -77,14 +79,14 @@ def read_yaml_file(path: str) -> Any:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Characters and nodes below this one and itself, each alias counted as what it refers to.
+    """Return the number of characters and nodes in this node; an alias counts like the node that it refers to.
 
     Raises:
-        ValueError: a node holds an alias of itself.
+        ValueError: a node contains an alias of itself.
     """
     if id(node) in known:
         if not known[id(node)]:
-            raise ValueError("has a value that holds itself")
+            raise ValueError("has a value that contains itself")
         return known[id(node)]
     known[id(node)] = 0  # until it is counted
     if isinstance(node, yaml.MappingNode):

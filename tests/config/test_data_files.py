@@ -210,7 +210,7 @@ def test_small_floats_that_are_no_labels_name_the_row(tmp_path: Path) -> None:
     labels = pyarrow.array([16777215.0, 123456789.0, math.nan, -math.inf], pyarrow.float32())
     problems = check_rows(write_parquet(tmp_path / "a.parquet", rows, label=labels), KEYS, chat_template=False)
     assert [problem.where.rpartition(":")[2] for problem in problems] == ["row 1", "row 2", "row 3"]
-    assert problems[0].rule == "'label' is 123456790.0: from 16777216 on its column skips integers"
+    assert problems[0].rule == "'label' is 123456790.0: its column cannot represent all integers from 16777216 on"
     assert problems[1].rule == "'label' is nan, not text or a number"
     metadata = pyarrow.array(
         [{"x": [1.5]}, {"x": [math.inf]}] * 2, pyarrow.struct([("x", pyarrow.list_(pyarrow.float16()))])
@@ -266,21 +266,21 @@ def test_eval_sets(run: Run) -> None:
     ("text", "message"),
     [
         ("datasets: []", "has no list `datasets`"),
-        ("datasets: [{name: a}]", "a set without path"),
+        ("datasets: [{name: a}]", "a set has no path"),
         ("datasets: [{name: a, path: b, tempratur: 1}]", "unknown keys ['tempratur']"),
-        ("datasets: [{name: a, path: b, temperature: hot}]", "a: temperature is hot; a value has to be a number"),
-        ("datasets: [{name: a, path: b, top_p: .inf}]", "a: top_p is .inf; a value has to be a number"),
-        ("datasets: [{name: a, path: b, top-p: null, failed-as: no}]", "a: failed_as is False; a value has to be text"),
-        ("datasets: [{name: a, path: b, failed_as: lost}]", "a value has to be one of wrong, excluded"),
-        ("datasets: [{name: a, path: b, name: c}]", "cannot be read (the key 'name' twice, line 1)"),
-        ("datasets: [{name: a, path: b}]\ndatasets: []", "cannot be read (the key 'datasets' twice, line 2)"),
-        ("datasets: [{name: a, path: b, top_p: 1, top-p: 1}]", "top_p and top-p are two spellings of one key"),
+        ("datasets: [{name: a, path: b, temperature: hot}]", "a: temperature is hot; a value must be a number"),
+        ("datasets: [{name: a, path: b, top_p: .inf}]", "a: top_p is .inf; a value must be a number"),
+        ("datasets: [{name: a, path: b, top-p: null, failed-as: no}]", "a: failed_as is False; a value must be text"),
+        ("datasets: [{name: a, path: b, failed_as: lost}]", "a value must be one of wrong, excluded"),
+        ("datasets: [{name: a, path: b, name: c}]", "cannot be read (the key 'name' is repeated, line 1)"),
+        ("datasets: [{name: a, path: b}]\ndatasets: []", "cannot be read (the key 'datasets' is repeated, line 2)"),
+        ("datasets: [{name: a, path: b, top_p: 1, top-p: 1}]", "top_p and top-p are spellings of the same key"),
         (
             "datasets: [{name: a, path: b, top_p: 1, eval-top-p: 1}]",
-            "top_p and eval-top-p are two spellings of one key",
+            "top_p and eval-top-p are spellings of the same key",
         ),
-        ("datasets: [{name: a, path: b, <<: {top-k: 1}, eval_top_k: 1}]", "top-k and eval_top_k are two spellings"),
-        ("datasets: [{name: a, path: b}, {name: a, path: c}]", "two evaluation sets of one name"),
+        ("datasets: [{name: a, path: b, <<: {top-k: 1}, eval_top_k: 1}]", "top-k and eval_top_k are spellings"),
+        ("datasets: [{name: a, path: b}, {name: a, path: c}]", "two evaluation sets have the same name"),
         ("datasets: [", "cannot be read"),
     ],
 )
@@ -294,7 +294,7 @@ def test_bad_eval_config(run: Run, text: str, message: str) -> None:
 
 def test_a_bad_slice_is_said_once(run: Run) -> None:
     assert run.error("--prompt-data", f"{run.data}@[5]") == (
-        f"--prompt-data {run.data}@[5]: [5] is not a slice; write path@[start:stop], either of them may be left out"
+        f"--prompt-data {run.data}@[5]: [5] is not a slice; write path@[start:stop], where both may be left out"
     )
 
 
@@ -325,8 +325,8 @@ DEEP = "[" * 150 + "]" * 150
         ('{"prompt": "a\\u0000b"}', "NUL character"),
         ('{"prompt": "a", "metadata": {"a\\u0000b": 1}}', "NUL character"),
         ('{"prompt": "a\\ud800b"}', "not JSON|surrogate"),
-        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
-        ('{"prompt": "a", "pr\\u006fmpt": "b"}', "the key 'prompt' is there twice"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is repeated"),
+        ('{"prompt": "a", "pr\\u006fmpt": "b"}', "the key 'prompt' is repeated"),
     ],
 )
 def test_values_that_would_break_later_are_named_by_line(tmp_path: Path, line: str, says: str) -> None:

@@ -48,10 +48,10 @@ def test_their_number_is_the_number_of_urls(bare: Run) -> None:
         (f"{FAR}", "engine-weights: neither it nor --save was given, and http://10.0.0.7:4000 must read files there"),
         ("--bf16 --rollout-engine sglang --rollout-num-gpus 1", "--rollout-engine sglang: SGLang needs a GPU"),
         (f"{OWN} --sglang-pp-size 2", "--sglang-pp-size 2: an engine must be one tensor-parallel group"),
-        (f"{OWN} --sglang-api-key=", "--sglang-api-key: is empty, and an empty key is no key"),
+        (f"{OWN} --sglang-api-key=", "--sglang-api-key: is empty, and an empty key does not count"),
         (f"{OWN} --router-api-key kéy", "--router-api-key: has a space, a control character or a letter outside"),
         (f"{OWN} --router-control-plane-api-keys x", "--router-control-plane-api-keys: value 1 of 1 has 1 of the 4"),
-        (f"{OWN} --router-control-plane-api-keys a:b:admin:c a:b:root:c", "value 2 of 2 has another role than admin"),
+        (f"{OWN} --router-control-plane-api-keys a:b:admin:c a:b:root:c", "value 2 of 2 has a role other than admin"),
         (f"{OWN} --router-control-plane-api-keys a:b:admin:", "value 1 of 1 has a KEY that is empty"),
         (f"{OWN} --router-control-plane-api-keys :b:admin:c", "value 1 of 1 has no ID or no NAME"),
         (

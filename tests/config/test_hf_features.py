@@ -248,13 +248,13 @@ def test_rope_in_two_places_has_to_agree() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": "4"}, "num_hidden_layers '4' in config.json has to be a whole number from 1 on"),
-        ({"num_attention_heads": 0}, "num_attention_heads 0 in config.json has to be a whole number from 1 on"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers '4' in config.json must be a whole number from 1 on"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 in config.json must be a whole number from 1 on"),
         ({"hidden_size": None}, "hidden_size None in config.json"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps 'small' in config.json has to be a number above 0"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps 'small' in config.json must be a number above 0"),
         ({"rope_parameters": {"rope_theta": None}}, "rope_theta None in rope_parameters of config.json"),
-        ({"rope_parameters": [1]}, "rope_parameters [1] in config.json has to be an object"),
-        ({"layer_types": "full"}, "layer_types 'full' in config.json has to be a list"),
+        ({"rope_parameters": [1]}, "rope_parameters [1] in config.json must be an object"),
+        ({"layer_types": "full"}, "layer_types 'full' in config.json must be a list"),
     ],
 )
 def test_values_of_the_wrong_kind(run: Run, change: dict[str, Any], message: str) -> None:
@@ -279,7 +279,7 @@ def test_weights_of_another_model(run: Run, field: str) -> None:
     assert f"{field} {other}: its config.json has --norm-epsilon 0.01, and the model 1e-05" in told(rms_norm_eps=0.01)
     assert "--rotary-base 500, and the model 10000" in told(rope_parameters={"rope_theta": 500.0})
     assert "model_type llama, and the model is glm4" in told(model_type="llama", attention_bias=False)
-    assert "is_causal False is not built" in told(is_causal=False)
+    assert "is_causal False is not supported" in told(is_causal=False)
     meant = ("--norm-epsilon", "0.01", "--override-hf-config", "norm-epsilon")
     told(rms_norm_eps=0.01)
     assert run.errors(*words, *meant) == []
@@ -290,5 +290,5 @@ def test_all_that_is_not_built_at_once_and_what_nobody_reads(run: Run) -> None:
     error = run.error()
     assert "is_causal False" in error and "hidden_act 'gelu'" in error
     (run.hf / "config.json").write_text(json.dumps(GLM4_TINY | {"wave_factor": 2.0, "_own": 1, "empty": None}))
-    [warning] = [text for text in run.warnings() if "nothing here reads" in text]
-    assert "its config.json has keys that nothing here reads: wave_factor;" in warning
+    [warning] = [text for text in run.warnings() if "slime does not read" in text]
+    assert "its config.json has keys that slime does not read: wave_factor;" in warning

@@ -112,7 +112,7 @@ def test_labels_of_choices(run: Run) -> None:
         f"{run.data}:2: boxed_gpqa finds no right choice: the label 'Paris' is neither a letter (A to J) nor one of "
         "metadata.choices []; give it a letter, the text of one of metadata.choices, or metadata.correct_letter"
     )
-    assert "the right letter is D, and there are 3 choices" in errors[2]
+    assert "the right letter is D, but there are only 3 choices" in errors[2]
     assert errors[5].startswith(f"{run.data}: 1 more of 7 rows")
 
 
@@ -134,5 +134,5 @@ def test_a_choice_has_one_letter() -> None:
     with pytest.raises(ValueError, match="several choices"):
         right_letter("Paris", ["Paris", "Rome", "Paris"])
     assert right_letter("Paris", ["Paris", "Rome", "Paris"], "C") == "C"
-    with pytest.raises(ValueError, match="is choice 11, and letters go to J"):
+    with pytest.raises(ValueError, match="is choice 11, but letters end at J"):
         right_letter("10", [str(number) for number in range(12)])

@@ -73,7 +73,10 @@ NO_TURN = "'prompt': the last message is the assistant's and calls a tool"
         ([_user(7)], f"{FIRST}the content 7, which is neither text nor a list of parts"),
         ([_user({"text": "a"})], f"{FIRST}the content {{'text': 'a'}}, which is neither"),
         ([_user([])], f"{FIRST}the content [], which has no parts"),
-        ([_user([TEXT, {"type": "image_url"}])], f"{FIRST}a part 1 that is of type 'image_url'; models here read text"),
+        (
+            [_user([TEXT, {"type": "image_url"}])],
+            f"{FIRST}a part 1 that is of type 'image_url'; the models read",
+        ),
         ([_user(["a"])], f"{FIRST}a part 0 that is 'a'"),
         ([_user([{"text": "a"}])], f"{FIRST}a part 0 that is {{'text': 'a'}}"),
         ([_user([{"type": "text"}])], f"{FIRST}a part 0 whose text is null"),

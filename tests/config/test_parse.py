@@ -69,8 +69,8 @@ def test_old_names_of_sglangs_flags(run: Run, tmp_path: Path, words: str, expect
     [
         (
             "--sglang-cuda-graph-bs 1 --sglang-cuda-graph-bs-decode 2",
-            "--sglang-cuda-graph-bs-decode: is another name of --sglang-cuda-graph-bs, which is given, too; give "
-            "--sglang-cuda-graph-bs-decode alone",
+            "--sglang-cuda-graph-bs-decode: is another name of --sglang-cuda-graph-bs, which is also given; give "
+            "only --sglang-cuda-graph-bs-decode",
         ),
         (
             "--sglang-elastic-ep-rejoin 3",
@@ -78,7 +78,7 @@ def test_old_names_of_sglangs_flags(run: Run, tmp_path: Path, words: str, expect
         ),
         (
             "--sglang-torchao-config int8wo",
-            "--sglang-torchao-config: SGLang 0.5.21 has no such flag any more; quantize with --sglang-quantization, "
+            "--sglang-torchao-config: SGLang 0.5.21 no longer has this flag; quantize with --sglang-quantization, "
             "or leave it out",
         ),
         (
@@ -98,7 +98,7 @@ def test_a_flag_under_its_old_name_overrides_a_file(run: Run, tmp_path: Path) ->
     assert dict(args.sglang) == {"cuda_graph_bs_decode": [2]}
     (tmp_path / "off.yaml").write_text("sglang_enable_breakable_cuda_graph: false\n")
     [error] = run.errors("--config", str(tmp_path / "off.yaml"))
-    assert "is a switch with another name now; write sglang-cuda-graph-backend-prefill: breakable" in error
+    assert "is a switch that now has another name; write sglang-cuda-graph-backend-prefill: breakable" in error
 
 
 def test_pass_through(run: Run) -> None:
@@ -127,27 +127,27 @@ def test_pass_through(run: Run) -> None:
         ),
         (["--qqqq"], "--qqqq: unknown flag; --help lists all"),
         (["--train-iters", "5"], "--train-iters: slime's loop counts rollouts"),
-        (["--lr", "fast"], "--lr fast: has to be a number;"),
-        (["--lr", "-1"], "--lr -1: has to be a number >= 0;"),
-        (["--lr", "nan"], "--lr nan: has to be a number;"),
-        (["--lr"], "--lr (nothing): has to be one value;"),
-        (["--lr", "1", "2"], "--lr 1 2: has to be one value;"),
-        (["--num-rollout", "1.5"], "--num-rollout 1.5: has to be a whole number;"),
-        (["--rollout-top-p", "1.5"], "--rollout-top-p 1.5: has to be a number > 0 and <= 1;"),
-        (["--kl-loss-type", "k4"], "--kl-loss-type k4: has to be one of k1, k2, k3, low_var_kl;"),
-        (["--spec", "a"], "--spec a: has to be 2 values;"),
+        (["--lr", "fast"], "--lr fast: must be a number;"),
+        (["--lr", "-1"], "--lr -1: must be a number >= 0;"),
+        (["--lr", "nan"], "--lr nan: must be a number;"),
+        (["--lr"], "--lr (nothing): must be one value;"),
+        (["--lr", "1", "2"], "--lr 1 2: must be one value;"),
+        (["--num-rollout", "1.5"], "--num-rollout 1.5: must be a whole number;"),
+        (["--rollout-top-p", "1.5"], "--rollout-top-p 1.5: must be a number > 0 and <= 1;"),
+        (["--kl-loss-type", "k4"], "--kl-loss-type k4: must be one of k1, k2, k3, low_var_kl;"),
+        (["--spec", "a"], "--spec a: must be 2 values;"),
         (["--balance-data", "yes"], "--balance-data yes: takes no value; write --balance-data or --no-balance-data"),
-        (["--lr=1", "2"], "'2': stands behind no flag;"),
+        (["--lr=1", "2"], "'2': does not follow a flag;"),
         (["--sglang-tp-size", "2"], "--sglang-tp-size 2: slime sets it itself; use --rollout-num-gpus-per-engine"),
         (["--sglang-tensor-parallel-size=2"], "--sglang-tensor-parallel-size 2: slime sets it itself;"),
-        (["--sglang-context-length", "1.5Ki"], "--sglang-context-length 1.5Ki: has to be a whole number, or one such"),
-        (["--sglang-max-total-tokens", "64K"], "--sglang-max-total-tokens 64K: has to be a whole number, or one such"),
-        (["--rollout-batch-size", "1k"], "--rollout-batch-size 1k: has to be a whole number;"),
-        (["--update-weight-pause", "wait"], "--update-weight-pause wait: has to be one of drain, abort, in_place,"),
-        (["--log-probs-chunk-size", "0"], "--log-probs-chunk-size 0: has to be a number >= 1;"),
+        (["--sglang-context-length", "1.5Ki"], "--sglang-context-length 1.5Ki: must be a whole number, or one such"),
+        (["--sglang-max-total-tokens", "64K"], "--sglang-max-total-tokens 64K: must be a whole number, or one such"),
+        (["--rollout-batch-size", "1k"], "--rollout-batch-size 1k: must be a whole number;"),
+        (["--update-weight-pause", "wait"], "--update-weight-pause wait: must be one of drain, abort, in_place,"),
+        (["--log-probs-chunk-size", "0"], "--log-probs-chunk-size 0: must be a number >= 1;"),
         (["--sglang-port", "1"], "--sglang-port 1: slime sets it itself;"),
         (["--sglang-model-path", "x"], "--sglang-model-path x: slime sets it itself; use --hf-checkpoint"),
-        (["--moe-layer-freq", "__import__('os')"], "--moe-layer-freq __import__('os'): has to be a number, a list"),
+        (["--moe-layer-freq", "__import__('os')"], "--moe-layer-freq __import__('os'): must be a number, a list"),
     ],
 )
 def test_refused(run: Run, words: list[str], message: str) -> None:
@@ -190,7 +190,7 @@ def test_a_bad_value_is_reported_once() -> None:
     run = Run(Path("."), base)
     more = ["--label-key", "label", "--rm-type", "deepscaler"]
     assert run.error(*more, "--num-rolout", "3").startswith("--num-rolout: unknown flag")
-    assert run.error(*more, "--num-rollout", "x").startswith("--num-rollout x: has to be a whole number")
+    assert run.error(*more, "--num-rollout", "x").startswith("--num-rollout x: must be a whole number")
 
 
 def test_yaml_and_precedence(run: Run) -> None:
@@ -209,11 +209,11 @@ def test_yaml_and_precedence(run: Run) -> None:
     ("text", "message"),
     [
         ("lrr: 1", "lrr: unknown flag; did you mean --lr?"),
-        ("lr: [1, 2]", "lr [1, 2]: has to be one value, not a list;"),
-        ("lr: null", "lr None: has to be a value;"),
-        ("balance_data: 1", "balance_data 1: has to be true or false;"),
+        ("lr: [1, 2]", "lr [1, 2]: must be one value, not a list;"),
+        ("lr: null", "lr None: must be a value;"),
+        ("balance_data: 1", "balance_data 1: must be true or false;"),
         ("config: other.yaml", "config: a configuration file cannot name another;"),
-        ("- lr", "holds no mapping;"),
+        ("- lr", "is not a mapping;"),
         ("lr: [", "cannot be read"),
     ],
 )

@@ -17,7 +17,7 @@ from slime.engine.embedded.settings import parse_settings
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 AT_TOP = {"quantization_config": FP8}
-MESSAGE = "config.json has quantization_config (quant_method fp8), and quantized weights are not supported"
+MESSAGE = "config.json has quantization_config (quant_method fp8), but quantized weights are not supported"
 
 
 def described(run: Run, config: dict[str, Any], name: str = "hf") -> Path:
@@ -37,7 +37,7 @@ def test_every_directory_on_the_command_line(run: Run, field: str, more: list[st
     assert run.errors(field, str(plain), *ppo, *more) == []
     other = described(run, AT_TOP, "other")
     assert run.error(field, str(other), *ppo, *more) == (
-        f"{field} {other}: {MESSAGE}; take the model's bf16 or fp32 release, or dequantize it first"
+        f"{field} {other}: {MESSAGE}; use the model's bf16 or fp32 release, or dequantize it first"
     )
 
 
@@ -56,7 +56,7 @@ def test_every_directory_on_the_command_line(run: Run, field: str, more: list[st
     ],
 )
 def test_keys_of_config_json(run: Run, config: dict[str, Any], where: str) -> None:
-    assert f"{where}, and quantized weights are not supported" in run.error(
+    assert f"{where}, but quantized weights are not supported" in run.error(
         "--hf-checkpoint", str(described(run, config))
     )
 

@@ -44,12 +44,12 @@ def test_a_dump_says_how_it_was_sampled(run: Run) -> None:
     [
         ("--rollout-top-p 0.9", "", ["top-p 0.9 (dump"]),
         ("--rollout-top-k 20", "", ["top-k 20 (dump"]),
-        ("--rollout-temperature 0.7", "", ["at temperature 0.7, and --rollout-temperature is 1 (give"]),
+        ("--rollout-temperature 0.7", "", ["at temperature 0.7, but --rollout-temperature is 1 (give"]),
         ("--rollout-top-p 0.9", "--rollout-top-p 0.9", ["top-p 0.9 (dump"]),
         (
             "--rollout-top-p 0.9 --rollout-top-k 5 --rollout-temperature 0.7",
             "--rollout-temperature 0.8",
-            ["top-p 0.9", "top-k 5", "at temperature 0.7, and --rollout-temperature is 0.8"],
+            ["top-p 0.9", "top-k 5", "at temperature 0.7, but --rollout-temperature is 0.8"],
         ),
     ],
 )
@@ -122,4 +122,4 @@ def test_a_first_line_that_is_none(run: Run, line: str) -> None:
     path = Path(run.directory / "0.jsonl")
     path.write_text(line + "\n")
     words = ["--debug-train-only", "--load-debug-rollout-data", str(path)]
-    assert f"{path}:1 is no rollout dump's first line" in run.error(*words)
+    assert f"{path}:1 is not the first line of a rollout dump" in run.error(*words)

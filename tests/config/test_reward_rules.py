@@ -67,18 +67,18 @@ def test_a_lines_own_type(run: Run, own: str) -> None:
     _lines(run, {"rm_type": "math"}, None, {"rm_type": "accuracy"}, {"rm_type": 5}, {"rm_type": None})
     errors = run.errors()
     assert [error.partition(": ")[0] for error in errors] == [f"{run.data}:3", f"{run.data}:4"]
-    assert "metadata.rm_type is 'accuracy', which is none; one of deepscaler" in errors[0]
+    assert "metadata.rm_type 'accuracy' is unknown; one of deepscaler" in errors[0]
     _without(run, "--rm-type")
     _lines(run, {"rm_type": "random"}, None)
     assert run.error() == (
-        f"{run.data}:2: nothing says how to judge it; give it metadata.rm_type, or add --rm-type or --custom-rm-path"
+        f"{run.data}:2: it has no reward type; give it metadata.rm_type, or add --rm-type or --custom-rm-path"
     )
     _lines(run, {"rm_type": "boxed_f1"})
     assert run.errors() == []
     _without(run, "--label-key")
     assert "metadata.rm_type is 'boxed_f1', which compares the answer with a label; add --label-key" in run.error()
     _lines(run, {"rm_type": "remote_rm"})
-    assert run.error() == f"{run.data}:1: metadata.rm_type is 'remote_rm', and there is no --rm-url; add --rm-url"
+    assert run.error() == f"{run.data}:1: metadata.rm_type is 'remote_rm', but there is no --rm-url; add --rm-url"
     assert run.errors(*URL) == []
     assert run.errors("--dry-run") == []  # a plan reads no data
     assert run.errors("--custom-rm-path", f"{own}.reward") == []  # which judges every line
@@ -95,7 +95,7 @@ def test_an_empty_label_is_never_right(run: Run, own: str) -> None:
 def test_lines_of_an_evaluation_set(run: Run) -> None:
     held_out = run.directory / "held-out.jsonl"
     held_out.write_text(json.dumps({**MESSAGE, "metadata": {"rm_type": "accuracy"}}) + "\n")
-    assert run.error("--eval-prompt-data", "a", str(held_out)).startswith(f"{held_out}:1: metadata.rm_type is")
+    assert run.error("--eval-prompt-data", "a", str(held_out)).startswith(f"{held_out}:1: metadata.rm_type 'acc")
 
 
 def test_a_remote_judge_has_an_address(run: Run) -> None:
@@ -138,7 +138,7 @@ def test_another_antlr_runtime_is_refused_where_answers_are_mathematics(
 ) -> None:
     assert run.errors() == []
     _installed(run, monkeypatch, "4.9.3")
-    rule = "antlr4-python3-runtime 4.9.3 is installed, and verdicts on answers were tested with 4.13.2"
+    rule = "antlr4-python3-runtime 4.9.3 is installed, but the comparison of answers was tested with 4.13.2"
     says = f"{rule}; pip install antlr4-python3-runtime==4.13.2"
     assert run.error() == f"--rm-type deepscaler: {says}"
     assert run.error("--rm-type", "boxed_dapo") == f"--rm-type boxed_dapo: {says}"

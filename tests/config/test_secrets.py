@@ -91,8 +91,8 @@ def test_args_yaml_leaves_secrets_out_and_says_so(run: Run) -> None:
         "--rm-type", "remote_rm", "--rm-url", url, "--sglang-api-key", "PLANTED", "--router-policy", "random"
     )
     text = dump_args(args)
-    assert "# rm_url is not written here, it holds a secret: http://***@host/judge?token=***\n" in text
-    assert "# sglang_api_key is not written here, it holds a secret: ***\n" in text
+    assert "# rm_url is not written here, because it holds a secret: http://***@host/judge?token=***\n" in text
+    assert "# sglang_api_key is not written here, because it holds a secret: ***\n" in text
     assert "router_policy: random" in text
     file = run.directory / "args.yaml"
     file.write_text(text)
@@ -111,7 +111,7 @@ def test_a_secret_can_be_taken_from_the_environment(run: Run, monkeypatch: pytes
     assert list(run.args("--config", str(file)).router["control_plane_api_keys"]) == ["a:b:admin:c"]
     monkeypatch.delenv("MY_KEY")
     error = run.error("--sglang-api-key", "env:MY_KEY")
-    assert "the name of an environment variable after env:, and MY_KEY is none" in error
+    assert "the name of an environment variable after env:, but MY_KEY is not set" in error
     assert run.args("--rollout-stop", "env:MY_KEY").rollout_stop == ("env:MY_KEY",), "secrets alone"
 
 

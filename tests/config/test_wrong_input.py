@@ -126,7 +126,7 @@ def test_out_of_range(run: Run, flag: str) -> None:
     value = out_of_range(spec_of(flag))
     assert value is not None
     error = run.error(flag, value)
-    assert error.startswith(f"{flag} {value}: has to be ")
+    assert error.startswith(f"{flag} {value}: must be ")
 
 
 # --- contradicted -----------------------------------------------------------------------------------------------
@@ -301,11 +301,11 @@ def test_hf_config_against_model_args(run: Run, flag: str) -> None:
     """An error that names both values; gone where --override-hf-config names the flag."""
     values = IN_CONFIG[flag]
     words = [flag, *values] if values else [spec_of(flag).off[0]]
-    [error] = [text for text in run.errors(*words) if "config.json says" in text]
+    [error] = [text for text in run.errors(*words) if "config.json has --" in text]
     assert error.startswith(" ".join(words))
-    assert f"{run.hf}/config.json says {flag}" in error
+    assert f"{run.hf}/config.json has {flag}" in error
     overridden = run.errors(*words, "--override-hf-config", flag.removeprefix("--"))
-    assert not any("config.json says" in text for text in overridden)
+    assert not any("config.json has --" in text for text in overridden)
 
 
 def test_all_at_once(run: Run) -> None:

@@ -176,7 +176,7 @@ def test_a_bad_line_is_named(
 def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"missing\.jsonl.*cannot be read"):
         DataBuffer(_args(str(tmp_path / "missing.jsonl")), tokenizer)
-    with pytest.raises(ValueError, match=r"data\.csv: \.csv is no kind of data file.*\.parquet"):
+    with pytest.raises(ValueError, match=r"data\.csv: \.csv is not a known type of data file.*\.parquet"):
         DataBuffer(_args(str(tmp_path / "data.csv")), tokenizer)
     with pytest.raises(ValueError, match="--prompt-data"):
         DataBuffer(Args(), tokenizer)

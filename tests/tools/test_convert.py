@@ -149,7 +149,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     convert, convert_back = tool_main("convert_hf_to_torch_dist"), tool_main("convert_torch_dist_to_hf")
     with pytest.raises(ValueError, match=r"--hf-checkpoint and --save: .* give both"):
         convert(["--hf-checkpoint", str(hf)])
-    with pytest.raises(ValueError, match=r"--num-layers 3: .*config.json says --num-layers 2"):
+    with pytest.raises(ValueError, match=r"--num-layers 3: .*config.json has --num-layers 2"):
         convert(["--num-layers", "3", "--hf-checkpoint", str(hf), "--save", str(tmp_path / "dist")])
     with pytest.raises(ValueError, match="--sav: unknown flag; did you mean --save"):
         convert(["--hf-checkpoint", str(hf), "--sav", str(tmp_path / "dist")])
