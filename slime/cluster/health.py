@@ -90,12 +90,12 @@ class RestartLimit:
     """Counts the restarts of each process within the last hour."""
 
     def __init__(self, most: int) -> None:
-        """`most`: restarts of one process within an hour."""
+        """`most` is how many restarts of one process an hour may have."""
         self._most = most
         self._times: dict[str, deque[float]] = {}
 
     def allow(self, what: str, *, now: float) -> bool:
-        """Whether `what` may be restarted at `now`, in seconds of any clock; if so, it is counted."""
+        """Return whether `what` may be restarted at `now`, in seconds of any clock; if so, it is counted."""
         times = self._times.setdefault(what, deque())
         while times and now - times[0] >= RESTARTS_WITHIN_S:
             times.popleft()

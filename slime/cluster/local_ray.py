@@ -15,7 +15,7 @@ import socket
 import time
 
 LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""With 0, Ray uses 127.0.0.1 as this node's address, also on Linux; otherwise its servers listen on all interfaces."""
+"""A Ray variable: with 0, Ray uses 127.0.0.1 as its address, also on Linux; otherwise it listens on all interfaces."""
 AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 ADDRESS = "RAY_ADDRESS"

@@ -178,9 +178,9 @@ def lay_out(want: Demand, gpus: Sequence[Slot], cpus: Sequence[Slot]) -> Layout:
     gpus, free = sorted(gpus, key=lambda slot: slot.order), iter(cpus)
     on_gpu = want.num_trainers if want.trainers_on_gpu else 0
     trainers = gpus[:on_gpu] if want.trainers_on_gpu else [next(free) for _ in range(want.num_trainers)]
-    size, behind = want.gpus_per_engine, 0 if want.colocated else on_gpu
+    size, first = want.gpus_per_engine, 0 if want.colocated else on_gpu
     engines = [
-        tuple(gpus[behind + index * size : behind + (index + 1) * size]) if size else (next(free),)
+        tuple(gpus[first + index * size : first + (index + 1) * size]) if size else (next(free),)
         for index in range(want.num_engines)
     ]
     for index, slots in enumerate(engines):

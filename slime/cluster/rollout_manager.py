@@ -297,8 +297,8 @@ class RolloutManager:
         assert self._client is not None, "there are engines"
         version = self._context.policy_version
         right = {str(version + ahead) for ahead in range(1 + self._args.rollouts_ahead)}  # the next may be arriving
-        told = zip(await self._client.workers(), await self._client.weight_versions(), strict=True)
-        wrong = [f"{url} reports {reported}" for url, reported in told if reported not in right]
+        reports = zip(await self._client.workers(), await self._client.weight_versions(), strict=True)
+        wrong = [f"{url} reports {version}" for url, version in reports if version not in right]
         if wrong:
             raise RuntimeError(
                 f"engines have lost policy version {version} while it was generated with: {', '.join(wrong)}; it was "

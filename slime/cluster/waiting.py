@@ -34,7 +34,7 @@ class Waiter:
         self._where = where
         self._limit, self._because = limit, because
         self._names: dict[Any, str] = {}
-        self._behind: dict[Any, str] = {}
+        self._watched: dict[Any, str] = {}
 
     def set_limit(self, limit: float, *, because: str) -> None:
         self._limit, self._because = limit, because
@@ -45,7 +45,7 @@ class Waiter:
 
     def watch(self, phase: str, ref: Any) -> None:
         """Watch `ref`, which is made in the background: from now on its failure ends whatever is waited for."""
-        self._behind[ref] = phase
+        self._watched[ref] = phase
 
     def get(
         self,
@@ -69,12 +69,12 @@ class Waiter:
         silence = 0.0
         seen: object = None
         while waiting:
-            behind = [ref for ref in self._behind if ref not in waiting]
-            ready, _ = ray.wait([*waiting, *behind], num_returns=1, timeout=POLL_S)
+            watched = [ref for ref in self._watched if ref not in waiting]
+            ready, _ = ray.wait([*waiting, *watched], num_returns=1, timeout=POLL_S)
             silence += clock.tick()
             for ref in ready:
                 silence = 0.0
-                self._raise_failure(self._behind.pop(ref, phase), ref, waiting)
+                self._raise_failure(self._watched.pop(ref, phase), ref, waiting)
                 if ref in waiting:
                     waiting.remove(ref)
             now = time.monotonic()

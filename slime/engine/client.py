@@ -263,7 +263,7 @@ class EngineClient:
             try:
                 infos.append(EngineInfo.from_json(server, model))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise EngineError(url, 200, f"it says nothing of its model, so it is no engine: {error!r}") from error
+                raise EngineError(url, 200, f"it reports no model, so it is no engine: {error!r}") from error
         return infos
 
     # ---- memory

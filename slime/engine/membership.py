@@ -18,7 +18,7 @@ from slime.engine.launch import ask, is_healthy, refusal, register_worker
 from slime.engine.protocol import RouterEndpoint
 
 LABEL = "slime"
-"""The label of this project's registrations, which tells a killed run's entries from a user's."""
+"""The label of this project's registrations, which distinguishes a killed run's entries from a user's."""
 
 SOON_S = 10.0
 """Seconds within which a router notices that an engine is healthy."""
@@ -42,7 +42,7 @@ class Member:
     metadata: Mapping[str, Any]
 
     def is_left_over(self) -> bool:
-        """Whether the engine died together with the run that had registered it."""
+        """Return whether the engine died together with the run that had registered it."""
         return LABEL in self.metadata and not self.is_healthy and not is_healthy(self.url)
 
 

@@ -24,7 +24,7 @@ class RefusalProbe:
         self._probed = 0.0
 
     def is_due(self, waited: float) -> bool:
-        """Whether to ask an engine now about a request that has waited `waited` seconds."""
+        """Return whether to ask an engine now about a request that has waited `waited` seconds."""
         return waited >= PROBE_EVERY and time.monotonic() - self._probed >= PROBE_EVERY
 
     async def raise_refusal(self, request: GenerateRequest, engine: str) -> None:

@@ -50,7 +50,7 @@ class WeightGroup:
         if self._gloo:
             group.broadcast([_bytes_on_cpu(tensor, after)], options).wait(self._timeout)
             return
-        with _stream_behind(after, tensor.device):
+        with _stream_after(after, tensor.device):
             group.broadcast([tensor], options).wait(self._timeout)  # with a timeout, NCCL blocks the thread, too
 
     def close(self, *, broken: bool = False) -> None:
@@ -82,7 +82,7 @@ def _bytes_on_cpu(tensor: Tensor, after: Filled) -> Tensor:
 
 
 @contextmanager
-def _stream_behind(event: Filled, device: torch.device) -> Iterator[None]:
+def _stream_after(event: Filled, device: torch.device) -> Iterator[None]:
     """Use a new stream that waits for `event`, so this thread does not queue after another thread's work."""
     if event is None:
         yield

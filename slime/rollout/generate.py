@@ -140,8 +140,8 @@ def append_response(
     version = int(response.weight_version) if response.weight_version.isdecimal() else 0
     sample.tokens = sample.tokens + tokens
     sample.response_length += len(tokens)
-    sample.rollout_log_probs = _behind(sample.rollout_log_probs, response.log_probs, begun)
-    sample.policy_versions = _behind(sample.policy_versions, [version] * len(tokens), begun)
+    sample.rollout_log_probs = _appended(sample.rollout_log_probs, response.log_probs, begun)
+    sample.policy_versions = _appended(sample.policy_versions, [version] * len(tokens), begun)
     if sample.loss_mask is not None:
         sample.loss_mask = sample.loss_mask + [1] * len(tokens)
     if args.use_routing_replay:
@@ -179,6 +179,6 @@ def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None
     sample.routed_experts = np.ascontiguousarray(routes[: len(sample.tokens) - 1, shape.first_dense_layers :])
 
 
-def _behind(values: list[T] | None, more: list[T], begun: bool) -> list[T] | None:
+def _appended(values: list[T] | None, more: list[T], begun: bool) -> list[T] | None:
     """Return `values` + `more`; if an earlier part of the response came without values, they stay missing."""
     return None if begun and values is None else [*(values or []), *more]

@@ -1,8 +1,9 @@
 """A check that a set of weights is finite, made while it is streamed to the engines.
 
-Path: a trainer passes the stream of whole tensors (`megatron.hf_weights.iter_hf_tensors`) through here on its way to a
-transport. Invariant: a set with a value that is not finite never reaches its end, so its last bucket, which carries the
-policy version, is never sent: no engine reports that it holds such a set.
+- Where it sits: a trainer passes the stream of whole tensors (`megatron.hf_weights.iter_hf_tensors`) through here on
+  its way to a transport.
+- Invariant: a set with a value that is not finite never reaches its end. So its last bucket, which carries the policy
+  version, is never sent, and no engine reports that it holds such a set.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from slime.core.errors import RunError
 from slime.sync.stream import NamedTensor
 
 NAMED = 4
-"""Weights that the error lists; it counts the rest."""
+"""The number of weights that the error lists; it counts the rest."""
 COUNTED_AT_ONCE = 2**24
-"""Values of a tensor that are counted together: counting needs memory for copies."""
+"""The number of values that are counted together, because counting needs memory for copies."""
 
 
 def finite(tensors: Callable[[], Iterable[NamedTensor]], *, described: Callable[[], str]) -> Iterator[NamedTensor]:
@@ -28,13 +29,13 @@ def finite(tensors: Callable[[], Iterable[NamedTensor]], *, described: Callable[
     Each tensor costs one reduction on its device (its least and greatest value). The results stay there until the
     stream has ended, so the host waits for the device once and not once for each tensor.
 
-    Collective where torch.distributed is initialised: all ranks iterate to the end, and all raise if one has found
+    It is collective if torch.distributed is initialised: all ranks iterate to the end, and all raise if one has found
     something, because another data-parallel rank may hold weights that this one does not send. Only then are the
     tensors streamed a second time, to count the values.
 
     Args:
-        tensors: starts the stream; the same tensors every time.
-        described: what the weights are and where they are from, as the beginning of the error.
+        tensors: starts the stream, with the same tensors every time.
+        described: returns what the weights are and their source, as the beginning of the error.
 
     Raises:
         RunError: naming weights that are not finite, with the number of their values that are not.
@@ -49,7 +50,7 @@ def finite(tensors: Callable[[], Iterable[NamedTensor]], *, described: Callable[
 
 
 def _anywhere(extremes: list[Tensor]) -> bool:
-    """Whether one of `extremes` is not finite, on any rank."""
+    """Return whether one of `extremes` is not finite, on any rank."""
     if not extremes:
         return False
     found = (~torch.stack([extreme.float() for extreme in extremes]).isfinite()).any().int()
@@ -59,7 +60,7 @@ def _anywhere(extremes: list[Tensor]) -> bool:
 
 
 def _count(tensors: Iterable[NamedTensor]) -> dict[str, tuple[int, int]]:
-    """{name: (values that are not finite, all values)} of the tensors that have such values."""
+    """Return {name: (values that are not finite, all values)} for the tensors with such values."""
     found: dict[str, tuple[int, int]] = {}
     for name, tensor in tensors:
         parts = tensor.detach().reshape(-1).split(COUNTED_AT_ONCE)
@@ -70,7 +71,7 @@ def _count(tensors: Iterable[NamedTensor]) -> dict[str, tuple[int, int]]:
 
 
 def _gathered(found: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """All ranks' findings; a weight that several ranks hold counts as the first of them holds it."""
+    """Return the findings of all ranks; for a weight on several ranks, those of the first."""
     if not _has_peers():
         return found
     of_ranks: list[dict[str, tuple[int, int]]] = [{}] * dist.get_world_size()

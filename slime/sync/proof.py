@@ -21,7 +21,7 @@ from slime.sync.transport import Transport
 PROMPT = list(range(16))
 """Token ids that exist in every vocabulary."""
 ANSWER_TOLERANCE = 0.02
-"""How much a log-prob may differ: bf16 kernels vary this much between two runs."""
+"""The largest difference of a log-prob that bf16 kernels may cause between two runs."""
 
 
 def prove_weights(transport: Transport, export: Path, *, version: int) -> None:
@@ -70,6 +70,6 @@ def check_versions(transport: Transport, *, version: int) -> None:
     Raises:
         RuntimeError: naming the engines that report another.
     """
-    wrong = [f"{url} reports {told}" for url, told in transport.versions().items() if told != str(version)]
+    wrong = [f"{url} reports {found}" for url, found in transport.versions().items() if found != str(version)]
     if wrong:
         raise RuntimeError(f"weight sync: policy version {version} was sent, {', '.join(wrong)}")

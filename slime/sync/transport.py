@@ -48,7 +48,7 @@ from slime.engine.client import EngineClient, EngineError
 from slime.sync.stream import NamedTensor
 
 PauseChoice = Literal["drain", "abort", "in_place", "retract"]
-"""What happens to requests in flight when weights change, by --update-weight-pause."""
+"""The treatment of requests in flight when weights change (--update-weight-pause)."""
 DRAIN_WITHIN_S = 1800.0
 POLL_S = 0.05
 END_WITHIN_S = 5.0

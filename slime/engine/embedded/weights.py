@@ -33,7 +33,7 @@ class EngineWeights:
     """Writes into `model.weights`; no other code does."""
 
     def __init__(self, model: Model, scheduler: Scheduler, *, sessions: bool = True) -> None:
-        """`sessions`: take buckets only inside a weight-update session, as SGLang does from 0.5.21 on."""
+        """`sessions` allows buckets only inside a weight-update session, as SGLang does from 0.5.21 on."""
         self._model = model
         self._scheduler = scheduler
         self.sessions = sessions
