@@ -146,7 +146,7 @@ def test_auto_is_decided_by_the_cluster_that_is_joined(bare: Run, monkeypatch: p
     args, problems = bare.load(*words)
     decided = "sglang" if cuda_available() else "auto"
     assert args.rollout_engine == decided
-    assert decided == "sglang" or "SGLang where Ray's cluster has GPUs" in format_plan(args, problems)
+    assert decided == "sglang" or "SGLang if Ray's cluster has GPUs" in format_plan(args, problems)
 
 
 @pytest.mark.skipif(cuda_available(), reason="is about a machine without CUDA")

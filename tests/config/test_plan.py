@@ -132,11 +132,11 @@ def test_what_is_said() -> None:
     assert "weights and optimizer while the engine has it; 4 of them on a node" in rows["host memory"]
     text = format_plan(shared, [])
     assert "take turns on a GPU" in text
-    assert re.search(r"the GPU holds of both: training [\d.]+, weights sent [\d.]+, generating [\d.]+ GiB", text)
+    assert re.search(r"the GPU holds for both: training [\d.]+, weights sent [\d.]+, generating [\d.]+ GiB", text)
     fits = numbers(rows["weights"])[1] or 0.0
     fits += numbers(rows["KV cache"])[1] or 0.0
     assert f"takes 50% of a GPU for weights and KV: one of {2 * fits:,.0f} GiB" in text
-    assert "the GPU holds of both: always" in format_plan(replace(shared, offload=False), [])
+    assert "the GPU holds for both: always" in format_plan(replace(shared, offload=False), [])
     assert "not estimated: a mixture of experts" in format_plan(replace(PAGE, num_experts=8), [])
 
 
@@ -152,6 +152,6 @@ def test_a_plan_on_this_machine(run: Run) -> None:
 def test_a_program_that_generates_ahead_says_so() -> None:
     ahead = replace(PAGE, rollouts_ahead=1)
     assert "one rollout ahead" not in format_plan(PAGE, [])
-    assert "the weight sync waits until it is whole" in format_plan(ahead, [])
+    assert "the weight sync waits until it is complete" in format_plan(ahead, [])
     passes = replace(ahead, update_weight_pause="abort")
     assert "the weight sync passes between its requests" in format_plan(passes, [])

@@ -160,7 +160,7 @@ def test_num_epoch_is_planned_by_the_rows_of_the_file(run: Run) -> None:
     run.base[run.base.index("--num-rollout") : run.base.index("--num-rollout") + 2] = ["--num-epoch", "3"]
     run.data.write_text(run.data.read_text() * 9)
     plan = format_plan(*run.load("--dry-run", "--prompt-data", f"{run.data}@[2:]"))
-    assert f"3 epochs of 7 rows: 6 rollouts (fewer where prompts are too long) from {run.data}@[2:]" in plan
+    assert f"3 epochs of 7 rows: 6 rollouts (fewer if some prompts are too long) from {run.data}@[2:]" in plan
     assert "3 epochs from /nowhere.jsonl" in format_plan(*run.load("--dry-run", "--prompt-data", "/nowhere.jsonl"))
     at = run.base.index("--prompt-data")
     del run.base[at : at + 2]

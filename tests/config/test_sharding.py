@@ -36,7 +36,9 @@ def test_where_it_is_on(run: Run, flags: str, ranks: int, shared: bool) -> None:
     args, problems = run.load(*ON_GPUS, *FOUR, *flags.split())
     assert (optimizer_ranks(args), args.use_distributed_optimizer) == (ranks, shared)
     assert ("a share of 1/" in format_plan(args, problems)) == shared
-    assert ("not shared by the 4 ranks: Megatron shards adam alone" in format_plan(args, problems)) == ("sgd" in flags)
+    assert ("not sharded over the 4 ranks: Megatron can only shard adam" in format_plan(args, problems)) == (
+        "sgd" in flags
+    )
 
 
 @pytest.mark.skipif(cuda_available(), reason="is about a machine without CUDA")
@@ -61,7 +63,7 @@ def test_a_cluster_of_others_decides(run: Run, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     args, problems = run.load(*FOUR, "--rollout-engine", "auto", "--bf16")
     assert args.use_distributed_optimizer is None
-    assert "shared (--use-distributed-optimizer) where Ray's cluster has GPUs" in format_plan(args, problems)
+    assert "sharded (--use-distributed-optimizer) if Ray's cluster has GPUs" in format_plan(args, problems)
     assert choose_engine(args, 8).use_distributed_optimizer is True
     assert choose_engine(args, 0).use_distributed_optimizer is False
 

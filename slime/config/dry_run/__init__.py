@@ -1,1 +1,1 @@
-"""The output of --dry-run: the plan, and the memory that a device needs by kind."""
+"""The output of --dry-run: the plan, and a device's memory by kind."""

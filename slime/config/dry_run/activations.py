@@ -1,10 +1,11 @@
-"""Activations kept for the backward pass: one row an operation, in bytes, for one rank and one micro-batch.
+"""The activations kept for the backward pass, in bytes per operation, for one rank and one micro-batch.
 
-Path: `memory` adds these to what a rank holds all the time. Invariant: nothing is fitted. Every number is a product of
-shapes of tensors that can be pointed at in `slime.megatron`, in megatron-core's layers and in PyTorch's kernels.
+- Used by: `memory`, which adds them to the memory that a rank always holds.
+- Invariant: no number is fitted. Each is a product of the shapes of tensors in `slime.megatron`, megatron-core's layers
+  or PyTorch's kernels.
 
-`query`, `ffn` and `vocabulary` are this rank's, a TP-th of the model's; `rows` are the tokens that norms and residuals
-work on, a TP-th of the pack under sequence parallelism.
+`query`, `ffn` and `vocabulary` are the sizes on this rank, 1/TP of the model's. `rows` are the tokens that norms and
+residuals work on, 1/TP of the pack with sequence parallelism.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from slime.core.architecture import Architecture, padded_vocab_size
 FP32 = 4
 TOKEN_ID = 8
 KEPT_LOGITS = 5 * 2**30
-"""slime.megatron.logprobs's KEPT_BYTES: bytes of logits that a GPU keeps for the backward pass."""
+"""The bytes of logits that a GPU keeps for the backward pass (KEPT_BYTES in slime.megatron.logprobs)."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Operation:
 
     name: str
     saved: int
-    """Bytes that it keeps for its backward pass, which frees them when it is done."""
+    """The bytes that it keeps for its backward pass, which frees them at its end."""
     working: int
-    """Bytes that exist besides while its backward pass runs: gradients on their way, and intermediate results."""
+    """The additional bytes during its backward pass: gradients and intermediate results."""
 
 
 def saved_bytes(operations: Iterable[Operation]) -> int:
@@ -37,7 +38,10 @@ def saved_bytes(operations: Iterable[Operation]) -> int:
 
 
 def backward_peak(operations: Sequence[Operation]) -> int:
-    """The most that lives at once while `operations` go backward, last one first."""
+    """Return the largest number of bytes at one time while `operations` run backward, the last one first.
+
+    With operations A and B that save 5 and 3 bytes and work with 1 and 4, it is max(5 + 3 + 4, 5 + 1) = 12.
+    """
     return max(
         (saved_bytes(operations[: index + 1]) + operation.working for index, operation in enumerate(operations)),
         default=0,
@@ -46,7 +50,7 @@ def backward_peak(operations: Sequence[Operation]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """Sizes of one training rank, in elements; `width` in bytes."""
+    """The sizes of one training rank in elements; `width` is in bytes."""
 
     shape: Architecture
     tokens: int
@@ -66,9 +70,11 @@ class Rank:
 
     @property
     def keys_per_token(self) -> float:
-        """Keys that are attended to, for each of this rank's tokens, where context parallelism has gathered them.
+        """Return the number of gathered keys per token of this rank, averaged over its two chunks.
 
-        Of every sequence a rank holds a chunk that lies as far from its begin as the other from its end.
+        In zigzag context parallelism a sequence is cut into 2 x CP chunks, and rank r holds chunk r and its mirror
+        2 x CP - 1 - r. They attend to r + 1 and 2 x CP - r chunks of keys: together 2 x CP + 1 for two chunks of
+        tokens, on every rank alike.
         """
         return (2 * self.cp + 1) / 2 if self.cp > 1 else 1
 
@@ -78,32 +84,35 @@ class Rank:
 
     @property
     def residual(self) -> int:
-        """Bytes of the residual stream, and of its gradient, which lives through the whole backward pass."""
+        """Return the bytes of the residual stream; its gradient has as many during the whole backward pass."""
         return self.width * self.rows * self.shape.hidden_size
 
     def values(self, channels: int) -> int:
-        """Bytes of so many channels of every token."""
+        """Return the bytes of `channels` channels of every token."""
         return self.width * self.tokens * channels
 
     def weight_gradient(self, size: int) -> int:
-        """A weight's gradient on its way to the fp32 buffer; a CPU makes an fp32 copy of a bf16 one to add it."""
+        """Return the bytes of a weight's gradient before it is added to the fp32 buffer.
+
+        A CPU first makes an fp32 copy of a bf16 gradient.
+        """
         return size * (self.width + (FP32 if self.width < FP32 and not self.on_cuda else 0))
 
 
 def _norm(rank: Rank, name: str, rows: int, channels: int, *, arriving: int = 0) -> Operation:
-    """RMSNorm of `rows` vectors; `arriving`: its output's gradient, where that is not the residual stream's."""
+    """Return the RMSNorm of `rows` vectors. `arriving`: bytes of its output's gradient if not the residual stream's."""
     size = rows * channels
     if rank.on_cuda:  # the fused kernel keeps its input
         saved, working = rank.width * size, rank.width * size
-    elif rank.width == FP32:  # megatron.kernels.cpu keeps the normed input
+    elif rank.width == FP32:  # megatron.kernels.cpu keeps the normalized input
         saved, working = FP32 * size, 2 * FP32 * size
-    else:  # PyTorch's composite one keeps both in fp32, and makes four more of them on its way back
+    else:  # PyTorch's composite norm keeps both in fp32, and makes four more such tensors in its backward pass
         saved, working = 2 * FP32 * size, 4 * FP32 * size
     return Operation(name, saved + FP32 * rows, rank.residual + arriving + working)
 
 
 def _attention(rank: Rank) -> list[Operation]:
-    """From the QKV projection to the output projection."""
+    """Return the operations from the QKV projection to the output projection."""
     query, key, heads = rank.query, rank.key, rank.shape.num_attention_heads // rank.tp
     qkv = query + 2 * key
     log_sums = FP32 * rank.tokens * heads
@@ -118,21 +127,21 @@ def _attention(rank: Rank) -> list[Operation]:
     if rank.shape.qk_layernorm:
         groups = rank.shape.num_query_groups // rank.tp
         norms = _norm(rank, "norms of queries and keys", rank.tokens * (heads + groups), rank.shape.kv_channels)
-        extra = rank.values(query + key) if rank.on_cuda else 0  # keys are a view of all of the projection's output
+        extra = rank.values(query + key) if rank.on_cuda else 0  # keys are a view of the whole projection's output
         operations.append(Operation(norms.name, norms.saved + extra, norms.working + rank.values(qkv)))
     gathered = int(rank.values(key) * rank.keys_per_token)  # as many bytes of values
     if rank.on_cuda:
-        # the varlen kernel: rotated queries and keys, values, and the output, which is the projection's input, too.
-        # Values are a view of all of the QKV projection's output, unless they were gathered.
+        # The varlen kernel keeps rotated queries and keys, values, and the output (also the projection's input).
+        # Values are a view of the whole QKV projection's output, unless they were gathered.
         whole = rank.values(qkv) if rank.cp == 1 and not rank.shape.qk_layernorm else 0
         kept = rank.values(2 * query) + (gathered + whole if rank.cp == 1 else 2 * gathered)
-        # backward: gradients of output and queries, the latter in fp32 too; keys' and values' for every query head
+        # backward: gradients of output and queries (also in fp32), and of keys and values for every query head
         expanded = 0 if query == key else 2 * int(rank.values(query) * rank.keys_per_token)
         working = rank.residual + rank.values(2 * query) + FP32 * rank.tokens * query + expanded + 2 * gathered
         operations.append(Operation("attention: q, k, v, output", kept + log_sums, working))
         projection_input = 0
     else:
-        # rectangles of padded sequences; the output is unpadded into another tensor for the projection
+        # Sequences are padded into rectangles, and the output is unpadded into another tensor for the projection.
         kept = rank.values(2 * query) + 2 * gathered
         working = rank.residual + rank.values(2 * query + 2 * qkv)
         operations.append(Operation("attention: q, k, v, output", kept + log_sums, working))
@@ -149,7 +158,7 @@ def _attention(rank: Rank) -> list[Operation]:
 
 def _mlp(rank: Rank) -> list[Operation]:
     hidden, ffn = rank.shape.hidden_size, rank.ffn
-    # gradients of output, gate and up; megatron.kernels.cpu writes the last two into one tensor beside gradient x up
+    # gradients of output, gate and up; megatron.kernels.cpu also has a tensor with gradient x up
     glu = (3 if rank.on_cuda or rank.width < FP32 else 4) * ffn
     kept = 2 if rank.on_cuda else 3
     return [
@@ -169,7 +178,7 @@ def _mlp(rank: Rank) -> list[Operation]:
 
 
 def layer_operations(rank: Rank) -> list[Operation]:
-    """One transformer layer in the order of its forward pass: everything that autograd keeps."""
+    """Return the operations of one transformer layer in the order of its forward pass."""
     shape, hidden = rank.shape, rank.shape.hidden_size
 
     def norm(name: str, *, arriving: int = 0) -> Operation:
@@ -183,21 +192,22 @@ def layer_operations(rank: Rank) -> list[Operation]:
 
 
 def _recomputed(rank: Rank, unit: Sequence[Operation], *, kept: int, shared: int) -> Operation:
-    """Operations of which only the inputs are kept (`kept`), and which run forward again before they go backward.
+    """Return a recomputed unit: only its input is kept, and it runs forward again before it runs backward.
 
-    `shared`: of what they then keep, the part that is an input itself. Their second output lives as long as they do.
+    `kept`: bytes of the input. `shared`: bytes that its operations keep and that are the input itself. The output of
+    the second forward pass exists as long as the unit runs backward.
     """
     return Operation("recomputed: its input", kept, rank.residual + backward_peak(unit) - shared)
 
 
 def stage_operations(args: Args, rank: Rank, *, num_layers: int, is_first: bool, is_last: bool) -> list[Operation]:
-    """The operations of one pipeline stage on one micro-batch, recomputation applied."""
+    """Return the operations of one pipeline stage on one micro-batch, with recomputation applied."""
     shape = rank.shape
     layer = layer_operations(rank)
     shared = rank.residual if rank.on_cuda else 0  # the first norm keeps the residual stream itself
     if args.recompute_granularity == "full":
         size = min(args.recompute_num_layers or 1, num_layers)
-        if args.recompute_method == "block":  # the first `size` layers each for itself, the others not at all
+        if args.recompute_method == "block":  # each of the first `size` layers by itself, the others not at all
             once = _recomputed(rank, layer, kept=rank.residual, shared=shared)
             layers = [*[once] * size, *layer * (num_layers - size)]
         else:
@@ -219,7 +229,10 @@ def stage_operations(args: Args, rank: Rank, *, num_layers: int, is_first: bool,
 
 
 def _selective(rank: Rank, operation: Operation) -> Operation:
-    """Core attention run again: only its inputs are kept, queries and (for keys and values) the projection's output."""
+    """Return the operation with recomputed core attention.
+
+    Only its inputs are kept: the queries, and the projection's output for keys and values.
+    """
     if not operation.name.startswith("attention:"):
         return operation
     kept = rank.values(rank.query + rank.query + 2 * rank.key)
@@ -231,7 +244,10 @@ def _selective(rank: Rank, operation: Operation) -> Operation:
 
 
 def log_probs_operation(args: Args, rank: Rank) -> Operation:
-    """Log-probs of the response tokens, chunk by chunk: the backward pass makes logits again, but for a GPU's kept."""
+    """Return the operation that computes the response tokens' log-probs chunk by chunk.
+
+    The backward pass computes logits again, except those that a GPU kept.
+    """
     logits, chunk = _chunk(args, rank)
     hidden = rank.shape.hidden_size
     table = local_vocabulary(args, rank.shape) * hidden
@@ -239,10 +255,10 @@ def log_probs_operation(args: Args, rank: Rank) -> Operation:
     if rank.on_cuda:
         whole_chunks = KEPT_LOGITS // (rank.width * logits)
         kept = min(whole_chunks * logits, rank.tokens * local_vocabulary(args, rank.shape)) * rank.width
-    # The output layer's gradient: in bf16 each chunk's product goes into the buffer of gradients (on a GPU without a
-    # copy of its own), in fp32 the chunks are summed beside it. A CPU has a chunk's logits twice in fp32 before, and in
-    # bf16 twice, too.
-    fresh = 0 if kept else logits  # the gradient of logits that were kept takes their place
+    # The output layer's gradient: in bf16 each chunk's product is added to the gradient buffer (on a GPU without a
+    # copy), in fp32 the chunks are summed in another tensor first. Before that, a CPU holds a chunk's logits twice in
+    # fp32, and with bf16 also twice in bf16.
+    fresh = 0 if kept else logits  # the gradient of kept logits replaces them
     half = rank.width < FP32
     product = 0 if rank.on_cuda and half else rank.width * table
     adding = rank.width * (fresh + chunk * hidden) + product
@@ -254,7 +270,10 @@ def log_probs_operation(args: Args, rank: Rank) -> Operation:
 
 
 def log_probs_forward(args: Args, rank: Rank) -> int:
-    """Bytes of the same without a backward pass; on a CPU, bf16 hidden states and logits exist in both dtypes."""
+    """Return the bytes of log-probs without a backward pass.
+
+    On a CPU, bf16 hidden states and logits exist in both dtypes.
+    """
     logits, _ = _chunk(args, rank)
     hidden = rank.tokens * rank.shape.hidden_size
     if rank.on_cuda:
@@ -264,7 +283,7 @@ def log_probs_forward(args: Args, rank: Rank) -> int:
 
 
 def _chunk(args: Args, rank: Rank) -> tuple[int, int]:
-    """Logits of one chunk of this rank's vocabulary, and its tokens."""
+    """Return the number of logits in one chunk on this rank, and the chunk's number of tokens."""
     assert args.log_probs_chunk_size is not None, "resolve fills it in"
     tokens = min(args.log_probs_chunk_size, rank.tokens)
     return tokens * local_vocabulary(args, rank.shape), tokens

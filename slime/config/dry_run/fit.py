@@ -1,7 +1,7 @@
-"""Whether what is planned fits in a GPU, and which changes would make it fit.
+"""The check of whether a plan fits in a GPU's memory, and the changes that would make it fit.
 
-Path: `parse` adds `memory_problems` to those of the rules; `plan` prints `comparison` and `recompute_hint`. Invariant:
-every number comes from `memory`'s model, also those of a change that is proposed: it is the same model with other args.
+- Used by: `parse`, which adds `memory_problems` to the rules'; `plan` prints `comparison` and `recompute_hint`.
+- Invariant: every number comes from `memory`'s model, also the numbers of a proposed change.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from slime.config.virtual_stages import num_chunks
 
 GIB = 2**30
 WARN_ABOVE = 0.92
-"""Share of a GPU from which a plan is warned about: what the model leaves out (fragments of the allocator's memory,
-workspaces of single kernels) is then likely to be missing."""
+"""The fraction of a GPU above which there is a warning. The rest is for memory that the model does not count: fragments
+of the allocator and workspaces of single kernels."""
 SGLANG_SHARE = 0.88
-"""About the share of a GPU that SGLang takes where --sglang-mem-fraction-static is not given."""
+"""The approximate fraction of a GPU that SGLang takes without --sglang-mem-fraction-static."""
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 NO_RECOMPUTE = {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None}
 LEAST_SAVED = 0.05
-"""Share of a step's time from which less recomputation is worth a hint."""
+"""The fraction of a step's time that less recomputation must save to be worth a hint."""
 TOKENS_STEP = 128
-"""A smaller --max-tokens-per-gpu is proposed as a multiple of this."""
+"""The number of which a proposed --max-tokens-per-gpu is a multiple."""
 _READ = frozenset(
     [
         *(item.name for section in (ArchitectureOptions, ParallelOptions) for item in fields(section)),
@@ -51,18 +51,18 @@ _READ = frozenset(
         *("optimizer", "use_distributed_optimizer", "optimizer_cpu_offload", "bf16", "gpu_memory"),
     ]
 )
-"""Fields that the memory model reads. Where one of them is wrong, there is no plan to check yet."""
+"""The fields that the memory model reads. If one of them is wrong, there is no plan to check yet."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Memory that one GPU holds at one time."""
+    """The memory that one GPU holds at one time."""
 
     name: str
     planned: int
-    """Bytes."""
+    """The planned bytes."""
     limit: int
-    """Bytes that it has to stay within: the GPU's, or SGLang's share of it."""
+    """The bytes that it must not exceed: those of the GPU, or of SGLang's share of it."""
 
     @property
     def share(self) -> float:
@@ -73,9 +73,9 @@ class Moment:
 
 
 def moments(args: Args, size: float) -> list[Moment]:
-    """Memory that GPUs of `size` GiB hold, moment by moment; empty where memory is not estimated.
+    """Return the memory that GPUs of `size` GiB hold at each moment; empty if memory is not estimated.
 
-    Training and an engine of SGLang's are counted; an embedded engine is in host memory, external ones are not ours.
+    Training and SGLang engines are counted. An embedded engine is in host memory, and external engines are not ours.
     """
     total = int(size * GIB)
     train = train_memory(args, on_cuda=True)
@@ -94,7 +94,7 @@ def moments(args: Args, size: float) -> list[Moment]:
 
 
 def _taken(args: Args, engine: EngineMemory, total: int) -> int:
-    """Bytes that SGLang takes for weights and KV: its share of the GPU, whatever the requests need."""
+    """Return the bytes that SGLang takes for weights and KV cache: its share of the GPU, whatever requests need."""
     taken = int((args.sglang.get("mem_fraction_static") or SGLANG_SHARE) * total)
     most = args.sglang.get("max_total_tokens")
     return taken if most is None else min(taken, engine.weights + most * engine.token)
@@ -108,7 +108,7 @@ def fullest(found: Sequence[Moment]) -> Moment:
 
 Change = dict[str, Any]
 Measure = Callable[[Args, float], tuple[str, Change] | None]
-"""The flags to type and the changed fields; None: it is in use already, or cannot be."""
+"""A function that returns the flags to give and the changed fields, or None if it is already used or impossible."""
 
 
 def _share_optimizer(args: Args, size: float) -> tuple[str, Change] | None:
@@ -128,7 +128,10 @@ def recompute_flags(change: Change) -> str:
 
 
 def _smaller_packs(args: Args, size: float) -> tuple[str, Change] | None:
-    """The most tokens that fit. A response of full length stands alone, so fewer than its own save nothing."""
+    """Propose the largest number of tokens that fits.
+
+    A response of full length gets a pack of its own, so a budget below its length saves nothing.
+    """
     shape, most = args.architecture, args.max_tokens_per_gpu
     if shape is None or most is None or not args.use_dynamic_batch_size:
         return None
@@ -156,7 +159,7 @@ def _fewer_logits(args: Args, size: float) -> tuple[str, Change] | None:
 
 
 def _more_tensor_parallel(args: Args, size: float) -> tuple[str, Change] | None:
-    """The next larger size that divides what it has to and fits by itself; else the largest that divides."""
+    """Propose the smallest larger size that is possible and fits, or else the largest possible one."""
     largest: tuple[str, Change] | None = None
     tensor = 2 * args.tensor_model_parallel_size
     while tensor <= min(args.actor_world_size, 8):
@@ -182,7 +185,7 @@ def _take_turns(args: Args, size: float) -> tuple[str, Change] | None:
 
 
 def _other_share(args: Args, size: float) -> tuple[str, Change] | None:
-    """SGLang's largest share that leaves the rest of the GPU what it needs, and holds its own weights."""
+    """Propose the largest share for SGLang that leaves enough for the rest and holds SGLang's own weights."""
     if args.rollout_engine == "embedded" or args.rollout_external_engines:
         return None
     for hundredths in range(90, 5, -5):
@@ -212,11 +215,11 @@ MEASURES: tuple[Measure, ...] = (
     _more_tensor_parallel,
     _offload_optimizer,
 )
-"""From the cheapest to the dearest in time."""
+"""The measures, from the one that costs least time to the one that costs most."""
 
 
 def _fits(args: Args, size: float, *, only: str = "") -> bool:
-    """Whether every moment is below the warning; `only`: those of training, or those of the engine."""
+    """Return whether every moment is below the warning; `only`: consider only training, or only the engine."""
     found = moments(args, size)
     if only == "training":
         found = [moment for moment in found if moment.name == "training"] or found
@@ -226,7 +229,10 @@ def _fits(args: Args, size: float, *, only: str = "") -> bool:
 
 
 def remedies(args: Args, size: float) -> list[str]:
-    """Changes that make the plan fit, each with the fullest moment after it; together where none does alone."""
+    """Return changes that make the plan fit, each with the fullest moment after it.
+
+    If no single change is enough, return a combination of changes.
+    """
     limit = 1.0 if fullest(moments(args, size)).share > 1 else WARN_ABOVE
     found: list[str] = []
     for measure in MEASURES:
@@ -240,7 +246,7 @@ def remedies(args: Args, size: float) -> list[str]:
 
 
 def _together(args: Args, size: float) -> list[str]:
-    """Measures that each make it smaller, until it fits."""
+    """Return measures that together reduce memory, with the fullest moment after them."""
     changed, used = args, list[str]()
     for measure in MEASURES:
         proposal = measure(changed, size)
@@ -254,21 +260,21 @@ def _together(args: Args, size: float) -> list[str]:
     if not used:
         return []
     verdict = f"{' '.join(used)} together: {after}"
-    return [verdict if after.share <= 1 else f"{verdict}, which is still too much: take more or larger GPUs"]
+    return [verdict if after.share <= 1 else f"{verdict}, which is still too much: use more or larger GPUs"]
 
 
 def _excess(args: Args, size: float) -> int:
-    """Bytes by which all moments together are above the warning."""
+    """Return the number of bytes by which all moments together exceed the warning."""
     return sum(max(moment.planned - int(WARN_ABOVE * moment.limit), 0) for moment in moments(args, size))
 
 
-# --- what is said ----------------------------------------------------------------------------------------------------
+# --- problems and lines of the plan ----------------------------------------------------------------------------------
 
 
 def memory_problems(args: Args, others: Sequence[Problem]) -> list[Problem]:
-    """One error or warning where the plan does not fit, or hardly fits, in a GPU of known size.
+    """Return one error or warning if the plan does not fit, or hardly fits, in a GPU of known size.
 
-    `others`: what is wrong besides. With wrong sizes there is no plan to check.
+    `others`: the problems found so far. If sizes are wrong, there is no plan to check.
     """
     size = gpu_memory(args) if counts_gpus(args) else None
     wrong = {field for problem in others if problem.severity == "error" for field in problem.fields}
@@ -283,11 +289,11 @@ def _problems(args: Args, size: float) -> Iterable[Problem]:
         return
     too_much = any(moment.share > 1 for moment in found)
     needs = ", ".join(f"{moment.name} {moment}" for moment in found)
-    rule = f"the plan needs more than the GPU has: {needs}" if too_much else f"the plan leaves little of it: {needs}"
+    rule = f"the plan needs more than the GPU has: {needs}" if too_much else f"the plan leaves little memory: {needs}"
     ways = remedies(args, size)
-    remedy = f"what would help: {'; '.join(ways)}" if ways else "take more GPUs, or a smaller model"
+    remedy = f"what would help: {'; '.join(ways)}" if ways else "use more GPUs, or a smaller model"
     if too_much and args.memory_check:
-        remedy += "; --no-memory-check starts it all the same"
+        remedy += "; --no-memory-check starts it anyway"
     yield Problem(
         severity="error" if too_much and args.memory_check else "warning",
         where="--gpu-memory",
@@ -299,13 +305,13 @@ def _problems(args: Args, size: float) -> Iterable[Problem]:
 
 
 def comparison(args: Args, size: float) -> str:
-    """One line of the plan with the memory at each moment and the GPU's size."""
+    """Return a line of the plan with the memory at each moment and the GPU's size."""
     found = ", ".join(f"{moment.name} {moment}" for moment in moments(args, size))
     return f"of a GPU's {size:,.1f} GiB: {found or 'as much as SGLang chooses to take'}"
 
 
 def recompute_hint(args: Args, size: float) -> str | None:
-    """A line with memory and time of less recomputation, where that fits as well; None: there is nothing to say."""
+    """Return a line with memory and time of less recomputation if that also fits, and None otherwise."""
     shape, train = args.architecture, train_memory(args, on_cuda=True)
     if shape is None or train is None or args.recompute_granularity is None:
         return None
@@ -321,10 +327,11 @@ def recompute_hint(args: Args, size: float) -> str | None:
 
 
 def _less_recompute(args: Args, layers: int) -> Iterable[tuple[str, float | None, Change]]:
-    """From no recomputation to nearly as much as now: how to say it, share of the time that it saves, fields.
+    """Yield settings from no recomputation to nearly as much as now: description, saved fraction of time, fields.
 
-    A step takes a forward pass, two such for the backward pass, and the part of one that is run again. Of selective
-    recompute, which runs core attention alone again, that part depends on the lengths of responses: it is not told.
+    A step takes the time of one forward pass, of two more for the backward pass, and of the recomputed part. With 32
+    recomputed layers of 32, no recomputation saves 32 / (3 x 32 + 32) = 25 %. Selective recompute repeats only core
+    attention, and its time depends on the lengths of responses, so the saved fraction is None.
     """
     if args.recompute_granularity != "full":
         yield "without recomputation", None, NO_RECOMPUTE
@@ -336,7 +343,7 @@ def _less_recompute(args: Args, layers: int) -> Iterable[tuple[str, float | None
 
     yield "without recomputation", saved(0), NO_RECOMPUTE
     if num_chunks(args) > 1:
-        return  # with virtual stages a number of layers is each virtual stage's
+        return  # with virtual stages, the number of layers applies to each virtual stage
     for count in (count for count in range(1, now) if saved(count) >= LEAST_SAVED):
         change: Change = {**FULL_RECOMPUTE, "recompute_method": "block", "recompute_num_layers": count}
         yield f"with {recompute_flags(change)}", saved(count), change

@@ -1,14 +1,15 @@
-"""The memory of a device at its fullest, by kind, in bytes, from args and the model's shape alone.
+"""The peak memory of a device by kind, in bytes, computed from args and the model's architecture.
 
-Path: `plan` prints it; `activations` has the table of what a forward pass keeps. Invariant: nothing is fitted;
-tests/config/test_memory.py counts the same tensors in a running trainer.
+- Used by: `plan`, which prints it, and `fit`, which compares it with a GPU; `activations` has the table of what a
+  forward pass keeps.
+- Invariant: no number is fitted; tests/config/test_memory.py counts the same tensors in a running trainer.
 
-A training rank holds weights, gradients and optimizer state all the time. On top comes the fuller of two moments:
+A training rank always holds weights, gradients and optimizer state. The larger of two moments is added:
 
     forward   old and reference log-probs: one layer's intermediate results, or a chunk of logits
-    step      what every layer keeps for the backward pass, and what the part of it that runs now needs besides
+    step      all that the layers keep for the backward pass, and the working memory of the part that runs now
 
-Where engines share the GPU and take turns with it, three moments of both follow each other (`turns`).
+With colocation, engines and training take turns on the GPU, and there are three moments of both (`turns`).
 """
 
 from __future__ import annotations
@@ -30,39 +31,39 @@ from slime.config.virtual_stages import count_multiple, micro_batch_group, num_c
 from slime.core.architecture import Architecture
 
 EMBEDDED_RUNNING_REQUESTS = 256
-"""The embedded engine's --max-running-requests where none is given."""
+"""The embedded engine's default of --max-running-requests."""
 EMBEDDED_ROW = 64
-"""The embedded engine's KV rows are multiples of this many tokens."""
+"""The number of tokens of which the embedded engine's KV rows are a multiple."""
 CUDA_CONTEXT = 3 * 2**29
-"""What a process holds on its GPU besides: CUDA context, NCCL's buffers, workspaces. An estimate, not counted."""
+"""An estimate of the other memory of a process on its GPU: CUDA context, NCCL's buffers and workspaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainMemory:
-    """Bytes of one rank of stage `stage`. A step holds `activations`, and `log_probs` or `layers` at a time."""
+    """The bytes of one rank of stage `stage`. A step holds `activations`, and either `log_probs` or `layers`."""
 
     stage: int
     tokens: int
-    """Of the largest pack that is counted with, on this rank."""
+    """The number of tokens in the largest pack on this rank."""
     weights: int
     gradients: int
     optimizer: int
     reference: int
-    """The kept copy of the reference model, in host memory; the actor's, for when this one is run, is as large."""
+    """The copy of the reference model in host memory. While it runs, the actor's copy there is as large."""
     critic: int
-    """The critic's weights, gradients and optimizer; 0 without one. Its steps come after the policy's and keep less."""
+    """The critic's weights, gradients and optimizer, or 0. Its steps follow the policy's and keep less."""
     activations: int
-    """Kept for the backward pass, of all micro-batches in flight."""
+    """The bytes kept for the backward pass, of all micro-batches in flight."""
     log_probs: int
-    """What exists besides while the log-probs go backward: a chunk of logits, and the output layer's gradient."""
+    """The working memory while the log-probs run backward: a chunk of logits and the output layer's gradient."""
     layers: int
-    """What exists besides while the layers go backward: gradients, and what is recomputed."""
+    """The working memory while the layers run backward: gradients and recomputed activations."""
     peaks: dict[str, int]
-    """Device bytes of each of the two moments; of `forward` only where there is such a pass."""
+    """The device bytes at each of the two moments; without `forward` if there is no such pass."""
     host: int
-    """Host bytes besides, where the device has memory of its own; else they are counted in `peaks`.
+    """The host bytes if the device has its own memory; otherwise `peaks` includes them.
 
-    Copies of models, an optimizer that stays there, and what is kept there while engines have the device."""
+    They are copies of models, an offloaded optimizer, and the state that waits there while engines use the device."""
 
     @property
     def peak(self) -> int:
@@ -71,15 +72,15 @@ class TrainMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineMemory:
-    """Bytes of one GPU of an engine, or of the one process of an embedded engine."""
+    """The bytes on one GPU of an engine, or in the single process of an embedded engine."""
 
     weights: int
     kv: int
     requests: int
-    """At once, in a training rollout."""
+    """The number of requests at once in a training rollout."""
     request_tokens: int
     token: int
-    """Bytes of KV cache for one token."""
+    """The bytes of KV cache for one token."""
 
     @property
     def peak(self) -> int:
@@ -87,12 +88,12 @@ class EngineMemory:
 
     @property
     def least(self) -> int:
-        """Bytes that it needs at least: weights, and the KV cache of one request."""
+        """Return the bytes that it needs at least: weights and the KV cache of one request."""
         return self.weights + self.request_tokens * self.token
 
 
 def stage_layers(args: Args, shape: Architecture) -> list[int]:
-    """Layers of every pipeline stage."""
+    """Return the number of layers of each pipeline stage."""
     stages = args.pipeline_model_parallel_size
     last = args.decoder_last_pipeline_num_layers
     if stages == 1 or last is None:
@@ -101,7 +102,7 @@ def stage_layers(args: Args, shape: Architecture) -> list[int]:
 
 
 def stage_parameters(args: Args, shape: Architecture, stage: int) -> int:
-    """Parameters of one rank of a pipeline stage. Norms are whole on every tensor-parallel rank."""
+    """Return the number of parameters on one rank of a pipeline stage. Each tensor-parallel rank has whole norms."""
     tp, layers = args.tensor_model_parallel_size, stage_layers(args, shape)
     hidden, head = shape.hidden_size, shape.kv_channels
     heads = shape.num_attention_heads + 2 * shape.num_query_groups
@@ -110,13 +111,13 @@ def stage_parameters(args: Args, shape: Architecture, stage: int) -> int:
     whole = hidden * (2 + shape.post_self_attn_layernorm + shape.post_mlp_layernorm)
     whole += 2 * head if shape.qk_layernorm else 0
     is_first, is_last = stage == 0, stage == len(layers) - 1
-    # a tied output layer is a copy of the embedding where they lie on different stages
+    # a tied output layer is a copy of the embedding if they are on different stages
     tables = is_first + (is_last and not (shape.tied_embeddings and is_first))
     return layers[stage] * (split // tp + whole) + tables * local_vocabulary(args, shape) * hidden + is_last * hidden
 
 
 def critic_parameters(args: Args, shape: Architecture, stage: int) -> int:
-    """Parameters of the critic: its value head, in place of the output layer, is whole on each tensor-parallel rank."""
+    """Return the number of the critic's parameters; its value head is whole on each tensor-parallel rank."""
     is_first, is_last = stage == 0, stage == args.pipeline_model_parallel_size - 1
     has_output_layer = is_last and not (shape.tied_embeddings and is_first)
     policy = stage_parameters(args, shape, stage)
@@ -124,9 +125,10 @@ def critic_parameters(args: Args, shape: Architecture, stage: int) -> int:
 
 
 def pack_tokens(args: Args, shape: Architecture) -> int:
-    """Tokens of the largest pack on one context-parallel rank: the budget, or a longer sample, which stands alone.
+    """Return the tokens of the largest pack on one context-parallel rank: the budget, or a longer single sample.
 
-    Prompts are not known here: a generated sample counts with its response, data's own samples with the whole context.
+    Prompts are not known here, so a generated sample counts with its response, and a sample from data with the whole
+    context.
     """
     context = args.rollout_max_context_len or shape.max_position_embeddings
     longest = min(context, args.rollout_max_response_len) if _generates(args) else context
@@ -144,9 +146,9 @@ def _generates(args: Args) -> bool:
 
 
 def _in_flight(args: Args, stage: int) -> float:
-    """Micro-batches of which a stage keeps activations at once (1F1B; interleaved where stages are virtual)."""
+    """Return the number of micro-batches whose activations a stage keeps at once (1F1B, or interleaved schedule)."""
     stages = args.pipeline_model_parallel_size
-    most = max((args.global_batch_size or 1) // args.data_parallel_size, 1)  # a micro-batch has a sample at least
+    most = max((args.global_batch_size or 1) // args.data_parallel_size, 1)  # a micro-batch has at least one sample
     chunks = num_chunks(args)
     if chunks == 1:
         return min(stages - stage, most)
@@ -155,7 +157,10 @@ def _in_flight(args: Args, stage: int) -> float:
 
 
 def train_memory(args: Args, *, on_cuda: bool) -> TrainMemory | None:
-    """The fullest training rank; None where nothing is trained, or the model is unknown or a mixture of experts."""
+    """Return the training rank with most memory.
+
+    None if nothing is trained, or if the model is unknown or a mixture of experts.
+    """
     shape = args.architecture
     if shape is None or args.num_experts or args.debug_rollout_only:
         return None
@@ -174,7 +179,7 @@ def rank_sizes(args: Args, shape: Architecture, *, on_cuda: bool, tokens: int | 
 
 
 def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) -> TrainMemory:
-    """Any rank of one pipeline stage."""
+    """Return the memory of a rank of one pipeline stage."""
     rank = rank_sizes(args, shape, on_cuda=on_cuda)
     stages = stage_layers(args, shape)
     is_last = stage == len(stages) - 1
@@ -188,7 +193,7 @@ def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) 
 
     operations = stage_operations(args, rank, num_layers=stages[stage], is_first=stage == 0, is_last=is_last)
     kept = saved_bytes(operations)
-    gathered = rank.values(shape.hidden_size) if rank.rows < rank.tokens else 0  # Megatron's buffer, kept for good
+    gathered = rank.values(shape.hidden_size) if rank.rows < rank.tokens else 0  # Megatron's buffer, never freed
     activations = int(_in_flight(args, stage) * kept) + gathered
     layers = backward_peak(operations) - kept
     log_probs = head_forward = 0
@@ -222,10 +227,10 @@ def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) 
 
 
 def turns(args: Args, train: TrainMemory, engine: EngineMemory) -> dict[str, int]:
-    """Bytes of a GPU that a trainer and an engine share, moment by moment; both processes stay, whoever's turn it is.
+    """Return the bytes of a GPU that a trainer and an engine share, at each moment; both processes always exist.
 
-    While weights are sent the trainer's gradients and optimizer are away, and the engine's KV cache is not there yet;
-    of a bucket there are two, one filled while the other is read.
+    During the weight sync, the trainer's gradients and optimizer are offloaded and the engine has no KV cache yet.
+    There are two buckets: one is filled while the other is read.
     """
     contexts = 2 * CUDA_CONTEXT
     if not args.offload:
@@ -236,13 +241,13 @@ def turns(args: Args, train: TrainMemory, engine: EngineMemory) -> dict[str, int
 
 
 def _has_forward(args: Args) -> bool:
-    """Whether anything is run without a backward pass: the reference, the old policy, the critic for its values."""
+    """Return whether a forward pass without backward is needed: for reference, old policy or the critic's values."""
     several_steps = (args.num_steps_per_rollout or 1) > 1 and args.loss_type != "sft_loss"
     return args.needs_reference or several_steps or args.uses_critic
 
 
 def _optimizer_bytes(args: Args, parameters: int) -> tuple[int, int]:
-    """On the device and in host memory: fp32 main weights where the weights are bf16, and the moments."""
+    """Return the optimizer's bytes on the device and in host memory: moments, and fp32 main weights with bf16."""
     main = FP32 if args.bf16 else 0
     moments = 2 * FP32 if args.optimizer == "adam" else FP32 if args.sgd_momentum > 0 else 0
     size = (main + moments) * parameters
@@ -252,7 +257,10 @@ def _optimizer_bytes(args: Args, parameters: int) -> tuple[int, int]:
 
 
 def engine_memory(args: Args) -> EngineMemory | None:
-    """One GPU of an engine in a training rollout; None where there is none, or the model is unknown or of experts."""
+    """Return the memory of one GPU of an engine in a training rollout.
+
+    None if there is no engine, or if the model is unknown or a mixture of experts.
+    """
     shape = args.architecture
     if shape is None or args.num_experts or not args.num_engines:
         return None

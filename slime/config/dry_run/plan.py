@@ -1,6 +1,7 @@
-"""The resolved plan as text: who sits where, and the arithmetic of batches. `--dry-run` prints it and stops.
+"""The resolved plan as text: devices, batches, memory and files. `--dry-run` prints it and stops.
 
-Path: after `parse`; nothing reads it but the user. Invariant: it is made from args alone, on any machine.
+- Used by: train.py after `parse`; only the user reads the text.
+- Invariant: it depends only on args and can be made on any machine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from slime.core.printable import SENTENCE, printable
 Row = tuple[str, str]
 
 MAX_ROWS = 64
-"""Ranks or engines that are listed one by one."""
+"""The largest number of ranks or engines that are listed one by one."""
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
@@ -39,12 +40,12 @@ def _range(first: int, count: int) -> str:
 
 
 def _shown(count: int) -> Iterable[int | None]:
-    """The numbers below `count`; of many the first and the last one, with None between them for those left out."""
+    """Return the numbers below `count`; if they are too many, the first ones and the last, with None between them."""
     return range(count) if count <= MAX_ROWS else (*range(MAX_ROWS - 1), None, count - 1)
 
 
 def _devices(args: Args) -> Iterable[Row]:
-    """One row a data-parallel rank, then one an engine. Megatron's order of ranks: TP, CP, DP, PP."""
+    """Yield one row per data-parallel rank, then one per engine. Megatron orders ranks by TP, CP, DP, PP."""
     block = args.tensor_model_parallel_size * args.context_parallel_size
     replicas = 0 if args.debug_rollout_only else args.data_parallel_size
     for replica in _shown(replicas):
@@ -57,9 +58,9 @@ def _devices(args: Args) -> Iterable[Row]:
     first = 0 if args.colocate or args.debug_rollout_only else args.actor_world_size
     size = args.rollout_num_gpus_per_engine
     kinds = {
-        "embedded": "embedded here; SGLang where CUDA is",
+        "embedded": "embedded here; SGLang with CUDA",
         "sglang": "SGLang",
-        "auto": "SGLang where Ray's cluster has GPUs, embedded elsewhere",
+        "auto": "SGLang if Ray's cluster has GPUs, otherwise embedded",
     }
     for engine in _shown(args.num_engines):
         if engine is None:
@@ -107,11 +108,11 @@ def _model(args: Args) -> Iterable[Row]:
     yield "precision", "bf16 with fp32 main weights" if args.bf16 else "fp32 (no CUDA here, or --no-bf16)"
     if args.num_engines:
         engines = args.sglang.get("dtype") or ("bfloat16" if args.bf16 else "float32")
-        yield "engines", f"{engines}; alarm where mean |train - rollout log-prob| is above {args.logprob_gap_alarm:g}"
+        yield "engines", f"{engines}; alarm when mean |train - rollout log-prob| is above {args.logprob_gap_alarm:g}"
 
 
 def _memory(args: Args) -> Iterable[Row]:
-    """A column for the fullest training rank, one for an engine's GPU; then what was counted with."""
+    """Yield a column for the training rank with most memory, one for an engine's GPU, and notes on what they count."""
     on_cuda = counts_gpus(args)
     train, engine = train_memory(args, on_cuda=on_cuda), engine_memory(args)
     if train is None and engine is None:
@@ -157,22 +158,22 @@ def _memory(args: Args) -> Iterable[Row]:
         yield (
             "",
             "training and engine "
-            + ("take turns on a GPU (--offload)" if args.offload else "stand on one GPU together (--no-offload)"),
+            + ("take turns on a GPU (--offload)" if args.offload else "share one GPU at the same time (--no-offload)"),
         )
     if args.colocate and on_cuda and train is not None and engine is not None:
         moments = turns(args, train, engine)
         needed = ", ".join(f"{moment} {count / size:,.1f}" for moment, count in moments.items())
-        yield "", f"the GPU holds of both: {needed} {unit}"
+        yield "", f"the GPU holds for both: {needed} {unit}"
     if engine is not None and args.rollout_engine != "embedded":
         yield "", _sglang_note(args, engine)
     yield from _gpu_size(args, on_cuda)
 
 
 def _gpu_size(args: Args, on_cuda: bool) -> Iterable[Row]:
-    """Whether it fits in a GPU, where a GPU's size is known."""
+    """Yield whether the plan fits in a GPU, if the GPU's size is known."""
     total = gpu_memory(args)
     if not on_cuda:
-        yield "", "of CPU processes, in the precision above; --gpu-memory GIB plans for GPUs of that size"
+        yield "", "for CPU processes, in the precision above; --gpu-memory GIB plans for GPUs of that size"
     elif total is None:
         yield "", "not compared with a GPU's memory: there is no GPU here, and no --gpu-memory"
     else:
@@ -207,11 +208,11 @@ def _optimizer_note(args: Args, on_cuda: bool) -> str:
         kinds.append("in host memory")
     ranks = args.data_parallel_size * args.context_parallel_size
     if args.use_distributed_optimizer:
-        kinds.append(f"a share of 1/{ranks}: --use-distributed-optimizer, the default on GPUs, as it changes no result")
+        kinds.append(f"a share of 1/{ranks}: --use-distributed-optimizer, the default on GPUs; it changes no result")
     elif args.use_distributed_optimizer is None and ranks > 1:
-        kinds.append("shared (--use-distributed-optimizer) where Ray's cluster has GPUs")
+        kinds.append("sharded (--use-distributed-optimizer) if Ray's cluster has GPUs")
     elif on_cuda and ranks > 1 and args.optimizer != "adam":
-        kinds.append(f"not shared by the {ranks} ranks: Megatron shards adam alone")
+        kinds.append(f"not sharded over the {ranks} ranks: Megatron can only shard adam")
     return ", ".join(kinds)
 
 
@@ -235,7 +236,7 @@ def _length(args: Args) -> str:
     if num_prompts is None:
         return epochs
     rollouts = rollouts_of_epochs(args, num_prompts)
-    return f"{epochs} of {num_prompts} rows: {rollouts} rollouts (fewer where prompts are too long)"
+    return f"{epochs} of {num_prompts} rows: {rollouts} rollouts (fewer if some prompts are too long)"
 
 
 def _batches(args: Args) -> Iterable[Row]:
@@ -247,7 +248,7 @@ def _batches(args: Args) -> Iterable[Row]:
         f"up to {args.rollout_max_response_len} tokens each, temperature {args.rollout_temperature:g}",
     )
     if args.rollouts_ahead:
-        waits = "waits until it is whole" if args.update_weight_pause == "drain" else "passes between its requests"
+        waits = "waits until it is complete" if args.update_weight_pause == "drain" else "passes between its requests"
         yield "", f"one rollout ahead: the next is generated while one trains; the weight sync {waits}"
     if args.over_sampling_batch_size != args.rollout_batch_size or args.dynamic_sampling_filter_path is not None:
         rule = args.dynamic_sampling_filter_path or "none"
@@ -259,7 +260,7 @@ def _batches(args: Args) -> Iterable[Row]:
     if args.use_dynamic_batch_size and args.max_tokens_per_gpu is not None:
         budget = args.max_tokens_per_gpu * args.context_parallel_size
         product = f"{args.max_tokens_per_gpu} x CP {args.context_parallel_size}"
-        yield "micro-batch", f"up to {budget} tokens ({product}), padding counted; a longer sample stands alone"
+        yield "micro-batch", f"up to {budget} tokens ({product}) with padding; a longer sample gets its own"
     else:
         yield "micro-batch", f"{args.micro_batch_size} samples"
 
@@ -293,12 +294,12 @@ def _files(args: Args) -> Iterable[Row]:
 
 
 def _evaluation(args: Args) -> Iterable[Row]:
-    """When, then one row a set: each may have its own sampling."""
+    """Yield when the run evaluates, then one row per set, because each may have its own sampling."""
     often = f"every {args.eval_interval} rollouts, " if args.eval_interval else ""
     yield "evaluation", f"{often}before the first and after the last"
     try:
         datasets = eval_datasets(args)
-    except ValueError:  # the file is not on this machine, as the warnings say
+    except ValueError:  # the file is not on this machine, and a warning reports it
         yield "", f"on {' '.join([*args.eval_prompt_data, args.eval_config or ''])}".rstrip()
         return
     for dataset in datasets:
@@ -315,7 +316,7 @@ def _evaluation(args: Args) -> Iterable[Row]:
 
 
 def format_plan(args: Args, problems: Sequence[Problem]) -> str:
-    """The plan, section by section, and the warnings last."""
+    """Return the plan by section, with the warnings at the end."""
     place = "CPU processes here" if args.rollout_engine == "embedded" else "GPUs"
     nodes = f"{args.actor_num_nodes} node{'s' if args.actor_num_nodes > 1 else ''}"
     sections = {
