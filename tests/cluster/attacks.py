@@ -1,4 +1,4 @@
-"""What another user of the machine tries on a running job, and secrets planted in its flags that must stay hidden."""
+"""Attacks of another user of the machine on a running job, and secrets in its flags that must stay hidden."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ REQUESTS: dict[str, list[tuple[str, str, object]]] = {
         ("GET", "/server_info", None),
     ],
 }
-"""Each is refused without the right key; with it, it is answered or at least judged by its content."""
+"""Requests that are refused without the right key; with it, each is answered or at least judged by its content."""
 
 
 def ask(port: int, method: str, path: str, body: object = None, key: str | None = None) -> int | None:
-    """The status; None where nothing at `port` speaks HTTP."""
+    """Return the status; None if nothing at `port` answers over HTTP."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2 if path == "/health" else 20)
     try:
@@ -59,19 +59,19 @@ def ask(port: int, method: str, path: str, body: object = None, key: str | None 
 
 
 def statuses(port: int, role: str, key: str | None, *, only: str = "") -> dict[str, int | None]:
-    """The answers to REQUESTS of the server of this role at `port`. `only`: one of them alone, as "POST /generate"."""
+    """Return the answers to REQUESTS of the server of this role at `port`. `only`: one of them, as "POST /generate"."""
     named = {f"{method} {path}": (method, path, body) for method, path, body in REQUESTS[role]}
     return {name: ask(port, *request, key) for name, request in named.items() if only in ("", name)}
 
 
 def port_of(sockets: Iterable[Socket], role: str) -> int:
-    """Where the server of this role takes requests: gloo answers nothing on its port, and metrics answer any path."""
+    """Return the port on which the server of this role takes requests; gloo answers nothing, metrics any path."""
     ports = [socket.port for socket in sockets if socket.role == role]
     return next(p for p in ports if ask(p, "GET", "/health") == 200 and ask(p, "GET", "/nowhere") != 200)
 
 
 def as_nobody(sockets: Sequence[Socket]) -> dict[str, dict[str, int | None]]:
-    """The answers to `REQUESTS` by role and key, when another user asks without a key and with a wrong one."""
+    """Return the answers to `REQUESTS` by role and key, when another user sends no key and a wrong one."""
     ports = {role: port_of(sockets, role) for role in REQUESTS}
     command = [sys.executable, __file__, json.dumps(ports)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -80,12 +80,12 @@ def as_nobody(sockets: Sequence[Socket]) -> dict[str, dict[str, int | None]]:
 
 
 def environment_of(process: psutil.Process) -> str:
-    """The flags that a server was given in its environment, as its own user reads them."""
+    """Return the flags that a server got in its environment, which only its own user can read."""
     return process.environ().get(VARIABLE, "")
 
 
 class Judge(BaseHTTPRequestHandler):
-    """A judge that repeats the token that it was sent, and refuses every eighth request with it."""
+    """A judge that repeats the token of each request, and refuses every eighth request with it."""
 
     requests: list[tuple[str, str | None]]
 
@@ -106,12 +106,12 @@ PLANTED = {
     name: f"PLANTED{number}{name}"
     for number, name in enumerate(("user", "password", "token", "engine", "router", "control", "file", "redis"))
 }
-"""Secrets by what they open."""
+"""Secrets, by what they give access to."""
 
 
 @contextmanager
 def judged() -> Iterator[tuple[list[str], list[tuple[str, str | None]]]]:
-    """Flags with all planted secrets, and the requests of the judge that they name: (path, Authorization)."""
+    """Return flags with all planted secrets, and the requests of the judge that they name: (path, Authorization)."""
     judge = type("ThisJudge", (Judge,), {"requests": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), judge) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -131,14 +131,14 @@ def judged() -> Iterator[tuple[list[str], list[tuple[str, str | None]]]]:
 
 
 def authorization() -> str:
-    """The header that carries user and password of the judge's URL."""
+    """Return the header with the user and password of the judge's URL."""
     return "Basic " + base64.b64encode(f"{PLANTED['user']}:{PLANTED['password']}".encode()).decode()
 
 
 def leaks(
     everyone: Iterable[psutil.Process], roots: Iterable[Path], secrets: Mapping[str, str] = MappingProxyType(PLANTED)
 ) -> list[str]:
-    """Where a secret can be read: command lines that every user sees, and files under `roots`."""
+    """Return the places where a secret can be read: command lines that every user sees, and files under `roots`."""
     found: list[str] = []
     for process in everyone:
         with suppress(psutil.NoSuchProcess):
@@ -146,7 +146,7 @@ def leaks(
     for root in roots:
         for path in [root] if root.is_file() else sorted(root.rglob("*")):
             if path.is_file():
-                with suppress(FileNotFoundError):  # an older checkpoint is removed meanwhile
+                with suppress(FileNotFoundError):  # an older checkpoint is being removed
                     found += _found(str(path), path.read_bytes(), secrets)
     return found
 
@@ -156,21 +156,21 @@ def _found(where: str, content: bytes, secrets: Mapping[str, str]) -> list[str]:
 
 
 def own_control_key(everyone: Iterable[psutil.Process]) -> str:
-    """The key that the run has made for its router's list of engines."""
+    """Return the key that the run has made for its router's list of engines."""
     hidden = [environment_of(process) for process in everyone if role_of(" ".join(process.cmdline())) == "router"]
     words: list[str] = next(json.loads(text) for text in hidden if text)
     return words[words.index("--control-plane-api-keys") + 1].split(":")[3]
 
 
 def ray_session(process: psutil.Process) -> Path:
-    """The session directory of the Ray to which `process`, its GCS, belongs."""
+    """Return the session directory of the Ray to which `process`, its GCS, belongs."""
     [word] = [word for word in process.cmdline() if word.startswith("--log_dir=")]
     return Path(word.partition("=")[2])
 
 
 def main() -> None:
-    "localhost".encode("idna")  # imported on demand otherwise, from where another user may not read
-    if os.getuid() == 0:  # otherwise nobody can become another user; the requests are the same
+    "localhost".encode("idna")  # otherwise imported later, from a place that another user may not read
+    if os.getuid() == 0:  # only root can become another user; the requests are the same
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)

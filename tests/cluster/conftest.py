@@ -1,4 +1,4 @@
-"""What whole runs share: a task, and for those that are not about Ray, a Ray that runs already."""
+"""Fixtures that whole runs share: a task, and a running Ray for those that do not test Ray itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 @pytest.fixture(scope="session")
 def ray_variables() -> Iterator[dict[str, str]]:
-    """A Ray for many runs, one after the other, since to start one takes as long as a short run; how to join it."""
+    """Start a Ray for many runs in turn, because a start takes as long as a short run; return how to join it."""
     variables = {AUTH_MODE: "token", AUTH_TOKEN: secrets.token_hex(32), LOOPBACK_ALONE: "0"}
     env = {**environment(), **variables}
     pipe = subprocess.PIPE
@@ -43,7 +43,7 @@ def ray_variables() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def joined_ray(ray_variables: dict[str, str]) -> Iterator[None]:
-    """The runs of this module join the Ray that runs already."""
+    """Let the runs of this module join the Ray that runs already."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ray_variables.items():
             patch.setenv(JOINED + name, value)

@@ -43,7 +43,7 @@ async def evaluate(args: Args, rollout_id: int, context: RolloutContext) -> dict
 
 
 async def let_a_stranger_in(args: Args, rollout_id: int, context: RolloutContext) -> dict[str, float]:
-    """While this evaluates, somebody registers an engine at the router."""
+    """Register an engine at the router while the evaluation runs."""
     if os.environ["STRANGER"]:
         await asyncio.to_thread(register_worker, os.environ["ROUTER"], os.environ["STRANGER"])
     return {"eval/own/reward": 1.0}
@@ -53,7 +53,7 @@ VALUES = {1: 0.3, 2: 0.9, 3: 0.5}
 
 
 async def evaluate_by_table(args: Args, rollout_id: int, context: RolloutContext) -> dict[str, float]:
-    """What the engines hold, as a number; the rewards are made up."""
+    """Return the engines' weights as a number; the rewards are made up."""
     [digest] = await context.engines.weights_checksum()
     return {
         "eval/own/reward": VALUES.get(rollout_id, 0.0),
@@ -63,7 +63,7 @@ async def evaluate_by_table(args: Args, rollout_id: int, context: RolloutContext
 
 
 class Numbers:
-    """A data source of one's own."""
+    """A user's data source."""
 
     def __init__(self, args: Args, tokenizer: object) -> None:
         self.next = 0
@@ -90,6 +90,6 @@ class Numbers:
 
 
 def leave_a_daemon(args: Args, rollout_id: int, samples: list[Sample], metrics: dict[str, float]) -> None:
-    """--custom-rollout-log-function-path that leaves a process in a session of its own, once."""
+    """Leave a process in a session of its own, once; this is a --custom-rollout-log-function-path."""
     if rollout_id == 0:
         subprocess.run(["sh", "-c", "setsid sleep 86399 >/dev/null 2>&1 &"], check=True)

@@ -21,12 +21,12 @@ from slime.observability.metrics_log import read_metrics
 ROOT = Path(__file__).parents[2]
 RUN_TIMEOUT_S = 150
 JOINED = "SLIME_TEST_JOINED_"
-"""Before the names of Ray's environment variables by which a test's runs join a Ray."""
+"""The prefix of Ray's environment variables with which a test's runs join a Ray."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A tiny GLM-4 with random weights, another one, and arithmetic problems."""
+    """A tiny GLM-4 with random weights, a second one, and arithmetic problems."""
 
     model: Path
     other_model: Path
@@ -47,10 +47,10 @@ def _task_in(directory: Path) -> Task:
 
 
 def shared_task(factory: pytest.TempPathFactory) -> Task:
-    """The task, made once for all of pytest's processes: the first one that wants it makes it."""
+    """Return the task, made once for all of pytest's processes, by the first that needs it."""
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # each worker has a directory of its own in it
+        base = base.parent  # each worker has its own directory in it
     directory = base / "shared-task"
     with (base / "shared-task.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -62,7 +62,7 @@ def shared_task(factory: pytest.TempPathFactory) -> Task:
 
 
 def flags(task: Task, save: Path, *extra: str, length: Sequence[str] = ("--num-rollout", "4")) -> list[str]:
-    """A short GRPO run: 2 trainers, 2 engines, 4 prompts x 4 samples, rewards that always differ."""
+    """Return flags of a short GRPO run: 2 trainers, 2 engines, 4 prompts x 4 samples, rewards that always differ."""
     return [
         *("--hf-checkpoint", str(task.model), "--ref-load", str(task.model)),
         *("--load", str(save), "--save", str(save), "--save-interval", "2"),
@@ -76,7 +76,7 @@ def flags(task: Task, save: Path, *extra: str, length: Sequence[str] = ("--num-r
 
 
 def environment() -> dict[str, str]:
-    """A run's: with a Ray of its own, or in a test with the fixture `joined_ray`, with the one that runs already."""
+    """Return a run's environment: with its own Ray, or, with the fixture `joined_ray`, with a running one."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     joined = {key.removeprefix(JOINED): value for key, value in env.items() if key.startswith(JOINED)}
     return {**env, **joined, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
@@ -96,12 +96,12 @@ def start(arguments: list[str], log: Path, program: str = "train.py") -> subproc
 
 
 def _as_in_a_terminal() -> None:
-    """A shell that starts tests in the background has Ctrl-C ignored, also by what they start."""
+    """Restore Ctrl-C: a shell that starts tests in the background ignores it, also for their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def train(arguments: list[str], log: Path, program: str = "train.py") -> str:
-    """Run the program to its end; its output. Fails the test where it fails."""
+    """Run the program to its end and return its output; fail the test if the program fails."""
     code = start(arguments, log, program).wait(timeout=RUN_TIMEOUT_S)
     output = log.read_text()
     assert code == 0, f"{program} ended with {code}:\n{output[-6000:]}"
@@ -109,12 +109,12 @@ def train(arguments: list[str], log: Path, program: str = "train.py") -> str:
 
 
 def events(save: Path, key: str) -> dict[int, float]:
-    """The metric `key` by step."""
+    """Return the metric `key` by step."""
     return {int(event["step"]): event[key] for event in read_metrics(save / "metrics.jsonl") if key in event}
 
 
 def copy_checkpoint(source: Path, target: Path, rollout_id: int) -> None:
-    """`target` as it would be had the run in `source` been killed right after this checkpoint, or a little later."""
+    """Make `target` as if the run in `source` had been killed right after this checkpoint, or a little later."""
     target.mkdir()
     name = f"iter_{rollout_id:07d}"
     shutil.copytree(source / name, target / name)
@@ -130,13 +130,13 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = 90.0) ->
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """The process and all its descendants."""
+    """Return the process and all its descendants."""
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
 
 
 def marked(marker: str) -> list[psutil.Process]:
-    """Processes in whose environment `marker` stands: a run's own, wherever they have been adopted."""
+    """Return processes with `marker` in their environment: a run's own, whatever their parent is now."""
     found: list[psutil.Process] = []
     for process in psutil.process_iter():
         try:

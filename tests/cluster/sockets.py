@@ -1,4 +1,4 @@
-"""Who listens where in a running job, and whether Ray's servers ask for the token; docs/security.md has these rows."""
+"""The sockets of a running job, and whether Ray's servers require the token; docs/security.md has these rows."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ ROLES = {
     "Ray's monitor": None,
     "Ray's idle worker": None,
 }
-"""Every role that may listen, and a request of Ray's that one of its ports answers, to those who know the token."""
+"""Every role that may listen, and a request that one of Ray's ports answers to clients with the token."""
 
 ALWAYS = frozenset(ROLES) - {"Ray's dashboard", "Ray's monitor", "Ray's idle worker"}
-"""The others listen later, or not at all."""
+"""The roles that always listen; the others listen later, or not at all."""
 
 _SIGNS = (
     ("ray::RolloutManager", "rollout manager"),
@@ -58,7 +58,7 @@ _SIGNS = (
 
 @dataclass(frozen=True)
 class Socket:
-    """It listens. `role` is one of ROLES, or the command line of a process that is none of them."""
+    """A socket that listens. `role` is one of ROLES, or the command line of a process that is none of them."""
 
     role: str
     ip: str
@@ -75,7 +75,7 @@ def role_of(command: str) -> str:
 
 
 def listening(processes: Iterable[psutil.Process]) -> list[Socket]:
-    """All sockets of these processes that take TCP connections, or UDP packets."""
+    """Return all sockets of these processes that accept TCP connections, or UDP packets."""
     found: list[Socket] = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -89,7 +89,7 @@ def listening(processes: Iterable[psutil.Process]) -> list[Socket]:
 
 
 def faults(sockets: Sequence[Socket]) -> list[str]:
-    """What listens on more than loopback, and whoever listens and is not in the table of the documentation."""
+    """Return sockets that listen on more than loopback, or whose owner is not in the table of the documentation."""
     text = SECURITY.read_text(encoding="utf-8")
     strangers = {socket.role for socket in sockets if socket.role not in ROLES or f"| {socket.role} |" not in text}
     return [
@@ -99,7 +99,7 @@ def faults(sockets: Sequence[Socket]) -> list[str]:
 
 
 def answer(port: int, request: str, token: str | None) -> str:
-    """A status: OK, UNAUTHENTICATED, or whatever else comes back."""
+    """Return a status: OK, UNAUTHENTICATED, or whatever else the server answers."""
     header = {} if token is None else {"authorization": f"Bearer {token}"}
     if request.startswith("GET "):
         try:
@@ -117,9 +117,9 @@ def answer(port: int, request: str, token: str | None) -> str:
 
 
 def unprotected(sockets: Iterable[Socket], token: str) -> list[str]:
-    """Ray's servers that take their request without the token or with another one, or not even with it."""
+    """Return Ray's servers that accept a request without the token or with a wrong one, or refuse the right one."""
     ports: dict[str, list[int]] = {}
-    # gloo's ports, in trainers, answer nobody; Ray's own have their IPv4 addresses as IPv6, and are asked first
+    # gloo's ports, in trainers, never answer; Ray's own show IPv4 addresses as IPv6, and are tried first
     for socket in sorted(sockets, key=lambda socket: ":" not in socket.ip):
         ports.setdefault(socket.role, []).append(socket.port)
     wrong: list[str] = []

@@ -1,4 +1,4 @@
-"""Whole runs of train_async.py: generation behind training, weights that change under requests, kill and resume."""
+"""Whole runs of train_async.py: generation during training, weights that change under requests, kill and resume."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PROGRAM = "train_async.py"
 HOOKS = "tests.cluster.timeline_hooks_for_tests"
 SMALL = ("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
 TOLERANCE = 1e-3
-"""Of a log-prob, between the engine's and Hugging Face's."""
+"""The largest difference of a log-prob between the engine and Hugging Face."""
 
 
 def dumped(task: Task, save: Path, *extra: str) -> list[str]:
-    """A small run that dumps every rollout beside its checkpoints."""
+    """Return flags of a small run that dumps every rollout next to its checkpoints."""
     return flags(task, save, *SMALL, "--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl"), *extra)
 
 
@@ -39,7 +39,7 @@ def samples_of(save: Path, rollout_id: int) -> list[Sample]:
 
 
 def data_side(save: Path, rollout_id: int) -> dict[str, Any]:
-    """The rollout manager's state in the checkpoint behind a rollout."""
+    """Return the rollout manager's state in the checkpoint after a rollout."""
     return read_state(save / f"iter_{rollout_id:07d}")["state"]["rollout"]
 
 
@@ -47,7 +47,7 @@ def data_side(save: Path, rollout_id: int) -> dict[str, Any]:
 
 
 def draining(task: Task, save: Path) -> list[str]:
-    """Training takes longer than generation; each save meets a rollout that waits, whole, to be trained on."""
+    """Training takes longer than generation; each save finds a whole rollout that waits to be trained on."""
     extra = ["--deterministic", "--save-hf", str(save / "hf-{rollout_id}")]
     extra += ["--custom-generate-function-path", f"{HOOKS}.generate"]
     extra += ["--custom-advantage-function-path", f"{HOOKS}.advantages"]
@@ -57,13 +57,13 @@ def draining(task: Task, save: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def drained(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four rollouts, with checkpoints behind the second and the fourth."""
+    """Four rollouts, with checkpoints after the second and the fourth."""
     save = tmp_path_factory.mktemp("drained") / "run"
     train(draining(task, save), save.parent / "log.txt", PROGRAM)
     return save
 
 
-def test_a_rollout_is_generated_while_the_one_before_it_trains(drained: Path) -> None:
+def test_the_next_rollout_is_generated_during_training(drained: Path) -> None:
     generation, training = read_spans(drained, "generation"), read_spans(drained, "training")
     assert sorted(generation) == sorted(training) == [0, 1, 2, 3]
 
@@ -75,7 +75,7 @@ def test_a_rollout_is_generated_while_the_one_before_it_trains(drained: Path) ->
     assert not any(at_once(r + 2, r) for r in range(2)), "one ahead, and no more"
 
 
-def test_what_was_hidden_and_what_was_waited_for_is_told_apart(drained: Path) -> None:
+def test_hidden_and_waited_times_are_separate(drained: Path) -> None:
     whole, hidden = events(drained, "time/rollout"), events(drained, "time/rollout_hidden")
     waited = events(drained, "time/rollout_waited")
     assert sorted(whole) == [1, 2, 3, 4]
@@ -108,12 +108,12 @@ def test_every_token_is_of_the_policy_before(drained: Path) -> None:
 
 
 def consumed(*parts: tuple[Path, range]) -> Counter[int]:
-    """How often each sample has been trained on, over runs and their rollouts."""
+    """Return how often each sample was trained on, over runs and their rollouts."""
     return Counter(sample.index for save, rollouts in parts for r in rollouts for sample in samples_of(save, r))
 
 
 def told(save: Path) -> dict[tuple[float, str], float]:
-    """All metrics by step and name, but those that a clock or a scale has made."""
+    """Return all metrics by step and name, except those that depend on a clock or a scale."""
     measured = ("time", "memory/", "sync/", "_per_second")
     return {
         (event["step"], name): value
@@ -123,10 +123,8 @@ def told(save: Path) -> dict[tuple[float, str], float]:
     }
 
 
-def test_a_run_killed_with_a_rollout_waiting_ends_as_the_unbroken_one(
-    task: Task, drained: Path, tmp_path: Path
-) -> None:
-    """Bit for bit: --deterministic."""
+def test_a_killed_run_ends_as_the_unbroken(task: Task, drained: Path, tmp_path: Path) -> None:
+    """With --deterministic the two are equal bit for bit."""
     save = tmp_path / "run"
     copy_checkpoint(drained, save, 1)
     state = data_side(save, 1)
@@ -140,11 +138,11 @@ def test_a_run_killed_with_a_rollout_waiting_ends_as_the_unbroken_one(
     assert told(save) == told(drained)
 
 
-# --- a failure behind the loop ----------------------------------------------------------------------------------
+# --- a failure in the background ---------------------------------------------------------------------------------
 
 
-def test_a_rollout_that_fails_ends_the_run_while_it_trains(task: Task, tmp_path: Path) -> None:
-    """At once, and not when the loop comes to want it: training would take ten minutes."""
+def test_a_failed_rollout_ends_the_run_during_training(task: Task, tmp_path: Path) -> None:
+    """The run ends at once, and not when the loop needs the rollout: training would take ten minutes."""
     extra = ["--custom-generate-function-path", f"{HOOKS}.fail_second"]
     extra += ["--custom-advantage-function-path", f"{HOOKS}.without_end"]
     log = tmp_path / "log.txt"
@@ -166,7 +164,7 @@ def test_a_rollout_that_fails_ends_the_run_while_it_trains(task: Task, tmp_path:
 
 
 def aborting(task: Task, save: Path) -> list[str]:
-    """Generation takes longer than training: one request at a time, and long ones."""
+    """Generation takes longer than training: requests are long, and run one at a time."""
     extra = ["--update-weight-pause", "abort", "--sglang-max-running-requests", "1", "--lr", "3e-3"]
     extra += ["--rollout-max-response-len", "90", "--save-interval", "1", "--save-hf", str(save / "hf-{rollout_id}")]
     return dumped(task, save, *extra)
@@ -177,7 +175,7 @@ LAST = 4
 
 @pytest.fixture(scope="module")
 def interrupted(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five rollouts of many, then Ctrl-C; a checkpoint and an export behind each."""
+    """Five rollouts of many, then Ctrl-C; a checkpoint and an export after each."""
     save = tmp_path_factory.mktemp("interrupted") / "run"
     log = save.parent / "log.txt"
     process = start([*aborting(task, save), "--num-rollout", "1000"], log, PROGRAM)
@@ -200,7 +198,7 @@ def interrupted(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def log_probs(model: Path, sample: Sample) -> torch.Tensor:
-    """Of the sample's response tokens, at its temperature, by Hugging Face."""
+    """Return Hugging Face's log-probs of the sample's response tokens, at its temperature."""
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -210,8 +208,8 @@ def log_probs(model: Path, sample: Sample) -> torch.Tensor:
     return scores.gather(-1, tokens[0, 1:, None])[sample.prompt_length - 1 :, 0]
 
 
-def test_every_token_is_of_the_policy_that_it_names(task: Task, interrupted: Path) -> None:
-    """Version v is what training on rollout v - 2 has left, version 1 what the run began with."""
+def test_every_token_names_its_policy(task: Task, interrupted: Path) -> None:
+    """Version v is the policy after training on rollout v - 2; version 1 is where the run began."""
     of_two = [
         sample
         for rollout_id in range(1, LAST + 1)
@@ -236,9 +234,7 @@ def test_a_token_is_one_version_old_at_most(interrupted: Path) -> None:
         assert versions <= {max(rollout_id, 1), rollout_id + 1}
 
 
-def test_a_rollout_in_flight_when_the_run_was_killed_loses_and_repeats_no_prompt(
-    task: Task, interrupted: Path, tmp_path: Path
-) -> None:
+def test_a_kill_loses_and_repeats_no_prompt(task: Task, interrupted: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
     behind = next(r for r in range(LAST) if data_side(interrupted, r)["data_source"]["in_flight"])
     assert data_side(interrupted, behind)["made"] is None

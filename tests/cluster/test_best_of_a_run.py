@@ -1,4 +1,4 @@
-"""A whole run that keeps its best checkpoint, and an evaluation of that one alone afterwards."""
+"""A whole run that keeps its best checkpoint, and an evaluation of only that one afterwards."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SMALL = ("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
 EVALUATION = ("--eval-function-path", "tests.cluster.hooks_for_tests.evaluate_by_table", "--eval-interval", "1")
 
 
-def test_the_best_of_three_is_kept_and_can_be_evaluated_on_its_own(task: Task, tmp_path: Path) -> None:
-    """The evaluation's rewards are made up, best after two rollouts; it also reports the engines' checksum."""
+def test_the_best_checkpoint_is_kept_and_evaluated(task: Task, tmp_path: Path) -> None:
+    """The evaluation's rewards are made up, with the best after two rollouts; it also reports the engines' checksum."""
     save = tmp_path / "run"
     best = ("--keep-best-checkpoint", "eval/own/reward", "--keep-last-checkpoints", "1")
     few = ("--eval-prompt-data", f"{task.eval}@[0:2]")

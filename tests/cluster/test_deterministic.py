@@ -1,4 +1,4 @@
-"""Whole runs with --deterministic: another number of engines, and other moments, change no bit."""
+"""Whole runs with --deterministic: another number of engines, and another timing, change no bit."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def run(task: Task, save: Path, *extra: str) -> Path:
 
 
 def log_probs(save: Path) -> list[list[float] | None]:
-    """Of the first rollout's samples."""
+    """Return the log-probs of the first rollout's samples."""
     return [sample.rollout_log_probs for group in read_dump(save / "dump/0.jsonl") for sample in group]
 
 
 def test_two_runs_are_one(task: Task, tmp_path: Path) -> None:
-    """Groups over-sampled, filtered and cut off, in two optimizer steps a rollout; weights, samples and metrics."""
+    """Groups are over-sampled, filtered and cut off, in two optimizer steps a rollout; all results are compared."""
     two = run(task, tmp_path / "two", "--deterministic")
     one = run(task, tmp_path / "one", "--deterministic", "--rollout-num-gpus", "1")
     assert differences(two, one) == []
     record = read_record(two / "dump/0.jsonl")
     assert record is not None and record.sampling is not None and record.tokenizer is not None
-    # Control: the engine's fast path rounds otherwise, in the last bits of log-probs, and that is seen.
+    # Control: the engine's fast path rounds differently in the last bits of log-probs, and the test notices that.
     other = run(task, tmp_path / "other", "--debug-rollout-only", "--num-rollout", "1")
     assert log_probs(one) == log_probs(two) != log_probs(other)

@@ -58,7 +58,7 @@ class Touches:
         return open, (str(self._path), "w")
 
 
-def test_a_pickle_in_place_of_a_dump_is_not_run(tmp_path: Path) -> None:
+def test_a_pickle_as_dump_is_not_run(tmp_path: Path) -> None:
     path, marker = tmp_path / "dump.jsonl", tmp_path / "marker"
     for content in (pickle.dumps(Touches(marker)), b"\xff\n", b"[" * 100_000, b"[[1]]", b"1"):
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Whole runs at the edges: evaluation alone, a run that has nothing left to do, a resume that is refused."""
+"""Whole runs in special cases: only evaluation, nothing left to do, a resume that is refused."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_evaluation_alone_needs_no_training_prompts(task: Task, tmp_path: Path) 
     assert events(save, "eval/few/num_prompts") == {0: 8}
 
 
-def test_a_finished_run_and_a_refused_resume_change_nothing(task: Task, tmp_path: Path) -> None:
-    """What the user sees is the error's own sentence, and no traceback."""
+def test_finished_runs_and_refused_resumes_change_nothing(task: Task, tmp_path: Path) -> None:
+    """The user sees the error's own sentence, and no traceback."""
     save = tmp_path / "run"
     data = tmp_path / "train.jsonl"
     shutil.copy(task.train, data)

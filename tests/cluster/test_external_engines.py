@@ -1,4 +1,4 @@
-"""A run on engines and a router that run already: it trains them, and leaves them as they were but for the weights."""
+"""A run on external engines and router: it trains them, and leaves everything but the weights as it was."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.sync.served import serving
 pytestmark = pytest.mark.usefixtures("joined_ray")
 
 
-def test_a_run_on_engines_and_a_router_that_run_already(task: Task, tmp_path: Path) -> None:
-    """Weights go by disk. One engine stands behind the router before the run, and still does after it."""
+def test_a_run_on_external_engines_and_router(task: Task, tmp_path: Path) -> None:
+    """Weights go by disk. One engine is registered with the router before the run, and stays after it."""
     save = tmp_path / "run"
     keys = Keys(control="known-to-its-owner")
     given = f"me:Me:admin:{keys.control}"

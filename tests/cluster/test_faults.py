@@ -1,4 +1,4 @@
-"""Whole runs that lose processes, and a disk: they go on, or end with one message that names what was lost."""
+"""Whole runs that lose processes, or a disk: they continue, or end with one message that names what was lost."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tests.cluster.runs import Task, events, family, flags, start, wait_for
 from tests.cluster.test_life_and_death import assert_all_gone
 
 LENGTH_S = 240.0
-"""Seconds for all that a test waits for in a run."""
+"""Seconds in which a run has to do all that a test waits for."""
 HUNG_S = 8
-"""Seconds after which an engine counts as hung here."""
+"""Seconds after which an engine counts as hung in these tests."""
 SILENT_S = 20
-"""Seconds after which a phase does."""
+"""Seconds of silence after which a phase fails."""
 
 
 class Run:
-    """train.py at work. Its processes are found by what they are, and signalled by id."""
+    """A running train.py, whose processes are found by their role, and get signals by their id."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         self._log = log
@@ -38,7 +38,7 @@ class Run:
         return self._log.read_text()
 
     def wait_for(self, line: str, *, count: int = 1) -> None:
-        """Until the output has `count` lines that begin with the pattern `line`."""
+        """Wait until the output has `count` lines that begin with the pattern `line`."""
 
         def there() -> bool:
             self.look()
@@ -53,18 +53,18 @@ class Run:
         return [process for process in self.everyone.values() if process.is_running()]
 
     def behind_guard(self, log: str) -> psutil.Process:
-        """The engine or the router that writes this log."""
+        """Return the engine or the router that writes this log."""
         [guard] = [one for one in self.look() if _has(one, lambda words: "guard.py" in words[3] and log in words[4])]
         [process] = guard.children()
         return process
 
     def actor(self, title: str, which: int = 0) -> psutil.Process:
-        """A process of Ray's, by the class of its actor."""
+        """Return a process of Ray's, by the class of its actor."""
         found = [one for one in self.look() if _has(one, lambda words: words[0].startswith(f"ray::{title}"))]
         return sorted(found, key=lambda one: one.pid)[which]
 
     def finish(self) -> int:
-        """The exit code; nothing is left."""
+        """Wait for the end, check that no process is left, and return the exit code."""
 
         def ended() -> bool:
             self.look()
@@ -94,9 +94,9 @@ def running(arguments: list[str], log: Path) -> Iterator[Run]:
 
 
 def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -> None:
-    """Both engines killed at once, then one of them hangs while the router is killed: no prompt and no weight is lost.
+    """Both engines are killed at once, then one hangs while the router is killed: no prompt and no weight is lost.
 
-    With both gone, generation waits for the first one to be sent the weights, and the second is sent them while that
+    With both gone, generation waits for the first one to get the weights, and the second gets them while the first one
     generates.
     """
     save = tmp_path / "run"
@@ -128,7 +128,7 @@ def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -
     assert max(gaps.values()) <= 1e-4, "... and computes what the trainers compute"
 
 
-def test_a_run_is_started_again_without_a_trainer_and_without_an_answer(task: Task, tmp_path: Path) -> None:
+def test_a_run_restarts_after_a_lost_trainer(task: Task, tmp_path: Path) -> None:
     save = tmp_path / "run"
     extra = ["--num-rollout", "6", "--save-interval", "2", "--phase-timeout", str(SILENT_S)]
     extra += ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
@@ -153,7 +153,7 @@ def test_a_run_is_started_again_without_a_trainer_and_without_an_answer(task: Ta
     assert max(events(save, "train/logprob_gap_max").values()) <= 1e-4
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(task: Task, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(task: Task, tmp_path: Path) -> None:
     save = tmp_path / "disk"
     save.mkdir()
     mounting = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(save)]

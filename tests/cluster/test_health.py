@@ -1,4 +1,4 @@
-"""Engines that run without us: watched by asking them, and asked what they hold whenever they have generated."""
+"""External engines: their health is checked, and so are their weights whenever they have generated."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def main():
 
 asyncio.run(main())
 """
-"""An engine that takes its time to say that it is well, as SGLang does: checks are in flight at any moment."""
+"""An engine that answers health checks slowly, as SGLang does, so that checks are in flight at any moment."""
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def served(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[lis
         yield processes
 
 
-def test_an_engine_that_was_started_anew_is_noticed(task: Task, served: list[ManagedProcess], tmp_path: Path) -> None:
-    """It is well, and behind the router; what it generates is another policy's."""
+def test_a_restarted_engine_is_noticed(task: Task, served: list[ManagedProcess], tmp_path: Path) -> None:
+    """It is healthy and registered with the router, but it generates with another policy."""
     *engines, router = served
     urls = [engine.url for engine in engines]
     hook = "tests.cluster.hooks_for_tests.evaluate"
@@ -79,10 +79,10 @@ def test_an_engine_that_was_started_anew_is_noticed(task: Task, served: list[Man
     asyncio.run(evaluate())
 
 
-def test_a_strangers_engine_at_the_router_is_noticed_before_and_after(
+def test_a_strangers_engine_at_the_router_is_noticed(
     task: Task, served: list[ManagedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A router that others have started may take engines from anybody, at any time."""
+    """An external router may accept engines from anybody, at any time."""
     *engines, router = served
     urls = [engine.url for engine in engines]
     monkeypatch.setenv("STRANGER", "")
@@ -109,8 +109,8 @@ def test_a_strangers_engine_at_the_router_is_noticed_before_and_after(
         Membership(router.url).remove(stranger.url)
 
 
-def test_a_stop_of_the_loop_is_no_engines_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forty watched engines, and stops of the manager's loop longer than their limit; then an engine hangs."""
+def test_a_blocked_loop_is_no_engines_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty engines are watched while the manager's loop is blocked for longer than their limit; then one hangs."""
     monkeypatch.setattr(health, "POLL_S", 0.1)
     monkeypatch.setattr(health, "UNWELL_S", LIMIT_S)
     monkeypatch.setattr(health, "HEALTH_CHECK_S", LIMIT_S)
@@ -143,7 +143,7 @@ def test_a_stop_of_the_loop_is_no_engines_silence(monkeypatch: pytest.MonkeyPatc
     assert said == [hung] * 20 + [f"the engine {url} died during generation"] * 20, "control: a hang is noticed"
 
 
-def test_restarts_are_counted_for_each_process_within_an_hour() -> None:
+def test_restarts_are_counted_within_an_hour() -> None:
     limit = RestartLimit(2)
     assert all(limit.allow(f"engine {index}", now=0.0) for index in range(100)), "each engine has its own count"
     assert limit.allow("engine 0", now=10.0)
@@ -154,10 +154,10 @@ def test_restarts_are_counted_for_each_process_within_an_hour() -> None:
     assert not RestartLimit(0).allow("engine 0", now=0.0)
 
 
-def test_the_death_of_an_engine_that_is_not_ours_is_named(
+def test_the_death_of_an_external_engine_is_named(
     served: list[ManagedProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Last: it ends an engine."""
+    """This is the last test, because it ends an engine."""
     monkeypatch.setattr(health, "POLL_S", 0.05)
     monkeypatch.setattr(health, "UNWELL_S", 0.5)
     urls = [engine.url for engine in served[:-1]]

@@ -1,4 +1,4 @@
-"""Processes: what a run starts ends with it, however it ends; what is wrong is said before anything starts."""
+"""Processes: what a run starts ends with it, however it ends; wrong input is an error before anything starts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.cluster.sockets import ALWAYS, Socket, faults, listening, unprotected
 
 @contextmanager
 def running(task: Task, tmp_path: Path, *extra: str) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
-    """A run that has trained one step and goes on, and all its processes; none is left to the tests that follow."""
+    """A run that has trained one step and continues, with all its processes; none is left for the next tests."""
     save = tmp_path / "run"
     small = ["--num-rollout", "100000", "--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1", *extra]
     small += ["--custom-rollout-log-function-path", "tests.cluster.hooks_for_tests.leave_a_daemon"]
@@ -61,7 +61,7 @@ def running(task: Task, tmp_path: Path, *extra: str) -> Iterator[tuple[subproces
 
 
 def assert_protected(everyone: list[psutil.Process]) -> None:
-    """Nothing of the job can be reached from elsewhere, and Ray asks everybody for the job's own token."""
+    """No part of the job can be reached from other machines, and Ray requires the job's own token."""
     sockets = listening(everyone)
     assert {socket.role for socket in sockets} >= ALWAYS
     assert faults(sockets) == []
@@ -74,7 +74,7 @@ def assert_protected(everyone: list[psutil.Process]) -> None:
 
 
 def assert_closed_to_others(everyone: list[psutil.Process]) -> None:
-    """Another user of the machine gets nothing from engine and router; whoever has their keys does."""
+    """Another user of the machine gets nothing from engine and router; a client with their keys does."""
     sockets = listening(everyone)
     for asked, answers in as_nobody(sockets).items():
         assert set(answers.values()) == {401}, (asked, answers)
@@ -92,7 +92,7 @@ def assert_closed_to_others(everyone: list[psutil.Process]) -> None:
 
 
 def assert_hidden(everyone: list[psutil.Process], tmp_path: Path, requests: list[tuple[str, str | None]]) -> None:
-    """Secrets in flags reach what needs them, and are in no file of the run and on no command line."""
+    """Secrets in flags reach the programs that need them, and are in no file of the run and on no command line."""
     path, header = requests[0]
     assert path == f"/judge?token={PLANTED['token']}"
     assert header == authorization()
@@ -125,10 +125,10 @@ def test_a_killed_job_leaves_nothing(
     number: signal.Signals,
     whole_group: bool,
 ) -> None:
-    """A terminal's Ctrl-C, and `timeout`, send their signal to the whole process group. A hook has left a daemon."""
+    """Ctrl-C in a terminal and `timeout` signal the whole process group. A hook has left a daemon."""
     marker = f"SLIME_TEST_RUN_{os.getpid()}_{time.monotonic_ns()}"
     monkeypatch.setenv(marker, "1")
-    attacked = number == signal.SIGTERM  # one of the runs is enough, and it has to be one that goes on
+    attacked = number == signal.SIGTERM  # attack one of the runs, and one that keeps running
     with judged() as (secret_flags, requests), running(task, tmp_path, *(secret_flags if attacked else ())) as job:
         process, everyone = job
         daemons = [one for one in marked(marker) if one.cmdline() == ["sleep", "86399"]]
@@ -148,14 +148,14 @@ def test_a_killed_job_leaves_nothing(
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An own directory for temporary files; its name is short, because Ray's sockets have it in theirs."""
+    """Return a directory for temporary files; its name is short, because Ray's sockets include it in theirs."""
     with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as directory:
         monkeypatch.setenv("TMPDIR", directory)
         yield Path(directory)
 
 
 def submit(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Submit a job and follow it; a cluster that has just started has no agent for the first seconds, or minutes."""
+    """Submit a job and follow it; a new cluster has no agent for the first seconds or minutes."""
     deadline = time.monotonic() + 150
     while True:
         result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
@@ -171,7 +171,7 @@ def test_ray_job_submit_runs_two_rollouts(task: Task, tmp_path: Path) -> None:
     port = str(find_free_port())
     head = [str(ray), "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", "0"]
     head += ["--dashboard-host", "127.0.0.1", "--dashboard-port", port, "--temp-dir", f"/tmp/ray_{os.getpid()}"]
-    # its own default is one port of the machine, which the Ray of a test beside this one may have
+    # Ray's default is a fixed port of the machine, which the Ray of a test that runs at the same time may have.
     head += ["--dashboard-agent-listen-port", str(find_free_port())]
     save = tmp_path / "run"
     with (tmp_path / "head.txt").open("wb") as log:
@@ -223,8 +223,8 @@ def test_bad_input_is_one_error_before_any_process(task: Task, tmp_path: Path, e
     assert not (tmp_path / "run").exists(), "nothing was started, so nothing was written"
 
 
-def test_a_second_run_into_one_save_is_one_error(task: Task, tmp_path: Path) -> None:
-    """With a log directory of its own; the first run is this process."""
+def test_a_second_run_with_the_save_fails(task: Task, tmp_path: Path) -> None:
+    """The second run has another log directory; the first run is this process."""
     save = tmp_path / "run"
     arguments = flags(task, save, "--log-dir", str(tmp_path / "logs"))
     with PathLocks([save]):

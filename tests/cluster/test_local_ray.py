@@ -1,4 +1,4 @@
-"""A Ray of the run's own is protected; what the user has set for it stays."""
+"""The run's own Ray is protected; variables that the user has set for it stay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VARIABLES = ("RAY_ADDRESS", LOOPBACK_ALONE, AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PA
 
 
 def protected(monkeypatch: pytest.MonkeyPatch, **given: str) -> dict[str, str]:
-    """The variables after `protect_local_ray`, with `given` set before."""
+    """Return the variables after `protect_local_ray`, with `given` set before."""
     with monkeypatch.context() as patch:
         for name in VARIABLES:
             patch.setenv(name, "")  # so that it is restored
@@ -33,7 +33,7 @@ def protected(monkeypatch: pytest.MonkeyPatch, **given: str) -> dict[str, str]:
         return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
-def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     own = protected(monkeypatch)
     assert (own[LOOPBACK_ALONE], own[AUTH_MODE], len(own[AUTH_TOKEN])) == ("0", "token", 64)
     assert own[AUTH_TOKEN] != protected(monkeypatch)[AUTH_TOKEN], "a token for each run"
@@ -73,8 +73,8 @@ def test_an_address_at_which_something_listens() -> None:
     assert address_fault("auto") is address_fault("local") is None
 
 
-def test_a_ray_that_does_not_come_up_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # of which Ray makes a ValueError of several lines
+def test_a_ray_that_fails_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # Ray raises a ValueError of several lines for it
     with pytest.raises(RunError, match=r"^Ray could not be started or joined: ") as caught:
         start_ray()
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Who sits on which GPU: Ray takes our word for how many there are, so a machine without any will do."""
+"""The assignment of processes to GPUs: Ray believes the number that it is given, so no GPU is needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slime.core.errors import RunError
 
 @pytest.fixture(scope="module")
 def four_gpus() -> Iterator[None]:
-    """A local Ray that believes in four GPUs, the last of eight."""
+    """Start a local Ray that believes in four GPUs, the last of eight."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = "4,5,6,7"
     ray.init(
@@ -61,7 +61,7 @@ def some_args(**changes: Any) -> Args:
 
 @ray.remote
 class Seen:
-    """What a process of the run sees of GPUs."""
+    """Return the GPUs that a process of the run sees."""
 
     def visible(self) -> str:
         return os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
@@ -83,7 +83,7 @@ def test_trainers_first_then_engines_next_to_each_other(place: Callable[..., Pla
     assert placement.rendezvous("/tmp/run") == "file:///tmp/run/rendezvous"
 
 
-def test_colocated_both_stand_on_the_same_gpus(place: Callable[..., Placement]) -> None:
+def test_colocation_places_both_on_the_same_gpus(place: Callable[..., Placement]) -> None:
     shared = {"actor_num_gpus_per_node": 4, "rollout_num_gpus": 4, "rollout_num_gpus_per_engine": 2, "colocate": True}
     placement = place(**shared)
     assert [placement.engine_gpu_ids(index) for index in (0, 1)] == [("4", "5"), ("6", "7")]
@@ -106,7 +106,7 @@ def test_external_engines_and_debugging_take_none(place: Callable[..., Placement
     assert (alone.num_trainers, alone.num_engines) == (0, 4)
 
 
-def test_too_few_gpus_are_said_at_once(place: Callable[..., Placement]) -> None:
+def test_too_few_gpus_are_an_immediate_error(place: Callable[..., Placement]) -> None:
     with pytest.raises(RunError, match=r"3 trainers and 1 engines of 2 GPUs: they take 5 GPUs and .* there are 4"):
         place(actor_num_gpus_per_node=3, rollout_num_gpus=2, rollout_num_gpus_per_engine=2)
     assert place(actor_num_gpus_per_node=3, rollout_num_gpus=2, rollout_num_gpus_per_engine=2, colocate=True)
@@ -125,7 +125,7 @@ def test_auto_goes_by_rays_gpus(four_gpus: None) -> None:
 
 
 def nodes(*counts: int) -> list[Slot]:
-    """So many GPUs on 10.0.0.9, on 10.0.0.10, ..., in an order that is nobody's."""
+    """Return this many GPUs on 10.0.0.9, on 10.0.0.10, ..., in an arbitrary order."""
     slots = [Slot(0, f"10.0.0.{9 + node}", str(gpu)) for node, count in enumerate(counts) for gpu in range(count)]
     return slots[::-1]
 
@@ -144,25 +144,25 @@ def test_node_by_node_and_by_number() -> None:
     assert layout.manager == Slot(99)
 
 
-def test_an_engine_stands_on_one_node() -> None:
+def test_an_engine_stays_on_one_node() -> None:
     with pytest.raises(RunError, match=r"engine 0 would span the nodes 10\.0\.0\.10, 10\.0\.0\.9"):
         lay_out(wanted(2, 1, 4), nodes(4, 4), [Slot(99)])
     assert lay_out(wanted(4, 1, 4), nodes(4, 4), [Slot(99)])
     assert lay_out(wanted(8, 2, 4, colocated=True), nodes(4, 4), [Slot(99)])
 
 
-def test_trainers_meet_at_a_file_only_where_all_of_them_find_it(place: Callable[..., Placement]) -> None:
-    """The directory is the driver's, which may stand on a node without GPUs."""
+def test_trainers_on_one_node_meet_at_a_file(place: Callable[..., Placement]) -> None:
+    """The directory is on the driver's node, which may have no GPU."""
     here = place(actor_num_gpus_per_node=2, rollout_num_gpus=0, debug_train_only=True)
     assert here.rendezvous("/tmp/run") == "file:///tmp/run/rendezvous"
-    trainers = tuple(replace(slot, node_ip="127.0.0.2") for slot in here.layout.trainers)  # not where Ray stands
+    trainers = tuple(replace(slot, node_ip="127.0.0.2") for slot in here.layout.trainers)  # another node than Ray's
     elsewhere = replace(here, layout=replace(here.layout, trainers=trainers))
     assert re.fullmatch(r"tcp://127\.0\.0\.2:\d+", elsewhere.rendezvous("/tmp/run"))
     on_cpus = replace(here, layout=replace(here.layout, trainers=tuple(Slot(slot.bundle) for slot in trainers)))
     assert on_cpus.rendezvous("/tmp/run") == "file:///tmp/run/rendezvous"
 
 
-def test_phases_are_told_while_engines_start(four_gpus: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_phases_are_printed_while_engines_start(four_gpus: None, capsys: pytest.CaptureFixture[str]) -> None:
     @ray.remote
     def slow() -> int:
         time.sleep(1.0)

@@ -1,4 +1,4 @@
-"""What a run is started again with, and that nothing but a lost process starts it again."""
+"""The arguments of a restart, and that only a lost process causes one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_the_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
     assert newest_checkpoint(str(tmp_path)) == 12
 
 
-def test_a_run_goes_on_from_its_own_checkpoint_whole() -> None:
-    """Whatever it began with: another run's checkpoint, its weights alone, an earlier one of its own."""
+def test_a_run_continues_from_its_own_checkpoint() -> None:
+    """This holds however the run began: with another run's checkpoint, its weights alone, an earlier one of its own."""
     begun = Args(save="/own", load="/others", ckpt_step=3, finetune=True, no_load_optim=True, no_load_rng=True)
     again = going_on(begun)
     assert (again.load, again.ckpt_step) == ("/own", None)
@@ -74,7 +74,7 @@ def steady(local_ray: None) -> Any:
 
 @pytest.fixture
 def doomed(local_ray: None) -> Iterator[Any]:
-    """One for this test alone."""
+    """An actor of this test alone."""
     actor: Any = Actor.options(num_cpus=0).remote()
     yield actor
     ray.kill(actor)
@@ -87,7 +87,7 @@ def waiter(steady: Any) -> Waiter:
     return made
 
 
-def test_one_that_said_no_is_no_fault(waiter: Waiter, steady: Any) -> None:
+def test_a_refusal_is_not_a_fault(waiter: Waiter, steady: Any) -> None:
     assert waiter.get("trying", [steady.say.remote("here"), steady.say.remote("there")]) == ["here", "there"]
     said = "trying failed: the steady one: ValueError: --flag 3: too much\nlogs: LOGS"
     with pytest.raises(RunError, match=said) as caught:
@@ -105,14 +105,14 @@ def test_a_collective_without_its_peer_is_a_fault(waiter: Waiter, steady: Any) -
     assert not is_broken_link(RuntimeError("CUDA out of memory"))
 
 
-def test_the_one_that_died_is_named_and_not_the_one_that_missed_it(waiter: Waiter, steady: Any, doomed: Any) -> None:
+def test_the_process_that_died_is_named(waiter: Waiter, steady: Any, doomed: Any) -> None:
     waiter.name(doomed, "the doomed one")
     with pytest.raises(Fault, match="trying failed: the doomed one died"):
         waiter.get("trying", [steady.refuse.remote(RuntimeError("no peer")), doomed.die.remote(after=0.5)])
 
 
-def test_a_silent_one_is_named_and_others_are_not(waiter: Waiter, steady: Any, doomed: Any) -> None:
-    """... and what moves keeps a wait alive: the limit counts from when nothing does any more."""
+def test_only_the_silent_process_is_named(waiter: Waiter, steady: Any, doomed: Any) -> None:
+    """Progress keeps a wait alive: the limit counts from the last progress."""
     waiter.name(doomed, "the doomed one")
     waiter.set_limit(2.0, because="--limit")
     begin = time.monotonic()
@@ -131,7 +131,7 @@ def test_a_silent_one_is_named_and_others_are_not(waiter: Waiter, steady: Any, d
     assert looks[-1] - looks[0] > 3
 
 
-def test_work_behind_the_loop_ends_it_under_its_own_name(waiter: Waiter, doomed: Any) -> None:
+def test_background_work_fails_under_its_own_name(waiter: Waiter, doomed: Any) -> None:
     waiter.name(doomed, "the doomed one")
     waiter.watch("the work behind", doomed.die.remote())
     busy = Actor.options(num_cpus=0).remote()

@@ -21,14 +21,14 @@ TOLERANCE = 1e-4
 
 
 def two_epochs(task: Task, save: Path, *extra: str) -> list[str]:
-    """Seven prompts, twice, in rollouts of four: the last of four rollouts begins a third epoch."""
+    """Use seven prompts, twice, in rollouts of four: the last of four rollouts begins a third epoch."""
     length = ["--num-epoch", "2", "--prompt-data", f"{task.train}@[0:7]", "--lr-decay-style", "cosine"]
     return flags(task, save, *length, "--balance-data", *extra, length=())
 
 
 @pytest.fixture(scope="module")
 def unbroken(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four rollouts in one go, each dumped, with checkpoints behind the second and the fourth."""
+    """Four rollouts without a break, each dumped, with checkpoints after the second and the fourth."""
     save = tmp_path_factory.mktemp("unbroken") / "run"
     extra = ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl"), "--save-hf", str(save / "hf")]
     extra += ["--eval-prompt-data", f"{task.eval}@[0:8]", "--eval-interval", "2", "--use-tensorboard", "--use-wandb"]
@@ -68,13 +68,13 @@ def in_tensorboard(save: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def in_metrics(save: Path) -> dict[str, list[tuple[int, float]]]:
-    """As float32, which TensorBoard keeps."""
+    """Convert to float32, which TensorBoard stores."""
     return {
         name: [(step, float(np.float32(value))) for step, value in points] for name, points in of_metrics(save).items()
     }
 
 
-def test_trackers_hold_what_metrics_jsonl_holds(unbroken: Path) -> None:
+def test_trackers_and_metrics_jsonl_agree(unbroken: Path) -> None:
     assert in_tensorboard(unbroken) == in_metrics(unbroken)
     [rows] = wandb_rows(unbroken)
     assert [row["_step"] for row in rows[1:-1]] == [0, 1, 2, 3, 4]
@@ -83,14 +83,14 @@ def test_trackers_hold_what_metrics_jsonl_holds(unbroken: Path) -> None:
         assert rows[1 + step]["train/loss"] == events(unbroken, "train/loss")[step]
 
 
-def test_ranks_are_balanced_and_the_console_says_how_even(unbroken: Path) -> None:
+def test_ranks_are_balanced_and_imbalance_is_printed(unbroken: Path) -> None:
     imbalance = events(unbroken, "train/dp_imbalance")
     assert max(imbalance.values()) < 1.1
     assert f"DP imbalance {imbalance[4]:.3f}" in (unbroken.parent / "output.txt").read_text()
 
 
 def test_the_agreement_check_notices_another_policy(task: Task, unbroken: Path, tmp_path: Path) -> None:
-    """Rollout 3's samples, trained on by the policy of rollout 0."""
+    """Rollout 3's samples are trained on by the policy of rollout 0."""
     save = tmp_path / "run"
     dump = unbroken / "dump/3.jsonl"
     extra = ["--load-debug-rollout-data", str(dump), "--debug-train-only", "--num-rollout", "1"]
@@ -98,7 +98,7 @@ def test_the_agreement_check_notices_another_policy(task: Task, unbroken: Path, 
     assert events(save, GAP)[1] > TOLERANCE
 
 
-def test_a_steps_phases_sum_to_its_wall_time_and_are_printed(unbroken: Path) -> None:
+def test_phases_sum_to_the_steps_wall_time(unbroken: Path) -> None:
     for step in range(1, 5):
         parts = {name: events(unbroken, f"time/{name}")[step] for name in (*PHASES, "idle")}
         assert sum(parts.values()) == pytest.approx(events(unbroken, "time/step")[step], abs=1e-6)
@@ -112,7 +112,7 @@ def test_a_steps_phases_sum_to_its_wall_time_and_are_printed(unbroken: Path) -> 
 
 
 def test_a_resumed_run_draws_the_same_prompts(task: Task, unbroken: Path, tmp_path: Path) -> None:
-    """The reference of the resumed run is another model: its engines have to hold the actor all the same."""
+    """The reference model of the resumed run is another one, but its engines have to hold the actor."""
     save = tmp_path / "run"
     copy_checkpoint(unbroken, save, 1)
     extra = ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
@@ -134,7 +134,7 @@ def test_a_resumed_run_draws_the_same_prompts(task: Task, unbroken: Path, tmp_pa
 
 
 def test_replaying_the_samples_gives_the_same_weights(task: Task, unbroken: Path, tmp_path: Path) -> None:
-    """Bit for bit: optimizer, schedule and data order are in the checkpoint (tests/megatron has the control)."""
+    """Results are equal bit for bit: a checkpoint has optimizer, schedule and data order (control: tests/megatron)."""
     save = tmp_path / "run"
     copy_checkpoint(unbroken, save, 1)
     extra = ["--load-debug-rollout-data", str(unbroken / "dump/{rollout_id}.jsonl"), "--debug-train-only"]

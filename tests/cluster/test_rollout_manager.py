@@ -1,4 +1,4 @@
-"""The rollout manager without Ray: replay, its hooks, and its state."""
+"""The rollout manager without Ray: replay, hooks, and state."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_a_replay_needs_no_prompts(task: Task, tmp_path: Path, dump: str) -> Non
     asyncio.run(replayed.close())
 
 
-def test_a_replay_keeps_what_the_dump_says_of_itself(task: Task, tmp_path: Path) -> None:
-    """A dump of a replay was sampled as the first one was, whatever this run's flags say."""
+def test_a_replay_keeps_the_dumps_own_record(task: Task, tmp_path: Path) -> None:
+    """A dump of a replay records the sampling of the first run, whatever this run's flags are."""
     hot = sampling_record(Args(hf_checkpoint=str(task.model), rollout_temperature=0.7))
     write_dump(
         tmp_path / "0.jsonl",
@@ -90,7 +90,7 @@ def test_an_evaluation_of_ones_own(task: Task, tmp_path: Path) -> None:
     asyncio.run(hooked.close())
 
 
-def test_a_data_source_of_ones_own_is_asked_and_restored(task: Task, tmp_path: Path) -> None:
+def test_a_users_data_source_is_used_and_restored(task: Task, tmp_path: Path) -> None:
     flags = {
         "data_source_path": f"{HOOKS}.Numbers",
         "rollout_function_path": "slime.rollout.sft_rollout.generate_rollout",
@@ -130,7 +130,7 @@ def restored(task: Task, directory: Path, state: dict[str, Any]) -> RolloutManag
     return made
 
 
-def test_a_rollout_that_waits_to_be_trained_on_is_in_the_state(task: Task, tmp_path: Path) -> None:
+def test_a_waiting_rollout_is_in_the_state(task: Task, tmp_path: Path) -> None:
     GO_ON.set()
     first = manager(task, tmp_path, **AHEAD)
     assert groups_of(asyncio.run(first.generate(0))) == [0, 1, 2]
@@ -177,8 +177,8 @@ def test_a_rollout_in_flight_is_in_the_state(task: Task, tmp_path: Path) -> None
     asyncio.run(first.close())
 
 
-def test_prompts_that_are_left_out_are_said_at_the_start(task: Task, tmp_path: Path) -> None:
-    """The process's own log alone would not do: a run that trains on half of the data has to say so."""
+def test_prompts_left_out_are_reported_at_start(task: Task, tmp_path: Path) -> None:
+    """The process's own log is not enough: a run that trains on half of the data has to report it to the user."""
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": text, "label": "1"}) + "\n" for text in ("1+1=", "9" * 300)))
     made = RolloutManager(

@@ -1,4 +1,4 @@
-"""What dead runs have left goes, and what live ones have stays."""
+"""Files of dead runs are removed, and files of live ones stay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ time.sleep(600)
 """
 
 
-def test_what_dead_runs_have_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_dead_runs_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     session, others = tmp_path / "ray" / "session_1", tmp_path / "ray" / "session_2"
     for directory in (session / "logs", others, tmp_path / "slime-run-not-ours"):

@@ -1,4 +1,4 @@
-"""A stopped process is named with its pid, also where a child of ours has started it."""
+"""A stopped process is named with its pid, also if a child process has started it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 from slime.cluster.stopped import stopped_below
 
 
-def test_a_stopped_process_is_named_and_others_are_not() -> None:
+def test_only_the_stopped_process_is_named() -> None:
     shell = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
     assert shell.stdout is not None
     sleeper = psutil.Process(int(shell.stdout.readline()))

@@ -1,4 +1,4 @@
-"""What a program and a trainer load when they start, and what they do not."""
+"""Modules that a program and a trainer load when they start, and modules that they do not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_plan_without_gpus_loads_no_heavy_package(task: Task, tmp_path: Path, 
     assert done.stdout.splitlines()[-1] == str(loaded)
 
 
-def test_modules_are_hidden_while_megatron_is_imported_and_no_longer() -> None:
+def test_modules_are_hidden_only_during_megatrons_import() -> None:
     sys.modules.pop("cProfile", None)
     with without("cProfile", "json"):
         with pytest.raises(ImportError):

@@ -1,4 +1,4 @@
-"""A whole run with --colocate: the same training as with devices apart, by turns on the same ones."""
+"""A whole run with --colocate trains like one with separate devices, by turns on the same ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_trains_as_apart_to_the_bit(task: Task, run: Path, tmp_path: Path) -> None:
-    """The first sync was proven by checksum, or the run had ended; later ones by the policy version."""
+    """The first sync was proven by checksum, or the run had ended; later ones are proven by the policy version."""
     apart = tmp_path / "apart"
     train(flags(task, apart, "--save-hf", str(apart / "hf"), length=ROLLOUTS), tmp_path / "apart.txt")
     found, expected = weights(run / "hf"), weights(apart / "hf")
@@ -46,7 +46,7 @@ def test_it_trains_as_apart_to_the_bit(task: Task, run: Path, tmp_path: Path) ->
     assert not all(torch.equal(found[name], start_of_run[name]) for name in found), "it has learned"
 
 
-def test_the_policies_agree_and_every_phase_says_its_memory(run: Path) -> None:
+def test_policies_agree_and_phases_report_memory(run: Path) -> None:
     assert len(events(run, "train/logprob_gap_mean")) == 2
     assert max(events(run, "train/logprob_gap_max").values()) <= 1e-4
     assert all(seconds > 0 for seconds in events(run, "time/offload").values())

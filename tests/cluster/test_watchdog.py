@@ -1,4 +1,4 @@
-"""The watchdog names what does not answer, and bears what it must bear."""
+"""The watchdog names what does not answer, and tolerates what it has to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LIMIT_S = 1.5
 
 
 class Ends:
-    """What the watchdog has said, once it has."""
+    """Return the watchdog's message, once there is one."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -54,7 +54,7 @@ def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.wait()
 
 
-def test_a_server_that_is_stopped_is_named_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_stopped_server_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PING_S", 0.1)
     ends = Ends()
     with server() as (process, address):
@@ -67,7 +67,7 @@ def test_a_server_that_is_stopped_is_named_and_others_are_not(monkeypatch: pytes
         watchdog.close()
 
 
-def test_what_the_driver_does_not_finish_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_task_of_the_driver_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PING_S", 0.1)
     ends = Ends()
     watchdog = Watchdog(limit=LIMIT_S, end=ends)
@@ -80,8 +80,8 @@ def test_what_the_driver_does_not_finish_ends_it(monkeypatch: pytest.MonkeyPatch
     assert ends.said == ["ending the run: Ray has not done it within 0.5 s"]
 
 
-def test_time_in_which_the_process_stood_still_does_not_count() -> None:
-    """The process that waits is stopped for longer than its limit, as by a machine that sleeps."""
+def test_suspended_time_does_not_count() -> None:
+    """The process that waits is stopped for longer than its limit, as on a machine that sleeps."""
     code = (
         "import sys, time\n"
         "from slime.cluster import watchdog\n"

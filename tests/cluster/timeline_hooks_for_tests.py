@@ -1,4 +1,4 @@
-"""Hooks that say, or decide, when something happens: on the machine's one monotonic clock, or one after the other."""
+"""Hooks that record, or decide, when something happens: on the machine's monotonic clock, or in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slime.rollout.generate import generate_sample
 from slime.rollout.sft_rollout import fill_responses
 
 TRAINING_S = 1.0
-"""Training takes this much longer than it has to."""
+"""The additional time of training in seconds."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +46,29 @@ def read_spans(save: Path, kind: str) -> dict[int, list[Span]]:
 
 
 async def generate(args: Args, sample: Sample, params: SamplingParams, context: RolloutContext) -> Sample:
-    """As the built-in function."""
+    """Work like the built-in function, and record the time."""
     start = time.monotonic()
     sample = await generate_sample(args, sample, params, context)
-    if "start_rollout_id" in sample.metadata:  # not in an evaluation
+    if "start_rollout_id" in sample.metadata:  # absent in an evaluation
         _write(args, "generation", sample.metadata["start_rollout_id"], start)
     return sample
 
 
 async def fail_second(args: Args, sample: Sample, params: SamplingParams, context: RolloutContext) -> Sample:
-    """The second rollout cannot be generated."""
+    """Fail to generate the second rollout."""
     if sample.group_index >= args.rollout_batch_size:
         raise ValueError("no second rollout")
     return await generate_sample(args, sample, params, context)
 
 
 def without_end(args: Args, batch: TrainBatch) -> Array:
-    """Training that nobody would wait for."""
+    """Train for so long that no test would wait for it."""
     time.sleep(600)
     return advantages(args, batch)
 
 
 def advantages(args: Args, batch: TrainBatch) -> Array:
-    """The rewards themselves, slowly. Written under the batch's first group, which says which rollout it is."""
+    """Return the rewards after a delay; record under the batch's first group, which identifies the rollout."""
     start = time.monotonic()
     time.sleep(TRAINING_S)
     _write(args, "training", int(batch.columns["group_indices"][0]) // args.rollout_batch_size, start)
@@ -79,7 +79,7 @@ GO_ON = asyncio.Event()
 
 
 async def draw_and_wait(args: Args, rollout_id: int, data_source: DataSource, context: RolloutContext) -> RolloutResult:
-    """A rollout that has drawn its groups, and is not whole before somebody sets GO_ON."""
+    """Draw the groups of a rollout, and finish it only after a test sets GO_ON."""
     groups = data_source.get_groups(args.rollout_batch_size, rollout_id=rollout_id)
     await GO_ON.wait()
     fill_responses(args, [sample for group in groups for sample in group], context)
@@ -87,7 +87,7 @@ async def draw_and_wait(args: Args, rollout_id: int, data_source: DataSource, co
 
 
 def spoil(args: Args, samples: list[Sample]) -> TrainBatch:
-    """Training data that is made by changing the samples."""
+    """Make training data by changing the samples."""
     for sample in samples:
         sample.reward = 7.0
     return from_samples(samples)

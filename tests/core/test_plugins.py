@@ -29,7 +29,7 @@ class Contract:
 
 
 def in_rollout(probe: str) -> Contract:
-    test = "test_hooks_are_called_as_the_table_says"
+    test = "test_hooks_are_called_as_the_table_declares"
     return Contract("rollout/test_hooks.py", test, probe, "rollout/rollout_hooks_for_tests.py")
 
 
@@ -40,7 +40,7 @@ def in_manager(test: str, probe: str, file: str = "cluster/test_rollout_manager.
 CONTRACTS = {
     "rollout_function_path": in_manager("test_a_rollout_of_ones_own", "roll", "cluster/test_manager_hooks.py"),
     "eval_function_path": in_manager("test_an_evaluation_of_ones_own", "evaluate"),
-    "data_source_path": in_manager("test_a_data_source_of_ones_own_is_asked_and_restored", "Numbers"),
+    "data_source_path": in_manager("test_a_users_data_source_is_used_and_restored", "Numbers"),
     "custom_generate_function_path": in_rollout("generate"),
     "custom_rm_path": in_rollout("reward"),
     "dynamic_sampling_filter_path": in_rollout("dynamic_filter"),

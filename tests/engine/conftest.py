@@ -1,4 +1,4 @@
-"""Tiny models on disk, and engines that serve them: each made once for all tests here."""
+"""Tiny models on disk, and engines that serve them, each made once for all tests in this folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SERVER = "slime.engine.embedded.server"
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Families, qwen3 and llama3 tied; 'glm4-b' is glm4 with other weights, 'glm4-eos' ends by itself."""
+    """Make the families, qwen3 and llama3 tied; 'glm4-b' is glm4 with other weights, 'glm4-eos' ends by itself."""
     root = tmp_path_factory.mktemp("models")
     return {
         "glm4": tiny_models.make_model(root / "glm4", "glm4", seed=1),
@@ -37,7 +37,7 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngine]:
-    """start_engine(model_dir, *flags) -> a ready engine; all are ended after the session."""
+    """Return start_engine(model_dir, *flags) -> a ready engine; all are ended after the session."""
     logs = tmp_path_factory.mktemp("logs")
     started: list[ManagedProcess] = []
 

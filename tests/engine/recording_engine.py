@@ -1,4 +1,4 @@
-"""An HTTP server that a router takes for an engine; it remembers which keys it was sent, and answers every request."""
+"""An HTTP server that a router takes for an engine; it records the keys it gets, and answers every request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Recording:
-    """`asked`: path and Authorization header of each request but those for its health."""
+    """A server. `asked` holds path and Authorization header of each request except health checks."""
 
     url: str
     asked: list[tuple[str, str | None]] = field(default_factory=list[tuple[str, str | None]])

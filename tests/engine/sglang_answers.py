@@ -1,7 +1,7 @@
-"""What SGLang answers to a /generate, by version, read from its source (the rule names the place).
+"""SGLang's answers to a /generate, by version, read from its source (the rule names the place).
 
-The context has 512 tokens, the vocabulary 128. Names that stand for what the engine sampled for `seed` before:
-STOP, a token that comes first as number COUNT; TEXT, its text. 0.5.22 and 0.5.23 answer as 0.5.21.
+The context has 512 tokens, the vocabulary 128. Some names replace what the engine sampled for `seed` before: STOP is a
+token that comes first as number COUNT, and TEXT is its text. 0.5.22 and 0.5.23 answer as 0.5.21.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STOP, TEXT, COUNT = "STOP", "TEXT", "COUNT"
 
 @dataclass(frozen=True)
 class Answer:
-    """`tokens` and `reason` of a 200; a word of the message of a 400. `matched`: what stopped it."""
+    """An answer: `tokens` and `reason` of a 200, or a word of the message of a 400. `matched` ended the response."""
 
     status: Literal[200, 400]
     reason: str | None = None
@@ -27,20 +27,20 @@ class Answer:
 @dataclass(frozen=True)
 class Row:
     rule: str
-    """Where SGLang decides it."""
+    """The place in SGLang's source that decides it."""
     answers: dict[str, Answer | None]
-    """By version. None: it fails, or answers what this engine has no part of: several responses, other features."""
+    """Answers by version. None: it fails, or uses features that this engine lacks, such as several responses."""
     embedded: str = NEW
     """The version whose answer the embedded engine gives, or "refused": a 400 that names what it does not serve."""
     length: int = 3
-    """Tokens of the input."""
+    """The tokens of the input."""
     params: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Besides the seed."""
+    """Fields in addition to the seed."""
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 def ended(reason: str, tokens: int | str, matched: str | None = None) -> dict[str, Answer | None]:
-    """Every version's answer."""
+    """Return a row with the same answer for every version."""
     return dict.fromkeys((OLD, NEW), Answer(200, reason, tokens, matched))
 
 
@@ -156,6 +156,6 @@ ROWS: dict[str, Row] = {
 }
 
 INPUT_LOG_PROBS: dict[int, list[int] | None] = {-1: [], 0: [1, 40, 50], 1: [40, 50], 2: [50], 3: []}
-"""`logprob_start_len` -> the tokens of input_token_logprobs for the input [1, 40, 50]. The first has no log-prob, also
-where a token comes before it, and temperature does not count (logprob_result_processor._process_input_token_logprobs).
+"""`logprob_start_len` -> the tokens of input_token_logprobs for the input [1, 40, 50]. The first has no log-prob, even
+if a token precedes it, and temperature does not count (logprob_result_processor._process_input_token_logprobs).
 """

@@ -1,4 +1,4 @@
-"""Two engines behind a real router, and a trainer's side of a weight update in this process."""
+"""Two engines with a real router, and a trainer's side of a weight update in this process."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_requests_are_spread_and_their_fields_arrive(
 
     workers, responses = run(router, ask)
     assert workers == sorted(e.url for e in engines)
-    # One seed, one response, whichever engine gave it: temperature and sampling_seed pass the router.
+    # One seed gives one response, whichever engine answers: the router passes on temperature and sampling_seed.
     assert len({tuple(r.output_ids) for r in responses}) == 1
     first = responses[0]
     assert (first.finish_reason, first.weight_version, first.prompt_tokens, first.completion_tokens) == (
@@ -100,7 +100,7 @@ def test_an_engines_refusal_keeps_its_words_and_pickles(router: ManagedProcess) 
     assert (type(again), str(again), again.status) == (EngineError, str(caught.value), 400)
 
 
-def test_a_request_whose_engine_is_lost_goes_to_another(
+def test_a_lost_engines_request_goes_to_another(
     engines: list[ManagedProcess], start_engine: StartEngine, model_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     """The router still lists the engine, and answers 500 for it until a health check fails."""
@@ -132,10 +132,10 @@ def test_a_request_whose_engine_is_lost_goes_to_another(
         router.stop()
 
 
-def test_requests_that_are_refused_close_no_engine_and_waiting_for_one_ends(
+def test_refused_requests_neither_close_engines_nor_wait(
     router: ManagedProcess, engines: list[ManagedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A router of the user's may count refused requests as failures, and say 503 for engines that work."""
+    """A user's router may count refused requests as failures, and answer 503 for engines that work."""
     monkeypatch.setattr("slime.engine.refusals.PROBE_EVERY", 0.5)
     refused, sound = request([1] * 600), request([1], max_new_tokens=2)
 
@@ -177,7 +177,7 @@ def test_requests_that_are_refused_close_no_engine_and_waiting_for_one_ends(
         usual.stop()
 
 
-def test_no_answer_is_an_error_that_names_the_url() -> None:
+def test_a_missing_answer_names_the_url() -> None:
     url = f"http://127.0.0.1:{find_free_port()}"
 
     async def ask() -> None:
@@ -194,8 +194,8 @@ def test_no_answer_is_an_error_that_names_the_url() -> None:
         module.BACKOFF = before
 
 
-def test_a_generation_waits_for_a_router_that_is_on_its_way(router: ManagedProcess) -> None:
-    """... as long as the client is patient, and ends at once where it is aborted meanwhile."""
+def test_a_generation_waits_for_a_restarting_router(router: ManagedProcess) -> None:
+    """It waits as long as the client is patient, and ends at once if it is aborted meanwhile."""
     nobody = f"http://127.0.0.1:{find_free_port()}"
 
     async def ask() -> None:
@@ -218,7 +218,7 @@ def test_a_generation_waits_for_a_router_that_is_on_its_way(router: ManagedProce
     asyncio.run(ask())
 
 
-def test_what_is_asked_of_an_engine_that_has_left_is_given_up(engines: list[ManagedProcess]) -> None:
+def test_requests_to_a_removed_engine_end(engines: list[ManagedProcess]) -> None:
     gone = f"http://127.0.0.1:{find_free_port()}"
 
     async def ask() -> None:
@@ -232,7 +232,7 @@ def test_what_is_asked_of_an_engine_that_has_left_is_given_up(engines: list[Mana
     asyncio.run(ask())
 
 
-def test_a_request_at_a_paused_engine_makes_no_progress(router: ManagedProcess) -> None:
+def test_a_paused_engine_makes_no_progress(router: ManagedProcess) -> None:
     async def ask() -> None:
         async with EngineClient(router.url, request_timeout=0.2) as client:
             await client.pause("in_place")
@@ -268,7 +268,7 @@ def send(
     flush_cache: bool = True,
     meanwhile: Callable[[EngineClient], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
-    """The trainer's side: join as rank 0, send the tensors of an HF directory in buckets, leave."""
+    """Play the trainer's side: join as rank 0, send the tensors of an HF directory in buckets, leave."""
 
     async def inner(client: EngineClient) -> None:
         port, engines = find_free_port(), len(await client.workers())
@@ -337,14 +337,14 @@ def test_weights_sent_equal_weights_loaded(
     assert len(set(of_a)) == len(set(of_b)) == 1
     assert of_a != of_b
     run(router, lambda client: client.reset_weights())
-    assert checksums(router) not in (of_a, of_b)  # the control: a sync that does nothing is seen
+    assert checksums(router) not in (of_a, of_b)  # control: a sync that does nothing is noticed
     seen: list[list[str]] = []
 
     async def meanwhile(client: EngineClient) -> None:
         seen.append(await client.weight_versions())
 
     send(router, model_dirs["glm4"], version="3", load_format=load_format, meanwhile=meanwhile)
-    assert seen == [["2", "2"]]  # a set that is on its way has no version yet
+    assert seen == [["2", "2"]]  # a set that is arriving has no version yet
     assert run(router, lambda client: client.weight_versions()) == ["3", "3"]
     assert checksums(router) == of_a
     response = run(router, lambda client: client.generate(request([1, 2, 3], max_new_tokens=8)))
@@ -353,9 +353,7 @@ def test_weights_sent_equal_weights_loaded(
     assert max(abs(a - b) for a, b in zip(want, response.log_probs, strict=True)) <= 1e-5
 
 
-def test_no_token_is_made_while_a_set_of_weights_is_half_there(
-    router: ManagedProcess, model_dirs: dict[str, Path]
-) -> None:
+def test_half_a_weight_set_stops_generation(router: ManagedProcess, model_dirs: dict[str, Path]) -> None:
     tasks: list[asyncio.Task[GenerateResponse]] = []
 
     async def meanwhile(client: EngineClient) -> None:
@@ -371,9 +369,7 @@ def test_no_token_is_made_while_a_set_of_weights_is_half_there(
     assert response.weight_version == "4"
 
 
-def test_a_bucket_that_is_not_this_models_is_refused_and_nothing_of_it_is_written(
-    router: ManagedProcess, model_dirs: dict[str, Path]
-) -> None:
+def test_a_wrong_bucket_is_refused_and_not_written(router: ManagedProcess, model_dirs: dict[str, Path]) -> None:
     before = checksums(router)
     norm, bias = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
     with pytest.raises(EngineError, match=r"no tensor model\.norm\.wait") as caught:
@@ -384,9 +380,7 @@ def test_a_bucket_that_is_not_this_models_is_refused_and_nothing_of_it_is_writte
     assert checksums(router) == before
 
 
-def test_an_incomplete_set_is_refused_and_no_token_is_made_by_it(
-    router: ManagedProcess, model_dirs: dict[str, Path]
-) -> None:
+def test_an_incomplete_weight_set_is_refused(router: ManagedProcess, model_dirs: dict[str, Path]) -> None:
     versions = run(router, lambda client: client.weight_versions())
     with pytest.raises(EngineError, match=r"version 10 is incomplete: model\.norm\.weight did not come"):
         send(router, model_dirs["glm4-b"], version="10", leave_out=("model.norm.weight",))
@@ -400,7 +394,7 @@ def test_an_incomplete_set_is_refused_and_no_token_is_made_by_it(
         return await task
 
     assert run(router, held).weight_version == "12"
-    # A sender that gave up halfway and starts over is no trouble.
+    # A sender that gave up halfway may start over.
     send(router, model_dirs["glm4-b"], version=None, leave_out=("model.norm.weight",))
     send(router, model_dirs["glm4"], version="13")
     assert run(router, lambda client: client.weight_versions()) == ["13", "13"]
@@ -414,10 +408,10 @@ def test_a_checkpoint_of_another_model_is_refused(router: ManagedProcess, model_
 
 
 def listening_addresses(pid: int | str) -> set[str]:
-    """Addresses, as /proc/net has them, on which a process listens."""
+    """Return the addresses, as /proc/net has them, on which a process listens."""
     inodes: set[str] = set()
     for name in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the listing's own, or closed since
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself, or closed since
             inodes.add(os.readlink(f"/proc/{pid}/fd/{name}"))
     found: set[str] = set()
     for table in ("tcp", "tcp6"):
@@ -444,12 +438,12 @@ def test_every_socket_is_on_loopback(router: ManagedProcess, engines: list[Manag
 
     run(router, inner)
     assert seen == {"0100007F"}
-    # Control: a socket on all interfaces is seen.
+    # Control: a socket on all interfaces is noticed.
     with socket.create_server(("0.0.0.0", 0)):
         assert listening_addresses("self") >= {"00000000"}
 
 
-def test_a_trainer_that_goes_away_is_an_error_and_the_engine_lives(router: ManagedProcess) -> None:
+def test_an_engine_outlives_its_trainer(router: ManagedProcess) -> None:
     async def inner(client: EngineClient) -> None:
         port = find_free_port()
         joining = asyncio.to_thread(join_weight_group, "127.0.0.1", port, 0, 3, "gone", "gloo", True, timeout=60)
@@ -466,7 +460,7 @@ def test_a_trainer_that_goes_away_is_an_error_and_the_engine_lives(router: Manag
     run(router, inner)
 
 
-def test_keys_open_engine_and_router_and_are_on_no_command_line(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+def test_keys_work_and_are_on_no_command_line(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     args = with_keys(
         Args(
             hf_checkpoint=str(model_dirs["qwen3"]),
@@ -508,10 +502,8 @@ def test_keys_open_engine_and_router_and_are_on_no_command_line(model_dirs: dict
     engine.stop()
 
 
-def test_a_dead_engine_is_noticed_and_its_requests_go_elsewhere(
-    router: ManagedProcess, engines: list[ManagedProcess]
-) -> None:
-    """Last: it kills an engine."""
+def test_a_dead_engines_requests_go_elsewhere(router: ManagedProcess, engines: list[ManagedProcess]) -> None:
+    """This is the last test, because it kills an engine."""
 
     async def ask(client: EngineClient) -> tuple[list[GenerateResponse], dict[str, bool]]:
         tasks = [asyncio.create_task(client.generate(request([i], max_new_tokens=200))) for i in range(8)]
@@ -529,7 +521,7 @@ def test_a_dead_engine_is_noticed_and_its_requests_go_elsewhere(
 
 
 def test_torch_is_not_needed_by_the_client() -> None:
-    """What the rollout imports stays light."""
+    """The modules that the rollout imports stay light."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Requests while the event loop that makes them stands still, and to a server that takes no connection."""
+"""Requests while their event loop is blocked, and to a server that accepts no connection."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("steps", [2, 4, 10])
 def test_a_stop_of_the_loop_costs_no_request(server: str, steps: int) -> None:
-    """The loop stops while requests connect, or while they wait for their answers."""
+    """The loop is blocked while requests connect, or while they wait for their answers."""
 
     async def ask() -> Counter[str]:
         connection = Connection(lambda url: None)
@@ -84,7 +84,7 @@ def test_a_stop_of_the_loop_costs_no_request(server: str, steps: int) -> None:
     assert asyncio.run(ask()) == {"/x": NUM_REQUESTS}
 
 
-def test_a_health_check_outlasts_a_stop_of_the_loop(server: str) -> None:
+def test_a_health_check_survives_a_blocked_loop(server: str) -> None:
     async def ask() -> tuple[bool, bool]:
         connection = Connection(lambda url: None)
         asyncio.get_running_loop().call_later(0.1, time.sleep, 2)
@@ -96,8 +96,8 @@ def test_a_health_check_outlasts_a_stop_of_the_loop(server: str) -> None:
     assert asyncio.run(ask()) == (True, False), "control: the limit holds while the loop runs"
 
 
-def test_a_connection_that_is_not_made_is_said_to_be_that() -> None:
-    """A listener whose queue is full takes no further connection and refuses none."""
+def test_a_failed_connection_has_its_own_error() -> None:
+    """A listener with a full queue accepts no further connection, and refuses none."""
 
     async def ask(url: str, patience: float) -> str:
         connection = Connection(lambda url: None)
@@ -121,7 +121,7 @@ def test_a_connection_that_is_not_made_is_said_to_be_that() -> None:
     assert said == f"{url} did not answer: no connection within {CONNECT_S:g} s"
 
 
-def test_an_answer_that_does_not_come_is_said_to_be_that(server: str) -> None:
+def test_a_missing_answer_has_its_own_error(server: str) -> None:
     async def ask() -> None:
         connection = Connection(lambda url: None)
         try:

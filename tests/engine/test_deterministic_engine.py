@@ -1,4 +1,4 @@
-"""With --enable-deterministic-inference a request gets the same tokens and log-probs, to the bit, in any company."""
+"""With --enable-deterministic-inference a request gets the same tokens and log-probs, to the bit, in any batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Answer = tuple[list[int], list[float]]
 
 @dataclass(frozen=True)
 class Wish:
-    """One request to be made again and again."""
+    """A request that is made again and again."""
 
     ids: list[int]
     seed: int
@@ -38,7 +38,7 @@ class Wish:
 
 
 def wishes(count: int, seed: int) -> list[Wish]:
-    """Of shared and of own prompts, long and short, some greedy, some with tokens cut off."""
+    """Return requests with shared and own prompts, long and short, some greedy, some with restricted tokens."""
     rng = random.Random(seed)
     texts = prompts(count // 2, seed=seed, shortest=1, longest=90)
     return [
@@ -88,7 +88,7 @@ def alone(bench: Bench, asked: list[Wish]) -> dict[str, Answer]:
 
 
 def in_company(bench: Bench, asked: list[Wish], rng: random.Random) -> dict[str, Answer]:
-    """All of them in random order, coming at random times."""
+    """Run all of them in random order, with random arrival times."""
     for wish in rng.sample(asked, len(asked)):
         ask(bench, wish)
         for _ in range(rng.choice((0, 0, 0, 1, 5))):
@@ -98,7 +98,7 @@ def in_company(bench: Bench, asked: list[Wish], rng: random.Random) -> dict[str,
 
 @pytest.fixture(scope="module")
 def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """No size of it is a multiple of a vector register's."""
+    """No size of this model is a multiple of a vector register's."""
     return tiny_models.make_model(tmp_path_factory.mktemp("odd") / "odd", "qwen3", vocab_size=131, hidden=24)
 
 
@@ -114,7 +114,7 @@ def test_company_order_row_and_width_change_nothing(family: str, model_dirs: dic
 
 
 def test_control_the_default_path_feels_its_company(model_dirs: dict[str, Path]) -> None:
-    """In the last bits of log-probs, which is why a token may differ once in a long while."""
+    """The fast path differs in the last bits of log-probs, so a token may differ once in a long while."""
     asked = wishes(24, seed=1)
     expected = alone(bench_of(model_dirs["glm4"], deterministic=False), asked)
     found = in_company(bench_of(model_dirs["glm4"], deterministic=False), asked, random.Random(0))
@@ -133,7 +133,7 @@ def test_log_probs_are_the_default_paths_within_rounding(model_dirs: dict[str, P
 
 @dataclass(frozen=True)
 class FeelsItsRow:
-    """Logits of chunks of the given sizes are a little off in their last row."""
+    """A model whose logits in chunks of the given sizes are a little off in the last row."""
 
     logits: Callable[[torch.Tensor], torch.Tensor]
     sizes: tuple[int, ...]
@@ -145,7 +145,7 @@ class FeelsItsRow:
         return found
 
 
-def test_a_size_at_which_rows_differ_is_not_used(model_dirs: dict[str, Path]) -> None:
+def test_a_size_with_differing_rows_is_unused(model_dirs: dict[str, Path]) -> None:
     model = make_bench(model_dirs["glm4"]).scheduler.model
     sizes, logits = find_sizes(model), model.logits
     assert sizes[0] > 1, "on this machine chunks are not what they should be, and generation is slow"
@@ -155,7 +155,7 @@ def test_a_size_at_which_rows_differ_is_not_used(model_dirs: dict[str, Path]) ->
     assert find_sizes(model) == (1,)
 
 
-def test_engines_say_whether_they_are_deterministic(
+def test_engines_report_whether_they_are_deterministic(
     model_dirs: dict[str, Path], glm4_engine: ManagedProcess, start_engine: StartEngine
 ) -> None:
     args = Args(deterministic=True, rollout_external_engines=("http://e:1",))

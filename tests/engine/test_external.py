@@ -1,4 +1,4 @@
-"""Engines that run already: only such as serve the model are taken, and they are left usable."""
+"""External engines: only those that serve the model are taken, and they are left usable."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_engines_of_the_model_are_taken(glm4_engine: ManagedProcess, model_dirs:
     assert found([glm4_engine.url], model_dirs["glm4"]) == FoundEngines(num_ranks=(1,), warnings=())
 
 
-def test_another_model_is_refused_by_what_differs(
+def test_another_model_is_refused_with_the_differences(
     glm4_engine: ManagedProcess, start_engine: StartEngine, model_dirs: dict[str, Path]
 ) -> None:
     engine = start_engine(model_dirs["qwen3"])
@@ -54,7 +54,7 @@ def test_an_engine_that_is_not_there_is_named(glm4_engine: ManagedProcess, model
     assert said == [f"waiting for the engine {url}, up to 0.5 s (--engine-start-timeout)"]
 
 
-def test_what_may_be_a_mistake_is_said(start_engine: StartEngine, model_dirs: dict[str, Path]) -> None:
+def test_possible_mistakes_are_warnings(start_engine: StartEngine, model_dirs: dict[str, Path]) -> None:
     engine = start_engine(model_dirs["glm4"], "--context-length", "100", "--weight-version", "7")
     [context] = found([engine.url], model_dirs["glm4"]).warnings
     assert "its context is 100 tokens" in context
@@ -67,7 +67,7 @@ def test_what_may_be_a_mistake_is_said(start_engine: StartEngine, model_dirs: di
     engine.stop()
 
 
-def test_what_sglang_says_is_read() -> None:
+def test_sglangs_report_is_read() -> None:
     """Fields of /server_info and /model_info as SGLang 0.5.21 names them."""
     server = {"model_path": "/m", "tp_size": 4, "dtype": "auto", "context_length": None, "version": "0.5.21"}
     model = {
@@ -81,17 +81,17 @@ def test_what_sglang_says_is_read() -> None:
     assert (info.weight_version, info.architecture) == ("default", None)
 
 
-def test_half_a_set_of_weights_is_nothing_to_generate_with() -> None:
+def test_an_engine_with_half_the_weights_is_refused() -> None:
     info = EngineInfo.from_json(
         {"tp_size": 1, "weights_complete": False}, {"model_path": "/m", "weight_version": "default"}
     )
     with pytest.raises(ValueError, match="http://e:1: it waits for the rest of a set of weights"):
         check_model(Args(debug_rollout_only=True), "http://e:1", info)
-    check_model(Args(), "http://e:1", info)  # the first sync sends a whole one
+    check_model(Args(), "http://e:1", info)  # allowed: the first sync sends a whole set
 
 
 def test_engines_are_left_usable(glm4_engine: ManagedProcess) -> None:
-    """Paused in the middle of a request and of a weight update, in a weight group whose other end is gone."""
+    """The engine is paused during a request and a weight update, in a weight group whose other end is gone."""
     params = SamplingParams(max_new_tokens=400, ignore_eos=True)
 
     async def inner() -> list[str]:

@@ -1,4 +1,4 @@
-"""Whatever is posted to an embedded engine, it answers 200 or 4xx in JSON, and goes on as it was."""
+"""Whatever is posted to an embedded engine, it answers 200 or 4xx in JSON, and works as before."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GENERATE: dict[str, Any] = {
     },
 }
 BUCKET: dict[str, Any] = {"names": ["lm_head.weight"], "dtypes": ["float32"], "shapes": [[128, 64]]}
-# Each of the others is refused as it is: valid ones would change what the engine holds, or wait for a trainer.
+# Each of the others is refused unchanged: a valid one would change the engine's weights, or wait for a trainer.
 BODIES: dict[Endpoint, dict[str, Any]] = {
     Endpoint.GENERATE: GENERATE,
     Endpoint.ABORT_REQUEST: {"rid": "nobody's", "abort_all": False},
@@ -102,17 +102,17 @@ def check(engine: ManagedProcess, path: str, body: bytes, **headers: str) -> Non
 
 @st.composite
 def changed_bodies(draw: st.DrawFn) -> tuple[Endpoint, bytes]:
-    """An endpoint and its body, with one or two of its values replaced, wherever they are."""
+    """Return an endpoint and its body, with one or two of its values replaced at any depth."""
     endpoint = draw(st.sampled_from([Endpoint.GENERATE] * len(BODIES) + list(BODIES)))
     body = json.loads(json.dumps(BODIES[endpoint]))
     for _ in range(draw(st.integers(1, 2))):
         inner = next((v for v in body.values() if isinstance(v, dict)), None)
         target = inner if inner and draw(st.booleans()) else body
-        kept = {"colour", "backend"}  # what has the body refused
+        kept = {"colour", "backend"}  # the fields for which the unchanged body is refused
         names = sorted(set(target) - kept)
         if names:
             name = draw(st.sampled_from(names))
-            # (null would mean all of the context, or a pause)
+            # (null would request all of the context, or a pause)
             target[name] = draw(st.sampled_from(HOSTILE[1:] if name in ("max_new_tokens", "mode") else HOSTILE))
     return endpoint, json.dumps(body).encode()
 
@@ -155,8 +155,8 @@ def test_no_bytes_harm_an_engine(glm4_engine: ManagedProcess) -> None:
     assert tokens_of_a_normal_request(glm4_engine) == expected
 
 
-def test_each_body_is_served_or_refused_as_it_is(glm4_engine: ManagedProcess) -> None:
-    """Control: the fields that are changed above exist, so that it is their values that are refused."""
+def test_each_unchanged_body_gets_its_usual_answer(glm4_engine: ManagedProcess) -> None:
+    """Control: the fields that are changed above exist, so it is their values that are refused."""
     for endpoint, body in BODIES.items():
         status, answer = post(glm4_engine, endpoint, json.dumps(body).encode())
         assert status == (200 if endpoint in (Endpoint.GENERATE, Endpoint.ABORT_REQUEST) else 400), answer

@@ -22,7 +22,7 @@ FAMILY = (
     " print(1, flush=True); time.sleep(600)'], stdout=subprocess.PIPE);"
     "p.stdout.readline(); print('grandchild', p.pid, flush=True); time.sleep(600)"
 )
-# A parent that starts the family behind the guard; a fork of it holds the guard's pipe open for longer than it lives.
+# A parent that starts the family under the guard; a fork of it holds the guard's pipe open for longer than it lives.
 PARENT = f"""
 import os, sys, time
 from slime.engine.launch import ManagedProcess
@@ -78,7 +78,7 @@ def test_nothing_outlives_a_parent_that_is_killed(tmp_path: Path, pipe: str) -> 
         os.kill(fork, signal.SIGKILL)
 
 
-def test_stop_ends_the_whole_family_and_only_once_asked(tmp_path: Path) -> None:
+def test_stop_ends_all_descendants_but_not_before(tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = ManagedProcess("family", [sys.executable, "-c", FAMILY], url=NOWHERE, log_path=log)
     grand = grandchild(log)
@@ -103,7 +103,7 @@ def test_the_command_dies_with_its_guard(tmp_path: Path) -> None:
 
 
 def test_a_key_stays_hidden_in_spawned_children_too(tmp_path: Path) -> None:
-    """As SGLang's: the module starts processes that import it anew, by its name."""
+    """As in SGLang, the module starts processes that import it again, by its name."""
     (tmp_path / "serving.py").write_text(
         "import multiprocessing, os, sys\n"
         "def child(words): print('child', words, 'SLIME_SECRET_FLAGS' in os.environ, flush=True)\n"
@@ -123,7 +123,7 @@ def test_a_key_stays_hidden_in_spawned_children_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(installed_version() is not None, reason="SGLang is installed")
-def test_an_sglang_that_is_missing_says_so_in_a_log_of_its_own(tmp_path: Path) -> None:
+def test_a_missing_sglang_is_in_its_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("of a run before\n")
     args = Args(num_rollout=1, rollout_engine="sglang", hf_checkpoint="/model", bf16=True, sglang={"api_key": "secret"})
@@ -135,7 +135,7 @@ def test_an_sglang_that_is_missing_says_so_in_a_log_of_its_own(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("ending", ["stopped", "ends itself"])
-def test_a_descendant_that_has_left_the_group_ends_too(tmp_path: Path, ending: str) -> None:
+def test_a_descendant_outside_the_group_ends_too(tmp_path: Path, ending: str) -> None:
     """A compiler's worker or a scheduler may start a session of its own."""
     script = f"""
 import subprocess, sys, time
@@ -152,7 +152,7 @@ time.sleep({600 if ending == "stopped" else 0})
     assert wait_for(lambda: not is_running(int(pid.read_text())))
 
 
-def test_the_log_of_an_earlier_run_says_nothing_of_this_one(tmp_path: Path) -> None:
+def test_an_earlier_runs_log_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("ready\n")
     script = "import time; print('loading', flush=True); time.sleep(600)"
     phases = (("loading", "loading weights"), ("ready", "ready"))
@@ -165,14 +165,14 @@ def test_the_log_of_an_earlier_run_says_nothing_of_this_one(tmp_path: Path) -> N
     process.stop()
 
 
-def test_a_process_that_ends_while_starting_is_told_with_its_log(tmp_path: Path) -> None:
+def test_a_failed_start_shows_the_log(tmp_path: Path) -> None:
     script = "import sys; print('no such thing: 42'); sys.exit(3)"
     process = ManagedProcess("engine 5", [sys.executable, "-c", script], url=NOWHERE, log_path=tmp_path / "log")
     with pytest.raises(RuntimeError, match=r"(?s)engine 5 ended while starting \(exit code 3\).*no such thing: 42"):
         process.wait_ready(30)
 
 
-def test_a_process_that_is_never_ready_is_told(tmp_path: Path) -> None:
+def test_a_process_that_is_never_ready_fails(tmp_path: Path) -> None:
     process = ManagedProcess(
         "engine 6",
         [sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(600)"],
@@ -185,7 +185,7 @@ def test_a_process_that_is_never_ready_is_told(tmp_path: Path) -> None:
     process.stop()
 
 
-def test_a_command_that_cannot_be_started_is_told(tmp_path: Path) -> None:
+def test_a_command_that_cannot_start_is_an_error(tmp_path: Path) -> None:
     process = ManagedProcess("engine 7", ["/no/such/program"], url=NOWHERE, log_path=tmp_path / "log")
     with pytest.raises(RuntimeError, match=r"(?s)exit code 127.*cannot start /no/such/program"):
         process.wait_ready(30)
@@ -227,7 +227,7 @@ def test_an_engine_is_launched_from_args(model_dirs: dict[str, Path], tmp_path: 
         ({"sglang": {"context_length": 10**6}}, "--context-length is 1000000"),
     ],
 )
-def test_an_engine_that_cannot_serve_says_why(
+def test_an_engine_that_cannot_serve_gives_the_reason(
     flags: dict[str, object], words: str, model_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     args = Args(**{"num_rollout": 1, "hf_checkpoint": str(model_dirs["glm4"]), **flags})  # pyright: ignore[reportArgumentType]
@@ -236,7 +236,7 @@ def test_an_engine_that_cannot_serve_says_why(
         process.wait_ready(60)
 
 
-def test_a_bad_router_flag_is_told_by_the_routers_log(tmp_path: Path) -> None:
+def test_a_bad_router_flag_shows_the_log(tmp_path: Path) -> None:
     args = Args(num_rollout=1, router={"policy": "by_colour"})
     process = launch_router(args, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "log")
     with pytest.raises(RuntimeError, match="by_colour"):

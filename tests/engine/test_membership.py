@@ -1,4 +1,4 @@
-"""A router that runs already: a run's engines come and go, and others' are never generated with. Over a real router."""
+"""A router that runs already: a run's engines come and go, and others' are never used. This runs on a real router."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def listed(router: ManagedProcess) -> dict[str, bool]:
     return {worker["url"]: worker["is_healthy"] for worker in ask(router.url, "GET")[1]["workers"]}
 
 
-def test_what_joins_leaves_and_nothing_else(
+def test_engines_that_joined_leave_and_no_others(
     router: ManagedProcess, glm4_engine: ManagedProcess, start_engine: StartEngine, model_dirs: dict[str, Path]
 ) -> None:
-    """What others had put there is refused, unless a killed run had, and it is dead."""
+    """Engines of others are refused, except those of a killed run that are dead."""
     other = start_engine(model_dirs["glm4"])
     register_worker(router.url, glm4_engine.url)
     run = Membership(router.url)
@@ -55,7 +55,7 @@ def test_what_joins_leaves_and_nothing_else(
 
     Membership(router.url).join([glm4_engine.url, other.url])  # a run that is killed
     with pytest.raises(RuntimeError, match=f"{other.url};"):
-        Membership(router.url).refuse_others([glm4_engine.url])  # its engine is alive: it may be one that goes on
+        Membership(router.url).refuse_others([glm4_engine.url])  # its engine is alive: its run may continue
     other.stop()
     deadline = time.monotonic() + 20
     while listed(router)[other.url]:
@@ -78,7 +78,7 @@ def test_keys_of_a_killed_run_are_replaced(router: ManagedProcess) -> None:
         run.remove(engine.url)
 
 
-def test_a_router_with_a_key_takes_engines_from_its_owner_alone(tmp_path: Path) -> None:
+def test_a_router_with_a_key_refuses_strangers(tmp_path: Path) -> None:
     keys = ("me:Me:user:for-reading", "run:Run:admin:for-changing")
     args = Args(router={"control_plane_api_keys": keys})
     port = find_free_port()
@@ -97,8 +97,8 @@ def test_a_router_with_a_key_takes_engines_from_its_owner_alone(tmp_path: Path) 
     router.stop()
 
 
-def test_only_a_dead_engine_of_a_run_is_left_over(glm4_engine: ManagedProcess) -> None:
-    """One that a user had put there may come back, and so may one that answers to us alone."""
+def test_only_a_runs_dead_engine_is_removed(glm4_engine: ManagedProcess) -> None:
+    """A user's engine may come back, and so may an engine that only this run can reach."""
     dead = f"http://127.0.0.1:{find_free_port()}"
     assert Member("1", dead, False, {LABEL: "1"}).is_left_over()
     assert not Member("1", dead, False, {}).is_left_over()
@@ -107,7 +107,7 @@ def test_only_a_dead_engine_of_a_run_is_left_over(glm4_engine: ManagedProcess) -
 
 
 def test_a_router_is_no_engine(router: ManagedProcess) -> None:
-    """It answers that it is well, too."""
+    """It also answers that it is healthy."""
     with pytest.raises(EngineError, match=router.url):
         asyncio.run(find_engines(Args(rollout_external_engines=(router.url,)), say=print))
 

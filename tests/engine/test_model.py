@@ -1,4 +1,4 @@
-"""The embedded engine's model of every family: the weight table's names, transformers' greedy responses."""
+"""The embedded engine's model of every family: the names of the weight table, and transformers' greedy responses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_control_without_scaling_responses_differ(model_dirs: dict[str, Path]) -
 
 
 def test_there_is_no_padding_to_sample(tmp_path: Path) -> None:
-    """The engine's table ends with the vocabulary, and a trainer's padded one is not taken."""
+    """The engine's table ends with the vocabulary, and a padded table from a trainer is refused."""
     bench = make_bench(tiny_models.make_model(tmp_path, "qwen2", vocab_size=93))
     model = bench.scheduler.model
     assert model.logits(torch.zeros(1, model.architecture.hidden_size)).shape == (1, 93)

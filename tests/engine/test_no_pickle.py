@@ -16,7 +16,7 @@ from slime.engine.protocol import Endpoint
 
 
 class Touches:
-    """Whoever unpickles it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

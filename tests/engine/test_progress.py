@@ -1,4 +1,4 @@
-"""A generation is given up for want of progress, and for nothing else: not its length, not its place in a queue."""
+"""A generation is given up only if nothing progresses, not for its length or its place in a queue."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LOAD = {"timestamp": 1.0, "dp_rank": 0, "num_waiting_reqs": 0, "cache_hit_rate":
 
 @dataclass
 class TimedEngine:
-    """Answers each generation after `seconds`. It makes progress until `stuck_after`, or reports no loads at all."""
+    """Answers each generation after `seconds`; it progresses until `stuck_after`, or reports no loads at all."""
 
     seconds: float
     stuck_after: float = float("inf")
@@ -97,8 +97,8 @@ async def outcome(client: EngineClient) -> str:
 
 
 def ask(*engines: TimedEngine, hold: float = 0.0, stop: float = 0.0) -> str:
-    """What becomes of one generation at the first engine. `hold`: seconds in which weights change, from the start;
-    `stop`: seconds for which the event loop of the client stands still."""
+    """Return the result of one generation at the first engine. `hold`: seconds in which weights change, from the start;
+    `stop`: seconds for which the event loop of the client is blocked."""
 
     async def run() -> str:
         async with (
@@ -119,14 +119,14 @@ def ask(*engines: TimedEngine, hold: float = 0.0, stop: float = 0.0) -> str:
 GIVEN_UP = "no engine has made progress for 0.8 s (--engine-request-timeout); requests that the engines report: "
 
 
-def test_a_response_of_any_length_goes_on_while_tokens_are_made() -> None:
+def test_a_long_response_continues_while_tokens_come() -> None:
     assert ask(TimedEngine(seconds=LIMIT_S * 4)) == "length"
     stuck = ask(TimedEngine(seconds=60, stuck_after=LIMIT_S))
     assert GIVEN_UP in stuck and stuck.endswith("has 1"), "control"
 
 
-def test_a_request_waits_while_another_engine_makes_progress_and_not_longer() -> None:
-    """Nobody knows where the router has it: it may wait in a queue."""
+def test_a_request_waits_while_any_engine_progresses() -> None:
+    """It is not known which engine the router has sent it to: it may wait in a queue."""
     waiting, busy = TimedEngine(seconds=LIMIT_S * 3, stuck_after=0), TimedEngine(seconds=60)
     busy.running = 1
     assert ask(waiting, busy) == "length"
@@ -134,19 +134,19 @@ def test_a_request_waits_while_another_engine_makes_progress_and_not_longer() ->
     assert GIVEN_UP in ask(lost, idle), "control"
 
 
-def test_a_weight_sync_and_a_stop_of_the_loop_count_for_nothing() -> None:
+def test_weight_syncs_and_blocked_loops_do_not_count() -> None:
     paused = TimedEngine(seconds=LIMIT_S * 3, stuck_after=0)
     assert ask(paused, hold=LIMIT_S * 2.5) == "length"
     assert ask(TimedEngine(seconds=LIMIT_S * 2, stuck_after=0), stop=LIMIT_S * 2) == "length"
     assert GIVEN_UP in ask(TimedEngine(seconds=60, stuck_after=0), hold=LIMIT_S), "control: what is left counts"
 
 
-def test_an_engine_that_reports_no_load_counts_as_moving_while_it_is_well() -> None:
+def test_a_healthy_engine_without_loads_counts_moving() -> None:
     assert ask(TimedEngine(seconds=LIMIT_S * 3, reports=False)) == "length"
 
 
 def test_a_router_cuts_no_response_off(tmp_path: Path) -> None:
-    """sglang-router limits whole responses: ours is started without that limit, whatever the time without progress."""
+    """sglang-router limits whole responses: ours starts without that limit, whatever the time without progress is."""
     args = Args(num_rollout=1, engine_request_timeout=1.0)
     router = launch_router(args, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "router.log")
 
@@ -163,8 +163,8 @@ def test_a_router_cuts_no_response_off(tmp_path: Path) -> None:
         router.stop()
 
 
-def test_a_stuck_engine_is_named_and_an_idle_one_is_not() -> None:
-    """What the fleet asks: an engine that has requests and makes no tokens is restarted."""
+def test_only_the_stuck_engine_is_named() -> None:
+    """The fleet restarts an engine that has requests and makes no tokens."""
 
     async def run() -> list[str | None]:
         stuck, busy, idle = TimedEngine(60, stuck_after=0), TimedEngine(60), TimedEngine(60)
@@ -238,5 +238,5 @@ def test_the_embedded_engines_load_moves_with_its_tokens(
         ([None, 7, {"num_running_reqs": "many"}], 0),
     ],
 )
-def test_the_requests_of_all_data_parallel_ranks_are_counted(loads: list[Any], expected: int) -> None:
+def test_requests_of_all_ranks_are_counted(loads: list[Any], expected: int) -> None:
     assert read_loads(loads)[1] == expected

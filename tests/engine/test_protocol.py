@@ -6,7 +6,7 @@ import pytest
 
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams, UpdateWeightsFromDistributed
 
-# What sglang-router 0.3.2 makes of a request (seen on the wire).
+# The request that sglang-router 0.3.2 sends on (captured from the connection).
 FROM_ROUTER: dict[str, Any] = {
     "model": None,
     "input_ids": [1, 2, 3],
@@ -31,7 +31,7 @@ def test_a_request_survives_json() -> None:
     assert GenerateRequest.from_json(request.to_json()) == request
 
 
-def test_what_the_router_adds_is_accepted() -> None:
+def test_fields_that_the_router_adds_are_accepted() -> None:
     request = GenerateRequest.from_json(FROM_ROUTER)
     assert (request.rid, request.input_ids, request.sampling_params.sampling_seed) == ("r1", [1, 2, 3], 99)
 
@@ -61,7 +61,7 @@ def test_a_bad_field_is_named(change: dict[str, Any], named: str) -> None:
         GenerateRequest.from_json({**FROM_ROUTER, **change})
 
 
-def test_a_response_whose_parts_disagree_is_refused() -> None:
+def test_a_response_with_contradicting_parts_is_refused() -> None:
     meta = {"finish_reason": {"type": "stop"}, "prompt_tokens": 1, "completion_tokens": 2, "weight_version": "3"}
     meta["output_token_logprobs"] = [[-0.5, 4, None], [-0.25, 5, None]]
     response = GenerateResponse.from_json({"output_ids": [4, 5], "text": "", "meta_info": meta})
@@ -71,7 +71,7 @@ def test_a_response_whose_parts_disagree_is_refused() -> None:
 
 
 def test_a_request_that_is_aborted_before_it_runs() -> None:
-    """What SGLang says of one that was still in its queue."""
+    """SGLang answers this for a request that was still in its queue."""
     reason = {"type": "abort", "message": "Abort in waiting queue"}
     meta = {"id": "a", "finish_reason": reason, "weight_version": "3", "e2e_latency": 0.1, "completion_tokens": 0}
     meta["output_token_logprobs"] = []

@@ -1,4 +1,4 @@
-"""Mixtures of experts in the embedded engine: log-probs and routes against transformers, and what a request is told."""
+"""Mixtures of experts in the embedded engine: log-probs and routes against transformers, and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOPK, LAYERS, DENSE = 3, 4, {"qwen3_moe": 0, "glm4_moe": 1}
 
 
 def bench_of(path: Path, *, deterministic: bool = False) -> Bench:
-    """One whose cache keeps routes."""
+    """A bench whose cache keeps routes."""
     bench = make_bench(path)
     model = bench.scheduler.model
     sizes = {"rows": 64, "tokens": 64 * 256, "spare_rows": SPARE_ROWS}
@@ -42,7 +42,7 @@ def bench_of(path: Path, *, deterministic: bool = False) -> Bench:
 
 
 def wishes() -> list[Request]:
-    """Prompts of all lengths, some of them twice, for responses of all lengths."""
+    """Return prompts of all lengths, some of them twice, for responses of all lengths."""
     texts = prompts(6, seed=4)
     asked = [
         request(ids, seed=number, max_new_tokens=(3, 30, 17)[number % 3], temperature=0.8)
@@ -54,7 +54,7 @@ def wishes() -> list[Request]:
 
 
 def served(bench: Bench, *, together: bool) -> list[Request]:
-    """`wishes` one after the other, or coming at random times: their rows are then moved and copied."""
+    """Run `wishes` one by one, or with random arrival times, so that their rows are moved and copied."""
     asked, rng = wishes(), random.Random(0)
     for one in asked if not together else rng.sample(asked, len(asked)):
         bench.add(one)
@@ -67,13 +67,13 @@ def served(bench: Bench, *, together: bool) -> list[Request]:
 
 
 def routes_of(done: Request) -> np.ndarray:
-    """[tokens - 1, layers with experts, topk], the experts of a token in the order of their numbers."""
+    """Return [tokens - 1, layers with experts, topk], the experts of a token in ascending order."""
     assert done.routes is not None and done.routes.dtype == torch.int32
     return np.sort(done.routes.numpy(), axis=-1)
 
 
 def hf_routes(model: Any, ids: list[int]) -> np.ndarray:
-    """The same by transformers' own code, of all `ids`."""
+    """Return the same from transformers' own code, for all `ids`."""
     found: list[torch.Tensor] = []
 
     def before_mlp(module: Any, inputs: Any) -> None:  # glm4_moe chooses there
@@ -164,9 +164,7 @@ def test_control_the_default_path_feels_its_company(model_dirs: dict[str, Path])
     assert any(ours.log_probs != theirs.log_probs for ours, theirs in zip(alone, together, strict=True))
 
 
-def test_retracted_requests_keep_their_routes_and_are_routed_anew(
-    model_dirs: dict[str, Path], hf_models: dict[str, Any]
-) -> None:
+def test_retracted_requests_keep_routes_and_get_new(model_dirs: dict[str, Path], hf_models: dict[str, Any]) -> None:
     bench = bench_of(model_dirs["glm4_moe"])
     aborted, finished, never = wishes()[:3]
     for one in (aborted, finished):
@@ -186,7 +184,7 @@ def test_retracted_requests_keep_their_routes_and_are_routed_anew(
                 tensor.copy_(torch.linspace(0, 1, len(tensor)))
     bench.run()
     assert len(routes_of(finished)) == len(finished.ids) - 1
-    # All of it is of the new weights, the old part included.
+    # All routes are those of the new weights, including the old part.
     before = hf_routes(hf_models["glm4_moe"], finished.ids)[:5]
     assert (routes_of(finished)[:5] != before).any()
 
@@ -227,7 +225,7 @@ def test_an_answer_is_sglangs(
     assert (routes[:, 0] == 0).all(), "SGLang counts the dense layer, and writes nothing there"
     expected = hf_routes(hf_models["glm4_moe"], [*body["input_ids"], *answer["output_ids"]])[:-1]
     assert (np.sort(routes[:, 1:], axis=-1) == expected).all()
-    # the same of fewer tokens
+    # the same with fewer tokens
     prompt = [*body["input_ids"], *answer["output_ids"][:-1]]
     further = {**body, "input_ids": prompt, "routed_experts_start_len": 7, "sampling_params": {"max_new_tokens": 1}}
     status, answer = call(engine.url + "/generate", further)
@@ -240,7 +238,7 @@ def test_an_answer_is_sglangs(
 
 
 def _asked_through_the_client(url: str) -> None:
-    """The router, which would lose the field, is not asked: there is none behind this address."""
+    """The router, which would lose the field, is not used: there is none at this address."""
     asked = GenerateRequest(
         input_ids=[1, 2, 3], sampling_params=SamplingParams(max_new_tokens=4), return_routed_experts=True
     )
@@ -256,7 +254,7 @@ def _asked_through_the_client(url: str) -> None:
         check_model(Args(use_routing_replay=True), url, replace(info, returns_routed_experts=False))
 
 
-def test_an_engine_that_keeps_no_routes_says_so(glm4_engine: Any) -> None:
+def test_an_engine_without_routes_refuses_to_return_them(glm4_engine: Any) -> None:
     asked = GenerateRequest(input_ids=[1, 2, 3], return_routed_experts=True)
 
     async def ask() -> None:

@@ -17,7 +17,7 @@ def draw(
     min_p: float = 0.0,
     seed: NDArray[np.uint64] | None = None,
 ) -> Draw:
-    """One draw a row of `logits`, each row with a seed of its own."""
+    """Draw one token for each row of `logits`, each row with a seed of its own."""
     n = len(logits)
     return sample(
         logits,
@@ -33,7 +33,7 @@ def draw(
 
 
 def chi_square(tokens: NDArray[np.int64], probabilities: Tensor) -> float:
-    """Pearson's statistic over its degrees of freedom, tokens expected less than 5 times pooled: near 1 if they fit."""
+    """Return Pearson's statistic over its degrees of freedom, pooling tokens expected less than 5 times."""
     expected = probabilities.double().numpy() * len(tokens)
     counts = np.bincount(tokens, minlength=len(expected)).astype(float)
     rare = expected < 5
@@ -49,11 +49,11 @@ def test_draws_follow_the_distribution() -> None:
     for temperature in (0.7, 1.0, 1.5):
         tokens = draw(logits, temperature=temperature).tokens
         assert chi_square(tokens, torch.softmax(row / temperature, 0)) < 1.35
-        # Control: another temperature's distribution is told apart.
+        # Control: the distribution of another temperature is noticed.
         assert chi_square(tokens, torch.softmax(row / (temperature * 1.1), 0)) > 3
 
 
-def test_log_probs_are_those_of_the_whole_distribution_at_the_temperature() -> None:
+def test_log_probs_use_the_whole_tempered_distribution() -> None:
     torch.manual_seed(1)
     logits = torch.randn(64, 300) * 3
     for options in ({}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.2}):
@@ -62,7 +62,7 @@ def test_log_probs_are_those_of_the_whole_distribution_at_the_temperature() -> N
         np.testing.assert_allclose(got.log_probs, want.numpy(), atol=2e-6)
 
 
-def test_greedy_takes_the_best_and_reports_raw_log_probs() -> None:
+def test_greedy_sampling_reports_raw_log_probs() -> None:
     torch.manual_seed(2)
     logits = torch.randn(32, 100)
     got = draw(logits, temperature=0.0, top_p=0.1)
@@ -71,7 +71,7 @@ def test_greedy_takes_the_best_and_reports_raw_log_probs() -> None:
 
 
 def kept_set(row: Tensor, *, top_p: float = 1.0, top_k: int = 10**9, min_p: float = 0.0) -> set[int]:
-    """The definition: walk down the sorted probabilities until `top_p` is reached, `top_k` are taken, or too small."""
+    """Apply the definition: walk down the sorted probabilities until `top_p`, `top_k` or `min_p` stops."""
     p = torch.softmax(row.double(), 0)
     kept: set[int] = set()
     total = 0.0
@@ -83,17 +83,17 @@ def kept_set(row: Tensor, *, top_p: float = 1.0, top_k: int = 10**9, min_p: floa
     return kept
 
 
-def test_nothing_outside_top_p_top_k_min_p_is_drawn_and_everything_inside_can_be() -> None:
+def test_draws_are_exactly_the_allowed_tokens() -> None:
     torch.manual_seed(3)
     row = torch.randn(300) * 2
     logits = row.expand(3000, -1)
     for options in ({"top_p": 0.3}, {"top_k": 5}, {"min_p": 0.3}, {"top_p": 0.6, "top_k": 4}):
         assert set(draw(logits, **options).tokens.tolist()) == kept_set(row, **options), options
-    # Where the candidates that are sorted first do not hold top_p, all are sorted.
+    # If the candidates that are sorted first do not hold top_p, all tokens are sorted.
     flat = torch.zeros(4000, 1500)
     drawn = set(draw(flat, top_p=0.9).tokens.tolist())
     assert 1100 < len(drawn) <= 1351
-    # Control: with nothing restricted, the sets are left.
+    # Control: without restrictions, draws leave the sets.
     assert not set(draw(logits).tokens.tolist()) <= kept_set(row, top_p=0.6, top_k=4)
 
 
@@ -114,7 +114,7 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
     assert (whole != draw(logits, seed=seeds + np.uint64(1000)).tokens).any()
 
 
-def test_the_generator_is_uniform_over_seeds_and_over_positions() -> None:
+def test_the_generator_is_uniform() -> None:
     n = 100_000
     fixed = np.full(n, 3)
     for u in (
@@ -128,7 +128,7 @@ def test_the_generator_is_uniform_over_seeds_and_over_positions() -> None:
         assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.01
 
 
-def test_logits_that_are_not_finite_are_reported_by_row() -> None:
+def test_rows_with_nonfinite_logits_are_reported() -> None:
     logits = torch.zeros(3, 8)
     logits[1, 2] = float("nan")
     logits[2, 2] = float("inf")

@@ -21,7 +21,7 @@ TOLERANCE = 1e-5
 
 @dataclass
 class Bench:
-    """A scheduler stepped by the test instead of by its thread."""
+    """A scheduler that the test steps instead of its thread."""
 
     scheduler: Scheduler
     weights: EngineWeights
@@ -75,7 +75,7 @@ def prompts(count: int, seed: int = 0, shortest: int = 3, longest: int = 60) -> 
 
 
 def gap(hf: Any, done: Request) -> float:
-    """Largest difference between the engine's log-probs of a response (and of its prompt, if asked) and HF's."""
+    """Return the largest difference between the engine's log-probs of a response (and prompt, if asked) and HF's."""
     want = tiny_models.hf_log_probs(hf, done.ids, done.params.temperature)
     first = len(done.input_ids) - 1
     pairs = list(zip(want[first:], done.log_probs, strict=True))
@@ -87,7 +87,7 @@ def gap(hf: Any, done: Request) -> float:
 
 @pytest.mark.parametrize("family", ["glm4", "qwen3", "qwen2", "llama3"])
 def test_log_probs_equal_huggingface(family: str, model_dirs: dict[str, Path]) -> None:
-    """Requests of three temperatures come while others run, over fewer rows than requests, with shared prompts."""
+    """Requests of three temperatures arrive while others run, with fewer rows than requests, and shared prompts."""
     bench = make_bench(model_dirs[family], rows=6, tokens=6 * 128)
     hf = tiny_models.hf_model(model_dirs[family])
     texts = prompts(8)
@@ -104,7 +104,7 @@ def test_log_probs_equal_huggingface(family: str, model_dirs: dict[str, Path]) -
     assert all(len(r.output_ids) == r.params.max_new_tokens == len(r.log_probs) for r in done)
     assert sum(r.cached_tokens > 0 for r in done) > 3
     assert max(gap(hf, r) for r in done) <= TOLERANCE
-    # Control: one weight a little off is seen.
+    # Control: a small change of one weight is noticed.
     with torch.no_grad():
         hf.model.layers[2].self_attn.k_proj.weight[3] *= 1.001
     assert max(gap(hf, r) for r in done) > TOLERANCE
@@ -144,19 +144,19 @@ def test_a_prompt_sent_many_times_is_prefilled_once(model_dirs: dict[str, Path])
     assert sum(forwards) == 2
     hf = tiny_models.hf_model(model_dirs["glm4"])
     assert max(gap(hf, r) for r in bench.run()) <= TOLERANCE
-    bench.add(request(first, seed=10, max_new_tokens=6))  # nobody is left to copy from
+    bench.add(request(first, seed=10, max_new_tokens=6))  # no running request is left to copy from
     bench.run()
     assert sum(forwards) == 3
 
 
-def test_rows_grow_for_a_long_request_and_keep_what_they_hold(model_dirs: dict[str, Path]) -> None:
+def test_rows_grow_and_keep_their_content(model_dirs: dict[str, Path]) -> None:
     bench = make_bench(model_dirs["qwen3"], rows=4, tokens=4 * 128)
     hf = tiny_models.hf_model(model_dirs["qwen3"])
     for i in range(3):
         bench.add(request([1, 2, 3 + i], seed=i, max_new_tokens=30))
     bench.step()
     bench.add(request([4] * 40, seed=3, max_new_tokens=60))  # fits: rows of 128 for four
-    bench.add(request([5] * 40, seed=4, max_new_tokens=200))  # has to wait until two rows of 256 are all there is
+    bench.add(request([5] * 40, seed=4, max_new_tokens=200))  # waits until there are only two rows, of 256 positions
     bench.step()
     assert (bench.scheduler.num_running, bench.scheduler.num_waiting) == (4, 1)
     done = bench.run()
@@ -164,7 +164,7 @@ def test_rows_grow_for_a_long_request_and_keep_what_they_hold(model_dirs: dict[s
     assert max(gap(hf, r) for r in done) <= TOLERANCE
 
 
-def test_what_ends_a_request(model_dirs: dict[str, Path]) -> None:
+def test_a_request_ends_for_each_reason(model_dirs: dict[str, Path]) -> None:
     bench = make_bench(model_dirs["glm4"])
     free = bench.add(request([1, 2, 3], max_new_tokens=40))
     bench.run()
@@ -195,7 +195,7 @@ def test_what_ends_a_request(model_dirs: dict[str, Path]) -> None:
     assert len(nothing.input_log_probs) == 2
 
 
-def test_an_abort_keeps_what_there_is(model_dirs: dict[str, Path]) -> None:
+def test_an_abort_keeps_the_tokens(model_dirs: dict[str, Path]) -> None:
     bench = make_bench(model_dirs["glm4"], rows=3)
     hf = tiny_models.hf_model(model_dirs["glm4"])
     for i, text in enumerate(prompts(5, seed=4)):
@@ -217,7 +217,7 @@ def test_an_abort_keeps_what_there_is(model_dirs: dict[str, Path]) -> None:
     assert max(gap(hf, r) for r in done.values() if r.output_ids) <= TOLERANCE
 
 
-def test_retracted_requests_go_on_where_they_were(model_dirs: dict[str, Path]) -> None:
+def test_retracted_requests_continue_with_their_tokens(model_dirs: dict[str, Path]) -> None:
     texts = prompts(4, seed=5)
     expected: list[list[int]] = []
     for interrupted in (False, True):
@@ -236,8 +236,8 @@ def test_retracted_requests_go_on_where_they_were(model_dirs: dict[str, Path]) -
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_order_of_events_leaves_responses_as_they_are_alone(seed: int, model_dirs: dict[str, Path]) -> None:
-    """Requests come, are aborted, retracted and flushed at random, over rows that are too few."""
+def test_no_order_of_events_changes_a_response(seed: int, model_dirs: dict[str, Path]) -> None:
+    """Requests arrive, are aborted, retracted and flushed at random, with too few rows."""
     rng = random.Random(seed)
     texts = prompts(5, seed=seed, longest=30)
     lengths = [rng.choice((0, 1, 2, 7, 30, 90)) for _ in range(40)]
@@ -270,7 +270,7 @@ def test_any_order_of_events_leaves_responses_as_they_are_alone(seed: int, model
 
 
 def test_weights_under_running_requests(model_dirs: dict[str, Path]) -> None:
-    """With a flush the cache is made again by the new weights; without, the old one is gone on with."""
+    """With a flush the new weights make the cache again; without it, the old cache is used on."""
     new_hf = tiny_models.hf_model(model_dirs["glm4-b"])
     gaps: dict[bool, float] = {}
     for flush in (True, False):
@@ -287,7 +287,7 @@ def test_weights_under_running_requests(model_dirs: dict[str, Path]) -> None:
     assert gaps[False] > TOLERANCE
 
 
-def test_a_model_that_gives_nan_fails_the_request_and_not_the_engine(model_dirs: dict[str, Path]) -> None:
+def test_nan_logits_fail_only_the_request(model_dirs: dict[str, Path]) -> None:
     bench = make_bench(model_dirs["glm4"])
     bench.scheduler.model.final_norm.fill_(float("nan"))
     broken = bench.add(request([1, 2], max_new_tokens=3))
@@ -300,7 +300,7 @@ def test_a_model_that_gives_nan_fails_the_request_and_not_the_engine(model_dirs:
     assert (well.error, len(well.output_ids)) == (None, 3)
 
 
-def test_bf16_is_as_near_to_fp32_as_huggingfaces_own(model_dirs: dict[str, Path]) -> None:
+def test_bf16_error_is_as_small_as_huggingfaces(model_dirs: dict[str, Path]) -> None:
     path = model_dirs["glm4-bf16"]
     bench = make_bench(path, dtype=torch.bfloat16)
     for i, text in enumerate(prompts(6, seed=6)):
@@ -316,7 +316,7 @@ def test_bf16_is_as_near_to_fp32_as_huggingfaces_own(model_dirs: dict[str, Path]
     assert 0 < sum(ours) < 1.5 * sum(theirs)
 
 
-def test_a_command_whose_asker_has_gone_harms_nobody(model_dirs: dict[str, Path]) -> None:
+def test_a_cancelled_command_does_no_harm(model_dirs: dict[str, Path]) -> None:
     scheduler = make_bench(model_dirs["glm4"]).scheduler
     gone, wrong, right = scheduler.call(lambda: 1), scheduler.call(lambda: 1 // 0), scheduler.call(lambda: 2)
     gone.cancel()

@@ -20,7 +20,7 @@ from slime.engine.launch import ManagedProcess
 
 
 def call(url: str, body: Any = None, *, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
-    """POST (GET without a body) -> status and JSON."""
+    """POST (GET without a body); return status and JSON."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
     try:
@@ -38,7 +38,7 @@ def generate(engine: ManagedProcess, ids: list[int], **fields: Any) -> dict[str,
 
 
 async def start_generation(engine: ManagedProcess, ids: list[int], **fields: Any) -> asyncio.Task[dict[str, Any]]:
-    """A generation in flight: returns once the engine has begun it."""
+    """Start a generation; return once the engine has begun it."""
     task = asyncio.create_task(asyncio.to_thread(generate, engine, ids, **fields))
     for _ in range(500):
         info = (await asyncio.to_thread(call, engine.url + "/server_info"))[1]
@@ -66,11 +66,11 @@ def test_an_answer_is_sglangs(glm4_engine: ManagedProcess, model_dirs: dict[str,
     want = tiny_models.hf_log_probs(hf, ids, 1.0) + tiny_models.hf_log_probs(hf, ids + answer["output_ids"], 0.8)[2:]
     got = [entry[0] for entry in inputs[1:] + outputs]
     assert max(abs(a - b) for a, b in zip(want, got, strict=True)) <= 1e-5
-    # SGLang's default: no log-probs unless asked for.
+    # SGLang's default: no log-probs unless requested.
     assert "output_token_logprobs" not in generate(glm4_engine, ids, max_new_tokens=1)["meta_info"]
 
 
-def test_a_seed_makes_a_response_and_without_one_they_differ(glm4_engine: ManagedProcess) -> None:
+def test_responses_repeat_only_with_a_seed(glm4_engine: ManagedProcess) -> None:
     seeded = [generate(glm4_engine, [1, 2], max_new_tokens=20, sampling_seed=s)["output_ids"] for s in (5, 5, 6)]
     assert seeded[0] == seeded[1] != seeded[2]
     free = [generate(glm4_engine, [1, 2], max_new_tokens=20)["output_ids"] for _ in range(2)]
@@ -101,7 +101,7 @@ def test_stops(model_dirs: dict[str, Path], start_engine: StartEngine) -> None:
     engine.stop()
 
 
-def test_text_goes_in_where_there_is_a_tokenizer(glm4_engine: ManagedProcess) -> None:
+def test_an_engine_with_a_tokenizer_takes_text(glm4_engine: ManagedProcess) -> None:
     body = {"text": "1+1=", "sampling_params": {"max_new_tokens": 0}}
     status, answer = call(glm4_engine.url + "/generate", body)
     assert (status, answer["meta_info"]["prompt_tokens"]) == (200, 4)
@@ -120,13 +120,13 @@ def test_text_goes_in_where_there_is_a_tokenizer(glm4_engine: ManagedProcess) ->
         ([], "JSON object"),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(glm4_engine: ManagedProcess, body: Any, words: str) -> None:
+def test_a_bad_request_gets_the_reason(glm4_engine: ManagedProcess, body: Any, words: str) -> None:
     status, answer = call(glm4_engine.url + "/generate", body)
     assert status == 400
     assert words in answer["error"]["message"]
 
 
-def test_a_body_that_is_no_json_is_a_400(glm4_engine: ManagedProcess) -> None:
+def test_a_body_without_json_is_refused(glm4_engine: ManagedProcess) -> None:
     request = urllib.request.Request(glm4_engine.url + "/generate", b"\x80\x04pickle")
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(request, timeout=60)
@@ -160,7 +160,7 @@ def test_a_pause_stops_everything_and_changes_nothing(glm4_engine: ManagedProces
         task = await start_generation(glm4_engine, [1, 2, 3], **fields)
         post = lambda path, body: asyncio.to_thread(call, glm4_engine.url + path, body)  # noqa: E731
         await post("/pause_generation", {"mode": mode})
-        # A paused engine takes requests, and answers none; flushing goes as SGLang says.
+        # A paused engine accepts requests but answers none; flushing follows SGLang.
         late = asyncio.create_task(asyncio.to_thread(generate, glm4_engine, [7], max_new_tokens=1))
         await asyncio.sleep(0.5)
         assert not task.done()
@@ -194,7 +194,7 @@ def test_the_api_key_guards_all_but_health(model_dirs: dict[str, Path], start_en
     engine.stop()
 
 
-def test_a_scheduler_that_fails_answers_everyone_and_ends_the_process(
+def test_a_failed_scheduler_ends_the_process(
     model_dirs: dict[str, Path], start_engine: StartEngine, tmp_path: Path
 ) -> None:
     # A module that Python imports at start makes the third step fail.
@@ -229,9 +229,7 @@ def test_a_scheduler_that_fails_answers_everyone_and_ends_the_process(
     assert "planted fault" in engine.log_path.read_text()
 
 
-def test_a_signal_ends_an_engine_with_requests_in_flight(
-    model_dirs: dict[str, Path], start_engine: StartEngine
-) -> None:
+def test_a_signal_ends_an_engine_at_work(model_dirs: dict[str, Path], start_engine: StartEngine) -> None:
     engine = start_engine(model_dirs["qwen3"])
 
     async def run() -> None:

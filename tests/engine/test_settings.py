@@ -16,7 +16,7 @@ def parse(path: Path, *flags: str) -> Settings:
     return parse_settings(["--model-path", str(path), "--port", "1", *flags])[0]
 
 
-def test_a_model_directory_says_most_of_it(model_dirs: dict[str, Path]) -> None:
+def test_most_settings_come_from_the_model_directory(model_dirs: dict[str, Path]) -> None:
     settings = parse(model_dirs["glm4"])
     assert (settings.dtype, settings.context_length, settings.stop_token_ids) == (torch.float32, 512, frozenset())
     assert settings.architecture.rotary_interleaved
@@ -41,12 +41,12 @@ def test_eos_ids_of_both_files_end_a_response(model_dirs: dict[str, Path], tmp_p
         (["--max-total-tokens", "3"], "--max-total-tokens is 3"),
     ],
 )
-def test_a_setting_that_cannot_be_is_told(flags: list[str], words: str, model_dirs: dict[str, Path]) -> None:
+def test_an_impossible_setting_is_an_error(flags: list[str], words: str, model_dirs: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=words):
         parse(model_dirs["glm4"], *flags)
 
 
-def test_a_model_of_another_family_is_told(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+def test_an_unknown_family_is_an_error(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     config = json.loads((model_dirs["glm4"] / "config.json").read_text())
     shape = asdict(hf_architecture(config))
     with pytest.raises(ValueError, match=r"'mamba'; this engine serves glm4, .*qwen3_moe"):
@@ -56,12 +56,12 @@ def test_a_model_of_another_family_is_told(model_dirs: dict[str, Path], tmp_path
         parse(tmp_path)
 
 
-def test_a_shape_on_the_command_line_goes_before_the_file(model_dirs: dict[str, Path]) -> None:
+def test_the_command_lines_architecture_replaces_the_files(model_dirs: dict[str, Path]) -> None:
     shape = replace(hf_architecture(read_hf_config(model_dirs["llama3"])), rope_scaling=RopeScaling(factor=2.0))
     assert parse(model_dirs["llama3"], "--architecture", json.dumps(asdict(shape))).architecture == shape
     assert parse(model_dirs["llama3"]).architecture != shape
 
 
-def test_a_directory_without_a_model_is_told(tmp_path: Path) -> None:
+def test_a_directory_without_a_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name a Hugging Face directory"):
         parse(tmp_path)

@@ -55,7 +55,7 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that holds an SGLang 0.5.16, as far as it is read."""
+    """Make a directory with those parts of an SGLang 0.5.16 that are read."""
     srt = tmp_path / "site" / "sglang" / "srt"
     (srt / "arg_groups" / "fields").mkdir(parents=True)
     (srt.parent / "__init__.py").write_text("raise RuntimeError('SGLang was imported')")
@@ -86,7 +86,7 @@ def command(args: Args, index: int = 0, gpu_ids: tuple[str, ...] = ("3",)) -> tu
     return " ".join(server.words) + " ", dict(server.environment)
 
 
-def test_what_decides_tokens_is_said() -> None:
+def test_settings_that_decide_tokens_are_explicit() -> None:
     line, environment = command(some_args(rollout_seed=7, rollout_num_gpus_per_engine=2), index=1, gpu_ids=("2", "3"))
     for part in ("--model-path /model", "--tp-size 2", "--dtype bfloat16", "--random-seed 8", "--host 127.0.0.1"):
         assert f"{part} " in line
@@ -98,7 +98,7 @@ def test_what_decides_tokens_is_said() -> None:
     assert environment["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] == "file:///tmp/x/ranks"
 
 
-def test_precision_is_the_trainers_unless_it_is_said() -> None:
+def test_the_trainer_decides_the_default_precision() -> None:
     assert "--dtype bfloat16 " in command(some_args())[0]
     assert "--dtype half " in command(some_args(bf16=False, sglang={"dtype": "half"}))[0]
 
@@ -117,7 +117,7 @@ def test_its_deterministic_mode_is_asked_for() -> None:
     assert flag not in command(some_args())[0]
 
 
-def test_memory_is_given_back_only_where_it_is_shared() -> None:
+def test_the_memory_saver_needs_colocation() -> None:
     assert "--enable-memory-saver " in command(some_args(colocate=True, offload=True))[0]
     assert "--enable-memory-saver" not in command(some_args(colocate=True, offload=False))[0]
     assert "--enable-memory-saver" not in command(some_args(offload=True))[0]
@@ -162,19 +162,19 @@ def vars_of(directory: Path) -> dict[str, object]:
     return dict(vars(hf_architecture(read_hf_config(directory))))
 
 
-def test_engines_of_a_machine_never_pick_the_same_port() -> None:
+def test_engines_never_pick_the_same_port() -> None:
     picked = [engine_port("127.0.0.1", index) % CLASSES for index in range(CLASSES)]
     assert picked == list(range(CLASSES))
 
 
-def test_spellings_of_what_is_installed(installed: Path) -> None:
+def test_installed_spellings_are_found(installed: Path) -> None:
     assert installed_spellings(str(installed / "sglang" / "srt")) == {
         *("--model-path", "--model", "--tp-size", "--tensor-parallel-size", "--attention-backend", "--context-length"),
         *("--chunked-prefill", "--disable-cuda-graph", "--mem-fraction-static"),
     }
 
 
-def test_what_it_has_passes(installed: Path) -> None:
+def test_flags_of_the_installed_version_pass(installed: Path) -> None:
     given = {"attention_backend": "triton", "disable_cuda_graph": True, "mem_fraction_static": 0.5}
     assert check_installed(some_args(sglang=given)) == "0.5.16"
 
@@ -188,7 +188,7 @@ def test_all_that_it_lacks_is_named_at_once(installed: Path) -> None:
     assert "the nearest is --sglang-attention-backend" in second
 
 
-def test_a_flag_is_passed_on_by_the_name_that_the_version_has(installed: Path) -> None:
+def test_a_flag_uses_the_installed_versions_name(installed: Path) -> None:
     given = {"enable_linear_replayssm_spec": True, "cuda_graph_bs_decode": [1, 2], "mem_fraction_static": 0.5}
     assert words(given)[:2] == ["--enable-linear-replayssm-spec", "--cuda-graph-bs-decode"], "it has neither"
     source = installed / "sglang" / "srt" / "arg_groups" / "fields" / "memory.py"
@@ -217,7 +217,7 @@ def test_known_versions_pass(installed: Path, version: str) -> None:
 
 
 @pytest.mark.skipif(installed_version() is not None, reason="SGLang is installed")
-def test_none_is_said_with_the_remedy() -> None:
+def test_a_missing_sglang_names_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"SGLang is not installed here: pip install 'slime\[gpu\]'"):
         check_installed(some_args())
 

@@ -19,7 +19,7 @@ INPUT = [1, 40, 50]
 
 @pytest.fixture(scope="module")
 def sampled(glm4_engine: ManagedProcess) -> dict[str, Any]:
-    """What the names of the table stand for."""
+    """Return the values of the table's names."""
     ids = generate(glm4_engine, INPUT, max_new_tokens=40, sampling_seed=SEED)["output_ids"]
     with_text = range(len(tiny_models.SPECIALS), len(tiny_models.VOCABULARY))
     place = next(i for i in range(5, 40) if ids[i] in with_text and ids[i] not in ids[:i])
@@ -54,7 +54,7 @@ def test_an_answer_is_that_of_the_table(glm4_engine: ManagedProcess, sampled: di
         assert reason["length"] == tokens
     for version in (OLD, NEW):
         other = row.answers[version]
-        if row.embedded != version and other is not None and other != expected:  # control: the versions are told apart
+        if row.embedded != version and other is not None and other != expected:  # control: the versions differ
             found = (status, reason["type"], len(answer["output_ids"]))
             assert found != (other.status, other.reason, resolve(other.tokens, sampled))
 
@@ -72,7 +72,7 @@ def test_log_probs_of_the_input_are_raw(glm4_engine: ManagedProcess, model_dirs:
         assert [value for value, _, _ in entries[1:]] == pytest.approx(want[start:], abs=1e-5)
 
 
-def test_a_temperature_near_0_is_greedy_with_raw_log_probs(
+def test_tiny_temperatures_are_greedy_with_raw_log_probs(
     glm4_engine: ManagedProcess, model_dirs: dict[str, Path]
 ) -> None:
     """Below 1e-6 (sampling_params: _SAMPLING_EPS); from there on the log-probs are of logits / temperature."""
@@ -86,7 +86,7 @@ def test_a_temperature_near_0_is_greedy_with_raw_log_probs(
     assert found[1e-6] == [0.0] * 6
 
 
-def test_an_abort_is_by_the_beginning_of_a_name_that_is_in_use(glm4_engine: ManagedProcess) -> None:
+def test_an_abort_matches_prefixes_of_used_names(glm4_engine: ManagedProcess) -> None:
     """`abort_request` of SGLang's tokenizer_manager and scheduler; a running request ends with one more token."""
 
     async def post(path: str, body: Any) -> dict[str, Any]:

@@ -58,9 +58,7 @@ def send(engine: ManagedProcess, tensors: list[tuple[str, torch.Tensor]], versio
     return result
 
 
-def test_asleep_it_refuses_until_it_has_its_memory_and_weights(
-    engine: ManagedProcess, model_dirs: dict[str, Path]
-) -> None:
+def test_a_sleeping_engine_refuses_until_restored(engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
     before = generate(engine, IDS, max_new_tokens=8, temperature=0.0)["output_ids"]
     checksum = call(engine.url + "/weights_checker", {"action": "checksum"})[1]["per_engine_checksum"]
     tensors = named(model_dirs["glm4"])
@@ -101,7 +99,7 @@ def test_asleep_it_refuses_until_it_has_its_memory_and_weights(
 
 
 def test_other_weights_come_as_they_are(engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
-    """In two buckets, through a buffer that is used twice; then back."""
+    """Send in two buckets, through a buffer that is used twice; then send the first weights again."""
     checksums: list[str] = []
     for name, version in (("glm4-b", "3"), ("glm4", "4")):
         tensors = named(model_dirs[name])
@@ -117,8 +115,8 @@ def test_other_weights_come_as_they_are(engine: ManagedProcess, model_dirs: dict
     assert len(set(checksums)) == 2
 
 
-def test_what_is_refused_over_http(engine: ManagedProcess, tmp_path: Path) -> None:
-    """Nothing is unpickled, and no file is opened but memory files for weights."""
+def test_wrong_memory_requests_are_refused(engine: ManagedProcess, tmp_path: Path) -> None:
+    """Nothing is unpickled, and only memory files for weights are opened."""
     url = "/update_weights_from_tensor"
     status, message = post(engine, url, {"serialized_named_tensors": ["gASVBQAAAAAAAACMAWGULg=="]})
     assert status == 400 and "pickled" in message
@@ -141,7 +139,7 @@ def test_what_is_refused_over_http(engine: ManagedProcess, tmp_path: Path) -> No
     shared = {"shared_memory": {"path": f"/proc/{os.getpid()}/fd/{memory}", **bucket}}
     status, message = post(engine, url, shared)
     assert status == 400 and "holds 10 bytes" in message
-    if os.getuid() == 0:  # nobody else may give a file away
+    if os.getuid() == 0:  # only root can give a file away
         os.fchown(memory, 65534, 65534)
         status, message = post(engine, url, shared)
         assert status == 400 and "of this user" in message
@@ -150,7 +148,7 @@ def test_what_is_refused_over_http(engine: ManagedProcess, tmp_path: Path) -> No
     assert refusal(engine) == "", "it goes on as before"
 
 
-def test_requests_in_flight_are_ended_before_memory_is_given_back(engine: ManagedProcess) -> None:
+def test_sleep_ends_requests_before_memory_is_released(engine: ManagedProcess) -> None:
     async def run() -> dict[str, Any]:
         task = await start_generation(engine, IDS, max_new_tokens=400, temperature=1.0, ignore_eos=True)
         status, message = await asyncio.to_thread(post, engine, "/release_memory_occupation", {})

@@ -98,7 +98,7 @@ def hf_model(path: Path) -> Any:
 
 
 def hf_log_probs(model: Any, ids: list[int], temperature: float) -> list[float]:
-    """Log-prob of every token but the first under softmax(logits / temperature); raw at temperature 0."""
+    """Return log-probs of all tokens but the first under softmax(logits / temperature); raw at temperature 0."""
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, :-1].float()
     log_probs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)

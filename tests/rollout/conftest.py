@@ -41,7 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def data_file(tmp_path: Path) -> Callable[..., str]:
-    """Writes rows (dicts, or raw lines) as jsonl and returns the path."""
+    """Return a function that writes rows (dicts, or raw lines) as jsonl and returns the path."""
 
     def write(rows: Sequence[dict[str, Any] | str], name: str = "data.jsonl") -> str:
         path = tmp_path / name
@@ -103,7 +103,7 @@ def router_url(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 def run_with_engines(router_url: str, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
-    """Runs `async work(context)` with a context for `args`, and closes everything after."""
+    """Return a function that runs `async work(context)` with a context for `args`, and closes everything afterwards."""
 
     def run(args: Args, work: Callable[[RolloutContext], Awaitable[Any]]) -> Any:
         async def main() -> Any:

@@ -1,4 +1,4 @@
-"""Reward functions and hooks that tests name by dotted path. Each does to one sample what its label says."""
+"""Reward functions and hooks that tests name by dotted path; each does to one sample what its label names."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def by_label(args, sample):
 
 
 def leaves_a_sleeper(args, sample):
-    """Leaves a process that sleeps for as many seconds as the label says, as a daemon with an empty environment."""
+    """Leave a process that sleeps for as many seconds as the label gives, as a daemon with an empty environment."""
     if sample.label == "hang":
         time.sleep(1000)
     child = os.fork()
@@ -72,7 +72,7 @@ _kept = []
 
 
 def leaks(args, sample):
-    """Keeps as many MB as the label says; `grow`: more and more in one call. The reward is the process's id."""
+    """Keep as many MB as the label gives (with `grow`, more and more in one call); the reward is the process's id."""
     if sample.label == "grow":
         while True:
             _kept.append(bytearray(os.urandom(1000) * 10_000))
@@ -89,12 +89,12 @@ async def by_label_async(args, sample):
 
 
 async def misbehaves(args, sample):
-    """Waits as many seconds as the label says, or does what it says; 1 where it comes to an end."""
+    """Wait as many seconds as the label gives, or do what it names; the reward is 1 if this ends."""
     match sample.label:
         case "block":
             time.sleep(1000)
         case "regex":
-            re.match(r"(a+)+$", "a" * 60 + "b")  # C code that never lets go of the interpreter
+            re.match(r"(a+)+$", "a" * 60 + "b")  # C code that never releases the interpreter
         case "swallow":
             while True:
                 with contextlib.suppress(asyncio.CancelledError):
@@ -131,7 +131,7 @@ def sleeps(args, sample):
 
 
 def entries(args, sample):
-    """A dict, odd in what the label names."""
+    """Return a dict that is odd in the way that the label names."""
     reward = {"score": 1.0, "pred": "72", "length": 7}
     match sample.label:
         case "no score":
@@ -163,14 +163,14 @@ def entries_of_group(args, samples):
 
 
 async def generate_and_judge(args, sample, sampling_params, context):
-    """Judges by itself."""
+    """Judge each sample alone."""
     sample = generate_plain(args, sample, sampling_params, context)
     sample.reward = entries(args, sample)
     return sample
 
 
 def group(args, samples, **kwargs):
-    """Does to the whole group what the first label says that is no number."""
+    """Do to the whole group what the first label that is no number names."""
     match samples[0].label:
         case "rank":
             return [sample.index for sample in samples]
@@ -194,7 +194,7 @@ async def group_async(args, samples):
 
 
 async def group_of_group(args, samples):
-    """In collections: the whole group, in order; group 0 gets a reward too few."""
+    """Return collections for the whole group, in order; group 0 gets one reward too few."""
     assert [sample.index for sample in samples] == sorted(sample.index for sample in samples)
     assert len({sample.group_index for sample in samples}) == 1
     assert all(sample.status in (Status.COMPLETED, Status.TRUNCATED) for sample in samples)
@@ -203,7 +203,7 @@ async def group_of_group(args, samples):
 
 
 async def blocks_in_group_0(args, sample):
-    """Written as async, yet nothing else can run beside it."""
+    """Block the event loop although it is written as async, so that nothing else can run at the same time."""
     if sample.group_index == 0:
         time.sleep(20)
     return float(sample.index % 2)
@@ -213,7 +213,7 @@ _loops = []
 
 
 async def loops_seen(args, sample):
-    """Event loops that this process has run rewards in: a session kept between calls is bound to one."""
+    """Return how many event loops this process has run rewards in: a session kept between calls is bound to one."""
     if asyncio.get_running_loop() not in _loops:
         _loops.append(asyncio.get_running_loop())
     return len(_loops)
@@ -231,7 +231,7 @@ def pop_last(args, rollout_id, buffer, num_samples):
 
 
 def pop_nothing(args, rollout_id, buffer, num_samples):
-    """Returns what it leaves in the buffer."""
+    """Return groups that it leaves in the buffer."""
     return buffer[:num_samples]
 
 
@@ -240,12 +240,12 @@ def pop_too_many(args, rollout_id, buffer, num_samples):
 
 
 async def coin(args, sample):
-    """0 or 1, by chance."""
+    """Return 0 or 1 at random."""
     return random.Random(sample.index).randint(0, 1)
 
 
 async def by_index(args, sample):
-    """Sample 0 of each group gets 0.5, the others 1 (with groups of two)."""
+    """Return 0.5 for sample 0 of each group, and 1 for the others (with groups of two)."""
     return 0.5 if sample.index % 2 == 0 else 1.0
 
 
@@ -285,7 +285,7 @@ async def generate_or_fail(args, sample, sampling_params, context):
 
 
 def generate_plain(args, sample, sampling_params, context):
-    """Answers by itself, and writes its seed."""
+    """Answer without an engine, with the seed as text."""
     sample.response = str(sampling_params.sampling_seed)
     tokens = context.tokenizer(sample.response)["input_ids"]
     sample.tokens = sample.tokens + tokens
@@ -301,7 +301,7 @@ async def generate_nothing(args, sample, sampling_params, context):
 
 
 async def generate_deaf(args, sample, sampling_params, context):
-    """Sample 4 and later hear of no abort."""
+    """Ignore aborts for sample 4 and later."""
     if sample.index >= 4:
         await asyncio.sleep(1000)
     return generate_plain(args, sample, sampling_params, context)
@@ -312,5 +312,5 @@ async def generate_broken(args, sample, sampling_params, context):
 
 
 async def generate_anew(args, sample, sampling_params, context):
-    """Returns a Sample of its own making, which does not know whose turn it was."""
+    """Return a new Sample, which does not know its place in the group."""
     return Sample(prompt=sample.prompt, tokens=[1, 2], prompt_length=1, response_length=1)

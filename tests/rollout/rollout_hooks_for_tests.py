@@ -1,4 +1,4 @@
-"""A function for each hook of the rollout, with exactly the declared parameters; it looks at what it is given."""
+"""A function for each hook of the rollout, with exactly the declared parameters, which checks its arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.generate import generate_sample
 
 CALLS: list[tuple[str, object]] = []
-"""Hook and what it was called for, in this process (the reward runs in another)."""
+"""The hook and what it was called for, in this process (the reward runs in another)."""
 
 
 async def generate(args: Args, sample: Sample, sampling_params: SamplingParams, context: RolloutContext) -> Sample:
@@ -67,7 +67,7 @@ def post_process(args: Args, samples: list[Sample]) -> list[float]:
 
 
 class NoPrompts:
-    """A data source that --num-epoch cannot count, and that takes nothing back."""
+    """A data source that --num-epoch cannot count, and that takes no groups back."""
 
     def __init__(self, args: Args, tokenizer: object) -> None: ...
 
@@ -81,7 +81,7 @@ class NoPrompts:
 
 
 class Declared(NoPrompts):
-    """`num_prompts` is set on the instance."""
+    """A data source whose `num_prompts` is set on the instance."""
 
     num_prompts: int
 
@@ -89,4 +89,4 @@ class Declared(NoPrompts):
 
 
 class Inherited(DataBuffer):
-    """Nothing of its own."""
+    """A data source that only inherits."""

@@ -1,7 +1,7 @@
-"""The peer of the rollout side, under a test's control: it answers when the test says so, and as far as it says.
+"""The rollout side's engine under a test's control: it answers when the test decides, and with as many tokens.
 
-What it draws is a function of seed, position and policy version alone, as an engine's draws are, so that a test can
-tell for every token of a sample which request made it, and with which weights.
+Its draws are a function of seed, position and policy version alone, as an engine's draws are. So a test can verify for
+every token of a sample which request made it, and with which weights.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from slime.rollout.context import RolloutContext
 from slime.rollout.generate import generate_sample, sampling_seed
 
 END = 3
-"""<|user|> of the tests' tokenizer."""
+"""The token <|user|> of the tests' tokenizer."""
 
 
 def draw(seed: int, position: int, version: int) -> tuple[int, float]:
-    """A token, the end in one of six, and its log-prob."""
+    """Return a token, which ends the response in one of six cases, and its log-prob."""
     number = int.from_bytes(hashlib.blake2b(f"{seed}/{position}/{version}".encode(), digest_size=4).digest(), "big")
     return END if number % 6 == 0 else 20 + number % 50, -1 - number % 1000 / 1000
 
@@ -48,7 +48,7 @@ class InFlight:
 
 
 class ScriptedEngine:
-    """What `collect` asks of an EngineClient."""
+    """The part of an EngineClient that `collect` uses."""
 
     def __init__(self, version: int = 1) -> None:
         self.version = version
@@ -76,7 +76,7 @@ class ScriptedEngine:
     # ---- the test's side
 
     def advance(self, place: int, num_tokens: int) -> None:
-        """So many tokens for one request; it is answered where they end it."""
+        """Give `count` more tokens to one request; it is answered if they end it."""
         asked = self.in_flight[place]
         params = asked.request.sampling_params
         assert params.sampling_seed is not None
@@ -92,7 +92,7 @@ class ScriptedEngine:
                 return
 
     async def update_weights(self) -> None:
-        """What is in flight is answered with what it has, by the old ones."""
+        """Answer what is in flight with its tokens, by the old weights, and change to the new weights."""
         await self.abort_all()
         self.version += 1
 
@@ -104,18 +104,18 @@ def reward_of(sample: Sample) -> float:
 async def generate_and_judge(
     args: Args, sample: Sample, sampling_params: SamplingParams, context: RolloutContext
 ) -> Sample:
-    """The built-in generation, and a reward without worker processes."""
+    """Run the built-in generation, and judge without worker processes."""
     assert not sample.is_finished
     assert sample.reward is None
     sample = await generate_sample(args, sample, sampling_params, context)
     whole = sample.response_length == args.rollout_max_response_len or sample.tokens[-1] == END
-    if sample.is_finished and whole:  # else it was set aside, and goes on later
+    if sample.is_finished and whole:  # otherwise it was set aside, and continues later
         sample.reward = reward_of(sample)
     return sample
 
 
 def check_drawn(args: Args, sample: Sample) -> None:
-    """Every token is the one that its version draws there, and has that draw's log-prob."""
+    """Check that every token is the one that its version draws at its position, with the log-prob of that draw."""
     sample.check()
     assert sample.rollout_log_probs is not None
     assert sample.policy_versions is not None

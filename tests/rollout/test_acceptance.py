@@ -1,4 +1,4 @@
-"""How many rewards a group needs: as many as the estimator compares."""
+"""The number of rewards that a group needs: as many as the estimator compares."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def group(*rewards: float | None) -> list[Sample]:
         ({"loss_type": "sft_loss"}, 1),
     ],
 )
-def test_a_group_has_as_many_rewards_as_are_compared(flags: dict[str, str], least: int) -> None:
+def test_a_group_needs_the_rewards_that_it_compares(flags: dict[str, str], least: int) -> None:
     acceptance = Acceptance(Args(**flags))  # pyright: ignore[reportArgumentType]
     assert acceptance.drop_reason(group(1.0, 0.0)) is None
     assert acceptance.drop_reason(group(1.0, None)) == (None if least == 1 else "too_few_rewards")

@@ -1,4 +1,4 @@
-"""What counts as an equal answer: pairs of every kind, held-out pairs, expressions that explode, properties."""
+"""Equality of answers: pairs of every kind, held-out pairs, expressions that explode, properties."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.rollout.verdicts_for_tests import HELD_OUT, Pair, misses, read_pairs,
 PAIRS = read_pairs(Path(__file__).with_name("answers.tsv"))
 KINDS = sorted({pair.kind for pair in PAIRS})
 CPU_SECONDS = 5.0
-"""Of one comparison. They take a few milliseconds; what explodes takes minutes."""
+"""The limit of one comparison. It takes a few milliseconds; an expression that explodes takes minutes."""
 
 DEEP = 60
 EXPLOSIVE = (
@@ -45,7 +45,7 @@ EXPLOSIVE = (
 
 
 def cpu(answer: str, label: str) -> tuple[bool, float]:
-    """The verdict, and the CPU seconds it took."""
+    """Return the verdict, and the CPU seconds that it took."""
     start = time.process_time()
     return equal_as_mathematics(answer, label), time.process_time() - start
 
@@ -57,7 +57,7 @@ def test_pairs(kind: str) -> None:
     assert missed == [], report(pairs, missed)
 
 
-def test_every_kind_has_pairs_that_are_equal_and_pairs_that_are_not() -> None:
+def test_every_kind_has_equal_and_unequal_pairs() -> None:
     assert len(PAIRS) > 200
     for kind in KINDS:
         assert {pair.equal for pair in PAIRS if pair.kind == kind} == {True, False} or kind in ("row", "wrapping"), kind
@@ -72,7 +72,7 @@ def test_held_out_pairs() -> None:
 
 
 def test_a_grader_that_compares_texts_misses_pairs() -> None:
-    """Control: the report counts both ways to be wrong."""
+    """Control: the report counts both kinds of wrong verdicts."""
     found = report(PAIRS, list(misses(PAIRS, lambda answer, label: answer[:1] == label[:1])))
     accepted, refused = (int(part.split()[0]) for part in found.rsplit(":", 1)[1].split(","))
     assert accepted > 30
@@ -163,7 +163,7 @@ def test_no_text_raises(one: str, other: str) -> None:
 @settings(deadline=None, max_examples=50)
 @given(st.integers(-(10**30), 10**30), st.integers(1, 10**6), st.integers(1, 40))
 def test_rational_numbers(above: int, below: int, scale: int) -> None:
-    """A fraction equals itself however it is written, and no neighbour."""
+    """A fraction equals itself in every spelling, and equals no neighbour."""
     text = rf"\frac{{{above}}}{{{below}}}"
     assert equal_as_mathematics(text, f"{above * scale}/{below * scale}")
     assert equal_as_mathematics(rf"-\frac{{{-above}}}{{{below}}}", text)

@@ -17,7 +17,7 @@ def reward(rm_type: str, response: str, label: str) -> float:
 
 
 @pytest.mark.parametrize("rm_type", ["math", "deepscaler", "dapo", "boxed_dapo"])
-def test_two_boxes_are_a_list_and_not_one_of_the_two(rm_type: str) -> None:
+def test_two_boxes_are_read_as_a_list(rm_type: str) -> None:
     def right(boxes: str, label: str) -> bool:
         return reward(rm_type, f"1</think>so\nAnswer: {boxes}.", label) == 1
 
@@ -45,7 +45,7 @@ def test_no_letter_is_chosen_by_two_boxes() -> None:
         (r"Answer: \fbox{34}", "34"),
         (r"Answer: $\boxed 34$", "34"),
         (r"Answer: \boxed {34}", "34"),
-        ("Answer: \\boxed{\n34\n}", "\n34\n"),  # the box ends where its braces do
+        ("Answer: \\boxed{\n34\n}", "\n34\n"),  # the box ends where its braces close
         ("Answer: \\boxed{34}\nas said in \\boxed{1}", "34"),
         ("Answer: \\boxed{34}\nand \\boxed{1", "34"),
         (r"Answer: \boxed{3} and \boxed{5}", "3, 5"),
@@ -64,7 +64,7 @@ def test_boxes_after_answer(response: str, answer: str | None) -> None:
 
 
 @pytest.mark.parametrize("rm_type", ["math", "deepscaler", "dapo", "boxed_math"])
-def test_a_label_in_the_form_of_gsm8k_is_read(rm_type: str) -> None:
+def test_a_label_in_gsm8k_form_is_read(rm_type: str) -> None:
     def right(answer: str, label: str) -> bool:
         return reward(rm_type, f"so</think>Answer: \\boxed{{{answer}}}", label) == 1
 

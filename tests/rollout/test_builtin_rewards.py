@@ -1,4 +1,4 @@
-"""What each built-in reward says of a response: tables, and formulas of their own where there is one."""
+"""The score of each built-in reward for a response: tables, and independent formulas where they exist."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def reward(rm_type: str, response: str, label: str | None = None, **metadata: An
         (r"</think>\boxed{34}</think>", "34", 0),
         (R + r"\boxed{1} no, \boxed{34}", "34", 1),
         (R + r"\boxed{34} no, \boxed{1}", "34", 0),
-        (R + r"\boxed{34} no, \boxed{1", "34", 0),  # the last one does not close
+        (R + r"\boxed{34} no, \boxed{1", "34", 0),  # the last box does not close
         (R + r"\boxed{\boxed{34}}", "34", 1),
         (R + r"\boxed {34}", "34", 1),
         (R + r"\boxed{}", "34", 0),
@@ -73,7 +73,7 @@ def test_deepscaler_rule(response: str, label: str, expected: float) -> None:
         ("3.4", "34", 0),
         ("007", "7", 1),
         ("-7", "7", 0),
-        ("\u22127", "-7", 1),  # a minus sign that is no hyphen
+        ("\u22127", "-7", 1),  # a minus sign that is not a hyphen
         ("$34$", "34", 1),
         ("$34$.", "34", 1),
         ("x=34", "34", 1),
@@ -88,7 +88,7 @@ def test_deepscaler_rule(response: str, label: str, expected: float) -> None:
         ("12 34", "1234", 0),
         ("1e6", "1000000", 1),
         (r"1.5 \times 10^{-7}", "0.00000015", 1),
-        (r"1.38\times 10^{-23}", r"6.63\times 10^{-34}", 0),  # a tolerance that is absolute takes them for the same
+        (r"1.38\times 10^{-23}", r"6.63\times 10^{-34}", 0),  # an absolute tolerance would find them equal
         ("0.0000001", "0.0000002", 0),
         ("3.1415927", "3.14159265", 1),
         ("4.0000001", "4", 0),
@@ -121,7 +121,7 @@ def test_equality_of_mathematics(answer: str, label: str, expected: float) -> No
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
-        (r"\boxed{34}", 1),  # no </think> is asked for
+        (r"\boxed{34}", 1),  # no </think> is required
         (r"\boxed{34}</think> done", 1),
         (r"\boxed{35}</think>\boxed{34}", 1),
         (r"\boxed{34}</think>\boxed{35}", 0),
@@ -194,7 +194,7 @@ def test_final_text(text: str, end: str) -> None:
 
 
 def _f1(words: str, label_words: str) -> float:
-    """By the definition, 2PR / (P + R), each shared word counted as often as in both."""
+    """Compute F1 by its definition, 2PR / (P + R), with each shared word counted as often as in both."""
     ours, theirs = words.split(), label_words.split()
     left, shared = list(theirs), 0
     for word in ours:
@@ -231,12 +231,12 @@ def test_f1_by_its_definition(words: str, label: str) -> None:
         ("+", "+", 1),
         ("-", "+", 0),
         ("yes", "Yes.", 1),
-        ("yes, it is", "yes", 0),  # whole or not at all
+        ("yes, it is", "yes", 0),  # it counts only as a whole
         ("no", "yes", 0),
         ("Ünïted", "ünïted", 1),
         ("Paris", '["Rome", "Paris, France", "Paris"]', 1),
         ("Paris", '["Rome", "Paris, France"]', 2 / 3),
-        ("1 2", "[1, 2]", 1),  # no list of texts: the label itself
+        ("1 2", "[1, 2]", 1),  # not a list of texts: the label itself
         ("Paris", "[Paris", 1),
         ("a", "[]", 0),
     ],
@@ -245,7 +245,7 @@ def test_f1(answer: str, label: str, expected: float) -> None:
     assert f1_score(answer, label) == pytest.approx(expected)
 
 
-def test_f1_judges_what_follows_the_thought() -> None:
+def test_f1_judges_the_text_after_the_thought() -> None:
     assert reward("f1", "is it Rome? no</think>Paris<|user|>", "Paris") == 1
     assert reward("f1", "is it Paris?</think>Rome", "Paris") == 0
     assert reward("f1", "Paris", "Paris") == 1
@@ -334,7 +334,7 @@ def test_the_right_letter() -> None:
     choices = ["Rome", "Paris", "C"]
     assert right_letter("B") == right_letter("(b)") == right_letter("Paris", choices) == "B"
     assert right_letter("whatever", None, "b") == "B"
-    assert right_letter("A", choices, "C") == "C"  # metadata.correct_letter goes first
+    assert right_letter("A", choices, "C") == "C"  # metadata.correct_letter takes precedence
     assert right_letter("C", choices) == "C"
     with pytest.raises(ValueError, match=r"'C' is a letter and also the text of choice B.*correct_letter"):
         right_letter("C", ["H", "C", "N"])
@@ -348,8 +348,8 @@ def test_the_right_letter() -> None:
 
 
 @pytest.mark.parametrize("rm_type", [name for name in REWARD_TYPES if name != "remote_rm"])
-def test_boxed_judges_what_the_last_box_holds(rm_type: str) -> None:
-    """Of every type, whatever it looks for itself: no </think>, no "Answer:", no words around it are asked for."""
+def test_boxed_judges_the_content_of_the_last_box(rm_type: str) -> None:
+    """With every type only the box counts: no </think>, no "Answer:" and no words around it are required."""
     worst = min(reward(rm_type, text, "B") for text in ("A", "", "</think>", "Answer: A"))
     if rm_type == "random":
         assert reward("boxed_random", "") == reward("random", "")
@@ -386,10 +386,10 @@ READERS: list[Callable[[str], object]] = [last_boxed, boxed_answer, dapo_answer,
     ],
 )
 def test_reading_an_answer_is_linear(unit: str) -> None:
-    """Ten times the text takes no more than about ten times as long; a quadratic reader would take a hundred times."""
+    """A text ten times as long takes about ten times as long; with a quadratic reader it would take a hundred times."""
 
     def seconds(length: int) -> float:
-        """The least of some tries: whatever else runs on the machine only adds to it."""
+        """Return the minimum of some tries, because other work on the machine only adds to it."""
         text = unit * (length // len(unit))
         tries: list[float] = []
         for _ in range(3):
@@ -403,7 +403,7 @@ def test_reading_an_answer_is_linear(unit: str) -> None:
     assert long < 40 * short, f"{short:.4f} s for 10,000 characters, {long:.4f} s for 100,000"
 
 
-def test_no_reward_executes_what_a_model_or_a_label_says(tmp_path: Path) -> None:
+def test_no_reward_executes_a_response_or_a_label(tmp_path: Path) -> None:
     made = tmp_path / "made"
     code = f"__import__('pathlib').Path({str(made)!r}).touch()"
     sum_of_it = f"sum([{code} or 1])"
@@ -418,7 +418,7 @@ def test_no_reward_executes_what_a_model_or_a_label_says(tmp_path: Path) -> None
     assert made.exists(), "control"
 
 
-def test_a_worker_starts_only_with_a_parser_that_gives_known_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_requires_a_parser_with_known_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     mathematics.warm_up()
     monkeypatch.setattr(mathematics, "KNOWN", (("1", "1", True), ("x+1", "x+2", True)))
     with pytest.raises(RuntimeError, match=r"x\+1 is found unlike x\+2: a parser does not work here; pip install"):

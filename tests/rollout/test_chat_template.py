@@ -1,4 +1,4 @@
-"""A conversation is rendered up to where the assistant goes on, and a text gets no special token twice."""
+"""A conversation is rendered up to where the assistant continues, and no text gets a special token twice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPECIAL = ["<s>", "</s>", "[x]"]
 
 
 def _tokenizer(around: str | None, template: str | None = WITH_ENDS) -> PreTrainedTokenizerFast:
-    """One token a character. `around`: what its post-processor writes around a text, as `<s> $A </s>`."""
+    """Make a tokenizer of one token a character. `around` is what its post-processor writes, as `<s> $A </s>`."""
     characters = [chr(number) for number in range(32, 127)]
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *characters])}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -48,7 +48,7 @@ def _tokenizer(around: str | None, template: str | None = WITH_ENDS) -> PreTrain
     [
         ([USER], "<s>[user]a</s>[assistant]<think>"),
         ([USER, {"role": "assistant", "content": "So"}], "<s>[user]a</s>[assistant]So"),
-        ([USER, {"role": "assistant", "content": "s>"}], "<s>[user]a</s>[assistant]s>"),  # a piece of what closes it
+        ([USER, {"role": "assistant", "content": "s>"}], "<s>[user]a</s>[assistant]s>"),  # a part of the end token
         ([USER, {"role": "assistant", "content": "a"}], "<s>[user]a</s>[assistant]a"),
         ([USER, {"role": "assistant", "content": ""}], "<s>[user]a</s>[assistant]"),
         ([USER, {"role": "assistant", "content": [{"type": "text", "text": "S"}, {"type": "text", "text": "o"}]}],
@@ -63,13 +63,13 @@ def test_the_assistants_last_message_is_continued(messages: list[dict[str, Any]]
     assert render_messages(_tokenizer(None), messages, None) == text
 
 
-def test_a_template_that_drops_what_is_continued_is_named() -> None:
+def test_a_template_that_drops_the_prefill_is_named() -> None:
     users_alone = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match=r"its chat template cannot be rendered .*final message does not appear"):
         render_messages(_tokenizer(None, users_alone), [USER, {"role": "assistant", "content": "So"}], None)
 
 
-def test_a_role_that_the_template_leaves_out_is_named() -> None:
+def test_a_role_unknown_to_the_template_is_named() -> None:
     critic = {"role": "critic", "content": "no"}
     with pytest.raises(ValueError, match="its chat template leaves out message 1, whose role is 'critic'"):
         render_messages(_tokenizer(None), [USER, critic], None)
@@ -102,13 +102,13 @@ def test_a_text_gets_each_special_token_once(
     assert [tokenizer.decode(prompt.tokens) for prompt in prompts] == expected
 
 
-def test_a_text_without_tokens_of_its_own_leaves_the_others_whole() -> None:
+def test_a_text_without_tokens_changes_no_other_text() -> None:
     tokenizer = _tokenizer("<s> $A </s>")
     assert tokenize_texts(tokenizer, []) == []
     assert [tokenizer.decode(ids) for ids in tokenize_texts(tokenizer, ["", "ab"])] == ["<s>", "<s>ab"]
 
 
-def test_a_conversation_gets_no_special_token_beyond_the_templates(data_file: Callable[..., str]) -> None:
+def test_a_conversation_gets_only_the_templates_special_tokens(data_file: Callable[..., str]) -> None:
     tokenizer = _tokenizer("<s> $A </s>")
     [first, second] = _load(
         data_file, tokenizer, [[USER], [USER, {"role": "assistant", "content": "So"}]], chat=True
@@ -118,7 +118,7 @@ def test_a_conversation_gets_no_special_token_beyond_the_templates(data_file: Ca
     assert second.prompt == [USER, {"role": "assistant", "content": "So"}]
 
 
-def test_what_a_template_refuses_is_refused_by_line(data_file: Callable[..., str]) -> None:
+def test_a_row_that_a_template_refuses_is_named(data_file: Callable[..., str]) -> None:
     with pytest.raises(ValueError, match=r"data.jsonl:2: the chat template fails on it: .*leaves out message 1"):
         _load(data_file, _tokenizer(None), [[USER], [USER, {"role": "critic", "content": "no"}]], chat=True)
 

@@ -43,7 +43,7 @@ def _rows(count: int) -> list[dict[str, Any]]:
 
 
 def _account(buffer: DataBuffer, results: list[RolloutResult]) -> None:
-    """Every group drawn was kept, dropped or is in the buffer; what is in the buffer is bare."""
+    """Check that every group drawn was kept, dropped or is in the buffer, and that the buffer holds bare prompts."""
     kept = [group[0].group_index for result in results for group in result.groups]
     state = buffer.state_dict()
     waiting = [group[0]["group_index"] for group in state["buffer"]]
@@ -120,7 +120,7 @@ def test_dropped_groups_are_replaced_and_counted(
 def test_refill_granularity(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast, granularity: str, drawn: int
 ) -> None:
-    """Of groups 0..9, the fourth that is kept is 9; waves of 8 sample 24 prompts for it."""
+    """Of groups 0..9 the fourth that is kept is number 9; waves of 8 sample 24 prompts to reach it."""
     args = _args(
         data_file(_rows(50)),
         dynamic_sampling_filter_path="rewards_for_tests.keep_every_third",
@@ -144,7 +144,7 @@ def test_refill_granularity(
 def test_the_rest_is_aborted_and_given_back(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Responses of up to 480 tokens: many are in flight, and many not begun, when two groups are kept."""
+    """Responses have up to 480 tokens, so many are in flight, and many have not begun, when two groups are kept."""
     args = _args(
         data_file(_rows(30)),
         rollout_batch_size=2,
@@ -180,7 +180,7 @@ def test_the_rest_is_aborted_and_given_back(
 def test_partial_rollout_as_the_page_has_it(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Over-sampling twice the batch, the page's filter and its buffer filter: what was aborted goes on."""
+    """Over-sampling twice the batch, with a filter and a buffer filter: aborted responses continue."""
     args = _args(
         data_file(_rows(40)),
         over_sampling_batch_size=8,
@@ -226,7 +226,7 @@ def test_partial_rollout_as_the_page_has_it(
     used = [group[0].group_index for result in results for group in result.groups]
     dropped = sum(v for r in results for k, v in r.metrics.items() if k.startswith("rollout/groups_dropped/"))
     assert len(set(used + waiting)) == len(used + waiting) == states[-1]["next_group_index"] - dropped
-    # Nothing was made twice: all tokens that were made are in what was kept, dropped or is waiting.
+    # Nothing was generated twice: all tokens are in groups that were kept, dropped or are waiting.
     made = sum(result.metrics["rollout/tokens"] for result in results)
     there = sum(s.response_length for s in kept) + sum(s["response_length"] for g in states[-1]["buffer"] for s in g)
     assert there <= made
@@ -238,7 +238,7 @@ def test_nothing_kept_ends_the_run(run_with_engines: Run, data_file: Write, toke
         data_file(_rows(5)),
         dynamic_sampling_filter_path="rewards_for_tests.drop_all",
         max_empty_waves=3,
-        deterministic=True,  # settled in order: else groups of a fourth wave may be done before the last of the third
+        deterministic=True,  # settled in order; otherwise groups of a fourth wave may end before the third wave's last
     )
 
     async def work(context: RolloutContext) -> None:
@@ -248,7 +248,7 @@ def test_nothing_kept_ends_the_run(run_with_engines: Run, data_file: Write, toke
         run_with_engines(args, work)
 
 
-def test_failed_generation_costs_its_group_and_a_wave_of_it_the_run(
+def test_failed_generation_drops_groups_and_then_the_run(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     rows = _rows(4)
@@ -274,7 +274,7 @@ def test_failed_generation_costs_its_group_and_a_wave_of_it_the_run(
         run_with_engines(all_fail, fail)
 
 
-def test_failed_rewards_leave_the_group_if_two_are_left(
+def test_a_group_survives_failed_rewards_if_two_remain(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     def run(reward: str, **kwargs: Any) -> RolloutResult:
@@ -301,7 +301,7 @@ def test_failed_rewards_leave_the_group_if_two_are_left(
     from_samples(samples)
 
 
-def test_an_async_reward_that_blocks_is_cut_off_and_counted(
+def test_a_blocking_async_reward_is_ended_and_counted(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     args = _args(
@@ -325,7 +325,7 @@ def test_an_async_reward_that_blocks_is_cut_off_and_counted(
     result, pause = run_with_engines(args, work)
     assert result.metrics["rollout/reward_failed/timeout"] == 2
     assert result.metrics["rollout/groups_dropped/too_few_rewards"] == 1
-    assert pause < 5  # the event loop went on all the time
+    assert pause < 5  # the event loop was running all the time
     _account(buffer, [result])
 
 
@@ -402,7 +402,7 @@ def test_seeds_are_each_samples_own_and_the_runs(
     assert not set(first) & set(seeds(0, rollout_seed=1))
 
 
-def test_a_reward_key_that_does_not_fit_ends_the_run(
+def test_a_wrong_reward_key_ends_the_run(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     rows = [{"prompt": "q", "label": "dict"}] * 4
@@ -429,10 +429,10 @@ def test_cancelling_a_rollout_ends_its_requests(
             await task
         return len(asyncio.all_tasks())
 
-    assert run_with_engines(args, work) == 1  # the test's own
+    assert run_with_engines(args, work) == 1  # the test's own hook
 
 
-def test_without_engines_a_rollout_says_so(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_rollout_without_engines_is_a_clear_error(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     args = _args(data_file(_rows(4)))
     context = RolloutContext(args, None, tokenizer, RewardPool(args))
     with pytest.raises(ValueError, match="--rollout-num-gpus"):
@@ -458,7 +458,7 @@ def test_requests_that_do_not_end_end_the_run(
         run_with_engines(args, work)
 
 
-def test_a_mistake_in_a_hook_is_not_a_failed_sample(
+def test_an_error_in_a_hook_ends_the_run(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     args = _args(data_file(_rows(4)), custom_generate_function_path="rewards_for_tests.generate_broken")

@@ -54,9 +54,7 @@ def test_groups_are_numbered_and_tokenised(data_file: Write, tokenizer: PreTrain
     assert len(groups[1][1].tokens) == 2
 
 
-def test_messages_are_rendered_once_and_not_given_more_special_tokens(
-    data_file: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_messages_get_no_additional_special_tokens(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     messages = [{"role": "user", "content": "1+1=?"}]
     row = {"prompt": messages, "label": 2, "metadata": {"level": [1]}, "tools": [{"name": "f"}], "more": 1}
     path = data_file([row])
@@ -67,9 +65,7 @@ def test_messages_are_rendered_once_and_not_given_more_special_tokens(
     assert (sample.prompt, sample.label, sample.metadata) == (messages, "2", {"level": [1]})
 
 
-def test_shuffle_is_a_permutation_of_each_epoch_by_the_seed(
-    data_file: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_seed_decides_each_epochs_permutation(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     path = data_file(_rows(20))
 
     def epochs(**kwargs: Any) -> list[list[int]]:
@@ -83,7 +79,7 @@ def test_shuffle_is_a_permutation_of_each_epoch_by_the_seed(
     assert shuffled[0] != shuffled[1] != list(range(20))
     assert shuffled != epochs(rollout_shuffle=True, rollout_seed=2)
     assert epochs() == [list(range(20))] * 3
-    # The order is a promise over versions: a resumed run has to find it again.
+    # The order must stay the same over versions, because a resumed run has to find it again.
     assert shuffled[0][:5] == [10, 7, 9, 4, 6]
 
 
@@ -104,7 +100,7 @@ def test_slices(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
 def test_parquet_gives_the_prompts_of_jsonl(
     data_file: Write, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Optional keys of messages and tools that a parquet struct fills with null are not rendered as "None"."""
+    """Optional keys that a parquet struct fills with null are not rendered as "None", in messages and in tools."""
     rows: list[dict[str, Any]] = [
         {"prompt": [{"role": "user", "content": f"{number}?"}], "label": number, "metadata": {"level": number}}
         for number in range(5)
@@ -130,7 +126,7 @@ def test_parquet_gives_the_prompts_of_jsonl(
         DataBuffer(_args(str(path), input_key="text"), tokenizer)
 
 
-def test_prompts_without_room_are_left_out_counted_and_named(
+def test_prompts_without_room_are_counted_and_named(
     data_file: Write, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"prompt": "x" * length, "label": length} for length in (5, 9, 8, 30)]
@@ -182,7 +178,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: PreTrainedTokenize
         DataBuffer(Args(), tokenizer)
 
 
-def test_pop_first_takes_the_oldest_and_changes_the_buffer_in_place() -> None:
+def test_pop_first_removes_the_oldest_groups_in_place() -> None:
     buffer = [[Sample(group_index=number)] for number in range(3)]
     taken = pop_first(Args(), 4, buffer, 2)
     assert [group[0].group_index for group in taken] == [0, 1]
@@ -197,7 +193,7 @@ def test_buffer_filter_hook(data_file: Write, tokenizer: PreTrainedTokenizerFast
     groups = buffer.get_groups(3, rollout_id=0)
     groups[2][0].metadata["seen"] = 7
     buffer.add_groups(groups)
-    assert _labels(buffer.get_groups(2, rollout_id=7)) == [0, 1]  # the filter is given the real rollout id
+    assert _labels(buffer.get_groups(2, rollout_id=7)) == [0, 1]  # the filter gets the real rollout id
     assert _labels(buffer.get_groups(2, rollout_id=8)) == [2, 3]
     greedy = DataBuffer(_args(path, buffer_filter_path="rewards_for_tests.pop_too_many"), tokenizer)
     greedy.add_groups(greedy.get_groups(1, rollout_id=0))
@@ -216,7 +212,7 @@ def test_changed_data_or_order_is_noticed_on_resume(data_file: Write, tokenizer:
     rows[2]["label"] = "7"
     with pytest.raises(ValueError, match=r"changed\.jsonl.*sha256"):
         DataBuffer(_args(data_file(rows, "changed.jsonl")), tokenizer).load_state_dict(state)
-    with pytest.raises(ValueError, match="sha256"):  # the same file, read otherwise
+    with pytest.raises(ValueError, match="sha256"):  # the same file, read in another way
         DataBuffer(_args(data_file(_rows(4)), input_key="label"), tokenizer).load_state_dict(state)
     with pytest.raises(ValueError, match="--rollout-seed: 42 then, 1 now"):
         DataBuffer(_args(data_file(_rows(4)), rollout_seed=1), tokenizer).load_state_dict(state)
@@ -233,7 +229,7 @@ OPERATIONS = st.lists(
 
 
 def _run(buffer_class: type[DataBuffer], args: Args, tokenizer: Any, operations: list[tuple[str, int]]) -> None:
-    """After any draws, returns, saves and restores: groups held and groups buffered are each epoch's prompts once."""
+    """After any draws, returns, saves and restores, held and buffered groups are each epoch's prompts exactly once."""
     buffer = buffer_class(args, tokenizer)
     held: list[list[Sample]] = []
     for operation, count in operations:
@@ -261,14 +257,14 @@ def _run(buffer_class: type[DataBuffer], args: Args, tokenizer: Any, operations:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(operations=OPERATIONS, shuffle=st.booleans())
-def test_no_sequence_of_operations_loses_or_repeats_a_prompt(
+def test_operations_neither_lose_nor_repeat_a_prompt(
     data_file: Write, tokenizer: PreTrainedTokenizerFast, operations: list[tuple[str, int]], shuffle: bool
 ) -> None:
     _run(DataBuffer, _args(data_file(_rows(5)), rollout_shuffle=shuffle), tokenizer, operations)
 
 
 @pytest.mark.parametrize("forgotten", ["buffer", "cursor", "epoch", "next_index"])
-def test_a_buffer_that_forgets_part_of_its_state_is_found_out(
+def test_a_buffer_that_forgets_state_is_noticed(
     data_file: Write, tokenizer: PreTrainedTokenizerFast, forgotten: str
 ) -> None:
     class Forgetful(DataBuffer):

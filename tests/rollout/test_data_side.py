@@ -1,4 +1,4 @@
-"""The data side under random schedules: nothing is lost, nothing repeated, and every token is accounted for."""
+"""The data side under random schedules: nothing is lost or repeated, and every token is accounted for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NUM_PROMPTS = 7
 ACTIONS = [
     *["start"] * 5, *["answer"] * 8, *["finish"] * 3, *["update"] * 3, *["train"] * 5, *["save"] * 2, "kill"
 ]  # fmt: skip
-"""As often as makes rollouts go on for a while."""
+"""Actions, as often as keeps rollouts going for a while."""
 MODES = (
     {},
     {"partial_rollout": True},
@@ -59,13 +59,13 @@ def data_args(path: str, **kwargs: Any) -> Args:
         "max_empty_waves": 10_000,
         "custom_generate_function_path": "scripted_engine.generate_and_judge",
         "dynamic_sampling_filter_path": "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
-        "custom_rm_path": "rewards_for_tests.coin",  # never asked: the generate function judges
+        "custom_rm_path": "rewards_for_tests.coin",  # never called: the generate function judges
     }
     return Args(**{**defaults, **kwargs})
 
 
 class Side:
-    """What a rollout manager holds, and one rollout after the other on it; a training step takes what was made."""
+    """The parts of a rollout manager, with one rollout after another; a training step consumes what was made."""
 
     def __init__(
         self, args: Args, tokenizer: PreTrainedTokenizerFast, source: Callable[[DataBuffer], TrackedSource]
@@ -79,9 +79,9 @@ class Side:
         self.next_rollout = 0
         self.num_trained = 0
         self.trained: list[int] = []
-        """group_index of every group that was trained on."""
+        """The group_index of every group that was trained on."""
         self.num_dropped = 0
-        """By the filter, as the metrics of the rollouts that were trained on say."""
+        """Groups dropped by the filter, by the metrics of the rollouts that were trained on."""
 
     def start(self) -> None:
         work = generate_rollout(self.args, self.next_rollout, self.source, self.context)
@@ -102,7 +102,7 @@ class Side:
         return result
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, with the trainer's side of the account."""
+        """Return a checkpoint's state, with the trainer's side of the account."""
         whole = {
             "source": self.source.state_dict(),
             "version": self.engine.version,
@@ -120,13 +120,13 @@ class Side:
 
 
 async def settle() -> None:
-    """Until everything that can go on has."""
+    """Let everything run that can continue."""
     for _ in range(40):
         await asyncio.sleep(0)
 
 
 def check_account(state: dict[str, Any]) -> None:
-    """Every group that was ever drawn is trained on, in flight, in the buffer, or was dropped and counted."""
+    """Check that every group ever drawn is trained on, in flight, in the buffer, or was dropped and counted."""
     source = state["source"]["source"]
     places = {
         "trained": state["trained"],
@@ -142,7 +142,7 @@ def check_account(state: dict[str, Any]) -> None:
 
 
 class DataSide(RuleBasedStateMachine):
-    """Subclasses name the data file, the tokenizer and the source."""
+    """The state machine; subclasses name the data file, the tokenizer and the source."""
 
     path: str
     tokenizer: PreTrainedTokenizerFast
@@ -173,7 +173,7 @@ class DataSide(RuleBasedStateMachine):
 
     @rule(action=st.sampled_from(ACTIONS), place=st.integers(0, 50), num_tokens=st.integers(1, 10))
     def step(self, action: str, place: int, num_tokens: int) -> None:
-        """The action where it is possible."""
+        """Return the action if it is possible."""
         side = self.side
         if action == "start" and side.task is None and side.made is None:
             self.run(side.start)
@@ -195,14 +195,14 @@ class DataSide(RuleBasedStateMachine):
         self.run(lambda: engine.advance(place % len(engine.in_flight), num_tokens))
 
     def finish_rollout(self, seed: int) -> None:
-        """Answers in a random order until the rollout is whole."""
+        """Answer in a random order until the rollout is whole."""
         order = random.Random(seed)
         while self.side.task is not None:
             assert self.side.engine.in_flight, "a rollout that waits for nothing"
             self.answer(order.randrange(50), order.randint(1, 10))
 
     def update_weights(self) -> None:
-        """While requests are in flight, too: they are aborted, and go on with the new weights."""
+        """Update weights, also while requests are in flight: they are aborted, and continue with the new weights."""
         self.reached["update while requests are in flight"] += bool(self.side.engine.in_flight)
 
         async def update() -> None:
@@ -251,7 +251,7 @@ class DataSide(RuleBasedStateMachine):
             self.check_waiting([Sample.from_dict(sample) for sample in group])
 
     def check_waiting(self, group: Sequence[Sample]) -> None:
-        """A prompt keeps its number through aborts, saves and restores; what is kept of its response is as drawn."""
+        """A prompt keeps its number through aborts, saves and restores, and its kept tokens stay as sampled."""
         index = group[0].group_index
         assert [sample.index for sample in group] == [2 * index, 2 * index + 1]
         for sample in group:
@@ -291,7 +291,7 @@ def test_no_prompt_is_lost_and_none_repeated(prompts: str, tokenizer: PreTrained
 
 
 class LosesOne(TrackedSource):
-    """Of many groups that are given back, one is not there any more."""
+    """A data source that loses one of many groups that are given back."""
 
     def add_groups(self, groups: Sequence[list[Sample]]) -> None:
         super().add_groups(groups)
@@ -305,7 +305,7 @@ class ForgetsWhatIsInFlight(TrackedSource):
 
 
 class HandsOutTwice(TrackedSource):
-    """What was in flight when the state was saved is handed out, and stays there."""
+    """A source whose restored groups are handed out, and stay in the list."""
 
     def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]:
         restored = list(self._restored)
@@ -318,7 +318,7 @@ class HandsOutTwice(TrackedSource):
 def test_a_source_that_is_wrong_is_noticed(
     prompts: str, tokenizer: PreTrainedTokenizerFast, source: type[TrackedSource]
 ) -> None:
-    """Control."""
+    """Control: each broken source is noticed."""
     side = machine(prompts, tokenizer, make_source=source)
     with pytest.raises(AssertionError, match=r"of \d+ groups drawn|a group in two places"):
         run_state_machine_as_test(side, settings=small(max_examples=40, phases=[Phase.generate]))
@@ -328,7 +328,7 @@ def test_a_source_that_is_wrong_is_noticed(
 
 
 def eight_rollouts(args: Args, tokenizer: PreTrainedTokenizerFast, seed: int) -> tuple[list[Any], dict[str, Any]]:
-    """Samples and metrics (times aside) of eight rollouts, and the state after; `seed` decides who is how fast."""
+    """Return samples and metrics (without times) of eight rollouts, and the state; `seed` decides who is fast."""
 
     async def main() -> tuple[list[Any], dict[str, Any]]:
         side, order, seen = Side(args, tokenizer, TrackedSource), random.Random(seed), []
@@ -365,6 +365,6 @@ def test_who_is_faster_decides_nothing(
 
 
 def test_who_is_faster_decides_otherwise(prompts: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Control."""
+    """Control: without --deterministic the order shows."""
     args = data_args(prompts)
     assert eight_rollouts(args, tokenizer, 0) != eight_rollouts(args, tokenizer, 1)

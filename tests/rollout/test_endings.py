@@ -1,4 +1,4 @@
-"""A response ends at its stop token or stop text, whatever reason the engine gives for the end of a part."""
+"""A response ends at its stop token or stop text, whatever finish reason the engine gives for a part."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ WORDS = ["ab", "cd", "x|y", "<eos>", "<other>", "é"]
 
 @pytest.fixture(scope="module")
 def words() -> PreTrainedTokenizerFast:
-    """Tokens of several characters, by their place in WORDS."""
+    """A tokenizer with tokens of several characters, by their index in WORDS."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="ab"))
     inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
 
 
 def ended(context: RolloutContext, params: SamplingParams, reason: FinishReason, *words: str, **fields: Any) -> Sample:
-    """A sample after an answer of these words."""
+    """Return a sample after an answer of these words."""
     sample = Sample(tokens=[0], prompt_length=1, **fields)
     tokens = [WORDS.index(word) for word in words]
     counts: dict[str, Any] = {"prompt_tokens": 1, "completion_tokens": len(tokens), "input_log_probs": []}
@@ -71,9 +71,9 @@ def test_a_part_that_ends_the_response_completes_it(
     [
         ([], {}),
         (["ab", "cd"], {}),
-        (["<eos>", "ab"], {}),  # a turn before
+        (["<eos>", "ab"], {}),  # the end of an earlier turn
         (["<eos>"], {"ignore_eos": True}),
-        (["cd"], {"ignore_eos": True, "stop_token_ids": [1]}),  # SGLang's ignore_eos is for both
+        (["cd"], {"ignore_eos": True, "stop_token_ids": [1]}),  # SGLang's ignore_eos applies to both
         (["x|y", "ab"], {"stop": "|"}),  # it came with the token before
         (["ab", "cd"], {"stop": "da"}),
     ],
@@ -87,8 +87,8 @@ def test_other_parts_leave_the_response_open(
         assert ended(context, SamplingParams(**params), reason, *tokens).status is status
 
 
-def test_a_sample_that_ended_before_a_restart_asks_for_nothing(words: PreTrainedTokenizerFast) -> None:
-    """What an earlier version left as aborted after its end; there is no engine here that could be asked."""
+def test_a_sample_that_ended_sends_no_request(words: PreTrainedTokenizerFast) -> None:
+    """An earlier version left it aborted after its end; there is no engine here that could get a request."""
     context = RolloutContext(Args(), None, words, RewardPool(Args()))
     for last, mask, ends in (("<eos>", None, True), ("<eos>", [1, 1], True), ("<eos>", [1, 0], False)):
         sample = Sample(tokens=[0, 1, WORDS.index(last)], prompt_length=1, response_length=2, status=Status.ABORTED)
@@ -96,15 +96,15 @@ def test_a_sample_that_ended_before_a_restart_asks_for_nothing(words: PreTrained
         going_on = generate_sample(Args(), sample, SamplingParams(max_new_tokens=9), context)
         if ends:
             assert asyncio.run(going_on).status is Status.COMPLETED
-        else:  # control: a tool wrote it, and the response goes on
+        else:  # control: a tool wrote the text, so the response continues
             with pytest.raises(ValueError, match="without engines"):
                 asyncio.run(going_on)
 
 
-def test_an_engine_in_sglangs_order_does_not_make_a_response_go_on(
+def test_a_response_ends_under_sglangs_order_of_checks(
     run_with_engines: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """A part that is cut exactly at a stop token or a stop text; the response's own limit may be there, too."""
+    """A part is cut exactly at a stop token or a stop text; the response's own limit may be at the same token."""
     args = Args()
     free = SamplingParams(max_new_tokens=40, sampling_seed=3, ignore_eos=True, no_stop_trim=True)
 
@@ -143,16 +143,14 @@ def test_nothing_is_sent_that_an_engine_would_refuse(flags: dict[str, Any], toke
 
 
 @pytest.mark.parametrize(("tokens", "made"), [(505, 5), (506, 0)])
-def test_a_part_near_the_context_is_made_or_left_out(
-    run_with_engines: Callable[..., Any], tokens: int, made: int
-) -> None:
+def test_parts_near_the_context_limit_are_cut(run_with_engines: Callable[..., Any], tokens: int, made: int) -> None:
     """The engines here have a context of 512 tokens, and SGLang's limits."""
     args = Args(sglang={"context_length": 512})
     sample = Sample(tokens=[20] * tokens, prompt_length=5, response_length=tokens - 5, status=Status.ABORTED)
 
     async def work(context: RolloutContext) -> Sample:
         params = SamplingParams(max_new_tokens=1000, ignore_eos=True)
-        if not made:  # control: a request that knows nothing of the limit is refused
+        if not made:  # control: a request that does not respect the limit is refused
             with pytest.raises(EngineError, match="maximum allowed length"):
                 await generate_sample(Args(), sample.copy(), replace(params, max_new_tokens=tokens - 4), context)
         return await generate_sample(args, sample, params, context)

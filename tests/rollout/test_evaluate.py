@@ -32,7 +32,7 @@ DATASET = EvalDataset(
 
 
 @pytest.mark.parametrize(("num_samples", "num_correct"), [(6, 0), (6, 2), (6, 5), (6, 6)])
-def test_pass_at_k_is_the_share_of_draws_with_a_right_one(num_samples: int, num_correct: int) -> None:
+def test_pass_at_k_equals_the_share_of_draws(num_samples: int, num_correct: int) -> None:
     outcomes = [1] * num_correct + [0] * (num_samples - num_correct)
     for k in range(1, num_samples + 1):
         draws = list(itertools.combinations(outcomes, k))
@@ -76,7 +76,7 @@ def test_failed_responses_may_be_excluded_from_evaluation() -> None:
     groups = [_group([1, 0, 0, 0]), _group([1, 1, 1, None]), _group([0, 0, 0, 0])]
     metrics = eval_metrics(Args(), replace(DATASET, failed_as="excluded"), groups)
     assert metrics["reward"] == metrics["reward_judged"] == pytest.approx(statistics.fmean([0.25, 1.0, 0.0]))
-    assert metrics["pass@4"] == pytest.approx((1 + 0) / 2)  # the prompt with three judged responses has no say in it
+    assert metrics["pass@4"] == pytest.approx((1 + 0) / 2)  # a prompt with three judged responses does not count
     assert metrics["failed"] == pytest.approx(1 / 12)
 
 
@@ -86,7 +86,7 @@ def test_failed_responses_may_be_excluded_from_evaluation() -> None:
         ("math", [1, None, None], 1 / 3),
         ("boxed_math", [1, None, None], 1 / 3),
         ("f1", [0.5, None], 0.25),
-        ("dapo", [1, None, None], -1 / 3),  # also where no wrong answer shows the scale
+        ("dapo", [1, None, None], -1 / 3),  # also if no wrong answer shows the scale
         ("boxed_dapo", [1, None], 0),
         ("remote_rm", [1, None, None], 1 / 3),
         ("remote_rm", [0.5, 0.25, None], 0.25),
@@ -109,14 +109,14 @@ def test_a_failed_response_has_the_lowest_reward(
     assert all(f"rewards from {min(judged):g} to {max(judged):g}" in message for message in left_out)
 
 
-def test_a_line_with_its_own_judge_fails_on_that_scale() -> None:
+def test_a_failed_line_uses_its_own_judges_scale() -> None:
     group = _group([1, None])
     group[1].metadata = {"rm_type": "dapo"}
     assert eval_metrics(Args(), DATASET, [group])["reward"] == 0
     assert eval_metrics(Args(custom_rm_path="a.b"), DATASET, [group])["reward"] == 0.5, "which nobody asks then"
 
 
-def test_a_failed_entry_of_a_reward_dict_is_on_its_own_scale() -> None:
+def test_a_failed_reward_dict_uses_its_own_scale() -> None:
     group = _group([None, None, None])
     group[0].reward, group[1].reward = {"score": -1.0, "length": 90.0}, {"score": 1.0, "length": 70.0}
     metrics = eval_metrics(Args(reward_key="score", custom_rm_path="a.b"), DATASET, [group])
@@ -124,7 +124,7 @@ def test_a_failed_entry_of_a_reward_dict_is_on_its_own_scale() -> None:
     assert metrics["pass@2"] == pytest.approx(2 / 3)
 
 
-def test_an_evaluation_in_which_all_fail_has_no_reward(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_evaluation_without_successes_has_no_reward(caplog: pytest.LogCaptureFixture) -> None:
     metrics = eval_metrics(Args(), DATASET, [_group([None, None])])
     assert metrics == {"num_prompts": 1, "failed": 1}
     [record] = caplog.records
@@ -132,7 +132,7 @@ def test_an_evaluation_in_which_all_fail_has_no_reward(caplog: pytest.LogCapture
     assert record.message == "evaluation on d: none of 2 responses was judged, so it has no reward; the first: timeout"
 
 
-def test_format_stands_only_beside_the_reward_that_reads_it() -> None:
+def test_format_is_reported_only_with_deepscaler() -> None:
     def names(dataset: EvalDataset, *, args: Args | None = None, rm_type: str | None = None) -> set[str]:
         group = _group([1, 0, 0, 0])
         for sample in group[1:]:
@@ -149,7 +149,7 @@ def test_format_stands_only_beside_the_reward_that_reads_it() -> None:
 
 
 @pytest.mark.parametrize("other", [0.5, 2.0, -1.0])
-def test_pass_at_k_stands_only_where_rewards_say_right_or_wrong(other: float) -> None:
+def test_pass_at_k_requires_binary_rewards(other: float) -> None:
     def pass_names(rewards: list[float | None]) -> list[str]:
         return [name for name in eval_metrics(Args(), DATASET, [_group(rewards)]) if name.startswith("pass@")]
 
@@ -157,7 +157,7 @@ def test_pass_at_k_stands_only_where_rewards_say_right_or_wrong(other: float) ->
     assert pass_names([1, 0, None, other]) == []
 
 
-def test_pass_at_k_of_rewards_that_punish_what_is_wrong() -> None:
+def test_pass_at_k_works_with_negative_rewards() -> None:
     groups = [_group([1, -1, -1, -1]), _group([-1, -1, -1, -1])]
     metrics = eval_metrics(Args(), DATASET, groups)
     assert metrics["reward"] == -0.75
@@ -206,7 +206,7 @@ def test_two_data_sets_at_once(
     assert "eval/b/pass@2" in first_result
     assert {name for name in first_result if name.endswith("/format")} == {"eval/b/format"}
     assert "eval/a/pass@2" not in first_result
-    # `random` goes by a sample's number: evaluation's own numbers do not depend on what came before.
+    # `random` uses a sample's number: evaluation numbers samples by itself, whatever came before.
     assert first_result["eval/a/reward"] == again["eval/a/reward"] == later["eval/a/reward"]
 
 
@@ -257,11 +257,11 @@ def test_groups_are_the_responses_to_one_prompt(
         return await Evaluator(args, context.tokenizer).run(0, context)
 
     metrics = run_with_engines(args, work)
-    assert metrics["eval/data/reward"] == pytest.approx(2.05)  # the failed group is left out: who knows this scale?
+    assert metrics["eval/data/reward"] == pytest.approx(2.05)  # the failed group is left out: its scale is unknown
     assert metrics["eval/data/failed"] == pytest.approx(1 / 3)  # group 0
 
 
-def test_an_evaluation_without_a_judge_ends_without_a_reward(
+def test_an_evaluation_without_judge_has_no_reward(
     run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     args = Args(
@@ -284,10 +284,10 @@ def test_an_evaluation_without_a_judge_ends_without_a_reward(
     assert metrics == {"eval/data/num_prompts": 3, "eval/data/failed": 1}
 
 
-def test_a_rollout_in_flight_that_aborts_all_requests_costs_no_response(
+def test_aborts_of_a_rollout_cost_no_response(
     run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """A response goes on where it was aborted, and ends as it would have."""
+    """A response continues where it was aborted, and ends as it would have without the abort."""
     args = Args(
         eval_prompt_data=(data_file([{"prompt": f"q{number}", "label": "1"} for number in range(4)]),),
         eval_input_key="prompt",

@@ -40,7 +40,7 @@ def test_responses_end_at_the_context(
     assert sample.prompt_tokens == [20] * prompt
 
 
-def test_what_is_aborted_keeps_what_it_has(run_with_engines: Callable[..., Any]) -> None:
+def test_an_aborted_sample_keeps_its_tokens(run_with_engines: Callable[..., Any]) -> None:
     async def work(context: RolloutContext) -> Sample:
         params = SamplingParams(max_new_tokens=450, ignore_eos=True)
         task = asyncio.create_task(generate_sample(Args(), _sample(9), params, context))
@@ -55,7 +55,7 @@ def test_what_is_aborted_keeps_what_it_has(run_with_engines: Callable[..., Any])
     assert sample.response_length < 450
 
 
-def test_the_engine_s_version_is_written_to_each_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_each_token_records_the_engines_version(tokenizer: PreTrainedTokenizerFast) -> None:
     def answer(version: str) -> GenerateResponse:
         return GenerateResponse(
             output_ids=[20, 3],
@@ -93,7 +93,7 @@ def test_sampling_flags_reach_the_engine() -> None:
 
 
 def test_seeds_are_pinned() -> None:
-    """A resumed run, on another machine, samples from the same seeds."""
+    """A resumed run on another machine samples from the same seeds."""
     assert sampling_seed(42, 0, 7) == 810045072
     seeds = {sampling_seed(42, rollout, index) for rollout in range(20) for index in range(100)}
     assert len(seeds) == 2000
@@ -109,7 +109,7 @@ def test_a_generate_function_has_to_return_the_sample(tokenizer: PreTrainedToken
         load_generate(Args(custom_generate_function_path="rewards_for_tests.coin"))
 
 
-def test_a_sample_made_anew_stays_in_its_group(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_replaced_sample_stays_in_its_group(tokenizer: PreTrainedTokenizerFast) -> None:
     args = Args(custom_generate_function_path="rewards_for_tests.generate_anew")
     context = RolloutContext(args, None, tokenizer, RewardPool(args))
     given = _sample(1)

@@ -1,4 +1,4 @@
-"""Every hook of the rollout, called by the place that calls it, with the parameters that the table declares."""
+"""Every hook of the rollout is called in its place, with the parameters that the table declares."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROBES = {
 }
 
 
-def test_hooks_are_called_as_the_table_says(
+def test_hooks_are_called_as_the_table_declares(
     run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     paths: dict[str, Any] = {name: f"{probe.__module__}.{probe.__name__}" for name, probe in PROBES.items()}
@@ -50,7 +50,7 @@ def test_hooks_are_called_as_the_table_says(
     results = run_with_engines(args, work)
     calls = Counter(name for name, _ in hooks.CALLS)
     assert calls["generate"] >= 8
-    assert calls["dynamic_filter"] == 4  # two kept groups a rollout; what finishes later is surplus
+    assert calls["dynamic_filter"] == 4  # two kept groups in each rollout; groups that finish later are surplus
     assert [what for name, what in hooks.CALLS if name == "sample_filter"] == [4, 4]
     assert [what for name, what in hooks.CALLS if name == "post_process"] == [4, 4]
     assert [what for name, what in hooks.CALLS if name == "buffer_filter"] == [(6, 2, 4)]
@@ -59,7 +59,7 @@ def test_hooks_are_called_as_the_table_says(
     assert not [name for result in results for name in result.metrics if name.startswith("rollout/reward_failed")]
 
 
-def test_a_data_source_has_all_members_of_the_protocol() -> None:
+def test_a_data_source_requires_all_protocol_members() -> None:
     declared = {name for name in vars(DataSource) if not name.startswith("_")}
     assert set(HOOKS["data_source_path"].members) == declared
     message = (

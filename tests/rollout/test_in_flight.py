@@ -1,4 +1,4 @@
-"""What is in flight is saved as it was drawn, but for what is finished; `test_data_side` drives it at random."""
+"""Groups in flight are saved as drawn, except for finished samples; `test_data_side` tests this with random actions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_restored_run_draws_the_same_groups_again(make: Callable[[], TrackedSo
     assert (_indices(first), _indices(second)) == ([0, 1], [2, 3, 4])
     assert _indices(again.get_groups(1, rollout_id=1)) == [2]
     once_more = make()
-    once_more.load_state_dict(_saved(again))  # one of two that were restored is in flight again, the other waits
+    once_more.load_state_dict(_saved(again))  # one of two restored groups is in flight again, the other one waits
     for restored in (again, once_more):
         left = [4] if restored is again else [2, 4]
         assert _indices(restored.get_groups(len(left) + 2, rollout_id=1)) == [*left, 3, 5]
@@ -59,11 +59,11 @@ def test_a_restored_run_draws_the_same_groups_again(make: Callable[[], TrackedSo
         assert (restored.num_in_flight, _saved(restored)["in_flight"]) == (0, [])
 
 
-def test_what_is_finished_is_saved_and_what_is_in_the_making_is_not(make: Callable[[], TrackedSource]) -> None:
+def test_only_finished_samples_are_saved_with_tokens(make: Callable[[], TrackedSource]) -> None:
     source = make()
     [group] = source.get_groups(1, rollout_id=0)
     drawn = group[1].to_dict()
-    # In the making, in place: a turn of several has ended, and its tool is at work.
+    # In progress, in place: one of several turns has ended, and its tool is at work.
     group[1].tokens.append(9)
     group[1].response_length, group[1].status = 1, Status.COMPLETED
     group[1].metadata["seen"].append("a turn")
@@ -76,8 +76,8 @@ def test_what_is_finished_is_saved_and_what_is_in_the_making_is_not(make: Callab
     assert [sample["response_length"] for sample in restored] == [0, 0]
 
 
-def test_groups_are_told_by_their_number(make: Callable[[], TrackedSource]) -> None:
-    """What is given back may be other objects, in another order, and some that never were drawn."""
+def test_groups_are_identified_by_their_number(make: Callable[[], TrackedSource]) -> None:
+    """Groups that are given back may be other objects, in another order, and some may never have been drawn."""
     source = make()
     groups = source.get_groups(3, rollout_id=0)
     groups[1].clear()

@@ -12,7 +12,7 @@ class _Clock:
         return self.now
 
 
-def test_an_instant_is_generation_while_a_request_is_in_flight_and_else_reward() -> None:
+def test_generation_and_reward_times_are_disjoint() -> None:
     clock = _Clock()
     intervals = PhaseIntervals(clock)
     clock.now = 1  # idle

@@ -51,7 +51,7 @@ def _prompts(write: Write) -> str:
 
 
 class Rollouts:
-    """One after the other against a scripted engine."""
+    """One rollout after another against a scripted engine."""
 
     def __init__(self, args: Args, tokenizer: PreTrainedTokenizerFast) -> None:
         self.args = args
@@ -70,7 +70,7 @@ class Rollouts:
         await settle()
 
     def advance_sample(self, index: int, num_tokens: int) -> None:
-        """The request of one sample, told by its seed; one that has ended is left alone."""
+        """Advance the request of one sample, found by its seed; one that has ended is left alone."""
         seeds = [sampling_seed(self.args.rollout_seed, rollout, index) for rollout in range(9)]
         for place, asked in enumerate(self.engine.in_flight):
             if asked.request.sampling_params.sampling_seed in seeds:
@@ -91,14 +91,14 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def test_what_is_left_goes_on_where_it_was(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Of three groups one is kept; the others come again with tokens, the one finished with its reward."""
+def test_leftover_groups_continue_with_their_tokens(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of three groups one is kept; the others come again with tokens, and the finished one with its reward."""
     rollouts = Rollouts(_args(_prompts(data_file)), tokenizer)
 
     async def main() -> tuple[list[RolloutResult], dict[int, list[Sample]], int]:
         task = await rollouts.start(0)
         rollouts.advance_group(1, 2)
-        rollouts.advance_sample(4, 10)  # the first of group 2
+        rollouts.advance_sample(4, 10)  # the first sample of group 2
         rollouts.advance_group(0, 10)
         results, waiting = [await task], rollouts.waiting()
         await rollouts.update()
@@ -127,17 +127,15 @@ def test_what_is_left_goes_on_where_it_was(data_file: Write, tokenizer: PreTrain
         assert sample.policy_versions == [1] * length + [2] * whole
         assert sample.response == tokenizer.decode(sample.tokens[sample.prompt_length :])
     unfinished = sum(not sample.is_finished for sample in [*waiting[1], *waiting[2]])
-    assert again == unfinished + 2  # and one new group; nothing that was finished is asked for again
+    assert again == unfinished + 2  # and one new group; no finished sample gets another request
     versions = [version for sample in group for version in sample.policy_versions or []]
     metrics = results[1].metrics
     assert metrics["rollout/offpolicy_tokens"] == versions.count(1) / len(versions)
     assert metrics["rollout/staleness_max"] == 1
 
 
-def test_a_weight_update_interrupts_a_response_and_does_not_end_it(
-    data_file: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Without --partial-rollout too; the first abort finds nothing made."""
+def test_a_weight_update_only_interrupts_a_response(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    """This holds without --partial-rollout, too; the first abort arrives before any token."""
     rollouts = Rollouts(_args(_prompts(data_file), partial_rollout=False, over_sampling_batch_size=1), tokenizer)
 
     async def main() -> RolloutResult:
@@ -177,9 +175,9 @@ def test_engines_that_only_abort_fail_a_sample(
 def test_cut_offs_are_token_counts(
     data_file: Write, tokenizer: PreTrainedTokenizerFast, most: int, num_rollouts: int
 ) -> None:
-    """Each sample is asked for so many more tokens; what has not ended waits, unless the batch cannot be filled.
+    """Each sample gets a limited number of tokens; unfinished ones wait, unless the batch cannot be filled.
 
-    With one token a part, every response that ends has its end exactly at a cut.
+    With one token in each part, every response that ends has its end exactly at a cut.
     """
     args = _args(_prompts(data_file), partial_rollout_max_tokens=most, over_sampling_batch_size=4)
     rollouts = Rollouts(args, tokenizer)
@@ -206,7 +204,7 @@ def test_cut_offs_are_token_counts(
     assert sum(result.metrics["rollout/partial_groups"] for result in results) > 0
 
 
-def test_a_group_with_too_old_a_token_starts_anew(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_group_with_stale_tokens_starts_again(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     rollouts = Rollouts(_args(_prompts(data_file), max_staleness=1, over_sampling_batch_size=2), tokenizer)
 
     async def main() -> list[float]:
@@ -230,7 +228,7 @@ def test_a_group_with_too_old_a_token_starts_anew(data_file: Write, tokenizer: P
 
 
 def test_limits_are_of_the_whole_response(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Response and context are counted with what is there; where nothing is left, no request is made."""
+    """Response and context limits count existing tokens; if nothing is left, no request is made."""
     engine = ScriptedEngine()
 
     async def rest(args: Args, begun: int, prompt: int = 4) -> tuple[Sample, int | None]:
@@ -258,8 +256,8 @@ def test_limits_are_of_the_whole_response(tokenizer: PreTrainedTokenizerFast) ->
     assert run(args, 3)[0].loss_mask == [0] * 3
 
 
-def test_a_stop_text_may_begin_in_the_part_before(tokenizer: PreTrainedTokenizerFast) -> None:
-    """An engine looks at its own part; "ab" is found where one part ends in "a" and the next begins with "b"."""
+def test_a_stop_text_may_cross_two_parts(tokenizer: PreTrainedTokenizerFast) -> None:
+    """An engine sees only its own part; "ab" is found if one part ends in "a" and the next begins with "b"."""
     engine = ScriptedEngine()
     args = Args(rollout_max_response_len=10)
     a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
@@ -279,13 +277,13 @@ def test_a_stop_text_may_begin_in_the_part_before(tokenizer: PreTrainedTokenizer
     stopped = asyncio.run(go_on(a, "ab"))
     assert (stopped.tokens[-2:], stopped.status) == ([a, b], Status.COMPLETED)
     assert stopped.rollout_log_probs == [-1.0, -1.0, -2.0]
-    before = tokenizer.decode([31])  # ended a part by itself: another turn begins behind it
+    before = tokenizer.decode([31])  # ended a part by itself: another turn begins after it
     for last, *stops in ((40, "ab"), (a, "aba!"), (a, "zb"), (a, before, "a long stop text")):
         assert asyncio.run(go_on(last, *stops)).response_length == 5
 
 
-def test_the_draws_of_a_scripted_engine_end_somewhere() -> None:
-    """Control of the control: the tests above see ends, and responses that reach their limit."""
+def test_the_scripted_engine_ends_its_responses() -> None:
+    """Control of the control: the tests above contain ends, and responses that reach their limit."""
     lengths = [next((place for place in range(10) if draw(seed, place, 1)[0] == END), 10) for seed in range(50)]
     assert 0 in lengths
     assert 10 in lengths
@@ -309,7 +307,7 @@ def other_weights(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def hf_log_probs(path: Path, sample: Sample, temperature: float) -> torch.Tensor:
-    """[response]: Hugging Face's, under the weights at `path`."""
+    """Return [response] log-probs of Hugging Face's model with the weights at `path`."""
     from transformers import Glm4ForCausalLM
 
     tokens = torch.tensor([sample.tokens])
@@ -321,7 +319,7 @@ def hf_log_probs(path: Path, sample: Sample, temperature: float) -> torch.Tensor
 def test_three_parts_by_two_policies(
     model_dir: Path, other_weights: Path, data_file: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Each token has the log-prob that Hugging Face gives it under the policy that made it."""
+    """Each token has the log-prob that Hugging Face gives it with the policy that sampled it."""
     args = _args(_prompts(data_file), n_samples_per_prompt=4, rollout_engine="embedded", hf_checkpoint=str(model_dir))
     engine = launch_engine(args, index=0, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "engine.log")
 
@@ -353,4 +351,4 @@ def test_three_parts_by_two_policies(
         first, second = (hf_log_probs(path, sample, 0.8) for path in (model_dir, other_weights))
         expected = torch.cat([first[:6], second[6:12], first[12:]])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-        assert (found[6:12] - first[6:12]).abs().max() > 0.05  # control: the other policy says something else
+        assert (found[6:12] - first[6:12]).abs().max() > 0.05  # control: the other policy gives other log-probs

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Judge:
-    """Does to each request what its label says; remembers what it was asked, and how many at once."""
+    """Do to each request what its label names; remember the requests, and how many came at once."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -68,7 +68,7 @@ class Judge:
 
 
 def with_judge(work: Callable[[RewardPool, Judge], Awaitable[T]], **kwargs: Any) -> tuple[T, Judge]:
-    """Runs `work` with a pool for a judge on a local port."""
+    """Run `work` with a pool for a judge on a local port."""
 
     async def run() -> tuple[T, Judge]:
         judge = Judge()
@@ -163,8 +163,8 @@ def test_nobody_listens() -> None:
 
 
 @pytest.mark.parametrize(("concurrency", "least"), [(256, 0.2), (16, 0.8)])
-def test_many_are_asked_at_once_and_no_more_than_the_flag_says(concurrency: int, least: float) -> None:
-    """64 requests of 0.2 s each: 12.8 s one after the other. The time limit does not count the wait for a turn."""
+def test_concurrent_requests_stay_within_the_limit(concurrency: int, least: float) -> None:
+    """64 requests of 0.2 s each would take 12.8 s one by one. The time limit does not count the wait for a turn."""
 
     async def work(pool: RewardPool, judge: Judge) -> tuple[list[Verdict], float]:
         start = time.perf_counter()

@@ -53,7 +53,7 @@ NO_SCORES = {
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_an_entry_that_is_a_number_is_the_reward(name: str) -> None:
+def test_a_numeric_entry_is_the_reward(name: str) -> None:
     verdict = verdict_of({"pred": "72", "score": SCORES[name]}, "score")
     assert verdict == Verdict({"pred": "72", "score": 1.0})
     assert isinstance(verdict.reward, dict)
@@ -89,7 +89,7 @@ def test_other_kinds_of_dicts_and_keys() -> None:
     )
 
 
-def test_what_is_no_plain_data_is_left_out_by_name() -> None:
+def test_other_data_than_plain_is_left_out() -> None:
     itself: list[Any] = []
     itself.append([itself] * 50)
 
@@ -129,13 +129,13 @@ def test_what_is_no_plain_data_is_left_out_by_name() -> None:
     orjson.dumps(verdict.reward)
 
 
-def test_a_dict_of_very_many_entries_keeps_the_reward() -> None:
+def test_a_huge_dict_keeps_the_reward() -> None:
     reward = verdict_of({f"k{number}": number for number in range(50_000)} | {"score": 0.5}, "score").reward
     assert isinstance(reward, dict)
     assert (len(reward), reward["score"], reward["..."]) == (1002, 0.5, "(left out: 49001 more entries)")
 
 
-def test_without_a_key_a_dict_is_one_clear_error() -> None:
+def test_a_dict_without_a_key_is_an_error() -> None:
     verdict = verdict_of({"score": 1.0, "pred": "72"})
     assert verdict == Verdict({"score": 1.0, "pred": "72"})
     sample = Sample(index=3, reward=verdict.reward)
@@ -191,7 +191,7 @@ def test_an_error_without_a_text_is_a_failure() -> None:
     assert error_verdict(Mute()).failure == "error: Mute: (its text raised a RuntimeError)"
 
 
-def test_a_group_of_dicts_is_judged_one_by_one() -> None:
+def test_dicts_of_a_group_are_judged_separately() -> None:
     verdicts = verdicts_of([{"score": 1}, {"pred": "72"}, 0.5], 3, "score")
     assert [verdict.reward for verdict in verdicts] == [{"score": 1.0}, None, 0.5]
     [verdict] = verdicts_of(MappingProxyType({"score": 1}), 1, "score")
@@ -210,7 +210,7 @@ def test_a_group_of_dicts_is_judged_one_by_one() -> None:
         (0.5, "acc", 0.5),
     ],
 )
-def test_a_judge_behind_http_may_answer_with_a_dict(answer: object, key: str | None, expected: object) -> None:
+def test_a_remote_judge_may_answer_a_dict(answer: object, key: str | None, expected: object) -> None:
     verdict = answer_verdict(json.dumps(answer).encode(), Masker([]), key)
     assert verdict.reward == expected
     assert verdict.failure is None if expected is not None else "--reward-key is 'acc'" in (verdict.failure or "")
@@ -222,7 +222,7 @@ def test_secrets_are_masked_in_a_dict() -> None:
     assert masked.reward == {"score": 1.0, "url": ["http://***"], "n": {"***": 1}}
 
 
-def test_numbers_of_a_dict_have_means_and_texts_stay_in_dumps(tmp_path: Any) -> None:
+def test_numbers_become_means_and_texts_stay_dumped(tmp_path: Any) -> None:
     samples = [
         Sample(reward={"score": 1.0, "pred": "72", "length": 4, "right": True, "a b/c": 1}, tokens=[1]),
         Sample(reward={"score": 0.0, "pred": "7", "length": 8, "right": False}, tokens=[1]),
@@ -252,7 +252,7 @@ def test_post_processing_keeps_the_other_entries() -> None:
     assert [sample.reward for sample in samples] == [{"score": 3.0, "pred": "72"}, {"score": 3.0}]
 
 
-def test_a_generate_function_that_judges_is_held_to_the_same(
+def test_a_generate_functions_own_reward_is_checked(
     run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     rows = [{"prompt": "q", "label": label} for label in ("plain", "text score", "odd")]

@@ -1,4 +1,4 @@
-"""--max-reward-failures: how many failed rewards a rollout bears, alone and in a rollout."""
+"""--max-reward-failures: how many failed rewards a rollout accepts, tested alone and in a rollout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def group(*failures: str | None) -> list[Sample]:
 ERROR = "error: KeyError: 'answer'"
 
 
-def test_the_share_is_of_a_whole_batch_at_least() -> None:
+def test_the_share_counts_at_least_a_batch() -> None:
     failures = RewardFailures(Args(rollout_batch_size=4, n_samples_per_prompt=2, max_reward_failures=0.5), 3)
     failures.count(group("timeout", ERROR))  # two of two, but four of eight may fail
     failures.count(group("timeout", "crash"))
@@ -42,7 +42,7 @@ def test_the_share_is_of_a_whole_batch_at_least() -> None:
         failures.count(group(ERROR, None))
 
 
-def test_beyond_a_batch_it_is_of_what_was_judged() -> None:
+def test_beyond_a_batch_all_judged_samples_count() -> None:
     failures = RewardFailures(Args(rollout_batch_size=1, n_samples_per_prompt=4, max_reward_failures=0.5), 0)
     for _ in range(10):
         failures.count(group("timeout", "crash", None, None))
@@ -50,7 +50,7 @@ def test_beyond_a_batch_it_is_of_what_was_judged() -> None:
         failures.count(group("timeout"))
 
 
-def test_what_was_not_judged_counts_on_neither_side() -> None:
+def test_unjudged_samples_do_not_count() -> None:
     failures = RewardFailures(Args(rollout_batch_size=2, n_samples_per_prompt=2, max_reward_failures=0.0), 0)
     failures.count(group("generation failed: http://engine did not answer", None))
     failures.count([Sample(status=Status.ABORTED)])

@@ -22,7 +22,7 @@ from slime.rollout.rm_hub.verdict import TIMEOUT, Verdict, failure_kind
 
 
 def test_importing_rewards_is_light() -> None:
-    """A worker starts with this import; torch, sympy or aiohttp would cost it time."""
+    """A worker starts with this import, so torch, sympy or aiohttp in it would cost time."""
     code = (
         "import sys, slime.rollout.rm_hub.worker; "
         "print([m for m in ('torch', 'sympy', 'transformers', 'ray', 'aiohttp') if m in sys.modules])"
@@ -46,7 +46,7 @@ def with_pool(args: Args, work: Callable[[RewardPool], Awaitable[T]]) -> T:
 
 
 def _judge(args: Args, labels: list[str]) -> tuple[list[Verdict], float]:
-    """All at once, and the seconds that it took."""
+    """Judge all at once; return the verdicts, and the seconds that it took."""
 
     async def work(pool: RewardPool) -> tuple[list[Verdict], float]:
         await pool.judge(Sample(label="1", response=r"</think>\boxed{1}"))  # workers are up after this
@@ -84,8 +84,8 @@ def test_a_bad_reward_costs_its_own_sample_only(bad_verdicts: dict[str, Verdict]
     assert bad_verdicts["print"] == Verdict(0.25)
 
 
-def test_a_reward_that_leaks_costs_no_sample_and_no_memory() -> None:
-    """Each call keeps 40 MB, and a worker may grow by 100: all are judged, by several processes."""
+def test_a_leaking_reward_costs_no_sample() -> None:
+    """Each call keeps 40 MB, and a worker may grow by 100 MB: all samples are judged, by several processes."""
 
     async def work(pool: RewardPool) -> tuple[list[Verdict], int]:
         verdicts, most = [], 0
@@ -104,7 +104,7 @@ def test_a_reward_that_leaks_costs_no_sample_and_no_memory() -> None:
     assert most > 300e6, "without a limit it would have grown"
 
 
-def test_a_reward_that_grows_without_end_costs_its_own_sample() -> None:
+def test_a_growing_reward_costs_only_its_sample() -> None:
     async def work(pool: RewardPool) -> list[Verdict]:
         labels = ["0", "grow", "0", "0"]
         return list(await asyncio.gather(*(pool.judge(Sample(label=label)) for label in labels)))
@@ -117,8 +117,8 @@ def test_a_reward_that_grows_without_end_costs_its_own_sample() -> None:
     assert after[0].reward != first.reward, "another process"
 
 
-def test_async_rewards_wait_beside_each_other() -> None:
-    """64 judges that take 0.2 s each, in one worker: 12.8 s one after the other."""
+def test_async_rewards_wait_at_the_same_time() -> None:
+    """64 judges that take 0.2 s each run in one worker; one by one they would take 12.8 s."""
     args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_concurrency=64)
     verdicts, seconds = _judge(args, ["0.2"] * 64)
     assert verdicts == [Verdict(1.0)] * 64
@@ -138,10 +138,10 @@ GUILTY = {
     "sys.exit": "crash",
     "cancelled": "error: CancelledError: ",
 }
-"""What async rewards do that share a worker with others, and what becomes of them."""
+"""Async rewards that misbehave in a shared worker, and the failure of each."""
 
 
-def test_what_hangs_or_dies_costs_nothing_that_shares_its_worker() -> None:
+def test_a_hang_costs_no_other_async_task() -> None:
     args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=2, rm_timeout=1.0)
     innocent = ["0.3"] * 10
     labels = [*innocent, *GUILTY, *innocent]
@@ -150,8 +150,8 @@ def test_what_hangs_or_dies_costs_nothing_that_shares_its_worker() -> None:
         assert verdict == (Verdict(None, GUILTY[label]) if label in GUILTY else Verdict(1.0)), label
 
 
-def test_where_nobody_knows_whose_fault_it_was_all_are_judged_again_alone() -> None:
-    """The process ends in a callback of the loop, where no task's code runs."""
+def test_unknown_guilt_judges_all_again_alone() -> None:
+    """The process ends in a callback of the loop, in which no task's code runs."""
     args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_timeout=2.0)
     labels = ["0.2", "0.2", "exit later", "0.2", "0.2", "exit later", "0.2"]
     verdicts, _ = _judge(args, labels)
@@ -159,8 +159,8 @@ def test_where_nobody_knows_whose_fault_it_was_all_are_judged_again_alone() -> N
     assert verdicts == [crash if label == "exit later" else Verdict(1.0) for label in labels]
 
 
-def test_time_in_which_another_blocks_the_loop_is_not_counted() -> None:
-    """Two waits of 0.6 s that stand still for 0.9 s in between, under a limit of 1.5 s."""
+def test_time_blocked_by_another_task_is_free() -> None:
+    """Two waits of 0.6 s are interrupted by a block of 0.9 s, under a limit of 1.5 s."""
     args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_timeout=1.5)
     verdicts, seconds = _judge(args, ["two waits", "blocks for 0.9 s"])
     assert seconds > 1.5
@@ -169,7 +169,7 @@ def test_time_in_which_another_blocks_the_loop_is_not_counted() -> None:
     assert late == Verdict(None, "timeout")
 
 
-def test_a_dead_worker_is_noticed_though_its_child_keeps_the_connection() -> None:
+def test_a_dead_worker_with_a_child_is_noticed() -> None:
     args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_timeout=60)
     verdicts, seconds = _judge(args, ["0.1", "exit and leave a child", "0.1"])
     assert verdicts == [Verdict(1.0), Verdict(None, "crash"), Verdict(1.0)]
@@ -191,7 +191,7 @@ def test_who_gives_up_makes_room() -> None:
     assert with_pool(args, work) < 10
 
 
-def test_closing_tells_whoever_waits() -> None:
+def test_closing_raises_for_all_who_wait() -> None:
     async def work(pool: RewardPool) -> list[BaseException | Verdict]:
         await pool.judge(Sample(label="0.0"))
         tasks = [asyncio.create_task(pool.judge(Sample(label="100"))) for _ in range(3)]
@@ -230,7 +230,7 @@ def test_an_idle_worker_that_dies_is_replaced() -> None:
     assert with_pool(args, work) == [Verdict(1.0), Verdict(2.0)]
 
 
-def test_what_cannot_be_sent_to_a_worker_is_a_failure() -> None:
+def test_metadata_that_cannot_be_pickled_fails() -> None:
     async def work(pool: RewardPool) -> Verdict:
         return await pool.judge(Sample(label="1", metadata={"lock": threading.Lock()}))
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_sent_to_a_worker_is_a_failure() -> None:
 
 @pytest.mark.parametrize("name", ["group", "group_async"])
 def test_a_group_is_judged_in_one_call(name: str) -> None:
-    """The labels of a group say what the function does to it."""
+    """The labels of a group name what the function does to it."""
     groups = {
         "rank": ["rank"] * 4,
         "array": ["array"] * 3,
@@ -295,7 +295,7 @@ def test_a_failed_verdict_marks_its_sample() -> None:
     assert (kept.status, kept.reward) == (Status.TRUNCATED, 0.0)
 
 
-def test_256_samples_cost_the_event_loop_well_under_a_second() -> None:
+def test_256_samples_barely_block_the_event_loop() -> None:
     start = time.process_time()
     verdicts, seconds = _judge(Args(rm_type="deepscaler"), [str(n) for n in range(256)])
     ours = time.process_time() - start
@@ -319,7 +319,7 @@ def test_an_answer_too_large_to_compute_is_wrong() -> None:
     assert asyncio.run(run()) == Verdict(0.0)
 
 
-def test_the_sample_says_which_reward() -> None:
+def test_the_samples_metadata_chooses_the_reward() -> None:
     async def run() -> tuple[Verdict, Verdict, Verdict]:
         pool = RewardPool(Args(rm_type="deepscaler", rm_num_workers=1))
         try:
@@ -340,7 +340,7 @@ def test_the_sample_says_which_reward() -> None:
     assert "bogus" in unknown.failure
 
 
-def test_metadata_alone_may_say_which_reward() -> None:
+def test_metadata_alone_may_choose_the_reward() -> None:
     async def run() -> list[Verdict]:
         pool = RewardPool(Args(rm_num_workers=1))
         try:
@@ -362,7 +362,7 @@ def test_metadata_alone_may_say_which_reward() -> None:
     assert "bogus" in (unknown.failure or "")
 
 
-def test_workers_start_with_the_first_sample_and_their_start_is_not_charged_to_it() -> None:
+def test_the_first_sample_starts_workers_without_penalty() -> None:
     async def run() -> None:
         pool = RewardPool(Args(rm_type="deepscaler", rm_num_workers=2, rm_timeout=0.2))
         try:
@@ -390,7 +390,7 @@ def test_async_rewards_run_in_workers_one_loop_each() -> None:
     assert os.getpid() not in asyncio.run(run("process_id"))
 
 
-def test_no_label_is_a_failure_and_not_a_zero() -> None:
+def test_a_missing_label_is_a_failure() -> None:
     verdicts, _ = _judge(Args(rm_type="deepscaler", rm_num_workers=1), ["1"])
     assert verdicts == [Verdict(1.0)]
 
@@ -404,17 +404,17 @@ def test_no_label_is_a_failure_and_not_a_zero() -> None:
     assert "no label" in (asyncio.run(run()).failure or "")
 
 
-def test_a_type_that_is_not_there_is_refused_by_name() -> None:
+def test_an_unknown_reward_type_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--rm-type dopa.*deepscaler"):
         RewardPool(Args(rm_type="dopa"))
     with pytest.raises(ValueError, match="--rm-url: not given"):
         RewardPool(Args(rm_type="boxed_remote_rm"))
-    RewardPool(Args(rm_type="dopa", custom_rm_path="rewards_for_tests.coin")).close()  # nothing asks for it
+    RewardPool(Args(rm_type="dopa", custom_rm_path="rewards_for_tests.coin")).close()  # the type is not used
     with pytest.raises(ValueError, match="--custom-rm-path"):
         RewardPool(Args(custom_rm_path="rewards_for_tests.missing"))
 
 
-def test_without_a_reward_nothing_is_started_and_judging_says_so() -> None:
+def test_judging_without_a_reward_is_an_error() -> None:
     pool = RewardPool(Args())
     with pytest.raises(ValueError, match="--rm-type"):
         asyncio.run(pool.judge(Sample()))
@@ -422,9 +422,7 @@ def test_without_a_reward_nothing_is_started_and_judging_says_so() -> None:
     pool.close()
 
 
-def test_a_worker_that_cannot_start_ends_the_run_and_nothing_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_cannot_start_fails_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = 'import sys\nassert not sys.argv[0].endswith("worker.py")\ndef reward(args, sample): return 1.0\n'
     (tmp_path / "fails_in_workers.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
@@ -441,7 +439,7 @@ def test_a_worker_that_cannot_start_ends_the_run_and_nothing_waits(
 
 
 def sleepers(seconds: str) -> list[int]:
-    """Processes that sleep so long, which is a number of the test's own."""
+    """Return processes that sleep for this number of seconds, which only this test uses."""
     return [one.pid for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", seconds]]
 
 
@@ -452,8 +450,8 @@ def gone(seconds: str) -> bool:
     return not sleepers(seconds)
 
 
-def test_what_a_reward_left_in_a_session_of_its_own_ends_with_its_worker() -> None:
-    """... which is killed for its time limit, ends with the pool, or loses its owner."""
+def test_a_rewards_own_session_ends_with_its_worker() -> None:
+    """The worker is killed for its time limit, ends with the pool, or loses its owner."""
     seconds = str(100_000 + os.getpid())
 
     async def work(pool: RewardPool) -> list[Verdict]:
@@ -485,7 +483,7 @@ def test_what_a_reward_left_in_a_session_of_its_own_ends_with_its_worker() -> No
 
 
 def test_workers_end_with_their_owner() -> None:
-    """Also one that hangs, and also where the owner is killed."""
+    """This also ends a worker that hangs, and holds if the owner is killed."""
     code = (
         "import asyncio, os, signal, sys\n"
         "from slime.config.args import Args\n"

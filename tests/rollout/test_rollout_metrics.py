@@ -9,7 +9,7 @@ from slime.rollout.rollout_metrics import Tally, group_metrics, replay_metrics, 
 
 
 def _groups() -> list[list[Sample]]:
-    """Three judged samples and a failed one; the reward in training is twice the judged one."""
+    """Three judged samples and a failed one; the reward in training is twice the judged reward."""
     rewards = [[1.0, 0.0], [1.0, None]]
     return [
         [
@@ -25,7 +25,7 @@ def _groups() -> list[list[Sample]]:
     ]
 
 
-def test_a_replay_says_what_the_rollout_said() -> None:
+def test_a_replay_repeats_the_rollouts_metrics() -> None:
     args = Args(reward_key="right")
     assert replay_metrics(args, _groups()) == {
         "rollout/reward": pytest.approx(2 / 3),
@@ -41,7 +41,7 @@ def test_a_replay_says_what_the_rollout_said() -> None:
         replay_metrics(Args(), _groups())
 
 
-def test_where_nothing_was_judged_there_is_no_reward_to_report() -> None:
+def test_no_reward_is_reported_without_verdicts() -> None:
     assert set(replay_metrics(Args(), [[Sample(response_length=1)]])) == {
         "rollout/response_length",
         "rollout/response_length_max",
@@ -50,7 +50,7 @@ def test_where_nothing_was_judged_there_is_no_reward_to_report() -> None:
 
 
 def test_staleness_is_of_sampled_tokens() -> None:
-    """A tool's words (loss mask 0) carry the version of what stands before them, and are nobody's."""
+    """A tool's tokens (loss mask 0) carry the version of the tokens before them, but no policy sampled them."""
     sample = Sample(response_length=4, reward=1.0, policy_versions=[2, 0, 0, 3], loss_mask=[1, 0, 0, 1])
     metrics = rollout_metrics(Args(), [[sample]], Tally(), PhaseIntervals(), 3)
     assert metrics["rollout/staleness"] == 0.5

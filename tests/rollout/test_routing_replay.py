@@ -1,4 +1,4 @@
-"""--use-routing-replay: what engines say of experts comes to samples, whole, and for the tokens that they have."""
+"""--use-routing-replay: samples get the routes that engines report, whole, and for exactly their tokens."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ ARGS = Args(use_routing_replay=True, architecture=SHAPE, rollout_max_response_le
 
 
 def routes(tokens: list[int], version: int) -> np.ndarray:
-    """Of all tokens but the last, as an engine with weights `version` has them: all different, zeros where dense."""
+    """Return routes of all tokens but the last, as an engine with weights `version`: all different, zeros if dense."""
     numbers = np.arange((len(tokens) - 1) * LAYERS * TOPK).reshape(-1, LAYERS, TOPK) * 10 + version
     numbers[:, :DENSE] = 0
     return numbers.astype(np.int32)
 
 
 class SayingEngine:
-    """Answers as told, in turn, and keeps what it was asked."""
+    """Answers from a list, in turn, and keeps the requests."""
 
     def __init__(self, *answers: tuple[list[int], str, int], **changes: Any) -> None:
-        """(tokens, finish reason, weight version) each."""
+        """`answers`: (tokens, finish reason, weight version) of each."""
         self.answers, self.changes = list(answers), changes
         self.asked: list[GenerateRequest] = []
 
@@ -101,7 +101,7 @@ def test_a_sample_has_the_layers_with_experts(tokenizer: PreTrainedTokenizerFast
         assert (row[-1] == -1).all(), "nobody has run the last token"
 
 
-def test_the_newest_part_says_it_of_all_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_newest_part_has_routes_of_all_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     engine = SayingEngine(([30, 31], "abort", 4), ([], "abort", 5), ([33, 3], "stop", 6))
     sample = generate(engine, tokenizer)
     assert [len(request.input_ids or []) for request in engine.asked] == [3, 5, 5]
@@ -109,7 +109,7 @@ def test_the_newest_part_says_it_of_all_tokens(tokenizer: PreTrainedTokenizerFas
     np.testing.assert_array_equal(sample.routed_experts, routes(sample.tokens, 6)[:, DENSE:])
 
 
-def test_an_abort_before_anything_was_run_leaves_what_there_was(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_early_abort_keeps_the_old_routes(tokenizer: PreTrainedTokenizerFast) -> None:
     first = generate(SayingEngine(([30, 31], "abort", 4)), tokenizer)
     engine = SayingEngine(([], "abort", 5), routed_experts=None)
     context = RolloutContext(ARGS, engine, tokenizer, RewardPool(ARGS))  # pyright: ignore[reportArgumentType]
@@ -118,7 +118,7 @@ def test_an_abort_before_anything_was_run_leaves_what_there_was(tokenizer: PreTr
     np.testing.assert_array_equal(sample.routed_experts, routes(sample.tokens, 4)[:, DENSE:])
 
 
-def test_what_a_stop_text_cuts_off_has_no_routes(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_cut_at_a_stop_has_no_routes(tokenizer: PreTrainedTokenizerFast) -> None:
     stop = tokenizer.decode([31, 32])
     engine = SayingEngine(([30, 31], "abort", 4), ([32, 33, 34], "length", 4))
     sample = generate(engine, tokenizer, stop=stop)
@@ -126,7 +126,7 @@ def test_what_a_stop_text_cuts_off_has_no_routes(tokenizer: PreTrainedTokenizerF
     np.testing.assert_array_equal(sample.routed_experts, routes(sample.tokens, 4)[:, DENSE:])
 
 
-def test_an_engine_that_does_not_say_it_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_engine_without_routes_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="start it with --enable-return-routed-experts"):
         generate(SayingEngine(([30, 3], "stop", 4), routed_experts=None), tokenizer)
     with pytest.raises(ValueError, match=r"names 23 experts, and 4 tokens in 3 layers have 2 each"):

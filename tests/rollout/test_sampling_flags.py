@@ -1,4 +1,4 @@
-"""Every flag of sampling, from the command line to what real engines make of it: tokens, log-probs and text agree."""
+"""Every sampling flag, from the command line to real engines: tokens, log-probs and text agree."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_SAMPLES = 16
 
 @pytest.fixture
 def parse(model_dir: Path, data_file: Callable[..., str]) -> Callable[..., Args]:
-    """Args of a run over four prompts, with more flags."""
+    """Return the args of a run over four prompts, with more flags."""
     data = data_file([{"prompt": f"question {number}", "label": str(number)} for number in range(4)])
 
     def parse(*words: str) -> Args:
@@ -45,7 +45,7 @@ def parse(model_dir: Path, data_file: Callable[..., str]) -> Callable[..., Args]
 def sample_all(
     parse: Callable[..., Args], run_with_engines: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> Callable[..., list[Sample]]:
-    """One rollout's samples under the flags given; whatever they are, tokens, log-probs and text belong together."""
+    """Run one rollout with the flags; check that tokens, log-probs and text of its samples belong together."""
 
     def sample_all(*words: str) -> list[Sample]:
         args = parse(*words)
@@ -75,10 +75,10 @@ def _responses(samples: list[Sample]) -> list[list[int]]:
     return [_response(sample) for sample in samples]
 
 
-def test_stop_strings_end_a_response_and_stay_in_it(
+def test_stop_strings_end_a_response_and_stay(
     sample_all: Callable[..., list[Sample]], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The stop text is what the model said, with all of the token it stands in: that is what is trained on."""
+    """The stop text is part of the response, with the whole token that contains it: that is what is trained on."""
 
     def has_stop(tokens: list[int]) -> bool:
         return bool(set("ab") & set(tokenizer.decode(tokens)))
@@ -94,7 +94,7 @@ def test_stop_strings_end_a_response_and_stay_in_it(
         assert _response(sample) == _response(unstopped)[: sample.response_length], "the same tokens, only fewer"
 
 
-def test_stop_token_ids_end_a_response_and_stay_in_it(
+def test_stop_token_ids_end_responses_and_stay(
     sample_all: Callable[..., list[Sample]], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     ids = [tokenizer.convert_tokens_to_ids(token) for token in ("c", "<think>")]
@@ -124,14 +124,14 @@ def test_temperature_and_seed(sample_all: Callable[..., list[Sample]]) -> None:
     assert len({tuple(response) for response in greedy}) <= 4, "one a prompt"
 
 
-def test_top_p_and_top_k_where_nothing_is_trained(sample_all: Callable[..., list[Sample]]) -> None:
+def test_top_p_and_top_k_without_training(sample_all: Callable[..., list[Sample]]) -> None:
     greedy = _responses(sample_all("--rollout-temperature", "0"))
     assert _responses(sample_all("--debug-rollout-only", "--rollout-top-k", "1")) == greedy
     assert _responses(sample_all("--debug-rollout-only", "--rollout-top-p", "1e-9")) == greedy
     assert _responses(sample_all("--rollout-top-k", "0")) == _responses(sample_all()) != greedy
 
 
-def test_special_tokens_may_be_left_out_of_the_text_alone(sample_all: Callable[..., list[Sample]]) -> None:
+def test_special_tokens_may_be_skipped_in_text(sample_all: Callable[..., list[Sample]]) -> None:
     whole, skipped = sample_all(), sample_all("--rollout-skip-special-tokens")
     assert _responses(whole) == _responses(skipped)
     assert any("<" in sample.response and "|>" in sample.response for sample in whole)
@@ -161,7 +161,7 @@ ROLLOUT = ("--rollout-max-response-len", "9", "--rollout-stop-token-ids", "11")
         (("--eval-max-response-len", "4"), {"max_new_tokens": 4}),
     ],
 )
-def test_evaluation_inherits_what_it_does_not_override(
+def test_evaluation_inherits_sampling_flags(
     parse: Callable[..., Args],
     run_with_engines: Callable[..., Any],
     tokenizer: PreTrainedTokenizerFast,

@@ -51,7 +51,7 @@ def test_prompt_then_response_then_end(data_file: Callable[..., str], tokenizer:
     assert result.metrics["rollout/tokens"] == sum(sample.response_length for sample in samples)
 
 
-def test_an_example_that_does_not_fit_is_left_out_and_counted(
+def test_an_example_that_is_too_long_is_counted(
     data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     path = data_file([_row(0, "short"), _row(1, "x" * 50), _row(2, "short")])
@@ -63,8 +63,6 @@ def test_an_example_that_does_not_fit_is_left_out_and_counted(
         _rollout(path, tokenizer, rollout_max_context_len=12)
 
 
-def test_without_a_response_key_there_is_nothing_to_learn(
-    data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_missing_response_key_is_an_error(data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="--label-key"):
         _rollout(data_file([_row(0, "a")]), tokenizer, label_key=None)

@@ -27,7 +27,7 @@ def hf(tmp_path: Path) -> Path:
 
 
 def with_code(hf: Path, marker: Path) -> None:
-    """Every way in which a directory may name code of its own, and the code."""
+    """Make a directory that names code of its own in every possible way, with the code."""
     for name in ("custom", "configuration_custom", "tokenization_custom", "conversion"):
         (hf / f"{name}.py").write_text(
             f"open({str(marker)!r}, 'w')\n"
@@ -44,7 +44,7 @@ def with_code(hf: Path, marker: Path) -> None:
         (hf / name).write_text(json.dumps({**content, **changes}))
 
 
-def test_code_in_the_directory_is_imported_only_where_the_flag_says_so(hf: Path, tmp_path: Path) -> None:
+def test_code_is_imported_only_with_the_flag(hf: Path, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     with_code(hf, marker)
     with pytest.raises(ValueError, match=f"--hf-checkpoint {hf}: no tokenizer can be loaded from it: .*custom code"):

@@ -1,4 +1,4 @@
-"""The calculator example and those around a rollout, with engines: turns, aborts, and what each token carries."""
+"""The calculator example and variants of it with engines: turns, aborts, and the fields of each token."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PROMPT = "2*3+4=?"
         ("", None),
     ],
 )
-def test_the_calculator_reads_sums_and_products_and_nothing_else(expression: str, value: int | None) -> None:
+def test_the_calculator_reads_only_arithmetic(expression: str, value: int | None) -> None:
     assert calculate(expression) == value
 
 
@@ -51,7 +51,7 @@ def test_only_a_call_at_the_end_is_answered() -> None:
 
 
 def begun(tokenizer: PreTrainedTokenizerFast, response: str) -> Sample:
-    """A sample whose response was made by version 3, and then aborted."""
+    """Return a sample whose response was sampled by version 3, and then aborted."""
     prompt, tokens = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (PROMPT, response))
     assert len(tokens) == len(response)
     sample = Sample(group_index=0, index=0, tokens=prompt + tokens, prompt_length=len(prompt), response=response)
@@ -65,7 +65,7 @@ def params(max_new_tokens: int) -> SamplingParams:
     return SamplingParams(max_new_tokens=max_new_tokens, sampling_seed=1, skip_special_tokens=False, no_stop_trim=True)
 
 
-def test_the_tools_tokens_stand_behind_the_call_and_nobody_sampled_them(
+def test_tool_tokens_follow_the_call_unsampled(
     run_with_engines: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     call, output = "calc(2*3)", "=6;"
@@ -85,16 +85,16 @@ def test_the_tools_tokens_stand_behind_the_call_and_nobody_sampled_them(
     assert sample.policy_versions == [3] * len(call + output) + [0] * (sample.response_length - len(call + output))
     rest = slice(len(call + output), None)
     assert all(value < 0 for value in sample.rollout_log_probs[rest]), "the engine's own"
-    # the model is random: whatever else it wrote has been answered where it was a call, and only there
+    # The model is random: whatever it wrote was answered if it was a call, and only then.
     masked = {place for match in OUTPUT.finditer(sample.response) for place in range(*match.span())}
     if "<" not in sample.response:  # one token a character
         assert {place for place, kept in enumerate(sample.loss_mask) if not kept} <= masked
 
 
-def test_the_limit_of_a_response_ends_the_model_and_the_contexts_the_tool_too(
+def test_limits_end_the_model_and_the_tool(
     run_with_engines: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """A limit that is only this rollout's share finds the output whole when the sample goes on."""
+    """If the limit was only this rollout's share, the sample continues with the tool's whole output."""
 
     async def work(context: RolloutContext) -> list[Sample]:
         by_response = [
@@ -112,13 +112,11 @@ def test_the_limit_of_a_response_ends_the_model_and_the_contexts_the_tool_too(
         sample.check()
 
 
-def test_an_aborted_sample_goes_on_where_it_was(
-    run_with_engines: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_an_aborted_sample_continues(run_with_engines: Callable[..., Any], tokenizer: PreTrainedTokenizerFast) -> None:
     args = Args(rollout_max_response_len=450)
 
     async def work(context: RolloutContext) -> tuple[list[int], list[int], list[Status], Sample]:
-        for _ in range(10):  # where the machine is busy, a response may be whole before anybody cuts it off
+        for _ in range(10):  # on a busy machine a response may be whole before it is aborted
             found = await cut_off(context)
             if found[2][0] is Status.ABORTED:
                 break

@@ -1,4 +1,4 @@
-"""Verdicts on pairs of an answer and a label whose truth is known, and a table of those that miss it.
+"""Verdicts on pairs of an answer and a label with known truth, and a table of the wrong verdicts.
 
 `python tests/rollout/verdicts_for_tests.py [FILE]` prints the misses by kind. A file has four columns, separated by
 tabs: truth (1 equal, 0 not), kind, answer, label. Its first line names them.
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HELD_OUT = Path(__file__).with_name("heldout_answers.tsv")
-"""Pairs that no rule of the graders was written from."""
+"""Pairs that were not used to write any rule of the graders."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An answer and a label, and whether they are equal by what a mathematician says."""
+    """An answer and a label, and whether a mathematician finds them equal."""
 
     equal: bool
     kind: str

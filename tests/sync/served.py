@@ -1,4 +1,4 @@
-"""Engines and a router that run on their own, as a user would have started them."""
+"""Engines and a router that run by themselves, as if a user had started them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, l
 def serving(
     model: Path, logs: Path, *, engines: int, older: int = 0, router: bool = True, **settings: object
 ) -> Generator[list[ManagedProcess]]:
-    """Engines that serve `model`, then `older` ones without weight-update sessions, and last in the list a router.
+    """Start engines that serve `model`, then `older` ones without weight-update sessions, and last a router.
 
-    The router knows none of them, and is started with `settings`.
+    The router knows none of the engines, and is started with `settings`.
     """
     args = Args(hf_checkpoint=str(model), router=settings)
     started: list[ManagedProcess] = []

@@ -1,4 +1,4 @@
-"""The transport between trainers and engines on the same devices: who sits where, and in which order."""
+"""The transport between trainers and engines on the same devices: placement and order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 
 
 def gather(rank: int, world_size: int, init_method: str, ranks: Sequence[Sequence[int]]) -> tuple[list[Any], Any]:
-    """What each trainer hands to its engine, where every handle is the trainer's rank; and the engine it speaks to."""
+    """Return what each trainer hands to its engine, with its rank as the handle, and the engine that it talks to."""
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
     try:
         transport = connect(
@@ -42,7 +42,7 @@ def gather(rank: int, world_size: int, init_method: str, ranks: Sequence[Sequenc
         ([[0], [1]], [([0], URLS[:1]), ([1], URLS[1:]), ([], None), ([], None)]),
     ],
 )
-def test_handles_stand_in_the_order_of_the_engines_ranks(workers: WorkerPool, ranks: Any, expected: Any) -> None:
+def test_handles_follow_the_engines_rank_order(workers: WorkerPool, ranks: Any, expected: Any) -> None:
     assert workers.run(4, gather, ranks) == expected
 
 
@@ -53,7 +53,7 @@ def test_the_last_bucket_is_known_as_such() -> None:
         list(_with_last([]))
 
 
-def test_a_buffer_grows_and_lays_dtypes_behind_each_other() -> None:
+def test_a_buffer_grows_and_packs_dtypes() -> None:
     buffer = HostBuffer()
     for dtypes in ([torch.float32], [torch.float32, torch.bfloat16, torch.float32], [torch.bfloat16]):
         tensors = [(str(i), torch.randn(3 + i, 2).to(dtype)) for i, dtype in enumerate(dtypes)]

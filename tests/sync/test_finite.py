@@ -1,4 +1,4 @@
-"""Weights that are not finite: never sent as a whole set, and named, whichever rank holds them."""
+"""Weights that are not finite are never sent as a whole set, and are named, whichever rank holds them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def some_weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_set_that_is_not_finite_has_no_end(value: float) -> None:
+def test_a_set_with_nan_never_ends(value: float) -> None:
     weights = some_weights()
     assert len(list(finite(lambda: weights.items(), described=lambda: "the weights"))) == 8, "control: all are finite"
     weights["w3"][1, 2] = weights["w5"][0, 0] = weights["w5"][2, 4] = value
@@ -39,12 +39,12 @@ def test_a_set_that_is_not_finite_has_no_end(value: float) -> None:
 
 
 def stream_on_one_of_two(rank: int, world_size: int, init_method: str) -> str:
-    """The error that this rank raises; rank 1 alone holds the bad value."""
+    """Return the error that this rank raises; only rank 1 holds the bad value."""
     dist.init_process_group("gloo", rank=rank, world_size=world_size, init_method=init_method)
     weights = some_weights()
     try:
         for _ in finite(lambda: weights.items(), described=lambda: "the weights"):
-            continue  # control: nobody raises, and nobody waits for the other
+            continue  # control: no rank raises, and none waits for the other
         weights["w2"][0, 0] = math.inf if rank == 1 else 0.0
         for _ in finite(lambda: weights.items(), described=lambda: "the weights"):
             continue
@@ -55,14 +55,14 @@ def stream_on_one_of_two(rank: int, world_size: int, init_method: str) -> str:
     return ""
 
 
-def test_all_ranks_name_what_one_of_them_holds(workers: WorkerPool) -> None:
+def test_all_ranks_name_one_ranks_bad_weights(workers: WorkerPool) -> None:
     errors = workers.run(2, stream_on_one_of_two)
     assert "w2 (1 of 15 values)" in errors[0]
     assert errors[0] == errors[1]
 
 
 def send_first_weights(rank: int, world_size: int, init_method: str, args: Any, log_dir: str) -> str:
-    """What a trainer says at its start and at its first weight sync, before any rollout."""
+    """Return a trainer's errors at its start and at its first weight sync, before any rollout."""
     from slime.cluster.workers import TrainWorker
     from slime.megatron.parallel import close_parallel
 
@@ -79,8 +79,8 @@ def send_first_weights(rank: int, world_size: int, init_method: str, args: Any, 
 
 
 @pytest.mark.dist
-def test_a_trainer_names_bad_weights_of_a_checkpoint_first(workers: WorkerPool, tmp_path: Path) -> None:
-    """NaN in the files, and a value that is finite there and does not fit bf16, with engines and without."""
+def test_a_trainer_names_a_checkpoints_bad_weights(workers: WorkerPool, tmp_path: Path) -> None:
+    """Test NaN in the files, and a finite value there that does not fit bf16, with engines and without."""
     model = make_model(tmp_path / "hf", "glm4", seed=1)
     tensors = load_file(model / "model.safetensors")
     name = "model.layers.0.self_attn.o_proj.weight"

@@ -1,4 +1,4 @@
-"""Weights change under requests in flight: whose tokens are whose, for each choice of --update-weight-pause."""
+"""Weights change under requests in flight: which weights sampled which tokens, for each --update-weight-pause."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def num_running(engine: ManagedProcess) -> int:
 def during_requests(
     engine: ManagedProcess, action: Callable[[], object], *, tokens: int = RESPONSE
 ) -> list[GenerateResponse]:
-    """The answers to requests that were all running when `action` began."""
+    """Return the answers to requests that were all running when `action` began."""
     requests = [
         GenerateRequest(
             input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=tokens, ignore_eos=True, sampling_seed=3)
@@ -93,7 +93,7 @@ def during_requests(
 
 
 def rescored(engine: ManagedProcess, answers: list[GenerateResponse]) -> list[torch.Tensor]:
-    """The log-probs that the engine's present weights give to the same tokens."""
+    """Return the log-probs that the engine's present weights give to the same tokens."""
     requests = [
         GenerateRequest(
             input_ids=prompt + answer.output_ids,
@@ -108,7 +108,7 @@ def rescored(engine: ManagedProcess, answers: list[GenerateResponse]) -> list[to
 def of_old_and_new(
     engine: ManagedProcess, models: dict[str, Path], pause: PauseChoice
 ) -> list[tuple[GenerateResponse, torch.Tensor, torch.Tensor]]:
-    """Each answer, and for each of its tokens whether the old weights' log-prob is its own, and the new ones'."""
+    """Return each answer, and for each token whether its log-prob is that of the old weights, and of the new ones."""
     transport = connected(engine, pause)
     transport.send(weights(models["old"]), version=1)
     answers = during_requests(engine, lambda: transport.send(weights(models["new"]), version=2))
@@ -137,21 +137,21 @@ def test_aborted_answers_are_of_the_old_weights(engine: ManagedProcess, models: 
 
 
 @pytest.mark.parametrize("pause", ["in_place", "retract"])
-def test_answers_that_waited_go_on_with_the_new_weights(
+def test_paused_answers_continue_with_new_weights(
     engine: ManagedProcess, models: dict[str, Path], pause: PauseChoice
 ) -> None:
     for answer, old, new in of_old_and_new(engine, models, pause):
         assert (answer.finish_reason, answer.weight_version, len(answer.output_ids)) == ("length", "2", RESPONSE)
         first = int(old.long().cumprod(0).sum())
         assert 0 < first < RESPONSE and old[first:].float().mean() < 0.1
-        if pause == "retract":  # prefilled again; in place they go on over the KV cache that the old weights made
+        if pause == "retract":  # prefilled again; with in_place they continue on the KV cache of the old weights
             assert new[first:].all()
         else:
             assert new[first:].float().mean() < 0.5
 
 
 def test_a_drain_waits_while_tokens_are_made(engine: ManagedProcess, models: dict[str, Path]) -> None:
-    """The limit is on the time without progress: the responses take longer."""
+    """The limit is on the time without progress: the responses take longer than it."""
     limit = 0.4
     transport = connected(engine, "drain", drain_within=limit)
     waited: list[float] = []
@@ -162,9 +162,7 @@ def test_a_drain_waits_while_tokens_are_made(engine: ManagedProcess, models: dic
     transport.close()
 
 
-def test_a_drain_without_end_is_an_error_and_generation_goes_on(
-    engine: ManagedProcess, models: dict[str, Path]
-) -> None:
+def test_an_endless_drain_is_an_error(engine: ManagedProcess, models: dict[str, Path]) -> None:
     transport = connected(engine, "drain", drain_within=0.0)
 
     def refused() -> None:
@@ -176,7 +174,7 @@ def test_a_drain_without_end_is_an_error_and_generation_goes_on(
 
 
 @pytest.mark.parametrize("pause", ["drain", "retract"])
-def test_after_a_failed_sync_engines_are_not_left_paused(
+def test_a_failed_sync_leaves_no_engine_paused(
     engine: ManagedProcess, models: dict[str, Path], pause: PauseChoice
 ) -> None:
     transport = connected(engine, pause)

@@ -1,6 +1,6 @@
-"""The proof of a weight sync passes for the actor's weights and for nothing else, whatever way they took.
+"""The proof of a weight sync passes for the actor's weights and for no others, by every transport.
 
-Over real engines and a router. The engines serve the model 'start' and run already, as a user's would.
+It runs on real engines and a router. The engines serve the model 'start' already, as a user's would.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def served(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ManagedProcess]]:
-    """Two engines, and the router that they stand behind."""
+    """Start two engines, and the router with which they are registered."""
     with serving(models["start"], tmp_path_factory.mktemp("logs"), engines=2) as processes:
         Membership(processes[-1].url).join([engine.url for engine in processes[:-1]])
         yield processes
@@ -71,7 +71,7 @@ def disk(served: list[ManagedProcess], models: dict[str, Path], directory: Path)
 def transport(
     request: pytest.FixtureRequest, served: list[ManagedProcess], models: dict[str, Path], tmp_path: Path
 ) -> Iterator[Transport]:
-    """The trainer's end, opened anew for each test: what the one before had joined was left."""
+    """Open the trainer's end for each test; the group that the previous one had joined was left."""
     made = broadcast(served) if request.param == "broadcast" else disk(served, models, tmp_path)
     yield made
     made.close()
@@ -83,7 +83,7 @@ def weights(model: Path) -> list[NamedTensor]:
 
 
 def checksum(tensors: Iterable[NamedTensor]) -> str:
-    """The embedded engine's checksum, of tensors that no engine and no file has held."""
+    """Return the embedded engine's checksum of tensors that no engine and no file has held."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -118,14 +118,14 @@ def test_another_version_is_named(models: dict[str, Path], transport: Transport,
         check_versions(transport, version=10)
 
 
-def test_what_the_engines_refuse_ends_the_sync(models: dict[str, Path], transport: Transport) -> None:
+def test_a_refusal_by_engines_ends_the_sync(models: dict[str, Path], transport: Transport) -> None:
     broken = [(f"no.such.{name}", tensor) for name, tensor in weights(models["actor"])]
     with pytest.raises(RuntimeError, match=r"http://127[0-9.:]+.*(no\.such|has no .*model\.)"):
         transport.send(broken, version=11)
     assert "11" not in transport.versions().values()
 
 
-def test_an_engine_that_the_proof_has_broken_is_named() -> None:
+def test_an_engine_broken_by_the_proof_is_named() -> None:
     before = {"http://a": [-1.0, -2.0], "http://b": [-3.0, -4.0]}
     check_answers(before, {"http://a": [-1.0, -2.01], "http://b": [-3.0, -4.0]})
     for wrong in (-4.1, float("nan")):
@@ -134,7 +134,7 @@ def test_an_engine_that_the_proof_has_broken_is_named() -> None:
 
 
 class Stale(DiskTransport):
-    """Tells the engines of the version before: what they report is right, and what they hold is not."""
+    """Report the previous version to the engines: their report is right, but their weights are not."""
 
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
         report = super().send(tensors, version=version)
@@ -145,13 +145,13 @@ class Stale(DiskTransport):
 def test_weights_of_an_earlier_version_are_no_proof(
     models: dict[str, Path], served: list[ManagedProcess], tmp_path: Path
 ) -> None:
-    """The version alone would not notice, nor would a comparison with the directory that the engines read."""
+    """The version alone would not show it, nor would a comparison with the directory that the engines read."""
     stale = Stale(
         client(served), directory=tmp_path, source_hf_dir=models["start"], dtype=torch.float32, bucket_bytes=50_000
     )
     stale.send(weights(models["actor"]), version=12)
     check_versions(stale, version=12)
-    prove_weights(stale, models["start"], version=12)  # what they were told to read
+    prove_weights(stale, models["start"], version=12)  # the directory that they were asked to read
     write_hf(tmp_path / "export", weights(models["actor"]), models["start"], torch.float32)
     stale.send(weights(models["actor"]), version=12)
     with pytest.raises(RuntimeError, match="do not hold the actor's weights"):
@@ -159,7 +159,7 @@ def test_weights_of_an_earlier_version_are_no_proof(
     stale.close()
 
 
-def test_the_group_of_a_killed_run_is_no_obstacle(models: dict[str, Path], served: list[ManagedProcess]) -> None:
+def test_a_killed_runs_group_is_no_obstacle(models: dict[str, Path], served: list[ManagedProcess]) -> None:
     broadcast(served)  # never closed
     second = broadcast(served)
     second.send(weights(models["actor"]), version=13)
@@ -170,7 +170,7 @@ def test_the_group_of_a_killed_run_is_no_obstacle(models: dict[str, Path], serve
 def test_a_dead_engine_is_named(
     models: dict[str, Path], served: list[ManagedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Last: it ends an engine. The other one had begun to wait for the broadcast, and takes weights again after it."""
+    """This is the last test, because it ends an engine. The other one takes weights again after a broken broadcast."""
     monkeypatch.setattr("slime.engine.connection.BACKOFF", 0.01)
     by_disk, by_broadcast = disk(served, models, tmp_path), broadcast(served)
 

@@ -1,4 +1,4 @@
-"""Buckets: nothing lost, nothing reordered, none above its size."""
+"""Buckets lose nothing, keep the order, and stay within their size."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Weight-update sessions: each sync opens one at every engine that has them, and closes it in every case.
 
-Over two real engines: one takes weights only inside a session, as SGLang does from 0.5.21 on, the other is older.
+They run on two real engines: one takes weights only inside a session, as SGLang does from 0.5.21 on; one is older.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def fleet(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ManagedProcess]]:
-    """An engine with sessions, and one without."""
+    """Start an engine with sessions, and one without."""
     with serving(models["start"], tmp_path_factory.mktemp("logs"), engines=1, older=1, router=False) as processes:
         yield processes
 
@@ -127,7 +127,7 @@ def test_old_and_new_engines_are_synced_together(
     assert post(fleet[0], END) == NONE_OPEN
 
 
-def test_a_session_that_a_killed_run_left_is_closed(
+def test_a_killed_runs_session_is_closed(
     fleet: list[ManagedProcess], models: dict[str, Path], transport: Transport
 ) -> None:
     assert post(fleet[0], BEGIN)[0] == 200
@@ -151,12 +151,12 @@ def test_a_failed_sync_leaves_no_session_open(fleet: list[ManagedProcess], model
     transport.close()
 
 
-def test_a_session_that_cannot_be_ended_fails_the_sync(fleet: list[ManagedProcess]) -> None:
+def test_an_unclosable_session_fails_the_sync(fleet: list[ManagedProcess]) -> None:
     transport = by_broadcast(fleet)
     ended = rf"{fleet[0].url}{END} answered 400: no weight-update session is open"
     with pytest.raises(EngineError, match=ended), transport.updating():
         assert post(fleet[0], END)[0] == 200
-    with transport.updating():  # and the next one is well
+    with transport.updating():  # the next sync works
         assert post(fleet[0], BEGIN)[0] == 400
     assert post(fleet[0], END) == NONE_OPEN
     transport.close()

@@ -1,4 +1,4 @@
-"""The directory through which weights go: one run's, never half-written, never full of what killed runs left."""
+"""The directory for weights on their way: one run's, never half-written, never full of what killed runs left."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     assert (target / "weights-proof" / "model.safetensors").exists()
 
 
-def test_a_run_finds_it_empty_and_leaves_it_empty(tmp_path: Path) -> None:
+def test_the_directory_begins_and_ends_empty(tmp_path: Path) -> None:
     directory = WeightDirectory(filled(tmp_path / "there"))
     assert names(directory.path) == {*OTHERS, "weights-v000009", LOCK}
     (directory.path / "weights-v000012").mkdir()
@@ -45,7 +45,7 @@ def test_a_run_finds_it_empty_and_leaves_it_empty(tmp_path: Path) -> None:
     assert names(tmp_path / "there") == {*OTHERS, "weights-v000009"}
 
 
-def test_one_that_a_run_has_made_goes_with_it(tmp_path: Path) -> None:
+def test_a_directory_that_a_run_made_is_removed(tmp_path: Path) -> None:
     WeightDirectory(tmp_path / "made" / "here").close()
     assert names(tmp_path / "made") == set()
 
