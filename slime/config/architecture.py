@@ -150,14 +150,14 @@ def _with_flags(shape: Architecture, given: Mapping[str, Any], extra: Mapping[st
     return replace(shape, **experts.given_fields(extra, shape)) if shape.num_experts else shape
 
 
-def _told_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
+def _matching_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
     """Return the family whose layers MODEL_ARGS describe.
 
     Raises:
         ValueError: no family has such layers.
     """
     if given.get("num_experts"):
-        return experts.told_family(given, extra)
+        return experts.matching_family(given, extra)
     sandwich = [bool(given.get(name)) for name in ("post_self_attn_layernorm", "post_mlp_layernorm")]
     bias, qk_norm = bool(given.get("add_qkv_bias")), bool(given.get("qk_layernorm"))
     if all(sandwich) and not qk_norm:
@@ -184,7 +184,7 @@ def flags_architecture(args: Args) -> Architecture:
     if missing:
         raise ValueError(f"MODEL_ARGS lack {', '.join(missing)}")
     bare = Architecture(
-        family=_told_family(given, args.megatron_extra),
+        family=_matching_family(given, args.megatron_extra),
         **{name: given[name] for name in needed},
         num_query_groups=given["num_attention_heads"],
         kv_channels=given["hidden_size"] // given["num_attention_heads"],

@@ -169,7 +169,7 @@ def given_flags(extra: Mapping[str, Any], like: Architecture) -> dict[str, Any]:
     return {FLAGS[field].name: FLAGS[field].write(value, like.num_layers) for field, value in fields.items()}
 
 
-def told_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
+def matching_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
     """Return the family whose layers of experts MODEL_ARGS describe.
 
     Raises:

@@ -211,18 +211,18 @@ def read(argv: Sequence[str]) -> Given:
     return given
 
 
-def _said(given: Given, raw: Args) -> frozenset[str]:
+def _given_names(given: Given, raw: Args) -> frozenset[str]:
     """Return the names of slime's flags that count as given.
 
     A YAML value that equals the value resolved without it does not count. So `--config args.yaml`, which has a value
     for every flag, does not lead to warnings about flags without effect.
     """
     defaults = vars(Args())
-    said = set(given.typed)
+    names = set(given.typed)
     for name, value in given.of("slime").items():
         if vars(resolve(replace(raw, **{name: defaults[name]})))[name] != value:
-            said.add(name)
-    return frozenset(said)
+            names.add(name)
+    return frozenset(names)
 
 
 def _print_help() -> None:
@@ -255,7 +255,7 @@ def load_args(argv: Sequence[str], *, training: bool = True, rollouts_ahead: int
     )
     args, problems = resolve_architecture(resolve(raw))
     args = resolve_sharding(args)
-    case = Case(args=args, given=_said(given, raw))
+    case = Case(args=args, given=_given_names(given, raw))
     problems += check(case, TRAINING_RULES if training else CONVERSION_RULES)
     problems = given.problems + [problem for problem in problems if not problem.fields & given.broken]
     problems += memory_problems(args, problems) if training else []

@@ -34,12 +34,12 @@ MESSAGE = {"prompt": [{"role": "user", "content": "1 + 1 = ?"}], "label": "2"}
 
 @dataclass
 class Run:
-    """A command line that passes every rule; tests spoil one thing."""
+    """A command line that passes every rule; each test makes one thing wrong."""
 
     directory: Path
     base: list[str] = field(default_factory=list[str])
     rollouts_ahead: int = 0
-    """1: of train_async.py."""
+    """The number of rollouts generated ahead: 1 as in train_async.py."""
 
     @property
     def hf(self) -> Path:
@@ -63,7 +63,7 @@ class Run:
         return []
 
     def error(self, *more: str) -> str:
-        """The one error; more than one, or none, fails the test."""
+        """Return the single error; more than one, or none, fails the test."""
         [error] = self.errors(*more)
         return error
 

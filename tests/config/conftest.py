@@ -1,4 +1,4 @@
-"""The command line that tests spoil, on a small model."""
+"""The fixtures for a valid command line on a small model, in which tests make one thing wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules about estimators: which of them need a group, and what beside them says nothing or makes no sense."""
+"""Rules for estimators: which ones need a group, and which flags have no effect or make no sense with them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_refused(run: Run, words: str, error: str) -> None:
         ("--kl-clamp 4 --kl-loss-type k1", 4.0, 4.0),
     ],
 )
-def test_where_kl_is_bounded(words: str, in_loss: float | None, in_reward: float | None) -> None:
+def test_default_kl_bounds(words: str, in_loss: float | None, in_reward: float | None) -> None:
     args = load_args([*words.split(), "--dry-run", "--num-rollout", "1"], training=False)[0]
     assert (args.kl_loss_clamp, args.kl_reward_clamp) == (in_loss, in_reward)
 
@@ -116,7 +116,7 @@ def test_a_kl_in_the_reward_needs_its_reference(run: Run) -> None:
 DISTILLATION = ("--advantage-estimator", "on_policy_distillation", "--n-samples-per-prompt", "1")
 
 
-def test_a_teacher_is_another_model_with_the_same_tokens(run: Run) -> None:
+def test_a_teacher_is_another_model_with_equal_tokens(run: Run) -> None:
     teacher = run.directory / "teacher"
     shutil.copytree(run.hf, teacher)
     words = (*DISTILLATION, "--ref-load", str(teacher))
@@ -128,7 +128,7 @@ def test_a_teacher_is_another_model_with_the_same_tokens(run: Run) -> None:
     ]
     itself = run.error(*DISTILLATION, "--ref-load", str(run.hf))
     assert itself.startswith(f"--ref-load {run.hf}: teacher and student are the same model")
-    assert run.args("--ref-load", str(run.hf)).needs_reference is False  # of others it is what it always was
+    assert run.args("--ref-load", str(run.hf)).needs_reference is False  # not a teacher here
     write_tokenizer(teacher, largest_id=100)
     assert run.error(*words).startswith(f"--ref-load {teacher}: its tokenizer differs")
 

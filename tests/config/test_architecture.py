@@ -1,4 +1,4 @@
-"""The model's shape: config.json old and new, MODEL_ARGS, and what happens where they differ."""
+"""The model's architecture: old and new config.json, MODEL_ARGS, and conflicts between them."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ TABLE = {
     "qwen3-0.6B": (28, 1024, 3072, 16, 8, 128, 151936, 1e-6, 1e6, None),
     "qwen3-4B": (36, 2560, 9728, 32, 8, 128, 151936, 1e-6, 1e6, None),
 }
-"""Every script of a published model, as that model's config.json has it."""
+"""The sizes in every published model's config.json, which its script must match."""
 MIXTURES = ("glm4.5-106B-A12B", "qwen3-30B-A3B")
-"""Those of tests/config/test_expert_rules.py."""
+"""The scripts that tests/config/test_expert_rules.py checks."""
 CONFIGS = {"glm4": "Glm4Config", "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
 
 
@@ -108,14 +108,14 @@ def test_the_table_has_every_script() -> None:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_scripts_and_published_configs_agree(name: str, run: Run) -> None:
-    """A real command line with the script's MODEL_ARGS beside the model's config.json: no conflict, the same shape."""
+    """A real command line with the script's MODEL_ARGS and the model's config.json has no conflict."""
     shape = planned(name).architecture
     assert shape is not None
     assert shape.kv_channels == TABLE[name][5]
     (run.hf / "config.json").write_text(json.dumps(published_config(name, shape)))
     assert run.errors(*model_args(name)) == []
     assert run.args(*model_args(name)).architecture == run.args().architecture == shape
-    # control: one number of the script changed
+    # control: one number of the script is changed
     assert "--num-query-groups 1: " in run.error(*model_args(name), "--num-query-groups", "1")
 
 
@@ -138,7 +138,7 @@ def test_older_keys_mean_the_same() -> None:
     assert hf_architecture({**older, "partial_rotary_factor": 1.0}).rotary_percent == 1.0
 
 
-def test_what_transformers_writes(tmp_path: Any) -> None:
+def test_configs_that_transformers_writes(tmp_path: Any) -> None:
     transformers = pytest.importorskip("transformers")
     qwen = transformers.Qwen3Config(
         hidden_size=64, num_hidden_layers=2, num_key_value_heads=8, tie_word_embeddings=True
@@ -178,7 +178,7 @@ def test_llama_of_older_and_newer_keys() -> None:
 
 
 def test_sizes_that_config_json_leaves_out() -> None:
-    """As transformers does: 128 in GLM-4 and Qwen3, the hidden size's share in Llama and Qwen2."""
+    """The defaults are transformers': 128 in GLM-4 and Qwen3, hidden size / heads in Llama and Qwen2."""
     for family, head in {"glm4": 128, "qwen3": 128, "llama": 32, "qwen2": 32}.items():
         config = {**GLM4_TINY, "model_type": family, "attention_bias": False}
         assert hf_architecture({**config, "head_dim": None}).kv_channels == head
@@ -188,7 +188,7 @@ def test_sizes_that_config_json_leaves_out() -> None:
         assert shape.add_qkv_bias == (family in ("glm4", "qwen2"))
 
 
-def test_a_sliding_window_that_no_layer_has_is_ignored() -> None:
+def test_a_sliding_window_without_layers_is_ignored() -> None:
     qwen = {**GLM4_TINY, "model_type": "qwen2", "sliding_window": 32, "max_window_layers": 4}
     for more in ({"use_sliding_window": False}, {"use_sliding_window": True}):
         assert hf_architecture({**qwen, **more}) == hf_architecture({**GLM4_TINY, "model_type": "qwen2"})
@@ -237,7 +237,7 @@ def test_scaling_can_be_overridden(run: Run) -> None:
     assert scaling("--no-use-rope-scaling", "--override-hf-config", "use-rope-scaling") is None
 
 
-def test_a_family_is_told_by_its_flags() -> None:
+def test_flags_identify_the_family() -> None:
     sizes = ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "96", "--num-attention-heads", "4"]
     sizes += ["--vocab-size", "93"]
 
@@ -274,7 +274,7 @@ def test_conflict(run: Run, words: list[str], error: str) -> None:
 
 @pytest.mark.parametrize("name", ["rotary-base", "--rotary-base", "rotary_base"])
 def test_override(run: Run, name: str) -> None:
-    # A value that starts with dashes is attached, as everywhere.
+    # A value that starts with dashes must be attached with =.
     args = run.args("--rotary-base", "5000", f"--override-hf-config={name}")
     assert args.architecture is not None
     assert args.architecture.rotary_base == 5000
@@ -360,6 +360,6 @@ def test_an_export_describes_what_was_trained(config: dict[str, Any], changes: d
         assert found != config
 
 
-def test_what_no_config_can_say_is_named() -> None:
+def test_flags_that_config_json_cannot_express_are_named() -> None:
     trained = replace(hf_architecture(OLD_LLAMA), rotary_interleaved=True)
     assert config_of(trained, OLD_LLAMA)[1] == ["--rotary-interleaved"]

@@ -1,4 +1,4 @@
-"""--keep-best-checkpoint: a metric that evaluation has, and checkpoints that are evaluated at all."""
+"""The rule for --keep-best-checkpoint: evaluation reports the metric, and checkpoints are evaluated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def words(run: Run, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("metric", ["eval/few/reward", "eval/few/pass@1", "eval/few/pass@4", "eval/few/format"])
-def test_metrics_that_are_better_the_larger_they_are(run: Run, metric: str) -> None:
+def test_metrics_of_which_larger_is_better(run: Run, metric: str) -> None:
     given = words(run, f"{MEET} {FLAG} {metric}")
     assert run.args(*given).keep_best_checkpoint == metric
     assert [warning for warning in run.warnings(*given) if FLAG in warning] == []
@@ -42,7 +42,7 @@ def test_errors(run: Run, text: str, error: str) -> None:
     assert error in found
 
 
-def test_an_evaluation_of_ones_own_names_its_metrics_itself(run: Run) -> None:
+def test_a_custom_evaluation_names_its_own_metrics(run: Run) -> None:
     own = "--eval-function-path examples.hooks.rollouts.evaluate_twice"
     assert run.errors(*words(run, f"{MEET} {own} {FLAG} eval/own/score")) == []
 
@@ -56,7 +56,7 @@ def test_an_evaluation_of_ones_own_names_its_metrics_itself(run: Run) -> None:
         ("--eval-interval 5", True),
     ],
 )
-def test_intervals_that_never_meet_are_told(run: Run, text: str, warned: bool) -> None:
+def test_intervals_that_never_meet_give_a_warning(run: Run, text: str, warned: bool) -> None:
     given = words(run, f"{EVAL} {text} {FLAG} eval/few/reward")
     rule = "only the last checkpoint is both saved and evaluated"
     assert any(rule in warning for warning in run.warnings(*given)) == warned

@@ -1,4 +1,4 @@
-"""The critic's flags: what they resolve to, and what is said of those that make no sense."""
+"""The critic's flags: their resolved values, and errors and warnings about wrong ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from config_run import Run
 PPO = "--advantage-estimator ppo --n-samples-per-prompt 1 --rollout-batch-size 16"
 
 
-def test_a_critic_stands_beside_the_policy_with_ppo_alone(run: Run) -> None:
+def test_only_ppo_trains_a_critic(run: Run) -> None:
     args = run.args(*PPO.split(), "--lr", "2e-6")
     assert args.uses_critic and args.critic_lr == 2e-6, "unset: the policy's rate"
     assert run.args(*PPO.split(), "--critic-lr", "1e-5").critic_lr == 1e-5

@@ -1,4 +1,4 @@
-"""Prompt files line by line, slices, and the evaluation sets."""
+"""Data files row by row, slices, and evaluation sets."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_an_empty_file(tmp_path: Path) -> None:
     assert problem.rule == "has no rows"
 
 
-def test_a_key_that_was_asked_for_stands_somewhere(tmp_path: Path) -> None:
+def test_a_key_given_by_flag_must_occur(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps(MESSAGE) + "\n" + json.dumps(MESSAGE | {"tools": []}))
     assert check_rows(str(file), KEYS, chat_template=True, needs=("tools",)) == []
@@ -103,7 +103,7 @@ def test_a_key_that_was_asked_for_stands_somewhere(tmp_path: Path) -> None:
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]], **more: pyarrow.Array) -> str:
-    """`rows`, in row groups that slices cut; `more`: columns whose types are not to be guessed."""
+    """Write `rows` in row groups that slices cut; `more`: columns with explicit types."""
     table = pyarrow.Table.from_struct_array(pyarrow.array(rows))
     for name, column in more.items():
         table = table.append_column(name, column)
@@ -155,8 +155,8 @@ def test_parquet_gives_the_rows_of_jsonl(
     assert count_rows(parquet + part) == count_rows(str(jsonl) + part) == len(expected)
 
 
-def test_what_parquet_holds_beside_json(tmp_path: Path) -> None:
-    """Bytes that are text, dates, decimals and maps; a struct's empty entries go, a row's own null stays."""
+def test_parquet_types_that_json_lacks(tmp_path: Path) -> None:
+    """Bytes, dates, decimals and maps are read; a struct loses its empty entries, and a row keeps its null."""
     rows: list[dict[str, Any]] = [
         {"prompt": b"caf\xc3\xa9", "label": Decimal("12.50"), "metadata": {"day": date(2024, 2, 29), "n": None}},
         {"prompt": b"b", "label": Decimal("7.00"), "metadata": None},
@@ -176,9 +176,7 @@ WRITTEN = [123.45, 0.1, -2.5, 72.0, 1e-05, 0.0]
     ("kind", "expected"),
     [(pyarrow.float32(), WRITTEN), (pyarrow.float16(), [123.44, *WRITTEN[1:]]), (pyarrow.float64(), WRITTEN)],
 )
-def test_numbers_of_small_floats_are_those_that_were_written(
-    tmp_path: Path, kind: pyarrow.DataType, expected: list[float]
-) -> None:
+def test_small_floats_are_read_as_written(tmp_path: Path, kind: pyarrow.DataType, expected: list[float]) -> None:
     """float32 stores 123.45 as 123.44999694824219, float16 as 123.4375: they read as 123.45 and 123.44."""
     inner = pyarrow.struct([("x", kind), ("y", pyarrow.large_list(kind))])
     nested = {
@@ -205,7 +203,7 @@ def test_numbers_of_small_floats_are_those_that_were_written(
     ]
 
 
-def test_small_floats_that_are_no_labels_name_the_row(tmp_path: Path) -> None:
+def test_bad_small_float_labels_name_the_row(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}] * 4
     labels = pyarrow.array([16777215.0, 123456789.0, math.nan, -math.inf], pyarrow.float32())
     problems = check_rows(write_parquet(tmp_path / "a.parquet", rows, label=labels), KEYS, chat_template=False)
@@ -292,7 +290,7 @@ def test_bad_eval_config(run: Run, text: str, message: str) -> None:
     assert error.count(str(config)) <= 1
 
 
-def test_a_bad_slice_is_said_once(run: Run) -> None:
+def test_a_bad_slice_is_reported_once(run: Run) -> None:
     assert run.error("--prompt-data", f"{run.data}@[5]") == (
         f"--prompt-data {run.data}@[5]: [5] is not a slice; write path@[start:stop], where both may be left out"
     )
@@ -329,7 +327,7 @@ DEEP = "[" * 150 + "]" * 150
         ('{"prompt": "a", "pr\\u006fmpt": "b"}', "the key 'prompt' is repeated"),
     ],
 )
-def test_values_that_would_break_later_are_named_by_line(tmp_path: Path, line: str, says: str) -> None:
+def test_values_that_would_fail_later_are_named(tmp_path: Path, line: str, says: str) -> None:
     good = (
         '{"prompt": "a \\u00e9 \\ud83d\\ude00", "metadata": {"x": 1.2345678901234567, "prompt": 18446744073709551615}}'
     )
@@ -365,7 +363,7 @@ def test_files_that_other_systems_write_are_read(tmp_path: Path) -> None:
     assert datas(str(file)) == [{"prompt": "a"}, {"prompt": "b"}]
 
 
-def test_a_value_of_parquet_that_python_cannot_hold_names_its_row(tmp_path: Path) -> None:
+def test_a_parquet_value_outside_python_names_its_row(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": "b"}]
     dates = pyarrow.array([0, 2**62], pyarrow.timestamp("ms"))
     path = write_parquet(tmp_path / "a.parquet", rows, label=dates)

@@ -1,4 +1,4 @@
-"""Engines and routers that run already, and the way of weights to them, on the command line."""
+"""Rules for external engines and routers, and for the weight sync to them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FAR = "--rollout-external-engines http://10.0.0.7:4000"
 
 @pytest.fixture
 def bare(run: Run) -> Run:
-    """Without engines."""
+    """A command line without engines."""
     words = " ".join(run.base).replace("--rollout-engine embedded --rollout-num-gpus 2 ", "")
     return replace(run, base=words.split())
 
 
-def test_their_number_is_the_number_of_urls(bare: Run) -> None:
+def test_each_url_is_one_engine(bare: Run) -> None:
     args, problems = bare.load(*NEAR.split())
     assert (args.num_engines, problems) == (2, [])
     assert bare.args(*NEAR.split(), "--rollout-num-gpus", "2").num_engines == 2
@@ -131,14 +131,14 @@ def test_passes(bare: Run, words: str) -> None:
     assert args.update_weight_disk_dir is not None
 
 
-def test_weights_stand_beside_the_checkpoints(bare: Run) -> None:
+def test_weight_files_are_next_to_the_checkpoints(bare: Run) -> None:
     run = OWN.split()
     assert bare.args(*run, "--save", "s", "--log-dir", "l").update_weight_disk_dir == "s/engine-weights"
     assert bare.args(*run, "--log-dir", "l").update_weight_disk_dir == "l/engine-weights"
     assert bare.args(*run, "--update-weight-disk-dir", "d").update_weight_disk_dir == "d"
 
 
-def test_auto_is_decided_by_the_cluster_that_is_joined(bare: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_joined_cluster_decides_the_engine_kind(bare: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("--rollout-num-gpus", "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert bare.args(*words).rollout_engine == ("sglang" if cuda_available() else "embedded")
@@ -150,8 +150,8 @@ def test_auto_is_decided_by_the_cluster_that_is_joined(bare: Run, monkeypatch: p
 
 
 @pytest.mark.skipif(cuda_available(), reason="is about a machine without CUDA")
-def test_precision_and_pauses_where_the_cluster_decides(bare: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head node without GPUs: what it has is no reason to train on GPUs in fp32, or to take SGLang for ours."""
+def test_precision_and_pauses_when_the_cluster_decides(bare: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head node without GPUs must not decide that a cluster's GPUs train in fp32 or use embedded engines."""
     bare.base.remove("--no-bf16")
     words = ("--rollout-num-gpus", "1", "--dry-run")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

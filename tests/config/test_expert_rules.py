@@ -1,4 +1,4 @@
-"""Mixtures of experts: config.json, MODEL_ARGS, and what is not built of them."""
+"""Mixtures of experts: config.json, MODEL_ARGS, and features that are not supported."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_scripts_and_published_configs_agree(name: str, run: Run) -> None:
     assert (round(shape.num_parameters() / 1e9, 2), round(shape.num_active_parameters() / 1e9, 1)) == pytest.approx(
         BILLIONS[name], abs=0.06
     )
-    # controls: numbers of the script changed
+    # controls: numbers of the script are changed
     assert "has --moe-router-topk 8;" in run.error(*words, "--moe-router-topk", "4")
     assert "has --num-experts 128;" in run.error(*words, "--num-experts", "64")
     assert "--moe-layer-freq" in run.error(*words, "--moe-layer-freq", f"[0]*2+[1]*{shape.num_layers - 2}")
@@ -141,7 +141,7 @@ def test_not_built(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "word"), [("qwen3-30B-A3B", "--qk-layernorm"), ("glm4.5-106B-A12B", "--moe-router-enable-expert-bias")]
 )
-def test_a_family_of_experts_is_told_by_its_flags(name: str, word: str) -> None:
+def test_flags_identify_the_family_of_experts(name: str, word: str) -> None:
     args, problems = load_args([*PLAN, *(w for w in model_args(name) if w != word)])
     assert args.architecture is None
     assert any("match no supported family of experts" in str(problem) for problem in problems)
@@ -188,7 +188,7 @@ def test_rules_of_experts(words: str, error: str | None, run: Run) -> None:
         assert any(error in found for found in errors), errors
 
 
-def test_balance_is_told_of(run: Run) -> None:
+def test_balance_gives_warnings(run: Run) -> None:
     (run.hf / "config.json").write_text(json.dumps(QWEN))
     words = ("--moe-aux-loss-coeff", "0.01", "--moe-router-bias-update-rate", "0.001", "--dry-run")
     warnings = run.warnings(*words)

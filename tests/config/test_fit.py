@@ -1,4 +1,4 @@
-"""Whether a plan fits in a GPU: where errors and warnings begin, and that what is proposed does what is said of it."""
+"""The check of whether a plan fits in a GPU: limits of errors and warnings, and proposals that do what they promise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARED: dict[str, Any] = {"colocate": True, "offload": True, "sglang": {"mem_fra
 
 
 def planned(args: Args, name: str) -> int:
-    """Bytes of one moment."""
+    """Return the bytes of one moment."""
     [moment] = [moment for moment in moments(args, H100) if moment.name == name]
     return moment.planned
 
@@ -32,7 +32,7 @@ def check(args: Args, size: float, **more: Any) -> list[Problem]:
 
 
 @pytest.mark.parametrize("shared", [{}, SHARED], ids=["decoupled", "colocated"])
-def test_where_warnings_and_errors_begin(shared: dict[str, Any]) -> None:
+def test_limits_of_warnings_and_errors(shared: dict[str, Any]) -> None:
     args = replace(PAGE, log_probs_chunk_size=8192, **shared)
     whole = planned(args, "training") / GIB
     found = {percent: check(args, whole * 100 / percent) for percent in (91.9, 92, 100, 100.1)}
@@ -72,13 +72,13 @@ def test_the_page_on_80_gb(flags: str, gib: float | None) -> None:
         "hint: without recomputation it would need 68.3 GiB (85.8 %), which fits, and a training step would take "
         "about 25 % less time"
     )
-    # less room: some layers are recomputed; none at all: nothing is said
+    # with less room, some layers are recomputed; without room there is no hint
     less = recompute_hint(args, 70)
     assert less is not None
     layers = int(re.findall(r"--recompute-method block --recompute-num-layers (\d+)", less)[0])
     assert 0 < layers < 40 and f"about {25 * (1 - layers / 40):.0f} % less time" in less
     half = replace(args, recompute_method="block", recompute_num_layers=20)
-    assert "about 14 % less time" in str(recompute_hint(half, H100))  # of 3.5 forward passes half of one
+    assert "about 14 % less time" in str(recompute_hint(half, H100))  # half of one of 3.5 forward passes
     assert "would take less time" in str(recompute_hint(replace(args, recompute_granularity="selective"), H100))
     assert recompute_hint(replace(args, debug_rollout_only=True), H100) is None
     assert recompute_hint(args, 61.5) is None
@@ -101,8 +101,8 @@ CASES: dict[str, tuple[str, str, float]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_would_help_helps(case: str) -> None:
-    """Every proposal, typed after the flags, gives the plan that it is quoted with."""
+def test_proposed_changes_help(case: str) -> None:
+    """Every proposal, appended to the flags, gives the memory that it promises."""
     front, flags, size = CASES[case]
     words = [*page_words(front), "--dry-run", "--gpu-memory", str(size)]
     words += flags.split()
@@ -119,7 +119,7 @@ def test_what_would_help_helps(case: str) -> None:
 
 
 def test_an_engine_is_counted_by_its_share() -> None:
-    """Not by the KV that all requests together would need: SGLang queues what does not fit."""
+    """An engine is not counted by the KV cache of all requests, because SGLang queues requests that do not fit."""
     args = replace(PAGE, use_distributed_optimizer=True, **SHARED)
     assert planned(args, "generating") == int(0.7 * int(H100 * GIB)) + 3 * GIB
     assert planned(replace(args, rollout_max_response_len=32000), "generating") == planned(args, "generating")
@@ -144,7 +144,7 @@ def test_all_problems_at_once(run: Run) -> None:
     assert run.error(*words).startswith("--gpu-memory 0.5: the plan needs more than the GPU has: training 1.5 GiB")
     both = run.errors(*words, "--rollout-top-p", "0.5")
     assert [error.split()[0] for error in both] == ["--rollout-top-p", "--gpu-memory"]
-    # sizes that do not fit each other are no plan to check
+    # with contradicting sizes there is no plan to check
     wrong = run.errors(*words, "--tensor-model-parallel-size", "3")
     assert {error.split()[0] for error in wrong} == {"--tensor-model-parallel-size"}
     assert run.error(*words, "--max-tokens-per-gpu", "x").startswith("--max-tokens-per-gpu x")
@@ -152,6 +152,6 @@ def test_all_problems_at_once(run: Run) -> None:
 
 
 @pytest.mark.skipif(cuda_available(), reason="is about a machine without CUDA")
-def test_a_run_on_the_cpu_has_no_gpu_to_fit_in(run: Run) -> None:
+def test_a_cpu_run_needs_no_gpu_memory(run: Run) -> None:
     assert "--gpu-memory 1: no effect" in " ".join(run.warnings("--gpu-memory", "1"))
     assert "--no-memory-check: no effect" in " ".join(run.warnings("--no-memory-check"))

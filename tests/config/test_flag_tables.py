@@ -1,4 +1,4 @@
-"""The checked-in tables are what the generator makes, and hold every name that has to be there."""
+"""The checked-in tables equal the generator's output and contain every required name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def add_cli_args(parser):
 
 
 def sglang_wheel(directory: Path, fields: str, added: str) -> Path:
-    """What the generator reads of SGLang's wheel."""
+    """Return the files that the generator reads from SGLang's wheel."""
     path = directory / "sglang-0.5.21-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("sglang/srt/server_args.py", added)
@@ -70,7 +70,7 @@ def sglang_wheel(directory: Path, fields: str, added: str) -> Path:
     return path
 
 
-def test_flags_that_sglang_adds_when_it_starts_are_in_its_table(tmp_path: Path) -> None:
+def test_flags_that_sglang_adds_at_start_are_listed(tmp_path: Path) -> None:
     table = json.loads(generator().table("sglang", sglang_wheel(tmp_path, FIELDS, ADDED)))
     assert table["made_from"] == "sglang 0.5.21"
     assert table["flags"] == [
@@ -101,12 +101,12 @@ def test_flags_that_sglang_adds_when_it_starts_are_in_its_table(tmp_path: Path) 
         ("", "parser.add_argument('--own', action=Own)", "--own.*its action is Own"),
     ],
 )
-def test_a_flag_that_cannot_be_read_is_not_left_out(tmp_path: Path, field: str, added: str, words: str) -> None:
+def test_an_unreadable_flag_is_an_error(tmp_path: Path, field: str, added: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         generator().table("sglang", sglang_wheel(tmp_path, field, added))
 
 
-def test_old_names_are_no_flags_of_their_own_and_lead_to_one() -> None:
+def test_every_old_name_leads_to_one_flag() -> None:
     assert [old for old in (*RENAMED, *REMOVED) if old in spellings()] == []
     for new in RENAMED.values():
         spec, _ = spellings()[new.flag]

@@ -1,6 +1,6 @@
-"""config.json, key by key: what transformers reads for a family's logits is part of the Architecture, or refused.
+"""Every key of config.json that transformers reads for a family's logits is part of the Architecture or refused.
 
-The fields are those of transformers' own config classes, so one that a later version adds has to be put into a table.
+The fields come from transformers' own config classes, so a field that a later version adds must be put into a table.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ OTHER: dict[str, Any] = {
     "mlp_only_layers": [0],
     "norm_topk_prob": False,
 }
-"""Another value of every field that the logits depend on."""
+"""A changed value for every field that the logits depend on."""
 WINDOWS = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
-"""Fields that only say something together: test_sliding_windows."""
+"""Fields that have a meaning only together; test_sliding_windows checks them."""
 INERT: dict[str, Any] = {
     "attention_dropout": 0.5,
     "initializer_range": 0.5,
@@ -101,18 +101,18 @@ INERT: dict[str, Any] = {
     "label2id": {"a": 0},
     "problem_type": "regression",
 }
-"""Another value of every field that they do not depend on."""
+"""A changed value for every field that the logits do not depend on."""
 
 
 def tiny(family: str, **changes: Any) -> dict[str, Any]:
-    """config.json of a tiny model, as transformers writes it, with some keys changed."""
+    """Return config.json of a tiny model as transformers writes it, with some keys changed."""
     torch.manual_seed(0)
     config = CLASSES[family](**SIZES, **OWN[family]).to_dict()
     return json.loads(json.dumps(config, default=str)) | changes
 
 
 def logits(family: str, config: dict[str, Any], weights: dict[str, Tensor] | None = None) -> Any:
-    """Logits of transformers' own model, and its weights."""
+    """Return the logits of transformers' own model, and its weights."""
     torch.manual_seed(0)
     model: Any = transformers.AutoModelForCausalLM.from_config(CLASSES[family].from_dict(dict(config)))
     if weights is None:
@@ -143,13 +143,13 @@ def test_every_field_is_honoured_or_refused(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_ignored_has_no_effect(family: str) -> None:
-    """Every such field is changed at once, and compared on the logits of transformers' own model, bit for bit."""
+def test_ignored_keys_have_no_effect(family: str) -> None:
+    """With every such field changed at once, the logits of transformers' own model stay bit-identical."""
     config = tiny(family)
     expected, weights = logits(family, config)
     fields = {field.name for field in dataclasses.fields(CLASSES[family])} & {*INERT}
     inert = {name: INERT[name] for name in fields}
-    # RoPE of whole heads is what this family has, whatever its parameters say of a part
+    # this family always rotates whole heads, whatever its partial factor is
     if family not in ("glm4", "glm4_moe"):
         inert["rope_parameters"] = {**config["rope_parameters"], "partial_rotary_factor": 0.5}
     found, _ = logits(family, config | inert, weights)
@@ -176,7 +176,7 @@ EXTRA: dict[str, Any] = {
     "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}},
     "head_dim": 16,
 }
-"""Keys that some family has no field for, and that its code, its cache or SGLang reads all the same."""
+"""Keys that have no field in some family's config class, although its code, its cache or SGLang reads them."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -195,7 +195,7 @@ def test_keys_beyond_the_fields(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
 def test_sliding_windows(family: str) -> None:
-    """A window is refused exactly where transformers' logits have one, in each family by that family's own rule."""
+    """A window is refused exactly when transformers' logits depend on it, by each family's own rule."""
     config = tiny(family)
     for name in WINDOWS:
         config.pop(name, None)
@@ -207,7 +207,7 @@ def test_sliding_windows(family: str) -> None:
         changed = config | {name: value for name, value in keys.items() if name != "layer_types" or value is not None}
         try:
             differs = not torch.equal(logits(family, changed, weights)[0], expected)
-        except ValueError:  # it names a window in layer_types, and gives none
+        except ValueError:  # layer_types names a window, but none is given
             differs = True
         try:
             hf_architecture(changed)
@@ -215,7 +215,7 @@ def test_sliding_windows(family: str) -> None:
         except ValueError as error:
             refused = True
             assert "sliding-window attention" in str(error)
-        named = kinds is not None and "sliding_attention" in kinds  # refused in qwen3_moe as well, which ignores it
+        named = kinds is not None and "sliding_attention" in kinds  # also refused in qwen3_moe, which ignores it
         assert refused == (differs or named), keys
         verdicts.add(refused)
     assert verdicts == {True, False}
@@ -232,7 +232,7 @@ def hf_architecture_error(config: dict[str, Any]) -> str:
 
 
 def test_rope_in_two_places_has_to_agree() -> None:
-    """Of two lengths, or two shares of a head, transformers would take the one and SGLang the other."""
+    """With two lengths, or two fractions of a head, transformers would use one and SGLang the other."""
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama = tiny("llama", rope_parameters={**rope, "original_max_position_embeddings": 32})
     glm = tiny("glm4", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
@@ -264,7 +264,7 @@ def test_values_of_the_wrong_kind(run: Run, change: dict[str, Any], message: str
 
 @pytest.mark.parametrize("field", ["--ref-load", "--load", "--critic-load"])
 def test_weights_of_another_model(run: Run, field: str) -> None:
-    """Its own config.json is read: weights of the same shapes may be of another computation."""
+    """Each directory's own config.json is read, because weights of equal shapes may need another computation."""
     other = run.directory / "other"
     shutil.copytree(run.hf, other)
     words = (field, str(other), *(("--advantage-estimator", "ppo") if field == "--critic-load" else ()))
@@ -285,7 +285,7 @@ def test_weights_of_another_model(run: Run, field: str) -> None:
     assert run.errors(*words, *meant) == []
 
 
-def test_all_that_is_not_built_at_once_and_what_nobody_reads(run: Run) -> None:
+def test_all_unsupported_and_unknown_keys_are_named(run: Run) -> None:
     (run.hf / "config.json").write_text(json.dumps(GLM4_TINY | {"is_causal": False, "hidden_act": "gelu"}))
     error = run.error()
     assert "is_causal False" in error and "hidden_act 'gelu'" in error

@@ -1,4 +1,4 @@
-"""Labels that no answer can match are found before anything starts, each reward type by its own notion."""
+"""Labels that no answer can match are found before anything starts, by the rules of each reward type."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_fault_of_a_label(label: str, fault: str | None) -> None:
         ("2 * 3 = <<2*3=6>>6\n#### -1,072.50", "-1,072.50"),
     ],
 )
-def test_the_answer_of_a_solution_in_the_form_of_gsm8k(label: str, answer: str) -> None:
+def test_the_answer_of_a_gsm8k_solution(label: str, answer: str) -> None:
     assert stated_answer(label) == answer
 
 
@@ -86,7 +86,7 @@ def test_labels_of_mathematics(run: Run, rm_type: str) -> None:
         assert run.errors("--rm-type", other) == []
 
 
-def test_a_long_label_is_named_by_its_end(run: Run) -> None:
+def test_a_long_label_is_shown_by_its_end(run: Run) -> None:
     _rows(run, {"label": "She sells two a day. " * 20 + "\n####"})
     assert r"two a day. \n####' as deepscaler compares them: nothing follows ####" in run.error()
 
@@ -116,7 +116,7 @@ def test_labels_of_choices(run: Run) -> None:
     assert errors[5].startswith(f"{run.data}: 1 more of 7 rows")
 
 
-def test_a_lines_own_type_decides_what_its_label_may_be(run: Run) -> None:
+def test_a_rows_own_type_checks_its_label(run: Run) -> None:
     gpqa = {"rm_type": "gpqa"}
     _rows(run, {"label": "51"}, {"label": "51", "metadata": gpqa}, {"label": "####", "metadata": {"rm_type": "f1"}})
     assert run.error("--rm-type", "math").startswith(f"{run.data}:2: gpqa finds no right choice: the label '51' is")

@@ -1,8 +1,7 @@
-"""The memory that a plan promises, against what a trainer and an engine on a CPU are measured to allocate.
+"""The memory in a plan equals the measured allocations of a trainer and an engine on a CPU.
 
-Transient memory is the sum of the allocator's own events, as torch's profiler reports them: nothing that an operation
-takes inside itself is missed. What lives longer is counted tensor by tensor. Once the whole is set against the resident
-memory of the process.
+Transient memory is the sum of the allocator's events in torch's profiler, so memory inside an operation is included.
+Longer-lived memory is counted tensor by tensor. One test compares the total with the resident memory of the process.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ from slime.core.architecture import Architecture
 from slime.core.batch import TrainBatch
 
 PROMISED = 0.15
-"""How far a plan may be off."""
+"""The largest relative error of a plan."""
 COUNTED = 0.06
-"""How far it is off at most where allocations are counted: a missing term shows."""
+"""The largest relative error where allocations are counted, small enough to notice a missing term."""
 
 GLM4 = Architecture(
     family="glm4",
@@ -87,7 +86,7 @@ PPO = {"advantage_estimator": "ppo", "critic_lr": 1e-6}
 LARGE_VOCABULARY = 12000
 TOKENS = 768
 BF16_TOKENS = TOKENS // 2
-"""A CPU without bf16 multiplies it ten times slower than fp32; with fewer still, what is constant would show."""
+"""Fewer tokens, because a CPU without bf16 multiplies it ten times slower; with fewer still, constants would show."""
 
 
 def make_args(shape: Architecture, *, bf16: bool = False, **more: Any) -> Args:
@@ -111,7 +110,7 @@ def make_args(shape: Architecture, *, bf16: bool = False, **more: Any) -> Args:
 
 
 def batch_of(args: Args) -> TrainBatch:
-    """As many samples of nearly one length as a step has; each rank's fill one pack for every pipeline stage."""
+    """Return the samples of one step, of nearly equal lengths; each rank's fill one pack per pipeline stage."""
     num = args.global_batch_size or 1
     assert args.max_tokens_per_gpu is not None
     ranks = args.data_parallel_size * args.context_parallel_size * args.pipeline_model_parallel_size
@@ -138,9 +137,9 @@ class Measured:
     reference: int
     critic: int
     forward: int
-    """Allocated at most during log-probs of the reference, beyond what was there."""
+    """The peak of additional allocations during log-probs of the reference."""
     step: int
-    """The same during a training step."""
+    """The peak of additional allocations during a training step."""
 
 
 def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measured:
@@ -153,9 +152,9 @@ def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measure
         if args.needs_reference:
             trainer._snapshots.take("ref")
         batch = batch_of(args)
-        trainer.train(0, batch)  # Adam's moments come with the first step, Megatron's buffers with the first forward
+        trainer.train(0, batch)  # the first step allocates Adam's moments, the first forward Megatron's buffers
         forward = allocated(lambda: trainer.log_probs(batch, model="ref")) if args.needs_reference else 0
-        # a collective's own thread lets its tensors go a moment after the step did: the least of several steps is ours
+        # a collective's own thread frees its tensors a moment after the step, so take the minimum of several steps
         several = 3 if args.bf16 else 8
         steps = 0 if args.needs_reference else 1 if world_size == 1 else several
         step = min((allocated(lambda: trainer.train(1, batch)) for _ in range(steps)), default=0)
@@ -175,7 +174,7 @@ def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measure
 
 
 def held_by(trained: Any) -> list[int]:
-    """Bytes of a model's parameters, of their gradients, and of its optimizer's state."""
+    """Return the bytes of a model's parameters, of their gradients and of its optimizer's state."""
     chunks: Any = trained.model
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     buffers = [b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
@@ -190,7 +189,7 @@ def optimizers(optimizer: Any) -> list[Any]:
 
 
 def tensors_in(torch_optimizers: Iterable[Any]) -> Iterable[torch.Tensor]:
-    """Main weights and moments; the steps, a number each, are left out."""
+    """Return main weights and moments, without the step counters."""
     for optimizer in torch_optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -199,12 +198,12 @@ def tensors_in(torch_optimizers: Iterable[Any]) -> Iterable[torch.Tensor]:
 
 
 def nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of tensors; shards of one storage count apart, equal tensors once."""
+    """Return the bytes of tensors; shards of one storage count separately, equal tensors once."""
     return sum({(t.untyped_storage().data_ptr(), t.storage_offset()): t.nbytes for t in tensors}.values())
 
 
 def allocated(work: Any) -> int:
-    """The most bytes that `work` had from the allocator at once."""
+    """Return the largest number of bytes that `work` held from the allocator at one time."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -226,10 +225,10 @@ def planned_for(args: Args, stage: int = 0) -> TrainMemory:
 
 
 def assert_planned(args: Args, found: Measured, stage: int = 0) -> None:
-    """Weights, gradients, optimizer, reference and critic to the byte, the step's own allocations nearly so.
+    """Weights, gradients, optimizer, reference and critic match to the byte, a step's own allocations nearly.
 
-    With context parallelism a CPU's attention also keeps scores of pieces against all keys before them: they depend on
-    how long sequences are, which a plan does not know, and CUDA's kernel does not have them.
+    With context parallelism, a CPU's attention also keeps scores of pieces against all earlier keys. They depend on the
+    lengths of sequences, which a plan does not know, and CUDA's kernel does not have them.
     """
     within = COUNTED if args.context_parallel_size == 1 else PROMISED
     planned = planned_for(args, stage)
@@ -267,7 +266,7 @@ def test_one_rank(workers: WorkerPool, case: str) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("bf16", [False, True])
 def test_log_probs(workers: WorkerPool, bf16: bool) -> None:
-    """A vocabulary so large that the fullest moment is that of the logits; and the forward of the reference alone."""
+    """With a large vocabulary the logits are the fullest moment; also the forward pass of the reference by itself."""
     args = make_args(replace(GLM4, vocab_size=LARGE_VOCABULARY), bf16=bf16)
     [found] = workers.run(1, measure, args)
     assert_planned(args, found)
@@ -285,7 +284,7 @@ def test_log_probs(workers: WorkerPool, bf16: bool) -> None:
 
 @pytest.mark.dist
 def test_a_term_left_out_is_noticed(workers: WorkerPool) -> None:
-    """Control: without any kind of the table's rows it no longer says what is measured."""
+    """Control: without any one kind of the table's rows, the plan no longer matches the measurement."""
     args = make_args(GLM4)
     [found] = workers.run(1, measure, args)
     planned = planned_for(args)
@@ -319,10 +318,10 @@ def test_several_ranks(workers: WorkerPool, layout: str) -> None:
 
 
 def resident(rank: int, world_size: int, init_method: str, small: Args, args: Args) -> int:
-    """Bytes by which the process's resident memory grew at most, while it built a trainer and took two steps."""
+    """Return the peak growth of the process's resident memory while it builds a trainer and takes two steps."""
     from slime.megatron.trainer import Trainer
 
-    measure(rank, world_size, f"{init_method}-small", small)  # whatever is imported or kept once and for all
+    measure(rank, world_size, f"{init_method}-small", small)  # includes everything that is imported or kept only once
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
     before = _kilobytes("VmRSS")
@@ -343,8 +342,8 @@ def _kilobytes(name: str) -> int:
 @pytest.mark.dist
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
 def test_the_process_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the operating system gave, all kinds together: within what the plan promises."""
-    # in a process whose larger tensors come from the system and go back to it: none of its memory is held for later
+    """The memory from the operating system, all kinds together, stays within the plan."""
+    # in a process whose larger tensors are allocated from the system and returned to it, so no memory is kept for later
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     pool = WorkerPool()
     try:
@@ -358,7 +357,7 @@ def test_the_process_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_embedded_engine() -> None:
-    """Weights and cache rows of the engine itself; all requests of a rollout are admitted at once."""
+    """The engine's own weights and cache rows match; all requests of a rollout are admitted at once."""
     from slime.engine.embedded.cache import KVCache
     from slime.engine.embedded.model import Model
 
@@ -381,7 +380,7 @@ def test_an_embedded_engine() -> None:
     assert planned.kv == GLM4.num_layers * (keys.nbytes + values.nbytes)
 
 
-def test_what_an_engine_is_told_counts() -> None:
+def test_engine_settings_count() -> None:
     args = make_args(GLM4, rollout_engine="sglang", bf16=True, rollout_num_gpus=4, rollout_num_gpus_per_engine=2)
     args = replace(args, rollout_batch_size=32, rollout_max_response_len=1000)
     one = engine_memory(replace(args, rollout_num_gpus_per_engine=1))
@@ -405,7 +404,7 @@ def test_which_pack_is_the_largest() -> None:
     args = make_args(GLM4, max_tokens_per_gpu=1000, tensor_model_parallel_size=2)
     assert pack_tokens(args, GLM4) == 1000
     assert pack_tokens(replace(args, max_tokens_per_gpu=1001), GLM4) == 1002  # padded to a multiple of TP
-    assert pack_tokens(replace(args, rollout_max_response_len=3000), GLM4) == 3000  # stands alone
+    assert pack_tokens(replace(args, rollout_max_response_len=3000), GLM4) == 3000  # a pack of its own
     assert pack_tokens(replace(args, rollout_max_response_len=3000, context_parallel_size=2), GLM4) == 1500
     assert pack_tokens(replace(args, rollout_max_response_len=9000), GLM4) == GLM4.max_position_embeddings
     assert pack_tokens(replace(args, use_dynamic_batch_size=False, micro_batch_size=3), GLM4) == 3 * 128
@@ -415,7 +414,7 @@ def test_which_pack_is_the_largest() -> None:
 
 
 def test_the_fullest_stage() -> None:
-    """The first of a pipeline keeps activations of most micro-batches, the last one has the logits."""
+    """The first pipeline stage keeps activations of most micro-batches, and the last one has the logits."""
     args = make_args(replace(GLM4, num_layers=8), actor_num_gpus_per_node=4, pipeline_model_parallel_size=4)
     args = replace(args, global_batch_size=64, rollout_batch_size=16)
     stages = [planned_for(args, stage) for stage in range(4)]
@@ -428,10 +427,10 @@ def test_the_fullest_stage() -> None:
     assert fullest is not None
     assert fullest.stage == 3
     few = planned_for(replace(args, global_batch_size=2))
-    assert few.activations == pytest.approx(layers[0] / 2, rel=0.01)  # no more in flight than there are samples
+    assert few.activations == pytest.approx(layers[0] / 2, rel=0.01)  # not more in flight than samples
 
 
-def test_what_lies_in_host_memory_is_not_on_the_gpu() -> None:
+def test_host_memory_is_not_counted_on_the_gpu() -> None:
     args = make_args(GLM4, bf16=True, log_ref_kl=True)
     here, there = train_memory(args, on_cuda=False), train_memory(args, on_cuda=True)
     assert here is not None
@@ -455,7 +454,7 @@ def test_turns_on_a_shared_gpu() -> None:
     assert by_turns["training"] - by_turns["generating"] == train.peak - engine.peak
     sent = train.weights + engine.weights + 2 * args.update_weight_buffer_size
     assert by_turns["weights sent"] - by_turns["training"] == sent - train.peak
-    # what is away while the engine has the GPU is in host memory; gradients are not kept
+    # while the engine uses the GPU, the trainer's state is in host memory; gradients are not kept
     assert train.host == train.weights + train.optimizer
     together = replace(args, offload=False)
     stays = train_memory(together, on_cuda=True)
@@ -466,7 +465,7 @@ def test_turns_on_a_shared_gpu() -> None:
 
 
 def test_context_parallel_ranks_share_tokens_and_gather_keys() -> None:
-    """On a GPU, where the largest pack has as many tokens on each rank either way."""
+    """On a GPU, the largest pack has equally many tokens on each rank with and without context parallelism."""
 
     def attention(shape: Architecture, cp: int, on_cuda: bool = True) -> Operation:
         args = make_args(shape, bf16=True, context_parallel_size=cp)
@@ -475,7 +474,7 @@ def test_context_parallel_ranks_share_tokens_and_gather_keys() -> None:
         return core
 
     for cp in (2, 4):
-        # of each sequence a rank's two chunks see 2 CP + 1 of the 2 CP chunks, keys and values, in bf16
+        # a rank's two chunks of a sequence attend to 2 CP + 1 chunks of keys and values, in bf16
         keys = 2 * 2 * TOKENS * QWEN3.num_query_groups * QWEN3.kv_channels
         more = attention(QWEN3, cp).saved - attention(QWEN3, 1).saved
         assert more == keys * (2 * cp + 1) // 2 - keys // 2  # values alone were a view of the projection's output
@@ -496,7 +495,7 @@ def test_logits_that_a_gpu_keeps() -> None:
     logits = 2 * 4096 * 151552
     assert few.saved == logits + 2 * 4096 * shape.hidden_size
     assert many.saved == 4 * logits + 2 * 65536 * shape.hidden_size
-    # their gradient takes their place; where a chunk is too large to be kept, it is made then
+    # the gradient replaces kept logits; a chunk that is too large to be kept is computed again
     huge = replace(args, log_probs_chunk_size=65536)
     made = log_probs_operation(huge, rank_sizes(huge, shape, on_cuda=True, tokens=65536))
     hidden_of_chunks = 2 * (65536 - 4096) * shape.hidden_size

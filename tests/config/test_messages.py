@@ -1,4 +1,4 @@
-"""Which OpenAI messages are handled, and how the others are refused by line."""
+"""OpenAI messages that are accepted, and errors with line numbers for all others."""
 
 from __future__ import annotations
 

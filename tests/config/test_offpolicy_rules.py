@@ -1,4 +1,4 @@
-"""Rules about tokens of older weights, in programs and modes that make some."""
+"""Rules for tokens from older policies, in programs and modes that generate them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def warnings(run: Run, words: str, rollouts_ahead: int) -> list[str]:
 
 
 @pytest.mark.parametrize("words", ["--tis-clip 3", "--offpolicy-correction mis --tis-clip-low 0.5"])
-def test_clips_are_heeded_where_tokens_may_be_of_older_weights(run: Run, words: str) -> None:
+def test_clips_have_effect_if_tokens_may_be_older(run: Run, words: str) -> None:
     assert warnings(run, words, 1) == []
     assert warnings(run, f"{words} --use-tis", 0) == []
     assert warnings(run, f"{words} --load-debug-rollout-data {run.directory}/{{rollout_id}}.json", 0) == []
@@ -26,7 +26,7 @@ def test_clips_are_heeded_where_tokens_may_be_of_older_weights(run: Run, words: 
     assert len(warnings(run, masked, 0)) == len(words.split()) // 2
 
 
-def test_a_loss_of_ones_own_weighs_itself(run: Run) -> None:
+def test_a_custom_loss_must_weight_itself(run: Run) -> None:
     own = f"--loss-type custom_loss --custom-loss-function-path {HOOK}"
     [warning] = warnings(run, own, 1)
     assert warning.startswith("--loss-type custom_loss: your loss must weight the tokens of LossInputs.weighed_R")
@@ -34,7 +34,7 @@ def test_a_loss_of_ones_own_weighs_itself(run: Run) -> None:
     assert warnings(run, own, 0) == warnings(run, f"{own} --offpolicy-correction none", 1) == []
 
 
-def test_masking_older_tokens_leaves_a_rollout_ahead_without_any(run: Run) -> None:
+def test_masking_older_tokens_is_refused_with_train_async(run: Run) -> None:
     with pytest.raises(UsageError) as raised:
         load_args([*run.base, "--dry-run", "--mask-offpolicy-in-partial-rollout"], rollouts_ahead=1)
     [problem] = raised.value.problems

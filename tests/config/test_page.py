@@ -37,7 +37,7 @@ DYNAMIC_SAMPLING = (
 
 
 def page_words(front: str, *, more: str = "", model: str = "") -> list[str]:
-    """The words that bash makes of the page's arrays, unquoted as the page writes them."""
+    """Return the words that bash makes of the page's arrays, unquoted as the page writes them."""
     expanded = " ".join(f"${{{name}[@]}}" for name in ARRAYS)
     script = f"""
     OVER_SAMPLING_BS=64
@@ -72,12 +72,12 @@ def test_decoupled() -> None:
         assert expected in text
 
 
-def test_it_resolves_as_before_but_for_the_distributed_optimizer() -> None:
-    """The file has every flag of the page's run on CUDA, from when --use-distributed-optimizer was off by default."""
+def test_only_the_distributed_optimizer_resolves_differently() -> None:
+    """The file has all flags of the page's run on CUDA from before --use-distributed-optimizer became the default."""
     before = yaml.safe_load((Path(__file__).parent / "page_args.yaml").read_text())
     words = [*page_words(DECOUPLED), "--dry-run", "--gpu-memory", "79.6"]
     now = yaml.safe_load(dump_args(load_args(words)[0]))
-    machine = {"cpu_threads_per_process"}  # by the number of its cores
+    machine = {"cpu_threads_per_process"}  # depends on the number of cores
     changed = {name for name in {*before} - machine if now[name] != before[name]}
     assert changed == {"use_distributed_optimizer"}
     assert (before["use_distributed_optimizer"], now["use_distributed_optimizer"]) == (False, True)
@@ -113,7 +113,7 @@ def test_dynamic_sampling_and_partial_rollout() -> None:
 
 
 def test_a_real_run_names_what_is_missing() -> None:
-    """Control: the same words without --dry-run stop, with every reason at once."""
+    """Control: without --dry-run the same words are refused, with all reasons at once."""
     with pytest.raises(UsageError) as caught:
         load_args(page_words(DECOUPLED))
     text = str(caught.value)
@@ -133,7 +133,7 @@ def test_the_script_is_the_page() -> None:
     [("run-qwen2.5-0.5B.sh", "qwen2, 494.0 M parameters"), ("run-llama3.2-1B.sh", "llama, 1,235.8 M parameters")],
 )
 def test_other_scripts_plan(script: str, model: str) -> None:
-    """The words that they would hand to train.py."""
+    """Return the words that the commands would pass to train.py."""
     command = ["bash", "-euc", f'python3() {{ printf \'%s\\0\' "$@"; }}; exec() {{ "$@"; }}; source scripts/{script}']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     program, *words = done.stdout.split("\0")[:-1]
@@ -145,7 +145,7 @@ def test_other_scripts_plan(script: str, model: str) -> None:
 
 @pytest.mark.parametrize("address", ["", "http://127.0.0.1:9"])
 def test_the_script_plans(address: str) -> None:
-    """Here, also where RAY_ADDRESS names a job server: nobody listens at that one."""
+    """The plan runs locally even if RAY_ADDRESS names a job server; no server listens at that address."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment["RAY_ADDRESS"] = address
     command = ["bash", "scripts/run-glm4-9B.sh", "--dry-run", "--num-rollout", "7"]

@@ -1,4 +1,4 @@
-"""Reading argv and YAML: forms, order, what is refused, and the frozen result."""
+"""The parsing of argv and YAML: forms, precedence, errors and the frozen result."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_old_names_that_are_refused(run: Run, words: str, message: str) -> None:
     assert run.errors(*words.split()) == [message]
 
 
-def test_a_flag_under_its_old_name_overrides_a_file(run: Run, tmp_path: Path) -> None:
+def test_an_old_name_overrides_the_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "new.yaml").write_text("sglang_cuda_graph_bs_decode: [1]\n")
     args = run.args("--config", str(tmp_path / "new.yaml"), "--sglang-cuda-graph-bs", "2")
     assert dict(args.sglang) == {"cuda_graph_bs_decode": [2]}
@@ -185,7 +185,7 @@ def test_all_errors_at_once(run: Run) -> None:
 
 
 def test_a_bad_value_is_reported_once() -> None:
-    """A misspelt --num-rollout is not also a missing one; a bad --over-sampling-batch-size is not also too small."""
+    """A misspelled --num-rollout is not also reported as missing, nor a bad --over-sampling-batch-size as too small."""
     base = ["--dry-run", "--hf-checkpoint", "x", "--rollout-num-gpus", "1", "--n-samples-per-prompt", "2"]
     run = Run(Path("."), base)
     more = ["--label-key", "label", "--rm-type", "deepscaler"]
@@ -273,7 +273,7 @@ def test_help_needs_nothing_installed() -> None:
     assert not {"--sglang-tp-size", "--sglang-port"} & flags  # refused by name
 
 
-def test_help_into_a_pager_that_is_left() -> None:
+def test_help_into_a_closed_pager() -> None:
     command = f"{sys.executable} train.py --help | head -n 3"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout.count("\n"), done.stderr) == (3, "")

@@ -1,4 +1,4 @@
-"""What --dry-run prints of memory: the sums, the units and what was counted with. The numbers are test_memory's."""
+"""The memory section of --dry-run: sums, units and notes. tests/config/test_memory.py checks the numbers."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ PAGE = Args(
 
 
 def memory_of(args: Args) -> dict[str, str]:
-    """The rows of the plan's section by name."""
+    """Return the rows of the plan's memory section by name."""
     section = format_plan(args, []).split("\nMemory\n")[1].split("\n\n")[0]
     return {line[2:16].strip(): line[17:] for line in section.splitlines()}
 
 
 def numbers(row: str) -> list[float | None]:
-    """Of the two columns."""
+    """Return the numbers in the two columns."""
     return [None if cell == "-" else float(cell.replace(",", "")) for cell in row.split()[:2]]
 
 
@@ -115,7 +115,7 @@ def test_each_evaluation_set_has_its_own_sampling(run: Run) -> None:
     assert f"\n                 on c c.jsonl@[:9] {config}\n" in format_plan(*run.load(*words))
 
 
-def test_what_is_said() -> None:
+def test_rows_of_the_memory_plan() -> None:
     assert "host memory" not in memory_of(PAGE)
     with_reference = memory_of(replace(PAGE, log_ref_kl=True))
     assert "in host memory" in with_reference["reference"]
@@ -141,7 +141,7 @@ def test_what_is_said() -> None:
 
 
 def test_a_plan_on_this_machine(run: Run) -> None:
-    """The small model of the tests, whose rules all pass: its own unit, and both columns."""
+    """The plan of the tests' small model has its own unit and both columns."""
     rows = memory_of(run.args("--log-ref-kl"))
     assert rows["MiB"].split() == ["train", "engine", "a", "process"]
     assert "copy of the actor" in rows["reference"]
@@ -149,7 +149,7 @@ def test_a_plan_on_this_machine(run: Run) -> None:
     assert "-" in memory_of(run.args("--debug-rollout-only"))["weights"].split()[0]
 
 
-def test_a_program_that_generates_ahead_says_so() -> None:
+def test_the_plan_shows_rollouts_ahead() -> None:
     ahead = replace(PAGE, rollouts_ahead=1)
     assert "one rollout ahead" not in format_plan(PAGE, [])
     assert "the weight sync waits until it is complete" in format_plan(ahead, [])

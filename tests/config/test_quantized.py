@@ -1,4 +1,4 @@
-"""Quantized HF directories are refused by name, at every door, before anything starts."""
+"""Quantized HF directories are refused by name everywhere, before anything starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MESSAGE = "config.json has quantization_config (quant_method fp8), but quantized
 
 
 def described(run: Run, config: dict[str, Any], name: str = "hf") -> Path:
-    """A copy of the run's HF directory with more in its config.json."""
+    """Return a copy of the run's HF directory with additional keys in its config.json."""
     copy = run.directory / name
     if not copy.exists():
         shutil.copytree(run.hf, copy)
@@ -90,7 +90,7 @@ def test_an_empty_description_passes(run: Run) -> None:
 
 
 def test_doors_without_the_command_line(run: Run, tmp_path: Path) -> None:
-    """The converters, both ways; the embedded engine by itself; whatever reads weights."""
+    """Both converters, the embedded engine and all code that reads weights refuse them."""
     described(run, AT_TOP)
     for tool, words in {
         "convert_hf_to_torch_dist": ["--hf-checkpoint", str(run.hf), "--save", str(tmp_path / "out")],
@@ -101,7 +101,7 @@ def test_doors_without_the_command_line(run: Run, tmp_path: Path) -> None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError) as caught:
-            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # which the tools set
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the tools set it
             module.main(words)
         assert [problem.rule for problem in caught.value.problems] == [MESSAGE]
     with pytest.raises(ValueError, match="quant_method fp8"):

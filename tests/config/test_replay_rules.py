@@ -1,4 +1,4 @@
-"""Replays: a dump that was sampled otherwise than training assumes is refused before anything starts."""
+"""Replays: a dump that was not sampled as training assumes is refused before anything starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUP = [Sample(index=i, tokens=[1, 2], prompt_length=1, response_length=1, rewa
 
 
 def dumped(run: Run, *more: str, count: int = 2) -> list[str]:
-    """Dumps of a run that generates with these flags; the words that replay them."""
+    """Write the dumps of a run that generates with these flags, and return the words that replay them."""
     args = run.args("--debug-rollout-only", *more)
     for number in range(count):
         write_dump(run.directory / f"{number}.jsonl", [GROUP], sampling_record(args))
@@ -25,11 +25,11 @@ def dumped(run: Run, *more: str, count: int = 2) -> list[str]:
 
 
 def warnings(run: Run, *words: str) -> list[str]:
-    """Those about the dump."""
+    """Return the warnings about the dump."""
     return [text for text in run.warnings(*words) if text.startswith("--load-debug-rollout-data")]
 
 
-def test_a_dump_says_how_it_was_sampled(run: Run) -> None:
+def test_a_dump_records_its_sampling(run: Run) -> None:
     words = dumped(run, "--rollout-temperature", "0.7")
     assert warnings(run, *words, "--rollout-temperature", "0.7") == []
     record = read_record(run.directory / "0.jsonl")
@@ -57,7 +57,7 @@ def test_a_dump_says_how_it_was_sampled(run: Run) -> None:
 def test_another_distribution_is_refused(
     run: Run, dumping: str, replaying: str, said: list[str], dry: list[str]
 ) -> None:
-    """In one message, which names the first file; also where a file comes only later, when its turn comes."""
+    """One message names the first file; a file that appears later is checked when it is loaded."""
     words = [*dumped(run, *dumping.split()), *replaying.split()]
     error = run.error(*words, *dry)
     assert error.startswith(f"--load-debug-rollout-data {run.directory}/{{rollout_id}}.jsonl: ")
@@ -89,16 +89,16 @@ def test_another_tokenizer_is_refused_with_all_else(run: Run) -> None:
     assert "another tokenizer" not in run.error(*words, "--hf-checkpoint", str(same))
 
 
-def test_what_cannot_be_checked_is_said(run: Run) -> None:
+def test_an_unchecked_dump_gives_a_warning(run: Run) -> None:
     words = dumped(run)
-    write_dump(run.directory / "0.jsonl", [GROUP])  # as older versions did
+    write_dump(run.directory / "0.jsonl", [GROUP])  # as older versions wrote it
     [warning] = warnings(run, *words)
     assert f"{run.directory}/0.jsonl does not record its sampling" in warning
     assert read_replay(run.args(*words), 0) == ([GROUP], None)
-    assert warnings(run, *dumped(run)) == []  # the control: here all say it
+    assert warnings(run, *dumped(run)) == []  # control: here all dumps record it
 
 
-def test_what_no_policy_sampled(run: Run) -> None:
+def test_responses_that_no_policy_sampled(run: Run) -> None:
     sft = ["--loss-type", "sft_loss", "--rollout-function-path", SFT_ROLLOUT, "--rollout-num-gpus", "0"]
     args = run.args(*sft)
     write_dump(run.directory / "0.jsonl", [GROUP], sampling_record(args))
@@ -118,7 +118,7 @@ def test_what_no_policy_sampled(run: Run) -> None:
         '{"slime rollout": ' + "[" * 100_000,
     ],
 )
-def test_a_first_line_that_is_none(run: Run, line: str) -> None:
+def test_a_wrong_first_line(run: Run, line: str) -> None:
     path = Path(run.directory / "0.jsonl")
     path.write_text(line + "\n")
     words = ["--debug-train-only", "--load-debug-rollout-data", str(path)]

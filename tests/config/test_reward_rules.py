@@ -1,4 +1,4 @@
-"""Rewards: what has a judge, and what that needs, is known before anything starts."""
+"""Rules for rewards: a missing reward, label or URL is found before anything starts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_names_that_are_none(run: Run) -> None:
 
 @pytest.fixture
 def own(run: Run, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module with a reward of one sample, and of a group."""
+    """Write a module with a reward for one sample and one for a group."""
     (run.directory / "own_rewards_here.py").write_text(
         "def reward(args, sample): return 1.0\ndef group(args, samples, **kwargs): return [1.0] * len(samples)\n"
     )
@@ -81,7 +81,7 @@ def test_a_lines_own_type(run: Run, own: str) -> None:
     assert run.error() == f"{run.data}:1: metadata.rm_type is 'remote_rm', but there is no --rm-url; add --rm-url"
     assert run.errors(*URL) == []
     assert run.errors("--dry-run") == []  # a plan reads no data
-    assert run.errors("--custom-rm-path", f"{own}.reward") == []  # which judges every line
+    assert run.errors("--custom-rm-path", f"{own}.reward") == []  # it judges every row
 
 
 def test_an_empty_label_is_never_right(run: Run, own: str) -> None:
@@ -126,16 +126,14 @@ def test_flags_that_no_reward_reads(run: Run, own: str) -> None:
 
 
 def _installed(run: Run, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    """Make this the ANTLR runtime that a look at the installed packages finds first."""
+    """Make this version the ANTLR runtime that importlib.metadata finds first."""
     found = run.directory / f"antlr4_python3_runtime-{version}.dist-info"
     found.mkdir()
     (found / "METADATA").write_text(f"Metadata-Version: 2.1\nName: antlr4-python3-runtime\nVersion: {version}\n")
     monkeypatch.syspath_prepend(run.directory)
 
 
-def test_another_antlr_runtime_is_refused_where_answers_are_mathematics(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_antlr_runtime_is_refused_for_mathematics(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.errors() == []
     _installed(run, monkeypatch, "4.9.3")
     rule = "antlr4-python3-runtime 4.9.3 is installed, but the comparison of answers was tested with 4.13.2"

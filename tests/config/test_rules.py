@@ -1,4 +1,4 @@
-"""The rules: each contradiction is its one error, each vain flag its warning, and what is off passes."""
+"""The rules: each contradiction gives one error, each flag without effect one warning, and disabled features pass."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_decay_needs_a_length(run: Run) -> None:
     assert run.errors("--lr-warmup-iters", "100") == []
 
 
-def test_num_epoch_is_planned_by_the_rows_of_the_file(run: Run) -> None:
+def test_num_epoch_counts_the_rows_of_the_file(run: Run) -> None:
     run.base[run.base.index("--num-rollout") : run.base.index("--num-rollout") + 2] = ["--num-epoch", "3"]
     run.data.write_text(run.data.read_text() * 9)
     plan = format_plan(*run.load("--dry-run", "--prompt-data", f"{run.data}@[2:]"))
@@ -453,7 +453,7 @@ def test_precision_of_engines_and_alarm(run: Run) -> None:
     assert run.args("--logprob-gap-alarm", "0.5", "--bf16").logprob_gap_alarm == 0.5
 
 
-def test_a_dump_of_training_gets_a_directory_of_its_own(run: Run) -> None:
+def test_a_training_dump_needs_its_own_directory(run: Run) -> None:
     flag, new, filled = "--save-debug-train-data", run.directory / "new" / "steps", run.directory / "filled"
     assert run.errors(flag, str(new)) == []
     assert not new.parent.exists(), "a plan writes nothing"
@@ -475,8 +475,8 @@ def test_a_dump_of_training_gets_a_directory_of_its_own(run: Run) -> None:
     ]
 
 
-def test_a_place_that_cannot_be_written_is_one_message(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything starts; a plan only warns of it, for it may be made on another machine."""
+def test_an_unwritable_place_gives_one_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an error before anything starts; a plan only warns, because it may be made on another machine."""
     long = str(run.directory / ("x" * 300))
     deep = str(run.directory) + "/x" * 3000
     for path, says in (

@@ -28,7 +28,7 @@ SPECIAL = {
     "control_plane_api_keys": "id:Name:admin:PLANTED",
     "rollout_external_engines": "http://PLANTEDuser:PLANTED@127.0.0.1:4000",
 }
-"""What the others take: PLANTED, or a URL that holds it."""
+"""Values for the other secret flags: PLANTED, or a URL that contains it."""
 
 
 def planted(spec: FlagSpec) -> str:
@@ -37,7 +37,7 @@ def planted(spec: FlagSpec) -> str:
 
 
 def test_flags_with_secrets_are_declared() -> None:
-    """By their names, so that a flag of a newer SGLang or router is noticed."""
+    """Secret flags are found by name, so that a flag of a newer SGLang or router is noticed."""
     own = {
         spec.name for spec in all_flags() if spec.source == "slime" and spec.kind == "str" and secret_part(spec.name)
     }
@@ -72,7 +72,7 @@ def test_planted_secrets_are_shown_nowhere(run: Run) -> None:
     assert "PLANTED" not in masker_of(taken)(f"{taken!r} and PLANTED")
 
 
-def test_wrong_values_and_files_are_reported_without_the_secret(run: Run) -> None:
+def test_errors_do_not_contain_the_secret(run: Run) -> None:
     for words in (["--rm-url", "PLANTED@host"], ["--sglang-api-key", "PLAN", "TED"], ["--sglang-api-key", "PLAN TED"]):
         errors = run.errors("--rm-type", "remote_rm", *words)
         assert errors
@@ -85,7 +85,7 @@ def test_wrong_values_and_files_are_reported_without_the_secret(run: Run) -> Non
     assert "PLANTED" not in error
 
 
-def test_args_yaml_leaves_secrets_out_and_says_so(run: Run) -> None:
+def test_args_yaml_names_the_secrets_it_omits(run: Run) -> None:
     url = "http://me:PLANTED@host/judge?token=PLANTED"
     args = run.args(
         "--rm-type", "remote_rm", "--rm-url", url, "--sglang-api-key", "PLANTED", "--router-policy", "random"

@@ -1,4 +1,4 @@
-"""--use-distributed-optimizer where nobody says it: on GPUs wherever it shares anything, never on a CPU."""
+"""The default of --use-distributed-optimizer: on for GPUs if it shards anything, never on for a CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FOUR = ("--actor-num-gpus-per-node", "4")
         ("--use-distributed-optimizer", 4, True),
     ],
 )
-def test_where_it_is_on(run: Run, flags: str, ranks: int, shared: bool) -> None:
+def test_when_it_is_on(run: Run, flags: str, ranks: int, shared: bool) -> None:
     args, problems = run.load(*ON_GPUS, *FOUR, *flags.split())
     assert (optimizer_ranks(args), args.use_distributed_optimizer) == (ranks, shared)
     assert ("a share of 1/" in format_plan(args, problems)) == shared
@@ -48,7 +48,7 @@ def test_a_cpu_run_keeps_it_off(run: Run) -> None:
 
 
 def test_experts_have_ranks_of_their_own(run: Run) -> None:
-    """TP 2 and ETP 1 on two GPUs: one data-parallel rank, and two that have the same experts."""
+    """With TP 2 and ETP 1 on two GPUs, there is one data-parallel rank, but two ranks have the same experts."""
     small = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
     (run.hf / "config.json").write_text(json.dumps(QWEN | small))
     words = (*ON_GPUS, "--actor-num-gpus-per-node", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel")
@@ -59,7 +59,7 @@ def test_experts_have_ranks_of_their_own(run: Run) -> None:
 
 @pytest.mark.skipif(cuda_available(), reason="is about a machine without CUDA")
 def test_a_cluster_of_others_decides(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine has no GPU, and what Ray has is known once it is joined."""
+    """This machine has no GPU, and the GPUs of Ray's cluster are known only after the run joins it."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     args, problems = run.load(*FOUR, "--rollout-engine", "auto", "--bf16")
     assert args.use_distributed_optimizer is None
@@ -74,7 +74,7 @@ def test_it_is_decided_once() -> None:
     assert Args().use_distributed_optimizer is None
 
 
-def test_given_where_there_is_nothing_to_share(run: Run) -> None:
+def test_given_when_there_is_nothing_to_shard(run: Run) -> None:
     warning = "--use-distributed-optimizer: no effect: no two ranks hold the same weights"
     assert any(text.startswith(warning) for text in run.warnings("--use-distributed-optimizer"))
     assert not any(text.startswith(warning) for text in run.warnings("--use-distributed-optimizer", *FOUR))

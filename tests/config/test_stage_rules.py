@@ -1,4 +1,4 @@
-"""Layers on pipeline stages: what can be built passes, and the rest says which number is wrong."""
+"""Layers on pipeline stages: possible layouts pass, and errors name the wrong number."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_stages_that_cannot(run: Run, words: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--decoder-last-pipeline-num-layers", VIRTUAL, NUM_VIRTUAL])
-def test_what_says_nothing_of_one_stage(run: Run, flag: str) -> None:
+def test_flags_without_effect_on_one_stage(run: Run, flag: str) -> None:
     [warning] = run.warnings(flag, "1")
     assert f"{flag} 1: no effect: --pipeline-model-parallel-size is 1" in warning
 

@@ -1,4 +1,4 @@
-"""Trackers: a package that is missing, and an account that is missing, are said before anything starts."""
+"""Rules for trackers: a missing package or account is reported before anything starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slime.config.rules.trackers import is_installed
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_what_is_not_installed_is_named_with_its_extra(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_extra(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     error = f"--use-{name}: {name} is not installed; pip install 'slime[{name}]'"
     assert run.error(f"--use-{name}") == error
@@ -21,7 +21,7 @@ def test_what_is_not_installed_is_named_with_its_extra(run: Run, name: str, monk
 
 
 def test_a_directory_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W&B makes ./wandb, which Python would import where the package is missing."""
+    """W&B makes ./wandb, which Python would import if the package is missing."""
     (tmp_path / "a_directory").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     assert find_spec("a_directory") is not None, "the control"
@@ -47,7 +47,7 @@ def test_wandb_needs_an_account_or_to_be_offline(run: Run, tmp_path: Path, monke
     wandb.teardown()
 
 
-def test_where_events_go(run: Run, tmp_path: Path) -> None:
+def test_event_directory(run: Run, tmp_path: Path) -> None:
     args = run.args("--use-tensorboard", "--save", str(tmp_path / "save"))
     assert args.tensorboard_dir == f"{tmp_path}/save/tensorboard"
     assert run.args("--use-tensorboard").tensorboard_dir == "outputs/tensorboard"

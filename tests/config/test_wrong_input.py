@@ -1,6 +1,6 @@
-"""Wrong input, flag by flag: each of the page's flags misspelt, of the wrong type, out of range, and contradicted.
+"""Wrong input for each of the page's flags: misspelled, of a wrong type, out of range and contradicting others.
 
-The flags are read from the page's own arrays, its model script and its launch lines, so none can be left out.
+The flags are read from the page's own arrays, its model script and its launch lines, so none can be forgotten.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAUNCH = """
 --actor-num-nodes --actor-num-gpus-per-node --rollout-num-gpus --colocate --over-sampling-batch-size
 --dynamic-sampling-filter-path --partial-rollout --buffer-filter-path --custom-rm-path --sglang-mem-fraction-static
 """
-"""The page's flags that stand in its text and launch commands, outside the arrays."""
+"""The page's flags in its text and launch commands, outside the arrays."""
 
 
 def _flags_of(text: str) -> list[str]:
@@ -48,11 +48,11 @@ def errors(words: list[str]) -> list[str]:
     return []
 
 
-# --- misspelt ---------------------------------------------------------------------------------------------------
+# --- misspelled -------------------------------------------------------------------------------------------------
 
 
 def misspelt(flag: str) -> str:
-    """Two neighbouring letters changed places, near the middle."""
+    """Return the flag with two adjacent letters swapped near the middle."""
     letters = list(flag)
     at = next(
         i
@@ -70,11 +70,11 @@ def test_misspelt(run: Run, flag: str) -> None:
     assert found == [f"{wrong}: unknown flag; did you mean {flag}?"]
 
 
-# --- of the wrong type ------------------------------------------------------------------------------------------
+# --- wrong type -------------------------------------------------------------------------------------------------
 
 
 def wrong_type(spec: FlagSpec) -> tuple[list[str], str]:
-    """Words that are no value of the flag, and what is said of them."""
+    """Return words that are not a value of the flag, and the error about them."""
     if spec.kind == "bool":
         return ["7"], "takes no value"
     if spec.num_values is not None:
@@ -96,7 +96,7 @@ def test_wrong_type(run: Run, flag: str) -> None:
 
 
 def out_of_range(spec: FlagSpec) -> str | None:
-    """A value just beyond a bound, or none of the choices; None where every value of the type has a meaning."""
+    """Return a value just beyond a bound, or outside the choices; None if every value of the type is valid."""
     if spec.choices:
         return "nonsense"
     for bound, step in (("ge", -1), ("gt", 0), ("le", 1), ("lt", 0)):
@@ -111,9 +111,9 @@ UNBOUNDED = {
     *("--hf-checkpoint", "--ref-load", "--load", "--save", "--prompt-data", "--eval-prompt-data"),  # paths
     *("--input-key", "--label-key", "--normalization", "--position-embedding-type", "--rm-type"),  # names
     *("--dynamic-sampling-filter-path", "--buffer-filter-path", "--custom-rm-path"),  # dotted paths
-    "--sglang-mem-fraction-static",  # SGLang's own to judge
+    "--sglang-mem-fraction-static",  # SGLang checks it
 }
-"""Flags whose values have no bounds: paths and names are judged by what they name, in `CONTRADICTED`."""
+"""Flags whose values have no bounds; `CONTRADICTED` tests paths and names."""
 
 
 def test_every_number_of_the_page_has_bounds() -> None:
@@ -134,12 +134,12 @@ def test_out_of_range(run: Run, flag: str) -> None:
 
 @dataclass(frozen=True)
 class Wrong:
-    """Words beside the base, and the beginning of what is said of them."""
+    """Words that are added to the base command line, and the beginning of the message about them."""
 
     words: str
     says: str
     warns: bool = False
-    """A flag in vain is a warning."""
+    """Whether the message is a warning about a flag without effect."""
 
 
 def vain(words: str, says: str) -> Wrong:
@@ -238,7 +238,7 @@ CONTRADICTED: dict[str, Wrong] = {
     "--weight-decay": vain("--lr 0 --weight-decay 0.1", "--weight-decay 0.1: no effect"),
     "--adam-beta1": vain("--optimizer sgd --dry-run --adam-beta1 0.9", "--adam-beta1 0.9: no effect"),
     "--adam-beta2": vain("--optimizer sgd --dry-run --adam-beta2 0.9", "--adam-beta2 0.9: no effect"),
-    # MODEL_ARGS that config.json does not speak of; the rest is `test_hf_config_against_model_args`
+    # MODEL_ARGS that config.json does not have; `test_hf_config_against_model_args` tests the others
     "--swiglu": Wrong("--no-swiglu", "--no-swiglu: an MLP without SwiGLU"),
     "--disable-bias-linear": Wrong("--no-disable-bias-linear", "--no-disable-bias-linear: biases in linear layers"),
     "--normalization": Wrong("--normalization LayerNorm", "--normalization LayerNorm: a norm other"),
@@ -264,11 +264,11 @@ IN_CONFIG: dict[str, tuple[str, ...]] = {
     "--rotary-percent": ("1",),
     "--rotary-interleaved": (),
 }
-"""MODEL_ARGS at odds with config.json; a switch is given turned off."""
+"""MODEL_ARGS that contradict config.json; a switch is given as --no-x."""
 
 
 ALWAYS_SO = {"--no-rope-fusion"}
-"""It says what is so whatever else is said."""
+"""Flags that no other flag contradicts."""
 
 
 def test_every_flag_of_the_page_is_contradicted() -> None:
@@ -298,7 +298,7 @@ def test_contradicted(run: Run, flag: str) -> None:
 
 @pytest.mark.parametrize("flag", IN_CONFIG)
 def test_hf_config_against_model_args(run: Run, flag: str) -> None:
-    """An error that names both values; gone where --override-hf-config names the flag."""
+    """The error names both values, and disappears if --override-hf-config names the flag."""
     values = IN_CONFIG[flag]
     words = [flag, *values] if values else [spec_of(flag).off[0]]
     [error] = [text for text in run.errors(*words) if "config.json has --" in text]
@@ -309,7 +309,7 @@ def test_hf_config_against_model_args(run: Run, flag: str) -> None:
 
 
 def test_all_at_once(run: Run) -> None:
-    """Five mistakes of five kinds are five errors, in one go."""
+    """Five mistakes of five kinds give five errors at once."""
     words = "--rolout-seed 4 --rollout-temperature warm --eps-clip 2 --num-steps-per-rollout 3 --rotary-base 1"
     found = run.errors(*words.split())
     starts = ("--rolout-seed:", "--rollout-temperature warm:", "--eps-clip 2:", "--num-steps", "--rotary-base 1:")
@@ -357,7 +357,7 @@ def test_a_damaged_tokenizer(run: Run, text: str) -> None:
     assert run.error().startswith(f"--hf-checkpoint {run.hf}: tokenizer.json cannot be read")
 
 
-# --- wrong with train_async.py alone ----------------------------------------------------------------------------
+# --- wrong with train_async.py only -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_routes_of_a_dense_model(run: Run) -> None:
     assert error == "--use-routing-replay: glm4 is a dense family without MoE routers; leave it out"
 
 
-# --- responses in parts -----------------------------------------------------------------------------------------
+# --- partial rollouts -------------------------------------------------------------------------------------------
 
 PARTIAL = "--partial-rollout --over-sampling-batch-size 8"
 
@@ -425,7 +425,7 @@ def test_unfinished_by_the_clock(run: Run) -> None:
         ("--max-staleness 2", "--max-staleness 2: no effect: every token is from the current"),
     ],
 )
-def test_in_vain_beside_partial_rollout(run: Run, words: str, says: str) -> None:
+def test_flags_without_effect_with_partial_rollout(run: Run, words: str, says: str) -> None:
     assert [warning for warning in run.warnings(*words.split(), "--dry-run") if warning.startswith(says)]
 
 
@@ -439,7 +439,7 @@ def test_in_vain_beside_partial_rollout(run: Run, words: str, says: str) -> None
     ],
 )
 def test_right_in_parts(run: Run, words: str) -> None:
-    """Neither refused nor warned about, in a real run."""
+    """The flags are neither refused nor warned about in a real run."""
     assert run.errors(*words.split()) == []
     said = [text for text in run.warnings(*words.split()) if "partial" in text or "staleness" in text]
     assert said == []
@@ -474,19 +474,19 @@ def test_wrong_with_deterministic(run: Run, words: str, says: str) -> None:
         (ON_SGLANG, "--deterministic: bit for bit on a CPU only"),
     ],
 )
-def test_what_deterministic_cannot_promise(run: Run, words: str, says: str) -> None:
+def test_warnings_about_deterministic(run: Run, words: str, says: str) -> None:
     assert any(warning.startswith(says) for warning in run.warnings("--deterministic", *words.split()))
     assert not any(warning.startswith(says) for warning in run.warnings(*words.split()))
 
 
 def test_right_with_deterministic(run: Run) -> None:
-    """The user may ask the engine for it, too; and sums are not rounded by how many cores there are."""
+    """The engine's own flag is accepted, and the number of cores does not change the rounding of sums."""
     args, warnings = run.load("--deterministic", "--sglang-enable-deterministic-inference")
     assert (args.cpu_threads_per_process, warnings) == (1, [])
     assert run.args("--deterministic", "--cpu-threads-per-process", "3").cpu_threads_per_process == 3
 
 
-# --- files of weights -------------------------------------------------------------------------------------------
+# --- weight files -----------------------------------------------------------------------------------------------
 
 
 def write_weights(run: Run) -> Path:
@@ -534,7 +534,7 @@ def test_a_missing_shard(run: Run) -> None:
 
 @pytest.mark.parametrize("flag", ["--hf-checkpoint", "--ref-load", "--load"])
 def test_pickled_weights_are_never_read(run: Run, flag: str) -> None:
-    """Not by a plan either; nor is code that config.json names."""
+    """A plan does not read them either, and code that config.json names is never run."""
     folder, marker = run.directory / "pickled", run.directory / "marker"
     shutil.copytree(run.hf, folder)
     (folder / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n(X\x0c\x00\x00\x00touch markertR.")

@@ -185,9 +185,9 @@ def layer_operations(rank: Rank) -> list[Operation]:
         return _norm(rank, name, rank.rows, hidden, arriving=arriving)
 
     operations = [norm("norm before attention", arriving=rank.residual), *_attention(rank)]
-    operations += [norm("norm behind attention")] if shape.post_self_attn_layernorm else []
+    operations += [norm("norm after attention")] if shape.post_self_attn_layernorm else []
     operations += [norm("norm before MLP", arriving=rank.residual), *_mlp(rank)]
-    operations += [norm("norm behind MLP")] if shape.post_mlp_layernorm else []
+    operations += [norm("norm after MLP")] if shape.post_mlp_layernorm else []
     return operations
 
 

@@ -16,7 +16,7 @@ from slime.config.flags.flag import flag
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions:
-    """Where training and engines run."""
+    """Placement of training and engines."""
 
     actor_num_nodes: int = flag(1, "Number of nodes for training.", ge=1, le=65536)
     actor_num_gpus_per_node: int = flag(1, "Training GPUs per node (CPU: training processes).", ge=1, le=1024)
@@ -135,7 +135,7 @@ class ClusterOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """Which checkpoints are loaded and saved."""
+    """Loading and saving of checkpoints."""
 
     hf_checkpoint: str | None = flag(None, "HF directory: tokenizer, config.json and the engines' first weights.")
     ref_load: str | None = flag(None, "Reference model: a torch_dist checkpoint or an HF directory.")
@@ -344,7 +344,7 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingOptions:
-    """Where logs and metrics go, apart from the console and metrics.jsonl, which every run has."""
+    """Logs and metrics, in addition to the console and metrics.jsonl, which every run has."""
 
     log_dir: str | None = flag(
         None, "Directory of metrics.jsonl and the processes' logs; unset: --save, else outputs/."

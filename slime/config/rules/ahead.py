@@ -29,4 +29,4 @@ def ahead(case: Case) -> Iterable[Problem]:
         yield case.error("update_weight_pause", rule, "use drain or abort")
     elif args.deterministic and args.update_weight_pause == "abort":
         rule = "with --deterministic: the last token of the old weights would depend on timing"
-        yield case.error("update_weight_pause", rule, "use drain", beside=["deterministic"])
+        yield case.error("update_weight_pause", rule, "use drain", also=["deterministic"])

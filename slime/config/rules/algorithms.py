@@ -28,11 +28,11 @@ def group_size(case: Case) -> Iterable[Problem]:
     if trains and args.compares_group:
         rule = f"{args.advantage_estimator} compares the samples of one prompt, and there is only one"
         remedy = "make it at least 2, or use --advantage-estimator reinforce_plus_plus"
-        yield case.error("n_samples_per_prompt", rule, remedy, beside=["advantage_estimator"])
+        yield case.error("n_samples_per_prompt", rule, remedy, also=["advantage_estimator"])
     if (args.dynamic_sampling_filter_path or "").endswith(".check_reward_nonzero_std"):
         rule = "check_reward_nonzero_std would drop every group, because a single reward has no spread"
         remedy = "make it at least 2, or leave the filter out"
-        yield case.error("n_samples_per_prompt", rule, remedy, beside=["dynamic_sampling_filter_path"])
+        yield case.error("n_samples_per_prompt", rule, remedy, also=["dynamic_sampling_filter_path"])
 
 
 def surrogate(case: Case) -> Iterable[Problem]:
@@ -43,17 +43,17 @@ def surrogate(case: Case) -> Iterable[Problem]:
     form = ESTIMATOR_FACTS[args.advantage_estimator].surrogate
     if form == "cispo" and args.eps_clip_c is not None:
         rule = "cispo clips a weight and has no clipped objective that a dual clip could bound"
-        yield case.error("eps_clip_c", rule, "leave it out", beside=["advantage_estimator"])
+        yield case.error("eps_clip_c", rule, "leave it out", also=["advantage_estimator"])
     if form != "sequence":
         return
     assert args.num_steps_per_rollout is not None, "resolve fills it in"
     if args.num_steps_per_rollout > 1 and args.eps_clip >= WIDE_FOR_A_SEQUENCE:
         rule = "gspo's ratio is a mean over the response and hardly ever this far from 1: nothing would be clipped"
         remedy = "give --eps-clip 3e-4 --eps-clip-high 4e-4, as in its paper"
-        yield case.warning("eps_clip", rule, remedy, beside=["advantage_estimator", "num_steps_per_rollout"])
+        yield case.warning("eps_clip", rule, remedy, also=["advantage_estimator", "num_steps_per_rollout"])
     if args.calculate_per_token_loss:
         rule = "gspo weights all responses equally, but this flag weights each by its length"
-        yield case.warning("calculate_per_token_loss", rule, "leave it out", beside=["advantage_estimator"])
+        yield case.warning("calculate_per_token_loss", rule, "leave it out", also=["advantage_estimator"])
 
 
 def overlong(case: Case) -> Iterable[Problem]:
@@ -61,7 +61,7 @@ def overlong(case: Case) -> Iterable[Problem]:
     buffer = args.overlong_buffer_len
     if buffer is not None and case.trains_policy and buffer >= args.rollout_max_response_len:
         rule = f"--rollout-max-response-len is {args.rollout_max_response_len}: every response would be punished"
-        yield case.error("overlong_buffer_len", rule, "lower it", beside=["rollout_max_response_len"])
+        yield case.error("overlong_buffer_len", rule, "lower it", also=["rollout_max_response_len"])
 
 
 def teacher(case: Case) -> Iterable[Problem]:
@@ -73,8 +73,8 @@ def teacher(case: Case) -> Iterable[Problem]:
     about = ("hf_checkpoint", "advantage_estimator")
     if os.path.realpath(student) == os.path.realpath(taught_by):
         rule = "teacher and student are the same model: every advantage would be 0"
-        yield case.error("ref_load", rule, "name the teacher here, and the student by --hf-checkpoint", beside=about)
+        yield case.error("ref_load", rule, "name the teacher here, and the student by --hf-checkpoint", also=about)
     files = [folder / "tokenizer.json" for folder in (student, taught_by)]
     if all(is_file(file) for file in files) and len({vocabulary_text(file) for file in files}) > 1:
         rule = f"its tokenizer differs from that of --hf-checkpoint {student}: a token means another text to each model"
-        yield case.error("ref_load", rule, "use a teacher with the student's tokenizer", beside=about)
+        yield case.error("ref_load", rule, "use a teacher with the student's tokenizer", also=about)

@@ -26,7 +26,7 @@ def best_checkpoint(case: Case) -> Iterable[Problem]:
         return  # no effect, which another rule reports
     if not case.evaluates or args.debug_train_only:
         about = ("eval_prompt_data", "eval_config", "debug_train_only")
-        yield case.error(_FIELD, "nothing is evaluated", "add --eval-prompt-data or --eval-config", beside=about)
+        yield case.error(_FIELD, "nothing is evaluated", "add --eval-prompt-data or --eval-config", also=about)
         return
     parts = _METRIC.fullmatch(metric)
     if parts is None:
@@ -46,12 +46,12 @@ def _unknown(case: Case, name: str, what: str) -> Iterable[Problem]:
     about = ("eval_prompt_data", "eval_config", "n_samples_per_eval_prompt")
     if name not in datasets:
         remedy = f"name one of {', '.join(datasets)}"
-        yield case.error(_FIELD, f"there is no evaluation set {name!r}", remedy, beside=about)
+        yield case.error(_FIELD, f"there is no evaluation set {name!r}", remedy, also=about)
         return
     ranked = ["reward", "reward_judged", "format", *(f"pass@{k}" for k in datasets[name].pass_at_ks)]
     if what not in ranked:
         rule = f"{name} has no metric {what!r} of which a larger value is better"
-        yield case.error(_FIELD, rule, f"name one of {', '.join(ranked)}", beside=about)
+        yield case.error(_FIELD, rule, f"name one of {', '.join(ranked)}", also=about)
 
 
 def _one_alone(case: Case) -> Iterable[Problem]:
@@ -68,4 +68,4 @@ def _one_alone(case: Case) -> Iterable[Problem]:
         rule = "only the last checkpoint is both saved and evaluated"
         remedy = "give both --save-interval and --eval-interval, one as a multiple of the other"
         about = ("save_interval", "eval_interval", "num_rollout", "num_epoch")
-        yield case.warning(_FIELD, rule, remedy, beside=about)
+        yield case.warning(_FIELD, rule, remedy, also=about)

@@ -50,22 +50,22 @@ class Case:
     def trains_policy(self) -> bool:
         return self.args.loss_type == "policy_loss" and not self.args.debug_rollout_only and self.args.num_rollout != 0
 
-    def _problem(self, severity: Severity, field: str, rule: str, remedy: str, beside: Iterable[str]) -> Problem:
+    def _problem(self, severity: Severity, field: str, rule: str, remedy: str, also: Iterable[str]) -> Problem:
         value: Any = vars(self.args)[field]
         where = flag_name(f"no_{field}") if value is False else flag_name(field)
-        fields = frozenset([field, *beside])
+        fields = frozenset([field, *also])
         shown = masked(spellings()[flag_name(field)][0].secret, show(value))
         return Problem(severity=severity, where=where, value=shown, rule=rule, remedy=remedy, fields=fields)
 
-    def error(self, field: str, rule: str, remedy: str, *, beside: Iterable[str] = ()) -> Problem:
+    def error(self, field: str, rule: str, remedy: str, *, also: Iterable[str] = ()) -> Problem:
         """Return an error about `field`.
 
-        `beside`: other fields that the rule reads. If one of them could not be parsed, the error is not reported.
+        `also`: other fields that the rule reads. If one of them could not be parsed, the error is not reported.
         """
-        return self._problem("error", field, rule, remedy, beside)
+        return self._problem("error", field, rule, remedy, also)
 
-    def warning(self, field: str, rule: str, remedy: str, *, beside: Iterable[str] = ()) -> Problem:
-        return self._problem("warning", field, rule, remedy, beside)
+    def warning(self, field: str, rule: str, remedy: str, *, also: Iterable[str] = ()) -> Problem:
+        return self._problem("warning", field, rule, remedy, also)
 
     def missing(self, field: str, rule: str, remedy: str) -> Problem:
         """Return a problem that is an error in a real run and a warning in a --dry-run."""

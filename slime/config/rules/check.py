@@ -76,7 +76,7 @@ def debug_modes(case: Case) -> Iterable[Problem]:
         yield case.error("debug_rollout_only", "cannot be combined with --debug-train-only", "leave one out")
     if args.debug_train_only and args.load_debug_rollout_data is None:
         remedy = "add --load-debug-rollout-data"
-        yield case.error("debug_train_only", "has nothing to train on", remedy, beside=["load_debug_rollout_data"])
+        yield case.error("debug_train_only", "has nothing to train on", remedy, also=["load_debug_rollout_data"])
 
 
 # --- batch arithmetic -------------------------------------------------------------------------------------------
@@ -85,16 +85,16 @@ def debug_modes(case: Case) -> Iterable[Problem]:
 def length(case: Case) -> Iterable[Problem]:
     args = case.args
     if args.num_rollout is None and args.num_epoch is None:
-        yield case.error("num_rollout", "not given", "give --num-rollout or --num-epoch", beside=["num_epoch"])
+        yield case.error("num_rollout", "not given", "give --num-rollout or --num-epoch", also=["num_epoch"])
     elif args.num_rollout is not None and args.num_epoch is not None:
         rule = f"cannot be combined with --num-epoch {args.num_epoch}"
-        yield case.error("num_rollout", rule, "leave one out", beside=["num_epoch"])
+        yield case.error("num_rollout", rule, "leave one out", also=["num_epoch"])
     elif args.num_epoch is not None and args.prompt_data is None and not case.has_own_data_source:
         yield case.error("num_epoch", "there are no prompts to count", "add --prompt-data, or give --num-rollout")
     elif args.num_rollout == 0 and (args.debug_train_only or not case.evaluates):
         remedy = "raise it, or add --eval-prompt-data or --eval-config, without --debug-train-only"
         about = ("eval_prompt_data", "eval_config", "debug_train_only")
-        yield case.error("num_rollout", "nothing to do: there is no rollout, and no evaluation", remedy, beside=about)
+        yield case.error("num_rollout", "nothing to do: there is no rollout, and no evaluation", remedy, also=about)
 
 
 def steps(case: Case) -> Iterable[Problem]:
@@ -108,16 +108,16 @@ def steps(case: Case) -> Iterable[Problem]:
     if num_steps * batch != samples:
         if both:
             rule = f"contradicts --num-steps-per-rollout {num_steps}: a rollout has {described}"
-            yield case.error("global_batch_size", rule, "leave one of the two out", beside=about)
+            yield case.error("global_batch_size", rule, "leave one of the two out", also=about)
         elif "global_batch_size" in case.given:
             rule = f"does not divide the rollout's {described}"
-            yield case.error("global_batch_size", rule, "choose a divisor", beside=about)
+            yield case.error("global_batch_size", rule, "choose a divisor", also=about)
         else:
             rule = f"{described} cannot be split into that many equal steps"
-            yield case.error("num_steps_per_rollout", rule, "choose a divisor", beside=about)
+            yield case.error("num_steps_per_rollout", rule, "choose a divisor", also=about)
     elif batch < args.data_parallel_size:
         rule = f"a step of {batch} samples leaves some of {args.data_parallel_size} data-parallel ranks idle"
-        yield case.warning("global_batch_size", rule, "use fewer steps or fewer ranks", beside=about)
+        yield case.warning("global_batch_size", rule, "use fewer steps or fewer ranks", also=about)
 
 
 def over_sampling(case: Case) -> Iterable[Problem]:
@@ -125,13 +125,13 @@ def over_sampling(case: Case) -> Iterable[Problem]:
     assert args.over_sampling_batch_size is not None, "resolve fills it in"
     if args.over_sampling_batch_size < args.rollout_batch_size:
         rule = f"less than --rollout-batch-size {args.rollout_batch_size}"
-        yield case.error("over_sampling_batch_size", rule, "make it greater", beside=["rollout_batch_size"])
+        yield case.error("over_sampling_batch_size", rule, "make it greater", also=["rollout_batch_size"])
 
 
 def micro_batches(case: Case) -> Iterable[Problem]:
     if case.args.use_dynamic_batch_size and case.args.max_tokens_per_gpu is None:
         remedy = "add --max-tokens-per-gpu"
-        yield case.error("use_dynamic_batch_size", "has no token budget", remedy, beside=["max_tokens_per_gpu"])
+        yield case.error("use_dynamic_batch_size", "has no token budget", remedy, also=["max_tokens_per_gpu"])
 
 
 # --- sampling and algorithm -------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def stops(case: Case) -> Iterable[Problem]:
         rule = f"the vocabulary has no token {', '.join(map(str, wrong))}" + (
             f": it ends at {size - 1}" if size else ""
         )
-        yield case.error("rollout_stop_token_ids", rule, "correct the ids", beside=["vocab_size"])
+        yield case.error("rollout_stop_token_ids", rule, "correct the ids", also=["vocab_size"])
 
 
 def context(case: Case) -> Iterable[Problem]:
@@ -178,7 +178,7 @@ def context(case: Case) -> Iterable[Problem]:
         if longest is not None and field in case.given and vars(args)[field] >= longest:
             source = "the model's context" if limit is None else "--rollout-max-context-len"
             rule = f"{source} is {longest}: a response gets only the tokens that its prompt leaves"
-            yield case.warning(field, rule, "lower it", beside=["rollout_max_context_len"])
+            yield case.warning(field, rule, "lower it", also=["rollout_max_context_len"])
 
 
 def kl(case: Case) -> Iterable[Problem]:
@@ -195,22 +195,22 @@ def losses(case: Case) -> Iterable[Problem]:
     if args.loss_type == "sft_loss" and case.generates:
         rule = "the policy is trained on its own responses, whatever their reward"
         remedy = "for the data's responses, set --rollout-function-path slime.rollout.sft_rollout.generate_rollout"
-        yield case.warning("loss_type", rule, remedy, beside=["rollout_function_path"])
+        yield case.warning("loss_type", rule, remedy, also=["rollout_function_path"])
     if args.eps_clip_high is not None and args.eps_clip_high < args.eps_clip < 1:
         rule = f"less than --eps-clip {args.eps_clip:g}"
-        yield case.warning("eps_clip_high", rule, "the upper range is meant to be the wider one", beside=["eps_clip"])
+        yield case.warning("eps_clip_high", rule, "the upper range is meant to be the wider one", also=["eps_clip"])
 
 
 def evaluation(case: Case) -> Iterable[Problem]:
     args = case.args
     if args.eval_interval is not None and not case.evaluates:
         remedy = "add --eval-prompt-data or --eval-config"
-        yield case.error("eval_interval", "nothing to evaluate on", remedy, beside=["eval_prompt_data", "eval_config"])
+        yield case.error("eval_interval", "nothing to evaluate on", remedy, also=["eval_prompt_data", "eval_config"])
 
 
 def saving(case: Case) -> Iterable[Problem]:
     if case.args.save_interval is not None and case.args.save is None and not case.args.debug_rollout_only:
-        yield case.error("save_interval", "there is no directory to save to", "add --save", beside=["save"])
+        yield case.error("save_interval", "there is no directory to save to", "add --save", also=["save"])
 
 
 # --- model and parallel sizes -----------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def parallel_sizes(case: Case) -> Iterable[Problem]:
             f"the {world} training GPUs"
         )
         remedy = "change a parallel size, or --actor-num-nodes x --actor-num-gpus-per-node"
-        yield case.error("tensor_model_parallel_size", rule, remedy, beside=about)
+        yield case.error("tensor_model_parallel_size", rule, remedy, also=about)
     shape = args.architecture
     if shape is None:
         return

@@ -22,7 +22,7 @@ def critic(case: Case) -> Iterable[Problem]:
     if rollouts is not None and args.num_critic_only_steps >= rollouts:
         rule = f"only the critic learns in all {rollouts} rollouts: the policy never learns"
         remedy = "lower it, unless you only want a critic for --critic-load"
-        yield case.warning("num_critic_only_steps", rule, remedy, beside=["num_rollout", "num_epoch"])
+        yield case.warning("num_critic_only_steps", rule, remedy, also=["num_rollout", "num_epoch"])
     if args.critic_load is not None and not os.path.exists(args.critic_load):
         yield case.missing("critic_load", "there is no such directory", "name a checkpoint, or leave it out")
     if args.lr_decay_style == "constant":
@@ -32,4 +32,4 @@ def critic(case: Case) -> Iterable[Problem]:
     if steps is not None and args.critic_lr_warmup_iters >= steps:
         rule = f"the warm-up must end before the decay ends, at optimizer step {steps}"
         remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
-        yield case.error("critic_lr_warmup_iters", rule, remedy, beside=["lr_decay_iters", "num_rollout", "num_epoch"])
+        yield case.error("critic_lr_warmup_iters", rule, remedy, also=["lr_decay_iters", "num_rollout", "num_epoch"])

@@ -23,7 +23,7 @@ def deterministic(case: Case) -> Iterable[Problem]:
         return
     if case.generates and args.custom_rm_path is None and args.rm_url is not None and may_ask_remote(args):
         rule = f"slime cannot make the answers and failures of the judge at --rm-url {args.rm_url} reproducible"
-        yield case.warning("deterministic", rule, "use a reward that is computed locally", beside=["rm_url"])
+        yield case.warning("deterministic", rule, "use a reward that is computed locally", also=["rm_url"])
     if cuda_available() or args.rollout_engine == "sglang":
         rule = "bit for bit on a CPU only; on GPUs, engines and trainer use their own deterministic modes"
         yield case.warning("deterministic", rule, "compare GPU runs within a tolerance")

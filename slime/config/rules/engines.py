@@ -38,19 +38,19 @@ def engines(case: Case) -> Iterable[Problem]:
             "rollout_num_gpus",
             "--colocate shares the training GPUs with the engines",
             "remove --rollout-num-gpus",
-            beside=["colocate"],
+            also=["colocate"],
         )
     elif args.rollout_num_gpus is None:
         remedy = "give their number, or --colocate, or 0 for a run that generates nothing"
-        yield case.error("rollout_num_gpus", "not given", remedy, beside=["colocate"])
+        yield case.error("rollout_num_gpus", "not given", remedy, also=["colocate"])
     elif args.colocate and args.rollout_num_gpus % args.rollout_num_gpus_per_engine:
         rule = f"does not divide the {args.actor_world_size} training GPUs, which --colocate shares with the engines"
         about = ("colocate", "actor_num_nodes", "actor_num_gpus_per_node")
-        yield case.error("rollout_num_gpus_per_engine", rule, "choose a divisor", beside=about)
+        yield case.error("rollout_num_gpus_per_engine", rule, "choose a divisor", also=about)
     elif args.rollout_num_gpus % args.rollout_num_gpus_per_engine:
         rule = f"is not a multiple of --rollout-num-gpus-per-engine {args.rollout_num_gpus_per_engine}"
         yield case.error(
-            "rollout_num_gpus", rule, "make it a multiple", beside=["rollout_num_gpus_per_engine", "colocate"]
+            "rollout_num_gpus", rule, "make it a multiple", also=["rollout_num_gpus_per_engine", "colocate"]
         )
     elif args.rollout_num_gpus == 0 and case.generates:
         yield case.error("rollout_num_gpus", "no engine, but rollouts are generated", "make it at least 1")
@@ -99,7 +99,7 @@ def sglang_precision(case: Case) -> Iterable[Problem]:
     """Refuse fp32 with SGLang; in version 0.5.16, RMSNorm fails at the first request in fp32."""
     if case.args.rollout_engine == "sglang" and computes_in_fp32(case.args):
         about = ("bf16",) if "dtype" not in case.args.sglang else ()
-        yield case.error("rollout_engine", FP32_RULE, FP32_REMEDY, beside=about)
+        yield case.error("rollout_engine", FP32_RULE, FP32_REMEDY, also=about)
 
 
 def precision_elsewhere(case: Case) -> Iterable[Problem]:
@@ -124,7 +124,7 @@ def external_engines(case: Case) -> Iterable[Problem]:
         yield case.error("rollout_external_engines", f"{', '.join(twice)} is given twice", "name each engine once")
     if args.colocate:
         rule = "--colocate shares the training GPUs with engines that the run starts"
-        yield case.error("rollout_external_engines", rule, "leave one of the two out", beside=["colocate"])
+        yield case.error("rollout_external_engines", rule, "leave one of the two out", also=["colocate"])
     wanted = len(urls) * args.rollout_num_gpus_per_engine
     if args.rollout_num_gpus not in (None, wanted) and not args.debug_train_only:
         rule = (
@@ -132,7 +132,7 @@ def external_engines(case: Case) -> Iterable[Problem]:
             "--rollout-num-gpus-per-engine"
         )
         about = ("rollout_external_engines", "rollout_num_gpus_per_engine")
-        yield case.error("rollout_num_gpus", rule, "leave it out", beside=about)
+        yield case.error("rollout_num_gpus", rule, "leave it out", also=about)
 
 
 SLOW_TOKENS_PER_S = 20.0
@@ -164,7 +164,7 @@ def external_router(case: Case) -> Iterable[Problem]:
     if (args.sglang_router_ip is None) != (args.sglang_router_port is None):
         given = "sglang_router_port" if args.sglang_router_ip is None else "sglang_router_ip"
         remedy = "give both --sglang-router-ip and --sglang-router-port"
-        yield case.error(given, "is half of an address", remedy, beside=["sglang_router_ip", "sglang_router_port"])
+        yield case.error(given, "is half of an address", remedy, also=["sglang_router_ip", "sglang_router_port"])
 
 
 def api_keys(case: Case) -> Iterable[Problem]:
@@ -234,7 +234,7 @@ def weight_directory(case: Case) -> Iterable[Problem]:
     by_disk = args.update_weight_transport == "disk"
     if args.colocate and args.update_weight_transport != "auto":
         rule = "with --colocate weights are passed through device memory"
-        yield case.error("update_weight_transport", rule, "leave it out", beside=["colocate"])
+        yield case.error("update_weight_transport", rule, "leave it out", also=["colocate"])
     given = args.save is not None or "update_weight_disk_dir" in case.given
     elsewhere = [
         url for url in args.rollout_external_engines if _is_url(url) and not is_loopback(urlsplit(url).hostname or "")
@@ -245,7 +245,7 @@ def weight_directory(case: Case) -> Iterable[Problem]:
         if not by_disk:
             remedy += ", or add --no-check-weight-sync"
         about = ("save", "rollout_external_engines", "update_weight_transport", "check_weight_sync")
-        yield case.error("update_weight_disk_dir", rule, remedy, beside=about)
+        yield case.error("update_weight_disk_dir", rule, remedy, also=about)
 
 
 def needs_weight_directory(args: Args) -> bool:

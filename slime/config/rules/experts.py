@@ -56,11 +56,11 @@ def experts(case: Case) -> Iterable[Problem]:
             _EP,
             f"{rule}{args.actor_world_size} training GPUs",
             f"change it, or {flag_name(_ETP)} (by default --tensor-model-parallel-size)",
-            beside=[_ETP, "actor_num_nodes", "actor_num_gpus_per_node"],
+            also=[_ETP, "actor_num_nodes", "actor_num_gpus_per_node"],
         )
     if tensor > 1 and not args.sequence_parallel:
         rule = "a mixture of experts with tensor parallelism requires that each token is on one rank only"
-        yield case.error("tensor_model_parallel_size", rule, "add --sequence-parallel", beside=["sequence_parallel"])
+        yield case.error("tensor_model_parallel_size", rule, "add --sequence-parallel", also=["sequence_parallel"])
     if args.spec:
         yield case.error("spec", "a mixture of experts has its own layers", "leave it out")
 

@@ -155,10 +155,10 @@ def files_of_rollouts(case: Case) -> Iterable[Problem]:
         about = ("num_rollout", "num_epoch", "save", "save_interval")
         if one_file and field == "save_debug_rollout_data" and args.num_rollout not in (0, 1):
             rule = "has no {rollout_id}: each rollout would replace the previous one's file"
-            yield case.error(field, rule, "put {rollout_id} into it", beside=about)
+            yield case.error(field, rule, "put {rollout_id} into it", also=about)
         if one_file and field == "save_hf" and _many_saves(case):
             rule = "has no {rollout_id}: each export replaces the previous one"
-            yield case.warning(field, rule, "put {rollout_id} into it to keep them all", beside=about)
+            yield case.warning(field, rule, "put {rollout_id} into it to keep them all", also=about)
 
 
 def _fills_in(path: str) -> bool:

@@ -27,7 +27,7 @@ def offpolicy(case: Case) -> Iterable[Problem]:
     args = case.args
     if args.use_tis and args.offpolicy_correction == "none":
         rule = "cannot be combined with --offpolicy-correction none"
-        yield case.error("use_tis", rule, "leave one of the two out", beside=["offpolicy_correction"])
+        yield case.error("use_tis", rule, "leave one of the two out", also=["offpolicy_correction"])
     if args.mask_offpolicy_in_partial_rollout and args.rollouts_ahead:
         rule = "train_async.py generates with older weights than it trains: hardly any token would be left to train on"
         remedy = "leave it out (--offpolicy-correction weights these tokens)"
@@ -36,8 +36,8 @@ def offpolicy(case: Case) -> Iterable[Problem]:
     if args.loss_type == "custom_loss" and weighs and (args.partial_rollout or args.rollouts_ahead or args.use_tis):
         rule = "your loss must weight the tokens of LossInputs.weighed_R itself, or they count like all others"
         remedy = "call slime.algo.corrections.importance_weights in it, or give --offpolicy-correction none"
-        yield case.warning("loss_type", rule, remedy, beside=["offpolicy_correction"])
+        yield case.warning("loss_type", rule, remedy, also=["offpolicy_correction"])
     if not args.tis_clip_low <= 1 <= args.tis_clip:
         field = "tis_clip_low" if args.tis_clip_low > 1 else "tis_clip"
         rule = "the clips exclude 1, which is the weight of a token whose policy has not changed"
-        yield case.error(field, rule, "give --tis-clip-low <= 1 <= --tis-clip", beside=["tis_clip_low", "tis_clip"])
+        yield case.error(field, rule, "give --tis-clip-low <= 1 <= --tis-clip", also=["tis_clip_low", "tis_clip"])

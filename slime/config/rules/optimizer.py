@@ -21,7 +21,7 @@ LENGTH = ("lr_decay_iters", "num_rollout", "num_epoch", "num_steps_per_rollout",
 def optimizer(case: Case) -> Iterable[Problem]:
     if case.args.use_distributed_optimizer and case.args.optimizer != "adam":
         rule = f"Megatron can only shard adam, not --optimizer {case.args.optimizer}"
-        yield case.error("use_distributed_optimizer", rule, "leave one of the two out", beside=["optimizer"])
+        yield case.error("use_distributed_optimizer", rule, "leave one of the two out", also=["optimizer"])
 
 
 def cpu_offload(case: Case) -> Iterable[Problem]:
@@ -38,7 +38,7 @@ def cpu_offload(case: Case) -> Iterable[Problem]:
         return
     if args.optimizer != "adam":
         rule = f"only adam's state can be kept in host memory, not --optimizer {args.optimizer}'s"
-        yield case.error("optimizer_cpu_offload", rule, "leave one of the two out", beside=["optimizer"])
+        yield case.error("optimizer_cpu_offload", rule, "leave one of the two out", also=["optimizer"])
     elif args.megatron_extra.get("decoupled_weight_decay") is False:
         rule = "it requires AdamW, whose weight decay is decoupled, not --no-decoupled-weight-decay"
         yield case.error("optimizer_cpu_offload", rule, "leave one of the two out")
@@ -68,19 +68,19 @@ def decay(case: Case) -> Iterable[Problem]:
     if args.lr_decay_style == "constant" or not _takes_steps(case):
         return
     if args.min_lr > args.lr > 0:
-        yield case.error("min_lr", f"the decay would end above --lr {args.lr:g}", "lower it", beside=["lr"])
+        yield case.error("min_lr", f"the decay would end above --lr {args.lr:g}", "lower it", also=["lr"])
     if args.lr_decay_style != "WSD":
         return
     if args.lr_wsd_decay_iters is None:
         remedy = "add --lr-wsd-decay-iters"
-        yield case.error("lr_decay_style", "WSD needs a decay length", remedy, beside=["lr_wsd_decay_iters"])
+        yield case.error("lr_decay_style", "WSD needs a decay length", remedy, also=["lr_wsd_decay_iters"])
         return
     steps = _decay_steps(case)
     if steps is not None and args.lr_wsd_decay_iters > steps - _warm_up_steps(case, steps):
         rule = f"the decay that ends at optimizer step {steps} would begin during the warm-up or before the run"
         remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
         about = (*LENGTH, "lr_warmup_iters", "lr_warmup_fraction")
-        yield case.error("lr_wsd_decay_iters", rule, remedy, beside=about)
+        yield case.error("lr_wsd_decay_iters", rule, remedy, also=about)
 
 
 def _warm_up_steps(case: Case, decay_steps: int) -> float:
@@ -94,18 +94,18 @@ def warm_up(case: Case) -> Iterable[Problem]:
         return
     if args.lr_warmup_fraction is not None and args.lr_warmup_iters > 0:
         rule = f"cannot be combined with --lr-warmup-iters {args.lr_warmup_iters}"
-        yield case.error("lr_warmup_fraction", rule, "leave one of the two out", beside=["lr_warmup_iters"])
+        yield case.error("lr_warmup_fraction", rule, "leave one of the two out", also=["lr_warmup_iters"])
         return
     if args.lr_warmup_init > args.lr:
         rule = f"the warm-up would begin above --lr {args.lr:g}"
-        yield case.error("lr_warmup_init", rule, "lower it", beside=["lr"])
+        yield case.error("lr_warmup_init", rule, "lower it", also=["lr"])
     if args.lr_decay_style == "constant":
         return
     steps = _decay_steps(case)
     if steps is not None and args.lr_warmup_iters >= max(steps, 1):
         rule = f"the warm-up must end before the decay ends, at optimizer step {steps}"
         remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
-        yield case.error("lr_warmup_iters", rule, remedy, beside=LENGTH)
+        yield case.error("lr_warmup_iters", rule, remedy, also=LENGTH)
 
 
 def weight_decay(case: Case) -> Iterable[Problem]:
@@ -116,13 +116,13 @@ def weight_decay(case: Case) -> Iterable[Problem]:
         for field in (field for field, value in ends.items() if value is not None):
             rule = "--weight-decay-incr-style constant keeps --weight-decay"
             remedy = "leave it out, or give --weight-decay-incr-style linear or cosine"
-            yield case.error(field, rule, remedy, beside=about)
+            yield case.error(field, rule, remedy, also=about)
     elif args.start_weight_decay is None or args.end_weight_decay is None:
         remedy = "give --start-weight-decay and --end-weight-decay"
-        yield case.error("weight_decay_incr_style", "needs a first and a last value", remedy, beside=about)
+        yield case.error("weight_decay_incr_style", "needs a first and a last value", remedy, also=about)
     elif args.start_weight_decay > args.end_weight_decay:
         rule = f"greater than --end-weight-decay {args.end_weight_decay:g}: Megatron's weight decay can only grow"
-        yield case.error("start_weight_decay", rule, "make it the smaller one", beside=about)
+        yield case.error("start_weight_decay", rule, "make it the smaller one", also=about)
 
 
 def resumed_schedule(case: Case) -> Iterable[Problem]:

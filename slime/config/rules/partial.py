@@ -30,7 +30,7 @@ def partial_rollout(case: Case) -> Iterable[Problem]:
         rule = "with --deterministic: the length of a response when it is aborted depends on the clock"
         remedy = "add --partial-rollout-max-tokens, after which a response is set aside"
         about = ("deterministic", "partial_rollout_max_tokens")
-        yield case.error("partial_rollout", rule, remedy, beside=about)
+        yield case.error("partial_rollout", rule, remedy, also=about)
     elif most is not None and most >= args.rollout_max_response_len:
         why = f"--rollout-max-response-len {args.rollout_max_response_len} ends a response earlier"
         yield _vain(case, "partial_rollout_max_tokens", why, "lower it")

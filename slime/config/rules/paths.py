@@ -111,14 +111,14 @@ def tokenizer(case: Case) -> Iterable[Problem]:
     if args.apply_chat_template and not _has_chat_template(folder, settings):
         remedy = "add chat_template.jinja there, or use a chat model"
         rule = f"there is no chat template in {folder}"
-        yield case.error("apply_chat_template", rule, remedy, beside=["hf_checkpoint"])
+        yield case.error("apply_chat_template", rule, remedy, also=["hf_checkpoint"])
     if not ids:
         return  # there is no tokenizer.json; the ids of other formats are checked when they are loaded
     token, largest = max(ids.items(), key=lambda item: item[1])
     size = None if args.architecture is None else args.architecture.vocab_size
     if size is not None and largest >= size:
         rule = f"tokenizer.json has token {largest} ({token!r}), but the model's vocabulary ends at {size - 1}"
-        yield case.error("hf_checkpoint", rule, "put the model's own tokenizer there", beside=["vocab_size"])
+        yield case.error("hf_checkpoint", rule, "put the model's own tokenizer there", also=["vocab_size"])
     end = _text(settings.get("eos_token"))
     if end is not None and end_ids and ids.get(end) not in (None, *end_ids):
         listed = ", ".join(str(number) for number in end_ids)

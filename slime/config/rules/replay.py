@@ -41,7 +41,7 @@ def replay(case: Case) -> Iterable[Problem]:
     if wrong:
         rule = f"training computes log-probs of the whole softmax at --rollout-temperature: {'; '.join(wrong)}"
         remedy = "replay samples of this distribution and tokenizer"
-        yield case.error(FIELD, rule, remedy, beside=about)
+        yield case.error(FIELD, rule, remedy, also=about)
     if silent:
         rule = f"{_named(silent)} does not record its sampling: temperature, top-p, top-k and tokenizer are not checked"
         remedy = "make sure that they match this run, or dump it again"

@@ -31,7 +31,7 @@ def reward_types(case: Case) -> Iterable[Problem]:
             yield case.error(field, "unknown reward type", REWARD_TYPE_REMEDY)
     if args.custom_rm_path is not None and "eval_rm_type" in case.given:
         rule = f"--custom-rm-path {args.custom_rm_path} also judges evaluation"
-        yield case.error("eval_rm_type", rule, "leave one of the two out", beside=["custom_rm_path"])
+        yield case.error("eval_rm_type", rule, "leave one of the two out", also=["custom_rm_path"])
 
 
 def reward(case: Case) -> Iterable[Problem]:
@@ -40,10 +40,10 @@ def reward(case: Case) -> Iterable[Problem]:
     if not case.generates or args.custom_rm_path is not None or args.loss_type == "sft_loss":
         return
     if args.rm_type is None:
-        yield case.warning("rm_type", "not given, nor --custom-rm-path", _METADATA_REMEDY, beside=["custom_rm_path"])
+        yield case.warning("rm_type", "not given, nor --custom-rm-path", _METADATA_REMEDY, also=["custom_rm_path"])
     elif args.label_key is None and needs_label(args.rm_type):
         rule = f"{args.rm_type} compares the answer with a label, but no key of a label is given"
-        yield case.error("label_key", rule, "add --label-key", beside=["rm_type"])
+        yield case.error("label_key", rule, "add --label-key", also=["rm_type"])
 
 
 def eval_rewards(case: Case) -> Iterable[Problem]:
@@ -54,7 +54,7 @@ def eval_rewards(case: Case) -> Iterable[Problem]:
     if args.custom_rm_path is not None:
         if datasets and (names := sets_with_rm_type(args)):
             rule = f"its rm_type of {', '.join(names)} is not used: --custom-rm-path {args.custom_rm_path} judges"
-            yield case.error("eval_config", rule, "leave one of the two out", beside=["custom_rm_path"])
+            yield case.error("eval_config", rule, "leave one of the two out", also=["custom_rm_path"])
         return
     for dataset in datasets:
         rm_type = dataset.rm_type
@@ -64,7 +64,7 @@ def eval_rewards(case: Case) -> Iterable[Problem]:
             yield case.error(field, f"{dataset.name}: rm_type {rm_type!r} is unknown", REWARD_TYPE_REMEDY)
         if needs_label(rm_type) and dataset.label_key is None:
             rule = f"{dataset.name}: {rm_type} compares the answer with a label, but no key of a label is given"
-            yield case.error("eval_label_key", rule, "add --eval-label-key or --label-key", beside=["label_key"])
+            yield case.error("eval_label_key", rule, "add --eval-label-key or --label-key", also=["label_key"])
 
 
 def reward_url(case: Case) -> Iterable[Problem]:
@@ -74,7 +74,7 @@ def reward_url(case: Case) -> Iterable[Problem]:
     if args.rm_url is None:
         if args.custom_rm_path is None and any(base_type(rm_type) == "remote_rm" for rm_type in types):
             rule = "not given; remote_rm sends responses there to be judged"
-            yield case.error("rm_url", rule, "add --rm-url", beside=["rm_type", "eval_rm_type"])
+            yield case.error("rm_url", rule, "add --rm-url", also=["rm_type", "eval_rm_type"])
     elif not _is_url(args.rm_url):
         yield case.error("rm_url", "is not a URL", "write it as http://HOST:PORT/PATH or https://...")
 
@@ -108,10 +108,10 @@ def custom_reward(case: Case) -> Iterable[Problem]:
     about = ("group_rm",)
     if args.group_rm and names[1:2] == ["sample"]:
         rule = "takes `sample`, but --group-rm passes a list of samples"
-        yield case.warning("custom_rm_path", rule, "call it `samples`, or leave out --group-rm", beside=about)
+        yield case.warning("custom_rm_path", rule, "call it `samples`, or leave out --group-rm", also=about)
     if not args.group_rm and names[1:2] == ["samples"]:
         rule = "takes `samples`, but receives one sample at a time"
-        yield case.warning("custom_rm_path", rule, "add --group-rm, or call it `sample`", beside=about)
+        yield case.warning("custom_rm_path", rule, "add --group-rm, or call it `sample`", also=about)
 
 
 def _is_url(text: str) -> bool:

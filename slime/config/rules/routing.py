@@ -16,4 +16,4 @@ def routing_replay(case: Case) -> Iterable[Problem]:
     shape = case.args.architecture
     if case.args.use_routing_replay and shape is not None and not shape.num_experts:
         rule = f"{shape.family} is a dense family without MoE routers"
-        yield case.error("use_routing_replay", rule, "leave it out", beside=["num_experts", "hf_checkpoint"])
+        yield case.error("use_routing_replay", rule, "leave it out", also=["num_experts", "hf_checkpoint"])

@@ -34,7 +34,7 @@ def pipeline_stages(case: Case) -> Iterable[Problem]:
     if rest < others or rest % others:
         rule = f"leaves {max(rest, 0)} of {shape.num_layers} layers, which {others} other stages cannot share evenly"
         about = ("pipeline_model_parallel_size",)
-        yield case.error("decoder_last_pipeline_num_layers", rule, "choose another number", beside=about)
+        yield case.error("decoder_last_pipeline_num_layers", rule, "choose another number", also=about)
 
 
 _LAYERS, _COUNT = "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"
@@ -50,19 +50,19 @@ def virtual_stages(case: Case) -> Iterable[Problem]:
             yield _passed_on("--overlap-p2p-comm", "it needs virtual pipeline stages", "leave it out")
         return
     if layers is not None and count is not None:
-        yield case.error(_LAYERS, f"--{_COUNT.replace('_', '-')} {count} also sets it", "give one", beside=(_COUNT,))
+        yield case.error(_LAYERS, f"--{_COUNT.replace('_', '-')} {count} also sets it", "give one", also=(_COUNT,))
         return
     if layers is not None and args.decoder_last_pipeline_num_layers is not None:
         rule = "stages with different numbers of layers cannot have virtual stages of one size"
         remedy = "give the number of virtual stages with --num-virtual-stages-per-pipeline-rank"
-        yield case.error(_LAYERS, rule, remedy, beside=("decoder_last_pipeline_num_layers",))
+        yield case.error(_LAYERS, rule, remedy, also=("decoder_last_pipeline_num_layers",))
         return
     if shape is None or sum(stage_layers(args, shape)) != shape.num_layers:
         return  # another rule has reported it
     for own in sorted(set(stage_layers(args, shape))):
         if own % (layers or count or 1):
             rule = f"does not divide a stage's number of layers, {own}"
-            yield case.error(_LAYERS if layers is not None else _COUNT, rule, "choose a divisor", beside=about)
+            yield case.error(_LAYERS if layers is not None else _COUNT, rule, "choose a divisor", also=about)
             return
     if num_chunks(args) > 1:
         yield from _interleaved(args)
@@ -76,7 +76,7 @@ def _interleaved(args: Args) -> Iterable[Problem]:
         yield _passed_on("--microbatch-group-size-per-vp-stage", rule, f"give {stages}, or leave it out")
     overlap = args.megatron_extra.get("overlap_p2p_comm", True)
     if stages == 2 and not overlap:
-        rule = "with virtual stages on two ranks, they could not tell their messages to each other apart"
+        rule = "with virtual stages on two ranks, the order of their messages to each other would be ambiguous"
         yield _passed_on("--no-overlap-p2p-comm", rule, "leave it out")
     if args.megatron_extra.get("batch_p2p_comm") == overlap:
         where = "--batch-p2p-comm" if overlap else "--no-batch-p2p-comm"
@@ -95,7 +95,7 @@ def recompute(case: Case) -> Iterable[Problem]:
     if args.recompute_granularity == "full" and (args.recompute_method is None or num_layers is None):
         remedy = "add --recompute-method uniform --recompute-num-layers 1"
         about = ("recompute_method", "recompute_num_layers")
-        yield case.error("recompute_granularity", "full needs a method and a number of layers", remedy, beside=about)
+        yield case.error("recompute_granularity", "full needs a method and a number of layers", remedy, also=about)
     if args.recompute_granularity == "selective":
         for field, value in (("recompute_method", args.recompute_method), ("recompute_num_layers", num_layers)):
             if value is not None:
@@ -112,4 +112,4 @@ def recompute(case: Case) -> Iterable[Problem]:
             if layers % num_layers:
                 stage = "virtual stage" if num_chunks(args) > 1 else "stage"
                 rule = f"does not divide a {stage}'s number of layers, {layers}, with --recompute-method uniform"
-                yield case.error("recompute_num_layers", rule, "choose a divisor", beside=["recompute_method"])
+                yield case.error("recompute_num_layers", rule, "choose a divisor", also=["recompute_method"])
