@@ -52,7 +52,7 @@ def test_the_plan_counts_the_critic(run: Run) -> None:
     from slime.config.dry_run.memory import train_memory
 
     policy, both = run.args(), run.args(*PPO.split())
-    alone, beside = train_memory(policy, on_cuda=True), train_memory(both, on_cuda=True)
-    assert alone is not None and beside is not None
-    assert alone.critic == 0 and beside.critic > alone.weights + alone.gradients
-    assert beside.peaks["step"] - alone.peaks["step"] == beside.critic
+    alone, together = train_memory(policy, on_cuda=True), train_memory(both, on_cuda=True)
+    assert alone is not None and together is not None
+    assert alone.critic == 0 and together.critic > alone.weights + alone.gradients
+    assert together.peaks["step"] - alone.peaks["step"] == together.critic

@@ -445,10 +445,10 @@ def test_generation_alone_loads_and_saves_no_checkpoint(run: Run) -> None:
 def test_precision_of_engines_and_alarm(run: Run) -> None:
     args, problems = run.load()
     assert args.logprob_gap_alarm == 1e-3
-    assert "engines        float32; alarm where" in format_plan(args, problems)
+    assert "engines        float32; alarm when" in format_plan(args, problems)
     args, problems = run.load("--bf16")
     assert args.logprob_gap_alarm == 0.1
-    assert "engines        bfloat16; alarm where" in format_plan(args, problems)
+    assert "engines        bfloat16; alarm when" in format_plan(args, problems)
     assert run.args("--logprob-gap-alarm", "0.5").logprob_gap_alarm == 0.5
     assert run.args("--logprob-gap-alarm", "0.5", "--bf16").logprob_gap_alarm == 0.5
 
