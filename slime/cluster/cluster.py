@@ -4,7 +4,7 @@
   `Processes`, and records its time in the step's clock.
 - Invariant: a checkpoint and the metrics file agree: a resumed run writes all metrics after its checkpoint again.
 
-The asynchronous loop (`generate_ahead`) overlaps rollout N + 1 with the training on rollout N:
+The asynchronous loop (`generate_ahead`) generates rollout N+1 while it trains on rollout N:
 
     rollout manager   | generate N  | generate N+1 ............ | generate N+2 ...
                       |             ^ N is whole                ^ N+1 is whole

@@ -81,7 +81,7 @@ class Mending:
             self._memory.to_trainers()
             self._memory.to_weights()
         try:
-            # The other engines go on generating with their weights, which are the same.
+            # The other engines continue to generate with their weights, which are the same.
             self._send_to(state.waiting, self._trainers_hold)
             if self._memory.by_turns:
                 self._memory.to_engines()

@@ -145,7 +145,7 @@ class GroupRunner:
             verdict.apply(sample)
 
     async def _generate_sample(self, group: GroupRun, place: int) -> None:
-        """Send requests until the sample ends; an abort while the round goes on comes from a weight update."""
+        """Send requests until the sample ends; an abort before the round stops comes from a weight update."""
         params = self._params_of(group.samples[place])
         fruitless = 0
         while not self._stopping:

@@ -96,7 +96,7 @@ class TrackedSource:
                 del self._in_flight[place]
 
     def forget(self, rollout_id: int) -> None:
-        """Record that this rollout and all before it were trained on; what they drew and kept is consumed."""
+        """Record that this rollout and all before it were trained on; groups not given back are used up."""
         self._in_flight = [drawn for drawn in self._in_flight if drawn.rollout_id > rollout_id]
 
     def state_dict(self) -> dict[str, Any]:

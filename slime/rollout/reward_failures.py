@@ -1,8 +1,8 @@
 """Count the failed rewards of a rollout, and end the run if there are too many.
 
 - Called by: `collect`, with every group that it settles.
-- Invariant: a failed reward costs its sample and is counted. The run ends only if more than --max-reward-failures of a
-  rollout's samples have no reward, where at least a whole batch of samples is the base of that share.
+- Invariant: a failed reward costs its sample and is counted. The run ends only if the share of a rollout's samples
+  without a reward exceeds --max-reward-failures. The share is taken of at least a whole batch of samples.
 """
 
 from __future__ import annotations

@@ -8,9 +8,11 @@
 
 For example, one engine with two ranks on the devices of trainers 0 and 1:
 
-    trainer 0: fill A  gather handles  post A -------> answer   gather  meet  post B ...
-    trainer 1: fill A  give handle     fill B ...               give    meet
-                                       (both fill B while the engine copies A; both meet before A is filled again)
+    trainer 0:  fill A  gather  meet  post A | fill B  gather  wait for the answer to A  meet  post B | fill A  ...
+    trainer 1:  fill A  give    meet         | fill B  give                              meet         | fill A  ...
+    engine:                             copy A, answer                                     copy B, answer
+
+Both trainers meet after the answer to A, so neither fills A again while the engine still copies it.
 
 A handle is a name for memory that is already on the device (CUDA IPC), so no weights travel over HTTP.
 """

@@ -225,7 +225,7 @@ def test_every_token_names_its_policy(task: Task, interrupted: Path) -> None:
             model = task.model if version == 1 else interrupted / f"hf-{version - 2}"
             gaps = (log_probs(model, sample) - made).abs()
             assert gaps[versions == version].max() < TOLERANCE
-            assert gaps[versions != version].mean() > 10 * TOLERANCE, "the other policy is told apart"
+            assert gaps[versions != version].mean() > 10 * TOLERANCE, "the other policy is noticed"
 
 
 def test_a_token_is_one_version_old_at_most(interrupted: Path) -> None:

@@ -60,4 +60,4 @@ def test_a_run_on_external_engines_and_router(task: Task, tmp_path: Path) -> Non
         assert trained == exported, "they hold the weights that the run has exported"
         assert [asyncio.run(generate(url)) for url in (first.url, second.url, router.url)] == [3, 3, 3]
         listed = [worker["url"] for worker in ask(router.url, "GET", api_key=keys.control)[1]["workers"]]
-        assert listed == [first.url], "what the run put there is gone, what stood there stays"
+        assert listed == [first.url], "the run's own entries are gone, and others stay"

@@ -122,7 +122,7 @@ def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -
     assert [group[0].group_index for group in groups] == list(range(32)), "each prompt once, in its rollout"
     assert all(sample.policy_versions for group in groups for sample in group)
     versions = [{v for s in group for v in s.policy_versions or []} for group in groups]
-    assert versions == [{1 + index // 4} for index in range(32)], "what is started anew has the run's weights"
+    assert versions == [{1 + index // 4} for index in range(32)], "a restarted engine has the run's weights"
     gaps = events(save, "train/logprob_gap_max")
     assert sorted(gaps) == list(range(1, 9))
     assert max(gaps.values()) <= 1e-4, "... and computes what the trainers compute"
@@ -145,7 +145,7 @@ def test_a_run_restarts_after_a_lost_trainer(task: Task, tmp_path: Path) -> None
     assert re.search(
         rf"^FAULT .*: no answer for {SILENT_S} s \(--phase-timeout\) from the rollout manager", output, re.M
     )
-    assert output.count("restart 1 of --max-restarts 2") == 2, "a checkpoint between two faults begins the count anew"
+    assert output.count("restart 1 of --max-restarts 2") == 2, "a checkpoint between two faults resets the count"
     assert events(save, "fault/run_restarts") == {2: 1, 4: 2}
     assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4, 5, 6]
     groups = [group for number in range(6) for group in read_dump(save / f"dump/{number}.jsonl")]

@@ -130,7 +130,7 @@ def test_a_resumed_run_draws_the_same_prompts(task: Task, unbroken: Path, tmp_pa
     assert events(save, "train/kl_loss")[3] > 0.01, "the reference is another model, so holding it would have shown"
     assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4], "the metrics file continues"
     assert sorted(events(save, "eval/eval/reward")) == [0, 2, 4]
-    assert in_tensorboard(save) == in_metrics(save), "told of what came before it, too"
+    assert in_tensorboard(save) == in_metrics(save), "it also has the metrics from before the resume"
 
 
 def test_replaying_the_samples_gives_the_same_weights(task: Task, unbroken: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_modules_are_hidden_only_during_megatrons_import() -> None:
     with without("cProfile", "json"):
         with pytest.raises(ImportError):
             import cProfile
-        assert sys.modules["json"] is json, "what stands there already is in use"
+        assert sys.modules["json"] is json, "a module that is imported already stays"
     import cProfile
 
     assert cProfile.run is not None

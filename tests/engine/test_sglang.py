@@ -266,7 +266,7 @@ def test_phases_follow_the_log() -> None:
     for log in (lines, newer):
         seen = [phase_of("\n".join(log[:count]), PHASES) for count in range(1, len(log) + 1)]
         assert list(dict.fromkeys(seen)) == ["starting", *dict.fromkeys(phase for _, phase in PHASES)]
-    assert phase_of(LOG, ()) == "starting", "an embedded engine says nothing"
+    assert phase_of(LOG, ()) == "starting", "an embedded engine logs no phase"
 
 
 def test_a_second_graph_is_being_captured() -> None:

@@ -81,7 +81,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
 
 @pytest.fixture(scope="session")
 def router_url(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Two embedded engines behind a real router."""
+    """Start two embedded engines and register them with a real router."""
     logs = tmp_path_factory.mktemp("logs")
     args = Args(rollout_engine="embedded", hf_checkpoint=str(model_dir))
     processes: list[ManagedProcess] = []

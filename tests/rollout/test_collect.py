@@ -1,4 +1,4 @@
-"""Rollouts against real engines behind a real router."""
+"""Rollouts with real engines and a real router."""
 
 from __future__ import annotations
 

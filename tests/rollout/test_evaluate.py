@@ -69,7 +69,7 @@ def test_metrics_of_a_data_set() -> None:
     assert metrics["pass@2_stderr"] == pytest.approx(statistics.stdev([0.5, 1, 0]) / 3**0.5)
     one = eval_metrics(Args(), replace(DATASET, n_samples_per_eval_prompt=1), [_group([1])])
     assert not any(name.startswith("pass@") for name in one)
-    assert "reward_stderr" not in one, "one prompt says nothing of the others"
+    assert "reward_stderr" not in one, "one prompt gives no standard error"
 
 
 def test_failed_responses_may_be_excluded_from_evaluation() -> None:

@@ -84,7 +84,7 @@ def test_stop_strings_end_a_response_and_stay(
         return bool(set("ab") & set(tokenizer.decode(tokens)))
 
     free, samples = sample_all(), sample_all("--rollout-stop", "a", "b")
-    assert any(has_stop(_response(sample)[:-1]) for sample in free), "the control goes on behind them"
+    assert any(has_stop(_response(sample)[:-1]) for sample in free), "the control continues after them"
     stopped = [sample for sample in samples if has_stop(_response(sample))]
     assert len(stopped) > NUM_SAMPLES // 4
     assert {sample.status for sample in stopped} == {Status.COMPLETED}

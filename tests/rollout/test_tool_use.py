@@ -106,7 +106,7 @@ def test_limits_end_the_model_and_the_tool(
     over, fits, without_room = run_with_engines(Args(rm_num_workers=1), work)
     assert (over.status, over.response_length) == (Status.TRUNCATED, 12)
     assert tokenizer.decode(over.tokens[over.prompt_length :]) == "calc(2*3)=6;"
-    assert fits.response_length == 13, "one token of the model's behind the output"
+    assert fits.response_length == 13, "one token of the model's after the output"
     assert (without_room.status, without_room.response_length) == (Status.TRUNCATED, 9)
     for sample in (over, fits, without_room):
         sample.check()

@@ -216,7 +216,7 @@ class Tokeniser:
         if self.text.startswith(r"\ldots", self.position):
             repeated = _REPEATED.search(digits.partition(".")[2])
             if repeated is None:
-                raise UnreadError("a decimal that goes on, nobody knows how")
+                raise UnreadError("a decimal that continues in an unknown way")
             self.position += len(r"\ldots")
             return value + Fraction(int(repeated[1]), 9 * 10**places)
         return value
