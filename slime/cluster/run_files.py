@@ -21,7 +21,7 @@ LOCK, RECORD = "lock", "run.json"
 
 
 class RunFiles:
-    """`path` is the directory; `lock` is a descriptor that holds its lock, which the reaper inherits."""
+    """The temporary directory `path` of one run, and a descriptor `lock` that holds its lock for the reaper, too."""
 
     def __init__(self, mark: str) -> None:
         remove_stale()

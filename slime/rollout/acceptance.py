@@ -1,4 +1,4 @@
-"""The decision which finished groups are kept, and the post-processing of those that were.
+"""Decide which finished groups are kept, and post-process the samples of a full rollout.
 
 - Called by: `collect`, for each group as it is settled, and once more for the full rollout.
 - Invariant: a filter sees only samples that have a reward. Every dropped group has a reason, which is counted.

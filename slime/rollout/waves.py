@@ -1,4 +1,4 @@
-"""Waves of `--over-sampling-batch-size` prompts: a whole wave without a kept group shows that going on has no point.
+"""Waves of `--over-sampling-batch-size` prompts: after too many whole waves without a kept group the run ends.
 
 - Called by: `collect` puts each group that it draws into a wave, and reports how it ended.
 - Invariant: only a whole wave is judged, because groups that fail or are dropped tend to end first.

@@ -39,7 +39,7 @@ class Task:
     payload: bytes
     done: asyncio.Future[list[Verdict]]
     alone: bool = False
-    """Set after a worker was lost with this task in flight and unknown guilt: it then runs without any other task."""
+    """Whether it runs without other tasks, because a worker was lost and it is not known which task was at fault."""
 
 
 class RewardProcess(asyncio.Protocol):
