@@ -93,7 +93,7 @@ _SCALING_KEYS = {field.name for field in fields(RopeScaling)}
 def config_of(shape: Architecture, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return `config` changed so that it describes `shape`, and the flags that config.json cannot express.
 
-    The two differ only in what --override-hf-config changed.
+    `shape` differs from `config` only in what --override-hf-config changed.
     """
     new, before = dict(config), hf_architecture(config)
     changed = {f.name for f in fields(Architecture) if getattr(shape, f.name) != getattr(before, f.name)}

@@ -89,6 +89,7 @@ class Args(
 
     @property
     def actor_world_size(self) -> int:
+        """Return the number of training ranks."""
         return self.actor_num_nodes * self.actor_num_gpus_per_node
 
     @property

@@ -282,6 +282,7 @@ class _Columns:
         self._largest = None if label is None else largest_exact(kinds[label])
 
     def row(self, where: str, number: int, value: dict[str, Any] | Exception) -> Row | DataError:
+        """Return one row of pyarrow's values as a Row, or its error."""
         if isinstance(value, Exception):
             return DataError(where, f"cannot be read ({value})", _KINDS)
         try:

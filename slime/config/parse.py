@@ -62,6 +62,7 @@ class Given:
     """For flags of SGLang with several names, the name that was given."""
 
     def complain(self, where: str, rule: str, remedy: str, *, value: str = "", spec: FlagSpec | None = None) -> None:
+        """Add an error, and remember that the field of `spec` is broken."""
         fields = frozenset([spec.name]) if spec else frozenset[str]()
         self.broken |= fields
         value = masked(spec and spec.secret, value)
@@ -70,6 +71,7 @@ class Given:
         )
 
     def set(self, spec: FlagSpec, value: Any, where: str) -> None:
+        """Set a flag's value, or add an error if slime sets this flag itself."""
         reason = SET_BY_SLIME.get((spec.source, spec.name))
         if reason is not None:
             self.complain(where, "slime sets it itself", reason, value=show(value))
@@ -77,6 +79,7 @@ class Given:
         self.values[spec.source, spec.name] = value
 
     def of(self, source: Source) -> dict[str, Any]:
+        """Return the given values of one source by field name."""
         return {name: value for (owner, name), value in self.values.items() if owner == source}
 
     def under_new_name(self, spelling: str, where: str) -> str:

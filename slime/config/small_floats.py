@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 Reader = Callable[[Any], Any]
-"""Turns a value of a column into the value that was written; it leaves None alone."""
+"""A function that turns a value of a column into the value that was written; None stays None."""
 
 
 def column_reader(kind: Any) -> Reader | None:
@@ -41,7 +41,7 @@ def largest_exact(kind: Any) -> float | None:
 
 
 def _number_type(kind: Any) -> Any:
-    """numpy's type of a float32 or float16 column; None for any other type."""
+    """Return numpy's type of a float32 or float16 column; None for any other type."""
     types: Any = importlib.import_module("pyarrow").types
     numpy: Any = importlib.import_module("numpy")
     return numpy.float32 if types.is_float32(kind) else numpy.float16 if types.is_float16(kind) else None

@@ -154,7 +154,7 @@ def from_texts(spec: FlagSpec, texts: Sequence[str]) -> Any:
     """Return the value of a flag from its words on the command line.
 
     Raises:
-        ValueError: the words are no value of the flag; the message completes "must be ...".
+        ValueError: the words are not a value of the flag; the message completes "must be ...".
     """
     if spec.num_values is None:
         if len(texts) != 1:

@@ -311,7 +311,7 @@ DEEP = "[" * 150 + "]" * 150
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         (f'{{"prompt": "a", "metadata": {{"x": {DEEP}}}}}', "nested more than 100 deep"),
         (f'{{"prompt": "a", "metadata": {{"x": {"[" * 100_000}}}}}', "not JSON"),
@@ -327,7 +327,7 @@ DEEP = "[" * 150 + "]" * 150
         ('{"prompt": "a", "pr\\u006fmpt": "b"}', "the key 'prompt' is repeated"),
     ],
 )
-def test_values_that_would_fail_later_are_named(tmp_path: Path, line: str, says: str) -> None:
+def test_values_that_would_fail_later_are_named(tmp_path: Path, line: str, message: str) -> None:
     good = (
         '{"prompt": "a \\u00e9 \\ud83d\\ude00", "metadata": {"x": 1.2345678901234567, "prompt": 18446744073709551615}}'
     )
@@ -335,11 +335,11 @@ def test_values_that_would_fail_later_are_named(tmp_path: Path, line: str, says:
     file.write_text(f"{good}\n{line}\n{good}\n")
     [problem] = check_rows(str(file), WITHOUT_LABEL, chat_template=False)
     assert problem.where == f"{file}:2"
-    assert re.search(says, problem.rule), problem.rule
+    assert re.search(message, problem.rule), problem.rule
 
 
 @pytest.mark.parametrize(
-    ("content", "where", "says"),
+    ("content", "where", "message"),
     [
         (b"\x1f\x8b\x08\x00" + b"\n{" * 50, "", "compressed with gzip"),
         ("{}".encode("utf-16"), "", "text in UTF-16"),
@@ -348,12 +348,12 @@ def test_values_that_would_fail_later_are_named(tmp_path: Path, line: str, says:
         (b'{"prompt": "a"}\n{"prompt": "' + b"x" * MAX_LINE + b'"}\n', ":2", "longer than 32 MiB"),
     ],
 )
-def test_files_of_other_bytes_give_one_error(tmp_path: Path, content: bytes, where: str, says: str) -> None:
+def test_files_of_other_bytes_give_one_error(tmp_path: Path, content: bytes, where: str, message: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(content)
     [problem] = check_rows(str(file), WITHOUT_LABEL, chat_template=False)
     assert problem.where == f"{file}{where}"
-    assert says in problem.rule
+    assert message in problem.rule
 
 
 def test_files_that_other_systems_write_are_read(tmp_path: Path) -> None:

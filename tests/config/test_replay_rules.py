@@ -40,7 +40,7 @@ def test_a_dump_records_its_sampling(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dumping", "replaying", "said"),
+    ("dumping", "replaying", "expected"),
     [
         ("--rollout-top-p 0.9", "", ["top-p 0.9 (dump"]),
         ("--rollout-top-k 20", "", ["top-k 20 (dump"]),
@@ -55,14 +55,14 @@ def test_a_dump_records_its_sampling(run: Run) -> None:
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
 def test_another_distribution_is_refused(
-    run: Run, dumping: str, replaying: str, said: list[str], dry: list[str]
+    run: Run, dumping: str, replaying: str, expected: list[str], dry: list[str]
 ) -> None:
     """One message names the first file; a file that appears later is checked when it is loaded."""
     words = [*dumped(run, *dumping.split()), *replaying.split()]
     error = run.error(*words, *dry)
     assert error.startswith(f"--load-debug-rollout-data {run.directory}/{{rollout_id}}.jsonl: ")
     assert f"{run.directory}/0.jsonl and 1 more: it was sampled" in error
-    assert [text for text in said if text not in error] == []
+    assert [text for text in expected if text not in error] == []
     assert run.errors(*words, "--loss-type", "sft_loss") == []
     late = replace(run.args("--debug-rollout-only"), debug_rollout_only=False, load_debug_rollout_data=words[2])
     with pytest.raises(ValueError, match="was sampled"):

@@ -137,9 +137,9 @@ def test_another_antlr_runtime_is_refused_for_mathematics(run: Run, monkeypatch:
     assert run.errors() == []
     _installed(run, monkeypatch, "4.9.3")
     rule = "antlr4-python3-runtime 4.9.3 is installed, but the comparison of answers was tested with 4.13.2"
-    says = f"{rule}; pip install antlr4-python3-runtime==4.13.2"
-    assert run.error() == f"--rm-type deepscaler: {says}"
-    assert run.error("--rm-type", "boxed_dapo") == f"--rm-type boxed_dapo: {says}"
+    message = f"{rule}; pip install antlr4-python3-runtime==4.13.2"
+    assert run.error() == f"--rm-type deepscaler: {message}"
+    assert run.error("--rm-type", "boxed_dapo") == f"--rm-type boxed_dapo: {message}"
     assert run.errors("--rm-type", "f1") == []
     evaluation = ["--rm-type", "f1", "--eval-prompt-data", str(run.data), "--eval-rm-type", "math"]
-    assert run.error(*evaluation) == f"--eval-rm-type math: {says}"
+    assert run.error(*evaluation) == f"--eval-rm-type math: {message}"

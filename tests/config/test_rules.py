@@ -479,20 +479,20 @@ def test_an_unwritable_place_gives_one_error(run: Run, monkeypatch: pytest.Monke
     """It is an error before anything starts; a plan only warns, because it may be made on another machine."""
     long = str(run.directory / ("x" * 300))
     deep = str(run.directory) + "/x" * 3000
-    for path, says in (
+    for path, message in (
         (long, "a name of 300 bytes in it is too long|File name too long"),
         (deep, "File name too long"),
         (str(run.data / "below"), "Not a directory|is a file"),
     ):
         for flag in ("--save", "--log-dir", "--save-hf"):
-            assert re.search(says, run.error(flag, path)), (flag, path)
+            assert re.search(message, run.error(flag, path)), (flag, path)
         assert run.errors("--dry-run", "--save", path) == []
     new = str(run.directory / "new" / "save")
     assert run.errors("--save", new) == []
     here = os.statvfs(run.directory)
-    for change, says in (({8: os.ST_RDONLY}, "is read-only"), ({4: 0}, "is full")):
+    for change, message in (({8: os.ST_RDONLY}, "is read-only"), ({4: 0}, "is full")):
         values = [change.get(number, value) for number, value in enumerate(here)]
         with monkeypatch.context() as patched:
             patched.setattr(os, "statvfs", lambda _, values=values: os.statvfs_result(values))
-            assert f"the file system of {run.directory} {says}" in run.error("--save", new)
+            assert f"the file system of {run.directory} {message}" in run.error("--save", new)
     assert not (run.directory / "new").exists()

@@ -137,13 +137,13 @@ class Wrong:
     """Words that are added to the base command line, and the beginning of the message about them."""
 
     words: str
-    says: str
+    message: str
     warns: bool = False
     """Whether the message is a warning about a flag without effect."""
 
 
-def vain(words: str, says: str) -> Wrong:
-    return Wrong(words, says, warns=True)
+def no_effect(words: str, message: str) -> Wrong:
+    return Wrong(words, message, warns=True)
 
 
 EVAL = "--eval-prompt-data TRAIN"
@@ -161,7 +161,9 @@ CONTRADICTED: dict[str, Wrong] = {
         "--rollout-num-gpus-per-engine 3", "--rollout-num-gpus 2: is not a multiple of --rollout-num-gpus-per-engine 3"
     ),
     "--colocate": Wrong("--colocate --dry-run", "--rollout-num-gpus 2: --colocate shares the training GPUs"),
-    "--sglang-mem-fraction-static": vain("--sglang-mem-fraction-static 0.5", "--sglang-mem-fraction-static: no effect"),
+    "--sglang-mem-fraction-static": no_effect(
+        "--sglang-mem-fraction-static 0.5", "--sglang-mem-fraction-static: no effect"
+    ),
     # checkpoints
     "--hf-checkpoint": Wrong("--hf-checkpoint NOWHERE", "--hf-checkpoint NOWHERE: there is no config.json"),
     "--ref-load": Wrong("--ref-load NOWHERE", "--ref-load NOWHERE: there is no such directory"),
@@ -173,35 +175,43 @@ CONTRADICTED: dict[str, Wrong] = {
     "--input-key": Wrong("--input-key question", "TRAIN:1: "),
     "--label-key": Wrong("--label-key answer", "TRAIN:1: "),
     "--apply-chat-template": Wrong("--no-apply-chat-template", "TRAIN:1: 'prompt' is not text"),
-    "--rollout-shuffle": vain(f"--rollout-shuffle --num-rollout 0 {EVAL}", "--rollout-shuffle: no effect"),
+    "--rollout-shuffle": no_effect(f"--rollout-shuffle --num-rollout 0 {EVAL}", "--rollout-shuffle: no effect"),
     "--rm-type": Wrong("--rm-type deepscalar", "--rm-type deepscalar: unknown reward type"),
-    "--custom-rm-path": vain("--custom-rm-path HOOK", "--rm-type deepscaler: no effect: --custom-rm-path judges"),
+    "--custom-rm-path": no_effect("--custom-rm-path HOOK", "--rm-type deepscaler: no effect: --custom-rm-path judges"),
     "--num-rollout": Wrong("--num-epoch 2", "--num-rollout 3: cannot be combined with --num-epoch 2"),
     "--rollout-batch-size": Wrong("--rollout-batch-size 5 --global-batch-size 4", "--global-batch-size 4: does not"),
     "--n-samples-per-prompt": Wrong("--n-samples-per-prompt 1", "--n-samples-per-prompt 1: grpo compares"),
-    "--rollout-max-response-len": vain("--rollout-max-response-len 128", "--rollout-max-response-len 128: the model's"),
-    "--rollout-temperature": vain("--rollout-temperature 0", "--rollout-temperature 0: greedy"),
+    "--rollout-max-response-len": no_effect(
+        "--rollout-max-response-len 128", "--rollout-max-response-len 128: the model's"
+    ),
+    "--rollout-temperature": no_effect("--rollout-temperature 0", "--rollout-temperature 0: greedy"),
     "--num-steps-per-rollout": Wrong("--num-steps-per-rollout 3", "--num-steps-per-rollout 3: 4 prompts x 2 samples"),
-    "--balance-data": vain("--balance-data", "--balance-data: no effect: there is only one data-parallel rank"),
+    "--balance-data": no_effect("--balance-data", "--balance-data: no effect: there is only one data-parallel rank"),
     "--over-sampling-batch-size": Wrong("--over-sampling-batch-size 3", "--over-sampling-batch-size 3: less than"),
     "--dynamic-sampling-filter-path": Wrong(
         "--dynamic-sampling-filter-path slime.rollout.no_such.filter", "--dynamic-sampling-filter-path slime."
     ),
-    "--partial-rollout": vain("--partial-rollout --dry-run", "--partial-rollout: no effect: no additional prompts are"),
+    "--partial-rollout": no_effect(
+        "--partial-rollout --dry-run", "--partial-rollout: no effect: no additional prompts are"
+    ),
     "--buffer-filter-path": Wrong(
         "--buffer-filter-path slime.core.packing.plan_steps", "--buffer-filter-path slime.core.packing.plan_steps: "
     ),
     # evaluation
     "--eval-interval": Wrong("--eval-interval 2", "--eval-interval 2: nothing to evaluate on"),
     "--eval-prompt-data": Wrong("--eval-prompt-data a b c", "--eval-prompt-data a b c: 3 words"),
-    "--n-samples-per-eval-prompt": vain("--n-samples-per-eval-prompt 4", "--n-samples-per-eval-prompt 4: no effect"),
-    "--eval-max-response-len": vain(f"{EVAL} --eval-max-response-len 200", "--eval-max-response-len 200: the model's"),
-    "--eval-top-p": vain("--eval-top-p 0.7", "--eval-top-p 0.7: no effect: nothing is evaluated"),
+    "--n-samples-per-eval-prompt": no_effect(
+        "--n-samples-per-eval-prompt 4", "--n-samples-per-eval-prompt 4: no effect"
+    ),
+    "--eval-max-response-len": no_effect(
+        f"{EVAL} --eval-max-response-len 200", "--eval-max-response-len 200: the model's"
+    ),
+    "--eval-top-p": no_effect("--eval-top-p 0.7", "--eval-top-p 0.7: no effect: nothing is evaluated"),
     # parallel sizes and micro-batches
     "--tensor-model-parallel-size": Wrong(
         "--tensor-model-parallel-size 4 --actor-num-gpus-per-node 4", "--tensor-model-parallel-size 4: does not divide"
     ),
-    "--sequence-parallel": vain("--sequence-parallel", "--sequence-parallel: no effect"),
+    "--sequence-parallel": no_effect("--sequence-parallel", "--sequence-parallel: no effect"),
     "--pipeline-model-parallel-size": Wrong(
         "--pipeline-model-parallel-size 3 --actor-num-gpus-per-node 3 --dry-run",
         "--pipeline-model-parallel-size 3: does not divide 4 layers",
@@ -217,27 +227,27 @@ CONTRADICTED: dict[str, Wrong] = {
     "--recompute-method": Wrong(
         "--recompute-granularity selective --recompute-method uniform", "--recompute-method uniform: selective"
     ),
-    "--recompute-num-layers": vain("--recompute-num-layers 1", "--recompute-num-layers 1: no effect"),
+    "--recompute-num-layers": no_effect("--recompute-num-layers 1", "--recompute-num-layers 1: no effect"),
     "--use-dynamic-batch-size": Wrong("--use-dynamic-batch-size", "--use-dynamic-batch-size: has no token budget"),
-    "--max-tokens-per-gpu": vain("--max-tokens-per-gpu 64", "--max-tokens-per-gpu 64: no effect"),
+    "--max-tokens-per-gpu": no_effect("--max-tokens-per-gpu 64", "--max-tokens-per-gpu 64: no effect"),
     # algorithm
     "--advantage-estimator": Wrong("--advantage-estimator grpo --n-samples-per-prompt 1", "--n-samples-per-prompt 1:"),
-    "--use-kl-loss": vain("--use-kl-loss --kl-loss-coef 0", "--use-kl-loss: no effect at --kl-loss-coef 0"),
-    "--kl-loss-coef": vain("--kl-loss-coef 0.1", "--kl-loss-coef 0.1: no effect"),
-    "--kl-loss-type": vain("--kl-loss-type k1", "--kl-loss-type k1: no effect"),
-    "--entropy-coef": vain(
+    "--use-kl-loss": no_effect("--use-kl-loss --kl-loss-coef 0", "--use-kl-loss: no effect at --kl-loss-coef 0"),
+    "--kl-loss-coef": no_effect("--kl-loss-coef 0.1", "--kl-loss-coef 0.1: no effect"),
+    "--kl-loss-type": no_effect("--kl-loss-type k1", "--kl-loss-type k1: no effect"),
+    "--entropy-coef": no_effect(
         "--loss-type sft_loss --rollout-function-path slime.rollout.sft_rollout.generate_rollout --entropy-coef 0.1",
         "--entropy-coef 0.1: no effect",
     ),
-    "--eps-clip": vain("--eps-clip 0.3 --eps-clip-high 0.2", "--eps-clip-high 0.2: less than --eps-clip 0.3"),
-    "--eps-clip-high": vain("--eps-clip-high 0.1", "--eps-clip-high 0.1: less than --eps-clip 0.2"),
+    "--eps-clip": no_effect("--eps-clip 0.3 --eps-clip-high 0.2", "--eps-clip-high 0.2: less than --eps-clip 0.3"),
+    "--eps-clip-high": no_effect("--eps-clip-high 0.1", "--eps-clip-high 0.1: less than --eps-clip 0.2"),
     # optimizer
-    "--optimizer": vain("--optimizer sgd --dry-run --adam-eps 1e-8", "--adam-eps 1e-08: no effect"),
-    "--lr": vain("--lr 0", "--lr 0: no effect: no weight ever changes"),
+    "--optimizer": no_effect("--optimizer sgd --dry-run --adam-eps 1e-8", "--adam-eps 1e-08: no effect"),
+    "--lr": no_effect("--lr 0", "--lr 0: no effect: no weight ever changes"),
     "--lr-decay-style": Wrong("--lr-decay-style WSD", "--lr-decay-style WSD: WSD needs a decay length"),
-    "--weight-decay": vain("--lr 0 --weight-decay 0.1", "--weight-decay 0.1: no effect"),
-    "--adam-beta1": vain("--optimizer sgd --dry-run --adam-beta1 0.9", "--adam-beta1 0.9: no effect"),
-    "--adam-beta2": vain("--optimizer sgd --dry-run --adam-beta2 0.9", "--adam-beta2 0.9: no effect"),
+    "--weight-decay": no_effect("--lr 0 --weight-decay 0.1", "--weight-decay 0.1: no effect"),
+    "--adam-beta1": no_effect("--optimizer sgd --dry-run --adam-beta1 0.9", "--adam-beta1 0.9: no effect"),
+    "--adam-beta2": no_effect("--optimizer sgd --dry-run --adam-beta2 0.9", "--adam-beta2 0.9: no effect"),
     # MODEL_ARGS that config.json does not have; `test_hf_config_against_model_args` tests the others
     "--swiglu": Wrong("--no-swiglu", "--no-swiglu: an MLP without SwiGLU"),
     "--disable-bias-linear": Wrong("--no-disable-bias-linear", "--no-disable-bias-linear: biases in linear layers"),
@@ -289,11 +299,11 @@ def _filled(text: str, run: Run) -> str:
 def test_contradicted(run: Run, flag: str) -> None:
     wrong = CONTRADICTED[flag]
     words = _filled(wrong.words, run).split()
-    said = run.warnings(*words) if wrong.warns else run.errors(*words)
-    expected = _filled(wrong.says, run)
-    assert any(text.startswith(expected) for text in said), said
+    reported = run.warnings(*words) if wrong.warns else run.errors(*words)
+    expected = _filled(wrong.message, run)
+    assert any(text.startswith(expected) for text in reported), reported
     if not wrong.warns:
-        assert len(said) == 1, "one mistake, one error"
+        assert len(reported) == 1, "one mistake, one error"
 
 
 @pytest.mark.parametrize("flag", IN_CONFIG)
@@ -361,7 +371,7 @@ def test_a_damaged_tokenizer(run: Run, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ("--colocate", "--colocate: train_async.py generates while it trains, so engines and trainers need devices"),
         ("--max-staleness 0", "--max-staleness 0: train_async.py trains on tokens of the previous policy"),
@@ -370,10 +380,10 @@ def test_a_damaged_tokenizer(run: Run, text: str) -> None:
         ("--update-weight-pause abort --deterministic", "--update-weight-pause abort: with --deterministic"),
     ],
 )
-def test_wrong_with_a_rollout_in_flight(run: Run, words: str, says: str) -> None:
+def test_wrong_with_a_rollout_in_flight(run: Run, words: str, message: str) -> None:
     ahead = replace(run, rollouts_ahead=1)
-    assert any(error.startswith(says) for error in ahead.errors(*words.split(), "--dry-run"))
-    assert not any(error.startswith(says) for error in run.errors(*words.split(), "--dry-run"))
+    assert any(error.startswith(message) for error in ahead.errors(*words.split(), "--dry-run"))
+    assert not any(error.startswith(message) for error in run.errors(*words.split(), "--dry-run"))
 
 
 @pytest.mark.parametrize(
@@ -412,7 +422,7 @@ def test_unfinished_by_the_clock(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ("--partial-rollout-max-tokens 16", "--partial-rollout-max-tokens 16: no effect: it belongs to"),
         ("--mask-offpolicy-in-partial-rollout", "--mask-offpolicy-in-partial-rollout: no effect: it belongs to"),
@@ -425,8 +435,8 @@ def test_unfinished_by_the_clock(run: Run) -> None:
         ("--max-staleness 2", "--max-staleness 2: no effect: every token is from the current"),
     ],
 )
-def test_flags_without_effect_with_partial_rollout(run: Run, words: str, says: str) -> None:
-    assert [warning for warning in run.warnings(*words.split(), "--dry-run") if warning.startswith(says)]
+def test_flags_without_effect_with_partial_rollout(run: Run, words: str, message: str) -> None:
+    assert [warning for warning in run.warnings(*words.split(), "--dry-run") if warning.startswith(message)]
 
 
 @pytest.mark.parametrize(
@@ -441,8 +451,8 @@ def test_flags_without_effect_with_partial_rollout(run: Run, words: str, says: s
 def test_right_in_parts(run: Run, words: str) -> None:
     """The flags are neither refused nor warned about in a real run."""
     assert run.errors(*words.split()) == []
-    said = [text for text in run.warnings(*words.split()) if "partial" in text or "staleness" in text]
-    assert said == []
+    reported = [text for text in run.warnings(*words.split()) if "partial" in text or "staleness" in text]
+    assert reported == []
 
 
 # --- wrong with --deterministic ---------------------------------------------------------------------------------
@@ -451,21 +461,21 @@ ON_SGLANG = "--bf16 --rollout-engine sglang --dry-run"
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (f"{ON_SGLANG} --sglang-attention-backend torch_native", "--sglang-attention-backend torch_native: with"),
         (f"{ON_SGLANG} --sglang-decode-attention-backend flashmla", "--sglang-decode-attention-backend flashmla: wit"),
         (f"{ON_SGLANG} --sglang-speculative-algorithm EAGLE", "--sglang-speculative-algorithm EAGLE: with"),
     ],
 )
-def test_wrong_with_deterministic(run: Run, words: str, says: str) -> None:
+def test_wrong_with_deterministic(run: Run, words: str, message: str) -> None:
     [error] = run.errors("--deterministic", *words.split())
-    assert error.startswith(says)
+    assert error.startswith(message)
     assert run.errors(*words.split()) == []
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (
             "--rm-type remote_rm --rm-url http://10.0.0.7:80/",
@@ -474,9 +484,9 @@ def test_wrong_with_deterministic(run: Run, words: str, says: str) -> None:
         (ON_SGLANG, "--deterministic: bit for bit on a CPU only"),
     ],
 )
-def test_warnings_about_deterministic(run: Run, words: str, says: str) -> None:
-    assert any(warning.startswith(says) for warning in run.warnings("--deterministic", *words.split()))
-    assert not any(warning.startswith(says) for warning in run.warnings(*words.split()))
+def test_warnings_about_deterministic(run: Run, words: str, message: str) -> None:
+    assert any(warning.startswith(message) for warning in run.warnings("--deterministic", *words.split()))
+    assert not any(warning.startswith(message) for warning in run.warnings(*words.split()))
 
 
 def test_right_with_deterministic(run: Run) -> None:
@@ -511,16 +521,16 @@ def test_a_truncated_weight_file(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", "model.safetensors is not a safetensors file"),
         (b"\xff" * 100, "model.safetensors is truncated: its header alone has"),
         (b"\x02" + b"\0" * 7 + b"[]", "model.safetensors is not a safetensors file"),
     ],
 )
-def test_no_weight_file(run: Run, content: bytes, says: str) -> None:
+def test_no_weight_file(run: Run, content: bytes, message: str) -> None:
     write_weights(run).write_bytes(content)
-    assert all(says in error for error in run.errors())
+    assert all(message in error for error in run.errors())
     assert len(run.errors()) == 2
 
 
@@ -541,11 +551,11 @@ def test_pickled_weights_are_never_read(run: Run, flag: str) -> None:
     (folder / "custom.py").write_text(f"open({str(marker)!r}, 'w')")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "custom.Config"}}))
-    says = "pytorch_model.bin is a pickle, which may run code and is never read, and there are no safetensors"
+    message = "pytorch_model.bin is a pickle, which may run code and is never read, and there are no safetensors"
     for words in ([], ["--dry-run"]):
         errors = run.errors(*words, flag, str(folder))
-        assert [error for error in errors if says in error] == [
-            f"{flag} {folder}: {says}; convert it to safetensors, or download safetensors"
+        assert [error for error in errors if message in error] == [
+            f"{flag} {folder}: {message}; convert it to safetensors, or download safetensors"
         ]
     assert not marker.exists() and not Path("marker").exists()
     save_file({"a": torch.zeros(1)}, folder / "model.safetensors")

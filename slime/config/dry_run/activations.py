@@ -34,6 +34,7 @@ class Operation:
 
 
 def saved_bytes(operations: Iterable[Operation]) -> int:
+    """Return the bytes that all operations keep for the backward pass."""
     return sum(operation.saved for operation in operations)
 
 
@@ -62,10 +63,12 @@ class Rank:
 
     @property
     def query(self) -> int:
+        """Return the number of query channels on this rank."""
         return self.shape.num_attention_heads * self.shape.kv_channels // self.tp
 
     @property
     def key(self) -> int:
+        """Return the number of key channels on this rank, which equals that of values."""
         return self.shape.num_query_groups * self.shape.kv_channels // self.tp
 
     @property
@@ -80,6 +83,7 @@ class Rank:
 
     @property
     def ffn(self) -> int:
+        """Return the number of MLP channels on this rank."""
         return self.shape.ffn_hidden_size // self.tp
 
     @property
@@ -290,5 +294,6 @@ def _chunk(args: Args, rank: Rank) -> tuple[int, int]:
 
 
 def local_vocabulary(args: Args, shape: Architecture) -> int:
+    """Return the number of padded vocabulary entries on one tensor-parallel rank."""
     tp = args.tensor_model_parallel_size
     return padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, tp) // tp

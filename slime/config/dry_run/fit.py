@@ -66,6 +66,7 @@ class Moment:
 
     @property
     def share(self) -> float:
+        """Return the planned fraction of the limit."""
         return self.planned / self.limit
 
     def __str__(self) -> str:
@@ -101,6 +102,7 @@ def _taken(args: Args, engine: EngineMemory, total: int) -> int:
 
 
 def fullest(found: Sequence[Moment]) -> Moment:
+    """Return the moment with the largest share of its limit."""
     return max(found, key=lambda moment: moment.share)
 
 
@@ -124,6 +126,7 @@ def _recompute(args: Args, size: float) -> tuple[str, Change] | None:
 
 
 def recompute_flags(change: Change) -> str:
+    """Return the changed fields as flags on a command line."""
     return " ".join(f"{flag_name(name)} {value}" for name, value in change.items())
 
 

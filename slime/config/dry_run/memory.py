@@ -169,6 +169,7 @@ def train_memory(args: Args, *, on_cuda: bool) -> TrainMemory | None:
 
 
 def rank_sizes(args: Args, shape: Architecture, *, on_cuda: bool, tokens: int | None = None) -> Rank:
+    """Return the sizes of a training rank, for its largest pack or for `tokens` tokens."""
     tp = args.tensor_model_parallel_size
     tokens = pack_tokens(args, shape) if tokens is None else tokens
     rows = tokens // tp if args.sequence_parallel else tokens

@@ -57,6 +57,7 @@ class FlagSpec:
 
     @property
     def flag(self) -> str:
+        """Return the first spelling, which messages show."""
         return self.on[0]
 
     @property

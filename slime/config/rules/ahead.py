@@ -13,6 +13,7 @@ from slime.config.rules.problem import Problem
 
 
 def ahead(case: Case) -> Iterable[Problem]:
+    """Check the flags that work differently, or not at all, with train_async.py."""
     args = case.args
     if not args.rollouts_ahead:
         return

@@ -21,6 +21,7 @@ WIDE_FOR_A_SEQUENCE = 0.05
 
 
 def group_size(case: Case) -> Iterable[Problem]:
+    """Check that there are several samples per prompt if the estimator or a filter compares them."""
     args = case.args
     if args.n_samples_per_prompt > 1:
         return
@@ -57,6 +58,7 @@ def surrogate(case: Case) -> Iterable[Problem]:
 
 
 def overlong(case: Case) -> Iterable[Problem]:
+    """Check that the length penalty does not cover the whole response."""
     args = case.args
     buffer = args.overlong_buffer_len
     if buffer is not None and case.trains_policy and buffer >= args.rollout_max_response_len:

@@ -20,6 +20,7 @@ _FIELD = "keep_best_checkpoint"
 
 
 def best_checkpoint(case: Case) -> Iterable[Problem]:
+    """Check that --keep-best-checkpoint names a metric that evaluation reports."""
     args = case.args
     metric = args.keep_best_checkpoint
     if metric is None or args.save is None or args.num_rollout == 0 or args.debug_rollout_only:

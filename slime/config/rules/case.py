@@ -48,6 +48,7 @@ class Case:
 
     @property
     def trains_policy(self) -> bool:
+        """Return whether the run trains the policy with the policy loss."""
         return self.args.loss_type == "policy_loss" and not self.args.debug_rollout_only and self.args.num_rollout != 0
 
     def _problem(self, severity: Severity, field: str, rule: str, remedy: str, also: Iterable[str]) -> Problem:
@@ -65,6 +66,7 @@ class Case:
         return self._problem("error", field, rule, remedy, also)
 
     def warning(self, field: str, rule: str, remedy: str, *, also: Iterable[str] = ()) -> Problem:
+        """Return a warning about `field`; `also` as in `error`."""
         return self._problem("warning", field, rule, remedy, also)
 
     def missing(self, field: str, rule: str, remedy: str) -> Problem:

@@ -59,6 +59,7 @@ def check(case: Case, rules: Sequence[Rule]) -> list[Problem]:
 
 
 def sglang_data_parallel(case: Case) -> Iterable[Problem]:
+    """Check that data parallelism inside an SGLang engine has DP attention."""
     size = case.args.sglang.get("dp_size", 1)
     if size > 1 and not case.args.sglang.get("enable_dp_attention"):
         yield Problem(
@@ -71,6 +72,7 @@ def sglang_data_parallel(case: Case) -> Iterable[Problem]:
 
 
 def debug_modes(case: Case) -> Iterable[Problem]:
+    """Check that at most one debug mode is chosen and has its data."""
     args = case.args
     if args.debug_rollout_only and args.debug_train_only:
         yield case.error("debug_rollout_only", "cannot be combined with --debug-train-only", "leave one out")
@@ -83,6 +85,7 @@ def debug_modes(case: Case) -> Iterable[Problem]:
 
 
 def length(case: Case) -> Iterable[Problem]:
+    """Check that exactly one flag gives the run's length, and that there is something to do."""
     args = case.args
     if args.num_rollout is None and args.num_epoch is None:
         yield case.error("num_rollout", "not given", "give --num-rollout or --num-epoch", also=["num_epoch"])
@@ -98,6 +101,7 @@ def length(case: Case) -> Iterable[Problem]:
 
 
 def steps(case: Case) -> Iterable[Problem]:
+    """Check that a rollout's samples split evenly into optimizer steps."""
     args = case.args
     num_steps, batch = args.num_steps_per_rollout, args.global_batch_size
     assert num_steps is not None and batch is not None, "resolve fills them in"
@@ -121,6 +125,7 @@ def steps(case: Case) -> Iterable[Problem]:
 
 
 def over_sampling(case: Case) -> Iterable[Problem]:
+    """Check that over-sampling samples at least one rollout's prompts."""
     args = case.args
     assert args.over_sampling_batch_size is not None, "resolve fills it in"
     if args.over_sampling_batch_size < args.rollout_batch_size:
@@ -129,6 +134,7 @@ def over_sampling(case: Case) -> Iterable[Problem]:
 
 
 def micro_batches(case: Case) -> Iterable[Problem]:
+    """Check that dynamic micro-batches have a token budget."""
     if case.args.use_dynamic_batch_size and case.args.max_tokens_per_gpu is None:
         remedy = "add --max-tokens-per-gpu"
         yield case.error("use_dynamic_batch_size", "has no token budget", remedy, also=["max_tokens_per_gpu"])
@@ -138,6 +144,7 @@ def micro_batches(case: Case) -> Iterable[Problem]:
 
 
 def training_distribution(case: Case) -> Iterable[Problem]:
+    """Check that training rollouts are sampled from the whole distribution."""
     args = case.args
     if not case.trains_policy or not case.generates:
         return
@@ -167,6 +174,7 @@ def stops(case: Case) -> Iterable[Problem]:
 
 
 def context(case: Case) -> Iterable[Problem]:
+    """Check response lengths against the context length."""
     args = case.args
     limit = args.rollout_max_context_len
     model_limit = None if args.architecture is None else args.architecture.max_position_embeddings
@@ -182,6 +190,7 @@ def context(case: Case) -> Iterable[Problem]:
 
 
 def kl(case: Case) -> Iterable[Problem]:
+    """Warn about a KL term without a coefficient."""
     args = case.args
     if args.use_kl_loss and args.kl_loss_coef == 0 and not args.log_ref_kl and args.loss_type != "sft_loss":
         rule = "no effect at --kl-loss-coef 0: reference KL is off, and the reference model is not run"
@@ -189,6 +198,7 @@ def kl(case: Case) -> Iterable[Problem]:
 
 
 def losses(case: Case) -> Iterable[Problem]:
+    """Check the loss's function, the data that it trains on, and the clip range."""
     args = case.args
     if args.loss_type == "custom_loss" and args.custom_loss_function_path is None:
         yield case.error("loss_type", "has no function", "add --custom-loss-function-path")
@@ -202,6 +212,7 @@ def losses(case: Case) -> Iterable[Problem]:
 
 
 def evaluation(case: Case) -> Iterable[Problem]:
+    """Check that there is data to evaluate on."""
     args = case.args
     if args.eval_interval is not None and not case.evaluates:
         remedy = "add --eval-prompt-data or --eval-config"
@@ -209,6 +220,7 @@ def evaluation(case: Case) -> Iterable[Problem]:
 
 
 def saving(case: Case) -> Iterable[Problem]:
+    """Check that there is a directory to save to."""
     if case.args.save_interval is not None and case.args.save is None and not case.args.debug_rollout_only:
         yield case.error("save_interval", "there is no directory to save to", "add --save", also=["save"])
 
@@ -217,6 +229,7 @@ def saving(case: Case) -> Iterable[Problem]:
 
 
 def parallel_sizes(case: Case) -> Iterable[Problem]:
+    """Check that the parallel sizes divide the ranks and the model's dimensions."""
     args = case.args
     tensor, pipeline, context_size = (
         args.tensor_model_parallel_size,
@@ -247,6 +260,7 @@ def parallel_sizes(case: Case) -> Iterable[Problem]:
 
 
 def precision(case: Case) -> Iterable[Problem]:
+    """Check precision and dropout."""
     args = case.args
     if args.fp16:
         yield case.error("fp16", "RL's log-prob ratios need bf16 or fp32", "use --bf16")

@@ -15,6 +15,7 @@ from slime.config.rules.problem import Problem
 
 
 def critic(case: Case) -> Iterable[Problem]:
+    """Check the length of the critic's own training, its checkpoint and its warm-up."""
     args = case.args
     if not args.uses_critic or args.debug_rollout_only or args.num_rollout == 0:
         return

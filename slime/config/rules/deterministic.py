@@ -18,6 +18,7 @@ INVARIANT_ATTENTION = ("fa3", "fa4", "flashinfer", "triton", "ascend")
 
 
 def deterministic(case: Case) -> Iterable[Problem]:
+    """Check which parts of the run can be deterministic."""
     args = case.args
     if not args.deterministic:
         return

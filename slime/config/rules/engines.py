@@ -160,6 +160,7 @@ def router_request_timeout(case: Case) -> Iterable[Problem]:
 
 
 def external_router(case: Case) -> Iterable[Problem]:
+    """Check that address and port of a router are given together."""
     args = case.args
     if (args.sglang_router_ip is None) != (args.sglang_router_port is None):
         given = "sglang_router_port" if args.sglang_router_ip is None else "sglang_router_ip"

@@ -25,7 +25,7 @@ _NOTICE = 10.0
 
 
 class _TooSlow(BaseException):
-    """The import takes too long. It is no Exception, so that the imported module does not catch it."""
+    """The import takes too long. It is not an Exception, so that the imported module does not catch it."""
 
 
 def import_hook(name: str, path: str) -> Callable[..., Any]:

@@ -14,10 +14,12 @@ from slime.config.rules.problem import Problem
 
 
 def off(value: Any) -> bool:
+    """Return whether a switch is turned off."""
     return value is False
 
 
 def other_than(*built: Any) -> Callable[[Any], bool]:
+    """Return a check of whether a value is given and is not among `built`."""
     return lambda value: value is not None and value not in built
 
 

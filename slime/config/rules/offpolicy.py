@@ -24,6 +24,7 @@ def may_be_offpolicy(args: Args) -> bool:
 
 
 def offpolicy(case: Case) -> Iterable[Problem]:
+    """Check the flags for tokens from older policies."""
     args = case.args
     if args.use_tis and args.offpolicy_correction == "none":
         rule = "cannot be combined with --offpolicy-correction none"

@@ -19,12 +19,14 @@ LENGTH = ("lr_decay_iters", "num_rollout", "num_epoch", "num_steps_per_rollout",
 
 
 def optimizer(case: Case) -> Iterable[Problem]:
+    """Check that Megatron can shard the chosen optimizer."""
     if case.args.use_distributed_optimizer and case.args.optimizer != "adam":
         rule = f"Megatron can only shard adam, not --optimizer {case.args.optimizer}"
         yield case.error("use_distributed_optimizer", rule, "leave one of the two out", also=["optimizer"])
 
 
 def cpu_offload(case: Case) -> Iterable[Problem]:
+    """Check the flags for an optimizer in host memory."""
     args = case.args
     passed = [name for name in args.megatron_extra if name in OFFLOAD_OF_MEGATRON]
     if passed:
@@ -64,6 +66,7 @@ def _decay_steps(case: Case) -> int | None:
 
 
 def decay(case: Case) -> Iterable[Problem]:
+    """Check the rates and the length of the learning rate's decay."""
     args = case.args
     if args.lr_decay_style == "constant" or not _takes_steps(case):
         return
@@ -89,6 +92,7 @@ def _warm_up_steps(case: Case, decay_steps: int) -> float:
 
 
 def warm_up(case: Case) -> Iterable[Problem]:
+    """Check the rate and the length of the learning rate's warm-up."""
     args = case.args
     if not _takes_steps(case):
         return
@@ -109,6 +113,7 @@ def warm_up(case: Case) -> Iterable[Problem]:
 
 
 def weight_decay(case: Case) -> Iterable[Problem]:
+    """Check that the weight decay's style and its ends fit each other."""
     args = case.args
     ends = {"start_weight_decay": args.start_weight_decay, "end_weight_decay": args.end_weight_decay}
     about = ("weight_decay_incr_style", *ends)
@@ -126,6 +131,7 @@ def weight_decay(case: Case) -> Iterable[Problem]:
 
 
 def resumed_schedule(case: Case) -> Iterable[Problem]:
+    """Check that at most one schedule is chosen for a resumed run."""
     if {"use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"} <= case.given and (
         case.args.use_checkpoint_opt_param_scheduler and case.args.override_opt_param_scheduler
     ):

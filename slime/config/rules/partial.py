@@ -15,6 +15,7 @@ from slime.config.rules.problem import Problem
 
 
 def partial_rollout(case: Case) -> Iterable[Problem]:
+    """Check the flags for partial rollouts, and warn about those without effect."""
     args = case.args
     most = args.partial_rollout_max_tokens
     if not args.partial_rollout:

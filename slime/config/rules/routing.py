@@ -13,6 +13,7 @@ from slime.config.rules.problem import Problem
 
 
 def routing_replay(case: Case) -> Iterable[Problem]:
+    """Check that the model has experts."""
     shape = case.args.architecture
     if case.args.use_routing_replay and shape is not None and not shape.num_experts:
         rule = f"{shape.family} is a dense family without MoE routers"

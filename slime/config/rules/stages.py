@@ -90,6 +90,7 @@ def _passed_on(where: str, rule: str, remedy: str) -> Problem:
 
 
 def recompute(case: Case) -> Iterable[Problem]:
+    """Check the method, the number of layers and the modules of recomputation."""
     args = case.args
     num_layers = args.recompute_num_layers
     if args.recompute_granularity == "full" and (args.recompute_method is None or num_layers is None):
