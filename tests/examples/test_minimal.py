@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,10 +91,20 @@ def test_its_loss_and_gradient_are_the_package_s() -> None:
     torch.testing.assert_close(gradient, expected_gradient)
 
 
+def test_the_readme_shows_its_loop() -> None:
+    page = Path(grpo.__file__)
+    readme = (page.parents[2] / "README.md").read_text()
+    loop = readme.split("```python\n")[1].split("\n```")[0]
+    assert loop.startswith("for rollout_id in")
+    assert textwrap.indent(loop, "    ") in page.read_text()
+
+
 def test_the_page_learns_the_sums() -> None:
     page = Path(grpo.__file__)
     assert len(page.read_text().splitlines()) <= 170
-    done = subprocess.run([sys.executable, str(page), "--num-rollouts", "15"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(page), "--num-rollouts", "15"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     start, *_, last = [line for line in done.stdout.splitlines() if "reward" in line or "held-out sums are" in line]
     assert float(start.split("reward ")[1].split()[0]) < 0.6, start
