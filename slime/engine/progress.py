@@ -80,6 +80,9 @@ class Progress:
                 yield
             finally:
                 del self._open[deadline]
+                if not self._open and self._watching is not None:
+                    self._watching.cancel()  # the next attempt begins with fresh looks
+                    self._watching = None
 
     def passed(self) -> str:
         loads = ", ".join(f"{url} has {seen.in_flight}" for url, seen in self._seen.items())
@@ -93,7 +96,7 @@ class Progress:
         clock = self._connection.clock
         self._moved = clock.time()
         self._seen.clear()
-        while self._open:
+        while True:
             await asyncio.sleep(self.every)
             if await self.look():
                 self._moved = clock.time()
@@ -128,7 +131,7 @@ class Progress:
     def trouble(self, url: str) -> str | None:
         """Describe the trouble of an engine that has requests but has not moved for the limit; None if it has none."""
         seen = self._seen.get(url)
-        if seen is None or not seen.in_flight or self._watching is None or self._watching.done():
+        if seen is None or not seen.in_flight or self._watching is None:
             return None
         if self._connection.clock.time() - seen.since < self._limit:
             return None

@@ -30,6 +30,7 @@ def test_a_replay_repeats_the_rollouts_metrics() -> None:
     assert replay_metrics(args, _groups()) == {
         "rollout/reward": pytest.approx(2 / 3),
         "rollout/reward_std": pytest.approx(2**0.5 / 3),
+        "rollout/reward.short": 7.0,
         "rollout/zero_std_groups": 1,
         "rollout/response_length": 2,
         "rollout/response_length_max": 3,
@@ -37,7 +38,7 @@ def test_a_replay_repeats_the_rollouts_metrics() -> None:
     }
     assert group_metrics(args, _groups())["rollout/reward"] == pytest.approx(4 / 3)
     assert replay_metrics(Args(reward_key="short"), _groups())["rollout/reward"] == 7
-    with pytest.raises(ValueError, match="--reward-key is None"):
+    with pytest.raises(ValueError, match="--reward-key is not given"):
         replay_metrics(Args(), _groups())
 
 
