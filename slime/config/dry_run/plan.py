@@ -133,16 +133,16 @@ def _memory(args: Args) -> Iterable[Row]:
         yield "gradients", line(train.gradients, None, "fp32")
         yield "optimizer", line(train.optimizer, None, _optimizer_note(args, on_cuda))
         if train.reference:
-            where = "in host memory" if on_cuda else "and a copy of the actor for when it is run"
+            where = "in host memory" if on_cuda else "and a copy of the actor while it runs"
             yield "reference", line(None if on_cuda else train.reference, None, where)
         if train.critic:
             yield "critic", line(train.critic, None, "a second model: weights, gradients and optimizer")
         yield "activations", line(train.activations, None, _activations_note(args, train))
         if train.log_probs:
-            logits = f"{args.log_probs_chunk_size:,} tokens' logits" + (" and those that were kept" if on_cuda else "")
-            note = f"while they go backward: {logits}, the output layer's gradient"
+            logits = f"logits of {args.log_probs_chunk_size:,} tokens" + (" and kept ones" if on_cuda else "")
+            note = f"while they run backward: {logits}, the output layer's gradient"
             yield "log-probs", line(train.log_probs, None, note)
-        yield "layers", line(train.layers, None, "while they go backward, later: gradients, what is recomputed")
+        yield "layers", line(train.layers, None, "while they run backward, later: gradients, recomputed activations")
     if engine is not None:
         note = f"{engine.requests} requests of {engine.request_tokens:,} tokens, prompts not counted"
         yield "KV cache", line(None, engine.kv, note)
