@@ -24,13 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from bench.common import OUTPUTS, ROOT, Goal, Spread, Table, machine, ratios, thread_cpu_seconds, write_result
 from slime.config.architecture import hf_architecture, read_hf_config
-from slime.engine.embedded.cache import KVCache
-from slime.engine.embedded.model import Model
-from slime.engine.embedded.scheduler import Request, Scheduler
+from slime.engine.embedded.in_process import InProcessEngine
 from slime.engine.protocol import SamplingParams
 from slime.models.hf_files import HFReader
 from slime.rollout.rm_hub.deepscaler import deepscaler
@@ -184,7 +181,7 @@ class Judge:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(start)
         config = read_hf_config(start)
         self._architecture = hf_architecture(config)
-        self._stop = frozenset(config["eos_token_id"])
+        self._stop = config["eos_token_id"]
         lines = [json.loads(line) for line in (task / "eval.jsonl").read_text().splitlines()]
         self._labels = [line["label"] for line in lines]
         self._prompts = [self._encode(line["prompt"]) for line in lines]
@@ -195,31 +192,14 @@ class Judge:
 
     def score(self, weights: Path, *, temperature: float) -> float:
         """Return the mean reward."""
-        model = Model(self._architecture)
+        engine = InProcessEngine(self._architecture, rows=512, context=64, stop_token_ids=self._stop)
         reader = HFReader(weights)
-        for name in reader.names():
-            model.weights[name].copy_(reader.get(name))
-        cache = KVCache(self._architecture, dtype=torch.float32, rows=512, tokens=512 * 64)
-        done: list[Request] = []
-        scheduler = Scheduler(model, cache, on_finished=done.extend, on_failure=lambda _: None)
-        with torch.inference_mode():
-            for number, prompt in enumerate(self._prompts):
-                params = SamplingParams(temperature=temperature, max_new_tokens=LONGEST)
-                request = Request(
-                    rid=str(number), input_ids=prompt, params=params, seed=number, stop_token_ids=self._stop
-                )
-                scheduler.submit(request)
-            scheduler._take_commands()
-            while scheduler.num_running or scheduler.num_waiting:
-                scheduler.step()
-                scheduler._deliver()
-        rewards = [
-            deepscaler(
-                self._tokenizer.decode(request.output_ids, skip_special_tokens=True), self._labels[int(request.rid)]
-            )
-            for request in done
-        ]
-        assert len(rewards) == len(self._labels)
+        engine.update_weights({name: reader.get(name) for name in reader.names()}, version=0)
+        params = SamplingParams(temperature=temperature, max_new_tokens=LONGEST)
+        requests = engine.generate(self._prompts, params, seed=0)
+        engine.close()
+        responses = [self._tokenizer.decode(request.output_ids, skip_special_tokens=True) for request in requests]
+        rewards = [deepscaler(response, label) for response, label in zip(responses, self._labels, strict=True)]
         return statistics.fmean(rewards)
 
 
