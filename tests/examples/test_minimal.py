@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -102,9 +103,9 @@ def test_the_readme_shows_its_loop() -> None:
 def test_the_page_learns_the_sums() -> None:
     page = Path(grpo.__file__)
     assert len(page.read_text().splitlines()) <= 170
-    done = subprocess.run(
-        [sys.executable, str(page), "--num-rollouts", "15"], capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two would wait for each other while other tests run
+    command = [sys.executable, str(page), "--num-rollouts", "15"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     start, *_, last = [line for line in done.stdout.splitlines() if "reward" in line or "held-out sums are" in line]
     assert float(start.split("reward ")[1].split()[0]) < 0.6, start
