@@ -198,7 +198,7 @@ class Fleet:
         """Restart the engine whenever it is lost."""
         what = f"engine {engine.index}"
         while True:
-            trouble = await self._trouble(lambda: _is_alive(engine.owner), lambda: engine.url)
+            trouble = await self._trouble(lambda: _is_alive(engine.owner), engine.url)
             log = self._log_dir / f"engine-{engine.index}.log"
             lost = f"{what} ({engine.url}) {trouble}; its log is {log}"
             engine.up = engine.serving = False
@@ -239,7 +239,7 @@ class Fleet:
             async def is_alive(process: ManagedProcess = router) -> bool:
                 return process.alive()
 
-            trouble = await self._trouble(is_alive, lambda process=router: process.url)
+            trouble = await self._trouble(is_alive, router.url)
             lost = f"the router ({router.url}) {trouble}; its log is {router.log_path}"
             self._count("router", lost)
             self._say(f"{lost}: it is started again")
@@ -266,9 +266,9 @@ class Fleet:
                     await self._at_router(lambda url=engine.url: self._membership.add(url), engine)
             self._say("the router is up again")
 
-    async def _trouble(self, is_alive: Callable[[], Awaitable[bool]], url: Callable[[], str]) -> str:
+    async def _trouble(self, is_alive: Callable[[], Awaitable[bool]], url: str) -> str:
         """Return once something is wrong, with a description."""
-        return await first_trouble(is_alive, url(), self._client, limit=self._args.engine_health_timeout)
+        return await first_trouble(is_alive, url, self._client, limit=self._args.engine_health_timeout)
 
     # ---- reporting
 

@@ -48,11 +48,12 @@ def cuda_devices() -> int:
 @cache
 def cuda_memory() -> float | None:
     """Return the memory in GiB of the smallest CUDA device that this process sees; None: there is none."""
-    if not cuda_devices():
+    count = cuda_devices()
+    if not count:
         return None
     import torch
 
-    properties = [cast(Any, torch.cuda).get_device_properties(index) for index in range(cuda_devices())]
+    properties = [cast(Any, torch.cuda).get_device_properties(index) for index in range(count)]
     return min(int(each.total_memory) for each in properties) / 2**30
 
 

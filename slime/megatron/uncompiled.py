@@ -1,8 +1,10 @@
-"""megatron-core's `jit_fuser` on a CPU: functions are left as they are, and torch's compiler is not loaded.
+"""Keep megatron-core's `jit_fuser` from loading torch's compiler on a CPU: it returns functions unchanged.
 
-Path: `slime.megatron` puts this in place before anything imports megatron.core. Invariant: where CUDA is, nothing here
-changes anything; on a CPU the decorated functions would run uncompiled in any case (see `device.install`), but to
-decorate them with `torch.compile` loads 800 modules: a fifth of a trainer's start, and 40 MB of each.
+- Used by: `slime.megatron` installs this before anything imports megatron.core.
+- Invariant: with CUDA nothing changes.
+
+On a CPU the decorated functions run uncompiled in any case (see `device.install`). But decorating them with
+`torch.compile` loads 800 modules, which takes a fifth of a trainer's start and 40 MB.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from slime.config.resolve import cuda_available
 NAME = "megatron.core.jit"
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
 def leave_uncompiled_on_cpu() -> None:
-    """Put a module in the place of megatron.core.jit, unless CUDA is there or that module has been imported."""
+    """Replace the module megatron.core.jit, unless CUDA is available or the module has been imported."""
     if NAME in sys.modules or cuda_available():
         return
     module: Any = ModuleType(NAME, "slime.megatron.uncompiled has put it here")
-    module.jit_fuser = module.noop_decorator = _as_it_is
+    module.jit_fuser = module.noop_decorator = _unchanged
     module.enable_jit_fuser = module.disable_jit_fuser = lambda: None
     sys.modules[NAME] = module

@@ -13,12 +13,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slime.config.args import Args
-from slime.rollout.chat_template import render_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["load_tokenizer", "render_messages", "tokenize", "tokenize_texts"]
 
 
 def load_tokenizer(args: Args) -> PreTrainedTokenizerBase:

@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
-from slime.rollout.tokenizer import load_tokenizer, render_messages
+from slime.rollout.chat_template import render_messages
+from slime.rollout.tokenizer import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "a"}]
 
