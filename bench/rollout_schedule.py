@@ -90,7 +90,7 @@ class Record:
     """Lengths of the samples that are trained on."""
     generated: int = 0
     carried: int = 0
-    """Tokens of samples that were put aside, minus those that were taken up again."""
+    """The number of tokens of interrupted samples that have not been continued yet."""
     off_policy: int = 0
     cpu: dict[str, float] = field(default_factory=dict[str, float])
 
