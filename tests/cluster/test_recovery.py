@@ -74,8 +74,9 @@ def steady(local_ray: None) -> Any:
 
 @pytest.fixture
 def doomed(local_ray: None) -> Iterator[Any]:
-    """An actor of this test alone."""
+    """An actor of this test alone, whose process runs: starting it may take longer than a test waits."""
     actor: Any = Actor.options(num_cpus=0).remote()
+    ray.get(actor.say.remote("here"))
     yield actor
     ray.kill(actor)
 
