@@ -160,7 +160,7 @@ METRIC = re.compile(r"f?\"((?:rollout|train|eval|time|sync)/[\w@{}./]+)\"")
 def inputs(log_probs_R: torch.Tensor) -> LossInputs:
     """With everything that a loss can be given."""
     ones = [torch.ones(len(log_probs_R)) for _ in range(4)]
-    return LossInputs(log_probs_R, log_probs_R.detach(), *ones, weighed_R=ones[0] > 0)
+    return LossInputs(log_probs_R, log_probs_R.detach(), *ones, weighted_R=ones[0] > 0)
 
 
 def metric_names() -> set[str]:

@@ -98,8 +98,8 @@ def shape_of_config(config: Path, num_layers: int | None) -> Architecture:
     return hf_architecture(values if num_layers is None else {**values, "num_hidden_layers": num_layers})
 
 
-def hf_config(shape: Architecture) -> Any:
-    """Return the transformers config for `shape`.
+def hf_config(arch: Architecture) -> Any:
+    """Return the transformers config for `arch`.
 
     Raises:
         ValueError: the vocabulary is too small for the tokenizer, or the family cannot have this shape.
@@ -107,32 +107,32 @@ def hf_config(shape: Architecture) -> Any:
     import transformers
 
     tokens = len(SPECIAL_TOKENS) + 256
-    if shape.vocab_size < tokens:
-        raise ValueError(f"a vocabulary of {shape.vocab_size} has no room for the tokenizer's {tokens} bytes and roles")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rotary_base}
-    if shape.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", **asdict(shape.rope_scaling)}
-    more: dict[str, Any] = {key: getattr(shape, name) for name, key in hf_keys(shape.family).items()}
-    if shape.family in ("glm4", "glm4_moe"):
-        rope["partial_rotary_factor"] = shape.rotary_percent
-        more["attention_bias"] = shape.add_qkv_bias
-    if shape.family == "glm4_moe":
-        more["use_qk_norm"] = shape.qk_layernorm
-        more["n_shared_experts"] = shape.shared_expert_ffn_hidden_size // shape.moe_ffn_hidden_size
-    if shape.family == "qwen3_moe":
-        more["mlp_only_layers"] = list(range(shape.first_dense_layers))
-    if shape.family != "qwen2" or shape.kv_channels * shape.num_attention_heads != shape.hidden_size:
-        more["head_dim"] = shape.kv_channels
-    config = getattr(transformers, CLASSES[shape.family] + "Config")(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_query_groups,
-        max_position_embeddings=shape.max_position_embeddings,
-        rms_norm_eps=shape.norm_epsilon,
-        tie_word_embeddings=shape.tied_embeddings,
+    if arch.vocab_size < tokens:
+        raise ValueError(f"a vocabulary of {arch.vocab_size} has no room for the tokenizer's {tokens} bytes and roles")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rotary_base}
+    if arch.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **asdict(arch.rope_scaling)}
+    more: dict[str, Any] = {key: getattr(arch, name) for name, key in hf_keys(arch.family).items()}
+    if arch.family in ("glm4", "glm4_moe"):
+        rope["partial_rotary_factor"] = arch.rotary_percent
+        more["attention_bias"] = arch.add_qkv_bias
+    if arch.family == "glm4_moe":
+        more["use_qk_norm"] = arch.qk_layernorm
+        more["n_shared_experts"] = arch.shared_expert_ffn_hidden_size // arch.moe_ffn_hidden_size
+    if arch.family == "qwen3_moe":
+        more["mlp_only_layers"] = list(range(arch.first_dense_layers))
+    if arch.family != "qwen2" or arch.kv_channels * arch.num_attention_heads != arch.hidden_size:
+        more["head_dim"] = arch.kv_channels
+    config = getattr(transformers, CLASSES[arch.family] + "Config")(
+        vocab_size=arch.vocab_size,
+        hidden_size=arch.hidden_size,
+        intermediate_size=arch.ffn_hidden_size,
+        num_hidden_layers=arch.num_layers,
+        num_attention_heads=arch.num_attention_heads,
+        num_key_value_heads=arch.num_query_groups,
+        max_position_embeddings=arch.max_position_embeddings,
+        rms_norm_eps=arch.norm_epsilon,
+        tie_word_embeddings=arch.tied_embeddings,
         rope_parameters=rope,
         pad_token_id=SPECIAL_TOKENS.index(PAD_TOKEN),
         eos_token_id=[SPECIAL_TOKENS.index(PAD_TOKEN), SPECIAL_TOKENS.index(END_TOKEN)],
@@ -140,8 +140,8 @@ def hf_config(shape: Architecture) -> Any:
         **more,
     )
     read_back = hf_architecture(config.to_dict())
-    if read_back != shape:
-        raise ValueError(f"{type(config).__name__} cannot express all of {shape}: it reads back as {read_back}")
+    if read_back != arch:
+        raise ValueError(f"{type(config).__name__} cannot express all of {arch}: it reads back as {read_back}")
     return config
 
 
@@ -178,18 +178,18 @@ def in_file(name: str, size: torch.Size) -> Iterator[tuple[str, torch.Size]]:
             yield f"{head}.experts.{expert}.{part}.weight", torch.Size([size[1] // len(parts), size[2]])
 
 
-def make_checkpoint(shape: Architecture, out: Path, *, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
+def make_checkpoint(arch: Architecture, out: Path, *, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the directory; an earlier one is replaced.
 
     Raises:
         ValueError: `out` is something else than an HF directory, or no model of this shape can be made.
     """
-    config = hf_config(shape)
-    config.architectures = [CLASSES[shape.family] + "ForCausalLM"]
+    config = hf_config(arch)
+    config.architectures = [CLASSES[arch.family] + "ForCausalLM"]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".side_files_", dir=out.parent) as directory:
         side = Path(directory)
-        make_tokenizer(shape.max_position_embeddings).save_pretrained(side)
+        make_tokenizer(arch.max_position_embeddings).save_pretrained(side)
         config.save_pretrained(side)
         ids = {"pad_token_id": config.pad_token_id, "eos_token_id": config.eos_token_id}
         (side / "generation_config.json").write_text(json.dumps({"do_sample": True, **ids}, indent=2) + "\n")
@@ -211,13 +211,13 @@ def main(argv: Sequence[str]) -> None:
 
     start = time.monotonic()
     if args.from_args is not None:
-        shape = shape_of_script(args.from_args, args.num_layers)
+        arch = shape_of_script(args.from_args, args.num_layers)
     else:
-        shape = shape_of_config(args.config, args.num_layers)
-    make_checkpoint(shape, args.out, seed=args.seed, dtype=DTYPES[args.dtype])
-    millions = shape.num_parameters() / 1e6
+        arch = shape_of_config(args.config, args.num_layers)
+    make_checkpoint(arch, args.out, seed=args.seed, dtype=DTYPES[args.dtype])
+    millions = arch.num_parameters() / 1e6
     seconds = time.monotonic() - start
-    print(f"{shape.family}, {shape.num_layers} layers, {millions:,.1f} M parameters, {seconds:.1f} s -> {args.out}")
+    print(f"{arch.family}, {arch.num_layers} layers, {millions:,.1f} M parameters, {seconds:.1f} s -> {args.out}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor
 
 
 def importance_weights(
-    proximal_R: Tensor, behaviour_R: Tensor, weighed_R: Tensor, *, low: float, high: float, drop: bool = False
+    proximal_R: Tensor, rollout_log_probs_R: Tensor, weighted_R: Tensor, *, low: float, high: float, drop: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the weights exp(proximal - behaviour log-prob), bounded to [low, high], and a mask of those out of range.
 
@@ -36,12 +36,12 @@ def importance_weights(
     Graph. Stat. 17(2), 2008).
 
     Args:
-        weighed_R: bool, the tokens that are corrected. All others get weight 1.
+        weighted_R: bool, the tokens that are corrected. All others get weight 1.
         drop: set a weight outside the range to 0 instead of to the nearest bound: a token that is so far off carries no
             usable signal (masked importance sampling; IcePop, arXiv:2510.18855).
     """
-    log_weights_R = torch.where(weighed_R, proximal_R - behaviour_R, 0.0).detach()
+    log_weights_R = torch.where(weighted_R, proximal_R - rollout_log_probs_R, 0.0).detach()
     weights_R = log_weights_R.exp()
-    beyond_R = weighed_R & ((weights_R < low) | (weights_R > high))
+    beyond_R = weighted_R & ((weights_R < low) | (weights_R > high))
     bounded_R = torch.zeros_like(weights_R) if drop else weights_R.clamp(low, high)
     return torch.where(beyond_R, bounded_R, weights_R), beyond_R

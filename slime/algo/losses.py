@@ -18,7 +18,7 @@ from slime.algo.corrections import importance_weights
 from slime.algo.estimators import Surrogate
 from slime.algo.reducers import bounded_kl
 from slime.algo.sequences import Sequences
-from slime.algo.surrogates import clipped, sequence_ratio, token_ratio, weighed_log_probs
+from slime.algo.surrogates import clipped, sequence_ratio, token_ratio, weighted_log_probs
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LossInputs:
     ref_log_probs_R: Tensor | None = None
     rollout_log_probs_R: Tensor | None = None
     entropy_R: Tensor | None = None
-    weighed_R: Tensor | None = None
+    weighted_R: Tensor | None = None
     """bool: tokens that take an importance weight, p_old / p_rollout (see `corrections`). No masked token does."""
     loss_mask_R: Tensor | None = None
     sequences: Sequences | None = None
@@ -65,7 +65,7 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[
 
     loss = weight x surrogate + kl_loss_coef x KL - entropy_coef x entropy
 
-    - `weighed_R` selects the tokens that another policy sampled; they get an importance weight (AReaL,
+    - `weighted_R` selects the tokens that another policy sampled; they get an importance weight (AReaL,
       arXiv:2505.24298).
     - The weight applies to the surrogate alone, not to the KL to the reference model and not to the entropy.
 
@@ -76,12 +76,12 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[
     metrics["ppo_kl"] = (inputs.old_log_probs_R - inputs.log_probs_R).detach()
     if inputs.rollout_log_probs_R is not None:
         metrics["logprob_gap"] = (inputs.old_log_probs_R - inputs.rollout_log_probs_R).abs().detach()
-    if inputs.weighed_R is not None:
+    if inputs.weighted_R is not None:
         assert inputs.rollout_log_probs_R is not None, "importance weights need the behaviour policy's log-probs"
         weights_R, beyond_R = importance_weights(
             inputs.old_log_probs_R,
             inputs.rollout_log_probs_R,
-            inputs.weighed_R,
+            inputs.weighted_R,
             low=options.tis_clip_low,
             high=options.tis_clip,
             drop=options.offpolicy_correction == "mis",
@@ -107,7 +107,7 @@ def _surrogate(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[s
     log_probs_R, old_R, advantages_R = inputs.log_probs_R, inputs.old_log_probs_R, inputs.advantages_R
     low, high = 1 - options.eps_clip, 1 + options.eps_clip_high
     if options.surrogate == "cispo":
-        return weighed_log_probs(log_probs_R, token_ratio(log_probs_R, old_R), advantages_R, low=low, high=high)
+        return weighted_log_probs(log_probs_R, token_ratio(log_probs_R, old_R), advantages_R, low=low, high=high)
     if options.surrogate == "sequence":
         assert inputs.sequences is not None and inputs.loss_mask_R is not None, "a sequence ratio needs whole responses"
         ratio_R = sequence_ratio(log_probs_R, old_R, inputs.sequences, inputs.loss_mask_R)

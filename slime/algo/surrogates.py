@@ -52,7 +52,7 @@ def clipped(
     return loss_R, metrics
 
 
-def weighed_log_probs(
+def weighted_log_probs(
     log_probs_R: Tensor, ratio_R: Tensor, advantages_R: Tensor, *, low: float, high: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return -sg(clip(ratio, low, high)) A log p: CISPO (MiniMax-M1, arXiv:2506.13585 eq. 4 and 5).

@@ -33,10 +33,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from slime.cluster.mending import Mending
+from slime.cluster.mending import EngineWeightSync
 from slime.cluster.processes import Processes
 from slime.cluster.trackers import start_trackers
-from slime.cluster.turns import memory_of
+from slime.cluster.turns import make_memory_schedule
 from slime.config.args import Args
 from slime.config.dump import dump_args
 from slime.config.secrets import masker_of
@@ -111,7 +111,7 @@ class Cluster:
         self._cleanup.callback(lambda: processes.stop(well=self._ended_well))
         processes.start()
         signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray has replaced our handler with its own
-        self._memory = memory_of(args, processes)
+        self._memory = make_memory_schedule(args, processes)
         loaded, warnings = self._memory.load()
         state = None
         if loaded is not None:
@@ -147,7 +147,7 @@ class Cluster:
             self._console.say(f"actor loaded from {loaded.source}, starting at rollout {self._first}")
         if 0 < self._last <= self._first:
             self._console.say(f"nothing left to train: {self._first} of {self._last} rollouts are done")
-        self._mending = Mending(processes, self._memory, self._console.say)
+        self._weight_sync = EngineWeightSync(processes, self._memory, self._console.say)
         self._memory.connect()
         processes.started()
 
@@ -198,7 +198,7 @@ class Cluster:
 
     def _report_of(self, generation: _Generation) -> dict[str, float]:
         phase = f"rollout {generation.rollout_id}: generation"
-        return self._processes.get(phase, [generation.report], meanwhile=self._mending.look_after)[0]
+        return self._processes.get(phase, [generation.report], meanwhile=self._weight_sync.look_after)[0]
 
     @contextmanager
     def engines_asleep(self) -> Iterator[None]:
@@ -217,7 +217,7 @@ class Cluster:
             if results:
                 seconds["training"] = results[0].pop("time/training")
                 self._record |= results[0] | self._measure("training")
-        self._mending.trained()
+        self._weight_sync.trained()
         self._metrics.write(rollout_id + 1, self._record)
         gap = self._record.get("train/logprob_gap_mean", 0.0)
         alarm = self._args.logprob_gap_alarm
@@ -268,7 +268,7 @@ class Cluster:
             self._memory.to_weights()
             self._take_peaks()  # memory that a trainer has just given back never coexisted with an engine's
         with self._clock.phase("weight_sync"):
-            report = self._mending.send(self._policy_version)
+            report = self._weight_sync.send(self._policy_version)
         self._sync_report = report | self._measure("weight_sync")
         with self._clock.phase("offload"):
             self._memory.to_engines()
@@ -308,7 +308,7 @@ class Cluster:
             [metrics] = self._processes.get(
                 f"evaluation after {step} rollouts",
                 [self._processes.manager.evaluate.remote(step)],
-                meanwhile=self._mending.look_after,
+                meanwhile=self._weight_sync.look_after,
             )
         metrics |= self._measure("evaluation")
         self._metrics.write(step, metrics)

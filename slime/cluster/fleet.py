@@ -134,7 +134,7 @@ class Fleet:
         """Whether anything may be in flight at an engine. External engines always count."""
         return not self._engines or any(engine.serving for engine in self._engines)
 
-    def in_motion(self) -> set[str]:
+    def joining_or_leaving(self) -> set[str]:
         """Return the URLs that the router's list may or may not hold at this moment."""
         return {engine.url for engine in self._engines if not engine.serving}
 

@@ -1,4 +1,4 @@
-"""Mending: the driver's side of engines that die and restart; it connects trainers to the present engines.
+"""EngineWeightSync: the driver's side of engines that die and restart; it connects trainers to the present engines.
 
 - Where it sits: `Cluster` sends weights through here, and lets it look after the engines while it waits for the rollout
   manager. `fleet` does the watching and restarting.
@@ -16,16 +16,16 @@ import ray
 
 from slime.cluster.fleet import EngineUp, FleetState
 from slime.cluster.processes import Processes
-from slime.cluster.turns import OwnMemory
+from slime.cluster.turns import DedicatedDevices
 from slime.core.errors import Fault, RunError
 
 logger = logging.getLogger(__name__)
 
 
-class Mending:
+class EngineWeightSync:
     """Sends weights to the engines that are up, and to those that are restarted. `say` shows a line to the user."""
 
-    def __init__(self, processes: Processes, memory: OwnMemory, say: Callable[[str], None]) -> None:
+    def __init__(self, processes: Processes, memory: DedicatedDevices, say: Callable[[str], None]) -> None:
         self._processes = processes
         self._memory = memory
         self._say = say

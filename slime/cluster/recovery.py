@@ -47,7 +47,7 @@ def run_with_restarts(args: Args, story: Story) -> None:
             without_progress += 1
             total += 1
             if newest != before:
-                args = going_on(args)
+                args = resumed_args(args)
             source = "from the beginning" if newest == before else f"from {args.save}, after rollout {newest}"
             print(
                 f"FAULT {fault}\nstarting again {source} (restart {without_progress} of --max-restarts "
@@ -62,7 +62,7 @@ def newest_checkpoint(save: str | None) -> int | None:
     return max((int(match[1]) for match in found if match is not None), default=None)
 
 
-def going_on(args: Args) -> Args:
+def resumed_args(args: Args) -> Args:
     """Return `args` changed to continue from the run's own last checkpoint, wherever the run began."""
     bare = args.no_save_optim  # then the checkpoint holds no optimizer state
     return replace(args, load=args.save, ckpt_step=None, finetune=False, no_load_optim=bare, no_load_rng=False)

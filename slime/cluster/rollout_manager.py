@@ -284,7 +284,9 @@ class RolloutManager:
             EngineError: naming the engines that are missing or unexpected.
         """
         if self._client is not None and self._router is None:
-            await self._client.check_router(in_motion=() if self._fleet is None else self._fleet.in_motion())
+            await self._client.check_router(
+                joining_or_leaving=() if self._fleet is None else self._fleet.joining_or_leaving()
+            )
 
     async def _check_weights(self) -> None:
         """Check that external engines still hold the weights: whoever restarts one brings back its first weights.

@@ -29,7 +29,7 @@ from slime.config.args import Args
 from slime.megatron.result import LoadResult
 
 
-class OwnMemory:
+class DedicatedDevices:
     """Nobody waits for memory: both sides have their own devices, or --no-offload, or only one side exists."""
 
     by_turns: ClassVar[bool] = False
@@ -56,7 +56,7 @@ class OwnMemory:
         """Give engines all of their memory, to generate."""
 
 
-class MemoryByTurns(OwnMemory):
+class Colocated(DedicatedDevices):
     """Trainers and engines hold the memory by turns. Engines start first, because they measure how much is free."""
 
     by_turns = True
@@ -95,7 +95,7 @@ class MemoryByTurns(OwnMemory):
         self._processes.get("engines take memory", waking)
 
 
-def memory_of(args: Args, processes: Processes) -> OwnMemory:
+def make_memory_schedule(args: Args, processes: Processes) -> DedicatedDevices:
     """Return turns if both trainers and engines exist and share devices, otherwise no turns."""
     shared = args.colocate and bool(args.offload) and processes.has_engines and bool(processes.trainers)
-    return (MemoryByTurns if shared else OwnMemory)(processes)
+    return (Colocated if shared else DedicatedDevices)(processes)

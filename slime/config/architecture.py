@@ -90,38 +90,38 @@ _ROPE_KEYS: Mapping[str, str] = {"rotary_base": "rope_theta", "rotary_percent": 
 _SCALING_KEYS = {field.name for field in fields(RopeScaling)}
 
 
-def config_of(shape: Architecture, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return `config` changed so that it describes `shape`, and the flags that config.json cannot express.
+def config_of(arch: Architecture, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return `config` changed so that it describes `arch`, and the flags that config.json cannot express.
 
-    `shape` differs from `config` only in what --override-hf-config changed.
+    `arch` differs from `config` only in what --override-hf-config changed.
     """
     new, before = dict(config), hf_architecture(config)
-    changed = {f.name for f in fields(Architecture) if getattr(shape, f.name) != getattr(before, f.name)}
+    changed = {f.name for f in fields(Architecture) if getattr(arch, f.name) != getattr(before, f.name)}
     keys = {**_HF_KEYS, **experts.hf_keys(before.family)}
-    new |= {key: getattr(shape, name) for name, key in keys.items() if name in changed}
+    new |= {key: getattr(arch, name) for name, key in keys.items() if name in changed}
     if config.get("rope_parameters"):
         new.pop("rope_scaling", None)  # it repeats rope_parameters, and only one of them is changed
     place = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope: dict[str, Any] = dict(config.get(place) or {})
     for name, key in _ROPE_KEYS.items():
         if name in changed:
-            (rope if key in rope or place == "rope_parameters" else new)[key] = getattr(shape, name)
+            (rope if key in rope or place == "rope_parameters" else new)[key] = getattr(arch, name)
     if "rope_scaling" in changed:
         new.pop("original_max_position_embeddings", None)  # it repeats the value in `rope`
         rope = {key: value for key, value in rope.items() if key not in (*_SCALING_KEYS, "type", "rope_type")}
-        rope |= {"rope_type": "default"} if shape.rope_scaling is None else asdict(shape.rope_scaling)
-        rope |= {} if shape.rope_scaling is None else {"rope_type": "llama3"}
+        rope |= {"rope_type": "default"} if arch.rope_scaling is None else asdict(arch.rope_scaling)
+        rope |= {} if arch.rope_scaling is None else {"rope_type": "llama3"}
     if rope:
         new[place] = rope
     after = hf_architecture(new)
-    return new, [flag_name(name) for name in sorted(changed) if getattr(after, name) != getattr(shape, name)]
+    return new, [flag_name(name) for name in sorted(changed) if getattr(after, name) != getattr(arch, name)]
 
 
-def as_flags(shape: Architecture) -> dict[str, Any]:
-    """Return the values of ARCHITECTURE_FLAGS that describe `shape`; None for a flag that does not apply."""
-    scaling = shape.rope_scaling
-    return {name: getattr(shape, name) for name in SAME_NAME} | {
-        "untie_embeddings_and_output_weights": not shape.tied_embeddings,
+def as_flags(arch: Architecture) -> dict[str, Any]:
+    """Return the values of ARCHITECTURE_FLAGS that describe `arch`; None for a flag that does not apply."""
+    scaling = arch.rope_scaling
+    return {name: getattr(arch, name) for name in SAME_NAME} | {
+        "untie_embeddings_and_output_weights": not arch.tied_embeddings,
         "use_rope_scaling": scaling is not None,
         "rotary_scaling_factor": None if scaling is None else scaling.factor,
     }
@@ -132,22 +132,22 @@ def given_flags(args: Args) -> dict[str, Any]:
     return {name: vars(args)[name] for name in ARCHITECTURE_FLAGS if vars(args)[name] is not None}
 
 
-def _with_flags(shape: Architecture, given: Mapping[str, Any], extra: Mapping[str, Any]) -> Architecture:
-    """Return `shape` with the values of the given flags.
+def _with_flags(arch: Architecture, given: Mapping[str, Any], extra: Mapping[str, Any]) -> Architecture:
+    """Return `arch` with the values of the given flags.
 
-    Flags only switch RoPE scaling on or off and set its factor; its other values are those of `shape`. `extra`: the
+    Flags only switch RoPE scaling on or off and set its factor; its other values are those of `arch`. `extra`: the
     flags that pass through to Megatron, from which the experts' flags are read unless the model is dense.
     """
     changes = {name: value for name, value in given.items() if name in SAME_NAME}
     if "untie_embeddings_and_output_weights" in given:
         changes["tied_embeddings"] = not given["untie_embeddings_and_output_weights"]
-    scaling = shape.rope_scaling
+    scaling = arch.rope_scaling
     if "use_rope_scaling" in given:
         scaling = (scaling or RopeScaling()) if given["use_rope_scaling"] else None
     if scaling is not None and "rotary_scaling_factor" in given:
         scaling = replace(scaling, factor=given["rotary_scaling_factor"])
-    shape = replace(shape, **changes, rope_scaling=scaling)
-    return replace(shape, **experts.given_fields(extra, shape)) if shape.num_experts else shape
+    arch = replace(arch, **changes, rope_scaling=scaling)
+    return replace(arch, **experts.given_fields(extra, arch)) if arch.num_experts else arch
 
 
 def _matching_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
@@ -244,9 +244,9 @@ def conflicts(args: Args, config: Architecture) -> list[Problem]:
     return problems
 
 
-def _factor_of_nothing(args: Args, shape: Architecture) -> list[Problem]:
+def _factor_of_nothing(args: Args, arch: Architecture) -> list[Problem]:
     """Refuse --rotary-scaling-factor if the resolved model has no RoPE scaling."""
-    if args.rotary_scaling_factor is None or shape.rope_scaling is not None:
+    if args.rotary_scaling_factor is None or arch.rope_scaling is not None:
         return []
     return [
         Problem(

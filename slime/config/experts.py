@@ -141,12 +141,12 @@ def _flags(score: str) -> Mapping[str, ExpertFlag]:
     return {field: flag for field, flag in FLAGS.items() if score == "softmax" or field != "norm_topk_prob"}
 
 
-def as_flags(shape: Architecture) -> dict[str, Any]:
-    """Return Megatron's flags that describe the experts of `shape`, by name; empty for a dense model."""
-    if not shape.num_experts:
+def as_flags(arch: Architecture) -> dict[str, Any]:
+    """Return Megatron's flags that describe the experts of `arch`, by name; empty for a dense model."""
+    if not arch.num_experts:
         return {}
-    flags = _flags(shape.router_score)
-    return {flag.name: flag.write(getattr(shape, field), shape.num_layers) for field, flag in flags.items()}
+    flags = _flags(arch.router_score)
+    return {flag.name: flag.write(getattr(arch, field), arch.num_layers) for field, flag in flags.items()}
 
 
 def given_fields(extra: Mapping[str, Any], like: Architecture) -> dict[str, Any]:

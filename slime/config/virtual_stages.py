@@ -12,13 +12,13 @@ from slime.config.args import Args
 
 def num_chunks(args: Args) -> int:
     """Return the number of model parts per stage, which are not adjacent; 1: there are no virtual stages."""
-    stages, shape = args.pipeline_model_parallel_size, args.architecture
+    stages, arch = args.pipeline_model_parallel_size, args.architecture
     if stages == 1:
         return 1
     if args.num_virtual_stages_per_pipeline_rank is not None:
         return args.num_virtual_stages_per_pipeline_rank
     layers = args.num_layers_per_virtual_pipeline_stage
-    return 1 if layers is None or shape is None else max(shape.num_layers // stages // layers, 1)
+    return 1 if layers is None or arch is None else max(arch.num_layers // stages // layers, 1)
 
 
 def micro_batch_group(args: Args) -> int:

@@ -15,11 +15,11 @@ from torch import Tensor
 from slime.core.architecture import Architecture, RopeScaling
 
 
-def inverse_frequencies(shape: Architecture) -> Tensor:
+def inverse_frequencies(arch: Architecture) -> Tensor:
     """Return radians per position, [rotary_dim / 2], float32 on the CPU."""
-    exponents = torch.arange(0, shape.rotary_dim, 2, dtype=torch.float32) / shape.rotary_dim
-    frequencies = 1.0 / shape.rotary_base**exponents
-    return frequencies if shape.rope_scaling is None else _scaled(frequencies, shape.rope_scaling)
+    exponents = torch.arange(0, arch.rotary_dim, 2, dtype=torch.float32) / arch.rotary_dim
+    frequencies = 1.0 / arch.rotary_base**exponents
+    return frequencies if arch.rope_scaling is None else _scaled(frequencies, arch.rope_scaling)
 
 
 def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

@@ -166,15 +166,17 @@ class EngineClient:
         answer = await self._connection.request("GET", lambda: url, None, timeout=CONTROL_TIMEOUT)
         return sorted(worker["url"] for worker in answer["workers"])
 
-    async def check_router(self, *, in_motion: Collection[str] = ()) -> None:
+    async def check_router(self, *, joining_or_leaving: Collection[str] = ()) -> None:
         """Check that the router sends requests to the run's engines and to no others, which have other weights.
 
-        `in_motion`: engines of the run that are being added or removed right now.
+        `joining_or_leaving`: engines of the run that are being added or removed right now.
 
         Raises:
             EngineError: naming the engines that are missing or unexpected.
         """
-        listed, own = (urls.difference(in_motion) for urls in (set(await self._listed()), set(await self.workers())))
+        listed, own = (
+            urls.difference(joining_or_leaving) for urls in (set(await self._listed()), set(await self.workers()))
+        )
         if listed != own:
             foreign, gone = ", ".join(sorted(listed - own)), ", ".join(sorted(own - listed))
             problem = f"lists engines that are not this run's: {foreign}" if foreign else f"has lost {gone}"

@@ -85,10 +85,10 @@ def check_model(args: Args, url: str, info: EngineInfo) -> None:
             f"--rollout-external-engines {url}: with --use-routing-replay, it does not return the experts of tokens; "
             "start it with --enable-return-routed-experts"
         )
-    shape = args.architecture
-    if shape is None:
+    arch = args.architecture
+    if arch is None:
         return
-    ours: Mapping[str, Any] = {name: value for name, value in asdict(shape).items() if name not in _OF_THE_CONTEXT}
+    ours: Mapping[str, Any] = {name: value for name, value in asdict(arch).items() if name not in _OF_THE_CONTEXT}
     named = {} if info.model_type is None else {"family": info.model_type}
     theirs = named if info.architecture is None else info.architecture
     differ = [

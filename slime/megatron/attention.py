@@ -94,7 +94,7 @@ class PackedSequences(PackedSeqParams):
     """[B, MoE layers, top-k] int32: the experts that each token goes to. -1 leaves the choice to the router."""
 
 
-def pack_sequences(lengths_P: Sequence[int], shape: Architecture, share: ContextShare | None = None) -> PackedSequences:
+def pack_sequences(lengths_P: Sequence[int], arch: Architecture, share: ContextShare | None = None) -> PackedSequences:
     """Lay out pieces of these lengths one after the other, on this process's device; no `share`: whole sequences."""
     where = device.device()
     lengths = torch.tensor(lengths_P, dtype=torch.int64)
@@ -102,7 +102,7 @@ def pack_sequences(lengths_P: Sequence[int], shape: Architecture, share: Context
     ends = lengths.cumsum(0)
     positions_B = torch.arange(int(ends[-1])) + torch.repeat_interleave(offsets - ends + lengths, lengths)
     reaches = offsets + lengths
-    angles_B = torch.outer(positions_B.float(), inverse_frequencies(shape))
+    angles_B = torch.outer(positions_B.float(), inverse_frequencies(arch))
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=F.pad(ends, (1, 0)).int().to(where, non_blocking=True),

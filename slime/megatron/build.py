@@ -31,7 +31,7 @@ from slime.config.experts import FLAG_NAMES, as_flags
 from slime.config.virtual_stages import micro_batch_group, num_chunks, overlaps
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
-from slime.megatron.experts import choose_for_themselves, with_float32_biases
+from slime.megatron.experts import disable_replay, with_float32_biases
 from slime.megatron.layers import RMSNorm, layer_spec
 from slime.megatron.multi_tensor import fuse_weight_gradients
 from slime.megatron.parallel import expert_place, expert_tensor_size
@@ -136,22 +136,22 @@ def transformer_config(args: Args) -> TransformerConfig:
             f"--attention-dropout {args.attention_dropout}: packed attention has no dropout, and RL needs none "
             "(it would make the trainer's log-probs differ from the engine's); set it to 0"
         )
-    shape = architecture_of(args)
+    arch = architecture_of(args)
     decided: dict[str, Any] = {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.kv_channels,
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.kv_channels,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": shape.norm_epsilon,
+        "layernorm_epsilon": arch.norm_epsilon,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": shape.add_qkv_bias,
-        "qk_layernorm": shape.qk_layernorm,
-        "rotary_interleaved": shape.rotary_interleaved,
+        "add_qkv_bias": arch.add_qkv_bias,
+        "qk_layernorm": arch.qk_layernorm,
+        "rotary_interleaved": arch.rotary_interleaved,
         "attention_dropout": 0.0,
         "hidden_dropout": args.hidden_dropout,
         "tensor_model_parallel_size": args.tensor_model_parallel_size,
@@ -182,19 +182,19 @@ def transformer_config(args: Args) -> TransformerConfig:
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
     }
-    if not shape.num_experts:
+    if not arch.num_experts:
         return config_from(TransformerConfig, args, decided)
-    decided |= _experts(args, shape)
+    decided |= _experts(args, arch)
     said = {name: value for name, value in args.megatron_extra.items() if name not in FLAG_NAMES}  # see `_experts`
     return config_from(TransformerConfig, replace(args, megatron_extra=said), decided)
 
 
-def _experts(args: Args, shape: Architecture) -> dict[str, Any]:
+def _experts(args: Args, arch: Architecture) -> dict[str, Any]:
     """Return the fields of Megatron's config that describe experts."""
     return {
-        **as_flags(shape),
-        "num_moe_experts": shape.num_experts,
-        "moe_shared_expert_intermediate_size": shape.shared_expert_ffn_hidden_size or None,
+        **as_flags(arch),
+        "num_moe_experts": arch.num_experts,
+        "moe_shared_expert_intermediate_size": arch.shared_expert_ffn_hidden_size or None,
         "expert_model_parallel_size": args.expert_model_parallel_size,
         "expert_tensor_parallel_size": expert_tensor_size(args),
         "moe_router_dtype": "fp32",
@@ -241,7 +241,7 @@ def build_model(args: Args, *, wrap: bool, kind: type[PolicyModel] = PolicyModel
 def _build_chunk(
     args: Args, config: TransformerConfig, kind: type[PolicyModel], chunk: int, *, wrap: bool
 ) -> torch.nn.Module:
-    shape = architecture_of(args)
+    arch = architecture_of(args)
     stage, of_chunks = parallel_state.get_pipeline_model_parallel_rank(), num_chunks(args)
     virtual = chunk if of_chunks > 1 else None
     first, count = (of(config, virtual, stage) for of in (get_transformer_layer_offset, get_num_layers_to_build))
@@ -250,18 +250,18 @@ def _build_chunk(
         config,
         cast(Any, TransformerBlockSubmodules(layers, cast(Any, RMSNorm))),
         vocab_size=padded_vocab_size(
-            shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+            arch.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
         ),
-        max_sequence_length=shape.max_position_embeddings,
+        max_sequence_length=arch.max_position_embeddings,
         position_embedding_type="none",  # packed attention applies RoPE itself
-        share_embeddings_and_output_weights=shape.tied_embeddings,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
         pre_process=stage == chunk == 0,
         post_process=stage == config.pipeline_model_parallel_size - 1 and chunk == of_chunks - 1,
         vp_stage=virtual,
     )
-    core.num_token_ids = shape.vocab_size
+    core.num_token_ids = arch.vocab_size
     if kind is not PolicyModel:
-        choose_for_themselves(core)
+        disable_replay(core)
     model: torch.nn.Module = core.to(device.device())
     if not wrap:
         return with_float32_biases(model.to(params_dtype(args)))

@@ -29,7 +29,7 @@ from slime.megatron.guard import BadStepError, StepGuard, TokenTrace
 from slime.megatron.microbatch import MicroBatch
 from slime.megatron.optimizer import build_optimizer, follow_schedule
 from slime.megatron.parallel import Topology
-from slime.megatron.step import ModelSteps, Weighed, weighed_sum
+from slime.megatron.step import ModelSteps, WeightedLoss, weighted_sum
 from slime.models.hf_files import HFReader
 
 
@@ -126,7 +126,7 @@ class Critic:
         try:
             return self._steps.take_step(
                 micro_batches,
-                self._weighed_loss,
+                self._weighted_loss,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
                 weights_sum=weights_sum,
@@ -152,20 +152,20 @@ class Critic:
             )
         return values.flatten()[micro_batch.predicting_R]
 
-    def _weighed_loss(self, micro_batch: MicroBatch, hidden: Tensor) -> Weighed:
+    def _weighted_loss(self, micro_batch: MicroBatch, hidden: Tensor) -> WeightedLoss:
         columns = micro_batch.columns
         values_R, weights_R = self._response_values(micro_batch, hidden), columns["loss_weights"]
         clip = self._args.value_clip or None
         loss_R, metrics = value_loss(values_R, columns["values"], columns["returns"], clip=clip)
-        total = weighed_sum(loss_R, weights_R)
+        total = weighted_sum(loss_R, weights_R)
         trace = TokenTrace(micro_batch.responses_R, values_R.detach(), loss_R.detach(), weights_R)
-        shares = {name: weighed_sum(metric_R, weights_R) for name, metric_R in metrics.items()}
+        shares = {name: weighted_sum(metric_R, weights_R) for name, metric_R in metrics.items()}
         shares |= {"loss": total.detach(), "weights": weights_R.double().sum()}
         shares |= {"not_finite": trace.not_finite(), "loss_magnitude": trace.magnitude()}
         return total, (shares, trace)
 
 
-def rollout_metrics(batch: TrainBatch, counted_N: Array) -> dict[str, float]:
+def critic_metrics(batch: TrainBatch, counted_N: Array) -> dict[str, float]:
     """Return metrics of the values that a rollout's advantages were made of, equal on every rank."""
     counts = (batch.columns["loss_mask"] > 0) & counted_N.repeat(batch.response_lengths_N)
     values, returns, mask = (

@@ -64,7 +64,7 @@ class StepDump:
         self._rollout_id = 0
         self._files = StepFilesWriter(directory, _facts(args, topology)) if topology.rank == 0 else None
 
-    def rollout(self, rollout_id: int, came: TrainBatch, used: TrainBatch) -> None:
+    def rollout(self, rollout_id: int, raw_batch: TrainBatch, used: TrainBatch) -> None:
         """Write the columns as they came in, then those that training made or changed before its first step."""
         self._rollout_id = rollout_id
         if self._files is None:
@@ -72,14 +72,14 @@ class StepDump:
         files, place = self._files, f"rollout {rollout_id}"
         files.forget_from(rollout_id)
         files.begin(place, rollout_id)
-        files.add(TOTAL_LENGTHS, _tensor(came.total_lengths_N), Axis.SAMPLE)
-        files.add(RESPONSE_LENGTHS, _tensor(came.response_lengths_N), Axis.SAMPLE)
-        for name, values in _in_order(came):
+        files.add(TOTAL_LENGTHS, _tensor(raw_batch.total_lengths_N), Axis.SAMPLE)
+        files.add(RESPONSE_LENGTHS, _tensor(raw_batch.response_lengths_N), Axis.SAMPLE)
+        for name, values in _in_order(raw_batch):
             files.add(name, _tensor(values), _AXES[COLUMNS[name].axis])
         for name, values in _in_order(used):
-            if not came.has(name):
+            if not raw_batch.has(name):
                 files.add(name, _tensor(values), _AXES[COLUMNS[name].axis])
-            elif values is not came.columns[name]:
+            elif values is not raw_batch.columns[name]:
                 files.add(f"{name} in the loss", _tensor(values), _AXES[COLUMNS[name].axis])
         files.end()
 

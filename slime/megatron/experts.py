@@ -142,7 +142,7 @@ class Router(TopKRouter):
         self.losses[name] = self.losses[name] + found if name in self.losses else found
 
 
-def choose_for_themselves(model: torch.nn.Module) -> None:
+def disable_replay(model: torch.nn.Module) -> None:
     """Turn off replay in the routers of a model whose weights no engine has."""
     for module in model.modules():
         if isinstance(module, Router):

@@ -126,18 +126,18 @@ def _is_megatrons(core_attention: object) -> bool:
 
 def built_in_layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -> ModuleSpec:
     """Return one layer from Megatron's local modules with our norm and our packed attention, new at each call."""
-    shape = args.architecture
-    assert shape is not None
+    arch = args.architecture
+    assert arch is not None
     spec = get_gpt_layer_local_spec(
-        num_experts=shape.num_experts if shape.is_moe_layer(layer) else None,
-        qk_layernorm=shape.qk_layernorm,
+        num_experts=arch.num_experts if arch.is_moe_layer(layer) else None,
+        qk_layernorm=arch.qk_layernorm,
         normalization="RMSNorm",
     )
     parts = spec.submodules
     assert isinstance(parts, TransformerLayerSubmodules)
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     assert isinstance(parts.mlp, ModuleSpec)
-    if shape.is_moe_layer(layer):
+    if arch.is_moe_layer(layer):
         assert parts.mlp.module is MoELayer and isinstance(parts.mlp.submodules, MoESubmodules)
         assert isinstance(parts.mlp.submodules.experts, ModuleSpec)
         spec.module = ExpertsLayer
@@ -149,13 +149,13 @@ def built_in_layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -
     attention = parts.self_attention.submodules
     assert isinstance(attention, SelfAttentionSubmodules)
     attention.core_attention = PackedAttention
-    if shape.qk_layernorm:
+    if arch.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if shape.post_self_attn_layernorm or shape.post_mlp_layernorm:
+    if arch.post_self_attn_layernorm or arch.post_mlp_layernorm:
         spec.module = SandwichLayer
         spec.submodules = SandwichLayerSubmodules(
             **{field.name: getattr(parts, field.name) for field in fields(parts)},
-            norm_after_attention=shape.post_self_attn_layernorm,
-            norm_after_mlp=shape.post_mlp_layernorm,
+            norm_after_attention=arch.post_self_attn_layernorm,
+            norm_after_mlp=arch.post_mlp_layernorm,
         )
     return spec

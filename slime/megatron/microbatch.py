@@ -160,7 +160,7 @@ def pack_rows(
     batch: TrainBatch,
     rows: Sequence[int],
     *,
-    shape: Architecture,
+    arch: Architecture,
     multiple: int,
     part: ContextParallel = ALONE,
     step_tokens: int = 0,
@@ -203,8 +203,8 @@ def pack_rows(
     return MicroBatch(
         tokens_B=torch.from_numpy(pack[tokens_B])[None].to(where, non_blocking=True),
         sequences=replace(
-            pack_sequences(cut.lengths_P.tolist(), shape, cut.share(part) if part.size > 1 else None),
-            **_for_experts(batch, len(pack), filled, taken, tokens_B) if shape.num_experts else {},
+            pack_sequences(cut.lengths_P.tolist(), arch, cut.share(part) if part.size > 1 else None),
+            **_for_experts(batch, len(pack), filled, taken, tokens_B) if arch.num_experts else {},
             step_tokens=step_tokens,
         ),
         predicting_R=torch.from_numpy(predicting_R[ours_R]).to(where, non_blocking=True),

@@ -1,6 +1,6 @@
 """Off-policy tokens: which tokens of a rollout older weights made, and which of them get an importance weight.
 
-- Used by: `trainer`, before it plans its steps; `step` passes the `weighed` column to the loss.
+- Used by: `trainer`, before it plans its steps; `step` passes the `weighted` column to the loss.
 - Invariant: a token that does not count in the loss is neither off-policy nor weighted, and every rank makes the same
   columns.
 
@@ -56,7 +56,7 @@ def version_of_weights(args: Args, rollout_id: int, batch: TrainBatch, policy_ve
 
 
 def add_offpolicy(args: Args, batch: TrainBatch, counted_N: Array, version: int) -> tuple[TrainBatch, dict[str, float]]:
-    """Add the columns `offpolicy` and `weighed` if any token needs them, mask what the flags mask, and return metrics.
+    """Add the columns `offpolicy` and `weighted` if any token needs them, mask what the flags mask, and return metrics.
 
     Raises:
         ValueError: tokens have to be weighted or masked, and a column that this needs is missing.
@@ -80,10 +80,10 @@ def add_offpolicy(args: Args, batch: TrainBatch, counted_N: Array, version: int)
         counts_R, offpolicy_R = counts_R & ~offpolicy_R, np.zeros_like(offpolicy_R)
     if offpolicy_R.any():
         batch = batch.with_column("offpolicy", offpolicy_R)
-    weighed_R = counts_R if args.use_tis else offpolicy_R
-    if args.offpolicy_correction != "none" and weighed_R.any():
+    weighted_R = counts_R if args.use_tis else offpolicy_R
+    if args.offpolicy_correction != "none" and weighted_R.any():
         _check_log_probs(args, batch)
-        batch = batch.with_column("weighed", weighed_R)
+        batch = batch.with_column("weighted", weighted_R)
     return batch, metrics
 
 

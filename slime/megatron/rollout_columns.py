@@ -83,7 +83,7 @@ def _distillation_metrics(args: Args, batch: TrainBatch, counted_N: Array) -> di
     mask_R = (batch.columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
     if not args.distills or not mask_R.any():
         return {}
-    kl_R = batch.columns["log_probs"].astype(np.float64) - batch.columns["ref_log_probs"]
+    kl_R = batch.columns["old_log_probs"].astype(np.float64) - batch.columns["ref_log_probs"]
     return {"train/teacher_kl": float(kl_R[mask_R].mean())}
 
 
@@ -134,7 +134,7 @@ def _rewards_of(args: Args, batch: TrainBatch, counted_N: Array) -> RolloutRewar
     """Collect an estimator's inputs; the two policies' log-probs exist if --kl-coef or a teacher needs them."""
     kl_R = None
     if args.needs_kl_first:
-        kl_R = torch.from_numpy(batch.columns["log_probs"] - batch.columns["ref_log_probs"])
+        kl_R = torch.from_numpy(batch.columns["old_log_probs"] - batch.columns["ref_log_probs"])
     return RolloutRewards(
         rewards_N=torch.from_numpy(batch.columns["rewards"]),
         group_indices_N=torch.from_numpy(batch.columns["group_indices"]),

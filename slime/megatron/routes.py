@@ -20,19 +20,19 @@ def for_actor(args: Args, batch: TrainBatch) -> TrainBatch:
     """
     if not args.use_routing_replay or args.loss_type == "sft_loss":
         return batch.without("routed_experts")
-    shape = args.architecture
-    assert shape is not None
+    arch = args.architecture
+    assert arch is not None
     if not batch.has("routed_experts"):
         raise ValueError(
             "--use-routing-replay: the samples carry no routed_experts; engines return them if they run with "
             "--enable-return-routed-experts, and a generate function of yours has to keep them in the sample"
         )
     experts = batch.columns["routed_experts"]
-    if experts.shape[1:] != (shape.num_moe_layers, shape.moe_router_topk) or experts.max() >= shape.num_experts:
+    if experts.shape[1:] != (arch.num_moe_layers, arch.moe_router_topk) or experts.max() >= arch.num_experts:
         raise ValueError(
             f"--use-routing-replay: the samples' routed_experts are [layers, experts] {list(experts.shape[1:])} of "
-            f"{int(experts.max()) + 1} or more experts; this model has {shape.num_moe_layers} layers of "
-            f"{shape.num_experts} experts, {shape.moe_router_topk} a token: they are another model's"
+            f"{int(experts.max()) + 1} or more experts; this model has {arch.num_moe_layers} layers of "
+            f"{arch.num_experts} experts, {arch.moe_router_topk} a token: they are another model's"
         )
     return batch
 

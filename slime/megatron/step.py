@@ -56,7 +56,7 @@ class StepOptions(TypedDict):
     guard: StepGuard
 
 
-Weighed = tuple[Tensor, tuple[dict[str, Tensor], TokenTrace]]
+WeightedLoss = tuple[Tensor, tuple[dict[str, Tensor], TokenTrace]]
 """A micro-batch's share of the step's loss and of its metrics, and the trace of its tokens."""
 
 
@@ -70,13 +70,13 @@ class ModelSteps:
     """Writes a step's tensors, so that runs can be compared."""
 
     def forward(
-        self, micro_batches: Sequence[MicroBatch], at_the_end: Callable[[MicroBatch, Tensor], Tensor]
+        self, micro_batches: Sequence[MicroBatch], output_fn: Callable[[MicroBatch, Tensor], Tensor]
     ) -> list[Tensor]:
-        """Return `at_the_end`'s result for each micro-batch by the current weights; empty unless on the last stage."""
+        """Return `output_fn`'s result for each micro-batch by the current weights; empty unless on the last stage."""
         for chunk in self.model:
             chunk.eval()
         with torch.no_grad():
-            return self._schedule(micro_batches, at_the_end, forward_only=True)
+            return self._schedule(micro_batches, output_fn, forward_only=True)
 
     def forget_gradients(self, optimizer: MegatronOptimizer) -> None:
         """Zero the gradients before a step, before its micro-batches are packed: a GPU does this during the packing."""
@@ -87,7 +87,7 @@ class ModelSteps:
     def take_step(
         self,
         micro_batches: Sequence[MicroBatch],
-        weigh: Callable[[MicroBatch, Tensor], Weighed],
+        loss_fn: Callable[[MicroBatch, Tensor], WeightedLoss],
         *,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
@@ -101,14 +101,14 @@ class ModelSteps:
         Every rank passes the same number of micro-batches.
 
         Args:
-            weigh: returns a micro-batch's share of the step's loss and of its metrics, and the trace of its tokens.
+            loss_fn: returns a micro-batch's share of the step's loss and of its metrics, and the trace of its tokens.
             weights_sum: the sum that the loss weights of all ranks must have.
             where: names rollout and step in errors.
             batch: the whole batch, whose samples `guard` names if the step is wrong.
 
         Returns:
             Metrics, the same on every rank: `loss` (the whole loss that was minimised), `grad_norm`, `lr`, and those of
-            `weigh`. With auxiliary losses also these, and `token_loss`, the loss without them.
+            `loss_fn`. With auxiliary losses also these, and `token_loss`, the loss without them.
 
         Raises:
             RuntimeError: the weights do not sum to `weights_sum`.
@@ -117,7 +117,7 @@ class ModelSteps:
 
         for chunk in self.model:
             chunk.train()
-        found = self._schedule(micro_batches, weigh, forward_only=False)
+        found = self._schedule(micro_batches, loss_fn, forward_only=False)
         reduced, traces = self._reduced([shares for shares, _ in found]), [trace for _, trace in found]
         self._add_balancing(reduced)
         if self.dump is not None:
@@ -145,11 +145,11 @@ class ModelSteps:
     def _schedule(
         self,
         micro_batches: Sequence[MicroBatch],
-        at_the_end: Callable[[MicroBatch, Tensor], Any],
+        output_fn: Callable[[MicroBatch, Tensor], Any],
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Run Megatron's schedule; on the last stage `at_the_end` gets each micro-batch and its last hidden states.
+        """Run Megatron's schedule; on the last stage `output_fn` gets each micro-batch and its last hidden states.
 
         It returns the data to collect, with a backward pass (loss, data). Other stages collect nothing.
         """
@@ -159,7 +159,7 @@ class ModelSteps:
             hidden = model(micro_batch.tokens_B, None, None, packed_seq_params=micro_batch.sequences)
 
             def finish(hidden: Tensor, non_loss_data: bool = False) -> Any:
-                result = at_the_end(micro_batch, hidden)
+                result = output_fn(micro_batch, hidden)
                 if non_loss_data:
                     return result
                 loss, data = result
@@ -264,7 +264,7 @@ class Stepper(ModelSteps):
             mask's tokens that the current policy made.
         """
         return self.take_step(
-            micro_batches, lambda packed, hidden: self._weighed_loss(packed, hidden, loss, options), **step
+            micro_batches, lambda packed, hidden: self._weighted_loss(packed, hidden, loss, options), **step
         )
 
     def _response_log_probs(
@@ -284,12 +284,12 @@ class Stepper(ModelSteps):
             group=self.topology.tp_group,
         )
 
-    def _weighed_loss(self, micro_batch: MicroBatch, hidden: Tensor, loss: Loss, options: LossOptions) -> Weighed:
+    def _weighted_loss(self, micro_batch: MicroBatch, hidden: Tensor, loss: Loss, options: LossOptions) -> WeightedLoss:
         """Return the micro-batch's share of the step's loss and of its metrics, and the trace of its tokens."""
         columns = micro_batch.columns
         log_probs_R, entropy_R = self._response_log_probs(micro_batch, hidden, with_entropy=True)
         # with one step per rollout the old policy is the current one, and needs no forward pass of its own
-        old_R = columns.get("log_probs", log_probs_R.detach())
+        old_R = columns.get("old_log_probs", log_probs_R.detach())
         inputs = LossInputs(
             log_probs_R=log_probs_R,
             old_log_probs_R=old_R,
@@ -297,15 +297,15 @@ class Stepper(ModelSteps):
             ref_log_probs_R=columns.get("ref_log_probs"),
             rollout_log_probs_R=columns.get("rollout_log_probs"),
             entropy_R=entropy_R,
-            weighed_R=columns.get("weighed"),
+            weighted_R=columns.get("weighted"),
             loss_mask_R=columns["loss_mask"],
             sequences=micro_batch.responses,
         )
         loss_R, metrics = loss(inputs, options)
         weights_R = columns["loss_weights"]
-        total = weighed_sum(loss_R, weights_R)
+        total = weighted_sum(loss_R, weights_R)
         shares = {
-            METRIC_NAMES.get(name, name): weighed_sum(values_R.detach(), weights_R)
+            METRIC_NAMES.get(name, name): weighted_sum(values_R.detach(), weights_R)
             for name, values_R in metrics.items()
             if name != "logprob_gap"  # `_gap_shares` has it over the mask, unweighted
         }
@@ -347,7 +347,7 @@ def _update(optimizer: MegatronOptimizer, wrong: Tensor, largest: float) -> tupl
     return norm, torch.zeros_like(wrong)
 
 
-def weighed_sum(values_R: Tensor, weights_R: Tensor) -> Tensor:
+def weighted_sum(values_R: Tensor, weights_R: Tensor) -> Tensor:
     """Return sum(weights x values); an entry of weight 0 adds 0, even if its value is nan or infinite."""
     return (torch.where(weights_R > 0, values_R, 0.0) * weights_R).sum()
 

@@ -28,7 +28,7 @@ from slime.megatron.build import architecture_of, build_model, params_dtype
 from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from slime.megatron.checkpoint_files import refuse_abandoned
 from slime.megatron.checkpoint_search import find_sound_checkpoint
-from slime.megatron.critic import Critic, rollout_metrics
+from slime.megatron.critic import Critic, critic_metrics
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.guard import BadStepError, StepGuard, check_columns
 from slime.megatron.hf_unchanged import HF_FILES, HFFiles
@@ -57,7 +57,7 @@ class Trainer:
         if args.deterministic:
             device.use_deterministic_algorithms()
         self._args = args
-        self._shape = architecture_of(args)
+        self._arch = architecture_of(args)
         self.topology = init_parallel(args, rank=rank, world_size=world_size, init_method=init_method)
         self.model = build_model(args, wrap=True)
         self.optimizer, self.scheduler = build_optimizer(args, self.model)
@@ -68,7 +68,7 @@ class Trainer:
             self.model,
             self.topology,
             dump=self._dump,
-            vocab_size=self._shape.vocab_size,
+            vocab_size=self._arch.vocab_size,
             # SFT learns from tokens that were not sampled: there is no temperature to match
             temperature=1.0 if args.loss_type == "sft_loss" else args.rollout_temperature,
             chunk_size=args.log_probs_chunk_size,
@@ -167,7 +167,7 @@ class Trainer:
 
     def _load_weights(self, found: FoundCheckpoint) -> None:
         if found.kind == "hf":
-            hf_weights.load_hf_into(self.model, self._shape, HFReader(found.path), self._args)
+            hf_weights.load_hf_into(self.model, self._arch, HFReader(found.path), self._args)
         else:
             load_checkpoint(found, model=self.model)
         with device.layer():
@@ -198,11 +198,11 @@ class Trainer:
         """Export the actor as an HF directory in `dtype`; None: in the dtype of --hf-checkpoint's files."""
         if self._args.hf_checkpoint is None:
             raise ValueError("--hf-checkpoint is not given: an export takes its config and tokenizer files from there")
-        hf_weights.save_hf(path, self.model, self._shape, self._args.hf_checkpoint, dtype=dtype)
+        hf_weights.save_hf(path, self.model, self._arch, self._args.hf_checkpoint, dtype=dtype)
 
     def iter_hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the actor's whole tensors by HF name, in the same order on every rank; iterate to the end."""
-        return hf_weights.iter_hf_tensors(self.model, self._shape)
+        return hf_weights.iter_hf_tensors(self.model, self._arch)
 
     def close(self) -> None:
         close_parallel()
@@ -220,7 +220,7 @@ class Trainer:
             ValueError: the samples cannot be cut into the requested steps, or off-policy tokens cannot be corrected.
             RuntimeError: loss weights do not add up, or numbers are not finite.
         """
-        start, came = time.perf_counter(), batch
+        start, raw_batch = time.perf_counter(), batch
         args = self._args
         self._stepper.forget_gradients(self.optimizer)
         counted_N = counted_rows_of(args, batch)
@@ -229,7 +229,7 @@ class Trainer:
         plans = self.plan(batch, steps_per_rollout(args))
         # with one step the old policy is the current one, but a KL penalty in the reward is needed before the step
         if args.loss_type != "sft_loss" and (len(plans) > 1 or args.needs_kl_first):
-            batch = batch.with_column("log_probs", self._forward(batch, plans))  # of the old policy
+            batch = batch.with_column("old_log_probs", self._forward(batch, plans))
         if self.needs_reference:
             with self._snapshots.holding("ref"):
                 batch = batch.with_column("ref_log_probs", self._forward(routes.for_others(batch), plans))
@@ -242,13 +242,13 @@ class Trainer:
         check_columns(where, batch, counted_N, ["advantages"])
         batch, sums = add_loss_weights(args, batch, counted_N, [plan.rows for plan in plans])
         if self._dump is not None:
-            self._dump.rollout(rollout_id, came, batch)
+            self._dump.rollout(rollout_id, raw_batch, batch)
         train_start = time.perf_counter()
         metrics = self._take_steps(rollout_id, batch, plans, sums)
         end = time.perf_counter()
         metrics |= self._plan_metrics(batch, plans) | offpolicy_metrics | advantage_metrics
         if self.critic is not None:
-            metrics |= {f"critic/{name}": value for name, value in rollout_metrics(batch, counted_N).items()}
+            metrics |= {f"critic/{name}": value for name, value in critic_metrics(batch, counted_N).items()}
         metrics["train/dropped_samples"] = float((~counted_N).sum())
         forward, step = self._longest([train_start - start, end - train_start])
         metrics |= {"time/train_forward": forward, "time/train_step": step}
@@ -315,7 +315,7 @@ class Trainer:
             multiple=self._context.pack_multiple(self._multiple),
             row_multiple=self._context.row_multiple,
             balance=args.balance_data,
-            flops=training_flops(self._shape),
+            flops=training_flops(self._arch),
             count_multiple=count_multiple(args),
         )
 
@@ -342,7 +342,7 @@ class Trainer:
     def _pack(self, batch: TrainBatch, plan: StepPlan) -> list[MicroBatch]:
         tokens = sum(int(batch.total_lengths_N[rows].sum()) for ranks in plan.micro_batches for rows in ranks if rows)
         return [
-            pack_rows(batch, rows, shape=self._shape, multiple=self._multiple, part=self._context, step_tokens=tokens)
+            pack_rows(batch, rows, arch=self._arch, multiple=self._multiple, part=self._context, step_tokens=tokens)
             for rows in plan.micro_batches[self.topology.dp_rank]
         ]
 
@@ -380,7 +380,7 @@ class Trainer:
             fills = [plan.fill(lengths, self._max_tokens) for plan in plans]
             metrics["train/fill"] = sum(fills) / len(fills)
         if self.topology.dp_size > 1:
-            flops = training_flops(self._shape)
+            flops = training_flops(self._arch)
             metrics["train/dp_imbalance"] = max(plan.imbalance(lengths, flops) for plan in plans)
         return metrics
 

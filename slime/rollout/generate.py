@@ -159,8 +159,8 @@ def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None
     Raises:
         ValueError: a finished response has no experts, or not as many as this model's.
     """
-    shape, experts = args.architecture, response.routed_experts
-    assert shape is not None, "a real run has one"
+    arch, experts = args.architecture, response.routed_experts
+    assert arch is not None, "a real run has one"
     if experts is None:
         if response.finish_reason == "abort":
             return  # aborted before the engine ran it
@@ -170,13 +170,13 @@ def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None
         )
     # The response may have been cut at a stop text; the experts are cut at the same token.
     rows = response.prompt_tokens + response.completion_tokens - 1
-    if experts.size != rows * shape.num_layers * shape.moe_router_topk:
+    if experts.size != rows * arch.num_layers * arch.moe_router_topk:
         raise ValueError(
-            f"--use-routing-replay: an engine names {experts.size} experts, and {rows} tokens in {shape.num_layers} "
-            f"layers have {shape.moe_router_topk} each; it serves another model"
+            f"--use-routing-replay: an engine names {experts.size} experts, and {rows} tokens in {arch.num_layers} "
+            f"layers have {arch.moe_router_topk} each; it serves another model"
         )
-    routes = experts.reshape(rows, shape.num_layers, shape.moe_router_topk)
-    sample.routed_experts = np.ascontiguousarray(routes[: len(sample.tokens) - 1, shape.first_dense_layers :])
+    routes = experts.reshape(rows, arch.num_layers, arch.moe_router_topk)
+    sample.routed_experts = np.ascontiguousarray(routes[: len(sample.tokens) - 1, arch.first_dense_layers :])
 
 
 def _appended(values: list[T] | None, more: list[T], begun: bool) -> list[T] | None:

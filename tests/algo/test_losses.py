@@ -54,7 +54,7 @@ def by_the_papers(inputs: LossInputs, options: LossOptions) -> list[float]:
         objective = min(ratio * a, clipped * a)
         if options.eps_clip_c is not None and a < 0:
             objective = max(objective, options.eps_clip_c * a)
-        if inputs.weighed_R is not None and inputs.weighed_R[t]:
+        if inputs.weighted_R is not None and inputs.weighted_R[t]:
             assert rollout is not None
             weight = math.exp(log_old - float(rollout[t]))
             bounded = min(max(weight, options.tis_clip_low), options.tis_clip)
@@ -91,11 +91,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all": {"eps_clip_c": 1.3, "kl_loss_coef": 0.1, "entropy_coef": 0.05, "tis_clip": 1.5},
 }
 EVERY, THIRD = torch.ones(64, dtype=torch.bool), torch.arange(64) % 3 == 0
-WEIGHED = {"TIS": EVERY, "MIS": EVERY, "TIS of some": THIRD, "all": EVERY}
+WEIGHTED = {"TIS": EVERY, "MIS": EVERY, "TIS of some": THIRD, "all": EVERY}
 
 
 def variant(name: str) -> tuple[LossInputs, LossOptions]:
-    return make_inputs(weighed_R=WEIGHED.get(name)), replace(OPTIONS, **VARIANTS[name])
+    return make_inputs(weighted_R=WEIGHTED.get(name)), replace(OPTIONS, **VARIANTS[name])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -207,8 +207,8 @@ def test_every_metric_has_its_value() -> None:
     """Compute every metric of `policy_loss` by hand, token by token; its sign, its range and its reference count."""
     inputs, options = variant("all")
     options = replace(options, kl_clamp=0.3)
-    weighed = torch.arange(64) % 2 == 0
-    inputs = replace(inputs, weighed_R=weighed)
+    weighted = torch.arange(64) % 2 == 0
+    inputs = replace(inputs, weighted_R=weighted)
     assert inputs.ref_log_probs_R is not None and inputs.rollout_log_probs_R is not None
     assert inputs.entropy_R is not None and options.eps_clip_c is not None
     expected: dict[str, list[float]] = {}
@@ -231,9 +231,9 @@ def test_every_metric_has_its_value() -> None:
             dual_clip_fraction=float(a < 0 and ratio > 1.3),
             ppo_kl=log_old - log_p,
             logprob_gap=abs(log_old - rollout),
-            tis_weight=min(weight, 1.5) if weighed[t] else 1.0,
-            tis_clipped=float(bool(weighed[t]) and weight > 1.5),
-            pg_loss=loss * (min(weight, 1.5) if weighed[t] else 1.0),
+            tis_weight=min(weight, 1.5) if weighted[t] else 1.0,
+            tis_clipped=float(bool(weighted[t]) and weight > 1.5),
+            pg_loss=loss * (min(weight, 1.5) if weighted[t] else 1.0),
             kl=min(k3, 0.3),
             kl_clamp_fraction=float(k3 > 0.3),
             entropy=float(inputs.entropy_R[t]),

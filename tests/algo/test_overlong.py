@@ -70,7 +70,7 @@ def test_estimators_read_the_penalized_reward() -> None:
 
 
 def test_truncated_samples_count_in_the_baseline_only() -> None:
-    def weighed(args: Args) -> tuple[np.ndarray, list[np.ndarray]]:
+    def weighted(args: Args) -> tuple[np.ndarray, list[np.ndarray]]:
         samples = group(REWARDS, LENGTHS, 10)
         mask_truncated(args, samples)
         batch = from_samples(samples)
@@ -80,8 +80,8 @@ def test_truncated_samples_count_in_the_baseline_only() -> None:
         assert sums == [1.0]
         return np.asarray([row.sum() for row in batch.rows("loss_weights")]), batch.rows("advantages")
 
-    weights, advantages = weighed(Args(mask_truncated_samples=True))
+    weights, advantages = weighted(Args(mask_truncated_samples=True))
     assert weights == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0])
-    every, same = weighed(Args())
+    every, same = weighted(Args())
     assert every == pytest.approx([1 / 4] * 4 + [0])
     assert [row[0] for row in advantages[:3]] == [row[0] for row in same[:3]]

@@ -16,7 +16,7 @@ from torch import Tensor
 from slime.algo.losses import LossInputs, LossOptions, policy_loss
 from slime.algo.reducers import loss_weights
 from slime.algo.sequences import Sequences
-from slime.algo.surrogates import clipped, weighed_log_probs
+from slime.algo.surrogates import clipped, weighted_log_probs
 
 LENGTHS = [3, 9, 1, 0, 6, 4, 5]
 """The fourth response has no tokens, and the sixth has none that counts."""
@@ -203,12 +203,12 @@ def test_on_policy_all_give_the_policy_gradient(surrogate: Any) -> None:
 @pytest.mark.parametrize("surrogate", ["sequence", "cispo"])
 def test_importance_weights_multiply_every_surrogate(surrogate: Any) -> None:
     inputs, options = make_inputs(), replace(OPTIONS, surrogate=surrogate)
-    weighed = torch.arange(len(inputs.log_probs_R)) % 2 == 0
+    weighted = torch.arange(len(inputs.log_probs_R)) % 2 == 0
     plain, _ = policy_loss(inputs, options)
-    loss, _ = policy_loss(replace(inputs, weighed_R=weighed), options)
+    loss, _ = policy_loss(replace(inputs, weighted_R=weighted), options)
     assert inputs.rollout_log_probs_R is not None
     weights = (inputs.old_log_probs_R - inputs.rollout_log_probs_R).exp().clamp(0, 2)
-    assert torch.allclose(loss, torch.where(weighed, weights * plain, plain), rtol=1e-12)
+    assert torch.allclose(loss, torch.where(weighted, weights * plain, plain), rtol=1e-12)
 
 
 # --- sums over responses ----------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_clip_fractions_count_the_clipped_tokens() -> None:
     assert metrics["dual_clip_fraction"].tolist() == [0, 1, 0, 0, 0, 0]
     loss, metrics = clipped(ratio, advantages, low=0.8, high=1.2, ceiling=None)
     assert loss[1] == 5.0 and metrics.keys() == {"clip_fraction"}
-    _, metrics = weighed_log_probs(ratio.log(), ratio, advantages, low=0.8, high=1.2)
+    _, metrics = weighted_log_probs(ratio.log(), ratio, advantages, low=0.8, high=1.2)
     assert metrics["clip_fraction"].tolist() == [1, 1, 1, 1, 0, 0]
 
 

@@ -102,7 +102,7 @@ def test_every_token_is_of_the_policy_before(drained: Path) -> None:
     assert list(events(drained, "train/staleness").values()) == [0, 1, 1, 1]
     assert list(events(drained, "train/offpolicy_tokens").values()) == [0, 1, 1, 1]
     means = events(drained, "train/tis_weight")
-    assert sorted(means) == [2, 3, 4], "what is off-policy is weighed, by default"
+    assert sorted(means) == [2, 3, 4], "what is off-policy is weighted, by default"
     assert all(0.9 < mean < 1.1 for mean in means.values()), f"1 but for chance: {means}"
     assert sorted(events(drained, "train/logprob_gap_max")) == [1], "of other policies it is no sign of disagreement"
 

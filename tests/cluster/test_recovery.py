@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from slime.cluster.recovery import going_on, newest_checkpoint
+from slime.cluster.recovery import newest_checkpoint, resumed_args
 from slime.cluster.waiting import Waiter, is_broken_link
 from slime.config.args import Args
 from slime.core.errors import Fault, RunError
@@ -29,10 +29,10 @@ def test_the_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
 def test_a_run_continues_from_its_own_checkpoint() -> None:
     """This holds however the run began: with another run's checkpoint, its weights alone, an earlier one of its own."""
     begun = Args(save="/own", load="/others", ckpt_step=3, finetune=True, no_load_optim=True, no_load_rng=True)
-    again = going_on(begun)
+    again = resumed_args(begun)
     assert (again.load, again.ckpt_step) == ("/own", None)
     assert not (again.finetune or again.no_load_optim or again.no_load_rng)
-    assert going_on(Args(save="/own", no_save_optim=True)).no_load_optim, "there is none in the checkpoint"
+    assert resumed_args(Args(save="/own", no_save_optim=True)).no_load_optim, "there is none in the checkpoint"
 
 
 @ray.remote

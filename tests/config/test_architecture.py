@@ -47,11 +47,11 @@ def planned(name: str) -> Args:
     ],
 )
 def test_scripts_describe_the_models(name: str, family: str, millions: float, tied: bool) -> None:
-    shape = planned(name).architecture
-    assert shape is not None
-    assert (shape.family, shape.tied_embeddings) == (family, tied)
-    assert shape.num_parameters() / 1e6 == pytest.approx(millions, abs=0.06)
-    assert (shape.rotary_percent, shape.rotary_interleaved) == ((0.5, True) if family == "glm4" else (1.0, False))
+    arch = planned(name).architecture
+    assert arch is not None
+    assert (arch.family, arch.tied_embeddings) == (family, tied)
+    assert arch.num_parameters() / 1e6 == pytest.approx(millions, abs=0.06)
+    assert (arch.rotary_percent, arch.rotary_interleaved) == ((0.5, True) if family == "glm4" else (1.0, False))
 
 
 TABLE = {
@@ -73,7 +73,7 @@ MIXTURES = ("glm4.5-106B-A12B", "qwen3-30B-A3B")
 CONFIGS = {"glm4": "Glm4Config", "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
 
 
-def published_config(name: str, shape: Architecture) -> dict[str, Any]:
+def published_config(name: str, arch: Architecture) -> dict[str, Any]:
     """config.json of the table's row, by the family's class of transformers."""
     import transformers
 
@@ -82,11 +82,11 @@ def published_config(name: str, shape: Architecture) -> dict[str, Any]:
     if factor is not None:
         rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         rope["original_max_position_embeddings"] = 8192
-    if shape.family == "glm4":
+    if arch.family == "glm4":
         rope["partial_rotary_factor"] = 0.5
-    own = {"attention_bias": True} if shape.family == "glm4" else {}
-    own |= {} if shape.family == "qwen2" else {"head_dim": head}
-    return getattr(transformers, CONFIGS[shape.family])(
+    own = {"attention_bias": True} if arch.family == "glm4" else {}
+    own |= {} if arch.family == "qwen2" else {"head_dim": head}
+    return getattr(transformers, CONFIGS[arch.family])(
         num_hidden_layers=layers,
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -95,8 +95,8 @@ def published_config(name: str, shape: Architecture) -> dict[str, Any]:
         vocab_size=vocabulary,
         rms_norm_eps=epsilon,
         rope_parameters=rope,
-        max_position_embeddings=shape.max_position_embeddings,
-        tie_word_embeddings=shape.tied_embeddings,
+        max_position_embeddings=arch.max_position_embeddings,
+        tie_word_embeddings=arch.tied_embeddings,
         **own,
     ).to_dict()
 
@@ -109,12 +109,12 @@ def test_the_table_has_every_script() -> None:
 @pytest.mark.parametrize("name", TABLE)
 def test_scripts_and_published_configs_agree(name: str, run: Run) -> None:
     """A real command line with the script's MODEL_ARGS and the model's config.json has no conflict."""
-    shape = planned(name).architecture
-    assert shape is not None
-    assert shape.kv_channels == TABLE[name][5]
-    (run.hf / "config.json").write_text(json.dumps(published_config(name, shape)))
+    arch = planned(name).architecture
+    assert arch is not None
+    assert arch.kv_channels == TABLE[name][5]
+    (run.hf / "config.json").write_text(json.dumps(published_config(name, arch)))
     assert run.errors(*model_args(name)) == []
-    assert run.args(*model_args(name)).architecture == run.args().architecture == shape
+    assert run.args(*model_args(name)).architecture == run.args().architecture == arch
     # control: one number of the script is changed
     assert "--num-query-groups 1: " in run.error(*model_args(name), "--num-query-groups", "1")
 
@@ -145,9 +145,9 @@ def test_configs_that_transformers_writes(tmp_path: Any) -> None:
     )
     qwen.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
     qwen.save_pretrained(tmp_path)
-    shape = hf_architecture(json.loads((tmp_path / "config.json").read_text()))
-    assert (shape.family, shape.rotary_base, shape.tied_embeddings, shape.qk_layernorm) == ("qwen3", 1e6, True, True)
-    assert (shape.num_query_groups, shape.kv_channels, shape.add_qkv_bias) == (8, 128, False)
+    arch = hf_architecture(json.loads((tmp_path / "config.json").read_text()))
+    assert (arch.family, arch.rotary_base, arch.tied_embeddings, arch.qk_layernorm) == ("qwen3", 1e6, True, True)
+    assert (arch.num_query_groups, arch.kv_channels, arch.add_qkv_bias) == (8, 128, False)
 
 
 LLAMA3: dict[str, Any] = {
@@ -162,19 +162,19 @@ LLAMA: dict[str, Any] = {**GLM4_TINY, "model_type": "llama", "attention_bias": F
 
 
 def test_llama_of_older_and_newer_keys() -> None:
-    shape = hf_architecture(LLAMA)
-    assert (shape.family, shape.add_qkv_bias, shape.qk_layernorm, shape.post_mlp_layernorm) == (
+    arch = hf_architecture(LLAMA)
+    assert (arch.family, arch.add_qkv_bias, arch.qk_layernorm, arch.post_mlp_layernorm) == (
         "llama",
         False,
         False,
         False,
     )
-    assert (shape.rotary_base, shape.rotary_percent, shape.rotary_interleaved) == (500000, 1.0, False)
-    assert shape.rope_scaling == RopeScaling(factor=32.0)
+    assert (arch.rotary_base, arch.rotary_percent, arch.rotary_interleaved) == (500000, 1.0, False)
+    assert arch.rope_scaling == RopeScaling(factor=32.0)
     older = {**LLAMA, "rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}
     del older["rope_parameters"], older["rope_scaling"]["rope_type"], older["rope_scaling"]["rope_theta"]
-    assert hf_architecture(older) == shape
-    assert hf_architecture({**older, "rope_scaling": None}) == replace(shape, rope_scaling=None)
+    assert hf_architecture(older) == arch
+    assert hf_architecture({**older, "rope_scaling": None}) == replace(arch, rope_scaling=None)
 
 
 def test_sizes_that_config_json_leaves_out() -> None:
@@ -183,9 +183,9 @@ def test_sizes_that_config_json_leaves_out() -> None:
         config = {**GLM4_TINY, "model_type": family, "attention_bias": False}
         assert hf_architecture({**config, "head_dim": None}).kv_channels == head
         del config["head_dim"], config["num_key_value_heads"], config["attention_bias"]
-        shape = hf_architecture(config)
-        assert (shape.kv_channels, shape.num_query_groups) == (head, 4)
-        assert shape.add_qkv_bias == (family in ("glm4", "qwen2"))
+        arch = hf_architecture(config)
+        assert (arch.kv_channels, arch.num_query_groups) == (head, 4)
+        assert arch.add_qkv_bias == (family in ("glm4", "qwen2"))
 
 
 def test_a_sliding_window_without_layers_is_ignored() -> None:
@@ -224,9 +224,9 @@ def test_scaling_that_config_json_does_not_have(run: Run) -> None:
 
 def test_scaling_can_be_overridden(run: Run) -> None:
     def scaling(*words: str) -> RopeScaling | None:
-        shape = run.args(*words).architecture
-        assert shape is not None
-        return shape.rope_scaling
+        arch = run.args(*words).architecture
+        assert arch is not None
+        return arch.rope_scaling
 
     on = ("--use-rope-scaling", "--override-hf-config", "use-rope-scaling")
     assert scaling(*on) == RopeScaling()
@@ -242,8 +242,8 @@ def test_flags_identify_the_family() -> None:
     sizes += ["--vocab-size", "93"]
 
     def family(*words: str) -> str | None:
-        shape = load_args([*PLAN, *sizes, *words])[0].architecture
-        return None if shape is None else shape.family
+        arch = load_args([*PLAN, *sizes, *words])[0].architecture
+        return None if arch is None else arch.family
 
     sandwich = ["--post-self-attn-layernorm", "--post-mlp-layernorm"]
     assert family() == "llama"

@@ -82,25 +82,25 @@ GLM = PUBLISHED["glm4.5-106B-A12B"]
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_scripts_and_published_configs_agree(name: str, run: Run) -> None:
     (run.hf / "config.json").write_text(json.dumps(PUBLISHED[name]))
-    shape, alone = hf_architecture(PUBLISHED[name]), planned(name).architecture
+    arch, alone = hf_architecture(PUBLISHED[name]), planned(name).architecture
     assert alone is not None
-    assert replace(alone, max_position_embeddings=shape.max_position_embeddings) == shape
+    assert replace(alone, max_position_embeddings=arch.max_position_embeddings) == arch
     words = [*model_args(name), "--dry-run"]
-    assert run.args(*words).architecture == shape
-    assert (round(shape.num_parameters() / 1e9, 2), round(shape.num_active_parameters() / 1e9, 1)) == pytest.approx(
+    assert run.args(*words).architecture == arch
+    assert (round(arch.num_parameters() / 1e9, 2), round(arch.num_active_parameters() / 1e9, 1)) == pytest.approx(
         BILLIONS[name], abs=0.06
     )
     # controls: numbers of the script are changed
     assert "has --moe-router-topk 8;" in run.error(*words, "--moe-router-topk", "4")
     assert "has --num-experts 128;" in run.error(*words, "--num-experts", "64")
-    assert "--moe-layer-freq" in run.error(*words, "--moe-layer-freq", f"[0]*2+[1]*{shape.num_layers - 2}")
+    assert "--moe-layer-freq" in run.error(*words, "--moe-layer-freq", f"[0]*2+[1]*{arch.num_layers - 2}")
 
 
 def test_layers() -> None:
-    shape = hf_architecture(GLM)
-    assert [shape.is_moe_layer(layer) for layer in (0, 1, 45)] == [False, True, True]
-    assert (shape.num_moe_layers, hf_architecture(QWEN).num_moe_layers) == (45, 48)
-    dense = replace(shape, num_experts=0)
+    arch = hf_architecture(GLM)
+    assert [arch.is_moe_layer(layer) for layer in (0, 1, 45)] == [False, True, True]
+    assert (arch.num_moe_layers, hf_architecture(QWEN).num_moe_layers) == (45, 48)
+    dense = replace(arch, num_experts=0)
     assert not dense.is_moe_layer(45) and dense.num_moe_layers == 0
 
 
@@ -116,10 +116,10 @@ def test_parameters_as_transformers_counts_them() -> None:
     ):
         with torch.device("meta"):
             model: Any = transformers.AutoModelForCausalLM.from_config(config)
-        shape = hf_architecture(json.loads(config.to_json_string(use_diff=False)))
-        assert shape.num_parameters() == sum(p.numel() for p in model.parameters())
-        unused = shape.num_moe_layers * (8 - 2) * 3 * 64 * 24
-        assert shape.num_parameters() - shape.num_active_parameters() == unused
+        arch = hf_architecture(json.loads(config.to_json_string(use_diff=False)))
+        assert arch.num_parameters() == sum(p.numel() for p in model.parameters())
+        unused = arch.num_moe_layers * (8 - 2) * 3 * 64 * 24
+        assert arch.num_parameters() - arch.num_active_parameters() == unused
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def logits(family: str, config: dict[str, Any], weights: dict[str, Tensor] | Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_is_honoured_or_refused(family: str) -> None:
     config = tiny(family)
-    shape = hf_architecture(config)
+    arch = hf_architecture(config)
     fields = {field.name for field in dataclasses.fields(CLASSES[family])} - {"model_type"} - WINDOWS
     assert fields <= {*OTHER, *INERT}, "fields of a newer transformers: find out what they do"
     for name in sorted(fields & {*OTHER}):
@@ -139,7 +139,7 @@ def test_every_field_is_honoured_or_refused(family: str) -> None:
         except ValueError as error:
             assert name in str(error) or name.split("_")[0] in str(error), (name, error)
         else:
-            assert changed != shape, f"{name} is read by transformers, and ignored here"
+            assert changed != arch, f"{name} is read by transformers, and ignored here"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

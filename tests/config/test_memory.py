@@ -89,9 +89,9 @@ BF16_TOKENS = TOKENS // 2
 """Fewer tokens, because a CPU without bf16 multiplies it ten times slower; with fewer still, constants would show."""
 
 
-def make_args(shape: Architecture, *, bf16: bool = False, **more: Any) -> Args:
+def make_args(arch: Architecture, *, bf16: bool = False, **more: Any) -> Args:
     defaults: dict[str, Any] = {
-        "architecture": shape,
+        "architecture": arch,
         "bf16": bf16,
         "num_rollout": 10,
         "rollout_batch_size": 1,
@@ -311,8 +311,8 @@ LAYOUTS: dict[str, tuple[Architecture, dict[str, Any]]] = {
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_several_ranks(workers: WorkerPool, layout: str) -> None:
-    shape, more = LAYOUTS[layout]
-    args = make_args(shape, actor_num_gpus_per_node=2, **more)
+    arch, more = LAYOUTS[layout]
+    args = make_args(arch, actor_num_gpus_per_node=2, **more)
     for rank, found in enumerate(workers.run(2, measure, args)):
         assert_planned(args, found, stage=rank if args.pipeline_model_parallel_size > 1 else 0)
 
@@ -348,8 +348,8 @@ def test_the_process_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = WorkerPool()
     try:
         for family, more in {"glm4": {}, "qwen3": FULL}.items():
-            shape = replace(SHAPES[family], num_layers=6, hidden_size=384, ffn_hidden_size=1024)
-            args = make_args(shape, max_tokens_per_gpu=1024, **more)
+            arch = replace(SHAPES[family], num_layers=6, hidden_size=384, ffn_hidden_size=1024)
+            args = make_args(arch, max_tokens_per_gpu=1024, **more)
             [found] = pool.run(1, resident, make_args(SHAPES[family]), args)
             assert off_by(planned_for(args).peak, found) < PROMISED, family
     finally:
@@ -467,9 +467,9 @@ def test_turns_on_a_shared_gpu() -> None:
 def test_context_parallel_ranks_share_tokens_and_gather_keys() -> None:
     """On a GPU, the largest pack has equally many tokens on each rank with and without context parallelism."""
 
-    def attention(shape: Architecture, cp: int, on_cuda: bool = True) -> Operation:
-        args = make_args(shape, bf16=True, context_parallel_size=cp)
-        operations = layer_operations(rank_sizes(args, shape, on_cuda=on_cuda))
+    def attention(arch: Architecture, cp: int, on_cuda: bool = True) -> Operation:
+        args = make_args(arch, bf16=True, context_parallel_size=cp)
+        operations = layer_operations(rank_sizes(args, arch, on_cuda=on_cuda))
         [core] = [operation for operation in operations if operation.name.startswith("attention:")]
         return core
 
@@ -487,21 +487,21 @@ def test_logits_that_a_gpu_keeps() -> None:
 
     assert KEPT_LOGITS == KEPT_BYTES
     args = make_args(replace(GLM4, vocab_size=151552), bf16=True, log_probs_chunk_size=4096)
-    shape = args.architecture
-    assert shape is not None
+    arch = args.architecture
+    assert arch is not None
     few, many = (
-        log_probs_operation(args, rank_sizes(args, shape, on_cuda=True, tokens=tokens)) for tokens in (4096, 65536)
+        log_probs_operation(args, rank_sizes(args, arch, on_cuda=True, tokens=tokens)) for tokens in (4096, 65536)
     )
     logits = 2 * 4096 * 151552
-    assert few.saved == logits + 2 * 4096 * shape.hidden_size
-    assert many.saved == 4 * logits + 2 * 65536 * shape.hidden_size
+    assert few.saved == logits + 2 * 4096 * arch.hidden_size
+    assert many.saved == 4 * logits + 2 * 65536 * arch.hidden_size
     # the gradient replaces kept logits; a chunk that is too large to be kept is computed again
     huge = replace(args, log_probs_chunk_size=65536)
-    made = log_probs_operation(huge, rank_sizes(huge, shape, on_cuda=True, tokens=65536))
-    hidden_of_chunks = 2 * (65536 - 4096) * shape.hidden_size
+    made = log_probs_operation(huge, rank_sizes(huge, arch, on_cuda=True, tokens=65536))
+    hidden_of_chunks = 2 * (65536 - 4096) * arch.hidden_size
     assert made.working - many.working == 16 * logits + hidden_of_chunks
-    there = log_probs_operation(args, rank_sizes(args, shape, on_cuda=False, tokens=4096))
-    assert there.saved == 2 * 4096 * shape.hidden_size
+    there = log_probs_operation(args, rank_sizes(args, arch, on_cuda=False, tokens=4096))
+    assert there.saved == 2 * 4096 * arch.hidden_size
 
 
 def test_nothing_to_count() -> None:

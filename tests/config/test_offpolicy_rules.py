@@ -29,7 +29,7 @@ def test_clips_have_effect_if_tokens_may_be_older(run: Run, words: str) -> None:
 def test_a_custom_loss_must_weight_itself(run: Run) -> None:
     own = f"--loss-type custom_loss --custom-loss-function-path {HOOK}"
     [warning] = warnings(run, own, 1)
-    assert warning.startswith("--loss-type custom_loss: your loss must weight the tokens of LossInputs.weighed_R")
+    assert warning.startswith("--loss-type custom_loss: your loss must weight the tokens of LossInputs.weighted_R")
     assert len(warnings(run, f"{own} --use-tis", 0)) == 1
     assert warnings(run, own, 0) == warnings(run, f"{own} --offpolicy-correction none", 1) == []
 

@@ -31,14 +31,14 @@ SHAPE = Architecture(
 )
 
 
-def transformers_frequencies(shape: Architecture) -> torch.Tensor:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rotary_base}
-    if shape.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", **asdict(shape.rope_scaling)}
-    rope["partial_rotary_factor"] = shape.rotary_percent
-    config = LlamaConfig(head_dim=shape.kv_channels, rope_parameters=rope)
-    if shape.rope_scaling is None:
-        assert shape.rotary_percent == 1.0, "transformers' default type for Llama has no partial rotation"
+def transformers_frequencies(arch: Architecture) -> torch.Tensor:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rotary_base}
+    if arch.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **asdict(arch.rope_scaling)}
+    rope["partial_rotary_factor"] = arch.rotary_percent
+    config = LlamaConfig(head_dim=arch.kv_channels, rope_parameters=rope)
+    if arch.rope_scaling is None:
+        assert arch.rotary_percent == 1.0, "transformers' default type for Llama has no partial rotation"
         return LlamaRotaryEmbedding(config).inv_freq
     return ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
 
@@ -56,10 +56,10 @@ def transformers_frequencies(shape: Architecture) -> torch.Tensor:
     ids=str,
 )
 def test_frequencies_equal_those_of_transformers(change: dict[str, Any]) -> None:
-    shape = replace(SHAPE, **change)
-    found = inverse_frequencies(shape)
-    assert found.shape == (shape.rotary_dim // 2,)
-    assert torch.equal(found, transformers_frequencies(shape))
+    arch = replace(SHAPE, **change)
+    found = inverse_frequencies(arch)
+    assert found.shape == (arch.rotary_dim // 2,)
+    assert torch.equal(found, transformers_frequencies(arch))
 
 
 def test_scaling_slows_only_slow_channels() -> None:
@@ -72,7 +72,7 @@ def test_scaling_slows_only_slow_channels() -> None:
     assert len(between) > 1 and ((between > 1) & (between < 32)).all()
 
 
-@pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, rope_scaling=None)])
-def test_an_architecture_survives_json(shape: Architecture) -> None:
+@pytest.mark.parametrize("arch", [SHAPE, replace(SHAPE, rope_scaling=None)])
+def test_an_architecture_survives_json(arch: Architecture) -> None:
     """The engine's command line carries it in this form."""
-    assert Architecture.from_dict(json.loads(json.dumps(asdict(shape)))) == shape
+    assert Architecture.from_dict(json.loads(json.dumps(asdict(arch)))) == arch

@@ -21,8 +21,8 @@ from slime.engine.weight_group import join_weight_group
 
 def found(urls: list[str], model: Path, **flags: Any) -> FoundEngines:
     given: dict[str, Any] = {"bf16": False, "engine_start_timeout": 0.5, **flags}
-    shape = hf_architecture(read_hf_config(model))
-    args = Args(rollout_external_engines=tuple(urls), hf_checkpoint=str(model), architecture=shape, **given)
+    arch = hf_architecture(read_hf_config(model))
+    args = Args(rollout_external_engines=tuple(urls), hf_checkpoint=str(model), architecture=arch, **given)
     return asyncio.run(find_engines(args, say=said.append))
 
 
@@ -41,8 +41,8 @@ def test_another_model_is_refused_with_the_differences(
         found([glm4_engine.url, engine.url], model_dirs["glm4"])
     assert all(str(part) in str(caught.value) for part in (engine.url, model_dirs["qwen3"], model_dirs["glm4"]))
     engine.stop()
-    shape = replace(hf_architecture(read_hf_config(model_dirs["glm4"])), vocab_size=130)
-    args = Args(rollout_external_engines=(glm4_engine.url,), architecture=shape)
+    arch = replace(hf_architecture(read_hf_config(model_dirs["glm4"])), vocab_size=130)
+    args = Args(rollout_external_engines=(glm4_engine.url,), architecture=arch)
     with pytest.raises(ValueError, match="vocab_size 128 there and 130 here"):
         asyncio.run(find_engines(args, say=said.append))
 

@@ -23,9 +23,9 @@ def test_every_family_is_served(model_dirs: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tensors_are_the_weight_tables(name: str, model_dirs: dict[str, Path]) -> None:
-    shape = hf_architecture(read_hf_config(model_dirs[name]))
+    arch = hf_architecture(read_hf_config(model_dirs[name]))
     for tied in (False, True):
-        ours = replace(shape, tied_embeddings=tied)
+        ours = replace(arch, tied_embeddings=tied)
         assert sorted(Model(ours).weights) == sorted(weight_table(ours).hf_names())
 
 

@@ -136,8 +136,8 @@ def test_control_every_part_of_the_router_is_felt(
     bench = bench_of(model_dirs["glm4_moe"])
     for i, layer in enumerate(bench.scheduler.model.layers):
         if isinstance(layer.mlp, Experts):
-            shape = replace(layer.mlp.architecture, **CHANGES.get(change, {}))
-            mlp = replace(layer.mlp, architecture=shape, **({change: None} if change not in CHANGES else {}))
+            arch = replace(layer.mlp.architecture, **CHANGES.get(change, {}))
+            mlp = replace(layer.mlp, architecture=arch, **({change: None} if change not in CHANGES else {}))
             bench.scheduler.model.layers[i] = replace(layer, mlp=mlp)
     asked = wishes()[:3]
     for one in asked:

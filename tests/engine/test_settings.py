@@ -48,18 +48,18 @@ def test_an_impossible_setting_is_an_error(flags: list[str], words: str, model_d
 
 def test_an_unknown_family_is_an_error(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     config = json.loads((model_dirs["glm4"] / "config.json").read_text())
-    shape = asdict(hf_architecture(config))
+    arch = asdict(hf_architecture(config))
     with pytest.raises(ValueError, match=r"'mamba'; this engine serves glm4, .*qwen3_moe"):
-        parse(model_dirs["glm4"], "--architecture", json.dumps({**shape, "family": "mamba"}))
+        parse(model_dirs["glm4"], "--architecture", json.dumps({**arch, "family": "mamba"}))
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     with pytest.raises(ValueError, match="model_type 'mamba' is not one of"):
         parse(tmp_path)
 
 
 def test_the_command_lines_architecture_replaces_the_files(model_dirs: dict[str, Path]) -> None:
-    shape = replace(hf_architecture(read_hf_config(model_dirs["llama3"])), rope_scaling=RopeScaling(factor=2.0))
-    assert parse(model_dirs["llama3"], "--architecture", json.dumps(asdict(shape))).architecture == shape
-    assert parse(model_dirs["llama3"]).architecture != shape
+    arch = replace(hf_architecture(read_hf_config(model_dirs["llama3"])), rope_scaling=RopeScaling(factor=2.0))
+    assert parse(model_dirs["llama3"], "--architecture", json.dumps(asdict(arch))).architecture == arch
+    assert parse(model_dirs["llama3"]).architecture != arch
 
 
 def test_a_directory_without_a_model_is_an_error(tmp_path: Path) -> None:

@@ -148,8 +148,8 @@ def test_an_overridden_config_reaches_sglang(tmp_path: Path) -> None:
     from tests.config.config_run import GLM4_TINY
 
     (tmp_path / "config.json").write_text(json.dumps(GLM4_TINY))
-    shape = Architecture(**{**vars_of(tmp_path), "rotary_base": 50000.0})
-    args = some_args(hf_checkpoint=str(tmp_path), architecture=shape, override_hf_config=("rotary-base",))
+    arch = Architecture(**{**vars_of(tmp_path), "rotary_base": 50000.0})
+    args = some_args(hf_checkpoint=str(tmp_path), architecture=arch, override_hf_config=("rotary-base",))
     line, _ = command(args)
     rope = {"rope_theta": 50000.0, "partial_rotary_factor": 0.5, "rope_type": "default"}
     assert f"--json-model-override-args {json.dumps({'rope_parameters': rope})} " in line

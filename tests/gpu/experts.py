@@ -67,7 +67,7 @@ def models(report: Report) -> None:
             largest, _, gradients = found.errors(exact)
             report.row(f"{family}, fp32: logits", largest, "<= 1e-4", largest <= 1e-4)
             report.row(f"{family}, fp32: gradients, relative", gradients, "<= 1e-4", gradients <= 1e-4)
-            wrong, _, _ = megatron(hf, bf16=False, shape={"moe_router_topk": 3}).errors(found)
+            wrong, _, _ = megatron(hf, bf16=False, arch={"moe_router_topk": 3}).errors(found)
             control(report, f"{family}: three experts a token instead of two", wrong, 1e-3)
 
 

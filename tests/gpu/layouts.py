@@ -187,7 +187,7 @@ def shape_of(heads: int, groups: int, channels: int) -> Architecture:
 class Played:
     """Attention of `num_ranks` ranks, one after another in this process."""
 
-    def __init__(self, lengths: list[int], num_ranks: int, shape: Architecture) -> None:
+    def __init__(self, lengths: list[int], num_ranks: int, arch: Architecture) -> None:
         from slime.megatron.attention import pack_sequences
         from slime.megatron.microbatch import ContextParallel, Cut
 
@@ -201,7 +201,7 @@ class Played:
         ).to(DEVICE)
         self.tokens_CB = torch.from_numpy(cut.tokens_CB).to(DEVICE)
         parts = [ContextParallel(rank, num_ranks) for rank in range(num_ranks)]
-        self.packed = [pack_sequences(cut.lengths_P.tolist(), shape, cut.share(part)) for part in parts]
+        self.packed = [pack_sequences(cut.lengths_P.tolist(), arch, cut.share(part)) for part in parts]
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Each rank's tokens; padding holds numbers that nobody may see."""
@@ -272,8 +272,8 @@ def cut_against_whole(report: Report) -> None:
         (16, 8, 128, [1, 7, 130, 1000, 2049, 3]),
         (16, 1, 128, [700, 4097]),
     ):
-        shape = shape_of(heads, groups, channels)
-        packed = pack_sequences(lengths, shape)
+        arch = shape_of(heads, groups, channels)
+        packed = pack_sequences(lengths, arch)
         assert packed.cu_seqlens_q is not None
         ends = packed.cu_seqlens_q
 
@@ -289,13 +289,13 @@ def cut_against_whole(report: Report) -> None:
             exact = with_gradients(each, [x.double() for x in inputs], upstream)
             alone = largest(with_gradients(whole, inputs, upstream), exact)
             for num_ranks in (2, 4):
-                found = largest(with_gradients(Played(lengths, num_ranks, shape), inputs, upstream), exact)
+                found = largest(with_gradients(Played(lengths, num_ranks, arch), inputs, upstream), exact)
                 what = f"{heads}/{groups} heads of {channels}, CP {num_ranks}, {dtype}: output, dq, dk, dv"
                 # gradients of keys and values are sums of what several pieces say, each rounded
                 allowed = [max(times * error, 1e-5) for times, error in zip((2, 2, 4, 4), alone, strict=True)]
                 ok = all(error <= most for error, most in zip(found, allowed, strict=True))
                 report.row(what, words(found), f"{words(allowed)}; whole: {words(alone)}", ok)
-            wrong = Played([*lengths[:-1], lengths[-1] + 4], 2, shape)
+            wrong = Played([*lengths[:-1], lengths[-1] + 4], 2, arch)
             wrong.real = wrong.real[1 : sum(lengths) + 1]
             miss = largest([wrong(*inputs)], exact[:1])[0]
             report.row("control, has to be noticed: sequences that begin one token late", miss, "> 0.05", miss > 0.05)
@@ -310,18 +310,18 @@ def speed(report: Report) -> None:
     from slime.megatron.attention import attend, pack_sequences
 
     heads, groups, channels, length = 16, 8, 128, 32768
-    shape = shape_of(heads, groups, channels)
+    arch = shape_of(heads, groups, channels)
     query, key, value = (
         draw(length, n, channels, seed=n, dtype=torch.bfloat16).requires_grad_() for n in (heads, groups, groups)
     )
-    whole = pack_sequences([length], shape)
+    whole = pack_sequences([length], arch)
     upstream = torch.ones_like(query)
     alone = milliseconds(
         lambda: torch.autograd.grad(attend(query, key, value, whole, None), (query, key, value), upstream)
     )
     report.row(f"attention of {length} tokens, whole", f"{alone:.2f} ms")
     for num_ranks in (2, 4):
-        played = Played([length], num_ranks, shape)
+        played = Played([length], num_ranks, arch)
         times: list[float] = []
         for rank in range(num_ranks):
             part = query[: length // num_ranks].detach().requires_grad_()

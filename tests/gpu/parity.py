@@ -613,21 +613,21 @@ def megatron(hf: Path, **changes: Any) -> Outcome:
     from slime.models.families import weight_table
     from slime.models.hf_files import HFReader
 
-    shape_changes = changes.pop("shape", {})
+    arch_changes = changes.pop("arch", {})
     args = tiny.make_args(hf, **changes)
     assert args.architecture is not None
-    shape = replace(args.architecture, **shape_changes)
-    args = replace(args, architecture=shape)
+    arch = replace(args.architecture, **arch_changes)
+    args = replace(args, architecture=arch)
     with tempfile.TemporaryDirectory() as folder:
         init_parallel(args, rank=0, world_size=1, init_method=f"file://{folder}/store")
         try:
             model = build_model(args, wrap=False)
-            load_hf_into(model, shape, HFReader(hf), args)
+            load_hf_into(model, arch, HFReader(hf), args)
             tokens, weights = inputs()
-            hidden = model[0](tokens[None], None, None, packed_seq_params=pack_sequences(LENGTHS, shape))
+            hidden = model[0](tokens[None], None, None, packed_seq_params=pack_sequences(LENGTHS, arch))
             logits = F.linear(hidden[:, 0], unwrap(model[0]).output_weight())[:, : tiny.VOCAB]
             (logits.float().log_softmax(-1) * weights).sum().backward()
-            table = weight_table(shape)
+            table = weight_table(arch)
             gradients: dict[str, Tensor] = {}
             for name, parameter in named_parameters(model):
                 assert parameter.grad is not None, name
@@ -650,7 +650,7 @@ def models_fp32(report: Report) -> None:
             largest, _, _ = megatron(hf, bf16=False, recompute_granularity="full", **FULL).errors(exact)
             report.row(f"{family}, fp32, recomputed: logits", largest, "<= 1e-4", largest <= 1e-4)
         for what, change in (("RoPE's base", {"rotary_base": 1e6}), ("the norms' epsilon", {"norm_epsilon": 1e-3})):
-            wrong, _, _ = megatron(Path(folder) / "qwen3", bf16=False, shape=change).errors(
+            wrong, _, _ = megatron(Path(folder) / "qwen3", bf16=False, arch=change).errors(
                 huggingface("qwen3", torch.float32)
             )
             control(report, f"another value for {what}", wrong, 1e-3)
@@ -675,7 +675,7 @@ def models_bf16(report: Report) -> None:
                 report.row(f"{family}, bf16: {what}", found, limit, found <= 1.5 * own)
         exact = huggingface("glm4", torch.float32)
         own = huggingface("glm4", torch.bfloat16).errors(exact)[1]
-        wrong = megatron(Path(folder) / "glm4", bf16=True, shape={"norm_epsilon": 0.05}).errors(exact)[1]
+        wrong = megatron(Path(folder) / "glm4", bf16=True, arch={"norm_epsilon": 0.05}).errors(exact)[1]
         control(report, "another epsilon, in bf16", wrong, 1.5 * own)
 
 

@@ -413,9 +413,9 @@ def model_4b() -> Iterator[Callable[[], Iterator[tuple[str, Tensor]]]]:
         init_parallel(args, rank=0, world_size=1, init_method=f"file://{directory}/store")
         try:
             model = build_model(args, wrap=True)
-            shape = architecture_of(args)
+            arch = architecture_of(args)
             with torch.no_grad():
-                yield lambda: iter_hf_tensors(model, shape)
+                yield lambda: iter_hf_tensors(model, arch)
         finally:
             close_parallel()
 

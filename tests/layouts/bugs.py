@@ -21,7 +21,7 @@ from slime.core.batch import Array, TrainBatch
 from slime.core.packing import StepPlan
 from slime.megatron import critic, trainer
 from slime.megatron.microbatch import Cut, MicroBatch
-from slime.megatron.step import Weighed
+from slime.megatron.step import WeightedLoss
 from tests.layouts.draws import Draw
 
 Patch = AbstractContextManager[Any]
@@ -78,22 +78,22 @@ def _neighbouring(lengths_S: Array, num_ranks: int) -> Array:
     return np.stack([np.concatenate([piece[rank] for piece in pieces]) for rank in range(num_ranks)])
 
 
-def unweighed_critic() -> Patch:
+def unweighted_critic() -> Patch:
     """Every rank's share of the value loss counts as if it had all samples."""
-    weighed_loss = critic.Critic._weighed_loss
+    weighted_loss = critic.Critic._weighted_loss
 
-    def wrong(self: critic.Critic, micro_batch: MicroBatch, hidden: Tensor) -> Weighed:
-        total, data = weighed_loss(self, micro_batch, hidden)
+    def wrong(self: critic.Critic, micro_batch: MicroBatch, hidden: Tensor) -> WeightedLoss:
+        total, data = weighted_loss(self, micro_batch, hidden)
         return total * self._steps.topology.dp_size, data
 
-    return patch.object(critic.Critic, "_weighed_loss", wrong)
+    return patch.object(critic.Critic, "_weighted_loss", wrong)
 
 
 BUGS: dict[str, Callable[[], Patch]] = {
     "own denominator": own_denominator,
     "shifted mask": shifted_mask,
     "contiguous slice": contiguous_slice,
-    "unweighed critic": unweighed_critic,
+    "unweighted critic": unweighted_critic,
 }
 
 
@@ -108,5 +108,5 @@ def exercises(bug: str, draw: Draw) -> bool:
         and dimensions["masked"] == "some",
         "shifted mask": dimensions["masked"] != "none",
         "contiguous slice": dimensions["CP"] != "1",
-        "unweighed critic": dimensions["DP"] != "1" and dimensions["algorithm"] == "ppo",
+        "unweighted critic": dimensions["DP"] != "1" and dimensions["algorithm"] == "ppo",
     }[bug]

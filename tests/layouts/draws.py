@@ -85,7 +85,7 @@ class Draw:
         rest = self.num_ranks // (sizes["TP"] * sizes["PP"] * sizes["CP"])
         kl = flags.get("kl_loss_type", "k3") if flags.get("use_kl_loss") else "none"
         correction = flags.get("offpolicy_correction", "tis")
-        weighed = flags.get("use_tis") or self.data["versions"]
+        weighted = flags.get("use_tis") or self.data["versions"]
         return {
             "processes": str(self.num_ranks),
             **{name: str(size) for name, size in sizes.items()},
@@ -108,7 +108,7 @@ class Draw:
             "KL loss": kl,
             "KL in the reward": yes(flags.get("kl_coef")),
             "dual clip": yes(flags.get("eps_clip_c")),
-            "importance weights": correction if weighed else "none",
+            "importance weights": correction if weighted else "none",
             "router replay": yes(flags.get("use_routing_replay")),
             "family": self.model.family,
         }
@@ -333,5 +333,5 @@ def other_log_probs(draw: Draw, attempt: int, log_probs_R: np.ndarray, batch: Tr
     whole_R = np.repeat(chance.choice([-0.4, -0.05, 0.05, 0.3], len(batch)), batch.response_lengths_N)
     if draw.moved:
         log_probs_R = log_probs_R + whole_R + chance.uniform(-0.3, 0.3, size)
-        batch = batch.with_column("log_probs", log_probs_R)
+        batch = batch.with_column("old_log_probs", log_probs_R)
     return batch.with_column("rollout_log_probs", log_probs_R + chance.uniform(-0.6, 0.6, size))

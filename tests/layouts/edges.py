@@ -31,7 +31,7 @@ class _Seen(NamedTuple):
     loss_R: Tensor
     log_ratio_R: Tensor
     log_weights_R: Tensor | None
-    """Of the tokens that are weighed."""
+    """Of the tokens that are weighted."""
 
 
 @dataclass
@@ -50,8 +50,8 @@ class Watch:
             self.clips += [] if options.eps_clip_c is None else [options.eps_clip_c]
             self.weight_clips = [options.tis_clip, options.tis_clip_low]
             log_weights_R = None
-            if inputs.weighed_R is not None and inputs.rollout_log_probs_R is not None:
-                log_weights_R = (inputs.old_log_probs_R - inputs.rollout_log_probs_R)[inputs.weighed_R].detach()
+            if inputs.weighted_R is not None and inputs.rollout_log_probs_R is not None:
+                log_weights_R = (inputs.old_log_probs_R - inputs.rollout_log_probs_R)[inputs.weighted_R].detach()
             log_ratio_R = (inputs.log_probs_R - inputs.old_log_probs_R).detach()
             self.seen.append(_Seen(loss_R.detach(), log_ratio_R, log_weights_R))
             return loss_R, metrics

@@ -36,7 +36,7 @@ def test_the_first_draw_that_goes_there_notices_a_bug(bug: str, workers: WorkerP
     plain, near = run_plain(workers, drawn, root)
     wrong = Pair(plain, run_cut(workers, drawn, root, plain.batch, bug), near).errors()
     of_critic = ("critic's gradient", "critic's weights")
-    shown = of_critic if bug == "unweighed critic" else ("gradient", "gradient norm", "weights")
+    shown = of_critic if bug == "unweighted critic" else ("gradient", "gradient norm", "weights")
     assert min(wrong[name] for name in shown) > 100, (str(drawn), wrong)
     right = Pair(plain, run_cut(workers, drawn, root, plain.batch), near).errors()
     assert max(right.values()) <= 1, (str(drawn), right)

@@ -66,7 +66,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "gspo": {"advantage_estimator": "gspo", "eps_clip": 0.05},
     "cispo": {"advantage_estimator": "cispo", "calculate_per_token_loss": True},
     "rloo": {"advantage_estimator": "rloo", "use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "k2"},
-    "rloo, weighed": {"advantage_estimator": "rloo", "use_tis": True, "tis_clip": 1.3, "tis_clip_low": 0.8},
+    "rloo, weighted": {"advantage_estimator": "rloo", "use_tis": True, "tis_clip": 1.3, "tis_clip_low": 0.8},
     "rloo, masked": {
         "advantage_estimator": "rloo",
         "use_tis": True,
@@ -131,7 +131,7 @@ def _batch() -> TrainBatch:
     with torch.no_grad():
         own = torch.cat([chosen for chosen, _ in _rows(batch, *_weights(), 0.8)]).numpy()
     off_N = chance.uniform(-0.2, 0.2, len(GROUPS_N))
-    for name in ("log_probs", "ref_log_probs", "rollout_log_probs"):
+    for name in ("old_log_probs", "ref_log_probs", "rollout_log_probs"):
         columns[name] = own + off_N[row_R] + chance.uniform(-0.4, 0.4, len(row_R))
     return TrainBatch(prompts_N + responses_N, responses_N, columns)
 
@@ -150,7 +150,7 @@ def _one_step(args: Args, topology: Topology, batch: TrainBatch) -> Found:
     part = ContextParallel(topology.cp_rank, topology.cp_size, topology.cp_group)
     counted_N = counted_rows_of(args, batch)
     if args.use_tis:
-        batch = batch.with_column("weighed", batch.columns["loss_mask"] > 0)
+        batch = batch.with_column("weighted", batch.columns["loss_mask"] > 0)
     batch, _ = add_advantages(args, batch, counted_N)
     [plan] = plan_steps(
         batch.total_lengths_N.tolist(),
@@ -167,9 +167,9 @@ def _one_step(args: Args, topology: Topology, batch: TrainBatch) -> Found:
     table, whole_head = _weights()
     head = whole_head.detach().chunk(topology.tp_size)[topology.tp_rank].clone().requires_grad_()
     losses: list[Tensor] = []
-    log_probs_R = torch.zeros(len(batch.columns["log_probs"]), dtype=torch.float64)
+    log_probs_R = torch.zeros(len(batch.columns["old_log_probs"]), dtype=torch.float64)
     for rows in plan.micro_batches[topology.dp_rank]:
-        micro_batch = pack_rows(batch, rows, shape=SHAPE, multiple=topology.tp_size, part=part)
+        micro_batch = pack_rows(batch, rows, arch=SHAPE, multiple=topology.tp_size, part=part)
         columns, hidden = micro_batch.columns, table[micro_batch.tokens_B[0]][:, None]
         if args.sequence_parallel:
             hidden = hidden.chunk(topology.tp_size)[topology.tp_rank]
@@ -187,12 +187,12 @@ def _one_step(args: Args, topology: Topology, batch: TrainBatch) -> Found:
         )
         inputs = LossInputs(
             log_probs_R=found_R,
-            old_log_probs_R=columns["log_probs"],
+            old_log_probs_R=columns["old_log_probs"],
             advantages_R=columns["advantages"],
             ref_log_probs_R=columns["ref_log_probs"],
             rollout_log_probs_R=columns["rollout_log_probs"],
             entropy_R=entropy_R,
-            weighed_R=columns.get("weighed"),
+            weighted_R=columns.get("weighted"),
             loss_mask_R=columns["loss_mask"],
             sequences=micro_batch.responses,
         )
@@ -236,7 +236,7 @@ def _counts(args: Args, batch: TrainBatch) -> list[bool]:
 def _advantages(args: Args, batch: TrainBatch) -> list[np.ndarray]:
     """One number a token of each sample, by loops over samples and tokens."""
     masks, rewards = batch.rows("loss_mask"), batch.columns["rewards"].copy()
-    gaps = [old - ref for old, ref in zip(batch.rows("log_probs"), batch.rows("ref_log_probs"), strict=True)]
+    gaps = [old - ref for old, ref in zip(batch.rows("old_log_probs"), batch.rows("ref_log_probs"), strict=True)]
     name, judged = args.advantage_estimator, ~np.isnan(rewards)
     counts = _counts(args, batch)
     if name in ("grpo", "gspo", "cispo", "rloo"):
@@ -307,7 +307,7 @@ def _by_hand(args: Args) -> Found:
             continue
         old, ref, behaviour, mask = (
             torch.from_numpy(batch.rows(name)[row])
-            for name in ("log_probs", "ref_log_probs", "rollout_log_probs", "loss_mask")
+            for name in ("old_log_probs", "ref_log_probs", "rollout_log_probs", "loss_mask")
         )
         if args.loss_type == "sft_loss":
             loss = -chosen

@@ -42,7 +42,7 @@ def train(rank: int, world_size: int, init_method: str, args: Args, batches: lis
 
 def gradients(trainer: Trainer) -> Arrays:
     """Return whole gradients of all stages by HF name; the weight table's linear rules hold for gradients, too."""
-    table = weight_table(trainer._shape)
+    table = weight_table(trainer._arch)
     found: Arrays = {}
     for name, parameter in named_parameters(trainer.model):
         full: Any = parameter.main_grad.clone()

@@ -39,17 +39,17 @@ def _megatron(
     rank: int, world_size: int, init_method: str, args: Args, hf: Path, lengths: list[int]
 ) -> tuple[Any, float, Any]:
     """Return logits, loss (a weighted sum of log-probs) and gradients by HF name."""
-    shape = args.architecture
-    assert shape is not None
+    arch = args.architecture
+    assert arch is not None
     with joined(args, rank, world_size, init_method), device.layer():
         model = build_model(args, wrap=False)
-        load_hf_into(model, shape, HFReader(hf), args)
+        load_hf_into(model, arch, HFReader(hf), args)
         tokens, weights = _tokens_and_weights()
-        hidden = model[0](tokens[None], None, None, packed_seq_params=pack_sequences(lengths, shape))
+        hidden = model[0](tokens[None], None, None, packed_seq_params=pack_sequences(lengths, arch))
         logits = F.linear(hidden[:, 0], unwrap(model[0]).output_weight())[:, : tiny.VOCAB]
         loss = (logits.log_softmax(-1) * weights).sum()
         loss.backward()
-        table = weight_table(shape)
+        table = weight_table(arch)
         gradients = {
             hf_name: gradient.numpy()
             for name, parameter in named_parameters(model)
@@ -126,6 +126,6 @@ def test_control_a_wrong_boundary_is_noticed(workers: WorkerPool, tmp_path: Path
 def test_control_missing_norms_are_noticed(workers: WorkerPool, tmp_path: Path) -> None:
     args = tiny.make_args(tiny.hf_dir(tmp_path, "glm4"))
     assert args.architecture is not None
-    shape = replace(args.architecture, post_self_attn_layernorm=False, post_mlp_layernorm=False)
+    arch = replace(args.architecture, post_self_attn_layernorm=False, post_mlp_layernorm=False)
     with pytest.raises(AssertionError, match="post_self_attn_layernorm"):
-        workers.run(1, _megatron, replace(args, architecture=shape), tmp_path, LENGTHS)
+        workers.run(1, _megatron, replace(args, architecture=arch), tmp_path, LENGTHS)

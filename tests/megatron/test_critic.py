@@ -65,7 +65,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def critic_weights(trainer: Trainer) -> Arrays:
     """Return whole weights of all stages by HF name; the value head has its own name."""
     assert trainer.critic is not None
-    table, found = weight_table(trainer._shape), dict[str, np.ndarray]()
+    table, found = weight_table(trainer._arch), dict[str, np.ndarray]()
     for name, parameter in named_parameters(trainer.critic.model):
         full: Any = parameter.detach().clone()
         if name == VALUE_HEAD:

@@ -78,7 +78,7 @@ def test_the_dump_holds_every_training_tensor(dumped: tuple[Path, runs.Outcome],
     assert not list(path.glob(".tmp*"))
     columns = _tensors(path, "rollout 0")
     came = ["tokens", "loss_mask", "rewards", "group_indices", "sample_indices", "rollout_log_probs"]
-    assert list(columns)[2:] == [*came, "log_probs", "advantages", "loss_weights"]
+    assert list(columns)[2:] == [*came, "old_log_probs", "advantages", "loss_weights"]
     for name, values in BATCH.columns.items():
         np.testing.assert_array_equal(columns[name], values)
     steps = [_tensors(path, f"rollout 0, step {number}") for number in range(2)]
@@ -88,7 +88,7 @@ def test_the_dump_holds_every_training_tensor(dumped: tuple[Path, runs.Outcome],
     assert names[2].startswith("gradient model.layers.1."), "as the backward pass goes"
     places = np.concatenate([step["places"] for step in steps])
     np.testing.assert_array_equal(places, np.arange(len(columns["advantages"])))
-    np.testing.assert_array_equal(steps[0]["log_probs"], columns["log_probs"][steps[0]["places"]])
+    np.testing.assert_array_equal(steps[0]["log_probs"], columns["old_log_probs"][steps[0]["places"]])
     for number, metric in enumerate(("loss", "gradient_norm")):
         mean = np.mean([step[metric] for step in steps])
         assert outcome.metrics[0][f"train/{('loss', 'grad_norm')[number]}"] == pytest.approx(mean, rel=1e-12)
@@ -176,7 +176,7 @@ def test_a_changed_initial_weight_shows_at_first_forward(
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     _train(workers, tmp_path / "other", other)
     code, text = _diff(capsys, dumped[0], tmp_path / "other")
-    assert code == 1 and "tensors: rollout 0: log_probs\n  sample 0 of group 0, response token 0 of " in text, text
+    assert code == 1 and "tensors: rollout 0: old_log_probs\n  sample 0 of group 0, response token 0 of " in text, text
     _train(workers, tmp_path / "single", hf, num_steps_per_rollout=1)
     _train(workers, tmp_path / "other single", other, num_steps_per_rollout=1)
     code, text = _diff(capsys, tmp_path / "single", tmp_path / "other single")

@@ -140,11 +140,11 @@ def test_layouts(layout: str, workers: WorkerPool, mixtures: dict[str, Path], al
         assert max(worst.values()) <= TOLERANCE, (family, worst)
 
 
-def with_routes(batch: Any, shape: Any, seed: int) -> Any:
+def with_routes(batch: Any, arch: Any, seed: int) -> Any:
     """Add random experts for every token of a sample but its last."""
     generator = np.random.default_rng(seed)
-    scores = generator.random((int(batch.total_lengths_N.sum()), shape.num_moe_layers, shape.num_experts))
-    routes = np.argsort(scores, axis=-1)[..., : shape.moe_router_topk].astype(np.int32)
+    scores = generator.random((int(batch.total_lengths_N.sum()), arch.num_moe_layers, arch.num_experts))
+    routes = np.argsort(scores, axis=-1)[..., : arch.moe_router_topk].astype(np.int32)
     routes[np.cumsum(batch.total_lengths_N) - 1] = -1
     return batch.with_column("routed_experts", routes)
 

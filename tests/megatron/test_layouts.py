@@ -261,7 +261,7 @@ class _Shifted(Trainer):
         for chunk in self.model:
             layers: Any = unwrap(chunk).decoder.layers
             for layer in layers:
-                layer.layer_number = self._shape.num_layers + 1 - layer.layer_number
+                layer.layer_number = self._arch.num_layers + 1 - layer.layer_number
         return super().load()
 
 
@@ -300,9 +300,9 @@ def _unsummed() -> AbstractContextManager[Any]:
 def _from_nought() -> AbstractContextManager[Any]:
     """A bug: positions begin at 0 in each piece."""
 
-    def sequences(lengths_P: list[int], shape: Any, share: Any) -> Any:
-        turned = pack_sequences(lengths_P, shape)
-        return replace(pack_sequences(lengths_P, shape, share), cos_B=turned.cos_B, sin_B=turned.sin_B)
+    def sequences(lengths_P: list[int], arch: Any, share: Any) -> Any:
+        turned = pack_sequences(lengths_P, arch)
+        return replace(pack_sequences(lengths_P, arch, share), cos_B=turned.cos_B, sin_B=turned.sin_B)
 
     return patch("slime.megatron.microbatch.pack_sequences", sequences)
 

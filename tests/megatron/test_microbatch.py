@@ -19,7 +19,7 @@ from slime.megatron.microbatch import ContextParallel, Cut, MicroBatch, pack_row
 def test_each_response_token_is_predicted_by_its_predecessor() -> None:
     batch = tiny.random_batch()
     rows = [5, 0, 3]
-    packed = pack_rows(batch, rows, shape=SHAPE, multiple=1)
+    packed = pack_rows(batch, rows, arch=SHAPE, multiple=1)
     tokens = [batch.rows("tokens")[row] for row in rows]
     assert packed.tokens_B[0].tolist() == np.concatenate(tokens).tolist()
     answers = [row_tokens[-batch.response_lengths_N[row] :] for row, row_tokens in zip(rows, tokens, strict=True)]
@@ -35,8 +35,8 @@ def test_each_response_token_is_predicted_by_its_predecessor() -> None:
 @pytest.mark.parametrize("multiple", [1, 4, 64])
 def test_padding_is_a_sequence_of_its_own(multiple: int) -> None:
     batch = tiny.random_batch()
-    plain = pack_rows(batch, [1, 2], shape=SHAPE, multiple=1)
-    padded = pack_rows(batch, [1, 2], shape=SHAPE, multiple=multiple)
+    plain = pack_rows(batch, [1, 2], arch=SHAPE, multiple=1)
+    padded = pack_rows(batch, [1, 2], arch=SHAPE, multiple=multiple)
     size, num_tokens = padded.tokens_B.size(1), int(batch.total_lengths_N[1:3].sum())
     assert size % multiple == 0 and size - num_tokens < multiple
     assert plain.tokens_B.size(1) == num_tokens
@@ -46,14 +46,14 @@ def test_padding_is_a_sequence_of_its_own(multiple: int) -> None:
 
 
 def test_no_rows_make_a_pack_without_responses() -> None:
-    packed = pack_rows(tiny.random_batch(), [], shape=SHAPE, multiple=4)
+    packed = pack_rows(tiny.random_batch(), [], arch=SHAPE, multiple=4)
     assert packed.tokens_B.shape == (1, 4)
     assert len(packed.targets_R) == len(packed.predicting_R) == len(packed.columns["loss_mask"]) == 0
 
 
 def test_positions_start_at_0_in_each_sequence() -> None:
     batch = tiny.random_batch()
-    packed = pack_rows(batch, [0, 1], shape=SHAPE, multiple=1).sequences
+    packed = pack_rows(batch, [0, 1], arch=SHAPE, multiple=1).sequences
     assert packed.cos_B is not None and packed.sin_B is not None
     first, second = batch.total_lengths_N[:2]
     shorter = min(first, second)
@@ -67,13 +67,13 @@ def test_a_response_without_prompt_is_an_error() -> None:
     tokens = batch.columns["tokens"][: int(lengths.sum())]
     headless = TrainBatch(lengths, lengths, {**batch.columns, "tokens": tokens})
     with pytest.raises(ValueError, match="sample 1 has no prompt"):
-        pack_rows(headless, [1], shape=SHAPE, multiple=1)
+        pack_rows(headless, [1], arch=SHAPE, multiple=1)
 
 
 def _parts(batch: TrainBatch, rows: list[int], num_ranks: int, multiple: int) -> list[MicroBatch]:
     """Return the micro-batch of each context-parallel rank."""
     return [
-        pack_rows(batch, rows, shape=SHAPE, multiple=multiple, part=ContextParallel(rank, num_ranks))
+        pack_rows(batch, rows, arch=SHAPE, multiple=multiple, part=ContextParallel(rank, num_ranks))
         for rank in range(num_ranks)
     ]
 
@@ -147,7 +147,7 @@ def test_wrong_parts_are_noticed() -> None:
     assert _problems(batch, rows, exchanged, 1) == {"predicting token"}
     shifted = replace(first, targets_R=first.targets_R.roll(1))
     assert _problems(batch, rows, [shifted, second], 1) == {"target"}
-    whole = pack_rows(batch, rows, shape=SHAPE, multiple=1).sequences  # positions without any cut
+    whole = pack_rows(batch, rows, arch=SHAPE, multiple=1).sequences  # positions without any cut
     assert _problems(batch, rows, [replace(first, sequences=whole), second], 1) == {"position"}
     assert _problems(batch, rows, parts, 64) == {"size"}
 

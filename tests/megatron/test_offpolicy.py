@@ -57,17 +57,17 @@ def test_counted_tokens_of_older_weights_are_weighted() -> None:
     found, metrics = prepared(Args(), batch)
     age = VERSION - batch.columns["policy_versions"]
     counts = batch.columns["loss_mask"] * np.repeat(~np.isnan(rewards), batch.response_lengths_N) > 0
-    assert np.array_equal(found.columns["weighed"], (age > 0) & counts)
-    assert np.array_equal(found.columns["offpolicy"], found.columns["weighed"])
+    assert np.array_equal(found.columns["weighted"], (age > 0) & counts)
+    assert np.array_equal(found.columns["offpolicy"], found.columns["weighted"])
     assert metrics == {
         "train/offpolicy_tokens": pytest.approx((age > 0)[counts].mean()),
         "train/staleness": pytest.approx(age[counts].mean()),
         "train/staleness_max": 2.0,
     }
     everything, _ = prepared(Args(use_tis=True), batch)
-    assert np.array_equal(everything.columns["weighed"], counts), "not those that do not count"
+    assert np.array_equal(everything.columns["weighted"], counts), "not those that do not count"
     none, metrics = prepared(Args(offpolicy_correction="none"), batch)
-    assert not none.has("weighed") and none.has("offpolicy") and metrics["train/staleness_max"] == 2
+    assert not none.has("weighted") and none.has("offpolicy") and metrics["train/staleness_max"] == 2
 
 
 def test_a_batch_of_current_weights_is_unchanged() -> None:
@@ -84,7 +84,7 @@ def test_masked_instead_of_weighted() -> None:
     batch = plain_batch()
     found, metrics = prepared(Args(partial_rollout=True, mask_offpolicy_in_partial_rollout=True), batch)
     older = batch.columns["policy_versions"] < VERSION
-    assert not found.columns["loss_mask"][older].any() and not found.has("weighed") and not found.has("offpolicy")
+    assert not found.columns["loss_mask"][older].any() and not found.has("weighted") and not found.has("offpolicy")
     assert np.array_equal(found.columns["loss_mask"][~older], batch.columns["loss_mask"][~older])
     assert metrics["train/offpolicy_tokens"] > 0.4
 
@@ -100,7 +100,7 @@ def test_tokens_that_cannot_be_corrected_are_an_error() -> None:
         prepared(Args(), blind)
     assert prepared(Args(offpolicy_correction="none"), blind)[1]["train/offpolicy_tokens"] > 0
     masked = blind.with_column("loss_mask", blind.columns["policy_versions"] == VERSION)
-    assert not prepared(Args(), masked)[0].has("weighed"), "no token that counts needs them"
+    assert not prepared(Args(), masked)[0].has("weighted"), "no token that counts needs them"
     with pytest.raises(ValueError, match="--use-tis"):
         prepared(Args(use_tis=True), masked)
     for flags in ({"partial_rollout": True}, {"rollouts_ahead": 1}):

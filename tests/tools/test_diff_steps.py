@@ -23,7 +23,7 @@ Tensors = dict[str, dict[str, Tensor]]
 AXES = {
     **dict.fromkeys(("total_lengths", "response_lengths", "sample_indices", "group_indices", "rewards"), Axis.SAMPLE),
     **dict.fromkeys(("tokens", "routed_experts"), Axis.TOKEN),
-    **dict.fromkeys(("loss_mask", "log_probs"), Axis.RESPONSE),
+    **dict.fromkeys(("loss_mask", "old_log_probs", "log_probs"), Axis.RESPONSE),
 }
 
 
@@ -39,7 +39,7 @@ def dump() -> Tensors:
             "group_indices": torch.tensor([14, 14]),
             "sample_indices": torch.tensor([28, 29]),
             "routed_experts": torch.zeros(9, 2, 3, dtype=torch.int32),
-            "log_probs": torch.linspace(-2, -1, 5),
+            "old_log_probs": torch.linspace(-2, -1, 5),
         }
     }
     for number, response_tokens in enumerate(([2, 3, 4], [0, 1])):
@@ -195,7 +195,7 @@ def _fewer(*places: str) -> Tensors:
             lambda: _with("rollout 7, step 0", "gradient a.weight", torch.zeros(3, 5)),
             "rollout 7, step 0: gradient a.weight is [3, 4] in A and [3, 5] in B",
         ),
-        (lambda: _without("log_probs"), "rollout 7: only A has log_probs"),
+        (lambda: _without("old_log_probs"), "rollout 7: only A has old_log_probs"),
         (lambda: _without("tokens"), "rollout 7: tokens are missing"),
         (
             lambda: _fewer("rollout 7", "rollout 7, step 0"),

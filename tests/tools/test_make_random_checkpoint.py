@@ -68,23 +68,23 @@ SHAPES = {
 
 @pytest.mark.parametrize("family", SHAPES)
 def test_the_directory_is_a_model(family: str, tmp_path: Path) -> None:
-    shape, out = SHAPES[family], tmp_path / "out"
-    tool.make_checkpoint(shape, out, dtype=torch.bfloat16)
+    arch, out = SHAPES[family], tmp_path / "out"
+    tool.make_checkpoint(arch, out, dtype=torch.bfloat16)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert hf_architecture(read_hf_config(out)) == shape
+    assert hf_architecture(read_hf_config(out)) == arch
 
     reader = HFReader(out)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(out))
     expected = dict(model.state_dict())
-    if shape.tied_embeddings:
+    if arch.tied_embeddings:
         del expected["lm_head.weight"]
     # loading below shows that a layer's experts have these names in files
     expected = dict(own for name, tensor in expected.items() for own in tool.in_file(name, tensor.shape))
     assert {name: reader.get(name).shape for name in reader.names()} == expected
     assert reader.dtypes() == {torch.bfloat16}
 
-    table = weight_table(shape)
+    table = weight_table(arch)
     back = {k: v for m in table.megatron_names() for k, v in table.to_hf(m, table.from_hf(m, reader.get))}
     assert back.keys() == expected.keys()
     assert all(torch.equal(tensor, reader.get(name)) for name, tensor in back.items())
@@ -94,7 +94,7 @@ def test_the_directory_is_a_model(family: str, tmp_path: Path) -> None:
     assert loaded.dtype == torch.bfloat16
     logits = loaded(torch.arange(64)[None]).logits.float().detach()
     # the last norm gives vectors of RMS 1, and the output layer's entries have a standard deviation of 0.02
-    assert logits.std().item() == pytest.approx(tool.STD * math.sqrt(shape.hidden_size), rel=0.3)
+    assert logits.std().item() == pytest.approx(tool.STD * math.sqrt(arch.hidden_size), rel=0.3)
 
 
 def test_values(tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_from_a_script_and_from_a_config(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize("script", ["qwen3-0.6B", "qwen3-4B", "glm4-9B", "llama3.2-1B", "qwen2.5-7B"])
 def test_true_sizes_have_configs(script: str) -> None:
     """No weights are made here; `hf_config` itself checks that the config expresses the whole architecture."""
-    shape = tool.shape_of_script(ROOT / "scripts/models" / f"{script}.sh", None)
-    assert tool.hf_config(shape).num_hidden_layers == shape.num_layers
+    arch = tool.shape_of_script(ROOT / "scripts/models" / f"{script}.sh", None)
+    assert tool.hf_config(arch).num_hidden_layers == arch.num_layers
 
 
 def test_impossible_models_are_refused(tmp_path: Path) -> None:

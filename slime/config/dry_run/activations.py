@@ -53,7 +53,7 @@ def backward_peak(operations: Sequence[Operation]) -> int:
 class Rank:
     """The sizes of one training rank in elements; `width` is in bytes."""
 
-    shape: Architecture
+    arch: Architecture
     tokens: int
     rows: int
     width: int
@@ -64,12 +64,12 @@ class Rank:
     @property
     def query(self) -> int:
         """Return the number of query channels on this rank."""
-        return self.shape.num_attention_heads * self.shape.kv_channels // self.tp
+        return self.arch.num_attention_heads * self.arch.kv_channels // self.tp
 
     @property
     def key(self) -> int:
         """Return the number of key channels on this rank, which equals that of values."""
-        return self.shape.num_query_groups * self.shape.kv_channels // self.tp
+        return self.arch.num_query_groups * self.arch.kv_channels // self.tp
 
     @property
     def keys_per_token(self) -> float:
@@ -84,12 +84,12 @@ class Rank:
     @property
     def ffn(self) -> int:
         """Return the number of MLP channels on this rank."""
-        return self.shape.ffn_hidden_size // self.tp
+        return self.arch.ffn_hidden_size // self.tp
 
     @property
     def residual(self) -> int:
         """Return the bytes of the residual stream; its gradient has as many during the whole backward pass."""
-        return self.width * self.rows * self.shape.hidden_size
+        return self.width * self.rows * self.arch.hidden_size
 
     def values(self, channels: int) -> int:
         """Return the bytes of `channels` channels of every token."""
@@ -117,10 +117,10 @@ def _norm(rank: Rank, name: str, rows: int, channels: int, *, arriving: int = 0)
 
 def _attention(rank: Rank) -> list[Operation]:
     """Return the operations from the QKV projection to the output projection."""
-    query, key, heads = rank.query, rank.key, rank.shape.num_attention_heads // rank.tp
+    query, key, heads = rank.query, rank.key, rank.arch.num_attention_heads // rank.tp
     qkv = query + 2 * key
     log_sums = FP32 * rank.tokens * heads
-    hidden = rank.shape.hidden_size
+    hidden = rank.arch.hidden_size
     operations = [
         Operation(
             "QKV projection: its input",
@@ -128,16 +128,16 @@ def _attention(rank: Rank) -> list[Operation]:
             rank.residual + rank.values(qkv + hidden) + rank.weight_gradient(hidden * qkv),
         )
     ]
-    if rank.shape.qk_layernorm:
-        groups = rank.shape.num_query_groups // rank.tp
-        norms = _norm(rank, "norms of queries and keys", rank.tokens * (heads + groups), rank.shape.kv_channels)
+    if rank.arch.qk_layernorm:
+        groups = rank.arch.num_query_groups // rank.tp
+        norms = _norm(rank, "norms of queries and keys", rank.tokens * (heads + groups), rank.arch.kv_channels)
         extra = rank.values(query + key) if rank.on_cuda else 0  # keys are a view of the whole projection's output
         operations.append(Operation(norms.name, norms.saved + extra, norms.working + rank.values(qkv)))
     gathered = int(rank.values(key) * rank.keys_per_token)  # as many bytes of values
     if rank.on_cuda:
         # The varlen kernel keeps rotated queries and keys, values, and the output (also the projection's input).
         # Values are a view of the whole QKV projection's output, unless they were gathered.
-        whole = rank.values(qkv) if rank.cp == 1 and not rank.shape.qk_layernorm else 0
+        whole = rank.values(qkv) if rank.cp == 1 and not rank.arch.qk_layernorm else 0
         kept = rank.values(2 * query) + (gathered + whole if rank.cp == 1 else 2 * gathered)
         # backward: gradients of output and queries (also in fp32), and of keys and values for every query head
         expanded = 0 if query == key else 2 * int(rank.values(query) * rank.keys_per_token)
@@ -161,7 +161,7 @@ def _attention(rank: Rank) -> list[Operation]:
 
 
 def _mlp(rank: Rank) -> list[Operation]:
-    hidden, ffn = rank.shape.hidden_size, rank.ffn
+    hidden, ffn = rank.arch.hidden_size, rank.ffn
     # gradients of output, gate and up; megatron.kernels.cpu also has a tensor with gradient x up
     glu = (3 if rank.on_cuda or rank.width < FP32 else 4) * ffn
     kept = 2 if rank.on_cuda else 3
@@ -183,15 +183,15 @@ def _mlp(rank: Rank) -> list[Operation]:
 
 def layer_operations(rank: Rank) -> list[Operation]:
     """Return the operations of one transformer layer in the order of its forward pass."""
-    shape, hidden = rank.shape, rank.shape.hidden_size
+    arch, hidden = rank.arch, rank.arch.hidden_size
 
     def norm(name: str, *, arriving: int = 0) -> Operation:
         return _norm(rank, name, rank.rows, hidden, arriving=arriving)
 
     operations = [norm("norm before attention", arriving=rank.residual), *_attention(rank)]
-    operations += [norm("norm after attention")] if shape.post_self_attn_layernorm else []
+    operations += [norm("norm after attention")] if arch.post_self_attn_layernorm else []
     operations += [norm("norm before MLP", arriving=rank.residual), *_mlp(rank)]
-    operations += [norm("norm after MLP")] if shape.post_mlp_layernorm else []
+    operations += [norm("norm after MLP")] if arch.post_mlp_layernorm else []
     return operations
 
 
@@ -206,7 +206,7 @@ def _recomputed(rank: Rank, unit: Sequence[Operation], *, kept: int, shared: int
 
 def stage_operations(args: Args, rank: Rank, *, num_layers: int, is_first: bool, is_last: bool) -> list[Operation]:
     """Return the operations of one pipeline stage on one micro-batch, with recomputation applied."""
-    shape = rank.shape
+    arch = rank.arch
     layer = layer_operations(rank)
     shared = rank.residual if rank.on_cuda else 0  # the first norm keeps the residual stream itself
     if args.recompute_granularity == "full":
@@ -221,14 +221,14 @@ def stage_operations(args: Args, rank: Rank, *, num_layers: int, is_first: bool,
         if args.recompute_granularity == "selective":
             layer = [_selective(rank, operation) for operation in layer]
         layers = layer * num_layers
-    table = local_vocabulary(args, shape) * shape.hidden_size
-    rotary = FP32 * rank.tokens * shape.rotary_dim  # cos and sin, the same for all layers
+    table = local_vocabulary(args, arch) * arch.hidden_size
+    rotary = FP32 * rank.tokens * arch.rotary_dim  # cos and sin, the same for all layers
     operations = [Operation("rotary tables and token ids", rotary + 2 * TOKEN_ID * rank.tokens, 0)]
     if is_first:
         operations.append(Operation("embedding", 0, rank.residual + rank.weight_gradient(table)))
     operations += layers
     if is_last:
-        operations.append(_norm(rank, "final norm", rank.rows, shape.hidden_size))
+        operations.append(_norm(rank, "final norm", rank.rows, arch.hidden_size))
     return operations
 
 
@@ -240,7 +240,7 @@ def _selective(rank: Rank, operation: Operation) -> Operation:
     if not operation.name.startswith("attention:"):
         return operation
     kept = rank.values(rank.query + rank.query + 2 * rank.key)
-    if rank.shape.qk_layernorm:
+    if rank.arch.qk_layernorm:
         kept += rank.values(rank.key)
         if rank.on_cuda:
             kept -= rank.values(rank.query + 2 * rank.key)  # the norm of keys has it
@@ -253,12 +253,12 @@ def log_probs_operation(args: Args, rank: Rank) -> Operation:
     The backward pass computes logits again, except those that a GPU kept.
     """
     logits, chunk = _chunk(args, rank)
-    hidden = rank.shape.hidden_size
-    table = local_vocabulary(args, rank.shape) * hidden
+    hidden = rank.arch.hidden_size
+    table = local_vocabulary(args, rank.arch) * hidden
     kept = 0
     if rank.on_cuda:
         whole_chunks = KEPT_LOGITS // (rank.width * logits)
-        kept = min(whole_chunks * logits, rank.tokens * local_vocabulary(args, rank.shape)) * rank.width
+        kept = min(whole_chunks * logits, rank.tokens * local_vocabulary(args, rank.arch)) * rank.width
     # The output layer's gradient: in bf16 each chunk's product is added to the gradient buffer (on a GPU without a
     # copy), in fp32 the chunks are summed in another tensor first. Before that, a CPU holds a chunk's logits twice in
     # fp32, and with bf16 also twice in bf16.
@@ -279,7 +279,7 @@ def log_probs_forward(args: Args, rank: Rank) -> int:
     On a CPU, bf16 hidden states and logits exist in both dtypes.
     """
     logits, _ = _chunk(args, rank)
-    hidden = rank.tokens * rank.shape.hidden_size
+    hidden = rank.tokens * rank.arch.hidden_size
     if rank.on_cuda:
         return rank.width * (hidden + 2 * logits)
     both = FP32 * hidden + rank.width * logits if rank.width < FP32 else 0
@@ -290,10 +290,10 @@ def _chunk(args: Args, rank: Rank) -> tuple[int, int]:
     """Return the number of logits in one chunk on this rank, and the chunk's number of tokens."""
     assert args.log_probs_chunk_size is not None, "resolve fills it in"
     tokens = min(args.log_probs_chunk_size, rank.tokens)
-    return tokens * local_vocabulary(args, rank.shape), tokens
+    return tokens * local_vocabulary(args, rank.arch), tokens
 
 
-def local_vocabulary(args: Args, shape: Architecture) -> int:
+def local_vocabulary(args: Args, arch: Architecture) -> int:
     """Return the number of padded vocabulary entries on one tensor-parallel rank."""
     tp = args.tensor_model_parallel_size
-    return padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, tp) // tp
+    return padded_vocab_size(arch.vocab_size, args.make_vocab_size_divisible_by, tp) // tp

@@ -135,10 +135,10 @@ def _smaller_packs(args: Args, size: float) -> tuple[str, Change] | None:
 
     A response of full length gets a pack of its own, so a budget below its length saves nothing.
     """
-    shape, most = args.architecture, args.max_tokens_per_gpu
-    if shape is None or most is None or not args.use_dynamic_batch_size:
+    arch, most = args.architecture, args.max_tokens_per_gpu
+    if arch is None or most is None or not args.use_dynamic_batch_size:
         return None
-    fewest = pack_tokens(replace(args, max_tokens_per_gpu=1), shape)
+    fewest = pack_tokens(replace(args, max_tokens_per_gpu=1), arch)
     low, high = -(-fewest // TOKENS_STEP), (most - 1) // TOKENS_STEP
 
     def change(steps: int) -> Change:
@@ -199,10 +199,10 @@ def _other_share(args: Args, size: float) -> tuple[str, Change] | None:
 
 
 def _larger_engine(args: Args, size: float) -> tuple[str, Change] | None:
-    gpus, shape = 2 * args.rollout_num_gpus_per_engine, args.architecture
-    if args.rollout_engine == "embedded" or args.rollout_external_engines or shape is None:
+    gpus, arch = 2 * args.rollout_num_gpus_per_engine, args.architecture
+    if args.rollout_engine == "embedded" or args.rollout_external_engines or arch is None:
         return None
-    if gpus > 8 or (args.rollout_num_gpus or 0) % gpus or shape.num_attention_heads % gpus:
+    if gpus > 8 or (args.rollout_num_gpus or 0) % gpus or arch.num_attention_heads % gpus:
         return None
     return f"--rollout-num-gpus-per-engine {gpus}", {"rollout_num_gpus_per_engine": gpus}
 
@@ -315,12 +315,12 @@ def comparison(args: Args, size: float) -> str:
 
 def recompute_hint(args: Args, size: float) -> str | None:
     """Return a line with memory and time of less recomputation if that also fits, and None otherwise."""
-    shape, train = args.architecture, train_memory(args, on_cuda=True)
-    if shape is None or train is None or args.recompute_granularity is None:
+    arch, train = args.architecture, train_memory(args, on_cuda=True)
+    if arch is None or train is None or args.recompute_granularity is None:
         return None
     if fullest(moments(args, size)).share >= WARN_ABOVE:
         return None
-    for flags, saved, change in _less_recompute(args, max(stage_layers(args, shape))):
+    for flags, saved, change in _less_recompute(args, max(stage_layers(args, arch))):
         changed = replace(args, **change)
         if _fits(changed, size):
             needed = next(m for m in moments(changed, size) if m.name in ("training", "always"))

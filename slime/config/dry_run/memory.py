@@ -92,45 +92,45 @@ class EngineMemory:
         return self.weights + self.request_tokens * self.token
 
 
-def stage_layers(args: Args, shape: Architecture) -> list[int]:
+def stage_layers(args: Args, arch: Architecture) -> list[int]:
     """Return the number of layers of each pipeline stage."""
     stages = args.pipeline_model_parallel_size
     last = args.decoder_last_pipeline_num_layers
     if stages == 1 or last is None:
-        return [shape.num_layers // stages] * stages
-    return [(shape.num_layers - last) // (stages - 1)] * (stages - 1) + [last]
+        return [arch.num_layers // stages] * stages
+    return [(arch.num_layers - last) // (stages - 1)] * (stages - 1) + [last]
 
 
-def stage_parameters(args: Args, shape: Architecture, stage: int) -> int:
+def stage_parameters(args: Args, arch: Architecture, stage: int) -> int:
     """Return the number of parameters on one rank of a pipeline stage. Each tensor-parallel rank has whole norms."""
-    tp, layers = args.tensor_model_parallel_size, stage_layers(args, shape)
-    hidden, head = shape.hidden_size, shape.kv_channels
-    heads = shape.num_attention_heads + 2 * shape.num_query_groups
-    split = hidden * head * (heads + shape.num_attention_heads) + 3 * hidden * shape.ffn_hidden_size
-    split += head * heads if shape.add_qkv_bias else 0
-    whole = hidden * (2 + shape.post_self_attn_layernorm + shape.post_mlp_layernorm)
-    whole += 2 * head if shape.qk_layernorm else 0
+    tp, layers = args.tensor_model_parallel_size, stage_layers(args, arch)
+    hidden, head = arch.hidden_size, arch.kv_channels
+    heads = arch.num_attention_heads + 2 * arch.num_query_groups
+    split = hidden * head * (heads + arch.num_attention_heads) + 3 * hidden * arch.ffn_hidden_size
+    split += head * heads if arch.add_qkv_bias else 0
+    whole = hidden * (2 + arch.post_self_attn_layernorm + arch.post_mlp_layernorm)
+    whole += 2 * head if arch.qk_layernorm else 0
     is_first, is_last = stage == 0, stage == len(layers) - 1
     # a tied output layer is a copy of the embedding if they are on different stages
-    tables = is_first + (is_last and not (shape.tied_embeddings and is_first))
-    return layers[stage] * (split // tp + whole) + tables * local_vocabulary(args, shape) * hidden + is_last * hidden
+    tables = is_first + (is_last and not (arch.tied_embeddings and is_first))
+    return layers[stage] * (split // tp + whole) + tables * local_vocabulary(args, arch) * hidden + is_last * hidden
 
 
-def critic_parameters(args: Args, shape: Architecture, stage: int) -> int:
+def critic_parameters(args: Args, arch: Architecture, stage: int) -> int:
     """Return the number of the critic's parameters; its value head is whole on each tensor-parallel rank."""
     is_first, is_last = stage == 0, stage == args.pipeline_model_parallel_size - 1
-    has_output_layer = is_last and not (shape.tied_embeddings and is_first)
-    policy = stage_parameters(args, shape, stage)
-    return policy - has_output_layer * local_vocabulary(args, shape) * shape.hidden_size + is_last * shape.hidden_size
+    has_output_layer = is_last and not (arch.tied_embeddings and is_first)
+    policy = stage_parameters(args, arch, stage)
+    return policy - has_output_layer * local_vocabulary(args, arch) * arch.hidden_size + is_last * arch.hidden_size
 
 
-def pack_tokens(args: Args, shape: Architecture) -> int:
+def pack_tokens(args: Args, arch: Architecture) -> int:
     """Return the tokens of the largest pack on one context-parallel rank: the budget, or a longer single sample.
 
     Prompts are not known here, so a generated sample counts with its response, and a sample from data with the whole
     context.
     """
-    context = args.rollout_max_context_len or shape.max_position_embeddings
+    context = args.rollout_max_context_len or arch.max_position_embeddings
     longest = min(context, args.rollout_max_response_len) if _generates(args) else context
     if args.use_dynamic_batch_size and args.max_tokens_per_gpu is not None:
         alone = -(-longest // args.context_parallel_size) if _generates(args) else 0
@@ -161,40 +161,38 @@ def train_memory(args: Args, *, on_cuda: bool) -> TrainMemory | None:
 
     None if nothing is trained, or if the model is unknown or a mixture of experts.
     """
-    shape = args.architecture
-    if shape is None or args.num_experts or args.debug_rollout_only:
+    arch = args.architecture
+    if arch is None or args.num_experts or args.debug_rollout_only:
         return None
-    stages = [stage_memory(args, shape, stage, on_cuda=on_cuda) for stage in range(args.pipeline_model_parallel_size)]
+    stages = [stage_memory(args, arch, stage, on_cuda=on_cuda) for stage in range(args.pipeline_model_parallel_size)]
     return max(stages, key=lambda memory: memory.peak)
 
 
-def rank_sizes(args: Args, shape: Architecture, *, on_cuda: bool, tokens: int | None = None) -> Rank:
+def rank_sizes(args: Args, arch: Architecture, *, on_cuda: bool, tokens: int | None = None) -> Rank:
     """Return the sizes of a training rank, for its largest pack or for `tokens` tokens."""
     tp = args.tensor_model_parallel_size
-    tokens = pack_tokens(args, shape) if tokens is None else tokens
+    tokens = pack_tokens(args, arch) if tokens is None else tokens
     rows = tokens // tp if args.sequence_parallel else tokens
     width = 2 if args.bf16 else FP32
-    return Rank(
-        shape=shape, tokens=tokens, rows=rows, width=width, tp=tp, cp=args.context_parallel_size, on_cuda=on_cuda
-    )
+    return Rank(arch=arch, tokens=tokens, rows=rows, width=width, tp=tp, cp=args.context_parallel_size, on_cuda=on_cuda)
 
 
-def stage_memory(args: Args, shape: Architecture, stage: int, *, on_cuda: bool) -> TrainMemory:
+def stage_memory(args: Args, arch: Architecture, stage: int, *, on_cuda: bool) -> TrainMemory:
     """Return the memory of a rank of one pipeline stage."""
-    rank = rank_sizes(args, shape, on_cuda=on_cuda)
-    stages = stage_layers(args, shape)
+    rank = rank_sizes(args, arch, on_cuda=on_cuda)
+    stages = stage_layers(args, arch)
     is_last = stage == len(stages) - 1
-    parameters = stage_parameters(args, shape, stage)
+    parameters = stage_parameters(args, arch, stage)
     weights = rank.width * parameters
     optimizer, optimizer_on_host = _optimizer_bytes(args, parameters)
     reference = weights if args.needs_reference else 0
-    of_critic = critic_parameters(args, shape, stage) if args.uses_critic else 0
+    of_critic = critic_parameters(args, arch, stage) if args.uses_critic else 0
     critic_state, critic_on_host = _optimizer_bytes(args, of_critic)
     critic = (rank.width + FP32) * of_critic + critic_state
 
     operations = stage_operations(args, rank, num_layers=stages[stage], is_first=stage == 0, is_last=is_last)
     kept = saved_bytes(operations)
-    gathered = rank.values(shape.hidden_size) if rank.rows < rank.tokens else 0  # Megatron's buffer, never freed
+    gathered = rank.values(arch.hidden_size) if rank.rows < rank.tokens else 0  # Megatron's buffer, never freed
     activations = int(_in_flight(args, stage) * kept) + gathered
     layers = backward_peak(operations) - kept
     log_probs = head_forward = 0
@@ -262,8 +260,8 @@ def engine_memory(args: Args) -> EngineMemory | None:
 
     None if there is no engine, or if the model is unknown or a mixture of experts.
     """
-    shape = args.architecture
-    if shape is None or args.num_experts or not args.num_engines:
+    arch = args.architecture
+    if arch is None or args.num_experts or not args.num_engines:
         return None
     embedded = args.rollout_engine == "embedded"
     tp = 1 if embedded else args.rollout_num_gpus_per_engine
@@ -271,7 +269,7 @@ def engine_memory(args: Args) -> EngineMemory | None:
     samples = (args.over_sampling_batch_size or args.rollout_batch_size) * args.n_samples_per_prompt
     running = args.sglang.get("max_running_requests") or (EMBEDDED_RUNNING_REQUESTS if embedded else samples)
     requests = min(-(-samples // args.num_engines), args.sglang_server_concurrency, running)
-    context = args.rollout_max_context_len or shape.max_position_embeddings
+    context = args.rollout_max_context_len or arch.max_position_embeddings
     tokens = min(args.rollout_max_response_len, args.sglang.get("context_length") or context, context)
     if embedded:
         tokens = -(-tokens // EMBEDDED_ROW) * EMBEDDED_ROW
@@ -279,10 +277,10 @@ def engine_memory(args: Args) -> EngineMemory | None:
     if limit is not None:
         requests = min(requests, max(limit // tokens, 1))
     kv_width = 1 if str(args.sglang.get("kv_cache_dtype", "")).startswith("fp8") else width
-    kv_heads = max(shape.num_query_groups // tp, 1)
-    kv_token = 2 * shape.num_layers * kv_heads * shape.kv_channels * kv_width
+    kv_heads = max(arch.num_query_groups // tp, 1)
+    kv_token = 2 * arch.num_layers * kv_heads * arch.kv_channels * kv_width
     return EngineMemory(
-        weights=width * shape.num_parameters() // tp,
+        weights=width * arch.num_parameters() // tp,
         kv=requests * tokens * kv_token,
         requests=requests,
         request_tokens=tokens,

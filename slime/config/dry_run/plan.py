@@ -84,27 +84,27 @@ def _model_parallel(args: Args) -> str:
 
 
 def _model(args: Args) -> Iterable[Row]:
-    shape = args.architecture
-    if shape is None:
+    arch = args.architecture
+    if arch is None:
         yield "model", "unknown (see the warnings)"
         return
-    yield "model", f"{shape.family}, {shape.num_parameters() / 1e6:,.1f} M parameters"
+    yield "model", f"{arch.family}, {arch.num_parameters() / 1e6:,.1f} M parameters"
     yield (
         "layers",
-        f"{shape.num_layers} x hidden {shape.hidden_size}, MLP {shape.ffn_hidden_size}, "
-        f"{shape.num_attention_heads} heads of {shape.kv_channels}, {shape.num_query_groups} KV heads",
+        f"{arch.num_layers} x hidden {arch.hidden_size}, MLP {arch.ffn_hidden_size}, "
+        f"{arch.num_attention_heads} heads of {arch.kv_channels}, {arch.num_query_groups} KV heads",
     )
     if args.pipeline_model_parallel_size > 1:
-        stages = ", ".join(str(layers) for layers in stage_layers(args, shape))
+        stages = ", ".join(str(layers) for layers in stage_layers(args, arch))
         parts = f", each in {num_chunks(args)} virtual stages" if num_chunks(args) > 1 else ""
         yield "stages", f"{stages} layers{parts}; the embedding on the first, the output layer on the last"
         if parts:
             yield "micro-batches", f"a multiple of {count_multiple(args)} on each rank; empty ones fill a step up"
-    padded = padded_vocab_size(shape.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
-    tied = "tied" if shape.tied_embeddings else "untied"
-    yield "vocabulary", f"{shape.vocab_size}, padded to {padded} for training, {tied}"
-    rotary = f"base {shape.rotary_base:g}, {shape.rotary_percent:.0%} of a head"
-    yield "rotary", rotary + (", interleaved" if shape.rotary_interleaved else "")
+    padded = padded_vocab_size(arch.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
+    tied = "tied" if arch.tied_embeddings else "untied"
+    yield "vocabulary", f"{arch.vocab_size}, padded to {padded} for training, {tied}"
+    rotary = f"base {arch.rotary_base:g}, {arch.rotary_percent:.0%} of a head"
+    yield "rotary", rotary + (", interleaved" if arch.rotary_interleaved else "")
     yield "precision", "bf16 with fp32 main weights" if args.bf16 else "fp32 (no CUDA here, or --no-bf16)"
     if args.num_engines:
         engines = args.sglang.get("dtype") or ("bfloat16" if args.bf16 else "float32")

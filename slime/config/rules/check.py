@@ -245,17 +245,17 @@ def parallel_sizes(case: Case) -> Iterable[Problem]:
         )
         remedy = "change a parallel size, or --actor-num-nodes x --actor-num-gpus-per-node"
         yield case.error("tensor_model_parallel_size", rule, remedy, also=about)
-    shape = args.architecture
-    if shape is None:
+    arch = args.architecture
+    if arch is None:
         return
-    for size, name in ((shape.num_attention_heads, "attention heads"), (shape.ffn_hidden_size, "MLP channels")):
+    for size, name in ((arch.num_attention_heads, "attention heads"), (arch.ffn_hidden_size, "MLP channels")):
         if size % tensor:
             yield case.error("tensor_model_parallel_size", f"does not divide {size} {name}", "choose a divisor")
-    if shape.num_query_groups % tensor and shape.num_attention_heads % tensor == 0:
-        rule = f"does not divide the {shape.num_query_groups} KV heads, which cannot be split further"
+    if arch.num_query_groups % tensor and arch.num_attention_heads % tensor == 0:
+        rule = f"does not divide the {arch.num_query_groups} KV heads, which cannot be split further"
         yield case.error("tensor_model_parallel_size", rule, "choose a divisor")
-    if shape.num_attention_heads % shape.num_query_groups:
-        rule = f"does not divide {shape.num_attention_heads} attention heads"
+    if arch.num_attention_heads % arch.num_query_groups:
+        rule = f"does not divide {arch.num_attention_heads} attention heads"
         yield case.error("num_query_groups", rule, "correct MODEL_ARGS")
 
 

@@ -31,8 +31,8 @@ PASSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 def experts(case: Case) -> Iterable[Problem]:
     """Check how ranks share a model's experts."""
-    args, shape = case.args, case.args.architecture
-    if not args.num_experts or shape is None:
+    args, arch = case.args, case.args.architecture
+    if not args.num_experts or arch is None:
         if not args.num_experts:
             for field in (_EP, _ETP):
                 if (vars(args)[field] or 1) > 1:
@@ -40,15 +40,15 @@ def experts(case: Case) -> Iterable[Problem]:
         return
     tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tensor
-    if shape.num_experts % ep:
-        yield case.error(_EP, f"does not divide {shape.num_experts} experts", "choose a divisor")
-    if shape.moe_ffn_hidden_size % etp:
+    if arch.num_experts % ep:
+        yield case.error(_EP, f"does not divide {arch.num_experts} experts", "choose a divisor")
+    if arch.moe_ffn_hidden_size % etp:
         field = _ETP if args.expert_tensor_parallel_size else "tensor_model_parallel_size"
         yield case.error(
-            field, f"does not divide an expert's {shape.moe_ffn_hidden_size} channels", f"choose {flag_name(_ETP)}"
+            field, f"does not divide an expert's {arch.moe_ffn_hidden_size} channels", f"choose {flag_name(_ETP)}"
         )
-    if shape.shared_expert_ffn_hidden_size % tensor:
-        rule = f"does not divide the shared expert's {shape.shared_expert_ffn_hidden_size} channels"
+    if arch.shared_expert_ffn_hidden_size % tensor:
+        rule = f"does not divide the shared expert's {arch.shared_expert_ffn_hidden_size} channels"
         yield case.error("tensor_model_parallel_size", rule, "choose a divisor")
     if args.actor_world_size % (ep * etp * stages):
         rule = f"EP {ep} x ETP {etp} x PP {stages} = {ep * etp * stages} does not divide the "
@@ -67,8 +67,8 @@ def experts(case: Case) -> Iterable[Problem]:
 
 def balance(case: Case) -> Iterable[Problem]:
     """Check the flags for load balancing of experts."""
-    args, shape = case.args, case.args.architecture
-    if shape is None:
+    args, arch = case.args, case.args.architecture
+    if arch is None:
         return
     for field in _BALANCE:
         if vars(args)[field] and not args.num_experts:
@@ -76,8 +76,8 @@ def balance(case: Case) -> Iterable[Problem]:
     if args.num_experts and args.moe_aux_loss_coeff:
         rule = "it balances each micro-batch by itself, so training depends on how a step is split into micro-batches"
         yield case.warning("moe_aux_loss_coeff", rule, "nothing to do; no other loss depends on the split")
-    if args.num_experts and args.moe_router_bias_update_rate and not shape.router_bias:
-        rule = f"no effect: the MoE routers of {shape.family} have no bias"
+    if args.num_experts and args.moe_router_bias_update_rate and not arch.router_bias:
+        rule = f"no effect: the MoE routers of {arch.family} have no bias"
         yield case.warning("moe_router_bias_update_rate", rule, "leave it out")
 
 

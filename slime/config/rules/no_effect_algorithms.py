@@ -65,8 +65,8 @@ ALGORITHMS: tuple[NoEffect, ...] = (
     NoEffect(
         ("kl_coef", "gamma", "lambd", "disable_grpo_std_normalization"),
         lambda a: a.custom_advantage_function_path is not None,
-        "--custom-advantage-function-path computes the advantages (with --kl-coef its batch has log_probs and "
-        "ref_log_probs)",
+        "--custom-advantage-function-path computes the advantages (with --kl-coef its batch has old_log_probs "
+        "and ref_log_probs)",
     ),
     NoEffect(
         ("advantage_estimator",),

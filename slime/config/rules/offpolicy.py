@@ -35,7 +35,7 @@ def offpolicy(case: Case) -> Iterable[Problem]:
         yield case.error("mask_offpolicy_in_partial_rollout", rule, remedy)
     weighs = args.offpolicy_correction != "none" or args.use_tis
     if args.loss_type == "custom_loss" and weighs and (args.partial_rollout or args.rollouts_ahead or args.use_tis):
-        rule = "your loss must weight the tokens of LossInputs.weighed_R itself, or they count like all others"
+        rule = "your loss must weight the tokens of LossInputs.weighted_R itself, or they count like all others"
         remedy = "call slime.algo.corrections.importance_weights in it, or give --offpolicy-correction none"
         yield case.warning("loss_type", rule, remedy, also=["offpolicy_correction"])
     if not args.tis_clip_low <= 1 <= args.tis_clip:

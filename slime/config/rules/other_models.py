@@ -49,7 +49,7 @@ def _differences(case: Case, theirs: Architecture, model: Architecture) -> list[
     if theirs.family != model.family:
         return [f"model_type {theirs.family}, and the model is {model.family}"]
     skipped = {*MAY_DIFFER, *(name.lstrip("-").replace("-", "_") for name in case.args.override_hf_config)}
-    here, there = (as_flags(shape) | experts.as_flags(shape) for shape in (model, theirs))
+    here, there = (as_flags(arch) | experts.as_flags(arch) for arch in (model, theirs))
     names = [name for name in here if name not in skipped and here[name] != there.get(name)]
     found = [f"{flag_name(name)} {_shown(there.get(name))}, and the model {_shown(here[name])}" for name in names]
     scaling = theirs.rope_scaling != model.rope_scaling and "use_rope_scaling" not in skipped

@@ -14,7 +14,7 @@ from slime.config.rules.problem import Problem
 
 def routing_replay(case: Case) -> Iterable[Problem]:
     """Check that the model has experts."""
-    shape = case.args.architecture
-    if case.args.use_routing_replay and shape is not None and not shape.num_experts:
-        rule = f"{shape.family} is a dense family without MoE routers"
+    arch = case.args.architecture
+    if case.args.use_routing_replay and arch is not None and not arch.num_experts:
+        rule = f"{arch.family} is a dense family without MoE routers"
         yield case.error("use_routing_replay", rule, "leave it out", also=["num_experts", "hf_checkpoint"])

@@ -21,18 +21,18 @@ layers that are not built here."""
 
 def pipeline_stages(case: Case) -> Iterable[Problem]:
     """Check that all stages have equally many layers, except a last stage whose number of layers is given."""
-    args, shape = case.args, case.args.architecture
+    args, arch = case.args, case.args.architecture
     stages, last = args.pipeline_model_parallel_size, args.decoder_last_pipeline_num_layers
-    if shape is None or stages == 1:
+    if arch is None or stages == 1:
         return
     if last is None:
-        if shape.num_layers % stages:
-            rule = f"does not divide {shape.num_layers} layers"
+        if arch.num_layers % stages:
+            rule = f"does not divide {arch.num_layers} layers"
             yield case.error("pipeline_model_parallel_size", rule, "add --decoder-last-pipeline-num-layers")
         return
-    rest, others = shape.num_layers - last, stages - 1
+    rest, others = arch.num_layers - last, stages - 1
     if rest < others or rest % others:
-        rule = f"leaves {max(rest, 0)} of {shape.num_layers} layers, which {others} other stages cannot share evenly"
+        rule = f"leaves {max(rest, 0)} of {arch.num_layers} layers, which {others} other stages cannot share evenly"
         about = ("pipeline_model_parallel_size",)
         yield case.error("decoder_last_pipeline_num_layers", rule, "choose another number", also=about)
 
@@ -42,7 +42,7 @@ _LAYERS, _COUNT = "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_p
 
 def virtual_stages(case: Case) -> Iterable[Problem]:
     """Check that one flag gives the virtual stages, that they have equally many layers, and the micro-batch groups."""
-    args, shape = case.args, case.args.architecture
+    args, arch = case.args, case.args.architecture
     layers, count = args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank
     stages, about = args.pipeline_model_parallel_size, ("pipeline_model_parallel_size",)
     if stages == 1 or (layers is None and count is None):
@@ -57,9 +57,9 @@ def virtual_stages(case: Case) -> Iterable[Problem]:
         remedy = "give the number of virtual stages with --num-virtual-stages-per-pipeline-rank"
         yield case.error(_LAYERS, rule, remedy, also=("decoder_last_pipeline_num_layers",))
         return
-    if shape is None or sum(stage_layers(args, shape)) != shape.num_layers:
+    if arch is None or sum(stage_layers(args, arch)) != arch.num_layers:
         return  # another rule has reported it
-    for own in sorted(set(stage_layers(args, shape))):
+    for own in sorted(set(stage_layers(args, arch))):
         if own % (layers or count or 1):
             rule = f"does not divide a stage's number of layers, {own}"
             yield case.error(_LAYERS if layers is not None else _COUNT, rule, "choose a divisor", also=about)

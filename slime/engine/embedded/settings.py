@@ -93,8 +93,8 @@ def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
     """
     given = _parser().parse_args(argv)
     config = _read_config(given.model_path)
-    shape = json.loads(given.architecture) if given.architecture else None
-    architecture = hf_architecture(config) if shape is None else Architecture.from_dict(shape)
+    arch = json.loads(given.architecture) if given.architecture else None
+    architecture = hf_architecture(config) if arch is None else Architecture.from_dict(arch)
     if architecture.family not in FAMILIES:
         raise ValueError(
             f"--architecture names the family {architecture.family!r}; this engine serves {', '.join(FAMILIES)}"

@@ -83,9 +83,9 @@ def _backward(
         gradient = tl.load(gradient_ptr + flat, mask=here, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
         normed = x * rstd[:, None]
-        weighed = gradient * weight[None, :]
-        mean = tl.sum(normed * weighed, axis=1) / D
-        of_x = (weighed - normed * mean[:, None]) * rstd[:, None]
+        weighted = gradient * weight[None, :]
+        mean = tl.sum(normed * weighted, axis=1) / D
+        of_x = (weighted - normed * mean[:, None]) * rstd[:, None]
         tl.store(of_x_ptr + flat, of_x.to(of_x_ptr.dtype.element_ty), mask=here)
         of_weight += gradient * normed
     tl.store(partial_ptr + program * D + columns, tl.sum(of_weight, axis=0), mask=columns < D)
