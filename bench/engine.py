@@ -31,8 +31,9 @@ from slime.engine.client import EngineClient
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.scheduler import Request, Scheduler
-from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, launch_router, register_worker
+from slime.engine.launch import launch_engine, launch_router, register_worker
 from slime.engine.protocol import GenerateRequest, SamplingParams
+from slime.engine.server_process import ManagedProcess, find_free_port
 
 GOAL_EQUAL, GOAL_SPREAD = 1.5, 2.5
 

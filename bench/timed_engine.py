@@ -33,7 +33,7 @@ from slime.core.architecture import Architecture
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.server import main as serve
-from slime.engine.launch import ManagedProcess, find_free_port
+from slime.engine.server_process import ManagedProcess, find_free_port
 
 PROMPT_WORDS = 16
 CONTEXT = 1024

@@ -27,8 +27,9 @@ from slime.cluster.health import POLL_S, RestartLimit, first_trouble
 from slime.config.args import Args
 from slime.core.errors import Fault, RunError
 from slime.engine.client import EngineClient
-from slime.engine.launch import ManagedProcess, find_free_port, launch_router
+from slime.engine.launch import launch_router
 from slime.engine.membership import Membership
+from slime.engine.server_process import ManagedProcess, find_free_port
 
 NOTICED_S = 5 * POLL_S
 """Seconds within which a death is certainly noticed."""
@@ -48,11 +49,9 @@ class EngineUp:
 
 @dataclass(frozen=True)
 class FleetState:
-    """The engines and what happened to them: `up` answer, `waiting` of them lack the run's weights, `news` is new.
+    """The engines and what happened to them: `up` answer, and `waiting` of them lack the run's weights.
 
     `news` holds the messages since the last call. `progress` grows while engines generate.
-
-    `progress` grows while engines generate.
     """
 
     up: tuple[EngineUp, ...]

@@ -28,7 +28,7 @@ from slime.config.rules.engines import FP32_REMEDY, FP32_RULE, computes_in_fp32,
 from slime.config.sharding import shard_optimizer
 from slime.core.errors import RunError
 from slime.core.printable import one_line
-from slime.engine.launch import find_free_port
+from slime.engine.server_process import find_free_port
 
 # On a CPU a process is counted but not limited: with this share of a core any number of processes can be placed.
 CPU_SHARE = 0.01

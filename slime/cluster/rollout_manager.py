@@ -30,8 +30,9 @@ from slime.core.sample import Sample
 from slime.engine.client import EngineClient
 from slime.engine.external import free_engines
 from slime.engine.keys import Keys
-from slime.engine.launch import ManagedProcess, find_free_port, launch_router
+from slime.engine.launch import launch_router
 from slime.engine.membership import Membership, external_router_url
+from slime.engine.server_process import ManagedProcess, find_free_port, start_at_free_port
 from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.observability.logs import collected_warnings, log_to_file
 from slime.rollout.acceptance import mask_truncated
@@ -109,10 +110,17 @@ class RolloutManager:
         url = external_router_url(args)
         if url is not None:
             return url
-        port = find_free_port()
-        self._router = launch_router(args, host="127.0.0.1", port=port, log_path=self._log_dir / "router.log")
-        await asyncio.to_thread(self._router.wait_ready, args.engine_start_timeout)
-        return f"http://127.0.0.1:{port}"
+
+        def launch(port: int) -> ManagedProcess:
+            return launch_router(args, host="127.0.0.1", port=port, log_path=self._log_dir / "router.log")
+
+        def keep(process: ManagedProcess) -> None:
+            self._router = process
+
+        process = await asyncio.to_thread(
+            start_at_free_port, launch, port=find_free_port, timeout=args.engine_start_timeout, keep=keep
+        )
+        return process.url
 
     async def connect_engines(self, router_url: str, engine_urls: list[str], engines: list[Any]) -> None:
         """Register the engines with the router and make the client. `engines`: the owners of the run's own engines."""

@@ -29,7 +29,7 @@ from slime.observability.logs import collected_warnings, log_to_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slime.engine.launch import ManagedProcess
+    from slime.engine.server_process import ManagedProcess
     from slime.megatron.offload import TrainerMemory
     from slime.megatron.result import LoadResult
     from slime.sync.transport import Transport
@@ -170,7 +170,7 @@ class TrainWorker:
             return
         from slime.core.address import address_for
         from slime.engine.client import EngineClient
-        from slime.engine.launch import find_free_port
+        from slime.engine.server_process import find_free_port
         from slime.megatron import device
         from slime.sync.broadcast import BroadcastTransport
         from slime.sync.disk import DiskTransport
@@ -284,7 +284,8 @@ class EngineWorker:
     def start(self) -> str:
         """Start the engine, and return its URL once it answers."""
         from slime.core.address import LOOPBACK, own_address
-        from slime.engine.launch import find_free_port, launch_engine, warm_up
+        from slime.engine.launch import launch_engine, warm_up
+        from slime.engine.server_process import find_free_port, start_at_free_port
         from slime.engine.sglang import engine_port
 
         args = self._args
@@ -293,12 +294,22 @@ class EngineWorker:
             host = own_address(args.sglang_router_ip)
         else:
             host = LOOPBACK if self._near else ray.util.get_node_ip_address()
-        port = engine_port(host, self._index) if sglang else find_free_port(host)
         deadline = time.monotonic() + args.engine_start_timeout
-        self._process = process = launch_engine(
-            args, index=self._index, host=host, port=port, log_path=self._log_path, gpu_ids=self._gpu_ids
+
+        def launch(port: int) -> ManagedProcess:
+            return launch_engine(
+                args, index=self._index, host=host, port=port, log_path=self._log_path, gpu_ids=self._gpu_ids
+            )
+
+        def keep(process: ManagedProcess) -> None:
+            self._process = process
+
+        process = start_at_free_port(
+            launch,
+            port=lambda: engine_port(host, self._index) if sglang else find_free_port(host),
+            timeout=args.engine_start_timeout,
+            keep=keep,
         )
-        process.wait_ready(args.engine_start_timeout)
         if sglang:
             self._phase = "warming up"
             warm_up(args, process, max(1.0, deadline - time.monotonic()))

@@ -9,7 +9,7 @@
 The guard uses the standard library only and starts in about 20 ms. It prints the command's process id and exits with
 the command's exit code.
 
-- Used by: `engine.launch` (engines and the router) and `rollout.rm_hub.process` (reward workers). The owner holds the
+- Used by: `engine.server_process` (engines and the router) and `rollout.rm_hub.process` (reward workers). The owner holds the
   other end of a pipe that is the guard's standard input.
 - Invariant: when that pipe closes or the owner dies, the command's process group gets SIGTERM, and after a grace period
   SIGKILL; so does every descendant, even one that left the process group or the session. If the guard itself dies, the

@@ -1,8 +1,8 @@
-"""Start engines and the router, as processes that cannot outlive the process that started them.
+"""Start engines and the router with the run's flags, and register engines at the router.
 
 - Called by: `cluster` launches the router, then each engine, waits until they are ready and registers the engines. From
   then on `client` sends requests to the router.
-- Invariant: every process is started by `guard`, which ends it when this process is gone, killed or not.
+- Invariant: a secret is never on a command line (`keyed`), and a process never outlives its owner (`server_process`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,22 +17,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 from slime.config.args import Args
 from slime.config.flags.table import Source, secret_names
 from slime.config.rules.no_effect import EMBEDDED_SETTINGS
-from slime.core.guard import GUARD
 from slime.core.threads import THREADS_SLEEP_SOON
 from slime.engine.connection import authorization
 from slime.engine.keyed import VARIABLE
 from slime.engine.keys import NO_KEYS, Keys
 from slime.engine.protocol import Endpoint, RouterEndpoint
+from slime.engine.server_process import ManagedProcess, find_free_port, open_connection
 from slime.engine.sglang import MODULE, PHASES, sglang_server
 
-LOG_TAIL = 30
-"""The number of log lines in an error."""
-STOP_TIMEOUT = 10.0
 ROUTER_DEFAULTS: Mapping[str, Any] = {
     "policy": "round_robin",
     "health_check_interval_secs": 2,
@@ -50,126 +44,6 @@ ROUTER_DEFAULTS: Mapping[str, Any] = {
 ROUTER_REQUEST_TIMEOUT_S = 365 * 24 * 3600
 """The router limits whole responses. The client limits the time without progress instead, whatever their length."""
 ROUTER_OWN = ("host", "port", "prometheus_host", "prometheus_port")
-
-
-def find_free_port(host: str = "127.0.0.1") -> int:
-    """Return a port that is free now."""
-    with socket.create_server((host, 0)) as listener:
-        return listener.getsockname()[1]
-
-
-class ManagedProcess:
-    """A process under the guard. `name` is what errors call it ('engine 0', 'router')."""
-
-    def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        *,
-        url: str,
-        log_path: str | Path,
-        environment: Mapping[str, str] | None = None,
-        phases: Sequence[tuple[str, str]] = (),
-        directory: tempfile.TemporaryDirectory[str] | None = None,
-    ) -> None:
-        """`phases` maps texts in the process's log to what it does after them. `directory` belongs to the process, and
-        is removed with it."""
-        self.name, self.url, self.log_path = name, url, Path(log_path)
-        self._phases, self._directory = phases, directory
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        # The log file of an earlier run may exist; its contents do not describe this run.
-        self._log_start = self.log_path.stat().st_size if self.log_path.is_file() else 0
-        own = [] if directory is None else [f"directory={directory.name}"]
-        self._guard = subprocess.Popen(
-            [*GUARD, str(self.log_path), *own, "--", *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **(environment or {})},
-            start_new_session=True,  # a Ctrl-C in the terminal reaches only this process, which decides what ends when
-        )
-        assert self._guard.stdout is not None
-        with self._guard.stdout as pipe:
-            line = pipe.readline()
-        if not line:
-            raise RuntimeError(f"{name}: the guard process did not start (exit code {self._guard.wait()})")
-        self.pid = int(line)
-        """The process id of the command itself."""
-
-    def alive(self) -> bool:
-        return self._guard.poll() is None
-
-    def phase(self) -> str:
-        """Return the phase of the process's start, as far as its log shows it."""
-        return phase_of(self._log(), self._phases)
-
-    def _log(self) -> str:
-        if not self.log_path.is_file():
-            return ""
-        with self.log_path.open("rb") as log:
-            log.seek(self._log_start)
-            return log.read().decode(errors="replace")
-
-    def wait_ready(self, timeout: float) -> None:
-        """Wait until /health answers 200.
-
-        Raises:
-            RuntimeError: the process ended, or was not ready within `timeout` seconds; the error has what it was doing,
-                and the end of its log.
-        """
-        deadline = time.monotonic() + timeout
-        while not is_healthy(self.url):
-            if not self.alive():
-                raise RuntimeError(
-                    f"{self.name} ended while {self.phase()} (exit code {self._guard.poll()}){self.log_tail()}"
-                )
-            if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"{self.name} was not ready at {self.url} within {timeout:g} s, it was {self.phase()} "
-                    f"(--engine-start-timeout gives it longer){self.log_tail()}"
-                )
-            time.sleep(0.05)
-
-    def log_tail(self) -> str:
-        """Return the end of the process's log, for an error."""
-        if not self.log_path.is_file():
-            return f"; there is no log at {self.log_path}"
-        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL:]
-        return f"; the end of {self.log_path}:\n" + "\n".join(f"  | {line}" for line in lines)
-
-    def stop(self) -> None:
-        """End the process: SIGTERM, then SIGKILL after the guard's grace period."""
-        if self._guard.stdin is not None:
-            self._guard.stdin.close()
-        try:
-            self._guard.wait(timeout=STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._guard.kill()  # the command dies with it
-            self._guard.wait()
-        if self._directory is not None:
-            self._directory.cleanup()
-
-
-def phase_of(log: str, phases: Sequence[tuple[str, str]]) -> str:
-    """Return the phase of a process: the one of `phases` whose text is the last in its log."""
-    reached = [(log.rfind(words), order) for order, (words, _) in enumerate(phases) if words in log]
-    return phases[max(reached)[1]][1] if reached else "starting"
-
-
-def _open(url: str, timeout: float) -> http.client.HTTPConnection:
-    parts = urlsplit(url)
-    return http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=timeout)
-
-
-def is_healthy(url: str) -> bool:
-    """Return whether the engine or router at `url` reports that it is healthy."""
-    connection = _open(url, 2.0)
-    try:
-        connection.request("GET", Endpoint.HEALTH)
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def launch_engine(
@@ -332,7 +206,7 @@ def ask(
     timeout: float = 10.0,
 ) -> tuple[int, dict[str, Any]]:
     """Send one request to the router; return status and answer. Raises OSError if there is no connection."""
-    connection = _open(router_url, timeout)
+    connection = open_connection(router_url, timeout)
     headers = {"Content-Type": "application/json", **authorization(api_key)}
     try:
         connection.request(method, path, json.dumps(body) if body else None, headers)

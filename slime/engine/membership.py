@@ -14,8 +14,9 @@ from typing import Any
 
 from slime.config.args import Args
 from slime.engine.keys import NO_KEYS, Keys
-from slime.engine.launch import ask, is_healthy, refusal, register_worker
+from slime.engine.launch import ask, refusal, register_worker
 from slime.engine.protocol import RouterEndpoint
+from slime.engine.server_process import is_healthy
 
 LABEL = "slime"
 """The label of this project's registrations, which distinguishes a killed run's entries from a user's."""

@@ -17,8 +17,8 @@ from slime.cluster.health import RESTARTS_WITHIN_S, EngineWatch, RestartLimit, a
 from slime.cluster.rollout_manager import RolloutManager
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
-from slime.engine.launch import ManagedProcess
 from slime.engine.membership import Membership
+from slime.engine.server_process import ManagedProcess
 from tests.cluster.runs import Task
 from tests.engine.recording_engine import recording_engine
 from tests.sync.served import serving

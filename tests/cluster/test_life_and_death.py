@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slime.engine.launch import find_free_port
+from slime.engine.server_process import find_free_port
 from slime.observability.path_lock import PathLocks
 from tests.cluster.attacks import (
     PLANTED,

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from tiny_models import StartEngine
 
-from slime.engine.launch import ManagedProcess, find_free_port
+from slime.engine.server_process import ManagedProcess, find_free_port
 
 ROOT = Path(__file__).parents[2]
 SERVER = "slime.engine.embedded.server"

@@ -24,8 +24,9 @@ from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.connection import LOST_ENGINE, Connection
 from slime.engine.keys import NO_KEYS, Keys, with_keys
-from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, launch_router, register_worker
+from slime.engine.launch import launch_engine, launch_router, register_worker
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
+from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.engine.weight_group import WeightGroup, dtype_name, flatten_bucket, join_weight_group
 from slime.models.hf_files import HFReader
 

@@ -19,8 +19,8 @@ from slime.engine.client import EngineClient
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.fixed_shapes import SIZES, SPARE_ROWS, FixedShapes, find_sizes
 from slime.engine.external import check_model
-from slime.engine.launch import ManagedProcess
 from slime.engine.protocol import EngineInfo
+from slime.engine.server_process import ManagedProcess
 
 Answer = tuple[list[int], list[float]]
 

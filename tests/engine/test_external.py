@@ -14,8 +14,8 @@ from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.external import FoundEngines, check_model, find_engines, free_engines
-from slime.engine.launch import ManagedProcess, find_free_port
 from slime.engine.protocol import WEIGHT_GROUP, EngineInfo, GenerateRequest, SamplingParams
+from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.engine.weight_group import join_weight_group
 
 

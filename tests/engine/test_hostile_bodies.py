@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from slime.engine.embedded.server import MAX_BODY
-from slime.engine.launch import ManagedProcess
 from slime.engine.protocol import Endpoint
+from slime.engine.server_process import ManagedProcess
 
 GENERATE: dict[str, Any] = {
     "input_ids": [1, 40, 50],

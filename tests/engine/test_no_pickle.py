@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from slime.engine.launch import ManagedProcess
 from slime.engine.protocol import Endpoint
+from slime.engine.server_process import ManagedProcess
 
 
 class Touches:

@@ -17,10 +17,11 @@ from tiny_models import StartEngine
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.connection import Connection
-from slime.engine.launch import find_free_port, launch_router, register_worker
+from slime.engine.launch import launch_router, register_worker
 from slime.engine.message import Message
 from slime.engine.progress import Progress, read_loads
 from slime.engine.protocol import GenerateRequest, PauseGeneration, SamplingParams
+from slime.engine.server_process import find_free_port
 
 LIMIT_S = 0.8
 REQUEST = GenerateRequest(input_ids=[1, 2, 3], sampling_params=SamplingParams(max_new_tokens=4))

@@ -16,7 +16,7 @@ import pytest
 import tiny_models
 from tiny_models import StartEngine
 
-from slime.engine.launch import ManagedProcess
+from slime.engine.server_process import ManagedProcess
 
 
 def call(url: str, body: Any = None, *, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:

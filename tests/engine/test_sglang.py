@@ -10,7 +10,8 @@ import pytest
 
 from slime.config.args import Args
 from slime.core.architecture import Architecture
-from slime.engine.launch import is_healthy, launch_engine, phase_of, warm_up
+from slime.engine.launch import launch_engine, warm_up
+from slime.engine.server_process import is_healthy, phase_of
 from slime.engine.sglang import CLASSES, PHASES, engine_port, sglang_server, words
 from slime.engine.sglang_installed import check_installed, installed_spellings, installed_version
 

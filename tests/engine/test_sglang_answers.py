@@ -11,7 +11,7 @@ import tiny_models
 from sglang_answers import COUNT, INPUT_LOG_PROBS, NEW, OLD, ROWS, STOP, TEXT, Answer
 from test_server import call, generate, start_generation
 
-from slime.engine.launch import ManagedProcess
+from slime.engine.server_process import ManagedProcess
 
 SEED = 3
 INPUT = [1, 40, 50]

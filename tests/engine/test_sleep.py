@@ -21,7 +21,7 @@ from slime.engine.embedded.memory import EngineMemory
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.scheduler import Scheduler
 from slime.engine.embedded.weights import EngineWeights
-from slime.engine.launch import ManagedProcess
+from slime.engine.server_process import ManagedProcess
 from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.models.hf_files import HFReader
 from slime.sync.colocate import HostBuffer

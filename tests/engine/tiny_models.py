@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from slime.engine.launch import ManagedProcess
+from slime.engine.server_process import ManagedProcess
 
 SPECIALS = ["<|endoftext|>", "<|user|>"]
 VOCABULARY = SPECIALS + ["\n"] + [chr(c) for c in range(32, 127)]

@@ -21,7 +21,8 @@ import torch
 
 from slime.engine.client import EngineClient
 from slime.engine.keys import NO_KEYS
-from slime.engine.launch import ManagedProcess, find_free_port, launch_engine
+from slime.engine.launch import launch_engine
+from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.observability.phases import MEASURED, PHASES
 from tests.gpu.checks import Report, check

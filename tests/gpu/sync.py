@@ -23,8 +23,9 @@ from torch import Tensor
 
 from slime.config.args import Args
 from slime.engine.client import EngineClient
-from slime.engine.launch import ManagedProcess, find_free_port, launch_engine
+from slime.engine.launch import launch_engine
 from slime.engine.protocol import GenerateResponse
+from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.engine.weight_group import WeightGroup, flatten_bucket, join_weight_group, split_bucket
 from slime.models.hf_files import HFReader, write_hf
 from slime.sync.broadcast import BroadcastTransport

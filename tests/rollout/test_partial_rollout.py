@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineClient
-from slime.engine.launch import find_free_port, launch_engine
+from slime.engine.launch import launch_engine
 from slime.engine.protocol import SamplingParams
+from slime.engine.server_process import find_free_port
 from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer

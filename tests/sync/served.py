@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slime.config.args import Args
-from slime.engine.launch import ManagedProcess, find_free_port, launch_engine, launch_router
+from slime.engine.launch import launch_engine, launch_router
+from slime.engine.server_process import ManagedProcess, find_free_port
 
 
 @contextmanager

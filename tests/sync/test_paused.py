@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from slime.engine.client import EngineClient, EngineError
-from slime.engine.launch import ManagedProcess, find_free_port
 from slime.engine.protocol import Endpoint, GenerateRequest, GenerateResponse, SamplingParams
+from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.models.hf_files import HFReader
 from slime.sync.broadcast import BroadcastTransport
 from slime.sync.stream import NamedTensor

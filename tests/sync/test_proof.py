@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from slime.engine.client import EngineClient, EngineError
-from slime.engine.launch import ManagedProcess, find_free_port
 from slime.engine.membership import Membership
+from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.models.hf_files import HFReader, write_hf
 from slime.sync.broadcast import BroadcastTransport
 from slime.sync.disk import DiskTransport

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from slime.engine.client import EngineClient, EngineError
-from slime.engine.launch import ManagedProcess, ask, find_free_port
+from slime.engine.launch import ask
 from slime.engine.protocol import Endpoint
+from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.models.hf_files import HFReader
 from slime.sync.broadcast import BroadcastTransport
 from slime.sync.colocate import HostBuffer
