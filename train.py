@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from slime.cluster.program import run
+from slime.cluster.main import run
 
 if TYPE_CHECKING:
     from slime.cluster.cluster import Cluster

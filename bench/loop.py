@@ -30,7 +30,7 @@ from slime.config.architecture import hf_architecture, read_hf_config
 from slime.engine.embedded.in_process import InProcessEngine
 from slime.engine.protocol import SamplingParams
 from slime.models.hf_files import HFReader
-from slime.rollout.rm_hub.deepscaler import deepscaler
+from slime.rollout.rewards.deepscaler import deepscaler
 
 GOAL = 1.5
 TARGET = 0.8

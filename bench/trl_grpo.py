@@ -21,7 +21,7 @@ from datasets import Dataset  # pyright: ignore[reportMissingImports]
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
-from slime.rollout.rm_hub.deepscaler import deepscaler
+from slime.rollout.rewards.deepscaler import deepscaler
 
 PROMPTS, SAMPLES, LONGEST = 32, 8, 40
 

@@ -18,7 +18,7 @@ from slime.config.flags.table import spellings
 from slime.config.parse import load_args
 from slime.core.plugins import HOOKS
 from slime.core.sample import Sample, Status
-from slime.rollout.rollout_metrics import sample_metrics
+from slime.rollout.metrics import sample_metrics
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

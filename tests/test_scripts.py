@@ -12,9 +12,9 @@ import pytest
 
 from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args
-from slime.config.dry_run.memory import engine_memory, train_memory
-from slime.config.dry_run.plan import format_plan
-from slime.config.parse import load_args
+from slime.plan.fit import load_run
+from slime.plan.memory_model import engine_memory, train_memory
+from slime.plan.summary import format_plan
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("scripts/run-*.sh"))
@@ -34,13 +34,13 @@ def words_of(script: str, *more: str, cwd: Path, **variables: str) -> tuple[Path
 
 def args_of(script: str, *more: str, cwd: Path, **variables: str) -> Args:
     _, words = words_of(script, "--dry-run", *more, cwd=cwd, **variables)
-    return load_args(words)[0]
+    return load_run(words)[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_plans(script: str, tmp_path: Path) -> None:
     directory, words = words_of(script, "--dry-run", "--prompt-data", "mine.jsonl", cwd=tmp_path)
-    args, problems = load_args(words)
+    args, problems = load_run(words)
     assert directory == ROOT  # where train.py is
     assert args.prompt_data == "mine.jsonl"
     assert [str(problem) for problem in problems if problem.severity == "error"] == []
@@ -71,7 +71,7 @@ def test_the_demos_mixture_of_experts(tmp_path: Path) -> None:
     for script, variables in (("run-qwen3-moe-tiny-cpu.sh", {}), ("run-glm4-tiny-sft-cpu.sh", {"TASK_DIR": tmp_path})):
         paths = {"HF_DIR": tmp_path / "model", "MODEL": "qwen3-moe-tiny", **variables}
         _, words = words_of(script, "--dry-run", cwd=tmp_path, **{name: str(value) for name, value in paths.items()})
-        args, problems = load_args(words)
+        args, problems = load_run(words)
         assert [str(problem) for problem in problems if problem.severity == "error"] == []
         assert args.hf_checkpoint == str(tmp_path / "model")
         assert args.architecture == hf_architecture(read_hf_config(tmp_path / "model"))

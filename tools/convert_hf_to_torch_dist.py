@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     if args.hf_checkpoint is None or args.save is None:
         raise ValueError("--hf-checkpoint and --save: the converter reads one and writes the other; give both")
-    from slime.megatron.conversion import hf_to_torch_dist
+    from slime.megatron.checkpoint.conversion import hf_to_torch_dist
 
     path = hf_to_torch_dist(args, args.hf_checkpoint, args.save)
     print(f"{args.hf_checkpoint} -> {path} ({time.monotonic() - start:.1f} s)")

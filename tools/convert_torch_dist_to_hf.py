@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     args, warnings = load_args(["--hf-checkpoint", own.origin_hf_dir, *rest], training=False)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    from slime.megatron.checkpoint_files import find_checkpoint
-    from slime.megatron.conversion import torch_dist_to_hf
+    from slime.megatron.checkpoint.conversion import torch_dist_to_hf
+    from slime.megatron.checkpoint.files import find_checkpoint
 
     found = find_checkpoint(own.input_dir, step=args.ckpt_step)
     if found is None or found.kind == "hf":

@@ -10,7 +10,7 @@ you want. Four rules:
    and the engines. A new, missing or renamed parameter stops the run when weights are loaded, with its name.
 2. The engines must compute the same function. slime changes nothing in them, so a layer with another function needs
    engines that serve it. Otherwise train and rollout log-probs diverge, and --logprob-gap-alarm reports it.
-3. Attention is packed. Megatron's own core attention is replaced by slime.megatron.attention.PackedAttention, which
+3. Attention is packed. Megatron's own core attention is replaced by slime.megatron.layers.PackedAttention, which
    applies rotary positions and keeps the sequences of a pack apart. Your own core attention is kept, and must do both.
 4. With --sequence-parallel, a parameter that every tensor-parallel rank holds whole needs `sequence_parallel = True`,
    as in slime.megatron.layers.RMSNorm; otherwise its gradient is not summed over the ranks.

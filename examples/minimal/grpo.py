@@ -35,7 +35,7 @@ from slime.core.sample import Sample
 from slime.engine.embedded.in_process import InProcessEngine
 from slime.engine.protocol import SamplingParams
 from slime.rollout.data_buffer import DataBuffer
-from slime.rollout.rm_hub.deepscaler import deepscaler
+from slime.rollout.rewards.deepscaler import deepscaler
 
 MAKE_TASK = Path(__file__).resolve().parents[1] / "arithmetic" / "make_task.py"
 PROMPTS, G, MAX_NEW_TOKENS = 32, 8, 40  # G responses to each of the prompts of a rollout

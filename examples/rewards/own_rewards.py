@@ -24,7 +24,7 @@ import aiohttp
 
 from slime.config.args import Args
 from slime.core.sample import Sample
-from slime.rollout.rm_hub.deepscaler import deepscaler
+from slime.rollout.rewards.deepscaler import deepscaler
 
 QUESTION = (
     "Question: {prompt}\n\nAnswer: {response}\n\nHow good is the answer, from 0 to 10? Reply with the number alone."

@@ -1,6 +1,6 @@
 """DAPO's soft penalty for responses that come close to the length limit (arXiv:2503.14476, section 3.4, eq. 13).
 
-- Used by: `megatron.rollout_columns` adds it to the rewards that estimators read.
+- Used by: `megatron.advantages` adds it to the rewards that estimators read.
 - Invariant: a response shorter than `max_length - buffer` has no penalty, and no penalty is larger than the factor.
 """
 

@@ -33,12 +33,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from slime.cluster.mending import EngineWeightSync
-from slime.cluster.processes import Processes
-from slime.cluster.trackers import start_trackers
-from slime.cluster.turns import make_memory_schedule
+from slime.cluster.actors import Processes
+from slime.cluster.colocation import make_memory_schedule
+from slime.cluster.start_trackers import start_trackers
+from slime.cluster.weight_sync import EngineWeightSync
 from slime.config.args import Args
-from slime.config.dump import dump_args
+from slime.config.args_yaml import dump_args
 from slime.config.secrets import masker_of
 from slime.observability.best_checkpoint import BestCheckpoint
 from slime.observability.console import RunConsole

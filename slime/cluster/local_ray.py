@@ -1,6 +1,6 @@
 """Choose the run's Ray before it is imported: one at RAY_ADDRESS that answers, or a protected one of its own.
 
-- Called by: `program`, before anything imports ray, which reads these variables at that moment. The processes that Ray
+- Called by: `main`, before anything imports ray, which reads these variables at that moment. The processes that Ray
   starts inherit them.
 - Invariant: the run's own Ray listens on this machine only, and requires a token. A cluster that the run joins
   (RAY_ADDRESS) stays as its owner set it up, and so does every one of these variables that the user has set.

@@ -30,8 +30,8 @@ from pathlib import Path
 import psutil
 
 from slime.cluster.run_files import RunFiles, remove_session
-from slime.core.guard import GUARD
 from slime.core.marks import marked
+from slime.core.process_guard import GUARD
 
 GUARDS_WITHIN_S = 8.0
 """Seconds in which guards may end their commands, before they are killed as well."""

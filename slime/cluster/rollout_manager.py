@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slime.cluster.dump import read_replay, write_dump
-from slime.cluster.fleet import EngineUp, Fleet, FleetState
-from slime.cluster.health import EngineWatch, Watched, answering
+from slime.cluster.engine_health import EngineWatch, Watched, answering
+from slime.cluster.engine_supervisor import EngineUp, Fleet, FleetState
 from slime.config.args import Args
 from slime.config.flags.options import HookOptions
 from slime.config.secrets import masker_of
@@ -37,11 +36,12 @@ from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.observability.logs import collected_warnings, log_to_file
 from slime.rollout.acceptance import mask_truncated
 from slime.rollout.context import RolloutContext, RolloutResult
+from slime.rollout.dump import read_replay, write_dump
 from slime.rollout.evaluate import Evaluator
 from slime.rollout.generate import sampling_record
 from slime.rollout.in_flight import TrackedSource
-from slime.rollout.rm_hub import RewardPool
-from slime.rollout.rollout_metrics import replay_metrics
+from slime.rollout.metrics import replay_metrics
+from slime.rollout.reward_pool import RewardPool
 from slime.rollout.tokenizer import load_tokenizer
 
 T = TypeVar("T")

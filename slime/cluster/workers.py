@@ -29,9 +29,9 @@ from slime.observability.logs import collected_warnings, log_to_file
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slime.core.load_result import LoadResult
     from slime.engine.server_process import ManagedProcess
-    from slime.megatron.offload import TrainerMemory
-    from slime.megatron.result import LoadResult
+    from slime.megatron.offload.trainer_memory import TrainerMemory
     from slime.sync.transport import Transport
 
 
@@ -113,7 +113,7 @@ class TrainWorker:
     def sleep(self, *, keep_weights: bool) -> None:
         """Give the device's memory back; keep that of the weights if they are sent next."""
         if self._memory is None:
-            from slime.megatron.offload import TrainerMemory
+            from slime.megatron.offload.trainer_memory import TrainerMemory
 
             self._memory = TrainerMemory(self._trainer.model, self._trainer.optimizer)
             critic = self._trainer.critic

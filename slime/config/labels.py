@@ -1,6 +1,6 @@
 r"""The reading of labels by each reward, and the check for labels that no answer can match.
 
-- Used by: the check of data rows, before anything starts; `rollout.rm_hub` reads labels with the same functions.
+- Used by: the check of data rows, before anything starts; `rollout.rewards` reads labels with the same functions.
 - Invariant: for a label that passes, a right answer exists.
 """
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from slime.config.architecture import resolve_architecture
 from slime.config.args import Args, FrozenMapping
-from slime.config.dry_run.fit import memory_problems
-from slime.config.dump import dump_args
+from slime.config.args_yaml import dump_args
 from slime.config.flags.help import format_help
 from slime.config.flags.renamed import REMOVED, RENAMED, TABLE_VERSION
 from slime.config.flags.table import SET_BY_SLIME, FlagSpec, Source, spellings
@@ -236,11 +235,22 @@ def _print_help() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def load_args(argv: Sequence[str], *, training: bool = True, rollouts_ahead: int = 0) -> tuple[Args, list[Problem]]:
+def _no_more(args: Args, problems: Sequence[Problem]) -> list[Problem]:
+    return []
+
+
+def load_args(
+    argv: Sequence[str],
+    *,
+    training: bool = True,
+    rollouts_ahead: int = 0,
+    more: Callable[[Args, Sequence[Problem]], list[Problem]] = _no_more,
+) -> tuple[Args, list[Problem]]:
     """Return the resolved Args and the warnings. `--help` prints all flags and exits.
 
     `training=False`: for tools that need only the model and the parallel sizes; rules for rollouts, rewards and
-    placement are skipped. `rollouts_ahead`: 0 for train.py, 1 for train_async.py.
+    placement are skipped. `rollouts_ahead`: 0 for train.py, 1 for train_async.py. `more` returns further problems of
+    the resolved Args, given those of the rules.
 
     Raises:
         UsageError: all errors at once.
@@ -261,7 +271,7 @@ def load_args(argv: Sequence[str], *, training: bool = True, rollouts_ahead: int
     case = Case(args=args, given=_given_names(given, raw))
     problems += check(case, TRAINING_RULES if training else CONVERSION_RULES)
     problems = given.problems + [problem for problem in problems if not problem.fields & given.broken]
-    problems += memory_problems(args, problems) if training else []
+    problems += more(args, problems)
     masker = Masker(secret_values(given.values))
     problems = [problem.masked(masker) for problem in problems]
     errors = [problem for problem in problems if problem.severity == "error"]

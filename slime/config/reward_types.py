@@ -1,6 +1,6 @@
 """The names of reward types in --rm-type, --eval-rm-type, --eval-config and a data row's metadata.rm_type.
 
-- Used by: the rules and the check of data rows, which refuse other names; `rollout.rm_hub` implements each reward.
+- Used by: the rules and the check of data rows, which refuse other names; `rollout.rewards` implements each reward.
 - Invariant: every name here, with or without the prefix, has an implementation there.
 """
 

@@ -1,6 +1,6 @@
 """`SamplingRecord`: the sampling parameters and tokenizer of a rollout dump, in the dump's first line.
 
-- Used by: `cluster.dump`, which writes it with --save-debug-rollout-data; a rule, which reads it before a replay
+- Used by: `rollout.dump`, which writes it with --save-debug-rollout-data; a rule, which reads it before a replay
   starts; the rollout manager, which reads it again with each file.
 - Invariant: only plain JSON is read, and only the fields declared here.
 

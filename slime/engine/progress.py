@@ -1,7 +1,7 @@
 """Limit a generation by the time in which no engine makes progress, not by its length.
 
-- Called by: the client wraps every attempt of a generation. `fleet` asks which engines are stuck. Weight transports
-  that wait for requests ask whether these advance.
+- Called by: the client wraps every attempt of a generation. `engine_supervisor` asks which engines are stuck. Weight
+  transports that wait for requests ask whether these advance.
 - Invariant: a response continues as long as engines make progress, however long it gets. Time in which weights change,
   or in which this event loop is blocked, does not count.
 

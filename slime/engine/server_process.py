@@ -1,8 +1,8 @@
 """A server as a process: it starts at a free port, is ready when it answers, and cannot outlive its owner.
 
 - Used by: `launch` makes one for each engine and for the router.
-- Invariant: every process is started by the guard (`core.guard`), which ends it when this process is gone, killed or
-  not. A server counts as ready only if it holds its port itself.
+- Invariant: every process is started by the guard (`core.process_guard`), which ends it when this process is gone,
+  killed or not. A server counts as ready only if it holds its port itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from slime.core.guard import GUARD
+from slime.core.process_guard import GUARD
 from slime.engine.protocol import Endpoint
 
 LOG_TAIL = 30

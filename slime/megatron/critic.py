@@ -21,13 +21,14 @@ from torch import Tensor
 from slime.algo.values import explained_variance, value_loss
 from slime.config.args import Args
 from slime.core.batch import Array, TrainBatch
-from slime.megatron import device, hf_weights
-from slime.megatron.build import ValueModel, architecture_of, build_model, unwrap
-from slime.megatron.checkpoint import CRITIC, FoundCheckpoint, Trained, find_checkpoint, load_checkpoint
+from slime.megatron import device
+from slime.megatron.checkpoint.save_load import CRITIC, FoundCheckpoint, Trained, find_checkpoint, load_checkpoint
 from slime.megatron.dump_steps import StepDump
-from slime.megatron.guard import BadStepError, StepGuard, TokenTrace
 from slime.megatron.microbatch import MicroBatch
-from slime.megatron.optimizer import build_optimizer, follow_schedule
+from slime.megatron.model import hf_weights
+from slime.megatron.model.build import ValueModel, architecture_of, build_model, unwrap
+from slime.megatron.nan_guard import BadStepError, StepGuard, TokenTrace
+from slime.megatron.optim.optimizer import build_optimizer, follow_schedule
 from slime.megatron.parallel import Topology
 from slime.megatron.step import ModelSteps, WeightedLoss, weighted_sum
 from slime.models.hf_files import HFReader

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from slime.megatron.version import SUPPORTED_MEGATRON
+from slime.megatron.compat.version import SUPPORTED_MEGATRON
 
 _CPU = torch.device("cpu")
 _installed = False

@@ -28,11 +28,11 @@ import slime
 from slime.config.args import Args
 from slime.core.batch import COLUMNS, Array, TrainBatch
 from slime.core.batch import Axis as ColumnAxis
-from slime.megatron.build import ModelChunks, architecture_of, named_parameters, named_weights, params_dtype
-from slime.megatron.guard import TokenTrace, whole_traces
-from slime.megatron.hf_weights import iter_whole_tensors
+from slime.megatron.compat.version import SUPPORTED_MEGATRON
+from slime.megatron.model.build import ModelChunks, architecture_of, named_parameters, named_weights, params_dtype
+from slime.megatron.model.hf_weights import iter_whole_tensors
+from slime.megatron.nan_guard import TokenTrace, whole_traces
 from slime.megatron.parallel import Topology, expert_place
-from slime.megatron.version import SUPPORTED_MEGATRON
 from slime.observability.step_files import (
     LOSS,
     PLACES,

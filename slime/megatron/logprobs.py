@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from slime.megatron.main_gradients import add_product, added, main_gradient
+from slime.megatron.model.main_gradients import add_product, added, main_gradient
 
 KEPT_BYTES = 5 * 2**30
 """The bytes of logits that a GPU keeps: all of 16,384 tokens over 152k entries in bf16."""
@@ -102,7 +102,7 @@ def _sums(logits_CV: Tensor, targets_C: Tensor, part: VocabularyPart, scale: flo
 
 
 def _sums_fused(logits_CV: Tensor, targets_C: Tensor, part: VocabularyPart, scale: float) -> _Sums:
-    from slime.megatron.kernels import triton_logits
+    from slime.megatron.model.kernels import triton_logits
 
     here_C, exps_C, weighted_C, target_C = triton_logits.sums(logits_CV, targets_C, part.start, scale)
     largest_C = part.reduce(here_C.clone(), dist.ReduceOp.MAX)
@@ -125,7 +125,7 @@ def _logits_gradient(
 ) -> Tensor:
     """Return the gradient [C, V] in the logits' dtype; it may overwrite `logits_CV`."""
     if logits_CV.is_cuda:
-        from slime.megatron.kernels import triton_logits
+        from slime.megatron.model.kernels import triton_logits
 
         return triton_logits.gradient_in_place(
             logits_CV, targets_C, log_sums_C, entropies_C, gradient_C, entropy_gradient_C, part.start, scale

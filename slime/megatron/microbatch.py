@@ -33,7 +33,7 @@ from slime.algo.sequences import Sequences
 from slime.core.architecture import Architecture
 from slime.core.batch import COLUMNS, Array, Axis, TrainBatch
 from slime.megatron import device
-from slime.megatron.attention import ContextShare, PackedSequences, pack_sequences
+from slime.megatron.model.attention import ContextShare, PackedSequences, pack_sequences
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from slime.config.args import Args
-from slime.config.virtual_stages import num_chunks
+from slime.config.pipeline_stages import num_chunks
 from slime.megatron import device
 
 

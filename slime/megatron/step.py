@@ -28,14 +28,15 @@ from torch import Tensor
 
 from slime.algo.losses import Loss, LossInputs, LossOptions
 from slime.core.batch import TrainBatch
-from slime.megatron import balancing, device
-from slime.megatron.build import ModelChunks, unwrap
+from slime.megatron import device
 from slime.megatron.dump_steps import StepDump
-from slime.megatron.guard import StepGuard, TokenTrace
 from slime.megatron.logprobs import response_log_probs
 from slime.megatron.microbatch import MicroBatch
-from slime.megatron.multi_tensor import gradient_norm, scaled_as_read, takes_scale
-from slime.megatron.optimizer_state import parts_of
+from slime.megatron.model import load_balancing
+from slime.megatron.model.build import ModelChunks, unwrap
+from slime.megatron.nan_guard import StepGuard, TokenTrace
+from slime.megatron.optim.multi_tensor import gradient_norm, scaled_as_read, takes_scale
+from slime.megatron.optim.optimizer_state import parts_of
 from slime.megatron.parallel import Topology
 
 WEIGHTS_TOLERANCE = 1e-5
@@ -126,7 +127,7 @@ class ModelSteps:
         wrong = self._is_wrong(reduced, weights_sum, guard)
         with device.layer():
             norm, left_out = _update(optimizer, wrong, guard.limit("grad_norm"))
-            balancing.move_biases(self.model, left_out)
+            load_balancing.move_biases(self.model, left_out)
         if self.dump is not None:
             self.dump.after_update(self.model, float(norm))
         metrics = self._metrics(reduced)
@@ -200,11 +201,11 @@ class ModelSteps:
 
         Collective over all ranks: each has the losses of its own layers and tokens.
         """
-        losses = balancing.step_losses(self.model)
+        losses = load_balancing.step_losses(self.model)
         if not losses or not self.topology.is_last_stage:
             return
         reduced["token_loss"] = reduced["loss"]
-        for name, coefficient in balancing.coefficients(self.model).items():
+        for name, coefficient in load_balancing.coefficients(self.model).items():
             reduced[name] = losses[name]
             reduced["loss"] = reduced["loss"] + coefficient * losses[name]
 

@@ -20,25 +20,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime.config.args import Args
-from slime.config.virtual_stages import count_multiple
+from slime.config.pipeline_stages import count_multiple
 from slime.core.batch import Array, TrainBatch
+from slime.core.load_result import LoadResult
 from slime.core.packing import StepPlan, plan_steps, training_flops
-from slime.megatron import device, hf_weights, routes
-from slime.megatron.build import architecture_of, build_model, params_dtype
-from slime.megatron.checkpoint import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
-from slime.megatron.checkpoint_files import refuse_abandoned
-from slime.megatron.checkpoint_search import find_sound_checkpoint
+from slime.megatron import device, routing_replay
+from slime.megatron.advantages import add_advantages, add_loss_weights, counted_rows_of, loss_of, loss_options
+from slime.megatron.checkpoint.files import refuse_abandoned
+from slime.megatron.checkpoint.hf_unchanged import HF_FILES, HFFiles
+from slime.megatron.checkpoint.save_load import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from slime.megatron.checkpoint.search import find_sound_checkpoint
 from slime.megatron.critic import Critic, critic_metrics
 from slime.megatron.dump_steps import StepDump
-from slime.megatron.guard import BadStepError, StepGuard, check_columns
-from slime.megatron.hf_unchanged import HF_FILES, HFFiles
 from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows
+from slime.megatron.model import hf_weights
+from slime.megatron.model.build import architecture_of, build_model, params_dtype
+from slime.megatron.nan_guard import BadStepError, StepGuard, check_columns
+from slime.megatron.offload.snapshots import Snapshots
 from slime.megatron.offpolicy import add_offpolicy, version_of_weights
-from slime.megatron.optimizer import build_optimizer, follow_schedule, steps_per_rollout
+from slime.megatron.optim.optimizer import build_optimizer, follow_schedule, steps_per_rollout
 from slime.megatron.parallel import close_parallel, init_parallel
-from slime.megatron.result import LoadResult
-from slime.megatron.rollout_columns import add_advantages, add_loss_weights, counted_rows_of, loss_of, loss_options
-from slime.megatron.snapshots import Snapshots
 from slime.megatron.step import Stepper
 from slime.models.hf_files import HFReader
 
@@ -225,16 +226,16 @@ class Trainer:
         self._stepper.forget_gradients(self.optimizer)
         counted_N = counted_rows_of(args, batch)
         version = version_of_weights(args, rollout_id, batch, policy_version)
-        batch, offpolicy_metrics = add_offpolicy(args, routes.for_actor(args, batch), counted_N, version)
+        batch, offpolicy_metrics = add_offpolicy(args, routing_replay.for_actor(args, batch), counted_N, version)
         plans = self.plan(batch, steps_per_rollout(args))
         # with one step the old policy is the current one, but a KL penalty in the reward is needed before the step
         if args.loss_type != "sft_loss" and (len(plans) > 1 or args.needs_kl_first):
             batch = batch.with_column("old_log_probs", self._forward(batch, plans))
         if self.needs_reference:
             with self._snapshots.holding("ref"):
-                batch = batch.with_column("ref_log_probs", self._forward(routes.for_others(batch), plans))
+                batch = batch.with_column("ref_log_probs", self._forward(routing_replay.for_others(batch), plans))
         if self.critic is not None:  # values of the whole rollout, before any of its steps
-            values_R = self._forward(routes.for_others(batch), plans, self.critic.values)
+            values_R = self._forward(routing_replay.for_others(batch), plans, self.critic.values)
             batch = batch.with_column("values", values_R)
         where = f"rollout {rollout_id}"
         check_columns(where, batch, counted_N)  # whitening would spread one bad token's value over all of them
@@ -285,7 +286,7 @@ class Trainer:
                 steps.append(step_metrics)
             if self.critic is not None:
                 self.critic.forget_gradients()
-                packed = self._pack(routes.for_others(batch), plan)
+                packed = self._pack(routing_replay.for_others(batch), plan)
                 critic_steps.append(self.critic.train(packed, batch=batch, weights_sum=weights_sum, where=where))
         return _over_steps(steps, "train") | _over_steps(critic_steps, "critic")
 
@@ -301,7 +302,7 @@ class Trainer:
         if "ref" not in self._snapshots:
             raise ValueError(f"no reference model is kept: give {ASKS_FOR_REFERENCE}")
         with self._snapshots.holding("ref"):
-            return self._forward(routes.for_others(batch), plans)
+            return self._forward(routing_replay.for_others(batch), plans)
 
     def plan(self, batch: TrainBatch, num_steps: int) -> list[StepPlan]:
         """Plan which rows each rank takes, in which micro-batches, by --max-tokens-per-gpu or --micro-batch-size."""

@@ -1,6 +1,6 @@
 """Hugging Face directories: safetensors that are read one tensor at a time and written shard by shard.
 
-- Used by: `megatron.hf_weights` and the tools.
+- Used by: `megatron.model.hf_weights` and the tools.
 - Invariant: a directory written by `write_hf` is complete, because it is written under a temporary name and then
   renamed.
 """

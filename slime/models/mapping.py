@@ -1,7 +1,7 @@
 """Weight tables: how a Megatron parameter and its Hugging Face tensors are made from each other.
 
 - Used by: a family file (`glm4`, `qwen`) lists the rules, `families.weight_table` makes the table, and import from HF,
-  export to HF and weight sync (`megatron.hf_weights`) all read that one table.
+  export to HF and weight sync (`megatron.model.hf_weights`) all read that one table.
 - Invariant: every Megatron parameter has exactly one rule, and every HF name comes from exactly one rule. Both
   directions copy bits exactly.
 

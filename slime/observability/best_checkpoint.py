@@ -1,6 +1,6 @@
 """The checkpoint with the best evaluation so far: best_checkpoint.json, next to the checkpoints.
 
-- Used by: the driver reports each save and each evaluation; `megatron.checkpoint_files` never removes the checkpoint
+- Used by: the driver reports each save and each evaluation; `megatron.checkpoint.files` never removes the checkpoint
   that the file names.
 - Invariant: the file names a checkpoint whose own weights were evaluated, and none of this run was evaluated better. Of
   two equal ones, the earlier stays.

@@ -1,6 +1,6 @@
 """The rollout loop: draw prompts, generate and judge the responses, and keep groups until a batch is full.
 
-- Where it sits: it draws groups from the data source and runs each as a task (`group_run` generates and judges). When a
+- Where it sits: it draws groups from the data source and runs each as a task (`group` generates and judges). When a
   task ends, `acceptance` keeps or drops its group. The kept groups go to `core.batch`.
 - Invariant: every group that was drawn is kept, dropped for a counted reason, or given back to the data source. No
   group is lost, and none is in two places.
@@ -24,10 +24,10 @@ from slime.config.args import Args
 from slime.core.sample import Sample, Status
 from slime.rollout.acceptance import Acceptance, post_process
 from slime.rollout.context import DataSource, RolloutContext, RolloutResult, request_slots
-from slime.rollout.group_run import GroupRun, GroupRunner, has_begun, oldest_version
+from slime.rollout.group import GroupRun, GroupRunner, has_begun, oldest_version
+from slime.rollout.metrics import Tally, rollout_metrics
 from slime.rollout.reward_failures import RewardFailures
-from slime.rollout.rm_hub.verdict import failure_kind
-from slime.rollout.rollout_metrics import Tally, rollout_metrics
+from slime.rollout.reward_pool.verdict import failure_kind
 from slime.rollout.waves import Waves
 
 logger = logging.getLogger(__name__)

@@ -25,11 +25,11 @@ from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
 from slime.rollout.context import RolloutContext, gather_or_cancel, request_slots
 from slime.rollout.generate import load_generate, rollout_sampling_params, sampling_seed
+from slime.rollout.metrics import entry_metrics, sample_metrics
 from slime.rollout.prompts import Prompt, PromptSet, load_prompts
-from slime.rollout.rm_hub.deepscaler import boxed_answer
-from slime.rollout.rm_hub.registry import RULES, reward_type
-from slime.rollout.rm_hub.verdict import check_own_reward
-from slime.rollout.rollout_metrics import entry_metrics, sample_metrics
+from slime.rollout.reward_pool.verdict import check_own_reward
+from slime.rollout.rewards.deepscaler import boxed_answer
+from slime.rollout.rewards.registry import RULES, reward_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,6 +1,6 @@
 """Generate one sample: send its prompt tokens to an engine and append the response tokens, in one or several parts.
 
-- Called by: `group_run` and `evaluate` call `generate_sample` (or the function of --custom-generate-function-path) for
+- Called by: `group` and `evaluate` call `generate_sample` (or the function of --custom-generate-function-path) for
   many samples at a time. A sample that was aborted or cut off is passed in again.
 - Invariant: the response is kept as the tokens that the engine sampled, each with the log-prob and the policy version
   of its part. The text is decoded from the tokens for the reward, and is never tokenised again.

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from slime.config.args import Args
 from slime.core.sample import Sample
-from slime.rollout.rm_hub.verdict import NO_ENTRY, failure_kind
+from slime.rollout.reward_pool.verdict import NO_ENTRY, failure_kind
 
 GENERATION_FAILED = "generation_failed"
 """The kind of failure that comes from generation, not from a reward."""

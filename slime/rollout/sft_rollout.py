@@ -13,7 +13,7 @@ from slime.config.args import Args
 from slime.config.context import context_length
 from slime.core.sample import Sample, Status
 from slime.rollout.context import DataSource, RolloutContext, RolloutResult
-from slime.rollout.rollout_metrics import sample_metrics
+from slime.rollout.metrics import sample_metrics
 from slime.rollout.tokenizer import tokenize
 
 logger = logging.getLogger(__name__)

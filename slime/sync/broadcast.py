@@ -24,7 +24,7 @@ from torch import Tensor
 from slime.engine.client import EngineClient
 from slime.engine.protocol import WEIGHT_GROUP
 from slime.engine.weight_group import Filled, WeightGroup, dtype_name, filled, flatten_bucket, join_weight_group
-from slime.sync.stream import NamedTensor, buckets
+from slime.sync.buckets import NamedTensor, buckets
 from slime.sync.transport import DRAIN_WITHIN_S, PauseChoice, SyncReport, Transport
 
 NAMED_WITHIN_S = 20.0

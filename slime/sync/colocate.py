@@ -34,7 +34,7 @@ from slime.engine.client import EngineClient
 from slime.engine.device_protocol import MEMORY_FILE, SharedBucket, UpdateWeightsFromTensor
 from slime.engine.keys import Keys
 from slime.engine.weight_group import dtype_name
-from slime.sync.stream import NamedTensor, buckets
+from slime.sync.buckets import NamedTensor, buckets
 from slime.sync.transport import SyncReport, Transport
 
 

@@ -17,7 +17,7 @@ import torch
 
 from slime.engine.client import EngineClient, EngineError
 from slime.models.hf_files import write_hf
-from slime.sync.stream import NamedTensor
+from slime.sync.buckets import NamedTensor
 from slime.sync.transport import DRAIN_WITHIN_S, PauseChoice, SyncReport, Transport
 from slime.sync.weight_directory import remove_weights
 

@@ -1,7 +1,7 @@
 """A check that a set of weights is finite, made while it is streamed to the engines.
 
-- Where it sits: a trainer passes the stream of whole tensors (`megatron.hf_weights.iter_hf_tensors`) through here on
-  its way to a transport.
+- Where it sits: a trainer passes the stream of whole tensors (`megatron.model.hf_weights.iter_hf_tensors`) through
+  here on its way to a transport.
 - Invariant: a set with a value that is not finite never reaches its end. So its last bucket, which carries the policy
   version, is never sent, and no engine reports that it holds such a set.
 """
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime.core.errors import RunError
-from slime.sync.stream import NamedTensor
+from slime.sync.buckets import NamedTensor
 
 NAMED = 4
 """The number of weights that the error lists; it counts the rest."""

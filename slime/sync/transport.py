@@ -45,7 +45,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypeVar
 
 from slime.engine.client import EngineClient, EngineError
-from slime.sync.stream import NamedTensor
+from slime.sync.buckets import NamedTensor
 
 PauseChoice = Literal["drain", "abort", "in_place", "retract"]
 """The treatment of requests in flight when weights change (--update-weight-pause)."""

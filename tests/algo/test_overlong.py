@@ -10,7 +10,7 @@ from slime.algo.overlong import overlong_penalties
 from slime.config.args import Args
 from slime.core.batch import from_samples
 from slime.core.sample import Sample, Status
-from slime.megatron.rollout_columns import add_advantages, add_loss_weights, counted_rows_of
+from slime.megatron.advantages import add_advantages, add_loss_weights, counted_rows_of
 from slime.rollout.acceptance import mask_truncated
 
 

@@ -12,7 +12,7 @@ import time
 
 from slime.config.args import Args
 from slime.core.sample import Sample
-from slime.rollout.rm_hub.deepscaler import deepscaler
+from slime.rollout.rewards.deepscaler import deepscaler
 
 FAILING = 0.05
 FOREVER_S = 3600.0

@@ -12,11 +12,11 @@ import psutil
 import pytest
 import torch
 
-from slime.cluster.dump import read_dump
 from slime.core.sample import Sample
-from slime.megatron.checkpoint_files import read_state
+from slime.megatron.checkpoint.files import read_state
 from slime.observability.metrics_log import read_metrics
 from slime.observability.phases import PHASES
+from slime.rollout.dump import read_dump
 from tests.cluster.runs import Task, copy_checkpoint, events, family, flags, start, train, wait_for
 from tests.cluster.test_life_and_death import assert_all_gone
 from tests.cluster.test_resume import weights

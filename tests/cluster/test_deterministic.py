@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slime.cluster.dump import read_dump
 from slime.config.sampling_record import read_record
+from slime.rollout.dump import read_dump
 from tests.cluster.runs import Task, flags, train
 from tests.kill.compare import differences
 

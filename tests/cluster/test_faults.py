@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slime.cluster.dump import read_dump
-from slime.megatron.checkpoint_files import find_checkpoint
+from slime.megatron.checkpoint.files import find_checkpoint
+from slime.rollout.dump import read_dump
 from tests.cluster.runs import Task, events, family, flags, start, wait_for
 from tests.cluster.test_life_and_death import assert_all_gone
 

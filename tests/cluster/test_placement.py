@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import ray
 
+from slime.cluster.actors import Processes
 from slime.cluster.placement import Demand, Placement, Slot, choose_engine, demand, lay_out, num_gpus, reserve
-from slime.cluster.processes import Processes
 from slime.config.args import Args
 from slime.core.errors import RunError
 
@@ -168,13 +168,13 @@ def test_phases_are_printed_while_engines_start(four_gpus: None, capsys: pytest.
         time.sleep(1.0)
         return 5
 
-    from slime.cluster import processes
+    from slime.cluster import actors
 
-    before, processes.PROGRESS_S = processes.PROGRESS_S, 0.2
+    before, actors.PROGRESS_S = actors.PROGRESS_S, 0.2
     said: list[int] = []
     try:
         run = Processes(some_args(), Path("/nowhere"))
         assert run.get("waiting", [slow.remote()], meanwhile=lambda: said.append(1)) == [5]
     finally:
-        processes.PROGRESS_S = before
+        actors.PROGRESS_S = before
     assert said

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slime.cluster.dump import read_dump
 from slime.models.hf_files import HFReader
 from slime.observability.phases import PHASES
 from slime.observability.step_files import StepFiles
+from slime.rollout.dump import read_dump
 from tests.cluster.runs import Task, copy_checkpoint, events, flags, train
 from tests.observability.test_trackers import of_metrics, scalars, wandb_rows
 

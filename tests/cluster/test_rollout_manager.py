@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from slime.cluster.dump import write_dump
 from slime.cluster.rollout_manager import RolloutManager
 from slime.config.args import Args
 from slime.config.sampling_record import read_record
 from slime.core.batch import TrainBatch
 from slime.core.sample import Sample
+from slime.rollout.dump import write_dump
 from slime.rollout.generate import sampling_record
 from tests.cluster.runs import Task
 from tests.cluster.timeline_hooks_for_tests import GO_ON

@@ -15,7 +15,7 @@ from tests.cluster.runs import ROOT, Task, flags
 
 PLAN = """
 import sys
-from slime.cluster.program import run
+from slime.cluster.main import run
 {first}
 run(lambda cluster: None, sys.argv[1:])
 print(sorted({{"megatron", "ray", "torch", "transformers"}} & set(sys.modules)))

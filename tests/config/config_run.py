@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from slime.config.args import Args
-from slime.config.parse import UsageError, load_args
+from slime.config.parse import UsageError
 from slime.config.rules.problem import Problem
+from slime.plan.fit import load_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +51,7 @@ class Run:
         return self.directory / "train.jsonl"
 
     def load(self, *more: str) -> tuple[Args, list[Problem]]:
-        return load_args([*self.base, *more], rollouts_ahead=self.rollouts_ahead)
+        return load_run([*self.base, *more], rollouts_ahead=self.rollouts_ahead)
 
     def args(self, *more: str) -> Args:
         return self.load(*more)[0]

@@ -49,7 +49,7 @@ def test_warnings(run: Run, words: str, message: str) -> None:
 
 
 def test_the_plan_counts_the_critic(run: Run) -> None:
-    from slime.config.dry_run.memory import train_memory
+    from slime.plan.memory_model import train_memory
 
     policy, both = run.args(), run.args(*PPO.split())
     alone, together = train_memory(policy, on_cuda=True), train_memory(both, on_cuda=True)

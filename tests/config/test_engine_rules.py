@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from config_run import Run
 
-from slime.config.dry_run.plan import format_plan
 from slime.config.resolve import cuda_available
+from slime.plan.summary import format_plan
 
 URLS = "http://127.0.0.1:4000 http://127.0.0.1:4001"
 NEAR = f"--rollout-external-engines {URLS}"

@@ -12,10 +12,10 @@ from test_page import COLOCATED, DECOUPLED, page_words
 from test_plan import PAGE
 
 from slime.config.args import Args
-from slime.config.dry_run.fit import GIB, fullest, memory_problems, moments, recompute_hint
-from slime.config.parse import UsageError, load_args
+from slime.config.parse import UsageError
 from slime.config.resolve import cuda_available
 from slime.config.rules.problem import Problem
+from slime.plan.fit import GIB, fullest, load_run, memory_problems, moments, recompute_hint
 
 H100 = 79.6
 SHARED: dict[str, Any] = {"colocate": True, "offload": True, "sglang": {"mem_fraction_static": 0.7}}
@@ -57,7 +57,7 @@ def test_the_page_on_80_gb(flags: str, gib: float | None) -> None:
     front = DECOUPLED if gib is not None else COLOCATED
     words = [*page_words(front), "--dry-run", "--gpu-memory", str(H100), *flags.split()]
     try:
-        args, problems = load_args(words)
+        args, problems = load_run(words)
     except UsageError as error:
         [problem] = error.problems
         assert problem.where == "--gpu-memory" and "--use-distributed-optimizer: " in problem.remedy
@@ -107,12 +107,12 @@ def test_proposed_changes_help(case: str) -> None:
     words = [*page_words(front), "--dry-run", "--gpu-memory", str(size)]
     words += flags.split()
     with pytest.raises(UsageError) as caught:
-        load_args(words)
+        load_run(words)
     [problem] = caught.value.problems
     proposals = re.findall(r"(--[^:;]+?)(?: together)?: ([^;]*?)([\d.]+) GiB \(([\d.]+) %\)", problem.remedy)
     assert proposals, problem
     for proposal, _, gib, percent in proposals:
-        args, _ = load_args([*words, *proposal.split()])
+        args, _ = load_run([*words, *proposal.split()])
         after = fullest(moments(args, size))
         assert (f"{after.planned / GIB:.1f}", f"{100 * after.share:.1f}") == (gib, percent), proposal
         assert after.share <= 1

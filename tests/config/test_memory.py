@@ -18,7 +18,9 @@ import torch
 from worker_pool import WorkerPool
 
 from slime.config.args import Args
-from slime.config.dry_run.activations import (
+from slime.core.architecture import Architecture
+from slime.core.batch import TrainBatch
+from slime.plan.activations import (
     KEPT_LOGITS,
     Operation,
     backward_peak,
@@ -26,7 +28,7 @@ from slime.config.dry_run.activations import (
     log_probs_operation,
     saved_bytes,
 )
-from slime.config.dry_run.memory import (
+from slime.plan.memory_model import (
     TrainMemory,
     engine_memory,
     pack_tokens,
@@ -35,8 +37,6 @@ from slime.config.dry_run.memory import (
     train_memory,
     turns,
 )
-from slime.core.architecture import Architecture
-from slime.core.batch import TrainBatch
 
 PROMISED = 0.15
 """The largest relative error of a plan."""
@@ -143,7 +143,7 @@ class Measured:
 
 
 def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measured:
-    from slime.megatron.host_memory import HostMemory
+    from slime.megatron.offload.host_memory import HostMemory
     from slime.megatron.trainer import Trainer
 
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)

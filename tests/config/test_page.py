@@ -12,9 +12,10 @@ import yaml
 from config_run import ROOT
 
 from slime.config.args import Args
-from slime.config.dry_run.plan import format_plan
-from slime.config.dump import dump_args
-from slime.config.parse import UsageError, load_args
+from slime.config.args_yaml import dump_args
+from slime.config.parse import UsageError
+from slime.plan.fit import load_run
+from slime.plan.summary import format_plan
 
 PAGE = Path(__file__).parent / "page_arrays.sh"
 ARRAYS = [
@@ -51,7 +52,7 @@ def page_words(front: str, *, more: str = "", model: str = "") -> list[str]:
 
 
 def plan(words: list[str]) -> tuple[Args, str]:
-    args, problems = load_args([*words, "--dry-run"])
+    args, problems = load_run([*words, "--dry-run"])
     return args, format_plan(args, problems)
 
 
@@ -76,12 +77,12 @@ def test_only_the_distributed_optimizer_resolves_differently() -> None:
     """The file has all flags of the page's run on CUDA from before --use-distributed-optimizer became the default."""
     before = yaml.safe_load((Path(__file__).parent / "page_args.yaml").read_text())
     words = [*page_words(DECOUPLED), "--dry-run", "--gpu-memory", "79.6"]
-    now = yaml.safe_load(dump_args(load_args(words)[0]))
+    now = yaml.safe_load(dump_args(load_run(words)[0]))
     machine = {"cpu_threads_per_process"}  # depends on the number of cores
     changed = {name for name in {*before} - machine if now[name] != before[name]}
     assert changed == {"use_distributed_optimizer"}
     assert (before["use_distributed_optimizer"], now["use_distributed_optimizer"]) == (False, True)
-    off = yaml.safe_load(dump_args(load_args([*words, "--no-use-distributed-optimizer", "--no-memory-check"])[0]))
+    off = yaml.safe_load(dump_args(load_run([*words, "--no-use-distributed-optimizer", "--no-memory-check"])[0]))
     assert not {name for name in {*before} - machine if off[name] != before[name]}
 
 
@@ -115,7 +116,7 @@ def test_dynamic_sampling_and_partial_rollout() -> None:
 def test_a_real_run_names_what_is_missing() -> None:
     """Control: without --dry-run the same words are refused, with all reasons at once."""
     with pytest.raises(UsageError) as caught:
-        load_args(page_words(DECOUPLED))
+        load_run(page_words(DECOUPLED))
     text = str(caught.value)
     for expected in ("--hf-checkpoint /root", "--prompt-data /root", "--ref-load /root"):
         assert expected in text

@@ -9,8 +9,8 @@ import pytest
 from config_run import Run
 
 from slime.config.args import Args
-from slime.config.dry_run.plan import format_plan
 from slime.core.architecture import Architecture
+from slime.plan.summary import format_plan
 
 GLM4_9B = Architecture(
     family="glm4",

@@ -9,10 +9,10 @@ import re
 import pytest
 from config_run import Run
 
-from slime.config.dry_run.plan import format_plan
 from slime.config.flags.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, NOT_BUILT_HERE
 from slime.config.flags.table import all_flags
 from slime.config.resolve import cuda_available
+from slime.plan.summary import format_plan
 
 
 def test_the_base_passes(run: Run) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from config_run import ROOT, Run
 
-from slime.config.dry_run.plan import format_plan
 from slime.config.flags.table import SET_BY_SLIME, FlagSpec, all_flags, secret_part
 from slime.config.parse import dump_args
 from slime.config.secrets import masked_words, masker_of
+from slime.plan.summary import format_plan
 
 NAMES_OF_COLUMNS = {
     "input_key",

@@ -11,10 +11,10 @@ from test_page import DECOUPLED, page_words
 
 from slime.cluster.placement import choose_engine
 from slime.config.args import Args
-from slime.config.dry_run.plan import format_plan
 from slime.config.parse import load_args
 from slime.config.resolve import cuda_available
 from slime.config.sharding import optimizer_ranks, resolve_sharding
+from slime.plan.summary import format_plan
 
 ON_GPUS = ("--dry-run", "--bf16", "--rollout-engine", "sglang")
 FOUR = ("--actor-num-gpus-per-node", "4")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from config_run import Run
 
-from slime.config.dry_run.memory import stage_layers
-from slime.config.dry_run.plan import format_plan
-from slime.config.virtual_stages import count_multiple, num_chunks
+from slime.config.pipeline_stages import count_multiple, num_chunks, stage_layers
+from slime.plan.summary import format_plan
 
 TWO = "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2"
 THREE = "--pipeline-model-parallel-size 3 --actor-num-gpus-per-node 3"

@@ -288,7 +288,7 @@ def test_every_flag_of_the_page_is_contradicted() -> None:
 def _filled(text: str, run: Run) -> str:
     file = run.directory / "file"
     file.touch()
-    hook = "slime.rollout.rm_hub.deepscaler.deepscaler"
+    hook = "slime.rollout.rewards.deepscaler.deepscaler"
     places = {"HF": run.hf, "TRAIN": run.data, "NOWHERE": run.directory / "nowhere", "FILE": file, "HOOK": hook}
     for name, value in places.items():
         text = re.sub(rf"\b{name}\b", str(value), text)

@@ -14,7 +14,7 @@ from examples.rewards.own_rewards import short_and_right
 from slime.algo.losses import LossInputs
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
-from slime.megatron.rollout_columns import loss_options
+from slime.megatron.advantages import loss_options
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from aiohttp import web
 
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
-from slime.rollout.rm_hub import RewardPool
-from slime.rollout.rm_hub.verdict import Verdict
+from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.verdict import Verdict
 
 
 async def _reply(request: web.Request) -> web.Response:

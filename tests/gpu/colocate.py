@@ -148,7 +148,7 @@ def never_ends(model: Path) -> None:
 @check(gpus=1, minutes=4)
 def offload_speed(report: Report) -> None:
     """Qwen3-0.6B's trainer sleeps and wakes, beside a plain copy of pinned memory."""
-    from slime.megatron.offload import TrainerMemory
+    from slime.megatron.offload.trainer_memory import TrainerMemory
 
     plain_copy_rows(report, 4 * 1024 * MIB)
     torch.cuda.empty_cache()  # or the trainer settles in what these took, and keeps it

@@ -73,7 +73,7 @@ def models(report: Report) -> None:
 
 def gradients_of_a_step(family: str, folder: str) -> dict[str, np.ndarray]:
     """Of a whole training step, wherever this process computes."""
-    from slime.megatron.build import named_parameters
+    from slime.megatron.model.build import named_parameters
     from slime.megatron.trainer import Trainer
 
     batch = tiny.random_batch(lengths=[40, 3, 180, 29, 401, 1, 77, 12])

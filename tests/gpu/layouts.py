@@ -188,8 +188,8 @@ class Played:
     """Attention of `num_ranks` ranks, one after another in this process."""
 
     def __init__(self, lengths: list[int], num_ranks: int, arch: Architecture) -> None:
-        from slime.megatron.attention import pack_sequences
         from slime.megatron.microbatch import ContextParallel, Cut
+        from slime.megatron.model.attention import pack_sequences
 
         multiple = ContextParallel(0, num_ranks).row_multiple
         padded_S = np.array([length + -length % multiple for length in lengths])
@@ -209,7 +209,7 @@ class Played:
         return [pack[tokens_B] for tokens_B in self.tokens_CB]
 
     def attend(self, rank: int, query: Tensor, row: Tensor) -> Tensor:
-        from slime.megatron.attention import attend, keys_of_pieces
+        from slime.megatron.model.attention import attend, keys_of_pieces
 
         packed = self.packed[rank]
         assert packed.share is not None
@@ -264,8 +264,8 @@ def pieces(report: Report) -> None:
 
 
 def cut_against_whole(report: Report) -> None:
-    from slime.megatron.attention import attend, pack_sequences
-    from slime.megatron.varlen import attend_each
+    from slime.megatron.model.attention import attend, pack_sequences
+    from slime.megatron.model.flash_attention import attend_each
 
     for heads, groups, channels, lengths in (
         (4, 2, 16, [33, 5, 1, 18]),
@@ -307,7 +307,7 @@ def words(errors: list[float]) -> str:
 
 def speed(report: Report) -> None:
     """Forward and backward of one long sequence, whole and as each rank has it; the gather itself is not in it."""
-    from slime.megatron.attention import attend, pack_sequences
+    from slime.megatron.model.attention import attend, pack_sequences
 
     heads, groups, channels, length = 16, 8, 128, 32768
     arch = shape_of(heads, groups, channels)

@@ -130,7 +130,7 @@ def exact_norm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
 
 
 def norm_cases(report: Report, shapes: list[tuple[int, int]]) -> None:
-    from slime.megatron.kernels.triton_norm import rms_norm
+    from slime.megatron.model.kernels.triton_norm import rms_norm
 
     for dtype in (torch.bfloat16, torch.float32):
         found = Worst()
@@ -166,7 +166,7 @@ def norm_cases(report: Report, shapes: list[tuple[int, int]]) -> None:
 @check(minutes=4)
 def norm(report: Report) -> None:
     """RMSNorm, odd sizes and the models' own."""
-    from slime.megatron.kernels.triton_norm import rms_norm
+    from slime.megatron.model.kernels.triton_norm import rms_norm
 
     sizes = (1, 64, 96, 128, 4096, 5120)
     norm_cases(report, [(rows, channels) for channels in sizes for rows in (1, 7, 16384)])
@@ -183,7 +183,7 @@ def exact_gate(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_cases(report: Report, shapes: list[tuple[int, int]]) -> None:
-    from slime.megatron.kernels.triton_swiglu import swiglu as kernel
+    from slime.megatron.model.kernels.triton_swiglu import swiglu as kernel
 
     for dtype in (torch.bfloat16, torch.float32):
         found = Worst()
@@ -203,7 +203,7 @@ def swiglu_cases(report: Report, shapes: list[tuple[int, int]]) -> None:
 @check(minutes=3)
 def swiglu(report: Report) -> None:
     """SwiGLU, odd sizes and the models' own."""
-    from slime.megatron.kernels.triton_swiglu import swiglu as kernel
+    from slime.megatron.model.kernels.triton_swiglu import swiglu as kernel
 
     swiglu_cases(report, [(rows, channels) for channels in (1, 64, 96, 3072, 13696) for rows in (1, 7, 4096)])
     copy = copy_speed()
@@ -223,7 +223,7 @@ def exact_rotary(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
 
 def rotary_cases(report: Report, cases: list[tuple[int, int, int, int]]) -> None:
     """Tokens, heads, channels, and channels that turn."""
-    from slime.megatron.kernels.triton_rotary import rotary as kernel
+    from slime.megatron.model.kernels.triton_rotary import rotary as kernel
 
     for dtype in (torch.bfloat16, torch.float32):
         found = Worst()
@@ -262,7 +262,7 @@ def rotary_cases(report: Report, cases: list[tuple[int, int, int, int]]) -> None
 @check(minutes=4)
 def rotary(report: Report) -> None:
     """RoPE: whole and partial, halves and pairs, 1 to 32 heads."""
-    from slime.megatron.kernels.triton_rotary import rotary as kernel
+    from slime.megatron.model.kernels.triton_rotary import rotary as kernel
 
     heads = [(7, heads, 128, 128) for heads in (1, 2, 3, 8, 14, 32)]
     rotary_cases(
@@ -290,7 +290,7 @@ def exact_log_probs(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tens
 
 def logits_cases(report: Report, cases: list[tuple[int, int]]) -> None:
     """The two passes over logits, as they stand in the matrix product's dtype; tokens and vocabulary."""
-    from slime.megatron.kernels import triton_logits
+    from slime.megatron.model.kernels import triton_logits
 
     for dtype in (torch.bfloat16, torch.float32):
         sums, gradients = Worst(), Worst()
@@ -330,7 +330,7 @@ def logits_cases(report: Report, cases: list[tuple[int, int]]) -> None:
 @check(minutes=2)
 def weight_gradients(report: Report) -> None:
     """A linear layer's gradient, added to the fp32 buffer by the matrix product itself."""
-    from slime.megatron.multi_tensor import WeightGradients, fuse_weight_gradients
+    from slime.megatron.optim.multi_tensor import WeightGradients, fuse_weight_gradients
 
     report.row("weights' gradients add themselves", fuse_weight_gradients(), True, fuse_weight_gradients())
     for tokens, outputs, inputs in ((7, 16, 64), (1000, 96, 4096), (8192, 4608, 4096)):
@@ -349,7 +349,7 @@ def weight_gradients(report: Report) -> None:
 
 def adam_of(sizes: list[int], *, decay: float) -> tuple[Any, list[Tensor]]:
     """An Adam that writes bf16 weights in its pass, and those; from a state that it has kept for a while."""
-    from slime.megatron.one_pass_adam import OnePassAdamW
+    from slime.megatron.optim.one_pass_adam import OnePassAdamW
 
     mains = [draw(size, dtype=torch.float32, seed=size).requires_grad_(False) for size in sizes]
     models = [main.bfloat16() for main in mains]
@@ -361,7 +361,7 @@ def adam_of(sizes: list[int], *, decay: float) -> tuple[Any, list[Tensor]]:
 
 def adam_steps(sizes: list[int], *, decay: float, scale: float, late: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Weights, then both moments, after five steps; of ours and of torch's in float64, its steps `late`."""
-    from slime.megatron.multi_tensor import scaled_as_read
+    from slime.megatron.optim.multi_tensor import scaled_as_read
 
     adam, models = adam_of(sizes, decay=decay)
     mains = adam.param_groups[0]["params"]
@@ -517,7 +517,7 @@ def relative(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def attention_cases(report: Report, whole: list[int], ends: list[int], sizes: list[tuple[int, int, int]]) -> None:
-    from slime.megatron import varlen
+    from slime.megatron.model import flash_attention
 
     for dtype in (torch.bfloat16, torch.float32):
         for heads, groups, channels in sizes:
@@ -525,8 +525,8 @@ def attention_cases(report: Report, whole: list[int], ends: list[int], sizes: li
                 tensors, cu, rest = attention_case(lengths_q, whole, heads, groups, channels)
                 tensors = [tensor.to(dtype) for tensor in tensors]
                 exact = with_gradients(lambda *x, cu=cu: exact_attention(*x, *cu), *tensors, dtype=torch.float64)
-                ours = with_gradients(lambda *x, cu=cu, rest=rest: varlen.attend(*x, *cu, *rest), *tensors)
-                each = with_gradients(lambda *x, cu=cu: varlen.attend_each(*x, *cu, None), *tensors)
+                ours = with_gradients(lambda *x, cu=cu, rest=rest: flash_attention.attend(*x, *cu, *rest), *tensors)
+                each = with_gradients(lambda *x, cu=cu: flash_attention.attend_each(*x, *cu, None), *tensors)
                 found, plain = relative(ours, exact), relative(each, exact)
                 limit, says = (
                     (1.5 * plain, f"<= 1.5 x {plain:.3g}, SDPA's") if dtype != torch.float32 else (1e-5, "1e-5")
@@ -534,7 +534,7 @@ def attention_cases(report: Report, whole: list[int], ends: list[int], sizes: li
                 what = f"{heads} heads over {groups}, {channels} channels, {'whole' if lengths_q is whole else 'ends'}"
                 report.row(f"attention in {dtype}, {what}", found, says, found <= limit)
     tensors, cu, rest = attention_case(ends, whole, *sizes[0])
-    ours = with_gradients(lambda *x: varlen.attend(*x, *cu, *rest), *tensors)
+    ours = with_gradients(lambda *x: flash_attention.attend(*x, *cu, *rest), *tensors)
     for shift in (-1, 1):
 
         def off(*x: Tensor, shift: int = shift) -> Tensor:
@@ -551,7 +551,7 @@ def attention_cases(report: Report, whole: list[int], ends: list[int], sizes: li
 @check(minutes=5)
 def attention(report: Report) -> None:
     """Packed attention, forward and backward: grouped heads, odd lengths, queries that are the end of their keys."""
-    from slime.megatron import varlen
+    from slime.megatron.model import flash_attention
 
     whole, ends = [1, 7, 64, 129, 300], [1, 3, 64, 100, 17]
     sizes = [(4, 2, 16), (4, 4, 64), (16, 8, 128), (32, 2, 128), (14, 2, 64), (3, 1, 96)]
@@ -559,10 +559,10 @@ def attention(report: Report) -> None:
     for count, length, heads, groups in ((8, 2048, 16, 8), (1, 16384, 16, 8), (4, 2048, 32, 2)):
         tensors, cu, rest = attention_case([length] * count, [length] * count, heads, groups, 128)
         leaves = [tensor.requires_grad_() for tensor in tensors]
-        out = varlen.attend(*leaves, *cu, *rest)
+        out = flash_attention.attend(*leaves, *cu, *rest)
         upstream = torch.ones_like(out)
         flops = 2 * 2 * heads * 128 * count * length**2 / 2
-        forward = gb_per_second(lambda x=leaves, cu=cu, r=rest: varlen.attend(*x, *cu, *r), int(flops)) / 1e3
+        forward = gb_per_second(lambda x=leaves, cu=cu, r=rest: flash_attention.attend(*x, *cu, *r), int(flops)) / 1e3
         backward = gb_per_second(
             lambda out=out, x=leaves, up=upstream: torch.autograd.grad(out, x, up, retain_graph=True), int(2.5 * flops)
         )
@@ -606,9 +606,9 @@ def huggingface(family: str, dtype: torch.dtype) -> Outcome:
 
 
 def megatron(hf: Path, **changes: Any) -> Outcome:
-    from slime.megatron.attention import pack_sequences
-    from slime.megatron.build import build_model, named_parameters, unwrap
-    from slime.megatron.hf_weights import load_hf_into
+    from slime.megatron.model.attention import pack_sequences
+    from slime.megatron.model.build import build_model, named_parameters, unwrap
+    from slime.megatron.model.hf_weights import load_hf_into
     from slime.megatron.parallel import close_parallel, init_parallel
     from slime.models.families import weight_table
     from slime.models.hf_files import HFReader
@@ -699,7 +699,7 @@ def trainer_log_probs(report: Report) -> None:
 
     In bf16 on a GPU linear layers add their weights' gradients to the buffer themselves: it is held to fp32's.
     """
-    from slime.megatron.build import named_parameters
+    from slime.megatron.model.build import named_parameters
     from slime.megatron.trainer import Trainer
 
     batch = tiny.random_batch(lengths=[40, 3, 180, 29, 401, 1, 77, 12])

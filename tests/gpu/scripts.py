@@ -8,9 +8,9 @@ import statistics
 import time
 from pathlib import Path
 
-from slime.cluster.dump import read_dump
-from slime.config.dry_run.memory import engine_memory, train_memory
 from slime.config.parse import load_args
+from slime.plan.memory_model import engine_memory, train_memory
+from slime.rollout.dump import read_dump
 from tests.gpu.checks import Report, check
 from tests.gpu.rounding import measure_rounding
 from tests.gpu.runs import PLAIN_ENGINE, kept_directory, run, scratch, series, train, words_of

@@ -29,9 +29,9 @@ from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.engine.weight_group import WeightGroup, flatten_bucket, join_weight_group, split_bucket
 from slime.models.hf_files import HFReader, write_hf
 from slime.sync.broadcast import BroadcastTransport
+from slime.sync.buckets import NamedTensor, buckets
 from slime.sync.disk import DiskTransport
 from slime.sync.proof import PROMPT, check_versions, prove_weights
-from slime.sync.stream import NamedTensor, buckets
 from slime.sync.transport import PauseChoice, Transport
 from tests.gpu.checks import Report, check
 from tests.gpu.runs import ROOT, scratch
@@ -404,8 +404,8 @@ def speed(report: Report) -> None:
 @contextmanager
 def model_4b() -> Iterator[Callable[[], Iterator[tuple[str, Tensor]]]]:
     """Qwen3-4B's shape with random weights in bf16, on this process's GPU; gives what streams its HF tensors."""
-    from slime.megatron.build import architecture_of, build_model
-    from slime.megatron.hf_weights import iter_hf_tensors
+    from slime.megatron.model.build import architecture_of, build_model
+    from slime.megatron.model.hf_weights import iter_hf_tensors
     from slime.megatron.parallel import close_parallel, init_parallel
     from tests.gpu.trainer_speed import args_of
 

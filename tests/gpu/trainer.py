@@ -28,7 +28,7 @@ def made_up_step(trainer: Any, number: int) -> tuple[float, float]:
     Those of a backward pass may differ in their last bits from run to run.
     """
     from slime.megatron import device
-    from slime.megatron.build import named_parameters
+    from slime.megatron.model.build import named_parameters
     from slime.megatron.step import _update
 
     on = device.device()
@@ -47,7 +47,7 @@ def made_up_step(trainer: Any, number: int) -> tuple[float, float]:
 
 
 def weights_of(trainer: Any) -> list[Tensor]:
-    from slime.megatron.build import named_parameters
+    from slime.megatron.model.build import named_parameters
 
     return [parameter.detach().to("cpu", copy=True) for _, parameter in named_parameters(trainer.model)]
 
@@ -118,8 +118,8 @@ def copies(size: int) -> float:
 
 def saved_and_loaded(report: Report, what: str, *flags: str) -> None:
     """Two layers: steps, a checkpoint of each loaded by the other, and one more step."""
-    from slime.megatron.checkpoint import load_checkpoint
-    from slime.megatron.checkpoint_files import find_checkpoint
+    from slime.megatron.checkpoint.files import find_checkpoint
+    from slime.megatron.checkpoint.save_load import load_checkpoint
 
     words = ("--num-layers 2 --vocab-size 32000 --max-tokens-per-gpu 4096 --lr 1e-3", *flags)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,8 +150,8 @@ def saved_and_loaded(report: Report, what: str, *flags: str) -> None:
 
 def spoiled(report: Report, what: str, trainer: Any) -> None:
     """A control: the next step from one bucket of moments that was not taken back."""
-    from slime.megatron.host_adam import BUCKET, MOMENTS
-    from slime.megatron.optimizer_state import parts_of
+    from slime.megatron.optim.cpu_offload import BUCKET, MOMENTS
+    from slime.megatron.optim.optimizer_state import parts_of
 
     [part] = parts_of(trainer.optimizer)
     host = part.optimizer.host  # pyright: ignore[reportAttributeAccessIssue]

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from slime.config.dry_run.plan import format_plan
 from slime.config.flags.table import FlagSpec, all_flags
-from slime.config.parse import UsageError, load_args
+from slime.config.parse import UsageError
 from slime.core.plugins import HOOKS
+from slime.plan.fit import load_run
+from slime.plan.summary import format_plan
 from tests.inputs import files
 
 LIMIT = 5.0
@@ -181,7 +182,7 @@ def within(seconds: float) -> Iterator[None]:
 
 def plan(words: list[str]) -> str:
     """What train.py prints about these words before it starts anything."""
-    return format_plan(*load_args(words))
+    return format_plan(*load_run(words))
 
 
 def outcome(words: list[str], limit: float = LIMIT, say: Callable[[list[str]], str] = plan) -> Outcome:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slime.megatron.checkpoint_manifest import read_state
-from slime.megatron.safe_pickle import read_metadata
+from slime.megatron.checkpoint.manifest import read_state
+from slime.megatron.checkpoint.safe_pickle import read_metadata
 from slime.models.hf_files import HFReader
 from slime.observability.metrics_log import read_metrics
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from slime.megatron.checkpoint_manifest import STATE_FILE, read_state, sealed
+from slime.megatron.checkpoint.manifest import STATE_FILE, read_state, sealed
 from tests.cluster.runs import Task
 from tests.kill import life as phases
 from tests.kill.compare import DUMPS, EXPORTS, differences

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
 from slime.megatron import device
-from slime.megatron.build import ModelChunks, ValueModel, architecture_of, named_parameters, named_weights, unwrap
-from slime.megatron.hf_weights import iter_whole_tensors
+from slime.megatron.model.build import ModelChunks, ValueModel, architecture_of, named_parameters, named_weights, unwrap
+from slime.megatron.model.hf_weights import iter_whole_tensors
 from slime.megatron.trainer import Trainer
 from tests.layouts.bugs import BUGS
 from tests.layouts.draws import Draw, other_log_probs, samples

@@ -26,10 +26,10 @@ from slime.config.resolve import resolve
 from slime.core.architecture import Architecture
 from slime.core.batch import COLUMNS, TrainBatch
 from slime.core.packing import plan_steps
+from slime.megatron.advantages import add_advantages, add_loss_weights, counted_rows_of, loss_options
 from slime.megatron.logprobs import response_log_probs
 from slime.megatron.microbatch import ContextParallel, pack_rows
 from slime.megatron.parallel import Topology
-from slime.megatron.rollout_columns import add_advantages, add_loss_weights, counted_rows_of, loss_options
 
 pytestmark = pytest.mark.dist
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slime.config.args import Args
 from slime.core.architecture import Architecture, padded_vocab_size
-from slime.megatron.checkpoint_files import find_checkpoint
+from slime.megatron.checkpoint.files import find_checkpoint
 from slime.models.families import weight_table
 
 GLM4 = Architecture(
@@ -64,8 +64,8 @@ class Run:
     """A model with its optimizer, trained on made-up gradients."""
 
     def __init__(self, args: Args, topology: Any) -> None:
-        from slime.megatron.build import build_model, named_parameters
-        from slime.megatron.optimizer import build_optimizer
+        from slime.megatron.model.build import build_model, named_parameters
+        from slime.megatron.optim.optimizer import build_optimizer
 
         assert args.architecture is not None
         self.args, self.topology, self.architecture = args, topology, args.architecture
@@ -115,12 +115,12 @@ class Run:
         return [random.random(), np.random.rand(), torch.rand(1).item(), inside]
 
     def weights(self) -> dict[str, Tensor]:
-        from slime.megatron.hf_weights import iter_hf_tensors
+        from slime.megatron.model.hf_weights import iter_hf_tensors
 
         return {name: tensor.clone() for name, tensor in iter_hf_tensors(self.model, self.architecture)}
 
     def save(self, rollout_id: int, state: dict[str, Any] = STATE) -> Path:
-        from slime.megatron.checkpoint import save_checkpoint
+        from slime.megatron.checkpoint.save_load import save_checkpoint
 
         assert self.args.save is not None
         return save_checkpoint(
@@ -134,7 +134,7 @@ class Run:
         )
 
     def load(self, path: Path, *, optimizer: bool = True, rng: bool = True) -> Any:
-        from slime.megatron.checkpoint import load_checkpoint
+        from slime.megatron.checkpoint.save_load import load_checkpoint
 
         found = find_checkpoint(path)
         assert found is not None

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
-from slime.megatron.build import named_parameters
+from slime.megatron.model.build import named_parameters
 from slime.megatron.parallel import expert_place
 from slime.megatron.trainer import Trainer
 from slime.models.families import weight_table

@@ -10,7 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from slime.megatron.layers import RMSNorm, built_in_layer_spec
+from slime.megatron.model.layers import RMSNorm, built_in_layer_spec
 
 
 class ClampedMLP(MLP):

@@ -17,9 +17,9 @@ from worker_pool import WorkerPool, joined
 from slime.config.args import Args
 from slime.core.architecture import RopeScaling
 from slime.megatron import device
-from slime.megatron.attention import pack_sequences
-from slime.megatron.build import build_model, named_parameters, unwrap
-from slime.megatron.hf_weights import load_hf_into
+from slime.megatron.model.attention import pack_sequences
+from slime.megatron.model.build import build_model, named_parameters, unwrap
+from slime.megatron.model.hf_weights import load_hf_into
 from slime.models.families import weight_table
 from slime.models.hf_files import HFReader
 

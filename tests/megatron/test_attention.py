@@ -19,7 +19,8 @@ from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from slime.core.architecture import Architecture
-from slime.megatron.attention import (
+from slime.megatron.microbatch import ContextParallel, Cut
+from slime.megatron.model.attention import (
     PaddedLayout,
     Slots,
     _attend_padded,
@@ -29,7 +30,6 @@ from slime.megatron.attention import (
     pack_sequences,
     padded_layout,
 )
-from slime.megatron.microbatch import ContextParallel, Cut
 
 SHAPE = Architecture(
     family="glm4",

@@ -16,8 +16,8 @@ from slime.config.flags.megatron_fields import HARMLESS
 from slime.config.flags.table import FlagSpec, all_flags
 from slime.config.rules.not_built import NOT_BUILT_MEGATRON
 from slime.core.architecture import padded_vocab_size
-from slime.megatron.build import build_model, named_parameters, transformer_config
-from slime.megatron.optimizer import build_optimizer, total_steps
+from slime.megatron.model.build import build_model, named_parameters, transformer_config
+from slime.megatron.optim.optimizer import build_optimizer, total_steps
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from torch import Tensor
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
-from slime.megatron.checkpoint_files import TRACKER, FoundCheckpoint, find_checkpoint, remove_old
-from slime.megatron.checkpoint_manifest import STATE_FILE
+from slime.megatron.checkpoint.files import TRACKER, FoundCheckpoint, find_checkpoint, remove_old
+from slime.megatron.checkpoint.manifest import STATE_FILE
 from slime.observability.best_checkpoint import BestCheckpoint
 
 pytestmark = pytest.mark.dist
@@ -170,7 +170,7 @@ def test_a_checkpoint_before_the_first_step(workers: WorkerPool, tmp_path: Path)
 
 
 def released(rank: int, world_size: int, init_method: str, args: Args, path: Path) -> Any:
-    from slime.megatron.checkpoint import save_release
+    from slime.megatron.checkpoint.save_load import save_release
 
     with joined(args, rank, world_size, init_method) as topology:
         run = Run(args, topology)

@@ -19,8 +19,8 @@ from worker_pool import WorkerPool
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
-from slime.megatron.build import VALUE_HEAD, named_parameters
-from slime.megatron.checkpoint import CRITIC, find_checkpoint
+from slime.megatron.checkpoint.save_load import CRITIC, find_checkpoint
+from slime.megatron.model.build import VALUE_HEAD, named_parameters
 from slime.megatron.trainer import Trainer
 from slime.models.families import weight_table
 
@@ -358,7 +358,7 @@ def saved_without_critic(rank: int, world_size: int, init_method: str, args: Arg
 
 
 def with_naps(rank: int, world_size: int, init_method: str, args: Args) -> Found:
-    from slime.megatron.offload import TrainerMemory
+    from slime.megatron.offload.trainer_memory import TrainerMemory
 
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:

@@ -15,7 +15,7 @@ from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
 from slime.megatron import device
-from slime.megatron.version import SUPPORTED_MEGATRON
+from slime.megatron.compat.version import SUPPORTED_MEGATRON
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is a no-op where CUDA is")
 

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.dist
 
 def loaded(rank: int, world_size: int, init_method: str, args: Args, wrap: bool) -> Any:
     """Fill a model from --hf-checkpoint; return names and tensors as they come out, and padding that is not zero."""
-    from slime.megatron import hf_weights
-    from slime.megatron.build import build_model, named_parameters
-    from slime.megatron.hf_weights import iter_hf_tensors, load_hf_into
+    from slime.megatron.model import hf_weights
+    from slime.megatron.model.build import build_model, named_parameters
+    from slime.megatron.model.hf_weights import iter_hf_tensors, load_hf_into
 
     assert args.hf_checkpoint is not None and args.architecture is not None
     with joined(args, rank, world_size, init_method) as topology:
@@ -76,8 +76,8 @@ def test_load_and_export_keep_every_bit(workers: WorkerPool, tmp_path: Path, fam
 
 
 def refusal(rank: int, world_size: int, init_method: str, args: Args) -> str:
-    from slime.megatron.build import build_model
-    from slime.megatron.hf_weights import load_hf_into
+    from slime.megatron.model.build import build_model
+    from slime.megatron.model.hf_weights import load_hf_into
 
     assert args.hf_checkpoint is not None and args.architecture is not None
     with joined(args, rank, world_size, init_method):
@@ -131,8 +131,8 @@ def test_a_tied_file_may_repeat_the_output_layer(workers: WorkerPool, tmp_path: 
 
 
 def exported(rank: int, world_size: int, init_method: str, args: Args, path: Path) -> None:
-    from slime.megatron.build import build_model
-    from slime.megatron.hf_weights import load_hf_into, save_hf
+    from slime.megatron.model.build import build_model
+    from slime.megatron.model.hf_weights import load_hf_into, save_hf
 
     assert args.hf_checkpoint is not None and args.architecture is not None
     with joined(args, rank, world_size, init_method):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slime.megatron.kernels import cpu, rms_norm, swiglu
+from slime.megatron.model.kernels import cpu, rms_norm, swiglu
 
 TOLERANCE = 1e-6
 EPS = 1e-5

@@ -15,8 +15,8 @@ from worker_pool import WorkerPool
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
 from slime.megatron import device
-from slime.megatron.build import transformer_config
-from slime.megatron.layers import layer_spec
+from slime.megatron.model.build import transformer_config
+from slime.megatron.model.layers import layer_spec
 from slime.megatron.trainer import Trainer
 
 pytestmark = pytest.mark.dist

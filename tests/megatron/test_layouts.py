@@ -25,11 +25,11 @@ from worker_pool import WorkerPool
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
-from slime.megatron.attention import pack_sequences
-from slime.megatron.build import unwrap
-from slime.megatron.checkpoint import find_checkpoint, load_checkpoint
-from slime.megatron.distributed_optimizer import TorchDistributedOptimizer
+from slime.megatron.checkpoint.save_load import find_checkpoint, load_checkpoint
 from slime.megatron.microbatch import ContextParallel
+from slime.megatron.model.attention import pack_sequences
+from slime.megatron.model.build import unwrap
+from slime.megatron.optim.distributed_optimizer import TorchDistributedOptimizer
 from slime.megatron.trainer import Trainer
 from slime.models.hf_files import HFReader
 
@@ -294,7 +294,7 @@ def _unsummed() -> AbstractContextManager[Any]:
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.chunk(ctx.group.size())[ctx.group.rank()], None
 
-    return patch("slime.megatron.attention._Gather.backward", backward)
+    return patch("slime.megatron.model.attention._Gather.backward", backward)
 
 
 def _from_nought() -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.parametrize("use", ["wandb.Table", "from wandb.sdk.internal.datastore import DataStore"])
 def test_wandb_is_loaded_when_it_is_used(use: str) -> None:
     program = (
-        "import sys, slime.megatron.build; assert 'wandb.sdk' not in sys.modules; "
+        "import sys, slime.megatron.model.build; assert 'wandb.sdk' not in sys.modules; "
         f"import wandb; assert 'wandb.sdk' not in sys.modules; {use}; assert 'wandb.sdk' in sys.modules; "
         "from wandb.sdk.lib import runid; print(runid.generate_id(), wandb.teardown.__name__)"
     )

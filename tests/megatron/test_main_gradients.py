@@ -30,7 +30,8 @@ def train(
     rank: int, world_size: int, init_method: str, args: Args, batches: list[TrainBatch], mistake: str = ""
 ) -> runs.Arrays:
     """Return the tables' gradients. Mistakes: `none`, PyTorch sums them; `told`, they are not marked as added."""
-    from slime.megatron import logprobs, main_gradients
+    from slime.megatron import logprobs
+    from slime.megatron.model import main_gradients
 
     with ExitStack() as stack:
         if mistake == "none":
@@ -67,8 +68,8 @@ def test_tables_get_their_gradients(
 
 def written(rank: int, world_size: int, init_method: str, args: Args) -> tuple[int, bool]:
     """Return the number of main weights, and whether Megatron's copy writes the same memory as the one pass."""
-    from slime.megatron.one_pass_adam import install, model_memory
-    from slime.megatron.optimizer_state import parts_of
+    from slime.megatron.optim.one_pass_adam import install, model_memory
+    from slime.megatron.optim.optimizer_state import parts_of
 
     with joined(args, rank, world_size, init_method) as topology:
         [part] = parts_of(Run(args, topology).optimizer)
@@ -93,7 +94,7 @@ def test_one_pass_writes_where_megatron_copies_to(workers: WorkerPool, sharded: 
 
 
 def test_bias_corrections() -> None:
-    from slime.megatron.one_pass_adam import bias_corrections
+    from slime.megatron.optim.one_pass_adam import bias_corrections
 
     found = bias_corrections(torch.tensor([1.0, 7.0]), (0.9, 0.98))
     exact = torch.tensor([[1 / (1 - b**s) ** p for b, p in ((0.9, 1), (0.98, 0.5))] for s in (1, 7)])

@@ -7,7 +7,7 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.utils import local_multi_tensor_scale
 from torch import Tensor
 
-from slime.megatron import multi_tensor
+from slime.megatron.optim import multi_tensor
 
 
 def tensors(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:

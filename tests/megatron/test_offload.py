@@ -16,8 +16,8 @@ from worker_pool import WorkerPool
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
-from slime.megatron import host_memory
-from slime.megatron.host_memory import HostMemory
+from slime.megatron.offload.host_memory import HostMemory
+from slime.megatron.offload.trainer_memory import host_memory
 
 BATCHES = [tiny.random_batch(seed=seed) for seed in range(3)]
 
@@ -40,8 +40,8 @@ def with_naps(
     rank: int, world_size: int, init_method: str, args: Args, batches: list[TrainBatch], spoil: bool = False
 ) -> tuple[list[dict[str, float]], runs.Arrays]:
     """Train with a sleep before each batch, during which everything must be empty; `spoil` is a control."""
-    from slime.megatron.offload import SMALL, TrainerMemory
-    from slime.megatron.optimizer_state import parts_of
+    from slime.megatron.offload.trainer_memory import SMALL, TrainerMemory
+    from slime.megatron.optim.optimizer_state import parts_of
     from slime.megatron.trainer import Trainer
 
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)

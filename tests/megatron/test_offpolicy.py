@@ -16,8 +16,8 @@ from worker_pool import WorkerPool
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
+from slime.megatron.advantages import counted_rows_of
 from slime.megatron.offpolicy import add_offpolicy, version_of_weights
-from slime.megatron.rollout_columns import counted_rows_of
 from slime.megatron.trainer import Trainer
 
 VERSION = 5

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.dist
 
 
 def states(run: Run) -> list[dict[str, Tensor]]:
-    from slime.megatron.optimizer_state import parts_of
+    from slime.megatron.optim.optimizer_state import parts_of
 
     return [state for part in parts_of(run.optimizer) for state in part.optimizer.state.values()]
 
@@ -36,7 +36,7 @@ def steps(run: Run) -> set[float]:
 @contextmanager
 def megatrons_own(*names: str) -> Iterator[None]:
     """Run without our correction of these methods."""
-    from slime.megatron.distributed_optimizer import TorchDistributedOptimizer
+    from slime.megatron.optim.distributed_optimizer import TorchDistributedOptimizer
 
     corrections = {name: TorchDistributedOptimizer.__dict__[name] for name in names}
     for name in names:
@@ -168,7 +168,7 @@ def test_overlapped_reduction_is_the_same(workers: WorkerPool, hf: Path, sharded
 
 
 def stepped(rank: int, world_size: int, init_method: str, args: Args, fused: bool) -> dict[str, Tensor]:
-    from slime.megatron.optimizer_state import parts_of
+    from slime.megatron.optim.optimizer_state import parts_of
 
     with joined(args, rank, world_size, init_method) as topology:
         run = Run(args, topology)

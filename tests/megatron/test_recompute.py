@@ -13,7 +13,7 @@ import torch
 from worker_pool import WorkerPool
 
 from slime.config.args import Args
-from slime.megatron.build import unwrap
+from slime.megatron.model.build import unwrap
 from slime.megatron.trainer import Trainer
 
 pytestmark = pytest.mark.dist

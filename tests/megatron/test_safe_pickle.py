@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
-from slime.megatron.checkpoint_files import find_checkpoint
-from slime.megatron.checkpoint_manifest import STATE_FILE, digest, read_state, write_state, written_files
-from slime.megatron.safe_pickle import UnreadableFileError, UnsafeFileError, read_metadata
+from slime.megatron.checkpoint.files import find_checkpoint
+from slime.megatron.checkpoint.manifest import STATE_FILE, digest, read_state, write_state, written_files
+from slime.megatron.checkpoint.safe_pickle import UnreadableFileError, UnsafeFileError, read_metadata
 
 pytestmark = pytest.mark.dist
 
@@ -135,7 +135,7 @@ def test_metadata_with_absurd_sizes_is_refused(release: Path, size: tuple[int, .
 
 def read_each(rank: int, world_size: int, init_method: str, release: Path, contents: list[bytes]) -> list[str]:
     """Return the error of each content of common.pt."""
-    from slime.megatron.torch_dist import read_common
+    from slime.megatron.checkpoint.torch_dist import read_common
 
     errors: list[str] = []
     for content in contents:
@@ -170,7 +170,7 @@ def read_megatrons(rank: int, world_size: int, init_method: str, release: Path) 
 
     from megatron.core.transformer.enums import AttnBackend
 
-    from slime.megatron.torch_dist import read_common
+    from slime.megatron.checkpoint.torch_dist import read_common
 
     args = argparse.Namespace(
         lr=1e-3,

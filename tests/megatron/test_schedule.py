@@ -116,7 +116,7 @@ def test_every_step_of_every_schedule(workers: WorkerPool) -> None:
 
 def stepped(rank: int, world_size: int, init_method: str, args: Args, resumed: Args) -> list[dict[str, Tensor]]:
     """Return the weights before the first step and after each; a new run loads a checkpoint at RESUMED_AT."""
-    from slime.megatron.optimizer import follow_schedule
+    from slime.megatron.optim.optimizer import follow_schedule
 
     with joined(args, rank, world_size, init_method) as topology:
         run = Run(args, topology)

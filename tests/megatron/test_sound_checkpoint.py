@@ -18,8 +18,8 @@ from worker_pool import WorkerPool, joined
 
 import slime
 from slime.config.args import Args
-from slime.megatron.checkpoint_files import find_checkpoint, refuse_abandoned, remove_old, why_incomplete
-from slime.megatron.checkpoint_manifest import (
+from slime.megatron.checkpoint.files import find_checkpoint, refuse_abandoned, remove_old, why_incomplete
+from slime.megatron.checkpoint.manifest import (
     STATE_FILE,
     _sum_of,
     changed_files,
@@ -57,8 +57,8 @@ def found_by_each(
     rank: int, world_size: int, init_method: str, args: Args, path: Path, step: int | None, sets_aside: bool
 ) -> tuple[Any, list[str]]:
     """Return what `find_sound_checkpoint` finds, its warnings, and the rollout that is then loaded."""
-    from slime.megatron.checkpoint import load_checkpoint
-    from slime.megatron.checkpoint_search import find_sound_checkpoint
+    from slime.megatron.checkpoint.save_load import load_checkpoint
+    from slime.megatron.checkpoint.search import find_sound_checkpoint
     from slime.observability.logs import collected_warnings
 
     with joined(args, rank, world_size, init_method) as topology, collected_warnings() as warnings:
@@ -113,7 +113,7 @@ def test_the_digest_while_writing_is_the_files(saved_once: Path):
 
 
 def written_by(rank: int, world_size: int, init_method: str, file: Path, parts: list[bytes]) -> dict[str, str]:
-    from slime.megatron.torch_dist import _DigestedFiles
+    from slime.megatron.checkpoint.torch_dist import _DigestedFiles
 
     files = _DigestedFiles()
     with files.create_stream(file, "wb") as stream:

@@ -11,7 +11,7 @@ import torch
 PROGRAM = """
 import sys, types
 {first}
-import slime.megatron.build
+import slime.megatron.model.build
 from megatron.core.fusions.fused_bias_swiglu import swiglu
 print(type(swiglu) is types.FunctionType and not hasattr(swiglu, "_torchdynamo_orig_callable"))
 print("torch._inductor.compile_fx" in sys.modules)

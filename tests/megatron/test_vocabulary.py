@@ -12,7 +12,7 @@ import torch
 from worker_pool import WorkerPool
 
 from slime.config.args import Args
-from slime.megatron.build import named_parameters
+from slime.megatron.model.build import named_parameters
 from slime.megatron.trainer import Trainer
 
 pytestmark = pytest.mark.dist

@@ -43,7 +43,7 @@ def train(
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.tensor_parallel import layers
 
-    from slime.megatron import build
+    from slime.megatron.model import build
 
     CpuProduct.calls = 0
     with ExitStack() as stack:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from slime.cluster.trackers import start_trackers
+from slime.cluster.start_trackers import start_trackers
 from slime.config.args import Args
 from slime.observability.metrics_log import MetricsLog, read_metrics
 from slime.observability.run_directory import RunDirectory

@@ -18,7 +18,7 @@ from slime.engine.client import EngineClient
 from slime.engine.launch import launch_engine, launch_router, register_worker
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.rollout.context import RolloutContext
-from slime.rollout.rm_hub import RewardPool
+from slime.rollout.reward_pool import RewardPool
 
 SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
 TEMPLATE = (

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slime.rollout.rm_hub import mathematics
-from slime.rollout.rm_hub.mathematics import equal_as_mathematics
+from slime.rollout.rewards import mathematics
+from slime.rollout.rewards.mathematics import equal_as_mathematics
 from tests.rollout.verdicts_for_tests import HELD_OUT, Pair, misses, read_pairs, report
 
 PAIRS = read_pairs(Path(__file__).with_name("answers.tsv"))

@@ -6,8 +6,8 @@ import pytest
 
 from slime.config.args import Args
 from slime.core.sample import Sample
-from slime.rollout.rm_hub.dapo import dapo_answer
-from slime.rollout.rm_hub.registry import find_reward
+from slime.rollout.rewards.dapo import dapo_answer
+from slime.rollout.rewards.registry import find_reward
 
 
 def reward(rm_type: str, response: str, label: str) -> float:

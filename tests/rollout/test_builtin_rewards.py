@@ -17,13 +17,13 @@ from slime.config.labels import right_letter
 from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPES
 from slime.core.boxes import last_boxed
 from slime.core.sample import Sample
-from slime.rollout.rm_hub import mathematics
-from slime.rollout.rm_hub.dapo import dapo_answer
-from slime.rollout.rm_hub.deepscaler import boxed_answer, deepscaler
-from slime.rollout.rm_hub.f1 import accepted, f1_score, normalise
-from slime.rollout.rm_hub.letters import chosen_letter
-from slime.rollout.rm_hub.registry import RULES, find_reward
-from slime.rollout.rm_hub.response import final_text
+from slime.rollout.rewards import mathematics
+from slime.rollout.rewards.dapo import dapo_answer
+from slime.rollout.rewards.deepscaler import boxed_answer, deepscaler
+from slime.rollout.rewards.f1 import accepted, f1_score, normalise
+from slime.rollout.rewards.letters import chosen_letter
+from slime.rollout.rewards.registry import RULES, find_reward
+from slime.rollout.rewards.response import final_text
 
 R = "2+2</think>so "
 

@@ -17,7 +17,7 @@ from slime.engine.protocol import GenerateRequest, SamplingParams
 from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
-from slime.rollout.rm_hub import RewardPool
+from slime.rollout.reward_pool import RewardPool
 
 Run = Callable[..., Any]
 Write = Callable[..., str]
@@ -442,7 +442,7 @@ def test_a_rollout_without_engines_is_a_clear_error(data_file: Write, tokenizer:
 def test_requests_that_do_not_end_end_the_run(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slime.rollout.group_run._ABORT_TIMEOUT", 0.5)
+    monkeypatch.setattr("slime.rollout.group._ABORT_TIMEOUT", 0.5)
     args = _args(
         data_file(_rows(4)),
         rollout_batch_size=2,

@@ -28,7 +28,7 @@ from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.in_flight import TrackedSource
-from slime.rollout.rm_hub import RewardPool
+from slime.rollout.reward_pool import RewardPool
 
 Write = Callable[..., str]
 NUM_PROMPTS = 7
@@ -272,7 +272,7 @@ def machine(path: str, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> typ
 
 @pytest.fixture
 def prompts(data_file: Write, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr("slime.rollout.group_run._FRUITLESS_PAUSE", 0)
+    monkeypatch.setattr("slime.rollout.group._FRUITLESS_PAUSE", 0)
     yield data_file([{"prompt": f"question {number}", "label": str(number)} for number in range(NUM_PROMPTS)])
 
 

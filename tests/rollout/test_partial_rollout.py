@@ -23,14 +23,14 @@ from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.generate import generate_sample, sampling_seed
-from slime.rollout.rm_hub import RewardPool
+from slime.rollout.reward_pool import RewardPool
 
 Write = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slime.rollout.group_run._FRUITLESS_PAUSE", 0)
+    monkeypatch.setattr("slime.rollout.group._FRUITLESS_PAUSE", 0)
 
 
 def _args(path: str, **kwargs: Any) -> Args:
@@ -158,7 +158,7 @@ def test_a_weight_update_only_interrupts_a_response(data_file: Write, tokenizer:
 def test_engines_that_only_abort_fail_a_sample(
     data_file: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slime.rollout.group_run._MAX_FRUITLESS", 5)
+    monkeypatch.setattr("slime.rollout.group._MAX_FRUITLESS", 5)
     rollouts = Rollouts(_args(_prompts(data_file)), tokenizer)
 
     async def main() -> None:

@@ -13,8 +13,8 @@ from aiohttp import web
 
 from slime.config.args import Args
 from slime.core.sample import Sample
-from slime.rollout.rm_hub import RewardPool
-from slime.rollout.rm_hub.verdict import Verdict, failure_kind
+from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.verdict import Verdict, failure_kind
 
 T = TypeVar("T")
 

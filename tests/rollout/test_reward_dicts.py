@@ -16,7 +16,6 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from slime.cluster.dump import read_dump, write_dump
 from slime.config.args import Args
 from slime.core.masking import Masker
 from slime.core.sample import Sample, Status
@@ -24,10 +23,11 @@ from slime.rollout.acceptance import post_process
 from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
-from slime.rollout.rm_hub import RewardPool
-from slime.rollout.rm_hub.remote import answer_verdict
-from slime.rollout.rm_hub.verdict import Verdict, error_verdict, failure_kind, verdict_of, verdicts_of
-from slime.rollout.rollout_metrics import MAX_NAMED, entry_metrics
+from slime.rollout.dump import read_dump, write_dump
+from slime.rollout.metrics import MAX_NAMED, entry_metrics
+from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.verdict import Verdict, error_verdict, failure_kind, verdict_of, verdicts_of
+from slime.rollout.rewards.remote import answer_verdict
 
 SCORES = {
     "float": 1.0,

@@ -5,7 +5,7 @@ import pytest
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
 from slime.rollout.intervals import PhaseIntervals
-from slime.rollout.rollout_metrics import Tally, group_metrics, replay_metrics, rollout_metrics
+from slime.rollout.metrics import Tally, group_metrics, replay_metrics, rollout_metrics
 
 
 def _groups() -> list[list[Sample]]:

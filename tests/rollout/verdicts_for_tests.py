@@ -54,7 +54,7 @@ def report(pairs: list[Pair], missed: list[Pair]) -> str:
 
 
 def main() -> None:
-    from slime.rollout.rm_hub.mathematics import equal_as_mathematics
+    from slime.rollout.rewards.mathematics import equal_as_mathematics
 
     pairs = read_pairs(Path(sys.argv[1]) if len(sys.argv) > 1 else HELD_OUT)
     print(report(pairs, list(misses(pairs, equal_as_mathematics))))

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from worker_pool import WorkerPool
 
 from slime.core.errors import RunError
+from slime.sync.buckets import NamedTensor
 from slime.sync.finite import finite
-from slime.sync.stream import NamedTensor
 from tests.engine.tiny_models import make_model
 from tests.megatron.tiny import make_args
 

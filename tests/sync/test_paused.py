@@ -16,7 +16,7 @@ from slime.engine.protocol import Endpoint, GenerateRequest, GenerateResponse, S
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.models.hf_files import HFReader
 from slime.sync.broadcast import BroadcastTransport
-from slime.sync.stream import NamedTensor
+from slime.sync.buckets import NamedTensor
 from slime.sync.transport import PauseChoice
 from tests.engine.tiny_models import make_model
 from tests.sync.served import serving

@@ -17,9 +17,9 @@ from slime.engine.membership import Membership
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.models.hf_files import HFReader, write_hf
 from slime.sync.broadcast import BroadcastTransport
+from slime.sync.buckets import NamedTensor
 from slime.sync.disk import DiskTransport
 from slime.sync.proof import check_answers, check_versions, prove_weights
-from slime.sync.stream import NamedTensor
 from slime.sync.transport import SyncReport, Transport
 from tests.engine.tiny_models import make_model
 from tests.sync.served import serving

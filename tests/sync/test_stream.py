@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slime.sync.stream import buckets
+from slime.sync.buckets import buckets
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.uint8])
 

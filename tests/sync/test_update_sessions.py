@@ -18,10 +18,10 @@ from slime.engine.protocol import Endpoint
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.models.hf_files import HFReader
 from slime.sync.broadcast import BroadcastTransport
+from slime.sync.buckets import NamedTensor
 from slime.sync.colocate import HostBuffer
 from slime.sync.disk import DiskTransport
 from slime.sync.proof import check_versions, prove_weights
-from slime.sync.stream import NamedTensor
 from slime.sync.transport import Transport
 from tests.engine.tiny_models import make_model
 from tests.sync.served import serving

@@ -19,7 +19,7 @@ from worker_pool import WorkerPool, joined
 
 from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args
-from slime.megatron.checkpoint_files import find_checkpoint
+from slime.megatron.checkpoint.files import find_checkpoint
 from slime.models.hf_files import HFReader
 from tools import convert_torch_dist_to_hf
 
@@ -78,16 +78,16 @@ def run_tool(name: str, *argv: object) -> subprocess.CompletedProcess[str]:
 
 
 def converted(rank: int, world_size: int, init_method: str, args: Args, hf: Path, save: Path) -> Path:
-    from slime.megatron.conversion import hf_to_torch_dist
+    from slime.megatron.checkpoint.conversion import hf_to_torch_dist
 
     return hf_to_torch_dist(args, hf, save)
 
 
 def back(rank: int, world_size: int, init_method: str, args: Args, load: Path, hf: Path, out: Path) -> None:
     """Convert back as the tool does, inside a run of any parallel size."""
-    from slime.megatron.build import build_model
-    from slime.megatron.checkpoint import load_checkpoint
-    from slime.megatron.hf_weights import save_hf
+    from slime.megatron.checkpoint.save_load import load_checkpoint
+    from slime.megatron.model.build import build_model
+    from slime.megatron.model.hf_weights import save_hf
 
     assert args.architecture is not None
     found = find_checkpoint(load)

@@ -1,6 +1,6 @@
 """Advantages: the rewards of a rollout -> one advantage for each response token, one file per estimator.
 
-- Called by: the trainer, once on the whole rollout (`megatron.rollout_columns`); the loss reads the result.
+- Called by: the trainer, once on the whole rollout (`megatron.advantages`); the loss reads the result.
 - Where the rest is: `slime.algo.estimators` lists which form of the loss goes with which estimator.
 
 Read `rollout_rewards` first (what an estimator is given), then `grpo`, the shortest one.

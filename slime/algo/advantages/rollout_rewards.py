@@ -1,6 +1,6 @@
 """The input of every estimator: rewards, groups and masks of a whole rollout, and how rewards are assigned to tokens.
 
-- Used by: `megatron.rollout_columns` makes one from the batch's columns; the estimators in this folder read it.
+- Used by: `megatron.advantages` makes one from the batch's columns; the estimators in this folder read it.
 - Invariant: a sample whose reward failed (nan) and a token that the mask leaves out have no influence on anything.
 
 Everything is computed in float64.

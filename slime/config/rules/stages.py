@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from slime.config.args import Args
-from slime.config.dry_run.memory import stage_layers
+from slime.config.pipeline_stages import micro_batch_group, num_chunks, stage_layers
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem
-from slime.config.virtual_stages import micro_batch_group, num_chunks
 
 RECOMPUTED_MODULES = ("core_attn", "mlp")
 """The modules that can be recomputed. Megatron's "layernorm" needs TransformerEngine, and its other modules belong to

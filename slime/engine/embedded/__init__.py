@@ -2,5 +2,5 @@
 
 Reading order: `server` (HTTP handlers), `exchange` and `request` (from JSON to a request and back), `scheduler`
 (continuous batching), `model`, `attention`, `mlp` and `cache` (the forward pass), `sampler` (drawing tokens),
-`fixed_shapes` (deterministic mode), `weights`, `weight_routes`, `memory` and `device_routes` (new weights, memory).
+`fixed_shapes` (deterministic mode), `weights`, `weight_handlers`, `memory` and `device_handlers` (new weights, memory).
 """

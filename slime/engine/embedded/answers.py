@@ -1,6 +1,6 @@
 """Read JSON bodies, write JSON answers, and run blocking work in a thread.
 
-- Called by: `server` and `weight_routes`.
+- Called by: `server` and `weight_handlers`.
 - Invariant: an error has one form, whichever code raised it.
 """
 

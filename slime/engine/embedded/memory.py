@@ -1,6 +1,6 @@
 """EngineMemory: gives the engine's memory back while trainers use the machine, and takes it again.
 
-- Called by: `device_routes`, through `Scheduler.call`, between two steps.
+- Called by: `device_handlers`, through `Scheduler.call`, between two steps.
 - Invariant: memory that was given back is really free. No token is sampled until all of it is there again and whole
   weights have arrived.
 """

@@ -27,7 +27,7 @@ from aiohttp.http_exceptions import BadHttpMessage
 
 from slime.engine.embedded.answers import error_answer, json_answer, read_body, read_no_fields
 from slime.engine.embedded.cache import KVCache
-from slime.engine.embedded.device_routes import DeviceRoutes
+from slime.engine.embedded.device_handlers import DeviceRoutes
 from slime.engine.embedded.exchange import Exchange
 from slime.engine.embedded.fixed_shapes import SPARE_ROWS, FixedShapes, find_sizes
 from slime.engine.embedded.memory import EngineMemory
@@ -35,7 +35,7 @@ from slime.engine.embedded.model import Model
 from slime.engine.embedded.scheduler import Request, Scheduler
 from slime.engine.embedded.settings import Settings, parse_settings
 from slime.engine.embedded.text import Text
-from slime.engine.embedded.weight_routes import WeightRoutes
+from slime.engine.embedded.weight_handlers import WeightRoutes
 from slime.engine.embedded.weights import EngineWeights
 from slime.engine.protocol import (
     AbortRequest,

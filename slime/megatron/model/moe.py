@@ -1,0 +1,204 @@
+"""Mixture of experts (MoE): a router with replay and auxiliary losses, and the experts, around Megatron's dispatcher.
+
+- Used by: `layers` puts these classes into a layer's spec. `microbatch` passes in, with the pack, which tokens count
+  and which experts an engine chose.
+- Invariant: a token's experts and their weights depend on nothing but the token, so a layer's output does not depend on
+  how tokens are packed and dealt to ranks. Padding does not count in any balance.
+
+Scores, the choice and the weights are float32. Auxiliary losses join the step's loss, whose gradients are summed over
+micro-batches and ranks. So each micro-batch divides its loss by the tokens of the whole step, not by its own.
+
+Shapes: t tokens that this rank routes (under sequence parallelism a tensor-parallel rank's part of the B packed ones),
+E experts, K chosen experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from slime.megatron.model.attention import PackedSequences
+from slime.megatron.model.kernels import swiglu
+
+# megatron-core defines this name only with TransformerEngine, but the router's matrix product reads it.
+if not hasattr(moe_utils, "te_general_gemm"):
+    setattr(moe_utils, "te_general_gemm", None)  # noqa: B010  # Megatron has no such name
+
+
+LOAD_BALANCING, Z_LOSS = "load_balancing_loss", "z_loss"
+"""The metric names of the auxiliary losses."""
+
+
+class _WithLoss(torch.autograd.Function):
+    """Identity on `values` that adds `loss` to the backward pass, as Megatron's MoEAuxLossAutoScaler does.
+
+    `loss` gets the gradient 1, like any other term of the step's loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, loss: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], torch.ones((), dtype=torch.float32, device=gradients[0].device)
+
+
+class Router(TopKRouter):
+    """A router with the weights and buffers of Megatron's TopKRouter; the routing itself is implemented here."""
+
+    pack: PackedSequences | None = None
+    """The pack of the current forward pass, which ExpertsLayer sets; it does so again if the layer is recomputed."""
+    replays = True
+    """Whether it replays an engine's choice; False for a critic, see `routing_replay`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: dict[str, Tensor] = {}
+        """Each auxiliary loss of the step so far, [] and before its coefficient; `load_balancing` takes them."""
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Turn logits [t, 1, E] into weights [t, E], 0 for experts that are not chosen, and the choice [t, E] bool."""
+        assert self.pack is not None, "a layer of experts runs inside an ExpertsLayer"
+        logits = logits.flatten(0, -2).float()
+        sigmoid = self.score_function == "sigmoid"
+        scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+        chosen = self._chosen(scores.detach())
+        weights = scores.gather(1, chosen)
+        if sigmoid or not self.config.moe_router_pre_softmax:
+            weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if sigmoid else 0.0))
+        if self.config.moe_router_topk_scaling_factor is not None:
+            weights = weights * self.config.moe_router_topk_scaling_factor
+        routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+        if self.training and torch.is_grad_enabled():  # not for log-probs, nor in a pass that is recomputed later
+            weights = self._balanced(weights, logits, scores, routed)
+        return torch.zeros_like(logits).scatter(1, chosen, weights), routed
+
+    def _chosen(self, scores: Tensor) -> Tensor:
+        """Return [t, K]: the replayed experts if the pack has them, otherwise those with the best scores."""
+        config = self.config
+        choice = scores if self.expert_bias is None else scores + self.expert_bias
+        groups, best = config.moe_router_num_groups or 1, config.moe_router_group_topk or 1
+        if groups > best:
+            grouped = choice.unflatten(1, (groups, -1))
+            of_groups = grouped.topk(2, dim=-1).values.sum(-1)
+            kept = torch.zeros_like(of_groups, dtype=torch.bool)
+            kept.scatter_(1, of_groups.topk(best, dim=-1).indices, True)
+            choice = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+        chosen = choice.topk(self.topk, dim=-1).indices
+        assert self.pack is not None
+        if self.pack.experts_B is None or not self.replays:
+            return chosen
+        frequency = config.moe_layer_freq
+        assert isinstance(frequency, list) and self.layer_number is not None
+        layer = self.layer_number - 1 - frequency.index(1)
+        given = self._ours(self.pack.experts_B[:, layer])
+        return torch.where(given >= 0, given.to(chosen.dtype), chosen)
+
+    def _ours(self, values_B: Tensor) -> Tensor:
+        """Select the tokens that this rank routes from those of a pack."""
+        if not self.config.sequence_parallel:
+            return values_B
+        return values_B.chunk(self.tp_group.size())[self.tp_group.rank()]
+
+    def _balanced(self, weights: Tensor, logits: Tensor, scores: Tensor, routed: Tensor) -> Tensor:
+        """Return `weights` with the auxiliary losses attached, and count tokens per expert for the bias."""
+        pack, config = self.pack, self.config
+        assert pack is not None
+        if pack.counts_B is None:
+            return weights
+        counts = self._ours(pack.counts_B)
+        here = routed & counts[:, None]
+        if self.expert_bias is not None:
+            assert self.local_tokens_per_expert is not None
+            self.local_tokens_per_expert += here.sum(0)
+        if not pack.step_tokens:
+            return weights
+        if config.moe_z_loss_coeff:
+            loss = torch.where(counts, logits.logsumexp(-1).square(), 0.0).sum()
+            weights = attach(weights, config.moe_z_loss_coeff / pack.step_tokens * loss)
+            self._add_up(Z_LOSS, loss / pack.step_tokens)
+        if config.moe_aux_loss_coeff:
+            assert not isinstance(config.moe_aux_loss_coeff, list)
+            tokens_E = here.sum(0).float()
+            dist.all_reduce(tokens_E, group=self.tp_cp_group)  # sum over the whole micro-batch
+            if self.score_function == "sigmoid":
+                scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+            scores_E = torch.where(counts[:, None], scores, 0.0).sum(0)
+            loss = (scores_E * tokens_E).sum() * len(tokens_E) / tokens_E.sum().clamp(min=1.0)
+            weights = attach(weights, config.moe_aux_loss_coeff / pack.step_tokens * loss)
+            self._add_up(LOAD_BALANCING, loss / pack.step_tokens)
+        return weights
+
+    def _add_up(self, name: str, loss: Tensor) -> None:
+        found = loss.detach().double()
+        self.losses[name] = self.losses[name] + found if name in self.losses else found
+
+
+def disable_replay(model: torch.nn.Module) -> None:
+    """Turn off replay in the routers of a model whose weights no engine has."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.replays = False
+
+
+def with_float32_biases(model: torch.nn.Module) -> torch.nn.Module:
+    """Return `model`, converted to another dtype before, with its routers' biases and counts in float32 again."""
+    for module in model.modules():
+        if isinstance(module, Router) and module.expert_bias is not None:
+            assert module.local_tokens_per_expert is not None
+            module.expert_bias = module.expert_bias.float()
+            module.local_tokens_per_expert = module.local_tokens_per_expert.float()
+    return model
+
+
+def attach(values: Tensor, loss: Tensor) -> Tensor:
+    """Return `values` unchanged, and let `loss` join the step's loss in the backward pass."""
+    return _WithLoss.apply(values, loss)  # pyright: ignore[reportReturnType]
+
+
+class Experts(SequentialMLP):
+    """The experts that this rank holds, one after the other; tokens arrive sorted by expert.
+
+    An expert without tokens runs too, so that its weights get a gradient of zeros.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+            # Megatron gives expert gradients a group of their own only with expert parallelism. Without it, Megatron
+            # would sum them over ranks that hold different parts of an expert, or not sum the copies of one expert.
+            for parameter in self.parameters():
+                parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        counts = tokens_per_expert.tolist()
+        inputs = permuted_local_hidden_states.split(counts)
+        outputs: list[Tensor] = []
+        for expert, tokens, weights in zip(self.local_experts, inputs, permuted_probs.split(counts), strict=True):
+            parts: Any = expert
+            hidden = swiglu(parts.linear_fc1(tokens)[0])
+            outputs.append(parts.linear_fc2((hidden * weights[:, None]).to(hidden.dtype))[0])
+        return torch.cat(outputs), None
+
+
+class ExpertsLayer(TransformerLayer):
+    """A transformer layer of experts, which shows the micro-batch's pack to its router."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        router: Any = self.mlp.router
+        router.pack = kwargs["packed_seq_params"]
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            router.pack = None

@@ -1,0 +1,334 @@
+"""The resolved plan as text: devices, batches, memory and files. `--dry-run` prints it and stops.
+
+- Used by: train.py after `parse`; only the user reads the text.
+- Invariant: it depends only on args and can be made on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from slime.config.args import Args
+from slime.config.epochs import planned_prompts, rollouts_of_epochs
+from slime.config.eval_data import eval_datasets
+from slime.config.pipeline_stages import count_multiple, num_chunks, stage_layers
+from slime.config.resolve import counts_gpus, gpu_memory
+from slime.config.rules.problem import Problem
+from slime.core.architecture import padded_vocab_size
+from slime.core.printable import SENTENCE, printable
+from slime.plan.fit import comparison, recompute_hint
+from slime.plan.memory_model import (
+    CUDA_CONTEXT,
+    EngineMemory,
+    TrainMemory,
+    engine_memory,
+    train_memory,
+    turns,
+)
+
+Row = tuple[str, str]
+
+MAX_ROWS = 64
+"""The largest number of ranks or engines that are listed one by one."""
+
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def _range(first: int, count: int) -> str:
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
+
+
+def _shown(count: int) -> Iterable[int | None]:
+    """Return the numbers below `count`; if they are too many, the first ones and the last, with None between them."""
+    return range(count) if count <= MAX_ROWS else (*range(MAX_ROWS - 1), None, count - 1)
+
+
+def _devices(args: Args) -> Iterable[Row]:
+    """Yield one row per data-parallel rank, then one per engine. Megatron orders ranks by TP, CP, DP, PP."""
+    block = args.tensor_model_parallel_size * args.context_parallel_size
+    replicas = 0 if args.debug_rollout_only else args.data_parallel_size
+    for replica in _shown(replicas):
+        if replica is None:
+            yield "...", f"{replicas - MAX_ROWS} more data-parallel ranks like these"
+            continue
+        stages = range(args.pipeline_model_parallel_size)
+        ranks = ",".join(_range((stage * replicas + replica) * block, block) for stage in stages)
+        yield f"train {ranks}", f"data-parallel rank {replica}: {_model_parallel(args)}"
+    first = 0 if args.colocate or args.debug_rollout_only else args.actor_world_size
+    size = args.rollout_num_gpus_per_engine
+    kinds = {
+        "embedded": "embedded here; SGLang with CUDA",
+        "sglang": "SGLang",
+        "auto": "SGLang if Ray's cluster has GPUs, otherwise embedded",
+    }
+    for engine in _shown(args.num_engines):
+        if engine is None:
+            yield "...", f"{args.num_engines - MAX_ROWS} more engines like these"
+            continue
+        slots = _range(first + engine * size, size)
+        if args.rollout_external_engines:
+            yield f"engine {engine}", f"{args.rollout_external_engines[engine]} (runs already)"
+            continue
+        kind = kinds[args.rollout_engine]
+        shared = "shared with training, " if args.colocate else ""
+        yield f"serve {slots}", f"engine {engine}: TP {size} ({shared}{kind})"
+
+
+def _model_parallel(args: Args) -> str:
+    parts = [f"TP {args.tensor_model_parallel_size}"]
+    if args.sequence_parallel and args.tensor_model_parallel_size > 1:
+        parts.append("sequence parallel")
+    parts += [f"CP {args.context_parallel_size}", f"PP {args.pipeline_model_parallel_size}"]
+    return ", ".join(parts)
+
+
+def _model(args: Args) -> Iterable[Row]:
+    arch = args.architecture
+    if arch is None:
+        yield "model", "unknown (see the warnings)"
+        return
+    yield "model", f"{arch.family}, {arch.num_parameters() / 1e6:,.1f} M parameters"
+    yield (
+        "layers",
+        f"{arch.num_layers} x hidden {arch.hidden_size}, MLP {arch.ffn_hidden_size}, "
+        f"{arch.num_attention_heads} heads of {arch.kv_channels}, {arch.num_query_groups} KV heads",
+    )
+    if args.pipeline_model_parallel_size > 1:
+        stages = ", ".join(str(layers) for layers in stage_layers(args, arch))
+        parts = f", each in {num_chunks(args)} virtual stages" if num_chunks(args) > 1 else ""
+        yield "stages", f"{stages} layers{parts}; the embedding on the first, the output layer on the last"
+        if parts:
+            yield "micro-batches", f"a multiple of {count_multiple(args)} on each rank; empty ones fill a step up"
+    padded = padded_vocab_size(arch.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
+    tied = "tied" if arch.tied_embeddings else "untied"
+    yield "vocabulary", f"{arch.vocab_size}, padded to {padded} for training, {tied}"
+    rotary = f"base {arch.rotary_base:g}, {arch.rotary_percent:.0%} of a head"
+    yield "rotary", rotary + (", interleaved" if arch.rotary_interleaved else "")
+    yield "precision", "bf16 with fp32 main weights" if args.bf16 else "fp32 (no CUDA here, or --no-bf16)"
+    if args.num_engines:
+        engines = args.sglang.get("dtype") or ("bfloat16" if args.bf16 else "float32")
+        yield "engines", f"{engines}; alarm when mean |train - rollout log-prob| is above {args.logprob_gap_alarm:g}"
+
+
+def _memory(args: Args) -> Iterable[Row]:
+    """Yield a column for the training rank with most memory, one for an engine's GPU, and notes on what they count."""
+    on_cuda = counts_gpus(args)
+    train, engine = train_memory(args, on_cuda=on_cuda), engine_memory(args)
+    if train is None and engine is None:
+        why = "a mixture of experts" if args.num_experts else "the model is unknown"
+        yield "", f"not estimated: {why}; so it is not compared with a GPU's memory"
+        return
+    context = CUDA_CONTEXT if on_cuda else 0
+    largest = max(memory.peak for memory in (train, engine) if memory is not None) + context
+    unit, size = next((unit for unit in UNITS if largest >= unit[1]), UNITS[-1])
+
+    def line(train_bytes: int | None, engine_bytes: int | None, note: str = "") -> str:
+        cells = ["-" if count is None else f"{count / size:,.1f}" for count in (train_bytes, engine_bytes)]
+        return f"{cells[0]:>9} {cells[1]:>9}  {note}".rstrip()
+
+    yield unit, f"{'train':>9} {'engine':>9}  a {'GPU' if on_cuda else 'process'}"
+    yield "weights", line(train and train.weights, engine and engine.weights)
+    if train is not None:
+        yield "gradients", line(train.gradients, None, "fp32")
+        yield "optimizer", line(train.optimizer, None, _optimizer_note(args, on_cuda))
+        if train.reference:
+            where = "in host memory" if on_cuda else "and a copy of the actor while it runs"
+            yield "reference", line(None if on_cuda else train.reference, None, where)
+        if train.critic:
+            yield "critic", line(train.critic, None, "a second model: weights, gradients and optimizer")
+        yield "activations", line(train.activations, None, _activations_note(args, train))
+        if train.log_probs:
+            logits = f"logits of {args.log_probs_chunk_size:,} tokens" + (" and kept ones" if on_cuda else "")
+            note = f"while they run backward: {logits}, the output layer's gradient"
+            yield "log-probs", line(train.log_probs, None, note)
+        yield "layers", line(train.layers, None, "while they run backward, later: gradients, recomputed activations")
+    if engine is not None:
+        note = f"{engine.requests} requests of {engine.request_tokens:,} tokens, prompts not counted"
+        yield "KV cache", line(None, engine.kv, note)
+    if context:
+        yield "CUDA", line(train and context, engine and context, "context, NCCL's buffers, workspaces: an estimate")
+    moments = {"forward": "forward of old or reference log-probs, or of values", "step": "training step"}
+    peaks = train.peaks.items() if train is not None and len(train.peaks) > 1 else ()
+    fullest = ", ".join(f"{moments[name]} {(count + context) / size:,.1f}" for name, count in peaks)
+    yield "at most", line(train and train.peak + context, engine and engine.peak + context, fullest)
+    if train is not None and train.host:
+        yield "host memory", line(train.host, None, _host_note(args))
+    if args.colocate:
+        yield (
+            "",
+            "training and engine "
+            + ("take turns on a GPU (--offload)" if args.offload else "share one GPU at the same time (--no-offload)"),
+        )
+    if args.colocate and on_cuda and train is not None and engine is not None:
+        moments = turns(args, train, engine)
+        needed = ", ".join(f"{moment} {count / size:,.1f}" for moment, count in moments.items())
+        yield "", f"the GPU holds for both: {needed} {unit}"
+    if engine is not None and args.rollout_engine != "embedded":
+        yield "", _sglang_note(args, engine)
+    yield from _gpu_size(args, on_cuda)
+
+
+def _gpu_size(args: Args, on_cuda: bool) -> Iterable[Row]:
+    """Yield whether the plan fits in a GPU, if the GPU's size is known."""
+    total = gpu_memory(args)
+    if not on_cuda:
+        yield "", "for CPU processes, in the precision above; --gpu-memory GIB plans for GPUs of that size"
+    elif total is None:
+        yield "", "not compared with a GPU's memory: there is no GPU here, and no --gpu-memory"
+    else:
+        yield "", comparison(args, total)
+        hint = recompute_hint(args, total)
+        if hint is not None:
+            yield "", hint
+
+
+def _host_note(args: Args) -> str:
+    note = "for each GPU"
+    if args.colocate and args.offload:
+        note += ": weights and optimizer while the engine has it"
+    return f"{note}; {args.actor_num_gpus_per_node} of them on a node"
+
+
+def _sglang_note(args: Args, engine: EngineMemory) -> str:
+    share = args.sglang.get("mem_fraction_static")
+    if share is None:
+        return "SGLang takes --sglang-mem-fraction-static of a GPU for weights and KV, and queues what does not fit"
+    whole = engine.peak / share / 2**30
+    return (
+        f"SGLang takes {share:.0%} of a GPU for weights and KV: one of {whole:,.0f} GiB holds all requests at once, "
+        "on a smaller one some wait"
+    )
+
+
+def _optimizer_note(args: Args, on_cuda: bool) -> str:
+    kinds = ["fp32 main weights"] if args.bf16 else []
+    kinds += ["both moments"] if args.optimizer == "adam" else ["momentum"] if args.sgd_momentum > 0 else []
+    if args.optimizer_cpu_offload:
+        kinds.append("in host memory")
+    ranks = args.data_parallel_size * args.context_parallel_size
+    if args.use_distributed_optimizer:
+        kinds.append(f"a share of 1/{ranks}: --use-distributed-optimizer, the default on GPUs; it changes no result")
+    elif args.use_distributed_optimizer is None and ranks > 1:
+        kinds.append("sharded (--use-distributed-optimizer) if Ray's cluster has GPUs")
+    elif on_cuda and ranks > 1 and args.optimizer != "adam":
+        kinds.append(f"not sharded over the {ranks} ranks: Megatron can only shard adam")
+    return ", ".join(kinds)
+
+
+def _activations_note(args: Args, train: TrainMemory) -> str:
+    recompute = f"{args.recompute_granularity} recompute" if args.recompute_granularity else "no recompute"
+    parts = [f"kept for the backward pass of {train.tokens:,} tokens, {recompute}"]
+    if args.use_dynamic_batch_size and args.max_tokens_per_gpu is not None and train.tokens > args.max_tokens_per_gpu:
+        parts.append("for one response of full length, longer than --max-tokens-per-gpu")
+    if args.pipeline_model_parallel_size > 1:
+        parts.append(f"stage {train.stage}, the fullest")
+    if args.spec:
+        parts.append("--spec's layers counted as the built-in ones")
+    return "; ".join(parts)
+
+
+def _length(args: Args) -> str:
+    if args.num_rollout is not None:
+        return f"{args.num_rollout} rollouts"
+    epochs = "1 epoch" if args.num_epoch == 1 else f"{args.num_epoch} epochs"
+    num_prompts = planned_prompts(args)
+    if num_prompts is None:
+        return epochs
+    rollouts = rollouts_of_epochs(args, num_prompts)
+    return f"{epochs} of {num_prompts} rows: {rollouts} rollouts (fewer if some prompts are too long)"
+
+
+def _batches(args: Args) -> Iterable[Row]:
+    samples = args.rollout_batch_size * args.n_samples_per_prompt
+    yield "run", f"{_length(args)} from {args.prompt_data or args.data_source_path}"
+    yield (
+        "rollout",
+        f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {samples} samples, "
+        f"up to {args.rollout_max_response_len} tokens each, temperature {args.rollout_temperature:g}",
+    )
+    if args.rollouts_ahead:
+        waits = "waits until it is complete" if args.update_weight_pause == "drain" else "passes between its requests"
+        yield "", f"one rollout ahead: the next is generated while one trains; the weight sync {waits}"
+    if args.over_sampling_batch_size != args.rollout_batch_size or args.dynamic_sampling_filter_path is not None:
+        rule = args.dynamic_sampling_filter_path or "none"
+        yield "sampling", f"{args.over_sampling_batch_size} prompts at first, filter: {rule}"
+    yield "steps", f"{args.num_steps_per_rollout} a rollout, {args.global_batch_size} samples each"
+    ranks = args.data_parallel_size
+    dealt = "by estimated compute" if args.balance_data else "in order"
+    yield "data parallel", f"{(args.global_batch_size or 0) / ranks:g} samples a step on each of {ranks}, dealt {dealt}"
+    if args.use_dynamic_batch_size and args.max_tokens_per_gpu is not None:
+        budget = args.max_tokens_per_gpu * args.context_parallel_size
+        product = f"{args.max_tokens_per_gpu} x CP {args.context_parallel_size}"
+        yield "micro-batch", f"up to {budget} tokens ({product}) with padding; a longer sample gets its own"
+    else:
+        yield "micro-batch", f"{args.micro_batch_size} samples"
+
+
+def _algorithm(args: Args) -> Iterable[Row]:
+    if args.loss_type == "sft_loss":
+        yield "loss", "sft_loss"
+    else:
+        kl = f"KL {args.kl_loss_coef:g} ({args.kl_loss_type})" if args.use_kl_loss and args.kl_loss_coef else "no KL"
+        if args.kl_coef:
+            kl += f", KL in the reward {args.kl_coef:g}"
+        clip = f"clip {args.eps_clip:g}/{args.eps_clip_high:g}"
+        yield "loss", f"{args.loss_type}, {args.advantage_estimator}, {clip}, {kl}, entropy {args.entropy_coef:g}"
+        yield "reward", args.custom_rm_path or args.rm_type or "by metadata.rm_type"
+    mean = "over tokens" if args.calculate_per_token_loss else "over samples of each sample's mean"
+    yield "mean", mean
+    yield "optimizer", f"{args.optimizer}, lr {args.lr:g} ({args.lr_decay_style}), weight decay {args.weight_decay:g}"
+
+
+def _files(args: Args) -> Iterable[Row]:
+    if args.debug_rollout_only:
+        yield "weights", f"{args.hf_checkpoint or '(not given)'}, as the engines load them"
+        yield "logs", args.log_dir or "(not given)"
+    else:
+        yield "load", args.load or "(not given)"
+        yield "ref load", args.ref_load or "(not given)"
+        often = f"every {args.save_interval} rollouts and " if args.save_interval else ""
+        yield "save", f"{args.save}, {often}after the last" if args.save else "(not given)"
+    if (args.eval_prompt_data or args.eval_config) and args.num_engines:
+        yield from _evaluation(args)
+
+
+def _evaluation(args: Args) -> Iterable[Row]:
+    """Yield when the run evaluates, then one row per set, because each may have its own sampling."""
+    often = f"every {args.eval_interval} rollouts, " if args.eval_interval else ""
+    yield "evaluation", f"{often}before the first and after the last"
+    try:
+        datasets = eval_datasets(args)
+    except ValueError:  # the file is not on this machine, and a warning reports it
+        yield "", f"on {' '.join([*args.eval_prompt_data, args.eval_config or ''])}".rstrip()
+        return
+    for dataset in datasets:
+        judge = "" if dataset.rm_type in (args.rm_type, None) or args.custom_rm_path else f", {dataset.rm_type}"
+        samples = (
+            "1 sample" if dataset.n_samples_per_eval_prompt == 1 else f"{dataset.n_samples_per_eval_prompt} samples"
+        )
+        yield "", f"{dataset.name}: {dataset.path}{judge}"
+        yield (
+            "",
+            f"  {samples} a prompt, up to {dataset.max_response_len} tokens each, "
+            f"temperature {dataset.temperature:g}, top-p {dataset.top_p:g}",
+        )
+
+
+def format_plan(args: Args, problems: Sequence[Problem]) -> str:
+    """Return the plan by section, with the warnings at the end."""
+    place = "CPU processes here" if args.rollout_engine == "embedded" else "GPUs"
+    nodes = f"{args.actor_num_nodes} node{'s' if args.actor_num_nodes > 1 else ''}"
+    sections = {
+        "Model": _model(args),
+        f"Devices ({place}; {nodes} x {args.actor_num_gpus_per_node} for training)": _devices(args),
+        "Batches": _batches(args),
+        "Memory": _memory(args),
+        "Training": _algorithm(args),
+        "Files": _files(args),
+    }
+    lines: list[str] = []
+    for title, rows in sections.items():
+        lines += ["", title, *(f"  {name:<14} {printable(text, SENTENCE)}" for name, text in rows)]
+    if problems:
+        lines += ["", "Warnings", *(f"  {problem}" for problem in problems)]
+    return "\n".join(lines[1:])

@@ -1,0 +1,70 @@
+r"""Answers as mathematics: decide whether an answer means the same as the label.
+
+- Called by: the rules that compare answers (`deepscaler`, `math`, `dapo`, the `boxed_` prefix).
+- Invariant: nothing that the model wrote is evaluated as code. `answers` reads it with a grammar of its own, and leaves
+  integrals and infinite sums to math-verify's LaTeX parser. docs/rewards.md lists what counts as equal.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from slime.config.grammar import REMEDY, grammar_fault
+from slime.core.boxes import last_boxed
+from slime.rollout.rewards.answers.comparison import equal_answers
+
+MAX_ANSWER = 1000
+"""The most characters of an answer that is read as mathematics; longer answers are compared as text."""
+
+KNOWN = (
+    ("0.5", r"\frac{1}{2}", True),
+    (r"\sqrt{8}", r"2\sqrt{2}", True),
+    (r"\frac{\pi}{4}", r"0.25\pi", True),
+    (r"\frac{1}{3}", r"\frac{1}{2}", False),
+    ("x+1", "x+2", False),
+    ("R^2-r^2", "0", False),
+    (r"\pi r^2 h", r"\pi r^2", False),
+    (r"\frac{1}{2004!}", r"\frac{1}{2006!}", False),
+    ("x<3", r"(-\infty,3)", True),
+    (r"1,2,\ldots,10", r"1,2,3,\ldots,10", True),
+    (r"\int_0^1 x dx", r"\frac{1}{2}", True),
+)
+"""Answers, labels and whether they are equal: a worker starts only if it reaches these verdicts."""
+
+_NUMBER = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?")
+_FEW_DIGITS = 6
+"""Two decimals with at most this many digits are equal only if they are the same number, however they were rounded."""
+
+
+def equal_as_mathematics(answer: str, label: str) -> bool:
+    r"""Return whether both mean the same; `label` may be plain (`34`), LaTeX (`\frac{1}{2}`) or hold a \boxed{...}.
+
+    An answer of more than MAX_ANSWER characters (and more than twice the other's) is compared as text.
+    """
+    answer, label = answer.strip(), (last_boxed(label) or label).strip()
+    if not answer or not label:
+        return False
+    if _NUMBER.fullmatch(answer) and _NUMBER.fullmatch(label):
+        if Decimal(answer) == Decimal(label):
+            return True
+        if min(len(answer), len(label)) <= _FEW_DIGITS or "." not in answer or "." not in label:
+            return False
+    if max(len(answer), len(label)) > max(MAX_ANSWER, 2 * min(len(answer), len(label))):
+        return False
+    return equal_answers(answer, label)
+
+
+def warm_up() -> None:
+    """Load all parsers, so that no sample's time limit includes that, and check them with the known verdicts.
+
+    Raises:
+        RuntimeError: the installed ANTLR runtime is not the tested one, or a known verdict comes out wrong.
+    """
+    fault = grammar_fault()
+    if fault is not None:
+        raise RuntimeError(f"{fault}; {REMEDY}")
+    for answer, label, equal in KNOWN:
+        if equal_answers(answer, label) != equal:
+            rule = f"{answer} is found {'unlike' if equal else 'equal to'} {label}: a parser does not work here"
+            raise RuntimeError(f"{rule}; pip install --force-reinstall latex2sympy2_extended mpmath, and {REMEDY}")

@@ -1,0 +1,143 @@
+"""The arguments of a restart, and that only a lost process causes one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from slime.cluster.ray_wait import Waiter, is_broken_link
+from slime.cluster.restart import newest_checkpoint, resumed_args
+from slime.config.args import Args
+from slime.core.errors import Fault, RunError
+
+
+def test_the_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
+    assert newest_checkpoint(None) is None
+    assert newest_checkpoint(str(tmp_path)) is None
+    for name in ("iter_0000003", "iter_0000012", ".tmp_iter_0000020", "iter_best", "release"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(str(tmp_path)) == 12
+
+
+def test_a_run_continues_from_its_own_checkpoint() -> None:
+    """This holds however the run began: with another run's checkpoint, its weights alone, an earlier one of its own."""
+    begun = Args(save="/own", load="/others", ckpt_step=3, finetune=True, no_load_optim=True, no_load_rng=True)
+    again = resumed_args(begun)
+    assert (again.load, again.ckpt_step) == ("/own", None)
+    assert not (again.finetune or again.no_load_optim or again.no_load_rng)
+    assert resumed_args(Args(save="/own", no_save_optim=True)).no_load_optim, "there is none in the checkpoint"
+
+
+@ray.remote
+class Actor:
+    def say(self, what: str) -> str:
+        return what
+
+    def refuse(self, error: Exception) -> None:
+        raise error
+
+    def die(self, after: float = 0.0) -> None:
+        time.sleep(after)
+        os._exit(1)
+
+    def hang(self) -> None:
+        time.sleep(600)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=100 * 1024**2,
+        _node_ip_address="127.0.0.1",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def steady(local_ray: None) -> Any:
+    """An actor that lives as long as the tests do."""
+    return Actor.options(num_cpus=0).remote()
+
+
+@pytest.fixture
+def doomed(local_ray: None) -> Iterator[Any]:
+    """An actor of this test alone, whose process runs: starting it may take longer than a test waits."""
+    actor: Any = Actor.options(num_cpus=0).remote()
+    ray.get(actor.say.remote("here"))
+    yield actor
+    ray.kill(actor)
+
+
+@pytest.fixture
+def waiter(steady: Any) -> Waiter:
+    made = Waiter(where="LOGS", limit=60.0, because="--limit")
+    made.name(steady, "the steady one")
+    return made
+
+
+def test_a_refusal_is_not_a_fault(waiter: Waiter, steady: Any) -> None:
+    assert waiter.get("trying", [steady.say.remote("here"), steady.say.remote("there")]) == ["here", "there"]
+    said = "trying failed: the steady one: ValueError: --flag 3: too much\nlogs: LOGS"
+    with pytest.raises(RunError, match=said) as caught:
+        waiter.get("trying", [steady.refuse.remote(ValueError("--flag 3: too much"))])
+    assert not isinstance(caught.value, Fault)
+
+
+def test_a_collective_without_its_peer_is_a_fault(waiter: Waiter, steady: Any) -> None:
+    error = RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    with pytest.raises(Fault, match="trying failed: the steady one: "):
+        waiter.get("trying", [steady.refuse.remote(error), steady.say.remote("done")])
+    from torch.distributed import DistBackendError  # here: the actors import this module
+
+    assert is_broken_link(DistBackendError("NCCL error"))
+    assert not is_broken_link(RuntimeError("CUDA out of memory"))
+
+
+def test_the_process_that_died_is_named(waiter: Waiter, steady: Any, doomed: Any) -> None:
+    waiter.name(doomed, "the doomed one")
+    with pytest.raises(Fault, match="trying failed: the doomed one died"):
+        waiter.get("trying", [steady.refuse.remote(RuntimeError("no peer")), doomed.die.remote(after=0.5)])
+
+
+def test_only_the_silent_process_is_named(waiter: Waiter, steady: Any, doomed: Any) -> None:
+    """Progress keeps a wait alive: the limit counts from the last progress."""
+    waiter.name(doomed, "the doomed one")
+    waiter.set_limit(2.0, because="--limit")
+    begin = time.monotonic()
+    hanging = doomed.hang.remote()
+    with pytest.raises(Fault, match=r"trying: no answer for 2 s \(--limit\) from the doomed one; .* LOGS"):
+        waiter.get("trying", [steady.say.remote("here"), hanging])
+    assert time.monotonic() - begin < 15
+    looks: list[float] = []
+
+    def moves() -> int:
+        looks.append(time.monotonic())
+        return min(len(looks), 4)
+
+    with pytest.raises(Fault, match="no answer"):
+        waiter.get("trying", [hanging], meanwhile=moves, every=0.5)
+    assert looks[-1] - looks[0] > 3
+
+
+def test_background_work_fails_under_its_own_name(waiter: Waiter, doomed: Any) -> None:
+    waiter.name(doomed, "the doomed one")
+    waiter.watch("the work behind", doomed.die.remote())
+    busy = Actor.options(num_cpus=0).remote()
+    try:
+        with pytest.raises(Fault, match="the work behind failed: the doomed one died"):
+            waiter.get("trying", [busy.hang.remote()])
+    finally:
+        ray.kill(busy)
