@@ -42,7 +42,6 @@ from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
 from slime.config.epochs import rollouts_of_epochs
 from slime.config.rules.case import Case
-from slime.config.rules.engines import needs_weight_directory, starts_engines
 from slime.config.rules.optimizer import decay, warm_up
 from slime.core.errors import RunError
 from slime.core.marks import new_mark
@@ -179,7 +178,7 @@ class Processes:
         args = self._args
         router_url = external_router_url(args)
         try:
-            if args.rollout_engine == "sglang" and starts_engines(args) and installed_version() is not None:
+            if args.rollout_engine == "sglang" and args.starts_engines and installed_version() is not None:
                 check_installed(args)  # without SGLang on the driver, the nodes check theirs
             if args.rollout_external_engines and args.num_engines:
                 self._external = asyncio.run(find_engines(args, say=print))
@@ -189,7 +188,7 @@ class Processes:
                 if router.is_open():
                     print(f"WARNING {OPEN_ROUTER.format(url=router_url)}", flush=True)
                 router.refuse_others(args.rollout_external_engines)
-            if needs_weight_directory(args):
+            if args.writes_weight_files:
                 assert args.update_weight_disk_dir is not None, "resolving the arguments sets it"
                 self._weights = WeightDirectory(Path(args.update_weight_disk_dir))
         except (OSError, RuntimeError, ValueError) as error:

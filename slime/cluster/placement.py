@@ -23,8 +23,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime.config.args import Args
+from slime.config.engine_kinds import AUTO, ON_CPU, ON_GPUS
 from slime.config.resolve import cuda_devices
-from slime.config.rules.engines import FP32_REMEDY, FP32_RULE, computes_in_fp32, starts_engines
 from slime.config.sharding import shard_optimizer
 from slime.core.errors import RunError
 from slime.core.printable import one_line
@@ -94,16 +94,17 @@ def choose_engine(args: Args, gpus: int) -> Args:
     Raises:
         RunError: SGLang is requested but there is no GPU, or it would compute in fp32.
     """
-    if args.rollout_engine == "auto":
-        args = replace(args, rollout_engine="sglang" if gpus else "embedded")
+    if args.rollout_engine == AUTO:
+        args = replace(args, rollout_engine=ON_GPUS if gpus else ON_CPU)
     args = shard_optimizer(args, on_gpus=gpus > 0)
-    if args.rollout_engine == "sglang" and starts_engines(args) and not gpus:
+    flag = f"--rollout-engine {args.rollout_engine}"
+    if args.engine.on_gpus and args.starts_engines and not gpus:
         raise RunError(
-            "--rollout-engine sglang: Ray has no GPU, which SGLang needs; add --rollout-engine embedded to generate "
-            "on the CPU, or start Ray where there are GPUs"
+            f"{flag}: Ray has no GPU, which {args.engine.label} needs; add --rollout-engine {ON_CPU} to generate on "
+            "the CPU, or start Ray where there are GPUs"
         )
-    if args.rollout_engine == "sglang" and computes_in_fp32(args):
-        raise RunError(f"--rollout-engine {args.rollout_engine}: {FP32_RULE}; {FP32_REMEDY}")
+    if args.fp32_fault is not None:
+        raise RunError(f"{flag}: {'; '.join(args.fp32_fault)}")
     return args
 
 
@@ -152,8 +153,8 @@ def demand(args: Args, gpus: int) -> Demand:
     """Return the places that `args` require in a cluster of `gpus` GPUs; the engine's kind is already decided."""
     return Demand(
         num_trainers=0 if args.debug_rollout_only else args.actor_world_size,
-        num_engines=args.num_engines if starts_engines(args) else 0,
-        gpus_per_engine=args.rollout_num_gpus_per_engine if args.rollout_engine == "sglang" else 0,
+        num_engines=args.num_engines if args.starts_engines else 0,
+        gpus_per_engine=args.gpus_per_engine,
         trainers_on_gpu=gpus > 0,
         colocated=args.colocate,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slime.algo.estimators import ESTIMATOR_FACTS
+from slime.config.engine_kinds import ENGINE_KINDS, EngineFacts
 from slime.config.flags.algo_options import AlgoOptions
 from slime.config.flags.critic_options import CriticOptions
 from slime.config.flags.megatron_options import (
@@ -144,6 +145,49 @@ class Args(
     def num_engines(self) -> int:
         """Return the number of engines; 0 if the run generates nothing."""
         return (self.rollout_num_gpus or 0) // self.rollout_num_gpus_per_engine
+
+    @property
+    def engine(self) -> EngineFacts:
+        """Return the facts about the kind of engine that --rollout-engine names."""
+        return ENGINE_KINDS[self.rollout_engine]
+
+    @property
+    def starts_engines(self) -> bool:
+        """Return whether the run starts its own engines."""
+        return self.num_engines > 0 and not self.rollout_external_engines
+
+    @property
+    def engines_on_cpu(self) -> bool:
+        """Return whether the run's own engines certainly compute on CPUs; external ones are like the trainer."""
+        return self.engine.on_cpu and not self.rollout_external_engines
+
+    @property
+    def engines_may_use_gpus(self) -> bool:
+        """Return whether the run's own engines compute on GPUs, or may do so on another machine."""
+        return not self.engine.on_cpu and not self.rollout_external_engines
+
+    @property
+    def gpus_per_engine(self) -> int:
+        """Return the number of GPUs of one engine; 0 if it computes on a CPU."""
+        return self.rollout_num_gpus_per_engine if self.engine.on_gpus else 0
+
+    @property
+    def engines_take_keys(self) -> bool:
+        """Return whether the run's engines can have an API key; SGLang accepts none with several tokenizer workers."""
+        return not self.engine.reads("tokenizer_worker_num") or (self.sglang.get("tokenizer_worker_num") or 1) == 1
+
+    @property
+    def fp32_fault(self) -> tuple[str, str] | None:
+        """Return the rule and the remedy if the run's engines would have to compute in fp32 but cannot."""
+        dtype = self.sglang.get("dtype") or ("bfloat16" if self.bf16 else "float32")
+        in_fp32 = self.starts_engines and dtype in ("float", "float32")
+        return self.engine.fp32_fault if in_fp32 else None
+
+    @property
+    def writes_weight_files(self) -> bool:
+        """Return whether weights are written to files, by the disk transport or by the check of the first sync."""
+        sends = bool(self.num_engines) and not self.debug_rollout_only
+        return sends and (self.update_weight_transport == "disk" or self.check_weight_sync)
 
 
 SECTIONS: tuple[type[Any], ...] = Args.__bases__

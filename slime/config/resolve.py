@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, cast
 
 from slime.config.args import Args
+from slime.config.engine_kinds import AUTO, ENGINE_KINDS, ON_CPU, ON_GPUS
 
 COLOCATED_MEM_FRACTION = 0.7
 """The fraction of a GPU's memory for SGLang's weights and KV cache with --colocate. The rest is for the parts of the
@@ -74,12 +75,12 @@ def plans_gpus(args: Args) -> bool:
 
 def for_gpus(args: Args) -> bool:
     """Return whether training runs on GPUs or is planned for them, as far as this machine and the flags show."""
-    return cuda_available() or plans_gpus(args) or args.rollout_engine == "sglang"
+    return cuda_available() or plans_gpus(args) or args.engine.on_gpus
 
 
 def counts_gpus(args: Args) -> bool:
     """Return whether a plan counts GPU memory; unlike `for_gpus`, also if only Ray's cluster may have GPUs."""
-    return for_gpus(args) or args.rollout_engine == "auto"
+    return for_gpus(args) or args.rollout_engine == AUTO
 
 
 def resolve(args: Args) -> Args:
@@ -109,8 +110,9 @@ def resolve(args: Args) -> Args:
 def _placement(args: Args) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     on_gpus = cuda_available() or plans_gpus(args)
-    if args.rollout_engine == "auto" and (on_gpus or not joins_ray()):
-        changes["rollout_engine"] = "sglang" if on_gpus else "embedded"
+    kind = args.rollout_engine
+    if kind == AUTO and (on_gpus or not joins_ray()):
+        changes["rollout_engine"] = kind = ON_GPUS if on_gpus else ON_CPU
     num_gpus = args.rollout_num_gpus
     if args.debug_train_only:
         num_gpus = 0
@@ -122,7 +124,7 @@ def _placement(args: Args) -> dict[str, Any]:
     if args.offload is None:
         changes["offload"] = args.colocate
     shared = args.colocate and (changes.get("offload", args.offload) is True)
-    if shared and changes.get("rollout_engine", args.rollout_engine) != "embedded":
+    if shared and ENGINE_KINDS[kind].reads("mem_fraction_static"):
         changes["sglang"] = {"mem_fraction_static": COLOCATED_MEM_FRACTION, **args.sglang}
     if args.update_weight_transport == "auto" and not args.colocate:
         changes["update_weight_transport"] = "broadcast"

@@ -8,7 +8,7 @@ ValueError
 ├── HookError (core.plugins)                            a hook cannot be imported or called
 ├── NewerFormatError (megatron.checkpoint.manifest)     a later version wrote the checkpoint; it is not damaged
 ├── UnsafeFileError (megatron.checkpoint.safe_pickle)   a checkpoint file has content that is not allowed
-├── UnreadableFileError (megatron.checkpoint.safe_pickle)a checkpoint file is damaged
+├── UnreadableFileError (megatron.checkpoint.safe_pickle) a checkpoint file is damaged
 └── UnreadError (rollout.rewards.answers.tokens)        a grader compares the answer as text only
     └── InexactError (rollout.rewards.answers.exact)    the answer has no exact value
 RuntimeError

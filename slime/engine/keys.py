@@ -15,7 +15,6 @@ from typing import Any
 
 from slime.config.api_keys import control_key
 from slime.config.args import Args, FrozenMapping
-from slime.config.rules.engines import starts_engines, takes_keys
 
 RUN = "slime"
 """ID and name of the run's own key for the list of engines, as the router's audit log shows it."""
@@ -54,7 +53,7 @@ def with_keys(args: Args) -> Args:
     for its list of engines, in addition to those that the user gave.
     """
     given = args.sglang.get("api_key")
-    makes_engine_key = given is None and starts_engines(args) and takes_keys(args)
+    makes_engine_key = given is None and args.starts_engines and args.engines_take_keys
     sglang: Mapping[str, Any] = {"api_key": new_key()} if makes_engine_key else {}
     router: dict[str, Any] = {}
     own_router = args.sglang_router_ip is None

@@ -20,7 +20,6 @@ from typing import Any, cast
 
 from slime.config.args import Args
 from slime.config.flags.table import Source, secret_names
-from slime.config.rules.no_effect import EMBEDDED_SETTINGS
 from slime.core.threads import THREADS_SLEEP_SOON
 from slime.engine.connection import authorization
 from slime.engine.keyed import VARIABLE
@@ -110,7 +109,7 @@ def _launch_embedded(
         "dtype": "bfloat16" if args.bf16 else "float32",  # the trainer's dtype: the engine samples what it trains
         "enable_deterministic_inference": args.deterministic,
         "enable_return_routed_experts": args.use_routing_replay,
-        **{name: value for name, value in args.sglang.items() if name in EMBEDDED_SETTINGS},
+        **{name: value for name, value in args.sglang.items() if args.engine.reads(name)},
     }
     threads = args.cpu_threads_per_process or 1
     command, environment = _server("slime.engine.embedded.server", _take_hidden(settings, "sglang"))

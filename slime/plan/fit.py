@@ -81,7 +81,7 @@ def moments(args: Args, size: float) -> list[Moment]:
     """
     total = int(size * GIB)
     train = train_memory(args, on_cuda=True)
-    engine = None if args.rollout_engine == "embedded" or args.rollout_external_engines else engine_memory(args)
+    engine = engine_memory(args) if args.engines_may_use_gpus else None
     if engine is None:
         return [] if train is None else [Moment("training", train.peak + CUDA_CONTEXT, total)]
     taken = _taken(args, engine, total)
@@ -190,7 +190,7 @@ def _take_turns(args: Args, size: float) -> tuple[str, Change] | None:
 
 def _other_share(args: Args, size: float) -> tuple[str, Change] | None:
     """Propose the largest share for SGLang that leaves enough for the rest and holds SGLang's own weights."""
-    if args.rollout_engine == "embedded" or args.rollout_external_engines:
+    if not args.engines_may_use_gpus:
         return None
     for hundredths in range(90, 5, -5):
         change: Change = {"sglang": {**args.sglang, "mem_fraction_static": hundredths / 100}}
@@ -201,7 +201,7 @@ def _other_share(args: Args, size: float) -> tuple[str, Change] | None:
 
 def _larger_engine(args: Args, size: float) -> tuple[str, Change] | None:
     gpus, arch = 2 * args.rollout_num_gpus_per_engine, args.architecture
-    if args.rollout_engine == "embedded" or args.rollout_external_engines or arch is None:
+    if not args.engines_may_use_gpus or arch is None:
         return None
     if gpus > 8 or (args.rollout_num_gpus or 0) % gpus or arch.num_attention_heads % gpus:
         return None

@@ -254,7 +254,7 @@ def engine_memory(args: Args) -> EngineMemory | None:
     arch = args.architecture
     if arch is None or args.num_experts or not args.num_engines:
         return None
-    embedded = args.rollout_engine == "embedded"
+    embedded = args.engine.on_cpu
     tp = 1 if embedded else args.rollout_num_gpus_per_engine
     width = 2 if str(args.sglang.get("dtype") or ("bfloat16" if args.bf16 else "float32")).endswith("16") else FP32
     samples = (args.over_sampling_batch_size or args.rollout_batch_size) * args.n_samples_per_prompt

@@ -56,11 +56,6 @@ def _devices(args: Args) -> Iterable[Row]:
         yield f"train {ranks}", f"data-parallel rank {replica}: {_model_parallel(args)}"
     first = 0 if args.colocate or args.debug_rollout_only else args.actor_world_size
     size = args.rollout_num_gpus_per_engine
-    kinds = {
-        "embedded": "embedded here; SGLang with CUDA",
-        "sglang": "SGLang",
-        "auto": "SGLang if Ray's cluster has GPUs, otherwise embedded",
-    }
     for engine in _shown(args.num_engines):
         if engine is None:
             yield "...", f"{args.num_engines - MAX_ROWS} more engines like these"
@@ -69,9 +64,8 @@ def _devices(args: Args) -> Iterable[Row]:
         if args.rollout_external_engines:
             yield f"engine {engine}", f"{args.rollout_external_engines[engine]} (runs already)"
             continue
-        kind = kinds[args.rollout_engine]
         shared = "shared with training, " if args.colocate else ""
-        yield f"serve {slots}", f"engine {engine}: TP {size} ({shared}{kind})"
+        yield f"serve {slots}", f"engine {engine}: TP {size} ({shared}{args.engine.label})"
 
 
 def _model_parallel(args: Args) -> str:
@@ -163,7 +157,7 @@ def _memory(args: Args) -> Iterable[Row]:
         moments = turns(args, train, engine)
         needed = ", ".join(f"{moment} {count / size:,.1f}" for moment, count in moments.items())
         yield "", f"the GPU holds for both: {needed} {unit}"
-    if engine is not None and args.rollout_engine != "embedded":
+    if engine is not None and not args.engine.on_cpu:
         yield "", _sglang_note(args, engine)
     yield from _gpu_size(args, on_cuda)
 
@@ -316,7 +310,7 @@ def _evaluation(args: Args) -> Iterable[Row]:
 
 def format_plan(args: Args, problems: Sequence[Problem]) -> str:
     """Return the plan by section, with the warnings at the end."""
-    place = "CPU processes here" if args.rollout_engine == "embedded" else "GPUs"
+    place = "CPU processes here" if args.engine.on_cpu else "GPUs"
     nodes = f"{args.actor_num_nodes} node{'s' if args.actor_num_nodes > 1 else ''}"
     sections = {
         "Model": _model(args),

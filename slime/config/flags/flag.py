@@ -21,6 +21,7 @@ def flag(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    choices: tuple[str, ...] = (),
     metavar: str | None = None,
     nargs: int | None = None,
     secret: Secret | None = None,
@@ -28,6 +29,7 @@ def flag(
     """Declare an option of the command line.
 
     `ge/gt/le/lt`: bounds, which are checked when the value is not None.
+    `choices`: the allowed values, if they come from a table; otherwise the field's type is a Literal of them.
     `nargs`: an exact number of values for a tuple field (otherwise one or more).
     `secret`: the part of the value that others must not see. Every output shows that part masked.
     `default=MISSING` makes the option required.
@@ -38,6 +40,7 @@ def flag(
         "gt": gt,
         "le": le,
         "lt": lt,
+        "choices": choices,
         "metavar": metavar,
         "nargs": nargs,
         "secret": secret,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from slime.config.engine_kinds import AUTO, ENGINE_KINDS
 from slime.config.flags.flag import flag
 
 
@@ -41,8 +42,10 @@ class ClusterOptions:
     )
     colocate: bool = flag(False, "Colocation: training and generation share the same devices.")
     offload: bool | None = flag(None, "With --colocate: engines release memory while training runs. Unset: yes.")
-    rollout_engine: Literal["auto", "sglang", "embedded"] = flag(
-        "auto", "auto: SGLang on machines with CUDA, the embedded engine on all others."
+    rollout_engine: str = flag(
+        AUTO,
+        "auto: SGLang on machines with CUDA, the embedded engine on all others.",
+        choices=tuple(ENGINE_KINDS),
     )
     rollout_external_engines: tuple[str, ...] = flag(
         (),

@@ -91,6 +91,8 @@ def _section_specs(section: type[Any]) -> Iterable[FlagSpec]:
     for item in fields(section):
         kind, properties = _field_kind(hints[item.name])
         metadata: Mapping[str, Any] = item.metadata
+        if metadata["choices"]:
+            properties["choices"] = metadata["choices"]
         if metadata["nargs"] is not None:
             properties["num_values"] = (metadata["nargs"], metadata["nargs"])
         dashed = item.name.replace("_", "-")

@@ -25,10 +25,10 @@ def deterministic(case: Case) -> Iterable[Problem]:
     if case.generates and args.custom_rm_path is None and args.rm_url is not None and may_ask_remote(args):
         rule = f"slime cannot make the answers and failures of the judge at --rm-url {args.rm_url} reproducible"
         yield case.warning("deterministic", rule, "use a reward that is computed locally", also=["rm_url"])
-    if cuda_available() or args.rollout_engine == "sglang":
+    if cuda_available() or args.engine.on_gpus:
         rule = "bit for bit on a CPU only; on GPUs, engines and trainer use their own deterministic modes"
         yield case.warning("deterministic", rule, "compare GPU runs within a tolerance")
-    if args.rollout_engine != "embedded" and not args.rollout_external_engines:
+    if args.engines_may_use_gpus:
         yield from _sglang(case)
 
 

@@ -1,6 +1,6 @@
 """Rules for engines and routers, whether the run starts them or not, and for the weight sync to them.
 
-- Used by: `rules.check`; cluster code uses the predicates on Args.
+- Used by: `rules.check`.
 - Invariant: no URL is contacted here; a URL only has to be well-formed.
 """
 
@@ -11,21 +11,13 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from slime.config.api_keys import FORMAT, control_key, key_fault
-from slime.config.args import Args
 from slime.config.resolve import cuda_available, joins_ray
 from slime.config.rules.case import Case
 from slime.config.rules.problem import Problem, show
 from slime.config.secrets import masked
 from slime.core.address import is_loopback
 
-FP32_RULE = "SGLang's kernels on CUDA compute in 16 bits, but its engines would have to run in fp32"
-FP32_REMEDY = "add --bf16, or --sglang-dtype bfloat16 to sample in bf16 and train in fp32"
 _URL = re.compile(r"http://(\[[0-9a-fA-F:.]+\]|[^\s/:@\[\]]+):(\d{1,5})")
-
-
-def starts_engines(args: Args) -> bool:
-    """Return whether the run starts its own engines."""
-    return args.num_engines > 0 and not args.rollout_external_engines
 
 
 def engines(case: Case) -> Iterable[Problem]:
@@ -62,9 +54,9 @@ def engines(case: Case) -> Iterable[Problem]:
 def sglang(case: Case) -> Iterable[Problem]:
     """Refuse SGLang without a GPU, and pipeline parallelism: the weight sync numbers ranks by tensor parallelism."""
     args = case.args
-    asked = args.rollout_engine == "sglang" and starts_engines(args)
+    asked = args.engine.on_gpus and args.starts_engines
     if asked and case.real and not (cuda_available() or joins_ray()):
-        rule = "SGLang needs a GPU, and this machine has none that torch can use"
+        rule = f"{args.engine.label} needs a GPU, and this machine has none that torch can use"
         yield case.error("rollout_engine", rule, "add --rollout-engine embedded (--dry-run plans with it)")
     if (args.sglang.get("pp_size") or 1) > 1:
         yield Problem(
@@ -89,17 +81,12 @@ def engine_share(case: Case) -> Iterable[Problem]:
         )
 
 
-def computes_in_fp32(args: Args) -> bool:
-    """Return whether SGLang engines would have to compute in fp32, which their CUDA kernels do not support."""
-    dtype = args.sglang.get("dtype") or ("bfloat16" if args.bf16 else "float32")
-    return starts_engines(args) and dtype in ("float", "float32")
-
-
 def sglang_precision(case: Case) -> Iterable[Problem]:
     """Refuse fp32 with SGLang; in version 0.5.16, RMSNorm fails at the first request in fp32."""
-    if case.args.rollout_engine == "sglang" and computes_in_fp32(case.args):
+    if case.args.fp32_fault is not None:
+        rule, remedy = case.args.fp32_fault
         about = ("bf16",) if "dtype" not in case.args.sglang else ()
-        yield case.error("rollout_engine", FP32_RULE, FP32_REMEDY, also=about)
+        yield case.error("rollout_engine", rule, remedy, also=about)
 
 
 def precision_elsewhere(case: Case) -> Iterable[Problem]:
@@ -193,15 +180,10 @@ def api_keys(case: Case) -> Iterable[Problem]:
         )
 
 
-def takes_keys(args: Args) -> bool:
-    """Return whether the run's engines can have an API key; SGLang accepts none with several tokenizer workers."""
-    return args.rollout_engine == "embedded" or (args.sglang.get("tokenizer_worker_num") or 1) == 1
-
-
 def keyless_engines(case: Case) -> Iterable[Problem]:
     """Warn when engines cannot have a key, because then every user who reaches them can use them."""
     args = case.args
-    if not starts_engines(args) or takes_keys(args):
+    if not args.starts_engines or args.engines_take_keys:
         return
     given = args.sglang.get("api_key") is not None
     rule = "SGLang accepts no API key with several tokenizer workers, "
@@ -223,8 +205,7 @@ def pauses(case: Case) -> Iterable[Problem]:
     """
     args = case.args
     waits = args.update_weight_pause in ("in_place", "retract") and args.num_engines and not args.colocate
-    may_be_sglang = args.rollout_engine != "embedded"
-    if waits and may_be_sglang and not args.sglang.get("disable_radix_cache"):
+    if waits and not args.engine.flushes_while_requests_wait and not args.sglang.get("disable_radix_cache"):
         rule = "SGLang cannot flush its prefix cache while requests wait, so prompts would use the old weights' cache"
         yield case.error("update_weight_pause", rule, "add --sglang-disable-radix-cache, or use drain or abort")
 
@@ -240,19 +221,13 @@ def weight_directory(case: Case) -> Iterable[Problem]:
     elsewhere = [
         url for url in args.rollout_external_engines if _is_url(url) and not is_loopback(urlsplit(url).hostname or "")
     ]
-    if elsewhere and not given and needs_weight_directory(args):
+    if elsewhere and not given and args.writes_weight_files:
         rule = f"neither it nor --save was given, and {elsewhere[0]} must read files there"
         remedy = "name a directory that the engine can read under the same path"
         if not by_disk:
             remedy += ", or add --no-check-weight-sync"
         about = ("save", "rollout_external_engines", "update_weight_transport", "check_weight_sync")
         yield case.error("update_weight_disk_dir", rule, remedy, also=about)
-
-
-def needs_weight_directory(args: Args) -> bool:
-    """Return whether weights are written to files, by the disk transport or by the check of the first sync."""
-    sends = bool(args.num_engines) and not args.debug_rollout_only
-    return sends and (args.update_weight_transport == "disk" or args.check_weight_sync)
 
 
 def _is_url(url: str) -> bool:

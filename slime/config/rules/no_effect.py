@@ -15,7 +15,6 @@ from slime.config.flags.options import EvalOptions, HookOptions
 from slime.config.resolve import for_gpus, gpu_memory, joins_ray
 from slime.config.reward_types import may_ask_remote
 from slime.config.rules.case import Case
-from slime.config.rules.engines import needs_weight_directory
 from slime.config.rules.no_effect_algorithms import ALGORITHMS
 from slime.config.rules.no_effect_row import NoEffect
 from slime.config.rules.problem import Problem
@@ -23,21 +22,6 @@ from slime.config.sharding import optimizer_ranks
 
 _CRITIC = tuple(f.name for f in fields(CriticOptions))
 _EVAL = tuple(f.name for f in fields(EvalOptions) if f.name not in ("eval_interval", "eval_prompt_data", "eval_config"))
-
-EMBEDDED_SETTINGS = frozenset(
-    [
-        "context_length",
-        "max_running_requests",
-        "max_total_tokens",
-        "dtype",
-        "enable_deterministic_inference",
-        "random_seed",
-        "api_key",
-        "served_model_name",
-        "watchdog_timeout",
-    ]
-)
-"""The settings of SGLang that the embedded engine also supports."""
 
 
 def _collects(args: Args) -> bool:
@@ -172,7 +156,7 @@ TABLE: tuple[NoEffect, ...] = (
     ),
     NoEffect(
         ("update_weight_disk_dir",),
-        lambda a: not needs_weight_directory(a),
+        lambda a: not a.writes_weight_files,
         "no weights are written to files",
         "add --update-weight-transport disk",
     ),
@@ -276,9 +260,7 @@ TABLE: tuple[NoEffect, ...] = (
     NoEffect(("attention_softmax_in_fp32",), lambda a: not a.attention_softmax_in_fp32, "softmax is always in fp32"),
     NoEffect(
         ("rollout_num_gpus_per_engine",),
-        lambda a: (
-            a.rollout_engine == "embedded" and a.rollout_num_gpus_per_engine > 1 and not a.rollout_external_engines
-        ),
+        lambda a: a.engines_on_cpu and a.rollout_num_gpus_per_engine > 1,
         "this machine has no CUDA, and an embedded engine is always one process",
         "nothing to do; with CUDA it is SGLang's tensor-parallel size",
     ),
@@ -292,16 +274,17 @@ def no_effect(case: Case) -> Iterable[Problem]:
             for field in row.fields:
                 if field in case.given:
                     yield case.warning(field, f"no effect: {row.why}", row.remedy)
-    sglang_only = [name for name in case.args.sglang if name not in EMBEDDED_SETTINGS]
+    unread = [name for name in case.args.sglang if not case.args.engine.reads(name)]
     if case.args.rollout_external_engines:
-        sglang_only = [name for name in case.args.sglang if name != "api_key"]
-        yield from _passed_on_to_nobody("sglang", sglang_only, "--rollout-external-engines already run")
-    elif case.args.rollout_engine == "embedded" and sglang_only:
-        names = " ".join("--sglang-" + name.replace("_", "-") for name in sglang_only)
+        unused = [name for name in case.args.sglang if name != "api_key"]
+        yield from _passed_on_to_nobody("sglang", unused, "--rollout-external-engines already run")
+    elif unread:
+        kind = case.args.rollout_engine
+        names = " ".join("--sglang-" + name.replace("_", "-") for name in unread)
         yield Problem(
             severity="warning",
             where=names,
-            rule="no effect: this run uses embedded engines (no CUDA, or --rollout-engine embedded)",
+            rule=f"no effect: this run uses {kind} engines (no CUDA, or --rollout-engine {kind})",
             remedy="nothing to do; runs with SGLang pass them on",
         )
     if case.args.sglang_router_ip is not None:
