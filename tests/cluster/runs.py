@@ -61,6 +61,10 @@ def shared_task(factory: pytest.TempPathFactory) -> Task:
     return _task_in(directory)
 
 
+SMALL = ("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
+"""One trainer and one engine: each more is a process whose start takes seconds of a core."""
+
+
 def flags(task: Task, save: Path, *extra: str, length: Sequence[str] = ("--num-rollout", "4")) -> list[str]:
     """Return flags of a short GRPO run: 2 trainers, 2 engines, 4 prompts x 4 samples, rewards that always differ."""
     return [
@@ -73,6 +77,12 @@ def flags(task: Task, save: Path, *extra: str, length: Sequence[str] = ("--num-r
         *("--use-dynamic-batch-size", "--max-tokens-per-gpu", "512", "--lr", "1e-3"),
         *extra,
     ]
+
+
+def without(arguments: list[str], name: str, values: int = 1) -> list[str]:
+    """Return the arguments without the flag `name` and its values."""
+    at = arguments.index(name)
+    return arguments[:at] + arguments[at + 1 + values :]
 
 
 def environment() -> dict[str, str]:

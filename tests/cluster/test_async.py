@@ -17,14 +17,13 @@ from slime.megatron.checkpoint.files import read_state
 from slime.observability.metrics_log import read_metrics
 from slime.observability.phases import PHASES
 from slime.rollout.dump import read_dump
-from tests.cluster.runs import Task, copy_checkpoint, events, family, flags, start, train, wait_for
-from tests.cluster.test_life_and_death import assert_all_gone
+from tests.cluster.runs import SMALL, Task, copy_checkpoint, events, family, flags, start, train, wait_for
+from tests.cluster.test_life_and_death import assert_all_gone, assert_no_trace, new_marker, temporary_files
 from tests.cluster.test_resume import weights
 from tests.cluster.timeline_hooks_for_tests import TRAINING_S, read_spans
 
 PROGRAM = "train_async.py"
 HOOKS = "tests.cluster.timeline_hooks_for_tests"
-SMALL = ("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
 TOLERANCE = 1e-3
 """The largest difference of a log-prob between the engine and Hugging Face."""
 
@@ -166,7 +165,7 @@ def test_a_failed_rollout_ends_the_run_during_training(task: Task, tmp_path: Pat
 def aborting(task: Task, save: Path) -> list[str]:
     """Generation takes longer than training: requests are long, and run one at a time."""
     extra = ["--update-weight-pause", "abort", "--sglang-max-running-requests", "1", "--lr", "3e-3"]
-    extra += ["--rollout-max-response-len", "90", "--save-interval", "1", "--save-hf", str(save / "hf-{rollout_id}")]
+    extra += ["--rollout-max-response-len", "64", "--save-interval", "1", "--save-hf", str(save / "hf-{rollout_id}")]
     return dumped(task, save, *extra)
 
 
@@ -175,8 +174,16 @@ LAST = 4
 
 @pytest.fixture(scope="module")
 def interrupted(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five rollouts of many, then Ctrl-C; a checkpoint and an export after each."""
+    """Five rollouts of many, then Ctrl-C, which leaves nothing; a checkpoint and an export after each."""
     save = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch, temporary_files(patch) as temporary:
+        patch.setenv(marker := new_marker(), "1")
+        _interrupt(task, save)
+        assert_no_trace(marker, temporary, save)
+    return save
+
+
+def _interrupt(task: Task, save: Path) -> None:
     log = save.parent / "log.txt"
     process = start([*aborting(task, save), "--num-rollout", "1000"], log, PROGRAM)
     tracker = save / "latest_checkpointed_iteration.txt"
@@ -194,7 +201,6 @@ def interrupted(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         if process.poll() is None:
             process.kill()
-    return save
 
 
 def log_probs(model: Path, sample: Sample) -> torch.Tensor:

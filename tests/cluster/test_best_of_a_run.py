@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 from slime.observability.best_checkpoint import FILE
-from tests.cluster.runs import Task, events, flags, train
+from tests.cluster.runs import SMALL, Task, events, flags, train, without
 
 pytestmark = pytest.mark.usefixtures("joined_ray")
 
-SMALL = ("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
 EVALUATION = ("--eval-function-path", "tests.cluster.hooks_for_tests.evaluate_by_table", "--eval-interval", "1")
 
 
 def test_the_best_checkpoint_is_kept_and_evaluated(task: Task, tmp_path: Path) -> None:
-    """The evaluation's rewards are made up, with the best after two rollouts; it also reports the engines' checksum."""
+    """The evaluation's rewards are made up, with the best after two rollouts; it also reports the engines' checksum.
+
+    An evaluation alone needs no prompts to train on.
+    """
     save = tmp_path / "run"
     best = ("--keep-best-checkpoint", "eval/own/reward", "--keep-last-checkpoints", "1")
     few = ("--eval-prompt-data", f"{task.eval}@[0:2]")
@@ -34,7 +36,7 @@ def test_the_best_checkpoint_is_kept_and_evaluated(task: Task, tmp_path: Path) -
 
     shutil.copytree(save, tmp_path / "before")
     alone = ("--num-rollout", "0", "--ckpt-step", "1")
-    train(flags(task, save, *SMALL, *EVALUATION, *few, length=alone), tmp_path / "alone.txt")
+    train(without(flags(task, save, *SMALL, *EVALUATION, *few, length=alone), "--prompt-data"), tmp_path / "alone.txt")
     more = (save / "metrics.jsonl").read_text()
     assert more.startswith(metrics), "nothing of the run is taken back"
     [evaluation] = [json.loads(line) for line in more.removeprefix(metrics).splitlines()]

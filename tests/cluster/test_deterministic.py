@@ -14,6 +14,7 @@ from tests.kill.compare import differences
 pytestmark = pytest.mark.usefixtures("joined_ray")
 
 FILTER = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
+ONE_TRAINER = ["--actor-num-gpus-per-node", "1"]
 COLLECTING = ["--over-sampling-batch-size", "6", "--dynamic-sampling-filter-path", FILTER]
 CUT_OFF = ["--partial-rollout", "--partial-rollout-max-tokens", "14"]
 TRAINING = ["--num-steps-per-rollout", "2", "--use-tis", "--num-rollout", "2"]
@@ -21,7 +22,7 @@ TRAINING = ["--num-steps-per-rollout", "2", "--use-tis", "--num-rollout", "2"]
 
 def run(task: Task, save: Path, *extra: str) -> Path:
     dump = ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
-    words = flags(task, save, *COLLECTING, *CUT_OFF, *TRAINING, *dump, *extra, length=())
+    words = flags(task, save, *ONE_TRAINER, *COLLECTING, *CUT_OFF, *TRAINING, *dump, *extra, length=())
     train(words, save.parent / f"{save.name}.txt")
     return save
 

@@ -1,4 +1,4 @@
-"""Whole runs in special cases: only evaluation, nothing left to do, a resume that is refused."""
+"""Whole runs in special cases: nothing left to do, a resume that is refused."""
 
 from __future__ import annotations
 
@@ -8,32 +8,9 @@ from pathlib import Path
 import pytest
 
 from slime.observability.metrics_log import read_metrics
-from tests.cluster.runs import Task, events, flags, start, train
+from tests.cluster.runs import SMALL, Task, events, flags, start, train
 
 pytestmark = pytest.mark.usefixtures("joined_ray")
-
-SMALL = ("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
-
-
-def without(arguments: list[str], name: str, values: int = 1) -> list[str]:
-    at = arguments.index(name)
-    return arguments[:at] + arguments[at + 1 + values :]
-
-
-def test_evaluation_alone_needs_no_training_prompts(task: Task, tmp_path: Path) -> None:
-    save = tmp_path / "run"
-    extra = [
-        "--num-rollout",
-        "0",
-        "--eval-prompt-data",
-        "few",
-        f"{task.eval}@[0:8]",
-        "--n-samples-per-eval-prompt",
-        "2",
-    ]
-    arguments = without(flags(task, save, *SMALL, *extra), "--prompt-data")
-    train(arguments, tmp_path / "log.txt")
-    assert events(save, "eval/few/num_prompts") == {0: 8}
 
 
 def test_finished_runs_and_refused_resumes_change_nothing(task: Task, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from slime.engine.client import EngineClient
 from slime.engine.keys import Keys
 from slime.engine.launch import ask, register_worker
 from slime.engine.protocol import GenerateRequest, SamplingParams
-from tests.cluster.runs import Task, events, flags, train
-from tests.cluster.test_edges import without
+from tests.cluster.runs import Task, events, flags, train, without
 from tests.sync.served import serving
 
 pytestmark = pytest.mark.usefixtures("joined_ray")
@@ -29,6 +28,7 @@ def test_a_run_on_external_engines_and_router(task: Task, tmp_path: Path) -> Non
         port = router.url.rpartition(":")[2]
         extra = ["--rollout-external-engines", first.url, second.url, "--update-weight-transport", "disk"]
         extra += ["--sglang-router-ip", "127.0.0.1", "--sglang-router-port", port, "--num-rollout", "2"]
+        extra += ["--actor-num-gpus-per-node", "1"]
         extra += ["--router-control-plane-api-keys", given]
         extra += ["--update-weight-buffer-size", "200000", "--save-hf", str(save / "hf")]
         output = train(without(flags(task, save, *extra), "--rollout-num-gpus"), tmp_path / "log.txt")

@@ -101,6 +101,7 @@ def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -
     """
     save = tmp_path / "run"
     extra = ["--num-rollout", "8", "--rollout-max-response-len", "200", "--engine-health-timeout", str(HUNG_S)]
+    extra += ["--actor-num-gpus-per-node", "1"]
     extra += ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
     with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
         run.wait_for("rollout 1:")
@@ -130,7 +131,7 @@ def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -
 
 def test_a_run_restarts_after_a_lost_trainer(task: Task, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    extra = ["--num-rollout", "6", "--save-interval", "2", "--phase-timeout", str(SILENT_S)]
+    extra = ["--num-rollout", "6", "--save-interval", "2", "--phase-timeout", str(SILENT_S), "--rollout-num-gpus", "1"]
     extra += ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
     with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
         run.wait_for("saved ")

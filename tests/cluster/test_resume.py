@@ -11,7 +11,7 @@ from slime.models.hf_files import HFReader
 from slime.observability.phases import PHASES
 from slime.observability.step_files import StepFiles
 from slime.rollout.dump import read_dump
-from tests.cluster.runs import Task, copy_checkpoint, events, flags, train
+from tests.cluster.runs import SMALL, Task, copy_checkpoint, events, flags, train
 from tests.observability.test_trackers import of_metrics, scalars, wandb_rows
 
 pytestmark = pytest.mark.usefixtures("joined_ray")
@@ -94,6 +94,7 @@ def test_the_agreement_check_notices_another_policy(task: Task, unbroken: Path, 
     save = tmp_path / "run"
     dump = unbroken / "dump/3.jsonl"
     extra = ["--load-debug-rollout-data", str(dump), "--debug-train-only", "--num-rollout", "1"]
+    extra += ["--actor-num-gpus-per-node", "1"]
     train(flags(task, save, *extra), tmp_path / "log.txt")
     assert events(save, GAP)[1] > TOLERANCE
 
@@ -112,12 +113,12 @@ def test_phases_sum_to_the_steps_wall_time(unbroken: Path) -> None:
 
 
 def test_a_resumed_run_draws_the_same_prompts(task: Task, unbroken: Path, tmp_path: Path) -> None:
-    """The reference model of the resumed run is another one, but its engines have to hold the actor."""
+    """It has one rank, one engine and another reference model, but its engine has to hold the actor."""
     save = tmp_path / "run"
     copy_checkpoint(unbroken, save, 1)
     extra = ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
     extra += ["--ref-load", str(task.other_model), "--use-kl-loss", "--kl-loss-coef", "0.001"]
-    extra += ["--eval-prompt-data", f"{task.eval}@[0:8]", "--eval-interval", "2", "--use-tensorboard"]
+    extra += ["--eval-prompt-data", f"{task.eval}@[0:8]", "--eval-interval", "2", "--use-tensorboard", *SMALL]
     train(two_epochs(task, save, *extra), tmp_path / "log.txt")
     for rollout_id in (2, 3):
         first, second = (read_dump(path / f"dump/{rollout_id}.jsonl") for path in (unbroken, save))
