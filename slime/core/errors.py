@@ -3,20 +3,20 @@
 An error that the user can correct is a ValueError: it names flag or file, value, rule and remedy.
 
 ValueError
-├── UsageError (config.rules.problem)                   all problems of a command line, before anything starts
-├── DataError (config.data_files)                       a data file, or one row of it, cannot be used
-├── HookError (core.plugins)                            a hook cannot be imported or called
-├── NewerFormatError (megatron.checkpoint.manifest)     a later version wrote the checkpoint; it is not damaged
-├── UnsafeFileError (megatron.checkpoint.safe_pickle)   a checkpoint file has content that is not allowed
-├── UnreadableFileError (megatron.checkpoint.safe_pickle) a checkpoint file is damaged
-└── UnreadError (rollout.rewards.answers.tokens)        a grader compares the answer as text only
-    └── InexactError (rollout.rewards.answers.exact)    the answer has no exact value
+├── UsageError (config.rules.problem)                      all problems of a command line, before anything starts
+├── DataError (config.data_files)                          a data file, or one row of it, cannot be used
+├── HookError (core.plugins)                               a hook cannot be imported or called
+├── NewerFormatError (megatron.checkpoint.manifest)        a later version wrote the checkpoint; it is not damaged
+├── UnsafeFileError (megatron.checkpoint.safe_pickle)      a checkpoint file has content that is not allowed
+├── UnreadableFileError (megatron.checkpoint.safe_pickle)  a checkpoint file is damaged
+└── UnreadError (rollout.rewards.answers.tokens)           a grader compares the answer as text only
+    └── InexactError (rollout.rewards.answers.exact)       the answer has no exact value
 RuntimeError
-├── RunError                                            a run that had started has failed: phase, process, cause
-│   └── Fault                                           a process was lost: the run may be started again
-├── BadStepError (megatron.nan_guard)                   a step was not taken; no weight has changed
-├── EngineError (engine.connection)                     an engine or the router did not answer as it should
-└── EngineFailed (engine.embedded.server)               the embedded engine's scheduler has ended
+├── RunError                                               a run that had started has failed: phase, process, cause
+│   └── Fault                                              a process was lost: the run may be started again
+├── BadStepError (megatron.nan_guard)                      a step was not taken; no weight has changed
+├── EngineError (engine.connection)                        an engine or the router did not answer as it should
+└── EngineFailed (engine.embedded.server)                  the embedded engine's scheduler has ended
 """
 
 from __future__ import annotations
