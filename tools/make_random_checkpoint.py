@@ -28,22 +28,13 @@ import torch
 from torch import Tensor
 
 from slime.config.architecture import hf_architecture, read_hf_config
-from slime.config.experts import hf_keys
 from slime.config.parse import load_args
 from slime.core.architecture import Architecture
+from slime.models.families import FAMILIES
 from slime.models.hf_files import write_hf
 
 STD = 0.02
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CLASSES = {
-    "glm4": "Glm4",
-    "glm4_moe": "Glm4Moe",
-    "llama": "Llama",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "qwen3_moe": "Qwen3Moe",
-}
-"""The beginning of transformers' class names for each family."""
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 PAD_TOKEN, END_TOKEN = "<|endoftext|>", "<|user|>"
 CHAT_TEMPLATE = (
@@ -112,18 +103,10 @@ def hf_config(arch: Architecture) -> Any:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rotary_base}
     if arch.rope_scaling is not None:
         rope |= {"rope_type": "llama3", **asdict(arch.rope_scaling)}
-    more: dict[str, Any] = {key: getattr(arch, name) for name, key in hf_keys(arch.family).items()}
-    if arch.family in ("glm4", "glm4_moe"):
+    family = FAMILIES[arch.family]
+    if family.partial_rotary:
         rope["partial_rotary_factor"] = arch.rotary_percent
-        more["attention_bias"] = arch.add_qkv_bias
-    if arch.family == "glm4_moe":
-        more["use_qk_norm"] = arch.qk_layernorm
-        more["n_shared_experts"] = arch.shared_expert_ffn_hidden_size // arch.moe_ffn_hidden_size
-    if arch.family == "qwen3_moe":
-        more["mlp_only_layers"] = list(range(arch.first_dense_layers))
-    if arch.family != "qwen2" or arch.kv_channels * arch.num_attention_heads != arch.hidden_size:
-        more["head_dim"] = arch.kv_channels
-    config = getattr(transformers, CLASSES[arch.family] + "Config")(
+    config = getattr(transformers, f"{family.transformers_class}Config")(
         vocab_size=arch.vocab_size,
         hidden_size=arch.hidden_size,
         intermediate_size=arch.ffn_hidden_size,
@@ -137,7 +120,8 @@ def hf_config(arch: Architecture) -> Any:
         pad_token_id=SPECIAL_TOKENS.index(PAD_TOKEN),
         eos_token_id=[SPECIAL_TOKENS.index(PAD_TOKEN), SPECIAL_TOKENS.index(END_TOKEN)],
         bos_token_id=None,
-        **more,
+        **{key: getattr(arch, name) for name, key in family.hf_keys.items()},
+        **family.write(arch),
     )
     read_back = hf_architecture(config.to_dict())
     if read_back != arch:
@@ -185,7 +169,7 @@ def make_checkpoint(arch: Architecture, out: Path, *, seed: int = 1, dtype: torc
         ValueError: `out` is something else than an HF directory, or no model of this shape can be made.
     """
     config = hf_config(arch)
-    config.architectures = [CLASSES[arch.family] + "ForCausalLM"]
+    config.architectures = [f"{FAMILIES[arch.family].transformers_class}ForCausalLM"]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".side_files_", dir=out.parent) as directory:
         side = Path(directory)

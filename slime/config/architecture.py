@@ -7,19 +7,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
 from slime.config import experts
 from slime.config.args import Args
 from slime.config.hf_config import check_hf_config, read_hf_config
-from slime.config.hf_features import refuse_unknown, rope_of, rope_scaling, unknown_keys
+from slime.config.hf_features import refuse_unknown, rope_of, rope_scaling, rotated_fraction, unknown_keys
 from slime.config.rules.problem import Problem, flag_name, show
 from slime.core.architecture import Architecture, RopeScaling
 from slime.core.printable import printable
-
-FAMILIES = ("glm4", "glm4_moe", "llama", "qwen2", "qwen3", "qwen3_moe")
+from slime.models.families import FAMILIES, family_names
+from slime.models.family import Family
 
 _OTHERS = ("family", "tied_embeddings", "rope_scaling", *experts.FLAGS)
 SAME_NAME = tuple(f.name for f in fields(Architecture) if f.name not in _OTHERS)
@@ -40,38 +40,39 @@ def hf_architecture(config: Mapping[str, Any]) -> Architecture:
         ValueError: the family, or one of its features, is not supported.
         KeyError: a required key is missing.
     """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type {printable(repr(family))} is not one of {', '.join(FAMILIES)}")
-    refuse_unknown(config)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type {printable(repr(model_type))} is not one of {family_names()}")
+    family = FAMILIES[model_type]
+    refuse_unknown(config, family)
     check_hf_config(config)
-    glm4, partial = family == "glm4", family in ("glm4", "glm4_moe")
     heads = config["num_attention_heads"]
     rope = rope_of(config)
-    rotary_percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5)) if partial else 1.0
+    rotary_percent = rotated_fraction(config) if family.partial_rotary else 1.0
     return Architecture(
-        family=family,
+        family=model_type,
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"],
         num_attention_heads=heads,
         num_query_groups=config.get("num_key_value_heads") or heads,
         # the default of transformers if config.json does not give it
-        kv_channels=config.get("head_dim") or (128 if family in ("glm4", "qwen3") else config["hidden_size"] // heads),
+        kv_channels=config.get("head_dim") or family.default_head_dim or config["hidden_size"] // heads,
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
         norm_epsilon=float(config["rms_norm_eps"]),
         rotary_base=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         rotary_percent=float(rotary_percent),
-        rotary_interleaved=glm4,
         rope_scaling=rope_scaling(config),
-        add_qkv_bias=family == "qwen2" or (partial and bool(config.get("attention_bias", glm4))),
-        qk_layernorm=family in ("qwen3", "qwen3_moe") or (family == "glm4_moe" and bool(config.get("use_qk_norm"))),
-        post_self_attn_layernorm=glm4,
-        post_mlp_layernorm=glm4,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        **experts.hf_experts(config),
+        **_own_fields(config, family),
     )
+
+
+def _own_fields(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the fields of Architecture that not all families have, and those that all families with experts share."""
+    own = dict(family.read(config))
+    return own | experts.hf_experts(config, own) if family.has_experts else own
 
 
 _HF_KEYS: Mapping[str, str] = {
@@ -97,7 +98,7 @@ def config_of(arch: Architecture, config: Mapping[str, Any]) -> tuple[dict[str, 
     """
     new, before = dict(config), hf_architecture(config)
     changed = {f.name for f in fields(Architecture) if getattr(arch, f.name) != getattr(before, f.name)}
-    keys = {**_HF_KEYS, **experts.hf_keys(before.family)}
+    keys = {**_HF_KEYS, **FAMILIES[before.family].hf_keys}
     new |= {key: getattr(arch, name) for name, key in keys.items() if name in changed}
     if config.get("rope_parameters"):
         new.pop("rope_scaling", None)  # it repeats rope_parameters, and only one of them is changed
@@ -153,21 +154,35 @@ def _with_flags(arch: Architecture, given: Mapping[str, Any], extra: Mapping[str
 def _matching_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
     """Return the family whose layers MODEL_ARGS describe.
 
+    `extra`: the flags that pass through to Megatron, which a dense model does not read.
+
     Raises:
         ValueError: no family has such layers.
     """
-    if given.get("num_experts"):
-        return experts.matching_family(given, extra)
-    sandwich = [bool(given.get(name)) for name in ("post_self_attn_layernorm", "post_mlp_layernorm")]
-    bias, qk_norm = bool(given.get("add_qkv_bias")), bool(given.get("qk_layernorm"))
-    if all(sandwich) and not qk_norm:
-        return "glm4"
-    if not any(sandwich) and not (bias and qk_norm):
-        return "qwen3" if qk_norm else "qwen2" if bias else "llama"
-    raise ValueError(
-        "MODEL_ARGS match no supported family: glm4 has --post-self-attn-layernorm and --post-mlp-layernorm, "
-        "qwen3 has --qk-layernorm, qwen2 has --add-qkv-bias, llama has none of these"
-    )
+    has_experts = bool(given.get("num_experts"))
+    values = {**extra, **given} if has_experts else given
+    known = {flag for family in FAMILIES.values() for flag in (*family.flags, *family.optional_flags)}
+    found = {flag for flag in known if _is_set(flag, values)}
+    candidates = [family for family in FAMILIES.values() if family.has_experts == has_experts]
+    for family in candidates:
+        if found - set(family.optional_flags) == set(family.flags):
+            return family.model_type
+    what = "family of experts" if has_experts else "family"
+    described = [f"{family.model_type} has {_and(family.flags)}" for family in candidates[:-1]]
+    described.append(f"{candidates[-1].model_type} has {_and((*candidates[-1].flags, 'none of these'))}")
+    raise ValueError(f"MODEL_ARGS match no supported {what}: {', '.join(described)}")
+
+
+def _is_set(flag: str, values: Mapping[str, Any]) -> bool:
+    """Return whether `values` turn on a flag that is written as a user types it, alone or with its value."""
+    name, _, value = flag.partition(" ")
+    found = values.get(name.removeprefix("--").replace("-", "_"))
+    return found == value if value else bool(found)
+
+
+def _and(words: Sequence[str]) -> str:
+    """Return 'a, b and c'."""
+    return " and ".join([*([", ".join(words[:-1])] if words[1:] else []), *words[-1:]])
 
 
 def flags_architecture(args: Args) -> Architecture:

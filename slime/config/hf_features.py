@@ -12,9 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from slime.core.architecture import RopeScaling
-
-QWEN = ("qwen2", "qwen3", "qwen3_moe")
-"""Families that have a switch for sliding windows."""
+from slime.models.family import Family
 
 SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
@@ -98,11 +96,11 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
     return sorted(key for key, value in config.items() if key not in known and key[:1] != "_" and value is not None)
 
 
-def refuse_unknown(config: Mapping[str, Any]) -> None:
-    """Raise ValueError with all wrong values and unsupported features in a config.json."""
+def refuse_unknown(config: Mapping[str, Any], family: Family) -> None:
+    """Raise ValueError with all wrong values and unsupported features in a config.json of this family."""
     faults = [*_wrong_values(config)]
     if not faults:
-        faults = [*_windows(config), *_features(config), *_rope(config)]
+        faults = [*_windows(config, family), *_features(config, family), *_rope(config, family)]
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -131,19 +129,19 @@ def _wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"layer_types {config['layer_types']!r} in config.json must be a list"
 
 
-def _windows(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield faults if some layers use sliding-window attention, by the rules of each family's code.
+def _windows(config: Mapping[str, Any], family: Family) -> Iterator[str]:
+    """Yield faults if some layers use sliding-window attention, by the rules of the family's code (`Family.windows`).
 
     The window's size does not matter.
-    qwen2 and qwen3: with use_sliding_window, the layers named in layer_types, or those from max_window_layers on.
-    qwen3_moe: with use_sliding_window, all layers, whatever the other keys are.
-    Other families have no switch; there, transformers' cache depends on sliding_window only.
+    'some layers': with use_sliding_window, the layers named in layer_types, or those from max_window_layers on.
+    'all layers': with use_sliding_window, all layers, whatever the other keys are.
+    'unswitched': transformers' cache depends on sliding_window only.
     """
-    family = config["model_type"]
+    has_switch = family.windows != "unswitched"
     types = cast(list[Any], config.get("layer_types") or [])
-    window = config.get("sliding_window", 4096 if family in QWEN else None)
-    if config.get("use_sliding_window", family not in QWEN) and window is not None:
-        all_layers = family not in ("qwen2", "qwen3")
+    window = config.get("sliding_window", 4096 if has_switch else None)
+    if config.get("use_sliding_window", not has_switch) and window is not None:
+        all_layers = family.windows != "some layers"
         named = "sliding_attention" in types if types else None
         if all_layers or (
             config.get("max_window_layers", 28) < config["num_hidden_layers"] if named is None else named
@@ -156,13 +154,12 @@ def _windows(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"{kind} by layer_types {', '.join(others)} is not supported, only full_attention"
 
 
-def _features(config: Mapping[str, Any]) -> Iterator[str]:
-    family = config["model_type"]
+def _features(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     for key, (neutral, why) in NEUTRAL.items():
         value = config.get(key, neutral[0])
         if value not in neutral:
             yield f"{key} {value!r} is not supported: {why}"
-    if family in ("llama", "qwen3", "qwen3_moe") and config.get("attention_bias"):
+    if family.refuses_attention_bias and config.get("attention_bias"):
         yield "attention_bias, in this family also a bias of the output projection, is not supported"
 
 
@@ -174,7 +171,12 @@ def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-def _rope(config: Mapping[str, Any]) -> Iterator[str]:
+def rotated_fraction(config: Mapping[str, Any]) -> float:
+    """Return the fraction of a head that RoPE rotates, in a family where config.json decides it."""
+    return rope_of(config).get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
+
+
+def _rope(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     rope, older = rope_of(config), config.get("rope_scaling")
     by_layer = sorted(key for key, value in rope.items() if isinstance(value, dict))
     if by_layer:
@@ -187,8 +189,8 @@ def _rope(config: Mapping[str, Any]) -> Iterator[str]:
                 f"{key} {config[key]!r} does not agree with {rope[key]!r} among RoPE's keys: transformers uses the "
                 "second, SGLang the first"
             )
-    if config["model_type"] in ("glm4", "glm4_moe"):
-        partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
+    if family.partial_rotary:
+        partial = rotated_fraction(config)
         if partial > 1:
             yield f"partial_rotary_factor {partial!r} must be a fraction of a head"
         return

@@ -29,7 +29,7 @@ class Architecture:
     """
 
     family: str
-    """HF `model_type`: 'glm4', 'glm4_moe', 'llama', 'qwen2', 'qwen3', 'qwen3_moe'."""
+    """HF `model_type`, a key of `slime.models.families.FAMILIES`."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int

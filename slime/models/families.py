@@ -1,25 +1,32 @@
-"""The registry of model families: from HF `model_type` to the weight table.
+"""The registry of model families, from HF `model_type` to the record of the family.
 
-- Used by: import from HF, export to HF and weight sync.
+- Used by: config, megatron, the embedded engine and the tools.
 - Invariant: the weights of every family in FAMILIES survive the way to HF and back (tests/models).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from slime.core.architecture import Architecture
-from slime.models import glm4, glm4_moe, llama, qwen, qwen_moe
-from slime.models.mapping import Rule, WeightTable
+from slime.models import glm4, glm4_moe, llama, qwen2, qwen3, qwen3_moe
+from slime.models.family import Family
+from slime.models.mapping import WeightTable
 
-FAMILIES: Mapping[str, Callable[[Architecture], list[Rule]]] = {
-    "glm4": glm4.rules,
-    "glm4_moe": glm4_moe.rules,
-    "llama": llama.rules,
-    "qwen2": qwen.rules,
-    "qwen3": qwen.rules,
-    "qwen3_moe": qwen_moe.rules,
+FAMILIES: Mapping[str, Family] = {
+    "glm4": glm4.FAMILY,
+    "glm4_moe": glm4_moe.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "llama": llama.FAMILY,
 }
+"""All families. A message that explains the flags of families lists them in this order, the plainest last."""
+
+
+def family_names() -> str:
+    """Return the names of all families in alphabetical order, for messages."""
+    return ", ".join(sorted(FAMILIES))
 
 
 def weight_table(architecture: Architecture) -> WeightTable:
@@ -29,8 +36,8 @@ def weight_table(architecture: Architecture) -> WeightTable:
         ValueError: there is no such family.
     """
     if architecture.family not in FAMILIES:
-        raise ValueError(f"model_type {architecture.family!r} has no weight table; there are: {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type {architecture.family!r} has no weight table; there are: {family_names()}")
+    family = FAMILIES[architecture.family]
     # Files of tied models often hold the output layer too, as a copy of the embedding.
     copies = {"lm_head.weight": "model.embed_tokens.weight"} if architecture.tied_embeddings else {}
-    mtp_layer = f"model.layers.{architecture.num_layers}." if architecture.family == "glm4_moe" else None
-    return WeightTable(FAMILIES[architecture.family](architecture), architecture.num_layers, copies, mtp_layer)
+    return WeightTable(family.rules(architecture), architecture.num_layers, copies, family.ignored_prefix(architecture))

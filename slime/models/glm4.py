@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from slime.core.architecture import Architecture
 from slime.models.decoder import HF_LAYER, MEGATRON_LAYER, attention, norm, row_parallel, with_embeddings
+from slime.models.family import Family, with_head_dim
 from slime.models.mapping import GateUp, Rule
 
 
-def rules(architecture: Architecture) -> list[Rule]:
-    """Return the weight rules of GLM-4."""
+def _rules(architecture: Architecture) -> list[Rule]:
     return with_embeddings(
         architecture,
         [
@@ -22,3 +25,26 @@ def rules(architecture: Architecture) -> list[Rule]:
             norm("post_mlp_layernorm", "post_mlp_layernorm"),
         ],
     )
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "rotary_interleaved": True,
+        "add_qkv_bias": bool(config.get("attention_bias", True)),
+        "post_self_attn_layernorm": True,
+        "post_mlp_layernorm": True,
+    }
+
+
+FAMILY = Family(
+    model_type="glm4",
+    transformers_class="Glm4",
+    rules=_rules,
+    read=_read,
+    write=lambda arch: with_head_dim(arch) | {"attention_bias": arch.add_qkv_bias},
+    default_head_dim=128,
+    partial_rotary=True,
+    flags=("--post-self-attn-layernorm", "--post-mlp-layernorm"),
+    optional_flags=("--add-qkv-bias",),
+    fused_gate_up=True,
+)

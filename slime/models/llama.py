@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from slime.core.architecture import Architecture
 from slime.models.decoder import pre_norm
-from slime.models.mapping import Rule
+from slime.models.family import Family
 
-
-def rules(architecture: Architecture) -> list[Rule]:
-    """Return the weight rules of Llama."""
-    return pre_norm(architecture)
+FAMILY = Family(model_type="llama", transformers_class="Llama", rules=pre_norm, refuses_attention_bias=True)

@@ -1,6 +1,6 @@
 """Weight tables: how a Megatron parameter and its Hugging Face tensors are made from each other.
 
-- Used by: a family file (`glm4`, `qwen`) lists the rules, `families.weight_table` makes the table, and import from HF,
+- Used by: a family file (`glm4`, `llama`) lists the rules, `families.weight_table` makes the table, and import from HF,
   export to HF and weight sync (`megatron.model.hf_weights`) all read that one table.
 - Invariant: every Megatron parameter has exactly one rule, and every HF name comes from exactly one rule. Both
   directions copy bits exactly.
@@ -14,9 +14,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# torch is imported where it is used: config reads the families at every start and should not wait seconds for torch.
+
+
+def _cat(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat(list(parts), axis)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Rule(ABC):
         """Return the whole tensor from all ranks' parts; undoes `split`."""
         if self.tp_axis is None or len(shards) == 1:
             return shards[0]
-        return torch.cat(list(shards), self.tp_axis)
+        return _cat(shards, self.tp_axis)
 
     def _check_divisible(self, size: int, tp_size: int, what: str) -> None:
         if size % tp_size:
@@ -132,6 +141,8 @@ class QKV(Rule):
     head_dim: int
 
     def export(self, full: Tensor) -> tuple[Tensor, ...]:
+        import torch
+
         queries = self.num_attention_heads // self.num_query_groups * self.head_dim
         groups = full.view(self.num_query_groups, queries + 2 * self.head_dim, *full.shape[1:])
         parts = torch.split(groups, [queries, self.head_dim, self.head_dim], dim=1)
@@ -146,7 +157,7 @@ class QKV(Rule):
                     "--num-attention-heads, --num-query-groups or --kv-channels is not this checkpoint's"
                 )
         groups = [part.reshape(self.num_query_groups, -1, *part.shape[1:]) for part in parts]
-        return torch.cat(groups, dim=1).flatten(0, 1)
+        return _cat(groups, 1).flatten(0, 1)
 
     def split(self, full: Tensor, tp_size: int, tp_rank: int) -> Tensor:
         if tp_size % self.num_query_groups:
@@ -166,19 +177,19 @@ class GateUp(Rule):
         return (full,) if len(self.hf) == 1 else full.chunk(2)
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return parts[0] if len(parts) == 1 else _cat(parts)
 
     def split(self, full: Tensor, tp_size: int, tp_rank: int) -> Tensor:
         if tp_size == 1:
             return full
         self._check_divisible(full.shape[0] // 2, tp_size, "rows a half")
-        return torch.cat([half.chunk(tp_size)[tp_rank] for half in full.chunk(2)])
+        return _cat([half.chunk(tp_size)[tp_rank] for half in full.chunk(2)])
 
     def join(self, shards: Sequence[Tensor]) -> Tensor:
         if len(shards) == 1:
             return shards[0]
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
-        return torch.cat([*gates, *ups])
+        return _cat([*gates, *ups])
 
 
 def pad_vocab(full: Tensor, padded: int) -> Tensor:
@@ -188,9 +199,9 @@ def pad_vocab(full: Tensor, padded: int) -> Tensor:
     """
     if full.shape[0] > padded:
         raise ValueError(f"a vocabulary of {full.shape[0]} rows cannot be padded to {padded}")
-    return (
-        torch.cat([full, full.new_zeros(padded - full.shape[0], *full.shape[1:])]) if full.shape[0] < padded else full
-    )
+    if full.shape[0] == padded:
+        return full
+    return _cat([full, full.new_zeros(padded - full.shape[0], *full.shape[1:])])
 
 
 class WeightTable:

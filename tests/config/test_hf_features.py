@@ -17,8 +17,9 @@ import transformers
 from config_run import GLM4_TINY, Run
 from torch import Tensor
 
-from slime.config.architecture import FAMILIES, hf_architecture
+from slime.config.architecture import hf_architecture
 from slime.config.hf_features import NO_EFFECT
+from slime.models.families import FAMILIES
 
 CLASSES: dict[str, Any] = {
     "glm4": transformers.Glm4Config,

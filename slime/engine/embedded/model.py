@@ -23,9 +23,7 @@ from slime.core.rotary import inverse_frequencies
 from slime.engine.embedded.attention import attend_in_blocks, blocks_mask
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.mlp import Dense, Experts
-
-FUSED_GATE_UP_FAMILIES = ("glm4",)
-"""Families whose HF files hold one `gate_up_proj`; other families hold `gate_proj` and `up_proj`."""
+from slime.models.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class Model:
 
     def _new_mlp(self, prefix: str, ffn: int) -> Dense:
         hidden = self.architecture.hidden_size
-        if self.architecture.family in FUSED_GATE_UP_FAMILIES:
+        if FAMILIES[self.architecture.family].fused_gate_up:
             gate_up = self._new(f"{prefix}gate_up_proj.weight", 2 * ffn, hidden)
         else:
             gate_up = self._new_fused({f"{prefix}gate_proj.weight": ffn, f"{prefix}up_proj.weight": ffn}, hidden)

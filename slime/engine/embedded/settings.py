@@ -17,12 +17,13 @@ from typing import Any
 import psutil
 import torch
 
-from slime.config.architecture import FAMILIES, hf_architecture, read_hf_config
+from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.end_tokens import end_token_ids
 from slime.config.quantized import refuse_quantized
 from slime.core.architecture import Architecture
 from slime.engine.embedded.cache import WIDTH_STEP, KVCache
 from slime.engine.embedded.text import Text
+from slime.models.families import FAMILIES, family_names
 
 CACHE_SHARE = 0.3
 """The share of the machine's free memory that the KV cache may fill."""
@@ -97,7 +98,7 @@ def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
     architecture = hf_architecture(config) if arch is None else Architecture.from_dict(arch)
     if architecture.family not in FAMILIES:
         raise ValueError(
-            f"--architecture names the family {architecture.family!r}; this engine serves {', '.join(FAMILIES)}"
+            f"--architecture names the family {architecture.family!r}; this engine serves {family_names()}"
         )
     if given.enable_return_routed_experts and not architecture.num_experts:
         raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.scheduler import Scheduler
 from slime.engine.message import short
+from slime.models.families import FAMILIES
 from slime.models.hf_files import HFReader
 
 HOLD = "weight update"
@@ -161,11 +162,11 @@ class EngineWeights:
 
     def _may_skip(self, name: str) -> bool:
         """Return whether a tensor may be ignored: a tied output layer that is stored twice, RoPE's frequencies in older
-        files, or the layer of GLM-4.5 that predicts one more token."""
+        files, or the family's MTP layer."""
         a = self._model.architecture
         tied = a.tied_embeddings and name == "lm_head.weight"
-        further = a.family == "glm4_moe" and name.startswith(f"model.layers.{a.num_layers}.")
-        return tied or further or name.endswith("rotary_emb.inv_freq")
+        ignored = FAMILIES[a.family].ignored_prefix(a)
+        return tied or (ignored is not None and name.startswith(ignored)) or name.endswith("rotary_emb.inv_freq")
 
     def _settle(self, version: str | None) -> None:
         self._arrived.clear()
