@@ -180,7 +180,7 @@ def metric_names() -> set[str]:
         tis_clip=2.0,
         tis_clip_low=0.0,
     )
-    own = policy_loss(inputs(torch.zeros(2)), options)[1].keys() - {"logprob_gap"}
+    own = policy_loss(inputs(torch.zeros(2)), options)[1].keys()
     names |= {f"train/{'kl_loss' if name == 'kl' else name}" for name in own}
     names |= {f"rollout/{name}" for name in sample_metrics(samples())}
     return {name for name in names if not name.endswith("/")}

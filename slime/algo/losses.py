@@ -10,7 +10,7 @@ _R: the response tokens of one micro-batch. All log-probs are of softmax(logits 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,7 +23,11 @@ from slime.algo.surrogates import clipped, sequence_ratio, token_ratio, weighted
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Everything a loss may read. A field is None when no flag needs it; `sft_loss` reads `log_probs_R` alone."""
+    """Everything a loss may read. A field is None when no flag needs it; `sft_loss` reads `log_probs_R` alone.
+
+    A field NAME_R holds the batch column NAME where `core.columns` declares it with `loss_input`; the log-probs and the
+    entropy come from this step's forward pass. Every other column with one entry a response token is in `columns`.
+    """
 
     log_probs_R: Tensor
     old_log_probs_R: Tensor
@@ -36,6 +40,8 @@ class LossInputs:
     loss_mask_R: Tensor | None = None
     sequences: Sequences | None = None
     """Maps tokens to responses, for losses that need whole responses; set in every training step."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """All columns [R] of the micro-batch by name, for a custom loss that reads a column without a field here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +76,10 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[
     - The weight applies to the surrogate alone, not to the KL to the reference model and not to the entropy.
 
     Metrics, each [R]: `clip_fraction`, `ppo_kl` (old - current log-prob) and `pg_loss` always; `dual_clip_fraction`,
-    `logprob_gap`, `tis_weight`, `tis_clipped`, `kl`, `kl_clamp_fraction` and `entropy` when their inputs are given.
+    `tis_weight`, `tis_clipped`, `kl`, `kl_clamp_fraction` and `entropy` when their inputs are given.
     """
     loss_R, metrics = _surrogate(inputs, options)
     metrics["ppo_kl"] = (inputs.old_log_probs_R - inputs.log_probs_R).detach()
-    if inputs.rollout_log_probs_R is not None:
-        metrics["logprob_gap"] = (inputs.old_log_probs_R - inputs.rollout_log_probs_R).abs().detach()
     if inputs.weighted_R is not None:
         assert inputs.rollout_log_probs_R is not None, "importance weights need the behaviour policy's log-probs"
         weights_R, beyond_R = importance_weights(

@@ -1,4 +1,4 @@
-"""TrainBatch: the columns that training reads, with one declaration for each column.
+"""TrainBatch: the columns that training reads, as `core.columns` declares them.
 
 - Made from: the kept Samples, by `from_samples`. Every trainer gets it as plain numpy arrays (zero-copy through Ray),
   `core.packing` plans its micro-batches and `megatron.microbatch` packs them.
@@ -8,60 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from slime.core.columns import COLUMNS, Array, Axis, Column, with_declared_dtypes
 from slime.core.sample import Sample
-
-Array = NDArray[Any]
-
-
-class Axis(Enum):
-    """The axis along which a column has one entry."""
-
-    SAMPLE = "sample"
-    TOKEN = "token"
-    RESPONSE = "response token"
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column: its axis, its dtype, and the value of the entries that pad a micro-batch."""
-
-    axis: Axis
-    dtype: str
-    padding: float
-    required: bool
-    meaning: str
-    num_dims: int = 1
-    """The number of dimensions of its array. Entries of more than one number have their own axes after the first."""
-
-
-COLUMNS: Mapping[str, Column] = {
-    "tokens": Column(Axis.TOKEN, "int64", 0, True, "prompt and response tokens"),
-    "loss_mask": Column(Axis.RESPONSE, "float32", 0, True, "1 for a response token that counts in the loss"),
-    "rewards": Column(Axis.SAMPLE, "float32", 0, True, "raw reward; nan if the reward failed"),
-    "group_indices": Column(Axis.SAMPLE, "int64", -1, True, "number of the group; samples of one prompt share it"),
-    "sample_indices": Column(Axis.SAMPLE, "int64", -1, True, "number of the sample in the whole run, for messages"),
-    "routed_experts": Column(
-        Axis.TOKEN, "int32", -1, False, "[MoE layers, topk] the engine's experts; -1: the trainer's router chooses", 3
-    ),
-    "rollout_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "the engine's log-prob at generation"),
-    "policy_versions": Column(Axis.RESPONSE, "int32", -1, False, "policy version that sampled the token"),
-    "offpolicy": Column(Axis.RESPONSE, "bool", 0, False, "the token was sampled with older weights than the trainer's"),
-    "weighted": Column(Axis.RESPONSE, "bool", 0, False, "the token takes an importance weight in the loss"),
-    "old_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "log-prob under the old policy, by the trainer"),
-    "ref_log_probs": Column(Axis.RESPONSE, "float32", 0, False, "log-prob under the reference model"),
-    "values": Column(Axis.RESPONSE, "float32", 0, False, "the critic's value of the state before the token"),
-    "returns": Column(Axis.RESPONSE, "float32", 0, False, "the critic's target: advantage + value"),
-    "advantages": Column(Axis.RESPONSE, "float32", 0, False, "advantage of each response token"),
-    "loss_weights": Column(Axis.RESPONSE, "float32", 0, False, "weight in the loss; those of a step sum to 1"),
-}
 
 
 @dataclass
@@ -146,16 +99,31 @@ class TrainBatch:
 
     def with_column(self, name: str, values: Array) -> TrainBatch:
         """Return the batch with one more column, or with new values for a column that it has."""
-        return TrainBatch(
-            self.total_lengths_N,
-            self.response_lengths_N,
-            {**self.columns, name: np.asarray(values, dtype=COLUMNS[name].dtype)},
-        )
+        columns = self.columns | with_declared_dtypes({name: values})
+        return TrainBatch(self.total_lengths_N, self.response_lengths_N, columns)
 
 
-def _ragged(name: str, rows: Sequence[Sequence[float]]) -> Array:
-    flat = [value for row in rows for value in row]
-    return np.asarray(flat, dtype=COLUMNS[name].dtype)
+def _from_field(field: str, column: Column, samples: Sequence[Sample]) -> Array | None:
+    """Return the column that is made from a field of Sample; None if it is optional and no sample has it."""
+    if column.num_dims > 1:
+        return _routes(samples)
+    values = [getattr(sample, field) for sample in samples]
+    if column.axis is Axis.SAMPLE:
+        return np.asarray(values, dtype=column.dtype)
+    if column.if_absent is not None:
+        values = [
+            [column.if_absent] * sample.response_length if row is None else row
+            for sample, row in zip(samples, values, strict=True)
+        ]
+    elif column.axis is Axis.RESPONSE:
+        # A sample without a response has no tokens, so it has no say in whether the column exists.
+        values = [row for sample, row in zip(samples, values, strict=True) if sample.response_length]
+        present = [row for row in values if row is not None]
+        if not present:
+            return None
+        if len(present) < len(values):
+            raise ValueError(f"{len(present)} of {len(values)} samples have {field}: all or none must have it")
+    return np.asarray([entry for row in values for entry in row], dtype=column.dtype)
 
 
 def _routes(samples: Sequence[Sample]) -> Array | None:
@@ -198,26 +166,12 @@ def from_samples(samples: Sequence[Sample], reward_key: str | None = None) -> Tr
                 f"a sample has group_index {sample.group_index} and index {sample.index}: the function that made it "
                 "must copy both from the sample that it was given, or samples of different prompts would form one group"
             )
-    columns: dict[str, Array] = {
-        "tokens": _ragged("tokens", [s.tokens for s in samples]),
-        "loss_mask": _ragged("loss_mask", [s.loss_mask or [1] * s.response_length for s in samples]),
-        "rewards": np.asarray(
-            [float("nan") if s.reward is None else s.reward_value(reward_key) for s in samples], dtype="float32"
-        ),
-        "group_indices": np.asarray([s.group_index for s in samples], dtype="int64"),
-        "sample_indices": np.asarray([s.index for s in samples], dtype="int64"),
-    }
-    for name in ("rollout_log_probs", "policy_versions"):
-        # A sample without a response has no tokens, so it has no say in whether the column exists.
-        values = [getattr(s, name) for s in samples if s.response_length]
-        present = [v for v in values if v is not None]
-        if present and len(present) == len(values):
-            columns[name] = _ragged(name, present)
-        elif present:
-            raise ValueError(f"{len(present)} of {len(values)} samples have {name}: all or none must have it")
-    routes = _routes(samples)
-    if routes is not None:
-        columns["routed_experts"] = routes
+    rewards = [float("nan") if s.reward is None else s.reward_value(reward_key) for s in samples]
+    columns = with_declared_dtypes({"rewards": np.asarray(rewards, dtype="float64")})
+    for name, column in COLUMNS.items():
+        values = None if column.sample_field is None else _from_field(column.sample_field, column, samples)
+        if values is not None:
+            columns[name] = values
     return TrainBatch(
         np.asarray([len(s.tokens) for s in samples], dtype="int64"),
         np.asarray([s.response_length for s in samples], dtype="int64"),

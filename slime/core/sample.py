@@ -2,9 +2,8 @@
 
 - Where it goes: the data buffer makes groups of Samples, generation fills in tokens, rewards fill in `reward`, and
   `core.batch` turns the kept ones into training columns.
-- Invariant: every per-token field that is present (`rollout_log_probs`, `policy_versions`, `loss_mask`) has exactly
-  `response_length` entries, and `tokens` holds the prompt followed by the response, as the engine produced them (never
-  tokenised again).
+- Invariant: every per-token field that is present (see `core.columns.PER_TOKEN`) has exactly `response_length` entries,
+  and `tokens` holds the prompt followed by the response, as the engine produced them (never tokenised again).
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from slime.core.columns import PER_TOKEN
+
 
 class Status(StrEnum):
     """The state of a sample. FAILED: its generation or its reward failed; it takes no part in training."""
@@ -30,9 +31,6 @@ class Status(StrEnum):
 
 
 Message = dict[str, Any]
-
-PER_TOKEN = ("loss_mask", "rollout_log_probs", "policy_versions")
-"""Fields of Sample that, when present, have one entry for each response token."""
 
 
 @dataclass

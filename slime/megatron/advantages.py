@@ -8,7 +8,7 @@ Shapes: _N samples, _R response tokens of all samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,8 +19,11 @@ from slime.algo.losses import LOSSES, Loss, LossOptions
 from slime.algo.overlong import overlong_penalties
 from slime.algo.reducers import loss_weights, whiten
 from slime.config.args import Args
-from slime.core.batch import Array, TrainBatch
+from slime.core.batch import TrainBatch
+from slime.core.columns import Array, with_declared_dtypes
 from slime.core.plugins import load_hook
+
+Columns = Mapping[str, Array]
 
 
 def loss_of(args: Args) -> Loss:
@@ -61,10 +64,10 @@ def counted_rows_of(args: Args, batch: TrainBatch) -> Array:
     return counted_rows(torch.from_numpy(rewards_N), groups_N, compares_group=args.compares_group).numpy()
 
 
-def _shape_rewards(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[TrainBatch, dict[str, float]]:
-    """Add the penalty of --overlong-buffer-len to the rewards; return the batch (unchanged without it) and metrics."""
-    if args.overlong_buffer_len is None or args.loss_type == "sft_loss" or args.distills:
-        return batch, {}
+def _shape_rewards(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[dict[str, Array], dict[str, float]]:
+    """Return `rewards` with the penalty of --overlong-buffer-len, and its metrics; nothing without the flag."""
+    if args.overlong_buffer_len is None or args.distills:
+        return {}, {}
     penalties_N = overlong_penalties(
         torch.from_numpy(batch.response_lengths_N),
         max_length=args.rollout_max_response_len,
@@ -75,32 +78,41 @@ def _shape_rewards(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[Tra
     metrics: dict[str, float] = {}
     if len(counted):
         metrics = {"train/overlong_penalty": counted.mean(), "train/overlong_samples": (counted < 0).mean()}
-    return batch.with_column("rewards", batch.columns["rewards"] + penalties_N), metrics
+    return with_declared_dtypes({"rewards": batch.columns["rewards"] + penalties_N}), metrics
 
 
-def _distillation_metrics(args: Args, batch: TrainBatch, counted_N: Array) -> dict[str, float]:
+def _distillation_metrics(args: Args, columns: Columns, counted_R: Array) -> dict[str, float]:
     """Return the distance of the student from its teacher before the rollout's first step; {} without a teacher."""
-    mask_R = (batch.columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
+    mask_R = (columns["loss_mask"] > 0) & counted_R
     if not args.distills or not mask_R.any():
         return {}
-    kl_R = batch.columns["old_log_probs"].astype(np.float64) - batch.columns["ref_log_probs"]
+    kl_R = columns["old_log_probs"].astype(np.float64) - columns["ref_log_probs"]
     return {"train/teacher_kl": float(kl_R[mask_R].mean())}
 
 
-def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[TrainBatch, dict[str, float]]:
-    """Add the `advantages` column, by the estimator or the user's hook; with `values`, also add `returns`.
+def advantage_columns(
+    args: Args, batch: TrainBatch, columns: Columns, counted_N: Array
+) -> tuple[dict[str, Array], dict[str, float]]:
+    """Return `advantages`, by the estimator or the user's hook, and metrics; with `values`, also `returns`.
 
-    --overlong-buffer-len changes rewards first. The metrics cover that penalty and the distance from a teacher.
+    --overlong-buffer-len changes rewards first, and `rewards` is then returned, too. The metrics cover that penalty and
+    the distance from a teacher.
+
+    Args:
+        batch: the rollout as it came, for its lengths and rewards.
+        columns: all columns so far, the batch's own and those that training has made of it.
 
     Raises:
         ValueError: the result of a hook has another length.
     """
-    num_responses = int(batch.response_lengths_N.sum())
     if args.loss_type == "sft_loss":
-        return batch.with_column("advantages", np.zeros(num_responses)), {}
-    batch, metrics = _shape_rewards(args, batch, counted_N)
+        return with_declared_dtypes({"advantages": np.zeros(int(batch.response_lengths_N.sum()))}), {}
+    made, metrics = _shape_rewards(args, batch, counted_N)
+    columns = {**columns, **made}
+    counted_R = np.repeat(counted_N, batch.response_lengths_N)
     if args.custom_advantage_function_path is not None:
-        advantages_R = _by_hook(args, args.custom_advantage_function_path, batch)
+        read = TrainBatch(batch.total_lengths_N, batch.response_lengths_N, columns)
+        advantages_R = _by_hook(args, args.custom_advantage_function_path, read)
     else:
         options = AdvantageOptions(
             normalize_std=not args.disable_grpo_std_normalization,
@@ -109,14 +121,15 @@ def add_advantages(args: Args, batch: TrainBatch, counted_N: Array) -> tuple[Tra
             gamma=args.gamma,
             lambd=args.lambd,
         )
-        advantages_R = ESTIMATORS[args.advantage_estimator](_rewards_of(args, batch, counted_N), options).numpy()
-        if batch.has("values"):
-            batch = batch.with_column("returns", advantages_R + batch.columns["values"])
+        rewards = _rewards_of(args, columns, batch.response_lengths_N, counted_N)
+        advantages_R = ESTIMATORS[args.advantage_estimator](rewards, options).numpy()
+        if "values" in columns:
+            made["returns"] = advantages_R + columns["values"]
     if args.normalize_advantages:
-        mask_R = batch.columns["loss_mask"] * np.repeat(counted_N, batch.response_lengths_N)
-        whitened_R = whiten(torch.from_numpy(advantages_R), torch.from_numpy(mask_R))
-        advantages_R = whitened_R.numpy()
-    return batch.with_column("advantages", advantages_R), metrics | _distillation_metrics(args, batch, counted_N)
+        mask_R = columns["loss_mask"] * counted_R
+        advantages_R = whiten(torch.from_numpy(advantages_R), torch.from_numpy(mask_R)).numpy()
+    made["advantages"] = advantages_R
+    return with_declared_dtypes(made), metrics | _distillation_metrics(args, columns, counted_R)
 
 
 def _by_hook(args: Args, path: str, batch: TrainBatch) -> Array:
@@ -130,31 +143,31 @@ def _by_hook(args: Args, path: str, batch: TrainBatch) -> Array:
     return advantages_R
 
 
-def _rewards_of(args: Args, batch: TrainBatch, counted_N: Array) -> RolloutRewards:
+def _rewards_of(args: Args, columns: Columns, response_lengths_N: Array, counted_N: Array) -> RolloutRewards:
     """Collect an estimator's inputs; the two policies' log-probs exist if --kl-coef or a teacher needs them."""
     kl_R = None
     if args.needs_kl_first:
-        kl_R = torch.from_numpy(batch.columns["old_log_probs"] - batch.columns["ref_log_probs"])
+        kl_R = torch.from_numpy(columns["old_log_probs"] - columns["ref_log_probs"])
     return RolloutRewards(
-        rewards_N=torch.from_numpy(batch.columns["rewards"]),
-        group_indices_N=torch.from_numpy(batch.columns["group_indices"]),
+        rewards_N=torch.from_numpy(columns["rewards"]),
+        group_indices_N=torch.from_numpy(columns["group_indices"]),
         counted_N=torch.from_numpy(counted_N),
-        response_lengths_N=torch.from_numpy(batch.response_lengths_N),
-        loss_mask_R=torch.from_numpy(batch.columns["loss_mask"]),
+        response_lengths_N=torch.from_numpy(response_lengths_N),
+        loss_mask_R=torch.from_numpy(columns["loss_mask"]),
         kl_R=kl_R,
-        values_R=torch.from_numpy(batch.columns["values"]) if batch.has("values") else None,
+        values_R=torch.from_numpy(columns["values"]) if "values" in columns else None,
     )
 
 
-def add_loss_weights(
-    args: Args, batch: TrainBatch, counted_N: Array, steps: Sequence[Sequence[int]]
-) -> tuple[TrainBatch, list[float]]:
-    """Add the `loss_weights` column; return it with its sum in each step: 1, or 0 if nothing counts.
+def loss_weight_columns(
+    args: Args, batch: TrainBatch, columns: Columns, counted_N: Array, steps: Sequence[Sequence[int]]
+) -> tuple[dict[str, Array], list[float]]:
+    """Return `loss_weights`, and its sum in each step: 1, or 0 if nothing counts.
 
     `steps` lists the rows of each optimizer step; the weights sum to 1 over each.
     """
     weights_N: list[Array] = [np.empty(0)] * len(batch)
-    masks_N = batch.rows("loss_mask")
+    masks_N = np.split(columns["loss_mask"], np.cumsum(batch.response_lengths_N)[:-1])
     sums: list[float] = []
     for rows in steps:
         lengths = batch.response_lengths_N[list(rows)]
@@ -167,4 +180,4 @@ def add_loss_weights(
         sums.append(float(round(weights.sum())))
         for row, row_weights in zip(rows, np.split(weights, np.cumsum(lengths)[:-1]), strict=True):
             weights_N[row] = row_weights
-    return batch.with_column("loss_weights", np.concatenate(weights_N)), sums
+    return with_declared_dtypes({"loss_weights": np.concatenate(weights_N)}), sums

@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime.config.args import Args
-from slime.core.batch import COLUMNS, Array, Axis, TrainBatch
+from slime.core.batch import TrainBatch
+from slime.core.columns import COLUMNS, Array, Axis
 from slime.megatron.parallel import Topology
 
 logger = logging.getLogger(__name__)
@@ -86,19 +87,26 @@ def whole_traces(traces: Sequence[TokenTrace], topology: Topology) -> dict[str, 
     return {name: values[order] for name, values in whole.items()}
 
 
-def check_columns(where: str, batch: TrainBatch, counted_N: Array, names: Sequence[str] | None = None) -> None:
-    """Check that every number that the loss will count is finite; `names` restricts this to some columns.
+def check_columns(
+    where: str, batch: TrainBatch, columns: Mapping[str, Array], counted_N: Array, names: Sequence[str] | None = None
+) -> None:
+    """Check that every number that the loss will count is finite.
+
+    Args:
+        batch: the rollout, whose samples the message names.
+        columns: all columns so far, the batch's own and those that training has made of it.
+        names: the columns to check; None: all.
 
     Raises:
         RuntimeError: one is not; the message names the samples.
     """
-    infinite_N = np.isinf(batch.columns["rewards"]) & counted_N  # nan: it failed, and leaves the loss
+    infinite_N = np.isinf(columns["rewards"]) & counted_N  # nan: it failed, and leaves the loss
     if infinite_N.any():
         rows = np.flatnonzero(infinite_N)
-        named = _named(batch, rows, [f"{reward:g}" for reward in batch.columns["rewards"][rows]])
+        named = _named(batch, rows, [f"{reward:g}" for reward in columns["rewards"][rows]])
         raise RuntimeError(f"{where}: rewards that are not finite: {named}; no weight was changed. The reward is wrong")
-    counts_R = (batch.columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
-    for name, values_R in batch.columns.items():
+    counts_R = (columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
+    for name, values_R in columns.items():
         column = COLUMNS[name]
         if column.axis is Axis.RESPONSE and column.dtype.startswith("float") and (names is None or name in names):
             places = np.flatnonzero(~np.isfinite(values_R) & counts_R)

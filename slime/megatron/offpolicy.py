@@ -17,7 +17,8 @@ import numpy as np
 
 from slime.config.args import Args
 from slime.config.flags.options import HookOptions
-from slime.core.batch import Array, TrainBatch
+from slime.core.batch import TrainBatch
+from slime.core.columns import Array, with_declared_dtypes
 
 
 def version_of_weights(args: Args, rollout_id: int, batch: TrainBatch, policy_version: int | None) -> int:
@@ -55,15 +56,18 @@ def version_of_weights(args: Args, rollout_id: int, batch: TrainBatch, policy_ve
     return newest
 
 
-def add_offpolicy(args: Args, batch: TrainBatch, counted_N: Array, version: int) -> tuple[TrainBatch, dict[str, float]]:
-    """Add the columns `offpolicy` and `weighted` if any token needs them, mask what the flags mask, and return metrics.
+def offpolicy_columns(
+    args: Args, batch: TrainBatch, counted_N: Array, version: int
+) -> tuple[dict[str, Array], dict[str, float]]:
+    """Return `offpolicy` and `weighted` if any token needs them, `loss_mask` if flags mask tokens, and metrics.
 
     Raises:
         ValueError: tokens have to be weighted or masked, and a column that this needs is missing.
     """
     if args.loss_type == "sft_loss":  # SFT's tokens were not sampled
-        return batch, {}
+        return {}, {}
     counts_R = (batch.columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
+    columns: dict[str, Array] = {}
     metrics: dict[str, float] = {}
     offpolicy_R = np.zeros_like(counts_R)
     if batch.has("policy_versions"):
@@ -76,15 +80,15 @@ def add_offpolicy(args: Args, batch: TrainBatch, counted_N: Array, version: int)
     else:
         _check_versions_are_not_needed(args)
     if args.mask_offpolicy_in_partial_rollout and offpolicy_R.any():
-        batch = batch.with_column("loss_mask", np.where(offpolicy_R, 0.0, batch.columns["loss_mask"]))
+        columns["loss_mask"] = np.where(offpolicy_R, 0.0, batch.columns["loss_mask"])
         counts_R, offpolicy_R = counts_R & ~offpolicy_R, np.zeros_like(offpolicy_R)
     if offpolicy_R.any():
-        batch = batch.with_column("offpolicy", offpolicy_R)
+        columns["offpolicy"] = offpolicy_R
     weighted_R = counts_R if args.use_tis else offpolicy_R
     if args.offpolicy_correction != "none" and weighted_R.any():
         _check_log_probs(args, batch)
-        batch = batch.with_column("weighted", weighted_R)
-    return batch, metrics
+        columns["weighted"] = weighted_R
+    return with_declared_dtypes(columns), metrics
 
 
 def _check_versions_are_not_needed(args: Args) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from slime.algo.losses import Loss, LossInputs, LossOptions
 from slime.core.batch import TrainBatch
+from slime.core.columns import COLUMNS
 from slime.megatron import device
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.logprobs import response_log_probs
@@ -287,20 +288,12 @@ class Stepper(ModelSteps):
 
     def _weighted_loss(self, micro_batch: MicroBatch, hidden: Tensor, loss: Loss, options: LossOptions) -> WeightedLoss:
         """Return the micro-batch's share of the step's loss and of its metrics, and the trace of its tokens."""
-        columns = micro_batch.columns
         log_probs_R, entropy_R = self._response_log_probs(micro_batch, hidden, with_entropy=True)
         # with one step per rollout the old policy is the current one, and needs no forward pass of its own
-        old_R = columns.get("old_log_probs", log_probs_R.detach())
+        columns = {"old_log_probs": log_probs_R.detach()} | micro_batch.columns
+        named = {f"{name}_R": values_R for name, values_R in columns.items() if COLUMNS[name].loss_input}
         inputs = LossInputs(
-            log_probs_R=log_probs_R,
-            old_log_probs_R=old_R,
-            advantages_R=columns["advantages"],
-            ref_log_probs_R=columns.get("ref_log_probs"),
-            rollout_log_probs_R=columns.get("rollout_log_probs"),
-            entropy_R=entropy_R,
-            weighted_R=columns.get("weighted"),
-            loss_mask_R=columns["loss_mask"],
-            sequences=micro_batch.responses,
+            log_probs_R=log_probs_R, entropy_R=entropy_R, sequences=micro_batch.responses, columns=columns, **named
         )
         loss_R, metrics = loss(inputs, options)
         weights_R = columns["loss_weights"]
@@ -308,10 +301,9 @@ class Stepper(ModelSteps):
         shares = {
             METRIC_NAMES.get(name, name): weighted_sum(values_R.detach(), weights_R)
             for name, values_R in metrics.items()
-            if name != "logprob_gap"  # `_gap_shares` has it over the mask, unweighted
         }
         shares |= {"loss": total.detach(), "weights": weights_R.double().sum()}
-        shares |= _gap_shares(old_R, columns)
+        shares |= _gap_shares(columns)
         trace = TokenTrace(micro_batch.responses_R, log_probs_R.detach(), loss_R.detach(), weights_R)
         shares |= {"not_finite": trace.not_finite(), "loss_magnitude": trace.magnitude()}
         return total, (shares, trace)
@@ -353,13 +345,27 @@ def weighted_sum(values_R: Tensor, weights_R: Tensor) -> Tensor:
     return (torch.where(weights_R > 0, values_R, 0.0) * weights_R).sum()
 
 
-def _gap_shares(old_R: Tensor, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def over_steps(steps: Sequence[dict[str, float]], kind: str) -> dict[str, float]:
+    """Reduce steps to `train/...`: a metric's mean, but the maximum of `_max`, the last lr and all skipped steps."""
+    metrics: dict[str, float] = {}
+    for name in dict.fromkeys(name for step in steps for name in step):
+        values = [step[name] for step in steps if name in step]
+        reduce: Callable[[list[float]], float] = (
+            max if name.endswith("_max") else (lambda v: v[-1]) if name == "lr" else lambda v: sum(v) / len(v)
+        )
+        if name == "skipped_steps":
+            reduce = sum
+        metrics[f"{kind}/{name}"] = reduce(values)
+    return metrics
+
+
+def _gap_shares(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sum |old policy's log-prob by the trainer - by the engine|; for the same policy this is only numerical noise."""
     if "rollout_log_probs" not in columns:
         return {}
     mask_R = columns["loss_mask"] > 0
     if "offpolicy" in columns:
         mask_R = mask_R & ~columns["offpolicy"]
-    gap_R = torch.where(mask_R, (old_R.detach() - columns["rollout_log_probs"]).abs(), 0.0)
+    gap_R = torch.where(mask_R, (columns["old_log_probs"] - columns["rollout_log_probs"]).abs(), 0.0)
     largest = gap_R.amax() if len(gap_R) else gap_R.new_zeros(())
     return {"gap_sum": gap_R.sum(), "gap_tokens": mask_R.sum(), "logprob_gap_max": largest}

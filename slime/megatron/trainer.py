@@ -21,11 +21,12 @@ from torch import Tensor
 
 from slime.config.args import Args
 from slime.config.pipeline_stages import count_multiple
-from slime.core.batch import Array, TrainBatch
+from slime.core.batch import TrainBatch
+from slime.core.columns import Array
 from slime.core.load_result import LoadResult
 from slime.core.packing import StepPlan, plan_steps, training_flops
 from slime.megatron import device, routing_replay
-from slime.megatron.advantages import add_advantages, add_loss_weights, counted_rows_of, loss_of, loss_options
+from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_of, loss_options, loss_weight_columns
 from slime.megatron.checkpoint.files import refuse_abandoned
 from slime.megatron.checkpoint.hf_unchanged import HF_FILES, HFFiles
 from slime.megatron.checkpoint.save_load import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
@@ -37,10 +38,10 @@ from slime.megatron.model import hf_weights
 from slime.megatron.model.build import architecture_of, build_model, params_dtype
 from slime.megatron.nan_guard import BadStepError, StepGuard, check_columns
 from slime.megatron.offload.snapshots import Snapshots
-from slime.megatron.offpolicy import add_offpolicy, version_of_weights
+from slime.megatron.offpolicy import offpolicy_columns, version_of_weights
 from slime.megatron.optim.optimizer import build_optimizer, follow_schedule, steps_per_rollout
 from slime.megatron.parallel import close_parallel, init_parallel
-from slime.megatron.step import Stepper
+from slime.megatron.step import Stepper, over_steps
 from slime.models.hf_files import HFReader
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Trainer:
             temperature=1.0 if args.loss_type == "sft_loss" else args.rollout_temperature,
             chunk_size=args.log_probs_chunk_size,
         )
-        self._loss = loss_of(args)
+        self._loss, self._loss_options = loss_of(args), loss_options(args)
         self._hf_files = HFFiles(args)
         self._guard = StepGuard(args, self.topology)
         self.critic = Critic(args, self.topology, self._dump) if args.uses_critic else None
@@ -88,7 +89,7 @@ class Trainer:
             ValueError: there is nothing to load, or it does not fit.
         """
         args = self._args
-        if self.needs_reference:
+        if args.needs_reference:
             self._load_weights(self._find_reference(ASKS_FOR_REFERENCE))
             self._snapshots.take("ref")
         elif args.use_kl_loss and self.topology.rank == 0:
@@ -102,11 +103,6 @@ class Trainer:
         if args.save is not None and args.num_rollout != 0:
             refuse_abandoned(args.save, result.next_rollout_id)
         return result
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the reference model runs at all."""
-        return self._args.needs_reference
 
     def _find_reference(self, needed_by: str) -> FoundCheckpoint:
         """Find --ref-load; --hf-checkpoint only if no reference is named."""
@@ -224,24 +220,20 @@ class Trainer:
         start, raw_batch = time.perf_counter(), batch
         args = self._args
         self._stepper.forget_gradients(self.optimizer)
-        counted_N = counted_rows_of(args, batch)
-        version = version_of_weights(args, rollout_id, batch, policy_version)
-        batch, offpolicy_metrics = add_offpolicy(args, routing_replay.for_actor(args, batch), counted_N, version)
+        counted_N = counted_rows_of(args, raw_batch)
+        version = version_of_weights(args, rollout_id, raw_batch, policy_version)
+        batch = routing_replay.for_actor(args, raw_batch)
+        made, offpolicy_metrics = offpolicy_columns(args, batch, counted_N, version)
         plans = self.plan(batch, steps_per_rollout(args))
-        # with one step the old policy is the current one, but a KL penalty in the reward is needed before the step
-        if args.loss_type != "sft_loss" and (len(plans) > 1 or args.needs_kl_first):
-            batch = batch.with_column("old_log_probs", self._forward(batch, plans))
-        if self.needs_reference:
-            with self._snapshots.holding("ref"):
-                batch = batch.with_column("ref_log_probs", self._forward(routing_replay.for_others(batch), plans))
-        if self.critic is not None:  # values of the whole rollout, before any of its steps
-            values_R = self._forward(routing_replay.for_others(batch), plans, self.critic.values)
-            batch = batch.with_column("values", values_R)
+        # all columns by name: those that came, then those that training makes, each from the ones before it
+        columns = batch.columns | made | self._predictions(batch, plans)
         where = f"rollout {rollout_id}"
-        check_columns(where, batch, counted_N)  # whitening would spread one bad token's value over all of them
-        batch, advantage_metrics = add_advantages(args, batch, counted_N)
-        check_columns(where, batch, counted_N, ["advantages"])
-        batch, sums = add_loss_weights(args, batch, counted_N, [plan.rows for plan in plans])
+        check_columns(where, batch, columns, counted_N)  # whitening would spread a bad token's value over all of them
+        made, advantage_metrics = advantage_columns(args, batch, columns, counted_N)
+        columns |= made
+        check_columns(where, batch, columns, counted_N, ["advantages"])
+        made, sums = loss_weight_columns(args, batch, columns, counted_N, [plan.rows for plan in plans])
+        batch = TrainBatch(batch.total_lengths_N, batch.response_lengths_N, columns | made)
         if self._dump is not None:
             self._dump.rollout(rollout_id, raw_batch, batch)
         train_start = time.perf_counter()
@@ -255,6 +247,22 @@ class Trainer:
         metrics |= {"time/train_forward": forward, "time/train_step": step}
         metrics["train/tokens_per_second"] = float(batch.total_lengths_N.sum()) / (forward + step)
         return metrics
+
+    def _predictions(self, batch: TrainBatch, plans: Sequence[StepPlan]) -> dict[str, Array]:
+        """Return what the models predict for the whole rollout before its first step: log-probs and values, if needed.
+
+        With one step the old policy is the current one, and its log-probs are read from the step's own forward pass;
+        but a KL penalty in the reward needs them earlier.
+        """
+        found: dict[str, Array] = {}
+        if self._args.loss_type != "sft_loss" and (len(plans) > 1 or self._args.needs_kl_first):
+            found["old_log_probs"] = self._forward(batch, plans)
+        if self._args.needs_reference:
+            with self._snapshots.holding("ref"):
+                found["ref_log_probs"] = self._forward(routing_replay.for_others(batch), plans)
+        if self.critic is not None:
+            found["values"] = self._forward(routing_replay.for_others(batch), plans, self.critic.values)
+        return found
 
     def _take_steps(
         self, rollout_id: int, batch: TrainBatch, plans: Sequence[StepPlan], sums: Sequence[float]
@@ -275,7 +283,7 @@ class Trainer:
                         optimizer=self.optimizer,
                         scheduler=self.scheduler,
                         loss=self._loss,
-                        options=loss_options(args),
+                        options=self._loss_options,
                         weights_sum=weights_sum,
                         where=where,
                         batch=batch,
@@ -288,7 +296,7 @@ class Trainer:
                 self.critic.forget_gradients()
                 packed = self._pack(routing_replay.for_others(batch), plan)
                 critic_steps.append(self.critic.train(packed, batch=batch, weights_sum=weights_sum, where=where))
-        return _over_steps(steps, "train") | _over_steps(critic_steps, "critic")
+        return over_steps(steps, "train") | over_steps(critic_steps, "critic")
 
     def log_probs(self, batch: TrainBatch, *, model: Literal["actor", "ref"] = "actor") -> Array:
         """Return [R] float32: log-probs of all response tokens at the rollout temperature (SFT's at 1), on every rank.
@@ -384,17 +392,3 @@ class Trainer:
             flops = training_flops(self._arch)
             metrics["train/dp_imbalance"] = max(plan.imbalance(lengths, flops) for plan in plans)
         return metrics
-
-
-def _over_steps(steps: Sequence[dict[str, float]], kind: str) -> dict[str, float]:
-    """Reduce steps to `train/...`: a metric's mean, but the maximum of `_max`, the last lr and all skipped steps."""
-    metrics: dict[str, float] = {}
-    for name in dict.fromkeys(name for step in steps for name in step):
-        values = [step[name] for step in steps if name in step]
-        reduce: Callable[[list[float]], float] = (
-            max if name.endswith("_max") else (lambda v: v[-1]) if name == "lr" else lambda v: sum(v) / len(v)
-        )
-        if name == "skipped_steps":
-            reduce = sum
-        metrics[f"{kind}/{name}"] = reduce(values)
-    return metrics

@@ -198,7 +198,7 @@ def test_metrics_follow_the_given_inputs() -> None:
     assert set(policy_loss(bare, OPTIONS)[1]) == {"clip_fraction", "ppo_kl", "pg_loss"}
     inputs = make_inputs()
     loss, metrics = policy_loss(inputs, OPTIONS)
-    assert {"kl", "entropy", "logprob_gap"} < set(metrics)
+    assert {"kl", "entropy"} < set(metrics)
     assert torch.equal(loss, metrics["pg_loss"]), "coefficients of 0 add nothing to the loss"
     assert all(value.shape == loss.shape for value in metrics.values())
 
@@ -230,7 +230,6 @@ def test_every_metric_has_its_value() -> None:
             clip_fraction=float(ratio > 1.28 if a > 0 else ratio < 0.8),
             dual_clip_fraction=float(a < 0 and ratio > 1.3),
             ppo_kl=log_old - log_p,
-            logprob_gap=abs(log_old - rollout),
             tis_weight=min(weight, 1.5) if weighted[t] else 1.0,
             tis_clipped=float(bool(weighted[t]) and weight > 1.5),
             pg_loss=loss * (min(weight, 1.5) if weighted[t] else 1.0),

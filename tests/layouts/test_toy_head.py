@@ -26,7 +26,7 @@ from slime.config.resolve import resolve
 from slime.core.architecture import Architecture
 from slime.core.batch import COLUMNS, TrainBatch
 from slime.core.packing import plan_steps
-from slime.megatron.advantages import add_advantages, add_loss_weights, counted_rows_of, loss_options
+from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_options, loss_weight_columns
 from slime.megatron.logprobs import response_log_probs
 from slime.megatron.microbatch import ContextParallel, pack_rows
 from slime.megatron.parallel import Topology
@@ -151,7 +151,8 @@ def _one_step(args: Args, topology: Topology, batch: TrainBatch) -> Found:
     counted_N = counted_rows_of(args, batch)
     if args.use_tis:
         batch = batch.with_column("weighted", batch.columns["loss_mask"] > 0)
-    batch, _ = add_advantages(args, batch, counted_N)
+    made, _ = advantage_columns(args, batch, batch.columns, counted_N)
+    batch = replace(batch, columns=batch.columns | made)
     [plan] = plan_steps(
         batch.total_lengths_N.tolist(),
         num_steps=1,
@@ -162,7 +163,8 @@ def _one_step(args: Args, topology: Topology, batch: TrainBatch) -> Found:
         row_multiple=part.row_multiple,
         balance=args.balance_data,
     )
-    batch, [total] = add_loss_weights(args, batch, counted_N, [plan.rows])
+    made, [total] = loss_weight_columns(args, batch, batch.columns, counted_N, [plan.rows])
+    batch = replace(batch, columns=batch.columns | made)
     assert total == 1
     table, whole_head = _weights()
     head = whole_head.detach().chunk(topology.tp_size)[topology.tp_rank].clone().requires_grad_()

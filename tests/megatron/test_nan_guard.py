@@ -70,18 +70,19 @@ def test_columns_that_are_not_finite(name: str, value: float, said: str) -> None
     for column in ("ref_log_probs", "advantages"):
         batch = batch.with_column(column, batch.columns["rollout_log_probs"])
     counted_N = np.ones(len(batch), dtype=bool)
-    check_columns("rollout 3", batch, counted_N)  # control
+    check_columns("rollout 3", batch, batch.columns, counted_N)  # control
     wrong = spoilt(batch, name, value)
     with pytest.raises(RuntimeError) as raised:
-        check_columns("rollout 3", wrong, counted_N)
+        check_columns("rollout 3", wrong, wrong.columns, counted_N)
     message = str(raised.value)
     assert message.startswith(f"rollout 3: {name} ")
     assert said.replace("LENGTH", str(batch.response_lengths_N[POISONED])) in message
     counted_N[POISONED] = False  # a sample that does not count may hold anything
-    check_columns("rollout 3", wrong, counted_N)
+    check_columns("rollout 3", wrong, wrong.columns, counted_N)
     if name != "rewards":
         mask = np.isfinite(wrong.columns[name]).astype(np.float32)
-        check_columns("rollout 3", wrong.with_column("loss_mask", mask), np.ones(len(batch), dtype=bool))
+        every_N = np.ones(len(batch), dtype=bool)
+        check_columns("rollout 3", wrong, wrong.columns | {"loss_mask": mask}, every_N)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from worker_pool import WorkerPool
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
 from slime.megatron.advantages import counted_rows_of
-from slime.megatron.offpolicy import add_offpolicy, version_of_weights
+from slime.megatron.offpolicy import offpolicy_columns, version_of_weights
 from slime.megatron.trainer import Trainer
 
 VERSION = 5
@@ -44,7 +44,8 @@ def plain_batch(**columns: np.ndarray) -> TrainBatch:
 
 
 def prepared(args: Args, batch: TrainBatch, version: int = VERSION) -> tuple[TrainBatch, dict[str, float]]:
-    return add_offpolicy(args, batch, counted_rows_of(args, batch), version)
+    made, metrics = offpolicy_columns(args, batch, counted_rows_of(args, batch), version)
+    return replace(batch, columns=batch.columns | made), metrics
 
 
 # --- which tokens -----------------------------------------------------------------------------------------------

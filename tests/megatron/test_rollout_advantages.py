@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
-from slime.megatron.advantages import add_advantages, add_loss_weights, counted_rows_of, loss_options
+from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_options, loss_weight_columns
 
 
 def _batch() -> TrainBatch:
@@ -16,6 +18,11 @@ def _batch() -> TrainBatch:
     batch = tiny.random_batch(8)
     rewards = np.asarray([1, 0, 0, 1, 1, 1, 0, np.nan], dtype=np.float32)
     return batch.with_column("rewards", rewards)
+
+
+def _with_advantages(args: Args, batch: TrainBatch) -> TrainBatch:
+    made, _ = advantage_columns(args, batch, batch.columns, counted_rows_of(args, batch))
+    return replace(batch, columns=batch.columns | made)
 
 
 def test_a_sample_without_reward_is_not_counted() -> None:
@@ -30,21 +37,20 @@ def test_a_sample_without_reward_is_not_counted() -> None:
 
 def test_each_response_token_has_its_samples_advantage() -> None:
     batch = _batch()
-    rows = add_advantages(Args(), batch, counted_rows_of(Args(), batch))[0].rows("advantages")
+    rows = _with_advantages(Args(), batch).rows("advantages")
     assert all(len(row) == length for row, length in zip(rows, batch.response_lengths_N, strict=True))
     std = np.std([1, 0, 0, 1], ddof=1)
     assert rows[0] == pytest.approx(0.5 / std, abs=1e-5) and rows[1] == pytest.approx(-0.5 / std, abs=1e-5)
     assert rows[6] == pytest.approx(-2 / 3 / np.std([1, 1, 0], ddof=1), abs=1e-5)
     assert not rows[7].any()
-    plain, _ = add_advantages(Args(disable_grpo_std_normalization=True), batch, counted_rows_of(Args(), batch))
+    plain = _with_advantages(Args(disable_grpo_std_normalization=True), batch)
     assert plain.rows("advantages")[0] == pytest.approx(0.5)
 
 
 def test_whitened_over_the_tokens_that_count() -> None:
     batch = _batch()
     counted = counted_rows_of(Args(), batch)
-    args = Args(normalize_advantages=True)
-    advantages = add_advantages(args, batch, counted)[0].columns["advantages"]
+    advantages = _with_advantages(Args(normalize_advantages=True), batch).columns["advantages"]
     counts = batch.columns["loss_mask"] * np.repeat(counted, batch.response_lengths_N) > 0
     assert advantages[counts].mean() == pytest.approx(0, abs=1e-6)
     assert advantages[counts].std() == pytest.approx(1, abs=1e-5)
@@ -55,7 +61,8 @@ def test_weights_sum_to_1_in_every_step(per_token: bool) -> None:
     batch = _batch()
     args = Args(calculate_per_token_loss=per_token)
     steps = [[4, 0, 2], [1, 3, 5, 6], [7]]  # in any order
-    batch, sums = add_loss_weights(args, batch, counted_rows_of(args, batch), steps)
+    made, sums = loss_weight_columns(args, batch, batch.columns, counted_rows_of(args, batch), steps)
+    batch = replace(batch, columns=batch.columns | made)
     assert sums == [1.0, 1.0, 0.0]
     weights, masks = batch.rows("loss_weights"), batch.rows("loss_mask")
     for step, expected in zip(steps, sums, strict=True):
