@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from slime.core.awake import LoopClock
+from slime.core.pausing import PauseMode
 from slime.engine.connection import Connection, EngineError
 from slime.engine.device_protocol import MemoryOccupation, MemoryTag, UpdateWeightsFromTensor
 from slime.engine.keys import NO_KEYS, Keys
@@ -27,7 +28,6 @@ from slime.engine.protocol import (
     GenerateResponse,
     InitWeightsUpdateGroup,
     PauseGeneration,
-    PauseMode,
     RouterEndpoint,
     SamplingParams,
     UpdateWeightsFromDisk,

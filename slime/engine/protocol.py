@@ -17,9 +17,9 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from slime.core.pausing import PauseMode
 from slime.engine.message import Message, require, short
 
-PauseMode = Literal["abort", "in_place", "retract"]
 CheckAction = Literal["checksum", "reset_tensors"]
 WEIGHT_GROUP = "slime-weights"
 """The process group over which a trainer sends weights. Its name is fixed, so that a killed run's group is found."""
@@ -309,7 +309,7 @@ class AbortRequest(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class PauseGeneration(Message):
-    """Pause an engine. abort: stop all requests; in_place: keep them with their KV; retract: prefill them later."""
+    """Pause an engine, in one of the ways that `core.pausing` describes."""
 
     mode: PauseMode = "abort"
 
@@ -355,7 +355,7 @@ class DestroyWeightsUpdateGroup(Message):
 class UpdateWeightsFromDistributed(Message):
     """Receive one bucket, which rank 0 broadcasts in the order of `names`.
 
-    `load_format` "flattened_bucket": the bucket is one tensor of bytes (see `weight_group`).
+    `load_format` "flattened_bucket": the bucket is one tensor of bytes (see `bucket_layout`).
     """
 
     names: list[str]

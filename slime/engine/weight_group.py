@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -156,43 +156,3 @@ def _as_torch_does(
     assert isinstance(group, dist.ProcessGroup)
     _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     return group
-
-
-# ---- one bucket as one tensor (SGLang's load_format "flattened_bucket")
-
-
-def flatten_bucket(tensors: Sequence[Tensor]) -> Tensor:
-    """Join all tensors' bytes one after another into one uint8 tensor; all are on one device."""
-    flat = torch.empty(sum(t.nbytes for t in tensors), dtype=torch.uint8, device=tensors[0].device)
-    # Copy one tensor at a time, which is a plain memory copy; torch.cat copies byte by byte on a GPU.
-    for part, tensor in zip(flat.split([t.nbytes for t in tensors]), tensors, strict=True):
-        part.copy_(tensor.detach().contiguous().flatten().view(torch.uint8))
-    return flat
-
-
-def split_bucket(flat: Tensor, dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Split a bucket into its tensors; this reverses `flatten_bucket`."""
-    tensors: list[Tensor] = []
-    begin = 0
-    for dtype, shape in zip(dtypes, shapes, strict=True):
-        end = begin + bucket_bytes([dtype], [shape])
-        # A copy is needed: the bytes of one dtype may begin where another dtype cannot be viewed (alignment).
-        tensors.append(flat[begin:end].clone().view(dtype).view(*shape))
-        begin = end
-    return tensors
-
-
-def bucket_bytes(dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]) -> int:
-    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in zip(dtypes, shapes, strict=True))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the dtype's name as SGLang writes it: 'float32'."""
-    return str(dtype).removeprefix("torch.")
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype; write it as float32 or bfloat16")
-    return dtype

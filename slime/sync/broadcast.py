@@ -21,36 +21,30 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from slime.core.pausing import PauseChoice
+from slime.engine.bucket_layout import BucketLayout, NamedTensor
 from slime.engine.client import EngineClient
 from slime.engine.protocol import WEIGHT_GROUP
-from slime.engine.weight_group import Filled, WeightGroup, dtype_name, filled, flatten_bucket, join_weight_group
-from slime.sync.buckets import NamedTensor, buckets
-from slime.sync.transport import DRAIN_WITHIN_S, PauseChoice, SyncReport, Transport
+from slime.engine.weight_group import Filled, WeightGroup, filled, join_weight_group
+from slime.sync.buckets import Bucket, Buckets
+from slime.sync.transport import DRAIN_WITHIN_S, SyncReport, Transport
 
 NAMED_WITHIN_S = 20.0
 """Seconds that a failed broadcast waits for the error message of the lost engine."""
 
 
 @dataclass(frozen=True)
-class _Bucket:
-    """Tensors joined into one flat tensor, with the names, dtypes and shapes that engines need to split it."""
+class _FlatBucket:
+    """A bucket's bytes in one tensor, and the layout that engines need to split it."""
 
     flat: Tensor
     filled: Filled
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
+    layout: BucketLayout
 
     @classmethod
-    def of(cls, tensors: Sequence[NamedTensor]) -> _Bucket:
-        flat = flatten_bucket([tensor for _, tensor in tensors])
-        return cls(
-            flat=flat,
-            filled=filled(flat),
-            names=[name for name, _ in tensors],
-            dtypes=[dtype_name(tensor.dtype) for _, tensor in tensors],
-            shapes=[list(tensor.shape) for _, tensor in tensors],
-        )
+    def of(cls, bucket: Bucket) -> _FlatBucket:
+        flat = bucket.layout.flatten(bucket.tensors)
+        return cls(flat, filled(flat), bucket.layout)
 
 
 class BroadcastTransport(Transport):
@@ -112,31 +106,30 @@ class BroadcastTransport(Transport):
     def _send_all(self, tensors: Iterable[NamedTensor], sender: ThreadPoolExecutor, version: str) -> int:
         """Send all buckets and return their bytes.
 
-        One bucket is being sent and one more is held back until the next one shows that it is not the last.
+        One bucket is being sent, and one more is filled and waits until the stream shows whether it is the last.
         """
         total = 0
         under_way: Future[None] | None = None
-        waiting: _Bucket | None = None
-
-        def submit(bucket: _Bucket, version: str | None) -> Future[None]:
+        buckets = Buckets(tensors, self._bucket_bytes)
+        for bucket in buckets:
+            flat = _FlatBucket.of(bucket)
+            total += bucket.layout.num_bytes
+            carried = version if buckets.at_end() else None
             if under_way is not None:
                 under_way.result()
-            return sender.submit(lambda: self._runner.run(self._send_bucket(bucket, version)))
-
-        for tensors_of_one in buckets(tensors, self._bucket_bytes):
-            if waiting is not None:
-                under_way = submit(waiting, None)
-            waiting = _Bucket.of(tensors_of_one)
-            total += waiting.flat.nbytes
-        assert waiting is not None, "the model has no weights"
-        submit(waiting, version).result()
+            under_way = sender.submit(self._send_now, flat, carried)
+        if under_way is not None:
+            under_way.result()
         return total
 
-    async def _send_bucket(self, bucket: _Bucket, version: str | None) -> None:
+    def _send_now(self, bucket: _FlatBucket, version: str | None) -> None:
+        self._runner.run(self._send_bucket(bucket, version))
+
+    async def _send_bucket(self, bucket: _FlatBucket, version: str | None) -> None:
         asking = self._client.update_weights_from_distributed(
-            names=bucket.names,
-            dtypes=bucket.dtypes,
-            shapes=bucket.shapes,
+            names=bucket.layout.names,
+            dtypes=bucket.layout.dtypes,
+            shapes=bucket.layout.shapes,
             group_name=WEIGHT_GROUP,
             weight_version=version,
             flush_cache=False,  # `paused` has flushed it; SGLang crashes if it flushes with requests in flight

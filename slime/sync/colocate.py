@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -30,11 +30,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slime.engine.bucket_layout import BucketLayout, NamedTensor
 from slime.engine.client import EngineClient
 from slime.engine.device_protocol import MEMORY_FILE, SharedBucket, UpdateWeightsFromTensor
 from slime.engine.keys import Keys
-from slime.engine.weight_group import dtype_name
-from slime.sync.buckets import NamedTensor, buckets
+from slime.sync.buckets import Bucket, Buckets
 from slime.sync.transport import SyncReport, Transport
 
 
@@ -44,18 +44,15 @@ class Buffer(ABC):
     def __init__(self) -> None:
         self._flat: Tensor | None = None
 
-    def fill(self, bucket: Sequence[NamedTensor]) -> Any:
-        """Copy the tensors one after another into the buffer; return the handle for the engine, picklable."""
-        size = sum(tensor.nbytes for _, tensor in bucket)
+    def fill(self, bucket: Bucket) -> Any:
+        """Copy the tensors to their places in the buffer; return the handle for the engine, picklable."""
+        size = bucket.layout.num_bytes
         if self._flat is None or len(self._flat) < size:
             self.free()
             self._flat = self._allocate(size)
-        begin = 0
-        for _, tensor in bucket:
-            end = begin + tensor.nbytes
-            self._flat[begin:end].copy_(tensor.detach().reshape(-1).view(torch.uint8))
-            begin = end
-        return self._handle(self._flat[:size], bucket)
+        flat = self._flat[:size]
+        bucket.layout.fill(flat, bucket.tensors)
+        return self._handle(flat, bucket.layout)
 
     def free(self) -> None:
         self._flat = None
@@ -64,7 +61,7 @@ class Buffer(ABC):
     def _allocate(self, size: int) -> Tensor: ...
 
     @abstractmethod
-    def _handle(self, flat: Tensor, bucket: Sequence[NamedTensor]) -> Any: ...
+    def _handle(self, flat: Tensor, layout: BucketLayout) -> Any: ...
 
     @staticmethod
     @abstractmethod
@@ -98,22 +95,18 @@ class DeviceBuffer(Buffer):
     def _allocate(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
 
-    def _handle(self, flat: Tensor, bucket: Sequence[NamedTensor]) -> str:
-        metadata: list[Any] = []
-        begin = 0
-        for name, tensor in bucket:
-            end = begin + tensor.nbytes
-            metadata.append(
-                self._metadata(
-                    name=name,
-                    shape=tensor.shape,
-                    dtype=tensor.dtype,
-                    start_idx=begin,
-                    end_idx=end,
-                    numel=end - begin,  # SGLang counts bytes here
-                )
+    def _handle(self, flat: Tensor, layout: BucketLayout) -> str:
+        metadata = [
+            self._metadata(
+                name=place.name,
+                shape=place.shape,
+                dtype=place.dtype,
+                start_idx=place.begin,
+                end_idx=place.end,
+                numel=place.end - place.begin,  # SGLang counts bytes here
             )
-            begin = end
+            for place in layout.places
+        ]
         torch.cuda.synchronize()  # what the engine will read has been written
         return self._serialize({"flattened_tensor": flat, "metadata": metadata}, output_str=True)
 
@@ -144,12 +137,12 @@ class HostBuffer(Buffer):
         os.ftruncate(file, size)
         return torch.from_file(f"/proc/self/fd/{file}", shared=True, size=size, dtype=torch.uint8)
 
-    def _handle(self, flat: Tensor, bucket: Sequence[NamedTensor]) -> SharedBucket:
+    def _handle(self, flat: Tensor, layout: BucketLayout) -> SharedBucket:
         return SharedBucket(
             path=f"/proc/{os.getpid()}/fd/{self._file}",
-            names=[name for name, _ in bucket],
-            dtypes=[dtype_name(tensor.dtype) for _, tensor in bucket],
-            shapes=[list(tensor.shape) for _, tensor in bucket],
+            names=layout.names,
+            dtypes=layout.dtypes,
+            shapes=layout.shapes,
         )
 
     def free(self) -> None:
@@ -217,8 +210,10 @@ class ColocatedTransport(Transport):
     def _send_all(self, tensors: Iterable[NamedTensor], poster: ThreadPoolExecutor, version: str) -> int:
         total = 0
         posting: Future[None] | None = None
-        for number, (bucket, last) in enumerate(_with_last(buckets(tensors, self._bucket_bytes))):
-            total += sum(tensor.nbytes for _, tensor in bucket)
+        buckets = Buckets(tensors, self._bucket_bytes)
+        for number, bucket in enumerate(buckets):
+            total += bucket.layout.num_bytes
+            carried = version if buckets.at_end() else None
             if not self._buffers:
                 continue  # this trainer shares no device with an engine: it only takes part in gathering
             handles = self._gathered(self._buffers[number % 2].fill(bucket))
@@ -226,7 +221,7 @@ class ColocatedTransport(Transport):
                 posting.result()
             _meet(self._group)  # the engine has answered the previous bucket: its buffer is free on all devices
             if self._leads:
-                posting = poster.submit(self._post, handles, version if last else None)
+                posting = poster.submit(self._post, handles, carried)
         if posting is not None:
             posting.result()
         _meet(self._group)
@@ -292,14 +287,3 @@ def _gloo(ranks: Sequence[int], rank: int) -> dist.ProcessGroup | None:
 def _meet(group: dist.ProcessGroup | None) -> None:
     if group is not None:
         dist.barrier(group=group)
-
-
-def _with_last(items: Iterable[list[NamedTensor]]) -> Iterator[tuple[list[NamedTensor], bool]]:
-    """Yield each item, and whether it is the last."""
-    waiting: list[NamedTensor] | None = None
-    for item in items:
-        if waiting is not None:
-            yield waiting, False
-        waiting = item
-    assert waiting is not None, "the model has no weights"
-    yield waiting, True

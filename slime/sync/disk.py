@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from slime.core.pausing import PauseChoice
+from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient, EngineError
 from slime.models.hf_files import write_hf
-from slime.sync.buckets import NamedTensor
-from slime.sync.transport import DRAIN_WITHIN_S, PauseChoice, SyncReport, Transport
+from slime.sync.transport import DRAIN_WITHIN_S, SyncReport, Transport
 from slime.sync.weight_directory import remove_weights
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime.core.errors import RunError
-from slime.sync.buckets import NamedTensor
+from slime.engine.bucket_layout import NamedTensor
 
 NAMED = 4
 """The number of weights that the error lists; it counts the rest."""

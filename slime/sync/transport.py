@@ -42,13 +42,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, TypeVar
 
+from slime.core.pausing import PauseChoice
+from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient, EngineError
-from slime.sync.buckets import NamedTensor
 
-PauseChoice = Literal["drain", "abort", "in_place", "retract"]
-"""The treatment of requests in flight when weights change (--update-weight-pause)."""
 DRAIN_WITHIN_S = 1800.0
 POLL_S = 0.05
 END_WITHIN_S = 5.0
@@ -117,10 +116,8 @@ class Transport(ABC):
     def paused(self) -> Iterator[float]:
         """Stop all engines from generating inside the block, so that weights may change; yield the seconds it took.
 
-        drain: requests in flight are answered first. abort: they are answered at once, with the tokens that they have.
-        in_place: they wait, and continue with their KV cache. retract: they wait, and their prompts and responses are
-        prefilled again. With drain and abort no answer mixes two versions; with the other two an answer names the later
-        version.
+        `core.pausing` describes what happens to requests in flight. With drain and abort no answer mixes two versions;
+        with in_place and retract an answer names the later version.
 
         Raises:
             RuntimeError: requests were in flight, and no engine made progress for `drain_within` seconds.

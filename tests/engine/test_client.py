@@ -21,13 +21,14 @@ import tiny_models
 from tiny_models import StartEngine
 
 from slime.config.args import Args
+from slime.engine.bucket_layout import BucketLayout
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.connection import LOST_ENGINE, Connection
 from slime.engine.keys import NO_KEYS, Keys, with_keys
 from slime.engine.launch import launch_engine, launch_router, register_worker
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
 from slime.engine.server_process import ManagedProcess, find_free_port
-from slime.engine.weight_group import WeightGroup, dtype_name, flatten_bucket, join_weight_group
+from slime.engine.weight_group import WeightGroup, join_weight_group
 from slime.models.hf_files import HFReader
 
 T = TypeVar("T")
@@ -299,18 +300,18 @@ def send(
         client: EngineClient, group: WeightGroup, reader: HFReader, part: list[str], version: str | None
     ) -> None:
         tensors = [reader.get(n) for n in part]
-        shown = [(rename or {}).get(n, n) for n in part]
+        layout = BucketLayout.of(((rename or {}).get(n, n), tensor) for n, tensor in zip(part, tensors, strict=True))
 
         def broadcast() -> None:
-            for tensor in [flatten_bucket(tensors)] if load_format else tensors:
+            for tensor in [layout.flatten(tensors)] if load_format else tensors:
                 group.broadcast(tensor)
 
         await asyncio.gather(
             asyncio.to_thread(broadcast),
             client.update_weights_from_distributed(
-                shown,
-                [dtype_name(t.dtype) for t in tensors],
-                [list(t.shape) for t in tensors],
+                layout.names,
+                layout.dtypes,
+                layout.shapes,
                 GROUP,
                 version,
                 flush_cache,

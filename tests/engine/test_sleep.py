@@ -24,6 +24,7 @@ from slime.engine.embedded.weights import EngineWeights
 from slime.engine.server_process import ManagedProcess
 from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.models.hf_files import HFReader
+from slime.sync.buckets import Buckets
 from slime.sync.colocate import HostBuffer
 
 IDS = [1, 40, 50]
@@ -52,7 +53,7 @@ def named(model: Path) -> list[tuple[str, torch.Tensor]]:
 
 def send(engine: ManagedProcess, tensors: list[tuple[str, torch.Tensor]], version: str | None) -> tuple[int, str]:
     buffer = HostBuffer()
-    message = buffer.message([buffer.fill(tensors)], version=version)
+    message = buffer.message([buffer.fill(next(Buckets(tensors, 2**30)))], version=version)
     result = post(engine, "/update_weights_from_tensor", message.to_json())
     buffer.free()
     return result
@@ -105,7 +106,7 @@ def test_other_weights_come_as_they_are(engine: ManagedProcess, model_dirs: dict
         tensors = named(model_dirs[name])
         buffer = HostBuffer()
         for part, told in ((tensors[:20], None), (tensors[20:], version)):
-            message = buffer.message([buffer.fill(part)], version=told)
+            message = buffer.message([buffer.fill(next(Buckets(part, 2**30)))], version=told)
             assert post(engine, "/update_weights_from_tensor", message.to_json())[0] == 200
         buffer.free()
         synced = call(engine.url + "/weights_checker", {"action": "checksum"})[1]["per_engine_checksum"]

@@ -22,17 +22,19 @@ import torch
 from torch import Tensor
 
 from slime.config.args import Args
+from slime.core.pausing import PauseChoice
+from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient
 from slime.engine.launch import launch_engine
 from slime.engine.protocol import GenerateResponse
 from slime.engine.server_process import ManagedProcess, find_free_port
-from slime.engine.weight_group import WeightGroup, flatten_bucket, join_weight_group, split_bucket
+from slime.engine.weight_group import WeightGroup, join_weight_group
 from slime.models.hf_files import HFReader, write_hf
 from slime.sync.broadcast import BroadcastTransport
-from slime.sync.buckets import NamedTensor, buckets
+from slime.sync.buckets import Buckets
 from slime.sync.disk import DiskTransport
 from slime.sync.proof import PROMPT, check_versions, prove_weights
-from slime.sync.transport import PauseChoice, Transport
+from slime.sync.transport import Transport
 from tests.gpu.checks import Report, check
 from tests.gpu.runs import ROOT, scratch
 
@@ -168,8 +170,8 @@ def gathering(report: Report) -> None:
                 continue
 
         def fill(bucket_bytes: int) -> None:
-            for bucket in buckets(tensors(), bucket_bytes):
-                flatten_bucket([tensor for _, tensor in bucket])
+            for bucket in Buckets(tensors(), bucket_bytes):
+                bucket.layout.flatten(bucket.tensors)
 
         seconds = median_seconds(stream)
         report.row("iter_hf_tensors: seconds", seconds, f"{total / seconds / 1e9:.0f} GB/s")
@@ -177,10 +179,9 @@ def gathering(report: Report) -> None:
             seconds = median_seconds(lambda size=size: fill(size * MIB))
             limit = f"{LARGEST_SECONDS / 2:g}; {total / seconds / 1e9:.0f} GB/s"
             report.row(f"into buckets of {size} MiB: seconds", seconds, limit, ok=seconds < LARGEST_SECONDS / 2)
-        first = next(iter(buckets(tensors(), 64 * MIB)))
-        own = [tensor for _, tensor in first]
-        back = split_bucket(flatten_bucket(own), [t.dtype for t in own], [t.shape for t in own])
-        same = all(torch.equal(a, b) for a, b in zip(own, back, strict=True))
+        first = next(Buckets(tensors(), 64 * MIB))
+        back = first.layout.split(first.layout.flatten(first.tensors))
+        same = all(torch.equal(a, b) for a, b in zip(first.tensors, back, strict=True))
         report.row("a bucket and back: equal bits", same, True, ok=same)
 
 

@@ -12,7 +12,8 @@ from worker_pool import WorkerPool
 
 from slime.engine.client import EngineClient
 from slime.engine.keys import NO_KEYS
-from slime.sync.colocate import ColocatedTransport, HostBuffer, _with_last, connect
+from slime.sync.buckets import Buckets
+from slime.sync.colocate import ColocatedTransport, HostBuffer, connect
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 
@@ -46,18 +47,11 @@ def test_handles_follow_the_engines_rank_order(workers: WorkerPool, ranks: Any, 
     assert workers.run(4, gather, ranks) == expected
 
 
-def test_the_last_bucket_is_known_as_such() -> None:
-    items = [[(str(i), torch.zeros(1))] for i in range(3)]
-    assert [last for _, last in _with_last(items)] == [False, False, True]
-    with pytest.raises(AssertionError, match="no weights"):
-        list(_with_last([]))
-
-
 def test_a_buffer_grows_and_packs_dtypes() -> None:
     buffer = HostBuffer()
     for dtypes in ([torch.float32], [torch.float32, torch.bfloat16, torch.float32], [torch.bfloat16]):
         tensors = [(str(i), torch.randn(3 + i, 2).to(dtype)) for i, dtype in enumerate(dtypes)]
-        bucket = buffer.fill(tensors)
+        bucket = buffer.fill(next(Buckets(tensors, 2**30)))
         with open(bucket.path, "rb") as file:
             data = file.read()
         begin = 0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from worker_pool import WorkerPool
 
 from slime.core.errors import RunError
-from slime.sync.buckets import NamedTensor
+from slime.engine.bucket_layout import NamedTensor
 from slime.sync.finite import finite
 from tests.engine.tiny_models import make_model
 from tests.megatron.tiny import make_args

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from slime.core.pausing import PauseChoice
+from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.protocol import Endpoint, GenerateRequest, GenerateResponse, SamplingParams
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.models.hf_files import HFReader
 from slime.sync.broadcast import BroadcastTransport
-from slime.sync.buckets import NamedTensor
-from slime.sync.transport import PauseChoice
 from tests.engine.tiny_models import make_model
 from tests.sync.served import serving
 

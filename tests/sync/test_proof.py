@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.membership import Membership
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.models.hf_files import HFReader, write_hf
 from slime.sync.broadcast import BroadcastTransport
-from slime.sync.buckets import NamedTensor
 from slime.sync.disk import DiskTransport
 from slime.sync.proof import check_answers, check_versions, prove_weights
 from slime.sync.transport import SyncReport, Transport

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.launch import ask
 from slime.engine.protocol import Endpoint
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.models.hf_files import HFReader
 from slime.sync.broadcast import BroadcastTransport
-from slime.sync.buckets import NamedTensor
+from slime.sync.buckets import Buckets
 from slime.sync.colocate import HostBuffer
 from slime.sync.disk import DiskTransport
 from slime.sync.proof import check_versions, prove_weights
@@ -89,7 +90,7 @@ def post(engine: ManagedProcess, path: str, body: object = None) -> tuple[int, A
 
 def take_from_memory(engine: ManagedProcess, tensors: list[NamedTensor]) -> tuple[int, Any]:
     buffer = HostBuffer()
-    message = buffer.message([buffer.fill(tensors)], version="1")
+    message = buffer.message([buffer.fill(next(Buckets(tensors, 2**30)))], version="1")
     result = post(engine, Endpoint.UPDATE_WEIGHTS_FROM_TENSOR, message.to_json())
     buffer.free()
     return result

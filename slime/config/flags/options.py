@@ -13,6 +13,7 @@ from typing import Literal
 
 from slime.config.engine_kinds import AUTO, ENGINE_KINDS
 from slime.config.flags.flag import flag
+from slime.core.pausing import PauseChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class ClusterOptions:
     update_weight_buffer_size: int = flag(
         512 * 1024**2, "Bytes of one bucket of the weight sync (on disk: of one file).", ge=1, le=2**40
     )
-    update_weight_pause: Literal["drain", "abort", "in_place", "retract"] = flag(
+    update_weight_pause: PauseChoice = flag(
         "drain",
         "What happens to in-flight requests when weights change. drain: they finish first. abort: they return at once "
         "with the tokens they have. in_place: they wait, then continue on the KV cache of the old weights. retract: "

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from aiohttp import web
 
+from slime.engine.bucket_layout import BucketLayout
 from slime.engine.device_protocol import MEMORY_FILE, MemoryOccupation, SharedBucket, UpdateWeightsFromTensor
 from slime.engine.embedded.answers import json_answer, read_body
 from slime.engine.embedded.memory import EngineMemory
 from slime.engine.embedded.scheduler import Scheduler
 from slime.engine.embedded.weights import EngineWeights
 from slime.engine.protocol import Endpoint
-from slime.engine.weight_group import bucket_bytes, parse_dtype, split_bucket
 
 _PATH = re.compile(r"/proc/[1-9][0-9]*/fd/[0-9]+")
 
@@ -89,11 +89,11 @@ def read_shared(bucket: SharedBucket) -> list[torch.Tensor]:
         status = os.fstat(file)
         if not name.startswith(f"/memfd:{MEMORY_FILE}") or status.st_uid != os.getuid():
             raise ValueError(f"shared_memory.path {bucket.path} is no memory file for weights of this user")
-        dtypes = [parse_dtype(dtype) for dtype in bucket.dtypes]
-        size = bucket_bytes(dtypes, bucket.shapes)
+        layout = BucketLayout.parse(bucket.names, bucket.dtypes, bucket.shapes)
+        size = layout.num_bytes
         if size > status.st_size:
             raise ValueError(f"shared_memory.path {bucket.path} holds {status.st_size} bytes, the bucket has {size}")
         flat = torch.from_file(f"/proc/self/fd/{file}", shared=False, size=size, dtype=torch.uint8)
-        return split_bucket(flat, dtypes, bucket.shapes)
+        return layout.split(flat)
     finally:
         os.close(file)

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slime.core.pausing import PauseMode
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.fixed_shapes import FixedShapes
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.request import ABORTED_WAITING, Request, aborted, reason_to_finish
 from slime.engine.embedded.sampler import SamplingBatch, sample
-from slime.engine.protocol import PauseMode
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

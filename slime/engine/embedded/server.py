@@ -25,6 +25,7 @@ import torch
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
+from slime.engine.bucket_layout import dtype_name
 from slime.engine.embedded.answers import error_answer, json_answer, read_body, read_no_fields
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.device_handlers import DeviceRoutes
@@ -43,7 +44,6 @@ from slime.engine.protocol import (
     GenerateRequest,
     PauseGeneration,
 )
-from slime.engine.weight_group import dtype_name
 
 logger = logging.getLogger("slime.engine.embedded")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

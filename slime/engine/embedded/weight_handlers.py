@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from aiohttp import web
 
+from slime.engine.bucket_layout import BucketLayout
 from slime.engine.embedded.answers import in_daemon_thread, json_answer, read_body, read_no_fields
 from slime.engine.embedded.scheduler import Scheduler
 from slime.engine.embedded.weights import EngineWeights
@@ -26,7 +27,7 @@ from slime.engine.protocol import (
     UpdateWeightsFromDistributed,
     WeightsChecker,
 )
-from slime.engine.weight_group import WeightGroup, bucket_bytes, join_weight_group, parse_dtype, split_bucket
+from slime.engine.weight_group import WeightGroup, join_weight_group
 
 
 class WeightRoutes:
@@ -146,12 +147,12 @@ class WeightRoutes:
 
 
 def _receive(group: WeightGroup, asked: UpdateWeightsFromDistributed) -> list[torch.Tensor]:
-    dtypes = [parse_dtype(name) for name in asked.dtypes]
+    layout = BucketLayout.parse(asked.names, asked.dtypes, asked.shapes)
     if asked.load_format == "flattened_bucket":
-        flat = torch.empty(bucket_bytes(dtypes, asked.shapes), dtype=torch.uint8)
+        flat = torch.empty(layout.num_bytes, dtype=torch.uint8)
         group.broadcast(flat)
-        return split_bucket(flat, dtypes, asked.shapes)
-    tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in zip(dtypes, asked.shapes, strict=True)]
+        return layout.split(flat)
+    tensors = [torch.empty(place.shape, dtype=place.dtype) for place in layout.places]
     for tensor in tensors:
         group.broadcast(tensor)
     return tensors
