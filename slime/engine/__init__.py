@@ -2,5 +2,6 @@
 
 Reading order: `protocol` and `message` (what is sent), `client` and `connection` (how, with which retries), `progress`
 (when a request is given up), `launch`, `sglang` and `membership` (starting and registering engines), `external`
-(engines that run already), `weight_group` and `update_sessions` (receiving weights), and `embedded` (a CPU engine).
+(engines that run already), `bucket_layout`, `weight_group` and `update_sessions` (receiving weights), and `embedded` (a
+CPU engine).
 """
