@@ -29,8 +29,9 @@ LONGEST = (
     "cluster/test_async.py",
     "kill/test_kill_sweep.py",
     "cluster/test_life_and_death.py",
-    "cluster/test_edges.py",
-    "cluster/test_deterministic.py",
+    "cluster/test_best_of_a_run.py",
+    "cluster/test_colocation.py",
+    "examples/test_minimal.py",
     "bench/test_benchmarks.py",
 )
 """Files of minutes, which begin first: one that began last would leave all other processes without work."""

@@ -1,4 +1,4 @@
-"""A whole run that keeps its best checkpoint, and an evaluation of only that one afterwards."""
+"""A whole run that keeps its best checkpoint; what is started on its directory afterwards changes none of it."""
 
 from __future__ import annotations
 
@@ -9,38 +9,80 @@ from pathlib import Path
 import pytest
 
 from slime.observability.best_checkpoint import FILE
-from tests.cluster.runs import SMALL, Task, events, flags, train, without
+from slime.observability.metrics_log import read_metrics
+from tests.cluster.runs import SMALL, Task, events, flags, start, train, without
 
 pytestmark = pytest.mark.usefixtures("joined_ray")
 
 EVALUATION = ("--eval-function-path", "tests.cluster.hooks_for_tests.evaluate_by_table", "--eval-interval", "1")
+KEEPS_BEST = ("--keep-best-checkpoint", "eval/own/reward", "--keep-last-checkpoints", "1")
+LENGTH = ("--num-rollout", "3", "--save-interval", "1")
 
 
-def test_the_best_checkpoint_is_kept_and_evaluated(task: Task, tmp_path: Path) -> None:
-    """The evaluation's rewards are made up, with the best after two rollouts; it also reports the engines' checksum.
+def arguments(task: Task, directory: Path, *extra: str, length: tuple[str, ...] = LENGTH) -> list[str]:
+    data = ("--prompt-data", str(directory / "train.jsonl"), "--eval-prompt-data", f"{task.eval}@[0:2]")
+    return flags(task, directory / "run", *SMALL, *EVALUATION, *data, *extra, length=length)
 
-    An evaluation alone needs no prompts to train on.
-    """
-    save = tmp_path / "run"
-    best = ("--keep-best-checkpoint", "eval/own/reward", "--keep-last-checkpoints", "1")
-    few = ("--eval-prompt-data", f"{task.eval}@[0:2]")
-    length = ("--num-rollout", "3", "--save-interval", "1")
-    output = train(flags(task, save, *SMALL, *EVALUATION, *best, *few, length=length), tmp_path / "log.txt")
+
+@pytest.fixture(scope="module")
+def finished(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three rollouts; the evaluation's rewards are made up, with the best after two, and it adds engines' checksums."""
+    directory = tmp_path_factory.mktemp("finished")
+    shutil.copy(task.train, directory / "train.jsonl")
+    output = train(arguments(task, directory, *KEEPS_BEST), directory / "log.txt")
+    (directory / "output.txt").write_text(output)
+    shutil.copytree(directory / "run", directory / "before")
+    return directory
+
+
+def assert_unchanged(directory: Path) -> list[dict[str, float]]:
+    """Check that nothing of the run was changed; return the events that were added."""
+    before = (directory / "before/metrics.jsonl").read_text()
+    now = (directory / "run/metrics.jsonl").read_text()
+    assert now.startswith(before), "nothing of the run is taken back"
+    for name in ("iter_0000001/slime_state.json", "iter_0000002/slime_state.json", FILE):
+        assert (directory / "run" / name).read_bytes() == (directory / "before" / name).read_bytes()
+    return [json.loads(line) for line in now.removeprefix(before).splitlines()]
+
+
+def test_the_best_checkpoint_is_kept(finished: Path) -> None:
+    save = finished / "run"
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000001", "iter_0000002"]
     record = json.loads((save / FILE).read_text())
     assert (record["checkpoint"], record["value"]) == ("iter_0000001", 0.9)
-    assert output.count("best checkpoint so far") == 2
+    assert (finished / "output.txt").read_text().count("best checkpoint so far") == 2
     weights = events(save, "eval/own/weights")
     assert len(set(weights.values())) == 4, "they move from rollout to rollout"
-    metrics = (save / "metrics.jsonl").read_text()
+    assert len(events(save, "sync/gb_per_s")) == 3
+    assert [event["step"] for event in read_metrics(save / "metrics.jsonl") if "train/loss" in event] == [1, 2, 3]
 
-    shutil.copytree(save, tmp_path / "before")
-    alone = ("--num-rollout", "0", "--ckpt-step", "1")
-    train(without(flags(task, save, *SMALL, *EVALUATION, *few, length=alone), "--prompt-data"), tmp_path / "alone.txt")
-    more = (save / "metrics.jsonl").read_text()
-    assert more.startswith(metrics), "nothing of the run is taken back"
-    [evaluation] = [json.loads(line) for line in more.removeprefix(metrics).splitlines()]
+
+def test_a_resume_with_other_data_is_refused(task: Task, finished: Path) -> None:
+    """The user sees the error's own sentence, and no traceback."""
+    data = finished / "train.jsonl"
+    text = data.read_text()
+    data.write_text(text.replace("+", "-"))
+    try:
+        longer = arguments(task, finished, *KEEPS_BEST, length=("--num-rollout", "4", "--save-interval", "1"))
+        assert start(longer, finished / "refused.txt").wait(timeout=120) == 1
+    finally:
+        data.write_text(text)
+    output = (finished / "refused.txt").read_text()
+    assert str(data) in output and "Traceback" not in output
+    assert assert_unchanged(finished) == []
+
+
+def test_a_finished_run_has_nothing_left_to_train(task: Task, finished: Path) -> None:
+    output = train(arguments(task, finished, *KEEPS_BEST), finished / "again.txt")
+    assert "nothing left to train: 3 of 3 rollouts are done" in output
+    assert assert_unchanged(finished) == []
+
+
+def test_the_best_checkpoint_is_evaluated_alone(task: Task, finished: Path) -> None:
+    """This needs no prompts to train on."""
+    alone = arguments(task, finished, length=("--num-rollout", "0", "--ckpt-step", "1"))
+    train(without(without(alone, "--prompt-data"), "--prompt-data"), finished / "alone.txt")
+    [evaluation] = assert_unchanged(finished)
     assert evaluation["step"] == 2
-    assert evaluation["eval/own/weights"] == weights[2], "the engines held what the checkpoint holds"
-    for name in ("iter_0000001/slime_state.json", "iter_0000002/slime_state.json", FILE):
-        assert (save / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+    held = events(finished / "before", "eval/own/weights")[2]
+    assert evaluation["eval/own/weights"] == held, "the engines held what the checkpoint holds"

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from slime.observability.phases import MEASURED
 from tests.cluster.runs import Task, events, flags, train
 
+pytestmark = pytest.mark.usefixtures("joined_ray")
+
 ROLLOUTS = ("--num-rollout", "2")
 
 

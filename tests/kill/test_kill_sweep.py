@@ -1,4 +1,7 @@
-"""The sweep in small: one kill in the middle of a save; and that a difference of any kind would have been seen."""
+"""The sweep in small: one kill in the middle of a save; and that a difference of any kind would have been seen.
+
+The runs are --deterministic, and the killed one has one engine where the unbroken one has two.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from slime.config.sampling_record import read_record
 from slime.observability.metrics_log import read_metrics
+from slime.rollout.dump import read_dump
 from tests.cluster.runs import ROOT, Task, shared_task
 from tests.kill import life as phases
-from tests.kill.compare import differences, is_measured
+from tests.kill.compare import DUMPS, differences, is_measured
 from tests.kill.life import Life, Span
 from tests.kill.one_run import Run
 from tests.kill.sweep import DRIVER, SAVE, VICTIMS, Kill, broken, command, draw
 
-SMALL = ("--num-rollout", "2", "--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
+SMALL = ("--num-rollout", "2", "--actor-num-gpus-per-node", "1")
+ONE_ENGINE = ("--rollout-num-gpus", "1")
 SMALL += ("--update-weight-buffer-size", "1000000")
 
 
@@ -29,12 +35,12 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 @pytest.fixture(scope="module")
-def new_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Run]]:
+def new_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
     directory = tmp_path_factory.mktemp("runs")
 
-    def make(name: str) -> Run:
-        words = [sys.executable, str(ROOT / "train.py"), *command(task, directory / name / SAVE, *SMALL)]
+    def make(name: str, *extra: str) -> Run:
+        words = [sys.executable, str(ROOT / "train.py"), *command(task, directory / name / SAVE, *SMALL, *extra)]
         runs.append(Run(directory / name, words, limit=240.0))
         return runs[-1]
 
@@ -44,7 +50,7 @@ def new_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
 
 
 @pytest.fixture(scope="module")
-def unbroken(new_run: Callable[[str], Run]) -> tuple[Path, list[Span]]:
+def unbroken(new_run: Callable[..., Run]) -> tuple[Path, list[Span]]:
     run = new_run("unbroken")
     life = Life(run.start())
     while not run.ended:
@@ -56,16 +62,34 @@ def unbroken(new_run: Callable[[str], Run]) -> tuple[Path, list[Span]]:
 
 @pytest.mark.timeout(600)  # three starts of a run, beside whatever else is tested
 def test_a_run_killed_in_the_middle_of_a_save_ends_as_the_unbroken_one(
-    new_run: Callable[[str], Run], unbroken: tuple[Path, list[Span]]
+    new_run: Callable[..., Run], unbroken: tuple[Path, list[Span]]
 ) -> None:
     reference, spans = unbroken
     save = next(span for span in spans if (span.phase, span.number) == (phases.SAVE, 1))
     kill = Kill(DRIVER, 0, phases.SAVE, 1, share=0.3, span_seconds=save.end - save.start, restarts=False)
-    run = new_run("killed")
+    run = new_run("killed", *ONE_ENGINE)
     outcome = broken(run, kill, reference)
     assert outcome.problem is None
     assert outcome.went_on == "started again"
     assert outcome.differences == []
+
+
+def log_probs(save: Path) -> list[list[float] | None]:
+    """Return the log-probs of the first rollout's samples."""
+    return [sample.rollout_log_probs for group in read_dump(save / DUMPS / "0.jsonl") for sample in group]
+
+
+def test_other_rounding_in_the_engine_is_noticed(
+    new_run: Callable[..., Run], unbroken: tuple[Path, list[Span]]
+) -> None:
+    """Without --deterministic the engine rounds differently in the last bits of log-probs, for the same tokens."""
+    save = unbroken[0]
+    record = read_record(save / DUMPS / "0.jsonl")
+    assert record is not None and record.sampling is not None and record.tokenizer is not None
+    run = new_run("fast", "--no-deterministic", "--debug-rollout-only", "--num-rollout", "1", *ONE_ENGINE)
+    run.start()
+    assert run.wait() == 0, run.log[-4000:]
+    assert log_probs(run.directory / SAVE) != log_probs(save)
 
 
 def spoil_a_token(run: Path) -> None:
