@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import resource
 import shutil
 from dataclasses import dataclass, replace
@@ -205,7 +206,8 @@ def test_a_failed_save_fails_on_every_rank(workers: WorkerPool, tmp_path: Path):
     errors = workers.run(2, outcome, make_args(tmp_path / "file" / "save", tp=2), None, {})
     assert len(set(errors)) == 1 and errors[0].startswith("RuntimeError: checkpoint: NotADirectoryError")
     errors = workers.run(2, outcome, make_args(tmp_path / "save", tp=2), None, {"cursor": object()})
-    assert len(set(errors)) == 1 and "checkpoint: TypeError: Object of type object" in errors[0]
+    without_room_left = {re.sub(r"\d+ MiB", "N MiB", error) for error in errors}  # each rank asks for itself
+    assert len(without_room_left) == 1 and "checkpoint: TypeError: Object of type object" in errors[0]
     assert find_checkpoint(tmp_path / "save") is None
 
 

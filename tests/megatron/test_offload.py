@@ -16,8 +16,8 @@ from worker_pool import WorkerPool
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
+from slime.megatron.offload import host_memory
 from slime.megatron.offload.host_memory import HostMemory
-from slime.megatron.offload.trainer_memory import host_memory
 
 BATCHES = [tiny.random_batch(seed=seed) for seed in range(3)]
 
