@@ -125,6 +125,7 @@ def changed_bodies(draw: st.DrawFn) -> tuple[Endpoint, bytes]:
 @example(changed=(Endpoint.GENERATE, b'{"input_ids":[1],"sampling_params":[{}]}'))
 @example(changed=(Endpoint.GENERATE, b'{"input_ids":[1],"rid":"\\ud800"}'))
 @example(changed=(Endpoint.GENERATE, b'{"input_ids":[1e999]}'))
+@example(changed=(Endpoint.DESTROY_WEIGHTS_UPDATE_GROUP, json.dumps({"group_name": "x" * 70_000}).encode()))
 def test_no_body_harms_an_engine(glm4_engine: ManagedProcess, changed: tuple[Endpoint, bytes]) -> None:
     expected = tokens_of_a_normal_request(glm4_engine)
     check(glm4_engine, *changed)

@@ -16,6 +16,7 @@ import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
+from slime.core.printable import one_line
 from slime.engine.message import short
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ def json_answer(data: Any, status: int = 200) -> web.Response:
 
 
 def error_answer(message: str, status: int) -> web.Response:
+    """Return an error of bounded length: a message may name a value of the request, whatever its length."""
+    message = one_line(message)
     return json_answer({"success": False, "message": message, "error": {"message": message}}, status)
 
 
