@@ -31,7 +31,8 @@ from slime.engine.client import EngineClient
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.scheduler import Request, Scheduler
-from slime.engine.launch import launch_engine, launch_router, register_worker
+from slime.engine.launch import launch_engine, launch_router
+from slime.engine.membership import register_worker
 from slime.engine.protocol import GenerateRequest, SamplingParams
 from slime.engine.server_process import ManagedProcess, find_free_port
 

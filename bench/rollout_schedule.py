@@ -31,7 +31,8 @@ from bench.timed_engine import Timing, launch_timed_engine, make_model, make_pro
 from slime.config.args import Args
 from slime.core.sample import Sample
 from slime.engine.client import EngineClient
-from slime.engine.launch import launch_router, register_worker
+from slime.engine.launch import launch_router
+from slime.engine.membership import register_worker
 from slime.engine.protocol import GenerateRequest, GenerateResponse
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.rollout.collect import generate_rollout

@@ -47,8 +47,8 @@ from slime.core.errors import RunError
 from slime.core.marks import new_mark
 from slime.engine.external import FoundEngines, find_engines
 from slime.engine.keys import Keys, with_keys
+from slime.engine.kinds.kind import check_here, kind_of
 from slime.engine.membership import Membership, external_router_url
-from slime.engine.sglang_installed import check_installed, installed_version
 from slime.sync.weight_directory import WeightDirectory
 
 if TYPE_CHECKING:
@@ -125,12 +125,13 @@ class Processes:
         ]
         for index, engine in enumerate(self.engines):
             self._waiter.name(engine, f"the owner of engine {index}")
-        if args.rollout_engine == "sglang":
-            self.get("checking SGLang", [engine.check.remote() for engine in self.engines])
+        kind = kind_of(args)
+        if kind.check is not None:
+            self.get(f"checking {args.engine.label}", [engine.check.remote() for engine in self.engines])
         self._engines_begin = time.monotonic()
         self._engine_urls = [engine.start.remote() for engine in self.engines]
-        if args.colocate and not args.offload and args.rollout_engine == "sglang":
-            self._wait_for_engines()  # SGLang sizes itself by the free memory, so trainers start after it
+        if args.colocate and not args.offload and kind.takes_free_memory:
+            self._wait_for_engines()  # trainers would take a part of the memory that it sizes itself by
         self.num_rollouts = self._count_rollouts()
         args = replace(args, num_rollout=self.num_rollouts)  # a learning rate schedule needs to know its length
         rendezvous = place.rendezvous(str(self._files.path))
@@ -178,8 +179,7 @@ class Processes:
         args = self._args
         router_url = external_router_url(args)
         try:
-            if args.rollout_engine == "sglang" and args.starts_engines and installed_version() is not None:
-                check_installed(args)  # without SGLang on the driver, the nodes check theirs
+            check_here(args)  # where the engine is not installed on the driver, the nodes check theirs
             if args.rollout_external_engines and args.num_engines:
                 self._external = asyncio.run(find_engines(args, say=print))
             if router_url is not None and args.num_engines:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slime.core.load_result import LoadResult
-    from slime.engine.server_process import ManagedProcess
     from slime.megatron.offload.trainer_memory import TrainerMemory
     from slime.sync.transport import Transport
 
@@ -266,69 +265,45 @@ class EngineWorker:
 
     def __init__(self, args: Args, index: int, log_dir: str, gpu_ids: Sequence[str], *, near: bool) -> None:
         """`near` is true if everything that talks to the engine is on this node."""
+        from slime.engine.launch import OwnEngine
+
         self._args = args
-        self._index = index
         self._near = near
-        self._gpu_ids = tuple(gpu_ids)
-        self._log_path = Path(log_dir) / f"engine-{index}.log"
-        self._process: ManagedProcess | None = None
-        self._phase: str | None = None
+        self._engine = OwnEngine(
+            args, index=index, log_path=Path(log_dir) / f"engine-{index}.log", gpu_ids=tuple(gpu_ids)
+        )
 
     def check(self) -> None:
         """Check that what is installed on this node can be started as the run requires. Raises ValueError."""
-        from slime.engine.sglang_installed import check_installed
+        from slime.engine.kinds.kind import kind_of
 
-        if self._args.rollout_engine == "sglang":
-            check_installed(self._args)
+        check = kind_of(self._args).check
+        if check is not None:
+            check(self._args)
 
     def start(self) -> str:
         """Start the engine, and return its URL once it answers."""
+        return self._engine.start(self._host())
+
+    def _host(self) -> str:
+        """Return the address at which the engine listens: loopback, unless its router is on another machine."""
         from slime.core.address import LOOPBACK, own_address
-        from slime.engine.launch import launch_engine, warm_up
-        from slime.engine.server_process import find_free_port, start_at_free_port
-        from slime.engine.sglang import engine_port
 
-        args = self._args
-        sglang = args.rollout_engine == "sglang"
-        if args.sglang_router_ip is not None:
-            host = own_address(args.sglang_router_ip)
-        else:
-            host = LOOPBACK if self._near else ray.util.get_node_ip_address()
-        deadline = time.monotonic() + args.engine_start_timeout
-
-        def launch(port: int) -> ManagedProcess:
-            return launch_engine(
-                args, index=self._index, host=host, port=port, log_path=self._log_path, gpu_ids=self._gpu_ids
-            )
-
-        def keep(process: ManagedProcess) -> None:
-            self._process = process
-
-        process = start_at_free_port(
-            launch,
-            port=lambda: engine_port(host, self._index) if sglang else find_free_port(host),
-            timeout=args.engine_start_timeout,
-            keep=keep,
-        )
-        if sglang:
-            self._phase = "warming up"
-            warm_up(args, process, max(1.0, deadline - time.monotonic()))
-        self._phase = "ready"
-        return process.url
+        if self._args.sglang_router_ip is not None:
+            return own_address(self._args.sglang_router_ip)
+        return LOOPBACK if self._near else ray.util.get_node_ip_address()
 
     def restart(self) -> str:
         """End what is left of the engine, start it again, and return its URL once it answers."""
-        self.stop()
-        self._phase = None
+        self._engine.stop()
         return self.start()
 
     def phase(self) -> str:
         """Return the phase of its start that the engine is in."""
-        return self._phase or ("starting" if self._process is None else self._process.phase())
+        return self._engine.phase()
 
     def alive(self) -> bool:
-        return self._process is not None and self._process.alive()
+        return self._engine.alive()
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.stop()
+        self._engine.stop()

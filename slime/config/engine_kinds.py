@@ -17,7 +17,7 @@ class EngineFacts:
     label: str
     """The kind as the plan and errors name it."""
     module: str | None = None
-    """The dotted path of the module whose `KIND` starts such engines."""
+    """The dotted path of the module whose `KIND` starts such engines; None: not known yet."""
     on_gpus: bool = False
     """Whether it computes on GPUs, one for each of its ranks."""
     on_cpu: bool = False

@@ -1,32 +1,23 @@
-"""Start engines and the router with the run's flags, and register engines at the router.
+"""Start engines and the router with the run's flags.
 
-- Called by: `cluster` launches the router, then each engine, waits until they are ready and registers the engines. From
-  then on `client` sends requests to the router.
-- Invariant: a secret is never on a command line (`keyed`), and a process never outlives its owner (`server_process`).
+- Called by: the owner of each engine (`cluster.workers`) holds an `OwnEngine`; the rollout manager launches the router.
+  `membership` then registers the engines at the router.
+- Invariant: a secret is never on a command line (`command_line`), and a process never outlives its owner
+  (`server_process`).
 """
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from slime.config.args import Args
-from slime.config.flags.table import Source, secret_names
-from slime.core.threads import THREADS_SLEEP_SOON
-from slime.engine.connection import authorization
-from slime.engine.keyed import VARIABLE
-from slime.engine.keys import NO_KEYS, Keys
-from slime.engine.protocol import Endpoint, RouterEndpoint
-from slime.engine.server_process import ManagedProcess, find_free_port, open_connection
-from slime.engine.sglang import MODULE, PHASES, sglang_server
+from slime.engine.command_line import ServerCommand, flag_words, take_hidden
+from slime.engine.kinds.kind import EngineStart, kind_of
+from slime.engine.server_process import ManagedProcess, find_free_port, start_at_free_port
 
 ROUTER_DEFAULTS: Mapping[str, Any] = {
     "policy": "round_robin",
@@ -45,31 +36,92 @@ ROUTER_REQUEST_TIMEOUT_S = 365 * 24 * 3600
 ROUTER_OWN = ("host", "port", "prometheus_host", "prometheus_port")
 
 
+class OwnEngine:
+    """One engine of the run, of whatever kind, from its first start over its restarts to its end.
+
+    Threads may ask for `phase` and `alive`, and call `stop`, while another one starts it.
+    """
+
+    def __init__(self, args: Args, *, index: int, log_path: Path, gpu_ids: Sequence[str]) -> None:
+        """`index` is the engine's number; `gpu_ids` are its GPUs by rank, none if it computes on the CPU."""
+        self._args = args
+        self._index = index
+        self._log_path = log_path
+        self._gpu_ids = gpu_ids
+        self._process: ManagedProcess | None = None
+        self._phase: str | None = None
+
+    def start(self, host: str) -> str:
+        """Start it at a free port of the address `host`, and return its URL once it is ready and warmed up.
+
+        Raises:
+            RuntimeError: it ended, was not ready within --engine-start-timeout, or failed at its first request.
+        """
+        args, kind = self._args, kind_of(self._args)
+        deadline = time.monotonic() + args.engine_start_timeout
+        self._phase = None
+
+        def launch(port: int) -> ManagedProcess:
+            return launch_engine(
+                args, index=self._index, host=host, port=port, log_path=self._log_path, gpu_ids=self._gpu_ids
+            )
+
+        def keep(process: ManagedProcess) -> None:
+            self._process = process
+
+        process = start_at_free_port(
+            launch, port=lambda: kind.port(host, self._index), timeout=args.engine_start_timeout, keep=keep
+        )
+        if kind.warm_up is not None:
+            self._phase = "warming up"
+            kind.warm_up(args, process, max(1.0, deadline - time.monotonic()))
+        self._phase = "ready"
+        return process.url
+
+    def phase(self) -> str:
+        """Return the phase of its start that it is in."""
+        return self._phase or ("starting" if self._process is None else self._process.phase())
+
+    def alive(self) -> bool:
+        """Return whether its process runs."""
+        return self._process is not None and self._process.alive()
+
+    def stop(self) -> None:
+        """End its process, if it has been started."""
+        if self._process is not None:
+            self._process.stop()
+
+
 def launch_engine(
     args: Args, *, index: int, host: str, port: int, log_path: str | Path, gpu_ids: Sequence[str] = ()
 ) -> ManagedProcess:
-    """Start engine number `index`, for SGLang on `gpu_ids`. This returns at once; `wait_ready` waits."""
+    """Start engine number `index`, for SGLang on `gpu_ids`. This returns at once; `wait_ready` waits.
+
+    Raises:
+        ValueError: --hf-checkpoint is not given, or the kind of engine cannot take one of the flags.
+    """
     if args.hf_checkpoint is None:
         raise ValueError("--hf-checkpoint is not given; the engine loads its weights from it: name an HF directory")
-    launch = _launch_sglang if args.rollout_engine == "sglang" else _launch_embedded
-    return launch(args, index=index, host=host, port=port, log_path=Path(log_path), gpu_ids=gpu_ids)
-
-
-def _launch_sglang(
-    args: Args, *, index: int, host: str, port: int, log_path: Path, gpu_ids: Sequence[str]
-) -> ManagedProcess:
-    directory = tempfile.TemporaryDirectory(prefix="slime-engine-")
-    rendezvous = Path(directory.name) / "ranks"
-    server = sglang_server(args, index=index, host=host, port=port, gpu_ids=gpu_ids, rendezvous=rendezvous)
-    _make_private(log_path)  # SGLang writes all its settings into the log
-    command, environment = _server(MODULE, server.hidden)
+    kind = kind_of(args)
+    directory = tempfile.TemporaryDirectory(prefix="slime-engine-") if kind.needs_directory else None
+    start = EngineStart(
+        model_path=args.hf_checkpoint,
+        index=index,
+        host=host,
+        port=port,
+        gpu_ids=gpu_ids,
+        directory=None if directory is None else Path(directory.name),
+    )
+    server = kind.command(args, start)
+    if kind.logs_secrets:
+        _make_private(Path(log_path))
     return ManagedProcess(
         f"engine {index}",
-        [*command, *server.words],
+        server.argv(),
         url=f"http://{host}:{port}",
         log_path=log_path,
-        environment={**environment, **server.environment, "OMP_NUM_THREADS": str(args.cpu_threads_per_process or 1)},
-        phases=PHASES,
+        environment={**server.full_environment(), "OMP_NUM_THREADS": str(args.cpu_threads_per_process or 1)},
+        phases=kind.phases,
         directory=directory,
     )
 
@@ -81,53 +133,10 @@ def _make_private(path: Path) -> None:
     path.chmod(0o600)
 
 
-def warm_up(args: Args, process: ManagedProcess, timeout: float) -> None:
-    """Let an SGLang that is ready sample a few tokens, because it compiles kernels on its first request.
-
-    Raises:
-            RuntimeError: it failed; the error has the end of its log.
-    """
-    params = {"max_new_tokens": 4, "temperature": 1.0, "ignore_eos": True}
-    body = {"input_ids": [1, 2, 3], "sampling_params": params, "return_logprob": True}
-    try:
-        status, answer = ask(
-            process.url, "POST", body, path=Endpoint.GENERATE, api_key=args.sglang.get("api_key"), timeout=timeout
-        )
-    except (OSError, http.client.HTTPException) as error:
-        status, answer = 0, {"message": repr(error)}
-    if status != 200:
-        raise RuntimeError(f"{process.name} failed at its first request ({status}: {answer}){process.log_tail()}")
-
-
-def _launch_embedded(
-    args: Args, *, index: int, host: str, port: int, log_path: Path, gpu_ids: Sequence[str]
-) -> ManagedProcess:
-    assert args.hf_checkpoint is not None, "launch_engine checks it"
-    assert not gpu_ids, "it computes on the CPU"
-    settings: dict[str, Any] = {
-        "random_seed": args.rollout_seed + index,
-        "dtype": "bfloat16" if args.bf16 else "float32",  # the trainer's dtype: the engine samples what it trains
-        "enable_deterministic_inference": args.deterministic,
-        "enable_return_routed_experts": args.use_routing_replay,
-        **{name: value for name, value in args.sglang.items() if args.engine.reads(name)},
-    }
-    threads = args.cpu_threads_per_process or 1
-    command, environment = _server("slime.engine.embedded.server", _take_hidden(settings, "sglang"))
-    command += ["--model-path", args.hf_checkpoint, "--host", host, "--port", str(port)]
-    command += ["--num-threads", str(threads), "--dist-timeout", str(args.train_timeout)]
-    if args.architecture is not None:
-        command += ["--architecture", json.dumps(asdict(args.architecture))]
-    command += _flags(settings)
-    environment |= {"OMP_NUM_THREADS": str(threads), **THREADS_SLEEP_SOON, "CUDA_VISIBLE_DEVICES": ""}
-    return ManagedProcess(
-        f"engine {index}", command, url=f"http://{host}:{port}", log_path=log_path, environment=environment
-    )
-
-
 def launch_router(args: Args, *, host: str, port: int, log_path: str | Path) -> ManagedProcess:
     """Start sglang-router with the --router-* flags. This returns at once; `wait_ready` waits."""
     given = {name: value for name, value in args.router.items() if name not in ROUTER_OWN}
-    settings = {
+    settings: dict[str, Any] = {
         **ROUTER_DEFAULTS,
         "request_timeout_secs": ROUTER_REQUEST_TIMEOUT_S,
         **given,
@@ -136,110 +145,12 @@ def launch_router(args: Args, *, host: str, port: int, log_path: str | Path) -> 
         "prometheus_host": host,  # its own default is every interface
         "prometheus_port": find_free_port(host),
     }
-    command, environment = _server("sglang_router.launch_router", _take_hidden(settings, "router"))
+    hidden = take_hidden(settings, "router")
+    server = ServerCommand("sglang_router.launch_router", flag_words(settings), hidden)
     return ManagedProcess(
         "router",
-        [*command, *_flags(settings)],
+        server.argv(),
         url=f"http://{host}:{port}",
         log_path=log_path,
-        environment=environment,
+        environment=server.full_environment(),
     )
-
-
-def _server(module: str, hidden: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the command that runs `module`, and its environment, which holds the `hidden` flags for its user alone."""
-    environment = {"PYTHONPATH": _import_path()}
-    if not hidden:
-        return [sys.executable, "-m", module], environment
-    return [sys.executable, "-m", "slime.engine.keyed", module], {**environment, VARIABLE: json.dumps(hidden)}
-
-
-def _take_hidden(settings: dict[str, Any], source: Source) -> list[str]:
-    """Remove the secret flags of `source` from `settings`, and return them as words of a command line."""
-    taken = {name: settings.pop(name) for name in secret_names(source) & settings.keys()}
-    return _flags({name: value for name, value in taken.items() if value}, attach=True)
-
-
-def register_worker(
-    router_url: str,
-    worker_url: str,
-    *,
-    keys: Keys = NO_KEYS,
-    timeout: float = 60.0,
-    labels: Mapping[str, str] | None = None,
-) -> None:
-    """Add an engine to the router, with the engine's key, and wait until it is listed as healthy.
-
-    Raises:
-        RuntimeError: the router refused it, or did not list it within `timeout` seconds.
-    """
-    given = {"url": worker_url, "api_key": keys.engine, "labels": labels}
-    body = {name: value for name, value in given.items() if value is not None}
-    status, answer = ask(router_url, "POST", body, api_key=keys.control)
-    if status not in (200, 202):
-        raise RuntimeError(f"the router at {router_url} refused {worker_url} {refusal(status, answer)}")
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        _, answer = ask(router_url, "GET", api_key=keys.control)
-        if any(w["url"] == worker_url and w["is_healthy"] for w in answer.get("workers", [])):
-            return
-        time.sleep(0.05)
-    raise RuntimeError(
-        f"the router at {router_url} did not list {worker_url} as healthy within {timeout:g} s: {answer}"
-    )
-
-
-def refusal(status: int, answer: Mapping[str, Any]) -> str:
-    """Return a router's refusal as an error message, with the remedy if it requires another key."""
-    remedy = "; give the run an admin key of that router: --router-control-plane-api-keys ID:NAME:admin:KEY"
-    return f"({status}): {answer.get('message') or answer}{remedy if status in (401, 403) else ''}"
-
-
-def ask(
-    router_url: str,
-    method: str,
-    body: object = None,
-    *,
-    path: str = RouterEndpoint.WORKERS,
-    api_key: str | None = None,
-    timeout: float = 10.0,
-) -> tuple[int, dict[str, Any]]:
-    """Send one request to the router; return status and answer. Raises OSError if there is no connection."""
-    connection = open_connection(router_url, timeout)
-    headers = {"Content-Type": "application/json", **authorization(api_key)}
-    try:
-        connection.request(method, path, json.dumps(body) if body else None, headers)
-        answer = connection.getresponse()
-        raw = answer.read()
-        try:
-            return answer.status, json.loads(raw)
-        except json.JSONDecodeError:
-            return answer.status, {"message": raw.decode(errors="replace")}
-    finally:
-        connection.close()
-
-
-def _flags(settings: Mapping[str, Any], *, attach: bool = False) -> list[str]:
-    """Convert {"a_b": 1, "c": True, "d": [1, 2]} to --a-b 1 --c --d 1 2; None and False are left out.
-
-    `attach` writes --a-b=1, which also allows a value that starts with a dash.
-    """
-    words: list[str] = []
-    for name, value in settings.items():
-        if value is None or value is False:
-            continue
-        spelling = f"--{name.replace('_', '-')}"
-        if isinstance(value, list | tuple):
-            words += [spelling, *map(str, cast(Sequence[Any], value))]
-        elif value is True:
-            words.append(spelling)
-        else:
-            words += [f"{spelling}={value}"] if attach else [spelling, str(value)]
-    return words
-
-
-def _import_path() -> str:
-    """Return a PYTHONPATH with which a child process finds this package, wherever it was started from."""
-    own = str(Path(__file__).resolve().parents[2])
-    rest = os.environ.get("PYTHONPATH")
-    return own if not rest else f"{own}{os.pathsep}{rest}"

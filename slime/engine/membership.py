@@ -14,9 +14,8 @@ from typing import Any
 
 from slime.config.args import Args
 from slime.engine.keys import NO_KEYS, Keys
-from slime.engine.launch import ask, refusal, register_worker
 from slime.engine.protocol import RouterEndpoint
-from slime.engine.server_process import is_healthy
+from slime.engine.server_process import ask, is_healthy
 
 LABEL = "slime"
 """The label of this project's registrations, which distinguishes a killed run's entries from a user's."""
@@ -155,3 +154,38 @@ class Membership:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the router at {self.url} did not take off {member.url} in {self._timeout:g} s")
             time.sleep(0.02)
+
+
+def register_worker(
+    router_url: str,
+    worker_url: str,
+    *,
+    keys: Keys = NO_KEYS,
+    timeout: float = 60.0,
+    labels: Mapping[str, str] | None = None,
+) -> None:
+    """Add an engine to the router, with the engine's key, and wait until it is listed as healthy.
+
+    Raises:
+        RuntimeError: the router refused it, or did not list it within `timeout` seconds.
+    """
+    given = {"url": worker_url, "api_key": keys.engine, "labels": labels}
+    body = {name: value for name, value in given.items() if value is not None}
+    status, answer = ask(router_url, "POST", body, api_key=keys.control)
+    if status not in (200, 202):
+        raise RuntimeError(f"the router at {router_url} refused {worker_url} {refusal(status, answer)}")
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        _, answer = ask(router_url, "GET", api_key=keys.control)
+        if any(w["url"] == worker_url and w["is_healthy"] for w in answer.get("workers", [])):
+            return
+        time.sleep(0.05)
+    raise RuntimeError(
+        f"the router at {router_url} did not list {worker_url} as healthy within {timeout:g} s: {answer}"
+    )
+
+
+def refusal(status: int, answer: Mapping[str, Any]) -> str:
+    """Return a router's refusal as an error message, with the remedy if it requires another key."""
+    remedy = "; give the run an admin key of that router: --router-control-plane-api-keys ID:NAME:admin:KEY"
+    return f"({status}): {answer.get('message') or answer}{remedy if status in (401, 403) else ''}"

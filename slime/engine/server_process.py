@@ -1,6 +1,7 @@
 """A server as a process: it starts at a free port, is ready when it answers, and cannot outlive its owner.
 
-- Used by: `launch` makes one for each engine and for the router.
+- Used by: `launch` makes one for each engine and for the router. `ask` and `is_healthy` are for code without an event
+  loop.
 - Invariant: every process is started by the guard (`core.process_guard`), which ends it when this process is gone,
   killed or not. A server counts as ready only if it holds its port itself.
 """
@@ -8,6 +9,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import re
 import socket
@@ -16,12 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 
 from slime.core.process_guard import GUARD
-from slime.engine.protocol import Endpoint
+from slime.engine.connection import authorization
+from slime.engine.protocol import Endpoint, RouterEndpoint
 
 LOG_TAIL = 30
 """The number of log lines in an error."""
@@ -195,5 +199,33 @@ def is_healthy(url: str) -> bool:
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False
+    finally:
+        connection.close()
+
+
+def ask(
+    url: str,
+    method: str,
+    body: object = None,
+    *,
+    path: str = RouterEndpoint.WORKERS,
+    api_key: str | None = None,
+    timeout: float = 10.0,
+) -> tuple[int, dict[str, Any]]:
+    """Send one request to an engine or a router, and return status and answer.
+
+    Raises:
+        OSError: there is no connection.
+    """
+    connection = open_connection(url, timeout)
+    headers = {"Content-Type": "application/json", **authorization(api_key)}
+    try:
+        connection.request(method, path, json.dumps(body) if body else None, headers)
+        answer = connection.getresponse()
+        raw = answer.read()
+        try:
+            return answer.status, json.loads(raw)
+        except json.JSONDecodeError:
+            return answer.status, {"message": raw.decode(errors="replace")}
     finally:
         connection.close()

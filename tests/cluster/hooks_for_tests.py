@@ -11,7 +11,7 @@ from pathlib import Path
 from slime.config.args import Args
 from slime.core.batch import TrainBatch, from_samples
 from slime.core.sample import Sample, Status
-from slime.engine.launch import register_worker
+from slime.engine.membership import register_worker
 from slime.rollout.context import DataSource, RolloutContext, RolloutResult
 
 

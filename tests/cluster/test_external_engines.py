@@ -9,8 +9,9 @@ import pytest
 
 from slime.engine.client import EngineClient
 from slime.engine.keys import Keys
-from slime.engine.launch import ask, register_worker
+from slime.engine.membership import register_worker
 from slime.engine.protocol import GenerateRequest, SamplingParams
+from slime.engine.server_process import ask
 from tests.cluster.runs import Task, events, flags, train, without
 from tests.sync.served import serving
 

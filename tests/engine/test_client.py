@@ -25,7 +25,8 @@ from slime.engine.bucket_layout import BucketLayout
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.connection import LOST_ENGINE, Connection
 from slime.engine.keys import NO_KEYS, Keys, with_keys
-from slime.engine.launch import launch_engine, launch_router, register_worker
+from slime.engine.launch import launch_engine, launch_router
+from slime.engine.membership import register_worker
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.engine.weight_group import WeightGroup, join_weight_group

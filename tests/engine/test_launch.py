@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from slime.config.args import Args
+from slime.engine.kinds.sglang import installed_version
 from slime.engine.launch import launch_engine, launch_router
 from slime.engine.server_process import find_free_port
-from slime.engine.sglang_installed import installed_version
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,9 +16,9 @@ from slime.config.args import Args
 from slime.engine.client import EngineError
 from slime.engine.external import find_engines
 from slime.engine.keys import NO_KEYS, Keys
-from slime.engine.launch import ask, launch_router, register_worker
-from slime.engine.membership import LABEL, Member, Membership, external_router_url
-from slime.engine.server_process import ManagedProcess, find_free_port
+from slime.engine.launch import launch_router
+from slime.engine.membership import LABEL, Member, Membership, external_router_url, register_worker
+from slime.engine.server_process import ManagedProcess, ask, find_free_port
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from tiny_models import StartEngine
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.connection import Connection
-from slime.engine.launch import launch_router, register_worker
+from slime.engine.launch import launch_router
+from slime.engine.membership import register_worker
 from slime.engine.message import Message
 from slime.engine.progress import Progress, read_loads
 from slime.engine.protocol import GenerateRequest, PauseGeneration, SamplingParams

@@ -10,10 +10,20 @@ import pytest
 
 from slime.config.args import Args
 from slime.core.architecture import Architecture
-from slime.engine.launch import launch_engine, warm_up
+from slime.engine.kinds.kind import EngineStart
+from slime.engine.kinds.sglang import (
+    CLASSES,
+    PHASES,
+    check_installed,
+    command,
+    engine_port,
+    installed_spellings,
+    installed_version,
+    warm_up,
+    words,
+)
+from slime.engine.launch import launch_engine
 from slime.engine.server_process import is_healthy, phase_of
-from slime.engine.sglang import CLASSES, PHASES, engine_port, sglang_server, words
-from slime.engine.sglang_installed import check_installed, installed_spellings, installed_version
 
 SERVER_ARGS = """
 class ServerArgs:
@@ -80,15 +90,21 @@ def some_args(**changes: object) -> Args:
     return Args(**{"num_rollout": 1, "rollout_engine": "sglang", "hf_checkpoint": "/model", "bf16": True, **changes})  # pyright: ignore[reportArgumentType]
 
 
-def command(args: Args, index: int = 0, gpu_ids: tuple[str, ...] = ("3",)) -> tuple[str, dict[str, str]]:
-    server = sglang_server(
-        args, index=index, host="127.0.0.1", port=1, gpu_ids=gpu_ids, rendezvous=Path("/tmp/x/ranks")
+def line_of(args: Args, index: int = 0, gpu_ids: tuple[str, ...] = ("3",)) -> tuple[str, dict[str, str]]:
+    start = EngineStart(
+        model_path=str(args.hf_checkpoint),
+        index=index,
+        host="127.0.0.1",
+        port=1,
+        gpu_ids=gpu_ids,
+        directory=Path("/tmp/x"),
     )
+    server = command(args, start)
     return " ".join(server.words) + " ", dict(server.environment)
 
 
 def test_settings_that_decide_tokens_are_explicit() -> None:
-    line, environment = command(some_args(rollout_seed=7, rollout_num_gpus_per_engine=2), index=1, gpu_ids=("2", "3"))
+    line, environment = line_of(some_args(rollout_seed=7, rollout_num_gpus_per_engine=2), index=1, gpu_ids=("2", "3"))
     for part in ("--model-path /model", "--tp-size 2", "--dtype bfloat16", "--random-seed 8", "--host 127.0.0.1"):
         assert f"{part} " in line
     assert "--skip-server-warmup" in line
@@ -100,28 +116,28 @@ def test_settings_that_decide_tokens_are_explicit() -> None:
 
 
 def test_the_trainer_decides_the_default_precision() -> None:
-    assert "--dtype bfloat16 " in command(some_args())[0]
-    assert "--dtype half " in command(some_args(bf16=False, sglang={"dtype": "half"}))[0]
+    assert "--dtype bfloat16 " in line_of(some_args())[0]
+    assert "--dtype half " in line_of(some_args(bf16=False, sglang={"dtype": "half"}))[0]
 
 
 def test_it_is_asked_for_routes() -> None:
     flag = "--enable-return-routed-experts "
-    assert flag in command(some_args(use_routing_replay=True))[0]
-    assert flag in command(some_args(sglang={"enable_return_routed_experts": True}))[0]
-    assert flag not in command(some_args())[0]
+    assert flag in line_of(some_args(use_routing_replay=True))[0]
+    assert flag in line_of(some_args(sglang={"enable_return_routed_experts": True}))[0]
+    assert flag not in line_of(some_args())[0]
 
 
 def test_its_deterministic_mode_is_asked_for() -> None:
     flag = "--enable-deterministic-inference "
-    assert flag in command(some_args(deterministic=True))[0]
-    assert flag in command(some_args(sglang={"enable_deterministic_inference": True}))[0]
-    assert flag not in command(some_args())[0]
+    assert flag in line_of(some_args(deterministic=True))[0]
+    assert flag in line_of(some_args(sglang={"enable_deterministic_inference": True}))[0]
+    assert flag not in line_of(some_args())[0]
 
 
 def test_the_memory_saver_needs_colocation() -> None:
-    assert "--enable-memory-saver " in command(some_args(colocate=True, offload=True))[0]
-    assert "--enable-memory-saver" not in command(some_args(colocate=True, offload=False))[0]
-    assert "--enable-memory-saver" not in command(some_args(offload=True))[0]
+    assert "--enable-memory-saver " in line_of(some_args(colocate=True, offload=True))[0]
+    assert "--enable-memory-saver" not in line_of(some_args(colocate=True, offload=False))[0]
+    assert "--enable-memory-saver" not in line_of(some_args(offload=True))[0]
 
 
 def test_flags_of_the_user_keep_sglangs_spelling() -> None:
@@ -133,7 +149,7 @@ def test_flags_of_the_user_keep_sglangs_spelling() -> None:
         "cuda_graph_bs_decode": [1, 2],
         "api_key": "secret",
     }
-    line, _ = command(some_args(sglang=given, hf_trust_remote_code=True))
+    line, _ = line_of(some_args(sglang=given, hf_trust_remote_code=True))
     for part in ("--mem-fraction-static 0.7", "--disable-cuda-graph", "--no-dllm-fdfo", "--cuda-graph-bs-decode 1 2"):
         assert f"{part} " in line
     assert "--trust-remote-code " in line
@@ -142,7 +158,7 @@ def test_flags_of_the_user_keep_sglangs_spelling() -> None:
 
 
 def test_ranks_of_several_replicas_meet_apart() -> None:
-    assert "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE" not in command(some_args(sglang={"dp_size": 2}))[1]
+    assert "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE" not in line_of(some_args(sglang={"dp_size": 2}))[1]
 
 
 def test_an_overridden_config_reaches_sglang(tmp_path: Path) -> None:
@@ -151,10 +167,10 @@ def test_an_overridden_config_reaches_sglang(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(GLM4_TINY))
     arch = Architecture(**{**vars_of(tmp_path), "rotary_base": 50000.0})
     args = some_args(hf_checkpoint=str(tmp_path), architecture=arch, override_hf_config=("rotary-base",))
-    line, _ = command(args)
+    line, _ = line_of(args)
     rope = {"rope_theta": 50000.0, "partial_rotary_factor": 0.5, "rope_type": "default"}
     assert f"--json-model-override-args {json.dumps({'rope_parameters': rope})} " in line
-    assert "--json-model-override-args" not in command(some_args(hf_checkpoint=str(tmp_path)))[0]
+    assert "--json-model-override-args" not in line_of(some_args(hf_checkpoint=str(tmp_path)))[0]
 
 
 def vars_of(directory: Path) -> dict[str, object]:

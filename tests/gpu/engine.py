@@ -20,10 +20,11 @@ import torch
 from slime.config.args import Args
 from slime.engine.client import EngineClient
 from slime.engine.keys import Keys
-from slime.engine.launch import launch_engine, launch_router, register_worker, warm_up
+from slime.engine.kinds.sglang import engine_port, warm_up
+from slime.engine.launch import launch_engine, launch_router
+from slime.engine.membership import register_worker
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
 from slime.engine.server_process import ManagedProcess, find_free_port
-from slime.engine.sglang import engine_port
 from tests.gpu.checks import Report, check
 from tests.gpu.runs import kept_directory, run, scratch
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
 from slime.engine.client import EngineClient
-from slime.engine.launch import launch_engine, launch_router, register_worker
+from slime.engine.launch import launch_engine, launch_router
+from slime.engine.membership import register_worker
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.rollout.context import RolloutContext
 from slime.rollout.reward_pool import RewardPool

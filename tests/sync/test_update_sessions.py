@@ -14,9 +14,8 @@ import torch
 
 from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient, EngineError
-from slime.engine.launch import ask
 from slime.engine.protocol import Endpoint
-from slime.engine.server_process import ManagedProcess, find_free_port
+from slime.engine.server_process import ManagedProcess, ask, find_free_port
 from slime.models.hf_files import HFReader
 from slime.sync.broadcast import BroadcastTransport
 from slime.sync.buckets import Buckets

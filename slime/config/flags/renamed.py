@@ -1,6 +1,6 @@
 """SGLang's flags that were renamed or removed before the version whose table is checked in.
 
-- Used by: `parse`, which reads an old name as the new one, and `engine.sglang`, which passes on the name that the
+- Used by: `parse`, which reads an old name as the new one, and `engine.kinds.sglang`, which passes on the name that the
   installed version has.
 - Invariant: old names are written only here. A flag that is given under both names is an error.
 """

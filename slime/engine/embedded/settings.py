@@ -1,6 +1,6 @@
 """Settings of the embedded engine: its command line, and the values that follow from it.
 
-- Used by: `launch` writes the command line, and `server` reads it.
+- Used by: `kinds.embedded` writes the command line, and `server` reads it.
 - Invariant: a flag that SGLang has as well means the same as there.
 """
 
