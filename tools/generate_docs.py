@@ -22,16 +22,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from slime.config.args import SECTIONS, Args
-from slime.config.flags.megatron_fields import (
+from slime.config.flags.table import SET_BY_SLIME, FlagSpec, all_flags
+from slime.config.problem import show
+from slime.config.rules.megatron_fields import (
     DECIDED,
     HARMLESS,
     HARMLESS_VALUES,
     JUDGED_ELSEWHERE,
     OFFLOAD_OF_MEGATRON,
 )
-from slime.config.flags.table import SET_BY_SLIME, FlagSpec, all_flags
 from slime.config.rules.not_built import NOT_BUILT, NOT_BUILT_MEGATRON
-from slime.config.rules.problem import show
 from slime.core.plugins import HOOKS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -41,7 +41,6 @@ class EasyFirst(DataBuffer):
 
 def log_longest(args: Args, rollout_id: int, samples: list[Sample], metrics: dict[str, float]) -> None:
     """Append one line for each rollout to a file next to the logs."""
-    assert args.log_dir is not None, "resolving the arguments sets it"
     longest = max(samples, key=lambda sample: sample.response_length)
-    with Path(args.log_dir, "longest.txt").open("a") as file:
+    with Path(args.resolved.log_dir, "longest.txt").open("a") as file:
         file.write(f"{rollout_id} {longest.response_length} {longest.response!r}\n")

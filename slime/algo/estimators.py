@@ -1,8 +1,9 @@
-"""A table of what each advantage estimator needs and which form of the policy loss goes with it; no math.
+"""The table of advantage estimators: where each one's function is, what it needs, and its form of the policy loss.
 
-- Used by: the rules on flags, the rollout side and training, which look up the value of --advantage-estimator.
-  `advantages.ESTIMATORS` has the functions.
-- Invariant: nothing else compares an estimator's name. The module does not import torch, because the rules read it.
+- Used by: the choices of --advantage-estimator and the rules on flags, the rollout side and training, which look up its
+  value. `advantages.ESTIMATORS` imports the functions.
+- Invariant: no other place lists the estimators or compares their names. The module does not import torch, because the
+  rules read it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ Surrogate = Literal["token", "sequence", "cispo"]
 class EstimatorFacts:
     """Facts about one estimator; the defaults are the common case."""
 
+    file: str | None = None
+    """The file in `slime.algo.advantages`, whose function has the same name; None: both have the estimator's."""
     surrogate: Surrogate = "token"
     compares_group: bool = True
     """An advantage compares a sample with the others of its prompt, so a single sample has no advantage."""
@@ -36,12 +39,12 @@ class EstimatorFacts:
 
 ESTIMATOR_FACTS: Mapping[str, EstimatorFacts] = {
     "grpo": EstimatorFacts(divides_by_std=True),
-    "gspo": EstimatorFacts(divides_by_std=True, surrogate="sequence"),
-    "cispo": EstimatorFacts(divides_by_std=True, surrogate="cispo"),
+    "gspo": EstimatorFacts(file="grpo", divides_by_std=True, surrogate="sequence"),
+    "cispo": EstimatorFacts(file="grpo", divides_by_std=True, surrogate="cispo"),
     "rloo": EstimatorFacts(),
     "reinforce_plus_plus": EstimatorFacts(compares_group=False, discounts=True, whitens=True),
     "reinforce_plus_plus_baseline": EstimatorFacts(discounts=True, whitens=True),
-    "ppo": EstimatorFacts(compares_group=False, discounts=True, needs_values=True),
+    "ppo": EstimatorFacts(file="gae", compares_group=False, discounts=True, needs_values=True),
     "on_policy_distillation": EstimatorFacts(compares_group=False, distills=True),
 }
-"""One row for each value of --advantage-estimator."""
+"""One row for each value of --advantage-estimator, in the order of its help."""

@@ -41,8 +41,7 @@ from slime.cluster.watchdog import Watchdog
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
 from slime.config.epochs import rollouts_of_epochs
-from slime.config.rules.case import Case
-from slime.config.rules.optimizer import decay, warm_up
+from slime.config.parse import schedule_problems
 from slime.core.errors import RunError
 from slime.core.marks import new_mark
 from slime.engine.external import FoundEngines, find_engines
@@ -165,8 +164,7 @@ class Processes:
         self.get("loading the prompts", [self._manager_started])
         [num_prompts] = self.get("counting the prompts", [self.manager.num_prompts.remote()])
         num_rollouts = rollouts_of_epochs(args, num_prompts)
-        case = Case(args=replace(args, num_rollout=num_rollouts), given=frozenset())
-        for problem in (*decay(case), *warm_up(case)):
+        for problem in schedule_problems(replace(args, num_rollout=num_rollouts)):
             raise RunError(str(problem))
         return num_rollouts
 

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 from slime.cluster.engine_health import EngineWatch, Watched, answering
 from slime.cluster.engine_supervisor import EngineUp, Fleet, FleetState
 from slime.config.args import Args
-from slime.config.flags.options import HookOptions
 from slime.config.secrets import masker_of
 from slime.core.batch import TrainBatch, from_samples
 from slime.core.errors import Fault
@@ -93,7 +92,7 @@ class RolloutManager:
     def _load(self) -> None:
         args = self._args
         tokenizer = load_tokenizer(args)
-        if args.prompt_data is not None or args.data_source_path != HookOptions.data_source_path:
+        if args.prompt_data is not None or args.has_own_data_source:
             self._data_source = TrackedSource(load_hook("data_source_path", args.data_source_path)(args, tokenizer))
         self._rollout_function = load_hook("rollout_function_path", args.rollout_function_path)
         self._rewards = RewardPool(args)

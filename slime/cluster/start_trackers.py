@@ -23,16 +23,14 @@ def start_trackers(args: Args, run_id: str, first: int) -> list[Tracker]:
     """
     trackers: list[Tracker] = []
     if args.use_tensorboard:
-        assert args.tensorboard_dir is not None, "resolving the arguments sets it"
-        trackers.append(TensorBoard(Path(args.tensorboard_dir) / run_id, first))
+        trackers.append(TensorBoard(Path(args.resolved.tensorboard_dir) / run_id, first))
     if args.use_wandb:
-        assert args.log_dir is not None, "resolving the arguments sets it"
         run = WandbRun(
             project=args.wandb_project,
             entity=args.wandb_entity,
             group=args.wandb_group,
             name=args.wandb_exp_name,
-            directory=Path(args.log_dir),
+            directory=Path(args.resolved.log_dir),
             config=yaml.safe_load(dump_args(args)),
         )
         trackers.append(WeightsAndBiases(run, run_id, first))

@@ -15,7 +15,7 @@ from slime.config import experts
 from slime.config.args import Args
 from slime.config.hf_config import check_hf_config, read_hf_config
 from slime.config.hf_features import refuse_unknown, rope_of, rope_scaling, rotated_fraction, unknown_keys
-from slime.config.rules.problem import Problem, flag_name, show
+from slime.config.problem import Problem, flag_name, show
 from slime.core.architecture import Architecture, RopeScaling
 from slime.core.printable import printable
 from slime.models.families import FAMILIES, family_names

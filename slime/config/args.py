@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.engine_kinds import ENGINE_KINDS, EngineFacts
-from slime.config.flags.algo_options import AlgoOptions
-from slime.config.flags.critic_options import CriticOptions
+from slime.config.flags.algo_options import AlgoOptions, CriticOptions
 from slime.config.flags.megatron_options import (
     ArchitectureOptions,
     MegatronRunOptions,
@@ -27,6 +26,8 @@ from slime.config.flags.options import (
     TrainOptions,
 )
 from slime.core.architecture import Architecture
+
+T = TypeVar("T")
 
 DEFAULT_KL_CLAMP = 10.0
 """The default bound of low_var_kl in the loss, as in verl and OpenRLHF."""
@@ -89,6 +90,11 @@ class Args(
     The program sets it; it is not a flag."""
 
     @property
+    def resolved(self) -> Resolved:
+        """Return the values that only `resolve` and the rules make certain, with types without None."""
+        return Resolved(self)
+
+    @property
     def actor_world_size(self) -> int:
         """Return the number of training ranks."""
         return self.actor_num_nodes * self.actor_num_gpus_per_node
@@ -123,6 +129,24 @@ class Args(
     def kl_reward_clamp(self) -> float | None:
         """Return the bound of a token's KL in the reward; None: no bound."""
         return self.kl_clamp or None
+
+    @property
+    def may_be_offpolicy(self) -> bool:
+        """Return whether training may see tokens from an older policy."""
+        replayed = self.load_debug_rollout_data is not None
+        converts = self.custom_convert_samples_to_train_data_path is not None
+        own = not self.has_usual_rollout or self.has_own_data_source or converts
+        return self.partial_rollout or self.rollouts_ahead > 0 or replayed or own
+
+    @property
+    def has_usual_rollout(self) -> bool:
+        """Return whether slime's own function generates rollouts, and not one of the user's or of supervised tuning."""
+        return self.rollout_function_path == HookOptions.rollout_function_path
+
+    @property
+    def has_own_data_source(self) -> bool:
+        """Return whether prompts come from the user's own class; only that class knows how many there are."""
+        return self.data_source_path != HookOptions.data_source_path
 
     @property
     def needs_kl_first(self) -> bool:
@@ -188,6 +212,66 @@ class Args(
         """Return whether weights are written to files, by the disk transport or by the check of the first sync."""
         sends = bool(self.num_engines) and not self.debug_rollout_only
         return sends and (self.update_weight_transport == "disk" or self.check_weight_sync)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The flags that are None until `resolve` fills them in or the rules require them, by the same names.
+
+    Reading one that is still None raises RuntimeError: these Args did not come from `load_args`.
+    """
+
+    _args: Args
+
+    @property
+    def num_steps_per_rollout(self) -> int:
+        return self._value(self._args.num_steps_per_rollout, "num_steps_per_rollout")
+
+    @property
+    def global_batch_size(self) -> int:
+        return self._value(self._args.global_batch_size, "global_batch_size")
+
+    @property
+    def over_sampling_batch_size(self) -> int:
+        return self._value(self._args.over_sampling_batch_size, "over_sampling_batch_size")
+
+    @property
+    def log_probs_chunk_size(self) -> int:
+        return self._value(self._args.log_probs_chunk_size, "log_probs_chunk_size")
+
+    @property
+    def eps_clip_high(self) -> float:
+        return self._args.eps_clip if self._args.eps_clip_high is None else self._args.eps_clip_high
+
+    @property
+    def critic_lr(self) -> float:
+        return self._value(self._args.critic_lr, "critic_lr")
+
+    @property
+    def log_dir(self) -> str:
+        return self._value(self._args.log_dir, "log_dir")
+
+    @property
+    def tensorboard_dir(self) -> str:
+        return self._value(self._args.tensorboard_dir, "tensorboard_dir")
+
+    @property
+    def update_weight_disk_dir(self) -> str:
+        return self._value(self._args.update_weight_disk_dir, "update_weight_disk_dir")
+
+    @property
+    def hf_checkpoint(self) -> str:
+        return self._value(self._args.hf_checkpoint, "hf_checkpoint")
+
+    @property
+    def architecture(self) -> Architecture:
+        return self._value(self._args.architecture, "architecture")
+
+    @staticmethod
+    def _value(value: T | None, name: str) -> T:
+        if value is None:
+            raise RuntimeError(f"args.{name} has no value yet: these arguments were not resolved (parse.load_args)")
+        return value
 
 
 SECTIONS: tuple[type[Any], ...] = Args.__bases__

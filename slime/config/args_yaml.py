@@ -15,7 +15,7 @@ import yaml
 
 from slime.config.args import SECTIONS, Args
 from slime.config.flags.table import Source, all_flags
-from slime.config.rules.problem import show
+from slime.config.problem import show
 from slime.config.secrets import masked
 
 ONE_CALL = {"config", "dry_run"}

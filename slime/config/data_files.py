@@ -25,6 +25,7 @@ from typing import Any, cast
 import orjson
 
 from slime.config.args import Args
+from slime.config.messages import messages_fault
 from slime.config.row_values import line_fault, value_fault
 from slime.config.small_floats import column_reader, largest_exact
 from slime.core.small_files import MEBIBYTE, open_regular
@@ -319,3 +320,48 @@ def _plain(value: Any) -> Any:
             return int(value) if value.is_finite() and value == value.to_integral_value() else float(value)
         case _:
             raise ValueError(f"a value of type {type(value).__name__}")
+
+
+MAX_EXACT = 2.0**53
+"""The limit from which floats skip integers. An integer of more than 64 bits is read as a float."""
+
+
+def row_error(row: Row | DataError, keys: DataKeys, *, chat_template: bool) -> DataError | None:
+    """Return why this row cannot be used, or None if it can."""
+    if isinstance(row, DataError):
+        return row
+    fault = _unusable(row.data, keys, chat_template)
+    return None if fault is None else DataError(row.where, *fault)
+
+
+def _unusable(data: dict[str, Any], keys: DataKeys, chat_template: bool) -> tuple[str, str] | None:
+    """Return rule and remedy for a row that cannot be used, or None."""
+    for key, flag in ((keys.input_key, "--input-key"), (keys.label_key, "--label-key")):
+        if key is not None and key not in data:
+            return f"no key {key!r}; it has {', '.join(data) or 'none'}", f"correct the line, or {flag}"
+    label = None if keys.label_key is None else data[keys.label_key]
+    if keys.label_key is not None and not _is_text_or_number(label):
+        return f"{keys.label_key!r} is {label!r}, not text or a number", "correct the line, or --label-key"
+    if isinstance(label, float) and abs(label) >= MAX_EXACT:
+        return f"{keys.label_key!r} is {label!r}: so long a number loses digits when it is read", "write it as text"
+    for key, kind, named in ((keys.metadata_key, dict, "an object"), (keys.tool_key, list, "a list")):
+        value = None if key is None else data.get(key)
+        if value is not None and not isinstance(value, kind):
+            return f"{key!r} is {str(value)[:80]!r}, not {named}", "correct the line"
+    prompt = data[keys.input_key]
+    if not chat_template:
+        if not isinstance(prompt, str):
+            return f"{keys.input_key!r} is not text", "for OpenAI messages, add --apply-chat-template"
+        return None if prompt else (f"{keys.input_key!r} is empty", "remove the line")
+    return messages_fault(prompt, keys.input_key)
+
+
+def _is_text_or_number(label: object) -> bool:
+    if isinstance(label, float):
+        return math.isfinite(label)
+    return isinstance(label, str | int) and not isinstance(label, bool)
+
+
+def label_text(label: str | float) -> str:
+    """Return a label as reward functions receive it. A number is written without exponent: 0.00001, not 1e-05."""
+    return f"{Decimal(repr(label)):f}" if isinstance(label, float) else str(label)

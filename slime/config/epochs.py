@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from slime.config.args import Args
 from slime.config.data_files import count_rows, split_slice
-from slime.config.flags.options import HookOptions
 from slime.core.small_files import is_file
 
 
@@ -27,7 +26,7 @@ def planned_prompts(args: Args) -> int | None:
 
     None if there is nothing to count: the user has an own data source, or the file is not readable on this machine.
     """
-    if args.data_source_path != HookOptions.data_source_path or args.prompt_data is None:
+    if args.has_own_data_source or args.prompt_data is None:
         return None
     try:
         file, _ = split_slice(args.prompt_data)

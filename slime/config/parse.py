@@ -16,12 +16,13 @@ from typing import Any, cast
 from slime.config.architecture import resolve_architecture
 from slime.config.args import Args, FrozenMapping
 from slime.config.args_yaml import dump_args
-from slime.config.flags.help import format_help
 from slime.config.flags.renamed import REMOVED, RENAMED, TABLE_VERSION
 from slime.config.flags.table import SET_BY_SLIME, FlagSpec, Source, spellings
+from slime.config.help import format_help
+from slime.config.problem import MAX_SHOWN, Problem, UsageError, show
 from slime.config.resolve import resolve
-from slime.config.rules.check import CONVERSION_RULES, TRAINING_RULES, Case, check
-from slime.config.rules.problem import MAX_SHOWN, Problem, UsageError, show
+from slime.config.rules.check import CONVERSION_RULES, TRAINING_RULES, Case, check, parallel_sizes
+from slime.config.rules.optimizer import decay, warm_up
 from slime.config.secrets import from_environment, masked, secret_values
 from slime.config.sharding import resolve_sharding
 from slime.config.values import BOOLEANS, from_texts, from_yaml
@@ -283,3 +284,14 @@ def load_args(
 def parse_args(argv: Sequence[str]) -> Args:
     """Return the Args of `load_args` without the warnings."""
     return load_args(argv)[0]
+
+
+def schedule_problems(args: Args) -> list[Problem]:
+    """Return the problems of the learning rate's schedule, if the number of rollouts is known only after the start."""
+    case = Case(args=args, given=frozenset())
+    return [*decay(case), *warm_up(case)]
+
+
+def parallel_problems(args: Args) -> list[Problem]:
+    """Return the problems of the parallel sizes, for sizes that a plan proposes."""
+    return list(parallel_sizes(Case(args=args, given=frozenset())))

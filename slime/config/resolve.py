@@ -14,11 +14,7 @@ from typing import Any, cast
 
 from slime.config.args import Args
 from slime.config.engine_kinds import AUTO, ENGINE_KINDS, ON_CPU, ON_GPUS
-
-COLOCATED_MEM_FRACTION = 0.7
-"""The fraction of a GPU's memory for SGLang's weights and KV cache with --colocate. The rest is for the parts of the
-trainer that stay (CUDA context, NCCL), its weights and two buckets during the weight sync, and SGLang's own activations
-and CUDA graphs."""
+from slime.config.memory import COLOCATED_MEM_FRACTION
 
 
 @cache
@@ -93,7 +89,7 @@ def resolve(args: Args) -> Args:
     if args.log_probs_chunk_size is None:
         changes["log_probs_chunk_size"] = 8192 if for_gpus(args) and changes.get("bf16", args.bf16) else 1024
     if args.eps_clip_high is None:
-        changes["eps_clip_high"] = args.eps_clip
+        changes["eps_clip_high"] = args.resolved.eps_clip_high
     if args.critic_lr is None:
         changes["critic_lr"] = args.lr
     if args.log_dir is None:

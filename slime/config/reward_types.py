@@ -1,12 +1,15 @@
 """The names of reward types in --rm-type, --eval-rm-type, --eval-config and a data row's metadata.rm_type.
 
 - Used by: the rules and the check of data rows, which refuse other names; `rollout.rewards` implements each reward.
-- Invariant: every name here, with or without the prefix, has an implementation there.
+  Rules and every reward worker call `grammar_fault`, because a worker's node may have another version.
+- Invariant: every name here, with or without the prefix, has an implementation there. Every verdict of
+  mathematics comes from the version of the ANTLR runtime that the verdicts were tested with, or there is no verdict.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from slime.config.args import Args
@@ -87,3 +90,21 @@ def may_ask_remote(args: Args) -> bool:
     """Return whether some reward may be remote_rm, by a flag, a set in --eval-config or a data row."""
     types = (args.rm_type, args.eval_rm_type)
     return None in types or args.eval_config is not None or any(base_type(name) == "remote_rm" for name in types)
+
+
+_RUNTIME = "antlr4-python3-runtime"
+_TESTED = "4.13.2"
+"""The tested version. The LaTeX grammar of latex2sympy2_extended has one generated parser for each of 4.9.3, 4.11.0 and
+4.13.2. With another runtime it parses nothing, and every answer would count as wrong."""
+GRAMMAR_REMEDY = f"pip install {_RUNTIME}=={_TESTED}"
+
+
+def grammar_fault() -> str | None:
+    """Return the fault of the installed ANTLR runtime, or None if it is the tested version."""
+    try:
+        installed = version(_RUNTIME)
+    except PackageNotFoundError:
+        return f"{_RUNTIME} is not installed, but answers are compared as mathematics with version {_TESTED}"
+    if installed == _TESTED:
+        return None
+    return f"{_RUNTIME} {installed} is installed, but the comparison of answers was tested with {_TESTED}"

@@ -40,7 +40,7 @@ def loss_options(args: Args) -> LossOptions:
     return LossOptions(
         surrogate=ESTIMATOR_FACTS[args.advantage_estimator].surrogate,
         eps_clip=args.eps_clip,
-        eps_clip_high=args.eps_clip if args.eps_clip_high is None else args.eps_clip_high,
+        eps_clip_high=args.resolved.eps_clip_high,
         eps_clip_c=args.eps_clip_c,
         kl_loss_coef=args.kl_loss_coef if args.use_kl_loss else 0.0,
         kl_loss_type=args.kl_loss_type,

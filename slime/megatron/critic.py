@@ -38,10 +38,9 @@ class Critic:
     """The value model with its optimizer, schedule and guard. All methods are collective."""
 
     def __init__(self, args: Args, topology: Topology, dump: StepDump | None = None) -> None:
-        assert args.critic_lr is not None, "resolve fills it in"
         self._args = replace(
             args,
-            lr=args.critic_lr,
+            lr=args.resolved.critic_lr,
             lr_warmup_iters=args.critic_lr_warmup_iters,
             lr_warmup_fraction=None,
             num_critic_only_steps=0,  # it learns in all rollouts

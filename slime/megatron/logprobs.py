@@ -9,7 +9,7 @@ softmax(logits).
 
 On a GPU the logits stay in the dtype of the matrix product, two fused passes read them, and the gradient overwrites
 them. Elsewhere they are float32. On a GPU the logits of a micro-batch are also kept for the backward pass, up to
-KEPT_BYTES, which saves one of the output layer's four matrix products.
+KEPT_LOGITS, which saves one of the output layer's four matrix products.
 
 Shapes: _B packed tokens, _R response tokens, _C those of one chunk, _V this rank's part of the vocabulary.
 """
@@ -24,10 +24,8 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from slime.config.memory import KEPT_LOGITS
 from slime.megatron.model.main_gradients import add_product, added, main_gradient
-
-KEPT_BYTES = 5 * 2**30
-"""The bytes of logits that a GPU keeps: all of 16,384 tokens over 152k entries in bf16."""
 
 
 class VocabularyPart(NamedTuple):
@@ -276,6 +274,6 @@ def response_log_probs(
         1.0 / temperature if temperature > 0 else 1.0,
         chunk_size,
         with_entropy,
-        KEPT_BYTES if hidden.is_cuda and torch.is_grad_enabled() else 0,
+        KEPT_LOGITS if hidden.is_cuda and torch.is_grad_enabled() else 0,
     )
     return log_probs_R, entropy_R if with_entropy else None

@@ -16,7 +16,6 @@ from __future__ import annotations
 import numpy as np
 
 from slime.config.args import Args
-from slime.config.flags.options import HookOptions
 from slime.core.batch import TrainBatch
 from slime.core.columns import Array, with_declared_dtypes
 
@@ -40,7 +39,7 @@ def version_of_weights(args: Args, rollout_id: int, batch: TrainBatch, policy_ve
     if policy_version is None or args.load_debug_rollout_data is not None:
         return newest
     oldest = int(np.min(batch.columns["policy_versions"], where=counts_R, initial=version))
-    own = args.rollout_function_path != HookOptions.rollout_function_path
+    own = not args.has_usual_rollout
     if oldest < version and not (args.partial_rollout or args.rollouts_ahead or own):
         raise RuntimeError(
             f"rollout {rollout_id}: a token was made by policy version {oldest}, and the trainer's weights are version "

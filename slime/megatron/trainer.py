@@ -64,7 +64,6 @@ class Trainer:
         self.model = build_model(args, wrap=True)
         self.optimizer, self.scheduler = build_optimizer(args, self.model)
         self._snapshots = Snapshots(self.model)
-        assert args.log_probs_chunk_size is not None, "resolve fills it in"
         self._dump = StepDump.of(args, self.topology)
         self._stepper = Stepper(
             self.model,
@@ -73,7 +72,7 @@ class Trainer:
             vocab_size=self._arch.vocab_size,
             # SFT learns from tokens that were not sampled: there is no temperature to match
             temperature=1.0 if args.loss_type == "sft_loss" else args.rollout_temperature,
-            chunk_size=args.log_probs_chunk_size,
+            chunk_size=args.resolved.log_probs_chunk_size,
         )
         self._loss, self._loss_options = loss_of(args), loss_options(args)
         self._hf_files = HFFiles(args)

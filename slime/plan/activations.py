@@ -14,12 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from slime.config.args import Args
+from slime.config.memory import KEPT_LOGITS
 from slime.core.architecture import Architecture, padded_vocab_size
 
 FP32 = 4
 TOKEN_ID = 8
-KEPT_LOGITS = 5 * 2**30
-"""The bytes of logits that a GPU keeps for the backward pass (KEPT_BYTES in slime.megatron.logprobs)."""
 
 
 @dataclass(frozen=True)
@@ -288,8 +287,7 @@ def log_probs_forward(args: Args, rank: Rank) -> int:
 
 def _chunk(args: Args, rank: Rank) -> tuple[int, int]:
     """Return the number of logits in one chunk on this rank, and the chunk's number of tokens."""
-    assert args.log_probs_chunk_size is not None, "resolve fills it in"
-    tokens = min(args.log_probs_chunk_size, rank.tokens)
+    tokens = min(args.resolved.log_probs_chunk_size, rank.tokens)
     return tokens * local_vocabulary(args, rank.arch), tokens
 
 

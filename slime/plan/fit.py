@@ -13,12 +13,10 @@ from typing import Any
 
 from slime.config.args import Args
 from slime.config.flags.megatron_options import ArchitectureOptions, ParallelOptions
-from slime.config.parse import load_args
+from slime.config.parse import load_args, parallel_problems
 from slime.config.pipeline_stages import num_chunks, stage_layers
+from slime.config.problem import Problem, flag_name
 from slime.config.resolve import counts_gpus, gpu_memory
-from slime.config.rules.case import Case
-from slime.config.rules.check import parallel_sizes
-from slime.config.rules.problem import Problem, flag_name
 from slime.config.sharding import optimizer_ranks
 from slime.plan.memory_model import (
     CUDA_CONTEXT,
@@ -169,7 +167,7 @@ def _more_tensor_parallel(args: Args, size: float) -> tuple[str, Change] | None:
     while tensor <= min(args.actor_world_size, 8):
         change: Change = {"tensor_model_parallel_size": tensor, "sequence_parallel": True}
         changed = replace(args, **change)
-        if not any(parallel_sizes(Case(args=changed, given=frozenset()))):
+        if not parallel_problems(changed):
             sequence = "" if args.sequence_parallel else " --sequence-parallel"
             largest = f"--tensor-model-parallel-size {tensor}{sequence}", change
             if _fits(changed, size, only="training"):

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slime.config.args import Args
+from slime.config.memory import EMBEDDED_ROW_STEP, EMBEDDED_RUNNING_REQUESTS
 from slime.config.pipeline_stages import count_multiple, micro_batch_group, num_chunks, stage_layers
 from slime.core.architecture import Architecture
 from slime.plan.activations import (
@@ -30,10 +31,6 @@ from slime.plan.activations import (
     stage_operations,
 )
 
-EMBEDDED_RUNNING_REQUESTS = 256
-"""The embedded engine's default of --max-running-requests."""
-EMBEDDED_ROW = 64
-"""The number of tokens of which the embedded engine's KV rows are a multiple."""
 CUDA_CONTEXT = 3 * 2**29
 """An estimate of the other memory of a process on its GPU: CUDA context, NCCL's buffers and workspaces."""
 
@@ -263,7 +260,7 @@ def engine_memory(args: Args) -> EngineMemory | None:
     context = args.rollout_max_context_len or arch.max_position_embeddings
     tokens = min(args.rollout_max_response_len, args.sglang.get("context_length") or context, context)
     if embedded:
-        tokens = -(-tokens // EMBEDDED_ROW) * EMBEDDED_ROW
+        tokens = -(-tokens // EMBEDDED_ROW_STEP) * EMBEDDED_ROW_STEP
     limit = args.sglang.get("max_total_tokens")
     if limit is not None:
         requests = min(requests, max(limit // tokens, 1))

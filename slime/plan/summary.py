@@ -12,8 +12,8 @@ from slime.config.args import Args
 from slime.config.epochs import planned_prompts, rollouts_of_epochs
 from slime.config.eval_data import eval_datasets
 from slime.config.pipeline_stages import count_multiple, num_chunks, stage_layers
+from slime.config.problem import Problem
 from slime.config.resolve import counts_gpus, gpu_memory
-from slime.config.rules.problem import Problem
 from slime.core.architecture import padded_vocab_size
 from slime.core.printable import SENTENCE, printable
 from slime.plan.fit import comparison, recompute_hint

@@ -159,8 +159,7 @@ def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None
     Raises:
         ValueError: a finished response has no experts, or not as many as this model's.
     """
-    arch, experts = args.architecture, response.routed_experts
-    assert arch is not None, "a real run has one"
+    arch, experts = args.resolved.architecture, response.routed_experts
     if experts is None:
         if response.finish_reason == "abort":
             return  # aborted before the engine ran it

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from slime.config.args import Args
-from slime.config.data_files import DataError, DataKeys, Row, read_rows
-from slime.config.rules.data import label_text, row_error
+from slime.config.data_files import DataError, DataKeys, Row, label_text, read_rows, row_error
 from slime.core.printable import one_line
 from slime.core.sample import Message, Sample
 from slime.rollout.chat_template import render_messages

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
 
 from slime.algo.advantages import ESTIMATORS, AdvantageOptions, RolloutRewards, counted_rows
 from slime.algo.estimators import ESTIMATOR_FACTS
-from slime.config.flags.algo_options import AlgoOptions
 
 Rows = list[list[float]]
 
@@ -236,9 +235,7 @@ def test_equal_rewards_give_no_advantage(name: str) -> None:
     assert found.abs().amax() < 1e-6
 
 
-def test_each_flag_value_has_function_and_facts() -> None:
-    values = get_args(get_type_hints(AlgoOptions)["advantage_estimator"])
-    assert set(values) == set(ESTIMATOR_FACTS) == set(ESTIMATORS)
+def test_every_estimator_has_a_formula() -> None:
     assert set(PAPERS) == set(ESTIMATORS) - {"ppo"}  # `test_gae` tests ppo
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from slime.config.args import Args
 from slime.config.parse import UsageError
-from slime.config.rules.problem import Problem
+from slime.config.problem import Problem
 from slime.plan.fit import load_run
 
 ROOT = Path(__file__).parents[2]

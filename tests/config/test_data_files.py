@@ -18,9 +18,9 @@ from config_run import MESSAGE, Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slime.config.data_files import MAX_LINE, DataError, DataKeys, Row, count_rows, read_rows, split_slice
+from slime.config.data_files import MAX_LINE, DataError, DataKeys, Row, count_rows, label_text, read_rows, split_slice
 from slime.config.eval_data import eval_datasets
-from slime.config.rules.data import check_rows, label_text
+from slime.config.rules.data import check_rows
 
 KEYS = DataKeys(input_key="prompt", label_key="label", metadata_key="metadata", tool_key="tools")
 WITHOUT_LABEL = replace(KEYS, label_key=None)

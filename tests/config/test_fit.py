@@ -13,8 +13,8 @@ from test_plan import PAGE
 
 from slime.config.args import Args
 from slime.config.parse import UsageError
+from slime.config.problem import Problem
 from slime.config.resolve import cuda_available
-from slime.config.rules.problem import Problem
 from slime.plan.fit import GIB, fullest, load_run, memory_problems, moments, recompute_hint
 
 H100 = 79.6

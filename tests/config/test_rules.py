@@ -9,9 +9,9 @@ import re
 import pytest
 from config_run import Run
 
-from slime.config.flags.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, NOT_BUILT_HERE
 from slime.config.flags.table import all_flags
 from slime.config.resolve import cuda_available
+from slime.config.rules.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, NOT_BUILT_HERE
 from slime.plan.summary import format_plan
 
 

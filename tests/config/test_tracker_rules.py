@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from config_run import Run
 
-from slime.config.rules.trackers import is_installed
+from slime.config.rules.imports import is_installed
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -12,8 +12,8 @@ import tiny
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
-from slime.config.flags.megatron_fields import HARMLESS
 from slime.config.flags.table import FlagSpec, all_flags
+from slime.config.rules.megatron_fields import HARMLESS
 from slime.config.rules.not_built import NOT_BUILT_MEGATRON
 from slime.core.architecture import padded_vocab_size
 from slime.megatron.model.build import build_model, named_parameters, transformer_config

@@ -1,7 +1,7 @@
 """Advantages: the rewards of a rollout -> one advantage for each response token, one file per estimator.
 
 - Called by: the trainer, once on the whole rollout (`megatron.advantages`); the loss reads the result.
-- Where the rest is: `slime.algo.estimators` lists which form of the loss goes with which estimator.
+- Where the rest is: the rows of `slime.algo.estimators` name the functions, and the form of the loss of each.
 
 Read `rollout_rewards` first (what an estimator is given), then `grpo`, the shortest one.
 """
@@ -9,24 +9,17 @@ Read `rollout_rewards` first (what an estimator is given), then `grpo`, the shor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 
-from slime.algo.advantages.gae import gae
-from slime.algo.advantages.grpo import grpo
-from slime.algo.advantages.on_policy_distillation import on_policy_distillation
-from slime.algo.advantages.reinforce_plus_plus import reinforce_plus_plus
-from slime.algo.advantages.reinforce_plus_plus_baseline import reinforce_plus_plus_baseline
-from slime.algo.advantages.rloo import rloo
 from slime.algo.advantages.rollout_rewards import AdvantageOptions, Estimator, RolloutRewards, counted_rows
+from slime.algo.estimators import ESTIMATOR_FACTS
 
 __all__ = ["ESTIMATORS", "AdvantageOptions", "Estimator", "RolloutRewards", "counted_rows"]
 
-ESTIMATORS: Mapping[str, Estimator] = {
-    "grpo": grpo,
-    "gspo": grpo,
-    "cispo": grpo,
-    "rloo": rloo,
-    "reinforce_plus_plus": reinforce_plus_plus,
-    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
-    "ppo": gae,
-    "on_policy_distillation": on_policy_distillation,
-}
+
+def _function(file: str) -> Estimator:
+    return vars(import_module(f"{__name__}.{file}"))[file]
+
+
+ESTIMATORS: Mapping[str, Estimator] = {name: _function(facts.file or name) for name, facts in ESTIMATOR_FACTS.items()}
+"""The function of each estimator in `ESTIMATOR_FACTS`."""

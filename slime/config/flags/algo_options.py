@@ -1,6 +1,6 @@
-"""Flags of advantages and losses.
+"""Flags of advantages and losses, and of the critic.
 
-- Used by: `config.args`, as one of its sections, like those in `options`.
+- Used by: `config.args`, as two of its sections, like those in `options`.
 - Invariant: no default of these flags is written anywhere else.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.flags.flag import flag
 
 
@@ -16,19 +17,11 @@ from slime.config.flags.flag import flag
 class AlgoOptions:
     """Advantages and losses."""
 
-    advantage_estimator: Literal[
-        "grpo",
-        "gspo",
-        "cispo",
-        "rloo",
-        "reinforce_plus_plus",
-        "reinforce_plus_plus_baseline",
-        "ppo",
-        "on_policy_distillation",
-    ] = flag(
+    advantage_estimator: str = flag(
         "grpo",
         "How rewards become advantages. gspo and cispo also change the loss's form. on_policy_distillation uses no "
         "reward: its teacher is the model of --ref-load, and the student starts from --hf-checkpoint.",
+        choices=tuple(ESTIMATOR_FACTS),
     )
     loss_type: Literal["policy_loss", "sft_loss", "custom_loss"] = flag(
         "policy_loss",
@@ -98,4 +91,25 @@ class AlgoOptions:
         False,
         "Mixture of experts: engines report the experts that each token was routed to, and training routes it to the "
         "same ones. The router is trained through the weights that it gives these experts.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticOptions:
+    """The critic of --advantage-estimator ppo: a model like the policy, with one value per token."""
+
+    critic_load: str | None = flag(
+        None,
+        "Checkpoint that a new critic starts from: one that contains a critic, or a policy's (torch_dist or HF), of "
+        "which the output layer is not loaded. Unset: the actor's start. A resumed run continues the critic of --load.",
+    )
+    critic_lr: float | None = flag(None, "The critic's learning rate; unset: --lr.", ge=0)
+    critic_lr_warmup_iters: int = flag(0, "Optimizer steps of the critic's own linear warm-up.", ge=0)
+    value_clip: float = flag(
+        0.2,
+        "Clip of the value loss: how far a value may move from its value before the rollout's steps; 0: no clip.",
+        ge=0,
+    )
+    num_critic_only_steps: int = flag(
+        0, "Number of rollouts at the start of the run in which only the critic learns.", ge=0
     )

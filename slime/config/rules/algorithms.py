@@ -1,7 +1,8 @@
-"""Rules for the advantage estimator and its form of the policy loss.
+"""Rules for the advantage estimator, its form of the policy loss, and its critic.
 
 - Used by: `rules.check`; `slime.algo.estimators` has the facts about each estimator.
-- Invariant: a run that passes learns from every sample that it generates, by the formula that the flags name.
+- Invariant: a run that passes learns from every sample that it generates, by the formula that the flags name, and
+  training can build and load its critic.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slime.algo.estimators import ESTIMATOR_FACTS
+from slime.config.epochs import planned_rollouts
+from slime.config.problem import Problem
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem
 from slime.config.vocabulary import vocabulary_text
 from slime.core.small_files import is_file
 
@@ -47,8 +49,7 @@ def surrogate(case: Case) -> Iterable[Problem]:
         yield case.error("eps_clip_c", rule, "leave it out", also=["advantage_estimator"])
     if form != "sequence":
         return
-    assert args.num_steps_per_rollout is not None, "resolve fills it in"
-    if args.num_steps_per_rollout > 1 and args.eps_clip >= WIDE_FOR_A_SEQUENCE:
+    if args.resolved.num_steps_per_rollout > 1 and args.eps_clip >= WIDE_FOR_A_SEQUENCE:
         rule = "gspo's ratio is a mean over the response and hardly ever this far from 1: nothing would be clipped"
         remedy = "give --eps-clip 3e-4 --eps-clip-high 4e-4, as in its paper"
         yield case.warning("eps_clip", rule, remedy, also=["advantage_estimator", "num_steps_per_rollout"])
@@ -80,3 +81,24 @@ def teacher(case: Case) -> Iterable[Problem]:
     if all(is_file(file) for file in files) and len({vocabulary_text(file) for file in files}) > 1:
         rule = f"its tokenizer differs from that of --hf-checkpoint {student}: a token means another text to each model"
         yield case.error("ref_load", rule, "use a teacher with the student's tokenizer", also=about)
+
+
+def critic(case: Case) -> Iterable[Problem]:
+    """Check the length of the critic's own training, its checkpoint and its warm-up."""
+    args = case.args
+    if not args.uses_critic or args.debug_rollout_only or args.num_rollout == 0:
+        return
+    rollouts = planned_rollouts(args)
+    if rollouts is not None and args.num_critic_only_steps >= rollouts:
+        rule = f"only the critic learns in all {rollouts} rollouts: the policy never learns"
+        remedy = "lower it, unless you only want a critic for --critic-load"
+        yield case.warning("num_critic_only_steps", rule, remedy, also=["num_rollout", "num_epoch"])
+    if args.critic_load is not None and not os.path.exists(args.critic_load):
+        yield case.missing("critic_load", "there is no such directory", "name a checkpoint, or leave it out")
+    if args.lr_decay_style == "constant":
+        return
+    steps = args.lr_decay_iters or (None if rollouts is None else rollouts * args.resolved.num_steps_per_rollout)
+    if steps is not None and args.critic_lr_warmup_iters >= steps:
+        rule = f"the warm-up must end before the decay ends, at optimizer step {steps}"
+        remedy = "lower it, or raise --lr-decay-iters, --num-rollout or --num-epoch"
+        yield case.error("critic_lr_warmup_iters", rule, remedy, also=["lr_decay_iters", "num_rollout", "num_epoch"])

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 from slime.config.epochs import planned_rollouts
 from slime.config.eval_data import eval_datasets
+from slime.config.problem import Problem
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem
 
 _METRIC = re.compile(r"eval/(?P<name>.+)/(?P<what>[^/]+)")
 _FIELD = "keep_best_checkpoint"

@@ -1,4 +1,4 @@
-"""`Case`: the input of every rule, with the methods by which rules report problems.
+"""`Case`: the input of every rule, with the methods by which rules report problems; and a row of the no-effect table.
 
 - Used by: `parse`, which makes one, and `check`, which passes it to every rule.
 - Invariant: rules only read; they never change anything.
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime.config.args import Args
-from slime.config.flags.options import HookOptions
 from slime.config.flags.table import spellings
-from slime.config.rules.problem import Problem, Severity, flag_name, show
+from slime.config.problem import Problem, Severity, flag_name, show
 from slime.config.secrets import masked
 
 
@@ -33,13 +32,8 @@ class Case:
     def generates(self) -> bool:
         """Return whether training samples come from engines through slime's own rollout function."""
         args = self.args
-        own = args.rollout_function_path == "slime.rollout.collect.generate_rollout"
-        return own and args.num_rollout != 0 and args.load_debug_rollout_data is None and not args.debug_train_only
-
-    @property
-    def has_own_data_source(self) -> bool:
-        """Return whether prompts come from the user's own class; only that class knows how many there are."""
-        return self.args.data_source_path != HookOptions.data_source_path
+        trains = not args.debug_train_only and args.num_rollout != 0
+        return args.has_usual_rollout and trains and args.load_debug_rollout_data is None
 
     @property
     def evaluates(self) -> bool:
@@ -75,3 +69,13 @@ class Case:
 
 
 Rule = Callable[[Case], Iterable[Problem]]
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """`fields` have no effect if `when` returns True; `why` completes the text "no effect: ..."."""
+
+    fields: tuple[str, ...]
+    when: Callable[[Args], bool]
+    why: str
+    remedy: str = "leave it out"

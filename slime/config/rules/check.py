@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from slime.config.flags.megatron_fields import megatron_decided, megatron_known
-from slime.config.rules.ahead import ahead
-from slime.config.rules.algorithms import group_size, overlong, surrogate, teacher
+from slime.config.problem import Problem
+from slime.config.rules.algorithms import critic, group_size, overlong, surrogate, teacher
 from slime.config.rules.best_checkpoint import best_checkpoint
 from slime.config.rules.case import Case, Rule
-from slime.config.rules.critic import critic
 from slime.config.rules.deterministic import deterministic
 from slime.config.rules.engines import (
     api_keys,
@@ -29,22 +27,19 @@ from slime.config.rules.engines import (
     sglang_precision,
     weight_directory,
 )
-from slime.config.rules.experts import balance, experts, experts_passed_on
+from slime.config.rules.experts import balance, experts, experts_passed_on, routing_replay
 from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, train_data, weights
+from slime.config.rules.imports import trackers
+from slime.config.rules.megatron_fields import megatron_decided, megatron_known
 from slime.config.rules.no_effect import no_effect
 from slime.config.rules.not_built import not_built
-from slime.config.rules.offpolicy import offpolicy
+from slime.config.rules.offpolicy import ahead, offpolicy, partial_rollout
 from slime.config.rules.optimizer import cpu_offload, decay, optimizer, resumed_schedule, warm_up, weight_decay
 from slime.config.rules.other_models import other_models
-from slime.config.rules.partial import partial_rollout
-from slime.config.rules.path_names import path_names
-from slime.config.rules.paths import directories, quantized, tokenizer, weight_files
-from slime.config.rules.problem import Problem
+from slime.config.rules.paths import directories, path_names, quantized, tokenizer, weight_files
 from slime.config.rules.replay import replay
 from slime.config.rules.rewards import custom_reward, eval_rewards, grammar, reward, reward_types, reward_url
-from slime.config.rules.routing import routing_replay
 from slime.config.rules.stages import pipeline_stages, recompute, virtual_stages
-from slime.config.rules.trackers import trackers
 
 __all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
 
@@ -92,7 +87,7 @@ def length(case: Case) -> Iterable[Problem]:
     elif args.num_rollout is not None and args.num_epoch is not None:
         rule = f"cannot be combined with --num-epoch {args.num_epoch}"
         yield case.error("num_rollout", rule, "leave one out", also=["num_epoch"])
-    elif args.num_epoch is not None and args.prompt_data is None and not case.has_own_data_source:
+    elif args.num_epoch is not None and args.prompt_data is None and not args.has_own_data_source:
         yield case.error("num_epoch", "there are no prompts to count", "add --prompt-data, or give --num-rollout")
     elif args.num_rollout == 0 and (args.debug_train_only or not case.evaluates):
         remedy = "raise it, or add --eval-prompt-data or --eval-config, without --debug-train-only"
@@ -103,8 +98,7 @@ def length(case: Case) -> Iterable[Problem]:
 def steps(case: Case) -> Iterable[Problem]:
     """Check that a rollout's samples split evenly into optimizer steps."""
     args = case.args
-    num_steps, batch = args.num_steps_per_rollout, args.global_batch_size
-    assert num_steps is not None and batch is not None, "resolve fills them in"
+    num_steps, batch = args.resolved.num_steps_per_rollout, args.resolved.global_batch_size
     samples = args.rollout_batch_size * args.n_samples_per_prompt
     described = f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {samples}"
     both = {"num_steps_per_rollout", "global_batch_size"} <= case.given
@@ -127,8 +121,7 @@ def steps(case: Case) -> Iterable[Problem]:
 def over_sampling(case: Case) -> Iterable[Problem]:
     """Check that over-sampling samples at least one rollout's prompts."""
     args = case.args
-    assert args.over_sampling_batch_size is not None, "resolve fills it in"
-    if args.over_sampling_batch_size < args.rollout_batch_size:
+    if args.resolved.over_sampling_batch_size < args.rollout_batch_size:
         rule = f"less than --rollout-batch-size {args.rollout_batch_size}"
         yield case.error("over_sampling_batch_size", rule, "make it greater", also=["rollout_batch_size"])
 

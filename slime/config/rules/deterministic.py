@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from slime.config.problem import Problem
 from slime.config.resolve import cuda_available
 from slime.config.reward_types import may_ask_remote
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem
 
 INVARIANT_ATTENTION = ("fa3", "fa4", "flashinfer", "triton", "ascend")
 """The attention backends of SGLang whose results do not depend on the batch."""

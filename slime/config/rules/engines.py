@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from slime.config.api_keys import FORMAT, control_key, key_fault
+from slime.config.problem import Problem, show
 from slime.config.resolve import cuda_available, joins_ray
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem, show
 from slime.config.secrets import masked
 from slime.core.address import is_loopback
 

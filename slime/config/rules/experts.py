@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from slime.config.experts import FLAG_NAMES
-from slime.config.flags.megatron_fields import DECIDED
+from slime.config.problem import Problem, flag_name, show
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem, flag_name, show
+from slime.config.rules.megatron_fields import DECIDED
 
 _EP, _ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 _BALANCE = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate")
@@ -93,3 +93,11 @@ def experts_passed_on(case: Case) -> Iterable[Problem]:
             yield Problem(
                 severity="error", where=flag_name(name), value=show(value), rule=why, remedy="leave the flag out"
             )
+
+
+def routing_replay(case: Case) -> Iterable[Problem]:
+    """Check that the model has experts, if their choice is to be replayed in training."""
+    arch = case.args.architecture
+    if case.args.use_routing_replay and arch is not None and not arch.num_experts:
+        rule = f"{arch.family} is a dense family without MoE routers"
+        yield case.error("use_routing_replay", rule, "leave it out", also=["num_experts", "hf_checkpoint"])

@@ -9,24 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields
 
-from slime.config.args import Args
-from slime.config.flags.critic_options import CriticOptions
-from slime.config.flags.options import EvalOptions, HookOptions
+from slime.config.flags.algo_options import CriticOptions
+from slime.config.flags.options import EvalOptions
+from slime.config.problem import Problem
 from slime.config.resolve import for_gpus, gpu_memory, joins_ray
 from slime.config.reward_types import may_ask_remote
-from slime.config.rules.case import Case
+from slime.config.rules.case import Case, NoEffect
 from slime.config.rules.no_effect_algorithms import ALGORITHMS
-from slime.config.rules.no_effect_row import NoEffect
-from slime.config.rules.problem import Problem
 from slime.config.sharding import optimizer_ranks
 
 _CRITIC = tuple(f.name for f in fields(CriticOptions))
 _EVAL = tuple(f.name for f in fields(EvalOptions) if f.name not in ("eval_interval", "eval_prompt_data", "eval_config"))
-
-
-def _collects(args: Args) -> bool:
-    """Return whether slime's own function generates rollouts; it leaves no request in flight."""
-    return args.rollout_function_path == HookOptions.rollout_function_path
 
 
 TABLE: tuple[NoEffect, ...] = (
@@ -150,7 +143,7 @@ TABLE: tuple[NoEffect, ...] = (
     ),
     NoEffect(
         ("update_weight_pause",),
-        lambda a: not a.rollouts_ahead and a.num_engines > 0 and not a.debug_rollout_only and _collects(a),
+        lambda a: not a.rollouts_ahead and a.num_engines > 0 and not a.debug_rollout_only and a.has_usual_rollout,
         "train.py has no request in flight while weights change",
         "leave it out, or start train_async.py",
     ),

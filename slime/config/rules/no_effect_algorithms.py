@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 from slime.algo.estimators import ESTIMATOR_FACTS
-from slime.config.rules.no_effect_row import NoEffect
-from slime.config.rules.offpolicy import may_be_offpolicy
+from slime.config.rules.case import NoEffect
 
 _CLIP = ("eps_clip", "eps_clip_high", "eps_clip_c")
 _TIS = ("tis_clip", "tis_clip_low")
@@ -81,7 +80,7 @@ ALGORITHMS: tuple[NoEffect, ...] = (
     ),
     NoEffect(
         _WEIGHTS,
-        lambda a: a.offpolicy_correction != "none" and not a.use_tis and not may_be_offpolicy(a),
+        lambda a: a.offpolicy_correction != "none" and not a.use_tis and not a.may_be_offpolicy,
         "every token is from the current policy and needs no importance weight; it belongs to --partial-rollout, "
         "train_async.py or --use-tis",
     ),

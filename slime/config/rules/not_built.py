@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from slime.config.problem import Problem
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem
 
 
 def off(value: Any) -> bool:

@@ -1,26 +1,76 @@
-"""The rule for off-policy tokens: only one treatment of them is chosen, and tokens are left to train on.
+"""Rules for tokens of older policies: partial rollouts and train_async.py, which make them, and importance weights.
 
-- Used by: `rules.check`; `no_effect_algorithms` uses `may_be_offpolicy`.
-- Invariant: the trainer's `offpolicy` does what flags that pass describe.
+- Used by: `rules.check`.
+- Invariant: in a run that passes, every token is recorded with the one policy version that generated it, only one
+  treatment of older tokens is chosen, and tokens are left to train on. With --deterministic a token count decides which
+  groups are left unfinished, never the clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from slime.config.args import Args
-from slime.config.flags.options import HookOptions
+from slime.config.problem import Problem
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem
 
 
-def may_be_offpolicy(args: Args) -> bool:
-    """Return whether training may see tokens from an older policy."""
-    own = (args.rollout_function_path, args.data_source_path, args.custom_convert_samples_to_train_data_path)
-    default = HookOptions()
-    usual = (default.rollout_function_path, default.data_source_path, default.custom_convert_samples_to_train_data_path)
-    replayed = args.load_debug_rollout_data is not None
-    return args.partial_rollout or args.rollouts_ahead > 0 or replayed or own != usual
+def partial_rollout(case: Case) -> Iterable[Problem]:
+    """Check the flags for partial rollouts, and warn about those without effect."""
+    args = case.args
+    most = args.partial_rollout_max_tokens
+    if not args.partial_rollout:
+        if most is not None:
+            yield _vain(case, "partial_rollout_max_tokens", "it belongs to --partial-rollout", "add --partial-rollout")
+        if args.mask_offpolicy_in_partial_rollout and not args.rollouts_ahead:
+            why = "it belongs to --partial-rollout"
+            yield _vain(case, "mask_offpolicy_in_partial_rollout", why, "add --partial-rollout")
+    elif not args.has_usual_rollout:
+        why = "--rollout-function-path replaces the function that leaves responses unfinished"
+        yield _vain(case, "partial_rollout", why, "leave it out, unless your function reads args.partial_rollout")
+    elif args.deterministic and most is None:
+        rule = "with --deterministic: the length of a response when it is aborted depends on the clock"
+        remedy = "add --partial-rollout-max-tokens, after which a response is set aside"
+        about = ("deterministic", "partial_rollout_max_tokens")
+        yield case.error("partial_rollout", rule, remedy, also=about)
+    elif most is not None and most >= args.rollout_max_response_len:
+        why = f"--rollout-max-response-len {args.rollout_max_response_len} ends a response earlier"
+        yield _vain(case, "partial_rollout_max_tokens", why, "lower it")
+    elif most is None and not _leaves_unfinished(case):
+        why = "no additional prompts are sampled, so no group is left unfinished"
+        yield _vain(case, "partial_rollout", why, "raise --over-sampling-batch-size")
+    if args.max_staleness is not None and not args.partial_rollout and not args.rollouts_ahead:
+        why = "every token is from the current policy; it belongs to --partial-rollout and train_async.py"
+        yield _vain(case, "max_staleness", why, "leave it out")
+
+
+def _leaves_unfinished(case: Case) -> bool:
+    args = case.args
+    return args.over_sampling_batch_size != args.rollout_batch_size or args.dynamic_sampling_filter_path is not None
+
+
+def _vain(case: Case, field: str, why: str, remedy: str) -> Problem:
+    return case.warning(field, f"no effect: {why}", remedy)
+
+
+def ahead(case: Case) -> Iterable[Problem]:
+    """Check the flags that work differently, or not at all, with train_async.py."""
+    args = case.args
+    if not args.rollouts_ahead:
+        return
+    if args.colocate:
+        rule = "train_async.py generates while it trains, so engines and trainers need devices of their own"
+        yield case.error("colocate", rule, "leave it out and give --rollout-num-gpus, or start train.py")
+    if args.max_staleness is not None and args.max_staleness < args.rollouts_ahead:
+        rule = "train_async.py trains on tokens of the previous policy, so every token is at least 1 version old"
+        yield case.error("max_staleness", rule, "make it at least 1, or start train.py")
+    if not args.num_engines or args.debug_rollout_only:
+        return  # no weights are sent
+    if args.update_weight_pause in ("in_place", "retract"):
+        rule = "train_async.py has requests in flight, and their responses would report only the later of two policies"
+        yield case.error("update_weight_pause", rule, "use drain or abort")
+    elif args.deterministic and args.update_weight_pause == "abort":
+        rule = "with --deterministic: the last token of the old weights would depend on timing"
+        yield case.error("update_weight_pause", rule, "use drain", also=["deterministic"])
 
 
 def offpolicy(case: Case) -> Iterable[Problem]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from slime.config.epochs import planned_rollouts
-from slime.config.flags.megatron_fields import OFFLOAD_OF_MEGATRON
+from slime.config.problem import Problem
 from slime.config.resolve import cuda_available
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem
+from slime.config.rules.megatron_fields import OFFLOAD_OF_MEGATRON
 
 LENGTH = ("lr_decay_iters", "num_rollout", "num_epoch", "num_steps_per_rollout", "global_batch_size")
 """The fields that determine the schedule's length."""
@@ -59,10 +59,9 @@ def _decay_steps(case: Case) -> int | None:
     args = case.args
     if args.lr_decay_iters is not None:
         return args.lr_decay_iters
-    assert args.num_steps_per_rollout is not None, "resolve fills it in"
     rollouts = planned_rollouts(args)
     critics = args.num_critic_only_steps if args.uses_critic else 0
-    return None if rollouts is None else max(rollouts - critics, 0) * args.num_steps_per_rollout
+    return None if rollouts is None else max(rollouts - critics, 0) * args.resolved.num_steps_per_rollout
 
 
 def decay(case: Case) -> Iterable[Problem]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from slime.config import experts
 from slime.config.architecture import as_flags, hf_architecture, read_hf_config
+from slime.config.problem import Problem, flag_name, show
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem, flag_name, show
 from slime.core.architecture import Architecture
 from slime.core.small_files import is_file
 

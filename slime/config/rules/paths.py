@@ -1,4 +1,4 @@
-"""Rules for directories that a run reads and writes, and for the tokenizer in the HF directory.
+"""Rules for the names of paths, for directories that a run reads and writes, and for the tokenizer in the HF directory.
 
 - Used by: `rules.check`.
 - Invariant: files are read as data here; transformers is not imported.
@@ -14,10 +14,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from slime.config.end_tokens import end_token_ids, read_json_object
+from slime.config.problem import Problem
 from slime.config.quantized import REMEDY, quantization
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem
 from slime.core.small_files import is_file, open_regular
+
+READ = ("hf_checkpoint", "load", "ref_load", "critic_load", "prompt_data", "eval_prompt_data", "eval_config")
+WRITTEN = ("save", "log_dir", "tensorboard_dir", "save_hf", "update_weight_disk_dir", "save_debug_rollout_data")
+"""Fields of paths that are written; `directories` checks the length of their names."""
+MAX_NAME, MAX_PATH = 255, 4095
+"""The largest number of bytes in one name and in a whole path on Linux."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 """Files of which a tokenizer has at least one."""
@@ -242,3 +248,23 @@ def _text(token: Any) -> str | None:
     """Return the text of a special token in tokenizer_config.json, which is a text or an object with `content`."""
     content = cast(dict[str, Any], token).get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
+
+
+def path_names(case: Case) -> Iterable[Problem]:
+    """Refuse paths that are empty or longer than file systems allow."""
+    for field in (*READ, *WRITTEN, "save_debug_train_data", "load_debug_rollout_data"):
+        value: str | tuple[str, ...] | None = vars(case.args)[field]
+        if field not in case.given:
+            continue
+        for path in (value,) if isinstance(value, str) else value or ():
+            longest = max((len(name.encode()) for name in path.split("/")), default=0)
+            if not path.strip():
+                yield case.error(field, "is empty", "name a path, or leave the flag out")
+            elif field in WRITTEN:
+                continue
+            elif longest > MAX_NAME:
+                rule = f"a name in it has {longest} bytes, and file systems allow at most {MAX_NAME}"
+                yield case.error(field, rule, "shorten it")
+            elif len(path.encode()) > MAX_PATH:
+                rule = f"it has {len(path.encode())} bytes, and file systems allow at most {MAX_PATH}"
+                yield case.error(field, rule, "shorten it")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from slime.config.problem import Problem
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem
 from slime.config.sampling_record import read_record
 from slime.core.small_files import is_file
 

@@ -12,11 +12,17 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from slime.config.eval_data import EvalDataset, eval_datasets, sets_with_rm_type
-from slime.config.grammar import REMEDY, grammar_fault
-from slime.config.reward_types import REWARD_TYPE_REMEDY, base_type, compares_mathematics, needs_label
+from slime.config.problem import Problem
+from slime.config.reward_types import (
+    GRAMMAR_REMEDY,
+    REWARD_TYPE_REMEDY,
+    base_type,
+    compares_mathematics,
+    grammar_fault,
+    needs_label,
+)
 from slime.config.rules.case import Case
-from slime.config.rules.hook_import import import_hook
-from slime.config.rules.problem import Problem
+from slime.config.rules.imports import import_hook
 from slime.core.plugins import HookError
 
 _METADATA_REMEDY = "every row then needs metadata.rm_type; or add --rm-type or --custom-rm-path"
@@ -89,7 +95,7 @@ def grammar(case: Case) -> Iterable[Problem]:
         if any(compares_mathematics(name) for name in names):
             fault = grammar_fault()
             if fault is not None:
-                yield case.missing(field, fault, REMEDY)
+                yield case.missing(field, fault, GRAMMAR_REMEDY)
             return
 
 

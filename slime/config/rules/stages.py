@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from slime.config.args import Args
 from slime.config.pipeline_stages import micro_batch_group, num_chunks, stage_layers
+from slime.config.problem import Problem
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem
 
 RECOMPUTED_MODULES = ("core_attn", "mlp")
 """The modules that can be recomputed. Megatron's "layernorm" needs TransformerEngine, and its other modules belong to

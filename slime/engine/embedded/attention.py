@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slime.engine.embedded.cache import WIDTH_STEP
+from slime.config.memory import EMBEDDED_ROW_STEP
 
-BLOCK = WIDTH_STEP
+BLOCK = EMBEDDED_ROW_STEP
 """The block size in positions, so that whole blocks are in the cache."""
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slime.config.memory import EMBEDDED_ROW_STEP
 from slime.core.architecture import Architecture
 
-WIDTH_STEP = 64
 ALIGNMENT = 64
 """Alignment in bytes, like torch's own: it may decide which kernel is used."""
 
@@ -125,4 +125,4 @@ class KVCache:
 
 
 def _round_up(width: int) -> int:
-    return (width + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP
+    return (width + EMBEDDED_ROW_STEP - 1) // EMBEDDED_ROW_STEP * EMBEDDED_ROW_STEP

@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slime.engine.embedded.cache import WIDTH_STEP, KVCache
+from slime.config.memory import EMBEDDED_ROW_STEP
+from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.sampler import Draw, SamplingBatch, sample
 
@@ -105,13 +106,13 @@ def find_sizes(model: Model) -> tuple[int, ...]:
     probe = copy.copy(model)
     probe.layers = [model.layers[0], model.layers[-1]]  # other layers have the same shapes as one of these
     count, a = SIZES[0], model.architecture
-    length = min(2 * WIDTH_STEP + 7, a.max_position_embeddings)
+    length = min(2 * EMBEDDED_ROW_STEP + 7, a.max_position_embeddings)
     rng = torch.Generator().manual_seed(0)
     prompt, tokens = torch.randint(a.vocab_size, (2, max(length, count)), generator=rng)
     positions = torch.randint(length // 2, length, (count,), generator=rng)
     with torch.inference_mode():
         shallow = replace(a, num_layers=len(probe.layers))
-        cache = KVCache(shallow, dtype=model.dtype, rows=count, tokens=count * 3 * WIDTH_STEP)
+        cache = KVCache(shallow, dtype=model.dtype, rows=count, tokens=count * 3 * EMBEDDED_ROW_STEP)
         cache.reserve(length, in_use=0)
         found: dict[int, bytes] = {}
         for size in SIZES:

@@ -19,9 +19,10 @@ import torch
 
 from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.end_tokens import end_token_ids
+from slime.config.memory import EMBEDDED_ROW_STEP, EMBEDDED_RUNNING_REQUESTS
 from slime.config.quantized import refuse_quantized
 from slime.core.architecture import Architecture
-from slime.engine.embedded.cache import WIDTH_STEP, KVCache
+from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.text import Text
 from slime.models.families import FAMILIES, family_names
 
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=["auto", *DTYPES], default="auto", help="auto: config.json's if it is bfloat16, else float32"
     )
     add("--context-length", type=int, help="tokens of prompt and response; unset: the model's own")
-    add("--max-running-requests", type=int, default=256)
+    add("--max-running-requests", type=int, default=EMBEDDED_RUNNING_REQUESTS)
     add("--max-total-tokens", type=int, help="cache positions; unset: what 30 %% of the free memory holds")
     add("--num-threads", type=int, default=1)
     add("--enable-deterministic-inference", action="store_true", help="results do not depend on other requests")
@@ -110,9 +111,9 @@ def parse_settings(argv: Sequence[str]) -> tuple[Settings, int]:
     if total is None:
         free = psutil.virtual_memory().available * CACHE_SHARE
         total = int(free) // KVCache.bytes_per_token(architecture, dtype)
-    total = total // WIDTH_STEP * WIDTH_STEP
-    if total < WIDTH_STEP:
-        raise ValueError(f"--max-total-tokens is {given.max_total_tokens}; it has to be at least {WIDTH_STEP}")
+    total = total // EMBEDDED_ROW_STEP * EMBEDDED_ROW_STEP
+    if total < EMBEDDED_ROW_STEP:
+        raise ValueError(f"--max-total-tokens is {given.max_total_tokens}; it has to be at least {EMBEDDED_ROW_STEP}")
     longest = architecture.max_position_embeddings
     context = given.context_length or min(longest, total)
     if not 1 <= context <= min(longest, total):

@@ -117,8 +117,7 @@ def follow_schedule(optimizer: MegatronOptimizer, scheduler: OptimizerParamSched
 
 def steps_per_rollout(args: Args) -> int:
     """Return the number of optimizer steps into which one rollout is cut."""
-    assert args.num_steps_per_rollout is not None, "resolve fills it in"
-    return args.num_steps_per_rollout
+    return args.resolved.num_steps_per_rollout
 
 
 def total_steps(args: Args) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-from slime.config.grammar import REMEDY, grammar_fault
+from slime.config.reward_types import GRAMMAR_REMEDY, grammar_fault
 from slime.core.boxes import last_boxed
 from slime.rollout.rewards.answers.comparison import equal_answers
 
@@ -63,8 +63,10 @@ def warm_up() -> None:
     """
     fault = grammar_fault()
     if fault is not None:
-        raise RuntimeError(f"{fault}; {REMEDY}")
+        raise RuntimeError(f"{fault}; {GRAMMAR_REMEDY}")
     for answer, label, equal in KNOWN:
         if equal_answers(answer, label) != equal:
             rule = f"{answer} is found {'unlike' if equal else 'equal to'} {label}: a parser does not work here"
-            raise RuntimeError(f"{rule}; pip install --force-reinstall latex2sympy2_extended mpmath, and {REMEDY}")
+            raise RuntimeError(
+                f"{rule}; pip install --force-reinstall latex2sympy2_extended mpmath, and {GRAMMAR_REMEDY}"
+            )

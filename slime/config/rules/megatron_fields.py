@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from slime.config.flags.table import FlagSpec, all_flags
+from slime.config.problem import Problem, show
 from slime.config.resolve import cuda_available
 from slime.config.rules.case import Case
-from slime.config.rules.problem import Problem, show
 
 DECIDED: Mapping[str, Any] = {
     "bias_dropout_fusion": False,

@@ -6,7 +6,7 @@ import textwrap
 from itertools import groupby
 
 from slime.config.flags.table import SET_BY_SLIME, FlagSpec, all_flags
-from slime.config.rules.problem import show
+from slime.config.problem import show
 
 INTRODUCTION = """\
 usage: python3 train.py [--config FILE.yaml] [flags]
