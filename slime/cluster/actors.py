@@ -187,8 +187,7 @@ class Processes:
                     print(f"WARNING {OPEN_ROUTER.format(url=router_url)}", flush=True)
                 router.refuse_others(args.rollout_external_engines)
             if args.writes_weight_files:
-                assert args.update_weight_disk_dir is not None, "resolving the arguments sets it"
-                self._weights = WeightDirectory(Path(args.update_weight_disk_dir))
+                self._weights = WeightDirectory(Path(args.resolved.update_weight_disk_dir))
         except (OSError, RuntimeError, ValueError) as error:
             raise RunError(str(error)) from error
 

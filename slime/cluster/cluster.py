@@ -64,11 +64,10 @@ class _Generation:
 
 def _run_directory(args: Args) -> RunDirectory:
     """Return the run's directory, locked together with every other place that the run writes to."""
-    assert args.log_dir is not None, "resolving the arguments sets it"
     directories = [args.save_debug_train_data, args.save if args.num_rollout != 0 else None]
     outputs = [args.save_hf, args.save_debug_rollout_data]
     return RunDirectory(
-        Path(args.log_dir),
+        Path(args.resolved.log_dir),
         [Path(path) for path in directories if path is not None],
         [Path(path) for path in outputs if path is not None],
     )

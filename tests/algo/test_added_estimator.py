@@ -1,4 +1,4 @@
-"""An estimator is one file and one row: a new one is added here that way, and flag, help, rules and training know it."""
+"""A new estimator is one file and one row: flag, help, rules and training then know it."""
 
 from __future__ import annotations
 
