@@ -86,6 +86,16 @@ def test_the_floor_check_notices() -> None:
     assert floor_violations("rollout", iter(["slime.engine.launch"])) != []
 
 
+def test_run_time_code_imports_no_rules() -> None:
+    """What it asks about arguments is a property of Args, or a function of `config.parse`."""
+    wrong = []
+    for path in modules():
+        if path.relative_to(PACKAGE).parts[0] != "config":
+            found = [name for name in imports(ast.parse(path.read_text())) if name.startswith("slime.config.rules")]
+            wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in found]
+    assert wrong == []
+
+
 def test_heavy_packages_stay_in_their_folders() -> None:
     wrong = []
     for path in modules():

@@ -19,12 +19,10 @@ from slime.config.flags.options import (
     CheckpointOptions,
     ClusterOptions,
     DebugOptions,
-    EvalOptions,
-    HookOptions,
     LoggingOptions,
-    RolloutOptions,
     TrainOptions,
 )
+from slime.config.flags.rollout_options import EvalOptions, HookOptions, RolloutOptions
 from slime.core.architecture import Architecture
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slime.algo.estimators import ESTIMATOR_FACTS
-from slime.config.flags.flag import flag
+from slime.config.flags.flag import Needs, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,13 @@ class AlgoOptions:
     use_kl_loss: bool = flag(False, "Add a KL term against the reference model to the loss.")
     kl_loss_coef: float = flag(0.0, "Coefficient of the KL term. At 0 the reference model is not run.", ge=0)
     kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = flag(
-        "low_var_kl", "KL estimator. low_var_kl is k3 with a bound (--kl-clamp)."
+        "low_var_kl",
+        "KL estimator. low_var_kl is k3 with a bound (--kl-clamp).",
+        needs=Needs(
+            ("use_kl_loss", "log_ref_kl"),
+            why="the loss has a KL term only with --use-kl-loss",
+            remedy="add --use-kl-loss",
+        ),
     )
     kl_coef: float = flag(
         0.0,
@@ -69,7 +75,12 @@ class AlgoOptions:
         ge=1,
     )
     overlong_penalty_factor: float = flag(
-        1.0, "By how much the reward has fallen at --rollout-max-response-len, with --overlong-buffer-len.", gt=0
+        1.0,
+        "By how much the reward has fallen at --rollout-max-response-len, with --overlong-buffer-len.",
+        gt=0,
+        needs=Needs(
+            ("overlong_buffer_len",), why="no response is penalized for its length", remedy="add --overlong-buffer-len"
+        ),
     )
     mask_truncated_samples: bool = flag(
         False,

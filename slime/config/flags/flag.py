@@ -6,11 +6,38 @@ typed `Literal[...]` is a choice, one typed `tuple[T, ...]` takes one or more va
 
 from __future__ import annotations
 
-from dataclasses import MISSING, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
 Secret = Literal["all", "url"]
 """The secret part of a value: all of it, or the user, the password and the query of a URL."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Other flags without which a flag has no effect; `rules.no_effect` then warns about it if it was given."""
+
+    flags: tuple[str, ...]
+    """One of these has to be given, or switched on."""
+    value: str | None = None
+    """The value that it has to have; None: any."""
+    why: str = ""
+    """Completes the text "no effect: ..."; the default names the flag that it belongs to."""
+    remedy: str = "leave it out"
+    when_on: bool = False
+    """Whether a switch is meant that changes nothing anyway while it is off."""
+
+    def missing(self, values: Mapping[str, Any]) -> bool:
+        """Return whether none of the flags has the value, or any, in `values`, the values of all flags by name."""
+        found = [values[name] for name in self.flags]
+        return self.value not in found if self.value is not None else all(value in (None, False, ()) for value in found)
+
+    @property
+    def reason(self) -> str:
+        """Return `why`, or its default."""
+        value = "" if self.value is None else f" {self.value}"
+        return self.why or f"it belongs to --{self.flags[0].replace('_', '-')}{value}"
 
 
 def flag(
@@ -25,6 +52,7 @@ def flag(
     metavar: str | None = None,
     nargs: int | None = None,
     secret: Secret | None = None,
+    needs: Needs | None = None,
 ) -> Any:
     """Declare an option of the command line.
 
@@ -32,6 +60,7 @@ def flag(
     `choices`: the allowed values, if they come from a table; otherwise the field's type is a Literal of them.
     `nargs`: an exact number of values for a tuple field (otherwise one or more).
     `secret`: the part of the value that others must not see. Every output shows that part masked.
+    `needs`: the flags without which this one has no effect.
     `default=MISSING` makes the option required.
     """
     metadata = {
@@ -44,6 +73,7 @@ def flag(
         "metavar": metavar,
         "nargs": nargs,
         "secret": secret,
+        "needs": needs,
     }
     if default is MISSING:
         return field(metadata=metadata)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slime.config.flags.flag import flag
+from slime.config.flags.flag import Needs, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,9 @@ class ArchitectureOptions:
     attention_backend: str = flag("auto", "Accepted without effect: attention is PyTorch's varlen.")
 
 
+_FULL_RECOMPUTE = Needs(("recompute_granularity",), why="it belongs to --recompute-granularity full")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
     """Parallel sizes and micro-batches (PERF_ARGS)."""
@@ -104,9 +107,13 @@ class ParallelOptions:
         None,
         "With full recompute. uniform: in units of --recompute-num-layers layers. block: that many first layers of a "
         "stage, one by one.",
+        needs=_FULL_RECOMPUTE,
     )
     recompute_num_layers: int | None = flag(
-        None, "Layers per recomputed unit (uniform), or number of recomputed layers (block).", ge=1
+        None,
+        "Layers per recomputed unit (uniform), or number of recomputed layers (block).",
+        ge=1,
+        needs=_FULL_RECOMPUTE,
     )
     micro_batch_size: int = flag(1, "Samples per micro-batch, without --use-dynamic-batch-size.", ge=1)
     global_batch_size: int | None = flag(
@@ -115,6 +122,10 @@ class ParallelOptions:
     calculate_per_token_loss: bool = flag(
         False, "Average the loss over all tokens of a step, instead of over each sample's tokens and then over samples."
     )
+
+
+_WSD = Needs(("lr_decay_style",), value="WSD")
+_ADAM = Needs(("optimizer",), value="adam", why="it belongs to adam")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +144,9 @@ class OptimizerOptions:
         None, "Warm-up as a fraction of the decay's steps; replaces --lr-warmup-iters.", ge=0, lt=1
     )
     lr_warmup_init: float = flag(0.0, "Learning rate at the start of the warm-up.", ge=0)
-    lr_wsd_decay_iters: int | None = flag(None, "Optimizer steps of WSD's decay.", ge=1)
+    lr_wsd_decay_iters: int | None = flag(None, "Optimizer steps of WSD's decay.", ge=1, needs=_WSD)
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = flag(
-        "linear", "Shape of WSD's decay."
+        "linear", "Shape of WSD's decay.", needs=_WSD
     )
     use_checkpoint_opt_param_scheduler: bool = flag(
         False, "A resumed run keeps the checkpoint's schedule (rates, lengths and styles) and ignores the flags for it."
@@ -151,10 +162,10 @@ class OptimizerOptions:
     end_weight_decay: float | None = flag(
         None, "Weight decay after the last optimizer step; at least --start-weight-decay.", ge=0
     )
-    adam_beta1: float = flag(0.9, "Adam's beta1.", ge=0, lt=1)
-    adam_beta2: float = flag(0.999, "Adam's beta2.", ge=0, lt=1)
-    adam_eps: float = flag(1e-8, "Adam's epsilon.", gt=0)
-    sgd_momentum: float = flag(0.9, "Momentum of SGD.", ge=0, lt=1)
+    adam_beta1: float = flag(0.9, "Adam's beta1.", ge=0, lt=1, needs=_ADAM)
+    adam_beta2: float = flag(0.999, "Adam's beta2.", ge=0, lt=1, needs=_ADAM)
+    adam_eps: float = flag(1e-8, "Adam's epsilon.", gt=0, needs=_ADAM)
+    sgd_momentum: float = flag(0.9, "Momentum of SGD.", ge=0, lt=1, needs=Needs(("optimizer",), value="sgd"))
     clip_grad: float = flag(1.0, "Scale gradients down to this norm over all parameters; 0: never.", ge=0)
     use_distributed_optimizer: bool | None = flag(
         None,

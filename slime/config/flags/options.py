@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slime.config.engine_kinds import AUTO, ENGINE_KINDS
-from slime.config.flags.flag import flag
+from slime.config.flags.flag import Needs, flag
 from slime.core.pausing import PauseChoice
 
 
@@ -42,7 +42,11 @@ class ClusterOptions:
         True, "A plan that needs more memory than a GPU has stops the run; --no-memory-check only warns."
     )
     colocate: bool = flag(False, "Colocation: training and generation share the same devices.")
-    offload: bool | None = flag(None, "With --colocate: engines release memory while training runs. Unset: yes.")
+    offload: bool | None = flag(
+        None,
+        "With --colocate: engines release memory while training runs. Unset: yes.",
+        needs=Needs(("colocate",), when_on=True),
+    )
     rollout_engine: str = flag(
         AUTO,
         "auto: SGLang on machines with CUDA, the embedded engine on all others.",
@@ -166,151 +170,6 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutOptions:
-    """Prompts, sampling and rewards."""
-
-    prompt_data: str | None = flag(None, "Training prompts, jsonl or parquet. path@[a:b] takes a slice.")
-    input_key: str = flag("prompt", "Key of the prompt in a data row.")
-    label_key: str | None = flag(None, "Key of the label that the reward compares with. Unset: no labels.")
-    metadata_key: str = flag("metadata", "Key of an object that is kept as sample.metadata.")
-    tool_key: str | None = flag(None, "Key of the list of tools that is passed to the chat template.")
-    apply_chat_template: bool = flag(False, "Prompts are OpenAI messages. The tokenizer's template renders them.")
-    rollout_shuffle: bool = flag(False, "Shuffle the prompts again in each epoch, seeded by (--rollout-seed, epoch).")
-    rollout_seed: int = flag(42, "Seed of the data order and of sampling.", ge=0)
-    rm_type: str | None = flag(None, "deepscaler, dapo, math, f1, gpqa, remote_rm, random, with or without boxed_.")
-    custom_rm_path: str | None = flag(None, "Dotted path to your own reward function, async or plain.")
-    group_rm: bool = flag(False, "Pass a whole group at once to the function of --custom-rm-path.")
-    rm_url: str | None = flag(
-        None,
-        "URL of --rm-type remote_rm. It receives POST {prompt, response, label, metadata} and returns a number.",
-        secret="url",
-    )
-    rm_num_workers: int = flag(2, "Worker processes that compute rewards outside the event loop.", ge=1, le=4096)
-    rm_timeout: float = flag(
-        10.0,
-        "Seconds that one call of the reward function may take (with --group-rm: one call for a group). A longer call "
-        "counts as failed.",
-        gt=0,
-        le=1e8,
-    )
-    rm_concurrency: int = flag(
-        256,
-        "Reward calls in flight at once for remote_rm and for an async --custom-rm-path.",
-        ge=1,
-        le=1048576,
-    )
-    rm_worker_memory: float = flag(
-        4.0,
-        "GB of memory by which a reward worker may grow. A worker that has grown more is replaced between two calls. "
-        "One that has grown twice as much is killed, and the sample whose reward it computed fails.",
-        gt=0,
-        le=1e6,
-    )
-    max_reward_failures: float = flag(
-        0.5,
-        "Fraction of a rollout's samples whose reward may fail. Each failure costs its own sample and is counted. "
-        "Above this fraction the run ends and reports the reasons. 1: it never ends for this.",
-        ge=0,
-        le=1,
-    )
-    reward_key: str | None = flag(None, "The entry to train on if a reward function returns a dict.")
-    num_rollout: int | None = flag(None, "Number of rollouts to run; 0 evaluates and stops.", ge=0)
-    num_epoch: int | None = flag(
-        None, "Passes over the prompts, rounded up to whole rollouts; replaces --num-rollout.", ge=1
-    )
-    rollout_batch_size: int = flag(32, "Prompts in one rollout.", ge=1)
-    n_samples_per_prompt: int = flag(1, "Responses per prompt: the group that grpo and others compare.", ge=1)
-    rollout_temperature: float = flag(1.0, "Sampling temperature. Training divides its logits by it, too.", ge=0)
-    rollout_top_p: float = flag(1.0, "Nucleus sampling. Training rollouts refuse a value below 1.", gt=0, le=1)
-    rollout_top_k: int = flag(-1, "Top-k sampling; -1 or 0: off. Training rollouts refuse other values.", ge=-1)
-    rollout_max_response_len: int = flag(1024, "Most tokens in a response. It is truncated there.", ge=1)
-    rollout_max_context_len: int | None = flag(
-        None,
-        "Largest number of tokens of prompt and response together. Unset: the model's limit minus 2, which SGLang "
-        "keeps free. Prompts that leave no room for a response are dropped.",
-        ge=1,
-    )
-    rollout_stop: tuple[str, ...] = flag((), "Texts that end a response.")
-    rollout_stop_token_ids: tuple[int, ...] = flag((), "Stop token ids in addition to the model's own.")
-    rollout_skip_special_tokens: bool = flag(False, "Leave special tokens out of sample.response.")
-    num_steps_per_rollout: int | None = flag(
-        None,
-        "Optimizer steps per rollout; its samples are split evenly over them. Unset: by --global-batch-size, or 1 if "
-        "that is not given.",
-        ge=1,
-    )
-    balance_data: bool = flag(
-        False, "Distribute samples so that data-parallel ranks have equal compute, not only equal numbers of samples."
-    )
-    over_sampling_batch_size: int | None = flag(
-        None, "Prompts sampled at first, to make up for dropped groups. Unset: --rollout-batch-size.", ge=1
-    )
-    refill_granularity: Literal["batch", "group"] = flag(
-        "batch", "When too few groups are kept: sample another over-sampling batch, or only the missing groups."
-    )
-    max_empty_waves: int = flag(10, "Waves of prompts without a kept group, after which the run ends.", ge=1)
-    partial_rollout: bool = flag(
-        False, "Groups that are unfinished or not needed keep tokens and rewards, and continue in a later rollout."
-    )
-    partial_rollout_max_tokens: int | None = flag(
-        None,
-        "Tokens after which a sample is set aside. It continues in a later rollout, or in the same one if the other "
-        "samples do not fill that. Belongs to --partial-rollout, and --deterministic requires it there.",
-        ge=1,
-    )
-    mask_offpolicy_in_partial_rollout: bool = flag(
-        False, "Exclude tokens of an earlier policy from the loss; belongs to --partial-rollout."
-    )
-    max_staleness: int | None = flag(
-        None,
-        "Largest number of policy versions by which a token may be older than the weights trained on it. A group in "
-        "the data buffer that would exceed it starts again from its prompt.",
-        ge=0,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class HookOptions:
-    """Dotted paths to your own functions. `slime.core.plugins.HOOKS` has their signatures."""
-
-    rollout_function_path: str = flag("slime.rollout.collect.generate_rollout", "Generates the samples of one rollout.")
-    eval_function_path: str | None = flag(None, "Runs one evaluation; unset: the built-in one.")
-    data_source_path: str = flag("slime.rollout.data_buffer.DataBuffer", "Class that hands out prompts.")
-    custom_generate_function_path: str | None = flag(None, "Generates one sample.")
-    dynamic_sampling_filter_path: str | None = flag(None, "Keeps or drops a finished group.")
-    buffer_filter_path: str | None = flag(None, "Chooses groups from the data buffer.")
-    rollout_sample_filter_path: str | None = flag(None, "Marks samples of a complete rollout to exclude from the loss.")
-    custom_reward_post_process_path: str | None = flag(None, "Turns raw rewards into training rewards.")
-    custom_advantage_function_path: str | None = flag(None, "Computes advantages instead of --advantage-estimator.")
-    custom_loss_function_path: str | None = flag(None, "The loss of --loss-type custom_loss.")
-    custom_convert_samples_to_train_data_path: str | None = flag(None, "Converts a rollout to a training batch.")
-    custom_rollout_log_function_path: str | None = flag(None, "Called with the samples and metrics of each rollout.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """Evaluation. Unset sampling flags take the rollout's values."""
-
-    eval_interval: int | None = flag(None, "Evaluate every N rollouts, before the first and after the last.", ge=1)
-    eval_prompt_data: tuple[str, ...] = flag((), "One path, or NAME PATH pairs.", metavar="NAME PATH")
-    eval_config: str | None = flag(None, "YAML with a list `datasets`: name, path and any eval flags of that set.")
-    eval_input_key: str | None = flag(None, "Key of the prompt; unset: --input-key.")
-    eval_label_key: str | None = flag(None, "Key of the label; unset: --label-key.")
-    eval_rm_type: str | None = flag(None, "Reward of evaluation; unset: --rm-type.")
-    n_samples_per_eval_prompt: int = flag(1, "Responses per evaluation prompt. Above 1, pass@k is reported.", ge=1)
-    eval_max_response_len: int | None = flag(None, "Largest number of tokens in a response.", ge=1)
-    eval_temperature: float | None = flag(None, "Sampling temperature; 0: greedy.", ge=0)
-    eval_top_p: float | None = flag(None, "Nucleus sampling.", gt=0, le=1)
-    eval_top_k: int | None = flag(None, "Top-k sampling; -1 or 0: off.", ge=-1)
-    eval_failed_as: Literal["wrong", "excluded"] = flag(
-        "wrong",
-        "How a response that could not be generated or judged counts. wrong: with the lowest reward of its judge. "
-        "excluded: not at all.",
-    )
-    skip_eval_before_train: bool = flag(False, "Skip the evaluation before the first rollout.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Training flags that slime adds to Megatron's."""
 
@@ -322,6 +181,11 @@ class TrainOptions:
         "Token budget of a micro-batch per context-parallel rank, including padding. A sample that exceeds it gets a "
         "micro-batch of its own.",
         ge=1,
+        needs=Needs(
+            ("use_dynamic_batch_size",),
+            why="micro-batches are filled by tokens only with --use-dynamic-batch-size",
+            remedy="add --use-dynamic-batch-size",
+        ),
     )
     log_probs_chunk_size: int | None = flag(
         None,
@@ -337,13 +201,21 @@ class TrainOptions:
         "A step changes no weight if its gradient norm, or its mean of |loss| over tokens, is more than "
         "--spiky-loss-factor times the largest of the last 100 steps.",
     )
-    spiky_loss_factor: float = flag(10.0, "The factor of --check-for-spiky-loss, above which a step is a spike.", gt=1)
+    spiky_loss_factor: float = flag(
+        10.0,
+        "The factor of --check-for-spiky-loss, above which a step is a spike.",
+        gt=1,
+        needs=Needs(("check_for_spiky_loss",), remedy="add it"),
+    )
     bad_step_action: Literal["stop", "skip"] = flag(
         "stop",
         "What happens after a step that is not finite or is a spike. stop: the run stops and names the samples. skip: "
         "it continues without the step, and stops after 10 such steps in a row.",
     )
     hf_trust_remote_code: bool = flag(False, "Let transformers run code from the HF directory.")
+
+
+_WANDB = Needs(("use_wandb",), remedy="add --use-wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,12 +232,16 @@ class LoggingOptions:
         None, "Warn when mean |train - rollout log-prob| exceeds this. Unset: 1e-3 in fp32, 0.1 in bf16.", gt=0
     )
     use_wandb: bool = flag(False, "Log to Weights & Biases as well. Set WANDB_API_KEY, or WANDB_MODE=offline.")
-    wandb_project: str | None = flag(None, "W&B project; unset: slime.")
-    wandb_entity: str | None = flag(None, "W&B user or team; unset: your own.")
-    wandb_group: str | None = flag(None, "W&B group.")
-    wandb_exp_name: str | None = flag(None, "Name of the W&B run; unset: W&B chooses one.")
+    wandb_project: str | None = flag(None, "W&B project; unset: slime.", needs=_WANDB)
+    wandb_entity: str | None = flag(None, "W&B user or team; unset: your own.", needs=_WANDB)
+    wandb_group: str | None = flag(None, "W&B group.", needs=_WANDB)
+    wandb_exp_name: str | None = flag(None, "Name of the W&B run; unset: W&B chooses one.", needs=_WANDB)
     use_tensorboard: bool = flag(False, "Log to TensorBoard as well.")
-    tensorboard_dir: str | None = flag(None, "Directory with one subdirectory per run. Unset: under --log-dir.")
+    tensorboard_dir: str | None = flag(
+        None,
+        "Directory with one subdirectory per run. Unset: under --log-dir.",
+        needs=Needs(("use_tensorboard",), remedy="add it"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

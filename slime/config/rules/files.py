@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from slime.config.data_files import SUFFIXES, DataKeys, label_text, split_slice
 from slime.config.eval_data import EvalDataset, eval_datasets
-from slime.config.flags.options import HookOptions, RolloutOptions
+from slime.config.flags.rollout_options import HookOptions, RolloutOptions
 from slime.config.problem import Problem
 from slime.config.reward_types import line_reward_fault
 from slime.config.rules.case import Case

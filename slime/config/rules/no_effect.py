@@ -1,6 +1,7 @@
 """The rule that warns about every flag without effect, so that no flag is ignored silently.
 
-- Used by: `rules.check`.
+- Used by: `rules.check`. A flag that only needs another flag says so where it is declared (`flags.flag.Needs`); the
+  table has the other cases.
 - Invariant: there are warnings only about flags that were given.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields
 
+from slime.config.args import Args
 from slime.config.flags.algo_options import CriticOptions
-from slime.config.flags.options import EvalOptions
+from slime.config.flags.flag import Needs
 from slime.config.problem import Problem
 from slime.config.resolve import for_gpus, gpu_memory, joins_ray
 from slime.config.reward_types import may_ask_remote
@@ -19,7 +21,6 @@ from slime.config.rules.no_effect_algorithms import ALGORITHMS
 from slime.config.sharding import optimizer_ranks
 
 _CRITIC = tuple(f.name for f in fields(CriticOptions))
-_EVAL = tuple(f.name for f in fields(EvalOptions) if f.name not in ("eval_interval", "eval_prompt_data", "eval_config"))
 
 
 TABLE: tuple[NoEffect, ...] = (
@@ -28,12 +29,6 @@ TABLE: tuple[NoEffect, ...] = (
         ("micro_batch_size",),
         lambda a: a.use_dynamic_batch_size,
         "--use-dynamic-batch-size fills micro-batches by tokens",
-    ),
-    NoEffect(
-        ("max_tokens_per_gpu",),
-        lambda a: not a.use_dynamic_batch_size,
-        "micro-batches are filled by tokens only with --use-dynamic-batch-size",
-        "add --use-dynamic-batch-size",
     ),
     NoEffect(
         ("sequence_parallel",),
@@ -86,11 +81,6 @@ TABLE: tuple[NoEffect, ...] = (
         "it equals --rollout-batch-size, so no additional prompts are sampled",
         "raise it, or leave it out",
     ),
-    NoEffect(
-        ("refill_granularity", "max_empty_waves"),
-        lambda a: a.dynamic_sampling_filter_path is None,
-        "without --dynamic-sampling-filter-path no group is dropped by a filter",
-    ),
     NoEffect(("rm_url",), lambda a: a.custom_rm_path is not None, "--custom-rm-path judges instead of remote_rm"),
     NoEffect(
         ("rm_url", "rm_concurrency"),
@@ -99,17 +89,11 @@ TABLE: tuple[NoEffect, ...] = (
         "leave it out, unless the metadata.rm_type of a data row is remote_rm",
     ),
     NoEffect(
-        ("group_rm",),
-        lambda a: a.group_rm and a.custom_rm_path is None,
-        "built-in rewards judge each sample by itself; it belongs to --custom-rm-path",
-    ),
-    NoEffect(
         ("rm_type",),
         lambda a: a.custom_rm_path is not None,
         "--custom-rm-path judges instead",
         "leave one of the two out",
     ),
-    NoEffect(("offload",), lambda a: bool(a.offload) and not a.colocate, "it belongs to --colocate"),
     NoEffect(
         ("gpu_memory",),
         lambda a: not (for_gpus(a) or joins_ray()),
@@ -165,12 +149,6 @@ TABLE: tuple[NoEffect, ...] = (
         "add --eval-prompt-data or --eval-config",
     ),
     NoEffect(
-        _EVAL,
-        lambda a: not a.eval_prompt_data and a.eval_config is None,
-        "nothing is evaluated",
-        "add --eval-prompt-data",
-    ),
-    NoEffect(
         ("keep_last_checkpoints", "keep_best_checkpoint", "save_hf"),
         lambda a: a.save is None and not a.debug_rollout_only,
         "nothing is saved",
@@ -205,11 +183,6 @@ TABLE: tuple[NoEffect, ...] = (
         "--pipeline-model-parallel-size is 1: the one stage has all layers",
     ),
     NoEffect(
-        ("recompute_method", "recompute_num_layers"),
-        lambda a: a.recompute_granularity is None,
-        "it belongs to --recompute-granularity full",
-    ),
-    NoEffect(
         ("lr_decay_iters",),
         lambda a: a.lr_decay_style == "constant" and not a.lr_warmup_fraction,
         "--lr-decay-style constant decays nothing",
@@ -220,28 +193,11 @@ TABLE: tuple[NoEffect, ...] = (
         "--lr-decay-style constant decays nothing",
     ),
     NoEffect(
-        ("lr_wsd_decay_iters", "lr_wsd_decay_style"),
-        lambda a: a.lr_decay_style != "WSD",
-        "it belongs to --lr-decay-style WSD",
-    ),
-    NoEffect(
-        ("spiky_loss_factor",), lambda a: not a.check_for_spiky_loss, "it belongs to --check-for-spiky-loss", "add it"
-    ),
-    NoEffect(
         ("check_for_nan_in_loss_and_grad",),
         lambda a: not a.check_for_nan_in_loss_and_grad,
         "a step that is not finite never changes a weight",
         "to continue without such steps, give --bad-step-action skip",
     ),
-    NoEffect(("sgd_momentum",), lambda a: a.optimizer != "sgd", "it belongs to --optimizer sgd"),
-    NoEffect(("adam_beta1", "adam_beta2", "adam_eps"), lambda a: a.optimizer != "adam", "it belongs to adam"),
-    NoEffect(
-        ("wandb_project", "wandb_entity", "wandb_group", "wandb_exp_name"),
-        lambda a: not a.use_wandb,
-        "it belongs to --use-wandb",
-        "add --use-wandb",
-    ),
-    NoEffect(("tensorboard_dir",), lambda a: not a.use_tensorboard, "it belongs to --use-tensorboard", "add it"),
     NoEffect(("seq_length",), lambda a: True, "samples are packed with their own lengths"),
     NoEffect(("attention_backend",), lambda a: True, "attention is PyTorch's varlen"),
     NoEffect(("no_rope_fusion",), lambda a: not a.no_rope_fusion, "RoPE is never fused"),
@@ -262,6 +218,13 @@ TABLE: tuple[NoEffect, ...] = (
 
 def no_effect(case: Case) -> Iterable[Problem]:
     """Warn about each given flag that has no effect."""
+    values = vars(case.args)
+    for item in fields(Args):
+        needs: Needs | None = item.metadata.get("needs")
+        if item.name not in case.given or needs is None or (needs.when_on and not values[item.name]):
+            continue
+        if needs.missing(values):
+            yield case.warning(item.name, f"no effect: {needs.reason}", needs.remedy)
     for row in TABLE:
         if row.when(case.args):
             for field in row.fields:

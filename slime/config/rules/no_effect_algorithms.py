@@ -30,12 +30,6 @@ ALGORITHMS: tuple[NoEffect, ...] = (
         "the loss has a KL term only with --use-kl-loss",
         "add --use-kl-loss",
     ),
-    NoEffect(
-        ("kl_loss_type",),
-        lambda a: not a.use_kl_loss and not a.log_ref_kl,
-        "the loss has a KL term only with --use-kl-loss",
-        "add --use-kl-loss",
-    ),
     NoEffect(_POLICY, lambda a: a.loss_type == "sft_loss", "--loss-type sft_loss uses no advantages, ratio or KL"),
     NoEffect(
         ("gamma",),
@@ -88,18 +82,6 @@ ALGORITHMS: tuple[NoEffect, ...] = (
         _WEIGHTS,
         lambda a: a.offpolicy_correction != "none" and not a.use_tis and a.mask_offpolicy_in_partial_rollout,
         "--mask-offpolicy-in-partial-rollout leaves no token to weight",
-    ),
-    NoEffect(
-        ("custom_loss_function_path",),
-        lambda a: a.loss_type != "custom_loss",
-        "it is called only with --loss-type custom_loss",
-        "add --loss-type custom_loss",
-    ),
-    NoEffect(
-        ("overlong_penalty_factor",),
-        lambda a: a.overlong_buffer_len is None,
-        "no response is penalized for its length",
-        "add --overlong-buffer-len",
     ),
     NoEffect(
         ("kl_coef", "overlong_buffer_len"),

@@ -19,8 +19,6 @@ def partial_rollout(case: Case) -> Iterable[Problem]:
     args = case.args
     most = args.partial_rollout_max_tokens
     if not args.partial_rollout:
-        if most is not None:
-            yield _vain(case, "partial_rollout_max_tokens", "it belongs to --partial-rollout", "add --partial-rollout")
         if args.mask_offpolicy_in_partial_rollout and not args.rollouts_ahead:
             why = "it belongs to --partial-rollout"
             yield _vain(case, "mask_offpolicy_in_partial_rollout", why, "add --partial-rollout")
