@@ -21,8 +21,8 @@ from torch import Tensor
 from slime.algo.values import explained_variance, value_loss
 from slime.config.args import Args
 from slime.core.batch import Array, TrainBatch
-from slime.megatron import device
 from slime.megatron.checkpoint.save_load import CRITIC, FoundCheckpoint, Trained, find_checkpoint, load_checkpoint
+from slime.megatron.compat import cpu_layer
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.microbatch import MicroBatch
 from slime.megatron.model import hf_weights
@@ -68,7 +68,7 @@ class Critic:
             hf_weights.load_hf_into(self.model, architecture_of(self._args), HFReader(source.path), self._args)
         else:
             load_checkpoint(source, model=self.model)
-        with device.layer():
+        with cpu_layer.layer():
             self.optimizer.reload_model_params()
         return str(source.path)
 
@@ -93,7 +93,7 @@ class Critic:
             scheduler=None if args.no_load_optim else self.scheduler,
         )
         if args.no_load_optim:
-            with device.layer():
+            with cpu_layer.layer():
                 self.optimizer.reload_model_params()
         follow_schedule(self.optimizer, self.scheduler)
         self._guard.load_state_dict((loaded.state or {})["step_guard"])

@@ -22,6 +22,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from slime.config.args import Args
 from slime.config.pipeline_stages import num_chunks
 from slime.megatron import device
+from slime.megatron.compat import cpu_layer
+from slime.megatron.compat.install import install
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
                 f"{world_size} training processes, but {what} parallel is {size}: it has to divide them; change "
                 f"--actor-num-nodes, --actor-num-gpus-per-node or the parallel sizes"
             )
-    device.install()
+    install()
     device.local_device(rank)
     device.set_threads(args.cpu_threads_per_process)
     if init_method.startswith("file:"):
@@ -81,7 +83,7 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
         world_size=world_size,
         timeout=timedelta(seconds=args.train_timeout),
     )
-    with device.layer():
+    with cpu_layer.layer():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=args.tensor_model_parallel_size,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,

@@ -30,6 +30,7 @@ from slime.algo.losses import Loss, LossInputs, LossOptions
 from slime.core.batch import TrainBatch
 from slime.core.columns import COLUMNS
 from slime.megatron import device
+from slime.megatron.compat import cpu_layer
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.logprobs import response_log_probs
 from slime.megatron.microbatch import MicroBatch
@@ -126,7 +127,7 @@ class ModelSteps:
             self.dump.before_update(where, self.model, reduced, traces)
         # on a GPU nothing waits for these two before the step is launched; the step has no effect if either is wrong
         wrong = self._is_wrong(reduced, weights_sum, guard)
-        with device.layer():
+        with cpu_layer.layer():
             norm, left_out = _update(optimizer, wrong, guard.limit("grad_norm"))
             load_balancing.move_biases(self.model, left_out)
         if self.dump is not None:
@@ -169,7 +170,7 @@ class ModelSteps:
 
             return hidden, finish
 
-        with device.layer():
+        with cpu_layer.layer():
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[iter(micro_batches) for _ in self.model],  # each virtual stage runs all of them

@@ -31,6 +31,7 @@ from slime.megatron.checkpoint.files import refuse_abandoned
 from slime.megatron.checkpoint.hf_unchanged import HF_FILES, HFFiles
 from slime.megatron.checkpoint.save_load import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from slime.megatron.checkpoint.search import find_sound_checkpoint
+from slime.megatron.compat import cpu_layer
 from slime.megatron.critic import Critic, critic_metrics
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows
@@ -152,7 +153,7 @@ class Trainer:
                 "give --no-load-optim to continue with new ones"
             )
         if args.no_load_optim:
-            with device.layer():
+            with cpu_layer.layer():
                 self.optimizer.reload_model_params()
         follow_schedule(self.optimizer, self.scheduler)
         state = {key: value for key, value in (loaded.state or {}).items() if key != HF_FILES}
@@ -166,7 +167,7 @@ class Trainer:
             hf_weights.load_hf_into(self.model, self._arch, HFReader(found.path), self._args)
         else:
             load_checkpoint(found, model=self.model)
-        with device.layer():
+        with cpu_layer.layer():
             self.optimizer.reload_model_params()  # bf16: the optimizer's fp32 copies
 
     def save(self, rollout_id: int, state: dict[str, Any]) -> Path:

@@ -28,6 +28,7 @@ def made_up_step(trainer: Any, number: int) -> tuple[float, float]:
     Those of a backward pass may differ in their last bits from run to run.
     """
     from slime.megatron import device
+    from slime.megatron.compat import cpu_layer
     from slime.megatron.model.build import named_parameters
     from slime.megatron.step import _update
 
@@ -38,7 +39,7 @@ def made_up_step(trainer: Any, number: int) -> tuple[float, float]:
         parameter.main_grad.normal_(0.0, 0.01, generator=generator)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    with device.layer():
+    with cpu_layer.layer():
         norm = _update(trainer.optimizer, torch.zeros((), device=on), 1e9)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start

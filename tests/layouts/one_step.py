@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
-from slime.megatron import device
+from slime.megatron.compat import cpu_layer
 from slime.megatron.model.build import ModelChunks, ValueModel, architecture_of, named_parameters, named_weights, unwrap
 from slime.megatron.model.hf_weights import iter_whole_tensors
 from slime.megatron.trainer import Trainer
@@ -126,7 +126,7 @@ def _wake(trainer: Trainer) -> None:
         if head is not None:
             numbers = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0))
             head.weight.data.copy_(numbers / numbers.size(1) ** 0.5)
-    with device.layer():
+    with cpu_layer.layer():
         trainer.critic.optimizer.reload_model_params()
 
 

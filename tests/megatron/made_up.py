@@ -87,17 +87,17 @@ class Run:
         return self.table.split(name, full, self.topology.tp_size, self.topology.tp_rank)
 
     def initialize(self) -> None:
-        from slime.megatron import device
+        from slime.megatron.compat import cpu_layer
 
-        with torch.no_grad(), device.layer():
+        with torch.no_grad(), cpu_layer.layer():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.shard(name, -1))
             self.optimizer.reload_model_params()
 
     def step(self, number: int) -> None:
-        from slime.megatron import device
+        from slime.megatron.compat import cpu_layer
 
-        with device.layer():
+        with cpu_layer.layer():
             self.optimizer.zero_grad()
             for name, parameter in self.parameters.items():
                 parameter.main_grad.copy_(self.shard(name, number))  # pyright: ignore

@@ -16,7 +16,7 @@ from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
 from slime.core.architecture import RopeScaling
-from slime.megatron import device
+from slime.megatron.compat import cpu_layer
 from slime.megatron.model.attention import pack_sequences
 from slime.megatron.model.build import build_model, named_parameters, unwrap
 from slime.megatron.model.hf_weights import load_hf_into
@@ -41,7 +41,7 @@ def _megatron(
     """Return logits, loss (a weighted sum of log-probs) and gradients by HF name."""
     arch = args.architecture
     assert arch is not None
-    with joined(args, rank, world_size, init_method), device.layer():
+    with joined(args, rank, world_size, init_method), cpu_layer.layer():
         model = build_model(args, wrap=False)
         load_hf_into(model, arch, HFReader(hf), args)
         tokens, weights = _tokens_and_weights()

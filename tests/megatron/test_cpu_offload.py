@@ -32,10 +32,10 @@ def small_buckets() -> Iterator[None]:
 
 def step(run: Run, number: int) -> float:
     """Do what `take_step` does at its end: norm, clipping, Adam; return the norm."""
-    from slime.megatron import device
+    from slime.megatron.compat import cpu_layer
     from slime.megatron.step import _update
 
-    with device.layer():
+    with cpu_layer.layer():
         run.optimizer.zero_grad()
         for name, parameter in run.parameters.items():
             parameter.main_grad.copy_(run.shard(name, number))  # pyright: ignore
@@ -148,10 +148,10 @@ def test_offloaded_steps_are_bit_identical(workers: WorkerPool, tmp_path: Path, 
 
 
 def test_bad_steps_and_missing_gradients_change_nothing() -> None:
-    from slime.megatron import device
+    from slime.megatron.compat import cpu_layer
     from slime.megatron.optim.cpu_offload import HostAdamW, HostState
 
-    device.install()
+    cpu_layer.install()
     with small_buckets():
         weights = [torch.randn(size) for size in (1500, 7, 0, 3000)]
         adam: Any = torch.optim.AdamW([weight.clone() for weight in weights], lr=0.1, fused=True)

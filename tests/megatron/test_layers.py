@@ -14,7 +14,7 @@ from worker_pool import WorkerPool
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
-from slime.megatron import device
+from slime.megatron.compat import cpu_layer
 from slime.megatron.model.build import transformer_config
 from slime.megatron.model.layers import layer_spec
 from slime.megatron.trainer import Trainer
@@ -92,5 +92,5 @@ def test_parameters_without_a_weight_rule_are_listed(workers: WorkerPool, hf: di
 )
 def test_a_spec_without_a_layer_is_refused(function: str, message: str, hf: dict[str, Path]) -> None:
     args = tiny.make_args(hf["glm4"], spec=("specs_for_tests", function))
-    with device.layer(), pytest.raises(ValueError, match=message):
+    with cpu_layer.layer(), pytest.raises(ValueError, match=message):
         layer_spec(args, transformer_config(args))

@@ -25,11 +25,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from slime.megatron import device
 from slime.megatron.checkpoint import files, manifest, rng_state, torch_dist
 from slime.megatron.checkpoint.files import CRITIC, FoundCheckpoint, find_checkpoint
 from slime.megatron.checkpoint.safe_pickle import UnreadableFileError, UnsafeFileError
 from slime.megatron.checkpoint.search import changed_in, damage_of, on_every_rank, on_rank_zero
+from slime.megatron.compat import cpu_layer
 from slime.megatron.model.build import EMBEDDING, OUTPUT, VALUE_HEAD, ModelChunks, PolicyModel, ValueModel, unwrap
 from slime.megatron.optim.optimizer_state import fill, has_state, take_main_weights, wanted_state
 
@@ -149,7 +149,7 @@ def _written(save_dir: Path, name: str) -> Iterator[Path]:
 
 def _write(directory: Path, model: ModelChunks, content: dict[str, Any], header: dict[str, Any]) -> None:
     """Write one model's files, and after them the manifest that holds their sizes and digests."""
-    with device.layer(), _readable_errors(f"saving to {directory.parent} failed", RuntimeError):
+    with cpu_layer.layer(), _readable_errors(f"saving to {directory.parent} failed", RuntimeError):
         metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
         weights = _sharded_weights(model, metadata)
         if "optimizer" in content:
@@ -199,7 +199,7 @@ def load_checkpoint(
             _load_optimizer(found, common, model, optimizer)
             taken.append("optimizer")
         else:
-            with device.layer():
+            with cpu_layer.layer():
                 optimizer.reload_model_params()
     if scheduler is not None and "opt_param_scheduler" in common:
         scheduler.num_steps = 0  # Megatron adds the saved steps to those that it has counted
@@ -215,7 +215,7 @@ def load_checkpoint(
 
 
 def _load_weights(found: FoundCheckpoint, common: dict[str, Any], model: ModelChunks, *, with_optimizer: bool) -> None:
-    with device.layer(), _readable_errors(_misfit(found), ValueError):
+    with cpu_layer.layer(), _readable_errors(_misfit(found), ValueError):
         _refuse_other_sizes(found, common, unwrap(model[0]))
         saved = set(torch_dist.saved_shapes(found.path))
         weights = _sharded_weights(model, _content(common))
@@ -237,7 +237,7 @@ def _load_weights(found: FoundCheckpoint, common: dict[str, Any], model: ModelCh
 def _load_optimizer(
     found: FoundCheckpoint, common: dict[str, Any], model: ModelChunks, optimizer: MegatronOptimizer
 ) -> None:
-    with device.layer(), _readable_errors(_misfit(found), ValueError):
+    with cpu_layer.layer(), _readable_errors(_misfit(found), ValueError):
         saved = set(torch_dist.saved_shapes(found.path))
         weights = _sharded_weights(model, _content(common))
         wanted = wanted_state(optimizer, weights, saved, _content(common), str(found.path))

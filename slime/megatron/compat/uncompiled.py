@@ -3,7 +3,7 @@
 - Used by: `slime.megatron` installs this before anything imports megatron.core.
 - Invariant: with CUDA nothing changes.
 
-On a CPU the decorated functions run uncompiled in any case (see `device.install`). But decorating them with
+On a CPU the decorated functions run uncompiled in any case (see `cpu_layer.install`). But decorating them with
 `torch.compile` loads 800 modules, which takes a fifth of a trainer's start and 40 MB.
 """
 

@@ -31,6 +31,7 @@ from slime.config.experts import FLAG_NAMES, as_flags
 from slime.config.pipeline_stages import micro_batch_group, num_chunks, overlaps
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
+from slime.megatron.compat import cpu_layer
 from slime.megatron.model.layers import RMSNorm, layer_spec
 from slime.megatron.model.moe import disable_replay, with_float32_biases
 from slime.megatron.optim.multi_tensor import fuse_weight_gradients
@@ -223,7 +224,7 @@ def build_model(args: Args, *, wrap: bool, kind: type[PolicyModel] = PolicyModel
     A wrapped chunk is a DistributedDataParallel around a Float16Module (bf16 only) around the PolicyModel; `unwrap`
     returns the innermost.
     """
-    with device.layer():
+    with cpu_layer.layer():
         config = transformer_config(args)
         # only a model that trains has a gradient buffer to add to
         fuse = wrap and uses_bf16(args) and args.megatron_extra.get("gradient_accumulation_fusion", True)

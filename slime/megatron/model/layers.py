@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,11 +25,6 @@ from slime.core.plugins import hook_path, load_hook
 from slime.megatron.model.attention import PackedAttention
 from slime.megatron.model.kernels import rms_norm, swiglu
 from slime.megatron.model.moe import Experts, ExpertsLayer, Router
-
-# Megatron warns once per layer about each MLP class that is not its own; its "default kwargs" are what ours expect.
-logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
-    lambda record: not str(record.msg).startswith("Unknown MLP type")
-)
 
 
 class RMSNorm(torch.nn.Module):

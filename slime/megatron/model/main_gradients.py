@@ -24,6 +24,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import Tensor
 
+from slime.megatron.compat import apply
+
 
 def main_gradient(weight: Any) -> Tensor | None:
     """Return the fp32 gradient buffer of a bf16 weight that trains; None if PyTorch sums its gradient."""
@@ -97,4 +99,4 @@ def install(model: torch.nn.Module) -> None:
     """Make the embedding of `model`, if this stage has one, add its gradient itself."""
     for module in model.modules():
         if type(module) is VocabParallelEmbedding:
-            module.__class__ = WordEmbeddings
+            apply.change_class(module, WordEmbeddings)

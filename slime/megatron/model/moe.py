@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -26,11 +25,6 @@ from torch import Tensor
 
 from slime.megatron.model.attention import PackedSequences
 from slime.megatron.model.kernels import swiglu
-
-# megatron-core defines this name only with TransformerEngine, but the router's matrix product reads it.
-if not hasattr(moe_utils, "te_general_gemm"):
-    setattr(moe_utils, "te_general_gemm", None)  # noqa: B010  # Megatron has no such name
-
 
 LOAD_BALANCING, Z_LOSS = "load_balancing_loss", "z_loss"
 """The metric names of the auxiliary losses."""

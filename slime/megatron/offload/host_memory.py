@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slime.megatron import device
+from slime.megatron.compat import cpu_layer
 
 CHUNK = 1024**3
 """Bytes. PyTorch rounds pinned memory up to a power of two, so only the last chunk can waste memory."""
@@ -53,7 +54,7 @@ class HostMemory:
             have -= len(self._chunks.pop())
         while have < size:
             length = min(size - have, CHUNK)
-            with device.layer():  # on a CPU nothing can be pinned, and this is ordinary memory
+            with cpu_layer.layer():  # on a CPU nothing can be pinned, and this is ordinary memory
                 self._chunks.append(torch.empty(length, dtype=torch.uint8, pin_memory=True))
             have += length
 

@@ -25,6 +25,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 from slime.megatron import device
+from slime.megatron.compat import apply
 from slime.megatron.optim.distributed_optimizer import PlacedAdamW
 from slime.megatron.optim.one_pass_adam import OnePassAdamW, count_steps, model_memory, pass_over
 
@@ -268,16 +269,15 @@ def install(part: MegatronOptimizer) -> None:
     model_of = dict(model_memory(part)) if has_mains else {}
     others = [weight for group in adam.param_groups for weight in group["params"] if weight not in model_of]
     adam.one_pass = type(adam) is OnePassAdamW
-    adam.__class__ = HostAdamW
+    apply.change_class(adam, HostAdamW)
     adam.model_of = model_of
     adam.host = HostState(list(model_of), others)
     for main in model_of:
         main.data = adam.host.of(MAIN, main).copy_(main.data)
-        main.__class__ = HostWeight
-    hosted: Any = part
-    hosted.init_state_fn = _start
+        apply.change_class(main, HostWeight)
+    apply.replace_on(part, "init_state_fn", _start)
     if model_of:
-        hosted._copy_main_params_to_model_params = lambda: None  # the step has written them
+        apply.replace_on(part, "_copy_main_params_to_model_params", lambda: None)  # the step has written them
 
 
 def _is_plain(adam: torch.optim.AdamW) -> bool:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import megatron.core.optimizer as mcore_optimizer
 import torch
 from megatron.core.optimizer import distrib_optimizer
 from torch import Tensor
 
-from slime.megatron.device import replace_name, require_names
+from slime.megatron.compat import apply
 
 _Original = distrib_optimizer.DistributedOptimizer
 
@@ -72,16 +71,8 @@ def _in_place(packed: Tensor, buffer: Any) -> Tensor:
 
 def install() -> None:
     """Make Megatron build this class. No-op if TransformerEngine or Apex is installed."""
-    require_names(distrib_optimizer, "HAVE_APEX_OR_TE")
-    require_names(
-        _Original,
-        "state_dict",
-        "load_state_dict",
-        "get_parameter_state_dp_zero",
-        "_set_main_param_and_optimizer_states",
-    )
     if not distrib_optimizer.HAVE_APEX_OR_TE:
-        replace_name(mcore_optimizer, "DistributedOptimizer", TorchDistributedOptimizer)
+        apply.replace("megatron.core.optimizer", "DistributedOptimizer", TorchDistributedOptimizer)
 
 
 class PlacedAdamW(torch.optim.AdamW):

@@ -16,12 +16,12 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer, clip_grads, distrib_optimizer
-from megatron.core.optimizer import optimizer as mcore_optimizer
+from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
 from megatron.core.tensor_parallel import layers as mcore_layers
 from torch import Tensor
 
 from slime.megatron import device
+from slime.megatron.compat import apply
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ def fuse_weight_gradients() -> bool:
     if not bool((total == 19.0).all()):
         logger.warning("weight gradients are added in a separate pass: the addmm of this torch does not add in place")
         return False
-    setattr(mcore_layers, "fused_weight_gradient_mlp_cuda", WeightGradients)  # noqa: B010  # Megatron has no such name
-    device.replace_name(mcore_layers, "_grad_accum_fusion_available", True)
+    apply.define("megatron.core.tensor_parallel.layers", "fused_weight_gradient_mlp_cuda", WeightGradients)
+    apply.replace("megatron.core.tensor_parallel.layers", "_grad_accum_fusion_available", True)
     return True
 
 
@@ -125,6 +125,6 @@ def install() -> None:
     """Replace Megatron's functions. No-op on a CPU, and if TransformerEngine or Apex is installed."""
     if not device.on_cuda() or distrib_optimizer.HAVE_APEX_OR_TE:
         return
-    device.replace_name(clip_grads, "l2_norm_impl", _norm)
-    device.replace_name(clip_grads, "multi_tensor_scale_impl", _scale)
-    device.replace_name(mcore_optimizer, "_multi_tensor_copy_this_to_that", _copy)
+    apply.replace("megatron.core.optimizer.clip_grads", "l2_norm_impl", _norm)
+    apply.replace("megatron.core.optimizer.clip_grads", "multi_tensor_scale_impl", _scale)
+    apply.replace("megatron.core.optimizer.optimizer", "_multi_tensor_copy_this_to_that", _copy)

@@ -19,6 +19,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 from slime.megatron import device
+from slime.megatron.compat import apply
 from slime.megatron.optim.distributed_optimizer import start_adam
 
 
@@ -112,9 +113,9 @@ def install(part: MegatronOptimizer) -> bool:
     plain = all(group["fused"] and not group["amsgrad"] and not group["maximize"] for group in adam.param_groups)
     if not plain or not all(w.is_cuda and w.dtype == torch.float32 and w.is_contiguous() for w in weights):
         return False
-    adam.__class__ = OnePassAdamW
+    apply.change_class(adam, OnePassAdamW)
     adam.model_of = dict(model_memory(part))  # pyright: ignore[reportAttributeAccessIssue]
-    part._copy_main_params_to_model_params = lambda: None  # the step has written them
+    apply.replace_on(part, "_copy_main_params_to_model_params", lambda: None)  # the step has written them
     return True
 
 

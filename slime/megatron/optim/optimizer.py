@@ -14,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from slime.config.args import Args
-from slime.megatron import device
+from slime.megatron.compat import apply, cpu_layer
 from slime.megatron.model import main_gradients
 from slime.megatron.model.build import ModelChunks, config_from, params_dtype, uses_bf16
 from slime.megatron.optim import cpu_offload, distributed_optimizer, multi_tensor, one_pass_adam
@@ -42,7 +42,7 @@ def build_optimizer(args: Args, model: ModelChunks) -> tuple[MegatronOptimizer, 
             "optimizer_cpu_offload": False,  # Megatron's implementation; `cpu_offload` is ours
         },
     )
-    with device.layer():
+    with cpu_layer.layer():
         distributed_optimizer.install()
         multi_tensor.install()
         for chunk in model:
@@ -62,7 +62,7 @@ def _prepare(part: MegatronOptimizer, *, in_host_memory: bool) -> None:
     if in_host_memory and part.optimizer is not None:
         cpu_offload.install(part)
     if isinstance(part.optimizer, torch.optim.SGD):
-        part.init_state_fn = _start_sgd  # Megatron calls it when it loads, but sets none for SGD
+        apply.replace_on(part, "init_state_fn", _start_sgd)  # Megatron calls it when it loads, but sets none for SGD
 
 
 def _start_sgd(sgd: torch.optim.SGD, config: OptimizerConfig) -> None:

@@ -1,12 +1,10 @@
-"""The CPU layer: it redirects CUDA only inside its context, and it names what it does not find."""
+"""The CPU layer: it redirects CUDA only inside its context."""
 
 from __future__ import annotations
 
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import tiny
@@ -14,14 +12,13 @@ import torch
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
-from slime.megatron import device
-from slime.megatron.compat.version import SUPPORTED_MEGATRON
+from slime.megatron.compat import cpu_layer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is a no-op where CUDA is")
 
 
 def test_cuda_is_the_cpu_inside() -> None:
-    with device.layer():
+    with cpu_layer.layer():
         assert torch.zeros(2, device="cuda").device.type == "cpu"
         assert torch.zeros(2, device=torch.device("cuda", 0)).cuda().to("cuda:0").device.type == "cpu"
         assert torch.zeros(2, pin_memory=True).sum() == 0
@@ -30,7 +27,7 @@ def test_cuda_is_the_cpu_inside() -> None:
 
 
 def test_nothing_is_redirected_outside() -> None:
-    with device.layer():
+    with cpu_layer.layer():
         pass
     assert torch.zeros(2).type() == "torch.FloatTensor"
     with pytest.raises((AssertionError, RuntimeError)):
@@ -39,23 +36,17 @@ def test_nothing_is_redirected_outside() -> None:
 
 def test_another_thread_is_outside() -> None:
     seen: list[str] = []
-    with device.layer():
+    with cpu_layer.layer():
         thread = threading.Thread(target=lambda: seen.append(torch.zeros(1).type()))
         thread.start()
         thread.join()
     assert seen == ["torch.FloatTensor"]
 
 
-def test_a_missing_name_is_in_the_error() -> None:
-    owner: Any = SimpleNamespace(__name__="megatron.core.somewhere")
-    with pytest.raises(RuntimeError, match=f"megatron.core.somewhere has no '_gone'.*{SUPPORTED_MEGATRON}"):
-        device.replace_name(owner, "_gone", None)
-
-
 def test_named_rng_states_are_separate() -> None:
     from megatron.core.tensor_parallel import random as mcore_random
 
-    device.install()
+    cpu_layer.install()
     tracker = mcore_random.CudaRNGStatesTracker()
     tracker.add("model-parallel-rng", 5)
     torch.manual_seed(1)
