@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +154,18 @@ def launch_router(args: Args, *, host: str, port: int, log_path: str | Path) -> 
         log_path=log_path,
         environment=server.full_environment(),
     )
+
+
+def start_router(args: Args, log_path: Path, *, keep: Callable[[ManagedProcess], None]) -> ManagedProcess:
+    """Start the run's own router at a free port of this machine, and return it once it is ready.
+
+    `keep` is given each process as soon as it is started, so that its owner can stop it.
+
+    Raises:
+        RuntimeError: it ended, or was not ready within --engine-start-timeout.
+    """
+
+    def launch(port: int) -> ManagedProcess:
+        return launch_router(args, host="127.0.0.1", port=port, log_path=log_path)
+
+    return start_at_free_port(launch, port=find_free_port, timeout=args.engine_start_timeout, keep=keep)

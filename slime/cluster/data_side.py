@@ -1,0 +1,170 @@
+"""DataSide: the data of the rollout manager, from prompts over rewards to the training batch.
+
+- Used by: the rollout manager, which makes it by its first call and lends it the engines for each rollout.
+- Invariant: its `state_dict` is the whole data side of a checkpoint, also while a rollout is generated and while a
+  whole rollout waits for the loop to take it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from slime.cluster.engine_side import NoEngines
+from slime.config.args import Args
+from slime.core.batch import TrainBatch, from_samples
+from slime.core.plugins import load_hook
+from slime.core.sample import Sample
+from slime.rollout.acceptance import mask_truncated
+from slime.rollout.context import RolloutContext, RolloutResult
+from slime.rollout.dump import read_replay, write_dump
+from slime.rollout.evaluate import Evaluator
+from slime.rollout.generate import sampling_record
+from slime.rollout.in_flight import TrackedSource
+from slime.rollout.metrics import replay_metrics
+from slime.rollout.reward_pool import RewardPool
+from slime.rollout.tokenizer import load_tokenizer
+
+
+@dataclass
+class _Made:
+    """A whole rollout in plain JSON types, so later changes to its samples do not show in it."""
+
+    rollout_id: int
+    groups: list[list[dict[str, Any]]]
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, rollout_id: int, groups: list[list[Sample]], metrics: dict[str, float]) -> _Made:
+        lasting = {name: value for name, value in metrics.items() if not name.startswith("time/")}
+        return cls(rollout_id, [[sample.to_dict() for sample in group] for group in groups], lasting)
+
+    def result(self) -> RolloutResult:
+        groups = [[Sample.from_dict(sample) for sample in group] for group in self.groups]
+        return RolloutResult(groups, dict(self.metrics))
+
+
+class DataSide:
+    """Tokenizer, prompts, hooks and reward workers of a run, with the state that its checkpoints hold."""
+
+    def __init__(self, args: Args, log_dir: Path) -> None:
+        """Load all of it. Raises ValueError if a file or a hook cannot be used."""
+        self._args = args
+        self._log_dir = log_dir
+        tokenizer = load_tokenizer(args)
+        self._source: TrackedSource | None = None
+        if args.prompt_data is not None or args.has_own_data_source:
+            self._source = TrackedSource(load_hook("data_source_path", args.data_source_path)(args, tokenizer))
+        self._rollout_function = load_hook("rollout_function_path", args.rollout_function_path)
+        self._rewards = RewardPool(args)
+        self.context = RolloutContext(args=args, client=None, tokenizer=tokenizer, rewards=self._rewards)
+        self._made: _Made | None = None
+        """The last whole rollout; the loop may still be busy with the one before it."""
+
+    def num_prompts(self) -> int:
+        """Return the number of prompts in one epoch.
+
+        Raises:
+            ValueError: the run has no prompts.
+        """
+        if self._source is None:
+            raise ValueError("--num-epoch: there are no prompts to count; add --prompt-data")
+        return self._source.num_prompts
+
+    async def generate(self, rollout_id: int, engines: NoEngines) -> tuple[TrainBatch, dict[str, float]]:
+        """Make one rollout with `engines`, or read it from a dump; return its training batch and its metrics."""
+        args = self._args
+        if args.load_debug_rollout_data is not None:
+            groups, sampled = read_replay(args, rollout_id)
+            metrics = replay_metrics(args, groups)
+        else:
+            result = await self._make(rollout_id, engines)
+            groups, metrics = result.groups, result.metrics
+            sampled = sampling_record(args)
+        if args.save_debug_rollout_data is not None:
+            write_dump(Path(args.save_debug_rollout_data.format(rollout_id=rollout_id)), groups, sampled)
+        samples = [sample for group in groups for sample in group]
+        self._write_samples(rollout_id, samples)
+        if args.custom_rollout_log_function_path is not None:
+            log = load_hook("custom_rollout_log_function_path", args.custom_rollout_log_function_path)
+            log(args, rollout_id, samples, metrics)
+        return self._to_batch(samples), metrics
+
+    async def _make(self, rollout_id: int, engines: NoEngines) -> RolloutResult:
+        """Return the rollout's groups; a resumed run may have them already."""
+        if self._made is not None and self._made.rollout_id == rollout_id:
+            return self._made.result()
+        result = await engines.guarded(self._call_rollout_function(rollout_id), self.context)
+        if self._args.rollouts_ahead:  # otherwise it is trained on before anything is saved
+            self._made = _Made.of(rollout_id, result.groups, result.metrics)
+        if self._source is not None:
+            self._source.forget(rollout_id)
+        return result
+
+    async def _call_rollout_function(self, rollout_id: int) -> RolloutResult:
+        result = self._rollout_function(self._args, rollout_id, self._source, self.context)
+        return await result if inspect.isawaitable(result) else result
+
+    def _to_batch(self, samples: list[Sample]) -> TrainBatch:
+        args = self._args
+        mask_truncated(args, samples)
+        if args.custom_convert_samples_to_train_data_path is not None:
+            path = args.custom_convert_samples_to_train_data_path
+            return load_hook("custom_convert_samples_to_train_data_path", path)(args, samples)
+        return from_samples(samples, args.reward_key)
+
+    async def evaluate(self, rollout_id: int, engines: NoEngines) -> dict[str, float]:
+        """Evaluate with `engines` after `rollout_id` rollouts, and return the metrics."""
+        return await engines.guarded(self._call_eval_function(rollout_id), self.context)
+
+    async def _call_eval_function(self, rollout_id: int) -> dict[str, float]:
+        path = self._args.eval_function_path
+        if path is not None:
+            result = load_hook("eval_function_path", path)(self._args, rollout_id, self.context)
+            return await result if inspect.isawaitable(result) else result
+        return await self._evaluator.run(rollout_id, self.context)
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        """The evaluation data, loaded by the first evaluation."""
+        return Evaluator(self._args, self.context.tokenizer)
+
+    def _write_samples(self, rollout_id: int, samples: list[Sample]) -> None:
+        """Write a few whole samples, readable, into rollout_samples.txt next to the logs."""
+        count = self._args.log_samples_per_rollout
+        if not count:
+            return
+        step = max(1, len(samples) // count)
+        with (self._log_dir / "rollout_samples.txt").open("a") as file:
+            for sample in samples[::step][:count]:
+                prompt = self.context.decode(sample.prompt_tokens, skip_special_tokens=False)
+                file.write(
+                    f"=== rollout {rollout_id} sample {sample.index} reward {sample.reward} {sample.status} "
+                    f"label {sample.label}\n{prompt}⟫{sample.response}\n"
+                )
+
+    def state_dict(self, next_rollout_id: int = 0) -> dict[str, Any]:
+        """Return the state as plain JSON types.
+
+        `next_rollout_id` is the first rollout that has not been trained on; if it is made already, the state holds it.
+        """
+        waits = self._made is not None and self._made.rollout_id >= next_rollout_id
+        return {
+            "data_source": None if self._source is None else self._source.state_dict(),
+            "made": dict(vars(self._made)) if waits else None,
+            "policy_version": self.context.policy_version,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the state that `state_dict` returned."""
+        if self._source is not None and state["data_source"] is not None:
+            self._source.load_state_dict(state["data_source"])
+        self._made = None if state.get("made") is None else _Made(**state["made"])
+        self.context.policy_version = state["policy_version"]
+
+    def close(self) -> None:
+        """End the reward workers."""
+        self._rewards.close()

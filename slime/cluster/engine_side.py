@@ -1,0 +1,232 @@
+"""The engine side of the rollout manager: the run's own engines, external ones, or none.
+
+- Used by: the rollout manager holds one of `NoEngines`, `OwnEngines` and `ExternalEngines`. It begins with `NoEngines`,
+  and `connect` returns one of the other two once the engines answer.
+- Invariant: all three have the same verbs, so that nothing else asks whether there are engines, or whose they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from slime.cluster.engine_health import EngineWatch, answering
+from slime.cluster.engine_supervisor import EngineUp, Fleet, FleetState
+from slime.config.args import Args
+from slime.core.errors import Fault
+from slime.engine.client import EngineClient
+from slime.engine.external import free_engines
+from slime.engine.keys import Keys
+from slime.engine.membership import Membership
+from slime.engine.server_process import ManagedProcess
+from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
+from slime.rollout.context import RolloutContext
+
+T = TypeVar("T")
+
+
+class NoEngines:
+    """The engine side of a run that generates nothing, and of any run until its engines are connected."""
+
+    async def put_to_sleep(self) -> None:
+        """Let the engines give back all memory; nothing is in flight when this is called."""
+
+    async def wake(self, *, to_generate: bool) -> None:
+        """Let the engines take memory again: first that of the weights, which are sent next, then all, to generate."""
+
+    def hold(self, on: bool) -> None:
+        """Begin or end a time in which requests that wait do not count as stuck, because weights are sent."""
+
+    async def admit(self, engines: Sequence[EngineUp]) -> None:
+        """Admit `engines`, which hold the run's weights, to the router, and check the router's engines."""
+
+    def state(self) -> FleetState:
+        """Return the engines that are up."""
+        return FleetState(up=())
+
+    async def state_with_engines(self) -> FleetState:
+        """Return the engines that are up, once there is at least one."""
+        return self.state()
+
+    async def lost_one_of(self, engines: Sequence[EngineUp]) -> bool:
+        """Return whether one of these engines is gone; a death is noticed a moment after it happens."""
+        return False
+
+    def take_counts(self) -> dict[str, float]:
+        """Return the counts `fault/*` since the last call."""
+        return {}
+
+    async def guarded(self, work: Awaitable[T], context: RolloutContext) -> T:
+        """Await `work`; if an engine or the router is lost for good first, raise an error that names it."""
+        return await work
+
+
+class _ConnectedEngines(NoEngines):
+    """Engines at a router that may be the run's own or external, with the run's client of them."""
+
+    def __init__(
+        self,
+        args: Args,
+        *,
+        client: EngineClient,
+        fleet: Fleet,
+        watch: EngineWatch,
+        own_router: bool,
+    ) -> None:
+        """`fleet` restarts what is the run's own, and `watch` watches what is external."""
+        self._args = args
+        self._client = client
+        self._fleet = fleet
+        self._watch = watch
+        self._own_router = own_router
+
+    async def put_to_sleep(self) -> None:
+        await self._fleet.before_sleep()
+        await put_to_sleep(self._client, abort=self._fleet.serves)
+
+    async def wake(self, *, to_generate: bool) -> None:
+        await self._client.resume_memory(FOR_GENERATION if to_generate else FOR_WEIGHTS)
+        if to_generate:
+            self._fleet.awake()
+
+    def hold(self, on: bool) -> None:
+        self._client.progress.hold(on)
+
+    async def admit(self, engines: Sequence[EngineUp]) -> None:
+        await self._fleet.admit(engines)
+        await self._check_router()
+
+    def state(self) -> FleetState:
+        return self._fleet.state()
+
+    def take_counts(self) -> dict[str, float]:
+        return self._fleet.take_counts()
+
+    async def guarded(self, work: Awaitable[T], context: RolloutContext) -> T:
+        await self._check_router()
+        task = asyncio.ensure_future(work)
+        death = asyncio.ensure_future(self._watch.first_death())
+        failure = asyncio.ensure_future(self._fleet.failure())
+        await asyncio.wait({task, death, failure}, return_when=asyncio.FIRST_COMPLETED)
+        lost = Fault(death.result()) if death.done() else failure.result() if failure.done() else None
+        death.cancel()
+        failure.cancel()
+        if lost is None:
+            result = task.result()
+            await self._check_router()
+            return result
+        task.cancel()
+        await asyncio.wait({task})
+        raise lost
+
+    async def _check_router(self) -> None:
+        """Check that an external router leads to exactly the run's engines, also after a rollout.
+
+        Raises:
+            EngineError: naming the engines that are missing or unexpected.
+        """
+        if not self._own_router:
+            await self._client.check_router(joining_or_leaving=self._fleet.joining_or_leaving())
+
+
+class OwnEngines(_ConnectedEngines):
+    """The run's own engines, which `Fleet` restarts."""
+
+    async def state_with_engines(self) -> FleetState:
+        await self._fleet.wait_for_any()
+        return self.state()
+
+    async def lost_one_of(self, engines: Sequence[EngineUp]) -> bool:
+        return await self._fleet.lost_one_of(engines)
+
+
+class ExternalEngines(_ConnectedEngines):
+    """The engines of --rollout-external-engines: all are up as long as they answer, and nobody restarts them."""
+
+    def state(self) -> FleetState:
+        urls = enumerate(self._args.rollout_external_engines)
+        return replace(super().state(), up=tuple(EngineUp(index, 0, url) for index, url in urls))
+
+    async def guarded(self, work: Awaitable[T], context: RolloutContext) -> T:
+        result = await super().guarded(work, context)
+        if not self._args.debug_rollout_only:
+            await self._check_weights(context.policy_version)
+        return result
+
+    async def _check_weights(self, version: int) -> None:
+        """Check that the engines still hold the weights: whoever restarts one brings back its first weights.
+
+        Raises:
+            RuntimeError: an engine does not report the policy version that it was sent.
+        """
+        right = {str(version + ahead) for ahead in range(1 + self._args.rollouts_ahead)}  # the next may be arriving
+        reports = zip(await self._client.workers(), await self._client.weight_versions(), strict=True)
+        wrong = [f"{url} reports {reported}" for url, reported in reports if reported not in right]
+        if wrong:
+            raise RuntimeError(
+                f"engines have lost policy version {version} while it was generated with: {', '.join(wrong)}; it was "
+                "restarted, or another run sends it weights"
+            )
+
+
+async def connect(
+    args: Args,
+    *,
+    router_url: str,
+    router: ManagedProcess | None,
+    urls: Sequence[str],
+    owners: Sequence[Any],
+    log_dir: Path,
+    cleanup: AsyncExitStack,
+) -> tuple[NoEngines, EngineClient]:
+    """Register the engines at `urls` with the router, and return them with the client of them.
+
+    Args:
+        args: the run's arguments; they tell whether the engines are external.
+        router_url: the router's URL.
+        router: its process, if it is the run's own.
+        urls: all engines.
+        owners: the `EngineWorker` of each engine, if they are the run's own.
+        log_dir: where the engines' logs are.
+        cleanup: what ends or leaves each part, pushed as soon as the part exists.
+
+    Raises:
+        RuntimeError: the router has engines of others, or did not accept one of these in time.
+    """
+    keys = Keys.of(args)
+    membership = Membership(router_url, keys=keys, timeout=args.engine_start_timeout)
+    if router is None:
+        cleanup.push_async_callback(asyncio.to_thread, membership.leave)
+    await asyncio.to_thread(membership.join, urls)
+    client = EngineClient(
+        router_url,
+        engines=urls,
+        keys=keys,
+        request_timeout=args.engine_request_timeout,
+        patience=args.engine_start_timeout + args.engine_health_timeout,
+    )
+    cleanup.push_async_callback(client.close)
+    watched = [answering("the router", router_url, client)] if router is None else []
+    external = args.rollout_external_engines
+    if external:
+        cleanup.push_async_callback(free_engines, client)
+        await free_engines(client)
+        watched += [answering("the engine", url, client) for url in urls]
+    fleet = Fleet(
+        args,
+        client=client,
+        membership=membership,
+        router=router,
+        owners=owners,
+        urls=() if external else urls,
+        others=external,
+        log_dir=log_dir,
+    )
+    cleanup.push_async_callback(fleet.close)
+    kind = ExternalEngines if external else OwnEngines
+    side = kind(args, client=client, fleet=fleet, watch=EngineWatch(watched), own_router=router is not None)
+    return side, client
