@@ -7,10 +7,10 @@ then the folders `model`, `optim`, `checkpoint`, `offload` and `compat`.
 The version of megatron-core is checked here, before anything imports it.
 """
 
-from slime.megatron.compat.lazy_wandb import load_wandb_when_used
+from slime.megatron.compat.hidden_trackers import import_megatron_without_trackers
 from slime.megatron.compat.uncompiled import leave_uncompiled_on_cpu
 from slime.megatron.compat.version import check_megatron_version
 
 check_megatron_version()
-load_wandb_when_used()
 leave_uncompiled_on_cpu()
+import_megatron_without_trackers()

@@ -21,13 +21,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from slime.core.address import address_for
 from slime.core.pausing import PauseChoice
 from slime.engine.bucket_layout import BucketLayout, NamedTensor
 from slime.engine.client import EngineClient
 from slime.engine.protocol import WEIGHT_GROUP
+from slime.engine.server_process import find_free_port
 from slime.engine.weight_group import Filled, WeightGroup, filled, join_weight_group
 from slime.sync.buckets import Bucket, Buckets
-from slime.sync.transport import DRAIN_WITHIN_S, SyncReport, Transport
+from slime.sync.transport import DRAIN_WITHIN_S, Opening, SyncReport, Transport
 
 NAMED_WITHIN_S = 20.0
 """Seconds that a failed broadcast waits for the error message of the lost engine."""
@@ -67,6 +69,22 @@ class BroadcastTransport(Transport):
         """`engine_ranks` is the number of ranks of each engine, in the order of the client's engines."""
         super().__init__(client, bucket_bytes=bucket_bytes, pause=pause, drain_within=drain_within)
         self._group = self._connect(engine_ranks, address, port, backend)
+
+    @classmethod
+    def open(cls, opening: Opening) -> BroadcastTransport:
+        """Open it on trainer 0, with all engines in one group."""
+        args = opening.args
+        address = address_for(opening.engine_urls)
+        return cls(
+            opening.client(),
+            engine_ranks=opening.engine_ranks,
+            address=address,
+            port=find_free_port(address),
+            backend="gloo" if args.engines_on_cpu else opening.backend,
+            bucket_bytes=args.update_weight_buffer_size,
+            pause=args.update_weight_pause,
+            drain_within=args.engine_request_timeout,
+        )
 
     def _connect(self, engine_ranks: Sequence[int], address: str, port: int, backend: str) -> WeightGroup:
         world_size = 1 + sum(engine_ranks)

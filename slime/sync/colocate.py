@@ -35,7 +35,7 @@ from slime.engine.client import EngineClient
 from slime.engine.device_protocol import MEMORY_FILE, SharedBucket, UpdateWeightsFromTensor
 from slime.engine.keys import Keys
 from slime.sync.buckets import Bucket, Buckets
-from slime.sync.transport import SyncReport, Transport
+from slime.sync.transport import Opening, SyncReport, Transport
 
 
 class Buffer(ABC):
@@ -170,8 +170,9 @@ class ColocatedTransport(Transport):
         bucket_bytes: int,
     ) -> None:
         """`ranks_of_engines` are the trainers on each engine's devices, in the order of the engine's ranks. `own` is
-        the client of the engine on this trainer's device, or None if there is none."""
+        the client of the engine to which this trainer sends the messages: it is the first one on its devices."""
         super().__init__(client, bucket_bytes=bucket_bytes)
+        self.asks_engines = rank == 0
         self._rank = rank
         self._own = own
         self._members = next((list(ranks) for ranks in ranks_of_engines if rank in ranks), [])
@@ -181,10 +182,24 @@ class ColocatedTransport(Transport):
         self._buffers = (buffer(), buffer()) if self._members else ()
         self._message = buffer.message
 
-    @property
-    def _leads(self) -> bool:
-        """Whether this trainer sends the messages to the engine on its device."""
-        return self._members[:1] == [self._rank]
+    @classmethod
+    def open(cls, opening: Opening) -> ColocatedTransport:
+        """Open it on every trainer: the first one on an engine's devices gets a client of that engine."""
+        args, rank = opening.args, opening.rank
+
+        def client(urls: Sequence[str]) -> EngineClient:
+            return EngineClient(opening.router_url, engines=urls, keys=Keys.of(args))
+
+        engines = zip(opening.engine_urls, opening.shared_with, strict=True)
+        led = [url for url, ranks in engines if list(ranks[:1]) == [rank]]
+        return cls(
+            client(opening.engine_urls),
+            rank=rank,
+            ranks_of_engines=opening.shared_with,
+            own=client(led) if led else None,
+            buffer=HostBuffer if args.engines_on_cpu else DeviceBuffer,
+            bucket_bytes=args.update_weight_buffer_size,
+        )
 
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
         start, waited = time.perf_counter(), 0.0
@@ -209,6 +224,7 @@ class ColocatedTransport(Transport):
 
     def _send_all(self, tensors: Iterable[NamedTensor], poster: ThreadPoolExecutor, version: str) -> int:
         total = 0
+        own = self._own
         posting: Future[None] | None = None
         buckets = Buckets(tensors, self._bucket_bytes)
         for number, bucket in enumerate(buckets):
@@ -220,8 +236,8 @@ class ColocatedTransport(Transport):
             if posting is not None:
                 posting.result()
             _meet(self._group)  # the engine has answered the previous bucket: its buffer is free on all devices
-            if self._leads:
-                posting = poster.submit(self._post, handles, carried)
+            if own is not None:
+                posting = poster.submit(self._post, own, handles, carried)
         if posting is not None:
             posting.result()
         _meet(self._group)
@@ -231,14 +247,13 @@ class ColocatedTransport(Transport):
         """Return all members' handles in the order of the engine's ranks, on the trainer that leads."""
         if self._group is None:
             return [handle]
-        found: list[Any] | None = [None] * len(self._members) if self._leads else None
+        found: list[Any] | None = [None] * len(self._members) if self._own is not None else None
         dist.gather_object((self._rank, handle), found, group=self._group, dst=self._members[0])
         by_rank = dict(found or [])  # torch sorts a group's ranks
-        return [by_rank[rank] for rank in self._members] if self._leads else []
+        return [by_rank[rank] for rank in self._members] if self._own is not None else []
 
-    def _post(self, handles: Sequence[Any], version: str | None) -> None:
-        assert self._own is not None, "there is an engine on this device"
-        self._runner.run(self._own.update_weights_from_tensor(self._message(handles, version=version)))
+    def _post(self, engine: EngineClient, handles: Sequence[Any], version: str | None) -> None:
+        self._runner.run(engine.update_weights_from_tensor(self._message(handles, version=version)))
 
     def leave(self) -> None:
         self.close()
@@ -247,33 +262,6 @@ class ColocatedTransport(Transport):
         if self._own is not None:
             self._runner.run(self._own.close())
         super().close()
-
-
-def connect(
-    router_url: str,
-    engine_urls: Sequence[str],
-    ranks_of_engines: Sequence[Sequence[int]],
-    *,
-    rank: int,
-    engines_on_cpu: bool,
-    keys: Keys,
-    bucket_bytes: int,
-) -> ColocatedTransport:
-    """Return the transport of trainer `rank`; every trainer calls this. `ranks_of_engines` names, in the order of the
-    URLs, the trainers on each engine's devices."""
-
-    def client(urls: Sequence[str]) -> EngineClient:
-        return EngineClient(router_url, engines=urls, keys=keys)
-
-    led = [url for url, ranks in zip(engine_urls, ranks_of_engines, strict=True) if list(ranks[:1]) == [rank]]
-    return ColocatedTransport(
-        client(engine_urls),
-        rank=rank,
-        ranks_of_engines=ranks_of_engines,
-        own=client(led) if led else None,
-        buffer=HostBuffer if engines_on_cpu else DeviceBuffer,
-        bucket_bytes=bucket_bytes,
-    )
 
 
 def _gloo(ranks: Sequence[int], rank: int) -> dist.ProcessGroup | None:

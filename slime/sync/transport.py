@@ -1,7 +1,7 @@
 """Transport: the base of all weight transports. It sends whole sets of weights and asks engines what they hold.
 
-- Used by: trainer rank 0 holds one for the whole run (with colocation every trainer has one). `broadcast`, `disk` and
-  `colocate` are the ways to send.
+- Used by: a trainer's `sender` holds one, which `open` has chosen. Trainer rank 0 sends for all (with colocation every
+  trainer sends). `broadcast`, `disk` and `colocate` are the ways to send.
 - Invariant: when `send` returns, every engine has reported that it holds the whole set under its version; nothing else
   counts as sent. No token is sampled while weights change, and none later from a KV cache of earlier weights.
 
@@ -9,7 +9,7 @@ The weight-sync handshake. Time goes down; "-->" is an HTTP request, whose answe
 
     all trainer ranks            trainer rank 0                          engines
     ---------------------------  --------------------------------------  --------------------------------------------
-    enter `send_weights`         pause                               --> drain: answer the requests in flight first
+    enter `WeightSender.send`    pause                               --> drain: answer the requests in flight first
       rank > 0: waits in the       waits until engines are idle          abort: answer them now, with a part
       first gather                 (drain, abort) or have paused         in_place, retract: keep them waiting
                                  begin a weight-update session       --> (engines that have sessions)
@@ -26,7 +26,7 @@ What unblocks a side that waits:
 - Rank 0 in the pause: the engines become idle. An error follows after `drain_within` seconds without progress.
 - Rank 0 in a bucket: all engines have answered. An engine that dies fails its request, and the sync ends with an error.
 - A rank > 0 in a gather: rank 0 gathers, too. After an error rank 0 runs through the rest of the stream for this reason
-  (`TrainWorker.send_weights`).
+  (`sender.WeightSender`).
 - An engine in a bucket: the broadcast arrives. After an error the group is closed, which ends the broadcast.
 - A paused engine after an error: its session is ended within END_WITHIN_S, and it continues within CONTINUE_WITHIN_S.
 
@@ -39,14 +39,18 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
+import torch
+
+from slime.config.args import Args
 from slime.core.pausing import PauseChoice
 from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient, EngineError
+from slime.engine.keys import Keys
 
 DRAIN_WITHIN_S = 1800.0
 POLL_S = 0.05
@@ -71,6 +75,9 @@ class SyncReport:
     waited: float = 0.0
 
     def metrics(self) -> dict[str, float]:
+        """Return the report under the metrics' names; empty if nothing was sent."""
+        if not self.bytes:
+            return {}
         result = {
             "sync/seconds": self.seconds,
             "sync/gb": self.bytes / 1e9,
@@ -82,11 +89,41 @@ class SyncReport:
         return result
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """What a trainer knows when it opens a transport: itself, and the engines to send to."""
+
+    args: Args
+    rank: int
+    """The trainer's rank; rank 0 talks to the engines."""
+    dtype: torch.dtype
+    """The dtype of the weights in the stream."""
+    backend: str
+    """The backend of torch.distributed for the trainers' devices: nccl, or gloo on CPUs."""
+    router_url: str
+    engine_urls: Sequence[str]
+    engine_ranks: Sequence[int]
+    """The number of ranks of each engine, in the order of the URLs."""
+    shared_with: Sequence[Sequence[int]] = ()
+    """With colocation: for each engine the trainers on its devices, in the order of the engine's ranks."""
+
+    def client(self) -> EngineClient:
+        """Return a client of all engines, which waits for requests in flight as --engine-request-timeout says."""
+        return EngineClient(
+            self.router_url,
+            engines=self.engine_urls,
+            keys=Keys.of(self.args),
+            request_timeout=self.args.engine_request_timeout,
+        )
+
+
 class Transport(ABC):
     """The sending side of a weight sync. Closing it closes its `client`."""
 
     engines_generate: ClassVar[bool] = False
     """Whether engines can generate right after `send`: colocated engines may have no memory for it yet."""
+    asks_engines: bool = True
+    """Whether it is this trainer that asks the engines, after a sync, what they hold; one trainer does."""
 
     def __init__(
         self,
@@ -233,3 +270,23 @@ class Transport(ABC):
     def close(self) -> None:
         self._runner.run(self._client.close())
         self._runner.close()
+
+
+class NullTransport(Transport):
+    """The transport of a trainer that sends nothing, because another one does or there are no engines yet."""
+
+    asks_engines = False
+
+    def __init__(self) -> None:
+        super().__init__(EngineClient("", engines=()), bucket_bytes=0)
+
+    def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
+        """Take part in gathering every tensor, which the trainers that do send need."""
+        drain(tensors)
+        return SyncReport(seconds=0.0, bytes=0)
+
+
+def drain(tensors: Iterable[NamedTensor]) -> None:
+    """Run through a stream to its end, because gathering each of its tensors is collective over the trainers."""
+    for _ in tensors:
+        continue

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from slime.cluster.workers import without
 from slime.config.resolve import cuda_available
 from tests.cluster.runs import ROOT, Task, flags
 
@@ -29,15 +27,3 @@ def test_a_plan_without_gpus_loads_no_heavy_package(task: Task, tmp_path: Path, 
     command = [sys.executable, "-c", PLAN.format(first=first), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == str(loaded)
-
-
-def test_modules_are_hidden_only_during_megatrons_import() -> None:
-    sys.modules.pop("cProfile", None)
-    with without("cProfile", "json"):
-        with pytest.raises(ImportError):
-            import cProfile
-        assert sys.modules["json"] is json, "a module that is imported already stays"
-    import cProfile
-
-    assert cProfile.run is not None
-    assert sys.modules["json"] is json

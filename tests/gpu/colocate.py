@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from slime.engine.client import EngineClient
-from slime.engine.keys import NO_KEYS
 from slime.engine.launch import launch_engine
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
@@ -213,8 +212,9 @@ def plain_copy_rows(report: Report, size: int) -> None:
 @check(gpus=1, minutes=7)
 def sync_speed(report: Report) -> None:
     """A 4B shape by CUDA IPC into a real SGLang that sleeps and wakes, beside a plain copy on the device."""
-    from slime.sync.colocate import ColocatedTransport, connect
+    from slime.sync.colocate import ColocatedTransport
     from slime.sync.proof import check_versions
+    from slime.sync.transport import Opening
     from tools.make_random_checkpoint import hf_config, make_tokenizer, shape_of_script
 
     with scratch() as directory:
@@ -228,16 +228,17 @@ def sync_speed(report: Report) -> None:
             report.row("all memory given back: seconds", seconds_of(engine, put_to_sleep))
             report.row("asleep: GB of the device", in_use(), "<= 4", in_use() <= 4)
             with model_4b() as tensors:
-                transport = connect(
-                    engine.url,
-                    [engine.url],
-                    [[0]],
+                opening = Opening(
+                    args=engine_args(directory / "model"),
                     rank=0,
-                    engines_on_cpu=False,
-                    keys=NO_KEYS,
-                    bucket_bytes=512 * MIB,
+                    dtype=torch.bfloat16,
+                    backend="nccl",
+                    router_url=engine.url,
+                    engine_urls=[engine.url],
+                    engine_ranks=[1],
+                    shared_with=[[0]],
                 )
-                assert isinstance(transport, ColocatedTransport)
+                transport = ColocatedTransport.open(opening)
                 taken = seconds_of(engine, lambda client: client.resume_memory(FOR_WEIGHTS))
                 report.row("memory for weights taken: seconds", taken)
                 undefined = transport.checksums()

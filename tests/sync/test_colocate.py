@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from worker_pool import WorkerPool
 
+from slime.config.args import Args
 from slime.engine.client import EngineClient
-from slime.engine.keys import NO_KEYS
 from slime.sync.buckets import Buckets
-from slime.sync.colocate import ColocatedTransport, HostBuffer, connect
+from slime.sync.colocate import ColocatedTransport, HostBuffer
+from slime.sync.open import open_transport
+from slime.sync.transport import Opening
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 
@@ -22,9 +24,18 @@ def gather(rank: int, world_size: int, init_method: str, ranks: Sequence[Sequenc
     """Return what each trainer hands to its engine, with its rank as the handle, and the engine that it talks to."""
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
     try:
-        transport = connect(
-            "", URLS[: len(ranks)], ranks, rank=rank, engines_on_cpu=True, keys=NO_KEYS, bucket_bytes=64
+        args = Args(rollout_engine="embedded", update_weight_buffer_size=64)
+        opening = Opening(
+            args=args,
+            rank=rank,
+            dtype=torch.float32,
+            backend="gloo",
+            router_url="",
+            engine_urls=URLS[: len(ranks)],
+            engine_ranks=[len(each) for each in ranks],
+            shared_with=ranks,
         )
+        transport = open_transport(opening)
         assert isinstance(transport, ColocatedTransport)
         own: EngineClient | None = transport._own
         handles = transport._gathered(rank) if transport._buffers else []

@@ -2,5 +2,6 @@
 
 Reading order: `version` (the one that is supported), `patches` (the table of every private name that is replaced or
 relied on), `apply` (checks the table and makes changes), `install` (what a trainer changes when it starts), `cpu_layer`
-(Megatron without CUDA). `uncompiled` and `lazy_wandb` are installed before Megatron is imported.
+(Megatron without CUDA). `uncompiled` is installed before Megatron is imported, and `hidden_trackers` is how it is
+imported.
 """
