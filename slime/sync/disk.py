@@ -20,7 +20,7 @@ from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient, EngineError
 from slime.models.hf_files import write_hf
 from slime.sync.transport import DRAIN_WITHIN_S, Opening, SyncReport, Transport
-from slime.sync.weight_directory import remove_weights, weights_path
+from slime.sync.weight_directory import remove_weights
 
 
 class DiskTransport(Transport):
@@ -48,12 +48,10 @@ class DiskTransport(Transport):
     def open(cls, opening: Opening) -> DiskTransport:
         """Open it on trainer 0; the engines load what it writes into the run's weight directory."""
         args = opening.args
-        if args.hf_checkpoint is None:
-            raise ValueError("--hf-checkpoint: it is not set; engines load its config with the weights: name a model")
         return cls(
             opening.client(),
-            directory=weights_path(args),
-            source_hf_dir=args.hf_checkpoint,
+            directory=Path(args.resolved.update_weight_disk_dir),
+            source_hf_dir=args.resolved.hf_checkpoint,
             dtype=opening.dtype,
             bucket_bytes=args.update_weight_buffer_size,
             pause=args.update_weight_pause,

@@ -20,7 +20,7 @@ from slime.sync.finite import finite
 from slime.sync.open import open_transport
 from slime.sync.proof import check_versions, prove_weights
 from slime.sync.transport import NullTransport, Opening, Transport, drain
-from slime.sync.weight_directory import PROOF, weights_path
+from slime.sync.weight_directory import PROOF
 
 
 class WeightSource(Protocol):
@@ -121,7 +121,7 @@ class WeightSender:
         return finite(self._source.iter_hf_tensors, described=lambda: f"the actor's weights, {self._weights_from}")
 
     def _prove(self, version: int) -> None:
-        directory = weights_path(self._args) / PROOF
+        directory = Path(self._args.resolved.update_weight_disk_dir) / PROOF
         # Use the dtype in which the weights were sent; the HF directory's own may hold fewer bits.
         self._source.save_hf(directory, dtype=self._source.params_dtype)
         if self._transport.asks_engines:

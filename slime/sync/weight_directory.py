@@ -14,23 +14,10 @@ import shutil
 import socket
 from pathlib import Path
 
-from slime.config.args import Args
-
 LOCK = ".slime-weights.lock"
 PROOF = "weights-proof"
 """The name of the export that a sync is compared with."""
 _OWN = re.compile(r"(\.tmp_(old_)?)?weights-(v\d{6,}|proof)")
-
-
-def weights_path(args: Args) -> Path:
-    """Return the directory of a run that sends weights by files, or compares them with files.
-
-    Raises:
-        ValueError: the arguments are not resolved, which would have named one.
-    """
-    if args.update_weight_disk_dir is None:
-        raise ValueError("--update-weight-disk-dir: it is not set, and weights go through files; name a directory")
-    return Path(args.update_weight_disk_dir)
 
 
 class WeightDirectory:

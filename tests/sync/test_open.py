@@ -140,7 +140,7 @@ def test_files_are_chosen_by_name(tmp_path: Path) -> None:
 
     assert isinstance(opened("disk", update_weight_disk_dir=str(tmp_path)), DiskTransport)
     assert isinstance(opened("disk", rank=1), NullTransport)
-    with pytest.raises(ValueError, match="--update-weight-disk-dir"):
+    with pytest.raises(RuntimeError, match="update_weight_disk_dir has no value"):
         opened("disk")
     with pytest.raises(ValueError, match=r"disk: it does not reach engines on the trainers' devices; use auto, colo"):
         opened("disk", shared=[[0]])

@@ -35,6 +35,7 @@ _NO_GPU = "Megatron calls it without asking for a device; on a CPU it does nothi
 _ONE_PASS = "the fp32 main weights, and the memory of the model that they are copied to"
 _OWN_ADAM = "torch's Adam has one step for each parameter, and Megatron expects one for all"
 _ADDED = "marks on a weight by which Megatron's wrapper and layers agree on who has added its gradient to `main_grad`"
+_OPTIONAL = "trackers that it imports if they are installed; they are hidden while it is imported"
 
 TABLE: tuple[Names, ...] = (
     # --- a CPU instead of a GPU
@@ -356,11 +357,19 @@ TABLE: tuple[Names, ...] = (
         where="slime.sync.colocate",
         how="elsewhere",
     ),
+    # --- importing Megatron
     Names(
-        target="wandb",
-        names=("__class__",),
-        why="the module is loaded when it is first used, because megatron-core imports it",
-        where=f"{_TRAINING}.compat.lazy_wandb",
-        how="elsewhere",
+        target="megatron.core.timers",
+        names=("wandb", "torch.utils.tensorboard"),
+        why=_OPTIONAL,
+        where=f"{_TRAINING}.compat.hidden_trackers",
+        how="mentions",
+    ),
+    Names(
+        target="megatron.core.inference.contexts.dynamic_context",
+        names=("wandb",),
+        why=_OPTIONAL,
+        where=f"{_TRAINING}.compat.hidden_trackers",
+        how="mentions",
     ),
 )
