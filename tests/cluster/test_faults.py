@@ -21,8 +21,6 @@ LENGTH_S = 240.0
 """Seconds in which a run has to do all that a test waits for."""
 HUNG_S = 8
 """Seconds after which an engine counts as hung in these tests."""
-SILENT_S = 20
-"""Seconds of silence after which a phase fails."""
 
 
 class Run:
@@ -100,7 +98,7 @@ def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -
     generates.
     """
     save = tmp_path / "run"
-    extra = ["--num-rollout", "8", "--rollout-max-response-len", "200", "--engine-health-timeout", str(HUNG_S)]
+    extra = ["--num-rollout", "6", "--rollout-max-response-len", "150", "--engine-health-timeout", str(HUNG_S)]
     extra += ["--actor-num-gpus-per-node", "1"]
     extra += ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
     with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
@@ -119,38 +117,32 @@ def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -
     assert re.search(r"^FAULT the router \(http\S+ has died; its log is \S+router.log", output, re.M)
     assert sum(events(save, "fault/engine_restarts").values()) == 3
     assert sum(events(save, "fault/router_restarts").values()) == 1
-    groups = [group for number in range(8) for group in read_dump(save / f"dump/{number}.jsonl")]
-    assert [group[0].group_index for group in groups] == list(range(32)), "each prompt once, in its rollout"
+    groups = [group for number in range(6) for group in read_dump(save / f"dump/{number}.jsonl")]
+    assert [group[0].group_index for group in groups] == list(range(24)), "each prompt once, in its rollout"
     assert all(sample.policy_versions for group in groups for sample in group)
     versions = [{v for s in group for v in s.policy_versions or []} for group in groups]
-    assert versions == [{1 + index // 4} for index in range(32)], "a restarted engine has the run's weights"
+    assert versions == [{1 + index // 4} for index in range(24)], "a restarted engine has the run's weights"
     gaps = events(save, "train/logprob_gap_max")
-    assert sorted(gaps) == list(range(1, 9))
+    assert sorted(gaps) == list(range(1, 7))
     assert max(gaps.values()) <= 1e-4, "... and computes what the trainers compute"
 
 
 def test_a_run_restarts_after_a_lost_trainer(task: Task, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    extra = ["--num-rollout", "6", "--save-interval", "2", "--phase-timeout", str(SILENT_S), "--rollout-num-gpus", "1"]
+    extra = ["--num-rollout", "4", "--save-interval", "2", "--rollout-num-gpus", "1"]
     extra += ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
     with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
         run.wait_for("saved ")
         run.actor("TrainWorker", 1).kill()
         run.wait_for("starting again from .*, after rollout 1 ")
-        run.wait_for("saved ", count=2)
-        run.actor("RolloutManager").send_signal(signal.SIGSTOP)
-        run.wait_for("starting again from .*, after rollout 3 ")
         assert run.finish() == 0, run.output[-4000:]
         output = run.output
     assert re.search(r"^FAULT .* failed: trainer \d \(its log is \S+trainer-\d.log\) died", output, re.M)
-    assert re.search(
-        rf"^FAULT .*: no answer for {SILENT_S} s \(--phase-timeout\) from the rollout manager", output, re.M
-    )
-    assert output.count("restart 1 of --max-restarts 2") == 2, "a checkpoint between two faults resets the count"
-    assert events(save, "fault/run_restarts") == {2: 1, 4: 2}
-    assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4, 5, 6]
-    groups = [group for number in range(6) for group in read_dump(save / f"dump/{number}.jsonl")]
-    assert [group[0].group_index for group in groups] == list(range(24))
+    assert output.count("restart 1 of --max-restarts 2") == 1
+    assert events(save, "fault/run_restarts") == {2: 1}
+    assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4]
+    groups = [group for number in range(4) for group in read_dump(save / f"dump/{number}.jsonl")]
+    assert [group[0].group_index for group in groups] == list(range(16))
     assert max(events(save, "train/logprob_gap_max").values()) <= 1e-4
 
 

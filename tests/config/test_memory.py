@@ -266,7 +266,8 @@ def test_one_rank(workers: WorkerPool, case: str) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_log_probs(workers: WorkerPool, bf16: bool) -> None:
     """With a large vocabulary the logits are the fullest moment; also the forward pass of the reference by itself."""
-    args = make_args(replace(GLM4, vocab_size=LARGE_VOCABULARY), bf16=bf16)
+    tokens = BF16_TOKENS if bf16 else TOKENS
+    args = make_args(replace(GLM4, vocab_size=LARGE_VOCABULARY), bf16=bf16, max_tokens_per_gpu=tokens)
     [found] = workers.run(1, measure, args)
     assert_planned(args, found)
     planned = planned_for(args)
@@ -312,6 +313,7 @@ LAYOUTS: dict[str, tuple[Architecture, dict[str, Any]]] = {
 def test_several_ranks(workers: WorkerPool, layout: str) -> None:
     arch, more = LAYOUTS[layout]
     args = make_args(arch, actor_num_gpus_per_node=2, **more)
+    args = replace(args, max_tokens_per_gpu=BF16_TOKENS if args.bf16 else TOKENS)
     for rank, found in enumerate(workers.run(2, measure, args)):
         assert_planned(args, found, stage=rank if args.pipeline_model_parallel_size > 1 else 0)
 
