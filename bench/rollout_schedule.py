@@ -39,7 +39,7 @@ from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.generate import generate_sample, rollout_sampling_params, sampling_seed
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.tokenizer import load_tokenizer
 
 GOAL_PLAIN, GOAL_LIMIT = 1.25, 0.85

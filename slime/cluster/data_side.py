@@ -25,7 +25,7 @@ from slime.rollout.evaluate import Evaluator
 from slime.rollout.generate import sampling_record
 from slime.rollout.in_flight import TrackedSource
 from slime.rollout.metrics import replay_metrics
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.tokenizer import load_tokenizer
 
 

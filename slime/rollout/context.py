@@ -17,7 +17,7 @@ from slime.config.args import Args
 from slime.config.end_tokens import END_OF_MESSAGE, end_token_ids
 from slime.core.sample import Sample
 from slime.engine.client import EngineClient
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from slime.engine.launch import launch_engine, launch_router
 from slime.engine.membership import register_worker
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.rollout.context import RolloutContext
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 
 SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
 TEMPLATE = (

@@ -15,7 +15,7 @@ from slime.core.sample import Sample
 from slime.rollout.chat_template import render_messages
 from slime.rollout.context import RolloutContext
 from slime.rollout.prompts import PromptSet, load_prompts
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.sft_rollout import fill_responses
 from slime.rollout.tokenizer import tokenize_texts
 

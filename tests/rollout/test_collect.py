@@ -17,7 +17,7 @@ from slime.engine.protocol import GenerateRequest, SamplingParams
 from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 
 Run = Callable[..., Any]
 Write = Callable[..., str]

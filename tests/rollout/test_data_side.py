@@ -28,7 +28,7 @@ from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.in_flight import TrackedSource
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 
 Write = Callable[..., str]
 NUM_PROMPTS = 7

@@ -19,7 +19,7 @@ from slime.engine.client import EngineError
 from slime.engine.protocol import FinishReason, GenerateResponse, SamplingParams
 from slime.rollout.context import RolloutContext
 from slime.rollout.generate import append_response, generate_sample, room
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 
 WORDS = ["ab", "cd", "x|y", "<eos>", "<other>", "é"]
 

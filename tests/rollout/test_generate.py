@@ -18,7 +18,7 @@ from slime.rollout.generate import (
     rollout_sampling_params,
     sampling_seed,
 )
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 
 
 def _sample(length: int) -> Sample:

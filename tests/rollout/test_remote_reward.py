@@ -13,7 +13,7 @@ from aiohttp import web
 
 from slime.config.args import Args
 from slime.core.sample import Sample
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.reward_pool.verdict import Verdict, failure_kind
 
 T = TypeVar("T")

@@ -25,7 +25,7 @@ from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.dump import read_dump, write_dump
 from slime.rollout.metrics import MAX_NAMED, entry_metrics
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.reward_pool.verdict import Verdict, error_verdict, failure_kind, verdict_of, verdicts_of
 from slime.rollout.rewards.remote import answer_verdict
 

@@ -17,7 +17,7 @@ import pytest
 
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.reward_pool.verdict import TIMEOUT, Verdict, failure_kind
 
 
@@ -470,7 +470,7 @@ def test_a_rewards_own_session_ends_with_its_worker() -> None:
         "import asyncio, os, signal\n"
         "from slime.config.args import Args\n"
         "from slime.core.sample import Sample\n"
-        "from slime.rollout.reward_pool import RewardPool\n"
+        "from slime.rollout.reward_pool.pool import RewardPool\n"
         "async def run():\n"
         "    pool = RewardPool(Args(custom_rm_path='rewards_for_tests.leaves_a_sleeper', rm_num_workers=1))\n"
         f"    print(await pool.judge(Sample(label='{seconds}')), flush=True)\n"
@@ -488,7 +488,7 @@ def test_workers_end_with_their_owner() -> None:
         "import asyncio, os, signal, sys\n"
         "from slime.config.args import Args\n"
         "from slime.core.sample import Sample\n"
-        "from slime.rollout.reward_pool import RewardPool\n"
+        "from slime.rollout.reward_pool.pool import RewardPool\n"
         "async def run():\n"
         "    pool = RewardPool(Args(custom_rm_path='rewards_for_tests.by_label', rm_num_workers=2))\n"
         "    await pool.judge(Sample(label='1'))\n"

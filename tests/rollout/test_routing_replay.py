@@ -18,7 +18,7 @@ from slime.core.sample import Sample, Status
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
 from slime.rollout.context import RolloutContext
 from slime.rollout.generate import generate_sample
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 
 LAYERS, DENSE, TOPK = 3, 1, 2
 SHAPE = Architecture(

@@ -11,7 +11,7 @@ from slime.config.args import Args
 from slime.core.batch import from_samples
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
-from slime.rollout.reward_pool import RewardPool
+from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.sft_rollout import generate_rollout
 
 EOS = "<|user|>"

@@ -2,8 +2,6 @@
 
 Reading order: `pool` (which process judges which sample), `process` and `worker` (the two ends of one process),
 `channel` (how they talk), `async_worker` (async reward functions), `verdict` and `entries` (what comes back).
+
+This file imports nothing, because a worker is to load the reward function and little else.
 """
-
-from slime.rollout.reward_pool.pool import RewardPool
-
-__all__ = ["RewardPool"]
