@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from worker_pool import WorkerPool
+
+gc.disable()  # until all test modules are imported
 
 ROOT = Path(__file__).parent
 settings.register_profile("slime", deadline=None)
@@ -42,6 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     assert [name for name in LONGEST if not (ROOT / name).exists()] == [], "renamed"
     places = {ROOT / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported by now lives as long as the process
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,10 @@ def joined(args: Any, rank: int, world_size: int, init_method: str) -> Iterator[
 
 
 def _serve(connection: Connection) -> None:
+    from slime.core.imports import importing
+
+    with importing():
+        pass  # what most functions need
     import torch
 
     torch.set_num_threads(1)

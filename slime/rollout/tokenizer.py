@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slime.config.args import Args
+from slime.core.imports import importing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,8 @@ def load_tokenizer(args: Args) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: --hf-checkpoint is missing or holds no tokenizer.
     """
-    from transformers import AutoTokenizer
+    with importing():
+        from transformers import AutoTokenizer
 
     path = args.hf_checkpoint
     if path is None:
