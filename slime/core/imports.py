@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def importing() -> Generator[None]:
     """Pause the garbage collector inside the block, and leave out of later collections what exists at its end.
 
     Modules live as long as the process. On one core of 2 GHz the imports of a trainer take 3.0 s with this and 3.7 s
