@@ -131,9 +131,8 @@ def learn(task: Path, *, seed: int, num_rollouts: int) -> float:
     args, _ = load_args([*flags, "--rm-type", "deepscaler", "--colocate", "--dry-run"])
     tokenizer: Any = AutoTokenizer.from_pretrained(hf)
     model: Any = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, use_safetensors=True)
-    assert args.architecture is not None  # read from the model's config.json
     stop = model.config.eos_token_id
-    engine = InProcessEngine(args.architecture, rows=PROMPTS * G, context=128, stop_token_ids=stop)
+    engine = InProcessEngine(args.resolved.architecture, rows=PROMPTS * G, context=128, stop_token_ids=stop)
 
     supervised_start(model, read_samples(task / "demonstrations.jsonl", tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)

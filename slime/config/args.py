@@ -265,10 +265,24 @@ class Resolved:
     def architecture(self) -> Architecture:
         return self._value(self._args.architecture, "architecture")
 
+    @property
+    def num_epoch(self) -> int:
+        return self._value(self._args.num_epoch, "num_epoch")
+
+    @property
+    def rm_url(self) -> str:
+        return self._value(self._args.rm_url, "rm_url")
+
+    @property
+    def load_debug_rollout_data(self) -> str:
+        return self._value(self._args.load_debug_rollout_data, "load_debug_rollout_data")
+
     @staticmethod
     def _value(value: T | None, name: str) -> T:
         if value is None:
-            raise RuntimeError(f"args.{name} has no value yet: these arguments were not resolved (parse.load_args)")
+            raise RuntimeError(
+                f"args.{name} has no value: these arguments did not come from slime.config.parse.load_args"
+            )
         return value
 
 

@@ -17,8 +17,7 @@ from slime.core.small_files import is_file
 
 def rollouts_of_epochs(args: Args, num_prompts: int) -> int:
     """Return --num-epoch x prompts / --rollout-batch-size, rounded up."""
-    assert args.num_epoch is not None, "the rules require one of --num-rollout and --num-epoch"
-    return -(-args.num_epoch * num_prompts // args.rollout_batch_size)
+    return -(-args.resolved.num_epoch * num_prompts // args.rollout_batch_size)
 
 
 def planned_prompts(args: Args) -> int | None:

@@ -20,8 +20,7 @@ def for_actor(args: Args, batch: TrainBatch) -> TrainBatch:
     """
     if not args.use_routing_replay or args.loss_type == "sft_loss":
         return batch.without("routed_experts")
-    arch = args.architecture
-    assert arch is not None
+    arch = args.resolved.architecture
     if not batch.has("routed_experts"):
         raise ValueError(
             "--use-routing-replay: the samples carry no routed_experts; engines return them if they run with "

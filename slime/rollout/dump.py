@@ -33,8 +33,7 @@ def read_replay(args: Args, rollout_id: int) -> tuple[list[list[Sample]], Sampli
     Raises:
         ValueError: as in `read_dump`, or the samples do not fit the flags with which training would read them.
     """
-    assert args.load_debug_rollout_data is not None
-    path = Path(args.load_debug_rollout_data.format(rollout_id=rollout_id))
+    path = Path(args.resolved.load_debug_rollout_data.format(rollout_id=rollout_id))
     groups, record = read_dump(path), read_record(path)
     faults = [] if record is None or args.debug_rollout_only else record.faults(args)
     if faults:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from config_run import ROOT, Run
 
+from slime.config.args import Args
 from slime.config.parse import dump_args, load_args
+from slime.config.resolve import resolve
 
 
 @pytest.mark.parametrize(
@@ -288,3 +290,12 @@ def test_train_py_stops_before_anything_starts(run: Run) -> None:
     for expected in ("--rolout-seed: unknown flag", "--num-steps-per-rollout 3: 4 prompts", f"{run.data}:1: not JSON"):
         assert expected in done.stderr
     assert done.stdout == ""
+
+
+def test_resolved_values_have_no_none() -> None:
+    args = resolve(Args(save="/runs/a", lr=2e-6, eps_clip=0.1))
+    resolved = args.resolved
+    assert (resolved.log_dir, resolved.critic_lr, resolved.eps_clip_high) == ("/runs/a", 2e-6, 0.1)
+    assert (resolved.num_steps_per_rollout, resolved.global_batch_size) == (1, args.global_batch_size)
+    with pytest.raises(RuntimeError, match=r"args\.log_dir has no value: .*parse\.load_args"):
+        _ = Args().resolved.log_dir

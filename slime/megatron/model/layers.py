@@ -120,8 +120,7 @@ def _is_megatrons(core_attention: object) -> bool:
 
 def built_in_layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -> ModuleSpec:
     """Return one layer from Megatron's local modules with our norm and our packed attention, new at each call."""
-    arch = args.architecture
-    assert arch is not None
+    arch = args.resolved.architecture
     spec = get_gpt_layer_local_spec(
         num_experts=arch.num_experts if arch.is_moe_layer(layer) else None,
         qk_layernorm=arch.qk_layernorm,

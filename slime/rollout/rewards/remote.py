@@ -39,9 +39,8 @@ class RemoteReward:
     """Sends samples to the judge, with at most --rm-concurrency requests at once."""
 
     def __init__(self, args: Args) -> None:
-        assert args.rm_url is not None, "the rules require --rm-url"
-        self._url = args.rm_url
-        self._mask = Masker([args.rm_url])  # failures go into logs and dumps
+        self._url = args.resolved.rm_url
+        self._mask = Masker([self._url])  # failures go into logs and dumps
         self._timeout = args.rm_timeout
         self._key = args.reward_key
         self._slots = asyncio.Semaphore(args.rm_concurrency)
