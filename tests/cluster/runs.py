@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,15 @@ def without(arguments: list[str], name: str, values: int = 1) -> list[str]:
     """Return the arguments without the flag `name` and its values."""
     at = arguments.index(name)
     return arguments[:at] + arguments[at + 1 + values :]
+
+
+@contextmanager
+def own_ray() -> Generator[pytest.MonkeyPatch]:
+    """Let runs that start inside have a Ray of their own, also where others of the module join one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(JOINED)]:
+            patch.delenv(name)
+        yield patch
 
 
 def environment() -> dict[str, str]:

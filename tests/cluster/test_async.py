@@ -17,10 +17,12 @@ from slime.megatron.checkpoint.files import read_state
 from slime.observability.metrics_log import read_metrics
 from slime.observability.phases import PHASES
 from slime.rollout.dump import read_dump
-from tests.cluster.runs import SMALL, Task, copy_checkpoint, events, family, flags, start, train, wait_for
+from tests.cluster.runs import SMALL, Task, copy_checkpoint, events, family, flags, own_ray, start, train, wait_for
 from tests.cluster.test_life_and_death import assert_all_gone, assert_no_trace, new_marker, temporary_files
 from tests.cluster.test_resume import weights
 from tests.cluster.timeline_hooks_for_tests import TRAINING_S, read_spans
+
+pytestmark = pytest.mark.usefixtures("joined_ray")
 
 PROGRAM = "train_async.py"
 HOOKS = "tests.cluster.timeline_hooks_for_tests"
@@ -145,7 +147,8 @@ def test_a_failed_rollout_ends_the_run_during_training(task: Task, tmp_path: Pat
     extra = ["--custom-generate-function-path", f"{HOOKS}.fail_second"]
     extra += ["--custom-advantage-function-path", f"{HOOKS}.without_end"]
     log = tmp_path / "log.txt"
-    process = start(flags(task, tmp_path / "run", *SMALL, *extra), log, PROGRAM)
+    with own_ray():
+        process = start(flags(task, tmp_path / "run", *SMALL, *extra), log, PROGRAM)
     everyone: list[psutil.Process] = []
     try:
         wait_for(lambda: process.poll() is not None or "starting at rollout 0" in log.read_text(), "the start")
@@ -176,7 +179,7 @@ LAST = 4
 def interrupted(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five rollouts of many, then Ctrl-C, which leaves nothing; a checkpoint and an export after each."""
     save = tmp_path_factory.mktemp("interrupted") / "run"
-    with pytest.MonkeyPatch.context() as patch, temporary_files(patch) as temporary:
+    with own_ray() as patch, temporary_files(patch) as temporary:
         patch.setenv(marker := new_marker(), "1")
         _interrupt(task, save)
         assert_no_trace(marker, temporary, save)
