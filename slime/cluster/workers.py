@@ -18,6 +18,7 @@ import ray
 from slime.config.args import Args
 from slime.config.secrets import masker_of
 from slime.core.batch import TrainBatch
+from slime.core.imports import importing
 from slime.core.masking import mask_output
 from slime.core.threads import THREADS_SLEEP_SOON
 from slime.observability.logs import log_to_file
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 
 def _build_rank(args: Args, rank: int, init_method: str) -> TrainingRank:
-    from slime.cluster.training_rank import TrainingRank
+    with importing():
+        from slime.cluster.training_rank import TrainingRank
 
     return TrainingRank(args, rank=rank, init_method=init_method)
 

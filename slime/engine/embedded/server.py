@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import logging
 import random
@@ -332,6 +333,7 @@ def main(argv: Sequence[str], *, make_model: MakeModel = Model) -> int:
     """Serve as `argv` requires. `make_model` replaces the forward pass under the same scheduler and protocol."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("aiohttp.server").addFilter(_is_no_probe)
+    gc.freeze()  # what is imported lives as long as the process
     sys.setswitchinterval(0.0005)  # the scheduler gets the GIL back soon after every operator
     try:
         settings, threads = parse_settings(argv)
