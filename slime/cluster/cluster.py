@@ -26,15 +26,15 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-from slime.cluster.actors import Processes
-from slime.cluster.colocation import make_memory_schedule
+from slime.cluster.actors import Processes, running_processes
+from slime.cluster.colocation import DedicatedDevices, make_memory_schedule
 from slime.cluster.start_trackers import start_trackers
 from slime.cluster.weight_sync import EngineWeightSync
 from slime.config.args import Args
@@ -43,6 +43,7 @@ from slime.config.secrets import masker_of
 from slime.observability.best_checkpoint import BestCheckpoint
 from slime.observability.console import RunConsole
 from slime.observability.logs import log_to_file
+from slime.observability.metrics_log import MetricsLog
 from slime.observability.phases import StepClock, memory_record
 from slime.observability.run_directory import RunDirectory
 
@@ -74,81 +75,35 @@ def _run_directory(args: Args) -> RunDirectory:
 
 
 class Cluster:
-    """The running cluster, used as `with Cluster(args) as cluster`; leaving the block ends every process it started."""
+    """The verbs of the training loop, on a cluster that runs (see `running_cluster`)."""
 
-    def __init__(self, args: Args, *, restarts: int = 0) -> None:
-        """`restarts` is how often faults have ended this run before."""
+    def __init__(
+        self,
+        args: Args,
+        *,
+        processes: Processes,
+        memory: DedicatedDevices,
+        metrics: MetricsLog,
+        console: RunConsole,
+        best: BestCheckpoint | None,
+        rollouts: range,
+        policy_version: int,
+    ) -> None:
+        """`rollouts` are the ids of those that are left, and engines hold no weights newer than `policy_version`."""
         self._args = args
-        self._restarts = restarts
-        self._cleanup = ExitStack()
-        self._policy_version = 0
-        self._first = self._last = 0
+        self._processes = processes
+        self._waiter = processes.waiter
+        self._memory = memory
+        self._metrics = metrics
+        self._console = console
+        self._best = best
+        self._first, self._last = rollouts.start, rollouts.stop
+        self._policy_version = policy_version
+        self._weight_sync = EngineWeightSync(processes, memory, console.say)
         self._clock = StepClock()
         self._record: dict[str, float] = {}
         self._sync_report: dict[str, float] = {}
         self._ahead: _Generation | None = None
-        self._best: BestCheckpoint | None = None
-        self._ended_well = False
-
-    def __enter__(self) -> Cluster:
-        with self._cleanup:
-            self._start()
-            self._cleanup = self._cleanup.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._ended_well = error is None
-        self._cleanup.close()
-
-    def _start(self) -> None:
-        args = self._args
-        signal.signal(signal.SIGTERM, _exit_on_sigterm)
-        directory = _run_directory(args)
-        self._cleanup.callback(directory.close)
-        log_to_file(directory.logs, "driver", masker_of(args))
-        self._processes = processes = Processes(args, directory.logs)
-        self._cleanup.callback(lambda: processes.stop(well=self._ended_well))
-        processes.start()
-        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray has replaced our handler with its own
-        self._memory = make_memory_schedule(args, processes)
-        loaded, warnings = self._memory.load()
-        state = None
-        if loaded is not None:
-            self._first, state = loaded.next_rollout_id, loaded.state
-        if state is not None:
-            self._policy_version = state["policy_version"]
-            processes.get("restoring the data side", [processes.manager.load_state_dict.remote(state["rollout"])])
-        self._last = processes.num_rollouts
-        # From here on the run is accepted, so what it reports goes into its directory.
-        directory.write_args(dump_args(args))
-        in_place = loaded is not None and args.save is not None and Path(args.save) in Path(loaded.source).parents
-        continued = state is not None and in_place
-        self._console = RunConsole(total=self._last, done=self._first)
-        self._cleanup.callback(self._console.close)
-        # Without rollouts, no metrics after the checkpoint are written again, so all of them stay.
-        seen = self._first if self._last else None
-        self._metrics, damage = directory.continue_metrics(seen) if continued else (directory.new_metrics(), None)
-        warnings = [*warnings, damage] if damage is not None else warnings
-        self._cleanup.callback(self._metrics.close)
-        trackers = start_trackers(args, directory.run_id(new=not continued), self._first)
-        self._metrics.track(trackers, self._console.say)
-        if state is not None and self._last:
-            self._metrics.write(self._first, state["times"])
-        if args.keep_best_checkpoint is not None and args.save is not None and self._last:
-            self._best = BestCheckpoint(Path(args.save), args.keep_best_checkpoint, say=self._console.say)
-            if loaded is not None and continued:
-                self._best.saved(Path(loaded.source), step=self._first)
-        if self._restarts:
-            self._metrics.write(self._first, {"fault/run_restarts": self._restarts})
-        for warning in warnings:
-            self._console.say(f"WARNING {warning}")
-        if loaded is not None:
-            self._console.say(f"actor loaded from {loaded.source}, starting at rollout {self._first}")
-        if 0 < self._last <= self._first:
-            self._console.say(f"nothing left to train: {self._first} of {self._last} rollouts are done")
-        self._weight_sync = EngineWeightSync(processes, self._memory, self._console.say)
-        self._memory.connect()
-        processes.started()
 
     def rollouts(self) -> Iterator[int]:
         """Yield the ids of the rollouts that are left; each iteration is one step of the clock."""
@@ -184,7 +139,7 @@ class Cluster:
 
     def _begin_generation(self, rollout_id: int) -> _Generation:
         batch, report = self._processes.manager.generate.options(num_returns=2).remote(rollout_id)
-        self._processes.watch(f"rollout {rollout_id}: generation", report)
+        self._waiter.watch(f"rollout {rollout_id}: generation", report)
         return _Generation(rollout_id, batch, report)
 
     def _wait_for(self, generation: _Generation) -> dict[str, float]:
@@ -197,7 +152,7 @@ class Cluster:
 
     def _report_of(self, generation: _Generation) -> dict[str, float]:
         phase = f"rollout {generation.rollout_id}: generation"
-        return self._processes.get(phase, [generation.report], meanwhile=self._weight_sync.look_after)[0]
+        return self._waiter.get(phase, [generation.report], meanwhile=self._weight_sync.look_after)[0]
 
     @contextmanager
     def engines_asleep(self) -> Iterator[None]:
@@ -210,7 +165,7 @@ class Cluster:
         """Take one rollout's optimizer steps on all ranks."""
         trainers = self._processes.trainers
         with self._clock.inner() as seconds:
-            results = self._processes.get(
+            results = self._waiter.get(
                 f"rollout {rollout_id}: training", [trainer.train.remote(rollout_id, batch) for trainer in trainers]
             )
             if results:
@@ -237,7 +192,7 @@ class Cluster:
             self._wait_for(self._ahead)  # stored whole: the rest of half a rollout would come from other weights
         times = self._clock.close()  # a resumed run knows only this part of the step's times
         with self._clock.phase("checkpoint"):
-            [rollout] = self._processes.get(
+            [rollout] = self._waiter.get(
                 "saving the data side", [self._processes.manager.state_dict.remote(rollout_id + 1)]
             )
             state = {
@@ -247,7 +202,7 @@ class Cluster:
             }
             # Rank 0 alone writes the state. It may hold whole rollouts, too large to send to ranks that ignore it.
             saving = [t.save.remote(rollout_id, state if rank == 0 else {}) for rank, t in enumerate(trainers)]
-            paths = self._processes.get(f"rollout {rollout_id}: saving", saving)
+            paths = self._waiter.get(f"rollout {rollout_id}: saving", saving)
         self._console.say(f"saved {paths[0]}")
         if self._best is not None:
             self._best.saved(Path(paths[0]), step=rollout_id + 1)
@@ -279,7 +234,7 @@ class Cluster:
 
     def _take_peaks(self) -> list[dict[str, float]]:
         """Return every trainer's peak memory since the last call."""
-        return self._processes.get(
+        return self._waiter.get(
             "measuring memory", [trainer.peak_memory.remote() for trainer in self._processes.trainers]
         )
 
@@ -304,7 +259,7 @@ class Cluster:
         if not (args.eval_prompt_data or args.eval_config) or not args.num_engines:
             return
         with self._clock.phase("evaluation"):
-            [metrics] = self._processes.get(
+            [metrics] = self._waiter.get(
                 f"evaluation after {step} rollouts",
                 [self._processes.manager.evaluate.remote(step)],
                 meanwhile=self._weight_sync.look_after,
@@ -314,3 +269,73 @@ class Cluster:
         self._console.evaluation(step, metrics)
         if self._best is not None:
             self._best.evaluated(metrics, step=step)
+
+
+Story = Callable[[Cluster], None]
+"""A training loop, written in the verbs of a cluster."""
+
+
+@contextmanager
+def running_cluster(args: Args, *, restarts: int = 0) -> Iterator[Cluster]:
+    """Start a cluster for the block; leaving the block ends every process that it started.
+
+    `restarts` is how often faults have ended this run before.
+
+    Raises:
+        RunError: naming what does not start.
+    """
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    with ExitStack() as cleanup:
+        directory = _run_directory(args)
+        cleanup.callback(directory.close)
+        log_to_file(directory.logs, "driver", masker_of(args))
+        processes = cleanup.enter_context(running_processes(args, directory.logs))
+        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray has replaced our handler with its own
+        memory = make_memory_schedule(args, processes)
+        loaded, warnings = memory.load()
+        first, last, policy_version, state = 0, processes.num_rollouts, 0, None
+        if loaded is not None:
+            first, state = loaded.next_rollout_id, loaded.state
+        if state is not None:
+            policy_version = state["policy_version"]
+            restoring = [processes.manager.load_state_dict.remote(state["rollout"])]
+            processes.waiter.get("restoring the data side", restoring)
+        # From here on the run is accepted, so what it reports goes into its directory.
+        directory.write_args(dump_args(args))
+        source = None if loaded is None else Path(loaded.source)
+        in_place = source is not None and args.save is not None and Path(args.save) in source.parents
+        continued = state is not None and in_place
+        console = RunConsole(total=last, done=first)
+        cleanup.callback(console.close)
+        # Without rollouts, no metrics after the checkpoint are written again, so all of them stay.
+        seen = first if last else None
+        metrics, damage = directory.continue_metrics(seen) if continued else (directory.new_metrics(), None)
+        cleanup.callback(metrics.close)
+        metrics.track(start_trackers(args, directory.run_id(new=not continued), first), console.say)
+        if state is not None and last:
+            metrics.write(first, state["times"])
+        best = None
+        if args.keep_best_checkpoint is not None and args.save is not None and last:
+            best = BestCheckpoint(Path(args.save), args.keep_best_checkpoint, say=console.say)
+            if source is not None and continued:
+                best.saved(source, step=first)
+        if restarts:
+            metrics.write(first, {"fault/run_restarts": restarts})
+        for warning in [*warnings, *([] if damage is None else [damage])]:
+            console.say(f"WARNING {warning}")
+        if loaded is not None:
+            console.say(f"actor loaded from {loaded.source}, starting at rollout {first}")
+        if 0 < last <= first:
+            console.say(f"nothing left to train: {first} of {last} rollouts are done")
+        memory.connect()
+        processes.started()
+        yield Cluster(
+            args,
+            processes=processes,
+            memory=memory,
+            metrics=metrics,
+            console=console,
+            best=best,
+            rollouts=range(first, last),
+            policy_version=policy_version,
+        )

@@ -72,7 +72,7 @@ class Colocated(DedicatedDevices):
     def to_trainers(self) -> None:
         self._put_engines_to_sleep()
         trainers = self._processes.trainers
-        self._processes.get("trainers take memory", [trainer.wake.remote() for trainer in trainers])
+        self._processes.waiter.get("trainers take memory", [trainer.wake.remote() for trainer in trainers])
 
     def to_weights(self) -> None:
         self._put_trainers_to_sleep(keep_weights=True)
@@ -85,14 +85,14 @@ class Colocated(DedicatedDevices):
     def _put_trainers_to_sleep(self, *, keep_weights: bool) -> None:
         trainers = self._processes.trainers
         sleeping = [trainer.sleep.remote(keep_weights=keep_weights) for trainer in trainers]
-        self._processes.get("trainers give back memory", sleeping)
+        self._processes.waiter.get("trainers give back memory", sleeping)
 
     def _put_engines_to_sleep(self) -> None:
-        self._processes.get("engines give back memory", [self._processes.manager.put_engines_to_sleep.remote()])
+        self._processes.waiter.get("engines give back memory", [self._processes.manager.put_engines_to_sleep.remote()])
 
     def _wake_engines(self, *, to_generate: bool) -> None:
         waking = [self._processes.manager.wake_engines.remote(to_generate=to_generate)]
-        self._processes.get("engines take memory", waking)
+        self._processes.waiter.get("engines take memory", waking)
 
 
 def make_memory_schedule(args: Args, processes: Processes) -> DedicatedDevices:

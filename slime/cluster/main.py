@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slime.cluster.local_ray import ADDRESS, address_fault, protect_local_ray
@@ -21,9 +21,7 @@ from slime.plan.fit import load_run
 from slime.plan.summary import format_plan
 
 if TYPE_CHECKING:
-    from slime.cluster.cluster import Cluster
-
-Story = Callable[["Cluster"], None]
+    from slime.cluster.cluster import Story
 
 
 def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:

@@ -1,6 +1,6 @@
 """Placement: join or start Ray, and reserve a place for every process of the run.
 
-- Called by: `Processes.start` calls this first.
+- Called by: `running_processes`, before it starts an actor.
 - Invariant: if Ray has GPUs, a bundle is one GPU (a process that computes on the CPU has a bundle of its own). Trainers
   get the first GPUs in rank order, node by node. Engines get the GPUs after them, each within one node. With --colocate
   engine i shares the GPUs of trainers i * n to i * n + n - 1.

@@ -1,6 +1,6 @@
 """Waiter: the only way in which the driver waits for results of actors, known by name, and never for ever.
 
-- Called by: `Processes.get`.
+- Called by: the driver, through `Processes.waiter`.
 - Invariant: a wait ends with all results, or with an error that names the phase and the process at fault: one that
   refused (RunError), one that died, or one that did not answer in time (Fault).
 """

@@ -1,6 +1,6 @@
 """Reaper: ends all processes of a run and removes its temporary files once its driver is gone, also after SIGKILL.
 
-- Where it sits: `Processes.start` starts one before it starts Ray. Most of Ray notices by itself that a driver died.
+- Where it sits: `ray_session` starts one before it starts Ray. Most of Ray notices by itself that a driver died.
   Its agents first try for up to a minute to report to a control store that has died as well, and stopped processes
   (SIGSTOP) notice nothing.
 - Invariant: only processes with the run's own mark are ended, and only its own directories are removed. A Ray that the
@@ -25,7 +25,9 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
+from types import TracebackType
 
 import psutil
 
@@ -44,23 +46,29 @@ class Reaper:
     """The driver's side of the reaper."""
 
     def __init__(self, mark: str, files: RunFiles, logs: Path) -> None:
+        reading, writing = os.pipe()
+        self._pipe = FileIO(writing, "w")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "slime.cluster.reaper", mark, str(files.path), str(logs)],
-            stdin=subprocess.PIPE,
-            bufsize=0,
+            stdin=reading,
             start_new_session=True,
             pass_fds=(files.lock,),
         )
+        os.close(reading)
 
     def tell(self, line: str) -> None:
-        assert self._process.stdin is not None, "it was opened with a pipe"
         with suppress(BrokenPipeError):  # the reaper was killed
-            self._process.stdin.write(f"{line}\n".encode())
+            self._pipe.write(f"{line}\n".encode())
+
+    def leave(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """End the block of the run; without an error nothing has failed."""
+        if kind is None:
+            self.tell("well")
+        self.finish()
 
     def finish(self) -> None:
         """Close the pipe, so that the reaper acts, and wait until it has finished."""
-        assert self._process.stdin is not None, "it was opened with a pipe"
-        self._process.stdin.close()
+        self._pipe.close()
         try:
             self._process.wait(2 * (GUARDS_WITHIN_S + GONE_WITHIN_S))
         except subprocess.TimeoutExpired:

@@ -8,17 +8,14 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from slime.cluster.cluster import Cluster
+from slime.cluster.cluster import Story, running_cluster
 from slime.config.args import Args
+from slime.core.checkpoint_names import rollout_of
 from slime.core.errors import Fault
 
-Story = Callable[[Cluster], None]
-_ITERATION = re.compile(r"iter_(\d{7,})")
 logger = logging.getLogger(__name__)
 
 
@@ -34,7 +31,7 @@ def run_with_restarts(args: Args, story: Story) -> None:
     without_progress = total = 0
     while True:
         try:
-            with Cluster(args, restarts=total) as cluster:
+            with running_cluster(args, restarts=total) as cluster:
                 story(cluster)
             return
         except Fault as fault:
@@ -58,8 +55,8 @@ def run_with_restarts(args: Args, story: Story) -> None:
 
 def newest_checkpoint(save: str | None) -> int | None:
     """Return the last rollout with a checkpoint in `save`; a checkpoint gets its name only when it is complete."""
-    found = [] if save is None else [_ITERATION.fullmatch(path.name) for path in Path(save).glob("iter_*")]
-    return max((int(match[1]) for match in found if match is not None), default=None)
+    found = [] if save is None else [rollout_of(path.name) for path in Path(save).glob("iter_*")]
+    return max((rollout_id for rollout_id in found if rollout_id is not None), default=None)
 
 
 def resumed_args(args: Args) -> Args:

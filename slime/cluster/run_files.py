@@ -1,6 +1,6 @@
 """RunFiles: the temporary directory of a run, and the removal of what dead runs have left.
 
-- Used by: `Processes` has one for each start of the run; the `reaper` removes it.
+- Used by: `ray_session` makes one for each start of the run; the `reaper` removes it.
 - Invariant: another run removes a directory only if nobody holds its lock. The kernel releases the lock when a process
   dies, so neither the driver nor the reaper of that run is alive. A directory without a lock belongs to someone else.
 """

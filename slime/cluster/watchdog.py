@@ -1,6 +1,6 @@
 """Watchdog: ends the run when Ray itself does not answer.
 
-- Where it sits: `Processes` starts one before Ray. It is a thread, because the driver's own calls of Ray hang in that
+- Where it sits: `ray_session` starts one before Ray. It is a thread, because the driver's own calls of Ray hang in that
   case, including those that would end Ray.
 - Invariant: the error names the process that did not answer, and for how long. Silence counts only for a process that
   has answered before. Time in which this process itself was suspended (SIGSTOP, a sleeping machine) does not count.
@@ -52,9 +52,13 @@ class Watchdog:
             self._watched = [_Watched(name, grpc.insecure_channel(address)) for name, address in addresses.items()]
 
     def expect(self, what: str, within: float) -> None:
-        """Expect the main thread to finish `what` within so many seconds, and to call this or `expect_nothing` then."""
+        """Expect the main thread to finish `what` within so many seconds, and to call this or `expect_nothing` then.
+
+        If that is expected already, its time goes on.
+        """
         with self._lock:
-            self._expected, self._waited = (what, within), 0.0
+            if self._expected != (what, within):
+                self._expected, self._waited = (what, within), 0.0
 
     def expect_nothing(self) -> None:
         with self._lock:

@@ -27,6 +27,7 @@ class EngineWeightSync:
 
     def __init__(self, processes: Processes, memory: DedicatedDevices, say: Callable[[str], None]) -> None:
         self._processes = processes
+        self._waiter = processes.waiter
         self._memory = memory
         self._say = say
         self._connected: tuple[EngineUp, ...] = ()
@@ -99,16 +100,16 @@ class EngineWeightSync:
             processes.connect_trainers(engines)
             self._connected = tuple(engines)
         phase = f"weight sync, policy version {version}"
-        return processes.get(phase, [trainer.send_weights.remote(version) for trainer in processes.trainers])[0]
+        return self._waiter.get(phase, [trainer.send_weights.remote(version) for trainer in processes.trainers])[0]
 
     def _admit(self, engines: Sequence[EngineUp], version: int) -> None:
         """Record that the engines hold `version` now, and let them generate."""
         admitting = self._processes.manager.set_policy_version.remote(version, list(engines))
-        self._processes.get(f"weight sync, policy version {version}: admitting the engines", [admitting])
+        self._waiter.get(f"weight sync, policy version {version}: admitting the engines", [admitting])
 
     def _wait_for_engines(self) -> FleetState:
         """Wait until there is at least one engine."""
-        [state] = self._processes.get("waiting for an engine", [self._processes.manager.fleet_with_engines.remote()])
+        [state] = self._waiter.get("waiting for an engine", [self._processes.manager.fleet_with_engines.remote()])
         return self._told(state)
 
     def _raise_unless_lost(self, error: RunError, engines: Sequence[EngineUp]) -> None:
@@ -119,7 +120,7 @@ class EngineWeightSync:
             Fault: with --colocate, where a failed sync leaves trainers waiting for each other.
         """
         asking = self._processes.manager.lost_one_of.remote(list(engines))
-        [lost] = self._processes.get("weight sync: looking for an engine that was lost", [asking])
+        [lost] = self._waiter.get("weight sync: looking for an engine that was lost", [asking])
         if not lost:
             raise error
         if self._processes.colocated:
@@ -132,7 +133,7 @@ class EngineWeightSync:
         ready, _ = ray.wait([self._asked], timeout=0)
         if not ready:
             return None
-        [state] = self._processes.get("asking for the engines", [self._asked])
+        [state] = self._waiter.get("asking for the engines", [self._asked])
         self._asked = None
         return self._told(state)
 

@@ -28,25 +28,31 @@ logger = logging.getLogger(__name__)
 class FoundEngines:
     """The answers of the engines, in the order of --rollout-external-engines."""
 
-    num_ranks: tuple[int, ...]
+    urls: tuple[str, ...] = ()
+    num_ranks: tuple[int, ...] = ()
     """The number of members that each brings into a weight group."""
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 async def find_engines(args: Args, *, say: Callable[[str], None]) -> FoundEngines:
     """Wait for all engines of --rollout-external-engines (and `say` so), then read what each of them serves.
+
+    Nothing is found, and nothing is waited for, if the run uses no such engine.
 
     Raises:
         EngineError: an engine did not answer within --engine-start-timeout, or is no engine.
         ValueError: an engine serves another model.
     """
     urls = args.rollout_external_engines
+    if not urls or args.debug_train_only:
+        return FoundEngines()
     async with EngineClient("", engines=urls, keys=Keys.of(args)) as client:
         await asyncio.gather(*(_wait_for(client, url, args.engine_start_timeout, say) for url in urls))
         infos = await client.describe()
     for url, info in zip(urls, infos, strict=True):
         check_model(args, url, info)
     return FoundEngines(
+        urls=urls,
         num_ranks=tuple(info.num_ranks for info in infos),
         warnings=tuple(text for url, info in zip(urls, infos, strict=True) for text in _doubts(args, url, info)),
     )

@@ -14,8 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from slime.observability.phases import format_memory, format_shares
 
-Record = Mapping[str, float]
-
 
 class RunConsole:
     """Shows a progress bar on a terminal, and plain lines if the output is a file."""
@@ -40,7 +38,7 @@ class RunConsole:
         """Print a line above the bar."""
         self._console.print(escape(text))
 
-    def evaluation(self, step: int, record: Record) -> None:
+    def evaluation(self, step: int, record: Mapping[str, float]) -> None:
         """Print one line for each evaluated dataset."""
         names = sorted({key.split("/")[1] for key in record if key.startswith("eval/") and key.count("/") == 2})
         rewards = {name: record[f"eval/{name}/reward"] for name in names if f"eval/{name}/reward" in record}
@@ -59,7 +57,7 @@ class RunConsole:
             line = f"eval {name} after {step} rollouts:{reward}"
             self.say(line + "".join(f"  {key} {value:.4g}{errors.get(key, '')}" for key, value in values.items()))
 
-    def rollout(self, step: int, record: Record) -> None:
+    def rollout(self, step: int, record: Mapping[str, float]) -> None:
         """Print one line for the rollout, and update the bar."""
         status = "".join(
             f"{text} {record[key]:{form}}  "

@@ -8,14 +8,13 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from slime.cluster.actors import Processes
 from slime.cluster.placement import Demand, Placement, Slot, choose_engine, demand, lay_out, num_gpus, reserve
+from slime.cluster.ray_wait import Waiter
 from slime.config.args import Args
 from slime.core.errors import RunError
 
@@ -168,13 +167,7 @@ def test_phases_are_printed_while_engines_start(four_gpus: None, capsys: pytest.
         time.sleep(1.0)
         return 5
 
-    from slime.cluster import actors
-
-    before, actors.PROGRESS_S = actors.PROGRESS_S, 0.2
+    waiter = Waiter(where="/nowhere", limit=60.0, because="--phase-timeout")
     said: list[int] = []
-    try:
-        run = Processes(some_args(), Path("/nowhere"))
-        assert run.get("waiting", [slow.remote()], meanwhile=lambda: said.append(1)) == [5]
-    finally:
-        actors.PROGRESS_S = before
+    assert waiter.get("waiting", [slow.remote()], meanwhile=lambda: said.append(1), every=0.2) == [5]
     assert said

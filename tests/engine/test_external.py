@@ -30,7 +30,7 @@ said: list[str] = []
 
 
 def test_engines_of_the_model_are_taken(glm4_engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
-    assert found([glm4_engine.url], model_dirs["glm4"]) == FoundEngines(num_ranks=(1,), warnings=())
+    assert found([glm4_engine.url], model_dirs["glm4"]) == FoundEngines((glm4_engine.url,), (1,))
 
 
 def test_another_model_is_refused_with_the_differences(

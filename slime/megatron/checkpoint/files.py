@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from slime.core.checkpoint_names import rollout_of
 from slime.megatron.checkpoint.manifest import PARTS, STATE_FILE, NewerFormatError, changed_files, read_state, sizes
 from slime.megatron.checkpoint.safe_pickle import METADATA, UnreadableFileError, read_metadata
 from slime.models.hf_files import is_hf_directory
@@ -41,7 +42,6 @@ CRITIC = "critic"
 """The directory inside a checkpoint that holds the critic's checkpoint."""
 DAMAGED = ".damaged"
 """The suffix of a checkpoint that a resumed run has set aside."""
-_ITERATION = re.compile(r"iter_(\d{7,})")
 OWN_FILES = (
     "args*.yaml",
     "metrics*",
@@ -75,11 +75,6 @@ class FoundCheckpoint:
         inner = self.path / name
         found = FoundCheckpoint(inner, "iteration", self.rollout_id, self.verified)
         return found if (inner / STATE_FILE).is_file() else None
-
-
-def iteration_name(rollout_id: int) -> str:
-    """Return the name of the directory that holds the checkpoint of this rollout."""
-    return f"iter_{rollout_id:07d}"
 
 
 def find_checkpoint(
@@ -139,13 +134,13 @@ def _checkpoint_itself(path: Path) -> FoundCheckpoint | None:
     problem = why_incomplete(path)
     if problem is not None:
         raise ValueError(f"{path} is an incomplete checkpoint: {problem}; name another one")
-    match = _ITERATION.fullmatch(path.name)
-    return FoundCheckpoint(path, "iteration", int(match[1])) if match else FoundCheckpoint(path, "release")
+    rollout_id = rollout_of(path.name)
+    return FoundCheckpoint(path, "release" if rollout_id is None else "iteration", rollout_id)
 
 
 def _iterations(root: Path) -> dict[int, Path]:
-    matches = {path: _ITERATION.fullmatch(path.name) for path in root.iterdir() if path.is_dir()}
-    return {int(match[1]): path for path, match in matches.items() if match}
+    found = {rollout_of(path.name): path for path in root.iterdir() if path.is_dir()}
+    return {rollout_id: path for rollout_id, path in found.items() if rollout_id is not None}
 
 
 def _at_step(root: Path, iterations: dict[int, Path], step: int) -> FoundCheckpoint | None:
@@ -249,7 +244,7 @@ def why_incomplete(path: Path) -> str | None:
     The content of the large files is compared when they are loaded (`changed_files`).
     """
     # a checkpoint with weights alone may be Megatron's own, which writes no such file
-    with_state = _ITERATION.fullmatch(path.name) is not None or (path / STATE_FILE).exists()
+    with_state = rollout_of(path.name) is not None or (path / STATE_FILE).exists()
     needed = [METADATA, "metadata.json", "common.pt", *([STATE_FILE] if with_state else [])]
     missing = [name for name in needed if not (path / name).is_file()]
     if missing:

@@ -25,6 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from slime.core.checkpoint_names import iteration_name
 from slime.megatron.checkpoint import files, manifest, rng_state, torch_dist
 from slime.megatron.checkpoint.files import CRITIC, FoundCheckpoint, find_checkpoint
 from slime.megatron.checkpoint.safe_pickle import UnreadableFileError, UnsafeFileError
@@ -118,7 +119,7 @@ def save_checkpoint(
     save_dir = Path(save_dir)
     policy = Trained(model, optimizer, scheduler, state)
     header = {"rollout_id": rollout_id, "layout": rng_state.layout(), "state": state}
-    with _written(save_dir, files.iteration_name(rollout_id)) as written:
+    with _written(save_dir, iteration_name(rollout_id)) as written:
         if critic is not None:
             on_rank_zero(lambda: (written / CRITIC).mkdir())
             _write(written / CRITIC, critic.model, critic.content(rollout_id), {**header, "state": critic.state})
