@@ -22,13 +22,12 @@ from slime.algo.values import explained_variance, value_loss
 from slime.config.args import Args
 from slime.core.batch import Array, TrainBatch
 from slime.megatron.checkpoint.save_load import CRITIC, FoundCheckpoint, Trained, find_checkpoint, load_checkpoint
-from slime.megatron.compat import cpu_layer
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.microbatch import MicroBatch
 from slime.megatron.model import hf_weights
 from slime.megatron.model.build import ValueModel, architecture_of, build_model, unwrap
 from slime.megatron.nan_guard import BadStepError, StepGuard, TokenTrace
-from slime.megatron.optim.optimizer import build_optimizer, follow_schedule
+from slime.megatron.optim.optimizer import build_optimizer, follow_schedule, reload_main_weights
 from slime.megatron.parallel import Topology
 from slime.megatron.step import ModelSteps, WeightedLoss, weighted_sum
 from slime.models.hf_files import HFReader
@@ -68,8 +67,7 @@ class Critic:
             hf_weights.load_hf_into(self.model, architecture_of(self._args), HFReader(source.path), self._args)
         else:
             load_checkpoint(source, model=self.model)
-        with cpu_layer.layer():
-            self.optimizer.reload_model_params()
+        reload_main_weights(self.optimizer)
         return str(source.path)
 
     def resume(self, policy: FoundCheckpoint) -> str:
@@ -93,8 +91,7 @@ class Critic:
             scheduler=None if args.no_load_optim else self.scheduler,
         )
         if args.no_load_optim:
-            with cpu_layer.layer():
-                self.optimizer.reload_model_params()
+            reload_main_weights(self.optimizer)
         follow_schedule(self.optimizer, self.scheduler)
         self._guard.load_state_dict((loaded.state or {})["step_guard"])
         return str(saved.path)

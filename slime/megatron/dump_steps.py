@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import megatron.core
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -28,7 +29,6 @@ import slime
 from slime.config.args import Args
 from slime.core.batch import COLUMNS, Array, TrainBatch
 from slime.core.batch import Axis as ColumnAxis
-from slime.megatron.compat.version import SUPPORTED_MEGATRON
 from slime.megatron.model.build import ModelChunks, architecture_of, named_parameters, named_weights, params_dtype
 from slime.megatron.model.hf_weights import iter_whole_tensors
 from slime.megatron.nan_guard import TokenTrace, whole_traces
@@ -103,7 +103,7 @@ class StepDump:
             self._files.add(PLACES, _tensor(whole["places"]), Axis.STEP)
             self._files.add(output, _tensor(whole["log_probs"]), Axis.STEP)
             self._files.add(TOKEN_LOSS, _tensor(whole["loss"]), Axis.STEP)
-            self._add_number(LOSS, loss)
+            self._files.add(LOSS, _number(loss), Axis.ENTRY)
         _gather_gradients(model)
         gradients = {name: cast(Any, parameter).main_grad for name, parameter in named_parameters(model)}
         count = self._add_whole("gradient", gradients)
@@ -113,14 +113,10 @@ class StepDump:
     def after_update(self, model: ModelChunks, gradient_norm: float) -> None:
         """Write the gradient norm and the weights after the step, which are the old ones if it was skipped."""
         if self._files is not None:
-            self._add_number("gradient_norm", gradient_norm)
+            self._files.add("gradient_norm", _number(gradient_norm), Axis.ENTRY)
         self._add_whole("weight", dict(named_weights(model)))
         if self._files is not None:
             self._files.end()
-
-    def _add_number(self, name: str, value: float) -> None:
-        assert self._files is not None
-        self._files.add(name, torch.tensor(value, dtype=torch.float64), Axis.ENTRY)
 
     def _add_whole(self, kind: str, tensors: Mapping[str, Tensor]) -> int:
         """Write tensors in the weight table's order, from the embedding to the output; return how many."""
@@ -149,6 +145,10 @@ def _gather_gradients(model: ModelChunks) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, own.clone(), group=ranks)
 
 
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def _in_order(batch: TrainBatch) -> list[tuple[str, Array]]:
     return [(name, batch.columns[name]) for name in COLUMNS if batch.has(name)]
 
@@ -161,7 +161,7 @@ def _facts(args: Args, topology: Topology) -> dict[str, Any]:
     """Return facts about the run that made the numbers, for whoever compares them."""
     return {
         "slime": slime.__version__,
-        "megatron-core": SUPPORTED_MEGATRON,
+        "megatron-core": megatron.core.__version__,
         "torch": torch.__version__,
         "ranks": topology.world_size,
         "tensor parallel": topology.tp_size,

@@ -22,8 +22,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from slime.config.args import Args
 from slime.config.pipeline_stages import num_chunks
 from slime.megatron import device
-from slime.megatron.compat import cpu_layer
-from slime.megatron.compat.install import install
+from slime.megatron.compat import apply, cpu_layer
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class Topology:
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    tensor_device: torch.device
+    """The device of this process's tensors."""
 
     @property
     def is_last_stage(self) -> bool:
@@ -71,7 +72,10 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
                 f"{world_size} training processes, but {what} parallel is {size}: it has to divide them; change "
                 f"--actor-num-nodes, --actor-num-gpus-per-node or the parallel sizes"
             )
-    install()
+    if args.deterministic:
+        device.use_deterministic_algorithms()
+    apply.install()
+    cpu_layer.install()
     device.local_device(rank)
     device.set_threads(args.cpu_threads_per_process)
     if init_method.startswith("file:"):
@@ -132,6 +136,7 @@ def _topology(rank: int, world_size: int) -> Topology:
         cp_group=_joined(parallel_state.get_context_parallel_group()),
         dp_group=_joined(parallel_state.get_data_parallel_group()),
         dp_cp_group=_joined(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        tensor_device=device.device(),
     )
 
 

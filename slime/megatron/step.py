@@ -13,15 +13,13 @@ Shapes: _B packed tokens, _R response tokens of one micro-batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -29,16 +27,14 @@ from torch import Tensor
 from slime.algo.losses import Loss, LossInputs, LossOptions
 from slime.core.batch import TrainBatch
 from slime.core.columns import COLUMNS
-from slime.megatron import device
 from slime.megatron.compat import cpu_layer
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.logprobs import response_log_probs
 from slime.megatron.microbatch import MicroBatch
-from slime.megatron.model import load_balancing
+from slime.megatron.model import moe
 from slime.megatron.model.build import ModelChunks, unwrap
 from slime.megatron.nan_guard import StepGuard, TokenTrace
-from slime.megatron.optim.multi_tensor import gradient_norm, scaled_as_read, takes_scale
-from slime.megatron.optim.optimizer_state import parts_of
+from slime.megatron.optim.optimizer import update
 from slime.megatron.parallel import Topology
 
 WEIGHTS_TOLERANCE = 1e-5
@@ -128,8 +124,8 @@ class ModelSteps:
         # on a GPU nothing waits for these two before the step is launched; the step has no effect if either is wrong
         wrong = self._is_wrong(reduced, weights_sum, guard)
         with cpu_layer.layer():
-            norm, left_out = _update(optimizer, wrong, guard.limit("grad_norm"))
-            load_balancing.move_biases(self.model, left_out)
+            norm, left_out = update(optimizer, wrong, guard.limit("grad_norm"))
+            moe.move_biases(self.model, left_out)
         if self.dump is not None:
             self.dump.after_update(self.model, float(norm))
         metrics = self._metrics(reduced)
@@ -203,17 +199,18 @@ class ModelSteps:
 
         Collective over all ranks: each has the losses of its own layers and tokens.
         """
-        losses = load_balancing.step_losses(self.model)
+        coefficients = moe.coefficients(unwrap(self.model[0]).config)
+        losses = moe.step_losses(self.model, coefficients, self.topology.tensor_device)
         if not losses or not self.topology.is_last_stage:
             return
         reduced["token_loss"] = reduced["loss"]
-        for name, coefficient in load_balancing.coefficients(self.model).items():
+        for name, coefficient in coefficients.items():
             reduced[name] = losses[name]
             reduced["loss"] = reduced["loss"] + coefficient * losses[name]
 
     def _is_wrong(self, reduced: Mapping[str, Tensor], weights_sum: float, guard: StepGuard) -> Tensor:
         """Return [] 1 on every rank if loss weights do not sum to `weights_sum` or the loss is bad; nothing waits."""
-        wrong = torch.zeros((), device=device.device())
+        wrong = torch.zeros((), device=self.topology.tensor_device)
         if self.topology.is_last_stage:
             wrong = (reduced["weights"] - weights_sum).abs() > WEIGHTS_TOLERANCE
             wrong = wrong | (reduced["not_finite"] > 0) | (reduced["loss_magnitude"] > guard.limit("loss_magnitude"))
@@ -308,37 +305,6 @@ class Stepper(ModelSteps):
         trace = TokenTrace(micro_batch.responses_R, log_probs_R.detach(), loss_R.detach(), weights_R)
         shares |= {"not_finite": trace.not_finite(), "loss_magnitude": trace.magnitude()}
         return total, (shares, trace)
-
-
-def _update(optimizer: MegatronOptimizer, wrong: Tensor, largest: float) -> tuple[Tensor | float, Tensor]:
-    """Clip the gradients and take the step, unless their norm is not finite or above `largest`.
-
-    These are the parts of Megatron's own `optimizer.step()`, with a check of the norm between them.
-
-    Args:
-        wrong: [] 1 if the step is not to be taken.
-
-    Returns:
-        The norm, and [] 1 if the step was not taken.
-    """
-    optimizer.prepare_grads()
-    parts, clip = parts_of(optimizer), optimizer.config.clip_grad
-    if all(takes_scale(part.optimizer) for part in parts):
-        norm = gradient_norm(parts)
-        # in float64, as the guard compares it, so that both come to the same result
-        left_out = torch.maximum(wrong, (~norm.isfinite() | (norm.double() > largest)).float())
-        scale = ((norm + 1.0e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)  # as Megatron clips
-        with scaled_as_read([part.optimizer for part in parts], scale, left_out):
-            optimizer.step_with_ready_grads()
-        return norm, left_out
-    norm = float(cast(Any, optimizer.get_grad_norm()))
-    if not math.isfinite(norm) or norm > largest or wrong.item():
-        return norm, torch.ones_like(wrong)
-    if clip > 0:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        clip_grad_by_total_norm_fp32(parameters, clip, norm)
-    optimizer.step_with_ready_grads()
-    return norm, torch.zeros_like(wrong)
 
 
 def weighted_sum(values_R: Tensor, weights_R: Tensor) -> Tensor:

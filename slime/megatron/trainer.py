@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,22 +26,21 @@ from slime.core.batch import TrainBatch
 from slime.core.columns import Array
 from slime.core.load_result import LoadResult
 from slime.core.packing import StepPlan, plan_steps, training_flops
-from slime.megatron import device, routing_replay
+from slime.megatron import routing_replay
 from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_of, loss_options, loss_weight_columns
 from slime.megatron.checkpoint.files import refuse_abandoned
 from slime.megatron.checkpoint.hf_unchanged import HF_FILES, HFFiles
 from slime.megatron.checkpoint.save_load import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from slime.megatron.checkpoint.search import find_sound_checkpoint
-from slime.megatron.compat import cpu_layer
 from slime.megatron.critic import Critic, critic_metrics
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows
 from slime.megatron.model import hf_weights
-from slime.megatron.model.build import architecture_of, build_model, params_dtype
+from slime.megatron.model.build import all_weights, architecture_of, build_model, params_dtype
 from slime.megatron.nan_guard import BadStepError, StepGuard, check_columns
-from slime.megatron.offload.snapshots import Snapshots
+from slime.megatron.offload.host_memory import Snapshots
 from slime.megatron.offpolicy import offpolicy_columns, version_of_weights
-from slime.megatron.optim.optimizer import build_optimizer, follow_schedule, steps_per_rollout
+from slime.megatron.optim.optimizer import build_optimizer, follow_schedule, reload_main_weights, steps_per_rollout
 from slime.megatron.parallel import close_parallel, init_parallel
 from slime.megatron.step import Stepper, over_steps
 from slime.models.hf_files import HFReader
@@ -57,14 +57,12 @@ class Trainer:
     """
 
     def __init__(self, args: Args, *, rank: int, world_size: int, init_method: str) -> None:
-        if args.deterministic:
-            device.use_deterministic_algorithms()
         self._args = args
         self._arch = architecture_of(args)
         self.topology = init_parallel(args, rank=rank, world_size=world_size, init_method=init_method)
         self.model = build_model(args, wrap=True)
         self.optimizer, self.scheduler = build_optimizer(args, self.model)
-        self._snapshots = Snapshots(self.model)
+        self._snapshots = Snapshots(partial(all_weights, self.model))
         self._dump = StepDump.of(args, self.topology)
         self._stepper = Stepper(
             self.model,
@@ -153,22 +151,19 @@ class Trainer:
                 "give --no-load-optim to continue with new ones"
             )
         if args.no_load_optim:
-            with cpu_layer.layer():
-                self.optimizer.reload_model_params()
+            reload_main_weights(self.optimizer)
         follow_schedule(self.optimizer, self.scheduler)
         state = {key: value for key, value in (loaded.state or {}).items() if key != HF_FILES}
         if "step_guard" in state:
             self._guard.load_state_dict(state.pop("step_guard"))
-        assert loaded.rollout_id is not None
-        return LoadResult(loaded.rollout_id + 1, state, str(loaded.path))
+        return LoadResult(loaded.next_rollout_id, state, str(loaded.path))
 
     def _load_weights(self, found: FoundCheckpoint) -> None:
         if found.kind == "hf":
             hf_weights.load_hf_into(self.model, self._arch, HFReader(found.path), self._args)
         else:
             load_checkpoint(found, model=self.model)
-        with cpu_layer.layer():
-            self.optimizer.reload_model_params()  # bf16: the optimizer's fp32 copies
+        reload_main_weights(self.optimizer)
 
     def save(self, rollout_id: int, state: dict[str, Any]) -> Path:
         """Write a complete checkpoint under --save; `load` returns `state` (JSON-able)."""
@@ -368,7 +363,7 @@ class Trainer:
         if self.topology.is_last_stage:
             for micro_batch, found_R in zip(micro_batches, found, strict=True):
                 flat[micro_batch.responses_R] = found_R.cpu().numpy()
-        whole = torch.from_numpy(flat).to(device.device())  # 0 for tokens of other ranks
+        whole = torch.from_numpy(flat).to(self.topology.tensor_device)  # 0 for tokens of other ranks
         last = self.topology.pp_size - 1
         if self.topology.is_last_stage:
             dist.all_reduce(whole, group=self.topology.dp_cp_group)
@@ -378,7 +373,7 @@ class Trainer:
 
     def _longest(self, seconds: list[float]) -> list[float]:
         """Return, for each duration, the longest that any rank took."""
-        times = torch.tensor(seconds, dtype=torch.float64, device=device.device())
+        times = torch.tensor(seconds, dtype=torch.float64, device=self.topology.tensor_device)
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
         return times.tolist()
 

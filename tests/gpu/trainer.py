@@ -30,7 +30,7 @@ def made_up_step(trainer: Any, number: int) -> tuple[float, float]:
     from slime.megatron import device
     from slime.megatron.compat import cpu_layer
     from slime.megatron.model.build import named_parameters
-    from slime.megatron.step import _update
+    from slime.megatron.optim.optimizer import update
 
     on = device.device()
     trainer._stepper.forget_gradients(trainer.optimizer)
@@ -40,7 +40,7 @@ def made_up_step(trainer: Any, number: int) -> tuple[float, float]:
     torch.cuda.synchronize()
     start = time.perf_counter()
     with cpu_layer.layer():
-        norm = _update(trainer.optimizer, torch.zeros((), device=on), 1e9)
+        norm = update(trainer.optimizer, torch.zeros((), device=on), 1e9)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     trainer.scheduler.step(1)

@@ -33,13 +33,13 @@ def small_buckets() -> Iterator[None]:
 def step(run: Run, number: int) -> float:
     """Do what `take_step` does at its end: norm, clipping, Adam; return the norm."""
     from slime.megatron.compat import cpu_layer
-    from slime.megatron.step import _update
+    from slime.megatron.optim.optimizer import update
 
     with cpu_layer.layer():
         run.optimizer.zero_grad()
         for name, parameter in run.parameters.items():
             parameter.main_grad.copy_(run.shard(name, number))  # pyright: ignore
-        norm, _ = _update(run.optimizer, torch.zeros(()), 1e9)
+        norm, _ = update(run.optimizer, torch.zeros(()), 1e9)
         run.scheduler.step(1)
         return float(norm)
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from slime.megatron.compat import apply
-from slime.megatron.compat.apply import require_all
-from slime.megatron.compat.install import install
+from slime.megatron.compat.apply import install, require_all
 from slime.megatron.compat.patches import TABLE, Names
 from slime.megatron.compat.version import SUPPORTED_MEGATRON
 
@@ -126,7 +125,7 @@ def test_importing_slime_changes_nothing_in_megatron() -> None:
         "from megatron.core.transformer.moe import moe_utils;"
         "log = logging.getLogger('megatron.core.transformer.transformer_layer');"
         "before = (hasattr(moe_utils, 'te_general_gemm'), len(log.filters));"
-        "from slime.megatron.compat.install import install; install(); install();"
+        "from slime.megatron.compat.apply import install; install(); install();"
         "print(before, hasattr(moe_utils, 'te_general_gemm'), len(log.filters))"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)

@@ -75,6 +75,11 @@ class LoadedCheckpoint:
     loaded: tuple[str, ...]
     """Some of 'model', 'optimizer', 'scheduler', 'rng'."""
 
+    @property
+    def next_rollout_id(self) -> int:
+        """The rollout with which training continues; 0 after weights alone."""
+        return 0 if self.rollout_id is None else self.rollout_id + 1
+
 
 @dataclass(frozen=True)
 class Trained:

@@ -1,7 +1,6 @@
 """What makes this code run on the Megatron-core that is installed, with CUDA or without it.
 
 Reading order: `version` (the one that is supported), `patches` (the table of every private name that is replaced or
-relied on), `apply` (checks the table and makes changes), `install` (what a trainer changes when it starts), `cpu_layer`
-(Megatron without CUDA). `uncompiled` is installed before Megatron is imported, and `hidden_trackers` is how it is
-imported.
+relied on), `apply` (checks the table and makes changes), `cpu_layer` (Megatron without CUDA). `uncompiled` is installed
+before Megatron is imported, and `hidden_trackers` is how it is imported.
 """

@@ -1,12 +1,15 @@
 """The only way in which slime changes Megatron and torch: each change names a row of `patches.TABLE`.
 
-- Used by: `install` when a trainer starts, and the modules that replace one of Megatron's functions or classes.
-- Invariant: what is not in the table cannot be replaced here, and nothing else replaces anything.
+- Used by: `parallel.init_parallel` calls `install` when a trainer starts, before the first use of megatron-core; what
+  replaces one of Megatron's functions or classes does so through the other functions.
+- Invariant: what is not in the table cannot be replaced here, and nothing else replaces anything. Importing
+  slime.megatron changes nothing in an imported Megatron.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -14,9 +17,29 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe import moe_utils
 
 from slime.megatron.compat.patches import TABLE, Names
 from slime.megatron.compat.version import SUPPORTED_MEGATRON
+
+_UNKNOWN_MLP = "Unknown MLP type"
+
+
+def install() -> None:
+    """Check every name that slime relies on, and make the changes that all models need; call it before one is built.
+
+    Raises:
+        RuntimeError: the installed Megatron or torch lacks a name of `patches.TABLE`.
+    """
+    require_all()
+    if not hasattr(moe_utils, "te_general_gemm"):
+        define("megatron.core.transformer.moe.moe_utils", "te_general_gemm", None)
+    # Megatron warns once per layer about each MLP class that is not its own; its "default kwargs" are what ours expect.
+    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_is_not_about_our_mlp)
+
+
+def _is_not_about_our_mlp(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_UNKNOWN_MLP)
 
 
 def require_all(table: tuple[Names, ...] = TABLE) -> None:

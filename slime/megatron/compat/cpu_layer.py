@@ -1,7 +1,7 @@
 """The layer that lets megatron-core run on a CPU. With CUDA, nothing here changes anything.
 
-- Used by: `compat.install` installs this before the first use of megatron-core, and every build, step, save and load
-  runs inside `layer()`.
+- Used by: `parallel.init_parallel` installs this before the first use of megatron-core, and every build, step, save and
+  load runs inside `layer()`.
 - Invariant: CUDA is redirected only inside `layer()`, and only in the thread that is inside.
 
 megatron-core writes `device="cuda"` in many places. On a CPU this layer sends those tensors to the CPU, replaces

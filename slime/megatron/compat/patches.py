@@ -106,7 +106,7 @@ TABLE: tuple[Names, ...] = (
         target="megatron.core.transformer.moe.moe_utils",
         names=("te_general_gemm",),
         why="it is defined only with TransformerEngine, but the router's matrix product reads it",
-        where=f"{_TRAINING}.compat.install",
+        where=f"{_TRAINING}.compat.apply",
         how="mentions",
     ),
     Names(
@@ -120,7 +120,7 @@ TABLE: tuple[Names, ...] = (
         target="megatron.core.transformer.transformer_layer",
         names=("Unknown MLP type",),
         why="the beginning of a warning for each layer whose MLP is not Megatron's, which a log filter leaves out",
-        where=f"{_TRAINING}.compat.install",
+        where=f"{_TRAINING}.compat.apply",
         how="mentions",
     ),
     Names(

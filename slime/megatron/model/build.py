@@ -232,7 +232,7 @@ def build_model(args: Args, *, wrap: bool, kind: type[PolicyModel] = PolicyModel
         chunks = tuple(_build_chunk(args, config, kind, chunk, wrap=wrap) for chunk in range(num_chunks(args)))
         if wrap:  # the schedule reads these from the config, which all chunks share
             config.finalize_model_grads_func = _finalize_gradients
-            # the routers have created their biases by now; `load_balancing` moves them once the step is certain
+            # the routers have created their biases by now; `moe.move_biases` moves them once the step is certain
             config.moe_router_enable_expert_bias = False
             no_sync = [cast(DistributedDataParallel, chunk).no_sync for chunk in chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]

@@ -24,7 +24,7 @@ from slime.config.args import Args
 from slime.core.plugins import hook_path, load_hook
 from slime.megatron.model.attention import PackedAttention
 from slime.megatron.model.kernels import rms_norm, swiglu
-from slime.megatron.model.moe import Experts, ExpertsLayer, Router
+from slime.megatron.model.moe import ExpertRouter, Experts, ExpertsLayer
 
 
 class RMSNorm(torch.nn.Module):
@@ -134,7 +134,7 @@ def built_in_layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -
         assert parts.mlp.module is MoELayer and isinstance(parts.mlp.submodules, MoESubmodules)
         assert isinstance(parts.mlp.submodules.experts, ModuleSpec)
         spec.module = ExpertsLayer
-        parts.mlp.submodules.experts.module, parts.mlp.submodules.router = Experts, Router
+        parts.mlp.submodules.experts.module, parts.mlp.submodules.router = Experts, ExpertRouter
     else:
         assert parts.mlp.module is MLP
         parts.mlp.module = GatedMLP

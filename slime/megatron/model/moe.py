@@ -1,25 +1,29 @@
 """Mixture of experts (MoE): a router with replay and auxiliary losses, and the experts, around Megatron's dispatcher.
 
 - Used by: `layers` puts these classes into a layer's spec. `microbatch` passes in, with the pack, which tokens count
-  and which experts an engine chose.
+  and which experts an engine chose. `step` moves biases and sums auxiliary losses after the last micro-batch.
 - Invariant: a token's experts and their weights depend on nothing but the token, so a layer's output does not depend on
-  how tokens are packed and dealt to ranks. Padding does not count in any balance.
+  how tokens are packed and dealt to ranks. Padding does not count in any balance. A step that is skipped moves no bias,
+  and its counts do not enter the next step.
 
 Scores, the choice and the weights are float32. Auxiliary losses join the step's loss, whose gradients are summed over
 micro-batches and ranks. So each micro-batch divides its loss by the tokens of the whole step, not by its own.
 
 Shapes: t tokens that this rank routes (under sequence parallelism a tensor-parallel rank's part of the B packed ones),
-E experts, K chosen experts per token.
+E experts, K chosen experts per token, L routers of this stage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -45,22 +49,28 @@ class _WithLoss(torch.autograd.Function):
         return gradients[0], torch.ones((), dtype=torch.float32, device=gradients[0].device)
 
 
-class Router(TopKRouter):
+class ExpertRouter(TopKRouter):
     """A router with the weights and buffers of Megatron's TopKRouter; the routing itself is implemented here."""
 
-    pack: PackedSequences | None = None
-    """The pack of the current forward pass, which ExpertsLayer sets; it does so again if the layer is recomputed."""
+    given_pack: PackedSequences | None = None
+    """Set by ExpertsLayer during its forward pass, also if the layer is recomputed."""
     replays = True
     """Whether it replays an engine's choice; False for a critic, see `routing_replay`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.losses: dict[str, Tensor] = {}
-        """Each auxiliary loss of the step so far, [] and before its coefficient; `load_balancing` takes them."""
+        """Each auxiliary loss of the step so far, [] and before its coefficient; `step_losses` takes them."""
+
+    @property
+    def pack(self) -> PackedSequences:
+        """The pack of the current forward pass."""
+        if self.given_pack is None:
+            raise RuntimeError("a layer of experts runs inside an ExpertsLayer")
+        return self.given_pack
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Turn logits [t, 1, E] into weights [t, E], 0 for experts that are not chosen, and the choice [t, E] bool."""
-        assert self.pack is not None, "a layer of experts runs inside an ExpertsLayer"
         logits = logits.flatten(0, -2).float()
         sigmoid = self.score_function == "sigmoid"
         scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
@@ -87,7 +97,6 @@ class Router(TopKRouter):
             kept.scatter_(1, of_groups.topk(best, dim=-1).indices, True)
             choice = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
         chosen = choice.topk(self.topk, dim=-1).indices
-        assert self.pack is not None
         if self.pack.experts_B is None or not self.replays:
             return chosen
         frequency = config.moe_layer_freq
@@ -105,7 +114,6 @@ class Router(TopKRouter):
     def _balanced(self, weights: Tensor, logits: Tensor, scores: Tensor, routed: Tensor) -> Tensor:
         """Return `weights` with the auxiliary losses attached, and count tokens per expert for the bias."""
         pack, config = self.pack, self.config
-        assert pack is not None
         if pack.counts_B is None:
             return weights
         counts = self._ours(pack.counts_B)
@@ -139,14 +147,14 @@ class Router(TopKRouter):
 def disable_replay(model: torch.nn.Module) -> None:
     """Turn off replay in the routers of a model whose weights no engine has."""
     for module in model.modules():
-        if isinstance(module, Router):
+        if isinstance(module, ExpertRouter):
             module.replays = False
 
 
 def with_float32_biases(model: torch.nn.Module) -> torch.nn.Module:
     """Return `model`, converted to another dtype before, with its routers' biases and counts in float32 again."""
     for module in model.modules():
-        if isinstance(module, Router) and module.expert_bias is not None:
+        if isinstance(module, ExpertRouter) and module.expert_bias is not None:
             assert module.local_tokens_per_expert is not None
             module.expert_bias = module.expert_bias.float()
             module.local_tokens_per_expert = module.local_tokens_per_expert.float()
@@ -191,8 +199,72 @@ class ExpertsLayer(TransformerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         router: Any = self.mlp.router
-        router.pack = kwargs["packed_seq_params"]
+        router.given_pack = kwargs["packed_seq_params"]
         try:
             return super().forward(*args, **kwargs)
         finally:
-            router.pack = None
+            router.given_pack = None
+
+
+# --- balancing over a whole step: biases move once, and auxiliary losses are summed over all ranks
+
+
+def routers_of(model: Iterable[torch.nn.Module]) -> Iterator[ExpertRouter]:
+    """Yield the routers of this stage's layers, in order."""
+    for chunk in model:
+        yield from (module for module in chunk.modules() if isinstance(module, ExpertRouter))
+
+
+@torch.no_grad()
+def move_biases(model: Iterable[torch.nn.Module], left_out: Tensor) -> None:
+    """Move each router's bias by the number of tokens that its experts got in this step, then reset the counts.
+
+    Megatron moves the biases when it finalizes gradients. That is too early: nobody can know then whether the step is
+    taken. Collective over the ranks of a stage; nothing waits for the device.
+
+    Args:
+        left_out: [] 1 if the optimizer did not take the step; the biases then keep their values.
+    """
+    routers = [router for router in routers_of(model) if router.expert_bias is not None]
+    if not routers:
+        return
+    counts: list[Tensor] = []
+    biases: list[Tensor] = []
+    for router in routers:
+        assert router.expert_bias is not None and router.local_tokens_per_expert is not None
+        counts.append(router.local_tokens_per_expert)
+        biases.append(router.expert_bias)
+    before_LE = torch.stack(biases)
+    rate = routers[0].config.moe_router_bias_update_rate
+    moved_LE = get_updated_expert_bias(torch.stack(counts), before_LE, rate)
+    for bias, after in zip(biases, torch.where(left_out > 0, before_LE, moved_LE), strict=True):
+        bias.copy_(after)
+    for count in counts:
+        count.zero_()
+
+
+def coefficients(config: TransformerConfig) -> dict[str, float]:
+    """Return the coefficient of each auxiliary loss that a model is trained with, by the name of its metric."""
+    if not config.num_moe_experts:
+        return {}
+    assert not isinstance(config.moe_aux_loss_coeff, list)
+    found = {LOAD_BALANCING: config.moe_aux_loss_coeff, Z_LOSS: config.moe_z_loss_coeff or 0.0}
+    return {name: coefficient for name, coefficient in found.items() if coefficient}
+
+
+def step_losses(model: Iterable[torch.nn.Module], names: Collection[str], device: torch.device) -> dict[str, Tensor]:
+    """Return each auxiliary loss of the step, before its coefficient, as a [] float64 tensor: the sum over all layers.
+
+    Collective over all ranks, and every rank gets the result; nothing waits for the device. The routers' sums start at
+    zero again.
+
+    Args:
+        names: the losses, as `coefficients` has them, equal on every rank; a stage may have no router.
+    """
+    if not names:
+        return {}
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    for router in routers_of(model):
+        sums += torch.stack([router.losses.pop(name, sums.new_zeros(())).double() for name in names])
+    dist.all_reduce(sums)  # every rank routes different tokens: with TP the rules require sequence parallelism
+    return dict(zip(names, sums.unbind(), strict=True))

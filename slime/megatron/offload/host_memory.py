@@ -1,18 +1,19 @@
 """Host memory for tensors that are on the device only part of the time; pinned on CUDA, allocated once and reused.
 
-- Used by: `snapshots` keeps the weights of other models in it, `offload` keeps what a sleeping trainer holds.
+- Used by: `trainer` takes a snapshot of the reference model when it loads, and computes reference log-probs inside
+  `Snapshots.holding`; `trainer_memory` keeps what a sleeping trainer holds.
 - Invariant: what is restored is what was stored, byte for byte; when `store` or `restore` returns, every copy is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from slime.megatron import device
-from slime.megatron.compat import cpu_layer
 
 CHUNK = 1024**3
 """Bytes. PyTorch rounds pinned memory up to a power of two, so only the last chunk can waste memory."""
@@ -54,8 +55,8 @@ class HostMemory:
             have -= len(self._chunks.pop())
         while have < size:
             length = min(size - have, CHUNK)
-            with cpu_layer.layer():  # on a CPU nothing can be pinned, and this is ordinary memory
-                self._chunks.append(torch.empty(length, dtype=torch.uint8, pin_memory=True))
+            # on a CPU nothing can be pinned, and this is ordinary memory
+            self._chunks.append(torch.empty(length, dtype=torch.uint8, pin_memory=device.on_cuda()))
             have += length
 
     def _pieces(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -68,3 +69,36 @@ class HostMemory:
                 length = min(len(tensor) - done, CHUNK - begin)
                 yield self._chunks[number][begin : begin + length], tensor[done : done + length]
                 done, position = done + length, position + length
+
+
+class Snapshots:
+    """Named copies of a model's weights in host memory, swapped into the one model that is built.
+
+    Outside of `holding` the model holds the actor's weights, bit for bit, also after an error.
+    """
+
+    def __init__(self, weights: Callable[[], Iterable[Tensor]]) -> None:
+        """Take the function that yields the model's weights, always in the same order."""
+        self._model_weights = weights
+        self._copies: dict[str, HostMemory] = {}
+        self._actor = HostMemory()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._copies
+
+    def take(self, name: str) -> None:
+        """Keep a copy of the weights that the model holds now."""
+        self._copies.setdefault(name, HostMemory()).store(self._weights())
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[None]:
+        """Inside, the model holds the snapshot `name`; afterwards it holds its earlier weights again."""
+        self._actor.store(self._weights())
+        try:
+            self._copies[name].restore(self._weights())
+            yield
+        finally:
+            self._actor.restore(self._weights())
+
+    def _weights(self) -> list[Tensor]:
+        return [as_bytes(weight) for weight in self._model_weights()]

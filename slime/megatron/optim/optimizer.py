@@ -1,6 +1,6 @@
 """The optimizer over the wrapped model, and its learning-rate schedule, counted in optimizer steps.
 
-- Used by: `trainer` builds it after the model; `step` takes steps with it, `save_load` saves and loads it.
+- Used by: `trainer` builds it after the model; `step` takes steps through `update`, `save_load` saves and loads it.
 - Invariant: the number of steps of a run is known before it starts.
 """
 
@@ -11,13 +11,16 @@ from typing import Any, cast
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from slime.config.args import Args
 from slime.megatron.compat import apply, cpu_layer
 from slime.megatron.model import main_gradients
 from slime.megatron.model.build import ModelChunks, config_from, params_dtype, uses_bf16
 from slime.megatron.optim import cpu_offload, distributed_optimizer, multi_tensor, one_pass_adam
+from slime.megatron.optim.multi_tensor import gradient_norm, scaled_as_read, takes_scale
 from slime.megatron.optim.optimizer_state import parts_of
 
 
@@ -103,6 +106,43 @@ def _schedule(args: Args, optimizer: MegatronOptimizer) -> OptimizerParamSchedul
         use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=not args.use_checkpoint_opt_param_scheduler,
     )
+
+
+def update(optimizer: MegatronOptimizer, wrong: Tensor, largest: float) -> tuple[Tensor | float, Tensor]:
+    """Clip the gradients and take the step, unless their norm is not finite or above `largest`.
+
+    These are the parts of Megatron's own `optimizer.step()`, with a check of the norm between them.
+
+    Args:
+        wrong: [] 1 if the step is not to be taken.
+
+    Returns:
+        The norm, and [] 1 if the step was not taken.
+    """
+    optimizer.prepare_grads()
+    parts, clip = parts_of(optimizer), optimizer.config.clip_grad
+    if all(takes_scale(part.optimizer) for part in parts):
+        norm = gradient_norm(parts)
+        # in float64, as the guard compares it, so that both come to the same result
+        left_out = torch.maximum(wrong, (~norm.isfinite() | (norm.double() > largest)).float())
+        scale = ((norm + 1.0e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)  # as Megatron clips
+        with scaled_as_read([part.optimizer for part in parts], scale, left_out):
+            optimizer.step_with_ready_grads()
+        return norm, left_out
+    norm = float(cast(Any, optimizer.get_grad_norm()))
+    if not math.isfinite(norm) or norm > largest or wrong.item():
+        return norm, torch.ones_like(wrong)
+    if clip > 0:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        clip_grad_by_total_norm_fp32(parameters, clip, norm)
+    optimizer.step_with_ready_grads()
+    return norm, torch.zeros_like(wrong)
+
+
+def reload_main_weights(optimizer: MegatronOptimizer) -> None:
+    """Give the optimizer the model's weights, after they were loaded: with bf16 it has fp32 copies of them."""
+    with cpu_layer.layer():
+        optimizer.reload_model_params()
 
 
 def follow_schedule(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
