@@ -29,9 +29,8 @@ from slime.core.packing import StepPlan, plan_steps, training_flops
 from slime.megatron import routing_replay
 from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_of, loss_options, loss_weight_columns
 from slime.megatron.checkpoint.files import refuse_abandoned
-from slime.megatron.checkpoint.hf_unchanged import HF_FILES, HFFiles
 from slime.megatron.checkpoint.save_load import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
-from slime.megatron.checkpoint.search import find_sound_checkpoint
+from slime.megatron.checkpoint.search import HF_FILES, HFFiles, find_sound_checkpoint
 from slime.megatron.critic import Critic, critic_metrics
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows

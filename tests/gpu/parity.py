@@ -349,7 +349,7 @@ def weight_gradients(report: Report) -> None:
 
 def adam_of(sizes: list[int], *, decay: float) -> tuple[Any, list[Tensor]]:
     """An Adam that writes bf16 weights in its pass, and those; from a state that it has kept for a while."""
-    from slime.megatron.optim.one_pass_adam import OnePassAdamW
+    from slime.megatron.optim.adam import OnePassAdamW
 
     mains = [draw(size, dtype=torch.float32, seed=size).requires_grad_(False) for size in sizes]
     models = [main.bfloat16() for main in mains]

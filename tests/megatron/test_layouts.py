@@ -29,7 +29,7 @@ from slime.megatron.checkpoint.save_load import find_checkpoint, load_checkpoint
 from slime.megatron.microbatch import ContextParallel
 from slime.megatron.model.attention import pack_sequences
 from slime.megatron.model.build import unwrap
-from slime.megatron.optim.distributed_optimizer import TorchDistributedOptimizer
+from slime.megatron.optim.adam import TorchDistributedOptimizer
 from slime.megatron.trainer import Trainer
 from slime.models.hf_files import HFReader
 

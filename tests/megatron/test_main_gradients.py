@@ -68,12 +68,12 @@ def test_tables_get_their_gradients(
 
 def written(rank: int, world_size: int, init_method: str, args: Args) -> tuple[int, bool]:
     """Return the number of main weights, and whether Megatron's copy writes the same memory as the one pass."""
-    from slime.megatron.optim.one_pass_adam import install, model_memory
+    from slime.megatron.optim.adam import model_memory, step_in_one_pass
     from slime.megatron.optim.optimizer_state import parts_of
 
     with joined(args, rank, world_size, init_method) as topology:
         [part] = parts_of(Run(args, topology).optimizer)
-        assert not install(part), "a CPU keeps PyTorch's"
+        assert not step_in_one_pass(part), "a CPU keeps PyTorch's"
         pairs = list(model_memory(part))
         mains = [main for group in part.optimizer.param_groups for main in group["params"]]
         assert {id(main) for main, _ in pairs} == {id(main) for main in mains}
@@ -94,7 +94,7 @@ def test_one_pass_writes_where_megatron_copies_to(workers: WorkerPool, sharded: 
 
 
 def test_bias_corrections() -> None:
-    from slime.megatron.optim.one_pass_adam import bias_corrections
+    from slime.megatron.optim.adam import bias_corrections
 
     found = bias_corrections(torch.tensor([1.0, 7.0]), (0.9, 0.98))
     exact = torch.tensor([[1 / (1 - b**s) ** p for b, p in ((0.9, 1), (0.98, 0.5))] for s in (1, 7)])

@@ -36,7 +36,7 @@ def steps(run: Run) -> set[float]:
 @contextmanager
 def megatrons_own(*names: str) -> Iterator[None]:
     """Run without our correction of these methods."""
-    from slime.megatron.optim.distributed_optimizer import TorchDistributedOptimizer
+    from slime.megatron.optim.adam import TorchDistributedOptimizer
 
     corrections = {name: TorchDistributedOptimizer.__dict__[name] for name in names}
     for name in names:

@@ -18,8 +18,6 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
-from slime.megatron import device
-
 logger = logging.getLogger(__name__)
 
 KEY = "rng_state"
@@ -49,7 +47,7 @@ def rng_object() -> ShardedObject:
         "random": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if device.on_cuda() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "megatron": _tracker().get_states(),
     }
     return ShardedObject(KEY, state, (dist.get_world_size(),), (dist.get_rank(),))
@@ -60,7 +58,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["random"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.on_cuda():
+    if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     _tracker().set_states(state["megatron"])
 

@@ -1,6 +1,7 @@
 """The choice of the checkpoint that a run resumes from: the newest one whose every byte is what was written.
 
-- Used by: `trainer`, before any state is loaded; `save_load` verifies with the same functions.
+- Used by: `trainer`, before any state is loaded, which also compares the HF files with those of the checkpoint;
+  `save_load` verifies with the same functions.
 - Invariant: all ranks get the same answer, or the same error. Every function here is collective.
 """
 
@@ -14,11 +15,15 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from slime.config.args import Args
 from slime.megatron.checkpoint import files, manifest
 from slime.megatron.checkpoint.files import CRITIC, FoundCheckpoint
+from slime.models.hf_identity import changes, hf_identity
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+HF_FILES = "hf_files"
+"""The key in a checkpoint's state."""
 
 
 def find_sound_checkpoint(
@@ -113,3 +118,25 @@ def on_every_rank(work: Callable[[], _T]) -> list[_T]:
     if errors:
         raise RuntimeError(f"checkpoint: {errors[0]}")
     return [result for result, _ in outcomes]
+
+
+class HFFiles:
+    """The identity of the files in --hf-checkpoint on this rank's machine, at the start of the run.
+
+    A run resumes a checkpoint only with the tokenizer, chat template and config.json that it was trained with. `state`
+    is JSON-able, for the checkpoint.
+    """
+
+    def __init__(self, args: Args) -> None:
+        self._directory = args.hf_checkpoint
+        self.state = {HF_FILES: None if self._directory is None else hf_identity(self._directory)}
+
+    def refuse_others(self, found: FoundCheckpoint) -> None:
+        """Raise a ValueError if the checkpoint was trained with other files; it names them and the remedy."""
+        then, now = manifest.read_state(found.path)["state"].get(HF_FILES), self.state[HF_FILES]
+        changed = [] if then is None or now is None else changes(then, now)
+        if changed:
+            raise ValueError(
+                f"--hf-checkpoint {self._directory}: not what {found.path} was trained with ({'; '.join(changed)}); "
+                "restore the files, or begin a new run with these weights: --finetune and another --save"
+            )

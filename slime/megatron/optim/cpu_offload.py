@@ -26,8 +26,7 @@ from torch import Tensor
 
 from slime.megatron import device
 from slime.megatron.compat import apply
-from slime.megatron.optim.distributed_optimizer import PlacedAdamW
-from slime.megatron.optim.one_pass_adam import OnePassAdamW, count_steps, model_memory, pass_over
+from slime.megatron.optim.adam import OnePassAdamW, PlacedAdamW, count_steps, model_memory, pass_over
 
 BUCKET = 4 * 1024**2
 """The entries that pass through the device at a time; a multiple of ALIGNED."""

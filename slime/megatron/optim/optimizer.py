@@ -19,7 +19,7 @@ from slime.config.args import Args
 from slime.megatron.compat import apply, cpu_layer
 from slime.megatron.model import main_gradients
 from slime.megatron.model.build import ModelChunks, config_from, params_dtype, uses_bf16
-from slime.megatron.optim import cpu_offload, distributed_optimizer, multi_tensor, one_pass_adam
+from slime.megatron.optim import adam, cpu_offload, multi_tensor
 from slime.megatron.optim.multi_tensor import gradient_norm, scaled_as_read, takes_scale
 from slime.megatron.optim.optimizer_state import parts_of
 
@@ -46,7 +46,7 @@ def build_optimizer(args: Args, model: ModelChunks) -> tuple[MegatronOptimizer, 
         },
     )
     with cpu_layer.layer():
-        distributed_optimizer.install()
+        adam.install()
         multi_tensor.install()
         for chunk in model:
             main_gradients.install(chunk)
@@ -61,7 +61,7 @@ def _prepare(part: MegatronOptimizer, *, in_host_memory: bool) -> None:
     if isinstance(part.optimizer, torch.optim.Adam):
         for group in part.optimizer.param_groups:
             group["fused"] = True  # one pass over the weights; on a CPU it takes a third of the time
-        one_pass_adam.install(part)
+        adam.step_in_one_pass(part)
     if in_host_memory and part.optimizer is not None:
         cpu_offload.install(part)
     if isinstance(part.optimizer, torch.optim.SGD):

@@ -1,6 +1,6 @@
 """AdamW on a GPU in one pass: it reads gradient, weight and moments once, and writes the model's bf16 copy, too.
 
-- Used by: `one_pass_adam`, for each weight.
+- Used by: `optim.adam`, for each weight.
 - Invariant: everything between load and store is float32. Decay and update of a weight are rounded once, together; the
   model's copy is the new weight, rounded.
 """

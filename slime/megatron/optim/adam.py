@@ -1,9 +1,11 @@
-"""PyTorch's AdamW over fp32 main weights of a bf16 model on a GPU, writing the model's weights in the same pass.
+"""PyTorch's Adam inside Megatron's optimizers, which expect that of TransformerEngine or Apex.
 
-- Used by: `optimizer` turns the Adam that Megatron built into this class; `step` takes steps with it.
-- Invariant: state, settings, `grad_scale` and `found_inf` have the meaning of torch.optim.AdamW(fused=True), so the
-  code around it is unchanged. After a step the model's weights are the main weights, rounded; without this class that
-  takes a copy pass over all of them.
+- Used by: `optimizer` installs the corrections before it builds, and turns the Adam that Megatron built into one that
+  steps in one pass; `cpu_offload` builds on that step, and `save_load` saves and loads the state.
+- Invariant: every parameter's state has a `step` tensor of its own, and after loading it has the saved value. A step in
+  one pass gives the numbers of PyTorch's fused one.
+
+Where TransformerEngine or Apex is installed, Megatron uses their Adam, and nothing here is needed.
 """
 
 from __future__ import annotations
@@ -13,18 +15,104 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 from slime.megatron import device
 from slime.megatron.compat import apply
-from slime.megatron.optim.distributed_optimizer import start_adam
+
+_Original = distrib_optimizer.DistributedOptimizer
+
+
+class TorchDistributedOptimizer(_Original):
+    """Megatron's optimizer adapted to torch Adam's per-parameter steps; Megatron expects one step for all."""
+
+    def state_dict(self) -> dict[str, Any]:
+        start_adam(self.optimizer)  # Megatron reads the step from the states, which do not exist before the first step
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # Megatron gives one step tensor to all parameters. Each would advance it, and Adam's bias correction would be
+        # wrong without an error.
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        """Return each buffer's state with every bucket at its offset in the buffer.
+
+        Megatron removes the padding at the end of each bucket, and then looks parameters up by their offsets in the
+        buffer, which count the padding. For example, after a bucket of 6 entries padded to 8 all parameters are off by
+        2, and Megatron would save the wrong numbers for them.
+        """
+        state: Any = super().get_parameter_state_dp_zero(*args, **kwargs)
+        if state is None:  # not the rank that writes
+            return None
+        for number, buffer in enumerate(self.buffers):
+            for tensors in state[number].values():
+                for name, packed in tensors.items():
+                    if name != "numel_unpadded":
+                        tensors[name] = _in_place(packed, buffer)
+        return state
+
+    @torch.no_grad()  # fp32 main weights are views, which autograd does not let us write to
+    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        group, place = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][place]
+        for name, there in {"param": main, **self.optimizer.state[main]}.items():
+            if name != "step":  # not a tensor of the checkpoint: `load_state_dict` has set it
+                there.copy_(tensors[name])
+
+
+def _in_place(packed: Tensor, buffer: Any) -> Tensor:
+    """Move buckets that lie one after the other to their offsets in the buffer."""
+    placed, start = packed.new_zeros(buffer.numel), 0
+    for bucket in buffer.buckets:
+        size = bucket.numel_unpadded
+        placed[bucket.offset : bucket.offset + size] = packed[start : start + size]
+        start += size
+    return placed
+
+
+def install() -> None:
+    """Make Megatron build TorchDistributedOptimizer. No-op if TransformerEngine or Apex is installed."""
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        apply.replace("megatron.core.optimizer", "DistributedOptimizer", TorchDistributedOptimizer)
+
+
+class PlacedAdamW(torch.optim.AdamW):
+    """An AdamW that decides itself where its state is kept."""
+
+    def start(self) -> None:
+        """Create the state; see `start_adam`."""
+        raise NotImplementedError
+
+
+def start_adam(adam: torch.optim.Optimizer) -> None:
+    """Give every parameter without state the state with which Adam's first step would begin."""
+    if isinstance(adam, PlacedAdamW):
+        adam.start()
+        return
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                device = parameter.device if group["fused"] or group["capturable"] else "cpu"
+                adam.state[parameter] |= {
+                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                    "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+                }
 
 
 class OnePassAdamW(torch.optim.AdamW):
-    """AdamW in one pass per weight; `install` turns an existing AdamW into one."""
+    """AdamW in one pass per weight over fp32 main weights of a bf16 model; `step_in_one_pass` turns an AdamW into one.
+
+    State, settings, `grad_scale` and `found_inf` have the meaning of torch.optim.AdamW(fused=True), so the code around
+    it is unchanged. After a step the model's weights are the main weights, rounded; without this class that takes a
+    copy pass over all of them.
+    """
 
     model_of: dict[Tensor, Tensor]
     """The model's memory that gets the rounded value of each main weight."""
@@ -102,7 +190,7 @@ def bias_corrections(steps: Tensor, betas: tuple[float, float]) -> Tensor:
     return torch.stack([first.reciprocal(), second.rsqrt()], dim=1).float()
 
 
-def install(part: MegatronOptimizer) -> bool:
+def step_in_one_pass(part: MegatronOptimizer) -> bool:
     """Make `part` step in one pass; return whether it does: only on CUDA, for AdamW over a bf16 model."""
     adam = part.optimizer
     if not device.on_cuda() or type(adam) is not torch.optim.AdamW:
