@@ -44,7 +44,7 @@ ROLES = {
     "sglang::router": "router",
     "ray::TrainWorker": "trainer",
     "ray::RolloutManager": "rollout manager",
-    "rm_hub": "reward workers",
+    "reward_pool": "reward workers",
     "raylet": "Ray",
     "gcs_server": "Ray",
     "train.py": "driver",
