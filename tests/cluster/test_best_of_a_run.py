@@ -36,16 +36,20 @@ def finished(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def assert_unchanged(directory: Path) -> list[dict[str, float]]:
-    """Check that nothing of the run was changed; return the events that were added."""
-    before, now = (
-        [{key: value for key, value in event.items() if not is_measured(key)} for event in read_metrics(path)]
-        for path in (directory / "before/metrics.jsonl", directory / "run/metrics.jsonl")
-    )
-    assert now[: len(before)] == before, "nothing of the run is taken back"
+def without_measured(path: Path) -> dict[tuple[float, str], float]:
+    """Return every metric by step and name, without those that depend on the clock or on memory."""
+    return {
+        (event["step"], name): value
+        for event in read_metrics(path)
+        for name, value in event.items()
+        if name != "step" and not is_measured(name)
+    }
+
+
+def assert_unchanged(directory: Path) -> None:
+    """Check that the run's checkpoints and its record of the best one are as they were."""
     for name in ("iter_0000001/slime_state.json", "iter_0000002/slime_state.json", FILE):
         assert (directory / "run" / name).read_bytes() == (directory / "before" / name).read_bytes()
-    return now[len(before) :]
 
 
 def test_the_best_checkpoint_is_kept(finished: Path) -> None:
@@ -72,20 +76,27 @@ def test_a_resume_with_other_data_is_refused(task: Task, finished: Path) -> None
         data.write_text(text)
     output = (finished / "refused.txt").read_text()
     assert str(data) in output and "Traceback" not in output
-    assert assert_unchanged(finished) == []
+    assert (finished / "run/metrics.jsonl").read_text() == (finished / "before/metrics.jsonl").read_text()
+    assert_unchanged(finished)
 
 
 def test_a_finished_run_has_nothing_left_to_train(task: Task, finished: Path) -> None:
     output = train(arguments(task, finished, *KEEPS_BEST), finished / "again.txt")
     assert "nothing left to train: 3 of 3 rollouts are done" in output
-    assert assert_unchanged(finished) == []
+    before, now = (without_measured(finished / name / "metrics.jsonl") for name in ("before", "run"))
+    assert now == before, "the last evaluation is repeated, and finds the same"
+    assert_unchanged(finished)
 
 
 def test_the_best_checkpoint_is_evaluated_alone(task: Task, finished: Path) -> None:
     """This needs no prompts to train on."""
     alone = arguments(task, finished, length=("--num-rollout", "0", "--ckpt-step", "1"))
+    before = (finished / "run/metrics.jsonl").read_text()
     train(without(without(alone, "--prompt-data"), "--prompt-data"), finished / "alone.txt")
-    [evaluation] = assert_unchanged(finished)
+    now = (finished / "run/metrics.jsonl").read_text()
+    assert now.startswith(before), "nothing of the run is taken back"
+    [evaluation] = [json.loads(line) for line in now.removeprefix(before).splitlines()]
     assert evaluation["step"] == 2
+    assert_unchanged(finished)
     held = events(finished / "before", "eval/own/weights")[2]
     assert evaluation["eval/own/weights"] == held, "the engines held what the checkpoint holds"

@@ -20,6 +20,8 @@ from slime.rollout.sft_rollout import fill_responses
 
 TRAINING_S = 1.0
 """The additional time of training in seconds."""
+LIMIT_S = 30.0
+"""Seconds after which a generation no longer waits for training: without overlap, the test of the overlap fails."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,24 @@ def read_spans(save: Path, kind: str) -> dict[int, list[Span]]:
     return spans
 
 
+def _begun(args: Args, rollout_id: int) -> Path:
+    """Return the file that is there once training on a rollout has begun."""
+    assert args.save is not None
+    return Path(args.save, f"training-{rollout_id}.begun")
+
+
 async def generate(args: Args, sample: Sample, params: SamplingParams, context: RolloutContext) -> Sample:
-    """Work like the built-in function, and record the time."""
+    """Work like the built-in function, and record the time; but end only once training on the last rollout has begun.
+
+    Otherwise a short generation could end while the trainer still prepares its first step.
+    """
     start = time.monotonic()
     sample = await generate_sample(args, sample, params, context)
-    if "start_rollout_id" in sample.metadata:  # absent in an evaluation
-        _write(args, "generation", sample.metadata["start_rollout_id"], start)
+    rollout_id = sample.metadata.get("start_rollout_id")
+    if rollout_id is not None:  # absent in an evaluation
+        while rollout_id > 0 and not _begun(args, rollout_id - 1).exists() and time.monotonic() < start + LIMIT_S:
+            await asyncio.sleep(0.02)
+        _write(args, "generation", rollout_id, start)
     return sample
 
 
@@ -69,9 +83,10 @@ def without_end(args: Args, batch: TrainBatch) -> Array:
 
 def advantages(args: Args, batch: TrainBatch) -> Array:
     """Return the rewards after a delay; record under the batch's first group, which identifies the rollout."""
-    start = time.monotonic()
+    start, rollout_id = time.monotonic(), int(batch.columns["group_indices"][0]) // args.rollout_batch_size
+    _begun(args, rollout_id).touch()
     time.sleep(TRAINING_S)
-    _write(args, "training", int(batch.columns["group_indices"][0]) // args.rollout_batch_size, start)
+    _write(args, "training", rollout_id, start)
     return np.repeat(batch.columns["rewards"], batch.response_lengths_N).astype(np.float32)
 
 
