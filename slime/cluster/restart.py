@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slime.cluster.cluster import Story, running_cluster
@@ -19,6 +19,26 @@ from slime.core.errors import Fault
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class Restarts:
+    """Counts the restarts of a run: at most `limit` in a row without a new checkpoint. `newest`: the last one."""
+
+    limit: int
+    newest: int | None
+    in_a_row: int = 0
+    total: int = 0
+
+    def allow(self, newest: int | None) -> bool:
+        """Return whether the run may be started again, and count it; `newest` is the checkpoint that it has now."""
+        if newest != self.newest:
+            self.newest, self.in_a_row = newest, 0
+        if self.in_a_row == self.limit:
+            return False
+        self.in_a_row += 1
+        self.total += 1
+        return True
+
+
 def run_with_restarts(args: Args, story: Story) -> None:
     """Let `story` use a cluster; after a fault, repeat that from the newest checkpoint that the run has made.
 
@@ -27,27 +47,23 @@ def run_with_restarts(args: Args, story: Story) -> None:
     Raises:
         RunError: the error that ended the run. If it is a Fault, there was one too many.
     """
-    before = newest = newest_checkpoint(args.save)
-    without_progress = total = 0
+    before = newest_checkpoint(args.save)
+    restarts = Restarts(args.max_restarts, before)
     while True:
         try:
-            with running_cluster(args, restarts=total) as cluster:
+            with running_cluster(args, restarts=restarts.total) as cluster:
                 story(cluster)
             return
         except Fault as fault:
-            made = newest_checkpoint(args.save)
-            if made != newest:
-                newest, without_progress = made, 0
-            if args.save is None or without_progress == args.max_restarts:
+            newest = newest_checkpoint(args.save)
+            if args.save is None or not restarts.allow(newest):
                 raise
             logger.error("a fault ended the run, which is started again", exc_info=fault)
-            without_progress += 1
-            total += 1
             if newest != before:
                 args = resumed_args(args)
             source = "from the beginning" if newest == before else f"from {args.save}, after rollout {newest}"
             print(
-                f"FAULT {fault}\nstarting again {source} (restart {without_progress} of --max-restarts "
+                f"FAULT {fault}\nstarting again {source} (restart {restarts.in_a_row} of --max-restarts "
                 f"{args.max_restarts})",
                 flush=True,
             )

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from slime.cluster.ray_wait import Waiter, is_broken_link
-from slime.cluster.restart import newest_checkpoint, resumed_args
+from slime.cluster.restart import Restarts, newest_checkpoint, resumed_args
 from slime.config.args import Args
 from slime.core.errors import Fault, RunError
 
@@ -33,6 +33,15 @@ def test_a_run_continues_from_its_own_checkpoint() -> None:
     assert (again.load, again.ckpt_step) == ("/own", None)
     assert not (again.finetune or again.no_load_optim or again.no_load_rng)
     assert resumed_args(Args(save="/own", no_save_optim=True)).no_load_optim, "there is none in the checkpoint"
+
+
+def test_a_checkpoint_between_two_faults_resets_the_count() -> None:
+    restarts = Restarts(limit=2, newest=None)
+    assert [restarts.allow(None), restarts.allow(None), restarts.allow(None)] == [True, True, False]
+    assert restarts.total == 2
+    assert [restarts.allow(newest) for newest in (3, 3, 5, 5, 5)] == [True, True, True, True, False]
+    assert (restarts.in_a_row, restarts.total) == (2, 6)
+    assert not Restarts(limit=0, newest=3).allow(4), "no restart at all"
 
 
 @ray.remote
