@@ -266,12 +266,13 @@ def test_one_rank(workers: WorkerPool, case: str) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_log_probs(workers: WorkerPool, bf16: bool) -> None:
     """With a large vocabulary the logits are the fullest moment; also the forward pass of the reference by itself."""
-    tokens = BF16_TOKENS if bf16 else TOKENS
-    args = make_args(replace(GLM4, vocab_size=LARGE_VOCABULARY), bf16=bf16, max_tokens_per_gpu=tokens)
+    args = make_args(replace(GLM4, vocab_size=LARGE_VOCABULARY), bf16=bf16)
     [found] = workers.run(1, measure, args)
     assert_planned(args, found)
     planned = planned_for(args)
     assert off_by(planned.activations + planned.layers, found.step) > PROMISED  # control: without the term
+    if bf16:
+        return  # a CPU multiplies it ten times slower, and the copies of the reference are those of fp32
 
     args = replace(args, log_ref_kl=True)
     [found] = workers.run(1, measure, args)
