@@ -9,6 +9,7 @@ import pickle
 import shutil
 import signal
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 from made_up import Run, make_args, same_bits
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
 from slime.megatron.checkpoint.files import find_checkpoint
 from slime.megatron.checkpoint.manifest import STATE_FILE, digest, read_state, write_state, written_files
-from slime.megatron.checkpoint.safe_pickle import UnreadableFileError, UnsafeFileError, read_metadata
+from slime.megatron.checkpoint.safe_pickle import METADATA, UnreadableFileError, UnsafeFileError, read_metadata
 
 pytestmark = pytest.mark.dist
 
@@ -44,7 +45,7 @@ def harms(marker: Path) -> dict[str, Harm]:
         "posix.system": Harm(os.system, f"touch {marker}"),
         "builtins.eval": Harm(eval, f"open({str(marker)!r}, 'w')"),
         "functools.partial": Harm(partial, open, str(marker)),
-        "builtins.getattr": Harm(getattr, marker, "touch"),
+        "builtins.getattr": Harm(getattr, "touch", "format"),
         "shutil.rmtree": Harm(shutil.rmtree, str(marker.parent / "gone")),
         "torch.serialization.load": Harm(torch.load, str(marker)),
     }
@@ -102,6 +103,23 @@ def changed_metadata(release: Path, change: Callable[[Metadata], None]) -> None:
     whole = pickle.loads((release / ".metadata").read_bytes())
     change(whole)
     (release / ".metadata").write_bytes(pickle.dumps(whole))
+
+
+def by_name(member: Enum, protocol: int) -> tuple[Any, ...]:
+    return getattr, (type(member), member.name)
+
+
+def test_metadata_of_pythons_that_pickle_enums_by_name(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's Python 3.11.2 writes the memory format of a tensor as getattr(class, name)."""
+    file, before = release / METADATA, read_metadata(release)
+    raw = pickle.loads(file.read_bytes())
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    file.write_bytes(pickle.dumps(raw))
+    assert b"getattr" in file.read_bytes()
+    assert read_metadata(release) == before
+    file.write_bytes(pickle.dumps(Harm(getattr, Metadata, "__init__")))
+    with pytest.raises(UnsafeFileError, match=r"builtins\.getattr"):
+        read_metadata(release)
 
 
 @pytest.mark.parametrize("path", ["../../x.distcp", "/etc/passwd", "..", "a/b.distcp", "..\\x.distcp", ""])

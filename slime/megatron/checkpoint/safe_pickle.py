@@ -38,13 +38,16 @@ METADATA = ".metadata"
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _DCP = "torch.distributed.checkpoint"
 _OLD_DCP = "torch.distributed._shard.sharded_tensor.metadata"
+_MEMORY_FORMATS = frozenset({f"{_DCP}.metadata._MEM_FORMAT_ENCODING", f"{_OLD_DCP}.MEM_FORMAT_ENCODING"})
+"""The only Enums in `.metadata`; the second one is from before torch 2.3."""
 _METADATA_CLASSES = frozenset(
     {
-        *(f"{_DCP}.metadata.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+        *_MEMORY_FORMATS,
+        *(f"{_DCP}.metadata.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta")),
         *(f"{_DCP}.metadata.{name}" for name in ("TensorStorageMetadata", "BytesStorageMetadata")),
         *(f"{_DCP}.metadata.{name}" for name in ("ChunkStorageMetadata", "TensorProperties")),
         f"{_DCP}.filesystem._StorageInfo",
-        *(f"{_OLD_DCP}.{name}" for name in ("TensorProperties", "MEM_FORMAT_ENCODING")),  # before torch 2.3
+        f"{_OLD_DCP}.TensorProperties",  # before torch 2.3
         "torch.Size",
         "torch.serialization._get_layout",
         *(f"pathlib.{name}" for name in ("PosixPath", "WindowsPath")),
@@ -141,9 +144,17 @@ class _MetadataUnpickler(pickle.Unpickler):
         name = f"{module_name}.{global_name}"
         if name in _DTYPES:
             return _DTYPES[name]
+        if name == "builtins.getattr":
+            return self._member
         if name not in _METADATA_CLASSES:
             raise forbidden([name])
         return self._kinds.setdefault(name, type(global_name, (_StandIn,), {}))
+
+    def _member(self, kind: Any, name: Any) -> Any:
+        """Return a stand-in for a memory format, which Debian's Python 3.11.2 pickles as getattr(class, name)."""
+        if kind not in [self._kinds.get(known) for known in _MEMORY_FORMATS] or type(name) is not str:
+            raise forbidden(["builtins.getattr"])
+        return kind(name)
 
 
 def read_metadata(directory: Path) -> Metadata:
