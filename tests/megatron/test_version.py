@@ -21,7 +21,7 @@ def check_with(*paths: Path) -> subprocess.CompletedProcess[str]:
 def megatron_tree(root: Path, info: str | None) -> Path:
     core = root / "megatron" / "core"
     core.mkdir(parents=True)
-    (core / "__init__.py").write_text("raise RuntimeError('nothing of it may run')\n")
+    (core / "__init__.py").write_text("raise RuntimeError('this tree is imported')\n")
     if info is not None:
         (core / "package_info.py").write_text(info)
     return root
@@ -33,10 +33,12 @@ def test_the_installed_version_passes():
 
 
 def test_another_tree_on_pythonpath_is_named(tmp_path: Path):
-    assert check_with(megatron_tree(tmp_path / "same", INFO.format(minor=16))).returncode == 0
+    same = check_with(megatron_tree(tmp_path / "same", INFO.format(minor=16))).stderr
+    assert "this tree is imported" in same, "control: the supported version is taken from wherever it is"
     for name, info, version in (("other", INFO.format(minor=15), "0.15.1"), ("none", None, "unknown")):
         tree = megatron_tree(tmp_path / name, info)
         error = check_with(tree).stderr
         file = tree / "megatron" / "core" / "package_info.py"
         assert f"ValueError: megatron-core at {file} is version {version}, not 0.16.1" in error
         assert "off PYTHONPATH" in error
+        assert "this tree is imported" not in error, "nothing of it may run"
