@@ -152,7 +152,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def _member(self, kind: Any, name: Any) -> Any:
         """Return a stand-in for a memory format, which Debian's Python 3.11.2 pickles as getattr(class, name)."""
-        if kind not in [self._kinds.get(known) for known in _MEMORY_FORMATS] or type(name) is not str:
+        formats = [self._kinds[known] for known in _MEMORY_FORMATS & self._kinds.keys()]
+        if kind not in formats or type(name) is not str:
             raise forbidden(["builtins.getattr"])
         return kind(name)
 
