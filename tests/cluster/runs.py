@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from slime.observability.metrics_log import read_metrics
 
@@ -84,6 +86,23 @@ def without(arguments: list[str], name: str, values: int = 1) -> list[str]:
     """Return the arguments without the flag `name` and its values."""
     at = arguments.index(name)
     return arguments[:at] + arguments[at + 1 + values :]
+
+
+@contextmanager
+def small_ray(num_gpus: int | None = None) -> Generator[None]:
+    """Start a local Ray in this process; `num_gpus` is how many GPUs it believes in, None what it finds."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=num_gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=100 * 1024**2,
+        _node_ip_address="127.0.0.1",
+    )
+    yield
+    ray.shutdown()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
@@ -17,6 +16,7 @@ from slime.cluster.placement import Demand, Placement, Slot, choose_engine, dema
 from slime.cluster.ray_wait import Waiter
 from slime.config.args import Args
 from slime.core.errors import RunError
+from tests.cluster.runs import small_ray
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +24,8 @@ def four_gpus() -> Iterator[None]:
     """Start a local Ray that believes in four GPUs, the last of eight."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = "4,5,6,7"
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 * 1024**2,
-        _node_ip_address="127.0.0.1",
-    )
-    yield
-    ray.shutdown()
+    with small_ray(num_gpus=4):
+        yield
     os.environ.pop("CUDA_VISIBLE_DEVICES")
     if before is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from slime.cluster.ray_wait import Waiter, is_broken_link
 from slime.cluster.restart import Restarts, newest_checkpoint, resumed_args
 from slime.config.args import Args
 from slime.core.errors import Fault, RunError
+from tests.cluster.runs import small_ray
 
 
 def test_the_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
@@ -62,17 +62,8 @@ class Actor:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 * 1024**2,
-        _node_ip_address="127.0.0.1",
-    )
-    yield
-    ray.shutdown()
+    with small_ray():
+        yield
 
 
 @pytest.fixture(scope="module")

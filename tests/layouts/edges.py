@@ -26,12 +26,12 @@ CLOSEST_SCORE = 3e-5
 
 
 class _Seen(NamedTuple):
-    """Of one sample."""
+    """What a loss has read of one sample."""
 
     loss_R: Tensor
     log_ratio_R: Tensor
     log_weights_R: Tensor | None
-    """Of the tokens that are weighted."""
+    """The log-weights of the tokens that take an importance weight."""
 
 
 @dataclass

@@ -25,7 +25,7 @@ from slime.engine.protocol import Endpoint
 _PATH = re.compile(r"/proc/[1-9][0-9]*/fd/[0-9]+")
 
 
-class DeviceRoutes:
+class DeviceHandlers:
     """Handlers for memory and shared weights; `call` runs a function in the scheduler's thread, between two steps."""
 
     def __init__(

@@ -29,7 +29,7 @@ from aiohttp.http_exceptions import BadHttpMessage
 from slime.engine.bucket_layout import dtype_name
 from slime.engine.embedded.answers import error_answer, json_answer, read_body, read_no_fields
 from slime.engine.embedded.cache import KVCache
-from slime.engine.embedded.device_handlers import DeviceRoutes
+from slime.engine.embedded.device_handlers import DeviceHandlers
 from slime.engine.embedded.exchange import Exchange
 from slime.engine.embedded.fixed_shapes import SPARE_ROWS, FixedShapes, find_sizes
 from slime.engine.embedded.memory import EngineMemory
@@ -37,7 +37,7 @@ from slime.engine.embedded.model import Model
 from slime.engine.embedded.scheduler import Request, Scheduler
 from slime.engine.embedded.settings import Settings, parse_settings
 from slime.engine.embedded.text import Text
-from slime.engine.embedded.weight_handlers import WeightRoutes
+from slime.engine.embedded.weight_handlers import WeightHandlers
 from slime.engine.embedded.weights import EngineWeights
 from slime.engine.protocol import (
     AbortRequest,
@@ -83,11 +83,11 @@ class Server:
         self._weights.load(settings.model_path, version=settings.weight_version)
         if settings.deterministic:
             self._scheduler.fixed_shapes = FixedShapes(self._model, cache, find_sizes(self._model))
-        self._weight_routes = WeightRoutes(
+        self._weight_handlers = WeightHandlers(
             self._scheduler, self._weights, self._call, dist_timeout=settings.dist_timeout
         )
         self._memory = EngineMemory(self._scheduler, self._weights)
-        self._device_routes = DeviceRoutes(self._scheduler, self._weights, self._memory, self._call)
+        self._device_handlers = DeviceHandlers(self._scheduler, self._weights, self._memory, self._call)
         self._exchange = Exchange(settings, self._text)
         self._names = random.Random()  # uuid4 would call the kernel, and release the GIL for that
         self._open: dict[int, asyncio.Future[Request]] = {}
@@ -273,8 +273,8 @@ class Server:
             Endpoint.FLUSH_CACHE: self.flush,
         }.items():
             app.router.add_post(path, handler)
-        self._weight_routes.mount(app)
-        self._device_routes.mount(app)
+        self._weight_handlers.mount(app)
+        self._device_handlers.mount(app)
         app.router.add_get(Endpoint.FLUSH_CACHE, self.flush)
         app.router.add_get(Endpoint.HEALTH, self.health)
         app.router.add_get(Endpoint.LOADS, self.loads)

@@ -30,7 +30,7 @@ from slime.engine.protocol import (
 from slime.engine.weight_group import WeightGroup, join_weight_group
 
 
-class WeightRoutes:
+class WeightHandlers:
     """Handlers for weights; `call` runs a function in the scheduler's thread, between two steps."""
 
     def __init__(
