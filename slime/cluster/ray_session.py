@@ -94,8 +94,8 @@ def _shut_down(session: RaySession, own: Sequence[psutil.Process]) -> None:
 def _end_at_once(reaper: Reaper, log_dir: Path, trouble: str) -> None:
     """End the run and this process from the watchdog's thread, because the main thread's calls of Ray hang.
 
-    The reaper ends what the run has started, also processes that are stopped. A Ray that the run joined is left
-    alone; it ends the run's actors when it continues.
+    The reaper ends what the run has started, this process's children and stopped processes too. A Ray that the run
+    joined is left alone; it ends the run's actors when it continues.
     """
     message = (
         f"{trouble}{stopped_below(psutil.Process())}: the run has ended; started again, it goes on from its last "
@@ -103,7 +103,6 @@ def _end_at_once(reaper: Reaper, log_dir: Path, trouble: str) -> None:
     )
     logger.error("%s", message)
     print(f"\n{message}", file=sys.stderr, flush=True)
-    reaper.tell("all")
     reaper.finish()
     os._exit(1)
 

@@ -12,7 +12,10 @@ Its standard input is a pipe from the driver, which ends when the driver does. T
 
     session DIR     the directory in which the run's own Ray keeps its files
     well            nothing has failed: no logs of Ray are kept
-    all             the driver is alive and gives up: its own children end as well
+    alive           the driver lives on after the run: its own children are spared
+
+A driver that was killed writes no line. Its parent process id does not tell: the pipe of a dying process is closed
+before its children are handed to another parent.
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ class Reaper:
         """End the block of the run; without an error nothing has failed."""
         if kind is None:
             self.tell("well")
+        self.tell("alive")
         self.finish()
 
     def finish(self) -> None:
@@ -125,13 +129,13 @@ def main() -> None:
     mark, directory, logs = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     driver = os.getppid()
     session: str | None = None
-    well = everything = False
+    well = alive = False
     for line in sys.stdin:
         word, _, rest = line.strip().partition(" ")
         session = rest if word == "session" else session
-        well, everything = well or word == "well", everything or word == "all"
+        well, alive = well or word == "well", alive or word == "alive"
     spare: set[int] = {driver}
-    if os.getppid() == driver and not everything:
+    if alive:
         with suppress(psutil.Error):  # it has just ended
             spare |= {child.pid for child in psutil.Process(driver).children(recursive=True)}
     end_marked(mark, spare=spare)
