@@ -1,17 +1,16 @@
 # make demo [SEED=n]   the whole system on a laptop CPU, in outputs/demo-seed<n>/
 # make demo-control    the same with rewards shuffled between samples: it must not learn
-# make bench           against what one would take instead, into docs/PERFORMANCE.md; or one: make bench-engine,
-#                      bench-trainer, bench-packing, bench-rollout, bench-loop (which makes TRL an environment of its
-#                      own in .venv-trl)
-# make bench-estimators   the demo's task learned with every estimator, into docs/ALGORITHMS.md
+# make bench           compares slime with its alternatives and updates docs/PERFORMANCE.md; or one of bench-engine,
+#                      bench-trainer, bench-packing, bench-rollout, bench-loop (which installs TRL into .venv-trl)
+# make bench-estimators   trains the demo's task with every estimator and updates docs/ALGORITHMS.md
 #                      (after make demo, and MODEL=qwen3-moe-tiny make demo)
 # make test            the tests        make check    lint, format and types
-# make test-kill       a run killed at 30 random points of its life ends as the unbroken one (some: make test-kill KILLS=2)
-# make test-layouts    one step of 300 drawn models, algorithms and layouts is that of one process (some: DRAWS=20)
-# make test-inputs     2400 random command lines, files and hooks end in a plan or one message (others: make test-inputs SEED=n)
-# make test-chaos      a run whose engines die and hang, and whose rewards fail, learns all the same
-# make test-gpu        the checks that need GPUs, on those there are, and one table; some: make test-gpu CHECKS='engine'
-# A virtual environment is made in .venv the first time.
+# make test-kill       a run killed at 30 random points ends like the uninterrupted run (fewer: make test-kill KILLS=2)
+# make test-layouts    one step of 300 random models, algorithms and layouts equals that of one process (fewer: DRAWS=20)
+# make test-inputs     2400 random command lines, files and hooks end in a plan or one message (others: SEED=n)
+# make test-chaos      a run whose engines die and hang, and whose rewards fail, still learns
+# make test-gpu        the checks that need GPUs, and one table of results; some of them: make test-gpu CHECKS='engine'
+# The first call makes a virtual environment in .venv.
 
 SEED ?= 1
 PYTHON ?= python3

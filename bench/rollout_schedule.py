@@ -382,7 +382,7 @@ def main() -> None:
         tables.append(speed_table(title, describe(engines.timing, shape), engines, found, records))
         if engines.timing.step is None:
             return
-        tables.append(cpu_table("CPU time besides the sleeps", records))
+        tables.append(cpu_table("CPU time apart from the sleeps", records))
         if PARTIAL in found:
             goals.append(Goal("partial / plain", ratios(found[PARTIAL], found["plain"]).median, GOAL_PLAIN))
             goals.append(Goal("partial / limit", ratios(found[PARTIAL], found["limit"]).median, GOAL_LIMIT))

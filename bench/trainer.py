@@ -412,7 +412,9 @@ def operator_table(raw: dict[str, Any]) -> Table:
     name, result = next(iter(raw.items()))
     spent = {side: result["operators"][side] for side in ("slime", "plain")}
     ranked = sorted({*spent["slime"], *spent["plain"]}, key=lambda op: -max(s.get(op, 0.0) for s in spent.values()))
-    table = Table(f"The dearest operators (ms a step, {name}; the profiler itself costs some)", ["operator", *spent])
+    table = Table(
+        f"The most expensive operators (ms per step, {name}; the profiler itself costs some)", ["operator", *spent]
+    )
     for op in ranked[:14]:
         table.rows.append([f"`{op}`", *(f"{1e3 * s.get(op, 0.0):,.1f}" for s in spent.values())])
     return table

@@ -6,7 +6,7 @@
 Megatron's flags come from megatron-core's dataclasses (its wheel has no argument parser), the router's from its own
 parser, SGLang's from the annotations in its wheel, which are parsed with `ast` (so no GPU is needed). Run it again when
 a pin moves. One row is `{name, kind, on, [off, help, default, choices, num_values, one_is_scalar, suffixes]}`, the
-fields of `flag_table.FlagSpec`.
+fields of `slime.config.flags.table.FlagSpec`.
 """
 
 from __future__ import annotations

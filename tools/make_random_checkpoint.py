@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make an HF directory with random weights, for any supported architecture, without a download.
 
-It serves to test memory, speed and plumbing at real size.
+Use it to test memory, speed and scripts at real size.
 
     python tools/make_random_checkpoint.py --from-args scripts/models/qwen3-0.6B.sh --out outputs/qwen3-0.6B-random
     python tools/make_random_checkpoint.py --config SOME_MODEL/config.json --num-layers 8 --out outputs/eight-layers

@@ -56,14 +56,14 @@ def generate(
 
 
 def grpo_advantages(rewards_N: Tensor) -> Tensor:
-    """Compare each response with the others to its prompt: 3 of 8 right give +1.21 to the right, -0.72 to the wrong."""
+    """Compare each response with the others to its prompt: if 3 of 8 are right, they get +1.21 and the others -0.72."""
     rewards_G = rewards_N.view(-1, G)
     advantages_G = (rewards_G - rewards_G.mean(-1, keepdim=True)) / (rewards_G.std(-1, keepdim=True) + 1e-6)
     return advantages_G.view(-1)
 
 
 def next_token_log_probs(model: Any, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """[N, T] the log-prob of the token after each one, and the mask: True where that token is part of a response."""
+    """Return [N, T] the log-prob of the token after each one, and a mask of those that belong to a response."""
     tokens = pad_sequence([torch.tensor(sample.tokens) for sample in samples], batch_first=True)
     logits = model(tokens[:, :-1]).logits  # padding is on the right, where causal attention never looks
     log_probs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
@@ -103,7 +103,7 @@ def take_step(optimizer: torch.optim.Optimizer, model: Any, loss: Tensor) -> Non
 
 
 def read_samples(path: Path, tokenizer: Any) -> list[Sample]:
-    """The lines of a file as samples, with their responses where the file has any (demonstrations)."""
+    """Return the lines of a file as samples, with their responses if the file has them (demonstrations)."""
     samples: list[Sample] = []
     for row in map(json.loads, path.read_text().splitlines()):
         text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
@@ -115,12 +115,12 @@ def read_samples(path: Path, tokenizer: Any) -> list[Sample]:
 
 
 def score(samples: Sequence[Sample]) -> Tensor:
-    """[N] 1 for the right answer in the last box after the reasoning, else 0."""
+    """Return [N] 1 for the right answer in the last box after the reasoning, else 0."""
     return torch.tensor([deepscaler(sample.response, sample.label or "") for sample in samples])
 
 
 def learn(task: Path, *, seed: int, num_rollouts: int) -> float:
-    """Supervised start, then GRPO -> the share of held-out sums that greedy decoding gets right."""
+    """Run the supervised start and GRPO; return the share of held-out sums that greedy decoding gets right."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(seed)

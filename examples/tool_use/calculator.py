@@ -10,7 +10,7 @@ The model writes `calc(47*8)` and the engine stops there. The tool's `=376;` is 
 
 The rules for a generate function with several turns:
 
-1. Sampled tokens stay as they are; only the tool's text is tokenised. `generate_sample` appends the engine's answer and
+1. Sampled tokens stay as they are; only the tool's text is tokenized. `generate_sample` appends the engine's answer and
    counts the tokens that are already there against the limit of the response.
 2. Every response token has an entry in every per-token field. One that no policy sampled has loss_mask 0, which keeps
    it out of the loss, the importance weights and every metric over tokens. Its log-prob is 0 and its policy version is

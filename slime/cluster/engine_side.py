@@ -186,7 +186,7 @@ async def connect(
     """Register the engines at `urls` with the router, and return them with the client of them.
 
     Args:
-        args: the run's arguments; they tell whether the engines are external.
+        args: the run's arguments; they determine whether the engines are external.
         router_url: the router's URL.
         router: its process, if it is the run's own.
         urls: all engines.

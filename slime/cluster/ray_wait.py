@@ -104,9 +104,9 @@ class Waiter:
             for other in self._dead([one for one in waiting if one != ref]):
                 raise self._lost(phase, other, error) from error  # this one died, and the first failed because of it
             cause = error.cause if isinstance(error.cause, BaseException) else error
-            said = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {cause}"
+            message = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {cause}"
             kind = Fault if isinstance(cause, Fault | RayError) or is_broken_link(cause) else RunError
-            raise kind(f"{phase} failed: {self._who(ref)}: {said}\nlogs: {self._where}") from error
+            raise kind(f"{phase} failed: {self._who(ref)}: {message}\nlogs: {self._where}") from error
         except RayError as error:
             raise self._lost(phase, ref, error) from error
 

@@ -21,9 +21,9 @@ def rollouts_of_epochs(args: Args, num_prompts: int) -> int:
 
 
 def planned_prompts(args: Args) -> int | None:
-    """Return the number of rows in --prompt-data, including prompts that will be too long once they are tokenised.
+    """Return the number of rows in --prompt-data, including prompts that will be too long once they are tokenized.
 
-    None if there is nothing to count: the user has an own data source, or the file is not readable on this machine.
+    None if there is nothing to count: the user has their own data source, or the file is not readable on this machine.
     """
     if args.has_own_data_source or args.prompt_data is None:
         return None

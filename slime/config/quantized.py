@@ -30,7 +30,6 @@ REMEDY = "use the model's bf16 or fp32 release, or dequantize it first"
 def quantization(directory: str | Path) -> str | None:
     """Return file, key and method of the quantization in a directory, or None if nothing describes one.
 
-
     >>> quantization(directory)
     'config.json has quantization_config (quant_method fp8), but quantized weights are not supported'
     """

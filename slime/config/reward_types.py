@@ -44,7 +44,7 @@ def line_reward_fault(
     """Return rule and remedy if the reward of a data row cannot be computed, and None if it can.
 
     The row's metadata.rm_type overrides `rm_type`, the data set's type, which other rules check. `label`: the label
-    that the reward receives; None if no key of a label is given.
+    that the reward receives; None if no label key is given.
     """
     if args.custom_rm_path is not None:
         return None
@@ -52,7 +52,7 @@ def line_reward_fault(
     if label is not None and (fault := _label_fault(named or rm_type, label, metadata)) is not None:
         return fault
     if not named:
-        if rm_type is not None or args.custom_generate_function_path is not None:  # which may judge
+        if rm_type is not None or args.custom_generate_function_path is not None:  # the function may judge
             return None
         return "it has no reward type", "give it metadata.rm_type, or add --rm-type or --custom-rm-path"
     base = base_type(named)

@@ -91,7 +91,6 @@ class SamplingRecord:
 def read_record(path: Path) -> SamplingRecord | None:
     """Return the record in a dump's first line, or None if an older slime wrote the dump without one.
 
-
     Raises:
         ValueError: the first line is neither a record nor a group.
         OSError: the file cannot be read.

@@ -1,7 +1,7 @@
 """Architecture: the sizes and options of a decoder-only model, resolved from MODEL_ARGS and the HF config.json.
 
 - Used by: `config.architecture` makes it; Megatron's build, the weight tables and the embedded engine read it.
-- Invariant: no field is unset. Whoever holds an Architecture can build the model.
+- Invariant: no field is unset, so an Architecture is enough to build the model.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class AwakeClock:
 
 
 class LoopClock(AwakeClock):
-    """An AwakeClock for the running event loop. It ticks by itself until it is closed."""
+    """An AwakeClock for the running event loop, which ticks automatically until it is closed."""
 
     def __init__(self) -> None:
         super().__init__(LOOP_TICK_S)

@@ -52,7 +52,7 @@ class TrainBatch:
         missing = [name for name, column in COLUMNS.items() if column.required and name not in self.columns]
         unknown = [name for name in self.columns if name not in COLUMNS]
         if missing or unknown:
-            raise ValueError(f"training columns missing: {missing}, not declared in core.batch.COLUMNS: {unknown}")
+            raise ValueError(f"training columns missing: {missing}, not declared in core.columns.COLUMNS: {unknown}")
         for name, values in self.columns.items():
             self._check_column(name, values)
 
@@ -116,7 +116,7 @@ def _from_field(field: str, column: Column, samples: Sequence[Sample]) -> Array 
             for sample, row in zip(samples, values, strict=True)
         ]
     elif column.axis is Axis.RESPONSE:
-        # A sample without a response has no tokens, so it has no say in whether the column exists.
+        # A sample without a response has no tokens, so the column may exist without it.
         values = [row for sample, row in zip(samples, values, strict=True) if sample.response_length]
         present = [row for row in values if row is not None]
         if not present:

@@ -34,7 +34,7 @@ class Column:
     axis: Axis
     dtype: str
     meaning: str
-    """A few words for error messages and for whoever reads the table."""
+    """A few words for error messages and for readers of the table."""
     padding: float = 0
     """The value of the entries that pad a micro-batch."""
     required: bool = False
@@ -43,7 +43,7 @@ class Column:
     sample_field: str | None = None
     """The field of `Sample` that it is made from; None for `rewards` and for columns that training computes."""
     if_absent: float | None = None
-    """The entries of a sample whose field is None. Without it, all samples with a response have the field, or none."""
+    """The entries of a sample whose field is None. Unset: all samples with a response have the field, or none."""
     loss_input: bool = False
     """Whether `LossInputs` has a field of its own for it: the column's name with the suffix `_R`."""
 

@@ -1,4 +1,4 @@
-"""The public errors of the package, as one tree; the module is given if it is another one.
+"""The public errors of the package as one tree, each with its module if it is not defined here.
 
 An error that the user can correct is a ValueError: it names flag or file, value, rule and remedy.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LoadResult:
-    """A trainer's start: `state` is what `save` got (None on a fresh start), `source` is the weights' origin."""
+    """A trainer's start: the `state` given to `save` (None: a fresh start), and the `source` of its weights."""
 
     next_rollout_id: int
     state: dict[str, Any] | None

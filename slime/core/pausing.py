@@ -1,7 +1,7 @@
-"""What happens to requests in flight when an engine stops for new weights.
+"""The ways in which an engine treats requests in flight when it stops for new weights.
 
 - Used by: --update-weight-pause, the weight sync, and the messages to engines.
-- Invariant: the names are written here and nowhere else.
+- Invariant: the names are written only here.
 
 "abort" answers requests at once, with the tokens that they have. "in_place" keeps them waiting with their KV cache.
 "retract" keeps them waiting too, and prefills them again afterwards.

@@ -1,6 +1,6 @@
 """A process guard: runs one command, and ends it and everything that it started when the command's owner is gone.
 
-    python -S -E guard.py LOG [directory=DIR] [keep=FD,FD] -- COMMAND...
+    python -S -E process_guard.py LOG [directory=DIR] [keep=FD,FD] -- COMMAND...
 
 - LOG: the file for the command's output; "-" is the guard's own standard error.
 - DIR: a directory that is removed after the command has ended.

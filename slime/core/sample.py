@@ -3,7 +3,7 @@
 - Where it goes: the data buffer makes groups of Samples, generation fills in tokens, rewards fill in `reward`, and
   `core.batch` turns the kept ones into training columns.
 - Invariant: every per-token field that is present (see `core.columns.PER_TOKEN`) has exactly `response_length` entries,
-  and `tokens` holds the prompt followed by the response, as the engine produced them (never tokenised again).
+  and `tokens` holds the prompt followed by the response, as the engine produced them (never tokenized again).
 """
 
 from __future__ import annotations

@@ -244,9 +244,9 @@ def _named_tokens(batch: TrainBatch, places: Array, descriptions: Sequence[str])
     """Name the samples that have these tokens, with the description of the first token of each."""
     rows, firsts, counts = np.unique(_rows_of(batch, places), return_index=True, return_counts=True)
     starts_N = np.cumsum(batch.response_lengths_N) - batch.response_lengths_N
-    told = [
+    described = [
         f"{count} of {batch.response_lengths_N[row]} response tokens, the first is {places[first] - starts_N[row]}: "
         f"{descriptions[first]}"
         for row, first, count in zip(rows, firsts, counts, strict=True)
     ]
-    return _named(batch, rows, told)
+    return _named(batch, rows, described)

@@ -10,7 +10,7 @@ from slime.models.family import Family, with_head_dim
 
 
 def _write(arch: Architecture) -> dict[str, Any]:
-    # transformers' own files of this family have no head_dim; it is written only where it says something.
+    # transformers' own files of this family have no head_dim; it is written only if it differs from their default.
     usual = arch.kv_channels * arch.num_attention_heads == arch.hidden_size
     return {} if usual else with_head_dim(arch)
 

@@ -47,7 +47,7 @@ class RunConsole:
             prefix = f"eval/{name}/"
             values = {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
             if name not in rewards and values.get("failed") == 1:
-                why = "all responses failed; logs/rollout.log says why"
+                why = "all responses failed; logs/rollout.log has the reasons"
                 self.say(f"ERROR eval {name} after {step} rollouts has no reward: {why}")
                 continue
             errors = {key: f" ± {values.pop(f'{key}_stderr'):.3f}" for key in list(values) if f"{key}_stderr" in values}

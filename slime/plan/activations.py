@@ -107,7 +107,7 @@ def _norm(rank: Rank, name: str, rows: int, channels: int, *, arriving: int = 0)
     size = rows * channels
     if rank.on_cuda:  # the fused kernel keeps its input
         saved, working = rank.width * size, rank.width * size
-    elif rank.width == FP32:  # megatron.kernels.cpu keeps the normalized input
+    elif rank.width == FP32:  # megatron.model.kernels.cpu keeps the normalized input
         saved, working = FP32 * size, 2 * FP32 * size
     else:  # PyTorch's composite norm keeps both in fp32, and makes four more such tensors in its backward pass
         saved, working = 2 * FP32 * size, 4 * FP32 * size
@@ -161,7 +161,7 @@ def _attention(rank: Rank) -> list[Operation]:
 
 def _mlp(rank: Rank) -> list[Operation]:
     hidden, ffn = rank.arch.hidden_size, rank.ffn
-    # gradients of output, gate and up; megatron.kernels.cpu also has a tensor with gradient x up
+    # gradients of output, gate and up; megatron.model.kernels.cpu also has a tensor with gradient x up
     glu = (3 if rank.on_cuda or rank.width < FP32 else 4) * ffn
     kept = 2 if rank.on_cuda else 3
     return [

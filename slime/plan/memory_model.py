@@ -9,7 +9,7 @@ A training rank always holds weights, gradients and optimizer state. The larger 
     forward   old and reference log-probs: one layer's intermediate results, or a chunk of logits
     step      all that the layers keep for the backward pass, and the working memory of the part that runs now
 
-With colocation, engines and training take turns on the GPU, and there are three moments of both (`colocation`).
+With colocation, engines and training take turns on the GPU, and both count at three moments (`turns`).
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None
         if response.finish_reason == "abort":
             return  # aborted before the engine ran it
         raise ValueError(
-            "--use-routing-replay: an engine does not say to which experts tokens went; start it with "
+            "--use-routing-replay: an engine does not report the experts of each token; start it with "
             "--enable-return-routed-experts, or leave the flag out"
         )
     # The response may have been cut at a stop text; the experts are cut at the same token.

@@ -206,7 +206,7 @@ class GroupRunner:
             RuntimeError: the engines do not end them.
         """
         self._stopping = True
-        problem = "the engines' logs say why"
+        problem = "the engines' logs have the reason"
         limit = _ABORT_TIMEOUT + self._args.engine_health_timeout
         try:
             async with awake_timeout(limit):

@@ -62,7 +62,7 @@ class Waves:
         if wave.failed == self.size:
             raise RuntimeError(
                 f"rollout {self._rollout_id}: generation failed for all of {wave.failed} groups, the last time with: "
-                f"{last_error}; the engines' logs say why"
+                f"{last_error}; the engines' logs have the reason"
             ) from last_error
         self._empty += 1
         if self._empty == self._max_empty:

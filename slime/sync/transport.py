@@ -91,7 +91,7 @@ class SyncReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """What a trainer knows when it opens a transport: itself, and the engines to send to."""
+    """The facts with which a trainer opens a transport: itself, and the engines to send to."""
 
     args: Args
     rank: int
@@ -108,7 +108,7 @@ class Opening:
     """With colocation: for each engine the trainers on its devices, in the order of the engine's ranks."""
 
     def client(self) -> EngineClient:
-        """Return a client of all engines, which waits for requests in flight as --engine-request-timeout says."""
+        """Return a client of all engines, which waits for requests in flight for up to --engine-request-timeout."""
         return EngineClient(
             self.router_url,
             engines=self.engine_urls,

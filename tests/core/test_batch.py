@@ -102,7 +102,7 @@ def test_columns_can_be_added_replaced_and_removed() -> None:
 
 def test_columns_that_do_not_fit_are_refused() -> None:
     batch = from_samples(full_samples(), reward_key="score")
-    with pytest.raises(ValueError, match=r"not declared in core.batch.COLUMNS: \['advantage'\]"):
+    with pytest.raises(ValueError, match=r"not declared in core.columns.COLUMNS: \['advantage'\]"):
         TrainBatch(batch.total_lengths_N, batch.response_lengths_N, {**batch.columns, "advantage": np.zeros(5)})
     columns = {name: values for name, values in batch.columns.items() if name != "rewards"}
     with pytest.raises(ValueError, match=r"columns missing: \['rewards'\]"):

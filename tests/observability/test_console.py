@@ -27,7 +27,10 @@ def test_an_evaluation_shows_what_failed(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_evaluation_without_reward_is_an_error_line(capsys: pytest.CaptureFixture[str]) -> None:
     both = {"eval/a/failed": 1.0, "eval/a/num_prompts": 3.0, "eval/b/reward": 1.0}
     lines = _lines(capsys, both)
-    assert lines[0] == "ERROR eval a after 4 rollouts has no reward: all responses failed; logs/rollout.log says why"
+    assert (
+        lines[0]
+        == "ERROR eval a after 4 rollouts has no reward: all responses failed; logs/rollout.log has the reasons"
+    )
     assert lines[1] == "eval b after 4 rollouts: reward 1.000"
 
 

@@ -76,7 +76,7 @@ class AlgoOptions:
     )
     overlong_penalty_factor: float = flag(
         1.0,
-        "By how much the reward has fallen at --rollout-max-response-len, with --overlong-buffer-len.",
+        "Largest length penalty, which a response of --rollout-max-response-len gets (with --overlong-buffer-len).",
         gt=0,
         needs=Needs(
             ("overlong_buffer_len",), why="no response is penalized for its length", remedy="add --overlong-buffer-len"
@@ -111,8 +111,8 @@ class CriticOptions:
 
     critic_load: str | None = flag(
         None,
-        "Checkpoint that a new critic starts from: one that contains a critic, or a policy's (torch_dist or HF), of "
-        "which the output layer is not loaded. Unset: the actor's start. A resumed run continues the critic of --load.",
+        "Checkpoint from which a new critic starts: a critic's, or a policy's (torch_dist or HF) without its output "
+        "layer. Unset: the actor's start. A resumed run continues the critic of --load.",
     )
     critic_lr: float | None = flag(None, "The critic's learning rate; unset: --lr.", ge=0)
     critic_lr_warmup_iters: int = flag(0, "Optimizer steps of the critic's own linear warm-up.", ge=0)

@@ -26,10 +26,10 @@ class Needs:
     """Completes the text "no effect: ..."; the default names the flag that it belongs to."""
     remedy: str = "leave it out"
     when_on: bool = False
-    """Whether a switch is meant that changes nothing anyway while it is off."""
+    """Whether to warn only if the flag, a switch, is on; while it is off, it changes nothing anyway."""
 
     def missing(self, values: Mapping[str, Any]) -> bool:
-        """Return whether none of the flags has the value, or any, in `values`, the values of all flags by name."""
+        """Return whether the needed flags lack the value (or any value) in `values`, which has all flags by name."""
         found = [values[name] for name in self.flags]
         return self.value not in found if self.value is not None else all(value in (None, False, ()) for value in found)
 

@@ -1,7 +1,7 @@
 """The rule that warns about every flag without effect, so that no flag is ignored silently.
 
-- Used by: `rules.check`. A flag that only needs another flag says so where it is declared (`flags.flag.Needs`); the
-  table has the other cases.
+- Used by: `rules.check`. A flag that only needs another flag declares that itself (`flags.flag.Needs`); the table
+  has the other cases.
 - Invariant: there are warnings only about flags that were given.
 """
 

@@ -48,7 +48,7 @@ def reward(case: Case) -> Iterable[Problem]:
     if args.rm_type is None:
         yield case.warning("rm_type", "not given, nor --custom-rm-path", _METADATA_REMEDY, also=["custom_rm_path"])
     elif args.label_key is None and needs_label(args.rm_type):
-        rule = f"{args.rm_type} compares the answer with a label, but no key of a label is given"
+        rule = f"{args.rm_type} compares the answer with a label, but no label key is given"
         yield case.error("label_key", rule, "add --label-key", also=["rm_type"])
 
 
@@ -69,7 +69,7 @@ def eval_rewards(case: Case) -> Iterable[Problem]:
         elif base_type(rm_type) is None and rm_type != args.eval_rm_type:
             yield case.error(field, f"{dataset.name}: rm_type {rm_type!r} is unknown", REWARD_TYPE_REMEDY)
         if needs_label(rm_type) and dataset.label_key is None:
-            rule = f"{dataset.name}: {rm_type} compares the answer with a label, but no key of a label is given"
+            rule = f"{dataset.name}: {rm_type} compares the answer with a label, but no label key is given"
             yield case.error("eval_label_key", rule, "add --eval-label-key or --label-key", also=["label_key"])
 
 

@@ -5,7 +5,7 @@
 
 There are two readers, because there are two kinds of files:
 
-- `.metadata` is a plain pickle. Each listed class is replaced by a stand-in that only keeps its arguments. The real
+- `.metadata` is a plain pickle. Each listed class is replaced by a substitute that only keeps its arguments. The real
   `Metadata` is then built from checked numbers and names, so no method of a real class runs on data from the file.
 - `common.pt` and objects are written by `torch.save`. The names in them are first compared with a list. Then
   `torch.load(weights_only=True)` reads them, which has a restricted instruction set for this.
@@ -134,7 +134,7 @@ class _StandIn:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """An unpickler whose stand-ins exist for one file only, so that one file cannot change another's."""
+    """An unpickler whose substitutes exist for one file only, so that one file cannot change another's."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
@@ -151,7 +151,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         return self._kinds.setdefault(name, type(global_name, (_StandIn,), {}))
 
     def _member(self, kind: Any, name: Any) -> Any:
-        """Return a stand-in for a memory format, which Debian's Python 3.11.2 pickles as getattr(class, name)."""
+        """Return a substitute for a memory format, which Debian's Python 3.11.2 pickles as getattr(class, name)."""
         formats = [self._kinds[known] for known in _MEMORY_FORMATS & self._kinds.keys()]
         if kind not in formats or type(name) is not str:
             raise forbidden(["builtins.getattr"])
@@ -324,5 +324,5 @@ def load_objects(file: IO[bytes]) -> Any:
 
 def first_line(error: BaseException) -> str:
     """Return the error in one line; torch adds a page of advice to it that is about files that one trusts."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said[:300]}"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

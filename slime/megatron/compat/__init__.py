@@ -1,4 +1,4 @@
-"""What makes this code run on the Megatron-core that is installed, with CUDA or without it.
+"""Compatibility with the installed Megatron-core, with CUDA or without it.
 
 Reading order: `version` (the one that is supported), `patches` (the table of every private name that is replaced or
 relied on), `apply` (checks the table and makes changes), `cpu_layer` (Megatron without CUDA). `uncompiled` is installed

@@ -22,7 +22,7 @@ class Names:
     where: str
     """The module of slime that replaces or uses them."""
     how: Literal["has", "mentions", "elsewhere"] = "has"
-    """What is checked. `has`: the target has the attribute. `mentions`: the module's source contains the name, because
+    """The check. `has`: the target has the attribute. `mentions`: the module's source contains the name, because
     its code reads or sets it on other objects, or looks for it. `elsewhere`: nothing, because the package need not be
     installed here."""
     cuda_only: bool = False

@@ -186,8 +186,8 @@ def transformer_config(args: Args) -> TransformerConfig:
     if not arch.num_experts:
         return config_from(TransformerConfig, args, decided)
     decided |= _experts(args, arch)
-    said = {name: value for name, value in args.megatron_extra.items() if name not in FLAG_NAMES}  # see `_experts`
-    return config_from(TransformerConfig, replace(args, megatron_extra=said), decided)
+    passed = {name: value for name, value in args.megatron_extra.items() if name not in FLAG_NAMES}  # see `_experts`
+    return config_from(TransformerConfig, replace(args, megatron_extra=passed), decided)
 
 
 def _experts(args: Args, arch: Architecture) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from slime.config.labels import LETTERS
 from slime.core.boxes import find_boxes, join
-from slime.rollout.rewards import letter_patterns as said
+from slime.rollout.rewards import letter_patterns as regex
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class _Found:
 
 def chosen_letter(text: str, letters: str = LETTERS) -> str | None:
     """Return the letter that an answer chooses; None if it chooses none or several. The module explains the rules."""
-    text = text.translate(said.SPELLING)
-    lowered = text.translate(said.LOWER)
+    text = text.translate(regex.SPELLING)
+    lowered = text.translate(regex.LOWER)
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("```")]
     judged = [*_judged(text, letters), *_concluded(text, lowered, letters)]
     alone = _alone(lines, letters)
@@ -59,31 +59,31 @@ def _letter_at(text: str, at: int, letters: str, *, end: re.Pattern[str] | None 
 
     `end` is a pattern that has to follow the letter.
     """
-    match = said.LETTER.match(text, at)
+    match = regex.LETTER.match(text, at)
     if match is None:
         return None
     letter, after = match["letter"], match.end()
     before = text[match.start("letter") - 1 : match.start("letter")]
-    if said.PART.match(text, after) or said.DENIED.match(text, after):
+    if regex.PART.match(text, after) or regex.DENIED.match(text, after):
         return None
-    if text[after : after + 1] in ("'", "’") and not said.QUOTED.search(text[max(0, after - 21) : after - 1]):
+    if text[after : after + 1] in ("'", "’") and not regex.QUOTED.search(text[max(0, after - 21) : after - 1]):
         return None  # A' is something else than A
-    if letter.islower() and not (before and before in "([\"'`“‘*") and not said.END.match(text, after):
+    if letter.islower() and not (before and before in "([\"'`“‘*") and not regex.END.match(text, after):
         return None
-    second = said.SECOND.match(text, after)
+    second = regex.SECOND.match(text, after)
     if second is not None and second[0][-1].upper() != letter.upper():
         return _Found(after, None)
-    word = said.NEXT_WORD.match(text, after)
-    if word is not None and not said.WORDS_AFTER.fullmatch(word[1]) and (letter in "AI" or word[1][0].islower()):
+    word = regex.NEXT_WORD.match(text, after)
+    if word is not None and not regex.WORDS_AFTER.fullmatch(word[1]) and (letter in "AI" or word[1][0].islower()):
         return None
-    if end is not None and not end.match(text, after) and not said.REASON.match(text, after):
+    if end is not None and not end.match(text, after) and not regex.REASON.match(text, after):
         return None
     letter = letter.upper()
     return _Found(after, letter if letter in letters else None)
 
 
 def _before(text: str, at: int) -> str:
-    return text[max(0, at - said.LOOK_BACK) : at]
+    return text[max(0, at - regex.LOOK_BACK) : at]
 
 
 # --- statements and judgements ------------------------------------------------------------------------------------
@@ -101,19 +101,19 @@ def _begun(text: str, lowered: str, words: Iterable[str], pattern: re.Pattern[st
 
 def _stated(text: str, lowered: str, letters: str) -> Iterator[_Found]:
     for patterns, end, denied in (
-        (said.STATED, None, said.NOT_STATED),
-        (said.STATED_WITH_END, said.END, said.NOT_CHOSEN),
+        (regex.STATED, None, regex.NOT_STATED),
+        (regex.STATED_WITH_END, regex.END, regex.NOT_CHOSEN),
     ):
         for words, pattern in patterns:
             for match in _begun(text, lowered, words, pattern):
                 found = _letter_at(text, match.end(), letters, end=end)
                 before = _before(text, match.start())
-                if found is None or said.ANOTHER_ANSWER.search(match[0]) or said.NOT_THE_ANSWER.search(before):
+                if found is None or regex.ANOTHER_ANSWER.search(match[0]) or regex.NOT_THE_ANSWER.search(before):
                     continue
                 if not denied.search(before):
                     yield found
     yield from _in_boxes(text, letters)
-    marked = list(said.DOUBLE_BRACKETS.finditer(text))
+    marked = list(regex.DOUBLE_BRACKETS.finditer(text))
     if marked:
         several = len({match[1] for match in marked}) > 1
         yield _Found(marked[-1].end(), None if several or marked[-1][1] not in letters else marked[-1][1])
@@ -124,8 +124,8 @@ def _in_boxes(text: str, letters: str) -> Iterator[_Found]:
     boxes = find_boxes(text) or []
     run: set[str | None] = set()
     for place, box in enumerate(boxes):
-        alone = said.ALONE.fullmatch(box.text) if len(box.text) <= said.LONGEST_ALONE else None
-        choice = said.AS_A_CHOICE.match(box.text)
+        alone = regex.ALONE.fullmatch(box.text) if len(box.text) <= regex.LONGEST_ALONE else None
+        choice = regex.AS_A_CHOICE.match(box.text)
         found = _letter_at(box.text, 0, letters)
         if alone is not None:
             letter = alone["letter"].upper()
@@ -143,21 +143,21 @@ def _in_boxes(text: str, letters: str) -> Iterator[_Found]:
 
 def _judged(text: str, letters: str) -> Iterator[_Found]:
     """Yield places such as "so B is correct", in a clause that contains nothing else."""
-    capitals = [capital.start() for capital in said.CAPITAL.finditer(text)]
-    for at in (*capitals, *(small.start(1) for small in said.SMALL.finditer(text))):
-        match = said.JUDGED.match(text, at)
+    capitals = [capital.start() for capital in regex.CAPITAL.finditer(text)]
+    for at in (*capitals, *(small.start(1) for small in regex.SMALL.finditer(text))):
+        match = regex.JUDGED.match(text, at)
         if match is None:
             continue
         before = _before(text, match.start())
         sentence = re.split(r"[.!?\n。]", before)[-1]
-        clause = said.CLAUSE.split(sentence)[-1]
-        if said.HYPOTHESIS.search(sentence) or not said.LEAD.fullmatch(clause):
+        clause = regex.CLAUSE.split(sentence)[-1]
+        if regex.HYPOTHESIS.search(sentence) or not regex.LEAD.fullmatch(clause):
             continue
-        several = match["also"] is not None or said.LETTER_BEFORE.search(before) is not None
+        several = match["also"] is not None or regex.LETTER_BEFORE.search(before) is not None
         letter = match["letter"].upper()
         yield _Found(match.start(), None if several or letter not in letters else letter)
     for at in capitals:
-        match = said.JUDGED_CHINESE.match(text, at)
+        match = regex.JUDGED_CHINESE.match(text, at)
         if match is None:
             continue
         several = re.search(r"[A-J]\s*[和与及或、,]\s*$", _before(text, match.start())) is not None
@@ -166,15 +166,15 @@ def _judged(text: str, letters: str) -> Iterator[_Found]:
 
 def _concluded(text: str, lowered: str, letters: str) -> Iterator[_Found]:
     """Yield places such as "so B." and "it is B."."""
-    for match in _begun(text, lowered, said.CONCLUDED_WORDS, said.CONCLUDED):
+    for match in _begun(text, lowered, regex.CONCLUDED_WORDS, regex.CONCLUDED):
         before = text[max(0, match.start() - 4) : match.start()]
         if match["first"] is not None and before.strip() and "\n" not in before and before.rstrip()[-1] not in ".!?,;":
             continue
-        letter = said.LETTER.match(text, match.end())
+        letter = regex.LETTER.match(text, match.end())
         if letter is None or letter["letter"].islower():
             continue
         found = _letter_at(text, match.end(), letters)
-        if found is not None and (found.letter is None or said.SENTENCE_END.match(text, found.at)):
+        if found is not None and (found.letter is None or regex.SENTENCE_END.match(text, found.at)):
             yield found
 
 
@@ -192,7 +192,7 @@ def _alone(lines: list[str], letters: str) -> str | None:
 
 
 def _lone(line: str) -> str | None:
-    match = said.ALONE.fullmatch(line) if len(line) <= said.LONGEST_ALONE else None
+    match = regex.ALONE.fullmatch(line) if len(line) <= regex.LONGEST_ALONE else None
     return None if match is None else match["letter"]
 
 
@@ -200,16 +200,16 @@ def _as_a_choice(text: str, lines: list[str], letters: str) -> str | None:
     """Return the letter with which the first or the last line begins like a choice, if the text has no others."""
     named = {
         match[1]
-        for match in said.CHOICE_MARK.finditer(text)
+        for match in regex.CHOICE_MARK.finditer(text)
         if not re.search(r"[\w(\\]$", text[max(0, match.start() - 2) : match.start()].removesuffix("("))
     }
     for line in lines:
-        match = said.AS_A_CHOICE.match(line)
+        match = regex.AS_A_CHOICE.match(line)
         if match is not None:
             named.add(match["letter"])
     for line in lines[:1] + lines[-1:]:
-        match = said.AS_A_CHOICE.match(line)
-        if match is None or said.DENIED.match(line, match.end("letter")) or said.DENIED.match(f" {match['rest']}"):
+        match = regex.AS_A_CHOICE.match(line)
+        if match is None or regex.DENIED.match(line, match.end("letter")) or regex.DENIED.match(f" {match['rest']}"):
             continue
         rest = match["rest"]
         if _lone(rest) or (match["mark"] == "." and not _is_a_choice(match["letter"], rest)):
@@ -222,21 +222,21 @@ def _is_a_choice(letter: str, rest: str) -> bool:
     """Return whether "B. ..." is a choice with its text, and neither a name ("E. coli") nor a sentence."""
     words = rest.split()
     sentence = rest.endswith(".") and rest[:1].isalpha() and len(words) > 2
-    named = rest[:1].islower() or sentence or said.NAME_OR_SENTENCE.search(rest) is not None
-    return letter != "I" and not named and len(words) <= said.MAX_CHOICE_WORDS
+    named = rest[:1].islower() or sentence or regex.NAME_OR_SENTENCE.search(rest) is not None
+    return letter != "I" and not named and len(words) <= regex.MAX_CHOICE_WORDS
 
 
 def _bracketed(text: str, letters: str) -> str | None:
     found = [
         match
-        for match in said.BRACKETED.finditer(text)
+        for match in regex.BRACKETED.finditer(text)
         if match[1] in letters and not re.search(r"[\w\\)\]]$", text[max(0, match.start() - 1) : match.start()])
     ]
     if len({match[1] for match in found}) != 1:
         return None
     for match in found:
         before = _before(text, match.start())
-        if said.DENIED.match(text, match.end(1)) or said.REJECTED.search(re.split(r"[.!?\n]", before)[-1]):
+        if regex.DENIED.match(text, match.end(1)) or regex.REJECTED.search(re.split(r"[.!?\n]", before)[-1]):
             return None
-    presented = any(said.PRESENTED.search(_before(text, match.start())) for match in found)
+    presented = any(regex.PRESENTED.search(_before(text, match.start())) for match in found)
     return found[0][1] if presented else None
