@@ -36,8 +36,7 @@ JSONL = (".jsonl", ".json")
 PARQUET = (".parquet",)
 SUFFIXES = (*JSONL, *PARQUET)
 MAX_LINE = 32 * MEBIBYTE
-"""The largest number of bytes in a line: far more than a context of a million tokens, and a guard against a file
-without line ends."""
+"""The largest number of bytes in a line. A million tokens need far fewer; a file without line ends is refused."""
 
 _OTHER_KINDS: Mapping[bytes, str] = {
     b"\x1f\x8b": "compressed with gzip",

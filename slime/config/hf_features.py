@@ -51,8 +51,10 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     ),
     "pruned_heads": (({}, None), "pruned heads"),
 }
-"""Keys that are not fields of Architecture, with the values at which they change nothing and the feature that other
-values require. Some keys are read only by SGLang, which would then sample from another model than the trained one."""
+"""Keys that are not fields of Architecture: the values that change nothing, and the feature that other values require.
+
+Some keys are read only by SGLang, which would then sample from another model than the trained one.
+"""
 
 HONOURED = frozenset(
     [

@@ -88,8 +88,10 @@ HARMLESS_VALUES: Mapping[str, Any] = {"transformer_impl": "local"}
 """Fields that may be given with this one value, apart from their default."""
 
 JUDGED_ELSEWHERE = ("moe_", "overlap_moe_", "fp8", "fp4", "mtp_", "cpu_offloading", "tp_comm_")
-"""Prefixes of fields that `not_built`, `no_effect` and the rules on experts handle, or that only act on
-TransformerEngine's layers, not on Megatron's local ones."""
+"""Prefixes of fields that other rules handle (`not_built`, `no_effect`, `experts`), or that have no effect here.
+
+The latter act only on TransformerEngine's layers, not on Megatron's local ones.
+"""
 NOT_BUILT_HERE = ("multi_latent_attention", "use_megatron_fsdp")
 """Whole names of fields that `not_built` handles."""
 
