@@ -1,6 +1,6 @@
 """The token ids that end a model's text, read from its HF directory.
 
-- Used by: the rules, which check them; the embedded engine, which stops at them; `rollout`, which recognises a response
+- Used by: the rules, which check them; the embedded engine, which stops at them; `rollout`, which recognizes a response
   that ends in one.
 - Invariant: engine and rollout read the same set. If only one of them knew an id, a response could continue after its
   end.

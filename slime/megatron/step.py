@@ -106,7 +106,7 @@ class ModelSteps:
             batch: the whole batch, whose samples `guard` names if the step is wrong.
 
         Returns:
-            Metrics, the same on every rank: `loss` (the whole loss that was minimised), `grad_norm`, `lr`, and those of
+            Metrics, the same on every rank: `loss` (the whole loss that was minimized), `grad_norm`, `lr`, and those of
             `loss_fn`. With auxiliary losses also these, and `token_loss`, the loss without them.
 
         Raises:

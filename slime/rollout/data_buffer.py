@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class DataBuffer:
-    """Groups of `--n-samples-per-prompt` samples, with their prompts tokenised.
+    """Groups of `--n-samples-per-prompt` samples, with their prompts tokenized.
 
     Raises:
         ValueError: --prompt-data is missing or cannot be read (file and line are named).

@@ -40,7 +40,7 @@ _MAX_ABORTS = 100
 
 
 class Evaluator:
-    """Holds the data sets, tokenised once."""
+    """Holds the data sets, tokenized once."""
 
     def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase) -> None:
         self._args = args

@@ -3,7 +3,7 @@
 - Called by: `group` and `evaluate` call `generate_sample` (or the function of --custom-generate-function-path) for
   many samples at a time. A sample that was aborted or cut off is passed in again.
 - Invariant: the response is kept as the tokens that the engine sampled, each with the log-prob and the policy version
-  of its part. The text is decoded from the tokens for the reward, and is never tokenised again.
+  of its part. The text is decoded from the tokens for the reward, and is never tokenized again.
 """
 
 from __future__ import annotations

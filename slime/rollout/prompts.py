@@ -1,4 +1,4 @@
-"""Prompts: read a data file and tokenise it, once.
+"""Prompts: read a data file and tokenize it, once.
 
 - Called by: `data_buffer` (training) and `evaluate` load one file each, then make Samples of its prompts.
 - Invariant: every prompt kept leaves room for at least one token of response. A longer prompt is left out, counted and
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _ROWS_NAMED = 10
 _SURE_LENGTH = 16
-"""Characters for each token of context; the beginning of a longer text is tokenised before the whole text is."""
+"""Characters for each token of context; the beginning of a longer text is tokenized before the whole text is."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class PromptSet:
 def load_prompts(
     path: str, args: Args, tokenizer: PreTrainedTokenizerBase, keys: DataKeys, *, longest: int | None
 ) -> PromptSet:
-    """Read `path` (`FILE` or `FILE@[a:b]`, jsonl or parquet) and tokenise its prompts.
+    """Read `path` (`FILE` or `FILE@[a:b]`, jsonl or parquet) and tokenize its prompts.
 
     A prompt of more than `longest` tokens is left out.
 
@@ -115,7 +115,7 @@ def load_prompts(
 def _far_too_long(text: str, longest: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the beginning of a long text alone shows that it has more than `longest` tokens.
 
-    Tokenising takes microseconds a token, which is minutes for a text of many megabytes that cannot be used. The text
+    Tokenizing takes microseconds a token, which is minutes for a text of many megabytes that cannot be used. The text
     after a beginning changes only its last tokens. So if the beginning has twice as many tokens as allowed, the whole
     text has too many as well.
     """

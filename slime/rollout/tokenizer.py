@@ -1,8 +1,8 @@
 """The tokenizer of `--hf-checkpoint`, and the two ways to turn a prompt into tokens.
 
-- Called by: the rollout manager loads it once. Prompts are tokenised here when their file is loaded. Responses never
+- Called by: the rollout manager loads it once. Prompts are tokenized here when their file is loaded. Responses never
   are, because tokens go into the engine and come out of it as they are.
-- Invariant: the text of a chat template is tokenised without special tokens, because the template has written them
+- Invariant: the text of a chat template is tokenized without special tokens, because the template has written them
   itself. A plain text gets the special tokens that begin a text (BOS) once, and none that end one (EOS), because the
   response continues it.
 """
@@ -30,7 +30,7 @@ def load_tokenizer(args: Args) -> PreTrainedTokenizerBase:
 
     path = args.hf_checkpoint
     if path is None:
-        raise ValueError("--hf-checkpoint: not given; prompts cannot be tokenised; name a Hugging Face directory")
+        raise ValueError("--hf-checkpoint: not given; prompts cannot be tokenized; name a Hugging Face directory")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=args.hf_trust_remote_code)
     except Exception as error:  # for a file of unexpected content transformers raises whatever its code runs into

@@ -29,7 +29,7 @@ def finite(tensors: Callable[[], Iterable[NamedTensor]], *, described: Callable[
     Each tensor costs one reduction on its device (its least and greatest value). The results stay there until the
     stream has ended, so the host waits for the device once and not once for each tensor.
 
-    It is collective if torch.distributed is initialised: all ranks iterate to the end, and all raise if one has found
+    It is collective if torch.distributed is initialized: all ranks iterate to the end, and all raise if one has found
     something, because another data-parallel rank may hold weights that this one does not send. Only then are the
     tensors streamed a second time, to count the values.
 

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation, for PPO with a critic (arXiv:1506.02438, eqs. 11, 12 and 16).
+"""Generalized advantage estimation, for PPO with a critic (arXiv:1506.02438, eqs. 11, 12 and 16).
 
 Each counted token is one step of the episode; its state is the text from which it was sampled. Tokens that the mask
 leaves out belong to the next state. The reward comes with the last counted token, and the episode ends there: the value

@@ -23,7 +23,7 @@ from slime.engine.protocol import GenerateRequest, SamplingParams, encode_routes
 GREEDY_BELOW = 1e-6
 """Below this temperature SGLang takes the most likely token, with the log-prob of the raw logits."""
 LONGEST_TOKEN = 128
-"""The most characters of a token; a text that cannot fit into the context is refused before it is tokenised."""
+"""The most characters of a token; a text that cannot fit into the context is refused before it is tokenized."""
 
 
 class Exchange:

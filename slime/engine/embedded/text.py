@@ -53,7 +53,7 @@ class Text:
     def stop_check(self, stops: Sequence[str]) -> Callable[[Sequence[int]], str | None] | None:
         """Return a function that finds the first of `stops` in the tail of an output; None without stop texts.
 
-        The tail is as long as SGLang's: one token more than the longest stop text has when it is tokenised. A stop text
+        The tail is as long as SGLang's: one token more than the longest stop text has when it is tokenized. A stop text
         that the model spells with more tokens is missed, here as there.
         """
         if not stops:

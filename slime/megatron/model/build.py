@@ -1,7 +1,7 @@
 """The model, built with Megatron-core's local specs from the arguments and the Architecture.
 
 - Used by: `step` runs the model that is built here, `save_load` and `hf_weights` fill it; `parallel` must be
-  initialised first.
+  initialized first.
 - Invariant: the model ends at the last hidden states. `logprobs` computes log-probs from them chunk by chunk, so full
   logits never exist.
 

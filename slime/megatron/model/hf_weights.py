@@ -271,7 +271,7 @@ def _of_all_ranks(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[lis
 
 
 def _side_by_side(held: Sequence[_Held]) -> tuple[Tensor, list[Tensor]]:
-    """Return uninitialised memory for all of `held` as bytes, and a view of it for each."""
+    """Return uninitialized memory for all of `held` as bytes, and a view of it for each."""
     flat = torch.empty(sum(map(_room, held)), dtype=torch.uint8, device=device.device())
     return flat, _views(flat, held)
 

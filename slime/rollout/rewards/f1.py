@@ -3,11 +3,11 @@
 - Called by: `registry` scores with it.
 - Invariant: a missing answer is worth 0.
 
-Source: Rajpurkar et al., "SQuAD", 2016 (arXiv:1606.05250), section 6.1, and the normalisation of its evaluation script.
+Source: Rajpurkar et al., "SQuAD", 2016 (arXiv:1606.05250), section 6.1, and the normalization of its evaluation script.
 "yes", "no" and "noanswer" score as a whole, as in HotpotQA's script (Yang et al., 2018, arXiv:1809.09600).
 
 For example, the answer "the red car" and the label "a fast red car" are {red, car} and {fast, red, car} after
-normalisation: 2 shared words, so F1 = 2 * 2 / (2 + 3) = 0.8.
+normalization: 2 shared words, so F1 = 2 * 2 / (2 + 3) = 0.8.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def normalise(text: str) -> str:
 
 def _f1(answer: str, label: str) -> float:
     ours, theirs = normalise(answer), normalise(label)
-    if not theirs:  # a label such as "+" or "The", of which normalisation leaves no word
+    if not theirs:  # a label such as "+" or "The", of which normalization leaves no word
         return float(answer.strip().lower() == label.strip().lower())
     if ours != theirs and (ours in _WHOLE or theirs in _WHOLE):
         return 0.0

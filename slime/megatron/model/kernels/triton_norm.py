@@ -170,5 +170,5 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise x [..., D] with weight [D]; the result has x's dtype."""
+    """Normalize x [..., D] with weight [D]; the result has x's dtype."""
     return _RMSNorm.apply(x, weight.contiguous(), eps)  # pyright: ignore[reportReturnType]

@@ -4,7 +4,7 @@ r"""Definite integrals and infinite sums, as math-verify's parser (latex2sympy2_
 - Invariant: the parser's reading is used only if all its letters are bound, so that it has dropped or joined none. It
   is used only for a short text of a few known commands and small numbers, so that neither it nor sympy takes long.
 
-Why the parser does not read the whole answer: its normalisation drops or joins letters (`R` and `r`, letters of units).
+Why the parser does not read the whole answer: its normalization drops or joins letters (`R` and `r`, letters of units).
 It reads `\sin x\cdot y` as the sine of a product and `a/bc` as `a/(bc)`, computes `gcd(a,b)` of two letters as 1, and
 takes 2.7 s for a sum of 200 terms.
 """
