@@ -131,6 +131,17 @@ def test_every_module_says_where_it_stands() -> None:
     assert wrong == []
 
 
+RIDDLES = re.compile(r'^\s*r?"""(?:Of|The same|Those|Whose|What|Which|Who)\b|\b(?:beside|anew)\b', re.MULTILINE)
+"""Beginnings of a docstring that make no sense alone in an editor's hover, and words that nobody in the field uses."""
+
+
+def test_docstrings_are_plain_sentences() -> None:
+    texts = [*modules(), *documents()]
+    assert [f"{path}: {found[0]}" for path in texts for found in RIDDLES.finditer(path.read_text())] == []
+    assert RIDDLES.search('    """Of a router."""')  # control
+    assert not RIDDLES.search('    """Return whether besides Ofelia someone is there."""')
+
+
 def test_arguments_are_read_by_name() -> None:
     pattern = re.compile(r"\b(getattr|setattr|hasattr)\(\s*(self\.)?_?args\b")
     assert [str(path) for path in modules() if pattern.search(path.read_text())] == []
