@@ -67,8 +67,8 @@ bench-estimators: $(STAMP)
 bench-loop: $(STAMP) $(TRL_STAMP)
 	$(BIN)/python -W ignore -m bench.loop --trl-python $(abspath $(TRL_VENV))/bin/python
 
-# Three at a time on two cores: many tests wait for processes to start and to end. Whole files, so that fixtures are made
-# once.
+# Three workers on two cores, because many tests wait for processes to start and to end. A file stays on one worker, so
+# that its fixtures are made once.
 test: $(STAMP)
 	PATH="$(BIN):$$PATH" python3 -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
@@ -90,7 +90,7 @@ test-inputs: $(STAMP)
 test-chaos: $(STAMP)
 	PATH="$(BIN):$$PATH" python3 -m tests.chaos --seed 1 --out outputs/chaos
 
-# With the packages of the environment in PYTHON_GPU: .venv holds PyTorch for CPUs.
+# It uses the packages of PYTHON_GPU, because .venv has PyTorch for CPUs.
 PYTHON_GPU ?= python3
 
 test-gpu:
