@@ -342,7 +342,7 @@ def _unusable(data: dict[str, Any], keys: DataKeys, chat_template: bool) -> tupl
     if keys.label_key is not None and not _is_text_or_number(label):
         return f"{keys.label_key!r} is {label!r}, not text or a number", "correct the line, or --label-key"
     if isinstance(label, float) and abs(label) >= MAX_EXACT:
-        return f"{keys.label_key!r} is {label!r}: so long a number loses digits when it is read", "write it as text"
+        return f"{keys.label_key!r} is {label!r}: such a long number loses digits when it is read", "write it as text"
     for key, kind, named in ((keys.metadata_key, dict, "an object"), (keys.tool_key, list, "a list")):
         value = None if key is None else data.get(key)
         if value is not None and not isinstance(value, kind):

@@ -21,7 +21,7 @@ def stage_layers(args: Args, arch: Architecture) -> list[int]:
 
 
 def num_chunks(args: Args) -> int:
-    """Return the number of model parts per stage, which are not adjacent; 1: there are no virtual stages."""
+    """Return the number of virtual stages per pipeline stage, whose layers are not adjacent; 1: none."""
     stages, arch = args.pipeline_model_parallel_size, args.architecture
     if stages == 1:
         return 1

@@ -1,4 +1,4 @@
-"""Numbers of float32 and float16 columns as they were written: 123.45, where the stored number is 123.44999694824219.
+"""Restore numbers of float32 and float16 columns as they were written: 123.45 for the stored 123.44999694824219.
 
 - Used by: `data_files`, for the columns of a parquet file.
 - Invariant: a number has the fewest digits that its own type reads back as the same number. NaN and infinity stay.

@@ -15,7 +15,7 @@ from pathlib import Path
 from slime.core.small_files import MAX_JSON, is_file, read_small
 
 OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
-"""Files of which the first existing one has the vocabulary if there is no tokenizer.json."""
+"""Files that may have the vocabulary if there is no tokenizer.json; the first existing one is used."""
 
 
 def vocabulary_text(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""DataBuffer: hands out prompts, takes back leftovers, and keeps one state that a checkpoint can hold.
+"""DataBuffer: supplies prompts, takes back leftovers, and keeps one state that a checkpoint can hold.
 
 - Called by: the rollout function draws groups from here and gives back those that it did not need.
 - Invariant: over any sequence of draws, returns, saves and restores, every prompt of an epoch is handed out exactly

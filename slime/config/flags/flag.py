@@ -19,7 +19,7 @@ class Needs:
     """Other flags without which a flag has no effect; `rules.no_effect` then warns about it if it was given."""
 
     flags: tuple[str, ...]
-    """One of these has to be given, or switched on."""
+    """The flags of which at least one must be given, or switched on."""
     value: str | None = None
     """The value that it has to have; None: any."""
     why: str = ""

@@ -141,7 +141,7 @@ class HookOptions:
 
     rollout_function_path: str = flag("slime.rollout.collect.generate_rollout", "Generates the samples of one rollout.")
     eval_function_path: str | None = flag(None, "Runs one evaluation; unset: the built-in one.")
-    data_source_path: str = flag("slime.rollout.data_buffer.DataBuffer", "Class that hands out prompts.")
+    data_source_path: str = flag("slime.rollout.data_buffer.DataBuffer", "Class that supplies prompts.")
     custom_generate_function_path: str | None = flag(None, "Generates one sample.")
     dynamic_sampling_filter_path: str | None = flag(None, "Keeps or drops a finished group.")
     buffer_filter_path: str | None = flag(None, "Chooses groups from the data buffer.")
