@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 STOP_TIMEOUT_S = 15.0
 SILENT_S = 30.0
-"""The least silence of Ray's own processes, in seconds, that is tolerated: a loaded machine is not a dead one."""
+"""Seconds for which Ray's own processes may always be silent: a loaded machine is not a dead one."""
 PROGRESS_S = 10.0
 OPEN_ROUTER = (
     "the router at {url} requires no key for its list of engines: whoever reaches it can add one, which ends the run "
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def running_processes(args: Args, log_dir: Path) -> Iterator[Processes]:
-    """Start Ray and all actors for the block; at its begin they may still be importing.
+    """Start Ray and all actors for the block; when the block begins, they may still be importing.
 
     If the block ends without an error, nothing has failed, so Ray's logs are not kept.
 

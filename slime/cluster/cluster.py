@@ -89,7 +89,7 @@ class Cluster:
         rollouts: range,
         policy_version: int,
     ) -> None:
-        """`rollouts` are the ids of those that are left, and engines hold no weights newer than `policy_version`."""
+        """`rollouts` are the ids of the rollouts that are left. No engine has weights newer than `policy_version`."""
         self._args = args
         self._processes = processes
         self._waiter = processes.waiter
@@ -189,7 +189,7 @@ class Cluster:
         if args.save is None or not trainers or not (due or last):
             return
         if args.deterministic and self._ahead is not None:
-            self._wait_for(self._ahead)  # stored whole: the rest of half a rollout would come from other weights
+            self._wait_for(self._ahead)  # after a resume, the other half of a rollout would come from newer weights
         times = self._clock.close()  # a resumed run knows only this part of the step's times
         with self._clock.phase("checkpoint"):
             [rollout] = self._waiter.get(
@@ -220,7 +220,7 @@ class Cluster:
             self._wait_for(self._ahead)
         with self._clock.phase("offload"):
             self._memory.to_weights()
-            self._take_peaks()  # memory that a trainer has just given back never coexisted with an engine's
+            self._take_peaks()  # start measuring here: what a trainer has given back was never there with an engine's
         with self._clock.phase("weight_sync"):
             report = self._weight_sync.send(self._policy_version)
         self._sync_report = report | self._measure("weight_sync")
@@ -239,7 +239,7 @@ class Cluster:
         )
 
     def evaluate_before_first(self) -> None:
-        """Evaluate before the first rollout; after a resume, catch up on the evaluation that the checkpoint was due."""
+        """Evaluate before the first rollout; after a resume, run the evaluation that was due at the checkpoint."""
         interval = self._args.eval_interval
         if self._first == 0:
             due = not self._args.skip_eval_before_train
@@ -307,7 +307,7 @@ def running_cluster(args: Args, *, restarts: int = 0) -> Iterator[Cluster]:
         continued = state is not None and in_place
         console = RunConsole(total=last, done=first)
         cleanup.callback(console.close)
-        # Without rollouts, no metrics after the checkpoint are written again, so all of them stay.
+        # A run without rollouts writes no metrics again, so it keeps all of them, also those after the checkpoint.
         seen = first if last else None
         metrics, damage = directory.continue_metrics(seen) if continued else (directory.new_metrics(), None)
         cleanup.callback(metrics.close)

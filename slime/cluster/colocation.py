@@ -1,10 +1,10 @@
-"""Colocation: engines and trainers have devices of their own, or hold the memory of the same devices by turns.
+"""Colocation: engines and trainers take turns holding the memory of shared devices, unless each side has its own.
 
 - Called by: `Cluster` holds one of the two classes, chosen by --colocate and --offload, and calls it around training
   and around a weight sync.
-- Invariant: with turns, both sides hold memory together only while weights go from one to the other.
+- Invariant: with shared devices, both sides hold memory at the same time only while weights are sent.
 
-One step with turns; time goes down, and each line waits until the line above it has ended:
+One step of the loop with shared devices; time goes down, and each line waits until the line above it has ended:
 
     verb               trainers hold                 engines hold                  who waits, and what unblocks it
     generate           nothing                       weights + KV cache            trainers: the loop calls them next
@@ -30,7 +30,7 @@ from slime.core.load_result import LoadResult
 
 
 class DedicatedDevices:
-    """Nobody waits for memory: both sides have their own devices, or --no-offload, or only one side exists."""
+    """The schedule without turns: both sides have their own devices, or --no-offload, or only one side exists."""
 
     by_turns: ClassVar[bool] = False
 
@@ -57,7 +57,10 @@ class DedicatedDevices:
 
 
 class Colocated(DedicatedDevices):
-    """Trainers and engines hold the memory by turns. Engines start first, because they measure how much is free."""
+    """The schedule of shared devices: trainers and engines take turns holding the memory.
+
+    Engines start first, because they measure how much memory is free. They then sleep while the trainers load.
+    """
 
     by_turns = True
 
@@ -96,6 +99,6 @@ class Colocated(DedicatedDevices):
 
 
 def make_memory_schedule(args: Args, processes: Processes) -> DedicatedDevices:
-    """Return turns if both trainers and engines exist and share devices, otherwise no turns."""
+    """Return `Colocated` if trainers and engines both exist and share devices, otherwise `DedicatedDevices`."""
     shared = args.colocate and bool(args.offload) and processes.has_engines and bool(processes.trainers)
     return (Colocated if shared else DedicatedDevices)(processes)

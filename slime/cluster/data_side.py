@@ -1,6 +1,6 @@
 """DataSide: the data of the rollout manager, from prompts over rewards to the training batch.
 
-- Used by: the rollout manager, which makes it by its first call and lends it the engines for each rollout.
+- Used by: the rollout manager, which makes it in its first call and passes it the engines for each rollout.
 - Invariant: its `state_dict` is the whole data side of a checkpoint, also while a rollout is generated and while a
   whole rollout waits for the loop to take it.
 """

@@ -2,8 +2,8 @@
 
 - Called by: the rollout manager runs `first_death` during every rollout and evaluation, for external processes. The
   `engine_supervisor` runs `first_trouble` for each of the run's own.
-- Invariant: what died is named within a few seconds, and nothing waits for it for ever. Time in which this event loop
-  itself was blocked counts against no process.
+- Invariant: a death is reported within a few seconds, by the name of the process, so nothing waits for ever. Time in
+  which this event loop itself was blocked counts against no process.
 """
 
 from __future__ import annotations

@@ -168,8 +168,8 @@ class ExternalEngines(_ConnectedEngines):
         wrong = [f"{url} reports {reported}" for url, reported in reports if reported not in right]
         if wrong:
             raise RuntimeError(
-                f"engines have lost policy version {version} while it was generated with: {', '.join(wrong)}; it was "
-                "restarted, or another run sends it weights"
+                f"engines have lost policy version {version} while a rollout was generated with it: "
+                f"{', '.join(wrong)}; they were restarted, or another run sends them weights"
             )
 
 

@@ -188,7 +188,7 @@ class Fleet:
         try:
             await work
         except Exception as error:
-            logger.exception("engines and router are watched no longer")
+            logger.exception("the supervision of engines and router has failed")
             if not self._failed.done():
                 self._failed.set_result(error)
             await self._changed()
@@ -316,7 +316,7 @@ class Fleet:
                 return
             except (OSError, RuntimeError, http.client.HTTPException) as error:
                 if clock.time() > deadline:
-                    raise RunError(f"the router does not do as it is asked: {error}") from error
+                    raise RunError(f"the router did not accept a change to its list of engines: {error}") from error
             await asyncio.sleep(AGAIN_S)
 
 

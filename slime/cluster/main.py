@@ -36,7 +36,7 @@ def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:
     except UsageError as error:
         sys.exit(str(error))
     except RunError as error:
-        if logging.getLogger().handlers:  # the traceback belongs into the run's log, once there is one
+        if logging.getLogger().handlers:  # the traceback belongs in the run's log, if there is one yet
             logging.getLogger("slime").error("the run has ended", exc_info=error)
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:

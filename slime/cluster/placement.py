@@ -30,7 +30,7 @@ from slime.core.errors import RunError
 from slime.core.printable import one_line
 from slime.engine.server_process import find_free_port
 
-# On a CPU a process is counted but not limited: with this share of a core any number of processes can be placed.
+# Ray counts processes on a CPU but does not limit them: with so small a share of a core, any number can be placed.
 CPU_SHARE = 0.01
 RESERVE_TIMEOUT_S = 60.0
 LOCAL_OBJECT_STORE_BYTES = 1024**3
@@ -189,7 +189,7 @@ def lay_out(want: Demand, gpus: Sequence[Slot], cpus: Sequence[Slot]) -> Layout:
         if len(nodes) > 1:
             raise RunError(
                 f"--rollout-num-gpus-per-engine {size}: engine {index} would span the nodes {', '.join(nodes)}; an "
-                "engine runs on one: lower it, or let what comes before it fill whole nodes"
+                "engine runs on one node: lower it, or let the processes that are placed before it fill whole nodes"
             )
     return Layout(trainers=tuple(trainers), engines=tuple(engines), manager=next(free))
 

@@ -1,4 +1,4 @@
-"""Waiter: the only way in which the driver waits for results of actors, known by name, and never for ever.
+"""Waiter: the only way in which the driver waits for actors; it never waits for ever, and names them in errors.
 
 - Called by: the driver, through `Processes.waiter`.
 - Invariant: a wait ends with all results, or with an error that names the phase and the process at fault: one that
@@ -27,8 +27,10 @@ LAST_WORDS_S = 5.0
 
 
 class Waiter:
-    """Waits for results. `limit`: seconds without any progress that are an error, which names the flag `because`.
-    `where`: the logs, for messages."""
+    """Waits for results of actors; `limit` seconds without any progress are an error.
+
+    The error names `because`, the flag that sets the limit, and `where`, the place of the logs.
+    """
 
     def __init__(self, *, where: str, limit: float, because: str) -> None:
         self._where = where

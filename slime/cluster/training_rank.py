@@ -1,4 +1,4 @@
-"""TrainingRank: one rank of training without Ray: its trainer, its device's memory, and its side of the weight sync.
+"""TrainingRank: one rank of training, without Ray. It holds a trainer, the device's memory, and a weight sender.
 
 - Used by: `workers.TrainWorker` makes one in its actor and passes its calls on.
 - Invariant: all three are complete once it is constructed. Only `load` fills the trainer's weights.

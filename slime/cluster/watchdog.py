@@ -54,7 +54,7 @@ class Watchdog:
     def expect(self, what: str, within: float) -> None:
         """Expect the main thread to finish `what` within so many seconds, and to call this or `expect_nothing` then.
 
-        If that is expected already, its time goes on.
+        If `what` is expected already, its time limit is not extended.
         """
         with self._lock:
             if self._expected != (what, within):

@@ -93,7 +93,7 @@ class TrainWorker:
 
 @ray.remote
 class EngineWorker:
-    """Owns one engine process. Ray's `max_concurrency` lets calls, also `stop`, through while the engine starts."""
+    """Owns one engine process. With Ray's `max_concurrency`, `stop` and other calls run while the engine starts."""
 
     def __init__(self, args: Args, index: int, log_dir: str, gpu_ids: Sequence[str], *, near: bool) -> None:
         """`near` is true if everything that talks to the engine is on this node."""

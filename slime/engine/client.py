@@ -1,8 +1,9 @@
 """The client of the engines: generation goes through the router, everything else to each engine directly.
 
 - Used by: `rollout` generates and aborts with it, and `sync` updates weights with it.
-- Invariant: what the router does not pass on to all engines goes to every engine of the run (or to all engines of the
-  router's GET /workers list). No request is lost with an engine: it is generated elsewhere, or waits for an engine.
+- Invariant: a request that is not a generation goes directly to every engine of the run (or to every engine in the
+  router's GET /workers list), because the router would not pass it to all of them. If an engine dies, its generations
+  are sent to another engine or wait for one; none is lost.
 """
 
 from __future__ import annotations
@@ -58,8 +59,11 @@ class EngineClient:
         request_timeout: float = 1800.0,
         patience: float = 0.0,
     ) -> None:
-        """`request_timeout`: seconds without progress at any engine, after which a generation is given up.
-        `patience`: seconds that a request waits for a router or an engine that is being restarted."""
+        """Make a client, which connects with its first request.
+
+        `request_timeout` is how many seconds may pass without progress at any engine before a generation is given up.
+        `patience` is how many seconds a request waits for a router or an engine that is being restarted.
+        """
         self._router_url = router_url.rstrip("/")
         self._engines = None if engines is None else list(engines)
         self._patience = patience
@@ -152,7 +156,7 @@ class EngineClient:
         return response
 
     def _next_engine(self, listed: Sequence[str]) -> str:
-        """Return the engines in turn, or the router, whose error explains it, if there is none now."""
+        """Return the next engine, round-robin; without any, return the router, whose error then explains it."""
         engines = listed if self._engines is None else self._engines
         self._num_turns += 1
         return engines[self._num_turns % len(engines)] if engines else self._router_url
@@ -224,7 +228,7 @@ class EngineClient:
         for failure in failed:
             if not isinstance(failure, asyncio.CancelledError):
                 raise failure
-        assert not failed, "only what failed has the others cancelled"
+        assert not failed, "requests are cancelled only after another one has failed"
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def abort_all(self) -> None:
@@ -352,7 +356,7 @@ class EngineClient:
                 raise
 
     async def update_weights_from_disk(self, path: str, weight_version: str | None) -> None:
-        """Make every engine load an HF directory. This keeps caches: flush them before, while nothing is in flight."""
+        """Make every engine load an HF directory. Caches are kept: flush them first, while nothing is in flight."""
         # Inside a session SGLang would load the directory and prepare the weights a second time at the session's end.
         await self.update_sessions.engines()  # ends what was left open
         body = UpdateWeightsFromDisk(model_path=path, weight_version=weight_version, flush_cache=False)

@@ -112,9 +112,9 @@ class Connection:
         Args:
             find_url: called before each attempt. None means that the receiver is no longer part of the run: the error
                 of the last attempt is raised.
-            timeout: of one attempt, in seconds in which the event loop runs, or another limit.
-            collective: the engine takes part in something with others, once. The request is repeated only if the first
-                one cannot have reached the engine.
+            timeout: the limit of one attempt: seconds in which the event loop runs, or another `Limit`.
+            collective: the engine takes part in a collective operation, which must not begin twice. The request is
+                repeated only if the first one cannot have reached the engine.
             patience: the least seconds to spend on connecting and on waits between attempts before giving up.
             before_retry: called with the seconds waited so far; an EngineError that it raises ends the attempts.
         """

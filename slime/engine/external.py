@@ -35,7 +35,7 @@ class FoundEngines:
 
 
 async def find_engines(args: Args, *, say: Callable[[str], None]) -> FoundEngines:
-    """Wait for all engines of --rollout-external-engines (and `say` so), then read what each of them serves.
+    """Wait for all engines of --rollout-external-engines, with a message through `say`, then read what each serves.
 
     Nothing is found, and nothing is waited for, if the run uses no such engine.
 
@@ -68,7 +68,7 @@ async def _wait_for(client: EngineClient, url: str, timeout: float, say: Callabl
             raise EngineError(
                 url,
                 0,
-                f"not well within --engine-start-timeout {timeout:g} s; start the engine there, or correct "
+                f"not healthy within --engine-start-timeout {timeout:g} s; start the engine there, or correct "
                 "--rollout-external-engines",
             )
         await asyncio.sleep(POLL_S)
@@ -83,8 +83,8 @@ def check_model(args: Args, url: str, info: EngineInfo) -> None:
         )
     if args.deterministic and not info.deterministic:
         raise ValueError(
-            f"--rollout-external-engines {url}: with --deterministic, its answers would depend on what else it is "
-            "asked at the time; start it with --enable-deterministic-inference"
+            f"--rollout-external-engines {url}: with --deterministic, but its answers depend on the requests that it "
+            "has at the same time; start it with --enable-deterministic-inference"
         )
     if args.use_routing_replay and not info.returns_routed_experts:
         raise ValueError(
@@ -116,22 +116,22 @@ def _doubts(args: Args, url: str, info: EngineInfo) -> Iterable[str]:
     """Yield warnings about settings that may be intended, or may be a mistake."""
     if args.debug_rollout_only and info.weight_version not in ("0", "default"):
         yield (
-            f"--rollout-external-engines {url}: it holds weights of version {info.weight_version} that something has "
-            "sent it, and --debug-rollout-only sends none: restart it to generate with --hf-checkpoint"
+            f"--rollout-external-engines {url}: it holds weights of version {info.weight_version}, which another run "
+            "has sent, and --debug-rollout-only sends none: restart it to generate with --hf-checkpoint"
         )
     dtype = "bfloat16" if args.bf16 else "float32"
     if info.dtype not in (None, dtype):
         yield (
-            f"--rollout-external-engines {url}: it computes in {info.dtype}, the trainer in {dtype}: its log-probs "
-            "will be a little off"
+            f"--rollout-external-engines {url}: it computes in {info.dtype}, the trainer in {dtype}: their log-probs "
+            "will differ slightly"
         )
     if info.context_length is not None:
         asked, taken = rollout_limits(args), engine_limits(info.context_length)
         pairs = ((asked.sequence, taken.sequence), (asked.request, taken.request))
         if any(ours is not None and theirs is not None and ours > theirs for ours, theirs in pairs):
             yield (
-                f"--rollout-external-engines {url}: its context is {info.context_length} tokens, prompt and "
-                f"response may come to {asked.sequence}: it will refuse longer ones; "
+                f"--rollout-external-engines {url}: its context is {info.context_length} tokens, and prompt with "
+                f"response may have {asked.sequence}: it will refuse longer ones; "
                 f"set --rollout-max-context-len {info.context_length - SPARE_OF_INPUTS}"
             )
 

@@ -4,7 +4,7 @@
 
 - Called by: `launch` starts engines and the router through this module if they get a key or another secret.
 - Invariant: the module sees the hidden flags after its other flags. Its children have none of them in their
-  environment. What Python prints in this process has them masked.
+  environment. Everything that Python prints in this process is masked.
 """
 
 from __future__ import annotations

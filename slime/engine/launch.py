@@ -32,7 +32,7 @@ ROUTER_DEFAULTS: Mapping[str, Any] = {
 }
 """Settings that differ from the router's own, with which it notices a dead engine only after three minutes."""
 ROUTER_REQUEST_TIMEOUT_S = 365 * 24 * 3600
-"""The router limits whole responses. The client limits the time without progress instead, whatever their length."""
+"""Out of reach, because the router's limit is for a whole response; the client limits the time without progress."""
 ROUTER_OWN = ("host", "port", "prometheus_host", "prometheus_port")
 
 

@@ -85,10 +85,10 @@ class Membership:
             else:
                 foreign.append(member)
         if foreign:
-            listed = ", ".join(f"{member.url}{'' if member.is_healthy else ' (not well)'}" for member in foreign)
+            listed = ", ".join(f"{member.url}{'' if member.is_healthy else ' (not healthy)'}" for member in foreign)
             raise RuntimeError(
                 f"the router at {self.url} has engines that are not this run's: {listed}; a part of all generation "
-                "would go to their weights. Name them with --rollout-external-engines, take them off "
+                "would go to their weights. Name them with --rollout-external-engines, remove them "
                 f"(DELETE {self.url}{RouterEndpoint.WORKERS}/<id>), or use another router"
             )
 
@@ -148,11 +148,11 @@ class Membership:
             self.url, "DELETE", path=f"{RouterEndpoint.WORKERS}/{member.id}", api_key=self._keys.control
         )
         if status not in (200, 202, 404):
-            raise RuntimeError(f"the router at {self.url} did not take off {member.url} {refusal(status, answer)}")
+            raise RuntimeError(f"the router at {self.url} did not remove {member.url} {refusal(status, answer)}")
         deadline = time.monotonic() + self._timeout
         while any(other.id == member.id for other in self._members()):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the router at {self.url} did not take off {member.url} in {self._timeout:g} s")
+                raise RuntimeError(f"the router at {self.url} did not remove {member.url} in {self._timeout:g} s")
             time.sleep(0.02)
 
 

@@ -5,11 +5,11 @@
 - Invariant: a response continues as long as engines make progress, however long it gets. Time in which weights change,
   or in which this event loop is blocked, does not count.
 
-The router does not reveal which engine has a request, and a response arrives only as a whole. So each engine is asked
-now and then for its load (SGLang's /v1/loads, in all versions from 0.5.16 on), which its scheduler publishes with the
-batches that it has computed:
+The router does not reveal which engine has a request, and a response arrives only as a whole. So each engine is polled
+for its load (SGLang's /v1/loads, in all versions from 0.5.16 on), which its scheduler publishes with the batches that
+it has computed:
 
-    at one look              at the next look
+    one poll                 the next poll
     running  used tokens     running  used tokens
        3        1200            3        1290       the load has moved: progress
        3        1290            3        1290       not moved: stuck, if it stays like this
@@ -28,7 +28,7 @@ from slime.engine.connection import Connection, EngineError
 from slime.engine.protocol import Endpoint
 
 LONGEST_LOOK_S = 10.0
-"""Seconds between two looks at the engines, and the timeout of one answer; shorter under a short limit."""
+"""Seconds between two polls of the engines, and the timeout of one answer; shorter under a short limit."""
 MOVES = (
     "num_running_reqs",
     "num_used_tokens",
@@ -42,7 +42,7 @@ MOVES = (
 
 @dataclass
 class _Seen:
-    """An engine's load when it last moved, and the time of that."""
+    """An engine's load when it last changed, and the time of that change."""
 
     load: object
     since: float
@@ -58,14 +58,14 @@ class Progress:
         self._engines = engines
         self._limit = limit
         self.every = min(LONGEST_LOOK_S, limit / 4)
-        """Seconds between two looks."""
+        """Seconds between two polls."""
         self._open: dict[asyncio.Timeout, float] = {}
         self._watching: asyncio.Task[None] | None = None
         self._seen: dict[str, _Seen] = {}
         self._moved = 0.0
         self._held = False
         self.num_moves = 0
-        """The number of looks that have found progress so far."""
+        """The number of polls that have found progress so far."""
 
     # ---- a generation's attempt
 
@@ -81,7 +81,7 @@ class Progress:
             finally:
                 del self._open[deadline]
                 if not self._open and self._watching is not None:
-                    self._watching.cancel()  # the next attempt begins with fresh looks
+                    self._watching.cancel()  # the next attempt begins with fresh polls
                     self._watching = None
 
     def passed(self) -> str:
@@ -107,7 +107,7 @@ class Progress:
     # ---- engines
 
     async def look(self) -> bool:
-        """Ask every engine for its load; return whether one has moved since the last look, or weights change."""
+        """Poll every engine's load; return whether one has changed since the last poll, or weights change now."""
         try:
             urls = await self._engines()
         except EngineError:  # the router failed, which is asked for the engines if the run has not named any
@@ -129,7 +129,7 @@ class Progress:
         return moved
 
     def trouble(self, url: str) -> str | None:
-        """Describe the trouble of an engine that has requests but has not moved for the limit; None if it has none."""
+        """Return what is wrong with an engine that has requests but made no progress for the limit; None if nothing."""
         seen = self._seen.get(url)
         if seen is None or not seen.in_flight or self._watching is None:
             return None
@@ -142,9 +142,9 @@ class Progress:
         self._held = held
 
     async def _load(self, url: str) -> tuple[object, int] | None:
-        """Return the parts of an engine's load that move, and its number of requests; None if it does not answer.
+        """Return the parts of an engine's load that show progress, and its number of requests; None without an answer.
 
-        An engine without /v1/loads counts as moving as long as it is healthy.
+        An engine without /v1/loads counts as making progress as long as it is healthy.
         """
         answer = await self._connection.ask_once(url + Endpoint.LOADS, timeout=LONGEST_LOOK_S)
         if answer is None:
@@ -156,7 +156,7 @@ class Progress:
 
 
 def read_loads(loads: list[Any]) -> tuple[object, int]:
-    """Convert an engine's loads, one for each data-parallel rank, to the parts that move and its number of requests."""
+    """Convert an engine's loads, one per data-parallel rank, to the parts that show progress and its request count."""
     ranks = [rank for rank in loads if isinstance(rank, Mapping)]
     moves = [[rank.get(name) for name in MOVES] for rank in ranks]
     counts = [rank.get(name, 0) for rank in ranks for name in ("num_running_reqs", "num_waiting_reqs")]

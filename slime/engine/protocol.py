@@ -97,7 +97,7 @@ class SamplingParams(Message):
         seed = self.sampling_seed
         require(seed is None or 0 <= seed < 2**63, "sampling_seed", seed, "in [0, 2**63)")
         require(self.min_new_tokens == 0, "min_new_tokens", self.min_new_tokens, "0")
-        require(self.n == 1, "n", self.n, "1: send one request a sample")
+        require(self.n == 1, "n", self.n, "1: send one request for each sample")
 
     @classmethod
     def from_json(cls, data: Any) -> SamplingParams:

@@ -31,7 +31,7 @@ LOG_TAIL = 30
 """The number of log lines in an error."""
 STOP_TIMEOUT = 10.0
 PORT_TRIES = 5
-"""How many ports a server is started at, if other processes take them before it does."""
+"""The number of ports to try, if other processes take each one before the server does."""
 PORT_TAKEN = re.compile("address already in use", re.IGNORECASE)
 
 

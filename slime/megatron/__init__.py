@@ -2,7 +2,9 @@
 
 Reading order: `trainer` (one rollout, from a batch to new weights), `microbatch` (rows of a batch become one packed row
 of tokens), `step` (Megatron's schedule around a forward pass), `logprobs`, `advantages` (advantages and loss weights),
-then the folders `model`, `optim`, `checkpoint`, `offload` and `compat`.
+`offpolicy`, `routing_replay` and `critic` (options of a rollout), `nan_guard` and `dump_steps` (checks of a step),
+`parallel` and `device` (groups and devices), then the folders `model`, `optim`, `checkpoint`, `offload` and `compat`.
+`layers` is only a path that users write.
 
 The version of megatron-core is checked here, before anything imports it.
 """

@@ -163,7 +163,7 @@ class Critic:
 
 
 def critic_metrics(batch: TrainBatch, counted_N: Array) -> dict[str, float]:
-    """Return metrics of the values that a rollout's advantages were made of, equal on every rank."""
+    """Return metrics of the values from which a rollout's advantages were computed, equal on every rank."""
     counts = (batch.columns["loss_mask"] > 0) & counted_N.repeat(batch.response_lengths_N)
     values, returns, mask = (
         torch.from_numpy(each) for each in (batch.columns["values"], batch.columns["returns"], counts)

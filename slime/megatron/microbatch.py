@@ -6,12 +6,18 @@
   entry in the whole batch. Over the context-parallel ranks every response token is in exactly one micro-batch: on the
   rank that predicts it.
 
-Example without context parallelism: two rows of 5 and 3 tokens with responses of 2 and 1 tokens. The pack has the
-positions 0 ... 7; the response tokens are at 3, 4 and 7, so `predicting_R` is [2, 3, 6].
+Example without context parallelism: two rows of 5 and 3 tokens with responses of 3 and 1 tokens. The pack has the
+positions 0 ... 7; the response tokens are at 2, 3, 4 and 7, so `predicting_R` is [1, 2, 3, 6].
 
-This module holds all that context parallelism does to the layout. `Cut` lists the tokens of each rank. Targets are read
-from the whole row, so the token that comes next may be on another rank. A loss that needs whole responses uses
-`MicroBatch.responses`, which sums each row's parts over the ranks.
+The same rows on two context-parallel ranks are padded to 8 and 4 tokens and cut in zigzag order (`Cut`):
+
+    pack       0  1  2  3  4  .  .  . | 8  9 10  .      a dot is padding; response tokens: 2, 3, 4 and 10
+    rank       0  0  1  1  1  1  0  0 | 0  1  1  0
+    rank 0 holds 0 1 . . 8 .            it predicts token 2 from its position 1:          predicting_R = [1]
+    rank 1 holds 2 3 4 . 9 10           it predicts 3, 4 and 10 from positions 0, 1 and 4: predicting_R = [0, 1, 4]
+
+Token 2 is predicted on rank 0 although rank 1 holds it: targets are read from the whole pack. A loss that needs whole
+responses uses `MicroBatch.responses`, which sums each row's parts over the ranks.
 
 Shapes: _N rows of the whole batch, _M rows of the micro-batch, _S its sequences (the rows, and one of padding),
 _B packed tokens of this rank, _R response tokens that it predicts, _C context-parallel ranks, _P pieces of a rank.

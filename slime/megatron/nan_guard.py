@@ -137,7 +137,7 @@ class StepGuard:
     def check(
         self, where: str, batch: TrainBatch, metrics: dict[str, float], traces: Sequence[TokenTrace]
     ) -> dict[str, float]:
-        """Check a step; return its metrics without those that are meant for the guard. Collective if it raises.
+        """Check a step; return its metrics without those that only the guard reads. Collective if it raises.
 
         Raises:
             BadStepError: the step is not finite, or spikes; its message is the same on every rank.

@@ -91,7 +91,7 @@ def offpolicy_columns(
 
 
 def _check_versions_are_not_needed(args: Args) -> None:
-    """Refuse samples without versions if flags need them: every token would pass as one of the current weights."""
+    """Refuse samples without versions if flags need them: every token would count as sampled by current weights."""
     wanted = args.mask_offpolicy_in_partial_rollout or args.offpolicy_correction != "none"
     if args.loss_type == "policy_loss" and wanted and (args.partial_rollout or args.rollouts_ahead):
         why = "--partial-rollout" if args.partial_rollout else "train_async.py"

@@ -31,7 +31,7 @@ def for_actor(args: Args, batch: TrainBatch) -> TrainBatch:
         raise ValueError(
             f"--use-routing-replay: the samples' routed_experts are [layers, experts] {list(experts.shape[1:])} of "
             f"{int(experts.max()) + 1} or more experts; this model has {arch.num_moe_layers} layers of "
-            f"{arch.num_experts} experts, {arch.moe_router_topk} a token: they are another model's"
+            f"{arch.num_experts} experts, {arch.moe_router_topk} for each token: the samples are another model's"
         )
     return batch
 

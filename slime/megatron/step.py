@@ -2,7 +2,7 @@
 
 - Used by: `trainer` packs a step's micro-batches and calls `log_probs` (old policy, reference model) or `train`.
 - Invariant: the step's loss is sum(weight x per-token loss) over all ranks, its weights sum to 1 (this is checked), and
-  gradients are summed. So neither the cut into micro-batches nor the deal to ranks changes loss or gradients.
+  gradients are summed. So neither the cut into micro-batches nor the distribution over ranks changes loss or gradients.
 
 Gradient accumulation needs no division for that reason. Take a per-token mean over 4 response tokens: each weight is
 1/4. Whether the tokens come as 4, as 3 + 1 in two micro-batches, or as 2 + 2 on two ranks, the weighted losses add up
@@ -150,7 +150,7 @@ class ModelSteps:
     ) -> list[Any]:
         """Run Megatron's schedule; on the last stage `output_fn` gets each micro-batch and its last hidden states.
 
-        It returns the data to collect, with a backward pass (loss, data). Other stages collect nothing.
+        It returns the data to collect or, if there is a backward pass, (loss, data). Other stages collect nothing.
         """
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -233,7 +233,7 @@ class ModelSteps:
             tokens, total = metrics.pop("gap_tokens"), metrics.pop("gap_sum")
             if tokens:
                 metrics["logprob_gap_mean"] = total / tokens
-            else:  # no token was made by this policy: then there is no gap, and 0 would look like a good one
+            else:  # the current policy made none of these tokens, so there is no gap; a 0 would look like a good one
                 metrics.pop("logprob_gap_max")
         return metrics
 

@@ -219,10 +219,10 @@ class Trainer:
         batch = routing_replay.for_actor(args, raw_batch)
         made, offpolicy_metrics = offpolicy_columns(args, batch, counted_N, version)
         plans = self.plan(batch, steps_per_rollout(args))
-        # all columns by name: those that came, then those that training makes, each from the ones before it
+        # all columns by name: first the rollout's own, then those that training computes from the earlier ones
         columns = batch.columns | made | self._predictions(batch, plans)
         where = f"rollout {rollout_id}"
-        check_columns(where, batch, columns, counted_N)  # whitening would spread a bad token's value over all of them
+        check_columns(where, batch, columns, counted_N)  # whitening would spread one bad value over all tokens
         made, advantage_metrics = advantage_columns(args, batch, columns, counted_N)
         columns |= made
         check_columns(where, batch, columns, counted_N, ["advantages"])

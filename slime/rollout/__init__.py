@@ -1,7 +1,9 @@
 """Making samples: from a prompt to a judged response, and from groups of responses to a batch.
 
-Reading order: `collect` (the loop of one rollout, with a drawing), `group` (one group: generate, then judge),
-`generate` and `endings` (one response, in one or several parts), `acceptance` and `waves` (which groups are kept),
-`data_buffer`, `prompts` and `in_flight` (where prompts come from, and where leftovers go), `evaluate`, `rewards` (the
-graders) and `reward_pool` (the processes that run them). `context` holds what every one of these functions receives.
+Reading order: `context` (what all rollout functions receive), `collect` (the loop of one rollout, with a drawing),
+`group` (one group: generate, then judge), `generate` and `endings` (one response, in one or several parts),
+`acceptance`, `filter_hub`, `waves` and `reward_failures` (which groups are kept, and when a run gives up),
+`data_buffer` and `in_flight` (where prompts come from, and where leftovers go), `prompts`, `chat_template` and
+`tokenizer` (from a data file to tokens), `evaluate`, `sft_rollout` (no engines), `dump` (replays), `metrics` and
+`intervals`, `rewards` (the graders) and `reward_pool` (the processes that run them).
 """

@@ -154,7 +154,7 @@ def append_response(
 
 
 def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None:
-    """Store the experts of all tokens, those of earlier parts too: the engine has prefilled them with these weights.
+    """Store the routed experts of all tokens, also of earlier parts, which the engine prefilled with these weights.
 
     Raises:
         ValueError: a finished response has no experts, or not as many as this model's.
@@ -171,8 +171,8 @@ def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None
     rows = response.prompt_tokens + response.completion_tokens - 1
     if experts.size != rows * arch.num_layers * arch.moe_router_topk:
         raise ValueError(
-            f"--use-routing-replay: an engine names {experts.size} experts, and {rows} tokens in {arch.num_layers} "
-            f"layers have {arch.moe_router_topk} each; it serves another model"
+            f"--use-routing-replay: an engine returned {experts.size} experts for {rows} tokens, and in each of "
+            f"{arch.num_layers} layers a token has {arch.moe_router_topk}; it serves another model"
         )
     routes = experts.reshape(rows, arch.num_layers, arch.moe_router_topk)
     sample.routed_experts = np.ascontiguousarray(routes[: len(sample.tokens) - 1, arch.first_dense_layers :])

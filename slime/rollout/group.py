@@ -7,7 +7,7 @@
   reward does not get a second one.
 
     drawn --copy--> generate <--(aborted by a weight update: continues)--> generate --+-> finished -> judge
-                       +-- the round stops, or --partial-rollout-max-tokens is reached: ABORTED, with its tokens
+                       +-- the rollout stops, or --partial-rollout-max-tokens is reached: ABORTED, with its tokens
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class GroupRunner:
         self.last_error: EngineError | None = None
 
     async def run(self, group: GroupRun) -> None:
-        """Run the group until every sample has ended or is cut off, or until the round stops."""
+        """Run the group until every sample has ended or is cut off, or until the rollout stops."""
         await gather_or_cancel(self._run_sample(group, place) for place in range(len(group.samples)))
         if self._context.rewards.by_group and not group.is_cut_off and not self._stopping:
             with self.intervals.judging():
@@ -145,7 +145,7 @@ class GroupRunner:
             verdict.apply(sample)
 
     async def _generate_sample(self, group: GroupRun, place: int) -> None:
-        """Send requests until the sample ends; an abort before the round stops comes from a weight update."""
+        """Send requests until the sample ends; an abort before the rollout stops comes from a weight update."""
         params = self._params_of(group.samples[place])
         fruitless = 0
         while not self._stopping:
@@ -166,7 +166,7 @@ class GroupRunner:
                 return
             fruitless = 0 if num_tokens else fruitless + 1
             if fruitless == _MAX_FRUITLESS:
-                reason = f"generation failed: {fruitless} requests were aborted, and brought no token"
+                reason = f"generation failed: {fruitless} requests in a row were aborted without a token"
                 group.put(place, sample.to_failed(reason), 0)
                 return
             if fruitless:

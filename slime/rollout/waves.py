@@ -61,7 +61,7 @@ class Waves:
             return
         if wave.failed == self.size:
             raise RuntimeError(
-                f"rollout {self._rollout_id}: generation failed for all of {wave.failed} groups, the last time with: "
+                f"rollout {self._rollout_id}: generation failed for all of {wave.failed} groups, the last error: "
                 f"{last_error}; the engines' logs have the reason"
             ) from last_error
         self._empty += 1

@@ -6,9 +6,9 @@
 - Invariant: one bucket is announced at a time, so all members take part in the same broadcast. The policy version is
   sent with the last bucket only, so an engine that reports it holds the whole set.
 
-Two threads work: the caller's thread gathers and fills buckets on its CUDA stream. The sender's thread broadcasts on a
-stream of its own, which first waits for the event that a bucket is filled. This cannot deadlock: rank 0 alone is in
-both the trainers' groups and this group, and the engines wait for nothing else.
+Two threads share the work. The caller's thread gathers tensors and fills buckets on its CUDA stream. The sender's
+thread broadcasts on a stream of its own, which first waits for the event that marks a filled bucket. This cannot
+deadlock: rank 0 alone is in both the trainers' groups and this group, and the engines wait for nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from slime.sync.buckets import Bucket, Buckets
 from slime.sync.transport import DRAIN_WITHIN_S, Opening, SyncReport, Transport
 
 NAMED_WITHIN_S = 20.0
-"""Seconds that a failed broadcast waits for the error message of the lost engine."""
+"""Seconds to wait, after a failed broadcast, for the request whose error names the lost engine."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class BroadcastTransport(Transport):
     def _send_all(self, tensors: Iterable[NamedTensor], sender: ThreadPoolExecutor, version: str) -> int:
         """Send all buckets and return their bytes.
 
-        One bucket is being sent, and one more is filled and waits until the stream shows whether it is the last.
+        At most two buckets are filled at once: one is being sent, and the next one waits until the stream shows whether
+        it is the last (the last one carries the version).
         """
         total = 0
         under_way: Future[None] | None = None
@@ -171,7 +172,7 @@ class BroadcastTransport(Transport):
 
     def close(self) -> None:
         async def both() -> None:
-            # Run both together: each side may wait for the other to leave, and an engine for a bucket that never comes.
+            # Run both at once: either side may wait until the other leaves, and an engine may wait for another bucket.
             leaving = asyncio.to_thread(self._group.close)
             forgetting = self._client.forget_weights_update_group(WEIGHT_GROUP)
             results = await asyncio.gather(leaving, forgetting, return_exceptions=True)

@@ -45,7 +45,7 @@ class Buffer(ABC):
         self._flat: Tensor | None = None
 
     def fill(self, bucket: Bucket) -> Any:
-        """Copy the tensors to their places in the buffer; return the handle for the engine, picklable."""
+        """Copy the tensors to their places in the buffer; return a handle for the engine, which can be pickled."""
         size = bucket.layout.num_bytes
         if self._flat is None or len(self._flat) < size:
             self.free()
@@ -157,7 +157,10 @@ class HostBuffer(Buffer):
 
 
 class ColocatedTransport(Transport):
-    """One for each trainer. All its actions are collective over the trainers; only rank 0 talks to all engines."""
+    """Sends weights through the memory of shared devices; every trainer has one, and all calls are collective.
+
+    The first trainer on an engine's devices posts that engine's messages. Rank 0 pauses and checks all engines.
+    """
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 - Where it sits: after every training round the trainers stream their weights, which is a collective among them. Rank 0
   writes `weights-v000012` into a directory that the engines can read, too, and posts /update_weights_from_disk to each.
-  No process group is joined: for engines on other machines a shared file system is all that is needed.
+  There is no process group: engines on other machines need only a shared file system.
 - Invariant: a version's directory is complete before it gets its name. At most two versions exist at once. The run ends
   with an error if an engine did not load a version.
 """

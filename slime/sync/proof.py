@@ -6,7 +6,7 @@
   again, so that a sync by disk is never compared with its own files.
 
 An engine sums its own tensors (SGLang: fused, and split over ranks), so checksums compare within one engine only.
-Wiping may clear more than a checkpoint brings back, such as tables that an engine computes when it starts. SGLang
+Wiping may clear more than a checkpoint restores, such as tables that an engine computes when it starts. SGLang
 spares rotary caches by name, and leaves some tensors out of the checksum by name. So the engines also compute the
 log-probs of a fixed prompt before and after: the run continues only if they are what they were before the proof.
 """
@@ -59,7 +59,7 @@ def check_answers(before: Mapping[str, Sequence[float]], after: Mapping[str, Seq
     if broken:
         raise RuntimeError(
             "the proof of the weight sync: with the same weights, engines now give a prompt other log-probs than "
-            f"before: {', '.join(broken)}; wiping them has hit something that a checkpoint does not bring back. Add "
+            f"before: {', '.join(broken)}; wiping them has cleared something that a checkpoint does not restore. Add "
             "--no-check-weight-sync, and report the engine's version"
         )
 

@@ -59,7 +59,7 @@ class WeightSender:
         """The version under which the weights were last sent; None if they were never sent."""
 
     def trained(self, weights_from: str) -> None:
-        """Record the source of the present weights, for errors: "loaded from ..." or "trained in ..."."""
+        """Record where the current weights come from, for errors: "loaded from ..." or "trained in ..."."""
         self._weights_from = weights_from
 
     def check(self) -> None:
@@ -75,7 +75,7 @@ class WeightSender:
     ) -> None:
         """Send to these engines from now on (see `Opening`).
 
-        The transport that was open before is left without a word to its engines, because some of them may be gone.
+        The previous transport is closed without a request to its engines, because some of them may be gone.
         """
         self._transport.leave()
         self._transport = NullTransport()  # also if the engines cannot be reached

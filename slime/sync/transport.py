@@ -3,7 +3,7 @@
 - Used by: a trainer's `sender` holds one, which `open` has chosen. Trainer rank 0 sends for all (with colocation every
   trainer sends). `broadcast`, `disk` and `colocate` are the ways to send.
 - Invariant: when `send` returns, every engine has reported that it holds the whole set under its version; nothing else
-  counts as sent. No token is sampled while weights change, and none later from a KV cache of earlier weights.
+  counts as sent. No token is sampled while weights change, and none afterwards from a KV cache of older weights.
 
 The weight-sync handshake. Time goes down; "-->" is an HTTP request, whose answer rank 0 waits for:
 
@@ -123,7 +123,7 @@ class Transport(ABC):
     engines_generate: ClassVar[bool] = False
     """Whether engines can generate right after `send`: colocated engines may have no memory for it yet."""
     asks_engines: bool = True
-    """Whether it is this trainer that asks the engines, after a sync, what they hold; one trainer does."""
+    """Whether this trainer asks the engines after a sync what they hold; exactly one trainer does."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class Transport(ABC):
 
     @contextmanager
     def updating(self) -> Iterator[float]:
-        """Pause as in `paused`, with one weight-update session at every engine that has sessions; yield the seconds.
+        """Pause as `paused` does, and open a weight-update session at every engine that has them; yield the seconds.
 
         Buckets may be sent inside the block. The sessions are closed in every case; an engine that cannot close its
         session makes the sync fail.
@@ -232,11 +232,11 @@ class Transport(ABC):
         return True
 
     async def _try_within(self, seconds: float, asking: Awaitable[None]) -> None:
-        """Do something at engines that may be gone after a failure; what they do not do is logged."""
+        """Ask engines to clean up after a failure; some may be gone, so a request that fails is only logged."""
         try:
             await asyncio.wait_for(asking, seconds)
         except (EngineError, TimeoutError) as error:
-            logger.warning("after the weight sync has failed: %r", error)
+            logger.warning("cleaning up after the failed weight sync: %r", error)
 
     def checksums(self) -> dict[str, str]:
         """Return each engine's own checksum of its weights, by URL."""

@@ -55,7 +55,7 @@ def test_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
         ("127.0.0.1:99999", "no address of the form HOST:PORT"),
         ("::1:6379", "no address of the form HOST:PORT"),
         ("a b:6379", "no address of the form HOST:PORT"),
-        ("ray://127.0.0.1:10001", "the address is Ray Client's"),
+        ("ray://127.0.0.1:10001", "the address is for Ray Client"),
         ("http://127.0.0.1:8265", "`ray job submit` takes such a one"),
     ],
 )

@@ -378,14 +378,14 @@ def test_a_wrong_bucket_is_refused_and_not_written(router: ManagedProcess, model
     with pytest.raises(EngineError, match=r"no tensor model\.norm\.wait") as caught:
         send(router, model_dirs["glm4"], version="9", buckets=1, rename={norm: "model.norm.wait"})
     assert caught.value.status == 400
-    with pytest.raises(EngineError, match=r"comes as \[64\], the model's is"):
+    with pytest.raises(EngineError, match=r"is sent as \[64\], the model's is"):
         send(router, model_dirs["glm4"], version="9", buckets=1, rename={bias: "model.embed_tokens.weight"})
     assert checksums(router) == before
 
 
 def test_an_incomplete_weight_set_is_refused(router: ManagedProcess, model_dirs: dict[str, Path]) -> None:
     versions = run(router, lambda client: client.weight_versions())
-    with pytest.raises(EngineError, match=r"version 10 is incomplete: model\.norm\.weight did not come"):
+    with pytest.raises(EngineError, match=r"version 10 is incomplete: model\.norm\.weight did not arrive"):
         send(router, model_dirs["glm4-b"], version="10", leave_out=("model.norm.weight",))
     assert run(router, lambda client: client.weight_versions()) == versions
 

@@ -49,7 +49,7 @@ def test_another_model_is_refused_with_the_differences(
 
 def test_an_engine_that_is_not_there_is_named(glm4_engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
     url = f"http://127.0.0.1:{find_free_port()}"
-    with pytest.raises(EngineError, match=rf"{url} did not answer: not well within --engine-start-timeout 0\.5 s"):
+    with pytest.raises(EngineError, match=rf"{url} did not answer: not healthy within --engine-start-timeout 0\.5 s"):
         found([glm4_engine.url, url], model_dirs["glm4"])
     assert said == [f"waiting for the engine {url}, up to 0.5 s (--engine-start-timeout)"]
 

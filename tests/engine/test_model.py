@@ -63,5 +63,5 @@ def test_there_is_no_padding_to_sample(tmp_path: Path) -> None:
     sampled = {token for done in bench.run() for token in done.output_ids}
     assert max(sampled) < 93 and len(sampled) > 80
     padded = torch.zeros(128, model.architecture.hidden_size)
-    with pytest.raises(ValueError, match=r"lm_head\.weight comes as \[128, 64\], the model's is \[93, 64\]"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight is sent as \[128, 64\], the model's is \[93, 64\]"):
         bench.weights.write_bucket(["lm_head.weight"], [padded], version=None, flush=True)

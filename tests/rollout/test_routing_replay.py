@@ -129,7 +129,7 @@ def test_text_cut_at_a_stop_has_no_routes(tokenizer: PreTrainedTokenizerFast) ->
 def test_an_engine_without_routes_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="start it with --enable-return-routed-experts"):
         generate(SayingEngine(([30, 3], "stop", 4), routed_experts=None), tokenizer)
-    with pytest.raises(ValueError, match=r"names 23 experts, and 4 tokens in 3 layers have 2 each"):
+    with pytest.raises(ValueError, match=r"returned 23 experts for 4 tokens, and in each of 3 layers a token has 2"):
         generate(SayingEngine(([30, 3], "stop", 4), routed_experts=np.zeros(23, np.int32)), tokenizer)
 
 

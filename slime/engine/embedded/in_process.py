@@ -1,7 +1,7 @@
 """The embedded engine without its HTTP server, for programs that hold trainer and engine in one process.
 
 - Used by: examples/minimal/grpo.py, and benchmarks that need the engine alone.
-- Invariant: the model is touched in the scheduler's thread and nowhere else, so weights never change under a forward.
+- Invariant: only the scheduler's thread uses the model, so weights never change during a forward pass.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class InProcessEngine:
         ).result()
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: int) -> list[Request]:
-        """Answer each prompt -> its request, with `output_ids`, their `log_probs` and `finish_reason`.
+        """Answer each prompt, and return its request with `output_ids`, their `log_probs` and `finish_reason`.
 
         The seed of prompt i is `seed` + i, so a batch with other seeds is another draw.
 
         Raises:
-            RuntimeError: a forward failed, or gave numbers that are not finite.
+            RuntimeError: a forward pass failed, or gave numbers that are not finite.
         """
         requests = [
             Request(str(i), list(prompt), params, seed + i, stop_token_ids=self._stop_token_ids)

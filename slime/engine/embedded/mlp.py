@@ -79,7 +79,7 @@ class Experts:
         return y if self.shared is None else y + self.shared(x_N)
 
     def _of_chosen(self, x_N: Tensor, experts_NK: Tensor) -> Tensor:
-        """Return [N, K, H] with two products for each expert, whose tokens are adjacent after sorting by expert."""
+        """Run only the chosen experts -> [N, K, H]: two matrix products each, over tokens sorted by expert."""
         count, topk = experts_NK.shape
         flat = experts_NK.flatten()
         order = flat.argsort(stable=True)
@@ -97,7 +97,7 @@ class Experts:
         return x.index_select(0, places).view(count, topk, -1)
 
     def _of_every(self, x_N: Tensor, experts_NK: Tensor) -> Tensor:
-        """Return [N, K, H]; the number of rows alone decides the shapes of all products."""
+        """Run every expert for all rows -> [N, K, H]; the number of rows alone decides the shapes of all products."""
         inner = _gated(torch.matmul(x_N, self.gate_up.transpose(1, 2)))
         outputs = torch.matmul(inner, self.down.transpose(1, 2))
         return outputs[experts_NK, torch.arange(len(x_N))[:, None]]

@@ -97,9 +97,9 @@ class EngineWeights:
             raise ValueError(f"this model has no tensor {_some(unknown)}; it has {len(weights)}, by HF names")
         for name, shape in zip(names, shapes, strict=True):
             if tuple(shape) != tuple(weights[name].shape):
-                raise ValueError(f"{name} comes as {list(shape)}, the model's is {list(weights[name].shape)}")
+                raise ValueError(f"{name} is sent as {list(shape)}, the model's is {list(weights[name].shape)}")
         if len(set(names)) != len(names):
-            raise ValueError(f"a tensor comes twice: {_some({n for n in names if list(names).count(n) > 1})}")
+            raise ValueError(f"a tensor is sent twice: {_some({n for n in names if list(names).count(n) > 1})}")
 
     def write_bucket(self, names: Sequence[str], tensors: Sequence[Tensor], *, version: str | None, flush: bool) -> str:
         """Write one bucket of a set, and return a message for the answer.
@@ -126,12 +126,12 @@ class EngineWeights:
         missing = set(self._model.weights) - self._arrived
         if not missing:
             self._settle(version)
-            return f"all {len(self._model.weights)} tensors have come"
+            return f"all {len(self._model.weights)} tensors have arrived"
         if version is None:
-            return f"{len(self._arrived)} of {len(self._model.weights)} tensors have come"
+            return f"{len(self._arrived)} of {len(self._model.weights)} tensors have arrived"
         self._arrived.clear()
         raise ValueError(
-            f"weight version {version} is incomplete: {_some(missing)} did not come; send a whole set, "
+            f"weight version {version} is incomplete: {_some(missing)} did not arrive; send a whole set, "
             "or load one from disk (no token is generated before that)"
         )
 

@@ -5,8 +5,8 @@
 - Invariant: everything that decides a token or its log-prob (model, precision, seed) is set here and not left to
   SGLang's environment. SGLang's files are read, never imported: an import takes half a minute and needs a GPU.
 
-It listens with its HTTP server on the address that it is given (loopback, unless the router is on another machine). Its
-processes use Unix sockets under the temporary directory among themselves. Its ranks meet in a file. With
+Its HTTP server listens on the address that it is given (loopback, unless the router is on another machine). Its
+processes talk to each other through Unix sockets in the temporary directory. Its ranks meet in a file. With
 --sglang-dp-size they meet at a TCP port instead, which torch opens on every interface, as NCCL opens its own ports.
 """
 
@@ -112,7 +112,7 @@ def words(settings: Mapping[str, Any], *, attach: bool = False) -> list[str]:
 def _words(spec: FlagSpec, value: Any, known: frozenset[str], *, attach: bool) -> list[str]:
     if value is None:
         return []
-    # Take the spelling that the installed version has, as versions differ.
+    # Use the spelling of the installed version, because versions differ.
     flag = next((name for name in map(own_spelling, names_by_version(spec)) if name in known), own_spelling(spec.on[0]))
     if spec.kind == "bool" and not spec.num_values:
         if value:

@@ -306,7 +306,7 @@ def begin(save_dir: Path, name: str) -> Path:
 
 @contextmanager
 def nothing_left_of(written: Path, *, removes: bool) -> Iterator[None]:
-    """Remove `written` if writing to it fails, because its files would keep a full disk full. One rank `removes`.
+    """Remove `written` if writing to it fails, because a full disk would stay full. Only the rank with `removes` does.
 
     Raises:
         RuntimeError: with the directory and the reason.

@@ -1,4 +1,4 @@
-"""A reader of the pickles in a torch_dist checkpoint that runs nothing of what is in them.
+"""Read the pickles in a torch_dist checkpoint without executing anything that is in them.
 
 - Used by: `torch_dist` and `files` read `.metadata`, `common.pt` and the objects in `*.distcp` through here.
 - Invariant: a class that is not listed here is neither imported nor called. The error names the class and its file.
@@ -108,7 +108,7 @@ def forbidden(names: Iterable[str]) -> UnsafeFileError:
     """Return the error about classes that are not listed; it does not name the file."""
     return UnsafeFileError(
         f"holds {', '.join(sorted(names))}, which neither torch nor Megatron writes into a checkpoint; "
-        "nothing of it was run; take a checkpoint from somebody you trust"
+        "nothing in it was executed; take a checkpoint from somebody you trust"
     )
 
 
@@ -323,6 +323,6 @@ def load_objects(file: IO[bytes]) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the error in one line; torch adds a page of advice to it that is about files that one trusts."""
+    """Return the error as one line of bounded length; torch adds a page of advice about trusted files to its own."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"

@@ -182,7 +182,7 @@ def load_checkpoint(
     scheduler: OptimizerParamScheduler | None = None,
     load_rng: bool = False,
 ) -> LoadedCheckpoint:
-    """Fill what is passed from a torch_dist checkpoint (for a Hugging Face directory see `hf_weights.load_hf_into`).
+    """Fill the objects that are passed from a torch_dist checkpoint (from an HF directory: `hf_weights.load_hf_into`).
 
     What the checkpoint does not hold keeps its value. The exception is an optimizer's fp32 copies: they are made again
     from the weights. A critic takes a policy's weights except its output layer. RNG states are loaded if the layout is
@@ -230,7 +230,7 @@ def _load_weights(found: FoundCheckpoint, common: dict[str, Any], model: ModelCh
             weights = {name: part for name, part in weights.items() if part.key != VALUE_HEAD}
             saved.discard(OUTPUT)
         _refuse_more(found, weights, saved)
-        # Pickled, and of no use without Transformer Engine: never read, even if another trainer has written them.
+        # Pickled and useless without Transformer Engine, so they are never read, whoever wrote the checkpoint.
         extra = [name for name, part in weights.items() if isinstance(part, ShardedObject)]
         weights = {name: part for name, part in weights.items() if name not in extra}
         if with_optimizer:

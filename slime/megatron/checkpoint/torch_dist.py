@@ -1,7 +1,7 @@
 """The torch_dist format: written with a digest of each file, read through `safe_pickle`.
 
 - Used by: `save_load` saves and loads with these strategies of Megatron's.
-- Invariant: no file is read by those readers of torch and Megatron that unpickle everything in it.
+- Invariant: no file goes through a reader of torch or Megatron that would unpickle everything in it.
 """
 
 from __future__ import annotations

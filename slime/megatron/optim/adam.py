@@ -3,7 +3,7 @@
 - Used by: `optimizer` installs the corrections before it builds, and turns the Adam that Megatron built into one that
   steps in one pass; `cpu_offload` builds on that step, and `save_load` saves and loads the state.
 - Invariant: every parameter's state has a `step` tensor of its own, and after loading it has the saved value. A step in
-  one pass gives the numbers of PyTorch's fused one.
+  one pass gives the same numbers as PyTorch's fused step.
 
 Where TransformerEngine or Apex is installed, Megatron uses their Adam, and nothing here is needed.
 """

@@ -32,7 +32,10 @@ class _Job:
 
 
 class Together:
-    """`judge` makes the answer from a task's payload; `late` is the answer of a task that took longer than `limit`."""
+    """Runs many tasks in one event loop, and cancels each one that takes longer than `limit` seconds.
+
+    `judge` makes the answer from a task's payload; `late` is the answer of a task that is cancelled.
+    """
 
     def __init__(
         self, page: Page, judge: Callable[[bytes], Coroutine[Any, Any, bytes]], late: bytes, limit: float
@@ -40,7 +43,7 @@ class Together:
         self._page, self._judge, self._late, self._limit = page, judge, late, limit
         self._jobs: dict[int, _Job] = {}
         self._clock = 0.0
-        """Seconds in which the loop was free: one look adds at most two ticks, however long the loop was blocked."""
+        """Seconds in which the loop was free: one check adds at most two ticks, however long the loop was blocked."""
 
     async def serve(self, connection: socket.socket) -> None:
         """Serve until the owner closes the connection; then end the process, whatever its tasks would do."""

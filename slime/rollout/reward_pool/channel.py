@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 
 HEADER = struct.Struct("<qQ")
-"""The number of the task and the length of the payload in bytes. An empty payload to the worker calls the task off."""
+"""The number of the task and the length of the payload in bytes. An empty payload to the worker cancels the task."""
 START = 0
 """The number of the first frame each way: the Args to the worker, and its process id back when it is ready."""
 

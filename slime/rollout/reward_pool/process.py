@@ -114,7 +114,7 @@ class RewardProcess(asyncio.Protocol):
         self._write(task.number, task.payload)
 
     def call_off(self, number: int) -> None:
-        """Call off a task that nobody waits for any more; a plain function still runs on, and its answer is dropped."""
+        """Cancel a task that nobody waits for any more; a plain function runs to its end, and its answer is dropped."""
         self._write(number, b"")
 
     def _write(self, number: int, payload: bytes) -> None:

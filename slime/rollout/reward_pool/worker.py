@@ -84,7 +84,7 @@ def serve_in_turn(connection: socket.socket, page: Page, judge: Judge) -> None:
             number, length = HEADER.unpack(header)
             payload = stream.read(length)
             if not payload:
-                continue  # the task was called off, but it is done already
+                continue  # the task was cancelled, but it is done already
             page.enter(number)
             verdicts = judge.judge(payload, runner)
             page.leave()
