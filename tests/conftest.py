@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Before torch is imported, here and in the processes of the pool: many ranks share few cores.
+# This must come before torch is imported, here and in the pool's processes: many ranks share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from worker_pool import WorkerPool
@@ -20,9 +20,9 @@ gc.disable()  # until all test modules are imported
 ROOT = Path(__file__).parent
 settings.register_profile("slime", deadline=None)
 settings.load_profile("slime")
-"""No example has a time limit: on a loaded machine one that takes 1 ms may take 300."""
+"""Examples have no time limit, because one that takes 1 ms may take 300 ms on a loaded machine."""
 settings.register_profile("many", deadline=None, max_examples=1000)
-"""pytest --hypothesis-profile=many: ten times as many examples where a test does not say how many."""
+"""pytest --hypothesis-profile=many: ten times as many examples, unless a test sets the number."""
 
 
 LONGEST = (
@@ -37,18 +37,18 @@ LONGEST = (
     "examples/test_minimal.py",
     "bench/test_benchmarks.py",
 )
-"""Files of minutes, which begin first: one that began last would leave all other processes without work."""
+"""The longest files, which begin first: one that began last would leave the other processes without work."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole files stay whole, and in their order but for the longest ones."""
+    """Move the longest files to the front; keep each file's tests together and all else in order."""
     assert [name for name in LONGEST if not (ROOT / name).exists()] == [], "renamed"
     places = {ROOT / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what is imported by now lives as long as the process
+    gc.freeze()  # everything that is imported by now lives as long as the process
     gc.enable()
 
 

@@ -12,7 +12,7 @@ from tests.gpu.checks import Report, check
 
 @check(gpus=0, minutes=1)
 def passes(report: Report) -> None:
-    """Two rows."""
+    """Report two rows."""
     report.row("difference", 0.0, limit="= 0", ok=True)
     report.row("speed", 123456.0)
 
@@ -35,7 +35,7 @@ def crashes(report: Report) -> None:
 
 @check(gpus=0, minutes=0.08)
 def hangs(report: Report) -> None:
-    """Its child leaves the process group, as servers do, and must not outlive the check either."""
+    """Hang, with a child that leaves the process group as servers do, and that must not outlive the check."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     report.row("child", child.pid)
     time.sleep(600)
@@ -53,5 +53,5 @@ def needs_many(report: Report) -> None:
 
 @check(gpus=0, minutes=1000)
 def takes_long(report: Report) -> None:
-    """Longer than the time that the first test allows; the second ends its runner in the middle of it."""
+    """Run for longer than the first test allows; the second test ends the runner in the middle of it."""
     time.sleep(600)

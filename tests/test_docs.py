@@ -1,4 +1,4 @@
-"""The documentation says what the code does: generated parts are current, flags exist, commands plan, examples run."""
+"""The documentation agrees with the code: generated parts are current, flags exist, commands plan, examples run."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_generated_parts_are_current(path: Path) -> None:
     assert generate_docs.filled(text) == text, "run: python tools/generate_docs.py"
 
 
-def test_every_block_stands_on_one_page() -> None:
+def test_every_block_is_on_one_page() -> None:
     found = [match[2] for text in generate_docs.pages().values() for match in generate_docs.BLOCK.finditer(text)]
     assert sorted(found) == sorted(generate_docs.wanted_blocks()), "each block needs a page; tools/generate_docs.py"
 
 
 def test_a_stale_page_is_noticed() -> None:
-    """Control: a default that is no longer the flag's, and a block that nobody makes."""
+    """Control: a default that is no longer the flag's, and a block that no generator makes."""
     text = (DOCS / "flags" / "rollout.md").read_text(encoding="utf-8")
     stale = text.replace("| int, >= 1 | `32` |", "| int, >= 1 | `31` |")
     assert stale != text
@@ -80,11 +80,11 @@ OTHER_PROGRAMS = frozenset(
         "--editable",
     ]
 )
-"""Flags of ray, hf, pip and pytest, and the switches that stand for any."""
+"""Flags of ray, hf, pip and pytest, and placeholders for any flag."""
 
 
 def flags_of_tools() -> set[str]:
-    """Every flag that a script of ours declares itself."""
+    """Return every flag that a script of the repository declares itself."""
     folders = ("tools/*.py", "bench/*.py", "examples/**/*.py", "tests/gpu/runner.py")
     files = [file for folder in folders for file in ROOT.glob(folder)]
     return {flag for file in files for flag in re.findall(r"\"(--[a-z][a-z0-9-]*)\"", file.read_text())}
@@ -103,7 +103,7 @@ def test_flags_exist(path: Path) -> None:
 
 
 def commands() -> Iterator[Any]:
-    """Each `python3 train.py` of the flag pages."""
+    """Yield each `python3 train.py` command of the flag pages."""
     for path in PAGES:
         for number, block in enumerate(re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)):
             if "train.py" in block:
@@ -115,7 +115,7 @@ BASE = """--hf-checkpoint model --ref-load model --prompt-data train.jsonl --lab
 --num-layers 4 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --group-query-attention
 --num-query-groups 2 --kv-channels 32 --vocab-size 512 --max-position-embeddings 16384 --swiglu
 --untie-embeddings-and-output-weights --qk-layernorm --normalization RMSNorm --disable-bias-linear"""
-"""A command line that plans, to which each example is added."""
+"""A valid command line, to which each example is added."""
 
 
 @pytest.mark.parametrize("block", list(commands()))
@@ -132,7 +132,7 @@ def test_commands_plan(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_example_is_shown_and_led_to() -> None:
-    """What a hook's block shows is the code of the file that it links; tests/core/test_plugins.py loads them all."""
+    """The block of a hook shows the code of the file that it links; tests/core/test_plugins.py loads them all."""
     text = (DOCS / "hooks.md").read_text(encoding="utf-8")
     for hook in HOOKS.values():
         module, _, name = hook.example.rpartition(".")
@@ -158,13 +158,13 @@ METRIC = re.compile(r"f?\"((?:rollout|train|eval|time|sync)/[\w@{}./]+)\"")
 
 
 def inputs(log_probs_R: torch.Tensor) -> LossInputs:
-    """With everything that a loss can be given."""
+    """Return loss inputs with every optional column."""
     ones = [torch.ones(len(log_probs_R)) for _ in range(4)]
     return LossInputs(log_probs_R, log_probs_R.detach(), *ones, weighted_R=ones[0] > 0)
 
 
 def metric_names() -> set[str]:
-    """Names that stand in the code, an inserted part as `*`; and those that functions give by themselves."""
+    """Return the metric names in the code, with `*` for inserted parts, and those that functions compute."""
     names: set[str] = set()
     for path in (ROOT / "slime").rglob("*.py"):
         names |= {re.sub(r"\{.*?\}", "*", name) for name in METRIC.findall(path.read_text())}

@@ -16,7 +16,7 @@ from tests.gpu.rounding import SAMPLES, measure_rounding
 TEMPERATURE = 0.8
 
 
-def test_the_limit_is_what_bf16_does_to_these_weights(tmp_path: Path) -> None:
+def test_the_limit_equals_the_rounding_of_bf16(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model_dir = make_model(tmp_path / "model", "glm4", seed=1, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The runner of the GPU checks, on checks that need none: every end that a check can come to is a row."""
+"""The runner of the GPU checks, on checks that need no GPU: however a check ends, it has a row."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_end_of_a_check_is_a_row(tmp_path: Path) -> None:
     assert printed.rstrip().endswith("2 skipped, 1 missing, 1 not run")
 
 
-def test_table_of_a_runner_that_is_told_to_end(tmp_path: Path) -> None:
+def test_a_runner_that_gets_sigterm_prints_its_table(tmp_path: Path) -> None:
     runner = start(tmp_path, "passes", "needs_many", "takes_long")
     deadline = time.monotonic() + 60
     log = tmp_path / "gpu_checks_for_tests.takes_long.log"

@@ -48,7 +48,7 @@ def modules() -> list[Path]:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every module named in an import, at any depth of the file."""
+    """Yield every module named in an import, at any depth of the file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -59,7 +59,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def floor_violations(folder: str, names: Iterator[str]) -> list[str]:
-    """Imports of a module in `folder` that do not point down."""
+    """Return the imports of a module in `folder` that do not point down."""
     wrong = []
     for name in names:
         parts = name.split(".")
@@ -87,7 +87,7 @@ def test_the_floor_check_notices() -> None:
 
 
 def test_run_time_code_imports_no_rules() -> None:
-    """What it asks about arguments is a property of Args, or a function of `config.parse`."""
+    """Questions about arguments are properties of Args, or functions of `config.parse`."""
     wrong = []
     for path in modules():
         if path.relative_to(PACKAGE).parts[0] != "config":
@@ -122,7 +122,7 @@ def test_files_and_functions_are_short() -> None:
     assert wrong == []
 
 
-def test_every_module_says_where_it_stands() -> None:
+def test_every_module_has_a_docstring() -> None:
     wrong = [
         str(path.relative_to(ROOT))
         for path in modules()
@@ -171,7 +171,7 @@ def test_the_lower_floors_import_light() -> None:
 
 
 def test_the_lower_floors_are_typed_strictly() -> None:
-    """By the whole folder, and no file says otherwise."""
+    """Whole folders are strict, and no file in them weakens that."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]
     lower = {f"slime/{folder}" for folder, floor in FLOORS.items() if floor <= 1}
     assert lower <= set(settings["strict"])
@@ -184,7 +184,7 @@ def test_the_lower_floors_are_typed_strictly() -> None:
 
 
 def documents() -> list[Path]:
-    """Texts and scripts whose flags and paths have to be real."""
+    """Return the texts and scripts whose flags and paths have to be real."""
     return [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("scripts/**/*.sh")]
 
 
@@ -209,7 +209,7 @@ def test_default_hooks_keep_their_contract(name: str) -> None:
 
 @pytest.mark.parametrize("name", HOOKS)
 def test_every_hook_is_given_in_a_test(name: str) -> None:
-    """A hook without a default has no other contract than the calls that tests see arrive."""
+    """A hook without a default has no contract except the calls that arrive in tests."""
     tests = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
     assert [path for path in tests if re.search(rf"\b{name}\b", path.read_text())] != []
 

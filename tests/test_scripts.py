@@ -1,4 +1,4 @@
-"""scripts/run-*.sh: each plans from any directory, flags behind it win, and small machines hold what theirs plan."""
+"""scripts/run-*.sh: each plans from any directory, later flags win, and small machines hold what theirs plan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ H200 = 140 * 2**30
 
 
 def words_of(script: str, *more: str, cwd: Path, **variables: str) -> tuple[Path, list[str]]:
-    """The directory and the words with which a script would start its program."""
+    """Return the directory and the words with which a script would start its program."""
     environment = {"PATH": os.environ["PATH"], **variables}
     command = ["bash", "-euc", WORDS_OF.replace("$0", str(ROOT / "scripts" / script)), "bash", *more]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
@@ -60,7 +60,7 @@ def test_a_small_machines_script_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_the_demos_mixture_of_experts(tmp_path: Path) -> None:
-    """Its MODEL_ARGS are the model's that the task is made with, and its routes are replayed."""
+    """The script's MODEL_ARGS describe the model that the task is made with, and its experts are replayed."""
     path = ROOT / "examples/arithmetic/make_task.py"
     spec = importlib.util.spec_from_file_location("make_task", path)
     assert spec is not None and spec.loader is not None
@@ -101,5 +101,5 @@ def test_small_machines(script: str, gpus: int, family: str, tmp_path: Path) -> 
     train, engine = train_memory(args, on_cuda=True), engine_memory(args)
     assert train is not None and engine is not None
     assert train.peak < 0.8 * H200
-    # what SGLang may take holds its weights, and KV for the whole rollout but for a seventh at the longest
+    # SGLang's share holds its weights, and KV for all but a seventh of a rollout of longest responses
     assert 0.85 * engine.peak < args.sglang["mem_fraction_static"] * H200

@@ -1,4 +1,4 @@
-"""docs/security.md names a test for each of its claims, and every one of them exists."""
+"""Every test that docs/security.md names for one of its claims exists."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ SECURITY = TESTS.parent / "docs" / "security.md"
 
 
 def named_tests(text: str) -> list[tuple[str, str]]:
-    """(file under tests/, function) of every row of the last table."""
-    rows = text.partition("## Tests of these claims")[2].splitlines()
+    """Return (file under tests/, function) of every row of the last table."""
+    rows = text.partition("## What holds this")[2].splitlines()
     found = [re.fullmatch(r"\| .+ \| `([\w/]+\.py)::(test_\w+)` \|", row) for row in rows if row.startswith("| ")][2:]
     assert all(found), "each row names one test"
     return [(match[1], match[2]) for match in found if match]

@@ -20,7 +20,7 @@ from typing import Any
 
 @contextmanager
 def joined(args: Any, rank: int, world_size: int, init_method: str) -> Iterator[Any]:
-    """Inside: process groups as `args` asks for; yields the Topology."""
+    """Join the process groups that `args` requires for the block; yield the Topology."""
     from slime.megatron.parallel import close_parallel, init_parallel
 
     try:
@@ -49,7 +49,7 @@ def _serve(connection: Connection) -> None:
 
 
 class WorkerPool:
-    """Started as they are needed, and all started anew after a failure, which may have left one in a collective."""
+    """Processes that start when needed; all restart after a failure, which may have left one in a collective."""
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []

@@ -15,7 +15,7 @@ from tests.chaos.chaos import EVERY, NUM_ROLLOUTS, ChaosRun, Start, compared, ma
 from tests.chaos.rewards import FAILING
 
 SAMPLES = 32 * 8
-"""Of a rollout of the demo's."""
+"""The number of samples in one rollout of the demo's run."""
 
 Row = tuple[str, str, bool]
 
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 where every row of the table is right."""
+    """Run the comparison; return 0 if every row of the table is right."""
     options = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     out: Path = options.out.resolve()
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def ended(run: ChaosRun) -> list[Row]:
-    """Whether it ended well, and left nothing."""
+    """Return rows about the end of the run: its exit code, and what it left."""
     begin, before, name = time.monotonic(), shared_memory(), run.directory.name
     try:
         code = run.run()
@@ -69,7 +69,7 @@ def ended(run: ChaosRun) -> list[Row]:
 
 
 def troubles(run: ChaosRun) -> list[Row]:
-    """Whether the faults did happen."""
+    """Return rows that show that the faults have happened."""
     failed = run.failed_rewards()
     share = sum(failed.values()) / (NUM_ROLLOUTS * SAMPLES)
     reasons = ", ".join(f"{count:.0f} {reason}" for reason, count in sorted(failed.items()))
@@ -82,7 +82,7 @@ def troubles(run: ChaosRun) -> list[Row]:
 
 
 def tell(out: Path, run: ChaosRun, rows: Sequence[Row], seconds: float) -> int:
-    """Print the table, and what it comes to."""
+    """Print the table and the verdict; return the exit code."""
     width = max(len(what) for what, _, _ in rows)
     lines = [f"{what.ljust(width)}  {'ok    ' if right else 'FAILED'}  {figure}" for what, figure, right in rows]
     wrong = sum(not right for _, _, right in rows)

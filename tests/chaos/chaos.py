@@ -1,8 +1,9 @@
-"""The chaos run: engines are killed and hang, rewards fail, and the run learns all the same.
+"""The chaos run: engines are killed and hang, rewards fail, and the run still learns.
 
-Path: the demo's task from its supervised start, twice: undisturbed, and with a fault about every third rollout.
-Invariant: faults hit processes of the run that was started here, by id; both runs have to be gone to the last process
-and file before they are compared.
+- What it does: it trains the demo's task from its supervised start twice: undisturbed, and with a fault about every
+  third rollout.
+- Invariant: faults hit processes of the run that was started here, by id. Both runs must have left no process and no
+  file before they are compared.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ STANDARD_ERRORS = 3.0
 RUN_LIMIT_S = 1200.0
 SAVE = "run"
 PYTHON_FIRST = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-"""The scripts call python3."""
+"""A PATH on which `python3`, which the scripts call, is this Python."""
 KEPT = ("torchinductor_",)
-"""What is meant to stay in the directory for temporary files: a cache of torch's."""
+"""Temporary files that are meant to stay: a cache of torch's."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What was done to an engine while a rollout was made."""
+    """A fault of one engine while a rollout was generated."""
 
     rollout: int
     kind: str
@@ -48,7 +49,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Start:
-    """The demo's problems and its supervised start."""
+    """The demo's problems, and the checkpoint of its supervised start."""
 
     task: Path
     model: Path
@@ -59,7 +60,7 @@ class Start:
 
 
 def make_start(directory: Path, seed: int) -> Start:
-    """The demo's first two stages."""
+    """Run the demo's first two stages."""
     start = Start.under(directory)
     directory.mkdir(parents=True, exist_ok=True)
     variables = {"TASK_DIR": str(start.task), "HF_DIR": str(start.model), "SAVE_DIR": str(directory / "sft")}
@@ -72,7 +73,7 @@ def make_start(directory: Path, seed: int) -> Start:
 
 
 class ChaosRun(Run):
-    """The demo's GRPO run, shorter; with faults where `rng` is given."""
+    """A shorter form of the demo's GRPO run, with faults if `rng` is given."""
 
     def __init__(self, directory: Path, start: Start, seed: int, rng: random.Random | None) -> None:
         self.save = directory / SAVE
@@ -98,7 +99,7 @@ class ChaosRun(Run):
         self.faults: list[Fault] = []
 
     def run(self) -> int:
-        """To its end; the exit code."""
+        """Run to the end, and return the exit code."""
         self.start()
         while not self.ended and self._rng is not None and len(self.faults) < NUM_ROLLOUTS // EVERY:
             self._disturb(self._rng)
@@ -106,7 +107,7 @@ class ChaosRun(Run):
         return self.wait()
 
     def _disturb(self, rng: random.Random) -> None:
-        """Once the next third rollout has begun: SIGKILL or SIGSTOP for one of its engines, somewhere within it."""
+        """Send SIGKILL or SIGSTOP to one engine at a random time in about every third rollout."""
         due = 1 + EVERY * len(self.faults)
         if self.log.count("\nrollout ") < due:
             return
@@ -120,7 +121,7 @@ class ChaosRun(Run):
             self.faults.append(Fault(self.log.count("\nrollout "), kind, number, engines[number].pid))
 
     def engines(self) -> list[psutil.Process]:
-        """The engines' own processes, without the guards that look after them."""
+        """Return the engines' own processes, without their guards."""
         found: list[psutil.Process] = []
         for process in self.processes():
             try:
@@ -133,13 +134,13 @@ class ChaosRun(Run):
         return sorted(found, key=lambda process: process.create_time())
 
     def files_left(self) -> list[str]:
-        """Temporary files of a run that has ended; then they go."""
+        """Return the temporary files that the ended run has left, and remove them."""
         left = sorted(path.name for path in self.temporary.iterdir() if not path.name.startswith(KEPT))
         shutil.rmtree(self.temporary)
         return left
 
     def evaluations(self) -> dict[str, tuple[float, float]]:
-        """After the last rollout: reward and its standard error by data set."""
+        """Return the last evaluation's reward and standard error by data set."""
         found: dict[str, tuple[float, float]] = {}
         for event in self._events():
             if event["step"] == NUM_ROLLOUTS:
@@ -148,7 +149,7 @@ class ChaosRun(Run):
         return found
 
     def failed_rewards(self) -> dict[str, float]:
-        """By reason, of all rollouts."""
+        """Return the number of failed rewards of all rollouts, by reason."""
         total: dict[str, float] = {}
         for event in self._events():
             for key, value in event.items():
@@ -166,12 +167,12 @@ class ChaosRun(Run):
 
 
 def shared_memory() -> set[Path]:
-    """Files in /dev/shm."""
+    """Return the files in /dev/shm."""
     return set(Path("/dev/shm").iterdir())
 
 
 def nobodys(files: set[Path]) -> list[str]:
-    """Those of `files` in /dev/shm that no process has mapped or open: what a run has left there."""
+    """Return those of `files` in /dev/shm that no process has mapped or open, so that a run has left them."""
     used: set[str] = set()
     for process in psutil.process_iter():
         try:
@@ -182,7 +183,7 @@ def nobodys(files: set[Path]) -> list[str]:
 
 
 def compared(undisturbed: ChaosRun, disturbed: ChaosRun) -> list[tuple[str, str, bool]]:
-    """A row a data set: what, the figures, whether they are within the noise of each other."""
+    """Return a row for each data set: its name, both rewards, and whether they differ only by noise."""
     rows: list[tuple[str, str, bool]] = []
     calm, wild = undisturbed.evaluations(), disturbed.evaluations()
     for name in sorted({*calm, *wild}):

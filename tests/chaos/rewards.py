@@ -1,7 +1,7 @@
-"""The chaos run's reward: the demo's, and for one training sample in twenty none at all.
+"""The chaos run's reward: the demo's reward, which fails for one training sample in twenty.
 
-Path: --custom-rm-path of both runs that `tests.chaos` compares; CHAOS_REWARDS is set for the one with faults.
-Invariant: which samples lose their reward, and how, goes by their number, so a run that is repeated loses the same.
+- Used by: --custom-rm-path of both runs that `tests.chaos` compares; CHAOS_REWARDS is set for the one with faults.
+- Invariant: a sample's number decides whether and how its reward fails, so a repeated run loses the same rewards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOREVER_S = 3600.0
 
 
 def judge(args: Args, sample: Sample) -> float:
-    """deepscaler's verdict; a failing one raises, hangs, or ends the process that it runs in.
+    """Return deepscaler's verdict, or fail: raise, hang, or end the process.
 
     Evaluation has no faults: `start_rollout_id` is a training sample's.
     """
@@ -31,7 +31,7 @@ def judge(args: Args, sample: Sample) -> float:
 
 
 def fail(kind: int) -> None:
-    """One in eight hangs, one in eight dies; the others raise."""
+    """Fail in one of three ways: one in eight hangs, one in eight dies, the others raise."""
     if kind == 0:
         time.sleep(FOREVER_S)
     if kind == 1:

@@ -104,7 +104,7 @@ def test_warned(run: Run, words: str, warning: str) -> None:
         "--overlong-buffer-len 16 --overlong-penalty-factor 0.5 --mask-truncated-samples",
     ],
 )
-def test_runs_without_a_word(run: Run, words: str) -> None:
+def test_passes_without_warnings(run: Run, words: str) -> None:
     assert run.warnings(*words.split()) == []
 
 

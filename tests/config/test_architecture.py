@@ -74,7 +74,7 @@ CONFIGS = {"glm4": "Glm4Config", "llama": "LlamaConfig", "qwen2": "Qwen2Config",
 
 
 def published_config(name: str, arch: Architecture) -> dict[str, Any]:
-    """config.json of the table's row, by the family's class of transformers."""
+    """Return config.json of the table's row, made by the family's config class in transformers."""
     import transformers
 
     layers, hidden, ffn, heads, groups, head, vocabulary, epsilon, base, factor = TABLE[name]
@@ -301,7 +301,7 @@ def test_override(run: Run, name: str) -> None:
         ),
     ],
 )
-def test_not_built_models(run: Run, change: dict[str, Any], message: str) -> None:
+def test_unsupported_models(run: Run, change: dict[str, Any], message: str) -> None:
     (run.hf / "config.json").write_text(json.dumps(GLM4_TINY | change))
     assert message in run.error()
     assert any(message in warning for warning in run.warnings("--dry-run"))

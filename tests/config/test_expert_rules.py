@@ -132,7 +132,7 @@ def test_parameters_as_transformers_counts_them() -> None:
         ({"attention_bias": True}, "attention_bias"),
     ],
 )
-def test_not_built(change: dict[str, Any], message: str) -> None:
+def test_unsupported_experts(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hf_architecture(QWEN | change)
     assert hf_architecture(QWEN | {"mlp_only_layers": [0, 1]}).first_dense_layers == 2

@@ -89,7 +89,7 @@ def test_an_empty_description_passes(run: Run) -> None:
     assert run.errors() == []
 
 
-def test_doors_without_the_command_line(run: Run, tmp_path: Path) -> None:
+def test_other_entry_points_refuse_them(run: Run, tmp_path: Path) -> None:
     """Both converters, the embedded engine and all code that reads weights refuse them."""
     described(run, AT_TOP)
     for tool, words in {

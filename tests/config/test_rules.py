@@ -291,7 +291,7 @@ def test_one_warning(run: Run, words: str, message: str) -> None:
         "--fp8-format hybrid",
     ],
 )
-def test_not_built_plans_but_does_not_run(run: Run, words: str) -> None:
+def test_unsupported_features_plan_but_do_not_run(run: Run, words: str) -> None:
     assert "not part of this version" in run.error(*words.split())
     assert run.errors("--dry-run", *words.split()) == []
 

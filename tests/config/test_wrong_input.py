@@ -405,7 +405,7 @@ def test_right_with_a_rollout_in_flight(run: Run, words: str) -> None:
 # --- mixtures of experts -----------------------------------------------------------------------------------------
 
 
-def test_routes_of_a_dense_model(run: Run) -> None:
+def test_routing_replay_of_a_dense_model_is_refused(run: Run) -> None:
     [error] = run.errors("--use-routing-replay", "--dry-run")
     assert error == "--use-routing-replay: glm4 is a dense family without MoE routers; leave it out"
 
@@ -415,7 +415,7 @@ def test_routes_of_a_dense_model(run: Run) -> None:
 PARTIAL = "--partial-rollout --over-sampling-batch-size 8"
 
 
-def test_unfinished_by_the_clock(run: Run) -> None:
+def test_deterministic_partial_rollouts_need_a_token_limit(run: Run) -> None:
     [error] = run.errors(*f"{PARTIAL} --deterministic --dry-run".split())
     assert error.startswith("--partial-rollout: with --deterministic")
     assert "add --partial-rollout-max-tokens" in error

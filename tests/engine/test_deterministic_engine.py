@@ -103,7 +103,9 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("family", ["glm4", "odd", "glm4-bf16"])
-def test_company_order_row_and_width_change_nothing(family: str, model_dirs: dict[str, Path], odd_model: Path) -> None:
+def test_other_requests_order_row_and_width_change_nothing(
+    family: str, model_dirs: dict[str, Path], odd_model: Path
+) -> None:
     asked = wishes(24, seed=1)
     path = model_dirs.get(family, odd_model)
     expected = alone(bench_of(path), asked)
@@ -113,7 +115,7 @@ def test_company_order_row_and_width_change_nothing(family: str, model_dirs: dic
     assert len({tuple(tokens) for tokens, _ in expected.values()}) > 18
 
 
-def test_control_the_default_path_feels_its_company(model_dirs: dict[str, Path]) -> None:
+def test_control_the_default_path_depends_on_others(model_dirs: dict[str, Path]) -> None:
     """The fast path differs in the last bits of log-probs, so a token may differ once in a long while."""
     asked = wishes(24, seed=1)
     expected = alone(bench_of(model_dirs["glm4"], deterministic=False), asked)
@@ -133,7 +135,7 @@ def test_log_probs_are_the_default_paths_within_rounding(model_dirs: dict[str, P
 
 @dataclass(frozen=True)
 class FeelsItsRow:
-    """A model whose logits in chunks of the given sizes are a little off in the last row."""
+    """A model whose logits in chunks of the given sizes differ slightly in the last row."""
 
     logits: Callable[[torch.Tensor], torch.Tensor]
     sizes: tuple[int, ...]

@@ -119,7 +119,7 @@ def test_a_router_that_is_not_there_is_named() -> None:
         Membership(url, timeout=0.3).wait_ready()
 
 
-def test_its_url() -> None:
+def test_the_url_of_an_external_router() -> None:
     assert external_router_url(Args()) is None
     assert external_router_url(Args(sglang_router_ip="10.0.0.1", sglang_router_port=80)) == "http://10.0.0.1:80"
     assert external_router_url(Args(sglang_router_ip="::1", sglang_router_port=80)) == "http://[::1]:80"

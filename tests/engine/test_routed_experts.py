@@ -130,7 +130,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", ["norm", "scale", "groups", "score", "bias", "shared"])
-def test_control_every_part_of_the_router_is_felt(
+def test_control_every_part_of_the_router_matters(
     change: str, model_dirs: dict[str, Path], hf_models: dict[str, Any]
 ) -> None:
     bench = bench_of(model_dirs["glm4_moe"])
@@ -147,7 +147,7 @@ def test_control_every_part_of_the_router_is_felt(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_deterministic_requests_do_not_feel_their_company(
+def test_deterministic_requests_do_not_depend_on_others(
     family: str, model_dirs: dict[str, Path], hf_models: dict[str, Any]
 ) -> None:
     bench = bench_of(model_dirs[family], deterministic=True)
@@ -158,7 +158,7 @@ def test_deterministic_requests_do_not_feel_their_company(
         assert (routes_of(ours) == routes_of(theirs)).all()
 
 
-def test_control_the_default_path_feels_its_company(model_dirs: dict[str, Path]) -> None:
+def test_control_the_default_path_depends_on_others(model_dirs: dict[str, Path]) -> None:
     bench = bench_of(model_dirs["qwen3_moe"])
     alone, together = (served(bench, together=company) for company in (False, True))
     assert any(ours.log_probs != theirs.log_probs for ours, theirs in zip(alone, together, strict=True))

@@ -111,7 +111,7 @@ def test_log_probs_equal_huggingface(family: str, model_dirs: dict[str, Path]) -
 
 
 @pytest.mark.parametrize("family", ["glm4", "qwen3"])
-def test_responses_do_not_depend_on_company(family: str, model_dirs: dict[str, Path]) -> None:
+def test_responses_do_not_depend_on_other_requests(family: str, model_dirs: dict[str, Path]) -> None:
     alone = make_bench(model_dirs[family])
     expected: dict[str, list[int]] = {}
     texts = prompts(6, seed=2)

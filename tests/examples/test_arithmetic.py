@@ -43,7 +43,7 @@ def test_mirrored_pairs_are_on_one_side() -> None:
     assert any((b, a) in set(ordered[256:]) for a, b in ordered[:256]), "a split of ordered pairs is noticed"
 
 
-def test_the_pupil_is_careless_in_the_right_places() -> None:
+def test_demonstrations_have_mistakes_only_where_intended() -> None:
     rng = random.Random(0)
     train, _ = make_task.split_problems(10, 99, 256)
     outcomes: Counter[str] = Counter()

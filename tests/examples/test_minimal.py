@@ -35,7 +35,7 @@ OPTIONS = LossOptions(
 
 
 def samples_of(generator: torch.Generator) -> list[Sample]:
-    """Sixteen samples with prompts of 2 to 5 tokens and responses of 1 to 9."""
+    """Return sixteen samples with prompts of 2 to 5 tokens and responses of 1 to 9."""
 
     def number(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
@@ -57,13 +57,13 @@ def samples_of(generator: torch.Generator) -> list[Sample]:
     return samples
 
 
-def test_its_advantages_are_the_package_s() -> None:
+def test_advantages_equal_those_of_the_package() -> None:
     rewards_N = torch.rand(4 * grpo.G, generator=torch.Generator().manual_seed(0))
     groups_N = torch.arange(4).repeat_interleave(grpo.G)
     torch.testing.assert_close(grpo.grpo_advantages(rewards_N), grpo_advantages(rewards_N, groups_N))
 
 
-def test_its_loss_and_gradient_are_the_package_s() -> None:
+def test_loss_and_gradient_equal_the_packages() -> None:
     generator = torch.Generator().manual_seed(1)
     samples = samples_of(generator)
     advantages_N = torch.randn(len(samples), generator=generator)

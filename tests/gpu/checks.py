@@ -1,4 +1,4 @@
-"""What a GPU check is: a function with `@check(gpus=1, minutes=5)` that takes a Report and adds rows to it.
+"""A GPU check is a function with `@check(gpus=1, minutes=5)` that takes a Report and adds rows to it.
 
     @check(gpus=2, minutes=3)
     def broadcast(report: Report) -> None:
@@ -6,10 +6,10 @@
         report.row("largest difference", 0.0, limit="= 0", ok=True)   # passed or failed
         report.row("speed", "212 GB/s", limit="230 GB/s, a plain broadcast")   # a figure: ok is None
 
-An exception is a failed row with the end of its traceback, whatever was reported before it stands. The runner
-(tests/gpu/runner.py) gives each check a process group, a time limit and a log of its own.
+An exception becomes a failed row with the end of its traceback, and the rows before it stay. The runner
+(tests/gpu/runner.py) gives each check its own process group, time limit and log.
 
-Invariant: a row is on disk when `row` returns, so that a check that is killed has still said what it found.
+Invariant: a row is on disk when `row` returns, so a check that is killed has still reported what it found.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODULES = (
     "layouts",
     "scripts",
 )
-"""Of tests/gpu, in the order in which they run; a name with a dot is a module elsewhere."""
+"""The modules of tests/gpu in the order in which they run; a name with a dot is a module elsewhere."""
 
 Function = TypeVar("Function", bound=Callable[..., None])
 Value = str | int | float | bool
@@ -52,23 +52,23 @@ class Row:
     limit: str = ""
     state: str = FIGURE
     seconds: float = 0.0
-    """Since the check began."""
+    """Seconds since the check began."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a check asks for, as its decorator says."""
+    """The needs of a check, from its decorator."""
 
     gpus: int
     minutes: float
 
 
 class SkipCheck(Exception):
-    """The check cannot say anything here; its text says why."""
+    """The check cannot find out anything on this machine; the text gives the reason."""
 
 
 def check(*, gpus: int = 1, minutes: float = 5) -> Callable[[Function], Function]:
-    """Mark a function of a Report as a check that needs so many GPUs and takes at most so many minutes."""
+    """Mark a function of a Report as a check that needs `gpus` GPUs and takes at most `minutes`."""
 
     def mark(function: Function) -> Function:
         cast(Any, function).needs = Needs(gpus, minutes)
@@ -78,7 +78,7 @@ def check(*, gpus: int = 1, minutes: float = 5) -> Callable[[Function], Function
 
 
 class Report:
-    """Rows of one check, appended to a file that all checks share as they come."""
+    """The rows of one check; each is appended at once to a file that all checks share."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
@@ -87,19 +87,19 @@ class Report:
         self._start = time.monotonic()
 
     def row(self, what: str, value: Value, limit: Value | None = None, ok: bool | None = None) -> None:
-        """Add a line: passed or failed by `ok`, or a figure without a limit where that is None."""
+        """Add a row: passed or failed by `ok`, or a figure without a limit if it is None."""
         state = FIGURE if ok is None else OK if bool(ok) else FAILED
         self._write(what, value, limit, state)
 
     def skip(self, why: str) -> None:
-        """End the check here: it cannot say anything on this machine."""
+        """End the check, because it cannot find out anything on this machine."""
         raise SkipCheck(why)
 
     def skipped(self, why: str) -> None:
         self._write(why, "", None, SKIPPED)
 
     def fail(self, what: str, value: Value) -> None:
-        """Add a failed line."""
+        """Add a failed row."""
         self._write(what, value, None, FAILED)
 
     def _write(self, what: str, value: Value, limit: Value | None, state: str) -> None:
@@ -117,14 +117,14 @@ class Report:
 
 
 def shown(value: Value) -> str:
-    """Numbers with four digits, all else as it is."""
+    """Return numbers with four digits, and everything else as it is."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
     return str(value)
 
 
 def append(path: Path, row: Row) -> None:
-    """One line of JSON, in one write: several processes append to the file."""
+    """Append one line of JSON in one write, because several processes append to the file."""
     with path.open("ab", buffering=0) as file:
         file.write(json.dumps(asdict(row)).encode() + b"\n")
         os.fsync(file.fileno())

@@ -1,6 +1,6 @@
-"""Trainer and SGLang on one GPU: memory by turns, weights by CUDA IPC, each speed beside a plain copy.
+"""Trainer and SGLang on one GPU: they take turns holding memory, weights go by CUDA IPC, speeds are next to a copy's.
 
-Whole runs are train.py's, as a user starts them, and what they say is read in their metrics.jsonl.
+Whole runs are train.py's, as a user starts them, and their figures are read from metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from tests.gpu.trainer_speed import args_of, batch_of, trainer_of
 LARGEST_SYNC_SECONDS = 0.5
 LARGEST_GAP = 0.01
 GROWTH_GB = 0.5
-"""Between the second and the last step: what an allocator may come to keep."""
+"""The growth of memory that is allowed between the second and the last step, for what an allocator keeps."""
 
 
 @check(gpus=1, minutes=5)
 def tiny_run(report: Report) -> None:
-    """Three rollouts of a tiny GLM-4; the proof of the first weight sync is part of the run."""
+    """Run three rollouts of a tiny GLM-4, including the proof of the first weight sync."""
     log_dir = kept_directory(report, "run")
     with scratch() as directory:
         run(["examples/arithmetic/make_task.py", "--out", str(directory), "--seed", "1"])
@@ -59,7 +59,7 @@ def tiny_run(report: Report) -> None:
 
 
 def phase_rows(report: Report, events: Sequence[dict[str, Any]]) -> None:
-    """Each phase's seconds (median) and memory (most)."""
+    """Report each phase's median seconds and peak memory."""
     for phase in (*PHASES, "idle", "step"):
         seconds = series(events, f"time/{phase}")
         if any(seconds):
@@ -82,7 +82,7 @@ def shown(values: Sequence[float]) -> str:
 
 @check(gpus=1, minutes=9)
 def ten_steps(report: Report) -> None:
-    """Qwen3-0.6B, random weights: 10 steps of 32 prompts x 8 samples x 512 new tokens; memory does not grow."""
+    """Take 10 steps of 32 prompts x 8 samples x 512 new tokens with a random Qwen3-0.6B: memory does not grow."""
     events = qwen3_run(report, steps=10, prompts=32, new_tokens=512)
     most: dict[str, float] = {}
     for phase in MEASURED[:3]:
@@ -96,7 +96,7 @@ def ten_steps(report: Report) -> None:
 
 @check(gpus=1, minutes=7)
 def one_large_step(report: Report) -> None:
-    """Qwen3-0.6B, random weights: a step of 128 prompts x 8 samples x 1,024 new tokens."""
+    """Take a step of 128 prompts x 8 samples x 1,024 new tokens with a random Qwen3-0.6B."""
     qwen3_run(report, steps=1, prompts=128, new_tokens=1024)
 
 
@@ -133,7 +133,7 @@ def qwen3_run(report: Report, *, steps: int, prompts: int, new_tokens: int) -> l
 
 
 def never_ends(model: Path) -> None:
-    """No token ends a text: what the engine reads names none."""
+    """Change the files that the engine reads so that no token ends a text."""
     for name in ("config.json", "generation_config.json"):
         if (model / name).exists():
             config = json.loads((model / name).read_text())
@@ -146,11 +146,11 @@ def never_ends(model: Path) -> None:
 
 @check(gpus=1, minutes=4)
 def offload_speed(report: Report) -> None:
-    """Qwen3-0.6B's trainer sleeps and wakes, beside a plain copy of pinned memory."""
+    """Compare the sleep and wake of Qwen3-0.6B's trainer with a plain copy of pinned memory."""
     from slime.megatron.offload.trainer_memory import TrainerMemory
 
     plain_copy_rows(report, 4 * 1024 * MIB)
-    torch.cuda.empty_cache()  # or the trainer settles in what these took, and keeps it
+    torch.cuda.empty_cache()  # otherwise the trainer would reuse this memory, and keep it
     with trainer_of(args_of("qwen3-0.6B", "--max-tokens-per-gpu 8192")) as trainer:
         batch = batch_of([1024] * 8, 151936)
         trainer.train(0, batch)
@@ -177,7 +177,7 @@ def offload_speed(report: Report) -> None:
 
 
 def live_rows(report: Report) -> None:
-    """What stands on the device: memory in use, and the largest storages that Python sees."""
+    """Report what is on the device: memory in use, and the largest storages that Python knows."""
     report.row("asleep: GB allocated", torch.cuda.memory_allocated() / 1e9, "far below what is reserved: fragmented")
     found: dict[int, tuple[int, str]] = {}
     for thing in gc.get_objects():
@@ -211,7 +211,7 @@ def plain_copy_rows(report: Report, size: int) -> None:
 
 @check(gpus=1, minutes=7)
 def sync_speed(report: Report) -> None:
-    """A 4B shape by CUDA IPC into a real SGLang that sleeps and wakes, beside a plain copy on the device."""
+    """Compare the sync of 4B weights by CUDA IPC, into a real SGLang that sleeps and wakes, with a plain copy."""
     from slime.sync.colocate import ColocatedTransport
     from slime.sync.proof import check_versions
     from slime.sync.transport import Opening
@@ -260,7 +260,7 @@ def sync_speed(report: Report) -> None:
 
 
 def sizes_rows(report: Report, transport: Any, tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
-    """Syncs as versions 2 to 9, two of each bucket size."""
+    """Report syncs with the versions 2 to 9, two for each bucket size."""
     total = sum(tensor.nbytes for _, tensor in tensors())
     plain = plain_device_copy(total)
     report.row("plain copy on the device: seconds", plain, f"{total / 1e9:.2f} GB, {total / plain / 1e9:.0f} GB/s")
@@ -288,7 +288,7 @@ def plain_device_copy(size: int) -> float:
 def colocated_engine(report: Report, model: Path) -> Iterator[ManagedProcess]:
     args = replace(
         engine_args(model, load_format="dummy", mem_fraction_static=0.5), colocate=True, offload=True
-    )  # the memory saver is on then
+    )  # this switches on the memory saver
     log = report.path.parent / f"{report.name}-engine.log"
     log.unlink(missing_ok=True)
     port = find_free_port(LOOPBACK)
@@ -316,6 +316,6 @@ def seconds_of(engine: ManagedProcess, action: Callable[[EngineClient], Coroutin
 
 
 def in_use() -> float:
-    """GB of the device, of all processes."""
+    """Return the GB in use on the device, by all processes."""
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 1e9

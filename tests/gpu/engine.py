@@ -37,13 +37,13 @@ SETTINGS = {
     "mem_fraction_static": 0.3,
     "max_total_tokens": 65536,
 }
-"""What a machine with few kernels has; the pool is small so that a check takes no minute to allocate."""
+"""Settings for a machine with few kernels; the KV cache is small, because a large one takes long to allocate."""
 START_S = 300.0
 END_S = 20.0
 
 
 def make_model(directory: Path) -> Path:
-    """A small GLM-4 whose heads are those of GLM4-9B (128 wide, half of it rotated), and whose logits spread."""
+    """Save a small GLM-4 with GLM4-9B's heads (128 channels, half of them rotated) and an uneven distribution."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     run(["examples/arithmetic/make_task.py", "--out", str(directory)])
@@ -60,7 +60,7 @@ def make_model(directory: Path) -> Path:
 
 @contextmanager
 def phases_timed(process: ManagedProcess) -> Iterator[list[tuple[str, float]]]:
-    """(phase, when it was first seen), while the block waits for the process."""
+    """Yield a list that gets (phase, the time at which it was first seen) while the block waits for the process."""
     seen: list[tuple[str, float]] = [("starting", time.monotonic())]
     done = threading.Event()
 
@@ -79,7 +79,7 @@ def phases_timed(process: ManagedProcess) -> Iterator[list[tuple[str, float]]]:
 
 
 def started(report: Report, args: Args, logs: Path) -> ManagedProcess:
-    """An engine that is warm, with a row for each phase of its start."""
+    """Start an engine, wait until it is warm, and report each phase of its start."""
     gpu = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
     process = launch_engine(
         args, index=0, host=HOST, port=engine_port(HOST, 0), log_path=logs / "engine-0.log", gpu_ids=(gpu,)
@@ -98,7 +98,7 @@ def started(report: Report, args: Args, logs: Path) -> ManagedProcess:
 
 
 def log_probs(model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float) -> list[float]:
-    """Of `response` behind `prompt`, teacher-forced through the Hugging Face model."""
+    """Return the log-probs of `response` after `prompt` by the Hugging Face model, teacher-forced."""
     ids = torch.tensor([[*prompt, *response]], device=model.device)
     with torch.no_grad():
         logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
@@ -119,7 +119,7 @@ def differences(
 
 
 def made_up_prompts(count: int, vocab: int) -> list[list[int]]:
-    """Of different lengths; half of them share a prefix, which the cache serves."""
+    """Return prompts of different lengths; half of them share a prefix, which the engine has in its cache."""
     rng = random.Random(0)
     shared = [rng.randrange(3, vocab) for _ in range(40)]
     return [
@@ -129,7 +129,7 @@ def made_up_prompts(count: int, vocab: int) -> list[list[int]]:
 
 
 async def compare(report: Report, client: EngineClient, model_dir: Path, *, limit: float, dtype: torch.dtype) -> None:
-    """Log-probs of sampled tokens, at several samplings, with the model in the engine's precision and in fp32."""
+    """Compare log-probs of sampled tokens with the model in the engine's precision and in fp32, at several settings."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     vocab: Any = AutoConfig.from_pretrained(model_dir).vocab_size
@@ -210,7 +210,7 @@ def family(process: ManagedProcess) -> list[psutil.Process]:
 
 
 def sockets(report: Report, processes: Sequence[psutil.Process]) -> None:
-    """What the engine listens on."""
+    """Report the sockets on which the engine listens."""
     heard = sorted(
         {
             f"{each.laddr.ip}:{each.laddr.port} ({process.name()})"
@@ -225,7 +225,7 @@ def sockets(report: Report, processes: Sequence[psutil.Process]) -> None:
 
 
 def ended(report: Report, process: ManagedProcess, how: str, end: Callable[[], None]) -> None:
-    """Nothing of it is left, and the GPU's memory is free again."""
+    """End the engine, and check that no process is left and that the GPU's memory is free again."""
     everyone = family(process)
     used = torch.cuda.mem_get_info()[0]
     begin = time.monotonic()
@@ -269,7 +269,7 @@ def some_args(model_dir: Path, *, bf16: bool, deterministic: bool = False, **set
 
 @check(gpus=1, minutes=7)
 def engine(report: Report) -> None:
-    """bf16, behind a router, with an API key; ended by stop()."""
+    """Check an engine in bf16 at a router, with an API key; it is ended by stop()."""
     logs = kept_directory(report, "logs")
     with scratch() as directory:
         model_dir = make_model(directory)
@@ -289,7 +289,7 @@ def engine(report: Report) -> None:
 
 @check(gpus=1, minutes=5)
 def engine_of_fp32_training(report: Report) -> None:
-    """In bf16 beside a trainer in fp32; ended by killing its guard."""
+    """Check an engine in bf16 for a trainer in fp32; it is ended by killing its guard."""
     logs = kept_directory(report, "logs")
     with scratch() as directory:
         model_dir = make_model(directory)
@@ -305,7 +305,7 @@ def engine_of_fp32_training(report: Report) -> None:
 
 @check(gpus=1, minutes=5)
 def deterministic(report: Report) -> None:
-    """--deterministic: what a request is answered depends on its seed, and on nothing that runs beside it."""
+    """Check --deterministic: an answer depends on the request's seed, and not on other requests at the same time."""
     logs = kept_directory(report, "logs")
     with scratch() as directory:
         model_dir = make_model(directory)
@@ -317,7 +317,7 @@ def deterministic(report: Report) -> None:
 
 
 async def companies(report: Report, args: Args, process: ManagedProcess, logs: Path) -> None:
-    """The same requests alone, all at once, and among others."""
+    """Send the same requests one by one, all at once, and among others."""
     router = launch_router(args, host=HOST, port=find_free_port(), log_path=logs / "router.log")
     try:
         router.wait_ready(60)

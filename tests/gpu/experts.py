@@ -1,4 +1,4 @@
-"""Mixtures of experts, and a critic, on a GPU: against Hugging Face, against a CPU, and as they learn."""
+"""Mixtures of experts, and a critic, on a GPU: against Hugging Face, against a CPU, and that they learn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ np.savez(out, **gradients_of_a_step(family, folder))
 
 
 def named_as_in_files(name: str, gradient: Tensor) -> dict[str, Tensor]:
-    """transformers holds the experts of a layer in one tensor; files, and ours, each by itself."""
+    """Split transformers' tensor of all experts of a layer into one per expert, as in files and in our gradients."""
     head, _, kind = name.rpartition(".experts.")
     if kind == "gate_up_proj":
         return {
@@ -57,7 +57,7 @@ def huggingface(family: str) -> Outcome:
 
 @check(minutes=3)
 def models(report: Report) -> None:
-    """Logits and gradients of both families in fp32."""
+    """Compare logits and gradients of both families in fp32 with transformers."""
     with tempfile.TemporaryDirectory() as folder:
         for family in tiny.MIXTURES:
             hf = tiny.hf_dir(Path(folder) / family, family)
@@ -72,7 +72,7 @@ def models(report: Report) -> None:
 
 
 def gradients_of_a_step(family: str, folder: str) -> dict[str, np.ndarray]:
-    """Of a whole training step, wherever this process computes."""
+    """Return the gradients of a whole training step on this process's device."""
     from slime.megatron.model.build import named_parameters
     from slime.megatron.trainer import Trainer
 
@@ -84,7 +84,7 @@ def gradients_of_a_step(family: str, folder: str) -> dict[str, np.ndarray]:
         trainer.train(0, batch)
         found: dict[str, np.ndarray] = {}
         for name, parameter in named_parameters(trainer.model):
-            main: Any = parameter  # Megatron's buffer hangs its gradients there
+            main: Any = parameter  # Megatron's buffer puts gradients into an attribute of it
             found[name] = main.main_grad.float().cpu().numpy().copy()
         return found
     finally:
@@ -93,7 +93,7 @@ def gradients_of_a_step(family: str, folder: str) -> dict[str, np.ndarray]:
 
 @check(minutes=3)
 def steps(report: Report) -> None:
-    """A whole training step's gradients on the GPU are those on the CPU."""
+    """Compare a whole training step's gradients on the GPU with those on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         for family in tiny.MIXTURES:
             tiny.hf_dir(Path(folder) / family, family)
@@ -113,12 +113,12 @@ def steps(report: Report) -> None:
 
 @check(minutes=5)
 def learns(report: Report) -> None:
-    """The demo's mixture of experts, trained with the experts that SGLang chose for each token."""
+    """Train the demo's mixture of experts, replaying the experts that SGLang chose for each token."""
     learn(report, ["--colocate", "--actor-num-gpus-per-node", "1", "--bf16", *TINY_ENGINE], model="qwen3-moe")
 
 
 @check(minutes=5)
 def critic_learns(report: Report) -> None:
-    """The demo's GLM-4 by ppo, whose critic shares the GPU."""
+    """Train the demo's GLM-4 with ppo; the critic shares the GPU."""
     critic = ["--advantage-estimator", "ppo", "--critic-lr", "1e-3", "--num-steps-per-rollout", "2"]
     learn(report, ["--colocate", "--actor-num-gpus-per-node", "1", "--bf16", *TINY_ENGINE, *critic])

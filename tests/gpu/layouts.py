@@ -1,8 +1,7 @@
-"""Layouts on several GPUs against one: the same code as on gloo, over NCCL; and one GPU that plays all ranks of
-context parallelism in attention.
+"""Layouts on several GPUs over NCCL against one GPU, and attention of all context-parallel ranks played by one GPU.
 
-In fp32 a layout may differ from one GPU by the order of its sums. In bf16 both miss the fp32 result, and a layout may
-not miss it by much more than one GPU does.
+In fp32 a layout may differ from one GPU by the order of its sums. In bf16 both differ from the fp32 result, and a
+layout's error may not be much larger than that of one GPU.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from tests.worker_pool import WorkerPool
 
 DEVICE = "cuda"
 LENGTHS = (3, 129, 256, 31, 1, 400, 90, 64)
-"""Of responses: shorter than a chunk, at a kernel's block size, over it."""
+"""Response lengths: shorter than a chunk, at a kernel's block size, and above it."""
 FLAGS: dict[str, Any] = {
     "lr": 1e-2,
-    "adam_eps": 1e-3,  # a small one makes Adam's first step lr x sign(gradient): whole steps of nothing but rounding
+    "adam_eps": 1e-3,  # a small one makes Adam's first step lr x sign(gradient): full steps even for mere rounding
     "clip_grad": 0.5,
     "use_kl_loss": True,
     "kl_loss_coef": 0.1,
@@ -47,7 +46,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "CP 2, recompute": {"context_parallel_size": 2, **RECOMPUTE},
     "DP 2, distributed optimizer": {"use_distributed_optimizer": True},
 }
-"""Of two GPUs."""
+"""The layouts of two GPUs."""
 LAYOUTS_OF_4: dict[str, dict[str, Any]] = {
     "TP 2 x CP 2, sequence parallel, distributed optimizer, recompute": {
         "tensor_model_parallel_size": 2,
@@ -64,13 +63,13 @@ LAYOUTS_OF_4: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Stepped:
-    """What one rank saw of one optimizer step."""
+    """The results of one optimizer step on one rank."""
 
     log_probs: np.ndarray
     loss: float
     norm: float
     weights: dict[str, np.ndarray]
-    """By HF name, after the step."""
+    """The weights after the step, by HF name."""
 
     def fingerprint(self) -> tuple[float, float, int]:
         bits = 0
@@ -80,7 +79,7 @@ class Stepped:
 
 
 def step(rank: int, world_size: int, init_method: str, args: Args, batch: TrainBatch) -> Stepped:
-    """Runs on every rank: load, log-probs, one step."""
+    """Run on every rank: load, compute log-probs, take one step."""
     from slime.megatron.trainer import Trainer
 
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
@@ -95,7 +94,7 @@ def step(rank: int, world_size: int, init_method: str, args: Args, batch: TrainB
 
 
 def relative(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
-    """The largest difference of any entry, relative to the largest entry of its tensor."""
+    """Return the largest difference of any entry, relative to the largest entry of its tensor."""
     return max(float(np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max()) for name in expected)
 
 
@@ -104,7 +103,7 @@ def mean_gap(found: Stepped, exact: Stepped) -> float:
 
 
 def compare(report: Report, what: str, found: Stepped, alone: Stepped, exact: Stepped, *, bf16: bool) -> None:
-    """`alone`: one GPU in the same dtype; `exact`: one GPU in fp32."""
+    """Compare a layout with one GPU in the same dtype (`alone`) and in fp32 (`exact`)."""
     log_probs = relative({"": found.log_probs}, {"": alone.log_probs})
     loss, norm = abs(found.loss / alone.loss - 1), abs(found.norm / alone.norm - 1)
     weights = relative(found.weights, alone.weights)
@@ -158,13 +157,13 @@ def against_one_gpu(
 
 @check(gpus=2, minutes=8)
 def two(report: Report) -> None:
-    """TP, PP, CP, and DP with the distributed optimizer on two GPUs, all families."""
+    """Check TP, PP, CP, and DP with the distributed optimizer on two GPUs, for all families."""
     against_one_gpu(report, tiny.FAMILIES, LAYOUTS, 2)
 
 
 @check(gpus=4, minutes=5)
 def four(report: Report) -> None:
-    """Context parallelism with every other kind on four GPUs."""
+    """Check context parallelism together with every other kind of parallelism on four GPUs."""
     against_one_gpu(report, ("glm4",), LAYOUTS_OF_4, 4)
 
 
@@ -185,7 +184,7 @@ def shape_of(heads: int, groups: int, channels: int) -> Architecture:
 
 
 class Played:
-    """Attention of `num_ranks` ranks, one after another in this process."""
+    """Plays the attention of `num_ranks` ranks, one after another in this process."""
 
     def __init__(self, lengths: list[int], num_ranks: int, arch: Architecture) -> None:
         from slime.megatron.microbatch import ContextParallel, Cut
@@ -204,7 +203,7 @@ class Played:
         self.packed = [pack_sequences(cut.lengths_P.tolist(), arch, cut.share(part)) for part in parts]
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """Each rank's tokens; padding holds numbers that nobody may see."""
+        """Return each rank's tokens; padding is filled with numbers that no query may see."""
         pack = x.new_full((self.num_padded, *x.shape[1:]), 30.0).index_copy(0, self.real, x)
         return [pack[tokens_B] for tokens_B in self.tokens_CB]
 
@@ -236,7 +235,7 @@ def with_gradients(function: Any, inputs: list[Tensor], upstream: Tensor) -> lis
 
 
 def largest(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """Of output and each gradient: the largest error, relative to the largest entry."""
+    """Return, for the output and each gradient, the largest error relative to the largest entry."""
     return [
         float((a.double() - b.double()).abs().max() / b.double().abs().max()) for a, b in zip(found, exact, strict=True)
     ]
@@ -258,7 +257,7 @@ def milliseconds(function: Any) -> float:
 
 @check(gpus=1, minutes=4)
 def pieces(report: Report) -> None:
-    """Attention of sequences cut for context parallelism, all ranks played by one GPU, against whole sequences."""
+    """Compare attention of sequences cut for context parallelism, on one GPU, with whole sequences."""
     cut_against_whole(report)
     speed(report)
 
@@ -291,7 +290,7 @@ def cut_against_whole(report: Report) -> None:
             for num_ranks in (2, 4):
                 found = largest(with_gradients(Played(lengths, num_ranks, arch), inputs, upstream), exact)
                 what = f"{heads}/{groups} heads of {channels}, CP {num_ranks}, {dtype}: output, dq, dk, dv"
-                # gradients of keys and values are sums of what several pieces say, each rounded
+                # gradients of keys and values are sums over several pieces, each of them rounded
                 allowed = [max(times * error, 1e-5) for times, error in zip((2, 2, 4, 4), alone, strict=True)]
                 ok = all(error <= most for error, most in zip(found, allowed, strict=True))
                 report.row(what, words(found), f"{words(allowed)}; whole: {words(alone)}", ok)
@@ -306,7 +305,7 @@ def words(errors: list[float]) -> str:
 
 
 def speed(report: Report) -> None:
-    """Forward and backward of one long sequence, whole and as each rank has it; the gather itself is not in it."""
+    """Time forward and backward of one long sequence, whole and as each rank has it, without the gather."""
     from slime.megatron.model.attention import attend, pack_sequences
 
     heads, groups, channels, length = 16, 8, 128, 32768

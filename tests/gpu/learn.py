@@ -15,7 +15,7 @@ SFT_ROLLOUTS = 60
 ROLLOUTS = 20
 LARGEST_GAP = 0.01
 SMALLEST_GAIN = 0.3
-"""Of the greedy reward on held-out problems. On a CPU in fp32 it goes from 0.28 to 0.99 within ten rollouts."""
+"""The least gain of the greedy reward on held-out problems. On a CPU in fp32, ten rollouts take it from 0.28 to 0.99."""
 
 TINY_ENGINE = (
     *PLAIN_ENGINE,
@@ -25,19 +25,19 @@ TINY_ENGINE = (
 
 @check(gpus=1, minutes=6)
 def colocated(report: Report) -> None:
-    """Supervised start, then 20 rollouts of GRPO, on one GPU that trainer and SGLang share."""
+    """Train: supervised start, then 20 rollouts of GRPO, on one GPU that trainer and SGLang share."""
     learn(report, ["--colocate", "--actor-num-gpus-per-node", "1", "--bf16", *TINY_ENGINE])
 
 
 @check(gpus=2, minutes=6)
 def decoupled(report: Report) -> None:
-    """The same on two GPUs: weights go by NCCL."""
+    """Train as `colocated` does, on two GPUs, with weight syncs over NCCL."""
     learn(report, ["--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1", "--bf16", *TINY_ENGINE])
 
 
 @check(gpus=1, minutes=6)
 def partial(report: Report) -> None:
-    """The same on one GPU with over-sampling and partial rollout: what is cut off goes on under later weights."""
+    """Train as `colocated` does, with over-sampling and partial rollouts, which continue with later weights."""
     surplus = ["--over-sampling-batch-size", "48", "--partial-rollout"]
     placement = ["--colocate", "--actor-num-gpus-per-node", "1", "--bf16", *TINY_ENGINE]
     events = learn(report, [*placement, *surplus])
@@ -58,7 +58,7 @@ def learn(
     sft_rollouts: int = SFT_ROLLOUTS,
     rollouts: int = ROLLOUTS,
 ) -> list[dict[str, Any]]:
-    """Both stages of one of the demo's models; `placement` is said to GRPO alone, whose metrics come back."""
+    """Run both stages of one of the demo's models; `placement` are flags of the GRPO stage. Return its metrics."""
     precision = [word for word in placement if word in ("--bf16", "--no-bf16")]
     with scratch() as directory:
         task = ["--out", str(directory / "task"), "--seed", "1", "--model", model.replace("-", "_")]
@@ -101,7 +101,7 @@ def learn(
 
 
 def gap_rows(report: Report, gaps: Sequence[float], rollouts: int) -> None:
-    """How large the gap is, and whether it grows: its rise over the run beside the error of that."""
+    """Report the size of the gap, and whether it grows: its rise over the run and the standard error of that."""
     report.row("rollouts", len(gaps), rollouts, len(gaps) == rollouts)
     mean = statistics.mean(gaps)
     report.row("mean |train - rollout log-prob|, over the run", mean, f"<= {LARGEST_GAP:g}", mean <= LARGEST_GAP)

@@ -1,8 +1,8 @@
 """Numerics on a GPU: each kernel against its formula in float64, the models against Hugging Face's.
 
-Kernels compute in float32 and round once. So an error is measured in units of what that allows: of an entry, half a
-unit in the last place of its dtype, and 1e-5 of its tensor's largest entry for the float32 sums inside. A value of 1 or
-less is right. Every group has a control, a wrong formula that has to be noticed.
+Kernels compute in float32 and round once. So an error is measured in units of the error that this allows: half a unit
+in the last place of the entry's dtype, plus 1e-5 of its tensor's largest entry for the float32 sums inside. A value of
+at most 1 is right. Every group has a control, a wrong formula that has to be noticed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, s
 
 
 def with_gradients(function: Callable[..., Tensor], *tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The output, and the gradient of each input under some gradient of the output in the inputs' own dtype."""
+    """Return the output, and the gradient of each input for a random gradient of the output, in the inputs' dtype."""
     own = tensors[0].dtype
     leaves = [(tensor if dtype is None else tensor.to(dtype)).detach().requires_grad_() for tensor in tensors]
     out = function(*leaves)
@@ -44,7 +44,7 @@ def with_gradients(function: Callable[..., Tensor], *tensors: Tensor, dtype: tor
 
 
 def units(found: Tensor, exact: Tensor, size: float) -> float:
-    """The largest error, in units of what one rounding and float32 sums allow; `size`: of what cancels in the sums."""
+    """Return the largest error in units of the allowed one; `size` is that of terms that cancel in the sums."""
     assert found.shape == exact.shape, (found.shape, exact.shape)
     exact = exact.double()
     allowed = HALF_ULP[found.dtype] * exact.abs() + SUMS * exact.abs().max().clamp(min=size) + 1e-30
@@ -58,7 +58,7 @@ def worst(found: list[Tensor], exact: list[Tensor], sizes: tuple[float, ...] = (
 
 
 class Worst:
-    """The worst of many cases, and which it was; a NaN is worse than anything."""
+    """The worst error of many cases, and its case; a NaN is worse than any number."""
 
     def __init__(self) -> None:
         self.value, self.case, self.cases = -1.0, "", 0
@@ -78,15 +78,15 @@ def control(report: Report, what: str, value: float, limit: float = 1.0) -> None
 
 
 def bits_again(report: Report, what: str, function: Callable[[], list[Tensor]]) -> None:
-    """No atomics: a second run gives the same bits."""
+    """Check that a second run gives the same bits, because kernels use no atomics."""
     same = all(torch.equal(a, b) for a, b in zip(function(), function(), strict=True))
     report.row(f"{what}: the same bits again", same, True, same)
 
 
 def gb_per_second(function: Callable[[], object], num_bytes: int, calls: int = 20) -> float:
-    """Of bytes that have to be moved, over the mean time of calls that the GPU runs one behind the other.
+    """Return the speed: bytes that have to be moved, over the mean time of calls that the GPU runs back to back.
 
-    It is kept busy until all are launched, so that short kernels are not timed by how fast they are launched.
+    The GPU is kept busy until all calls are launched, so that the time of short kernels is not that of their launch.
     """
     for _ in range(3):
         function()
@@ -102,14 +102,14 @@ def gb_per_second(function: Callable[[], object], num_bytes: int, calls: int = 2
 
 
 def copy_speed() -> str:
-    """GB/s of a plain copy of 1 GB, read and written."""
+    """Return the GB/s of a plain copy of 1 GB, counting bytes read and written."""
     source = draw(2**29)
     target = torch.empty_like(source)
     return f"{gb_per_second(lambda: target.copy_(source), 2 * source.nbytes):,.0f} GB/s, a copy"
 
 
 def speed(report: Report, what: str, function: Callable[..., Tensor], *inputs: Tensor, passes: int, copy: str) -> None:
-    """`passes`: how often backward has to go over as many bytes as the first input's."""
+    """Report forward and backward speed; `passes` is how often backward moves as many bytes as the first input has."""
     out = function(*inputs)
     forward = gb_per_second(lambda: function(*inputs), inputs[0].nbytes + out.nbytes)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -165,7 +165,7 @@ def norm_cases(report: Report, shapes: list[tuple[int, int]]) -> None:
 
 @check(minutes=4)
 def norm(report: Report) -> None:
-    """RMSNorm, odd sizes and the models' own."""
+    """Check RMSNorm at odd sizes and at the models' own."""
     from slime.megatron.model.kernels.triton_norm import rms_norm
 
     sizes = (1, 64, 96, 128, 4096, 5120)
@@ -202,7 +202,7 @@ def swiglu_cases(report: Report, shapes: list[tuple[int, int]]) -> None:
 
 @check(minutes=3)
 def swiglu(report: Report) -> None:
-    """SwiGLU, odd sizes and the models' own."""
+    """Check SwiGLU at odd sizes and at the models' own."""
     from slime.megatron.model.kernels.triton_swiglu import swiglu as kernel
 
     swiglu_cases(report, [(rows, channels) for channels in (1, 64, 96, 3072, 13696) for rows in (1, 7, 4096)])
@@ -222,7 +222,7 @@ def exact_rotary(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
 
 
 def rotary_cases(report: Report, cases: list[tuple[int, int, int, int]]) -> None:
-    """Tokens, heads, channels, and channels that turn."""
+    """Check RoPE for each case: tokens, heads, channels, and channels that rotate."""
     from slime.megatron.model.kernels.triton_rotary import rotary as kernel
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -261,7 +261,7 @@ def rotary_cases(report: Report, cases: list[tuple[int, int, int, int]]) -> None
 
 @check(minutes=4)
 def rotary(report: Report) -> None:
-    """RoPE: whole and partial, halves and pairs, 1 to 32 heads."""
+    """Check RoPE: whole and partial, in halves and in pairs, for 1 to 32 heads."""
     from slime.megatron.model.kernels.triton_rotary import rotary as kernel
 
     heads = [(7, heads, 128, 128) for heads in (1, 2, 3, 8, 14, 32)]
@@ -289,7 +289,7 @@ def exact_log_probs(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tens
 
 
 def logits_cases(report: Report, cases: list[tuple[int, int]]) -> None:
-    """The two passes over logits, as they stand in the matrix product's dtype; tokens and vocabulary."""
+    """Check the two passes over logits in the matrix product's dtype, for each case of tokens and vocabulary."""
     from slime.megatron.model.kernels import triton_logits
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -329,7 +329,7 @@ def logits_cases(report: Report, cases: list[tuple[int, int]]) -> None:
 
 @check(minutes=2)
 def weight_gradients(report: Report) -> None:
-    """A linear layer's gradient, added to the fp32 buffer by the matrix product itself."""
+    """Check the weight gradient that a linear layer's matrix product adds to the fp32 buffer itself."""
     from slime.megatron.optim.multi_tensor import WeightGradients, fuse_weight_gradients
 
     report.row("weights' gradients add themselves", fuse_weight_gradients(), True, fuse_weight_gradients())
@@ -348,7 +348,7 @@ def weight_gradients(report: Report) -> None:
 
 
 def adam_of(sizes: list[int], *, decay: float) -> tuple[Any, list[Tensor]]:
-    """An Adam that writes bf16 weights in its pass, and those; from a state that it has kept for a while."""
+    """Return an Adam that writes bf16 weights in its pass, in the middle of training, and those weights."""
     from slime.megatron.optim.adam import OnePassAdamW
 
     mains = [draw(size, dtype=torch.float32, seed=size).requires_grad_(False) for size in sizes]
@@ -360,7 +360,7 @@ def adam_of(sizes: list[int], *, decay: float) -> tuple[Any, list[Tensor]]:
 
 
 def adam_steps(sizes: list[int], *, decay: float, scale: float, late: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights, then both moments, after five steps; of ours and of torch's in float64, its steps `late`."""
+    """Return weights and both moments after five steps, of ours and of torch's in float64 (a control: `late` steps)."""
     from slime.megatron.optim.multi_tensor import scaled_as_read
 
     adam, models = adam_of(sizes, decay=decay)
@@ -404,7 +404,7 @@ def adamw_cases(report: Report, sizes: list[int]) -> None:
 
 @check(minutes=3)
 def adamw(report: Report) -> None:
-    """The Adam that writes the model's weights in its own pass: odd sizes, then its speed."""
+    """Check the Adam that writes the model's weights in its own pass: odd sizes, then its speed."""
     adamw_cases(report, [1, 7, 2048, 5001, 1_000_003])
     adam, _ = adam_of([2**28, 2**26 + 1], decay=0.1)
     for group in adam.param_groups:
@@ -427,7 +427,7 @@ def one_rank() -> Iterator[dist.ProcessGroup]:
 
 @check(minutes=4)
 def log_probs(report: Report) -> None:
-    """Log-probs and entropy with their gradients: the passes over logits, then all from hidden states to weights."""
+    """Check log-probs and entropy with gradients: the passes over logits, then all from hidden states to weights."""
     from slime.megatron.logprobs import response_log_probs
 
     logits_cases(report, [(1, 93), (7, 93), (3, 8192), (5, 8193), (300, 151936)])
@@ -444,7 +444,7 @@ def log_probs(report: Report) -> None:
         return [chosen.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)]
 
     def difference(found: list[Tensor], expected: list[Tensor]) -> float:
-        """Of the worst tensor: root of the mean square error, relative."""
+        """Return the relative root mean square error of the worst tensor."""
         pairs = zip(found, expected, strict=True)
         return max(float((a.double() - b).norm() / b.double().norm()) for a, b in pairs)
 
@@ -484,7 +484,7 @@ def log_probs(report: Report) -> None:
 def attention_case(
     lengths_q: list[int], lengths_k: list[int], heads: int, groups: int, channels: int
 ) -> tuple[list[Tensor], list[Tensor], tuple[Any, ...]]:
-    """Queries, keys and values, and what says where sequences are."""
+    """Return queries, keys and values, and the beginnings of the sequences."""
     tensors = [
         draw(sum(lengths_q), heads, channels),
         draw(sum(lengths_k), groups, channels, seed=1),
@@ -497,7 +497,7 @@ def attention_case(
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, shift: int = 0) -> Tensor:
-    """Written out: scores, mask, softmax. `shift` moves the mask's edge."""
+    """Compute attention step by step: scores, mask, softmax. `shift` moves the mask's edge."""
     outputs: list[Tensor] = []
     repeats = query.size(1) // key.size(1)
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
@@ -512,7 +512,7 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_
 
 
 def relative(found: list[Tensor], exact: list[Tensor]) -> float:
-    """Of the worst tensor: the error's norm over the tensor's."""
+    """Return, for the worst tensor, the norm of the error over the norm of the tensor."""
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, exact, strict=True))
 
 
@@ -550,7 +550,7 @@ def attention_cases(report: Report, whole: list[int], ends: list[int], sizes: li
 
 @check(minutes=5)
 def attention(report: Report) -> None:
-    """Packed attention, forward and backward: grouped heads, odd lengths, queries that are the end of their keys."""
+    """Check packed attention and its gradients: grouped heads, odd lengths, queries that are the end of their keys."""
     from slime.megatron.model import flash_attention
 
     whole, ends = [1, 7, 64, 129, 300], [1, 3, 64, 100, 17]
@@ -576,19 +576,19 @@ LENGTHS = [33, 200, 7, 1, 333]
 
 
 def inputs() -> tuple[Tensor, Tensor]:
-    """Tokens, and what the log-prob of every entry of the vocabulary weighs in the loss."""
+    """Return tokens, and the weight in the loss of every vocabulary entry's log-prob."""
     tokens = torch.randint(0, tiny.VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(3))
     return tokens.to(DEVICE), draw(sum(LENGTHS), tiny.VOCAB, dtype=torch.float32, seed=4) / sum(LENGTHS)
 
 
 class Outcome:
-    """Logits, the gradient of all parameters by HF name, and log-probs of the batch's response tokens."""
+    """A model's logits, its gradients by HF name, and the log-probs of the batch's response tokens."""
 
     def __init__(self, logits: Tensor, gradients: dict[str, Tensor]) -> None:
         self.logits, self.gradients = logits.detach().float(), gradients
 
     def errors(self, exact: Outcome) -> tuple[float, float, float]:
-        """Of logits: largest, and root mean square; of gradients: the norm of the error over the norm."""
+        """Return the logits' largest and root mean square error, and the gradients' relative error in norm."""
         logits = (self.logits - exact.logits).double()
         assert self.gradients.keys() == exact.gradients.keys()
         names = list(exact.gradients)
@@ -639,7 +639,7 @@ def megatron(hf: Path, **changes: Any) -> Outcome:
 
 @check(minutes=5)
 def models_fp32(report: Report) -> None:
-    """Logits and gradients of the four families in fp32; a kernel that used TF32 would miss by a hundred times this."""
+    """Compare logits and gradients of the four families in fp32; TF32 would make the error a hundred times larger."""
     with tempfile.TemporaryDirectory() as folder:
         for family in tiny.FAMILIES:
             hf = tiny.hf_dir(Path(folder) / family, family)
@@ -661,7 +661,7 @@ FULL: dict[str, Any] = {"recompute_method": "uniform", "recompute_num_layers": 1
 
 @check(minutes=5)
 def models_bf16(report: Report) -> None:
-    """In bf16 all are off: what counts is that we are no further from fp32 than Hugging Face's own bf16 is."""
+    """Check that our bf16 is no further from fp32 than Hugging Face's own bf16."""
     with tempfile.TemporaryDirectory() as folder:
         for family in tiny.FAMILIES:
             hf = tiny.hf_dir(Path(folder) / family, family)
@@ -680,7 +680,7 @@ def models_bf16(report: Report) -> None:
 
 
 def response_log_probs_of(family: str, batch: Any, dtype: torch.dtype, temperature: float) -> Tensor:
-    """Of the batch's response tokens, by transformers."""
+    """Return transformers' log-probs of the batch's response tokens."""
     model: Any = tiny.hf_model(family).to(DEVICE, dtype)
     tokens = torch.from_numpy(batch.columns["tokens"]).to(DEVICE)
     found: list[Tensor] = []
@@ -695,9 +695,9 @@ def response_log_probs_of(family: str, batch: Any, dtype: torch.dtype, temperatu
 
 @check(minutes=5)
 def trainer_log_probs(report: Report) -> None:
-    """What the Trainer says of a batch: packed, chunked, at a temperature; and one of its steps.
+    """Check the Trainer's log-probs of a batch (packed, chunked, at a temperature), and one of its steps.
 
-    In bf16 on a GPU linear layers add their weights' gradients to the buffer themselves: it is held to fp32's.
+    In bf16 on a GPU linear layers add their weights' gradients to the buffer themselves; they are compared with fp32's.
     """
     from slime.megatron.model.build import named_parameters
     from slime.megatron.trainer import Trainer
@@ -747,7 +747,7 @@ def trainer_log_probs(report: Report) -> None:
 
 @check(minutes=4)
 def resume(report: Report) -> None:
-    """bf16: two steps, saved, loaded by another Trainer, a third step: as three without a stop, to the bit."""
+    """Check in bf16 that two steps, a save, a load and a third step equal three steps without a stop, bit for bit."""
     batch = tiny.random_batch(lengths=[40, 3, 180, 29, 401, 1, 77, 12])
     for distributed in (False, True):
         what = "distributed optimizer" if distributed else "one optimizer"
@@ -760,7 +760,7 @@ def resume(report: Report) -> None:
 
 
 def resumed(batch: Any, stop: int, steps: int, distributed: bool, *, forget: bool = False) -> dict[str, Tensor]:
-    """Weights after `steps` steps, with a save and a load behind step `stop`; `forget`: without the optimizer's."""
+    """Return the weights after `steps` steps, with a save and load after step `stop`; `forget`: no optimizer state."""
     from slime.megatron.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""Tokens a second through slime (router, client, collect, rewards), beside the same requests sent straight to SGLang.
+"""Tokens per second through slime (router, client, collect, rewards), and of the same requests sent directly to SGLang.
 
-Both in one run and from one engine, taking turns, so that nothing but the way to the engine differs.
+Both take turns in one run with one engine, so that only the way to the engine differs.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from tests.gpu.runs import PLAIN_ENGINE, kept_directory, run, scratch, train
 PROMPTS, SAMPLES = 32, 8
 PROMPT_TOKENS, NEW_TOKENS = 128, 512
 ROUNDS = 6
-"""The first one warms up and is not counted."""
+"""The number of rollouts; the first one warms up and is not counted."""
 SPEEDS = "speeds.jsonl"
 SMALLEST_SHARE = 0.95
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 
 def made_up(rng: random.Random) -> str:
-    """A prompt of PROMPT_TOKENS tokens: a random checkpoint's tokenizer has one token a byte."""
+    """Return a prompt of PROMPT_TOKENS tokens: a random checkpoint's tokenizer has one token for each byte."""
     return "".join(rng.choices(LETTERS, k=PROMPT_TOKENS))
 
 
 async def straight(
     args: Args, context: RolloutContext, prompts: Sequence[list[int]], round_id: int
 ) -> tuple[int, float]:
-    """One request a prompt, all at once, to the engines themselves -> tokens, seconds."""
+    """Send one request for each prompt directly to the engines, all at once; return tokens and seconds."""
     params = rollout_sampling_params(args)
     bodies = [
         orjson.dumps(
@@ -73,7 +73,7 @@ async def straight(
 async def measured_rollout(
     args: Args, rollout_id: int, data_source: DataSource, context: RolloutContext
 ) -> RolloutResult:
-    """--rollout-function-path: the built-in rollout, and as many requests without slime, in turn first and second."""
+    """Run the built-in rollout and as many requests without slime, in alternating order (--rollout-function-path)."""
     rng = random.Random(rollout_id)
     encode: Any = context.tokenizer.encode
     prompts = [ids for _ in range(PROMPTS) for ids in [encode(made_up(rng))] * SAMPLES]
@@ -100,7 +100,7 @@ async def measured_rollout(
 
 @check(gpus=1, minutes=6)
 def rollout_speed(report: Report) -> None:
-    """Qwen3-0.6B, random weights: 256 requests of 128 + 512 tokens through slime, and straight to SGLang."""
+    """Send 256 requests of 128 + 512 tokens to a random Qwen3-0.6B, through slime and directly to SGLang."""
     measure(report, "scripts/models/qwen3-0.6B.sh", [*PLAIN_ENGINE, "--bf16"])
 
 

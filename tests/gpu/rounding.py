@@ -1,7 +1,7 @@
-"""How far bf16 alone moves log-probs: the limit for what trainer and engine may differ by, measured on the same tokens.
+"""Measure how far bf16 alone moves log-probs: the limit for the gap between trainer and engine on the same tokens.
 
-It depends on the weights. With GLM4-9B's shape and random weights it is a few hundredths; with a trained small model it
-is a few thousandths. A limit that is a fixed number would be wrong for one of them.
+The limit depends on the weights. With GLM4-9B's architecture and random weights it is a few hundredths, with a trained
+small model a few thousandths. A fixed number would be wrong for one of them.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from tests.gpu.engine import log_probs
 
 SAMPLES = 16
 TIMES = 2.0
-"""Of the rounding. Trainer and engine both round, so two independent errors of its size differ by 1.4 times it."""
+"""The limit, as a multiple of the rounding. Trainer and engine both round, and two such errors differ by 1.4 times."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Means over the sampled tokens, at the temperature at which they were sampled."""
+    """Mean errors over the sampled tokens, at the temperature at which they were sampled."""
 
     bf16: float
     """|log-prob of Hugging Face's model in bf16 - in fp32|, with the same weights."""
     engine: float
     """|log-prob that the engine gave - Hugging Face's in fp32|."""
     wrong: float
-    """A control: as `bf16`, where bf16 takes another temperature."""
+    """A control: like `bf16`, but with another temperature in bf16."""
 
     @property
     def limit(self) -> float:
@@ -39,9 +39,9 @@ class Rounding:
 
 
 def measure_rounding(model_dir: Path, samples: Sequence[Sample], temperature: float, *, device: str) -> Rounding:
-    """From at most `SAMPLES` of the samples, which the weights in `model_dir` (bf16) have made.
+    """Measure with at most `SAMPLES` of the samples, which the bf16 weights in `model_dir` have generated.
 
-    The device has to hold the model in fp32: 4 bytes a parameter, and the logits of one sample.
+    The device has to hold the model in fp32 (4 bytes per parameter) and the logits of one sample.
     """
     from transformers import AutoModelForCausalLM
 
@@ -49,14 +49,14 @@ def measure_rounding(model_dir: Path, samples: Sequence[Sample], temperature: fl
     loaded: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     model = loaded.eval().to(device)
     rounded, wrong = _scored(model, chosen, temperature), _scored(model, chosen, 1.25 * temperature)
-    model.float()  # one parameter after another: the model is never there twice
+    model.float()  # converts one parameter after another, so there are never two copies of the model
     exact = _scored(model, chosen, temperature)
     from_engine = [log_prob for sample in chosen for log_prob in sample.rollout_log_probs or ()]
     return Rounding(*(_mean_gap(each, exact) for each in (rounded, from_engine, wrong)))
 
 
 def _scored(model: Any, samples: Sequence[Sample], temperature: float) -> list[float]:
-    """The log-prob of each response token, one sample after another."""
+    """Return the log-prob of each response token, one sample after another."""
     return [
         log_prob
         for sample in samples

@@ -6,8 +6,8 @@
 
 Below --out (outputs/gpu): rows.jsonl as the rows come, <check>.log for each; results.json and table.txt at the end.
 
-Invariant: the table is printed however the run ends (SIGTERM too), every check has a row in it, and no process
-that a check started outlives it: orphans are handed to the runner, which ends them by their id.
+Invariant: the table is printed however the run ends (also after SIGTERM), every check has a row in it, and no process
+that a check started outlives it: the runner adopts orphans and ends them by their id.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "HF_HUB_OFFLI
 POLL = 0.2
 WHOLE = "whole check"
 SECONDS_TO_END = 10.0
-"""What a check's processes get between SIGTERM and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL for a check's processes."""
 
 
 class Ended(BaseException):
-    """The runner itself was told to end."""
+    """The runner itself has got a signal to end."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A check that was found, or in its place what is wrong with its module."""
+    """A check that was found, or the fault of its module in its place."""
 
     name: str
     needs: Needs
@@ -79,7 +79,7 @@ class Planned:
     function: str = ""
     what: str = ""
     problem: tuple[str, str] | None = None
-    """State and text of the row that stands for it."""
+    """The state and text of a row that replaces it."""
 
 
 def dotted(module: str) -> str:
@@ -87,7 +87,7 @@ def dotted(module: str) -> str:
 
 
 def collect(modules: Sequence[str]) -> list[Planned]:
-    """The checks of each module in the order in which they stand there; a module without any is one row."""
+    """Return the checks of each module in their order; a module without any is one row."""
     found: list[Planned] = []
     for short in modules:
         name = dotted(short)
@@ -109,7 +109,7 @@ def collect(modules: Sequence[str]) -> list[Planned]:
 
 
 def chosen(found: Sequence[Planned], names: Sequence[str]) -> list[Planned]:
-    """Those named: "parity" is every check of a module, "parity.logits" or "logits" is one."""
+    """Return the named checks: "parity" is every check of a module, "parity.logits" or "logits" is one."""
     if not names:
         return list(found)
     kept = [one for one in found if {one.name, *one.name.split(".", 1)} & set(names)]
@@ -121,7 +121,7 @@ def chosen(found: Sequence[Planned], names: Sequence[str]) -> list[Planned]:
 
 
 def where(error: BaseException) -> str:
-    """An exception in a line: its type, text, and the frame of ours in which it rose."""
+    """Return an exception as one line: its type, its text, and the frame of our code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if frame.filename.startswith(str(ROOT))] or list(frames)
     place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
@@ -130,7 +130,7 @@ def where(error: BaseException) -> str:
 
 
 def run_one(module: str, function: str, name: str, rows: Path, minutes: float) -> int:
-    """The child's side: run a check in this process. Shortly before its limit all threads' stacks go to the log."""
+    """Run a check in this child process. Shortly before its limit, the stacks of all threads go to the log."""
     faulthandler.enable()
     faulthandler.dump_traceback_later(max(minutes * 60 - 5.0, minutes * 30), exit=False)
     report = Report(name, rows)
@@ -162,7 +162,7 @@ class Runner:
         self.running = ""
 
     def rows(self) -> list[Row]:
-        """What is on disk; a line cut off by a kill is left out."""
+        """Return the rows on disk; a line that a kill has cut off is left out."""
         lines = self.rows_path.read_bytes().split(b"\n")[:-1]
         return [Row(**json.loads(line)) for line in lines]
 
@@ -218,7 +218,7 @@ class Runner:
         print(f"== {one.name}: {'FAILED' if failed else 'ok'} after {seconds:.0f} s{memory_in_use()}", flush=True)
 
     def end(self, planned: Sequence[Planned]) -> None:
-        """Told to end: the check that runs and those that never ran are rows too."""
+        """End early: add rows for the check that runs and for those that never ran."""
         if self.process is not None:
             end_everything(self.process.pid)
         seen = {row.check for row in self.rows()}
@@ -243,16 +243,16 @@ def tail(log: Path) -> list[str]:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent ends (Linux), so that none is lost sight of."""
+    """Become the parent of every descendant whose own parent ends (on Linux), so that none is lost."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def wait(process: subprocess.Popen[bytes], seconds: float) -> int:
-    """Its exit code. Orphans that end meanwhile are reaped: a check that waits for their end would see them for ever.
+    """Wait for the process, and return its exit code; reap orphans meanwhile, because a check may wait for them.
 
     Raises:
-        TimeoutExpired: it still runs after so many seconds.
+        TimeoutExpired: it still runs after `seconds`.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -268,7 +268,7 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> int:
 
 
 def end_everything(group: int) -> None:
-    """End the check's process group and every orphan of it: all that descends from the runner, by id."""
+    """End the check's process group and its orphans: every descendant of the runner, by id."""
     own = psutil.Process()
     left = own.children(recursive=True)
     if [process for process in left if process.pid != group]:
@@ -297,7 +297,7 @@ def signal_quietly(process: psutil.Process, number: int) -> None:
 
 
 def nvidia_smi(query: str) -> list[str]:
-    """One line for each GPU, or none where there is no driver."""
+    """Return one line for each GPU; none if there is no driver."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -307,20 +307,20 @@ def nvidia_smi(query: str) -> list[str]:
 
 
 def count_gpus() -> int:
-    """Those that a process started from here would see; asks NVML, so that the runner holds no CUDA context."""
+    """Return the number of GPUs that a child process would see; from NVML, so that the runner has no CUDA context."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def memory_in_use() -> str:
-    """What the GPUs still hold once a check has ended, for the log."""
+    """Return the memory that is in use on the GPUs after a check, for the log."""
     used = nvidia_smi("memory.used")
     return f" (GPU memory in use now: {', '.join(used)} MiB)" if used else ""
 
 
 def versions() -> list[str]:
-    """What the figures were taken with."""
+    """Return the versions of hardware and software with which the figures were measured."""
     import torch
 
     lines = [f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs"]
@@ -336,7 +336,7 @@ def versions() -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a row; a cell longer than its column is cut (rows.jsonl has all of it)."""
+    """Return the table with one line for each row; a cell longer than its column is cut (rows.jsonl has all of it)."""
     cells = [("check", "what", "value", "limit", "")]
     cells += [(row.check, row.what, row.value, row.limit, row.state) for row in rows]
     widths = [min(max(len(line[i]) for line in cells), most) for i, most in enumerate(TABLE_WIDTHS.values())]
@@ -366,7 +366,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str], modules: Sequence[str] = MODULES) -> int:
-    """Run what the command line names; 1 where a row failed."""
+    """Run the checks that the command line names; return 1 if a row failed."""
     if argv and argv[0] == "--one":
         module, function, name, rows, minutes = argv[1:]
         return run_one(module, function, name, Path(rows), float(minutes))
@@ -395,7 +395,7 @@ def main(argv: Sequence[str], modules: Sequence[str] = MODULES) -> int:
 
 
 def tell(rows: Sequence[Row], out: Path, also: Path | None) -> int:
-    """Print versions, table and what failed, and write them into files; 1 where a row failed."""
+    """Print versions, table and failures, and write them into files; return 1 if a row failed."""
     lines = versions()
     results = json.dumps({"versions": lines, "rows": [asdict(row) for row in rows]}, indent=1)
     for path in filter(None, (out / "results.json", also)):

@@ -21,12 +21,12 @@ PLAIN_ENGINE = (
     *("--rollout-engine", "sglang", "--sglang-attention-backend", "triton"),
     *("--sglang-sampling-backend", "pytorch", "--sglang-grammar-backend", "none"),
 )
-"""SGLang without kernels that a machine may lack: every check asks for it, and runs wherever SGLang does."""
+"""Flags of SGLang that avoid kernels which a machine may lack, so that every check runs wherever SGLang does."""
 WORDS_OF = 'python3() { printf "%s\\0" "$@"; }; exec() { "$@"; }; source "$1"'
 
 
 def words_of(script: str, variables: Mapping[str, str]) -> list[str]:
-    """The flags with which scripts/SCRIPT would start train.py."""
+    """Return the flags with which scripts/SCRIPT would start train.py."""
     command = ["bash", "-euc", WORDS_OF.replace("$1", str(ROOT / "scripts" / script))]
     environment = {**os.environ, **variables}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
@@ -34,7 +34,7 @@ def words_of(script: str, variables: Mapping[str, str]) -> list[str]:
 
 
 def without(words: Sequence[str], *flags: str) -> list[str]:
-    """`words` less these flags and the one value of each."""
+    """Return `words` without these flags and the one value of each."""
     kept: list[str] = []
     position = 0
     while position < len(words):
@@ -48,7 +48,7 @@ def without(words: Sequence[str], *flags: str) -> list[str]:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A directory for what is too large to keep."""
+    """Yield a temporary directory for files that are too large to keep."""
     path = Path(tempfile.mkdtemp(prefix="slime-gpu-"))
     try:
         yield path
@@ -57,7 +57,7 @@ def scratch() -> Iterator[Path]:
 
 
 def kept_directory(report: Report, name: str) -> Path:
-    """An empty directory beside the check's log, for a run's logs and metrics."""
+    """Return an empty directory next to the check's log, for a run's logs and metrics."""
     path = report.path.parent / f"{report.name}-{name}"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
@@ -65,7 +65,7 @@ def kept_directory(report: Report, name: str) -> Path:
 
 
 def run(command: Sequence[str], *, logs: Path | None = None) -> None:
-    """Run a Python program of this tree; what it prints goes into the check's log.
+    """Run a Python program of this tree; its output goes into the check's log.
 
     Raises:
         RuntimeError: it failed; the ends of its processes' logs are printed first.
@@ -83,11 +83,11 @@ def run(command: Sequence[str], *, logs: Path | None = None) -> None:
 
 
 def train(words: Sequence[str], log_dir: Path) -> list[dict[str, Any]]:
-    """Run train.py -> the events of its metrics.jsonl."""
+    """Run train.py, and return the events of its metrics.jsonl."""
     run(["train.py", *words, "--log-dir", str(log_dir)], logs=log_dir)
     return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def series(events: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """A metric over the steps that have it."""
+    """Return a metric's values over the steps that have it."""
     return [float(event[name]) for event in events if name in event]

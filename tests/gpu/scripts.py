@@ -1,4 +1,4 @@
-"""The scripts for small machines as they stand, on random weights of true size: three steps, phases and memory."""
+"""The unchanged scripts for small machines, on random weights of true size: three steps, phases and memory."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PHASES = ("generation", "offload", "training", "weight_sync", "idle", "step")
 
 @check(gpus=2, minutes=12)
 def glm4_9b_2gpu(report: Report) -> None:
-    """GLM4-9B, all 40 layers, colocated at TP 2."""
+    """Run GLM4-9B with all 40 layers, colocated at TP 2."""
     run_script(report, "run-glm4-9B-2gpu.sh", "scripts/models/glm4-9B.sh")
 
 
 @check(gpus=1, minutes=7)
 def qwen3_0_6b_1gpu(report: Report) -> None:
-    """Qwen3-0.6B, colocated on one GPU."""
+    """Run Qwen3-0.6B, colocated on one GPU."""
     run_script(report, "run-qwen3-0.6B-1gpu.sh", "scripts/models/qwen3-0.6B.sh")
 
 
@@ -41,7 +41,7 @@ def write_prompts(path: Path, number: int) -> None:
 
 
 def run_script(report: Report, script: str, model: str) -> None:
-    """Nothing is saved, and rewards are drawn: behind the script stand only flags that make the run short."""
+    """Run a script with additional flags that make it short: nothing is saved, and rewards are random."""
     log_dir = kept_directory(report, "run")
     with scratch() as directory:
         start = time.monotonic()
@@ -57,7 +57,7 @@ def run_script(report: Report, script: str, model: str) -> None:
         start = time.monotonic()
         events = train(words, log_dir)
         report.row("seconds of the run, with all starts", time.monotonic() - start)
-        # The first rollout's samples: the weights on disk have made them. The run has ended, and its GPU is free.
+        # Use the first rollout's samples, which the weights on disk have generated. The run has ended; its GPU is free.
         samples = [sample for group in read_dump(directory / "rollout-0.jsonl") for sample in group]
         rounding = measure_rounding(directory / "hf", samples, args.rollout_temperature, device="cuda")
     steps = len(series(events, "train/loss"))

@@ -1,7 +1,7 @@
-"""Weights from a trainer's GPU into a real SGLang: that they arrive, what pauses around it, and how fast.
+"""Weights from a trainer's GPU into a real SGLang: that they arrive, how requests are paused, and how fast it is.
 
-NCCL takes no two ranks on one GPU, so with one GPU the broadcast goes over gloo, with everything else as it is; the
-NCCL group itself is then tried with one member.
+NCCL does not allow two ranks on one GPU. So with one GPU the broadcast goes over gloo, with everything else unchanged,
+and the NCCL group itself is tried with one member.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ QUICK_START = {
 
 
 def tiny(path: Path, family: str, seed: int) -> Path:
-    """Random weights, far from uniform, in bf16, with a tokenizer that transformers can load."""
+    """Save a model with random bf16 weights and an uneven distribution, and a tokenizer that transformers can load."""
     from tests.engine.tiny_models import make_model
     from tools.make_random_checkpoint import make_tokenizer
 
@@ -79,7 +79,7 @@ def engine_args(model: Path, **sglang: Any) -> Args:
 
 @contextmanager
 def serving(report: Report, model: Path, gpu: int, **sglang: Any) -> Iterator[ManagedProcess]:
-    """An SGLang that serves `model` on GPU number `gpu`."""
+    """Start an SGLang that serves `model` on GPU number `gpu`."""
     log = report.path.parent / f"{report.name}-engine.log"
     log.unlink(missing_ok=True)
     start = time.monotonic()
@@ -133,7 +133,7 @@ def generated(engine: ManagedProcess, number: int, tokens: int) -> list[Generate
 
 
 def median_seconds(action: Callable[[], object], times: int = 5) -> float:
-    """Of `times` after one that warms up, each with the GPU's work done."""
+    """Return the median of `times` calls after a warm-up; each call ends when the GPU's work is done."""
     taken: list[float] = []
     for _ in range(times + 1):
         torch.cuda.synchronize()
@@ -145,7 +145,7 @@ def median_seconds(action: Callable[[], object], times: int = 5) -> float:
 
 
 def proof_error(transport: Transport, export: Path, *, version: int) -> str:
-    """Empty where the proof passes."""
+    """Return the proof's error; empty if it passes."""
     try:
         prove_weights(transport, export, version=version)
     except RuntimeError as error:
@@ -158,7 +158,7 @@ def proof_error(transport: Transport, export: Path, *, version: int) -> str:
 
 @check(gpus=1, minutes=4)
 def gathering(report: Report) -> None:
-    """A 4B model as a stream of HF tensors and as buckets, beside a plain copy of as many bytes."""
+    """Compare streaming a 4B model as HF tensors and as buckets with a plain copy of as many bytes."""
     with model_4b() as tensors:
         total = sum(tensor.nbytes for _, tensor in tensors())
         report.row("GB of all tensors", total / 1e9)
@@ -193,7 +193,7 @@ def plain_copy(total: int) -> float:
 
 @check(gpus=1, minutes=2)
 def group(report: Report) -> None:
-    """The NCCL group with one member: joined, used, left, joined again under its name, and aborted."""
+    """Join the NCCL group with one member, use it, leave it, join it again under its name, and abort it."""
     tensor = torch.arange(64 * MIB, dtype=torch.uint8, device="cuda")
     expected = tensor.clone()
     for broken in (False, False, True):
@@ -212,7 +212,7 @@ def join_alone() -> WeightGroup:
 
 @check(gpus=1, minutes=6)
 def proof(report: Report) -> None:
-    """A real SGLang's checksum after each way of sync, the proof and its controls, and what the proof leaves."""
+    """Check a real SGLang's checksum after each kind of sync, the proof with its controls, and the state after it."""
     with scratch() as directory:
         start, actor = tiny(directory / "start", "glm4", 0), tiny(directory / "actor", "glm4", 1)
         export, altered = directory / "export", directory / "altered"
@@ -253,7 +253,7 @@ def proof(report: Report) -> None:
 
 
 def agrees(report: Report, what: str, transport: Transport, model: Path) -> None:
-    """The engine's log-probs of a prompt beside those of Hugging Face's model in fp32."""
+    """Compare the engine's log-probs of a prompt with those of Hugging Face's model in fp32."""
     import transformers
 
     [found] = transport.prompt_log_probs(PROMPT).values()
@@ -269,7 +269,7 @@ def agrees(report: Report, what: str, transport: Transport, model: Path) -> None
 
 @check(gpus=1, minutes=6)
 def pauses(report: Report) -> None:
-    """Weights change under requests in flight; the engine is well after it, and says whose tokens it made."""
+    """Change weights under requests in flight: the engine works afterwards, and reports the version of its tokens."""
     with scratch() as directory:
         old, new = tiny(directory / "old", "glm4", 0), tiny(directory / "new", "glm4", 1)
         with serving(report, old, 0, disable_radix_cache=True) as engine:
@@ -305,7 +305,7 @@ def pauses(report: Report) -> None:
 
 @check(gpus=2, minutes=6)
 def broadcast(report: Report) -> None:
-    """A trainer on one GPU, SGLang on the other: log-probs agree after a sync over NCCL, and the proof passes."""
+    """Check a trainer and SGLang on two GPUs: log-probs agree after a sync over NCCL, and the proof passes."""
     from slime.megatron.trainer import Trainer
     from tests.megatron.tiny import make_args
 
@@ -338,7 +338,7 @@ def broadcast(report: Report) -> None:
 
 
 def gap(trainer: Any, engine: ManagedProcess) -> tuple[float, float]:
-    """Mean and largest |trainer's - engine's log-prob| of what the engine generates."""
+    """Return the mean and largest |trainer's - engine's log-prob| of tokens that the engine generates."""
     from slime.core.batch import TrainBatch
 
     answers = generated(engine, 16, 128)
@@ -357,7 +357,7 @@ def gap(trainer: Any, engine: ManagedProcess) -> tuple[float, float]:
 
 @check(gpus=2, minutes=8)
 def speed(report: Report) -> None:
-    """A 4B shape over NCCL into SGLang, beside a plain broadcast of as many bytes in as many pieces."""
+    """Compare the sync of 4B weights over NCCL into SGLang with a plain broadcast of equal bytes in equal pieces."""
     from tools.make_random_checkpoint import hf_config, make_tokenizer, shape_of_script
 
     with scratch() as directory:
@@ -404,7 +404,7 @@ def speed(report: Report) -> None:
 
 @contextmanager
 def model_4b() -> Iterator[Callable[[], Iterator[tuple[str, Tensor]]]]:
-    """Qwen3-4B's shape with random weights in bf16, on this process's GPU; gives what streams its HF tensors."""
+    """Make Qwen3-4B with random bf16 weights on this process's GPU; yield a function that streams its HF tensors."""
     from slime.megatron.model.build import architecture_of, build_model
     from slime.megatron.model.hf_weights import iter_hf_tensors
     from slime.megatron.parallel import close_parallel, init_parallel
@@ -423,7 +423,7 @@ def model_4b() -> Iterator[Callable[[], Iterator[tuple[str, Tensor]]]]:
 
 
 def plain_broadcast(total: int, piece: int) -> float:
-    """Seconds for `total` bytes, in pieces, from the first GPU to another process on the second; nothing else runs."""
+    """Return the seconds for `total` bytes, in pieces, from the first GPU to a process on the second one."""
     port = find_free_port(LOOPBACK)
     sizes = [piece] * (total // piece) + [total % piece]
     words = [sys.executable, "-m", "tests.gpu.sync", str(port), *map(str, sizes)]

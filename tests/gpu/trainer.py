@@ -1,4 +1,4 @@
-"""The trainer's parts on a GPU: --optimizer-cpu-offload beside the same steps without it."""
+"""Parts of the trainer on a GPU: --optimizer-cpu-offload compared with the same steps without it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.gpu.trainer_speed import args_of, batch_of, trainer_of
 OFFLOAD = "--optimizer-cpu-offload"
 STEPS = 3
 COPIED = 12
-"""Bytes of a bf16 model's parameter that go to the device at each step, and back: main weight and two moments."""
+"""Bytes of one bf16 parameter that go to the device and back in each step: its main weight and two moments."""
 
 
 def made_up_step(trainer: Any, number: int) -> tuple[float, float]:
-    """One optimizer step on random gradients, the same for the same number -> its norm, and seconds.
+    """Take an optimizer step on random gradients that `number` decides; return the gradient norm and the seconds.
 
-    Those of a backward pass may differ in their last bits from run to run.
+    The gradients of a backward pass would not do, because their last bits may differ from run to run.
     """
     from slime.megatron import device
     from slime.megatron.compat import cpu_layer
@@ -58,7 +58,7 @@ def differing(ours: list[Tensor], theirs: list[Tensor]) -> int:
 
 
 def forget() -> None:
-    """An earlier Trainer."""
+    """Free the memory of an earlier Trainer."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -73,7 +73,7 @@ class Found:
     resting: float
     peak: float
     of_step: float
-    """GiB: between steps; at most in a whole training step; at most in an optimizer step."""
+    """The GiB in use: between steps, at most in a whole training step, at most in an optimizer step."""
 
 
 def steps(args: Args) -> Found:
@@ -92,13 +92,13 @@ def steps(args: Args) -> Found:
         torch.cuda.reset_peak_memory_stats()
         trainer.train(1, batch)
         peak = torch.cuda.max_memory_allocated() / 2**30
-    # the first makes the state, and compiles
+    # the first step creates the state, and compiles
     seconds = min(seconds for _, seconds in found[1:])
     return Found(weights, changed, [norm for norm, _ in found], seconds, resting, peak, of_step)
 
 
 def copies(size: int) -> float:
-    """Seconds in which `size` bytes go to the device while as many come back, pinned, in pieces of 256 MiB."""
+    """Return the seconds to copy `size` bytes to the device and as many back at once, pinned, in 256 MiB pieces."""
     piece = 256 * 2**20
     hosts = [torch.empty(piece, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     devices = [torch.empty(piece, dtype=torch.uint8, device="cuda") for _ in range(2)]
@@ -118,7 +118,7 @@ def copies(size: int) -> float:
 
 
 def saved_and_loaded(report: Report, what: str, *flags: str) -> None:
-    """Two layers: steps, a checkpoint of each loaded by the other, and one more step."""
+    """Check with two layers that each kind loads the other's checkpoint, and that the next steps are equal."""
     from slime.megatron.checkpoint.files import find_checkpoint
     from slime.megatron.checkpoint.save_load import load_checkpoint
 
@@ -150,7 +150,7 @@ def saved_and_loaded(report: Report, what: str, *flags: str) -> None:
 
 
 def spoiled(report: Report, what: str, trainer: Any) -> None:
-    """A control: the next step from one bucket of moments that was not taken back."""
+    """Run a control: the next step starts with one bucket of moments that was not copied back."""
     from slime.megatron.optim.cpu_offload import BUCKET, MOMENTS
     from slime.megatron.optim.optimizer_state import parts_of
 
@@ -177,7 +177,7 @@ def spoiled(report: Report, what: str, trainer: Any) -> None:
 
 @check(minutes=4)
 def cpu_offload(report: Report) -> None:
-    """--optimizer-cpu-offload: the same weights to the bit, how much memory it frees, and what the step costs."""
+    """Check --optimizer-cpu-offload: equal weights bit for bit, the memory that it frees, and the cost of a step."""
     words = "--max-tokens-per-gpu 4096 --lr 1e-3"
     plain = steps(args_of("qwen3-0.6B", words))
     there = steps(args_of("qwen3-0.6B", words, OFFLOAD))

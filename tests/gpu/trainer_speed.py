@@ -1,11 +1,11 @@
 """Training speed through the Trainer, with flags as a user gives them: loss, backward pass and optimizer included.
 
 MFU counts 6 x parameters (with the output layer, without a table that is only looked up) x tokens, and causal attention
-half; recomputation earns nothing. The peak is an H200's 989 TFLOP/s in bf16, dense. Beside each figure stands what a
-matrix product reaches in the same process, and where the GPU's time went.
+half; recomputation does not count. The peak is an H200's 989 TFLOP/s in bf16, dense. Next to each figure are the speed
+of a matrix product in the same process, and the distribution of the GPU's time.
 
-Weights are random, straight from the model's own initialisation, and the "rollout" is of random tokens: neither
-changes what is computed.
+Weights are random, from the model's own initialisation, and the "rollout" has random tokens: neither changes what is
+computed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PEAK = 989e12
 WARM_UP, STEPS = 3, 8
 
 NO_KERNEL = ("ProfilerStep", "Optimizer.")
-"""Ranges on the GPU's time line: what runs in them is counted by itself."""
+"""Names of ranges on the GPU's time line, which are no kernels; the kernels inside are counted by themselves."""
 
 FLAGS = (
     "--bf16 --use-dynamic-batch-size --num-rollout 100 --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 "
@@ -50,11 +50,11 @@ GROUPS = {
     "optimizer": ("adam", "multi_tensor", "foreach"),
     "copies, casts, sums": ("elementwise", "memcpy", "memset", "reduce", "cat", "index", "copy"),
 }
-"""What a CUDA kernel's name says; the first that fits."""
+"""Groups of CUDA kernels by a part of their names; the first that matches counts."""
 
 
 def args_of(model: str, *flags: str) -> Args:
-    """Args of scripts/models/`model`.sh and these flags."""
+    """Return the Args of scripts/models/`model`.sh and these flags."""
     from slime.config.parse import load_args
 
     command = 'source "$1" && printf "%s\\0" "${MODEL_ARGS[@]}"'
@@ -65,7 +65,7 @@ def args_of(model: str, *flags: str) -> Args:
 
 
 def batch_of(lengths: Sequence[int], vocab_size: int) -> TrainBatch:
-    """Random tokens; of each sample all but the first are its response. One group, and rewards that differ."""
+    """Make one group of samples with random tokens, all but the first of them response, and different rewards."""
     generator = np.random.default_rng(0)
     totals = np.array(lengths)
     responses = totals - 1
@@ -94,7 +94,7 @@ def trainer_of(args: Args) -> Iterator[Any]:
 
 
 def matrix_product() -> float:
-    """FLOP/s of a bf16 8192^3 product, the median of 20."""
+    """Return the FLOP/s of a bf16 8192^3 matrix product, the median of 20."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     times: list[float] = []
     for _ in range(25):
@@ -113,7 +113,7 @@ def group_of(kernel: str) -> str:
 
 
 def breakdown(report: Report, what: str, step: Any) -> None:
-    """Where the GPU's time of one step goes: by group, and the twelve kernels that take most."""
+    """Report the GPU's time of one step by group, and the twelve kernels that take most of it."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -142,7 +142,7 @@ def breakdown(report: Report, what: str, step: Any) -> None:
 def measure(
     report: Report, what: str, args: Args, lengths: Sequence[int], *, at_least: float | None, profiled: bool = True
 ) -> dict[str, float]:
-    """Speed, memory and breakdown of steps over samples of these lengths; metrics of the first step."""
+    """Report speed, memory and breakdown of steps over samples of these lengths; return the first step's metrics."""
     assert args.architecture is not None
     batch = batch_of(lengths, args.architecture.vocab_size)
     gc.collect()  # an earlier Trainer
@@ -183,11 +183,11 @@ def the_limit(report: Report) -> None:
 
 @check(minutes=6)
 def qwen3_0_6b(report: Report) -> None:
-    """Qwen3-0.6B at 16,384 tokens: eight samples of 2,048, and a single one."""
+    """Measure Qwen3-0.6B at 16,384 tokens: eight samples of 2,048 tokens, and a single sample."""
     the_limit(report)
     tokens = "--max-tokens-per-gpu 16384"
     measure(report, "Qwen3-0.6B, 8 x 2048", args_of("qwen3-0.6B", tokens), [2048] * 8, at_least=0.30)
-    # a group of one has no advantage: SFT's loss, which is computed from the same log-probs
+    # a group of one has no advantage, so use SFT's loss, which is computed from the same log-probs
     single = args_of("qwen3-0.6B", tokens, "--loss-type sft_loss")
     measure(report, "Qwen3-0.6B, 1 x 16384", single, [16384], at_least=0.30)
     mixed = [700, 4000, 1500, 3000, 900, 2500, 2000, 1784]
@@ -198,11 +198,11 @@ def qwen3_0_6b(report: Report) -> None:
 
 @check(minutes=6)
 def glm4_9b_layers(report: Report) -> None:
-    """Eight of GLM4-9B's forty layers at 8,192 tokens, as they are and recomputed: the same loss."""
+    """Measure eight of GLM4-9B's forty layers at 8,192 tokens, with and without recomputation: the loss is equal."""
     the_limit(report)
     size = "--num-layers 8 --max-tokens-per-gpu 8192"
     kept = measure(report, "GLM4-9B x 8/40, 4 x 2048", args_of("glm4-9B", size), [2048] * 4, at_least=0.50)
-    # as in a real step, of which the optimizer is a smaller part
+    # as in a real step, where the optimizer is a smaller part
     what = "GLM4-9B x 8/40, a step of 4 micro-batches of 4 x 2048"
     measure(report, what, args_of("glm4-9B", size), [2048] * 16, at_least=None, profiled=False)
     again = measure(

@@ -1,6 +1,6 @@
 """`python -m tests.inputs --lines 2400 --seed 0`: no command line ends in a traceback, a hang or silence.
 
-Each line is a right one with hostile values, files and hooks in it (see `lines`). A line that fails is named by its
+Each line is a valid one with hostile values, files and hooks in it (see `lines`). A line that fails is named by its
 seed: `--only SEED` runs it again and prints it.
 """
 
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 where every line ended in a plan or a message."""
+    """Try the lines; return 0 if every one ended in a plan or a message."""
     options = parser().parse_args(argv)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     seeds: Sequence[int] = options.only or range(options.seed, options.seed + options.lines)

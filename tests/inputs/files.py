@@ -1,6 +1,7 @@
-"""Files and directories that no run should be given: the hostile ones, each with the name under which lines use it.
+"""Hostile files and directories, each under the name by which command lines use it.
 
-Path: `lines` draws from them. Invariant: the same folder content at each call; nothing outside the folder is written.
+- Used by: `lines` draws from them.
+- Invariant: every call makes the same content, and writes nothing outside the folder.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ ODD_JSON: dict[str, str] = {
 
 
 def write_hf(path: Path) -> str:
-    """An HF directory that is right."""
+    """Write a valid HF directory."""
     path.mkdir()
     for name, content in {
         "config.json": CONFIG, "tokenizer.json": TOKENIZER, "tokenizer_config.json": SETTINGS
@@ -67,13 +68,13 @@ def write_hf(path: Path) -> str:
 
 
 def write_prompts(path: Path) -> str:
-    """A data file that is right."""
+    """Write a valid data file."""
     path.write_text(json.dumps(ROW) + "\n")
     return str(path)
 
 
 def hf_directories(folder: Path) -> list[Path]:
-    """HF directories, each wrong in one thing."""
+    """Write HF directories, each with one fault."""
     made: list[Path] = []
 
     def add(name: str, config: str | bytes | None, tokenizer: str | None = None, settings: str | None = None) -> Path:
@@ -160,13 +161,13 @@ def hf_directories(folder: Path) -> list[Path]:
 
 
 def _line(**more: str) -> bytes:
-    """A row in which some values are JSON texts of their own."""
+    """Return a row of a data file; the values are JSON texts."""
     fields = {"prompt": '"1 + 1"', "label": '"2"'} | more
     return ("{" + ", ".join(f'"{key}": {value}' for key, value in fields.items()) + "}\n").encode()
 
 
 def odd_values() -> dict[str, str]:
-    """JSON texts for a value of a data line."""
+    """Return JSON texts for one value of a data line."""
     values = dict(enumerate(ODD_NUMBERS)) | {
         "deep": "[" * DEEP + "]" * DEEP,
         "deep-500": "[" * 500 + "]" * 500,
@@ -200,7 +201,7 @@ def odd_values() -> dict[str, str]:
 
 
 def prompt_files(folder: Path) -> list[Path]:
-    """Data files, each wrong in one thing, or odd and right."""
+    """Write data files, each with one fault, or unusual but valid."""
     good = json.dumps(ROW).encode() + b"\n"
     contents: dict[str, bytes] = {
         "empty": b"",
@@ -276,7 +277,7 @@ def _parquet_files(folder: Path) -> list[Path]:
 
 
 def yaml_files(folder: Path) -> list[Path]:
-    """Configuration files, each wrong in one thing, or odd and right."""
+    """Write YAML configuration files, each with one fault, or unusual but valid."""
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n"
         for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -351,7 +352,7 @@ def yaml_files(folder: Path) -> list[Path]:
 
 
 def eval_files(folder: Path, prompts: list[Path]) -> list[Path]:
-    """Files for --eval-config."""
+    """Write files for --eval-config."""
     entries = [
         "[]", "{}", "x", "[x]", "[[]]", "[{}]", "null", "[null]", "[{name: a}]", "[{name: [a], path: {b: c}}]",
         "[{name: null, path: null}]", f"[{{name: a, path: {prompts[0]}, temperature: {{a: 1}}}}]",
@@ -407,7 +408,7 @@ HOOKS = {
 
 
 def hook_paths(folder: Path) -> list[str]:
-    """Dotted paths for hooks; their modules are in `folder`."""
+    """Return dotted paths for hooks, and write their modules into `folder`."""
     for name, text in HOOKS.items():
         (folder / f"hostile_{name}.py").write_bytes(text if isinstance(text, bytes) else text.encode())
     paths = [f"hostile_{name}.f" for name in HOOKS]
@@ -423,7 +424,7 @@ def hook_paths(folder: Path) -> list[str]:
 
 
 def special_paths(folder: Path) -> list[str]:
-    """Paths that are no file or directory that a run may read or write."""
+    """Return paths that are no file or directory that a run may read or write."""
     plain = folder / "a-file"
     plain.write_text("x")
     loop = folder / "a-loop"

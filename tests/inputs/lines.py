@@ -1,7 +1,8 @@
-"""Random command lines with hostile values for every flag, and what became of each.
+"""Random command lines with hostile values for every flag, and the outcome of each.
 
-Path: `__main__` runs thousands, `test_hostile_lines` some hundreds. Invariant: a line depends on its seed and the
-folder's files alone; it is parsed, checked and planned in this process, and starts nothing.
+- Used by: `__main__` runs thousands, and `test_hostile_lines` some hundreds.
+- Invariant: a line depends on its seed and the folder's files alone. It is parsed, checked and planned in this process,
+  and starts nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from slime.plan.summary import format_plan
 from tests.inputs import files
 
 LIMIT = 5.0
-"""Seconds for one line."""
+"""The time limit of one line in seconds."""
 LONGEST_MESSAGE = 20_000
-"""Characters of everything that is said about a line; 50 problems of 400."""
+"""The most characters of all messages about one line: 50 problems of 400."""
 
 INTEGERS = ("0", "-1", "1", "2", "3", "7", "2147483647", "2147483648", str(2**63), str(2**64), str(10**30),
             "9" * 5000, "9" * 500 + "T", "1_000", "0x10", "+5", "-0", "1e3", "٣", "1.0", "1k", "64Ki")  # fmt: skip
@@ -44,7 +45,7 @@ PATH_FLAGS = ("hf_checkpoint", "ref_load", "load", "save", "prompt_data", "eval_
 
 @dataclass(frozen=True)
 class Outcome:
-    """`kind`: 'plan', 'message', 'traceback', 'hang', 'silence', 'unreadable', 'long' or 'exit'."""
+    """The outcome of a line. `kind`: plan, message, traceback, hang, silence, unreadable, long or exit."""
 
     kind: str
     text: str
@@ -56,11 +57,11 @@ class Outcome:
 
 
 class TooLongError(BaseException):
-    """No rule may catch it."""
+    """The line took too long. It is a BaseException, so that no rule catches it."""
 
 
 class HostileLines:
-    """Makes the files in `folder` (which is empty), then any number of lines."""
+    """Makes the hostile files in the empty `folder`, and then any number of lines."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -79,7 +80,7 @@ class HostileLines:
 
     @property
     def base(self) -> list[str]:
-        """A line that is right."""
+        """Return a valid line."""
         return [
             *("--hf-checkpoint", self._hf_good, "--ref-load", self._hf_good, "--prompt-data", self._data_good),
             *("--rollout-engine", "embedded", "--rollout-num-gpus", "2", "--label-key", "label", "--no-bf16"),
@@ -89,7 +90,7 @@ class HostileLines:
         ]
 
     def line(self, seed: int) -> list[str]:
-        """The right line with one to four things wrong, or odd, with it."""
+        """Return the valid line after one to four changes that make it wrong, or unusual."""
         draw = random.Random(seed)
         words = self.base
         for _ in range(draw.choice((1, 1, 1, 2, 3, 4))):
@@ -181,12 +182,12 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def plan(words: list[str]) -> str:
-    """What train.py prints about these words before it starts anything."""
+    """Return the text that train.py prints about these words before it starts anything."""
     return format_plan(*load_run(words))
 
 
 def outcome(words: list[str], limit: float = LIMIT, say: Callable[[list[str]], str] = plan) -> Outcome:
-    """What became of a line."""
+    """Run a line, and return its outcome."""
     start = time.monotonic()
 
     def found(kind: str, text: str) -> Outcome:
@@ -209,7 +210,7 @@ def outcome(words: list[str], limit: float = LIMIT, say: Callable[[list[str]], s
 
 
 def _fault_of(text: str) -> str | None:
-    """Why a message is none that a user can read."""
+    """Return why a user cannot read the message, or None if the message is fine."""
     if not text.strip():
         return "silence"
     if any(not (character.isprintable() or character == "\n") for character in text):

@@ -11,7 +11,7 @@ from tests.inputs.lines import HostileLines, outcome
 
 LINES = 250
 PATIENCE = 60.0
-"""Seconds for one line: a busy machine is no hang."""
+"""The time limit of one line in seconds; it is long, so that a busy machine does not look like a hang."""
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,11 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> HostileLines:
     return HostileLines(tmp_path_factory.mktemp("hostile"))
 
 
-def test_the_line_that_is_spoilt_is_right(lines: HostileLines) -> None:
+def test_the_line_before_the_changes_is_valid(lines: HostileLines) -> None:
     assert outcome(lines.base, PATIENCE).kind == "plan"
 
 
-def test_hostile_lines_end_in_a_plan_or_a_message(lines: HostileLines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_lines_give_a_plan_or_message(lines: HostileLines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(lines.folder)
     ends = {seed: outcome(lines.line(seed), PATIENCE) for seed in range(LINES)}
     assert {seed: end for seed, end in ends.items() if not end.good} == {}

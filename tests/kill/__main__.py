@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 where all resumed runs ended as the unbroken one, and the control did not."""
+    """Run the sweep; return 0 if all resumed runs ended like the unbroken one, and the control did not."""
     options = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     out: Path = options.out.resolve()
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def tell(out: Path, outcomes: Sequence[Outcome], control: Outcome, seconds: float) -> int:
-    """Print the table, and what it comes to."""
+    """Print the table and the verdict; return the exit code."""
     write_results(out / "results.json", [*outcomes, control])
     equal = sum(one.equal for one in outcomes)
     noticed = control.problem is None and bool(control.differences)

@@ -1,7 +1,8 @@
-"""Where two runs differ: their weights, the samples that they consumed, and what they said of themselves.
+"""Compare two runs: their weights, the samples that they consumed, and their metrics.
 
-Path: `sweep` compares each killed and resumed run with the unbroken one. Invariant: nothing is compared within a
-tolerance, and what is left out is named here: wall times, rates made of them, memory, and the count of faults.
+- Used by: `sweep` compares each killed and resumed run with the unbroken one.
+- Invariant: nothing is compared within a tolerance. Only wall times, rates that depend on them, memory, and the counts
+  of faults are left out.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from slime.models.hf_files import HFReader
 from slime.observability.metrics_log import read_metrics
 
 MOST = 5
-"""Differences of one kind that are told."""
+"""The most differences of one kind that are listed."""
 DUMPS, EXPORTS = "dump", "hf"
-"""Under the run's directory: --save-debug-rollout-data and --save-hf."""
+"""The directories of --save-debug-rollout-data and --save-hf, under the run's own."""
 
 
 def differences(reference: Path, other: Path) -> list[str]:
-    """Of two run directories; empty where the runs are the same."""
+    """Return the differences of two run directories; empty if the runs are equal."""
     kinds = (_metrics, _samples, _states, _tensors, _exports)
     found: list[str] = []
     for kind in kinds:
@@ -34,13 +35,13 @@ def differences(reference: Path, other: Path) -> list[str]:
 
 
 def is_measured(key: str) -> bool:
-    """Whether a metric depends on the clock or on memory, or counts the faults themselves."""
+    """Return whether a metric depends on the clock or on memory, or counts the faults themselves."""
     parts = key.split("/")
     return parts[0] in ("time", "memory", "sync", "fault") or parts[-1] == "time" or parts[-1].endswith("_per_second")
 
 
 def _metrics(reference: Path, other: Path) -> Iterator[str]:
-    """All events in order, but those that hold nothing else than measurements."""
+    """Compare all events in order, except those that contain only measurements."""
 
     def events(path: Path) -> list[dict[str, float]]:
         kept = ({k: v for k, v in event.items() if not is_measured(k)} for event in read_metrics(path))
@@ -50,7 +51,7 @@ def _metrics(reference: Path, other: Path) -> Iterator[str]:
 
 
 def _samples(reference: Path, other: Path) -> Iterator[str]:
-    """Every sample of every rollout: tokens, log-probs, versions, rewards, metadata."""
+    """Compare every sample of every rollout: tokens, log-probs, versions, rewards, metadata."""
     yield from _names(reference / DUMPS, other / DUMPS, "*.jsonl")
     for path in sorted((reference / DUMPS).glob("*.jsonl")):
         if (other / DUMPS / path.name).exists():
@@ -62,7 +63,7 @@ def _samples(reference: Path, other: Path) -> Iterator[str]:
 
 
 def _states(reference: Path, other: Path) -> Iterator[str]:
-    """The data side of each checkpoint: cursor, buffer, policy version. One that should be removed may still stand."""
+    """Compare each checkpoint's data side: cursor, buffer, policy version. One that is due for removal may be left."""
     for path in list(reference.glob("iter_*")):
         if not (other / path.name).exists():
             yield f"no {path.name}"
@@ -74,7 +75,7 @@ def _states(reference: Path, other: Path) -> Iterator[str]:
 
 
 def _tensors(reference: Path, other: Path) -> Iterator[str]:
-    """The bytes of every piece of each checkpoint: weights, optimizer, random number generators."""
+    """Compare the bytes of every piece of each checkpoint: weights, optimizer, random number generators."""
     for ours, theirs in _pairs(reference, other, "iter_*"):
         yield from _of_values(ours.name, _pieces(ours), _pieces(theirs))
 
@@ -90,7 +91,7 @@ def _exports(reference: Path, other: Path) -> Iterator[str]:
 
 
 def _pieces(path: Path) -> dict[str, str]:
-    """Digest of each part of each tensor by its name and offset."""
+    """Return the digest of each part of each tensor, by its name and offset."""
     pieces: dict[str, str] = {}
     for index, place in (read_metadata(path).storage_data or {}).items():
         with (path / place.relative_path).open("rb") as file:
@@ -123,12 +124,12 @@ def _of_lists(what: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]
 
 
 def _of_values(what: str, ours: Any, theirs: Any) -> Iterator[str]:
-    """Differences of two JSON values, each with the path to it."""
+    """Yield the differences of two JSON values, each with its path."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted({*ours, *theirs}, key=str):
             yield from _of_values(f"{what}, {key}", ours.get(key, "nothing"), theirs.get(key, "nothing"))
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         for number, (first, second) in enumerate(zip(ours, theirs, strict=True)):
             yield from _of_values(f"{what}[{number}]", first, second)
-    elif repr(ours) != repr(theirs):  # by repr: NaN is itself, and 1 is not 1.0
+    elif repr(ours) != repr(theirs):  # compare by repr: NaN equals itself, and 1 differs from 1.0
         yield f"{what}: {str(ours)[:120]} in the unbroken run, {str(theirs)[:120]} here"

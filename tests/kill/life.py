@@ -1,7 +1,8 @@
-"""What a run of train.py is doing at this moment, seen from outside.
+"""Watch from outside which phase a run of train.py is in.
 
-Path: `sweep` watches a run with this until the moment of its kill. Invariant: nothing of the run is changed or asked:
-Ray writes the method that an actor is in into the title of its process, and everything here is read from there.
+- Used by: `sweep` watches a run until the moment of its kill.
+- Invariant: the run is neither changed nor asked. Ray writes the method that an actor runs into the title of its
+  process, and everything here is read from these titles.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 
 SCAN_S = 0.25
-"""Between two searches for the run's actors; titles of known ones are read each time."""
+"""Seconds between two searches for the run's actors; the titles of known ones are read each time."""
 POLL_S = 0.001
 
 START, GENERATION, TRAINING, SAVE, SYNC, EVALUATION = (
@@ -39,7 +40,7 @@ _PHASE_OF = {
 
 @dataclass(frozen=True)
 class Span:
-    """One occurrence of a phase: the `number`th of its name, in seconds since the run was started."""
+    """One occurrence of a phase, the `number`th of its name; times are seconds since the start of the run."""
 
     phase: str
     number: int
@@ -48,7 +49,7 @@ class Span:
 
 
 class Life:
-    """Follows the run whose driver is `pid`, from its start."""
+    """Follows a run from its start; `pid` is its driver."""
 
     def __init__(self, pid: int) -> None:
         self.driver = psutil.Process(pid)
@@ -62,13 +63,13 @@ class Life:
         return time.monotonic() - self._begin
 
     def look(self) -> Span:
-        """The phase that the run is in, or was in last; `spans` has all until now."""
+        """Return the phase that the run is in, or was in last; `spans` has all phases so far."""
         now = self.seconds
         if now - self._scanned >= SCAN_S:
             self._scan()
             self._scanned = self.seconds
         phases = {_PHASE_OF.get(title) for title in map(_title, self._actors)}
-        # while it trains one rollout, an asynchronous run generates the next
+        # an asynchronous run generates the next rollout while it trains on one
         phase = next((name for name in (SAVE, SYNC, TRAINING, EVALUATION, GENERATION, START) if name in phases), None)
         last = self.spans[-1]
         if phase is None or phase == last.phase:
@@ -80,11 +81,11 @@ class Life:
         return self.spans[-1]
 
     def idle(self) -> bool:
-        """Whether the phase that `look` has just told has ended, and no other has begun."""
+        """Whether the phase that `look` last returned has ended, and no other has begun."""
         return all(_PHASE_OF.get(_title(pid)) is None for pid in self._actors)
 
     def actors(self, role: str) -> list[psutil.Process]:
-        """The run's processes of a role, in the order of their start: trainers by rank."""
+        """Return the run's processes of a role in the order of their start, which is by rank for trainers."""
         self._scan()
         pids = [pid for pid in self._actors if _title(pid).split(".")[0] == role]
         return sorted(filter(None, map(_process, pids)), key=lambda process: process.create_time())
@@ -107,7 +108,7 @@ def _process(pid: int) -> psutil.Process | None:
 
 
 def _title(pid: int) -> str:
-    """`TrainWorker.train`, while the process is in that method; empty where it is no actor of Ray's, or gone."""
+    """Return the method that an actor runs, such as `TrainWorker.train`; empty if it is no actor of Ray's, or gone."""
     try:
         title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
     except OSError:

@@ -1,7 +1,8 @@
-"""A run of the system as processes of its own: started, waited for, and ended to the last one.
+"""Start a run of the system as separate processes, wait for it, and end every one of them.
 
-Path: the kill sweep and the chaos run start train.py with this. Invariant: a process is the run's if the run's mark
-stands in its environment, whoever has adopted it since; nothing else is ever ended, and each by its id.
+- Used by: the kill sweep and the chaos run start train.py with this.
+- Invariant: a process belongs to the run if the run's mark is in its environment, whatever its parent is now. No other
+  process is ever ended, and each is ended by its id.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ GONE_WITHIN_S = 30.0
 
 
 class Run:
-    """`command` in `directory`, which gets a log a start; all times in seconds."""
+    """A run of `command` in `directory`, which gets one log for each start; all times are in seconds."""
 
     def __init__(
         self,
@@ -40,10 +41,10 @@ class Run:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *extra: str) -> int:
-        """Start it, or start it again, with more arguments; its process id.
+        """Start the run, or start it again, with more arguments; return its process id.
 
         Raises:
-            InterruptedError: it was ended for good, by another thread.
+            InterruptedError: another thread has ended it for good.
         """
         if self._over:
             raise InterruptedError("the sweep was ended")
@@ -67,7 +68,7 @@ class Run:
 
     @property
     def log(self) -> str:
-        """The output of all starts."""
+        """Return the output of all starts."""
         return "".join(path.read_text(errors="replace") for path in sorted(self.directory.glob("log-*.txt")))
 
     @property
@@ -79,7 +80,7 @@ class Run:
         return marked(self._mark)
 
     def wait(self) -> int:
-        """The exit code.
+        """Wait for the end, and return the exit code.
 
         Raises:
             TimeoutError: it still runs at its limit.
@@ -92,14 +93,14 @@ class Run:
             raise TimeoutError(f"not done after {self._limit:.0f} s; its processes: {doing}") from None
 
     def left_over(self) -> list[str]:
-        """Its processes that are still there after it has ended and has had time to clear up."""
+        """Return the run's processes that are still there after its end and some time to clean up."""
         deadline = time.monotonic() + GONE_WITHIN_S
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
         return sorted(map(title, left))
 
     def end(self) -> None:
-        """Kill what is left of it, for good."""
+        """Kill all that is left of the run; it cannot be started again."""
         self._over = True
         for process in self.processes():
             kill(process)
@@ -108,7 +109,7 @@ class Run:
 
 
 def title(process: psutil.Process) -> str:
-    """What it is called, or where that is long, the end of it."""
+    """Return the process's command, or the end of it if it is long."""
     try:
         return " ".join(process.cmdline())[-90:]
     except psutil.Error:
@@ -116,7 +117,7 @@ def title(process: psutil.Process) -> str:
 
 
 def kill(process: psutil.Process, number: signal.Signals = signal.SIGKILL) -> bool:
-    """False where it had ended by itself. psutil compares start times, so no other process is ever hit."""
+    """Send a signal; return False if the process had ended. psutil compares start times, so it hits no other one."""
     try:
         process.send_signal(number)
     except psutil.NoSuchProcess:

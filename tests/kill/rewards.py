@@ -1,6 +1,6 @@
-"""The sweep's reward: it depends on every token of a response, and now and then it fails.
+"""The sweep's reward: it depends on every token of a response, and sometimes it fails.
 
-Path: --custom-rm-path of the sweep's runs; groups of equal rewards go to the dynamic filter.
+- Used by: --custom-rm-path of the sweep's runs. The dynamic filter drops groups of equal rewards.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from slime.core.sample import Sample
 
 
 def judge(args: Args, sample: Sample) -> float:
-    """0 or 1 by the response tokens.
+    """Return 0 or 1, decided by the response tokens.
 
     Raises:
         ValueError: for one response in sixteen.

@@ -1,13 +1,14 @@
-"""The kill sweep: a run is killed at random points of its life, goes on, and ends as the unbroken run did.
+"""The kill sweep: runs are killed at random moments, continue, and have to end like the unbroken run.
 
-Path: one unbroken run is watched (`life`), moments are drawn from what was seen, each becomes a run of its own with one
-process killed, and `compare` says whether its end differs. Invariant: a kill is a SIGKILL by id to a process of a run
-that was started here, and every run's processes are gone before its result counts.
+- What it does: it watches one unbroken run (`life`) and draws moments from it. For each moment it starts a run in which
+  one process is killed at that moment, and `compare` finds out whether the end differs.
+- Invariant: a kill is a SIGKILL by id to a process of a run that was started here, and a result counts only after all
+  processes of its run are gone.
 
-The driver's death ends a run: it is started again by the same command, at once, as a supervisor would. A trainer's or
-the rollout manager's is survived by the run itself (--max-restarts), or, in every third of such kills, ends it with an
-error that names what failed (--max-restarts 0) and it is started again. Some of the runs that were started again are
-killed a second time, before they have gone on.
+If the driver dies, the run ends, and the sweep starts it again at once with the same command, as a supervisor would. If
+a trainer or the rollout manager dies, the run itself restarts (--max-restarts). In every third of these kills it ends
+instead with an error that names what failed (--max-restarts 0), and the sweep starts it again. Some of the runs that
+were started again are killed a second time, before they have continued.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ from tests.kill.one_run import Run, kill
 
 NUM_ROLLOUTS = 4
 TRIES = 3
-"""A phase of some hundredths of a second may pass unseen on a machine that is busy."""
+"""The number of tries: a busy machine may miss a phase of some hundredths of a second."""
 SAVE = "run"
-"""--save, in a run's directory."""
+"""The directory of --save, in a run's directory."""
 DRIVER, TRAINER, MANAGER = "driver", "trainer", "rollout manager"
 VICTIMS = (DRIVER, TRAINER, MANAGER)
 _ORDER = (phases.SAVE, phases.SYNC, phases.GENERATION, phases.TRAINING, phases.SAVE, phases.SYNC, phases.START)
-"""Phases are hit in turn; saves and weight syncs are short, and would be missed by chance."""
+"""Phases, which are chosen in turn: a random moment would rarely be in a save or a weight sync, which are short."""
 
 
 def command(task: Task, save: Path, *extra: str) -> list[str]:
-    """The tiny run: nothing of what a rollout may leave for the next one is missing.
+    """Return the command of a tiny run in which a rollout leaves everything that it can leave for the next one.
 
-    Two engines, two trainers, two steps a rollout; groups are dropped by the filter and by failed rewards, surplus and
-    unfinished ones go back to the buffer, and 20 prompts are not enough for four rollouts. Weights go in small pieces,
-    so that a kill finds engines which hold some new ones and some old.
+    It has two engines, two trainers, and two steps for each rollout. The filter and failed rewards drop groups, surplus
+    and unfinished groups go back to the buffer, and four rollouts need more than the 20 prompts. Weights are sent in
+    small buckets, so that a kill finds engines with some new and some old weights.
     """
     return [
         *("--hf-checkpoint", str(task.model), "--ref-load", str(task.model)),
@@ -71,7 +72,7 @@ def command(task: Task, save: Path, *extra: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Kill:
-    """Who is killed, and when: `share` of the way into the `number`th occurrence of a phase."""
+    """A planned kill: which process, and when: `share` of the way into the `number`th occurrence of a phase."""
 
     victim: str
     rank: int
@@ -79,21 +80,21 @@ class Kill:
     number: int
     share: float
     span_seconds: float
-    """How long that occurrence took in the unbroken run."""
+    """The seconds that this occurrence took in the unbroken run."""
     restarts: bool
-    """Whether the run may go on by itself."""
+    """Whether the run may restart by itself."""
     again: float | None = None
-    """Once started again, its driver is killed again so many seconds after its start."""
+    """Seconds after which the driver of the restarted run is killed again; None for no second kill."""
 
 
 @dataclass
 class Outcome:
-    """What became of a killed run."""
+    """The outcome of a killed run."""
 
     name: str
     victim: str
     hit: str = ""
-    """The phase in which the kill found the run."""
+    """The phase that the run was in when it was killed."""
     went_on: str = ""
     resumed_from: str = ""
     seconds: float = 0.0
@@ -106,7 +107,7 @@ class Outcome:
 
 
 def draw(count: int, seed: int, spans: Sequence[Span]) -> list[Kill]:
-    """So many kills; the first two are in the middle of a save and of a weight sync."""
+    """Return `count` planned kills; the first two are in the middle of a save and of a weight sync."""
     rng = random.Random(seed)
     start_seconds = spans[0].end - spans[0].start
     kills: list[Kill] = []
@@ -132,7 +133,7 @@ def draw(count: int, seed: int, spans: Sequence[Span]) -> list[Kill]:
 
 
 def strike(planned: Kill, run: Run) -> str | None:
-    """Wait for the moment, and kill; the phase in which that was. None: the run had ended before."""
+    """Wait for the moment, kill, and return the phase that the run was in; None if the run had ended before."""
     assert run.process is not None
     life = Life(run.process.pid)
     there = reached = False
@@ -163,7 +164,7 @@ def _victim(planned: Kill, life: Life) -> psutil.Process | None:
 
 
 def broken(run: Run, planned: Kill, reference: Path, spoil: Callable[[Path], None] | None = None) -> Outcome:
-    """Run, kill, let it go on, compare. `spoil` is called on the run's directory before it is started again."""
+    """Run, kill, let the run continue, and compare. `spoil` changes the run's directory before it is started again."""
     begin = time.monotonic()
     rank = f" {planned.rank}" if planned.victim == TRAINER else ""
     outcome = Outcome(run.directory.name, planned.victim + rank)
@@ -216,7 +217,7 @@ def _break_and_mend(run: Run, planned: Kill, outcome: Outcome, spoil: Callable[[
 
 
 def _kill_driver(run: Run, seconds: float) -> str:
-    """So long after its start; the phase in which that was."""
+    """Kill the driver some seconds after its start; return the phase that the run was in."""
     assert run.process is not None
     life = Life(run.process.pid)
     while not run.ended and life.seconds < seconds:
@@ -227,7 +228,7 @@ def _kill_driver(run: Run, seconds: float) -> str:
 
 
 def move_cursor(save: Path) -> None:
-    """The control's defect: in the newest checkpoint the place in the data is one prompt further."""
+    """Add the control's defect: move the newest checkpoint's place in the data one prompt ahead."""
     path = max(save.glob("iter_*"))
     state = read_state(path)
     _holder_of("cursor", state["state"]["rollout"])["cursor"] += 1
@@ -235,7 +236,7 @@ def move_cursor(save: Path) -> None:
 
 
 def _holder_of(key: str, state: dict[str, Any]) -> dict[str, Any]:
-    """The dict in `state` that has `key`: what tracks groups in flight wraps the data source's own."""
+    """Return the dict in `state` that has `key`; the state of groups in flight contains the data source's own."""
     if key in state:
         return state
     inner = (_holder_of(key, value) for value in state.values() if isinstance(value, dict))
@@ -243,13 +244,13 @@ def _holder_of(key: str, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def clear(run: Run, outcome: Outcome) -> None:
-    """Keep what shows a difference; the checkpoints of equal runs are of no use."""
+    """Remove the checkpoints of a run that ended like the unbroken one; keep those that show a difference."""
     if outcome.equal:
         shutil.rmtree(run.directory / SAVE, ignore_errors=True)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """One line a kill."""
+    """Return the table, with one line for each kill."""
     rows = [("run", "killed", "in", "went on", "from", "seconds", "")]
     for one in outcomes:
         verdict = "equal" if one.equal else "DIFFERENT" if one.differences else "FAILED"

@@ -1,4 +1,4 @@
-"""The sweep in small: one kill in the middle of a save; and that a difference of any kind would have been seen.
+"""A small kill sweep: one kill in the middle of a save, and controls that every kind of difference is noticed.
 
 The runs are --deterministic, and the killed one has one engine where the unbroken one has two.
 """
@@ -60,8 +60,8 @@ def unbroken(new_run: Callable[..., Run]) -> tuple[Path, list[Span]]:
     return run.directory / SAVE, life.spans
 
 
-@pytest.mark.timeout(600)  # three starts of a run, beside whatever else is tested
-def test_a_run_killed_in_the_middle_of_a_save_ends_as_the_unbroken_one(
+@pytest.mark.timeout(600)  # three starts of a run, while other tests run
+def test_a_run_killed_during_a_save_resumes_exactly(
     new_run: Callable[..., Run], unbroken: tuple[Path, list[Span]]
 ) -> None:
     reference, spans = unbroken

@@ -1,7 +1,7 @@
 """`python -m tests.layouts --draws 300 --seed 0`: loss and gradients do not depend on how the work is cut.
 
-Each draw is a model, an algorithm, samples and a layout of up to 8 processes; one step of it is compared with that of
-one process (see `one_step`). A draw that fails is told by its seed: `--only SEED` runs it again.
+Each draw is a model, an algorithm, samples and a layout of up to 8 processes. One step of it is compared with the same
+step in one process (see `one_step`). A draw that fails is named by its seed: `--only SEED` runs it again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 where no draw failed."""
+    """Run the draws; return 0 if none failed."""
     options = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     first = options.seed * SEEDS_APART
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Report:
-    """What came of the draws so far."""
+    """The results of the draws so far."""
 
     def __init__(self, num_draws: int) -> None:
         self.num_draws = num_draws
@@ -72,13 +72,13 @@ class Report:
         self.done = 0
 
     def add(self, seed: int, workers: WorkerPool, root: Path, bug: str | None) -> None:
-        """Draw, run, compare."""
+        """Make one draw, run it, and compare."""
         drawn = draw(seed, root, self.refused)
         try:
             pair = run_pair(workers, drawn, root, bug)
             errors, why = pair.errors(), ""
             self.again.update(pair.near)
-        except (AssertionError, TimeoutError) as error:  # of a rank: with its traceback
+        except (AssertionError, TimeoutError) as error:  # raised by a rank, with its traceback
             errors, why = {}, str(error)
         self.done += 1
         for name, error in errors.items():
@@ -97,7 +97,7 @@ class Report:
         return time.monotonic() - self.begin
 
     def print(self) -> None:
-        """Counts by dimension, the worst errors, and what it comes to."""
+        """Print counts by dimension, the worst errors, and the verdict."""
         width = max(map(len, [*self.counts, ""])) + 2
         for dimension, counts in self.counts.items():
             values = ", ".join(f"{value} {count}" for value, count in sorted(counts.items()))

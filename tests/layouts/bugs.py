@@ -1,7 +1,7 @@
 """Bugs that the layout property has to notice, put into a run by name.
 
-Each is one that has been made, in frameworks like this one, and that leaves the loss looking reasonable: the sum of the
-weights is the right one, every token is there once, and a run learns all the same.
+Each of them has been made in frameworks like this one, and leaves the loss plausible: the weights have the right sum,
+every token is there once, and a run still learns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Patch = AbstractContextManager[Any]
 
 
 def own_denominator() -> Patch:
-    """Every rank divides by what it has itself, and the ranks' means are averaged."""
+    """Let every rank divide by its own denominator, and average the ranks' means."""
     pack = trainer.Trainer._pack
 
     def wrong(self: trainer.Trainer, batch: TrainBatch, plan: StepPlan) -> list[MicroBatch]:
@@ -49,7 +49,7 @@ def own_denominator() -> Patch:
 
 
 def shifted_mask() -> Patch:
-    """Every token takes the weight of the one before it."""
+    """Give every token the weight of the token before it."""
     pack = trainer.Trainer._pack
 
     def wrong(self: trainer.Trainer, batch: TrainBatch, plan: StepPlan) -> list[MicroBatch]:
@@ -61,7 +61,7 @@ def shifted_mask() -> Patch:
 
 
 def contiguous_slice() -> Patch:
-    """A rank takes two neighbouring chunks, and attention still believes that they are a first one and a last one."""
+    """Give a rank two neighbouring chunks, while attention still assumes the zigzag pair of a first and a last one."""
     of = Cut.of
 
     def wrong(lengths_S: Array, num_ranks: int) -> Cut:
@@ -72,14 +72,14 @@ def contiguous_slice() -> Patch:
 
 
 def _neighbouring(lengths_S: Array, num_ranks: int) -> Array:
-    """[C, B]: of every sequence, each rank's one piece."""
+    """Return [C, B] indices into the pack: one contiguous piece of every sequence for each rank."""
     ends_S = np.cumsum(lengths_S)
     pieces = [np.split(np.arange(end - size, end), num_ranks) for end, size in zip(ends_S, lengths_S, strict=True)]
     return np.stack([np.concatenate([piece[rank] for piece in pieces]) for rank in range(num_ranks)])
 
 
 def unweighted_critic() -> Patch:
-    """Every rank's share of the value loss counts as if it had all samples."""
+    """Count every rank's share of the value loss as if the rank had all samples."""
     weighted_loss = critic.Critic._weighted_loss
 
     def wrong(self: critic.Critic, micro_batch: MicroBatch, hidden: Tensor) -> WeightedLoss:
@@ -98,7 +98,7 @@ BUGS: dict[str, Callable[[], Patch]] = {
 
 
 def exercises(bug: str, draw: Draw) -> bool:
-    """Whether a draw goes where the bug is."""
+    """Return whether a draw runs the code that has the bug."""
     dimensions = draw.dimensions()
     return {
         # ranks with equally many samples, or halves of one, have the same denominator; of masked tokens they have not

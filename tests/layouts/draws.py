@@ -1,8 +1,8 @@
-"""What the layout property is tried on: a model, an algorithm, samples, and a way to cut the work.
+"""The cases of the layout property: a model, an algorithm, samples, and a way to split the work.
 
-Path: `python -m tests.layouts` and the short test take `draw(seed)`; `one_step` runs it cut, and in one process.
-Invariant: a seed says all. What the rules refuse is drawn again, and told: a feature is tried from the moment on in
-which it is no longer refused.
+- Used by: `python -m tests.layouts` and the short test call `draw(seed)`; `one_step` runs it split, and in one process.
+- Invariant: the seed decides everything. A draw that the rules refuse is drawn again and counted, so a feature is tried
+  as soon as it is no longer refused.
 
 Shapes: _N samples, _R response tokens, _T tokens.
 """
@@ -26,13 +26,13 @@ from tests.layouts.models import DENSE, MOE, NUM_EXPERTS, TOPK, VOCAB, Model
 Flags = dict[str, Any]
 SGD: Flags = {"optimizer": "sgd", "lr": 10.0, "sgd_momentum": 0.0}
 ADAM: Flags = {"optimizer": "adam", "lr": 1e4, "adam_eps": 1e3}
-"""Under so large an epsilon a first step is 10 x gradient: Megatron shards no other optimizer than Adam."""
+"""With so large an epsilon Adam's first step is 10 x gradient, as SGD's; Megatron shards only Adam."""
 ONE_BY_ONE: Flags = {"micro_batch_size": 1}
-"""How the one process goes about it: every sample a micro-batch of its own, in the order in which they come."""
+"""The flags of the single process: every sample is a micro-batch of its own, in the given order."""
 MOST_TRIES = 2000
 _VIRTUAL_LAYERS, _VIRTUAL_STAGES = "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"
 PROCESSES = {1: 3, 2: 42, 4: 38, 8: 17}
-"""How many, and in how many of a hundred draws."""
+"""Numbers of ranks, each with its share of a hundred draws."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class Draw:
     model: Model
     num_ranks: int
     layout: Flags
-    """Of the cut run alone."""
+    """Flags of the split run only."""
     algorithm: Flags
-    """Of both runs."""
+    """Flags of both runs."""
     data: Flags
-    """How `samples` makes them."""
+    """The options of `samples`."""
     moved: bool
-    """Old log-probs are some way off the trained policy's; else they are its own."""
+    """Whether the old log-probs differ from the trained policy's; otherwise they are equal."""
     shuffled: bool
-    """The cut run gets the samples in another order."""
+    """Whether the split run gets the samples in another order."""
 
     def args(self, root: Path, *, cut: bool) -> Args:
-        """By the parser and all rules of a real run.
+        """Return the arguments, checked by the parser and all rules of a real run.
 
         Raises:
             UsageError: the rules refuse it.
@@ -79,7 +79,7 @@ class Draw:
         return load_args(argv(flags))[0]
 
     def dimensions(self) -> dict[str, str]:
-        """What the table counts."""
+        """Return the properties of the draw that the table counts."""
         flags = {**self.layout, **self.algorithm}
         sizes = {name: flags.get(field, 1) for name, field in SIZES.items()}
         rest = self.num_ranks // (sizes["TP"] * sizes["PP"] * sizes["CP"])
@@ -143,7 +143,7 @@ def argv(flags: Mapping[str, Any]) -> list[str]:
 
 
 def draw(seed: int, root: Path, refused: dict[str, int] | None = None, *, num_ranks: int | None = None) -> Draw:
-    """The draw of this seed; `refused` counts what the rules said to those before it.
+    """Return the draw of this seed; `refused` counts the rules' messages about draws before it.
 
     Args:
         num_ranks: 1, 2, 4 or 8; None: drawn too.
@@ -202,7 +202,7 @@ def _candidate(seed: int, chance: random.Random, num_ranks: int | None) -> Draw:
 
 
 def _sizes(num_ranks: int, groups: int) -> Iterator[tuple[int, int, int]]:
-    """TP, PP, CP of that many processes."""
+    """Yield the possible (TP, PP, CP) of this many processes."""
     powers = [size for size in (1, 2, 4, 8) if num_ranks % size == 0]
     for tensor in powers:
         for pipeline in powers:
@@ -213,7 +213,7 @@ def _sizes(num_ranks: int, groups: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _stages(chance: random.Random, num_layers: int, stages: int) -> Flags:
-    """Even ones, virtual ones, or a last stage of another size."""
+    """Draw even stages, virtual stages, or a last stage of another size."""
     if stages == 1:
         return {}
     kinds: list[Flags] = [{"decoder_last_pipeline_num_layers": num_layers - (stages - 1)}]
@@ -286,7 +286,7 @@ def _algorithm(chance: random.Random, model: Model) -> Flags:
 
 
 def samples(draw: Draw, attempt: int) -> TrainBatch:
-    """The draw's samples; of another attempt others of the same kind."""
+    """Return the draw's samples; another `attempt` gives other samples of the same kind."""
     data = draw.data
     chance = np.random.default_rng((draw.seed, attempt))
     groups_N = np.repeat(np.arange(data["groups"]), data["group"])
@@ -327,7 +327,7 @@ def samples(draw: Draw, attempt: int) -> TrainBatch:
 
 
 def other_log_probs(draw: Draw, attempt: int, log_probs_R: np.ndarray, batch: TrainBatch) -> TrainBatch:
-    """With the engine's log-probs, and the old policy's: each some way off the trained policy's."""
+    """Add log-probs of the engine and of the old policy that differ from the trained policy's."""
     chance = np.random.default_rng((draw.seed, attempt, 1))
     size = len(log_probs_R)
     whole_R = np.repeat(chance.choice([-0.4, -0.05, 0.05, 0.3], len(batch)), batch.response_lengths_N)

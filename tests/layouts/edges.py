@@ -1,7 +1,7 @@
-"""How near a run comes to a point where its loss is not smooth: a clip's edge, or two experts equally good for a token.
+"""Measure how near a run comes to a point where its loss is not smooth: a clip's edge, or a tie between two experts.
 
-Path: `one_step` watches the run in one process, in which every sample is a micro-batch, in order. Invariant: watching
-changes nothing.
+- Used by: `one_step` watches the run in one process, in which every sample is a micro-batch, in order.
+- Invariant: watching changes nothing.
 
 Shapes: _R response tokens of a sample, _TE tokens and experts.
 """
@@ -20,18 +20,18 @@ from slime.algo.losses import Loss, LossInputs, LossOptions
 from slime.core.batch import TrainBatch
 
 CLOSEST_RATIO = 1e-4
-"""A policy ratio, or an importance weight, to the edge of a clip."""
+"""The least distance of a policy ratio or an importance weight from the edge of a clip."""
 CLOSEST_SCORE = 3e-5
-"""The score of the last expert that is chosen to that of the first that is not."""
+"""The least distance between the scores of the last expert that is chosen and the first that is not."""
 
 
 class _Seen(NamedTuple):
-    """What a loss has read of one sample."""
+    """The values of one sample that a loss has read."""
 
     loss_R: Tensor
     log_ratio_R: Tensor
     log_weights_R: Tensor | None
-    """The log-weights of the tokens that take an importance weight."""
+    """The log-weights of the tokens that have an importance weight."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Watch:
     score: float = float("inf")
 
     def losses(self, loss: Loss) -> Loss:
-        """The loss, and a look at what enters it."""
+        """Wrap the loss so that it records its inputs."""
 
         def watched(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
             loss_R, metrics = loss(inputs, options)
@@ -59,7 +59,7 @@ class Watch:
         return watched
 
     def routers(self, model: torch.nn.Module) -> None:
-        """Look at every router's scores, until the model goes."""
+        """Record every router's scores as long as the model exists."""
         for module in model.modules():
             if hasattr(module, "gating") and hasattr(module, "topk"):
                 self._watch_router(module)
@@ -81,7 +81,7 @@ class Watch:
         router.gating = watched
 
     def near(self, batch: TrainBatch) -> str:
-        """What the run came too near to; empty: nothing. It has to have seen every row of `batch`, in order."""
+        """Return the edge that the run came too near to, or ""; every row of `batch` must have been seen, in order."""
         assert len(self.seen) == len(batch), "a sample a micro-batch"
         closest = self.score / CLOSEST_SCORE
         if closest < 1:
@@ -98,7 +98,7 @@ class Watch:
         return "a clip's edge" if too_near else ""
 
     def size(self, batch: TrainBatch) -> float:
-        """The mean of |loss| over the tokens that count."""
+        """Return the mean of |loss| over the counted tokens."""
         losses = torch.cat([seen.loss_R for seen in self.seen]).abs().numpy()
         return float(losses[batch.columns["loss_mask"] > 0].mean(dtype=np.float64))
 

@@ -1,7 +1,7 @@
-"""Small random models as Hugging Face directories, actor and reference of each, made where they are asked for.
+"""Small random models as Hugging Face directories, an actor and a reference of each, made when they are needed.
 
-Of every family, with and without a width and a depth that a layout may need: four KV heads for tensor parallelism 4,
-four layers for virtual stages.
+Each family also has variants of the sizes that some layouts need: four KV heads for tensor parallelism 4, and four
+layers for virtual stages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DENSE = ("glm4", "qwen3", "qwen2", "llama3")
 MOE = ("qwen3_moe", "glm4_moe")
 NUM_EXPERTS, TOPK = 4, 2
 VOCAB = 61
-"""Not a multiple of anything."""
+"""The vocabulary size, a multiple of nothing, so that tables have padding."""
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -77,7 +77,7 @@ class Model:
                 raise AssertionError(self.family)
 
     def directories(self, root: Path) -> tuple[Path, Path]:
-        """Actor and reference."""
+        """Return the directories of actor and reference."""
         folder = root / f"{self.family}-{self.num_layers}-{self.num_query_groups}"
         found = folder / "actor", folder / "reference"
         for seed, path in enumerate(found):

@@ -1,10 +1,11 @@
-"""One step of a draw, cut and in one process, and how far the two are from each other.
+"""One step of a draw, split over ranks and in one process, and the distance between the two.
 
-Path: `draws` says what is run; the functions here run in the processes of the pool. Invariant: what is compared is
-whole: tensors by their Hugging Face names, gathered from all ranks, and every rank has come to the same.
+- Where it sits: `draws` describes the runs, and the functions here run in the processes of the pool.
+- Invariant: only whole tensors are compared, by their Hugging Face names, gathered from all ranks; every rank has to
+  have the same result.
 
-A comparison says nothing about a point where the loss is not smooth: the smallest rounding decides there. Where the one
-process comes near one (`edges`), the draw's samples are drawn again.
+At a point where the loss is not smooth, the smallest rounding decides, so a comparison means nothing there. If the
+single process comes near such a point (`edges`), the draw gets new samples.
 
 Shapes: _R response tokens of all samples.
 """
@@ -35,55 +36,56 @@ from tests.worker_pool import WorkerPool
 Arrays = dict[str, np.ndarray]
 
 TOLERANCE = 1e-5
-"""Of everything as a whole, relative."""
+"""The relative tolerance of a whole set of tensors."""
 TENSOR_TOLERANCE = 1e-4
-"""Of one tensor's gradient, which may be a small part of the whole one: a wrong one may hide in that."""
+"""The relative tolerance of one tensor's gradient: a wrong one might be too small to show in the whole."""
 SMALLEST_PART = 5e-3
-"""Of the whole gradient's norm: a tensor with less is measured as if it had this much, so that what it may be off by is
-four roundings (2**-23) of the whole. Where each sequence is one token, queries and keys have nothing but rounding."""
+"""A share of the whole gradient's norm. A tensor with a smaller norm is measured as if it had this one, so it may be
+off by four roundings (2**-23) of the whole. If each sequence is one token, queries and keys have rounding errors only.
+"""
 CANCELLED = 0.1
-"""A loss of less than this share of its terms' mean size is measured against that share: its terms cancel."""
+"""A share of the mean size of the loss's terms; a smaller loss, whose terms cancel, is measured against it."""
 LEAST_GRADIENT = 1e-3
 OF_THE_CUT = ("num_micro_batches", "fill", "dp_imbalance", "tokens_per_second", "loss", "grad_norm")
-"""Of metrics, those that tell how the work was cut, and those that are compared by themselves."""
+"""Metrics that describe how the work was split, and metrics that are compared separately."""
 MOST_ATTEMPTS = 30
 TIMEOUT = 600.0
-"""Seconds of a run: the first one in a process waits until it has imported Megatron, on a machine that may be busy."""
+"""The time limit of a run in seconds; the first run in a process includes the import of Megatron."""
 
 
 @dataclass
 class Outcome:
-    """Of one rank; only rank 0 brings arrays."""
+    """The result of one rank; only rank 0 returns arrays."""
 
     metrics: dict[str, float]
     digest: str
-    """Of all weights after the step, as this rank gathered them."""
+    """The digest of all weights after the step, as this rank gathered them."""
     gradients: Arrays
     weights: Arrays
     critic_gradients: Arrays
     critic_weights: Arrays
-    """None without a critic."""
+    """The critic's result; None without a critic."""
 
 
 @dataclass
 class Plain:
-    """The one process."""
+    """The result of the single process."""
 
     outcome: Outcome
     batch: TrainBatch
-    """With the log-probs that were drawn around the policy's."""
+    """The samples, with the log-probs that were drawn near the policy's."""
     near: str
-    """Why it cannot be compared with; empty: it can."""
+    """The reason why nothing can be compared with it; empty if it can."""
     size: float
-    """Of the terms of the loss."""
+    """The mean size of the terms of the loss."""
 
 
 def ready(rank: int, world_size: int, init_method: str) -> None:
-    """Whoever runs this has imported all that a step needs."""
+    """Do nothing: whoever runs this has imported all that a step needs."""
 
 
 def plain_step(rank: int, world_size: int, init_method: str, args: Args, draw: Draw, attempt: int) -> Plain:
-    """In one process; makes what the cut run gets."""
+    """Run the step in one process, and make the samples for the split run."""
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     watch = Watch()
     try:
@@ -106,7 +108,7 @@ def plain_step(rank: int, world_size: int, init_method: str, args: Args, draw: D
 def cut_step(
     rank: int, world_size: int, init_method: str, args: Args, batch: TrainBatch, bug: str | None = None
 ) -> Outcome:
-    """In as many processes as the layout has; with a bug of `BUGS`, if one is named."""
+    """Run the step on one rank of the layout, with the named bug of `BUGS`, if any."""
     with BUGS[bug]() if bug else nullcontext():
         trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
         try:
@@ -118,7 +120,7 @@ def cut_step(
 
 
 def _wake(trainer: Trainer) -> None:
-    """A critic's value head begins at 0, and lets no gradient through: give it numbers."""
+    """Give the critic's value head numbers: it begins at 0, where it passes no gradient on."""
     if trainer.critic is None:
         return
     for chunk in trainer.critic.model:
@@ -154,7 +156,7 @@ def _gathered(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> Arrays:
 
 
 def _complete_gradients(model: ModelChunks) -> None:
-    """A distributed optimizer leaves each rank the sums of its own shard of every bucket: bring all together."""
+    """Complete the gradients: with a distributed optimizer each rank has only its own shard of every bucket."""
     for wrapped in model:
         chunk: Any = wrapped
         if not chunk.ddp_config.use_distributed_optimizer:
@@ -171,15 +173,15 @@ def _complete_gradients(model: ModelChunks) -> None:
 
 @dataclass(frozen=True)
 class Pair:
-    """A draw's two runs."""
+    """The two runs of a draw."""
 
     plain: Plain
     cut: Outcome
     near: tuple[str, ...]
-    """Why its samples were drawn again, if they were."""
+    """The reasons why its samples were drawn again."""
 
     def errors(self) -> dict[str, float]:
-        """How far apart they are, in units of what is allowed."""
+        """Return how far the runs are apart, in units of the tolerance."""
         plain, cut = self.plain.outcome, self.cut
         loss, norm = plain.metrics["train/loss"], plain.metrics["train/grad_norm"]
         whole = _norm(plain.gradients)
@@ -194,7 +196,7 @@ class Pair:
         }
 
     def _of_critic(self) -> dict[str, float]:
-        """The same of the critic, where there is one."""
+        """Return how far the critics are apart; empty without a critic."""
         plain, cut = self.plain.outcome, self.cut
         if not plain.critic_weights:
             return {}
@@ -238,7 +240,7 @@ def _norm(values: Arrays) -> float:
 
 
 def run_plain(workers: WorkerPool, draw: Draw, root: Path) -> tuple[Plain, tuple[str, ...]]:
-    """The one process, clear of all edges."""
+    """Run the single process, with new samples until it is clear of all edges; return it, and why others were not."""
     near: list[str] = []
     args = draw.args(root, cut=False)
     for attempt in range(MOST_ATTEMPTS):
@@ -250,13 +252,13 @@ def run_plain(workers: WorkerPool, draw: Draw, root: Path) -> tuple[Plain, tuple
 
 
 def run_pair(workers: WorkerPool, draw: Draw, root: Path, bug: str | None = None) -> Pair:
-    """Both runs."""
+    """Run the draw in one process and split."""
     plain, near = run_plain(workers, draw, root)
     return Pair(plain, run_cut(workers, draw, root, plain.batch, bug), near)
 
 
 def run_cut(workers: WorkerPool, draw: Draw, root: Path, batch: TrainBatch, bug: str | None = None) -> Outcome:
-    """All ranks, which have to have come to the same."""
+    """Run all ranks, which have to have the same result, and return it."""
     if draw.shuffled:
         batch = batch.select(np.random.default_rng(draw.seed).permutation(len(batch)).tolist())
     ranks = workers.run(draw.num_ranks, cut_step, draw.args(root, cut=True), batch, bug, timeout=TIMEOUT)

@@ -14,8 +14,8 @@ from tests.layouts.one_step import Pair, run_cut, run_pair, run_plain
 pytestmark = pytest.mark.dist
 
 SHORT = ((10, 2), (38, 2), (30, 2), (27, 4), (33, 4), (101, 4))
-"""Seeds, and processes. In the first two experts are cut by tensors otherwise than the layers around them, in the last
-two layers lie on virtual stages; three have a critic."""
+"""Seeds and numbers of processes. In the first two draws the experts' tensor parallelism differs from the other
+layers', in the last two there are virtual stages; three have a critic."""
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("seed", "num_ranks"), SHORT)
-def test_a_step_does_not_depend_on_how_it_is_cut(seed: int, num_ranks: int, workers: WorkerPool, root: Path) -> None:
+def test_a_split_step_equals_the_whole_one(seed: int, num_ranks: int, workers: WorkerPool, root: Path) -> None:
     drawn = draw(seed, root, num_ranks=num_ranks)
     errors = run_pair(workers, drawn, root).errors()
     assert max(errors.values()) <= 1, (str(drawn), errors)
 
 
 @pytest.mark.parametrize("bug", sorted(BUGS))
-def test_the_first_draw_that_goes_there_notices_a_bug(bug: str, workers: WorkerPool, root: Path) -> None:
+def test_the_first_draw_with_a_bug_notices_it(bug: str, workers: WorkerPool, root: Path) -> None:
     drawn = next(each for each in (draw(seed, root, num_ranks=2) for seed in range(100)) if exercises(bug, each))
     plain, near = run_plain(workers, drawn, root)
     wrong = Pair(plain, run_cut(workers, drawn, root, plain.batch, bug), near).errors()
@@ -42,5 +42,5 @@ def test_the_first_draw_that_goes_there_notices_a_bug(bug: str, workers: WorkerP
     assert max(right.values()) <= 1, (str(drawn), right)
 
 
-def test_a_seed_says_all(root: Path) -> None:
+def test_the_seed_decides_the_whole_draw(root: Path) -> None:
     assert draw(7, root) == draw(7, root) and str(draw(7, root)) != str(draw(8, root))

@@ -1,8 +1,8 @@
-"""Our own code alone, in float64: packing, the cut, log-probs, advantages, losses and their weights, without Megatron.
+"""Our own code alone, in float64: packing, the split, log-probs, advantages, losses and their weights, no Megatron.
 
-A token's hidden state is its row of a table, so there are no layers, and nothing but rounding in the sixteenth digit
-between any cut of the work and the papers' formulas, one sample after another. What float32 would hide is seen: a
-denominator that is off by one token in ten thousand, an epsilon in the wrong place.
+A token's hidden state is its row of a table, so there are no layers. Only rounding in the sixteenth digit separates any
+split of the work from the papers' formulas, computed one sample after another. So these tests notice faults that
+float32 would hide: a denominator that is off by one token in ten thousand, an epsilon in the wrong place.
 
 Shapes: _N samples, _R response tokens, _G samples of a group.
 """
@@ -95,7 +95,7 @@ class Found:
     log_probs_R: np.ndarray
     table: np.ndarray
     head: np.ndarray
-    """Gradients of both."""
+    """The gradients of table and head."""
 
 
 def _args(algorithm: str, layout: str = "1 process") -> Args:
@@ -112,7 +112,7 @@ def _weights() -> tuple[Tensor, Tensor]:
 
 
 def _batch() -> TrainBatch:
-    """Log-probs of all other policies lie around the trained one's; one reward failed, one sample is masked."""
+    """Make a batch with log-probs of other policies near the trained one's, a failed reward and a masked sample."""
     chance = np.random.default_rng(0)
     prompts_N, responses_N = chance.integers(1, 5, len(GROUPS_N)), chance.integers(1, 14, len(GROUPS_N))
     row_R = np.repeat(np.arange(len(GROUPS_N)), responses_N)
@@ -140,7 +140,7 @@ def _batch() -> TrainBatch:
 
 
 def _cut(rank: int, world_size: int, init_method: str, algorithms: list[Args]) -> list[Found]:
-    """Each algorithm in the layout that all of them have. Of every rank the whole: sums over all ranks."""
+    """Run each algorithm in the layout that all of them have; return sums over all ranks."""
     wide = {name: replace(column, dtype="float64") for name, column in COLUMNS.items() if column.dtype == "float32"}
     with joined(algorithms[0], rank, world_size, init_method) as topology, patch.dict(COLUMNS, wide):
         return [_one_step(args, topology, _batch()) for args in algorithms]
@@ -218,7 +218,7 @@ def _one_step(args: Args, topology: Topology, batch: TrainBatch) -> Found:
 
 
 def _rows(batch: TrainBatch, table: Tensor, head: Tensor, temperature: float) -> list[tuple[Tensor, Tensor]]:
-    """Log-probs and entropies of each sample's response."""
+    """Return log-probs and entropies of each sample's response."""
     found: list[tuple[Tensor, Tensor]] = []
     for row, length in zip(batch.rows("tokens"), batch.response_lengths_N.tolist(), strict=True):
         tokens = torch.from_numpy(row)
@@ -229,14 +229,14 @@ def _rows(batch: TrainBatch, table: Tensor, head: Tensor, temperature: float) ->
 
 
 def _counts(args: Args, batch: TrainBatch) -> list[bool]:
-    """A reward that failed, and what no reward is compared with, do not count; an empty mask has nothing to count."""
+    """Return which samples count: those with a reward, another one to compare it with, and an unmasked token."""
     rewards = batch.columns["rewards"]
     judged = [args.loss_type == "sft_loss" or not np.isnan(reward) for reward in rewards]
     return [ok and bool(mask.any()) for ok, mask in zip(judged, batch.rows("loss_mask"), strict=True)]
 
 
 def _advantages(args: Args, batch: TrainBatch) -> list[np.ndarray]:
-    """One number a token of each sample, by loops over samples and tokens."""
+    """Return one number for each token of each sample, by loops over samples and tokens."""
     masks, rewards = batch.rows("loss_mask"), batch.columns["rewards"].copy()
     gaps = [old - ref for old, ref in zip(batch.rows("old_log_probs"), batch.rows("ref_log_probs"), strict=True)]
     name, judged = args.advantage_estimator, ~np.isnan(rewards)
@@ -268,7 +268,7 @@ def _advantages(args: Args, batch: TrainBatch) -> list[np.ndarray]:
 
 
 def _returns(args: Args, reward: float, gap: np.ndarray, mask: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Discounted returns of the tokens that count, or for ppo GAE's sums."""
+    """Return the discounted returns of the counted tokens; for ppo the sums of GAE."""
     places = np.flatnonzero(mask)
     found = np.zeros(len(mask))
     later, next_value = 0.0, 0.0
@@ -287,9 +287,7 @@ def _surrogate(args: Args, chosen: Tensor, old: Tensor, advantages: Tensor, mask
     ratio = (chosen - old).exp()
     if args.advantage_estimator == "cispo":
         return -ratio.detach().clamp(low, high) * advantages * chosen
-    if (
-        args.advantage_estimator == "gspo"
-    ):  # as arXiv:2507.18071 eq. 7 has it: all of its gradient, of the whole response
+    if args.advantage_estimator == "gspo":  # arXiv:2507.18071, equation 7: the whole gradient of the whole response
         ratio = (((chosen - old) * mask).sum() / mask.sum()).exp().expand(len(chosen))
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
     if args.eps_clip_c is not None:
@@ -354,7 +352,7 @@ def test_every_algorithm_in_float64(layout: str, workers: WorkerPool) -> None:
 
 
 def test_controls() -> None:
-    """No two algorithms come to the same, and a token more in a denominator is seen."""
+    """Notice the difference between any two algorithms, and one token more in a denominator."""
     found = {algorithm: _by_hand(_args(algorithm)) for algorithm in ALGORITHMS}
     for one in found:
         for other in found:

@@ -111,7 +111,7 @@ def test_a_field_without_its_row_is_noticed(tmp_path: Path) -> None:
     assert found.returncode != 0 and 'PER_TOKEN[-1] == "surprises"' in found.stderr
 
 
-def test_every_loss_input_is_a_field_of_loss_inputs() -> None:
+def test_every_loss_input_has_a_field() -> None:
     from dataclasses import fields
 
     from slime.algo.losses import LossInputs

@@ -28,7 +28,7 @@ def test_the_installed_packages_have_every_name() -> None:
 
 
 @pytest.mark.parametrize("row", CHECKED, ids=lambda row: f"{row.target}:{row.names[0]}")
-def test_a_renamed_name_is_an_error_at_the_start(row: Names) -> None:
+def test_a_renamed_name_fails_at_the_start(row: Names) -> None:
     if row.cuda_only and not torch.cuda.is_available():
         pytest.skip("the name is required with CUDA only")
     renamed = replace(row, names=("_renamed_upstream",))
@@ -102,7 +102,7 @@ def swaps(tree: ast.AST) -> list[int]:
     return wrong
 
 
-def test_every_private_name_in_use_is_in_the_table() -> None:
+def test_the_table_has_every_private_name_used() -> None:
     known = {name for row in TABLE for name in row.names} | {"_C"}  # torch._C is a target
     for place in PLACES:
         for path in [place] if place.suffix else sorted(place.rglob("*.py")):
@@ -131,7 +131,7 @@ def test_importing_slime_changes_nothing_in_megatron() -> None:
     assert done.stdout.split("\n")[0] == "(False, 0) True 1"
 
 
-def test_a_module_in_another_ones_place_is_read_from_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_module_is_read_from_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core.jit", ModuleType("megatron.core.jit"))
     [row] = [row for row in TABLE if row.target == "megatron.core.jit"]
     require_all((row,))

@@ -54,7 +54,7 @@ FLAGS += ["--vocab-size", "300", "--add-qkv-bias", "--qk-layernorm", "--dry-run"
 
 @pytest.fixture
 def mistral() -> Iterator[None]:
-    """Add the row."""
+    """Add the row for Mistral."""
     rows = cast(dict[str, Family], FAMILIES)
     rows["mistral"] = MISTRAL
     yield
@@ -105,7 +105,7 @@ def test_without_its_row_the_family_is_unknown() -> None:
     assert load_args(FLAGS, training=False)[0].architecture is None
 
 
-def test_only_its_file_and_the_registry_name_a_family() -> None:
+def test_no_other_file_names_a_family() -> None:
     """Code elsewhere reads a field of the record; it compares no names."""
     places: dict[str, set[str]] = {name: set() for name in FAMILIES}
     for path in [*(ROOT / "slime").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "bench").glob("*.py")]:

@@ -87,7 +87,7 @@ def test_groups_are_identified_by_their_number(make: Callable[[], TrackedSource]
     assert _indices(source.get_groups(3, rollout_id=1)) == [77, 2, 0]
 
 
-def test_the_source_s_own_methods_stay_in_reach(make: Callable[[], TrackedSource]) -> None:
+def test_the_sources_own_methods_can_be_called(make: Callable[[], TrackedSource]) -> None:
     source = make()
     source.get_groups(1, rollout_id=0)
     assert source.num_prompts == 6

@@ -150,7 +150,7 @@ def test_a_hang_costs_no_other_async_task() -> None:
         assert verdict == (Verdict(None, GUILTY[label]) if label in GUILTY else Verdict(1.0)), label
 
 
-def test_unknown_guilt_judges_all_again_alone() -> None:
+def test_an_unknown_culprit_judges_all_again_alone() -> None:
     """The process ends in a callback of the loop, in which no task's code runs."""
     args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_timeout=2.0)
     labels = ["0.2", "0.2", "exit later", "0.2", "0.2", "exit later", "0.2"]
