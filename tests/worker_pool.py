@@ -1,7 +1,7 @@
 """Processes for tests that need several ranks. They live from test to test, since importing megatron takes seconds.
 
 `workers.run(2, function, *args)` calls `function(rank, world_size, init_method, *args)` in two processes and returns
-both results. `function` stands at the top of a test module, and joins and leaves its process groups itself:
+both results. `function` is at the top level of a test module, and joins and leaves its process groups itself:
 `with joined(args, rank, world_size, init_method) as topology: ...`.
 """
 

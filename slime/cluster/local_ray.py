@@ -32,7 +32,7 @@ def address_fault(address: str, *, within: float = ANSWER_WITHIN_S) -> str | Non
     if address in ("auto", "local"):
         return None
     if "://" in address:
-        what = "for Ray Client" if address.startswith("ray://") else "not a Ray's: it is one for `ray job submit`"
+        what = "for Ray Client" if address.startswith("ray://") else "for `ray job submit`"
         return f"{ADDRESS}={address}: the address is {what}; write it as HOST:PORT of `ray start --head`, or unset it"
     parts = re.fullmatch(r"(?:\[([^\]]+)\]|([^:\s]+)):([0-9]{1,5})", address)
     if parts is None or not 0 < int(parts[3]) < 65536:

@@ -59,9 +59,9 @@ def ended(run: ChaosRun) -> list[Row]:
         return [(f"{name}: ends", str(error), False)]
     seconds = time.monotonic() - begin
     processes, files, memory = run.left_over(), run.files_left(), nobodys(shared_memory() - before)
-    said = f"{seconds:.0f} s, {run.rollouts()} rollouts" if code == 0 else run.last_line
+    ending = f"{seconds:.0f} s, {run.rollouts()} rollouts" if code == 0 else run.last_line
     return [
-        (f"{name}: ends", said, code == 0 and run.rollouts() == NUM_ROLLOUTS),
+        (f"{name}: ends", ending, code == 0 and run.rollouts() == NUM_ROLLOUTS),
         (f"{name}: processes left over", "; ".join(processes) or "none", not processes),
         (f"{name}: temporary files left over", " ".join(files) or "none", not files),
         (f"{name}: shared memory left over", " ".join(memory) or "none", not memory),

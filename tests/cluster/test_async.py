@@ -113,7 +113,7 @@ def consumed(*parts: tuple[Path, range]) -> Counter[int]:
     return Counter(sample.index for save, rollouts in parts for r in rollouts for sample in samples_of(save, r))
 
 
-def told(save: Path) -> dict[tuple[float, str], float]:
+def exact_metrics(save: Path) -> dict[tuple[float, str], float]:
     """Return all metrics by step and name, except those that depend on a clock or a scale."""
     measured = ("time", "memory/", "sync/", "_per_second")
     return {
@@ -136,7 +136,7 @@ def test_a_killed_run_ends_as_the_unbroken(task: Task, drained: Path, tmp_path: 
     assert [samples_of(save, r) for r in (2, 3)] == [samples_of(drained, r) for r in (2, 3)]
     assert consumed((drained, range(2)), (save, range(2, 4))) == dict.fromkeys(range(64), 1)
     assert weights(save / "hf-3") == weights(drained / "hf-3") != weights(drained / "hf-1")
-    assert told(save) == told(drained)
+    assert exact_metrics(save) == exact_metrics(drained)
 
 
 # --- a failure in the background ---------------------------------------------------------------------------------
@@ -245,17 +245,17 @@ def test_a_token_is_one_version_old_at_most(interrupted: Path) -> None:
 
 def test_a_kill_loses_and_repeats_no_prompt(task: Task, interrupted: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    behind = next(r for r in range(LAST) if data_side(interrupted, r)["data_source"]["in_flight"])
-    assert data_side(interrupted, behind)["made"] is None
-    copy_checkpoint(interrupted, save, behind)
+    half_made = next(r for r in range(LAST) if data_side(interrupted, r)["data_source"]["in_flight"])
+    assert data_side(interrupted, half_made)["made"] is None
+    copy_checkpoint(interrupted, save, half_made)
     finished = {
         sample["index"]: sample["tokens"]
-        for group in data_side(save, behind)["data_source"]["in_flight"]
+        for group in data_side(save, half_made)["data_source"]["in_flight"]
         for sample in group
         if sample["status"] in ("completed", "truncated")
     }
-    train([*aborting(task, save), "--num-rollout", str(behind + 3)], tmp_path / "log.txt", PROGRAM)
-    done = range(behind + 1), range(behind + 1, behind + 3)
-    assert consumed((interrupted, done[0]), (save, done[1])) == dict.fromkeys(range(16 * (behind + 3)), 1)
-    again = {sample.index: sample.tokens for sample in samples_of(save, behind + 1)}
+    train([*aborting(task, save), "--num-rollout", str(half_made + 3)], tmp_path / "log.txt", PROGRAM)
+    done = range(half_made + 1), range(half_made + 1, half_made + 3)
+    assert consumed((interrupted, done[0]), (save, done[1])) == dict.fromkeys(range(16 * (half_made + 3)), 1)
+    again = {sample.index: sample.tokens for sample in samples_of(save, half_made + 1)}
     assert all(again[index] == tokens for index, tokens in finished.items()), "what was finished is not made again"

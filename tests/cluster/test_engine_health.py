@@ -135,12 +135,12 @@ def test_a_blocked_loop_is_no_engines_silence(monkeypatch: pytest.MonkeyPatch) -
     try:
         assert process.stdout is not None
         url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        said = asyncio.run(watch(process, url))
+        reported = asyncio.run(watch(process, url))
     finally:
         process.kill()
         process.wait()
     hung = "has answered no health check for 1 s (--engine-health-timeout)"
-    assert said == [hung] * 20 + [f"the engine {url} died during generation"] * 20, "control: a hang is noticed"
+    assert reported == [hung] * 20 + [f"the engine {url} died during generation"] * 20, "control: a hang is noticed"
 
 
 def test_restarts_are_counted_within_an_hour() -> None:

@@ -47,7 +47,7 @@ def test_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "says"),
+    ("address", "message"),
     [
         ("garbage", "no address of the form HOST:PORT"),
         ("127.0.0.1", "no address of the form HOST:PORT"),
@@ -56,13 +56,13 @@ def test_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
         ("::1:6379", "no address of the form HOST:PORT"),
         ("a b:6379", "no address of the form HOST:PORT"),
         ("ray://127.0.0.1:10001", "the address is for Ray Client"),
-        ("http://127.0.0.1:8265", "`ray job submit` takes such a one"),
+        ("http://127.0.0.1:8265", "the address is for `ray job submit`"),
     ],
 )
-def test_an_address_that_no_ray_has(address: str, says: str) -> None:
+def test_an_address_that_no_ray_has(address: str, message: str) -> None:
     fault = address_fault(address, within=0.1) or ""
     assert fault.startswith(f"RAY_ADDRESS={address}: ")
-    assert says in fault
+    assert message in fault
 
 
 def test_an_address_at_which_something_listens() -> None:

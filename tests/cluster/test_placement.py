@@ -89,8 +89,8 @@ def test_an_embedded_engine_takes_no_gpu(place: Callable[..., Placement]) -> Non
 
 def test_external_engines_and_debugging_take_none(place: Callable[..., Placement]) -> None:
     urls = ("http://127.0.0.1:1", "http://127.0.0.1:2")
-    beside = demand(some_args(actor_num_gpus_per_node=4, rollout_num_gpus=2, rollout_external_engines=urls), 4)
-    assert (beside.num_gpus, beside.num_engines) == (4, 0)
+    external = demand(some_args(actor_num_gpus_per_node=4, rollout_num_gpus=2, rollout_external_engines=urls), 4)
+    assert (external.num_gpus, external.num_engines) == (4, 0)
     alone = place(actor_num_gpus_per_node=4, rollout_num_gpus=4, colocate=True, debug_rollout_only=True)
     assert (alone.num_trainers, alone.num_engines) == (0, 4)
 
@@ -158,6 +158,6 @@ def test_phases_are_printed_while_engines_start(four_gpus: None, capsys: pytest.
         return 5
 
     waiter = Waiter(where="/nowhere", limit=60.0, because="--phase-timeout")
-    said: list[int] = []
-    assert waiter.get("waiting", [slow.remote()], meanwhile=lambda: said.append(1), every=0.2) == [5]
-    assert said
+    calls: list[int] = []
+    assert waiter.get("waiting", [slow.remote()], meanwhile=lambda: calls.append(1), every=0.2) == [5]
+    assert calls

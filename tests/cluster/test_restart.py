@@ -90,8 +90,8 @@ def waiter(steady: Any) -> Waiter:
 
 def test_a_refusal_is_not_a_fault(waiter: Waiter, steady: Any) -> None:
     assert waiter.get("trying", [steady.say.remote("here"), steady.say.remote("there")]) == ["here", "there"]
-    said = "trying failed: the steady one: ValueError: --flag 3: too much\nlogs: LOGS"
-    with pytest.raises(RunError, match=said) as caught:
+    expected = "trying failed: the steady one: ValueError: --flag 3: too much\nlogs: LOGS"
+    with pytest.raises(RunError, match=expected) as caught:
         waiter.get("trying", [steady.refuse.remote(ValueError("--flag 3: too much"))])
     assert not isinstance(caught.value, Fault)
 
@@ -134,10 +134,10 @@ def test_only_the_silent_process_is_named(waiter: Waiter, steady: Any, doomed: A
 
 def test_background_work_fails_under_its_own_name(waiter: Waiter, doomed: Any) -> None:
     waiter.name(doomed, "the doomed one")
-    waiter.watch("the work behind", doomed.die.remote())
+    waiter.watch("the work in the background", doomed.die.remote())
     busy = Actor.options(num_cpus=0).remote()
     try:
-        with pytest.raises(Fault, match="the work behind failed: the doomed one died"):
+        with pytest.raises(Fault, match="the work in the background failed: the doomed one died"):
             waiter.get("trying", [busy.hang.remote()])
     finally:
         ray.kill(busy)

@@ -149,5 +149,7 @@ def test_replaying_the_samples_gives_the_same_weights(task: Task, unbroken: Path
     first, last = ({entry.name: entry for entry in files.places[at].tensors} for at in (0, -1))
     tokens = [token for group in read_dump(unbroken / "dump/2.jsonl") for sample in group for token in sample.tokens]
     assert files.tensor(first["tokens"]).tolist() == tokens
-    behind = {name: files.tensor(entry).numpy().tobytes() for name, entry in last.items() if name.startswith("weight ")}
-    assert behind == {f"weight {name}": content for name, content in weights(unbroken / "hf").items()}
+    after_last = {
+        name: files.tensor(entry).numpy().tobytes() for name, entry in last.items() if name.startswith("weight ")
+    }
+    assert after_last == {f"weight {name}": content for name, content in weights(unbroken / "hf").items()}

@@ -32,11 +32,11 @@ class Ends:
     """Return the watchdog's message, once there is one."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.troubles: list[str] = []
         self._event = threading.Event()
 
     def __call__(self, trouble: str) -> None:
-        self.said.append(trouble)
+        self.troubles.append(trouble)
         self._event.set()
 
     def within(self, seconds: float) -> bool:
@@ -63,7 +63,7 @@ def test_only_the_stopped_server_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         assert not ends.within(2 * LIMIT_S), "control: what answers is well"
         process.send_signal(signal.SIGSTOP)
         assert ends.within(60)
-        assert ends.said == [f"the GCS has not answered for {LIMIT_S:g} s"]
+        assert ends.troubles == [f"the GCS has not answered for {LIMIT_S:g} s"]
         watchdog.close()
 
 
@@ -77,7 +77,7 @@ def test_an_unfinished_task_of_the_driver_ends_it(monkeypatch: pytest.MonkeyPatc
     assert not ends.within(1)
     watchdog.expect("ending the run", 0.5)
     assert ends.within(60)
-    assert ends.said == ["ending the run: Ray has not done it within 0.5 s"]
+    assert ends.troubles == ["ending the run: Ray has not done it within 0.5 s"]
 
 
 def test_suspended_time_does_not_count() -> None:
@@ -86,7 +86,7 @@ def test_suspended_time_does_not_count() -> None:
         "import sys, time\n"
         "from slime.cluster import watchdog\n"
         "watchdog.PING_S = 0.1\n"
-        "dog = watchdog.Watchdog(limit=1, end=lambda said: print(said, flush=True))\n"
+        "dog = watchdog.Watchdog(limit=1, end=lambda trouble: print(trouble, flush=True))\n"
         "dog.expect('a long thing', 2.0)\n"
         "print('started', flush=True)\n"
         "time.sleep(600)\n"

@@ -270,19 +270,21 @@ def test_weights_of_another_model(run: Run, field: str) -> None:
     shutil.copytree(run.hf, other)
     words = (field, str(other), *(("--advantage-estimator", "ppo") if field == "--critic-load" else ()))
 
-    def told(**change: Any) -> str:
+    def problem(**change: Any) -> str:
         (other / "config.json").write_text(json.dumps(GLM4_TINY | change))
         errors = run.errors(*words)
         assert [text for text in run.warnings(*words, "--dry-run") if text.startswith(field)] == errors
         return "".join(errors)
 
-    assert told() == told(max_position_embeddings=4096) == ""
-    assert f"{field} {other}: its config.json has --norm-epsilon 0.01, and the model 1e-05" in told(rms_norm_eps=0.01)
-    assert "--rotary-base 500, and the model 10000" in told(rope_parameters={"rope_theta": 500.0})
-    assert "model_type llama, and the model is glm4" in told(model_type="llama", attention_bias=False)
-    assert "is_causal False is not supported" in told(is_causal=False)
+    assert problem() == problem(max_position_embeddings=4096) == ""
+    assert f"{field} {other}: its config.json has --norm-epsilon 0.01, and the model 1e-05" in problem(
+        rms_norm_eps=0.01
+    )
+    assert "--rotary-base 500, and the model 10000" in problem(rope_parameters={"rope_theta": 500.0})
+    assert "model_type llama, and the model is glm4" in problem(model_type="llama", attention_bias=False)
+    assert "is_causal False is not supported" in problem(is_causal=False)
     meant = ("--norm-epsilon", "0.01", "--override-hf-config", "norm-epsilon")
-    told(rms_norm_eps=0.01)
+    problem(rms_norm_eps=0.01)
     assert run.errors(*words, *meant) == []
 
 

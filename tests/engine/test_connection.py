@@ -115,10 +115,10 @@ def test_a_failed_connection_has_its_own_error() -> None:
             each.setblocking(False)
             each.connect_ex(address)
         url = f"http://127.0.0.1:{address[1]}"
-        said = asyncio.run(ask(url, patience=1))
+        error = asyncio.run(ask(url, patience=1))
         for each in fill:
             each.close()
-    assert said == f"{url} did not answer: no connection within {CONNECT_S:g} s"
+    assert error == f"{url} did not answer: no connection within {CONNECT_S:g} s"
 
 
 def test_a_missing_answer_has_its_own_error(server: str) -> None:

@@ -23,10 +23,10 @@ def found(urls: list[str], model: Path, **flags: Any) -> FoundEngines:
     given: dict[str, Any] = {"bf16": False, "engine_start_timeout": 0.5, **flags}
     arch = hf_architecture(read_hf_config(model))
     args = Args(rollout_external_engines=tuple(urls), hf_checkpoint=str(model), architecture=arch, **given)
-    return asyncio.run(find_engines(args, say=said.append))
+    return asyncio.run(find_engines(args, say=messages.append))
 
 
-said: list[str] = []
+messages: list[str] = []
 
 
 def test_engines_of_the_model_are_taken(glm4_engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
@@ -44,14 +44,14 @@ def test_another_model_is_refused_with_the_differences(
     arch = replace(hf_architecture(read_hf_config(model_dirs["glm4"])), vocab_size=130)
     args = Args(rollout_external_engines=(glm4_engine.url,), architecture=arch)
     with pytest.raises(ValueError, match="vocab_size 128 there and 130 here"):
-        asyncio.run(find_engines(args, say=said.append))
+        asyncio.run(find_engines(args, say=messages.append))
 
 
 def test_an_engine_that_is_not_there_is_named(glm4_engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
     url = f"http://127.0.0.1:{find_free_port()}"
     with pytest.raises(EngineError, match=rf"{url} did not answer: not healthy within --engine-start-timeout 0\.5 s"):
         found([glm4_engine.url, url], model_dirs["glm4"])
-    assert said == [f"waiting for the engine {url}, up to 0.5 s (--engine-start-timeout)"]
+    assert messages == [f"waiting for the engine {url}, up to 0.5 s (--engine-start-timeout)"]
 
 
 def test_possible_mistakes_are_warnings(start_engine: StartEngine, model_dirs: dict[str, Path]) -> None:

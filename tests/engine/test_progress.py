@@ -178,10 +178,10 @@ def test_only_the_stuck_engine_is_named() -> None:
         ):
             asking = asyncio.create_task(outcome(client))
             await asyncio.sleep(LIMIT_S * 2.5)
-            said = [client.progress.trouble(engine.url) for engine in engines]
+            troubles = [client.progress.trouble(engine.url) for engine in engines]
             asking.cancel()
             await asyncio.wait([asking])
-            return said
+            return troubles
 
     wrong = "has made no progress with 1 requests for 0.8 s (--engine-request-timeout)"
     assert asyncio.run(run()) == [wrong, None, None]

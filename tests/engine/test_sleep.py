@@ -105,8 +105,8 @@ def test_other_weights_come_as_they_are(engine: ManagedProcess, model_dirs: dict
     for name, version in (("glm4-b", "3"), ("glm4", "4")):
         tensors = named(model_dirs[name])
         buffer = HostBuffer()
-        for part, told in ((tensors[:20], None), (tensors[20:], version)):
-            message = buffer.message([buffer.fill(next(Buckets(part, 2**30)))], version=told)
+        for part, part_version in ((tensors[:20], None), (tensors[20:], version)):
+            message = buffer.message([buffer.fill(next(Buckets(part, 2**30)))], version=part_version)
             assert post(engine, "/update_weights_from_tensor", message.to_json())[0] == 200
         buffer.free()
         synced = call(engine.url + "/weights_checker", {"action": "checksum"})[1]["per_engine_checksum"]

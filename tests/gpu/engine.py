@@ -155,7 +155,7 @@ async def compare(report: Report, client: EngineClient, model_dir: Path, *, limi
         wrong = statistics.mean(differences(model, prompts, answers["temperature 0.8"], 1.0))
         report.row("control: the same at the wrong temperature", wrong, f">= {5 * limit:g}", wrong >= 5 * limit)
         shifted = statistics.mean(differences(model, prompts[1:] + prompts[:1], answers["temperature 1"], 1.0))
-        report.row("control: behind another prompt", shifted, f">= {5 * limit:g}", shifted >= 5 * limit)
+        report.row("control: after another prompt", shifted, f">= {5 * limit:g}", shifted >= 5 * limit)
 
 
 def long_requests(client: EngineClient, count: int, tokens: int) -> list[asyncio.Task[GenerateResponse]]:
@@ -200,8 +200,10 @@ async def controls(report: Report, client: EngineClient, url: str, model_dir: Pa
 
 async def described(report: Report, client: EngineClient, dtype: str) -> None:
     [info] = await client.describe()
-    said = (info.model_type, info.num_ranks, info.dtype, info.context_length)
-    report.row("it says of itself", str(said), f"('glm4', 1, '{dtype}', ...)", said[:3] == ("glm4", 1, dtype))
+    reported = (info.model_type, info.num_ranks, info.dtype, info.context_length)
+    report.row(
+        "its report about itself", str(reported), f"('glm4', 1, '{dtype}', ...)", reported[:3] == ("glm4", 1, dtype)
+    )
 
 
 def family(process: ManagedProcess) -> list[psutil.Process]:
@@ -277,7 +279,7 @@ def engine(report: Report) -> None:
         try:
             lines = [" ".join(each.cmdline()) for each in family(process)]
             hidden = not any("secret-of-the-check" in line for line in lines)
-            report.row("the API key stands on no command line", hidden, "True", hidden)
+            report.row("the API key is on no command line", hidden, "True", hidden)
             mode = oct(process.log_path.stat().st_mode & 0o777)
             report.row("who may read the log, where SGLang writes the key", mode, "0o600", mode == "0o600")
             sockets(report, family(process))

@@ -342,8 +342,8 @@ def weight_gradients(report: Report) -> None:
         exact = before[1].double() + 2 * (gradient.double().t() @ x.double())
         value = units(total, exact, 0.0)
         report.row(f"{tokens} tokens, {outputs} x {inputs}, twice", value, "<= 1", value <= 1)
-        beside = torch.equal(buffer[0], before[0]) and torch.equal(buffer[2], before[2])
-        report.row(f"{tokens} tokens, {outputs} x {inputs}: neighbours untouched", beside, True, beside)
+        untouched = torch.equal(buffer[0], before[0]) and torch.equal(buffer[2], before[2])
+        report.row(f"{tokens} tokens, {outputs} x {inputs}: neighbours untouched", untouched, True, untouched)
         control(report, "added once", units(total, exact - gradient.double().t() @ x.double(), 0.0))
 
 
@@ -528,11 +528,11 @@ def attention_cases(report: Report, whole: list[int], ends: list[int], sizes: li
                 ours = with_gradients(lambda *x, cu=cu, rest=rest: flash_attention.attend(*x, *cu, *rest), *tensors)
                 each = with_gradients(lambda *x, cu=cu: flash_attention.attend_each(*x, *cu, None), *tensors)
                 found, plain = relative(ours, exact), relative(each, exact)
-                limit, says = (
+                limit, rule = (
                     (1.5 * plain, f"<= 1.5 x {plain:.3g}, SDPA's") if dtype != torch.float32 else (1e-5, "1e-5")
                 )
                 what = f"{heads} heads over {groups}, {channels} channels, {'whole' if lengths_q is whole else 'ends'}"
-                report.row(f"attention in {dtype}, {what}", found, says, found <= limit)
+                report.row(f"attention in {dtype}, {what}", found, rule, found <= limit)
     tensors, cu, rest = attention_case(ends, whole, *sizes[0])
     ours = with_gradients(lambda *x: flash_attention.attend(*x, *cu, *rest), *tensors)
     for shift in (-1, 1):

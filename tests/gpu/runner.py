@@ -359,7 +359,7 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m tests.gpu", description="Run the checks that need GPUs.")
     flags.add_argument("names", nargs="*", help="modules or checks; all where none is named")
     flags.add_argument("--list", action="store_true", help="print the checks and stop")
-    flags.add_argument("--json", type=Path, help="where the results go beside --out")
+    flags.add_argument("--json", type=Path, help="a second place for the results, next to --out")
     flags.add_argument("--out", type=Path, default=OUT, help="folder of the logs and rows.jsonl")
     flags.add_argument("--minutes", type=float, help="start no check that might not fit into what is left of these")
     return flags

@@ -81,7 +81,7 @@ class Life:
         return self.spans[-1]
 
     def idle(self) -> bool:
-        """Whether the phase that `look` last returned has ended, and no other has begun."""
+        """Return whether the phase that `look` last returned has ended, and no other has begun."""
         return all(_PHASE_OF.get(_title(pid)) is None for pid in self._actors)
 
     def actors(self, role: str) -> list[psutil.Process]:

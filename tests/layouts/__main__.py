@@ -63,7 +63,7 @@ class Report:
 
     def __init__(self, num_draws: int) -> None:
         self.num_draws = num_draws
-        self.begin = self.told = time.monotonic()
+        self.begin = self.reported = time.monotonic()
         self.failed: list[int] = []
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         self.again: Counter[str] = Counter()
@@ -88,8 +88,8 @@ class Report:
         if why or not all(error <= 1 for error in errors.values()):
             self.failed.append(seed)
             print(f"FAILED {drawn}\n  {why or described(errors)}", flush=True)
-        if time.monotonic() - self.told > PROGRESS_SECONDS:
-            self.told = time.monotonic()
+        if time.monotonic() - self.reported > PROGRESS_SECONDS:
+            self.reported = time.monotonic()
             print(f"{self.done} of {self.num_draws}, {len(self.failed)} failed, {self.seconds:.0f} s", flush=True)
 
     @property

@@ -114,9 +114,9 @@ class Draw:
         }
 
     def __str__(self) -> str:
-        said = " ".join(argv({**self.layout, **self.algorithm}))
+        text = " ".join(argv({**self.layout, **self.algorithm}))
         order = ", shuffled" if self.shuffled else ""
-        return f"{self.seed}: {self.num_ranks} processes, {self.model}, {self.data}{order}: {said}"
+        return f"{self.seed}: {self.num_ranks} processes, {self.model}, {self.data}{order}: {text}"
 
 
 SIZES = {
@@ -156,9 +156,9 @@ def draw(seed: int, root: Path, refused: dict[str, int] | None = None, *, num_ra
             found.args(root, cut=False)
         except UsageError as error:
             for problem in error.problems:
-                said = f"{problem.where}: {problem.rule}"
+                text = f"{problem.where}: {problem.rule}"
                 if refused is not None:
-                    refused[said] = refused.get(said, 0) + 1
+                    refused[text] = refused.get(text, 0) + 1
             continue
         return found
     raise AssertionError(f"seed {seed}: the rules refuse everything: {refused}")

@@ -274,8 +274,8 @@ def test_a_resumed_run_loses_nothing(workers: WorkerPool, hf: Path, tmp_path: Pa
     assert critic_metrics(resumed[0]) == critic_metrics(unbroken[0][-1:])
     assert [path.name for path in broken.glob("iter_*")] == ["iter_0000002"], "one unit, removed together"
     if not bf16:  # control: the optimizer's state matters for the next steps
-        anew = make_saving(hf, whole, **flags, ckpt_step=1, no_load_optim=True, save=str(tmp_path / "anew"))
-        assert not same(workers.run(2, saved_run, anew, 2, 2)[0], unbroken)
+        restarted = make_saving(hf, whole, **flags, ckpt_step=1, no_load_optim=True, save=str(tmp_path / "restarted"))
+        assert not same(workers.run(2, saved_run, restarted, 2, 2)[0], unbroken)
 
 
 def test_a_checkpoint_with_an_incomplete_critic_is_skipped(workers: WorkerPool, hf: Path, tmp_path: Path) -> None:

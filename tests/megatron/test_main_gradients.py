@@ -29,7 +29,7 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 def train(
     rank: int, world_size: int, init_method: str, args: Args, batches: list[TrainBatch], mistake: str = ""
 ) -> runs.Arrays:
-    """Return the tables' gradients. Mistakes: `none`, PyTorch sums them; `told`, they are not marked as added."""
+    """Return the tables' gradients. Mistakes: `none`, PyTorch sums them; `unmarked`, they are not marked as added."""
     from slime.megatron import logprobs
     from slime.megatron.model import main_gradients
 
@@ -37,7 +37,7 @@ def train(
         if mistake == "none":
             for module in (main_gradients, logprobs):
                 stack.enter_context(patch.object(module, "main_gradient", lambda weight: None))
-        elif mistake == "told":
+        elif mistake == "unmarked":
             stack.enter_context(patch.object(logprobs, "added", torch.ones_like))
         found = runs.train(rank, world_size, init_method, args, batches).gradients
     return {name: gradient for name, gradient in found.items() if name in TABLES}
@@ -62,7 +62,7 @@ def test_tables_get_their_gradients(
     assert 0 < rounding < 0.2 and runs.difference(found, exact) <= 1.2 * rounding
     assert runs.difference(found, plain) > 0, "they are not the same sums"
     if world_size == 1:
-        wrong = workers.run(1, train, args, BATCHES, "told")[0]
+        wrong = workers.run(1, train, args, BATCHES, "unmarked")[0]
         assert runs.difference(wrong, exact) > 0.5
 
 

@@ -212,12 +212,12 @@ def test_replayed_experts_are_used(
     for hf in mixtures.values():
         args = tiny.make_args(hf, use_kl_loss=True, kl_loss_coef=0.1, use_routing_replay=True, **flags)
         batch = with_routes(tiny.random_batch(with_rollout=False), args.architecture, seed=1)
-        told, own, reference_model = workers.run(size, replayed, args, batch)[-1]
+        forced, own, reference_model = workers.run(size, replayed, args, batch)[-1]
         expected = transformers_with(hf, batch.columns["routed_experts"], batch)
-        assert np.abs(told - expected).max() <= TOLERANCE * 10
+        assert np.abs(forced - expected).max() <= TOLERANCE * 10
         nobody = np.full_like(batch.columns["routed_experts"], -1)
         assert np.abs(own - transformers_with(hf, nobody, batch)).max() <= TOLERANCE * 10
-        assert np.abs(told - own).max() > 0.1  # control: without replay the log-probs differ
+        assert np.abs(forced - own).max() > 0.1  # control: without replay the log-probs differ
         assert np.abs(reference_model - own).max() <= TOLERANCE
 
 

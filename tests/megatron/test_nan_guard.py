@@ -57,7 +57,7 @@ def spoilt(batch: TrainBatch, name: str, value: float, token: int = 2) -> TrainB
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "expected"),
     [
         ("rewards", np.inf, "rewards that are not finite: sample 105 of group 1 (inf)"),
         ("rollout_log_probs", -np.inf, "sample 105 of group 1 (1 of LENGTH response tokens, the first is 2: -inf)"),
@@ -65,7 +65,7 @@ def spoilt(batch: TrainBatch, name: str, value: float, token: int = 2) -> TrainB
         ("advantages", np.nan, "sample 105 of group 1 (1 of LENGTH response tokens, the first is 2: nan)"),
     ],
 )
-def test_columns_that_are_not_finite(name: str, value: float, said: str) -> None:
+def test_columns_that_are_not_finite(name: str, value: float, expected: str) -> None:
     batch = batch_of()
     for column in ("ref_log_probs", "advantages"):
         batch = batch.with_column(column, batch.columns["rollout_log_probs"])
@@ -76,7 +76,7 @@ def test_columns_that_are_not_finite(name: str, value: float, said: str) -> None
         check_columns("rollout 3", wrong, wrong.columns, counted_N)
     message = str(raised.value)
     assert message.startswith(f"rollout 3: {name} ")
-    assert said.replace("LENGTH", str(batch.response_lengths_N[POISONED])) in message
+    assert expected.replace("LENGTH", str(batch.response_lengths_N[POISONED])) in message
     counted_N[POISONED] = False  # a sample that does not count may hold anything
     check_columns("rollout 3", wrong, wrong.columns, counted_N)
     if name != "rewards":

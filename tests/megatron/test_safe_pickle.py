@@ -133,10 +133,10 @@ def test_metadata_outside_its_directory_is_refused(release: Path, path: str):
 
 
 @pytest.mark.parametrize(
-    ("size", "says"),
+    ("size", "message"),
     [((2**40, 2**40), "impossible shape"), ((2**45,), "should have"), ((-1, 4), "in place of a shape")],
 )
-def test_metadata_with_absurd_sizes_is_refused(release: Path, size: tuple[int, ...], says: str):
+def test_metadata_with_absurd_sizes_is_refused(release: Path, size: tuple[int, ...], message: str):
     """One tensor's shape claims terabytes, and its only part agrees."""
 
     def change(whole: Metadata) -> None:
@@ -147,7 +147,7 @@ def test_metadata_with_absurd_sizes_is_refused(release: Path, size: tuple[int, .
         whole.storage_data[MetadataIndex(key.fqn, described.chunks[0].offsets)] = whole.storage_data.pop(key)
 
     changed_metadata(release, change)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         find_checkpoint(release.parent)
 
 

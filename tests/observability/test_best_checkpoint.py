@@ -17,9 +17,9 @@ class Run:
     """A run that saves and evaluates when the test calls it."""
 
     def __init__(self, directory: Path, metric: str = METRIC) -> None:
-        self.said: list[str] = []
+        self.lines: list[str] = []
         self.directory = directory
-        self.record = BestCheckpoint(directory, metric, say=self.said.append)
+        self.record = BestCheckpoint(directory, metric, say=self.lines.append)
 
     def save(self, rollout_id: int) -> None:
         path = self.directory / f"iter_{rollout_id:07d}"
@@ -52,7 +52,7 @@ def test_only_what_was_saved_and_evaluated_counts(tmp_path: Path) -> None:
         "rollout_id": 3,
         "checkpoint": "iter_0000003",
     }
-    assert run.said == [f"best checkpoint so far: {tmp_path / 'iter_0000003'} ({METRIC} 0.5)"]
+    assert run.lines == [f"best checkpoint so far: {tmp_path / 'iter_0000003'} ({METRIC} 0.5)"]
 
 
 def test_the_largest_and_earliest_value_stays(tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_a_removed_checkpoint_or_another_metric_resets(tmp_path: Path) -> None:
     again.save(1)
     again.evaluate(2, 0.1)
     assert again.best == (1, 0.1)
-    other = BestCheckpoint(tmp_path, "eval/few/pass@4", say=run.said.append)
-    assert "search starts again, by eval/few/pass@4" in run.said[-1]
+    other = BestCheckpoint(tmp_path, "eval/few/pass@4", say=run.lines.append)
+    assert "search starts again, by eval/few/pass@4" in run.lines[-1]
     other.saved(tmp_path / "iter_0000001", step=2)
     other.evaluated({"eval/few/pass@4": 0.05}, step=2)
     assert read_best(tmp_path) == Best("eval/few/pass@4", 0.05, 1, "iter_0000001")
@@ -112,6 +112,6 @@ def test_a_failed_evaluation_keeps_run_and_record(tmp_path: Path) -> None:
     run.save(1)
     run.record.evaluated({"eval/few/failed": 1.0, "eval/few/num_prompts": 2.0}, step=2)
     assert run.best == (0, 0.5)
-    assert run.said[-1].startswith(f"WARNING the evaluation after 2 rollouts has no {METRIC}")
+    assert run.lines[-1].startswith(f"WARNING the evaluation after 2 rollouts has no {METRIC}")
     with pytest.raises(RunError, match="no such metric"):
         run.record.evaluated({"eval/few/failed": 0.0, "eval/few/reward_judged": 0.5}, step=2)

@@ -29,11 +29,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
 
 
-def tracked(directory: Path, args: Args, *, first: int, new: bool, said: list[str]) -> MetricsLog:
+def tracked(directory: Path, args: Args, *, first: int, new: bool, lines: list[str]) -> MetricsLog:
     """Start a run, or resume it from the checkpoint of step `first`."""
     run = RunDirectory(directory)
     log = run.new_metrics() if new else run.continue_metrics(first)[0]
-    log.track(start_trackers(args, run.run_id(new=new), first), said.append)
+    log.track(start_trackers(args, run.run_id(new=new), first), lines.append)
     run.close()
     return log
 
@@ -47,20 +47,20 @@ def step(log: MetricsLog, number: int, value: float) -> None:
 
 def broken_and_resumed(directory: Path, args: Args) -> list[str]:
     """Write an evaluation before the first step and three steps, then a kill; resume from the checkpoint of step 2."""
-    said: list[str] = []
-    log = tracked(directory, args, first=0, new=True, said=said)
+    lines: list[str] = []
+    log = tracked(directory, args, first=0, new=True, lines=lines)
     log.write(0, {"eval/x/reward": 0.0})
     for number in (1, 2, 3):
         step(log, number, number)
     log.write(4, {"train/loss": float("nan")})
     log.close()
-    log = tracked(directory, args, first=2, new=False, said=said)
+    log = tracked(directory, args, first=2, new=False, lines=lines)
     log.write(2, {"time/step": 20.0})
     log.write(2, {"eval/x/reward": 20.0})
     for number in (3, 4, 5):
         step(log, number, number * 10)
     log.close()
-    return said
+    return lines
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
@@ -103,15 +103,15 @@ def test_without_the_purge_steps_come_twice(tmp_path: Path) -> None:
 
 def test_a_late_tracker_gets_all_earlier_events(tmp_path: Path) -> None:
     args = Args(use_tensorboard=True, tensorboard_dir=str(tmp_path / "tb"))
-    said: list[str] = []
-    log = tracked(tmp_path / "run", Args(), first=0, new=True, said=said)
+    lines: list[str] = []
+    log = tracked(tmp_path / "run", Args(), first=0, new=True, lines=lines)
     step(log, 1, 1.0)
     step(log, 2, 2.0)
     log.close()
-    tracked(tmp_path / "run", args, first=2, new=False, said=said).close()
+    tracked(tmp_path / "run", args, first=2, new=False, lines=lines).close()
     [late] = (tmp_path / "tb").iterdir()
     assert scalars(late)["train/loss"] == [(1, 1.0), (2, 2.0)]
-    log = tracked(tmp_path / "run", args, first=0, new=True, said=said)
+    log = tracked(tmp_path / "run", args, first=0, new=True, lines=lines)
     step(log, 1, 5.0)
     log.close()
     [other] = set((tmp_path / "tb").iterdir()) - {late}
@@ -165,7 +165,7 @@ def test_wandb_has_one_row_per_step(tmp_path: Path, offline: None) -> None:
 
 def test_an_error_ends_the_wandb_run_as_failed(tmp_path: Path, offline: None) -> None:
     args = Args(use_wandb=True, wandb_project="p", log_dir=str(tmp_path / "run"))
-    log = tracked(tmp_path / "run", args, first=0, new=True, said=[])
+    log = tracked(tmp_path / "run", args, first=0, new=True, lines=[])
     with pytest.raises(RuntimeError, match="the run fails"):
         try:
             raise RuntimeError("the run fails")
@@ -194,16 +194,16 @@ class Failing:
 
 
 def test_a_failing_tracker_gives_one_warning(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     other = Failing(works=100)
     trackers: list[Tracker] = [Failing(works=2), other]
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.track(trackers, said.append)
+    log.track(trackers, lines.append)
     for number in (1, 2):
         step(log, number, 1.0)
-    assert len(said) == 1
-    assert "Failing failed (no route) and gets no more data" in said[0]
+    assert len(lines) == 1
+    assert "Failing failed (no route) and gets no more data" in lines[0]
     assert other.left == 100 - 6
     log.close()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
-    assert len(said) == 2
+    assert len(lines) == 2

@@ -120,7 +120,7 @@ def test_dropped_groups_are_replaced_and_counted(
 def test_refill_granularity(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast, granularity: str, drawn: int
 ) -> None:
-    """Of groups 0..9 the fourth that is kept is number 9; waves of 8 sample 24 prompts to reach it."""
+    """The fourth group that is kept is number 9; waves of 8 sample 24 prompts to reach it."""
     args = _args(
         data_file(_rows(50)),
         dynamic_sampling_filter_path="rewards_for_tests.keep_every_third",

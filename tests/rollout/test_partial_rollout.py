@@ -93,7 +93,7 @@ async def settle() -> None:
 
 
 def test_leftover_groups_continue_with_their_tokens(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Of three groups one is kept; the others come again with tokens, and the finished one with its reward."""
+    """One of three groups is kept; the others come again with tokens, and the finished one with its reward."""
     rollouts = Rollouts(_args(_prompts(data_file)), tokenizer)
 
     async def main() -> tuple[list[RolloutResult], dict[int, list[Sample]], int]:

@@ -74,8 +74,8 @@ class SayingEngine:
                 },
             }
         )
-        said = flat if request.return_routed_experts else None
-        return replace(response, **{"routed_experts": said, **self.changes})
+        experts = flat if request.return_routed_experts else None
+        return replace(response, **{"routed_experts": experts, **self.changes})
 
 
 def generate(engine: SayingEngine, tokenizer: PreTrainedTokenizerFast, *, args: Args = ARGS, **params: Any) -> Sample:
