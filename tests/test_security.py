@@ -12,7 +12,7 @@ SECURITY = TESTS.parent / "docs" / "security.md"
 
 def named_tests(text: str) -> list[tuple[str, str]]:
     """Return (file under tests/, function) of every row of the last table."""
-    rows = text.partition("## What holds this")[2].splitlines()
+    rows = text.partition("## Tests of these claims")[2].splitlines()
     found = [re.fullmatch(r"\| .+ \| `([\w/]+\.py)::(test_\w+)` \|", row) for row in rows if row.startswith("| ")][2:]
     assert all(found), "each row names one test"
     return [(match[1], match[2]) for match in found if match]
