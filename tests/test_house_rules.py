@@ -164,10 +164,10 @@ def test_the_lower_floors_import_light() -> None:
         "for package in (slime.core, slime.algo, slime.config):\n"
         "    for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
         "        importlib.import_module(module.name)\n"
-        "heavy = {'ray', 'megatron', 'sglang', 'transformers'} & {name.split('.')[0] for name in sys.modules}\n"
-        "assert not heavy, heavy\n"
+        "print({'ray', 'megatron', 'sglang', 'transformers'} & {name.split('.')[0] for name in sys.modules})\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n"
 
 
 def test_the_lower_floors_are_typed_strictly() -> None:
@@ -193,10 +193,15 @@ DOTTED = re.compile(r"\bslime(?:\.[a-zA-Z_][a-zA-Z_0-9]*){2,}")
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_documented_paths_import(path: Path) -> None:
+    wrong: list[str] = []
     for dotted in sorted(set(DOTTED.findall(path.read_text()))):
         module = ROOT.joinpath(*dotted.split("."))
         if not module.with_suffix(".py").is_file() and not module.is_dir():
-            load(dotted)
+            try:
+                load(dotted)
+            except ValueError as error:
+                wrong.append(f"{dotted}: {error}")
+    assert wrong == []
 
 
 HOOK_DEFAULTS = {name: hook_path(asdict(Args())[name]) for name in HOOKS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slime.core.boxes import Answer, boxed, last_boxed
+from slime.core.boxes import Answer, boxed, find_boxes, last_boxed
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,7 @@ from slime.core.boxes import Answer, boxed, last_boxed
         (r"\boxed (1, 2) is it", "(1, 2)"),
         (r"\boxed [0,1)", "[0,1)"),
         (r"\(\boxed \{1, 2\}\)", r"\{1, 2\}"),
+        (r"\[\boxed 34\]", "34"),
         (r"(that is \boxed 5)", "5"),
         (r"\boxed B", "B"),
         # several boxes: which one counts
@@ -66,6 +67,11 @@ from slime.core.boxes import Answer, boxed, last_boxed
 )
 def test_the_last_box(text: str, held: str | None) -> None:
     assert last_boxed(text) == held
+
+
+def test_a_text_without_boxes_is_not_one_that_breaks_off() -> None:
+    assert find_boxes("34") == [] == find_boxes(r"{\boxed}")
+    assert find_boxes(r"\boxed{34") is None
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,10 @@ def test_fuller_bins_save_the_step_a_micro_batch() -> None:
     (plan,) = plan_steps(rows + [9] * 6, num_steps=1, dp_size=2, max_tokens=10, micro_batch_size=1)
     assert plan.num_micro_batches == 6
     assert all(plan.micro_batches[0]), "a rank with fewer bins splits them instead of computing padding"
+    many = [2, 2, 3, 3, 3, 5] * 20
+    assert len(packing._first_fit_decreasing(range(120), many, 9)) == 44
+    (plan,) = plan_steps(many, num_steps=1, dp_size=1, max_tokens=9, micro_batch_size=1)
+    assert plan.num_micro_batches == 40, "a step of this size is worth the search"
 
 
 def test_bins_are_halved_until_there_are_enough() -> None:

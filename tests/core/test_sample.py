@@ -50,9 +50,11 @@ def test_every_field_is_set_in_these_tests() -> None:
 
 
 def test_a_sound_sample_passes_the_check() -> None:
-    full_sample().check()
-    full_sample(**dict.fromkeys((*PER_TOKEN, "routed_experts"))).check()
-    Sample(tokens=[1, 2], prompt_length=2).check()
+    bare = full_sample(**dict.fromkeys((*PER_TOKEN, "routed_experts")))
+    for sample in (full_sample(), bare, Sample(tokens=[1, 2], prompt_length=2)):
+        before = sample.to_dict()
+        sample.check()
+        assert sample.to_dict() == before
 
 
 @pytest.mark.parametrize(

@@ -80,15 +80,28 @@ def test_parameters_of_pipeline_stages(workers: WorkerPool, tmp_path: Path) -> N
     assert set.union(*stages) == set(whole)
 
 
+def _rates(rank: int, world_size: int, init_method: str, args: Args, steps: list[int]) -> list[float]:
+    """Return the learning rate after each number of further steps."""
+    rates: list[float] = []
+    with joined(args, rank, world_size, init_method):
+        optimizer, schedule = build_optimizer(args, build_model(args, wrap=True))
+        for number in steps:
+            schedule.step(number)
+            rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
 @pytest.mark.dist
 def test_a_long_warm_up_of_a_constant_rate(workers: WorkerPool, hf: Path) -> None:
-    workers.run(1, _build, tiny.make_args(hf, lr_warmup_iters=100))
+    args = tiny.make_args(hf, lr=1e-3, lr_warmup_iters=100)
+    assert workers.run(1, _rates, args, [50, 50, 50]) == [pytest.approx([5e-4, 1e-3, 1e-3])]
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("style", ["cosine", "WSD"])
 def test_a_run_that_only_evaluates_needs_no_schedule(style: str, workers: WorkerPool, hf: Path) -> None:
-    workers.run(1, _build, tiny.make_args(hf, num_rollout=0, lr_decay_style=style, lr_warmup_iters=5))
+    args = tiny.make_args(hf, num_rollout=0, lr=1e-3, lr_decay_style=style, lr_warmup_iters=5)
+    assert workers.run(1, _rates, args, [5, 50]) == [pytest.approx([1e-3, 1e-3])]
 
 
 def _another_value(spec: FlagSpec) -> Any:

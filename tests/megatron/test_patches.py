@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from types import ModuleType
 
 import pytest
@@ -25,6 +26,9 @@ CHECKED = [row for row in TABLE if row.how != "elsewhere"]
 
 def test_the_installed_packages_have_every_name() -> None:
     require_all()
+    rows = [row for row in TABLE if row.how == "has" and (torch.cuda.is_available() or not row.cuda_only)]
+    named = [(resolve_name(row.target), name) for row in rows for name in row.names]
+    assert named and [(owner, name) for owner, name in named if not hasattr(owner, name)] == []
 
 
 @pytest.mark.parametrize("row", CHECKED, ids=lambda row: f"{row.target}:{row.names[0]}")
@@ -134,4 +138,5 @@ def test_importing_slime_changes_nothing_in_megatron() -> None:
 def test_a_replaced_module_is_read_from_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core.jit", ModuleType("megatron.core.jit"))
     [row] = [row for row in TABLE if row.target == "megatron.core.jit"]
+    assert not any(hasattr(sys.modules[row.target], name) for name in row.names)
     require_all((row,))

@@ -58,10 +58,15 @@ def test_unjudged_samples_do_not_count() -> None:
         failures.count(group("memory", None))
 
 
-def test_one_never_ends_a_run() -> None:
-    failures = RewardFailures(Args(rollout_batch_size=1, n_samples_per_prompt=2, max_reward_failures=1.0), 0)
+def test_a_share_of_one_never_ends_a_run() -> None:
+    every, most = (
+        RewardFailures(Args(rollout_batch_size=1, n_samples_per_prompt=2, max_reward_failures=share), 0)
+        for share in (1.0, 0.99)
+    )
     for _ in range(20):
-        failures.count(group("timeout", "timeout"))
+        every.count(group("timeout", "timeout"))
+        with pytest.raises(RuntimeError, match=r"more than --max-reward-failures 0\.99 allows"):
+            most.count(group("timeout", "timeout"))
 
 
 @pytest.mark.parametrize(("share", "ends"), [(0.4, True), (0.6, False)])
