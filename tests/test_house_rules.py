@@ -142,6 +142,22 @@ def test_docstrings_are_plain_sentences() -> None:
     assert not RIDDLES.search('    """Return whether besides Ofelia someone is there."""')
 
 
+def unknown_in_reading_order(package: Path, docstring: str) -> list[str]:
+    """Return the modules that the reading order of a package names and that are neither in it nor below it."""
+    order = docstring.partition("Reading order:")[2].partition("\n\n")[0]
+    modules_here = {path.parent.name if path.name == "__init__.py" else path.stem for path in package.rglob("*.py")}
+    return sorted(set(re.findall(r"`([a-z_]+)`", order)) - modules_here)
+
+
+def test_reading_orders_name_modules_that_exist() -> None:
+    unknown = {}
+    for path in PACKAGE.rglob("__init__.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        unknown[str(path.relative_to(ROOT))] = unknown_in_reading_order(path.parent, docstring)
+    assert {name: found for name, found in unknown.items() if found} == {}
+    assert unknown_in_reading_order(PACKAGE / "sync", "Reading order: `open`, `told`.\n\n`x`") == ["told"]  # control
+
+
 def test_arguments_are_read_by_name() -> None:
     pattern = re.compile(r"\b(getattr|setattr|hasattr)\(\s*(self\.)?_?args\b")
     assert [str(path) for path in modules() if pattern.search(path.read_text())] == []

@@ -110,7 +110,7 @@ class EngineWeightSync:
     def _wait_for_engines(self) -> FleetState:
         """Wait until there is at least one engine."""
         [state] = self._waiter.get("waiting for an engine", [self._processes.manager.fleet_with_engines.remote()])
-        return self._told(state)
+        return self._reported(state)
 
     def _raise_unless_lost(self, error: RunError, engines: Sequence[EngineUp]) -> None:
         """Return if a sync failed because one of its engines is gone, so that it can be tried again.
@@ -135,9 +135,9 @@ class EngineWeightSync:
             return None
         [state] = self._waiter.get("asking for the engines", [self._asked])
         self._asked = None
-        return self._told(state)
+        return self._reported(state)
 
-    def _told(self, state: FleetState) -> FleetState:
+    def _reported(self, state: FleetState) -> FleetState:
         for line in state.news:
             self._say(line)
         return state

@@ -13,7 +13,7 @@ from slime.engine.connection import Connection, EngineError
 from slime.engine.protocol import Endpoint, GenerateRequest
 
 PROBE_EVERY = 10.0
-"""Seconds that the router has no engine before an engine is asked directly, and between two such questions."""
+"""Seconds without an engine at the router before one is asked directly, and between two such probes."""
 
 
 class RefusalProbe:

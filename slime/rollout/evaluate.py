@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _MAX_ABORTS = 100
-"""Requests for one response: a rollout in flight aborts all requests once it has enough; this one then tries again."""
+"""The most requests for one response: a rollout in flight aborts all requests once it is full; ours are sent again."""
 
 
 class Evaluator:

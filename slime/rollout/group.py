@@ -33,7 +33,7 @@ _ABORT_TIMEOUT = 60.0
 _ABORT_INTERVAL = 0.25
 """Seconds between two aborts: an abort misses a request that is still on its way through the router."""
 _MAX_FRUITLESS = 100
-"""Requests of one sample in a row that may be aborted without a token; then its generation has failed."""
+"""The most requests in a row of one sample that are aborted without a token; then its generation has failed."""
 _FRUITLESS_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 """Seconds before the next request, doubled after each fruitless one: a weight update may take its time."""
 

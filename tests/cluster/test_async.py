@@ -96,7 +96,7 @@ def test_phases_sum_to_the_steps_wall_time(drained: Path) -> None:
     assert sorted(events(drained, "eval/eval/reward")) == [0, 2, 4]
 
 
-def test_every_token_is_of_the_policy_before(drained: Path) -> None:
+def test_every_token_comes_from_the_previous_policy(drained: Path) -> None:
     """Policy version 1 is that of the first rollout; rollout r is trained on as version r + 1."""
     versions = {r: {v for sample in samples_of(drained, r) for v in sample.policy_versions or []} for r in range(4)}
     assert versions == {0: {1}, 1: {1}, 2: {2}, 3: {3}}

@@ -50,7 +50,7 @@ class Run:
             self.everyone |= {process.pid: process for process in family(self.process.pid)}
         return [process for process in self.everyone.values() if process.is_running()]
 
-    def behind_guard(self, log: str) -> psutil.Process:
+    def under_guard(self, log: str) -> psutil.Process:
         """Return the engine or the router that writes this log."""
         [guard] = [one for one in self.look() if _has(one, lambda words: "guard.py" in words[3] and log in words[4])]
         [process] = guard.children()
@@ -104,10 +104,10 @@ def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -
     with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
         run.wait_for("rollout 1:")
         for engine in (0, 1):
-            run.behind_guard(f"engine-{engine}.log").kill()
+            run.under_guard(f"engine-{engine}.log").kill()
         run.wait_for("rollout 2:")
-        run.behind_guard("engine-0.log").send_signal(signal.SIGSTOP)
-        run.behind_guard("router.log").kill()
+        run.under_guard("engine-0.log").send_signal(signal.SIGSTOP)
+        run.under_guard("router.log").kill()
         assert run.finish() == 0, run.output[-4000:]
         output = run.output
     for engine in (0, 1):

@@ -15,7 +15,7 @@ HOOKS = "tests.cluster.hooks_for_tests"
 
 
 @pytest.mark.parametrize("function", ["roll", "roll_plainly"])
-def test_a_rollout_of_ones_own(task: Task, tmp_path: Path, function: str) -> None:
+def test_a_custom_rollout_function(task: Task, tmp_path: Path, function: str) -> None:
     args = Args(
         hf_checkpoint=str(task.model),
         save=str(tmp_path),

@@ -83,7 +83,7 @@ def test_the_log_and_conversion_hooks_are_called(task: Task, tmp_path: Path, dum
     asyncio.run(hooked.close())
 
 
-def test_an_evaluation_of_ones_own(task: Task, tmp_path: Path) -> None:
+def test_a_custom_evaluation_function(task: Task, tmp_path: Path) -> None:
     hooked = manager(task, tmp_path, eval_function_path=f"{HOOKS}.evaluate")
     asyncio.run(hooked.set_policy_version(3))
     assert asyncio.run(hooked.evaluate(2)) == {"eval/own/reward": 2.3}

@@ -132,7 +132,7 @@ def test_an_engine_is_counted_by_its_share() -> None:
     assert moments(replace(PAGE, num_experts=8), H100) == []
 
 
-def test_a_share_that_no_engine_can_take(run: Run) -> None:
+def test_an_impossible_memory_share_is_refused(run: Run) -> None:
     words = ("--gpu-memory", "80", "--dry-run", "--sglang-mem-fraction-static")
     for share in ("0", "1"):
         assert run.error(*words, share).startswith(f"--sglang-mem-fraction-static {share}: is not a fraction of a GPU")

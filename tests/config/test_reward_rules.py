@@ -37,7 +37,7 @@ def test_every_type_runs(run: Run, rm_type: str, prefix: str) -> None:
     assert missing == (["--label-key", "--eval-label-key"] if needs_label(prefix + rm_type) else [])
 
 
-def test_names_that_are_none(run: Run) -> None:
+def test_unknown_reward_types_are_refused(run: Run) -> None:
     for name in ("boxed_", "boxed_boxed_math", "Math", "accuracy"):
         assert base_type(name) is None
         assert run.error("--rm-type", name).startswith(

@@ -448,7 +448,7 @@ def test_flags_without_effect_with_partial_rollout(run: Run, words: str, message
         "--partial-rollout --partial-rollout-max-tokens 16",
     ],
 )
-def test_right_in_parts(run: Run, words: str) -> None:
+def test_valid_flags_with_partial_rollout(run: Run, words: str) -> None:
     """The flags are neither refused nor warned about in a real run."""
     assert run.errors(*words.split()) == []
     reported = [text for text in run.warnings(*words.split()) if "partial" in text or "staleness" in text]
@@ -505,7 +505,7 @@ def write_weights(run: Run) -> Path:
     return path
 
 
-def test_whole_weights_pass(run: Run) -> None:
+def test_complete_weight_files_pass(run: Run) -> None:
     write_weights(run)
     assert run.errors() == []
 
@@ -528,7 +528,7 @@ def test_a_truncated_weight_file(run: Run) -> None:
         (b"\x02" + b"\0" * 7 + b"[]", "model.safetensors is not a safetensors file"),
     ],
 )
-def test_no_weight_file(run: Run, content: bytes, message: str) -> None:
+def test_files_that_are_no_weights_are_refused(run: Run, content: bytes, message: str) -> None:
     write_weights(run).write_bytes(content)
     assert all(message in error for error in run.errors())
     assert len(run.errors()) == 2

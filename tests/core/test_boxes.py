@@ -69,7 +69,7 @@ def test_the_last_box(text: str, held: str | None) -> None:
     assert last_boxed(text) == held
 
 
-def test_a_text_without_boxes_is_not_one_that_breaks_off() -> None:
+def test_a_text_without_boxes_does_not_break_off() -> None:
     assert find_boxes("34") == [] == find_boxes(r"{\boxed}")
     assert find_boxes(r"\boxed{34") is None
 

@@ -38,8 +38,8 @@ def in_manager(test: str, probe: str, file: str = "cluster/test_rollout_manager.
 
 
 CONTRACTS = {
-    "rollout_function_path": in_manager("test_a_rollout_of_ones_own", "roll", "cluster/test_manager_hooks.py"),
-    "eval_function_path": in_manager("test_an_evaluation_of_ones_own", "evaluate"),
+    "rollout_function_path": in_manager("test_a_custom_rollout_function", "roll", "cluster/test_manager_hooks.py"),
+    "eval_function_path": in_manager("test_a_custom_evaluation_function", "evaluate"),
     "data_source_path": in_manager("test_a_users_data_source_is_used_and_restored", "Numbers"),
     "custom_generate_function_path": in_rollout("generate"),
     "custom_rm_path": in_rollout("reward"),

@@ -87,7 +87,7 @@ def alone(bench: Bench, asked: list[Wish]) -> dict[str, Answer]:
     return found
 
 
-def in_company(bench: Bench, asked: list[Wish], rng: random.Random) -> dict[str, Answer]:
+def among_others(bench: Bench, asked: list[Wish], rng: random.Random) -> dict[str, Answer]:
     """Run all of them in random order, with random arrival times."""
     for wish in rng.sample(asked, len(asked)):
         ask(bench, wish)
@@ -111,7 +111,7 @@ def test_other_requests_order_row_and_width_change_nothing(
     expected = alone(bench_of(path), asked)
     for seed, (rows, width) in enumerate([(96, 192), (5, 320)]):
         bench = bench_of(path, rows=rows, width=width)
-        assert in_company(bench, asked, random.Random(seed)) == expected
+        assert among_others(bench, asked, random.Random(seed)) == expected
     assert len({tuple(tokens) for tokens, _ in expected.values()}) > 18
 
 
@@ -119,14 +119,14 @@ def test_control_the_default_path_depends_on_others(model_dirs: dict[str, Path])
     """The fast path differs in the last bits of log-probs, so a token may differ once in a long while."""
     asked = wishes(24, seed=1)
     expected = alone(bench_of(model_dirs["glm4"], deterministic=False), asked)
-    found = in_company(bench_of(model_dirs["glm4"], deterministic=False), asked, random.Random(0))
+    found = among_others(bench_of(model_dirs["glm4"], deterministic=False), asked, random.Random(0))
     assert found != expected
 
 
 def test_log_probs_are_the_default_paths_within_rounding(model_dirs: dict[str, Path]) -> None:
     asked = wishes(12, seed=2)
     ours, theirs = (
-        in_company(bench_of(model_dirs["llama3"], deterministic=on), asked, random.Random(0)) for on in (True, False)
+        among_others(bench_of(model_dirs["llama3"], deterministic=on), asked, random.Random(0)) for on in (True, False)
     )
     for rid, (tokens, log_probs) in ours.items():
         assert tokens == theirs[rid][0]
@@ -134,7 +134,7 @@ def test_log_probs_are_the_default_paths_within_rounding(model_dirs: dict[str, P
 
 
 @dataclass(frozen=True)
-class FeelsItsRow:
+class DependsOnItsRow:
     """A model whose logits in chunks of the given sizes differ slightly in the last row."""
 
     logits: Callable[[torch.Tensor], torch.Tensor]
@@ -151,9 +151,9 @@ def test_a_size_with_differing_rows_is_unused(model_dirs: dict[str, Path]) -> No
     model = make_bench(model_dirs["glm4"]).scheduler.model
     sizes, logits = find_sizes(model), model.logits
     assert sizes[0] > 1, "on this machine chunks are not what they should be, and generation is slow"
-    model.logits = FeelsItsRow(logits, sizes[:1])
+    model.logits = DependsOnItsRow(logits, sizes[:1])
     assert find_sizes(model) == sizes[1:]
-    model.logits = FeelsItsRow(logits, SIZES)
+    model.logits = DependsOnItsRow(logits, SIZES)
     assert find_sizes(model) == (1,)
 
 

@@ -265,7 +265,7 @@ def test_an_engine_without_routes_refuses_to_return_them(glm4_engine: Any) -> No
         asyncio.run(ask())
 
 
-def test_a_dense_model_has_none(model_dirs: dict[str, Path]) -> None:
+def test_a_dense_model_returns_no_experts(model_dirs: dict[str, Path]) -> None:
     from slime.engine.embedded.settings import parse_settings
 
     words = ["--model-path", str(model_dirs["glm4"]), "--port", "1", "--enable-return-routed-experts"]

@@ -175,7 +175,7 @@ def test_a_pause_stops_everything_and_changes_nothing(glm4_engine: ManagedProces
     assert answer["meta_info"]["finish_reason"]["type"] == "length"
 
 
-def test_a_client_that_goes_takes_its_request_along(glm4_engine: ManagedProcess) -> None:
+def test_a_lost_client_aborts_its_request(glm4_engine: ManagedProcess) -> None:
     body = json.dumps({"input_ids": [1], "sampling_params": {"max_new_tokens": 500}}).encode()
     with pytest.raises(TimeoutError):
         urllib.request.urlopen(urllib.request.Request(glm4_engine.url + "/generate", body), timeout=0.05)

@@ -120,14 +120,14 @@ def test_the_trainer_decides_the_default_precision() -> None:
     assert "--dtype half " in line_of(some_args(bf16=False, sglang={"dtype": "half"}))[0]
 
 
-def test_it_is_asked_for_routes() -> None:
+def test_routed_experts_are_requested() -> None:
     flag = "--enable-return-routed-experts "
     assert flag in line_of(some_args(use_routing_replay=True))[0]
     assert flag in line_of(some_args(sglang={"enable_return_routed_experts": True}))[0]
     assert flag not in line_of(some_args())[0]
 
 
-def test_its_deterministic_mode_is_asked_for() -> None:
+def test_the_deterministic_mode_is_requested() -> None:
     flag = "--enable-deterministic-inference "
     assert flag in line_of(some_args(deterministic=True))[0]
     assert flag in line_of(some_args(sglang={"enable_deterministic_inference": True}))[0]
@@ -196,7 +196,7 @@ def test_flags_of_the_installed_version_pass(installed: Path) -> None:
     assert check_installed(some_args(sglang=given)) == "0.5.16"
 
 
-def test_all_that_it_lacks_is_named_at_once(installed: Path) -> None:
+def test_all_missing_flags_are_named_at_once(installed: Path) -> None:
     given = {"context_length": 4, "dcp_comm_backend": "x", "decode_attention_backend": "fa3"}
     with pytest.raises(ValueError) as caught:
         check_installed(some_args(sglang=given))
@@ -291,6 +291,6 @@ def test_a_second_graph_is_being_captured() -> None:
     assert phase_of(again, PHASES) == "capturing CUDA graphs"
 
 
-def test_words_are_in_the_table() -> None:
+def test_an_unknown_field_has_no_flag() -> None:
     with pytest.raises(KeyError):
         words({"no_such_field": 1})

@@ -313,12 +313,12 @@ def deterministic(report: Report) -> None:
         model_dir = make_model(directory)
         process = started(report, args := some_args(model_dir, bf16=True, deterministic=True), logs)
         try:
-            asyncio.run(companies(report, args, process, logs))
+            asyncio.run(among_others(report, args, process, logs))
         finally:
             process.stop()
 
 
-async def companies(report: Report, args: Args, process: ManagedProcess, logs: Path) -> None:
+async def among_others(report: Report, args: Args, process: ManagedProcess, logs: Path) -> None:
     """Send the same requests one by one, all at once, and among others."""
     router = launch_router(args, host=HOST, port=find_free_port(), log_path=logs / "router.log")
     try:

@@ -206,7 +206,7 @@ def _hf_tensors(hf: Path) -> dict[str, Tensor]:
 # --- learning ---------------------------------------------------------------------------------------------------
 
 
-def told_by_the_prompt(seed: int) -> TrainBatch:
+def scored_by_the_prompt(seed: int) -> TrainBatch:
     """Make a batch whose score depends on the first token of the prompt."""
     batch = tiny.random_batch(16, seed=seed, with_rollout=False, lengths=[6] * 16)
     tokens = batch.columns["tokens"].copy()
@@ -220,7 +220,7 @@ def test_the_critic_learns_while_the_policy_waits(workers: WorkerPool, hf: Path)
     flags = {"num_critic_only_steps": 8, "num_steps_per_rollout": 1, "value_clip": 0.0, "critic_lr": 5e-3}
     args = tiny.make_args(hf, **{**FLAGS, **flags}, max_tokens_per_gpu=1024)
     args = replace(args, gamma=1.0, lambd=1.0, adam_eps=1e-8, weight_decay=0.0)
-    batches = [told_by_the_prompt(seed) for seed in range(9)]
+    batches = [scored_by_the_prompt(seed) for seed in range(9)]
     metrics, _, _, policy = workers.run(1, train, args, batches[:8])[0]
     explained = [each["critic/explained_variance"] for each in metrics]
     assert explained[0] == pytest.approx(0, abs=1e-6) and explained[-1] > 0.5, explained

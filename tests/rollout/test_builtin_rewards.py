@@ -322,7 +322,7 @@ def test_the_letter_that_a_text_states() -> None:
     assert len(lines) > 800, "control"
 
 
-def test_letters_beyond_the_choices_are_none() -> None:
+def test_letters_beyond_the_choices_do_not_count() -> None:
     assert chosen_letter("The answer is E", "ABCDE") == "E"
     assert chosen_letter("The answer is E", "ABCD") is None
     assert chosen_letter("The answer is A. Rather, the answer is E", "ABCD") is None

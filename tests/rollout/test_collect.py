@@ -177,7 +177,7 @@ def test_the_rest_is_aborted_and_given_back(
     _account(buffer, results)
 
 
-def test_partial_rollout_as_the_page_has_it(
+def test_partial_rollout_with_over_sampling_and_filters(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Over-sampling twice the batch, with a filter and a buffer filter: aborted responses continue."""

@@ -353,7 +353,7 @@ def eight_rollouts(args: Args, tokenizer: PreTrainedTokenizerFast, seed: int) ->
 
 @pytest.mark.parametrize("granularity", ["batch", "group"])
 @pytest.mark.parametrize("partial", [{}, {"partial_rollout": True, "partial_rollout_max_tokens": 3}])
-def test_who_is_faster_decides_nothing(
+def test_speed_decides_nothing_with_deterministic(
     prompts: str, tokenizer: PreTrainedTokenizerFast, partial: dict[str, Any], granularity: str
 ) -> None:
     args = data_args(prompts, deterministic=True, over_sampling_batch_size=8, refill_granularity=granularity, **partial)
@@ -364,7 +364,7 @@ def test_who_is_faster_decides_nothing(
         assert any(len(set(sample["policy_versions"])) > 1 for samples, _ in first[0] for sample in samples)
 
 
-def test_who_is_faster_decides_otherwise(prompts: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_speed_decides_without_deterministic(prompts: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Control: without --deterministic the order shows."""
     args = data_args(prompts)
     assert eight_rollouts(args, tokenizer, 0) != eight_rollouts(args, tokenizer, 1)

@@ -173,7 +173,7 @@ def test_engines_that_only_abort_fail_a_sample(
 
 
 @pytest.mark.parametrize(("most", "num_rollouts"), [(3, 3), (1, 8)])
-def test_cut_offs_are_token_counts(
+def test_parts_are_cut_by_token_count(
     data_file: Write, tokenizer: PreTrainedTokenizerFast, most: int, num_rollouts: int
 ) -> None:
     """Each sample gets a limited number of tokens; unfinished ones wait, unless the batch cannot be filled.
@@ -228,7 +228,7 @@ def test_a_group_with_stale_tokens_starts_again(data_file: Write, tokenizer: Pre
     assert "start_rollout_id" not in group[0].metadata
 
 
-def test_limits_are_of_the_whole_response(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_limits_apply_to_the_whole_response(tokenizer: PreTrainedTokenizerFast) -> None:
     """Response and context limits count existing tokens; if nothing is left, no request is made."""
     engine = ScriptedEngine()
 

@@ -154,7 +154,7 @@ def test_retries_end_with_the_time_limit() -> None:
     assert 2 <= judge.times["status 500"] <= 4
 
 
-def test_nobody_listens() -> None:
+def test_a_judge_that_does_not_listen() -> None:
     async def work(pool: RewardPool, judge: Judge) -> Verdict:
         return await pool.judge(Sample(label="1"))
 
@@ -196,7 +196,7 @@ def test_the_judge_is_sent_the_sample() -> None:
     assert [asked["response"] for asked in judge.asked] == [r"so \boxed{2}", "2", ""]
 
 
-def test_who_gives_up_ends_the_request() -> None:
+def test_a_cancelled_caller_ends_the_request() -> None:
     async def work(pool: RewardPool, judge: Judge) -> None:
         task = asyncio.create_task(pool.judge(Sample(label="slow 100")))
         while not judge.in_flight:

@@ -176,7 +176,7 @@ def test_a_dead_worker_with_a_child_is_noticed() -> None:
     assert seconds < 30
 
 
-def test_who_gives_up_makes_room() -> None:
+def test_a_cancelled_caller_makes_room() -> None:
     async def work(pool: RewardPool) -> float:
         await pool.judge(Sample(label="0.0"))
         hangs = [asyncio.create_task(pool.judge(Sample(label="100"))) for _ in range(3)]  # one in flight, two waiting

@@ -103,7 +103,7 @@ def test_the_actors_export_is_proven(
     check_versions(transport, version=7)
 
 
-def test_another_models_export_is_not(
+def test_another_models_export_is_refused(
     models: dict[str, Path], transport: Transport, served: list[ManagedProcess]
 ) -> None:
     transport.send(weights(models["actor"]), version=8)

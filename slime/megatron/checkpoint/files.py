@@ -264,7 +264,7 @@ def why_incomplete(path: Path) -> str | None:
             return f"{name} is damaged: {found} bytes of {expected.get(name, 'some')}"
     changed = changed_files(path, [name for name in needed if name in expected])
     if changed:
-        return said_of(changed)
+        return as_text(changed)
     for part in state.get(PARTS, []):
         problem = why_incomplete(path / part) if (path / part / STATE_FILE).is_file() else f"no {STATE_FILE}"
         if problem is not None:
@@ -272,7 +272,7 @@ def why_incomplete(path: Path) -> str | None:
     return _lost_piece(path)
 
 
-def said_of(changed: Mapping[str, str]) -> str:
+def as_text(changed: Mapping[str, str]) -> str:
     """Return the answer of `changed_files` as text."""
     return "; ".join(f"{name}: {why}" for name, why in sorted(changed.items()))
 

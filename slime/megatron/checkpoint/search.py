@@ -49,7 +49,7 @@ def find_sound_checkpoint(
         named = step is not None or load_dir is None or found.path == Path(load_dir) or found.kind == "release"
         if named:
             raise ValueError(damage_of(found, changed))
-        damaged[found.path.name] = files.said_of(changed)
+        damaged[found.path.name] = files.as_text(changed)
         if dist.get_rank() == 0:
             logger.warning("skipping the damaged checkpoint %s: %s", found.path, damaged[found.path.name])
     if sets_aside and found.kind == "iteration" and found.path != Path(load_dir or "") and step is None:
@@ -88,7 +88,7 @@ def changed_in(found: FoundCheckpoint) -> dict[str, str]:
 
 def damage_of(found: FoundCheckpoint, changed: Mapping[str, str]) -> str:
     """Return the error text about a damaged checkpoint: its changed files, and the remedy."""
-    return f"{found.path} is damaged: {files.said_of(changed)}; restore it, or take an earlier checkpoint (--ckpt-step)"
+    return f"{found.path} is damaged: {files.as_text(changed)}; restore it, or take an earlier checkpoint (--ckpt-step)"
 
 
 def on_rank_zero(work: Callable[[], _T]) -> _T:
