@@ -179,7 +179,7 @@ class Processes:
             self.trainers.append(started.add(trainer, name))
 
     def _wait_for_engines(self) -> list[str]:
-        """Return the engines' URLs once all are ready; print their phases now and then meanwhile."""
+        """Return the engines' URLs once all are ready; while waiting, print their phases every PROGRESS_S seconds."""
 
         def say_phases() -> None:
             phases = self.waiter.get("asking the engines", [engine.phase.remote() for engine in self.engines])

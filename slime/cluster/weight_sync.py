@@ -127,7 +127,7 @@ class EngineWeightSync:
             raise Fault(str(error)) from error
 
     def _state_if_there(self) -> FleetState | None:
-        """Return the manager's last answer. It may be busy, or gone, which others who wait for it will notice."""
+        """Return the manager's report if it has come; a manager that is gone is noticed by others that wait for it."""
         if self._asked is None:
             self._asked = self._processes.manager.fleet_state.remote()
         ready, _ = ray.wait([self._asked], timeout=0)

@@ -37,7 +37,7 @@ class SharedBucket(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateWeightsFromTensor(Message):
-    """Load one bucket from memory on the engine's own device.
+    """The request to load one bucket from memory on the engine's own device.
 
     SGLang takes `serialized_named_tensors`: for each of its TP ranks, in order, a pickled handle of memory on that
     rank's GPU, as base64. The embedded engine unpickles nothing and takes `shared_memory` instead.
@@ -67,7 +67,7 @@ class UpdateWeightsFromTensor(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOccupation(Message):
-    """Give memory back, or take it again; None means all. After it is taken, the values of weights are undefined."""
+    """The request to give memory back, or to take it again (None: all). Values of weights are undefined after that."""
 
     tags: list[MemoryTag] | None = None
 

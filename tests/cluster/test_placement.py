@@ -50,7 +50,7 @@ def some_args(**changes: Any) -> Args:
 
 @ray.remote
 class Seen:
-    """Return the GPUs that a process of the run sees."""
+    """An actor that reports the GPUs that it sees."""
 
     def visible(self) -> str:
         return os.environ.get("CUDA_VISIBLE_DEVICES", "unset")

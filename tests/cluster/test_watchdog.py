@@ -29,7 +29,7 @@ LIMIT_S = 1.5
 
 
 class Ends:
-    """Return the watchdog's message, once there is one."""
+    """Collects the messages with which the watchdog ends a run."""
 
     def __init__(self) -> None:
         self.troubles: list[str] = []

@@ -134,7 +134,7 @@ def test_the_script_is_the_page() -> None:
     [("run-qwen2.5-0.5B.sh", "qwen2, 494.0 M parameters"), ("run-llama3.2-1B.sh", "llama, 1,235.8 M parameters")],
 )
 def test_other_scripts_plan(script: str, model: str) -> None:
-    """Return the words that the commands would pass to train.py."""
+    """The words that a script would pass to train.py give a plan."""
     command = ["bash", "-euc", f'python3() {{ printf \'%s\\0\' "$@"; }}; exec() {{ "$@"; }}; source scripts/{script}']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     program, *words = done.stdout.split("\0")[:-1]

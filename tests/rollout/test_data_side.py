@@ -35,7 +35,7 @@ NUM_PROMPTS = 7
 ACTIONS = [
     *["start"] * 5, *["answer"] * 8, *["finish"] * 3, *["update"] * 3, *["train"] * 5, *["save"] * 2, "kill"
 ]  # fmt: skip
-"""Actions, as often as keeps rollouts going for a while."""
+"""The actions, in proportions that keep rollouts running for a while."""
 MODES = (
     {},
     {"partial_rollout": True},
@@ -173,7 +173,7 @@ class DataSide(RuleBasedStateMachine):
 
     @rule(action=st.sampled_from(ACTIONS), place=st.integers(0, 50), num_tokens=st.integers(1, 10))
     def step(self, action: str, place: int, num_tokens: int) -> None:
-        """Return the action if it is possible."""
+        """Do the action if it is possible now."""
         side = self.side
         if action == "start" and side.task is None and side.made is None:
             self.run(side.start)

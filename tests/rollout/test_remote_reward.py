@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Judge:
-    """Do to each request what its label names; remember the requests, and how many came at once."""
+    """Answers each request as its label names; it remembers the requests, and how many came at once."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []

@@ -48,7 +48,7 @@ def routes(tokens: list[int], version: int) -> np.ndarray:
     return numbers.astype(np.int32)
 
 
-class SayingEngine:
+class AnsweringEngine:
     """Answers from a list, in turn, and keeps the requests."""
 
     def __init__(self, *answers: tuple[list[int], str, int], **changes: Any) -> None:
@@ -78,7 +78,9 @@ class SayingEngine:
         return replace(response, **{"routed_experts": experts, **self.changes})
 
 
-def generate(engine: SayingEngine, tokenizer: PreTrainedTokenizerFast, *, args: Args = ARGS, **params: Any) -> Sample:
+def generate(
+    engine: AnsweringEngine, tokenizer: PreTrainedTokenizerFast, *, args: Args = ARGS, **params: Any
+) -> Sample:
     context = RolloutContext(args, engine, tokenizer, RewardPool(args))  # pyright: ignore[reportArgumentType]
     sample = Sample(group_index=0, index=0, tokens=[20, 21, 22], prompt_length=3, reward=1.0)
 
@@ -92,7 +94,7 @@ def generate(engine: SayingEngine, tokenizer: PreTrainedTokenizerFast, *, args: 
 
 
 def test_a_sample_has_the_layers_with_experts(tokenizer: PreTrainedTokenizerFast) -> None:
-    sample = generate(SayingEngine(([30, 31, 3], "stop", 4)), tokenizer)
+    sample = generate(AnsweringEngine(([30, 31, 3], "stop", 4)), tokenizer)
     assert sample.routed_experts is not None and sample.routed_experts.dtype == np.int32
     np.testing.assert_array_equal(sample.routed_experts, routes(sample.tokens, 4)[:, DENSE:])
     column = from_samples([sample, sample.copy()]).rows("routed_experts")
@@ -102,7 +104,7 @@ def test_a_sample_has_the_layers_with_experts(tokenizer: PreTrainedTokenizerFast
 
 
 def test_the_newest_part_has_routes_of_all_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    engine = SayingEngine(([30, 31], "abort", 4), ([], "abort", 5), ([33, 3], "stop", 6))
+    engine = AnsweringEngine(([30, 31], "abort", 4), ([], "abort", 5), ([33, 3], "stop", 6))
     sample = generate(engine, tokenizer)
     assert [len(request.input_ids or []) for request in engine.asked] == [3, 5, 5]
     assert sample.policy_versions == [4, 4, 6, 6]
@@ -110,8 +112,8 @@ def test_the_newest_part_has_routes_of_all_tokens(tokenizer: PreTrainedTokenizer
 
 
 def test_an_early_abort_keeps_the_old_routes(tokenizer: PreTrainedTokenizerFast) -> None:
-    first = generate(SayingEngine(([30, 31], "abort", 4)), tokenizer)
-    engine = SayingEngine(([], "abort", 5), routed_experts=None)
+    first = generate(AnsweringEngine(([30, 31], "abort", 4)), tokenizer)
+    engine = AnsweringEngine(([], "abort", 5), routed_experts=None)
     context = RolloutContext(ARGS, engine, tokenizer, RewardPool(ARGS))  # pyright: ignore[reportArgumentType]
     sample = asyncio.run(generate_sample(ARGS, first, SamplingParams(max_new_tokens=16), context))
     assert sample.status is Status.ABORTED
@@ -120,7 +122,7 @@ def test_an_early_abort_keeps_the_old_routes(tokenizer: PreTrainedTokenizerFast)
 
 def test_text_cut_at_a_stop_has_no_routes(tokenizer: PreTrainedTokenizerFast) -> None:
     stop = tokenizer.decode([31, 32])
-    engine = SayingEngine(([30, 31], "abort", 4), ([32, 33, 34], "length", 4))
+    engine = AnsweringEngine(([30, 31], "abort", 4), ([32, 33, 34], "length", 4))
     sample = generate(engine, tokenizer, stop=stop)
     assert sample.tokens[3:] == [30, 31, 32] and sample.status is Status.COMPLETED
     np.testing.assert_array_equal(sample.routed_experts, routes(sample.tokens, 4)[:, DENSE:])
@@ -128,13 +130,13 @@ def test_text_cut_at_a_stop_has_no_routes(tokenizer: PreTrainedTokenizerFast) ->
 
 def test_an_engine_without_routes_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="start it with --enable-return-routed-experts"):
-        generate(SayingEngine(([30, 3], "stop", 4), routed_experts=None), tokenizer)
+        generate(AnsweringEngine(([30, 3], "stop", 4), routed_experts=None), tokenizer)
     with pytest.raises(ValueError, match=r"returned 23 experts for 4 tokens, and in each of 3 layers a token has 2"):
-        generate(SayingEngine(([30, 3], "stop", 4), routed_experts=np.zeros(23, np.int32)), tokenizer)
+        generate(AnsweringEngine(([30, 3], "stop", 4), routed_experts=np.zeros(23, np.int32)), tokenizer)
 
 
 def test_nothing_is_asked_without_the_flag(tokenizer: PreTrainedTokenizerFast) -> None:
-    engine = SayingEngine(([30, 3], "stop", 4))
+    engine = AnsweringEngine(([30, 3], "stop", 4))
     assert generate(engine, tokenizer, args=replace(ARGS, use_routing_replay=False)).routed_experts is None
     assert "return_routed_experts" not in engine.asked[0].to_json()
     asked = replace(engine.asked[0], return_routed_experts=True).to_json()
@@ -142,7 +144,7 @@ def test_nothing_is_asked_without_the_flag(tokenizer: PreTrainedTokenizerFast) -
 
 
 def test_samples_go_through_json(tokenizer: PreTrainedTokenizerFast) -> None:
-    sample = generate(SayingEngine(([30, 31, 3], "stop", 4)), tokenizer)
+    sample = generate(AnsweringEngine(([30, 31, 3], "stop", 4)), tokenizer)
     back = Sample.from_dict(json.loads(json.dumps(sample.to_dict())))
     assert back == sample
     np.testing.assert_array_equal(back.routed_experts, sample.routed_experts)

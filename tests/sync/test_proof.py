@@ -134,7 +134,7 @@ def test_an_engine_broken_by_the_proof_is_named() -> None:
 
 
 class Stale(DiskTransport):
-    """Report the previous version to the engines: their report is right, but their weights are not."""
+    """A bug: after a sync the engines load old weights under the new version, so only their report is right."""
 
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
         report = super().send(tensors, version=version)

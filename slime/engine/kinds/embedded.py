@@ -1,7 +1,7 @@
 """The embedded engine (`slime.engine.embedded`) as a kind: its command line and its environment.
 
 - Used by: `launch`, through the row of `ENGINE_KINDS` that names this file.
-- Invariant: it computes on the CPU, in the dtype of the trainer, so it samples from what is trained.
+- Invariant: it computes on the CPU in the dtype of the trainer, so both have the same policy.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from slime.engine.server_process import ManagedProcess, find_free_port
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStart:
-    """Where and from what one engine is started."""
+    """The inputs for the start of one engine: its model, its place and its number."""
 
     model_path: str
     """The HF directory, --hf-checkpoint."""

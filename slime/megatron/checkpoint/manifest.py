@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: sizes and digests of all other files, and the state of the run.
 
 - Used by: `save_load` writes it last, after the weights; `files` and `save_load` compare files with it.
-- Invariant: it holds a digest of itself, so what is read from it is what was written.
+- Invariant: it holds a digest of itself, so a change of it is noticed as well.
 
 A file's digest is xxh3-128 over all its bytes. It finds every kind of accident (flipped bits, lost or exchanged
 blocks). It gives no protection against somebody who writes a file on purpose; that is the task of `safe_pickle`.

@@ -1,4 +1,4 @@
-"""The choice of the checkpoint that a run resumes from: the newest one whose every byte is what was written.
+"""Choose the checkpoint that a run resumes from: the newest one of which no byte has changed.
 
 - Used by: `trainer`, before any state is loaded, which also compares the HF files with those of the checkpoint;
   `save_load` verifies with the same functions.

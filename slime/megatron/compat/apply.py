@@ -2,8 +2,8 @@
 
 - Used by: `parallel.init_parallel` calls `install` when a trainer starts, before the first use of megatron-core; what
   replaces one of Megatron's functions or classes does so through the other functions.
-- Invariant: what is not in the table cannot be replaced here, and nothing else replaces anything. Importing
-  slime.megatron changes nothing in an imported Megatron.
+- Invariant: only names in the table can be replaced here, and no other code replaces any. Importing slime.megatron
+  changes nothing in an imported Megatron.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 - Used by: `trainer` takes a snapshot of the reference model when it loads, and computes reference log-probs inside
   `Snapshots.holding`; `trainer_memory` keeps what a sleeping trainer holds.
-- Invariant: what is restored is what was stored, byte for byte; when `store` or `restore` returns, every copy is done.
+- Invariant: restored bytes equal the stored ones; when `store` or `restore` returns, every copy is done.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
   returns, host memory holds the new state.
 
 Gradients stay on the device, where their norm is computed. fp32 weights stay there, too: they are their own main
-weights. What moves is both moments and, for a bf16 model, the fp32 main weights: 12 bytes per parameter, in and out.
+weights. Both moments and, for a bf16 model, the fp32 main weights are moved: 12 bytes per parameter, in and out.
 While the kernel works on one bucket, the next one is copied in and the last one is copied out.
 """
 
