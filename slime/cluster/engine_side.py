@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from slime.cluster.engine_health import EngineWatch, answering
-from slime.cluster.engine_supervisor import EngineUp, Fleet, FleetState
+from slime.cluster.engine_supervisor import EnginesState, EngineSupervisor, EngineUp
 from slime.config.args import Args
 from slime.core.errors import Fault
 from slime.engine.client import EngineClient
@@ -44,11 +44,11 @@ class NoEngines:
     async def admit(self, engines: Sequence[EngineUp]) -> None:
         """Admit `engines`, which hold the run's weights, to the router, and check the router's engines."""
 
-    def state(self) -> FleetState:
+    def state(self) -> EnginesState:
         """Return the engines that are up."""
-        return FleetState(up=())
+        return EnginesState(up=())
 
-    async def state_with_engines(self) -> FleetState:
+    async def state_with_engines(self) -> EnginesState:
         """Return the engines that are up, once there is at least one."""
         return self.state()
 
@@ -73,44 +73,44 @@ class _ConnectedEngines(NoEngines):
         args: Args,
         *,
         client: EngineClient,
-        fleet: Fleet,
+        supervisor: EngineSupervisor,
         watch: EngineWatch,
         own_router: bool,
     ) -> None:
-        """`fleet` restarts what is the run's own, and `watch` watches what is external."""
+        """`supervisor` restarts what is the run's own, and `watch` watches what is external."""
         self._args = args
         self._client = client
-        self._fleet = fleet
+        self._supervisor = supervisor
         self._watch = watch
         self._own_router = own_router
 
     async def put_to_sleep(self) -> None:
-        await self._fleet.before_sleep()
-        await put_to_sleep(self._client, abort=self._fleet.serves)
+        await self._supervisor.before_sleep()
+        await put_to_sleep(self._client, abort=self._supervisor.serves)
 
     async def wake(self, *, to_generate: bool) -> None:
         await self._client.resume_memory(FOR_GENERATION if to_generate else FOR_WEIGHTS)
         if to_generate:
-            self._fleet.awake()
+            self._supervisor.awake()
 
     def hold(self, on: bool) -> None:
         self._client.progress.hold(on)
 
     async def admit(self, engines: Sequence[EngineUp]) -> None:
-        await self._fleet.admit(engines)
+        await self._supervisor.admit(engines)
         await self._check_router()
 
-    def state(self) -> FleetState:
-        return self._fleet.state()
+    def state(self) -> EnginesState:
+        return self._supervisor.state()
 
     def take_counts(self) -> dict[str, float]:
-        return self._fleet.take_counts()
+        return self._supervisor.take_counts()
 
     async def guarded(self, work: Awaitable[T], context: RolloutContext) -> T:
         await self._check_router()
         task = asyncio.ensure_future(work)
         death = asyncio.ensure_future(self._watch.first_death())
-        failure = asyncio.ensure_future(self._fleet.failure())
+        failure = asyncio.ensure_future(self._supervisor.failure())
         await asyncio.wait({task, death, failure}, return_when=asyncio.FIRST_COMPLETED)
         lost = Fault(death.result()) if death.done() else failure.result() if failure.done() else None
         death.cancel()
@@ -130,24 +130,24 @@ class _ConnectedEngines(NoEngines):
             EngineError: naming the engines that are missing or unexpected.
         """
         if not self._own_router:
-            await self._client.check_router(joining_or_leaving=self._fleet.joining_or_leaving())
+            await self._client.check_router(joining_or_leaving=self._supervisor.joining_or_leaving())
 
 
 class OwnEngines(_ConnectedEngines):
-    """The run's own engines, which `Fleet` restarts."""
+    """The run's own engines, which `EngineSupervisor` restarts."""
 
-    async def state_with_engines(self) -> FleetState:
-        await self._fleet.wait_for_any()
+    async def state_with_engines(self) -> EnginesState:
+        await self._supervisor.wait_for_any()
         return self.state()
 
     async def lost_one_of(self, engines: Sequence[EngineUp]) -> bool:
-        return await self._fleet.lost_one_of(engines)
+        return await self._supervisor.lost_one_of(engines)
 
 
 class ExternalEngines(_ConnectedEngines):
     """The engines of --rollout-external-engines: all are up as long as they answer, and nobody restarts them."""
 
-    def state(self) -> FleetState:
+    def state(self) -> EnginesState:
         urls = enumerate(self._args.rollout_external_engines)
         return replace(super().state(), up=tuple(EngineUp(index, 0, url) for index, url in urls))
 
@@ -216,7 +216,7 @@ async def connect(
         cleanup.push_async_callback(free_engines, client)
         await free_engines(client)
         watched += [answering("the engine", url, client) for url in urls]
-    fleet = Fleet(
+    supervisor = EngineSupervisor(
         args,
         client=client,
         membership=membership,
@@ -226,7 +226,7 @@ async def connect(
         others=external,
         log_dir=log_dir,
     )
-    cleanup.push_async_callback(fleet.close)
+    cleanup.push_async_callback(supervisor.close)
     kind = ExternalEngines if external else OwnEngines
-    side = kind(args, client=client, fleet=fleet, watch=EngineWatch(watched), own_router=router is not None)
+    side = kind(args, client=client, supervisor=supervisor, watch=EngineWatch(watched), own_router=router is not None)
     return side, client

@@ -1,4 +1,4 @@
-"""Fleet: the supervisor of the run's own engines and router; it restarts what dies or hangs.
+"""Supervise the run's own engines and router: what dies or hangs is started again.
 
 - Where it sits: the rollout manager holds one as soon as the engines are registered with the router. The driver
   (`weight_sync`) sends weights to a restarted engine and then has it admitted.
@@ -48,7 +48,7 @@ class EngineUp:
 
 
 @dataclass(frozen=True)
-class FleetState:
+class EnginesState:
     """The engines and what happened to them: `up` answer, and `waiting` of them lack the run's weights.
 
     `news` holds the messages since the last call. `progress` grows while engines generate.
@@ -74,7 +74,7 @@ class _Engine:
         return EngineUp(self.index, self.start, self.url)
 
 
-class Fleet:
+class EngineSupervisor:
     """Supervises the engines and the router inside the rollout manager's event loop."""
 
     def __init__(
@@ -112,12 +112,12 @@ class Fleet:
 
     # ---- for the manager
 
-    def state(self) -> FleetState:
+    def state(self) -> EnginesState:
         news, self._news = tuple(self._news), []
         up = [engine for engine in self._engines if engine.up]
         waiting = [engine.shown() for engine in up if not engine.serving]
         progress = self._client.num_answered + self._client.progress.num_moves
-        return FleetState(tuple(e.shown() for e in up), tuple(waiting), news, progress)
+        return EnginesState(tuple(e.shown() for e in up), tuple(waiting), news, progress)
 
     def take_counts(self) -> dict[str, float]:
         """Return the counts `fault/*` since the last call; nothing if there was no fault."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from slime.cluster.data_side import DataSide
 from slime.cluster.engine_side import NoEngines, connect
-from slime.cluster.engine_supervisor import EngineUp, FleetState
+from slime.cluster.engine_supervisor import EnginesState, EngineUp
 from slime.config.args import Args
 from slime.config.secrets import masker_of
 from slime.core.batch import TrainBatch
@@ -107,11 +107,11 @@ class RolloutManager:
         self._data.context.policy_version = version
         self._engines.hold(False)
 
-    async def fleet_state(self) -> FleetState:
+    async def engines_state(self) -> EnginesState:
         """Return the engines that are up."""
         return self._engines.state()
 
-    async def fleet_with_engines(self) -> FleetState:
+    async def state_with_engines(self) -> EnginesState:
         """Return the engines that are up, once there is at least one."""
         return await self._engines.state_with_engines()
 

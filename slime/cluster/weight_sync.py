@@ -16,7 +16,7 @@ import ray
 
 from slime.cluster.actors import Processes
 from slime.cluster.colocation import DedicatedDevices
-from slime.cluster.engine_supervisor import EngineUp, FleetState
+from slime.cluster.engine_supervisor import EnginesState, EngineUp
 from slime.core.errors import Fault, RunError
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class EngineWeightSync:
             self._supply(state)
         return self._progress
 
-    def _supply(self, state: FleetState) -> None:
+    def _supply(self, state: EnginesState) -> None:
         serving = len(state.waiting) < len(state.up)
         if self._memory.by_turns or self._engines_hold != self._trainers_hold:
             if serving:
@@ -107,9 +107,9 @@ class EngineWeightSync:
         admitting = self._processes.manager.set_policy_version.remote(version, list(engines))
         self._waiter.get(f"weight sync, policy version {version}: admitting the engines", [admitting])
 
-    def _wait_for_engines(self) -> FleetState:
+    def _wait_for_engines(self) -> EnginesState:
         """Wait until there is at least one engine."""
-        [state] = self._waiter.get("waiting for an engine", [self._processes.manager.fleet_with_engines.remote()])
+        [state] = self._waiter.get("waiting for an engine", [self._processes.manager.state_with_engines.remote()])
         return self._reported(state)
 
     def _raise_unless_lost(self, error: RunError, engines: Sequence[EngineUp]) -> None:
@@ -126,10 +126,10 @@ class EngineWeightSync:
         if self._processes.colocated:
             raise Fault(str(error)) from error
 
-    def _state_if_there(self) -> FleetState | None:
+    def _state_if_there(self) -> EnginesState | None:
         """Return the manager's report if it has come; a manager that is gone is noticed by others that wait for it."""
         if self._asked is None:
-            self._asked = self._processes.manager.fleet_state.remote()
+            self._asked = self._processes.manager.engines_state.remote()
         ready, _ = ray.wait([self._asked], timeout=0)
         if not ready:
             return None
@@ -137,7 +137,7 @@ class EngineWeightSync:
         self._asked = None
         return self._reported(state)
 
-    def _reported(self, state: FleetState) -> FleetState:
+    def _reported(self, state: EnginesState) -> EnginesState:
         for line in state.news:
             self._say(line)
         return state

@@ -166,7 +166,7 @@ def test_a_router_cuts_no_response_off(tmp_path: Path) -> None:
 
 
 def test_only_the_stuck_engine_is_named() -> None:
-    """The fleet restarts an engine that has requests and makes no tokens."""
+    """The supervisor restarts an engine that has requests and makes no tokens."""
 
     async def run() -> list[str | None]:
         stuck, busy, idle = TimedEngine(60, stuck_after=0), TimedEngine(60), TimedEngine(60)
