@@ -23,6 +23,7 @@ from slime.config.flags.options import (
     TrainOptions,
 )
 from slime.config.flags.rollout_options import EvalOptions, HookOptions, RolloutOptions
+from slime.config.reward_types import needs_url
 from slime.core.architecture import Architecture
 
 T = TypeVar("T")
@@ -204,6 +205,12 @@ class Args(
         dtype = self.sglang.get("dtype") or ("bfloat16" if self.bf16 else "float32")
         in_fp32 = self.starts_engines and dtype in ("float", "float32")
         return self.engine.fp32_fault if in_fp32 else None
+
+    @property
+    def may_ask_judge(self) -> bool:
+        """Return whether a judge at --rm-url may score samples, by a flag, a set in --eval-config or a data row."""
+        types = (self.rm_type, self.eval_rm_type)
+        return None in types or self.eval_config is not None or any(needs_url(name) for name in types)
 
     @property
     def writes_weight_files(self) -> bool:

@@ -1,95 +1,113 @@
-"""The names of reward types in --rm-type, --eval-rm-type, --eval-config and a data row's metadata.rm_type.
+"""The built-in rewards: one row for each name in --rm-type, --eval-rm-type, --eval-config and metadata.rm_type.
 
-- Used by: the rules and the check of data rows, which refuse other names; `rollout.rewards` implements each reward.
-  Rules and every reward worker call `grammar_fault`, because a worker's node may have another version.
-- Invariant: every name here, with or without the prefix, has an implementation there. Every verdict of
-  mathematics comes from the version of the ANTLR runtime that the verdicts were tested with, or there is no verdict.
+- Used by: the rules and the check of data rows, which refuse other names; `rollout.rewards.reward` finds the function
+  of a name in its row. Rules and every reward worker call `grammar_fault`, because a worker's node may have another
+  version.
+- Invariant: no other place lists the names or compares them. Every verdict of mathematics comes from the version of the
+  ANTLR runtime that the verdicts were tested with, or there is no verdict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from slime.config.args import Args
 from slime.config.labels import choice_fault, label_fault
 
-REWARD_TYPES = ("deepscaler", "dapo", "math", "f1", "gpqa", "remote_rm", "random")
+LabelCheck = Callable[[str, str, Mapping[str, Any]], tuple[str, str] | None]
+"""Takes a type, a label and a row's metadata; returns rule and remedy if no answer can be right, else None."""
+
+
+def not_empty(rm_type: str, label: str, metadata: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Refuse an empty label."""
+    if label.strip():
+        return None
+    return f"its label is empty, and {rm_type} compares the answer with it: no answer is right", "correct the line"
+
+
+def _anything(rm_type: str, label: str, metadata: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Accept every label: with f1, an empty answer is right for an empty label."""
+
+
+def _mathematics(rm_type: str, label: str, metadata: Mapping[str, Any]) -> tuple[str, str] | None:
+    if not label.strip():
+        return not_empty(rm_type, label, metadata)
+    fault = label_fault(label)
+    if fault is None:
+        return None
+    shown = repr(label if len(label) <= 60 else f"...{label[-57:]}")  # the answer comes last
+    return f"no answer can equal its label {shown} as {rm_type} compares them: {fault}", "correct the line"
+
+
+def _choice(rm_type: str, label: str, metadata: Mapping[str, Any]) -> tuple[str, str] | None:
+    fault = choice_fault(label, metadata)
+    if fault is None:
+        return None
+    remedy = "give it a letter, the text of one of metadata.choices, or metadata.correct_letter"
+    return f"{rm_type} finds no right choice: {fault}", remedy
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFacts:
+    """The facts about one built-in reward; the defaults are the common case."""
+
+    module: str | None
+    """The dotted path of the module whose `REWARD` scores responses; None: a judge at --rm-url scores them."""
+    needs_label: bool = True
+    """Whether it compares the answer with a label."""
+    check_label: LabelCheck = not_empty
+    """Checks the label of each data row before anything starts, if the reward needs one."""
+    compares_mathematics: bool = False
+    """Whether it compares answer and label as mathematics, for which the ANTLR runtime has to be the tested one."""
+
+
+REWARD_TYPES: Mapping[str, RewardFacts] = {
+    "deepscaler": RewardFacts(
+        module="slime.rollout.rewards.deepscaler", check_label=_mathematics, compares_mathematics=True
+    ),
+    "dapo": RewardFacts(module="slime.rollout.rewards.dapo", check_label=_mathematics, compares_mathematics=True),
+    "math": RewardFacts(
+        module="slime.rollout.rewards.mathematics", check_label=_mathematics, compares_mathematics=True
+    ),
+    "f1": RewardFacts(module="slime.rollout.rewards.f1", check_label=_anything),
+    "gpqa": RewardFacts(module="slime.rollout.rewards.gpqa", check_label=_choice),
+    "remote_rm": RewardFacts(module=None, needs_label=False),
+    "random": RewardFacts(module="slime.rollout.rewards.chance", needs_label=False),
+}
+"""One row for each type, in the order of the help."""
+
 BOXED_PREFIX = "boxed_"
 r"""The prefix of a type that judges only the content of the response's last \boxed{...}."""
 
-REWARD_TYPE_REMEDY = f"one of {', '.join(REWARD_TYPES)}, with or without {BOXED_PREFIX}; or --custom-rm-path"
+
+def facts_of(rm_type: object) -> RewardFacts | None:
+    """Return the row of a type, with or without the prefix; None if the type is unknown."""
+    return REWARD_TYPES.get(rm_type.removeprefix(BOXED_PREFIX)) if isinstance(rm_type, str) else None
 
 
-def base_type(rm_type: object) -> str | None:
-    """Return the type without the prefix, or None if it is unknown."""
-    name = rm_type.removeprefix(BOXED_PREFIX) if isinstance(rm_type, str) else None
-    return name if name in REWARD_TYPES else None
+def reward_type_remedy() -> str:
+    """Return the remedy for an unknown type."""
+    return f"one of {', '.join(REWARD_TYPES)}, with or without {BOXED_PREFIX}; or --custom-rm-path"
 
 
 def needs_label(rm_type: object) -> bool:
     """Return whether a reward type compares the answer with the label."""
-    return base_type(rm_type) not in (None, "random", "remote_rm")
+    facts = facts_of(rm_type)
+    return facts is not None and facts.needs_label
+
+
+def needs_url(rm_type: object) -> bool:
+    """Return whether a judge at --rm-url scores the responses of a reward type."""
+    facts = facts_of(rm_type)
+    return facts is not None and facts.module is None
 
 
 def compares_mathematics(rm_type: object) -> bool:
     """Return whether a reward type compares the answer with the label as mathematics."""
-    return base_type(rm_type) in ("deepscaler", "dapo", "math")
-
-
-def line_reward_fault(
-    args: Args, metadata: Mapping[str, Any], rm_type: str | None, label: str | None
-) -> tuple[str, str] | None:
-    """Return rule and remedy if the reward of a data row cannot be computed, and None if it can.
-
-    The row's metadata.rm_type overrides `rm_type`, the data set's type, which other rules check. `label`: the label
-    that the reward receives; None if no label key is given.
-    """
-    if args.custom_rm_path is not None:
-        return None
-    named = metadata.get("rm_type")
-    if label is not None and (fault := _label_fault(named or rm_type, label, metadata)) is not None:
-        return fault
-    if not named:
-        if rm_type is not None or args.custom_generate_function_path is not None:  # the function may judge
-            return None
-        return "it has no reward type", "give it metadata.rm_type, or add --rm-type or --custom-rm-path"
-    base = base_type(named)
-    if base is None:
-        return f"metadata.rm_type {named!r} is unknown", REWARD_TYPE_REMEDY
-    if base == "remote_rm" and args.rm_url is None:
-        return f"metadata.rm_type is {named!r}, but there is no --rm-url", "add --rm-url"
-    if needs_label(named) and label is None:
-        return f"metadata.rm_type is {named!r}, which compares the answer with a label", "add --label-key"
-    return None
-
-
-def _label_fault(rm_type: object, label: str, metadata: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return rule and remedy if no answer can be right by this label, and None if one can."""
-    base = base_type(rm_type)
-    if base == "gpqa":
-        fault = choice_fault(label, metadata)
-        remedy = "give it a letter, the text of one of metadata.choices, or metadata.correct_letter"
-        return None if fault is None else (f"{rm_type} finds no right choice: {fault}", remedy)
-    if base == "f1" or not needs_label(rm_type):  # with f1, an empty answer is right for an empty label
-        return None
-    if not label.strip():
-        return f"its label is empty, and {rm_type} compares the answer with it: no answer is right", "correct the line"
-    if compares_mathematics(rm_type) and (fault := label_fault(label)) is not None:
-        return f"no answer can equal its label {_short(label)} as {rm_type} compares them: {fault}", "correct the line"
-    return None
-
-
-def _short(label: str) -> str:
-    """Return the end of a label, because the answer comes last."""
-    return repr(label if len(label) <= 60 else f"...{label[-57:]}")
-
-
-def may_ask_remote(args: Args) -> bool:
-    """Return whether some reward may be remote_rm, by a flag, a set in --eval-config or a data row."""
-    types = (args.rm_type, args.eval_rm_type)
-    return None in types or args.eval_config is not None or any(base_type(name) == "remote_rm" for name in types)
+    facts = facts_of(rm_type)
+    return facts is not None and facts.compares_mathematics
 
 
 _RUNTIME = "antlr4-python3-runtime"

@@ -20,7 +20,6 @@ from slime.config.args import Args
 from slime.config.context import rollout_limits
 from slime.config.data_files import DataKeys
 from slime.config.eval_data import EvalDataset, eval_datasets
-from slime.config.reward_types import base_type
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
 from slime.rollout.context import RolloutContext, gather_or_cancel, request_slots
@@ -28,8 +27,7 @@ from slime.rollout.generate import load_generate, rollout_sampling_params, sampl
 from slime.rollout.metrics import entry_metrics, sample_metrics
 from slime.rollout.prompts import Prompt, PromptSet, load_prompts
 from slime.rollout.reward_pool.verdict import check_own_reward
-from slime.rollout.rewards.deepscaler import boxed_answer
-from slime.rollout.rewards.registry import RULES, reward_type
+from slime.rollout.rewards.reward import reward_of, reward_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,8 +123,8 @@ def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sam
     pass@k (see `rewards_by_prompt`). `reward_judged` leaves it out, and with --eval-failed-as excluded so does every
     metric. If all responses failed, there are no metrics of rewards, and an error is logged.
 
-    `format` is the share of responses from which deepscaler would read an answer; only data sets that deepscaler judges
-    have it. pass@k needs a reward to mean right or wrong, so it exists only if all rewards are 0 or 1, or all -1 or 1.
+    `format` is the share of responses from which deepscaler reads an answer; only data sets that deepscaler judges have
+    it. pass@k needs a reward to mean right or wrong, so it exists only if all rewards are 0 or 1, or all -1 or 1.
     """
     samples = [sample for group in groups for sample in group]
     judged = [sample for sample in samples if sample.reward is not None]
@@ -147,8 +145,10 @@ def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sam
     only_judged = rewards_by_prompt(args, replace(dataset, failed_as="excluded"), groups)
     metrics |= _mean_over_prompts("reward", rewards) | _mean_over_prompts("reward_judged", only_judged)
     metrics |= entry_metrics(judged, args.reward_key) | sample_metrics(judged)
-    if all(reward_type(args, sample, dataset.rm_type) == "deepscaler" for sample in judged):
-        metrics["format"] = statistics.fmean(boxed_answer(sample.response) is not None for sample in judged)
+    types = [reward_type(args, sample, dataset.rm_type) for sample in judged]
+    found = [_answer_found(rm_type, sample.response) for rm_type, sample in zip(types, judged, strict=True)]
+    if None not in found:
+        metrics["format"] = statistics.fmean(map(bool, found))
     values = {reward for of_prompt in rewards for reward in of_prompt}
     if values <= {0, 1} or values <= {-1, 1}:
         for k in dataset.pass_at_ks:
@@ -160,6 +160,12 @@ def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sam
             if chances:
                 metrics |= _mean_over_prompts(f"pass@{k}", chances)
     return metrics
+
+
+def _answer_found(rm_type: str | None, response: str) -> bool | None:
+    """Return whether the reward finds an answer in the response; None if it does not report this."""
+    reward = reward_of(rm_type)
+    return reward.read(response) is not None if reward is not None and reward.reports_format else None
 
 
 def rewards_by_prompt(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sample]]) -> list[list[float]]:
@@ -176,8 +182,8 @@ def rewards_by_prompt(args: Args, dataset: EvalDataset, groups: Sequence[Sequenc
             if sample.reward is not None:
                 of_prompt.append(sample.reward_value(args.reward_key))
             elif dataset.failed_as == "wrong":
-                rule = RULES.get(base_type(reward_type(args, sample, dataset.rm_type)) or "")
-                lowest = lowest_reward(judged) if rule is None else rule.lowest
+                reward = reward_of(reward_type(args, sample, dataset.rm_type))
+                lowest = lowest_reward(judged) if reward is None else reward.lowest
                 of_prompt += [] if lowest is None else [lowest]
                 unknown += lowest is None
         rewards.append(of_prompt)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from config_run import MESSAGE, Run
 
-from slime.config.reward_types import REWARD_TYPES, base_type, needs_label
+from slime.config.reward_types import REWARD_TYPES, facts_of, needs_label
 
 URL = ["--rm-url", "http://127.0.0.1:9000/judge"]
 
@@ -39,7 +39,7 @@ def test_every_type_runs(run: Run, rm_type: str, prefix: str) -> None:
 
 def test_unknown_reward_types_are_refused(run: Run) -> None:
     for name in ("boxed_", "boxed_boxed_math", "Math", "accuracy"):
-        assert base_type(name) is None
+        assert facts_of(name) is None
         assert run.error("--rm-type", name).startswith(
             f"--rm-type {name}: unknown reward type; one of deepscaler, dapo"
         )

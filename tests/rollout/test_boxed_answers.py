@@ -7,7 +7,7 @@ import pytest
 from slime.config.args import Args
 from slime.core.sample import Sample
 from slime.rollout.rewards.dapo import dapo_answer
-from slime.rollout.rewards.registry import find_reward
+from slime.rollout.rewards.reward import find_reward
 
 
 def reward(rm_type: str, response: str, label: str) -> float:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from slime.config.args import Args
 from slime.config.labels import right_letter
-from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPES
+from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPES, needs_url
 from slime.core.boxes import last_boxed
 from slime.core.sample import Sample
 from slime.rollout.rewards import mathematics
@@ -22,8 +22,8 @@ from slime.rollout.rewards.dapo import dapo_answer
 from slime.rollout.rewards.deepscaler import boxed_answer, deepscaler
 from slime.rollout.rewards.f1 import accepted, f1_score, normalise
 from slime.rollout.rewards.letters import chosen_letter
-from slime.rollout.rewards.registry import RULES, find_reward
 from slime.rollout.rewards.response import final_text
+from slime.rollout.rewards.reward import find_reward, reward_of
 
 R = "2+2</think>so "
 
@@ -347,7 +347,7 @@ def test_the_right_letter() -> None:
     assert reward("boxed_gpqa", r"Answer: A, I mean \boxed{b}", "Paris", choices=choices) == 1
 
 
-@pytest.mark.parametrize("rm_type", [name for name in REWARD_TYPES if name != "remote_rm"])
+@pytest.mark.parametrize("rm_type", [name for name in REWARD_TYPES if not needs_url(name)])
 def test_boxed_judges_the_content_of_the_last_box(rm_type: str) -> None:
     """With every type only the box counts: no </think>, no "Answer:" and no words around it are required."""
     worst = min(reward(rm_type, text, "B") for text in ("A", "", "</think>", "Answer: A"))
@@ -360,11 +360,11 @@ def test_boxed_judges_the_content_of_the_last_box(rm_type: str) -> None:
 
 
 def test_every_name_has_a_rule() -> None:
-    assert {*RULES, "remote_rm"} == set(REWARD_TYPES)
+    assert [name for name in REWARD_TYPES if reward_of(name) is None] == ["remote_rm"]
     for name in ("bogus", "boxed_", "boxed_boxed_math", "MATH", ""):
         with pytest.raises(ValueError, match="no such reward"):
             find_reward(name)
-    for name in set(RULES) - {"random"}:
+    for name in set(REWARD_TYPES) - {"random", "remote_rm"}:
         with pytest.raises(ValueError, match="no label"):
             reward(name, r"</think>\boxed{1}")
 
@@ -408,7 +408,7 @@ def test_no_reward_executes_a_response_or_a_label(tmp_path: Path) -> None:
     code = f"__import__('pathlib').Path({str(made)!r}).touch()"
     sum_of_it = f"sum([{code} or 1])"
     latex = code.replace("_", r"\_")
-    for rm_type in RULES:
+    for rm_type in set(REWARD_TYPES) - {"remote_rm"}:
         for text in (code, sum_of_it, latex, f"lambda: {code}", f"1 + ({code} or 1)", f"Symbol({code!r}, {code})"):
             for response in (text, R + text, R + rf"\boxed{{{text}}}", f"Answer: {text}", f"Answer: ${text}$"):
                 for label in (text, rf"\boxed{{{text}}}", "1"):

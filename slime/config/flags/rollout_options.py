@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slime.config.flags.flag import Needs, flag
+from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPES
 
 _FILTER = Needs(
     ("dynamic_sampling_filter_path",),
@@ -30,7 +31,7 @@ class RolloutOptions:
     apply_chat_template: bool = flag(False, "Prompts are OpenAI messages. The tokenizer's template renders them.")
     rollout_shuffle: bool = flag(False, "Shuffle the prompts again in each epoch, seeded by (--rollout-seed, epoch).")
     rollout_seed: int = flag(42, "Seed of the data order and of sampling.", ge=0)
-    rm_type: str | None = flag(None, "deepscaler, dapo, math, f1, gpqa, remote_rm, random, with or without boxed_.")
+    rm_type: str | None = flag(None, f"{', '.join(REWARD_TYPES)}, with or without {BOXED_PREFIX}.")
     custom_rm_path: str | None = flag(None, "Dotted path to your own reward function, async or plain.")
     group_rm: bool = flag(
         False,

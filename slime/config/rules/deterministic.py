@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 from slime.config.problem import Problem
 from slime.config.resolve import cuda_available
-from slime.config.reward_types import may_ask_remote
 from slime.config.rules.case import Case
 
 INVARIANT_ATTENTION = ("fa3", "fa4", "flashinfer", "triton", "ascend")
@@ -22,7 +21,7 @@ def deterministic(case: Case) -> Iterable[Problem]:
     args = case.args
     if not args.deterministic:
         return
-    if case.generates and args.custom_rm_path is None and args.rm_url is not None and may_ask_remote(args):
+    if case.generates and args.custom_rm_path is None and args.rm_url is not None and args.may_ask_judge:
         rule = f"slime cannot make the answers and failures of the judge at --rm-url {args.rm_url} reproducible"
         yield case.warning("deterministic", rule, "use a reward that is computed locally", also=["rm_url"])
     if cuda_available() or args.engine.on_gpus:

@@ -17,10 +17,10 @@ from slime.config.data_files import SUFFIXES, DataKeys, label_text, split_slice
 from slime.config.eval_data import EvalDataset, eval_datasets
 from slime.config.flags.rollout_options import HookOptions, RolloutOptions
 from slime.config.problem import Problem
-from slime.config.reward_types import line_reward_fault
 from slime.config.rules.case import Case
 from slime.config.rules.data import RowCheck, check_rows
 from slime.config.rules.imports import import_hook
+from slime.config.rules.rewards import line_reward_fault
 from slime.core.plugins import HOOKS, HookError, hook_path
 from slime.core.small_files import is_directory, is_file
 

@@ -15,7 +15,6 @@ from slime.config.flags.algo_options import CriticOptions
 from slime.config.flags.flag import Needs
 from slime.config.problem import Problem
 from slime.config.resolve import for_gpus, gpu_memory, joins_ray
-from slime.config.reward_types import may_ask_remote
 from slime.config.rules.case import Case, NoEffect
 from slime.config.rules.no_effect_algorithms import ALGORITHMS
 from slime.config.sharding import optimizer_ranks
@@ -84,7 +83,7 @@ TABLE: tuple[NoEffect, ...] = (
     NoEffect(("rm_url",), lambda a: a.custom_rm_path is not None, "--custom-rm-path judges instead of remote_rm"),
     NoEffect(
         ("rm_url", "rm_concurrency"),
-        lambda a: a.custom_rm_path is None and not may_ask_remote(a),
+        lambda a: a.custom_rm_path is None and not a.may_ask_judge,
         "it belongs to --rm-type remote_rm",
         "leave it out, unless the metadata.rm_type of a data row is remote_rm",
     ),

@@ -1,25 +1,29 @@
 """Rules for rewards: every response has a reward function, and that function has all it needs.
 
 - Used by: `rules.check`.
-- Invariant: these rules check the flags, and `reward_types.line_reward_fault` applies the same rules to the
-  metadata.rm_type of a data row.
+- Invariant: these rules check the flags, and `line_reward_fault` applies the same rules to the metadata.rm_type of a
+  data row.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
+from slime.config.args import Args
 from slime.config.eval_data import EvalDataset, eval_datasets, sets_with_rm_type
 from slime.config.problem import Problem
 from slime.config.reward_types import (
+    BOXED_PREFIX,
     GRAMMAR_REMEDY,
-    REWARD_TYPE_REMEDY,
-    base_type,
     compares_mathematics,
+    facts_of,
     grammar_fault,
     needs_label,
+    needs_url,
+    reward_type_remedy,
 )
 from slime.config.rules.case import Case
 from slime.config.rules.imports import import_hook
@@ -33,8 +37,8 @@ def reward_types(case: Case) -> Iterable[Problem]:
     args = case.args
     for field in ("rm_type", "eval_rm_type"):
         value: str | None = vars(args)[field]
-        if value is not None and base_type(value) is None and (field == "rm_type" or value != args.rm_type):
-            yield case.error(field, "unknown reward type", REWARD_TYPE_REMEDY)
+        if value is not None and facts_of(value) is None and (field == "rm_type" or value != args.rm_type):
+            yield case.error(field, "unknown reward type", reward_type_remedy())
     if args.custom_rm_path is not None and "eval_rm_type" in case.given:
         rule = f"--custom-rm-path {args.custom_rm_path} also judges evaluation"
         yield case.error("eval_rm_type", rule, "leave one of the two out", also=["custom_rm_path"])
@@ -66,8 +70,8 @@ def eval_rewards(case: Case) -> Iterable[Problem]:
         rm_type = dataset.rm_type
         if rm_type is None:
             yield case.warning(field, f"{dataset.name} has no reward of its own", _METADATA_REMEDY)
-        elif base_type(rm_type) is None and rm_type != args.eval_rm_type:
-            yield case.error(field, f"{dataset.name}: rm_type {rm_type!r} is unknown", REWARD_TYPE_REMEDY)
+        elif facts_of(rm_type) is None and rm_type != args.eval_rm_type:
+            yield case.error(field, f"{dataset.name}: rm_type {rm_type!r} is unknown", reward_type_remedy())
         if needs_label(rm_type) and dataset.label_key is None:
             rule = f"{dataset.name}: {rm_type} compares the answer with a label, but no label key is given"
             yield case.error("eval_label_key", rule, "add --eval-label-key or --label-key", also=["label_key"])
@@ -78,8 +82,8 @@ def reward_url(case: Case) -> Iterable[Problem]:
     args = case.args
     types = [args.rm_type, args.eval_rm_type, *(dataset.rm_type for dataset in _datasets(case))]
     if args.rm_url is None:
-        if args.custom_rm_path is None and any(base_type(rm_type) == "remote_rm" for rm_type in types):
-            rule = "not given; remote_rm sends responses there to be judged"
+        if args.custom_rm_path is None and (sent := next(filter(needs_url, types), None)):
+            rule = f"not given; {sent.removeprefix(BOXED_PREFIX)} sends responses there to be judged"
             yield case.error("rm_url", rule, "add --rm-url", also=["rm_type", "eval_rm_type"])
     elif not _is_url(args.rm_url):
         yield case.error("rm_url", "is not a URL", "write it as http://HOST:PORT/PATH or https://...")
@@ -97,6 +101,36 @@ def grammar(case: Case) -> Iterable[Problem]:
             if fault is not None:
                 yield case.missing(field, fault, GRAMMAR_REMEDY)
             return
+
+
+def line_reward_fault(
+    args: Args, metadata: Mapping[str, Any], rm_type: str | None, label: str | None
+) -> tuple[str, str] | None:
+    """Return rule and remedy if the reward of a data row cannot be computed, and None if it can.
+
+    The row's metadata.rm_type overrides `rm_type`, the data set's type, which other rules check. `label`: the label
+    that the reward receives; None if no label key is given.
+    """
+    if args.custom_rm_path is not None:
+        return None
+    named = metadata.get("rm_type")
+    judged_by = named or rm_type
+    facts = facts_of(judged_by)
+    if label is not None and facts is not None and facts.needs_label:
+        fault = facts.check_label(str(judged_by), label, metadata)
+        if fault is not None:
+            return fault
+    if not named:
+        if rm_type is not None or args.custom_generate_function_path is not None:  # the function may judge
+            return None
+        return "it has no reward type", "give it metadata.rm_type, or add --rm-type or --custom-rm-path"
+    if facts is None:
+        return f"metadata.rm_type {named!r} is unknown", reward_type_remedy()
+    if needs_url(named) and args.rm_url is None:
+        return f"metadata.rm_type is {named!r}, but there is no --rm-url", "add --rm-url"
+    if facts.needs_label and label is None:
+        return f"metadata.rm_type is {named!r}, which compares the answer with a label", "add --label-key"
+    return None
 
 
 def custom_reward(case: Case) -> Iterable[Problem]:

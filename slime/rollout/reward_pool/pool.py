@@ -28,7 +28,7 @@ import orjson
 
 from slime.config.args import Args
 from slime.config.eval_data import eval_datasets
-from slime.config.reward_types import BOXED_PREFIX, base_type
+from slime.config.reward_types import BOXED_PREFIX, needs_url
 from slime.config.secrets import masker_of
 from slime.core.awake import AwakeClock
 from slime.core.plugins import load_hook
@@ -36,7 +36,7 @@ from slime.core.sample import Sample, Status
 from slime.rollout.reward_pool.channel import START
 from slime.rollout.reward_pool.process import RewardProcess, Task
 from slime.rollout.reward_pool.verdict import CRASH, MEMORY, TIMEOUT, Verdict, error_verdict
-from slime.rollout.rewards.registry import find_reward, is_async, reward_type
+from slime.rollout.rewards.reward import find_reward, is_async, reward_type
 
 if TYPE_CHECKING:
     from slime.rollout.rewards.remote import RemoteReward
@@ -103,10 +103,9 @@ class RewardPool:
         rm_type = reward_type(self._args, sample, rm_type)
         if rm_type is None and self._args.custom_rm_path is None:
             raise ValueError(_NO_REWARD)
-        if base_type(rm_type) == "remote_rm":
+        if rm_type is not None and needs_url(rm_type):
             if self._remote is None:
                 raise ValueError(NO_URL)
-            assert rm_type is not None
             return await self._remote.judge(sample, boxed=rm_type.startswith(BOXED_PREFIX))
         [verdict] = await self._call((rm_type, sample), 1)
         return verdict
@@ -315,7 +314,7 @@ class RewardPool:
 
 
 def _check_type(args: Args, rm_type: str | None) -> None:
-    if base_type(rm_type) == "remote_rm":
+    if needs_url(rm_type):
         if args.rm_url is None:
             raise ValueError(NO_URL)
     elif rm_type is not None:

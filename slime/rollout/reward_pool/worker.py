@@ -29,7 +29,7 @@ from slime.rollout.reward_pool.async_worker import Together
 from slime.rollout.reward_pool.channel import HEADER, START, Page, pack
 from slime.rollout.reward_pool.verdict import TIMEOUT, Verdict, error_verdict, verdict_of, verdicts_of
 from slime.rollout.rewards import mathematics
-from slime.rollout.rewards.registry import find_reward, is_async
+from slime.rollout.rewards.reward import find_reward, is_async, load_rewards
 
 _BUILT_IN_MEMORY = 4 * 1024**3
 """Bytes of address space for the built-in rewards: an answer such as 10^{10^{10}} must not fill the machine."""
@@ -118,6 +118,7 @@ def main() -> None:
     mask_output(masker_of(args))
     judge = Judge(args)
     if args.custom_rm_path is None:
+        load_rewards()
         mathematics.warm_up()
         _limit_memory()
     connection.sendall(pack(START, str(os.getpid()).encode()))

@@ -1,6 +1,6 @@
 r"""The DAPO rule: 1 if the text after the last "Answer:" is equivalent to the label, else -1.
 
-- Called by: `registry` reads and scores the answer with these.
+- Called by: `reward` finds it in the table of types.
 - Invariant: a response without an answer is wrong and gets -1, never 0.
 
 Source: Yu et al., "DAPO: an open-source LLM reinforcement learning system at scale", 2025 (arXiv:2503.14476), section
@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 
 from slime.core.boxes import Answer, boxed, names_box
-from slime.rollout.rewards.deepscaler import is_right
+from slime.rollout.rewards.mathematics import is_right
 from slime.rollout.rewards.response import final_text
+from slime.rollout.rewards.reward import Reward, against_label
 
 TAIL = 300
 """The number of characters at the end of the response in which the answer has to be."""
@@ -53,3 +54,6 @@ def dapo_answer(response: str) -> str | None:
 def dapo_score(answer: Answer | None, label: str) -> float:
     """Return 1 if there is an answer that equals the label as mathematics, else -1."""
     return 1.0 if answer is not None and is_right(answer, label) else -1.0
+
+
+REWARD = Reward(read=read_dapo, score=against_label(dapo_score), lowest=-1.0)

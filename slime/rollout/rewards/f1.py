@@ -1,6 +1,6 @@
 """Token F1: the share of words that the answer and the label have in common, from 0 to 1.
 
-- Called by: `registry` scores with it.
+- Called by: `reward` finds it in the table of types.
 - Invariant: a missing answer is worth 0.
 
 Source: Rajpurkar et al., "SQuAD", 2016 (arXiv:1606.05250), section 6.1, and the normalization of its evaluation script.
@@ -18,6 +18,10 @@ from collections import Counter
 from typing import Any
 
 import orjson
+
+from slime.core.boxes import Answer
+from slime.rollout.rewards.response import final_answer
+from slime.rollout.rewards.reward import Reward, against_label
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -55,3 +59,10 @@ def _f1(answer: str, label: str) -> float:
     words, label_words = ours.split(), theirs.split()
     shared = (Counter(words) & Counter(label_words)).total()
     return 2 * shared / (len(words) + len(label_words))
+
+
+def _score(answer: Answer | None, label: str) -> float:
+    return f1_score(None if answer is None else answer.text, label)
+
+
+REWARD = Reward(read=final_answer, score=against_label(_score))

@@ -1,6 +1,7 @@
-r"""Answers as mathematics: decide whether an answer means the same as the label.
+r"""Answers as mathematics: decide whether an answer means the same as the label. `--rm-type math` reads the last box.
 
-- Called by: the rules that compare answers (`deepscaler`, `math`, `dapo`, the `boxed_` prefix).
+- Called by: `reward` finds `math` in the table of types; `deepscaler` and `dapo` score with `mathematics_score` and
+  `is_right`.
 - Invariant: nothing that the model wrote is evaluated as code. `answers` reads it with a grammar of its own, and leaves
   integrals and infinite sums to math-verify's LaTeX parser. docs/rewards.md lists what counts as equal.
 """
@@ -10,9 +11,11 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+from slime.config.labels import stated_answer
 from slime.config.reward_types import GRAMMAR_REMEDY, grammar_fault
-from slime.core.boxes import last_boxed
+from slime.core.boxes import Answer, boxed, last_boxed
 from slime.rollout.rewards.answers.comparison import equal_answers
+from slime.rollout.rewards.reward import Reward, against_label
 
 MAX_ANSWER = 1000
 """The most characters of an answer that is read as mathematics; longer answers are compared as text."""
@@ -55,6 +58,29 @@ def equal_as_mathematics(answer: str, label: str) -> bool:
     return equal_answers(answer, label)
 
 
+def mathematics_score(answer: Answer | None, label: str) -> float:
+    """Return 1 if there is an answer that equals the label as mathematics, else 0."""
+    return float(answer is not None and is_right(answer, label))
+
+
+def is_right(answer: Answer, label: str) -> bool:
+    r"""Return whether the answer equals the label as mathematics.
+
+    Several boxes are read as a list. They are right if the list is the label, or if each box is (`\boxed{\frac12}` or
+    `\boxed{0.5}`); `\boxed{3}` and `\boxed{5}` is not 5.
+
+    Raises:
+        ValueError: the label has GSM8K's form, but no answer.
+    """
+    label = stated_answer(label)
+    if equal_as_mathematics(answer.text, label):
+        return True
+    joined = ", ".join(answer.parts)
+    if joined != answer.text and answer.parts and equal_as_mathematics(joined, label):
+        return True
+    return bool(answer.parts) and all(equal_as_mathematics(part, label) for part in answer.parts)
+
+
 def warm_up() -> None:
     """Load all parsers, so that no sample's time limit includes that, and check them with the known verdicts.
 
@@ -70,3 +96,6 @@ def warm_up() -> None:
             raise RuntimeError(
                 f"{rule}; pip install --force-reinstall latex2sympy2_extended mpmath, and {GRAMMAR_REMEDY}"
             )
+
+
+REWARD = Reward(read=boxed, score=against_label(mathematics_score))

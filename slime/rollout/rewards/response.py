@@ -1,12 +1,14 @@
 """The part of a response that holds the answer.
 
-- Called by: rules for answers in words read `final_text`.
+- Called by: rules for answers in words read `final_text`, as `final_answer`.
 - Invariant: it takes time linear in the response, whatever the response contains.
 """
 
 from __future__ import annotations
 
 import re
+
+from slime.core.boxes import Answer
 
 THINK_END = "</think>"
 
@@ -26,3 +28,8 @@ def final_text(response: str) -> str:
         while end and text[end - 1].isspace():
             end -= 1
     return text[:end]
+
+
+def final_answer(response: str) -> Answer:
+    """Return `final_text` as the answer."""
+    return Answer(final_text(response))
