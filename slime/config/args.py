@@ -24,6 +24,7 @@ from slime.config.flags.options import (
 )
 from slime.config.flags.rollout_options import EvalOptions, HookOptions, RolloutOptions
 from slime.config.reward_types import needs_url
+from slime.config.weight_transports import TRANSPORTS
 from slime.core.architecture import Architecture
 
 T = TypeVar("T")
@@ -216,7 +217,13 @@ class Args(
     def writes_weight_files(self) -> bool:
         """Return whether weights are written to files, by the disk transport or by the check of the first sync."""
         sends = bool(self.num_engines) and not self.debug_rollout_only
-        return sends and (self.update_weight_transport == "disk" or self.check_weight_sync)
+        return sends and (self.transport_writes_files or self.check_weight_sync)
+
+    @property
+    def transport_writes_files(self) -> bool:
+        """Return whether the weight transport writes weights to files."""
+        row = TRANSPORTS.get(self.update_weight_transport)
+        return row is not None and row.writes_files
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Any, cast
 from slime.config.args import Args
 from slime.config.engine_kinds import AUTO, ENGINE_KINDS, ON_CPU, ON_GPUS
 from slime.config.memory import COLOCATED_MEM_FRACTION
+from slime.config.weight_transports import AUTO as AUTO_TRANSPORT
+from slime.config.weight_transports import reaching
 
 
 @cache
@@ -122,8 +124,8 @@ def _placement(args: Args) -> dict[str, Any]:
     shared = args.colocate and (changes.get("offload", args.offload) is True)
     if shared and ENGINE_KINDS[kind].reads("mem_fraction_static"):
         changes["sglang"] = {"mem_fraction_static": COLOCATED_MEM_FRACTION, **args.sglang}
-    if args.update_weight_transport == "auto" and not args.colocate:
-        changes["update_weight_transport"] = "broadcast"
+    if args.update_weight_transport == AUTO_TRANSPORT and not args.colocate:
+        changes["update_weight_transport"] = next(iter(reaching(shared_devices=False)))
     if args.cpu_threads_per_process is None:
         engines = 0 if args.rollout_external_engines else (num_gpus or 0) // args.rollout_num_gpus_per_engine
         processes = args.actor_world_size + engines

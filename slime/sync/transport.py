@@ -141,6 +141,11 @@ class Transport(ABC):
         self._drain_within = drain_within
         self._runner = asyncio.Runner()
 
+    @classmethod
+    @abstractmethod
+    def open(cls, opening: Opening) -> Transport:
+        """Open this trainer's side of it. Collective over the trainers if its row says that every trainer sends."""
+
     @abstractmethod
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
         """Send all `tensors`, to the end of the iterable; the engines then report `version`.
@@ -279,6 +284,10 @@ class NullTransport(Transport):
 
     def __init__(self) -> None:
         super().__init__(EngineClient("", engines=()), bucket_bytes=0)
+
+    @classmethod
+    def open(cls, opening: Opening) -> NullTransport:
+        return cls()
 
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
         """Take part in gathering every tensor, which the trainers that do send need."""

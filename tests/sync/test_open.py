@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
 from slime.config.args import Args
+from slime.config.weight_transports import TRANSPORTS, TransportFacts
 from slime.engine.bucket_layout import NamedTensor
 from slime.sync.buckets import Buckets
 from slime.sync.disk import DiskTransport
-from slime.sync.open import TRANSPORTS, Row, open_transport
+from slime.sync.open import open_transport
 from slime.sync.sender import WeightSender
 from slime.sync.transport import NullTransport, Opening, SyncReport, Transport
 
@@ -87,11 +89,16 @@ def sender(source: Weights, transport: str, *, rank: int = 0) -> WeightSender:
     return made
 
 
+def add_row(monkeypatch: pytest.MonkeyPatch, name: str, kind: type, **facts: bool) -> None:
+    rows = cast(dict[str, TransportFacts], TRANSPORTS)
+    monkeypatch.setitem(rows, name, TransportFacts(transport=f"{__name__}.{kind.__name__}", **facts))
+
+
 def test_a_row_makes_a_transport_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     source = weights()
     with pytest.raises(ValueError, match=r"--update-weight-transport mailbox: .* use auto, broadcast, disk"):
         sender(source, "mailbox")
-    monkeypatch.setitem(TRANSPORTS, "mailbox", Row(opens=Mailbox.open))
+    add_row(monkeypatch, "mailbox", Mailbox)
     SENT.clear()
     made = sender(source, "mailbox")
     assert made.version is None
@@ -104,20 +111,25 @@ def test_a_row_makes_a_transport_reachable(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_trainer_that_sends_nothing_gathers_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Row(opens=Mailbox.open)
-    monkeypatch.setitem(TRANSPORTS, "mailbox", row)
+    add_row(monkeypatch, "mailbox", Mailbox)
     SENT.clear()
     source = weights()
     assert sender(source, "mailbox", rank=1).send(1) == {}
     assert (source.gathered, SENT) == (3, {})
-    monkeypatch.setitem(TRANSPORTS, "mailbox", Row(opens=Mailbox.open, every_trainer_sends=True))
+    add_row(monkeypatch, "mailbox", Mailbox, every_trainer_sends=True)
     assert sender(source, "mailbox", rank=1).send(1) != {} and SENT, "control"
     unconnected = WeightSender(args_of("auto"), source, rank=0, backend="gloo")
     assert unconnected.send(1) == {}, "there are no engines yet"
 
 
+def test_a_row_without_a_transport_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_row(monkeypatch, "weights", Weights)
+    with pytest.raises(ValueError, match=r"--update-weight-transport weights: \S+\.Weights is not a Transport"):
+        sender(weights(), "weights")
+
+
 def test_a_lost_engine_leaves_no_trainer_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TRANSPORTS, "lost", Row(opens=Lost.open))
+    add_row(monkeypatch, "lost", Lost)
     source = weights()
     with pytest.raises(RuntimeError, match="is gone"):
         sender(source, "lost").send(1)

@@ -13,6 +13,8 @@ from typing import Literal
 
 from slime.config.engine_kinds import AUTO, ENGINE_KINDS
 from slime.config.flags.flag import Needs, flag
+from slime.config.weight_transports import AUTO as AUTO_TRANSPORT
+from slime.config.weight_transports import reaching
 from slime.core.pausing import PauseChoice
 
 
@@ -110,10 +112,11 @@ class ClusterOptions:
         ge=1,
         le=4096,
     )
-    update_weight_transport: Literal["auto", "broadcast", "disk"] = flag(
-        "auto",
+    update_weight_transport: str = flag(
+        AUTO_TRANSPORT,
         "How the weight sync reaches the engines. auto: broadcast, or device memory with --colocate. disk: files, for "
         "engines that share a file system but no fast network.",
+        choices=(AUTO_TRANSPORT, *reaching(shared_devices=False)),
     )
     update_weight_disk_dir: str | None = flag(
         None,

@@ -15,6 +15,7 @@ from slime.config.problem import Problem, show
 from slime.config.resolve import cuda_available, joins_ray
 from slime.config.rules.case import Case
 from slime.config.secrets import masked
+from slime.config.weight_transports import AUTO as AUTO_TRANSPORT
 from slime.core.address import is_loopback
 
 _URL = re.compile(r"http://(\[[0-9a-fA-F:.]+\]|[^\s/:@\[\]]+):(\d{1,5})")
@@ -213,8 +214,8 @@ def pauses(case: Case) -> Iterable[Problem]:
 def weight_directory(case: Case) -> Iterable[Problem]:
     """Require a named directory, or --save, if an engine on another machine must read weight files."""
     args = case.args
-    by_disk = args.update_weight_transport == "disk"
-    if args.colocate and args.update_weight_transport != "auto":
+    by_disk = args.transport_writes_files
+    if args.colocate and args.update_weight_transport != AUTO_TRANSPORT:
         rule = "with --colocate weights are passed through device memory"
         yield case.error("update_weight_transport", rule, "leave it out", also=["colocate"])
     given = args.save is not None or "update_weight_disk_dir" in case.given
