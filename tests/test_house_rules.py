@@ -47,6 +47,11 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+def other_tests() -> list[Path]:
+    """Return the files of the tests except this one, whose controls break the rules."""
+    return sorted({*(ROOT / "tests").rglob("*.py")} - {Path(__file__)})
+
+
 def imports(tree: ast.AST) -> Iterator[str]:
     """Yield every module named in an import, at any depth of the file."""
     for node in ast.walk(tree):
@@ -136,10 +141,19 @@ RIDDLES = re.compile(r'^\s*r?"""(?:Of|The same|Those|Whose|What|Which|Who)\b|\b(
 
 
 def test_docstrings_are_plain_sentences() -> None:
-    texts = [*modules(), *documents()]
+    texts = [*modules(), *documents(), *other_tests()]
     assert [f"{path}: {found[0]}" for path in texts for found in RIDDLES.finditer(path.read_text())] == []
     assert RIDDLES.search('    """Of a router."""')  # control
     assert not RIDDLES.search('    """Return whether besides Ofelia someone is there."""')
+
+
+LONG_NAME = re.compile(r"\bdef (test(?:_[a-z0-9]+){9,})\(")
+
+
+def test_test_names_have_at_most_eight_words() -> None:
+    assert [name for path in other_tests() for name in LONG_NAME.findall(path.read_text())] == []
+    assert LONG_NAME.search("def test_one_two_three_four_five_six_seven_eight_nine(x: int)")  # control
+    assert not LONG_NAME.search("def test_one_two_three_four_five_six_seven_eight(x: int)")
 
 
 def unknown_in_reading_order(package: Path, docstring: str) -> list[str]:

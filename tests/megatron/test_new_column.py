@@ -25,7 +25,7 @@ EDITS = [
         '    "surprises": Column(axis=Axis.RESPONSE, dtype="float32", sample_field="surprises", meaning="dummy"),\n',
     ),
 ]
-"""What a contributor adds: a file of the package, the line before which the text goes, and the text."""
+"""The edits of a contributor: a file of the package, the line before which the text goes, and the text."""
 
 PROMPT, LENGTHS = 3, (4, 2, 5, 3)
 
