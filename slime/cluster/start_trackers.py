@@ -12,26 +12,30 @@ import yaml
 
 from slime.config.args import Args
 from slime.config.args_yaml import dump_args
-from slime.observability.trackers import TensorBoard, Tracker, WandbRun, WeightsAndBiases
+from slime.config.experiment_trackers import TRACKERS
+from slime.core.plugins import load
+from slime.observability.trackers import TrackedRun, Tracker
 
 
 def start_trackers(args: Args, run_id: str, first: int) -> list[Tracker]:
     """Return the trackers. `run_id` is the same when a run resumes; `first` is the step from which it resumes.
 
     Raises:
-        RunError: Weights & Biases cannot be reached, or refuses.
+        RunError: a tracker's service cannot be reached, or refuses.
+        ValueError: the row of a tracker names no Tracker.
     """
-    trackers: list[Tracker] = []
-    if args.use_tensorboard:
-        trackers.append(TensorBoard(Path(args.resolved.tensorboard_dir) / run_id, first))
-    if args.use_wandb:
-        run = WandbRun(
-            project=args.wandb_project,
-            entity=args.wandb_entity,
-            group=args.wandb_group,
-            name=args.wandb_exp_name,
-            directory=Path(args.resolved.log_dir),
-            config=yaml.safe_load(dump_args(args)),
-        )
-        trackers.append(WeightsAndBiases(run, run_id, first))
-    return trackers
+    run = TrackedRun(
+        run_id=run_id,
+        first=first,
+        directory=Path(args.log_dir or "outputs"),
+        config=yaml.safe_load(dump_args(args)),
+    )
+    return [_class_of(name).start(run) for name in args.tracker_names]
+
+
+def _class_of(name: str) -> type[Tracker]:
+    path = TRACKERS[name].tracker
+    kind = load(path)
+    if not (isinstance(kind, type) and issubclass(kind, Tracker)):
+        raise ValueError(f"--trackers {name}: {path} is not a Tracker")
+    return kind

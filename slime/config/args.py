@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.engine_kinds import ENGINE_KINDS, EngineFacts
+from slime.config.experiment_trackers import TRACKERS
 from slime.config.flags.algo_options import AlgoOptions, CriticOptions
 from slime.config.flags.megatron_options import (
     ArchitectureOptions,
@@ -206,6 +207,12 @@ class Args(
         dtype = self.sglang.get("dtype") or ("bfloat16" if self.bf16 else "float32")
         in_fp32 = self.starts_engines and dtype in ("float", "float32")
         return self.engine.fp32_fault if in_fp32 else None
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """Return the names of the run's trackers, in the order of their table."""
+        on = {name for name, row in TRACKERS.items() if row.switch is not None and vars(self)[row.switch]}
+        return tuple(name for name in TRACKERS if name in on.union(self.trackers))
 
     @property
     def may_ask_judge(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from slime.config.args import Args
 from slime.config.engine_kinds import AUTO, ENGINE_KINDS, ON_CPU, ON_GPUS
+from slime.config.experiment_trackers import TRACKERS
 from slime.config.memory import COLOCATED_MEM_FRACTION
 from slime.config.weight_transports import AUTO as AUTO_TRANSPORT
 from slime.config.weight_transports import reaching
@@ -98,9 +99,13 @@ def resolve(args: Args) -> Args:
         changes["log_dir"] = args.save or "outputs"
     if args.update_weight_disk_dir is None:
         changes["update_weight_disk_dir"] = f"{args.save or args.log_dir or changes['log_dir']}/engine-weights"
-    if args.use_tensorboard and args.tensorboard_dir is None:
+    for name in args.tracker_names:
+        switch = TRACKERS[name].switch
+        if switch is not None:
+            changes[switch] = True
+    if changes.get("use_tensorboard") and args.tensorboard_dir is None:
         changes["tensorboard_dir"] = f"{args.log_dir or changes['log_dir']}/tensorboard"
-    if args.use_wandb and args.wandb_project is None:
+    if changes.get("use_wandb") and args.wandb_project is None:
         changes["wandb_project"] = "slime"
     return replace(args, **changes)
 

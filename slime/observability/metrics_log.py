@@ -42,7 +42,7 @@ class MetricsLog:
     def _hand_on(self, step: int, metrics: Record) -> None:
         for tracker in [tracker for tracker in self._trackers if step >= tracker.begin]:
             try:
-                tracker.write(step, metrics)
+                tracker.log(step, metrics)
             except Exception as error:  # noqa: BLE001 (no error of a tracker may end a run)
                 self._trackers.remove(tracker)
                 self._say(f"WARNING {tracker.name} failed ({error}) and gets no more data; metrics.jsonl has it all")
@@ -87,10 +87,10 @@ class MetricsLog:
         self._file.seek(0, 2)
 
     def close(self) -> None:
-        failed = sys.exc_info()[0] is not None  # close is called while the error that ends the run is handled
+        ok = sys.exc_info()[0] is None  # close is called while the error that ends the run is handled
         for tracker in self._trackers:
             try:
-                tracker.close(failed=failed)
+                tracker.finish(ok=ok)
             except Exception as error:  # noqa: BLE001 (as above)
                 self._say(f"WARNING {tracker.name} failed at the end ({error})")
         self._file.close()

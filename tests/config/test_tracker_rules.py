@@ -56,3 +56,12 @@ def test_event_directory(run: Run, tmp_path: Path) -> None:
     assert "no effect: it belongs to --use-tensorboard" in warning
     [warning] = run.warnings("--wandb-group", "x")
     assert "no effect: it belongs to --use-wandb" in warning
+
+
+def test_a_name_in_trackers_is_its_switch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = run.args("--trackers", "tensorboard")
+    assert (args.use_tensorboard, args.tensorboard_dir) == (True, "outputs/tensorboard")
+    assert args.tracker_names == run.args("--use-tensorboard").tracker_names == ("tensorboard",)
+    assert run.args().tracker_names == ()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run.error("--trackers", "wandb").startswith("--trackers wandb: wandb is not installed")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,9 @@ from slime.cluster.start_trackers import start_trackers
 from slime.config.args import Args
 from slime.observability.metrics_log import MetricsLog, read_metrics
 from slime.observability.run_directory import RunDirectory
-from slime.observability.trackers import Tracker
+from slime.observability.trackers import TrackedRun, Tracker
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -175,21 +180,24 @@ def test_an_error_ends_the_wandb_run_as_failed(tmp_path: Path, offline: None) ->
     assert rows[-1] == {"exit": 1}
 
 
-class Failing:
+class Failing(Tracker):
     """A tracker that works until the network fails."""
 
     name = "Failing"
-    begin = 0
 
     def __init__(self, works: int) -> None:
         self.left = works
 
-    def write(self, step: int, metrics: Any) -> None:
+    @classmethod
+    def start(cls, run: TrackedRun) -> Failing:
+        return cls(works=int(run.config["num_rollout"]))
+
+    def log(self, step: int, metrics: Any) -> None:
         self.left -= 1
         if self.left < 0:
             raise ConnectionError("no route")
 
-    def close(self, *, failed: bool) -> None:
+    def finish(self, *, ok: bool) -> None:
         raise ConnectionError("no route")
 
 
@@ -207,3 +215,54 @@ def test_a_failing_tracker_gives_one_warning(tmp_path: Path) -> None:
     log.close()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
     assert len(lines) == 2
+
+
+FILE = """
+from slime.observability.trackers import TrackedRun, Tracker
+
+class Ledger(Tracker):
+    name = "Ledger"
+
+    def __init__(self, file):
+        self.file = file
+
+    @classmethod
+    def start(cls, run):
+        return cls((run.directory / f"{run.run_id}.ledger").open("a"))
+
+    def log(self, step, metrics):
+        print(step, *metrics.values(), file=self.file, flush=True)
+
+    def finish(self, *, ok):
+        print("ok" if ok else "failed", file=self.file, flush=True)
+"""
+ROW = 'TRACKERS["ledger"] = TrackerFacts(tracker="ledger.Ledger")\n'
+USE = """
+import sys
+from pathlib import Path
+from slime.cluster.start_trackers import start_trackers
+from slime.config.parse import load_args
+from slime.observability.metrics_log import MetricsLog
+
+args, _ = load_args(["--dry-run", "--trackers", "ledger", "--log-dir", sys.argv[1]], training=False)
+log = MetricsLog(Path(sys.argv[1]) / "metrics.jsonl")
+log.write(0, {"eval/reward": 0.5})
+log.track(start_trackers(args, "run", 0), print)
+log.write(1, {"train/loss": 2.0})
+log.close()
+"""
+
+
+def test_one_class_and_one_row_add_a_tracker(tmp_path: Path) -> None:
+    (tmp_path / "ledger.py").write_text(FILE)
+    head = "from slime.config.experiment_trackers import TRACKERS, TrackerFacts\n"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    for row in ("", ROW):
+        command = [sys.executable, "-c", head + row + USE, str(tmp_path)]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        if row:
+            assert done.returncode == 0, done.stderr
+            assert (tmp_path / "run.ledger").read_text() == "0 0.5\n1 2.0\nok\n"
+        else:
+            assert done.returncode != 0
+            assert "--trackers ledger: must be one of tensorboard, wandb" in done.stderr

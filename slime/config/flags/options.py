@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slime.config.engine_kinds import AUTO, ENGINE_KINDS
+from slime.config.experiment_trackers import TRACKERS
 from slime.config.flags.flag import Needs, flag
 from slime.config.weight_transports import AUTO as AUTO_TRANSPORT
 from slime.config.weight_transports import reaching
@@ -219,6 +220,7 @@ class TrainOptions:
 
 
 _WANDB = Needs(("use_wandb",), remedy="add --use-wandb")
+_TRACKER_SWITCHES = ", ".join(f"--{row.switch.replace('_', '-')}" for row in TRACKERS.values() if row.switch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +235,11 @@ class LoggingOptions:
     )
     logprob_gap_alarm: float | None = flag(
         None, "Warn when mean |train - rollout log-prob| exceeds this. Unset: 1e-3 in fp32, 0.1 in bf16.", gt=0
+    )
+    trackers: tuple[str, ...] = flag(
+        (),
+        f"Trackers that get every number of metrics.jsonl, too. {_TRACKER_SWITCHES} do the same for one each.",
+        choices=tuple(TRACKERS),
     )
     use_wandb: bool = flag(False, "Log to Weights & Biases as well. Set WANDB_API_KEY, or WANDB_MODE=offline.")
     wandb_project: str | None = flag(None, "W&B project; unset: slime.", needs=_WANDB)

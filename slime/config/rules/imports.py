@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 
+from slime.config.experiment_trackers import TRACKERS
 from slime.config.problem import Problem, UsageError
 from slime.config.rules.case import Case
 from slime.core.plugins import HOOKS, load_hook
@@ -76,24 +76,18 @@ def _limit(notice: str) -> Generator[None]:
 
 
 def trackers(case: Case) -> Iterable[Problem]:
-    """Check that the packages of --use-tensorboard and --use-wandb are installed, and W&B's API key."""
-    args = case.args
-    if args.use_tensorboard and not is_installed("tensorboard"):
-        yield case.missing("use_tensorboard", "tensorboard is not installed", "pip install 'slime[tensorboard]'")
-    if args.use_wandb and not is_installed("wandb"):
-        yield case.missing("use_wandb", "wandb is not installed", "pip install 'slime[wandb]'")
-    elif args.use_wandb and case.real and not _has_account():
-        remedy = "set WANDB_API_KEY, or WANDB_MODE=offline"
-        yield case.error("use_wandb", "W&B has no API key, and would ask for it", remedy)
+    """Check that the packages of the run's trackers are installed and can be used."""
+    for name in case.args.tracker_names:
+        facts = TRACKERS[name]
+        field = facts.switch if facts.switch in case.given else "trackers"
+        if facts.package is not None and not is_installed(facts.package):
+            remedy = f"pip install 'slime[{facts.package}]'"
+            yield case.missing(field, f"{facts.package} is not installed", remedy)
+        elif case.real and (fault := facts.fault()) is not None:
+            yield case.error(field, *fault)
 
 
 def is_installed(name: str) -> bool:
     """Return whether a package is installed. A plain directory of that name (W&B makes ./wandb) does not count."""
     spec = find_spec(name)
     return spec is not None and spec.origin is not None
-
-
-def _has_account() -> bool:
-    """Return whether W&B finds an account in its environment variables, settings files or netrc."""
-    wandb: Any = importlib.import_module("wandb")
-    return wandb.setup().settings.mode != "online" or wandb.api.api_key is not None
