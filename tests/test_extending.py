@@ -1,4 +1,4 @@
-"""A reward and a transport are each one file and one row: the command line and a reward worker know dummies."""
+"""Reward, transport and engine kind are each one file and one row: the command line and their users know dummies."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def same_length(answer: Answer | None, label: str) -> float:
 REWARD = Reward(read=final_answer, score=against_label(same_length))
 """
 ROWS = """
+from slime.config.engine_kinds import ENGINE_KINDS, EngineFacts
 from slime.config.reward_types import REWARD_TYPES, RewardFacts
 from slime.config.weight_transports import TRANSPORTS, TransportFacts
+ENGINE_KINDS["dummy"] = EngineFacts(label="a dummy", module="tests.engine.dummy_kind", on_cpu=True)
 REWARD_TYPES["same_length"] = RewardFacts(module="same_length")
 TRANSPORTS["pigeon"] = TransportFacts(transport="pigeon.Pigeon")
 """
@@ -29,11 +31,14 @@ USE = """
 import asyncio, pickle
 from slime.config.parse import load_args
 from slime.core.sample import Sample
+from slime.engine.kinds.kind import kind_of
 from slime.rollout.reward_pool.worker import Judge
 
 words = ["--dry-run", "--rm-type", "boxed_same_length", "--label-key", "label", "--update-weight-transport", "pigeon"]
+words += ["--rollout-engine", "dummy"]
 args, _ = load_args(words, training=False)
 assert args.update_weight_transport == "pigeon"
+assert kind_of(args).phases == (("opening", "opening its server"),)
 with asyncio.Runner() as runner:
     for label, score in (("cd", 1.0), ("e", 0.0)):
         sample = Sample(response=r"\\boxed{ab}", label=label)
@@ -53,3 +58,4 @@ def test_rows_reach_the_command_line_and_the_grader(tmp_path: Path) -> None:
         else:
             assert done.returncode != 0
             assert "--update-weight-transport pigeon: must be one of auto, broadcast, disk" in done.stderr
+            assert "--rollout-engine dummy: must be one of auto, sglang, embedded" in done.stderr
