@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slime.rollout.rewards import mathematics
+from slime.rollout.rewards.answers.exact import InexactError, exact
+from slime.rollout.rewards.answers.library import MAX_TEXT, may_read
 from slime.rollout.rewards.mathematics import equal_as_mathematics
+from slime.rollout.rewards.answers.trees import Node, number
 from tests.rollout.verdicts_for_tests import HELD_OUT, Pair, misses, read_pairs, report
 
 PAIRS = read_pairs(Path(__file__).with_name("answers.tsv"))
@@ -177,3 +181,49 @@ def test_plain_numbers_are_compared_without_a_parser(answer: str, label: str, mo
     equal_as_mathematics(answer, label)
     with pytest.raises(NameError):
         equal_as_mathematics("x", "y")
+
+
+def test_only_short_and_plain_integrals_and_sums_go_to_the_library() -> None:
+    integral, infinite = r"\int_0^1 x dx", r"\sum_{n=1}^{\infty} 2^{-n}"
+    longest = integral.ljust(MAX_TEXT)
+    assert all(map(may_read, (integral, infinite, longest, r"\int_0^1 x \mathrm{d} x")))
+    others = (r"\int x dx", r"\sum_{n=1}^{9} n", longest + " ", integral + r"\gamma", integral + "+1234", integral + "!")
+    assert not any(map(may_read, others))
+
+
+@pytest.mark.parametrize(
+    ("op", "values", "expected"),
+    [
+        ("root", ("27/8", "3"), "3/2"),
+        ("root", ("-32", "5"), "-2"),
+        ("root", ("-4", "2"), None),
+        ("root", ("26", "3"), None),
+        ("root", (str(7**64), "64"), "7"),
+        ("root", ("1", "65"), None),
+        ("^", ("4/9", "-3/2"), "27/8"),
+        ("^", ("-1", str(10**9 + 1)), "-1"),
+        ("^", ("2", str(10**6)), None),
+        ("mod", ("-7", "3"), "2"),
+        ("gcd", ("12", "18", "8"), "2"),
+        ("lcm", ("4", "6"), "12"),
+        ("gcd", ("1/2", "3"), None),
+        ("binom", ("6", "2"), "15"),
+        ("binom", ("2", "6"), None),
+        ("factorial", ("5",), "120"),
+        ("factorial2", ("7",), "105"),
+        ("factorial", ("5001",), None),
+        ("abs", ("-1/2",), "1/2"),
+        ("floor", ("-1/2",), "-1"),
+        ("ceil", ("-1/2",), "0"),
+        ("max", ("1", "3", "2"), "3"),
+        ("min", ("3", "1", "2"), "1"),
+        ("sin", ("0",), None),
+    ],
+)
+def test_exact_values(op: str, values: tuple[str, ...], expected: str | None) -> None:
+    tree = Node(op, tuple(number(Fraction(value)) for value in values))
+    if expected is None:
+        with pytest.raises(InexactError):
+            exact(tree)
+    else:
+        assert exact(tree) == Fraction(expected)

@@ -87,6 +87,16 @@ def test_other_parts_leave_the_response_open(
         assert ended(context, SamplingParams(**params), reason, *tokens).status is status
 
 
+def test_a_stop_text_may_be_the_space_before_a_word() -> None:
+    """Tokenizers of SentencePiece's kind drop the space at the beginning of a text, so one more token is decoded."""
+    inner = Tokenizer(models.WordLevel({"ab": 0, "▁cd": 1}, unk_token="ab"))
+    inner.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    context = RolloutContext(Args(), None, tokenizer, RewardPool(Args()))
+    assert ended(context, SamplingParams(stop=" "), "length", "ab", "cd").status is Status.COMPLETED
+    assert ended(context, SamplingParams(stop="  "), "length", "ab", "cd").status is Status.TRUNCATED
+
+
 def test_a_sample_that_ended_sends_no_request(words: PreTrainedTokenizerFast) -> None:
     """An earlier version left it aborted after its end; there is no engine here that could get a request."""
     context = RolloutContext(Args(), None, words, RewardPool(Args()))

@@ -87,6 +87,14 @@ def test_groups_are_identified_by_their_number(make: Callable[[], TrackedSource]
     assert _indices(source.get_groups(3, rollout_id=1)) == [77, 2, 0]
 
 
+def test_a_group_may_have_a_single_sample(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    args = Args(prompt_data=data_file([{"prompt": "q"}] * 3), n_samples_per_prompt=1)
+    source = TrackedSource(DataBuffer(args, tokenizer))
+    groups = source.get_groups(2, rollout_id=0)
+    source.add_groups([groups[0]])
+    assert [sample["index"] for [sample] in _saved(source)["in_flight"]] == [1]
+
+
 def test_the_sources_own_methods_can_be_called(make: Callable[[], TrackedSource]) -> None:
     source = make()
     source.get_groups(1, rollout_id=0)
