@@ -33,6 +33,17 @@ async def generate_and_remember(
     return result
 
 
+async def number(args: Args, sample: Sample, sampling_params: SamplingParams, context: RolloutContext) -> Sample:
+    """Make a response of one token, right if the sample's number is even; with the label "abort" none ever ends."""
+    CALLS.append(("number", (sample.group_index, sample.index, sampling_params.sampling_seed)))
+    if sample.label == "abort":
+        sample.status = Status.ABORTED
+        return sample
+    sample.tokens, sample.response_length = [*sample.tokens, 9], 1
+    sample.status, sample.reward = Status.COMPLETED, float(sample.index % 2 == 0)
+    return sample
+
+
 def reward(args: Args, sample: Sample) -> float:
     assert isinstance(args, Args)
     assert sample.status in (Status.COMPLETED, Status.TRUNCATED)

@@ -129,12 +129,12 @@ def test_parquet_gives_the_prompts_of_jsonl(
 def test_prompts_without_room_are_counted_and_named(
     data_file: Write, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [{"prompt": "x" * length, "label": length} for length in (5, 9, 8, 30)]
+    rows = [{"prompt": "x" * length, "label": length} for length in (5, 9, 8, 500, 30, 6)]
     buffer = DataBuffer(_args(data_file(rows), rollout_max_context_len=9), tokenizer)
-    assert _labels(buffer.get_groups(2, rollout_id=0)) == [5, 8]
-    assert buffer.num_prompts == 2
-    assert "2 of 4 prompts left out" in caplog.text
-    assert "lines or rows 2, 4" in caplog.text
+    assert _labels(buffer.get_groups(3, rollout_id=0)) == [5, 8, 6]
+    assert buffer.num_prompts == 3
+    assert "3 of 6 prompts left out" in caplog.text
+    assert "lines or rows 2, 4, 5" in caplog.text
     with pytest.raises(ValueError, match="no prompt"):
         DataBuffer(_args(data_file(rows), rollout_max_context_len=5), tokenizer)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slime.config.sampling_record import SamplingRecord, read_record
 from slime.core.sample import Sample, Status
 from slime.rollout.dump import read_dump, write_dump
 
@@ -39,6 +40,10 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert routes is not None and routes.dtype == np.int32
     np.testing.assert_array_equal(routes, sample.routed_experts)
     assert read[0][1].routed_experts is None
+    assert read_record(path) is None, "as in dumps of older versions"
+    record = SamplingRecord(sampling={"temperature": 0.7}, tokenizer="digest", vocab_size=30)
+    write_dump(path, [[sample], [failed]], record)
+    assert (read_dump(path), read_record(path)) == ([[sample], [failed]], record)
 
 
 def test_a_foreign_file_is_named_with_its_line(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
 from slime.engine.protocol import FinishReason, GenerateResponse, SamplingParams
 from slime.rollout.context import RolloutContext
+from slime.rollout.endings import cut_at_stop_across_parts
 from slime.rollout.generate import append_response, generate_sample, room
 from slime.rollout.reward_pool.pool import RewardPool
 
@@ -53,6 +54,7 @@ def ended(context: RolloutContext, params: SamplingParams, reason: FinishReason,
         (["ab", "cd"], {"stop_token_ids": [1]}),
         (["ab", "cd"], {"stop": "bc"}),  # within the last two tokens
         (["ab", "x|y"], {"stop": ("no", "|")}),  # in the middle of the last token
+        (["cd"], {"stop": "cd"}),  # the whole response
         (["<eos>", "x|y"], {"stop": "|", "ignore_eos": True}),
     ],
 )
@@ -85,6 +87,35 @@ def test_other_parts_leave_the_response_open(
     reasons: dict[FinishReason, Status] = {"length": Status.TRUNCATED, "abort": Status.ABORTED}
     for reason, status in reasons.items():
         assert ended(context, SamplingParams(**params), reason, *tokens).status is status
+
+
+@pytest.mark.parametrize(
+    ("stops", "kept"),
+    [
+        (("ab",), 3),  # a tool wrote it, all of it before this part
+        (("bc",), 1),
+        (("bcdc",), 2),
+        (("no", "bcdcdcd"), 3),
+        (("dc",), 3),  # inside this part: the engine's work
+    ],
+)
+def test_a_stop_text_that_began_in_the_part_before(
+    words: PreTrainedTokenizerFast, stops: tuple[str, ...], kept: int
+) -> None:
+    context = RolloutContext(Args(), None, words, RewardPool(Args()))
+    sample = Sample(tokens=[3, 0], prompt_length=1, response_length=1, loss_mask=[0])
+    counts: dict[str, Any] = {"prompt_tokens": 2, "completion_tokens": 3, "input_log_probs": []}
+    part = GenerateResponse(
+        output_ids=[1, 1, 1],
+        log_probs=[-1.0, -2.0, -3.0],
+        finish_reason="length",
+        weight_version="1",
+        text="",
+        **counts,
+    )
+    found = cut_at_stop_across_parts(sample, part, stops, context)
+    assert (found.output_ids, found.log_probs) == ([1] * kept, [-1.0, -2.0, -3.0][:kept])
+    assert found.finish_reason == ("length" if stops in (("ab",), ("dc",)) else "stop")
 
 
 def test_a_stop_text_may_be_the_space_before_a_word() -> None:

@@ -3,12 +3,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rollout_hooks_for_tests as hooks
+from scripted_engine import ScriptedEngine
 from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
@@ -16,6 +19,7 @@ from slime.config.eval_data import EvalDataset
 from slime.core.sample import Sample, Status
 from slime.rollout.context import RolloutContext
 from slime.rollout.evaluate import Evaluator, eval_metrics, pass_at_k
+from slime.rollout.reward_pool.pool import RewardPool
 
 DATASET = EvalDataset(
     name="d",
@@ -164,6 +168,35 @@ def test_pass_at_k_works_with_negative_rewards() -> None:
     assert (metrics["pass@1"], metrics["pass@4"]) == (0.125, 0.5)
     mixed = eval_metrics(Args(), DATASET, [*groups, _group([0, 0, 0, 0])])
     assert not any(name.startswith("pass@") for name in mixed)
+
+
+def test_each_response_has_a_number_and_a_seed(
+    data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "q", "label": label} for label in ("1", "2", "abort")]
+    args = Args(
+        eval_prompt_data=(data_file(rows),),
+        eval_input_key="prompt",
+        eval_label_key="label",
+        n_samples_per_eval_prompt=3,
+        eval_max_response_len=4,
+        eval_temperature=1.0,
+        eval_top_p=1.0,
+        eval_top_k=-1,
+        custom_generate_function_path="rollout_hooks_for_tests.number",
+    )
+    hooks.CALLS.clear()
+    client: Any = ScriptedEngine()
+    context = RolloutContext(args, client, tokenizer, RewardPool(args))
+    metrics = asyncio.run(Evaluator(args, tokenizer).run(4, context))
+    calls: list[Any] = [call for _, call in hooks.CALLS]
+    assert [call[:2] for call in calls if call[0] < 2] == [(0, 0), (0, 1), (0, 2), (1, 3), (1, 4), (1, 5)]
+    seeds = {index: {call[2] for call in calls if call[1] == index} for index in range(9)}
+    assert [len(found) for found in seeds.values()] == [1] * 9 and len(set.union(*seeds.values())) == 9
+    assert Counter(index for _, index, _ in calls if index > 5) == {6: 100, 7: 100, 8: 100}
+    assert metrics["eval/data/reward_judged"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert metrics["eval/data/failed"] == pytest.approx(1 / 3)
+    assert "the first: aborted by the engine, 100 times" in caplog.text
 
 
 def test_two_data_sets_at_once(

@@ -12,9 +12,11 @@ import pytest
 from aiohttp import web
 
 from slime.config.args import Args
+from slime.core.masking import Masker
 from slime.core.sample import Sample
 from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.reward_pool.verdict import Verdict, failure_kind
+from slime.rollout.rewards.remote import answer_verdict
 
 T = TypeVar("T")
 
@@ -141,6 +143,22 @@ def test_every_way_to_answer() -> None:
         assert failure_kind(verdicts[label].failure or "") == "error"
     asked = {"500-then-200": 2, "drop-then-200": 2, "status 503": 6, "drop": 6, "status 404": 1, "json <html>": 1}
     assert {label: judge.times[label] for label in asked} == asked
+
+
+@pytest.mark.parametrize(
+    ("answer", "key", "expected"),
+    [
+        ('{"acc": 1, "reward": 0.5}', "acc", {"acc": 1.0, "reward": 0.5}),
+        ('{"acc": 1}', "acc", {"acc": 1.0}),
+        ('{"reward": {"acc": 1}, "acc": 0}', "acc", {"acc": 1.0}),
+        ('{"reward": 0.5, "x": 1}', "acc", 0.5),
+        ('{"reward": 0.5, "score": 1}', None, 0.5),
+        ('{"x": 1}', "acc", None),
+        ('{"acc": 1}', None, None),
+    ],
+)
+def test_the_part_of_an_answer_that_is_the_reward(answer: str, key: str | None, expected: object) -> None:
+    assert answer_verdict(answer.encode(), Masker(()), key).reward == expected
 
 
 def test_retries_end_with_the_time_limit() -> None:
