@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from slime.rollout.rewards import mathematics
 from slime.rollout.rewards.answers.exact import InexactError, exact
 from slime.rollout.rewards.answers.library import MAX_TEXT, may_read
-from slime.rollout.rewards.mathematics import MAX_ANSWER, equal_as_mathematics
 from slime.rollout.rewards.answers.trees import Node, number
+from slime.rollout.rewards.mathematics import MAX_ANSWER, equal_as_mathematics
 from tests.rollout.verdicts_for_tests import HELD_OUT, Pair, misses, read_pairs, report
 
 PAIRS = read_pairs(Path(__file__).with_name("answers.tsv"))
@@ -183,13 +183,13 @@ def test_plain_numbers_are_compared_without_a_parser(answer: str, label: str, mo
         equal_as_mathematics("x", "y")
 
 
-def test_an_answer_more_than_twice_as_long_is_not_parsed() -> None:
+def test_far_longer_answers_are_not_parsed() -> None:
     label, *answers = ("x^{" + "2}".rjust(length - 3) for length in (600, 1200, 1201))
     assert [equal_as_mathematics(answer, label) for answer in answers] == [True, False]
     assert equal_as_mathematics("x^{" + "2}".rjust(MAX_ANSWER - 3), "x^2"), "up to this length every answer is parsed"
 
 
-def test_only_short_and_plain_integrals_and_sums_go_to_the_library() -> None:
+def test_only_plain_integrals_go_to_the_library() -> None:
     integral, infinite = r"\int_0^1 x dx", r"\sum_{n=1}^{\infty} 2^{-n}"
     longest = integral.ljust(MAX_TEXT)
     assert all(map(may_read, (integral, infinite, longest, r"\int_0^1 x \mathrm{d} x")))

@@ -99,7 +99,7 @@ def test_other_parts_leave_the_response_open(
         (("dc",), 3),  # inside this part: the engine's work
     ],
 )
-def test_a_stop_text_that_began_in_the_part_before(
+def test_stop_texts_that_began_in_the_part_before(
     words: PreTrainedTokenizerFast, stops: tuple[str, ...], kept: int
 ) -> None:
     context = RolloutContext(Args(), None, words, RewardPool(Args()))
@@ -118,7 +118,7 @@ def test_a_stop_text_that_began_in_the_part_before(
     assert found.finish_reason == ("length" if stops in (("ab",), ("dc",)) else "stop")
 
 
-def test_a_stop_text_may_be_the_space_before_a_word() -> None:
+def test_a_stop_text_may_be_a_space() -> None:
     """Tokenizers of SentencePiece's kind drop the space at the beginning of a text, so one more token is decoded."""
     inner = Tokenizer(models.WordLevel({"ab": 0, "▁cd": 1}, unk_token="ab"))
     inner.decoder = decoders.Metaspace()

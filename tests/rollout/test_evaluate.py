@@ -170,7 +170,7 @@ def test_pass_at_k_works_with_negative_rewards() -> None:
     assert not any(name.startswith("pass@") for name in mixed)
 
 
-def test_each_response_has_a_number_and_a_seed(
+def test_responses_have_numbers_and_seeds(
     data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"prompt": "q", "label": label} for label in ("1", "2", "abort")]

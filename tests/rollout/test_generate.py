@@ -116,3 +116,25 @@ def test_a_replaced_sample_stays_in_its_group(tokenizer: PreTrainedTokenizerFast
     given.group_index, given.index = 5, 41
     made = asyncio.run(load_generate(args)(args, given, SamplingParams(), context))
     assert (made.group_index, made.index) == (5, 41)
+
+
+def test_sampling_parameters_come_from_the_flags() -> None:
+    args = Args(
+        rollout_temperature=0.5,
+        rollout_top_p=0.9,
+        rollout_top_k=0,
+        rollout_max_response_len=7,
+        rollout_stop=("x",),
+        rollout_stop_token_ids=(3,),
+        rollout_skip_special_tokens=False,
+    )
+    assert rollout_sampling_params(args) == SamplingParams(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=-1,
+        max_new_tokens=7,
+        stop=("x",),
+        stop_token_ids=(3,),
+        skip_special_tokens=False,
+        no_stop_trim=True,
+    )

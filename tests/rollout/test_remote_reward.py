@@ -157,7 +157,7 @@ def test_every_way_to_answer() -> None:
         ('{"acc": 1}', None, None),
     ],
 )
-def test_the_part_of_an_answer_that_is_the_reward(answer: str, key: str | None, expected: object) -> None:
+def test_the_reward_inside_an_answer(answer: str, key: str | None, expected: object) -> None:
     assert answer_verdict(answer.encode(), Masker(()), key).reward == expected
 
 

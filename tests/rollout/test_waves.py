@@ -25,7 +25,7 @@ def drop(waves: Waves, wave: Wave, count: int = 3, reason: str = "zero_std", err
         waves.dropped(wave, reason, Counter({reason: 6}), error)
 
 
-def test_groups_join_waves_in_the_order_of_drawing() -> None:
+def test_groups_join_waves_in_order() -> None:
     waves = made()
     assert (waves.size, waves.begun) == (3, False)
     first, second = wave_of(waves), waves.join()
@@ -34,7 +34,7 @@ def test_groups_join_waves_in_the_order_of_drawing() -> None:
     assert Waves(Args(rollout_batch_size=2), 5).size == 2
 
 
-def test_only_empty_waves_one_after_the_other_end_the_run() -> None:
+def test_consecutive_empty_waves_end_the_run() -> None:
     waves = made()
     drop(waves, wave_of(waves))
     some = wave_of(waves)
@@ -48,13 +48,13 @@ def test_only_empty_waves_one_after_the_other_end_the_run() -> None:
         drop(waves, last, 1)
 
 
-def test_a_wave_of_failed_generations_ends_the_run_at_once() -> None:
+def test_a_wave_of_failures_ends_the_run() -> None:
     waves = made(max_empty=3)
     mixed = wave_of(waves)
     drop(waves, mixed, 2, "generation_failed")
     drop(waves, mixed, 1)
     assert mixed.failed == 2
     error = OSError("http://engine did not answer")
-    with pytest.raises(RuntimeError, match="generation failed for all of 3 groups, .*did not answer") as raised:
+    with pytest.raises(RuntimeError, match=r"generation failed for all of 3 groups, .*did not answer") as raised:
         drop(waves, wave_of(waves), 3, "generation_failed", error)
     assert raised.value.__cause__ is error
