@@ -48,6 +48,7 @@ from slime.core.boxes import Answer, boxed, find_boxes, last_boxed
         (r"{ \boxed{34}", "34"),
         (r"} \boxed{34}", "34"),
         (r"I write \boxed{ and then \boxed{34}", "34"),
+        (r"\boxed{1}, then \boxed{ and \boxed{34}", "34"),
         # text about boxes and empty boxes are no answers
         (r"\boxed{34}, in a \boxed as asked", "34"),
         (r"\boxed{34}, in \boxed{} as asked", "34"),
