@@ -1,4 +1,6 @@
-"""Processes for tests that need several ranks. They live from test to test, since importing megatron takes seconds.
+"""Processes for tests that need several ranks. They live from test to test, and importing megatron takes seconds.
+
+They are forked from one process that has imported it, so that it is imported once for all of them.
 
 `workers.run(2, function, *args)` calls `function(rank, world_size, init_method, *args)` in two processes and returns
 both results. `function` is at the top level of a test module, and joins and leaves its process groups itself:
@@ -30,10 +32,6 @@ def joined(args: Any, rank: int, world_size: int, init_method: str) -> Iterator[
 
 
 def _serve(connection: Connection) -> None:
-    from slime.core.imports import importing
-
-    with importing():
-        pass  # what most functions need
     import torch
 
     torch.set_num_threads(1)
@@ -49,11 +47,15 @@ def _serve(connection: Connection) -> None:
 
 
 class WorkerPool:
-    """Processes that start when needed; all restart after a failure, which may have left one in a collective."""
+    """Processes that start when needed; all restart after a failure, which may have left one in a collective.
 
-    def __init__(self) -> None:
+    With `own_imports` each process imports megatron itself: one that is forked after an import cannot use CUDA.
+    """
+
+    def __init__(self, *, own_imports: bool = False) -> None:
         self._workers: list[tuple[Any, Connection]] = []
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("spawn" if own_imports else "forkserver")
+        self._context.set_forkserver_preload(["slime.megatron.trainer"])
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         while len(self._workers) < world_size:

