@@ -73,6 +73,9 @@ def test_the_last_box(text: str, held: str | None) -> None:
 def test_a_text_without_boxes_does_not_break_off() -> None:
     assert find_boxes("34") == [] == find_boxes(r"{\boxed}")
     assert find_boxes(r"\boxed{34") is None
+    assert [box.text for box in find_boxes(r"\boxed{1} \boxed{\boxed{2}}") or []] == ["1", "{2}"], (
+        "the outer of nested ones"
+    )
 
 
 @pytest.mark.parametrize(
