@@ -1,4 +1,8 @@
-"""Reward functions and hooks that tests name by dotted path; each does to one sample what its label names."""
+"""Reward functions and hooks that tests name by dotted path; each does to one sample what its label names.
+
+Every reward worker of these tests loads this file, so it imports little; `rollout_hooks_for_tests` has hooks that
+import more.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,6 @@ from types import SimpleNamespace
 import numpy as np
 
 from slime.core.sample import Sample, Status
-from slime.engine.client import EngineError
-from slime.rollout.generate import generate_sample
 
 
 def by_label(args, sample):
@@ -276,12 +278,6 @@ def threes(args, samples):
 def mask_first_half(args, samples):
     for sample in samples[: len(samples) // 2]:
         sample.loss_mask = [0] * sample.response_length
-
-
-async def generate_or_fail(args, sample, sampling_params, context):
-    if sample.label == "fails":
-        raise EngineError("http://nowhere", 500, "as the label says")
-    return await generate_sample(args, sample, sampling_params, context)
 
 
 def generate_plain(args, sample, sampling_params, context):

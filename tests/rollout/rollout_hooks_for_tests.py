@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
+from slime.engine.client import EngineError
 from slime.engine.protocol import SamplingParams
 from slime.rollout.context import RolloutContext
 from slime.rollout.data_buffer import DataBuffer
@@ -19,6 +20,14 @@ async def generate(args: Args, sample: Sample, sampling_params: SamplingParams, 
     assert isinstance(context, RolloutContext)
     assert (sample.status, sample.response_length) == (Status.PENDING, 0)
     CALLS.append(("generate", sample.index))
+    return await generate_sample(args, sample, sampling_params, context)
+
+
+async def generate_or_fail(
+    args: Args, sample: Sample, sampling_params: SamplingParams, context: RolloutContext
+) -> Sample:
+    if sample.label == "fails":
+        raise EngineError("http://nowhere", 500, "as the label says")
     return await generate_sample(args, sample, sampling_params, context)
 
 

@@ -253,7 +253,7 @@ def test_failed_generation_drops_groups_and_then_the_run(
 ) -> None:
     rows = _rows(4)
     rows[1]["label"] = rows[2]["label"] = "fails"
-    args = _args(data_file(rows), custom_generate_function_path="rewards_for_tests.generate_or_fail")
+    args = _args(data_file(rows), custom_generate_function_path="rollout_hooks_for_tests.generate_or_fail")
     buffer = DataBuffer(args, tokenizer)
 
     async def work(context: RolloutContext) -> RolloutResult:
@@ -265,7 +265,7 @@ def test_failed_generation_drops_groups_and_then_the_run(
     _account(buffer, [result])
 
     rows = [{**row, "label": "fails"} for row in rows]
-    all_fail = _args(data_file(rows), custom_generate_function_path="rewards_for_tests.generate_or_fail")
+    all_fail = _args(data_file(rows), custom_generate_function_path="rollout_hooks_for_tests.generate_or_fail")
 
     async def fail(context: RolloutContext) -> None:
         await generate_rollout(all_fail, 0, DataBuffer(all_fail, tokenizer), context)

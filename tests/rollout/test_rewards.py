@@ -22,13 +22,15 @@ from slime.rollout.reward_pool.verdict import TIMEOUT, Verdict, failure_kind
 
 
 def test_importing_rewards_is_light() -> None:
-    """A worker starts with this import, so torch, sympy or aiohttp in it would cost time."""
+    """A worker with a function of its own loads no grader, and the graders' records load no heavy package."""
+    heavy = "print([m for m in ('torch', 'sympy', 'transformers', 'ray', 'aiohttp') if m in sys.modules])"
     code = (
-        "import sys, slime.rollout.reward_pool.worker; "
-        "print([m for m in ('torch', 'sympy', 'transformers', 'ray', 'aiohttp') if m in sys.modules])"
+        f"import sys, slime.rollout.reward_pool.worker as worker; {heavy}; "
+        "print([m for m in sys.modules if m.startswith('slime.rollout.rewards.') and not m.endswith('.reward')]); "
+        f"worker.load_rewards(); {heavy}"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "[]"
+    assert output.split() == ["[]"] * 3
 
 
 T = TypeVar("T")
