@@ -23,14 +23,16 @@ def plain_reward(rollout: RolloutRewards, options: AdvantageOptions) -> Tensor:
 '''
 ROW = 'ESTIMATOR_FACTS["plain_reward"] = EstimatorFacts(compares_group=False)\n'
 USE = """
-import torch
-from slime.algo.advantages import ESTIMATORS, AdvantageOptions, RolloutRewards
 from slime.config.help import format_help
 from slime.config.parse import load_args
 
 args, _ = load_args(["--advantage-estimator", "plain_reward", "--dry-run"], training=False)
 assert (args.advantage_estimator, args.compares_group, args.uses_critic) == ("plain_reward", False, False)
 assert "|plain_reward" in format_help()
+
+import torch
+from slime.algo.advantages import ESTIMATORS, AdvantageOptions, RolloutRewards
+
 rollout = RolloutRewards(
     rewards_N=torch.tensor([1.0, 3.0]),
     group_indices_N=torch.tensor([0, 1]),
