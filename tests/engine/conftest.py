@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from forked_engine import ForkedEngine
 from tiny_models import StartEngine
-
-from slime.engine.server_process import ManagedProcess, find_free_port
-
-ROOT = Path(__file__).parents[2]
-SERVER = "slime.engine.embedded.server"
 
 
 @pytest.fixture(scope="session")
@@ -37,28 +31,21 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngine]:
-    """Return start_engine(model_dir, *flags) -> a ready engine; all are ended after the session."""
+    """Return start_engine(model_dir, *flags, prepare=None) -> a ready engine; all are ended after the session."""
     logs = tmp_path_factory.mktemp("logs")
-    started: list[ManagedProcess] = []
+    started: list[ForkedEngine] = []
 
-    def start(model: Path, *flags: str) -> ManagedProcess:
-        port = find_free_port()
-        process = ManagedProcess(
-            f"engine {port}",
-            [sys.executable, "-m", SERVER, "--model-path", str(model), "--port", str(port), *flags],
-            url=f"http://127.0.0.1:{port}",
-            log_path=logs / f"{port}.log",
-            environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-        )
-        started.append(process)
-        process.wait_ready(60)
-        return process
+    def start(model: Path, *flags: str, prepare: Callable[[], None] | None = None) -> ForkedEngine:
+        engine = ForkedEngine(model, *flags, log_path=logs / f"{len(started)}.log", prepare=prepare)
+        started.append(engine)
+        engine.wait_ready(60)
+        return engine
 
     yield start
-    for process in started:
-        process.stop()
+    for engine in started:
+        engine.stop()
 
 
 @pytest.fixture(scope="session")
-def glm4_engine(model_dirs: dict[str, Path], start_engine: StartEngine) -> ManagedProcess:
+def glm4_engine(model_dirs: dict[str, Path], start_engine: StartEngine) -> ForkedEngine:
     return start_engine(model_dirs["glm4"])

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 import tiny_models
+from forked_engine import ForkedEngine
 from tiny_models import StartEngine
 
 from slime.config.args import Args
@@ -37,7 +38,7 @@ GROUP = "test_group"
 
 
 @pytest.fixture(scope="module")
-def engines(model_dirs: dict[str, Path], start_engine: StartEngine) -> Iterator[list[ManagedProcess]]:
+def engines(model_dirs: dict[str, Path], start_engine: StartEngine) -> Iterator[list[ForkedEngine]]:
     started = [start_engine(model_dirs["glm4"]) for _ in range(2)]
     yield started
     for engine in started:
@@ -45,7 +46,7 @@ def engines(model_dirs: dict[str, Path], start_engine: StartEngine) -> Iterator[
 
 
 @pytest.fixture(scope="module")
-def router(engines: list[ManagedProcess], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManagedProcess]:
+def router(engines: list[ForkedEngine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManagedProcess]:
     log = tmp_path_factory.mktemp("router") / "router.log"
     process = launch_router(
         Args(num_rollout=1, router={"health_check_interval_secs": 1}),
@@ -73,7 +74,7 @@ def request(ids: list[int], **params: Any) -> GenerateRequest:
 
 
 def test_requests_are_spread_and_their_fields_arrive(
-    router: ManagedProcess, engines: list[ManagedProcess], model_dirs: dict[str, Path]
+    router: ManagedProcess, engines: list[ForkedEngine], model_dirs: dict[str, Path]
 ) -> None:
     async def ask(client: EngineClient) -> tuple[list[str], list[GenerateResponse]]:
         asked = [request([1, 2, 3], max_new_tokens=9, temperature=0.7, sampling_seed=8) for _ in range(300)]
@@ -104,7 +105,7 @@ def test_an_engines_refusal_keeps_its_words_and_pickles(router: ManagedProcess) 
 
 
 def test_a_lost_engines_request_goes_to_another(
-    engines: list[ManagedProcess], start_engine: StartEngine, model_dirs: dict[str, Path], tmp_path: Path
+    engines: list[ForkedEngine], start_engine: StartEngine, model_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     """The router still lists the engine, and answers 500 for it until a health check fails."""
     args = Args(num_rollout=1, router={"health_check_interval_secs": 600})
@@ -136,7 +137,7 @@ def test_a_lost_engines_request_goes_to_another(
 
 
 def test_refused_requests_neither_close_engines_nor_wait(
-    router: ManagedProcess, engines: list[ManagedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    router: ManagedProcess, engines: list[ForkedEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user's router may count refused requests as failures, and answer 503 for engines that work."""
     monkeypatch.setattr("slime.engine.refusals.PROBE_EVERY", 0.5)
@@ -221,7 +222,7 @@ def test_a_generation_waits_for_a_restarting_router(router: ManagedProcess) -> N
     asyncio.run(ask())
 
 
-def test_requests_to_a_removed_engine_end(engines: list[ManagedProcess]) -> None:
+def test_requests_to_a_removed_engine_end(engines: list[ForkedEngine]) -> None:
     gone = f"http://127.0.0.1:{find_free_port()}"
 
     async def ask() -> None:
@@ -425,7 +426,7 @@ def listening_addresses(pid: int | str) -> set[str]:
     return found
 
 
-def test_every_socket_is_on_loopback(router: ManagedProcess, engines: list[ManagedProcess]) -> None:
+def test_every_socket_is_on_loopback(router: ManagedProcess, engines: list[ForkedEngine]) -> None:
     seen: set[str] = set()
 
     async def inner(client: EngineClient) -> None:
@@ -505,7 +506,7 @@ def test_keys_work_and_are_on_no_command_line(model_dirs: dict[str, Path], tmp_p
     engine.stop()
 
 
-def test_a_dead_engines_requests_go_elsewhere(router: ManagedProcess, engines: list[ManagedProcess]) -> None:
+def test_a_dead_engines_requests_go_elsewhere(router: ManagedProcess, engines: list[ForkedEngine]) -> None:
     """This is the last test, because it kills an engine."""
 
     async def ask(client: EngineClient) -> tuple[list[GenerateResponse], dict[str, bool]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from forked_engine import ForkedEngine
 from test_scheduler import Bench, make_bench, prompts, request
 from tiny_models import StartEngine
 
@@ -20,7 +21,6 @@ from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.fixed_shapes import SIZES, SPARE_ROWS, FixedShapes, find_sizes
 from slime.engine.external import check_model
 from slime.engine.protocol import EngineInfo
-from slime.engine.server_process import ManagedProcess
 
 Answer = tuple[list[int], list[float]]
 
@@ -158,7 +158,7 @@ def test_a_size_with_differing_rows_is_unused(model_dirs: dict[str, Path]) -> No
 
 
 def test_engines_report_whether_they_are_deterministic(
-    model_dirs: dict[str, Path], glm4_engine: ManagedProcess, start_engine: StartEngine
+    model_dirs: dict[str, Path], glm4_engine: ForkedEngine, start_engine: StartEngine
 ) -> None:
     args = Args(deterministic=True, rollout_external_engines=("http://e:1",))
     deterministic = start_engine(model_dirs["glm4"], "--enable-deterministic-inference")

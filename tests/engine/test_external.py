@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_engine import ForkedEngine
 from tiny_models import StartEngine
 
 from slime.config.architecture import hf_architecture, read_hf_config
@@ -15,7 +16,7 @@ from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.external import FoundEngines, check_model, find_engines, free_engines
 from slime.engine.protocol import WEIGHT_GROUP, EngineInfo, GenerateRequest, SamplingParams
-from slime.engine.server_process import ManagedProcess, find_free_port
+from slime.engine.server_process import find_free_port
 from slime.engine.weight_group import join_weight_group
 
 
@@ -29,12 +30,12 @@ def found(urls: list[str], model: Path, **flags: Any) -> FoundEngines:
 messages: list[str] = []
 
 
-def test_engines_of_the_model_are_taken(glm4_engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
+def test_engines_of_the_model_are_taken(glm4_engine: ForkedEngine, model_dirs: dict[str, Path]) -> None:
     assert found([glm4_engine.url], model_dirs["glm4"]) == FoundEngines((glm4_engine.url,), (1,))
 
 
 def test_another_model_is_refused_with_the_differences(
-    glm4_engine: ManagedProcess, start_engine: StartEngine, model_dirs: dict[str, Path]
+    glm4_engine: ForkedEngine, start_engine: StartEngine, model_dirs: dict[str, Path]
 ) -> None:
     engine = start_engine(model_dirs["qwen3"])
     with pytest.raises(ValueError, match="family qwen3 there and glm4 here") as caught:
@@ -47,7 +48,7 @@ def test_another_model_is_refused_with_the_differences(
         asyncio.run(find_engines(args, say=messages.append))
 
 
-def test_an_engine_that_is_not_there_is_named(glm4_engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
+def test_an_engine_that_is_not_there_is_named(glm4_engine: ForkedEngine, model_dirs: dict[str, Path]) -> None:
     url = f"http://127.0.0.1:{find_free_port()}"
     with pytest.raises(EngineError, match=rf"{url} did not answer: not healthy within --engine-start-timeout 0\.5 s"):
         found([glm4_engine.url, url], model_dirs["glm4"])
@@ -90,7 +91,7 @@ def test_an_engine_with_half_the_weights_is_refused() -> None:
     check_model(Args(), "http://e:1", info)  # allowed: the first sync sends a whole set
 
 
-def test_engines_are_left_usable(glm4_engine: ManagedProcess) -> None:
+def test_engines_are_left_usable(glm4_engine: ForkedEngine) -> None:
     """The engine is paused during a request and a weight update, in a weight group whose other end is gone."""
     params = SamplingParams(max_new_tokens=400, ignore_eos=True)
 

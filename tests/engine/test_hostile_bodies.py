@@ -8,12 +8,12 @@ import json
 from typing import Any
 from urllib.parse import urlsplit
 
+from forked_engine import ForkedEngine
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from slime.engine.embedded.server import MAX_BODY
 from slime.engine.protocol import Endpoint
-from slime.engine.server_process import ManagedProcess
 
 GENERATE: dict[str, Any] = {
     "input_ids": [1, 40, 50],
@@ -76,7 +76,7 @@ HOSTILE: list[Any] = [
 # fmt: on
 
 
-def post(engine: ManagedProcess, path: str, body: bytes, **headers: str) -> tuple[int, Any]:
+def post(engine: ForkedEngine, path: str, body: bytes, **headers: str) -> tuple[int, Any]:
     connection = http.client.HTTPConnection(urlsplit(engine.url).netloc, timeout=60)
     try:
         connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
@@ -86,13 +86,13 @@ def post(engine: ManagedProcess, path: str, body: bytes, **headers: str) -> tupl
         connection.close()
 
 
-def tokens_of_a_normal_request(engine: ManagedProcess) -> list[int]:
+def tokens_of_a_normal_request(engine: ForkedEngine) -> list[int]:
     status, answer = post(engine, Endpoint.GENERATE, json.dumps(GENERATE).encode())
     assert status == 200, answer
     return answer["output_ids"]
 
 
-def check(engine: ManagedProcess, path: str, body: bytes, **headers: str) -> None:
+def check(engine: ForkedEngine, path: str, body: bytes, **headers: str) -> None:
     status, answer = post(engine, path, body, **headers)
     assert status == 200 or 400 <= status < 500, (path, body[:300], status, answer)
     if status != 200:
@@ -126,13 +126,13 @@ def changed_bodies(draw: st.DrawFn) -> tuple[Endpoint, bytes]:
 @example(changed=(Endpoint.GENERATE, b'{"input_ids":[1],"rid":"\\ud800"}'))
 @example(changed=(Endpoint.GENERATE, b'{"input_ids":[1e999]}'))
 @example(changed=(Endpoint.DESTROY_WEIGHTS_UPDATE_GROUP, json.dumps({"group_name": "x" * 70_000}).encode()))
-def test_no_body_harms_an_engine(glm4_engine: ManagedProcess, changed: tuple[Endpoint, bytes]) -> None:
+def test_no_body_harms_an_engine(glm4_engine: ForkedEngine, changed: tuple[Endpoint, bytes]) -> None:
     expected = tokens_of_a_normal_request(glm4_engine)
     check(glm4_engine, *changed)
     assert tokens_of_a_normal_request(glm4_engine) == expected
 
 
-def test_no_bytes_harm_an_engine(glm4_engine: ManagedProcess) -> None:
+def test_no_bytes_harm_an_engine(glm4_engine: ForkedEngine) -> None:
     expected = tokens_of_a_normal_request(glm4_engine)
     bodies = [
         b"[" * 100_000,
@@ -156,7 +156,7 @@ def test_no_bytes_harm_an_engine(glm4_engine: ManagedProcess) -> None:
     assert tokens_of_a_normal_request(glm4_engine) == expected
 
 
-def test_each_unchanged_body_gets_its_usual_answer(glm4_engine: ManagedProcess) -> None:
+def test_each_unchanged_body_gets_its_usual_answer(glm4_engine: ForkedEngine) -> None:
     """Control: the fields that are changed above exist, so it is their values that are refused."""
     for endpoint, body in BODIES.items():
         status, answer = post(glm4_engine, endpoint, json.dumps(body).encode())

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forked_engine import ForkedEngine
 from recording_engine import recording_engine
 from tiny_models import StartEngine
 
@@ -40,7 +41,7 @@ def listed(router: ManagedProcess) -> dict[str, bool]:
 
 
 def test_engines_that_joined_leave_and_no_others(
-    router: ManagedProcess, glm4_engine: ManagedProcess, start_engine: StartEngine, model_dirs: dict[str, Path]
+    router: ManagedProcess, glm4_engine: ForkedEngine, start_engine: StartEngine, model_dirs: dict[str, Path]
 ) -> None:
     """Engines of others are refused, except those of a killed run that are dead."""
     other = start_engine(model_dirs["glm4"])
@@ -98,7 +99,7 @@ def test_a_router_with_a_key_refuses_strangers(tmp_path: Path) -> None:
     router.stop()
 
 
-def test_only_a_runs_dead_engine_is_removed(glm4_engine: ManagedProcess) -> None:
+def test_only_a_runs_dead_engine_is_removed(glm4_engine: ForkedEngine) -> None:
     """A user's engine may come back, and so may an engine that only this run can reach."""
     dead = f"http://127.0.0.1:{find_free_port()}"
     assert Member("1", dead, False, {LABEL: "1"}).is_left_over()

@@ -10,9 +10,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from forked_engine import ForkedEngine
 
 from slime.engine.protocol import Endpoint
-from slime.engine.server_process import ManagedProcess
 
 
 class Touches:
@@ -35,7 +35,7 @@ def post(url: str, body: bytes, content_type: str) -> int:
 
 
 @pytest.mark.parametrize("protocol", [0, pickle.HIGHEST_PROTOCOL])
-def test_a_pickled_body_is_refused_and_not_executed(glm4_engine: ManagedProcess, tmp_path: Path, protocol: int) -> None:
+def test_a_pickled_body_is_refused_and_not_executed(glm4_engine: ForkedEngine, tmp_path: Path, protocol: int) -> None:
     made = tmp_path / "made"
     body = pickle.dumps(Touches(made), protocol=protocol)
     for endpoint in Endpoint:

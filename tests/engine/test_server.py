@@ -12,11 +12,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import engine_faults_for_tests
 import pytest
 import tiny_models
+from forked_engine import ForkedEngine
 from tiny_models import StartEngine
-
-from slime.engine.server_process import ManagedProcess
 
 
 def call(url: str, body: Any = None, *, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
@@ -30,14 +30,14 @@ def call(url: str, body: Any = None, *, headers: dict[str, str] | None = None) -
         return error.code, json.loads(error.read() or b"{}")
 
 
-def generate(engine: ManagedProcess, ids: list[int], **fields: Any) -> dict[str, Any]:
+def generate(engine: ForkedEngine, ids: list[int], **fields: Any) -> dict[str, Any]:
     top = {k: fields.pop(k) for k in ("rid", "return_logprob", "logprob_start_len", "text") if k in fields}
     status, answer = call(engine.url + "/generate", {"input_ids": ids, "sampling_params": fields, **top})
     assert status == 200, answer
     return answer
 
 
-async def start_generation(engine: ManagedProcess, ids: list[int], **fields: Any) -> asyncio.Task[dict[str, Any]]:
+async def start_generation(engine: ForkedEngine, ids: list[int], **fields: Any) -> asyncio.Task[dict[str, Any]]:
     """Start a generation; return once the engine has begun it."""
     task = asyncio.create_task(asyncio.to_thread(generate, engine, ids, **fields))
     for _ in range(500):
@@ -48,7 +48,7 @@ async def start_generation(engine: ManagedProcess, ids: list[int], **fields: Any
     return task
 
 
-def test_an_answer_is_sglangs(glm4_engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
+def test_an_answer_is_sglangs(glm4_engine: ForkedEngine, model_dirs: dict[str, Path]) -> None:
     ids = [1, 40, 50]
     answer = generate(
         glm4_engine, ids, max_new_tokens=12, temperature=0.8, rid="one", return_logprob=True, logprob_start_len=0
@@ -70,7 +70,7 @@ def test_an_answer_is_sglangs(glm4_engine: ManagedProcess, model_dirs: dict[str,
     assert "output_token_logprobs" not in generate(glm4_engine, ids, max_new_tokens=1)["meta_info"]
 
 
-def test_responses_repeat_only_with_a_seed(glm4_engine: ManagedProcess) -> None:
+def test_responses_repeat_only_with_a_seed(glm4_engine: ForkedEngine) -> None:
     seeded = [generate(glm4_engine, [1, 2], max_new_tokens=20, sampling_seed=s)["output_ids"] for s in (5, 5, 6)]
     assert seeded[0] == seeded[1] != seeded[2]
     free = [generate(glm4_engine, [1, 2], max_new_tokens=20)["output_ids"] for _ in range(2)]
@@ -101,7 +101,7 @@ def test_stops(model_dirs: dict[str, Path], start_engine: StartEngine) -> None:
     engine.stop()
 
 
-def test_an_engine_with_a_tokenizer_takes_text(glm4_engine: ManagedProcess) -> None:
+def test_an_engine_with_a_tokenizer_takes_text(glm4_engine: ForkedEngine) -> None:
     body = {"text": "1+1=", "sampling_params": {"max_new_tokens": 0}}
     status, answer = call(glm4_engine.url + "/generate", body)
     assert (status, answer["meta_info"]["prompt_tokens"]) == (200, 4)
@@ -120,19 +120,19 @@ def test_an_engine_with_a_tokenizer_takes_text(glm4_engine: ManagedProcess) -> N
         ([], "JSON object"),
     ],
 )
-def test_a_bad_request_gets_the_reason(glm4_engine: ManagedProcess, body: Any, words: str) -> None:
+def test_a_bad_request_gets_the_reason(glm4_engine: ForkedEngine, body: Any, words: str) -> None:
     status, answer = call(glm4_engine.url + "/generate", body)
     assert status == 400
     assert words in answer["error"]["message"]
 
 
-def test_a_body_without_json_is_refused(glm4_engine: ManagedProcess) -> None:
+def test_a_body_without_json_is_refused(glm4_engine: ForkedEngine) -> None:
     request = urllib.request.Request(glm4_engine.url + "/generate", b"\x80\x04pickle")
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(request, timeout=60)
 
 
-def test_an_abort_answers_with_partial_output(glm4_engine: ManagedProcess) -> None:
+def test_an_abort_answers_with_partial_output(glm4_engine: ForkedEngine) -> None:
     async def run() -> list[dict[str, Any]]:
         tasks = [
             await start_generation(glm4_engine, [1, 2, i], max_new_tokens=500, rid=f"a{i}", return_logprob=True)
@@ -152,7 +152,7 @@ def test_an_abort_answers_with_partial_output(glm4_engine: ManagedProcess) -> No
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
-def test_a_pause_stops_everything_and_changes_nothing(glm4_engine: ManagedProcess, mode: str) -> None:
+def test_a_pause_stops_everything_and_changes_nothing(glm4_engine: ForkedEngine, mode: str) -> None:
     fields = {"max_new_tokens": 400, "sampling_seed": 11}
     expected = generate(glm4_engine, [1, 2, 3], **fields)["output_ids"]
 
@@ -175,7 +175,7 @@ def test_a_pause_stops_everything_and_changes_nothing(glm4_engine: ManagedProces
     assert answer["meta_info"]["finish_reason"]["type"] == "length"
 
 
-def test_a_lost_client_aborts_its_request(glm4_engine: ManagedProcess) -> None:
+def test_a_lost_client_aborts_its_request(glm4_engine: ForkedEngine) -> None:
     body = json.dumps({"input_ids": [1], "sampling_params": {"max_new_tokens": 500}}).encode()
     with pytest.raises(TimeoutError):
         urllib.request.urlopen(urllib.request.Request(glm4_engine.url + "/generate", body), timeout=0.05)
@@ -194,31 +194,8 @@ def test_the_api_key_guards_all_but_health(model_dirs: dict[str, Path], start_en
     engine.stop()
 
 
-def test_a_failed_scheduler_ends_the_process(
-    model_dirs: dict[str, Path], start_engine: StartEngine, tmp_path: Path
-) -> None:
-    # A module that Python imports at start makes the third step fail.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import threading\n"
-        "def plant():\n"
-        "    from slime.engine.embedded.model import Model\n"
-        "    decode, steps = Model.decode, []\n"
-        "    def broken(self, *rest):\n"
-        "        steps.append(1)\n"
-        "        if len(steps) == 3: raise RuntimeError('planted fault')\n"
-        "        return decode(self, *rest)\n"
-        "    Model.decode = broken\n"
-        "import sys\n"
-        "if any('model-path' in a for a in sys.orig_argv): plant()\n"
-    )
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(tmp_path)
-    try:
-        engine = start_engine(model_dirs["qwen3"])
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+def test_a_failed_scheduler_ends_the_process(model_dirs: dict[str, Path], start_engine: StartEngine) -> None:
+    engine = start_engine(model_dirs["qwen3"], prepare=engine_faults_for_tests.fail_in_the_third_step)
     status, answer = call(engine.url + "/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 50}})
     assert status == 500
     assert "planted fault" in answer["message"]

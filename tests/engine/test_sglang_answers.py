@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import tiny_models
+from forked_engine import ForkedEngine
 from sglang_answers import COUNT, INPUT_LOG_PROBS, NEW, OLD, ROWS, STOP, TEXT, Answer
 from test_server import call, generate, start_generation
-
-from slime.engine.server_process import ManagedProcess
 
 SEED = 3
 INPUT = [1, 40, 50]
 
 
 @pytest.fixture(scope="module")
-def sampled(glm4_engine: ManagedProcess) -> dict[str, Any]:
+def sampled(glm4_engine: ForkedEngine) -> dict[str, Any]:
     """Return the values of the table's names."""
     ids = generate(glm4_engine, INPUT, max_new_tokens=40, sampling_seed=SEED)["output_ids"]
     with_text = range(len(tiny_models.SPECIALS), len(tiny_models.VOCABULARY))
@@ -35,7 +34,7 @@ def resolve(value: Any, sampled: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_an_answer_is_that_of_the_table(glm4_engine: ManagedProcess, sampled: dict[str, Any], name: str) -> None:
+def test_an_answer_is_that_of_the_table(glm4_engine: ForkedEngine, sampled: dict[str, Any], name: str) -> None:
     row = ROWS[name]
     ids = (INPUT * 200)[: row.length]
     body = {"input_ids": ids, "sampling_params": {"sampling_seed": SEED, **row.params}, **row.fields}
@@ -60,7 +59,7 @@ def test_an_answer_is_that_of_the_table(glm4_engine: ManagedProcess, sampled: di
 
 
 @pytest.mark.parametrize("start", INPUT_LOG_PROBS)
-def test_log_probs_of_the_input_are_raw(glm4_engine: ManagedProcess, model_dirs: dict[str, Path], start: int) -> None:
+def test_log_probs_of_the_input_are_raw(glm4_engine: ForkedEngine, model_dirs: dict[str, Path], start: int) -> None:
     answer = generate(
         glm4_engine, INPUT, max_new_tokens=1, temperature=0.5, return_logprob=True, logprob_start_len=start
     )
@@ -73,7 +72,7 @@ def test_log_probs_of_the_input_are_raw(glm4_engine: ManagedProcess, model_dirs:
 
 
 def test_tiny_temperatures_are_greedy_with_raw_log_probs(
-    glm4_engine: ManagedProcess, model_dirs: dict[str, Path]
+    glm4_engine: ForkedEngine, model_dirs: dict[str, Path]
 ) -> None:
     """Below 1e-6 (sampling_params: _SAMPLING_EPS); from there on the log-probs are of logits / temperature."""
     hf = tiny_models.hf_model(model_dirs["glm4"])
@@ -86,7 +85,7 @@ def test_tiny_temperatures_are_greedy_with_raw_log_probs(
     assert found[1e-6] == [0.0] * 6
 
 
-def test_an_abort_matches_prefixes_of_used_names(glm4_engine: ManagedProcess) -> None:
+def test_an_abort_matches_prefixes_of_used_names(glm4_engine: ForkedEngine) -> None:
     """`abort_request` of SGLang's tokenizer_manager and scheduler; a running request ends with one more token."""
 
     async def post(path: str, body: Any) -> dict[str, Any]:

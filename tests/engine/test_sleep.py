@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from forked_engine import ForkedEngine
 from test_server import call, generate, start_generation
 from tiny_models import StartEngine
 
@@ -21,7 +22,6 @@ from slime.engine.embedded.memory import EngineMemory
 from slime.engine.embedded.model import Model
 from slime.engine.embedded.scheduler import Scheduler
 from slime.engine.embedded.weights import EngineWeights
-from slime.engine.server_process import ManagedProcess
 from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.models.hf_files import HFReader
 from slime.sync.buckets import Buckets
@@ -32,16 +32,16 @@ EVERYTHING = ["weights", "kv_cache", "cuda_graph"]
 
 
 @pytest.fixture(scope="module")
-def engine(model_dirs: dict[str, Path], start_engine: StartEngine) -> ManagedProcess:
+def engine(model_dirs: dict[str, Path], start_engine: StartEngine) -> ForkedEngine:
     return start_engine(model_dirs["glm4"], "--no-update-sessions")
 
 
-def post(engine: ManagedProcess, path: str, body: Any) -> tuple[int, str]:
+def post(engine: ForkedEngine, path: str, body: Any) -> tuple[int, str]:
     status, answer = call(engine.url + path, body)
     return status, str(answer.get("message"))
 
 
-def refusal(engine: ManagedProcess) -> str:
+def refusal(engine: ForkedEngine) -> str:
     status, answer = call(engine.url + "/generate", {"input_ids": IDS, "sampling_params": {"max_new_tokens": 1}})
     return str(answer["message"]) if status == 400 else ""
 
@@ -51,7 +51,7 @@ def named(model: Path) -> list[tuple[str, torch.Tensor]]:
     return [(name, reader.get(name)) for name in reader.names()]
 
 
-def send(engine: ManagedProcess, tensors: list[tuple[str, torch.Tensor]], version: str | None) -> tuple[int, str]:
+def send(engine: ForkedEngine, tensors: list[tuple[str, torch.Tensor]], version: str | None) -> tuple[int, str]:
     buffer = HostBuffer()
     message = buffer.message([buffer.fill(next(Buckets(tensors, 2**30)))], version=version)
     result = post(engine, "/update_weights_from_tensor", message.to_json())
@@ -59,7 +59,7 @@ def send(engine: ManagedProcess, tensors: list[tuple[str, torch.Tensor]], versio
     return result
 
 
-def test_a_sleeping_engine_refuses_until_restored(engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
+def test_a_sleeping_engine_refuses_until_restored(engine: ForkedEngine, model_dirs: dict[str, Path]) -> None:
     before = generate(engine, IDS, max_new_tokens=8, temperature=0.0)["output_ids"]
     checksum = call(engine.url + "/weights_checker", {"action": "checksum"})[1]["per_engine_checksum"]
     tensors = named(model_dirs["glm4"])
@@ -99,7 +99,7 @@ def test_a_sleeping_engine_refuses_until_restored(engine: ManagedProcess, model_
     assert call(engine.url + "/weights_checker", {"action": "checksum"})[1]["per_engine_checksum"] == checksum
 
 
-def test_other_weights_come_as_they_are(engine: ManagedProcess, model_dirs: dict[str, Path]) -> None:
+def test_other_weights_come_as_they_are(engine: ForkedEngine, model_dirs: dict[str, Path]) -> None:
     """Send in two buckets, through a buffer that is used twice; then send the first weights again."""
     checksums: list[str] = []
     for name, version in (("glm4-b", "3"), ("glm4", "4")):
@@ -116,7 +116,7 @@ def test_other_weights_come_as_they_are(engine: ManagedProcess, model_dirs: dict
     assert len(set(checksums)) == 2
 
 
-def test_wrong_memory_requests_are_refused(engine: ManagedProcess, tmp_path: Path) -> None:
+def test_wrong_memory_requests_are_refused(engine: ForkedEngine, tmp_path: Path) -> None:
     """Nothing is unpickled, and only memory files for weights are opened."""
     url = "/update_weights_from_tensor"
     status, message = post(engine, url, {"serialized_named_tensors": ["gASVBQAAAAAAAACMAWGULg=="]})
@@ -149,7 +149,7 @@ def test_wrong_memory_requests_are_refused(engine: ManagedProcess, tmp_path: Pat
     assert refusal(engine) == "", "it goes on as before"
 
 
-def test_sleep_ends_requests_before_memory_is_released(engine: ManagedProcess) -> None:
+def test_sleep_ends_requests_before_memory_is_released(engine: ForkedEngine) -> None:
     async def run() -> dict[str, Any]:
         task = await start_generation(engine, IDS, max_new_tokens=400, temperature=1.0, ignore_eos=True)
         status, message = await asyncio.to_thread(post, engine, "/release_memory_occupation", {})

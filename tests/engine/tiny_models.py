@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked_engine import ForkedEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-from slime.engine.server_process import ManagedProcess
 
 SPECIALS = ["<|endoftext|>", "<|user|>"]
 VOCABULARY = SPECIALS + ["\n"] + [chr(c) for c in range(32, 127)]
 EOS = 0
 VOCAB_SIZE = 128
-StartEngine = Callable[..., ManagedProcess]
+StartEngine = Callable[..., ForkedEngine]
 """start_engine(model_dir, *flags) -> a ready engine."""
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_engine import ForkedEngine
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
 from slime.engine.client import EngineClient
-from slime.engine.launch import launch_engine, launch_router
+from slime.engine.launch import launch_router
 from slime.engine.membership import register_worker
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.rollout.context import RolloutContext
@@ -86,20 +87,19 @@ def router_url(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """Start two embedded engines and register them with a real router."""
     logs = tmp_path_factory.mktemp("logs")
     args = Args(rollout_engine="embedded", hf_checkpoint=str(model_dir))
-    processes: list[ManagedProcess] = []
+    router = launch_router(args, host="127.0.0.1", port=find_free_port(), log_path=logs / "router.log")
+    started: list[ManagedProcess | ForkedEngine] = [router]
     try:
-        port = find_free_port()
-        processes.append(launch_router(args, host="127.0.0.1", port=port, log_path=logs / "router.log"))
         for index in range(2):
-            log = logs / f"engine{index}.log"
-            processes += [launch_engine(args, index=index, host="127.0.0.1", port=find_free_port(), log_path=log)]
-        for process in processes:
+            seed = ("--random-seed", str(index))
+            started.append(ForkedEngine(model_dir, *seed, log_path=logs / f"engine{index}.log"))
+        for process in started:
             process.wait_ready(120)
-        for process in processes[1:]:
-            register_worker(processes[0].url, process.url)
-        yield processes[0].url
+        for engine in started[1:]:
+            register_worker(router.url, engine.url)
+        yield router.url
     finally:
-        for process in reversed(processes):
+        for process in reversed(started):
             process.stop()
 
 

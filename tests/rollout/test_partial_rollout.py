@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from forked_engine import ForkedEngine
 from scripted_engine import END, ScriptedEngine, check_drawn, draw
 from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineClient
-from slime.engine.launch import launch_engine
 from slime.engine.protocol import SamplingParams
-from slime.engine.server_process import find_free_port
 from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
@@ -322,7 +321,7 @@ def test_three_parts_by_two_policies(
 ) -> None:
     """Each token has the log-prob that Hugging Face gives it with the policy that sampled it."""
     args = _args(_prompts(data_file), n_samples_per_prompt=4, rollout_engine="embedded", hf_checkpoint=str(model_dir))
-    engine = launch_engine(args, index=0, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "engine.log")
+    engine = ForkedEngine(model_dir, log_path=tmp_path / "engine.log")
 
     async def main() -> list[Sample]:
         async with EngineClient(engine.url, engines=[engine.url], request_timeout=60) as client:
