@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,11 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def other_tests() -> list[Path]:
     """Return the files of the tests except this one, whose controls break the rules."""
     return sorted({*(ROOT / "tests").rglob("*.py")} - {Path(__file__)})
@@ -80,7 +86,7 @@ def test_imports_point_down() -> None:
     for path in modules():
         folder = path.relative_to(PACKAGE).parts[0]
         if folder in FLOORS:
-            wrong += floor_violations(folder, imports(ast.parse(path.read_text())))
+            wrong += floor_violations(folder, imports(parsed(path)))
     assert wrong == []
 
 
@@ -96,7 +102,7 @@ def test_run_time_code_imports_no_rules() -> None:
     wrong = []
     for path in modules():
         if path.relative_to(PACKAGE).parts[0] != "config":
-            found = [name for name in imports(ast.parse(path.read_text())) if name.startswith("slime.config.rules")]
+            found = [name for name in imports(parsed(path)) if name.startswith("slime.config.rules")]
             wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in found]
     assert wrong == []
 
@@ -105,7 +111,7 @@ def test_heavy_packages_stay_in_their_folders() -> None:
     wrong = []
     for path in modules():
         folder = path.relative_to(PACKAGE).parts[0]
-        for name in imports(ast.parse(path.read_text())):
+        for name in imports(parsed(path)):
             allowed = ONLY_IN.get(name.split(".")[0])
             if allowed is not None and folder not in allowed:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
@@ -118,7 +124,7 @@ def test_files_and_functions_are_short() -> None:
         text = path.read_text()
         if text.count("\n") > MAX_FILE_LINES:
             wrong.append(f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines")
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
                 size = node.end_lineno - node.lineno + 1
@@ -131,7 +137,7 @@ def test_every_module_has_a_docstring() -> None:
     wrong = [
         str(path.relative_to(ROOT))
         for path in modules()
-        if path.name != "__init__.py" and not ast.get_docstring(ast.parse(path.read_text()))
+        if path.name != "__init__.py" and not ast.get_docstring(parsed(path))
     ]
     assert wrong == []
 
@@ -166,7 +172,7 @@ def unknown_in_reading_order(package: Path, docstring: str) -> list[str]:
 def test_reading_orders_name_modules_that_exist() -> None:
     unknown = {}
     for path in PACKAGE.rglob("__init__.py"):
-        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        docstring = ast.get_docstring(parsed(path)) or ""
         unknown[str(path.relative_to(ROOT))] = unknown_in_reading_order(path.parent, docstring)
     assert {name: found for name, found in unknown.items() if found} == {}
     assert unknown_in_reading_order(PACKAGE / "sync", "Reading order: `open`, `told`.\n\n`x`") == ["told"]  # control
@@ -181,7 +187,7 @@ def test_no_silent_except() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in modules()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.ExceptHandler) and all(isinstance(line, ast.Pass) for line in node.body)
     ]
     assert wrong == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -386,20 +387,22 @@ def test_hooks_after_the_rollout(run_with_engines: Run, data_file: Write, tokeni
 def test_seeds_are_each_samples_own_and_the_runs(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    def seeds(rollout_id: int, **kwargs: Any) -> list[str]:
-        args = _args(data_file(_rows(4)), custom_generate_function_path="rewards_for_tests.generate_plain", **kwargs)
-        buffer = DataBuffer(args, tokenizer)
+    args = _args(data_file(_rows(4)), custom_generate_function_path="rewards_for_tests.generate_plain")
 
-        async def work(context: RolloutContext) -> RolloutResult:
-            return await generate_rollout(args, rollout_id, buffer, context)
+    async def work(context: RolloutContext) -> list[list[str]]:
+        seeds: list[list[str]] = []
+        for rollout_id, rollout_seed in ((0, 42), (0, 42), (1, 42), (0, 1)):
+            own = replace(args, rollout_seed=rollout_seed)
+            buffer = DataBuffer(own, tokenizer)
+            result = await generate_rollout(own, rollout_id, buffer, replace(context, args=own))
+            seeds.append([sample.response for group in result.groups for sample in group])
+        return seeds
 
-        return [sample.response for group in run_with_engines(args, work).groups for sample in group]
-
-    first = seeds(0)
+    first, again, later, other = run_with_engines(args, work)
     assert len(set(first)) == 8
-    assert first == seeds(0)
-    assert not set(first) & set(seeds(1))
-    assert not set(first) & set(seeds(0, rollout_seed=1))
+    assert first == again
+    assert not set(first) & set(later)
+    assert not set(first) & set(other)
 
 
 def test_a_wrong_reward_key_ends_the_run(

@@ -248,25 +248,29 @@ def test_greedy_evaluation_repeats_itself(
 ) -> None:
     path = data_file([{"prompt": f"q{number}", "label": "1"} for number in range(4)])
 
-    def lengths(temperature: float, rollout_id: int) -> float:
-        args = Args(
-            eval_prompt_data=(path,),
-            eval_input_key="prompt",
-            eval_label_key="label",
-            eval_max_response_len=200,
-            eval_temperature=temperature,
-            eval_top_p=1.0,
-            eval_top_k=-1,
-            custom_rm_path="rewards_for_tests.coin",
-        )
+    args = Args(
+        eval_prompt_data=(path,),
+        eval_input_key="prompt",
+        eval_label_key="label",
+        eval_max_response_len=200,
+        eval_temperature=0.0,
+        eval_top_p=1.0,
+        eval_top_k=-1,
+        custom_rm_path="rewards_for_tests.coin",
+        rm_num_workers=1,
+    )
 
-        async def work(context: RolloutContext) -> dict[str, float]:
-            return await Evaluator(args, context.tokenizer).run(rollout_id, context)
+    async def work(context: RolloutContext) -> list[float]:
+        lengths: list[float] = []
+        for temperature, rollout_id in ((0.0, 0), (0.0, 5), (1.0, 0), (1.0, 5)):
+            own = replace(args, eval_temperature=temperature)
+            metrics = await Evaluator(own, context.tokenizer).run(rollout_id, replace(context, args=own))
+            lengths.append(metrics["eval/data/response_length"])
+        return lengths
 
-        return run_with_engines(args, work)["eval/data/response_length"]
-
-    assert lengths(0.0, 0) == lengths(0.0, 5)
-    assert lengths(1.0, 0) != lengths(1.0, 5)
+    greedy, greedy_again, drawn, drawn_again = run_with_engines(args, work)
+    assert greedy == greedy_again
+    assert drawn != drawn_again
 
 
 def test_groups_are_the_responses_to_one_prompt(

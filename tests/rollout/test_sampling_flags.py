@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from transformers import PreTrainedTokenizerFast
 from slime.config.args import Args
 from slime.config.parse import parse_args
 from slime.core.sample import Sample, Status
+from slime.engine.client import EngineClient
 from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.evaluate import Evaluator
+from slime.rollout.reward_pool.pool import RewardPool
 
 NUM_SAMPLES = 16
 
@@ -41,9 +44,23 @@ def parse(model_dir: Path, data_file: Callable[..., str]) -> Callable[..., Args]
     return parse
 
 
+@pytest.fixture(scope="module")
+def run(router_url: str, tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]]:
+    """Return a function that runs `async work(context)`; all its calls share a loop and a worker for rewards."""
+    rewards = RewardPool(Args(rm_type="random", rm_num_workers=1))
+
+    async def with_client(args: Args, work: Callable[[RolloutContext], Awaitable[Any]]) -> Any:
+        async with EngineClient(router_url, request_timeout=60) as client:
+            return await work(RolloutContext(args, client, tokenizer, rewards))
+
+    with asyncio.Runner() as runner:
+        yield lambda args, work: runner.run(with_client(args, work))
+        rewards.close()
+
+
 @pytest.fixture
 def sample_all(
-    parse: Callable[..., Args], run_with_engines: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+    parse: Callable[..., Args], run: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> Callable[..., list[Sample]]:
     """Run one rollout with the flags; check that tokens, log-probs and text of its samples belong together."""
 
@@ -55,7 +72,7 @@ def sample_all(
             result = await generate_rollout(args, 0, buffer, context)
             return [sample for group in result.groups for sample in group]
 
-        samples = run_with_engines(args, work)
+        samples = run(args, work)
         assert len(samples) == NUM_SAMPLES
         for sample in samples:
             sample.check()
@@ -163,7 +180,7 @@ ROLLOUT = ("--rollout-max-response-len", "9", "--rollout-stop-token-ids", "11")
 )
 def test_evaluation_inherits_sampling_flags(
     parse: Callable[..., Args],
-    run_with_engines: Callable[..., Any],
+    run: Callable[..., Any],
     tokenizer: PreTrainedTokenizerFast,
     words: tuple[str, ...],
     expected: dict[str, Any],
@@ -175,7 +192,7 @@ def test_evaluation_inherits_sampling_flags(
     async def work(context: RolloutContext) -> dict[str, float]:
         return await Evaluator(args, tokenizer).run(0, context)
 
-    metrics = run_with_engines(args, work)
+    metrics = run(args, work)
     assert (metrics["eval/first/num_prompts"], metrics["eval/second/num_prompts"]) == (2, 1)
     sent = [(json.loads(json.dumps(params.to_json())), sample) for params, sample in rollout_hooks_for_tests.REMEMBERED]
     assert len(sent) == 2 * (2 + 1)
@@ -192,7 +209,7 @@ def test_evaluation_inherits_sampling_flags(
 
 def test_an_evaluation_set_has_keys_of_its_own(
     parse: Callable[..., Args],
-    run_with_engines: Callable[..., Any],
+    run: Callable[..., Any],
     data_file: Callable[..., str],
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -205,6 +222,6 @@ def test_an_evaluation_set_has_keys_of_its_own(
     async def work(context: RolloutContext) -> dict[str, float]:
         return await Evaluator(args, tokenizer).run(0, context)
 
-    assert run_with_engines(args, work)["eval/other/num_prompts"] == 2
+    assert run(args, work)["eval/other/num_prompts"] == 2
     seen = {(sample.prompt, sample.label) for _, sample in rollout_hooks_for_tests.REMEMBERED}
     assert seen == {("x", "5"), ("y", "7")}
