@@ -1,8 +1,9 @@
 """Off-policy tokens: which tokens of a rollout older weights made, and which of them get an importance weight.
 
 - Used by: `trainer`, before it plans its steps; `step` passes the `weighted` column to the loss.
-- Invariant: a token that does not count in the loss is neither off-policy nor weighted, and every rank makes the same
-  columns.
+- Invariant: a token that does not count in the loss is not weighted, and every rank makes the same columns. A token of
+  a sample without a reward does not count, but it is off-policy if older weights made it: with the trainer's weights
+  its log-prob is another one, which is no sign of an engine that disagrees.
 
 Weights are identified by the policy version under which the engines know them. In every run, the trainer's weights
 before the first step of rollout r are version r + 1, because they are sent once before the first rollout and once after
@@ -65,15 +66,16 @@ def offpolicy_columns(
     """
     if args.loss_type == "sft_loss":  # SFT's tokens were not sampled
         return {}, {}
-    counts_R = (batch.columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
+    sampled_R = batch.columns["loss_mask"] > 0
+    counts_R = sampled_R & np.repeat(counted_N, batch.response_lengths_N)
     columns: dict[str, Array] = {}
     metrics: dict[str, float] = {}
     offpolicy_R = np.zeros_like(counts_R)
     if batch.has("policy_versions"):
         age_R = version - batch.columns["policy_versions"].astype(np.int64)
-        offpolicy_R = counts_R & (age_R > 0)
+        offpolicy_R = sampled_R & (age_R > 0)
         if counts_R.any():
-            metrics["train/offpolicy_tokens"] = float(offpolicy_R.sum() / counts_R.sum())
+            metrics["train/offpolicy_tokens"] = float((counts_R & offpolicy_R).sum() / counts_R.sum())
             metrics["train/staleness"] = float(age_R[counts_R].mean())
             metrics["train/staleness_max"] = float(age_R[counts_R].max())
     else:
@@ -83,7 +85,7 @@ def offpolicy_columns(
         counts_R, offpolicy_R = counts_R & ~offpolicy_R, np.zeros_like(offpolicy_R)
     if offpolicy_R.any():
         columns["offpolicy"] = offpolicy_R
-    weighted_R = counts_R if args.use_tis else offpolicy_R
+    weighted_R = counts_R if args.use_tis else counts_R & offpolicy_R
     if args.offpolicy_correction != "none" and weighted_R.any():
         _check_log_probs(args, batch)
         columns["weighted"] = weighted_R

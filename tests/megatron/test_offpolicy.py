@@ -59,7 +59,8 @@ def test_counted_tokens_of_older_weights_are_weighted() -> None:
     age = VERSION - batch.columns["policy_versions"]
     counts = batch.columns["loss_mask"] * np.repeat(~np.isnan(rewards), batch.response_lengths_N) > 0
     assert np.array_equal(found.columns["weighted"], (age > 0) & counts)
-    assert np.array_equal(found.columns["offpolicy"], found.columns["weighted"])
+    assert np.array_equal(found.columns["offpolicy"], (age > 0) & (batch.columns["loss_mask"] > 0))
+    assert not np.array_equal(found.columns["offpolicy"], found.columns["weighted"]), "the sample without a reward"
     assert metrics == {
         "train/offpolicy_tokens": pytest.approx((age > 0)[counts].mean()),
         "train/staleness": pytest.approx(age[counts].mean()),
@@ -282,7 +283,14 @@ def test_every_cut_gives_the_same_result(flags: dict[str, Any], workers: WorkerP
 
 @pytest.mark.dist
 def test_older_weights_alone_give_no_logprob_gap(workers: WorkerPool, hf: Path) -> None:
-    batch = plain_batch(policy_versions=np.zeros(int(tiny.random_batch().response_lengths_N.sum())))
-    [(metrics, _)] = workers.run(1, _train, make_args(hf), batch)
-    assert not any(name.startswith("train/logprob_gap") for name in metrics)
-    assert metrics["train/offpolicy_tokens"] == 1 and metrics["train/staleness"] == VERSION
+    """This includes a sample without a reward, whose tokens do not count in the loss."""
+    rewards = tiny.random_batch().columns["rewards"].copy()
+    rewards[7] = np.nan
+    versions = np.zeros(int(tiny.random_batch().response_lengths_N.sum()))
+    masking = {"partial_rollout": True, "mask_offpolicy_in_partial_rollout": True}
+    for flags in ({}, masking):
+        [(metrics, _)] = workers.run(
+            1, _train, make_args(hf, **flags), plain_batch(policy_versions=versions, rewards=rewards)
+        )
+        assert not any(name.startswith("train/logprob_gap") for name in metrics)
+        assert metrics["train/offpolicy_tokens"] == 1 and metrics["train/staleness"] == VERSION
