@@ -106,18 +106,18 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_other_requests_order_row_and_width_change_nothing(
     family: str, model_dirs: dict[str, Path], odd_model: Path
 ) -> None:
-    asked = wishes(24, seed=1)
+    asked = wishes(16, seed=1)
     path = model_dirs.get(family, odd_model)
     expected = alone(bench_of(path), asked)
     for seed, (rows, width) in enumerate([(96, 192), (5, 320)]):
         bench = bench_of(path, rows=rows, width=width)
         assert among_others(bench, asked, random.Random(seed)) == expected
-    assert len({tuple(tokens) for tokens, _ in expected.values()}) > 18
+    assert len({tuple(tokens) for tokens, _ in expected.values()}) > 12
 
 
 def test_control_the_default_path_depends_on_others(model_dirs: dict[str, Path]) -> None:
     """The fast path differs in the last bits of log-probs, so a token may differ once in a long while."""
-    asked = wishes(24, seed=1)
+    asked = wishes(16, seed=1)
     expected = alone(bench_of(model_dirs["glm4"], deterministic=False), asked)
     found = among_others(bench_of(model_dirs["glm4"], deterministic=False), asked, random.Random(0))
     assert found != expected

@@ -66,19 +66,10 @@ def test_an_engine_is_launched_from_args(model_dirs: dict[str, Path], tmp_path: 
     process.stop()
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"hf_checkpoint": "/no/such/dir"}, "name a Hugging Face directory"),
-        ({"sglang": {"context_length": 10**6}}, "--context-length is 1000000"),
-    ],
-)
-def test_an_engine_that_cannot_serve_gives_the_reason(
-    flags: dict[str, object], words: str, model_dirs: dict[str, Path], tmp_path: Path
-) -> None:
-    args = Args(**{"num_rollout": 1, "hf_checkpoint": str(model_dirs["glm4"]), **flags})  # pyright: ignore[reportArgumentType]
+def test_an_engine_that_cannot_serve_gives_the_reason(tmp_path: Path) -> None:
+    args = Args(num_rollout=1, hf_checkpoint="/no/such/dir")
     process = launch_engine(args, index=0, host="127.0.0.1", port=find_free_port(), log_path=tmp_path / "log")
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(RuntimeError, match="name a Hugging Face directory"):
         process.wait_ready(60)
 
 

@@ -69,7 +69,7 @@ BAD = ["hang", "exit", "segfault", "kill", "raise", "nan", "inf", "text", "none"
 def bad_verdicts(request: pytest.FixtureRequest) -> Iterator[dict[str, Verdict]]:
     args = Args(custom_rm_path=f"rewards_for_tests.{request.param}", rm_timeout=1.5)
     verdicts, seconds = _judge(args, [*BAD, *(str(n) for n in range(20))])
-    assert seconds < 6
+    assert seconds < 60, "nobody waits for the hang, which would take 1000 s"
     assert [verdict.reward for verdict in verdicts[len(BAD) :]] == [float(n) for n in range(20)]
     yield dict(zip(BAD, verdicts, strict=False))
 
@@ -307,39 +307,38 @@ def test_256_samples_barely_block_the_event_loop() -> None:
     assert seconds < 3
 
 
-def test_an_answer_too_large_to_compute_is_wrong() -> None:
-    async def run() -> Verdict:
-        pool = RewardPool(Args(rm_type="deepscaler", rm_timeout=1.0, rm_num_workers=1))
-        try:
-            huge = await pool.judge(Sample(label="10", response=r"</think>\boxed{10^{10^{10}}}"))
-            after = await pool.judge(Sample(label="10", response=r"</think>\boxed{10}"))
-            assert after == Verdict(1.0)
-            return huge
-        finally:
-            pool.close()
+@pytest.fixture(scope="module")
+def built_in() -> dict[str, Verdict]:
+    """Verdicts of one worker of --rm-type deepscaler, one after another."""
+    wrong = Sample(index=5, label="1", response="nothing")
+    asked = {
+        "huge": (Sample(label="10", response=r"</think>\boxed{10^{10^{10}}}"), None),
+        "after it": (Sample(label="10", response=r"</think>\boxed{10}"), None),
+        "wrong": (wrong, None),
+        "wrong, drawn": (wrong, "random"),
+        "unknown type": (Sample(label="1", metadata={"rm_type": "bogus"}), "random"),
+        "no label": (Sample(response=r"</think>\boxed{1}"), None),
+    }
 
-    assert asyncio.run(run()) == Verdict(0.0)
+    async def work(pool: RewardPool) -> dict[str, Verdict]:
+        return {name: await pool.judge(sample, rm_type=rm_type) for name, (sample, rm_type) in asked.items()}
+
+    return with_pool(Args(rm_type="deepscaler", rm_timeout=5.0, rm_num_workers=1), work)
 
 
-def test_the_samples_metadata_chooses_the_reward() -> None:
-    async def run() -> tuple[Verdict, Verdict, Verdict]:
-        pool = RewardPool(Args(rm_type="deepscaler", rm_num_workers=1))
-        try:
-            wrong = Sample(index=5, label="1", response="nothing")
-            unknown = Sample(label="1", metadata={"rm_type": "bogus"})
-            return (
-                await pool.judge(wrong),
-                await pool.judge(wrong, rm_type="random"),
-                await pool.judge(unknown, rm_type="random"),
-            )
-        finally:
-            pool.close()
+def test_an_answer_too_large_to_compute_is_wrong(built_in: dict[str, Verdict]) -> None:
+    assert built_in["huge"] == Verdict(0.0)
+    assert built_in["after it"] == Verdict(1.0)
 
-    judged, drawn, unknown = asyncio.run(run())
-    assert judged == Verdict(0.0)
-    assert drawn.reward in (0.0, 1.0)
-    assert unknown.failure is not None
-    assert "bogus" in unknown.failure
+
+def test_the_samples_metadata_chooses_the_reward(built_in: dict[str, Verdict]) -> None:
+    assert built_in["wrong"] == Verdict(0.0)
+    assert built_in["wrong, drawn"].reward in (0.0, 1.0)
+    assert "bogus" in (built_in["unknown type"].failure or "")
+
+
+def test_a_missing_label_is_a_failure(built_in: dict[str, Verdict]) -> None:
+    assert "no label" in (built_in["no label"].failure or "")
 
 
 def test_metadata_alone_may_choose_the_reward() -> None:
@@ -390,20 +389,6 @@ def test_async_rewards_run_in_workers_one_loop_each() -> None:
 
     assert asyncio.run(run("loops_seen")) == [1, 1, 1]
     assert os.getpid() not in asyncio.run(run("process_id"))
-
-
-def test_a_missing_label_is_a_failure() -> None:
-    verdicts, _ = _judge(Args(rm_type="deepscaler", rm_num_workers=1), ["1"])
-    assert verdicts == [Verdict(1.0)]
-
-    async def run() -> Verdict:
-        pool = RewardPool(Args(rm_type="deepscaler", rm_num_workers=1))
-        try:
-            return await pool.judge(Sample(response=r"</think>\boxed{1}"))
-        finally:
-            pool.close()
-
-    assert "no label" in (asyncio.run(run()).failure or "")
 
 
 def test_an_unknown_reward_type_is_refused() -> None:
