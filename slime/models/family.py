@@ -60,6 +60,8 @@ class Family:
     has_experts: bool = False
     """Whether its layers are mixtures of experts."""
 
+    plain_tokenizer: bool = False
+    """Whether transformers has no tokenizer class for the family: its AutoTokenizer then takes the general class."""
     fused_gate_up: bool = False
     """Whether HF stores gate and up projection of a dense MLP as one tensor, gate_up_proj."""
     has_mtp_layer: bool = False

@@ -44,6 +44,7 @@ FAMILY = Family(
     write=lambda arch: with_head_dim(arch) | {"attention_bias": arch.add_qkv_bias},
     default_head_dim=128,
     partial_rotary=True,
+    plain_tokenizer=True,
     flags=("--post-self-attn-layernorm", "--post-mlp-layernorm"),
     optional_flags=("--add-qkv-bias",),
     fused_gate_up=True,

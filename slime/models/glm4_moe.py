@@ -55,6 +55,7 @@ FAMILY = Family(
         "router_topk_groups": "topk_group",
     },
     partial_rotary=True,
+    plain_tokenizer=True,
     flags=(
         "--moe-router-score-function sigmoid",
         "--moe-router-enable-expert-bias",

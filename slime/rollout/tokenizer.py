@@ -9,11 +9,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from slime.config.architecture import hf_architecture
 from slime.config.args import Args
 from slime.core.imports import importing
+from slime.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,17 +29,37 @@ def load_tokenizer(args: Args) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: --hf-checkpoint is missing or holds no tokenizer.
     """
-    with importing():
-        from transformers import AutoTokenizer
-
     path = args.hf_checkpoint
     if path is None:
         raise ValueError("--hf-checkpoint: not given; prompts cannot be tokenized; name a Hugging Face directory")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=args.hf_trust_remote_code)
+        with importing():
+            return _loader(Path(path)).from_pretrained(path, trust_remote_code=args.hf_trust_remote_code)
     except Exception as error:  # for a file of unexpected content transformers raises whatever its code runs into
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"--hf-checkpoint {path}: no tokenizer can be loaded from it: {kind}{error}") from error
+
+
+def _loader(path: Path) -> Any:
+    """Return AutoTokenizer, or the class that it would choose, if that can be only one.
+
+    An import of AutoTokenizer includes PyTorch's compiler, which takes two seconds of every start.
+    """
+    if _has_plain_tokenizer(path):
+        from transformers import PreTrainedTokenizerFast as Loader
+    else:
+        from transformers import AutoTokenizer as Loader
+    return Loader
+
+
+def _has_plain_tokenizer(path: Path) -> bool:
+    """Return whether the tokenizer is of transformers' general class; False if the files are not as expected."""
+    try:
+        config, tokenizer = (json.loads((path / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+        family = FAMILIES[hf_architecture(config).family]
+        return family.plain_tokenizer and "auto_map" not in tokenizer and (path / "tokenizer.json").is_file()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # AutoTokenizer says what is wrong
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, Glm4Config, Glm4MoeConfig, PreTrainedTokenizerFast
 
 from slime.config.args import Args
+from slime.models.families import FAMILIES
 from slime.rollout.chat_template import render_messages
 from slime.rollout.tokenizer import load_tokenizer
 
@@ -53,6 +54,21 @@ def test_code_is_imported_only_with_the_flag(hf: Path, tmp_path: Path) -> None:
     assert not marker.exists()
     tokenizer = load_tokenizer(replace(Args(hf_checkpoint=str(hf)), hf_trust_remote_code=True))
     assert marker.exists() and type(tokenizer).__name__ == "Custom", "control: with the flag it is run"
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.plain_tokenizer])
+def test_a_familys_general_class_is_the_automatic_one(hf: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """A start saves the import of AutoTokenizer if it would choose transformers' general class."""
+    config = {"glm4": Glm4Config, "glm4_moe": Glm4MoeConfig}[family]()
+    config.save_pretrained(hf)
+    expected = AutoTokenizer.from_pretrained(hf)
+    monkeypatch.setattr("transformers.AutoTokenizer", None)
+    found = load_tokenizer(Args(hf_checkpoint=str(hf)))
+    assert (type(found), found.get_vocab()) == (type(expected), expected.get_vocab())
+    content = json.loads((hf / "tokenizer_config.json").read_text())
+    (hf / "tokenizer_config.json").write_text(json.dumps({**content, "auto_map": {"AutoTokenizer": ["a.B", "a.B"]}}))
+    with pytest.raises(ValueError, match="'NoneType'"):
+        load_tokenizer(Args(hf_checkpoint=str(hf)))
 
 
 @pytest.mark.parametrize(
