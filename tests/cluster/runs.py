@@ -14,15 +14,21 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import psutil
 import pytest
 import ray
 
+from slime.core.sample import Sample
 from slime.observability.metrics_log import read_metrics
 
+if TYPE_CHECKING:
+    import torch
+
 ROOT = Path(__file__).parents[2]
-RUN_TIMEOUT_S = 150
+RUN_TIMEOUT_S = 240.0
+"""Seconds for anything that a whole run does; the machine may be busy with other tests."""
 JOINED = "SLIME_TEST_JOINED_"
 """The prefix of Ray's environment variables with which a test's runs join a Ray."""
 
@@ -37,10 +43,19 @@ class Task:
     eval: Path
 
 
+MAKE_TASKS = """
+import runpy, sys
+script, directory = sys.argv[1:]
+for name, seed in (("task", "0"), ("other", "1")):
+    sys.argv[1:] = ["--out", f"{directory}/{name}", "--seed", seed, "--num-demonstrations", "1"]
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
 def make_task(directory: Path) -> Task:
-    for name, seed in (("task", "0"), ("other", "1")):
-        script = ROOT / "examples/arithmetic/make_task.py"
-        subprocess.run([sys.executable, script, "--out", directory / name, "--seed", seed], check=True, cwd=ROOT)
+    """Make both models in one process, whose imports take seconds."""
+    script = ROOT / "examples/arithmetic/make_task.py"
+    subprocess.run([sys.executable, "-c", MAKE_TASKS, script, directory], check=True, cwd=ROOT)
     return _task_in(directory)
 
 
@@ -49,14 +64,27 @@ def _task_in(directory: Path) -> Task:
     return Task(task / "model", directory / "other" / "model", task / "train.jsonl", task / "eval.jsonl")
 
 
+def shared_directory(factory: pytest.TempPathFactory) -> Path:
+    """Return the directory for what all of pytest's processes share."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # each worker has its own directory in it
+
+
+@contextmanager
+def locked(file: IO[str]) -> Generator[None]:
+    """Keep other processes out of blocks with a lock on the same file."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
 def shared_task(factory: pytest.TempPathFactory) -> Task:
     """Return the task, made once for all of pytest's processes, by the first that needs it."""
-    base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # each worker has its own directory in it
+    base = shared_directory(factory)
     directory = base / "shared-task"
-    with (base / "shared-task.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (base / "shared-task.lock").open("w") as lock, locked(lock):
         if not directory.exists():
             made = factory.mktemp("task")
             make_task(made)
@@ -74,7 +102,7 @@ def flags(task: Task, save: Path, *extra: str, length: Sequence[str] = ("--num-r
         *("--hf-checkpoint", str(task.model), "--ref-load", str(task.model)),
         *("--load", str(save), "--save", str(save), "--save-interval", "2"),
         *("--prompt-data", str(task.train), "--input-key", "prompt", "--label-key", "label"),
-        *("--apply-chat-template", "--rollout-shuffle", "--rm-type", "random", *length),
+        *("--apply-chat-template", "--rollout-shuffle", "--rm-type", "random", "--rm-num-workers", "1", *length),
         *("--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--rollout-max-response-len", "24"),
         *("--rollout-temperature", "0.8", "--actor-num-gpus-per-node", "2", "--rollout-num-gpus", "2"),
         *("--use-dynamic-batch-size", "--max-tokens-per-gpu", "512", "--lr", "1e-3"),
@@ -152,6 +180,18 @@ def events(save: Path, key: str) -> dict[int, float]:
     return {int(event["step"]): event[key] for event in read_metrics(save / "metrics.jsonl") if key in event}
 
 
+def log_probs(model: Path, sample: Sample) -> torch.Tensor:
+    """Return Hugging Face's log-probs of the sample's response tokens, at its temperature."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokens = torch.tensor([sample.tokens])
+    with torch.no_grad():
+        scores = torch.log_softmax(network(tokens).logits[0, :-1] / 0.8, dim=-1)
+    return scores.gather(-1, tokens[0, 1:, None])[sample.prompt_length - 1 :, 0]
+
+
 def copy_checkpoint(source: Path, target: Path, rollout_id: int) -> None:
     """Make `target` as if the run in `source` had been killed right after this checkpoint, or a little later."""
     target.mkdir()
@@ -161,7 +201,7 @@ def copy_checkpoint(source: Path, target: Path, rollout_id: int) -> None:
     shutil.copy(source / "metrics.jsonl", target / "metrics.jsonl")
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout: float = 90.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str, timeout: float = RUN_TIMEOUT_S) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen within {timeout:.0f} s"

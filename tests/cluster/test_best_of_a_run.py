@@ -10,10 +10,10 @@ import pytest
 
 from slime.observability.best_checkpoint import FILE
 from slime.observability.metrics_log import read_metrics
-from tests.cluster.runs import SMALL, Task, events, flags, start, train, without
+from tests.cluster.runs import RUN_TIMEOUT_S, SMALL, Task, events, flags, start, train, without
 from tests.kill.compare import is_measured
 
-pytestmark = pytest.mark.usefixtures("joined_ray")
+pytestmark = [pytest.mark.usefixtures("joined_ray"), pytest.mark.timeout(900)]
 
 EVALUATION = ("--eval-function-path", "tests.cluster.hooks_for_tests.evaluate_by_table", "--eval-interval", "1")
 KEEPS_BEST = ("--keep-best-checkpoint", "eval/own/reward", "--keep-last-checkpoints", "1")
@@ -71,7 +71,7 @@ def test_a_resume_with_other_data_is_refused(task: Task, finished: Path) -> None
     data.write_text(text.replace("+", "-"))
     try:
         longer = arguments(task, finished, *KEEPS_BEST, length=("--num-rollout", "4", "--save-interval", "1"))
-        assert start(longer, finished / "refused.txt").wait(timeout=120) == 1
+        assert start(longer, finished / "refused.txt").wait(timeout=RUN_TIMEOUT_S) == 1
     finally:
         data.write_text(text)
     output = (finished / "refused.txt").read_text()

@@ -15,7 +15,7 @@ from slime.engine.server_process import ask
 from tests.cluster.runs import Task, events, flags, train, without
 from tests.sync.served import serving
 
-pytestmark = pytest.mark.usefixtures("joined_ray")
+pytestmark = [pytest.mark.usefixtures("joined_ray"), pytest.mark.timeout(900)]
 
 
 def test_a_run_on_external_engines_and_router(task: Task, tmp_path: Path) -> None:
