@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
+from slime.core.sample import Sample
 from slime.megatron.checkpoint.files import find_checkpoint
 from slime.rollout.dump import read_dump
 from tests.cluster.runs import Task, events, family, flags, start, wait_for
 from tests.cluster.test_life_and_death import assert_all_gone
 
-LENGTH_S = 240.0
-"""Seconds in which a run has to do all that a test waits for."""
+pytestmark = pytest.mark.timeout(900)  # one run, parts of which start five times
+
 HUNG_S = 8
 """Seconds after which an engine counts as hung in these tests."""
+LEFT_BYTES = 1 << 20
+"""The room on a full disk, in bytes: less than a checkpoint takes."""
 
 
 class Run:
@@ -41,9 +46,15 @@ class Run:
         def there() -> bool:
             self.look()
             assert self.process.poll() is None, self.output[-4000:]
-            return len(re.findall(f"^{line}", self.output, re.MULTILINE)) >= count
+            return self._count(line) >= count
 
-        wait_for(there, line, LENGTH_S)
+        wait_for(there, line)
+
+    def wait_for_the_next(self, line: str) -> None:
+        self.wait_for(line, count=self._count(line) + 1)
+
+    def _count(self, line: str) -> int:
+        return len(re.findall(f"^{line}", self.output, re.MULTILINE))
 
     def look(self) -> list[psutil.Process]:
         if self.process.poll() is None:
@@ -68,7 +79,7 @@ class Run:
             self.look()
             return self.process.poll() is not None
 
-        wait_for(ended, "the end", LENGTH_S)
+        wait_for(ended, "the end")
         assert_all_gone(list(self.everyone.values()))
         return self.process.wait()
 
@@ -91,82 +102,117 @@ def running(arguments: list[str], log: Path) -> Iterator[Run]:
         run.process.wait()
 
 
-def test_a_run_survives_its_engines_and_its_router(task: Task, tmp_path: Path) -> None:
-    """Both engines are killed at once, then one hangs while the router is killed: no prompt and no weight is lost.
+@dataclass(frozen=True)
+class Survivor:
+    """A run after all of its faults."""
 
-    With both gone, generation waits for the first one to get the weights, and the second gets them while the first one
-    generates.
+    save: Path
+    logs: Path
+    dump: Path
+    output: str
+    since_full: str | None
+    """The output since the disk is full; None if no disk could be made for it."""
+
+
+@pytest.fixture(scope="module")
+def survivor(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Survivor]:
+    """Give one run every fault in turn: both engines, an engine and the router, a trainer, and at last the disk.
+
+    - Both engines are killed at once: generation waits for the first one to get the weights, and the second gets them
+      while the first one generates.
+    - Then one hangs while the router is killed.
+    - A trainer is killed after a checkpoint, and the run restarts from it.
+    - The disk fills up, which ends the run. (Without root's rights there is no disk to fill: the run ends by itself.)
     """
-    save = tmp_path / "run"
-    extra = ["--num-rollout", "6", "--rollout-max-response-len", "150", "--engine-health-timeout", str(HUNG_S)]
-    extra += ["--actor-num-gpus-per-node", "1"]
-    extra += ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
-    with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
-        run.wait_for("rollout 1:")
-        for engine in (0, 1):
-            run.under_guard(f"engine-{engine}.log").kill()
-        run.wait_for("rollout 2:")
-        run.under_guard("engine-0.log").send_signal(signal.SIGSTOP)
-        run.under_guard("router.log").kill()
-        assert run.finish() == 0, run.output[-4000:]
-        output = run.output
+    directory = tmp_path_factory.mktemp("faults")
+    save, logs, dump = (directory / name for name in ("disk", "logs", "dump"))
+    save.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(save)]
+    mounted = subprocess.run(mounting, check=False, capture_output=True).returncode == 0
+    try:
+        extra = ["--num-rollout", "40" if mounted else "10", "--rollout-max-response-len", "150"]
+        extra += ["--engine-health-timeout", str(HUNG_S), "--log-dir", str(logs)]
+        extra += ["--save-debug-rollout-data", str(dump / "{rollout_id}.jsonl")]
+        with running(flags(task, save, *extra), directory / "log.txt") as run:
+            run.wait_for("rollout 1:")
+            for engine in (0, 1):
+                run.under_guard(f"engine-{engine}.log").kill()
+            run.wait_for("rollout 2:")
+            run.under_guard("engine-0.log").send_signal(signal.SIGSTOP)
+            run.under_guard("router.log").kill()
+            run.wait_for("FAULT engine 0 generates again", count=2)
+            run.wait_for_the_next("saved ")  # with the counts of these faults, which a restart must not lose
+            run.actor("TrainWorker", 1).kill()
+            run.wait_for("starting again from ")
+            run.wait_for_the_next("saved ")
+            before = len(run.output)
+            if mounted:
+                fill(save)
+            code = run.finish()
+            assert code == (1 if mounted else 0), run.output[-4000:]
+        yield Survivor(save, logs, dump, run.output, run.output[before:] if mounted else None)
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(save)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Fill the file system up to LEFT_BYTES."""
+    with (disk / "filler").open("wb") as file, suppress(OSError):
+        while shutil.disk_usage(disk).free > LEFT_BYTES:
+            file.write(bytes(LEFT_BYTES // 4))
+            file.flush()
+
+
+def groups_of(run: Survivor) -> list[list[Sample]]:
+    count = len(list(run.dump.glob("*.jsonl")))
+    return [group for number in range(count) for group in read_dump(run.dump / f"{number}.jsonl")]
+
+
+def test_a_run_survives_its_engines_and_its_router(survivor: Survivor) -> None:
+    output, logs = survivor.output, survivor.logs
     for engine in (0, 1):
         assert re.search(rf"^FAULT engine {engine} \(http\S+ has died; its log is \S+engine-{engine}.log", output, re.M)
     assert "FAULT engine 0 generates again" in output
     assert re.search(rf"^FAULT engine 0 \(http\S+ has answered no health check for {HUNG_S} s", output, re.M)
     assert re.search(r"^FAULT the router \(http\S+ has died; its log is \S+router.log", output, re.M)
-    assert sum(events(save, "fault/engine_restarts").values()) == 3
-    assert sum(events(save, "fault/router_restarts").values()) == 1
-    groups = [group for number in range(6) for group in read_dump(save / f"dump/{number}.jsonl")]
-    assert [group[0].group_index for group in groups] == list(range(24)), "each prompt once, in its rollout"
+    assert sum(events(logs, "fault/engine_restarts").values()) == 3
+    assert sum(events(logs, "fault/router_restarts").values()) == 1
+
+
+def test_a_run_restarts_after_a_lost_trainer(survivor: Survivor) -> None:
+    output = survivor.output
+    assert re.search(r"^FAULT .* failed: trainer \d \(its log is \S+trainer-\d.log\) died", output, re.M)
+    assert output.count("restart 1 of --max-restarts 2") == 1
+    [last] = re.findall(r"^starting again from .*, after rollout (\d+) ", output, re.M)
+    assert events(survivor.logs, "fault/run_restarts") == {int(last) + 1: 1}
+
+
+def test_no_fault_loses_a_prompt_or_a_weight(survivor: Survivor) -> None:
+    groups = groups_of(survivor)
+    assert len(groups) >= 24
+    assert [group[0].group_index for group in groups] == list(range(len(groups))), "each prompt once, in its rollout"
     assert all(sample.policy_versions for group in groups for sample in group)
     versions = [{v for s in group for v in s.policy_versions or []} for group in groups]
-    assert versions == [{1 + index // 4} for index in range(24)], "a restarted engine has the run's weights"
-    gaps = events(save, "train/logprob_gap_max")
-    assert sorted(gaps) == list(range(1, 7))
+    assert versions == [{1 + index // 4} for index in range(len(groups))], "a restarted engine has the run's weights"
+    rewards, gaps = events(survivor.logs, "rollout/reward"), events(survivor.logs, "train/logprob_gap_max")
+    assert sorted(gaps) == sorted(rewards) == list(range(1, len(gaps) + 1))
     assert max(gaps.values()) <= 1e-4, "... and computes what the trainers compute"
 
 
-def test_a_run_restarts_after_a_lost_trainer(task: Task, tmp_path: Path) -> None:
-    save = tmp_path / "run"
-    extra = ["--num-rollout", "4", "--save-interval", "2", "--rollout-num-gpus", "1"]
-    extra += ["--save-debug-rollout-data", str(save / "dump/{rollout_id}.jsonl")]
-    with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
-        run.wait_for("saved ")
-        run.actor("TrainWorker", 1).kill()
-        run.wait_for("starting again from .*, after rollout 1 ")
-        assert run.finish() == 0, run.output[-4000:]
-        output = run.output
-    assert re.search(r"^FAULT .* failed: trainer \d \(its log is \S+trainer-\d.log\) died", output, re.M)
-    assert output.count("restart 1 of --max-restarts 2") == 1
-    assert events(save, "fault/run_restarts") == {2: 1}
-    assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4]
-    groups = [group for number in range(4) for group in read_dump(save / f"dump/{number}.jsonl")]
-    assert [group[0].group_index for group in groups] == list(range(16))
-    assert max(events(save, "train/logprob_gap_max").values()) <= 1e-4
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(task: Task, tmp_path: Path) -> None:
-    save = tmp_path / "disk"
-    save.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(save)]
-    if subprocess.run(mounting, check=False, capture_output=True).returncode:
+def test_a_full_disk_leaves_the_last_checkpoint(survivor: Survivor) -> None:
+    save, output = survivor.save, survivor.output
+    if survivor.since_full is None:
         pytest.skip("no file system of a set size can be made here: that takes root's rights")
-    try:
-        extra = ["--num-rollout", "9", "--save-interval", "1", "--actor-num-gpus-per-node", "1"]
-        extra += ["--rollout-num-gpus", "1", "--log-dir", str(tmp_path / "logs")]
-        with running(flags(task, save, *extra), tmp_path / "log.txt") as run:
-            assert run.finish() == 1
-            output = run.output
-        found = find_checkpoint(save)
-        assert found is not None
-        assert found.rollout_id is not None
-        failed = found.rollout_id + 1
-        assert f"saved {save}/iter_{found.rollout_id:07d}" in output
-        assert f"rollout {failed}: saving failed: trainer 0" in output
-        assert re.search(rf"saving to {save} failed: .*(No space left on device|0 MiB are free there)", output)
-        assert "starting again" not in output, "it would be as full again"
-        assert "Traceback" not in output
-        assert [path.name for path in save.iterdir() if path.name.startswith(".tmp")] == []
-    finally:
-        subprocess.run(["umount", str(save)], check=True)
+    found = find_checkpoint(save)
+    assert found is not None
+    assert found.rollout_id is not None
+    failed = found.rollout_id + 2
+    assert f"saved {save}/iter_{found.rollout_id:07d}" in output
+    assert re.search(rf"^rollout {failed}: saving failed: trainer \d", survivor.since_full, re.M)
+    assert re.search(
+        rf"saving to {save} failed: .*(No space left on device|\d MiB are free there)", survivor.since_full
+    )
+    assert "starting again" not in survivor.since_full, "it would be as full again"
+    assert "Traceback" not in survivor.since_full
+    assert [path.name for path in save.iterdir() if path.name.startswith(".tmp")] == []
