@@ -1,40 +1,10 @@
-"""Asynchronous training: the next rollout is generated while the current one trains.
-
-    python3 train_async.py --hf-checkpoint ... --prompt-data ... --num-rollout ...
-
-    engines     generate 0       generate 1       generate 2       generate 3
-    trainers    (wait)           train 0, sync    train 1, sync    train 2, sync
-
-`generate_ahead` waits for the rollout in flight and starts the next one; `train` runs while the engines generate. The
-weights that generate a rollout are therefore one rollout older than those that train on it: see --offpolicy-correction
-and --max-staleness. --update-weight-pause decides whether a weight sync waits for the rollout in flight or happens
-between its requests.
-
-The flags are those of train.py. Engines and trainers need separate devices.
-"""
+"""Training with generation one rollout ahead: `slime train-async ...`, whose loop is in slime/cli/train_async.py."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
-from slime.cluster.main import run
-
-if TYPE_CHECKING:
-    from slime.cluster.cluster import Cluster
-
-
-def train(cluster: Cluster) -> None:
-    """Run the loop: take the finished rollout and start the next one, train, save, send the weights, evaluate."""
-    cluster.sync_weights()
-    cluster.evaluate_before_first()
-    for rollout in cluster.rollouts():
-        batch = cluster.generate_ahead(rollout)  # the generation of the next one begins
-        cluster.train(rollout, batch)
-        cluster.save_if_due(rollout)
-        cluster.sync_weights()
-        cluster.evaluate_if_due(rollout)
-
+from slime.cli.train_async import main
 
 if __name__ == "__main__":
-    run(train, sys.argv[1:], rollouts_ahead=1)
+    main(sys.argv[1:])

@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 
 from bench.common import OUTPUTS, Busy, Goal, Spread, Table, in_turns, machine, ratios, thread_cpu_seconds, write_result
-from examples.arithmetic.make_task import make_model, make_tokenizer
+from slime.cli.arithmetic.make_task import make_model, make_tokenizer
 from slime.config.args import Args
 from slime.engine.client import EngineClient
 from slime.engine.embedded.cache import KVCache

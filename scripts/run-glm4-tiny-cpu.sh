@@ -19,76 +19,16 @@ CKPT_ARGS=(
    --ref-load "${REF_DIR}"
    --load "${SAVE_DIR}"
    --save "${SAVE_DIR}"
-   --save-interval 20
 )
 
-ROLLOUT_ARGS=(
-   --prompt-data "${TASK_DIR}/train.jsonl"
-   --input-key prompt
-   --label-key label
-   --apply-chat-template
-   --rollout-shuffle
-   --rm-type deepscaler
-   --num-rollout 50
-   --rollout-batch-size 32
-   --n-samples-per-prompt 8
-   --rollout-max-response-len 40
-   --rollout-temperature 1.0
-   --num-steps-per-rollout 1
-   --balance-data
-   --rollout-seed "${SEED}"
-)
-
-# The held-out problems twice: sampled as in training, and greedy
-EVAL_ARGS=(
-   --eval-interval 10
-   --eval-config "${TASK_DIR}/eval.yaml"
-)
-
-PERF_ARGS=(
-   --tensor-model-parallel-size 1
-   --pipeline-model-parallel-size 1
-   --context-parallel-size 1
-   --use-dynamic-batch-size
-   --max-tokens-per-gpu 3072
-)
-
-GRPO_ARGS=(
-   --advantage-estimator grpo
-   --use-kl-loss
-   --kl-loss-coef 0.00
-   --kl-loss-type low_var_kl
-   --entropy-coef 0.00
-   --eps-clip 0.2
-   --eps-clip-high 0.28
-)
-
-OPTIMIZER_ARGS=(
-   --optimizer adam
-   --lr 4e-4
-   --lr-decay-style constant
-   --weight-decay 0.0
-   --adam-beta1 0.9
-   --adam-beta2 0.98
-   --clip-grad 1.0
-   --seed "${SEED}"
-)
-
-SGLANG_ARGS=(
-   --rollout-num-gpus-per-engine 1
-)
-
+# grpo.yaml has the flags of rollouts, algorithm and optimizer; what follows it wins
 cd "${SCRIPT_DIR}/.."
 exec python3 "${PROGRAM:-train.py}" \
-   --actor-num-nodes 1 \
-   --actor-num-gpus-per-node 2 \
-   --rollout-num-gpus 2 \
+   --config slime/cli/arithmetic/grpo.yaml \
    "${MODEL_ARGS[@]}" \
    "${CKPT_ARGS[@]}" \
-   "${ROLLOUT_ARGS[@]}" \
-   "${EVAL_ARGS[@]}" \
-   "${PERF_ARGS[@]}" \
-   "${GRPO_ARGS[@]}" \
-   "${OPTIMIZER_ARGS[@]}" \
-   "${SGLANG_ARGS[@]}" \
+   --prompt-data "${TASK_DIR}/train.jsonl" \
+   --eval-config "${TASK_DIR}/eval.yaml" \
+   --rollout-seed "${SEED}" \
+   --seed "${SEED}" \
    "$@"

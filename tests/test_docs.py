@@ -84,8 +84,8 @@ OTHER_PROGRAMS = frozenset(
 
 
 def flags_of_tools() -> set[str]:
-    """Return every flag that a script of the repository declares itself."""
-    folders = ("tools/*.py", "bench/*.py", "examples/**/*.py", "tests/gpu/runner.py")
+    """Return every flag that a command or a script of the repository declares itself."""
+    folders = ("tools/*.py", "slime/cli/**/*.py", "bench/*.py", "examples/**/*.py", "tests/gpu/runner.py")
     files = [file for folder in folders for file in ROOT.glob(folder)]
     return {flag for file in files for flag in re.findall(r"\"(--[a-z][a-z0-9-]*)\"", file.read_text())}
 
@@ -166,7 +166,9 @@ def inputs(log_probs_R: torch.Tensor) -> LossInputs:
 def metric_names() -> set[str]:
     """Return the metric names in the code, with `*` for inserted parts, and those that functions compute."""
     names: set[str] = set()
-    for path in (ROOT / "slime").rglob("*.py"):
+    for path in set((ROOT / "slime").rglob("*.py")) - set(
+        (ROOT / "slime" / "cli").rglob("*.py")
+    ):  # which only reads them
         names |= {re.sub(r"\{.*?\}", "*", name) for name in METRIC.findall(path.read_text())}
     options = LossOptions(
         surrogate="token",

@@ -31,6 +31,7 @@ FLOORS = {
     "plan": 3,
     "sync": 4,
     "cluster": 5,
+    "cli": 6,
 }
 SIDEWAYS = {("rollout", "slime.engine.client"), ("rollout", "slime.engine.protocol")}
 ONLY_IN = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from slime.cli.arithmetic import make_task
 from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args
 from slime.plan.fit import load_run
@@ -61,11 +61,6 @@ def test_a_small_machines_script_from_elsewhere(tmp_path: Path) -> None:
 
 def test_the_demos_mixture_of_experts(tmp_path: Path) -> None:
     """The script's MODEL_ARGS describe the model that the task is made with, and its experts are replayed."""
-    path = ROOT / "examples/arithmetic/make_task.py"
-    spec = importlib.util.spec_from_file_location("make_task", path)
-    assert spec is not None and spec.loader is not None
-    make_task = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_task)
     model = make_task.make_model(1, "qwen3_moe")
     model.config.save_pretrained(tmp_path / "model")
     for script, variables in (("run-qwen3-moe-tiny-cpu.sh", {}), ("run-glm4-tiny-sft-cpu.sh", {"TASK_DIR": tmp_path})):

@@ -1,52 +1,12 @@
 #!/usr/bin/env python3
-"""Convert a torch_dist checkpoint to an HF directory.
-
-    python tools/convert_torch_dist_to_hf.py --input-dir OUT/iter_0000059 --origin-hf-dir HF_DIR --output-dir HF_OUT
-
-    --input-dir      a checkpoint, or the --save directory of a run: then the newest one is used (or --ckpt-step N)
-    --origin-hf-dir  the HF directory with config, tokenizer and the tensors' dtypes (also: --hf-checkpoint)
-    --output-dir     the HF directory to write; an earlier export there is replaced
-
-MODEL_ARGS may follow; config.json has them. It runs on the CPU and holds the model once in memory.
-"""
+"""Convert a torch_dist checkpoint to an HF directory: this program is `slime export`."""
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-import time
 
-from slime.config.parse import load_args
-from slime.core.errors import RunError
-
-
-def main(argv: list[str]) -> None:
-    if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return
-    start = time.monotonic()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when it first looks for a device
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--input-dir", required=True)
-    parser.add_argument("--origin-hf-dir", "--hf-checkpoint", required=True)
-    parser.add_argument("--output-dir", required=True)
-    own, rest = parser.parse_known_args(argv)
-    args, warnings = load_args(["--hf-checkpoint", own.origin_hf_dir, *rest], training=False)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    from slime.megatron.checkpoint.conversion import torch_dist_to_hf
-    from slime.megatron.checkpoint.files import find_checkpoint
-
-    found = find_checkpoint(own.input_dir, step=args.ckpt_step)
-    if found is None or found.kind == "hf":
-        raise ValueError(f"--input-dir {own.input_dir}: no torch_dist checkpoint there; name a run's --save directory")
-    torch_dist_to_hf(args, found, own.origin_hf_dir, own.output_dir)
-    print(f"{found.path} -> {own.output_dir} ({time.monotonic() - start:.1f} s)")
-
+from slime.cli.export import main
+from slime.cli.main import run_command
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, RunError) as error:
-        sys.exit(f"convert_torch_dist_to_hf.py: {error}")
+    run_command("convert_torch_dist_to_hf.py", main, sys.argv[1:])

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.arithmetic.make_task import EVAL_CONFIG, make_model, make_tokenizer, write_jsonl
 from examples.tool_use.calculator import calculate
+from slime.cli.arithmetic.make_task import EVAL_CONFIG, make_model, make_tokenizer, write_jsonl
 
 SPLIT_SEED = 20240614
 """All runs have the same split: the seed of a run changes weights, demonstrations, data order and sampling."""

@@ -6,17 +6,18 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, cast
 
 from slime.config.architecture import resolve_architecture
 from slime.config.args import Args, FrozenMapping
 from slime.config.args_yaml import dump_args
 from slime.config.flags.renamed import REMOVED, RENAMED, TABLE_VERSION
+from slime.config.flags.synonyms import absent, misspelt, shortened, synonym
 from slime.config.flags.table import SET_BY_SLIME, FlagSpec, Source, spellings
 from slime.config.help import format_help
 from slime.config.problem import MAX_SHOWN, Problem, UsageError, show
@@ -46,6 +47,9 @@ MEGATRON_LOOP: Mapping[str, str] = {
 
 MAX_SPELLING = 100
 """The largest number of characters in an unknown flag for which a similar known one is searched."""
+
+
+YAML_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass
@@ -99,13 +103,17 @@ def _unknown(given: Given, spelling: str, where: str) -> None:
     if spelling in MEGATRON_LOOP:
         given.complain(where, "slime's loop counts rollouts and has no such flag", MEGATRON_LOOP[spelling])
         return
-    if len(spelling) > MAX_SPELLING or len(given.problems) > MAX_SHOWN:  # the search for a similar flag is slow
-        given.complain(where, "unknown flag", "--help lists all")
+    close = synonym(spelling)
+    if close is None and len(spelling) <= MAX_SPELLING and len(given.problems) <= MAX_SHOWN:  # the search is slow
+        close = misspelt(spelling, known)
+    missing = absent(spelling)
+    if close is None and missing is not None:
+        given.complain(where, *missing)
         return
-    candidates = [spelling.replace("_", "-"), f"--sglang-{spelling[2:]}", f"--router-{spelling[2:]}"]
-    close = [name for name in candidates if name in known] or difflib.get_close_matches(spelling, known, n=1)
-    spec = known[close[0]][0] if close else None
-    given.complain(where, "unknown flag", f"did you mean {close[0]}?" if close else "--help lists all", spec=spec)
+    close = close or shortened(spelling, known)
+    spec = known[close][0] if close else None
+    remedy = f"did you mean {close}?" if close else "--help names slime's flags, --help all every flag"
+    given.complain(where, "unknown flag", remedy, spec=spec)
 
 
 def _set_from_words(given: Given, spelling: str, words: list[str], attached: bool) -> None:
@@ -136,14 +144,23 @@ def _set_from_words(given: Given, spelling: str, words: list[str], attached: boo
     try:
         value = from_texts(spec, from_environment(words) if spec.secret else words)
     except ValueError as error:
-        given.complain(spelling, f"must be {error}", f"it means: {spec.help}", value=text or "(nothing)", spec=spec)
+        missing = absent(text) if spec.choices else None
+        remedy = f"it means: {spec.help}" if missing is None else ": ".join(missing)
+        given.complain(spelling, f"must be {error}", remedy, value=text or "(nothing)", spec=spec)
         return
     given.set(spec, value, spelling)
 
 
 def read_command_line(given: Given, argv: Sequence[str]) -> None:
-    """Read flags of the forms --x v, --x v w, --x=v, --x and --no-x; the last of a repeated flag wins."""
+    """Read flags of the forms --x v, --x v w, --x=v, --x and --no-x; the last of a repeated flag wins.
+
+    If the first word names a YAML file, it is the value of --config: `run.yaml --lr 2e-6`.
+    """
     words = list(argv)
+    if words and words[0].endswith(YAML_SUFFIXES) and not words[0].startswith("--"):
+        if any(word.partition("=")[0] == "--config" for word in words):
+            given.complain(words[0], "is a configuration file, and --config names another", "give one of the two")
+        words.insert(0, "--config")
     while words and not words[0].startswith("--"):
         given.complain(repr(words.pop(0)), "does not follow a flag", "put it after a flag that starts with --")
     while words:
@@ -228,10 +245,30 @@ def _given_names(given: Given, raw: Args) -> frozenset[str]:
     return frozenset(names)
 
 
-def _print_help() -> None:
-    """Print the help; a pager that closes early (`--help | head`) is no error."""
+def _asked_help(argv: Sequence[str]) -> list[str] | None:
+    """Return the sections after --help or -h, which may be none; None if there is no --help."""
+    for place, word in enumerate(argv):
+        if word in ("--help", "-h"):
+            return list(takewhile(lambda name: not name.startswith("-"), argv[place + 1 :]))
+        if word.startswith("--help="):
+            return [word.partition("=")[2]]
+    return None
+
+
+def _print_help(names: Sequence[str]) -> None:
+    """Print the help; a pager that closes early (`--help | head`) is no error.
+
+    Raises:
+        UsageError: there is no section with such a name.
+    """
     try:
-        print(format_help(), flush=True)
+        text = format_help(names)
+    except ValueError as error:
+        remedy = "name one of them, or none for an overview"
+        problem = Problem(severity="error", where="--help", value=" ".join(names), rule=str(error), remedy=remedy)
+        raise UsageError([problem]) from None
+    try:
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -247,7 +284,7 @@ def load_args(
     rollouts_ahead: int = 0,
     more: Callable[[Args, Sequence[Problem]], list[Problem]] = _no_more,
 ) -> tuple[Args, list[Problem]]:
-    """Return the resolved Args and the warnings. `--help` prints all flags and exits.
+    """Return the resolved Args and the warnings. `--help` prints the flags and exits.
 
     `training=False`: for tools that need only the model and the parallel sizes; rules for rollouts, rewards and
     placement are skipped. `rollouts_ahead`: 0 for train.py, 1 for train_async.py. `more` returns further problems of
@@ -256,8 +293,9 @@ def load_args(
     Raises:
         UsageError: all errors at once.
     """
-    if "--help" in argv or "-h" in argv:
-        _print_help()
+    sections = _asked_help(argv)
+    if sections is not None:
+        _print_help(sections)
         raise SystemExit(0)
     given = read(argv)
     raw = Args(

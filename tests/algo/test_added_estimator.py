@@ -28,7 +28,7 @@ from slime.config.parse import load_args
 
 args, _ = load_args(["--advantage-estimator", "plain_reward", "--dry-run"], training=False)
 assert (args.advantage_estimator, args.compares_group, args.uses_critic) == ("plain_reward", False, False)
-assert "|plain_reward" in format_help()
+assert "|plain_reward" in format_help(["algo"])
 
 import torch
 from slime.algo.advantages import ESTIMATORS, AdvantageOptions, RolloutRewards

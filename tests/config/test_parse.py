@@ -127,7 +127,7 @@ def test_pass_through(run: Run) -> None:
             ["--mem-fraction-static", ".5"],
             "--mem-fraction-static: unknown flag; did you mean --sglang-mem-fraction-static?",
         ),
-        (["--qqqq"], "--qqqq: unknown flag; --help lists all"),
+        (["--qqqq"], "--qqqq: unknown flag; --help names slime"),
         (["--train-iters", "5"], "--train-iters: slime's loop counts rollouts"),
         (["--lr", "fast"], "--lr fast: must be a number;"),
         (["--lr", "-1"], "--lr -1: must be a number >= 0;"),
@@ -259,7 +259,7 @@ class Block:
         if name.split('.')[0] in ('megatron', 'sglang', 'sglang_router', 'ray', 'transformers', 'torch'):
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
-sys.argv = ['train.py', '--help']
+sys.argv = ['train.py', '--help', 'all']
 import runpy
 runpy.run_path('train.py', run_name='__main__')
 """

@@ -84,7 +84,7 @@ def length(case: Case) -> Iterable[Problem]:
     args = case.args
     if args.num_rollout is None and args.num_epoch is None:
         yield case.error("num_rollout", "not given", "give --num-rollout or --num-epoch", also=["num_epoch"])
-    elif args.num_rollout is not None and args.num_epoch is not None:
+    elif args.num_rollout and args.num_epoch is not None:  # with 0 there is no training, however long it would be
         rule = f"cannot be combined with --num-epoch {args.num_epoch}"
         yield case.error("num_rollout", rule, "leave one out", also=["num_epoch"])
     elif args.num_epoch is not None and args.prompt_data is None and not args.has_own_data_source:

@@ -75,6 +75,11 @@ TABLE: tuple[NoEffect, ...] = (
         "no training prompts are read",
     ),
     NoEffect(
+        ("num_epoch",),
+        lambda a: a.num_epoch is not None and a.num_rollout == 0,
+        "--num-rollout 0 only evaluates",
+    ),
+    NoEffect(
         ("over_sampling_batch_size",),
         lambda a: a.over_sampling_batch_size == a.rollout_batch_size,
         "it equals --rollout-batch-size, so no additional prompts are sampled",

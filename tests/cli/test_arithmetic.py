@@ -1,6 +1,5 @@
 """The demo's task: a sound split, careless demonstrations, a tokenizer that round-trips, and a true control."""
 
-import importlib.util
 import json
 import os
 import random
@@ -9,26 +8,13 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
+from slime.cli.arithmetic import make_task, shuffled_rewards
 from slime.core.plugins import HOOKS, check_signature
 from slime.core.sample import Sample
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_task = load("make_task")
-shuffled_rewards = load("shuffled_rewards")
 
 
 def test_mirrored_pairs_are_on_one_side() -> None:
@@ -67,7 +53,8 @@ def test_demonstrations_have_mistakes_only_where_intended() -> None:
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("task")
-    command = [sys.executable, EXAMPLE / "make_task.py", "--out", out, "--seed", "3", "--num-demonstrations", "9600"]
+    script = Path(__file__).parents[2] / "examples/arithmetic/make_task.py"  # the documented path
+    command = [sys.executable, script, "--out", out, "--seed", "3", "--num-demonstrations", "9600"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "1.02 M parameters" in done.stdout
     return out

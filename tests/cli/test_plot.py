@@ -1,9 +1,13 @@
-"""Curves and tables from a metrics.jsonl, through the script itself."""
+"""Curves and tables from a metrics.jsonl, by the command."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from slime.cli.plot import main
 
 PLOT_RUN = Path(__file__).parents[2] / "tools" / "plot_run.py"
 
@@ -40,8 +44,8 @@ def test_png_and_tables(tmp_path: Path) -> None:
     assert shares == {"generation": "28.6%", "training": "57.1%", "idle": "14.3%", "sum": "100.0%", "wall": "100.0%"}
 
 
-def test_missing_time_in_phases_is_visible(tmp_path: Path) -> None:
+def test_missing_time_in_phases_is_visible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "time/training": 2.0, "time/step": 4.0}) + "\n")
-    done = subprocess.run([sys.executable, PLOT_RUN, path], capture_output=True, text=True, check=True)
-    assert "sum of phases │ 2.000          │ 50.0%" in done.stdout
+    main([str(path)])
+    assert "sum of phases │ 2.000          │ 50.0%" in capsys.readouterr().out
