@@ -28,7 +28,7 @@ FINISH_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What a tracker knows about the run when it starts."""
+    """The facts about a run that a tracker gets when it starts."""
 
     run_id: str
     """The name of the run, which is the same when the run resumes."""
