@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from slime.config.args import Args
 from slime.config.data_files import count_rows, split_slice
+from slime.config.data_paths import data_paths
 from slime.core.small_files import is_file
 
 
@@ -28,8 +29,9 @@ def planned_prompts(args: Args) -> int | None:
     if args.has_own_data_source or args.prompt_data is None:
         return None
     try:
-        file, _ = split_slice(args.prompt_data)
-        return count_rows(args.prompt_data) if is_file(file) else None
+        paths = data_paths(args.prompt_data)
+        there = all(is_file(split_slice(path)[0]) for path in paths)
+        return sum(map(count_rows, paths)) if there else None
     except ValueError:
         return None  # another rule's error
 

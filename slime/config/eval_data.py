@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from slime.config.args import Args
+from slime.config.data_rows import DataKeys
 from slime.config.flags.table import FlagSpec, all_flags
 from slime.config.values import from_yaml
 from slime.config.yaml_files import read_yaml_file
@@ -31,6 +32,21 @@ class EvalDataset:
     top_p: float
     top_k: int
     failed_as: str = "wrong"
+    metadata_key: str = "metadata"
+    tool_key: str | None = None
+    apply_chat_template: bool = False
+    system_prompt: str | None = None
+    apply_chat_template_kwargs: str | None = None
+
+    @property
+    def keys(self) -> DataKeys:
+        """Return the keys of its rows."""
+        return DataKeys(
+            input_key=self.input_key,
+            label_key=self.label_key,
+            metadata_key=self.metadata_key,
+            tool_key=self.tool_key,
+        )
 
     @property
     def pass_at_ks(self) -> list[int]:
@@ -45,6 +61,8 @@ def _defaults(args: Args) -> dict[str, Any]:
     sampling = ("max_response_len", "temperature", "top_p", "top_k")
     inherited = ("input_key", "label_key", "rm_type", *sampling, "failed_as")
     values = {name: vars(args)[f"eval_{name}"] for name in inherited}
+    shared = ("metadata_key", "tool_key", "apply_chat_template", "system_prompt", "apply_chat_template_kwargs")
+    values |= {name: vars(args)[name] for name in shared}
     return values | {"n_samples_per_eval_prompt": args.n_samples_per_eval_prompt}
 
 
@@ -62,6 +80,14 @@ def eval_datasets(args: Args) -> list[EvalDataset]:
     if len(set(names)) < len(names):
         raise ValueError(f"two evaluation sets have the same name ({', '.join(names)}); give each its own")
     return sets
+
+
+def readable_eval_datasets(args: Args) -> list[EvalDataset]:
+    """Return all evaluation sets; none if they cannot be read, which is another rule's error."""
+    try:
+        return eval_datasets(args)
+    except ValueError:
+        return []
 
 
 def sets_with_rm_type(args: Args) -> list[str]:

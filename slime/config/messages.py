@@ -18,7 +18,7 @@ def messages_fault(prompt: Any, key: str) -> Fault | None:
     """Return why a policy cannot continue `prompt`, a row's value under `key`, as a conversation; None if it can."""
     rule = f"{key!r} is not a list of OpenAI messages ({{'role': ..., 'content': ...}})"
     if not isinstance(prompt, list) or not prompt:
-        return rule, "correct the line, or leave out --apply-chat-template for plain text"
+        return rule, "write messages, or the text of one user message"
     messages = cast(list[Any], prompt)
     for number, message in enumerate(messages):
         if not isinstance(message, dict):

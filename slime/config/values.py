@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -133,6 +134,31 @@ def _text(text: str) -> str:
     return text
 
 
+def _json_object(text: str) -> str:
+    """Return the text of a JSON object in one spelling: no spaces, keys in their order."""
+    try:
+        value: object = json.loads(_text(text), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'a JSON object such as {{"enable_thinking": false}}, in single quotes ({error})') from error
+    if not isinstance(value, dict):
+        raise ValueError('a JSON object such as {"enable_thinking": false}, in single quotes')
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _with_numbers(value: Any) -> Any:
+    """Return a YAML value with numbers for the texts that are numbers in JSON, because YAML files are read as text."""
+    if isinstance(value, dict):
+        return {str(key): _with_numbers(item) for key, item in cast(dict[Any, Any], value).items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in cast(list[Any], value)]
+    is_number = isinstance(value, str) and re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", value)
+    return json.loads(value) if is_number else value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _scalar(spec: FlagSpec, text: str) -> Any:
     match spec.kind:
         case "int":
@@ -141,6 +167,8 @@ def _scalar(spec: FlagSpec, text: str) -> Any:
             value = _number(text)
         case "layers":
             value = parse_layer_pattern(text)
+        case "json":
+            value = _json_object(text)
         case _:
             value = _text(text)
     if spec.choices and value not in spec.choices:
@@ -177,6 +205,8 @@ def from_yaml(spec: FlagSpec, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError("true or false")
         return value
+    if spec.kind == "json" and isinstance(value, dict):
+        return _json_object(json.dumps(_with_numbers(value)))
     if spec.kind == "layers" and isinstance(value, list):
         return parse_layer_pattern(f"[{','.join(map(str, cast(list[Any], value)))}]")
     items = cast(list[Any], value) if isinstance(value, list) else [value]
@@ -186,6 +216,6 @@ def from_yaml(spec: FlagSpec, value: Any) -> Any:
         raise ValueError("a list of values" if spec.num_values else "a value")
     if isinstance(value, list) and spec.num_values is None:
         raise ValueError("one value, not a list")
-    if not items and spec.num_values is not None:
+    if not items and spec.num_values is not None and not spec.one_is_scalar:
         return () if spec.source == "slime" else []
     return from_texts(spec, [str(item) for item in items])

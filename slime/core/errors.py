@@ -4,7 +4,7 @@ An error that the user can correct is a ValueError: it names flag or file, value
 
 ValueError
 ├── UsageError (config.problem)                      all problems of a command line, before anything starts
-├── DataError (config.data_files)                          a data file, or one row of it, cannot be used
+├── DataError (config.data_rows)                           a data file, or one row of it, cannot be used
 ├── HookError (core.plugins)                               a hook cannot be imported or called
 ├── NewerFormatError (megatron.checkpoint.manifest)        a later version wrote the checkpoint; it is not damaged
 ├── UnsafeFileError (megatron.checkpoint.safe_pickle)      a checkpoint file has content that is not allowed

@@ -70,7 +70,7 @@ class Sample:
     index: int = -1
     """The number of this sample, over the whole run."""
     prompt: str | list[Message] = ""
-    """The text, or the OpenAI messages, as in the data file."""
+    """The text, or the OpenAI messages under --apply-chat-template, with the system prompt."""
     label: str | None = None
     tokens: list[int] = field(default_factory=list[int])
     """The prompt's tokens, then the response's tokens."""
@@ -99,7 +99,9 @@ class Sample:
     """Why there is no reward: 'timeout', 'crash', 'not a number', ..."""
     status: Status = Status.PENDING
     metadata: dict[str, Any] = field(default_factory=dict[str, Any])
-    """The metadata of the data line, and `start_rollout_id`: the rollout in which the group's generation began."""
+    """The object under --metadata-key, and `start_rollout_id`: the rollout in which the group's generation began."""
+    row: dict[str, Any] = field(default_factory=dict[str, Any], compare=False)
+    """Every column of the data line, as it was read. The samples of a prompt share it, so it is never changed."""
 
     @property
     def prompt_tokens(self) -> list[int]:
@@ -183,6 +185,7 @@ class Sample:
             tokens=self.prompt_tokens,
             prompt_length=self.prompt_length,
             metadata=metadata,
+            row=self.row,
         )
 
     def to_failed(self, failure: str) -> Sample:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -29,10 +29,14 @@ def continues_last_turn(messages: Sequence[Message]) -> bool:
 
 
 def render_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Sequence[dict[str, Any]] | None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: Sequence[dict[str, Any]] | None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the chat template's text, up to where the assistant's answer begins or continues.
 
+    `template_kwargs`: further variables that the template reads, such as {"enable_thinking": False}.
     transformers renders it in jinja's sandbox: a template can read the messages, and nothing of Python.
 
     Raises:
@@ -40,12 +44,13 @@ def render_messages(
             the usual ones.
     """
     messages = plain_messages(messages)
-    text = _render(tokenizer, messages, tools)
+    variables = dict(template_kwargs or {})
+    text = _render(tokenizer, messages, tools, variables)
     for number, message in enumerate(messages):
         if message["role"] not in _USUAL_ROLES and len(messages) > 1 and message["content"]:
             others = messages[:number] + messages[number + 1 :]
             try:
-                is_left_out = _render(tokenizer, others, tools) == text
+                is_left_out = _render(tokenizer, others, tools, variables) == text
             except ValueError:  # the template cannot do without the message
                 is_left_out = False
             if is_left_out:
@@ -56,7 +61,12 @@ def render_messages(
     return text
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Sequence[dict[str, Any]] | None) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: Sequence[dict[str, Any]] | None,
+    variables: dict[str, Any],
+) -> str:
     continues = continues_last_turn(messages)
     try:
         text = tokenizer.apply_chat_template(
@@ -65,6 +75,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: 
             tokenize=False,
             add_generation_prompt=not continues,
             continue_final_message=continues,
+            **variables,
         )
     except (jinja2.TemplateError, *_OF_TEMPLATES) as error:
         raise ValueError(

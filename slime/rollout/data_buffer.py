@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slime.config.args import Args
 from slime.config.context import longest_prompt
-from slime.config.data_files import DataKeys
+from slime.config.data_rows import DataKeys
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
 from slime.rollout.filter_hub.buffer_filters import pop_first
@@ -21,6 +21,8 @@ from slime.rollout.prompts import load_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+OTHERS = "sha256 of the other columns"
 
 
 class DataBuffer:
@@ -94,12 +96,13 @@ class DataBuffer:
             ValueError: `state` was taken with other data, or with another order of the same data.
         """
         saved, here = state["data"], self._fingerprint()
+        saved = {OTHERS: here[OTHERS], **saved}  # older checkpoints do not have it
         changed = [f"{name}: {saved.get(name)!r} then, {value!r} now" for name, value in here.items()
                    if saved.get(name) != value]  # fmt: skip
         if changed:
             raise ValueError(
-                f"--prompt-data {self._args.prompt_data}: not what the checkpoint was made with, so its place in the "
-                f"data means nothing here ({'; '.join(changed)}); restore the file and flags, or start a new --save"
+                f"--prompt-data {self._data.path}: not what the checkpoint was made with, so its place in the "
+                f"data means nothing here ({'; '.join(changed)}); restore the files and flags, or start a new --save"
             )
         self._buffer = [[Sample.from_dict(sample) for sample in group] for group in state["buffer"]]
         self._epoch = state["epoch"]
@@ -113,6 +116,7 @@ class DataBuffer:
         args = self._args
         return {
             "sha256 of the data": self._data.sha256,
+            OTHERS: self._data.sha256_of_others,
             "number of prompts": self.num_prompts,
             "--rollout-shuffle": args.rollout_shuffle,
             "--rollout-seed": args.rollout_seed,

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from slime.config.args import Args
 from slime.config.context import rollout_limits
-from slime.config.data_files import DataKeys
 from slime.config.eval_data import EvalDataset, eval_datasets
+from slime.config.prompt_format import PromptFormat
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
 from slime.rollout.context import RolloutContext, gather_or_cancel, request_slots
@@ -45,8 +45,9 @@ class Evaluator:
         self._data: list[tuple[EvalDataset, PromptSet]] = []
         longest = rollout_limits(args).request
         for dataset in eval_datasets(args):
-            keys = DataKeys.of(args, input_key=dataset.input_key, label_key=dataset.label_key)
-            self._data.append((dataset, load_prompts(dataset.path, args, tokenizer, keys, longest=longest)))
+            form = PromptFormat.of(dataset)
+            data = load_prompts(dataset.path, args, tokenizer, dataset.keys, longest=longest, form=form)
+            self._data.append((dataset, data))
 
     async def run(self, rollout_id: int, context: RolloutContext) -> dict[str, float]:
         """Evaluate all data sets at once with the engines' present weights; return metrics `eval/<name>/...`.

@@ -11,13 +11,16 @@ import copy
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from slime.config.args import Args
-from slime.config.data_files import DataError, DataKeys, Row, label_text, read_rows, row_error
+from slime.config.data_files import read_rows
+from slime.config.data_paths import data_paths
+from slime.config.data_rows import DataError, DataKeys, Row, row_error
+from slime.config.prompt_format import PromptFormat
 from slime.core.printable import one_line
 from slime.core.sample import Message, Sample
 from slime.rollout.chat_template import render_messages
@@ -41,9 +44,11 @@ class Prompt:
     label: str | None
     tokens: list[int]
     metadata: dict[str, Any]
+    row: dict[str, Any] = field(compare=False)
+    """Every column of the row. All samples share it."""
 
     def to_sample(self, *, group_index: int, index: int) -> Sample:
-        """Return a new sample; it shares nothing with other samples."""
+        """Return a new sample; it shares only its row with other samples."""
         return Sample(
             group_index=group_index,
             index=index,
@@ -52,64 +57,92 @@ class Prompt:
             tokens=list(self.tokens),
             prompt_length=len(self.tokens),
             metadata=copy.deepcopy(self.metadata),
+            row=self.row,
         )
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one file, in its order. `sha256` covers all rows read, also those left out."""
+    """The prompts of all files of a data set, in their order.
+
+    The hashes cover all rows read, also those left out: `sha256` the values under the keys, `sha256_of_others` the
+    other columns.
+    """
 
     path: str
     prompts: list[Prompt]
     sha256: str
+    sha256_of_others: str
 
 
 def load_prompts(
-    path: str, args: Args, tokenizer: PreTrainedTokenizerBase, keys: DataKeys, *, longest: int | None
+    path: str | Sequence[str],
+    args: Args,
+    tokenizer: PreTrainedTokenizerBase,
+    keys: DataKeys,
+    *,
+    longest: int | None,
+    form: PromptFormat | None = None,
 ) -> PromptSet:
-    """Read `path` (`FILE` or `FILE@[a:b]`, jsonl or parquet) and tokenize its prompts.
+    """Read the files that `path` names (`FILE`, `FILE@[a:b]`, patterns, or a list) and tokenize their prompts.
 
-    A prompt of more than `longest` tokens is left out.
+    A prompt of more than `longest` tokens is left out. `form`: that of the data set; None: that of the flags.
 
     Raises:
         ValueError: with file and line or row, for one that lacks what `keys` names, or whose prompt has no tokens;
-            for a file that cannot be read, or leaves no prompt.
+            for a file that cannot be read; if no prompt is left.
     """
-    digest = hashlib.sha256()
-    total = 0
-    texts: list[str] = []
-    rows: list[Row] = []
-    dropped: list[int] = []
-    for row in read_rows(path, keys):
-        error = row_error(row, keys, chat_template=args.apply_chat_template)
-        if error is not None:
-            raise error
-        assert isinstance(row, Row), "any other is an error"
-        digest.update(orjson.dumps([row.data.get(name) for name in keys.names], option=orjson.OPT_SORT_KEYS))
-        total += 1
-        text = _prompt_text(row, args, tokenizer, keys)
-        if longest is not None and _far_too_long(text, longest, tokenizer):
-            dropped.append(row.number)
-            continue
-        texts.append(text)
-        rows.append(row)
-    if args.apply_chat_template:
+    form = PromptFormat.of(args) if form is None else form
+    rows = _Rows()
+    paths = data_paths(path)
+    for file in paths:
+        for row in read_rows(file, keys):
+            error = row_error(row, keys, chat_template=form.chat_template)
+            if error is not None:
+                raise error
+            assert isinstance(row, Row), "any other is an error"
+            rows.count(row, keys)
+            prompt = form.prompt(keys.prompt(row.data))
+            text = prompt_text(row, prompt, form, tokenizer, keys)
+            if longest is not None and _far_too_long(text, longest, tokenizer):
+                rows.dropped.append(row)
+                continue
+            rows.kept.append((row, prompt, text))
+    texts = [text for _, _, text in rows.kept]
+    if form.chat_template:
         tokens = tokenize(tokenizer, texts, add_special_tokens=False)
     else:
         tokens = tokenize_texts(tokenizer, texts)
     prompts: list[Prompt] = []
-    for row, ids in zip(rows, tokens, strict=True):
+    for (row, prompt, _), ids in zip(rows.kept, tokens, strict=True):
         if longest is not None and len(ids) > longest:
-            dropped.append(row.number)
+            rows.dropped.append(row)
             continue
         if not ids:
             raise DataError(row.where, f"the prompt under {keys.input_key!r} has no tokens", "remove the line")
-        label = None if keys.label_key is None else label_text(row.data[keys.label_key])
-        prompts.append(Prompt(row.data[keys.input_key], label, ids, row.data.get(keys.metadata_key) or {}))
-    _report_dropped(path, sorted(dropped), total, longest)
+        prompts.append(Prompt(prompt, keys.label(row.data), ids, keys.metadata(row.data), row.data))
+    _report_dropped(paths, rows.dropped, rows.total, longest)
+    named = " ".join(paths)
     if not prompts:
-        raise ValueError(f"{path}: no prompt in it ({len(dropped)} of {total} left out as too long); name another")
-    return PromptSet(path, prompts, digest.hexdigest())
+        raise ValueError(f"{named}: no prompt in it ({len(rows.dropped)} of {rows.total} left out as too long); "
+                         "name another")  # fmt: skip
+    return PromptSet(named, prompts, rows.used.hexdigest(), rows.others.hexdigest())
+
+
+class _Rows:
+    """The rows of all files of a set as they are read, with their prompts and texts, and what is counted of them."""
+
+    def __init__(self) -> None:
+        self.used, self.others = hashlib.sha256(), hashlib.sha256()
+        self.kept: list[tuple[Row, str | list[Message], str]] = []
+        self.dropped: list[Row] = []
+        self.total = 0
+
+    def count(self, row: Row, keys: DataKeys) -> None:
+        self.total += 1
+        self.used.update(orjson.dumps(keys.values(row.data), option=orjson.OPT_SORT_KEYS))
+        others = {name: value for name, value in row.data.items() if name not in keys.names and value is not None}
+        self.others.update(orjson.dumps(others, option=orjson.OPT_SORT_KEYS))
 
 
 def _far_too_long(text: str, longest: int, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -128,28 +161,30 @@ def _far_too_long(text: str, longest: int, tokenizer: PreTrainedTokenizerBase) -
     return False
 
 
-def _prompt_text(row: Row, args: Args, tokenizer: PreTrainedTokenizerBase, keys: DataKeys) -> str:
-    prompt = row.data[keys.input_key]
-    if not args.apply_chat_template:
+def prompt_text(
+    row: Row, prompt: str | list[Message], form: PromptFormat, tokenizer: PreTrainedTokenizerBase, keys: DataKeys
+) -> str:
+    """Return the text of a row's prompt. Raises DataError if the chat template fails on it."""
+    if isinstance(prompt, str):
         return prompt
-    tools = None if keys.tool_key is None else row.data.get(keys.tool_key)
     try:
-        return render_messages(tokenizer, prompt, tools)
+        return render_messages(tokenizer, prompt, keys.tools(row.data), form.template_kwargs)
     except Exception as error:
         rule = f"the chat template fails on it: {type(error).__name__}: {one_line(str(error))}"
         raise DataError(row.where, rule, "correct the line") from error
 
 
-def _report_dropped(path: str, dropped: Sequence[int], total: int, longest: int | None) -> None:
+def _report_dropped(paths: Sequence[str], dropped: Sequence[Row], total: int, longest: int | None) -> None:
     if not dropped:
         return
-    named = ", ".join(map(str, dropped[:_ROWS_NAMED])) + (", ..." if len(dropped) > _ROWS_NAMED else "")
+    ordered = sorted(dropped, key=lambda row: row.number)
+    places = [str(row.number) if len(paths) == 1 else row.where for row in ordered[:_ROWS_NAMED]]
     logger.warning(
         "%s: %d of %d prompts left out: they have more than %s tokens, and the context leaves no room to answer "
         "(lines or rows %s)",
-        path,
+        " ".join(paths),
         len(dropped),
         total,
         longest,
-        named,
+        ", ".join(places) + (", ..." if len(dropped) > _ROWS_NAMED else ""),
     )

@@ -11,6 +11,7 @@ import statistics
 
 from slime.config.args import Args
 from slime.config.context import context_length
+from slime.config.problem import show
 from slime.core.sample import Sample, Status
 from slime.rollout.context import DataSource, RolloutContext, RolloutResult
 from slime.rollout.metrics import sample_metrics
@@ -43,8 +44,8 @@ async def generate_rollout(
         num_too_long += len(drawn) - len(fitting)
         if num_too_long >= args.max_empty_waves * args.rollout_batch_size:
             raise ValueError(
-                f"--prompt-data {args.prompt_data}: {num_too_long} examples drawn for rollout {rollout_id} are longer "
-                f"than the context of {limit} tokens; shorten them, or raise --rollout-max-context-len"
+                f"--prompt-data {show(args.prompt_data)}: {num_too_long} examples drawn for rollout {rollout_id} are "
+                f"longer than the context of {limit} tokens; shorten them, or raise --rollout-max-context-len"
             )
     samples = [sample for group in groups for sample in group]
     metrics: dict[str, float] = {

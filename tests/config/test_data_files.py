@@ -18,7 +18,8 @@ from config_run import MESSAGE, Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slime.config.data_files import MAX_LINE, DataError, DataKeys, Row, count_rows, label_text, read_rows, split_slice
+from slime.config.data_files import MAX_LINE, count_rows, read_rows, split_slice
+from slime.config.data_rows import DataError, DataKeys, Row, label_text
 from slime.config.eval_data import eval_datasets
 from slime.config.rules.data import check_rows
 
@@ -57,7 +58,8 @@ def test_bad_slices(path: str) -> None:
         (json.dumps(MESSAGE | {"label": 10**22 + 1}), "a whole number has more than 64 bits"),
         (json.dumps(MESSAGE | {"metadata": "x"}), "'metadata' is 'x', not an object"),
         (json.dumps(MESSAGE | {"tools": {"name": "f"}}), "'tools' is "),
-        (json.dumps(MESSAGE | {"prompt": "text"}), "'prompt' is not a list of OpenAI messages"),
+        (json.dumps(MESSAGE | {"prompt": 7}), "'prompt' is not a list of OpenAI messages"),
+        (json.dumps(MESSAGE | {"prompt": ""}), "'prompt' is empty"),
         (json.dumps(MESSAGE | {"prompt": []}), "'prompt' is not a list of OpenAI messages"),
         (json.dumps(MESSAGE | {"prompt": [{"content": "x"}]}), "'prompt' is not a list of OpenAI messages"),
     ],
@@ -148,9 +150,9 @@ def test_parquet_gives_the_rows_of_jsonl(
     jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
     parquet = write_parquet(tmp_path / "a.parquet", rows)
     part = f"@[{'' if start is None else start}:{'' if stop is None else stop}]"
-    expected = [{name: row[name] for name in row if name != "unused"} for row in rows[start:stop]]
+    expected = rows[start:stop]
     assert datas(parquet + part) == expected
-    assert [{name: row[name] for name in row if name != "unused"} for row in datas(str(jsonl) + part)] == expected
+    assert datas(str(jsonl) + part) == expected
     assert json.dumps(datas(parquet + part), sort_keys=True) == json.dumps(expected, sort_keys=True), "same types, too"
     assert count_rows(parquet + part) == count_rows(str(jsonl) + part) == len(expected)
 
@@ -201,6 +203,22 @@ def test_small_floats_are_read_as_written(tmp_path: Path, kind: pyarrow.DataType
         }
         for each, written in zip(expected, WRITTEN, strict=True)
     ]
+
+
+def test_unnamed_columns_never_refuse_a_row(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "label": 1, "note": None, "score": 1.5, "extra": {"level": 2}}, {"prompt": "b", "label": 2}]
+    images = pyarrow.array([b"\xff", b"\xfe"])
+    nested = pyarrow.array([[{"bytes": b"\xff"}], None])
+    scores = pyarrow.array([math.nan, math.inf])
+    far = pyarrow.array([10**9, 0], pyarrow.date32())  # Python has no such year
+    path = write_parquet(tmp_path / "a.parquet", rows, images=images, nested=nested, scores=scores, far=far)
+    first, second = datas(path)
+    expected = {"prompt": "a", "label": 1, "note": None, "score": 1.5, "extra": {"level": 2}}
+    assert first == expected | {"scores": None, "far": None}
+    assert (second["scores"], second["extra"], second["far"]) == (None, None, "1970-01-01")
+    assert check_rows(path, KEYS, chat_template=False) == []
+    [problem, _] = check_rows(path, replace(KEYS, label_key="scores"), chat_template=False)
+    assert problem.rule == "'scores' is nan, not text or a number"
 
 
 def test_bad_small_float_labels_name_the_row(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from slime.config.data_files import DataKeys
+from slime.config.data_rows import DataKeys
 from slime.config.messages import messages_fault, plain_messages
 from slime.config.rules.data import check_rows
 
@@ -57,7 +57,8 @@ NO_TURN = "'prompt': the last message is the assistant's and calls a tool"
 @pytest.mark.parametrize(
     ("messages", "rule"),
     [
-        ("text", GENERAL),
+        ("", "'prompt' is empty"),
+        (7, GENERAL),
         ([], GENERAL),
         (_user("a"), GENERAL),
         ([USER, "text"], f"{GENERAL}: message 1 is 'text'"),

@@ -80,7 +80,7 @@ def test_a_lines_own_type(run: Run, own: str) -> None:
     _lines(run, {"rm_type": "remote_rm"})
     assert run.error() == f"{run.data}:1: metadata.rm_type is 'remote_rm', but there is no --rm-url; add --rm-url"
     assert run.errors(*URL) == []
-    assert run.errors("--dry-run") == []  # a plan reads no data
+    assert "metadata.rm_type is 'remote_rm', but there is no --rm-url" in run.error("--dry-run")
     assert run.errors("--custom-rm-path", f"{own}.reward") == []  # it judges every row
 
 

@@ -11,6 +11,7 @@ from config_run import Run
 
 from slime.config.flags.table import all_flags
 from slime.config.resolve import cuda_available
+from slime.config.rules.files import PLANNED_ROWS
 from slime.config.rules.megatron_fields import DECIDED, HARMLESS, HARMLESS_VALUES, NOT_BUILT_HERE
 from slime.plan.summary import format_plan
 
@@ -326,7 +327,7 @@ def test_data_files_of_other_kinds(run: Run) -> None:
     file = run.directory / "train.parquet"
     file.touch()
     assert f"{file}: cannot be read (Parquet file size is 0 bytes)" in run.error("--prompt-data", str(file))
-    assert run.errors("--prompt-data", str(file), "--dry-run") == []
+    assert "cannot be read" in run.error("--prompt-data", str(file), "--dry-run")
     file = run.directory / "train.csv"
     file.touch()
     assert "not a known type of data file; name one in .jsonl, .json" in run.error("--prompt-data", str(file))
@@ -386,12 +387,19 @@ def test_a_bad_line_of_the_data(run: Run) -> None:
     run.data.write_text(run.data.read_text() + "{not json}\n")
     assert run.error().startswith(f"{run.data}:2: not JSON (")
     assert run.errors("--prompt-data", f"{run.data}@[0:1]") == []
-    assert run.errors("--dry-run") == []  # a plan reads no data
+    assert run.error("--dry-run").startswith(f"{run.data}:2: not JSON (")
+
+
+def test_a_plan_checks_only_the_first_rows(run: Run) -> None:
+    line = run.data.read_text()
+    run.data.write_text(line * PLANNED_ROWS + "{not json}\n" + line)
+    assert run.errors("--dry-run", "--tool-key", "tools") == []  # a later row may have tools
+    assert run.error().startswith(f"{run.data}:{PLANNED_ROWS + 1}: not JSON (")
 
 
 def test_eval_data_is_checked_too(run: Run) -> None:
     bad = run.directory / "eval.jsonl"
-    bad.write_text(json.dumps({"prompt": "text", "label": "2"}) + "\n")
+    bad.write_text(json.dumps({"prompt": 7, "label": "2"}) + "\n")
     words = ["--eval-interval", "1", "--eval-prompt-data", "held-out", str(bad)]
     assert run.error(*words).startswith(f"{bad}:1: 'prompt' is not a list of OpenAI messages")
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
-from slime.config.data_files import DataKeys
+from slime.config.data_rows import DataKeys
 from slime.core.sample import Sample
 from slime.rollout.chat_template import render_messages
 from slime.rollout.context import RolloutContext

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
-from slime.config.data_files import DataKeys
+from slime.config.data_rows import DataKeys
 from slime.core.sample import Sample
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.filter_hub.buffer_filters import pop_first
@@ -151,7 +151,7 @@ def test_prompts_without_room_are_counted_and_named(
         ({"prompt": [{"role": "user", "content": "a"}], "label": "1"}, {}, "--apply-chat-template"),
         ({"prompt": "", "label": "1"}, {}, "'prompt' is empty"),
         ({"prompt": "a", "label": "1", "metadata": [1]}, {}, r"'metadata' is '\[1\]', not an object"),
-        ({"prompt": "text", "label": "1"}, {"apply_chat_template": True}, "list of OpenAI messages"),
+        ({"prompt": 5, "label": "1"}, {"apply_chat_template": True}, "list of OpenAI messages"),
         (
             {"prompt": [{"role": "user", "content": "a"}], "label": "1", "tools": [1]},
             {"apply_chat_template": True, "tool_key": "tools"},

@@ -1,17 +1,20 @@
 """`flag(...)` declares one option as a dataclass field: its default, its help and its bounds.
 
 The name on the command line is the field's name with dashes. Booleans take `--x` and `--no-x`. A field
-typed `Literal[...]` is a choice, one typed `tuple[T, ...]` takes one or more values.
+typed `Literal[...]` is a choice, one typed `tuple[T, ...]` takes one or more values, and one typed
+`str | tuple[str, ...]` holds a single value bare.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NewType
 
 Secret = Literal["all", "url"]
 """The secret part of a value: all of it, or the user, the password and the query of a URL."""
+JsonObject = NewType("JsonObject", str)
+"""The type of a field that holds the text of a JSON object. In YAML, its value may also be a mapping."""
 
 
 @dataclass(frozen=True)

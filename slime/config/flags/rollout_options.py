@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slime.config.flags.flag import Needs, flag
+from slime.config.flags.flag import JsonObject, Needs, flag
 from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPES
 
 _FILTER = Needs(
     ("dynamic_sampling_filter_path",),
     why="without --dynamic-sampling-filter-path no group is dropped by a filter",
 )
+_TEMPLATE = ("apply_chat_template", "eval_config")
+_WITHOUT_TEMPLATE = "without --apply-chat-template"
 _EVALUATION = Needs(("eval_prompt_data", "eval_config"), why="nothing is evaluated", remedy="add --eval-prompt-data")
 
 
@@ -23,12 +25,31 @@ _EVALUATION = Needs(("eval_prompt_data", "eval_config"), why="nothing is evaluat
 class RolloutOptions:
     """Prompts, sampling and rewards."""
 
-    prompt_data: str | None = flag(None, "Training prompts, jsonl or parquet. path@[a:b] takes a slice.")
-    input_key: str = flag("prompt", "Key of the prompt in a data row.")
+    prompt_data: str | tuple[str, ...] | None = flag(
+        None,
+        "Training prompts, jsonl or parquet: one file or several, or patterns such as 'data/*.jsonl'. "
+        "path@[a:b] takes a slice.",
+        metavar="PATH ...",
+    )
+    input_key: str = flag("prompt", "Key of the prompt in a data row. a.b is b inside of a.")
     label_key: str | None = flag(None, "Key of the label that the reward compares with. Unset: no labels.")
     metadata_key: str = flag("metadata", "Key of an object that is kept as sample.metadata.")
     tool_key: str | None = flag(None, "Key of the list of tools that is passed to the chat template.")
-    apply_chat_template: bool = flag(False, "Prompts are OpenAI messages. The tokenizer's template renders them.")
+    apply_chat_template: bool = flag(
+        False, "The tokenizer's chat template renders the prompts: OpenAI messages, or the text of one user message."
+    )
+    system_prompt: str | None = flag(
+        None,
+        "System message of the prompts that have none.",
+        metavar="TEXT",
+        needs=Needs(_TEMPLATE, why=f"{_WITHOUT_TEMPLATE} a prompt has no messages"),
+    )
+    apply_chat_template_kwargs: JsonObject | None = flag(
+        None,
+        'Variables for the chat template, as JSON: {"enable_thinking": false}.',
+        metavar="JSON",
+        needs=Needs(_TEMPLATE, why=f"{_WITHOUT_TEMPLATE} no template is rendered"),
+    )
     rollout_shuffle: bool = flag(False, "Shuffle the prompts again in each epoch, seeded by (--rollout-seed, epoch).")
     rollout_seed: int = flag(42, "Seed of the data order and of sampling.", ge=0)
     rm_type: str | None = flag(None, f"{', '.join(REWARD_TYPES)}, with or without {BOXED_PREFIX}.")

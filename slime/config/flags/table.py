@@ -19,12 +19,12 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from slime.config.args import SECTIONS
-from slime.config.flags.flag import Secret
+from slime.config.flags.flag import JsonObject, Secret
 
 Source = Literal["slime", "megatron", "sglang", "router"]
-Kind = Literal["bool", "int", "float", "str", "layers"]
+Kind = Literal["bool", "int", "float", "str", "layers", "json"]
 """The type of a flag's value. 'layers' is Megatron's per-layer pattern: a number, a list, or an expression such as
-[0]*1+[1]*45."""
+[0]*1+[1]*45. 'json' is the text of a JSON object."""
 
 BOUNDS = MappingProxyType({"ge": ">=", "gt": ">", "le": "<=", "lt": "<"})
 
@@ -72,16 +72,17 @@ def _field_kind(hint: Any) -> tuple[Kind, dict[str, Any]]:
     properties: dict[str, Any] = {}
     if get_origin(hint) in (Union, UnionType):
         members = [member for member in get_args(hint) if member is not NoneType]
-        assert len(members) == 1, hint
-        hint = members[0]
-        properties["optional"] = True
+        properties["optional"] = NoneType in get_args(hint)
+        properties["one_is_scalar"] = len(members) == 2
+        assert len(members) == 1 or (members[0], get_args(members[1])) == (str, (str, ...)), hint
+        hint = members[-1]
     if get_origin(hint) is tuple:
         hint = get_args(hint)[0]
         properties["num_values"] = (1, None)
     if get_origin(hint) is Literal:
         properties["choices"] = get_args(hint)
         hint = str
-    kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "str"}
+    kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "str", JsonObject: "json"}
     return kinds[hint], properties
 
 

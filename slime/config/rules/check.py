@@ -40,6 +40,7 @@ from slime.config.rules.paths import directories, path_names, quantized, tokeniz
 from slime.config.rules.replay import replay
 from slime.config.rules.rewards import custom_reward, eval_rewards, grammar, reward, reward_types, reward_url
 from slime.config.rules.stages import pipeline_stages, recompute, virtual_stages
+from slime.config.rules.templates import template_variables
 
 __all__ = ["CONVERSION_RULES", "TRAINING_RULES", "Case", "check"]
 
@@ -332,6 +333,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     best_checkpoint,
     path_names,
     tokenizer,
+    template_variables,
     directories,
     quantized,
     other_models,

@@ -1,19 +1,22 @@
 """Rules for files and user code: everything that a real run reads must exist and be readable before anything starts.
 
 - Used by: `rules.check`.
-- Invariant: in a --dry-run, a missing path is a warning, and no row of a data file is read.
+- Invariant: in a --dry-run, a missing path is a warning, and of a data file only the first rows are checked.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any, cast
+from typing import Any
 
-from slime.config.data_files import SUFFIXES, DataKeys, label_text, split_slice
+from slime.config.data_files import SUFFIXES, split_slice
+from slime.config.data_paths import data_paths
+from slime.config.data_rows import DataError, DataKeys
 from slime.config.eval_data import EvalDataset, eval_datasets
 from slime.config.flags.rollout_options import HookOptions, RolloutOptions
 from slime.config.problem import Problem
@@ -23,6 +26,9 @@ from slime.config.rules.imports import import_hook
 from slime.config.rules.rewards import line_reward_fault
 from slime.core.plugins import HOOKS, HookError, hook_path
 from slime.core.small_files import is_directory, is_file
+
+PLANNED_ROWS = 10_000
+"""The number of rows of each file that a --dry-run checks, so that it stays quick with large files."""
 
 
 def prompt_file(case: Case) -> Iterable[Problem]:
@@ -40,43 +46,54 @@ def prompt_file(case: Case) -> Iterable[Problem]:
         asked = [args.metadata_key] if args.metadata_key != RolloutOptions.metadata_key else []
         asked += [args.tool_key] if args.tool_key is not None else []
         judged = case.generates and args.loss_type != "sft_loss"
-        check = _reward_check(case, keys, args.rm_type) if judged else None
-        yield from _data_file(case, "prompt_data", args.prompt_data, keys, tuple(asked), check)
+        reward = _reward_check(case, keys, args.rm_type) if judged else None
+        check = _RowChecks(keys, args.apply_chat_template, reward, tuple(asked))
+        yield from _data_files(case, "prompt_data", args.prompt_data, check)
 
 
 def _reward_check(case: Case, keys: DataKeys, rm_type: str | None) -> RowCheck:
     """Return a check of whether the reward `rm_type` can judge a row."""
 
     def check(row: dict[str, Any]) -> tuple[str, str] | None:
-        metadata = cast(dict[str, Any], row.get(keys.metadata_key) or {})
-        label = None if keys.label_key is None else label_text(row[keys.label_key])
-        return line_reward_fault(case.args, metadata, rm_type, label)
+        return line_reward_fault(case.args, keys.metadata(row), rm_type, keys.label(row))
 
     return check
 
 
-def _data_file(
-    case: Case,
-    field: str,
-    path: str,
-    keys: DataKeys,
-    needs: tuple[str, ...] = (),
-    check: RowCheck | None = None,
-) -> Iterable[Problem]:
+@dataclass(frozen=True)
+class _RowChecks:
+    """The checks of every row of a data set. `needs`: keys given by a flag, which at least one row must have."""
+
+    keys: DataKeys
+    chat_template: bool
+    reward: RowCheck | None
+    needs: tuple[str, ...] = ()
+
+
+def _data_files(case: Case, field: str, words: str | Sequence[str], checks: _RowChecks) -> Iterable[Problem]:
     try:
-        file, _ = split_slice(path)
+        paths = data_paths(words)
+    except DataError as error:
+        rule = error.rule if error.where == words else f"{error.where}: {error.rule}"
+        yield case.missing(field, rule, error.remedy)
+        return
     except ValueError as error:
-        rule, _, remedy = str(error).removeprefix(f"{path}: ").rpartition("; ")
+        rule, _, remedy = str(error).removeprefix(f"{words}: ").rpartition("; ")
         yield case.error(field, rule, remedy)
         return
-    suffix = Path(file).suffix
-    if not is_file(file):
-        yield case.missing(field, f"there is no file {file}", "name a jsonl or parquet file")
-    elif suffix not in SUFFIXES:
-        rule = f"{file}: {suffix or 'no suffix'} is not a known type of data file"
-        yield case.error(field, rule, f"name one in {', '.join(SUFFIXES)}")
-    elif case.real:
-        yield from check_rows(path, keys, chat_template=case.args.apply_chat_template, needs=needs, check=check)
+    files = [split_slice(path)[0] for path in paths]
+    for file in files:
+        suffix = Path(file).suffix
+        if not is_file(file):
+            yield case.missing(field, f"there is no file {file}", "name a jsonl or parquet file")
+        elif suffix not in SUFFIXES:
+            rule = f"{file}: {suffix or 'no suffix'} is not a known type of data file"
+            yield case.error(field, rule, f"name one in {', '.join(SUFFIXES)}")
+    if all(is_file(file) and Path(file).suffix in SUFFIXES for file in files):
+        most = None if case.real else PLANNED_ROWS
+        yield from check_rows(
+            paths, checks.keys, chat_template=checks.chat_template, needs=checks.needs, check=checks.reward, most=most
+        )
 
 
 def eval_files(case: Case) -> Iterable[Problem]:
@@ -95,8 +112,9 @@ def eval_files(case: Case) -> Iterable[Problem]:
         yield case.error(field, rule, remedy)
         return
     for dataset in datasets:
-        keys = DataKeys.of(args, input_key=dataset.input_key, label_key=dataset.label_key)
-        yield from _data_file(case, field, dataset.path, keys, check=_reward_check(case, keys, dataset.rm_type))
+        reward = _reward_check(case, dataset.keys, dataset.rm_type)
+        check = _RowChecks(dataset.keys, dataset.apply_chat_template, reward)
+        yield from _data_files(case, field, dataset.path, check)
 
 
 def _has_checkpoint(directory: str) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from slime.config.end_tokens import end_token_ids, read_json_object
+from slime.config.eval_data import readable_eval_datasets
 from slime.config.problem import Problem
 from slime.config.quantized import REMEDY, quantization
 from slime.config.rules.case import Case
@@ -114,7 +115,8 @@ def tokenizer(case: Case) -> Iterable[Problem]:
         rule, remedy = f"{error}", "download the directory again"
         yield case.error("hf_checkpoint", rule, remedy)
         return
-    if args.apply_chat_template and not _has_chat_template(folder, settings):
+    templates = [args.apply_chat_template, *(dataset.apply_chat_template for dataset in readable_eval_datasets(args))]
+    if any(templates) and not _has_chat_template(folder, settings):
         remedy = "add chat_template.jinja there, or use a chat model"
         rule = f"there is no chat template in {folder}"
         yield case.error("apply_chat_template", rule, remedy, also=["hf_checkpoint"])

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from slime.config.args import Args
-from slime.config.eval_data import EvalDataset, eval_datasets, sets_with_rm_type
+from slime.config.eval_data import readable_eval_datasets, sets_with_rm_type
 from slime.config.problem import Problem
 from slime.config.reward_types import (
     BOXED_PREFIX,
@@ -59,7 +59,7 @@ def reward(case: Case) -> Iterable[Problem]:
 def eval_rewards(case: Case) -> Iterable[Problem]:
     """Check the reward of each evaluation set."""
     args = case.args
-    datasets = _datasets(case)
+    datasets = readable_eval_datasets(case.args)
     field = "eval_prompt_data" if args.eval_config is None else "eval_config"
     if args.custom_rm_path is not None:
         if datasets and (names := sets_with_rm_type(args)):
@@ -80,7 +80,7 @@ def eval_rewards(case: Case) -> Iterable[Problem]:
 def reward_url(case: Case) -> Iterable[Problem]:
     """Check that --rm-url is given if a reward needs it, and that it is a URL."""
     args = case.args
-    types = [args.rm_type, args.eval_rm_type, *(dataset.rm_type for dataset in _datasets(case))]
+    types = [args.rm_type, args.eval_rm_type, *(dataset.rm_type for dataset in readable_eval_datasets(case.args))]
     if args.rm_url is None:
         if args.custom_rm_path is None and (sent := next(filter(needs_url, types), None)):
             rule = f"not given; {sent.removeprefix(BOXED_PREFIX)} sends responses there to be judged"
@@ -94,7 +94,7 @@ def grammar(case: Case) -> Iterable[Problem]:
     args = case.args
     if args.custom_rm_path is not None:
         return
-    sets = [dataset.rm_type for dataset in _datasets(case)]
+    sets = [dataset.rm_type for dataset in readable_eval_datasets(case.args)]
     for field, names in (("rm_type", [args.rm_type]), ("eval_rm_type", [args.eval_rm_type, *sets])):
         if any(compares_mathematics(name) for name in names):
             fault = grammar_fault()
@@ -160,11 +160,3 @@ def _is_url(text: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is not a number, or a broken IPv6 address
         return False
-
-
-def _datasets(case: Case) -> list[EvalDataset]:
-    """Return the evaluation sets; an empty list if they cannot be read, which `eval_files` reports."""
-    try:
-        return eval_datasets(case.args)
-    except ValueError:
-        return []
