@@ -46,9 +46,12 @@ def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:
 def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> None:
     args, warnings = load_run(argv, rollouts_ahead=rollouts_ahead)
     mask_output(masker_of(args))
-    print(format_plan(args, warnings), flush=True)
     if args.dry_run:
+        from slime.rollout.survey import survey
+
+        print(format_plan(args, warnings, survey(args)), flush=True)
         return
+    print(format_plan(args, warnings), flush=True)
     address = os.environ.get(ADDRESS)
     fault = None if not address else address_fault(address)
     if fault is not None:

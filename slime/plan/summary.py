@@ -12,7 +12,7 @@ from slime.config.args import Args
 from slime.config.epochs import planned_prompts, rollouts_of_epochs
 from slime.config.eval_data import eval_datasets
 from slime.config.pipeline_stages import count_multiple, num_chunks, stage_layers
-from slime.config.problem import Problem
+from slime.config.problem import Problem, show
 from slime.config.resolve import counts_gpus, gpu_memory
 from slime.core.architecture import padded_vocab_size
 from slime.core.printable import SENTENCE, printable
@@ -234,7 +234,7 @@ def _length(args: Args) -> str:
 
 def _batches(args: Args) -> Iterable[Row]:
     samples = args.rollout_batch_size * args.n_samples_per_prompt
-    yield "run", f"{_length(args)} from {args.prompt_data or args.data_source_path}"
+    yield "run", f"{_length(args)} from {show(args.prompt_data) or args.data_source_path}"
     yield (
         "rollout",
         f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {samples} samples, "
@@ -308,14 +308,15 @@ def _evaluation(args: Args) -> Iterable[Row]:
         )
 
 
-def format_plan(args: Args, problems: Sequence[Problem]) -> str:
-    """Return the plan by section, with the warnings at the end."""
+def format_plan(args: Args, problems: Sequence[Problem], data: Sequence[Row] = ()) -> str:
+    """Return the plan by section, with the warnings at the end. `data`: the rows of the section about the data."""
     place = "CPU processes here" if args.engine.on_cpu else "GPUs"
     nodes = f"{args.actor_num_nodes} node{'s' if args.actor_num_nodes > 1 else ''}"
     sections = {
         "Model": _model(args),
         f"Devices ({place}; {nodes} x {args.actor_num_gpus_per_node} for training)": _devices(args),
         "Batches": _batches(args),
+        **({"Data": data} if data else {}),
         "Memory": _memory(args),
         "Training": _algorithm(args),
         "Files": _files(args),

@@ -27,3 +27,5 @@ def test_a_plan_without_gpus_loads_no_heavy_package(task: Task, tmp_path: Path, 
     command = [sys.executable, "-c", PLAN.format(first=first), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == str(loaded)
+    assert "tokens in a prompt: median " in done.stdout
+    assert "first prompt: " in done.stdout

@@ -1,0 +1,146 @@
+"""The survey of the data that a plan shows: rows, lengths of prompts, the first prompt, and the first label's check.
+
+- Called by: `cluster.main`, in a --dry-run, after all rules have passed. A real run loads and checks every row instead.
+- Invariant: prompts are rendered and tokenized by the functions of a real run; only the tokenizer's class is lighter.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+from slime.config.args import Args
+from slime.config.context import longest_prompt, rollout_limits
+from slime.config.data_files import count_rows, read_rows, split_slice
+from slime.config.data_paths import data_paths
+from slime.config.data_rows import DataError, DataKeys, Row
+from slime.config.eval_data import readable_eval_datasets
+from slime.config.labels import right_letter, stated_answer
+from slime.config.prompt_format import PromptFormat
+from slime.core.boxes import last_boxed
+from slime.core.printable import one_line, printable
+from slime.core.sample import Sample
+from slime.core.small_files import is_file
+from slime.rollout.plan_tokenizer import PlanTokenizer
+from slime.rollout.prompts import prompt_text
+from slime.rollout.rewards.reward import find_reward, reward_of
+from slime.rollout.tokenizer import tokenize, tokenize_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SURVEYED = 2_000
+"""The number of rows of each file whose prompts are tokenized."""
+_SHOWN = 400
+"""Characters of a prompt that are shown."""
+
+Line = tuple[str, str]
+"""A name and a text, as in the sections of a plan."""
+
+
+@dataclass(frozen=True)
+class _Set:
+    """A data set of the run. `longest`: the most tokens of a prompt that is kept."""
+
+    name: str
+    words: str | Sequence[str]
+    keys: DataKeys
+    form: PromptFormat
+    longest: int | None
+    rm_type: str | None
+
+
+def survey(args: Args) -> list[Line]:
+    """Return the lines about each data set whose files are on this machine."""
+    return [line for each in _sets(args) for line in _survey(args, each)]
+
+
+def _sets(args: Args) -> Iterable[_Set]:
+    if args.prompt_data is not None and not args.has_own_data_source and args.num_rollout != 0:
+        keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
+        judge = None if args.loss_type == "sft_loss" else args.rm_type
+        yield _Set("prompts", args.prompt_data, keys, PromptFormat.of(args), longest_prompt(args), judge)
+    for dataset in readable_eval_datasets(args):
+        form, longest = PromptFormat.of(dataset), rollout_limits(args).request
+        yield _Set(f"eval {dataset.name}", dataset.path, dataset.keys, form, longest, dataset.rm_type)
+
+
+def _survey(args: Args, data: _Set) -> Iterable[Line]:
+    try:
+        paths = data_paths(data.words)
+    except DataError:  # a warning of the plan reports it
+        return
+    if not all(is_file(split_slice(path)[0]) for path in paths):
+        return
+    total = sum(map(count_rows, paths))
+    yield data.name, f"{total:,} rows in {len(paths)} file{'s' if len(paths) > 1 else ''}"
+    rows = [row for path in paths for row in islice(read_rows(path, data.keys), SURVEYED) if isinstance(row, Row)]
+    part = "" if len(rows) == total else f" (of the first {SURVEYED:,} rows of each file)"
+    try:
+        texts, lengths = _tokenized(args, data, rows)
+    except ValueError as error:
+        yield "", f"prompts not tokenized: {one_line(str(error))}"
+    else:
+        ordered = sorted(lengths)
+        p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
+        median = statistics.median_low(ordered)
+        yield "", f"tokens in a prompt: median {median:,}, p99 {p99:,}, max {ordered[-1]:,}{part}"
+        yield "", _fits(lengths, data.longest)
+        yield "", f"first prompt: {printable(texts[0], _SHOWN)}"
+    if data.keys.label_key is not None:
+        yield "", f"first label: {_label_check(args, data, rows[0].data)}"
+
+
+def _tokenized(args: Args, data: _Set, rows: Sequence[Row]) -> tuple[list[str], list[int]]:
+    """Return the texts of the rows' prompts and their numbers of tokens."""
+    if args.hf_checkpoint is None:
+        raise ValueError("no --hf-checkpoint is given")
+    tokenizer = cast("PreTrainedTokenizerBase", PlanTokenizer(args.hf_checkpoint))
+    form, keys = data.form, data.keys
+    texts = [prompt_text(row, form.prompt(keys.prompt(row.data)), form, tokenizer, keys) for row in rows]
+    if form.chat_template:
+        ids = tokenize(tokenizer, texts, add_special_tokens=False)
+    else:
+        ids = tokenize_texts(tokenizer, texts)
+    return texts, [len(each) for each in ids]
+
+
+def _fits(lengths: Sequence[int], longest: int | None) -> str:
+    if longest is None:
+        return "no limit of the context is known"
+    num_too_long = sum(length > longest for length in lengths)
+    if not num_too_long:
+        return f"all fit: the context leaves room to answer up to {longest:,} tokens"
+    return f"{num_too_long:,} of {len(lengths):,} do not fit and are left out: they have more than {longest:,} tokens"
+
+
+def _label_check(args: Args, data: _Set, row: Mapping[str, Any]) -> str:
+    """Return the label, and the reward of a response that states it."""
+    label, metadata = data.keys.label(row) or "", data.keys.metadata(row)
+    shown = repr(label if len(label) <= 80 else f"...{label[-77:]}")  # the answer comes last
+    judge = metadata.get("rm_type") or data.rm_type
+    reward = None if args.custom_rm_path is not None else reward_of(judge)
+    if reward is None:
+        return f"{shown} (not checked: no built-in reward compares with it)"
+    scores: list[float] = []
+    for response in _statements(label, metadata):
+        sample = Sample(label=label, response=response, metadata=dict(metadata), row=dict(row))
+        scores.append(find_reward(str(judge))(args, sample))
+    if max(scores) <= reward.lowest:
+        return f"{shown}: {judge} gives {max(scores):g} even to a response that states it; check --label-key"
+    return f"{shown}: a response that states it gets {max(scores):g} from {judge}"
+
+
+def _statements(label: str, metadata: Mapping[str, Any]) -> list[str]:
+    """Return responses that state the label in the forms that the rewards read."""
+    answer = stated_answer(label)
+    responses = [label, f"</think>\nAnswer: \\boxed{{{last_boxed(answer) or answer}}}"]
+    try:
+        responses.append(f"Answer: {right_letter(label, metadata.get('choices'), metadata.get('correct_letter'))}")
+    except ValueError:  # it is no label of choices
+        return responses
+    return responses
