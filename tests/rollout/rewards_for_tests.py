@@ -127,6 +127,20 @@ async def misbehaves(args, sample):
     return 1.0
 
 
+_in_flight, _most = 0, 0
+_barriers = {}
+
+
+async def waits_for_others(args, sample):
+    """Wait until as many calls as the label gives are in flight; return the most that have ever been."""
+    global _in_flight, _most
+    _in_flight += 1
+    _most = max(_most, _in_flight)
+    await _barriers.setdefault(sample.label, asyncio.Barrier(int(sample.label))).wait()
+    _in_flight -= 1
+    return float(_most)
+
+
 def sleeps(args, sample):
     time.sleep(float(sample.label))
     return 1.0
@@ -207,7 +221,7 @@ async def group_of_group(args, samples):
 async def blocks_in_group_0(args, sample):
     """Block the event loop although it is written as async, so that nothing else can run at the same time."""
     if sample.group_index == 0:
-        time.sleep(20)
+        time.sleep(60)
     return float(sample.index % 2)
 
 

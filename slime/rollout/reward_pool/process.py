@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import cast
 
 import psutil
 
@@ -28,6 +27,9 @@ from slime.core.process_guard import END_AT_ONCE, GUARD
 from slime.rollout.reward_pool.channel import START, Page, pack, unpack
 from slime.rollout.reward_pool.verdict import Verdict
 
+Answered = Callable[["RewardProcess", int, bytes], None]
+"""Called with the number of a task, or START, and the payload of the answer."""
+Lost = Callable[["RewardProcess"], None]
 _WORKER = (sys.executable, "-m", "slime.rollout.reward_pool.worker")
 
 
@@ -42,6 +44,22 @@ class Task:
     """Whether it runs without other tasks, because a worker was lost and it is not known which task was at fault."""
 
 
+async def start_process(args: Args, answered: Answered, lost: Lost) -> RewardProcess:
+    """Start a worker process in the running event loop. It calls `answered` with START when it is ready.
+
+    Raises:
+        OSError: the machine has no room for another process; or whatever pickle raises for `args`.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        transport, _ = await asyncio.get_running_loop().create_unix_connection(asyncio.Protocol, sock=ours)
+        try:
+            return RewardProcess(args, transport, theirs, answered, lost)
+        except BaseException:
+            transport.abort()
+            raise
+
+
 class RewardProcess(asyncio.Protocol):
     """A worker process. `tasks` are in flight; `silence` is how long nothing has moved, as measured by `look`.
 
@@ -51,9 +69,12 @@ class RewardProcess(asyncio.Protocol):
     def __init__(
         self,
         args: Args,
-        answered: Callable[[RewardProcess, int, bytes], None],
-        lost: Callable[[RewardProcess], None],
+        transport: asyncio.WriteTransport,
+        theirs: socket.socket,
+        answered: Answered,
+        lost: Lost,
     ) -> None:
+        """Start the worker with the end `theirs` of a connection; `transport` is the other end."""
         self.tasks: dict[int, Task] = {}
         self.ready = False
         self.retired = False
@@ -64,9 +85,8 @@ class RewardProcess(asyncio.Protocol):
         self._buffer = bytearray()
         self._beat = 0
         self._bytes_at_start = 0
-        self._transport: asyncio.WriteTransport | None = None
-        self._args = args
-        self._socket, theirs = socket.socketpair()
+        self._transport = transport
+        first = pickle.dumps(args)
         page = Page.make_file()
         search_path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         ends = (theirs.fileno(), page)
@@ -82,13 +102,9 @@ class RewardProcess(asyncio.Protocol):
             )
             self._page = Page(page)
         finally:
-            theirs.close()
             os.close(page)
-
-    async def connect(self) -> None:
-        """Connect and send the Args; answers may come after this, the first one when the worker is ready."""
-        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._socket)
-        self._write(START, pickle.dumps(self._args))
+        transport.set_protocol(self)
+        self._write(START, first)
 
     def started(self, pid: int) -> None:
         """Record that the worker is ready, as process `pid`; memory that it takes from here on belongs to its tasks."""
@@ -118,7 +134,6 @@ class RewardProcess(asyncio.Protocol):
         self._write(number, b"")
 
     def _write(self, number: int, payload: bytes) -> None:
-        assert self._transport is not None, "start comes first"
         if not self._transport.is_closing():
             self._transport.write(pack(number, payload))
 
@@ -150,8 +165,7 @@ class RewardProcess(asyncio.Protocol):
         """
         self.end()
         self._lost = _nothing
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
     def end(self) -> None:
         """Do the part of `kill` that needs no event loop."""
@@ -160,9 +174,6 @@ class RewardProcess(asyncio.Protocol):
             with suppress(BrokenPipeError):  # the guard has ended already
                 self.process.stdin.write(END_AT_ONCE)
             self.process.stdin.close()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data

@@ -25,7 +25,7 @@ from slime.config.secrets import masker_of
 from slime.core.masking import mask_output
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample
-from slime.rollout.reward_pool.async_worker import Together
+from slime.rollout.reward_pool.async_worker import serve_together
 from slime.rollout.reward_pool.channel import HEADER, START, Page, pack
 from slime.rollout.reward_pool.verdict import TIMEOUT, Verdict, error_verdict, verdict_of, verdicts_of
 from slime.rollout.rewards.reward import find_reward, is_async, load_rewards
@@ -126,7 +126,7 @@ def main() -> None:
     connection.sendall(pack(START, str(os.getpid()).encode()))
     if judge.is_async:
         late = encode([Verdict(None, TIMEOUT)])
-        asyncio.run(Together(page, judge.judge_async, late, args.rm_timeout).serve(connection))
+        asyncio.run(serve_together(connection, page, judge.judge_async, late, args.rm_timeout))
     else:
         serve_in_turn(connection, page, judge)
 
