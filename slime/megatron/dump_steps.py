@@ -27,6 +27,7 @@ from torch import Tensor
 
 import slime
 from slime.config.args import Args
+from slime.core.architecture import Architecture
 from slime.core.batch import COLUMNS, Array, TrainBatch
 from slime.core.batch import Axis as ColumnAxis
 from slime.megatron.model.build import ModelChunks, architecture_of, named_parameters, named_weights, params_dtype
@@ -40,6 +41,7 @@ from slime.observability.step_files import (
     TOKEN_LOSS,
     TOTAL_LENGTHS,
     Axis,
+    PlaceWriter,
     StepFilesWriter,
 )
 
@@ -47,9 +49,9 @@ _AXES = {ColumnAxis.SAMPLE: Axis.SAMPLE, ColumnAxis.TOKEN: Axis.TOKEN, ColumnAxi
 
 
 class StepDump:
-    """Writes the tensors of steps. Call `rollout`, then `before_update` and `after_update` for each of its steps.
+    """Writes the tensors of a rollout, and then those of each of its steps.
 
-    All methods are collective.
+    All methods are collective, also those of the OpenStep that `before_update` returns.
     """
 
     @classmethod
@@ -69,23 +71,22 @@ class StepDump:
         self._rollout_id = rollout_id
         if self._files is None:
             return
-        files, place = self._files, f"rollout {rollout_id}"
-        files.forget_from(rollout_id)
-        files.begin(place, rollout_id)
-        files.add(TOTAL_LENGTHS, _tensor(raw_batch.total_lengths_N), Axis.SAMPLE)
-        files.add(RESPONSE_LENGTHS, _tensor(raw_batch.response_lengths_N), Axis.SAMPLE)
+        self._files.forget_from(rollout_id)
+        place = self._files.begin(f"rollout {rollout_id}", rollout_id)
+        place.add(TOTAL_LENGTHS, _tensor(raw_batch.total_lengths_N), Axis.SAMPLE)
+        place.add(RESPONSE_LENGTHS, _tensor(raw_batch.response_lengths_N), Axis.SAMPLE)
         for name, values in _in_order(raw_batch):
-            files.add(name, _tensor(values), _AXES[COLUMNS[name].axis])
+            place.add(name, _tensor(values), _AXES[COLUMNS[name].axis])
         for name, values in _in_order(used):
             if not raw_batch.has(name):
-                files.add(name, _tensor(values), _AXES[COLUMNS[name].axis])
+                place.add(name, _tensor(values), _AXES[COLUMNS[name].axis])
             elif values is not raw_batch.columns[name]:
-                files.add(f"{name} in the loss", _tensor(values), _AXES[COLUMNS[name].axis])
-        files.end()
+                place.add(f"{name} in the loss", _tensor(values), _AXES[COLUMNS[name].axis])
+        place.end()
 
     def before_update(
         self, where: str, model: ModelChunks, reduced: Mapping[str, Tensor], traces: Sequence[TokenTrace]
-    ) -> None:
+    ) -> OpenStep:
         """Write the step's tokens, its loss and its gradients, which are reduced but not clipped.
 
         Args:
@@ -97,33 +98,45 @@ class StepDump:
             found = [(whole_traces(traces, self._topology), float(reduced["loss"]))]
         dist.broadcast_object_list(found, group=self._topology.pp_group, group_src=self._topology.pp_size - 1)
         [(whole, loss)] = found
-        if self._files is not None:
+        place = None if self._files is None else self._files.begin(where, self._rollout_id)
+        if place is not None:
             output = "values" if where.endswith("critic") else "log_probs"
-            self._files.begin(where, self._rollout_id)
-            self._files.add(PLACES, _tensor(whole["places"]), Axis.STEP)
-            self._files.add(output, _tensor(whole["log_probs"]), Axis.STEP)
-            self._files.add(TOKEN_LOSS, _tensor(whole["loss"]), Axis.STEP)
-            self._files.add(LOSS, _number(loss), Axis.ENTRY)
+            place.add(PLACES, _tensor(whole["places"]), Axis.STEP)
+            place.add(output, _tensor(whole["log_probs"]), Axis.STEP)
+            place.add(TOKEN_LOSS, _tensor(whole["loss"]), Axis.STEP)
+            place.add(LOSS, _number(loss), Axis.ENTRY)
         _gather_gradients(model)
-        gradients = {name: cast(Any, parameter).main_grad for name, parameter in named_parameters(model)}
+        step = OpenStep(self._architecture, place)
+        step.add_gradients({name: cast(Any, parameter).main_grad for name, parameter in named_parameters(model)})
+        return step
+
+
+class OpenStep:
+    """A step whose weights have not changed yet. `place` is its writer on rank 0, None on the others."""
+
+    def __init__(self, architecture: Architecture, place: PlaceWriter | None) -> None:
+        self._architecture, self._place = architecture, place
+
+    def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Write the gradients in the order of the backward pass, which begins at the output."""
         count = self._add_whole("gradient", gradients)
-        if self._files is not None:
-            self._files.turn(count)  # reverse them, because the backward pass begins at the output
+        if self._place is not None:
+            self._place.turn(count)
 
     def after_update(self, model: ModelChunks, gradient_norm: float) -> None:
         """Write the gradient norm and the weights after the step, which are the old ones if it was skipped."""
-        if self._files is not None:
-            self._files.add("gradient_norm", _number(gradient_norm), Axis.ENTRY)
+        if self._place is not None:
+            self._place.add("gradient_norm", _number(gradient_norm), Axis.ENTRY)
         self._add_whole("weight", dict(named_weights(model)))
-        if self._files is not None:
-            self._files.end()
+        if self._place is not None:
+            self._place.end()
 
     def _add_whole(self, kind: str, tensors: Mapping[str, Tensor]) -> int:
         """Write tensors in the weight table's order, from the embedding to the output; return how many."""
         count = 0
         for name, tensor in iter_whole_tensors(tensors, self._architecture):
-            if self._files is not None:
-                self._files.add(f"{kind} {name}", tensor, Axis.ENTRY)
+            if self._place is not None:
+                self._place.add(f"{kind} {name}", tensor, Axis.ENTRY)
             count += 1
         return count
 

@@ -119,15 +119,14 @@ class ModelSteps:
         found = self._schedule(micro_batches, loss_fn, forward_only=False)
         reduced, traces = self._reduced([shares for shares, _ in found]), [trace for _, trace in found]
         self._add_balancing(reduced)
-        if self.dump is not None:
-            self.dump.before_update(where, self.model, reduced, traces)
+        dumped = None if self.dump is None else self.dump.before_update(where, self.model, reduced, traces)
         # on a GPU nothing waits for these two before the step is launched; the step has no effect if either is wrong
         wrong = self._is_wrong(reduced, weights_sum, guard)
         with cpu_layer.layer():
             norm, left_out = update(optimizer, wrong, guard.limit("grad_norm"))
             moe.move_biases(self.model, left_out)
-        if self.dump is not None:
-            self.dump.after_update(self.model, float(norm))
+        if dumped is not None:
+            dumped.after_update(self.model, float(norm))
         metrics = self._metrics(reduced)
         used = metrics.pop("weights")
         if abs(used - weights_sum) > WEIGHTS_TOLERANCE:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -81,9 +81,6 @@ class StepFilesWriter:
             raise ValueError(
                 f"{FLAG} {directory}: cannot be written ({error.strerror}); name another directory"
             ) from error
-        self._place: Place | None = None
-        self._pending: dict[str, Tensor] = {}
-        self._num_files = 0
 
     def forget_from(self, rollout_id: int) -> None:
         """Remove this rollout and later ones, because they will be trained on again."""
@@ -94,14 +91,31 @@ class StepFilesWriter:
         for name in {entry.file for place in dropped for entry in place.tensors}:
             (self._directory / name).unlink()
 
-    def begin(self, name: str, rollout_id: int) -> None:
-        """Start the place that `add` adds to; it becomes part of the index with `end`."""
-        self._place = Place(name, rollout_id)
-        self._pending, self._num_files = {}, 0
+    def begin(self, name: str, rollout_id: int) -> PlaceWriter:
+        """Start a place, which becomes part of the index with its `end`."""
+        return PlaceWriter(self._directory, Place(name, rollout_id), self._max_file_bytes, self._finish)
+
+    def _finish(self, place: Place) -> None:
+        self._places.append(place)
+        self._write_index()
+
+    def _write_index(self) -> None:
+        index = {"format": FORMAT, "facts": self._facts, "places": [asdict(place) for place in self._places]}
+        written = self._directory / f"{TMP_PREFIX}{INDEX}"
+        written.write_text(json.dumps(index, indent=1) + "\n")
+        written.rename(self._directory / INDEX)
+
+
+class PlaceWriter:
+    """Writes the tensors of one place. `StepFilesWriter.begin` returns it."""
+
+    def __init__(self, directory: Path, place: Place, max_file_bytes: int, finish: Callable[[Place], None]) -> None:
+        self._directory, self._place, self._max_file_bytes, self._finish = directory, place, max_file_bytes, finish
+        self._pending: dict[str, Tensor] = {}
+        self._num_files = 0
 
     def add(self, name: str, tensor: Tensor, axis: Axis) -> None:
         """Store a copy of `tensor` as the next tensor of the place."""
-        assert self._place is not None, "begin comes first"
         if self._pending and sum(each.nbytes for each in self._pending.values()) + tensor.nbytes > self._max_file_bytes:
             self._flush()
         self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
@@ -109,21 +123,16 @@ class StepFilesWriter:
 
     def turn(self, count: int) -> None:
         """Reverse the order of the place's last `count` tensors, which were computed last to first."""
-        assert self._place is not None, "begin comes first"
         at = len(self._place.tensors) - count
         self._place.tensors[at:] = self._place.tensors[: at - 1 if at else None : -1]
 
     def end(self) -> None:
         """Finish the place and write it to the index."""
-        assert self._place is not None, "begin comes first"
         if self._pending:
             self._flush()
-        self._places.append(self._place)
-        self._place = None
-        self._write_index()
+        self._finish(self._place)
 
     def _file_name(self) -> str:
-        assert self._place is not None
         return f"{self._place.name.replace(', ', '-').replace(' ', '-')}-{self._num_files}.safetensors"
 
     def _flush(self) -> None:
@@ -133,12 +142,6 @@ class StepFilesWriter:
         written.rename(self._directory / name)
         self._pending = {}
         self._num_files += 1
-
-    def _write_index(self) -> None:
-        index = {"format": FORMAT, "facts": self._facts, "places": [asdict(place) for place in self._places]}
-        written = self._directory / f"{TMP_PREFIX}{INDEX}"
-        written.write_text(json.dumps(index, indent=1) + "\n")
-        written.rename(self._directory / INDEX)
 
 
 class StepFiles:

@@ -58,11 +58,11 @@ def dump() -> Tensors:
 def write(path: Path, places: Tensors, **options: Any) -> Path:
     writer = StepFilesWriter(path, {"ranks": 1}, **options)
     for place, tensors in places.items():
-        writer.begin(place, int(place.split()[1].strip(",")))
+        written = writer.begin(place, int(place.split()[1].strip(",")))
         for name, tensor in tensors.items():
             axis = Axis.STEP if ", step" in place and tensor.ndim == 1 else AXES.get(name, Axis.ENTRY)
-            writer.add(name, tensor, axis)
-        writer.end()
+            written.add(name, tensor, axis)
+        written.end()
     return path
 
 
@@ -261,11 +261,11 @@ def test_files_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_tensors_in_reverse_order(tmp_path: Path) -> None:
     writer = StepFilesWriter(tmp_path / "dump", {})
     for place, count in (("rollout 0", 2), ("rollout 0, step 0", 3), ("rollout 0, step 1", 0)):
-        writer.begin(place, 0)
+        written = writer.begin(place, 0)
         for name in "abc":
-            writer.add(name, torch.ones(1), Axis.ENTRY)
-        writer.turn(count)
-        writer.end()
+            written.add(name, torch.ones(1), Axis.ENTRY)
+        written.turn(count)
+        written.end()
     orders = ["".join(entry.name for entry in place.tensors) for place in StepFiles(tmp_path / "dump").places]
     assert orders == ["acb", "cba", "abc"]
 

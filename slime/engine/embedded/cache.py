@@ -54,7 +54,8 @@ class KVCache:
         self._max_rows = rows
         self._max_tokens = tokens
         self._spare_rows = spare_rows
-        self.clear()
+        self._no_kv, self._no_routes = torch.empty(0, dtype=dtype), torch.empty(0, dtype=torch.int32)
+        self.width, self._kv, self._routes = 0, self._no_kv, self._no_routes
 
     @staticmethod
     def bytes_per_token(architecture: Architecture, dtype: torch.dtype) -> int:
@@ -64,9 +65,7 @@ class KVCache:
 
     def clear(self) -> None:
         """Give all memory back; no row may be in use."""
-        self.width = 0
-        self._kv = torch.empty(0, dtype=self._dtype)
-        self._routes = torch.empty(0, dtype=torch.int32)
+        self.width, self._kv, self._routes = 0, self._no_kv, self._no_routes
 
     def rows_at(self, width: int) -> int:
         """Return how many rows there can be if each holds `width` positions."""

@@ -53,8 +53,10 @@ class PolicyModel(GPTModel):
     A stage that is not the last sends them to the next one.
     """
 
-    num_token_ids: int
-    """The size of the vocabulary, without padding."""
+    def __init__(self, config: TransformerConfig, *args: Any, num_token_ids: int, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.num_token_ids = num_token_ids
+        """The size of the vocabulary, without padding."""
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -259,8 +261,8 @@ def _build_chunk(
         pre_process=stage == chunk == 0,
         post_process=stage == config.pipeline_model_parallel_size - 1 and chunk == of_chunks - 1,
         vp_stage=virtual,
+        num_token_ids=arch.vocab_size,
     )
-    core.num_token_ids = arch.vocab_size
     if kind is not PolicyModel:
         disable_replay(core)
     model: torch.nn.Module = core.to(device.device())

@@ -32,9 +32,14 @@ def _drawn(name: str, point: int) -> tuple[Fraction, Fraction]:
 
 
 class Evaluator:
-    """Computes a tree's value with mpmath, at one point and with a given number of bits."""
+    """Computes a tree's value with mpmath, at one point and with a given number of bits.
 
-    def __init__(self, context: Any, point: int, positive: bool, whole: frozenset[str]) -> None:
+    `given` has the values of letters that are not drawn.
+    """
+
+    def __init__(
+        self, context: Any, point: int, positive: bool, whole: frozenset[str], given: Mapping[str, Any] | None = None
+    ) -> None:
         self.mp = context
         self.point = point
         self.positive = positive
@@ -42,7 +47,7 @@ class Evaluator:
         self.bound: dict[str, Any] = {}
         self.terms = 0
         self.peak = 0
-        self.given: Mapping[str, Any] = {}
+        self.given: Mapping[str, Any] = given or {}
 
     def value(self, node: Node) -> Any:
         method = getattr(self, "op_" + _METHODS.get(node.op, node.op), None)

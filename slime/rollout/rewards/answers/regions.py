@@ -122,9 +122,7 @@ def _real(answer: Answer, given: dict[str, Any], point: int) -> Any:
         raise UnreadError("no number")
     if _infinite(answer):
         return -context().inf if answer.node.op == "neg" else context().inf
-    evaluator = Evaluator(context(), point, True, frozenset())
-    evaluator.given = given
-    return evaluator.real(answer.node)
+    return Evaluator(context(), point, True, frozenset(), given).real(answer.node)
 
 
 def _places(ends: list[Any]) -> Iterator[Any]:
