@@ -116,11 +116,9 @@ def test_only_the_silent_process_is_named(waiter: Waiter, steady: Any, doomed: A
     """Progress keeps a wait alive: the limit counts from the last progress."""
     waiter.name(doomed, "the doomed one")
     waiter.set_limit(2.0, because="--limit")
-    begin = time.monotonic()
     hanging = doomed.hang.remote()
     with pytest.raises(Fault, match=r"trying: no answer for 2 s \(--limit\) from the doomed one; .* LOGS"):
         waiter.get("trying", [steady.say.remote("here"), hanging])
-    assert time.monotonic() - begin < 15
     looks: list[float] = []
 
     def moves() -> int:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from slime.core.awake import LOOP_TICK_S, AwakeClock, LoopClock, awake_timeout
+from slime.core.awake import AwakeClock, LoopClock, awake_timeout
 
 STOP_S = 1.0
 
@@ -63,4 +63,4 @@ def test_the_clock_runs_while_the_loop_waits() -> None:
 
     waited, stopped = asyncio.run(measure())
     assert waited > 0.5, "a loaded machine may cost a part of the second"
-    assert stopped <= 2 * LOOP_TICK_S + 0.1
+    assert stopped < STOP_S, "an ordinary clock counts the whole stop"
