@@ -14,6 +14,8 @@ import secrets
 import socket
 import time
 
+from slime.config.problem import Problem
+
 LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """A Ray variable: with 0, Ray uses 127.0.0.1 as its address, also on Linux; otherwise it listens on all interfaces."""
 AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -24,7 +26,7 @@ ANSWER_WITHIN_S = 10.0
 _REMEDY = "correct it, or unset it, and the run starts a Ray of its own"
 
 
-def address_fault(address: str, *, within: float = ANSWER_WITHIN_S) -> str | None:
+def address_fault(address: str, *, within: float = ANSWER_WITHIN_S) -> Problem | None:
     """Return why no Ray can be joined at `address`, the value of RAY_ADDRESS; None if one may be there.
 
     Ray itself would wait for minutes. The meaning of `auto` is left to Ray.
@@ -33,10 +35,10 @@ def address_fault(address: str, *, within: float = ANSWER_WITHIN_S) -> str | Non
         return None
     if "://" in address:
         what = "for Ray Client" if address.startswith("ray://") else "for `ray job submit`"
-        return f"{ADDRESS}={address}: the address is {what}; write it as HOST:PORT of `ray start --head`, or unset it"
+        return _wrong(address, f"the address is {what}", "write it as HOST:PORT of `ray start --head`, or unset it")
     parts = re.fullmatch(r"(?:\[([^\]]+)\]|([^:\s]+)):([0-9]{1,5})", address)
     if parts is None or not 0 < int(parts[3]) < 65536:
-        return f"{ADDRESS}={address}: no address of the form HOST:PORT; {_REMEDY}"
+        return _wrong(address, "no address of the form HOST:PORT", _REMEDY)
     deadline = time.monotonic() + within
     while True:
         try:
@@ -44,8 +46,12 @@ def address_fault(address: str, *, within: float = ANSWER_WITHIN_S) -> str | Non
             return None
         except OSError as error:
             if time.monotonic() >= deadline:
-                return f"{ADDRESS}={address}: no Ray answers there ({error.strerror or error}); {_REMEDY}"
+                return _wrong(address, f"no Ray answers there ({error.strerror or error})", _REMEDY)
         time.sleep(min(0.5, within))
+
+
+def _wrong(address: str, rule: str, remedy: str) -> Problem:
+    return Problem(severity="error", where=f"{ADDRESS}={address}", rule=rule, remedy=remedy)
 
 
 def protect_local_ray() -> None:

@@ -55,7 +55,7 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> Non
     address = os.environ.get(ADDRESS)
     fault = None if not address else address_fault(address)
     if fault is not None:
-        raise RunError(fault)
+        raise RunError(str(fault))
     protect_local_ray()
     from slime.cluster.restart import run_with_restarts
 

@@ -60,7 +60,7 @@ def test_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_an_address_that_no_ray_has(address: str, message: str) -> None:
-    fault = address_fault(address, within=0.1) or ""
+    fault = str(address_fault(address, within=0.1))
     assert fault.startswith(f"RAY_ADDRESS={address}: ")
     assert message in fault
 
@@ -69,7 +69,7 @@ def test_an_address_at_which_something_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         assert address_fault(address, within=5) is None
-    assert "no Ray answers there (Connection refused)" in (address_fault(address, within=0.1) or "")
+    assert "no Ray answers there (Connection refused)" in str(address_fault(address, within=0.1))
     assert address_fault("auto") is address_fault("local") is None
 
 

@@ -29,7 +29,7 @@ from slime.config.rules.engines import (
 )
 from slime.config.rules.experts import balance, experts, experts_passed_on, routing_replay
 from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, train_data, weights
-from slime.config.rules.imports import trackers
+from slime.config.rules.imports import megatron_version, trackers
 from slime.config.rules.megatron_fields import megatron_decided, megatron_known
 from slime.config.rules.no_effect import no_effect
 from slime.config.rules.not_built import not_built
@@ -328,6 +328,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     resumed_schedule,
     megatron_decided,
     megatron_known,
+    megatron_version,
     prompt_file,
     eval_files,
     best_checkpoint,

@@ -1,4 +1,4 @@
-"""The import of a user's hook within a time limit, and the rule for the packages of experiment trackers.
+"""The import of a user's hook within a time limit, and the rules for installed packages: trackers and Megatron.
 
 - Used by: `files.hooks` and `rewards.custom_reward`; `rules.check`.
 - Invariant: a module that hangs during its import leads to an error that names its flag.
@@ -16,15 +16,18 @@ from types import FrameType
 from typing import Any
 
 from slime.config.experiment_trackers import TRACKERS
-from slime.config.problem import Problem, UsageError
+from slime.config.megatron_version import megatron_fault
+from slime.config.problem import Problem
 from slime.config.rules.case import Case
-from slime.core.plugins import HOOKS, load_hook
+from slime.core.plugins import HOOKS, HookError, load_hook
 from slime.core.printable import printable
 
 IMPORT_LIMIT = 60.0
 """The time limit in seconds. An import of torch and transformers from a cold disk takes half of it."""
 _NOTICE = 10.0
 """Seconds after which the console names the import that is still running."""
+_HUNG: set[str] = set()
+"""Modules whose import did not end in time: for another hook or rule, they are not waited for again."""
 
 
 class _TooSlow(BaseException):
@@ -35,18 +38,23 @@ def import_hook(name: str, path: str) -> Callable[..., Any]:
     """Call `plugins.load_hook` within IMPORT_LIMIT seconds.
 
     Raises:
-        HookError: the hook cannot be loaded (see load_hook).
-        UsageError: the import did not end in time.
+        HookError: the hook cannot be loaded (see load_hook), or its import did not end in time.
     """
-    flag = HOOKS[name].flag
+    flag, module = HOOKS[name].flag, path.rpartition(".")[0]
+    too_slow = HookError(
+        flag,
+        path,
+        f"its import has not finished after {IMPORT_LIMIT:g} s",
+        "move code that is slow or waits from the module's top level into the function",
+    )
+    if module in _HUNG:
+        raise too_slow
     try:
         with _limit(f"{flag} {printable(path)}: still importing it"):
             return load_hook(name, path)
     except _TooSlow:
-        rule = f"its import has not finished after {IMPORT_LIMIT:g} s"
-        remedy = "move code that is slow or waits from the module's top level into the function"
-        problem = Problem(severity="error", where=flag, value=path, rule=rule, remedy=remedy, fields=frozenset([name]))
-        raise UsageError([problem]) from None
+        _HUNG.add(module)
+        raise too_slow from None
 
 
 @contextlib.contextmanager
@@ -85,6 +93,15 @@ def trackers(case: Case) -> Iterable[Problem]:
             yield case.missing(field, f"{facts.package} is not installed", remedy)
         elif case.real and (fault := facts.fault()) is not None:
             yield case.error(field, *fault)
+
+
+def megatron_version(case: Case) -> Iterable[Problem]:
+    """Check that training would import the supported megatron-core; a --dry-run needs none."""
+    fault = megatron_fault()
+    if fault is None or (fault.is_missing and not case.real):
+        return
+    severity = "error" if case.real else "warning"
+    yield Problem(severity=severity, where=fault.where, rule=fault.rule, remedy=fault.remedy)
 
 
 def is_installed(name: str) -> bool:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe import moe_utils
 
+from slime.config.megatron_version import SUPPORTED_MEGATRON
 from slime.megatron.compat.patches import TABLE, Names
-from slime.megatron.compat.version import SUPPORTED_MEGATRON
 
 _UNKNOWN_MLP = "Unknown MLP type"
 
