@@ -59,7 +59,8 @@ def _not_a_file(file: str) -> DataError | None:
     if hub_id is not None and not file.endswith(SUFFIXES):
         name = hub_id[1]
         folder = name.partition("/")[2]
-        remedy = f"hf download --repo-type dataset {name} --local-dir {folder}, then name its files: '{folder}/**/*'"
+        download = f"hf download --repo-type dataset {name} --local-dir {folder}"
+        remedy = f"{download}, then name its files, such as '{folder}/**/train*.parquet'"
         return DataError(file, "there is no such file, and data sets are not downloaded from the hub", remedy)
     return None
 

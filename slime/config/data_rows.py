@@ -139,10 +139,17 @@ def _unusable(data: dict[str, Any], keys: DataKeys, chat_template: bool) -> tupl
         return rule, _nested_remedy(label, keys.label_key, "--label-key")
     if isinstance(label, float) and abs(label) >= MAX_EXACT:
         return f"{keys.label_key!r} is {label!r}: such a long number loses digits when it is read", "write it as text"
-    for key, kind, named in ((keys.metadata_key, dict, "an object"), (keys.tool_key, list, "a list")):
+    columns = (
+        (keys.metadata_key, dict, "an object", "--metadata-key"),
+        (keys.tool_key, list, "a list", "--tool-key"),
+    )
+    for key, kind, named, flag in columns:
         value = None if key is None else find(data, key)
         if value is not MISSING and value is not None and not isinstance(value, kind):
-            return f"{key!r} is {str(value)[:80]!r}, not {named}", "correct the line"
+            return (
+                f"{key!r} is {str(value)[:80]!r}, not {named}",
+                f"correct the line, or name another column with {flag}",
+            )
     prompt: object = find(data, keys.input_key)
     if isinstance(prompt, str):  # under a chat template, it is the text of one user message
         return None if prompt else (f"{keys.input_key!r} is empty", "remove the line")

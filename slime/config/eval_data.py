@@ -19,10 +19,10 @@ from slime.config.yaml_files import read_yaml_file
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDataset:
-    """One evaluation set. `path` may end in a slice; the sampling fields have the meaning of the eval flags."""
+    """One evaluation set. Each path may end in a slice; the sampling fields have the meaning of the eval flags."""
 
     name: str
-    path: str
+    path: str | tuple[str, ...]
     input_key: str
     label_key: str | None
     rm_type: str | None
@@ -100,9 +100,11 @@ def sets_with_rm_type(args: Args) -> list[str]:
 
 
 def _named_paths(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return pairs of name and path. A single path is named after its file."""
+    """Return pairs of name and path. A single path is named after its file; a pattern, after the folder before it."""
     if len(words) == 1:
-        return [(Path(words[0].partition("@[")[0]).stem, words[0])]
+        file = Path(words[0].partition("@[")[0])
+        names = [file.stem, *reversed(file.parent.parts)]
+        return [(next((name for name in names if not set(name) & set("*?[")), "eval"), words[0])]
     if len(words) % 2:
         raise ValueError(f"{len(words)} words; give one path, or NAME PATH pairs")
     return list(zip(words[::2], words[1::2], strict=True))
@@ -130,7 +132,8 @@ def _from_yaml(entry: Any, defaults: dict[str, Any], path: str) -> EvalDataset:
         raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known are {', '.join(sorted(known))}")
     if missing := {"name", "path"} - set(values):
         raise ValueError(f"{path}: a set has no {' and no '.join(sorted(missing))}; every set needs both")
-    if wrong := [key for key in ("name", "path") if not isinstance(values[key], str) or not values[key]]:
+    name, paths = _texts(values["name"]), _texts(values["path"])
+    if wrong := [key for key, good in (("name", isinstance(name, str) and name), ("path", paths)) if not good]:
         raise ValueError(f"{path}: {wrong[0]} is {values[wrong[0]]!r}, which is not a text; write it in quotes")
     typed: dict[str, Any] = {}
     for key in [key for key in values if key in defaults]:
@@ -139,7 +142,14 @@ def _from_yaml(entry: Any, defaults: dict[str, Any], path: str) -> EvalDataset:
         except ValueError as error:
             shown = "null" if values[key] is None else values[key]
             raise ValueError(f"{path}: {values['name']}: {key} is {shown}; a value must be {error}") from error
-    return EvalDataset(name=str(values["name"]), path=str(values["path"]), **(defaults | typed))
+    return EvalDataset(name=str(name), path=paths, **(defaults | typed))
+
+
+def _texts(value: Any) -> str | tuple[str, ...]:
+    """Return a text, or a list of texts as a tuple; an empty text for anything else."""
+    if isinstance(value, list) and all(isinstance(each, str) and each for each in cast(list[Any], value)):
+        return tuple(cast(list[str], value))
+    return value if isinstance(value, str) else ""
 
 
 def _by_name(entry: dict[Any, Any], path: str) -> dict[str, Any]:

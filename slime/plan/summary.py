@@ -300,7 +300,7 @@ def _evaluation(args: Args) -> Iterable[Row]:
         samples = (
             "1 sample" if dataset.n_samples_per_eval_prompt == 1 else f"{dataset.n_samples_per_eval_prompt} samples"
         )
-        yield "", f"{dataset.name}: {dataset.path}{judge}"
+        yield "", f"{dataset.name}: {show(dataset.path)}{judge}"
         yield (
             "",
             f"  {samples} a prompt, up to {dataset.max_response_len} tokens each, "

@@ -276,6 +276,15 @@ def test_eval_sets(run: Run) -> None:
     assert (plain.name, plain.path, plain.max_response_len) == ("train", f"{run.data}@[0:1]", 40)
     assert (greedy.temperature, greedy.top_p, other.temperature, other.top_p) == (0, 0.5, 1, 1)
     assert (greedy.label_key, greedy.rm_type) == ("label", "deepscaler")
+    for pattern, name in (
+        ("sums/*.jsonl", "sums"),
+        ("sums/**/*.jsonl", "sums"),
+        ("*.jsonl", "eval"),
+        ("a.b.jsonl", "a.b"),
+    ):
+        assert [each.name for each in eval_datasets(replace(args, eval_prompt_data=(pattern,), eval_config=None))] == [
+            name
+        ]
 
 
 @pytest.mark.parametrize(
@@ -283,6 +292,9 @@ def test_eval_sets(run: Run) -> None:
     [
         ("datasets: []", "has no list `datasets`"),
         ("datasets: [{name: a}]", "a set has no path"),
+        ("datasets: [{name: a, path: []}]", "path is [], which is not a text"),
+        ("datasets: [{name: a, path: [b, [c]]}]", "path is ['b', ['c']], which is not a text"),
+        ("datasets: [{name: [a], path: b}]", "name is ['a'], which is not a text"),
         ("datasets: [{name: a, path: b, tempratur: 1}]", "unknown keys ['tempratur']"),
         ("datasets: [{name: a, path: b, temperature: hot}]", "a: temperature is hot; a value must be a number"),
         ("datasets: [{name: a, path: b, top_p: .inf}]", "a: top_p is .inf; a value must be a number"),

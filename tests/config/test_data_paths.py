@@ -10,6 +10,7 @@ from config_run import MESSAGE, Run
 
 from slime.config.data_paths import data_paths
 from slime.config.epochs import planned_prompts
+from slime.config.eval_data import eval_datasets
 
 
 def test_patterns_are_sorted_and_words_keep_their_order(tmp_path: Path) -> None:
@@ -64,6 +65,18 @@ def test_words_that_name_no_file(run: Run, word: str, rule: str, remedy: str) ->
         assert remedy in error
         [warning] = [text for text in run.warnings("--dry-run", *words) if text.startswith(flag)]
         assert remedy in warning
+
+
+def test_an_evaluation_set_may_have_several_files(run: Run) -> None:
+    config = run.directory / "eval.yaml"
+    bad = run.directory / "bad.jsonl"
+    bad.write_text("{}")
+    config.write_text(f"datasets: [{{name: a, path: [{run.data}, '{run.directory}/b*.jsonl']}}]")
+    words = ("--eval-interval", "1", "--eval-config", str(config))
+    assert run.error(*words).startswith(f"{bad}:1: no key 'prompt'")
+    bad.write_text(json.dumps(MESSAGE))
+    [dataset] = eval_datasets(run.args(*words))
+    assert dataset.path == (str(run.data), f"{run.directory}/b*.jsonl")
 
 
 def test_no_files_are_no_value(run: Run) -> None:
