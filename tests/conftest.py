@@ -33,7 +33,6 @@ LONGEST = (
     "kill/test_kill_sweep.py",
     "cluster/test_life_and_death.py",
     "cluster/test_best_of_a_run.py",
-    "cluster/test_colocation.py",
     "examples/test_minimal.py",
     "bench/test_benchmarks.py",
 )

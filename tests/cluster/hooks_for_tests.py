@@ -89,7 +89,15 @@ class Numbers:
         self.next = state["next"]
 
 
+DAEMON = "daemon.pid"
+
+
 def leave_a_daemon(args: Args, rollout_id: int, samples: list[Sample], metrics: dict[str, float]) -> None:
-    """Leave a process in a session of its own, once; this is a --custom-rollout-log-function-path."""
+    """Leave a process in a session of its own, once, and its id in the run's directory.
+
+    This is a --custom-rollout-log-function-path.
+    """
     if rollout_id == 0:
-        subprocess.run(["sh", "-c", "setsid sleep 86399 >/dev/null 2>&1 &"], check=True)
+        assert args.save is not None
+        script = 'setsid sleep 86399 >/dev/null 2>&1 & echo $! > "$1"'
+        subprocess.run(["sh", "-c", script, "sh", str(Path(args.save, DAEMON))], check=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -17,12 +17,26 @@ from slime.megatron.checkpoint.files import read_state
 from slime.observability.metrics_log import read_metrics
 from slime.observability.phases import PHASES
 from slime.rollout.dump import read_dump
-from tests.cluster.runs import SMALL, Task, copy_checkpoint, events, family, flags, own_ray, start, train, wait_for
+from tests.cluster.runs import (
+    RUN_TIMEOUT_S,
+    SMALL,
+    Task,
+    copy_checkpoint,
+    events,
+    family,
+    flags,
+    log_probs,
+    marked,
+    own_ray,
+    start,
+    train,
+    wait_for,
+)
 from tests.cluster.test_life_and_death import assert_all_gone, assert_no_trace, new_marker, temporary_files
 from tests.cluster.test_resume import weights
 from tests.cluster.timeline_hooks_for_tests import TRAINING_S, read_spans
 
-pytestmark = pytest.mark.usefixtures("joined_ray")
+pytestmark = [pytest.mark.usefixtures("joined_ray"), pytest.mark.timeout(900)]
 
 PROGRAM = "train_async.py"
 HOOKS = "tests.cluster.timeline_hooks_for_tests"
@@ -139,29 +153,6 @@ def test_a_killed_run_ends_as_the_unbroken(task: Task, drained: Path, tmp_path: 
     assert exact_metrics(save) == exact_metrics(drained)
 
 
-# --- a failure in the background ---------------------------------------------------------------------------------
-
-
-def test_a_failed_rollout_ends_the_run_during_training(task: Task, tmp_path: Path) -> None:
-    """The run ends at once, and not when the loop needs the rollout: training would take ten minutes."""
-    extra = ["--custom-generate-function-path", f"{HOOKS}.fail_second"]
-    extra += ["--custom-advantage-function-path", f"{HOOKS}.without_end"]
-    log = tmp_path / "log.txt"
-    with own_ray():
-        process = start(flags(task, tmp_path / "run", *SMALL, *extra), log, PROGRAM)
-    everyone: list[psutil.Process] = []
-    try:
-        wait_for(lambda: process.poll() is not None or "starting at rollout 0" in log.read_text(), "the start")
-        everyone = family(process.pid) if process.poll() is None else []
-        assert process.wait(timeout=90) != 0
-        assert "rollout 1: generation failed" in log.read_text()
-        assert "no second rollout" in log.read_text()
-        assert_all_gone(everyone)
-    finally:
-        if process.poll() is None:
-            process.kill()
-
-
 # --- the sync passes between the requests in flight --------------------------------------------------------------
 
 
@@ -198,23 +189,12 @@ def _interrupt(task: Task, save: Path) -> None:
         assert process.poll() is None, log.read_text()[-4000:]
         everyone = family(process.pid)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=45) != 0
+        assert process.wait(timeout=RUN_TIMEOUT_S) != 0
         assert_all_gone(everyone)
         assert "interrupted" in log.read_text()
     finally:
         if process.poll() is None:
             process.kill()
-
-
-def log_probs(model: Path, sample: Sample) -> torch.Tensor:
-    """Return Hugging Face's log-probs of the sample's response tokens, at its temperature."""
-    from transformers import AutoModelForCausalLM
-
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tokens = torch.tensor([sample.tokens])
-    with torch.no_grad():
-        scores = torch.log_softmax(network(tokens).logits[0, :-1] / 0.8, dim=-1)
-    return scores.gather(-1, tokens[0, 1:, None])[sample.prompt_length - 1 :, 0]
 
 
 def test_every_token_names_its_policy(task: Task, interrupted: Path) -> None:
@@ -243,19 +223,58 @@ def test_a_token_is_one_version_old_at_most(interrupted: Path) -> None:
         assert versions <= {max(rollout_id, 1), rollout_id + 1}
 
 
-def test_a_kill_loses_and_repeats_no_prompt(task: Task, interrupted: Path, tmp_path: Path) -> None:
-    save = tmp_path / "run"
-    half_made = next(r for r in range(LAST) if data_side(interrupted, r)["data_source"]["in_flight"])
-    assert data_side(interrupted, half_made)["made"] is None
-    copy_checkpoint(interrupted, save, half_made)
-    finished = {
-        sample["index"]: sample["tokens"]
-        for group in data_side(save, half_made)["data_source"]["in_flight"]
-        for sample in group
-        if sample["status"] in ("completed", "truncated")
-    }
-    train([*aborting(task, save), "--num-rollout", str(half_made + 3)], tmp_path / "log.txt", PROGRAM)
-    done = range(half_made + 1), range(half_made + 1, half_made + 3)
-    assert consumed((interrupted, done[0]), (save, done[1])) == dict.fromkeys(range(16 * (half_made + 3)), 1)
-    again = {sample.index: sample.tokens for sample in samples_of(save, half_made + 1)}
-    assert all(again[index] == tokens for index, tokens in finished.items()), "what was finished is not made again"
+@dataclass(frozen=True)
+class Failed:
+    """A run that went on after a kill in the middle of a rollout, until it could not generate its last rollout."""
+
+    save: Path
+    first: int
+    """The rollout that was half made when the run was killed."""
+    finished: dict[int, list[int]]
+    """The tokens of the samples of that rollout that were finished, by sample."""
+    num_rollout: int
+    code: int
+    output: str
+
+
+@pytest.fixture(scope="module")
+def failed(task: Task, interrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Failed:
+    directory = tmp_path_factory.mktemp("failed")
+    save, log = directory / "run", directory / "log.txt"
+    first = next(r for r in range(LAST) if data_side(interrupted, r)["data_source"]["in_flight"]) + 1
+    copy_checkpoint(interrupted, save, first - 1)
+    state = data_side(save, first - 1)
+    assert state["made"] is None
+    groups = state["data_source"]["in_flight"]
+    done = [sample for group in groups for sample in group if sample["status"] in ("completed", "truncated")]
+    extra = ["--num-rollout", str(first + 3), "--custom-generate-function-path", f"{HOOKS}.fail_last"]
+    extra += ["--custom-advantage-function-path", f"{HOOKS}.last_but_one_without_end"]
+    with own_ray() as patch:
+        patch.setenv(marker := new_marker(), "1")
+        process = start([*aborting(task, save), *extra], log, PROGRAM)
+        try:
+            wait_for(lambda: process.poll() is not None or "starting at rollout" in log.read_text(), "the start")
+            assert process.poll() is not None or marked(marker) != [], "control"
+            code = process.wait(timeout=RUN_TIMEOUT_S)
+            wait_for(lambda: marked(marker) == [], "the end of all its processes")
+        finally:
+            if process.poll() is None:
+                process.kill()
+    return Failed(save, first, {each["index"]: each["tokens"] for each in done}, first + 3, code, log.read_text())
+
+
+def test_a_kill_loses_and_repeats_no_prompt(interrupted: Path, failed: Failed) -> None:
+    first, last = failed.first, failed.num_rollout - 2
+    done = range(first), range(first, last + 1)
+    assert consumed((interrupted, done[0]), (failed.save, done[1])) == dict.fromkeys(range(16 * (last + 1)), 1)
+    again = {sample.index: sample.tokens for sample in samples_of(failed.save, first)}
+    assert all(again[index] == tokens for index, tokens in failed.finished.items()), "finished ones are not made again"
+
+
+def test_a_failed_rollout_ends_the_run_during_training(failed: Failed) -> None:
+    """The run ends at once, and not when the loop needs the rollout: training would take ten minutes."""
+    assert failed.code != 0
+    assert f"rollout {failed.num_rollout - 1}: generation failed" in failed.output
+    assert "no last rollout" in failed.output
+    trained = sorted(path.name for path in failed.save.glob("iter_*"))
+    assert trained[-1] == f"iter_{failed.num_rollout - 3:07d}", "it was still training on the last but one"

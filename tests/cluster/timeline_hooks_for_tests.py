@@ -68,17 +68,20 @@ async def generate(args: Args, sample: Sample, params: SamplingParams, context: 
     return sample
 
 
-async def fail_second(args: Args, sample: Sample, params: SamplingParams, context: RolloutContext) -> Sample:
-    """Fail to generate the second rollout."""
-    if sample.group_index >= args.rollout_batch_size:
-        raise ValueError("no second rollout")
+async def fail_last(args: Args, sample: Sample, params: SamplingParams, context: RolloutContext) -> Sample:
+    """Fail to generate the last rollout."""
+    assert args.num_rollout is not None
+    if sample.group_index // args.rollout_batch_size == args.num_rollout - 1:
+        raise ValueError("no last rollout")
     return await generate_sample(args, sample, params, context)
 
 
-def without_end(args: Args, batch: TrainBatch) -> Array:
-    """Train for so long that no test would wait for it."""
-    time.sleep(600)
-    return advantages(args, batch)
+def last_but_one_without_end(args: Args, batch: TrainBatch) -> Array:
+    """Return the rewards; but train on the last rollout but one for so long that no test would wait for it."""
+    assert args.num_rollout is not None
+    if int(batch.columns["group_indices"][0]) // args.rollout_batch_size == args.num_rollout - 2:
+        time.sleep(600)
+    return _rewards(batch)
 
 
 def advantages(args: Args, batch: TrainBatch) -> Array:
@@ -87,6 +90,10 @@ def advantages(args: Args, batch: TrainBatch) -> Array:
     _begun(args, rollout_id).touch()
     time.sleep(TRAINING_S)
     _write(args, "training", rollout_id, start)
+    return _rewards(batch)
+
+
+def _rewards(batch: TrainBatch) -> Array:
     return np.repeat(batch.columns["rewards"], batch.response_lengths_N).astype(np.float32)
 
 

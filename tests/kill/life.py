@@ -15,7 +15,7 @@ import psutil
 
 SCAN_S = 0.25
 """Seconds between two searches for the run's actors; the titles of known ones are read each time."""
-POLL_S = 0.001
+POLL_S = 0.004
 
 START, GENERATION, TRAINING, SAVE, SYNC, EVALUATION = (
     "start-up",

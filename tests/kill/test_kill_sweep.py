@@ -10,23 +10,27 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from slime.config.sampling_record import read_record
 from slime.observability.metrics_log import read_metrics
-from slime.rollout.dump import read_dump
+from tests.cluster.hooks_for_tests import DAEMON
 from tests.cluster.runs import ROOT, Task, shared_task
+from tests.cluster.test_life_and_death import assert_no_trace, new_marker, temporary_files
 from tests.kill import life as phases
 from tests.kill.compare import DUMPS, differences, is_measured
 from tests.kill.life import Life, Span
 from tests.kill.one_run import Run
 from tests.kill.sweep import DRIVER, SAVE, VICTIMS, Kill, broken, command, draw
 
-SMALL = ("--num-rollout", "2", "--actor-num-gpus-per-node", "1")
-ONE_ENGINE = ("--rollout-num-gpus", "1")
+SMALL = ("--num-rollout", "2", "--actor-num-gpus-per-node", "1", "--rm-num-workers", "1")
 SMALL += ("--update-weight-buffer-size", "1000000")
+ONE_ENGINE = ("--rollout-num-gpus", "1")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def new_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
 
     def make(name: str, *extra: str) -> Run:
         words = [sys.executable, str(ROOT / "train.py"), *command(task, directory / name / SAVE, *SMALL, *extra)]
-        runs.append(Run(directory / name, words, limit=240.0))
+        runs.append(Run(directory / name, words, limit=300.0))
         return runs[-1]
 
     yield make
@@ -49,47 +53,70 @@ def new_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
         run.end()
 
 
+@dataclass(frozen=True)
+class Unbroken:
+    """A run that nothing has happened to, and what was seen of it meanwhile."""
+
+    save: Path
+    spans: list[Span]
+    engines: list[str]
+    """The engines' command lines."""
+
+
+def engines_of(run: Run) -> list[str]:
+    """Return the command lines of the run's engines, without those of the processes that guard them."""
+    found: list[str] = []
+    for process in run.processes():
+        with suppress(psutil.NoSuchProcess):
+            found.append(" ".join(process.cmdline()))
+    return [words for words in found if "embedded.server" in words and "guard.py" not in words]
+
+
 @pytest.fixture(scope="module")
-def unbroken(new_run: Callable[..., Run]) -> tuple[Path, list[Span]]:
+def unbroken(new_run: Callable[..., Run]) -> Unbroken:
     run = new_run("unbroken")
     life = Life(run.start())
+    engines: list[str] = []
     while not run.ended:
-        life.look()
+        if life.look().phase == phases.TRAINING and not engines:
+            engines = engines_of(run)
         time.sleep(phases.POLL_S)
     assert run.wait() == 0, run.log[-4000:]
-    return run.directory / SAVE, life.spans
+    return Unbroken(run.directory / SAVE, life.spans, engines)
 
 
-@pytest.mark.timeout(600)  # three starts of a run, while other tests run
-def test_a_run_killed_during_a_save_resumes_exactly(
-    new_run: Callable[..., Run], unbroken: tuple[Path, list[Span]]
-) -> None:
-    reference, spans = unbroken
-    save = next(span for span in spans if (span.phase, span.number) == (phases.SAVE, 1))
+@pytest.mark.timeout(900)  # three starts of a run, while other tests run
+def test_a_run_killed_during_a_save_resumes_exactly(new_run: Callable[..., Run], unbroken: Unbroken) -> None:
+    """Before it is started again, nothing is left of it but its directory; its hook has left a daemon."""
+    save = next(span for span in unbroken.spans if (span.phase, span.number) == (phases.SAVE, 1))
     kill = Kill(DRIVER, 0, phases.SAVE, 1, share=0.3, span_seconds=save.end - save.start, restarts=False)
-    run = new_run("killed", *ONE_ENGINE)
-    outcome = broken(run, kill, reference)
-    assert outcome.problem is None
-    assert outcome.went_on == "started again"
-    assert outcome.differences == []
+    hook = ("--custom-rollout-log-function-path", "tests.cluster.hooks_for_tests.leave_a_daemon")
+    run = new_run("killed", *ONE_ENGINE, *hook)
+    with pytest.MonkeyPatch.context() as patch, temporary_files(patch) as temporary:
+        patch.setenv(marker := new_marker(), "1")
+
+        def check(save: Path) -> None:
+            assert (save / DAEMON).exists(), "control: there was a daemon, which has the marker too"
+            assert_no_trace(marker, temporary, save)
+
+        outcome = broken(run, kill, unbroken.save, check)
+        assert outcome.problem is None
+        assert outcome.went_on == "started again"
+        assert outcome.differences == []
+        assert_no_trace(marker, temporary, run.directory / SAVE)
 
 
-def log_probs(save: Path) -> list[list[float] | None]:
-    """Return the log-probs of the first rollout's samples."""
-    return [sample.rollout_log_probs for group in read_dump(save / DUMPS / "0.jsonl") for sample in group]
+def test_every_engine_is_a_deterministic_one(unbroken: Unbroken) -> None:
+    """Another engine's log-probs depend on other requests, as tests/engine/test_deterministic_engine.py shows.
+
+    `test_the_comparison_notices` shows that a difference in their last bits would be noticed.
+    """
+    assert ["--enable-deterministic-inference" in words for words in unbroken.engines] == [True, True]
 
 
-def test_other_rounding_in_the_engine_is_noticed(
-    new_run: Callable[..., Run], unbroken: tuple[Path, list[Span]]
-) -> None:
-    """Without --deterministic the engine rounds differently in the last bits of log-probs, for the same tokens."""
-    save = unbroken[0]
-    record = read_record(save / DUMPS / "0.jsonl")
+def test_a_dump_records_how_it_was_sampled(unbroken: Unbroken) -> None:
+    record = read_record(unbroken.save / DUMPS / "0.jsonl")
     assert record is not None and record.sampling is not None and record.tokenizer is not None
-    run = new_run("fast", "--no-deterministic", "--debug-rollout-only", "--num-rollout", "1", *ONE_ENGINE)
-    run.start()
-    assert run.wait() == 0, run.log[-4000:]
-    assert log_probs(run.directory / SAVE) != log_probs(save)
 
 
 def spoil_a_token(run: Path) -> None:
@@ -142,14 +169,12 @@ def spoil_an_export(run: Path) -> None:
         (spoil_an_export, "exports"),
     ],
 )
-def test_the_comparison_notices(
-    unbroken: tuple[Path, list[Span]], tmp_path: Path, spoil: Callable[[Path], None], kind: str
-) -> None:
+def test_the_comparison_notices(unbroken: Unbroken, tmp_path: Path, spoil: Callable[[Path], None], kind: str) -> None:
     other = tmp_path / "other"
-    shutil.copytree(unbroken[0], other)
-    assert differences(unbroken[0], other) == []
+    shutil.copytree(unbroken.save, other)
+    assert differences(unbroken.save, other) == []
     spoil(other)
-    found = differences(unbroken[0], other)
+    found = differences(unbroken.save, other)
     assert [text.split(":")[0] for text in found] == [kind] * len(found) != []
 
 
