@@ -10,10 +10,13 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from itertools import islice
 
 from slime.config.data_files import SUFFIXES, split_slice
 from slime.config.data_rows import DataError
 
+_FOLDERS = 100
+"""The number of folders in which the remedy for a directory looks for data files."""
 _ANYWHERE = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"(?:hf:)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::.*)?")
 _WEIGHTED = re.compile(r"(.*\.(?:jsonl|json|parquet)(?:@\[.*\])?):[0-9.]+", re.DOTALL)
@@ -47,7 +50,14 @@ def data_paths(words: str | Sequence[str]) -> list[str]:
 def _not_a_file(file: str) -> DataError | None:
     """Return the error of a word that means something else than a file; a missing file is no error here."""
     if os.path.isdir(file):
-        kinds = sorted({suffix for _, _, names in os.walk(file) for suffix in SUFFIXES if _any_ends(names, suffix)})
+        kinds = sorted(
+            {
+                suffix
+                for _, _, names in islice(os.walk(file), _FOLDERS)
+                for suffix in SUFFIXES
+                if _any_ends(names, suffix)
+            }
+        )
         example = os.path.join(file, "**", f"*{(kinds or SUFFIXES)[-1]}")
         return DataError(file, "is a directory", f"name its files, for example with the pattern '{example}'")
     if os.path.lexists(file):

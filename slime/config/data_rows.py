@@ -112,6 +112,7 @@ class Row:
 
 
 def unreadable(file: str, error: Exception) -> DataError:
+    """Return the error of a file that cannot be read."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error).split("\n")[0]
     return DataError(file, f"cannot be read ({reason})", "name a readable jsonl or parquet file")
 

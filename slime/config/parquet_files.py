@@ -23,6 +23,8 @@ from slime.core.small_files import open_regular
 logger = logging.getLogger(__name__)
 
 _KINDS = "store text, numbers, lists and structs of them"
+_AT_ONCE = 4096
+"""The number of rows that are made into Python values at once; a reader of the first rows alone stays quick."""
 
 
 def _open_parquet(file: str) -> Any:
@@ -63,11 +65,8 @@ def parquet_rows(file: str, chosen: slice, keys: DataKeys) -> Iterator[Row | Dat
                 table = parquet.read_row_group(group, columns=names).slice(part.start - first, len(part))
             except (arrow.ArrowException, OSError, ValueError) as error:
                 raise unreadable(f"{file}, rows {part.start} to {part.stop - 1}", error) from error
-            named = _python_rows(table.select(columns_read.named))
-            others = {name: _python_values(table[name]) for name in columns_read.others}
-            for place, (number, value) in enumerate(zip(part, named, strict=True)):
-                more = {name: values[place] for name, values in others.items()}
-                yield columns_read.row(f"{file}:row {number}", number, value, more)
+            for start in range(0, len(part), _AT_ONCE):
+                yield from columns_read.rows(file, part[start : start + _AT_ONCE], table.slice(start, _AT_ONCE))
         first += size
 
 
@@ -113,18 +112,30 @@ class _Columns:
 
     def __init__(self, file: str, schema: Any, keys: DataKeys) -> None:
         kinds = {field.name: field.type for field in schema}
+        twice = {name for name in kinds if schema.names.count(name) > 1}
         for key, flag in ((keys.input_key, "--input-key"), (keys.label_key, "--label-key")):
             if key is not None and _type_of(kinds, key) is MISSING:
                 listed = ", ".join(_leaves(kinds)) if "." in key else ", ".join(kinds)
                 raise DataError(file, f"no column {key!r}; it has {listed or 'none'}", f"correct {flag}")
         self.named = [name for name in kinds if any(_leads_to(name, key) for key in keys.names)]
         """The columns with the values under the keys."""
-        self.others = [name for name, kind in kinds.items() if name not in self.named and _is_plain(kind)]
+        if repeated := twice & set(self.named):
+            raise DataError(file, f"two columns are called {min(repeated)!r}", "rename one of the two")
+        left = [name for name in kinds if name not in self.named and name not in twice]
+        self.others = [name for name in left if _is_plain(kinds[name])]
         self._readers = {name: reader for name, kind in kinds.items() if (reader := column_reader(kind)) is not None}
         self._label = keys.label_key
         self._largest = None if keys.label_key is None else largest_exact(_type_of(kinds, keys.label_key))
 
-    def row(self, where: str, number: int, value: dict[str, Any] | Exception, more: dict[str, Any]) -> Row | DataError:
+    def rows(self, file: str, numbers: range, table: Any) -> Iterator[Row | DataError]:
+        """Yield the rows of a table, whose numbers in the file are `numbers`."""
+        named = _python_rows(table.select(self.named))
+        others = {name: _python_values(table[name]) for name in self.others}
+        for place, (number, value) in enumerate(zip(numbers, named, strict=True)):
+            more = {name: values[place] for name, values in others.items()}
+            yield self._row(f"{file}:row {number}", number, value, more)
+
+    def _row(self, where: str, number: int, value: dict[str, Any] | Exception, more: dict[str, Any]) -> Row | DataError:
         """Return one row as a Row, or its error. `value` and `more`: pyarrow's values in the two kinds of columns."""
         if isinstance(value, Exception):
             return DataError(where, f"cannot be read ({value})", _KINDS)
@@ -199,7 +210,7 @@ def _is_plain(kind: Any) -> bool:
     """Return whether a column that no key names is read: all types but bytes (images), durations and unions."""
     types: Any = importlib.import_module("pyarrow").types
     odd = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_duration, types.is_union)
-    inner = [field.type for field in kind] if types.is_struct(kind) or types.is_map(kind) else []
+    inner: list[Any] = list(_fields(kind).values())
     if types.is_map(kind):
         inner = [kind.key_type, kind.item_type]
     elif hasattr(kind, "value_type"):  # lists of each kind, dictionaries, run-end encoded columns

@@ -221,6 +221,25 @@ def test_unnamed_columns_never_refuse_a_row(tmp_path: Path) -> None:
     assert problem.rule == "'scores' is nan, not text or a number"
 
 
+def test_repeated_columns_are_refused_only_where_named(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    columns = {"prompt": ["a"], "label": ["1"], "x": [1], "y": [2]}
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table.rename_columns(["prompt", "label", "x", "x"]), path)
+    assert datas(path) == [{"prompt": "a", "label": "1"}]
+    pyarrow.parquet.write_table(table.rename_columns(["prompt", "label", "label", "y"]), path)
+    [problem] = check_rows(path, KEYS, chat_template=False)
+    assert problem.rule == "two columns are called 'label'"
+
+
+def test_large_row_groups_are_read_in_parts(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    numbers = list(range(10_000))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"] * 10_000, "label": numbers, "more": numbers}), path)
+    rows = datas(f"{path}@[100:9900]")
+    assert [(row["label"], row["more"]) for row in rows] == [(number, number) for number in range(100, 9900)]
+
+
 def test_bad_small_float_labels_name_the_row(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}] * 4
     labels = pyarrow.array([16777215.0, 123456789.0, math.nan, -math.inf], pyarrow.float32())

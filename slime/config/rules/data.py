@@ -53,9 +53,10 @@ def check_rows(
                 elif isinstance(row, Row):
                     missing -= {key for key in missing if find(row.data, key) is not MISSING}
         except DataError as error:
-            return [_problem(error)]
+            return [*map(_problem, errors), _problem(error)]
         if total == before:
-            return [_problem(DataError(path, "has no rows", "add rows, or name another file or slice"))]
+            empty = DataError(path, "has no rows", "add rows, or name another file or slice")
+            return [*map(_problem, errors), _problem(empty)]
     problems = [_problem(error) for error in errors]
     if wrong > MAX_REPORTED:
         more = f"{wrong - MAX_REPORTED} more of {total} rows cannot be used"
