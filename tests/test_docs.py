@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from slime.algo.losses import LossInputs, LossOptions, policy_loss
+from slime.cli.main import COMMANDS
 from slime.config.flags.renamed import RENAMED
 from slime.config.flags.table import spellings
 from slime.config.parse import load_args
@@ -116,6 +117,18 @@ BASE = """--hf-checkpoint model --ref-load model --prompt-data train.jsonl --lab
 --num-query-groups 2 --kv-channels 32 --vocab-size 512 --max-position-embeddings 16384 --swiglu
 --untie-embeddings-and-output-weights --qk-layernorm --normalization RMSNorm --disable-bias-linear"""
 """A valid command line, to which each example is added."""
+
+
+def commands_of_slime(text: str) -> list[str]:
+    """Return the second word of each line `slime COMMAND ...` in the blocks of a page."""
+    blocks = re.findall(r"^ *```bash\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    return [found for block in blocks for found in re.findall(r"^ *slime (\S+)", block, re.MULTILINE)]
+
+
+def test_commands_of_slime_exist() -> None:
+    found = {command for path in TEXTS for command in commands_of_slime(path.read_text(encoding="utf-8"))}
+    assert {"train", "plan", "demo", "export"} <= found <= COMMANDS.keys()
+    assert commands_of_slime("```bash\n  slime trian x\n```\nslime is") == ["trian"]  # control
 
 
 @pytest.mark.parametrize("block", list(commands()))

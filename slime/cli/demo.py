@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from slime.core.errors import RunError
+from slime.plan.fit import load_run
 
 MODELS = {"glm4-tiny": "glm4", "qwen3-moe-tiny": "qwen3_moe"}
 """The families of `arithmetic.make_task`, by the model's name in scripts/models/."""
@@ -101,12 +103,22 @@ def stages(demo: Demo, configs: Path) -> list[tuple[str, list[Step]]]:
     ]
 
 
+def training_runs(demo: Demo, configs: Path) -> list[tuple[str, ...]]:
+    """Return the words after `slime train` of the two training runs, in their order."""
+    words = [step.words for _, steps in stages(demo, configs) for step in steps]
+    return [found[len(SLIME) + 1 :] for found in words if found[: len(SLIME) + 1] == (*SLIME, "train")]
+
+
 def run(demo: Demo) -> None:
     """Run all stages in the current folder.
 
     Raises:
+        UsageError: the flags of the GRPO run are wrong; nothing has been started then, and no file changed.
         RunError: a command failed.
     """
+    with as_file(files("slime.cli.arithmetic")) as configs:
+        for words in training_runs(demo, configs):
+            load_run([*words, "--dry-run"])
     out = demo.directory
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -118,7 +130,7 @@ def run(demo: Demo) -> None:
             for step in steps:
                 if "plot" in step.words:
                     shutil.copy(out / "rl" / "metrics.jsonl", out / "metrics.jsonl")
-                _run_step(step)
+                run_step(step)
             times.append((f"{number} {title}", time.monotonic() - start))
             print(f"--- {times[-1][1]:.0f} s", flush=True)
     _heading(f"{demo.name}, seed {demo.seed}")
@@ -127,17 +139,34 @@ def run(demo: Demo) -> None:
     print(f"curves: {out}/curves.png   metrics: {out}/metrics.jsonl   trained model: {out}/trained_hf")
 
 
+def _status_of(process: subprocess.Popen[bytes]) -> int:
+    """Return a command's exit status. Signals to the demo end the command, which ends the processes that it started."""
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the terminal has sent it to the command as well
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _heading(text: str) -> None:
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     print(f"\n{bold}=== {text}{plain}", flush=True)
 
 
-def _run_step(step: Step) -> None:
+def run_step(step: Step) -> None:
+    """Run one command, and show the last line of its log, or the end of it if the command fails.
+
+    Raises:
+        RunError: it failed.
+    """
     if step.log is None:
-        status = subprocess.run(step.words, check=False).returncode
+        status = _status_of(subprocess.Popen(step.words))
     else:
         with step.log.open("wb") as log:
-            status = subprocess.run(step.words, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            status = _status_of(subprocess.Popen(step.words, stdout=log, stderr=subprocess.STDOUT))
         lines = step.log.read_text(errors="replace").splitlines()
         print("\n".join(lines[-40:] if status else lines[-1:]), flush=True)
     if status:
@@ -149,6 +178,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the demo with the flags of `argv`; flags that are not its own go to the GRPO run.
 
     Raises:
+        ValueError: a flag is wrong.
         RunError: a command failed.
     """
     parser = argparse.ArgumentParser(
@@ -162,5 +192,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", choices=MODELS, default="glm4-tiny", help="qwen3-moe-tiny: a mixture of experts")
     parser.add_argument("--control", action="store_true", help="shuffle the rewards between samples")
     own, more = parser.parse_known_args(argv)
+    if more and not more[0].startswith("--"):
+        raise ValueError(f"{more[0]!r} does not follow a flag; the demo takes its own flags and those of the GRPO run")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run(Demo(model=own.model, seed=own.seed, control=own.control, more=tuple(more)))

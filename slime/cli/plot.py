@@ -10,14 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from rich.console import Console
 from rich.table import Table
 
 from slime.observability.metrics_log import read_metrics
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8f5aa5", "#b8860b", "#4d4d4d")
 Events = Sequence[dict[str, float]]
@@ -44,6 +40,11 @@ def phase_names(events: Events) -> list[str]:
 
 def draw(events: Events, title: str) -> Any:
     """Draw a figure with four panels: reward, evaluation, response length, wall time of a step by phase."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
     plt.rcParams.update({"grid.alpha": 0.25, "legend.frameon": False, "axes.titleweight": "bold"})
     figure, ((reward, evaluation), (length, seconds)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 import slime.cli.arithmetic
-from slime.cli.demo import MODELS, SLIME, Demo, stages
+from slime.cli.demo import MODELS, SLIME, Demo, Step, main, run_step, stages, training_runs
 from slime.cli.main import COMMANDS
+from slime.core.errors import RunError
 from slime.plan.fit import load_run
 
 CONFIGS = Path(slime.cli.arithmetic.__file__).parent
@@ -29,7 +32,7 @@ def test_its_runs_plan(model: str, control: bool, tmp_path: Path, monkeypatch: p
     found = commands(demo)
     assert [words[0] for words in found] == ["train", "convert", "train", "export", "answers", "plot"]
     assert {words[0] for words in found} <= COMMANDS.keys()
-    sft, grpo = (load_run([*words[1:], "--dry-run"]) for words in found if words[0] == "train")
+    sft, grpo = (load_run([*words, "--dry-run"]) for words in training_runs(demo, CONFIGS))
     for args, problems in (sft, grpo):
         assert [str(problem) for problem in problems if "no effect" in problem.rule and "kl" not in problem.where] == []
         assert (args.seed, args.rollout_seed, args.actor_num_gpus_per_node) == (3, 3, 2)
@@ -53,3 +56,25 @@ def test_each_demo_has_its_own_directory() -> None:
 
 def test_the_models_have_scripts() -> None:
     assert [name for name in MODELS if not (ROOT / f"scripts/models/{name}.sh").exists()] == []
+
+
+def test_wrong_flags_are_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = tmp_path / "outputs/demo-seed1/curves.png"
+    before.parent.mkdir(parents=True)
+    before.touch()
+    for words, message in ((["--learning-rate", "1"], "did you mean --lr?"), (["again"], "'again'")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            main(words)
+    assert before.exists(), "the last demo is still there"
+
+
+def test_a_command_that_fails_shows_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def step(code: str) -> Step:
+        return Step((sys.executable, "-S", "-c", code), tmp_path / "step.log")
+
+    run_step(step("print(1); print(2)"))
+    assert capsys.readouterr().out == "2\n"
+    with pytest.raises(RunError, match=f"failed with status 3: .*; its whole output is in {tmp_path}/step.log"):
+        run_step(step("print(1); print(2); raise SystemExit(3)"))
+    assert capsys.readouterr().out == "1\n2\n"

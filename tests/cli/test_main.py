@@ -90,8 +90,10 @@ def test_hooks_in_the_current_folder_are_found(
 
 def test_the_example_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    text = shown(capsys, "plan", str(ROOT / "examples/run.yaml"), "--rollout-batch-size", "16")
-    assert "16 prompts x 8 samples = 128 samples" in text
+    sizes = ["bash", "-c", 'source "$0"; printf "%s\\0" "${MODEL_ARGS[@]}"', ROOT / "scripts/models/qwen2.5-0.5B.sh"]
+    model = subprocess.run(sizes, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    text = shown(capsys, "plan", str(ROOT / "examples/run.yaml"), *model, "--rollout-batch-size", "16")
+    assert "16 prompts x 8 samples = 128 samples" in text and "GiB" in text
     assert "no effect" not in text
     assert list(tmp_path.iterdir()) == [], "a plan makes no files"
 
