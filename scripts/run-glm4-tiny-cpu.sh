@@ -19,12 +19,14 @@ CKPT_ARGS=(
    --ref-load "${REF_DIR}"
    --load "${SAVE_DIR}"
    --save "${SAVE_DIR}"
+   --save-interval 20
 )
 
 # grpo.yaml has the flags of rollouts, algorithm and optimizer; what follows it wins
 cd "${SCRIPT_DIR}/.."
 exec python3 "${PROGRAM:-train.py}" \
    --config slime/cli/arithmetic/grpo.yaml \
+   --rollout-num-gpus 2 \
    "${MODEL_ARGS[@]}" \
    "${CKPT_ARGS[@]}" \
    --prompt-data "${TASK_DIR}/train.jsonl" \

@@ -15,6 +15,7 @@ from slime.config.args import Args
 from slime.plan.fit import load_run
 from slime.plan.memory_model import engine_memory, train_memory
 from slime.plan.summary import format_plan
+from tests.gpu.runs import without
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("scripts/run-*.sh"))
@@ -72,6 +73,14 @@ def test_the_demos_mixture_of_experts(tmp_path: Path) -> None:
         assert args.architecture == hf_architecture(read_hf_config(tmp_path / "model"))
         assert args.architecture.num_parameters() == model.num_parameters()
         assert args.use_routing_replay == (not variables)
+
+
+def test_the_demos_run_on_shared_devices(tmp_path: Path) -> None:
+    """The checks on GPUs take the engines' devices out of the script's words; its YAML file must not name them too."""
+    _, words = words_of("run-glm4-tiny-cpu.sh", cwd=tmp_path)
+    shared = [*without(words, "--rollout-num-gpus", "--save-interval"), "--colocate", "--dry-run"]
+    args, _ = load_run(shared)
+    assert (args.colocate, args.save_interval, args.num_rollout) == (True, None, 50)
 
 
 @pytest.mark.parametrize(

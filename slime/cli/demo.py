@@ -80,6 +80,7 @@ def stages(demo: Demo, configs: Path) -> list[tuple[str, list[Step]]]:
     grpo = (
         *(*SLIME, "train", str(configs / "grpo.yaml"), "--hf-checkpoint", str(start), "--ref-load", str(reference)),
         *("--load", str(out / "rl"), "--save", str(out / "rl"), "--prompt-data", str(task / "train.jsonl")),
+        *("--rollout-num-gpus", "2", "--save-interval", "20"),
         *("--eval-config", str(task / "eval.yaml"), *seeds, *FLAGS_OF_MODEL[demo.model]),
         *(*(shuffle if demo.control else ()), *demo.more),
     )
