@@ -356,3 +356,17 @@ def test_aborts_of_a_rollout_cost_no_response(
     assert disturbed["eval/data/failed"] == 0
     names = ("reward", "response_length", "response_length_max", "truncated")
     assert [disturbed[f"eval/data/{name}"] for name in names] == [undisturbed[f"eval/data/{name}"] for name in names]
+
+
+def test_each_set_has_its_own_form_of_prompts(
+    data_file: Callable[..., str], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = data_file([{"question": [{"role": "user", "content": "1+1?"}]}])
+    config = tmp_path / "eval.yaml"
+    args = Args(eval_config=str(config), eval_input_key="prompt")
+    entry = f"name: a, path: {path}, input_key: question"
+    config.write_text(f"datasets: [{{{entry}, apply_chat_template: true}}]")
+    Evaluator(args, tokenizer)
+    config.write_text(f"datasets: [{{{entry}, apply_chat_template: false}}]")
+    with pytest.raises(ValueError, match="'question' is not text; for OpenAI messages, add --apply-chat-template"):
+        Evaluator(args, tokenizer)

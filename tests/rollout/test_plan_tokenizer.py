@@ -19,6 +19,8 @@ TEMPLATE = """{{- bos_token }}
     {%- endif %}
     {%- if loop.index0 > 5 %}{%- break %}{%- endif %}
 {%- endfor %}
+    {% if messages %}
+!{% endif %}
 {%- if tools %}{{ tools | tojson(indent=2) }}{% endif %}
 {%- if enable_thinking is defined and not enable_thinking %}<think></think>{%- endif %}
 {%- if add_generation_prompt %}<|assistant|>{%- endif %}

@@ -48,6 +48,11 @@ def test_lengths_are_those_of_the_loaded_prompts(
     assert lines[4] == "first label: 'so\\n#### 9': a response that states it gets 1 from math"
 
 
+def test_percentiles(folder: str, data_file: Write) -> None:
+    path = data_file([{"prompt": "x" * length, "label": 1} for length in range(200, 0, -1)])
+    assert survey(_args(folder, path))[1][1] == "tokens in a prompt: median 100, p99 198, max 200"
+
+
 def test_large_files_and_missing_ones(folder: str, data_file: Write, tmp_path: Path) -> None:
     large = data_file([{"prompt": "a", "label": 1}] * (SURVEYED + 1) + [{"prompt": "a" * 9, "label": 1}])
     small = data_file([{"prompt": "aa", "label": 1}], "small.jsonl")
