@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from slime.config.help import show_help
 from slime.config.parse import load_args
 
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
         ValueError: a flag is wrong or missing, or the directory is not what it should be.
     """
     if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__)
+        show_help(__doc__ or "")
         return
     start = time.monotonic()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when it first looks for a device

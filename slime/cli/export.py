@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from slime.config.help import show_help
 from slime.config.parse import load_args
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         ValueError: a flag is wrong or missing, or there is no checkpoint to convert.
     """
     if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__)
+        show_help(__doc__ or "")
         return
     start = time.monotonic()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when it first looks for a device

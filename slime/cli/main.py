@@ -15,6 +15,7 @@ from importlib import import_module
 from types import MappingProxyType
 
 from slime import __version__
+from slime.config.help import show_help
 from slime.core.errors import RunError
 from slime.core.printable import PLACE, printable
 
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that `argv` names; the default is the command line of this process."""
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words[0] in ("--help", "-h", "help"):
-        print(format_commands())
+        show_help(format_commands())
     elif words[0] in ("--version", "-V"):
         print(f"slime {__version__}")
     else:

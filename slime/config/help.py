@@ -1,12 +1,14 @@
 """The texts of `--help`: an overview of slime's own flags, and each section in full, also Megatron's and SGLang's.
 
-- Used by: `parse`, when --help is given.
+- Used by: `parse`, when --help is given; the commands print their own texts by `show_help`.
 - Invariant: neither Megatron nor SGLang has to be installed.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -88,3 +90,11 @@ def format_help(names: Sequence[str] = ()) -> str:
             raise ValueError(f"no section {printable(name)!r}; the sections are {', '.join(sections())}, and {ALL}")
     chosen = list(sections()) if ALL in names else list(dict.fromkeys(names))
     return "\n".join([USAGE, *map(_in_full, chosen)])
+
+
+def show_help(text: str) -> None:
+    """Print a help text; a pager that closes early (`--help | head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

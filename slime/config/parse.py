@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -19,7 +17,7 @@ from slime.config.args_yaml import dump_args
 from slime.config.flags.renamed import REMOVED, RENAMED, TABLE_VERSION
 from slime.config.flags.synonyms import absent, misspelt, shortened, synonym
 from slime.config.flags.table import SET_BY_SLIME, FlagSpec, Source, spellings
-from slime.config.help import format_help
+from slime.config.help import format_help, show_help
 from slime.config.problem import MAX_SHOWN, Problem, UsageError, show
 from slime.config.resolve import resolve
 from slime.config.rules.check import CONVERSION_RULES, TRAINING_RULES, Case, check, parallel_sizes
@@ -256,7 +254,7 @@ def _asked_help(argv: Sequence[str]) -> list[str] | None:
 
 
 def _print_help(names: Sequence[str]) -> None:
-    """Print the help; a pager that closes early (`--help | head`) is no error.
+    """Print the help of these sections, or the overview.
 
     Raises:
         UsageError: there is no section with such a name.
@@ -267,10 +265,7 @@ def _print_help(names: Sequence[str]) -> None:
         remedy = "name one of them, or none for an overview"
         problem = Problem(severity="error", where="--help", value=" ".join(names), rule=str(error), remedy=remedy)
         raise UsageError([problem]) from None
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show_help(text)
 
 
 def _no_more(args: Args, problems: Sequence[Problem]) -> list[Problem]:

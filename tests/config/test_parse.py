@@ -276,7 +276,7 @@ def test_help_needs_nothing_installed() -> None:
 
 
 def test_help_into_a_closed_pager() -> None:
-    command = f"{sys.executable} train.py --help | head -n 3"
+    command = f"{sys.executable} train.py --help all | head -n 3"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout.count("\n"), done.stderr) == (3, "")
 
