@@ -97,7 +97,8 @@ def test_hidden_and_waited_times_are_separate(drained: Path) -> None:
     for step in range(1, 5):
         assert hidden[step] + waited[step] == pytest.approx(whole[step])
     assert hidden[1] < 0.1 * whole[1], "nobody trains before the first"
-    assert all(hidden[step] > 0.9 * whole[step] for step in (2, 3, 4)), (hidden, whole)
+    for step in (2, 3, 4):  # on a loaded machine a rollout may take longer than the training that hides it
+        assert hidden[step] > 0.9 * min(whole[step], TRAINING_S), (hidden, whole)
 
 
 def test_phases_sum_to_the_steps_wall_time(drained: Path) -> None:
@@ -106,7 +107,6 @@ def test_phases_sum_to_the_steps_wall_time(drained: Path) -> None:
         assert sum(parts.values()) == pytest.approx(events(drained, "time/step")[step], abs=1e-6)
         assert all(seconds >= 0 for seconds in parts.values()), parts
         assert parts["training"] >= TRAINING_S
-    assert events(drained, "time/generation")[1] > events(drained, "time/generation")[3]
     assert sorted(events(drained, "eval/eval/reward")) == [0, 2, 4]
 
 

@@ -18,7 +18,7 @@ from slime.rollout.context import DataSource, RolloutContext, RolloutResult
 from slime.rollout.generate import generate_sample
 from slime.rollout.sft_rollout import fill_responses
 
-TRAINING_S = 1.0
+TRAINING_S = 1.5
 """The additional time of training in seconds."""
 LIMIT_S = 30.0
 """Seconds after which a generation no longer waits for training: without overlap, the test of the overlap fails."""
