@@ -117,14 +117,13 @@ def run(demo: Demo) -> None:
         UsageError: the flags of the GRPO run are wrong; nothing has been started then, and no file changed.
         RunError: a command failed.
     """
+    out = demo.directory
+    times: list[tuple[str, float]] = []
     with as_file(files("slime.cli.arithmetic")) as configs:
         for words in training_runs(demo, configs):
             load_run([*words, "--dry-run"])
-    out = demo.directory
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    times: list[tuple[str, float]] = []
-    with as_file(files("slime.cli.arithmetic")) as configs:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
         for number, (title, steps) in enumerate(stages(demo, configs), 1):
             _heading(f"{number}/5 {title}")
             start = time.monotonic()

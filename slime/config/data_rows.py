@@ -16,7 +16,7 @@ from slime.config.args import Args
 from slime.config.messages import messages_fault
 
 MISSING: Final = object()
-"""Stands for a key that a row does not have; None is the value null."""
+"""The value of a key that a row does not have; None is the value null."""
 
 
 def find(data: Mapping[str, Any], key: str) -> Any:

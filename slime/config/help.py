@@ -78,7 +78,7 @@ def _overview() -> str:
 
 
 def format_help(names: Sequence[str] = ()) -> str:
-    """Return the overview, or the named sections in full; "all" stands for every section.
+    """Return the overview, or the named sections in full; "all" is every section.
 
     Raises:
         ValueError: there is no such section; the message lists them.

@@ -24,7 +24,7 @@ from slime.config.prompt_format import PromptFormat
 from slime.core.printable import one_line
 from slime.core.sample import Message, Sample
 from slime.rollout.chat_template import render_messages
-from slime.rollout.tokenizer import tokenize, tokenize_texts
+from slime.rollout.tokenizer import tokenize, tokenize_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,10 +109,7 @@ def load_prompts(
                 continue
             rows.kept.append((row, prompt, text))
     texts = [text for _, _, text in rows.kept]
-    if form.chat_template:
-        tokens = tokenize(tokenizer, texts, add_special_tokens=False)
-    else:
-        tokens = tokenize_texts(tokenizer, texts)
+    tokens = tokenize_prompts(tokenizer, texts, chat_template=form.chat_template)
     prompts: list[Prompt] = []
     for (row, prompt, _), ids in zip(rows.kept, tokens, strict=True):
         if longest is not None and len(ids) > longest:

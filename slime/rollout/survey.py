@@ -28,7 +28,7 @@ from slime.core.small_files import is_file
 from slime.rollout.plan_tokenizer import PlanTokenizer
 from slime.rollout.prompts import prompt_text
 from slime.rollout.rewards.reward import find_reward, reward_of
-from slime.rollout.tokenizer import tokenize, tokenize_texts
+from slime.rollout.tokenizer import tokenize_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,11 +102,7 @@ def _tokenized(args: Args, data: _Set, rows: Sequence[Row]) -> tuple[list[str], 
     tokenizer = cast("PreTrainedTokenizerBase", PlanTokenizer(args.hf_checkpoint))
     form, keys = data.form, data.keys
     texts = [prompt_text(row, form.prompt(keys.prompt(row.data)), form, tokenizer, keys) for row in rows]
-    if form.chat_template:
-        ids = tokenize(tokenizer, texts, add_special_tokens=False)
-    else:
-        ids = tokenize_texts(tokenizer, texts)
-    return texts, [len(each) for each in ids]
+    return texts, [len(ids) for ids in tokenize_prompts(tokenizer, texts, chat_template=form.chat_template)]
 
 
 def _fits(lengths: Sequence[int], longest: int | None) -> str:

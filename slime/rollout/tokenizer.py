@@ -62,6 +62,15 @@ def _has_plain_tokenizer(path: Path) -> bool:
         return False  # AutoTokenizer says what is wrong
 
 
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, chat_template: bool
+) -> list[list[int]]:
+    """Return the token ids of prompts: texts that the chat template has rendered, or plain ones."""
+    if chat_template:
+        return tokenize(tokenizer, texts, add_special_tokens=False)
+    return tokenize_texts(tokenizer, texts)
+
+
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
     """Return the token ids of each text."""
     if not texts:

@@ -170,19 +170,21 @@ def test_pass_at_k_works_with_negative_rewards() -> None:
     assert not any(name.startswith("pass@") for name in mixed)
 
 
+def eval_args(path: str, **flags: Any) -> Args:
+    """Return the flags of an evaluation on one file, which samples from the policy's whole distribution."""
+    sampling = {"eval_temperature": 1.0, "eval_top_p": 1.0, "eval_top_k": -1}
+    data = {"eval_prompt_data": (path,), "eval_input_key": "prompt", "eval_label_key": "label"}
+    return Args(**{**data, **sampling, **flags})
+
+
 def test_responses_have_numbers_and_seeds(
     data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"prompt": "q", "label": label} for label in ("1", "2", "abort")]
-    args = Args(
-        eval_prompt_data=(data_file(rows),),
-        eval_input_key="prompt",
-        eval_label_key="label",
+    args = eval_args(
+        data_file(rows),
         n_samples_per_eval_prompt=3,
         eval_max_response_len=4,
-        eval_temperature=1.0,
-        eval_top_p=1.0,
-        eval_top_k=-1,
         custom_generate_function_path="rollout_hooks_for_tests.number",
     )
     hooks.CALLS.clear()
@@ -248,14 +250,10 @@ def test_greedy_evaluation_repeats_itself(
 ) -> None:
     path = data_file([{"prompt": f"q{number}", "label": "1"} for number in range(4)])
 
-    args = Args(
-        eval_prompt_data=(path,),
-        eval_input_key="prompt",
-        eval_label_key="label",
+    args = eval_args(
+        path,
         eval_max_response_len=200,
         eval_temperature=0.0,
-        eval_top_p=1.0,
-        eval_top_k=-1,
         custom_rm_path="rewards_for_tests.coin",
         rm_num_workers=1,
     )
@@ -276,15 +274,10 @@ def test_greedy_evaluation_repeats_itself(
 def test_groups_are_the_responses_to_one_prompt(
     run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    args = Args(
-        eval_prompt_data=(data_file([{"prompt": f"q{number}", "label": "1"} for number in range(3)]),),
-        eval_input_key="prompt",
-        eval_label_key="label",
+    args = eval_args(
+        data_file([{"prompt": f"q{number}", "label": "1"} for number in range(3)]),
         n_samples_per_eval_prompt=2,
         eval_max_response_len=4,
-        eval_temperature=1.0,
-        eval_top_p=1.0,
-        eval_top_k=-1,
         custom_rm_path="rewards_for_tests.group_of_group",
         group_rm=True,
         rm_num_workers=1,
@@ -301,14 +294,9 @@ def test_groups_are_the_responses_to_one_prompt(
 def test_an_evaluation_without_judge_has_no_reward(
     run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    args = Args(
-        eval_prompt_data=(data_file([{"prompt": f"q{number}", "label": "raise"} for number in range(3)]),),
-        eval_input_key="prompt",
-        eval_label_key="label",
+    args = eval_args(
+        data_file([{"prompt": f"q{number}", "label": "raise"} for number in range(3)]),
         eval_max_response_len=4,
-        eval_temperature=1.0,
-        eval_top_p=1.0,
-        eval_top_k=-1,
         custom_rm_path="rewards_for_tests.by_label",
         rm_num_workers=1,
     )
@@ -325,14 +313,9 @@ def test_aborts_of_a_rollout_cost_no_response(
     run_with_engines: Callable[..., Any], data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """A response continues where it was aborted, and ends as it would have without the abort."""
-    args = Args(
-        eval_prompt_data=(data_file([{"prompt": f"q{number}", "label": "1"} for number in range(4)]),),
-        eval_input_key="prompt",
-        eval_label_key="label",
+    args = eval_args(
+        data_file([{"prompt": f"q{number}", "label": "1"} for number in range(4)]),
         eval_max_response_len=300,
-        eval_temperature=1.0,
-        eval_top_p=1.0,
-        eval_top_k=-1,
         custom_rm_path="rewards_for_tests.coin",
         rm_num_workers=1,
     )
