@@ -13,7 +13,7 @@ import yaml
 from slime.config.args import Args
 from slime.config.args_yaml import dump_args
 from slime.config.experiment_trackers import TRACKERS
-from slime.core.plugins import load
+from slime.core.plugins import load_class
 from slime.observability.trackers import TrackedRun, Tracker
 
 
@@ -30,12 +30,7 @@ def start_trackers(args: Args, run_id: str, first: int) -> list[Tracker]:
         directory=Path(args.log_dir or "outputs"),
         config=yaml.safe_load(dump_args(args)),
     )
-    return [_class_of(name).start(run) for name in args.tracker_names]
-
-
-def _class_of(name: str) -> type[Tracker]:
-    path = TRACKERS[name].tracker
-    kind = load(path)
-    if not (isinstance(kind, type) and issubclass(kind, Tracker)):
-        raise ValueError(f"--trackers {name}: {path} is not a Tracker")
-    return kind
+    classes = [
+        load_class(TRACKERS[name].tracker, Tracker, chosen_by=f"--trackers {name}") for name in args.tracker_names
+    ]
+    return [tracker.start(run) for tracker in classes]

@@ -11,9 +11,11 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from slime.core.printable import one_line, printable
+
+T = TypeVar("T")
 
 MAX_PATH = 1000
 """Characters of a dotted path."""
@@ -182,6 +184,23 @@ def load(path: str) -> Any:
         return getattr(module, name)
     except Exception as error:
         raise ValueError(f"module {module_name} has no {name!r}") from error
+
+
+def load_class(path: str, base: type[T], *, chosen_by: str) -> type[T]:
+    """Return the subclass of `base` at a dotted path.
+
+    Args:
+        path: the path that the row of a table names.
+        base: the class that every row's class extends.
+        chosen_by: the flag and the value that chose the row, for the error.
+
+    Raises:
+        ValueError: nothing can be imported from there, or it is no such class.
+    """
+    found = load(path)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{chosen_by}: {path} is not a {base.__name__}")
+    return found
 
 
 def check_signature(hook: Hook, function: Callable[..., Any]) -> str | None:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from slime.config.weight_transports import AUTO, reaching
-from slime.core.plugins import load
+from slime.core.plugins import load_class
 from slime.sync.transport import NullTransport, Opening, Transport
 
 
@@ -29,7 +29,4 @@ def open_transport(opening: Opening) -> Transport:
         )
     if opening.rank > 0 and not row.every_trainer_sends:
         return NullTransport()
-    kind = load(row.transport)
-    if not (isinstance(kind, type) and issubclass(kind, Transport)):
-        raise ValueError(f"--update-weight-transport {name}: {row.transport} is not a Transport")
-    return kind.open(opening)
+    return load_class(row.transport, Transport, chosen_by=f"--update-weight-transport {name}").open(opening)
