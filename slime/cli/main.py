@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,6 +114,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main_of(name: str) -> Callable[[Sequence[str]], None]:
     """Import and return the function `main` of a command."""
     module = find_command(name).module
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # hooks in the current folder are found, as with `python -m`
     return import_module(f"slime.cli.{module}").main

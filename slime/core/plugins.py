@@ -1,4 +1,4 @@
-"""User code by dotted path: how it is loaded, and the one table of hooks.
+"""The one table of hooks, and the check of the user code that they name.
 
 - Used by: `config.rules` checks the path and signature of every hook before anything starts; the place that calls a
   hook loads it with `load_hook`.
@@ -7,18 +7,15 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from slime.core.printable import one_line, printable
+from slime.core.user_code import FORMS, load
 
 T = TypeVar("T")
-
-MAX_PATH = 1000
-"""Characters of a dotted path."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +148,10 @@ HOOKS: Mapping[str, Hook] = {
 
 
 def hook_path(value: str | tuple[str, ...] | None) -> str | None:
-    """Return the dotted path in a hook's flag, None if it is not given; --spec has module and function as two words."""
-    return ".".join(value) or None if isinstance(value, tuple) else value
+    """Return the path in a hook's flag, or None; --spec has module (or file) and function as two words."""
+    if not isinstance(value, tuple):
+        return value
+    return (":" if value[:1] and value[0].endswith(".py") else ".").join(value) or None
 
 
 class HookError(ValueError):
@@ -164,26 +163,6 @@ class HookError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.flag} {printable(self.path)}: {one_line(self.rule)}; {self.remedy}"
-
-
-def load(path: str) -> Any:
-    """Return the object at a dotted path `package.module.name`.
-
-    Raises:
-        ValueError: the path is not dotted, the module does not exist, or the name is not in it. Whatever the module
-            raises while it is imported, even SystemExit, is the cause of the ValueError.
-    """
-    module_name, _, name = path.rpartition(".")
-    if len(path) > MAX_PATH or not module_name or not all(part.isidentifier() for part in path.split(".")):
-        raise ValueError("not a dotted path: it must be package.module.name")
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit, GeneratorExit) as error:
-        raise ValueError(f"importing {module_name} failed: {type(error).__name__}: {error}") from error
-    try:
-        return getattr(module, name)
-    except Exception as error:
-        raise ValueError(f"module {module_name} has no {name!r}") from error
 
 
 def load_class(path: str, base: type[T], *, chosen_by: str) -> type[T]:
@@ -236,7 +215,7 @@ def load_hook(name: str, path: str) -> Callable[..., Any]:
     try:
         function = load(path)
     except ValueError as error:
-        raise HookError(hook.flag, path, str(error), "name a function that can be imported from here") from error
+        raise HookError(hook.flag, path, str(error), f"name a function as {FORMS}") from error
     problem = check_signature(hook, function)
     if problem is not None:
         remedy = f"give it the parameters ({', '.join(hook.parameters)})"

@@ -12,6 +12,7 @@ from typing import Any
 from slime.config.args import Args
 from slime.core.plugins import load_hook
 from slime.core.sample import Sample, Status
+from slime.core.user_code import split_path
 
 
 class Acceptance:
@@ -49,7 +50,7 @@ def _load_filter(args: Args) -> Callable[[list[Sample]], str | None] | None:
         if bool(verdict.keep if hasattr(verdict, "keep") else verdict):
             return None
         reason = verdict.reason if hasattr(verdict, "reason") else None
-        return str(reason or path.rpartition(".")[2]).replace(" ", "_").replace("/", "_")
+        return str(reason or split_path(path)[1]).replace(" ", "_").replace("/", "_")
 
     return drop_reason
 

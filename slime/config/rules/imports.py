@@ -21,6 +21,7 @@ from slime.config.problem import Problem
 from slime.config.rules.case import Case
 from slime.core.plugins import HOOKS, HookError, load_hook
 from slime.core.printable import printable
+from slime.core.user_code import split_path
 
 IMPORT_LIMIT = 60.0
 """The time limit in seconds. An import of torch and transformers from a cold disk takes half of it."""
@@ -40,7 +41,7 @@ def import_hook(name: str, path: str) -> Callable[..., Any]:
     Raises:
         HookError: the hook cannot be loaded (see load_hook), or its import did not end in time.
     """
-    flag, module = HOOKS[name].flag, path.rpartition(".")[0]
+    flag, module = HOOKS[name].flag, split_path(path)[0]
     too_slow = HookError(
         flag,
         path,
