@@ -7,11 +7,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
 
 Fault = tuple[str, str]
 """The rule and the remedy."""
 _REMEDY = "correct the line"
+WEIGHT_KEY = "weight"
+"""The key of a message's weight in the loss, as in OpenAI's format for fine-tuning."""
 
 
 def messages_fault(prompt: Any, key: str) -> Fault | None:
@@ -65,9 +68,36 @@ def _content_fault(message: dict[str, Any]) -> Fault | None:
 def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages in the form for a template: parts are joined, and a missing content becomes "".
 
+    The arguments of a call become an object if they are the text of one, as OpenAI writes them: engines read them so,
+    and a template would quote the text a second time. `weight`, which only a loss reads, is left out.
     Call it only on messages in which `messages_fault` finds no fault.
     """
-    return [message | {"content": _text(message.get("content"))} for message in messages]
+    plain: list[dict[str, Any]] = []
+    for message in messages:
+        fields = {name: value for name, value in message.items() if name != WEIGHT_KEY}
+        fields["content"] = _text(message.get("content"))
+        if message.get("tool_calls"):
+            fields["tool_calls"] = [_plain_call(call) for call in message["tool_calls"]]
+        plain.append(fields)
+    return plain
+
+
+def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
+    function: object = call.get("function")
+    if isinstance(function, dict):
+        return call | {"function": _with_arguments(cast(dict[str, Any], function))}
+    return _with_arguments(call)
+
+
+def _with_arguments(function: dict[str, Any]) -> dict[str, Any]:
+    arguments: object = function.get("arguments")
+    if not isinstance(arguments, str):
+        return function
+    try:
+        value: object = json.loads(arguments)
+    except ValueError:  # what a model wrote need not be JSON; the template gets it as it is
+        return function
+    return function | {"arguments": value} if isinstance(value, dict) else function
 
 
 def _text(content: str | list[dict[str, str]] | None) -> str:

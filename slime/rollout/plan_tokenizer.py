@@ -48,10 +48,23 @@ class PlanTokenizer:
         self._source = template_text(folder)
         self._template: jinja2.Template | None = None
 
-    def __call__(self, texts: Sequence[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]:
-        """Return the token ids of each text under `input_ids`."""
+    @property
+    def eos_token(self) -> str | None:
+        """The text of the end-of-sequence token."""
+        return self._special.get("eos_token")
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """The added tokens by their ids; each has `content` and `special`."""
+        return self._inner.get_added_tokens_decoder()
+
+    def __call__(
+        self, texts: Sequence[str], *, add_special_tokens: bool, verbose: bool, return_offsets_mapping: bool = False
+    ) -> dict[str, list[list[Any]]]:
+        """Return the token ids of each text under `input_ids`, and their characters under `offset_mapping`."""
         encoded: list[Any] = self._inner.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        return {"input_ids": [each.ids for each in encoded]}
+        offsets = {"offset_mapping": [each.offsets for each in encoded]} if return_offsets_mapping else {}
+        return {"input_ids": [each.ids for each in encoded], **offsets}
 
     def apply_chat_template(
         self,

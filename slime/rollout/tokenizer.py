@@ -79,6 +79,34 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_sp
     return [list(ids) for ids in encoded["input_ids"]]
 
 
+def offset_tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Return the token ids of each text without special tokens, and the characters `[low, high)` of each token.
+
+    The ranges leave no gap: a space that a tokenizer leaves out of a token's range belongs to the token after it.
+
+    Raises:
+        ValueError: the tokenizer is not one of the `tokenizers` library, which alone knows the places of tokens.
+    """
+    try:
+        encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"--hf-checkpoint {tokenizer.name_or_path}: its tokenizer does not report the places of tokens, which "
+            "conversations require; take a directory with a tokenizer.json"
+        ) from error
+    found: list[tuple[list[int], list[tuple[int, int]]]] = []
+    for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        ranges: list[tuple[int, int]] = []
+        end = 0
+        for low, high in offsets:
+            ranges.append((min(low, end), high))
+            end = max(end, high)
+        found.append((list(ids), ranges))
+    return found
+
+
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of texts that a response continues, each after the special tokens that begin a text.
 

@@ -1,6 +1,6 @@
 """Render a conversation with the tokenizer's chat template, up to where the assistant's answer begins or continues.
 
-- Called by: `prompts` renders every row here, for training, evaluation and supervised fine-tuning alike.
+- Called by: `prompts` renders every row here; `spans`, `suffix` and `report` call `render_text` for their renderings.
 - Invariant: a conversation that ends with the assistant's words is continued (prefill), without a second turn of the
   assistant.
 """
@@ -45,12 +45,12 @@ def render_messages(
     """
     messages = plain_messages(messages)
     variables = dict(template_kwargs or {})
-    text = _render(tokenizer, messages, tools, variables)
+    text = render_text(tokenizer, messages, tools, variables)
     for number, message in enumerate(messages):
         if message["role"] not in _USUAL_ROLES and len(messages) > 1 and message["content"]:
             others = messages[:number] + messages[number + 1 :]
             try:
-                is_left_out = _render(tokenizer, others, tools, variables) == text
+                is_left_out = render_text(tokenizer, others, tools, variables) == text
             except ValueError:  # the template cannot do without the message
                 is_left_out = False
             if is_left_out:
@@ -61,19 +61,29 @@ def render_messages(
     return text
 
 
-def _render(
+def render_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     tools: Sequence[dict[str, Any]] | None,
-    variables: dict[str, Any],
+    variables: Mapping[str, Any],
+    *,
+    answers: bool | None = None,
 ) -> str:
-    continues = continues_last_turn(messages)
+    """Return the chat template's text of `plain_messages`.
+
+    `answers`: True ends the text with the generation prompt, and False ends it with the last message. None continues
+    the last message if it is the assistant's, and ends with the generation prompt otherwise.
+
+    Raises:
+        ValueError: the template fails, or uses what the sandbox forbids.
+    """
+    continues = answers is None and continues_last_turn(messages)
     try:
         text = tokenizer.apply_chat_template(
             messages,
             tools=list(tools) if tools else None,
             tokenize=False,
-            add_generation_prompt=not continues,
+            add_generation_prompt=not continues if answers is None else answers,
             continue_final_message=continues,
             **variables,
         )
