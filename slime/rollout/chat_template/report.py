@@ -9,6 +9,7 @@ whole conversation is rendered again. `suffix` never does that.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ class _Probe:
             texts = [self.render(messages[:end], tools=tools) for end in ends]
         except ValueError:  # a limit, which is reported as such
             return None
-        for shorter, longer in zip(texts, texts[1:], strict=False):
+        for shorter, longer in itertools.pairwise(texts):
             if not longer.startswith(shorter):
                 return _first_difference(shorter, longer)
             ids, more = tokenize(self._tokenizer, [shorter, longer], add_special_tokens=False)
