@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -88,3 +89,29 @@ def test_every_module_is_there_and_documented() -> None:
     for module in checks.MODULES:
         assert (ROOT / "tests" / "gpu" / f"{module}.py").is_file()
         assert f"\n| `{module}` |" in page
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules that a file imports, also within its functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_checks_import_test_modules_from_the_root() -> None:
+    folders = [path for path in (ROOT / "tests").iterdir() if path.is_dir()]
+    bare = {path.stem for folder in (ROOT / "tests", *folders) for path in folder.glob("*.py")} - {"__init__"}
+    waiting, seen = sorted((ROOT / "tests" / "gpu").glob("*.py")), set[Path]()
+    while waiting:
+        path = waiting.pop()
+        seen.add(path)
+        names = imported(path)
+        # pytest adds the folders of tests to sys.path; `python -m tests.gpu` finds only what begins with `tests.`
+        assert not names & bare, path
+        files = [(ROOT / name.replace(".", "/")).with_suffix(".py") for name in names if name.startswith("tests.")]
+        waiting += [file for file in files if file.is_file() and file not in seen]
+    assert ROOT / "tests" / "forked_engine.py" in seen

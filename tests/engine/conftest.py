@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from forked_engine import ForkedEngine
 from tiny_models import StartEngine
+
+from tests.forked_engine import ForkedEngine
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 import tiny_models
-from forked_engine import ForkedEngine
 from tiny_models import StartEngine
 
 from slime.config.args import Args
@@ -32,6 +31,7 @@ from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingPar
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.engine.weight_group import WeightGroup, join_weight_group
 from slime.models.hf_files import HFReader
+from tests.forked_engine import ForkedEngine
 
 T = TypeVar("T")
 GROUP = "test_group"

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from forked_engine import ForkedEngine
 from test_scheduler import Bench, make_bench, prompts, request
 from tiny_models import StartEngine
 
@@ -21,6 +20,7 @@ from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.fixed_shapes import SIZES, SPARE_ROWS, FixedShapes, find_sizes
 from slime.engine.external import check_model
 from slime.engine.protocol import EngineInfo
+from tests.forked_engine import ForkedEngine
 
 Answer = tuple[list[int], list[float]]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_engine import ForkedEngine
 from tiny_models import StartEngine
 
 from slime.config.architecture import hf_architecture, read_hf_config
@@ -18,6 +17,7 @@ from slime.engine.external import FoundEngines, check_model, find_engines, free_
 from slime.engine.protocol import WEIGHT_GROUP, EngineInfo, GenerateRequest, SamplingParams
 from slime.engine.server_process import find_free_port
 from slime.engine.weight_group import join_weight_group
+from tests.forked_engine import ForkedEngine
 
 
 def found(urls: list[str], model: Path, **flags: Any) -> FoundEngines:

@@ -8,12 +8,12 @@ import json
 from typing import Any
 from urllib.parse import urlsplit
 
-from forked_engine import ForkedEngine
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from slime.engine.embedded.server import MAX_BODY
 from slime.engine.protocol import Endpoint
+from tests.forked_engine import ForkedEngine
 
 GENERATE: dict[str, Any] = {
     "input_ids": [1, 40, 50],

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from forked_engine import ForkedEngine
 from recording_engine import recording_engine
 from tiny_models import StartEngine
 
@@ -20,6 +19,7 @@ from slime.engine.keys import NO_KEYS, Keys
 from slime.engine.launch import launch_router
 from slime.engine.membership import LABEL, Member, Membership, external_router_url, register_worker
 from slime.engine.server_process import ManagedProcess, ask, find_free_port
+from tests.forked_engine import ForkedEngine
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from forked_engine import ForkedEngine
 
 from slime.engine.protocol import Endpoint
+from tests.forked_engine import ForkedEngine
 
 
 class Touches:

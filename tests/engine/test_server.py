@@ -15,8 +15,9 @@ from typing import Any
 import engine_faults_for_tests
 import pytest
 import tiny_models
-from forked_engine import ForkedEngine
 from tiny_models import StartEngine
+
+from tests.forked_engine import ForkedEngine
 
 
 def call(url: str, body: Any = None, *, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:

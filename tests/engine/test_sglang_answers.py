@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import tiny_models
-from forked_engine import ForkedEngine
 from sglang_answers import COUNT, INPUT_LOG_PROBS, NEW, OLD, ROWS, STOP, TEXT, Answer
 from test_server import call, generate, start_generation
+
+from tests.forked_engine import ForkedEngine
 
 SEED = 3
 INPUT = [1, 40, 50]

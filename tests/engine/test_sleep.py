@@ -11,7 +11,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from forked_engine import ForkedEngine
 from test_server import call, generate, start_generation
 from tiny_models import StartEngine
 
@@ -26,6 +25,7 @@ from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.models.hf_files import HFReader
 from slime.sync.buckets import Buckets
 from slime.sync.colocate import HostBuffer
+from tests.forked_engine import ForkedEngine
 
 IDS = [1, 40, 50]
 EVERYTHING = ["weights", "kv_cache", "cuda_graph"]

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forked_engine import ForkedEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tests.forked_engine import ForkedEngine
 
 SPECIALS = ["<|endoftext|>", "<|user|>"]
 VOCABULARY = SPECIALS + ["\n"] + [chr(c) for c in range(32, 127)]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_engine import ForkedEngine
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +20,7 @@ from slime.engine.membership import register_worker
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.rollout.context import RolloutContext
 from slime.rollout.reward_pool.pool import RewardPool
+from tests.forked_engine import ForkedEngine
 
 SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
 TEMPLATE = (

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from forked_engine import ForkedEngine
 from scripted_engine import END, ScriptedEngine, check_drawn, draw
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +22,7 @@ from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.generate import generate_sample, sampling_seed
 from slime.rollout.reward_pool.pool import RewardPool
+from tests.forked_engine import ForkedEngine
 
 Write = Callable[..., str]
 
