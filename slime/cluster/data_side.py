@@ -16,7 +16,7 @@ from typing import Any
 from slime.cluster.engine_side import NoEngines
 from slime.config.args import Args
 from slime.core.batch import TrainBatch, from_samples
-from slime.core.plugins import load_hook
+from slime.core.plugins import hook_errors, hook_function, load_hook
 from slime.core.sample import Sample
 from slime.rollout.acceptance import mask_truncated
 from slime.rollout.context import RolloutContext, RolloutResult
@@ -57,8 +57,10 @@ class DataSide:
         tokenizer = load_tokenizer(args)
         self._source: TrackedSource | None = None
         if args.prompt_data is not None or args.has_own_data_source:
-            self._source = TrackedSource(load_hook("data_source_path", args.data_source_path)(args, tokenizer))
-        self._rollout_function = load_hook("rollout_function_path", args.rollout_function_path)
+            source = load_hook("data_source_path", args.data_source_path)
+            with hook_errors("data_source_path", args.data_source_path):
+                self._source = TrackedSource(source(args, tokenizer))
+        self._rollout_function = hook_function("rollout_function_path", args.rollout_function_path)
         self._rewards = RewardPool(args)
         self.context = RolloutContext(args=args, client=None, tokenizer=tokenizer, rewards=self._rewards)
         self._made: _Made | None = None
@@ -89,7 +91,7 @@ class DataSide:
         samples = [sample for group in groups for sample in group]
         self._write_samples(rollout_id, samples)
         if args.custom_rollout_log_function_path is not None:
-            log = load_hook("custom_rollout_log_function_path", args.custom_rollout_log_function_path)
+            log = hook_function("custom_rollout_log_function_path", args.custom_rollout_log_function_path)
             log(args, rollout_id, samples, metrics)
         return self._to_batch(samples), metrics
 
@@ -113,7 +115,7 @@ class DataSide:
         mask_truncated(args, samples)
         if args.custom_convert_samples_to_train_data_path is not None:
             path = args.custom_convert_samples_to_train_data_path
-            return load_hook("custom_convert_samples_to_train_data_path", path)(args, samples)
+            return hook_function("custom_convert_samples_to_train_data_path", path)(args, samples)
         return from_samples(samples, args.reward_key)
 
     async def evaluate(self, rollout_id: int, engines: NoEngines) -> dict[str, float]:
@@ -123,7 +125,7 @@ class DataSide:
     async def _call_eval_function(self, rollout_id: int) -> dict[str, float]:
         path = self._args.eval_function_path
         if path is not None:
-            result = load_hook("eval_function_path", path)(self._args, rollout_id, self.context)
+            result = hook_function("eval_function_path", path)(self._args, rollout_id, self.context)
             return await result if inspect.isawaitable(result) else result
         return await self._evaluator.run(rollout_id, self.context)
 

@@ -18,6 +18,7 @@ from typing import Any
 from slime.cluster.data_side import DataSide
 from slime.cluster.engine_side import NoEngines, connect
 from slime.cluster.engine_supervisor import EnginesState, EngineUp
+from slime.cluster.portable import portable_errors
 from slime.config.args import Args
 from slime.config.secrets import masker_of
 from slime.core.batch import TrainBatch
@@ -28,6 +29,7 @@ from slime.engine.server_process import ManagedProcess
 from slime.observability.logs import collected_warnings, log_to_file
 
 
+@portable_errors
 class RolloutManager:
     """Makes one rollout at a time, as an async Ray actor; evaluations and state calls may arrive meanwhile."""
 

@@ -2,7 +2,7 @@
 
 - Called by: `Cluster` places the actors on their bundles and calls them. The work is in `training_rank` and
   `engine.launch`.
-- Invariant: what an actor raises can be pickled.
+- Invariant: what an actor raises can be read by the driver (see `portable`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from slime.cluster.portable import portable_errors
 from slime.config.args import Args
 from slime.config.secrets import masker_of
 from slime.core.batch import TrainBatch
@@ -36,6 +37,7 @@ def _build_rank(args: Args, rank: int, init_method: str) -> TrainingRank:
 
 
 @ray.remote
+@portable_errors
 class TrainWorker:
     """One rank of training, as a Ray actor."""
 
@@ -92,6 +94,7 @@ class TrainWorker:
 
 
 @ray.remote
+@portable_errors
 class EngineWorker:
     """Owns one engine process. With Ray's `max_concurrency`, `stop` and other calls run while the engine starts."""
 

@@ -13,7 +13,8 @@ ValueError
     └── InexactError (rollout.rewards.answers.exact)       the answer has no exact value
 RuntimeError
 ├── RunError                                               a run that had started has failed: phase, process, cause
-│   └── Fault                                              a process was lost: the run may be started again
+│   ├── Fault                                              a process was lost: the run may be started again
+│   └── HookFailed (core.plugins)                          a hook raised an error
 ├── BadStepError (megatron.nan_guard)                      a step was not taken; no weight has changed
 ├── EngineError (engine.connection)                        an engine or the router did not answer as it should
 └── EngineFailed (engine.embedded.server)                  the embedded engine's scheduler has ended

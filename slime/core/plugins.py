@@ -1,19 +1,23 @@
 """The one table of hooks, and the check of the user code that they name.
 
-- Used by: `config.rules` checks the path and signature of every hook before anything starts; the place that calls a
-  hook loads it with `load_hook`.
-- Invariant: a hook is called with exactly the parameters that HOOKS declares.
+- Used by: `config.rules` checks the path and signature of every hook before anything starts with `load_hook`; the place
+  that calls a hook gets it from `hook_function`.
+- Invariant: a hook is called with exactly the parameters that HOOKS declares. What it raises becomes a HookFailed,
+  which every process can read, whatever the hook's own exception needs.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from slime.core.errors import RunError
 from slime.core.printable import one_line, printable
-from slime.core.user_code import FORMS, load
+from slime.core.user_code import FORMS, described, load, place_of
 
 T = TypeVar("T")
 
@@ -223,3 +227,48 @@ def load_hook(name: str, path: str) -> Callable[..., Any]:
             remedy += f" and the members {', '.join(hook.members)}"
         raise HookError(hook.flag, path, problem, remedy)
     return function
+
+
+class HookFailed(RunError):
+    """A hook raised an error; the text names flag, path, the error and its place. The error itself is the cause."""
+
+
+@contextmanager
+def hook_errors(name: str, path: str) -> Generator[None]:
+    """Turn what the hook `name` (a key of HOOKS) raises in the block, even SystemExit, into a HookFailed.
+
+    Errors of slime and torch pass: a lost engine or a lost peer is not the hook's fault. So do those of built-in hooks.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if path.startswith("slime.") or type(error).__module__.partition(".")[0] in ("slime", "torch"):
+            raise
+        raise hook_failed(name, path, error) from error
+
+
+def hook_failed(name: str, path: str, error: BaseException) -> HookFailed:
+    """Return the HookFailed for an error that the hook `name` raised."""
+    place = place_of(error)
+    where = "" if place is None else f" ({place})"
+    return HookFailed(f"{HOOKS[name].flag} {printable(path)}: it raised {described(error)}{where}")
+
+
+def hook_function(name: str, path: str) -> Callable[..., Any]:
+    """Return the function for the hook `name` as `load_hook` does; what it raises when it is called is a HookFailed."""
+    function = load_hook(name, path)
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def call_async(*arguments: Any) -> Any:
+            with hook_errors(name, path):
+                return await function(*arguments)
+
+        return call_async
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        with hook_errors(name, path):
+            return function(*arguments)
+
+    return call

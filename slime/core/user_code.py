@@ -14,6 +14,7 @@ import site
 import sys
 import sysconfig
 import traceback
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from slime.core.printable import printable
 
 MAX_PATH = 1000
 """Characters of a path."""
+_OF_SLIME = str(Path(__file__).parents[1]) + os.sep
 FORMS = "package.module.name, or path/to/file.py:name"
 
 
@@ -70,15 +72,20 @@ def search_current_folder() -> None:
         sys.path.append(here)
 
 
+@cache
+def _installed() -> frozenset[str]:
+    """Return the folders of Python's own modules and of installed packages."""
+    own = {sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return frozenset([*own, *site.getsitepackages(), site.getusersitepackages(), "<frozen ", "<string>"])
+
+
 def own_folders() -> list[str]:
     """Return the folders that are searched for a user's modules: sys.path without Python's own and installed ones."""
-    installed = {sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-    installed |= {*site.getsitepackages(), site.getusersitepackages()}
     folders = [os.path.abspath(entry) for entry in sys.path if not entry.endswith(".zip")]
     return [
         folder
         for folder in dict.fromkeys(folders)
-        if not any(folder == own or folder.startswith(f"{own}{os.sep}") for own in installed)
+        if not any(folder == own or folder.startswith(f"{own}{os.sep}") for own in _installed())
     ]
 
 
@@ -154,13 +161,21 @@ def _failure(what: str, error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str | None:
-    """Return where in code outside of slime and the import system an error was raised: `file.py:12 in name`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = str(Path(__file__).parents[1])
-    for frame in reversed(frames):
-        if (
-            not frame.filename.startswith((own, "<frozen importlib", "<string>"))
-            and "/importlib/" not in frame.filename
-        ):
-            return f"{frame.filename}:{frame.lineno} in {frame.name}"
+    """Return where an error was raised, `file.py:12 in name`: the innermost line of user code, if there is any.
+
+    Lines of slime, of Python and of installed packages count only if there are no others; slime's never do.
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OF_SLIME)]
+    theirs = [frame for frame in frames if not frame.filename.startswith(tuple(_installed()))]
+    for frame in reversed(theirs or frames):
+        return f"{frame.filename}:{frame.lineno} in {frame.name}"
     return None
+
+
+def described(error: BaseException, limit: int = 1000) -> str:
+    """Return type and text of an error, also of one whose text cannot be made; at most `limit` characters."""
+    try:
+        text = str(error)
+    except Exception as another:  # noqa: BLE001 (a user's exception may not even have a text)
+        text = f"(its text raised a {type(another).__name__})"
+    return f"{type(error).__name__}: {text[:limit]}{'...' if len(text) > limit else ''}"

@@ -21,7 +21,7 @@ from slime.algo.reducers import loss_weights, whiten
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
 from slime.core.columns import Array, with_declared_dtypes
-from slime.core.plugins import load_hook
+from slime.core.plugins import hook_function
 
 Columns = Mapping[str, Array]
 
@@ -32,7 +32,7 @@ def loss_of(args: Args) -> Loss:
         return LOSSES[args.loss_type]
     if args.custom_loss_function_path is None:
         raise ValueError("--loss-type custom_loss: --custom-loss-function-path is not given; name your loss")
-    return load_hook("custom_loss_function_path", args.custom_loss_function_path)
+    return hook_function("custom_loss_function_path", args.custom_loss_function_path)
 
 
 def loss_options(args: Args) -> LossOptions:
@@ -112,7 +112,7 @@ def advantage_columns(
     counted_R = np.repeat(counted_N, batch.response_lengths_N)
     if args.custom_advantage_function_path is not None:
         read = TrainBatch(batch.total_lengths_N, batch.response_lengths_N, columns)
-        advantages_R = _by_hook(args, args.custom_advantage_function_path, read)
+        advantages_R = advantages_by_hook(args, args.custom_advantage_function_path, read)
     else:
         options = AdvantageOptions(
             normalize_std=not args.disable_grpo_std_normalization,
@@ -132,8 +132,13 @@ def advantage_columns(
     return with_declared_dtypes(made), metrics | _distillation_metrics(args, columns, counted_R)
 
 
-def _by_hook(args: Args, path: str, batch: TrainBatch) -> Array:
-    advantages_R = np.asarray(load_hook("custom_advantage_function_path", path)(args, batch))
+def advantages_by_hook(args: Args, path: str, batch: TrainBatch) -> Array:
+    """Return the advantages of --custom-advantage-function-path.
+
+    Raises:
+        ValueError: it returned another number of them than there are response tokens.
+    """
+    advantages_R = np.asarray(hook_function("custom_advantage_function_path", path)(args, batch))
     num_responses = int(batch.response_lengths_N.sum())
     if advantages_R.shape != (num_responses,):
         raise ValueError(

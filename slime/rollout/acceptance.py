@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from slime.config.args import Args
-from slime.core.plugins import load_hook
+from slime.core.plugins import hook_function
 from slime.core.sample import Sample, Status
 from slime.core.user_code import split_path
 
@@ -43,7 +43,7 @@ def _load_filter(args: Args) -> Callable[[list[Sample]], str | None] | None:
     path = args.dynamic_sampling_filter_path
     if path is None:
         return None
-    function = load_hook("dynamic_sampling_filter_path", path)
+    function = hook_function("dynamic_sampling_filter_path", path)
 
     def drop_reason(samples: list[Sample]) -> str | None:
         verdict = function(args, samples)
@@ -65,12 +65,12 @@ def post_process(args: Args, samples: list[Sample]) -> None:
         for sample in samples:
             if sample.loss_mask is None:
                 sample.loss_mask = [1] * sample.response_length
-        load_hook("rollout_sample_filter_path", args.rollout_sample_filter_path)(args, samples)
+        hook_function("rollout_sample_filter_path", args.rollout_sample_filter_path)(args, samples)
         for sample in samples:
             sample.check()
     path = args.custom_reward_post_process_path
     if path is not None:
-        rewards = list(load_hook("custom_reward_post_process_path", path)(args, samples))
+        rewards = list(hook_function("custom_reward_post_process_path", path)(args, samples))
         if len(rewards) != len(samples):
             raise ValueError(
                 f"--custom-reward-post-process-path {path}: it returned {len(rewards)} rewards for {len(samples)} "

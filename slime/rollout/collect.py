@@ -26,8 +26,8 @@ from slime.rollout.acceptance import Acceptance, post_process
 from slime.rollout.context import DataSource, RolloutContext, RolloutResult, request_slots
 from slime.rollout.group import GroupRun, GroupRunner, has_begun, oldest_version
 from slime.rollout.metrics import Tally, rollout_metrics
-from slime.rollout.reward_failures import RewardFailures
 from slime.rollout.reward_pool.verdict import failure_kind
+from slime.rollout.sample_failures import HOOK_FAILED, SampleFailures
 from slime.rollout.waves import Waves
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ async def generate_rollout(
     """Generate, judge and filter `--rollout-batch-size` groups.
 
     Raises:
-        RuntimeError: nothing was kept in --max-empty-waves waves, every request of a wave failed, more rewards failed
-            than --max-reward-failures allows, or the engines do not end aborted requests.
+        RuntimeError: nothing was kept in --max-empty-waves waves, every request of a wave failed, more rewards or
+            generate functions failed than their limits allow, or the engines do not end aborted requests.
     """
     collector = _Collector(args, rollout_id, data_source, context, await request_slots(args, context))
     groups = await collector.run()
@@ -59,9 +59,9 @@ class _Collector:
         self._rollout_id = rollout_id
         self._data_source = data_source
         self._context = context
-        self._runner = GroupRunner(args, context, slots)
+        self._runner = GroupRunner(args, context, slots, rollout_id)
         self._acceptance = Acceptance(args)
-        self._reward_failures = RewardFailures(args, rollout_id)
+        self._sample_failures = SampleFailures(args, rollout_id)
         self._waves = Waves(args, rollout_id)
         self._pending: dict[asyncio.Task[None], GroupRun] = {}
         """The running tasks, in the order in which they were started."""
@@ -77,7 +77,7 @@ class _Collector:
             while self._num_missing() > 0:
                 self._refill()
                 self._settle(await self._next_ended())
-            await self._runner.stop(self._rollout_id)
+            await self._runner.stop()
         finally:
             errors = await self._cancel_pending()
         if errors:
@@ -145,7 +145,7 @@ class _Collector:
             group.mark()
             self._cut_off.append(group)
             return
-        self._reward_failures.count(group.samples)
+        self._sample_failures.count(group.samples)
         self._count_failures(group.samples)
         reason = self._acceptance.drop_reason(group.samples)
         if reason is None:
@@ -160,6 +160,9 @@ class _Collector:
             if sample.status is not Status.FAILED or sample.reward_failure is None:
                 continue
             kind = failure_kind(sample.reward_failure)
+            if kind == failure_kind(HOOK_FAILED):  # its traceback is logged when it fails
+                self.tally.failed_generations += 1
+                continue
             if kind not in self.tally.failed_rewards:
                 logger.warning("rollout %d, sample %d: %s", self._rollout_id, sample.index, sample.reward_failure)
             self.tally.failed_rewards[kind] += 1

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from slime.config.args import Args
 from slime.config.context import longest_prompt
 from slime.config.data_rows import DataKeys
-from slime.core.plugins import load_hook
+from slime.core.plugins import hook_function
 from slime.core.sample import Sample
 from slime.rollout.filter_hub.buffer_filters import pop_first
 from slime.rollout.prompts import load_prompts
@@ -38,9 +38,8 @@ class DataBuffer:
         self._args = args
         keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
         self._data = load_prompts(args.prompt_data, args, tokenizer, keys, longest=longest_prompt(args))
-        self._filter = (
-            pop_first if args.buffer_filter_path is None else load_hook("buffer_filter_path", args.buffer_filter_path)
-        )
+        path = args.buffer_filter_path
+        self._filter = pop_first if path is None else hook_function("buffer_filter_path", path)
         self._buffer: list[list[Sample]] = []
         self._epoch = 0
         self._cursor = 0

@@ -20,6 +20,8 @@ from slime.config.args import Args
 from slime.config.context import rollout_limits
 from slime.config.eval_data import EvalDataset, eval_datasets
 from slime.config.prompt_format import PromptFormat
+from slime.core.failure_log import FailureLog
+from slime.core.plugins import HookFailed
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
 from slime.rollout.context import RolloutContext, gather_or_cancel, request_slots
@@ -28,6 +30,7 @@ from slime.rollout.metrics import entry_metrics, sample_metrics
 from slime.rollout.prompts import Prompt, PromptSet, load_prompts
 from slime.rollout.reward_pool.verdict import check_own_reward
 from slime.rollout.rewards.reward import reward_of, reward_type
+from slime.rollout.sample_failures import ENGINE_FAILED, HOOK_FAILED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +79,7 @@ class Evaluator:
         args = replace(self._args, use_routing_replay=False)  # nothing is trained on these
         count = dataset.n_samples_per_eval_prompt
         generate = load_generate(args)
+        failures = FailureLog(logger)
         params = replace(
             rollout_sampling_params(args),
             temperature=dataset.temperature,
@@ -92,7 +96,10 @@ class Evaluator:
                         if sample.status is not Status.ABORTED:
                             break
                 except EngineError as error:
-                    return sample.to_failed(f"generation failed: {error}")
+                    return sample.to_failed(f"{ENGINE_FAILED}: {error}")
+                except HookFailed as error:
+                    failures.add(f"evaluation on {dataset.name}, sample {sample.index}", error.__cause__ or error)
+                    return sample.to_failed(f"{HOOK_FAILED}: {error}")
             check_own_reward(sample, args.reward_key)
             if sample.status is Status.ABORTED:
                 sample.reward_failure = f"aborted by the engine, {_MAX_ABORTS} times"

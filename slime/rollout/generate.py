@@ -13,15 +13,16 @@ import hashlib
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from slime.config.args import Args
 from slime.config.context import rollout_limits
 from slime.config.sampling_record import OFF, SamplingRecord
-from slime.core.plugins import load_hook
+from slime.core.plugins import hook_failed, load_hook
 from slime.core.sample import Sample, Status
+from slime.engine.client import EngineError
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
 from slime.rollout.endings import cut_at_stop_across_parts, has_ended
 
@@ -67,27 +68,62 @@ def sampling_seed(*parts: object) -> int:
 
 
 def load_generate(args: Args) -> Generate:
-    """Return `generate_sample`, or the user's function; a user's function that is not async runs in a thread."""
-    if args.custom_generate_function_path is None:
+    """Return `generate_sample`, or the user's function; a user's function that is not async runs in a thread.
+
+    What the user's function raises becomes a HookFailed: also SystemExit, or a cancellation that nobody here asked for.
+    An EngineError stays one, even if the function has raised another error because of it.
+    """
+    path = args.custom_generate_function_path
+    if path is None:
         return generate_sample
-    function = load_hook("custom_generate_function_path", args.custom_generate_function_path)
+    function = load_hook("custom_generate_function_path", path)
 
     async def generate(args: Args, sample: Sample, params: SamplingParams, context: RolloutContext) -> Sample:
         group_index, index = sample.group_index, sample.index  # a new Sample would lose them
-        if inspect.iscoroutinefunction(function):
-            result = await function(args, sample, params, context)
-        else:
-            result = await asyncio.to_thread(function, args, sample, params, context)
-        if not isinstance(result, Sample):
-            raise ValueError(
-                f"--custom-generate-function-path {args.custom_generate_function_path}: it returned a "
-                f"{type(result).__name__}; it has to return the Sample"
-            )
-        result.group_index, result.index = group_index, index
-        result.check()
+        try:
+            if inspect.iscoroutinefunction(function):
+                result = await function(args, sample, params, context)
+            else:
+                result = await asyncio.to_thread(_without_stop_iteration, function, args, sample, params, context)
+            if not isinstance(result, Sample):
+                raise TypeError(f"it returned a {type(result).__name__}; it has to return the Sample")
+            result.group_index, result.index = group_index, index
+            result.check()
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            lost = engine_error_in(error)
+            if lost is not None:
+                raise lost from None
+            raise hook_failed("custom_generate_function_path", path, error) from error
         return result
 
     return generate
+
+
+def _without_stop_iteration(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function; no future can hold a StopIteration, so whoever waits for the thread would wait for ever."""
+    try:
+        return function(*arguments)
+    except StopIteration as error:
+        raise RuntimeError("the function raised StopIteration") from error
+
+
+def engine_error_in(error: BaseException) -> EngineError | None:
+    """Return the EngineError that is the error, is one of its group, or led to it; None if there is none."""
+    seen: set[int] = set()
+    todo = [error]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, EngineError):
+            return one
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        todo += [cause for cause in (one.__cause__, one.__context__) if cause is not None]
+        todo += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+    return None
 
 
 async def generate_sample(

@@ -13,12 +13,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from slime.config.args import Args
 from slime.core.awake import awake_timeout
+from slime.core.failure_log import FailureLog
+from slime.core.plugins import HookFailed
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
 from slime.engine.protocol import SamplingParams
@@ -26,8 +29,10 @@ from slime.rollout.context import RolloutContext, gather_or_cancel
 from slime.rollout.generate import Generate, load_generate, rollout_sampling_params, room, sampling_seed
 from slime.rollout.intervals import PhaseIntervals
 from slime.rollout.reward_pool.verdict import check_own_reward
+from slime.rollout.sample_failures import ENGINE_FAILED, HOOK_FAILED
 from slime.rollout.waves import Wave
 
+logger = logging.getLogger(__name__)
 _ABORT_TIMEOUT = 60.0
 """Seconds that engines have to end all requests after an abort, on top of the time that it takes to find a hung one."""
 _ABORT_INTERVAL = 0.25
@@ -69,6 +74,10 @@ class GroupRun:
         self.samples[place] = sample
         self._tokens += max(0, num_tokens)
 
+    def fail(self, place: int, reason: str) -> None:
+        """Record that a sample failed; it is made from the sample as drawn, whatever a hook did to the copy."""
+        self.put(place, self._drawn[place].copy().to_failed(reason), 0)
+
     def publish(self, place: int) -> None:
         """Show the finished sample to everyone who looks at the groups in flight."""
         self._handed_out[place] = self.samples[place]
@@ -101,6 +110,15 @@ class GroupRun:
         return bare
 
 
+def _is_broken(sample: Sample) -> bool:
+    """Return whether a hook has left the sample with fields that contradict each other."""
+    try:
+        sample.check()
+    except ValueError:
+        return True
+    return False
+
+
 def has_begun(sample: Sample) -> bool:
     return sample.response_length > 0 or sample.reward is not None
 
@@ -108,16 +126,18 @@ def has_begun(sample: Sample) -> bool:
 class GroupRunner:
     """Runs the groups of one rollout; `slots` limits the requests in flight."""
 
-    def __init__(self, args: Args, context: RolloutContext, slots: asyncio.Semaphore) -> None:
+    def __init__(self, args: Args, context: RolloutContext, slots: asyncio.Semaphore, rollout_id: int) -> None:
         self._args = args
         self._context = context
+        self._rollout_id = rollout_id
         self._slots = slots
         self._generate: Generate = load_generate(args)
         self._params = rollout_sampling_params(args)
         self._stopping = False
         self._idle = asyncio.Event()
         self.intervals = PhaseIntervals()
-        self.last_error: EngineError | None = None
+        self.last_error: EngineError | HookFailed | None = None
+        self._failures = FailureLog(logger)
 
     async def run(self, group: GroupRun) -> None:
         """Run the group until every sample has ended or is cut off, or until the rollout stops."""
@@ -150,14 +170,23 @@ class GroupRunner:
         fruitless = 0
         while not self._stopping:
             sample = group.samples[place]
-            before = sample.response_length
+            before, status = sample.response_length, sample.status
+            kept = sample.copy() if self._args.custom_generate_function_path is not None else sample
             try:
                 with self._request():
                     sample = await self._generate(self._args, sample, params, self._context)
             except EngineError as error:
                 self.last_error = error
-                group.put(place, sample.to_failed(f"generation failed: {error}"), 0)
+                group.fail(place, f"{ENGINE_FAILED}: {error}")
                 return
+            except HookFailed as error:
+                if not self._was_aborted(sample, status, before):
+                    self.last_error = error
+                    self._failures.add(f"rollout {self._rollout_id}, sample {sample.index}", error.__cause__ or error)
+                    group.fail(place, f"{HOOK_FAILED}: {error}")
+                    return
+                sample = kept if _is_broken(sample) else sample
+                sample.status = Status.ABORTED
             num_tokens = sample.response_length - before
             group.put(place, sample, num_tokens)
             if sample.status is not Status.ABORTED:
@@ -166,11 +195,18 @@ class GroupRunner:
                 return
             fruitless = 0 if num_tokens else fruitless + 1
             if fruitless == _MAX_FRUITLESS:
-                reason = f"generation failed: {fruitless} requests in a row were aborted without a token"
-                group.put(place, sample.to_failed(reason), 0)
+                group.fail(place, f"{ENGINE_FAILED}: {fruitless} requests in a row were aborted without a token")
                 return
             if fruitless:
                 await asyncio.sleep(min(_LONGEST_PAUSE, _FRUITLESS_PAUSE * 2 ** (fruitless - 1)))
+
+    def _was_aborted(self, sample: Sample, status: Status, before: int) -> bool:
+        """Return whether a generate function failed because its request was aborted: it has only a part of its turn.
+
+        `status` and `before`: status and length of the sample when the function was called.
+        """
+        newly = sample.status is Status.ABORTED and (status is not Status.ABORTED or sample.response_length > before)
+        return self._stopping or newly
 
     def _params_of(self, sample: Sample) -> SamplingParams:
         """Return the sampling parameters, with the seed of the rollout in which the sample began.
@@ -199,7 +235,7 @@ class GroupRunner:
             if not self.intervals.requests_in_flight:
                 self._idle.set()
 
-    async def stop(self, rollout_id: int) -> None:
+    async def stop(self) -> None:
         """Send no more requests, abort those in flight, and wait until they have ended.
 
         Raises:
@@ -219,7 +255,7 @@ class GroupRunner:
                         await asyncio.wait_for(self._idle.wait(), _ABORT_INTERVAL)
         except TimeoutError as error:
             raise RuntimeError(
-                f"rollout {rollout_id}: {self.intervals.requests_in_flight} requests are still running "
+                f"rollout {self._rollout_id}: {self.intervals.requests_in_flight} requests are still running "
                 f"{limit:g} s after the engines were asked to abort them; {problem}"
             ) from error
 

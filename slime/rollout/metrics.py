@@ -33,6 +33,8 @@ class Tally:
     restarted_groups: int = 0
     dropped_groups: Counter[str] = field(default_factory=Counter[str])
     failed_rewards: Counter[str] = field(default_factory=Counter[str])
+    failed_generations: int = 0
+    """Samples whose custom generate function failed."""
 
 
 def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -104,6 +106,8 @@ def rollout_metrics(
         metrics["rollout/offpolicy_tokens"] = statistics.fmean(version < policy_version for version in versions)
     for reason, count in sorted(tally.dropped_groups.items()):
         metrics[f"rollout/groups_dropped/{reason}"] = count
+    if tally.failed_generations:
+        metrics["rollout/generation_failed"] = tally.failed_generations
     for reason, count in sorted(tally.failed_rewards.items()):
         metrics[f"rollout/reward_failed/{reason}"] = count
     return metrics

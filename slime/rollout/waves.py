@@ -62,7 +62,7 @@ class Waves:
         if wave.failed == self.size:
             raise RuntimeError(
                 f"rollout {self._rollout_id}: generation failed for all of {wave.failed} groups, the last error: "
-                f"{last_error}; the engines' logs have the reason"
+                f"{last_error}; the logs of the engines and of the rollout have the reason"
             ) from last_error
         self._empty += 1
         if self._empty == self._max_empty:

@@ -52,4 +52,4 @@ def test_a_missing_or_misplaced_error_is_noticed() -> None:
     text = errors.__doc__ or ""
     assert tree_in_docstring(text.replace("(core.plugins)", "(core.hooks)")) != tree_in_code()
     assert tree_in_docstring(re.sub(r"\n.*HookError.*", "", text)) != tree_in_code()
-    assert tree_in_docstring(text.replace("│   └── Fault", "├── Fault    ")) != tree_in_code()
+    assert tree_in_docstring(text.replace("│   ├── Fault", "├── Fault    ")) != tree_in_code()

@@ -461,7 +461,7 @@ def test_requests_that_do_not_end_end_the_run(
         run_with_engines(args, work)
 
 
-def test_an_error_in_a_hook_ends_the_run(
+def test_errors_of_a_generate_function_end_the_run(
     run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     args = _args(data_file(_rows(4)), custom_generate_function_path="rewards_for_tests.generate_broken")
@@ -469,7 +469,9 @@ def test_an_error_in_a_hook_ends_the_run(
     async def work(context: RolloutContext) -> None:
         await generate_rollout(args, 0, DataBuffer(args, tokenizer), context)
 
-    with pytest.raises(LookupError, match="a mistake"):
+    with pytest.raises(
+        RuntimeError, match=r"more than --max-generation-failures 0\.5 allows; .*LookupError: a mistake"
+    ):
         run_with_engines(args, work)
 
 

@@ -96,6 +96,18 @@ class RolloutOptions:
         ge=0,
         le=1,
     )
+    max_generation_failures: float = flag(
+        0.5,
+        "Fraction of a rollout's samples whose --custom-generate-function-path may fail. Each failure costs its own "
+        "sample and is counted. Above this fraction the run ends and reports the last one. 1: it never ends for this.",
+        ge=0,
+        le=1,
+        needs=Needs(
+            ("custom_generate_function_path",),
+            why="engines alone generate the samples",
+            remedy="add --custom-generate-function-path",
+        ),
+    )
     reward_key: str | None = flag(None, "The entry to train on if a reward function returns a dict.")
     num_rollout: int | None = flag(None, "Number of rollouts to run; 0 evaluates and stops.", ge=0)
     num_epoch: int | None = flag(

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from slime.config.args import Args
-from slime.core.plugins import hook_path, load_hook
+from slime.core.plugins import hook_function, hook_path
 from slime.megatron.model.attention import PackedAttention
 from slime.megatron.model.kernels import rms_norm, swiglu
 from slime.megatron.model.moe import ExpertRouter, Experts, ExpertsLayer
@@ -97,7 +97,7 @@ def layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -> ModuleS
     path = hook_path(args.spec)
     if path is None:
         return built_in_layer_spec(args, config, layer)
-    spec = load_hook("spec", path)(args, config)
+    spec = hook_function("spec", path)(args, config)
     parts = spec.submodules if isinstance(spec, ModuleSpec) else None
     attention = parts.self_attention if isinstance(parts, TransformerLayerSubmodules) else None
     inner = attention.submodules if isinstance(attention, ModuleSpec) else None

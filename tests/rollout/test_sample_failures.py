@@ -1,4 +1,4 @@
-"""--max-reward-failures: how many failed rewards a rollout accepts, tested alone and in a rollout."""
+"""How many samples a rollout accepts whose reward or whose custom generate function failed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slime.core.sample import Sample, Status
 from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
-from slime.rollout.reward_failures import RewardFailures
+from slime.rollout.sample_failures import SampleFailures
 
 
 def group(*failures: str | None) -> list[Sample]:
@@ -31,7 +31,7 @@ ERROR = "error: KeyError: 'answer'"
 
 
 def test_the_share_counts_at_least_a_batch() -> None:
-    failures = RewardFailures(Args(rollout_batch_size=4, n_samples_per_prompt=2, max_reward_failures=0.5), 3)
+    failures = SampleFailures(Args(rollout_batch_size=4, n_samples_per_prompt=2, max_reward_failures=0.5), 3)
     failures.count(group("timeout", ERROR))  # two of two, but four of eight may fail
     failures.count(group("timeout", "crash"))
     message = (
@@ -43,7 +43,7 @@ def test_the_share_counts_at_least_a_batch() -> None:
 
 
 def test_beyond_a_batch_all_judged_samples_count() -> None:
-    failures = RewardFailures(Args(rollout_batch_size=1, n_samples_per_prompt=4, max_reward_failures=0.5), 0)
+    failures = SampleFailures(Args(rollout_batch_size=1, n_samples_per_prompt=4, max_reward_failures=0.5), 0)
     for _ in range(10):
         failures.count(group("timeout", "crash", None, None))
     with pytest.raises(RuntimeError, match="21 of 41"):
@@ -51,7 +51,7 @@ def test_beyond_a_batch_all_judged_samples_count() -> None:
 
 
 def test_unjudged_samples_do_not_count() -> None:
-    failures = RewardFailures(Args(rollout_batch_size=2, n_samples_per_prompt=2, max_reward_failures=0.0), 0)
+    failures = SampleFailures(Args(rollout_batch_size=2, n_samples_per_prompt=2, max_reward_failures=0.0), 0)
     failures.count(group("generation failed: http://engine did not answer", None))
     failures.count([Sample(status=Status.ABORTED)])
     with pytest.raises(RuntimeError, match="1 of 3 judged samples"):
@@ -60,7 +60,7 @@ def test_unjudged_samples_do_not_count() -> None:
 
 def test_a_share_of_one_never_ends_a_run() -> None:
     every, most = (
-        RewardFailures(Args(rollout_batch_size=1, n_samples_per_prompt=2, max_reward_failures=share), 0)
+        SampleFailures(Args(rollout_batch_size=1, n_samples_per_prompt=2, max_reward_failures=share), 0)
         for share in (1.0, 0.99)
     )
     for _ in range(20):
