@@ -1,6 +1,6 @@
 """Show the greedy answers of two HF directories to the same problems side by side.
 
-    slime answers --before outputs/demo-seed1/sft_hf --after outputs/demo-seed1/trained_hf \\
+    slime answers --before outputs/demo-seed1/sft/hf --after outputs/demo-seed1/trained_hf \\
         --prompt-data outputs/demo-seed1/task/eval.jsonl
 
 The answers are generated with transformers, which shares no code with slime's engines, so they are an independent check

@@ -309,7 +309,7 @@ def running_cluster(args: Args, *, restarts: int = 0) -> Iterator[Cluster]:
         cleanup.callback(console.close)
         # A run without rollouts writes no metrics again, so it keeps all of them, also those after the checkpoint.
         seen = first if last else None
-        metrics, damage = directory.continue_metrics(seen) if continued else (directory.new_metrics(), None)
+        metrics, damage = directory.continue_metrics(seen) if continued else (directory.new_metrics(), list[str]())
         cleanup.callback(metrics.close)
         metrics.track(start_trackers(args, directory.run_id(new=not continued), first), console.say)
         if state is not None and last:
@@ -321,7 +321,7 @@ def running_cluster(args: Args, *, restarts: int = 0) -> Iterator[Cluster]:
                 best.saved(source, step=first)
         if restarts:
             metrics.write(first, {"fault/run_restarts": restarts})
-        for warning in [*warnings, *([] if damage is None else [damage])]:
+        for warning in [*warnings, *damage]:
             console.say(f"WARNING {warning}")
         if loaded is not None:
             console.say(f"actor loaded from {loaded.source}, starting at rollout {first}")

@@ -18,6 +18,7 @@ from slime.config.args import Args
 from slime.core.batch import TrainBatch, from_samples
 from slime.core.plugins import hook_errors, hook_function, load_hook
 from slime.core.sample import Sample
+from slime.observability.samples_file import SAMPLES
 from slime.rollout.acceptance import mask_truncated
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.dump import read_replay, write_dump
@@ -26,6 +27,7 @@ from slime.rollout.generate import sampling_record
 from slime.rollout.in_flight import TrackedSource
 from slime.rollout.metrics import replay_metrics
 from slime.rollout.reward_pool.pool import RewardPool
+from slime.rollout.sample_log import SampleLog
 from slime.rollout.tokenizer import load_tokenizer
 
 
@@ -63,6 +65,7 @@ class DataSide:
         self._rollout_function = hook_function("rollout_function_path", args.rollout_function_path)
         self._rewards = RewardPool(args)
         self.context = RolloutContext(args=args, client=None, tokenizer=tokenizer, rewards=self._rewards)
+        self._samples = SampleLog(log_dir.parent / SAMPLES, args, tokenizer)
         self._made: _Made | None = None
         """The last whole rollout; the loop may still be busy with the one before it."""
 
@@ -88,8 +91,8 @@ class DataSide:
             sampled = sampling_record(args)
         if args.save_debug_rollout_data is not None:
             write_dump(Path(args.save_debug_rollout_data.format(rollout_id=rollout_id)), groups, sampled)
+        await self._samples.rollout(rollout_id, groups)
         samples = [sample for group in groups for sample in group]
-        self._write_samples(rollout_id, samples)
         if args.custom_rollout_log_function_path is not None:
             log = hook_function("custom_rollout_log_function_path", args.custom_rollout_log_function_path)
             log(args, rollout_id, samples, metrics)
@@ -132,21 +135,7 @@ class DataSide:
     @cached_property
     def _evaluator(self) -> Evaluator:
         """The evaluation data, loaded by the first evaluation."""
-        return Evaluator(self._args, self.context.tokenizer)
-
-    def _write_samples(self, rollout_id: int, samples: list[Sample]) -> None:
-        """Write a few whole samples, readable, into rollout_samples.txt next to the logs."""
-        count = self._args.log_samples_per_rollout
-        if not count:
-            return
-        step = max(1, len(samples) // count)
-        with (self._log_dir / "rollout_samples.txt").open("a") as file:
-            for sample in samples[::step][:count]:
-                prompt = self.context.decode(sample.prompt_tokens, skip_special_tokens=False)
-                file.write(
-                    f"=== rollout {rollout_id} sample {sample.index} reward {sample.reward} {sample.status} "
-                    f"label {sample.label}\n{prompt}⟫{sample.response}\n"
-                )
+        return Evaluator(self._args, self.context.tokenizer, self._samples)
 
     def state_dict(self, next_rollout_id: int = 0) -> dict[str, Any]:
         """Return the state as plain JSON types.

@@ -24,13 +24,18 @@ def start_trackers(args: Args, run_id: str, first: int) -> list[Tracker]:
         RunError: a tracker's service cannot be reached, or refuses.
         ValueError: the row of a tracker names no Tracker.
     """
-    run = TrackedRun(
-        run_id=run_id,
-        first=first,
-        directory=Path(args.log_dir or "outputs"),
-        config=yaml.safe_load(dump_args(args)),
-    )
-    classes = [
-        load_class(TRACKERS[name].tracker, Tracker, chosen_by=f"--trackers {name}") for name in args.tracker_names
-    ]
-    return [tracker.start(run) for tracker in classes]
+    names, config = args.tracker_names, yaml.safe_load(dump_args(args))
+    classes = [load_class(TRACKERS[name].tracker, Tracker, chosen_by=f"--trackers {name}") for name in names]
+    trackers: list[Tracker] = []
+    for name, kind in zip(names, classes, strict=True):
+        switch = TRACKERS[name].switch
+        flag = f"--trackers {name}" if switch is None or name in args.trackers else f"--{switch.replace('_', '-')}"
+        run = TrackedRun(
+            run_id=run_id,
+            first=first,
+            directory=Path(args.resolved.log_dir),
+            config=config,
+            flag=flag,
+        )
+        trackers.append(kind.start(run))
+    return trackers

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -18,6 +20,24 @@ def _wandb_fault() -> tuple[str, str] | None:
     if wandb.setup().settings.mode != "online" or wandb.api.api_key is not None:
         return None
     return "W&B has no API key, and would ask for it", "set WANDB_API_KEY, or WANDB_MODE=offline"
+
+
+def _mlflow_fault() -> tuple[str, str] | None:
+    """Refuse mlflow-skinny where MLflow would need its database: it comes without one."""
+    if os.environ.get("MLFLOW_TRACKING_URI") or find_spec("sqlalchemy") is not None:
+        return None
+    return "the installed mlflow-skinny has no database", "pip install mlflow, or set MLFLOW_TRACKING_URI"
+
+
+def _swanlab_fault() -> tuple[str, str] | None:
+    """Refuse SwanLab if it finds no account but needs one, or has no dashboard in its mode `local`."""
+    swanlab: Any = importlib.import_module("swanlab")
+    settings = swanlab.Settings()
+    if settings.mode == "online" and not settings.api_key:
+        return "SwanLab has no API key", "set SWANLAB_API_KEY, or SWANLAB_MODE=offline"
+    if settings.mode == "local" and find_spec("swanboard") is None:
+        return "its mode local needs swanboard", "pip install 'swanlab[dashboard]', or set SWANLAB_MODE=offline"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +63,11 @@ TRACKERS: Mapping[str, TrackerFacts] = {
         package="wandb",
         fault=_wandb_fault,
         switch="use_wandb",
+    ),
+    "mlflow": TrackerFacts(tracker="slime.observability.mlflow_tracker.MLflow", package="mlflow", fault=_mlflow_fault),
+    "trackio": TrackerFacts(tracker="slime.observability.trackio_tracker.Trackio", package="trackio"),
+    "swanlab": TrackerFacts(
+        tracker="slime.observability.swanlab_tracker.SwanLab", package="swanlab", fault=_swanlab_fault
     ),
 }
 """Every tracker by its name."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from slime.observability.samples_file import SAMPLES, NewSamples
 from slime.observability.trackers import Record, Tracker
 
 
@@ -25,11 +26,17 @@ class MetricsLog:
         self.path = path
         self._file = path.open("a+b")
         self._trackers: list[Tracker] = []
+        self._take_samples: list[Tracker] = []
+        self._samples: NewSamples | None = None
         self._say: Callable[[str], None] = print
 
     def track(self, trackers: Sequence[Tracker], say: Callable[[str], None]) -> None:
-        """Pass events on to `trackers` too, starting with those in the file that they lack. `say` prints warnings."""
-        self._trackers, self._say = list(trackers), say
+        """Pass events on to `trackers` too, starting with those in the file that they lack. `say` prints warnings.
+
+        They also get a few of the samples that are written from now on, with the first event after them.
+        """
+        self._trackers, self._take_samples, self._say = list(trackers), list(trackers), say
+        self._samples = NewSamples(self.path.with_name(SAMPLES))
         for event in read_metrics(self.path):
             self._hand_on(int(event.pop("step")), event)
 
@@ -37,7 +44,18 @@ class MetricsLog:
         """Append one event and flush it to the operating system."""
         self._file.write(json.dumps({"step": step, **metrics}, allow_nan=True).encode() + b"\n")
         self._file.flush()
+        if self._samples is not None and self._take_samples:
+            self._hand_on_samples(self._samples, step)
         self._hand_on(step, metrics)
+
+    def _hand_on_samples(self, samples: NewSamples, step: int) -> None:
+        for at, split, rows in samples.take(step):
+            for tracker in [tracker for tracker in self._take_samples if at >= tracker.begin]:
+                try:
+                    tracker.log_samples(at, split, rows)
+                except Exception as error:  # noqa: BLE001 (as below)
+                    self._take_samples.remove(tracker)
+                    self._say(f"WARNING {tracker.name} takes no samples ({error}); samples.jsonl has them")
 
     def _hand_on(self, step: int, metrics: Record) -> None:
         for tracker in [tracker for tracker in self._trackers if step >= tracker.begin]:
@@ -45,6 +63,7 @@ class MetricsLog:
                 tracker.log(step, metrics)
             except Exception as error:  # noqa: BLE001 (no error of a tracker may end a run)
                 self._trackers.remove(tracker)
+                self._take_samples = [one for one in self._take_samples if one is not tracker]
                 self._say(f"WARNING {tracker.name} failed ({error}) and gets no more data; metrics.jsonl has it all")
 
     def repair(self) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from slime.core.errors import RunError
 from slime.observability.metrics_log import MetricsLog
 from slime.observability.path_lock import PathLocks
+from slime.observability.samples_file import SAMPLES, rewind_samples
 
 METRICS = "metrics.jsonl"
 _RUN_ID = re.compile(r"[\w.-]{1,100}")
@@ -30,6 +31,10 @@ def _readable_errors(file: Path) -> Generator[Path]:
         raise RunError(
             f"{file}: cannot be used ({error.strerror or error}); move it away, or free some room"
         ) from error
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 class RunDirectory:
@@ -52,26 +57,30 @@ class RunDirectory:
         with _readable_errors(self.path / "args.yaml") as file:
             file.write_text(text)
 
-    def continue_metrics(self, step: int | None) -> tuple[MetricsLog, str | None]:
-        """Return metrics.jsonl as it was at the checkpoint of `step`, and a warning if lines of it are damaged.
+    def continue_metrics(self, step: int | None) -> tuple[MetricsLog, list[str]]:
+        """Return metrics.jsonl as it was at the checkpoint of `step`, and warnings if lines of it are damaged.
 
-        With `step` None the file is not changed, for a run that trains nothing.
+        The same is done with samples.jsonl. With `step` None the files are not changed, for a run that trains nothing.
         """
         with _readable_errors(self.path / METRICS) as file:
             log = MetricsLog(file)
-            warning = log.repair()
+            warnings = [log.repair()]
             if step is not None:
                 log.rewind(step)
-        return log, warning
+        with _readable_errors(self.path / SAMPLES) as file:
+            warnings.append(rewind_samples(file, step))
+        return log, [warning for warning in warnings if warning is not None]
 
     def new_metrics(self) -> MetricsLog:
-        """Return an empty metrics.jsonl; that of an earlier run is kept as metrics-<n>.jsonl."""
+        """Return an empty metrics.jsonl; an earlier run's is kept as metrics-<n>.jsonl, and its samples likewise."""
+        earlier = [path for path in (self.path / METRICS, self.path / SAMPLES) if path.exists() and path.stat().st_size]
+        number = 1
+        while any(_numbered(self.path / name, number).exists() for name in (METRICS, SAMPLES)):
+            number += 1
+        for path in earlier:
+            with _readable_errors(path):
+                path.rename(_numbered(path, number))
         with _readable_errors(self.path / METRICS) as path:
-            if path.exists() and path.stat().st_size:
-                number = 1
-                while (kept := self.path / f"metrics-{number}.jsonl").exists():
-                    number += 1
-                path.rename(kept)
             return MetricsLog(path)
 
     def run_id(self, *, new: bool) -> str:

@@ -31,6 +31,7 @@ from slime.rollout.prompts import Prompt, PromptSet, load_prompts
 from slime.rollout.reward_pool.verdict import check_own_reward
 from slime.rollout.rewards.reward import reward_of, reward_type
 from slime.rollout.sample_failures import ENGINE_FAILED, HOOK_FAILED
+from slime.rollout.sample_log import SampleLog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,8 +44,10 @@ _MAX_ABORTS = 100
 class Evaluator:
     """Holds the data sets, tokenized once."""
 
-    def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase, answers: SampleLog | None = None) -> None:
+        """`answers` gets every answer of every evaluation; None: they are not written anywhere."""
         self._args = args
+        self._answers = answers
         self._data: list[tuple[EvalDataset, PromptSet]] = []
         longest = rollout_limits(args).request
         for dataset in eval_datasets(args):
@@ -121,7 +124,10 @@ class Evaluator:
             return samples
 
         groups = await gather_or_cancel([run_group(number, prompt) for number, prompt in enumerate(data.prompts)])
-        return {**eval_metrics(args, dataset, groups), "time": time.perf_counter() - start}
+        metrics = {**eval_metrics(args, dataset, groups), "time": time.perf_counter() - start}
+        if self._answers is not None:
+            await self._answers.evaluation(rollout_id, dataset.name, groups)
+        return metrics
 
 
 def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections import Counter
@@ -48,14 +49,21 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def entry_metrics(samples: Sequence[Sample], key: str | None) -> dict[str, float]:
-    """Return the means of numbers in dict-valued rewards, except under `key`: `reward.NAME`, at most MAX_NAMED."""
+    """Return the means of finite numbers in dict-valued rewards, except under `key`: `reward/NAME`, at most MAX_NAMED.
+
+    A name that not all judged samples have a number under also gets `reward_share/NAME`, the share of those that have.
+    """
+    judged = [sample.reward for sample in samples if sample.reward is not None]
     values: dict[str, list[float]] = {}
-    for sample in samples:
-        for name, value in sample.reward.items() if isinstance(sample.reward, dict) else ():
-            named = "reward." + re.sub(r"[^\w.@+-]", "_", name)[:40]
-            if name != key and isinstance(value, int | float) and (named in values or len(values) < MAX_NAMED):
+    for reward in judged:
+        for name, value in reward.items() if isinstance(reward, dict) else ():
+            named = re.sub(r"[^\w.@+-]", "_", name)[:40]
+            is_number = isinstance(value, int | float) and math.isfinite(value)
+            if name != key and is_number and (named in values or len(values) < MAX_NAMED):
                 values.setdefault(named, []).append(value)
-    return {name: statistics.fmean(numbers) for name, numbers in values.items()}
+    means = {f"reward/{name}": statistics.fmean(numbers) for name, numbers in values.items()}
+    shares = {f"reward_share/{name}": len(numbers) / len(judged) for name, numbers in values.items()}
+    return means | {name: share for name, share in shares.items() if share < 1}
 
 
 def group_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:

@@ -198,7 +198,8 @@ def copy_checkpoint(source: Path, target: Path, rollout_id: int) -> None:
     name = f"iter_{rollout_id:07d}"
     shutil.copytree(source / name, target / name)
     (target / "latest_checkpointed_iteration.txt").write_text(str(rollout_id))
-    shutil.copy(source / "metrics.jsonl", target / "metrics.jsonl")
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        shutil.copy(source / file, target / file)
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout: float = RUN_TIMEOUT_S) -> None:

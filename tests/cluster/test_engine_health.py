@@ -59,7 +59,7 @@ def test_a_restarted_engine_is_noticed(task: Task, served: list[ManagedProcess],
     urls = [engine.url for engine in engines]
     hook = "tests.cluster.hooks_for_tests.evaluate"
     args = Args(hf_checkpoint=str(task.model), rollout_external_engines=tuple(urls), eval_function_path=hook)
-    manager = RolloutManager(args, str(tmp_path))
+    manager = RolloutManager(args, str(tmp_path / "logs"))
     manager.start()
 
     async def evaluate() -> None:
@@ -89,7 +89,7 @@ def test_a_strangers_engine_at_the_router_is_noticed(
     monkeypatch.setenv("ROUTER", router.url)
     hook = "tests.cluster.hooks_for_tests.let_a_stranger_in"
     flags = {"rollout_external_engines": tuple(urls), "eval_function_path": hook, "debug_rollout_only": True}
-    manager = RolloutManager(Args(hf_checkpoint=str(task.model), **flags), str(tmp_path))
+    manager = RolloutManager(Args(hf_checkpoint=str(task.model), **flags), str(tmp_path / "logs"))
     manager.start()
 
     async def evaluate(stranger: str) -> None:

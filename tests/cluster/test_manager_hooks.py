@@ -22,7 +22,7 @@ def test_a_custom_rollout_function(task: Task, tmp_path: Path, function: str) ->
         data_source_path=f"{HOOKS}.Numbers",
         rollout_function_path=f"{HOOKS}.{function}",
     )
-    manager = RolloutManager(args, str(tmp_path))
+    manager = RolloutManager(args, str(tmp_path / "logs"))
     manager.start()
     batch, metrics = asyncio.run(manager.generate(7))
     assert batch.columns["group_indices"].tolist() == [0, 1, 2]

@@ -13,6 +13,7 @@ import torch
 
 from slime.models.hf_files import HFReader
 from slime.observability.phases import MEASURED, PHASES
+from slime.observability.samples_file import read_samples
 from slime.observability.step_files import StepFiles
 from slime.rollout.dump import read_dump
 from tests.cluster.runs import SMALL, Task, copy_checkpoint, events, flags, log_probs, train, without
@@ -87,6 +88,31 @@ def test_trackers_and_metrics_jsonl_agree(unbroken: Path) -> None:
         assert rows[1 + step]["train/loss"] == events(unbroken, "train/loss")[step]
 
 
+def test_trackers_end_without_a_traceback(unbroken: Path) -> None:
+    output = (unbroken.parent / "log.txt").read_text()
+    assert "wandb: Run summary" in output, "it wrote to this output"
+    assert "Traceback" not in output and "ConnectionResetError" not in output
+
+
+def sampled(save: Path) -> list[tuple[int, str, int]]:
+    return [(row["step"], row["split"], row["index"]) for row in read_samples(save / "samples.jsonl")]
+
+
+def test_samples_are_those_of_the_rollouts(unbroken: Path) -> None:
+    rows = list(read_samples(unbroken / "samples.jsonl"))
+    for rollout_id in range(4):
+        samples = [sample for group in read_dump(unbroken / f"dump/{rollout_id}.jsonl") for sample in group]
+        assert [
+            (row["index"], row["response"], row["reward"], row["response_tokens"], row["policy_versions"])
+            for row in rows
+            if (row["step"], row["split"]) == (rollout_id + 1, "train")
+        ] == [(s.index, s.response, s.reward, s.response_length, [rollout_id + 1] * 2) for s in samples]
+    evaluated = [row for row in rows if row["split"] == "eval/eval"]
+    assert [(row["step"], row["index"]) for row in evaluated] == [(s, i) for s in (0, 2, 4) for i in range(8)]
+    mean = sum(row["reward"] for row in evaluated[-8:]) / 8
+    assert mean == pytest.approx(events(unbroken, "eval/eval/reward")[4])
+
+
 def test_ranks_are_balanced_and_imbalance_is_printed(unbroken: Path) -> None:
     imbalance = events(unbroken, "train/dp_imbalance")
     assert max(imbalance.values()) < 1.1
@@ -136,6 +162,7 @@ def test_a_resumed_run_draws_the_same_prompts(task: Task, unbroken: Path, tmp_pa
     assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4], "the metrics file continues"
     assert sorted(events(save, "eval/eval/reward")) == [0, 2, 4]
     assert in_tensorboard(save) == in_metrics(save), "it also has the metrics from before the resume"
+    assert sampled(save) == sampled(unbroken), "each sample once, also those that the killed run had written already"
 
 
 def test_replaying_the_samples_gives_the_same_weights(task: Task, unbroken: Path, tmp_path: Path) -> None:

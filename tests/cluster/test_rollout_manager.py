@@ -24,7 +24,7 @@ HOOKS = "tests.cluster.hooks_for_tests"
 
 def manager(task: Task, directory: Path, **flags: Any) -> RolloutManager:
     directory.mkdir(exist_ok=True)
-    made = RolloutManager(Args(hf_checkpoint=str(task.model), save=str(directory), **flags), str(directory))
+    made = RolloutManager(Args(hf_checkpoint=str(task.model), save=str(directory), **flags), str(directory / "logs"))
     made.start()
     return made
 
@@ -183,7 +183,7 @@ def test_prompts_left_out_are_reported_at_start(task: Task, tmp_path: Path) -> N
     data.write_text("".join(json.dumps({"prompt": text, "label": "1"}) + "\n" for text in ("1+1=", "9" * 300)))
     made = RolloutManager(
         Args(hf_checkpoint=str(task.model), prompt_data=str(data), label_key="label", rollout_max_context_len=64),
-        str(tmp_path),
+        str(tmp_path / "logs"),
     )
     [warning] = made.start()
     assert f"{data}" in warning

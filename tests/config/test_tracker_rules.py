@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from config_run import Run
 
+from slime.config.experiment_trackers import TRACKERS
 from slime.config.rules.imports import is_installed
 
 
@@ -45,6 +46,26 @@ def test_wandb_needs_an_account_or_to_be_offline(run: Run, tmp_path: Path, monke
     wandb.teardown()
     assert run.error("--use-wandb").startswith("--use-wandb: W&B has no API key, and would ask for it; set WANDB_API_")
     wandb.teardown()
+
+
+@pytest.mark.parametrize("name", [name for name, facts in TRACKERS.items() if facts.switch is None])
+def test_a_tracker_without_a_switch_is_named(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    assert run.error("--trackers", name) == f"--trackers {name}: {name} is not installed; pip install 'slime[{name}]'"
+
+
+def test_swanlab_needs_an_account_or_to_be_offline(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("swanlab") is None:
+        pytest.skip("swanlab is not installed: pip install 'slime[swanlab]'")
+    monkeypatch.setenv("HOME", "/nowhere")
+    monkeypatch.delenv("SWANLAB_API_KEY", raising=False)
+    monkeypatch.setenv("SWANLAB_MODE", "online")
+    error = "--trackers swanlab: SwanLab has no API key; set SWANLAB_API_KEY, or SWANLAB_MODE=offline"
+    assert run.error("--trackers", "swanlab") == error
+    monkeypatch.setenv("SWANLAB_MODE", "local")
+    assert "its mode local needs swanboard" in run.error("--trackers", "swanlab")
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    assert run.errors("--trackers", "swanlab") == []
 
 
 def test_event_directory(run: Run, tmp_path: Path) -> None:

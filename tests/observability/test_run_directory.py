@@ -12,6 +12,7 @@ import pytest
 from slime.core.errors import RunError
 from slime.observability.metrics_log import read_metrics
 from slime.observability.run_directory import RunDirectory
+from slime.observability.samples_file import SamplesFile, read_samples
 
 HOLD = """
 import pathlib, sys, time
@@ -80,9 +81,13 @@ def test_an_earlier_runs_metrics_are_kept(tmp_path: Path) -> None:
         log = directory.new_metrics()
         log.write(1, {"run": run})
         log.close()
+        if run != 1:
+            SamplesFile(tmp_path / "samples.jsonl").write(1, "train", [{"run": run}])
     directory.close()
     kept = [read_metrics(tmp_path / name)[0]["run"] for name in ("metrics-1.jsonl", "metrics-2.jsonl", "metrics.jsonl")]
     assert kept == [0, 1, 2]
+    of_samples = {path.name: next(read_samples(path))["run"] for path in tmp_path.glob("samples*.jsonl")}
+    assert of_samples == {"samples-1.jsonl": 0, "samples.jsonl": 2}, "each has the number of its metrics"
 
 
 def test_a_resumed_run_keeps_its_file(tmp_path: Path) -> None:
@@ -92,7 +97,7 @@ def test_a_resumed_run_keeps_its_file(tmp_path: Path) -> None:
         log.write(step, {"x": step})
     log.close()
     log, warning = directory.continue_metrics(2)
-    assert warning is None
+    assert warning == []
     log.write(3, {"x": 30})
     log.close()
     directory.close()

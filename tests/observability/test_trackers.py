@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 
 from slime.cluster.start_trackers import start_trackers
 from slime.config.args import Args
+from slime.config.experiment_trackers import TRACKERS, TrackerFacts
 from slime.observability.metrics_log import MetricsLog, read_metrics
 from slime.observability.run_directory import RunDirectory
+from slime.observability.samples_file import SamplesFile
 from slime.observability.trackers import TrackedRun, Tracker
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +89,7 @@ def of_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path: Path) -> None:
-    args = Args(use_tensorboard=True, tensorboard_dir=str(tmp_path / "tb"))
+    args = Args(use_tensorboard=True, tensorboard_dir=str(tmp_path / "tb"), log_dir=str(tmp_path / "run"))
     assert broken_and_resumed(tmp_path / "run", args) == []
     [directory] = (tmp_path / "tb").iterdir()
     found = scalars(directory)
@@ -107,7 +110,7 @@ def test_without_the_purge_steps_come_twice(tmp_path: Path) -> None:
 
 
 def test_a_late_tracker_gets_all_earlier_events(tmp_path: Path) -> None:
-    args = Args(use_tensorboard=True, tensorboard_dir=str(tmp_path / "tb"))
+    args = Args(use_tensorboard=True, tensorboard_dir=str(tmp_path / "tb"), log_dir=str(tmp_path / "run"))
     lines: list[str] = []
     log = tracked(tmp_path / "run", Args(), first=0, new=True, lines=lines)
     step(log, 1, 1.0)
@@ -180,6 +183,36 @@ def test_an_error_ends_the_wandb_run_as_failed(tmp_path: Path, offline: None) ->
     assert rows[-1] == {"exit": 1}
 
 
+SAMPLES = [{"group": 0, "index": at, "prompt": "1+1=", "response": f"``` {at}", "reward": at} for at in (0, 1)]
+
+
+def test_samples_become_a_table_and_a_text(tmp_path: Path, offline: None) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory, lines = tmp_path / "run", list[str]()
+    args = Args(use_wandb=True, use_tensorboard=True, tensorboard_dir=str(tmp_path / "tb"), log_dir=str(directory))
+    samples = SamplesFile(directory / "samples.jsonl")
+    log = tracked(directory, args, first=0, new=True, lines=lines)
+    for number in (1, 2):
+        samples.write(number + 1, "train", SAMPLES)  # of the rollout in advance
+        samples.write(number, f"eval/{number}", SAMPLES[:number])
+        step(log, number, 1.0)
+    log.close()
+    assert lines == []
+    [rows] = wandb_rows(directory)
+    assert [row["_step"] for row in rows[1:-1]][:2] == [1, 2]
+    tables = [json.loads(path.read_text()) for path in sorted(directory.glob("wandb/offline*/files/**/*.table.json"))]
+    assert [len(table["data"]) for table in tables] == [1, 2, 2], "two evaluations and step 2; step 3 is not reached"
+    assert all(table["data"][0][3] == "``` 0" for table in tables)
+    [events] = (tmp_path / "tb").iterdir()
+    found = EventAccumulator(str(events))
+    found.Reload()
+    assert set(found.Tags()["tensors"]) == {f"samples/{split}/text_summary" for split in ("train", "eval/1", "eval/2")}
+    [text] = found.Tensors("samples/train/text_summary")
+    assert text.step == 2
+    assert b"````text\n``` 1\n````" in text.tensor_proto.string_val[0], "a fence in a response ends nothing"
+
+
 class Failing(Tracker):
     """A tracker that works until the network fails."""
 
@@ -197,8 +230,39 @@ class Failing(Tracker):
         if self.left < 0:
             raise ConnectionError("no route")
 
+    def log_samples(self, step: int, split: str, rows: Any) -> None:
+        raise ConnectionError("no tables")
+
     def finish(self, *, ok: bool) -> None:
         raise ConnectionError("no route")
+
+
+def test_a_failing_table_costs_no_metrics(tmp_path: Path) -> None:
+    lines, tracker = list[str](), Failing(works=100)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.track([tracker], lines.append)
+    for number in (1, 2):
+        SamplesFile(tmp_path / "samples.jsonl").write(number, "train", SAMPLES)
+        step(log, number, 1.0)
+    assert lines == ["WARNING Failing takes no samples (no tables); samples.jsonl has them"]
+    assert tracker.left == 100 - 6
+
+
+def test_errors_name_the_flag_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[TrackedRun] = []
+    start = Failing.start
+
+    def remember(run: TrackedRun) -> Tracker:
+        seen.append(run)
+        return start(run)
+
+    monkeypatch.setattr(Failing, "start", remember)
+    facts = TrackerFacts(tracker=f"{__name__}.Failing", switch="use_wandb")
+    monkeypatch.setitem(TRACKERS, "wandb", facts)  # pyright: ignore[reportArgumentType]
+    for args in (Args(use_wandb=True, trackers=("wandb",)), Args(use_wandb=True)):
+        start_trackers(replace(args, num_rollout=1, log_dir=str(tmp_path)), "run", 0)
+    assert [run.flag for run in seen] == ["--trackers wandb", "--use-wandb"]
+    assert str(seen[1].refused(ValueError("no"), "try")) == "--use-wandb: the run cannot be started there (no); try"
 
 
 def test_a_failing_tracker_gives_one_warning(tmp_path: Path) -> None:
@@ -265,4 +329,4 @@ def test_one_class_and_one_row_add_a_tracker(tmp_path: Path) -> None:
             assert (tmp_path / "run.ledger").read_text() == "0 0.5\n1 2.0\nok\n"
         else:
             assert done.returncode != 0
-            assert "--trackers ledger: must be one of tensorboard, wandb" in done.stderr
+            assert "--trackers ledger: must be one of tensorboard, wandb, mlflow, trackio, swanlab" in done.stderr

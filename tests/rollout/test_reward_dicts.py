@@ -225,12 +225,13 @@ def test_secrets_are_masked_in_a_dict() -> None:
 def test_numbers_become_means_and_texts_stay_dumped(tmp_path: Any) -> None:
     samples = [
         Sample(reward={"score": 1.0, "pred": "72", "length": 4, "right": True, "a b/c": 1}, tokens=[1]),
-        Sample(reward={"score": 0.0, "pred": "7", "length": 8, "right": False}, tokens=[1]),
-        Sample(reward=0.5),
+        Sample(reward={"score": 0.0, "pred": "7", "length": 8, "right": False, "a b/c": "?"}, tokens=[1]),
         Sample(),
     ]
     means = entry_metrics(samples, "score")
-    assert means == {"reward.length": 6, "reward.right": 0.5, "reward.a_b_c": 1}
+    assert means == {"reward/length": 6, "reward/right": 0.5, "reward/a_b_c": 1, "reward_share/a_b_c": 0.5}
+    assert entry_metrics([Sample(reward={"x": math.nan}), Sample(reward={"x": 2})], None)["reward/x"] == 2
+    assert entry_metrics([*samples, Sample(reward=0.5)], "score")["reward_share/right"] == pytest.approx(2 / 3)
     assert len(entry_metrics([Sample(reward=dict.fromkeys(map(str, range(100)), 1))], None)) == MAX_NAMED
     write_dump(tmp_path / "dump", [samples])
     assert [sample.reward for sample in read_dump(tmp_path / "dump")[0]] == [sample.reward for sample in samples]
@@ -274,5 +275,5 @@ def test_a_generate_functions_own_reward_is_checked(
     result = run_with_engines(args, work)
     assert [group[0].label for group in result.groups] == ["plain", "odd"]
     assert result.groups[0][0].reward == {"score": 1.0, "pred": "72", "length": 7}
-    assert result.metrics["rollout/reward.length"] == 7
+    assert result.metrics["rollout/reward/length"] == 7
     assert result.metrics["rollout/reward_failed/not_a_number"] == 1

@@ -30,7 +30,7 @@ def test_a_replay_repeats_the_rollouts_metrics() -> None:
     assert replay_metrics(args, _groups()) == {
         "rollout/reward": pytest.approx(2 / 3),
         "rollout/reward_std": pytest.approx(2**0.5 / 3),
-        "rollout/reward.short": 7.0,
+        "rollout/reward/short": 7.0,
         "rollout/zero_std_groups": 1,
         "rollout/response_length": 2,
         "rollout/response_length_max": 3,

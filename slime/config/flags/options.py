@@ -231,7 +231,10 @@ class LoggingOptions:
         None, "Directory of metrics.jsonl and the processes' logs; unset: --save, else outputs/."
     )
     log_samples_per_rollout: int = flag(
-        2, "Samples (prompt, response, reward) per rollout that are written to logs/rollout_samples.txt.", ge=0
+        32,
+        "Samples of each rollout that are written to samples.jsonl, in whole groups; every answer of an evaluation is "
+        "written as well.",
+        ge=0,
     )
     logprob_gap_alarm: float | None = flag(
         None, "Warn when mean |train - rollout log-prob| exceeds this. Unset: 1e-3 in fp32, 0.1 in bf16.", gt=0
