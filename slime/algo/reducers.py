@@ -75,6 +75,8 @@ def loss_weights(loss_mask_R: Tensor, response_lengths_N: Tensor, counted_N: Ten
       samples' means.
     - Per token: mask / (unmasked tokens of all samples that count).
 
+    A mask with other values than 0 and 1 gives weighted means: its sum takes the place of the number of tokens.
+
     A sample counts when its `counted_N` is True and its mask is not all 0. The weights sum to 1, or to 0 when no sample
     counts. Example: two samples with masks [1, 1] and [1, 0, 1, 1] have 2 and 3 unmasked tokens. Per sample the weights
     are 1/4, 1/4 and 1/6, 0, 1/6, 1/6; per token all five are 1/5.
@@ -82,6 +84,11 @@ def loss_weights(loss_mask_R: Tensor, response_lengths_N: Tensor, counted_N: Ten
     row_R = torch.repeat_interleave(torch.arange(len(response_lengths_N)), response_lengths_N)
     mask_R = loss_mask_R.double() * counted_N[row_R]
     if per_token:
-        return mask_R / mask_R.sum().clamp(min=1)
+        return mask_R / _or_one(mask_R.sum())
     tokens_N = mask_R.new_zeros(len(response_lengths_N)).index_add_(0, row_R, mask_R)
-    return mask_R / tokens_N.clamp(min=1)[row_R] / (tokens_N > 0).sum().clamp(min=1)
+    return mask_R / _or_one(tokens_N)[row_R] / (tokens_N > 0).sum().clamp(min=1)
+
+
+def _or_one(counts: Tensor) -> Tensor:
+    """Return the counts with 1 for 0, so that what has no tokens can be divided by them."""
+    return torch.where(counts > 0, counts, 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from slime.algo.estimators import ESTIMATOR_FACTS
 from slime.config.engine_kinds import ENGINE_KINDS, EngineFacts
@@ -32,6 +32,10 @@ T = TypeVar("T")
 
 DEFAULT_KL_CLAMP = 10.0
 """The default bound of low_var_kl in the loss, as in verl and OpenRLHF."""
+
+
+SFT_ROLLOUT = "slime.rollout.sft_rollout.generate_rollout"
+"""The rollout function that takes its responses from the data, for supervised fine-tuning."""
 
 
 class FrozenMapping(Mapping[str, Any]):
@@ -112,6 +116,16 @@ class Args(
         """Return whether the reference model runs at all."""
         has_kl = (self.use_kl_loss and self.kl_loss_coef > 0) or self.kl_coef > 0 or self.log_ref_kl
         return self.distills or (self.loss_type != "sft_loss" and has_kl)
+
+    @property
+    def supervised(self) -> bool:
+        """Return whether the run is supervised fine-tuning: its responses come from the data."""
+        return self.loss_type == "sft_loss" and self.rollout_function_path == SFT_ROLLOUT
+
+    @property
+    def loss_on(self) -> Literal["all_assistant", "last_assistant"] | None:
+        """Return the assistant's messages that supervised fine-tuning learns from; None for any other run."""
+        return self.sft_loss_on if self.supervised else None
 
     @property
     def distills(self) -> bool:

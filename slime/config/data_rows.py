@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any, Final, cast
 
 from slime.config.args import Args
+from slime.config.conversations import LossOn, conversation, conversation_fault
 from slime.config.messages import messages_fault
 
 MISSING: Final = object()
@@ -50,11 +51,19 @@ class DataKeys:
     label_key: str | None
     metadata_key: str
     tool_key: str | None
+    loss_on: LossOn | None = None
+    """The assistant's messages that supervised fine-tuning learns from; None: rows are prompts."""
 
     @classmethod
     def of(cls, args: Args, *, input_key: str, label_key: str | None) -> DataKeys:
         """Return the keys of a data file; the metadata and tool keys are the same for all files."""
-        return cls(input_key=input_key, label_key=label_key, metadata_key=args.metadata_key, tool_key=args.tool_key)
+        return cls(
+            input_key=input_key,
+            label_key=label_key,
+            metadata_key=args.metadata_key,
+            tool_key=args.tool_key,
+            loss_on=args.loss_on,
+        )
 
     @property
     def names(self) -> list[str]:
@@ -68,7 +77,15 @@ class DataKeys:
 
     def label(self, data: Mapping[str, Any]) -> str | None:
         """Return the label of a row that `row_error` accepts, as reward functions receive it."""
-        return None if self.label_key is None else label_text(find(data, self.label_key))
+        label = None if self.label_key is None else find(data, self.label_key)
+        return None if label is None or isinstance(label, list) else label_text(label)
+
+    def conversation(self, data: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """Return the weighted messages of a row to learn from; None if its response is a text, or it is a prompt."""
+        completion = None if self.label_key is None else find(data, self.label_key)
+        if self.loss_on is None or not (completion is None or isinstance(completion, list)):
+            return None
+        return conversation(find(data, self.input_key), cast(Any, completion), self.loss_on)
 
     def metadata(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Return the metadata of a row; empty if it has none."""
@@ -135,7 +152,8 @@ def _unusable(data: dict[str, Any], keys: DataKeys, chat_template: bool) -> tupl
         if key is not None and find(data, key) is MISSING:
             return f"no key {key!r}; it has {', '.join(data) or 'none'}", f"correct the line, or {flag}"
     label = None if keys.label_key is None else find(data, keys.label_key)
-    if keys.label_key is not None and not _is_text_or_number(label):
+    learned = keys.loss_on is not None and (keys.label_key is None or isinstance(cast(object, label), list))
+    if keys.label_key is not None and not learned and not _is_text_or_number(label):
         rule = f"{keys.label_key!r} is {repr(label)[:200]}, not text or a number"
         return rule, _nested_remedy(label, keys.label_key, "--label-key")
     if isinstance(label, float) and abs(label) >= MAX_EXACT:
@@ -152,6 +170,11 @@ def _unusable(data: dict[str, Any], keys: DataKeys, chat_template: bool) -> tupl
                 f"correct the line, or name another column with {flag}",
             )
     prompt: object = find(data, keys.input_key)
+    if learned:
+        fault = conversation_fault(prompt, cast(Any, label), keys.input_key, keys.label_key)
+        if fault is None and not chat_template:
+            return f"{keys.input_key!r} is a conversation, which the chat template renders", "add --apply-chat-template"
+        return fault
     if isinstance(prompt, str):  # under a chat template, it is the text of one user message
         return None if prompt else (f"{keys.input_key!r} is empty", "remove the line")
     if isinstance(prompt, dict) and "role" not in prompt:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from slime.config.args import Args
 from slime.config.data_rows import DataKeys
@@ -37,6 +37,8 @@ class EvalDataset:
     apply_chat_template: bool = False
     system_prompt: str | None = None
     apply_chat_template_kwargs: str | None = None
+    loss_on: Literal["all_assistant", "last_assistant"] | None = None
+    """As in `DataKeys`. It is the run's, and no key of an entry."""
 
     @property
     def keys(self) -> DataKeys:
@@ -46,6 +48,7 @@ class EvalDataset:
             label_key=self.label_key,
             metadata_key=self.metadata_key,
             tool_key=self.tool_key,
+            loss_on=self.loss_on,
         )
 
     @property
@@ -63,7 +66,7 @@ def _defaults(args: Args) -> dict[str, Any]:
     values = {name: vars(args)[f"eval_{name}"] for name in inherited}
     shared = ("metadata_key", "tool_key", "apply_chat_template", "system_prompt", "apply_chat_template_kwargs")
     values |= {name: vars(args)[name] for name in shared}
-    return values | {"n_samples_per_eval_prompt": args.n_samples_per_eval_prompt}
+    return values | {"n_samples_per_eval_prompt": args.n_samples_per_eval_prompt, "loss_on": args.loss_on}
 
 
 def eval_datasets(args: Args) -> list[EvalDataset]:
@@ -124,7 +127,7 @@ def _yaml_entries(path: str) -> list[Any]:
 
 
 def _from_yaml(entry: Any, defaults: dict[str, Any], path: str) -> EvalDataset:
-    known = {item.name for item in fields(EvalDataset)}
+    known = {item.name for item in fields(EvalDataset)} - {"loss_on"}
     if not isinstance(entry, dict):
         raise ValueError(f"{path}: {entry!r} is not a mapping; write name: and path:")
     values = _by_name(cast(dict[Any, Any], entry), path)

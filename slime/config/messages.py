@@ -19,6 +19,18 @@ WEIGHT_KEY = "weight"
 
 def messages_fault(prompt: Any, key: str) -> Fault | None:
     """Return why a policy cannot continue `prompt`, a row's value under `key`, as a conversation; None if it can."""
+    fault = message_list_fault(prompt, key)
+    if fault is not None:
+        return fault
+    last = cast(list[dict[str, Any]], prompt)[-1]
+    if last["role"] == "assistant" and last.get("tool_calls"):
+        rule = f"{key!r}: the last message is the assistant's and calls a tool, so there is nothing to continue"
+        return rule, "append the tool's message, or leave the calls out"
+    return None
+
+
+def message_list_fault(prompt: Any, key: str) -> Fault | None:
+    """Return why `prompt`, a row's value under `key`, is not a list of messages for a chat template; None if it is."""
     rule = f"{key!r} is not a list of OpenAI messages ({{'role': ..., 'content': ...}})"
     if not isinstance(prompt, list) or not prompt:
         return rule, "write messages, or the text of one user message"
@@ -34,10 +46,6 @@ def messages_fault(prompt: Any, key: str) -> Fault | None:
         fault = _content_fault(fields)
         if fault is not None:
             return f"{key!r}: message {number}, of role {_shown(role)}, {fault[0]}", fault[1]
-    last = cast(dict[str, Any], messages[-1])
-    if last["role"] == "assistant" and last.get("tool_calls"):
-        rule = f"{key!r}: the last message is the assistant's and calls a tool, so there is nothing to continue"
-        return rule, "append the tool's message, or leave the calls out"
     return None
 
 

@@ -77,8 +77,8 @@ class Sample:
     prompt_length: int = 0
     response: str = ""
     response_length: int = 0
-    loss_mask: list[int] | None = None
-    """0 or 1 for each response token; None means all ones."""
+    loss_mask: list[int] | list[float] | None = None
+    """0 or 1 for each response token; None means all ones. SFT may have other weights."""
     rollout_log_probs: list[float] | None = None
     """The engine's log-prob of each response token under softmax(logits / temperature)."""
     policy_versions: list[int] | None = None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from slime.config.args import Args
+from slime.config.args import SFT_ROLLOUT, Args
 from slime.config.context import rollout_limits
 from slime.config.sampling_record import OFF, SamplingRecord
 from slime.core.plugins import hook_failed, load_hook
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Generate = Callable[[Args, Sample, SamplingParams, "RolloutContext"], Awaitable[Sample]]
-
-SFT_ROLLOUT = "slime.rollout.sft_rollout.generate_rollout"
-"""The rollout function that takes its responses from the data, for supervised fine-tuning."""
 
 STATUS_BY_FINISH = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 

@@ -66,6 +66,10 @@ class PlanTokenizer:
         offsets = {"offset_mapping": [each.offsets for each in encoded]} if return_offsets_mapping else {}
         return {"input_ids": [each.ids for each in encoded], **offsets}
 
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of token ids."""
+        return self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
     def apply_chat_template(
         self,
         messages: list[dict[str, Any]],

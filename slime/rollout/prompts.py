@@ -20,10 +20,11 @@ from slime.config.args import Args
 from slime.config.data_files import read_rows
 from slime.config.data_paths import data_paths
 from slime.config.data_rows import DataError, DataKeys, Row, row_error
+from slime.config.messages import plain_messages
 from slime.config.prompt_format import PromptFormat
 from slime.core.printable import one_line
 from slime.core.sample import Message, Sample
-from slime.rollout.chat_template import render_messages
+from slime.rollout.chat_template import render_messages, render_text
 from slime.rollout.tokenizer import tokenize, tokenize_prompts
 
 if TYPE_CHECKING:
@@ -38,7 +39,11 @@ _SURE_LENGTH = 16
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the file. `tokens` holds the prompt alone."""
+    """One row of the file. `tokens` holds the prompt alone; none for a conversation to learn from.
+
+    Such a conversation is `prompt`, with a weight in each message. It is tokenized when it is drawn, because finding
+    every message in it takes milliseconds.
+    """
 
     prompt: str | list[Message]
     label: str | None
@@ -102,16 +107,24 @@ def load_prompts(
                 raise error
             assert isinstance(row, Row), "any other is an error"
             rows.count(row, keys)
-            prompt = form.prompt(keys.prompt(row.data))
+            conversation = keys.conversation(row.data)
+            prompt = form.prompt(keys.prompt(row.data) if conversation is None else conversation)
             text = prompt_text(row, prompt, form, tokenizer, keys)
+            if conversation is not None:
+                rows.kept.append((row, prompt, None))
+                continue
             if longest is not None and _far_too_long(text, longest, tokenizer):
                 rows.dropped.append(row)
                 continue
             rows.kept.append((row, prompt, text))
-    texts = [text for _, _, text in rows.kept]
-    tokens = tokenize_prompts(tokenizer, texts, chat_template=form.chat_template)
+    texts = [text for _, _, text in rows.kept if text is not None]
+    tokens = iter(tokenize_prompts(tokenizer, texts, chat_template=form.chat_template))
     prompts: list[Prompt] = []
-    for (row, prompt, _), ids in zip(rows.kept, tokens, strict=True):
+    for row, prompt, text in rows.kept:
+        if text is None:
+            prompts.append(Prompt(prompt, None, [], keys.metadata(row.data), row.data))
+            continue
+        ids = next(tokens)
         if longest is not None and len(ids) > longest:
             rows.dropped.append(row)
             continue
@@ -131,7 +144,7 @@ class _Rows:
 
     def __init__(self) -> None:
         self.used, self.others = hashlib.sha256(), hashlib.sha256()
-        self.kept: list[tuple[Row, str | list[Message], str]] = []
+        self.kept: list[tuple[Row, str | list[Message], str | None]] = []
         self.dropped: list[Row] = []
         self.total = 0
 
@@ -161,11 +174,18 @@ def _far_too_long(text: str, longest: int, tokenizer: PreTrainedTokenizerBase) -
 def prompt_text(
     row: Row, prompt: str | list[Message], form: PromptFormat, tokenizer: PreTrainedTokenizerBase, keys: DataKeys
 ) -> str:
-    """Return the text of a row's prompt. Raises DataError if the chat template fails on it."""
+    """Return the text of a row's prompt, or of all messages of a conversation to learn from.
+
+    Raises:
+        DataError: the chat template fails on it.
+    """
     if isinstance(prompt, str):
         return prompt
+    tools = keys.tools(row.data)
     try:
-        return render_messages(tokenizer, prompt, keys.tools(row.data), form.template_kwargs)
+        if keys.conversation(row.data) is not None:
+            return render_text(tokenizer, plain_messages(prompt), tools, form.template_kwargs, answers=False)
+        return render_messages(tokenizer, prompt, tools, form.template_kwargs)
     except Exception as error:
         rule = f"the chat template fails on it: {type(error).__name__}: {one_line(str(error))}"
         raise DataError(row.where, rule, "correct the line") from error

@@ -88,6 +88,14 @@ def test_per_token_weights() -> None:
     assert not torch.allclose(weights, loss_weights(MASK, LENGTHS, everything, per_token=False))
 
 
+def test_fractions_give_weighted_means() -> None:
+    """A sample of weight 0.25 has the same mean as one of weight 1; per token it counts a quarter."""
+    mask, lengths, counted = torch.tensor([0.25, 0.0, 0.25, 1.0, 0.5]), torch.tensor([3, 2]), torch.tensor([True, True])
+    per_sample, per_token = (loss_weights(mask, lengths, counted, per_token=each).tolist() for each in (False, True))
+    assert per_sample == pytest.approx([1 / 4, 0, 1 / 4, 1 / 3, 1 / 6])
+    assert per_token == pytest.approx([1 / 8, 0, 1 / 8, 1 / 2, 1 / 4])
+
+
 @pytest.mark.parametrize("per_token", [True, False])
 def test_weights_are_zero_if_nothing_counts(per_token: bool) -> None:
     none = torch.zeros(5, dtype=torch.bool)

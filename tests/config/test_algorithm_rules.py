@@ -64,6 +64,7 @@ GSPO = "--advantage-estimator gspo"
     ("words", "warning"),
     [
         ("--gamma 0.9", "--gamma 0.9: no effect: the estimator discounts nothing"),
+        ("--sft-loss-on last_assistant", "--sft-loss-on last_assistant: no effect: only SFT learns from conversations"),
         ("--kl-clamp 5", "--kl-clamp 5: no effect: there is no KL to the reference model"),
         ("--advantage-estimator reinforce_plus_plus --lambd 0.9", "--lambd 0.9: no effect: it belongs to GAE"),
         (

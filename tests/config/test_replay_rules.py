@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from config_run import Run, write_tokenizer
 
+from slime.config.args import SFT_ROLLOUT
 from slime.config.sampling_record import read_record
 from slime.core.sample import Sample
 from slime.rollout.dump import read_replay, write_dump
-from slime.rollout.generate import SFT_ROLLOUT, sampling_record
+from slime.rollout.generate import sampling_record
 
 GROUP = [Sample(index=i, tokens=[1, 2], prompt_length=1, response_length=1, reward=float(i)) for i in range(2)]
 

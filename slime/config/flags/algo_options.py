@@ -27,6 +27,11 @@ class AlgoOptions:
         "policy_loss",
         "policy_loss: clipped policy gradient. sft_loss: likelihood of the responses. custom_loss: your own function.",
     )
+    sft_loss_on: Literal["all_assistant", "last_assistant"] = flag(
+        "all_assistant",
+        "The messages that SFT on conversations learns from: all of the assistant's, or the last one of each row. "
+        "A message's own weight counts as well.",
+    )
     use_kl_loss: bool = flag(False, "Add a KL term against the reference model to the loss.")
     kl_loss_coef: float = flag(0.0, "Coefficient of the KL term. At 0 the reference model is not run.", ge=0)
     kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = flag(

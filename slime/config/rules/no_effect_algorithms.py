@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from slime.algo.estimators import ESTIMATOR_FACTS
+from slime.config.args import SFT_ROLLOUT
 from slime.config.rules.case import NoEffect
 
 _CLIP = ("eps_clip", "eps_clip_high", "eps_clip_c")
@@ -31,6 +32,12 @@ ALGORITHMS: tuple[NoEffect, ...] = (
         "add --use-kl-loss",
     ),
     NoEffect(_POLICY, lambda a: a.loss_type == "sft_loss", "--loss-type sft_loss uses no advantages, ratio or KL"),
+    NoEffect(
+        ("sft_loss_on",),
+        lambda a: not a.supervised,
+        "only SFT learns from conversations",
+        f"add --loss-type sft_loss --rollout-function-path {SFT_ROLLOUT}",
+    ),
     NoEffect(
         ("gamma",),
         lambda a: not ESTIMATOR_FACTS[a.advantage_estimator].discounts,

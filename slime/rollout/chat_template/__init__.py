@@ -7,6 +7,7 @@ longer conversation begins with the text of a shorter one).
 
 from slime.rollout.chat_template.render import continues_last_turn as continues_last_turn
 from slime.rollout.chat_template.render import render_messages as render_messages
+from slime.rollout.chat_template.render import render_text as render_text
 from slime.rollout.chat_template.report import TemplateReport as TemplateReport
 from slime.rollout.chat_template.report import template_report as template_report
 from slime.rollout.chat_template.spans import Conversation as Conversation
