@@ -152,7 +152,7 @@ class Processes:
         self.waiter = started.waiter
         self._router_url = ""
         near, logs = num_nodes() == 1, str(log_dir)
-        manager = ray.remote(RolloutManager).options(**place.manager()).remote(args, logs)
+        manager = ray.remote(RolloutManager).options(**place.manager()).remote(args, logs, alone=True)
         self.manager: Any = started.add(manager, "the rollout manager", close=manager.close.remote)
         self._prompts_loaded = self.manager.start.remote()
         self.engines: list[Any] = []

@@ -63,7 +63,7 @@ class DataSide:
             with hook_errors("data_source_path", args.data_source_path):
                 self._source = TrackedSource(source(args, tokenizer))
         self._rollout_function = hook_function("rollout_function_path", args.rollout_function_path)
-        self._rewards = RewardPool(args)
+        self._rewards = RewardPool(args, log_dir)
         self.context = RolloutContext(args=args, client=None, tokenizer=tokenizer, rewards=self._rewards)
         self._samples = SampleLog(log_dir.parent / SAMPLES, args, tokenizer)
         self._made: _Made | None = None

@@ -22,19 +22,21 @@ from slime.cluster.portable import portable_errors
 from slime.config.args import Args
 from slime.config.secrets import masker_of
 from slime.core.batch import TrainBatch
-from slime.core.masking import mask_output
 from slime.engine.launch import start_router
 from slime.engine.membership import external_router_url
 from slime.engine.server_process import ManagedProcess
 from slime.observability.logs import collected_warnings, log_to_file
+from slime.observability.output_log import log_own_output
 
 
 @portable_errors
 class RolloutManager:
     """Makes one rollout at a time, as an async Ray actor; evaluations and state calls may arrive meanwhile."""
 
-    def __init__(self, args: Args, log_dir: str) -> None:
+    def __init__(self, args: Args, log_dir: str, *, alone: bool = False) -> None:
+        """`alone`: this process is the manager's own, so that its whole output goes to the manager's log."""
         self._args = args
+        self._is_alone = alone
         self._log_dir = Path(log_dir)
         self._cleanup = AsyncExitStack()
         self._router: ManagedProcess | None = None
@@ -53,8 +55,9 @@ class RolloutManager:
 
     def start(self) -> list[str]:
         """Load tokenizer and prompts, make the reward pool, and return warnings. This call comes before all others."""
-        log_to_file(self._log_dir, "rollout", masker := masker_of(self._args))
-        mask_output(masker)
+        path = log_to_file(self._log_dir, "rollout", masker := masker_of(self._args))
+        if self._is_alone:
+            log_own_output(path, masker)
         with collected_warnings() as warnings:
             _ = self._data
         return warnings

@@ -12,9 +12,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from slime.core.about import prefix
 from slime.core.masking import Masker
 
-FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(about)s%(message)s"
+"""`about` is the sample that the process works on, if that is known."""
 
 
 def log_to_file(directory: Path, name: str, masker: Masker) -> Path:
@@ -37,6 +39,7 @@ class _MaskedFormatter(logging.Formatter):
         self._masker = masker
 
     def format(self, record: logging.LogRecord) -> str:
+        record.about = prefix()
         return self._masker(super().format(record))
 
 

@@ -20,6 +20,7 @@ from slime.config.args import Args
 from slime.config.context import rollout_limits
 from slime.config.eval_data import EvalDataset, eval_datasets
 from slime.config.prompt_format import PromptFormat
+from slime.core.about import about
 from slime.core.failure_log import FailureLog
 from slime.core.plugins import HookFailed
 from slime.core.sample import Sample, Status
@@ -95,7 +96,8 @@ class Evaluator:
             async with slots:
                 try:
                     for _ in range(_MAX_ABORTS):
-                        sample = await generate(args, sample, replace(params, sampling_seed=seed), context)
+                        with about(f"{dataset.name} sample {sample.index}"):
+                            sample = await generate(args, sample, replace(params, sampling_seed=seed), context)
                         if sample.status is not Status.ABORTED:
                             break
                 except EngineError as error:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from slime.config.args import Args
+from slime.core.about import about
 from slime.core.awake import awake_timeout
 from slime.core.failure_log import FailureLog
 from slime.core.plugins import HookFailed
@@ -173,7 +174,7 @@ class GroupRunner:
             before, status = sample.response_length, sample.status
             kept = sample.copy() if self._args.custom_generate_function_path is not None else sample
             try:
-                with self._request():
+                with self._request(), about(f"sample {sample.index}"):
                     sample = await self._generate(self._args, sample, params, self._context)
             except EngineError as error:
                 self.last_error = error

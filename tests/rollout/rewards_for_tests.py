@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 
+from slime.config.args import Args
 from slime.core.sample import Sample, Status
 
 
@@ -324,3 +327,20 @@ async def generate_broken(args, sample, sampling_params, context):
 async def generate_anew(args, sample, sampling_params, context):
     """Return a new Sample, which does not know its place in the group."""
     return Sample(prompt=sample.prompt, tokens=[1, 2], prompt_length=1, response_length=1)
+
+
+def talks(args: Args, sample: Sample) -> float:
+    """Print in every way, and fail for odd samples."""
+    print("printed", sample.index)
+    logging.getLogger("mine").info("logged %d", sample.index)
+    subprocess.run(["sh", "-c", f"echo from a child {sample.index}"], check=True)
+    os.write(2, b"native without an end")
+    return 1.0 if sample.index % 2 == 0 else {}["unit"]
+
+
+async def talks_together(args: Args, sample: Sample) -> float:
+    """Print while other calls are in flight."""
+    print("begins", end=" ")
+    await asyncio.sleep(0.01)
+    print("ends")
+    return 1.0 if sample.index % 2 == 0 else {}["unit"]

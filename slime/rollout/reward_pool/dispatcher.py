@@ -19,6 +19,7 @@ import itertools
 import logging
 import math
 from collections import deque
+from pathlib import Path
 
 import orjson
 
@@ -40,7 +41,12 @@ class Dispatcher:
     `is_async` is whether the reward function is async, so that a worker can have several tasks in flight.
     """
 
-    def __init__(self, args: Args, loop: asyncio.AbstractEventLoop, *, is_async: bool) -> None:
+    def __init__(
+        self, args: Args, loop: asyncio.AbstractEventLoop, *, is_async: bool, log_dir: Path | None = None
+    ) -> None:
+        self._log_dir = log_dir
+        self._places: set[int] = set()
+        """The numbers of the log files that are in use."""
         self.workers: set[RewardProcess] = set()
         self._args, self._loop, self._is_async = args, loop, is_async
         self._capacity = math.ceil(args.rm_concurrency / args.rm_num_workers) if is_async else 1
@@ -156,8 +162,9 @@ class Dispatcher:
 
     def _end(self, worker: RewardProcess) -> None:
         self.workers.discard(worker)
+        self._places.discard(worker.place)
         worker.kill()
-        self._loop.run_in_executor(None, worker.process.wait)  # freeing gigabytes may take a while
+        self._loop.run_in_executor(None, worker.wait)  # freeing gigabytes may take a while
 
     def _lost(self, worker: RewardProcess, failure: str = CRASH) -> None:
         """Handle a worker that died or hangs: fail the task at fault, hand out the others again, replace the worker."""
@@ -165,8 +172,8 @@ class Dispatcher:
             self.workers.discard(worker)
             worker.kill()
             if not self._closed:
-                worker.process.wait()
-                self._break(f"exit code {worker.process.returncode}; its message is above")
+                worker.wait()
+                self._break(f"exit code {worker.process.returncode}; {self._message_place(worker)}")
             return
         self._end(worker)
         tasks = [task for task in worker.tasks.values() if not task.done.done()]
@@ -184,6 +191,14 @@ class Dispatcher:
         if not worker.retired:  # a retired worker has been replaced before
             self._add_worker()
         self._hand_out()
+
+    def _message_place(self, worker: RewardProcess) -> str:
+        """Return where the last words of a worker are that did not start."""
+        if self._log_dir is None:
+            return "its message is above"
+        path = self._log_dir / f"reward-{worker.place}.log"
+        last = path.read_text(errors="replace").strip().rpartition("\n")[2][:500] if path.exists() else ""
+        return f"{last}; the log is {path}" if last else f"its log is {path}"
 
     def _break(self, message: str) -> None:
         self._broken = RuntimeError(f"a reward worker did not start ({message})")
@@ -205,7 +220,10 @@ class Dispatcher:
 
     async def _start_worker(self) -> None:
         try:
-            worker = await start_process(self._args, self._answered, self._lost)
+            place = next(number for number in itertools.count() if number not in self._places)
+            self._places.add(place)
+            log = None if self._log_dir is None else self._log_dir / f"reward-{place}.log"
+            worker = await start_process(self._args, self._answered, self._lost, place=place, log=log)
         except Exception as error:  # noqa: BLE001 (whatever it is, callers get it instead of waiting for ever)
             self._break(str(error))
             return
@@ -230,7 +248,7 @@ class Dispatcher:
         for worker in workers:
             worker.kill() if loop_goes_on else worker.end()
         for worker in workers:
-            worker.process.wait()
+            worker.wait()
 
 
 def _settle(task: Task, verdicts: list[Verdict]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slime.config.args import Args
@@ -42,8 +43,10 @@ class RewardPool:
         ValueError: no such --rm-type, or --custom-rm-path cannot be loaded.
     """
 
-    def __init__(self, args: Args) -> None:
+    def __init__(self, args: Args, log_dir: Path | None = None) -> None:
+        """`log_dir` gets a file reward-N.log for each worker with its output; None: workers print where we print."""
         self._args = args
+        self._log_dir = log_dir
         self._mask = masker_of(args)
         self._is_async = False
         if args.custom_rm_path is not None:
@@ -115,7 +118,7 @@ class RewardPool:
             raise RuntimeError("the reward workers are closed")
         loop = asyncio.get_running_loop()
         if self._dispatcher is None:
-            self._dispatcher = Dispatcher(self._args, loop, is_async=self._is_async)
+            self._dispatcher = Dispatcher(self._args, loop, is_async=self._is_async, log_dir=self._log_dir)
         self._dispatcher.check(loop)
         return self._dispatcher
 

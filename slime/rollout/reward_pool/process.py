@@ -19,17 +19,22 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from slime.config.args import Args
+from slime.config.secrets import masker_of
 from slime.core.process_guard import END_AT_ONCE, GUARD
+from slime.observability.output_log import OutputLog
 from slime.rollout.reward_pool.channel import START, Page, pack, unpack
 from slime.rollout.reward_pool.verdict import Verdict
 
 Answered = Callable[["RewardProcess", int, bytes], None]
 """Called with the number of a task, or START, and the payload of the answer."""
 Lost = Callable[["RewardProcess"], None]
+_LAST_WORDS = 5.0
+"""Seconds for the last output of a worker; a process that it started may hold the pipe open."""
 _WORKER = (sys.executable, "-m", "slime.rollout.reward_pool.worker")
 
 
@@ -44,8 +49,12 @@ class Task:
     """Whether it runs without other tasks, because a worker was lost and it is not known which task was at fault."""
 
 
-async def start_process(args: Args, answered: Answered, lost: Lost) -> RewardProcess:
+async def start_process(
+    args: Args, answered: Answered, lost: Lost, *, place: int = 0, log: Path | None = None
+) -> RewardProcess:
     """Start a worker process in the running event loop. It calls `answered` with START when it is ready.
+
+    What it prints goes to the file `log`, or (None) where this process prints. `place` is its number among the workers.
 
     Raises:
         OSError: the machine has no room for another process; or whatever pickle raises for `args`.
@@ -54,7 +63,7 @@ async def start_process(args: Args, answered: Answered, lost: Lost) -> RewardPro
     with theirs:
         transport, _ = await asyncio.get_running_loop().create_unix_connection(asyncio.Protocol, sock=ours)
         try:
-            return RewardProcess(args, transport, theirs, answered, lost)
+            return RewardProcess(args, transport, theirs, answered, lost, place=place, log=log)
         except BaseException:
             transport.abort()
             raise
@@ -73,9 +82,13 @@ class RewardProcess(asyncio.Protocol):
         theirs: socket.socket,
         answered: Answered,
         lost: Lost,
+        *,
+        place: int = 0,
+        log: Path | None = None,
     ) -> None:
         """Start the worker with the end `theirs` of a connection; `transport` is the other end."""
         self.tasks: dict[int, Task] = {}
+        self.place = place
         self.ready = False
         self.retired = False
         self.silence = 0.0
@@ -91,18 +104,22 @@ class RewardProcess(asyncio.Protocol):
         search_path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         ends = (theirs.fileno(), page)
         words = [str(end) for end in ends]
+        self._output = output = None if log is None else OutputLog(log, masker_of(args))
         try:
             self.process = subprocess.Popen(
-                [*GUARD, "-", f"keep={','.join(words)}", "--", *_WORKER, *words],
+                [*GUARD, "-", f"keep={','.join(words)}", "--", *_WORKER, *words, *([] if log is None else ["logged"])],
                 stdin=subprocess.PIPE,
                 bufsize=0,
                 stdout=subprocess.DEVNULL,  # the guard prints the worker's process id, which the worker sends itself
+                stderr=None if output is None else output.end,  # the guard passes it on as the worker's whole output
                 pass_fds=ends,
-                env={**os.environ, "PYTHONPATH": search_path},
+                env={**os.environ, "PYTHONPATH": search_path, "PYTHONUNBUFFERED": "1"},
             )
             self._page = Page(page)
         finally:
             os.close(page)
+            if output is not None:
+                output.close_end()
         transport.set_protocol(self)
         self._write(START, first)
 
@@ -174,6 +191,12 @@ class RewardProcess(asyncio.Protocol):
             with suppress(BrokenPipeError):  # the guard has ended already
                 self.process.stdin.write(END_AT_ONCE)
             self.process.stdin.close()
+
+    def wait(self) -> None:
+        """Wait until a worker that was killed is gone and its output is written."""
+        self.process.wait()
+        if self._output is not None:
+            self._output.join(_LAST_WORDS)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
