@@ -251,11 +251,11 @@ def rotary_cases(report: Report, cases: list[tuple[int, int, int, int]]) -> None
         worst(with_gradients(lambda x: kernel(x, cos, sin, interleaved=True), x), shifted),
     )
     whole = draw(33, 8, 640)  # slices of a projection's output, and gradients with other strides
-    ours = with_gradients(lambda x: kernel(x[..., 512:], cos, sin, interleaved=False).transpose(0, 1), whole)
-    exact = with_gradients(
+    sliced = with_gradients(lambda x: kernel(x[..., 512:], cos, sin, interleaved=False).transpose(0, 1), whole)
+    wanted = with_gradients(
         lambda x: exact_rotary(x[..., 512:], angles, False).transpose(0, 1), whole, dtype=torch.float64
     )
-    value = worst(ours, exact)
+    value = worst(sliced, wanted)
     report.row("RoPE of slices", value, "<= 1 rounding", value <= 1)
 
 
@@ -455,7 +455,8 @@ def log_probs(report: Report) -> None:
         def ours(dtype: torch.dtype, chunk: int) -> list[Tensor]:
             leaves = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight)]
             chosen, entropy = response_log_probs(
-                *leaves,
+                leaves[0],
+                leaves[1],
                 predicting,
                 targets,
                 vocab_size=vocab,
@@ -483,8 +484,8 @@ def log_probs(report: Report) -> None:
 
 def attention_case(
     lengths_q: list[int], lengths_k: list[int], heads: int, groups: int, channels: int
-) -> tuple[list[Tensor], list[Tensor], tuple[Any, ...]]:
-    """Return queries, keys and values, and the beginnings of the sequences."""
+) -> tuple[Any, Any, Any]:
+    """Return queries, keys and values, the beginnings of the sequences, and the longest ones with no scale."""
     tensors = [
         draw(sum(lengths_q), heads, channels),
         draw(sum(lengths_k), groups, channels, seed=1),
@@ -526,7 +527,9 @@ def attention_cases(report: Report, whole: list[int], ends: list[int], sizes: li
                 tensors = [tensor.to(dtype) for tensor in tensors]
                 exact = with_gradients(lambda *x, cu=cu: exact_attention(*x, *cu), *tensors, dtype=torch.float64)
                 ours = with_gradients(lambda *x, cu=cu, rest=rest: flash_attention.attend(*x, *cu, *rest), *tensors)
-                each = with_gradients(lambda *x, cu=cu: flash_attention.attend_each(*x, *cu, None), *tensors)
+                each = with_gradients(
+                    lambda *x, cu=cu: flash_attention.attend_each(x[0], x[1], x[2], cu[0], cu[1], None), *tensors
+                )
                 found, plain = relative(ours, exact), relative(each, exact)
                 limit, rule = (
                     (1.5 * plain, f"<= 1.5 x {plain:.3g}, SDPA's") if dtype != torch.float32 else (1e-5, "1e-5")
@@ -543,7 +546,7 @@ def attention_cases(report: Report, whole: list[int], ends: list[int], sizes: li
         control(
             report, f"the mask's edge off by {shift}", relative(ours[:1], [off(*(x.double() for x in tensors))]), 0.02
         )
-    moved = [cu[0], torch.where(cu[1] == cu[1][2], cu[1] + 1, cu[1])]
+    moved: Any = [cu[0], torch.where(cu[1] == cu[1][2], cu[1] + 1, cu[1])]
     other = exact_attention(*(x.double() for x in tensors), *moved)
     control(report, "a boundary of keys off by one", relative(ours[:1], [other]), 0.02)
 
@@ -724,7 +727,8 @@ def trainer_log_probs(report: Report) -> None:
                     else:
                         report.row(f"{family}, fp32: log-probs", largest, "<= 1e-4", largest <= 1e-4)
                     metrics = trainer.train(0, batch)
-                    gradients = {name: p.main_grad.double().clone() for name, p in named_parameters(trainer.model)}
+                    parameters: Any = named_parameters(trainer.model)
+                    gradients = {name: p.main_grad.double().clone() for name, p in parameters}
                     if bf16:
                         wrong = sum(float((gradients[name] - in_fp32[name]).square().sum()) for name in in_fp32)
                         size = sum(float(gradient.square().sum()) for gradient in in_fp32.values())

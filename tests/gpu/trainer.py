@@ -7,7 +7,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def made_up_step(trainer: Any, number: int) -> tuple[float, float]:
     trainer._stepper.forget_gradients(trainer.optimizer)
     generator = torch.Generator(device=on).manual_seed(number)
     for _, parameter in named_parameters(trainer.model):
-        parameter.main_grad.normal_(0.0, 0.01, generator=generator)
+        cast(Any, parameter).main_grad.normal_(0.0, 0.01, generator=generator)
     torch.cuda.synchronize()
     start = time.perf_counter()
     with cpu_layer.layer():

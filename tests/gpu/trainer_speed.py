@@ -114,7 +114,7 @@ def group_of(kernel: str) -> str:
 
 def breakdown(report: Report, what: str, step: Any) -> None:
     """Report the GPU's time of one step by group, and the twelve kernels that take most of it."""
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
