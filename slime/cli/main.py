@@ -42,7 +42,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "torch_dist -> HF directory",
             "slime export --input-dir RUN --origin-hf-dir HF_DIR --output-dir OUT",
         ),
-        "plot": Command("plot", "draw the curves of a run", "slime plot RUN/metrics.jsonl"),
+        "plot": Command("plot", "draw the curves of a run", "slime plot RUN"),
         "answers": Command(
             "answers",
             "show answers of two models side by side",
