@@ -104,6 +104,8 @@ class Cluster:
         self._record: dict[str, float] = {}
         self._sync_report: dict[str, float] = {}
         self._ahead: _Generation | None = None
+        self._validation_sets: Any = None
+        """A reference to the rows of SFT's evaluation sets, once they are loaded."""
 
     def rollouts(self) -> Iterator[int]:
         """Yield the ids of the rollouts that are left; each iteration is one step of the clock."""
@@ -256,19 +258,33 @@ class Cluster:
 
     def _evaluate(self, step: int) -> None:
         args = self._args
-        if not (args.eval_prompt_data or args.eval_config) or not args.num_engines:
+        if not (args.eval_prompt_data or args.eval_config) or not (args.num_engines or args.validates):
             return
         with self._clock.phase("evaluation"):
-            [metrics] = self._waiter.get(
-                f"evaluation after {step} rollouts",
-                [self._processes.manager.evaluate.remote(step)],
-                meanwhile=self._weight_sync.look_after,
-            )
+            metrics = self._validate(step) if args.validates else self._generate_and_judge(step)
         metrics |= self._measure("evaluation")
         self._metrics.write(step, metrics)
         self._console.evaluation(step, metrics)
         if self._best is not None:
             self._best.evaluated(metrics, step=step)
+
+    def _generate_and_judge(self, step: int) -> dict[str, float]:
+        """Return the metrics of responses that the engines generate to the evaluation prompts."""
+        [metrics] = self._waiter.get(
+            f"evaluation after {step} rollouts",
+            [self._processes.manager.evaluate.remote(step)],
+            meanwhile=self._weight_sync.look_after,
+        )
+        return metrics
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Return the losses on SFT's evaluation sets, whose rows stay in Ray's object store."""
+        processes = self._processes
+        if self._validation_sets is None:
+            self._validation_sets = processes.manager.validation_sets.remote()
+            self._waiter.get("loading the evaluation sets", [self._validation_sets])
+        computing = [trainer.validate.remote(self._validation_sets) for trainer in processes.trainers]
+        return self._waiter.get(f"evaluation after {step} rollouts", computing)[0]
 
 
 Story = Callable[[Cluster], None]

@@ -29,6 +29,7 @@ from slime.rollout.metrics import replay_metrics
 from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.sample_log import SampleLog
 from slime.rollout.tokenizer import load_tokenizer
+from slime.rollout.validation_sets import validation_sets
 
 
 @dataclass
@@ -131,6 +132,10 @@ class DataSide:
             result = hook_function("eval_function_path", path)(self._args, rollout_id, self.context)
             return await result if inspect.isawaitable(result) else result
         return await self._evaluator.run(rollout_id, self.context)
+
+    def validation_sets(self) -> dict[str, TrainBatch]:
+        """Return the rows of SFT's evaluation sets, whose loss the trainers compute."""
+        return validation_sets(self._args, self.context.tokenizer)
 
     @cached_property
     def _evaluator(self) -> Evaluator:

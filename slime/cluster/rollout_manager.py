@@ -135,6 +135,10 @@ class RolloutManager:
         """Evaluate after `rollout_id` rollouts and return the metrics."""
         return await self._data.evaluate(rollout_id, self._engines)
 
+    def validation_sets(self) -> dict[str, TrainBatch]:
+        """Return the rows of SFT's evaluation sets by their names (see `rollout.validation_sets`)."""
+        return self._data.validation_sets()
+
     def state_dict(self, next_rollout_id: int = 0) -> dict[str, Any]:
         """Return the state as plain JSON types (see `DataSide.state_dict`)."""
         return self._data.state_dict(next_rollout_id)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from slime.core.load_result import LoadResult
 from slime.megatron import device
 from slime.megatron.offload.trainer_memory import TrainerMemory
 from slime.megatron.trainer import Trainer
+from slime.megatron.validation_loss import validation_losses
 from slime.observability.logs import collected_warnings
 from slime.sync.sender import WeightSender
 
@@ -48,6 +50,16 @@ class TrainingRank:
         metrics = self._trainer.train(rollout_id, batch, self.weights.version)
         self.weights.trained(f"trained in rollout {rollout_id}")
         return {**metrics, "time/training": time.perf_counter() - start}
+
+    def validate(self, sets: Mapping[str, TrainBatch]) -> dict[str, float]:
+        """Return the losses of the current weights on each set, as `eval/NAME/...`; nothing of training changes."""
+        metrics: dict[str, float] = {}
+        for name, batch in sets.items():
+            start = time.perf_counter()
+            losses = validation_losses(batch, self._trainer.log_probs(batch))
+            losses["time"] = time.perf_counter() - start
+            metrics |= {f"eval/{name}/{metric}": value for metric, value in losses.items()}
+        return metrics
 
     def save(self, rollout_id: int, state: dict[str, Any]) -> str:
         """Export with --save-hf, then save a checkpoint, and return the checkpoint's path.

@@ -62,6 +62,10 @@ class TrainWorker:
         """Train on the whole rollout's `batch` (see `TrainingRank.train`)."""
         return self._rank().train(rollout_id, batch)
 
+    def validate(self, sets: dict[str, TrainBatch]) -> dict[str, float]:
+        """Return the loss on each set of examples (see `TrainingRank.validate`)."""
+        return self._rank().validate(sets)
+
     def save(self, rollout_id: int, state: dict[str, Any]) -> str:
         """Export and save a checkpoint, and return its path (see `TrainingRank.save`)."""
         return self._rank().save(rollout_id, state)

@@ -128,6 +128,12 @@ class Args(
         return self.sft_loss_on if self.supervised else None
 
     @property
+    def validates(self) -> bool:
+        """Return whether evaluation is the loss on examples, which trainers compute: SFT without engines."""
+        replays = self.debug_train_only or self.debug_rollout_only
+        return self.supervised and not self.num_engines and not replays
+
+    @property
     def distills(self) -> bool:
         """Return whether the policy learns from a teacher's log-probs instead of rewards."""
         estimates = self.loss_type != "sft_loss" and self.custom_advantage_function_path is None

@@ -66,7 +66,10 @@ def _defaults(args: Args) -> dict[str, Any]:
     values = {name: vars(args)[f"eval_{name}"] for name in inherited}
     shared = ("metadata_key", "tool_key", "apply_chat_template", "system_prompt", "apply_chat_template_kwargs")
     values |= {name: vars(args)[name] for name in shared}
-    return values | {"n_samples_per_eval_prompt": args.n_samples_per_eval_prompt, "loss_on": args.loss_on}
+    return values | {
+        "n_samples_per_eval_prompt": args.n_samples_per_eval_prompt,
+        "loss_on": args.loss_on if args.validates else None,
+    }
 
 
 def eval_datasets(args: Args) -> list[EvalDataset]:

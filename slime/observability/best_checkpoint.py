@@ -49,7 +49,9 @@ def read_best(save_dir: Path) -> Best | None:
 
 
 class BestCheckpoint:
-    """The record of one run under `save_dir`, for --keep-best-checkpoint `metric`; a larger value is better.
+    """The record of one run under `save_dir`, for --keep-best-checkpoint `metric`.
+
+    A larger value is better, or a smaller one of a loss: eval/NAME/loss and eval/NAME/loss_per_sample.
 
     Raises:
         RunError: the record of a resumed run cannot be read.
@@ -57,6 +59,7 @@ class BestCheckpoint:
 
     def __init__(self, save_dir: Path, metric: str, *, say: Callable[[str], None]) -> None:
         self._save_dir, self._metric, self._say = save_dir, metric, say
+        self._sign = -1 if metric.rpartition("/")[2] in ("loss", "loss_per_sample") else 1
         self._saved: Path | None = None
         self._step = 0
         try:
@@ -94,7 +97,7 @@ class BestCheckpoint:
         value = metrics[self._metric]
         if self._saved is None or self._step != step or not math.isfinite(value):
             return
-        if self._best is None or value > self._best.value:
+        if self._best is None or self._sign * value > self._sign * self._best.value:
             self._best = Best(self._metric, value, step - 1, self._saved.name)
             self._write(self._best)
             self._say(f"best checkpoint so far: {self._saved} ({self._metric} {value:.4g})")

@@ -282,7 +282,7 @@ def _files(args: Args) -> Iterable[Row]:
         yield "ref load", args.ref_load or "(not given)"
         often = f"every {args.save_interval} rollouts and " if args.save_interval else ""
         yield "save", f"{args.save}, {often}after the last" if args.save else "(not given)"
-    if (args.eval_prompt_data or args.eval_config) and args.num_engines:
+    if (args.eval_prompt_data or args.eval_config) and (args.num_engines or args.validates):
         yield from _evaluation(args)
 
 
@@ -300,6 +300,9 @@ def _evaluation(args: Args) -> Iterable[Row]:
         samples = (
             "1 sample" if dataset.n_samples_per_eval_prompt == 1 else f"{dataset.n_samples_per_eval_prompt} samples"
         )
+        if args.validates:
+            yield "", f"{dataset.name}: {show(dataset.path)}, the loss on its examples"
+            continue
         yield "", f"{dataset.name}: {show(dataset.path)}{judge}"
         yield (
             "",

@@ -1,7 +1,7 @@
 """The rollout for supervised fine-tuning: responses come from the data, and no engine is used.
 
 - Where it sits: --rollout-function-path chooses it instead of `collect.generate_rollout`, with --loss-type sft_loss.
-  `validation` makes the rows of its evaluation sets with the same functions.
+  `validation_sets` makes the rows of its evaluation sets with the same functions.
 - Invariant: a token counts in the loss if it is a part of a response, or of an assistant's message that is trained on,
   with the token that ends it. No other token does.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from config_run import Run
 
+from slime.config.args import SFT_ROLLOUT
+
 FLAG = "--keep-best-checkpoint"
 EVAL = "--n-samples-per-eval-prompt 4 --eval-prompt-data few TRAIN --num-rollout 20"
 MEET = f"{EVAL} --save-interval 5 --eval-interval 10"
@@ -40,6 +42,17 @@ def test_metrics_of_which_larger_is_better(run: Run, metric: str) -> None:
 def test_errors(run: Run, text: str, error: str) -> None:
     [found] = [problem for problem in run.errors(*words(run, text)) if FLAG in problem]
     assert error in found
+
+
+def test_the_loss_of_sft_is_ranked(run: Run) -> None:
+    sft = f"--loss-type sft_loss --rollout-function-path {SFT_ROLLOUT} --rollout-num-gpus 0 --num-rollout 20"
+    shared = f"{sft} --save-interval 5 --eval-interval 10 --eval-prompt-data few TRAIN"
+    for metric in ("loss", "loss_per_sample"):
+        assert run.errors(*words(run, f"{shared} {FLAG} eval/few/{metric}")) == []
+    [error] = run.errors(*words(run, f"{shared} {FLAG} eval/few/reward"))
+    assert "few has no metric 'reward' of which a smaller value is better; name one of loss, loss_per_sample" in error
+    [error] = [each for each in run.errors(*words(run, f"{MEET} {FLAG} eval/few/loss")) if FLAG in each]
+    assert "of which a larger value is better" in error, "control"
 
 
 def test_a_custom_evaluation_names_its_own_metrics(run: Run) -> None:

@@ -338,6 +338,10 @@ def test_data_files_of_other_kinds(run: Run) -> None:
 def test_other_ways_to_run(run: Run) -> None:
     sft = "--loss-type sft_loss --rollout-function-path slime.rollout.sft_rollout.generate_rollout --rollout-num-gpus 0"
     assert run.errors(*sft.split(), "--n-samples-per-prompt", "1") == []
+    evaluated = [*sft.split(), "--n-samples-per-prompt", "1", "--eval-prompt-data", str(run.data)]
+    assert run.errors(*evaluated) == [], "the trainers compute its loss"
+    [warning] = [each for each in run.warnings(*evaluated, "--eval-temperature", "0") if "--eval-temp" in each]
+    assert "no effect: SFT without engines evaluates by the loss" in warning
     (run.directory / "0.json").touch()
     replay = ["--debug-train-only", "--load-debug-rollout-data", str(run.directory / "{rollout_id}.json")]
     assert run.args(*replay).num_engines == 0

@@ -26,8 +26,8 @@ class Run:
         path.mkdir(exist_ok=True)
         self.record.saved(path, step=rollout_id + 1)
 
-    def evaluate(self, step: int, value: float) -> None:
-        self.record.evaluated({METRIC: value, "memory/evaluation_peak_gb": 1.0}, step=step)
+    def evaluate(self, step: int, value: float, metric: str = METRIC) -> None:
+        self.record.evaluated({metric: value, "memory/evaluation_peak_gb": 1.0}, step=step)
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -60,6 +60,15 @@ def test_the_largest_and_earliest_value_stays(tmp_path: Path) -> None:
     for rollout_id, value in enumerate([-1.0, 0.5, 0.5, 0.4, float("nan"), float("inf")]):
         run.save(rollout_id)
         run.evaluate(rollout_id + 1, value)
+    assert run.best == (1, 0.5)
+
+
+@pytest.mark.parametrize("metric", ["eval/few/loss", "eval/few/loss_per_sample"])
+def test_of_losses_the_smallest_stays(tmp_path: Path, metric: str) -> None:
+    run = Run(tmp_path, metric)
+    for rollout_id, value in enumerate([2.0, 0.5, 0.5, 0.6, float("nan")]):
+        run.save(rollout_id)
+        run.evaluate(rollout_id + 1, value, metric)
     assert run.best == (1, 0.5)
 
 

@@ -162,7 +162,8 @@ class CheckpointOptions:
     keep_best_checkpoint: str | None = flag(
         None,
         "An evaluation metric, eval/NAME/reward or eval/NAME/pass@K. Among the checkpoints whose weights were "
-        "evaluated, the one with the largest value is never removed, and best_checkpoint.json names it.",
+        "evaluated, the one with the largest value is never removed, and best_checkpoint.json names it. SFT has "
+        "eval/NAME/loss, of which the smallest is best.",
         metavar="METRIC",
     )
     save_hf: str | None = flag(

@@ -16,6 +16,8 @@ from slime.config.problem import Problem
 from slime.config.rules.case import Case
 
 _METRIC = re.compile(r"eval/(?P<name>.+)/(?P<what>[^/]+)")
+LOSSES = ("loss", "loss_per_sample")
+"""The metrics of SFT's evaluation."""
 _FIELD = "keep_best_checkpoint"
 
 
@@ -33,7 +35,7 @@ def best_checkpoint(case: Case) -> Iterable[Problem]:
     if parts is None:
         yield case.error(_FIELD, "is not an evaluation metric", "write it as eval/NAME/reward")
         return
-    if args.eval_function_path is None:
+    if args.eval_function_path is None or args.validates:
         yield from _unknown(case, parts["name"], parts["what"])
     yield from _one_alone(case)
 
@@ -50,8 +52,11 @@ def _unknown(case: Case, name: str, what: str) -> Iterable[Problem]:
         yield case.error(_FIELD, f"there is no evaluation set {name!r}", remedy, also=about)
         return
     ranked = ["reward", "reward_judged", "format", *(f"pass@{k}" for k in datasets[name].pass_at_ks)]
+    if case.args.validates:
+        ranked = list(LOSSES)
     if what not in ranked:
-        rule = f"{name} has no metric {what!r} of which a larger value is better"
+        better = "smaller" if case.args.validates else "larger"
+        rule = f"{name} has no metric {what!r} of which a {better} value is better"
         yield case.error(_FIELD, rule, f"name one of {', '.join(ranked)}", also=about)
 
 

@@ -47,7 +47,7 @@ def engines(case: Case) -> Iterable[Problem]:
         )
     elif args.rollout_num_gpus == 0 and case.generates:
         yield case.error("rollout_num_gpus", "no engine, but rollouts are generated", "make it at least 1")
-    elif args.rollout_num_gpus == 0 and case.evaluates and not args.debug_train_only:
+    elif args.rollout_num_gpus == 0 and case.evaluates and not (args.debug_train_only or args.validates):
         remedy = "make it at least 1, or leave out the evaluation data"
         yield case.error("rollout_num_gpus", "no engine, but evaluation generates", remedy)
 

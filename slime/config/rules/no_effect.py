@@ -147,6 +147,20 @@ TABLE: tuple[NoEffect, ...] = (
         "--debug-train-only starts no engine, and evaluation needs one",
     ),
     NoEffect(
+        (
+            "eval_function_path",
+            "eval_rm_type",
+            "eval_max_response_len",
+            "eval_temperature",
+            "eval_top_p",
+            "eval_top_k",
+            "eval_failed_as",
+            "n_samples_per_eval_prompt",
+        ),
+        lambda a: a.validates,
+        "SFT without engines evaluates by the loss, and nothing is generated",
+    ),
+    NoEffect(
         ("eval_function_path",),
         lambda a: a.debug_train_only or (not a.eval_prompt_data and a.eval_config is None),
         "it is never called, because nothing is evaluated",

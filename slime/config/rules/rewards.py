@@ -59,6 +59,8 @@ def reward(case: Case) -> Iterable[Problem]:
 def eval_rewards(case: Case) -> Iterable[Problem]:
     """Check the reward of each evaluation set."""
     args = case.args
+    if args.validates:  # the evaluation is a loss
+        return
     datasets = readable_eval_datasets(case.args)
     field = "eval_prompt_data" if args.eval_config is None else "eval_config"
     if args.custom_rm_path is not None:
