@@ -163,7 +163,7 @@ def _matching_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
     values = {**extra, **given} if has_experts else given
     known = {flag for family in FAMILIES.values() for flag in (*family.flags, *family.optional_flags)}
     found = {flag for flag in known if _is_set(flag, values)}
-    candidates = [family for family in FAMILIES.values() if family.has_experts == has_experts]
+    candidates = [one for one in FAMILIES.values() if one.has_experts == has_experts and not one.shares_flags]
     for family in candidates:
         if found - set(family.optional_flags) == set(family.flags):
             return family.model_type

@@ -137,11 +137,11 @@ def _windows(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     The window's size does not matter.
     'some layers': with use_sliding_window, the layers named in layer_types, or those from max_window_layers on.
     'all layers': with use_sliding_window, all layers, whatever the other keys are.
-    'unswitched': transformers' cache depends on sliding_window only.
+    'unswitched', 'unless null': transformers' cache depends on sliding_window only.
     """
-    has_switch = family.windows != "unswitched"
+    has_switch = family.windows in ("some layers", "all layers")
     types = cast(list[Any], config.get("layer_types") or [])
-    window = config.get("sliding_window", 4096 if has_switch else None)
+    window = config.get("sliding_window", None if family.windows == "unswitched" else 4096)
     if config.get("use_sliding_window", not has_switch) and window is not None:
         all_layers = family.windows != "some layers"
         named = "sliding_attention" in types if types else None

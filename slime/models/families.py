@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from slime.core.architecture import Architecture
-from slime.models import glm4, glm4_moe, llama, qwen2, qwen3, qwen3_moe
+from slime.models import glm4, glm4_moe, llama, mistral, qwen2, qwen3, qwen3_moe
 from slime.models.family import Family
 from slime.models.mapping import WeightTable
 
@@ -19,6 +19,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": qwen3.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "qwen2": qwen2.FAMILY,
+    "mistral": mistral.FAMILY,
     "llama": llama.FAMILY,
 }
 """All families. A message that explains the flags of families lists them in this order, the plainest last."""

@@ -44,11 +44,12 @@ class Family:
     """The size of a head if config.json has no head_dim; None: hidden_size / num_attention_heads."""
     partial_rotary: bool = False
     """Whether partial_rotary_factor counts, which is 0.5 if config.json lacks it. Other families rotate whole heads."""
-    windows: Literal["unswitched", "some layers", "all layers"] = "unswitched"
+    windows: Literal["unswitched", "unless null", "some layers", "all layers"] = "unswitched"
     """Where sliding-window attention applies, which is not supported.
 
-    'unswitched': in all layers, if sliding_window is set. Otherwise use_sliding_window turns it on: for the layers that
-    layer_types or max_window_layers name, or for all layers.
+    'unswitched': in all layers, if sliding_window is set. 'unless null': in all layers, also if config.json lacks the
+    key. Otherwise use_sliding_window turns it on: for the layers that layer_types or max_window_layers name, or for all
+    layers.
     """
     refuses_attention_bias: bool = False
     """Whether attention_bias would also give the output projection a bias, which is not supported."""
@@ -57,6 +58,8 @@ class Family:
     """The flags of MODEL_ARGS that identify the family, as a user types them."""
     optional_flags: tuple[str, ...] = ()
     """Flags of MODEL_ARGS that some models of the family have; the identifying flags of other families are refused."""
+    shares_flags: bool = False
+    """Whether MODEL_ARGS cannot tell it from another family, which they then mean; only config.json names this one."""
     has_experts: bool = False
     """Whether its layers are mixtures of experts."""
 

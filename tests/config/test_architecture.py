@@ -285,7 +285,10 @@ def test_override(run: Run, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not one of glm4, glm4_moe, llama, qwen2, qwen3, qwen3_moe"),
+        (
+            {"model_type": "mamba"},
+            "model_type 'mamba' is not one of glm4, glm4_moe, llama, mistral, qwen2, qwen3, qwen3_moe",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "RoPE of type 'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE of type 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "its config.json has no 'low_freq_factor'"),

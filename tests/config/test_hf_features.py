@@ -25,6 +25,7 @@ CLASSES: dict[str, Any] = {
     "glm4": transformers.Glm4Config,
     "glm4_moe": transformers.Glm4MoeConfig,
     "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
     "qwen3_moe": transformers.Qwen3MoeConfig,
@@ -45,6 +46,7 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 8, "attention_bias": False},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1},
     "llama": {},
+    "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "qwen3_moe": {**EXPERTS, "num_experts": 4, "norm_topk_prob": True},
@@ -222,6 +224,18 @@ def test_sliding_windows(family: str) -> None:
     assert verdicts == {True, False}
     everywhere = hf_architecture_error({**config, "use_sliding_window": True, "max_window_layers": LAYERS})
     assert ("sliding_window 4096" in everywhere) == (family == "qwen3_moe")
+
+
+def test_mistral_without_the_key_has_windows() -> None:
+    """transformers takes a missing sliding_window for 4,096 tokens; null switches the windows off."""
+    config = tiny("mistral")
+    expected, weights = logits("mistral", config)
+    assert hf_architecture(config) == dataclasses.replace(hf_architecture(tiny("llama")), family="mistral")
+    assert not torch.equal(logits("mistral", config | {"sliding_window": 4}, weights)[0], expected)
+    assert "sliding_window 4)" in hf_architecture_error(config | {"sliding_window": 4})
+    del config["sliding_window"]
+    assert transformers.MistralConfig(**config).sliding_window == 4096
+    assert "sliding_window 4096)" in hf_architecture_error(config)
 
 
 def hf_architecture_error(config: dict[str, Any]) -> str:

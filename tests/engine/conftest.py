@@ -26,6 +26,7 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen2": tiny_models.make_model(root / "qwen2", "qwen2", seed=4),
         "qwen3_moe": tiny_models.make_model(root / "qwen3_moe", "qwen3_moe", seed=6),
         "glm4_moe": tiny_models.make_model(root / "glm4_moe", "glm4_moe", seed=7),
+        "mistral": tiny_models.make_model(root / "mistral", "mistral", seed=8),
         "llama3": tiny_models.make_model(root / "llama3", "llama3", seed=5),
     }
 

@@ -14,7 +14,7 @@ from slime.config.architecture import FAMILIES, hf_architecture, read_hf_config
 from slime.engine.embedded.model import Model
 from slime.models.families import weight_table
 
-MODELS = ("glm4", "qwen3", "qwen2", "llama3", "qwen3_moe", "glm4_moe")
+MODELS = ("glm4", "qwen3", "qwen2", "llama3", "mistral", "qwen3_moe", "glm4_moe")
 
 
 def test_every_family_is_served(model_dirs: dict[str, Path]) -> None:

@@ -20,7 +20,15 @@ StartEngine = Callable[..., ForkedEngine]
 
 
 def _config(family: str, *, vocab_size: int, hidden: int, eos: list[int]) -> Any:
-    from transformers import Glm4Config, Glm4MoeConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+    from transformers import (
+        Glm4Config,
+        Glm4MoeConfig,
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -51,6 +59,8 @@ def _config(family: str, *, vocab_size: int, hidden: int, eos: list[int]) -> Any
     rope = {"rope_theta": 1e6, "rope_type": "default"}
     if family == "qwen3_moe":
         return Qwen3MoeConfig(**common, **experts, num_experts=8, rms_norm_eps=1e-6, rope_parameters=rope)
+    if family == "mistral":
+        return MistralConfig(**common, sliding_window=None, rms_norm_eps=1e-5, rope_parameters=rope)
     if family == "qwen2":
         return Qwen2Config(**common, tie_word_embeddings=False, rms_norm_eps=1e-6, rope_parameters=rope)
     return Qwen3Config(**common, tie_word_embeddings=True, rms_norm_eps=1e-6, rope_parameters=rope)

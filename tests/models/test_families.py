@@ -1,4 +1,4 @@
-"""A model family is one file and one row: Mistral is added here that way, and every part of slime then knows it."""
+"""A model family is one file and one row: Seed-OSS is added here that way, and every part of slime then knows it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ sys.path.insert(0, str(ROOT))
 
 from tools import make_random_checkpoint as tool  # noqa: E402
 
-# The file that slime/models/mistral.py would be. Real models have the flags of llama; these tell the two apart.
-MISTRAL = Family(
-    model_type="mistral",
-    transformers_class="Mistral",
+# The file that slime/models/seed_oss.py would be. The flags stand for a family of its own.
+SEED_OSS = Family(
+    model_type="seed_oss",
+    transformers_class="SeedOss",
     rules=pre_norm,
-    write=lambda arch: with_head_dim(arch) | {"sliding_window": None},
+    write=lambda arch: with_head_dim(arch) | {"attention_bias": False},
     flags=("--add-qkv-bias", "--qk-layernorm"),
 )
 SHAPE = Architecture(
-    family="mistral",
+    family="seed_oss",
     num_layers=2,
     hidden_size=64,
     ffn_hidden_size=96,
@@ -53,12 +53,12 @@ FLAGS += ["--vocab-size", "300", "--add-qkv-bias", "--qk-layernorm", "--dry-run"
 
 
 @pytest.fixture
-def mistral() -> Iterator[None]:
-    """Add the row for Mistral."""
+def seed_oss() -> Iterator[None]:
+    """Add the row for Seed-OSS."""
     rows = cast(dict[str, Family], FAMILIES)
-    rows["mistral"] = MISTRAL
+    rows["seed_oss"] = SEED_OSS
     yield
-    del rows["mistral"]
+    del rows["seed_oss"]
 
 
 def _engine_logits(model_dir: Path, tokens: list[int]) -> torch.Tensor:
@@ -71,7 +71,7 @@ def _engine_logits(model_dir: Path, tokens: list[int]) -> torch.Tensor:
     return model.logits(model.prefill([tokens], cache, 0)[0])
 
 
-@pytest.mark.usefixtures("mistral")
+@pytest.mark.usefixtures("seed_oss")
 def test_one_file_and_one_row_add_a_family(tmp_path: Path) -> None:
     out = tmp_path / "out"
     tool.make_checkpoint(SHAPE, out, dtype=torch.float32)
@@ -90,16 +90,16 @@ def test_one_file_and_one_row_add_a_family(tmp_path: Path) -> None:
     assert not torch.allclose(_engine_logits(out, tokens[::-1]), expected, atol=1e-2)
 
 
-@pytest.mark.usefixtures("mistral")
+@pytest.mark.usefixtures("seed_oss")
 def test_flags_identify_the_added_family() -> None:
     args, _ = load_args(FLAGS, training=False)
     assert args.architecture is not None
-    assert args.architecture.family == flags_architecture(args).family == "mistral"
+    assert args.architecture.family == flags_architecture(args).family == "seed_oss"
 
 
 def test_without_its_row_the_family_is_unknown() -> None:
-    with pytest.raises(ValueError, match="'mistral' is not one of glm4, glm4_moe, llama, qwen2, qwen3, qwen3_moe"):
-        hf_architecture({"model_type": "mistral"})
+    with pytest.raises(ValueError, match=f"'seed_oss' is not one of {', '.join(sorted(FAMILIES))}"):
+        hf_architecture({"model_type": "seed_oss"})
     with pytest.raises(ValueError, match="no weight table"):
         weight_table(SHAPE)
     assert load_args(FLAGS, training=False)[0].architecture is None
