@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -33,6 +32,7 @@ from slime.engine.external import FoundEngines, find_engines
 from slime.engine.keys import Keys, with_keys
 from slime.engine.kinds.kind import check_here, kind_of
 from slime.engine.membership import Membership, external_router_url
+from slime.observability.console.run_console import RunConsole
 from slime.sync.weight_directory import WeightDirectory
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 STOP_TIMEOUT_S = 15.0
 SILENT_S = 30.0
 """Seconds for which Ray's own processes may always be silent: a loaded machine is not a dead one."""
-PROGRESS_S = 10.0
+PROGRESS_S = 5.0
 OPEN_ROUTER = (
     "the router at {url} requires no key for its list of engines: whoever reaches it can add one, which ends the run "
     "only after it was sent prompts; start it with --control-plane-api-keys ID:NAME:admin:KEY, and give the run "
@@ -51,8 +51,10 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def running_processes(args: Args, log_dir: Path) -> Iterator[Processes]:
+def running_processes(args: Args, log_dir: Path, console: RunConsole) -> Iterator[Processes]:
     """Start Ray and all actors for the block; when the block begins, they may still be importing.
+
+    `console` shows the stages of the start.
 
     If the block ends without an error, nothing has failed, so Ray's logs are not kept.
 
@@ -61,21 +63,25 @@ def running_processes(args: Args, log_dir: Path) -> Iterator[Processes]:
     """
     args, log_dir = with_keys(args), log_dir.absolute()
     with ExitStack() as cleanup:
-        external = _take_what_is_shared(args, cleanup)
+        external = _take_what_is_shared(args, cleanup, console.say)
         silence = max(SILENT_S, args.engine_health_timeout)
-        session = cleanup.enter_context(ray_session(log_dir, silence=silence))
-        args = choose_engine(args, num_gpus())
-        place = reserve(args)
-        cleanup.callback(place.release)
+        with console.stage("Ray"):
+            session = cleanup.enter_context(ray_session(log_dir, silence=silence))
+            args = choose_engine(args, num_gpus())
+            place = reserve(args)
+            cleanup.callback(place.release)
         limits = (args.phase_timeout, "--phase-timeout"), (args.engine_start_timeout, "--engine-start-timeout")
         limit, because = max(limits)
         started = _Started(Waiter(where=str(log_dir), limit=limit, because=because))
         cleanup.callback(started.stop)
         cleanup.callback(session.expect_end)
-        yield Processes(args, log_dir, place=place, directory=session.directory, external=external, started=started)
+        directory = session.directory
+        yield Processes(
+            args, log_dir, place=place, directory=directory, external=external, started=started, console=console
+        )
 
 
-def _take_what_is_shared(args: Args, cleanup: ExitStack) -> FoundEngines:
+def _take_what_is_shared(args: Args, cleanup: ExitStack, say: Callable[[str], None]) -> FoundEngines:
     """Check external engines and router, and lock the weight directory, before the run starts any process.
 
     Raises:
@@ -84,12 +90,12 @@ def _take_what_is_shared(args: Args, cleanup: ExitStack) -> FoundEngines:
     router_url = external_router_url(args)
     try:
         check_here(args)  # where the engine is not installed on the driver, the nodes check theirs
-        found = asyncio.run(find_engines(args, say=print))
+        found = asyncio.run(find_engines(args, say=say))
         if router_url is not None and args.num_engines:
             router = Membership(router_url, keys=Keys.of(args), timeout=args.engine_start_timeout)
             router.wait_ready()
             if router.is_open():
-                print(f"WARNING {OPEN_ROUTER.format(url=router_url)}", flush=True)
+                say(f"WARNING {OPEN_ROUTER.format(url=router_url)}")
             router.refuse_others(args.rollout_external_engines)
         if args.writes_weight_files:
             cleanup.callback(WeightDirectory(Path(args.resolved.update_weight_disk_dir)).close)
@@ -144,12 +150,14 @@ class Processes:
         directory: Path,
         external: FoundEngines,
         started: _Started,
+        console: RunConsole,
     ) -> None:
         """Start all actors in their places; `directory` is the run's temporary one, where trainers may meet."""
         self._args = args
         self._place = place
         self._external = external
         self.waiter = started.waiter
+        self._console = console
         self._router_url = ""
         near, logs = num_nodes() == 1, str(log_dir)
         manager = ray.remote(RolloutManager).options(**place.manager()).remote(args, logs, alone=True)
@@ -165,10 +173,10 @@ class Processes:
         if kind.check is not None:
             checking = [engine.check.remote() for engine in self.engines]
             self.waiter.get(f"checking {args.engine.label}", checking)
-        self._engines_begin = time.monotonic()
         self._engine_urls = [engine.start.remote() for engine in self.engines]
         if args.colocate and not args.offload and kind.takes_free_memory:
-            self._wait_for_engines()  # trainers would take a part of the memory that it sizes itself by
+            with console.stage("engines"):
+                self._wait_for_engines()  # trainers would take a part of the memory that it sizes itself by
         self.num_rollouts = self._count_rollouts()
         args = replace(args, num_rollout=self.num_rollouts)  # a learning rate schedule needs to know its length
         rendezvous = place.rendezvous(str(directory))
@@ -179,15 +187,13 @@ class Processes:
             self.trainers.append(started.add(trainer, name))
 
     def _wait_for_engines(self) -> list[str]:
-        """Return the engines' URLs once all are ready; while waiting, print their phases every PROGRESS_S seconds."""
+        """Return the engines' URLs once all are ready; while waiting, show their phases every PROGRESS_S seconds."""
 
-        def say_phases() -> None:
+        def show_phases() -> None:
             phases = self.waiter.get("asking the engines", [engine.phase.remote() for engine in self.engines])
-            each = [f"engine {index} {phase}" for index, phase in enumerate(phases)]
-            seconds = time.monotonic() - self._engines_begin
-            print(f"starting the engines, {seconds:.0f} s: {', '.join(each)}", flush=True)
+            self._console.note(", ".join(f"engine {index} {phase}" for index, phase in enumerate(phases)))
 
-        return self.waiter.get("starting the engines", self._engine_urls, meanwhile=say_phases, every=PROGRESS_S)
+        return self.waiter.get("starting the engines", self._engine_urls, meanwhile=show_phases, every=PROGRESS_S)
 
     def _count_rollouts(self) -> int:
         """Return --num-rollout, or the number of rollouts in --num-epoch with the prompts that were kept.
@@ -198,7 +204,8 @@ class Processes:
         args = self._args
         if args.num_rollout is not None:
             return args.num_rollout
-        self.waiter.get("loading the prompts", [self._prompts_loaded])
+        with self._console.stage("prompts"):
+            self.waiter.get("loading the prompts", [self._prompts_loaded])
         [num_prompts] = self.waiter.get("counting the prompts", [self.manager.num_prompts.remote()])
         num_rollouts = rollouts_of_epochs(args, num_prompts)
         for problem in schedule_problems(replace(args, num_rollout=num_rollouts)):
@@ -207,8 +214,9 @@ class Processes:
 
     def load(self) -> tuple[LoadResult | None, list[str]]:
         """Wait for trainers and prompts; return what was loaded (None without trainers), and warnings."""
-        loaded = self.waiter.get("loading the model", [trainer.load.remote() for trainer in self.trainers])
-        [warnings] = self.waiter.get("loading the prompts", [self._prompts_loaded])
+        with self._console.stage("trainers: loading weights" if self.trainers else "prompts"):
+            loaded = self.waiter.get("loading the model", [trainer.load.remote() for trainer in self.trainers])
+            [warnings] = self.waiter.get("loading the prompts", [self._prompts_loaded])
         warnings = [*warnings, *self._external.warnings]
         if not loaded:
             return None, warnings
@@ -227,10 +235,11 @@ class Processes:
 
     def connect_engines(self) -> None:
         """Wait for the engines, and register them with the router."""
-        [self._router_url] = self.waiter.get("starting the router", [self.manager.start_router.remote()])
-        urls = [*self._external.urls, *self._wait_for_engines()]
-        refs = [self.manager.connect_engines.remote(self._router_url, urls, self.engines)]
-        self.waiter.get("registering the engines", refs)
+        with self._console.stage("engines"):
+            [self._router_url] = self.waiter.get("starting the router", [self.manager.start_router.remote()])
+            urls = [*self._external.urls, *self._wait_for_engines()]
+            refs = [self.manager.connect_engines.remote(self._router_url, urls, self.engines)]
+            self.waiter.get("registering the engines", refs)
 
     def connect_trainers(self, engines: Sequence[EngineUp]) -> None:
         """Connect trainers and these engines for weight syncs; other engines get no weights from then on."""

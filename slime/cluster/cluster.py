@@ -23,33 +23,28 @@ The asynchronous loop (`generate_ahead`) generates rollout N+1 while it trains o
 
 from __future__ import annotations
 
-import signal
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from slime.cluster.actors import Processes, running_processes
-from slime.cluster.colocation import DedicatedDevices, make_memory_schedule
-from slime.cluster.start_trackers import start_trackers
+from slime.cluster.actors import Processes
+from slime.cluster.colocation import DedicatedDevices
+from slime.cluster.ending import Outcome
+from slime.cluster.progress_poll import ProgressPoll
 from slime.cluster.weight_sync import EngineWeightSync
 from slime.config.args import Args
-from slime.config.args_yaml import dump_args
-from slime.config.secrets import masker_of
 from slime.observability.best_checkpoint import BestCheckpoint
-from slime.observability.console import RunConsole
-from slime.observability.logs import log_to_file
+from slime.observability.console.lines import count
+from slime.observability.console.run_console import RunConsole
 from slime.observability.metrics_log import MetricsLog
 from slime.observability.phases import StepClock, memory_record
-from slime.observability.run_directory import RunDirectory
 
-
-def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signum)
+POLL_LIVE_S, POLL_PLAIN_S = 1.0, 5.0
+"""Seconds between two questions about the rollout manager's progress, for a live view and for a plain log."""
 
 
 @dataclass
@@ -63,19 +58,8 @@ class _Generation:
     """Seconds in which the loop did nothing but wait for this rollout."""
 
 
-def _run_directory(args: Args) -> RunDirectory:
-    """Return the run's directory, locked together with every other place that the run writes to."""
-    directories = [args.save_debug_train_data, args.save if args.num_rollout != 0 else None]
-    outputs = [args.save_hf, args.save_debug_rollout_data]
-    return RunDirectory(
-        Path(args.resolved.log_dir),
-        [Path(path) for path in directories if path is not None],
-        [Path(path) for path in outputs if path is not None],
-    )
-
-
 class Cluster:
-    """The verbs of the training loop, on a cluster that runs (see `running_cluster`)."""
+    """The verbs of the training loop, on a cluster that runs (see `running.running_cluster`)."""
 
     def __init__(
         self,
@@ -106,19 +90,63 @@ class Cluster:
         self._ahead: _Generation | None = None
         self._validation_sets: Any = None
         """A reference to the rows of SFT's evaluation sets, once they are loaded."""
+        self.done = rollouts.start
+        """The number of rollouts that are done, also before a resume."""
+        self.saved: str | None = None
+        """The last checkpoint of this run."""
+        self.times: Counter[str] = Counter()
+        """Seconds by phase, `time/...`, of what is done."""
+        self._synced = False
+        if processes.has_engines:
+            poll = ProgressPoll(
+                processes.manager,
+                show=console.progress,
+                warn=console.say,
+                every=POLL_LIVE_S if console.in_terminal else POLL_PLAIN_S,
+            )
+            self._waiter.between = poll.look
 
     def rollouts(self) -> Iterator[int]:
         """Yield the ids of the rollouts that are left; each iteration is one step of the clock."""
         for rollout_id in range(self._first, self._last):
-            self._clock, self._record = StepClock(), {}
+            self._next_clock()
+            self._record = {}
+            self._console.begin_rollout(rollout_id)
             yield rollout_id
-            times = self._clock.close()
+            times = self._next_clock()
+            self.done = rollout_id + 1
             self._metrics.write(rollout_id + 1, {**times, **self._sync_report})
-            self._console.rollout(rollout_id + 1, {**self._record, **self._sync_report, **times})
+            self._console.rollout(rollout_id, {**self._record, **self._sync_report, **times})
+
+    def outcome(self, seconds: float, *, loaded: str | None) -> Outcome:
+        """Return what the run has done in `seconds`, for its closing lines; `loaded` names its first weights."""
+        self._next_clock()
+        return Outcome(
+            first=min(self._first, self.done),
+            done=self.done,
+            total=self._last,
+            seconds=seconds,
+            times=self.times,
+            saved=self.saved,
+            loaded=loaded,
+        )
+
+    def _next_clock(self) -> dict[str, float]:
+        """Begin another step of the clock, and return the times of the one that ends."""
+        times = self._clock.close()
+        self.times.update({name: seconds for name, seconds in times.items() if name != "time/step"})
+        self._clock = StepClock()
+        return times
+
+    @contextmanager
+    def _phase(self, name: str, where: str) -> Iterator[None]:
+        """Count what is inside the block as a phase, and show it."""
+        with self._console.phase(name, where), self._clock.phase(name):
+            yield
 
     def generate(self, rollout_id: int) -> Any:
         """Generate and judge a rollout; return a reference to its TrainBatch, which stays in Ray's object store."""
-        with self._clock.inner() as seconds:
+        with self._console.phase("generation", f"rollout {rollout_id}"), self._clock.inner() as seconds:
             this = self._begin_generation(rollout_id)
             metrics = self._report_of(this)
             seconds["generation"] = metrics.pop("time/generation", 0.0)
@@ -147,7 +175,7 @@ class Cluster:
     def _wait_for(self, generation: _Generation) -> dict[str, float]:
         """Return the metrics of the rollout once it is whole."""
         start = time.perf_counter()
-        with self._clock.phase("generation"):
+        with self._phase("generation", f"rollout {generation.rollout_id}"):
             metrics = self._report_of(generation)
         generation.waited += time.perf_counter() - start
         return metrics
@@ -159,14 +187,14 @@ class Cluster:
     @contextmanager
     def engines_asleep(self) -> Iterator[None]:
         """Move the memory of colocated engines to the trainers; the next weight sync takes it back."""
-        with self._clock.phase("offload"):
+        with self._phase("offload", "engines and trainers"):
             self._memory.to_trainers()
         yield
 
     def train(self, rollout_id: int, batch: Any) -> None:
         """Take one rollout's optimizer steps on all ranks."""
         trainers = self._processes.trainers
-        with self._clock.inner() as seconds:
+        with self._console.phase("training", f"rollout {rollout_id}"), self._clock.inner() as seconds:
             results = self._waiter.get(
                 f"rollout {rollout_id}: training", [trainer.train.remote(rollout_id, batch) for trainer in trainers]
             )
@@ -193,7 +221,7 @@ class Cluster:
         if args.deterministic and self._ahead is not None:
             self._wait_for(self._ahead)  # after a resume, the other half of a rollout would come from newer weights
         times = self._clock.close()  # a resumed run knows only this part of the step's times
-        with self._clock.phase("checkpoint"):
+        with self._phase("checkpoint", f"rollout {rollout_id}"):
             [rollout] = self._waiter.get(
                 "saving the data side", [self._processes.manager.state_dict.remote(rollout_id + 1)]
             )
@@ -205,6 +233,7 @@ class Cluster:
             # Rank 0 alone writes the state. It may hold whole rollouts, too large to send to ranks that ignore it.
             saving = [t.save.remote(rollout_id, state if rank == 0 else {}) for rank, t in enumerate(trainers)]
             paths = self._waiter.get(f"rollout {rollout_id}: saving", saving)
+        self.saved = paths[0]
         self._console.say(f"saved {paths[0]}")
         if self._best is not None:
             self._best.saved(Path(paths[0]), step=rollout_id + 1)
@@ -220,13 +249,23 @@ class Cluster:
             return
         if self._ahead is not None and self._args.update_weight_pause == "drain":
             self._wait_for(self._ahead)
-        with self._clock.phase("offload"):
+        if self._synced:
+            self._send_weights()
+            return
+        checked = " (checked)" if self._args.check_weight_sync else ""
+        with self._console.stage(f"first weight sync{checked}"):
+            self._send_weights()
+        self._synced = True
+
+    def _send_weights(self) -> None:
+        where = f"policy version {self._policy_version}"
+        with self._phase("offload", where):
             self._memory.to_weights()
             self._take_peaks()  # start measuring here: what a trainer has given back was never there with an engine's
-        with self._clock.phase("weight_sync"):
+        with self._phase("weight_sync", where):
             report = self._weight_sync.send(self._policy_version)
         self._sync_report = report | self._measure("weight_sync")
-        with self._clock.phase("offload"):
+        with self._phase("offload", where):
             self._memory.to_engines()
             self._take_peaks()
 
@@ -260,7 +299,7 @@ class Cluster:
         args = self._args
         if not (args.eval_prompt_data or args.eval_config) or not (args.num_engines or args.validates):
             return
-        with self._clock.phase("evaluation"):
+        with self._phase("evaluation", f"evaluation after {count(step, 'rollout')}"):
             metrics = self._validate(step) if args.validates else self._generate_and_judge(step)
         metrics |= self._measure("evaluation")
         self._metrics.write(step, metrics)
@@ -289,69 +328,3 @@ class Cluster:
 
 Story = Callable[[Cluster], None]
 """A training loop, written in the verbs of a cluster."""
-
-
-@contextmanager
-def running_cluster(args: Args, *, restarts: int = 0) -> Iterator[Cluster]:
-    """Start a cluster for the block; leaving the block ends every process that it started.
-
-    `restarts` is how often faults have ended this run before.
-
-    Raises:
-        RunError: naming what does not start.
-    """
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)
-    with ExitStack() as cleanup:
-        directory = _run_directory(args)
-        cleanup.callback(directory.close)
-        log_to_file(directory.logs, "driver", masker_of(args))
-        processes = cleanup.enter_context(running_processes(args, directory.logs))
-        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray has replaced our handler with its own
-        memory = make_memory_schedule(args, processes)
-        loaded, warnings = memory.load()
-        first, last, policy_version, state = 0, processes.num_rollouts, 0, None
-        if loaded is not None:
-            first, state = loaded.next_rollout_id, loaded.state
-        if state is not None:
-            policy_version = state["policy_version"]
-            restoring = [processes.manager.load_state_dict.remote(state["rollout"])]
-            processes.waiter.get("restoring the data side", restoring)
-        # From here on the run is accepted, so what it reports goes into its directory.
-        directory.write_args(dump_args(args))
-        source = None if loaded is None else Path(loaded.source)
-        in_place = source is not None and args.save is not None and Path(args.save) in source.parents
-        continued = state is not None and in_place
-        console = RunConsole(total=last, done=first)
-        cleanup.callback(console.close)
-        # A run without rollouts writes no metrics again, so it keeps all of them, also those after the checkpoint.
-        seen = first if last else None
-        metrics, damage = directory.continue_metrics(seen) if continued else (directory.new_metrics(), list[str]())
-        cleanup.callback(metrics.close)
-        metrics.track(start_trackers(args, directory.run_id(new=not continued), first), console.say)
-        if state is not None and last:
-            metrics.write(first, state["times"])
-        best = None
-        if args.keep_best_checkpoint is not None and args.save is not None and last:
-            best = BestCheckpoint(Path(args.save), args.keep_best_checkpoint, say=console.say)
-            if source is not None and continued:
-                best.saved(source, step=first)
-        if restarts:
-            metrics.write(first, {"fault/run_restarts": restarts})
-        for warning in [*warnings, *damage]:
-            console.say(f"WARNING {warning}")
-        if loaded is not None:
-            console.say(f"actor loaded from {loaded.source}, starting at rollout {first}")
-        if 0 < last <= first:
-            console.say(f"nothing left to train: {first} of {last} rollouts are done")
-        memory.connect()
-        processes.started()
-        yield Cluster(
-            args,
-            processes=processes,
-            memory=memory,
-            metrics=metrics,
-            console=console,
-            best=best,
-            rollouts=range(first, last),
-            policy_version=policy_version,
-        )

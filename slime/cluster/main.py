@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from slime.config.parse import UsageError
 from slime.config.secrets import hide_command_line, masker_of
 from slime.core.errors import RunError
 from slime.core.masking import mask_output
+from slime.observability.console.text import duration
 from slime.plan.fit import load_run
 from slime.plan.summary import format_plan
 
@@ -44,6 +46,7 @@ def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:
 
 
 def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> None:
+    begin = time.monotonic()
     args, warnings = load_run(argv, rollouts_ahead=rollouts_ahead)
     mask_output(masker_of(args))
     if args.dry_run:
@@ -51,7 +54,8 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> Non
 
         print(format_plan(args, warnings, survey(args)), flush=True)
         return
-    print(format_plan(args, warnings), flush=True)
+    opening = f"{format_plan(args, warnings)}\nchecking … {duration(time.monotonic() - begin)}"
+    print(opening, flush=True)
     address = os.environ.get(ADDRESS)
     fault = None if not address else address_fault(address)
     if fault is not None:
@@ -59,4 +63,4 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> Non
     protect_local_ray()
     from slime.cluster.restart import run_with_restarts
 
-    run_with_restarts(args, story)
+    run_with_restarts(args, story, begin=begin, opening=opening)

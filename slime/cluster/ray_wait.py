@@ -37,6 +37,8 @@ class Waiter:
         self._limit, self._because = limit, because
         self._names: dict[Any, str] = {}
         self._watched: dict[Any, str] = {}
+        self.between: Callable[[], object] = lambda: None
+        """Called again and again during every wait. It must neither wait nor raise, and is no sign of progress."""
 
     def set_limit(self, limit: float, *, because: str) -> None:
         self._limit, self._because = limit, because
@@ -80,6 +82,8 @@ class Waiter:
                 if ref in waiting:
                     waiting.remove(ref)
             now = time.monotonic()
+            if not ready:
+                self.between()
             if not ready and meanwhile is not None and now - looked >= every:
                 before, seen = seen, meanwhile()
                 looked = time.monotonic()

@@ -11,10 +11,12 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slime.cluster.cluster import Story, running_cluster
+from slime.cluster.cluster import Story
+from slime.cluster.running import running_cluster
 from slime.config.args import Args
 from slime.core.checkpoint_names import rollout_of
 from slime.core.errors import Fault
+from slime.observability.console.lines import count
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +41,11 @@ class Restarts:
         return True
 
 
-def run_with_restarts(args: Args, story: Story) -> None:
+def run_with_restarts(args: Args, story: Story, *, begin: float, opening: str) -> None:
     """Let `story` use a cluster; after a fault, repeat that from the newest checkpoint that the run has made.
 
-    There are at most --max-restarts attempts in a row without a new checkpoint, and none without --save.
+    There are at most --max-restarts attempts in a row without a new checkpoint, and none without --save. `begin` and
+    `opening` are those of `running_cluster`.
 
     Raises:
         RunError: the error that ended the run. If it is a Fault, there was one too many.
@@ -51,7 +54,7 @@ def run_with_restarts(args: Args, story: Story) -> None:
     restarts = Restarts(args.max_restarts, before)
     while True:
         try:
-            with running_cluster(args, restarts=restarts.total) as cluster:
+            with running_cluster(args, restarts=restarts.total, begin=begin, opening=opening) as cluster:
                 story(cluster)
             return
         except Fault as fault:
@@ -61,12 +64,11 @@ def run_with_restarts(args: Args, story: Story) -> None:
             logger.error("a fault ended the run, which is started again", exc_info=fault)
             if newest != before:
                 args = resumed_args(args)
-            source = "from the beginning" if newest == before else f"from {args.save}, after rollout {newest}"
-            print(
-                f"FAULT {fault}\nstarting again {source} (restart {restarts.in_a_row} of --max-restarts "
-                f"{args.max_restarts})",
-                flush=True,
-            )
+            at = "" if newest is None else f"from {args.save}, after {count(newest + 1, 'rollout')}"
+            source = "from the beginning" if newest == before else at
+            again = f"starting again {source} (restart {restarts.in_a_row} of --max-restarts {args.max_restarts})"
+            print(f"FAULT {fault}\n{again}", flush=True)
+            opening = again  # the fault is in the log already
 
 
 def newest_checkpoint(save: str | None) -> int | None:

@@ -27,6 +27,7 @@ from slime.engine.membership import external_router_url
 from slime.engine.server_process import ManagedProcess
 from slime.observability.logs import collected_warnings, log_to_file
 from slime.observability.output_log import log_own_output
+from slime.observability.progress import WorkProgress
 
 
 @portable_errors
@@ -130,6 +131,10 @@ class RolloutManager:
         batch, metrics = await self._data.generate(rollout_id, self._engines)
         metrics |= self._engines.take_counts()
         return batch, {**metrics, "time/rollout": time.perf_counter() - start}
+
+    async def progress(self) -> WorkProgress:
+        """Count what is generated and evaluated now; the driver asks often, so this is cheap."""
+        return self._data.context.progress.look()
 
     async def evaluate(self, rollout_id: int) -> dict[str, float]:
         """Evaluate after `rollout_id` rollouts and return the metrics."""

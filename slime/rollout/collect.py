@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
+from slime.observability.progress import SampleProgress
 from slime.rollout.acceptance import Acceptance, post_process
 from slime.rollout.context import DataSource, RolloutContext, RolloutResult, request_slots
 from slime.rollout.group import GroupRun, GroupRunner, has_begun, oldest_version
@@ -43,7 +45,8 @@ async def generate_rollout(
             generate functions failed than their limits allow, or the engines do not end aborted requests.
     """
     collector = _Collector(args, rollout_id, data_source, context, await request_slots(args, context))
-    groups = await collector.run()
+    with context.progress.rollout(rollout_id, collector.progress):
+        groups = await collector.run()
     metrics = rollout_metrics(args, groups, collector.tally, collector.intervals, context.policy_version)
     post_process(args, [sample for group in groups for sample in group])
     return RolloutResult(groups, metrics)
@@ -70,6 +73,7 @@ class _Collector:
         self._cut_off: list[GroupRun] = []
         self.tally = Tally()
         self.intervals = self._runner.intervals
+        self._begin = time.monotonic()
 
     async def run(self) -> list[list[Sample]]:
         """Return the kept groups in order; by then, everything that was not needed is back in the data source."""
@@ -85,6 +89,21 @@ class _Collector:
         self._give_back()
         # Copies: a drawn group is in flight until it has been trained on, and post-processing must not show there.
         return [[s.copy() for s in group.samples] for group in sorted(self._kept, key=lambda group: group.index)]
+
+    def progress(self) -> SampleProgress:
+        """Count the samples of the groups that are kept or may be; this only reads."""
+        total = self._args.rollout_batch_size * self._args.n_samples_per_prompt
+        samples = [s for group in (*self._kept, *self._pending.values()) for s in group.samples]
+        ended = [s for s in samples if s.is_finished or s.status is Status.FAILED]
+        judged = sum(s.reward is not None or s.reward_failure is not None for s in ended)
+        return SampleProgress(
+            total=total,
+            generated=min(total, len(ended)),
+            judged=min(total, judged),
+            tokens=self.tally.tokens + sum(group.num_tokens for group in self._pending.values()),
+            seconds=time.monotonic() - self._begin,
+            dropped=self.tally.dropped_groups.total(),
+        )
 
     def _num_missing(self) -> int:
         return self._args.rollout_batch_size - len(self._kept)

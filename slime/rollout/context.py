@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from slime.config.args import Args
 from slime.config.end_tokens import END_OF_MESSAGE, end_token_ids
 from slime.core.sample import Sample
 from slime.engine.client import EngineClient
+from slime.rollout.progress import ProgressBoard
 from slime.rollout.reward_pool.pool import RewardPool
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class RolloutContext:
     tokenizer: PreTrainedTokenizerBase
     rewards: RewardPool
     policy_version: int = 0
+    progress: ProgressBoard = field(default_factory=ProgressBoard)
+    """Shows the console how far calls are; a rollout function of a user's may put up its own count, or none."""
 
     @property
     def engines(self) -> EngineClient:

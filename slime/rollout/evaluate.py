@@ -25,6 +25,7 @@ from slime.core.failure_log import FailureLog
 from slime.core.plugins import HookFailed
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
+from slime.observability.progress import SampleProgress
 from slime.rollout.context import RolloutContext, gather_or_cancel, request_slots
 from slime.rollout.generate import load_generate, rollout_sampling_params, sampling_seed
 from slime.rollout.metrics import entry_metrics, sample_metrics
@@ -62,9 +63,18 @@ class Evaluator:
         A data set without a single judged response has no reward; an error is logged.
         """
         slots = await request_slots(self._args, context)
-        results = await asyncio.gather(
-            *(self._run_dataset(dataset, data, rollout_id, context, slots) for dataset, data in self._data)
-        )
+        total = sum(len(data.prompts) * dataset.n_samples_per_eval_prompt for dataset, data in self._data)
+        ended: list[Sample] = []
+        begin = time.monotonic()
+
+        def progress() -> SampleProgress:
+            tokens = sum(sample.response_length for sample in ended)
+            return SampleProgress(total, len(ended), len(ended), tokens, seconds=time.monotonic() - begin)
+
+        with context.progress.evaluation(progress):
+            results = await asyncio.gather(
+                *(self._run_dataset(dataset, data, rollout_id, context, slots, ended) for dataset, data in self._data)
+            )
         return {
             f"eval/{dataset.name}/{name}": value
             for (dataset, _), metrics in zip(self._data, results, strict=True)
@@ -78,7 +88,9 @@ class Evaluator:
         rollout_id: int,
         context: RolloutContext,
         slots: asyncio.Semaphore,
+        ended: list[Sample],
     ) -> dict[str, float]:
+        """Evaluate one data set, and add each sample to `ended`, which only counts them."""
         start = time.perf_counter()
         args = replace(self._args, use_routing_replay=False)  # nothing is trained on these
         count = dataset.n_samples_per_eval_prompt
@@ -121,6 +133,7 @@ class Evaluator:
                 for draw in range(count)
             ]
             samples = await gather_or_cancel(work)
+            ended.extend(samples)
             if context.rewards.by_group:
                 await context.rewards.judge_group(samples)
             return samples

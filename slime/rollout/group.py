@@ -83,6 +83,11 @@ class GroupRun:
         """Show the finished sample to everyone who looks at the groups in flight."""
         self._handed_out[place] = self.samples[place]
 
+    @property
+    def num_tokens(self) -> int:
+        """The number of response tokens that `take_num_tokens` would return."""
+        return self._tokens
+
     def take_num_tokens(self) -> int:
         """Return the number of response tokens generated since the last call."""
         count, self._tokens = self._tokens, 0

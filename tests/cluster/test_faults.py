@@ -134,10 +134,10 @@ def survivor(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         extra += ["--engine-health-timeout", str(HUNG_S), "--log-dir", str(logs)]
         extra += ["--save-debug-rollout-data", str(dump / "{rollout_id}.jsonl")]
         with running(flags(task, save, *extra), directory / "log.txt") as run:
-            run.wait_for("rollout 1:")
+            run.wait_for("rollout 0: reward")
             for engine in (0, 1):
                 run.under_guard(f"engine-{engine}.log").kill()
-            run.wait_for("rollout 2:")
+            run.wait_for("rollout 1: reward")
             run.under_guard("engine-0.log").send_signal(signal.SIGSTOP)
             run.under_guard("router.log").kill()
             run.wait_for("FAULT engine 0 generates again", count=2)
@@ -184,8 +184,8 @@ def test_a_run_restarts_after_a_lost_trainer(survivor: Survivor) -> None:
     output = survivor.output
     assert re.search(r"^FAULT .* failed: trainer \d \(its log is \S+trainer-\d.log\) died", output, re.M)
     assert output.count("restart 1 of --max-restarts 2") == 1
-    [last] = re.findall(r"^starting again from .*, after rollout (\d+) ", output, re.M)
-    assert events(survivor.logs, "fault/run_restarts") == {int(last) + 1: 1}
+    [last] = re.findall(r"^starting again from .*, after (\d+) rollouts? ", output, re.M)
+    assert events(survivor.logs, "fault/run_restarts") == {int(last): 1}
 
 
 def test_no_fault_loses_a_prompt_or_a_weight(survivor: Survivor) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from slime.cluster.progress_poll import ProgressPoll
 from slime.cluster.ray_wait import Waiter, is_broken_link
 from slime.cluster.restart import Restarts, newest_checkpoint, resumed_args
 from slime.config.args import Args
@@ -52,9 +53,21 @@ class Actor:
     def refuse(self, error: Exception) -> None:
         raise error
 
+    def answer(self, what: Any) -> None:
+        """Let `progress` return this from now on, or raise it."""
+        self.what = what
+
+    def progress(self) -> Any:
+        if isinstance(self.what, Exception):
+            raise self.what
+        return self.what
+
     def die(self, after: float = 0.0) -> None:
         time.sleep(after)
         os._exit(1)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def hang(self) -> None:
         time.sleep(600)
@@ -133,9 +146,61 @@ def test_only_the_silent_process_is_named(waiter: Waiter, steady: Any, doomed: A
 def test_background_work_fails_under_its_own_name(waiter: Waiter, doomed: Any) -> None:
     waiter.name(doomed, "the doomed one")
     waiter.watch("the work in the background", doomed.die.remote())
-    busy = Actor.options(num_cpus=0).remote()
+    busy: Any = Actor.options(num_cpus=0).remote()
     try:
         with pytest.raises(Fault, match="the work in the background failed: the doomed one died"):
             waiter.get("trying", [busy.hang.remote()])
     finally:
         ray.kill(busy)
+
+
+# --- the progress that the console shows -------------------------------------------------------------------------
+
+
+def polled(manager: Any, shown: list[Any], warned: list[str]) -> ProgressPoll:
+    return ProgressPoll(manager, show=shown.append, warn=warned.append, every=0.0)
+
+
+def looked(poll: ProgressPoll, until: Callable[[], bool]) -> None:
+    """Look until the condition holds; no look may take long."""
+    deadline = time.monotonic() + 60
+    while not until():
+        before = time.monotonic()
+        poll.look()
+        assert time.monotonic() - before < 5 and before < deadline
+        time.sleep(0.05)
+
+
+def test_progress_is_fetched_without_waiting(waiter: Waiter, steady: Any, doomed: Any) -> None:
+    """An actor that is busy answers later, and then its answer is shown; meanwhile the driver's wait goes on."""
+    shown: list[Any] = []
+    poll = polled(steady, shown, [])
+    ray.get(steady.answer.remote("half"))
+    waiter.between = poll.look
+    waiter.get("trying", [doomed.sleep.remote(4.0)])
+    assert shown and set(shown) == {"half"}
+    busy = polled(doomed, shown, [])
+    doomed.sleep.remote(2.0)
+    doomed.answer.remote("late")
+    looked(busy, lambda: shown[-1] == "late")
+
+
+def test_progress_that_fails_ends_no_wait(waiter: Waiter, steady: Any, doomed: Any) -> None:
+    """It is told once. If the manager is gone, its progress says nothing: the wait for it does."""
+    shown: list[Any] = []
+    warned: list[str] = []
+    poll = polled(steady, shown, warned)
+    ray.get(steady.answer.remote(ValueError("a broken count")))
+    waiter.between = poll.look
+    looked(poll, lambda: bool(warned))
+    assert waiter.get("trying", [doomed.sleep.remote(2.0)]) == [None]
+    assert (len(warned), shown) == (1, [])
+    dead = polled(doomed, shown, warned)
+    waiter.name(doomed, "the doomed one")
+    waiter.between = dead.look
+    with pytest.raises(Fault, match="the doomed one died"):
+        waiter.get("trying", [doomed.die.remote(after=1.0)])
+    for _ in range(20):
+        dead.look()
+        time.sleep(0.05)
+    assert (len(warned), shown) == (1, [])

@@ -15,6 +15,7 @@ from slime.config.args import Args
 from slime.core.batch import from_samples
 from slime.core.sample import Sample, Status
 from slime.engine.protocol import GenerateRequest, SamplingParams
+from slime.observability.progress import WorkProgress
 from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
@@ -60,6 +61,34 @@ def _account(buffer: DataBuffer, results: list[RolloutResult]) -> None:
         for sample in group:
             assert len(sample["tokens"]) == sample["prompt_length"] > 0
             assert (sample["status"], sample["reward"], sample["metadata"]) == ("pending", None, {})
+
+
+def test_looking_at_progress_changes_nothing(
+    run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    args = _args(data_file(_rows(6)), rollout_temperature=0.8, custom_rm_path=None, rm_type="random")
+    args = replace(args, deterministic=True)
+    seen: list[WorkProgress] = []
+
+    async def work(context: RolloutContext) -> list[RolloutResult]:
+        alone = await generate_rollout(args, 3, DataBuffer(args, tokenizer), context)
+        watched = asyncio.create_task(generate_rollout(args, 3, DataBuffer(args, tokenizer), context))
+        while not watched.done():
+            seen.append(context.progress.look())
+            await asyncio.sleep(0.002)
+        seen.append(context.progress.look())
+        return [alone, await watched]
+
+    alone, watched = run_with_engines(args, work)
+    same, others = ([[s.tokens for s in group] for group in result.groups] for result in (alone, watched))
+    assert same == others
+    rollouts = [work.rollout for work in seen if work.rollout is not None]
+    assert {work.rollout_id for work in seen} == {None, 3}
+    assert seen[-1] == WorkProgress(), "nothing is in progress after the end"
+    assert {progress.total for progress in rollouts} == {8}
+    assert [progress.generated for progress in rollouts] == sorted(progress.generated for progress in rollouts)
+    assert rollouts[-1].generated > 0 and rollouts[-1].tokens > 0
+    assert all(progress.judged <= progress.generated <= 8 for progress in rollouts)
 
 
 def test_a_rollout(run_with_engines: Run, data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
