@@ -35,7 +35,7 @@ class ProgressPoll:
         self._failed = False
 
     def look(self) -> None:
-        """Ask, or take the answer if it is there."""
+        """Take the answer if it is there, and ask again if it is time."""
         if self._failed:
             return
         try:
@@ -48,12 +48,12 @@ class ProgressPoll:
             self._warn("WARNING the progress of rollouts cannot be shown any more; logs/driver.log has the reason")
 
     def _step(self) -> None:
-        if self._asked is None:
-            if time.monotonic() >= self._next:
-                self._asked = self._manager.progress.remote()
-                self._next = time.monotonic() + self._every
-            return
-        ready, _ = ray.wait([self._asked], timeout=0)
-        if ready:
+        if self._asked is not None:
+            ready, _ = ray.wait([self._asked], timeout=0)
+            if not ready:
+                return
             asked, self._asked = self._asked, None
             self._show(ray.get(asked))
+        if time.monotonic() >= self._next:
+            self._asked = self._manager.progress.remote()
+            self._next = time.monotonic() + self._every

@@ -122,7 +122,7 @@ def running_cluster(
         yield cluster
         outcome = cluster.outcome(time.monotonic() - begin, loaded=None if loaded is None else loaded.source)
     for line in closing_lines(args, outcome):
-        console.say(line, whole=True)
+        console.say(line, whole=line.startswith(("model: ", "next: ")))  # these are copied
 
 
 def _hints(args: Args) -> RewardHints | None:

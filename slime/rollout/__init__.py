@@ -5,5 +5,6 @@ Reading order: `context` (what all rollout functions receive), `collect` (the lo
 `acceptance`, `filter_hub`, `waves` and `sample_failures` (which groups are kept, and when a run gives up),
 `data_buffer` and `in_flight` (where prompts come from, and where leftovers go), `prompts`, `chat_template` and
 `tokenizer` (from a data file to tokens), `evaluate`, `sft_rollout` (no engines), `dump` (replays), `metrics` and
-`intervals`, `rewards` (the graders) and `reward_pool` (the processes that run them).
+`intervals`, `progress` (counts for the console), `rewards` (the graders) and `reward_pool` (the processes that run
+them).
 """

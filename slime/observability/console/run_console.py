@@ -184,6 +184,6 @@ class RunConsole:
         self._say_later()
         self._closed.set()
         if self._ticker is not None:
-            self._ticker.join()
+            self._ticker.join(timeout=1.0)  # it may hang in a write to an output that nobody reads
         if self._live is not None:
             self._live.stop()

@@ -79,7 +79,8 @@ class View:
         if self.phase is not None:
             spent[self.phase.name] = spent.get(self.phase.name, 0.0) + now - self.phase.since
         phase = None if name is None else Phase(name, where, now)
-        return replace(self, phase=phase, this_step=spent)
+        work = replace(self.work, evaluation=None)  # the last report may be that of an evaluation before this one
+        return replace(self, phase=phase, this_step=spent, work=work)
 
     def with_rollout(self, rollout_id: int, now: float) -> View:
         """Return the view at the beginning of a rollout."""
