@@ -22,6 +22,11 @@ _HUB_ID = re.compile(r"(?:hf:)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::.*)?")
 _WEIGHTED = re.compile(r"(.*\.(?:jsonl|json|parquet)(?:@\[.*\])?):[0-9.]+", re.DOTALL)
 
 
+def data_words(data: str | Sequence[str]) -> list[str]:
+    """Return the words of --prompt-data or of an evaluation set; one alone is a text."""
+    return [data] if isinstance(data, str) else list(data)
+
+
 def data_paths(words: str | Sequence[str]) -> list[str]:
     """Return the path of each file, with its slice: `["data/*.jsonl@[:9]"]` -> `["data/a.jsonl@[:9]", ...]`.
 
@@ -32,7 +37,7 @@ def data_paths(words: str | Sequence[str]) -> list[str]:
         ValueError: a slice cannot be read.
     """
     paths: list[str] = []
-    for word in (words,) if isinstance(words, str) else words:
+    for word in data_words(words):
         file, _ = split_slice(word)
         part = word[len(file) :]
         if _ANYWHERE.search(file) is None or os.path.lexists(file):
@@ -63,8 +68,8 @@ def _not_a_file(file: str) -> DataError | None:
     if os.path.lexists(file):
         return None
     if (weighted := _WEIGHTED.fullmatch(file)) is not None:
-        rule = "files have no weights: an epoch has each row of each file once"
-        return DataError(file, rule, f"write {weighted[1]}, twice to use its rows twice")
+        rule = "there is no such file, and weights have a flag of their own"
+        return DataError(file, rule, f"write {weighted[1]}, and the weights of all files after --prompt-data-weights")
     hub_id = _HUB_ID.fullmatch(file)
     if hub_id is not None and not file.endswith(SUFFIXES):
         name = hub_id[1]

@@ -2,20 +2,21 @@
 
 - Called by: the rollout function draws groups from here and gives back those that it did not need.
 - Invariant: over any sequence of draws, returns, saves and restores, every prompt of an epoch is handed out exactly
-  once, not counting those that were given back.
+  once (or as --prompt-data-weights says), not counting those that were given back.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from slime.config.args import Args
 from slime.config.context import longest_prompt
 from slime.config.data_rows import DataKeys
+from slime.config.epochs import prompt_weights, prompts_of_epoch
 from slime.core.plugins import hook_function
 from slime.core.sample import Sample
+from slime.rollout.epoch_order import epoch_order
 from slime.rollout.filter_hub.buffer_filters import pop_first
 from slime.rollout.prompts import load_prompts
 
@@ -49,8 +50,8 @@ class DataBuffer:
 
     @property
     def num_prompts(self) -> int:
-        """The number of prompts in one epoch; a prompt that leaves no room to answer does not count."""
-        return len(self._data.prompts)
+        """The number of prompts in one epoch, rounded up; a prompt that leaves no room to answer does not count."""
+        return prompts_of_epoch(self._args, self._data.sizes)
 
     def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]:
         """Return `num` groups: first those that the buffer filter takes from the buffer, then new prompts.
@@ -95,7 +96,7 @@ class DataBuffer:
             ValueError: `state` was taken with other data, or with another order of the same data.
         """
         saved, here = state["data"], self._fingerprint()
-        saved = {OTHERS: here[OTHERS], **saved}  # older checkpoints do not have it
+        saved = {OTHERS: here[OTHERS], "--prompt-data-weights": None, **saved}  # older checkpoints do not have it
         changed = [f"{name}: {saved.get(name)!r} then, {value!r} now" for name, value in here.items()
                    if saved.get(name) != value]  # fmt: skip
         if changed:
@@ -116,20 +117,26 @@ class DataBuffer:
         return {
             "sha256 of the data": self._data.sha256,
             OTHERS: self._data.sha256_of_others,
-            "number of prompts": self.num_prompts,
+            "number of prompts": len(self._data.prompts),
+            "--prompt-data-weights": self._weights(),
             "--rollout-shuffle": args.rollout_shuffle,
             "--rollout-seed": args.rollout_seed,
             "--n-samples-per-prompt": args.n_samples_per_prompt,
         }
 
     def _epoch_order(self) -> list[int]:
-        order = list(range(self.num_prompts))
-        if self._args.rollout_shuffle:
-            random.Random(f"{self._args.rollout_seed}/{self._epoch}").shuffle(order)
-        return order
+        args = self._args
+        seed = args.rollout_seed if args.rollout_shuffle else None
+        sizes = self._data.sizes
+        return epoch_order(sizes, prompt_weights(args, len(sizes)), epoch=self._epoch, seed=seed)
+
+    def _weights(self) -> list[list[float]] | None:
+        """Return the weights with the number of prompts that each is for, as JSON types; None if there are none."""
+        weights = self._args.prompt_data_weights
+        return [[weight, size] for weight, size in zip(weights, self._data.sizes, strict=True)] if weights else None
 
     def _new_group(self) -> list[Sample]:
-        if self._cursor == self.num_prompts:
+        while self._cursor == len(self._order):  # with small weights, an epoch may be empty
             self._epoch += 1
             self._cursor = 0
             self._order = self._epoch_order()

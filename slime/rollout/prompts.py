@@ -18,7 +18,7 @@ import orjson
 
 from slime.config.args import Args
 from slime.config.data_files import read_rows
-from slime.config.data_paths import data_paths
+from slime.config.data_paths import data_paths, data_words
 from slime.config.data_rows import DataError, DataKeys, Row, row_error
 from slime.config.messages import plain_messages
 from slime.config.prompt_format import PromptFormat
@@ -76,6 +76,8 @@ class PromptSet:
 
     path: str
     prompts: list[Prompt]
+    sizes: list[int]
+    """The number of these prompts in each of the words that named the files, in order."""
     sha256: str
     sha256_of_others: str
 
@@ -99,8 +101,8 @@ def load_prompts(
     """
     form = PromptFormat.of(args) if form is None else form
     rows = _Rows()
-    paths = data_paths(path)
-    for file in paths:
+    words = [data_paths(word) for word in data_words(path)]
+    for word, file in [(word, file) for word, files in enumerate(words) for file in files]:
         for row in read_rows(file, keys):
             error = row_error(row, keys, chat_template=form.chat_template)
             if error is not None:
@@ -111,40 +113,44 @@ def load_prompts(
             prompt = form.prompt(keys.prompt(row.data) if conversation is None else conversation)
             text = prompt_text(row, prompt, form, tokenizer, keys)
             if conversation is not None:
-                rows.kept.append((row, prompt, None))
+                rows.kept.append((word, row, prompt, None))
                 continue
             if longest is not None and _far_too_long(text, longest, tokenizer):
                 rows.dropped.append(row)
                 continue
-            rows.kept.append((row, prompt, text))
-    texts = [text for _, _, text in rows.kept if text is not None]
+            rows.kept.append((word, row, prompt, text))
+    texts = [text for *_, text in rows.kept if text is not None]
     tokens = iter(tokenize_prompts(tokenizer, texts, chat_template=form.chat_template))
     prompts: list[Prompt] = []
-    for row, prompt, text in rows.kept:
+    sizes = [0] * len(words)
+    for word, row, prompt, text in rows.kept:
+        sizes[word] += 1
         if text is None:
             prompts.append(Prompt(prompt, None, [], keys.metadata(row.data), row.data))
             continue
         ids = next(tokens)
         if longest is not None and len(ids) > longest:
             rows.dropped.append(row)
+            sizes[word] -= 1
             continue
         if not ids:
             raise DataError(row.where, f"the prompt under {keys.input_key!r} has no tokens", "remove the line")
         prompts.append(Prompt(prompt, keys.label(row.data), ids, keys.metadata(row.data), row.data))
+    paths = [file for files in words for file in files]
     _report_dropped(paths, rows.dropped, rows.total, longest)
     named = " ".join(paths)
     if not prompts:
         raise ValueError(f"{named}: no prompt in it ({len(rows.dropped)} of {rows.total} left out as too long); "
                          "name another")  # fmt: skip
-    return PromptSet(named, prompts, rows.used.hexdigest(), rows.others.hexdigest())
+    return PromptSet(named, prompts, sizes, rows.used.hexdigest(), rows.others.hexdigest())
 
 
 class _Rows:
-    """The rows of all files of a set as they are read, with their prompts and texts, and what is counted of them."""
+    """The rows of all files of a set as they are read: each with its word, prompt and text, and what is counted."""
 
     def __init__(self) -> None:
         self.used, self.others = hashlib.sha256(), hashlib.sha256()
-        self.kept: list[tuple[Row, str | list[Message], str | None]] = []
+        self.kept: list[tuple[int, Row, str | list[Message], str | None]] = []
         self.dropped: list[Row] = []
         self.total = 0
 

@@ -50,7 +50,7 @@ def test_a_run_counts_and_checks_all_files(run: Run) -> None:
         ("hf:openai/gsm8k:main/train", "are not downloaded", "hf download --repo-type dataset openai/gsm8k --local"),
         ("HERE", "HERE: is a directory", "name its files, for example with the pattern 'HERE/**/*.jsonl'"),
         ("HERE/*.parquet", "no file matches", "** matches folders of any depth"),
-        ("HERE/train.jsonl:0.3", "files have no weights", "write HERE/train.jsonl, twice to use its rows twice"),
+        ("HERE/train.jsonl:0.3", "weights have a flag of their own", "write HERE/train.jsonl, and the weights"),
         ("HERE/missing.jsonl", "there is no file HERE/missing.jsonl", "name a jsonl or parquet file"),
     ],
 )

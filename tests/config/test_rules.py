@@ -162,6 +162,10 @@ def test_num_epoch_counts_the_rows_of_the_file(run: Run) -> None:
     run.data.write_text(run.data.read_text() * 9)
     plan = format_plan(*run.load("--dry-run", "--prompt-data", f"{run.data}@[2:]"))
     assert f"3 epochs of 7 rows: 6 rollouts (fewer if some prompts are too long) from {run.data}@[2:]" in plan
+    weighed = ("--prompt-data", f"{run.data}@[2:]", str(run.data), "--prompt-data-weights", "1", "0.5")
+    assert "3 epochs of 12 rows: 9 rollouts" in format_plan(*run.load("--dry-run", *weighed))
+    problem = "--prompt-data-weights 1.0 0.5 1.0: has 3 values, and --prompt-data has 2; give one weight for each word"
+    assert problem in "\n".join(run.errors(*weighed, "1"))
     assert "3 epochs from /nowhere.jsonl" in format_plan(*run.load("--dry-run", "--prompt-data", "/nowhere.jsonl"))
     at = run.base.index("--prompt-data")
     del run.base[at : at + 2]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,26 @@ def test_the_seed_decides_each_epochs_permutation(data_file: Write, tokenizer: P
     assert epochs() == [list(range(20))] * 3
     # The order must stay the same over versions, because a resumed run has to find it again.
     assert shuffled[0][:5] == [10, 7, 9, 4, 6]
+
+
+def test_weights_decide_how_often_rows_come(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    """They hold over epochs and a resume, prompts that are too long do not count, and other weights are refused."""
+    short, long = data_file(_rows(4)), data_file([*_rows(10)[4:], {"prompt": "q" * 99, "label": "99"}], "long.jsonl")
+    words = {"prompt_data": (short, long), "prompt_data_weights": (2.0, 0.5), "rollout_max_context_len": 20}
+    args = _args("", **words, rollout_shuffle=True)
+    buffer = DataBuffer(args, tokenizer)
+    assert buffer.num_prompts == 2 * 4 + 6 // 2
+    first = buffer.get_groups(15, rollout_id=0)
+    again = DataBuffer(args, tokenizer)
+    again.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
+    rest = buffer.get_groups(7, rollout_id=1)
+    assert _labels(again.get_groups(7, rollout_id=1)) == _labels(rest)
+    counts = Counter(_labels(first + rest))  # two epochs
+    assert counts == {**dict.fromkeys(range(4), 4), **dict.fromkeys(range(4, 10), 1)}
+    assert len(set(_labels(first)[:11]) - set(range(4))) == 3
+    for other in ({"prompt_data_weights": (2.0, 1.0)}, {"prompt_data_weights": ()}):
+        with pytest.raises(ValueError, match=r"--prompt-data-weights: .* then, .* now"):
+            DataBuffer(replace(args, **other), tokenizer).load_state_dict(buffer.state_dict())
 
 
 def test_slices(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -50,6 +50,14 @@ class RolloutOptions:
         metavar="JSON",
         needs=Needs(_TEMPLATE, why=f"{_WITHOUT_TEMPLATE} no template is rendered"),
     )
+    prompt_data_weights: tuple[float, ...] = flag(
+        (),
+        "How often an epoch has each row of each word of --prompt-data: 2 is twice; with 0.25, every epoch has another "
+        "quarter of the rows. Unset: once.",
+        ge=0.0001,
+        le=1000,
+        needs=Needs(("prompt_data",), why="it weighs the files of --prompt-data"),
+    )
     rollout_shuffle: bool = flag(False, "Shuffle the prompts again in each epoch, seeded by (--rollout-seed, epoch).")
     rollout_seed: int = flag(42, "Seed of the data order and of sampling.", ge=0)
     rm_type: str | None = flag(None, f"{', '.join(REWARD_TYPES)}, with or without {BOXED_PREFIX}.")

@@ -15,7 +15,7 @@ from string import Formatter
 from typing import Any
 
 from slime.config.data_files import SUFFIXES, split_slice
-from slime.config.data_paths import data_paths
+from slime.config.data_paths import data_paths, data_words
 from slime.config.data_rows import DataError, DataKeys
 from slime.config.eval_data import EvalDataset, eval_datasets
 from slime.config.flags.rollout_options import HookOptions, RolloutOptions
@@ -41,6 +41,11 @@ def prompt_file(case: Case) -> Iterable[Problem]:
         if own_source and args.load_debug_rollout_data is None:
             yield case.missing("prompt_data", "not given; prompts come from it", "name a jsonl or parquet file")
         return
+    num_weights, num_words = len(args.prompt_data_weights), len(data_words(args.prompt_data))
+    if num_weights not in (0, num_words):
+        rule = f"has {num_weights} values, and --prompt-data has {num_words}"
+        remedy = "give one weight for each word of --prompt-data; the files of a pattern share theirs"
+        yield case.error("prompt_data_weights", rule, remedy, also=["prompt_data"])
     if own_source:
         keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
         asked = [args.metadata_key] if args.metadata_key != RolloutOptions.metadata_key else []
