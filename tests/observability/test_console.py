@@ -210,7 +210,8 @@ def test_time_left_comes_from_past_rollouts() -> None:
     view = view.with_rollout(2, 1000.0).with_phase("generation", "rollout 2", 1000.0)
     assert (view.phase_left(1010.0), view.rollout_left(1010.0), view.run_left(1010.0)) == (20.0, 40.0, 90.0)
     half = WorkProgress(2, SampleProgress(total=8, generated=4, judged=4, tokens=0, seconds=25.0))
-    assert with_work(view, half).phase_left(1025.0) == 25.0, "its own samples say more than the past"
+    assert with_work(view, half).phase_left(1025.0) == 15.0, "in the middle between its speed (25) and the past (5)"
+    assert with_work(view, half).phase_left(1035.0) == 25.0, "it takes longer than before, so its speed counts"
     other = WorkProgress(3, half.rollout)
     assert with_work(view, other).phase_left(1025.0) == 5.0, "control: those of another rollout say nothing"
     assert with_work(view, other).ahead is half.rollout

@@ -13,6 +13,8 @@ from slime.observability.console.view import View
 from slime.observability.phases import PHASES
 
 SMALLEST_SHARE = 0.03
+RELIABLE = 0.5
+"""Share of samples from which on tokens/s is shown: it counts ended responses only, so it begins too low."""
 ROLLOUT_PARTS = (
     ("rollout/reward", "reward", ".3f"),
     ("rollout/response_length", "length", ".0f"),
@@ -133,7 +135,7 @@ def samples_parts(view: View) -> Sequence[str]:
         ahead = view.ahead
         return [] if ahead is None else [f"next rollout {ahead.generated}/{ahead.total}"]
     parts = [f"{samples.generated}/{samples.total} samples"]
-    if samples.tokens:
+    if samples.tokens and samples.share >= RELIABLE:
         parts.append(f"{short_count(samples.tokens_per_second)} tokens/s")
     if samples.generated - samples.judged > samples.total // 20:
         parts.append(f"{samples.judged} judged")

@@ -18,7 +18,7 @@ REMEMBERED = 200
 """Values of each curve that are kept for sparklines."""
 AVERAGED = 10
 """Rollouts whose times are averaged for estimates."""
-ENOUGH = 0.05
+ENOUGH = 0.1
 """Share of a phase that has to be done before its own speed is an estimate."""
 VERBS = {
     "generation": "generating",
@@ -142,11 +142,13 @@ class View:
         if self.phase is None:
             return None
         elapsed = (time.monotonic() if now is None else now) - self.phase.since
-        samples = self.samples
-        if samples is not None and samples.share >= ENOUGH:
-            return samples.seconds * (1 - samples.share) / samples.share
-        expected = self._expected(self.phase.name)
-        return None if expected is None or elapsed > expected else expected - elapsed
+        samples, expected = self.samples, self._expected(self.phase.name)
+        by_past = None if expected is None or elapsed > expected else expected - elapsed
+        if samples is None or samples.share < ENOUGH:
+            return by_past
+        by_speed = samples.seconds * (1 - samples.share) / samples.share
+        # Responses that begin together end together, so early on the speed says less than the past.
+        return by_speed if by_past is None else samples.share * by_speed + (1 - samples.share) * by_past
 
     def phase_share(self, now: float | None = None) -> float | None:
         """Return the share of the phase that is done: of its samples, or of the time that it usually takes."""
