@@ -223,6 +223,8 @@ def test_progress_lines_fit() -> None:
     assert line is not None and len(line) <= PLAIN_WIDTH
     assert line.startswith("rollout 12: generating  8192/16384 samples  150k tokens/s  100 judged  17 groups dropped")
     assert progress_line(View(3, 0), now) is None
+    evaluating = View(3, 0).with_phase("evaluation", "evaluation after 2 rollouts", now - 65)
+    assert progress_line(evaluating, now) == "evaluation after 2 rollouts:  for 1:05"
 
 
 # ---- hints
@@ -304,6 +306,17 @@ def test_a_terminals_output_stays_in_its_width(width: int, driver_log: Path) -> 
     assert "rollout 0" in shown and "generating" in shown
     assert "next: slime plot " + "long/" * 40 in shown, "a command is never broken"
     assert "\x1b" not in driver_log.read_text()
+
+
+def test_a_stage_that_fails_is_not_done(out: io.StringIO) -> None:
+    console = plain(out)
+    with pytest.raises(ValueError, match="no weights"), console.stage("trainers"):
+        raise ValueError("no weights")
+    with pytest.raises(ValueError, match="bad step"), console.phase("training", "rollout 0"):
+        raise ValueError("bad step")
+    console.tick(time.monotonic() + 1000)
+    console.close()
+    assert out.getvalue() == ""
 
 
 def test_long_stages_and_phases_are_reported(out: io.StringIO) -> None:

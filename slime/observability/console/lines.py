@@ -117,7 +117,8 @@ def progress_line(view: View, now: float, width: int = PLAIN_WIDTH) -> str | Non
     phase = view.phase
     if phase is None:
         return None
-    parts = [f"{phase.where}: {phase.verb}", *samples_parts(view)]
+    verb = "" if phase.name == "evaluation" else f" {phase.verb}"  # its place says it already
+    parts = [f"{phase.where}:{verb}", *samples_parts(view)]
     left, of_run = view.phase_left(now), view.run_left(now)
     if view.samples is None:
         parts.append(f"for {clock(now - phase.since)}")
@@ -125,7 +126,7 @@ def progress_line(view: View, now: float, width: int = PLAIN_WIDTH) -> str | Non
         parts.append(f"{clock(left)} left")
     if of_run is not None:
         parts.append(f"run {clock(of_run)} left")
-    return joined([parts[0], *(parts[1:])], width)
+    return joined(parts, width)
 
 
 def samples_parts(view: View) -> Sequence[str]:

@@ -95,13 +95,15 @@ class RunConsole:
 
     @contextmanager
     def stage(self, name: str) -> Generator[None]:
-        """Show a stage of the start, and say how long it took."""
+        """Show a stage of the start, and say how long it took, unless it fails."""
         begin = time.monotonic()
         before = self._view
         self._said_at = begin
         self._view = replace(before, stage=name, note="", stage_since=begin)
-        yield
-        self._view = replace(self._view, stage=before.stage, note=before.note, stage_since=before.stage_since)
+        try:
+            yield
+        finally:
+            self._view = replace(self._view, stage=before.stage, note=before.note, stage_since=before.stage_since)
         self.say(f"{name} … {duration(time.monotonic() - begin)}")
 
     def note(self, text: str) -> None:
