@@ -29,6 +29,7 @@ from slime.observability.console.hints import RewardHints
 from slime.observability.console.run_console import RunConsole
 from slime.observability.logs import log_to_file
 from slime.observability.run_directory import RunDirectory
+from slime.observability.run_record import add_start, command_line, describe_start
 
 
 def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
@@ -56,7 +57,7 @@ def running_cluster(
         args: the run's arguments.
         restarts: how often faults have ended this run before.
         begin: when it began, by `time.monotonic`; None: now.
-        opening: what has been printed before, which goes into the driver's log.
+        opening: the plan that has been printed, which goes into the driver's log and run.json.
 
     Raises:
         RunError: naming what does not start.
@@ -91,7 +92,10 @@ def running_cluster(
         seen = first if last else None
         metrics, damage = directory.continue_metrics(seen) if continued else (directory.new_metrics(), list[str]())
         cleanup.callback(metrics.close)
-        metrics.track(start_trackers(args, directory.run_id(new=not continued), first), console.say)
+        run_id = directory.run_id(new=not continued)
+        facts = {"run": run_id, "rollouts_done": first, "restarts": restarts}
+        damage += add_start(directory.path, describe_start(command_line(), opening, masker_of(args), facts))
+        metrics.track(start_trackers(args, run_id, first), console.say)
         if state is not None and last:
             metrics.write(first, state["times"])
         best = None

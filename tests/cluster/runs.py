@@ -198,7 +198,7 @@ def copy_checkpoint(source: Path, target: Path, rollout_id: int) -> None:
     name = f"iter_{rollout_id:07d}"
     shutil.copytree(source / name, target / name)
     (target / "latest_checkpointed_iteration.txt").write_text(str(rollout_id))
-    for file in ("metrics.jsonl", "samples.jsonl"):
+    for file in ("metrics.jsonl", "samples.jsonl", "run.json"):
         shutil.copy(source / file, target / file)
 
 

@@ -5,8 +5,10 @@ A run with --colocate trains like the unbroken one, which has separate devices.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +90,18 @@ def test_trackers_and_metrics_jsonl_agree(unbroken: Path) -> None:
     assert (rows[0]["num_epoch"], rows[-1]) == (2, {"exit": 0})
     for step in range(1, 5):
         assert rows[1 + step]["train/loss"] == events(unbroken, "train/loss")[step]
+
+
+def starts(save: Path) -> list[dict[str, Any]]:
+    return json.loads((save / "run.json").read_text())["starts"]
+
+
+def test_the_start_is_recorded(unbroken: Path) -> None:
+    [start] = starts(unbroken)
+    assert start["rollouts_done"] == 0 and start["versions"]["megatron-core"] and start["host"]["name"]
+    assert start["command"][1].endswith("train.py") and "--num-epoch" in start["command"]
+    assert "\n".join(start["plan"]) in (unbroken.parent / "output.txt").read_text()
+    assert start["run"] == (unbroken / "logs/run_id").read_text()
 
 
 def test_trackers_end_without_a_traceback(unbroken: Path) -> None:
@@ -183,6 +197,7 @@ def test_a_resumed_run_draws_the_same_prompts(task: Task, unbroken: Path, tmp_pa
     assert sorted(events(save, "rollout/reward")) == [1, 2, 3, 4], "the metrics file continues"
     assert sorted(events(save, "eval/eval/reward")) == [0, 2, 4]
     assert in_tensorboard(save) == in_metrics(save), "it also has the metrics from before the resume"
+    assert [start["rollouts_done"] for start in starts(save)] == [0, 2]
     assert sampled(save) == sampled(unbroken), "each sample once, also those that the killed run had written already"
 
 
