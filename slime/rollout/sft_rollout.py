@@ -127,7 +127,8 @@ def _read_conversation(sample: Sample, tokenizer: PreTrainedTokenizerBase, keys:
             "nothing to learn; name the response with --label-key, or give messages"
         )
     try:
-        conversation = render_conversation(tokenizer, messages, keys.tools(sample.row), form.template_kwargs)
+        tools = keys.tools(sample.row)
+        conversation = render_conversation(tokenizer, messages, tools, form.template_kwargs, answers_only=True)
         found = conversation_tokens(tokenizer, conversation)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -171,7 +171,10 @@ def by_hand(tokenizer: PreTrainedTokenizerFast, marked: str) -> tuple[list[int],
 def trained(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], tools: list[dict[str, Any]] | None, **more: Any
 ) -> tuple[list[int], list[int]]:
-    found = conversation_tokens(tokenizer, render_conversation(tokenizer, messages, tools, more))
+    whole = render_conversation(tokenizer, messages, tools, more)
+    quick = render_conversation(tokenizer, messages, tools, more, answers_only=True)
+    found = conversation_tokens(tokenizer, whole)
+    assert conversation_tokens(tokenizer, quick) == found
     return found.ids, [int(number >= 0) for number in found.message_T]
 
 
@@ -278,5 +281,6 @@ def test_spans_tile_the_text(style: str, messages: list[Message]) -> None:
         said = messages[number]["content"].split("</think>")[-1].strip()
         assert said in conversation.words(number)
     assert [number for number, _ in itertools.groupby(found.message_T) if number >= 0] == answers, "each once, in order"
+    assert conversation_tokens(tokenizer, render_conversation(tokenizer, messages, TOOLS, answers_only=True)) == found
     whole = tokenizer(conversation.text, add_special_tokens=False)["input_ids"]
     assert found.ids == whole or len(found.ids) > len(whole), "only a cut token changes the tokens"
