@@ -20,15 +20,17 @@ pytestmark = [pytest.mark.usefixtures("joined_ray"), pytest.mark.timeout(900)]
 EXAMPLE = ROOT / "examples/sft_chat"
 
 
-def loss_by_huggingface(model: Path, data: Path, *, shift: int = 0) -> float:
+def losses_by_huggingface(model: Path, data: Path) -> list[float]:
     """Return the mean loss of the digits that the assistant says and of the tokens that end its turns.
 
     The tokens are found by a pattern in the template's text: one digit after <|assistant|> and a line end. An answer
-    ends with the token of the next role, and the last one with the end-of-sequence token. `shift` moves the mask.
+    ends with the token of the next role, and the last one with the end-of-sequence token. Two wrong means follow, with
+    the mask moved by one token either way.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    losses: list[torch.Tensor] = []
+    shifts = (0, -1, 1)
+    losses: dict[int, list[torch.Tensor]] = {shift: [] for shift in shifts}
     for line in data.read_text().splitlines():
         messages = [{key: m[key] for key in ("role", "content")} for m in json.loads(line)["messages"]]
         text = tokenizer.apply_chat_template(messages, tokenize=False) + tokenizer.eos_token
@@ -41,9 +43,9 @@ def loss_by_huggingface(model: Path, data: Path, *, shift: int = 0) -> float:
         with torch.no_grad():
             logits = network(torch.tensor([ids])).logits[0, :-1]
         each = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-        mask = torch.tensor(trained).roll(shift)[1:].bool()
-        losses.append(each[mask])
-    return torch.cat(losses).mean().item()
+        for shift in shifts:
+            losses[shift].append(each[torch.tensor(trained).roll(shift)[1:].bool()])
+    return [torch.cat(losses[shift]).mean().item() for shift in shifts]
 
 
 def test_a_run_on_conversations(tmp_path: Path) -> None:
@@ -65,12 +67,12 @@ def test_a_run_on_conversations(tmp_path: Path) -> None:
     losses = events(save, "eval/held-out/loss")
     assert list(losses) == [0, 2, 3], "before the first rollout, at the interval, and after the last"
     assert losses[3] < losses[2] < losses[0]
-    assert losses[0] == pytest.approx(loss_by_huggingface(task / "model", held_out), rel=1e-5)
-    assert losses[3] == pytest.approx(loss_by_huggingface(save / "hf", held_out), rel=1e-5)
-    for shift in (-1, 1):
-        assert losses[3] != pytest.approx(loss_by_huggingface(save / "hf", held_out, shift=shift), rel=1e-2), "control"
+    for step, model in ((0, task / "model"), (3, save / "hf")):
+        expected, *shifted = losses_by_huggingface(model, held_out)
+        assert losses[step] == pytest.approx(expected, rel=1e-5)
+        assert all(losses[step] != pytest.approx(wrong, rel=1e-2) for wrong in shifted), "control"
     assert set(events(save, "eval/held-out/trained_tokens").values()) == {5 * 6 * 2}
     assert all(count < events(save, "rollout/tokens")[step] for step, count in
                events(save, "rollout/trained_tokens").items())  # fmt: skip
     assert json.loads((save / FILE).read_text())["checkpoint"] == "iter_0000002"
-    assert f"eval held-out after 3 rollouts:  loss {losses[3]:.4g}" in output
+    assert f"eval held-out after 3 rollouts: loss {losses[3]:.4f}" in output
