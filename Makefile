@@ -5,7 +5,7 @@
 # make bench-estimators   trains the demo's task with every estimator and updates docs/ALGORITHMS.md
 #                      (after make demo, and MODEL=qwen3-moe-tiny make demo)
 # make test            the tests        make check    lint, format and types
-# make test-kill       a run killed at 30 random points ends like the uninterrupted run (fewer: make test-kill KILLS=2)
+# make test-kill       a run killed or stopped at 45 random points ends like the unbroken one (fewer: KILLS=2)
 # make test-layouts    one step of 300 random models, algorithms and layouts equals that of one process (fewer: DRAWS=20)
 # make test-inputs     2400 random command lines, files and hooks end in a plan or one message (others: SEED=n)
 # make test-chaos      a run whose engines die and hang, and whose rewards fail, still learns
@@ -15,10 +15,12 @@
 SEED ?= 1
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(abspath $(VENV))/bin
+# abspath splits a path at its blanks
+BIN := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
 STAMP := $(VENV)/.installed
 
 TRL_VENV ?= .venv-trl
+TRL_BIN := $(if $(filter /%,$(TRL_VENV)),$(TRL_VENV),$(CURDIR)/$(TRL_VENV))/bin
 TRL_STAMP := $(TRL_VENV)/.installed
 
 .PHONY: install demo demo-control bench bench-engine bench-estimators bench-trainer bench-packing bench-rollout bench-loop test test-kill test-layouts test-inputs test-chaos test-gpu check
@@ -29,8 +31,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and by its exact version: a CPU build (2.13.0+cpu) satisfies this pin wherever one is offered,
 	# while a range in the middle of a larger resolution may pull in a CUDA build and gigabytes of libraries.
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	"$(BIN)/python" -m pip install --quiet torch==2.13.0
+	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -41,38 +43,38 @@ demo-control: $(STAMP)
 
 $(TRL_STAMP): bench/trl-requirements.txt
 	$(PYTHON) -m venv $(TRL_VENV)
-	$(abspath $(TRL_VENV))/bin/python -m pip install --quiet torch==2.13.0
-	$(abspath $(TRL_VENV))/bin/python -m pip install --quiet --requirement bench/trl-requirements.txt
+	"$(TRL_BIN)/python" -m pip install --quiet torch==2.13.0
+	"$(TRL_BIN)/python" -m pip install --quiet --requirement bench/trl-requirements.txt
 	touch $@
 
 bench: bench-engine bench-trainer bench-packing bench-rollout bench-loop
-	$(BIN)/python -m bench.report
+	"$(BIN)/python" -m bench.report
 
 bench-engine: $(STAMP)
-	$(BIN)/python -W ignore -m bench.engine
+	"$(BIN)/python" -W ignore -m bench.engine
 
 bench-trainer: $(STAMP)
-	$(BIN)/python -W ignore -m bench.trainer
+	"$(BIN)/python" -W ignore -m bench.trainer
 
 bench-packing: $(STAMP)
-	$(BIN)/python -W ignore -m bench.packing
+	"$(BIN)/python" -W ignore -m bench.packing
 
 bench-rollout: $(STAMP)
-	$(BIN)/python -W ignore -m bench.rollout_schedule
+	"$(BIN)/python" -W ignore -m bench.rollout_schedule
 
 bench-estimators: $(STAMP)
-	$(BIN)/python -W ignore -m bench.estimators
-	$(BIN)/python -m bench.report
+	"$(BIN)/python" -W ignore -m bench.estimators
+	"$(BIN)/python" -m bench.report
 
 bench-loop: $(STAMP) $(TRL_STAMP)
-	$(BIN)/python -W ignore -m bench.loop --trl-python $(abspath $(TRL_VENV))/bin/python
+	"$(BIN)/python" -W ignore -m bench.loop --trl-python "$(TRL_BIN)/python"
 
 # Three workers on two cores, because many tests wait for processes to start and to end. A file stays on one worker, so
 # that its fixtures are made once.
 test: $(STAMP)
 	PATH="$(BIN):$$PATH" python3 -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-KILLS ?= 30
+KILLS ?= 45
 
 test-kill: $(STAMP)
 	PATH="$(BIN):$$PATH" python3 -m tests.kill --kills $(KILLS) --seed 0 --out outputs/kill

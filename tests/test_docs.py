@@ -79,9 +79,14 @@ OTHER_PROGRAMS = frozenset(
         "--no-x",
         "--x",
         "--editable",
+        "--generate",
+        "--runtime-env-json",
+        "--signal",
+        "--batch",
+        "--kill-after",
     ]
 )
-"""Flags of ray, hf, pip and pytest, and placeholders for any flag."""
+"""Flags of ray, hf, pip, pytest, Slurm and timeout, and placeholders for any flag."""
 
 
 def flags_of_tools() -> set[str]:

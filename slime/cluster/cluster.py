@@ -27,14 +27,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slime.cluster.actors import Processes
 from slime.cluster.colocation import DedicatedDevices
 from slime.cluster.ending import Outcome
+from slime.cluster.loop_state import Generation, Trained
 from slime.cluster.progress_poll import ProgressPoll
+from slime.cluster.stop import Stop, StopNoticed
 from slime.cluster.weight_sync import EngineWeightSync
 from slime.config.args import Args
 from slime.observability.best_checkpoint import BestCheckpoint
@@ -47,17 +48,6 @@ POLL_LIVE_S, POLL_PLAIN_S = 1.0, 5.0
 """Seconds between two questions about the rollout manager's progress, for a live view and for a plain log."""
 
 
-@dataclass
-class _Generation:
-    """A rollout whose generation has begun. `batch` and `report` are references that the rollout manager fills."""
-
-    rollout_id: int
-    batch: Any
-    report: Any
-    waited: float = 0.0
-    """Seconds in which the loop did nothing but wait for this rollout."""
-
-
 class Cluster:
     """The verbs of the training loop, on a cluster that runs (see `running.running_cluster`)."""
 
@@ -65,6 +55,7 @@ class Cluster:
         self,
         args: Args,
         *,
+        stop: Stop,
         processes: Processes,
         memory: DedicatedDevices,
         metrics: MetricsLog,
@@ -75,6 +66,7 @@ class Cluster:
     ) -> None:
         """`rollouts` are the ids of the rollouts that are left. No engine has weights newer than `policy_version`."""
         self._args = args
+        self._stop = stop
         self._processes = processes
         self._waiter = processes.waiter
         self._memory = memory
@@ -87,9 +79,12 @@ class Cluster:
         self._clock = StepClock()
         self._record: dict[str, float] = {}
         self._sync_report: dict[str, float] = {}
-        self._ahead: _Generation | None = None
+        self._ahead: Generation | None = None
         self._validation_sets: Any = None
         """A reference to the rows of SFT's evaluation sets, once they are loaded."""
+        self._saves = args.save is not None and bool(processes.trainers)
+        self._unsaved: Trained | None = None
+        processes.waiter.heed(stop, console.say)
         self.done = rollouts.start
         """The number of rollouts that are done, also before a resume."""
         self.saved: str | None = None
@@ -115,6 +110,8 @@ class Cluster:
             yield rollout_id
             times = self._next_clock()
             self.done = rollout_id + 1
+            if self._unsaved is not None:
+                self._unsaved.times = times
             self._metrics.write(rollout_id + 1, {**times, **self._sync_report})
             self._console.rollout(rollout_id, {**self._record, **self._sync_report, **times})
 
@@ -146,6 +143,7 @@ class Cluster:
 
     def generate(self, rollout_id: int) -> Any:
         """Generate and judge a rollout; return a reference to its TrainBatch, which stays in Ray's object store."""
+        self._stop_here()
         with self._console.phase("generation", f"rollout {rollout_id}"), self._clock.inner() as seconds:
             this = self._begin_generation(rollout_id)
             metrics = self._report_of(this)
@@ -159,6 +157,7 @@ class Cluster:
         this = self._ahead or self._begin_generation(rollout_id)
         assert this.rollout_id == rollout_id, "the loop takes one rollout after the other"
         metrics = self._wait_for(this)
+        self._stop_here()
         self._ahead = self._begin_generation(rollout_id + 1) if rollout_id + 1 < self._last else None
         for inside in ("time/generation", "time/reward"):  # the step's clock holds the time that the loop waited
             metrics.pop(inside, None)
@@ -167,12 +166,12 @@ class Cluster:
         self._record |= metrics | self._measure("generation")
         return this.batch
 
-    def _begin_generation(self, rollout_id: int) -> _Generation:
+    def _begin_generation(self, rollout_id: int) -> Generation:
         batch, report = self._processes.manager.generate.options(num_returns=2).remote(rollout_id)
         self._waiter.watch(f"rollout {rollout_id}: generation", report)
-        return _Generation(rollout_id, batch, report)
+        return Generation(rollout_id, batch, report)
 
-    def _wait_for(self, generation: _Generation) -> dict[str, float]:
+    def _wait_for(self, generation: Generation) -> dict[str, float]:
         """Return the metrics of the rollout once it is whole."""
         start = time.perf_counter()
         with self._phase("generation", f"rollout {generation.rollout_id}"):
@@ -180,9 +179,42 @@ class Cluster:
         generation.waited += time.perf_counter() - start
         return metrics
 
-    def _report_of(self, generation: _Generation) -> dict[str, float]:
-        phase = f"rollout {generation.rollout_id}: generation"
-        return self._waiter.get(phase, [generation.report], meanwhile=self._weight_sync.look_after)[0]
+    def _report_of(self, generation: Generation) -> dict[str, float]:
+        """Wait for the rollout's metrics. A signal aborts it, unless that would break --deterministic (see `stop`)."""
+        phase, look_after = f"rollout {generation.rollout_id}: generation", self._weight_sync.look_after
+        may_abort = not (self._args.deterministic and self._ahead is generation)
+        try:
+            return self._waiter.get(phase, [generation.report], meanwhile=look_after, give_up=may_abort)[0]
+        except StopNoticed:
+            if self._abort(generation):
+                self._stop_here()
+            return self._waiter.get(phase, [generation.report], meanwhile=look_after)[0]
+
+    def _abort(self, generation: Generation) -> bool:
+        """Abort the generation of a rollout; return False if it is whole already."""
+        self._waiter.unwatch(generation.report)
+        phase = f"rollout {generation.rollout_id}: aborting the generation"
+        return self._waiter.get(phase, [self._processes.manager.abort.remote(generation.rollout_id)])[0]
+
+    def _stop_here(self) -> None:
+        """End the run if a signal asks for it, after a save of what is trained and not saved. Raises Stopped."""
+        if self._stop.asked is None:
+            return
+        if self._unsaved is not None:
+            self._settle_ahead()
+            self._memory.to_trainers()
+            self._save(self._unsaved, export=False)
+        self._stop.let_go(None)
+
+    def _settle_ahead(self) -> None:
+        """Prepare the rollout ahead for a save: wait until it is whole with --deterministic, and let a signal abort it.
+
+        After a resume, the other half of a rollout would come from newer weights.
+        """
+        if self._ahead is not None and self._args.deterministic:
+            self._wait_for(self._ahead)
+        elif self._ahead is not None and self._stop.asked is not None:
+            self._abort(self._ahead)
 
     @contextmanager
     def engines_asleep(self) -> Iterator[None]:
@@ -194,6 +226,8 @@ class Cluster:
     def train(self, rollout_id: int, batch: Any) -> None:
         """Take one rollout's optimizer steps on all ranks."""
         trainers = self._processes.trainers
+        if self._saves:
+            self._stop.hold()
         with self._console.phase("training", f"rollout {rollout_id}"), self._clock.inner() as seconds:
             results = self._waiter.get(
                 f"rollout {rollout_id}: training", [trainer.train.remote(rollout_id, batch) for trainer in trainers]
@@ -201,6 +235,7 @@ class Cluster:
             if results:
                 seconds["training"] = results[0].pop("time/training")
                 self._record |= results[0] | self._measure("training")
+        self._unsaved = Trained(rollout_id, self._policy_version) if self._saves else None
         self._weight_sync.trained()
         self._metrics.write(rollout_id + 1, self._record)
         gap = self._record.get("train/logprob_gap_mean", 0.0)
@@ -212,31 +247,38 @@ class Cluster:
             )
 
     def save_if_due(self, rollout_id: int) -> None:
-        """Save a checkpoint every --save-interval rollouts, and after the last."""
-        args, trainers = self._args, self._processes.trainers
-        last = rollout_id == self._last - 1
-        due = args.save_interval is not None and (rollout_id + 1) % args.save_interval == 0
-        if args.save is None or not trainers or not (due or last):
+        """Save a checkpoint every --save-interval rollouts, after the last, and if a signal asks to stop."""
+        interval = self._args.save_interval
+        due = rollout_id == self._last - 1 or (interval is not None and (rollout_id + 1) % interval == 0)
+        if self._unsaved is None or not (due or self._stop.asked):
             return
-        if args.deterministic and self._ahead is not None:
-            self._wait_for(self._ahead)  # after a resume, the other half of a rollout would come from newer weights
-        times = self._clock.close()  # a resumed run knows only this part of the step's times
+        self._settle_ahead()
+        self._save(self._unsaved, export=due)
+
+    def _save(self, trained: Trained, *, export: bool) -> None:
+        """Save the state after `trained`; its policy version is the one before the weights are sent."""
+        rollout_id, trainers = trained.rollout_id, self._processes.trainers
+        times = trained.times or self._clock.close()  # a resumed run knows only this part of the step's times
         with self._phase("checkpoint", f"rollout {rollout_id}"):
             [rollout] = self._waiter.get(
                 "saving the data side", [self._processes.manager.state_dict.remote(rollout_id + 1)]
             )
             state = {
-                "rollout": rollout,
-                "policy_version": self._policy_version,
+                "rollout": {**rollout, "policy_version": trained.policy_version},
+                "policy_version": trained.policy_version,
                 "times": times,
             }
             # Rank 0 alone writes the state. It may hold whole rollouts, too large to send to ranks that ignore it.
-            saving = [t.save.remote(rollout_id, state if rank == 0 else {}) for rank, t in enumerate(trainers)]
+            states = [state if rank == 0 else {} for rank in range(len(trainers))]
+            each = zip(trainers, states, strict=True)
+            saving = [trainer.save.remote(rollout_id, its, export=export) for trainer, its in each]
             paths = self._waiter.get(f"rollout {rollout_id}: saving", saving)
         self.saved = paths[0]
         self._console.say(f"saved {paths[0]}")
+        self._unsaved = None
         if self._best is not None:
             self._best.saved(Path(paths[0]), step=rollout_id + 1)
+        self._stop.let_go(paths[0])
 
     def sync_weights(self) -> None:
         """Send the actor's weights to every engine, as the next policy version.
@@ -249,6 +291,7 @@ class Cluster:
             return
         if self._ahead is not None and self._args.update_weight_pause == "drain":
             self._wait_for(self._ahead)
+            self._stop_here()
         if self._synced:
             self._send_weights()
             return
@@ -299,6 +342,7 @@ class Cluster:
         args = self._args
         if not (args.eval_prompt_data or args.eval_config) or not (args.num_engines or args.validates):
             return
+        self._stop_here()
         with self._phase("evaluation", f"evaluation after {count(step, 'rollout')}"):
             metrics = self._validate(step) if args.validates else self._generate_and_judge(step)
         metrics |= self._measure("evaluation")
@@ -309,12 +353,13 @@ class Cluster:
 
     def _generate_and_judge(self, step: int) -> dict[str, float]:
         """Return the metrics of responses that the engines generate to the evaluation prompts."""
-        [metrics] = self._waiter.get(
-            f"evaluation after {step} rollouts",
-            [self._processes.manager.evaluate.remote(step)],
-            meanwhile=self._weight_sync.look_after,
-        )
-        return metrics
+        waiting = f"evaluation after {step} rollouts", [self._processes.manager.evaluate.remote(step)]
+        try:
+            return self._waiter.get(*waiting, meanwhile=self._weight_sync.look_after, give_up=True)[0]
+        except StopNoticed:
+            self._waiter.get("aborting the evaluation", [self._processes.manager.abort_evaluation.remote()])
+            self._stop_here()
+            raise
 
     def _validate(self, step: int) -> dict[str, float]:
         """Return the losses on SFT's evaluation sets, whose rows stay in Ray's object store."""

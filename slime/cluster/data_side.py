@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slime.cluster.abortable import Abortable
 from slime.cluster.engine_side import NoEngines
 from slime.config.args import Args
 from slime.core.batch import TrainBatch, from_samples
@@ -69,6 +70,9 @@ class DataSide:
         self._samples = SampleLog(log_dir.parent / SAMPLES, args, tokenizer)
         self._made: _Made | None = None
         """The last whole rollout; the loop may still be busy with the one before it."""
+        self._whole = -1
+        """The last rollout that can no longer be aborted."""
+        self._rollout_work, self._evaluation_work = Abortable(), Abortable()
 
     def num_prompts(self) -> int:
         """Return the number of prompts in one epoch.
@@ -84,6 +88,7 @@ class DataSide:
         """Make one rollout with `engines`, or read it from a dump; return its training batch and its metrics."""
         args = self._args
         if args.load_debug_rollout_data is not None:
+            self._whole = rollout_id
             groups, sampled = read_replay(args, rollout_id)
             metrics = replay_metrics(args, groups)
         else:
@@ -102,17 +107,34 @@ class DataSide:
     async def _make(self, rollout_id: int, engines: NoEngines) -> RolloutResult:
         """Return the rollout's groups; a resumed run may have them already."""
         if self._made is not None and self._made.rollout_id == rollout_id:
+            self._whole = rollout_id
             return self._made.result()
-        result = await engines.guarded(self._call_rollout_function(rollout_id), self.context)
+        work = self._rollout_work.run(lambda: self._call_rollout_function(rollout_id))
+        return await engines.guarded(work, self.context)
+
+    async def _call_rollout_function(self, rollout_id: int) -> RolloutResult:
+        called = self._rollout_function(self._args, rollout_id, self._source, self.context)
+        result: RolloutResult = await called if inspect.isawaitable(called) else called
+        # No await from here on: an abort finds the rollout either in flight as a whole, or whole.
+        self._whole = rollout_id
         if self._args.rollouts_ahead:  # otherwise it is trained on before anything is saved
             self._made = _Made.of(rollout_id, result.groups, result.metrics)
         if self._source is not None:
             self._source.forget(rollout_id)
         return result
 
-    async def _call_rollout_function(self, rollout_id: int) -> RolloutResult:
-        result = self._rollout_function(self._args, rollout_id, self._source, self.context)
-        return await result if inspect.isawaitable(result) else result
+    async def abort(self, rollout_id: int) -> bool:
+        """Abort the rollout for good; the groups that it has drawn stay in flight, so that they are saved.
+
+        Return False if the rollout is whole, because it was faster. A user's rollout function that is not async cannot
+        be aborted.
+        """
+        await self._rollout_work.abort()
+        return self._whole != rollout_id
+
+    async def abort_evaluation(self) -> None:
+        """Abort the evaluation that runs."""
+        await self._evaluation_work.abort()
 
     def _to_batch(self, samples: list[Sample]) -> TrainBatch:
         args = self._args
@@ -124,7 +146,8 @@ class DataSide:
 
     async def evaluate(self, rollout_id: int, engines: NoEngines) -> dict[str, float]:
         """Evaluate with `engines` after `rollout_id` rollouts, and return the metrics."""
-        return await engines.guarded(self._call_eval_function(rollout_id), self.context)
+        work = self._evaluation_work.run(lambda: self._call_eval_function(rollout_id))
+        return await engines.guarded(work, self.context)
 
     async def _call_eval_function(self, rollout_id: int) -> dict[str, float]:
         path = self._args.eval_function_path
@@ -145,11 +168,13 @@ class DataSide:
     def state_dict(self, next_rollout_id: int = 0) -> dict[str, Any]:
         """Return the state as plain JSON types.
 
-        `next_rollout_id` is the first rollout that has not been trained on; if it is made already, the state holds it.
+        With --deterministic, groups in flight are saved as they were drawn: how far they have come depends on the
+        clock, and so would the metrics of the rollout when it is made again. `next_rollout_id` is the first rollout
+        that has not been trained on; if it is made already, the state holds it.
         """
         waits = self._made is not None and self._made.rollout_id >= next_rollout_id
         return {
-            "data_source": None if self._source is None else self._source.state_dict(),
+            "data_source": None if self._source is None else self._source.state_dict(as_drawn=self._args.deterministic),
             "made": dict(vars(self._made)) if waits else None,
             "policy_version": self.context.policy_version,
         }

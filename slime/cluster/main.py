@@ -11,11 +11,16 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slime.cluster.local_ray import ADDRESS, address_fault, protect_local_ray
+from slime.cluster.resume_line import command_to_resume, program_words
+from slime.cluster.stop import Stop
+from slime.config.args import Args
 from slime.config.parse import UsageError
 from slime.config.secrets import hide_command_line, masker_of
+from slime.core.checkpoint_names import iteration_name, newest_checkpoint
 from slime.core.errors import RunError
 from slime.core.masking import mask_output
 from slime.observability.console.text import duration
@@ -30,22 +35,22 @@ def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:
     """Print the plan and, without --dry-run, start a cluster and let `story` use it.
 
     `rollouts_ahead` is how many rollouts the story generates before the training on the present one is done; rules and
-    plan depend on it. Raises SystemExit with the message for the user.
+    plan depend on it. Raises SystemExit with the message for the user, or with a signal's status (see `stop`).
     """
     hide_command_line(argv)
-    try:
-        _plan_and_run(story, argv, rollouts_ahead)
-    except UsageError as error:
-        sys.exit(str(error))
-    except RunError as error:
-        if logging.getLogger().handlers:  # the traceback belongs in the run's log, if there is one yet
-            logging.getLogger("slime").error("the run has ended", exc_info=error)
-        sys.exit(f"\n{error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; every process of the run has been ended")
+    stop = Stop()
+    with stop.heeded():
+        try:
+            _plan_and_run(story, argv, rollouts_ahead, stop)
+        except UsageError as error:
+            sys.exit(str(error))
+        except SystemExit as error:
+            if stop.asked is None or isinstance(error.code, str):  # a text: the run has failed
+                raise
+            sys.exit(stop.status)
 
 
-def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> None:
+def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int, stop: Stop) -> None:
     begin = time.monotonic()
     args, warnings = load_run(argv, rollouts_ahead=rollouts_ahead)
     mask_output(masker_of(args))
@@ -56,6 +61,21 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> Non
         return
     opening = f"{format_plan(args, warnings)}\nchecking … {duration(time.monotonic() - begin)}"
     print(opening, flush=True)
+    try:
+        _run(story, args, stop, begin, opening)
+    except RunError as error:
+        if logging.getLogger().handlers:  # the traceback belongs in the run's log, if there is one yet
+            logging.getLogger("slime").error("the run has ended", exc_info=error)
+        if stop.asked is None:
+            sys.exit(f"\n{error}")
+        raise SystemExit(_ending(stop, f"{stop.name} asked the run to stop, but {error}", argv, args)) from error
+    except SystemExit:
+        if stop.asked is not None:
+            print(_ending(stop, f"{stop.name} has ended the run", argv, args), file=sys.stderr, flush=True)
+        raise
+
+
+def _run(story: Story, args: Args, stop: Stop, begin: float, opening: str) -> None:
     address = os.environ.get(ADDRESS)
     fault = None if not address else address_fault(address)
     if fault is not None:
@@ -63,4 +83,21 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int) -> Non
     protect_local_ray()
     from slime.cluster.restart import run_with_restarts
 
-    run_with_restarts(args, story, begin=begin, opening=opening)
+    run_with_restarts(args, story, stop, begin=begin, opening=opening)
+
+
+def _ending(stop: Stop, what: str, argv: Sequence[str], args: Args) -> str:
+    """Return what a signal has ended, what is saved, and the command to continue with."""
+    newest = newest_checkpoint(args.save) if args.num_rollout != 0 else None
+    if stop.saved is not None:
+        saved = f"; all that was trained is saved in {stop.saved}"
+    elif args.num_rollout == 0:
+        saved = ""
+    elif args.save is None:
+        saved = "; nothing is saved, because there is no --save"
+    elif newest is None:
+        saved = f"; there is no checkpoint in --save {args.save}"
+    else:
+        saved = f"; the last checkpoint is {Path(args.save) / iteration_name(newest)}"
+    program = program_words(argv, "train-async" if args.rollouts_ahead else "train")
+    return f"\n{what}{saved}\n{command_to_resume(argv, args, newest, program)}"

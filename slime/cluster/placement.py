@@ -22,6 +22,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime.cluster.own_session import children_in_own_sessions
 from slime.config.args import Args
 from slime.config.engine_kinds import AUTO, ON_CPU, ON_GPUS
 from slime.config.resolve import cuda_devices
@@ -56,16 +57,17 @@ def _start_ray() -> str | None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    started: Any = ray.init(
-        address="local",
-        num_gpus=cuda_devices(),  # torch's count: Ray's own may differ, and trainers use torch
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
-        _system_config=LOCAL_SYSTEM_CONFIG,
-    )
+    with children_in_own_sessions():
+        started: Any = ray.init(
+            address="local",
+            num_gpus=cuda_devices(),  # torch's count: Ray's own may differ, and trainers use torch
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            _system_config=LOCAL_SYSTEM_CONFIG,
+        )
     return started.address_info["session_dir"]
 
 

@@ -15,6 +15,7 @@ import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from slime.cluster.stop import Stop, StopNoticed
 from slime.cluster.stopped import stopped_below
 from slime.core.awake import AwakeClock
 from slime.core.errors import Fault, RunError
@@ -39,6 +40,12 @@ class Waiter:
         self._watched: dict[Any, str] = {}
         self.between: Callable[[], object] = lambda: None
         """Called again and again during every wait. It must neither wait nor raise, and is no sign of progress."""
+        self._stop: Stop | None = None
+        self._say: Callable[[str], None] = print
+
+    def heed(self, stop: Stop, say: Callable[[str], None]) -> None:
+        """Announce with `say` what is finished first when a signal asks to stop, and give up waits that allow it."""
+        self._stop, self._say = stop, say
 
     def set_limit(self, limit: float, *, because: str) -> None:
         self._limit, self._because = limit, because
@@ -51,6 +58,10 @@ class Waiter:
         """Watch `ref`, which is made in the background: from now on its failure ends whatever is waited for."""
         self._watched[ref] = phase
 
+    def unwatch(self, ref: Any) -> None:
+        """Stop watching `ref`, which nobody needs any longer."""
+        self._watched.pop(ref, None)
+
     def get(
         self,
         phase: str,
@@ -58,12 +69,15 @@ class Waiter:
         *,
         meanwhile: Callable[[], object] | None = None,
         every: float = POLL_S,
+        give_up: bool = False,
     ) -> list[Any]:
         """Return the results of `refs` in order; the first failure ends the wait.
 
         `meanwhile` is called every `every` seconds. Progress is a new result, or a changed value from `meanwhile`.
+        `give_up` allows a signal to end the wait before its results are there.
 
         Raises:
+            StopNoticed: a signal has ended the wait.
             RunError: naming the phase (it may be a watched one in the background), and the error of the process that
                 failed. A Fault means that it died, or that there was no progress for too long.
         """
@@ -81,6 +95,8 @@ class Waiter:
                 self._raise_failure(self._watched.pop(ref, phase), ref, waiting)
                 if ref in waiting:
                     waiting.remove(ref)
+            if not ready:
+                self._notice(phase, give_up)
             now = time.monotonic()
             if not ready:
                 self.between()
@@ -92,6 +108,15 @@ class Waiter:
             if waiting and silence > self._limit:
                 raise Fault(self._silent(phase, waiting))
         return ray.get(list(refs))
+
+    def _notice(self, phase: str, give_up: bool) -> None:
+        if self._stop is None or self._stop.asked is None:
+            return
+        doing = f"{phase} is {'aborted' if give_up else 'finished'}"
+        then = "what was trained is saved, and the run ends; a second signal ends it at once, without saving"
+        self._stop.announce(f"{self._stop.name}: {doing}, {then}", self._say)
+        if give_up:
+            raise StopNoticed
 
     def _silent(self, phase: str, waiting: Sequence[Any]) -> str:
         names = ", ".join(dict.fromkeys(self._who(ref) for ref in waiting))

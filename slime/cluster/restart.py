@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from slime.cluster.cluster import Story
 from slime.cluster.running import running_cluster
+from slime.cluster.stop import Stop
 from slime.config.args import Args
-from slime.core.checkpoint_names import rollout_of
+from slime.core.checkpoint_names import newest_checkpoint
 from slime.core.errors import Fault
 from slime.observability.console.lines import count
 
@@ -41,11 +41,11 @@ class Restarts:
         return True
 
 
-def run_with_restarts(args: Args, story: Story, *, begin: float, opening: str) -> None:
+def run_with_restarts(args: Args, story: Story, stop: Stop, *, begin: float, opening: str) -> None:
     """Let `story` use a cluster; after a fault, repeat that from the newest checkpoint that the run has made.
 
-    There are at most --max-restarts attempts in a row without a new checkpoint, and none without --save. `begin` and
-    `opening` are those of `running_cluster`.
+    There are at most --max-restarts attempts in a row without a new checkpoint, and none without --save, or after a
+    signal has asked the run to `stop`. `begin` and `opening` are those of `running_cluster`.
 
     Raises:
         RunError: the error that ended the run. If it is a Fault, there was one too many.
@@ -54,14 +54,15 @@ def run_with_restarts(args: Args, story: Story, *, begin: float, opening: str) -
     restarts = Restarts(args.max_restarts, before)
     while True:
         try:
-            with running_cluster(args, restarts=restarts.total, begin=begin, opening=opening) as cluster:
+            with running_cluster(args, stop, restarts=restarts.total, begin=begin, opening=opening) as cluster:
                 story(cluster)
             return
         except Fault as fault:
             newest = newest_checkpoint(args.save)
-            if args.save is None or not restarts.allow(newest):
+            if args.save is None or stop.asked is not None or not restarts.allow(newest):
                 raise
             logger.error("a fault ended the run, which is started again", exc_info=fault)
+            stop.let_go(None)  # what was trained after that is lost
             if newest != before:
                 args = resumed_args(args)
             at = "" if newest is None else f"from {args.save}, after {count(newest + 1, 'rollout')}"
@@ -69,12 +70,6 @@ def run_with_restarts(args: Args, story: Story, *, begin: float, opening: str) -
             again = f"starting again {source} (restart {restarts.in_a_row} of --max-restarts {args.max_restarts})"
             print(f"FAULT {fault}\n{again}", flush=True)
             opening = again  # the fault is in the log already
-
-
-def newest_checkpoint(save: str | None) -> int | None:
-    """Return the last rollout with a checkpoint in `save`; a checkpoint gets its name only when it is complete."""
-    found = [] if save is None else [rollout_of(path.name) for path in Path(save).glob("iter_*")]
-    return max((rollout_id for rollout_id in found if rollout_id is not None), default=None)
 
 
 def resumed_args(args: Args) -> Args:

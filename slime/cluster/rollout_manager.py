@@ -144,6 +144,14 @@ class RolloutManager:
         """Return the rows of SFT's evaluation sets by their names (see `rollout.validation_sets`)."""
         return self._data.validation_sets()
 
+    async def abort(self, rollout_id: int) -> bool:
+        """Abort this rollout for good; return False if it is whole already (see `DataSide.abort`)."""
+        return await self._data.abort(rollout_id)
+
+    async def abort_evaluation(self) -> None:
+        """Abort the evaluation that runs."""
+        await self._data.abort_evaluation()
+
     def state_dict(self, next_rollout_id: int = 0) -> dict[str, Any]:
         """Return the state as plain JSON types (see `DataSide.state_dict`)."""
         return self._data.state_dict(next_rollout_id)

@@ -8,19 +8,17 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 
 from slime.cluster.actors import running_processes
 from slime.cluster.cluster import Cluster
 from slime.cluster.colocation import make_memory_schedule
 from slime.cluster.ending import closing_lines
 from slime.cluster.start_trackers import start_trackers
+from slime.cluster.stop import Stop
 from slime.config.args import Args
 from slime.config.args_yaml import dump_args
 from slime.config.secrets import masker_of
@@ -30,10 +28,6 @@ from slime.observability.console.run_console import RunConsole
 from slime.observability.logs import log_to_file
 from slime.observability.run_directory import RunDirectory
 from slime.observability.run_record import add_start, command_line, describe_start
-
-
-def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signum)
 
 
 def _run_directory(args: Args) -> RunDirectory:
@@ -49,12 +43,13 @@ def _run_directory(args: Args) -> RunDirectory:
 
 @contextmanager
 def running_cluster(
-    args: Args, *, restarts: int = 0, begin: float | None = None, opening: str = ""
+    args: Args, stop: Stop, *, restarts: int = 0, begin: float | None = None, opening: str = ""
 ) -> Iterator[Cluster]:
     """Start a cluster for the block; leaving the block ends every process that it started.
 
     Args:
         args: the run's arguments.
+        stop: asked by a signal; until the loop trains, a signal ends the run at once.
         restarts: how often faults have ended this run before.
         begin: when it began, by `time.monotonic`; None: now.
         opening: the plan that has been printed, which goes into the driver's log and run.json.
@@ -63,7 +58,6 @@ def running_cluster(
         RunError: naming what does not start.
     """
     begin = time.monotonic() if begin is None else begin
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)
     with ExitStack() as cleanup:
         directory = _run_directory(args)
         cleanup.callback(directory.close)
@@ -72,7 +66,7 @@ def running_cluster(
         cleanup.callback(console.close)
         console.log(opening)
         processes = cleanup.enter_context(running_processes(args, directory.logs, console))
-        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray has replaced our handler with its own
+        stop.install()  # Ray has replaced our handler with its own
         memory = make_memory_schedule(args, processes)
         loaded, warnings = memory.load()
         first, last, policy_version, state = 0, processes.num_rollouts, 0, None
@@ -115,6 +109,7 @@ def running_cluster(
         processes.started()
         cluster = Cluster(
             args,
+            stop=stop,
             processes=processes,
             memory=memory,
             metrics=metrics,

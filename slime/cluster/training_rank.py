@@ -61,12 +61,12 @@ class TrainingRank:
             metrics |= {f"eval/{name}/{metric}": value for metric, value in losses.items()}
         return metrics
 
-    def save(self, rollout_id: int, state: dict[str, Any]) -> str:
-        """Export with --save-hf, then save a checkpoint, and return the checkpoint's path.
+    def save(self, rollout_id: int, state: dict[str, Any], *, export: bool) -> str:
+        """Export with --save-hf (if `export`), then save a checkpoint, and return the checkpoint's path.
 
         The export comes first. A run that is killed in between resumes from the checkpoint before, and exports again.
         """
-        if self._args.save_hf is not None:
+        if export and self._args.save_hf is not None:
             self._trainer.save_hf(Path(self._args.save_hf.format(rollout_id=rollout_id)))
         return str(self._trainer.save(rollout_id, state))
 

@@ -66,9 +66,9 @@ class TrainWorker:
         """Return the loss on each set of examples (see `TrainingRank.validate`)."""
         return self._rank().validate(sets)
 
-    def save(self, rollout_id: int, state: dict[str, Any]) -> str:
+    def save(self, rollout_id: int, state: dict[str, Any], *, export: bool) -> str:
         """Export and save a checkpoint, and return its path (see `TrainingRank.save`)."""
-        return self._rank().save(rollout_id, state)
+        return self._rank().save(rollout_id, state, export=export)
 
     def sleep(self, *, keep_weights: bool) -> None:
         """Give the device's memory back; keep that of the weights if they are sent next."""

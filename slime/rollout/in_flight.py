@@ -99,9 +99,12 @@ class TrackedSource:
         """Record that this rollout and all before it were trained on; groups not given back are used up."""
         self._in_flight = [drawn for drawn in self._in_flight if drawn.rollout_id > rollout_id]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain JSON types; this may be called while a rollout runs."""
-        in_flight = [drawn.now() for drawn in self._in_flight] + self._restored
+    def state_dict(self, *, as_drawn: bool = False) -> dict[str, Any]:
+        """Return the state as plain JSON types; this may be called while a rollout runs.
+
+        `as_drawn` leaves out what the groups in flight have become since they were drawn.
+        """
+        in_flight = [drawn.as_drawn if as_drawn else drawn.now() for drawn in self._in_flight] + self._restored
         return {
             "source": self._source.state_dict(),
             "in_flight": [[sample.to_dict() for sample in group] for group in in_flight],

@@ -158,11 +158,11 @@ def start(arguments: list[str], log: Path, program: str = "train.py") -> subproc
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_as_in_a_terminal,
+            preexec_fn=as_in_a_terminal,
         )
 
 
-def _as_in_a_terminal() -> None:
+def as_in_a_terminal() -> None:
     """Restore Ctrl-C: a shell that starts tests in the background ignores it, also for their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from slime.observability.metrics_log import read_metrics
 from slime.observability.phases import PHASES
 from slime.rollout.dump import read_dump
 from tests.cluster.runs import (
+    ROOT,
     RUN_TIMEOUT_S,
     SMALL,
     Task,
@@ -32,6 +36,7 @@ from tests.cluster.runs import (
     train,
     wait_for,
 )
+from tests.cluster.terminal import CTRL_C, in_a_terminal
 from tests.cluster.test_life_and_death import assert_all_gone, assert_no_trace, new_marker, temporary_files
 from tests.cluster.test_resume import weights
 from tests.cluster.timeline_hooks_for_tests import TRAINING_S, read_spans
@@ -138,14 +143,37 @@ def exact_metrics(save: Path) -> dict[tuple[float, str], float]:
     }
 
 
-def test_a_killed_run_ends_as_the_unbroken(task: Task, drained: Path, tmp_path: Path) -> None:
-    """With --deterministic the two are equal bit for bit."""
+def type_ctrl_c(task: Task, save: Path) -> str:
+    """Type Ctrl-C while the run trains on rollout 2; return what it shows. Its Ray ends with it, and not before."""
+    with own_ray() as patch, temporary_files(patch) as temporary:
+        patch.setenv(marker := new_marker(), "1")
+        with in_a_terminal(draining(task, save), PROGRAM) as terminal:
+            wait_for(
+                lambda: terminal.process.poll() is not None or (save / "training-2.begun").exists(), "training on 2"
+            )
+            terminal.type(CTRL_C)
+            code, shown = terminal.wait(RUN_TIMEOUT_S)
+        assert code == 128 + signal.SIGINT, shown[-4000:]
+        assert_no_trace(marker, temporary, save)
+    return shown
+
+
+def test_a_stopped_run_ends_as_the_unbroken(task: Task, drained: Path, tmp_path: Path) -> None:
+    """It was killed after rollout 1, stopped by Ctrl-C on rollout 2, and resumed; all is equal bit for bit."""
     save = tmp_path / "run"
     copy_checkpoint(drained, save, 1)
     state = data_side(save, 1)
     assert state["made"]["rollout_id"] == 2
     assert state["data_source"]["in_flight"] == []
-    train(draining(task, save), tmp_path / "log.txt", PROGRAM)
+    shown = type_ctrl_c(task, save)
+    assert "Ctrl-C: rollout 2: training is finished, what was trained is saved" in " ".join(shown.split())
+    assert f"all that was trained is saved in {save}/iter_0000002\nresume with:\n" in shown
+    assert not (save / "hf-2").exists(), "no save was due"
+    assert data_side(save, 2)["made"]["rollout_id"] == 3
+    [line] = re.findall(r"^resume with:\n(.*)$", shown, re.MULTILINE)
+    words = shlex.split(line)
+    assert words[:2] == [sys.executable, str(ROOT / PROGRAM)]
+    assert "starting at rollout 3" in train(words[2:], tmp_path / "log.txt", PROGRAM)
     assert 2 not in read_spans(save, "generation"), "it was made before the kill"
     assert [samples_of(save, r) for r in (2, 3)] == [samples_of(drained, r) for r in (2, 3)]
     assert consumed((drained, range(2)), (save, range(2, 4))) == dict.fromkeys(range(64), 1)
@@ -189,9 +217,9 @@ def _interrupt(task: Task, save: Path) -> None:
         assert process.poll() is None, log.read_text()[-4000:]
         everyone = family(process.pid)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=RUN_TIMEOUT_S) != 0
+        assert process.wait(timeout=RUN_TIMEOUT_S) == 128 + signal.SIGINT
         assert_all_gone(everyone)
-        assert "interrupted" in log.read_text()
+        assert "Ctrl-C has ended the run" in log.read_text()
     finally:
         if process.poll() is None:
             process.kill()

@@ -144,8 +144,11 @@ def test_a_terminated_job_leaves_nothing(
         assert_closed_to_others(everyone)
         assert_hidden(everyone, tmp_path, requests)
         os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(timeout=RUN_TIMEOUT_S) != 0
+        assert process.wait(timeout=RUN_TIMEOUT_S) == 128 + signal.SIGTERM
         assert_all_gone([*everyone, *daemons])
+        ended = (tmp_path / "log.txt").read_text().rpartition("SIGTERM has ended the run; ")[2]
+        assert f" is saved in {tmp_path}/run/iter_" in ended or f"last checkpoint is {tmp_path}/run/iter_" in ended
+        assert PLANTED["token"] not in ended
     assert_no_trace(marker, temporary, tmp_path / "run")
 
 
@@ -205,6 +208,12 @@ def test_ray_job_submit_runs_two_rollouts(task: Task, tmp_path: Path) -> None:
         result = submit(command, env)
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
         assert sorted(events(save, "rollout/reward")) == [1, 2]
+        (package := tmp_path / "package").mkdir()
+        (package / "own_hook.py").touch()
+        relative = [*job[:2], *flags(task, Path("out"), "--num-rollout", "2")]
+        refused = submit([*command[: command.index("--")], "--working-dir", str(package), "--", *relative], env)
+        assert refused.returncode != 0
+        assert "--save out: a job's own folder is Ray's temporary copy of --working-dir" in refused.stdout
         left = [p for p in marked(marker) if "slime" in " ".join(p.cmdline())]
         assert left == [], "the job's own processes have ended, Ray's run on"
         assert cluster.poll() is None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from slime.cluster.local_ray import (
+    ADDRESS,
     AUTH_MODE,
     AUTH_TOKEN,
     AUTH_TOKEN_PATH,
@@ -65,12 +69,39 @@ def test_an_address_that_no_ray_has(address: str, message: str) -> None:
     assert message in fault
 
 
-def test_an_address_at_which_something_listens() -> None:
+def test_an_address_at_which_no_ray_listens() -> None:
+    """One accepts and never answers, one is a web server, and one has ended."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        assert address_fault(address, within=5) is None
+        assert "what listens there is no Ray" in str(address_fault(address, within=0.5))
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as web:
+        threading.Thread(target=web.serve_forever).start()
+        assert "what listens there is no Ray" in str(address_fault(f"127.0.0.1:{web.server_port}", within=5))
+        web.shutdown()
     assert "no Ray answers there (Connection refused)" in str(address_fault(address, within=0.1))
     assert address_fault("auto") is address_fault("local") is None
+
+
+def test_a_token_that_ray_requires(
+    ray_variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, token = ray_variables[ADDRESS], ray_variables[AUTH_TOKEN]
+    for name in (AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "this Ray requires a token, and the run has none; set RAY_AUTH_MODE=token" in str(address_fault(address))
+    file = tmp_path / ".ray" / "auth_token"
+    file.parent.mkdir()
+    file.write_text("0" * 64)
+    assert f"this Ray requires a token, and that of {file} is another" in str(address_fault(address))
+    file.write_text(f"{token}\n")
+    assert address_fault(address) is None
+    monkeypatch.setenv(AUTH_TOKEN, "1" * 64)
+    assert f"that of {AUTH_TOKEN} is another" in str(address_fault(address))
+    monkeypatch.setenv(AUTH_TOKEN, token)
+    assert address_fault(address) is None
+    monkeypatch.setenv(AUTH_MODE, "disabled")
+    assert "the run has none" in str(address_fault(address))
 
 
 def test_a_ray_that_fails_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

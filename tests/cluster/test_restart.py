@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import ray
 
 from slime.cluster.progress_poll import ProgressPoll
-from slime.cluster.ray_wait import Waiter, is_broken_link
-from slime.cluster.restart import Restarts, newest_checkpoint, resumed_args
+from slime.cluster.ray_wait import POLL_S, Waiter, is_broken_link
+from slime.cluster.restart import Restarts, resumed_args
+from slime.cluster.stop import Stop, StopNoticed
 from slime.config.args import Args
+from slime.core.checkpoint_names import newest_checkpoint
 from slime.core.errors import Fault, RunError
 from tests.cluster.runs import small_ray
 
@@ -47,7 +50,8 @@ def test_a_checkpoint_between_two_faults_resets_the_count() -> None:
 
 @ray.remote
 class Actor:
-    def say(self, what: str) -> str:
+    def say(self, what: str, after: float = 0.0) -> str:
+        time.sleep(after)
         return what
 
     def refuse(self, error: Exception) -> None:
@@ -141,6 +145,22 @@ def test_only_the_silent_process_is_named(waiter: Waiter, steady: Any, doomed: A
     with pytest.raises(Fault, match="no answer"):
         waiter.get("trying", [hanging], meanwhile=moves, every=0.5)
     assert looks[-1] - looks[0] > 3
+
+
+def test_a_signal_ends_only_waits_that_allow_it(waiter: Waiter, steady: Any) -> None:
+    said: list[str] = []
+    stop = Stop()
+    waiter.heed(stop, said.append)
+    hanging: Any = Actor.options(num_cpus=0).remote()
+    try:
+        stop.asked = signal.SIGTERM
+        assert waiter.get("rollout 3: training", [steady.say.remote("done", after=1.5 * POLL_S)]) == ["done"]
+        with pytest.raises(StopNoticed):
+            waiter.get("generation", [hanging.hang.remote()], give_up=True)
+    finally:
+        ray.kill(hanging)
+    [line] = said
+    assert line.startswith("SIGTERM: rollout 3: training is finished, what was trained is saved, and the run ends; ")
 
 
 def test_background_work_fails_under_its_own_name(waiter: Waiter, doomed: Any) -> None:

@@ -13,9 +13,11 @@ from slime.cluster.rollout_manager import RolloutManager
 from slime.config.args import Args
 from slime.config.sampling_record import read_record
 from slime.core.batch import TrainBatch
+from slime.core.errors import RunError
 from slime.core.sample import Sample
 from slime.rollout.dump import write_dump
 from slime.rollout.generate import sampling_record
+from tests.cluster import timeline_hooks_for_tests as hooks
 from tests.cluster.runs import Task
 from tests.cluster.timeline_hooks_for_tests import GO_ON
 
@@ -175,6 +177,41 @@ def test_a_rollout_in_flight_is_in_the_state(task: Task, tmp_path: Path) -> None
         assert [groups_of(asyncio.run(second.generate(r))) for r in (1, 2)] == [[3, 4, 5], [6, 7, 8]]
         asyncio.run(second.close())
     asyncio.run(first.close())
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_an_aborted_rollout_is_made_again(
+    task: Task, tmp_path: Path, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its groups stay in flight. A rollout that was whole before the abort is not lost either."""
+    monkeypatch.setattr(hooks, "GO_ON", go_on := asyncio.Event())  # an event that was waited for keeps its loop
+    first = manager(task, tmp_path, **{**AHEAD, "rollouts_ahead": ahead})
+
+    async def aborted() -> tuple[dict[str, Any], bool]:
+        go_on.set()
+        await first.generate(0)
+        whole = not await first.abort(0)
+        go_on.clear()
+        return first.state_dict(1), whole
+
+    async def cut_off(second: RolloutManager) -> dict[str, Any]:
+        go_on.clear()
+        generating = asyncio.ensure_future(second.generate(1))
+        await asyncio.sleep(0.05)
+        assert await second.abort(1), "it is not whole"
+        with pytest.raises(RunError, match="aborted"):
+            await generating
+        return second.state_dict(1)
+
+    state, whole = asyncio.run(aborted())
+    assert (whole, state["data_source"]["in_flight"]) == (True, [])
+    second = restored(task, tmp_path, state)
+    again = restored(task, tmp_path, state := asyncio.run(cut_off(second)))
+    assert [group[0]["group_index"] for group in state["data_source"]["in_flight"]] == [3, 4, 5]
+    go_on.set()
+    assert [groups_of(asyncio.run(again.generate(r))) for r in (1, 2)] == [[3, 4, 5], [6, 7, 8]]
+    for made in (first, second, again):
+        asyncio.run(made.close())
 
 
 def test_prompts_left_out_are_reported_at_start(task: Task, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m tests.kill --kills 30 --seed 0 --out outputs/kill`: see tests/kill/sweep.py."""
+"""`python -m tests.kill --kills 45 --seed 0 --out outputs/kill`: see tests/kill/sweep.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONTROL = "control"
 
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m tests.kill", description="Kill a run at random points of its life.")
-    flags.add_argument("--kills", type=int, default=30)
+    flags.add_argument("--kills", type=int, default=45)
     flags.add_argument("--only", type=int, nargs="*", help="of these kills, those with these numbers")
     flags.add_argument("--seed", type=int, default=0, help="decides victims and moments")
     flags.add_argument("--jobs", type=int, default=1, help="runs side by side")

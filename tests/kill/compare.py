@@ -24,13 +24,18 @@ DUMPS, EXPORTS = "dump", "hf"
 """The directories of --save-debug-rollout-data and --save-hf, under the run's own."""
 
 
-def differences(reference: Path, other: Path) -> list[str]:
-    """Return the differences of two run directories; empty if the runs are equal."""
+def differences(reference: Path, other: Path, *, all_exports: bool = True) -> list[str]:
+    """Return the differences of two run directories; empty if the runs are equal.
+
+    Without `all_exports` the other run has saved less often, and must have only the last export.
+    """
     kinds = (_metrics, _samples, _states, _tensors, _exports)
     found: list[str] = []
     for kind in kinds:
         some = [f"{kind.__name__.removeprefix('_')}: {text}" for text in kind(reference, other)]
         found += some[:MOST] + ([f"... and {len(some) - MOST} more"] if len(some) > MOST else [])
+    if all_exports:
+        found += [f"exports: {text}" for text in _names(reference / EXPORTS, other / EXPORTS, "[!.]*")]
     return found
 
 
@@ -81,7 +86,9 @@ def _tensors(reference: Path, other: Path) -> Iterator[str]:
 
 
 def _exports(reference: Path, other: Path) -> Iterator[str]:
-    yield from _names(reference / EXPORTS, other / EXPORTS, "[!.]*")
+    last = max((path.name for path in (reference / EXPORTS).glob("[!.]*")), key=int)
+    if not (other / EXPORTS / last).exists():
+        yield f"no {last}"
     for ours, theirs in _pairs(reference / EXPORTS, other / EXPORTS, "[!.]*"):
         first, second = (
             {name: _digest(reader.get(name).numpy().tobytes()) for name in reader.names()}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.cluster.runs import ROOT, environment, marked
+from tests.cluster.runs import ROOT, as_in_a_terminal, environment, marked
 
 RUN_LIMIT_S = 300.0
 GONE_WITHIN_S = 30.0
@@ -46,19 +46,24 @@ class Run:
         Raises:
             InterruptedError: another thread has ended it for good.
         """
+        return self.start_with([*self._command, *extra])
+
+    def start_with(self, command: Sequence[str]) -> int:
+        """Start this command in the run's directory, as `start` does."""
         if self._over:
             raise InterruptedError("the sweep was ended")
         self._starts += 1
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / f"log-{self._starts}.txt").open("wb") as log:
             self.process = subprocess.Popen(
-                [*self._command, *extra],
+                command,
                 cwd=ROOT,
                 env={**environment(), "OMP_NUM_THREADS": "1", **self._variables, self._mark: "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=as_in_a_terminal,
             )
         return self.process.pid
 

@@ -9,14 +9,21 @@ If the driver dies, the run ends, and the sweep starts it again at once with the
 a trainer or the rollout manager dies, the run itself restarts (--max-restarts). In every third of these kills it ends
 instead with an error that names what failed (--max-restarts 0), and the sweep starts it again. Some of the runs that
 were started again are killed a second time, before they have continued.
+
+Every third time the driver gets SIGINT or SIGTERM instead, alone or with its process group, once or twice. The run has
+to end with the signal's status, and is started again with the command that it printed. After one signal it has to go on
+with all that was trained. In most of these runs few saves are due, so that there is something to save.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import shlex
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -41,6 +48,12 @@ DRIVER, TRAINER, MANAGER = "driver", "trainer", "rollout manager"
 VICTIMS = (DRIVER, TRAINER, MANAGER)
 _ORDER = (phases.SAVE, phases.SYNC, phases.GENERATION, phases.TRAINING, phases.SAVE, phases.SYNC, phases.START)
 """Phases, which are chosen in turn: a random moment would rarely be in a save or a weight sync, which are short."""
+STOP_EVERY = 3
+_STOP_ORDER = (phases.GENERATION, phases.TRAINING, phases.EVALUATION, phases.SYNC, phases.SAVE, phases.START)
+SECOND_AFTER_S = 0.7
+"""Seconds between two signals; `slime.cluster.stop` takes those within half a second for one."""
+SELDOM = ("--save-interval", "3")
+"""Saves after the third rollout and the fourth."""
 
 
 def command(task: Task, save: Path, *extra: str) -> list[str]:
@@ -85,6 +98,16 @@ class Kill:
     """Whether the run may restart by itself."""
     again: float | None = None
     """Seconds after which the driver of the restarted run is killed again; None for no second kill."""
+    signals: tuple[signal.Signals, ...] = (signal.SIGKILL,)
+    to_group: bool = False
+    """Whether the signals go to the whole process group, as those of a terminal do."""
+    seldom: bool = False
+    """Whether the run saves seldom."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run is asked to stop, and not killed."""
+        return signal.SIGKILL not in self.signals
 
 
 @dataclass
@@ -111,7 +134,11 @@ def draw(count: int, seed: int, spans: Sequence[Span]) -> list[Kill]:
     rng = random.Random(seed)
     start_seconds = spans[0].end - spans[0].start
     kills: list[Kill] = []
-    for number in range(count):
+    for place in range(count):
+        if place % STOP_EVERY == STOP_EVERY - 1:
+            kills.append(_draw_stop(place // STOP_EVERY, rng, spans))
+            continue
+        number = place - place // STOP_EVERY
         phase = _ORDER[number % len(_ORDER)]
         if phase == phases.START and number // len(_ORDER) % 2:
             phase = phases.EVALUATION
@@ -132,6 +159,27 @@ def draw(count: int, seed: int, spans: Sequence[Span]) -> list[Kill]:
     return kills
 
 
+def _draw_stop(number: int, rng: random.Random, spans: Sequence[Span]) -> Kill:
+    """Return the `number`th stop; in most phases something has been trained by then."""
+    turn, place = divmod(number, len(_STOP_ORDER))
+    phase, seldom = _STOP_ORDER[place], number % 5 != 4
+    candidates = [span for span in spans if span.phase == phase]
+    span = rng.choice(candidates[1:] or candidates)
+    sent = (signal.SIGINT, signal.SIGTERM)[(number + turn) % 2]
+    return Kill(
+        victim=DRIVER,
+        rank=0,
+        phase=phase,
+        number=min(span.number, 1) if phase == phases.SAVE and seldom else span.number,
+        share=rng.random(),
+        span_seconds=span.end - span.start,
+        restarts=False,
+        signals=(sent, sent) if turn % 2 else (sent,),
+        to_group=number % 4 < 2,
+        seldom=seldom,
+    )
+
+
 def strike(planned: Kill, run: Run) -> str | None:
     """Wait for the moment, kill, and return the phase that the run was in; None if the run had ended before."""
     assert run.process is not None
@@ -149,11 +197,25 @@ def strike(planned: Kill, run: Run) -> str | None:
         if victim is not None:
             span, idle = life.look(), life.idle()
             rollout = run.log.count("\nrollout ")
-            if kill(victim):
+            if _send(planned, victim):
                 where = span.phase if span.phase == phases.START else f"{span.phase} of rollout {rollout}"
                 return f"after {where}" if idle else where
         time.sleep(phases.POLL_S)
     return None
+
+
+def _send(planned: Kill, victim: psutil.Process) -> bool:
+    """Send the signals; return False if the process had ended before."""
+    for place, number in enumerate(planned.signals):
+        if place:
+            time.sleep(SECOND_AFTER_S)
+        if not victim.is_running():
+            return place > 0
+        if planned.to_group:
+            os.killpg(victim.pid, number)  # the driver leads its group; see `Run.start`
+        elif not kill(victim, number):
+            return place > 0
+    return True
 
 
 def _victim(planned: Kill, life: Life) -> psutil.Process | None:
@@ -167,11 +229,12 @@ def broken(run: Run, planned: Kill, reference: Path, spoil: Callable[[Path], Non
     """Run, kill, let the run continue, and compare. `spoil` changes the run's directory before it is started again."""
     begin = time.monotonic()
     rank = f" {planned.rank}" if planned.victim == TRAINER else ""
-    outcome = Outcome(run.directory.name, planned.victim + rank)
+    sent = " ".join(number.name for number in planned.signals) + " to group" * planned.to_group
+    outcome = Outcome(run.directory.name, sent if planned.stops else planned.victim + rank)
     try:
         _break_and_mend(run, planned, outcome, spoil)
         if outcome.problem is None:
-            outcome.differences = differences(reference, run.directory / SAVE)
+            outcome.differences = differences(reference, run.directory / SAVE, all_exports=not planned.seldom)
             left = run.left_over()
             outcome.problem = f"left over: {'; '.join(left)}" if left else None
     except (OSError, ValueError) as error:
@@ -185,7 +248,7 @@ def broken(run: Run, planned: Kill, reference: Path, spoil: Callable[[Path], Non
 def _break_and_mend(run: Run, planned: Kill, outcome: Outcome, spoil: Callable[[Path], None] | None) -> None:
     for _ in range(TRIES):
         shutil.rmtree(run.directory, ignore_errors=True)
-        run.start("--max-restarts", "2" if planned.restarts else "0")
+        run.start("--max-restarts", "2" if planned.restarts else "0", *(SELDOM if planned.seldom else ()))
         hit = strike(planned, run)
         if hit is not None:
             break
@@ -193,6 +256,9 @@ def _break_and_mend(run: Run, planned: Kill, outcome: Outcome, spoil: Callable[[
         outcome.problem = f"missed: the run ended before its {planned.phase} {planned.number}: {run.last_line}"
         return
     outcome.hit = hit
+    if planned.stops:
+        _resume(run, planned, outcome)
+        return
     outcome.went_on = "by itself"
     if run.wait() != 0:
         outcome.went_on = "started again"
@@ -212,8 +278,33 @@ def _break_and_mend(run: Run, planned: Kill, outcome: Outcome, spoil: Callable[[
         if run.wait() != 0:
             outcome.problem = f"started again, it failed: {run.last_line}"
             return
+    outcome.resumed_from = _resumed_from(run)
+
+
+def _resumed_from(run: Run) -> str:
     starts = re.findall(r"starting at rollout (\d+)", run.log)
-    outcome.resumed_from = f"rollout {starts[-1]}" if len(starts) > 1 else "the start"
+    return f"rollout {starts[-1]}" if len(starts) > 1 else "the start"
+
+
+def _resume(run: Run, planned: Kill, outcome: Outcome) -> None:
+    """Wait for the end of a run that was asked to stop, and continue with the command that it prints."""
+    code, trained = run.wait(), run.log.count("\nrollout ")
+    if code != 128 + planned.signals[0]:
+        outcome.problem = f"the exit status of a run that was stopped is {code}: {run.last_line}"
+        return
+    told = re.findall(r"^(resume|start again) with:\n(.*)$", run.log, re.MULTILINE)
+    if not told:
+        outcome.problem = f"it does not say how to go on: {run.last_line}"
+        return
+    outcome.went_on = told[-1][0]
+    run.start_with(shlex.split(told[-1][1]))
+    if run.wait() != 0:
+        outcome.problem = f"started again, it failed: {run.last_line}"
+        return
+    outcome.resumed_from = _resumed_from(run)
+    first = re.findall(r"starting at rollout (\d+)", run.log)[-1]
+    if len(planned.signals) == 1 and int(first) < trained:
+        outcome.problem = f"{trained} rollouts were trained, but it went on with rollout {first}"
 
 
 def _kill_driver(run: Run, seconds: float) -> str:

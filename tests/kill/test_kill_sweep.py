@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -190,8 +191,16 @@ def test_nothing_else_is_left_out(key: str) -> None:
 
 def test_the_sweep_reaches_every_victim_and_phase() -> None:
     spans = [Span(phase, number, 0.0, 1.0) for phase in phases.PHASES for number in range(4)]
-    kills = draw(30, 0, spans)
-    assert kills == draw(30, 0, spans) != draw(30, 1, spans)
+    kills = draw(45, 0, spans)
+    assert kills == draw(45, 0, spans) != draw(45, 1, spans)
+    stops, kills = [kill for kill in kills if kill.stops], [kill for kill in kills if not kill.stops]
+    assert {(stop.phase, len(stop.signals)) for stop in stops} == {
+        (phase, n) for phase in phases.PHASES for n in (1, 2)
+    }
+    assert {(stop.signals[0], stop.to_group) for stop in stops} == {
+        (number, to_group) for number in (signal.SIGINT, signal.SIGTERM) for to_group in (True, False)
+    }
+    assert {stop.phase for stop in stops if stop.seldom} == set(phases.PHASES)
     assert {kill.phase for kill in kills} == set(phases.PHASES)
     for phase in (phases.SAVE, phases.SYNC):
         assert {kill.victim for kill in kills if kill.phase == phase} == set(VICTIMS)

@@ -71,6 +71,9 @@ def test_only_finished_samples_are_saved_with_tokens(make: Callable[[], TrackedS
     [[finished, unfinished]] = _saved(source)["in_flight"]
     assert (finished["status"], finished["reward"], finished["policy_versions"]) == ("completed", 1.0, [3])
     assert unfinished == {**drawn, "metadata": {"seen": []}}
+    [as_drawn] = source.state_dict(as_drawn=True)["in_flight"]
+    assert [sample["response_length"] for sample in as_drawn] == [0, 0]
+    assert as_drawn[1] == unfinished
     group.clear()
     [restored] = _saved(source)["in_flight"]
     assert [sample["response_length"] for sample in restored] == [0, 0]

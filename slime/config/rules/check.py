@@ -30,6 +30,7 @@ from slime.config.rules.engines import (
 from slime.config.rules.experts import balance, experts, experts_passed_on, routing_replay
 from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, train_data, weights
 from slime.config.rules.imports import megatron_version, trackers
+from slime.config.rules.jobs import job_outputs
 from slime.config.rules.megatron_fields import megatron_decided, megatron_known
 from slime.config.rules.no_effect import no_effect
 from slime.config.rules.not_built import not_built
@@ -336,6 +337,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     tokenizer,
     template_variables,
     directories,
+    job_outputs,
     quantized,
     other_models,
     weight_files,

@@ -1,0 +1,33 @@
+"""The rule for paths of a run that `ray job submit --working-dir` has started.
+
+- Used by: `rules.check`.
+- Invariant: nothing is written where Ray removes it. Relative inputs are allowed: they may be in the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from slime.config.problem import Problem
+from slime.config.rules.case import Case
+from slime.config.rules.paths import WRITTEN
+
+PACKAGES = "working_dir_files"
+"""The folder in Ray's session directory where it unpacks the working directories of jobs, each as `_ray_pkg_*`."""
+_OUTPUTS = (*WRITTEN, "save_debug_train_data")
+
+
+def job_outputs(case: Case) -> Iterable[Problem]:
+    """Refuse relative paths of outputs in the package of a job, which Ray removes some time after the job."""
+    if PACKAGES not in Path.cwd().parts:
+        return
+    rule = "a job's own folder is Ray's temporary copy of --working-dir, in which outputs would be lost"
+    remedy = "give the whole path, such as /data/{}; on several nodes a place that all of them share"
+    for field in _OUTPUTS:
+        path: str | None = vars(case.args)[field]
+        derived = field not in case.given
+        if path is None or Path(path).is_absolute() or (derived and (field != "log_dir" or "save" in case.given)):
+            continue
+        also = "" if not derived else ", or --save, whose folder it then is"
+        yield case.error(field, rule, remedy.format(Path(path).name) + also)
