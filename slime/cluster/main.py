@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -50,6 +51,11 @@ def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:
             sys.exit(stop.status)
 
 
+def _terminal_width() -> int | None:
+    """Return the columns of the terminal that shows the plan; None if the output is a file or a pipe."""
+    return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+
+
 def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int, stop: Stop) -> None:
     begin = time.monotonic()
     args, warnings = load_run(argv, rollouts_ahead=rollouts_ahead)
@@ -57,10 +63,11 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int, stop: 
     if args.dry_run:
         from slime.rollout.survey import survey
 
-        print(format_plan(args, warnings, survey(args)), flush=True)
+        print(format_plan(args, warnings, survey(args), width=_terminal_width()), flush=True)
         return
-    opening = f"{format_plan(args, warnings)}\nchecking … {duration(time.monotonic() - begin)}"
-    print(opening, flush=True)
+    checked = f"checking … {duration(time.monotonic() - begin)}"
+    print(f"{format_plan(args, warnings, width=_terminal_width())}\n{checked}", flush=True)
+    opening = f"{format_plan(args, warnings)}\n{checked}"
     try:
         _run(story, args, stop, begin, opening)
     except RunError as error:

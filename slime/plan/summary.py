@@ -16,6 +16,7 @@ from slime.config.problem import Problem, show
 from slime.config.resolve import counts_gpus, gpu_memory
 from slime.core.architecture import padded_vocab_size
 from slime.core.printable import SENTENCE, printable
+from slime.observability.console.text import wrapped
 from slime.plan.fit import comparison, recompute_hint
 from slime.plan.memory_model import (
     CUDA_CONTEXT,
@@ -311,8 +312,11 @@ def _evaluation(args: Args) -> Iterable[Row]:
         )
 
 
-def format_plan(args: Args, problems: Sequence[Problem], data: Sequence[Row] = ()) -> str:
-    """Return the plan by section, with the warnings at the end. `data`: the rows of the section about the data."""
+def format_plan(args: Args, problems: Sequence[Problem], data: Sequence[Row] = (), *, width: int | None = None) -> str:
+    """Return the plan by section, with the warnings at the end.
+
+    `data`: the rows of the section about the data. `width`: the columns of a line; None: lines are not broken.
+    """
     place = "CPU processes here" if args.engine.on_cpu else "GPUs"
     nodes = f"{args.actor_num_nodes} node{'s' if args.actor_num_nodes > 1 else ''}"
     sections = {
@@ -326,7 +330,11 @@ def format_plan(args: Args, problems: Sequence[Problem], data: Sequence[Row] = (
     }
     lines: list[str] = []
     for title, rows in sections.items():
-        lines += ["", title, *(f"  {name:<14} {printable(text, SENTENCE)}" for name, text in rows)]
+        lines += ["", title, *(_line(f"  {name:<14} {printable(text, SENTENCE)}", width, 17) for name, text in rows)]
     if problems:
-        lines += ["", "Warnings", *(f"  {problem}" for problem in problems)]
+        lines += ["", "Warnings", *(_line(f"  {problem}", width, 4) for problem in problems)]
     return "\n".join(lines[1:])
+
+
+def _line(text: str, width: int | None, indent: int) -> str:
+    return text if width is None else wrapped(text, width, indent=indent)

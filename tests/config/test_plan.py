@@ -115,6 +115,17 @@ def test_each_evaluation_set_has_its_own_sampling(run: Run) -> None:
     assert f"\n                 on c c.jsonl@[:9] {config}\n" in format_plan(*run.load(*words))
 
 
+def test_a_terminal_breaks_lines_between_words(run: Run) -> None:
+    planned = run.load("--balance-data", "--dry-run")
+    whole, narrow = format_plan(*planned), format_plan(*planned, width=60)
+    assert max(map(len, whole.splitlines())) > 100  # control: there is something to break
+    paths = str(run.directory)
+    assert all(len(line) <= 60 or paths in line for line in narrow.splitlines())
+    assert narrow.split() == whole.split()
+    starts = {len(line) - len(line.lstrip()) for line in narrow.splitlines() if line}
+    assert starts <= {0, 2, 4, 17, 19}
+
+
 def test_rows_of_the_memory_plan() -> None:
     assert "host memory" not in memory_of(PAGE)
     with_reference = memory_of(replace(PAGE, log_ref_kl=True))

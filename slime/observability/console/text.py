@@ -67,12 +67,14 @@ def joined(parts: Sequence[str], width: int, *, between: str = "  ") -> str:
     return line
 
 
-def wrapped(text: str, width: int) -> str:
-    """Break lines between words. A word that is longer than a line, such as a path, stays whole."""
-    broken = [
-        textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False) or [""]
-        for line in text.split("\n")
-    ]
+def wrapped(text: str, width: int, *, indent: int = 0) -> str:
+    """Break lines between words. A word that is longer than a line, such as a path, stays whole.
+
+    `indent`: the spaces before the rest of a broken line.
+    """
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
+    wrapper.subsequent_indent = " " * indent
+    broken = [wrapper.wrap(line) or [""] for line in text.split("\n")]
     return "\n".join(line for lines in broken for line in lines)
 
 
