@@ -14,7 +14,7 @@ python3 train.py --config examples/sft_chat/sft.yaml \
    --hf-checkpoint "${DIR}/task/model" --ref-load "${DIR}/task/model" \
    --load "${DIR}/sft" --save "${DIR}/sft" --save-hf "${DIR}/sft/hf" \
    --prompt-data "${DIR}/task/train.jsonl" \
-   --eval-prompt-data held-out "${DIR}/task/held_out.jsonl" \
+   --eval-prompt-data held-out "${DIR}/task/held_out.jsonl" --eval-interval 5 \
    --rollout-seed "${SEED}" --seed "${SEED}" \
    "$@"
 
