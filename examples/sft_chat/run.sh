@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SFT on conversations on two CPU cores, in about 2 minutes: make the data, train with a validation loss, ask the model.
+# SFT on conversations on two CPU cores, in a few minutes: make the data, train with a validation loss, ask the model.
 #     bash examples/sft_chat/run.sh            Variables: SEED, DIR. Further arguments go to the training run.
 set -euo pipefail
 
