@@ -14,13 +14,28 @@ if TYPE_CHECKING:
     from slime.core.plugins import HOOKS
     from slime.core.sample import Sample, Status
     from slime.rollout.context import RolloutContext, RolloutResult
+    from slime.rollout.multi_turn import MultiTurnEnv, append_environment, append_messages
 
 __version__ = "0.1.0"
 
-__all__ = ["HOOKS", "RolloutContext", "RolloutResult", "Sample", "Status", "TrainBatch", "__version__"]
+__all__ = [
+    "HOOKS",
+    "MultiTurnEnv",
+    "RolloutContext",
+    "RolloutResult",
+    "Sample",
+    "Status",
+    "TrainBatch",
+    "__version__",
+    "append_environment",
+    "append_messages",
+]
 
 _MODULES = {
     "HOOKS": "slime.core.plugins",
+    "MultiTurnEnv": "slime.rollout.multi_turn",
+    "append_environment": "slime.rollout.multi_turn",
+    "append_messages": "slime.rollout.multi_turn",
     "RolloutContext": "slime.rollout.context",
     "RolloutResult": "slime.rollout.context",
     "Sample": "slime.core.sample",

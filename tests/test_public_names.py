@@ -8,7 +8,18 @@ from pathlib import Path
 
 import slime
 
-NAMES = ["HOOKS", "RolloutContext", "RolloutResult", "Sample", "Status", "TrainBatch", "__version__"]
+NAMES = [
+    "HOOKS",
+    "MultiTurnEnv",
+    "RolloutContext",
+    "RolloutResult",
+    "Sample",
+    "Status",
+    "TrainBatch",
+    "__version__",
+    "append_environment",
+    "append_messages",
+]
 
 
 def test_the_public_names_are_these() -> None:

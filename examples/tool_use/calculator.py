@@ -11,10 +11,9 @@ The model writes `calc(47*8)` and the engine stops there. The tool's `=376;` is 
 The rules for a generate function with several turns:
 
 1. Sampled tokens stay as they are; only the tool's text is tokenized. `generate_sample` appends the engine's answer and
-   counts the tokens that are already there against the limit of the response.
-2. Every response token has an entry in every per-token field. One that no policy sampled has loss_mask 0, which keeps
-   it out of the loss, the importance weights and every metric over tokens. Its log-prob is 0 and its policy version is
-   that of the token before it, so that all fields have the same length.
+   counts the sampled tokens that are already there against the limit of the response.
+2. What the model did not write is appended with `append_environment`, or `append_messages` for messages. It has
+   loss_mask 0, and does not count against the limit of the response, only against the context.
 3. Between two turns, the sample is the only state. An aborted sample is returned as it is (Status.ABORTED) and may come
    back later with its tokens: the function looks at them first, and continues from there.
 4. The model's text is parsed, never executed: no `eval`.
@@ -23,7 +22,6 @@ The rules for a generate function with several turns:
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
 from itertools import chain
 
@@ -32,8 +30,8 @@ from slime.core.batch import TrainBatch, from_samples
 from slime.core.sample import Sample, Status
 from slime.engine.protocol import SamplingParams
 from slime.rollout.context import RolloutContext
-from slime.rollout.generate import generate_sample, room
-from slime.rollout.tokenizer import tokenize
+from slime.rollout.generate import generate_sample
+from slime.rollout.multi_turn import append_environment
 
 CALL = re.compile(r"calc\(([^()]*)\)")
 CALL_END = ")"
@@ -67,29 +65,13 @@ def output_of(text: str) -> str | None:
 async def generate(args: Args, sample: Sample, sampling_params: SamplingParams, context: RolloutContext) -> Sample:
     """Alternate turns of the model and the tool, until the model finishes, has no room left, or is aborted."""
     until_call = replace(sampling_params, stop=(*sampling_params.stop_strings, CALL_END))
-    if sample.loss_mask is None:
-        sample.loss_mask = [1] * sample.response_length
     while True:
         output = output_of(sample.response)
-        if output is not None:
-            [tokens] = tokenize(context.tokenizer, [output], add_special_tokens=False)
-            if room(args, sample, sys.maxsize) <= len(tokens):  # the response's limit is for the model's tokens
-                sample.status = Status.TRUNCATED
-                return sample
-            append_unsampled(sample, tokens)
+        if output is not None and not append_environment(sample, output, context):
+            return sample
         sample = await generate_sample(args, sample, until_call, context)
         if sample.status is not Status.COMPLETED or not sample.response.endswith(CALL_END):
             return sample
-
-
-def append_unsampled(sample: Sample, tokens: list[int]) -> None:
-    """Append response tokens that the model did not write."""
-    assert sample.rollout_log_probs and sample.policy_versions and sample.loss_mask, "a call comes first"
-    sample.tokens = [*sample.tokens, *tokens]
-    sample.response_length += len(tokens)
-    sample.loss_mask = [*sample.loss_mask, *[0] * len(tokens)]
-    sample.rollout_log_probs = [*sample.rollout_log_probs, *[0.0] * len(tokens)]
-    sample.policy_versions = [*sample.policy_versions, *[sample.policy_versions[-1]] * len(tokens)]
 
 
 def without_outputs(args: Args, samples: list[Sample]) -> TrainBatch:

@@ -20,6 +20,7 @@ from slime.cluster.resume_line import command_to_resume, program_words
 from slime.cluster.stop import Stop
 from slime.config.args import Args
 from slime.config.parse import UsageError
+from slime.config.problem import Problem
 from slime.config.secrets import hide_command_line, masker_of
 from slime.core.checkpoint_names import iteration_name, newest_checkpoint
 from slime.core.errors import RunError
@@ -56,10 +57,23 @@ def _terminal_width() -> int | None:
     return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
 
 
+def _tried_reward(args: Args) -> list[Problem]:
+    """Return the warnings of the custom reward's first call. Raises UsageError if it shows an error."""
+    if args.custom_rm_path is None:
+        return []
+    from slime.rollout.reward_trial import errors_of, try_reward
+
+    problems = try_reward(args)
+    if errors := errors_of(problems):
+        raise UsageError(errors)
+    return problems
+
+
 def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int, stop: Stop) -> None:
     begin = time.monotonic()
     args, warnings = load_run(argv, rollouts_ahead=rollouts_ahead)
     mask_output(masker_of(args))
+    warnings = [*warnings, *_tried_reward(args)]
     if args.dry_run:
         from slime.rollout.survey import survey
 

@@ -32,6 +32,9 @@ class Status(StrEnum):
 
 Message = dict[str, Any]
 
+MULTI_TURN = "multi_turn"
+"""The key of sample.metadata under which `rollout.multi_turn` keeps what it knows of a response of several turns."""
+
 
 @dataclass
 class Sample:
@@ -109,6 +112,11 @@ class Sample:
         return self.tokens[: self.prompt_length]
 
     @property
+    def num_sampled(self) -> int:
+        """The number of response tokens that a policy sampled: those of an environment have loss_mask 0."""
+        return self.response_length if self.loss_mask is None else sum(map(bool, self.loss_mask))
+
+    @property
     def is_finished(self) -> bool:
         """Whether the response is complete, with or without a reward."""
         return self.status in (Status.COMPLETED, Status.TRUNCATED)
@@ -176,7 +184,7 @@ class Sample:
 
     def to_bare_prompt(self) -> Sample:
         """Return the prompt without anything that was generated, for the data buffer."""
-        metadata = {k: v for k, v in self.metadata.items() if k != "start_rollout_id"}
+        metadata = {k: v for k, v in self.metadata.items() if k not in ("start_rollout_id", MULTI_TURN)}
         return Sample(
             group_index=self.group_index,
             index=self.index,

@@ -128,7 +128,7 @@ async def generate_sample(
 ) -> Sample:
     """Generate the response to `sample.tokens` in place, or continue the response that the sample has.
 
-    `max_new_tokens` limits the whole response, including the tokens that are there already. If that limit or the
+    `max_new_tokens` limits what is sampled, including the sampled tokens that are there already. If that limit or the
     context leaves no room, the sample becomes TRUNCATED as it is. A request that is aborted keeps its tokens, and the
     sample becomes ABORTED. A response whose newest token ends it is COMPLETED, whatever reason the engine gave.
 
@@ -155,9 +155,12 @@ async def generate_sample(
 
 
 def room(args: Args, sample: Sample, max_response_length: int) -> int:
-    """Return how many tokens the response length and the engine's context still allow; 0 or less means none."""
+    """Return how many tokens the response length and the engine's context still allow; 0 or less means none.
+
+    Tokens of an environment count for the context alone.
+    """
     limits = rollout_limits(args)
-    left = max_response_length - sample.response_length
+    left = max_response_length - sample.num_sampled
     if limits.request is not None and len(sample.tokens) > limits.request:
         return min(left, 0)
     return left if limits.sequence is None else min(left, limits.sequence - len(sample.tokens))

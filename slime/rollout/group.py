@@ -224,11 +224,11 @@ class GroupRunner:
         most = self._args.partial_rollout_max_tokens if self._args.partial_rollout else None
         if most is None:
             return params
-        return replace(params, max_new_tokens=min(params.max_new_tokens, sample.response_length + most))
+        return replace(params, max_new_tokens=min(params.max_new_tokens, sample.num_sampled + most))
 
     def _is_cut_off(self, sample: Sample, limit: int) -> bool:
         """Return whether the sample ended at `limit` tokens and the response may be longer."""
-        ended = sample.status is Status.TRUNCATED and sample.reward is None and sample.response_length >= limit
+        ended = sample.status is Status.TRUNCATED and sample.reward is None and sample.num_sampled >= limit
         return ended and room(self._args, sample, self._params.max_new_tokens) > 0
 
     @contextmanager

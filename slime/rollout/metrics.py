@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from slime.config.args import Args
-from slime.core.sample import Sample, Status
+from slime.core.sample import MULTI_TURN, Sample, Status
 from slime.rollout.intervals import PhaseIntervals
 
 MAX_NAMED = 32
@@ -108,6 +108,9 @@ def rollout_metrics(
         metrics["rollout/partial_groups"] = tally.partial_groups
     if args.max_staleness is not None:
         metrics["rollout/restarted_groups"] = tally.restarted_groups
+    turns = [sample.metadata[MULTI_TURN]["num"] for sample in samples if MULTI_TURN in sample.metadata]
+    if turns:
+        metrics["rollout/num_turns"] = statistics.fmean(turns)
     if versions:
         metrics["rollout/staleness"] = policy_version - statistics.fmean(versions)
         metrics["rollout/staleness_max"] = policy_version - min(versions)

@@ -143,3 +143,34 @@ def test_another_antlr_runtime_is_refused_for_mathematics(run: Run, monkeypatch:
     assert run.errors("--rm-type", "f1") == []
     evaluation = ["--rm-type", "f1", "--eval-prompt-data", str(run.data), "--eval-rm-type", "math"]
     assert run.error(*evaluation) == f"--eval-rm-type math: {message}"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [
+        ("prompts, completions, **kwargs", "completions, prompts"),
+        ("completions, completion_ids=None", "completion_ids, completions"),
+        ("data_source, solution_str", "data_source, solution_str"),
+    ],
+)
+def test_rewards_of_other_trainers_are_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch, parameters: str, named: str
+) -> None:
+    path = run.data.parent / "foreign_rewards.py"
+    path.write_text(f"def f({parameters}): return [0.0]\ndef g(args, samples): return [0.0]\n")
+    errors = run.errors("--custom-rm-path", f"{path}:f", "--group-rm")
+    assert len(errors) == 1
+    assert f"takes {named}, as the rewards of TRL or verl do; call it from a function (args, sample)" in errors[0]
+    assert run.load("--custom-rm-path", f"{path}:g", "--group-rm"), "control"
+
+
+def test_a_generate_function_may_judge(run: Run) -> None:
+    """Control: without the function, both flags are warned of."""
+    at = run.base.index("--rm-type")
+    del run.base[at : at + 2]
+    lines = [{**MESSAGE, "metadata": {"rm_type": "math"}}]
+    run.data.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    words = ["--eval-prompt-data", "a", str(run.data)]
+    assert len(run.load(*words)[1]) == 2
+    hook = ["--custom-generate-function-path", "examples.tool_use.calculator.generate"]
+    assert run.load(*words, *hook)[1] == []

@@ -204,9 +204,21 @@ def test_the_judge_is_sent_the_sample() -> None:
     verdicts, judge = with_judge(work)
     assert verdicts[:3] == [Verdict(1.0)] * 3
     assert "not JSON serializable" in (verdicts[3].failure or "")
-    body = {"prompt": messages, "response": r"so \boxed{2}", "label": "json 1", "metadata": {"k": [1]}}
+    body = {"prompt": messages, "response": r"so \boxed{2}", "label": "json 1", "metadata": {"k": [1]}, "row": {}}
     assert judge.asked[0] == body
     assert [asked["response"] for asked in judge.asked] == [r"so \boxed{2}", "2", ""]
+
+
+def test_a_small_row_is_sent_too() -> None:
+    """A row that is large, or is no JSON, is left out; the sample is judged all the same."""
+    rows: list[dict[str, Any]] = [{"unit": "cm"}, {"page": "x" * 70_000}, {"image": b"png"}]
+
+    async def work(pool: RewardPool, judge: Judge) -> list[Verdict]:
+        return [await pool.judge(Sample(label="json 1", row=row)) for row in rows]
+
+    verdicts, judge = with_judge(work)
+    assert verdicts == [Verdict(1.0)] * 3
+    assert [asked["row"] for asked in judge.asked] == [{"unit": "cm"}, None, None]
 
 
 def test_a_cancelled_caller_ends_the_request() -> None:

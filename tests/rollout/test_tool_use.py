@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def test_tool_tokens_follow_the_call_unsampled(
     sample.check()
     assert sample.response.startswith(call + output)
     assert sample.status in (Status.COMPLETED, Status.TRUNCATED)
-    assert len(call + output) < sample.response_length <= 60
+    assert len(call + output) < sample.response_length and sample.num_sampled <= 60
     place = slice(len(call), len(call + output))
     assert tokenizer.decode(sample.tokens[sample.prompt_length :][place]) == output
     assert sample.loss_mask[place] == [0, 0, 0]
@@ -94,19 +95,22 @@ def test_tool_tokens_follow_the_call_unsampled(
 def test_limits_end_the_model_and_the_tool(
     run_with_engines: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """If the limit was only this rollout's share, the sample continues with the tool's whole output."""
+    """The limit is for what the model says: the tool's output counts for the context alone."""
 
     async def work(context: RolloutContext) -> list[Sample]:
         by_response = [
-            await generate(Args(), begun(tokenizer, "calc(2*3)"), params(limit), context) for limit in (10, 13)
+            await generate(Args(), begun(tokenizer, "calc(2*3)"), params(limit), context) for limit in (9, 10)
         ]
         narrow = Args(rollout_max_context_len=len(PROMPT) + len("calc(2*3)=6;"))
-        return [*by_response, await generate(narrow, begun(tokenizer, "calc(2*3)"), params(60), context)]
+        return [
+            *by_response,
+            await generate(narrow, begun(tokenizer, "calc(2*3)"), params(60), replace(context, args=narrow)),
+        ]
 
     over, fits, without_room = run_with_engines(Args(rm_num_workers=1), work)
     assert (over.status, over.response_length) == (Status.TRUNCATED, 12)
     assert tokenizer.decode(over.tokens[over.prompt_length :]) == "calc(2*3)=6;"
-    assert fits.response_length == 13, "one token of the model's after the output"
+    assert (fits.response_length, fits.num_sampled) == (13, 10), "one token of the model's after the output"
     assert (without_room.status, without_room.response_length) == (Status.TRUNCATED, 9)
     for sample in (over, fits, without_room):
         sample.check()
@@ -195,7 +199,6 @@ def test_the_examples_around_a_rollout(
     result, metrics = run_with_engines(args, work)
     samples = [sample for group in result.groups for sample in group]
     assert result.metrics["rollout/num_right"] == sum("1" in sample.response for sample in samples)
-    assert all(sample.loss_mask is not None for sample in samples)
     assert metrics["eval/few/num_prompts"] == 3
     drawn = source.get_groups(4, rollout_id=1)
     assert [len(re.findall("q", str(group[0].prompt))) for group in drawn] == [2, 3, 4, 5]

@@ -73,7 +73,7 @@ class RolloutOptions:
     )
     rm_url: str | None = flag(
         None,
-        "URL of --rm-type remote_rm. It receives POST {prompt, response, label, metadata} and returns a number.",
+        "URL of --rm-type remote_rm. It receives POST {prompt, response, label, metadata, row} and returns a number.",
         secret="url",
     )
     rm_num_workers: int = flag(2, "Worker processes that compute rewards outside the event loop.", ge=1, le=4096)

@@ -29,6 +29,8 @@ from slime.config.rules.case import Case
 from slime.config.rules.imports import import_hook
 from slime.core.plugins import HookError
 
+_OF_OTHERS = frozenset(["prompts", "completions", "completion_ids", "data_source", "solution_str", "ground_truth"])
+"""Parameters of TRL's and verl's rewards, which are called with other arguments."""
 _METADATA_REMEDY = "every row then needs metadata.rm_type; or add --rm-type or --custom-rm-path"
 
 
@@ -50,6 +52,8 @@ def reward(case: Case) -> Iterable[Problem]:
     if not case.generates or args.custom_rm_path is not None or args.loss_type == "sft_loss":
         return
     if args.rm_type is None:
+        if args.custom_generate_function_path is not None:  # the function may set sample.reward
+            return
         yield case.warning("rm_type", "not given, nor --custom-rm-path", _METADATA_REMEDY, also=["custom_rm_path"])
     elif args.label_key is None and needs_label(args.rm_type):
         rule = f"{args.rm_type} compares the answer with a label, but no label key is given"
@@ -70,9 +74,9 @@ def eval_rewards(case: Case) -> Iterable[Problem]:
         return
     for dataset in datasets:
         rm_type = dataset.rm_type
-        if rm_type is None:
+        if rm_type is None and args.custom_generate_function_path is None:
             yield case.warning(field, f"{dataset.name} has no reward of its own", _METADATA_REMEDY)
-        elif facts_of(rm_type) is None and rm_type != args.eval_rm_type:
+        elif rm_type is not None and facts_of(rm_type) is None and rm_type != args.eval_rm_type:
             yield case.error(field, f"{dataset.name}: rm_type {rm_type!r} is unknown", reward_type_remedy())
         if needs_label(rm_type) and dataset.label_key is None:
             rule = f"{dataset.name}: {rm_type} compares the answer with a label, but no label key is given"
@@ -148,6 +152,11 @@ def custom_reward(case: Case) -> Iterable[Problem]:
     except HookError:  # `hooks` reports it
         return
     about = ("group_rm",)
+    if foreign := sorted(_OF_OTHERS & set(names[:4])):
+        rule = f"takes {', '.join(foreign)}, as the rewards of TRL or verl do"
+        remedy = "call it from a function (args, sample), or (args, samples) with --group-rm; docs/hooks.md shows one"
+        yield case.error("custom_rm_path", rule, remedy, also=about)
+        return
     if args.group_rm and names[1:2] == ["sample"]:
         rule = "takes `sample`, but --group-rm passes a list of samples"
         yield case.warning("custom_rm_path", rule, "call it `samples`, or leave out --group-rm", also=about)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NO_URL = "--rm-url: not given; --rm-type remote_rm sends responses to the judge at that URL; add it"
 _NO_REWARD = (
     "--rm-type: not given, and neither is --custom-rm-path nor the data line's metadata.rm_type; "
-    "responses need one to be judged"
+    "responses need one to be judged, unless --custom-generate-function-path sets sample.reward"
 )
 
 

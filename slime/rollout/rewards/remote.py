@@ -3,7 +3,8 @@ r"""`--rm-type remote_rm`: a judge that is called over HTTP.
 - Called by: `pool`, in the event loop, where many requests wait at the same time; no part of it runs in a worker.
 - Invariant: a judge that is down, slow or wrong gives a typed failure, and never a reward of 0.
 
-    POST --rm-url  {"prompt": text or messages, "response": text, "label": text or null, "metadata": {...}}
+    POST --rm-url  {"prompt": text or messages, "response": text, "label": text or null, "metadata": {...},
+                    "row": the data line's columns, or null if they have more than MAX_ROW bytes or no JSON}
     answer         0.5, or {"reward": 0.5}, or {"score": 0.5}, or with --reward-key KEY {KEY: 0.5, ...}
 
 With --reward-key the answer's other entries are kept in the sample's reward; the dict may also be under "reward".
@@ -28,6 +29,7 @@ from slime.core.masking import Masker
 from slime.core.sample import Sample
 from slime.rollout.reward_pool.verdict import ERROR, TIMEOUT, Verdict, error_verdict, verdict_of
 
+MAX_ROW = 64 * 1024
 RETRIES = 5
 BACKOFF = 0.1
 """Seconds before the first retry; each further retry waits twice as long."""
@@ -51,6 +53,7 @@ class RemoteReward:
         """Judge one sample; the time limit begins with the first request, not while the sample waits for its turn."""
         response = (last_boxed(sample.response) or "") if boxed else sample.response
         body = {"prompt": sample.prompt, "response": response, "label": sample.label, "metadata": sample.metadata}
+        body["row"] = _small_row(sample)
         try:
             data = orjson.dumps(body, option=_JSON)
         except TypeError as error:  # something in metadata that JSON cannot represent
@@ -101,6 +104,15 @@ class RemoteReward:
             if not self._in_flight:
                 session, self._session = self._session, None
                 await session.close()
+
+
+def _small_row(sample: Sample) -> orjson.Fragment | None:
+    """Return the sample's data line as JSON, or None if it is large or has something that JSON cannot represent."""
+    try:
+        row = orjson.dumps(sample.row, option=_JSON)
+    except TypeError:
+        return None
+    return orjson.Fragment(row) if len(row) <= MAX_ROW else None
 
 
 def answer_verdict(raw: bytes, mask: Masker, key: str | None = None) -> Verdict:
