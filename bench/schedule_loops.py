@@ -65,6 +65,7 @@ def loop_flags(engines: Engines, directory: Path, *, rollouts: int) -> list[str]
         *("--custom-advantage-function-path", f"{__name__}.timed_advantages"),
         *("--actor-num-gpus-per-node", "1", "--cpu-threads-per-process", "1", "--lr", "1e-9"),
         *("--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--log-dir", str(directory)),
+        *("--save-interval", "0"),
     ]
 
 

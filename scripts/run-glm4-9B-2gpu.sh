@@ -2,7 +2,7 @@
 # GLM4-9B on two GPUs of 141 GB, shared by training and generation. Arguments of this script are added last and win:
 #   bash scripts/run-glm4-9B-2gpu.sh --dry-run
 # Variables: HF_DIR (the model; one made by tools/make_random_checkpoint.py also works), PROMPT_DATA, EVAL_DATA (none),
-# SAVE_DIR (if empty, nothing is saved).
+# SAVE_DIR (if empty, no checkpoint is saved).
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
@@ -20,6 +20,8 @@ CKPT_ARGS=(
 if [[ -n "${SAVE_DIR}" ]]; then
    SAVE_DIR="$(realpath -m -- "${SAVE_DIR}")"
    CKPT_ARGS+=(--load "${SAVE_DIR}" --save "${SAVE_DIR}" --save-interval 20 --keep-last-checkpoints 2)
+else
+   CKPT_ARGS+=(--save-interval 0)
 fi
 
 ROLLOUT_ARGS=(

@@ -95,7 +95,7 @@ def test_small_machines(script: str, gpus: int, family: str, tmp_path: Path) -> 
     paths = (args.hf_checkpoint, args.ref_load, args.prompt_data, args.load, args.save)
     assert paths == tuple(str(tmp_path / name) for name in ("model", "model", "data.jsonl", "out", "out"))
     unsaved = args_of(script, cwd=tmp_path, SAVE_DIR="")
-    assert (unsaved.save, unsaved.load, unsaved.save_interval) == (None, None, None)
+    assert (unsaved.save, unsaved.load, unsaved.saves) == (None, None, False)
     assert not unsaved.eval_prompt_data
     assert args_of(script, cwd=tmp_path, EVAL_DATA="e.jsonl").eval_prompt_data == (
         "held-out",

@@ -226,7 +226,7 @@ class Processes:
     @property
     def colocated(self) -> bool:
         """Whether engines use the trainers' devices."""
-        return self._args.colocate
+        return bool(self._args.colocate)
 
     @property
     def has_engines(self) -> bool:

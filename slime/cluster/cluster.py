@@ -35,9 +35,12 @@ from slime.cluster.colocation import DedicatedDevices
 from slime.cluster.ending import Outcome
 from slime.cluster.loop_state import Generation, Trained
 from slime.cluster.progress_poll import ProgressPoll
+from slime.cluster.save_schedule import SaveSchedule
 from slime.cluster.stop import Stop, StopNoticed
 from slime.cluster.weight_sync import EngineWeightSync
 from slime.config.args import Args
+from slime.config.resuming import record_of_run
+from slime.core.checkpoint_names import RUN
 from slime.observability.best_checkpoint import BestCheckpoint
 from slime.observability.console.lines import count
 from slime.observability.console.run_console import RunConsole
@@ -46,6 +49,12 @@ from slime.observability.phases import StepClock, memory_record
 
 POLL_LIVE_S, POLL_PLAIN_S = 1.0, 5.0
 """Seconds between two questions about the rollout manager's progress, for a live view and for a plain log."""
+
+
+def _data_of(rollout: dict[str, Any]) -> dict[str, Any]:
+    """Return the data buffer's record of its data from the rollout manager's state; empty if there is no buffer."""
+    tracked: dict[str, Any] = rollout["data_source"] or {}
+    return tracked.get("source", {}).get("data", {})
 
 
 class Cluster:
@@ -74,6 +83,7 @@ class Cluster:
         self._console = console
         self._best = best
         self._first, self._last = rollouts.start, rollouts.stop
+        self._schedule = SaveSchedule(args, rollouts.stop - 1)
         self._policy_version = policy_version
         self._weight_sync = EngineWeightSync(processes, memory, console.say)
         self._clock = StepClock()
@@ -82,7 +92,7 @@ class Cluster:
         self._ahead: Generation | None = None
         self._validation_sets: Any = None
         """A reference to the rows of SFT's evaluation sets, once they are loaded."""
-        self._saves = args.save is not None and bool(processes.trainers)
+        self._saves = args.save is not None and args.saves and bool(processes.trainers)
         self._unsaved: Trained | None = None
         processes.waiter.heed(stop, console.say)
         self.done = rollouts.start
@@ -247,9 +257,8 @@ class Cluster:
             )
 
     def save_if_due(self, rollout_id: int) -> None:
-        """Save a checkpoint every --save-interval rollouts, after the last, and if a signal asks to stop."""
-        interval = self._args.save_interval
-        due = rollout_id == self._last - 1 or (interval is not None and (rollout_id + 1) % interval == 0)
+        """Save a checkpoint when the schedule says so, after the last rollout, and if a signal asks to stop."""
+        due = self._schedule.due(rollout_id)
         if self._unsaved is None or not (due or self._stop.asked):
             return
         self._settle_ahead()
@@ -257,6 +266,7 @@ class Cluster:
 
     def _save(self, trained: Trained, *, export: bool) -> None:
         """Save the state after `trained`; its policy version is the one before the weights are sent."""
+        begin = time.perf_counter()
         rollout_id, trainers = trained.rollout_id, self._processes.trainers
         times = trained.times or self._clock.close()  # a resumed run knows only this part of the step's times
         with self._phase("checkpoint", f"rollout {rollout_id}"):
@@ -267,6 +277,7 @@ class Cluster:
                 "rollout": {**rollout, "policy_version": trained.policy_version},
                 "policy_version": trained.policy_version,
                 "times": times,
+                RUN: record_of_run(self._args, _data_of(rollout)),
             }
             # Rank 0 alone writes the state. It may hold whole rollouts, too large to send to ranks that ignore it.
             states = [state if rank == 0 else {} for rank in range(len(trainers))]
@@ -274,6 +285,7 @@ class Cluster:
             saving = [trainer.save.remote(rollout_id, its, export=export) for trainer, its in each]
             paths = self._waiter.get(f"rollout {rollout_id}: saving", saving)
         self.saved = paths[0]
+        self._schedule.saved(time.perf_counter() - begin)
         self._console.say(f"saved {paths[0]}")
         self._unsaved = None
         if self._best is not None:

@@ -21,11 +21,13 @@ from slime.cluster.stop import Stop
 from slime.config.args import Args
 from slime.config.parse import UsageError
 from slime.config.problem import Problem
+from slime.config.resolve import OUTPUTS, in_directory
 from slime.config.secrets import hide_command_line, masker_of
 from slime.core.checkpoint_names import iteration_name, newest_checkpoint
 from slime.core.errors import RunError
 from slime.core.masking import mask_output
 from slime.observability.console.text import duration
+from slime.observability.run_directory import make_directory
 from slime.plan.fit import load_run
 from slime.plan.summary import format_plan
 
@@ -79,6 +81,15 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int, stop: 
 
         print(format_plan(args, warnings, survey(args), width=_terminal_width()), flush=True)
         return
+    address = os.environ.get(ADDRESS)
+    fault = None if not address else address_fault(address)
+    if fault is not None:
+        sys.exit(f"\n{fault}")
+    if args.needs_directory:
+        try:
+            args = in_directory(args, str(make_directory(Path(OUTPUTS), args.run_name)))
+        except RunError as error:
+            sys.exit(f"\n{error}")
     checked = f"checking … {duration(time.monotonic() - begin)}"
     print(f"{format_plan(args, warnings, width=_terminal_width())}\n{checked}", flush=True)
     opening = f"{format_plan(args, warnings)}\n{checked}"
@@ -97,10 +108,6 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int, stop: 
 
 
 def _run(story: Story, args: Args, stop: Stop, begin: float, opening: str) -> None:
-    address = os.environ.get(ADDRESS)
-    fault = None if not address else address_fault(address)
-    if fault is not None:
-        raise RunError(str(fault))
     protect_local_ray()
     from slime.cluster.restart import run_with_restarts
 

@@ -158,7 +158,7 @@ def demand(args: Args, gpus: int) -> Demand:
         num_engines=args.num_engines if args.starts_engines else 0,
         gpus_per_engine=args.gpus_per_engine,
         trainers_on_gpu=gpus > 0,
-        colocated=args.colocate,
+        colocated=bool(args.colocate),
     )
 
 

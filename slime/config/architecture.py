@@ -333,6 +333,7 @@ def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
         )
 
     config: Architecture | None = None
+    config_fault: str | None = None
     raw: dict[str, Any] = {}
     if args.hf_checkpoint is None:
         complain("not given; tokenizer, config and the engines' first weights come from it", "name an HF directory")
@@ -342,8 +343,10 @@ def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
             config = hf_architecture(raw)
         except OSError as error:
             missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-            rule = "there is no config.json" if missing else f"its config.json cannot be read ({error.strerror})"
-            complain(rule, "name a downloaded HF directory (`hf download MODEL --local-dir DIR`)")
+            config_fault = (
+                "there is no config.json" if missing else f"its config.json cannot be read ({error.strerror})"
+            )
+            complain(config_fault, "name a downloaded HF directory (`hf download MODEL --local-dir DIR`)")
         except KeyError as error:
             complain(f"its config.json has no {error}", "name an HF directory of a causal language model")
         except ValueError as error:
@@ -360,8 +363,14 @@ def resolve_architecture(args: Args) -> tuple[Args, list[Problem]]:
         try:
             architecture = flags_architecture(args)
         except ValueError as error:
-            if args.dry_run:
-                complain(f"the plan has no model: {error}", "add MODEL_ARGS from scripts/models")
+            if args.dry_run and config_fault is not None and not given_flags(args):
+                problems.pop()  # one line for both
+                remedy = "download it (`hf download MODEL --local-dir DIR`), or append MODEL_ARGS of scripts/models"
+                complain(f"{config_fault}, so the plan has no model and no estimate of memory", remedy)
+            elif args.dry_run:
+                complain(
+                    f"the plan has no model and no estimate of memory: {error}", "add MODEL_ARGS of scripts/models"
+                )
             return args, problems
     return replace(
         args,

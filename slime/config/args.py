@@ -30,6 +30,10 @@ from slime.core.architecture import Architecture
 
 T = TypeVar("T")
 
+INPUT_KEY = "prompt"
+"""The default key of the prompt in a data row."""
+GROUP_SIZE = 8
+"""The default number of responses to a prompt for estimators that compare them, as in TRL."""
 DEFAULT_KL_CLAMP = 10.0
 """The default bound of low_var_kl in the loss, as in verl and OpenRLHF."""
 
@@ -187,6 +191,16 @@ class Args(
         return not own and ESTIMATOR_FACTS[self.advantage_estimator].compares_group
 
     @property
+    def saves(self) -> bool:
+        """Return whether the run writes checkpoints."""
+        return self.save_interval != 0 and self.num_rollout != 0 and not self.debug_rollout_only
+
+    @property
+    def needs_directory(self) -> bool:
+        """Return whether flags leave open where something is written, so that the run makes a directory of its own."""
+        return self.save is None and (self.saves or self.log_dir is None)
+
+    @property
     def num_engines(self) -> int:
         """Return the number of engines; 0 if the run generates nothing."""
         return (self.rollout_num_gpus or 0) // self.rollout_num_gpus_per_engine
@@ -261,6 +275,16 @@ class Resolved:
     """
 
     _args: Args
+
+    @property
+    def input_key(self) -> str:
+        return INPUT_KEY if self._args.input_key is None else self._args.input_key
+
+    @property
+    def n_samples_per_prompt(self) -> int:
+        if self._args.n_samples_per_prompt is None:
+            return GROUP_SIZE if self._args.compares_group else 1
+        return self._args.n_samples_per_prompt
 
     @property
     def num_steps_per_rollout(self) -> int:

@@ -153,7 +153,7 @@ def _unusable(data: dict[str, Any], keys: DataKeys, chat_template: bool) -> tupl
             return f"no key {key!r}; it has {', '.join(data) or 'none'}", f"correct the line, or {flag}"
     label = None if keys.label_key is None else find(data, keys.label_key)
     learned = keys.loss_on is not None and (keys.label_key is None or isinstance(cast(object, label), list))
-    if keys.label_key is not None and not learned and not _is_text_or_number(label):
+    if keys.label_key is not None and not learned and not is_text_or_number(label):
         rule = f"{keys.label_key!r} is {repr(label)[:200]}, not text or a number"
         return rule, _nested_remedy(label, keys.label_key, "--label-key")
     if isinstance(label, float) and abs(label) >= MAX_EXACT:
@@ -193,7 +193,8 @@ def _nested_remedy(value: object, key: str, flag: str) -> str:
     return f"correct the line, or {flag}"
 
 
-def _is_text_or_number(label: object) -> bool:
+def is_text_or_number(label: object) -> bool:
+    """Return whether the value under a label's key can be a label."""
     if isinstance(label, float):
         return math.isfinite(label)
     return isinstance(label, str | int) and not isinstance(label, bool)

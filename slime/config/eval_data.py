@@ -66,6 +66,7 @@ def _defaults(args: Args) -> dict[str, Any]:
     values = {name: vars(args)[f"eval_{name}"] for name in inherited}
     shared = ("metadata_key", "tool_key", "apply_chat_template", "system_prompt", "apply_chat_template_kwargs")
     values |= {name: vars(args)[name] for name in shared}
+    values["apply_chat_template"] = bool(args.apply_chat_template)
     return values | {
         "n_samples_per_eval_prompt": args.n_samples_per_eval_prompt,
         "loss_on": args.loss_on if args.validates else None,

@@ -16,7 +16,7 @@ from slime.config.args import Args, FrozenMapping
 from slime.config.args_yaml import dump_args
 from slime.config.flags.renamed import REMOVED, RENAMED, TABLE_VERSION
 from slime.config.flags.synonyms import absent, misspelt, shortened, synonym
-from slime.config.flags.table import SET_BY_SLIME, FlagSpec, Source, spellings
+from slime.config.flags.table import SET_BY_SLIME, FlagSpec, Source, spellings, taken_back
 from slime.config.help import format_help, show_help
 from slime.config.problem import MAX_SHOWN, Problem, UsageError, show
 from slime.config.resolve import resolve
@@ -60,6 +60,8 @@ class Given:
     """Fields whose value could not be parsed; problems of rules that read them are not reported."""
     typed: set[str] = field(default_factory=set[str])
     """The names of slime's flags that were given on the command line itself."""
+    taken_back: set[str] = field(default_factory=set[str])
+    """The names of slime's flags whose earlier value was taken back: --no-rollout-num-gpus."""
     renamed: dict[str, str] = field(default_factory=dict[str, str])
     """For flags of SGLang with several names, the name that was given."""
 
@@ -79,6 +81,12 @@ class Given:
             self.complain(where, "slime sets it itself", reason, value=show(value))
             return
         self.values[spec.source, spec.name] = value
+        self.taken_back.discard(spec.name)
+
+    def take_back(self, spec: FlagSpec) -> None:
+        """Let a flag count as not given, also if --config gives it."""
+        self.values[spec.source, spec.name] = spec.default
+        self.taken_back.add(spec.name)
 
     def of(self, source: Source) -> dict[str, Any]:
         """Return the given values of one source by field name."""
@@ -118,6 +126,13 @@ def _set_from_words(given: Given, spelling: str, words: list[str], attached: boo
     """Set one flag of the command line from the words after it (`attached`: written as --x=word)."""
     old = RENAMED.get(spelling)
     name = given.under_new_name(spelling, spelling)
+    back = taken_back(name)
+    if name not in spellings() and back is not None:
+        if words:
+            remedy = f"write {spelling}, which takes an earlier {back.flag} back"
+            given.complain(spelling, "takes no value", remedy, value=" ".join(words), spec=back)
+        given.take_back(back)
+        return
     if name not in spellings():
         _unknown(given, spelling, spelling)
         return
@@ -151,6 +166,8 @@ def _set_from_words(given: Given, spelling: str, words: list[str], attached: boo
 
 def read_command_line(given: Given, argv: Sequence[str]) -> None:
     """Read flags of the forms --x v, --x v w, --x=v, --x and --no-x; the last of a repeated flag wins.
+
+    For a flag with a value, --no-x takes earlier values back, also that of --config.
 
     If the first word names a YAML file, it is the value of --config: `run.yaml --lr 2e-6`.
     """
@@ -223,7 +240,9 @@ def read(argv: Sequence[str]) -> Given:
     if path is not None:
         read_yaml(given, path)
     given.values |= from_argv.values
-    given.typed = set(from_argv.of("slime"))
+    for name in from_argv.taken_back:
+        del given.values["slime", name]
+    given.typed = set(from_argv.of("slime")) - from_argv.taken_back
     given.problems += from_argv.problems
     given.broken |= from_argv.broken
     return given

@@ -28,7 +28,7 @@ class PromptFormat:
     def of(cls, args: Args | EvalDataset) -> Self:
         """Return the format of the training set, or of an evaluation set."""
         return cls(
-            chat_template=args.apply_chat_template,
+            chat_template=bool(args.apply_chat_template),
             system_prompt=args.system_prompt,
             template_kwargs=json.loads(args.apply_chat_template_kwargs or "{}"),
         )

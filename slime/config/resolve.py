@@ -13,11 +13,20 @@ from functools import cache
 from typing import Any, cast
 
 from slime.config.args import Args
+from slime.config.data_defaults import data_defaults
 from slime.config.engine_kinds import AUTO, ENGINE_KINDS, ON_CPU, ON_GPUS
 from slime.config.experiment_trackers import TRACKERS
 from slime.config.memory import COLOCATED_MEM_FRACTION
 from slime.config.weight_transports import AUTO as AUTO_TRANSPORT
 from slime.config.weight_transports import reaching
+
+SAVE_INTERVAL_MINUTES = 10.0
+KEEP_LAST = 2
+"""When a run without --save saves, and how many checkpoints it keeps."""
+OUTPUTS = "outputs"
+"""The folder, in the current one, with the directories of runs without --save."""
+SUPERVISED = "slime.rollout.sft_rollout.generate_rollout"
+"""The rollout function that takes its responses from the data."""
 
 
 @cache
@@ -84,6 +93,7 @@ def counts_gpus(args: Args) -> bool:
 
 def resolve(args: Args) -> Args:
     """Return Args with open values filled in. Contradicting flags stay as they are; the rules report them."""
+    args = replace(args, **_run(args), **data_defaults(args))
     changes: dict[str, Any] = {**_placement(args), **_batches(args), **_evaluation(args)}
     if args.bf16 is None:
         changes["bf16"] = cuda_available() or plans_gpus(args)
@@ -95,19 +105,44 @@ def resolve(args: Args) -> Args:
         changes["eps_clip_high"] = args.resolved.eps_clip_high
     if args.critic_lr is None:
         changes["critic_lr"] = args.lr
-    if args.log_dir is None:
-        changes["log_dir"] = args.save or "outputs"
-    if args.update_weight_disk_dir is None:
-        changes["update_weight_disk_dir"] = f"{args.save or args.log_dir or changes['log_dir']}/engine-weights"
     for name in args.tracker_names:
         switch = TRACKERS[name].switch
         if switch is not None:
             changes[switch] = True
-    if changes.get("use_tensorboard") and args.tensorboard_dir is None:
-        changes["tensorboard_dir"] = f"{args.log_dir or changes['log_dir']}/tensorboard"
     if changes.get("use_wandb") and args.wandb_project is None:
         changes["wandb_project"] = "slime"
-    return replace(args, **changes)
+    if changes.get("use_wandb") and args.wandb_exp_name is None:
+        changes["wandb_exp_name"] = args.run_name
+    args = replace(args, **changes)
+    return args if args.needs_directory else in_directory(args, "")
+
+
+def _run(args: Args) -> dict[str, Any]:
+    """Return defaults that the algorithm, the prompts and --save decide: the run's length, its groups, its saves."""
+    changes: dict[str, Any] = {"n_samples_per_prompt": args.resolved.n_samples_per_prompt}
+    if args.ref_load is None and not args.distills:  # a teacher is another model, which has to be named
+        changes["ref_load"] = args.hf_checkpoint
+    countable = args.prompt_data is not None and not args.has_own_data_source and args.load_debug_rollout_data is None
+    if args.num_rollout is None and args.num_epoch is None and countable:
+        changes["num_epoch"] = 1
+    if args.save is None and args.saves:
+        if args.save_interval is None and args.save_interval_minutes is None:
+            changes["save_interval_minutes"] = SAVE_INTERVAL_MINUTES
+        if args.keep_last_checkpoints is None:
+            changes["keep_last_checkpoints"] = KEEP_LAST
+    return changes
+
+
+def in_directory(args: Args, directory: str) -> Args:
+    """Return resolved Args with the paths of all that the run writes; `directory` is its own, if it needs one."""
+    save = args.save or (directory if args.saves else None) or None
+    log_dir = args.log_dir or save or directory
+    args = replace(args, save=save, log_dir=log_dir)
+    if args.update_weight_disk_dir is None:
+        args = replace(args, update_weight_disk_dir=f"{save or log_dir}/engine-weights")
+    if args.use_tensorboard and args.tensorboard_dir is None:
+        args = replace(args, tensorboard_dir=f"{log_dir}/tensorboard")
+    return args
 
 
 def _placement(args: Args) -> dict[str, Any]:
@@ -121,12 +156,17 @@ def _placement(args: Args) -> dict[str, Any]:
         num_gpus = 0
     elif num_gpus is None and args.rollout_external_engines:
         num_gpus = len(args.rollout_external_engines) * args.rollout_num_gpus_per_engine
-    elif num_gpus is None and args.colocate:
+    elif num_gpus is None and args.colocate is None and not _generates(args):
+        num_gpus = 0
+    elif num_gpus is None and args.colocate is None and not args.rollouts_ahead:
+        args = replace(args, colocate=cuda_devices() <= 1)
+    if num_gpus is None and args.colocate:
         num_gpus = args.actor_world_size
     changes["rollout_num_gpus"] = num_gpus
+    changes["colocate"] = bool(args.colocate)
     if args.offload is None:
-        changes["offload"] = args.colocate
-    shared = args.colocate and (changes.get("offload", args.offload) is True)
+        changes["offload"] = bool(args.colocate)
+    shared = bool(args.colocate) and (changes.get("offload", args.offload) is True)
     if shared and ENGINE_KINDS[kind].reads("mem_fraction_static"):
         changes["sglang"] = {"mem_fraction_static": COLOCATED_MEM_FRACTION, **args.sglang}
     if args.update_weight_transport == AUTO_TRANSPORT and not args.colocate:
@@ -139,12 +179,18 @@ def _placement(args: Args) -> dict[str, Any]:
     return changes
 
 
+def _generates(args: Args) -> bool:
+    """Return whether the run may ask engines for responses, in training or in evaluation."""
+    given = args.rollout_function_path == SUPERVISED or args.load_debug_rollout_data is not None
+    return not given or (bool(args.eval_prompt_data or args.eval_config) and not args.validates)
+
+
 def _batches(args: Args) -> dict[str, Any]:
     """Compute steps per rollout and samples per step from each other; one step if neither is given."""
     changes: dict[str, Any] = {}
     if args.over_sampling_batch_size is None:
         changes["over_sampling_batch_size"] = args.rollout_batch_size
-    samples = args.rollout_batch_size * args.n_samples_per_prompt
+    samples = args.rollout_batch_size * args.resolved.n_samples_per_prompt
     steps, batch = args.num_steps_per_rollout, args.global_batch_size
     if steps is None:
         steps = 1 if batch is None else samples // batch

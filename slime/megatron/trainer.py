@@ -8,6 +8,7 @@ Shapes: _N samples, _R response tokens of all samples.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor
 from slime.config.args import Args
 from slime.config.pipeline_stages import count_multiple
 from slime.core.batch import TrainBatch
+from slime.core.checkpoint_names import RUN, RUN_FILE
 from slime.core.columns import Array
 from slime.core.load_result import LoadResult
 from slime.core.packing import StepPlan, plan_steps, training_flops
@@ -165,7 +167,10 @@ class Trainer:
         reload_main_weights(self.optimizer)
 
     def save(self, rollout_id: int, state: dict[str, Any]) -> Path:
-        """Write a complete checkpoint under --save; `load` returns `state` (JSON-able)."""
+        """Write a complete checkpoint under --save; `load` returns `state` (JSON-able).
+
+        The entry RUN of the state is written as a file of its own, which `load` does not return.
+        """
         args = self._args
         if args.save is None:
             raise ValueError("--save is not given: there is no place for a checkpoint")
@@ -175,9 +180,12 @@ class Trainer:
             model=self.model,
             optimizer=None if args.no_save_optim else self.optimizer,
             scheduler=None if args.no_save_optim else self.scheduler,
-            state=state | self._hf_files.state | {"step_guard": self._guard.state_dict()},
+            state={key: value for key, value in state.items() if key != RUN}
+            | self._hf_files.state
+            | {"step_guard": self._guard.state_dict()},
             keep_last=args.keep_last_checkpoints,
             critic=None if self.critic is None else self.critic.saved(),
+            texts={RUN_FILE: json.dumps(state[RUN])} if RUN in state else {},
         )
 
     @property

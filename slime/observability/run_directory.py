@@ -10,7 +10,8 @@ import re
 import secrets
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from slime.core.errors import RunError
@@ -35,6 +36,31 @@ def _readable_errors(file: Path) -> Generator[Path]:
 
 def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def make_directory(folder: Path, name: str | None) -> Path:
+    """Make a new directory for a run and return its whole path: `folder`/`name`, or one named after the time.
+
+    A name that exists gets a number: `name`-2. Two runs that start at once get two directories, because making a
+    directory that exists fails.
+
+    Raises:
+        RunError: none can be made.
+    """
+    name = time.strftime("%Y%m%d-%H%M%S") if name is None else name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            path = folder.absolute() / (name if number == 1 else f"{name}-{number}")
+            with suppress(FileExistsError):
+                path.mkdir()
+                return path
+    except OSError as error:
+        raise RunError(
+            f"{folder.absolute()}: the run cannot make its directory there ({error.strerror or error}); free some "
+            "room, give yourself the permission, or name another directory with --save"
+        ) from error
+    raise AssertionError("numbers do not end")
 
 
 class RunDirectory:

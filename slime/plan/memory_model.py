@@ -254,7 +254,7 @@ def engine_memory(args: Args) -> EngineMemory | None:
     embedded = args.engine.on_cpu
     tp = 1 if embedded else args.rollout_num_gpus_per_engine
     width = 2 if str(args.sglang.get("dtype") or ("bfloat16" if args.bf16 else "float32")).endswith("16") else FP32
-    samples = (args.over_sampling_batch_size or args.rollout_batch_size) * args.n_samples_per_prompt
+    samples = (args.over_sampling_batch_size or args.rollout_batch_size) * args.resolved.n_samples_per_prompt
     running = args.sglang.get("max_running_requests") or (EMBEDDED_RUNNING_REQUESTS if embedded else samples)
     requests = min(-(-samples // args.num_engines), args.sglang_server_concurrency, running)
     context = args.rollout_max_context_len or arch.max_position_embeddings

@@ -13,7 +13,8 @@ from slime.config.epochs import planned_prompts, rollouts_of_epochs
 from slime.config.eval_data import eval_datasets
 from slime.config.pipeline_stages import count_multiple, num_chunks, stage_layers
 from slime.config.problem import Problem, show
-from slime.config.resolve import counts_gpus, gpu_memory
+from slime.config.resolve import OUTPUTS, counts_gpus, gpu_memory
+from slime.config.resuming import changed_flags, resumed_checkpoint
 from slime.core.architecture import padded_vocab_size
 from slime.core.printable import SENTENCE, printable
 from slime.observability.console.text import wrapped
@@ -55,6 +56,8 @@ def _devices(args: Args) -> Iterable[Row]:
         stages = range(args.pipeline_model_parallel_size)
         ranks = ",".join(_range((stage * replicas + replica) * block, block) for stage in stages)
         yield f"train {ranks}", f"data-parallel rank {replica}: {_model_parallel(args)}"
+    if args.colocate and args.num_engines:
+        yield "colocation", "training and generation share these devices; for their own, give --rollout-num-gpus N"
     first = 0 if args.colocate or args.debug_rollout_only else args.actor_world_size
     size = args.rollout_num_gpus_per_engine
     for engine in _shown(args.num_engines):
@@ -110,7 +113,7 @@ def _memory(args: Args) -> Iterable[Row]:
     on_cuda = counts_gpus(args)
     train, engine = train_memory(args, on_cuda=on_cuda), engine_memory(args)
     if train is None and engine is None:
-        why = "a mixture of experts" if args.num_experts else "the model is unknown"
+        why = "a mixture of experts" if args.num_experts else "the model is unknown (see the warnings)"
         yield "", f"not estimated: {why}; so it is not compared with a GPU's memory"
         return
     context = CUDA_CONTEXT if on_cuda else 0
@@ -234,11 +237,11 @@ def _length(args: Args) -> str:
 
 
 def _batches(args: Args) -> Iterable[Row]:
-    samples = args.rollout_batch_size * args.n_samples_per_prompt
+    samples = args.rollout_batch_size * args.resolved.n_samples_per_prompt
     yield "run", f"{_length(args)} from {show(args.prompt_data) or args.data_source_path}"
     yield (
         "rollout",
-        f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {samples} samples, "
+        f"{args.rollout_batch_size} prompts x {args.resolved.n_samples_per_prompt} samples = {samples} samples, "
         f"up to {args.rollout_max_response_len} tokens each, temperature {args.rollout_temperature:g}",
     )
     if args.rollouts_ahead:
@@ -274,15 +277,44 @@ def _algorithm(args: Args) -> Iterable[Row]:
     yield "optimizer", f"{args.optimizer}, lr {args.lr:g} ({args.lr_decay_style}), weight decay {args.weight_decay:g}"
 
 
+def _own_directory(args: Args) -> str:
+    return f"{OUTPUTS}/{args.run_name or 'TIME'}/, which the run makes"
+
+
+def _saves(args: Args) -> str:
+    """Return where and when checkpoints are saved, and how many are kept."""
+    where = args.save or _own_directory(args)
+    if not args.saves:
+        return f"no checkpoint ({'--save-interval 0' if args.save_interval == 0 else 'nothing is trained'})"
+    often = f"every {args.save_interval} rollouts and " if args.save_interval else ""
+    if args.save_interval_minutes is not None:
+        often += f"every {args.save_interval_minutes:g} minutes and "
+    kept = "" if args.keep_last_checkpoints is None else f"; the newest {args.keep_last_checkpoints} are kept"
+    return f"{where}, {often}after the last{kept}"
+
+
+def _continued(args: Args) -> Iterable[Row]:
+    """Yield the checkpoint that the run continues from, and the flags that have changed since it was written."""
+    resumed = resumed_checkpoint(args)
+    if resumed is None:
+        return
+    yield "", f"continues after {resumed.path.name} with rollout {resumed.rollout_id + 1}"
+    changed = changed_flags(args, resumed)
+    if changed:
+        yield "", f"changed since the checkpoint: {', '.join(changed)}"
+    elif resumed.flags:
+        yield "", "no flag has changed since the checkpoint"
+
+
 def _files(args: Args) -> Iterable[Row]:
     if args.debug_rollout_only:
         yield "weights", f"{args.hf_checkpoint or '(not given)'}, as the engines load them"
-        yield "logs", args.log_dir or "(not given)"
+        yield "logs", args.log_dir or _own_directory(args)
     else:
         yield "load", args.load or "(not given)"
+        yield from _continued(args)
         yield "ref load", args.ref_load or "(not given)"
-        often = f"every {args.save_interval} rollouts and " if args.save_interval else ""
-        yield "save", f"{args.save}, {often}after the last" if args.save else "(not given)"
+        yield "save", _saves(args)
     if (args.eval_prompt_data or args.eval_config) and (args.num_engines or args.validates):
         yield from _evaluation(args)
 

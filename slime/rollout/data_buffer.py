@@ -14,6 +14,7 @@ from slime.config.args import Args
 from slime.config.context import longest_prompt
 from slime.config.data_rows import DataKeys
 from slime.config.epochs import prompt_weights, prompts_of_epoch
+from slime.config.resuming import SHA256, SHA256_OF_OTHERS
 from slime.core.plugins import hook_function
 from slime.core.sample import Sample
 from slime.rollout.epoch_order import epoch_order
@@ -22,8 +23,6 @@ from slime.rollout.prompts import load_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-OTHERS = "sha256 of the other columns"
 
 
 class DataBuffer:
@@ -37,7 +36,7 @@ class DataBuffer:
         if args.prompt_data is None:
             raise ValueError("--prompt-data: not given, and the rollout needs prompts; name a jsonl or parquet file")
         self._args = args
-        keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
+        keys = DataKeys.of(args, input_key=args.resolved.input_key, label_key=args.label_key)
         self._data = load_prompts(args.prompt_data, args, tokenizer, keys, longest=longest_prompt(args))
         path = args.buffer_filter_path
         self._filter = pop_first if path is None else hook_function("buffer_filter_path", path)
@@ -96,7 +95,8 @@ class DataBuffer:
             ValueError: `state` was taken with other data, or with another order of the same data.
         """
         saved, here = state["data"], self._fingerprint()
-        saved = {OTHERS: here[OTHERS], "--prompt-data-weights": None, **saved}  # older checkpoints do not have it
+        optional = {SHA256_OF_OTHERS: here[SHA256_OF_OTHERS], "--prompt-data-weights": None}
+        saved = optional | saved  # older checkpoints do not have these
         changed = [f"{name}: {saved.get(name)!r} then, {value!r} now" for name, value in here.items()
                    if saved.get(name) != value]  # fmt: skip
         if changed:
@@ -115,13 +115,13 @@ class DataBuffer:
         """Return all that decides which prompt a cursor means. The path is no part of it, because a file may move."""
         args = self._args
         return {
-            "sha256 of the data": self._data.sha256,
-            OTHERS: self._data.sha256_of_others,
+            SHA256: self._data.sha256,
+            SHA256_OF_OTHERS: self._data.sha256_of_others,
             "number of prompts": len(self._data.prompts),
             "--prompt-data-weights": self._weights(),
             "--rollout-shuffle": args.rollout_shuffle,
             "--rollout-seed": args.rollout_seed,
-            "--n-samples-per-prompt": args.n_samples_per_prompt,
+            "--n-samples-per-prompt": args.resolved.n_samples_per_prompt,
         }
 
     def _epoch_order(self) -> list[int]:
@@ -144,7 +144,7 @@ class DataBuffer:
         self._cursor += 1
         group = [
             prompt.to_sample(group_index=self._next_group_index, index=self._next_index + offset)
-            for offset in range(self._args.n_samples_per_prompt)
+            for offset in range(self._args.resolved.n_samples_per_prompt)
         ]
         self._next_group_index += 1
         self._next_index += len(group)

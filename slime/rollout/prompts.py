@@ -8,13 +8,10 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import orjson
 
 from slime.config.args import Args
 from slime.config.data_files import read_rows
@@ -22,6 +19,7 @@ from slime.config.data_paths import data_paths, data_words
 from slime.config.data_rows import DataError, DataKeys, Row, row_error
 from slime.config.messages import plain_messages
 from slime.config.prompt_format import PromptFormat
+from slime.config.resuming import RowHashes
 from slime.core.printable import one_line
 from slime.core.sample import Message, Sample
 from slime.rollout.chat_template import render_messages, render_text
@@ -100,7 +98,7 @@ def load_prompts(
             for a file that cannot be read; if no prompt is left.
     """
     form = PromptFormat.of(args) if form is None else form
-    rows = _Rows()
+    rows = _Rows(keys)
     words = [data_paths(word) for word in data_words(path)]
     for word, file in [(word, file) for word, files in enumerate(words) for file in files]:
         for row in read_rows(file, keys):
@@ -108,7 +106,8 @@ def load_prompts(
             if error is not None:
                 raise error
             assert isinstance(row, Row), "any other is an error"
-            rows.count(row, keys)
+            rows.total += 1
+            rows.hashes.add(row.data)
             conversation = keys.conversation(row.data)
             prompt = form.prompt(keys.prompt(row.data) if conversation is None else conversation)
             text = prompt_text(row, prompt, form, tokenizer, keys)
@@ -142,23 +141,17 @@ def load_prompts(
     if not prompts:
         raise ValueError(f"{named}: no prompt in it ({len(rows.dropped)} of {rows.total} left out as too long); "
                          "name another")  # fmt: skip
-    return PromptSet(named, prompts, sizes, rows.used.hexdigest(), rows.others.hexdigest())
+    return PromptSet(named, prompts, sizes, rows.hashes.used, rows.hashes.others)
 
 
 class _Rows:
     """The rows of all files of a set as they are read: each with its word, prompt and text, and what is counted."""
 
-    def __init__(self) -> None:
-        self.used, self.others = hashlib.sha256(), hashlib.sha256()
+    def __init__(self, keys: DataKeys) -> None:
+        self.hashes = RowHashes(keys)
         self.kept: list[tuple[int, Row, str | list[Message], str | None]] = []
         self.dropped: list[Row] = []
         self.total = 0
-
-    def count(self, row: Row, keys: DataKeys) -> None:
-        self.total += 1
-        self.used.update(orjson.dumps(keys.values(row.data), option=orjson.OPT_SORT_KEYS))
-        others = {name: value for name, value in row.data.items() if name not in keys.names and value is not None}
-        self.others.update(orjson.dumps(others, option=orjson.OPT_SORT_KEYS))
 
 
 def _far_too_long(text: str, longest: int, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -26,7 +26,7 @@ class SampleFailures:
 
     def __init__(self, args: Args, rollout_id: int) -> None:
         self._args = args
-        self._batch = args.rollout_batch_size * args.n_samples_per_prompt
+        self._batch = args.rollout_batch_size * args.resolved.n_samples_per_prompt
         self._rollout_id = rollout_id
         self._generated = 0
         self._not_generated = 0

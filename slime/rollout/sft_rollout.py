@@ -81,7 +81,7 @@ def num_trained(sample: Sample) -> int:
 
 def fill_responses(args: Args, samples: list[Sample], context: RolloutContext) -> None:
     """Give each sample of the training data its response (see `fill`)."""
-    keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
+    keys = DataKeys.of(args, input_key=args.resolved.input_key, label_key=args.label_key)
     fill(samples, context.tokenizer, keys, PromptFormat.of(args))
 
 

@@ -64,7 +64,7 @@ def survey(args: Args) -> list[Line]:
 
 def _sets(args: Args) -> Iterable[_Set]:
     if args.prompt_data is not None and not args.has_own_data_source and args.num_rollout != 0:
-        keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
+        keys = DataKeys.of(args, input_key=args.resolved.input_key, label_key=args.label_key)
         judge = None if args.loss_type == "sft_loss" else args.rm_type
         name = "prompts" if keys.loss_on is None else "examples"
         yield _Set(name, args.prompt_data, keys, PromptFormat.of(args), longest_prompt(args), judge)

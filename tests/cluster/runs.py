@@ -149,11 +149,11 @@ def environment() -> dict[str, str]:
     return {**env, **joined, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
 
 
-def start(arguments: list[str], log: Path, program: str = "train.py") -> subprocess.Popen[bytes]:
+def start(arguments: list[str], log: Path, program: str = "train.py", *, cwd: Path = ROOT) -> subprocess.Popen[bytes]:
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, str(ROOT / program), *arguments],
-            cwd=ROOT,
+            cwd=cwd,
             env=environment(),
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -167,9 +167,9 @@ def as_in_a_terminal() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def train(arguments: list[str], log: Path, program: str = "train.py") -> str:
+def train(arguments: list[str], log: Path, program: str = "train.py", *, cwd: Path = ROOT) -> str:
     """Run the program to its end and return its output; fail the test if the program fails."""
-    code = start(arguments, log, program).wait(timeout=RUN_TIMEOUT_S)
+    code = start(arguments, log, program, cwd=cwd).wait(timeout=RUN_TIMEOUT_S)
     output = log.read_text()
     assert code == 0, f"{program} ended with {code}:\n{output[-6000:]}"
     return output

@@ -65,7 +65,7 @@ def test_the_best_checkpoint_is_kept(finished: Path) -> None:
 
 
 def test_a_resume_with_other_data_is_refused(task: Task, finished: Path) -> None:
-    """The user sees the error's own sentence, and no traceback."""
+    """The error comes before anything starts, from what the checkpoint holds of its data."""
     data = finished / "train.jsonl"
     text = data.read_text()
     data.write_text(text.replace("+", "-"))
@@ -75,7 +75,8 @@ def test_a_resume_with_other_data_is_refused(task: Task, finished: Path) -> None
     finally:
         data.write_text(text)
     output = (finished / "refused.txt").read_text()
-    assert str(data) in output and "Traceback" not in output
+    assert output.startswith("1 problem with the arguments:\n  --prompt-data") and "Traceback" not in output
+    assert f"the data are not those with which {finished / 'run/iter_0000002'} was written" in output
     assert (finished / "run/metrics.jsonl").read_text() == (finished / "before/metrics.jsonl").read_text()
     assert_unchanged(finished)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from config_run import Run
 
-from slime.config.resolve import cuda_available
+from slime.config.resolve import cuda_available, in_directory
 from slime.plan.summary import format_plan
 
 URLS = "http://127.0.0.1:4000 http://127.0.0.1:4001"
@@ -45,7 +45,7 @@ def test_each_url_is_one_engine(bare: Run) -> None:
         ("--rollout-external-engines http://10.0.0.7:4000/v1", "http://10.0.0.7:4000/v1 is not an engine's URL"),
         ("--rollout-external-engines http://10.0.0.7:99999", "http://10.0.0.7:99999 is not an engine's URL"),
         (f"{NEAR} --colocate --dry-run", "--colocate shares the training GPUs with engines that the run starts"),
-        (f"{FAR}", "engine-weights: neither it nor --save was given, and http://10.0.0.7:4000 must read files there"),
+        (f"{FAR}", "neither it nor --save was given, and http://10.0.0.7:4000 must read files there"),
         ("--bf16 --rollout-engine sglang --rollout-num-gpus 1", "--rollout-engine sglang: SGLang needs a GPU"),
         (f"{OWN} --sglang-pp-size 2", "--sglang-pp-size 2: an engine must be one tensor-parallel group"),
         (f"{OWN} --sglang-api-key=", "--sglang-api-key: is empty, and an empty key does not count"),
@@ -128,13 +128,14 @@ def test_one_warning(bare: Run, words: str, message: str) -> None:
 def test_passes(bare: Run, words: str) -> None:
     args, problems = bare.load(*words.replace("DIR", str(bare.directory / "out")).split())
     assert problems == []
-    assert args.update_weight_disk_dir is not None
+    assert in_directory(args, "own").update_weight_disk_dir is not None
 
 
 def test_weight_files_are_next_to_the_checkpoints(bare: Run) -> None:
     run = OWN.split()
     assert bare.args(*run, "--save", "s", "--log-dir", "l").update_weight_disk_dir == "s/engine-weights"
-    assert bare.args(*run, "--log-dir", "l").update_weight_disk_dir == "l/engine-weights"
+    assert in_directory(bare.args(*run, "--log-dir", "l"), "own").update_weight_disk_dir == "own/engine-weights"
+    assert bare.args(*run, "--log-dir", "l", "--save-interval", "0").update_weight_disk_dir == "l/engine-weights"
     assert bare.args(*run, "--update-weight-disk-dir", "d").update_weight_disk_dir == "d"
 
 

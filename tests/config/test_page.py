@@ -94,7 +94,7 @@ def test_colocated() -> None:
 
 
 def test_colocated_is_not_decoupled() -> None:
-    with pytest.raises(UsageError, match="remove --rollout-num-gpus"):
+    with pytest.raises(UsageError, match="append --no-rollout-num-gpus, which takes it back"):
         plan(page_words(f"{COLOCATED} --rollout-num-gpus 4"))
 
 

@@ -38,7 +38,6 @@ def test_the_base_passes(run: Run) -> None:
         ("--num-epoch 2", "--num-rollout 3: cannot be combined with --num-epoch 2"),
         ("--use-dynamic-batch-size", "--use-dynamic-batch-size: has no token budget; add --max-tokens-per-gpu"),
         ("--eval-interval 2", "--eval-interval 2: nothing to evaluate on"),
-        ("--save-interval 2", "--save-interval 2: there is no directory to save to; add --save"),
         ("--fp16", "--fp16: RL's log-prob ratios need bf16 or fp32"),
         ("--attention-dropout 0.1", "--attention-dropout 0.1: packed attention has no dropout"),
         ("--rm-type deepscalar", "--rm-type deepscalar: unknown reward type; one of deepscaler"),
@@ -227,15 +226,17 @@ def test_megatrons_list_names_fields_that_exist() -> None:
 def test_colocate_with_rollout_num_gpus(run: Run) -> None:
     error = run.error("--colocate", "--dry-run")
     assert error == (
-        "--rollout-num-gpus 2: --colocate shares the training GPUs with the engines; remove --rollout-num-gpus"
+        "--rollout-num-gpus 2: --colocate shares the 1 training GPUs with the engines, and engines on further GPUs are "
+        "not part of this version; append --no-rollout-num-gpus, which takes it back, or --no-colocate"
     )
 
 
 def test_missing_basics(run: Run) -> None:
     run.base = [word for word in run.base if word not in ("--num-rollout", "3", "--rollout-num-gpus", "2")]
     run.base = [*run.base[: run.base.index("--n-samples-per-prompt")], "--n-samples-per-prompt", "4", "--no-bf16"]
-    errors = run.errors()
-    assert [error.split(":")[0] for error in errors] == ["--rollout-num-gpus", "--num-rollout"]
+    run.base[run.base.index("--prompt-data") : run.base.index("--prompt-data") + 2] = []
+    errors = run.errors("--no-colocate")
+    assert [error.split(":")[0] for error in errors] == ["--rollout-num-gpus", "--num-rollout", "--prompt-data"]
 
 
 @pytest.mark.parametrize(
@@ -356,19 +357,19 @@ def test_checkpoint_instead_of_ref_load(run: Run) -> None:
     load = run.directory / "load"
     load.mkdir()
     assert run.errors("--load", str(load)) == []  # starts from --ref-load
-    run.base[run.base.index("--ref-load") : run.base.index("--ref-load") + 2] = []
-    assert "contains no checkpoint" in run.error("--load", str(load))
+    run.base[run.base.index("--ref-load") + 1] = "/nowhere"
+    assert "--ref-load /nowhere: there is no such directory" in run.error("--load", str(load))
     (load / "latest_checkpointed_iteration.txt").write_text("3")
-    assert "contains no checkpoint" in run.error("--load", str(load))
+    assert "--ref-load /nowhere" in run.error("--load", str(load))
     itself = load / "iter_0000003"
     itself.mkdir()
     assert run.errors("--load", str(load)) == []
-    assert "contains no checkpoint" in run.error("--load", str(itself))
+    assert "--ref-load /nowhere" in run.error("--load", str(itself))
     (itself / ".metadata").write_bytes(b"")
     assert run.errors("--load", str(itself)) == []
     (load / "latest_checkpointed_iteration.txt").unlink()  # killed before it was written
     assert run.errors("--load", str(load)) == []
-    assert "--ref-load: not given" in run.error("--load", str(load), "--use-kl-loss", "--kl-loss-coef", "0.1")
+    assert "--ref-load /nowhere" in run.error("--load", str(load), "--use-kl-loss", "--kl-loss-coef", "0.1")
 
 
 def test_resolved_values(run: Run) -> None:

@@ -10,6 +10,7 @@ import pytest
 from config_run import Run
 
 from slime.config.experiment_trackers import TRACKERS
+from slime.config.resolve import in_directory
 from slime.config.rules.imports import is_installed
 
 
@@ -71,7 +72,7 @@ def test_swanlab_needs_an_account_or_to_be_offline(run: Run, monkeypatch: pytest
 def test_event_directory(run: Run, tmp_path: Path) -> None:
     args = run.args("--use-tensorboard", "--save", str(tmp_path / "save"))
     assert args.tensorboard_dir == f"{tmp_path}/save/tensorboard"
-    assert run.args("--use-tensorboard").tensorboard_dir == "outputs/tensorboard"
+    assert in_directory(run.args("--use-tensorboard"), "own").tensorboard_dir == "own/tensorboard"
     assert run.args().tensorboard_dir is None
     [warning] = run.warnings("--tensorboard-dir", str(tmp_path))
     assert "no effect: it belongs to --use-tensorboard" in warning
@@ -80,8 +81,8 @@ def test_event_directory(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_name_in_trackers_is_its_switch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = run.args("--trackers", "tensorboard")
-    assert (args.use_tensorboard, args.tensorboard_dir) == (True, "outputs/tensorboard")
+    args = in_directory(run.args("--trackers", "tensorboard"), "own")
+    assert (args.use_tensorboard, args.tensorboard_dir) == (True, "own/tensorboard")
     assert args.tracker_names == run.args("--use-tensorboard").tracker_names == ("tensorboard",)
     assert run.args().tracker_names == ()
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -84,7 +84,8 @@ def run(command: Sequence[str], *, logs: Path | None = None) -> None:
 
 def train(words: Sequence[str], log_dir: Path) -> list[dict[str, Any]]:
     """Run train.py, and return the events of its metrics.jsonl."""
-    run(["train.py", *words, "--log-dir", str(log_dir)], logs=log_dir)
+    unsaved = () if "--save" in words else ("--save-interval", "0")
+    run(["train.py", *words, *unsaved, "--log-dir", str(log_dir)], logs=log_dir)
     return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
 
 

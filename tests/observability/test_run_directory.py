@@ -5,13 +5,14 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from slime.core.errors import RunError
 from slime.observability.metrics_log import read_metrics
-from slime.observability.run_directory import RunDirectory
+from slime.observability.run_directory import RunDirectory, make_directory
 from slime.observability.samples_file import SamplesFile, read_samples
 
 HOLD = """
@@ -123,3 +124,39 @@ def test_unusable_run_files_give_one_message(tmp_path: Path) -> None:
     (tmp_path / "logs/run_id").write_bytes(b"\xff\x00garbage")
     assert directory.run_id(new=False) not in (name, "")
     directory.close()
+
+
+MAKE = """
+import sys, time
+from pathlib import Path
+from slime.observability.run_directory import make_directory
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(20):
+    print(make_directory(Path("outputs"), "mine"), flush=True)
+"""
+
+
+def test_runs_of_the_same_second_get_directories(tmp_path: Path) -> None:
+    """Processes that start together, with the same name: no directory is given out twice."""
+    command = [sys.executable, "-c", MAKE]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    started = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for process in started:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    made = [line for process in started for line in process.communicate("go\n")[0].split()]
+    names = ["mine", *(f"mine-{number}" for number in range(2, 41))]
+    assert sorted(made) == sorted(str(tmp_path / "outputs" / name) for name in names)
+
+
+def test_a_run_without_a_name_has_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda _: "20260102-030405")
+    first, second = (make_directory(tmp_path / "new" / "outputs", None) for _ in range(2))
+    assert (first.name, second.name) == ("20260102-030405", "20260102-030405-2")
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", Path("/proc/nowhere")):
+        with pytest.raises(RunError, match=f"{folder}: the run cannot make its directory there .*with --save"):
+            make_directory(folder, "mine")

@@ -27,7 +27,8 @@ class ClusterOptions:
     actor_num_gpus_per_node: int = flag(1, "Training GPUs per node (CPU: training processes).", ge=1, le=1024)
     rollout_num_gpus: int | None = flag(
         None,
-        "GPUs for generation (on a CPU: engine processes). 0: no engines, for runs that generate nothing.",
+        "GPUs for generation (on a CPU: engine processes). 0: no engines, for runs that generate nothing. "
+        "--no-rollout-num-gpus takes an earlier number back, for --colocate.",
         ge=0,
         le=1048576,
     )
@@ -44,7 +45,11 @@ class ClusterOptions:
     memory_check: bool = flag(
         True, "A plan that needs more memory than a GPU has stops the run; --no-memory-check only warns."
     )
-    colocate: bool = flag(False, "Colocation: training and generation share the same devices.")
+    colocate: bool | None = flag(
+        None,
+        "Colocation: training and generation share the same devices. Unset, and without --rollout-num-gpus: yes, if "
+        "this machine has one GPU or none.",
+    )
     offload: bool | None = flag(
         None,
         "With --colocate: engines release memory while training runs. Unset: yes.",
@@ -122,7 +127,7 @@ class ClusterOptions:
     update_weight_disk_dir: str | None = flag(
         None,
         "Directory that trainers write and engines read under the same path, for --update-weight-transport disk and "
-        "for --check-weight-sync. Unset: engine-weights under --save, or under the run's directory without --save.",
+        "for --check-weight-sync. Unset: engine-weights in the run's directory.",
         metavar="DIR",
     )
     update_weight_buffer_size: int = flag(
@@ -150,15 +155,42 @@ class CheckpointOptions:
     """Loading and saving of checkpoints."""
 
     hf_checkpoint: str | None = flag(None, "HF directory: tokenizer, config.json and the engines' first weights.")
-    ref_load: str | None = flag(None, "Reference model: a torch_dist checkpoint or an HF directory.")
+    ref_load: str | None = flag(
+        None,
+        "Reference model, from which the actor starts, too: a torch_dist checkpoint or an HF directory. Unset: "
+        "--hf-checkpoint.",
+    )
     load: str | None = flag(
         None,
         "Directory of checkpoints; the run continues from its newest complete one. If it is missing or empty, the "
         "actor starts from --ref-load.",
     )
-    save: str | None = flag(None, "Directory for checkpoints, args.yaml, metrics.jsonl and logs.")
-    save_interval: int | None = flag(None, "Save every N rollouts, and always after the last one.", ge=1)
-    keep_last_checkpoints: int | None = flag(None, "Keep the newest K checkpoints and remove older ones.", ge=1)
+    save: str | None = flag(
+        None,
+        "Directory for checkpoints, args.yaml, metrics.jsonl and logs. Unset: a new directory for each run, "
+        "outputs/NAME with --run-name, otherwise outputs/ and the time.",
+    )
+    run_name: str | None = flag(
+        None,
+        "Name of the run: of its directory under outputs/ without --save, and in W&B. If outputs/NAME exists, the "
+        "directory is NAME-2.",
+        metavar="NAME",
+    )
+    save_interval: int | None = flag(
+        None, "Save every N rollouts, and always after the last one. 0: never save a checkpoint.", ge=0
+    )
+    save_interval_minutes: float | None = flag(
+        None,
+        "Save after the first rollout that ends this long after the last save, and after the last rollout. Saves that "
+        "take longer than 3 % of the time happen less often. Unset: 10 without --save and --save-interval, otherwise "
+        "never.",
+        gt=0,
+        le=1e6,
+        metavar="MIN",
+    )
+    keep_last_checkpoints: int | None = flag(
+        None, "Keep the newest K checkpoints and remove older ones. Unset: 2 without --save, otherwise all.", ge=1
+    )
     keep_best_checkpoint: str | None = flag(
         None,
         "An evaluation metric, eval/NAME/reward or eval/NAME/pass@K. Among the checkpoints whose weights were "
@@ -229,7 +261,7 @@ class LoggingOptions:
     """Logs and metrics, in addition to the console and metrics.jsonl, which every run has."""
 
     log_dir: str | None = flag(
-        None, "Directory of metrics.jsonl and the processes' logs; unset: --save, else outputs/."
+        None, "Directory of metrics.jsonl and the processes' logs. Unset: --save, or the run's own directory."
     )
     log_samples_per_rollout: int = flag(
         32,
@@ -249,7 +281,9 @@ class LoggingOptions:
     wandb_project: str | None = flag(None, "W&B project; unset: slime.", needs=_WANDB)
     wandb_entity: str | None = flag(None, "W&B user or team; unset: your own.", needs=_WANDB)
     wandb_group: str | None = flag(None, "W&B group.", needs=_WANDB)
-    wandb_exp_name: str | None = flag(None, "Name of the W&B run; unset: W&B chooses one.", needs=_WANDB)
+    wandb_exp_name: str | None = flag(
+        None, "Name of the W&B run; unset: --run-name, or one that W&B chooses.", needs=_WANDB
+    )
     use_tensorboard: bool = flag(False, "Log to TensorBoard as well.")
     tensorboard_dir: str | None = flag(
         None,

@@ -31,12 +31,22 @@ class RolloutOptions:
         "path@[a:b] takes a slice.",
         metavar="PATH ...",
     )
-    input_key: str = flag("prompt", "Key of the prompt in a data row. a.b is b inside of a.")
-    label_key: str | None = flag(None, "Key of the label that the reward compares with. Unset: no labels.")
+    input_key: str | None = flag(
+        None,
+        "Key of the prompt in a data row. a.b is b inside of a. Unset: the first of prompt, messages, question and "
+        "problem that the first row has.",
+    )
+    label_key: str | None = flag(
+        None,
+        "Key of the label that the reward compares with. Unset: for rewards that need one and for --custom-rm-path, "
+        "the first of label, answer, solution, ground_truth and reward_model.ground_truth that the first row has.",
+    )
     metadata_key: str = flag("metadata", "Key of an object that is kept as sample.metadata.")
     tool_key: str | None = flag(None, "Key of the list of tools that is passed to the chat template.")
-    apply_chat_template: bool = flag(
-        False, "The tokenizer's chat template renders the prompts: OpenAI messages, or the text of one user message."
+    apply_chat_template: bool | None = flag(
+        None,
+        "The tokenizer's chat template renders the prompts: OpenAI messages, or the text of one user message. Unset: "
+        "yes if the first row's prompt is messages.",
     )
     system_prompt: str | None = flag(
         None,
@@ -119,10 +129,17 @@ class RolloutOptions:
     reward_key: str | None = flag(None, "The entry to train on if a reward function returns a dict.")
     num_rollout: int | None = flag(None, "Number of rollouts to run; 0 evaluates and stops.", ge=0)
     num_epoch: int | None = flag(
-        None, "Passes over the prompts, rounded up to whole rollouts; replaces --num-rollout.", ge=1
+        None,
+        "Passes over the prompts, rounded up to whole rollouts; replaces --num-rollout. Unset, and without it: 1.",
+        ge=1,
     )
     rollout_batch_size: int = flag(32, "Prompts in one rollout.", ge=1)
-    n_samples_per_prompt: int = flag(1, "Responses per prompt: the group that grpo and others compare.", ge=1)
+    n_samples_per_prompt: int | None = flag(
+        None,
+        "Responses per prompt: the group that grpo and others compare. Unset: 8 for estimators that compare the "
+        "responses of a group, otherwise 1.",
+        ge=1,
+    )
     rollout_temperature: float = flag(1.0, "Sampling temperature. Training divides its logits by it, too.", ge=0)
     rollout_top_p: float = flag(1.0, "Nucleus sampling. Training rollouts refuse a value below 1.", gt=0, le=1)
     rollout_top_k: int = flag(-1, "Top-k sampling; -1 or 0: off. Training rollouts refuse other values.", ge=-1)

@@ -149,6 +149,18 @@ SECTION_TITLES: Mapping[Source, str] = MappingProxyType(
 )
 
 
+def taken_back(spelling: str) -> FlagSpec | None:
+    """Return the flag whose earlier value `spelling` takes back: --rollout-num-gpus for --no-rollout-num-gpus.
+
+    All of slime's flags that may be unset have one, except switches, whose --no-x is a value, and --save: a run without
+    it saves all the same, so --no-save would promise too much.
+    """
+    spec, _ = spellings().get("--" + spelling.removeprefix("--no-"), (None, True))
+    if not spelling.startswith("--no-") or spec is None or spec.source != "slime" or spec.kind == "bool":
+        return None
+    return spec if spec.default in (None, ()) and spec.name != "save" else None
+
+
 def _load_table(source: Source) -> Iterable[FlagSpec]:
     """Read the rows of `<source>_flags.json`; tools/generate_flag_tables.py describes their keys."""
     text = files("slime.config.flags").joinpath(f"{source}_flags.json").read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ WIDE_FOR_A_SEQUENCE = 0.05
 def group_size(case: Case) -> Iterable[Problem]:
     """Check that there are several samples per prompt if the estimator or a filter compares them."""
     args = case.args
-    if args.n_samples_per_prompt > 1:
+    if args.resolved.n_samples_per_prompt > 1:
         return
     trains = not args.debug_rollout_only and args.num_rollout != 0
     if trains and args.compares_group:

@@ -25,7 +25,7 @@ def best_checkpoint(case: Case) -> Iterable[Problem]:
     """Check that --keep-best-checkpoint names a metric that evaluation reports."""
     args = case.args
     metric = args.keep_best_checkpoint
-    if metric is None or args.save is None or args.num_rollout == 0 or args.debug_rollout_only:
+    if metric is None or not args.saves:
         return  # no effect, which another rule reports
     if not case.evaluates or args.debug_train_only:
         about = ("eval_prompt_data", "eval_config", "debug_train_only")

@@ -40,6 +40,7 @@ from slime.config.rules.other_models import other_models
 from slime.config.rules.paths import directories, path_names, quantized, tokenizer, weight_files
 from slime.config.rules.replay import replay
 from slime.config.rules.rewards import custom_reward, eval_rewards, grammar, reward, reward_types, reward_url
+from slime.config.rules.saving import other_runs_checkpoints, own_directory, resumed_data, run_name
 from slime.config.rules.stages import pipeline_stages, recompute, virtual_stages
 from slime.config.rules.templates import template_variables
 
@@ -101,8 +102,8 @@ def steps(case: Case) -> Iterable[Problem]:
     """Check that a rollout's samples split evenly into optimizer steps."""
     args = case.args
     num_steps, batch = args.resolved.num_steps_per_rollout, args.resolved.global_batch_size
-    samples = args.rollout_batch_size * args.n_samples_per_prompt
-    described = f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {samples}"
+    samples = args.rollout_batch_size * args.resolved.n_samples_per_prompt
+    described = f"{args.rollout_batch_size} prompts x {args.resolved.n_samples_per_prompt} samples = {samples}"
     both = {"num_steps_per_rollout", "global_batch_size"} <= case.given
     about = ("num_steps_per_rollout", "global_batch_size", "rollout_batch_size", "n_samples_per_prompt")
     if num_steps * batch != samples:
@@ -214,12 +215,6 @@ def evaluation(case: Case) -> Iterable[Problem]:
         yield case.error("eval_interval", "nothing to evaluate on", remedy, also=["eval_prompt_data", "eval_config"])
 
 
-def saving(case: Case) -> Iterable[Problem]:
-    """Check that there is a directory to save to."""
-    if case.args.save_interval is not None and case.args.save is None and not case.args.debug_rollout_only:
-        yield case.error("save_interval", "there is no directory to save to", "add --save", also=["save"])
-
-
 # --- model and parallel sizes -----------------------------------------------------------------------------------
 
 
@@ -310,7 +305,10 @@ TRAINING_RULES: tuple[Rule, ...] = (
     grammar,
     custom_reward,
     evaluation,
-    saving,
+    own_directory,
+    run_name,
+    other_runs_checkpoints,
+    resumed_data,
     trackers,
     parallel_sizes,
     pipeline_stages,

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from slime.config.api_keys import FORMAT, control_key, key_fault
 from slime.config.problem import Problem, show
-from slime.config.resolve import cuda_available, joins_ray
+from slime.config.resolve import cuda_available, cuda_devices, joins_ray
 from slime.config.rules.case import Case
 from slime.config.secrets import masked
 from slime.config.weight_transports import AUTO as AUTO_TRANSPORT
@@ -27,15 +27,13 @@ def engines(case: Case) -> Iterable[Problem]:
     if args.rollout_external_engines:
         return
     if args.colocate and "rollout_num_gpus" in case.given:
-        yield case.error(
-            "rollout_num_gpus",
-            "--colocate shares the training GPUs with the engines",
-            "remove --rollout-num-gpus",
-            also=["colocate"],
-        )
+        rule = f"--colocate shares the {args.actor_world_size} training GPUs with the engines"
+        if (args.rollout_num_gpus or 0) > args.actor_world_size:
+            rule += ", and engines on further GPUs are not part of this version"
+        remedy = "append --no-rollout-num-gpus, which takes it back, or --no-colocate"
+        yield case.error("rollout_num_gpus", rule, remedy, also=["colocate"])
     elif args.rollout_num_gpus is None:
-        remedy = "give their number, or --colocate, or 0 for a run that generates nothing"
-        yield case.error("rollout_num_gpus", "not given", remedy, also=["colocate"])
+        yield _no_place(case)
     elif args.colocate and args.rollout_num_gpus % args.rollout_num_gpus_per_engine:
         rule = f"does not divide the {args.actor_world_size} training GPUs, which --colocate shares with the engines"
         about = ("colocate", "actor_num_nodes", "actor_num_gpus_per_node")
@@ -50,6 +48,18 @@ def engines(case: Case) -> Iterable[Problem]:
     elif args.rollout_num_gpus == 0 and case.evaluates and not (args.debug_train_only or args.validates):
         remedy = "make it at least 1, or leave out the evaluation data"
         yield case.error("rollout_num_gpus", "no engine, but evaluation generates", remedy)
+
+
+def _no_place(case: Case) -> Problem:
+    """Return the error of a run that says neither how many GPUs generate nor that they are shared."""
+    if case.args.rollouts_ahead:
+        rule, remedy = "not given, and train_async.py needs engines on devices of their own", "give their number"
+    elif "colocate" in case.given:
+        rule, remedy = "not given, with --no-colocate", "give their number, or 0 for a run that generates nothing"
+    else:
+        rule = f"not given, nor --colocate, and this machine has {cuda_devices()} GPUs"
+        remedy = "add --colocate to share the training GPUs, or give the number of GPUs for generation"
+    return case.error("rollout_num_gpus", rule, remedy, also=["colocate"])
 
 
 def sglang(case: Case) -> Iterable[Problem]:

@@ -47,12 +47,12 @@ def prompt_file(case: Case) -> Iterable[Problem]:
         remedy = "give one weight for each word of --prompt-data; the files of a pattern share theirs"
         yield case.error("prompt_data_weights", rule, remedy, also=["prompt_data"])
     if own_source:
-        keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
+        keys = DataKeys.of(args, input_key=args.resolved.input_key, label_key=args.label_key)
         asked = [args.metadata_key] if args.metadata_key != RolloutOptions.metadata_key else []
         asked += [args.tool_key] if args.tool_key is not None else []
         judged = case.generates and args.loss_type != "sft_loss"
         reward = _reward_check(case, keys, args.rm_type) if judged else None
-        check = _RowChecks(keys, args.apply_chat_template, reward, tuple(asked))
+        check = _RowChecks(keys, bool(args.apply_chat_template), reward, tuple(asked))
         yield from _data_files(case, "prompt_data", args.prompt_data, check)
 
 
@@ -134,7 +134,7 @@ def _has_checkpoint(directory: str) -> bool:
 def weights(case: Case) -> Iterable[Problem]:
     """Check that the actor has weights to start from, in --load or --ref-load.
 
-    A KL term and a teacher require --ref-load in any case.
+    A KL term and a teacher require --ref-load in any case. Unset, it is --hf-checkpoint.
     """
     args = case.args
     if args.debug_rollout_only:
@@ -142,15 +142,12 @@ def weights(case: Case) -> Iterable[Problem]:
     has_checkpoint = args.load is not None and _has_checkpoint(args.load)
     needs_reference = args.needs_reference
     if args.ref_load is None:
-        if needs_reference:
-            whom = "teacher" if args.distills else "KL's reference model"
-            yield case.error("ref_load", f"not given; the {whom} is loaded from it", "name a checkpoint")
-        elif not has_checkpoint:
-            where = "--load is not given" if args.load is None else f"{args.load} contains no checkpoint"
-            yield case.missing(
-                "ref_load", f"not given, and {where}: there are no weights to start from", "name a checkpoint"
-            )
-    elif not is_directory(args.ref_load) and (needs_reference or not has_checkpoint):
+        if args.distills:
+            yield case.error("ref_load", "not given; the teacher is loaded from it", "name a checkpoint")
+        return  # without --hf-checkpoint, another rule's error
+    if args.ref_load == args.hf_checkpoint:
+        return  # another rule checks that directory
+    if not is_directory(args.ref_load) and (needs_reference or not has_checkpoint):
         remedy = "convert one with tools/convert_hf_to_torch_dist.py, or name an HF directory"
         yield case.missing("ref_load", "there is no such directory", remedy)
 
@@ -158,8 +155,10 @@ def weights(case: Case) -> Iterable[Problem]:
 def _many_saves(case: Case) -> bool:
     """Return whether the run writes more than one checkpoint."""
     args = case.args
-    if args.save is None or args.save_interval is None or args.debug_rollout_only:
+    if not args.saves:
         return False
+    if args.save_interval is None:
+        return args.save_interval_minutes is not None
     return args.num_rollout is None or args.num_rollout > args.save_interval
 
 
@@ -175,7 +174,7 @@ def files_of_rollouts(case: Case) -> Iterable[Problem]:
             yield case.error(field, "only {rollout_id} can be filled in", remedy)
             continue
         one_file = path.format(rollout_id=0) == path.format(rollout_id=1)
-        about = ("num_rollout", "num_epoch", "save", "save_interval")
+        about = ("num_rollout", "num_epoch", "save", "save_interval", "save_interval_minutes")
         if one_file and field == "save_debug_rollout_data" and args.num_rollout not in (0, 1):
             rule = "has no {rollout_id}: each rollout would replace the previous one's file"
             yield case.error(field, rule, "put {rollout_id} into it", also=about)

@@ -167,10 +167,15 @@ TABLE: tuple[NoEffect, ...] = (
         "add --eval-prompt-data or --eval-config",
     ),
     NoEffect(
-        ("keep_last_checkpoints", "keep_best_checkpoint", "save_hf"),
-        lambda a: a.save is None and not a.debug_rollout_only,
-        "nothing is saved",
-        "add --save",
+        ("keep_last_checkpoints", "keep_best_checkpoint", "save_hf", "save_interval_minutes"),
+        lambda a: a.save_interval == 0,
+        "--save-interval 0 saves no checkpoint",
+        "leave one of the two out",
+    ),
+    NoEffect(
+        ("run_name",),
+        lambda a: not a.needs_directory and not a.use_wandb,
+        "it names the directory of a run without --save, and the run in W&B",
     ),
     NoEffect(
         ("load", "ref_load"),
@@ -179,13 +184,16 @@ TABLE: tuple[NoEffect, ...] = (
         "convert it and name it as --hf-checkpoint",
     ),
     NoEffect(
-        ("save_interval", "save_hf", "keep_last_checkpoints", "keep_best_checkpoint", "save_debug_train_data"),
+        (
+            *("save_interval", "save_interval_minutes", "save_hf", "keep_last_checkpoints", "keep_best_checkpoint"),
+            "save_debug_train_data",
+        ),
         lambda a: a.debug_rollout_only,
         "--debug-rollout-only trains nothing and saves no checkpoint",
     ),
     NoEffect(
         ("keep_best_checkpoint",),
-        lambda a: a.num_rollout == 0 and a.save is not None and not a.debug_rollout_only,
+        lambda a: a.num_rollout == 0 and not a.debug_rollout_only,
         "--num-rollout 0 saves no checkpoint",
     ),
     NoEffect(

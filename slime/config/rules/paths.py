@@ -46,20 +46,20 @@ def directories(case: Case) -> Iterable[Problem]:
             yield case.error(field, "is a file, not a directory", "name a directory")
     for field in ("save", "log_dir", "tensorboard_dir", "update_weight_disk_dir"):
         path = vars(case.args)[field]
-        if path is None or not (field in case.given or (field == "log_dir" and "save" not in case.given)):
+        if path is None or field not in case.given:
             continue
         fault = _stat(path)
         if fault == "file":
             yield case.error(field, "is a file, not a directory", "name a directory")
             continue
-        fault = fault or _long_name(path) or _unwritable(Path(path))
+        fault = fault or _long_name(path) or unwritable(Path(path))
         if fault is not None:
             yield case.missing(field, fault, "name a directory that you can write to")
     for field in ("save_hf", "save_debug_rollout_data"):
         path = vars(case.args)[field]
         if path is None:
             continue
-        fault = _long_name(path) or _unwritable(Path(path.partition("{")[0] or ".").parent)
+        fault = _long_name(path) or unwritable(Path(path.partition("{")[0] or ".").parent)
         if fault is not None:
             yield case.missing(field, fault, "name a place that you can write to")
 
@@ -79,7 +79,7 @@ def _long_name(path: str) -> str | None:
     return f"a name of {longest} bytes in it is too long" if longest > MAX_NAME_BYTES else None
 
 
-def _unwritable(path: Path) -> str | None:
+def unwritable(path: Path) -> str | None:
     """Return why a run cannot create `path` and write into it, or None if it can."""
     there = path.absolute()
     try:
@@ -146,12 +146,17 @@ def quantized(case: Case) -> Iterable[Problem]:
 
 
 def weight_files(case: Case) -> Iterable[Problem]:
-    """Check that every safetensors file of an HF directory exists and has the length that its header implies."""
+    """Check that every safetensors file of an HF directory exists and has the length that its header implies.
+
+    Each directory is checked once.
+    """
     args = case.args
+    seen: set[str] = set()
     for field in MODEL_DIRECTORIES:
         path: str | None = vars(args)[field]
-        if path is None or not is_file(f"{path}/config.json"):
+        if path is None or path in seen or not is_file(f"{path}/config.json"):
             continue
+        seen.add(path)
         pickled = _pickled_alone(Path(path))
         if pickled is not None:
             rule = f"{pickled} is a pickle, which may run code and is never read, and there are no safetensors"

@@ -47,7 +47,7 @@ def reward_types(case: Case) -> Iterable[Problem]:
 
 
 def reward(case: Case) -> Iterable[Problem]:
-    """Check that training samples have a reward, and that it has the label it needs."""
+    """Check that training samples have a reward; the check of every row finds labels that are missing."""
     args = case.args
     if not case.generates or args.custom_rm_path is not None or args.loss_type == "sft_loss":
         return
@@ -55,9 +55,6 @@ def reward(case: Case) -> Iterable[Problem]:
         if args.custom_generate_function_path is not None:  # the function may set sample.reward
             return
         yield case.warning("rm_type", "not given, nor --custom-rm-path", _METADATA_REMEDY, also=["custom_rm_path"])
-    elif args.label_key is None and needs_label(args.rm_type):
-        rule = f"{args.rm_type} compares the answer with a label, but no label key is given"
-        yield case.error("label_key", rule, "add --label-key", also=["rm_type"])
 
 
 def eval_rewards(case: Case) -> Iterable[Problem]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
@@ -110,6 +111,7 @@ def save_checkpoint(
     state: dict[str, Any],
     keep_last: int | None = None,
     critic: Trained | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `<save_dir>/iter_<rollout_id>` and point the tracker file at it.
 
@@ -117,6 +119,7 @@ def save_checkpoint(
         state: the state of the data side, JSON-able; rank 0's is written.
         keep_last: keep this many of the newest checkpoints and remove the older ones.
         critic: is written as a checkpoint of its own inside this one.
+        texts: further small files, by name; rank 0's are written.
 
     Returns:
         The checkpoint's directory.
@@ -130,7 +133,7 @@ def save_checkpoint(
             _write(written / CRITIC, critic.model, critic.content(rollout_id), {**header, "state": critic.state})
             header[manifest.PARTS] = [CRITIC]
         content = policy.content(rollout_id) | {rng_state.KEY: rng_state.rng_object()}
-        _write(written, model, content, header)
+        _write(written, model, content, header, texts or {})
         path = on_rank_zero(lambda: files.commit(written, str(rollout_id)))
     if keep_last is not None:
         for removed in on_rank_zero(lambda: files.remove_old(save_dir, keep_last, saved=rollout_id)):
@@ -153,7 +156,13 @@ def _written(save_dir: Path, name: str) -> Iterator[Path]:
         yield written
 
 
-def _write(directory: Path, model: ModelChunks, content: dict[str, Any], header: dict[str, Any]) -> None:
+def _write(
+    directory: Path,
+    model: ModelChunks,
+    content: dict[str, Any],
+    header: dict[str, Any],
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Write one model's files, and after them the manifest that holds their sizes and digests."""
     with cpu_layer.layer(), _readable_errors(f"saving to {directory.parent} failed", RuntimeError):
         metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
@@ -171,6 +180,7 @@ def _write(directory: Path, model: ModelChunks, content: dict[str, Any], header:
         )
     of_ranks = on_every_rank(lambda: saved.digests)
     digests = {name: value for own in of_ranks for name, value in own.items()}
+    on_rank_zero(lambda: [(directory / name).write_text(text) for name, text in texts.items()])
     on_rank_zero(lambda: manifest.write_state(directory, header, digests | manifest.digests_of_small_files(directory)))
 
 
