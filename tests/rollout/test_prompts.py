@@ -26,7 +26,7 @@ RESPONSES = ["So \\boxed{51}", "So \\boxed{\\frac{3}{2}}", "So \\boxed{3}"]
 
 def _load(path: str, tokenizer: PreTrainedTokenizerFast, **flags: Any) -> list[Prompt]:
     args = Args(**{"apply_chat_template": True, **flags})
-    keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
+    keys = DataKeys.of(args, input_key=args.resolved.input_key, label_key=args.label_key)
     return load_prompts(path, args, tokenizer, keys, longest=None).prompts
 
 
