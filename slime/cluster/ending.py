@@ -83,7 +83,7 @@ def _model(args: Args, outcome: Outcome) -> list[str]:
     if outcome.done == outcome.first:
         return [f"model: {outcome.loaded} (nothing was trained now)"]
     if outcome.saved is None:
-        return ["WARNING nothing was saved: the trained weights are lost; --save DIR would have kept them"]
+        return ["WARNING nothing was saved: the trained weights are lost; --save-interval 0 saves no checkpoint"]
     exported = _exported(args, outcome)
     return [f"model: {outcome.saved}" + (f"  Hugging Face: {exported}" if exported else "")]
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
-from slime.config.args import Args
+from slime.config.args import SFT_ROLLOUT, Args
 from slime.config.data_defaults import data_defaults
 from slime.config.engine_kinds import AUTO, ENGINE_KINDS, ON_CPU, ON_GPUS
 from slime.config.experiment_trackers import TRACKERS
@@ -25,8 +25,6 @@ KEEP_LAST = 2
 """When a run without --save saves, and how many checkpoints it keeps."""
 OUTPUTS = "outputs"
 """The folder, in the current one, with the directories of runs without --save."""
-SUPERVISED = "slime.rollout.sft_rollout.generate_rollout"
-"""The rollout function that takes its responses from the data."""
 
 
 @cache
@@ -181,7 +179,7 @@ def _placement(args: Args) -> dict[str, Any]:
 
 def _generates(args: Args) -> bool:
     """Return whether the run may ask engines for responses, in training or in evaluation."""
-    given = args.rollout_function_path == SUPERVISED or args.load_debug_rollout_data is not None
+    given = args.rollout_function_path == SFT_ROLLOUT or args.load_debug_rollout_data is not None
     return not given or (bool(args.eval_prompt_data or args.eval_config) and not args.validates)
 
 

@@ -92,7 +92,7 @@ class _Collector:
 
     def progress(self) -> SampleProgress:
         """Count the samples of the groups that are kept or may be; this only reads."""
-        total = self._args.rollout_batch_size * self._args.n_samples_per_prompt
+        total = self._args.rollout_batch_size * self._args.resolved.n_samples_per_prompt
         samples = [s for group in (*self._kept, *self._pending.values()) for s in group.samples]
         ended = [s for s in samples if s.is_finished or s.status is Status.FAILED]
         judged = sum(s.reward is not None or s.reward_failure is not None for s in ended)

@@ -65,7 +65,7 @@ def test_commands_parse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_lost_weights_are_told(tmp_path: Path) -> None:
     write(tmp_path, {"step": 1, "rollout/reward": 0.25}, {"step": 6, "rollout/reward": -0.0001})
     lines = closing_lines(run_args(tmp_path), outcome(None))
-    assert lines[1] == "WARNING nothing was saved: the trained weights are lost; --save DIR would have kept them"
+    assert lines[1] == "WARNING nothing was saved: the trained weights are lost; --save-interval 0 saves no checkpoint"
     assert lines[2] == "reward of the samples: 0.250 in rollout 0 -> 0.000 in rollout 5"
     assert not [line for line in lines if "export" in line or "answers" in line]
     saved = closing_lines(run_args(tmp_path, save="x"), outcome(Path("x")))
