@@ -27,6 +27,7 @@ from slime.config.flags.rollout_options import EvalOptions, HookOptions, Rollout
 from slime.config.reward_types import needs_url
 from slime.config.weight_transports import TRANSPORTS
 from slime.core.architecture import Architecture
+from slime.core.user_code import split_path
 
 T = TypeVar("T")
 
@@ -38,6 +39,8 @@ DEFAULT_KL_CLAMP = 10.0
 """The default bound of low_var_kl in the loss, as in verl and OpenRLHF."""
 
 
+REWARD_SUM = "sum"
+"""The default --reward-key of several reward functions: their weighted sum is stored under it."""
 SFT_ROLLOUT = "slime.rollout.sft_rollout.generate_rollout"
 """The rollout function that takes its responses from the data, for supervised fine-tuning."""
 
@@ -247,6 +250,21 @@ class Args(
         """Return the names of the run's trackers, in the order of their table."""
         on = {name for name, row in TRACKERS.items() if row.switch is not None and vars(self)[row.switch]}
         return tuple(name for name in TRACKERS if name in on.union(self.trackers))
+
+    @property
+    def reward_paths(self) -> tuple[str, ...]:
+        """Return the paths of --custom-rm-path; one alone is a text."""
+        given = self.custom_rm_path
+        return () if given is None else (given,) if isinstance(given, str) else given
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """Return the name of each function of --custom-rm-path, under which its value is recorded if there are several.
+
+        >>> Args(custom_rm_path=("rewards.py:right", "rewards.short")).reward_names
+        ('right', 'short')
+        """
+        return tuple(split_path(path)[1] for path in self.reward_paths)
 
     @property
     def may_ask_judge(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
-from slime.config.args import SFT_ROLLOUT, Args
+from slime.config.args import REWARD_SUM, SFT_ROLLOUT, Args
 from slime.config.data_defaults import data_defaults
 from slime.config.engine_kinds import AUTO, ENGINE_KINDS, ON_CPU, ON_GPUS
 from slime.config.experiment_trackers import TRACKERS
@@ -101,6 +101,8 @@ def resolve(args: Args) -> Args:
         changes["log_probs_chunk_size"] = 8192 if for_gpus(args) and changes.get("bf16", args.bf16) else 1024
     if args.eps_clip_high is None:
         changes["eps_clip_high"] = args.resolved.eps_clip_high
+    if args.reward_key is None and len(args.reward_paths) > 1:
+        changes["reward_key"] = REWARD_SUM
     if args.critic_lr is None:
         changes["critic_lr"] = args.lr
     for name in args.tracker_names:

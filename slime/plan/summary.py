@@ -271,10 +271,19 @@ def _algorithm(args: Args) -> Iterable[Row]:
             kl += f", KL in the reward {args.kl_coef:g}"
         clip = f"clip {args.eps_clip:g}/{args.eps_clip_high:g}"
         yield "loss", f"{args.loss_type}, {args.advantage_estimator}, {clip}, {kl}, entropy {args.entropy_coef:g}"
-        yield "reward", args.custom_rm_path or args.rm_type or "by metadata.rm_type"
+        yield "reward", _own_reward(args) or args.rm_type or "by metadata.rm_type"
     mean = "over tokens" if args.calculate_per_token_loss else "over samples of each sample's mean"
     yield "mean", mean
     yield "optimizer", f"{args.optimizer}, lr {args.lr:g} ({args.lr_decay_style}), weight decay {args.weight_decay:g}"
+
+
+def _own_reward(args: Args) -> str:
+    """Return the function of --custom-rm-path, or the sum of several: `1 * a.right + 0.1 * a.short`."""
+    paths = args.reward_paths
+    if len(paths) < 2:
+        return "".join(paths)
+    weights = args.reward_weights or (1.0,) * len(paths)
+    return " + ".join(f"{weight:g} * {path}" for weight, path in zip(weights, paths, strict=False))
 
 
 def _own_directory(args: Args) -> str:

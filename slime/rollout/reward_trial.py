@@ -35,10 +35,16 @@ _WRONG_FORM = {failure_kind(kind) for kind in (NO_ENTRY, NOT_A_NUMBER, CRASH, ME
 
 
 def try_reward(args: Args) -> list[Problem]:
-    """Return what is wrong with the custom reward, as its first call shows; empty without one, or without data."""
+    """Return what is wrong with each custom reward, as its first call shows; empty without one, or without data."""
     sample = _first_sample(args)
-    if args.custom_rm_path is None or sample is None:
+    if sample is None:
         return []
+    alone = [replace(args, custom_rm_path=path) for path in args.reward_paths]
+    return [problem for each in alone for problem in _try_one(each, sample.copy())]
+
+
+def _try_one(args: Args, sample: Sample) -> list[Problem]:
+    """Try the one function of --custom-rm-path."""
     with tempfile.TemporaryDirectory(prefix="slime-reward-") as folder:
         try:
             judged = asyncio.run(_judged(args, sample, Path(folder)))
@@ -55,7 +61,7 @@ def _first_sample(args: Args) -> Sample | None:
     unjudged = args.loss_type == "sft_loss" or args.debug_train_only or args.load_debug_rollout_data is not None
     if args.prompt_data is None or args.has_own_data_source or args.num_rollout == 0 or unjudged:
         return None
-    keys = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key)
+    keys = DataKeys.of(args, input_key=args.resolved.input_key, label_key=args.label_key)
     try:
         paths = data_paths(args.prompt_data)
     except DataError:  # a warning of the plan reports it
@@ -92,7 +98,7 @@ async def _judged(args: Args, sample: Sample, folder: Path) -> Sample:
     pool = RewardPool(replace(args, rm_num_workers=1), folder)
     try:
         if pool.by_group:
-            group = [replace(sample.copy(), index=index) for index in range(args.n_samples_per_prompt)]
+            group = [replace(sample.copy(), index=index) for index in range(args.resolved.n_samples_per_prompt)]
             await pool.judge_group(group)
             return next((one for one in group if one.reward_failure is not None), group[0])
         (await pool.judge(sample)).apply(sample)

@@ -10,6 +10,7 @@ import pytest
 from config_run import MESSAGE, Run
 
 from slime.config.reward_types import REWARD_TYPES, facts_of, needs_label
+from slime.plan.summary import format_plan
 
 URL = ["--rm-url", "http://127.0.0.1:9000/judge"]
 
@@ -122,6 +123,35 @@ def test_flags_that_no_reward_reads(run: Run, own: str) -> None:
     assert run.warnings(*one) == run.warnings(*group, "--group-rm") == []
     assert "takes `sample`, but --group-rm passes a list of samples" in run.warnings(*one, "--group-rm")[0]
     assert "takes `samples`, but receives one sample at a time" in run.warnings(*group)[0]
+
+
+def test_each_reward_function_has_a_name_and_weight(run: Run, own: str) -> None:
+    _without(run, "--rm-type")
+    path = run.directory / "own_rewards_here.py"
+    path.write_text(path.read_text() + "def short(args, sample): return 1.0\ndef sum(args, sample): return 1.0\n")
+    both = ["--custom-rm-path", f"{own}.reward", f"{path}:short"]
+    args, warnings = run.load(*both, "--reward-weights", "1", "-0.1")
+    assert (args.reward_key, args.reward_weights, warnings) == ("sum", (1, -0.1), [])
+    assert args.custom_rm_path == tuple(both[1:]) and args.reward_names == ("reward", "short")
+    assert f"1 * {own}.reward + -0.1 * {path}:short" in format_plan(args, [])
+    assert run.args(*both, "--reward-key", "score").reward_key == "score"
+    assert "has 3 values, and --custom-rm-path has 2 functions" in run.error(*both, "--reward-weights", "1", "2", "3")
+    assert "all weights are 0" in run.error(*both, "--reward-weights", "0", "0")
+    assert "a number" in run.error(*both, "--reward-weights", "1", "nan")
+    twice = [*both, f"{path}:short"]
+    assert "2 functions are called short, the name under which" in run.error(*twice)
+    named = [*both, f"{path}:sum"]
+    assert "a function is called sum, the name under which the sum is stored" in run.error(*named)
+    assert run.errors(*named, "--reward-key", "total") == []
+    assert "there is one reward function, so there is no sum" in run.error(*both[:2], "--reward-weights", "1")
+    assert run.args(*both[:2]).reward_key is None
+    typed = ["--rm-type", "deepscaler", "--reward-weights", "1"]
+    assert "no effect: it weighs the functions of --custom-rm-path" in str(run.warnings(*typed))
+    assert f"{own}.none: " in run.error(*both, f"{own}.none")
+    assert f"{own}.group: takes `samples`, but receives one sample" in run.warnings(*both, f"{own}.group")[0]
+    assert "is not used" not in str(run.load(*both)[1])
+    evaluation = ["--eval-prompt-data", str(run.data), "--eval-rm-type", "math"]
+    assert f"--custom-rm-path {' '.join(both[1:])} also judges" in run.error(*both, *evaluation)
 
 
 def _installed(run: Run, monkeypatch: pytest.MonkeyPatch, version: str) -> None:

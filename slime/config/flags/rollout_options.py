@@ -71,7 +71,18 @@ class RolloutOptions:
     rollout_shuffle: bool = flag(False, "Shuffle the prompts again in each epoch, seeded by (--rollout-seed, epoch).")
     rollout_seed: int = flag(42, "Seed of the data order and of sampling.", ge=0)
     rm_type: str | None = flag(None, f"{', '.join(REWARD_TYPES)}, with or without {BOXED_PREFIX}.")
-    custom_rm_path: str | None = flag(None, "Dotted path to your own reward function, async or plain.")
+    custom_rm_path: str | tuple[str, ...] | None = flag(
+        None,
+        "Dotted path to your own reward function, async or plain, or to several, whose weighted sum is the reward.",
+        metavar="PATH ...",
+    )
+    reward_weights: tuple[float, ...] = flag(
+        (),
+        "The weight of each function of --custom-rm-path in the sum; 0 only records its values. Unset: 1 each.",
+        ge=-1e6,
+        le=1e6,
+        needs=Needs(("custom_rm_path",), why="it weighs the functions of --custom-rm-path"),
+    )
     group_rm: bool = flag(
         False,
         "Pass a whole group at once to the function of --custom-rm-path.",
@@ -86,7 +97,12 @@ class RolloutOptions:
         "URL of --rm-type remote_rm. It receives POST {prompt, response, label, metadata, row} and returns a number.",
         secret="url",
     )
-    rm_num_workers: int = flag(2, "Worker processes that compute rewards outside the event loop.", ge=1, le=4096)
+    rm_num_workers: int = flag(
+        2,
+        "Worker processes that compute rewards outside the event loop, for each function of --custom-rm-path.",
+        ge=1,
+        le=4096,
+    )
     rm_timeout: float = flag(
         10.0,
         "Seconds that one call of the reward function may take (with --group-rm: one call for a group). A longer call "
@@ -126,7 +142,11 @@ class RolloutOptions:
             remedy="add --custom-generate-function-path",
         ),
     )
-    reward_key: str | None = flag(None, "The entry to train on if a reward function returns a dict.")
+    reward_key: str | None = flag(
+        None,
+        "The entry to train on if a reward function returns a dict. With several functions, their sum is stored under "
+        "this name too. Unset: sum for several functions.",
+    )
     num_rollout: int | None = flag(None, "Number of rollouts to run; 0 evaluates and stops.", ge=0)
     num_epoch: int | None = flag(
         None,

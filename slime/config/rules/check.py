@@ -39,7 +39,15 @@ from slime.config.rules.optimizer import cpu_offload, decay, optimizer, resumed_
 from slime.config.rules.other_models import other_models
 from slime.config.rules.paths import directories, path_names, quantized, tokenizer, weight_files
 from slime.config.rules.replay import replay
-from slime.config.rules.rewards import custom_reward, eval_rewards, grammar, reward, reward_types, reward_url
+from slime.config.rules.rewards import (
+    custom_reward,
+    eval_rewards,
+    grammar,
+    reward,
+    reward_sum,
+    reward_types,
+    reward_url,
+)
 from slime.config.rules.saving import other_runs_checkpoints, own_directory, resumed_data, run_name
 from slime.config.rules.stages import pipeline_stages, recompute, virtual_stages
 from slime.config.rules.templates import template_variables
@@ -304,6 +312,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     reward_url,
     grammar,
     custom_reward,
+    reward_sum,
     evaluation,
     own_directory,
     run_name,

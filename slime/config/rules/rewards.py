@@ -42,7 +42,7 @@ def reward_types(case: Case) -> Iterable[Problem]:
         if value is not None and facts_of(value) is None and (field == "rm_type" or value != args.rm_type):
             yield case.error(field, "unknown reward type", reward_type_remedy())
     if args.custom_rm_path is not None and "eval_rm_type" in case.given:
-        rule = f"--custom-rm-path {args.custom_rm_path} also judges evaluation"
+        rule = f"--custom-rm-path {' '.join(args.reward_paths)} also judges evaluation"
         yield case.error("eval_rm_type", rule, "leave one of the two out", also=["custom_rm_path"])
 
 
@@ -66,7 +66,8 @@ def eval_rewards(case: Case) -> Iterable[Problem]:
     field = "eval_prompt_data" if args.eval_config is None else "eval_config"
     if args.custom_rm_path is not None:
         if datasets and (names := sets_with_rm_type(args)):
-            rule = f"its rm_type of {', '.join(names)} is not used: --custom-rm-path {args.custom_rm_path} judges"
+            paths = " ".join(args.reward_paths)
+            rule = f"its rm_type of {', '.join(names)} is not used: --custom-rm-path {paths} judges"
             yield case.error("eval_config", rule, "leave one of the two out", also=["custom_rm_path"])
         return
     for dataset in datasets:
@@ -141,25 +142,53 @@ def custom_reward(case: Case) -> Iterable[Problem]:
 
     A function that calls its parameter `sample` expects one sample, and one that calls it `samples` expects a group.
     """
+    for path in case.args.reward_paths:
+        yield from _parameter_names(case, path, f"{path}: " if len(case.args.reward_paths) > 1 else "")
+
+
+def _parameter_names(case: Case, path: str, where: str) -> Iterable[Problem]:
+    """Check the parameter names of one reward function; `where` begins each message."""
     args = case.args
-    if args.custom_rm_path is None:
-        return
     try:
-        names = list(inspect.signature(import_hook("custom_rm_path", args.custom_rm_path)).parameters)
+        names = list(inspect.signature(import_hook("custom_rm_path", path)).parameters)
     except HookError:  # `hooks` reports it
         return
     about = ("group_rm",)
     if foreign := sorted(_OF_OTHERS & set(names[:4])):
-        rule = f"takes {', '.join(foreign)}, as the rewards of TRL or verl do"
+        rule = f"{where}takes {', '.join(foreign)}, as the rewards of TRL or verl do"
         remedy = "call it from a function (args, sample), or (args, samples) with --group-rm; docs/hooks.md shows one"
         yield case.error("custom_rm_path", rule, remedy, also=about)
         return
     if args.group_rm and names[1:2] == ["sample"]:
-        rule = "takes `sample`, but --group-rm passes a list of samples"
+        rule = f"{where}takes `sample`, but --group-rm passes a list of samples"
         yield case.warning("custom_rm_path", rule, "call it `samples`, or leave out --group-rm", also=about)
     if not args.group_rm and names[1:2] == ["samples"]:
-        rule = "takes `samples`, but receives one sample at a time"
+        rule = f"{where}takes `samples`, but receives one sample at a time"
         yield case.warning("custom_rm_path", rule, "add --group-rm, or call it `sample`", also=about)
+
+
+def reward_sum(case: Case) -> Iterable[Problem]:
+    """Check that several reward functions have different names, and one weight each."""
+    args = case.args
+    names, weights = args.reward_names, args.reward_weights
+    if len(names) < 2:
+        if names and weights:
+            rule = "there is one reward function, so there is no sum"
+            remedy = "leave it out, or name several functions in --custom-rm-path"
+            yield case.error("reward_weights", rule, remedy, also=["custom_rm_path"])
+        return
+    if len(weights) not in (0, len(names)):
+        rule = f"has {len(weights)} values, and --custom-rm-path has {len(names)} functions"
+        yield case.error("reward_weights", rule, "give one weight for each function", also=["custom_rm_path"])
+    elif weights and not any(weights):
+        rule = "all weights are 0, so every reward is 0"
+        yield case.error("reward_weights", rule, "give a function that counts another weight", also=["custom_rm_path"])
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        rule = f"{names.count(name)} functions are called {name}, the name under which a function's value is recorded"
+        yield case.error("custom_rm_path", rule, "rename one of them")
+    if args.reward_key in names:
+        rule = f"a function is called {args.reward_key}, the name under which the sum is stored (--reward-key)"
+        yield case.error("custom_rm_path", rule, "rename it, or give another --reward-key", also=["reward_key"])
 
 
 def _is_url(text: str) -> bool:

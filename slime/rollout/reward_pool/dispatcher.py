@@ -38,13 +38,20 @@ _START_TIMEOUT = 120.0
 class Dispatcher:
     """Holds the tasks of one event loop and `--rm-num-workers` processes, which it starts at once.
 
-    `is_async` is whether the reward function is async, so that a worker can have several tasks in flight.
+    `is_async` is whether the reward function is async, so that a worker can have several tasks in flight. `log_name` is
+    the beginning of the names of the workers' log files.
     """
 
     def __init__(
-        self, args: Args, loop: asyncio.AbstractEventLoop, *, is_async: bool, log_dir: Path | None = None
+        self,
+        args: Args,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        is_async: bool,
+        log_dir: Path | None = None,
+        log_name: str = "reward",
     ) -> None:
-        self._log_dir = log_dir
+        self._log_dir, self._log_name = log_dir, log_name
         self._places: set[int] = set()
         """The numbers of the log files that are in use."""
         self.workers: set[RewardProcess] = set()
@@ -196,7 +203,7 @@ class Dispatcher:
         """Return where the last words of a worker are that did not start."""
         if self._log_dir is None:
             return "its message is above"
-        path = self._log_dir / f"reward-{worker.place}.log"
+        path = self._log_dir / f"{self._log_name}-{worker.place}.log"
         last = path.read_text(errors="replace").strip().rpartition("\n")[2][:500] if path.exists() else ""
         return f"{last}; the log is {path}" if last else f"its log is {path}"
 
@@ -222,7 +229,7 @@ class Dispatcher:
         try:
             place = next(number for number in itertools.count() if number not in self._places)
             self._places.add(place)
-            log = None if self._log_dir is None else self._log_dir / f"reward-{place}.log"
+            log = None if self._log_dir is None else self._log_dir / f"{self._log_name}-{place}.log"
             worker = await start_process(self._args, self._answered, self._lost, place=place, log=log)
         except Exception as error:  # noqa: BLE001 (whatever it is, callers get it instead of waiting for ever)
             self._break(str(error))

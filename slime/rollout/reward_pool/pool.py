@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from slime.core.plugins import load_hook
 from slime.core.sample import Sample, Status
 from slime.rollout.reward_pool.dispatcher import Dispatcher
 from slime.rollout.reward_pool.process import RewardProcess
-from slime.rollout.reward_pool.verdict import Verdict, error_verdict
+from slime.rollout.reward_pool.verdict import Verdict, error_verdict, summed
 from slime.rollout.rewards.reward import find_reward, is_async, reward_type
 
 if TYPE_CHECKING:
@@ -37,26 +38,30 @@ _NO_REWARD = (
 class RewardPool:
     """Computes rewards in `--rm-num-workers` processes, which start when the first sample is judged.
 
-    From the first sample on it belongs to one event loop.
+    Each of several functions has processes of its own, because one that hangs or dies must not take the others with it,
+    and a plain one must not block an async one. A sample is judged by all of them at the same time. From the first
+    sample on the pool belongs to one event loop.
 
     Raises:
         ValueError: no such --rm-type, or --custom-rm-path cannot be loaded.
     """
 
     def __init__(self, args: Args, log_dir: Path | None = None) -> None:
-        """`log_dir` gets a file reward-N.log for each worker with its output; None: workers print where we print."""
+        """`log_dir` gets a file with each worker's output: reward-N.log, or reward-NAME-N.log for several functions.
+
+        None: the workers print where we print.
+        """
         self._args = args
         self._log_dir = log_dir
         self._mask = masker_of(args)
-        self._is_async = False
-        if args.custom_rm_path is not None:
-            self._is_async = is_async(load_hook("custom_rm_path", args.custom_rm_path))
-        else:
+        self._is_async = [is_async(load_hook("custom_rm_path", path)) for path in args.reward_paths] or [False]
+        """One entry for each function; built-in rewards are all in one worker."""
+        if args.custom_rm_path is None:
             for rm_type in (args.rm_type, *(dataset.rm_type for dataset in eval_datasets(args))):
                 _check_type(args, rm_type)
         self._remote = _remote_reward(args)
-        self._dispatcher: Dispatcher | None = None
-        """Made for the first sample, in its event loop."""
+        self._dispatchers: list[Dispatcher] = []
+        """One for each function, made for the first sample, in its event loop."""
         self._closed = False
 
     @property
@@ -99,34 +104,50 @@ class RewardPool:
                 verdict.apply(sample)
 
     async def _call(self, what: tuple[str | None, Sample | list[Sample]], count: int) -> list[Verdict]:
-        """Call the reward function once in a worker, and return its `count` verdicts."""
+        """Call each reward function once in a worker, and return `count` verdicts, the sums if there are several."""
         try:
             payload = pickle.dumps(what)
         except Exception as error:  # noqa: BLE001 (metadata may hold anything; if it cannot be sent, its task fails)
             return [error_verdict(error)] * count
-        verdicts = [verdict.masked(self._mask) for verdict in await self._open().judge(payload)]
-        return verdicts * count if len(verdicts) < count else verdicts
+        answers = await asyncio.gather(*(dispatcher.judge(payload) for dispatcher in self._open()))
+        by_function = [verdicts * count if len(verdicts) < count else verdicts for verdicts in answers]
+        verdicts = by_function[0]
+        if len(by_function) > 1:
+            names, key = self._args.reward_names, self._args.reward_key
+            assert key is not None, "resolve fills it in for several functions"
+            weights = self._args.reward_weights or (1.0,) * len(names)
+            of_samples = zip(*by_function, strict=True)
+            verdicts = [summed(dict(zip(names, parts, strict=True)), weights, key) for parts in of_samples]
+        return [verdict.masked(self._mask) for verdict in verdicts]
 
     @property
     def workers(self) -> Collection[RewardProcess]:
         """The worker processes, also those that are not ready yet; none before the first sample."""
-        return () if self._dispatcher is None else self._dispatcher.workers
+        return {worker for dispatcher in self._dispatchers for worker in dispatcher.workers}
 
-    def _open(self) -> Dispatcher:
-        """Return the dispatcher; the first call starts the workers in the caller's event loop."""
+    def _open(self) -> list[Dispatcher]:
+        """Return the dispatcher of each function; the first call starts the workers in the caller's event loop."""
         if self._closed:
             raise RuntimeError("the reward workers are closed")
         loop = asyncio.get_running_loop()
-        if self._dispatcher is None:
-            self._dispatcher = Dispatcher(self._args, loop, is_async=self._is_async, log_dir=self._log_dir)
-        self._dispatcher.check(loop)
-        return self._dispatcher
+        if not self._dispatchers:
+            paths, names = self._args.reward_paths or (None,), self._args.reward_names
+            logs = [f"reward-{name}" for name in names] if len(names) > 1 else ["reward"]
+            self._dispatchers = [
+                Dispatcher(
+                    replace(self._args, custom_rm_path=path), loop, is_async=waits, log_dir=self._log_dir, log_name=log
+                )
+                for path, waits, log in zip(paths, self._is_async, logs, strict=True)
+            ]
+        for dispatcher in self._dispatchers:
+            dispatcher.check(loop)
+        return self._dispatchers
 
     def close(self) -> None:
         """End the workers; their work is lost, and callers that wait for it get an error."""
         self._closed = True
-        if self._dispatcher is not None:
-            self._dispatcher.close()
+        for dispatcher in self._dispatchers:
+            dispatcher.close()
 
 
 def _check_type(args: Args, rm_type: str | None) -> None:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -119,6 +119,36 @@ def verdicts_of(value: object, count: int, key: str | None = None) -> list[Verdi
     if len(rewards) != count:
         return [Verdict(None, f"{ERROR}: it returned {len(rewards)} rewards for a group of {count}")]
     return [verdict_of(reward, key) for reward in rewards]
+
+
+def summed(parts: Mapping[str, Verdict], weights: Sequence[float], key: str) -> Verdict:
+    """Return the weighted sum of several functions' verdicts on one sample; `parts` has them by function name.
+
+    The reward is a dict with the sum under `key` and the number of each function under its name. Other entries of a
+    function that returned a dict follow as NAME/ENTRY. If a function has failed, there is no sum, and the failure names
+    that function.
+
+    >>> summed({"right": Verdict(1.0), "short": Verdict(0.5)}, [1.0, 0.1], "sum").reward
+    {'right': 1.0, 'short': 0.5, 'sum': 1.05}
+    >>> summed({"right": Verdict(1.0), "short": Verdict(None, "timeout")}, [1.0, 0.1], "sum").failure
+    'timeout: in short'
+    """
+    entries: dict[str, Any] = {}
+    total = 0.0
+    for (name, part), weight in zip(parts.items(), weights, strict=True):
+        if part.failure is not None:
+            kind, colon, detail = part.failure.partition(": ")
+            return Verdict(None, f"{kind}: in {name}{colon}{detail}")
+        number = part.reward
+        if isinstance(number, dict):
+            number, others = number[key], number
+            entries |= {f"{name}/{entry}": value for entry, value in others.items() if entry != key}
+        assert number is not None, "a verdict without a failure has a reward"
+        entries[name] = float(number)
+        total += weight * float(number)
+    if finite(total) is None:
+        return Verdict(None, f"{NOT_A_NUMBER}: the weighted sum is {total}")
+    return Verdict(entries | {key: total})
 
 
 def check_own_reward(sample: Sample, key: str | None) -> None:

@@ -49,8 +49,8 @@ class Judge:
         self._args = args
         self._marks = marks
         self._failures = FailureLog(logging.getLogger(__name__))
-        path = args.custom_rm_path
-        self._custom = None if path is None else load_hook("custom_rm_path", path)
+        paths = args.reward_paths
+        self._custom = load_hook("custom_rm_path", *paths) if paths else None
         self.is_async = self._custom is not None and is_async(self._custom)
 
     def judge(self, payload: bytes, runner: asyncio.Runner) -> list[Verdict]:
