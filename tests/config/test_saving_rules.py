@@ -105,12 +105,21 @@ def test_other_data_are_refused_before_the_start(run: Run) -> None:
         ("--n-samples-per-prompt 4", "--n-samples-per-prompt 4: is 4, but {path} was written with 2"),
         ("--rollout-shuffle", "--rollout-shuffle: is True, but {path} was written with False"),
         ("--rollout-seed 7", "--rollout-seed 7: is 7, but {path} was written with 42"),
+        ("--prompt-data-weights 2", "--prompt-data-weights 2.0: {path} was written with other weights (unset)"),
     ],
 )
 def test_flags_of_the_order_are_refused(run: Run, words: str, message: str) -> None:
     path = checkpoint(run.directory / "save", 3, record(run))
     error = run.error("--load", str(path.parent), *words.split())
     assert error.startswith(message.format(path=path))
+
+
+def test_weights_are_compared_with_the_checkpoints(run: Run) -> None:
+    weighed = ("--prompt-data-weights", "0.5")
+    path = checkpoint(run.directory / "save", 3, record(run, *weighed))
+    assert run.errors("--load", str(path.parent), *weighed) == []
+    error = run.error("--load", str(path.parent))
+    assert error.startswith(f"--prompt-data-weights: {path} was written with other weights (0.5)")
 
 
 def test_changed_flags_are_listed(run: Run) -> None:

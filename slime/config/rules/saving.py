@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from slime.config.problem import Problem
+from slime.config.problem import Problem, show
 from slime.config.resolve import OUTPUTS
 from slime.config.resuming import first_rollout, hashes_of, resumed_checkpoint
 from slime.config.rules.case import Case
@@ -83,6 +83,10 @@ def resumed_data(case: Case) -> Iterable[Problem]:
             yield case.error(field, rule, remedy, also=["load"])
     if args.has_own_data_source:
         return
+    weights = show(resumed.flags.get("prompt_data_weights") or "unset")
+    if weights != show(list(args.prompt_data_weights) or "unset"):
+        rule = f"{resumed.path} was written with other weights ({weights}), and its place in the data depends on them"
+        yield case.error("prompt_data_weights", rule, remedy.replace("it,", "them,"), also=["load"])
     now = hashes_of(args, most_bytes=None if case.real else PLANNED_BYTES)
     changed = [] if now is None else [name for name in now if resumed.data.get(name, now[name]) != now[name]]
     if changed:
