@@ -42,7 +42,7 @@ assert kind_of(args).phases == (("opening", "opening its server"),)
 with asyncio.Runner() as runner:
     for label, score in (("cd", 1.0), ("e", 0.0)):
         sample = Sample(response=r"\\boxed{ab}", label=label)
-        [verdict] = Judge(args).judge(pickle.dumps((args.rm_type, sample)), runner)
+        [verdict] = Judge(args, marks=False).judge(pickle.dumps((args.rm_type, sample)), runner)
         assert verdict.reward == score, verdict
 """
 

@@ -3,7 +3,7 @@
 An error that the user can correct is a ValueError: it names flag or file, value, rule and remedy.
 
 ValueError
-├── UsageError (config.problem)                      all problems of a command line, before anything starts
+├── UsageError (config.problem)                            all problems of a command line, before anything starts
 ├── DataError (config.data_rows)                           a data file, or one row of it, cannot be used
 ├── HookError (core.plugins)                               a hook cannot be imported or called
 ├── NewerFormatError (megatron.checkpoint.manifest)        a later version wrote the checkpoint; it is not damaged
@@ -18,6 +18,8 @@ RuntimeError
 ├── BadStepError (megatron.nan_guard)                      a step was not taken; no weight has changed
 ├── EngineError (engine.connection)                        an engine or the router did not answer as it should
 └── EngineFailed (engine.embedded.server)                  the embedded engine's scheduler has ended
+Exception
+└── StopNoticed (cluster.stop)                             a signal has ended a wait; no error: the state is saved next
 """
 
 from __future__ import annotations

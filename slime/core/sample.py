@@ -113,8 +113,15 @@ class Sample:
 
     @property
     def num_sampled(self) -> int:
-        """The number of response tokens that a policy sampled: those of an environment have loss_mask 0."""
-        return self.response_length if self.loss_mask is None else sum(map(bool, self.loss_mask))
+        """The number of response tokens that a policy sampled.
+
+        Tokens of an environment have loss_mask 0 and log-prob 0. A sampled token that a hook has masked keeps its
+        log-prob and counts, or a response that continues would get longer than --rollout-max-response-len.
+        """
+        if self.loss_mask is None:
+            return self.response_length
+        log_probs = self.rollout_log_probs or [0.0] * self.response_length
+        return sum(bool(weight or log_prob) for weight, log_prob in zip(self.loss_mask, log_probs, strict=True))
 
     @property
     def is_finished(self) -> bool:

@@ -145,7 +145,8 @@ def test_the_console_says_what_the_run_does(unbroken: Path) -> None:
     assert [line.split(": reward")[0] for line in rollouts] == [f"rollout {number}" for number in range(4)]
     assert max(map(len, rollouts)) <= PLAIN_WIDTH
     loss = events(unbroken, "train/loss")[1]
-    assert f"loss {number(loss, '.4f')} " in rollouts[0] and " gen " in rollouts[0]
+    assert f"loss {number(loss, '.4f')} " in rollouts[0]
+    assert all(re.search(r" \| .* s( \w+ \d+%)+$", line) for line in rollouts)
     rewards = events(unbroken, "eval/eval/reward")
     saved = unbroken / "iter_0000003"
     assert lines[-4] == f"model: {saved}  Hugging Face: {unbroken / 'hf'}"

@@ -21,7 +21,6 @@ def in_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "wrong"),
     [
-        ("", ["--log-dir outputs"]),
         ("--save out/run", ["--save out/run"]),
         ("--save /data/run --log-dir logs", ["--log-dir logs"]),
         ("--save /data/run --save-hf hf/{rollout_id}", ["--save-hf hf/{rollout_id}"]),
@@ -32,6 +31,13 @@ def test_relative_outputs_of_a_job_are_refused(run: Run, words: str, wrong: list
     found = [error for error in run.errors("--dry-run", *words.split()) if RULE in error]
     assert [error.partition(":")[0] for error in found] == wrong
     assert all("give the whole path, such as /data/" in error for error in found)
+
+
+@pytest.mark.usefixtures("in_a_job")
+def test_a_job_needs_a_directory(run: Run) -> None:
+    assert run.error().startswith(
+        "--save: not given, and a job's own folder is Ray's temporary copy, in which outputs/"
+    )
 
 
 @pytest.mark.usefixtures("in_a_job")

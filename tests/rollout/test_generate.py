@@ -8,6 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
+from slime.core.plugins import HookFailed
 from slime.core.sample import Sample, Status
 from slime.engine.protocol import GenerateResponse, SamplingParams
 from slime.rollout.context import RolloutContext
@@ -103,7 +104,7 @@ def test_seeds_are_pinned() -> None:
 def test_a_generate_function_has_to_return_the_sample(tokenizer: PreTrainedTokenizerFast) -> None:
     args = Args(custom_generate_function_path="rewards_for_tests.generate_nothing")
     context = RolloutContext(args, None, tokenizer, RewardPool(args))
-    with pytest.raises(ValueError, match=r"--custom-generate-function-path.*NoneType"):
+    with pytest.raises(HookFailed, match=r"--custom-generate-function-path.*NoneType"):
         asyncio.run(load_generate(args)(args, _sample(1), SamplingParams(), context))
     with pytest.raises(ValueError, match="--custom-generate-function-path"):
         load_generate(Args(custom_generate_function_path="rewards_for_tests.coin"))

@@ -18,16 +18,18 @@ PACKAGES = "working_dir_files"
 _OUTPUTS = (*WRITTEN, "save_debug_train_data")
 
 
+def in_a_package() -> bool:
+    """Return whether the current folder is the package of a job, Ray's copy of its --working-dir."""
+    return PACKAGES in Path.cwd().parts
+
+
 def job_outputs(case: Case) -> Iterable[Problem]:
     """Refuse relative paths of outputs in the package of a job, which Ray removes some time after the job."""
-    if PACKAGES not in Path.cwd().parts:
+    if not in_a_package():
         return
     rule = "a job's own folder is Ray's temporary copy of --working-dir, in which outputs would be lost"
     remedy = "give the whole path, such as /data/{}; on several nodes a place that all of them share"
     for field in _OUTPUTS:
         path: str | None = vars(case.args)[field]
-        derived = field not in case.given
-        if path is None or Path(path).is_absolute() or (derived and (field != "log_dir" or "save" in case.given)):
-            continue
-        also = "" if not derived else ", or --save, whose folder it then is"
-        yield case.error(field, rule, remedy.format(Path(path).name) + also)
+        if path is not None and field in case.given and not Path(path).is_absolute():
+            yield case.error(field, rule, remedy.format(Path(path).name))

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -16,12 +15,11 @@ from slime.config.problem import Problem, show
 from slime.config.resolve import OUTPUTS
 from slime.config.resuming import first_rollout, hashes_of, resumed_checkpoint
 from slime.config.rules.case import Case
+from slime.config.rules.jobs import in_a_package
 from slime.config.rules.paths import unwritable
 from slime.core.checkpoint_names import checkpoints_in, iteration_name
 
 _NAME = re.compile(r"\w[\w.+=@-]{0,99}")
-IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""The variable that Ray sets for the command of `ray job submit`."""
 PLANNED_BYTES = 64 * 2**20
 """The largest size of the data that a --dry-run compares with a checkpoint's, so that it stays quick."""
 
@@ -31,8 +29,8 @@ def own_directory(case: Case) -> Iterable[Problem]:
     if not case.args.needs_directory:
         return
     folder = Path(OUTPUTS)
-    if IN_RAY_JOB in os.environ:
-        rule = f"not given, and a job runs in a temporary directory, where {folder}/ would be lost"
+    if in_a_package():
+        rule = f"not given, and a job's own folder is Ray's temporary copy, in which {folder}/ would be lost"
         yield case.missing("save", rule, "name a directory by its whole path")
         return
     fault = f"{folder.absolute()} is a file" if folder.is_file() else unwritable(folder)
