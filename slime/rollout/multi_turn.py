@@ -64,7 +64,7 @@ def append_messages(sample: Sample, messages: Sequence[Message], context: Rollou
     """
     args = context.args
     conversation = [*messages_of(sample), {"role": "assistant", "content": last_turn(sample, context)}]
-    tools = DataKeys.of(args, input_key=args.input_key, label_key=args.label_key).tools(sample.row)
+    tools = DataKeys.of(args, input_key=args.resolved.input_key, label_key=args.label_key).tools(sample.row)
     suffix = render_suffix(
         context.tokenizer, conversation, messages, tools, template_kwargs=PromptFormat.of(args).template_kwargs
     )
