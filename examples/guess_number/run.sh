@@ -22,7 +22,8 @@ SAVE_DIR="${DIR}/sft" bash scripts/run-glm4-tiny-sft-cpu.sh \
 SAVE_DIR="${DIR}/rl" bash scripts/run-glm4-tiny-cpu.sh \
    --custom-generate-function-path examples/guess_number/game.py:generate \
    --rollout-max-response-len 16 \
-   --num-rollout 30 \
+   --num-rollout 60 \
+   --lr 1e-3 \
    "$@"
 
 python3 tools/plot_run.py "${DIR}/rl/metrics.jsonl" --out "${DIR}/curves.png" --title "guess the number, seed ${SEED}"
