@@ -105,7 +105,7 @@ def test_a_leaking_reward_costs_no_sample() -> None:
         verdicts, most = [], 0
         for _ in range(8):
             verdicts.append(await pool.judge(Sample(label="40")))
-            most = max(most, *(worker.grown for worker in pool.workers))
+            most = max([most, *(worker.grown for worker in pool.workers)])
         return verdicts, most
 
     args = Args(custom_rm_path="rewards_for_tests.leaks", rm_num_workers=1, rm_worker_memory=0.1)
