@@ -230,13 +230,13 @@ def train_data(case: Case) -> Iterable[Problem]:
 def hooks(case: Case) -> Iterable[Problem]:
     """Check that every given dotted path can be imported and has the signature of its hook."""
     defaults = HookOptions()
-    one_each = ((name, hook_path(vars(case.args)[name])) for name in HOOKS if name != "custom_rm_path")
-    for name, path in (*one_each, *(("custom_rm_path", path) for path in case.args.reward_paths)):
+    rewards = case.args.reward_paths
+    paths = {name: rewards if name == "custom_rm_path" else (hook_path(vars(case.args)[name]),) for name in HOOKS}
+    for name, path in ((name, path) for name, each in paths.items() for path in each):
         if path is None or path == vars(defaults).get(name):
             continue
         try:
             import_hook(name, path)
         except HookError as error:
             complain = case.error if path.startswith("slime.") else case.missing
-            several = name == "custom_rm_path" and len(case.args.reward_paths) > 1
-            yield complain(name, f"{path}: {error.rule}" if several else error.rule, error.remedy)
+            yield complain(name, f"{path}: {error.rule}" if len(paths[name]) > 1 else error.rule, error.remedy)
