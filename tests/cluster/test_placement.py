@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,13 +152,15 @@ def test_trainers_on_one_node_meet_at_a_file(place: Callable[..., Placement]) ->
     assert on_cpus.rendezvous("/tmp/run") == "file:///tmp/run/rendezvous"
 
 
-def test_phases_are_printed_while_engines_start(four_gpus: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_phases_are_printed_while_engines_start(four_gpus: None, tmp_path: Path) -> None:
+    """The task ends only after a call, so that it does not matter how long it takes to start."""
+    called = tmp_path / "called"
+
     @ray.remote
     def slow() -> int:
-        time.sleep(1.0)
+        while not called.exists():
+            time.sleep(0.05)
         return 5
 
     waiter = Waiter(where="/nowhere", limit=60.0, because="--phase-timeout")
-    calls: list[int] = []
-    assert waiter.get("waiting", [slow.remote()], meanwhile=lambda: calls.append(1), every=0.2) == [5]
-    assert calls
+    assert waiter.get("waiting", [slow.remote()], meanwhile=called.touch, every=0.2) == [5]
