@@ -1,10 +1,8 @@
 """Ray: which process runs where, how long it lives, and how the training loop calls it.
 
-Reading order: `main` (from a command line to a run), `restart` (after a fault), `running` (start and end of an
-attempt), `cluster` (the verbs of the loop, with a drawing of the asynchronous one), `local_ray` and `ray_session`
-(which Ray, and what guards it), `placement` and `actors` (place and start everything), `workers` with `training_rank`,
-and `rollout_manager` with its halves `data_side` and `engine_side` (the actors), `colocation` (with a drawing),
-`engine_supervisor`, `engine_health` and `weight_sync` (engines that die, and their weights). `ray_wait`, `watchdog`,
-`stopped`, `run_files` and `reaper` see to it that nothing waits for ever and no process is left over; `start_trackers`
-opens the experiment trackers, `progress_poll` fetches what the console shows, and `ending` writes the closing lines.
+Reading order, the path of a run: `main` (from a command line to a run), `running` (start and end of an attempt),
+`actors` (starts every process), `cluster` (the verbs of the loop, with a drawing of the asynchronous one), `workers`
+with `training_rank`, and `rollout_manager` (the actors). Folders: `loop` (parts of the training loop), `on_ray` (which
+Ray, who runs where, and how the driver waits), `engines` (they restart, receive weights, share devices), `manager` (the
+halves of the rollout manager) and `life` (who lives and dies: signals, restarts, guards).
 """

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError
 
-from slime.cluster.engine_supervisor import EngineUp
-from slime.cluster.placement import Placement, choose_engine, num_gpus, num_nodes, reserve
-from slime.cluster.ray_session import ray_session
-from slime.cluster.ray_wait import Waiter
+from slime.cluster.engines.engine_supervisor import EngineUp
+from slime.cluster.on_ray.placement import Placement, choose_engine, num_gpus, num_nodes, reserve
+from slime.cluster.on_ray.ray_session import ray_session
+from slime.cluster.on_ray.ray_wait import Waiter
 from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args

@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from slime.cluster.actors import Processes
-from slime.cluster.colocation import DedicatedDevices
-from slime.cluster.ending import Outcome
-from slime.cluster.loop_state import Generation, Trained
-from slime.cluster.progress_poll import ProgressPoll
-from slime.cluster.save_schedule import SaveSchedule
-from slime.cluster.stop import Stop, StopNoticed
-from slime.cluster.weight_sync import EngineWeightSync
+from slime.cluster.engines.colocation import DedicatedDevices
+from slime.cluster.engines.weight_sync import EngineWeightSync
+from slime.cluster.life.ending import Outcome
+from slime.cluster.life.stop import Stop, StopNoticed
+from slime.cluster.loop.loop_state import Generation, Trained
+from slime.cluster.loop.progress_poll import ProgressPoll
+from slime.cluster.loop.save_schedule import SaveSchedule
 from slime.config.args import Args
 from slime.config.resuming import record_of_run
 from slime.core.checkpoint_names import RUN

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slime.cluster.local_ray import ADDRESS, address_fault, protect_local_ray
-from slime.cluster.resume_line import command_to_resume, program_words
-from slime.cluster.stop import Stop
+from slime.cluster.life.resume_line import command_to_resume, program_words
+from slime.cluster.life.stop import Stop
+from slime.cluster.on_ray.local_ray import ADDRESS, address_fault, protect_local_ray
 from slime.config.args import Args
 from slime.config.parse import UsageError
 from slime.config.problem import Problem
@@ -109,7 +109,7 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int, stop: 
 
 def _run(story: Story, args: Args, stop: Stop, begin: float, opening: str) -> None:
     protect_local_ray()
-    from slime.cluster.restart import run_with_restarts
+    from slime.cluster.life.restart import run_with_restarts
 
     run_with_restarts(args, story, stop, begin=begin, opening=opening)
 

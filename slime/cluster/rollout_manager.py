@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slime.cluster.data_side import DataSide
-from slime.cluster.engine_side import NoEngines, connect
-from slime.cluster.engine_supervisor import EnginesState, EngineUp
-from slime.cluster.portable import portable_errors
+from slime.cluster.engines.engine_supervisor import EnginesState, EngineUp
+from slime.cluster.manager.data_side import DataSide
+from slime.cluster.manager.engine_side import NoEngines, connect
+from slime.cluster.on_ray.portable import portable_errors
 from slime.config.args import Args
 from slime.config.secrets import masker_of
 from slime.core.batch import TrainBatch

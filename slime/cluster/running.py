@@ -15,10 +15,10 @@ from pathlib import Path
 
 from slime.cluster.actors import running_processes
 from slime.cluster.cluster import Cluster
-from slime.cluster.colocation import make_memory_schedule
-from slime.cluster.ending import closing_lines
-from slime.cluster.start_trackers import start_trackers
-from slime.cluster.stop import Stop
+from slime.cluster.engines.colocation import make_memory_schedule
+from slime.cluster.life.ending import closing_lines
+from slime.cluster.life.stop import Stop
+from slime.cluster.loop.start_trackers import start_trackers
 from slime.config.args import Args
 from slime.config.args_yaml import dump_args
 from slime.config.secrets import masker_of

@@ -1,6 +1,6 @@
 """The experiment trackers: one row for each, with what has to be there before a run starts.
 
-- Used by: the choices of --trackers and the rules; `slime.cluster.start_trackers` starts the class in a row.
+- Used by: the choices of --trackers and the rules; `slime.cluster.loop.start_trackers` starts the class in a row.
 - Invariant: no other place lists the trackers.
 """
 

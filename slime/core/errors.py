@@ -19,7 +19,7 @@ RuntimeError
 ├── EngineError (engine.connection)                        an engine or the router did not answer as it should
 └── EngineFailed (engine.embedded.server)                  the embedded engine's scheduler has ended
 Exception
-└── StopNoticed (cluster.stop)                             a signal has ended a wait; no error: the state is saved next
+└── StopNoticed (cluster.life.stop)                        a signal has ended a wait; no error: the state is saved next
 """
 
 from __future__ import annotations

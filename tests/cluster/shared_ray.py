@@ -21,7 +21,7 @@ from typing import IO
 
 import ray
 
-from slime.cluster.local_ray import AUTH_MODE, AUTH_TOKEN, LOOPBACK_ALONE
+from slime.cluster.on_ray.local_ray import AUTH_MODE, AUTH_TOKEN, LOOPBACK_ALONE
 from tests.cluster.runs import environment, locked
 
 RECORD, TURN, USERS = "shared-ray.json", "shared-ray.turn", "shared-ray.users"

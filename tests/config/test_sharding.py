@@ -9,7 +9,7 @@ from config_run import Run
 from test_expert_rules import QWEN
 from test_page import DECOUPLED, page_words
 
-from slime.cluster.placement import choose_engine
+from slime.cluster.on_ray.placement import choose_engine
 from slime.config.args import Args
 from slime.config.parse import load_args
 from slime.config.resolve import cuda_available

@@ -51,7 +51,7 @@ _ORDER = (phases.SAVE, phases.SYNC, phases.GENERATION, phases.TRAINING, phases.S
 STOP_EVERY = 3
 _STOP_ORDER = (phases.GENERATION, phases.TRAINING, phases.EVALUATION, phases.SYNC, phases.SAVE, phases.START)
 SECOND_AFTER_S = 0.7
-"""Seconds between two signals; `slime.cluster.stop` takes those within half a second for one."""
+"""Seconds between two signals; `slime.cluster.life.stop` takes those within half a second for one."""
 SELDOM = ("--save-interval", "3")
 """Saves after the third rollout and the fourth."""
 

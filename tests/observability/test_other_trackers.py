@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slime.cluster.start_trackers import start_trackers
+from slime.cluster.loop.start_trackers import start_trackers
 from slime.config.args import Args
 from slime.config.experiment_trackers import TRACKERS
 from slime.core.errors import RunError

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from slime.cluster.start_trackers import start_trackers
+from slime.cluster.loop.start_trackers import start_trackers
 from slime.config.args import Args
 from slime.config.experiment_trackers import TRACKERS, TrackerFacts
 from slime.observability.metrics_log import MetricsLog, read_metrics
@@ -304,7 +304,7 @@ ROW = 'TRACKERS["ledger"] = TrackerFacts(tracker="ledger.Ledger")\n'
 USE = """
 import sys
 from pathlib import Path
-from slime.cluster.start_trackers import start_trackers
+from slime.cluster.loop.start_trackers import start_trackers
 from slime.config.parse import load_args
 from slime.observability.metrics_log import MetricsLog
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slime.cluster.engine_health import EngineWatch, answering
-from slime.cluster.engine_supervisor import EnginesState, EngineSupervisor, EngineUp
+from slime.cluster.engines.engine_health import EngineWatch, answering
+from slime.cluster.engines.engine_supervisor import EnginesState, EngineSupervisor, EngineUp
 from slime.config.args import Args
 from slime.core.errors import Fault
 from slime.engine.client import EngineClient

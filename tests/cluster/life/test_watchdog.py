@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from slime.cluster import watchdog as module
-from slime.cluster.watchdog import Watchdog
+from slime.cluster.life import watchdog as module
+from slime.cluster.life.watchdog import Watchdog
 
 SERVER = """
 import grpc, time
@@ -84,7 +84,7 @@ def test_suspended_time_does_not_count() -> None:
     """The process that waits is stopped for longer than its limit, as on a machine that sleeps."""
     code = (
         "import sys, time\n"
-        "from slime.cluster import watchdog\n"
+        "from slime.cluster.life import watchdog\n"
         "watchdog.PING_S = 0.1\n"
         "dog = watchdog.Watchdog(limit=1, end=lambda trouble: print(trouble, flush=True))\n"
         "dog.expect('a long thing', 2.0)\n"

@@ -5,7 +5,7 @@
   which decides what is saved before anything ends.
 
 Ray has no option for this. It starts its processes with a `preexec_fn`, so that the hooks of `os.register_at_fork` run
-in each of them before its program does. tests/cluster/test_signals.py would notice a Ray that does without.
+in each of them before its program does. tests/cluster/test_async.py notices a Ray that does without (Ctrl-C in a terminal).
 """
 
 from __future__ import annotations

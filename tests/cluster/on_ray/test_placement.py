@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ray
 
-from slime.cluster.placement import Demand, Placement, Slot, choose_engine, demand, lay_out, num_gpus, reserve
-from slime.cluster.ray_wait import Waiter
+from slime.cluster.on_ray.placement import Demand, Placement, Slot, choose_engine, demand, lay_out, num_gpus, reserve
+from slime.cluster.on_ray.ray_wait import Waiter
 from slime.config.args import Args
 from slime.core.errors import RunError
 from tests.cluster.runs import small_ray

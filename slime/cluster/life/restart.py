@@ -11,8 +11,8 @@ import logging
 from dataclasses import dataclass, replace
 
 from slime.cluster.cluster import Story
+from slime.cluster.life.stop import Stop
 from slime.cluster.running import running_cluster
-from slime.cluster.stop import Stop
 from slime.config.args import Args
 from slime.core.checkpoint_names import newest_checkpoint
 from slime.core.errors import Fault

@@ -6,7 +6,7 @@
 - Invariant: only processes with the run's own mark are ended, and only its own directories are removed. A Ray that the
   run joined (RAY_ADDRESS) has neither.
 
-    python -m slime.cluster.reaper MARK DIRECTORY LOGS
+    python -m slime.cluster.life.reaper MARK DIRECTORY LOGS
 
 Its standard input is a pipe from the driver, which ends when the driver does. The driver writes these lines into it:
 
@@ -34,7 +34,7 @@ from types import TracebackType
 
 import psutil
 
-from slime.cluster.run_files import RunFiles, remove_session
+from slime.cluster.life.run_files import RunFiles, remove_session
 from slime.core.marks import marked
 from slime.core.process_guard import GUARD
 
@@ -52,7 +52,7 @@ class Reaper:
         reading, writing = os.pipe()
         self._pipe = FileIO(writing, "w")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "slime.cluster.reaper", mark, str(files.path), str(logs)],
+            [sys.executable, "-m", "slime.cluster.life.reaper", mark, str(files.path), str(logs)],
             stdin=reading,
             start_new_session=True,
             pass_fds=(files.lock,),

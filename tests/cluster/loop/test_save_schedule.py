@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from slime.cluster.save_schedule import SaveSchedule
+from slime.cluster.loop.save_schedule import SaveSchedule
 from slime.config.args import Args
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from slime.cli import export, plot
-from slime.cluster.ending import Outcome, closing_lines
+from slime.cluster.life.ending import Outcome, closing_lines
 from slime.config.args import Args
 
 TIMES = {"time/generation": 50.0, "time/training": 30.0, "time/weight_sync": 0.5, "time/idle": 0.0}

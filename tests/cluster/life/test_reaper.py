@@ -11,8 +11,8 @@ import pytest
 DRIVER = """
 import subprocess, sys
 from pathlib import Path
-from slime.cluster.reaper import Reaper
-from slime.cluster.run_files import RunFiles
+from slime.cluster.life.reaper import Reaper
+from slime.cluster.life.run_files import RunFiles
 from slime.core.marks import new_mark
 
 mark = new_mark()

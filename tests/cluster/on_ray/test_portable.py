@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from failing_hooks_for_tests import NotFoundError, fail
 
-from slime.cluster.portable import portable, portable_errors
-from slime.cluster.ray_wait import is_broken_link
+from slime.cluster.on_ray.portable import portable, portable_errors
+from slime.cluster.on_ray.ray_wait import is_broken_link
 from slime.cluster.rollout_manager import RolloutManager
 from slime.config.args import Args
 from slime.core.errors import Fault, RunError

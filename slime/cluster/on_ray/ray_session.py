@@ -19,11 +19,11 @@ from pathlib import Path
 import psutil
 import ray
 
-from slime.cluster.placement import addresses_of_ray, start_ray
-from slime.cluster.reaper import Reaper
-from slime.cluster.run_files import RunFiles
-from slime.cluster.stopped import stopped_below
-from slime.cluster.watchdog import Watchdog
+from slime.cluster.life.reaper import Reaper
+from slime.cluster.life.run_files import RunFiles
+from slime.cluster.life.stopped import stopped_below
+from slime.cluster.life.watchdog import Watchdog
+from slime.cluster.on_ray.placement import addresses_of_ray, start_ray
 from slime.core.marks import new_mark
 
 LAST_LOOK_S = 5.0

@@ -8,7 +8,7 @@ import time
 
 import psutil
 
-from slime.cluster.stopped import stopped_below
+from slime.cluster.life.stopped import stopped_below
 
 
 def test_only_the_stopped_process_is_named() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import ray
 
 from slime.cluster.actors import Processes
-from slime.cluster.colocation import DedicatedDevices
-from slime.cluster.engine_supervisor import EnginesState, EngineUp
+from slime.cluster.engines.colocation import DedicatedDevices
+from slime.cluster.engines.engine_supervisor import EnginesState, EngineUp
 from slime.core.errors import Fault, RunError
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from slime.cluster.own_session import children_in_own_sessions
+from slime.cluster.on_ray.own_session import children_in_own_sessions
 from slime.config.args import Args
 from slime.config.engine_kinds import AUTO, ON_CPU, ON_GPUS
 from slime.config.resolve import cuda_devices

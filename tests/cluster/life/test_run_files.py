@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from slime.cluster.run_files import RunFiles, remove_stale
+from slime.cluster.life.run_files import RunFiles, remove_stale
 
 HOLDER = """
 import sys, time
-from slime.cluster.run_files import RunFiles
+from slime.cluster.life.run_files import RunFiles
 from slime.core.marks import new_mark
 files = RunFiles(new_mark())
 files.record(sys.argv[1])

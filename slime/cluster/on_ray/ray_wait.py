@@ -15,8 +15,8 @@ import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from slime.cluster.stop import Stop, StopNoticed
-from slime.cluster.stopped import stopped_below
+from slime.cluster.life.stop import Stop, StopNoticed
+from slime.cluster.life.stopped import stopped_below
 from slime.core.awake import AwakeClock
 from slime.core.errors import Fault, RunError
 

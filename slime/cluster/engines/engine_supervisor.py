@@ -23,7 +23,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from slime.cluster.engine_health import POLL_S, RestartLimit, first_trouble
+from slime.cluster.engines.engine_health import POLL_S, RestartLimit, first_trouble
 from slime.config.args import Args
 from slime.core.errors import Fault, RunError
 from slime.engine.client import EngineClient

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from slime.cluster import engine_health
-from slime.cluster.engine_health import RESTARTS_WITHIN_S, EngineWatch, RestartLimit, answering, first_trouble
+from slime.cluster.engines import engine_health
+from slime.cluster.engines.engine_health import RESTARTS_WITHIN_S, EngineWatch, RestartLimit, answering, first_trouble
 from slime.cluster.rollout_manager import RolloutManager
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError

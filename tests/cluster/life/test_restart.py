@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import ray
 
-from slime.cluster.progress_poll import ProgressPoll
-from slime.cluster.ray_wait import POLL_S, Waiter, is_broken_link
-from slime.cluster.restart import Restarts, resumed_args
-from slime.cluster.stop import Stop, StopNoticed
+from slime.cluster.life.restart import Restarts, resumed_args
+from slime.cluster.life.stop import Stop, StopNoticed
+from slime.cluster.loop.progress_poll import ProgressPoll
+from slime.cluster.on_ray.ray_wait import POLL_S, Waiter, is_broken_link
 from slime.config.args import Args
 from slime.core.checkpoint_names import newest_checkpoint
 from slime.core.errors import Fault, RunError

@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slime.cluster.abortable import Abortable
-from slime.cluster.engine_side import NoEngines
+from slime.cluster.manager.abortable import Abortable
+from slime.cluster.manager.engine_side import NoEngines
 from slime.config.args import Args
 from slime.core.batch import TrainBatch, from_samples
 from slime.core.plugins import hook_errors, hook_function, load_hook

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slime.cluster.local_ray import (
+from slime.cluster.on_ray.local_ray import (
     ADDRESS,
     AUTH_MODE,
     AUTH_TOKEN,
@@ -19,7 +19,7 @@ from slime.cluster.local_ray import (
     address_fault,
     protect_local_ray,
 )
-from slime.cluster.placement import start_ray
+from slime.cluster.on_ray.placement import start_ray
 from slime.core.errors import RunError
 
 VARIABLES = ("RAY_ADDRESS", LOOPBACK_ALONE, AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH)

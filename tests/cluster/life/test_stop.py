@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from slime.cluster.abortable import Abortable
-from slime.cluster.own_session import children_in_own_sessions
-from slime.cluster.resume_line import IN_A_JOB, command_to_resume, program_words
-from slime.cluster.stop import REPEAT_S, Stop, Stopped
+from slime.cluster.life.resume_line import IN_A_JOB, command_to_resume, program_words
+from slime.cluster.life.stop import REPEAT_S, Stop, Stopped
+from slime.cluster.manager.abortable import Abortable
+from slime.cluster.on_ray.own_session import children_in_own_sessions
 from slime.config.args import Args
 from slime.config.flags.table import spellings
 from slime.core.errors import RunError
