@@ -1,8 +1,8 @@
 """Cluster: the verbs of the training loop, `generate`, `train`, `sync_weights`, `save_if_due` and others.
 
 - Called by: `train.py` and `train_async.py` are written in these verbs. Each verb becomes calls to the actors in
-  `Processes`, and records its time in the step's clock.
-- Invariant: a checkpoint and the metrics file agree: a resumed run writes all metrics after its checkpoint again.
+  `Processes`, and records its time in the `journal`.
+- Invariant: what is trained and not saved is known at any moment, so that a signal can end the run after a save.
 
 The asynchronous loop (`generate_ahead`) generates rollout N+1 while it trains on rollout N:
 
@@ -24,10 +24,8 @@ The asynchronous loop (`generate_ahead`) generates rollout N+1 while it trains o
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from slime.cluster.actors import Processes
@@ -35,26 +33,19 @@ from slime.cluster.engines.colocation import DedicatedDevices
 from slime.cluster.engines.weight_sync import EngineWeightSync
 from slime.cluster.life.ending import Outcome
 from slime.cluster.life.stop import Stop, StopNoticed
+from slime.cluster.loop.evaluations import Evaluations, EvaluationSchedule
+from slime.cluster.loop.journal import Journal
 from slime.cluster.loop.loop_state import Generation, Trained
 from slime.cluster.loop.progress_poll import ProgressPoll
-from slime.cluster.loop.save_schedule import SaveSchedule
+from slime.cluster.loop.saving import Saving
 from slime.config.args import Args
-from slime.config.resuming import record_of_run
-from slime.core.checkpoint_names import RUN
 from slime.observability.best_checkpoint import BestCheckpoint
 from slime.observability.console.lines import count
 from slime.observability.console.run_console import RunConsole
 from slime.observability.metrics_log import MetricsLog
-from slime.observability.phases import StepClock, memory_record
 
 POLL_LIVE_S, POLL_PLAIN_S = 1.0, 5.0
 """Seconds between two questions about the rollout manager's progress, for a live view and for a plain log."""
-
-
-def _data_of(rollout: dict[str, Any]) -> dict[str, Any]:
-    """Return the data buffer's record of its data from the rollout manager's state; empty if there is no buffer."""
-    tracked: dict[str, Any] = rollout["data_source"] or {}
-    return tracked.get("source", {}).get("data", {})
 
 
 class Cluster:
@@ -79,29 +70,23 @@ class Cluster:
         self._processes = processes
         self._waiter = processes.waiter
         self._memory = memory
-        self._metrics = metrics
         self._console = console
         self._best = best
         self._first, self._last = rollouts.start, rollouts.stop
-        self._schedule = SaveSchedule(args, rollouts.stop - 1)
         self._policy_version = policy_version
+        self._journal = Journal(processes, metrics, console, gap_alarm=args.logprob_gap_alarm)
         self._weight_sync = EngineWeightSync(processes, memory, console.say)
-        self._clock = StepClock()
-        self._record: dict[str, float] = {}
-        self._sync_report: dict[str, float] = {}
+        self._saving = Saving(
+            args, processes=processes, journal=self._journal, console=console, best=best, last_rollout=rollouts.stop - 1
+        )
+        self._evaluation_due = EvaluationSchedule(args, rollouts)
+        self._evaluations = Evaluations(args, processes, look_after=self._weight_sync.look_after)
         self._ahead: Generation | None = None
-        self._validation_sets: Any = None
-        """A reference to the rows of SFT's evaluation sets, once they are loaded."""
-        self._saves = args.save is not None and args.saves and bool(processes.trainers)
         self._unsaved: Trained | None = None
-        processes.waiter.heed(stop, console.say)
-        self.done = rollouts.start
-        """The number of rollouts that are done, also before a resume."""
-        self.saved: str | None = None
-        """The last checkpoint of this run."""
-        self.times: Counter[str] = Counter()
-        """Seconds by phase, `time/...`, of what is done."""
         self._synced = False
+        self._done = rollouts.start
+        """The number of rollouts that are done, also before a resume."""
+        processes.waiter.heed(stop, console.say)
         if processes.has_engines:
             poll = ProgressPoll(
                 processes.manager,
@@ -114,52 +99,36 @@ class Cluster:
     def rollouts(self) -> Iterator[int]:
         """Yield the ids of the rollouts that are left; each iteration is one step of the clock."""
         for rollout_id in range(self._first, self._last):
-            self._next_clock()
-            self._record = {}
-            self._console.begin_rollout(rollout_id)
+            self._journal.begin(rollout_id)
             yield rollout_id
-            times = self._next_clock()
-            self.done = rollout_id + 1
+            times = self._journal.close()
+            self._done = rollout_id + 1
             if self._unsaved is not None:
                 self._unsaved.times = times
-            self._metrics.write(rollout_id + 1, {**times, **self._sync_report})
-            self._console.rollout(rollout_id, {**self._record, **self._sync_report, **times})
+            self._journal.end(rollout_id, times)
 
     def outcome(self, seconds: float, *, loaded: str | None) -> Outcome:
         """Return what the run has done in `seconds`, for its closing lines; `loaded` names its first weights."""
-        self._next_clock()
+        self._journal.close()
         return Outcome(
-            first=min(self._first, self.done),
-            done=self.done,
+            first=min(self._first, self._done),
+            done=self._done,
             total=self._last,
             seconds=seconds,
-            times=self.times,
-            saved=self.saved,
+            times=self._journal.times,
+            saved=self._saving.newest,
             loaded=loaded,
         )
-
-    def _next_clock(self) -> dict[str, float]:
-        """Begin another step of the clock, and return the times of the one that ends."""
-        times = self._clock.close()
-        self.times.update({name: seconds for name, seconds in times.items() if name != "time/step"})
-        self._clock = StepClock()
-        return times
-
-    @contextmanager
-    def _phase(self, name: str, where: str) -> Iterator[None]:
-        """Count what is inside the block as a phase, and show it."""
-        with self._console.phase(name, where), self._clock.phase(name):
-            yield
 
     def generate(self, rollout_id: int) -> Any:
         """Generate and judge a rollout; return a reference to its TrainBatch, which stays in Ray's object store."""
         self._stop_here()
-        with self._console.phase("generation", f"rollout {rollout_id}"), self._clock.inner() as seconds:
+        with self._journal.measured_elsewhere("generation", f"rollout {rollout_id}") as seconds:
             this = self._begin_generation(rollout_id)
             metrics = self._report_of(this)
             seconds["generation"] = metrics.pop("time/generation", 0.0)
             seconds["reward"] = metrics.pop("time/reward", 0.0)
-        self._record |= metrics | self._measure("generation")
+        self._journal.add("generation", metrics)
         return this.batch
 
     def generate_ahead(self, rollout_id: int) -> Any:
@@ -173,7 +142,7 @@ class Cluster:
             metrics.pop(inside, None)
         waited = min(this.waited, metrics["time/rollout"])
         metrics |= {"time/rollout_waited": waited, "time/rollout_hidden": metrics["time/rollout"] - waited}
-        self._record |= metrics | self._measure("generation")
+        self._journal.add("generation", metrics)
         return this.batch
 
     def _begin_generation(self, rollout_id: int) -> Generation:
@@ -184,7 +153,7 @@ class Cluster:
     def _wait_for(self, generation: Generation) -> dict[str, float]:
         """Return the metrics of the rollout once it is whole."""
         start = time.perf_counter()
-        with self._phase("generation", f"rollout {generation.rollout_id}"):
+        with self._journal.phase("generation", f"rollout {generation.rollout_id}"):
             metrics = self._report_of(generation)
         generation.waited += time.perf_counter() - start
         return metrics
@@ -229,68 +198,39 @@ class Cluster:
     @contextmanager
     def engines_asleep(self) -> Iterator[None]:
         """Move the memory of colocated engines to the trainers; the next weight sync takes it back."""
-        with self._phase("offload", "engines and trainers"):
+        with self._journal.phase("offload", "engines and trainers"):
             self._memory.to_trainers()
         yield
 
     def train(self, rollout_id: int, batch: Any) -> None:
         """Take one rollout's optimizer steps on all ranks."""
         trainers = self._processes.trainers
-        if self._saves:
+        if self._saving.enabled:
             self._stop.hold()
-        with self._console.phase("training", f"rollout {rollout_id}"), self._clock.inner() as seconds:
+        with self._journal.measured_elsewhere("training", f"rollout {rollout_id}") as seconds:
             results = self._waiter.get(
                 f"rollout {rollout_id}: training", [trainer.train.remote(rollout_id, batch) for trainer in trainers]
             )
             if results:
                 seconds["training"] = results[0].pop("time/training")
-                self._record |= results[0] | self._measure("training")
-        self._unsaved = Trained(rollout_id, self._policy_version) if self._saves else None
+                self._journal.add("training", results[0])
+        self._unsaved = Trained(rollout_id, self._policy_version) if self._saving.enabled else None
         self._weight_sync.trained()
-        self._metrics.write(rollout_id + 1, self._record)
-        gap = self._record.get("train/logprob_gap_mean", 0.0)
-        alarm = self._args.logprob_gap_alarm
-        if alarm is not None and gap > alarm:
-            self._console.say(
-                f"WARNING rollout {rollout_id}: mean |train - rollout log-prob| is {gap:.3g}, above "
-                f"--logprob-gap-alarm {alarm:g}: engine and trainer disagree about the policy"
-            )
+        self._journal.trained(rollout_id)
 
     def save_if_due(self, rollout_id: int) -> None:
         """Save a checkpoint when the schedule says so, after the last rollout, and if a signal asks to stop."""
-        due = self._schedule.due(rollout_id)
+        due = self._saving.due(rollout_id)
         if self._unsaved is None or not (due or self._stop.asked):
             return
         self._settle_ahead()
         self._save(self._unsaved, export=due)
 
     def _save(self, trained: Trained, *, export: bool) -> None:
-        """Save the state after `trained`; its policy version is the one before the weights are sent."""
-        begin = time.perf_counter()
-        rollout_id, trainers = trained.rollout_id, self._processes.trainers
-        times = trained.times or self._clock.close()  # a resumed run knows only this part of the step's times
-        with self._phase("checkpoint", f"rollout {rollout_id}"):
-            [rollout] = self._waiter.get(
-                "saving the data side", [self._processes.manager.state_dict.remote(rollout_id + 1)]
-            )
-            state = {
-                "rollout": {**rollout, "policy_version": trained.policy_version},
-                "policy_version": trained.policy_version,
-                "times": times,
-                RUN: record_of_run(self._args, _data_of(rollout)),
-            }
-            # Rank 0 alone writes the state. It may hold whole rollouts, too large to send to ranks that ignore it.
-            states = [state if rank == 0 else {} for rank in range(len(trainers))]
-            each = zip(trainers, states, strict=True)
-            saving = [trainer.save.remote(rollout_id, its, export=export) for trainer, its in each]
-            paths = self._waiter.get(f"rollout {rollout_id}: saving", saving)
-        self.saved = paths[0]
-        self._schedule.saved(time.perf_counter() - begin)
-        self._console.say(f"saved {paths[0]}")
+        """Save the state after `trained`, which lets a signal end the run."""
+        path = self._saving.save(trained, export=export)
         self._unsaved = None
-        if self._best is not None:
-            self._best.saved(Path(paths[0]), step=rollout_id + 1)
-        self._stop.let_go(paths[0])
+        self._stop.let_go(path)
 
     def sync_weights(self) -> None:
         """Send the actor's weights to every engine, as the next policy version.
@@ -314,73 +254,38 @@ class Cluster:
 
     def _send_weights(self) -> None:
         where = f"policy version {self._policy_version}"
-        with self._phase("offload", where):
+        with self._journal.phase("offload", where):
             self._memory.to_weights()
-            self._take_peaks()  # start measuring here: what a trainer has given back was never there with an engine's
-        with self._phase("weight_sync", where):
+            # Start measuring here: what a trainer has given back was never there with an engine's.
+            self._journal.take_peaks()
+        with self._journal.phase("weight_sync", where):
             report = self._weight_sync.send(self._policy_version)
-        self._sync_report = report | self._measure("weight_sync")
-        with self._phase("offload", where):
+        self._journal.synced(report)
+        with self._journal.phase("offload", where):
             self._memory.to_engines()
-            self._take_peaks()
-
-    def _measure(self, phase: str) -> dict[str, float]:
-        """Return the peak memory in `phase`, which ends now."""
-        return memory_record(phase, self._take_peaks())
-
-    def _take_peaks(self) -> list[dict[str, float]]:
-        """Return every trainer's peak memory since the last call."""
-        return self._waiter.get(
-            "measuring memory", [trainer.peak_memory.remote() for trainer in self._processes.trainers]
-        )
+            self._journal.take_peaks()
 
     def evaluate_before_first(self) -> None:
         """Evaluate before the first rollout; after a resume, run the evaluation that was due at the checkpoint."""
-        interval = self._args.eval_interval
-        if self._first == 0:
-            due = not self._args.skip_eval_before_train
-        else:
-            due = interval is not None and self._first % interval == 0
-        if due or self._first >= self._last:
+        if self._evaluation_due.due_before_first():
             self._evaluate(self._first)
 
     def evaluate_if_due(self, rollout_id: int) -> None:
         """Evaluate every --eval-interval rollouts, and after the last."""
-        interval = self._args.eval_interval
-        if rollout_id == self._last - 1 or (interval is not None and (rollout_id + 1) % interval == 0):
+        if self._evaluation_due.due(rollout_id):
             self._evaluate(rollout_id + 1)
 
     def _evaluate(self, step: int) -> None:
-        args = self._args
-        if not (args.eval_prompt_data or args.eval_config) or not (args.num_engines or args.validates):
-            return
         self._stop_here()
-        with self._phase("evaluation", f"evaluation after {count(step, 'rollout')}"):
-            metrics = self._validate(step) if args.validates else self._generate_and_judge(step)
-        metrics |= self._measure("evaluation")
-        self._metrics.write(step, metrics)
-        self._console.evaluation(step, metrics)
+        with self._journal.phase("evaluation", f"evaluation after {count(step, 'rollout')}"):
+            try:
+                metrics = self._evaluations.run(step)
+            except StopNoticed:
+                self._stop_here()
+                raise
+        metrics = self._journal.evaluated(step, metrics)
         if self._best is not None:
             self._best.evaluated(metrics, step=step)
-
-    def _generate_and_judge(self, step: int) -> dict[str, float]:
-        """Return the metrics of responses that the engines generate to the evaluation prompts."""
-        waiting = f"evaluation after {step} rollouts", [self._processes.manager.evaluate.remote(step)]
-        try:
-            return self._waiter.get(*waiting, meanwhile=self._weight_sync.look_after, give_up=True)[0]
-        except StopNoticed:
-            self._waiter.get("aborting the evaluation", [self._processes.manager.abort_evaluation.remote()])
-            self._stop_here()
-            raise
-
-    def _validate(self, step: int) -> dict[str, float]:
-        """Return the losses on SFT's evaluation sets, whose rows stay in Ray's object store."""
-        processes = self._processes
-        if self._validation_sets is None:
-            self._validation_sets = processes.manager.validation_sets.remote()
-            self._waiter.get("loading the evaluation sets", [self._validation_sets])
-        computing = [trainer.validate.remote(self._validation_sets) for trainer in processes.trainers]
-        return self._waiter.get(f"evaluation after {step} rollouts", computing)[0]
 
 
 Story = Callable[[Cluster], None]

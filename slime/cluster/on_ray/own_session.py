@@ -5,7 +5,8 @@
   which decides what is saved before anything ends.
 
 Ray has no option for this. It starts its processes with a `preexec_fn`, so that the hooks of `os.register_at_fork` run
-in each of them before its program does. tests/cluster/test_async.py notices a Ray that does without (Ctrl-C in a terminal).
+in each of them before its program does. The test with Ctrl-C in tests/cluster/test_async.py notices a Ray that does
+without.
 """
 
 from __future__ import annotations
