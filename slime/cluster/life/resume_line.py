@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -15,12 +14,11 @@ from pathlib import Path
 
 from slime.config.args import Args
 from slime.config.flags.table import spellings
+from slime.config.ray_job import in_a_job
 from slime.config.secrets import masked_words
 
 REPLACED = ("load", "ckpt_step", "finetune", "no_load_optim", "no_load_rng")
 """Flags that say where a run begins."""
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""A variable that Ray sets for the program of `ray job submit`."""
 
 
 def command_to_resume(argv: Sequence[str], args: Args, newest: int | None, program: Sequence[str]) -> str:
@@ -31,7 +29,7 @@ def command_to_resume(argv: Sequence[str], args: Args, newest: int | None, progr
     words = list(argv) if newest is None else _resuming(argv, args, newest)
     shown = masked_words(words)
     hidden = [name for name in map(_flag_before(words).get, _changed(words, shown)) if name]
-    job = ", submitted as before (`ray job submit ... --`)" if IN_A_JOB in os.environ else ""
+    job = ", submitted as before (`ray job submit ... --`)" if in_a_job() else ""
     lines = [f"{'start again' if newest is None else 'resume'} with{job}:", shlex.join([*program, *shown])]
     if hidden:
         lines.append(f"*** replaces the secrets: give {', '.join(dict.fromkeys(hidden))} again, as is or as env:NAME")

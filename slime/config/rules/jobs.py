@@ -10,17 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slime.config.problem import Problem
+from slime.config.ray_job import in_a_package
 from slime.config.rules.case import Case
 from slime.config.rules.paths import WRITTEN
 
-PACKAGES = "working_dir_files"
-"""The folder in Ray's session directory where it unpacks the working directories of jobs, each as `_ray_pkg_*`."""
 _OUTPUTS = (*WRITTEN, "save_debug_train_data")
-
-
-def in_a_package() -> bool:
-    """Return whether the current folder is the package of a job, Ray's copy of its --working-dir."""
-    return PACKAGES in Path.cwd().parts
 
 
 def job_outputs(case: Case) -> Iterable[Problem]:

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slime.config.problem import Problem, show
+from slime.config.ray_job import in_a_package
 from slime.config.resolve import OUTPUTS
 from slime.config.resuming import first_rollout, hashes_of, resumed_checkpoint
 from slime.config.rules.case import Case
-from slime.config.rules.jobs import in_a_package
 from slime.config.rules.paths import unwritable
 from slime.core.checkpoint_names import checkpoints_in, iteration_name
 
