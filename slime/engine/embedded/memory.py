@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 from slime.engine.device_protocol import MemoryTag
@@ -43,6 +44,7 @@ class EngineMemory:
             self._scheduler.cache.clear()
         if "weights" in tags:
             self._weights.release()
+        _trim_heap()
 
     def resume(self, tags: Sequence[MemoryTag]) -> None:
         """Take the memory of `tags` again; the weights then hold garbage until they are sent.
@@ -71,3 +73,14 @@ class EngineMemory:
                 "this engine has its memory again, but its weights have not been sent since; send a whole set, or load "
                 "one from disk"
             )
+
+
+def _trim_heap() -> None:
+    """Give freed memory inside the C heap back to the operating system, where the C library can (glibc).
+
+    A large tensor usually has pages of its own, which go back as soon as it is freed. But if the heap has a gap that is
+    large enough, malloc places the tensor there, and `free` then only keeps the gap for later.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
