@@ -70,7 +70,7 @@ def hf_architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def _own_fields(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Return the fields of Architecture that not all families have, and those that all families with experts share."""
+    """Return the fields of Architecture that only some families have, including the fields of experts."""
     own = dict(family.read(config))
     return own | experts.hf_experts(config, own) if family.has_experts else own
 
@@ -174,7 +174,7 @@ def _matching_family(given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
 
 
 def _is_set(flag: str, values: Mapping[str, Any]) -> bool:
-    """Return whether `values` turn on a flag that is written as a user types it, alone or with its value."""
+    """Return whether `values` turn on `flag`, which is written as on the command line: `--x`, or `--x value`."""
     name, _, value = flag.partition(" ")
     found = values.get(name.removeprefix("--").replace("-", "_"))
     return found == value if value else bool(found)

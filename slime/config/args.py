@@ -168,7 +168,7 @@ class Args(
 
     @property
     def has_usual_rollout(self) -> bool:
-        """Return whether slime's own function generates rollouts, and not one of the user's or of supervised tuning."""
+        """Return whether slime's own function generates rollouts: neither a user's function nor that of SFT."""
         return self.rollout_function_path == HookOptions.rollout_function_path
 
     @property
@@ -200,7 +200,7 @@ class Args(
 
     @property
     def needs_directory(self) -> bool:
-        """Return whether flags leave open where something is written, so that the run makes a directory of its own."""
+        """Return whether the run makes a directory of its own, for files that no flag gives a place."""
         return self.save is None and (self.saves or self.log_dir is None)
 
     @property
@@ -253,13 +253,13 @@ class Args(
 
     @property
     def reward_paths(self) -> tuple[str, ...]:
-        """Return the paths of --custom-rm-path; one alone is a text."""
+        """Return the paths of --custom-rm-path, which holds a single text if there is only one."""
         given = self.custom_rm_path
         return () if given is None else (given,) if isinstance(given, str) else given
 
     @property
     def reward_names(self) -> tuple[str, ...]:
-        """Return the name of each function of --custom-rm-path, under which its value is recorded if there are several.
+        """Return the name of each function of --custom-rm-path; several functions have their values under these names.
 
         >>> Args(custom_rm_path=("rewards.py:right", "rewards.short")).reward_names
         ('right', 'short')

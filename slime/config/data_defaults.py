@@ -27,7 +27,7 @@ LABEL_KEYS = ("label", "answer", "solution", "ground_truth", "reward_model.groun
 
 
 def data_defaults(args: Args) -> dict[str, Any]:
-    """Return values for those of --input-key, --label-key and --apply-chat-template that are not given."""
+    """Return the defaults of --input-key, --label-key and --apply-chat-template; a flag that is given has none."""
     row = _first_row(args)
     changes: dict[str, Any] = {}
     key = args.input_key

@@ -23,7 +23,7 @@ _WEIGHTED = re.compile(r"(.*\.(?:jsonl|json|parquet)(?:@\[.*\])?):[0-9.]+", re.D
 
 
 def data_words(data: str | Sequence[str]) -> list[str]:
-    """Return the words of --prompt-data or of an evaluation set; one alone is a text."""
+    """Return the words of --prompt-data or of an evaluation set, which holds a single text if there is only one."""
     return [data] if isinstance(data, str) else list(data)
 
 
@@ -53,7 +53,7 @@ def data_paths(words: str | Sequence[str]) -> list[str]:
 
 
 def _not_a_file(file: str) -> DataError | None:
-    """Return the error of a word that means something else than a file; a missing file is no error here."""
+    """Return the error of a word that cannot name a file; a missing file is no error here."""
     if os.path.isdir(file):
         kinds = sorted(
             {

@@ -81,7 +81,7 @@ class DataKeys:
         return None if label is None or isinstance(label, list) else label_text(label)
 
     def conversation(self, data: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-        """Return the weighted messages of a row to learn from; None if its response is a text, or it is a prompt."""
+        """Return the weighted messages of a row to learn from; None for a prompt, and for a response that is a text."""
         completion = None if self.label_key is None else find(data, self.label_key)
         if self.loss_on is None or not (completion is None or isinstance(completion, list)):
             return None

@@ -38,7 +38,7 @@ class EvalDataset:
     system_prompt: str | None = None
     apply_chat_template_kwargs: str | None = None
     loss_on: Literal["all_assistant", "last_assistant"] | None = None
-    """As in `DataKeys`. It is the run's, and no key of an entry."""
+    """The assistant's messages to learn from (see `DataKeys`): a flag of the run, not a key in --eval-config."""
 
     @property
     def keys(self) -> DataKeys:

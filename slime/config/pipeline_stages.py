@@ -37,7 +37,7 @@ def micro_batch_group(args: Args) -> int:
 
 
 def count_multiple(args: Args) -> int:
-    """Return the number of which a step's micro-batches are a multiple; the interleaved schedule runs whole groups."""
+    """Return the number that divides a step's number of micro-batches; the interleaved schedule runs whole groups."""
     return micro_batch_group(args) if num_chunks(args) > 1 else 1
 
 

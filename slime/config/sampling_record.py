@@ -66,7 +66,7 @@ class SamplingRecord:
         return found
 
     def other_tokens(self, args: Args) -> list[str]:
-        """Return the difference between its tokenizer and that of --hf-checkpoint, with the remedy; or nothing."""
+        """Return the fault and the remedy if the dump has another tokenizer than --hf-checkpoint; otherwise nothing."""
         here = SamplingRecord.of(args, None)
         if self.tokenizer is not None and here.tokenizer is not None:
             same = self.tokenizer == here.tokenizer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class TransportFacts:
-    """The facts about one transport; the defaults are those of one to engines that have their own devices."""
+    """The facts about one transport; the defaults fit engines that have their own devices."""
 
     transport: str
     """The dotted path of its class, a `slime.sync.transport.Transport`, whose `open` a trainer calls."""

@@ -1,8 +1,8 @@
 """DataBuffer: supplies prompts, takes back leftovers, and keeps one state that a checkpoint can hold.
 
-- Called by: the rollout function draws groups from here and gives back those that it did not need.
-- Invariant: over any sequence of draws, returns, saves and restores, every prompt of an epoch is handed out exactly
-  once (or as --prompt-data-weights says), not counting those that were given back.
+- Called by: the rollout function draws groups from here and gives back the groups that it did not need.
+- Invariant: an epoch uses every prompt exactly once, or as often as --prompt-data-weights says, also if the run is
+  saved and resumed in between. A group that is given back counts as not used, and is drawn again.
 """
 
 from __future__ import annotations

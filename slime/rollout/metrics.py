@@ -51,7 +51,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 def entry_metrics(samples: Sequence[Sample], key: str | None) -> dict[str, float]:
     """Return the means of finite numbers in dict-valued rewards, except under `key`: `reward/NAME`, at most MAX_NAMED.
 
-    A name that not all judged samples have a number under also gets `reward_share/NAME`, the share of those that have.
+    If some judged samples have no number under a name, `reward_share/NAME` is the share of the samples that have one.
     """
     judged = [sample.reward for sample in samples if sample.reward is not None]
     values: dict[str, list[float]] = {}

@@ -199,7 +199,7 @@ def test_a_resumed_run_draws_the_same_prompts(task: Task, unbroken: Path, tmp_pa
     assert sorted(events(save, "eval/eval/reward")) == [0, 2, 4]
     assert in_tensorboard(save) == in_metrics(save), "it also has the metrics from before the resume"
     assert [start["rollouts_done"] for start in starts(save)] == [0, 2]
-    assert sampled(save) == sampled(unbroken), "each sample once, also those that the killed run had written already"
+    assert sampled(save) == sampled(unbroken), "each sample once, also if the killed run had written it already"
 
 
 def test_replaying_the_samples_gives_the_same_weights(task: Task, unbroken: Path, tmp_path: Path) -> None:

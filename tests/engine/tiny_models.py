@@ -20,15 +20,7 @@ StartEngine = Callable[..., ForkedEngine]
 
 
 def _config(family: str, *, vocab_size: int, hidden: int, eos: list[int]) -> Any:
-    from transformers import (
-        Glm4Config,
-        Glm4MoeConfig,
-        LlamaConfig,
-        MistralConfig,
-        Qwen2Config,
-        Qwen3Config,
-        Qwen3MoeConfig,
-    )
+    from transformers import AutoConfig
 
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -43,27 +35,27 @@ def _config(family: str, *, vocab_size: int, hidden: int, eos: list[int]) -> Any
         "pad_token_id": EOS,
         "bos_token_id": None,
     }
-    if family == "glm4":
-        rope = {"partial_rotary_factor": 0.5, "rope_theta": 10000.0, "rope_type": "default"}
-        return Glm4Config(**common, attention_bias=True, rms_norm_eps=1e-5, rope_parameters=rope)
+    if family.endswith("_moe"):
+        common |= {"moe_intermediate_size": hidden // 2, "num_experts_per_tok": 3, "norm_topk_prob": True}
+    rope: dict[str, Any] = {"rope_theta": 1e6, "rope_type": "default"}
+    if family.startswith("glm4"):
+        rope |= {"partial_rotary_factor": 0.5, "rope_theta": 1e4}
+        common |= {"attention_bias": True}
     if family == "llama3":
-        rope = {"rope_theta": 10000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+        rope |= {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-        return LlamaConfig(**common, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_parameters=rope)
-    experts: dict[str, Any] = {"moe_intermediate_size": hidden // 2, "num_experts_per_tok": 3, "norm_topk_prob": True}
     if family == "glm4_moe":
-        experts |= {"n_routed_experts": 8, "n_shared_experts": 2, "n_group": 4, "topk_group": 2}
-        experts |= {"first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "use_qk_norm": True}
-        rope = {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}
-        return Glm4MoeConfig(**common, **experts, attention_bias=True, rms_norm_eps=1e-5, rope_parameters=rope)
-    rope = {"rope_theta": 1e6, "rope_type": "default"}
+        common |= {"n_routed_experts": 8, "n_shared_experts": 2, "n_group": 4, "topk_group": 2}
+        common |= {"first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "use_qk_norm": True}
     if family == "qwen3_moe":
-        return Qwen3MoeConfig(**common, **experts, num_experts=8, rms_norm_eps=1e-6, rope_parameters=rope)
+        common |= {"num_experts": 8}
     if family == "mistral":
-        return MistralConfig(**common, sliding_window=None, rms_norm_eps=1e-5, rope_parameters=rope)
-    if family == "qwen2":
-        return Qwen2Config(**common, tie_word_embeddings=False, rms_norm_eps=1e-6, rope_parameters=rope)
-    return Qwen3Config(**common, tie_word_embeddings=True, rms_norm_eps=1e-6, rope_parameters=rope)
+        common |= {"sliding_window": None}
+    if family in ("llama3", "qwen2", "qwen3"):
+        common |= {"tie_word_embeddings": family != "qwen2"}
+    epsilon = 1e-6 if family.startswith("qwen") else 1e-5
+    model_type = "llama" if family == "llama3" else family
+    return AutoConfig.for_model(model_type, **common, rms_norm_eps=epsilon, rope_parameters=rope)
 
 
 def make_model(

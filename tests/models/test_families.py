@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools import make_random_checkpoint as tool  # noqa: E402
 
-# The file that slime/models/seed_oss.py would be. The flags stand for a family of its own.
+# What slime/models/seed_oss.py would contain. No other dense family has both flags, so they identify this one.
 SEED_OSS = Family(
     model_type="seed_oss",
     transformers_class="SeedOss",

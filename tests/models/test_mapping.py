@@ -10,16 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    Glm4Config,
-    Glm4MoeConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from slime.config.architecture import hf_architecture
 from slime.core.architecture import Architecture, padded_vocab_size
@@ -43,17 +34,15 @@ def hf_model(family: str, *, tied: bool = False, bias: bool = True, **sizes: int
     common: dict[str, Any] = {**shape, "tie_word_embeddings": tied, "pad_token_id": 0}
     if family.endswith("_moe"):
         common |= {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
-    configs = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-    config: Any
     if family == "glm4":
-        config = Glm4Config(**common, attention_bias=bias)
+        common |= {"attention_bias": bias}
     elif family == "glm4_moe":
-        experts = {"n_routed_experts": 4, "first_k_dense_replace": 0, "use_qk_norm": not bias}
-        config = Glm4MoeConfig(**common, **experts, attention_bias=bias)
+        common |= {"n_routed_experts": 4, "first_k_dense_replace": 0, "use_qk_norm": not bias, "attention_bias": bias}
     elif family == "qwen3_moe":
-        config = Qwen3MoeConfig(**common, num_experts=4, norm_topk_prob=True)
-    else:
-        config = configs[family](**common, **({"sliding_window": None} if family == "mistral" else {}))
+        common |= {"num_experts": 4, "norm_topk_prob": True}
+    elif family == "mistral":
+        common |= {"sliding_window": None}
+    config = AutoConfig.for_model(family, **common)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -30,37 +30,24 @@ def answer(text: str) -> Message:
 PLAIN = [SYSTEM, user("ab"), answer("abab"), user(" c "), answer("<think>\nx\n</think>\n\nd")]
 CALLS = [user("q"), CALLING, TOOL, answer("ab"), user("z"), answer("w")]
 CONTINUED = [user("q"), answer("\n\na b")]
+CHATML = """<|im_start|>system
+s<|im_end|>
+<|im_start|>user
+ab<|im_end|>
+<|im_start|>assistant
+«abab<|im_end|>»
+<|im_start|>user
+ c <|im_end|>
+<|im_start|>assistant
+«<think>
+x
+</think>
+
+d<|im_end|>»
+"""
 PLAIN_MASKS = {
-    "chatml": """<|im_start|>system
-s<|im_end|>
-<|im_start|>user
-ab<|im_end|>
-<|im_start|>assistant
-«abab<|im_end|>»
-<|im_start|>user
- c <|im_end|>
-<|im_start|>assistant
-«<think>
-x
-</think>
-
-d<|im_end|>»
-""",
-    "thinking": """<|im_start|>system
-s<|im_end|>
-<|im_start|>user
-ab<|im_end|>
-<|im_start|>assistant
-«abab<|im_end|>»
-<|im_start|>user
- c <|im_end|>
-<|im_start|>assistant
-«<think>
-x
-</think>
-
-d<|im_end|>»
-""",
+    "chatml": CHATML,
+    "thinking": CHATML,  # it changes only earlier answers that have thoughts
     "headers": """<|begin|><|header|>system<|/header|>
 
 Today: May 1

@@ -30,7 +30,7 @@ from slime.core.load_result import LoadResult
 
 
 class DedicatedDevices:
-    """The schedule without turns: both sides have their own devices, or --no-offload, or only one side exists."""
+    """The schedule without turns: with separate devices, with --no-offload, or if only one side exists."""
 
     by_turns: ClassVar[bool] = False
 

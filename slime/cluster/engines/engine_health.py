@@ -55,7 +55,7 @@ class EngineWatch:
         self._watched = watched
 
     async def first_death(self) -> str:
-        """Return only once something has died: a sentence that names it."""
+        """Wait until something has died, and return a sentence that names it."""
         while True:
             await asyncio.sleep(POLL_S)
             alive = await asyncio.gather(*(each.is_alive() for each in self._watched))
@@ -67,9 +67,9 @@ class EngineWatch:
 async def first_trouble(
     is_alive: Callable[[], Awaitable[bool]], url: str, client: EngineClient, *, limit: float
 ) -> str:
-    """Return a description once the process of an engine or a router at `url` is dead, hangs or is stuck.
+    """Wait until the engine or router at `url` is dead, hangs or is stuck, and return a description.
 
-    `limit` is how many seconds may pass without an answer to a health check, --engine-health-timeout.
+    `limit` is the largest number of seconds without an answer to a health check, --engine-health-timeout.
     """
     clock = client.clock
     answered = clock.time()
@@ -90,7 +90,7 @@ class RestartLimit:
     """Counts the restarts of each process within the last hour."""
 
     def __init__(self, most: int) -> None:
-        """`most` is how many restarts of one process an hour may have."""
+        """`most` is the largest number of restarts of one process within an hour."""
         self._most = most
         self._times: dict[str, deque[float]] = {}
 

@@ -125,7 +125,7 @@ class EngineSupervisor:
         return {f"fault/{name}": count for name, count in counts.items()}
 
     async def failure(self) -> BaseException:
-        """Return only once something has been lost for good."""
+        """Wait until something has been lost for good, and return the error."""
         return await asyncio.shield(self._failed)
 
     @property

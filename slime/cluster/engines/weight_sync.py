@@ -127,7 +127,7 @@ class EngineWeightSync:
             raise Fault(str(error)) from error
 
     def _state_if_there(self) -> EnginesState | None:
-        """Return the manager's report if it has come; a manager that is gone is noticed by others that wait for it."""
+        """Return the manager's report if it has arrived, otherwise None."""
         if self._asked is None:
             self._asked = self._processes.manager.engines_state.remote()
         ready, _ = ray.wait([self._asked], timeout=0)

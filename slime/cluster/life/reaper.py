@@ -64,7 +64,7 @@ class Reaper:
             self._pipe.write(f"{line}\n".encode())
 
     def leave(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """End the block of the run; without an error nothing has failed."""
+        """Tell the reaper that the run has ended, and whether it ended without an error; wait for the reaper."""
         if kind is None:
             self.tell("well")
         self.tell("alive")

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Restarts:
-    """Counts the restarts of a run: at most `limit` in a row without a new checkpoint. `newest`: the last one."""
+    """Counts the restarts of a run: at most `limit` in a row without a checkpoint newer than `newest`."""
 
     limit: int
     newest: int | None

@@ -1,4 +1,4 @@
-"""The command with which a run that a signal has ended continues, from the words of its own command line.
+"""The command that continues a run which a signal has ended, made from the run's own command line.
 
 - Used by: `main`, when a run ends because of a signal.
 - Invariant: secrets are masked, as everywhere else.

@@ -44,7 +44,7 @@ class RunFiles:
 
 
 def remove_stale() -> None:
-    """Remove the directories of this user's runs that have no process left, and those of their Rays."""
+    """Remove the directories of this user's runs that have no process left, and the directories of their Rays."""
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
             if path.lstat().st_uid != os.getuid() or path.is_symlink():

@@ -118,7 +118,7 @@ class Stop:
         self._holds = True
 
     def let_go(self, saved: str | None) -> None:
-        """Let a signal end the run at once from now on: everything is saved, now in `saved`.
+        """Let a signal end the run at once from now on, because everything is saved; `saved` is the checkpoint.
 
         Raises:
             Stopped: a signal has waited for this.

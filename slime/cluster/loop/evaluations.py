@@ -15,7 +15,7 @@ from slime.config.args import Args
 
 
 class EvaluationSchedule:
-    """After which rollouts a run evaluates, if it has `rollouts` left; never without data or without who evaluates."""
+    """Decides after which rollouts a run evaluates; `rollouts` are those that are left."""
 
     def __init__(self, args: Args, rollouts: range) -> None:
         self._interval = args.eval_interval

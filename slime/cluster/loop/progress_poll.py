@@ -1,9 +1,9 @@
 """ProgressPoll: fetch the rollout manager's progress for the console while the driver waits for something else.
 
 - Called by: the `Waiter`, between two looks at what it waits for.
-- Invariant: it never waits and never raises. An answer that is late is fetched at a later call; after a failure it asks
-  no more and says so once, because a run must not end for want of a progress bar. If the manager itself is gone, the
-  call that the driver waits for names it.
+- Invariant: it never waits and never raises, because a run must not end for want of a progress bar. A late answer is
+  fetched at a later call. After a failure it warns once and stops asking. If the manager has died, it says nothing: the
+  call that the driver waits for reports that.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ProgressPoll:
         try:
             self._step()
         except RayActorError:
-            self._asked = None  # the manager has died, which whoever waits for it is told
+            self._asked = None  # the manager has died, and the driver's own wait for it reports that
         except RayError as error:
             self._failed = True
             logger.warning("the rollout manager cannot count its progress", exc_info=error)

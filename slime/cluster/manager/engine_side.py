@@ -158,7 +158,7 @@ class ExternalEngines(_ConnectedEngines):
         return result
 
     async def _check_weights(self, version: int) -> None:
-        """Check that the engines still hold the weights: whoever restarts one brings back its first weights.
+        """Check that the engines still hold the run's weights; one that somebody has restarted has its first weights.
 
         Raises:
             RuntimeError: an engine does not report the policy version that it was sent.

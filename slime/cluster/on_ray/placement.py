@@ -134,7 +134,7 @@ class Demand:
     num_trainers: int
     num_engines: int
     gpus_per_engine: int
-    """0 if engines compute on the CPU."""
+    """The number of GPUs of one engine; 0 if engines compute on the CPU."""
     trainers_on_gpu: bool
     colocated: bool
 

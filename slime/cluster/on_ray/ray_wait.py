@@ -44,7 +44,7 @@ class Waiter:
         self._say: Callable[[str], None] = print
 
     def heed(self, stop: Stop, say: Callable[[str], None]) -> None:
-        """Announce with `say` what is finished first when a signal asks to stop, and give up waits that allow it."""
+        """Let a signal end the waits that allow it; `say` announces what is finished first."""
         self._stop, self._say = stop, say
 
     def set_limit(self, limit: float, *, because: str) -> None:
@@ -55,7 +55,7 @@ class Waiter:
         self._names[actor._actor_id] = name
 
     def watch(self, phase: str, ref: Any) -> None:
-        """Watch `ref`, which is made in the background: from now on its failure ends whatever is waited for."""
+        """Watch `ref`, which is made in the background: from now on its failure ends every wait."""
         self._watched[ref] = phase
 
     def unwatch(self, ref: Any) -> None:

@@ -177,7 +177,7 @@ def misspelt(spelling: str, known: Mapping[str, object]) -> str | None:
 
 
 def shortened(spelling: str, known: Mapping[str, object]) -> str | None:
-    """Return the known flag of which `spelling` lacks a usual prefix, or the last words if no other begins so."""
+    """Return the known flag that `spelling` shortens: without a usual prefix, or as the beginning of one flag alone."""
     name = spelling.replace("_", "-")
     prefixes = ("--rollout-", "--use-", "--sglang-", "--router-")
     whole = [prefix + name[2:] for prefix in prefixes if prefix + name[2:] in known]
@@ -186,7 +186,7 @@ def shortened(spelling: str, known: Mapping[str, object]) -> str | None:
 
 
 def _slips(one: str, other: str) -> int:
-    """Return how many letters have to be added, left out, replaced or swapped with the next one to make them equal."""
+    """Return the edit distance: letters to add, leave out, replace, or swap with the next, until both are equal."""
     before: list[int] = []
     last = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):

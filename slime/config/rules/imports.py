@@ -28,7 +28,7 @@ IMPORT_LIMIT = 60.0
 _NOTICE = 10.0
 """Seconds after which the console names the import that is still running."""
 _HUNG: set[str] = set()
-"""Modules whose import did not end in time: for another hook or rule, they are not waited for again."""
+"""Modules whose import did not end in time; no other hook or rule waits for them again."""
 
 
 class _TooSlow(BaseException):

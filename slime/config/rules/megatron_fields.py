@@ -85,7 +85,7 @@ OFFLOAD_OF_MEGATRON = frozenset(
 )
 """The harmless fields of Megatron's own offload, which slime does not use; `rules.optimizer` warns about them."""
 HARMLESS_VALUES: Mapping[str, Any] = {"transformer_impl": "local"}
-"""Fields that may be given with this one value, apart from their default."""
+"""Fields that may be given with this value or with their default."""
 
 JUDGED_ELSEWHERE = ("moe_", "overlap_moe_", "fp8", "fp4", "mtp_", "cpu_offloading", "tp_comm_")
 """Prefixes of fields that other rules handle (`not_built`, `no_effect`, `experts`), or that have no effect here.

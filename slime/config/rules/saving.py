@@ -48,7 +48,7 @@ def run_name(case: Case) -> Iterable[Problem]:
 
 
 def other_runs_checkpoints(case: Case) -> Iterable[Problem]:
-    """Refuse to save among checkpoints of rollouts that are still to come, which a resume would take for this run's."""
+    """Refuse a --save with checkpoints of later rollouts, because a resume would take them for this run's."""
     args = case.args
     if args.save is None or not args.saves:
         return
@@ -67,7 +67,7 @@ def other_runs_checkpoints(case: Case) -> Iterable[Problem]:
 
 
 def resumed_data(case: Case) -> Iterable[Problem]:
-    """Refuse data, and flags of their order, with which the checkpoint's place in the data has no meaning."""
+    """Refuse data, or an order of them, other than the checkpoint's: its place in the data would mean nothing."""
     args = case.args
     resumed = resumed_checkpoint(args)
     if resumed is None or not resumed.data or args.num_rollout == 0 or args.debug_rollout_only:

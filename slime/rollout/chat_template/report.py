@@ -3,8 +3,9 @@
 - Called by: whoever appends messages to tokens that exist, and checks of the model directory.
 - Invariant: an offence is found by rendering short conversations, never by reading the template.
 
-A template that is not append-only shows a model other tokens for its earlier turns than those that it sampled, if the
-whole conversation is rendered again. `suffix` never does that.
+A template is append-only if a longer conversation begins with the text of a shorter one. With any other template, the
+earlier turns of a conversation that is rendered again are no longer the tokens that the model sampled. `suffix` keeps
+the sampled tokens and never tokenizes them again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The text of new messages that follow tokens which exist already, such as a tool's result after a sampled answer.
+"""Append new messages to existing tokens, such as a tool's result to a sampled answer.
 
 - Called by: `append_messages` and multi-turn generate functions.
 - Invariant: sampled tokens are never tokenized again. The text that ends the assistant's turn is in the tokens once,

@@ -206,7 +206,7 @@ def test_progress_is_fetched_without_waiting(waiter: Waiter, steady: Any, doomed
 
 
 def test_progress_that_fails_ends_no_wait(waiter: Waiter, steady: Any, doomed: Any) -> None:
-    """It is told once. If the manager is gone, its progress says nothing: the wait for it does."""
+    """One warning is printed. If the manager has died, there is none: the wait for the manager reports it."""
     shown: list[Any] = []
     warned: list[str] = []
     poll = polled(steady, shown, warned)
