@@ -19,6 +19,11 @@ The asynchronous loop (`generate_ahead`) generates rollout N+1 while it trains o
 - The weight sync waits for the requests of N+1 as --update-weight-pause chooses: until the whole rollout is there
   (drain), or until they are aborted (abort) or paused (in_place, retract), and then they continue with new weights.
 - With --deterministic a checkpoint waits until N+1 is whole, because half a rollout cannot be continued bit by bit.
+
+In both loops an evaluation runs while the next rollout is generated, by the same engines with the same weights:
+
+    rollout manager   | generate N |       | evaluate, generate N+1 |
+    loop (driver)     | wait       | train | wait for both          | train ...
 """
 
 from __future__ import annotations
@@ -40,7 +45,6 @@ from slime.cluster.loop.progress_poll import ProgressPoll
 from slime.cluster.loop.saving import Saving
 from slime.config.args import Args
 from slime.observability.best_checkpoint import BestCheckpoint
-from slime.observability.console.lines import count
 from slime.observability.console.run_console import RunConsole
 from slime.observability.metrics_log import MetricsLog
 
@@ -129,6 +133,7 @@ class Cluster:
             seconds["generation"] = metrics.pop("time/generation", 0.0)
             seconds["reward"] = metrics.pop("time/reward", 0.0)
         self._journal.add("generation", metrics)
+        self._finish_evaluation()
         return this.batch
 
     def generate_ahead(self, rollout_id: int) -> Any:
@@ -143,6 +148,7 @@ class Cluster:
         waited = min(this.waited, metrics["time/rollout"])
         metrics |= {"time/rollout_waited": waited, "time/rollout_hidden": metrics["time/rollout"] - waited}
         self._journal.add("generation", metrics)
+        self._finish_evaluation()
         return this.batch
 
     def _begin_generation(self, rollout_id: int) -> Generation:
@@ -179,6 +185,7 @@ class Cluster:
         """End the run if a signal asks for it, after a save of what is trained and not saved. Raises Stopped."""
         if self._stop.asked is None:
             return
+        self._evaluations.abort()
         if self._unsaved is not None:
             self._settle_ahead()
             self._memory.to_trainers()
@@ -276,16 +283,25 @@ class Cluster:
             self._evaluate(rollout_id + 1)
 
     def _evaluate(self, step: int) -> None:
+        """Begin an evaluation; wait for it only if no rollout is generated at the same time."""
         self._stop_here()
-        with self._journal.phase("evaluation", f"evaluation after {count(step, 'rollout')}"):
+        if not self._evaluations.begin(step) or step >= self._last:
+            self._finish_evaluation(give_up=True)
+
+    def _finish_evaluation(self, *, give_up: bool = False) -> None:
+        """Wait for the evaluation that runs, if there is one, and record it; `give_up` lets a signal abort it."""
+        running = self._evaluations.running
+        if running is None:
+            return
+        with self._journal.phase("evaluation", running.phase):
             try:
-                metrics = self._evaluations.run(step)
+                metrics = self._evaluations.wait(give_up=give_up)
             except StopNoticed:
                 self._stop_here()
                 raise
-        metrics = self._journal.evaluated(step, metrics)
+        metrics = self._journal.evaluated(running.step, metrics)
         if self._best is not None:
-            self._best.evaluated(metrics, step=step)
+            self._best.evaluated(metrics, step=running.step)
 
 
 Story = Callable[[Cluster], None]

@@ -1,17 +1,22 @@
 """Evaluations: when one is due, and how its metrics are made, by the engines or as losses of the trainers.
 
-- Used by: `Cluster.evaluate_before_first` and `Cluster.evaluate_if_due`.
-- Invariant: a run evaluates before its first rollout, every --eval-interval and after its last, also across resumes.
+- Used by: `Cluster` begins an evaluation in `evaluate_before_first` and `evaluate_if_due`, and waits for it when the
+  next rollout is whole, which the engines generate with the same weights at the same time. So both take as long as the
+  longer one.
+- Invariant: a run evaluates before its first rollout, every --eval-interval and after its last, also across resumes. No
+  weights are sent and nothing is saved while an evaluation runs: its answers come from one policy, and a run that is
+  killed meanwhile resumes from a checkpoint before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from slime.cluster.actors import Processes
-from slime.cluster.life.stop import StopNoticed
 from slime.config.args import Args
+from slime.observability.console.lines import count
 
 
 class EvaluationSchedule:
@@ -37,39 +42,64 @@ class EvaluationSchedule:
         return self._interval is not None and done % self._interval == 0
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation after `step` rollouts; the first of the references `results` will hold its metrics."""
+
+    step: int
+    results: list[Any]
+
+    @property
+    def phase(self) -> str:
+        return f"evaluation after {count(self.step, 'rollout')}"
+
+
 class Evaluations:
-    """Runs a run's evaluations. `look_after` is called while the engines generate (`meanwhile` of `Waiter.get`)."""
+    """Runs a run's evaluations, one at a time. `look_after` is called while the engines generate (see `Waiter.get`)."""
 
     def __init__(self, args: Args, processes: Processes, *, look_after: Callable[[], int]) -> None:
         self._validates = args.validates
         self._processes = processes
         self._look_after = look_after
+        self.running: Evaluation | None = None
+        """The present evaluation."""
         self._sets: Any = None
         """A reference to the rows of SFT's evaluation sets, once they are loaded."""
 
-    def run(self, step: int) -> dict[str, float]:
-        """Return the metrics of an evaluation after `step` rollouts.
+    def begin(self, step: int) -> bool:
+        """Begin an evaluation after `step` rollouts, and return whether a rollout may be generated at the same time."""
+        assert self.running is None, "one evaluation after the other"
+        results = self._losses() if self._validates else [self._processes.manager.evaluate.remote(step)]
+        self.running = Evaluation(step, results)
+        if not self._validates:
+            self._processes.waiter.watch(self.running.phase, results[0])
+        return not self._validates
+
+    def wait(self, *, give_up: bool) -> dict[str, float]:
+        """Return the metrics of the present evaluation.
 
         Raises:
-            StopNoticed: a signal asked the run to stop; the generation is aborted.
+            StopNoticed: a signal asked the run to stop, and `give_up` allows to abort the evaluation for it.
         """
-        return self._losses(step) if self._validates else self._judged(step)
+        assert self.running is not None, "nothing to wait for"
+        phase, results, waiter = self.running.phase, self.running.results, self._processes.waiter
+        if self._validates:
+            metrics = waiter.get(phase, results)[0]
+        else:
+            metrics = waiter.get(phase, results, meanwhile=self._look_after, give_up=give_up)[0]
+        self.running = None
+        return metrics
 
-    def _judged(self, step: int) -> dict[str, float]:
-        """Return the metrics of responses that the engines generate to the evaluation prompts."""
-        waiter, manager = self._processes.waiter, self._processes.manager
-        phase, evaluating = f"evaluation after {step} rollouts", [manager.evaluate.remote(step)]
-        try:
-            return waiter.get(phase, evaluating, meanwhile=self._look_after, give_up=True)[0]
-        except StopNoticed:
-            waiter.get("aborting the evaluation", [manager.abort_evaluation.remote()])
-            raise
+    def abort(self) -> None:
+        """Abort the present evaluation, if there is one."""
+        if self.running is not None:
+            self._processes.waiter.unwatch(self.running.results[0])
+            self._processes.waiter.get("aborting the evaluation", [self._processes.manager.abort_evaluation.remote()])
+            self.running = None
 
-    def _losses(self, step: int) -> dict[str, float]:
-        """Return the losses on SFT's evaluation sets, whose rows stay in Ray's object store."""
-        waiter = self._processes.waiter
+    def _losses(self) -> list[Any]:
+        """Return references to the losses on SFT's evaluation sets, whose rows stay in Ray's object store."""
         if self._sets is None:
             self._sets = self._processes.manager.validation_sets.remote()
-            waiter.get("loading the evaluation sets", [self._sets])
-        computing = [trainer.validate.remote(self._sets) for trainer in self._processes.trainers]
-        return waiter.get(f"evaluation after {step} rollouts", computing)[0]
+            self._processes.waiter.get("loading the evaluation sets", [self._sets])
+        return [trainer.validate.remote(self._sets) for trainer in self._processes.trainers]

@@ -137,10 +137,10 @@ class RunConsole:
         self._view = replace(self._view, work=work)
 
     def evaluation(self, step: int, record: Mapping[str, float]) -> None:
-        """Print one line for each data set that was evaluated after `step` rollouts: after the rollout's own line."""
+        """Print one line for each data set that was evaluated after `step` rollouts: after the last one's own line."""
         self._view = self._view.with_evaluation(results_of(record))
         self._later += evaluation_lines(step, record, self._width)
-        if self._view.rollout_id is None:
+        if self._view.done >= step:
             self._say_later()
 
     def rollout(self, rollout_id: int, record: Mapping[str, float]) -> None:
