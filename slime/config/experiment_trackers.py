@@ -50,24 +50,38 @@ class TrackerFacts:
     """The package that has to be installed, which is also the name of slime's extra; None: there is none."""
     fault: Callable[[], tuple[str, str] | None] = lambda: None
     """Returns rule and remedy if the installed package cannot be used, for example without an account."""
+    files: tuple[str, ...] = ()
+    """Patterns of what it leaves in the run's directory."""
     switch: str | None = None
     """The name of a switch that does the same as the tracker's name in --trackers."""
 
 
 TRACKERS: Mapping[str, TrackerFacts] = {
     "tensorboard": TrackerFacts(
-        tracker="slime.observability.trackers.TensorBoard", package="tensorboard", switch="use_tensorboard"
+        tracker="slime.observability.trackers.TensorBoard",
+        package="tensorboard",
+        files=("tensorboard", "events.out.tfevents.*"),
+        switch="use_tensorboard",
     ),
     "wandb": TrackerFacts(
         tracker="slime.observability.trackers.WeightsAndBiases",
         package="wandb",
         fault=_wandb_fault,
+        files=("wandb",),
         switch="use_wandb",
     ),
-    "mlflow": TrackerFacts(tracker="slime.observability.mlflow_tracker.MLflow", package="mlflow", fault=_mlflow_fault),
+    "mlflow": TrackerFacts(
+        tracker="slime.observability.mlflow_tracker.MLflow",
+        package="mlflow",
+        fault=_mlflow_fault,
+        files=("mlflow.db*", "mlflow-artifacts"),
+    ),
     "trackio": TrackerFacts(tracker="slime.observability.trackio_tracker.Trackio", package="trackio"),
     "swanlab": TrackerFacts(
-        tracker="slime.observability.swanlab_tracker.SwanLab", package="swanlab", fault=_swanlab_fault
+        tracker="slime.observability.swanlab_tracker.SwanLab",
+        package="swanlab",
+        fault=_swanlab_fault,
+        files=("swanlab",),
     ),
 }
 """Every tracker by its name."""

@@ -53,7 +53,7 @@ HOOKS: Mapping[str, Hook] = {
         "--eval-function-path",
         ("args", "rollout_id", "context"),
         "dict[str, float], the metrics",
-        "once per evaluation",
+        "once per evaluation, while the next rollout is generated",
         "examples.hooks.rollouts.evaluate_twice",
         may_be_async=True,
     ),

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from slime.megatron.checkpoint.files import find_checkpoint
 from slime.models.hf_files import HFReader
 from slime.observability.console.text import PLAIN_WIDTH, number
 from slime.observability.phases import MEASURED, PHASES
+from slime.observability.run_record import RUN_RECORD
 from slime.observability.samples_file import read_samples
 from slime.observability.step_files import StepFiles
 from slime.rollout.dump import read_dump
@@ -108,6 +110,17 @@ def test_trackers_end_without_a_traceback(unbroken: Path) -> None:
     output = (unbroken.parent / "log.txt").read_text()
     assert "wandb: Run summary" in output, "it wrote to this output"
     assert "Traceback" not in output and "ConnectionResetError" not in output
+
+
+def test_a_stopped_start_can_be_repeated(unbroken: Path, tmp_path: Path) -> None:
+    """A run that ends before its first checkpoint leaves its other files in --load, which must not refuse them."""
+    for path in unbroken.iterdir():
+        if path.is_dir() and not path.name.startswith("iter_"):
+            (tmp_path / path.name).mkdir()
+        elif path.is_file():
+            (tmp_path / path.name).touch()
+    named_by_flags = [str(tmp_path / "dump/{rollout_id}.jsonl"), str(tmp_path / "hf")]
+    assert (tmp_path / RUN_RECORD).exists() and find_checkpoint(tmp_path, own=named_by_flags) is None
 
 
 def sampled(save: Path) -> list[tuple[int, str, int]]:

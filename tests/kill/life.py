@@ -38,6 +38,10 @@ _PHASE_OF = {
 }
 
 
+EVAL_INTERVAL = 2
+"""The --eval-interval of every run that is watched."""
+
+
 @dataclass(frozen=True)
 class Span:
     """One occurrence of a phase, the `number`th of its name; times are seconds since the start of the run."""
@@ -71,6 +75,8 @@ class Life:
         phases = {_PHASE_OF.get(title) for title in map(_title, self._actors)}
         # an asynchronous run generates the next rollout while it trains on one
         phase = next((name for name in (SAVE, SYNC, TRAINING, EVALUATION, GENERATION, START) if name in phases), None)
+        if phase == GENERATION and sum(span.phase == TRAINING for span in self.spans) % EVAL_INTERVAL == 0:
+            phase = EVALUATION  # the manager does both at once; the title has the name of what began last
         last = self.spans[-1]
         if phase is None or phase == last.phase:
             if phase is not None:

@@ -75,7 +75,7 @@ def command(task: Task, save: Path, *extra: str) -> list[str]:
         "--dynamic-sampling-filter-path",
         "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
         *("--rollout-max-response-len", "24", "--rollout-temperature", "0.8"),
-        *("--eval-prompt-data", f"{task.eval}@[0:4]", "--eval-interval", "2"),
+        *("--eval-prompt-data", f"{task.eval}@[0:4]", "--eval-interval", str(phases.EVAL_INTERVAL)),
         *("--actor-num-gpus-per-node", "2", "--rollout-num-gpus", "2", "--cpu-threads-per-process", "1"),
         *("--num-steps-per-rollout", "2", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "512", "--lr", "1e-3"),
         *("--update-weight-buffer-size", "131072", "--deterministic"),

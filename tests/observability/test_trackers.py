@@ -17,6 +17,7 @@ import pytest
 from slime.cluster.loop.start_trackers import start_trackers
 from slime.config.args import Args
 from slime.config.experiment_trackers import TRACKERS, TrackerFacts
+from slime.megatron.checkpoint.files import find_checkpoint
 from slime.observability.metrics_log import MetricsLog, read_metrics
 from slime.observability.run_directory import RunDirectory
 from slime.observability.samples_file import SamplesFile
@@ -68,6 +69,7 @@ def broken_and_resumed(directory: Path, args: Args) -> list[str]:
     for number in (3, 4, 5):
         step(log, number, number * 10)
     log.close()
+    assert find_checkpoint(directory) is None, "what a tracker leaves there is the run's own: it may start there again"
     return lines
 
 

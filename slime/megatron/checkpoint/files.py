@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from slime.config.experiment_trackers import TRACKERS
 from slime.core.checkpoint_names import rollout_of
 from slime.megatron.checkpoint.manifest import PARTS, STATE_FILE, NewerFormatError, changed_files, read_state, sizes
 from slime.megatron.checkpoint.safe_pickle import METADATA, UnreadableFileError, read_metadata
@@ -44,15 +45,14 @@ DAMAGED = ".damaged"
 """The suffix of a checkpoint that a resumed run has set aside."""
 OWN_FILES = (
     "args*.yaml",
+    "run*.json",
     "metrics*",
     "logs",
     "*.lock",
     "*.log",
     "samples*",
     "*.png",
-    "wandb",
-    "tensorboard",
-    "events.out.tfevents.*",
+    *(name for tracker in TRACKERS.values() for name in tracker.files),
     TRACKER,
     BEST,
     f"{TMP_PREFIX}*",
