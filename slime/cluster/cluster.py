@@ -78,7 +78,7 @@ class Cluster:
         self._best = best
         self._first, self._last = rollouts.start, rollouts.stop
         self._policy_version = policy_version
-        self._journal = Journal(processes, metrics, console, gap_alarm=args.logprob_gap_alarm)
+        self._journal = Journal(metrics, console, take_peaks=self._take_peaks, gap_alarm=args.logprob_gap_alarm)
         self._weight_sync = EngineWeightSync(processes, memory, console.say)
         self._saving = Saving(
             args, processes=processes, journal=self._journal, console=console, best=best, last_rollout=rollouts.stop - 1
@@ -264,13 +264,18 @@ class Cluster:
         with self._journal.phase("offload", where):
             self._memory.to_weights()
             # Start measuring here: what a trainer has given back was never there with an engine's.
-            self._journal.take_peaks()
+            self._take_peaks()
         with self._journal.phase("weight_sync", where):
             report = self._weight_sync.send(self._policy_version)
         self._journal.synced(report)
         with self._journal.phase("offload", where):
             self._memory.to_engines()
-            self._journal.take_peaks()
+            self._take_peaks()
+
+    def _take_peaks(self) -> list[dict[str, float]]:
+        """Return every trainer's peak memory since the last call."""
+        asking = [trainer.peak_memory.remote() for trainer in self._processes.trainers]
+        return self._waiter.get("measuring memory", asking)
 
     def evaluate_before_first(self) -> None:
         """Evaluate before the first rollout; after a resume, run the evaluation that was due at the checkpoint."""

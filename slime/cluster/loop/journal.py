@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 
-from slime.cluster.actors import Processes
 from slime.observability.console.run_console import RunConsole
 from slime.observability.metrics_log import MetricsLog
 from slime.observability.phases import StepClock, memory_record
@@ -20,10 +19,22 @@ class Journal:
     """The record of the present step: its seconds by phase, its metrics, and the trainers' peak memory."""
 
     def __init__(
-        self, processes: Processes, metrics: MetricsLog, console: RunConsole, *, gap_alarm: float | None
+        self,
+        metrics: MetricsLog,
+        console: RunConsole,
+        *,
+        take_peaks: Callable[[], list[dict[str, float]]],
+        gap_alarm: float | None,
     ) -> None:
-        """`gap_alarm` is the mean |train - rollout log-prob| above which a step gets a warning."""
-        self._processes = processes
+        """Begin a journal.
+
+        Args:
+            metrics: the run's metrics file.
+            console: shows phases, steps and warnings.
+            take_peaks: returns every trainer's peak memory since its last call, in GB by name.
+            gap_alarm: the mean |train - rollout log-prob| above which a step gets a warning; None: never.
+        """
+        self._take_peaks = take_peaks
         self._metrics = metrics
         self._console = console
         self._gap_alarm = gap_alarm
@@ -94,9 +105,4 @@ class Journal:
 
     def _memory(self, phase: str) -> dict[str, float]:
         """Return the peak memory in `phase`, which ends now."""
-        return memory_record(phase, self.take_peaks())
-
-    def take_peaks(self) -> list[dict[str, float]]:
-        """Return every trainer's peak memory since the last call."""
-        trainers = self._processes.trainers
-        return self._processes.waiter.get("measuring memory", [trainer.peak_memory.remote() for trainer in trainers])
+        return memory_record(phase, self._take_peaks())
