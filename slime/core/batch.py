@@ -107,23 +107,24 @@ def _from_field(field: str, column: Column, samples: Sequence[Sample]) -> Array 
     """Return the column that is made from a field of Sample; None if it is optional and no sample has it."""
     if column.num_dims > 1:
         return _routes(samples)
-    values = [getattr(sample, field) for sample in samples]
     if column.axis is Axis.SAMPLE:
-        return np.asarray(values, dtype=column.dtype)
-    if column.if_absent is not None:
-        values = [
-            [column.if_absent] * sample.response_length if row is None else row
-            for sample, row in zip(samples, values, strict=True)
-        ]
-    elif column.axis is Axis.RESPONSE:
+        return np.asarray([getattr(sample, field) for sample in samples], dtype=column.dtype)
+    rows = [sample.array(field) for sample in samples]
+    sizes = [sample.num_tokens if column.axis is Axis.TOKEN else sample.response_length for sample in samples]
+    if column.if_absent is None and column.axis is Axis.RESPONSE:
         # A sample without a response has no tokens, so the column may exist without it.
-        values = [row for sample, row in zip(samples, values, strict=True) if sample.response_length]
-        present = [row for row in values if row is not None]
-        if not present:
+        have = [row is not None for row, size in zip(rows, sizes, strict=True) if size]
+        if not any(have):
             return None
-        if len(present) < len(values):
-            raise ValueError(f"{len(present)} of {len(values)} samples have {field}: all or none must have it")
-    return np.asarray([entry for row in values for entry in row], dtype=column.dtype)
+        if not all(have):
+            raise ValueError(f"{sum(have)} of {len(have)} samples have {field}: all or none must have it")
+    flat = np.empty(sum(sizes), dtype=column.dtype)
+    start = 0
+    for row, size in zip(rows, sizes, strict=True):
+        if size:
+            flat[start : start + size] = column.if_absent if row is None else row
+        start += size
+    return flat
 
 
 def _routes(samples: Sequence[Sample]) -> Array | None:
@@ -137,14 +138,15 @@ def _routes(samples: Sequence[Sample]) -> Array | None:
     if len(shapes) > 1:
         raise ValueError(f"samples have routed_experts of different [layers, experts]: {sorted(shapes)}")
     column = COLUMNS["routed_experts"]
-    flat = np.full((sum(len(s.tokens) for s in samples), *shapes.pop()), int(column.padding), dtype=column.dtype)
+    dtype = np.result_type(column.dtype, *{s.routed_experts.dtype for s in samples if s.routed_experts is not None})
+    flat = np.full((sum(s.num_tokens for s in samples), *shapes.pop()), int(column.padding), dtype=dtype)
     start = 0
     for sample in samples:
         if sample.routed_experts is not None:
             flat[start : start + len(sample.routed_experts)] = sample.routed_experts
         elif sample.response_length:
             raise ValueError(f"sample {sample.index} has no routed_experts, but others do: all or none must have them")
-        start += len(sample.tokens)
+        start += sample.num_tokens
     return flat
 
 
@@ -154,8 +156,8 @@ def from_samples(samples: Sequence[Sample], reward_key: str | None = None) -> Tr
     A failed reward becomes nan; the advantage estimator then leaves that sample out of the baseline and the loss.
 
     Raises:
-        ValueError: a sample's per-token fields disagree in length, or an optional field is present in some samples
-            only.
+        ValueError: a sample's per-token fields disagree in length or hold what is no number, or an optional field is
+            present in some samples only.
     """
     if not samples:
         raise ValueError("no samples to train on")
@@ -173,7 +175,7 @@ def from_samples(samples: Sequence[Sample], reward_key: str | None = None) -> Tr
         if values is not None:
             columns[name] = values
     return TrainBatch(
-        np.asarray([len(s.tokens) for s in samples], dtype="int64"),
+        np.asarray([s.num_tokens for s in samples], dtype="int64"),
         np.asarray([s.response_length for s in samples], dtype="int64"),
         columns,
     )

@@ -80,7 +80,7 @@ COLUMNS: Mapping[str, Column] = {
     ),
     "routed_experts": Column(
         axis=Axis.TOKEN,
-        dtype="int32",
+        dtype="int8",  # the least: with more than 128 experts the samples have int16, and so has the column
         padding=-1,
         num_dims=3,
         sample_field="routed_experts",
@@ -130,6 +130,15 @@ PER_TOKEN = tuple(
     column.sample_field for column in COLUMNS.values() if column.axis is Axis.RESPONSE and column.sample_field
 )
 """The fields of Sample that, when present, have one entry for each response token."""
+
+
+def routes_dtype(num_experts: int) -> np.dtype[np.signedinteger[Any]]:
+    """Return the dtype of `routed_experts`: the smallest that holds every expert's number and -1.
+
+    >>> routes_dtype(128), routes_dtype(129)
+    (dtype('int8'), dtype('int16'))
+    """
+    return np.dtype(np.int8) if num_experts <= 128 else np.dtype(np.int16)
 
 
 def with_declared_dtypes(columns: Mapping[str, Array]) -> dict[str, Array]:

@@ -4,6 +4,9 @@
   `core.batch` turns the kept ones into training columns.
 - Invariant: every per-token field that is present (see `core.columns.PER_TOKEN`) has exactly `response_length` entries,
   and `tokens` holds the prompt followed by the response, as the engine produced them (never tokenized again).
+
+`tokens` and the per-token fields are list fields (see `core.list_fields`): stored as arrays as long as nobody reads
+them, and lists for everyone who does. Code that handles every sample of a rollout uses `array` and `set_arrays`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from slime.core.columns import PER_TOKEN
+from slime.core.columns import COLUMNS, PER_TOKEN, Array
+from slime.core.list_fields import array_of, keep_as_arrays, list_of, set_array, stored
 
 
 class Status(StrEnum):
@@ -86,11 +90,12 @@ class Sample:
     """The engine's log-prob of each response token under softmax(logits / temperature)."""
     policy_versions: list[int] | None = None
     """The policy version that sampled each response token."""
-    routed_experts: NDArray[np.int32] | None = field(default=None, compare=False)
-    """The experts that each token went to: int32 [tokens of prompt and response but the last, MoE layers, topk].
+    routed_experts: NDArray[np.signedinteger[Any]] | None = field(default=None, compare=False)
+    """The experts that each token went to: [tokens of prompt and response but the last, MoE layers, topk].
 
-    Copies share the array, so it is never changed in place. It is shorter when the engine has not processed the last
-    tokens (those of a tool, after the last call).
+    The dtype is int8 if that holds every expert's number, else int16 (`core.columns.routes_dtype`). Copies share the
+    array, so it is never changed in place. It is shorter when the engine has not processed the last tokens (those of a
+    tool, after the last call).
     """
     reward: float | dict[str, Any] | None = None
     """None until the reward is computed; stays None if it failed (see `reward_failure`).
@@ -109,7 +114,55 @@ class Sample:
     @property
     def prompt_tokens(self) -> list[int]:
         """The tokens of the prompt alone."""
-        return self.tokens[: self.prompt_length]
+        tokens = stored(self, "tokens")[: self.prompt_length]
+        return tokens.tolist() if isinstance(tokens, np.ndarray) else tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of prompt and response together."""
+        return len(stored(self, "tokens"))
+
+    def array(self, name: str) -> Array | None:
+        """Return `tokens` or a per-token field as an array, without making a list; None if the field is None.
+
+        Nobody may change the array. Masks are int8 as generated and float64 as a user's list, log-probs are float64,
+        tokens and policy versions int32.
+
+        Raises:
+            ValueError: a user's list has an entry that is no number, or no whole number for a token or a version.
+        """
+        try:
+            return array_of(self, name)
+        except ValueError as error:
+            raise ValueError(f"sample {self.index}: {error}") from error
+
+    @property
+    def tokens_T(self) -> Array:
+        """The tokens of prompt and response as an array, which nobody may change."""
+        tokens = self.array("tokens")
+        assert tokens is not None, "tokens are never None"
+        return tokens
+
+    @property
+    def response_tokens_R(self) -> Array:
+        """The tokens of the response alone as an array, which nobody may change."""
+        return self.tokens_T[self.prompt_length :]
+
+    def set_text(self, text: str) -> None:
+        """Set the response to the text of its tokens, and remember that it is this text of these tokens."""
+        self.response = text
+        vars(self)["_text_of"] = (text, stored(self, "tokens"))
+
+    def known_text(self) -> str | None:
+        """Return the text of the response's tokens as `set_text` got it; None if text or tokens may have changed."""
+        text, tokens = vars(self).get("_text_of", (None, None))
+        is_same = text is self.response and tokens is stored(self, "tokens") and isinstance(tokens, np.ndarray)
+        return text if is_same else None
+
+    def set_arrays(self, **arrays: Array | None) -> None:
+        """Set `tokens` or per-token fields to arrays that nobody changes from now on."""
+        for name, values in arrays.items():
+            set_array(self, name, values)
 
     @property
     def num_sampled(self) -> int:
@@ -118,10 +171,13 @@ class Sample:
         Tokens of an environment have loss_mask 0 and log-prob 0. A sampled token that a hook has masked keeps its
         log-prob and counts, or a response that continues would get longer than --rollout-max-response-len.
         """
-        if self.loss_mask is None:
+        mask_R, log_probs_R = self.array("loss_mask"), self.array("rollout_log_probs")
+        if mask_R is None:
             return self.response_length
-        log_probs = self.rollout_log_probs or [0.0] * self.response_length
-        return sum(bool(weight or log_prob) for weight, log_prob in zip(self.loss_mask, log_probs, strict=True))
+        sampled_R = mask_R != 0
+        if log_probs_R is not None and len(log_probs_R):
+            sampled_R |= log_probs_R != 0
+        return int(np.count_nonzero(sampled_R))
 
     @property
     def is_finished(self) -> bool:
@@ -131,9 +187,9 @@ class Sample:
     def copy(self) -> Self:
         """Return a copy that shares nothing that is changed in place."""
         copied = copy.copy(self)
-        for name in ("tokens", *PER_TOKEN):
-            values = getattr(self, name)
-            setattr(copied, name, None if values is None else list(values))
+        for name in LIST_FIELDS:
+            values = stored(self, name)  # an array is never changed in place
+            vars(copied)[name] = values if values is None or isinstance(values, np.ndarray) else list(values)
         copied.reward = copy.deepcopy(self.reward)
         copied.metadata = copy.deepcopy(self.metadata)
         return copied
@@ -144,21 +200,21 @@ class Sample:
         Raises:
             ValueError: a length is wrong; the message names the sample, the field and both lengths.
         """
-        if len(self.tokens) != self.prompt_length + self.response_length:
+        if self.num_tokens != self.prompt_length + self.response_length:
             raise ValueError(
-                f"sample {self.index}: {len(self.tokens)} tokens, but prompt_length {self.prompt_length} "
+                f"sample {self.index}: {self.num_tokens} tokens, but prompt_length {self.prompt_length} "
                 f"+ response_length {self.response_length}"
             )
         for name in PER_TOKEN:
-            values = getattr(self, name)
+            values = stored(self, name)
             if values is not None and len(values) != self.response_length:
                 raise ValueError(
                     f"sample {self.index}: {name} has {len(values)} entries for {self.response_length} response tokens"
                 )
         routes = self.routed_experts
-        if routes is not None and (routes.ndim != 3 or len(routes) >= max(len(self.tokens), 1)):
+        if routes is not None and (routes.ndim != 3 or len(routes) >= max(self.num_tokens, 1)):
             raise ValueError(
-                f"sample {self.index}: routed_experts has shape {list(routes.shape)} for {len(self.tokens)} tokens; "
+                f"sample {self.index}: routed_experts has shape {list(routes.shape)} for {self.num_tokens} tokens; "
                 "it must be [tokens, layers, topk], for at most all tokens but the last"
             )
 
@@ -203,6 +259,17 @@ class Sample:
             row=self.row,
         )
 
+    def to_graded_text(self) -> Self:
+        """Return a shallow copy without anything that has an entry for each token, for graders of the text alone.
+
+        It keeps both lengths, so it does not pass `check`.
+        """
+        copied = copy.copy(self)
+        vars(copied).pop("_text_of", None)
+        copied.set_arrays(tokens=np.zeros(0, dtype=np.int32), **dict.fromkeys(PER_TOKEN))
+        copied.routed_experts = None
+        return copied
+
     def to_failed(self, failure: str) -> Sample:
         """Return the sample without a response: it keeps its row and takes no part in training."""
         failed = self.to_bare_prompt()
@@ -213,9 +280,11 @@ class Sample:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; `from_dict` undoes it."""
-        values = {f.name: copy.copy(getattr(self, f.name)) for f in fields(self)} | {
-            "reward": copy.deepcopy(self.reward)
+        values = {
+            f.name: list_of(self, f.name) if f.name in LIST_FIELDS else copy.copy(getattr(self, f.name))
+            for f in fields(self)
         }
+        values["reward"] = copy.deepcopy(self.reward)
         return {**values, "status": self.status.value, "routed_experts": _packed(self.routed_experts)}
 
     @classmethod
@@ -234,15 +303,29 @@ class Sample:
         return sample
 
 
-def _packed(routes: NDArray[np.int32] | None) -> dict[str, Any] | None:
-    """Return shape and base64 bytes; as lists of numbers the routes would be most of a file."""
+_IS_WHOLE = {column.sample_field: np.dtype(column.dtype).kind in "iu" for column in COLUMNS.values()}
+LIST_FIELDS = ("tokens", *PER_TOKEN)
+"""The fields that are stored as arrays and read as lists."""
+keep_as_arrays(Sample, {name: "int32" if _IS_WHOLE[name] else "float64" for name in LIST_FIELDS})
+
+
+def _packed(routes: Array | None) -> dict[str, Any] | None:
+    """Return shape, dtype and base64 bytes; as lists of numbers the routes would be most of a file."""
     if routes is None:
         return None
-    raw = np.ascontiguousarray(routes, dtype="<i4").tobytes()
-    return {"shape": list(routes.shape), "int32": base64.b64encode(raw).decode("ascii")}
+    raw = np.ascontiguousarray(routes, dtype=routes.dtype.newbyteorder("<"))
+    return {
+        "shape": list(routes.shape),
+        "dtype": routes.dtype.name,
+        "base64": base64.b64encode(raw.tobytes()).decode("ascii"),
+    }
 
 
-def _unpacked(packed: dict[str, Any] | None) -> NDArray[np.int32] | None:
+def _unpacked(packed: dict[str, Any] | None) -> Array | None:
     if packed is None:
         return None
-    return np.frombuffer(base64.b64decode(packed["int32"]), dtype="<i4").reshape(packed["shape"])
+    dtype = np.dtype(packed["dtype"])
+    if dtype.kind != "i":
+        raise ValueError(f"routed_experts are {dtype}; they have to be whole numbers")
+    raw = np.frombuffer(base64.b64decode(packed["base64"]), dtype=dtype.newbyteorder("<"))
+    return raw.reshape(packed["shape"]).astype(dtype, copy=False)

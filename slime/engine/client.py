@@ -13,10 +13,15 @@ from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any
 
+import orjson
+
 from slime.core.awake import LoopClock
 from slime.core.pausing import PauseMode
+from slime.core.turns import Turns
 from slime.engine.connection import Connection, EngineError
 from slime.engine.device_protocol import MemoryOccupation, MemoryTag, UpdateWeightsFromTensor
+from slime.engine.engine_info import EngineInfo
+from slime.engine.generate_answer import read_answer
 from slime.engine.keys import NO_KEYS, Keys
 from slime.engine.message import Message
 from slime.engine.progress import Progress
@@ -24,7 +29,6 @@ from slime.engine.protocol import (
     AbortRequest,
     DestroyWeightsUpdateGroup,
     Endpoint,
-    EngineInfo,
     GenerateRequest,
     GenerateResponse,
     InitWeightsUpdateGroup,
@@ -74,6 +78,7 @@ class EngineClient:
         self._num_turns = 0
         self._refusals = RefusalProbe(self._connection)
         self.progress = Progress(self._connection, self.workers, request_timeout)
+        self._turns = Turns()
         self.num_answered = 0
         """The number of generations answered so far."""
 
@@ -131,27 +136,32 @@ class EngineClient:
             if self._engines and self._refusals.is_due(waited):
                 await self._refusals.raise_refusal(request, self._next_engine(self._engines))
 
+        await self._turns.take()
         try:
-            answer = await self._connection.request(
+            raw = await self._connection.request(
                 "POST",
                 find_url,
                 request,
                 timeout=self.progress,
                 patience=self._patience,
                 before_retry=probe,
+                decode=False,
             )
         except EngineError:
             if find_url() is None:
                 return GenerateResponse.aborted()
             raise
         self.num_answered += 1
+        await self._turns.take()
         url = self._router_url + Endpoint.GENERATE
         try:
-            response = GenerateResponse.from_json(answer)
-        except (KeyError, TypeError, ValueError) as error:
+            response = read_answer(raw)
+        except orjson.JSONDecodeError as error:
+            raise EngineError(url, 200, f"the answer is no JSON: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(url, 200, f"the answer is not SGLang's: {error!r}") from error
-        if request.return_logprob and len(response.log_probs) != len(response.output_ids):
-            count = f"{len(response.log_probs)} log-probs for {len(response.output_ids)} tokens"
+        if request.return_logprob and len(response.log_probs_R) != len(response.tokens_R):
+            count = f"{len(response.log_probs_R)} log-probs for {len(response.tokens_R)} tokens"
             raise EngineError(url, 200, f"the answer holds {count}")
         return response
 

@@ -106,8 +106,9 @@ class Connection:
         collective: bool = False,
         patience: float = 0.0,
         before_retry: Callable[[float], Awaitable[None]] | None = None,
+        decode: bool = True,
     ) -> Any:
-        """Send a request and return the decoded answer; retry if there was no connection or no engine available.
+        """Send a request and return its answer; retry if there was no connection or no engine available.
 
         Args:
             find_url: called before each attempt. None means that the receiver is no longer part of the run: the error
@@ -117,6 +118,7 @@ class Connection:
                 repeated only if the first one cannot have reached the engine.
             patience: the least seconds to spend on connecting and on waits between attempts before giving up.
             before_retry: called with the seconds waited so far; an EngineError that it raises ends the attempts.
+            decode: whether to decode the answer's JSON; otherwise its bytes are returned.
         """
         data = None if body is None else orjson.dumps(body.to_json())
         limit = _Seconds(self.clock, timeout) if isinstance(timeout, int | float) else timeout
@@ -155,7 +157,7 @@ class Connection:
                     break
                 continue
             if answer.status == 200:
-                return _decode(url, raw)
+                return _decode(url, raw) if decode else raw
             problem = EngineError(url, answer.status, _message(raw))
             if collective or not problem.may_pass:
                 break

@@ -16,8 +16,9 @@ from typing import Any
 from slime.config.args import Args
 from slime.config.context import SPARE_OF_INPUTS, engine_limits, rollout_limits
 from slime.engine.client import EngineClient, EngineError
+from slime.engine.engine_info import EngineInfo
 from slime.engine.keys import Keys
-from slime.engine.protocol import WEIGHT_GROUP, EngineInfo
+from slime.engine.protocol import WEIGHT_GROUP
 
 POLL_S = 0.2
 STEP_TIMEOUT_S = 3.0

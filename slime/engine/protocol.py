@@ -10,13 +10,15 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slime.core.columns import Array
+from slime.core.list_fields import array_of, keep_as_arrays, set_array
 from slime.core.pausing import PauseMode
 from slime.engine.message import Message, require, short
 
@@ -208,7 +210,10 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateResponse:
-    """An engine's answer to one request. `log_probs` has one entry for each of `output_ids`."""
+    """An engine's answer to one request. `log_probs` has one entry for each of `output_ids`.
+
+    Both are list fields (see `core.list_fields`): read as lists, while `tokens_R` and `log_probs_R` are the arrays.
+    """
 
     output_ids: list[int]
     log_probs: list[float]
@@ -236,20 +241,44 @@ class GenerateResponse:
             input_log_probs=[],
         )
 
+    @property
+    def tokens_R(self) -> Array:
+        """The tokens of `output_ids` as int32, which nobody may change."""
+        return cast(Array, array_of(self, "output_ids"))
+
+    @property
+    def log_probs_R(self) -> Array:
+        """The log-probs as float64, which nobody may change."""
+        return cast(Array, array_of(self, "log_probs"))
+
+    def with_tokens(self, count: int, finish_reason: FinishReason) -> GenerateResponse:
+        """Return the response with its first `count` tokens alone."""
+        cut = replace(self, output_ids=[], log_probs=[], finish_reason=finish_reason)
+        set_array(cut, "output_ids", self.tokens_R[:count])
+        set_array(cut, "log_probs", self.log_probs_R[:count])
+        return cut
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GenerateResponse:
         """Build a response. Raises KeyError if a field is missing, and ValueError if fields contradict each other."""
-        meta = data["meta_info"]
-        output = meta.get("output_token_logprobs") or []
+        output = data["meta_info"].get("output_token_logprobs") or []
         output_ids = list(data["output_ids"])
         if output and [entry[1] for entry in output] != output_ids:
             raise ValueError("output_token_logprobs and output_ids name different tokens")
+        return cls.of(data, output_ids, [float(entry[0]) for entry in output])
+
+    @classmethod
+    def of(
+        cls, data: Mapping[str, Any], output_ids: Sequence[int] | Array, log_probs: Sequence[float] | Array
+    ) -> GenerateResponse:
+        """Build a response whose columns have been read already. Raises as `from_json`."""
+        meta = data["meta_info"]
         reason = meta["finish_reason"]["type"]
         if reason not in get_args(FinishReason):
             raise ValueError(f"finish_reason is {reason!r}; known are {', '.join(get_args(FinishReason))}")
-        return cls(
-            output_ids=output_ids,
-            log_probs=[float(entry[0]) for entry in output],
+        response = cls(
+            output_ids=[],
+            log_probs=[],
             finish_reason=reason,
             weight_version=str(meta.get("weight_version", "")),
             text=data.get("text") or "",
@@ -258,45 +287,12 @@ class GenerateResponse:
             input_log_probs=[entry[0] for entry in meta.get("input_token_logprobs") or []],
             routed_experts=_decode_routes(meta.get("routed_experts")),
         )
+        set_array(response, "output_ids", output_ids)
+        set_array(response, "log_probs", log_probs)
+        return response
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineInfo:
-    """An engine's report about itself; None means that the engine does not report it."""
-
-    model_path: str
-    weight_version: str
-    weights_complete: bool
-    """Whether the weights are whole: the engine is not in the middle of a set that was never completed."""
-    num_ranks: int
-    """The number of members that the engine brings into a weight group."""
-    dtype: str | None
-    context_length: int | None
-    model_type: str | None
-    """The model type as in config.json."""
-    architecture: Mapping[str, Any] | None
-    """The fields of `core.architecture.Architecture` (only from the embedded engine)."""
-    deterministic: bool
-    """Whether an answer does not depend on the other requests."""
-    returns_routed_experts: bool = False
-    """Whether the engine can report the experts of each token."""
-
-    @classmethod
-    def from_json(cls, server: Mapping[str, Any], model: Mapping[str, Any]) -> EngineInfo:
-        """Build the report from /server_info and /model_info. Raises KeyError if they are not SGLang's."""
-        dtype = server.get("dtype")
-        return cls(
-            model_path=str(model["model_path"]),
-            weight_version=str(model["weight_version"]),
-            weights_complete=bool(server.get("weights_complete", True)),
-            num_ranks=int(server["tp_size"]),
-            dtype=None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
-            context_length=server.get("context_length"),
-            model_type=model.get("model_type"),
-            architecture=model.get("architecture"),
-            deterministic=bool(server.get("enable_deterministic_inference", False)),
-            returns_routed_experts=bool(server.get("enable_return_routed_experts", False)),
-        )
+keep_as_arrays(GenerateResponse, {"output_ids": "int32", "log_probs": "float64"})
 
 
 @dataclass(frozen=True, kw_only=True)

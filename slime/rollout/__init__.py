@@ -2,7 +2,7 @@
 
 Reading order: `context` (what all rollout functions receive), `collect` (the loop of one rollout, with a drawing),
 `group` (one group: generate, then judge), `generate` and `endings` (one response, in one or several parts),
-`multi_turn` (several turns in one response),
+`multi_turn` (several turns in one response), `token_text` (their text),
 `acceptance`, `filter_hub`, `waves` and `sample_failures` (which groups are kept, and when a run gives up),
 `data_buffer` and `in_flight` (where prompts come from, and where leftovers go), `prompts`, `chat_template` and
 `tokenizer` (from a data file to tokens), `evaluate`, `sft_rollout` (no engines), `dump` (replays), `metrics` and

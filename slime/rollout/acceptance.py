@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from slime.config.args import Args
 from slime.core.plugins import hook_function
 from slime.core.sample import Sample, Status
@@ -64,7 +66,7 @@ def post_process(args: Args, samples: list[Sample]) -> None:
     if args.rollout_sample_filter_path is not None:
         for sample in samples:
             if sample.loss_mask is None:
-                sample.loss_mask = [1] * sample.response_length
+                sample.set_arrays(loss_mask=np.ones(sample.response_length, dtype=np.int8))
         hook_function("rollout_sample_filter_path", args.rollout_sample_filter_path)(args, samples)
         for sample in samples:
             sample.check()
@@ -99,4 +101,4 @@ def mask_truncated(args: Args, samples: list[Sample]) -> None:
         return
     for sample in samples:
         if sample.status is Status.TRUNCATED:
-            sample.loss_mask = [0] * sample.response_length
+            sample.set_arrays(loss_mask=np.zeros(sample.response_length, dtype=np.int8))

@@ -10,7 +10,6 @@ response. Only its versions from 0.5.21 on look for stops first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from slime.core.sample import Sample
 from slime.engine.protocol import GenerateResponse, SamplingParams
@@ -23,9 +22,10 @@ def has_ended(sample: Sample, params: SamplingParams, context: RolloutContext) -
     As in SGLang, `ignore_eos` switches off all stop tokens but no stop text, and a stop text may end within the
     token. A token that the policy did not sample (loss_mask 0) ends nothing.
     """
-    if not sample.response_length or (sample.loss_mask is not None and not sample.loss_mask[-1]):
+    mask_R = sample.array("loss_mask")
+    if not sample.response_length or (mask_R is not None and not mask_R[-1]):
         return False
-    if not params.ignore_eos and sample.tokens[-1] in context.end_token_ids.union(params.stop_token_ids or ()):
+    if not params.ignore_eos and int(sample.tokens_T[-1]) in context.end_token_ids.union(params.stop_token_ids or ()):
         return True
     return bool(params.stop_strings) and _text_has_ended(sample, params.stop_strings, context)
 
@@ -33,7 +33,7 @@ def has_ended(sample: Sample, params: SamplingParams, context: RolloutContext) -
 def _text_has_ended(sample: Sample, stops: Sequence[str], context: RolloutContext) -> bool:
     # A token has at least one byte of text, or none at all (then it is not part of a stop text).
     count = max(len(stop.encode()) for stop in stops) + 1
-    tail = sample.tokens[sample.prompt_length :][-count:]
+    tail = sample.response_tokens_R[-count:].tolist()
     text, before = (context.decode(tokens, skip_special_tokens=False) for tokens in (tail, tail[:-1]))
     known = next((i for i, (a, b) in enumerate(zip(text, before, strict=False)) if a != b), min(len(text), len(before)))
     return any(text.find(stop, max(0, known - len(stop) + 1)) >= 0 for stop in stops)
@@ -44,15 +44,14 @@ def cut_at_stop_across_parts(
 ) -> GenerateResponse:
     """Cut the response at a stop text that began in the part before, because an engine looks at its own part alone."""
     longest = max(map(len, stops))
-    tail = sample.tokens[sample.prompt_length :][-2 * longest :]
+    tail = sample.response_tokens_R[-2 * longest :].tolist()
     length_before = len(context.decode(tail, skip_special_tokens=False))
-    for count in range(1, len(response.output_ids) + 1):
-        text = context.decode(tail + response.output_ids[:count], skip_special_tokens=False)
+    for count in range(1, len(response.tokens_R) + 1):
+        text = context.decode(tail + response.tokens_R[:count].tolist(), skip_special_tokens=False)
         # Search from the first position at which a stop text would reach across the end of the part before.
         found = (text.find(stop, max(0, length_before - len(stop) + 1)) for stop in stops)
         if any(0 <= start < length_before for start in found):
-            tokens, log_probs = response.output_ids[:count], response.log_probs[:count]
-            return replace(response, output_ids=tokens, log_probs=log_probs, finish_reason="stop")
+            return response.with_tokens(count, "stop")
         if len(text) - length_before >= longest:
             break
     return response

@@ -13,26 +13,28 @@ import hashlib
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slime.config.args import SFT_ROLLOUT, Args
 from slime.config.context import rollout_limits
 from slime.config.sampling_record import OFF, SamplingRecord
+from slime.core.columns import Array, routes_dtype
 from slime.core.plugins import hook_failed, load_hook
 from slime.core.sample import Sample, Status
 from slime.engine.client import EngineError
 from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
 from slime.rollout.endings import cut_at_stop_across_parts, has_ended
+from slime.rollout.token_text import response_text
 
 if TYPE_CHECKING:
     from slime.rollout.context import RolloutContext
 
-T = TypeVar("T")
-
 Generate = Callable[[Args, Sample, SamplingParams, "RolloutContext"], Awaitable[Sample]]
 
+LONG = 2048
+"""Tokens of a response from which a tokenizer that decodes slowly does so in a thread."""
 STATUS_BY_FINISH = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 
 
@@ -145,13 +147,23 @@ async def generate_sample(
         return sample
     params = replace(sampling_params, max_new_tokens=left)
     asked = GenerateRequest(
-        input_ids=sample.tokens, sampling_params=params, return_routed_experts=args.use_routing_replay
+        input_ids=sample.tokens_T.tolist(), sampling_params=params, return_routed_experts=args.use_routing_replay
     )
     response = await context.engines.generate(asked)
     if sample.response_length and params.stop_strings:
         response = cut_at_stop_across_parts(sample, response, params.stop_strings, context)
-    append_response(args, sample, response, context, params)
+    text = None
+    if not context.token_text.is_byte_level and sample.response_length + len(response.tokens_R) > LONG:
+        text = await asyncio.to_thread(_text_with, args, sample, response, context)
+    append_response(args, sample, response, context, params, text)
     return sample
+
+
+def _text_with(args: Args, sample: Sample, response: GenerateResponse, context: RolloutContext) -> str:
+    """Return the text of the whole response, with the engine's answer appended."""
+    tokens_R = np.append(sample.response_tokens_R, response.tokens_R)
+    skips = args.rollout_skip_special_tokens
+    return response_text(sample, context.token_text, tokens_R, skip_special_tokens=skips)
 
 
 def room(args: Args, sample: Sample, max_response_length: int) -> int:
@@ -161,30 +173,39 @@ def room(args: Args, sample: Sample, max_response_length: int) -> int:
     """
     limits = rollout_limits(args)
     left = max_response_length - sample.num_sampled
-    if limits.request is not None and len(sample.tokens) > limits.request:
+    if limits.request is not None and sample.num_tokens > limits.request:
         return min(left, 0)
-    return left if limits.sequence is None else min(left, limits.sequence - len(sample.tokens))
+    return left if limits.sequence is None else min(left, limits.sequence - sample.num_tokens)
 
 
 def append_response(
-    args: Args, sample: Sample, response: GenerateResponse, context: RolloutContext, params: SamplingParams
+    args: Args,
+    sample: Sample,
+    response: GenerateResponse,
+    context: RolloutContext,
+    params: SamplingParams,
+    text: str | None = None,
 ) -> None:
-    """Append the engine's answer to a request with `params`: tokens, each with its log-prob and policy version."""
-    begun = sample.response_length > 0
-    tokens = response.output_ids
+    """Append the engine's answer to a request with `params`: tokens, each with its log-prob and policy version.
+
+    `text` is that of the whole response, with this answer; None decodes it here.
+    """
+    text = _text_with(args, sample, response, context) if text is None else text
+    begun, new_R = sample.response_length > 0, response.tokens_R
     # SGLang reports the version "default" before the first weight sync; that is version 0.
     version = int(response.weight_version) if response.weight_version.isdecimal() else 0
-    sample.tokens = sample.tokens + tokens
-    sample.response_length += len(tokens)
-    sample.rollout_log_probs = _appended(sample.rollout_log_probs, response.log_probs, begun)
-    sample.policy_versions = _appended(sample.policy_versions, [version] * len(tokens), begun)
-    if sample.loss_mask is not None:
-        sample.loss_mask = sample.loss_mask + [1] * len(tokens)
+    mask_R = sample.array("loss_mask")
+    sample.set_arrays(
+        tokens=np.append(sample.tokens_T, new_R),
+        rollout_log_probs=_appended(sample.array("rollout_log_probs"), response.log_probs_R, begun),
+        policy_versions=_appended(sample.array("policy_versions"), np.full(len(new_R), version, dtype=np.int32), begun),
+        loss_mask=None if mask_R is None else np.append(mask_R, np.ones(len(new_R), dtype=np.int8)),
+    )
+    sample.response_length += len(new_R)
+    sample.set_text(text)
     if args.use_routing_replay:
         _take_routes(args, sample, response)
-    text = context.decode(sample.tokens[sample.prompt_length :], skip_special_tokens=args.rollout_skip_special_tokens)
-    sample.response = text
-    ended = bool(tokens) and has_ended(sample, params, context)
+    ended = len(new_R) > 0 and has_ended(sample, params, context)
     sample.status = Status.COMPLETED if ended else STATUS_BY_FINISH[response.finish_reason]
     sample.check()
 
@@ -211,9 +232,17 @@ def _take_routes(args: Args, sample: Sample, response: GenerateResponse) -> None
             f"{arch.num_layers} layers a token has {arch.moe_router_topk}; it serves another model"
         )
     routes = experts.reshape(rows, arch.num_layers, arch.moe_router_topk)
-    sample.routed_experts = np.ascontiguousarray(routes[: len(sample.tokens) - 1, arch.first_dense_layers :])
+    routes = routes[: sample.num_tokens - 1, arch.first_dense_layers :]
+    most, num_experts = int(routes.max(initial=0)), arch.num_experts or 0
+    if most >= num_experts or routes.min(initial=0) < 0:
+        raise ValueError(
+            f"--use-routing-replay: an engine returned expert {most} of {num_experts}; it serves another model"
+        )
+    sample.routed_experts = routes.astype(routes_dtype(num_experts))  # a quarter or half of the engine's int32
 
 
-def _appended(values: list[T] | None, more: list[T], begun: bool) -> list[T] | None:
-    """Return `values` + `more`; if an earlier part of the response came without values, they stay missing."""
-    return None if begun and values is None else [*(values or []), *more]
+def _appended(values_R: Array | None, more_R: Array, begun: bool) -> Array | None:
+    """Return both after each other; if an earlier part of the response came without values, they stay missing."""
+    if values_R is None or not begun:
+        return None if begun else more_R
+    return np.append(values_R, more_R)

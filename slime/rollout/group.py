@@ -268,4 +268,5 @@ class GroupRunner:
 
 def oldest_version(samples: Sequence[Sample]) -> int | None:
     """Return the earliest policy version that sampled a token of `samples`."""
-    return min((version for sample in samples for version in sample.policy_versions or ()), default=None)
+    versions = [sample.array("policy_versions") for sample in samples]
+    return min((int(row.min()) for row in versions if row is not None and len(row)), default=None)

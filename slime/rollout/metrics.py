@@ -7,14 +7,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from slime.config.args import Args
+from slime.core.columns import Array
 from slime.core.sample import MULTI_TURN, Sample, Status
 from slime.rollout.intervals import PhaseIntervals
 
@@ -84,9 +88,13 @@ def group_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, f
 
 def replay_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     """Return the metrics of groups from a dump, as in the rollout that made them: rewards before post-processing."""
-    return group_metrics(
-        args, [[replace(s, reward=s.metadata.get("raw_reward", s.reward)) for s in group] for group in groups]
-    )
+    return group_metrics(args, [[_with_raw_reward(sample) for sample in group] for group in groups])
+
+
+def _with_raw_reward(sample: Sample) -> Sample:
+    raw = copy.copy(sample)
+    raw.reward = sample.metadata.get("raw_reward", sample.reward)
+    return raw
 
 
 def rollout_metrics(
@@ -94,7 +102,6 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Return the metrics of the kept `groups`; lengths are in tokens, times in seconds, shares between 0 and 1."""
     samples = [sample for group in groups for sample in group]
-    versions = [version for sample in samples for version in _versions_of_sampled(sample)]
     generation = intervals.generation_seconds
     metrics: dict[str, float] = {
         **group_metrics(args, groups),
@@ -111,10 +118,7 @@ def rollout_metrics(
     turns = [sample.metadata[MULTI_TURN]["num"] for sample in samples if MULTI_TURN in sample.metadata]
     if turns:
         metrics["rollout/num_turns"] = statistics.fmean(turns)
-    if versions:
-        metrics["rollout/staleness"] = policy_version - statistics.fmean(versions)
-        metrics["rollout/staleness_max"] = policy_version - min(versions)
-        metrics["rollout/offpolicy_tokens"] = statistics.fmean(version < policy_version for version in versions)
+    metrics |= _staleness(samples, policy_version)
     for reason, count in sorted(tally.dropped_groups.items()):
         metrics[f"rollout/groups_dropped/{reason}"] = count
     if tally.failed_generations:
@@ -124,8 +128,22 @@ def rollout_metrics(
     return metrics
 
 
-def _versions_of_sampled(sample: Sample) -> list[int]:
+def _versions_of_sampled(sample: Sample) -> Array | None:
     """Return the versions of tokens that a policy sampled: those of loss mask 0 may be a tool's output."""
-    versions = sample.policy_versions or []
-    mask = [1] * len(versions) if sample.loss_mask is None else sample.loss_mask
-    return [version for version, kept in zip(versions, mask, strict=True) if kept] if versions else []
+    versions_R, mask_R = sample.array("policy_versions"), sample.array("loss_mask")
+    return versions_R if versions_R is None or mask_R is None else versions_R[mask_R != 0]
+
+
+def _staleness(samples: Sequence[Sample], policy_version: int) -> dict[str, float]:
+    """Return how many versions the sampled tokens are older than `policy_version`; nothing if there are none."""
+    found = [row for row in map(_versions_of_sampled, samples) if row is not None and len(row)]
+    count = sum(map(len, found))
+    if not count:
+        return {}
+    total = sum(int(row.sum(dtype=np.int64)) for row in found)
+    old = sum(int(np.count_nonzero(row < policy_version)) for row in found)
+    return {
+        "rollout/staleness": policy_version - total / count,
+        "rollout/staleness_max": policy_version - min(int(row.min()) for row in found),
+        "rollout/offpolicy_tokens": old / count,
+    }

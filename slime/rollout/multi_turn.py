@@ -20,14 +20,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
+
 from slime.config.args import Args
 from slime.config.data_rows import DataKeys
 from slime.config.prompt_format import PromptFormat
+from slime.core.columns import Array
 from slime.core.sample import MULTI_TURN, Message, Sample, Status
 from slime.engine.protocol import SamplingParams
 from slime.rollout.chat_template import render_suffix
 from slime.rollout.context import RolloutContext
 from slime.rollout.generate import generate_sample, room
+from slime.rollout.token_text import response_text
 from slime.rollout.tokenizer import tokenize
 
 
@@ -37,9 +41,10 @@ def last_turn(sample: Sample, context: RolloutContext, *, skip_special_tokens: b
 
 
 def _turn_tokens(sample: Sample) -> list[int]:
-    mask = sample.loss_mask or []
-    begin = next((place + 1 for place in range(len(mask) - 1, -1, -1) if not mask[place]), 0)
-    return sample.tokens[sample.prompt_length + begin :]
+    mask_R = sample.array("loss_mask")
+    of_environment = [] if mask_R is None else np.flatnonzero(mask_R == 0)
+    begin = int(of_environment[-1]) + 1 if len(of_environment) else 0
+    return sample.response_tokens_R[begin:].tolist()
 
 
 def append_environment(sample: Sample, text: str, context: RolloutContext) -> bool:
@@ -101,20 +106,29 @@ def _append(sample: Sample, tokens: list[int], context: RolloutContext) -> bool:
     if room(context.args, sample, sys.maxsize) <= len(tokens):  # the response's limit is for the model's tokens
         sample.status = Status.TRUNCATED
         return False
-    count = sample.response_length
-    versions = sample.policy_versions or [context.policy_version] * count
-    version = versions[-1] if versions else context.policy_version
-    sample.loss_mask = [*([1] * count if sample.loss_mask is None else sample.loss_mask), *[0] * len(tokens)]
-    sample.rollout_log_probs = [*(sample.rollout_log_probs or [0.0] * count), *[0.0] * len(tokens)]
-    sample.policy_versions = [*versions, *[version] * len(tokens)]
-    sample.tokens = [*sample.tokens, *tokens]
+    count, new = sample.response_length, np.zeros(len(tokens), dtype=np.int8)
+    versions_R = _or_filled(sample.array("policy_versions"), count, context.policy_version, "int32")
+    version = int(versions_R[-1]) if count else context.policy_version
+    tokens_T = np.append(sample.tokens_T, np.array(tokens, dtype=np.int32))
+    skips = context.args.rollout_skip_special_tokens
+    text = response_text(sample, context.token_text, tokens_T[sample.prompt_length :], skip_special_tokens=skips)
+    sample.set_arrays(
+        loss_mask=np.append(_or_filled(sample.array("loss_mask"), count, 1, "int8"), new),
+        rollout_log_probs=np.append(_or_filled(sample.array("rollout_log_probs"), count, 0.0, "float64"), new),
+        policy_versions=np.append(versions_R, np.full(len(tokens), version, dtype=np.int32)),
+        tokens=tokens_T,
+    )
     sample.response_length += len(tokens)
-    skip = context.args.rollout_skip_special_tokens
-    sample.response = context.decode(sample.tokens[sample.prompt_length :], skip_special_tokens=skip)
+    sample.set_text(text)
     if count:
         _turns(sample)["num"] += 1
     sample.check()
     return True
+
+
+def _or_filled(values_R: Array | None, count: int, value: float, dtype: str) -> Array:
+    """Return the values, or `count` times `value` where there are none."""
+    return np.full(count, value, dtype=dtype) if values_R is None or not len(values_R) else values_R
 
 
 class MultiTurnEnv:

@@ -58,7 +58,7 @@ class SampleLog:
         key = self._args.reward_key
         raw = sample.metadata.get("raw_reward", sample.reward)
         verdict = Verdict(raw, sample.reward_failure).masked(self._mask)
-        versions = sample.policy_versions or None
+        versions = sample.array("policy_versions")
         row: dict[str, Any] = {
             "group": sample.group_index,
             "index": sample.index,
@@ -72,7 +72,7 @@ class SampleLog:
             "truncated": sample.status is Status.TRUNCATED,
             "prompt_tokens": sample.prompt_length,
             "response_tokens": sample.response_length,
-            "policy_versions": None if versions is None else [versions[0], versions[-1]],
+            "policy_versions": None if versions is None or not len(versions) else versions[[0, -1]].tolist(),
         }
         if isinstance(verdict.reward, dict):
             row["reward"] = None if key is None else verdict.reward.get(key)

@@ -19,6 +19,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from slime.config.args import Args
 from slime.config.context import context_length
 from slime.config.data_rows import DataKeys
@@ -54,7 +56,7 @@ async def generate_rollout(
         missing = args.rollout_batch_size - len(groups)
         drawn = data_source.get_groups(missing, rollout_id=rollout_id)
         fill_responses(args, [sample for group in drawn for sample in group], context)
-        fitting = [group for group in drawn if limit is None or len(group[0].tokens) <= limit]
+        fitting = [group for group in drawn if limit is None or group[0].num_tokens <= limit]
         groups += fitting
         num_too_long += len(drawn) - len(fitting)
         if num_too_long >= args.max_empty_waves * args.rollout_batch_size:
@@ -76,7 +78,8 @@ async def generate_rollout(
 
 def num_trained(sample: Sample) -> int:
     """Return the number of tokens that count in the loss."""
-    return sample.response_length if sample.loss_mask is None else sum(weight > 0 for weight in sample.loss_mask)
+    mask_R = sample.array("loss_mask")
+    return sample.response_length if mask_R is None else int(np.count_nonzero(mask_R > 0))
 
 
 def fill_responses(args: Args, samples: list[Sample], context: RolloutContext) -> None:

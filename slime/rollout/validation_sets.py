@@ -39,7 +39,7 @@ def _rows(args: Args, dataset: EvalDataset, tokenizer: PreTrainedTokenizerBase) 
     data = load_prompts(dataset.path, args, tokenizer, dataset.keys, longest=longest, form=form)
     samples = [prompt.to_sample(group_index=number, index=number) for number, prompt in enumerate(data.prompts)]
     fill(samples, tokenizer, dataset.keys, form)
-    fitting = [sample for sample in samples if limit is None or len(sample.tokens) <= limit]
+    fitting = [sample for sample in samples if limit is None or sample.num_tokens <= limit]
     where = f"evaluation set {dataset.name} ({show(dataset.path)})"
     if not fitting:
         raise ValueError(f"{where}: no example fits into the context of {limit} tokens; shorten them, or raise it")

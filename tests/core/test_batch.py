@@ -36,8 +36,8 @@ def full_samples() -> list[Sample]:
     samples = [sample(0, 2, log_probs=True), sample(1, 0, log_probs=False, reward=None), sample(2, 3, log_probs=True)]
     samples[0].loss_mask, samples[2].loss_mask = [1, 0], [0, 1, 1]
     samples[0].policy_versions, samples[2].policy_versions = [4, 4], [4, 5, 5]
-    samples[0].routed_experts = np.arange(4 * 2 * 2, dtype=np.int32).reshape(4, 2, 2)
-    samples[2].routed_experts = np.full((3, 2, 2), 7, np.int32)  # two tokens fewer than the engine could give
+    samples[0].routed_experts = np.arange(4 * 2 * 2, dtype=np.int8).reshape(4, 2, 2)
+    samples[2].routed_experts = np.full((3, 2, 2), 7, np.int8)  # two tokens fewer than the engine could give
     samples[2].reward = {"score": 0.25}
     samples[0].reward = {"score": 1.0}
     return samples

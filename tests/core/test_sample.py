@@ -28,7 +28,7 @@ def full_sample(**changes: Any) -> Sample:
         "loss_mask": [1, 0, 1],
         "rollout_log_probs": [-0.5, 0.0, -1.25],
         "policy_versions": [3, 3, 4],
-        "routed_experts": np.arange(4 * 2 * 2, dtype=np.int32).reshape(4, 2, 2),
+        "routed_experts": np.arange(4 * 2 * 2, dtype=np.int16).reshape(4, 2, 2),
         "reward": {"score": 1.0, "pred": "2"},
         "reward_failure": None,
         "status": Status.COMPLETED,
@@ -155,7 +155,7 @@ def test_samples_survive_json(made: Sample) -> None:
         assert read.routed_experts is None
     else:
         np.testing.assert_array_equal(read.routed_experts, made.routed_experts)  # pyright: ignore[reportArgumentType]
-        assert read.routed_experts is not None and read.routed_experts.dtype == np.int32
+        assert read.routed_experts is not None and read.routed_experts.dtype == np.int16
     written["tokens"].append(1)
     written["metadata"]["new"] = 1
     assert made.tokens[-1:] != [1] and "new" not in made.metadata

@@ -18,8 +18,8 @@ from slime.config.args import Args
 from slime.engine.client import EngineClient
 from slime.engine.embedded.cache import KVCache
 from slime.engine.embedded.fixed_shapes import SIZES, SPARE_ROWS, FixedShapes, find_sizes
+from slime.engine.engine_info import EngineInfo
 from slime.engine.external import check_model
-from slime.engine.protocol import EngineInfo
 from tests.forked_engine import ForkedEngine
 
 Answer = tuple[list[int], list[float]]

@@ -13,8 +13,9 @@ from tiny_models import StartEngine
 from slime.config.architecture import hf_architecture, read_hf_config
 from slime.config.args import Args
 from slime.engine.client import EngineClient, EngineError
+from slime.engine.engine_info import EngineInfo
 from slime.engine.external import FoundEngines, check_model, find_engines, free_engines
-from slime.engine.protocol import WEIGHT_GROUP, EngineInfo, GenerateRequest, SamplingParams
+from slime.engine.protocol import WEIGHT_GROUP, GenerateRequest, SamplingParams
 from slime.engine.server_process import find_free_port
 from slime.engine.weight_group import join_weight_group
 from tests.forked_engine import ForkedEngine

@@ -33,7 +33,7 @@ SHAPE = Architecture(
     max_position_embeddings=64,
     norm_epsilon=1e-5,
     rotary_base=1e4,
-    num_experts=8,
+    num_experts=1000,
     moe_ffn_hidden_size=8,
     moe_router_topk=TOPK,
     first_dense_layers=DENSE,
@@ -95,7 +95,7 @@ def generate(
 
 def test_a_sample_has_the_layers_with_experts(tokenizer: PreTrainedTokenizerFast) -> None:
     sample = generate(AnsweringEngine(([30, 31, 3], "stop", 4)), tokenizer)
-    assert sample.routed_experts is not None and sample.routed_experts.dtype == np.int32
+    assert sample.routed_experts is not None and sample.routed_experts.dtype == np.int16
     np.testing.assert_array_equal(sample.routed_experts, routes(sample.tokens, 4)[:, DENSE:])
     column = from_samples([sample, sample.copy()]).rows("routed_experts")
     for row in column:

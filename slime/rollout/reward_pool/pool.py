@@ -1,6 +1,7 @@
 """RewardPool: computes rewards outside the event loop, in processes that can be killed.
 
 - Called by: `collect` and `evaluate` pass finished samples in and get Verdicts.
+- A custom function gets the whole Sample. Built-in graders read the text alone, so theirs has no tokens.
 - Invariant: whatever a reward function does (hang, crash, raise, leak, return nonsense), it costs only its own task (a
   sample; with --group-rm a group), and the verdict reports it.
 """
@@ -85,7 +86,8 @@ class RewardPool:
             if self._remote is None:
                 raise ValueError(NO_URL)
             return await self._remote.judge(sample, boxed=rm_type.startswith(BOXED_PREFIX))
-        [verdict] = await self._call((rm_type, sample), 1)
+        judged = sample if self._args.custom_rm_path is not None else sample.to_graded_text()
+        [verdict] = await self._call((rm_type, judged), 1)
         return verdict
 
     async def judge_group(self, samples: Sequence[Sample]) -> None:
