@@ -199,13 +199,18 @@ class EngineClient:
     # ---- at every engine
 
     async def _everywhere(
-        self, endpoint: Endpoint, bodies: Message | Sequence[Message] | None, *, collective: bool = False
+        self,
+        endpoint: Endpoint,
+        bodies: Message | Sequence[Message] | None,
+        *,
+        collective: bool = False,
+        only: Collection[str] | None = None,
     ) -> list[Any]:
-        """POST `bodies` to all engines at once (None: GET); return their answers in the order of `workers`.
+        """POST `bodies` to all engines, or to `only` these, at once (None: GET); return answers in order of `workers`.
 
         An engine that is removed from the client's list meanwhile is left out, unless the request is `collective`.
         """
-        urls = await self.workers()
+        urls = [url for url in await self.workers() if only is None or url in only]
         if not urls:
             raise EngineError(self._router_url, 200, f"the router has no engines for {endpoint}")
         each = list(bodies) if isinstance(bodies, Sequence) else [bodies] * len(urls)
@@ -365,12 +370,17 @@ class EngineClient:
             if error.status != 400:
                 raise
 
-    async def update_weights_from_disk(self, path: str, weight_version: str | None) -> None:
-        """Make every engine load an HF directory. Caches are kept: flush them first, while nothing is in flight."""
+    async def update_weights_from_disk(
+        self, path: str, weight_version: str | None, only: Collection[str] | None = None
+    ) -> None:
+        """Make every engine, or `only` these URLs, load an HF directory.
+
+        Caches are kept: flush them first, while nothing is in flight.
+        """
         # Inside a session SGLang would load the directory and prepare the weights a second time at the session's end.
         await self.update_sessions.engines()  # ends what was left open
         body = UpdateWeightsFromDisk(model_path=path, weight_version=weight_version, flush_cache=False)
-        await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_DISK, body)
+        await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_DISK, body, only=only)
 
     async def update_weights_from_tensor(self, body: UpdateWeightsFromTensor) -> None:
         """Make every engine load a bucket from its own device's memory, which may be overwritten afterwards."""
@@ -388,9 +398,9 @@ class EngineClient:
         answers = await self._everywhere(Endpoint.GENERATE, body)
         return [[p for p in GenerateResponse.from_json(a).input_log_probs if p is not None] for a in answers]
 
-    async def reset_weights(self) -> None:
-        """Overwrite every engine's weights with garbage, as the start of a check."""
-        await self._everywhere(Endpoint.WEIGHTS_CHECKER, WeightsChecker(action="reset_tensors"))
+    async def reset_weights(self, only: Collection[str] | None = None) -> None:
+        """Overwrite the weights of every engine, or of `only` these URLs, with garbage, as the start of a check."""
+        await self._everywhere(Endpoint.WEIGHTS_CHECKER, WeightsChecker(action="reset_tensors"), only=only)
 
     async def weight_versions(self) -> list[str]:
         return [str(answer["weight_version"]) for answer in await self._everywhere(Endpoint.MODEL_INFO, None)]

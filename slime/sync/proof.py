@@ -1,14 +1,17 @@
 """Prove that the engines hold the actor's weights, and no other weights.
 
 - Called by: the first sync of a run (also after a resume) and tests; later syncs compare the policy version.
-- Invariant: the engines' checksum after a sync equals their checksum after loading the actor's HF export from disk.
-  The weights are wiped in between, so an engine that ignores the load cannot pass. The export is gathered and written
-  again, so that a sync by disk is never compared with its own files.
+- Invariant: every engine's checksum after a sync is one that an engine also has after loading the actor's HF export
+  from disk. That engine's weights are wiped in between, so it cannot pass if it ignores the load. The export is
+  gathered and written again, so that a sync by disk is never compared with its own files.
 
-An engine sums its own tensors (SGLang: fused, and split over ranks), so checksums compare within one engine only.
+One engine reads the export for all that have the same checksum after the sync: a hundred engines that read a large
+model at once would keep its file system busy for minutes. An engine sums its own tensors (SGLang: fused, and split over
+ranks), so engines of another layout have another checksum, and one of them reads the export, too.
+
 Wiping may clear more than a checkpoint restores, such as tables that an engine computes when it starts. SGLang
-spares rotary caches by name, and leaves some tensors out of the checksum by name. So the engines also compute the
-log-probs of a fixed prompt before and after: the run continues only if they are what they were before the proof.
+spares rotary caches by name, and leaves some tensors out of the checksum by name. So engines also compute the log-probs
+of a fixed prompt before and after: the run continues only if they are what they were before the proof.
 """
 
 from __future__ import annotations
@@ -25,16 +28,20 @@ ANSWER_TOLERANCE = 0.02
 
 
 def prove_weights(transport: Transport, export: Path, *, version: int) -> None:
-    """Compare every engine's checksum after the sync of `version` with its checksum after loading `export`.
+    """Compare the engines' checksums after the sync of `version` with those after loading `export`.
 
     Raises:
         RuntimeError: naming the engines whose weights differ, or those that the proof has broken.
     """
     synced = transport.checksums()
+    readers = {checksum: url for url, checksum in synced.items()}  # one engine for each checksum
     before = transport.prompt_log_probs(PROMPT) if transport.engines_generate else {}
-    transport.load_from_disk(str(export.absolute()), version=version)
+    transport.load_from_disk(str(export.absolute()), version=version, engines=list(readers.values()))
     loaded = transport.checksums()
-    wrong = [f"{url} ({synced[url]}, {loaded[url]})" for url in synced if synced[url] != loaded[url]]
+    found = {checksum: loaded[url] for checksum, url in readers.items()}
+    wrong = [
+        f"{url} ({checksum}, {found[checksum]})" for url, checksum in synced.items() if checksum != found[checksum]
+    ]
     if wrong:
         raise RuntimeError(
             f"weight sync, policy version {version}: engines do not hold the actor's weights: {', '.join(wrong)} "

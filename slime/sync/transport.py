@@ -39,7 +39,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
@@ -258,12 +258,12 @@ class Transport(ABC):
     async def _by_url(self, ask: Callable[[], Awaitable[list[T]]]) -> dict[str, T]:
         return dict(zip(await self._client.workers(), await ask(), strict=True))
 
-    def load_from_disk(self, path: str, *, version: int) -> None:
-        """Make every engine forget its weights and load the HF directory `path`."""
+    def load_from_disk(self, path: str, *, version: int, engines: Collection[str] | None = None) -> None:
+        """Make all engines, or those with these URLs, forget their weights and load the HF directory `path`."""
 
         async def reload() -> None:
-            await self._client.reset_weights()
-            await self._client.update_weights_from_disk(path, weight_version=str(version))
+            await self._client.reset_weights(engines)
+            await self._client.update_weights_from_disk(path, str(version), engines)
 
         with self.paused():
             self._runner.run(reload())

@@ -6,7 +6,7 @@ It runs on real engines and a router. The engines serve the model 'start' alread
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -110,6 +110,34 @@ def test_another_models_export_is_refused(
     with pytest.raises(RuntimeError, match="do not hold the actor's weights") as caught:
         prove_weights(transport, models["reference"], version=8)
     assert all(engine.url in str(caught.value) for engine in served[:-1])
+
+
+class Counted(DiskTransport):
+    """Counts the engines that read from the disk for the proof."""
+
+    readers: tuple[str, ...] = ()
+
+    def load_from_disk(self, path: str, *, version: int, engines: Collection[str] | None = None) -> None:
+        assert engines is not None
+        self.readers = tuple(engines)
+        super().load_from_disk(path, version=version, engines=engines)
+
+
+def test_one_engine_reads_for_all_alike(models: dict[str, Path], served: list[ManagedProcess], tmp_path: Path) -> None:
+    first, second, _ = (process.url for process in served)
+    counted = Counted(
+        client(served), directory=tmp_path, source_hf_dir=models["start"], dtype=torch.float32, bucket_bytes=50_000
+    )
+    counted.send(weights(models["actor"]), version=16)
+    prove_weights(counted, models["actor"], version=16)
+    assert len(counted.readers) == 1
+    Transport.load_from_disk(counted, str(models["reference"]), version=16, engines=[second])
+    with pytest.raises(RuntimeError, match=f"do not hold the actor's weights: {second}") as caught:
+        prove_weights(counted, models["actor"], version=16)
+    assert f"{first} (" not in str(caught.value)
+    assert sorted(counted.readers) == sorted([first, second]), "each checksum is compared"
+    prove_weights(counted, models["actor"], version=16)
+    counted.close()
 
 
 def test_another_version_is_named(models: dict[str, Path], transport: Transport, served: list[ManagedProcess]) -> None:
