@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from slime.cluster.engines.engine_supervisor import EngineUp
-from slime.cluster.on_ray.placement import Placement, choose_engine, num_gpus, num_nodes, reserve
+from slime.cluster.on_ray.placement import Placement, choose_engine, groups_across_nodes, num_gpus, num_nodes, reserve
 from slime.cluster.on_ray.ray_session import ray_session
 from slime.cluster.on_ray.ray_wait import Waiter
 from slime.cluster.rollout_manager import RolloutManager
@@ -70,6 +70,8 @@ def running_processes(args: Args, log_dir: Path, console: RunConsole) -> Iterato
             args = choose_engine(args, num_gpus())
             place = reserve(args)
             cleanup.callback(place.release)
+            for warning in groups_across_nodes(args, place.layout.trainers):
+                console.say(warning)
         limits = (args.phase_timeout, "--phase-timeout"), (args.engine_start_timeout, "--engine-start-timeout")
         limit, because = max(limits)
         started = _Started(Waiter(where=str(log_dir), limit=limit, because=because))

@@ -196,6 +196,36 @@ def lay_out(want: Demand, gpus: Sequence[Slot], cpus: Sequence[Slot]) -> Layout:
     return Layout(trainers=tuple(trainers), engines=tuple(engines), manager=next(free))
 
 
+def groups_across_nodes(args: Args, trainers: Sequence[Slot]) -> list[str]:
+    """Return a warning for each kind of model-parallel group of which one spans nodes; a link inside is much faster.
+
+    Megatron numbers its ranks so that the ranks of a tensor-parallel group are neighbours, those of a context-parallel
+    group are inside a block of TP x CP, and those of an expert-parallel group inside a block of ETP x EP.
+    """
+    tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
+    experts, expert_tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tensor
+    blocks = {
+        "--tensor-model-parallel-size": (tensor, tensor),
+        "--context-parallel-size": (context, tensor * context),
+        "--expert-model-parallel-size": (experts, expert_tensor * experts),
+    }
+    warnings: list[str] = []
+    for flag, (size, block) in blocks.items():
+        if size == 1:
+            continue
+        for first in range(0, len(trainers), block):
+            nodes = sorted({slot.node_ip for slot in trainers[first : first + block]})
+            if len(nodes) > 1:
+                warnings.append(
+                    f"WARNING {flag} {size}: trainers {first} to {first + block - 1} are on the nodes "
+                    f"{', '.join(nodes)}, so their collectives use the network between nodes, which is many times "
+                    "slower than the links inside one: choose a size that divides the GPUs of a node, and let the "
+                    "trainers fill whole nodes"
+                )
+                break
+    return warnings
+
+
 @dataclass(frozen=True)
 class Placement:
     """The reserved bundles with their assignment."""

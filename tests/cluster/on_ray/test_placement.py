@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 import ray
 
-from slime.cluster.on_ray.placement import Demand, Placement, Slot, choose_engine, demand, lay_out, num_gpus, reserve
+from slime.cluster.on_ray.placement import (
+    Demand,
+    Placement,
+    Slot,
+    choose_engine,
+    demand,
+    groups_across_nodes,
+    lay_out,
+    num_gpus,
+    reserve,
+)
 from slime.cluster.on_ray.ray_wait import Waiter
 from slime.config.args import Args
 from slime.core.errors import RunError
@@ -139,6 +149,22 @@ def test_an_engine_stays_on_one_node() -> None:
         lay_out(wanted(2, 1, 4), nodes(4, 4), [Slot(99)])
     assert lay_out(wanted(4, 1, 4), nodes(4, 4), [Slot(99)])
     assert lay_out(wanted(8, 2, 4, colocated=True), nodes(4, 4), [Slot(99)])
+
+
+def test_groups_of_trainers_across_nodes_are_named() -> None:
+    whole, broken = (lay_out(wanted(8, 0, 1), nodes(*counts), [Slot(99)]).trainers for counts in ((4, 4), (3, 5)))
+    spread = some_args(tensor_model_parallel_size=2, context_parallel_size=2)
+    assert groups_across_nodes(spread, whole) == []
+    tensor, context = groups_across_nodes(spread, broken)
+    assert tensor.startswith(
+        "WARNING --tensor-model-parallel-size 2: trainers 2 to 3 are on the nodes 10.0.0.10, 10.0.0.9"
+    )
+    assert context.startswith("WARNING --context-parallel-size 2: trainers 0 to 3 are on")
+    assert groups_across_nodes(some_args(), broken) == [], "data parallel groups may"
+    [larger] = groups_across_nodes(some_args(context_parallel_size=8), whole)
+    assert "trainers 0 to 7" in larger
+    [experts] = groups_across_nodes(some_args(expert_model_parallel_size=4), broken)
+    assert experts.startswith("WARNING --expert-model-parallel-size 4: trainers 0 to 3")
 
 
 def test_trainers_on_one_node_meet_at_a_file(place: Callable[..., Placement]) -> None:
