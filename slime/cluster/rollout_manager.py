@@ -153,7 +153,7 @@ class RolloutManager:
         await self._data.abort_evaluation()
 
     def state_dict(self, next_rollout_id: int = 0) -> dict[str, Any]:
-        """Return the state as plain JSON types (see `DataSide.state_dict`)."""
+        """Return the state as plain JSON types and arrays (see `DataSide.state_dict`)."""
         return self._data.state_dict(next_rollout_id)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -324,6 +324,8 @@ def _packed(routes: Array | None) -> dict[str, Any] | None:
 def _unpacked(packed: dict[str, Any] | None) -> Array | None:
     if packed is None:
         return None
+    if "int32" in packed:  # as checkpoints of format 2 have it
+        packed = {"shape": packed["shape"], "dtype": "int32", "base64": packed["int32"]}
     dtype = np.dtype(packed["dtype"])
     if dtype.kind != "i":
         raise ValueError(f"routed_experts are {dtype}; they have to be whole numbers")

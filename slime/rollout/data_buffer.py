@@ -17,6 +17,7 @@ from slime.config.epochs import prompt_weights, prompts_of_epoch
 from slime.config.resuming import SHA256, SHA256_OF_OTHERS
 from slime.core.plugins import hook_function
 from slime.core.sample import Sample
+from slime.core.sample_columns import from_columns, to_columns
 from slime.rollout.epoch_order import epoch_order
 from slime.rollout.filter_hub.buffer_filters import pop_first
 from slime.rollout.prompts import load_prompts
@@ -78,14 +79,14 @@ class DataBuffer:
         self._buffer.extend(groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain JSON types."""
+        """Return the state as plain JSON types and, for the samples, arrays (`core.sample_columns`)."""
         return {
             "data": self._fingerprint(),
             "epoch": self._epoch,
             "cursor": self._cursor,
             "next_group_index": self._next_group_index,
             "next_index": self._next_index,
-            "buffer": [[sample.to_dict() for sample in group] for group in self._buffer],
+            "buffer": to_columns(self._buffer),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -104,7 +105,7 @@ class DataBuffer:
                 f"--prompt-data {self._data.path}: not what the checkpoint was made with, so its place in the "
                 f"data means nothing here ({'; '.join(changed)}); restore the files and flags, or start a new --save"
             )
-        self._buffer = [[Sample.from_dict(sample) for sample in group] for group in state["buffer"]]
+        self._buffer = from_columns(state["buffer"])
         self._epoch = state["epoch"]
         self._cursor = state["cursor"]
         self._next_group_index = state["next_group_index"]

@@ -11,11 +11,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slime.core.sample import Sample
+from slime.core.sample_columns import from_columns, to_columns
 from slime.rollout.context import DataSource
 
 
@@ -55,8 +57,11 @@ class TrackedSource:
 
     def __init__(self, source: DataSource) -> None:
         self._source = source
-        self._in_flight: list[_Drawn] = []
-        """The groups handed out, in the order in which they were drawn."""
+        self._in_flight: dict[int, _Drawn] = {}
+        """The groups handed out by a serial number, in the order in which they were drawn."""
+        self._serials: dict[int, deque[int]] = {}
+        """The serial numbers of each group_index; a user's source may give several groups the same one."""
+        self._next_serial = 0
         self._restored: list[list[Sample]] = []
         """Groups that were in flight when the state was saved; they are handed out before all others."""
 
@@ -81,37 +86,48 @@ class TrackedSource:
         if len(groups) < num:
             groups += self._source.get_groups(num - len(groups), rollout_id=rollout_id)
         del self._restored[:num]
-        self._in_flight += [
-            _Drawn(rollout_id, group, list(group), [sample.copy() for sample in group]) for group in groups
-        ]
+        for group in groups:
+            drawn = _Drawn(rollout_id, group, list(group), [sample.copy() for sample in group])
+            self._in_flight[self._next_serial] = drawn
+            self._serials.setdefault(drawn.index, deque()).append(self._next_serial)
+            self._next_serial += 1
         return groups
 
     def add_groups(self, groups: Sequence[list[Sample]]) -> None:
         """Give groups back to the source."""
         self._source.add_groups(groups)
         for group in groups:
-            index = group[0].group_index
-            place = next((i for i, drawn in enumerate(self._in_flight) if drawn.index == index), None)
-            if place is not None:
-                del self._in_flight[place]
+            serials = self._serials.get(group[0].group_index)
+            if serials:
+                self._remove(serials[0])
 
     def forget(self, rollout_id: int) -> None:
         """Record that this rollout and all before it were trained on; groups not given back are used up."""
-        self._in_flight = [drawn for drawn in self._in_flight if drawn.rollout_id > rollout_id]
+        for serial in [serial for serial, drawn in self._in_flight.items() if drawn.rollout_id <= rollout_id]:
+            self._remove(serial)
+
+    def _remove(self, serial: int) -> None:
+        """Remove one group from those in flight."""
+        index = self._in_flight.pop(serial).index
+        self._serials[index].remove(serial)
+        if not self._serials[index]:
+            del self._serials[index]
 
     def state_dict(self, *, as_drawn: bool = False) -> dict[str, Any]:
-        """Return the state as plain JSON types; this may be called while a rollout runs.
+        """Return the state as plain JSON types and arrays; this may be called while a rollout runs.
 
         `as_drawn` leaves out what the groups in flight have become since they were drawn.
         """
-        in_flight = [drawn.as_drawn if as_drawn else drawn.now() for drawn in self._in_flight] + self._restored
+        in_flight = [drawn.as_drawn if as_drawn else drawn.now() for drawn in self._in_flight.values()]
+        in_flight += self._restored
         return {
             "source": self._source.state_dict(),
-            "in_flight": [[sample.to_dict() for sample in group] for group in in_flight],
+            "in_flight": to_columns(in_flight),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; nothing is in flight then."""
         self._source.load_state_dict(state["source"])
-        self._restored = [[Sample.from_dict(sample) for sample in group] for group in state["in_flight"]]
-        self._in_flight = []
+        self._restored = from_columns(state["in_flight"])
+        self._in_flight.clear()
+        self._serials.clear()

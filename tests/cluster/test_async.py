@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from slime.core.sample import Sample
-from slime.megatron.checkpoint.files import read_state
 from slime.observability.metrics_log import read_metrics
 from slime.observability.phases import PHASES
 from slime.rollout.dump import read_dump
@@ -40,6 +39,7 @@ from tests.cluster.terminal import CTRL_C, in_a_terminal
 from tests.cluster.test_life_and_death import assert_all_gone, assert_no_trace, new_marker, temporary_files
 from tests.cluster.test_resume import weights
 from tests.cluster.timeline_hooks_for_tests import TRAINING_S, read_spans
+from tests.saved_state import as_lists, read_whole
 
 pytestmark = [pytest.mark.usefixtures("joined_ray"), pytest.mark.timeout(900)]
 
@@ -60,7 +60,7 @@ def samples_of(save: Path, rollout_id: int) -> list[Sample]:
 
 def data_side(save: Path, rollout_id: int) -> dict[str, Any]:
     """Return the rollout manager's state in the checkpoint after a rollout."""
-    return read_state(save / f"iter_{rollout_id:07d}")["state"]["rollout"]
+    return as_lists(read_whole(save / f"iter_{rollout_id:07d}")["state"]["rollout"])
 
 
 # --- the sync waits for the rollout in flight -------------------------------------------------------------------

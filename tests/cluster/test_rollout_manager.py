@@ -20,6 +20,7 @@ from slime.rollout.generate import sampling_record
 from tests.cluster import timeline_hooks_for_tests as hooks
 from tests.cluster.runs import Task
 from tests.cluster.timeline_hooks_for_tests import GO_ON
+from tests.saved_state import as_lists, through_a_file
 
 HOOKS = "tests.cluster.hooks_for_tests"
 
@@ -128,7 +129,7 @@ def groups_of(generated: tuple[TrainBatch, dict[str, float]]) -> list[int]:
 
 def restored(task: Task, directory: Path, state: dict[str, Any]) -> RolloutManager:
     made = manager(task, directory, **AHEAD)
-    made.load_state_dict(json.loads(json.dumps(state)))
+    made.load_state_dict(through_a_file(state))
     return made
 
 
@@ -139,13 +140,15 @@ def test_a_waiting_rollout_is_in_the_state(task: Task, tmp_path: Path) -> None:
     batch, metrics = asyncio.run(first.generate(1))
     state = first.state_dict(1)
     assert first.state_dict(2)["made"] is None, "the loop has trained on it"
-    assert state["data_source"]["in_flight"] == []
+    assert as_lists(state)["data_source"]["in_flight"] == []
     second = restored(task, tmp_path, state)
     again, same = asyncio.run(second.generate(1))
     assert {name: column.tolist() for name, column in again.columns.items()} == {
         name: column.tolist() for name, column in batch.columns.items()
     }
-    assert [sample["reward"] for group in state["made"]["groups"] for sample in group] == [0.0] * 3, "not yet spoilt"
+    assert [sample["reward"] for group in as_lists(state)["made"]["groups"] for sample in group] == [0.0] * 3, (
+        "not yet spoilt"
+    )
     assert same["rollout/reward"] == metrics["rollout/reward"] == 0.5
     assert "time/generation" not in same, "nothing was generated now"
     assert groups_of(asyncio.run(second.generate(2))) == [6, 7, 8]
@@ -168,9 +171,9 @@ def test_a_rollout_in_flight_is_in_the_state(task: Task, tmp_path: Path) -> None
         return state, first.state_dict(1)
 
     meanwhile, after = asyncio.run(saved_meanwhile())
-    assert [group[0]["group_index"] for group in meanwhile["data_source"]["in_flight"]] == [3, 4, 5]
+    assert [group[0]["group_index"] for group in as_lists(meanwhile)["data_source"]["in_flight"]] == [3, 4, 5]
     assert meanwhile["made"] is None
-    assert after["data_source"]["in_flight"] == []
+    assert as_lists(after)["data_source"]["in_flight"] == []
     assert after["made"]["rollout_id"] == 1
     for state in (meanwhile, after):
         second = restored(task, tmp_path, state)
@@ -204,10 +207,10 @@ def test_an_aborted_rollout_is_made_again(
         return second.state_dict(1)
 
     state, whole = asyncio.run(aborted())
-    assert (whole, state["data_source"]["in_flight"]) == (True, [])
+    assert (whole, as_lists(state)["data_source"]["in_flight"]) == (True, [])
     second = restored(task, tmp_path, state)
     again = restored(task, tmp_path, state := asyncio.run(cut_off(second)))
-    assert [group[0]["group_index"] for group in state["data_source"]["in_flight"]] == [3, 4, 5]
+    assert [group[0]["group_index"] for group in as_lists(state)["data_source"]["in_flight"]] == [3, 4, 5]
     go_on.set()
     assert [groups_of(asyncio.run(again.generate(r))) for r in (1, 2)] == [[3, 4, 5], [6, 7, 8]]
     for made in (first, second, again):

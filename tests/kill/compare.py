@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slime.megatron.checkpoint.manifest import read_state
 from slime.megatron.checkpoint.safe_pickle import read_metadata
 from slime.models.hf_files import HFReader
 from slime.observability.metrics_log import read_metrics
+from tests.saved_state import as_lists, read_whole
 
 MOST = 5
 """The most differences of one kind that are listed."""
@@ -68,12 +68,14 @@ def _samples(reference: Path, other: Path) -> Iterator[str]:
 
 
 def _states(reference: Path, other: Path) -> Iterator[str]:
-    """Compare each checkpoint's data side: cursor, buffer, policy version. One that is due for removal may be left."""
+    """Compare each checkpoint's data side: cursor, samples, policy version. One that is due for removal may be left."""
     for path in list(reference.glob("iter_*")):
         if not (other / path.name).exists():
             yield f"no {path.name}"
     for ours, theirs in _pairs(reference, other, "iter_*"):
-        first, second = ({**read_state(path), "file_digests": None, "file_sizes": None} for path in (ours, theirs))
+        first, second = (
+            {**as_lists(read_whole(path)), "file_digests": None, "file_sizes": None} for path in (ours, theirs)
+        )
         for state in (first, second):
             state["state"].pop("times", None)
         yield from _of_values(ours.name, first, second)

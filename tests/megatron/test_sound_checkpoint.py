@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import subprocess
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up import Run, make_args
+from made_up import STATE, Run, make_args
 from worker_pool import WorkerPool, joined
 
 import slime
 from slime.config.args import Args
+from slime.core.sample import Sample
+from slime.core.sample_columns import from_columns, to_columns
 from slime.megatron.checkpoint.files import find_checkpoint, refuse_abandoned, remove_old, why_incomplete
 from slime.megatron.checkpoint.manifest import (
     STATE_FILE,
@@ -28,8 +31,16 @@ from slime.megatron.checkpoint.manifest import (
     sealed,
     written_files,
 )
+from slime.megatron.checkpoint.state_arrays import ARRAYS_FILE, put_back
 
 pytestmark = pytest.mark.dist
+
+
+def state_with_samples(rollout_id: int) -> dict[str, Any]:
+    """Return a state as the driver gives it to rank 0; all rollouts' arrays have the same size."""
+    tokens = list(range(rollout_id, rollout_id + 1000))
+    group = [Sample(tokens=tokens, response="é", rollout_log_probs=[-0.5] * 900), Sample(metadata={"a": [1]})]
+    return STATE | {"rollout": {"data_source": {"in_flight": to_columns([group])}}}
 
 
 def save(rank: int, world_size: int, init_method: str, args: Args, rollouts: list[int]) -> None:
@@ -38,7 +49,7 @@ def save(rank: int, world_size: int, init_method: str, args: Args, rollouts: lis
         run.initialize()
         for rollout_id in rollouts:
             run.step(rollout_id)
-            run.save(rollout_id)
+            run.save(rollout_id, state_with_samples(rollout_id) if rank == 0 else {})
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +87,79 @@ def flip(file: Path, *places: int, bit: int = 4) -> None:
     for place in places:
         content[place] ^= bit
     file.write_bytes(content)
+
+
+def restored_by_each(
+    rank: int, world_size: int, init_method: str, args: Args, path: Path
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the state that is loaded, and the files of the checkpoint that Python code opened to find and load it."""
+    from slime.megatron.checkpoint.save_load import load_checkpoint
+    from slime.megatron.checkpoint.search import find_sound_checkpoint
+
+    opened: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and Path(str(arguments[0])).parent == path / "iter_0000003":
+            opened.append(Path(str(arguments[0])).name)
+
+    with joined(args, rank, world_size, init_method) as topology:
+        run = Run(args, topology)
+        sys.addaudithook(watch)  # there is no way to remove it
+        try:
+            found = find_sound_checkpoint(path, sets_aside=False)
+            assert found is not None
+            return load_checkpoint(found, model=run.model, optimizer=run.optimizer).state, opened
+        finally:
+            watching = False
+
+
+def test_rank_zero_alone_reads_the_samples(workers: WorkerPool, saves: Path):
+    """Their bytes are compared once. The library that reads them is not Python: its reading is not seen here."""
+    (first, opened), (second, opened_by_other) = workers.run(2, restored_by_each, make_args(None, tp=2), saves)
+    assert first is not None and second is not None
+    assert opened.count(ARRAYS_FILE) == 1 and opened_by_other.count(ARRAYS_FILE) == 0
+    assert STATE_FILE in opened_by_other, "control: it reads other files"
+    columns = first["rollout"]["data_source"]["in_flight"]
+    [[sample, other]] = from_columns(columns)
+    assert (sample.tokens, sample.rollout_log_probs, sample.response) == ([*range(3, 1003)], [-0.5] * 900, "é")
+    assert (other.tokens, other.metadata) == ([], {"a": [1]})
+    assert set(second["rollout"]["data_source"]["in_flight"]["fields"]["tokens"]) == set(), "no array comes here"
+    assert (saves / "iter_0000003" / STATE_FILE).stat().st_size < 5000
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short", "flipped", "of rollout 2", "empty"])
+def test_damaged_samples_are_noticed(workers: WorkerPool, saves: Path, damage: str):
+    file = saves / "iter_0000003" / ARRAYS_FILE
+    if damage == "missing":
+        file.unlink()
+    elif damage == "of rollout 2":
+        other = saves / "iter_0000002" / ARRAYS_FILE
+        assert other.stat().st_size == file.stat().st_size, "control: the size does not tell"
+        shutil.copy(other, file)
+    elif damage == "flipped":
+        flip(file, file.stat().st_size - 1, bit=1)
+    else:
+        file.write_bytes(b"" if damage == "empty" else file.read_bytes()[:-1])
+    why = why_incomplete(saves / "iter_0000003")
+    assert (why is None) == (damage in ("flipped", "of rollout 2")), "found when the bytes are compared"
+    assert why is None or ARRAYS_FILE in why
+    assert remove_old(saves, 2, saved=3) == ([saves / "iter_0000001"] if why is None else [])
+    if why is not None:
+        found = find_checkpoint(saves)
+        assert found is not None and found.rollout_id == 2
+        return
+    [(rollout_id, warned)] = workers.run(1, found_by_each, make_args(None), saves, None, False)
+    assert rollout_id == 2 and any(f"iter_0000003: {ARRAYS_FILE}: not the bytes" in w for w in warned)
+
+
+def test_samples_of_another_checkpoint_are_not_taken(saves: Path):
+    """A file that the manifest does not name is no part of the checkpoint."""
+    path = saves / "iter_0000003"
+    state = read_state(path)
+    del state["file_sizes"][ARRAYS_FILE]
+    put_back(path, state)
+    assert state["state"]["rollout"]["data_source"]["in_flight"]["fields"]["tokens"] == {}
 
 
 def test_flips_that_cancel_each_other_are_noticed(saves: Path, tmp_path: Path):
@@ -205,8 +289,8 @@ def test_format_1_is_read_with_its_own_check(workers: WorkerPool, saves: Path):
 
 def test_a_newer_format_is_refused_not_skipped(saves: Path):
     file = saves / "iter_0000003" / STATE_FILE
-    file.write_text(sealed({**read_state(file.parent), "format": 3, "slime_version": "9.1"}))
-    with pytest.raises(ValueError, match=rf"has format 3, .* slime \({slime.__version__}\) .* load it with slime 9\.1"):
+    file.write_text(sealed({**read_state(file.parent), "format": 4, "slime_version": "9.1"}))
+    with pytest.raises(ValueError, match=rf"has format 4, .* slime \({slime.__version__}\) .* load it with slime 9\.1"):
         find_checkpoint(saves)
 
 

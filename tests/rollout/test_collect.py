@@ -20,6 +20,7 @@ from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.reward_pool.pool import RewardPool
+from tests.saved_state import as_json
 
 Run = Callable[..., Any]
 Write = Callable[..., str]
@@ -47,7 +48,7 @@ def _rows(count: int) -> list[dict[str, Any]]:
 def _account(buffer: DataBuffer, results: list[RolloutResult]) -> None:
     """Check that every group drawn was kept, dropped or is in the buffer, and that the buffer holds bare prompts."""
     kept = [group[0].group_index for result in results for group in result.groups]
-    state = buffer.state_dict()
+    state = as_json(buffer.state_dict())
     waiting = [group[0]["group_index"] for group in state["buffer"]]
     dropped = sum(
         value
@@ -186,7 +187,7 @@ def test_the_rest_is_aborted_and_given_back(
 
     async def work(context: RolloutContext) -> tuple[list[RolloutResult], float]:
         results = [await generate_rollout(args, 0, buffer, context)]
-        waiting = len(buffer.state_dict()["buffer"])
+        waiting = len(as_json(buffer.state_dict())["buffer"])
         start = time.perf_counter()
         request = GenerateRequest(input_ids=[9, 9], sampling_params=SamplingParams(max_new_tokens=1))
         await asyncio.gather(*(context.engines.generate(request) for _ in range(8)))
@@ -227,7 +228,7 @@ def test_partial_rollout_with_over_sampling_and_filters(
         for rollout in range(4):
             context.policy_version = rollout
             results.append(await generate_rollout(args, rollout, buffer, context))
-            states.append(buffer.state_dict())
+            states.append(as_json(buffer.state_dict()))
         return results, states
 
     results, states = run_with_engines(args, work)
@@ -388,7 +389,7 @@ def test_groups_are_judged_as_a_whole(
     if not partial:
         _account(buffer, results)
         return
-    for group in buffer.state_dict()["buffer"]:
+    for group in as_json(buffer.state_dict())["buffer"]:
         judged = [sample["reward"] is not None for sample in group]
         assert all(judged) or not any(judged)
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from slime.core.sample import Sample
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.filter_hub.buffer_filters import pop_first
 from slime.rollout.prompts import PromptSet, load_prompts
+from tests.saved_state import as_json, through_a_file
 
 Write = Callable[..., str]
 
@@ -93,7 +93,7 @@ def test_weights_decide_how_often_rows_come(data_file: Write, tokenizer: PreTrai
     assert buffer.num_prompts == 2 * 4 + 6 // 2
     first = buffer.get_groups(15, rollout_id=0)
     again = DataBuffer(args, tokenizer)
-    again.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
+    again.load_state_dict(through_a_file(buffer.state_dict()))
     rest = buffer.get_groups(7, rollout_id=1)
     assert _labels(again.get_groups(7, rollout_id=1)) == _labels(rest)
     counts = Counter(_labels(first + rest))  # two epochs
@@ -142,7 +142,7 @@ def test_parquet_gives_the_prompts_of_jsonl(
         assert {type(prompt.label) for prompt in of_parquet.prompts} == {str}
     assert "None" not in tokenizer.decode(of_parquet.prompts[0].tokens)
     state = DataBuffer(_args(str(path), apply_chat_template=True), tokenizer).state_dict()
-    json.dumps(state)
+    assert through_a_file(state) is not state
     with pytest.raises(ValueError, match=r"data\.parquet: no column 'text'; it has prompt, label, metadata"):
         DataBuffer(_args(str(path), input_key="text"), tokenizer)
 
@@ -262,10 +262,10 @@ def _run(buffer_class: type[DataBuffer], args: Args, tokenizer: Any, operations:
             buffer.add_groups([[sample.to_bare_prompt() for sample in group] for group in held[:count]])
             del held[:count]
         else:
-            state = json.loads(json.dumps(buffer.state_dict()))
+            state = through_a_file(buffer.state_dict())
             buffer = buffer_class(args, tokenizer)
             buffer.load_state_dict(state)
-    held += buffer.get_groups(len(buffer.state_dict()["buffer"]), rollout_id=0)
+    held += buffer.get_groups(len(as_json(buffer.state_dict())["buffer"]), rollout_id=0)
     held.sort(key=lambda group: group[0].group_index)
     assert [group[0].group_index for group in held] == list(range(len(held)))
     assert [sample.index for group in held for sample in group] == list(range(2 * len(held)))

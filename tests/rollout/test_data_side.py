@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.in_flight import TrackedSource
 from slime.rollout.reward_pool.pool import RewardPool
+from tests.saved_state import as_json
 
 Write = Callable[..., str]
 NUM_PROMPTS = 7
@@ -110,7 +110,7 @@ class Side:
             "trained": self.trained,
             "num_dropped": self.num_dropped,
         }
-        return json.loads(json.dumps(whole))
+        return as_json(whole)
 
     def load(self, state: dict[str, Any]) -> None:
         self.source.load_state_dict(state["source"])

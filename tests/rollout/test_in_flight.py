@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from slime.config.args import Args
 from slime.core.sample import Sample, Status
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.in_flight import TrackedSource
+from tests.saved_state import as_lists, through_a_file
 
 Write = Callable[..., str]
 
@@ -25,7 +25,7 @@ def make(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> Callable[[], T
 
 
 def _saved(source: TrackedSource) -> dict[str, Any]:
-    return json.loads(json.dumps(source.state_dict()))
+    return as_lists(through_a_file(source.state_dict()))
 
 
 def _indices(groups: list[list[Sample]]) -> list[int]:
@@ -71,7 +71,7 @@ def test_only_finished_samples_are_saved_with_tokens(make: Callable[[], TrackedS
     [[finished, unfinished]] = _saved(source)["in_flight"]
     assert (finished["status"], finished["reward"], finished["policy_versions"]) == ("completed", 1.0, [3])
     assert unfinished == {**drawn, "metadata": {"seen": []}}
-    [as_drawn] = source.state_dict(as_drawn=True)["in_flight"]
+    [as_drawn] = as_lists(source.state_dict(as_drawn=True))["in_flight"]
     assert [sample["response_length"] for sample in as_drawn] == [0, 0]
     assert as_drawn[1] == unfinished
     group.clear()
@@ -88,6 +88,32 @@ def test_groups_are_identified_by_their_number(make: Callable[[], TrackedSource]
     source.add_groups([stranger, [s.copy() for s in groups[2]], [s.copy() for s in groups[0]]])
     assert [group[0]["group_index"] for group in _saved(source)["in_flight"]] == [1]
     assert _indices(source.get_groups(3, rollout_id=1)) == [77, 2, 0]
+
+
+def test_a_users_groups_may_share_one_number() -> None:
+    """Such groups are removed in the order in which they were drawn, and each is removed once."""
+
+    class Unnumbered(DataBuffer):
+        def __init__(self) -> None:
+            self.given_back: list[list[Sample]] = []
+
+        def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]:
+            return [[Sample(index=rollout_id * 10 + number)] for number in range(num)]
+
+        def add_groups(self, groups: Sequence[list[Sample]]) -> None:
+            self.given_back += groups
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    source = TrackedSource(Unnumbered())
+    first, second = source.get_groups(2, rollout_id=0), source.get_groups(2, rollout_id=1)
+    source.add_groups([second[1]])
+    assert [sample["index"] for [sample] in _saved(source)["in_flight"]] == [1, 10, 11]
+    source.forget(0)
+    assert [sample["index"] for [sample] in _saved(source)["in_flight"]] == [10, 11]
+    source.add_groups([*first, *second])
+    assert source.num_in_flight == 0
 
 
 def test_a_group_may_have_a_single_sample(data_file: Write, tokenizer: PreTrainedTokenizerFast) -> None:

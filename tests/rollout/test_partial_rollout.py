@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slime.config.args import Args
 from slime.core.sample import Sample, Status
+from slime.core.sample_columns import from_columns
 from slime.engine.client import EngineClient
 from slime.engine.protocol import SamplingParams
 from slime.rollout.collect import generate_rollout
@@ -82,7 +83,7 @@ class Rollouts:
             self.advance_sample(member, num_tokens)
 
     def waiting(self) -> dict[int, list[Sample]]:
-        groups = [[Sample.from_dict(sample) for sample in group] for group in self.buffer.state_dict()["buffer"]]
+        groups = from_columns(self.buffer.state_dict()["buffer"])
         return {group[0].group_index: group for group in groups}
 
 

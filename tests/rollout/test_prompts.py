@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from slime.config.prompt_format import PromptFormat
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.prompts import Prompt, load_prompts
 from slime.rollout.rewards.reward import find_reward
+from tests.saved_state import through_a_file
 
 Write = Callable[..., str]
 PROBLEMS = [("What is 17 * 3?", "17 * 3 = <<17*3=51>>51\n#### 51"), ("Half of 3?", "3/2\n#### 1.5"), ("2?", "#### 2")]
@@ -94,7 +94,7 @@ def test_rewards_see_every_column(data_file: Write, tokenizer: PreTrainedTokeniz
     assert first.metadata == {"a": 1}
     buffer = DataBuffer(args, tokenizer)
     buffer.add_groups([[first, second]])
-    state = json.loads(json.dumps(buffer.state_dict()))
+    state = through_a_file(buffer.state_dict())
     again = DataBuffer(args, tokenizer)
     again.load_state_dict(state)
     assert again.get_groups(1, rollout_id=0)[0][1].row == row
@@ -141,7 +141,7 @@ def test_several_files_are_one_set_in_order(data_file: Write, tokenizer: PreTrai
     assert sorted(order[:5]) == ["a1", "a2", "a3", "b0", "b1"]
     started = buffer(f"{first}@[1:]", second)
     assert drawn(started, 3) == order[:3]
-    state = json.loads(json.dumps(started.state_dict()))
+    state = through_a_file(started.state_dict())
     resumed = buffer(f"{first}@[1:]", second)
     resumed.load_state_dict(state)
     assert drawn(resumed, 7) == order[3:]

@@ -13,6 +13,7 @@ from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.sft_rollout import generate_rollout
+from tests.saved_state import as_json
 
 EOS = "<|user|>"
 
@@ -58,7 +59,7 @@ def test_an_example_that_is_too_long_is_counted(
     result, buffer = _rollout(path, tokenizer, rollout_max_context_len=30)
     assert [group[0].group_index for group in result.groups] == [0, 2]
     assert result.metrics["rollout/groups_dropped/too_long"] == 1
-    assert buffer.state_dict()["buffer"] == []
+    assert as_json(buffer.state_dict())["buffer"] == []
     with pytest.raises(ValueError, match="longer than the context of 12 tokens"):
         _rollout(path, tokenizer, rollout_max_context_len=12)
 

@@ -19,6 +19,7 @@ from slime.config.args import Args
 from slime.core.batch import TrainBatch, from_samples
 from slime.core.plugins import hook_errors, hook_function, load_hook
 from slime.core.sample import Sample
+from slime.core.sample_columns import from_columns, to_columns
 from slime.observability.samples_file import SAMPLES
 from slime.rollout.acceptance import mask_truncated
 from slime.rollout.context import RolloutContext, RolloutResult
@@ -35,20 +36,30 @@ from slime.rollout.validation_sets import validation_sets
 
 @dataclass
 class _Made:
-    """A whole rollout in plain JSON types, so later changes to its samples do not show in it."""
+    """A whole rollout with samples of its own, so later changes to those that were handed out do not show in it."""
 
     rollout_id: int
-    groups: list[list[dict[str, Any]]]
+    groups: list[list[Sample]]
     metrics: dict[str, float]
 
     @classmethod
     def of(cls, rollout_id: int, groups: list[list[Sample]], metrics: dict[str, float]) -> _Made:
         lasting = {name: value for name, value in metrics.items() if not name.startswith("time/")}
-        return cls(rollout_id, [[sample.to_dict() for sample in group] for group in groups], lasting)
+        return cls(rollout_id, _copies(groups), lasting)
 
     def result(self) -> RolloutResult:
-        groups = [[Sample.from_dict(sample) for sample in group] for group in self.groups]
-        return RolloutResult(groups, dict(self.metrics))
+        return RolloutResult(_copies(self.groups), dict(self.metrics))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollout_id": self.rollout_id, "groups": to_columns(self.groups), "metrics": dict(self.metrics)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> _Made:
+        return cls(state["rollout_id"], from_columns(state["groups"]), state["metrics"])
+
+
+def _copies(groups: list[list[Sample]]) -> list[list[Sample]]:
+    return [[sample.copy() for sample in group] for group in groups]
 
 
 class DataSide:
@@ -166,16 +177,16 @@ class DataSide:
         return Evaluator(self._args, self.context.tokenizer, self._samples)
 
     def state_dict(self, next_rollout_id: int = 0) -> dict[str, Any]:
-        """Return the state as plain JSON types.
+        """Return the state as plain JSON types, and arrays in its dicts (`core.sample_columns`).
 
         With --deterministic, groups in flight are saved as they were drawn: how far they have come depends on the
         clock, and so would the metrics of the rollout when it is made again. `next_rollout_id` is the first rollout
         that has not been trained on; if it is made already, the state holds it.
         """
-        waits = self._made is not None and self._made.rollout_id >= next_rollout_id
+        made = self._made if self._made is not None and self._made.rollout_id >= next_rollout_id else None
         return {
             "data_source": None if self._source is None else self._source.state_dict(as_drawn=self._args.deterministic),
-            "made": dict(vars(self._made)) if waits else None,
+            "made": None if made is None else made.state_dict(),
             "policy_version": self.context.policy_version,
         }
 
@@ -183,7 +194,7 @@ class DataSide:
         """Continue from the state that `state_dict` returned."""
         if self._source is not None and state["data_source"] is not None:
             self._source.load_state_dict(state["data_source"])
-        self._made = None if state.get("made") is None else _Made(**state["made"])
+        self._made = None if state.get("made") is None else _Made.from_state(state["made"])
         self.context.policy_version = state["policy_version"]
 
     def close(self) -> None:

@@ -4,7 +4,8 @@
 - Invariant: a directory `iter_*` or `release` gets its name by the rename of a finished one. Therefore one that is not
   complete was damaged later.
 
-    <dir>/iter_0000005/                     rollout 5: .metadata, metadata.json, common.pt, *.distcp, slime_state.json
+    <dir>/iter_0000005/                     rollout 5: .metadata, metadata.json, common.pt, *.distcp,
+                                            slime_state.safetensors (samples), slime_state.json (manifest, state)
     <dir>/release/                          the converter's output: weights only, otherwise the same
     <dir>/latest_checkpointed_iteration.txt Megatron's tracker, for other tools; written last, never read here
     <dir>/best_checkpoint.json              names the checkpoint that evaluated best (`observability.best_checkpoint`)

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: sizes and digests of all other files, and the state of the run.
+"""The manifest of a checkpoint: sizes and digests of all other files, and the state of the run without its arrays.
 
 - Used by: `save_load` writes it last, after the weights; `files` and `save_load` compare files with it.
 - Invariant: it holds a digest of itself, so a change of it is noticed as well.
@@ -7,7 +7,8 @@ A file's digest is xxh3-128 over all its bytes. It finds every kind of accident 
 blocks). It gives no protection against somebody who writes a file on purpose; that is the task of `safe_pickle`.
 
     format 1   sums of blocks, whose changes can cancel each other; still read, with its own check
-    format 2   xxh3-128
+    format 2   xxh3-128; still read
+    format 3   the arrays in the state have a file of their own (`state_arrays`)
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import xxhash
 import slime
 
 STATE_FILE = "slime_state.json"
-FORMAT = 2
+FORMAT = 3
 PARTS = "parts"
 _FORMAT, _WRITER = "format", "slime_version"
 _SIZES, _DIGESTS, _OWN_DIGEST = "file_sizes", "file_digests", "checksum"

@@ -27,7 +27,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from slime.core.checkpoint_names import iteration_name
-from slime.megatron.checkpoint import files, manifest, rng_state, torch_dist
+from slime.megatron.checkpoint import files, manifest, rng_state, state_arrays, torch_dist
 from slime.megatron.checkpoint.files import CRITIC, FoundCheckpoint, find_checkpoint
 from slime.megatron.checkpoint.safe_pickle import UnreadableFileError, UnsafeFileError
 from slime.megatron.checkpoint.search import changed_in, damage_of, on_every_rank, on_rank_zero
@@ -65,9 +65,9 @@ _NOT_WEIGHTS = ("optimizer.", rng_state.KEY)
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """The result of `load_checkpoint`: what was filled, and the data side's `state` as `save_checkpoint` got it.
+    """The result of `load_checkpoint`: what was filled, and the `state` as `save_checkpoint` got it.
 
-    `rollout_id` is the last rollout that was trained on; None for weights only.
+    Only rank 0's `state` has its arrays. `rollout_id` is the last rollout that was trained on; None for weights only.
     """
 
     path: Path
@@ -84,7 +84,7 @@ class LoadedCheckpoint:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model and what trains it. `state` is JSON-able; rank 0's is written."""
+    """A model and what trains it. `state` is JSON-able, except for arrays in its dicts; rank 0's is written."""
 
     model: ModelChunks
     optimizer: MegatronOptimizer | None
@@ -116,7 +116,7 @@ def save_checkpoint(
     """Write `<save_dir>/iter_<rollout_id>` and point the tracker file at it.
 
     Args:
-        state: the state of the data side, JSON-able; rank 0's is written.
+        state: the state of the run, JSON-able except for numpy arrays in its dicts; rank 0's is written.
         keep_last: keep this many of the newest checkpoints and remove the older ones.
         critic: is written as a checkpoint of its own inside this one.
         texts: further small files, by name; rank 0's are written.
@@ -181,7 +181,14 @@ def _write(
     of_ranks = on_every_rank(lambda: saved.digests)
     digests = {name: value for own in of_ranks for name, value in own.items()}
     on_rank_zero(lambda: [(directory / name).write_text(text) for name, text in texts.items()])
-    on_rank_zero(lambda: manifest.write_state(directory, header, digests | manifest.digests_of_small_files(directory)))
+    on_rank_zero(lambda: _write_state(directory, header, digests))
+
+
+def _write_state(directory: Path, header: dict[str, Any], digests: Mapping[str, str]) -> None:
+    """Write the header: its arrays, and then the manifest, which holds the digest of that file as well."""
+    plain, arrays = state_arrays.split(header)
+    state_arrays.write_arrays(directory, arrays)
+    manifest.write_state(directory, plain, {**digests, **manifest.digests_of_small_files(directory)})
 
 
 def load_checkpoint(
@@ -200,6 +207,7 @@ def load_checkpoint(
 
     Raises:
         ValueError: the model is not the checkpoint's, or a file is not what was written.
+        RuntimeError: rank 0 cannot read the arrays of the state.
     """
     if found.kind == "hf":
         raise ValueError(f"{found.path} is a Hugging Face directory, not a torch_dist checkpoint")
@@ -226,6 +234,8 @@ def load_checkpoint(
             states = torch_dist.load_sharded(found.path, {rng_state.KEY: rng_state.rng_object()})
         rng_state.set_rng_state(states[rng_state.KEY])
         taken.append("rng")
+    if header is not None:
+        on_rank_zero(lambda: state_arrays.put_back(found.path, header))
     state = None if header is None else header["state"]
     return LoadedCheckpoint(found.path, found.rollout_id, state, tuple(taken))
 

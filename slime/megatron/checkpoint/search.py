@@ -18,6 +18,7 @@ import torch.distributed as dist
 from slime.config.args import Args
 from slime.megatron.checkpoint import files, manifest
 from slime.megatron.checkpoint.files import CRITIC, FoundCheckpoint
+from slime.megatron.checkpoint.state_arrays import ARRAYS_FILE
 from slime.models.hf_identity import changes, hf_identity
 
 logger = logging.getLogger(__name__)
@@ -73,13 +74,17 @@ def _found_by_rank_zero(find: Callable[[], FoundCheckpoint | None]) -> FoundChec
 
 
 def changed_in(found: FoundCheckpoint) -> dict[str, str]:
-    """Return, on every rank, the files that are not what was written, and why; each rank reads a share of them."""
+    """Return, on every rank, the files that are not what was written, and why; each rank reads a share of them.
+
+    The arrays of the state are in rank 0's share, because it alone reads them later.
+    """
     part = found.part(CRITIC)
 
     def own_share() -> dict[str, str]:
         changed: dict[str, str] = {}
         for path, prefix in [(found.path, "")] + ([] if part is None else [(part.path, f"{CRITIC}/")]):
-            names = manifest.written_files(path)[dist.get_rank() :: dist.get_world_size()]
+            names = sorted(manifest.written_files(path), key=lambda name: name != ARRAYS_FILE)
+            names = names[dist.get_rank() :: dist.get_world_size()]
             changed |= {f"{prefix}{name}": why for name, why in manifest.changed_files(path, names).items()}
         return changed
 
