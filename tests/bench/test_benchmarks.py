@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from worker_pool import WorkerPool
 
-from bench import packing, report, trainer
+from bench import packing, report, state, trainer
 from bench.common import ROOT, Spread, Table, in_turns, ratios
 from slime.core.packing import StepPlan
 
@@ -58,7 +58,24 @@ def test_tables_reach_only_their_block() -> None:
     assert twice == once
     outside = report.BLOCK.sub("", page)
     assert report.BLOCK.sub("", once) == outside
-    assert {match[2] for match in report.BLOCK.finditer(page)} == {"engine", "trainer", "packing", "loop", "rollout"}
+    assert {match[2] for match in report.BLOCK.finditer(page)} == {
+        "engine",
+        "trainer",
+        "packing",
+        "loop",
+        "rollout",
+        "state",
+    }
+
+
+def test_the_state_benchmark_restores_what_it_saves(tmp_path: Path) -> None:
+    groups, times = state.partial_samples(20, 30), state.Times()
+    num_bytes, manifest_bytes = state.measure(groups, times, under=tmp_path, rounds=2, in_json=groups[:1])
+    assert num_bytes > 20 * 30 * 8 and manifest_bytes < 1000 and list(tmp_path.iterdir()) == []
+    parts = (*state.SAVE, *state.RESTORE, *state.PLAIN, *state.JSON)
+    assert {part: len(times.cpu[part]) for part in parts} == dict.fromkeys(parts, 2)
+    table = state.table_of(times, dict.fromkeys(parts, 600), "")
+    assert [row[0] for row in table.rows] == [*state.SAVE, "plain write", *state.RESTORE, "plain read", *state.JSON]
 
 
 def test_the_packing_benchmark_checks_its_plans() -> None:
