@@ -27,6 +27,7 @@ from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
 from slime.config.epochs import rollouts_of_epochs
 from slime.config.parse import schedule_problems
+from slime.config.rollout_plan import data_parallel_rank
 from slime.core.errors import RunError
 from slime.engine.external import FoundEngines, find_engines
 from slime.engine.keys import Keys, with_keys
@@ -224,6 +225,25 @@ class Processes:
             return None, warnings
         result, of_rank_zero = loaded[0]
         return result, of_rank_zero + warnings
+
+    def generate(self, rollout_id: int) -> tuple[list[Any], Any]:
+        """Begin a rollout; return references to the parts of the ranks (none without trainers) and to its metrics."""
+        if not self.trainers:
+            _, report = self.manager.generate.options(num_returns=2).remote(rollout_id)
+            return [], report
+        call = self.manager.generate_parts.options(num_returns=self._args.data_parallel_size + 1)
+        *parts, report = call.remote(rollout_id)
+        return parts, report
+
+    def validation_sets(self) -> tuple[list[Any], Any]:
+        """Begin to load SFT's evaluation sets; return references to the parts of the ranks, and to the sets' names."""
+        call = self.manager.validation_parts.options(num_returns=self._args.data_parallel_size + 1)
+        *parts, names = call.remote()
+        return parts, names
+
+    def of_trainers(self, parts: Sequence[Any]) -> list[Any]:
+        """Return the part of each trainer, of those of the data-parallel ranks."""
+        return [parts[data_parallel_rank(self._args, rank)] for rank in range(len(self.trainers))]
 
     @property
     def colocated(self) -> bool:

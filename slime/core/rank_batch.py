@@ -163,7 +163,7 @@ def smallest_dtype(values: Array) -> np.dtype:
         is_mask = all(((part == 0) | (part == 1)).all() for part in (values[:64], values))
         return np.dtype(np.bool_) if is_mask and not np.signbit(values).any() else values.dtype
     low, high = int(values.min()), int(values.max())
-    if 0 <= low and high <= 1:
+    if low >= 0 and high <= 1:
         return np.dtype(np.bool_)
     kinds = (np.int8, np.int16, np.int32) if low < 0 else (np.uint8, np.uint16, np.uint32)
     return next((np.dtype(k) for k in kinds if np.iinfo(k).min <= low and high <= np.iinfo(k).max), values.dtype)
