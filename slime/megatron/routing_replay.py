@@ -29,7 +29,7 @@ def for_actor(args: Args, share: Share) -> TrainBatch:
             "--enable-return-routed-experts, and a generate function of yours has to keep them in the sample"
         )
     experts = batch.columns["routed_experts"]
-    [highest] = share.largest(experts.max(initial=-1))
+    [highest] = share.largest(int(experts.max()) if experts.size else -1)
     if experts.shape[1:] != (arch.num_moe_layers, arch.moe_router_topk) or highest >= arch.num_experts:
         raise ValueError(
             f"--use-routing-replay: the samples' routed_experts are [layers, experts] {list(experts.shape[1:])} of "
