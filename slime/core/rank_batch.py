@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 
 from slime.core.batch import RowColumns, TrainBatch
-from slime.core.columns import COLUMNS, Array, Axis, with_declared_dtypes
+from slime.core.columns import COLUMNS, Array, Axis, widened
 from slime.core.packing import StepPlan
 
 
@@ -71,7 +71,7 @@ class RankBatch:
     step_N: Array
     """int64: the step that each row belongs to."""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
-    """What is known of the plan: `train/...`."""
+    """Metrics of the plan: `train/...`."""
 
     @cached_property
     def own(self) -> TrainBatch:
@@ -79,7 +79,7 @@ class RankBatch:
         own = {name: values[self.own_rows_M] for name, values in self.rows.columns.items()}
         for name, values in self.per_token.items():
             whole = COLUMNS[name].axis is Axis.RESPONSE
-            own[name] = with_declared_dtypes({name: values})[name] if whole else values
+            own[name] = widened(name, values) if whole else values
         return TrainBatch(
             self.rows.total_lengths_N[self.own_rows_M], self.rows.response_lengths_N[self.own_rows_M], own
         )
@@ -181,5 +181,6 @@ def joined(parts: Sequence[Mapping[str, Array]], rows: RowColumns, rows_of_ranks
         sizes = np.ones_like(rows.total_lengths_N) if axis is Axis.SAMPLE else lengths[axis]
         ends = np.cumsum(sizes[order])
         starts = ends - sizes[order]
-        columns[name] = np.concatenate([values[:0], *(values[starts[p] : ends[p]] for p in places)])
-    return TrainBatch(rows.total_lengths_N, rows.response_lengths_N, with_declared_dtypes(columns))
+        values = np.concatenate([values[:0], *(values[starts[p] : ends[p]] for p in places)])
+        columns[name] = widened(name, values)
+    return TrainBatch(rows.total_lengths_N, rows.response_lengths_N, columns)

@@ -232,7 +232,9 @@ def _for_experts(batch: TrainBatch, size: int, filled: Array, taken: Array, toke
     if batch.has("routed_experts"):
         routes = batch.columns["routed_experts"]
         column = COLUMNS["routed_experts"]
-        experts = np.full((size, *routes.shape[1:]), column.padding, dtype=column.dtype)
+        # without an expert that the router chooses itself, the rows may have come without a sign
+        dtype = np.promote_types(routes.dtype, column.dtype)
+        experts = np.full((size, *routes.shape[1:]), column.padding, dtype=dtype)
         experts[filled] = routes[taken]
         found["experts_B"] = experts
     return {name: _sent(values[tokens_B]) for name, values in found.items()}

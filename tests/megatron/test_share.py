@@ -1,4 +1,4 @@
-"""What data-parallel ranks tell each other: the same bits on every rank, whoever has which rows."""
+"""Data-parallel ranks exchange numbers: all get the same bits, whoever has which rows."""
 
 from __future__ import annotations
 
