@@ -19,13 +19,22 @@ import ray
 from ray.exceptions import RayError
 
 from slime.cluster.engines.engine_supervisor import EngineUp
-from slime.cluster.on_ray.placement import Placement, choose_engine, groups_across_nodes, num_gpus, num_nodes, reserve
+from slime.cluster.on_ray.placement import (
+    Placement,
+    choose_engine,
+    groups_across_nodes,
+    num_gpus,
+    num_nodes,
+    object_store_bytes,
+    reserve,
+)
 from slime.cluster.on_ray.ray_session import ray_session
 from slime.cluster.on_ray.ray_wait import Waiter
 from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
 from slime.config.epochs import rollouts_of_epochs
+from slime.config.object_store import shortage
 from slime.config.parse import schedule_problems
 from slime.config.rollout_plan import data_parallel_rank
 from slime.core.errors import RunError
@@ -67,12 +76,15 @@ def running_processes(args: Args, log_dir: Path, console: RunConsole) -> Iterato
         external = _take_what_is_shared(args, cleanup, console.say)
         silence = max(SILENT_S, args.engine_health_timeout)
         with console.stage("Ray"):
-            session = cleanup.enter_context(ray_session(log_dir, silence=silence))
+            session = cleanup.enter_context(ray_session(args, log_dir, silence=silence))
             args = choose_engine(args, num_gpus())
             place = reserve(args)
             cleanup.callback(place.release)
             for warning in groups_across_nodes(args, place.layout.trainers):
                 console.say(warning)
+            small = shortage(args, object_store_bytes())
+            if small is not None:
+                console.say(f"WARNING {small}")
         limits = (args.phase_timeout, "--phase-timeout"), (args.engine_start_timeout, "--engine-start-timeout")
         limit, because = max(limits)
         started = _Started(Waiter(where=str(log_dir), limit=limit, because=because))
