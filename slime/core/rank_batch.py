@@ -154,7 +154,7 @@ def smallest_dtype(values: Array) -> np.dtype:
     A column of other numbers than integers, 0 and 1 keeps its dtype.
 
     >>> [str(smallest_dtype(np.asarray(values))) for values in ([1.0, 0.0], [1.0, 0.5], [7, 300], [-1, 127], [-1, 128])]
-    ['bool', 'float64', 'uint16', 'int8', 'int16']
+    ['bool', 'float64', 'int16', 'int8', 'int16']
     """
     if values.dtype == np.bool_ or not values.size:
         return values.dtype
@@ -165,7 +165,7 @@ def smallest_dtype(values: Array) -> np.dtype:
     low, high = int(values.min()), int(values.max())
     if low >= 0 and high <= 1:
         return np.dtype(np.bool_)
-    kinds = (np.int8, np.int16, np.int32) if low < 0 else (np.uint8, np.uint16, np.uint32)
+    kinds = (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32)
     return next((np.dtype(k) for k in kinds if np.iinfo(k).min <= low and high <= np.iinfo(k).max), values.dtype)
 
 

@@ -66,12 +66,12 @@ def test_a_rollout_of_full_length_is_as_large(replays: bool) -> None:
 
 
 def test_a_local_store_holds_a_rollout() -> None:
-    assert local_store(ARGS, 10 * LEAST) == LEAST, "small rollouts have a store of the usual size"
-    large = replace(ARGS, rollout_batch_size=16_384)
+    assert local_store(ARGS, 20 * LEAST) == LEAST, "small rollouts have a store of the usual size"
+    large = replace(ARGS, rollout_batch_size=65_536)
     need = rollout_bytes(large)
-    assert LEAST < need < local_store(large, 10 * LEAST) < 1.5 * need
-    assert local_store(large, 10 * LEAST) < 10 * LEAST
-    assert shortage(large, local_store(large, 10 * LEAST)) is None
+    assert LEAST < need < local_store(large, 20 * LEAST) < 1.5 * need
+    assert local_store(large, 20 * LEAST) < 20 * LEAST
+    assert shortage(large, local_store(large, 20 * LEAST)) is None
     cramped = local_store(large, LEAST)
     warning = shortage(large, cramped)
     assert cramped == LEAST and warning is not None and "--object-store-memory" in warning

@@ -88,10 +88,10 @@ def test_a_token_travels_in_few_bytes() -> None:
     plans = plan_steps([500] * 64, num_steps=1, dp_size=8, max_tokens=None, micro_batch_size=1)
     part = rank_batches(batch.without("routed_experts"), plans)[3]
     assert {name: str(values.dtype) for name, values in part.per_token.items()} == {
-        "tokens": "uint32",
+        "tokens": "int32",
         "loss_mask": "bool",
         "rollout_log_probs": "float32",
-        "policy_versions": "uint8",
+        "policy_versions": "int8",
     }
     own_tokens = 64 * 500 // 8
     assert sum(values.nbytes for values in part.per_token.values()) == 10 * own_tokens
@@ -112,8 +112,10 @@ def test_response_columns_arrive_in_their_declared_dtypes() -> None:
     ("values", "dtype"),
     [
         ([0, 255], "uint8"),
-        ([0, 256], "uint16"),
-        ([0, 65_536], "uint32"),
+        ([0, 256], "int16"),
+        ([0, 65_535], "uint16"),
+        ([0, 65_536], "int32"),
+        ([0, 2**31], "uint32"),
         ([0, 2**32], "int64"),
         ([-1, 127], "int8"),
         ([-1, 128], "int16"),
