@@ -101,7 +101,7 @@ def measure(args: Args, batch: TrainBatch, rounds: int) -> tuple[Table, list[Goa
         {str(r): lambda r=r: seconds(lambda: pack_all(args, parts[r][0], owns[r])) for r in RANKS}, rounds=rounds
     )
     table = Table(
-        f"One rollout of {len(batch):,} rows and {num_tokens / 1e6:.1f} M tokens ({whole / num_tokens:.1f} bytes a token)",
+        f"A rollout of {len(batch):,} rows, {num_tokens / 1e6:.1f} M tokens, {whole / num_tokens:.1f} bytes a token",
         [
             "data-parallel ranks",
             "plan and cut, ns a token",
@@ -112,7 +112,7 @@ def measure(args: Args, batch: TrainBatch, rounds: int) -> tuple[Table, list[Goa
             "its packing, ns a token of the batch",
             "host time of DP 1 / this",
         ],
-        note="Times are divided by the tokens of the whole rollout, so that a rank's share of a trainer's work is 1/DP.",
+        note="Times are divided by the tokens of the whole rollout: a rank's share of a trainer's work is then 1/DP.",
     )
     times = {r: Spread.of(columns[str(r)]).median + Spread.of(packing[str(r)]).median for r in RANKS}
     for ranks, cut in parts.items():

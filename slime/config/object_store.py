@@ -17,7 +17,7 @@ LEAST = 2**30
 ROOM = 1.25
 """The store's size over the bytes of its objects, for Ray's own alignment and the evaluation sets."""
 TOKEN_BYTES, RESPONSE_BYTES = 4, 1 + 4 + 2
-"""Of a token its id, and of a response token mask, log-prob and policy version (see `core.rank_batch`)."""
+"""A token takes its id; a response token also mask, log-prob and policy version (see `core.rank_batch`)."""
 ROW_BYTES = 64
 """Lengths, reward and numbers of a row, which every data-parallel rank gets of every row."""
 
