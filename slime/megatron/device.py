@@ -28,7 +28,9 @@ def send(values: torch.Tensor) -> torch.Tensor:
 
     The host does not wait: it copies the values into locked memory, from which the device reads them in its turn.
     """
-    return values.pin_memory().to(device(), non_blocking=True) if on_cuda() else values
+    if not on_cuda():
+        return values
+    return (values.pin_memory() if values.numel() else values).to(device(), non_blocking=True)
 
 
 def backend_name() -> str:
