@@ -17,7 +17,8 @@ from slime.config.rollout_plan import data_parallel_rank, parts_of_rollout
 from slime.core.batch import TrainBatch
 from slime.core.packing import plan_steps
 from slime.core.rank_batch import rank_batches
-from slime.megatron.advantages import advantage_columns, counted_rows_of
+from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_weight_columns
+from slime.megatron.offpolicy import offpolicy_columns, version_of_weights
 from slime.megatron.share import Share
 from slime.megatron.trainer import Trainer
 
@@ -31,6 +32,7 @@ def batch_of() -> TrainBatch:
     versions[-3:] = 4
     for name in ("old_log_probs", "ref_log_probs", "values"):
         batch = batch.with_column(name, chance.standard_normal(num_responses))
+    batch.columns["rewards"][1] = np.nan  # a sample that does not count
     return batch.with_column("policy_versions", versions)
 
 
@@ -59,6 +61,16 @@ def exchanged(rank: int, world_size: int, init_method: str, args: Args, balance:
             algorithm = replace(args, advantage_estimator=name, normalize_advantages=name == "ppo", kl_coef=0.3)
             made, _ = advantage_columns(algorithm, share, share.own.columns, counted_N)
             found[name] = share.whole({**share.own.columns, "advantages": made["advantages"]}).columns["advantages"]
+        found["version"] = version_of_weights(replace(args, partial_rollout=True), 4, share, 5)
+        older, found["metrics"] = offpolicy_columns(args, share, counted_N, found["version"])
+        assert older.keys() == {"offpolicy", "weighted"}, "on the ranks without older tokens, too"
+        for name, values in older.items():
+            found[name] = share.whole({**share.own.columns, name: values}).columns[name]
+        for per_token in (False, True):
+            weighting = replace(args, calculate_per_token_loss=per_token)
+            made, _ = loss_weight_columns(weighting, share, share.own.columns, counted_N)
+            whole = share.whole({**share.own.columns, **made})
+            found["tokens" if per_token else "samples"] = whole.columns["loss_weights"]
         found["rows"] = share.all_rows(torch.from_numpy(share.rows_M + 0.5)).tolist()
         found["totals"] = share.totals(len(share.own), 1) + share.largest(rank, -rank)
         found["places"] = np.concatenate(share.gathered(share.places(np.arange(len(share.own.columns["loss_mask"])))))
@@ -82,13 +94,15 @@ def test_every_deal_gives_the_same_bits(workers: WorkerPool, hf: Path) -> None:
     [alone] = workers.run(1, exchanged, args, False)
     for balance in (False, True):
         for found in workers.run(2, exchanged, args, balance):
-            for name in ("reinforce_plus_plus", "ppo", "grpo"):
+            for name in ("reinforce_plus_plus", "ppo", "grpo", "offpolicy", "weighted", "samples", "tokens"):
                 assert found[name].tobytes() == alone[name].tobytes(), (name, balance)
+            assert (found["metrics"], found["version"]) == (alone["metrics"], 5)
             assert found["rows"] == [row + 0.5 for row in range(9)]
             assert found["totals"] == [9.0, 2.0, 1.0, 0.0]
             assert sorted(found["places"]) == list(range(len(alone["places"]))) and found["whole"] and found["part"]
             assert list(found["places"]) != sorted(found["places"]) or not balance, "control: the rows are not in order"
     assert not np.array_equal(alone["ppo"], alone["reinforce_plus_plus"])  # control
+    assert not np.array_equal(alone["samples"], alone["tokens"]) and alone["offpolicy"].sum() > 0  # control
 
 
 def wrong_part(rank: int, world_size: int, init_method: str, args: Args) -> str:
