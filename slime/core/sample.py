@@ -322,12 +322,15 @@ def _packed(routes: Array | None) -> dict[str, Any] | None:
 
 
 def _unpacked(packed: dict[str, Any] | None) -> Array | None:
+    """Undo `_packed`; also read the form of earlier dumps and checkpoints, with the bytes under "int32"."""
     if packed is None:
         return None
     if "int32" in packed:  # as checkpoints of format 2 have it
         packed = {"shape": packed["shape"], "dtype": "int32", "base64": packed["int32"]}
-    dtype = np.dtype(packed["dtype"])
+    dtype = np.dtype(packed.get("dtype", "int32"))
     if dtype.kind != "i":
         raise ValueError(f"routed_experts are {dtype}; they have to be whole numbers")
-    raw = np.frombuffer(base64.b64decode(packed["base64"]), dtype=dtype.newbyteorder("<"))
+    raw = np.frombuffer(
+        base64.b64decode(packed["base64" if "dtype" in packed else "int32"]), dtype=dtype.newbyteorder("<")
+    )
     return raw.reshape(packed["shape"]).astype(dtype, copy=False)

@@ -16,34 +16,59 @@ a comma and blanks, which leaves one flat list:
 
 from __future__ import annotations
 
-import re
+import threading
 from typing import Any
 
 import numpy as np
 import orjson
 import simdjson
 
+from slime.core.columns import Array
 from slime.engine.protocol import GenerateResponse
 
 _SHORT = 8192
 """Bytes of an answer up to which orjson is as fast."""
-_BEGIN = re.compile(rb'"output_token_logprobs":\[\[')
+_BEGIN = b'"output_token_logprobs":[['
 _BETWEEN, _BLANKS, _LAST = b",null],[", b",       ", b",null"
 _TOKENS, _META, _LOG_PROBS = "output_ids", "meta_info", "output_token_logprobs"
 
 
-def read_answer(raw: bytes) -> GenerateResponse:
+def read_answer(raw: bytes, *, with_log_probs: bool = True) -> GenerateResponse:
     """Return the response in an answer's body.
 
     Raises:
-        orjson.JSONDecodeError: it is no JSON.
-        KeyError, TypeError, ValueError: it is not an answer of SGLang's.
+        ValueError: it is no JSON, not an answer of SGLang's, or has not a log-prob for each token where it has to.
     """
-    if len(raw) > _SHORT:
-        found = _read_usual(raw)
-        if found is not None:
-            return found
-    return GenerateResponse.from_json(orjson.loads(raw))
+    response = _read_usual(raw) if len(raw) > _SHORT else None
+    if response is None:
+        try:
+            response = GenerateResponse.from_json(orjson.loads(raw))
+        except orjson.JSONDecodeError as error:
+            raise ValueError(f"the answer is no JSON: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the answer is not SGLang's: {error!r}") from error
+    count, expected = len(response.log_probs_R), len(response.tokens_R)
+    if with_log_probs and count != expected:
+        raise ValueError(f"the answer holds {count} log-probs for {expected} tokens")
+    return response
+
+
+class _Tools(threading.local):
+    """Memory that a thread uses for one answer after another; new memory costs as much as the work in it."""
+
+    def __init__(self) -> None:
+        self.parser = simdjson.Parser()
+        self.copy = np.empty(0, dtype=np.uint8)
+        self.mask = np.empty(0, dtype=np.bool_)
+
+    def of_size(self, size: int) -> tuple[Array, Array]:
+        """Return room for a copy of `size` bytes, and for one truth value for each."""
+        if len(self.copy) < size:
+            self.copy, self.mask = np.empty(2 * size, dtype=np.uint8), np.empty(2 * size, dtype=np.bool_)
+        return self.copy[:size], self.mask[:size]
+
+
+_tools = _Tools()
 
 
 def _read_usual(raw: bytes) -> GenerateResponse | None:
@@ -52,8 +77,7 @@ def _read_usual(raw: bytes) -> GenerateResponse | None:
     if flat is None:
         return None
     try:
-        # A parser holds its document until the last reference to it is gone, so each answer gets one of its own.
-        answer, numbers = _split(simdjson.Parser().parse(flat), _TOKENS, _META)
+        answer, numbers = _split(_tools.parser.parse(flat), _TOKENS, _META)
         meta, rows = _split(numbers[_META], _LOG_PROBS)
         tokens_R = np.frombuffer(numbers[_TOKENS].as_buffer(of_type="i"), dtype=np.int64)
         pairs = np.frombuffer(rows[_LOG_PROBS].as_buffer(of_type="d"), dtype=np.float64)
@@ -61,34 +85,37 @@ def _read_usual(raw: bytes) -> GenerateResponse | None:
             return None
         return GenerateResponse.of({**answer, _META: meta}, tokens_R, pairs[::2].copy())
     except (ValueError, KeyError, TypeError, AttributeError):  # other JSON than expected, or none
+        # The error still refers to the parser's document, and a parser reads the next one only once that is free.
+        _tools.parser = simdjson.Parser()
         return None
 
 
 def _flat_rows(raw: bytes) -> Any:
     """Return the answer with its rows made one flat list, as a buffer; None if they are not all of the usual form."""
-    begin = _BEGIN.search(raw)
-    if begin is None:
+    begin = raw.find(_BEGIN) + len(_BEGIN)
+    if begin < len(_BEGIN):
         return None
-    answer = np.frombuffer(bytearray(raw), dtype=np.uint8)
-    rows = answer[begin.end() :]
-    closing = rows == ord("]")
+    answer, mask = _tools.of_size(len(raw))
+    answer[:] = np.frombuffer(raw, dtype=np.uint8)
+    rows = answer[begin:]
+    closing = np.equal(rows, ord("]"), out=mask[: len(rows)])
     ends = closing[:-1] & closing[1:]
     end = int(np.argmax(ends)) if len(ends) else 0
-    rows = rows[:end]  # without the brackets around all
-    ends_of_rows = np.flatnonzero(rows == ord("n")) - 1
-    if not len(ends_of_rows) or ends_of_rows[0] < 0 or rows[ends_of_rows[-1] :].tobytes() != _LAST:
+    rows, closing = rows[:end], closing[:end]  # without the brackets around all
+    num_brackets = np.count_nonzero(closing) + np.count_nonzero(np.equal(rows, ord("["), out=closing))
+    ends_of_rows = np.flatnonzero(np.equal(rows, ord("n"), out=closing)) - 1
+    if not len(ends_of_rows) or len(rows) < 8 or ends_of_rows[0] < 0 or rows[ends_of_rows[-1] :].tobytes() != _LAST:
         return None
-    num_brackets = np.count_nonzero(closing[:end]) + np.count_nonzero(rows == ord("["))
     if num_brackets != 2 * (len(ends_of_rows) - 1):  # simdjson would flatten a list within a row
         return None
     # The eight bytes from every position as one number: reading and replacing `,null],[` are one step each.
-    eight = np.lib.stride_tricks.as_strided(rows[:8].view(np.uint64), (len(rows) - 7,), (1,))
+    eight = np.ndarray((len(rows) - 7,), dtype=np.uint64, buffer=rows, strides=(1,))
     between = ends_of_rows[:-1]
     if not (eight[between] == np.frombuffer(_BETWEEN, dtype=np.uint64)).all():
         return None
     eight[between] = np.frombuffer(_BLANKS, dtype=np.uint64)
     rows[ends_of_rows[-1] :] = ord(" ")
-    answer[[begin.end() - 1, begin.end() + end]] = ord(" ")
+    answer[[begin - 1, begin + end]] = ord(" ")
     return answer.data
 
 

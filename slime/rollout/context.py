@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+LARGE_VOCABULARY = 10_000
+"""Tokens of a vocabulary from which reading its table takes tenths of a second."""
 
 
 class DataSource(Protocol):
@@ -103,6 +105,11 @@ async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def request_slots(args: Args, context: RolloutContext) -> asyncio.Semaphore:
-    """Return a semaphore with one slot for each request that the engines take at once."""
+    """Return a semaphore with one slot for each request that the engines take at once.
+
+    What the first answers need is prepared as well, in a thread if the vocabulary is so large that it takes long.
+    """
+    if len(context.tokenizer) > LARGE_VOCABULARY:
+        await asyncio.to_thread(lambda: context.token_text)
     engines = await context.engines.workers()
     return asyncio.Semaphore(args.sglang_server_concurrency * max(1, len(engines)))

@@ -50,7 +50,7 @@ class TokenText:
     def decode(self, tokens: Sequence[int] | Array, *, skip_special_tokens: bool) -> str:
         """Return the text of the tokens."""
         if self._tables is not None:
-            ids = np.asarray(tokens, dtype=np.int64)
+            ids = tokens if isinstance(tokens, np.ndarray) else np.array(tokens, dtype=np.int64)
             table = self._tables[skip_special_tokens]
             if not len(ids):
                 return ""

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from worker_pool import WorkerPool
 
-from bench import host, packing, report, state, trainer
+from bench import arrival, packing, report, state, trainer
 from bench.common import ROOT, Spread, Table, in_turns, ratios
+from slime.core.batch import from_samples
 from slime.core.packing import StepPlan
+from slime.core.sample import Sample
+from slime.engine.generate_answer import read_answer
 
 PAGE = ROOT / "docs" / "PERFORMANCE.md"
 
@@ -62,10 +65,10 @@ def test_tables_reach_only_their_block() -> None:
         "engine",
         "trainer",
         "packing",
-        "host",
         "loop",
         "rollout",
         "state",
+        "arrival",
     }
 
 
@@ -77,13 +80,6 @@ def test_the_state_benchmark_restores_what_it_saves(tmp_path: Path) -> None:
     assert {part: len(times.cpu[part]) for part in parts} == dict.fromkeys(parts, 2)
     table = state.table_of(times, dict.fromkeys(parts, 600), "")
     assert [row[0] for row in table.rows] == [*state.SAVE, "plain write", *state.RESTORE, "plain read", *state.JSON]
-
-
-def test_the_host_benchmark_cuts_a_rollout() -> None:
-    args = host.Args(architecture=packing.QWEN3_4B, num_steps_per_rollout=1, partial_rollout=True)
-    table, [size, _], _ = host.measure(args, host.rollout(128, 16), 1)
-    assert [row[0] for row in table.rows] == [str(ranks) for ranks in host.RANKS]
-    assert size.ratio > 4, "a part of 64 is smaller than the batch, although it knows of all rows"
 
 
 def test_the_packing_benchmark_checks_its_plans() -> None:
@@ -143,3 +139,21 @@ def test_the_engines_benchmark_runs(tmp_path: Path) -> None:
     for case in result["raw"].values():
         assert all(rate > 0 for rates in case["tokens_per_second"].values() for rate in rates)
         assert all(seconds >= 0 for seconds in case["usage"].values())
+
+
+def test_the_arrival_benchmark_walks_the_way() -> None:
+    table = arrival.measure_steps(400, 32, 1, arrival.make_tokenizer(1000))
+    names = [row[0] for row in table.rows]
+    assert names[0] == "answer to arrays" and names[-2:] == ["all of them", "`orjson.loads` alone"]
+    answers = [arrival.make_answer(4, seed, 1000) for seed in range(2)]
+    samples = [
+        Sample(group_index=0, index=n, tokens=[5] * arrival.PROMPT, prompt_length=arrival.PROMPT) for n in range(2)
+    ]
+    for sample, raw in zip(samples, answers, strict=True):
+        response = read_answer(raw)
+        sample.set_arrays(tokens=np.append(sample.tokens_T, response.tokens_R), rollout_log_probs=response.log_probs_R)
+        sample.response_length = 4
+    arrival.check_batch(from_samples(samples), answers)
+    samples[1].rollout_log_probs = [-0.5] * 4
+    with pytest.raises(AssertionError):
+        arrival.check_batch(from_samples(samples), answers)

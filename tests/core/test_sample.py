@@ -161,6 +161,15 @@ def test_samples_survive_json(made: Sample) -> None:
     assert made.tokens[-1:] != [1] and "new" not in made.metadata
 
 
+def test_routes_of_earlier_dumps_are_read() -> None:
+    made = full_sample(routed_experts=np.arange(16, dtype=np.int32).reshape(4, 2, 2))
+    written = made.to_dict()
+    new = written["routed_experts"]
+    read = Sample.from_dict({**written, "routed_experts": {"shape": new["shape"], "int32": new["base64"]}})
+    assert made.routed_experts is not None and read.routed_experts is not None
+    assert read.routed_experts.tolist() == made.routed_experts.tolist() and read.routed_experts.dtype == np.int32
+
+
 def test_an_unknown_key_is_refused() -> None:
     with pytest.raises(ValueError, match=r"these keys are not fields of Sample: \['rewrd'\]"):
         Sample.from_dict({**Sample().to_dict(), "rewrd": 1.0})

@@ -113,10 +113,10 @@ def test_odd_answers_are_read_by_orjson(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(generate_answer, "_SHORT", 0)
     raw, expected = ODD[name], outcome(ODD[name])
     if isinstance(expected, type):
-        with pytest.raises(expected):
+        with pytest.raises(ValueError, match=r"the answer is no(t SGLang's| JSON): "):
             read_answer(raw)
     else:
-        assert read_answer(raw) == expected
+        assert read_answer(raw, with_log_probs=False) == expected
     usual = orjson.dumps(answer(ROWS))
     assert read_usual(usual) == outcome(usual) and raw != usual, "control: this one is read without orjson"
 

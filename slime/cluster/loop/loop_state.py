@@ -12,11 +12,10 @@ from typing import Any
 
 @dataclass
 class Generation:
-    """A rollout whose generation has begun. `parts` and `report` are references that the rollout manager fills."""
+    """A rollout whose generation has begun. `batch` and `report` are references that the rollout manager fills."""
 
     rollout_id: int
-    parts: list[Any]
-    """One for each data-parallel rank; empty without trainers."""
+    batch: Any
     report: Any
     waited: float = 0.0
     """Seconds in which the loop did nothing but wait for this rollout."""

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,9 @@ from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.sample_log import SampleLog
 from slime.rollout.tokenizer import load_tokenizer
 from slime.rollout.validation_sets import validation_sets
+
+LARGE = 1_000_000
+"""Tokens of a rollout whose batch is made in a thread: numpy copies without Python's lock, and the loop goes on."""
 
 
 @dataclass
@@ -113,7 +117,7 @@ class DataSide:
         if args.custom_rollout_log_function_path is not None:
             log = hook_function("custom_rollout_log_function_path", args.custom_rollout_log_function_path)
             log(args, rollout_id, samples, metrics)
-        return self._to_batch(samples), metrics
+        return await self._to_batch(samples), metrics
 
     async def _make(self, rollout_id: int, engines: NoEngines) -> RolloutResult:
         """Return the rollout's groups; a resumed run may have them already."""
@@ -147,13 +151,15 @@ class DataSide:
         """Abort the evaluation that runs."""
         await self._evaluation_work.abort()
 
-    def _to_batch(self, samples: list[Sample]) -> TrainBatch:
+    async def _to_batch(self, samples: list[Sample]) -> TrainBatch:
         args = self._args
         mask_truncated(args, samples)
         if args.custom_convert_samples_to_train_data_path is not None:
             path = args.custom_convert_samples_to_train_data_path
             return hook_function("custom_convert_samples_to_train_data_path", path)(args, samples)
-        return from_samples(samples, args.reward_key)
+        if sum(sample.num_tokens for sample in samples) < LARGE:
+            return from_samples(samples, args.reward_key)
+        return await asyncio.to_thread(from_samples, samples, args.reward_key)
 
     async def evaluate(self, rollout_id: int, engines: NoEngines) -> dict[str, float]:
         """Evaluate with `engines` after `rollout_id` rollouts, and return the metrics."""
