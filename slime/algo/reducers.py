@@ -54,21 +54,32 @@ def bounded_kl(
     return torch.where(beyond_R, bound_R, inside_R), beyond_R
 
 
-def masked_mean(values_R: Tensor, mask_R: Tensor) -> Tensor:
-    """Return the mean of the values where the mask is not 0, as a 0-d tensor; 0 when the mask is 0 everywhere."""
-    kept_R = torch.where(mask_R != 0, values_R, 0.0)  # `where` and not a product, because nan x 0 is nan
-    return kept_R.sum() / (mask_R != 0).sum().clamp(min=1)
+def sums_of_rows(values_R: Tensor, row_R: Tensor, num_rows: int) -> Tensor:
+    """Return [rows]: the sum of each row's values, added up in order, so that a row's sum depends on that row alone."""
+    return values_R.new_zeros(num_rows).index_add_(0, row_R, values_R)
 
 
-def whiten(values_R: Tensor, mask_R: Tensor) -> Tensor:
-    """Shift and scale to mean 0 and standard deviation 1 over the masked entries, in float64; 0 outside the mask."""
-    values = values_R.double()
-    centred = torch.where(mask_R != 0, values - masked_mean(values, mask_R), 0.0)
-    std = masked_mean(centred.square(), mask_R).sqrt()
+def whiten(values_R: Tensor, mask_R: Tensor, total: Callable[[Tensor], float]) -> Tensor:
+    """Shift and scale to mean 0 and standard deviation 1 over the masked entries, in float64; 0 outside the mask.
+
+    `total` returns the sum of such a [R] over all tokens that are whitened together, of which [R] may be a part.
+    """
+    values, inside = values_R.double(), mask_R != 0
+    count = max(total(inside), 1.0)
+    mean = total(torch.where(inside, values, 0.0)) / count  # `where` and not a product, because nan x 0 is nan
+    centred = torch.where(inside, values - mean, 0.0)
+    std = (total(centred.square()) / count) ** 0.5
     return (centred / (std + 1e-8)).to(values_R.dtype)
 
 
-def loss_weights(loss_mask_R: Tensor, response_lengths_N: Tensor, counted_N: Tensor, *, per_token: bool) -> Tensor:
+def loss_weights(
+    loss_mask_R: Tensor,
+    response_lengths_N: Tensor,
+    counted_N: Tensor,
+    *,
+    per_token: bool,
+    step_tokens_N: Tensor | None = None,
+) -> Tensor:
     """Return each token's weight in the loss of one optimizer step, [R] float64.
 
     - Per sample (default): mask / (the sample's unmasked tokens) / (samples that count), so the loss is the mean of the
@@ -80,13 +91,23 @@ def loss_weights(loss_mask_R: Tensor, response_lengths_N: Tensor, counted_N: Ten
     A sample counts when its `counted_N` is True and its mask is not all 0. The weights sum to 1, or to 0 when no sample
     counts. Example: two samples with masks [1, 1] and [1, 0, 1, 1] have 2 and 3 unmasked tokens. Per sample the weights
     are 1/4, 1/4 and 1/6, 0, 1/6, 1/6; per token all five are 1/5.
+
+    Args:
+        step_tokens_N: `counted_tokens` of all samples of the step, of which these are a part; None: these are all.
     """
+    tokens_N = counted_tokens(loss_mask_R, response_lengths_N, counted_N)
+    step_tokens_N = tokens_N if step_tokens_N is None else step_tokens_N
     row_R = torch.repeat_interleave(torch.arange(len(response_lengths_N)), response_lengths_N)
     mask_R = loss_mask_R.double() * counted_N[row_R]
     if per_token:
-        return mask_R / _or_one(mask_R.sum())
-    tokens_N = mask_R.new_zeros(len(response_lengths_N)).index_add_(0, row_R, mask_R)
-    return mask_R / _or_one(tokens_N)[row_R] / (tokens_N > 0).sum().clamp(min=1)
+        return mask_R / _or_one(step_tokens_N.sum())
+    return mask_R / _or_one(tokens_N)[row_R] / (step_tokens_N > 0).sum().clamp(min=1)
+
+
+def counted_tokens(loss_mask_R: Tensor, response_lengths_N: Tensor, counted_N: Tensor) -> Tensor:
+    """Return the sum of each sample's mask, [N] float64; 0 for a sample that is not counted."""
+    row_R = torch.repeat_interleave(torch.arange(len(response_lengths_N)), response_lengths_N)
+    return sums_of_rows(loss_mask_R.double() * counted_N[row_R], row_R, len(response_lengths_N))
 
 
 def _or_one(counts: Tensor) -> Tensor:

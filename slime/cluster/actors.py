@@ -19,14 +19,24 @@ import ray
 from ray.exceptions import RayError
 
 from slime.cluster.engines.engine_supervisor import EngineUp
-from slime.cluster.on_ray.placement import Placement, choose_engine, groups_across_nodes, num_gpus, num_nodes, reserve
+from slime.cluster.on_ray.placement import (
+    Placement,
+    choose_engine,
+    groups_across_nodes,
+    num_gpus,
+    num_nodes,
+    object_store_bytes,
+    reserve,
+)
 from slime.cluster.on_ray.ray_session import ray_session
 from slime.cluster.on_ray.ray_wait import Waiter
 from slime.cluster.rollout_manager import RolloutManager
 from slime.cluster.workers import EngineWorker, TrainWorker
 from slime.config.args import Args
 from slime.config.epochs import rollouts_of_epochs
+from slime.config.object_store import shortage
 from slime.config.parse import schedule_problems
+from slime.config.rollout_plan import data_parallel_rank
 from slime.core.errors import RunError
 from slime.engine.external import FoundEngines, find_engines
 from slime.engine.keys import Keys, with_keys
@@ -66,12 +76,15 @@ def running_processes(args: Args, log_dir: Path, console: RunConsole) -> Iterato
         external = _take_what_is_shared(args, cleanup, console.say)
         silence = max(SILENT_S, args.engine_health_timeout)
         with console.stage("Ray"):
-            session = cleanup.enter_context(ray_session(log_dir, silence=silence))
+            session = cleanup.enter_context(ray_session(args, log_dir, silence=silence))
             args = choose_engine(args, num_gpus())
             place = reserve(args)
             cleanup.callback(place.release)
             for warning in groups_across_nodes(args, place.layout.trainers):
                 console.say(warning)
+            small = shortage(args, object_store_bytes())
+            if small is not None:
+                console.say(f"WARNING {small}")
         limits = (args.phase_timeout, "--phase-timeout"), (args.engine_start_timeout, "--engine-start-timeout")
         limit, because = max(limits)
         started = _Started(Waiter(where=str(log_dir), limit=limit, because=because))
@@ -224,6 +237,25 @@ class Processes:
             return None, warnings
         result, of_rank_zero = loaded[0]
         return result, of_rank_zero + warnings
+
+    def generate(self, rollout_id: int) -> tuple[list[Any], Any]:
+        """Begin a rollout; return references to the parts of the ranks (none without trainers) and to its metrics."""
+        if not self.trainers:
+            _, report = self.manager.generate.options(num_returns=2).remote(rollout_id)
+            return [], report
+        call = self.manager.generate_parts.options(num_returns=self._args.data_parallel_size + 1)
+        *parts, report = call.remote(rollout_id)
+        return parts, report
+
+    def validation_sets(self) -> tuple[list[Any], Any]:
+        """Begin to load SFT's evaluation sets; return references to the parts of the ranks, and to the sets' names."""
+        call = self.manager.validation_parts.options(num_returns=self._args.data_parallel_size + 1)
+        *parts, names = call.remote()
+        return parts, names
+
+    def of_trainers(self, parts: Sequence[Any]) -> list[Any]:
+        """Return the part of each trainer, of those of the data-parallel ranks."""
+        return [parts[data_parallel_rank(self._args, rank)] for rank in range(len(self.trainers))]
 
     @property
     def colocated(self) -> bool:

@@ -124,8 +124,8 @@ class Cluster:
             loaded=loaded,
         )
 
-    def generate(self, rollout_id: int) -> Any:
-        """Generate and judge a rollout; return a reference to its TrainBatch, which stays in Ray's object store."""
+    def generate(self, rollout_id: int) -> list[Any]:
+        """Generate and judge a rollout; return references to each data-parallel rank's part, in Ray's object store."""
         self._stop_here()
         with self._journal.measured_elsewhere("generation", f"rollout {rollout_id}") as seconds:
             this = self._begin_generation(rollout_id)
@@ -134,10 +134,10 @@ class Cluster:
             seconds["reward"] = metrics.pop("time/reward", 0.0)
         self._journal.add("generation", metrics)
         self._finish_evaluation()
-        return this.batch
+        return this.parts
 
-    def generate_ahead(self, rollout_id: int) -> Any:
-        """Wait for this rollout's batch, start generating the next rollout, and return the batch like `generate`."""
+    def generate_ahead(self, rollout_id: int) -> list[Any]:
+        """Wait for this rollout, start generating the next one, and return this one's parts like `generate`."""
         this = self._ahead or self._begin_generation(rollout_id)
         assert this.rollout_id == rollout_id, "the loop takes one rollout after the other"
         metrics = self._wait_for(this)
@@ -149,12 +149,12 @@ class Cluster:
         metrics |= {"time/rollout_waited": waited, "time/rollout_hidden": metrics["time/rollout"] - waited}
         self._journal.add("generation", metrics)
         self._finish_evaluation()
-        return this.batch
+        return this.parts
 
     def _begin_generation(self, rollout_id: int) -> Generation:
-        batch, report = self._processes.manager.generate.options(num_returns=2).remote(rollout_id)
+        parts, report = self._processes.generate(rollout_id)
         self._waiter.watch(f"rollout {rollout_id}: generation", report)
-        return Generation(rollout_id, batch, report)
+        return Generation(rollout_id, parts, report)
 
     def _wait_for(self, generation: Generation) -> dict[str, float]:
         """Return the metrics of the rollout once it is whole."""
@@ -209,15 +209,15 @@ class Cluster:
             self._memory.to_trainers()
         yield
 
-    def train(self, rollout_id: int, batch: Any) -> None:
-        """Take one rollout's optimizer steps on all ranks."""
+    def train(self, rollout_id: int, parts: list[Any]) -> None:
+        """Take one rollout's optimizer steps on all ranks; each gets its data-parallel rank's part."""
         trainers = self._processes.trainers
         if self._saving.enabled:
             self._stop.hold()
         with self._journal.measured_elsewhere("training", f"rollout {rollout_id}") as seconds:
-            results = self._waiter.get(
-                f"rollout {rollout_id}: training", [trainer.train.remote(rollout_id, batch) for trainer in trainers]
-            )
+            each = zip(trainers, self._processes.of_trainers(parts), strict=True)
+            training = [trainer.train.remote(rollout_id, part) for trainer, part in each]
+            results = self._waiter.get(f"rollout {rollout_id}: training", training)
             if results:
                 seconds["training"] = results[0].pop("time/training")
                 self._journal.add("training", results[0])

@@ -20,8 +20,10 @@ from slime.cluster.manager.data_side import DataSide
 from slime.cluster.manager.engine_side import NoEngines, connect
 from slime.cluster.on_ray.portable import portable_errors
 from slime.config.args import Args
+from slime.config.rollout_plan import parts_of_rollout
 from slime.config.secrets import masker_of
 from slime.core.batch import TrainBatch
+from slime.core.rank_batch import RankBatch
 from slime.engine.launch import start_router
 from slime.engine.membership import external_router_url
 from slime.engine.server_process import ManagedProcess
@@ -132,6 +134,19 @@ class RolloutManager:
         metrics |= self._engines.take_counts()
         return batch, {**metrics, "time/rollout": time.perf_counter() - start}
 
+    async def generate_parts(self, rollout_id: int) -> tuple[RankBatch | dict[str, float], ...]:
+        """Make one rollout; return each data-parallel rank's part of it, and then its metrics.
+
+        Each of them becomes an object of its own in Ray's store, so a trainer fetches its own rows only.
+        """
+        batch, metrics = await self.generate(rollout_id)
+        # in a thread: evaluations and the driver's questions go on meanwhile
+        parts = await asyncio.to_thread(self._parts, batch, self._args.resolved.num_steps_per_rollout)
+        return *parts, metrics
+
+    def _parts(self, batch: TrainBatch, num_steps: int) -> list[RankBatch]:
+        return parts_of_rollout(self._args, batch, num_ranks=self._args.data_parallel_size, num_steps=num_steps)
+
     async def progress(self) -> WorkProgress:
         """Count what is generated and evaluated now; the driver asks often, so this is cheap."""
         return self._data.context.progress.look()
@@ -140,9 +155,11 @@ class RolloutManager:
         """Evaluate after `rollout_id` rollouts and return the metrics."""
         return await self._data.evaluate(rollout_id, self._engines)
 
-    def validation_sets(self) -> dict[str, TrainBatch]:
-        """Return the rows of SFT's evaluation sets by their names (see `rollout.validation_sets`)."""
-        return self._data.validation_sets()
+    def validation_parts(self) -> tuple[dict[str, RankBatch] | list[str], ...]:
+        """Return each data-parallel rank's rows of SFT's evaluation sets by their names, and then these names."""
+        sets = {name: self._parts(batch, 1) for name, batch in self._data.validation_sets().items()}
+        ranks = range(self._args.data_parallel_size)
+        return *({name: parts[rank] for name, parts in sets.items()} for rank in ranks), list(sets)
 
     async def abort(self, rollout_id: int) -> bool:
         """Abort this rollout for good; return False if it is whole already (see `DataSide.abort`)."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from slime.config.args import Args
-from slime.core.batch import TrainBatch
 from slime.core.load_result import LoadResult
+from slime.core.rank_batch import RankBatch
 from slime.megatron import device
 from slime.megatron.offload.trainer_memory import TrainerMemory
 from slime.megatron.trainer import Trainer
@@ -44,19 +44,20 @@ class TrainingRank:
             self.weights.check()
         return loaded, warnings
 
-    def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
-        """Train on the whole rollout's `batch`; `time/training` is this rank's own wall time in seconds."""
+    def train(self, rollout_id: int, part: RankBatch) -> dict[str, float]:
+        """Train on a rollout, of which this rank has its `part`; `time/training` is its own wall time in seconds."""
         start = time.perf_counter()
-        metrics = self._trainer.train(rollout_id, batch, self.weights.version)
+        metrics = self._trainer.train(rollout_id, part, self.weights.version)
         self.weights.trained(f"trained in rollout {rollout_id}")
         return {**metrics, "time/training": time.perf_counter() - start}
 
-    def validate(self, sets: Mapping[str, TrainBatch]) -> dict[str, float]:
+    def validate(self, sets: Mapping[str, RankBatch]) -> dict[str, float]:
         """Return the losses of the current weights on each set, as `eval/NAME/...`; nothing of training changes."""
         metrics: dict[str, float] = {}
-        for name, batch in sets.items():
+        for name, part in sets.items():
             start = time.perf_counter()
-            losses = validation_losses(batch, self._trainer.log_probs(batch))
+            share = self._trainer.share(part, 1)
+            losses = validation_losses(share, self._trainer.own_log_probs(share))
             losses["time"] = time.perf_counter() - start
             metrics |= {f"eval/{name}/{metric}": value for metric, value in losses.items()}
         return metrics

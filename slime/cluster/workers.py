@@ -18,9 +18,9 @@ import ray
 from slime.cluster.on_ray.portable import portable_errors
 from slime.config.args import Args
 from slime.config.secrets import masker_of
-from slime.core.batch import TrainBatch
 from slime.core.imports import importing
 from slime.core.masking import mask_output
+from slime.core.rank_batch import RankBatch
 from slime.core.threads import THREADS_SLEEP_SOON
 from slime.observability.logs import log_to_file
 
@@ -58,11 +58,11 @@ class TrainWorker:
         mask_output(masker)
         return self._rank().load()
 
-    def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
-        """Train on the whole rollout's `batch` (see `TrainingRank.train`)."""
-        return self._rank().train(rollout_id, batch)
+    def train(self, rollout_id: int, part: RankBatch) -> dict[str, float]:
+        """Train on a rollout, of which this rank has its `part` (see `TrainingRank.train`)."""
+        return self._rank().train(rollout_id, part)
 
-    def validate(self, sets: dict[str, TrainBatch]) -> dict[str, float]:
+    def validate(self, sets: dict[str, RankBatch]) -> dict[str, float]:
         """Return the loss on each set of examples (see `TrainingRank.validate`)."""
         return self._rank().validate(sets)
 

@@ -18,8 +18,24 @@ from slime.core.sample import Sample
 
 
 @dataclass
-class TrainBatch:
-    """The rows of one rollout. `columns[name]` is flat: [N], [T] or [R], by the column's axis.
+class RowColumns:
+    """The rows of one rollout, with columns that have one entry a row (`Axis.SAMPLE`): [N]."""
+
+    total_lengths_N: Array
+    response_lengths_N: Array
+    columns: dict[str, Array]
+
+    def __len__(self) -> int:
+        return len(self.total_lengths_N)
+
+    def has(self, name: str) -> bool:
+        """Return whether the column `name` exists."""
+        return name in self.columns
+
+
+@dataclass
+class TrainBatch(RowColumns):
+    """The rows of one rollout with all columns. `columns[name]` is flat: [N], [T] or [R], by the column's axis.
 
     Example: two samples of one prompt (tokens 7, 8), one with two response tokens and one with a single one, so N = 2,
     T = 4 + 3 = 7 and R = 2 + 1 = 3.
@@ -44,10 +60,6 @@ class TrainBatch:
     [7, 8, 3]
     """
 
-    total_lengths_N: Array
-    response_lengths_N: Array
-    columns: dict[str, Array]
-
     def __post_init__(self) -> None:
         missing = [name for name, column in COLUMNS.items() if column.required and name not in self.columns]
         unknown = [name for name in self.columns if name not in COLUMNS]
@@ -57,28 +69,26 @@ class TrainBatch:
             self._check_column(name, values)
 
     def _check_column(self, name: str, values: Array) -> None:
-        rows = self._row_sizes(name)
+        rows = self.row_sizes(name)
         if values.ndim != COLUMNS[name].num_dims:
             raise ValueError(f"column {name} has {values.ndim} dimensions, not {COLUMNS[name].num_dims}")
         if len(values) != int(rows.sum()):
             raise ValueError(f"column {name} has {len(values)} entries, its rows add up to {int(rows.sum())}")
 
-    def _row_sizes(self, name: str) -> Array:
+    def row_sizes(self, name: str) -> Array:
+        """Return the number of entries that each row has in the column, [N]."""
         axis = COLUMNS[name].axis
         if axis is Axis.SAMPLE:
             return np.ones_like(self.total_lengths_N)
         return self.total_lengths_N if axis is Axis.TOKEN else self.response_lengths_N
 
-    def __len__(self) -> int:
-        return len(self.total_lengths_N)
-
-    def has(self, name: str) -> bool:
-        """Return whether the batch has the column `name`."""
-        return name in self.columns
+    def of_rows(self) -> dict[str, Array]:
+        """Return the columns that have one entry a row."""
+        return {name: values for name, values in self.columns.items() if COLUMNS[name].axis is Axis.SAMPLE}
 
     def rows(self, name: str) -> list[Array]:
         """Return the column as one array for each row (views)."""
-        ends = np.cumsum(self._row_sizes(name))
+        ends = np.cumsum(self.row_sizes(name))
         return np.split(self.columns[name], ends[:-1])
 
     def select(self, indices: Sequence[int]) -> TrainBatch:

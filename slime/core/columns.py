@@ -141,6 +141,11 @@ def routes_dtype(num_experts: int) -> np.dtype[np.signedinteger[Any]]:
     return np.dtype(np.int8) if num_experts <= 128 else np.dtype(np.int16)
 
 
+def widened(name: str, values: Array) -> Array:
+    """Return a column, which may have travelled in a smaller dtype, at least as wide as it is declared."""
+    return np.asarray(values, dtype=np.promote_types(values.dtype, COLUMNS[name].dtype))
+
+
 def with_declared_dtypes(columns: Mapping[str, Array]) -> dict[str, Array]:
     """Return the columns in their declared dtypes; an array that has it already is not copied."""
     return {name: np.asarray(values, dtype=COLUMNS[name].dtype) for name, values in columns.items()}

@@ -1,9 +1,9 @@
 """Packing: sample lengths -> optimizer steps -> data-parallel ranks -> micro-batches, in plain integers.
 
-- Used by: every trainer calls `plan_steps` on the lengths of the whole rollout, and `megatron.microbatch` packs the
-  rows that a plan names.
-- Invariant: the plan depends on its arguments alone, so all ranks compute the same plan; every row is in exactly one
-  micro-batch; in a step all ranks have the same number of micro-batches.
+- Used by: the rollout manager calls `plan_steps` on the lengths of the whole rollout (`config.rollout_plan`),
+  `core.rank_batch` cuts the rollout into one part a rank, and `megatron.microbatch` packs the rows that a plan names.
+- Invariant: the plan depends on its arguments alone; every row is in exactly one micro-batch; in a step all ranks have
+  the same number of micro-batches.
 
 Rows are first dealt to ranks (by compute, with --balance-data), then packed on each rank. The alternative, to pack the
 whole step and deal full micro-batches, would save about 1 micro-batch in 100 when attention dominates the cost, but it
@@ -13,6 +13,7 @@ leaves ranks uneven by several per cent, and a step takes as long as its busiest
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,16 @@ def training_flops(architecture: Architecture) -> Callable[[int], float]:
         return 6.0 * length * (parameters + attention * length)
 
     return flops
+
+
+def row_multiple(context_ranks: int) -> int:
+    """Return the multiple to which each row is padded: two chunks of equal length for each context-parallel rank."""
+    return 2 * context_ranks if context_ranks > 1 else 1
+
+
+def pack_multiple(context_ranks: int, multiple: int) -> int:
+    """Return the multiple to which a pack is padded so that each rank's tokens are a multiple of `multiple`."""
+    return math.lcm(row_multiple(context_ranks), context_ranks * multiple)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Training on Megatron-core: one rank's model, its forward passes, its optimizer steps and its checkpoints.
 
-Reading order: `trainer` (one rollout, from a batch to new weights), `microbatch` (rows of a batch become one packed row
-of tokens), `step` (Megatron's schedule around a forward pass), `logprobs`, `advantages` (advantages and loss weights),
-`offpolicy`, `routing_replay` and `critic` (options of a rollout), `nan_guard` and `dump_steps` (checks of a step),
-`parallel` and `device` (groups and devices), then the folders `model`, `optim`, `checkpoint`, `offload` and `compat`.
-`layers` is only a path that users write.
+Reading order: `trainer` (one rollout, from a batch to new weights), `share` (a rank's own rows, and what ranks
+tell each other), `microbatch` and `packs` (rows of a batch become one packed row of tokens, one ahead of the model),
+`step` (Megatron's schedule around a forward pass), `logprobs`, `advantages` (advantages and loss weights), `offpolicy`,
+`routing_replay` and `critic` (options of a rollout), `nan_guard` and `dump_steps` (checks of a step), `parallel` and
+`device` (groups and devices), then the folders `model`, `optim`, `checkpoint`, `offload` and `compat`. `layers` is only
+a path that users write.
 
 The version of megatron-core is checked here, before anything imports it.
 """

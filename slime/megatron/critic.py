@@ -11,16 +11,18 @@ in which it was sampled, so it has the same index as the token's log-prob.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from slime.algo.values import explained_variance, value_loss
+from slime.algo.reducers import sums_of_rows
+from slime.algo.values import value_loss
 from slime.config.args import Args
-from slime.core.batch import Array, TrainBatch
+from slime.core.columns import Array
 from slime.megatron.checkpoint.save_load import CRITIC, FoundCheckpoint, Trained, find_checkpoint, load_checkpoint
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.microbatch import MicroBatch
@@ -28,8 +30,10 @@ from slime.megatron.model import hf_weights
 from slime.megatron.model.build import ValueModel, architecture_of, build_model, unwrap
 from slime.megatron.nan_guard import BadStepError, StepGuard, TokenTrace
 from slime.megatron.optim.optimizer import build_optimizer, follow_schedule, reload_main_weights
+from slime.megatron.packs import Packs
 from slime.megatron.parallel import Topology
-from slime.megatron.step import ModelSteps, WeightedLoss, weighted_sum
+from slime.megatron.share import Share
+from slime.megatron.step import ModelSteps, Predicted, WeightedLoss, weighted_sum
 from slime.models.hf_files import HFReader
 
 
@@ -108,13 +112,11 @@ class Critic:
 
     # Values and steps
 
-    def values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def values(self, packs: Packs) -> list[Predicted]:
         """Return the values [R] float32 of each micro-batch; an empty list unless this is the last stage."""
-        return self._steps.forward(micro_batches, self._response_values)
+        return self._steps.forward(packs, self._response_values)
 
-    def train(
-        self, micro_batches: Sequence[MicroBatch], *, batch: TrainBatch, weights_sum: float, where: str
-    ) -> dict[str, float]:
+    def train(self, packs: Packs, *, share: Share, weights_sum: float, where: str) -> dict[str, float]:
         """Take one optimizer step on the value loss with the policy's loss weights; return `loss`, `clip_fraction`, ...
 
         Raises:
@@ -122,13 +124,13 @@ class Critic:
         """
         try:
             return self._steps.take_step(
-                micro_batches,
+                packs,
                 self._weighted_loss,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
                 weights_sum=weights_sum,
                 where=f"{where}, critic",
-                batch=batch,
+                share=share,
                 guard=self._guard,
             )
         except BadStepError as error:
@@ -155,21 +157,36 @@ class Critic:
         clip = self._args.value_clip or None
         loss_R, metrics = value_loss(values_R, columns["values"], columns["returns"], clip=clip)
         total = weighted_sum(loss_R, weights_R)
-        trace = TokenTrace(micro_batch.responses_R, values_R.detach(), loss_R.detach(), weights_R)
+        trace = TokenTrace(
+            micro_batch.responses_R, values_R.detach(), loss_R.detach(), weights_R, columns["advantages"]
+        )
         shares = {name: weighted_sum(metric_R, weights_R) for name, metric_R in metrics.items()}
         shares |= {"loss": total.detach(), "weights": weights_R.double().sum()}
         shares |= {"not_finite": trace.not_finite(), "loss_magnitude": trace.magnitude()}
         return total, (shares, trace)
 
 
-def critic_metrics(batch: TrainBatch, counted_N: Array) -> dict[str, float]:
-    """Return metrics of the values from which a rollout's advantages were computed, equal on every rank."""
-    counts = (batch.columns["loss_mask"] > 0) & counted_N.repeat(batch.response_lengths_N)
-    values, returns, mask = (
-        torch.from_numpy(each) for each in (batch.columns["values"], batch.columns["returns"], counts)
-    )
-    if not mask.any():
+def critic_metrics(share: Share, columns: Mapping[str, Array], counted_N: Array) -> dict[str, float]:
+    """Return metrics of the values from which a rollout's advantages were computed, equal on every rank. Collective."""
+    counts_R = (columns["loss_mask"] > 0) & counted_N[share.rows_M].repeat(share.own.response_lengths_N)
+    [count] = share.totals(counts_R.sum())
+    if not count:
         return {}
-    metrics = {"value_mean": float(values[mask].double().mean()), "return_mean": float(returns[mask].double().mean())}
-    explained = explained_variance(values, returns, mask)
-    return metrics if explained is None else metrics | {"explained_variance": explained}
+    inside_R = torch.from_numpy(counts_R)
+    values_R, returns_R = (torch.from_numpy(columns[name]).double() for name in ("values", "returns"))
+    lengths_M = torch.from_numpy(share.own.response_lengths_N)
+    row_R = torch.repeat_interleave(torch.arange(len(lengths_M)), lengths_M)
+
+    def mean(numbers_R: Tensor) -> float:
+        sums_M = sums_of_rows(torch.where(inside_R, numbers_R, 0.0), row_R, len(lengths_M))
+        return float(share.all_rows(sums_M).numpy().sum()) / count
+
+    found = {"value_mean": mean(values_R), "return_mean": mean(returns_R)}
+    counted = returns_R[inside_R]
+    ends = (counted.max().item(), -counted.min().item()) if len(counted) else (-math.inf, -math.inf)
+    highest, lowest = share.largest(*ends)
+    if highest == -lowest:
+        return found
+    error_R = returns_R - values_R
+    unexplained = mean((error_R - mean(error_R)).square())
+    return found | {"explained_variance": 1 - unexplained / mean((returns_R - found["return_mean"]).square())}

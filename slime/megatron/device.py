@@ -23,6 +23,16 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
 
 
+def send(values: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a host tensor on the device; on a CPU the tensor itself.
+
+    The host does not wait: it copies the values into locked memory, from which the device reads them in its turn.
+    """
+    if not on_cuda():
+        return values
+    return (values.pin_memory() if values.numel() else values).to(device(), non_blocking=True)
+
+
 def backend_name() -> str:
     """Return torch.distributed's backend for that device."""
     return "nccl" if on_cuda() else "gloo"

@@ -34,6 +34,7 @@ from slime.megatron.model.build import ModelChunks, architecture_of, named_param
 from slime.megatron.model.hf_weights import iter_whole_tensors
 from slime.megatron.nan_guard import TokenTrace, whole_traces
 from slime.megatron.parallel import Topology, expert_place
+from slime.megatron.share import Share
 from slime.observability.step_files import (
     LOSS,
     PLACES,
@@ -66,26 +67,27 @@ class StepDump:
         self._rollout_id = 0
         self._files = StepFilesWriter(directory, _facts(args, topology)) if topology.rank == 0 else None
 
-    def rollout(self, rollout_id: int, raw_batch: TrainBatch, used: TrainBatch) -> None:
+    def rollout(self, rollout_id: int, share: Share, used: Mapping[str, Array]) -> None:
         """Write the columns as they came in, then those that training made or changed before its first step."""
         self._rollout_id = rollout_id
+        changed = {name for name, values in used.items() if values is not share.own.columns.get(name)}
+        raw, whole = share.whole(share.own.columns), share.whole({name: used[name] for name in used})
         if self._files is None:
             return
         self._files.forget_from(rollout_id)
         place = self._files.begin(f"rollout {rollout_id}", rollout_id)
-        place.add(TOTAL_LENGTHS, _tensor(raw_batch.total_lengths_N), Axis.SAMPLE)
-        place.add(RESPONSE_LENGTHS, _tensor(raw_batch.response_lengths_N), Axis.SAMPLE)
-        for name, values in _in_order(raw_batch):
+        place.add(TOTAL_LENGTHS, _tensor(raw.total_lengths_N), Axis.SAMPLE)
+        place.add(RESPONSE_LENGTHS, _tensor(raw.response_lengths_N), Axis.SAMPLE)
+        for name, values in _in_order(raw):
             place.add(name, _tensor(values), _AXES[COLUMNS[name].axis])
-        for name, values in _in_order(used):
-            if not raw_batch.has(name):
-                place.add(name, _tensor(values), _AXES[COLUMNS[name].axis])
-            elif values is not raw_batch.columns[name]:
-                place.add(f"{name} in the loss", _tensor(values), _AXES[COLUMNS[name].axis])
+        for name, values in _in_order(whole):
+            if name in changed:
+                title = f"{name} in the loss" if raw.has(name) else name
+                place.add(title, _tensor(values), _AXES[COLUMNS[name].axis])
         place.end()
 
     def before_update(
-        self, where: str, model: ModelChunks, reduced: Mapping[str, Tensor], traces: Sequence[TokenTrace]
+        self, where: str, model: ModelChunks, reduced: Mapping[str, Tensor], traces: Sequence[TokenTrace], share: Share
     ) -> OpenStep:
         """Write the step's tokens, its loss and its gradients, which are reduced but not clipped.
 
@@ -95,7 +97,7 @@ class StepDump:
         """
         found: list[Any] = [None]
         if self._topology.is_last_stage:
-            found = [(whole_traces(traces, self._topology), float(reduced["loss"]))]
+            found = [(whole_traces(traces, self._topology, share), float(reduced["loss"]))]
         dist.broadcast_object_list(found, group=self._topology.pp_group, group_src=self._topology.pp_size - 1)
         [(whole, loss)] = found
         place = None if self._files is None else self._files.begin(where, self._rollout_id)

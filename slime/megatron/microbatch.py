@@ -3,8 +3,8 @@
 - Used by: `core.packing` decides which rows go together; `step` runs the model on what is made here, and `logprobs`
   reads the hidden states at `predicting_R`.
 - Invariant: a micro-batch's response columns are in the order of its rows, and `responses_R` gives the index of each
-  entry in the whole batch. Over the context-parallel ranks every response token is in exactly one micro-batch: on the
-  rank that predicts it.
+  entry in the batch that it was packed from, which holds the rank's own rows. Over the context-parallel ranks every
+  response token is in exactly one micro-batch: on the rank that predicts it.
 
 Example without context parallelism: two rows of 5 and 3 tokens with responses of 3 and 1 tokens. The pack has the
 positions 0 ... 7; the response tokens are at 2, 3, 4 and 7, so `predicting_R` is [1, 2, 3, 6].
@@ -19,13 +19,12 @@ The same rows on two context-parallel ranks are padded to 8 and 4 tokens and cut
 Token 2 is predicted on rank 0 although rank 1 holds it: targets are read from the whole pack. A loss that needs whole
 responses uses `MicroBatch.responses`, which sums each row's parts over the ranks.
 
-Shapes: _N rows of the whole batch, _M rows of the micro-batch, _S its sequences (the rows, and one of padding),
+Shapes: _N rows of the batch, _M rows of the micro-batch, _S its sequences (the rows, and one of padding),
 _B packed tokens of this rank, _R response tokens that it predicts, _C context-parallel ranks, _P pieces of a rank.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +37,7 @@ from torch import Tensor
 from slime.algo.sequences import Sequences
 from slime.core.architecture import Architecture
 from slime.core.batch import COLUMNS, Array, Axis, TrainBatch
+from slime.core.packing import pack_multiple, row_multiple
 from slime.megatron import device
 from slime.megatron.model.attention import ContextShare, PackedSequences, pack_sequences
 
@@ -53,12 +53,12 @@ class ContextParallel:
 
     @property
     def row_multiple(self) -> int:
-        """Every sequence is padded to a multiple of this: two chunks of equal length per rank."""
-        return 2 * self.size if self.size > 1 else 1
+        """Every sequence is padded to a multiple of this (see `core.packing`)."""
+        return row_multiple(self.size)
 
     def pack_multiple(self, multiple: int) -> int:
         """Return the multiple to which a pack is padded so that each rank's tokens are a multiple of `multiple`."""
-        return math.lcm(self.row_multiple, self.size * multiple)
+        return pack_multiple(self.size, multiple)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class MicroBatch:
     columns: dict[str, Tensor]
     """Every response column of the batch, cut to these tokens."""
     responses_R: Array
-    """Each response token's index in the whole batch's flat columns."""
+    """Each response token's index in the flat columns of the batch that it was packed from."""
     responses: Sequences
     """Maps each response token to its response."""
 
@@ -205,23 +205,22 @@ def pack_rows(
     ours_R = (predicting_R >= 0) & (predicting_R < len(tokens_B))
     responses_R = _ranges(responses_starts_N[rows_M], response_M)[ours_R]
     row_R = np.repeat(np.arange(len(rows_M)), response_M)[ours_R]
-    where = device.device()
     return MicroBatch(
-        tokens_B=torch.from_numpy(pack[tokens_B])[None].to(where, non_blocking=True),
+        tokens_B=_sent(pack[tokens_B])[None],
         sequences=replace(
             pack_sequences(cut.lengths_P.tolist(), arch, cut.share(part) if part.size > 1 else None),
             **_for_experts(batch, len(pack), filled, taken, tokens_B) if arch.num_experts else {},
             step_tokens=step_tokens,
         ),
-        predicting_R=torch.from_numpy(predicting_R[ours_R]).to(where, non_blocking=True),
-        targets_R=torch.from_numpy(pack[answers_R][ours_R]).to(where, non_blocking=True),
+        predicting_R=_sent(predicting_R[ours_R]),
+        targets_R=_sent(pack[answers_R][ours_R]),
         columns={
-            name: torch.from_numpy(values[responses_R]).to(where, non_blocking=True)
+            name: _sent(values[responses_R])
             for name, values in batch.columns.items()
             if COLUMNS[name].axis is Axis.RESPONSE
         },
         responses_R=responses_R,
-        responses=_responses(torch.from_numpy(row_R).to(where, non_blocking=True), len(rows_M), part),
+        responses=_responses(_sent(row_R), len(rows_M), part),
     )
 
 
@@ -232,11 +231,17 @@ def _for_experts(batch: TrainBatch, size: int, filled: Array, taken: Array, toke
     found = {"counts_B": counts}
     if batch.has("routed_experts"):
         routes = batch.columns["routed_experts"]
-        experts = np.full((size, *routes.shape[1:]), COLUMNS["routed_experts"].padding, dtype=routes.dtype)
+        column = COLUMNS["routed_experts"]
+        # without an expert that the router chooses itself, the rows may have come without a sign
+        dtype = np.promote_types(routes.dtype, column.dtype)
+        experts = np.full((size, *routes.shape[1:]), column.padding, dtype=dtype)
         experts[filled] = routes[taken]
         found["experts_B"] = experts
-    where = device.device()
-    return {name: torch.from_numpy(values[tokens_B]).to(where, non_blocking=True) for name, values in found.items()}
+    return {name: _sent(values[tokens_B]) for name, values in found.items()}
+
+
+def _sent(values: Array) -> Tensor:
+    return device.send(torch.from_numpy(values))
 
 
 def _responses(row_R: Tensor, num_rows: int, part: ContextParallel) -> Sequences:

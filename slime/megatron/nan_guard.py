@@ -8,7 +8,7 @@ A column that is not finite (a reward, a log-prob, an advantage) always ends the
 function or the weights are broken. A step that is not finite, or a spike with --check-for-spiky-loss, ends the run too;
 with --bad-step-action skip such a step is skipped instead.
 
-Shapes: _N samples, _R response tokens.
+Shapes: _N samples of the rollout, _M the rank's own samples, _R their response tokens.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime.config.args import Args
-from slime.core.batch import TrainBatch
+from slime.core.batch import RowColumns
 from slime.core.columns import COLUMNS, Array, Axis
 from slime.megatron.parallel import Topology
+from slime.megatron.share import Share
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,11 @@ class TokenTrace:
     """A step's values for the response tokens of one micro-batch, on this rank of the last stage."""
 
     responses_R: Array
-    """Each token's index in the whole batch's flat columns."""
+    """Each token's index in the flat columns of the rank's own rows."""
     log_probs_R: Tensor
     loss_R: Tensor
     weights_R: Tensor
+    advantages_R: Tensor
 
     def not_finite(self) -> Tensor:
         """Return [] the number of counted tokens whose log-prob or loss is not finite; nothing waits for it."""
@@ -69,16 +71,19 @@ def _spoilt(log_probs_R: Tensor, loss_R: Tensor, weights_R: Tensor) -> Tensor:
     return ~(log_probs_R.isfinite() & loss_R.isfinite()) & (weights_R > 0)
 
 
-def whole_traces(traces: Sequence[TokenTrace], topology: Topology) -> dict[str, Array]:
-    """Gather the step's tokens of all ranks in the whole batch's order: `places`, `log_probs`, `loss`, `weights`.
+def whole_traces(traces: Sequence[TokenTrace], topology: Topology, share: Share) -> dict[str, Array]:
+    """Gather the step's tokens of all ranks in the rollout's order: `places`, `log_probs`, `loss`, `advantages`, ...
 
-    Collective over data- and context-parallel ranks; call it on the last stage only.
+    `places` are indices into the flat response columns of the whole rollout. Collective over data- and context-parallel
+    ranks; call it on the last stage only.
     """
+    responses_R = np.concatenate([np.empty(0, dtype=np.int64), *(trace.responses_R for trace in traces)])
     own = {
-        "places": np.concatenate([trace.responses_R for trace in traces]),
+        "places": share.places(responses_R),
         "log_probs": torch.cat([trace.log_probs_R for trace in traces]).float().cpu().numpy(),
         "loss": torch.cat([trace.loss_R for trace in traces]).float().cpu().numpy(),
         "weights": torch.cat([trace.weights_R for trace in traces]).float().cpu().numpy(),
+        "advantages": torch.cat([trace.advantages_R for trace in traces]).float().cpu().numpy(),
     }
     parts: list[Any] = [None] * topology.dp_cp_group.size()
     dist.all_gather_object(parts, own, group=topology.dp_cp_group)
@@ -87,34 +92,73 @@ def whole_traces(traces: Sequence[TokenTrace], topology: Topology) -> dict[str, 
     return {name: values[order] for name, values in whole.items()}
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """The values of one sample that are not finite."""
+
+    row: int
+    first: int
+    """The first such token of its response."""
+    value: float
+    count: int
+
+
 def check_columns(
-    where: str, batch: TrainBatch, columns: Mapping[str, Array], counted_N: Array, names: Sequence[str] | None = None
+    where: str, share: Share, columns: Mapping[str, Array], counted_N: Array, names: Sequence[str] | None = None
 ) -> None:
-    """Check that every number that the loss will count is finite.
+    """Check that every number that the loss will count is finite. Collective.
 
     Args:
-        batch: the rollout, whose samples the message names.
-        columns: all columns so far, the batch's own and those that training has made of it.
+        share: the rollout, whose samples the message names.
+        columns: all columns of the own rows so far, those that came and those that training has made of them.
         names: the columns to check; None: all.
 
     Raises:
-        RuntimeError: one is not; the message names the samples.
+        RuntimeError: one is not; the message names the samples, and is the same on every rank.
     """
-    infinite_N = np.isinf(columns["rewards"]) & counted_N  # nan: it failed, and leaves the loss
+    rewards_N = share.rows.columns["rewards"]
+    infinite_N = np.isinf(rewards_N) & counted_N  # nan: it failed, and leaves the loss
     if infinite_N.any():
         rows = np.flatnonzero(infinite_N)
-        named = _named(batch, rows, [f"{reward:g}" for reward in columns["rewards"][rows]])
+        named = _named(share.rows, rows, [f"{reward:g}" for reward in rewards_N[rows]])
         raise RuntimeError(f"{where}: rewards that are not finite: {named}; no weight was changed. The reward is wrong")
-    counts_R = (columns["loss_mask"] > 0) & np.repeat(counted_N, batch.response_lengths_N)
+    lengths_M = share.own.response_lengths_N
+    counts_R = (columns["loss_mask"] > 0) & np.repeat(counted_N[share.rows_M], lengths_M)
+    faults: dict[str, list[_Fault]] = {}
     for name, values_R in columns.items():
         column = COLUMNS[name]
         if column.axis is Axis.RESPONSE and column.dtype.startswith("float") and (names is None or name in names):
             places = np.flatnonzero(~np.isfinite(values_R) & counts_R)
             if len(places):
-                named = _named_tokens(batch, places, [f"{value:g}" for value in values_R[places]])
-                raise RuntimeError(
-                    f"{where}: {name} ({column.meaning}) that are not finite: {named}; no weight was changed"
-                )
+                faults[name] = _faults(share, values_R, places)
+    if not share.largest(bool(faults))[0]:
+        return
+    found = share.gathered(faults)
+    name = next(name for name in columns if any(name in part for part in found))
+    every = sorted((fault for part in found for fault in part.get(name, [])), key=lambda fault: fault.row)
+    raise RuntimeError(
+        f"{where}: {name} ({COLUMNS[name].meaning}) that are not finite: {_named_faults(share.rows, every)}; "
+        "no weight was changed"
+    )
+
+
+def _faults(share: Share, values_R: Array, places: Array) -> list[_Fault]:
+    ends_M = np.cumsum(share.own.response_lengths_N)
+    owns, firsts, counts = np.unique(
+        np.searchsorted(ends_M, places, side="right"), return_index=True, return_counts=True
+    )
+    starts_M = ends_M - share.own.response_lengths_N
+    return [
+        _Fault(int(share.rows_M[own]), int(places[first] - starts_M[own]), float(values_R[places[first]]), int(count))
+        for own, first, count in zip(owns, firsts, counts, strict=True)
+    ]
+
+
+def _named_faults(rows: RowColumns, faults: Sequence[_Fault]) -> str:
+    descriptions = [
+        _described(rows, fault.row, fault.count, fault.first, f"{fault.value:g}") for fault in faults[:MOST_NAMED]
+    ]
+    return _named(rows, np.asarray([fault.row for fault in faults]), descriptions)
 
 
 class StepGuard:
@@ -135,7 +179,7 @@ class StepGuard:
         return self._factor * max(values)
 
     def check(
-        self, where: str, batch: TrainBatch, metrics: dict[str, float], traces: Sequence[TokenTrace]
+        self, where: str, share: Share, metrics: dict[str, float], traces: Sequence[TokenTrace]
     ) -> dict[str, float]:
         """Check a step; return its metrics without those that only the guard reads. Collective if it raises.
 
@@ -161,7 +205,7 @@ class StepGuard:
                 self._history[name].append(value)
             self._skipped_in_a_row = 0
             return metrics | ({"skipped_steps": 0.0} if self.skips else {})
-        raise BadStepError(f"{where}: {what}. {self._samples(batch, traces, bool(spoilt))}. No weight was changed")
+        raise BadStepError(f"{where}: {what}. {self._samples(share, traces, bool(spoilt))}. No weight was changed")
 
     def skipped(self, error: BadStepError) -> dict[str, float]:
         """Count a step that is skipped, and return its metrics.
@@ -180,12 +224,12 @@ class StepGuard:
             logger.warning("%s: the step is skipped (--bad-step-action skip)", error)
         return {"skipped_steps": 1.0}
 
-    def _samples(self, batch: TrainBatch, traces: Sequence[TokenTrace], spoilt: bool) -> str:
+    def _samples(self, share: Share, traces: Sequence[TokenTrace], spoilt: bool) -> str:
         """Name the samples with tokens that are not finite, or those with the largest loss; equal on every rank."""
         text = ""
         if self._topology.is_last_stage:
-            whole = whole_traces(traces, self._topology)
-            text = _spoilt_samples(batch, whole) if spoilt else _largest_samples(batch, whole)
+            whole = whole_traces(traces, self._topology, share)
+            text = _spoilt_samples(share.rows, whole) if spoilt else _largest_samples(share.rows, whole)
         found = [text]
         dist.broadcast_object_list(found, group=self._topology.pp_group, group_src=self._topology.pp_size - 1)
         return found[0]
@@ -200,38 +244,37 @@ class StepGuard:
         self._skipped_in_a_row = state["skipped_in_a_row"]
 
 
-def _spoilt_samples(batch: TrainBatch, whole: Mapping[str, Array]) -> str:
+def _spoilt_samples(rows: RowColumns, whole: Mapping[str, Array]) -> str:
     tensors = [torch.from_numpy(whole[name]) for name in ("log_probs", "loss", "weights")]
     wrong = np.flatnonzero(_spoilt(*tensors).numpy())
-    places = whole["places"][wrong]
     descriptions = [
         f"log-prob {log_prob:g}, loss {loss:g}, advantage {advantage:g}"
         for log_prob, loss, advantage in zip(
-            whole["log_probs"][wrong], whole["loss"][wrong], batch.columns["advantages"][places], strict=True
+            whole["log_probs"][wrong], whole["loss"][wrong], whole["advantages"][wrong], strict=True
         )
     ]
-    return f"Not finite in {_named_tokens(batch, places, descriptions)}"
+    return f"Not finite in {_named_tokens(rows, whole['places'][wrong], descriptions)}"
 
 
-def _largest_samples(batch: TrainBatch, whole: Mapping[str, Array]) -> str:
+def _largest_samples(rows: RowColumns, whole: Mapping[str, Array]) -> str:
     sizes = np.abs(np.where(whole["weights"] > 0, whole["loss"], 0)) * whole["weights"]
-    sizes_N = np.bincount(_rows_of(batch, whole["places"]), sizes, len(batch))
+    sizes_N = np.bincount(_rows_of(rows, whole["places"]), sizes, len(rows))
     largest = np.argsort(-sizes_N, kind="stable")[:MOST_NAMED]
     largest = largest[sizes_N[largest] > 0]
     return (
         "The largest shares of |loss|: "
-        f"{_named(batch, largest, [f'{size:.0%}' for size in sizes_N[largest] / sizes_N.sum()])}"
+        f"{_named(rows, largest, [f'{size:.0%}' for size in sizes_N[largest] / sizes_N.sum()])}"
     )
 
 
-def _rows_of(batch: TrainBatch, places: Array) -> Array:
+def _rows_of(rows: RowColumns, places: Array) -> Array:
     """Return the row of each index into the flat response columns."""
-    return np.searchsorted(np.cumsum(batch.response_lengths_N), places, side="right")
+    return np.searchsorted(np.cumsum(rows.response_lengths_N), places, side="right")
 
 
-def _named(batch: TrainBatch, rows: Array, descriptions: Sequence[str]) -> str:
+def _named(every: RowColumns, rows: Array, descriptions: Sequence[str]) -> str:
     """Name the samples of these rows, each with its description; samples after the first few are only counted."""
-    samples, groups = batch.columns["sample_indices"], batch.columns["group_indices"]
+    samples, groups = every.columns["sample_indices"], every.columns["group_indices"]
     named = [
         f"sample {samples[row]} of group {groups[row]} ({description})"
         for row, description in zip(rows[:MOST_NAMED], descriptions[:MOST_NAMED], strict=True)
@@ -240,13 +283,16 @@ def _named(batch: TrainBatch, rows: Array, descriptions: Sequence[str]) -> str:
     return ", ".join([*named, *more])
 
 
-def _named_tokens(batch: TrainBatch, places: Array, descriptions: Sequence[str]) -> str:
+def _named_tokens(rows: RowColumns, places: Array, descriptions: Sequence[str]) -> str:
     """Name the samples that have these tokens, with the description of the first token of each."""
-    rows, firsts, counts = np.unique(_rows_of(batch, places), return_index=True, return_counts=True)
-    starts_N = np.cumsum(batch.response_lengths_N) - batch.response_lengths_N
+    spoilt, firsts, counts = np.unique(_rows_of(rows, places), return_index=True, return_counts=True)
+    starts_N = np.cumsum(rows.response_lengths_N) - rows.response_lengths_N
     described = [
-        f"{count} of {batch.response_lengths_N[row]} response tokens, the first is {places[first] - starts_N[row]}: "
-        f"{descriptions[first]}"
-        for row, first, count in zip(rows, firsts, counts, strict=True)
+        _described(rows, row, count, int(places[first] - starts_N[row]), descriptions[int(first)])
+        for row, first, count in zip(spoilt, firsts, counts, strict=True)
     ]
-    return _named(batch, rows, described)
+    return _named(rows, spoilt, described)
+
+
+def _described(rows: RowColumns, row: int, count: int, first: int, description: str) -> str:
+    return f"{count} of {rows.response_lengths_N[row]} response tokens, the first is {first}: {description}"

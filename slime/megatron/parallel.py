@@ -44,6 +44,8 @@ class Topology:
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    dp_host_group: dist.ProcessGroup
+    """The ranks of `dp_group` over gloo, for numbers on the host: nobody waits for a device."""
     tensor_device: torch.device
     """The device of this process's tensors."""
 
@@ -136,6 +138,7 @@ def _topology(rank: int, world_size: int) -> Topology:
         cp_group=_joined(parallel_state.get_context_parallel_group()),
         dp_group=_joined(parallel_state.get_data_parallel_group()),
         dp_cp_group=_joined(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        dp_host_group=_joined(parallel_state.get_data_parallel_group_gloo()),
         tensor_device=device.device(),
     )
 

@@ -1,6 +1,6 @@
 """Megatron's pipeline schedule around a forward pass: log-probs of micro-batches, and one optimizer step over them.
 
-- Used by: `trainer` packs a step's micro-batches and calls `log_probs` (old policy, reference model) or `train`.
+- Used by: `trainer` passes in micro-batches (`Packs`) and calls `log_probs` (old policy, reference model) or `train`.
 - Invariant: the step's loss is sum(weight x per-token loss) over all ranks, its weights sum to 1 (this is checked), and
   gradients are summed. So neither the cut into micro-batches nor the distribution over ranks changes loss or gradients.
 
@@ -25,8 +25,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from slime.algo.losses import Loss, LossInputs, LossOptions
-from slime.core.batch import TrainBatch
-from slime.core.columns import COLUMNS
+from slime.core.columns import COLUMNS, Array
 from slime.megatron.compat import cpu_layer
 from slime.megatron.dump_steps import StepDump
 from slime.megatron.logprobs import response_log_probs
@@ -35,7 +34,9 @@ from slime.megatron.model import moe
 from slime.megatron.model.build import ModelChunks, unwrap
 from slime.megatron.nan_guard import StepGuard, TokenTrace
 from slime.megatron.optim.optimizer import update
+from slime.megatron.packs import Packs
 from slime.megatron.parallel import Topology
+from slime.megatron.share import Share
 
 WEIGHTS_TOLERANCE = 1e-5
 """The sum of the float32 loss weights differs from 1 by less than this."""
@@ -51,10 +52,12 @@ class StepOptions(TypedDict):
     scheduler: OptimizerParamScheduler
     weights_sum: float
     where: str
-    batch: TrainBatch
+    share: Share
     guard: StepGuard
 
 
+Predicted = tuple[Array, Tensor]
+"""A micro-batch's `responses_R`, and what a model says about these tokens."""
 WeightedLoss = tuple[Tensor, tuple[dict[str, Tensor], TokenTrace]]
 """A micro-batch's share of the step's loss and of its metrics, and the trace of its tokens."""
 
@@ -68,31 +71,33 @@ class ModelSteps:
     dump: StepDump | None = field(default=None, kw_only=True)
     """Writes a step's tensors, so that runs can be compared."""
 
-    def forward(
-        self, micro_batches: Sequence[MicroBatch], output_fn: Callable[[MicroBatch, Tensor], Tensor]
-    ) -> list[Tensor]:
+    def forward(self, packs: Packs, output_fn: Callable[[MicroBatch, Tensor], Tensor]) -> list[Predicted]:
         """Return `output_fn`'s result for each micro-batch by the current weights; empty unless on the last stage."""
+
+        def collect(micro_batch: MicroBatch, hidden: Tensor) -> Predicted:
+            return micro_batch.responses_R, output_fn(micro_batch, hidden)
+
         for chunk in self.model:
             chunk.eval()
         with torch.no_grad():
-            return self._schedule(micro_batches, output_fn, forward_only=True)
+            return self._schedule(packs, collect, forward_only=True)
 
     def forget_gradients(self, optimizer: MegatronOptimizer) -> None:
-        """Zero the gradients before a step, before its micro-batches are packed: a GPU does this during the packing."""
+        """Zero the gradients before a step; a GPU does this while the host prepares the step."""
         for chunk in self.model:
             chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
         optimizer.zero_grad()
 
     def take_step(
         self,
-        micro_batches: Sequence[MicroBatch],
+        packs: Packs,
         loss_fn: Callable[[MicroBatch, Tensor], WeightedLoss],
         *,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         weights_sum: float,
         where: str,
-        batch: TrainBatch,
+        share: Share,
         guard: StepGuard,
     ) -> dict[str, float]:
         """Take one optimizer step over this rank's micro-batches, after `forget_gradients`.
@@ -103,7 +108,7 @@ class ModelSteps:
             loss_fn: returns a micro-batch's share of the step's loss and of its metrics, and the trace of its tokens.
             weights_sum: the sum that the loss weights of all ranks must have.
             where: names rollout and step in errors.
-            batch: the whole batch, whose samples `guard` names if the step is wrong.
+            share: the rollout, whose samples `guard` names if the step is wrong.
 
         Returns:
             Metrics, the same on every rank: `loss` (the whole loss that was minimized), `grad_norm`, `lr`, and those of
@@ -116,10 +121,10 @@ class ModelSteps:
 
         for chunk in self.model:
             chunk.train()
-        found = self._schedule(micro_batches, loss_fn, forward_only=False)
+        found = self._schedule(packs, loss_fn, forward_only=False)
         reduced, traces = self._reduced([shares for shares, _ in found]), [trace for _, trace in found]
         self._add_balancing(reduced)
-        dumped = None if self.dump is None else self.dump.before_update(where, self.model, reduced, traces)
+        dumped = None if self.dump is None else self.dump.before_update(where, self.model, reduced, traces, share)
         # on a GPU nothing waits for these two before the step is launched; the step has no effect if either is wrong
         wrong = self._is_wrong(reduced, weights_sum, guard)
         with cpu_layer.layer():
@@ -135,14 +140,14 @@ class ModelSteps:
                 "samples were lost, repeated, or weighted by another denominator on their way into micro-batches"
             )
         metrics["grad_norm"] = float(norm)
-        metrics = guard.check(where, batch, metrics, traces)
+        metrics = guard.check(where, share, metrics, traces)
         metrics["lr"] = float(optimizer.param_groups[0]["lr"])
         scheduler.step(1)
         return metrics
 
     def _schedule(
         self,
-        micro_batches: Sequence[MicroBatch],
+        packs: Packs,
         output_fn: Callable[[MicroBatch, Tensor], Any],
         *,
         forward_only: bool,
@@ -155,6 +160,7 @@ class ModelSteps:
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             micro_batch = next(iterator)
             hidden = model(micro_batch.tokens_B, None, None, packed_seq_params=micro_batch.sequences)
+            packs.prepare()
 
             def finish(hidden: Tensor, non_loss_data: bool = False) -> Any:
                 result = output_fn(micro_batch, hidden)
@@ -165,13 +171,14 @@ class ModelSteps:
 
             return hidden, finish
 
+        readers = packs.readers(len(self.model))  # each virtual stage runs all of them
         with cpu_layer.layer():
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=[iter(micro_batches) for _ in self.model],  # each virtual stage runs all of them
+                data_iterator=readers,
                 model=list(self.model),
-                num_microbatches=len(micro_batches),
-                seq_length=micro_batches[0].tokens_B.size(1),
+                num_microbatches=len(packs),
+                seq_length=packs.num_tokens(),
                 micro_batch_size=1,
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
@@ -245,26 +252,22 @@ class Stepper(ModelSteps):
     temperature: float
     chunk_size: int
 
-    def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def log_probs(self, packs: Packs) -> list[Predicted]:
         """Return the log-probs [R] of each micro-batch by the current weights; empty unless on the last stage."""
 
         def collect(micro_batch: MicroBatch, hidden: Tensor) -> Tensor:
             return self._response_log_probs(micro_batch, hidden, with_entropy=False)[0]
 
-        return self.forward(micro_batches, collect)
+        return self.forward(packs, collect)
 
-    def train(
-        self, micro_batches: Sequence[MicroBatch], *, loss: Loss, options: LossOptions, **step: Unpack[StepOptions]
-    ) -> dict[str, float]:
+    def train(self, packs: Packs, *, loss: Loss, options: LossOptions, **step: Unpack[StepOptions]) -> dict[str, float]:
         """Run `take_step` with a loss of log-probs.
 
         Returns:
             Its metrics, the loss's own weighted means, and `logprob_gap_mean/_max`: |old - engine's log-prob| over the
             mask's tokens that the current policy made.
         """
-        return self.take_step(
-            micro_batches, lambda packed, hidden: self._weighted_loss(packed, hidden, loss, options), **step
-        )
+        return self.take_step(packs, lambda packed, hidden: self._weighted_loss(packed, hidden, loss, options), **step)
 
     def _response_log_probs(
         self, micro_batch: MicroBatch, hidden: Tensor, *, with_entropy: bool
@@ -301,7 +304,9 @@ class Stepper(ModelSteps):
         }
         shares |= {"loss": total.detach(), "weights": weights_R.double().sum()}
         shares |= _gap_shares(columns)
-        trace = TokenTrace(micro_batch.responses_R, log_probs_R.detach(), loss_R.detach(), weights_R)
+        trace = TokenTrace(
+            micro_batch.responses_R, log_probs_R.detach(), loss_R.detach(), weights_R, columns["advantages"]
+        )
         shares |= {"not_finite": trace.not_finite(), "loss_magnitude": trace.magnitude()}
         return total, (shares, trace)
 

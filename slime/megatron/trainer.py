@@ -1,9 +1,10 @@
 """Trainer: one rank of training, without Ray: log-probs -> advantages -> loss -> step.
 
-- Used by: a Ray worker passes in the TrainBatch of each whole rollout, on every rank, and sends the weights to engines.
-- Invariant: between calls the model holds the actor's weights, and every rank makes the same plan from the same batch.
+- Used by: a Ray worker passes in its data-parallel rank's part of each rollout, and sends the weights to engines.
+- Invariant: between calls the model holds the actor's weights. A rank's work and memory on the host grow with its own
+  tokens and with the number of all rows, not with all tokens.
 
-Shapes: _N samples, _R response tokens of all samples.
+Shapes: _N samples of the rollout, _R response tokens of the rank's own samples.
 """
 
 from __future__ import annotations
@@ -16,19 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from slime.config.args import Args
-from slime.config.pipeline_stages import count_multiple
+from slime.config.rollout_plan import parts_of_rollout
 from slime.core.batch import TrainBatch
 from slime.core.checkpoint_names import RUN, RUN_FILE
 from slime.core.columns import Array
 from slime.core.load_result import LoadResult
-from slime.core.packing import StepPlan, plan_steps, training_flops
-from slime.megatron import routing_replay
+from slime.core.rank_batch import RankBatch, RankStep
+from slime.megatron import device, routing_replay
 from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_of, loss_options, loss_weight_columns
 from slime.megatron.checkpoint.files import refuse_abandoned
 from slime.megatron.checkpoint.save_load import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
@@ -42,8 +42,10 @@ from slime.megatron.nan_guard import BadStepError, StepGuard, check_columns
 from slime.megatron.offload.host_memory import Snapshots
 from slime.megatron.offpolicy import offpolicy_columns, version_of_weights
 from slime.megatron.optim.optimizer import build_optimizer, follow_schedule, reload_main_weights, steps_per_rollout
+from slime.megatron.packs import Packs
 from slime.megatron.parallel import close_parallel, init_parallel
-from slime.megatron.step import Stepper, over_steps
+from slime.megatron.share import Share
+from slime.megatron.step import Predicted, Stepper, over_steps
 from slime.models.hf_files import HFReader
 
 logger = logging.getLogger(__name__)
@@ -208,10 +210,13 @@ class Trainer:
 
     # Training
 
-    def train(self, rollout_id: int, batch: TrainBatch, policy_version: int | None = None) -> dict[str, float]:
+    def train(
+        self, rollout_id: int, batch: TrainBatch | RankBatch, policy_version: int | None = None
+    ) -> dict[str, float]:
         """Take all optimizer steps of one rollout; return metrics, which are the same on every rank.
 
         Args:
+            batch: this data-parallel rank's part of the rollout, or on every rank the whole rollout.
             policy_version: the version under which the engines know the trainer's current weights; None if they were
                 never sent. Tokens of lower versions are off-policy (see `offpolicy`).
 
@@ -219,76 +224,95 @@ class Trainer:
             ValueError: the samples cannot be cut into the requested steps, or off-policy tokens cannot be corrected.
             RuntimeError: loss weights do not add up, or numbers are not finite.
         """
-        start, raw_batch = time.perf_counter(), batch
+        start = time.perf_counter()
         args = self._args
         self._stepper.forget_gradients(self.optimizer)
-        counted_N = counted_rows_of(args, raw_batch)
-        version = version_of_weights(args, rollout_id, raw_batch, policy_version)
-        batch = routing_replay.for_actor(args, raw_batch)
-        made, offpolicy_metrics = offpolicy_columns(args, batch, counted_N, version)
-        plans = self.plan(batch, steps_per_rollout(args))
-        # all columns by name: first the rollout's own, then those that training computes from the earlier ones
-        columns = batch.columns | made | self._predictions(batch, plans)
+        share = self.share(batch, steps_per_rollout(args))
+        counted_N = counted_rows_of(args, share.rows)
+        version = version_of_weights(args, rollout_id, share, policy_version)
+        own = routing_replay.for_actor(args, share)
+        made, offpolicy_metrics = offpolicy_columns(args, share, counted_N, version)
+        # the own rows' columns by name: first those that came, then those that training computes from the earlier ones
+        columns = own.columns | made | self._predictions(own, share.batch.steps)
         where = f"rollout {rollout_id}"
-        check_columns(where, batch, columns, counted_N)  # whitening would spread one bad value over all tokens
-        made, advantage_metrics = advantage_columns(args, batch, columns, counted_N)
+        check_columns(where, share, columns, counted_N)  # whitening would spread one bad value over all tokens
+        made, advantage_metrics = advantage_columns(args, share, columns, counted_N)
         columns |= made
-        check_columns(where, batch, columns, counted_N, ["advantages"])
-        made, sums = loss_weight_columns(args, batch, columns, counted_N, [plan.rows for plan in plans])
-        batch = TrainBatch(batch.total_lengths_N, batch.response_lengths_N, columns | made)
+        check_columns(where, share, columns, counted_N, ["advantages"])
+        made, sums = loss_weight_columns(args, share, columns, counted_N)
+        columns |= made
         if self._dump is not None:
-            self._dump.rollout(rollout_id, raw_batch, batch)
+            self._dump.rollout(rollout_id, share, columns)
         train_start = time.perf_counter()
-        metrics = self._take_steps(rollout_id, batch, plans, sums)
+        metrics = self._take_steps(rollout_id, share, columns, sums)
         end = time.perf_counter()
-        metrics |= self._plan_metrics(batch, plans) | offpolicy_metrics | advantage_metrics
+        metrics |= share.batch.metrics | offpolicy_metrics | advantage_metrics
         if self.critic is not None:
-            metrics |= {f"critic/{name}": value for name, value in critic_metrics(batch, counted_N).items()}
+            found = critic_metrics(share, columns, counted_N)
+            metrics |= {f"critic/{name}": value for name, value in found.items()}
         metrics["train/dropped_samples"] = float((~counted_N).sum())
         forward, step = self._longest([train_start - start, end - train_start])
         metrics |= {"time/train_forward": forward, "time/train_step": step}
-        metrics["train/tokens_per_second"] = float(batch.total_lengths_N.sum()) / (forward + step)
+        metrics["train/tokens_per_second"] = float(share.rows.total_lengths_N.sum()) / (forward + step)
         return metrics
 
-    def _predictions(self, batch: TrainBatch, plans: Sequence[StepPlan]) -> dict[str, Array]:
-        """Return what the models predict for the whole rollout before its first step: log-probs and values, if needed.
+    def share(self, batch: TrainBatch | RankBatch, num_steps: int) -> Share:
+        """Return this rank's share of a rollout, which is cut here if it comes as a whole.
+
+        Raises:
+            RuntimeError: the part of another rank has arrived.
+        """
+        topology = self.topology
+        if isinstance(batch, TrainBatch):
+            parts = parts_of_rollout(self._args, batch, num_ranks=topology.dp_size, num_steps=num_steps)
+            batch = parts[topology.dp_rank]
+        if (batch.rank, batch.num_ranks) != (topology.dp_rank, topology.dp_size):
+            raise RuntimeError(
+                f"trainer {topology.rank} is data-parallel rank {topology.dp_rank} of {topology.dp_size}, and got the "
+                f"rows of rank {batch.rank} of {batch.num_ranks}: some rows would be trained on twice and others never"
+            )
+        return Share(batch, topology.dp_host_group)
+
+    def _predictions(self, own: TrainBatch, steps: Sequence[RankStep]) -> dict[str, Array]:
+        """Return what the models predict for the own rows before the first step: log-probs and values, if needed.
 
         With one step the old policy is the current one, and its log-probs are read from the step's own forward pass;
         but a KL penalty in the reward needs them earlier.
         """
         found: dict[str, Array] = {}
-        if self._args.loss_type != "sft_loss" and (len(plans) > 1 or self._args.needs_kl_first):
-            found["old_log_probs"] = self._forward(batch, plans)
+        if self._args.loss_type != "sft_loss" and (len(steps) > 1 or self._args.needs_kl_first):
+            found["old_log_probs"] = self._forward(own, steps)
         if self._args.needs_reference:
             with self._snapshots.holding("ref"):
-                found["ref_log_probs"] = self._forward(routing_replay.for_others(batch), plans)
+                found["ref_log_probs"] = self._forward(routing_replay.for_others(own), steps)
         if self.critic is not None:
-            found["values"] = self._forward(routing_replay.for_others(batch), plans, self.critic.values)
+            found["values"] = self._forward(routing_replay.for_others(own), steps, self.critic.values)
         return found
 
     def _take_steps(
-        self, rollout_id: int, batch: TrainBatch, plans: Sequence[StepPlan], sums: Sequence[float]
+        self, rollout_id: int, share: Share, columns: dict[str, Array], sums: Sequence[float]
     ) -> dict[str, float]:
         """Take the policy's and the critic's steps; only the critic's in the first --num-critic-only-steps rollouts."""
         args = self._args
+        batch = TrainBatch(share.own.total_lengths_N, share.own.response_lengths_N, columns)
         learns = self.critic is None or rollout_id >= args.num_critic_only_steps
         steps: list[dict[str, float]] = []
         critic_steps: list[dict[str, float]] = []
-        for number, (plan, weights_sum) in enumerate(zip(plans, sums, strict=True)):
+        for number, (step, weights_sum) in enumerate(zip(share.batch.steps, sums, strict=True)):
             where = f"rollout {rollout_id}, step {number}"
             if number > 0:
                 self._stepper.forget_gradients(self.optimizer)
             if learns:
                 try:
                     step_metrics = self._stepper.train(
-                        self._pack(batch, plan),
+                        self._packs(batch, [step]),
                         optimizer=self.optimizer,
                         scheduler=self.scheduler,
                         loss=self._loss,
                         options=self._loss_options,
                         weights_sum=weights_sum,
                         where=where,
-                        batch=batch,
+                        share=share,
                         guard=self._guard,
                     )
                 except BadStepError as error:
@@ -296,8 +320,8 @@ class Trainer:
                 steps.append(step_metrics)
             if self.critic is not None:
                 self.critic.forget_gradients()
-                packed = self._pack(routing_replay.for_others(batch), plan)
-                critic_steps.append(self.critic.train(packed, batch=batch, weights_sum=weights_sum, where=where))
+                packs = self._packs(routing_replay.for_others(batch), [step])
+                critic_steps.append(self.critic.train(packs, share=share, weights_sum=weights_sum, where=where))
         return over_steps(steps, "train") | over_steps(critic_steps, "critic")
 
     def log_probs(self, batch: TrainBatch, *, model: Literal["actor", "ref"] = "actor") -> Array:
@@ -306,39 +330,30 @@ class Trainer:
         Raises:
             ValueError: `model="ref"`, and no reference is kept.
         """
-        plans = self.plan(batch, 1)
-        if model == "actor":
-            return self._forward(batch, plans)
-        if "ref" not in self._snapshots:
+        share = self.share(batch, 1)
+        if model == "ref" and "ref" not in self._snapshots:
             raise ValueError(f"no reference model is kept: give {ASKS_FOR_REFERENCE}")
-        with self._snapshots.holding("ref"):
-            return self._forward(routing_replay.for_others(batch), plans)
+        if model == "actor":
+            own_R = self.own_log_probs(share)
+        else:
+            with self._snapshots.holding("ref"):
+                own_R = self._forward(routing_replay.for_others(share.own), share.batch.steps)
+        return share.whole({**share.own.columns, "old_log_probs": own_R}).columns["old_log_probs"]
 
-    def plan(self, batch: TrainBatch, num_steps: int) -> list[StepPlan]:
-        """Plan which rows each rank takes, in which micro-batches, by --max-tokens-per-gpu or --micro-batch-size."""
-        args = self._args
-        return plan_steps(
-            batch.total_lengths_N.tolist(),
-            num_steps=num_steps,
-            dp_size=self.topology.dp_size,
-            max_tokens=self._max_tokens,
-            micro_batch_size=args.micro_batch_size,
-            multiple=self._context.pack_multiple(self._multiple),
-            row_multiple=self._context.row_multiple,
-            balance=args.balance_data,
-            flops=training_flops(self._arch),
-            count_multiple=count_multiple(args),
-        )
+    def own_log_probs(self, share: Share) -> Array:
+        """Return the log-probs of the own rows' response tokens by the actor, like `log_probs`."""
+        return self._forward(share.own, share.batch.steps)
 
-    @property
-    def _max_tokens(self) -> int | None:
-        """The token budget of one micro-batch, over its context-parallel ranks; None without dynamic batches."""
-        args = self._args
-        if not args.use_dynamic_batch_size:
-            return None
-        if args.max_tokens_per_gpu is None:
-            raise ValueError("--use-dynamic-batch-size: --max-tokens-per-gpu is not given; give the token budget")
-        return args.max_tokens_per_gpu * self.topology.cp_size
+    def _packs(self, own: TrainBatch, steps: Sequence[RankStep]) -> Packs:
+        """Return the micro-batches of these steps, which are packed as the model takes them."""
+
+        def pack(content: tuple[Sequence[int], int]) -> MicroBatch:
+            rows, tokens = content
+            return pack_rows(
+                own, rows, arch=self._arch, multiple=self._multiple, part=self._context, step_tokens=tokens
+            )
+
+        return Packs(pack, [(rows, step.num_tokens) for step in steps for rows in step.micro_batches])
 
     @property
     def _multiple(self) -> int:
@@ -350,47 +365,28 @@ class Trainer:
         topology = self.topology
         return ContextParallel(topology.cp_rank, topology.cp_size, topology.cp_group)
 
-    def _pack(self, batch: TrainBatch, plan: StepPlan) -> list[MicroBatch]:
-        tokens = sum(int(batch.total_lengths_N[rows].sum()) for ranks in plan.micro_batches for rows in ranks if rows)
-        return [
-            pack_rows(batch, rows, arch=self._arch, multiple=self._multiple, part=self._context, step_tokens=tokens)
-            for rows in plan.micro_batches[self.topology.dp_rank]
-        ]
-
     def _forward(
         self,
-        batch: TrainBatch,
-        plans: Sequence[StepPlan],
-        forward: Callable[[Sequence[MicroBatch]], list[Tensor]] | None = None,
+        own: TrainBatch,
+        steps: Sequence[RankStep],
+        forward: Callable[[Packs], list[Predicted]] | None = None,
     ) -> Array:
-        """Return [R] log-probs (or what `forward` returns) of the whole batch by the current model, on every rank."""
-        flat = np.zeros(int(batch.response_lengths_N.sum()), dtype=np.float32)
-        micro_batches = [micro_batch for plan in plans for micro_batch in self._pack(batch, plan)]
-        found = (forward or self._stepper.log_probs)(micro_batches)
-        if self.topology.is_last_stage:
-            for micro_batch, found_R in zip(micro_batches, found, strict=True):
-                flat[micro_batch.responses_R] = found_R.cpu().numpy()
-        whole = torch.from_numpy(flat).to(self.topology.tensor_device)  # 0 for tokens of other ranks
+        """Return [R] log-probs (or what `forward` returns) of the own rows by the current model.
+
+        All ranks that share these rows get all of them, whichever of them has computed which.
+        """
+        flat = torch.zeros(int(own.response_lengths_N.sum()), dtype=torch.float32, device=self.topology.tensor_device)
+        for responses_R, found_R in (forward or self._stepper.log_probs)(self._packs(own, steps)):
+            flat[device.send(torch.from_numpy(responses_R))] = found_R.float()
+        if self.topology.is_last_stage and self.topology.cp_size > 1:
+            dist.all_reduce(flat, group=self.topology.cp_group)  # 0 for tokens of other ranks
         last = self.topology.pp_size - 1
-        if self.topology.is_last_stage:
-            dist.all_reduce(whole, group=self.topology.dp_cp_group)
         if last > 0:
-            dist.broadcast(whole, group=self.topology.pp_group, group_src=last)
-        return whole.cpu().numpy()
+            dist.broadcast(flat, group=self.topology.pp_group, group_src=last)
+        return flat.cpu().numpy()
 
     def _longest(self, seconds: list[float]) -> list[float]:
         """Return, for each duration, the longest that any rank took."""
         times = torch.tensor(seconds, dtype=torch.float64, device=self.topology.tensor_device)
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
         return times.tolist()
-
-    def _plan_metrics(self, batch: TrainBatch, plans: Sequence[StepPlan]) -> dict[str, float]:
-        lengths = batch.total_lengths_N.tolist()
-        metrics = {"train/num_micro_batches": float(sum(plan.num_micro_batches for plan in plans))}
-        if self._max_tokens is not None:
-            fills = [plan.fill(lengths, self._max_tokens) for plan in plans]
-            metrics["train/fill"] = sum(fills) / len(fills)
-        if self.topology.dp_size > 1:
-            flops = training_flops(self._arch)
-            metrics["train/dp_imbalance"] = max(plan.imbalance(lengths, flops) for plan in plans)
-        return metrics

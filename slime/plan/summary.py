@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from slime.config.args import Args
 from slime.config.epochs import planned_prompts, rollouts_of_epochs
 from slime.config.eval_data import eval_datasets
+from slime.config.object_store import LEAST as OBJECT_STORE
+from slime.config.object_store import rollout_bytes
 from slime.config.pipeline_stages import count_multiple, num_chunks, stage_layers
 from slime.config.problem import Problem, show
 from slime.config.resolve import OUTPUTS, counts_gpus, gpu_memory
@@ -244,6 +246,9 @@ def _batches(args: Args) -> Iterable[Row]:
         f"{args.rollout_batch_size} prompts x {args.resolved.n_samples_per_prompt} samples = {samples} samples, "
         f"up to {args.rollout_max_response_len} tokens each, temperature {args.rollout_temperature:g}",
     )
+    store = rollout_bytes(args)
+    if store > OBJECT_STORE:
+        yield "object store", f"up to {store / 2**30:,.1f} GiB of Ray's for rollouts on their way to the trainers"
     if args.rollouts_ahead:
         waits = "waits until it is complete" if args.update_weight_pause == "drain" else "passes between its requests"
         yield "", f"one rollout ahead: the next is generated while one trains; the weight sync {waits}"

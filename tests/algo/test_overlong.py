@@ -13,6 +13,7 @@ from slime.config.args import Args
 from slime.core.batch import from_samples
 from slime.core.sample import Sample, Status
 from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_weight_columns
+from slime.megatron.share import Share
 from slime.rollout.acceptance import mask_truncated
 
 
@@ -58,7 +59,7 @@ def test_estimators_read_the_penalized_reward() -> None:
     args = Args(rollout_max_response_len=10, overlong_buffer_len=4, overlong_penalty_factor=0.5)
     batch = from_samples(group(REWARDS, LENGTHS, 10))
     counted = counted_rows_of(args, batch)
-    made, metrics = advantage_columns(args, batch, batch.columns, counted)
+    made, metrics = advantage_columns(args, Share.alone(batch), batch.columns, counted)
     found = replace(batch, columns=batch.columns | made)
     punished = np.asarray([1.0, 1.0 - 0.25, 0.0, 1.0 - 0.5])
     expected = (punished - punished.mean()) / (punished.std(ddof=1) + 1e-6)
@@ -67,7 +68,7 @@ def test_estimators_read_the_penalized_reward() -> None:
     assert metrics["train/overlong_penalty"] == pytest.approx(-0.75 / 4)
     assert metrics["train/overlong_samples"] == 0.5
     assert batch.columns["rewards"][:4].tolist() == [1.0, 1.0, 0.0, 1.0], "the rewards of the batch are unchanged"
-    plain, none = advantage_columns(Args(rollout_max_response_len=10), batch, batch.columns, counted)
+    plain, none = advantage_columns(Args(rollout_max_response_len=10), Share.alone(batch), batch.columns, counted)
     assert none == {}
     assert not np.allclose(plain["advantages"], found.columns["advantages"])  # control
 
@@ -78,8 +79,8 @@ def test_truncated_samples_count_in_the_baseline_only() -> None:
         mask_truncated(args, samples)
         batch = from_samples(samples)
         counted = counted_rows_of(args, batch)
-        advantages, _ = advantage_columns(args, batch, batch.columns, counted)
-        weights, sums = loss_weight_columns(args, batch, batch.columns, counted, [range(5)])
+        advantages, _ = advantage_columns(args, Share.alone(batch), batch.columns, counted)
+        weights, sums = loss_weight_columns(args, Share.alone(batch), batch.columns, counted)
         batch = replace(batch, columns=batch.columns | advantages | weights)
         assert sums == [1.0]
         return np.asarray([row.sum() for row in batch.rows("loss_weights")]), batch.rows("advantages")

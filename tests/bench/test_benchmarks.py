@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from worker_pool import WorkerPool
 
-from bench import arrival, packing, report, state, trainer
+from bench import arrival, host, packing, report, state, trainer
 from bench.common import ROOT, Spread, Table, in_turns, ratios
 from slime.core.batch import from_samples
 from slime.core.packing import StepPlan
@@ -65,6 +65,7 @@ def test_tables_reach_only_their_block() -> None:
         "engine",
         "trainer",
         "packing",
+        "host",
         "loop",
         "rollout",
         "state",
@@ -80,6 +81,13 @@ def test_the_state_benchmark_restores_what_it_saves(tmp_path: Path) -> None:
     assert {part: len(times.cpu[part]) for part in parts} == dict.fromkeys(parts, 2)
     table = state.table_of(times, dict.fromkeys(parts, 600), "")
     assert [row[0] for row in table.rows] == [*state.SAVE, "plain write", *state.RESTORE, "plain read", *state.JSON]
+
+
+def test_the_host_benchmark_cuts_a_rollout() -> None:
+    args = host.Args(architecture=packing.QWEN3_4B, num_steps_per_rollout=1, partial_rollout=True)
+    table, [size, _], _ = host.measure(args, host.rollout(128, 16), 1)
+    assert [row[0] for row in table.rows] == [str(ranks) for ranks in host.RANKS]
+    assert size.ratio > 4, "a part of 64 is smaller than the batch, although it knows of all rows"
 
 
 def test_the_packing_benchmark_checks_its_plans() -> None:

@@ -78,6 +78,9 @@ def _states(reference: Path, other: Path) -> Iterator[str]:
         )
         for state in (first, second):
             state["state"].pop("times", None)
+            made = state["state"]["rollout"].get("made")  # the rollout that waits to be trained on has metrics already
+            if made is not None:
+                made["metrics"] = {name: value for name, value in made["metrics"].items() if not is_measured(name)}
         yield from _of_values(ours.name, first, second)
 
 

@@ -49,6 +49,8 @@ VICTIMS = (DRIVER, TRAINER, MANAGER)
 _ORDER = (phases.SAVE, phases.SYNC, phases.GENERATION, phases.TRAINING, phases.SAVE, phases.SYNC, phases.START)
 """Phases, which are chosen in turn: a random moment would rarely be in a save or a weight sync, which are short."""
 STOP_EVERY = 3
+SEEN_S = 0.05
+"""The shortest span in which a kill is drawn: a phase of an asynchronous run may be over before it is looked at."""
 _STOP_ORDER = (phases.GENERATION, phases.TRAINING, phases.EVALUATION, phases.SYNC, phases.SAVE, phases.START)
 SECOND_AFTER_S = 0.7
 """Seconds between two signals; `slime.cluster.life.stop` takes those within half a second for one."""
@@ -142,7 +144,7 @@ def draw(count: int, seed: int, spans: Sequence[Span]) -> list[Kill]:
         phase = _ORDER[number % len(_ORDER)]
         if phase == phases.START and number // len(_ORDER) % 2:
             phase = phases.EVALUATION
-        span = rng.choice([span for span in spans if span.phase == phase])
+        span = rng.choice(_of_phase(phase, spans))
         victim = VICTIMS[(number + number // len(VICTIMS)) % len(VICTIMS)]
         kills.append(
             Kill(
@@ -159,11 +161,17 @@ def draw(count: int, seed: int, spans: Sequence[Span]) -> list[Kill]:
     return kills
 
 
+def _of_phase(phase: str, spans: Sequence[Span]) -> list[Span]:
+    """Return the spans of a phase; those that another run may not show only if there is no other."""
+    found = [span for span in spans if span.phase == phase]
+    return [span for span in found if span.end - span.start >= SEEN_S] or found
+
+
 def _draw_stop(number: int, rng: random.Random, spans: Sequence[Span]) -> Kill:
     """Return the `number`th stop; in most phases something has been trained by then."""
     turn, place = divmod(number, len(_STOP_ORDER))
     phase, seldom = _STOP_ORDER[place], number % 5 != 4
-    candidates = [span for span in spans if span.phase == phase]
+    candidates = _of_phase(phase, spans)
     span = rng.choice(candidates[1:] or candidates)
     sent = (signal.SIGINT, signal.SIGTERM)[(number + turn) % 2]
     return Kill(

@@ -6,7 +6,7 @@ every token is there once, and a run still learns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime.core.batch import Array, TrainBatch
-from slime.core.packing import StepPlan
+from slime.core.rank_batch import RankStep
 from slime.megatron import critic, trainer
 from slime.megatron.microbatch import Cut, MicroBatch
+from slime.megatron.packs import Packs
 from slime.megatron.step import WeightedLoss
 from tests.layouts.draws import Draw
 
@@ -29,35 +30,31 @@ Patch = AbstractContextManager[Any]
 
 def own_denominator() -> Patch:
     """Let every rank divide by its own denominator, and average the ranks' means."""
-    pack = trainer.Trainer._pack
+    packs = trainer.Trainer._packs
 
-    def wrong(self: trainer.Trainer, batch: TrainBatch, plan: StepPlan) -> list[MicroBatch]:
-        packed = pack(self, batch, plan)
-        if not batch.has("loss_weights"):
-            return packed
-        own = sum(float(each.columns["loss_weights"].sum()) for each in packed)
-        having = torch.tensor(float(own > 0))
-        dist.all_reduce(having, group=self.topology.dp_cp_group)
-        if not own:
-            return packed
-        return [
-            replace(each, columns={**each.columns, "loss_weights": each.columns["loss_weights"] / (own * having)})
-            for each in packed
-        ]
+    def wrong(self: trainer.Trainer, own: TrainBatch, steps: Sequence[RankStep]) -> Packs:
+        if own.has("loss_weights"):
+            rows = [row for step in steps for micro_batch in step.micro_batches for row in micro_batch]
+            part = sum(float(own.rows("loss_weights")[row].sum()) for row in rows)
+            having = torch.tensor(float(part > 0))
+            dist.all_reduce(having, group=self.topology.dp_cp_group)
+            if part:
+                own = own.with_column("loss_weights", own.columns["loss_weights"] / (part * float(having)))
+        return packs(self, own, steps)
 
-    return patch.object(trainer.Trainer, "_pack", wrong)
+    return patch.object(trainer.Trainer, "_packs", wrong)
 
 
 def shifted_mask() -> Patch:
     """Give every token the weight of the token before it."""
-    pack = trainer.Trainer._pack
+    packs = trainer.Trainer._packs
 
-    def wrong(self: trainer.Trainer, batch: TrainBatch, plan: StepPlan) -> list[MicroBatch]:
-        if batch.has("loss_weights"):
-            batch = batch.with_column("loss_weights", np.roll(batch.columns["loss_weights"], 1))
-        return pack(self, batch, plan)
+    def wrong(self: trainer.Trainer, own: TrainBatch, steps: Sequence[RankStep]) -> Packs:
+        if own.has("loss_weights"):
+            own = own.with_column("loss_weights", np.roll(own.columns["loss_weights"], 1))
+        return packs(self, own, steps)
 
-    return patch.object(trainer.Trainer, "_pack", wrong)
+    return patch.object(trainer.Trainer, "_packs", wrong)
 
 
 def contiguous_slice() -> Patch:

@@ -26,10 +26,12 @@ from slime.config.resolve import resolve
 from slime.core.architecture import Architecture
 from slime.core.batch import COLUMNS, TrainBatch
 from slime.core.packing import plan_steps
+from slime.core.rank_batch import rank_batches
 from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_options, loss_weight_columns
 from slime.megatron.logprobs import response_log_probs
 from slime.megatron.microbatch import ContextParallel, pack_rows
 from slime.megatron.parallel import Topology
+from slime.megatron.share import Share
 
 pytestmark = pytest.mark.dist
 
@@ -148,11 +150,9 @@ def _cut(rank: int, world_size: int, init_method: str, algorithms: list[Args]) -
 
 def _one_step(args: Args, topology: Topology, batch: TrainBatch) -> Found:
     part = ContextParallel(topology.cp_rank, topology.cp_size, topology.cp_group)
-    counted_N = counted_rows_of(args, batch)
     if args.use_tis:
         batch = batch.with_column("weighted", batch.columns["loss_mask"] > 0)
-    made, _ = advantage_columns(args, batch, batch.columns, counted_N)
-    batch = replace(batch, columns=batch.columns | made)
+    counted_N, num_responses = counted_rows_of(args, batch), len(batch.columns["old_log_probs"])
     [plan] = plan_steps(
         batch.total_lengths_N.tolist(),
         num_steps=1,
@@ -163,14 +163,16 @@ def _one_step(args: Args, topology: Topology, batch: TrainBatch) -> Found:
         row_multiple=part.row_multiple,
         balance=args.balance_data,
     )
-    made, [total] = loss_weight_columns(args, batch, batch.columns, counted_N, [plan.rows])
-    batch = replace(batch, columns=batch.columns | made)
+    share = Share(rank_batches(batch, [plan])[topology.dp_rank], topology.dp_host_group)
+    made, _ = advantage_columns(args, share, share.own.columns, counted_N)
+    weights, [total] = loss_weight_columns(args, share, share.own.columns, counted_N)
+    batch = replace(share.own, columns=share.own.columns | made | weights)
     assert total == 1
     table, whole_head = _weights()
     head = whole_head.detach().chunk(topology.tp_size)[topology.tp_rank].clone().requires_grad_()
     losses: list[Tensor] = []
-    log_probs_R = torch.zeros(len(batch.columns["old_log_probs"]), dtype=torch.float64)
-    for rows in plan.micro_batches[topology.dp_rank]:
+    log_probs_R = torch.zeros(num_responses, dtype=torch.float64)
+    for rows in share.batch.steps[0].micro_batches:
         micro_batch = pack_rows(batch, rows, arch=SHAPE, multiple=topology.tp_size, part=part)
         columns, hidden = micro_batch.columns, table[micro_batch.tokens_B[0]][:, None]
         if args.sequence_parallel:
@@ -202,7 +204,7 @@ def _one_step(args: Args, topology: Topology, batch: TrainBatch) -> Found:
         loss = (loss_R * columns["loss_weights"]).sum()
         loss.backward()
         losses.append(loss.detach())
-        log_probs_R[micro_batch.responses_R] = found_R.detach()
+        log_probs_R[share.places(micro_batch.responses_R)] = found_R.detach()
     loss = torch.stack(losses).sum()
     assert table.grad is not None and head.grad is not None
     for each in (loss, log_probs_R, table.grad, head.grad):

@@ -83,7 +83,9 @@ def critic_weights(trainer: Trainer) -> Arrays:
 
 def values_of(trainer: Trainer, batch: TrainBatch) -> np.ndarray:
     assert trainer.critic is not None
-    return trainer._forward(batch, trainer.plan(batch, 1), trainer.critic.values)
+    share = trainer.share(batch, 1)
+    own_R = trainer._forward(share.own, share.batch.steps, trainer.critic.values)
+    return share.whole({**share.own.columns, "values": own_R}).columns["values"]
 
 
 Found = tuple[list[dict[str, float]], Arrays, np.ndarray, Arrays]
@@ -163,7 +165,8 @@ def by_hand(hf: Path, args: Args, steps: list[list[list[int]]]) -> tuple[Arrays,
 def rows_of_steps(rank: int, world_size: int, init_method: str, args: Args) -> list[list[list[int]]]:
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
-        return [[list(plan.rows) for plan in trainer.plan(batch, 2)] for batch in BATCHES]
+        steps = [trainer.share(batch, 2).batch.step_N for batch in BATCHES]
+        return [[np.flatnonzero(step_N == number).tolist() for number in range(2)] for step_N in steps]
     finally:
         trainer.close()
 

@@ -19,6 +19,7 @@ from slime.config.args import Args
 from slime.core.batch import TrainBatch
 from slime.megatron.nan_guard import FEWEST_STEPS, MOST_SKIPPED, check_columns
 from slime.megatron.optim.optimizer_state import parts_of
+from slime.megatron.share import Share
 from slime.megatron.trainer import Trainer
 
 pytestmark = pytest.mark.dist
@@ -70,19 +71,19 @@ def test_columns_that_are_not_finite(name: str, value: float, expected: str) -> 
     for column in ("ref_log_probs", "advantages"):
         batch = batch.with_column(column, batch.columns["rollout_log_probs"])
     counted_N = np.ones(len(batch), dtype=bool)
-    check_columns("rollout 3", batch, batch.columns, counted_N)  # control
+    check_columns("rollout 3", Share.alone(batch), batch.columns, counted_N)  # control
     wrong = spoilt(batch, name, value)
     with pytest.raises(RuntimeError) as raised:
-        check_columns("rollout 3", wrong, wrong.columns, counted_N)
+        check_columns("rollout 3", Share.alone(wrong), wrong.columns, counted_N)
     message = str(raised.value)
     assert message.startswith(f"rollout 3: {name} ")
     assert expected.replace("LENGTH", str(batch.response_lengths_N[POISONED])) in message
     counted_N[POISONED] = False  # a sample that does not count may hold anything
-    check_columns("rollout 3", wrong, wrong.columns, counted_N)
+    check_columns("rollout 3", Share.alone(wrong), wrong.columns, counted_N)
     if name != "rewards":
         mask = np.isfinite(wrong.columns[name]).astype(np.float32)
         every_N = np.ones(len(batch), dtype=bool)
-        check_columns("rollout 3", wrong, wrong.columns | {"loss_mask": mask}, every_N)
+        check_columns("rollout 3", Share.alone(wrong), wrong.columns | {"loss_mask": mask}, every_N)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from worker_pool import WorkerPool
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
 from slime.megatron.advantages import counted_rows_of
-from slime.megatron.offpolicy import offpolicy_columns, version_of_weights
+from slime.megatron.offpolicy import offpolicy_columns
+from slime.megatron.offpolicy import version_of_weights as version_of_share
+from slime.megatron.share import Share
 from slime.megatron.trainer import Trainer
 
 VERSION = 5
@@ -44,8 +46,12 @@ def plain_batch(**columns: np.ndarray) -> TrainBatch:
 
 
 def prepared(args: Args, batch: TrainBatch, version: int = VERSION) -> tuple[TrainBatch, dict[str, float]]:
-    made, metrics = offpolicy_columns(args, batch, counted_rows_of(args, batch), version)
+    made, metrics = offpolicy_columns(args, Share.alone(batch), counted_rows_of(args, batch), version)
     return replace(batch, columns=batch.columns | made), metrics
+
+
+def version_of_weights(args: Args, rollout_id: int, batch: TrainBatch, policy_version: int | None) -> int:
+    return version_of_share(args, rollout_id, Share.alone(batch), policy_version)
 
 
 # --- which tokens -----------------------------------------------------------------------------------------------

@@ -153,10 +153,13 @@ def test_context_parallel_ranks_without_responses(workers: WorkerPool, hf: dict[
 class _Losing(Trainer):
     """A trainer with a bug: it loses the last micro-batch's weights."""
 
-    def _pack(self, batch: TrainBatch, plan: Any) -> Any:
-        micro_batches = super()._pack(batch, plan)
-        micro_batches[-1].columns["loss_weights"].zero_()
-        return micro_batches
+    def _packs(self, own: TrainBatch, steps: Any) -> Any:
+        if own.has("loss_weights"):
+            weights = [row.copy() for row in own.rows("loss_weights")]
+            for row in steps[-1].micro_batches[-1]:
+                weights[row][:] = 0
+            own = own.with_column("loss_weights", np.concatenate(weights))
+        return super()._packs(own, steps)
 
 
 def _train_losing(rank: int, world_size: int, init_method: str, args: Args, batch: TrainBatch) -> str:

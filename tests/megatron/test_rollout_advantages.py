@@ -10,7 +10,10 @@ import tiny
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
+from slime.core.packing import StepPlan
+from slime.core.rank_batch import rank_batches
 from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_options, loss_weight_columns
+from slime.megatron.share import Share
 
 
 def _batch() -> TrainBatch:
@@ -21,7 +24,7 @@ def _batch() -> TrainBatch:
 
 
 def _with_advantages(args: Args, batch: TrainBatch) -> TrainBatch:
-    made, _ = advantage_columns(args, batch, batch.columns, counted_rows_of(args, batch))
+    made, _ = advantage_columns(args, Share.alone(batch), batch.columns, counted_rows_of(args, batch))
     return replace(batch, columns=batch.columns | made)
 
 
@@ -61,7 +64,8 @@ def test_weights_sum_to_1_in_every_step(per_token: bool) -> None:
     batch = _batch()
     args = Args(calculate_per_token_loss=per_token)
     steps = [[4, 0, 2], [1, 3, 5, 6], [7]]  # in any order
-    made, sums = loss_weight_columns(args, batch, batch.columns, counted_rows_of(args, batch), steps)
+    [part] = rank_batches(batch, [StepPlan([[step]]) for step in steps])
+    made, sums = loss_weight_columns(args, Share(part, None), batch.columns, counted_rows_of(args, batch))
     batch = replace(batch, columns=batch.columns | made)
     assert sums == [1.0, 1.0, 0.0]
     weights, masks = batch.rows("loss_weights"), batch.rows("loss_mask")

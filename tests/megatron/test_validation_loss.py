@@ -15,6 +15,7 @@ from worker_pool import WorkerPool
 
 from slime.config.args import Args
 from slime.core.batch import TrainBatch
+from slime.megatron.share import Share
 from slime.megatron.trainer import Trainer
 from slime.megatron.validation_loss import validation_losses
 
@@ -68,7 +69,8 @@ def losses(rank: int, world_size: int, init_method: str, args: Args, batch: Trai
     trainer = Trainer(args, rank=rank, world_size=world_size, init_method=init_method)
     try:
         trainer.load()
-        return validation_losses(batch, trainer.log_probs(batch))
+        share = trainer.share(batch, 1)
+        return validation_losses(share, trainer.own_log_probs(share))
     finally:
         trainer.close()
 
@@ -158,5 +160,5 @@ def test_means_over_tokens_and_over_examples() -> None:
     }
     batch = TrainBatch(np.asarray([3, 5]), np.asarray([2, 3]), columns)
     log_probs_R = np.asarray([-4, -np.inf, 0, 0, 0], dtype=np.float32)
-    found = validation_losses(batch, log_probs_R)
+    found = validation_losses(Share.alone(batch), log_probs_R)
     assert found == {"loss": 1.0, "loss_per_sample": 2.0, "num_examples": 2.0, "trained_tokens": 4.0}

@@ -18,8 +18,8 @@ from slime.algo.advantages.rollout_rewards import AdvantageOptions, RolloutRewar
 def gae(rollout: RolloutRewards, options: AdvantageOptions) -> Tensor:
     """Return A_t = sum over l of (gamma lambda)^l delta_(t+l), with delta_t = r_t + gamma V_(t+1) - V_t, as [R]."""
     assert rollout.values_R is not None, "GAE needs the critic's values"
-    rewards_NL = rollout.token_rewards_NL(rollout.rewards_N, options)
-    values_NL = rollout.padded(rollout.values_R)
-    next_NL = torch.cat([values_NL[:, 1:], torch.zeros_like(values_NL[:, :1])], dim=1)
-    deltas_NL = rewards_NL + options.gamma * next_NL - values_NL
-    return rollout.flat(discounted_returns(deltas_NL, options.gamma * options.lambd))
+    rewards_ML = rollout.token_rewards_ML(rollout.rewards_N, options)
+    values_ML = rollout.padded(rollout.values_R)
+    next_ML = torch.cat([values_ML[:, 1:], torch.zeros_like(values_ML[:, :1])], dim=1)
+    deltas_ML = rewards_ML + options.gamma * next_ML - values_ML
+    return rollout.flat(discounted_returns(deltas_ML, options.gamma * options.lambd))

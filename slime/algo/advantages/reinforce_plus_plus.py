@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from slime.algo.advantages.rollout_rewards import AdvantageOptions, RolloutRewards, discounted_returns
-from slime.algo.reducers import whiten
 
 
 def reinforce_plus_plus(rollout: RolloutRewards, options: AdvantageOptions) -> Tensor:
@@ -19,6 +18,6 @@ def reinforce_plus_plus(rollout: RolloutRewards, options: AdvantageOptions) -> T
 
 def whitened_returns(rollout: RolloutRewards, rewards_N: Tensor, options: AdvantageOptions) -> Tensor:
     """Return [R]: the discounted returns of `rewards_N`, which come with the last token, whitened over the rollout."""
-    rewards_NL = rollout.token_rewards_NL(rewards_N, options)
-    returns_R = rollout.flat(discounted_returns(rewards_NL, options.gamma))
-    return whiten(returns_R, rollout.mask_R)
+    rewards_ML = rollout.token_rewards_ML(rewards_N, options)
+    returns_R = rollout.flat(discounted_returns(rewards_ML, options.gamma))
+    return rollout.whitened(returns_R)

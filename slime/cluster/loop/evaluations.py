@@ -63,8 +63,8 @@ class Evaluations:
         self._look_after = look_after
         self.running: Evaluation | None = None
         """The present evaluation."""
-        self._sets: Any = None
-        """A reference to the rows of SFT's evaluation sets, once they are loaded."""
+        self._sets: list[Any] = []
+        """References to each data-parallel rank's rows of SFT's evaluation sets, once they are loaded."""
 
     def begin(self, step: int) -> bool:
         """Begin an evaluation after `step` rollouts, and return whether a rollout may be generated at the same time."""
@@ -99,7 +99,9 @@ class Evaluations:
 
     def _losses(self) -> list[Any]:
         """Return references to the losses on SFT's evaluation sets, whose rows stay in Ray's object store."""
-        if self._sets is None:
-            self._sets = self._processes.manager.validation_sets.remote()
-            self._processes.waiter.get("loading the evaluation sets", [self._sets])
-        return [trainer.validate.remote(self._sets) for trainer in self._processes.trainers]
+        processes = self._processes
+        if not self._sets:
+            self._sets, names = processes.validation_sets()
+            processes.waiter.get("loading the evaluation sets", [names])
+        each = zip(processes.trainers, processes.of_trainers(self._sets), strict=True)
+        return [trainer.validate.remote(part) for trainer, part in each]

@@ -12,10 +12,11 @@ from typing import Any
 
 @dataclass
 class Generation:
-    """A rollout whose generation has begun. `batch` and `report` are references that the rollout manager fills."""
+    """A rollout whose generation has begun. `parts` and `report` are references that the rollout manager fills."""
 
     rollout_id: int
-    batch: Any
+    parts: list[Any]
+    """One for each data-parallel rank; empty without trainers."""
     report: Any
     waited: float = 0.0
     """Seconds in which the loop did nothing but wait for this rollout."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from slime.cluster.on_ray.own_session import children_in_own_sessions
 from slime.config.args import Args
 from slime.config.engine_kinds import AUTO, ON_CPU, ON_GPUS
+from slime.config.object_store import local_store
 from slime.config.resolve import cuda_devices
 from slime.config.sharding import shard_optimizer
 from slime.core.errors import RunError
@@ -34,24 +36,27 @@ from slime.engine.server_process import find_free_port
 # Ray counts processes on a CPU but does not limit them: with so small a share of a core, any number can be placed.
 CPU_SHARE = 0.01
 RESERVE_TIMEOUT_S = 60.0
-LOCAL_OBJECT_STORE_BYTES = 1024**3
+SHARED_MEMORY = "/dev/shm"
+"""Where Ray keeps its objects on Linux."""
 # If a signal to the whole process group ends Ray's own processes first, nobody should wait a minute for them.
 LOCAL_SYSTEM_CONFIG = {"gcs_rpc_server_reconnect_timeout_s": 5}
 
 
-def start_ray() -> str | None:
+def start_ray(args: Args) -> str | None:
     """Join the cluster at RAY_ADDRESS and return None, or start a local one and return its session directory.
+
+    The object store of a local one holds a rollout of `args`, as far as the machine has the memory.
 
     Raises:
         RunError: Ray does not start.
     """
     try:
-        return _start_ray()
+        return _start_ray(args)
     except Exception as error:  # Ray raises whatever its parts raise; each of them means that there is no Ray
         raise RunError(f"Ray could not be started or joined: {one_line(str(error))}") from error
 
 
-def _start_ray() -> str | None:
+def _start_ray(args: Args) -> str | None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -64,11 +69,23 @@ def _start_ray() -> str | None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            object_store_memory=local_store(args, _free_shared_memory()),
             _node_ip_address="127.0.0.1",
             _system_config=LOCAL_SYSTEM_CONFIG,
         )
     return started.address_info["session_dir"]
+
+
+def _free_shared_memory() -> int:
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return 0
+
+
+def object_store_bytes() -> int:
+    """Return the size of all object stores of the cluster together."""
+    return int(ray.cluster_resources().get("object_store_memory", 0))
 
 
 def addresses_of_ray() -> dict[str, str]:

@@ -24,6 +24,7 @@ from slime.cluster.life.run_files import RunFiles
 from slime.cluster.life.stopped import stopped_below
 from slime.cluster.life.watchdog import Watchdog
 from slime.cluster.on_ray.placement import addresses_of_ray, start_ray
+from slime.config.args import Args
 from slime.core.marks import new_mark
 
 LAST_LOOK_S = 5.0
@@ -47,12 +48,13 @@ class RaySession:
 
 
 @contextmanager
-def ray_session(log_dir: Path, *, silence: float) -> Iterator[RaySession]:
+def ray_session(args: Args, log_dir: Path, *, silence: float) -> Iterator[RaySession]:
     """Start Ray for the block, or join the one at RAY_ADDRESS.
 
     If the block ends without an error, nothing has failed, so Ray's logs are not kept.
 
     Args:
+        args: the run, whose rollouts a local Ray's object store has to hold.
         log_dir: where the logs of Ray's processes are kept after an error.
         silence: seconds without an answer of Ray's own processes, after which the watchdog ends the run.
 
@@ -72,7 +74,7 @@ def ray_session(log_dir: Path, *, silence: float) -> Iterator[RaySession]:
         cleanup.callback(_shut_down, session, own)
         watchdog.expect("starting or joining Ray", START_TIMEOUT_S)
         before = set(psutil.Process().children())
-        directory = start_ray()
+        directory = start_ray(args)
         if directory is not None:
             own += [process for process in psutil.Process().children() if process not in before]
             files.record(directory)

@@ -97,23 +97,23 @@ class PackedSequences(PackedSeqParams):
 
 def pack_sequences(lengths_P: Sequence[int], arch: Architecture, share: ContextShare | None = None) -> PackedSequences:
     """Lay out pieces of these lengths one after the other, on this process's device; no `share`: whole sequences."""
-    where = device.device()
     lengths = torch.tensor(lengths_P, dtype=torch.int64)
     offsets = torch.zeros_like(lengths) if share is None else torch.tensor(share.offsets_P, dtype=torch.int64)
     ends = lengths.cumsum(0)
     positions_B = torch.arange(int(ends[-1])) + torch.repeat_interleave(offsets - ends + lengths, lengths)
     reaches = offsets + lengths
-    angles_B = torch.outer(positions_B.float(), inverse_frequencies(arch))
+    # a position takes 4 bytes on its way to the device, its angles' cosines and sines would take hundreds
+    angles_B = torch.outer(device.send(positions_B.float()), device.send(inverse_frequencies(arch)))
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=F.pad(ends, (1, 0)).int().to(where, non_blocking=True),
-        cu_seqlens_kv=F.pad(reaches.cumsum(0), (1, 0)).int().to(where, non_blocking=True),
+        cu_seqlens_q=device.send(F.pad(ends, (1, 0)).int()),
+        cu_seqlens_kv=device.send(F.pad(reaches.cumsum(0), (1, 0)).int()),
         max_seqlen_q=int(lengths.max()),
         max_seqlen_kv=int(reaches.max()),
-        cos_B=angles_B.cos().to(where, non_blocking=True),
-        sin_B=angles_B.sin().to(where, non_blocking=True),
+        cos_B=angles_B.cos(),
+        sin_B=angles_B.sin(),
         layout=None if device.on_cuda() else padded_layout(lengths.tolist(), offsets.tolist()),
-        share=None if share is None else replace(share, keys_K=share.keys_K.to(where)),
+        share=None if share is None else replace(share, keys_K=device.send(share.keys_K)),
     )
 
 

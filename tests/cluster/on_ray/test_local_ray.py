@@ -20,6 +20,7 @@ from slime.cluster.on_ray.local_ray import (
     protect_local_ray,
 )
 from slime.cluster.on_ray.placement import start_ray
+from slime.config.args import Args
 from slime.core.errors import RunError
 
 VARIABLES = ("RAY_ADDRESS", LOOPBACK_ALONE, AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH)
@@ -107,5 +108,5 @@ def test_a_token_that_ray_requires(
 def test_a_ray_that_fails_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # Ray raises a ValueError of several lines for it
     with pytest.raises(RunError, match=r"^Ray could not be started or joined: ") as caught:
-        start_ray()
+        start_ray(Args())
     assert "\n" not in str(caught.value)
