@@ -92,7 +92,7 @@ def test_other_containers_compare_and_compute_as_lists() -> None:
 
 
 def test_an_assigned_array_is_not_shared() -> None:
-    mine = np.array([1, 2, 3])
+    mine = np.array([1, 2, 3], dtype=np.int32)
     sample = Sample(tokens=mine)  # pyright: ignore[reportArgumentType]
     mine[0] = 100
     assert sample.tokens == [1, 2, 3]
