@@ -185,10 +185,11 @@ def loss_weight_columns(
     step_N = share.batch.step_N
     for number in range(len(share.batch.steps)):
         in_step_M = step_N[share.rows_M] == number
-        in_step_R = np.repeat(in_step_M, lengths_M)
+        # a single step has all tokens, and needs no copy of them
+        in_step_R = slice(None) if in_step_M.all() else np.repeat(in_step_M, lengths_M)
         step_tokens = tokens_N[torch.from_numpy(step_N == number)]
         weights_R[in_step_R] = loss_weights(
-            mask_R[torch.from_numpy(in_step_R)],
+            mask_R[in_step_R],
             torch.from_numpy(lengths_M[in_step_M]),
             counted_M[torch.from_numpy(in_step_M)],
             per_token=args.calculate_per_token_loss,
