@@ -31,6 +31,7 @@ FLOORS = {
     "plan": 3,
     "sync": 4,
     "cluster": 5,
+    "simulate": 5,
     "cli": 6,
 }
 SIDEWAYS = {("rollout", "slime.engine.client"), ("rollout", "slime.engine.protocol")}
@@ -95,6 +96,8 @@ def test_the_floor_check_notices() -> None:
     source = "import slime.cluster.cluster\nfrom slime.plan.fit import x\nfrom slime.core.sample import Sample\n"
     assert len(floor_violations("config", imports(ast.parse(source)))) == 2
     assert floor_violations("rollout", iter(["slime.engine.client"])) == []
+    assert floor_violations("simulate", iter(["slime.plan.fit", "slime.rollout.collect"])) == []
+    assert floor_violations("simulate", iter(["slime.cluster.cluster"])) != []
     assert floor_violations("rollout", iter(["slime.engine.launch"])) != []
 
 

@@ -10,15 +10,13 @@ generates one rollout ahead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from slime.cli.simulated import simulate_if_asked
 from slime.cluster.main import run
-
-if TYPE_CHECKING:
-    from slime.cluster.cluster import Cluster
+from slime.core.verbs import Verbs
 
 
-def train(cluster: Cluster) -> None:
+def train(cluster: Verbs) -> None:
     """Run the loop: generate a rollout, train on it, save, send the weights to the engines, evaluate."""
     cluster.sync_weights()
     cluster.evaluate_before_first()
@@ -37,4 +35,4 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: with the message for the user.
     """
-    run(train, argv)
+    run(train, argv, after_plan=simulate_if_asked)

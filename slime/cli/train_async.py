@@ -17,15 +17,13 @@ The flags are those of `train`. Engines and trainers need separate devices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from slime.cli.simulated import simulate_if_asked
 from slime.cluster.main import run
-
-if TYPE_CHECKING:
-    from slime.cluster.cluster import Cluster
+from slime.core.verbs import Verbs
 
 
-def train(cluster: Cluster) -> None:
+def train(cluster: Verbs) -> None:
     """Run the loop: take the finished rollout and start the next one, train, save, send the weights, evaluate."""
     cluster.sync_weights()
     cluster.evaluate_before_first()
@@ -39,4 +37,4 @@ def train(cluster: Cluster) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Train, with generation one rollout ahead; `argv` and errors are those of `train`."""
-    run(train, argv, rollouts_ahead=1)
+    run(train, argv, rollouts_ahead=1, after_plan=simulate_if_asked)

@@ -29,7 +29,7 @@ In both loops an evaluation runs while the next rollout is generated, by the sam
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,7 @@ from slime.config.args import Args
 from slime.observability.best_checkpoint import BestCheckpoint
 from slime.observability.console.run_console import RunConsole
 from slime.observability.metrics_log import MetricsLog
+from slime.rollout.ahead import OneAhead
 
 POLL_LIVE_S, POLL_PLAIN_S = 1.0, 5.0
 """Seconds between two questions about the rollout manager's progress, for a live view and for a plain log."""
@@ -85,7 +86,7 @@ class Cluster:
         )
         self._evaluation_due = EvaluationSchedule(args, rollouts)
         self._evaluations = Evaluations(args, processes, look_after=self._weight_sync.look_after)
-        self._ahead: Generation | None = None
+        self._ahead = OneAhead(self._begin_generation, args, last=rollouts.stop)
         self._unsaved: Trained | None = None
         self._synced = False
         self._done = rollouts.start
@@ -138,11 +139,11 @@ class Cluster:
 
     def generate_ahead(self, rollout_id: int) -> list[Any]:
         """Wait for this rollout, start generating the next one, and return this one's parts like `generate`."""
-        this = self._ahead or self._begin_generation(rollout_id)
+        this = self._ahead.take(rollout_id)
         assert this.rollout_id == rollout_id, "the loop takes one rollout after the other"
         metrics = self._wait_for(this)
         self._stop_here()
-        self._ahead = self._begin_generation(rollout_id + 1) if rollout_id + 1 < self._last else None
+        self._ahead.follow(rollout_id)
         for inside in ("time/generation", "time/reward"):  # the step's clock holds the time that the loop waited
             metrics.pop(inside, None)
         waited = min(this.waited, metrics["time/rollout"])
@@ -167,7 +168,7 @@ class Cluster:
     def _report_of(self, generation: Generation) -> dict[str, float]:
         """Wait for the rollout's metrics. A signal aborts it, unless that would break --deterministic (see `stop`)."""
         phase, look_after = f"rollout {generation.rollout_id}: generation", self._weight_sync.look_after
-        may_abort = not (self._args.deterministic and self._ahead is generation)
+        may_abort = self._ahead.settled is not generation
         try:
             return self._waiter.get(phase, [generation.report], meanwhile=look_after, give_up=may_abort)[0]
         except StopNoticed:
@@ -197,10 +198,10 @@ class Cluster:
 
         After a resume, the other half of a rollout would come from newer weights.
         """
-        if self._ahead is not None and self._args.deterministic:
-            self._wait_for(self._ahead)
-        elif self._ahead is not None and self._stop.asked is not None:
-            self._abort(self._ahead)
+        if self._ahead.settled is not None:
+            self._wait_for(self._ahead.settled)
+        elif self._ahead.current is not None and self._stop.asked is not None:
+            self._abort(self._ahead.current)
 
     @contextmanager
     def engines_asleep(self) -> Iterator[None]:
@@ -248,8 +249,8 @@ class Cluster:
         self._policy_version += 1
         if not self._args.num_engines or not processes.trainers:
             return
-        if self._ahead is not None and self._args.update_weight_pause == "drain":
-            self._wait_for(self._ahead)
+        if self._ahead.drained is not None:
+            self._wait_for(self._ahead.drained)
             self._stop_here()
         if self._synced:
             self._send_weights()
@@ -307,7 +308,3 @@ class Cluster:
         metrics = self._journal.evaluated(running.step, metrics)
         if self._best is not None:
             self._best.evaluated(metrics, step=running.step)
-
-
-Story = Callable[[Cluster], None]
-"""A training loop, written in the verbs of a cluster."""

@@ -11,9 +11,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from slime.cluster.life.resume_line import command_to_resume, program_words
 from slime.cluster.life.stop import Stop
@@ -26,26 +25,27 @@ from slime.config.secrets import hide_command_line, masker_of
 from slime.core.checkpoint_names import iteration_name, newest_checkpoint
 from slime.core.errors import RunError
 from slime.core.masking import mask_output
+from slime.core.verbs import Story
 from slime.observability.console.text import duration
 from slime.observability.run_directory import make_directory
 from slime.plan.fit import load_run
 from slime.plan.summary import format_plan
 
-if TYPE_CHECKING:
-    from slime.cluster.cluster import Story
 
-
-def run(story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0) -> None:
+def run(
+    story: Story, argv: Sequence[str], *, rollouts_ahead: int = 0, after_plan: Callable[[Args], None] | None = None
+) -> None:
     """Print the plan and, without --dry-run, start a cluster and let `story` use it.
 
     `rollouts_ahead` is how many rollouts the story generates before the training on the present one is done; rules and
-    plan depend on it. Raises SystemExit with the message for the user, or with a signal's status (see `stop`).
+    plan depend on it. `after_plan` is called at the end of a dry run. Raises SystemExit with the message for the user,
+    or with a signal's status (see `stop`).
     """
     hide_command_line(argv)
     stop = Stop()
     with stop.heeded():
         try:
-            _plan_and_run(story, argv, rollouts_ahead, stop)
+            _plan_and_run(story, argv, rollouts_ahead, stop, after_plan)
         except UsageError as error:
             sys.exit(str(error))
         except SystemExit as error:
@@ -71,7 +71,9 @@ def _tried_reward(args: Args) -> list[Problem]:
     return problems
 
 
-def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int, stop: Stop) -> None:
+def _plan_and_run(
+    story: Story, argv: Sequence[str], rollouts_ahead: int, stop: Stop, after_plan: Callable[[Args], None] | None
+) -> None:
     begin = time.monotonic()
     args, warnings = load_run(argv, rollouts_ahead=rollouts_ahead)
     mask_output(masker_of(args))
@@ -80,6 +82,8 @@ def _plan_and_run(story: Story, argv: Sequence[str], rollouts_ahead: int, stop: 
         from slime.rollout.survey import survey
 
         print(format_plan(args, warnings, survey(args), width=_terminal_width()), flush=True)
+        if after_plan is not None:
+            after_plan(args)
         return
     address = os.environ.get(ADDRESS)
     fault = None if not address else address_fault(address)

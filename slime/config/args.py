@@ -24,6 +24,7 @@ from slime.config.flags.options import (
     TrainOptions,
 )
 from slime.config.flags.rollout_options import EvalOptions, HookOptions, RolloutOptions
+from slime.config.flags.simulate_options import SimulateOptions
 from slime.config.reward_types import needs_url
 from slime.config.weight_transports import TRANSPORTS
 from slime.core.architecture import Architecture
@@ -82,6 +83,7 @@ class Args(
     ParallelOptions,
     OptimizerOptions,
     MegatronRunOptions,
+    SimulateOptions,
 ):
     """All flags, flat: `args.rollout_batch_size`, `args.tensor_model_parallel_size`.
 

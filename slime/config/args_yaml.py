@@ -14,11 +14,12 @@ from typing import Any, cast
 import yaml
 
 from slime.config.args import SECTIONS, Args
+from slime.config.flags.simulate_options import SimulateOptions
 from slime.config.flags.table import Source, all_flags
 from slime.config.problem import show
 from slime.config.secrets import masked
 
-ONE_CALL = {"config", "dry_run"}
+ONE_CALL = {"config", "dry_run", *(item.name for item in fields(SimulateOptions))}
 """The flags that describe one call of the program, not the run."""
 
 
@@ -31,7 +32,8 @@ def dump_args(args: Args) -> str:
     parts: list[str] = []
     for section in SECTIONS:
         names = [item.name for item in fields(section) if item.name not in ONE_CALL]
-        parts.append(_part(section.__name__, "slime", {name: vars(args)[name] for name in names}))
+        if names:
+            parts.append(_part(section.__name__, "slime", {name: vars(args)[name] for name in names}))
     passed: list[tuple[Source, Mapping[str, Any]]] = [
         ("megatron", args.megatron_extra),
         ("sglang", args.sglang),

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,19 +23,23 @@ MEASURED = ("generation", "training", "weight_sync", "evaluation")
 
 @dataclass
 class StepClock:
-    """The wall seconds of one step, by phase."""
+    """The wall seconds of one step, by phase. `clock` gives seconds; only differences count."""
 
-    started: float = field(default_factory=time.perf_counter)
+    clock: Callable[[], float] = time.perf_counter
+    started: float = field(init=False)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
         """Count everything inside the block as `name`."""
-        start = time.perf_counter()
+        start = self.clock()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] += self.clock() - start
 
     @contextmanager
     def inner(self) -> Generator[dict[str, float]]:
@@ -44,17 +48,17 @@ class StepClock:
         Raises:
             AssertionError: it claims more than the wall time of the block (with a millisecond of slack).
         """
-        start = time.perf_counter()
+        start = self.clock()
         claimed: dict[str, float] = {}
         yield claimed
-        wall = time.perf_counter() - start
+        wall = self.clock() - start
         assert sum(claimed.values()) <= wall + 1e-3, f"phases claim {claimed} of {wall:.3f} s"
         for name, seconds in claimed.items():
             self.seconds[name] += seconds
 
     def close(self) -> dict[str, float]:
         """Return `time/<phase>` for each phase, `time/idle` and `time/step`, in seconds."""
-        wall = time.perf_counter() - self.started
+        wall = self.clock() - self.started
         record = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         record["time/idle"] = wall - sum(self.seconds.values())
         record["time/step"] = wall

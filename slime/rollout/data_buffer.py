@@ -20,7 +20,7 @@ from slime.core.sample import Sample
 from slime.core.sample_columns import from_columns, to_columns
 from slime.rollout.epoch_order import epoch_order
 from slime.rollout.filter_hub.buffer_filters import pop_first
-from slime.rollout.prompts import load_prompts
+from slime.rollout.prompts import PromptSet, load_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,12 +33,10 @@ class DataBuffer:
         ValueError: --prompt-data is missing or cannot be read (file and line are named).
     """
 
-    def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase) -> None:
-        if args.prompt_data is None:
-            raise ValueError("--prompt-data: not given, and the rollout needs prompts; name a jsonl or parquet file")
+    def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase, *, data: PromptSet | None = None) -> None:
+        """Load the prompts, or take `data`, which are loaded already."""
         self._args = args
-        keys = DataKeys.of(args, input_key=args.resolved.input_key, label_key=args.label_key)
-        self._data = load_prompts(args.prompt_data, args, tokenizer, keys, longest=longest_prompt(args))
+        self._data = _load(args, tokenizer) if data is None else data
         path = args.buffer_filter_path
         self._filter = pop_first if path is None else hook_function("buffer_filter_path", path)
         self._buffer: list[list[Sample]] = []
@@ -150,3 +148,10 @@ class DataBuffer:
         self._next_group_index += 1
         self._next_index += len(group)
         return group
+
+
+def _load(args: Args, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    if args.prompt_data is None:
+        raise ValueError("--prompt-data: not given, and the rollout needs prompts; name a jsonl or parquet file")
+    keys = DataKeys.of(args, input_key=args.resolved.input_key, label_key=args.label_key)
+    return load_prompts(args.prompt_data, args, tokenizer, keys, longest=longest_prompt(args))

@@ -141,7 +141,7 @@ class GroupRunner:
         self._params = rollout_sampling_params(args)
         self._stopping = False
         self._idle = asyncio.Event()
-        self.intervals = PhaseIntervals()
+        self.intervals = PhaseIntervals(asyncio.get_running_loop().time)
         self.last_error: EngineError | HookFailed | None = None
         self._failures = FailureLog(logger)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from slime.cluster.cluster import Story
 from slime.cluster.life.stop import Stop
 from slime.cluster.running import running_cluster
 from slime.config.args import Args
 from slime.core.checkpoint_names import newest_checkpoint
 from slime.core.errors import Fault
+from slime.core.verbs import Story
 from slime.observability.console.lines import count
 
 logger = logging.getLogger(__name__)

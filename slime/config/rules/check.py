@@ -49,6 +49,7 @@ from slime.config.rules.rewards import (
     reward_url,
 )
 from slime.config.rules.saving import other_runs_checkpoints, own_directory, resumed_data, run_name
+from slime.config.rules.simulation import simulation
 from slime.config.rules.stages import pipeline_stages, recompute, virtual_stages
 from slime.config.rules.templates import template_variables
 
@@ -290,6 +291,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     deterministic,
     sglang_data_parallel,
     debug_modes,
+    simulation,
     length,
     steps,
     over_sampling,
