@@ -1,4 +1,4 @@
-"""What a dry run does after its plan: with --simulate, it prints a simulation of the run's schedule.
+"""Print a simulation of the run's schedule after the plan of a dry run, if --simulate asks for it.
 
 - Called by: `cluster.main`, for train.py, train_async.py and `slime plan`.
 - Invariant: the loops that are simulated are those of `cli.train` and `cli.train_async`.

@@ -79,11 +79,11 @@ class Args(
     CriticOptions,
     LoggingOptions,
     DebugOptions,
+    SimulateOptions,
     ArchitectureOptions,
     ParallelOptions,
     OptimizerOptions,
     MegatronRunOptions,
-    SimulateOptions,
 ):
     """All flags, flat: `args.rollout_batch_size`, `args.tensor_model_parallel_size`.
 

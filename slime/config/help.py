@@ -60,6 +60,7 @@ def _in_full(name: str) -> str:
 
 def _overview() -> str:
     """Return the names of slime's own flags by section, on about two screens."""
+    passed_on: list[str] = []
     parts = [USAGE, "\n--help SECTION describes the flags of a section, --help all those of every section."]
     for name, specs in sections().items():
         title = specs[0].section.partition(": ")[2]
@@ -73,8 +74,8 @@ def _overview() -> str:
             )
             parts.append(f"\n{name}: {title}\n{flags}")
         else:
-            parts.append(f"\n{name}: {len(specs)} flags, {title}")
-    return "\n".join(parts)
+            passed_on.append(f"{name}: {len(specs)} flags, {title}")
+    return "\n".join([*parts, "", *passed_on])
 
 
 def format_help(names: Sequence[str] = ()) -> str:

@@ -37,7 +37,7 @@ def _refuse(where: str, value: str, rule: str, remedy: str) -> UsageError:
 
 @dataclass(frozen=True)
 class RealRun:
-    """What a simulation takes from a real run."""
+    """The numbers that a simulation takes from a real run."""
 
     path: Path
     args: Args

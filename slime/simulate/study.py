@@ -24,13 +24,13 @@ SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 """The shares of the GPUs that train, in the table of splits."""
 MOST_SAMPLES = 300_000
 """The samples that all runs of a study generate together: about a minute on one core."""
-LEAST_ROLLOUTS = 3
-"""The fewest rollouts of a run: one fills the pipeline, one counts, one empties it."""
+LEAST_ROLLOUTS, LEAST_ALIKE = 3, 2
+"""The fewest rollouts of a run: one fills the pipeline, one counts, one empties it; and where all steps are alike."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulated run measures in its counted steps."""
+    """The measurements of a simulated run in its counted steps."""
 
     args: Args
     steps: list[Step]
@@ -96,8 +96,13 @@ def counted(args: Args, steps: list[Step]) -> list[Step]:
     """Return the steps of the steady state: a rollout ahead fills and empties a pipeline, leftovers fill the buffer."""
     if args.rollouts_ahead:
         return steps[1:-1]
-    carries = args.partial_rollout or (args.over_sampling_batch_size or 0) > args.rollout_batch_size
-    return steps[1:] if carries else steps
+    return steps[1:] if _fills(args) else steps
+
+
+def _fills(args: Args) -> bool:
+    """Return whether the first step of a run differs from the others."""
+    surplus = (args.over_sampling_batch_size or 0) > args.rollout_batch_size
+    return bool(args.rollouts_ahead) or args.partial_rollout or surplus
 
 
 class Study:
@@ -113,14 +118,17 @@ class Study:
         runs = len(splits(args, args.simulate_gpus or gpus_of(args))) + 4
         affordable = MOST_SAMPLES // (per_rollout * runs)
         self.rollouts = max(LEAST_ROLLOUTS, min(args.simulate_rollouts, affordable))
-        """The rollouts of each run."""
+        """The rollouts of a run."""
+        self._alike = max(LEAST_ALIKE, min(args.simulate_rollouts, affordable))
+        """The rollouts of a run whose steps all count."""
 
     def run(self, args: Args) -> Outcome:
         """Run the loop of these Args, once for equal ones."""
         key = tuple(vars(args)[name] for name in _DIFFERENT)
         if key not in self._done:
             story = self._stories[args.rollouts_ahead]
-            steps = run_story(story, args, self._speeds, self._lengths, num_rollouts=self.rollouts)
+            number = self.rollouts if _fills(args) else self._alike
+            steps = run_story(story, args, self._speeds, self._lengths, num_rollouts=number)
             self._done[key] = Outcome(args, counted(args, steps))
         return self._done[key]
 

@@ -13,7 +13,6 @@ from slime.simulate.clock import VirtualLoop
 from slime.simulate.engines import END, FIRST_PROMPT, TimedEngines
 from slime.simulate.speeds import EngineSpeed
 
-
 SPEED = EngineSpeed(step=0.1, request_step=0.1, prefill_token=0.0)
 
 
@@ -67,7 +66,7 @@ def test_two_requests_share_an_engine() -> None:
 
 
 def test_a_third_request_waits_for_room() -> None:
-    """The third begins at 3 s, beside the second's last 10 tokens, and ends after 10 x 0.3 + 10 x 0.2 s more."""
+    """The third begins at 3 s, next to the second's last 10 tokens, and ends after 10 x 0.3 + 10 x 0.2 s more."""
     found, _, _ = ends(ByPrompt([10, 20, 20]), limit=2)
     assert found == pytest.approx([3.0, 6.0, 8.0])
 
@@ -87,7 +86,7 @@ def test_busy_and_idle_make_the_wall_time() -> None:
 
 
 def test_requests_go_to_the_emptiest_engine() -> None:
-    """Of four requests on two engines each gets two; a fifth would wait for none of them."""
+    """Two engines get two of four requests each."""
     found, _, _ = ends(ByPrompt([10, 10, 10, 10]), engines=2)
     assert found == pytest.approx([3.0] * 4)
 

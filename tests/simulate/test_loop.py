@@ -158,7 +158,7 @@ def test_equal_runs_are_equal() -> None:
     assert [step.times for step in run(args)] == [step.times for step in run(args)]
 
 
-def test_a_cluster_is_closed_with_a_rollout_in_flight() -> None:
+def test_closing_ends_a_rollout_in_flight() -> None:
     cluster = SimulatedCluster(plan_args(rollouts_ahead=1), SPEEDS, VARIED, num_rollouts=3)
     cluster.sync_weights()
     for rollout in cluster.rollouts():
