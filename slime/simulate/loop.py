@@ -14,7 +14,6 @@ A verb that takes time runs the event loop for that long, so that a rollout ahea
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,10 +156,10 @@ class SimulatedCluster:
             self._pass("offload", self._speeds.offload)
         yield
 
-    def train(self, rollout_id: int, batch: list[int]) -> None:
+    def train(self, rollout_id: int, parts: list[int]) -> None:
         """Pass the seconds of the training, in which each rank is busy for its own share."""
         self._wait_trainers()
-        training = self._trainers.train(batch)
+        training = self._trainers.train(parts)
         self._pass("training", training.seconds)
         self._rank_busy += sum(training.busy)
         self._rank_idle += sum(training.seconds - busy for busy in training.busy)
@@ -205,8 +204,8 @@ class SimulatedCluster:
         self._metrics = result.metrics
         samples = [sample for group in result.groups for sample in group]
         self._samples = [sample.index for sample in samples]
-        versions = [sample.policy_versions or [] for sample in samples]  # they never decrease in a response
-        self._old = sum(bisect_left(each, self._version) for each in versions) / sum(map(len, versions))
+        versions = [row for sample in samples if (row := sample.array("policy_versions")) is not None]
+        self._old = sum(int((row < self._version).sum()) for row in versions) / sum(map(len, versions))
         self._lengths = self._rollouts.lengths(result)
         return self._lengths
 

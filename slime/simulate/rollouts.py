@@ -17,6 +17,7 @@ from typing import Any
 from slime.config.args import SFT_ROLLOUT, Args, FrozenMapping
 from slime.config.flags.rollout_options import HookOptions
 from slime.config.problem import Problem, UsageError
+from slime.core.columns import Array
 from slime.core.sample import Sample
 from slime.rollout.collect import generate_rollout
 from slime.rollout.context import RolloutContext, RolloutResult
@@ -24,6 +25,7 @@ from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.prompts import Prompt, PromptSet
 from slime.rollout.reward_pool.pool import RewardPool
 from slime.rollout.reward_pool.verdict import Verdict
+from slime.rollout.token_text import TokenText
 from slime.simulate.engines import END, FIRST_PROMPT, TimedEngines
 
 MOST_UNITS = 128
@@ -104,6 +106,30 @@ class SimulatedRewards(RewardPool):
         """Do nothing: there are no workers."""
 
 
+class NoTokenizer:
+    """A tokenizer of which nothing is used but its size."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+class NoText(TokenText):
+    """Tokens that have no text."""
+
+    def __init__(self) -> None:
+        """Do without a tokenizer."""
+
+    @property
+    def is_byte_level(self) -> bool:
+        return True
+
+    def decode(self, tokens: Sequence[int] | Array, *, skip_special_tokens: bool) -> str:
+        return ""
+
+    def continued(self, text: str, before: Array, tokens: Array, *, skip_special_tokens: bool) -> str:
+        return ""
+
+
 class SimulatedContext(RolloutContext):
     """A context without a tokenizer: responses have no text, and one token ends them."""
 
@@ -111,8 +137,9 @@ class SimulatedContext(RolloutContext):
     def end_token_ids(self) -> frozenset[int]:
         return frozenset([END])
 
-    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
-        return ""
+    @cached_property
+    def token_text(self) -> TokenText:
+        return NoText()
 
 
 class Rollouts:
@@ -120,7 +147,7 @@ class Rollouts:
 
     def __init__(self, args: Args, engines: TimedEngines, grain: int, *, reward_seconds: float) -> None:
         """`args` are those of `simulated_args`."""
-        nothing: Any = None  # no code of a simulated rollout reads the tokenizer
+        nothing: Any = NoTokenizer()
         self._args = args
         self._engines = engines
         self._source = DataBuffer(args, nothing, data=simulated_prompts())
@@ -143,7 +170,7 @@ class Rollouts:
     def lengths(self, result: RolloutResult) -> list[int]:
         """Return the tokens of prompt and response of each sample."""
         return [
-            self._engines.sequence_tokens(sample.tokens[0] - FIRST_PROMPT, sample.response_length)
+            self._engines.sequence_tokens(int(sample.tokens_T[0]) - FIRST_PROMPT, sample.response_length)
             for group in result.groups
             for sample in group
         ]

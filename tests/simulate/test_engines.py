@@ -76,6 +76,26 @@ def test_prefill_goes_first() -> None:
     assert found == pytest.approx([3.1, 3.1])
 
 
+def test_a_late_prefill_delays_the_others() -> None:
+    """Prefill takes 1 s each: the first one's until 1.0, the second, from 0.5 on, until 2.0; then 10 steps of 0.3 s."""
+    loop = VirtualLoop()
+
+    async def late(client: TimedEngines) -> float:
+        await asyncio.sleep(0.5)
+        await client.generate(request(1))
+        return loop.time()
+
+    async def run() -> list[float]:
+        client = TimedEngines(loop, 1, EngineSpeed(0.1, 0.1, 0.1), 2, ByPrompt([10, 10], prompts=10), 1)
+        second = asyncio.ensure_future(late(client))
+        await client.generate(request(0))
+        return [loop.time(), await second]
+
+    found = loop.run_until_complete(run())
+    loop.close()
+    assert found == pytest.approx([5.0, 5.0])
+
+
 def test_busy_and_idle_make_the_wall_time() -> None:
     _, client, wall = ends(ByPrompt([10, 20, 7, 3]), engines=3)
     for engine in client.engines:

@@ -25,7 +25,7 @@ from tests.simulate.plans_for_tests import plan_args
 
 STORIES: dict[int, Story] = {0: train, 1: train_async}
 LENGTHS = LogNormal(20.0, 60.0, 64, prompt_length=8)
-TRUE = Speeds(CPU_SHAPE.scaled(0.01), 1e9, 256, sync=0.5, overhead=0.125)
+TRUE = Speeds(CPU_SHAPE.scaled(0.01), 3e9, 256, sync=0.5, overhead=0.125)
 
 
 def record(directory: Path, args: Args, *, rollouts: int = 10) -> None:

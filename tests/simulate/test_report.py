@@ -14,12 +14,16 @@ from slime.cli.train import train
 from slime.cli.train_async import train as train_async
 from slime.config.problem import UsageError
 from slime.core.verbs import Story
+from slime.simulate.lengths import LogNormal
+from slime.simulate.loop import run_story
 from slime.simulate.report import simulate
-from slime.simulate.study import gpus_of, splits
+from slime.simulate.speeds import CPU_SHAPE, Speeds
+from slime.simulate.study import counted, gpus_of, splits
 from slime.simulate.tables import WIDTH
 from tests.simulate.plans_for_tests import plan_args
 
 STORIES: dict[int, Story] = {0: train, 1: train_async}
+SPEEDS = Speeds(CPU_SHAPE.scaled(0.01), train_flops=1e9, running_limit=4)
 KNOWN: dict[str, Any] = {
     "simulate": True,
     "dry_run": True,
@@ -55,6 +59,14 @@ def test_the_tables_fit_and_agree_with_json(ahead: int, tmp_path: Path) -> None:
     sources = {row["name"]: row["source"] for row in rows if row["table"] == "assumptions"}
     assert sources["a request"] == "--simulate-request-speed and --simulate-engine-speed"
     assert sources["weight sync"] == "not known, so 0"
+
+
+def test_only_the_steady_state_counts() -> None:
+    args = plan_args(**KNOWN)
+    steps = run_story(train, args, SPEEDS, LogNormal(20.0, 60.0, 64, prompt_length=8), num_rollouts=4)
+    assert counted(args, steps) == steps
+    assert counted(replace(args, rollouts_ahead=1), steps) == steps[1:3]
+    assert counted(replace(args, over_sampling_batch_size=6), steps) == steps[1:]
 
 
 def test_engines_of_several_gpus_stay_whole() -> None:
