@@ -21,6 +21,7 @@ from slime.config.help import format_help, show_help
 from slime.config.problem import MAX_SHOWN, Problem, UsageError, show
 from slime.config.resolve import resolve
 from slime.config.rules.check import CONVERSION_RULES, TRAINING_RULES, Case, check, parallel_sizes
+from slime.config.rules.experts import experts
 from slime.config.rules.optimizer import decay, warm_up
 from slime.config.secrets import from_environment, masked, secret_values
 from slime.config.sharding import resolve_sharding
@@ -346,4 +347,5 @@ def schedule_problems(args: Args) -> list[Problem]:
 
 def parallel_problems(args: Args) -> list[Problem]:
     """Return the problems of the parallel sizes, for sizes that a plan proposes."""
-    return list(parallel_sizes(Case(args=args, given=frozenset())))
+    case = Case(args=args, given=frozenset())
+    return [*parallel_sizes(case), *experts(case)]

@@ -20,6 +20,21 @@ def stage_layers(args: Args, arch: Architecture) -> list[int]:
     return [(arch.num_layers - last) // (stages - 1)] * (stages - 1) + [last]
 
 
+def stage_layer_numbers(args: Args, arch: Architecture) -> list[list[int]]:
+    """Return the numbers of each pipeline stage's layers, counted from 0; those of virtual stages are not adjacent.
+
+    8 layers on 2 stages, each with 2 virtual stages, are [[0, 1, 4, 5], [2, 3, 6, 7]].
+    """
+    chunks, stages = num_chunks(args), stage_layers(args, arch)
+    numbers: list[list[int]] = [[] for _ in stages]
+    first = 0
+    for _ in range(chunks):
+        for own, count in zip(numbers, stages, strict=True):
+            own += range(first, first + count // chunks)
+            first += count // chunks
+    return numbers
+
+
 def num_chunks(args: Args) -> int:
     """Return the number of virtual stages per pipeline stage, whose layers are not adjacent; 1: none."""
     stages, arch = args.pipeline_model_parallel_size, args.architecture

@@ -12,19 +12,25 @@ from slime.config.args import Args
 from slime.config.resolve import for_gpus, joins_ray
 
 
+def dense_ranks(args: Args) -> int:
+    """Return the number of ranks that hold the same weight outside experts: data-parallel x context-parallel ranks."""
+    return args.data_parallel_size * args.context_parallel_size
+
+
+def expert_ranks(args: Args) -> int:
+    """Return the number of ranks that hold the same expert's weight; only for a model with experts."""
+    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    block = args.expert_model_parallel_size * expert_tensor * args.pipeline_model_parallel_size
+    return args.actor_world_size // block
+
+
 def optimizer_ranks(args: Args) -> int:
     """Return the number of ranks that hold the same weight and can shard its optimizer state.
 
-    These are the data-parallel x context-parallel ranks; with 1 or less there is nothing to shard. Experts have their
-    own groups, which may be larger if --expert-tensor-parallel-size is less than --tensor-model-parallel-size; the
-    larger number counts.
+    With 1 or less there is nothing to shard. Experts have their own groups, which may be larger if
+    --expert-tensor-parallel-size is less than --tensor-model-parallel-size; the larger number counts.
     """
-    dense = args.data_parallel_size * args.context_parallel_size
-    if not args.num_experts:
-        return dense
-    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    block = args.expert_model_parallel_size * expert_tensor * args.pipeline_model_parallel_size
-    return max(dense, args.actor_world_size // block)
+    return max(dense_ranks(args), expert_ranks(args)) if args.num_experts else dense_ranks(args)
 
 
 def resolve_sharding(args: Args) -> Args:

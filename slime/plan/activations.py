@@ -1,6 +1,7 @@
 """The activations kept for the backward pass, in bytes per operation, for one rank and one micro-batch.
 
-- Used by: `memory_model`, which adds them to the memory that a rank always holds.
+- Used by: `memory_model`, which adds them to the memory that a rank always holds. `moe_activations` has the operations
+  of layers with experts.
 - Invariant: no number is fitted. Each is a product of the shapes of tensors in `slime.megatron`, megatron-core's layers
   or PyTorch's kernels.
 
@@ -10,96 +11,14 @@ residuals work on, 1/TP of the pack with sequence parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import chain
 
 from slime.config.args import Args
 from slime.config.memory import KEPT_LOGITS
 from slime.core.architecture import Architecture, padded_vocab_size
-
-FP32 = 4
-TOKEN_ID = 8
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation of the forward pass, on one micro-batch."""
-
-    name: str
-    saved: int
-    """The bytes that it keeps for its backward pass, which frees them at its end."""
-    working: int
-    """The additional bytes during its backward pass: gradients and intermediate results."""
-
-
-def saved_bytes(operations: Iterable[Operation]) -> int:
-    """Return the bytes that all operations keep for the backward pass."""
-    return sum(operation.saved for operation in operations)
-
-
-def backward_peak(operations: Sequence[Operation]) -> int:
-    """Return the largest number of bytes at one time while `operations` run backward, the last one first.
-
-    With operations A and B that save 5 and 3 bytes and work with 1 and 4, it is max(5 + 3 + 4, 5 + 1) = 12.
-    """
-    return max(
-        (saved_bytes(operations[: index + 1]) + operation.working for index, operation in enumerate(operations)),
-        default=0,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rank:
-    """The sizes of one training rank in elements; `width` is in bytes."""
-
-    arch: Architecture
-    tokens: int
-    rows: int
-    width: int
-    tp: int
-    cp: int = 1
-    on_cuda: bool
-
-    @property
-    def query(self) -> int:
-        """Return the number of query channels on this rank."""
-        return self.arch.num_attention_heads * self.arch.kv_channels // self.tp
-
-    @property
-    def key(self) -> int:
-        """Return the number of key channels on this rank, which equals that of values."""
-        return self.arch.num_query_groups * self.arch.kv_channels // self.tp
-
-    @property
-    def keys_per_token(self) -> float:
-        """Return the number of gathered keys per token of this rank, averaged over its two chunks.
-
-        In zigzag context parallelism a sequence is cut into 2 x CP chunks, and rank r holds chunk r and its mirror
-        2 x CP - 1 - r. They attend to r + 1 and 2 x CP - r chunks of keys: together 2 x CP + 1 for two chunks of
-        tokens, on every rank alike.
-        """
-        return (2 * self.cp + 1) / 2 if self.cp > 1 else 1
-
-    @property
-    def ffn(self) -> int:
-        """Return the number of MLP channels on this rank."""
-        return self.arch.ffn_hidden_size // self.tp
-
-    @property
-    def residual(self) -> int:
-        """Return the bytes of the residual stream; its gradient has as many during the whole backward pass."""
-        return self.width * self.rows * self.arch.hidden_size
-
-    def values(self, channels: int) -> int:
-        """Return the bytes of `channels` channels of every token."""
-        return self.width * self.tokens * channels
-
-    def weight_gradient(self, size: int) -> int:
-        """Return the bytes of a weight's gradient before it is added to the fp32 buffer.
-
-        A CPU first makes an fp32 copy of a bf16 gradient.
-        """
-        return size * (self.width + (FP32 if self.width < FP32 and not self.on_cuda else 0))
+from slime.plan.moe_activations import moe_operations, replayed_experts
+from slime.plan.rank import FP32, TOKEN_ID, Operation, Rank, backward_peak, forward_peak
 
 
 def _norm(rank: Rank, name: str, rows: int, channels: int, *, arriving: int = 0) -> Operation:
@@ -180,8 +99,8 @@ def _mlp(rank: Rank) -> list[Operation]:
     ]
 
 
-def layer_operations(rank: Rank) -> list[Operation]:
-    """Return the operations of one transformer layer in the order of its forward pass."""
+def layer_operations(rank: Rank, *, experts: bool = False) -> list[Operation]:
+    """Return the operations of one transformer layer in the order of its forward pass; `experts`: with an MoE layer."""
     arch, hidden = rank.arch, rank.arch.hidden_size
 
     def norm(name: str, *, arriving: int = 0) -> Operation:
@@ -189,7 +108,7 @@ def layer_operations(rank: Rank) -> list[Operation]:
 
     operations = [norm("norm before attention", arriving=rank.residual), *_attention(rank)]
     operations += [norm("norm after attention")] if arch.post_self_attn_layernorm else []
-    operations += [norm("norm before MLP", arriving=rank.residual), *_mlp(rank)]
+    operations += [norm("norm before MLP", arriving=rank.residual), *(moe_operations(rank) if experts else _mlp(rank))]
     operations += [norm("norm after MLP")] if arch.post_mlp_layernorm else []
     return operations
 
@@ -200,32 +119,40 @@ def _recomputed(rank: Rank, unit: Sequence[Operation], *, kept: int, shared: int
     `kept`: bytes of the input. `shared`: bytes that its operations keep and that are the input itself. The output of
     the second forward pass exists as long as the unit runs backward.
     """
-    return Operation("recomputed: its input", kept, rank.residual + backward_peak(unit) - shared)
+    again = max(backward_peak(unit), forward_peak(unit))
+    return Operation("recomputed: its input", kept, rank.residual + again - shared)
 
 
-def stage_operations(args: Args, rank: Rank, *, num_layers: int, is_first: bool, is_last: bool) -> list[Operation]:
-    """Return the operations of one pipeline stage on one micro-batch, with recomputation applied."""
+def stage_operations(
+    args: Args, rank: Rank, *, layers: Sequence[int], is_first: bool, is_last: bool
+) -> list[Operation]:
+    """Return the operations of a pipeline stage with these layers on one micro-batch, with recomputation applied."""
     arch = rank.arch
-    layer = layer_operations(rank)
+    kinds = {experts: layer_operations(rank, experts=experts) for experts in {*map(arch.is_moe_layer, layers)}}
     shared = rank.residual if rank.on_cuda else 0  # the first norm keeps the residual stream itself
+    if args.recompute_granularity == "selective":
+        kinds = {experts: [_selective(rank, operation) for operation in kind] for experts, kind in kinds.items()}
+    in_order = [kinds[arch.is_moe_layer(layer)] for layer in layers]
+
+    def recomputed(unit: Sequence[list[Operation]]) -> Operation:
+        return _recomputed(rank, [*chain.from_iterable(unit)], kept=rank.residual, shared=shared)
+
     if args.recompute_granularity == "full":
-        size = min(args.recompute_num_layers or 1, num_layers)
+        size = min(args.recompute_num_layers or 1, len(layers))
         if args.recompute_method == "block":  # each of the first `size` layers by itself, the others not at all
-            once = _recomputed(rank, layer, kept=rank.residual, shared=shared)
-            layers = [*[once] * size, *layer * (num_layers - size)]
+            kept = [*map(recomputed, ([layer] for layer in in_order[:size])), *chain.from_iterable(in_order[size:])]
         else:
-            units = [min(size, num_layers - start) for start in range(0, num_layers, size)]
-            layers = [_recomputed(rank, layer * unit, kept=rank.residual, shared=shared) for unit in units]
+            kept = [recomputed(in_order[start : start + size]) for start in range(0, len(layers), size)]
     else:
-        if args.recompute_granularity == "selective":
-            layer = [_selective(rank, operation) for operation in layer]
-        layers = layer * num_layers
+        kept = [*chain.from_iterable(in_order)]
     table = local_vocabulary(args, arch) * arch.hidden_size
     rotary = FP32 * rank.tokens * arch.rotary_dim  # cos and sin, the same for all layers
     operations = [Operation("rotary tables and token ids", rotary + 2 * TOKEN_ID * rank.tokens, 0)]
+    if args.use_routing_replay:
+        operations.append(Operation("experts to replay", replayed_experts(rank), 0))
     if is_first:
         operations.append(Operation("embedding", 0, rank.residual + rank.weight_gradient(table)))
-    operations += layers
+    operations += kept
     if is_last:
         operations.append(_norm(rank, "final norm", rank.rows, arch.hidden_size))
     return operations

@@ -176,6 +176,20 @@ def _more_tensor_parallel(args: Args, size: float) -> tuple[str, Change] | None:
     return largest
 
 
+def _more_expert_parallel(args: Args, size: float) -> tuple[str, Change] | None:
+    """Propose the smallest larger size that is possible and fits, or else the largest possible one."""
+    largest: tuple[str, Change] | None = None
+    most = min(args.actor_world_size, args.num_experts or 0)
+    for ranks in range(args.expert_model_parallel_size + 1, most + 1):
+        change: Change = {"expert_model_parallel_size": ranks}
+        changed = replace(args, **change)
+        if not parallel_problems(changed):
+            largest = f"--expert-model-parallel-size {ranks}", change
+            if _fits(changed, size, only="training"):
+                break
+    return largest
+
+
 def _offload_optimizer(args: Args, size: float) -> tuple[str, Change] | None:
     if args.optimizer_cpu_offload or args.optimizer != "adam":
         return None
@@ -214,6 +228,7 @@ MEASURES: tuple[Measure, ...] = (
     _smaller_packs,
     _other_share,
     _larger_engine,
+    _more_expert_parallel,
     _more_tensor_parallel,
     _offload_optimizer,
 )

@@ -14,22 +14,17 @@ With colocation, engines and training take turns on the GPU, and both count at t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from slime.config.args import Args
 from slime.config.memory import EMBEDDED_ROW_STEP, EMBEDDED_RUNNING_REQUESTS
-from slime.config.pipeline_stages import count_multiple, micro_batch_group, num_chunks, stage_layers
+from slime.config.pipeline_stages import count_multiple, micro_batch_group, num_chunks, stage_layer_numbers
+from slime.config.sharding import dense_ranks, expert_ranks
 from slime.core.architecture import Architecture
-from slime.plan.activations import (
-    FP32,
-    Rank,
-    backward_peak,
-    local_vocabulary,
-    log_probs_forward,
-    log_probs_operation,
-    saved_bytes,
-    stage_operations,
-)
+from slime.plan.activations import local_vocabulary, log_probs_forward, log_probs_operation, stage_operations
+from slime.plan.moe_activations import copies, experts_forward, routing_kept
+from slime.plan.rank import FP32, Rank, backward_peak, forward_peak, saved_bytes
 
 CUDA_CONTEXT = 3 * 2**29
 """An estimate of the other memory of a process on its GPU: CUDA context, NCCL's buffers and workspaces."""
@@ -89,27 +84,63 @@ class EngineMemory:
         return self.weights + self.request_tokens * self.token
 
 
-def stage_parameters(args: Args, arch: Architecture, stage: int) -> int:
-    """Return the number of parameters on one rank of a pipeline stage. Each tensor-parallel rank has whole norms."""
-    tp, layers = args.tensor_model_parallel_size, stage_layers(args, arch)
+@dataclass(frozen=True)
+class Parameters:
+    """The numbers of parameters on one rank; those of experts are shared among other ranks than the rest."""
+
+    dense: int
+    experts: int
+    biases: int
+    """The number of values in the routers' biases, which are fp32 and not trained; each has a count of tokens."""
+
+    @property
+    def trained(self) -> int:
+        return self.dense + self.experts
+
+    def kept(self, width: int) -> int:
+        """Return the bytes of the tensors that a checkpoint or a copy of the model has."""
+        return width * self.trained + FP32 * self.biases
+
+    def weights(self, width: int) -> int:
+        """Return the bytes of the tensors in a model: the routers also count the tokens of each expert."""
+        return self.kept(width) + FP32 * self.biases
+
+
+def stage_parameters(args: Args, arch: Architecture, stage: int) -> Parameters:
+    """Return the parameters on one rank of a pipeline stage. Each tensor-parallel rank has whole norms and routers."""
+    tp, stages = args.tensor_model_parallel_size, stage_layer_numbers(args, arch)
     hidden, head = arch.hidden_size, arch.kv_channels
     heads = arch.num_attention_heads + 2 * arch.num_query_groups
-    split = hidden * head * (heads + arch.num_attention_heads) + 3 * hidden * arch.ffn_hidden_size
-    split += head * heads if arch.add_qkv_bias else 0
+    attention = hidden * head * (heads + arch.num_attention_heads)
+    attention += head * heads if arch.add_qkv_bias else 0
     whole = hidden * (2 + arch.post_self_attn_layernorm + arch.post_mlp_layernorm)
     whole += 2 * head if arch.qk_layernorm else 0
-    is_first, is_last = stage == 0, stage == len(layers) - 1
+    layers = len(stages[stage])
+    moe = sum(map(arch.is_moe_layer, stages[stage]))
+    mlps = 3 * hidden * ((layers - moe) * arch.ffn_hidden_size + moe * arch.shared_expert_ffn_hidden_size)
+    routers = moe * arch.num_experts * hidden
+    ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp)
+    is_first, is_last = stage == 0, stage == len(stages) - 1
     # a tied output layer is a copy of the embedding if they are on different stages
     tables = is_first + (is_last and not (arch.tied_embeddings and is_first))
-    return layers[stage] * (split // tp + whole) + tables * local_vocabulary(args, arch) * hidden + is_last * hidden
+    return Parameters(
+        dense=(layers * attention + mlps) // tp
+        + layers * whole
+        + routers
+        + tables * local_vocabulary(args, arch) * hidden
+        + is_last * hidden,
+        experts=moe * arch.num_experts * 3 * hidden * arch.moe_ffn_hidden_size // ranks,
+        biases=moe * arch.num_experts if arch.router_bias else 0,
+    )
 
 
-def critic_parameters(args: Args, arch: Architecture, stage: int) -> int:
-    """Return the number of the critic's parameters; its value head is whole on each tensor-parallel rank."""
+def critic_parameters(args: Args, arch: Architecture, stage: int) -> Parameters:
+    """Return the critic's parameters; its value head is whole on each tensor-parallel rank."""
     is_first, is_last = stage == 0, stage == args.pipeline_model_parallel_size - 1
     has_output_layer = is_last and not (arch.tied_embeddings and is_first)
     policy = stage_parameters(args, arch, stage)
-    return policy - has_output_layer * local_vocabulary(args, arch) * arch.hidden_size + is_last * arch.hidden_size
+    of_head = is_last * arch.hidden_size - has_output_layer * local_vocabulary(args, arch) * arch.hidden_size
+    return replace(policy, dense=policy.dense + of_head)
 
 
 def pack_tokens(args: Args, arch: Architecture) -> int:
@@ -145,12 +176,12 @@ def _in_flight(args: Args, stage: int) -> float:
 
 
 def train_memory(args: Args, *, on_cuda: bool) -> TrainMemory | None:
-    """Return the training rank with most memory.
+    """Return the training rank with most memory; None if nothing is trained, or if the model is unknown.
 
-    None if nothing is trained, or if the model is unknown or a mixture of experts.
+    For a mixture of experts it is the memory with balanced routing, in which every expert gets equally many tokens.
     """
     arch = args.architecture
-    if arch is None or args.num_experts or args.debug_rollout_only:
+    if arch is None or args.debug_rollout_only:
         return None
     stages = [stage_memory(args, arch, stage, on_cuda=on_cuda) for stage in range(args.pipeline_model_parallel_size)]
     return max(stages, key=lambda memory: memory.peak)
@@ -162,46 +193,58 @@ def rank_sizes(args: Args, arch: Architecture, *, on_cuda: bool, tokens: int | N
     tokens = pack_tokens(args, arch) if tokens is None else tokens
     rows = tokens // tp if args.sequence_parallel else tokens
     width = 2 if args.bf16 else FP32
-    return Rank(arch=arch, tokens=tokens, rows=rows, width=width, tp=tp, cp=args.context_parallel_size, on_cuda=on_cuda)
+    return Rank(
+        arch=arch,
+        tokens=tokens,
+        rows=rows,
+        width=width,
+        tp=tp,
+        cp=args.context_parallel_size,
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size or tp,
+        on_cuda=on_cuda,
+    )
 
 
 def stage_memory(args: Args, arch: Architecture, stage: int, *, on_cuda: bool) -> TrainMemory:
     """Return the memory of a rank of one pipeline stage."""
     rank = rank_sizes(args, arch, on_cuda=on_cuda)
-    stages = stage_layers(args, arch)
+    stages = stage_layer_numbers(args, arch)
     is_last = stage == len(stages) - 1
     parameters = stage_parameters(args, arch, stage)
-    weights = rank.width * parameters
+    weights, gradients = parameters.weights(rank.width), FP32 * parameters.trained
     optimizer, optimizer_on_host = _optimizer_bytes(args, parameters)
-    reference = weights if args.needs_reference else 0
-    of_critic = critic_parameters(args, arch, stage) if args.uses_critic else 0
+    reference = parameters.kept(rank.width) if args.needs_reference else 0
+    of_critic = critic_parameters(args, arch, stage) if args.uses_critic else Parameters(0, 0, 0)
     critic_state, critic_on_host = _optimizer_bytes(args, of_critic)
-    critic = (rank.width + FP32) * of_critic + critic_state
+    critic = of_critic.weights(rank.width) + FP32 * of_critic.trained + critic_state
 
-    operations = stage_operations(args, rank, num_layers=stages[stage], is_first=stage == 0, is_last=is_last)
+    operations = stage_operations(args, rank, layers=stages[stage], is_first=stage == 0, is_last=is_last)
     kept = saved_bytes(operations)
-    gathered = rank.values(arch.hidden_size) if rank.rows < rank.tokens else 0  # Megatron's buffer, never freed
-    activations = int(_in_flight(args, stage) * kept) + gathered
-    layers = backward_peak(operations) - kept
+    held = rank.values(arch.hidden_size) if rank.rows < rank.tokens else 0  # Megatron's buffer, never freed
+    held += _held_by_dispatchers(args, rank, stages[stage])
+    activations = int(_in_flight(args, stage) * kept) + held
+    # the forward pass also holds the embedding and a layer's input; on a GPU, norms keep these tensors
+    forward = forward_peak(operations) + (0 if on_cuda else 2 * rank.residual)
+    layers = max(backward_peak(operations), forward) - kept
     log_probs = head_forward = 0
     if is_last:
         head = log_probs_operation(args, rank)
         log_probs, head_forward = head.saved + head.working, log_probs_forward(args, rank)
-    layer_forward = 3 * rank.residual + rank.values(4 * rank.ffn)
-    static = weights + FP32 * parameters + optimizer + critic
+    static = weights + gradients + optimizer + critic
     peaks = {"step": static + activations + max(layers, log_probs)}
     if _has_forward(args):
-        peaks["forward"] = static + gathered + max(layer_forward, rank.residual + head_forward)
+        peaks["forward"] = static + held + max(_layer_forward(rank, stages[stage]), rank.residual + head_forward)
     host = optimizer_on_host + critic_on_host + 2 * reference
     if on_cuda and args.colocate and args.offload:
-        host += weights + optimizer + rank.width * of_critic + critic_state
+        host += weights + optimizer + of_critic.weights(rank.width) + critic_state
     if not on_cuda:
         peaks = {moment: count + host for moment, count in peaks.items()}
     return TrainMemory(
         stage=stage,
         tokens=rank.tokens,
         weights=weights,
-        gradients=FP32 * parameters,
+        gradients=gradients,
         optimizer=optimizer,
         reference=reference,
         critic=critic,
@@ -210,6 +253,22 @@ def stage_memory(args: Args, arch: Architecture, stage: int, *, on_cuda: bool) -
         layers=layers,
         peaks=peaks,
         host=host if on_cuda else 0,
+    )
+
+
+def _held_by_dispatchers(args: Args, rank: Rank, layers: Sequence[int]) -> int:
+    """Return the bytes of the last routing of all layers with experts; a critic's layers hold theirs as well."""
+    once = routing_kept(rank, recomputed=args.recompute_granularity == "full")
+    return sum(map(rank.arch.is_moe_layer, layers)) * once * (2 if args.uses_critic else 1)
+
+
+def _layer_forward(rank: Rank, layers: Sequence[int]) -> int:
+    """Return the bytes of the largest layer of a forward pass that keeps nothing."""
+    mlp = rank.values(4 * rank.ffn)
+    _, received = copies(rank)  # with these: what goes into an MoE layer, and what its shared expert returns
+    return 3 * rank.residual + max(
+        2 * rank.residual + received + experts_forward(rank) if rank.arch.is_moe_layer(layer) else mlp
+        for layer in layers
     )
 
 
@@ -233,23 +292,32 @@ def _has_forward(args: Args) -> bool:
     return args.needs_reference or several_steps or args.uses_critic
 
 
-def _optimizer_bytes(args: Args, parameters: int) -> tuple[int, int]:
+def _optimizer_bytes(args: Args, parameters: Parameters) -> tuple[int, int]:
     """Return the optimizer's bytes on the device and in host memory: moments, and fp32 main weights with bf16."""
     main = FP32 if args.bf16 else 0
     moments = 2 * FP32 if args.optimizer == "adam" else FP32 if args.sgd_momentum > 0 else 0
-    size = (main + moments) * parameters
+    dense, experts = ((main + moments) * count for count in (parameters.dense, parameters.experts))
     if args.use_distributed_optimizer:
-        size //= args.data_parallel_size * args.context_parallel_size
+        dense //= dense_ranks(args)
+        experts //= expert_ranks(args) if experts else 1
+    size = dense + experts
     return (0, size) if args.optimizer_cpu_offload else (size, 0)
 
 
-def engine_memory(args: Args) -> EngineMemory | None:
-    """Return the memory of one GPU of an engine in a training rollout.
+def _engine_weights(arch: Architecture, width: int, tp: int) -> int:
+    """Return the bytes of weights on one of `tp` GPUs of an engine, each of which has whole routers.
 
-    None if there is no engine, or if the model is unknown or a mixture of experts.
+    --sglang-ep-size changes nothing: a GPU has whole experts, or a part of each, but always 1/TP of them together.
     """
+    routers = arch.num_moe_layers * arch.num_experts * arch.hidden_size
+    biases = arch.num_moe_layers * arch.num_experts if arch.router_bias else 0
+    return width * ((arch.num_parameters() - routers) // tp + routers) + FP32 * biases
+
+
+def engine_memory(args: Args) -> EngineMemory | None:
+    """Return the memory of one GPU of an engine in a training rollout; None without engines or with unknown model."""
     arch = args.architecture
-    if arch is None or args.num_experts or not args.num_engines:
+    if arch is None or not args.num_engines:
         return None
     embedded = args.engine.on_cpu
     tp = 1 if embedded else args.rollout_num_gpus_per_engine
@@ -268,7 +336,7 @@ def engine_memory(args: Args) -> EngineMemory | None:
     kv_heads = max(arch.num_query_groups // tp, 1)
     kv_token = 2 * arch.num_layers * kv_heads * arch.kv_channels * kv_width
     return EngineMemory(
-        weights=width * arch.num_parameters() // tp,
+        weights=_engine_weights(arch, width, tp),
         kv=requests * tokens * kv_token,
         requests=requests,
         request_tokens=tokens,

@@ -23,12 +23,11 @@ from slime.observability.console.text import wrapped
 from slime.plan.fit import comparison, recompute_hint
 from slime.plan.memory_model import (
     CUDA_CONTEXT,
-    EngineMemory,
-    TrainMemory,
     engine_memory,
     train_memory,
     turns,
 )
+from slime.plan.memory_notes import activations_note, host_note, optimizer_note, sglang_note
 
 Row = tuple[str, str]
 
@@ -79,6 +78,9 @@ def _model_parallel(args: Args) -> str:
     if args.sequence_parallel and args.tensor_model_parallel_size > 1:
         parts.append("sequence parallel")
     parts += [f"CP {args.context_parallel_size}", f"PP {args.pipeline_model_parallel_size}"]
+    if args.num_experts:
+        expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+        parts.append(f"experts EP {args.expert_model_parallel_size}, TP {expert_tensor}")
     return ", ".join(parts)
 
 
@@ -87,12 +89,23 @@ def _model(args: Args) -> Iterable[Row]:
     if arch is None:
         yield "model", "unknown (see the warnings)"
         return
-    yield "model", f"{arch.family}, {arch.num_parameters() / 1e6:,.1f} M parameters"
+    active = f", {arch.num_active_parameters() / 1e6:,.1f} M of them for each token" if arch.num_experts else ""
+    yield "model", f"{arch.family}, {arch.num_parameters() / 1e6:,.1f} M parameters{active}"
+    mlp = "" if arch.num_moe_layers == arch.num_layers else f"MLP {arch.ffn_hidden_size}, "
     yield (
         "layers",
-        f"{arch.num_layers} x hidden {arch.hidden_size}, MLP {arch.ffn_hidden_size}, "
+        f"{arch.num_layers} x hidden {arch.hidden_size}, {mlp}"
         f"{arch.num_attention_heads} heads of {arch.kv_channels}, {arch.num_query_groups} KV heads",
     )
+    if arch.num_experts:
+        layers = f"in the last {arch.num_moe_layers}" if arch.first_dense_layers else "in all"
+        shared = arch.shared_expert_ffn_hidden_size
+        with_shared = f", and a shared one of {shared}" if shared else ""
+        yield (
+            "experts",
+            f"{arch.num_experts} of {arch.moe_ffn_hidden_size} channels {layers} layers, "
+            f"{arch.moe_router_topk} for each token{with_shared}",
+        )
     if args.pipeline_model_parallel_size > 1:
         stages = ", ".join(str(layers) for layers in stage_layers(args, arch))
         parts = f", each in {num_chunks(args)} virtual stages" if num_chunks(args) > 1 else ""
@@ -115,8 +128,7 @@ def _memory(args: Args) -> Iterable[Row]:
     on_cuda = counts_gpus(args)
     train, engine = train_memory(args, on_cuda=on_cuda), engine_memory(args)
     if train is None and engine is None:
-        why = "a mixture of experts" if args.num_experts else "the model is unknown (see the warnings)"
-        yield "", f"not estimated: {why}; so it is not compared with a GPU's memory"
+        yield "", "not estimated: the model is unknown (see the warnings); so it is not compared with a GPU's memory"
         return
     context = CUDA_CONTEXT if on_cuda else 0
     largest = max(memory.peak for memory in (train, engine) if memory is not None) + context
@@ -130,13 +142,13 @@ def _memory(args: Args) -> Iterable[Row]:
     yield "weights", line(train and train.weights, engine and engine.weights)
     if train is not None:
         yield "gradients", line(train.gradients, None, "fp32")
-        yield "optimizer", line(train.optimizer, None, _optimizer_note(args, on_cuda))
+        yield "optimizer", line(train.optimizer, None, optimizer_note(args, on_cuda))
         if train.reference:
             where = "in host memory" if on_cuda else "and a copy of the actor while it runs"
             yield "reference", line(None if on_cuda else train.reference, None, where)
         if train.critic:
             yield "critic", line(train.critic, None, "a second model: weights, gradients and optimizer")
-        yield "activations", line(train.activations, None, _activations_note(args, train))
+        yield "activations", line(train.activations, None, activations_note(args, train))
         if train.log_probs:
             logits = f"logits of {args.log_probs_chunk_size:,} tokens" + (" and kept ones" if on_cuda else "")
             note = f"while they run backward: {logits}, the output layer's gradient"
@@ -152,7 +164,7 @@ def _memory(args: Args) -> Iterable[Row]:
     fullest = ", ".join(f"{moments[name]} {(count + context) / size:,.1f}" for name, count in peaks)
     yield "at most", line(train and train.peak + context, engine and engine.peak + context, fullest)
     if train is not None and train.host:
-        yield "host memory", line(train.host, None, _host_note(args))
+        yield "host memory", line(train.host, None, host_note(args))
     if args.colocate:
         yield (
             "",
@@ -164,7 +176,7 @@ def _memory(args: Args) -> Iterable[Row]:
         needed = ", ".join(f"{moment} {count / size:,.1f}" for moment, count in moments.items())
         yield "", f"the GPU holds for both: {needed} {unit}"
     if engine is not None and not args.engine.on_cpu:
-        yield "", _sglang_note(args, engine)
+        yield "", sglang_note(args, engine)
     yield from _gpu_size(args, on_cuda)
 
 
@@ -180,51 +192,6 @@ def _gpu_size(args: Args, on_cuda: bool) -> Iterable[Row]:
         hint = recompute_hint(args, total)
         if hint is not None:
             yield "", hint
-
-
-def _host_note(args: Args) -> str:
-    note = "for each GPU"
-    if args.colocate and args.offload:
-        note += ": weights and optimizer while the engine has it"
-    return f"{note}; {args.actor_num_gpus_per_node} of them on a node"
-
-
-def _sglang_note(args: Args, engine: EngineMemory) -> str:
-    share = args.sglang.get("mem_fraction_static")
-    if share is None:
-        return "SGLang takes --sglang-mem-fraction-static of a GPU for weights and KV, and queues what does not fit"
-    whole = engine.peak / share / 2**30
-    return (
-        f"SGLang takes {share:.0%} of a GPU for weights and KV: one of {whole:,.0f} GiB holds all requests at once, "
-        "on a smaller one some wait"
-    )
-
-
-def _optimizer_note(args: Args, on_cuda: bool) -> str:
-    kinds = ["fp32 main weights"] if args.bf16 else []
-    kinds += ["both moments"] if args.optimizer == "adam" else ["momentum"] if args.sgd_momentum > 0 else []
-    if args.optimizer_cpu_offload:
-        kinds.append("in host memory")
-    ranks = args.data_parallel_size * args.context_parallel_size
-    if args.use_distributed_optimizer:
-        kinds.append(f"a share of 1/{ranks}: --use-distributed-optimizer, the default on GPUs; it changes no result")
-    elif args.use_distributed_optimizer is None and ranks > 1:
-        kinds.append("sharded (--use-distributed-optimizer) if Ray's cluster has GPUs")
-    elif on_cuda and ranks > 1 and args.optimizer != "adam":
-        kinds.append(f"not sharded over the {ranks} ranks: Megatron can only shard adam")
-    return ", ".join(kinds)
-
-
-def _activations_note(args: Args, train: TrainMemory) -> str:
-    recompute = f"{args.recompute_granularity} recompute" if args.recompute_granularity else "no recompute"
-    parts = [f"kept for the backward pass of {train.tokens:,} tokens, {recompute}"]
-    if args.use_dynamic_batch_size and args.max_tokens_per_gpu is not None and train.tokens > args.max_tokens_per_gpu:
-        parts.append("for one response of full length, longer than --max-tokens-per-gpu")
-    if args.pipeline_model_parallel_size > 1:
-        parts.append(f"stage {train.stage}, the fullest")
-    if args.spec:
-        parts.append("--spec's layers counted as the built-in ones")
-    return "; ".join(parts)
 
 
 def _length(args: Args) -> str:

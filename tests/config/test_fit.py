@@ -129,7 +129,7 @@ def test_an_engine_is_counted_by_its_share() -> None:
     assert [moment.name for moment in moments(PAGE, H100)] == ["training"]  # SGLang chooses a share that fits
     apart = replace(PAGE, use_distributed_optimizer=True, sglang={"mem_fraction_static": 0.99})
     assert [moment.name for moment in moments(apart, H100) if moment.share > 1] == ["the engine"]
-    assert moments(replace(PAGE, num_experts=8), H100) == []
+    assert moments(replace(PAGE, architecture=None), H100) == []
 
 
 def test_an_impossible_memory_share_is_refused(run: Run) -> None:

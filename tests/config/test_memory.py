@@ -20,13 +20,7 @@ from worker_pool import WorkerPool
 from slime.config.args import Args
 from slime.core.architecture import Architecture
 from slime.core.batch import TrainBatch
-from slime.plan.activations import (
-    Operation,
-    backward_peak,
-    layer_operations,
-    log_probs_operation,
-    saved_bytes,
-)
+from slime.plan.activations import layer_operations, log_probs_operation
 from slime.plan.memory_model import (
     TrainMemory,
     engine_memory,
@@ -36,6 +30,8 @@ from slime.plan.memory_model import (
     train_memory,
     turns,
 )
+from slime.plan.moe_activations import experts_forward, moe_operations, routing_kept
+from slime.plan.rank import Operation, backward_peak, saved_bytes
 
 PROMISED = 0.15
 """The largest relative error of a plan."""
@@ -76,13 +72,37 @@ QWEN3 = Architecture(
     tied_embeddings=True,
 )
 LLAMA = replace(GLM4, family="llama", add_qkv_bias=False, post_self_attn_layernorm=False, post_mlp_layernorm=False)
-SHAPES = {"glm4": GLM4, "qwen3": QWEN3, "llama": LLAMA}
+QWEN3_MOE = replace(
+    QWEN3,
+    family="qwen3_moe",
+    num_query_groups=2,
+    num_layers=3,
+    tied_embeddings=False,
+    num_experts=8,
+    moe_ffn_hidden_size=192,
+    moe_router_topk=2,
+)
+GLM4_MOE = replace(
+    LLAMA,
+    family="glm4_moe",
+    add_qkv_bias=True,
+    num_experts=8,
+    moe_ffn_hidden_size=128,
+    moe_router_topk=2,
+    first_dense_layers=1,
+    shared_expert_ffn_hidden_size=256,
+    router_score="sigmoid",
+    router_bias=True,
+    routed_scaling_factor=1.5,
+)
+SHAPES = {"glm4": GLM4, "qwen3": QWEN3, "llama": LLAMA, "glm4-moe": GLM4_MOE}
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
 SELECTIVE = {"recompute_granularity": "selective"}
 PPO = {"advantage_estimator": "ppo", "critic_lr": 1e-6}
 LARGE_VOCABULARY = 12000
+SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 TOKENS = 768
 BF16_TOKENS = TOKENS // 2
 """Fewer tokens, because a CPU without bf16 multiplies it ten times slower; with fewer still, constants would show."""
@@ -91,6 +111,8 @@ BF16_TOKENS = TOKENS // 2
 def make_args(arch: Architecture, *, bf16: bool = False, **more: Any) -> Args:
     defaults: dict[str, Any] = {
         "architecture": arch,
+        "num_experts": arch.num_experts or None,
+        "use_routing_replay": arch.num_experts > 0,
         "bf16": bf16,
         "num_rollout": 10,
         "rollout_batch_size": 1,
@@ -125,6 +147,11 @@ def batch_of(args: Args) -> TrainBatch:
         "sample_indices": np.arange(num),
         "rollout_log_probs": -generator.random(responses.sum()).astype(np.float32),
     }
+    arch = args.architecture
+    if arch is not None and args.use_routing_replay:  # an engine's choice gives every expert equally many tokens
+        shape = (totals.sum(), arch.num_moe_layers, arch.moe_router_topk)
+        one_after_the_other = np.arange(shape[0] * shape[2]).reshape(shape[0], 1, shape[2]) % arch.num_experts
+        columns["routed_experts"] = np.broadcast_to(one_after_the_other, shape).astype(np.int8)
     return TrainBatch(totals, responses, columns)
 
 
@@ -138,10 +165,14 @@ class Measured:
     forward: int
     """The peak of additional allocations during log-probs of the reference."""
     step: int
-    """The peak of additional allocations during a training step."""
+    """The peak of additional allocations during a training step, with what is held between steps as well."""
+    routing: int
+    """The bytes that layers with experts hold of their last routing."""
 
 
 def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measured:
+    from megatron.core import parallel_state
+
     from slime.megatron.offload.host_memory import HostMemory
     from slime.megatron.trainer import Trainer
 
@@ -153,14 +184,21 @@ def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measure
         batch = batch_of(args)
         trainer.train(0, batch)  # the first step allocates Adam's moments, the first forward Megatron's buffers
         forward = allocated(lambda: trainer.log_probs(batch, model="ref")) if args.needs_reference else 0
-        step = 0 if args.needs_reference else allocated(lambda: trainer.train(1, batch))
+        routing = nbytes(last_routing(trainer))
+
+        buffers = nbytes(parallel_state.get_global_memory_buffer().buffer.values())
+
+        def of_step() -> int:
+            return routing + buffers + allocated(lambda: trainer.train(1, batch))
+
+        step = 0 if args.needs_reference else of_step()
         planned, within = planned_step(args, rank if args.pipeline_model_parallel_size > 1 else 0)
         most = planned / (1 - within)  # as `off_by` counts
         # a collective's own thread frees its tensors a moment after the step: repeat steps that held too much
         for _ in range(7):
             if args.needs_reference or not _on_any_rank(step > most):
                 break
-            step = min(step, allocated(lambda: trainer.train(1, batch)))
+            step = min(step, of_step())
         weights, gradients, state = held_by(trainer)
         critics = [] if trainer.critic is None else held_by(trainer.critic)
         return Measured(
@@ -171,6 +209,7 @@ def measure(rank: int, world_size: int, init_method: str, args: Args) -> Measure
             reference=nbytes(tensor for copy in kept.values() for tensor in copy._chunks),
             forward=forward,
             step=step,
+            routing=routing,
         )
     finally:
         trainer.close()
@@ -190,7 +229,17 @@ def held_by(trained: Any) -> list[int]:
     own = {tensor.untyped_storage().data_ptr() for tensor in parameters}
     state = list(tensors_in([part.optimizer for part in optimizers(trained.optimizer)]))
     in_state = nbytes(tensor for tensor in state if tensor.untyped_storage().data_ptr() not in own)
+    parameters += [b for chunk in chunks for part in chunk.modules() for b in part._buffers.values() if b is not None]
     return [nbytes(parameters), nbytes([buffer.grad_data for buffer in buffers]), in_state]
+
+
+def last_routing(trainer: Any) -> Iterable[torch.Tensor]:
+    """Yield the tensors that Megatron's dispatchers hold."""
+    for chunk in trainer.model:
+        for part in chunk.modules():
+            held: Any = getattr(part, "token_dispatcher", None)
+            values = () if held is None else vars(held).values()
+            yield from (value for value in values if isinstance(value, torch.Tensor))
 
 
 def optimizers(optimizer: Any) -> list[Any]:
@@ -237,10 +286,12 @@ def planned_step(args: Args, stage: int) -> tuple[int, float]:
     """Return the bytes that a step allocates for itself, and the largest relative error of that.
 
     With context parallelism, a CPU's attention also keeps scores of pieces against all earlier keys. They depend on the
-    lengths of sequences, which a plan does not know, and CUDA's kernel does not have them.
+    lengths of sequences, which a plan does not know, and CUDA's kernel does not have them. If ranks share an expert,
+    they exchange its whole outputs, and the profiler misses what a collective's own thread frees of these.
     """
     planned = planned_for(args, stage)
-    within = COUNTED if args.context_parallel_size == 1 else PROMISED
+    shares_an_expert = args.num_experts and rank_sizes(args, args.resolved.architecture, on_cuda=False).etp > 1
+    within = PROMISED if args.context_parallel_size > 1 or shares_an_expert else COUNTED
     return planned.activations + max(planned.log_probs, planned.layers), within
 
 
@@ -265,6 +316,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 bf16 full": ("qwen3", {"bf16": True, **FULL}),
     "qwen3 fp32 selective": ("qwen3", SELECTIVE),
     "qwen3 bf16 with a critic": ("qwen3", {"bf16": True, **PPO}),
+    "glm4-moe bf16 full": ("glm4-moe", {"bf16": True, **FULL}),
     "llama bf16 selective": ("llama", {"bf16": True, **SELECTIVE}),
 }
 
@@ -318,7 +370,7 @@ def test_a_term_left_out_is_noticed(workers: WorkerPool) -> None:
 
 LAYOUTS: dict[str, tuple[Architecture, dict[str, Any]]] = {
     "TP": (GLM4, {"tensor_model_parallel_size": 2}),
-    "TP and sequence parallel": (GLM4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "TP and sequence parallel": (GLM4, SEQUENCE_PARALLEL),
     "PP, with a critic": (GLM4, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1, **PPO}),
     "CP": (QWEN3, {"context_parallel_size": 2}),
     "CP, bf16, full": (GLM4, {"context_parallel_size": 2, "bf16": True, **FULL}),
@@ -335,6 +387,63 @@ def test_several_ranks(workers: WorkerPool, layout: str) -> None:
     args = replace(args, max_tokens_per_gpu=BF16_TOKENS if args.bf16 else TOKENS)
     for rank, found in enumerate(workers.run(2, measure, args)):
         assert_planned(args, found, stage=rank if args.pipeline_model_parallel_size > 1 else 0)
+
+
+EXPERTS: dict[str, tuple[Architecture, dict[str, Any]]] = {
+    "EP, bf16": (QWEN3_MOE, {"expert_model_parallel_size": 2, "bf16": True}),
+    "TP and sequence parallel": (GLM4_MOE, SEQUENCE_PARALLEL),
+    "experts on more ranks than the rest": (
+        replace(GLM4_MOE, num_layers=2),
+        {**SEQUENCE_PARALLEL, "expert_tensor_parallel_size": 1, "use_distributed_optimizer": True},
+    ),
+    "PP, with a critic": (
+        GLM4_MOE,
+        {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1, **PPO},
+    ),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_experts_on_several_ranks(workers: WorkerPool, layout: str) -> None:
+    """The experts to replay give every expert equally many tokens, as a plan assumes."""
+    arch, more = EXPERTS[layout]
+    args = make_args(arch, actor_num_gpus_per_node=2, **more)
+    args = replace(args, max_tokens_per_gpu=BF16_TOKENS if args.bf16 else TOKENS)
+    for rank, found in enumerate(workers.run(2, measure, args)):
+        assert_planned(args, found, stage=rank if args.pipeline_model_parallel_size > 1 else 0)
+
+
+@pytest.mark.dist
+def test_a_term_of_experts_left_out_is_noticed(workers: WorkerPool) -> None:
+    """Control: as for a dense model. A part of the routing is also held between steps, and is compared by itself."""
+    arch = replace(GLM4_MOE, num_experts=64, moe_ffn_hidden_size=64, moe_router_topk=4)  # more routing, smaller experts
+    args = make_args(arch)
+    [found] = workers.run(1, measure, args)
+    assert_planned(args, found)
+    planned, rank = planned_for(args), rank_sizes(args, arch, on_cuda=False)
+    close = COUNTED / 3  # each of these terms is smaller than a dense layer's
+    assert off_by(planned.activations + planned.layers, found.step) < close
+    rows = moe_operations(rank)
+    kinds = ("shared expert", "router", "experts: their tokens", "an expert")
+    terms = {kind: saved_bytes(row for row in rows if row.name.startswith(kind)) for kind in kinds}
+    terms["forward pass"] = experts_forward(rank) // arch.num_moe_layers
+    for kind, term in terms.items():
+        left_out = arch.num_moe_layers * term
+        assert off_by(planned.activations + planned.layers - left_out, found.step) > close, kind
+    held = arch.num_moe_layers * routing_kept(rank, recomputed=True)
+    assert off_by(held, found.routing) < 0.01
+
+
+@pytest.mark.dist
+def test_log_probs_of_experts(workers: WorkerPool) -> None:
+    """The copy of a reference has the routers' biases, and its forward pass holds the tokens on their way."""
+    args = make_args(GLM4_MOE, log_ref_kl=True, bf16=True, max_tokens_per_gpu=BF16_TOKENS)
+    [found] = workers.run(1, measure, args)
+    planned = planned_for(args)
+    assert (planned.weights, planned.reference) == (found.weights, found.reference)
+    lasting = planned.weights + planned.gradients + planned.optimizer + 2 * planned.reference + found.routing
+    assert off_by(planned.peaks["forward"] - lasting, found.forward) < PROMISED
 
 
 def resident(rank: int, world_size: int, init_method: str, small: Args, args: Args) -> int:

@@ -148,7 +148,7 @@ def test_rows_of_the_memory_plan() -> None:
     fits += numbers(rows["KV cache"])[1] or 0.0
     assert f"takes 50% of a GPU for weights and KV: one of {2 * fits:,.0f} GiB" in text
     assert "the GPU holds for both: always" in format_plan(replace(shared, offload=False), [])
-    assert "not estimated: a mixture of experts" in format_plan(replace(PAGE, num_experts=8), [])
+    assert "not estimated: the model is unknown" in format_plan(replace(PAGE, architecture=None), [])
 
 
 def test_a_plan_on_this_machine(run: Run) -> None:

@@ -1,0 +1,157 @@
+"""The activations that a layer of experts keeps for the backward pass, in bytes per operation, instead of an MLP's.
+
+- Used by: `activations`, for the layers with experts.
+- Invariant: no number is fitted. Each is a product of the shapes of tensors in `slime.megatron.model.moe` or in
+  Megatron's all-to-all dispatcher. Routing is balanced: every expert gets equally many tokens.
+
+For a layer of t tokens on this rank, of which each goes to K of E experts:
+
+    shared expert   every token, before the router
+    router          t x E scores, and the weights and the choice that follow from them
+    dispatch        K copies of each token go to the ranks of their experts, and are sorted by expert
+    experts         one after the other
+    combine         the way back: sorted, sent, and added up for each token
+"""
+
+from __future__ import annotations
+
+from slime.core.columns import routes_dtype
+from slime.plan.rank import FP32, TOKEN_ID, Operation, Rank
+
+
+def moe_operations(rank: Rank) -> list[Operation]:
+    """Return the operations of a layer of experts in the order of its forward pass, without the layer's norms."""
+    shared = _shared_expert(rank)
+    return [*shared, _router(rank, keeps_input=not shared), _dispatch(rank), *_experts(rank), _combine(rank)]
+
+
+def _shared_expert(rank: Rank) -> list[Operation]:
+    """Return the operations of Megatron's MLP, whose SwiGLU is not fused. They run backward after all others."""
+    ffn, hidden = rank.arch.shared_expert_ffn_hidden_size // rank.tp, rank.arch.hidden_size
+    if not ffn:
+        return []
+    arriving = 2 * rank.residual  # the output's gradient, and that of the input from the router and the dispatch
+    return [
+        Operation(
+            "shared expert, first: its input",
+            rank.residual,
+            arriving + rank.values(2 * ffn + hidden) + rank.weight_gradient(2 * ffn * hidden),
+        ),
+        # gate and up, silu(gate), and a copy of up to which Megatron has added an offset of 0; backward, the gradients
+        # of the copies and of gate and up
+        Operation("shared expert, SwiGLU: gate and up", rank.values(4 * ffn), arriving + rank.values(4 * ffn)),
+        Operation(
+            "shared expert, second: its input",
+            rank.values(ffn),
+            arriving + rank.values(ffn) + rank.weight_gradient(ffn * hidden),
+        ),
+    ]
+
+
+def _router(rank: Rank, *, keeps_input: bool) -> Operation:
+    """Return the router, which computes in fp32. `keeps_input`: no shared expert keeps the same tensor already."""
+    experts, hidden = rank.arch.num_experts, rank.arch.hidden_size
+    # scores, weights and the mask by expert of every token; weights and numbers of the chosen experts
+    saved = rank.rows * experts * (2 * FP32 + 1) + rank.sent * (FP32 + 2 * TOKEN_ID)
+    # gradients of weights, of scores and of logits; of the input, for which a bf16 model has a second copy in fp32
+    working = 3 * FP32 * rank.rows * experts + FP32 * rank.rows * hidden + FP32 * experts * hidden
+    working += rank.residual if rank.width < FP32 else 0
+    return Operation(
+        "router: its input and scores", saved + (rank.residual if keeps_input else 0), 2 * rank.residual + working
+    )
+
+
+def routing_kept(rank: Rank, *, recomputed: bool) -> int:
+    """Return the bytes of a layer's last routing, which Megatron's dispatcher holds until the next forward pass.
+
+    They are the weights and the mask of all experts, and the order in which tokens were sorted. The order is also kept
+    for the backward pass, unless the whole layer is `recomputed`.
+    """
+    return rank.rows * rank.arch.num_experts * (FP32 + 1) + (TOKEN_ID * rank.sent if recomputed else 0)
+
+
+def replayed_experts(rank: Rank) -> int:
+    """Return the bytes of the column with an engine's choice for each token of a pack (routing replay)."""
+    arch = rank.arch
+    return rank.tokens * arch.num_moe_layers * arch.moe_router_topk * routes_dtype(arch.num_experts).itemsize
+
+
+def copies(rank: Rank) -> tuple[int, int]:
+    """Return the bytes of the hidden states that this rank sends, and of those that reach it."""
+    hidden = rank.width * rank.arch.hidden_size
+    return rank.sent * hidden, rank.received * hidden
+
+
+def _moved(rank: Rank) -> int:
+    """Return the most bytes while copies are sorted, sent or gathered: those of two such tensors at a time."""
+    sent, received = copies(rank)
+    sizes = [sent]
+    if rank.ep > 1:
+        sizes.append(2 * sent)
+    if rank.etp > 1:
+        sizes.append(received + max(sent, _summed(rank)))
+    if rank.experts > 1:
+        sizes.append(2 * received)
+    return max(sizes)
+
+
+def _dispatch(rank: Rank) -> Operation:
+    return Operation("dispatch: the order of tokens", TOKEN_ID * rank.sent, rank.residual + _moved(rank))
+
+
+def _combine(rank: Rank) -> Operation:
+    stream = 0 if rank.on_cuda else rank.residual  # after attention; a GPU's norm keeps the same tensor
+    shared = rank.residual if rank.arch.shared_expert_ffn_hidden_size else 0  # the shared expert's output
+    return Operation("combine", 0, rank.residual + _moved(rank), forward=experts_forward(rank) + stream + shared)
+
+
+def experts_forward(rank: Rank) -> int:
+    """Return the bytes that the forward pass of the experts needs in addition to what it keeps.
+
+    Megatron's layer holds the tokens that were sent and those that have arrived until the experts are done. These have
+    their outputs one by one and then in one tensor, and that tensor in another order.
+    """
+    sent, received = copies(rank)
+    held = sent * (2 if rank.ep > 1 else 1) if rank.experts > 1 or rank.ep * rank.etp > 1 else 0
+    return held + 2 * received + _summed(rank)
+
+
+def _summed(rank: Rank) -> int:
+    """Return the bytes of the sum over the ranks that share an expert, which Megatron computes in fp32.
+
+    A GPU has the sum in a tensor of its own, a CPU in a copy of the parts.
+    """
+    if rank.etp == 1:
+        return 0
+    hidden = FP32 * rank.arch.hidden_size
+    parts = hidden * rank.received if rank.width < FP32 else 0
+    return parts + hidden * (rank.sent if rank.on_cuda else rank.received)
+
+
+def _experts(rank: Rank) -> list[Operation]:
+    """Return the experts one by one, after the tokens that they share.
+
+    The gradients of their inputs are collected, and become one tensor after the first expert's backward pass.
+    """
+    _, received = copies(rank)
+    ffn, hidden, count = rank.expert_ffn, rank.arch.hidden_size, rank.experts
+    tokens = rank.received / count
+    fused = rank.on_cuda
+    # gate and up, their product before and after the token's weight, and silu(gate) if no kernel computes it again
+    saved = int(tokens * ffn * (4 if fused else 5) * rank.width)
+    half = rank.width < FP32
+    # a token's weight is fp32, and so is the gradient of a weighted bf16 output
+    weighing = ffn * ((2 * FP32 + rank.width) if half else 3 * FP32)
+    gate_up = ffn * rank.width * (3 if fused or half else 4)
+    first = int(tokens * rank.width * (2 * ffn + hidden)) + rank.weight_gradient(2 * ffn * hidden)
+    second = int(tokens * rank.width * ffn) + rank.weight_gradient(ffn * hidden)
+    own = max(int(tokens * max(weighing, gate_up)), first, second)
+    operations = [
+        Operation("experts: their tokens", received + FP32 * rank.received, rank.residual + 2 * received),
+    ]
+    for expert in range(count):
+        collected = received * (count - 1 - expert) // count
+        operations.append(
+            Operation("an expert: gate and up, product", saved, rank.residual + received + collected + own)
+        )
+    return operations
