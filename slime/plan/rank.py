@@ -112,7 +112,8 @@ class Rank:
         Of the EP x ETP ranks that share the experts, each sends `sent` copies. A share of 1/EP of them goes to the
         experts on this rank, and each of the ETP ranks of an expert gets all of its tokens.
 
-        >>> # 8 experts on 4 ranks, 100 tokens a rank, 2 experts a token: 800 copies for 8 experts, 200 for 2 of them
+        With 8 experts on 4 ranks, 100 tokens a rank and 2 experts a token, there are 800 copies for 8 experts, and 200
+        reach the 2 experts of a rank.
         """
         return self.sent * self.etp
 
