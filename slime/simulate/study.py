@@ -22,7 +22,7 @@ FACTOR = 1.5
 """The factor of over-sampling where a table switches it on."""
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 """The shares of the GPUs that train, in the table of splits."""
-MOST_SAMPLES = 300_000
+MOST_SAMPLES = 150_000
 """The samples that all runs of a study generate together: about a minute on one core."""
 LEAST_ROLLOUTS, LEAST_ALIKE = 3, 2
 """The fewest rollouts of a run: one fills the pipeline, one counts, one empties it; and where all steps are alike."""
