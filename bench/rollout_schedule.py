@@ -30,6 +30,7 @@ from bench.schedule_loops import compare_loops
 from bench.timed_engine import Timing, launch_timed_engine, make_model, make_prompts
 from slime.config.args import Args
 from slime.core.sample import Sample
+from slime.core.sample_columns import from_columns
 from slime.engine.client import EngineClient
 from slime.engine.launch import launch_router
 from slime.engine.membership import register_worker
@@ -207,7 +208,8 @@ class Schedule:
         self.record.off_policy += sum(made < version for made in versions)
 
     def _carried(self) -> int:
-        return sum(sample["response_length"] for group in self._source.state_dict()["buffer"] for sample in group)
+        groups = from_columns(self._source.state_dict()["buffer"])
+        return sum(sample.response_length for group in groups for sample in group)
 
 
 class Limit:
