@@ -17,7 +17,8 @@ RuntimeError
 │   └── HookFailed (core.plugins)                          a hook raised an error
 ├── BadStepError (megatron.nan_guard)                      a step was not taken; no weight has changed
 ├── EngineError (engine.connection)                        an engine or the router did not answer as it should
-└── EngineFailed (engine.embedded.server)                  the embedded engine's scheduler has ended
+├── EngineFailed (engine.embedded.server)                  the embedded engine's scheduler has ended
+└── NothingLeft (simulate.clock)                           a simulation waits for what can never happen
 Exception
 └── StopNoticed (cluster.life.stop)                        a signal has ended a wait; no error: the state is saved next
 """

@@ -2,13 +2,15 @@
 
 - Called by: the data side, with each rollout, and `evaluate`, with each data set's answers.
 - Invariant: rewards are the raw ones, as in the metrics, and secrets are masked. All answers of an evaluation are
-  written; of a rollout at most --log-samples-per-rollout, in whole groups.
+  written; of a rollout at most --log-samples-per-rollout, in whole groups. An evaluation comes before the rollout that
+  was generated at the same time, whichever ended first.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +34,31 @@ class SampleLog:
         self._args = args
         self._tokenizer = tokenizer
         self._mask = masker_of(args)
+        self._evaluates = False
+        self._held: list[tuple[int, list[Row]]] = []
 
     async def rollout(self, rollout_id: int, groups: Groups) -> None:
-        """Write some of a rollout's groups, evenly spread over it."""
+        """Write some of a rollout's groups, evenly spread over it; during an evaluation they wait for its end."""
         chosen = spread(groups, self._args.log_samples_per_rollout)
-        if chosen:
-            await asyncio.to_thread(self._file.write, rollout_id + 1, TRAIN, self._rows(chosen))
+        if not chosen:
+            return
+        rows = await asyncio.to_thread(list, self._rows(chosen))
+        if self._evaluates:
+            self._held.append((rollout_id + 1, rows))
+        else:
+            await asyncio.to_thread(self._file.write, rollout_id + 1, TRAIN, rows)
+
+    @contextmanager
+    def evaluating(self) -> Generator[None]:
+        """Let the rows of rollouts wait inside the block, and write them at its end."""
+        self._evaluates = True
+        try:
+            yield
+        finally:
+            self._evaluates = False
+            held, self._held = self._held, []
+            for step, rows in held:
+                self._file.write(step, TRAIN, rows)
 
     async def evaluation(self, step: int, name: str, groups: Groups) -> None:
         """Write all answers of the data set `name` after `step` rollouts."""

@@ -94,6 +94,20 @@ def test_a_rollouts_rows_are_bounded(tmp_path: Path, tokenizer: PreTrainedTokeni
     assert not (tmp_path / "samples.jsonl").exists()
 
 
+def test_an_evaluation_precedes_the_rollout_next_to_it(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    log, made = SampleLog(tmp_path / "samples.jsonl", Args(reward_key="score"), tokenizer), groups(tokenizer)
+
+    async def write() -> None:
+        with log.evaluating():
+            await log.rollout(6, made)
+            await log.evaluation(6, "a", made[:1])
+        await log.rollout(7, made)
+
+    asyncio.run(write())
+    written = [(row["step"], row["split"]) for row in read_samples(tmp_path / "samples.jsonl")]
+    assert written == [(6, "eval/a")] * 2 + [(7, "train")] * 4 + [(8, "train")] * 4
+
+
 def test_every_evaluated_answer_is_written(
     data_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

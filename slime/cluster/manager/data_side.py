@@ -164,7 +164,8 @@ class DataSide:
     async def evaluate(self, rollout_id: int, engines: NoEngines) -> dict[str, float]:
         """Evaluate with `engines` after `rollout_id` rollouts, and return the metrics."""
         work = self._evaluation_work.run(lambda: self._call_eval_function(rollout_id))
-        return await engines.guarded(work, self.context)
+        with self._samples.evaluating():
+            return await engines.guarded(work, self.context)
 
     async def _call_eval_function(self, rollout_id: int) -> dict[str, float]:
         path = self._args.eval_function_path
