@@ -121,6 +121,11 @@ class Args(
         )
 
     @property
+    def expert_tensor_size(self) -> int:
+        """Return the ranks that share one expert's matrices; if unset the tensor-parallel size, as in Megatron."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
     def needs_reference(self) -> bool:
         """Return whether the reference model runs at all."""
         has_kl = (self.use_kl_loss and self.kl_loss_coef > 0) or self.kl_coef > 0 or self.log_ref_kl

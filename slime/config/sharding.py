@@ -19,8 +19,7 @@ def dense_ranks(args: Args) -> int:
 
 def expert_ranks(args: Args) -> int:
     """Return the number of ranks that hold the same expert's weight; only for a model with experts."""
-    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    block = args.expert_model_parallel_size * expert_tensor * args.pipeline_model_parallel_size
+    block = args.expert_model_parallel_size * args.expert_tensor_size * args.pipeline_model_parallel_size
     return args.actor_world_size // block
 
 

@@ -66,7 +66,7 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
     stages, experts = args.pipeline_model_parallel_size, args.expert_model_parallel_size
     sizes = {
         "tensor x pipeline x context": args.tensor_model_parallel_size * stages * args.context_parallel_size,
-        "expert x expert tensor x pipeline": experts * expert_tensor_size(args) * stages,
+        "expert x expert tensor x pipeline": experts * args.expert_tensor_size * stages,
     }
     for what, size in sizes.items():
         if world_size % size:
@@ -96,7 +96,7 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
             virtual_pipeline_model_parallel_size=num_chunks(args) if num_chunks(args) > 1 else None,
             context_parallel_size=args.context_parallel_size,
             expert_model_parallel_size=experts,
-            expert_tensor_parallel_size=expert_tensor_size(args),
+            expert_tensor_parallel_size=args.expert_tensor_size,
             distributed_timeout_minutes=args.train_timeout / 60,  # pyright: ignore[reportArgumentType]
         )
         topology = _topology(rank, world_size)
@@ -107,11 +107,6 @@ def init_parallel(args: Args, *, rank: int, world_size: int, init_method: str) -
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
     return topology
-
-
-def expert_tensor_size(args: Args) -> int:
-    """Return the ranks that share one expert's matrices; if unset the tensor-parallel size, as in Megatron."""
-    return args.expert_tensor_parallel_size or args.tensor_model_parallel_size
 
 
 def close_parallel() -> None:

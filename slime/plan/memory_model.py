@@ -119,7 +119,7 @@ def stage_parameters(args: Args, arch: Architecture, stage: int) -> Parameters:
     moe = sum(map(arch.is_moe_layer, stages[stage]))
     mlps = 3 * hidden * ((layers - moe) * arch.ffn_hidden_size + moe * arch.shared_expert_ffn_hidden_size)
     routers = moe * arch.num_experts * hidden
-    ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp)
+    ranks = args.expert_model_parallel_size * args.expert_tensor_size
     is_first, is_last = stage == 0, stage == len(stages) - 1
     # a tied output layer is a copy of the embedding if they are on different stages
     tables = is_first + (is_last and not (arch.tied_embeddings and is_first))
@@ -201,7 +201,7 @@ def rank_sizes(args: Args, arch: Architecture, *, on_cuda: bool, tokens: int | N
         tp=tp,
         cp=args.context_parallel_size,
         ep=args.expert_model_parallel_size,
-        etp=args.expert_tensor_parallel_size or tp,
+        etp=args.expert_tensor_size,
         on_cuda=on_cuda,
     )
 

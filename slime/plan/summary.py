@@ -79,8 +79,7 @@ def _model_parallel(args: Args) -> str:
         parts.append("sequence parallel")
     parts += [f"CP {args.context_parallel_size}", f"PP {args.pipeline_model_parallel_size}"]
     if args.num_experts:
-        expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-        parts.append(f"experts EP {args.expert_model_parallel_size}, TP {expert_tensor}")
+        parts.append(f"experts EP {args.expert_model_parallel_size}, TP {args.expert_tensor_size}")
     return ", ".join(parts)
 
 

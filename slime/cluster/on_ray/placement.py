@@ -220,7 +220,7 @@ def groups_across_nodes(args: Args, trainers: Sequence[Slot]) -> list[str]:
     group are inside a block of TP x CP, and those of an expert-parallel group inside a block of ETP x EP.
     """
     tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
-    experts, expert_tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tensor
+    experts, expert_tensor = args.expert_model_parallel_size, args.expert_tensor_size
     blocks = {
         "--tensor-model-parallel-size": (tensor, tensor),
         "--context-parallel-size": (context, tensor * context),

@@ -39,7 +39,7 @@ def experts(case: Case) -> Iterable[Problem]:
                     yield case.error(field, "the model has no experts to share", "leave it out, or make it 1")
         return
     tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tensor
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_size
     if arch.num_experts % ep:
         yield case.error(_EP, f"does not divide {arch.num_experts} experts", "choose a divisor")
     if arch.moe_ffn_hidden_size % etp:

@@ -35,7 +35,7 @@ from slime.megatron.compat import cpu_layer
 from slime.megatron.model.layers import RMSNorm, layer_spec
 from slime.megatron.model.moe import disable_replay, with_float32_biases
 from slime.megatron.optim.multi_tensor import fuse_weight_gradients
-from slime.megatron.parallel import expert_place, expert_tensor_size
+from slime.megatron.parallel import expert_place
 
 T = TypeVar("T")
 
@@ -199,7 +199,7 @@ def _experts(args: Args, arch: Architecture) -> dict[str, Any]:
         "num_moe_experts": arch.num_experts,
         "moe_shared_expert_intermediate_size": arch.shared_expert_ffn_hidden_size or None,
         "expert_model_parallel_size": args.expert_model_parallel_size,
-        "expert_tensor_parallel_size": expert_tensor_size(args),
+        "expert_tensor_parallel_size": args.expert_tensor_size,
         "moe_router_dtype": "fp32",
         "moe_aux_loss_coeff": args.moe_aux_loss_coeff,
         "moe_z_loss_coeff": args.moe_z_loss_coeff,
