@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -134,18 +135,26 @@ def _step(plan: StepPlan, rank: int, own_M: Array, size: int) -> RankStep:
 
 
 def _cut(values: Array, sizes_N: Array, dealt: Sequence[Array]) -> list[Array]:
-    """Return each rank's rows of a column; neighbours are copied at once."""
+    """Return each rank's rows of a column, in the smallest dtype that holds the column."""
     small = smallest_dtype(values)
+    return [entries_of_rows(values, sizes_N, rows_M, dtype=small) for rows_M in dealt]
+
+
+def entries_of_rows(values: Array, sizes_N: Array, rows_M: Array, *, dtype: np.dtype[Any] | None = None) -> Array:
+    """Return the entries of the rows `rows_M`, ascending, of a flat column, in its own dtype or in `dtype`.
+
+    Neighbours are copied at once.
+
+    >>> entries_of_rows(np.asarray([1, 1, 2, 3, 3]), np.asarray([2, 1, 2]), np.asarray([0, 2])).tolist()
+    [1, 1, 3, 3]
+    """
     ends_N = np.cumsum(sizes_N)
     starts_N = ends_N - sizes_N
-    parts: list[Array] = []
-    for rows_M in dealt:
-        breaks = np.flatnonzero(np.diff(rows_M) != 1) + 1
-        firsts = rows_M[np.concatenate([[0], breaks])] if len(rows_M) else rows_M
-        lasts = rows_M[np.concatenate([breaks - 1, [-1]])] if len(rows_M) else rows_M
-        runs = [values[a:b] for a, b in zip(starts_N[firsts].tolist(), ends_N[lasts].tolist(), strict=True)]
-        parts.append(np.concatenate([values[:0], *runs], dtype=small, casting="unsafe"))
-    return parts
+    breaks = np.flatnonzero(np.diff(rows_M) != 1) + 1
+    firsts = rows_M[np.concatenate([[0], breaks])] if len(rows_M) else rows_M
+    lasts = rows_M[np.concatenate([breaks - 1, [-1]])] if len(rows_M) else rows_M
+    runs = [values[a:b] for a, b in zip(starts_N[firsts].tolist(), ends_N[lasts].tolist(), strict=True)]
+    return np.concatenate([values[:0], *runs], dtype=values.dtype if dtype is None else dtype, casting="unsafe")
 
 
 def smallest_dtype(values: Array) -> np.dtype:

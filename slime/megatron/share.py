@@ -25,7 +25,7 @@ from torch import Tensor
 from slime.core.batch import RowColumns, TrainBatch
 from slime.core.columns import Array
 from slime.core.packing import StepPlan
-from slime.core.rank_batch import RankBatch, joined, rank_batches
+from slime.core.rank_batch import RankBatch, entries_of_rows, joined, rank_batches
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,7 @@ class Share:
 
     def own_part(self, values_R: Array) -> Array:
         """Return the own rows' entries of a response column of the whole rollout."""
-        ends_N = np.cumsum(self.rows.response_lengths_N)
-        starts_N = ends_N - self.rows.response_lengths_N
-        return np.concatenate([values_R[:0], *(values_R[starts_N[row] : ends_N[row]] for row in self.rows_M)])
+        return entries_of_rows(values_R, self.rows.response_lengths_N, self.rows_M)
 
     def places(self, responses_R: Array) -> Array:
         """Turn indices into the own flat response columns into indices into those of the whole rollout."""

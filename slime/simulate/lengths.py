@@ -12,6 +12,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 P99_SIGMAS = 2.3263478740408408
@@ -70,7 +71,7 @@ class LogNormal:
     longest: int
     prompt_length: int
 
-    @property
+    @cached_property
     def sigma(self) -> float:
         """Return the standard deviation of the logarithm; 0: all lengths are equal.
 
@@ -83,14 +84,13 @@ class LogNormal:
             raise ValueError(f"a 99th percentile of 1 to {math.exp(P99_SIGMAS**2 / 2):.3g} times the mean")
         return P99_SIGMAS - math.sqrt(inside)
 
-    @property
+    @cached_property
     def mu(self) -> float:
         """Return the mean of the logarithm."""
         return math.log(self.mean) - self.sigma**2 / 2
 
     def response(self, prompt: int, seed: int) -> int:
-        sigma = self.sigma
-        drawn = math.exp(math.log(self.mean) - sigma**2 / 2 + sigma * _NORMAL.inv_cdf(_uniform(prompt, seed)))
+        drawn = math.exp(self.mu + self.sigma * _NORMAL.inv_cdf(_uniform(prompt, seed)))
         return max(1, min(self.longest, round(drawn)))
 
     def prompt(self, prompt: int) -> int:
