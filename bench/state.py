@@ -161,7 +161,7 @@ def measure(
             found = sizes(written)[ARRAYS_FILE], (path / STATE_FILE).stat().st_size
             back = restore(path, times)
             if any(not same(*pair) for pair in zip(chain(*back), chain(*groups), strict=True)):
-                raise RuntimeError("the restored samples are not those that were saved")
+                raise RuntimeError("the restored samples differ from the saved ones")
             del back
             plain_copy(path, times)
             as_json(in_json, times)

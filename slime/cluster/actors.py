@@ -254,7 +254,7 @@ class Processes:
         return parts, names
 
     def of_trainers(self, parts: Sequence[Any]) -> list[Any]:
-        """Return the part of each trainer, of those of the data-parallel ranks."""
+        """Return the part of each trainer, which is that of its data-parallel rank."""
         return [parts[data_parallel_rank(self._args, rank)] for rank in range(len(self.trainers))]
 
     @property

@@ -114,7 +114,7 @@ def _column(values_N: Sequence[Any]) -> dict[str, Array]:
         kinds[n] = kind
         if kind == _NUMBERS and like is None:
             like = value[:0].copy()
-        if kind == _JSON:  # `table` keeps the objects alive, so an id stands for one object only
+        if kind == _JSON:  # `table` keeps the objects alive, so an id belongs to one object only
             place = known.setdefault(id(value), len(table))
             if place == len(table):
                 table.append(value)

@@ -103,7 +103,7 @@ def advantage_columns(
     the distance from a teacher.
 
     Args:
-        columns: all columns of the own rows so far, those that came and those that training has made of them.
+        columns: all columns of the own rows so far, the received ones and the ones that training has computed.
 
     Raises:
         ValueError: the result of a hook has another length.

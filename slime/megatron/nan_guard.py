@@ -110,7 +110,7 @@ def check_columns(
 
     Args:
         share: the rollout, whose samples the message names.
-        columns: all columns of the own rows so far, those that came and those that training has made of them.
+        columns: all columns of the own rows so far, the received ones and the ones that training has computed.
         names: the columns to check; None: all.
 
     Raises:

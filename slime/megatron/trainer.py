@@ -232,7 +232,7 @@ class Trainer:
         version = version_of_weights(args, rollout_id, share, policy_version)
         own = routing_replay.for_actor(args, share)
         made, offpolicy_metrics = offpolicy_columns(args, share, counted_N, version)
-        # the own rows' columns by name: first those that came, then those that training computes from the earlier ones
+        # the own rows' columns by name: first the received ones, then the ones that training computes from them
         columns = own.columns | made | self._predictions(own, share.batch.steps)
         where = f"rollout {rollout_id}"
         check_columns(where, share, columns, counted_N)  # whitening would spread one bad value over all tokens

@@ -1,7 +1,7 @@
 """The notes next to the numbers of a plan's memory section: what is counted, and under which conditions.
 
 - Used by: `summary`, for one row each.
-- Invariant: no number is computed here except shares and totals of those that `memory_model` returned.
+- Invariant: no number is computed here except shares and totals of the numbers from `memory_model`.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def replayed_experts(rank: Rank) -> int:
 
 
 def copies(rank: Rank) -> tuple[int, int]:
-    """Return the bytes of the hidden states that this rank sends, and of those that reach it."""
+    """Return the bytes of the hidden states that this rank sends, and of the states that it receives."""
     hidden = rank.width * rank.arch.hidden_size
     return rank.sent * hidden, rank.received * hidden
 
@@ -108,7 +108,7 @@ def _combine(rank: Rank) -> Operation:
 def experts_forward(rank: Rank) -> int:
     """Return the bytes that the forward pass of the experts needs in addition to what it keeps.
 
-    Megatron's layer holds the tokens that were sent and those that have arrived until the experts are done. These have
+    Megatron's layer holds the tokens that it has sent and received until the experts are done. These have
     their outputs one by one and then in one tensor, and that tensor in another order.
     """
     sent, received = copies(rank)

@@ -85,7 +85,7 @@ class TokenText:
 
 
 def response_text(sample: Sample, decoder: TokenText, tokens_R: Array, *, skip_special_tokens: bool) -> str:
-    """Return the text of a response with the tokens `tokens_R`, which continue those that the sample has."""
+    """Return the text of a response with the tokens `tokens_R`, which begin with the sample's own."""
     known = sample.known_text()
     if known is None:
         return decoder.decode(tokens_R, skip_special_tokens=skip_special_tokens)
@@ -129,7 +129,7 @@ def _joined(table: pyarrow.BinaryArray, ids: Array) -> str:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Return the byte that each character stands for in a byte-level vocabulary, as GPT-2 has introduced it."""
+    """Return the byte of each character of a byte-level vocabulary (introduced by GPT-2)."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
@@ -139,7 +139,7 @@ _BYTE_OF = _byte_of_character()
 
 
 def _bytes_of(token: str) -> bytes:
-    """Return a token's bytes; an added token with a character that stands for no byte is text itself."""
+    """Return a token's bytes; an added token with a character that is no byte's is plain text."""
     try:
         return bytes([_BYTE_OF[character] for character in token])
     except KeyError:

@@ -113,7 +113,7 @@ class Speeds:
 
 
 def estimated(args: Args, lengths: Lengths) -> Speeds | None:
-    """Return the speeds that the model's size and an H100 give; None on a CPU, or if the model is not dense."""
+    """Return the speeds that the model's size and an H100 give; None on a CPU, or if the model is unknown."""
     memory, arch = engine_memory(args), args.architecture
     if memory is None or arch is None or not for_gpus(args):
         return None
@@ -182,7 +182,7 @@ def _missing(name: str) -> Problem:
         severity="error",
         where=f"--{name.replace('_', '-')}",
         value="(not given)",
-        rule="nothing is known of this speed: the plan is for CPUs, or its model is no dense one",
+        rule="nothing is known of this speed: the plan is for CPUs, or its model is unknown",
         remedy="give it, or --simulate-run with the directory of a real run, or plan for GPUs with --gpu-memory",
     )
 

@@ -20,7 +20,7 @@ from slime.observability.console.lines import count
 
 
 class EvaluationSchedule:
-    """Decides after which rollouts a run evaluates; `rollouts` are those that are left."""
+    """Decides after which of the remaining `rollouts` a run evaluates."""
 
     def __init__(self, args: Args, rollouts: range) -> None:
         self._interval = args.eval_interval

@@ -40,7 +40,7 @@ LARGE = 1_000_000
 
 @dataclass
 class _Made:
-    """A whole rollout with samples of its own, so later changes to those that were handed out do not show in it."""
+    """A whole rollout with samples of its own, so later changes to the loop's samples do not show in it."""
 
     rollout_id: int
     groups: list[list[Sample]]
