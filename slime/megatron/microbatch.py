@@ -36,7 +36,7 @@ from torch import Tensor
 
 from slime.algo.sequences import Sequences
 from slime.core.architecture import Architecture
-from slime.core.batch import COLUMNS, Array, Axis, TrainBatch
+from slime.core.batch import COLUMNS, Array, Axis, RowColumns, TrainBatch
 from slime.core.packing import pack_multiple, row_multiple
 from slime.megatron import device
 from slime.megatron.model.attention import ContextShare, PackedSequences, pack_sequences
@@ -162,6 +162,19 @@ def _ranges(starts: Array, lengths: Array) -> Array:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
 
 
+def padding_tokens(row_tokens: int, part: ContextParallel, multiple: int) -> int:
+    """Return the padding after rows of `row_tokens` tokens (each with its own); without rows there is only padding."""
+    pack_multiple = part.pack_multiple(multiple)
+    return -row_tokens % pack_multiple if row_tokens else pack_multiple
+
+
+def tokens_on_rank(batch: RowColumns, rows: Sequence[int], part: ContextParallel, multiple: int) -> int:
+    """Return the tokens of `pack_rows`' micro-batch on each context-parallel rank, without packing."""
+    total_M = batch.total_lengths_N[np.asarray(rows, dtype=np.int64)]
+    tokens = int((total_M + -total_M % part.row_multiple).sum())
+    return (tokens + padding_tokens(tokens, part, multiple)) // part.size
+
+
 def pack_rows(
     batch: TrainBatch,
     rows: Sequence[int],
@@ -190,8 +203,7 @@ def pack_rows(
 
     lengths_S = total_M + -total_M % part.row_multiple
     starts_M = np.cumsum(lengths_S) - lengths_S
-    pack_multiple = part.pack_multiple(multiple)
-    num_padding = -int(lengths_S.sum()) % pack_multiple if len(rows_M) else pack_multiple
+    num_padding = padding_tokens(int(lengths_S.sum()), part, multiple)
     if num_padding:
         lengths_S = np.append(lengths_S, num_padding)
     pack = np.full(lengths_S.sum(), COLUMNS["tokens"].padding, dtype=np.int64)

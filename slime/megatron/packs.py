@@ -24,8 +24,10 @@ from slime.megatron.microbatch import MicroBatch
 class Packs:
     """Packs micro-batches one ahead, for one or more readers that each take all of them in order."""
 
-    def __init__(self, pack: Callable[[Any], MicroBatch], contents: Sequence[Any]) -> None:
-        """`pack` makes a micro-batch of an entry of `contents`."""
+    def __init__(self, pack: Callable[[Any], MicroBatch], contents: Sequence[Any], num_tokens: Sequence[int]) -> None:
+        """`pack` makes a micro-batch of an entry of `contents`, with so many of `num_tokens` on this rank."""
+        self.num_tokens = num_tokens
+        """The tokens of each micro-batch on this rank, known before it is packed."""
         self._pack = pack
         self._contents = contents
         self._made: dict[int, tuple[MicroBatch, int]] = {}
@@ -49,10 +51,6 @@ class Packs:
         if self._next < len(self._contents) and self._next == self._taken:
             self._made[self._next] = self._pack(self._contents[self._next]), self._num_readers
             self._next += 1
-
-    def num_tokens(self) -> int:
-        """Return the tokens of the first micro-batch on this rank, once a pass has begun."""
-        return self._made[0][0].tokens_B.size(1)
 
     def _read(self) -> Iterator[MicroBatch]:
         for number in range(len(self._contents)):

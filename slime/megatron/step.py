@@ -36,6 +36,7 @@ from slime.megatron.nan_guard import StepGuard, TokenTrace
 from slime.megatron.optim.optimizer import update
 from slime.megatron.packs import Packs
 from slime.megatron.parallel import Topology
+from slime.megatron.pipeline import PlannedCommunicator, groups
 from slime.megatron.share import Share
 
 WEIGHTS_TOLERANCE = 1e-5
@@ -173,16 +174,24 @@ class ModelSteps:
 
         readers = packs.readers(len(self.model))  # each virtual stage runs all of them
         with cpu_layer.layer():
-            return get_forward_backward_func()(
+            planned: dict[str, Any] = {}
+            if self.topology.pp_size > 1:
+                communicator = PlannedCommunicator(unwrap(self.model[0]).config, packs.num_tokens)
+                planned = {"p2p_communicator": communicator, "pg_collection": groups()}
+            found = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=readers,
                 model=list(self.model),
                 num_microbatches=len(packs),
-                seq_length=packs.num_tokens(),
+                seq_length=packs.num_tokens[0],
                 micro_batch_size=1,
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
+                **planned,
             )
+            if planned:
+                planned["p2p_communicator"].finish(forward_only=forward_only)
+            return found
 
     def _reduced(self, shares: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """On the last stage, reduce over micro-batches and data-parallel ranks: sums, and the maximum of `_max`.

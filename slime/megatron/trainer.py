@@ -35,7 +35,7 @@ from slime.megatron.checkpoint.save_load import FoundCheckpoint, find_checkpoint
 from slime.megatron.checkpoint.search import HF_FILES, HFFiles, find_sound_checkpoint
 from slime.megatron.critic import Critic, critic_metrics
 from slime.megatron.dump_steps import StepDump
-from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows
+from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows, tokens_on_rank
 from slime.megatron.model import hf_weights
 from slime.megatron.model.build import all_weights, architecture_of, build_model, params_dtype
 from slime.megatron.nan_guard import BadStepError, StepGuard, check_columns
@@ -353,7 +353,8 @@ class Trainer:
                 own, rows, arch=self._arch, multiple=self._multiple, part=self._context, step_tokens=tokens
             )
 
-        return Packs(pack, [(rows, step.num_tokens) for step in steps for rows in step.micro_batches])
+        contents = [(rows, step.num_tokens) for step in steps for rows in step.micro_batches]
+        return Packs(pack, contents, [tokens_on_rank(own, rows, self._context, self._multiple) for rows, _ in contents])
 
     @property
     def _multiple(self) -> int:

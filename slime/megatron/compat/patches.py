@@ -97,6 +97,12 @@ TABLE: tuple[Names, ...] = (
         where=f"{_TRAINING}.model.build",
     ),
     Names(
+        target="megatron.core.pipeline_parallel.p2p_communication.P2PCommunicator",
+        names=("_communicate_shapes",),
+        why="it asks the neighbours for shapes and waits for the device; the plan has them",
+        where=f"{_TRAINING}.pipeline",
+    ),
+    Names(
         target="megatron.core.transformer.moe.router.TopKRouter",
         names=("routing",),
         why="the routing is implemented here, with replay and auxiliary losses",

@@ -165,6 +165,8 @@ def transformer_config(args: Args) -> TransformerConfig:
         "num_layers_in_last_pipeline_stage": (
             args.decoder_last_pipeline_num_layers if args.pipeline_model_parallel_size > 1 else None
         ),
+        # It waits for the device after each exchange, which old PyTorch required. The schedule waits for the requests.
+        "batch_p2p_sync": bool(args.megatron_extra.get("batch_p2p_sync", False)),
         # free a stage's output after it was sent to the next stage; an overlapped send may still be reading it
         "deallocate_pipeline_outputs": not overlaps(args),
         **_virtual_stages(args),
