@@ -252,7 +252,7 @@ def test_missing_basics(run: Run) -> None:
         ("--sglang-mem-fraction-static 0.5", "--sglang-mem-fraction-static: no effect: this run uses embedded"),
         ("--moe-router-topk 4", "--moe-router-topk: no effect: the model has no experts"),
         ("--eval-temperature 0", "--eval-temperature 0: no effect: nothing is evaluated"),
-        ("--attention-backend flash", "--attention-backend flash: no effect"),
+        ("--attention-backend flash", "--attention-backend flash: no effect: this machine has no CUDA"),
         ("--no-attention-softmax-in-fp32", "--no-attention-softmax-in-fp32: no effect: softmax is always in fp32"),
         ("--rollout-temperature 0", "--rollout-temperature 0: greedy"),
         ("--actor-num-gpus-per-node 16", "--global-batch-size 8: a step of 8 samples leaves some of 16"),

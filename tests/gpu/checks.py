@@ -24,6 +24,7 @@ from typing import Any, TypeVar, cast
 
 MODULES = (
     "parity",
+    "attention",
     "experts",
     "trainer_speed",
     "trainer",

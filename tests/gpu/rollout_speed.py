@@ -32,7 +32,7 @@ PROMPT_TOKENS, NEW_TOKENS = 128, 512
 ROUNDS = 6
 """The number of rollouts; the first one warms up and is not counted."""
 SPEEDS = "speeds.jsonl"
-SMALLEST_SHARE = 0.95
+SMALLEST_SHARE = 0.97
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 

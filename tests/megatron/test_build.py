@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from slime.config.flags.table import FlagSpec, all_flags
 from slime.config.rules.megatron_fields import HARMLESS
 from slime.config.rules.not_built import NOT_BUILT_MEGATRON
 from slime.core.architecture import padded_vocab_size
-from slime.megatron.model.build import build_model, named_parameters, transformer_config
+from slime.megatron.model.build import PolicyModel, build_model, named_parameters, transformer_config
 from slime.megatron.optim.optimizer import build_optimizer, total_steps
 
 
@@ -39,6 +40,14 @@ def test_a_field_that_slime_decides_is_refused(hf: Path) -> None:
         transformer_config(tiny.make_args(hf, attention_dropout=0.1))
     with pytest.raises(ValueError, match="--hf-checkpoint"):
         transformer_config(Args())
+
+
+def test_attention_backends_of_two_models_may_differ(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")  # as Megatron's model with the second backend would set it
+    for backend in ("flash", "fused"):
+        config = transformer_config(tiny.make_args(hf, attention_backend=backend))
+        assert config.attention_backend.name == backend
+        PolicyModel._set_attention_backend(SimpleNamespace(config=config))  # pyright: ignore[reportArgumentType]
 
 
 def test_steps_of_the_run(hf: Path) -> None:

@@ -61,7 +61,11 @@ class ArchitectureOptions:
     )
     attention_dropout: float = flag(0.0, "Dropout in attention; 0 in RL.", ge=0, lt=1)
     hidden_dropout: float = flag(0.0, "Dropout elsewhere; 0 in RL.", ge=0, lt=1)
-    attention_backend: str = flag("auto", "Accepted without effect: attention is PyTorch's varlen.")
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = flag(
+        "auto",
+        "Kernel of the trainer's attention on GPUs. auto, flash: FlashAttention-4 where it is installed and fits, else "
+        "PyTorch's flash attention; fused: PyTorch's flash attention; unfused, local: one SDPA call per sequence.",
+    )
 
 
 _FULL_RECOMPUTE = Needs(("recompute_granularity",), why="it belongs to --recompute-granularity full")

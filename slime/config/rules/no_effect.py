@@ -225,7 +225,11 @@ TABLE: tuple[NoEffect, ...] = (
         "to continue without such steps, give --bad-step-action skip",
     ),
     NoEffect(("seq_length",), lambda a: True, "samples are packed with their own lengths"),
-    NoEffect(("attention_backend",), lambda a: True, "attention is PyTorch's varlen"),
+    NoEffect(
+        ("attention_backend",),
+        lambda a: not (for_gpus(a) or joins_ray()),
+        "this machine has no CUDA, and attention on a CPU is PyTorch's SDPA",
+    ),
     NoEffect(("no_rope_fusion",), lambda a: not a.no_rope_fusion, "RoPE is never fused"),
     NoEffect(
         ("accumulate_allreduce_grads_in_fp32",),

@@ -103,6 +103,12 @@ TABLE: tuple[Names, ...] = (
         where=f"{_TRAINING}.pipeline",
     ),
     Names(
+        target="megatron.core.models.gpt.GPTModel",
+        names=("_set_attention_backend",),
+        why="it sets TransformerEngine's environment variables, and refuses a second model with another backend",
+        where=f"{_TRAINING}.model.build",
+    ),
+    Names(
         target="megatron.core.transformer.moe.router.TopKRouter",
         names=("routing",),
         why="the routing is implemented here, with replay and auxiliary losses",

@@ -256,8 +256,13 @@ def keys_of_pieces(row: Tensor, num_tokens: int, share: ContextShare) -> tuple[T
     return row.index_select(0, keys_K), row.index_select(0, keys_K + num_tokens)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None) -> Tensor:
-    """Causal attention: queries [B, h, d] with the pieces' keys and values [K, g, d] -> [B, h, d]."""
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None, backend: str = "auto"
+) -> Tensor:
+    """Causal attention: queries [B, h, d] with the pieces' keys and values [K, g, d] -> [B, h, d].
+
+    `backend` is --attention-backend; it has no effect on a CPU.
+    """
     if packed.layout is not None:
         return _attend_padded(query, key, value, packed.layout, scale)
     assert packed.max_seqlen_q is not None and packed.max_seqlen_kv is not None
@@ -270,6 +275,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, s
         packed.max_seqlen_q,
         packed.max_seqlen_kv,
         scale,
+        backend,
     )
 
 
@@ -297,4 +303,5 @@ class PackedAttention(MegatronModule):
         key = apply_rotary(key, packed_seq_params, interleaved=interleaved)
         if packed_seq_params.share is not None:
             key, value = gather_keys(key, value, packed_seq_params.share)
-        return attend(query, key, value, packed_seq_params, self.scale).flatten(1)
+        backend = self.config.attention_backend.name
+        return attend(query, key, value, packed_seq_params, self.scale, backend).flatten(1)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -60,6 +61,9 @@ class PolicyModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
+
+    def _set_attention_backend(self) -> None:
+        """Leave TransformerEngine's environment variables as they are: `flash_attention` reads the config itself."""
 
     def output_weight(self) -> Tensor:
         """Return this rank's rows of the output layer [padded vocabulary / TP, hidden]; of the embedding if it is tied.
@@ -155,6 +159,7 @@ def transformer_config(args: Args) -> TransformerConfig:
         "add_qkv_bias": arch.add_qkv_bias,
         "qk_layernorm": arch.qk_layernorm,
         "rotary_interleaved": arch.rotary_interleaved,
+        "attention_backend": AttnBackend[args.attention_backend],
         "attention_dropout": 0.0,
         "hidden_dropout": args.hidden_dropout,
         "tensor_model_parallel_size": args.tensor_model_parallel_size,
