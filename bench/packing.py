@@ -5,7 +5,8 @@
 The sets of rows are random, as one rank of a rollout has them: 32 to 512 rows, a token budget that holds 2 to 40 of
 them, padded as tensor and context parallelism require. The lower bound is Martello and Toth's L2, which no packing can
 beat; next fit (rows in order, a new micro-batch when one does not fit) is the naive method. Then one large step is
-planned. Invariant: every plan is checked: each row once, no micro-batch over the budget.
+planned, and long rows are planned for pipelines, whose schedule (1F1B) is computed. Invariant: every plan is checked:
+each row once, no micro-batch over the budget.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from bench.common import OUTPUTS, Goal, Spread, Table, machine, write_result
 from slime.core.architecture import Architecture
 from slime.core.packing import StepPlan, plan_steps, training_flops
+from slime.simulate.pipeline import pipeline_time
 
 Lengths = NDArray[np.int64]
 
@@ -210,6 +212,49 @@ def planning_table(num_rows: int, num_ranks: int, rounds: int) -> tuple[Table, l
     return table, [goal], raw
 
 
+LONG = {
+    "median 12,000, sigma 1.1, cut at 131,072": (12000, 1.1, 131072),
+    "median 6,000, sigma 0.9, cut at 32,768": (6000, 0.9, 32768),
+}
+
+
+def pipeline_table() -> tuple[Table, dict[str, list[float]]]:
+    """Return the time of pipelines over an even division of the work, for rows in order of packing and of cost."""
+    table = Table(
+        "A step in a pipeline (1F1B) over an even division among its stages",
+        ["lengths", "stages", "micro-batches", "equal ones", "as packed", "by cost"],
+        note="8,192 log-normal rows for 64 ranks, a budget of the longest row, compute of a Qwen3-4B; mean over ranks. "
+        "Equal ones: (M + P - 1) / M, the bubble of micro-batches without differences.",
+    )
+    raw: dict[str, list[float]] = {}
+    flops = training_flops(QWEN3_4B)
+    for number, (kind, (median, sigma, longest)) in enumerate(LONG.items()):
+        drawn = median * np.exp(sigma * np.random.default_rng(number).standard_normal(8192))
+        lengths = np.clip(drawn, 300, longest).astype(np.int64).tolist()
+        plans: list[StepPlan] = []
+        for lockstep in (False, True):
+            plans += plan_steps(
+                lengths,
+                num_steps=1,
+                dp_size=64,
+                max_tokens=longest,
+                micro_batch_size=1,
+                balance=True,
+                flops=flops,
+                lockstep=lockstep,
+            )
+        costs = [
+            [[sum(flops(lengths[row]) for row in rows) for rows in rank] for rank in p.micro_batches] for p in plans
+        ]
+        for stages in (2, 4, 8):
+            times = [float(np.mean([pipeline_time(rank, stages) / sum(rank) for rank in ranks])) for ranks in costs]
+            count = plans[0].num_micro_batches
+            raw[f"{kind}, {stages} stages"] = times
+            shown = (1 + (stages - 1) / count, *times)
+            table.rows.append([kind, str(stages), str(count), *(f"{time:.3f}" for time in shown)])
+    return table, raw
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sets", type=int, default=10_000, help="sets of each distribution")
@@ -221,8 +266,9 @@ def main() -> None:
     facts = machine()
     planning, planning_goals, seconds = planning_table(given.rows, given.ranks, given.rounds)
     packing, packing_goals, found = packing_table(given.sets)
-    raw = {"seconds": seconds, "micro-batches over the bound": found}
-    write_result(given.out, [packing, planning], packing_goals + planning_goals, facts, raw)
+    pipelines, times = pipeline_table()
+    raw = {"seconds": seconds, "micro-batches over the bound": found, "pipelines": times}
+    write_result(given.out, [packing, planning, pipelines], packing_goals + planning_goals, facts, raw)
 
 
 if __name__ == "__main__":

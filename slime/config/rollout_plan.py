@@ -51,6 +51,7 @@ def plan_rollout(args: Args, total_lengths: Sequence[int], *, num_ranks: int, nu
         balance=args.balance_data,
         flops=training_flops(args.resolved.architecture),
         count_multiple=count_multiple(args),
+        lockstep=args.pipeline_model_parallel_size > 1 or args.expert_model_parallel_size > 1,
     )
 
 

@@ -5,8 +5,7 @@
   and idle sum to the wall time.
 
 Ranks wait for each other once in every optimizer step, where gradients are summed. A pipeline of P stages is filled and
-emptied in each step: with M micro-batches it takes (M + P - 1) / M times as long (P - 1 becomes (P - 1) / V with V
-virtual stages).
+emptied in each step, and its stages wait for each other where micro-batches differ (`pipeline`).
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slime.config.args import Args
-from slime.config.pipeline_stages import count_multiple, num_chunks, stage_layers
-from slime.core.packing import StepPlan, plan_steps, training_flops
-
-FORWARD = 1 / 3
-"""The FLOPs of a forward pass, as a share of forward and backward."""
+from slime.config.pipeline_stages import num_chunks, stage_layers
+from slime.config.rollout_plan import plan_rollout
+from slime.core.packing import StepPlan, training_flops
+from slime.simulate.pipeline import FORWARD, pipeline_time
 
 
 @dataclass(frozen=True)
@@ -45,36 +43,24 @@ class TimedTrainers:
     def train(self, lengths: Sequence[int]) -> Training:
         """Return the training on samples of these lengths, in tokens of prompt and response."""
         plans = self.plan(lengths)
+        args = self._args
+        stages, parts = args.pipeline_model_parallel_size, num_chunks(args)
         busy = [0.0] * self.ranks
         seconds = 0.0
         for plan in plans:
-            costs = [
-                self._passes * sum(self._flops_of(lengths[row]) for rows in rank for row in rows) / self._speed
-                for rank in plan.micro_batches
-            ]
-            seconds += max(costs) * self._bubble(plan)
-            busy = [before + cost for before, cost in zip(busy, costs, strict=True)]
+            costs = [[self._seconds(lengths, rows) for rows in rank] for rank in plan.micro_batches]
+            seconds += max(pipeline_time(rank, stages, parts=parts) for rank in costs)
+            busy = [before + sum(rank) for before, rank in zip(busy, costs, strict=True)]
         return Training(seconds, busy, sum(lengths), sum(plan.num_micro_batches for plan in plans))
 
     def plan(self, lengths: Sequence[int]) -> list[StepPlan]:
         """Plan steps and micro-batches with the trainers' own packing."""
-        args = self._args
-        context = args.context_parallel_size
-        row_multiple = 2 * context if context > 1 else 1
-        tensor = args.tensor_model_parallel_size if args.sequence_parallel else 1
-        budget = args.max_tokens_per_gpu if args.use_dynamic_batch_size else None
-        return plan_steps(
-            lengths,
-            num_steps=args.resolved.num_steps_per_rollout,
-            dp_size=self.ranks,
-            max_tokens=None if budget is None else budget * context,
-            micro_batch_size=args.micro_batch_size,
-            multiple=max(row_multiple, context * tensor),
-            row_multiple=row_multiple,
-            balance=args.balance_data,
-            flops=self._flops_of,
-            count_multiple=count_multiple(args),
-        )
+        steps = self._args.resolved.num_steps_per_rollout
+        return plan_rollout(self._args, lengths, num_ranks=self.ranks, num_steps=steps)
+
+    def _seconds(self, lengths: Sequence[int], rows: Sequence[int]) -> float:
+        """Return the seconds of a micro-batch on the GPUs of one rank, without waiting."""
+        return self._passes * sum(self._flops_of(lengths[row]) for row in rows) / self._speed
 
     @property
     def _passes(self) -> float:
@@ -83,10 +69,6 @@ class TimedTrainers:
         first = args.loss_type != "sft_loss" and (args.resolved.num_steps_per_rollout > 1 or args.needs_kl_first)
         forwards = first + args.needs_reference + _recomputed(args)
         return (1 + FORWARD * forwards) * (2 if args.uses_critic else 1)
-
-    def _bubble(self, plan: StepPlan) -> float:
-        stages = self._args.pipeline_model_parallel_size
-        return 1 + (stages - 1) / num_chunks(self._args) / plan.num_micro_batches
 
 
 def _recomputed(args: Args) -> float:

@@ -52,6 +52,33 @@ def problems(
     return found
 
 
+def test_costs_in_lockstep_rise_and_fall() -> None:
+    """The micro-batches are the same ones, and none is cheaper than both of its neighbours."""
+    lengths = draw_lengths("log-normal", 200, np.random.default_rng(0)).tolist()
+    flops = training_flops(GLM4_9B)
+
+    def plan(lockstep: bool) -> list[list[list[int]]]:
+        [step] = plan_steps(
+            lengths,
+            num_steps=1,
+            dp_size=2,
+            max_tokens=9000,
+            micro_batch_size=1,
+            balance=True,
+            flops=flops,
+            lockstep=lockstep,
+        )
+        return step.micro_batches
+
+    def valleys(rank: list[list[int]]) -> int:
+        costs = [sum(flops(lengths[row]) for row in rows) for rows in rank]
+        return sum(left > cost < right for left, cost, right in zip(costs, costs[1:], costs[2:], strict=False))
+
+    for plain, ordered in zip(plan(False), plan(True), strict=True):
+        assert sorted(plain) == sorted(ordered) and len(plain) > 8
+        assert valleys(ordered) == 0 < valleys(plain), "the order of packing is a control"
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40),

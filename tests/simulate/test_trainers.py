@@ -45,6 +45,15 @@ def test_a_pipeline_is_filled_and_emptied() -> None:
     assert seconds_of(args, [100] * 4) == pytest.approx(one / 2 * 5 / 4)
 
 
+def test_micro_batches_of_a_pipeline_are_in_order_of_cost() -> None:
+    sizes = {"num_steps_per_rollout": 1, "actor_num_gpus_per_node": 2, "use_dynamic_batch_size": True}
+    lengths = [500, 100, 900, 300]
+    for layout, expected in (("pipeline", [100, 500, 900, 300]), ("tensor", sorted(lengths, reverse=True))):
+        args = plan_args(**sizes, **{f"{layout}_model_parallel_size": 2, "max_tokens_per_gpu": 1})
+        [plan] = TimedTrainers(args, 1e12).plan(lengths)
+        assert [lengths[row] for [row] in plan.micro_batches[0]] == expected, layout
+
+
 def test_more_passes_take_longer() -> None:
     args = plan_args(num_steps_per_rollout=1)
     once = seconds_of(args, [100] * 4)
