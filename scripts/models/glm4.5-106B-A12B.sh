@@ -27,4 +27,5 @@ MODEL_ARGS=(
    --moe-router-score-function sigmoid
    --moe-router-enable-expert-bias
    --moe-router-topk-scaling-factor 1.0
+   --moe-grouped-gemm
 )

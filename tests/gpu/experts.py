@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slime.megatron.model.expert_products import Groups, why_not_grouped
+from slime.megatron.model.stacked_experts import run_experts
+from tests.gpu import trainer_speed
 from tests.gpu.checks import Report, check
 from tests.gpu.learn import TINY_ENGINE, learn
-from tests.gpu.parity import DEVICE, LENGTHS, Outcome, control, inputs, megatron
+from tests.gpu.parity import DEVICE, LENGTHS, Outcome, bits_again, control, draw, inputs, megatron
 from tests.gpu.runs import ROOT
 from tests.megatron import tiny
 
@@ -109,6 +112,109 @@ def steps(report: Report) -> None:
             report.row(f"{family}: gradients on the GPU against the CPU's, relative", value, "<= 1e-5", value <= 1e-5)
             one = next(name for name in exact if "experts" in name and "shared" not in name)
             control(report, f"{family}: without {one}", float(np.linalg.norm(exact[one])) / size, 1e-5)
+
+
+def drawn_experts(dtype: torch.dtype) -> list[Tensor]:
+    """Return tokens, router weights, both matrices of the experts, and a gradient of their output."""
+    experts, hidden, ffn, tokens = len(COUNTS), 512, 256, sum(COUNTS)
+    shapes = ((tokens, hidden), (tokens,), (experts, 2 * ffn, hidden), (experts, hidden, ffn), (tokens, hidden))
+    scales = (1.0, 1.0, hidden**-0.5, ffn**-0.5, 1.0)
+    drawn = [draw(*shape, scale=scale, seed=i) for i, (shape, scale) in enumerate(zip(shapes, scales, strict=True))]
+    return [tensor.float() if i == 1 else tensor.to(dtype) for i, tensor in enumerate(drawn)]
+
+
+COUNTS = (0, 300, 1, 0, 777, 64, 130, 2048, 5, 0, 16, 511, 90, 33, 121, 0)
+"""Tokens of each expert: none at both ends and twice in between, and few that are multiples of anything."""
+
+
+def experts_step(dtype: torch.dtype, *, grouped: bool, shift: int = 0, micro_batches: int = 2) -> list[Tensor]:
+    """Return outputs and gradients of equal micro-batches; in bf16 those of weights come from their fp32 buffers."""
+    tokens, weights, first, second, upstream = drawn_experts(dtype)
+    parameters: list[Any] = [torch.nn.Parameter(first), torch.nn.Parameter(second)]
+    for parameter in parameters:
+        if dtype == torch.bfloat16:
+            parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+    inputs_of = [tokens.requires_grad_(), weights.requires_grad_()]
+    groups = Groups.of(torch.tensor(COUNTS, device=DEVICE), tokens.device, grouped=grouped)
+    if shift and groups.ends is not None:
+        groups = Groups(None, (groups.ends + shift).clamp(max=sum(COUNTS)))
+    out = torch.empty(0)
+    for _ in range(micro_batches):
+        out = run_experts(tokens, weights, parameters[0], parameters[1], groups)
+        out.backward(upstream)
+    summed = [parameter.main_grad if dtype == torch.bfloat16 else parameter.grad for parameter in parameters]
+    return [out.detach(), *(tensor.grad for tensor in inputs_of if tensor.grad is not None), *summed]
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+@check(minutes=2)
+def grouped(report: Report) -> None:
+    """Compare grouped matrix products with the loop over experts, both in bf16, by their error against fp32."""
+    names = ("output", "gradient of tokens", "gradient of router weights", "gradient, first", "gradient, second")
+    exact = experts_step(torch.float32, grouped=False)
+    loop = experts_step(torch.bfloat16, grouped=False)
+    found = experts_step(torch.bfloat16, grouped=True)
+    shifted = experts_step(torch.bfloat16, grouped=True, shift=1)
+    for name, ours, own, wrong, truth in zip(names, found, loop, shifted, exact, strict=True):
+        limit = relative(own, truth)
+        error = relative(ours, truth)
+        report.row(f"{name}: relative error", error, f"<= 1.5 x {limit:.3g}, the loop's", error <= 1.5 * limit)
+        control(report, f"{name}: expert boundaries shifted by one", relative(wrong, truth), 1.5 * limit)
+    empty = max(float(part[expert].abs().max()) for part in found[3:] for expert, n in enumerate(COUNTS) if not n)
+    report.row("gradients of experts without tokens", empty, "= 0", empty == 0)
+    bits_again(report, "grouped", lambda: experts_step(torch.bfloat16, grouped=True))
+    reason = why_not_grouped(torch.float32, (512, 256)) or ""
+    report.row("fp32: the reason for the loop", reason, "a reason", "bf16" in reason)
+    no_reason = why_not_grouped(torch.bfloat16, (512, 256)) or "none"
+    report.row("bf16: the reason for the loop", no_reason, "none", no_reason == "none")
+    odd = why_not_grouped(torch.bfloat16, (512, 252)) or "none"
+    report.row("bf16, 252 channels: the reason for the loop", odd, "a reason", "multiples" in odd)
+
+
+@check(minutes=2)
+def grouped_does_not_wait(report: Report) -> None:
+    """Run experts forward and backward in the mode in which torch refuses to wait for the device."""
+    for grouped_form in (True, False):
+        waited = ""
+        experts_step(torch.bfloat16, grouped=grouped_form)  # kernels are loaded once
+        tokens, weights, first, second, upstream = drawn_experts(torch.bfloat16)
+        counts = torch.tensor(COUNTS, device=DEVICE)
+        for leaf in (tokens, first, second):
+            leaf.requires_grad_()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            groups = Groups.of(counts, tokens.device, grouped=grouped_form)
+            run_experts(tokens, weights, first, second, groups).backward(upstream)
+        except RuntimeError as error:
+            waited = str(error).splitlines()[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if grouped_form:
+            report.row("grouped: waits", waited or "never", "never", not waited)
+        else:
+            report.row("control, has to be noticed: the loop waits", waited or "never", "it does", bool(waited))
+
+
+@check(minutes=8)
+def speed(report: Report) -> None:
+    """Measure 4 of the 48 layers of Qwen3-30B-A3B at 16,384 tokens, with a loop over experts and grouped."""
+    trainer_speed.the_limit(report)
+    flags = ("--num-layers 4 --max-tokens-per-gpu 16384",)
+    measured: dict[str, dict[str, float]] = {}
+    for name, more in (("loop", "--no-moe-grouped-gemm"), ("grouped", "--moe-grouped-gemm")):
+        args = trainer_speed.args_of("qwen3-30B-A3B", *flags, more)
+        what = f"Qwen3-30B-A3B x 4/48, 8 x 2048, {name}"
+        measured[name] = trainer_speed.measure(report, what, args, [2048] * 8, at_least=None)
+    ratio = measured["loop"]["seconds"] / measured["grouped"]["seconds"]
+    report.row("a step, loop over grouped", ratio, ">= 3", ratio >= 3)
+    for name in ("train/loss", "train/entropy", "train/grad_norm"):
+        of_loop, of_grouped = measured["loop"][name], measured["grouped"][name]
+        off = abs(of_grouped - of_loop) / max(abs(of_loop), 1e-3)
+        report.row(f"{name} of the first step, relative difference", off, "<= 1e-2", off <= 1e-2)
 
 
 @check(minutes=5)

@@ -142,7 +142,11 @@ def breakdown(report: Report, what: str, step: Any) -> None:
 def measure(
     report: Report, what: str, args: Args, lengths: Sequence[int], *, at_least: float | None, profiled: bool = True
 ) -> dict[str, float]:
-    """Report speed, memory and breakdown of steps over samples of these lengths; return the first step's metrics."""
+    """Report speed, memory and breakdown of steps over samples of these lengths.
+
+    Returns:
+        The first step's metrics, and the median of the later steps' times as "seconds".
+    """
     assert args.architecture is not None
     batch = batch_of(lengths, args.architecture.vocab_size)
     gc.collect()  # an earlier Trainer
@@ -173,7 +177,7 @@ def measure(
         report.row(f"{what}: the first step", ", ".join(f"{name} {value:.6g}" for name, value in shown.items()))
         if profiled:
             breakdown(report, what, lambda: trainer.train(99, batch))
-    return first
+    return {**first, "seconds": seconds}
 
 
 def the_limit(report: Report) -> None:

@@ -125,8 +125,21 @@ TABLE: tuple[Names, ...] = (
         target="megatron.core.distributed.distributed_data_parallel",
         names=("allreduce",),
         why="the mark of an expert's weight, whose gradient has groups of its own",
-        where=f"{_TRAINING}.model.moe",
+        where=f"{_TRAINING}.model.stacked_experts",
         how="mentions",
+    ),
+    Names(
+        target="megatron.core.transformer.moe.experts",
+        names=("local_experts", "singleton_local_shards"),
+        why="the experts that Megatron builds, whose weights become one tensor, and the mark of a checkpoint's layout",
+        where=f"{_TRAINING}.model.stacked_experts",
+        how="mentions",
+    ),
+    Names(
+        target="torch",
+        names=("_grouped_mm",),
+        why="the public name is newer than the oldest torch that slime runs with",
+        where=f"{_TRAINING}.model.expert_products",
     ),
     Names(
         target="megatron.core.transformer.transformer_layer",

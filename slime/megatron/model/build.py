@@ -35,6 +35,7 @@ from slime.megatron import device
 from slime.megatron.compat import cpu_layer
 from slime.megatron.model.layers import RMSNorm, layer_spec
 from slime.megatron.model.moe import disable_replay, with_float32_biases
+from slime.megatron.model.stacked_experts import of_each_expert
 from slime.megatron.optim.multi_tensor import fuse_weight_gradients
 from slime.megatron.parallel import expert_place
 
@@ -306,20 +307,23 @@ def all_parameters(model: ModelChunks) -> Iterator[torch.nn.Parameter]:
         yield from chunk.parameters()
 
 
-def named_parameters(model: ModelChunks) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def named_parameters(model: ModelChunks) -> Iterator[tuple[str, Tensor]]:
     """Yield this rank's parameters by global name: layers and experts are numbered over the whole model.
 
+    Each expert's weights come alone, as a part of the parameter of all experts; see `stacked_experts.of_each_expert`.
     On the last of several stages a tied output layer has a weight of its own; it has the embedding's name.
     """
     for core in map(unwrap, model):
         for name, parameter in core.named_parameters():
-            yield _global_name(core, name), parameter
+            for own, part in of_each_expert(name, parameter):
+                yield _global_name(core, own), part
 
 
 def named_weights(model: ModelChunks) -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors that a checkpoint holds: the parameters and the routers' biases, which no gradient trains."""
-    for core in map(unwrap, model):
-        yield from ((_global_name(core, name), parameter) for name, parameter in core.named_parameters())
+    for chunk in model:
+        yield from named_parameters((chunk,))
+        core = unwrap(chunk)
         yield from ((_global_name(core, name), buffer) for name, buffer in core.named_buffers() if _is_bias(name))
 
 

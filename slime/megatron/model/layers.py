@@ -24,7 +24,8 @@ from slime.config.args import Args
 from slime.core.plugins import hook_function, hook_path
 from slime.megatron.model.attention import PackedAttention
 from slime.megatron.model.kernels import rms_norm, swiglu
-from slime.megatron.model.moe import ExpertRouter, Experts, ExpertsLayer
+from slime.megatron.model.moe import ExpertRouter, ExpertsLayer
+from slime.megatron.model.stacked_experts import StackedExperts
 
 
 class RMSNorm(torch.nn.Module):
@@ -134,7 +135,7 @@ def built_in_layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -
         assert parts.mlp.module is MoELayer and isinstance(parts.mlp.submodules, MoESubmodules)
         assert isinstance(parts.mlp.submodules.experts, ModuleSpec)
         spec.module = ExpertsLayer
-        parts.mlp.submodules.experts.module, parts.mlp.submodules.router = Experts, ExpertRouter
+        parts.mlp.submodules.experts.module, parts.mlp.submodules.router = StackedExperts, ExpertRouter
     else:
         assert parts.mlp.module is MLP
         parts.mlp.module = GatedMLP

@@ -1,4 +1,4 @@
-"""Mixture of experts (MoE): a router with replay and auxiliary losses, and the experts, around Megatron's dispatcher.
+"""Mixture of experts (MoE): a router with replay and auxiliary losses, and a layer that shows it the micro-batch.
 
 - Used by: `layers` puts these classes into a layer's spec. `microbatch` passes in, with the pack, which tokens count
   and which experts an engine chose. `step` moves biases and sums auxiliary losses after the last micro-batch.
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,7 +27,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from slime.megatron.model.attention import PackedSequences
-from slime.megatron.model.kernels import swiglu
 
 LOAD_BALANCING, Z_LOSS = "load_balancing_loss", "z_loss"
 """The metric names of the auxiliary losses."""
@@ -164,34 +162,6 @@ def with_float32_biases(model: torch.nn.Module) -> torch.nn.Module:
 def attach(values: Tensor, loss: Tensor) -> Tensor:
     """Return `values` unchanged, and let `loss` join the step's loss in the backward pass."""
     return _WithLoss.apply(values, loss)  # pyright: ignore[reportReturnType]
-
-
-class Experts(SequentialMLP):
-    """The experts that this rank holds, one after the other; tokens arrive sorted by expert.
-
-    An expert without tokens runs too, so that its weights get a gradient of zeros.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        config = self.config
-        if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
-            # Megatron gives expert gradients a group of their own only with expert parallelism. Without it, Megatron
-            # would sum them over ranks that hold different parts of an expert, or not sum the copies of one expert.
-            for parameter in self.parameters():
-                parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
-
-    def forward(
-        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
-    ) -> tuple[Tensor, None]:
-        counts = tokens_per_expert.tolist()
-        inputs = permuted_local_hidden_states.split(counts)
-        outputs: list[Tensor] = []
-        for expert, tokens, weights in zip(self.local_experts, inputs, permuted_probs.split(counts), strict=True):
-            parts: Any = expert
-            hidden = swiglu(parts.linear_fc1(tokens)[0])
-            outputs.append(parts.linear_fc2((hidden * weights[:, None]).to(hidden.dtype))[0])
-        return torch.cat(outputs), None
 
 
 class ExpertsLayer(TransformerLayer):
