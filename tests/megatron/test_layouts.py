@@ -29,7 +29,6 @@ from slime.megatron.checkpoint.save_load import find_checkpoint, load_checkpoint
 from slime.megatron.microbatch import ContextParallel
 from slime.megatron.model.attention import pack_sequences
 from slime.megatron.model.build import unwrap
-from slime.megatron.optim.adam import TorchDistributedOptimizer
 from slime.megatron.trainer import Trainer
 from slime.models.hf_files import HFReader
 
@@ -462,14 +461,6 @@ def test_one_stage_is_the_whole_model(workers: WorkerPool, models: Any, tmp_path
     assert workers.run(1, _one_step, args, tmp_path / "export")[0].layers == [[1, 2, 3]]
 
 
-def _one_step_saved_by_megatron(rank: int, world_size: int, init_method: str, args: Args, export: Path) -> Found:
-    """Use the offsets of Megatron's own distributed optimizer, which forget the padding between buckets."""
-    ours, theirs = TorchDistributedOptimizer, TorchDistributedOptimizer.__mro__[1]
-    name = "get_parameter_state_dp_zero"
-    with patch.object(ours, name, getattr(theirs, name)):
-        return _one_step(rank, world_size, init_method, args, export)
-
-
 def _second_steps(
     rank: int, world_size: int, init_method: str, args: Args, saved: dict[str, str], with_optimizer: bool
 ) -> dict[str, Found]:
@@ -529,9 +520,3 @@ def test_layouts_resume_from_each_other(
         some = {name: saved[name] for name in layouts[1:3]}
         found = workers.run(ALL[layout][0], _second_steps, args_of(layout), some, False)[0]
         assert all(difference(after.weights, expected) > 10 * TOLERANCE for after in found.values())
-    if SHARDED_BY_ALL in layouts:
-        path = str(root / "by megatron")
-        args = args_of(SHARDED_BY_ALL, save=path)
-        workers.run(ALL[SHARDED_BY_ALL][0], _one_step_saved_by_megatron, args, root / "export")
-        after = workers.run(1, _second_steps, args_of(SINGLE), {"": path}, True)[0][""]
-        assert difference(after.weights, expected) > 10 * TOLERANCE, "a control"

@@ -33,7 +33,7 @@ from slime.megatron.checkpoint.safe_pickle import UnreadableFileError, UnsafeFil
 from slime.megatron.checkpoint.search import changed_in, damage_of, on_every_rank, on_rank_zero
 from slime.megatron.compat import cpu_layer
 from slime.megatron.model.build import EMBEDDING, OUTPUT, VALUE_HEAD, ModelChunks, PolicyModel, ValueModel, unwrap
-from slime.megatron.optim.optimizer_state import fill, has_state, take_main_weights, wanted_state
+from slime.megatron.optim.optimizer_state import fill, has_state, saved_state, take_main_weights, wanted_state
 
 __all__ = [
     "CRITIC",
@@ -51,8 +51,6 @@ logger = logging.getLogger(__name__)
 # Megatron has three layouts of a distributed optimizer; this is the one that any other parallel layout can read.
 _CONTENT: Mapping[str, Any] = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    # gathered on the data-parallel rank that writes it, instead of on all
-    "distrib_optim_fully_reshardable_mem_efficient": True,
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
@@ -168,14 +166,14 @@ def _write(
         metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
         weights = _sharded_weights(model, metadata)
         if "optimizer" in content:
-            content = {**content, "optimizer": content["optimizer"].sharded_state_dict(weights, metadata=metadata)}
+            content = {**content, "optimizer": saved_state(content["optimizer"], weights, metadata)}
         saved = torch_dist.TorchDistSave()
         # Rank 0 alone writes common.pt and metadata.json. If that fails, the other ranks wait until the run ends.
         dist_checkpointing.save(
             # 3.0: Megatron's current layout of QKV
             {**content, "model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(unwrap(model[0]))},
             str(directory),
-            sharded_strategy=saved,
+            sharded_strategy=torch_dist.evenly(saved),
             content_metadata=dict(_CONTENT),
         )
     of_ranks = on_every_rank(lambda: saved.digests)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 import xxhash
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.base import (
     LoadShardedStrategy,
     SaveShardedStrategy,
 )
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     MCoreSavePlanner,
@@ -37,6 +38,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
@@ -124,6 +126,13 @@ class TorchDistSave(SaveShardedStrategy):
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
         self.digests = {name: digest for name, digest in files.digests.items() if name.endswith(".distcp")}
+
+
+def evenly(strategy: SaveShardedStrategy) -> SaveShardedStrategy:
+    """Return the strategy with the tensors that data-parallel ranks share distributed over these ranks."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    assert isinstance(group, ProcessGroup)
+    return FullyParallelSaveStrategyWrapper(strategy, group)
 
 
 # Reading

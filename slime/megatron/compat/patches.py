@@ -225,20 +225,27 @@ TABLE: tuple[Names, ...] = (
     ),
     Names(
         target=f"{_OPTIMIZER}.distrib_optimizer.DistributedOptimizer",
-        names=(
-            "state_dict",
-            "load_state_dict",
-            "get_parameter_state_dp_zero",
-            "_set_main_param_and_optimizer_states",
-        ),
+        names=("state_dict", "load_state_dict"),
         why=_OWN_ADAM,
         where=f"{_TRAINING}.optim.adam",
     ),
     Names(
+        target=f"{_OPTIMIZER}.distrib_optimizer.DistributedOptimizer",
+        names=("_get_main_param_and_optimizer_states",),
+        why="each rank writes and reads its own part of the state, and nothing is gathered",
+        where=f"{_TRAINING}.optim.flat_shares",
+    ),
+    Names(
+        target=f"{_OPTIMIZER}.optimizer.ChainedOptimizer",
+        names=("_synchronize_steps",),
+        why="each of the chained optimizers is saved by itself, as Megatron would do it",
+        where=f"{_TRAINING}.optim.optimizer_state",
+    ),
+    Names(
         target=f"{_OPTIMIZER}.distrib_optimizer",
-        names=("model_param_group_index_map",),
-        why=_OWN_ADAM,
-        where=f"{_TRAINING}.optim.adam",
+        names=("gbuf_ranges", "distributed_optimizer_instance_id"),
+        why="the ranges of the state that this rank holds",
+        where=f"{_TRAINING}.optim.flat_shares",
         how="mentions",
     ),
     Names(

@@ -40,41 +40,6 @@ class TorchDistributedOptimizer(_Original):
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
-        """Return each buffer's state with every bucket at its offset in the buffer.
-
-        Megatron removes the padding at the end of each bucket, and then looks parameters up by their offsets in the
-        buffer, which count the padding. For example, after a bucket of 6 entries padded to 8 all parameters are off by
-        2, and Megatron would save the wrong numbers for them.
-        """
-        state: Any = super().get_parameter_state_dp_zero(*args, **kwargs)
-        if state is None:  # not the rank that writes
-            return None
-        for number, buffer in enumerate(self.buffers):
-            for tensors in state[number].values():
-                for name, packed in tensors.items():
-                    if name != "numel_unpadded":
-                        tensors[name] = _in_place(packed, buffer)
-        return state
-
-    @torch.no_grad()  # fp32 main weights are views, which autograd does not let us write to
-    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        group, place = self.model_param_group_index_map[model_param]
-        main = self.optimizer.param_groups[group]["params"][place]
-        for name, there in {"param": main, **self.optimizer.state[main]}.items():
-            if name != "step":  # not a tensor of the checkpoint: `load_state_dict` has set it
-                there.copy_(tensors[name])
-
-
-def _in_place(packed: Tensor, buffer: Any) -> Tensor:
-    """Move buckets that lie one after the other to their offsets in the buffer."""
-    placed, start = packed.new_zeros(buffer.numel), 0
-    for bucket in buffer.buckets:
-        size = bucket.numel_unpadded
-        placed[bucket.offset : bucket.offset + size] = packed[start : start + size]
-        start += size
-    return placed
-
 
 def install() -> None:
     """Make Megatron build TorchDistributedOptimizer. No-op if TransformerEngine or Apex is installed."""

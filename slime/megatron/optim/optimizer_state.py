@@ -4,7 +4,7 @@
 - Invariant: state (main weights, moments, step) comes from the checkpoint alone, and settings (learning rate, weight
   decay, betas) come from the run's own flags.
 
-Megatron's three optimizers write the same tensors, `optimizer.state.<slot>.<parameter>`, under different slot names:
+Megatron's three optimizers have the same tensors, `optimizer.state.<slot>.<parameter>`, under different slot names:
 
     fp32         exp_avg, exp_avg_sq; or momentum_buffer (sgd)       the weights themselves are the main weights
     bf16         the same                                            fp32_param: the main weights
@@ -13,7 +13,7 @@ Megatron's three optimizers write the same tensors, `optimizer.state.<slot>.<par
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
+
+from slime.megatron.optim.flat_shares import flat_shares
 
 PREFIX = "optimizer.state."
 _MAIN_SLOTS = frozenset({"param", "fp32_param"})
@@ -50,6 +52,41 @@ def take_main_weights(weights: dict[str, Any], saved: Iterable[str]) -> None:
             part.key = f"{PREFIX}{main}.{part.key}"
 
 
+def saved_state(optimizer: MegatronOptimizer, weights: dict[str, Any], metadata: dict[str, Any]) -> dict[Any, Any]:
+    """Return the state to save: sharded tensors of what this rank holds, and settings.
+
+    Nothing is gathered, and the tensors are views of the state itself.
+    """
+
+    def saved(part: MegatronOptimizer) -> dict[str, Any]:
+        if not isinstance(part, DistributedOptimizer):
+            return part.sharded_state_dict(weights, metadata=metadata)
+        kind = metadata["distrib_optim_sharding_type"]
+        state = {"param_state": flat_shares(part, weights, PREFIX), "param_state_sharding_type": kind}
+        return part.state_dict() | state
+
+    return _sharded_parts(optimizer, saved)
+
+
+def _sharded_parts(
+    optimizer: MegatronOptimizer, sharded: Callable[[MegatronOptimizer], dict[str, Any]]
+) -> dict[Any, Any]:
+    """Return what `sharded` makes of the chained optimizers, by number if there are several."""
+    parts = parts_of(optimizer)
+    if len(parts) > 1:
+        assert isinstance(optimizer, ChainedOptimizer)
+        optimizer._synchronize_steps()
+    found = {number: sharded(part) for number, part in enumerate(parts)}
+    return found if len(parts) > 1 else found[0]
+
+
+def _wanted_part(part: MegatronOptimizer, weights: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(part, DistributedOptimizer):
+        return part.sharded_state_dict(weights, is_loading=True, metadata=metadata)
+    part.load_state_dict(part.state_dict())  # allocates the state
+    return {"param_state": flat_shares(part, weights, PREFIX)}
+
+
 def wanted_state(
     optimizer: MegatronOptimizer, weights: dict[str, Any], saved: Iterable[str], metadata: dict[str, Any], where: str
 ) -> dict[str, Any]:
@@ -58,7 +95,7 @@ def wanted_state(
     Raises:
         ValueError: they belong to another kind of optimizer; `where` names the checkpoint.
     """
-    wanted = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
+    wanted = _sharded_parts(optimizer, lambda part: _wanted_part(part, weights, metadata))
     ours = _moments(part.key for part in _sharded(wanted))
     theirs = _moments(saved)
     if ours != theirs:
@@ -86,13 +123,9 @@ def fill(optimizer: MegatronOptimizer, loaded: dict[Any, Any], common: Any) -> N
 
 def _state_dict(part: MegatronOptimizer, tensors: dict[str, Any], step: int | None) -> dict[str, Any]:
     """Return what this kind of optimizer loads: its own settings, and tensors and step from the checkpoint."""
-    if isinstance(part, DistributedOptimizer):
+    if isinstance(part, DistributedOptimizer):  # its tensors were loaded in their places
         groups = part.state_dict()["optimizer"]["param_groups"]
-        return {
-            "optimizer": {"param_groups": [{**group, "step": step} for group in groups]},
-            "param_state": tensors["param_state"],
-            "param_state_sharding_type": "fully_reshardable",
-        }
+        return {"optimizer": {"param_groups": [{**group, "step": step} for group in groups]}}
     in_fp32 = isinstance(part, FP32Optimizer)
     inner = tensors if in_fp32 else tensors["optimizer"]
     state, groups = dict(inner.get("state", {})), part.optimizer.state_dict()["param_groups"]
