@@ -29,6 +29,10 @@ class Place:
     begin: int
     end: int
 
+    def put(self, flat: Tensor, tensor: Tensor) -> None:
+        """Copy the tensor's bytes to this place in the bucket's bytes `flat`."""
+        flat[self.begin : self.end].copy_(tensor.detach().contiguous().flatten().view(torch.uint8))
+
 
 class BucketLayout:
     """The places of a bucket's tensors, in order; it grows by `append`."""
@@ -52,11 +56,13 @@ class BucketLayout:
             layout.append(name, parse_dtype(dtype), shape)
         return layout
 
-    def append(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
-        """Give a tensor the next place."""
+    def append(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Place:
+        """Give a tensor the next place, and return it."""
         size = torch.Size(shape)
         begin = self.num_bytes
-        self.places.append(Place(name, dtype, size, begin, begin + size.numel() * dtype.itemsize))
+        place = Place(name, dtype, size, begin, begin + size.numel() * dtype.itemsize)
+        self.places.append(place)
+        return place
 
     def has_room(self, tensor: Tensor, max_bytes: int) -> bool:
         """Return whether `tensor` may be the next one: it begins aligned, and the bucket stays within `max_bytes`.
@@ -91,7 +97,7 @@ class BucketLayout:
         """Copy the tensors' bytes to their places in `flat`, a uint8 tensor of `num_bytes`."""
         # Copy one tensor at a time, which is a plain memory copy; torch.cat copies byte by byte on a GPU.
         for place, tensor in zip(self.places, tensors, strict=True):
-            flat[place.begin : place.end].copy_(tensor.detach().contiguous().flatten().view(torch.uint8))
+            place.put(flat, tensor)
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return a new uint8 tensor with the tensors' bytes; all are on one device."""

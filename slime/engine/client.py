@@ -16,12 +16,13 @@ from typing import Any
 from slime.core.awake import LoopClock
 from slime.core.pausing import PauseMode
 from slime.core.turns import Turns
-from slime.engine.connection import Connection, EngineError
+from slime.engine.connection import Connection, EngineError, encoded
 from slime.engine.device_protocol import MemoryOccupation, MemoryTag, UpdateWeightsFromTensor
 from slime.engine.engine_info import EngineInfo
 from slime.engine.generate_answer import read_answer
 from slime.engine.keys import NO_KEYS, Keys
 from slime.engine.message import Message
+from slime.engine.presence import Presence
 from slime.engine.progress import Progress
 from slime.engine.protocol import (
     AbortRequest,
@@ -72,6 +73,7 @@ class EngineClient:
         self._keys = keys
         self._connection = Connection(self._key_for)
         self.update_sessions = UpdateSessions(self._connection, self.workers)
+        self.presence = Presence(self._connection, self.workers)
         self._num_aborts = 0
         self._num_turns = 0
         self._refusals = RefusalProbe(self._connection)
@@ -192,7 +194,7 @@ class EngineClient:
     async def _everywhere(
         self,
         endpoint: Endpoint,
-        bodies: Message | Sequence[Message] | None,
+        bodies: Message | bytes | Sequence[Message] | None,
         *,
         collective: bool = False,
         only: Collection[str] | None = None,
@@ -204,10 +206,14 @@ class EngineClient:
         urls = [url for url in await self.workers() if only is None or url in only]
         if not urls:
             raise EngineError(self._router_url, 200, f"the router has no engines for {endpoint}")
-        each = list(bodies) if isinstance(bodies, Sequence) else [bodies] * len(urls)
+        each: list[Message | bytes | None]
+        if isinstance(bodies, Sequence) and not isinstance(bodies, bytes):
+            each = list(bodies)
+        else:  # encoded once for all
+            each = [encoded(bodies) if isinstance(bodies, Message) else bodies] * len(urls)
         method = "GET" if bodies is None else "POST"
 
-        def ask(url: str, body: Message | None) -> asyncio.Task[Any]:
+        def ask(url: str, body: Message | bytes | None) -> asyncio.Task[Any]:
             asking = self._connection.request(
                 method,
                 lambda: None if self._is_gone(url) else url + endpoint,
@@ -324,30 +330,11 @@ class EngineClient:
         ]
         await self._everywhere(Endpoint.INIT_WEIGHTS_UPDATE_GROUP, bodies, collective=True)
 
-    async def update_weights_from_distributed(
-        self,
-        names: Sequence[str],
-        dtypes: Sequence[str],
-        shapes: Sequence[Sequence[int]],
-        group_name: str,
-        weight_version: str | None,
-        flush_cache: bool,
-        *,
-        load_format: str | None = None,
-    ) -> None:
-        """Make every engine receive one bucket; this returns when all have, so rank 0 has to send at the same time.
+    async def update_weights_from_distributed(self, body: UpdateWeightsFromDistributed | bytes) -> None:
+        """Make every engine receive one bucket, and return when all have answered; rank 0 broadcasts it meanwhile.
 
-        The buckets of one set are sent one after another. The last one names the `weight_version`, the others None.
+        Buckets are sent one after another. `body` may be the message's JSON, which is the same at each sync.
         """
-        body = UpdateWeightsFromDistributed(
-            names=list(names),
-            dtypes=list(dtypes),
-            shapes=[list(shape) for shape in shapes],
-            group_name=group_name,
-            weight_version=weight_version,
-            flush_cache=flush_cache,
-            load_format=load_format,
-        )
         await self._everywhere(Endpoint.UPDATE_WEIGHTS_FROM_DISTRIBUTED, body, collective=True)
 
     async def destroy_weights_update_group(self, group_name: str) -> None:

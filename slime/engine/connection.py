@@ -8,10 +8,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -32,6 +34,8 @@ LONGEST_BACKOFF = 2.0
 """The most seconds between two attempts of a request that has patience."""
 TIMEOUTS = aiohttp.ClientTimeout(sock_connect=CONNECT_S)
 """Connection timeout only: aiohttp's own timeouts also count time in which the event loop is blocked."""
+GONE = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ETIMEDOUT)
+"""Errors of a connection to a process that has ended, or whose machine has."""
 _CONTENT = {"Content-Type": "application/json"}
 
 
@@ -100,7 +104,7 @@ class Connection:
         self,
         method: str,
         find_url: Callable[[], str | None],
-        body: Message | None,
+        body: Message | bytes | None,
         *,
         timeout: float | Limit,
         collective: bool = False,
@@ -111,6 +115,7 @@ class Connection:
         """Send a request and return its answer; retry if there was no connection or no engine available.
 
         Args:
+            body: the message, or the JSON of one that is sent often or to many (see `encoded`).
             find_url: called before each attempt. None means that the receiver is no longer part of the run: the error
                 of the last attempt is raised.
             timeout: the limit of one attempt: seconds in which the event loop runs, or another `Limit`.
@@ -120,7 +125,7 @@ class Connection:
             before_retry: called with the seconds waited so far; an EngineError that it raises ends the attempts.
             decode: whether to decode the answer's JSON; otherwise its bytes are returned.
         """
-        data = None if body is None else orjson.dumps(body.to_json())
+        data = encoded(body) if isinstance(body, Message) else body
         limit = _Seconds(self.clock, timeout) if isinstance(timeout, int | float) else timeout
         problem = EngineError("an engine", 0, "it is not part of the run any more")
         waited = 0.0
@@ -180,6 +185,16 @@ class Connection:
         except orjson.JSONDecodeError:
             return answer.status, None
 
+    async def is_gone(self, url: str) -> bool:
+        """Return whether nothing listens at `url` any more; a process that is only busy is not gone."""
+        address = urlsplit(url)
+        try:
+            _, writer = await asyncio.open_connection(address.hostname, address.port)
+        except OSError as error:  # others are this process's own, such as too many open files
+            return error.errno in GONE
+        writer.close()
+        return False
+
     async def is_healthy(self, url: str, timeout: float) -> bool:
         """Return whether the engine or router at `url` is healthy; it is asked once."""
         try:
@@ -190,6 +205,11 @@ class Connection:
                 return answer.status == 200
         except (TimeoutError, aiohttp.ClientError, OSError):
             return False
+
+
+def encoded(body: Message) -> bytes:
+    """Return the JSON of a message."""
+    return orjson.dumps(body.to_json())
 
 
 def authorization(key: str | None) -> dict[str, str]:

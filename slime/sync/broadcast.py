@@ -1,14 +1,10 @@
 """Weights by process-group broadcast: trainer rank 0 is rank 0 of the group, and the engines are ranks 1...
 
 - Where it sits: after every training round the trainers stream their weights, which is a collective among them. Rank 0
-  copies each bucket into one flat tensor, announces it to all engines over HTTP and broadcasts it at the same time.
-  While the engines receive a bucket, the trainers gather the next one.
-- Invariant: one bucket is announced at a time, so all members take part in the same broadcast. The policy version is
-  sent with the last bucket only, so an engine that reports it holds the whole set.
-
-Two threads share the work. The caller's thread gathers tensors and fills buckets on its CUDA stream. The sender's
-thread broadcasts on a stream of its own, which first waits for the event that marks a filled bucket. This cannot
-deadlock: rank 0 alone is in both the trainers' groups and this group, and the engines wait for nothing else.
+  copies them into two flat buffers in turn, and `in_flight` announces and broadcasts each. While the engines receive a
+  bucket, the trainers gather the next one.
+- Invariant: all members take part in the same broadcasts in the same order. The policy version is sent with the last
+  bucket only, so an engine that reports it holds the whole set.
 """
 
 from __future__ import annotations
@@ -16,37 +12,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-
-from torch import Tensor
 
 from slime.core.address import address_for
 from slime.core.pausing import PauseChoice
-from slime.engine.bucket_layout import BucketLayout, NamedTensor
+from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient
 from slime.engine.protocol import WEIGHT_GROUP
 from slime.engine.server_process import find_free_port
-from slime.engine.weight_group import Filled, WeightGroup, filled, join_weight_group
-from slime.sync.buckets import Bucket, Buckets
+from slime.engine.weight_group import WeightGroup, join_weight_group
+from slime.sync.buckets import FlatBuckets
+from slime.sync.in_flight import Announcements, InFlight
 from slime.sync.transport import DRAIN_WITHIN_S, Opening, SyncReport, Transport
-
-NAMED_WITHIN_S = 20.0
-"""Seconds to wait, after a failed broadcast, for the request whose error names the lost engine."""
-
-
-@dataclass(frozen=True)
-class _FlatBucket:
-    """A bucket's bytes in one tensor, and the layout that engines need to split it."""
-
-    flat: Tensor
-    filled: Filled
-    layout: BucketLayout
-
-    @classmethod
-    def of(cls, bucket: Bucket) -> _FlatBucket:
-        flat = bucket.layout.flatten(bucket.tensors)
-        return cls(flat, filled(flat), bucket.layout)
 
 
 class BroadcastTransport(Transport):
@@ -68,6 +44,8 @@ class BroadcastTransport(Transport):
     ) -> None:
         """`engine_ranks` is the number of ranks of each engine, in the order of the client's engines."""
         super().__init__(client, bucket_bytes=bucket_bytes, pause=pause, drain_within=drain_within)
+        self._buckets = FlatBuckets(bucket_bytes)
+        self._announcements = Announcements(WEIGHT_GROUP)
         self._group = self._connect(engine_ranks, address, port, backend)
 
     @classmethod
@@ -116,55 +94,13 @@ class BroadcastTransport(Transport):
         return self._runner.run(both())
 
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
-        start = time.perf_counter()
-        with self.updating() as waited, ThreadPoolExecutor(1, "weights") as sender:
-            total = self._send_all(tensors, sender, str(version))
+        start, total = time.perf_counter(), 0
+        with self.updating() as waited, InFlight(self._client, self._runner, self._group) as under_way:
+            for bucket in self._buckets.fill(tensors, wait_until_free=under_way.wait_until_free):
+                under_way.send(bucket, self._announcements.of(bucket, str(version)))
+                total += bucket.layout.num_bytes
+            under_way.finish()
         return SyncReport(seconds=time.perf_counter() - start - waited, bytes=total, waited=waited)
-
-    def _send_all(self, tensors: Iterable[NamedTensor], sender: ThreadPoolExecutor, version: str) -> int:
-        """Send all buckets and return their bytes.
-
-        At most two buckets are filled at once: one is being sent, and the next one waits until the stream shows whether
-        it is the last (the last one carries the version).
-        """
-        total = 0
-        under_way: Future[None] | None = None
-        buckets = Buckets(tensors, self._bucket_bytes)
-        for bucket in buckets:
-            flat = _FlatBucket.of(bucket)
-            total += bucket.layout.num_bytes
-            carried = version if buckets.at_end() else None
-            if under_way is not None:
-                under_way.result()
-            under_way = sender.submit(self._send_now, flat, carried)
-        if under_way is not None:
-            under_way.result()
-        return total
-
-    def _send_now(self, bucket: _FlatBucket, version: str | None) -> None:
-        self._runner.run(self._send_bucket(bucket, version))
-
-    async def _send_bucket(self, bucket: _FlatBucket, version: str | None) -> None:
-        asking = self._client.update_weights_from_distributed(
-            names=bucket.layout.names,
-            dtypes=bucket.layout.dtypes,
-            shapes=bucket.layout.shapes,
-            group_name=WEIGHT_GROUP,
-            weight_version=version,
-            flush_cache=False,  # `paused` has flushed it; SGLang crashes if it flushes with requests in flight
-            load_format="flattened_bucket",
-        )
-        broadcast = asyncio.to_thread(self._group.broadcast, bucket.flat, after=bucket.filled)
-        both = [asyncio.ensure_future(asking), asyncio.ensure_future(broadcast)]
-        await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
-        if not both[0].done():  # the broadcast has failed: an engine is gone, and the failed HTTP request names it
-            await asyncio.wait(both[:1], timeout=NAMED_WITHIN_S)
-        broken = any(not each.done() or each.exception() is not None for each in both)
-        if broken:
-            self._group.close(broken=True)  # ends a broadcast that still waits
-        for each in both:
-            if each.done():
-                each.result()
 
     def leave(self) -> None:
         self._group.close(broken=True)

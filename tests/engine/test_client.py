@@ -27,7 +27,7 @@ from slime.engine.connection import LOST_ENGINE, Connection
 from slime.engine.keys import NO_KEYS, Keys, with_keys
 from slime.engine.launch import launch_engine, launch_router
 from slime.engine.membership import register_worker
-from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams
+from slime.engine.protocol import GenerateRequest, GenerateResponse, SamplingParams, UpdateWeightsFromDistributed
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.engine.weight_group import WeightGroup, join_weight_group
 from slime.models.hf_files import HFReader
@@ -311,13 +311,15 @@ def send(
         await asyncio.gather(
             asyncio.to_thread(broadcast),
             client.update_weights_from_distributed(
-                layout.names,
-                layout.dtypes,
-                layout.shapes,
-                GROUP,
-                version,
-                flush_cache,
-                load_format=load_format,
+                UpdateWeightsFromDistributed(
+                    names=layout.names,
+                    dtypes=layout.dtypes,
+                    shapes=layout.shapes,
+                    group_name=GROUP,
+                    weight_version=version,
+                    flush_cache=flush_cache,
+                    load_format=load_format,
+                )
             ),
         )
 
@@ -456,7 +458,8 @@ def test_an_engine_outlives_its_trainer(router: ManagedProcess) -> None:
         threading.Timer(0.5, group.close).start()
         del group
         with pytest.raises(EngineError, match="update_weights_from_distributed"):
-            await client.update_weights_from_distributed(["model.norm.weight"], ["float32"], [[64]], "gone", None, True)
+            bucket: dict[str, Any] = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[64]]}
+            await client.update_weights_from_distributed(UpdateWeightsFromDistributed(**bucket, group_name="gone"))
         assert all((await client.health()).values())
         await client.update_sessions.end()
         await client.destroy_weights_update_group("gone")

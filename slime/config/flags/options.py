@@ -131,7 +131,12 @@ class ClusterOptions:
         metavar="DIR",
     )
     update_weight_buffer_size: int = flag(
-        512 * 1024**2, "Bytes of one bucket of the weight sync (on disk: of one file).", ge=1, le=2**40
+        2 * 1024**3,
+        "Bytes of one bucket of the weight sync (on disk: of one file). A trainer holds two buckets at a time, and an "
+        "SGLang outside of --sglang-mem-fraction-static up to two. Larger ones are faster, because an engine needs "
+        "some milliseconds for each.",
+        ge=1,
+        le=2**40,
     )
     update_weight_pause: PauseChoice = flag(
         "drain",
