@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -21,6 +22,7 @@ from slime.cluster.manager.engine_side import NoEngines, connect
 from slime.cluster.on_ray.portable import portable_errors
 from slime.config.args import Args
 from slime.config.rollout_plan import parts_of_rollout
+from slime.config.router_policy import router_policy, with_router_policy
 from slime.config.secrets import masker_of
 from slime.core.batch import TrainBatch
 from slime.core.rank_batch import RankBatch
@@ -30,6 +32,8 @@ from slime.engine.server_process import ManagedProcess
 from slime.observability.logs import collected_warnings, log_to_file
 from slime.observability.output_log import log_own_output
 from slime.observability.progress import WorkProgress
+
+logger = logging.getLogger(__name__)
 
 
 @portable_errors
@@ -73,6 +77,9 @@ class RolloutManager:
         """Start the router, or take the one that was given, and return its URL."""
         url = external_router_url(self._args)
         if url is None:
+            policy = router_policy(self._args, self._data.mean_prompt_tokens)
+            logger.info("router: %s: %s", policy.name, policy.why)
+            self._args = with_router_policy(self._args, policy)  # the supervisor restarts the router with it
             self._router = await asyncio.to_thread(
                 start_router, self._args, self._log_dir / "router.log", keep=self._stop_at_the_end
             )

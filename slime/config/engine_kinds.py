@@ -28,6 +28,8 @@ class EngineFacts:
     """The rule and the remedy if it cannot compute in fp32; None: it can."""
     flushes_while_requests_wait: bool = False
     """Whether it can flush its prefix cache while requests wait."""
+    caches_prefixes: bool = True
+    """Whether a request is faster on an engine that has computed the beginning of its prompt before."""
 
     def reads(self, setting: str) -> bool:
         """Return whether an engine of this kind reads the --sglang-* setting."""
@@ -66,5 +68,6 @@ ENGINE_KINDS: Mapping[str, EngineFacts] = {
             ]
         ),
         flushes_while_requests_wait=True,
+        caches_prefixes=False,
     ),
 }

@@ -51,6 +51,12 @@ class DataBuffer:
         """The number of prompts in one epoch, rounded up; a prompt that leaves no room to answer does not count."""
         return prompts_of_epoch(self._args, self._data.sizes)
 
+    @property
+    def mean_prompt_tokens(self) -> float | None:
+        """The mean tokens in a prompt; None if there are no prompts, or only conversations to learn from."""
+        prompts = self._data.prompts
+        return sum(len(prompt.tokens) for prompt in prompts) / len(prompts) or None if prompts else None
+
     def get_groups(self, num: int, *, rollout_id: int) -> list[list[Sample]]:
         """Return `num` groups: first those that the buffer filter takes from the buffer, then new prompts.
 

@@ -21,6 +21,7 @@ from slime.config.data_rows import DataError, DataKeys, Row
 from slime.config.eval_data import readable_eval_datasets
 from slime.config.labels import right_letter, stated_answer
 from slime.config.prompt_format import PromptFormat
+from slime.config.router_policy import router_policy
 from slime.core.boxes import last_boxed
 from slime.core.printable import one_line, printable
 from slime.core.sample import Sample
@@ -55,6 +56,8 @@ class _Set:
     form: PromptFormat
     longest: int | None
     rm_type: str | None
+    trains: bool = False
+    """True for the prompts of training rollouts."""
 
 
 def survey(args: Args) -> list[Line]:
@@ -67,7 +70,7 @@ def _sets(args: Args) -> Iterable[_Set]:
         keys = DataKeys.of(args, input_key=args.resolved.input_key, label_key=args.label_key)
         judge = None if args.loss_type == "sft_loss" else args.rm_type
         name = "prompts" if keys.loss_on is None else "examples"
-        yield _Set(name, args.prompt_data, keys, PromptFormat.of(args), longest_prompt(args), judge)
+        yield _Set(name, args.prompt_data, keys, PromptFormat.of(args), longest_prompt(args), judge, trains=True)
     for dataset in readable_eval_datasets(args):
         form, longest = PromptFormat.of(dataset), rollout_limits(args).request
         longest = longest if dataset.loss_on is None else longest_prompt(args)
@@ -95,6 +98,10 @@ def _survey(args: Args, data: _Set) -> Iterable[Line]:
     else:
         yield "", f"tokens in a prompt: {_spread(lengths)}{part}"
         yield "", _fits(lengths, data.longest, "to answer")
+        if data.trains and args.num_engines > 0 and args.sglang_router_ip is None:
+            kept = [length for length in lengths if data.longest is None or length <= data.longest]
+            policy = router_policy(args, statistics.mean(kept) if kept else None)
+            yield "", f"router: {policy.name}: {policy.why}"
         yield "", f"first prompt: {printable(texts[0], _SHOWN)}"
     if data.keys.label_key is not None:
         yield "", f"first label: {_label_check(args, data, rows[0].data)}"

@@ -15,6 +15,8 @@ class Recording:
     """A server. `asked` holds path and Authorization header of each request except health checks."""
 
     url: str
+    prompts: list[list[int]] = field(default_factory=list[list[int]])
+    """The `input_ids` of each /generate that has them."""
     asked: list[tuple[str, str | None]] = field(default_factory=list[tuple[str, str | None]])
 
     def generations(self) -> list[str | None]:
@@ -22,12 +24,18 @@ class Recording:
 
 
 @contextmanager
-def recording_engine() -> Iterator[Recording]:
+def recording_engine(answers: threading.Event | None = None) -> Iterator[Recording]:
+    """Serve such an engine; with `answers` it answers a request for tokens only once the event is set."""
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            asked = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            if self.path == "/generate" and "input_ids" in (request := json.loads(asked)):
+                recording.prompts.append(request["input_ids"])
+                if answers is not None:
+                    answers.wait(60)
             if self.path != "/health":
                 recording.asked.append((self.path, self.headers["Authorization"]))
             body = json.dumps(

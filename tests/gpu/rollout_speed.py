@@ -41,6 +41,15 @@ def made_up(rng: random.Random) -> str:
     return "".join(rng.choices(LETTERS, k=PROMPT_TOKENS))
 
 
+async def decodes_by_graphs(context: RolloutContext) -> bool:
+    """Return whether the first engine replays CUDA graphs to generate tokens."""
+    [url, *_] = await context.engines.workers()
+    async with aiohttp.ClientSession(trust_env=False) as session, session.get(url + Endpoint.SERVER_INFO) as answer:
+        answer.raise_for_status()
+        info = orjson.loads(await answer.read())
+    return not (info.get("disable_cuda_graph", True) or info.get("disable_decode_cuda_graph"))
+
+
 async def straight(
     args: Args, context: RolloutContext, prompts: Sequence[list[int]], round_id: int
 ) -> tuple[int, float]:
@@ -77,7 +86,7 @@ async def measured_rollout(
     rng = random.Random(rollout_id)
     encode: Any = context.tokenizer.encode
     prompts = [ids for _ in range(PROMPTS) for ids in [encode(made_up(rng))] * SAMPLES]
-    record: dict[str, float] = {}
+    record: dict[str, float] = {"graphs": await decodes_by_graphs(context)}
 
     async def direct() -> None:
         tokens, seconds = await straight(args, context, prompts, rollout_id)
@@ -124,6 +133,8 @@ def measure(report: Report, model: str, engine: Sequence[str], *, new_tokens: in
     rounds = [json.loads(line) for line in (log_dir / SPEEDS).read_text().splitlines()]
     asked = PROMPTS * SAMPLES * new_tokens
     least = min(min(each["direct_tokens"], each["slime_tokens"]) for each in rounds)
+    graphs = all(each["graphs"] for each in rounds)
+    report.row("the engine generates with CUDA graphs", graphs, True, graphs)
     report.row("prompt tokens", rounds[0]["prompt_tokens"], PROMPT_TOKENS, rounds[0]["prompt_tokens"] == PROMPT_TOKENS)
     report.row(
         "fewest new tokens of a round (it may end a text by chance)", least, f">= 0.97 x {asked}", least >= 0.97 * asked

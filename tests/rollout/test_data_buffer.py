@@ -46,6 +46,7 @@ def test_groups_are_numbered_and_tokenised(data_file: Write, tokenizer: PreTrain
         [(3, 6), (3, 7)],
     ]
     assert _labels(groups) == [0, 1, 2, 0]
+    assert buffer.mean_prompt_tokens == 2
     sample = groups[1][0]
     assert tokenizer.decode(sample.tokens) == "q1"
     assert sample.prompt_length == len(sample.tokens) == 2

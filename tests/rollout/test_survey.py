@@ -48,6 +48,19 @@ def test_lengths_are_those_of_the_loaded_prompts(
     assert lines[4] == "first label: 'so\\n#### 9': a response that states it gets 1 from math"
 
 
+def test_router_policy_by_the_prompts_that_fit(folder: str, data_file: Write) -> None:
+    path = data_file([{"prompt": "x" * length, "label": 1} for length in (500, 700, 5000)])
+    flags: dict[str, Any] = {"rollout_engine": "sglang", "rollout_num_gpus": 8, "n_samples_per_prompt": 4}
+    flags |= {"rollout_max_context_len": 1000, "rollout_num_gpus_per_engine": 1}
+    flags |= {"eval_prompt_data": ("held-out", path), "eval_input_key": "prompt", "eval_label_key": "label"}
+    lines = [text for _, text in survey(_args(folder, path, **flags))]
+    saved = "450 tokens of prefill for each sample, whose response has up to 1,024"
+    assert [line for line in lines if line.startswith("router")] == [
+        f"router: round_robin: cache_aware would save only {saved}"
+    ]
+    assert not any(line.startswith("router") for line in (text for _, text in survey(_args(folder, path))))
+
+
 def test_percentiles(folder: str, data_file: Write) -> None:
     path = data_file([{"prompt": "x" * length, "label": 1} for length in range(200, 0, -1)])
     assert survey(_args(folder, path))[1][1] == "tokens in a prompt: median 100, p99 198, max 200"

@@ -24,6 +24,7 @@ from slime.core.sample_columns import from_columns, to_columns
 from slime.observability.samples_file import SAMPLES
 from slime.rollout.acceptance import mask_truncated
 from slime.rollout.context import RolloutContext, RolloutResult
+from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.dump import read_replay, write_dump
 from slime.rollout.evaluate import Evaluator
 from slime.rollout.generate import sampling_record
@@ -75,10 +76,14 @@ class DataSide:
         self._log_dir = log_dir
         tokenizer = load_tokenizer(args)
         self._source: TrackedSource | None = None
+        self.mean_prompt_tokens: float | None = None
+        """The mean tokens in a training prompt; None if it is not known."""
         if args.prompt_data is not None or args.has_own_data_source:
             source = load_hook("data_source_path", args.data_source_path)
             with hook_errors("data_source_path", args.data_source_path):
-                self._source = TrackedSource(source(args, tokenizer))
+                made = source(args, tokenizer)
+                self._source = TrackedSource(made)
+            self.mean_prompt_tokens = made.mean_prompt_tokens if isinstance(made, DataBuffer) else None
         self._rollout_function = hook_function("rollout_function_path", args.rollout_function_path)
         self._rewards = RewardPool(args, log_dir)
         self.context = RolloutContext(args=args, client=None, tokenizer=tokenizer, rewards=self._rewards)
