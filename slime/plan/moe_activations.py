@@ -1,15 +1,15 @@
 """The activations that a layer of experts keeps for the backward pass, in bytes per operation, instead of an MLP's.
 
 - Used by: `activations`, for the layers with experts.
-- Invariant: no number is fitted. Each is a product of the shapes of tensors in `slime.megatron.model.moe` or in
-  Megatron's all-to-all dispatcher. Routing is balanced: every expert gets equally many tokens.
+- Invariant: no number is fitted. Each is a product of the shapes of tensors in `slime.megatron.model` or in Megatron's
+  all-to-all dispatcher. Routing is balanced: every expert gets equally many tokens.
 
 For a layer of t tokens on this rank, of which each goes to K of E experts:
 
     shared expert   every token, before the router
     router          t x E scores, and the weights and the choice that follow from them
     dispatch        K copies of each token go to the ranks of their experts, and are sorted by expert
-    experts         one after the other
+    experts         all at once: the loop over experts holds the same tensors as a grouped matrix product
     combine         the way back: sorted, sent, and added up for each token
 """
 
@@ -65,8 +65,10 @@ def routing_kept(rank: Rank, *, recomputed: bool) -> int:
     """Return the bytes of a layer's last routing, which Megatron's dispatcher holds until the next forward pass.
 
     They are the weights and the mask of all experts, and the order in which tokens were sorted. The order is also kept
-    for the backward pass, unless the whole layer is `recomputed`.
+    for the backward pass, unless the whole layer is `recomputed`. Without other ranks nothing is held.
     """
+    if not rank.shares_experts:
+        return 0
     return rank.rows * rank.arch.num_experts * (FP32 + 1) + (TOKEN_ID * rank.sent if recomputed else 0)
 
 
@@ -96,23 +98,26 @@ def _moved(rank: Rank) -> int:
 
 
 def _dispatch(rank: Rank) -> Operation:
-    return Operation("dispatch: the order of tokens", TOKEN_ID * rank.sent, rank.residual + _moved(rank))
+    # without other ranks: the rows of each token, the token of each row, and its place among the weights
+    orders = 1 if rank.shares_experts else 3
+    return Operation("dispatch: the order of tokens", orders * TOKEN_ID * rank.sent, rank.residual + _moved(rank))
 
 
 def _combine(rank: Rank) -> Operation:
     stream = 0 if rank.on_cuda else rank.residual  # after attention; a GPU's norm keeps the same tensor
     shared = rank.residual if rank.arch.shared_expert_ffn_hidden_size else 0  # the shared expert's output
-    return Operation("combine", 0, rank.residual + _moved(rank), forward=experts_forward(rank) + stream + shared)
+    moved = _moved(rank) if rank.shares_experts else copies(rank)[0]
+    return Operation("combine", 0, rank.residual + moved, forward=experts_forward(rank) + stream + shared)
 
 
 def experts_forward(rank: Rank) -> int:
     """Return the bytes that the forward pass of the experts needs in addition to what it keeps.
 
-    Megatron's layer holds the tokens that it has sent and received until the experts are done. These have
-    their outputs one by one and then in one tensor, and that tensor in another order.
+    Their outputs are held once more in another order, to be sent or added up. If tokens are sent, Megatron's layer also
+    holds the tokens that it has sent and received until the experts are done.
     """
     sent, received = copies(rank)
-    held = sent * (2 if rank.ep > 1 else 1) if rank.experts > 1 or rank.ep * rank.etp > 1 else 0
+    held = sent * (2 if rank.ep > 1 else 1) if rank.shares_experts else 0
     return held + 2 * received + _summed(rank)
 
 
@@ -129,29 +134,34 @@ def _summed(rank: Rank) -> int:
 
 
 def _experts(rank: Rank) -> list[Operation]:
-    """Return the experts one by one, after the tokens that they share.
+    """Return the operations of all experts of this rank on the tokens that they share."""
+    ffn, hidden, half = rank.expert_ffn, rank.arch.hidden_size, rank.width < FP32
 
-    The gradients of their inputs are collected, and become one tensor after the first expert's backward pass.
-    """
-    _, received = copies(rank)
-    ffn, hidden, count = rank.expert_ffn, rank.arch.hidden_size, rank.experts
-    tokens = rank.received / count
-    fused = rank.on_cuda
-    # gate and up, their product before and after the token's weight, and silu(gate) if no kernel computes it again
-    saved = int(tokens * ffn * (4 if fused else 5) * rank.width)
-    half = rank.width < FP32
-    # a token's weight is fp32, and so is the gradient of a weighted bf16 output
-    weighing = ffn * ((2 * FP32 + rank.width) if half else 3 * FP32)
-    gate_up = ffn * rank.width * (3 if fused or half else 4)
-    first = int(tokens * rank.width * (2 * ffn + hidden)) + rank.weight_gradient(2 * ffn * hidden)
-    second = int(tokens * rank.width * ffn) + rank.weight_gradient(ffn * hidden)
-    own = max(int(tokens * max(weighing, gate_up)), first, second)
-    operations = [
-        Operation("experts: their tokens", received + FP32 * rank.received, rank.residual + 2 * received),
+    def values(channels: int) -> int:
+        return rank.received * channels * rank.width
+
+    def weight_gradient(size: int) -> int:
+        """Return the bytes of the gradient of all experts; a bf16 loop adds each expert's, and returns a dummy."""
+        return max(rank.experts * size * rank.width, rank.weight_gradient(size))
+
+    # a token's weight is fp32, and so are its product with a bf16 value, and the gradients of both
+    weighted = FP32 * rank.received * ffn
+    weighing = 2 * weighted + values(ffn) if half else 3 * weighted
+    # backward, the gradients of gate, up and their product; on a CPU in fp32 also gradient x up
+    gate_up = values(ffn) * (3 if rank.on_cuda or half else 4)
+    return [
+        Operation(
+            "experts: their tokens",
+            values(hidden) + FP32 * rank.received,
+            rank.residual + values(2 * ffn + hidden) + weight_gradient(2 * ffn * hidden),
+        ),
+        # a GPU's kernel computes silu(gate) again
+        Operation("experts: gate and up", values(ffn) * (2 if rank.on_cuda else 3), rank.residual + gate_up),
+        Operation("experts: product", values(ffn), rank.residual + weighing),
+        Operation(
+            "experts: weighted product",
+            values(ffn),
+            rank.residual + values(hidden + ffn) + weight_gradient(ffn * hidden),
+            forward=weighted if half else 0,
+        ),
     ]
-    for expert in range(count):
-        collected = received * (count - 1 - expert) // count
-        operations.append(
-            Operation("an expert: gate and up, product", saved, rank.residual + received + collected + own)
-        )
-    return operations

@@ -101,6 +101,11 @@ class Rank:
         return self.arch.moe_ffn_hidden_size // self.etp
 
     @property
+    def shares_experts(self) -> bool:
+        """True if other ranks hold a part of the experts, so that tokens are sent."""
+        return self.ep * self.etp > 1
+
+    @property
     def sent(self) -> int:
         """Return the number of copies of its tokens that a rank sends to experts: one for each chosen expert."""
         return self.rows * self.arch.moe_router_topk

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slime.config.args import Args
 from slime.megatron.model.expert_products import Groups, why_not_grouped
 from slime.megatron.model.stacked_experts import run_experts
 from tests.gpu import trainer_speed
@@ -174,29 +177,63 @@ def grouped(report: Report) -> None:
     report.row("bf16, 252 channels: the reason for the loop", odd, "a reason", "multiples" in odd)
 
 
-@check(minutes=2)
+def waits(work: Callable[[], object]) -> str:
+    """Return torch's complaint if `work` waits for the device, otherwise an empty text."""
+    work()  # kernels are loaded once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def layer_step(args: Args, folder: str) -> Callable[[], object]:
+    """Return a function that runs one layer of experts of a new model forward and backward."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from slime.megatron.model.attention import pack_sequences
+    from slime.megatron.model.build import architecture_of, build_model
+    from slime.megatron.parallel import init_parallel
+
+    init_parallel(args, rank=0, world_size=1, init_method=f"file://{folder}/store")
+    arch = architecture_of(args)
+    model = build_model(args, wrap=False)
+    layer: Any = next(module for module in model[0].modules() if isinstance(module, MoELayer))
+    layer.router.given_pack = pack_sequences(LENGTHS, arch)
+    tokens = draw(sum(LENGTHS), 1, arch.hidden_size).requires_grad_()
+    upstream = torch.ones_like(tokens)
+
+    def work() -> None:
+        output, _ = layer(tokens)
+        output.backward(upstream)
+
+    return work
+
+
+@check(minutes=3)
 def grouped_does_not_wait(report: Report) -> None:
-    """Run experts forward and backward in the mode in which torch refuses to wait for the device."""
-    for grouped_form in (True, False):
-        waited = ""
-        experts_step(torch.bfloat16, grouped=grouped_form)  # kernels are loaded once
-        tokens, weights, first, second, upstream = drawn_experts(torch.bfloat16)
-        counts = torch.tensor(COUNTS, device=DEVICE)
-        for leaf in (tokens, first, second):
-            leaf.requires_grad_()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            groups = Groups.of(counts, tokens.device, grouped=grouped_form)
-            run_experts(tokens, weights, first, second, groups).backward(upstream)
-        except RuntimeError as error:
-            waited = str(error).splitlines()[0]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        if grouped_form:
-            report.row("grouped: waits", waited or "never", "never", not waited)
-        else:
-            report.row("control, has to be noticed: the loop waits", waited or "never", "it does", bool(waited))
+    """Run a layer of experts forward and backward in the mode in which torch refuses to wait for the device."""
+    from slime.megatron.parallel import close_parallel
+
+    with tempfile.TemporaryDirectory() as folder:
+        for family in tiny.MIXTURES:
+            args = tiny.make_args(tiny.hf_dir(Path(folder) / family, family), bf16=True)
+            for form in (True, False):
+                extra = {**args.megatron_extra, "moe_grouped_gemm": form}
+                try:
+                    place = tempfile.mkdtemp(dir=folder)
+                    waited = waits(layer_step(replace(args, megatron_extra=extra), place))
+                finally:
+                    close_parallel()
+                if form:
+                    report.row(f"{family}, grouped: waits", waited or "never", "never", not waited)
+                else:
+                    what = f"control, has to be noticed: {family}, the loop waits"
+                    report.row(what, waited or "never", "it does", bool(waited))
 
 
 @check(minutes=8)

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from slime.megatron.model.attention import PackedSequences
+from slime.megatron.model.local_dispatch import LocalDispatcher
 
 LOAD_BALANCING, Z_LOSS = "load_balancing_loss", "z_loss"
 """The metric names of the auxiliary losses."""
@@ -101,7 +102,10 @@ class ExpertRouter(TopKRouter):
         assert isinstance(frequency, list) and self.layer_number is not None
         layer = self.layer_number - 1 - frequency.index(1)
         given = self._ours(self.pack.experts_B[:, layer])
-        return torch.where(given >= 0, given.to(chosen.dtype), chosen)
+        replayed = torch.where(given >= 0, given.to(chosen.dtype), chosen)
+        # No router chooses an expert twice. Such a row would have less than K experts, so it is not replayed.
+        twice = (replayed.sort(dim=1).values.diff(dim=1) == 0).any(1, keepdim=True)
+        return torch.where(twice, chosen, replayed)
 
     def _ours(self, values_B: Tensor) -> Tensor:
         """Select the tokens that this rank routes from those of a pack."""
@@ -166,6 +170,14 @@ def attach(values: Tensor, loss: Tensor) -> Tensor:
 
 class ExpertsLayer(TransformerLayer):
     """A transformer layer of experts, which shows the micro-batch's pack to its router."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        experts: Any = self.mlp
+        if experts.experts.ep_group.size() == experts.experts.tp_group.size() == 1:
+            experts.token_dispatcher = LocalDispatcher(self.config, get_default_pg_collection())
+            if experts.shared_expert_overlap and experts.shared_experts is not None:
+                experts.token_dispatcher.set_shared_experts(experts.shared_experts)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         router: Any = self.mlp.router
