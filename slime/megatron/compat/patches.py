@@ -31,6 +31,7 @@ class Names:
 _OPTIMIZER = "megatron.core.optimizer"
 _TRAINING = "slime.megatron"
 _IN_PLACE = "PyTorch has no public function that does this to many tensors at once, or in place"
+_OLD_TORCH = "the public name is newer than the oldest torch that slime runs with"
 _NO_GPU = "Megatron calls it without asking for a device; on a CPU it does nothing, or its work on the CPU"
 _ONE_PASS = "the fp32 main weights, and the memory of the model that they are copied to"
 _OWN_ADAM = "torch's Adam has one step for each parameter, and Megatron expects one for all"
@@ -128,19 +129,7 @@ TABLE: tuple[Names, ...] = (
         where=f"{_TRAINING}.model.stacked_experts",
         how="mentions",
     ),
-    Names(
-        target="megatron.core.transformer.moe.experts",
-        names=("local_experts", "singleton_local_shards"),
-        why="the experts that Megatron builds, whose weights become one tensor, and the mark of a checkpoint's layout",
-        where=f"{_TRAINING}.model.stacked_experts",
-        how="mentions",
-    ),
-    Names(
-        target="torch",
-        names=("_grouped_mm",),
-        why="the public name is newer than the oldest torch that slime runs with",
-        where=f"{_TRAINING}.model.expert_products",
-    ),
+    Names(target="torch", names=("_grouped_mm",), why=_OLD_TORCH, where=f"{_TRAINING}.model.expert_products"),
     Names(
         target="megatron.core.transformer.transformer_layer",
         names=("Unknown MLP type",),
