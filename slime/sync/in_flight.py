@@ -141,7 +141,10 @@ class InFlight:
 
     def _broadcasts(self) -> list[asyncio.Future[None]]:
         """Return the broadcasts that may not have ended: the buffers of earlier ones were filled again."""
-        return [asyncio.wrap_future(sent) for sent in self._sent[-2:]]
+        futures = [asyncio.wrap_future(sent) for sent in self._sent[-2:]]
+        for each in futures:  # asyncio would log the error of one that nobody looks at any more
+            each.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return futures
 
     async def _guarded(
         self,

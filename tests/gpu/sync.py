@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from slime.config.args import Args
 from slime.core.pausing import PauseChoice
-from slime.engine.bucket_layout import NamedTensor
+from slime.engine.bucket_layout import BucketLayout, NamedTensor
 from slime.engine.client import EngineClient
 from slime.engine.launch import launch_engine
-from slime.engine.protocol import GenerateResponse
+from slime.engine.protocol import WEIGHT_GROUP, GenerateResponse, UpdateWeightsFromDistributed
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.engine.weight_group import WeightGroup, join_weight_group
 from slime.models.hf_files import HFReader, write_hf
@@ -412,6 +413,106 @@ def speed(report: Report) -> None:
             report.row("drain, flush, pause and continue: seconds", median_seconds(nothing))
             report.row("the same with an empty session: seconds", median_seconds(session))
             transport.close()
+
+
+@check(gpus=2, minutes=8)
+def killed_in_broadcast(report: Report) -> None:
+    """Break a broadcast over NCCL: SGLang is killed inside it, or waits in it for a trainer that has left.
+
+    Three members need three GPUs, so here the trainer is the peer that is lost: for NCCL all members are alike.
+    """
+    with scratch() as directory:
+        model = tiny(directory / "model", "glm4", 0)
+        write_hf(directory / "export", weights(model), model, torch.bfloat16)
+        with serving(report, model, 1) as engine:
+            transport = connected(engine, "nccl", MIB)
+            transport.send(weights(model), version=1)
+            began, error = killed_inside(transport, engine, weights(model))
+            seconds = time.monotonic() - began
+            report.row("SGLang was killed inside a sync: seconds until an error", seconds, 45, ok=seconds <= 45)
+            report.row("the error", error[:80], "names it", ok=engine.url in error)
+            transport.leave()
+        with serving(report, model, 1) as engine:
+            transport = connected(engine, "nccl", MIB)
+            transport.send(weights(model), version=1)
+            left_inside(report, transport, engine, weights(model))
+        with serving(report, model, 1) as engine:  # as the supervisor starts it again
+            began = time.monotonic()
+            transport = connected(engine, "nccl", MIB)
+            transport.send(weights(model), version=2)
+            check_versions(transport, version=2)
+            answers = generated(engine, 4, 16)
+            report.row("started again, it is sent weights and answers: seconds", time.monotonic() - began)
+            right = all(len(answer.output_ids) == 16 and answer.weight_version == "2" for answer in answers)
+            report.row("its answers are whole and have the version", right, True, ok=right)
+            prove_weights(transport, directory / "export", version=2)
+            report.row("the proof passes", True, ok=True)
+            transport.close()
+
+
+def killed_inside(
+    transport: BroadcastTransport, engine: ManagedProcess, tensors: Sequence[NamedTensor]
+) -> tuple[float, str]:
+    """Kill the engine and its children while half of the tensors are sent; return the time and the sync's error."""
+    began = 0.0
+
+    def dying() -> Iterator[NamedTensor]:
+        nonlocal began
+        yield from tensors[: len(tensors) // 2]
+        process = psutil.Process(engine.pid)
+        everyone = [process, *process.children(recursive=True)]
+        for each in everyone:
+            each.kill()
+        began = time.monotonic()
+        yield from tensors[len(tensors) // 2 :]
+
+    try:
+        transport.send(dying(), version=2)
+    except RuntimeError as error:
+        return began, str(error)
+    return began, "no error"
+
+
+def left_inside(
+    report: Report, transport: BroadcastTransport, engine: ManagedProcess, tensors: Sequence[NamedTensor]
+) -> None:
+    """Announce a bucket and leave instead of broadcasting it, then look whether SGLang hangs, and for how long."""
+    import asyncio
+
+    layout = BucketLayout.of(tensors[:4])
+    bucket = UpdateWeightsFromDistributed(
+        names=layout.names,
+        dtypes=layout.dtypes,
+        shapes=layout.shapes,
+        group_name=WEIGHT_GROUP,
+        flush_cache=False,
+        load_format="flattened_bucket",
+    )
+
+    async def announced() -> str:
+        async with client(engine) as asking:
+            await asking.update_sessions.begin()
+            try:
+                await asyncio.wait_for(asking.update_weights_from_distributed(bucket), 10)
+            except TimeoutError:
+                return "no answer within 10 s"
+        return "answered before the broadcast"
+
+    async def hanging() -> list[str]:
+        async with client(engine) as asking:
+            return await asking.presence.hanging(WEIGHT_GROUP)
+
+    report.row("a bucket that is announced and not broadcast", asyncio.run(announced()))
+    began = time.monotonic()
+    transport.leave()
+    report.row("the trainer has left: seconds", time.monotonic() - began)
+    began = time.monotonic()
+    found = asyncio.run(hanging())
+    seconds = time.monotonic() - began
+    report.row("it hangs", bool(found), f"found in {seconds:.1f} s, at most 20", ok=seconds <= 20)
+    began = time.monotonic()
+    engine.stop()
+    report.row("a hanging SGLang is ended: seconds", time.monotonic() - began, 30, time.monotonic() - began <= 30)
 
 
 @contextmanager

@@ -5,16 +5,20 @@ It runs on real engines and a router. The engines serve the model 'start' alread
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.membership import Membership
+from slime.engine.protocol import WEIGHT_GROUP
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.models.hf_files import HFReader, write_hf
 from slime.sync.broadcast import BroadcastTransport
@@ -49,7 +53,7 @@ def client(served: list[ManagedProcess]) -> EngineClient:
 def broadcast(served: list[ManagedProcess]) -> BroadcastTransport:
     return BroadcastTransport(
         client(served),
-        engine_ranks=[1, 1],
+        engine_ranks=[1] * (len(served) - 1),
         address="127.0.0.1",
         port=find_free_port(),
         backend="gloo",
@@ -198,22 +202,57 @@ def test_a_killed_runs_group_is_no_obstacle(models: dict[str, Path], served: lis
 def test_a_dead_engine_is_named(
     models: dict[str, Path], served: list[ManagedProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This is the last test, because it ends an engine. The other one takes weights again after a broken broadcast."""
+    """An engine dies inside a broadcast, and the other one serves again. This is the last test of `served`."""
     monkeypatch.setattr("slime.engine.connection.BACKOFF", 0.01)
     by_disk, by_broadcast = disk(served, models, tmp_path), broadcast(served)
+    actor = weights(models["actor"])
 
     def dying() -> Iterator[NamedTensor]:
-        served[1].stop()
-        yield from weights(models["actor"])
+        yield from actor[: len(actor) // 2]
+        psutil.Process(served[1].pid).kill()
+        yield from actor[len(actor) // 2 :]
 
-    with pytest.raises(RuntimeError, match=f"{served[1].url}/update_weights_from_distributed did not answer"):
+    with pytest.raises(RuntimeError, match=f"{served[1].url}(/update_weights_from_distributed did not| did not|/)"):
         by_broadcast.send(dying(), version=14)
-    with pytest.raises(RuntimeError, match=f"{served[1].url}.* did not load policy version 14"):
-        by_disk.send(weights(models["actor"]), version=14)
+    began = time.monotonic()
+    alone = [served[0], served[-1]]
+
+    async def hanging() -> list[str]:
+        async with client(alone) as asking:
+            return await asking.presence.hanging(WEIGHT_GROUP)
+
+    assert asyncio.run(hanging()) == [], "the other one has left the broken broadcast"
+    again = broadcast(alone)
+    again.send(actor, version=15)
+    check_versions(again, version=15)
+    assert again.prompt_log_probs([1, 2, 3]).keys() == {served[0].url}
+    print(f"serves again after {time.monotonic() - began:.2f} s")
+    prove_weights(again, models["actor"], version=15)
+    again.close()
+    with pytest.raises(RuntimeError, match=f"{served[1].url}.* did not load policy version 16"):
+        by_disk.send(actor, version=16)
     by_disk.close()
-    with pytest.raises(EngineError, match=served[1].url):
-        by_broadcast.close()
-    left = disk([served[0], served[-1]], models, tmp_path)
-    left.send(weights(models["actor"]), version=15)
-    check_versions(left, version=15)
-    left.close()
+    by_broadcast.leave()
+
+
+def test_a_stopped_engine_hangs_and_is_not_gone(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slime.engine.connection.BACKOFF", 0.01)
+    with serving(models["start"], tmp_path, engines=2, router=False) as engines:
+        urls = [engine.url for engine in engines]
+
+        async def inner() -> None:
+            async with EngineClient("", engines=urls) as asking:
+                assert await asking.presence.hanging(WEIGHT_GROUP) == [], "engines without a group do not hang"
+                psutil.Process(engines[0].pid).suspend()
+                watch = asyncio.ensure_future(asking.presence.until_one_is_gone())
+                assert await asking.presence.hanging(WEIGHT_GROUP, within=1.5) == urls[:1]
+                assert not watch.done(), "it is not gone"
+                psutil.Process(engines[1].pid).kill()
+                with pytest.raises(EngineError, match=f"{urls[1]} did not answer: nothing listens there"):
+                    await watch
+                psutil.Process(engines[0].pid).resume()
+                assert await asking.presence.hanging(WEIGHT_GROUP) == [], "one that is gone does not hang"
+
+        asyncio.run(inner())

@@ -29,6 +29,7 @@ from slime.core.errors import Fault, RunError
 from slime.engine.client import EngineClient
 from slime.engine.launch import launch_router
 from slime.engine.membership import Membership
+from slime.engine.protocol import WEIGHT_GROUP
 from slime.engine.server_process import ManagedProcess, find_free_port
 
 NOTICED_S = 5 * POLL_S
@@ -155,6 +156,24 @@ class EngineSupervisor:
                 return True
             await asyncio.sleep(POLL_S / 2)
         return False
+
+    async def end_hanging(self) -> None:
+        """End the engines that hang in a broadcast of weights, because it was broken by another engine's death.
+
+        They leave the weight group if they do not hang. One that gives no answer in `presence.LEAVE_WITHIN_S` seconds
+        is ended, and is restarted like one that has died. This returns after its end was noticed.
+        """
+        for url in await self._client.presence.hanging(WEIGHT_GROUP):
+            for engine in [engine for engine in self._engines if engine.url == url and engine.up]:
+                self._say(
+                    f"engine {engine.index} ({url}) hangs in the weight sync that the loss of an engine has broken: it "
+                    "is ended"
+                )
+                try:
+                    await engine.owner.stop.remote()
+                except RayError as error:  # its owner is lost, which is noticed, too
+                    logger.warning("ending engine %d: %s", engine.index, _first_line(error))
+                await self.lost_one_of([engine.shown()])
 
     async def admit(self, engines: Sequence[EngineUp]) -> None:
         """Add these engines, which hold the run's weights, to the router; one that was lost since is left out."""

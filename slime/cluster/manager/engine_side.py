@@ -53,7 +53,10 @@ class NoEngines:
         return self.state()
 
     async def lost_one_of(self, engines: Sequence[EngineUp]) -> bool:
-        """Return whether one of these engines is gone; a death is noticed a moment after it happens."""
+        """Return whether a weight sync has lost one of these engines; a death is noticed a moment after it happens.
+
+        If so, the others do not hang in the sync's broadcast any more: those that did were ended.
+        """
         return False
 
     def take_counts(self) -> dict[str, float]:
@@ -141,7 +144,10 @@ class OwnEngines(_ConnectedEngines):
         return self.state()
 
     async def lost_one_of(self, engines: Sequence[EngineUp]) -> bool:
-        return await self._supervisor.lost_one_of(engines)
+        lost = await self._supervisor.lost_one_of(engines)
+        if lost:
+            await self._supervisor.end_hanging()
+        return lost
 
 
 class ExternalEngines(_ConnectedEngines):
