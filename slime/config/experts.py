@@ -1,6 +1,7 @@
 """The fields of Architecture for mixtures of experts, read from config.json or Megatron's flags and written as flags.
 
-- Used by: `config.architecture`, for the fields that a dense model leaves at their defaults.
+- Used by: `config.architecture`, for the fields that a dense model leaves at their defaults; the model and the plan ask
+  here whether experts run as grouped matrix products.
 - Invariant: a field and its flag describe the same, and each can be computed from the other.
 """
 
@@ -21,6 +22,26 @@ class ExpertFlag:
     read: Callable[[Any, int], Any] = lambda value, num_layers: value
     """Convert the flag's value to the field's; the second argument is the model's number of layers."""
     write: Callable[[Any, int], Any] = lambda value, num_layers: value
+
+
+GROUPED_MULTIPLE = 8
+"""The channels of bf16 in 16 bytes, of which the rows of a grouped matrix product have to be a multiple."""
+
+
+def why_not_grouped(*, on_cuda: bool, bf16: bool, channels: Sequence[int]) -> str | None:
+    """Return the reason for which experts run one after the other with --moe-grouped-gemm; None if there is none.
+
+    Args:
+        channels: the channels of an expert's inputs and outputs on one rank.
+    """
+    if not on_cuda:
+        return "a CPU has no grouped matrix product"
+    if not bf16:
+        return "torch's grouped matrix product takes bf16 only"
+    if any(size % GROUPED_MULTIPLE for size in channels):
+        sizes = " and ".join(map(str, channels))
+        return f"an expert's channels on a rank, {sizes}, are not all multiples of {GROUPED_MULTIPLE}"
+    return None
 
 
 def _first_dense_layers(pattern: int | Sequence[int], num_layers: int) -> int:

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Sequence
 from slime.config.args import Args
 from slime.config.epochs import planned_prompts, rollouts_of_epochs
 from slime.config.eval_data import eval_datasets
+from slime.config.experts import why_not_grouped
 from slime.config.object_store import LEAST as OBJECT_STORE
 from slime.config.object_store import rollout_bytes
 from slime.config.pipeline_stages import count_multiple, num_chunks, stage_layers
 from slime.config.problem import Problem, show
-from slime.config.resolve import OUTPUTS, counts_gpus, gpu_memory
+from slime.config.resolve import OUTPUTS, counts_gpus, for_gpus, gpu_memory
 from slime.config.resuming import changed_flags, resumed_checkpoint
-from slime.core.architecture import padded_vocab_size
+from slime.core.architecture import Architecture, padded_vocab_size
 from slime.core.printable import SENTENCE, printable
 from slime.observability.console.text import wrapped
 from slime.plan.fit import comparison, recompute_hint
@@ -105,6 +106,7 @@ def _model(args: Args) -> Iterable[Row]:
             f"{arch.num_experts} of {arch.moe_ffn_hidden_size} channels {layers} layers, "
             f"{arch.moe_router_topk} for each token{with_shared}",
         )
+        yield "experts run", _experts_run(args, arch)
     if args.pipeline_model_parallel_size > 1:
         stages = ", ".join(str(layers) for layers in stage_layers(args, arch))
         parts = f", each in {num_chunks(args)} virtual stages" if num_chunks(args) > 1 else ""
@@ -120,6 +122,15 @@ def _model(args: Args) -> Iterable[Row]:
     if args.num_engines:
         engines = args.sglang.get("dtype") or ("bfloat16" if args.bf16 else "float32")
         yield "engines", f"{engines}; alarm when mean |train - rollout log-prob| is above {args.logprob_gap_alarm:g}"
+
+
+def _experts_run(args: Args, arch: Architecture) -> str:
+    """Return how the experts of a rank run: as grouped matrix products, or the reason why not."""
+    if not args.megatron_extra.get("moe_grouped_gemm"):
+        return "one after the other; --moe-grouped-gemm runs them together"
+    channels = (arch.hidden_size, arch.moe_ffn_hidden_size // args.expert_tensor_size)
+    reason = why_not_grouped(on_cuda=for_gpus(args), bf16=bool(args.bf16), channels=channels)
+    return "together, as grouped matrix products" if reason is None else f"one after the other: {reason}"
 
 
 def _memory(args: Args) -> Iterable[Row]:

@@ -178,6 +178,8 @@ def moe_run(run: Run, config: dict[str, Any], *words: str) -> list[str]:
         ("--moe-expert-capacity-factor 1.5", "--moe-expert-capacity-factor 1.5: not part of this version"),
         ("--moe-permute-fusion", "it needs TransformerEngine"),
         ("--moe-router-pre-softmax --moe-grouped-gemm --moe-router-dtype fp32", None),
+        ("--moe-shared-expert-overlap", None),
+        ("--moe-shared-expert-overlap --recompute-modules shared_experts", "cannot be recomputed by itself"),
     ],
 )
 def test_rules_of_experts(words: str, error: str | None, run: Run) -> None:

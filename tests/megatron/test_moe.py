@@ -54,6 +54,8 @@ def test_logits_loss_and_gradients_match_transformers(
 
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+OVERLAP = {"moe_shared_expert_overlap": True, "moe_grouped_gemm": True}
+"""Both flags change the order of operations at most; on a CPU the second has no effect."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP2": (2, {"expert_model_parallel_size": 2}),
     "TP2, ETP2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
@@ -64,6 +66,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
             "sequence_parallel": True,
             "use_distributed_optimizer": True,
             "expert_tensor_parallel_size": 1,
+            "megatron_extra": OVERLAP,
         },
     ),
     "TP2 x EP2, ETP1": (
@@ -74,6 +77,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
             "use_distributed_optimizer": True,
             "expert_model_parallel_size": 2,
             "expert_tensor_parallel_size": 1,
+            "megatron_extra": OVERLAP,
         },
     ),
     "PP2 x EP2, recompute": (

@@ -27,7 +27,7 @@ from slime.config.rules.engines import (
     sglang_precision,
     weight_directory,
 )
-from slime.config.rules.experts import balance, experts, experts_passed_on, routing_replay
+from slime.config.rules.experts import balance, experts, experts_passed_on, routing_replay, shared_expert_overlap
 from slime.config.rules.files import debug_data, eval_files, files_of_rollouts, hooks, prompt_file, train_data, weights
 from slime.config.rules.imports import megatron_version, trackers
 from slime.config.rules.jobs import job_outputs
@@ -327,6 +327,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     experts,
     balance,
     experts_passed_on,
+    shared_expert_overlap,
     routing_replay,
     recompute,
     precision,

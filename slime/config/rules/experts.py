@@ -24,6 +24,7 @@ PASSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "the auxiliary loss is aux_loss, per micro-batch (--moe-aux-loss-coeff 0 switches it off)",
     ),
     "moe_grouped_gemm": (lambda value: True, ""),
+    "moe_shared_expert_overlap": (lambda value: True, ""),
     "moe_permute_fusion": (lambda value: not value, "it needs TransformerEngine"),
 }
 """The values that Megatron's other fields for experts may have, and the reason for refusing others."""
@@ -93,6 +94,21 @@ def experts_passed_on(case: Case) -> Iterable[Problem]:
             yield Problem(
                 severity="error", where=flag_name(name), value=show(value), rule=why, remedy="leave the flag out"
             )
+
+
+def shared_expert_overlap(case: Case) -> Iterable[Problem]:
+    """Check that a shared expert runs next to the dispatch only where Megatron can do both."""
+    name = "moe_shared_expert_overlap"
+    args, arch = case.args, case.args.architecture
+    if arch is None or not args.num_experts or not args.megatron_extra.get(name):
+        return
+    if not arch.shared_expert_ffn_hidden_size:
+        rule = f"no effect: {arch.family} has no shared expert"
+        yield Problem(severity="warning", where=flag_name(name), rule=rule, remedy="leave it out")
+    elif "shared_experts" in (args.megatron_extra.get("recompute_modules") or ()):
+        rule = "a shared expert on a stream of its own cannot be recomputed by itself"
+        remedy = "take shared_experts out of --recompute-modules, or leave this flag out"
+        yield Problem(severity="error", where=flag_name(name), value="True", rule=rule, remedy=remedy)
 
 
 def routing_replay(case: Case) -> Iterable[Problem]:

@@ -13,6 +13,7 @@ Shapes: t tokens sorted by expert, E experts on this rank, I and O the channels 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,32 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slime.config import experts
 from slime.megatron import device
 from slime.megatron.model.main_gradients import add_product, added, main_gradient
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT = 8
-"""The channels of bf16 in 16 bytes, of which the rows of a grouped product have to be a multiple."""
 GROUPED_ON = (9, 10)
 """The major compute capabilities with a kernel; on others torch would loop over the groups and wait for the device."""
 
 
-def why_not_grouped(dtype: torch.dtype, channels: tuple[int, ...]) -> str | None:
-    """Return the reason for which experts with these weights have to run one after the other; None if there is none.
+def why_not_grouped(dtype: torch.dtype, channels: Sequence[int]) -> str | None:
+    """Return the reason for which experts have to run one after the other here; None if there is none.
 
     Args:
-        channels: the channels of all inputs and outputs on this rank.
+        dtype: of their weights.
+        channels: the channels of an expert's inputs and outputs on this rank.
     """
-    if not device.on_cuda():
-        return "a CPU has no grouped matrix product"
-    if dtype != torch.bfloat16:
-        return f"torch's grouped matrix product takes bf16, not {str(dtype).removeprefix('torch.')}"
-    if torch.cuda.get_device_capability()[0] not in GROUPED_ON:
+    reason = experts.why_not_grouped(on_cuda=device.on_cuda(), bf16=dtype == torch.bfloat16, channels=channels)
+    if reason is None and torch.cuda.get_device_capability()[0] not in GROUPED_ON:
         return f"torch has no grouped matrix product for {torch.cuda.get_device_name()}"
-    if any(size % ALIGNMENT for size in channels):
-        return f"an expert's channels on a rank, {channels}, are not all multiples of {ALIGNMENT}"
-    return None
+    return reason
 
 
 @cache

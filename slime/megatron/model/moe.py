@@ -15,7 +15,9 @@ E experts, K chosen experts per token, L routers of this stage.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,8 +28,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from slime.megatron import device
 from slime.megatron.model.attention import PackedSequences
 from slime.megatron.model.local_dispatch import LocalDispatcher
+
+logger = logging.getLogger(__name__)
 
 LOAD_BALANCING, Z_LOSS = "load_balancing_loss", "z_loss"
 """The metric names of the auxiliary losses."""
@@ -168,6 +173,12 @@ def attach(values: Tensor, loss: Tensor) -> Tensor:
     return _WithLoss.apply(values, loss)  # pyright: ignore[reportReturnType]
 
 
+@cache
+def _warn_of_no_overlap() -> None:
+    """Log it once."""
+    logger.warning("--moe-shared-expert-overlap has no effect: a CPU has no second stream")
+
+
 class ExpertsLayer(TransformerLayer):
     """A transformer layer of experts, which shows the micro-batch's pack to its router."""
 
@@ -178,6 +189,8 @@ class ExpertsLayer(TransformerLayer):
             experts.token_dispatcher = LocalDispatcher(self.config, get_default_pg_collection())
             if experts.shared_expert_overlap and experts.shared_experts is not None:
                 experts.token_dispatcher.set_shared_experts(experts.shared_experts)
+        if experts.shared_expert_overlap and experts.shared_experts is not None and not device.on_cuda():
+            _warn_of_no_overlap()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         router: Any = self.mlp.router
