@@ -46,17 +46,18 @@ def _attention(rank: Rank) -> list[Operation]:
             rank.residual + rank.values(qkv + hidden) + rank.weight_gradient(hidden * qkv),
         )
     ]
-    if rank.arch.qk_layernorm:
+    if rank.on_cuda:
+        # one kernel splits, norms and rotates; only the norms read the projection's output again
+        saved = rank.values(qkv) if rank.arch.qk_layernorm else 0
+        operations.append(Operation("split into heads", saved, rank.residual + rank.values(2 * qkv)))
+    elif rank.arch.qk_layernorm:
         groups = rank.arch.num_query_groups // rank.tp
         norms = _norm(rank, "norms of queries and keys", rank.tokens * (heads + groups), rank.arch.kv_channels)
-        extra = rank.values(query + key) if rank.on_cuda else 0  # keys are a view of the whole projection's output
-        operations.append(Operation(norms.name, norms.saved + extra, norms.working + rank.values(qkv)))
+        operations.append(Operation(norms.name, norms.saved, norms.working + rank.values(qkv)))
     gathered = int(rank.values(key) * rank.keys_per_token)  # as many bytes of values
     if rank.on_cuda:
         # The varlen kernel keeps rotated queries and keys, values, and the output (also the projection's input).
-        # Values are a view of the whole QKV projection's output, unless they were gathered.
-        whole = rank.values(qkv) if rank.cp == 1 and not rank.arch.qk_layernorm else 0
-        kept = rank.values(2 * query) + (gathered + whole if rank.cp == 1 else 2 * gathered)
+        kept = rank.values(2 * query) + 2 * gathered
         # backward: gradients of output and queries (also in fp32), and of keys and values for every query head
         expanded = 0 if query == key else 2 * int(rank.values(query) * rank.keys_per_token)
         working = rank.residual + rank.values(2 * query) + FP32 * rank.tokens * query + expanded + 2 * gathered
@@ -107,9 +108,11 @@ def layer_operations(rank: Rank, *, experts: bool = False) -> list[Operation]:
         return _norm(rank, name, rank.rows, hidden, arriving=arriving)
 
     operations = [norm("norm before attention", arriving=rank.residual), *_attention(rank)]
-    operations += [norm("norm after attention")] if arch.post_self_attn_layernorm else []
+    # a GPU has the gradients of both results at once: of the sum, and of the norm that is computed with it
+    both = rank.residual if rank.on_cuda else 0
+    operations += [norm("norm after attention", arriving=both)] if arch.post_self_attn_layernorm else []
     operations += [norm("norm before MLP", arriving=rank.residual), *(moe_operations(rank) if experts else _mlp(rank))]
-    operations += [norm("norm after MLP")] if arch.post_mlp_layernorm else []
+    operations += [norm("norm after MLP", arriving=both)] if arch.post_mlp_layernorm else []
     return operations
 
 
@@ -159,17 +162,11 @@ def stage_operations(
 
 
 def _selective(rank: Rank, operation: Operation) -> Operation:
-    """Return the operation with recomputed core attention.
-
-    Only its inputs are kept: the queries, and the projection's output for keys and values.
-    """
+    """Return the operation with recomputed core attention, which keeps only its inputs and its output."""
     if not operation.name.startswith("attention:"):
         return operation
-    kept = rank.values(rank.query + rank.query + 2 * rank.key)
-    if rank.arch.qk_layernorm:
-        kept += rank.values(rank.key)
-        if rank.on_cuda:
-            kept -= rank.values(rank.query + 2 * rank.key)  # the norm of keys has it
+    # On a CPU another operation counts the output, but values are a view of the whole projection's output.
+    kept = rank.values(2 * rank.query + (2 if rank.on_cuda else 3) * rank.key)
     return Operation("attention, recomputed: its input", kept, operation.working + operation.saved)
 
 

@@ -25,6 +25,7 @@ from typing import Any, TypeVar, cast
 MODULES = (
     "parity",
     "attention",
+    "fused",
     "experts",
     "trainer_speed",
     "trainer",

@@ -50,6 +50,17 @@ def megatrons(args: Any, config: Any) -> ModuleSpec:
     return spec
 
 
+class OtherNorm(RMSNorm):
+    """A norm of heads that is not the built-in one."""
+
+
+def other_head_norms(args: Any, config: Any) -> ModuleSpec:
+    spec: Any = built_in_layer_spec(args, config)
+    attention = spec.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = OtherNorm
+    return spec
+
+
 def nothing(args: Any, config: Any) -> None:
     return None
 

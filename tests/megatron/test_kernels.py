@@ -1,15 +1,16 @@
-"""Norm and gate with their own backward passes, against PyTorch in float64; and that the model really uses them."""
+"""Kernels on a CPU, against PyTorch in float64: norm, gate, the split of the QKV projection, the sum with its norms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slime.megatron.model.kernels import cpu, rms_norm, swiglu
+from slime.megatron.model.kernels import add_and_norm, cpu, rms_norm, split_heads, swiglu
 
 TOLERANCE = 1e-6
 EPS = 1e-5
@@ -83,3 +84,88 @@ def test_other_dtypes_use_pytorch() -> None:
     x, weight = inputs(20, 1, 64).bfloat16(), inputs(64, seed=1).bfloat16()
     assert torch.equal(rms_norm(x, weight, EPS), reference_norm(x, weight))
     assert torch.equal(swiglu(x), reference_gate(x))
+
+
+def reference_heads(mixed: Tensor, angles: Tensor, weights: list[Tensor], groups: int, interleaved: bool) -> Tensor:
+    """Return q, k and v of a projection's output, in one row per token."""
+    half, channels = angles.size(1), 16
+    of_groups = mixed.unflatten(1, (groups, -1, channels))
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    found = [of_groups[:, :, :-2].flatten(1, 2), of_groups[:, :, -2], of_groups[:, :, -1]]
+    for part, weight in enumerate(weights):
+        found[part] = reference_norm(found[part], weight)
+    for part in range(2):
+        turning, rest = found[part][..., : 2 * half], found[part][..., 2 * half :]
+        x1, x2 = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, -1)
+        pair = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+        turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+        found[part] = torch.cat([turned, rest], -1)
+    return torch.cat([part.flatten(1) for part in found], 1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("norms", [0, 2])
+@pytest.mark.parametrize(("heads", "groups", "half"), [(6, 2, 4), (3, 3, 8), (4, 1, 8)])
+def test_heads_match_their_formula(heads: int, groups: int, half: int, norms: int, interleaved: bool) -> None:
+    mixed, angles = inputs(20, (heads + 2 * groups) * 16), inputs(20, half, scale=3.0, seed=1).double()
+    weights = [1 + inputs(16, seed=seed) / 4 for seed in range(2, 2 + norms)]
+
+    def ours(mixed: Tensor, *weights: Tensor, count: int = groups) -> Tensor:
+        q, k, v = split_heads(
+            mixed,
+            angles.cos().to(mixed.dtype),
+            angles.sin().to(mixed.dtype),
+            (weights[0], weights[1]) if weights else None,
+            num_heads=heads * count // groups,
+            num_groups=count,
+            eps=EPS,
+            interleaved=interleaved,
+        )
+        return torch.cat([part.flatten(1) for part in (q, k, v)], 1)
+
+    found = with_gradients(ours, mixed, *weights, dtype=torch.float32)
+    expected = with_gradients(
+        lambda mixed, *weights: reference_heads(mixed, angles, [*weights], groups, interleaved),
+        mixed,
+        *weights,
+        dtype=torch.float64,
+    )
+    assert difference(found, expected) < TOLERANCE
+    if groups > 1 and heads > groups:  # control: all query heads first, then keys, then values
+        of_groups = mixed.unflatten(1, (groups, -1, 16))
+        in_order = torch.cat(
+            [of_groups[:, :, :-2].flatten(1), *of_groups[:, :, -2:].transpose(1, 2).flatten(2).unbind(1)], 1
+        )
+        assert difference([ours(in_order, *weights)], expected[:1]) > 0.1
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("following", [False, True])
+def test_sum_matches_its_formula(own: bool, following: bool) -> None:
+    x, residual = inputs(30, 1, 64), inputs(30, 1, 64, seed=1)
+    weights = [1 + inputs(64, seed=seed) / 4 for seed in range(2, 2 + own + following)]
+
+    def with_norm(function: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., Tensor]:
+        def both(x: Tensor, residual: Tensor, *weights: Tensor) -> Tensor:
+            total, normed = function(x, residual, weights[0] if own else None, weights[-1] if following else None)
+            assert (normed is not None) == following
+            return torch.stack([total] if normed is None else [total, normed])
+
+        return both
+
+    def reference(x: Tensor, residual: Tensor, own: Tensor | None, following: Tensor | None) -> Any:
+        total = residual + (x if own is None else reference_norm(x, own))
+        return total, None if following is None else reference_norm(total, following)
+
+    found = with_gradients(
+        with_norm(lambda x, residual, *w: add_and_norm(x, residual, w[0], w[1], EPS)),
+        x,
+        residual,
+        *weights,
+        dtype=torch.float32,
+    )
+    expected = with_gradients(with_norm(reference), x, residual, *weights, dtype=torch.float64)
+    assert difference(found, expected) < TOLERANCE
+    if weights:  # control
+        other = with_gradients(with_norm(reference), x, residual, *(w.flip(0) for w in weights), dtype=torch.float64)
+        assert difference(found, other) > 0.01

@@ -16,7 +16,8 @@ import torch
 from slime.config.megatron_version import SUPPORTED_MEGATRON
 from slime.megatron.compat import apply
 from slime.megatron.compat.apply import install, require_all
-from slime.megatron.compat.patches import TABLE, Names
+from slime.megatron.compat.names import Names
+from slime.megatron.compat.patches import TABLE
 
 ROOT = Path(__file__).parent.parent.parent
 PLACES = [ROOT / "slime/megatron", ROOT / "slime/sync", ROOT / "slime/engine/weight_group.py"]

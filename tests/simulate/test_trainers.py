@@ -45,7 +45,7 @@ def test_a_pipeline_is_filled_and_emptied() -> None:
     assert seconds_of(args, [100] * 4) == pytest.approx(one / 2 * 5 / 4)
 
 
-def test_micro_batches_of_a_pipeline_are_in_order_of_cost() -> None:
+def test_pipeline_micro_batches_are_in_order_of_cost() -> None:
     sizes = {"num_steps_per_rollout": 1, "actor_num_gpus_per_node": 2, "use_dynamic_batch_size": True}
     lengths = [500, 100, 900, 300]
     for layout, expected in (("pipeline", [100, 500, 900, 300]), ("tensor", sorted(lengths, reverse=True))):

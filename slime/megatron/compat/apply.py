@@ -20,7 +20,8 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 
 from slime.config.megatron_version import SUPPORTED_MEGATRON
-from slime.megatron.compat.patches import TABLE, Names
+from slime.megatron.compat.names import Names
+from slime.megatron.compat.patches import TABLE
 
 _UNKNOWN_MLP = "Unknown MLP type"
 

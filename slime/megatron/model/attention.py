@@ -282,6 +282,9 @@ def attend(
 class PackedAttention(MegatronModule):
     """Megatron's `core_attention`: it applies rotary positions, then causal attention within each packed sequence."""
 
+    rotates = True
+    """Set to False by a layer that applies the positions itself, in one pass with what comes before (`layer`)."""
+
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
@@ -298,9 +301,10 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """[B, h, d], [B, g, d], [B, g, d] -> [B, h * d]."""
         assert isinstance(packed_seq_params, PackedSequences), "training is always packed"
-        interleaved = self.config.rotary_interleaved
-        query = apply_rotary(query, packed_seq_params, interleaved=interleaved)
-        key = apply_rotary(key, packed_seq_params, interleaved=interleaved)
+        if self.rotates:
+            interleaved = self.config.rotary_interleaved
+            query = apply_rotary(query, packed_seq_params, interleaved=interleaved)
+            key = apply_rotary(key, packed_seq_params, interleaved=interleaved)
         if packed_seq_params.share is not None:
             key, value = gather_keys(key, value, packed_seq_params.share)
         backend = self.config.attention_backend.name

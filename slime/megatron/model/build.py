@@ -33,7 +33,8 @@ from slime.config.pipeline_stages import micro_batch_group, num_chunks, overlaps
 from slime.core.architecture import Architecture, padded_vocab_size
 from slime.megatron import device
 from slime.megatron.compat import cpu_layer
-from slime.megatron.model.layers import RMSNorm, layer_spec
+from slime.megatron.model.layer import RMSNorm, link_layers
+from slime.megatron.model.layers import layer_spec
 from slime.megatron.model.moe import disable_replay, with_float32_biases
 from slime.megatron.model.stacked_experts import of_each_expert
 from slime.megatron.optim.multi_tensor import fuse_weight_gradients
@@ -271,6 +272,8 @@ def _build_chunk(
         vp_stage=virtual,
         num_token_ids=arch.vocab_size,
     )
+    if args.recompute_granularity != "full":
+        link_layers(core.decoder.layers, core.decoder.final_layernorm)
     if kind is not PolicyModel:
         disable_replay(core)
     model: torch.nn.Module = core.to(device.device())

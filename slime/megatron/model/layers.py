@@ -1,4 +1,4 @@
-"""One transformer layer from Megatron's local modules, with our norm and our packed attention.
+"""The spec of a transformer layer: Megatron's local modules, with our norm, our packed attention and our MLP.
 
 - Used by: `build`, which stacks these into the model.
 - Invariant: nothing here needs TransformerEngine or Apex.
@@ -6,39 +6,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from slime.config.args import Args
 from slime.core.plugins import hook_function, hook_path
 from slime.megatron.model.attention import PackedAttention
-from slime.megatron.model.kernels import rms_norm, swiglu
+from slime.megatron.model.kernels import swiglu
+from slime.megatron.model.layer import PackedLayer, PackedSelfAttention, RMSNorm
 from slime.megatron.model.moe import ExpertRouter, ExpertsLayer
 from slime.megatron.model.stacked_experts import StackedExperts
-
-
-class RMSNorm(torch.nn.Module):
-    """RMSNorm with the mark by which Megatron sums its gradient over tensor-parallel ranks (sequence parallelism)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class GatedMLP(MLP):
@@ -58,7 +44,7 @@ class SandwichLayerSubmodules(TransformerLayerSubmodules):
     norm_after_mlp: bool = False
 
 
-class SandwichLayer(TransformerLayer):
+class SandwichLayer(PackedLayer):
     """A transformer layer with norms after attention and MLP as well as before them."""
 
     def __init__(self, config: TransformerConfig, submodules: SandwichLayerSubmodules, **kwargs: Any) -> None:
@@ -69,24 +55,8 @@ class SandwichLayer(TransformerLayer):
 
         if submodules.norm_after_attention:
             self.post_self_attn_layernorm = norm()
-            self.self_attn_bda = _normed(self.self_attn_bda, lambda: self.post_self_attn_layernorm)
         if submodules.norm_after_mlp:
             self.post_mlp_layernorm = norm()
-            self.mlp_bda = _normed(self.mlp_bda, lambda: self.post_mlp_layernorm)
-
-
-def _normed(bias_dropout_add: Callable[..., Any], norm: Callable[[], RMSNorm]) -> Callable[..., Any]:
-    """Wrap Megatron's bias-dropout-add so that it norms the sub-layer's output first."""
-
-    def outer(training: bool, fused: bool) -> Callable[..., Tensor]:
-        def inner(output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
-            output, bias = output_and_bias
-            output = norm()(output if bias is None else output + bias)
-            return bias_dropout_add(training, fused)((output, None), residual, dropout)
-
-        return inner
-
-    return outer
 
 
 def layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -> ModuleSpec:
@@ -138,10 +108,11 @@ def built_in_layer_spec(args: Args, config: TransformerConfig, layer: int = 0) -
         parts.mlp.submodules.experts.module, parts.mlp.submodules.router = StackedExperts, ExpertRouter
     else:
         assert parts.mlp.module is MLP
-        parts.mlp.module = GatedMLP
+        spec.module, parts.mlp.module = PackedLayer, GatedMLP
     assert isinstance(parts.self_attention, ModuleSpec)
     attention = parts.self_attention.submodules
     assert isinstance(attention, SelfAttentionSubmodules)
+    parts.self_attention.module = PackedSelfAttention
     attention.core_attention = PackedAttention
     if arch.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

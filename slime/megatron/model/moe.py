@@ -25,11 +25,11 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from slime.megatron import device
 from slime.megatron.model.attention import PackedSequences
+from slime.megatron.model.layer import PackedLayer
 from slime.megatron.model.local_dispatch import LocalDispatcher
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def _warn_of_no_overlap() -> None:
     logger.warning("--moe-shared-expert-overlap has no effect: a CPU has no second stream")
 
 
-class ExpertsLayer(TransformerLayer):
+class ExpertsLayer(PackedLayer):
     """A transformer layer of experts, which shows the micro-batch's pack to its router."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,6 @@
-"""RMSNorm, SwiGLU and RoPE with one pass over memory each, forward and backward, chosen by device and dtype.
+"""Norms, SwiGLU, RoPE and what is between two matrix products, in one pass over memory, chosen by device and dtype.
 
-- Used by: `layers` and `attention` call these in every layer.
+- Used by: `layer`, `layers`, `attention` and `moe` call these in every layer.
 - Invariant: each function computes the formula in its docstring, whichever kernel runs; Triton is imported only when a
   tensor is on a GPU.
 
@@ -59,3 +59,64 @@ def rotary(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, *, interleaved: bool) -> T
 
         return triton_rotary.rotary(x_B, cos_B, sin_B, interleaved=interleaved)
     return cpu.rotary(x_B, cos_B, sin_B, interleaved=interleaved)
+
+
+def split_heads(
+    mixed_B: Tensor,
+    cos_B: Tensor,
+    sin_B: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
+    *,
+    num_heads: int,
+    num_groups: int,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the QKV projection's output [B, (h + 2 g) d] into q [B, h, d], k and v [B, g, d]; norm and rotate q and k.
+
+    A row has the query heads of the first group, their key and value, then those of the second group, and so on.
+
+    Args:
+        cos_B, sin_B: [B, r / 2] float32, for r <= d channels; see `rotary`.
+        weights: [d] each, of the norms of queries and of keys; None without norms.
+        interleaved: see `rotary`.
+    """
+    if mixed_B.is_cuda:
+        from slime.megatron.model.kernels import triton_qkv
+
+        return triton_qkv.split_heads(
+            mixed_B,
+            cos_B,
+            sin_B,
+            weights,
+            num_heads=num_heads,
+            num_groups=num_groups,
+            eps=eps,
+            interleaved=interleaved,
+        )
+    channels = mixed_B.size(-1) // (num_heads + 2 * num_groups)
+    groups = mixed_B.view(len(mixed_B), num_groups, -1, channels)
+    q, k, v = groups.split([num_heads // num_groups, 1, 1], dim=2)
+    q, k, v = q.reshape(len(mixed_B), num_heads, channels), k.squeeze(2), v.squeeze(2)
+    if weights is not None:
+        q, k = (rms_norm(x, weight, eps) for x, weight in zip((q, k), weights, strict=True))
+    q, k = (rotary(x, cos_B, sin_B, interleaved=interleaved) for x in (q, k))
+    return q, k, v
+
+
+def add_and_norm(
+    x: Tensor, residual: Tensor, own: Tensor | None, following: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """Add a sub-layer's output to the residual stream: return h = residual + x, and the norm of h.
+
+    Args:
+        x, residual: [..., D] of one dtype.
+        own: [D] the weight of a norm of x before the sum; None without.
+        following: [D] the weight of the norm of h; None: the second result is None.
+    """
+    if x.is_cuda and x.size(-1) <= LONGEST_NORM:
+        from slime.megatron.model.kernels import triton_add_norm
+
+        return triton_add_norm.add_and_norm(x, residual, own, following, eps)
+    total = residual + (x if own is None else rms_norm(x, own, eps))
+    return total, None if following is None else rms_norm(total, following, eps)
