@@ -1,12 +1,19 @@
-"""The steps of a layer that are one kernel: heads from the QKV projection, and the sum with its norms.
+"""The steps of a layer that are one kernel, and what a whole step does besides: waits, launches, memory.
 
 Errors are measured as in `parity`: in units of one rounding.
 """
 
 from __future__ import annotations
 
+import ast
+import gc
+import statistics
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +32,7 @@ from tests.gpu.parity import (
     with_gradients,
     worst,
 )
+from tests.gpu.trainer_speed import PEAK, RECOMPUTE, args_of, batch_of, profiled_step, trainer_of
 
 Tensors = Sequence[Tensor]
 
@@ -299,3 +307,125 @@ def sums(report: Report) -> None:
                 passes,
                 copy,
             )
+
+
+READS = ("step.py:take_step", "step.py:_metrics", "nan_guard.py:check", "trainer.py:_longest")
+"""Where a step reads its metrics, after all its work was launched."""
+
+
+def waits(call: Callable[[], object]) -> list[str]:
+    """Return the places at which the host waited for the device during `call`, in their order, as file:function."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [place(Path(found.filename), found.lineno) for found in caught if "synchronizing" in str(found.message)]
+
+
+def place(path: Path, line: int) -> str:
+    """Return the file and the innermost function with this line."""
+    inside = [
+        (node.lineno, node.name)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.lineno <= line <= (node.end_lineno or node.lineno)
+    ]
+    return f"{path.name}:{max(inside)[1]}" if inside else f"{path.name}:{line}"
+
+
+def forget() -> None:
+    """Free the memory of an earlier Trainer."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+@check(minutes=4)
+def no_waiting(report: Report) -> None:
+    """Check that the host never waits for the device before a step's metrics are read."""
+    one = torch.ones(1, device="cuda")
+    found = waits(one.item)
+    report.row("control: the place of an .item()", ", ".join(found), "one place", len(found) == 1)
+    mixture = "--num-layers 2 --max-tokens-per-gpu 4096"
+    for model, flags in (
+        ("qwen3-0.6B", "--max-tokens-per-gpu 4096"),
+        ("qwen3-0.6B", "--max-tokens-per-gpu 4096 --use-distributed-optimizer"),
+        ("glm4-9B", f"--num-layers 4 --max-tokens-per-gpu 4096 {RECOMPUTE}"),
+        ("qwen3-30B-A3B", mixture),
+    ):
+        forget()
+        args = args_of(model, flags)
+        assert args.architecture is not None
+        batch = batch_of([1024] * 8, args.architecture.vocab_size)  # two micro-batches
+        with trainer_of(args) as trainer:
+            for number in range(2):
+                trainer.train(number, batch)
+            found = waits(lambda trainer=trainer, batch=batch: trainer.train(2, batch))
+        early = [where for where in found if where not in READS]
+        value = (
+            f"{len(early)} early: {', '.join(sorted({*early}))}" if early else f"only {', '.join(dict.fromkeys(found))}"
+        )
+        report.row(f"{model} {flags}: waits for the device", value, ", ".join(READS), not early)
+
+
+@check(minutes=6)
+def small_packs(report: Report) -> None:
+    """Measure how far the GPU is busy in steps of one small micro-batch, where launches may take longer than kernels."""
+    from slime.core.packing import training_flops
+
+    for model, what, flags in (
+        ("qwen3-0.6B", "Qwen3-0.6B", "--max-tokens-per-gpu 8192"),
+        ("glm4-9B", "GLM4-9B x 8/40", "--num-layers 8 --max-tokens-per-gpu 8192"),
+    ):
+        forget()
+        args = args_of(model, flags)
+        assert args.architecture is not None
+        with trainer_of(args) as trainer:
+            for size in (1024, 2048, 4096, 8192):
+                batch = batch_of([size // 4] * 4, args.architecture.vocab_size)
+                times: list[float] = []
+                for number in range(13):
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    trainer.train(number, batch)
+                    torch.cuda.synchronize()
+                    times.append(time.perf_counter() - start)
+                wall = statistics.median(times[3:]) * 1e3
+                kernels, _ = profiled_step(lambda trainer=trainer, batch=batch: trainer.train(99, batch))
+                busy, count = sum(map(sum, kernels.values())), sum(map(len, kernels.values()))
+                flops = sum(map(training_flops(args.architecture), [size // 4] * 4))
+                value = f"{wall:.1f} ms, the GPU is busy for {busy:.1f} ms ({busy / wall:.0%}) with {count} kernels"
+                report.row(f"{what}, a step of {size} tokens", f"{value}; MFU {flops / wall / PEAK * 1e3:.1%}")
+
+
+@check(minutes=5)
+def memory(report: Report) -> None:
+    """Check the plan's memory of a step against the peak, with and without recomputation."""
+    from slime.plan.memory_model import train_memory
+
+    selective = "--recompute-granularity selective"
+    for model, what, flags in (
+        ("qwen3-0.6B", "Qwen3-0.6B", ""),
+        ("qwen3-0.6B", "Qwen3-0.6B, selective", selective),
+        ("glm4-9B", "GLM4-9B x 8/40", "--num-layers 8"),
+        ("glm4-9B", "GLM4-9B x 8/40, selective", f"--num-layers 8 {selective}"),
+        ("glm4-9B", "GLM4-9B x 8/40, full", f"--num-layers 8 {RECOMPUTE}"),
+    ):
+        forget()
+        args = args_of(model, flags, "--max-tokens-per-gpu 16384")
+        assert args.architecture is not None
+        planned: Any = train_memory(args, on_cuda=True)
+        batch = batch_of([2048] * 8, args.architecture.vocab_size)
+        with trainer_of(args) as trainer:
+            for number in range(2):
+                trainer.train(number, batch)
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            trainer.train(2, batch)
+            peak = torch.cuda.max_memory_allocated()
+        gib = 2**30
+        value = f"{peak / gib:.2f} GiB, of which {(peak - held) / gib:.2f} in the step only; {planned.peak / gib:.2f} planned"
+        report.row(f"{what}: peak", value, "within 15 % of the plan", abs(peak / planned.peak - 1) <= 0.15)

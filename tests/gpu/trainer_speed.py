@@ -46,7 +46,7 @@ RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute
 GROUPS = {
     "attention": ("flash", "fmha"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "xmma"),
-    "our kernels: norm, gate, RoPE, logits": ("_forward", "_backward", "_turn", "_sums", "_gradient"),
+    "our kernels: heads, sums, norm, gate, logits": ("_forward", "_backward", "_turn", "_sums", "_gradient"),
     "optimizer": ("adam", "multi_tensor", "foreach"),
     "copies, casts, sums": ("elementwise", "memcpy", "memset", "reduce", "cat", "index", "copy"),
 }
@@ -112,8 +112,8 @@ def group_of(kernel: str) -> str:
     return next((group for group, words in GROUPS.items() if any(word in name for word in words)), "all else")
 
 
-def breakdown(report: Report, what: str, step: Any) -> None:
-    """Report the GPU's time of one step by group, and the twelve kernels that take most of it."""
+def profiled_step(step: Any) -> tuple[dict[str, list[float]], float]:
+    """Run a step under the profiler; return each kernel's times on the GPU in ms by name, and the step's seconds."""
     from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -127,6 +127,12 @@ def breakdown(report: Report, what: str, step: Any) -> None:
     for event in profiler.events() or []:
         if event.device_type == DeviceType.CUDA and not event.name.startswith(NO_KERNEL):
             kernels[event.name].append(float(event.self_device_time_total) / 1e3)
+    return kernels, wall
+
+
+def breakdown(report: Report, what: str, step: Any) -> None:
+    """Report the GPU's time of one step by group, and the twelve kernels that take most of it."""
+    kernels, wall = profiled_step(step)
     busy = sum(sum(times) for times in kernels.values())
     report.row(f"{what}: the GPU is busy for", f"{busy:.1f} ms of {wall * 1e3:.1f} ms, profiled")
     groups: dict[str, float] = defaultdict(float)
