@@ -349,7 +349,7 @@ def no_waiting(report: Report) -> None:
     one = torch.ones(1, device="cuda")
     found = waits(one.item)
     report.row("control: the place of an .item()", ", ".join(found), "one place", len(found) == 1)
-    mixture = "--num-layers 2 --max-tokens-per-gpu 4096"
+    mixture = "--num-layers 2 --max-tokens-per-gpu 4096 --moe-grouped-gemm"
     for model, flags in (
         ("qwen3-0.6B", "--max-tokens-per-gpu 4096"),
         ("qwen3-0.6B", "--max-tokens-per-gpu 4096 --use-distributed-optimizer"),
@@ -373,7 +373,7 @@ def no_waiting(report: Report) -> None:
 
 @check(minutes=6)
 def small_packs(report: Report) -> None:
-    """Measure how far the GPU is busy in steps of one small micro-batch, where launches may take longer than kernels."""
+    """Measure how busy the GPU is in steps of one small micro-batch, where launches may take longer than kernels."""
     from slime.core.packing import training_flops
 
     for model, what, flags in (
@@ -427,5 +427,7 @@ def memory(report: Report) -> None:
             trainer.train(2, batch)
             peak = torch.cuda.max_memory_allocated()
         gib = 2**30
-        value = f"{peak / gib:.2f} GiB, of which {(peak - held) / gib:.2f} in the step only; {planned.peak / gib:.2f} planned"
+        value = (
+            f"{peak / gib:.2f} GiB, {(peak - held) / gib:.2f} of it in the step only; planned {planned.peak / gib:.2f}"
+        )
         report.row(f"{what}: peak", value, "within 15 % of the plan", abs(peak / planned.peak - 1) <= 0.15)
