@@ -1,9 +1,8 @@
 # make demo [SEED=n]   the whole system on a laptop CPU, in outputs/demo-seed<n>/
 # make demo-control    the same with rewards shuffled between samples: it must not learn
 # make bench           compares slime with its alternatives and updates docs/PERFORMANCE.md; or one of bench-engine,
-#                      bench-trainer, bench-packing, bench-host, bench-arrival, bench-rollout, bench-state,
-#                      bench-sync, bench-loop
-#                      (which installs TRL into .venv-trl)
+#                      bench-trainer, bench-packing, bench-host, bench-arrival, bench-rollout, bench-evaluation,
+#                      bench-state, bench-sync, bench-loop (which installs TRL into .venv-trl)
 # make bench-estimators   trains the demo's task with every estimator and updates docs/ALGORITHMS.md
 #                      (after make demo, and MODEL=qwen3-moe-tiny make demo)
 # make test            the tests        make check    lint, format and types
@@ -25,7 +24,7 @@ TRL_VENV ?= .venv-trl
 TRL_BIN := $(if $(filter /%,$(TRL_VENV)),$(TRL_VENV),$(CURDIR)/$(TRL_VENV))/bin
 TRL_STAMP := $(TRL_VENV)/.installed
 
-.PHONY: install demo demo-control bench bench-engine bench-estimators bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-state bench-sync bench-loop test test-kill test-layouts test-inputs test-chaos test-gpu check
+.PHONY: install demo demo-control bench bench-engine bench-estimators bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-evaluation bench-state bench-sync bench-loop test test-kill test-layouts test-inputs test-chaos test-gpu check
 
 install: $(STAMP)
 
@@ -49,7 +48,7 @@ $(TRL_STAMP): bench/trl-requirements.txt
 	"$(TRL_BIN)/python" -m pip install --quiet --requirement bench/trl-requirements.txt
 	touch $@
 
-bench: bench-engine bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-state bench-sync bench-loop
+bench: bench-engine bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-evaluation bench-state bench-sync bench-loop
 	"$(BIN)/python" -m bench.report
 
 bench-engine: $(STAMP)
@@ -69,6 +68,9 @@ bench-arrival: $(STAMP)
 
 bench-rollout: $(STAMP)
 	"$(BIN)/python" -W ignore -m bench.rollout_schedule
+
+bench-evaluation: $(STAMP)
+	"$(BIN)/python" -W ignore -m bench.evaluation
 
 bench-state: $(STAMP)
 	"$(BIN)/python" -W ignore -m bench.state

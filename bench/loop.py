@@ -2,8 +2,9 @@
 
     python -m bench.loop              (make bench-loop)
 
-The runs alternate, A B A B: slime with one training process and one engine, TRL with its one process, each with as many
-threads as there are cores. Both save their weights every few steps; after the runs, one evaluator judges those weights.
+The runs alternate, A B A B. Each side runs in both ways to use all cores: one training process with a thread for each
+core, and a training process with one thread for each core. slime has one engine in addition; TRL generates in its
+training processes. Both save their weights every few steps; after the runs, one evaluator judges those weights.
 Invariant: evaluation and saving count for neither side; everything else between two optimizer steps does.
 """
 
@@ -29,6 +30,7 @@ from bench.common import OUTPUTS, ROOT, Goal, Spread, Table, machine, ratios, th
 from slime.config.architecture import hf_architecture, read_hf_config
 from slime.engine.embedded.in_process import InProcessEngine
 from slime.engine.protocol import SamplingParams
+from slime.engine.server_process import find_free_port
 from slime.models.hf_files import HFReader
 from slime.rollout.rewards.deepscaler import deepscaler
 
@@ -64,6 +66,10 @@ class Run:
     lengths: list[float] = field(default_factory=list[float])
     weights: Path = Path()
 
+    def median(self) -> float:
+        """Return the median seconds of the counted steps."""
+        return statistics.median(self.seconds[WARMUP:])
+
 
 class Processes:
     """CPU time of a run's processes by role. The engine's steps run in one thread, whose CPU time is its busy time."""
@@ -88,11 +94,13 @@ class Processes:
         return spent, busy
 
 
-def run_slime(start: Path, task: Path, out: Path, *, steps: int, every: int, threads: int, seed: int) -> Run:
-    """Run the demo's GRPO script once, with one training process and one engine."""
+def run_slime(
+    start: Path, task: Path, out: Path, *, steps: int, every: int, processes: int, cores: int, seed: int
+) -> Run:
+    """Run the demo's GRPO script once, with `processes` training processes and one engine."""
     command = ["bash", "scripts/run-glm4-tiny-cpu.sh"]
-    command += ["--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1"]
-    command += ["--cpu-threads-per-process", str(threads), "--max-tokens-per-gpu", "1536"]
+    command += ["--actor-num-gpus-per-node", str(processes), "--rollout-num-gpus", "1"]
+    command += ["--cpu-threads-per-process", str(cores // processes), "--max-tokens-per-gpu", "1536"]
     command += ["--num-rollout", str(steps), "--save-interval", str(every), "--keep-last-checkpoints", "1"]
     command += ["--save-hf", f"{out}/hf/{{rollout_id}}", "--skip-eval-before-train", "--eval-interval", "100000"]
     environment = {
@@ -109,14 +117,14 @@ def run_slime(start: Path, task: Path, out: Path, *, steps: int, every: int, thr
     out.mkdir(parents=True)
     with (out / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        processes = Processes(process.pid)
+        running = Processes(process.pid)
         marks: list[tuple[dict[str, float], float]] = []
         try:
             for record in follow(out / "run" / "metrics.jsonl", process):
                 if "rollout/response_length" in record:
                     run.lengths.append(record["rollout/response_length"])
                 if "time/step" in record:
-                    marks.append(processes.sample())
+                    marks.append(running.sample())
                     run.seconds.append(record["time/step"] - record["time/checkpoint"] - record["time/evaluation"])
                     run.parts.append({phase: record[f"time/{phase}"] for phase in PHASES})
         finally:
@@ -151,12 +159,17 @@ def follow(path: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, f
 
 
 def run_trl(
-    python: Path, start: Path, task: Path, out: Path, *, steps: int, every: int, threads: int, seed: int
+    python: Path, start: Path, task: Path, out: Path, *, steps: int, every: int, processes: int, cores: int, seed: int
 ) -> Run:
-    command = [str(python), "-m", "bench.trl_grpo", "--model", str(start), "--data", str(task / "train.jsonl")]
+    command = [str(python), "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--nproc-per-node", str(processes)]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(find_free_port()), "-m"]
+    command += ["bench.trl_grpo", "--model", str(start), "--data", str(task / "train.jsonl")]
     command += ["--out", str(out), "--steps", str(steps), "--save-every", str(every)]
-    command += ["--threads", str(threads), "--seed", str(seed)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    threads = str(cores // processes)
+    command += ["--threads", threads, "--seed", str(seed)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
     out.mkdir(parents=True)
     with (out / "log").open("wb") as log:
         code = subprocess.call(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -218,9 +231,10 @@ def time_to(points: list[tuple[int, float, float, float]], target: float) -> tup
     return next(((step, seconds) for step, seconds, sampled, _ in points if sampled >= target), None)
 
 
-def speed_table(runs: dict[str, list[Run]], threads: int) -> tuple[Table, Spread]:
+def speed_table(runs: dict[str, list[Run]], cores: int) -> tuple[Table, Spread]:
+    """Return the speed of all runs, and slime's over TRL's: in each turn the faster way of each side."""
     table = Table(
-        f"Whole loop, {threads} threads each: {SAMPLES} samples a step",
+        f"Whole loop, {cores} cores each: {SAMPLES} samples a step",
         ["run", "rollouts/s", "seconds a step", "response tokens a sample", "of it generation", "training", "rest"],
         note=f"Steps after the first {WARMUP}; a step's time includes everything but evaluation and saving.",
     )
@@ -236,7 +250,12 @@ def speed_table(runs: dict[str, list[Run]], threads: int) -> tuple[Table, Spread
             row = [f"{side} {number + 1}", f"{rates[side][-1]:,.0f}", step.show(2), f"{length:.1f}"]
             shares = [*inner.values(), step.median - sum(inner.values())]
             table.rows.append([*row, *(f"{share:.2f}" for share in shares)])
-    return table, ratios(rates["slime"], rates["TRL"])
+    best = {name: [max(turn) for turn in zip(*_of(rates, name), strict=True)] for name in ("slime", "TRL")}
+    return table, ratios(best["slime"], best["TRL"])
+
+
+def _of(found: dict[str, list[Any]], side: str) -> list[list[Any]]:
+    return [several for name, several in found.items() if name.startswith(side)]
 
 
 def reach_table(judge: Judge, runs: dict[str, list[Run]], start: Path, raw: dict[str, Any]) -> Table:
@@ -248,7 +267,7 @@ def reach_table(judge: Judge, runs: dict[str, list[Run]], start: Path, raw: dict
     first = judge.score(start, temperature=1.0), judge.score(start, temperature=0.0)
     for side, several in runs.items():
         for number, run in enumerate(several):
-            points = curve(judge, run, first, offset=1 if side == "slime" else 0)
+            points = curve(judge, run, first, offset=1 if side.startswith("slime") else 0)
             raw[f"{side} {number + 1}"]["curve"] = points
             reached = time_to(points, TARGET)
             steps, seconds = ("not", "reached") if reached is None else (str(reached[0]), f"{reached[1]:.0f}")
@@ -260,7 +279,7 @@ def reach_table(judge: Judge, runs: dict[str, list[Run]], start: Path, raw: dict
 def overhead_tables(runs: list[Run]) -> tuple[Table, Table, float]:
     """Return the parts of slime's step, and the share of it in which neither engine nor trainer computes."""
     table = Table(
-        "slime's own overhead: the part of a step in which neither engine nor trainer computes",
+        "slime's own overhead, in its faster way: the part of a step in which neither engine nor trainer computes",
         ["part", "ms a step", "share"],
         note="Medians by the step's clock. The engine computes while its scheduler's thread has a core.",
     )
@@ -307,29 +326,34 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="HF directory to start from; unset: the demo's, made if need be")
     parser.add_argument("--task", type=Path, help="directory of its problems")
     parser.add_argument("--pairs", type=int, default=2, help="runs of each side")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--every", type=int, default=2, help="steps between two kept sets of weights")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=OUTPUTS / "loop.json")
     given = parser.parse_args()
     facts = machine() | trl_versions(given.trl_python)
     start, task = (given.start, given.task) if given.start is not None else ensure_start(1)
     out = given.out.with_suffix("")
     shutil.rmtree(out, ignore_errors=True)
-    options = {"steps": given.steps, "every": given.every, "threads": given.threads}
-    runs: dict[str, list[Run]] = {"slime": [], "TRL": []}
+    options = {"steps": given.steps, "every": given.every, "cores": given.cores}
+    runs: dict[str, list[Run]] = {}
     for number in range(1, given.pairs + 1):
-        runs["slime"].append(run_slime(start, task, out / f"slime-{number}", seed=number, **options))
-        runs["TRL"].append(run_trl(given.trl_python, start, task, out / f"trl-{number}", seed=number, **options))
+        for processes in (1, given.cores):
+            way = options | {"processes": processes, "seed": number}
+            named = f"{processes} × {given.cores // processes} threads"
+            ours, theirs = (out / f"{side}-{processes}-{number}" for side in ("slime", "trl"))
+            runs.setdefault(f"slime, {named}", []).append(run_slime(start, task, ours, **way))
+            runs.setdefault(f"TRL, {named}", []).append(run_trl(given.trl_python, start, task, theirs, **way))
     raw: dict[str, Any] = {
         f"{side} {number + 1}": {"seconds": run.seconds, "parts": run.parts, "lengths": run.lengths, "cpu": run.cpu}
         for side, several in runs.items()
         for number, run in enumerate(several)
     }
-    speed, ratio = speed_table(runs, given.threads)
+    speed, ratio = speed_table(runs, given.cores)
     speed.rows.append(["**slime / TRL**", f"**{ratio.show(2)}**", *[""] * (len(speed.columns) - 2)])
     reach = reach_table(Judge(start, task), runs, start, raw)
-    overhead, cpu, share = overhead_tables(runs["slime"])
+    ways = min((runs[name] for name in runs if name.startswith("slime")), key=lambda several: several[0].median())
+    overhead, cpu, share = overhead_tables(ways)
     raw["overhead"] = share
     goals = [Goal("slime / TRL in rollouts/s", ratio.median, GOAL)]
     write_result(given.out, [speed, reach, overhead, cpu], goals, facts, raw)

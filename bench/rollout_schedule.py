@@ -37,7 +37,7 @@ from slime.engine.membership import register_worker
 from slime.engine.protocol import GenerateRequest, GenerateResponse
 from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.rollout.collect import generate_rollout
-from slime.rollout.context import RolloutContext
+from slime.rollout.context import RolloutContext, RolloutResult
 from slime.rollout.data_buffer import DataBuffer
 from slime.rollout.generate import generate_sample, rollout_sampling_params, sampling_seed
 from slime.rollout.reward_pool.pool import RewardPool
@@ -198,14 +198,18 @@ class Schedule:
     async def _rollout(self) -> None:
         version = await self._engines.take_weights()
         before, start = self._engines.client.tokens, time.perf_counter()
-        result = await generate_rollout(self.args, self._rollout_id, self._source, self.context(version))
+        result = await self.collect(self.context(version))
         self.record.seconds.append(time.perf_counter() - start)
-        self._rollout_id += 1
         self.record.generated += self._engines.client.tokens - before
         samples = [sample for group in result.groups for sample in group]
         self.record.lengths += [sample.response_length for sample in samples]
         versions = [made for sample in samples for made in sample.policy_versions or []]
         self.record.off_policy += sum(made < version for made in versions)
+
+    async def collect(self, context: RolloutContext) -> RolloutResult:
+        """Make the next rollout."""
+        self._rollout_id += 1
+        return await generate_rollout(self.args, self._rollout_id - 1, self._source, context)
 
     def _carried(self) -> int:
         groups = from_columns(self._source.state_dict()["buffer"])

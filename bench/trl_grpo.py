@@ -1,6 +1,6 @@
 """GRPO on two-digit sums with TRL's GRPOTrainer, in TRL's own virtual environment; `loop` compares slime with it.
 
-    .venv-trl/bin/python -m bench.trl_grpo --model DIR --data train.jsonl --out DIR --steps 16
+    .venv-trl/bin/python -m bench.trl_grpo --model DIR --data train.jsonl --out DIR --steps 16     (or by torchrun)
 
 - Used by: `loop`, which starts it in turns with slime's run on the same task and reads `steps.jsonl`.
 - Invariant: batch, sampling, loss, optimizer and reward function are those of slime's run. What TRL would spend on a
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 from slime.rollout.rewards.deepscaler import deepscaler
 
 PROMPTS, SAMPLES, LONGEST = 32, 8, 40
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+"""torchrun sets the variable."""
+OF_PROCESS = PROMPTS * SAMPLES // PROCESSES
 
 
 def reward(completions: Sequence[list[dict[str, str]]], label: Sequence[str], **_: Any) -> list[float]:
@@ -44,8 +48,11 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
         record = {"step": state.global_step, "seconds": time.perf_counter() - self._start, **self.inside}
-        record["length"] = self._tokens / (PROMPTS * SAMPLES)
+        record["length"] = self._tokens * PROCESSES / (PROMPTS * SAMPLES)  # those of the other processes are alike
         self.inside.clear()
+        if not state.is_world_process_zero:
+            self._start = time.perf_counter()
+            return
         with (self._out / "steps.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         if state.global_step % self._save_every == 0:
@@ -84,7 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--save-every", type=int, default=2)
-    parser.add_argument("--micro-batch", type=int, default=PROMPTS * SAMPLES, help="samples of one forward")
+    parser.add_argument("--micro-batch", type=int, default=OF_PROCESS, help="samples of one forward")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
@@ -101,8 +108,8 @@ def main() -> None:
         args=GRPOConfig(
             output_dir=str(given.out / "trl"),
             per_device_train_batch_size=given.micro_batch,
-            gradient_accumulation_steps=PROMPTS * SAMPLES // given.micro_batch,
-            steps_per_generation=PROMPTS * SAMPLES // given.micro_batch,
+            gradient_accumulation_steps=OF_PROCESS // given.micro_batch,
+            steps_per_generation=OF_PROCESS // given.micro_batch,
             num_generations=SAMPLES,
             num_iterations=1,
             max_steps=given.steps,
@@ -123,6 +130,7 @@ def main() -> None:
             adam_beta2=0.98,
             max_grad_norm=1.0,
             use_cpu=True,
+            ddp_backend="gloo" if PROCESSES > 1 else None,
             bf16=False,
             gradient_checkpointing=False,
             dataloader_num_workers=0,

@@ -68,6 +68,7 @@ def test_tables_reach_only_their_block() -> None:
         "host",
         "loop",
         "rollout",
+        "evaluation",
         "state",
         "arrival",
     }
