@@ -58,7 +58,8 @@ def _attention(rank: Rank) -> list[Operation]:
     if rank.on_cuda:
         # The varlen kernel keeps rotated queries and keys, values, and the output (also the projection's input).
         kept = rank.values(2 * query) + 2 * gathered
-        # backward: gradients of output and queries (also in fp32), and of keys and values for every query head
+        # backward: gradients of output and queries (also in fp32), and of keys and values for every query head;
+        # FlashAttention-4 has these in fp32 for every key head instead, which is no more
         expanded = 0 if query == key else 2 * int(rank.values(query) * rank.keys_per_token)
         working = rank.residual + rank.values(2 * query) + FP32 * rank.tokens * query + expanded + 2 * gathered
         operations.append(Operation("attention: q, k, v, output", kept + log_sums, working))

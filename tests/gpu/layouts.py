@@ -258,6 +258,10 @@ def milliseconds(function: Any) -> float:
 @check(gpus=1, minutes=4)
 def pieces(report: Report) -> None:
     """Compare attention of sequences cut for context parallelism, on one GPU, with whole sequences."""
+    from slime.megatron.model.flash_attention import Case, choose
+
+    kernel, _ = choose(Case(torch.cuda.get_device_capability(), torch.bfloat16, 128))
+    report.row("the kernel for heads of 128 in bf16", kernel.name)
     cut_against_whole(report)
     speed(report)
 

@@ -134,6 +134,9 @@ def test_all_kernels_take_the_same_arguments(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(flash_attention.attend(query, key, value, cu_q, cu_k, 5, 6, 0.3), expected)
     assert torch.equal(flash_attention.attend_fa4(query, key, value, cu_q, cu_k, 5, 6, 0.3), expected)
     assert not torch.equal(flash_attention.attend_fa4(query, key, value, cu_q, cu_k, 5, 6, None), expected)
+    with pytest.raises(IndexError) as error:
+        flash_attention.attend_fa4(query, key, value, cu_q, cu_k[:1], 5, 6, 0.3)
+    assert "--attention-backend fused uses PyTorch's" in error.value.__notes__[0]
 
 
 @pytest.mark.usefixtures("installed")

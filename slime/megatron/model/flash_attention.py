@@ -203,17 +203,20 @@ def attend_fa4(
     function, why = fa4()
     if function is None:
         raise RuntimeError(f"FlashAttention-4: {why}")
-    # log-sum-exps are always returned: without a gradient their absence would be one more kernel to compile
-    out, _ = function(
-        query_Q,
-        key_K,
-        value_K,
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        softmax_scale=scale,
-        causal=True,
-        return_lse=True,
-    )
+    try:
+        out, _ = function(
+            query_Q,
+            key_K,
+            value_K,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            softmax_scale=scale,
+            causal=True,
+            return_lse=True,  # always: without gradients a call without them would be one more kernel to compile
+        )
+    except Exception as error:  # the driver may refuse what was compiled, and this is the first call that shows it
+        error.add_note("in FlashAttention-4: --attention-backend fused uses PyTorch's flash attention instead")
+        raise
     return out
 
 
