@@ -59,6 +59,7 @@ def test_hooks_from_a_file_of_the_current_folder(task: Task, tmp_path: Path) -> 
     assert record["rollout/generation_failed"] == 1
     assert 1 <= record["rollout/num_turns"] <= 4
     log = (save / "logs" / "rollout.log").read_text()
+    assert "router: round_robin: there is only one engine" in log
     assert log.count("sample 7: said") == 1
     for part in ("sample 0: said", "from a child", "rollout 0, sample 7 failed: NotFoundError: no such tool", told):
         assert part in log, part

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,11 +147,12 @@ def kernels(report: Report) -> None:
 
 
 def installed_fa4() -> str | None:
-    """Return the installed version of FlashAttention-4, by pip's own record."""
+    """Return the version of FlashAttention-4 by pip's own record, or the place of a copy without one."""
     try:
         return importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
-        return None
+        folders = (Path(folder or ".") / "flash_attn" / "cute" / "__init__.py" for folder in sys.path)
+        return next((str(path) for path in folders if path.exists()), None)
 
 
 def require_fa4(report: Report) -> None:
