@@ -2,7 +2,7 @@
 # make demo-control    the same with rewards shuffled between samples: it must not learn
 # make bench           compares slime with its alternatives and updates docs/PERFORMANCE.md; or one of bench-engine,
 #                      bench-trainer, bench-packing, bench-host, bench-arrival, bench-rollout, bench-evaluation,
-#                      bench-state, bench-sync, bench-loop (which installs TRL into .venv-trl)
+#                      bench-state, bench-sync, bench-memory, bench-loop (which installs TRL into .venv-trl)
 # make bench-estimators   trains the demo's task with every estimator and updates docs/ALGORITHMS.md
 #                      (after make demo, and MODEL=qwen3-moe-tiny make demo)
 # make test            the tests        make check    lint, format and types
@@ -24,7 +24,7 @@ TRL_VENV ?= .venv-trl
 TRL_BIN := $(if $(filter /%,$(TRL_VENV)),$(TRL_VENV),$(CURDIR)/$(TRL_VENV))/bin
 TRL_STAMP := $(TRL_VENV)/.installed
 
-.PHONY: install demo demo-control bench bench-engine bench-estimators bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-evaluation bench-state bench-sync bench-loop test test-kill test-layouts test-inputs test-chaos test-gpu check
+.PHONY: install demo demo-control bench bench-engine bench-estimators bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-evaluation bench-state bench-sync bench-memory bench-loop test test-kill test-layouts test-inputs test-chaos test-gpu check
 
 install: $(STAMP)
 
@@ -48,7 +48,7 @@ $(TRL_STAMP): bench/trl-requirements.txt
 	"$(TRL_BIN)/python" -m pip install --quiet --requirement bench/trl-requirements.txt
 	touch $@
 
-bench: bench-engine bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-evaluation bench-state bench-sync bench-loop
+bench: bench-engine bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-evaluation bench-state bench-sync bench-memory bench-loop
 	"$(BIN)/python" -m bench.report
 
 bench-engine: $(STAMP)
@@ -71,6 +71,9 @@ bench-rollout: $(STAMP)
 
 bench-evaluation: $(STAMP)
 	"$(BIN)/python" -W ignore -m bench.evaluation
+
+bench-memory: $(STAMP)
+	"$(BIN)/python" -W ignore -m bench.memory
 
 bench-state: $(STAMP)
 	"$(BIN)/python" -W ignore -m bench.state

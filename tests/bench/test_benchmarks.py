@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from worker_pool import WorkerPool
 
-from bench import arrival, host, packing, report, state, trainer
+from bench import arrival, host, memory, packing, report, state, trainer
 from bench.common import ROOT, Spread, Table, in_turns, ratios
 from slime.core.batch import from_samples
 from slime.core.packing import StepPlan
@@ -70,6 +71,8 @@ def test_tables_reach_only_their_block() -> None:
         "rollout",
         "evaluation",
         "state",
+        "sync",
+        "memory",
         "arrival",
     }
 
@@ -89,6 +92,20 @@ def test_the_host_benchmark_cuts_a_rollout() -> None:
     table, [size, _], _ = host.measure(args, host.rollout(128, 16), 1)
     assert [row[0] for row in table.rows] == [str(ranks) for ranks in host.RANKS]
     assert size.ratio > 4, "a part of 64 is smaller than the batch, although it knows of all rows"
+
+
+def test_growth_is_seen_under_noise() -> None:
+    """One role leaks 100 KiB a rollout; the others are flat, but for checkpoints of 50 MiB."""
+    draw = np.random.default_rng(0)
+
+    def bytes_after(rollout: int, leak: int) -> dict[str, int]:
+        noise = int(draw.integers(2**20)) + 50 * 2**20 * (rollout % 25 == 0)
+        return {role: 2**28 + noise + leak * rollout * (role == "trainer") for role in memory.MEASURED}
+
+    table, largest = memory.growth_table([bytes_after(rollout, 100 * 1024) for rollout in range(200)], 60)
+    assert largest == pytest.approx(100, abs=5) and table.rows[memory.MEASURED.index("trainer")][3] == f"{largest:.1f}"
+    assert memory.growth_table([bytes_after(rollout, 0) for rollout in range(200)], 60)[1] < 5
+    assert doctest.testmod(memory).failed == 0
 
 
 def test_the_packing_benchmark_checks_its_plans() -> None:
