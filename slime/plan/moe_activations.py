@@ -144,24 +144,22 @@ def _experts(rank: Rank) -> list[Operation]:
         """Return the bytes of the gradient of all experts; a bf16 loop adds each expert's, and returns a dummy."""
         return max(rank.experts * size * rank.width, rank.weight_gradient(size))
 
+    first = Operation(
+        "experts: their tokens",
+        values(hidden) + FP32 * rank.received,
+        rank.residual + values(2 * ffn + hidden) + weight_gradient(2 * ffn * hidden),
+    )
+    second = (values(ffn), rank.residual + values(hidden + ffn) + weight_gradient(ffn * hidden))
+    if rank.on_cuda:  # a kernel computes the product with the token's weight again
+        gate = Operation("experts: gate and up", values(2 * ffn), rank.residual + values(3 * ffn))
+        return [first, gate, Operation("experts: weighted product", *second)]
     # a token's weight is fp32, and so are its product with a bf16 value, and the gradients of both
     weighted = FP32 * rank.received * ffn
     weighing = 2 * weighted + values(ffn) if half else 3 * weighted
-    # backward, the gradients of gate, up and their product; on a CPU in fp32 also gradient x up
-    gate_up = values(ffn) * (3 if rank.on_cuda or half else 4)
     return [
-        Operation(
-            "experts: their tokens",
-            values(hidden) + FP32 * rank.received,
-            rank.residual + values(2 * ffn + hidden) + weight_gradient(2 * ffn * hidden),
-        ),
-        # a GPU's kernel computes silu(gate) again
-        Operation("experts: gate and up", values(ffn) * (2 if rank.on_cuda else 3), rank.residual + gate_up),
+        first,
+        # backward, the gradients of gate, up and their product; in fp32 also gradient x up
+        Operation("experts: gate and up", values(3 * ffn), rank.residual + values(ffn) * (3 if half else 4)),
         Operation("experts: product", values(ffn), rank.residual + weighing),
-        Operation(
-            "experts: weighted product",
-            values(ffn),
-            rank.residual + values(hidden + ffn) + weight_gradient(ffn * hidden),
-            forward=weighted if half else 0,
-        ),
+        Operation("experts: weighted product", *second, forward=weighted if half else 0),
     ]

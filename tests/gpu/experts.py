@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 from slime.config.args import Args
+from slime.megatron.model import kernels
 from slime.megatron.model.expert_products import Groups, why_not_grouped
 from slime.megatron.model.stacked_experts import run_experts
 from tests.gpu import trainer_speed
 from tests.gpu.checks import Report, check
 from tests.gpu.learn import TINY_ENGINE, learn
-from tests.gpu.parity import DEVICE, LENGTHS, Outcome, bits_again, control, draw, inputs, megatron
+from tests.gpu.parity import DEVICE, LENGTHS, Outcome, bits_again, control, draw, inputs, megatron, worst
 from tests.gpu.runs import ROOT
 from tests.megatron import tiny
 
@@ -175,6 +177,34 @@ def grouped(report: Report) -> None:
     report.row("bf16: the reason for the loop", no_reason, "none", no_reason == "none")
     odd = why_not_grouped(torch.bfloat16, (512, 252)) or "none"
     report.row("bf16, 252 channels: the reason for the loop", odd, "a reason", "multiples" in odd)
+
+
+def weighted_formula(gate_up: Tensor, weights: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up * weights[:, None]
+
+
+@check(minutes=2)
+def weighted_swiglu(report: Report) -> None:
+    """Compare the gate of experts with its formula in float64, where a row has one block of channels, or several."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows, channels in ((1, 8), (7, 768), (4096, 1408), (300, 2048)):
+            leaves = draw(rows, 2 * channels, scale=2.0, dtype=dtype), draw(rows, dtype=torch.float32, seed=1)
+            exact = [tensor.double() for tensor in with_gradients_of(weighted_formula, *map(Tensor.double, leaves))]
+            found = with_gradients_of(kernels.weighted_swiglu, *leaves)
+            value = worst(found, exact, (0.0, 0.0, channels**0.5))
+            report.row(f"{dtype}, {rows} x {channels}", value, "<= 1", value <= 1)
+        wrong = with_gradients_of(lambda x, w: kernels.weighted_swiglu(x, w.roll(1)), *leaves)
+        control(report, f"{dtype}, the weights of other rows", worst(wrong, exact, (0.0, 0.0, channels**0.5)))
+        bits_again(report, str(dtype), partial(with_gradients_of, kernels.weighted_swiglu, *leaves))
+
+
+def with_gradients_of(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+    """Return the output, and the gradient of each input in its own dtype."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = function(*leaves)
+    upstream = draw(*out.shape, dtype=torch.float32, seed=9).bfloat16().to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
 def waits(work: Callable[[], object]) -> str:

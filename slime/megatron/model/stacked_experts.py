@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
 from slime.megatron.model.expert_products import Groups, expert_linear, warn_of_loop, why_not_grouped
-from slime.megatron.model.kernels import swiglu
+from slime.megatron.model.kernels import weighted_swiglu
 
 FIRST, SECOND = "linear_fc1", "linear_fc2"
 
@@ -35,8 +35,7 @@ def run_experts(tokens: Tensor, weights: Tensor, first: Tensor, second: Tensor, 
         first: [E, 2 F, H], gate and up.
         second: [E, H, F]
     """
-    hidden = swiglu(expert_linear(tokens, first, groups))
-    hidden = (hidden * weights[:, None]).to(hidden.dtype)
+    hidden = weighted_swiglu(expert_linear(tokens, first, groups), weights)
     return expert_linear(hidden, second, groups)
 
 

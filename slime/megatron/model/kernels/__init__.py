@@ -47,6 +47,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
+    """Return silu(gate) * up * weight of [gate | up]: [N, 2 F] and a float32 weight of each row [N] -> [N, F]."""
+    if gate_up.is_cuda and gate_up.numel():
+        from slime.megatron.model.kernels import triton_weighted_swiglu
+
+        return triton_weighted_swiglu.weighted_swiglu(gate_up, weights)
+    hidden = swiglu(gate_up)
+    return (hidden * weights[:, None]).to(hidden.dtype)
+
+
 def rotary(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, *, interleaved: bool) -> Tensor:
     """Rotate the first channels of x [B, heads, d] by the angles, and keep the others (RoPE, arXiv:2104.09864).
 
