@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from slime.megatron.model.attention import PackedAttention
 from slime.megatron.model.layers import RMSNorm, built_in_layer_spec
 
 
@@ -58,6 +59,16 @@ def other_head_norms(args: Any, config: Any) -> ModuleSpec:
     spec: Any = built_in_layer_spec(args, config)
     attention = spec.submodules.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = OtherNorm
+    return spec
+
+
+class OwnAttention(PackedAttention):
+    """A core attention of a user, which applies the positions itself."""
+
+
+def own_core_attention(args: Any, config: Any) -> ModuleSpec:
+    spec: Any = built_in_layer_spec(args, config)
+    spec.submodules.self_attention.submodules.core_attention = OwnAttention
     return spec
 
 

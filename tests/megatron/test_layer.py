@@ -103,8 +103,9 @@ def test_megatrons_layer_keeps_separate_operations(workers: WorkerPool, hf: dict
 
 
 @pytest.mark.dist
-def test_other_norms_of_heads_are_megatrons(workers: WorkerPool, hf: dict[str, Path]) -> None:
-    args = tiny.make_args(hf["qwen3"], spec=("specs_for_tests", "other_head_norms"))
+@pytest.mark.parametrize("spec", ["other_head_norms", "own_core_attention"])
+def test_other_parts_keep_megatrons_split(spec: str, workers: WorkerPool, hf: dict[str, Path]) -> None:
+    args = tiny.make_args(hf["qwen3"], spec=("specs_for_tests", spec))
     seen = workers.run(1, _forward, args)[0][0]
     assert seen.own_rotation == {PackedSelfAttention.__name__}
     assert sum(name.endswith(("q_layernorm", "k_layernorm")) for name in seen.norms) == 2 * 2

@@ -42,12 +42,13 @@ def train(
         ("glm4", ("examples.custom_layer.lean_mlp", "layer_spec"), 2),
         ("llama3", ("examples.custom_layer.lean_mlp", "layer_spec"), 1),
         ("llama3", ("specs_for_tests", "megatrons"), 1),
+        ("llama3", ("specs_for_tests", "own_core_attention"), 1),
     ],
 )
 def test_an_equal_layer_trains_like_the_builtin(
     family: str, spec: tuple[str, str], ranks: int, workers: WorkerPool, hf: dict[str, Path]
 ) -> None:
-    """In the last case Megatron's core attention, which cannot attend within a pack, is replaced."""
+    """Megatron's core attention cannot attend within a pack and is replaced; a user's own applies the positions."""
     own, built_in = train(workers, hf[family], *spec, ranks=ranks), train(workers, hf[family], ranks=ranks)
     assert difference(own.gradients, built_in.gradients) <= 1e-6
     assert difference(own.weights, built_in.weights) <= 1e-6
