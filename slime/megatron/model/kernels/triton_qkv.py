@@ -29,8 +29,11 @@ from slime.megatron.model.kernels.triton_heads import store_sums, turn, turn_bac
 
 TILE = 4096
 """The most channels that a program holds at once; it takes the query heads of a token in several turns if necessary."""
-MOST_PROGRAMS = 1024
-"""The most programs of a backward pass with norms; each sums the weights' gradients over its own tokens."""
+MOST_PROGRAMS = 15 * 132
+"""The most programs of a backward pass with norms; each sums the weights' gradients over its own tokens.
+
+An H200 has 132 processors, which hold 2 to 5 of them at a time. So all are busy until the end.
+"""
 
 
 @triton.jit
