@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import gc
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -314,16 +315,26 @@ READS = ("step.py:take_step", "step.py:_metrics", "nan_guard.py:check", "trainer
 
 
 def waits(call: Callable[[], object]) -> list[str]:
-    """Return the places at which the host waited for the device during `call`, in their order, as file:function."""
-    torch.cuda.synchronize()
+    """Return the places at which the host waited for the device during `call`, as file:function."""
+    synchronize, found = torch.cuda.synchronize, list[str]()
+
+    def noted(*args: Any) -> None:
+        caller = sys._getframe(1)
+        found.append(place(Path(caller.f_code.co_filename), caller.f_lineno))
+        synchronize(*args)
+
+    synchronize()
     torch.cuda.set_sync_debug_mode("warn")
+    torch.cuda.synchronize = noted  # the mode does not see explicit calls
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             call()
     finally:
+        torch.cuda.synchronize = synchronize
         torch.cuda.set_sync_debug_mode("default")
-    return [place(Path(found.filename), found.lineno) for found in caught if "synchronizing" in str(found.message)]
+    seen = [warning for warning in caught if "synchronizing" in str(warning.message)]
+    return found + [place(Path(warning.filename), warning.lineno) for warning in seen]
 
 
 def place(path: Path, line: int) -> str:
@@ -347,8 +358,8 @@ def forget() -> None:
 def no_waiting(report: Report) -> None:
     """Check that the host never waits for the device before a step's metrics are read."""
     one = torch.ones(1, device="cuda")
-    found = waits(one.item)
-    report.row("control: the place of an .item()", ", ".join(found), "one place", len(found) == 1)
+    found = waits(lambda: (one.item(), torch.cuda.synchronize()))
+    report.row("control: the places of two waits", ", ".join(found), "two places", len(found) == 2)
     mixture = "--num-layers 2 --max-tokens-per-gpu 4096 --moe-grouped-gemm"
     for model, flags in (
         ("qwen3-0.6B", "--max-tokens-per-gpu 4096"),
