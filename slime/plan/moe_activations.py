@@ -87,6 +87,8 @@ def copies(rank: Rank) -> tuple[int, int]:
 def _moved(rank: Rank) -> int:
     """Return the most bytes while copies are sorted, sent or gathered: those of two such tensors at a time."""
     sent, received = copies(rank)
+    if not rank.shares_experts:  # a GPU's kernel reads the rows of a token where they are
+        return sent * (1 if rank.on_cuda else 2)
     sizes = [sent]
     if rank.ep > 1:
         sizes.append(2 * sent)
@@ -106,7 +108,7 @@ def _dispatch(rank: Rank) -> Operation:
 def _combine(rank: Rank) -> Operation:
     stream = 0 if rank.on_cuda else rank.residual  # after attention; a GPU's norm keeps the same tensor
     shared = rank.residual if rank.arch.shared_expert_ffn_hidden_size else 0  # the shared expert's output
-    moved = _moved(rank) if rank.shares_experts else copies(rank)[0]
+    moved = _moved(rank) if rank.shares_experts else copies(rank)[0]  # backward, no copy is added up
     return Operation("combine", 0, rank.residual + moved, forward=experts_forward(rank) + stream + shared)
 
 
@@ -114,11 +116,12 @@ def experts_forward(rank: Rank) -> int:
     """Return the bytes that the forward pass of the experts needs in addition to what it keeps.
 
     Their outputs are held once more in another order, to be sent or added up. If tokens are sent, Megatron's layer also
-    holds the tokens that it has sent and received until the experts are done.
+    holds the tokens that it has sent and received until the experts are done. If not, a GPU needs no other order.
     """
     sent, received = copies(rank)
-    held = sent * (2 if rank.ep > 1 else 1) if rank.shares_experts else 0
-    return held + 2 * received + _summed(rank)
+    if not rank.shares_experts:
+        return received * (1 if rank.on_cuda else 2)
+    return sent * (2 if rank.ep > 1 else 1) + 2 * received + _summed(rank)
 
 
 def _summed(rank: Rank) -> int:

@@ -199,6 +199,20 @@ def weighted_swiglu(report: Report) -> None:
         bits_again(report, str(dtype), partial(with_gradients_of, kernels.weighted_swiglu, *leaves))
 
 
+@check(minutes=1)
+def row_sums(report: Report) -> None:
+    """Compare the sums of each token's rows with those in float64."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for tokens, k, channels in ((1, 1, 8), (7, 2, 64), (1000, 8, 2048), (333, 6, 4100)):
+            rows, generator = draw(tokens * k, channels, dtype=dtype), torch.Generator(DEVICE).manual_seed(3)
+            rows_of = torch.randperm(tokens * k, generator=generator, device=DEVICE).view(tokens, k)
+            exact, found = rows.double()[rows_of].sum(1), kernels.row_sums(rows, rows_of)
+            value = worst([found], [exact], (k**0.5,))
+            report.row(f"{dtype}, {tokens} x {k} rows of {channels}", value, "<= 1", value <= 1)
+        wrong = kernels.row_sums(rows, rows_of.roll(1))
+        control(report, f"{dtype}, rows of other tokens", worst([wrong], [exact], (k**0.5,)))
+
+
 def with_gradients_of(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
     """Return the output, and the gradient of each input in its own dtype."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]

@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
 
 from slime.megatron.model.local_dispatch import Order, sorted_by_expert, summed_by_token
+from slime.megatron.model.moe import replayed
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 7, 5, 3, 4
 
@@ -39,3 +40,10 @@ def test_gradients_match_finite_differences() -> None:
     wrong = Order(order.entries, order.token_of, order.rows_of.roll(1, 0))
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         torch.autograd.gradcheck(lambda x: sorted_by_expert(x, wrong), (tokens,))
+
+
+def test_an_expert_given_twice_is_not_replayed() -> None:
+    chosen = torch.tensor([[0, 1, 2]]).expand(4, 3)
+    given = torch.tensor([[4, 3, 1], [4, 3, 4], [-1, -1, -1], [1, -1, 3]], dtype=torch.int16)
+    assert replayed(given, chosen).tolist() == [[4, 3, 1], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    assert replayed(given[:, :2], chosen[:, :2]).tolist() == [[4, 3], [4, 3], [0, 1], [0, 1]]

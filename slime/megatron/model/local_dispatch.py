@@ -24,6 +24,8 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
+from slime.megatron.model.kernels import row_sums
+
 
 @dataclass(frozen=True)
 class Order:
@@ -47,11 +49,6 @@ class Order:
         return cls(token_of * experts + places // tokens, token_of, rows_of)
 
 
-def _summed(rows: Tensor, rows_of: Tensor) -> Tensor:
-    """Sum the rows [t K, H] of each token: [t, H], in float32 inside."""
-    return rows.index_select(0, rows_of.flatten()).unflatten(0, rows_of.shape).sum(1)
-
-
 class _Sort(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, order: Order) -> Tensor:
@@ -60,14 +57,14 @@ class _Sort(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradients[0], *ctx.saved_tensors), None
+        return row_sums(gradients[0], *ctx.saved_tensors), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Order) -> Tensor:
         ctx.save_for_backward(order.token_of)
-        return _summed(rows, order.rows_of)
+        return row_sums(rows, order.rows_of)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -107,10 +107,7 @@ class ExpertRouter(TopKRouter):
         assert isinstance(frequency, list) and self.layer_number is not None
         layer = self.layer_number - 1 - frequency.index(1)
         given = self._ours(self.pack.experts_B[:, layer])
-        replayed = torch.where(given >= 0, given.to(chosen.dtype), chosen)
-        # No router chooses an expert twice. Such a row would have less than K experts, so it is not replayed.
-        twice = (replayed.sort(dim=1).values.diff(dim=1) == 0).any(1, keepdim=True)
-        return torch.where(twice, chosen, replayed)
+        return replayed(given, chosen)
 
     def _ours(self, values_B: Tensor) -> Tensor:
         """Select the tokens that this rank routes from those of a pack."""
@@ -149,6 +146,16 @@ class ExpertRouter(TopKRouter):
     def _add_up(self, name: str, loss: Tensor) -> None:
         found = loss.detach().double()
         self.losses[name] = self.losses[name] + found if name in self.losses else found
+
+
+def replayed(given: Tensor, chosen: Tensor) -> Tensor:
+    """Return the experts of each token [t, K]: those that are given, where they are not negative, or those chosen here.
+
+    No router chooses an expert twice. A row in which one would be twice has less than K experts, so it is not replayed.
+    """
+    found = torch.where(given >= 0, given.to(chosen.dtype), chosen)
+    twice = (found.sort(dim=1).values.diff(dim=1) == 0).any(1, keepdim=True)
+    return torch.where(twice, chosen, found)
 
 
 def disable_replay(model: torch.nn.Module) -> None:

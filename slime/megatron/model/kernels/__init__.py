@@ -57,6 +57,15 @@ def weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
     return (hidden * weights[:, None]).to(hidden.dtype)
 
 
+def row_sums(rows: Tensor, rows_of: Tensor) -> Tensor:
+    """Add up rows [N, H] for each token, those that `rows_of` [t, K] int64 names: [t, H]. It has no gradient."""
+    if rows.is_cuda:
+        from slime.megatron.model.kernels import triton_row_sums
+
+        return triton_row_sums.row_sums(rows, rows_of)
+    return rows.index_select(0, rows_of.flatten()).unflatten(0, rows_of.shape).sum(1)
+
+
 def rotary(x_B: Tensor, cos_B: Tensor, sin_B: Tensor, *, interleaved: bool) -> Tensor:
     """Rotate the first channels of x [B, heads, d] by the angles, and keep the others (RoPE, arXiv:2104.09864).
 
