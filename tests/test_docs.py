@@ -84,9 +84,10 @@ OTHER_PROGRAMS = frozenset(
         "--signal",
         "--batch",
         "--kill-after",
+        "--security-opt",
     ]
 )
-"""Flags of ray, hf, pip, pytest, Slurm and timeout, and placeholders for any flag."""
+"""Flags of ray, hf, pip, pytest, Slurm, timeout and Docker, and placeholders for any flag."""
 
 
 def flags_of_tools() -> set[str]:

@@ -25,6 +25,7 @@ FLOORS = {
     "models": 1,
     "config": 2,
     "observability": 2,
+    "sandbox": 2,
     "rollout": 3,
     "megatron": 3,
     "engine": 3,
@@ -200,8 +201,8 @@ def test_no_silent_except() -> None:
 def test_the_lower_floors_import_light() -> None:
     code = (
         "import pkgutil, importlib, sys\n"
-        "import slime.core, slime.algo, slime.config\n"
-        "for package in (slime.core, slime.algo, slime.config):\n"
+        "import slime.core, slime.algo, slime.config, slime.sandbox\n"
+        "for package in (slime.core, slime.algo, slime.config, slime.sandbox):\n"
         "    for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
         "        importlib.import_module(module.name)\n"
         "print({'ray', 'megatron', 'sglang', 'transformers'} & {name.split('.')[0] for name in sys.modules})\n"

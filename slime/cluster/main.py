@@ -18,9 +18,11 @@ from slime.cluster.life.resume_line import command_to_resume, program_words
 from slime.cluster.life.stop import Stop
 from slime.cluster.on_ray.local_ray import ADDRESS, address_fault, protect_local_ray
 from slime.config.args import Args
+from slime.config.eval_data import readable_eval_datasets
 from slime.config.parse import UsageError
 from slime.config.problem import Problem
 from slime.config.resolve import OUTPUTS, in_directory
+from slime.config.reward_types import runs_code
 from slime.config.secrets import hide_command_line, masker_of
 from slime.core.checkpoint_names import iteration_name, newest_checkpoint
 from slime.core.errors import RunError
@@ -71,6 +73,23 @@ def _tried_reward(args: Args) -> list[Problem]:
     return problems
 
 
+def check_sandbox(args: Args) -> None:
+    """Raise UsageError if a reward runs code, and this machine does not isolate it in the way that --sandbox names."""
+    sets = readable_eval_datasets(args)
+    if args.custom_rm_path is not None or not any(map(runs_code, (args.rm_type, *(each.rm_type for each in sets)))):
+        return
+    from slime.sandbox.run import refusal
+
+    fault = refusal(args.sandbox)
+    if fault is not None:
+        remedy = "allow user namespaces (docs/security.md), or accept weaker isolation with --sandbox rlimits"
+        if args.sandbox == "rlimits":
+            remedy = "docs/security.md lists what it needs"
+        rule = f"code that the model writes cannot be isolated here: {fault}"
+        problem = Problem(severity="error", where="--sandbox", value=args.sandbox, rule=rule, remedy=remedy)
+        raise UsageError([problem])
+
+
 def _plan_and_run(
     story: Story, argv: Sequence[str], rollouts_ahead: int, stop: Stop, after_plan: Callable[[Args], None] | None
 ) -> None:
@@ -78,6 +97,7 @@ def _plan_and_run(
     args, warnings = load_run(argv, rollouts_ahead=rollouts_ahead)
     mask_output(masker_of(args))
     warnings = [*warnings, *_tried_reward(args)]
+    check_sandbox(args)
     if args.dry_run:
         from slime.rollout.survey import survey
 

@@ -17,7 +17,7 @@ from slime.config.args import INPUT_KEY, Args
 from slime.config.data_files import read_rows, split_slice
 from slime.config.data_paths import data_paths
 from slime.config.data_rows import MISSING, DataKeys, Row, find, is_text_or_number
-from slime.config.reward_types import needs_label
+from slime.config.reward_types import may_have_label, needs_label
 from slime.core.small_files import is_file
 
 INPUT_KEYS = (INPUT_KEY, "messages", "question", "problem")
@@ -37,10 +37,10 @@ def data_defaults(args: Args) -> dict[str, Any]:
         changes["input_key"] = key
     if args.apply_chat_template is None:
         changes["apply_chat_template"] = row is not None and isinstance(find(row, key), list)
-    labelled = needs_label(args.rm_type) or args.custom_rm_path is not None
+    labelled = may_have_label(args.rm_type) or args.custom_rm_path is not None
     if args.label_key is None and labelled and args.loss_type != "sft_loss":
         found = [name for name in LABEL_KEYS if row is not None and is_text_or_number(find(row, name))]
-        fallback = LABEL_KEYS[0] if args.custom_rm_path is None else None
+        fallback = LABEL_KEYS[0] if needs_label(args.rm_type) and args.custom_rm_path is None else None
         changes["label_key"] = next(iter(found), fallback)
     return changes
 

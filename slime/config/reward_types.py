@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from slime.config.labels import choice_fault, label_fault
+from slime.core.code_tests import code_tests
 
 LabelCheck = Callable[[str, str, Mapping[str, Any]], tuple[str, str] | None]
 """Takes a type, a label and a row's metadata; returns rule and remedy if no answer can be right, else None."""
@@ -49,6 +50,14 @@ def _choice(rm_type: str, label: str, metadata: Mapping[str, Any]) -> tuple[str,
     return f"{rm_type} finds no right choice: {fault}", remedy
 
 
+def _tests(rm_type: str, label: str, metadata: Mapping[str, Any]) -> tuple[str, str] | None:
+    try:
+        code_tests(label, metadata)
+    except ValueError as error:
+        return f"{rm_type} cannot judge by its tests: {error}", "correct the line"
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardFacts:
     """The facts about one built-in reward; the defaults are the common case."""
@@ -59,6 +68,10 @@ class RewardFacts:
     """Whether it compares the answer with a label."""
     check_label: LabelCheck = not_empty
     """Checks the label of each data row before anything starts, if the reward needs one."""
+    checks_without_label: bool = False
+    """Whether `check_label` is called for a row without a label as well (with an empty one)."""
+    runs_code: bool = False
+    """Whether it runs the response's code, for which this machine needs a sandbox."""
     compares_mathematics: bool = False
     """Whether it compares answer and label as mathematics, for which the ANTLR runtime has to be the tested one."""
 
@@ -73,6 +86,13 @@ REWARD_TYPES: Mapping[str, RewardFacts] = {
     ),
     "f1": RewardFacts(module="slime.rollout.rewards.f1", check_label=_anything),
     "gpqa": RewardFacts(module="slime.rollout.rewards.gpqa", check_label=_choice),
+    "code": RewardFacts(
+        module="slime.rollout.rewards.code",
+        needs_label=False,
+        check_label=_tests,
+        checks_without_label=True,
+        runs_code=True,
+    ),
     "remote_rm": RewardFacts(module=None, needs_label=False),
     "random": RewardFacts(module="slime.rollout.rewards.chance", needs_label=False),
 }
@@ -102,6 +122,18 @@ def needs_url(rm_type: object) -> bool:
     """Return whether a judge at --rm-url scores the responses of a reward type."""
     facts = facts_of(rm_type)
     return facts is not None and facts.module is None
+
+
+def may_have_label(rm_type: object) -> bool:
+    """Return whether a reward type reads the label, if there is one."""
+    facts = facts_of(rm_type)
+    return facts is not None and (facts.needs_label or facts.checks_without_label)
+
+
+def runs_code(rm_type: object) -> bool:
+    """Return whether a reward type runs the response's code."""
+    facts = facts_of(rm_type)
+    return facts is not None and facts.runs_code
 
 
 def compares_mathematics(rm_type: object) -> bool:

@@ -28,7 +28,7 @@ from slime.engine.client import EngineError
 from slime.observability.progress import SampleProgress
 from slime.rollout.context import RolloutContext, gather_or_cancel, request_slots
 from slime.rollout.generate import load_generate, rollout_sampling_params, sampling_seed
-from slime.rollout.metrics import entry_metrics, sample_metrics
+from slime.rollout.metrics import entry_metrics, sample_metrics, verdict_metrics
 from slime.rollout.prompts import Prompt, PromptSet, load_prompts
 from slime.rollout.reward_pool.verdict import check_own_reward
 from slime.rollout.rewards.reward import reward_of, reward_type
@@ -173,7 +173,7 @@ def eval_metrics(args: Args, dataset: EvalDataset, groups: Sequence[Sequence[Sam
     rewards = rewards_by_prompt(args, dataset, groups)
     only_judged = rewards_by_prompt(args, replace(dataset, failed_as="excluded"), groups)
     metrics |= _mean_over_prompts("reward", rewards) | _mean_over_prompts("reward_judged", only_judged)
-    metrics |= entry_metrics(judged, args.reward_key) | sample_metrics(judged)
+    metrics |= entry_metrics(judged, args.reward_key) | verdict_metrics(judged) | sample_metrics(judged)
     types = [reward_type(args, sample, dataset.rm_type) for sample in judged]
     found = [_answer_found(rm_type, sample.response) for rm_type, sample in zip(types, judged, strict=True)]
     if None not in found:

@@ -21,6 +21,8 @@ from slime.config.args import Args
 from slime.core.columns import Array
 from slime.core.sample import MULTI_TURN, Sample, Status
 from slime.rollout.intervals import PhaseIntervals
+from slime.rollout.reward_pool.verdict import CODE_VERDICT
+from slime.sandbox.run import Outcome
 
 MAX_NAMED = 32
 """The number of entries of a reward dict that get a metric."""
@@ -70,6 +72,14 @@ def entry_metrics(samples: Sequence[Sample], key: str | None) -> dict[str, float
     return means | {name: share for name, share in shares.items() if share < 1}
 
 
+def verdict_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the share of each verdict among the samples whose code was run: `reward/verdict_right` and so on."""
+    judged = [sample.metadata[CODE_VERDICT] for sample in samples if CODE_VERDICT in sample.metadata]
+    if not judged:
+        return {}
+    return {f"reward/verdict_{name}": judged.count(name) / len(judged) for name in Outcome}
+
+
 def group_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     """Return the metrics of groups of samples: rewards (if any was judged), lengths and statuses."""
     rewards_by_group = [
@@ -77,7 +87,7 @@ def group_metrics(args: Args, groups: Sequence[Sequence[Sample]]) -> dict[str, f
     ]
     rewards = [reward for group in rewards_by_group for reward in group]
     samples = [sample for group in groups for sample in group]
-    found = sample_metrics(samples) | entry_metrics(samples, args.reward_key)
+    found = sample_metrics(samples) | entry_metrics(samples, args.reward_key) | verdict_metrics(samples)
     metrics = {f"rollout/{name}": value for name, value in found.items()}
     if rewards:
         metrics["rollout/reward"] = statistics.fmean(rewards)

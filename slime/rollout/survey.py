@@ -21,6 +21,7 @@ from slime.config.data_rows import DataError, DataKeys, Row
 from slime.config.eval_data import readable_eval_datasets
 from slime.config.labels import right_letter, stated_answer
 from slime.config.prompt_format import PromptFormat
+from slime.config.reward_types import needs_label
 from slime.config.router_policy import router_policy
 from slime.core.boxes import last_boxed
 from slime.core.printable import one_line, printable
@@ -187,7 +188,7 @@ def _label_check(args: Args, data: _Set, row: Mapping[str, Any]) -> str:
     label, metadata = data.keys.label(row) or "", data.keys.metadata(row)
     shown = repr(label if len(label) <= 80 else f"...{label[-77:]}")  # the answer comes last
     judge = metadata.get("rm_type") or data.rm_type
-    reward = None if args.custom_rm_path is not None else reward_of(judge)
+    reward = reward_of(judge) if args.custom_rm_path is None and needs_label(judge) else None
     if reward is None:
         return f"{shown} (not checked: no built-in reward compares with it)"
     scores: list[float] = []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from config_run import MESSAGE, Run
 
-from slime.config.reward_types import REWARD_TYPES, facts_of, needs_label
+from slime.config.reward_types import REWARD_TYPES, facts_of, may_have_label
 from slime.plan.summary import format_plan
 
 URL = ["--rm-url", "http://127.0.0.1:9000/judge"]
@@ -29,12 +29,14 @@ def _lines(run: Run, *metadata: dict[str, Any] | None) -> None:
 @pytest.mark.parametrize("rm_type", REWARD_TYPES)
 def test_every_type_runs(run: Run, rm_type: str, prefix: str) -> None:
     url = URL if rm_type == "remote_rm" else []
-    if rm_type == "gpqa":
-        run.data.write_text(json.dumps(MESSAGE | {"label": "B"}) + "\n")
+    if label := {"gpqa": "B", "code": "assert add(1, 1) == 2"}.get(rm_type):
+        run.data.write_text(json.dumps(MESSAGE | {"label": label}) + "\n")
     words = ["--rm-type", prefix + rm_type, "--eval-rm-type", prefix + rm_type, "--eval-prompt-data", str(run.data)]
     assert run.load(*words, *url)[1] == []
     _without(run, "--label-key")
-    assert run.args(*words, *url).label_key == ("label" if needs_label(prefix + rm_type) else None), "the data have it"
+    assert run.args(*words, *url).label_key == ("label" if may_have_label(prefix + rm_type) else None), (
+        "the data have it"
+    )
 
 
 def test_unknown_reward_types_are_refused(run: Run) -> None:

@@ -347,7 +347,7 @@ def test_the_right_letter() -> None:
     assert reward("boxed_gpqa", r"Answer: A, I mean \boxed{b}", "Paris", choices=choices) == 1
 
 
-@pytest.mark.parametrize("rm_type", [name for name in REWARD_TYPES if not needs_url(name)])
+@pytest.mark.parametrize("rm_type", [name for name in REWARD_TYPES if not needs_url(name) and name != "code"])
 def test_boxed_judges_the_content_of_the_last_box(rm_type: str) -> None:
     """With every type only the box counts: no </think>, no "Answer:" and no words around it are required."""
     worst = min(reward(rm_type, text, "B") for text in ("A", "", "</think>", "Answer: A"))
@@ -364,7 +364,7 @@ def test_every_name_has_a_rule() -> None:
     for name in ("bogus", "boxed_", "boxed_boxed_math", "MATH", ""):
         with pytest.raises(ValueError, match="no such reward"):
             find_reward(name)
-    for name in set(REWARD_TYPES) - {"random", "remote_rm"}:
+    for name in set(REWARD_TYPES) - {"random", "remote_rm", "code"}:
         with pytest.raises(ValueError, match="no label"):
             reward(name, r"</think>\boxed{1}")
 
@@ -408,7 +408,7 @@ def test_no_reward_executes_a_response_or_a_label(tmp_path: Path) -> None:
     code = f"__import__('pathlib').Path({str(made)!r}).touch()"
     sum_of_it = f"sum([{code} or 1])"
     latex = code.replace("_", r"\_")
-    for rm_type in set(REWARD_TYPES) - {"remote_rm"}:
+    for rm_type in set(REWARD_TYPES) - {"remote_rm", "code"}:  # tests/sandbox runs code, and attacks
         for text in (code, sum_of_it, latex, f"lambda: {code}", f"1 + ({code} or 1)", f"Symbol({code!r}, {code})"):
             for response in (text, R + text, R + rf"\boxed{{{text}}}", f"Answer: {text}", f"Answer: ${text}$"):
                 for label in (text, rf"\boxed{{{text}}}", "1"):

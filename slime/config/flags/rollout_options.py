@@ -110,6 +110,11 @@ class RolloutOptions:
         gt=0,
         le=1e8,
     )
+    sandbox: Literal["namespaces", "rlimits"] = flag(
+        "namespaces",
+        "How code that the model wrote is isolated. namespaces: no network, and none of the machine's files. rlimits: "
+        "weaker, for machines without namespaces (docs/security.md).",
+    )
     rm_concurrency: int = flag(
         256,
         "Reward calls in flight at once for remote_rm and for an async --custom-rm-path.",

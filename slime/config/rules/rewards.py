@@ -120,8 +120,8 @@ def line_reward_fault(
     named = metadata.get("rm_type")
     judged_by = named or rm_type
     facts = facts_of(judged_by)
-    if label is not None and facts is not None and facts.needs_label:
-        fault = facts.check_label(str(judged_by), label, metadata)
+    if facts is not None and (facts.checks_without_label or (label is not None and facts.needs_label)):
+        fault = facts.check_label(str(judged_by), label or "", metadata)
         if fault is not None:
             return fault
     if not named:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from slime.core.sample import Sample, Status
 from slime.rollout.reward_pool.entries import finite, plain_entries, plain_text
+from slime.rollout.rewards.reward import Scored
 
 TIMEOUT = "timeout"
 CRASH = "crash"
@@ -19,6 +20,8 @@ MEMORY = "memory"
 NOT_A_NUMBER = "not a number"
 NO_ENTRY = "no reward key"
 ERROR = "error"
+CODE_VERDICT = "code_verdict"
+"""The key of a code's verdict in a sample's metadata."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Verdict:
 
     reward: float | dict[str, Any] | None
     failure: str | None = None
+    code_verdict: str | None = None
+    """The word of `--rm-type code` for how the response's code has done; kept in the sample's metadata."""
 
     def masked(self, mask: Callable[[str], str]) -> Verdict:
         """Return the verdict with its texts passed through `mask`, because they go into logs and dumps."""
@@ -40,6 +45,8 @@ class Verdict:
         """Write the verdict into the sample."""
         sample.reward = self.reward
         sample.reward_failure = self.failure
+        if self.code_verdict is not None:
+            sample.metadata = {**sample.metadata, CODE_VERDICT: self.code_verdict}
         if self.failure is not None:
             sample.status = Status.FAILED
 
@@ -64,6 +71,8 @@ def verdict_of(value: object, key: str | None = None) -> Verdict:
     `key` is --reward-key. The dict's other entries are kept as far as they are plain data. Without a key the dict is
     kept as it is, and `Sample.reward_value` later raises an error that names what is missing.
     """
+    if isinstance(value, Scored):
+        return Verdict(value.value, code_verdict=value.verdict)
     if isinstance(value, Mapping):
         return _verdict_of_entries(cast(Mapping[Any, Any], value), key)
     number = finite(value)

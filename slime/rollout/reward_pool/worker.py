@@ -101,7 +101,7 @@ def _name(what: Sample | list[Sample] | None) -> str:
 
 
 def encode(verdicts: Sequence[Verdict]) -> bytes:
-    return orjson.dumps([[verdict.reward, verdict.failure] for verdict in verdicts])
+    return orjson.dumps([[verdict.reward, verdict.failure, verdict.code_verdict] for verdict in verdicts])
 
 
 def serve_in_turn(connection: socket.socket, page: Page, judge: Judge) -> None:

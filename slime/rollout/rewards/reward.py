@@ -20,7 +20,16 @@ from slime.config.reward_types import BOXED_PREFIX, REWARD_TYPES, facts_of, rewa
 from slime.core.boxes import Answer, boxed
 from slime.core.sample import Sample
 
-RewardFunction = Callable[[Args, Sample], float]
+
+@dataclass(frozen=True)
+class Scored:
+    """A score with a word for why it is what it is, which goes into the sample's metadata and into metrics."""
+
+    value: float
+    verdict: str
+
+
+RewardFunction = Callable[[Args, Sample], float | Scored]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +38,7 @@ class Reward:
 
     read: Callable[[str], Answer | None]
     """Returns the answer in a response, or None if there is none."""
-    score: Callable[[Args, Sample, Answer | None], float]
+    score: Callable[[Args, Sample, Answer | None], float | Scored]
     """Scores the answer, or raises; it runs in a worker process, under a time limit."""
     lowest: float = 0.0
     """The score of a wrong answer."""
