@@ -226,6 +226,11 @@ class Args(
         return self.num_engines > 0 and not self.rollout_external_engines
 
     @property
+    def num_weight_owners(self) -> int:
+        """Return the number of trainers that hold a part of the weights which is sent to engines from there."""
+        return self.pipeline_model_parallel_size * self.expert_model_parallel_size
+
+    @property
     def engines_on_cpu(self) -> bool:
         """Return whether the run's own engines certainly compute on CPUs; external ones are like the trainer."""
         return self.engine.on_cpu and not self.rollout_external_engines

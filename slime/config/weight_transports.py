@@ -20,12 +20,17 @@ class TransportFacts:
     """Whether it is for engines on the trainers' own devices, as with --colocate; then no user has to choose it."""
     every_trainer_sends: bool = False
     """Whether it is opened on every trainer; otherwise on trainer 0, and the others only take part in gathering."""
+    of_parts: str | None = None
+    """The class that every trainer opens instead if weights are split over pipeline stages or expert ranks, so that
+    each part is sent by its owner; None: trainer 0 gathers all."""
     writes_files: bool = False
     """Whether it writes weights to files in --update-weight-disk-dir."""
 
 
 TRANSPORTS: Mapping[str, TransportFacts] = {
-    "broadcast": TransportFacts(transport="slime.sync.broadcast.BroadcastTransport"),
+    "broadcast": TransportFacts(
+        transport="slime.sync.broadcast.BroadcastTransport", of_parts="slime.sync.owners.OwnersTransport"
+    ),
     "disk": TransportFacts(transport="slime.sync.disk.DiskTransport", writes_files=True),
     "colocate": TransportFacts(
         transport="slime.sync.colocate.ColocatedTransport", shared_devices=True, every_trainer_sends=True

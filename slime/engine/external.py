@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from slime.config.args import Args
@@ -137,17 +138,18 @@ def _doubts(args: Args, url: str, info: EngineInfo) -> Iterable[str]:
             )
 
 
-async def free_engines(client: EngineClient) -> None:
+async def free_engines(client: EngineClient, groups: Sequence[str] = (WEIGHT_GROUP,)) -> None:
     """Bring the client's engines back to the state after their start.
 
-    Then nothing is in flight, no weight-update session is open, they are not paused, and they are in no weight group.
+    Then nothing is in flight, no weight-update session is open, they are not paused, and they are in none of the weight
+    `groups`.
     This runs at the start, to clear what a killed run left, and at the end, for the next user. A dead engine is logged.
     """
     steps = (
         client.abort_all,
         client.update_sessions.end_left_open,  # an engine that is not paused ends a session only when it is idle
         client.continue_,
-        lambda: client.forget_weights_update_group(WEIGHT_GROUP),
+        *(partial(client.forget_weights_update_group, group) for group in groups),
     )
     for step in steps:
         try:

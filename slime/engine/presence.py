@@ -45,10 +45,17 @@ class Presence:
                 if gone:
                     raise EngineError(url, 0, "nothing listens there any more")
 
-    async def hanging(self, group_name: str, *, within: float = LEAVE_WITHIN_S) -> list[str]:
-        """Make all engines leave a weight group; return the URLs of those that give no answer `within` seconds."""
+    async def hanging(self, *groups: str, within: float = LEAVE_WITHIN_S) -> list[str]:
+        """Make all engines leave these weight groups; return the URLs of those that give no answer `within` seconds."""
         urls = await self._find_engines()
-        answers = await asyncio.gather(*(self._leaves(url, group_name, within) for url in urls))
+
+        async def leaves(url: str) -> bool:
+            for group in groups:
+                if not await self._leaves(url, group, within):
+                    return False
+            return True
+
+        answers = await asyncio.gather(*map(leaves, urls))
         return [url for url, answered in zip(urls, answers, strict=True) if not answered]
 
     async def _leaves(self, url: str, group_name: str, within: float) -> bool:

@@ -27,6 +27,11 @@ WEIGHT_GROUP = "slime-weights"
 """The process group over which a trainer sends weights. Its name is fixed, so that a killed run's group is found."""
 
 
+def weight_groups(owners: int) -> list[str]:
+    """Return the name of the group over which each of so many owners of a part of the weights sends it."""
+    return [WEIGHT_GROUP, *(f"{WEIGHT_GROUP}-{owner}" for owner in range(1, owners))]
+
+
 class Endpoint(StrEnum):
     """Paths at an engine, which are SGLang's."""
 

@@ -158,6 +158,8 @@ class ExpertPlace:
     etp_size: int
     group: dist.ProcessGroup
     """The ranks of all parts of all experts; expert tensor ranks are neighbours in it."""
+    tensor_group: dist.ProcessGroup
+    """The ranks of all parts of this rank's experts."""
 
 
 def expert_place() -> ExpertPlace:
@@ -169,6 +171,7 @@ def expert_place() -> ExpertPlace:
         etp_rank=dist.get_rank(tensor),
         etp_size=dist.get_world_size(tensor),
         group=_joined(parallel_state.get_expert_tensor_and_model_parallel_group()),
+        tensor_group=tensor,
     )
 
 

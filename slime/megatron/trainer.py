@@ -28,6 +28,7 @@ from slime.core.checkpoint_names import RUN, RUN_FILE
 from slime.core.columns import Array
 from slime.core.load_result import LoadResult
 from slime.core.rank_batch import RankBatch, RankStep
+from slime.core.weight_parts import WeightPart
 from slime.megatron import device, routing_replay
 from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_of, loss_options, loss_weight_columns
 from slime.megatron.checkpoint.files import refuse_abandoned
@@ -204,6 +205,10 @@ class Trainer:
     def iter_hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the actor's whole tensors by HF name, in the same order on every rank; iterate to the end."""
         return hf_weights.iter_hf_tensors(self.model, self._arch)
+
+    def weight_parts(self) -> list[WeightPart]:
+        """Return this rank's parts of the actor's weights; collective, and valid as long as the trainer lives."""
+        return hf_weights.weight_parts(self.model, self._arch)
 
     def close(self) -> None:
         close_parallel()

@@ -41,16 +41,23 @@ class BroadcastTransport(Transport):
         bucket_bytes: int,
         pause: PauseChoice = "drain",
         drain_within: float = DRAIN_WITHIN_S,
+        group_name: str = WEIGHT_GROUP,
     ) -> None:
         """`engine_ranks` is the number of ranks of each engine, in the order of the client's engines."""
         super().__init__(client, bucket_bytes=bucket_bytes, pause=pause, drain_within=drain_within)
-        self._buckets = FlatBuckets(bucket_bytes)
-        self._announcements = Announcements(WEIGHT_GROUP)
+        self._group_name = group_name
+        self._buckets: dict[int, tuple[FlatBuckets, Announcements]] = {}
+        """The buckets of each part of the weights, by its number; whole weights are part 0."""
         self._group = self._connect(engine_ranks, address, port, backend)
 
     @classmethod
     def open(cls, opening: Opening) -> BroadcastTransport:
         """Open it on trainer 0, with all engines in one group."""
+        return cls.of(opening, WEIGHT_GROUP)
+
+    @classmethod
+    def of(cls, opening: Opening, group_name: str) -> BroadcastTransport:
+        """Open it on any trainer, as rank 0 of a group of that name with all engines."""
         args = opening.args
         address = address_for(opening.engine_urls)
         return cls(
@@ -62,13 +69,14 @@ class BroadcastTransport(Transport):
             bucket_bytes=args.update_weight_buffer_size,
             pause=args.update_weight_pause,
             drain_within=args.engine_request_timeout,
+            group_name=group_name,
         )
 
     def _connect(self, engine_ranks: Sequence[int], address: str, port: int, backend: str) -> WeightGroup:
         world_size = 1 + sum(engine_ranks)
 
         async def both() -> WeightGroup:
-            await self._client.forget_weights_update_group(WEIGHT_GROUP)
+            await self._client.forget_weights_update_group(self._group_name)
             group, _ = await asyncio.gather(
                 asyncio.to_thread(
                     join_weight_group,
@@ -76,7 +84,7 @@ class BroadcastTransport(Transport):
                     master_port=port,
                     rank=0,
                     world_size=world_size,
-                    group_name=WEIGHT_GROUP,
+                    group_name=self._group_name,
                     backend=backend,
                     is_master=True,
                 ),
@@ -84,7 +92,7 @@ class BroadcastTransport(Transport):
                     master_address=address,
                     master_port=port,
                     world_size=world_size,
-                    group_name=WEIGHT_GROUP,
+                    group_name=self._group_name,
                     backend=backend,
                     engine_ranks=engine_ranks,
                 ),
@@ -94,13 +102,27 @@ class BroadcastTransport(Transport):
         return self._runner.run(both())
 
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
-        start, total = time.perf_counter(), 0
-        with self.updating() as waited, InFlight(self._client, self._runner, self._group) as under_way:
-            for bucket in self._buckets.fill(tensors, wait_until_free=under_way.wait_until_free):
-                under_way.send(bucket, self._announcements.of(bucket, str(version)))
+        start = time.perf_counter()
+        with self.updating() as waited:
+            total = self.send_part(tensors, part=0, version=version)
+        return SyncReport(seconds=time.perf_counter() - start - waited, bytes=total, waited=waited)
+
+    def send_part(self, tensors: Iterable[NamedTensor], *, part: int, version: int | None) -> int:
+        """Send a part of the weights to engines that are paused and in a session; return its bytes.
+
+        The last part of a set names the `version`. `part` is its number, under which its buckets are the same at each
+        sync. Raises as `send`.
+        """
+        if part not in self._buckets:
+            self._buckets[part] = (FlatBuckets(self._bucket_bytes), Announcements(self._group_name))
+        buckets, announcements = self._buckets[part]
+        total = 0
+        with InFlight(self._client, self._runner, self._group) as under_way:
+            for bucket in buckets.fill(tensors, wait_until_free=under_way.wait_until_free):
+                under_way.send(bucket, announcements.of(bucket, None if version is None else str(version)))
                 total += bucket.layout.num_bytes
             under_way.finish()
-        return SyncReport(seconds=time.perf_counter() - start - waited, bytes=total, waited=waited)
+        return total
 
     def leave(self) -> None:
         self._group.close(broken=True)
@@ -110,7 +132,7 @@ class BroadcastTransport(Transport):
         async def both() -> None:
             # Run both at once: either side may wait until the other leaves, and an engine may wait for another bucket.
             leaving = asyncio.to_thread(self._group.close)
-            forgetting = self._client.forget_weights_update_group(WEIGHT_GROUP)
+            forgetting = self._client.forget_weights_update_group(self._group_name)
             results = await asyncio.gather(leaving, forgetting, return_exceptions=True)
             for result in results:
                 if isinstance(result, BaseException):

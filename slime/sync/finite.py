@@ -40,13 +40,31 @@ def finite(tensors: Callable[[], Iterable[NamedTensor]], *, described: Callable[
     Raises:
         RunError: naming weights that are not finite, with the number of their values that are not.
     """
-    extremes: list[Tensor] = []
-    for name, tensor in tensors():
-        if tensor.is_floating_point() and tensor.numel():
-            extremes += torch.aminmax(tensor.detach())  # both are NaN if a value is
-        yield name, tensor
-    if _anywhere(extremes):
-        raise RunError(_message(_gathered(_count(tensors())), described()))
+    check = FiniteCheck(tensors, described=described)
+    yield from check.watched(tensors())
+    check.finish()
+
+
+class FiniteCheck:
+    """The check of `finite` for weights that are streamed in parts: all parts are watched, then it is finished once."""
+
+    def __init__(self, tensors: Callable[[], Iterable[NamedTensor]], *, described: Callable[[], str]) -> None:
+        """`tensors` streams all parts again, and `described` is as for `finite`."""
+        self._tensors = tensors
+        self._described = described
+        self._extremes: list[Tensor] = []
+
+    def watched(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+        """Yield the tensors of one part."""
+        for name, tensor in tensors:
+            if tensor.is_floating_point() and tensor.numel():
+                self._extremes += torch.aminmax(tensor.detach())  # both are NaN if a value is
+            yield name, tensor
+
+    def finish(self) -> None:
+        """Raise RunError on all ranks if one of them has watched a value that is not finite; collective."""
+        if _anywhere(self._extremes):
+            raise RunError(_message(_gathered(_count(self._tensors())), self._described()))
 
 
 def _anywhere(extremes: list[Tensor]) -> bool:

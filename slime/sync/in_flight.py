@@ -47,10 +47,11 @@ class Announcements:
         self._group_name = group_name
         self._made: dict[int, tuple[Sequence[Place], bytes]] = {}
 
-    def of(self, bucket: FlatBucket, version: str) -> bytes:
-        """Return the JSON for a bucket; that of the last bucket names the `version`."""
+    def of(self, bucket: FlatBucket, version: str | None) -> bytes:
+        """Return the JSON for a bucket; that of the last bucket names the `version`, if there is one."""
+        version = version if bucket.last else None
         known = self._made.get(bucket.number)
-        if known is not None and not bucket.last and known[0] == bucket.layout.places:
+        if known is not None and version is None and known[0] == bucket.layout.places:
             return known[1]
         body = encoded(
             UpdateWeightsFromDistributed(
@@ -58,12 +59,12 @@ class Announcements:
                 dtypes=bucket.layout.dtypes,
                 shapes=bucket.layout.shapes,
                 group_name=self._group_name,
-                weight_version=version if bucket.last else None,
+                weight_version=version,
                 flush_cache=False,  # `paused` has flushed it; SGLang crashes if it flushes with requests in flight
                 load_format="flattened_bucket",
             )
         )
-        if not bucket.last:
+        if version is None:
             self._made[bucket.number] = (bucket.layout.places, body)
         return body
 

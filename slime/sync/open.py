@@ -27,6 +27,7 @@ def open_transport(opening: Opening) -> Transport:
         raise ValueError(
             f"--update-weight-transport {name}: it does not reach engines {where}; use auto, {', '.join(here)}"
         )
-    if opening.rank > 0 and not row.every_trainer_sends:
+    path = row.of_parts if opening.parts and row.of_parts else row.transport
+    if opening.rank > 0 and not row.every_trainer_sends and path != row.of_parts:
         return NullTransport()
-    return load_class(row.transport, Transport, chosen_by=f"--update-weight-transport {name}").open(opening)
+    return load_class(path, Transport, chosen_by=f"--update-weight-transport {name}").open(opening)

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from slime.config.args import Args
+from slime.core.weight_parts import WeightPart
 from slime.engine.bucket_layout import NamedTensor
-from slime.sync.finite import finite
+from slime.sync.finite import FiniteCheck, finite
 from slime.sync.open import open_transport
+from slime.sync.owners import OwnersTransport
 from slime.sync.proof import check_versions, prove_weights
-from slime.sync.transport import NullTransport, Opening, Transport, drain
+from slime.sync.transport import NullTransport, Opening, SyncReport, Transport, drain
 from slime.sync.weight_directory import PROOF
 
 
 class WeightSource(Protocol):
-    """The trainer, as far as a weight sync needs it. Both methods are collective."""
+    """The trainer, as far as a weight sync needs it. All methods are collective."""
 
     @property
     def params_dtype(self) -> torch.dtype:
@@ -33,6 +38,10 @@ class WeightSource(Protocol):
 
     def iter_hf_tensors(self) -> Iterator[NamedTensor]:
         """Yield the whole tensors by HF name, in the same order on every rank."""
+        ...
+
+    def weight_parts(self) -> Sequence[WeightPart]:
+        """Return this rank's parts of the weights, in the order of their turns; called once a connection."""
         ...
 
     def save_hf(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -53,6 +62,7 @@ class WeightSender:
         self._rank = rank
         self._backend = backend
         self._transport: Transport = NullTransport()
+        self._parts: Sequence[WeightPart] = ()
         self._proven = False
         self._weights_from = ""
         self.version: int | None = None
@@ -80,6 +90,7 @@ class WeightSender:
         self._transport.leave()
         self._transport = NullTransport()  # also if the engines cannot be reached
         self._proven = False
+        self._parts = self._source.weight_parts() if self._args.num_weight_owners > 1 else ()
         self._transport = open_transport(
             Opening(
                 args=self._args,
@@ -89,6 +100,7 @@ class WeightSender:
                 router_url=router_url,
                 engine_urls=engine_urls,
                 engine_ranks=engine_ranks,
+                parts=self._parts,
                 shared_with=shared_with,
             )
         )
@@ -101,14 +113,12 @@ class WeightSender:
             RuntimeError: they did not arrive; the error names the engines.
         """
         self.version = version
-        tensors = self._tensors()
-        if self._args.engines_on_cpu:  # makes no copy if the trainer is on the CPU, too
-            tensors = ((name, tensor.cpu()) for name, tensor in tensors)
-        try:
-            report = self._transport.send(tensors, version=version)
-        except RuntimeError:
-            drain(tensors)  # an engine was lost, but the other ranks' gathers still need this one
-            raise
+        transport = self._transport
+        report = (
+            self._send_parts(transport, version)
+            if isinstance(transport, OwnersTransport)
+            else self._send_whole(transport, version)
+        )
         if self._transport.asks_engines:
             check_versions(self._transport, version=version)
         if self._args.check_weight_sync and not self._proven:
@@ -116,9 +126,35 @@ class WeightSender:
             self._proven = True
         return report.metrics()
 
+    def _send_whole(self, transport: Transport, version: int) -> SyncReport:
+        tensors = self._for_engines(self._tensors())
+        try:
+            return transport.send(tensors, version=version)
+        except RuntimeError:
+            drain(tensors)  # an engine was lost, but the other ranks' gathers still need this one
+            raise
+
+    def _send_parts(self, transport: OwnersTransport, version: int) -> SyncReport:
+        parts = self._parts
+        check = FiniteCheck(lambda: chain.from_iterable(part.tensors() for part in parts), described=self._description)
+
+        def watched(part: WeightPart) -> Iterator[NamedTensor]:
+            return self._for_engines(check.watched(part.tensors()))
+
+        sent = [replace(part, tensors=partial(watched, part)) for part in parts]
+        return transport.send_parts(sent, check=check.finish, version=version)
+
+    def _for_engines(self, tensors: Iterator[NamedTensor]) -> Iterator[NamedTensor]:
+        if not self._args.engines_on_cpu:
+            return tensors
+        return ((name, tensor.cpu()) for name, tensor in tensors)  # makes no copy if the trainer is on the CPU, too
+
+    def _description(self) -> str:
+        return f"the actor's weights, {self._weights_from}"
+
     def _tensors(self) -> Iterator[NamedTensor]:
         """Return the actor's whole tensors under their HF names; the stream raises RunError if one is not finite."""
-        return finite(self._source.iter_hf_tensors, described=lambda: f"the actor's weights, {self._weights_from}")
+        return finite(self._source.iter_hf_tensors, described=self._description)
 
     def _prove(self, version: int) -> None:
         directory = Path(self._args.resolved.update_weight_disk_dir) / PROOF

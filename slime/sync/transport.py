@@ -26,7 +26,7 @@ What unblocks a side that waits:
 - Rank 0 in the pause: the engines become idle. An error follows after `drain_within` seconds without progress.
 - Rank 0 in a bucket: all engines have answered. An engine that dies fails its request, and the sync ends with an error.
 - A rank > 0 in a gather: rank 0 gathers, too. After an error rank 0 runs through the rest of the stream for this reason
-  (`sender.WeightSender`).
+  (`sender.WeightSender`). With several pipeline stages or expert ranks see `owners`.
 - An engine in a bucket: the broadcast arrives. After an error the group is closed, which ends the broadcast.
 - A paused engine after an error: its session is ended within END_WITHIN_S, and it continues within CONTINUE_WITHIN_S.
 
@@ -48,6 +48,7 @@ import torch
 
 from slime.config.args import Args
 from slime.core.pausing import PauseChoice
+from slime.core.weight_parts import WeightPart
 from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.keys import Keys
@@ -104,6 +105,8 @@ class Opening:
     engine_urls: Sequence[str]
     engine_ranks: Sequence[int]
     """The number of ranks of each engine, in the order of the URLs."""
+    parts: Sequence[WeightPart] = ()
+    """This trainer's parts, if weights are split over pipeline stages or expert ranks; none if not."""
     shared_with: Sequence[Sequence[int]] = ()
     """With colocation: for each engine the trainers on its devices, in the order of the engine's ranks."""
 

@@ -32,7 +32,7 @@ from slime.engine.server_process import ManagedProcess, find_free_port
 from slime.engine.weight_group import WeightGroup, join_weight_group
 from slime.models.hf_files import HFReader, write_hf
 from slime.sync.broadcast import BroadcastTransport
-from slime.sync.buckets import Buckets, FlatBuckets
+from slime.sync.buckets import Buckets
 from slime.sync.disk import DiskTransport
 from slime.sync.proof import PROMPT, check_versions, prove_weights
 from slime.sync.transport import Transport
@@ -382,7 +382,8 @@ def speed(report: Report) -> None:
             version = 1
             for size in (512, 1024, 2048, 4096):
                 plain = plain_broadcast(total, size * MIB)
-                transport._buckets = FlatBuckets(size * MIB)
+                transport._bucket_bytes = size * MIB
+                transport._buckets.clear()
                 taken: list[float] = []
                 version += 1
                 transport.send(tensors(), version=version)  # allocates this size's memory, on both sides

@@ -11,6 +11,7 @@ import torch
 
 from slime.config.args import Args
 from slime.config.weight_transports import TRANSPORTS, TransportFacts
+from slime.core.weight_parts import WeightPart
 from slime.engine.bucket_layout import NamedTensor
 from slime.sync.buckets import Buckets
 from slime.sync.disk import DiskTransport
@@ -63,6 +64,9 @@ class Weights:
         for each in self.weights:
             self.gathered += 1
             yield each
+
+    def weight_parts(self) -> list[WeightPart]:
+        raise AssertionError("the weights are on one rank")
 
     def save_hf(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         raise AssertionError("the sync is not to be proven")

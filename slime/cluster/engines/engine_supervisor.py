@@ -29,7 +29,7 @@ from slime.core.errors import Fault, RunError
 from slime.engine.client import EngineClient
 from slime.engine.launch import launch_router
 from slime.engine.membership import Membership
-from slime.engine.protocol import WEIGHT_GROUP
+from slime.engine.protocol import weight_groups
 from slime.engine.server_process import ManagedProcess, find_free_port
 
 NOTICED_S = 5 * POLL_S
@@ -163,7 +163,7 @@ class EngineSupervisor:
         They leave the weight group if they do not hang. One that gives no answer in `presence.LEAVE_WITHIN_S` seconds
         is ended, and is restarted like one that has died. This returns after its end was noticed.
         """
-        for url in await self._client.presence.hanging(WEIGHT_GROUP):
+        for url in await self._client.presence.hanging(*weight_groups(self._args.num_weight_owners)):
             for engine in [engine for engine in self._engines if engine.url == url and engine.up]:
                 self._say(
                     f"engine {engine.index} ({url}) hangs in the weight sync that the loss of an engine has broken: it "

@@ -22,6 +22,7 @@ from slime.engine.client import EngineClient
 from slime.engine.external import free_engines
 from slime.engine.keys import Keys
 from slime.engine.membership import Membership
+from slime.engine.protocol import weight_groups
 from slime.engine.server_process import ManagedProcess
 from slime.engine.sleep import FOR_GENERATION, FOR_WEIGHTS, put_to_sleep
 from slime.rollout.context import RolloutContext
@@ -219,8 +220,9 @@ async def connect(
     watched = [answering("the router", router_url, client)] if router is None else []
     external = args.rollout_external_engines
     if external:
-        cleanup.push_async_callback(free_engines, client)
-        await free_engines(client)
+        groups = weight_groups(args.num_weight_owners)
+        cleanup.push_async_callback(free_engines, client, groups)
+        await free_engines(client, groups)
         watched += [answering("the engine", url, client) for url in urls]
     supervisor = EngineSupervisor(
         args,

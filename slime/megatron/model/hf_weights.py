@@ -20,12 +20,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from slime.config.architecture import config_of, read_hf_config
 from slime.config.args import Args
 from slime.config.quantized import refuse_quantized
 from slime.core.architecture import Architecture, padded_vocab_size
+from slime.core.weight_parts import WeightPart
 from slime.megatron import device
 from slime.megatron.model.build import EMBEDDING, OUTPUT, VALUE_HEAD, ModelChunks, named_weights
 from slime.megatron.parallel import expert_place, pipeline_group, tensor_group
@@ -211,6 +213,57 @@ def _iter_whole(
             for whole, of_whole in wholes.items():
                 for hf_name, tensor in table.to_hf(whole, table.join(whole, of_whole)):
                     yield hf_name, tensor.contiguous()
+
+
+def weight_parts(model: ModelChunks, architecture: Architecture) -> list[WeightPart]:
+    """Return this rank's parts of the weights, in the order of their turns; collective over all ranks, once.
+
+    No weight leaves its pipeline stage or its expert rank. The experts' turns come first: one for each expert rank of
+    the first stage, then of the second... The other weights of each stage follow. For example, with two stages and two
+    expert ranks, turns 0 and 1 are the experts of stage 0, 2 and 3 those of stage 1, and 4 and 5 the rest of each. So
+    no rank streams one part for a peer while it should send another one, and the last part is not empty.
+    """
+    table = weight_table(architecture)
+    stages = _stages(dict(named_weights(model)))
+    table.check(_names(stages), table.hf_names())
+    stage, place = pipeline_group().rank(), expert_place()
+    num_turns = len(stages)
+    first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+    def part(turn: int, *, experts: bool, sent: bool) -> WeightPart:
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            return _iter_own(table, dict(named_weights(model)), stages, architecture.num_experts, experts=experts)
+
+        return WeightPart(turn, num_turns, sent, tensors)
+
+    parts: list[WeightPart] = []
+    if architecture.num_experts:
+        num_turns += len(stages) * place.ep_size
+        owns = parallel_state.get_expert_data_parallel_rank() == 0 and place.etp_rank == 0
+        parts.append(part(stage * place.ep_size + place.ep_rank, experts=True, sent=owns))
+    rest = part(num_turns - len(stages) + stage, experts=False, sent=first and tensor_group().rank() == 0)
+    return [*parts, rest]
+
+
+def _iter_own(
+    table: WeightTable,
+    weights: Mapping[str, Tensor],
+    stages: Sequence[Mapping[str, _Held]],
+    num_experts: int,
+    *,
+    experts: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield this stage's and this expert rank's whole tensors: its experts, or all others."""
+    stage, place = pipeline_group().rank(), expert_place()
+    for owner, names in _gathers(table, stages, num_experts // place.ep_size):
+        own = [name for name in names if owner == stage and (_expert(name) is not None) == experts]
+        parts = [weights[name].detach() for name in own]
+        cut = [i for i, name in enumerate(own) if experts or table.rule(name).tp_axis is not None]
+        group = place.tensor_group if experts else tensor_group()
+        gathered = dict(zip(cut, _of_all_ranks([parts[i] for i in cut], group), strict=True))
+        for i, name in enumerate(own):
+            for hf_name, tensor in table.to_hf(name, table.join(name, gathered.get(i, [parts[i]]))):
+                yield hf_name, tensor.contiguous()
 
 
 def _gathers(
