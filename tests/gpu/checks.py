@@ -35,6 +35,7 @@ MODULES = (
     "learn",
     "rollout_speed",
     "layouts",
+    "pipeline",
     "scripts",
 )
 """The modules of tests/gpu in the order in which they run; a name with a dot is a module elsewhere."""
