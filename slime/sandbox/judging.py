@@ -112,6 +112,8 @@ def _verdict(told: Ended, ended: Ended) -> Judged:
     """Combine what the tests' process has found and how the code's process ended."""
     if told.outcome is Outcome.TIMEOUT or told.outcome is Outcome.MEMORY:  # by the values that they were given
         return Judged(told.outcome, f"the tests: {_reason(told)}")
+    if told.stopped == "output":  # a test printed what the code returned
+        return Judged(Outcome.REFUSED, f"the tests: {_reason(told)}")
     try:
         found = json.loads(told.stdout)
     except ValueError as error:

@@ -37,7 +37,8 @@ DENIED = {
 }  # fmt: skip
 """These calls fail with EPERM: programs try some of them without harm in mind."""
 
-_SOCKET, _CLONE, _CLONE3 = (41, 198), (56, 220), (435, 435)
+_SOCKET, _SOCKETPAIR, _PRLIMIT = (41, 198), (53, 199), (302, 261)
+_CLONE, _CLONE3 = (56, 220), (435, 435)
 _AF_UNIX = 1
 _NEW_NAMESPACE = 0x7E020080
 """The flags of clone that make a namespace (time, mount, cgroup, uts, ipc, user, pid, net)."""
@@ -87,10 +88,21 @@ def filter_program(machine: str | None = None) -> bytes:
         _step(_ANY_BIT, _NEW_NAMESPACE, 0, 1),
         _step(_RETURN, _KILL),
         _step(_RETURN, _ALLOW),
-        _step(_EQUAL, _SOCKET[column], 0, 3),
-        _step(_LOAD, _FIRST_ARGUMENT_AT),
-        _step(_EQUAL, _AF_UNIX, 1, 0),
-        _step(_RETURN, _KILL),
+        _only(_SOCKET[column], _AF_UNIX, _KILL),
+        _only(_SOCKETPAIR[column], _AF_UNIX, _KILL),
+        # Limits of another process: process 1 may be of the same user, and would end by a limit that it does not have.
+        _only(_PRLIMIT[column], 0, deny),
         _step(_RETURN, _ALLOW),
     ]
     return b"".join(steps)
+
+
+def _only(number: int, argument: int, otherwise: int) -> bytes:
+    """Return the steps that allow a call if its first argument is `argument`."""
+    return (
+        _step(_EQUAL, number, 0, 4)
+        + _step(_LOAD, _FIRST_ARGUMENT_AT)
+        + _step(_EQUAL, argument, 1, 0)
+        + _step(_RETURN, otherwise)
+        + _step(_RETURN, _ALLOW)
+    )

@@ -96,6 +96,10 @@ ATTEMPTS = {
     ),
     "memory without a file": Attempt("import os\nos.memfd_create('x')" + _DONE, _CRASH),
     # ---- limits
+    "a pair of other sockets": Attempt("import socket\nsocket.socketpair(30, 5)" + _DONE, _REFUSED, control=False),
+    "limits of process 1": Attempt(
+        "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU)" + _DONE, _CRASH
+    ),
     "more open files": Attempt(
         "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))" + _DONE, _CRASH, control=False
     ),

@@ -93,6 +93,7 @@ FORGERIES = {
     "loops": ("def add(a, b):\n  while True: pass", "timeout"),
     "fills memory": ("def add(a, b): return ' ' * (1 << 40)", "memory"),
     "opens a socket": ("def add(a, b):\n  import socket\n  socket.socket()", "refused"),
+    "fills the tests' output": ("def add(a, b): return '3' * (3 << 20)", "refused"),
     "returns too much": ("def add(a, b): return 'x' * (9 << 20)", "crash"),
     "returns deep lists": ("def add(a, b):\n  x = []\n  for _ in range(9**5): x = [x]\n  return x", "crash"),
 }  # fmt: skip
@@ -102,6 +103,7 @@ FORGERIES = {
 def test_code_cannot_write_its_verdict(name: str) -> None:
     code, expected = FORGERIES[name]
     tests = (TEST, "assert abs(add(1, 1) - 2) < 1e-9") if name == "defines built-ins" else (TEST,)
+    tests = (f"print(add(2, 2))\n{TEST}",) if name == "fills the tests' output" else tests
     limits = Limits(cpu_seconds=1) if expected == "timeout" else None
     assert outcome(code, *tests, limits=limits) == expected
 

@@ -115,7 +115,9 @@ for kind in ("namespaces", "rlimits"):
           outcome("print('x' * (1 << 22))"), outcome("while 1: pass", cpu_seconds=1),
           outcome("kept = [open('/dev/null') for _ in range(200)]"),
           outcome("import ctypes; ctypes.CDLL(None).ptrace()"),
-          outcome("import os; os.mkdir('/x')"), outcome("import os; print(os.environ['SECRET'])"))
+          outcome("import os; os.mkdir('/x')"), outcome("import os; print(os.environ['SECRET'])"),
+          outcome("import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))"),
+          outcome("import resource; resource.prlimit(0, resource.RLIMIT_CPU)"))
 for kind in ("namespaces", "rlimits"):
     ours, theirs = os.pipe()
     daemon = "import os, time\\nif os.fork() == 0:\\n  os.setsid()\\n  if os.fork(): os._exit(0)\\n  time.sleep(60)\\n"
@@ -139,7 +141,7 @@ def test_ordinary_users_and_weaker_isolation(tmp_path: Path) -> None:
         ["/usr/bin/python3", "-B", "-c", AS_NOBODY], user=65534, group=65534, extra_groups=[], cwd="/", text=True,
         capture_output=True, env={"PYTHONPATH": str(ROOT), "SECRET": "x"},
     )  # fmt: skip
-    expected = "None refused memory refused timeout crash refused crash crash"
+    expected = "None refused memory refused timeout crash refused crash crash crash None"
     assert done.stdout.splitlines() == [
         f"namespaces {expected}", f"rlimits {expected}", "namespaces b''", "rlimits b''",
     ], done.stderr  # fmt: skip
