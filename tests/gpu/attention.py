@@ -279,6 +279,9 @@ def repeats(report: Report) -> None:
             report.row(f"{what}, deterministic: the kernel", name, TORCH.name, name == TORCH.name)
             differ = runs_that_differ(lambda *x, cu=cu, r=rest: BEST(*x, *cu, *r), tensors)
             report.row(f"{what}, deterministic: runs of 8 that differ", differ, 0, differ == 0)
+            floats = [tensor.detach().float() for tensor in tensors]
+            differ = runs_that_differ(lambda *x, cu=cu, r=rest: BEST(*x, *cu, *r), floats)
+            report.row(f"{what}, float32, deterministic: runs of 8 that differ", differ, 0, differ == 0)
         for kernel in (kernel for kernel in fitting(torch.bfloat16, 128) if kernel is not EACH):
             differ = runs_that_differ(lambda *x, cu=cu, r=rest, k=kernel: k.attend(*x, *cu, *r), tensors)
             report.row(f"{what}, {kernel.name} as it is: runs of 8 that differ", differ)

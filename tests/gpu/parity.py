@@ -355,7 +355,7 @@ def adam_of(sizes: list[int], *, decay: float) -> tuple[Any, list[Tensor]]:
     models = [main.bfloat16() for main in mains]
     adam: Any = torch.optim.AdamW(mains, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, weight_decay=decay, fused=True)
     adam.__class__ = OnePassAdamW
-    adam.model_of = dict(zip(mains, models, strict=True))
+    adam.model_of, adam.together = dict(zip(mains, models, strict=True)), {}
     return adam, models
 
 
@@ -405,13 +405,18 @@ def adamw_cases(report: Report, sizes: list[int]) -> None:
 @check(minutes=3)
 def adamw(report: Report) -> None:
     """Check the Adam that writes the model's weights in its own pass: odd sizes, then its speed."""
-    adamw_cases(report, [1, 7, 2048, 5001, 1_000_003])
-    adam, _ = adam_of([2**28, 2**26 + 1], decay=0.1)
-    for group in adam.param_groups:
-        for main in group["params"]:
+    adamw_cases(report, [1, 7, 2048, 5001, 1_000_003, 160_000, 4096])
+    for what, sizes in (
+        ("3.4e8 weights in two tensors, one of odd size", [2**28, 2**26 + 1]),
+        ("3.4e8 weights in 80 tensors", [2**22] * 80),
+        ("1,024 weights in 200 tensors of 1,024", [1024] * 200),
+    ):
+        adam, _ = adam_of(sizes, decay=0.1)
+        for main in adam.param_groups[0]["params"]:
             main.grad = torch.ones_like(main)
-    size = sum(main.numel() for main in adam.param_groups[0]["params"])
-    report.row("AdamW of 3.4e8 weights", f"{gb_per_second(adam.step, 30 * size, 10):,.0f} GB/s", copy_speed())
+        seconds = 30 * sum(sizes) / gb_per_second(adam.step, 30 * sum(sizes), 10) / 1e9
+        speed = f"{seconds * 1e3:.3f} ms, {30 * sum(sizes) / seconds / 1e9:,.0f} GB/s"
+        report.row(f"AdamW of {what}", speed, copy_speed())
 
 
 @contextmanager

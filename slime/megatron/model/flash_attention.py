@@ -30,13 +30,15 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +222,23 @@ def attend_fa4(
     return out
 
 
+@contextmanager
+def _strictly_deterministic() -> Iterator[None]:
+    """Where deterministic algorithms are on and others give a warning, let only deterministic ones run inside.
+
+    PyTorch's flash attention has a deterministic backward pass, and uses it only if the other one would be an error.
+    With warnings (`device.use_deterministic_algorithms`) it would add gradients in the order in which blocks finish.
+    """
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 class _Flash(torch.autograd.Function):
     """The flash attention of PyTorch: aten::_flash_attention_forward and its backward pass."""
 
@@ -246,23 +265,24 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query_Q, key_K, value_K, out_Q, log_sums, cu_q, cu_k, rng_state, unused = ctx.saved_tensors
         max_q, max_k, scale = ctx.options
-        of_query_Q, of_key_K, of_value_K = torch.ops.aten._flash_attention_backward(
-            gradients[0].contiguous(),
-            query_Q,
-            key_K,
-            value_K,
-            out_Q,
-            log_sums,
-            cu_q,
-            cu_k,
-            max_q,
-            max_k,
-            0.0,
-            True,
-            rng_state,
-            unused,
-            scale=scale,
-        )
+        with _strictly_deterministic():
+            of_query_Q, of_key_K, of_value_K = torch.ops.aten._flash_attention_backward(
+                gradients[0].contiguous(),
+                query_Q,
+                key_K,
+                value_K,
+                out_Q,
+                log_sums,
+                cu_q,
+                cu_k,
+                max_q,
+                max_k,
+                0.0,
+                True,
+                rng_state,
+                unused,
+                scale=scale,
+            )
         return of_query_Q, of_key_K, of_value_K, None, None, None, None, None
 
 
@@ -283,7 +303,20 @@ def attend_torch(
 def attend_each(
     query_Q: Tensor, key_K: Tensor, value_K: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None
 ) -> Tensor:
-    """Compute `attend` with one SDPA call per sequence: correct everywhere, and slow."""
+    """Compute `attend` with one SDPA call per sequence: correct everywhere, and slow.
+
+    Deterministic algorithms on a GPU leave SDPA its plain implementation only: its memory-efficient one adds gradients
+    in any order if others than deterministic ones merely give a warning.
+    """
+    if query_Q.is_cuda and torch.are_deterministic_algorithms_enabled():
+        with sdpa_kernel(SDPBackend.MATH):
+            return _attend_each(query_Q, key_K, value_K, cu_q, cu_k, scale)
+    return _attend_each(query_Q, key_K, value_K, cu_q, cu_k, scale)
+
+
+def _attend_each(
+    query_Q: Tensor, key_K: Tensor, value_K: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None
+) -> Tensor:
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
     outputs: list[Tensor] = []
     for number in range(len(starts_q) - 1):

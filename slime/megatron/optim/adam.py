@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from slime.megatron import device
 from slime.megatron.compat import apply
+
+if TYPE_CHECKING:
+    from slime.megatron.model.kernels import triton_adamw
 
 _Original = distrib_optimizer.DistributedOptimizer
 
@@ -81,22 +84,46 @@ class OnePassAdamW(torch.optim.AdamW):
 
     model_of: dict[Tensor, Tensor]
     """The model's memory that gets the rounded value of each main weight."""
+    together: dict[int, triton_adamw.Weights]
+    """What steps all weights of a group, by the group's number."""
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from slime.megatron.model.kernels import triton_adamw
+
         start_adam(self)
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             weights: list[Tensor] = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
                 continue
             counted = count_steps(self, weights, group)
-            for place, weight in enumerate(weights):
-                assert weight.grad is not None
-                state = self.state[weight]
-                moments = [state["exp_avg"], state["exp_avg_sq"]]
-                pass_over(group, weight.grad, weight, moments, self.model_of.get(weight), counted, place)
+            if number not in self.together:
+                self.together[number] = triton_adamw.Weights()
+            self.together[number].step(
+                [self._memory(weight) for weight in weights],
+                counted.corrections,
+                scale=counted.scale,
+                skip=counted.skip,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                betas=group["betas"],
+                eps=group["eps"],
+            )
+
+    def _memory(self, weight: Tensor) -> triton_adamw.Memory:
+        from slime.megatron.model.kernels import triton_adamw
+
+        assert weight.grad is not None
+        state, model = self.state[weight], self.model_of.get(weight)
+        return triton_adamw.Memory(
+            gradient=weight.grad,
+            weight=weight,
+            exp_avg=state["exp_avg"],
+            exp_avg_sq=state["exp_avg_sq"],
+            model=model,
+        )
 
 
 @dataclass(frozen=True)
@@ -167,7 +194,8 @@ def step_in_one_pass(part: MegatronOptimizer) -> bool:
     if not plain or not all(w.is_cuda and w.dtype == torch.float32 and w.is_contiguous() for w in weights):
         return False
     apply.change_class(adam, OnePassAdamW)
-    adam.model_of = dict(model_memory(part))  # pyright: ignore[reportAttributeAccessIssue]
+    made: Any = adam
+    made.model_of, made.together = dict(model_memory(part)), {}
     apply.replace_on(part, "_copy_main_params_to_model_params", lambda: None)  # the step has written them
     return True
 
