@@ -2,7 +2,8 @@
 # make demo-control    the same with rewards shuffled between samples: it must not learn
 # make bench           compares slime with its alternatives and updates docs/PERFORMANCE.md; or one of bench-engine,
 #                      bench-trainer, bench-packing, bench-host, bench-arrival, bench-rollout, bench-evaluation,
-#                      bench-state, bench-sync, bench-memory, bench-loop (which installs TRL into .venv-trl)
+#                      bench-state, bench-checkpoint, bench-sync, bench-memory, bench-loop (which installs TRL
+#                      into .venv-trl)
 # make bench-estimators   trains the demo's task with every estimator and updates docs/ALGORITHMS.md
 #                      (after make demo, and MODEL=qwen3-moe-tiny make demo)
 # make test            the tests        make check    lint, format and types
@@ -24,7 +25,7 @@ TRL_VENV ?= .venv-trl
 TRL_BIN := $(if $(filter /%,$(TRL_VENV)),$(TRL_VENV),$(CURDIR)/$(TRL_VENV))/bin
 TRL_STAMP := $(TRL_VENV)/.installed
 
-.PHONY: install demo demo-control bench bench-engine bench-estimators bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-evaluation bench-state bench-sync bench-memory bench-loop test test-kill test-layouts test-inputs test-chaos test-gpu check
+.PHONY: install demo demo-control bench bench-engine bench-estimators bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-evaluation bench-state bench-checkpoint bench-sync bench-memory bench-loop test test-kill test-layouts test-inputs test-chaos test-gpu check
 
 install: $(STAMP)
 
@@ -48,7 +49,7 @@ $(TRL_STAMP): bench/trl-requirements.txt
 	"$(TRL_BIN)/python" -m pip install --quiet --requirement bench/trl-requirements.txt
 	touch $@
 
-bench: bench-engine bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-evaluation bench-state bench-sync bench-memory bench-loop
+bench: bench-engine bench-trainer bench-packing bench-host bench-arrival bench-rollout bench-evaluation bench-state bench-checkpoint bench-sync bench-memory bench-loop
 	"$(BIN)/python" -m bench.report
 
 bench-engine: $(STAMP)
@@ -77,6 +78,9 @@ bench-memory: $(STAMP)
 
 bench-state: $(STAMP)
 	"$(BIN)/python" -W ignore -m bench.state
+
+bench-checkpoint: $(STAMP)
+	"$(BIN)/python" -W ignore -m bench.checkpoint
 
 bench-sync: $(STAMP)
 	"$(BIN)/python" -W ignore -m bench.weight_sync

@@ -28,6 +28,7 @@ In both loops an evaluation runs while the next rollout is generated, by the sam
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,11 +45,16 @@ from slime.cluster.loop.loop_state import Generation, Trained
 from slime.cluster.loop.progress_poll import ProgressPoll
 from slime.cluster.loop.saving import Saving
 from slime.config.args import Args
+from slime.core.errors import RunError
 from slime.observability.best_checkpoint import BestCheckpoint
 from slime.observability.console.run_console import RunConsole
 from slime.observability.metrics_log import MetricsLog
 from slime.rollout.ahead import OneAhead
 
+logger = logging.getLogger(__name__)
+
+RESCUE_S = 60.0
+"""Seconds that a checkpoint gets to become complete after an error."""
 POLL_LIVE_S, POLL_PLAIN_S = 1.0, 5.0
 """Seconds between two questions about the rollout manager's progress, for a live view and for a plain log."""
 
@@ -105,6 +111,7 @@ class Cluster:
         """Yield the ids of the rollouts that are left; each iteration is one step of the clock."""
         for rollout_id in range(self._first, self._last):
             self._journal.begin(rollout_id)
+            self._finish_save(wait=False)
             yield rollout_id
             times = self._journal.close()
             self._done = rollout_id + 1
@@ -134,6 +141,7 @@ class Cluster:
             seconds["generation"] = metrics.pop("time/generation", 0.0)
             seconds["reward"] = metrics.pop("time/reward", 0.0)
         self._journal.add("generation", metrics)
+        self._finish_save(wait=False)
         self._finish_evaluation()
         return this.parts
 
@@ -149,6 +157,7 @@ class Cluster:
         waited = min(this.waited, metrics["time/rollout"])
         metrics |= {"time/rollout_waited": waited, "time/rollout_hidden": metrics["time/rollout"] - waited}
         self._journal.add("generation", metrics)
+        self._finish_save(wait=False)
         self._finish_evaluation()
         return this.parts
 
@@ -191,6 +200,7 @@ class Cluster:
             self._settle_ahead()
             self._memory.to_trainers()
             self._save(self._unsaved, export=False)
+        self._finish_save(wait=True)
         self._stop.let_go(None)
 
     def _settle_ahead(self) -> None:
@@ -235,10 +245,31 @@ class Cluster:
         self._save(self._unsaved, export=due)
 
     def _save(self, trained: Trained, *, export: bool) -> None:
-        """Save the state after `trained`, which lets a signal end the run."""
-        path = self._saving.save(trained, export=export)
+        """Begin to save the state after `trained`; a signal ends the run once it is complete."""
+        self._finish_save(wait=True)
+        self._saving.begin(trained, export=export)
         self._unsaved = None
-        self._stop.let_go(path)
+        self._finish_save(wait=self._stop.asked is not None)
+
+    def _finish_save(self, *, wait: bool) -> None:
+        """Note a checkpoint that is complete now; if nothing else is to be saved, a signal ends the run."""
+        path = self._saving.finish(wait=wait)
+        if path is not None and self._unsaved is None:
+            self._stop.let_go(path)
+
+    @contextmanager
+    def last_save(self) -> Iterator[None]:
+        """Wait for the last checkpoint at the end of the block, also for some time after an error."""
+        try:
+            yield
+        except RunError:
+            self._waiter.set_limit(RESCUE_S, because="after an error")
+            try:
+                self._saving.finish(wait=True)
+            except RunError as error:
+                logger.warning("the last checkpoint was not completed: %s", error)
+            raise
+        self._finish_save(wait=True)
 
     def sync_weights(self) -> None:
         """Send the actor's weights to every engine, as the next policy version.
@@ -246,6 +277,7 @@ class Cluster:
         With --update-weight-pause drain, a rollout in flight is generated to its end first.
         """
         processes = self._processes
+        self._finish_save(wait=False)
         self._policy_version += 1
         if not self._args.num_engines or not processes.trainers:
             return
@@ -307,4 +339,5 @@ class Cluster:
                 raise
         metrics = self._journal.evaluated(running.step, metrics)
         if self._best is not None:
+            self._finish_save(wait=True)  # the weights that were evaluated are in it
             self._best.evaluated(metrics, step=running.step)

@@ -69,9 +69,8 @@ def running_cluster(
         stop.install()  # Ray has replaced our handler with its own
         memory = make_memory_schedule(args, processes)
         loaded, warnings = memory.load()
-        first, last, policy_version, state = 0, processes.num_rollouts, 0, None
-        if loaded is not None:
-            first, state = loaded.next_rollout_id, loaded.state
+        last, policy_version = processes.num_rollouts, 0
+        first, state = (0, None) if loaded is None else (loaded.next_rollout_id, loaded.state)
         if state is not None:
             policy_version = state["policy_version"]
             restoring = [processes.manager.load_state_dict.remote(state["rollout"])]
@@ -118,8 +117,9 @@ def running_cluster(
             rollouts=range(first, last),
             policy_version=policy_version,
         )
-        yield cluster
-        outcome = cluster.outcome(time.monotonic() - begin, loaded=None if loaded is None else loaded.source)
+        with cluster.last_save():
+            yield cluster
+        outcome = cluster.outcome(time.monotonic() - begin, loaded=loaded and loaded.source)
     for line in closing_lines(args, outcome):
         console.say(line, whole=line.startswith(("model: ", "next: ")))  # these are copied
 

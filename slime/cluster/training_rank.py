@@ -62,14 +62,23 @@ class TrainingRank:
             metrics |= {f"eval/{name}/{metric}": value for metric, value in losses.items()}
         return metrics
 
-    def save(self, rollout_id: int, state: dict[str, Any], *, export: bool) -> str:
-        """Export with --save-hf (if `export`), then save a checkpoint, and return the checkpoint's path.
+    def save(self, rollout_id: int, state: dict[str, Any], *, export: bool) -> None:
+        """Export with --save-hf (if `export`), then begin to save a checkpoint of this moment.
 
         The export comes first. A run that is killed in between resumes from the checkpoint before, and exports again.
         """
         if export and self._args.save_hf is not None:
             self._trainer.save_hf(Path(self._args.save_hf.format(rollout_id=rollout_id)))
-        return str(self._trainer.save(rollout_id, state))
+        self._trainer.begin_save(rollout_id, state)
+
+    def is_writing(self) -> bool:
+        """Return whether a checkpoint is being written; not collective."""
+        return self._trainer.saver.is_busy
+
+    def finish_save(self) -> tuple[str, float]:
+        """Wait until the checkpoint that was begun is complete; return its path, and the seconds that it took."""
+        written = self._trainer.saver.finish()
+        return str(written.path), written.seconds
 
     def sleep(self, *, keep_weights: bool) -> None:
         """Give the device's memory back; keep that of the actor's weights if they are sent next."""

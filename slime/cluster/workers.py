@@ -66,9 +66,17 @@ class TrainWorker:
         """Return the loss on each set of examples (see `TrainingRank.validate`)."""
         return self._rank().validate(sets)
 
-    def save(self, rollout_id: int, state: dict[str, Any], *, export: bool) -> str:
-        """Export and save a checkpoint, and return its path (see `TrainingRank.save`)."""
-        return self._rank().save(rollout_id, state, export=export)
+    def save(self, rollout_id: int, state: dict[str, Any], *, export: bool) -> None:
+        """Export, and begin to save a checkpoint (see `TrainingRank.save`)."""
+        self._rank().save(rollout_id, state, export=export)
+
+    def is_writing(self) -> bool:
+        """Return whether a checkpoint is being written."""
+        return self._rank().is_writing()
+
+    def finish_save(self) -> tuple[str, float]:
+        """Wait for the checkpoint, and return its path and seconds (see `TrainingRank.finish_save`)."""
+        return self._rank().finish_save()
 
     def sleep(self, *, keep_weights: bool) -> None:
         """Give the device's memory back; keep that of the weights if they are sent next."""

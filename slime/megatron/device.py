@@ -77,8 +77,8 @@ def lock_pages(array: torch.Tensor) -> bool:
     error = int(_runtime().cudaHostRegister(array.data_ptr(), array.nbytes, 0))
     if error:
         raise RuntimeError(
-            f"CUDA cannot lock {array.nbytes / 1e9:.2f} GB of host memory (error {error}): leave "
-            "--optimizer-cpu-offload out, or give the process more memory (ulimit -l)"
+            f"CUDA cannot lock {array.nbytes / 1e9:.2f} GB of host memory (error {error}): give the process more "
+            "memory (ulimit -l), or leave --optimizer-cpu-offload out if it is given"
         )
     return True
 

@@ -31,8 +31,9 @@ from slime.core.rank_batch import RankBatch, RankStep
 from slime.core.weight_parts import WeightPart
 from slime.megatron import device, routing_replay
 from slime.megatron.advantages import advantage_columns, counted_rows_of, loss_of, loss_options, loss_weight_columns
+from slime.megatron.checkpoint.background import Saver
 from slime.megatron.checkpoint.files import refuse_abandoned
-from slime.megatron.checkpoint.save_load import FoundCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from slime.megatron.checkpoint.save_load import FoundCheckpoint, find_checkpoint, load_checkpoint, take_checkpoint
 from slime.megatron.checkpoint.search import HF_FILES, HFFiles, find_sound_checkpoint
 from slime.megatron.critic import Critic, critic_metrics
 from slime.megatron.dump_steps import StepDump
@@ -81,6 +82,7 @@ class Trainer:
         self._hf_files = HFFiles(args)
         self._guard = StepGuard(args, self.topology)
         self.critic = Critic(args, self.topology, self._dump) if args.uses_critic else None
+        self.saver = Saver()
 
     # Loading and saving
 
@@ -169,31 +171,36 @@ class Trainer:
             load_checkpoint(found, model=self.model)
         reload_main_weights(self.optimizer)
 
-    def save(self, rollout_id: int, state: dict[str, Any]) -> Path:
-        """Write a complete checkpoint under --save; `load` returns `state` (JSON-able).
+    def begin_save(self, rollout_id: int, state: dict[str, Any]) -> None:
+        """Begin to write a complete checkpoint of this moment under --save; `saver` writes it while training goes on.
 
-        The entry RUN of the state is written as a file of its own, which `load` does not return.
+        `load` returns `state`: JSON-able except for arrays in its dicts, and nobody changes it afterwards. Its entry
+        RUN is written as a file of its own, which `load` does not return.
         """
-        args = self._args
-        if args.save is None:
-            raise ValueError("--save is not given: there is no place for a checkpoint")
-        return save_checkpoint(
+        args, state = self._args, dict(state)
+        assert args.save is not None, "there is a place for checkpoints"
+        take = partial(
+            take_checkpoint,
             args.save,
             rollout_id=rollout_id,
             model=self.model,
             optimizer=None if args.no_save_optim else self.optimizer,
             scheduler=None if args.no_save_optim else self.scheduler,
-            state={key: value for key, value in state.items() if key != RUN}
-            | self._hf_files.state
-            | {"step_guard": self._guard.state_dict()},
             keep_last=args.keep_last_checkpoints,
             critic=None if self.critic is None else self.critic.saved(),
-            texts={RUN_FILE: json.dumps(state[RUN])} if RUN in state else {},
+            texts={RUN_FILE: json.dumps(state.pop(RUN))} if RUN in state else {},  # before `state` is read
+            state=state | self._hf_files.state | {"step_guard": self._guard.state_dict()},
         )
+        self.saver.begin(lambda staging: take(staging=staging))
+
+    def save(self, rollout_id: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint as `begin_save` does, wait until it is complete, and return its path."""
+        self.begin_save(rollout_id, state)
+        return self.saver.finish().path
 
     @property
     def params_dtype(self) -> torch.dtype:
-        """The dtype of the model's weights, and of what `iter_hf_tensors` yields."""
+        """The dtype of the weights, and of what `iter_hf_tensors` yields."""
         return params_dtype(self._args)
 
     def save_hf(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:

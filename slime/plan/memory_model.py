@@ -238,6 +238,8 @@ def stage_memory(args: Args, arch: Architecture, stage: int, *, on_cuda: bool) -
     host = optimizer_on_host + critic_on_host + 2 * reference
     if on_cuda and args.colocate and args.offload:
         host += weights + optimizer + of_critic.weights(rank.width) + critic_state
+    copied = checkpoint_copy(args, rank.width, parameters) + checkpoint_copy(args, rank.width, of_critic)
+    host += copied
     if not on_cuda:
         peaks = {moment: count + host for moment, count in peaks.items()}
     return TrainMemory(
@@ -254,6 +256,17 @@ def stage_memory(args: Args, arch: Architecture, stage: int, *, on_cuda: bool) -
         peaks=peaks,
         host=host if on_cuda else 0,
     )
+
+
+def checkpoint_copy(args: Args, width: int, parameters: Parameters) -> int:
+    """Return the bytes of one rank's share of a checkpoint, of which a save makes a copy in host memory."""
+    if args.save is None or not args.saves:
+        return 0
+    weights = (width * parameters.dense + FP32 * parameters.biases) // dense_ranks(args)
+    weights += width * parameters.experts // expert_ranks(args) if parameters.experts else 0
+    # an optimizer that is not distributed is written by all of its replicas in shares, too
+    optimizer = sum(_optimizer_bytes(replace(args, use_distributed_optimizer=True), parameters))
+    return weights + (0 if args.no_save_optim else optimizer)
 
 
 def _held_by_dispatchers(args: Args, rank: Rank, layers: Sequence[int]) -> int:

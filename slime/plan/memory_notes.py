@@ -16,6 +16,9 @@ def host_note(args: Args) -> str:
     note = "for each GPU"
     if args.colocate and args.offload:
         note += ": weights and optimizer while the engine has it"
+    if args.save is not None and args.saves:
+        note += ", and" if ":" in note else ":"
+        note += " a copy of its share of a checkpoint while that is written"
     return f"{note}; {args.actor_num_gpus_per_node} of them on a node"
 
 

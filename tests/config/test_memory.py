@@ -574,6 +574,21 @@ def test_host_memory_is_not_counted_on_the_gpu() -> None:
     assert offloaded.host == there.host + there.optimizer
 
 
+def test_a_checkpoints_copy_is_in_host_memory() -> None:
+    """Each rank copies its share of weights and optimizer; two data-parallel ranks share both, sharded or not."""
+    args = make_args(GLM4, bf16=True, save="x")
+    one = train_memory(args, on_cuda=True)
+    assert one is not None and one.host == one.weights + one.optimizer
+    for sharded in (True, False):
+        changes = {"use_distributed_optimizer": sharded, "actor_num_gpus_per_node": 2 * args.actor_num_gpus_per_node}
+        two = train_memory(replace(args, **changes), on_cuda=True)
+        assert two is not None and two.host == pytest.approx(one.host / 2, abs=16)
+    bare = train_memory(replace(args, no_save_optim=True), on_cuda=True)
+    assert bare is not None and bare.host == bare.weights
+    never = train_memory(replace(args, save_interval=0), on_cuda=True)
+    assert never is not None and never.host == 0
+
+
 def test_turns_on_a_shared_gpu() -> None:
     args = make_args(
         GLM4, bf16=True, colocate=True, offload=True, rollout_engine="sglang", rollout_num_gpus=1, rollout_batch_size=8

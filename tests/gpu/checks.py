@@ -29,6 +29,7 @@ MODULES = (
     "experts",
     "trainer_speed",
     "trainer",
+    "checkpoint",
     "engine",
     "sync",
     "colocate",

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 
     begin = time.monotonic()
     unbroken = new_run("unbroken")
-    life = Life(unbroken.start("--max-restarts", "0"))
+    life = Life(unbroken.start("--max-restarts", "0"), unbroken.directory / SAVE)
     with ThreadPoolExecutor(options.jobs) as pool:
         try:
             while not unbroken.ended:
@@ -71,9 +71,9 @@ def main(argv: Sequence[str]) -> int:
             if unbroken.wait() != 0:
                 print(unbroken.log[-4000:])
                 return 1
-            spans = ", ".join(f"{span.phase} {span.end - span.start:.2f}" for span in life.spans)
+            spans = ", ".join(f"{span.phase} {span.end - span.start:.2f}" for span in [*life.spans, *life.writes])
             print(f"unbroken run: {life.seconds:.0f} s: {spans}", flush=True)
-            kills = draw(options.kills, options.seed, life.spans)
+            kills = draw(options.kills, options.seed, [*life.spans, *life.writes])
             numbers = range(len(kills)) if options.only is None else options.only
             control = Kill(DRIVER, 0, phases.SYNC, 1, share=0.5, span_seconds=0.0, restarts=False)
 
@@ -99,10 +99,11 @@ def tell(out: Path, outcomes: Sequence[Outcome], control: Outcome, seconds: floa
     write_results(out / "results.json", [*outcomes, control])
     equal = sum(one.equal for one in outcomes)
     noticed = control.problem is None and bool(control.differences)
-    hit = {phase for phase in (phases.SAVE, phases.SYNC) if any(one.hit.startswith(phase) for one in outcomes)}
+    wanted = (phases.WRITE, phases.SYNC)
+    hit = {phase for phase in wanted if any(one.hit.startswith(phase) for one in outcomes)}
     text = f"{table([*outcomes, control])}\n\n{equal} of {len(outcomes)} ended as the unbroken run; "
     text += f"the control (cursor moved by one) {'differs, as it has to' if noticed else 'WAS NOT NOTICED'}; "
-    text += f"in the middle of: {', '.join(sorted(hit)) or 'neither a save nor a weight sync'}; {seconds / 60:.1f} min"
+    text += f"in the middle of: {', '.join(sorted(hit)) or 'neither a write nor a weight sync'}; {seconds / 60:.1f} min"
     (out / "table.txt").write_text(text + "\n")
     print("\n" + text, flush=True)
     return int(equal < len(outcomes) or not noticed or len(hit) < 2)

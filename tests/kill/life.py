@@ -17,15 +17,17 @@ SCAN_S = 0.25
 """Seconds between two searches for the run's actors; the titles of known ones are read each time."""
 POLL_S = 0.004
 
-START, GENERATION, TRAINING, SAVE, SYNC, EVALUATION = (
+START, GENERATION, TRAINING, SAVE, SYNC, EVALUATION, WRITE = (
     "start-up",
     "generation",
     "training",
     "save",
     "weight sync",
     "evaluation",
+    "write",
 )
-PHASES = (START, GENERATION, TRAINING, SAVE, SYNC, EVALUATION)
+PHASES = (START, GENERATION, TRAINING, SAVE, SYNC, EVALUATION, WRITE)
+"""In a save the trainers copy; the write of what they have copied goes on in other phases."""
 TRAINER, MANAGER = "TrainWorker", "RolloutManager"
 _PHASE_OF = {
     "TrainWorker.load": START,
@@ -53,22 +55,27 @@ class Span:
 
 
 class Life:
-    """Follows a run from its start; `pid` is its driver."""
+    """Follows a run from its start; `pid` is its driver, and `save` its directory of checkpoints."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, save: Path) -> None:
+        self._save = save
         self.driver = psutil.Process(pid)
         self._begin = time.monotonic()
         self._actors: dict[int, str] = {}
         self._scanned = -SCAN_S
         self.spans: list[Span] = [Span(START, 0, 0.0, 0.0)]
+        self.writes: list[Span] = []
+        """The spans in which a checkpoint was written; they overlap with the others."""
+        self.is_writing = False
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._begin
 
     def look(self) -> Span:
-        """Return the phase that the run is in, or was in last; `spans` has all phases so far."""
+        """Return the phase that the run is in, or was in last; `spans` and `writes` have all phases so far."""
         now = self.seconds
+        self._look_at_writes(now)
         if now - self._scanned >= SCAN_S:
             self._scan()
             self._scanned = self.seconds
@@ -85,6 +92,14 @@ class Life:
             number = sum(span.phase == phase for span in self.spans)
             self.spans.append(Span(phase, number, now, now))
         return self.spans[-1]
+
+    def _look_at_writes(self, now: float) -> None:
+        before, self.is_writing = self.is_writing, any(self._save.glob(".tmp_iter_*"))
+        if self.is_writing and not before:
+            self.writes.append(Span(WRITE, len(self.writes), now, now))
+        elif self.is_writing:
+            last = self.writes[-1]
+            self.writes[-1] = Span(WRITE, last.number, last.start, now)
 
     def idle(self) -> bool:
         """Return whether the phase that `look` last returned has ended, and no other has begun."""

@@ -46,12 +46,18 @@ SAVE = "run"
 """The directory of --save, in a run's directory."""
 DRIVER, TRAINER, MANAGER = "driver", "trainer", "rollout manager"
 VICTIMS = (DRIVER, TRAINER, MANAGER)
-_ORDER = (phases.SAVE, phases.SYNC, phases.GENERATION, phases.TRAINING, phases.SAVE, phases.SYNC, phases.START)
-"""Phases, which are chosen in turn: a random moment would rarely be in a save or a weight sync, which are short."""
+_ORDER = (
+    *(phases.WRITE, phases.SYNC, phases.GENERATION, phases.TRAINING),
+    *(phases.WRITE, phases.SYNC, phases.SAVE, phases.START),
+)
+"""Phases, which are chosen in turn: a random moment would rarely be in a write or a weight sync, which are short."""
 STOP_EVERY = 3
 SEEN_S = 0.05
 """The shortest span in which a kill is drawn: a phase of an asynchronous run may be over before it is looked at."""
-_STOP_ORDER = (phases.GENERATION, phases.TRAINING, phases.EVALUATION, phases.SYNC, phases.SAVE, phases.START)
+_STOP_ORDER = (
+    *(phases.GENERATION, phases.TRAINING, phases.EVALUATION, phases.SYNC, phases.SAVE, phases.START),
+    phases.WRITE,
+)
 SECOND_AFTER_S = 0.7
 """Seconds between two signals; `slime.cluster.life.stop` takes those within half a second for one."""
 SELDOM = ("--save-interval", "3")
@@ -132,7 +138,7 @@ class Outcome:
 
 
 def draw(count: int, seed: int, spans: Sequence[Span]) -> list[Kill]:
-    """Return `count` planned kills; the first two are in the middle of a save and of a weight sync."""
+    """Return `count` planned kills; the first two are in the middle of a write and of a weight sync."""
     rng = random.Random(seed)
     start_seconds = spans[0].end - spans[0].start
     kills: list[Kill] = []
@@ -178,7 +184,7 @@ def _draw_stop(number: int, rng: random.Random, spans: Sequence[Span]) -> Kill:
         victim=DRIVER,
         rank=0,
         phase=phase,
-        number=min(span.number, 1) if phase == phases.SAVE and seldom else span.number,
+        number=min(span.number, 1) if phase in (phases.SAVE, phases.WRITE) and seldom else span.number,
         share=rng.random(),
         span_seconds=span.end - span.start,
         restarts=False,
@@ -191,10 +197,12 @@ def _draw_stop(number: int, rng: random.Random, spans: Sequence[Span]) -> Kill:
 def strike(planned: Kill, run: Run) -> str | None:
     """Wait for the moment, kill, and return the phase that the run was in; None if the run had ended before."""
     assert run.process is not None
-    life = Life(run.process.pid)
+    life = Life(run.process.pid, run.directory / SAVE)
     there = reached = False
     while not run.ended and not (reached and not there):
         span = life.look()
+        if planned.phase == phases.WRITE:
+            span = life.writes[-1] if life.is_writing else Span("", 0, 0.0, 0.0)
         there = (span.phase, span.number) == (planned.phase, planned.number)
         reached = reached or there
         if there and life.seconds >= span.start + planned.share * planned.span_seconds:
@@ -204,6 +212,8 @@ def strike(planned: Kill, run: Run) -> str | None:
         victim = _victim(planned, life)
         if victim is not None:
             span, idle = life.look(), life.idle()
+            if planned.phase == phases.WRITE and life.is_writing:
+                span, idle = life.writes[-1], False
             rollout = run.log.count("\nrollout ")
             if _send(planned, victim):
                 where = span.phase if span.phase == phases.START else f"{span.phase} of rollout {rollout}"
@@ -318,7 +328,7 @@ def _resume(run: Run, planned: Kill, outcome: Outcome) -> None:
 def _kill_driver(run: Run, seconds: float) -> str:
     """Kill the driver some seconds after its start; return the phase that the run was in."""
     assert run.process is not None
-    life = Life(run.process.pid)
+    life = Life(run.process.pid, run.directory / SAVE)
     while not run.ended and life.seconds < seconds:
         life.look()
         time.sleep(phases.POLL_S)

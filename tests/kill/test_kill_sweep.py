@@ -1,4 +1,4 @@
-"""A small kill sweep: one kill in the middle of a save, and controls that every kind of difference is noticed.
+"""A small kill sweep: one kill while a checkpoint is written, and controls that every kind of difference is noticed.
 
 The runs are --deterministic, and the killed one has one engine where the unbroken one has two.
 """
@@ -59,7 +59,7 @@ class Unbroken:
     """A run that nothing has happened to, and what was seen of it meanwhile."""
 
     save: Path
-    spans: list[Span]
+    writes: list[Span]
     engines: list[str]
     """The engines' command lines."""
 
@@ -76,21 +76,21 @@ def engines_of(run: Run) -> list[str]:
 @pytest.fixture(scope="module")
 def unbroken(new_run: Callable[..., Run]) -> Unbroken:
     run = new_run("unbroken")
-    life = Life(run.start())
+    life = Life(run.start(), run.directory / SAVE)
     engines: list[str] = []
     while not run.ended:
         if life.look().phase == phases.TRAINING and not engines:
             engines = engines_of(run)
         time.sleep(phases.POLL_S)
     assert run.wait() == 0, run.log[-4000:]
-    return Unbroken(run.directory / SAVE, life.spans, engines)
+    return Unbroken(run.directory / SAVE, life.writes, engines)
 
 
 @pytest.mark.timeout(900)  # three starts of a run, while other tests run
-def test_a_run_killed_during_a_save_resumes_exactly(new_run: Callable[..., Run], unbroken: Unbroken) -> None:
+def test_a_run_killed_during_a_write_resumes_exactly(new_run: Callable[..., Run], unbroken: Unbroken) -> None:
     """Before it is started again, nothing is left of it but its directory; its hook has left a daemon."""
-    save = next(span for span in unbroken.spans if (span.phase, span.number) == (phases.SAVE, 1))
-    kill = Kill(DRIVER, 0, phases.SAVE, 1, share=0.3, span_seconds=save.end - save.start, restarts=False)
+    write = unbroken.writes[1]
+    kill = Kill(DRIVER, 0, phases.WRITE, 1, share=0.3, span_seconds=write.end - write.start, restarts=False)
     hook = ("--custom-rollout-log-function-path", "tests.cluster.hooks_for_tests.leave_a_daemon")
     run = new_run("killed", *ONE_ENGINE, *hook)
     with pytest.MonkeyPatch.context() as patch, temporary_files(patch) as temporary:
@@ -102,6 +102,7 @@ def test_a_run_killed_during_a_save_resumes_exactly(new_run: Callable[..., Run],
 
         outcome = broken(run, kill, unbroken.save, check)
         assert outcome.problem is None
+        assert outcome.hit.startswith(phases.WRITE)
         assert outcome.went_on == "started again"
         assert outcome.differences == []
         assert_no_trace(marker, temporary, run.directory / SAVE)
@@ -202,10 +203,10 @@ def test_the_sweep_reaches_every_victim_and_phase() -> None:
     }
     assert {stop.phase for stop in stops if stop.seldom} == set(phases.PHASES)
     assert {kill.phase for kill in kills} == set(phases.PHASES)
-    for phase in (phases.SAVE, phases.SYNC):
+    for phase in (phases.WRITE, phases.SYNC):
         assert {kill.victim for kill in kills if kill.phase == phase} == set(VICTIMS)
     lost = [kill for kill in kills if kill.victim != DRIVER]
     assert {kill.restarts for kill in lost} == {True, False}
     assert not any(kill.restarts for kill in kills if kill.victim == DRIVER), "nobody is there to start it again"
     assert {kill.victim for kill in kills if kill.again is not None} == {DRIVER}
-    assert [kill.phase for kill in kills[:2]] == [phases.SAVE, phases.SYNC]
+    assert [kill.phase for kill in kills[:2]] == [phases.WRITE, phases.SYNC]

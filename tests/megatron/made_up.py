@@ -120,10 +120,13 @@ class Run:
         return {name: tensor.clone() for name, tensor in iter_hf_tensors(self.model, self.architecture)}
 
     def save(self, rollout_id: int, state: dict[str, Any] = STATE) -> Path:
-        from slime.megatron.checkpoint.save_load import save_checkpoint
+        return self.snapshot(rollout_id, state).write()
+
+    def snapshot(self, rollout_id: int, state: dict[str, Any] = STATE, *, staging: Any = None) -> Any:
+        from slime.megatron.checkpoint.save_load import take_checkpoint
 
         assert self.args.save is not None
-        return save_checkpoint(
+        return take_checkpoint(
             self.args.save,
             rollout_id=rollout_id,
             model=self.model,
@@ -131,6 +134,7 @@ class Run:
             scheduler=self.scheduler,
             state=state,
             keep_last=self.args.keep_last_checkpoints,
+            staging=staging,
         )
 
     def load(self, path: Path, *, optimizer: bool = True, rng: bool = True) -> Any:

@@ -12,6 +12,7 @@ from made_up import Run, make_args
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
+from slime.megatron.checkpoint.files import find_checkpoint
 from slime.megatron.optim.flat_shares import boxes
 
 pytestmark = pytest.mark.dist
@@ -46,3 +47,40 @@ def test_every_rank_writes_its_share(workers: WorkerPool, tmp_path: Path, sharde
     workers.run(2, saved_by, make_args(tmp_path, **changes))
     first, second = (file.stat().st_size for file in sorted((tmp_path / "iter_0000000").glob("*.distcp")))
     assert 0.8 < first / second < 1.25
+
+
+def bytes_read(rank: int, world_size: int, init_method: str, args: Args, path: Path, shared: bool) -> int:
+    """Return the bytes of the pieces that this rank's reader is asked for while it loads everything."""
+    from slime.megatron.checkpoint import torch_dist
+    from slime.megatron.checkpoint.save_load import load_checkpoint
+
+    read = 0
+
+    class Counted(torch_dist._Reader):
+        def read_data(self, plan: Any, planner: Any) -> Any:
+            nonlocal read
+            read += sum(self.storage_data[item.storage_index].length for item in plan.items)
+            return super().read_data(plan, planner)
+
+    with joined(args, rank, world_size, init_method) as topology, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_dist, "_Reader", Counted)
+        if not shared:  # the control: every rank reads whatever it wants
+            patch.setattr(torch_dist, "FullyParallelLoadStrategyWrapper", lambda strategy, group: strategy)
+        run = Run(args, topology)
+        found = find_checkpoint(path)
+        assert found is not None
+        load_checkpoint(found, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
+        return read
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["distributed optimizer", "replicas"])
+def test_two_replicas_read_each_byte_once(workers: WorkerPool, tmp_path: Path, sharded: bool) -> None:
+    """A piece of a weight at the border of two ranks' shares is read by both."""
+    changes: dict[str, Any] = {"use_distributed_optimizer": sharded, "bf16": True}
+    args = make_args(tmp_path, **changes)
+    workers.run(2, saved_by, args)
+    size = sum(file.stat().st_size for file in (tmp_path / "iter_0000000").glob("*.distcp"))
+    once = sum(workers.run(2, bytes_read, args, tmp_path, True))
+    assert 0.8 * size < once < 1.05 * size, "Megatron's objects and random states are not read"
+    control = sum(workers.run(2, bytes_read, args, tmp_path, False))
+    assert control > (1.1 if sharded else 1.9) * once, "weights alone, or the optimizer as well, would be read twice"

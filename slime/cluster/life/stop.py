@@ -16,7 +16,8 @@ The first signal, by what the run is doing, and what the resumed run does:
                                     N - 1, with the groups drawn for N
     evaluation after N, not saved it is aborted; the state after N           runs the evaluation again
     training on N                 it is finished; the state after N          generates N + 1
-    save after N                  it is finished                             generates N + 1
+    save after N, and its write   both are finished (a rollout or an         generates N + 1
+      while the run goes on         evaluation meanwhile is aborted)
     weight sync after N           it is finished; the state after N, with    sends the weights, generates N + 1
                                     the policy version before the sync
     any, without --save           it ends at once: nothing can be saved      starts again from the beginning

@@ -39,6 +39,10 @@ class SaveSchedule:
         by_clock = minutes is not None and passed >= max(60 * minutes, self._cost / MOST_OF_THE_TIME)
         return by_number or by_clock or rollout_id == self._last
 
+    def begun(self) -> None:
+        """Take note of a save that begins now."""
+        self._since = self._clock()
+
     def saved(self, seconds: float) -> None:
-        """Take note of a save that has ended now and took `seconds`."""
-        self._since, self._cost = self._clock(), seconds
+        """Take note that the save took `seconds` until it was complete."""
+        self._cost = seconds

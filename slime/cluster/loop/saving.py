@@ -1,12 +1,16 @@
 """Saving: one checkpoint of the whole run, from the data side and all trainers.
 
 - Used by: `Cluster`, when a save is due and before a signal ends the run.
-- Invariant: a checkpoint and the metrics file agree: a resumed run writes all metrics after its checkpoint again.
+- Invariant: a checkpoint and the metrics file agree: a resumed run writes all metrics after its checkpoint again. A
+  checkpoint counts only once it is complete: until then it is neither the newest nor the best one, and it is not told.
+
+    trainers    | train N | copy |  send weights  |  idle  | train N + 1 ...
+    their disk            |      write N ................| N is complete
+    loop        | train   | begin | sync, generate ....... | finish: "saved", or the error
 """
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +48,21 @@ class Saving:
         self.enabled = args.save is not None and args.saves and bool(processes.trainers)
         """Whether this run saves anything."""
         self.newest: str | None = None
-        """The last checkpoint of this run."""
+        """The last complete checkpoint of this run."""
+        self._pending: int | None = None
 
-    def save(self, trained: Trained, *, export: bool) -> str:
-        """Save the state after `trained`, and return the checkpoint's path.
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint has been begun, and is not known to be complete."""
+        return self._pending is not None
+
+    def begin(self, trained: Trained, *, export: bool) -> None:
+        """Begin to save the state after `trained`; it is copied now, and written while the loop goes on.
 
         Its policy version is the one before the weights are sent. With `export` the weights are also written for
         Hugging Face, if --save-hf asks for it.
         """
-        begin = time.perf_counter()
+        assert self._pending is None, "one checkpoint after the other"
         rollout_id, waiter, trainers = trained.rollout_id, self._processes.waiter, self._processes.trainers
         times = trained.times or self._journal.times_so_far()  # a resumed run knows only this part of the step's times
         with self._journal.phase("checkpoint", f"rollout {rollout_id}"):
@@ -67,9 +77,28 @@ class Saving:
             states = [state if rank == 0 else {} for rank in range(len(trainers))]
             each = zip(trainers, states, strict=True)
             saving = [trainer.save.remote(rollout_id, its, export=export) for trainer, its in each]
-            path: str = waiter.get(f"rollout {rollout_id}: saving", saving)[0]
+            waiter.get(f"rollout {rollout_id}: saving", saving)
+        self._pending = rollout_id
+        self._schedule.begun()
+
+    def finish(self, *, wait: bool) -> str | None:
+        """Return the path of the checkpoint that was begun, once; None if there is none, or it is not complete.
+
+        With `wait` this waits until it is complete. Call it only while the trainers have nothing else to do.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._pending is None:
+            return None
+        phase, waiter, trainers = f"rollout {self._pending}: saving", self._processes.waiter, self._processes.trainers
+        if not wait and waiter.get(phase, [trainers[0].is_writing.remote()])[0]:
+            return None
+        rollout_id, self._pending = self._pending, None  # also after an error: there is nothing more to wait for
+        with self._journal.phase("checkpoint", f"rollout {rollout_id}"):
+            path, seconds = waiter.get(phase, [trainer.finish_save.remote() for trainer in trainers])[0]
         self.newest = path
-        self._schedule.saved(time.perf_counter() - begin)
+        self._schedule.saved(seconds)
         self._console.say(f"saved {path}")
         if self._best is not None:
             self._best.saved(Path(path), step=rollout_id + 1)

@@ -1,6 +1,6 @@
 """Checkpoints in Megatron's torch_dist format, which any parallel layout can read.
 
-- Used by: `trainer` saves after a rollout and loads at start; the converters save and load weights alone.
+- Used by: `trainer` takes a snapshot after a rollout and loads at start; the converters save and load weights alone.
 - Invariant: training that is saved and loaded continues bit for bit if the layout is the same (RNG states belong to
   ranks), and a save that fails leaves no part of a checkpoint.
 
@@ -15,11 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
@@ -30,7 +28,9 @@ from slime.core.checkpoint_names import iteration_name
 from slime.megatron.checkpoint import files, manifest, rng_state, state_arrays, torch_dist
 from slime.megatron.checkpoint.files import CRITIC, FoundCheckpoint, find_checkpoint
 from slime.megatron.checkpoint.safe_pickle import UnreadableFileError, UnsafeFileError
-from slime.megatron.checkpoint.search import changed_in, damage_of, on_every_rank, on_rank_zero
+from slime.megatron.checkpoint.search import changed_in, damage_of, on_rank_zero
+from slime.megatron.checkpoint.snapshot import Model, Snapshot, take
+from slime.megatron.checkpoint.staging import Staging
 from slime.megatron.compat import cpu_layer
 from slime.megatron.model.build import EMBEDDING, OUTPUT, VALUE_HEAD, ModelChunks, PolicyModel, ValueModel, unwrap
 from slime.megatron.optim.optimizer_state import fill, has_state, saved_state, take_main_weights, wanted_state
@@ -42,8 +42,8 @@ __all__ = [
     "Trained",
     "find_checkpoint",
     "load_checkpoint",
-    "save_checkpoint",
     "save_release",
+    "take_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Trained:
         return content
 
 
-def save_checkpoint(
+def take_checkpoint(
     save_dir: str | Path,
     *,
     rollout_id: int,
@@ -110,83 +110,55 @@ def save_checkpoint(
     keep_last: int | None = None,
     critic: Trained | None = None,
     texts: Mapping[str, str] | None = None,
-) -> Path:
-    """Write `<save_dir>/iter_<rollout_id>` and point the tracker file at it.
+    staging: Staging | None = None,
+) -> Snapshot:
+    """Return a snapshot of this moment, which writes `<save_dir>/iter_<rollout_id>` and points the tracker file at it.
 
     Args:
-        state: the state of the run, JSON-able except for numpy arrays in its dicts; rank 0's is written.
+        state: the state of the run, JSON-able except for numpy arrays in its dicts; rank 0's is written. It is not
+            copied, so nothing may change it afterwards.
         keep_last: keep this many of the newest checkpoints and remove the older ones.
         critic: is written as a checkpoint of its own inside this one.
         texts: further small files, by name; rank 0's are written.
-
-    Returns:
-        The checkpoint's directory.
+        staging: memory for copies of the tensors; None: they are not copied, and must not change before they are
+            written.
     """
-    save_dir = Path(save_dir)
     policy = Trained(model, optimizer, scheduler, state)
     header = {"rollout_id": rollout_id, "layout": rng_state.layout(), "state": state}
-    with _written(save_dir, iteration_name(rollout_id)) as written:
+    models: list[Model] = []
+    with cpu_layer.layer(), _readable_errors(f"saving to {save_dir} failed", RuntimeError):
         if critic is not None:
-            on_rank_zero(lambda: (written / CRITIC).mkdir())
-            _write(written / CRITIC, critic.model, critic.content(rollout_id), {**header, "state": critic.state})
+            content = _saved_state(critic.model, critic.content(rollout_id))
+            models.append(Model(content, {**header, "state": critic.state}, inside=CRITIC))
             header[manifest.PARTS] = [CRITIC]
         content = policy.content(rollout_id) | {rng_state.KEY: rng_state.rng_object()}
-        _write(written, model, content, header, texts or {})
-        path = on_rank_zero(lambda: files.commit(written, str(rollout_id)))
-    if keep_last is not None:
-        for removed in on_rank_zero(lambda: files.remove_old(save_dir, keep_last, saved=rollout_id)):
-            logger.info("removed the old checkpoint %s (--keep-last-checkpoints %d)", removed, keep_last)
-    return path
+        models.append(Model(_saved_state(model, content), header, texts=texts or {}))
+        return take(
+            Path(save_dir),
+            iteration_name(rollout_id),
+            models,
+            tracker=str(rollout_id),
+            staging=staging,
+            keep_last=keep_last,
+            saved=rollout_id,
+        )
 
 
 def save_release(save_dir: str | Path, *, model: ModelChunks) -> Path:
     """Write the weights alone, as `<save_dir>/release`."""
-    with _written(Path(save_dir), files.RELEASE) as written:
-        _write(written, model, {}, {})
-        return on_rank_zero(lambda: files.commit(written, "release"))
+    with cpu_layer.layer(), _readable_errors(f"saving to {save_dir} failed", RuntimeError):
+        models = [Model(_saved_state(model, {}), {})]
+        return take(Path(save_dir), files.RELEASE, models, tracker="release", staging=None).write()
 
 
-@contextmanager
-def _written(save_dir: Path, name: str) -> Iterator[Path]:
-    """Yield the directory to write to; if writing fails, nothing of it is left."""
-    written = on_rank_zero(lambda: files.begin(save_dir, name))
-    with files.nothing_left_of(written, removes=dist.get_rank() == 0):
-        yield written
-
-
-def _write(
-    directory: Path,
-    model: ModelChunks,
-    content: dict[str, Any],
-    header: dict[str, Any],
-    texts: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Write one model's files, and after them the manifest that holds their sizes and digests."""
-    with cpu_layer.layer(), _readable_errors(f"saving to {directory.parent} failed", RuntimeError):
-        metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
-        weights = _sharded_weights(model, metadata)
-        if "optimizer" in content:
-            content = {**content, "optimizer": saved_state(content["optimizer"], weights, metadata)}
-        saved = torch_dist.TorchDistSave()
-        # Rank 0 alone writes common.pt and metadata.json. If that fails, the other ranks wait until the run ends.
-        dist_checkpointing.save(
-            # 3.0: Megatron's current layout of QKV
-            {**content, "model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(unwrap(model[0]))},
-            str(directory),
-            sharded_strategy=torch_dist.evenly(saved),
-            content_metadata=dict(_CONTENT),
-        )
-    of_ranks = on_every_rank(lambda: saved.digests)
-    digests = {name: value for own in of_ranks for name, value in own.items()}
-    on_rank_zero(lambda: [(directory / name).write_text(text) for name, text in texts.items()])
-    on_rank_zero(lambda: _write_state(directory, header, digests))
-
-
-def _write_state(directory: Path, header: dict[str, Any], digests: Mapping[str, str]) -> None:
-    """Write the header: its arrays, and then the manifest, which holds the digest of that file as well."""
-    plain, arrays = state_arrays.split(header)
-    state_arrays.write_arrays(directory, arrays)
-    manifest.write_state(directory, plain, {**digests, **manifest.digests_of_small_files(directory)})
+def _saved_state(model: ModelChunks, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the sharded tensors and the settings of one model, with the metadata by which Megatron reads them."""
+    metadata = dict(_CONTENT)  # Megatron writes this run's process groups into it
+    weights = _sharded_weights(model, metadata)
+    if "optimizer" in content:
+        content = {**content, "optimizer": saved_state(content["optimizer"], weights, metadata)}
+    own = {"model": weights, "checkpoint_version": 3.0, _SIZES: _sizes(unwrap(model[0]))}  # 3.0: the layout of QKV
+    return {**content, **own, "content_metadata": dict(_CONTENT)}
 
 
 def load_checkpoint(
@@ -229,7 +201,7 @@ def load_checkpoint(
         taken.append("scheduler")
     if load_rng and header is not None and rng_state.is_this_layout(header["layout"], found.path):
         with _readable_errors(_misfit(found), ValueError):
-            states = torch_dist.load_sharded(found.path, {rng_state.KEY: rng_state.rng_object()})
+            states = torch_dist.load_sharded(found.path, {rng_state.KEY: rng_state.rng_object()}, shared=False)
         rng_state.set_rng_state(states[rng_state.KEY])
         taken.append("rng")
     if header is not None:
@@ -253,7 +225,7 @@ def _load_weights(found: FoundCheckpoint, common: dict[str, Any], model: ModelCh
         weights = {name: part for name, part in weights.items() if name not in extra}
         if with_optimizer:
             take_main_weights(weights, saved)
-        loaded = torch_dist.load_sharded(found.path, {"model": weights})["model"] | dict.fromkeys(extra)
+        loaded = torch_dist.load_sharded(found.path, {"model": weights}, shared=True)["model"] | dict.fromkeys(extra)
         for number, chunk in enumerate(model):
             unwrap(chunk).load_state_dict(_of_chunk(loaded, number), strict=not of_policy)
 
@@ -267,7 +239,7 @@ def _load_optimizer(
         wanted = wanted_state(optimizer, weights, saved, _content(common), str(found.path))
         fill(
             optimizer,
-            torch_dist.load_sharded(found.path, {"optimizer_state": wanted})["optimizer_state"],
+            torch_dist.load_sharded(found.path, {"optimizer_state": wanted}, shared=True)["optimizer_state"],
             common["optimizer"],
         )
 

@@ -96,15 +96,18 @@ def damage_of(found: FoundCheckpoint, changed: Mapping[str, str]) -> str:
     return f"{found.path} is damaged: {files.as_text(changed)}; restore it, or take an earlier checkpoint (--ckpt-step)"
 
 
-def on_rank_zero(work: Callable[[], _T]) -> _T:
-    """Run `work` on rank 0; every rank gets its result or its error, so no rank waits for one that has failed."""
+def on_rank_zero(work: Callable[[], _T], group: dist.ProcessGroup | None = None) -> _T:
+    """Run `work` on rank 0; every rank gets its result or its error, so no rank waits for one that has failed.
+
+    The message goes through `group`, which has all ranks; None: through the default group.
+    """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except (OSError, TypeError, ValueError) as error:  # TypeError, ValueError: a `state` that is not JSON
+        except Exception as error:  # noqa: BLE001  the others would wait for ever
             outcome[1] = f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise RuntimeError(f"checkpoint: {outcome[1]}")
     return outcome[0]

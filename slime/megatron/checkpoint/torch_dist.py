@@ -1,6 +1,6 @@
 """The torch_dist format: written with a digest of each file, read through `safe_pickle`.
 
-- Used by: `save_load` saves and loads with these strategies of Megatron's.
+- Used by: `snapshot` writes with these functions, each rank its share; `save_load` loads.
 - Invariant: no file goes through a reader of torch or Megatron that would unpickle everything in it.
 """
 
@@ -10,25 +10,26 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import xxhash
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.base import (
-    LoadCommonStrategy,
-    LoadShardedStrategy,
-    SaveShardedStrategy,
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy, LoadShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    distribute_main_replicas_with_precomputed_distribution,
 )
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     MCoreSavePlanner,
@@ -39,12 +40,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import _validate_global_plan, create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from slime.megatron.checkpoint.safe_pickle import (
@@ -100,39 +102,76 @@ class _DigestedFiles(FileSystem):
         self.digests[Path(path).name] = stream.hexdigest()
 
 
-class TorchDistSave(SaveShardedStrategy):
-    """A strategy that saves torch_dist with torch's own writer, in this process.
+def own_part(sharded: dict[str, Any]) -> dict[str, list[ShardedBase]]:
+    """Return by key what this rank writes of a sharded state dict. Collective.
 
-    Megatron's default strategy starts a manager process and forks writers. That takes seconds for a small model, is
-    unsafe next to threads, and hangs if a child fails.
+    Tensors that data-parallel ranks share are distributed evenly over these ranks. The optimizer's own shares are not a
+    regular grid, and no other rank has them.
     """
-
-    def __init__(self) -> None:
-        super().__init__(FORMAT, 1)
-        self.digests: dict[str, str] = {}
-        """The digests of the files that this rank wrote."""
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        writer = FileSystemWriter(checkpoint_dir)
-        files = writer.fs = _DigestedFiles()
-        state_dict_saver.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=writer,
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-        self.digests = {name: digest for name, digest in files.digests.items() if name.endswith(".distcp")}
-
-
-def evenly(strategy: SaveShardedStrategy) -> SaveShardedStrategy:
-    """Return the strategy with the tensors that data-parallel ranks share distributed over these ranks."""
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
     assert isinstance(group, ProcessGroup)
-    return FullyParallelSaveStrategyWrapper(strategy, group)
+    tensors = (part for part in nested_values(sharded) if isinstance(part, ShardedTensor))
+    shared: Any = [part for part in tensors if part.has_regular_grid]
+    placed = determine_main_replica_uniform_distribution(shared, group)
+    distribute_main_replicas_with_precomputed_distribution(shared, group, placed)
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    return dict(by_key)
+
+
+def tensors_of(part: Mapping[str, Sequence[ShardedBase]]) -> list[Any]:
+    """Return the sharded tensors of `own_part`, whose `data` may be replaced by copies."""
+    return [shard for shards in part.values() for shard in shards if isinstance(shard, ShardedTensor)]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share that one rank writes: its planner holds the bytes, and `plan` their places in the whole tensors."""
+
+    planner: MCoreSavePlanner
+    plan: SavePlan
+
+    @classmethod
+    def of(cls, part: dict[str, list[ShardedBase]]) -> Share:
+        """Plan the writing of `own_part`; objects are turned into bytes here."""
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner.set_up_planner(mcore_to_pyt_state_dict(part, False), is_coordinator=dist.get_rank() == 0)
+        return cls(planner, planner.create_local_plan())
+
+
+@dataclass(frozen=True)
+class WrittenShare:
+    """The share that one rank has written: the plan, where each item is, and the digests of its files."""
+
+    plan: SavePlan
+    results: list[WriteResult]
+    digests: dict[str, str]
+
+
+def write_share(directory: Path, share: Share) -> WrittenShare:
+    """Write this rank's file into the directory."""
+    # 0: without the copies ahead that torch makes on a device's stream
+    writer = FileSystemWriter(directory, per_thread_copy_ahead=0)
+    files = writer.fs = _DigestedFiles()
+    rank = dist.get_rank()
+    plan = writer.prepare_global_plan([share.plan] * (rank + 1))[rank]  # torch names the files by the place in the list
+    results = writer.write_data(plan, share.planner).wait()
+    return WrittenShare(share.plan, results, files.digests)
+
+
+def write_metadata(directory: Path, shares: Sequence[WrittenShare], common: bytes) -> None:
+    """Write the files that make the shares of all ranks one checkpoint; `common` is the file of settings.
+
+    Raises:
+        ValueError: the shares overlap, or leave something out.
+    """
+    plans, metadata = create_default_global_save_plan([share.plan for share in shares])
+    # the empty plan: torch looks for gaps only if there are several ranks
+    if errors := _validate_global_plan([*plans, SavePlan([])], metadata):
+        raise ValueError(f"the shares of the ranks do not fit together: {'; '.join(errors[:3])}")
+    FileSystemWriter(directory).finish(metadata, [share.results for share in shares])
+    (directory / COMMON).write_bytes(common)
+    config = {"sharded_backend": FORMAT, "sharded_backend_version": 1}
+    (directory / CONFIG_FNAME).write_text(json.dumps(config | {"common_backend": "torch", "common_backend_version": 1}))
 
 
 # Reading
@@ -266,9 +305,17 @@ def read_common(directory: Path) -> dict[str, Any]:
     return common
 
 
-def load_sharded(directory: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return `wanted` with its tensors and objects filled in. Collective."""
-    loaded = dist_checkpointing.load(wanted, str(directory), sharded_strategy=_Load(), common_strategy=_NoCommon())
+def load_sharded(directory: Path, wanted: dict[str, Any], *, shared: bool) -> dict[str, Any]:
+    """Return `wanted` with its tensors and objects filled in. Collective.
+
+    With `shared`, for tensors: of what several data-parallel ranks want, one reads each, and sends it to the others.
+    """
+    strategy: LoadShardedStrategy = _Load()
+    if shared:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        assert isinstance(group, ProcessGroup)
+        strategy = FullyParallelLoadStrategyWrapper(strategy, group)
+    loaded = dist_checkpointing.load(wanted, str(directory), sharded_strategy=strategy, common_strategy=_NoCommon())
     assert isinstance(loaded, dict)
     return loaded
 

@@ -91,12 +91,6 @@ OPTIMIZER_NAMES: tuple[Names, ...] = (
         where=f"{_TRAINING}.optim.flat_shares",
     ),
     Names(
-        target=f"{_OPTIMIZER}.optimizer.ChainedOptimizer",
-        names=("_synchronize_steps",),
-        why="each of the chained optimizers is saved by itself, as Megatron would do it",
-        where=f"{_TRAINING}.optim.optimizer_state",
-    ),
-    Names(
         target=f"{_OPTIMIZER}.distrib_optimizer",
         names=("gbuf_ranges", "distributed_optimizer_instance_id"),
         why="the ranges of the state that this rank holds",

@@ -168,6 +168,12 @@ TABLE: tuple[Names, ...] = (
         where=f"{_TRAINING}.checkpoint.torch_dist",
     ),
     Names(
+        target="torch.distributed.checkpoint.default_planner",
+        names=("_validate_global_plan",),
+        why="each rank plans alone; the shares have to cover every tensor exactly once",
+        where=f"{_TRAINING}.checkpoint.torch_dist",
+    ),
+    Names(
         target="torch.distributed.checkpoint._traverse",
         names=("set_element",),
         why="it puts loaded values into a nested state, as torch's own planner does",

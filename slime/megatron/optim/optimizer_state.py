@@ -73,9 +73,6 @@ def _sharded_parts(
 ) -> dict[Any, Any]:
     """Return what `sharded` makes of the chained optimizers, by number if there are several."""
     parts = parts_of(optimizer)
-    if len(parts) > 1:
-        assert isinstance(optimizer, ChainedOptimizer)
-        optimizer._synchronize_steps()
     found = {number: sharded(part) for number, part in enumerate(parts)}
     return found if len(parts) > 1 else found[0]
 
