@@ -12,6 +12,7 @@ from test_architecture import PLAN, model_args, planned
 
 from slime.config.architecture import config_of, hf_architecture
 from slime.config.parse import load_args
+from slime.plan.summary import format_plan
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3-30B-A3B": {
@@ -196,3 +197,28 @@ def test_balance_gives_warnings(run: Run) -> None:
     warnings = run.warnings(*words)
     assert any("depends on how a step is split into micro-batches" in warning for warning in warnings)
     assert any("the MoE routers of qwen3_moe have no bias" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--gpu-memory 79.6", "together, as grouped matrix products"),
+        ("--gpu-memory 79.6 --no-moe-grouped-gemm", "one after the other; --moe-grouped-gemm runs them together"),
+        (
+            "--gpu-memory 79.6 --no-bf16 --sglang-dtype bfloat16",
+            "torch's grouped matrix product takes bf16 only",
+        ),
+        ("", "one after the other: a CPU has no grouped matrix product"),
+        ("--gpu-memory 79.6 --moe-ffn-hidden-size 1036", "2048 and 1036, are not all multiples of 8"),
+    ],
+)
+def test_the_plan_names_how_experts_run(words: str, expected: str) -> None:
+    args, problems = load_args([*PLAN, *model_args("qwen3-30B-A3B"), *words.split()])
+    text = " ".join(format_plan(args, problems).split())
+    assert expected in text
+
+
+def test_overlap_without_a_shared_expert_is_noticed(run: Run) -> None:
+    (run.hf / "config.json").write_text(json.dumps(QWEN))
+    warnings = run.warnings("--moe-shared-expert-overlap", "--dry-run")
+    assert any("no effect: qwen3_moe has no shared expert" in warning for warning in warnings)

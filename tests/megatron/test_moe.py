@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import tiny
 import torch
 from runs import Outcome, difference, train
 from safetensors.torch import load_file
-from worker_pool import WorkerPool
+from worker_pool import WorkerPool, joined
 
 from slime.megatron.trainer import Trainer
 
@@ -142,6 +143,27 @@ def test_layouts(layout: str, workers: WorkerPool, mixtures: dict[str, Path], al
         worst = worst_of(found, alone[family], with_gradients=not flags.get("use_distributed_optimizer"))
         print(layout, family, worst)
         assert max(worst.values()) <= TOLERANCE, (family, worst)
+
+
+def dispatchers(rank: int, world_size: int, init_method: str, args: Any) -> list[tuple[str, bool]]:
+    """Return the kind of each layer's dispatcher, and whether it runs the shared expert."""
+    from slime.megatron.model.build import build_model
+
+    with joined(args, rank, world_size, init_method):
+        parts = [part for part in build_model(args, wrap=False)[0].modules() if hasattr(part, "token_dispatcher")]
+        found: list[Any] = [part.token_dispatcher for part in parts]
+        return [(type(each).__name__, each.shared_experts is not None) for each in found]
+
+
+def test_dispatchers_follow_the_layout(workers: WorkerPool, mixtures: dict[str, Path]) -> None:
+    """Without other ranks no tokens are sent; the shared expert overlaps only if asked to."""
+    args = tiny.make_args(mixtures["glm4_moe"])
+    assert workers.run(1, dispatchers, args)[0] == [("LocalDispatcher", False)] * 2
+    sharing = replace(args, expert_model_parallel_size=2)
+    for asked, expected in ((args, "LocalDispatcher"), (sharing, "MoEAlltoAllTokenDispatcher")):
+        size = asked.expert_model_parallel_size
+        found = workers.run(size, dispatchers, replace(asked, megatron_extra=OVERLAP))
+        assert found == [[(expected, True)] * 2] * size
 
 
 def with_routes(batch: Any, arch: Any, seed: int) -> Any:
