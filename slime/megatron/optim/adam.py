@@ -85,7 +85,7 @@ class OnePassAdamW(torch.optim.AdamW):
     model_of: dict[Tensor, Tensor]
     """The model's memory that gets the rounded value of each main weight."""
     together: dict[int, triton_adamw.Weights]
-    """What steps all weights of a group, by the group's number."""
+    """The launches that step all weights of a group, by the group's number."""
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
