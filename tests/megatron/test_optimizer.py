@@ -96,8 +96,6 @@ def corrected(rank: int, world_size: int, init_method: str, args: Args) -> None:
         with megatrons_own("load_state_dict"):
             weights, counted, apart = loaded_and_stepped(Run(args, topology), path)
         assert apart == 1 and counted == {2.0 + number} and not same_bits(weights, unbroken)
-        with megatrons_own("_set_main_param_and_optimizer_states"), pytest.raises((KeyError, RuntimeError)):
-            Run(args, topology).load(path)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
