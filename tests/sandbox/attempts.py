@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 
@@ -70,6 +71,12 @@ ATTEMPTS = {
     "another user": Attempt("import os\nos.setuid(0)" + _DONE, _CRASH),
     "a device": Attempt("import os, stat\nos.mknod('d', 0o600 | stat.S_IFBLK, os.makedev(254, 0))" + _DONE, _CRASH),
     "standard input written": Attempt("import os\nos.write(0, b'x')" + _DONE, _CRASH, control=False),
+    "a capability to be had": Attempt(
+        _LIBC + "if libc.prctl(23, 21, 0, 0, 0) > 0: print('ESCAPED')  # CAP_SYS_ADMIN in the bounding set",
+        None,
+        control=os.getuid() == 0,
+    ),
+    "new privileges": Attempt(_LIBC + "if libc.prctl(39, 0, 0, 0, 0) == 0: print('ESCAPED')", None, control=False),
     # ---- system calls
     "tracing": Attempt(_LIBC + "result = libc.ptrace(0, 0, 0, 0)" + _CHECK, _REFUSED),
     "memory of a process": Attempt(

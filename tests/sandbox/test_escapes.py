@@ -79,6 +79,28 @@ def test_an_attempt_is_contained(
         assert b"ESCAPED" in done.stdout, f"control: it has to succeed outside: {done.stderr.decode()}"
 
 
+STARTS = """
+import sys, time
+from slime.sandbox.run import Limits, Running
+Running(sys.argv[2], kind="namespaces", limits=Limits(wall_seconds=60), channel=int(sys.argv[1]))
+time.sleep(60)
+"""
+
+
+def test_a_dead_caller_takes_all_with_it() -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        program = "import os, time\nos.write(3, b'x')\ntime.sleep(60)"
+        with theirs:
+            command = [sys.executable, "-c", STARTS, str(theirs.fileno()), program]
+            caller = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        ours.settimeout(20)
+        assert ours.recv(1) == b"x"
+        caller.kill()
+        caller.wait()
+        assert ours.recv(1) == b""
+
+
 @pytest.mark.parametrize("how", ["asked", "killed"])
 def test_a_launcher_takes_all_with_it(how: str) -> None:
     """End the launcher politely, or as the kernel does when memory runs out, while a program of two processes runs."""

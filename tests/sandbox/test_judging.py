@@ -48,8 +48,9 @@ LIMIT = 7
 def test_values_and_objects_reach_the_tests() -> None:
     """Everything that tests usually do works: values of each kind, arguments that change, objects, exceptions."""
     values = (
-        "for x in (None, True, 3, -2**70, 1.5, float('inf'), 2j, 'é\\ud800', b'a', bytearray(b'a'), [1, (2,)],"
-        " {1: {2}}, frozenset({3}), range(3), {}, [], ()):\n  y = same(x)\n  assert y == x and type(y) is type(x), x"
+        "for x in (None, True, 3, -2**70, 2**20000, 1.5, float('inf'), 2j, 'é\\ud800', b'a', bytearray(b'a'),"
+        " [1, (2,)], {1: {2}}, frozenset({3}), range(3), {}, [], ()):\n  y = same(x)\n"
+        "  assert y == x and type(y) is type(x), x"
     )
     changed = "x, y = [3, 1], {'a': 1}\nsort(x)\ngrow(y)\nassert x == [1, 3] and y == {'k': [1]}"
     objects = (
