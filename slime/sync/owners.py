@@ -26,6 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from itertools import chain
 
 import torch.distributed as dist
@@ -62,7 +63,7 @@ class OwnersTransport(Transport):
         owns: list[bool] = [False] * dist.get_world_size()
         dist.all_gather_object(owns, any(part.sent for part in opening.parts))
         owners = [owner for owner, is_owner in enumerate(owns) if is_owner]
-        made = dist.new_group(owners, backend="gloo")
+        made = dist.new_group(owners, backend="gloo", timeout=timedelta(seconds=opening.args.train_timeout))
         group = made if rank in owners and isinstance(made, dist.ProcessGroup) else None
         client = opening.client() if rank == 0 else EngineClient("", engines=())
         transport = cls(client, rank=rank, link=None, owners=group)
@@ -76,7 +77,11 @@ class OwnersTransport(Transport):
                     transport._link = BroadcastTransport.of(opening, name)
                 except RuntimeError as error:
                     problem = error
-            transport._meet(problem)
+            try:
+                transport._meet(problem)
+            except RuntimeError:
+                transport.leave()  # torch keeps a group's name until the group is left
+                raise
         return transport
 
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
