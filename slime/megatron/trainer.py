@@ -9,7 +9,6 @@ Shapes: _N samples of the rollout, _R response tokens of the rank's own samples.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,6 @@ from torch import Tensor
 from slime.config.args import Args
 from slime.config.rollout_plan import parts_of_rollout
 from slime.core.batch import TrainBatch
-from slime.core.checkpoint_names import RUN, RUN_FILE
 from slime.core.columns import Array
 from slime.core.load_result import LoadResult
 from slime.core.rank_batch import RankBatch, RankStep
@@ -174,10 +172,9 @@ class Trainer:
     def begin_save(self, rollout_id: int, state: dict[str, Any]) -> None:
         """Begin to write a complete checkpoint of this moment under --save; `saver` writes it while training goes on.
 
-        `load` returns `state`: JSON-able except for arrays in its dicts, and nobody changes it afterwards. Its entry
-        RUN is written as a file of its own, which `load` does not return.
+        `load` returns `state` (see `take_checkpoint`).
         """
-        args, state = self._args, dict(state)
+        args = self._args
         assert args.save is not None, "there is a place for checkpoints"
         take = partial(
             take_checkpoint,
@@ -186,12 +183,11 @@ class Trainer:
             model=self.model,
             optimizer=None if args.no_save_optim else self.optimizer,
             scheduler=None if args.no_save_optim else self.scheduler,
+            state=state | self._hf_files.state | {"step_guard": self._guard.state_dict()},
             keep_last=args.keep_last_checkpoints,
             critic=None if self.critic is None else self.critic.saved(),
-            texts={RUN_FILE: json.dumps(state.pop(RUN))} if RUN in state else {},  # before `state` is read
-            state=state | self._hf_files.state | {"step_guard": self._guard.state_dict()},
         )
-        self.saver.begin(lambda staging: take(staging=staging))
+        self.saver.begin(take)
 
     def save(self, rollout_id: int, state: dict[str, Any]) -> Path:
         """Write a checkpoint as `begin_save` does, wait until it is complete, and return its path."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from made_up import Run, make_args
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from worker_pool import WorkerPool, joined
 
 from slime.config.args import Args
 from slime.megatron.checkpoint.files import find_checkpoint
-from slime.megatron.optim.flat_shares import boxes
+from slime.megatron.optim.flat_shares import _shares, boxes
 
 pytestmark = pytest.mark.dist
 
@@ -30,6 +32,24 @@ def test_boxes_hold_exactly_the_flat_entries(shape: tuple[int, ...]) -> None:
         ]
         assert torch.equal(torch.cat([flat[:0], *parts]), flat[start:stop])
         assert len(found) <= max(1, 2 * len(shape) - 1)
+
+
+@pytest.mark.parametrize("begin", [0, 12], ids=["a weight", "the second half of a weight"])
+def test_shares_hold_the_entries_at_their_places(begin: int) -> None:
+    """The ranks of two shares of every possible border have each entry once, where the whole tensor has it."""
+    whole = ShardedTensor.from_rank_offsets("w", torch.empty(3, 4), (1, 1, 2), replica_id=(0, 0, 1))
+    flat = torch.arange(24.0)
+    optimizer: Any = SimpleNamespace(distributed_optimizer_instance_id=0)
+    expected = torch.zeros(3, 8)
+    expected[:, 4:] = flat[begin : begin + 12].view(3, 4)  # the other tensor-parallel rank has the first columns
+    for border in range(25):
+        found = torch.zeros(3, 8)
+        for start, end in ((0, border), (border, 24)):
+            place, state = SimpleNamespace(start=start, end=end), flat[start:end]
+            for share in _shares(whole, "key", state, begin, place, optimizer):
+                assert share.data is not None and share.replica_id == (0, 0, 0) and share.global_shape == (3, 8)
+                found[share.global_slice()] += share.data
+        assert torch.equal(found, expected)
 
 
 def saved_by(rank: int, world_size: int, init_method: str, args: Args) -> None:

@@ -43,8 +43,8 @@ class Saver:
         self.staging: Staging | None = None
         """The memory of the copies, since the first save."""
 
-    def begin(self, take: Callable[[Staging], Snapshot]) -> None:
-        """Take a snapshot, whose copies are in the memory that `take` gets, and begin to write it.
+    def begin(self, take: Callable[..., Snapshot]) -> None:
+        """Take a snapshot, whose copies are in the memory that `take` gets as `staging`, and begin to write it.
 
         If there was too little memory for the copies, this returns only when all is written.
 
@@ -58,7 +58,7 @@ class Saver:
             group = dist.new_group(backend="gloo", timeout=LONGEST)
             assert isinstance(group, dist.ProcessGroup)
             self._group, self.staging = group, Staging(ranks_here=_ranks_here(group))
-        group, snapshot = self._group, take(self.staging)
+        group, snapshot = self._group, take(staging=self.staging)
 
         def work() -> None:
             try:

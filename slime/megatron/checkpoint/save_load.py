@@ -10,6 +10,7 @@ here is collective: all ranks call it with the same arguments.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from slime.core.checkpoint_names import iteration_name
+from slime.core.checkpoint_names import RUN, RUN_FILE, iteration_name
 from slime.megatron.checkpoint import files, manifest, rng_state, state_arrays, torch_dist
 from slime.megatron.checkpoint.files import CRITIC, FoundCheckpoint, find_checkpoint
 from slime.megatron.checkpoint.safe_pickle import UnreadableFileError, UnsafeFileError
@@ -109,20 +110,21 @@ def take_checkpoint(
     state: dict[str, Any],
     keep_last: int | None = None,
     critic: Trained | None = None,
-    texts: Mapping[str, str] | None = None,
     staging: Staging | None = None,
 ) -> Snapshot:
     """Return a snapshot of this moment, which writes `<save_dir>/iter_<rollout_id>` and points the tracker file at it.
 
     Args:
         state: the state of the run, JSON-able except for numpy arrays in its dicts; rank 0's is written. It is not
-            copied, so nothing may change it afterwards.
+            copied, so nothing may change it afterwards. Its entry RUN is written as a file of its own, which is not
+            loaded.
         keep_last: keep this many of the newest checkpoints and remove the older ones.
         critic: is written as a checkpoint of its own inside this one.
-        texts: further small files, by name; rank 0's are written.
         staging: memory for copies of the tensors; None: they are not copied, and must not change before they are
             written.
     """
+    texts = {RUN_FILE: json.dumps(state[RUN])} if RUN in state else {}
+    state = {key: value for key, value in state.items() if key != RUN}
     policy = Trained(model, optimizer, scheduler, state)
     header = {"rollout_id": rollout_id, "layout": rng_state.layout(), "state": state}
     models: list[Model] = []
@@ -132,7 +134,7 @@ def take_checkpoint(
             models.append(Model(content, {**header, "state": critic.state}, inside=CRITIC))
             header[manifest.PARTS] = [CRITIC]
         content = policy.content(rollout_id) | {rng_state.KEY: rng_state.rng_object()}
-        models.append(Model(_saved_state(model, content), header, texts=texts or {}))
+        models.append(Model(_saved_state(model, content), header, texts=texts))
         return take(
             Path(save_dir),
             iteration_name(rollout_id),

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
+from slime.megatron import device
 from slime.megatron.checkpoint import files, manifest, state_arrays, torch_dist
 from slime.megatron.checkpoint.search import on_rank_zero
 from slime.megatron.checkpoint.staging import Staging
@@ -138,6 +139,7 @@ def take(
             _Part(model, torch_dist.Share.of(part), common)
             for model, part, common in zip(models, sharded, commons, strict=True)
         ]
+        device.synchronize()  # only now: the shares were planned while a GPU copied
     return Snapshot(directory, tracker, copies is not None, keep_last, saved, parts)
 
 

@@ -1,8 +1,8 @@
 """Copies of a checkpoint's tensors in host memory, from which it is written while training goes on.
 
 - Used by: `snapshot` copies what this rank writes; the trainer keeps one `Staging` for all of its saves.
-- Invariant: a copy shares no memory with its tensor, and has its bytes when `copies` returns. The memory is allocated
-  once, and used again by the next save, which waits until this one has been written.
+- Invariant: a copy shares no memory with its tensor, and has its bytes once the device has been waited for. The memory
+  is allocated once, and used again by the next save, which waits until this one has been written.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class Staging:
 
     @torch.no_grad()
     def copies(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return a copy of each tensor, in its shape and dtype; None if there is not enough free memory for them."""
+        """Return a copy of each tensor, in its shape and dtype; None if there is not enough free memory for them.
+
+        A GPU copies while the host goes on: wait with `device.synchronize` before a tensor may change.
+        """
         places, size = list[int](), 0
         for tensor in tensors:
             places.append(size)
@@ -54,7 +57,6 @@ class Staging:
             flat = torch.from_numpy(whole[place : place + tensor.nbytes])
             copies.append(flat.view(tensor.dtype).view(tensor.shape))
             copies[-1].copy_(tensor, non_blocking=True)
-        device.synchronize()
         return copies
 
     def _allocate(self, size: int) -> bool:
