@@ -170,10 +170,7 @@ class Trainer:
         reload_main_weights(self.optimizer)
 
     def begin_save(self, rollout_id: int, state: dict[str, Any]) -> None:
-        """Begin to write a complete checkpoint of this moment under --save; `saver` writes it while training goes on.
-
-        `load` returns `state` (see `take_checkpoint`).
-        """
+        """Begin to write a checkpoint of this moment under --save; `load` returns `state` (see `take_checkpoint`)."""
         args = self._args
         assert args.save is not None, "there is a place for checkpoints"
         take = partial(
