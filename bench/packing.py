@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from bench.common import OUTPUTS, Goal, Spread, Table, machine, write_result
 from slime.core.architecture import Architecture
 from slime.core.packing import StepPlan, plan_steps, training_flops
-from slime.simulate.pipeline import pipeline_time
+from slime.simulate.pipeline import pipeline_times
 
 Lengths = NDArray[np.int64]
 
@@ -247,7 +247,7 @@ def pipeline_table() -> tuple[Table, dict[str, list[float]]]:
             [[sum(flops(lengths[row]) for row in rows) for rows in rank] for rank in p.micro_batches] for p in plans
         ]
         for stages in (2, 4, 8):
-            times = [float(np.mean([pipeline_time(rank, stages) / sum(rank) for rank in ranks])) for ranks in costs]
+            times = [float(np.mean(pipeline_times(ranks, stages) / np.sum(ranks, 1))) for ranks in costs]
             count = plans[0].num_micro_batches
             raw[f"{kind}, {stages} stages"] = times
             shown = (1 + (stages - 1) / count, *times)

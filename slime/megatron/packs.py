@@ -18,7 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from slime.megatron.microbatch import MicroBatch
+from slime.core.architecture import Architecture
+from slime.core.batch import TrainBatch
+from slime.core.rank_batch import RankStep
+from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows, tokens_on_rank
 
 
 class Packs:
@@ -64,3 +67,16 @@ class Packs:
         if left > 1:
             self._made[number] = micro_batch, left - 1
         return micro_batch
+
+
+def packs_of(
+    own: TrainBatch, steps: Sequence[RankStep], *, arch: Architecture, multiple: int, part: ContextParallel
+) -> Packs:
+    """Return the micro-batches of these steps of a rank's own rows, which are packed as the model takes them."""
+
+    def pack(content: tuple[Sequence[int], int]) -> MicroBatch:
+        rows, step_tokens = content
+        return pack_rows(own, rows, arch=arch, multiple=multiple, part=part, step_tokens=step_tokens)
+
+    contents = [(rows, step.num_tokens) for step in steps for rows in step.micro_batches]
+    return Packs(pack, contents, [tokens_on_rank(own, rows, part, multiple) for rows, _ in contents])

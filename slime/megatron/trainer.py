@@ -35,14 +35,14 @@ from slime.megatron.checkpoint.save_load import FoundCheckpoint, find_checkpoint
 from slime.megatron.checkpoint.search import HF_FILES, HFFiles, find_sound_checkpoint
 from slime.megatron.critic import Critic, critic_metrics
 from slime.megatron.dump_steps import StepDump
-from slime.megatron.microbatch import ContextParallel, MicroBatch, pack_rows, tokens_on_rank
+from slime.megatron.microbatch import ContextParallel
 from slime.megatron.model import hf_weights
 from slime.megatron.model.build import all_weights, architecture_of, build_model, params_dtype
 from slime.megatron.nan_guard import BadStepError, StepGuard, check_columns
 from slime.megatron.offload.host_memory import Snapshots
 from slime.megatron.offpolicy import offpolicy_columns, version_of_weights
 from slime.megatron.optim.optimizer import build_optimizer, follow_schedule, reload_main_weights, steps_per_rollout
-from slime.megatron.packs import Packs
+from slime.megatron.packs import Packs, packs_of
 from slime.megatron.parallel import close_parallel, init_parallel
 from slime.megatron.share import Share
 from slime.megatron.step import Predicted, Stepper, over_steps
@@ -350,21 +350,8 @@ class Trainer:
         return self._forward(share.own, share.batch.steps)
 
     def _packs(self, own: TrainBatch, steps: Sequence[RankStep]) -> Packs:
-        """Return the micro-batches of these steps, which are packed as the model takes them."""
-
-        def pack(content: tuple[Sequence[int], int]) -> MicroBatch:
-            rows, tokens = content
-            return pack_rows(
-                own, rows, arch=self._arch, multiple=self._multiple, part=self._context, step_tokens=tokens
-            )
-
-        contents = [(rows, step.num_tokens) for step in steps for rows in step.micro_batches]
-        return Packs(pack, contents, [tokens_on_rank(own, rows, self._context, self._multiple) for rows, _ in contents])
-
-    @property
-    def _multiple(self) -> int:
-        """The multiple of each rank's tokens, because sequence parallelism cuts them into TP equal parts."""
-        return self.topology.tp_size
+        """Return the micro-batches of these steps; sequence parallelism cuts the tokens of each into TP equal parts."""
+        return packs_of(own, steps, arch=self._arch, multiple=self.topology.tp_size, part=self._context)
 
     @property
     def _context(self) -> ContextParallel:

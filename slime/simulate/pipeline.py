@@ -3,11 +3,16 @@
 - Used by: `trainers`, for the seconds of an optimizer step, and `bench.packing`.
 - Invariant: micro-batches of equal cost take (M + P - 1) / M times their sum over the stages, which is the schedule's
   known bubble.
+
+Shapes: _R pipelines (data-parallel ranks), _M micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 FORWARD = 1 / 3
 """The cost of a forward pass, as a share of forward and backward."""
@@ -24,23 +29,29 @@ def pipeline_time(costs: Sequence[float], stages: int, *, parts: int = 1) -> flo
     >>> pipeline_time([3.0, 6.0], 2)  # the second stage: from 1 to 4, then to 10; the first: backward until 14
     14.0
     """
-    total = sum(costs)
-    if stages == 1 or not total:
-        return total
-    return total + (_last_backward(costs, stages) - total) / parts
+    return float(pipeline_times([costs], stages, parts=parts)[0])
 
 
-def _last_backward(costs: Sequence[float], stages: int) -> float:
-    """Return the end of the schedule without virtual stages.
+def pipeline_times(costs: Sequence[Sequence[float]], stages: int, *, parts: int = 1) -> NDArray[np.float64]:
+    """Return `pipeline_time` of each of several pipelines with the same number of micro-batches."""
+    costs_RM = np.asarray(costs, dtype=np.float64)
+    totals_R = costs_RM.sum(1)
+    if stages == 1:
+        return totals_R
+    return totals_R + (_last_backward(costs_RM, stages) - totals_R) / parts
+
+
+def _last_backward(costs_RM: NDArray[np.float64], stages: int) -> NDArray[np.float64]:
+    """Return the end of each pipeline's schedule without virtual stages.
 
     Stage s first runs `stages - 1 - s` forward passes, then one forward and one backward pass in turns, then the
     backward passes that are left. A forward pass waits for that of the stage before, a backward pass for that of the
-    stage after.
+    stage after. All pipelines have this order, so their times are computed at once.
     """
-    count = len(costs)
+    count = costs_RM.shape[1]
     orders = [_order(min(stages - 1 - stage, count), count) for stage in range(stages)]
-    done: list[dict[tuple[bool, int], float]] = [{} for _ in range(stages)]
-    clocks = [0.0] * stages
+    done: list[dict[tuple[bool, int], NDArray[np.float64]]] = [{} for _ in range(stages)]
+    clocks = [np.zeros(len(costs_RM)) for _ in range(stages)]
     left = sum(map(len, orders))
     while left:
         for stage, order in enumerate(orders):
@@ -50,11 +61,11 @@ def _last_backward(costs: Sequence[float], stages: int) -> float:
                 if 0 <= neighbour < stages:
                     if step not in done[neighbour]:
                         break
-                    clocks[stage] = max(clocks[stage], done[neighbour][step])
-                clocks[stage] += costs[number] * (FORWARD if forward else 1 - FORWARD)
+                    clocks[stage] = np.maximum(clocks[stage], done[neighbour][step])
+                clocks[stage] = clocks[stage] + costs_RM[:, number] * (FORWARD if forward else 1 - FORWARD)
                 done[stage][step] = clocks[stage]
                 left -= 1
-    return max(clocks)
+    return np.max(clocks, axis=0)
 
 
 def _order(warm_up: int, count: int) -> list[tuple[bool, int]]:

@@ -17,7 +17,7 @@ from slime.config.args import Args
 from slime.config.pipeline_stages import num_chunks, stage_layers
 from slime.config.rollout_plan import plan_rollout
 from slime.core.packing import StepPlan, training_flops
-from slime.simulate.pipeline import FORWARD, pipeline_time
+from slime.simulate.pipeline import FORWARD, pipeline_times
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TimedTrainers:
         seconds = 0.0
         for plan in plans:
             costs = [[self._seconds(lengths, rows) for rows in rank] for rank in plan.micro_batches]
-            seconds += max(pipeline_time(rank, stages, parts=parts) for rank in costs)
+            seconds += float(pipeline_times(costs, stages, parts=parts).max())
             busy = [before + sum(rank) for before, rank in zip(busy, costs, strict=True)]
         return Training(seconds, busy, sum(lengths), sum(plan.num_micro_batches for plan in plans))
 
