@@ -71,6 +71,7 @@ def test_tables_reach_only_their_block() -> None:
         "rollout",
         "evaluation",
         "state",
+        "checkpoint",
         "sync",
         "memory",
         "arrival",
