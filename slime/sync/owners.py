@@ -17,12 +17,14 @@ For example, two stages of a dense model; time goes down, and "meet" is a messag
     meet                                 meet
     end the session, continue
 
-At each meeting the owners tell each other of an error. After one nobody sends any more, but all trainers run through
-their streams, which are collective over tensor-parallel ranks, and through the check, which is collective over all.
+At each meeting the owners tell each other of an error, which rank 0 raises. After one nobody sends any more, but all
+trainers run through their streams, which are collective over tensor-parallel ranks, and through the check, which is
+collective over all.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -38,6 +40,8 @@ from slime.engine.client import EngineClient
 from slime.engine.protocol import weight_groups
 from slime.sync.broadcast import BroadcastTransport
 from slime.sync.transport import Opening, SyncReport, Transport, drain
+
+logger = logging.getLogger(__name__)
 
 
 class OwnersTransport(Transport):
@@ -94,7 +98,7 @@ class OwnersTransport(Transport):
         if weights are not finite; then the last bucket, with the version, is never sent.
 
         Raises:
-            RuntimeError: an engine refused them, or did not answer; every owner raises it.
+            RuntimeError: on rank 0, an engine refused one of the parts, or did not answer.
         """
         check = _Once(check)
         if self._link is None:
@@ -142,7 +146,9 @@ class OwnersTransport(Transport):
                 check()
             problem, total = self._met(problem, own)
         if problem is not None:
-            raise problem
+            if self._rank == 0:
+                raise problem
+            logger.warning("the weight sync has failed, which rank 0 raises: %s", problem)
         return total
 
     def _send(self, link: BroadcastTransport, tensors: Iterator[NamedTensor], turn: int, version: int | None) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from slime.config.args import Args
 from slime.core.weight_parts import WeightPart
@@ -113,18 +114,25 @@ class WeightSender:
             RuntimeError: they did not arrive; the error names the engines.
         """
         self.version = version
-        transport = self._transport
-        report = (
-            self._send_parts(transport, version)
-            if isinstance(transport, OwnersTransport)
-            else self._send_whole(transport, version)
-        )
-        if self._transport.asks_engines:
-            check_versions(self._transport, version=version)
-        if self._args.check_weight_sync and not self._proven:
+        to_prove = self._args.check_weight_sync and not self._proven
+        try:
+            report = self._send(version)
+            if self._transport.asks_engines:
+                check_versions(self._transport, version=version)
+        except RuntimeError:
+            if to_prove:  # the proof is collective, and this trainer alone may know that the sync has failed
+                _on_all(False)
+            raise
+        to_prove = to_prove and _on_all(True)
+        if to_prove:
             self._prove(version)
             self._proven = True
         return report.metrics()
+
+    def _send(self, version: int) -> SyncReport:
+        if isinstance(self._transport, OwnersTransport):
+            return self._send_parts(self._transport, version)
+        return self._send_whole(self._transport, version)
 
     def _send_whole(self, transport: Transport, version: int) -> SyncReport:
         tensors = self._for_engines(self._tensors())
@@ -165,3 +173,12 @@ class WeightSender:
                 prove_weights(self._transport, directory, version=version)
             finally:
                 shutil.rmtree(directory)
+
+
+def _on_all(arrived: bool) -> bool:
+    """Return whether `arrived` is true on all trainers; collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return arrived
+    everywhere: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(everywhere, arrived)
+    return all(everywhere)
