@@ -133,6 +133,11 @@ def _blocks(channels: int, tile: int) -> tuple[int, int]:
     return max(tile // block, 1), block
 
 
+def _backward_warps(channels: int, own: bool, following: bool) -> int:
+    """Return the warps of a backward program that holds so many channels."""
+    return min(max(channels // 256, 4), 16)
+
+
 class _AddAndNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -207,7 +212,7 @@ class _AddAndNorm(torch.autograd.Function):
                 D=channels,
                 ROWS=rows,
                 BLOCK=block,
-                num_warps=min(max(rows * block // 256, 4), 16),
+                num_warps=_backward_warps(rows * block, own is not None, following is not None),
             )
         return (
             of_x,
