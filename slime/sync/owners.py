@@ -34,12 +34,13 @@ from itertools import chain
 import torch.distributed as dist
 
 from slime.core.errors import RunError
+from slime.core.pausing import PauseChoice
 from slime.core.weight_parts import WeightPart
 from slime.engine.bucket_layout import NamedTensor
 from slime.engine.client import EngineClient
 from slime.engine.protocol import weight_groups
 from slime.sync.broadcast import BroadcastTransport
-from slime.sync.transport import Opening, SyncReport, Transport, drain
+from slime.sync.transport import DRAIN_WITHIN_S, Opening, SyncReport, Transport, drain
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +51,21 @@ class OwnersTransport(Transport):
     engines_generate = True
 
     def __init__(
-        self, client: EngineClient, *, rank: int, link: BroadcastTransport | None, owners: dist.ProcessGroup | None
+        self,
+        client: EngineClient,
+        *,
+        rank: int,
+        owners: dist.ProcessGroup | None,
+        pause: PauseChoice = "drain",
+        drain_within: float = DRAIN_WITHIN_S,
     ) -> None:
-        """`link` sends this trainer's parts, over a client of its own; None if it owns none. `owners` are the trainers
-        that do, in a gloo group; None if there is only one, or this one is none of them."""
-        super().__init__(client, bucket_bytes=0)
+        """`owners` are the trainers that own parts, in a gloo group; None if this one is none of them."""
+        super().__init__(client, bucket_bytes=0, pause=pause, drain_within=drain_within)
         self.asks_engines = rank == 0
         self._rank = rank
-        self._link = link
         self._owners = owners
+        self._link: BroadcastTransport | None = None
+        """Sends this trainer's parts, over a client of its own; None if it owns none, or has not joined the engines."""
 
     @classmethod
     def open(cls, opening: Opening) -> OwnersTransport:
@@ -70,15 +77,19 @@ class OwnersTransport(Transport):
         made = dist.new_group(owners, backend="gloo", timeout=timedelta(seconds=opening.args.train_timeout))
         group = made if rank in owners and isinstance(made, dist.ProcessGroup) else None
         client = opening.client() if rank == 0 else EngineClient("", engines=())
-        transport = cls(client, rank=rank, link=None, owners=group)
-        transport._pause_choice = opening.args.update_weight_pause
-        transport._drain_within = opening.args.engine_request_timeout
+        transport = cls(
+            client,
+            rank=rank,
+            owners=group,
+            pause=opening.args.update_weight_pause,
+            drain_within=opening.args.engine_request_timeout,
+        )
         # One after another: an engine that joins two groups at once could wait in one that others join later.
         for name, owner in zip(weight_groups(len(owners)), owners, strict=True) if rank in owners else ():
             problem: RuntimeError | None = None
             if owner == rank:
                 try:
-                    transport._link = BroadcastTransport.of(opening, name)
+                    transport._join(opening, name)
                 except RuntimeError as error:
                     problem = error
             try:
@@ -87,6 +98,10 @@ class OwnersTransport(Transport):
                 transport.leave()  # torch keeps a group's name until the group is left
                 raise
         return transport
+
+    def _join(self, opening: Opening, group_name: str) -> None:
+        """Join all engines in a group of that name, as its rank 0."""
+        self._link = BroadcastTransport.of(opening, group_name)
 
     def send(self, tensors: Iterable[NamedTensor], *, version: int) -> SyncReport:
         raise NotImplementedError("owners send parts; call send_parts")
