@@ -29,7 +29,7 @@ from slime.core.sample import Sample
 from slime.core.small_files import is_file
 from slime.rollout.plan_tokenizer import PlanTokenizer
 from slime.rollout.prompts import prompt_text
-from slime.rollout.rewards.reward import find_reward, reward_of
+from slime.rollout.rewards.reward import Scored, find_reward, reward_of
 from slime.rollout.sft_rollout import fill, num_trained
 from slime.rollout.tokenizer import tokenize_prompts
 
@@ -194,7 +194,8 @@ def _label_check(args: Args, data: _Set, row: Mapping[str, Any]) -> str:
     scores: list[float] = []
     for response in _statements(label, metadata):
         sample = Sample(label=label, response=response, metadata=dict(metadata), row=dict(row))
-        scores.append(find_reward(str(judge))(args, sample))
+        score = find_reward(str(judge))(args, sample)
+        scores.append(score.value if isinstance(score, Scored) else score)
     if max(scores) <= reward.lowest:
         return f"{shown}: {judge} gives {max(scores):g} even to a response that states it; check --label-key"
     return f"{shown}: a response that states it gets {max(scores):g} from {judge}"
