@@ -20,7 +20,11 @@ RuntimeError
 ├── EngineFailed (engine.embedded.server)                  the embedded engine's scheduler has ended
 └── NothingLeft (simulate.clock)                           a simulation waits for what can never happen
 Exception
-└── StopNoticed (cluster.life.stop)                        a signal has ended a wait; no error: the state is saved next
+├── StopNoticed (cluster.life.stop)                        a signal has ended a wait; no error: the state is saved next
+└── SandboxFault (sandbox.run)                             the sandbox failed, so there is no verdict on the program
+BaseException
+├── Gone (sandbox.wire)                                    the other process of a judgement has ended
+└── Unsupported (sandbox.asserting)                        a test needs a value that cannot be sent to the program
 """
 
 from __future__ import annotations
