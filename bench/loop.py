@@ -219,7 +219,9 @@ class Judge:
 def curve(judge: Judge, run: Run, start: tuple[float, float], *, offset: int) -> list[tuple[int, float, float, float]]:
     """Return (step, seconds of training until then, sampled, greedy) for each step whose weights were saved."""
     points = [(0, 0.0, *start)]
-    for directory in sorted(run.weights.iterdir(), key=lambda path: int(path.name)):
+    # next to them is the lock of the run that has written them
+    saved = [path for path in run.weights.iterdir() if path.name.isdigit()]
+    for directory in sorted(saved, key=lambda path: int(path.name)):
         step = int(directory.name) + offset
         scores = judge.score(directory, temperature=1.0), judge.score(directory, temperature=0.0)
         points.append((step, sum(run.seconds[:step]), *scores))
