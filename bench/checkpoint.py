@@ -25,8 +25,8 @@ import torch
 from bench.common import OUTPUTS, Goal, Spread, Table, machine, ratios, write_result
 
 BLOCKED, COPY, WHOLE, WRITE = "blocked: the save stops training", "plain copy", "whole save", "plain write"
-ALONE, BESIDE = "a step alone", "a step while a checkpoint is written"
-PARTS = (BLOCKED, COPY, WHOLE, WRITE, ALONE, BESIDE)
+ALONE, DURING = "a step alone", "a step while a checkpoint is written"
+PARTS = (BLOCKED, COPY, WHOLE, WRITE, ALONE, DURING)
 GOAL = 1 / 1.25
 """A save stops training for at most 1.25 times the plain copy."""
 VOCAB, ROWS, LENGTH = 8192, 4, 64
@@ -148,7 +148,7 @@ class Rounds:
         while self._trainer.saver.is_busy:
             meanwhile.append(self._step())
         written = self._trainer.saver.finish()
-        now |= {WHOLE: written.seconds, BESIDE: min(meanwhile or [now[ALONE]])}
+        now |= {WHOLE: written.seconds, DURING: min(meanwhile or [now[ALONE]])}
         now[COPY] = self._timed(lambda: self._to.copy_(self._from))
         now[WRITE] = self._timed(self._write)
         shutil.rmtree(written.path)
@@ -185,7 +185,7 @@ def main() -> None:
     table = Table("Saving a checkpoint", ["part", "seconds", "GB/s"], note=note)
     for part in PARTS:
         spread = Spread.of(found[part])
-        speed = f"{rounds.size / spread.median / 1e9:.2f}" if part not in (ALONE, BESIDE) else ""
+        speed = f"{rounds.size / spread.median / 1e9:.2f}" if part not in (ALONE, DURING) else ""
         table.rows.append([part, spread.show(3), speed])
     goal = Goal("plain copy / blocked", ratios(found[COPY], found[BLOCKED]).median, GOAL)
     write_result(given.out, [table], [goal], facts, found)

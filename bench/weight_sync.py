@@ -107,7 +107,7 @@ def serve(count: int, seconds: float, pipe: Connection) -> None:
 
 
 def from_scratch(client: EngineClient, group: WeightGroup, runner: asyncio.Runner, tensors: list[NamedTensor]) -> None:
-    """Send as earlier versions did: one bucket at a time, whose message is built anew and encoded for each engine."""
+    """Send as earlier versions did: one bucket at a time, whose message is built and encoded again for each engine."""
     num_engines = len(runner.run(client.workers()))
     for bucket in Buckets(tensors, 512 * MIB // SMALLER**2):
         flat, layout = bucket.layout.flatten(bucket.tensors), bucket.layout

@@ -31,7 +31,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -308,29 +308,22 @@ def attend_each(
     Deterministic algorithms on a GPU leave SDPA its plain implementation only: its memory-efficient one adds gradients
     in any order if others than deterministic ones merely give a warning.
     """
-    if query_Q.is_cuda and torch.are_deterministic_algorithms_enabled():
-        with sdpa_kernel(SDPBackend.MATH):
-            return _attend_each(query_Q, key_K, value_K, cu_q, cu_k, scale)
-    return _attend_each(query_Q, key_K, value_K, cu_q, cu_k, scale)
-
-
-def _attend_each(
-    query_Q: Tensor, key_K: Tensor, value_K: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None
-) -> Tensor:
-    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
-    outputs: list[Tensor] = []
-    for number in range(len(starts_q) - 1):
-        rows = slice(starts_q[number], starts_q[number + 1])
-        columns = slice(starts_k[number], starts_k[number + 1])
-        q, k, v = (x.transpose(0, 1)[None] for x in (query_Q[rows], key_K[columns], value_K[columns]))
-        length_q, length_k = q.size(2), k.size(2)
-        if length_q == length_k:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        else:
-            visible = torch.ones(length_q, length_k, dtype=torch.bool, device=q.device).tril(length_k - length_q)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
+    plain = query_Q.is_cuda and torch.are_deterministic_algorithms_enabled()
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+        outputs: list[Tensor] = []
+        for number in range(len(starts_q) - 1):
+            rows = slice(starts_q[number], starts_q[number + 1])
+            columns = slice(starts_k[number], starts_k[number + 1])
+            q, k, v = (x.transpose(0, 1)[None] for x in (query_Q[rows], key_K[columns], value_K[columns]))
+            length_q, length_k = q.size(2), k.size(2)
+            if length_q == length_k:
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            else:
+                visible = torch.ones(length_q, length_k, dtype=torch.bool, device=q.device).tril(length_k - length_q)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs)
 
 
 def _each(

@@ -101,16 +101,7 @@ class OnePassAdamW(torch.optim.AdamW):
             counted = count_steps(self, weights, group)
             if number not in self.together:
                 self.together[number] = triton_adamw.Weights()
-            self.together[number].step(
-                [self._memory(weight) for weight in weights],
-                counted.corrections,
-                scale=counted.scale,
-                skip=counted.skip,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                betas=group["betas"],
-                eps=group["eps"],
-            )
+            self.together[number].step([self._memory(weight) for weight in weights], counted)
 
     def _memory(self, weight: Tensor) -> triton_adamw.Memory:
         from slime.megatron.model.kernels import triton_adamw
@@ -128,11 +119,18 @@ class OnePassAdamW(torch.optim.AdamW):
 
 @dataclass(frozen=True)
 class Counted:
-    """The inputs of `triton_adamw.adamw` that the weights of a group share."""
+    """The inputs of a step that the weights of a group share."""
 
     corrections: Tensor
+    """[n, 2] float32, a row for each weight: 1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step)."""
     scale: Tensor
+    """[] by which gradients are divided."""
     skip: Tensor
+    """[] nothing changes unless it is 0."""
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
 
 
 def count_steps(adam: Any, weights: Sequence[Tensor], group: dict[str, Any]) -> Counted:
@@ -142,37 +140,8 @@ def count_steps(adam: Any, weights: Sequence[Tensor], group: dict[str, Any]) -> 
     skip = torch.zeros_like(steps[0]) if adam.found_inf is None else adam.found_inf
     torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
     torch._foreach_sub_(steps, [skip] * len(steps))  # pyright: ignore[reportPrivateImportUsage]
-    return Counted(bias_corrections(torch.stack(steps), group["betas"]), scale, skip)
-
-
-def pass_over(
-    group: dict[str, Any],
-    gradient: Tensor,
-    weight: Tensor,
-    moments: Sequence[Tensor],
-    model: Tensor | None,
-    counted: Counted,
-    place: int,
-) -> None:
-    """Take one step of one weight of a group, or of a part of it; `place` is its index among the counted weights."""
-    from slime.megatron.model.kernels.triton_adamw import adamw
-
-    exp_avg, exp_avg_sq = moments
-    adamw(
-        gradient,
-        weight,
-        exp_avg,
-        exp_avg_sq,
-        model,
-        counted.corrections,
-        place,
-        scale=counted.scale,
-        skip=counted.skip,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        betas=group["betas"],
-        eps=group["eps"],
-    )
+    settings = {name: group[name] for name in ("lr", "weight_decay", "betas", "eps")}
+    return Counted(bias_corrections(torch.stack(steps), group["betas"]), scale, skip, **settings)
 
 
 def bias_corrections(steps: Tensor, betas: tuple[float, float]) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from slime.megatron import device
 from slime.megatron.compat import apply
-from slime.megatron.optim.adam import OnePassAdamW, PlacedAdamW, count_steps, model_memory, pass_over
+from slime.megatron.optim.adam import OnePassAdamW, PlacedAdamW, count_steps, model_memory
 
 BUCKET = 4 * 1024**2
 """The entries that pass through the device at a time; a multiple of ALIGNED."""
@@ -205,7 +205,13 @@ class HostAdamW(PlacedAdamW):
                 model = self.model_of.get(weight)
                 model = None if model is None else piece.of(model)
                 if self.one_pass:
-                    pass_over(group, piece.of(weight.grad), main, moments, model, counted, place)
+                    from slime.megatron.model.kernels import triton_adamw
+
+                    exp_avg, exp_avg_sq = moments
+                    memory = triton_adamw.Memory(
+                        gradient=piece.of(weight.grad), weight=main, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, model=model
+                    )
+                    triton_adamw.adamw(memory, counted, place)
                     return
                 step = self.state[weight]["step"]
                 self._fused(group, piece.of(weight.grad), main, moments, step)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -18,6 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from slime.megatron import device
+
+if TYPE_CHECKING:
+    from slime.megatron.optim.adam import Counted
 
 BLOCK = 2048
 BLOCKS = 32
@@ -169,65 +173,16 @@ def _adamw_many(
         )
 
 
-def adamw(
-    gradient: Tensor,
-    weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    model: Tensor | None,
-    corrections: Tensor,
-    place: int,
-    *,
-    scale: Tensor,
-    skip: Tensor,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """Take one step of one weight, in place. All tensors are contiguous float32 of one size; `model` has its own dtype.
-
-    Args:
-        model: gets the new weight; None if there is no copy.
-        corrections: [n, 2] float32, whose row `place` is used: 1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step).
-        scale: [] by which the gradient is divided.
-        skip: [] nothing changes unless it is 0.
-    """
-    for tensor in (gradient, weight, exp_avg, exp_avg_sq, *([] if model is None else [model])):
-        assert tensor.is_contiguous() and tensor.numel() == weight.numel()
-    if not weight.numel():
-        return
-    _adamw[(triton.cdiv(weight.numel(), BLOCK),)](
-        gradient,
-        weight,
-        exp_avg,
-        exp_avg_sq,
-        weight if model is None else model,
-        corrections,
-        place,
-        scale,
-        skip,
-        weight.numel(),
-        float(lr),
-        float(lr * weight_decay),
-        1.0 - betas[0],
-        1.0 - betas[1],
-        float(eps),
-        WITH_MODEL=model is not None,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The tensors of one weight: contiguous float32 of one size, except `model`, which may be missing."""
+    """The tensors of one weight or of a part of it: contiguous float32 of one size, and the model's copy if any."""
 
     gradient: Tensor
     weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     model: Tensor | None
+    """Gets the new weight, in its own dtype."""
 
     def addresses(self) -> tuple[int, ...]:
         """Return the row of the kernel's table: four addresses, the model's (the weight's if it has none), the size."""
@@ -240,6 +195,36 @@ class Memory:
             assert tensor.is_contiguous() and tensor.dtype == torch.float32
             assert tensor.numel() == self.weight.numel()
         assert self.model is None or (self.model.is_contiguous() and self.model.numel() == self.weight.numel())
+
+
+def adamw(memory: Memory, counted: Counted, place: int) -> None:
+    """Take one step of one weight, in place; `place` is its row in the corrections."""
+    memory.check()
+    weight, model = memory.weight, memory.model
+    if not weight.numel():
+        return
+    _adamw[(triton.cdiv(weight.numel(), BLOCK),)](
+        memory.gradient,
+        weight,
+        memory.exp_avg,
+        memory.exp_avg_sq,
+        weight if model is None else model,
+        counted.corrections,
+        place,
+        counted.scale,
+        counted.skip,
+        weight.numel(),
+        *_settings(counted),
+        WITH_MODEL=model is not None,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+
+
+def _settings(counted: Counted) -> tuple[float, ...]:
+    """Return what both kernels take last: lr, decay of a step, the shares of the new moments, eps."""
+    lr, (beta1, beta2) = counted.lr, counted.betas
+    return float(lr), float(lr * counted.weight_decay), 1.0 - beta1, 1.0 - beta2, float(counted.eps)
 
 
 @dataclass(frozen=True)
@@ -264,19 +249,8 @@ class Weights:
     _table: Tensor = field(default_factory=lambda: torch.empty(0, 6, dtype=torch.int64))
     _launches: list[_Launch] = field(default_factory=list[_Launch])
 
-    def step(
-        self,
-        weights: Sequence[Memory],
-        corrections: Tensor,
-        *,
-        scale: Tensor,
-        skip: Tensor,
-        lr: float,
-        weight_decay: float,
-        betas: tuple[float, float],
-        eps: float,
-    ) -> None:
-        """Take one step of each weight, in place; see `adamw`. `corrections` has a row for each weight."""
+    def step(self, weights: Sequence[Memory], counted: Counted) -> None:
+        """Take one step of each weight, in place; the corrections have a row for each."""
         rows = [weight.addresses() for weight in weights]
         if rows != self._rows:
             self._lay_out(weights, rows)
@@ -284,14 +258,10 @@ class Weights:
             _adamw_many[(len(launch.chunks),)](
                 self._table,
                 launch.chunks,
-                corrections,
-                scale,
-                skip,
-                float(lr),
-                float(lr * weight_decay),
-                1.0 - betas[0],
-                1.0 - betas[1],
-                float(eps),
+                counted.corrections,
+                counted.scale,
+                counted.skip,
+                *_settings(counted),
                 MODEL=tl.float32 if launch.model is None else _TRITON[launch.model],
                 WITH_MODEL=launch.model is not None,
                 ALIGNED=launch.aligned,
